@@ -1,0 +1,242 @@
+"""`profile`: a model and a device in, a Profile out. And its file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch._subclasses import FakeTensorMode
+
+from profiles.decoder import Decoder, decoder_shape
+from profiles.errors import InputError
+from profiles.measure import measure
+from profiles.pack import build_store
+from profiles.register import DECOMPOSITIONS
+from profiles.schema import PROFILE_VERSION, Channel, Device, Floor, Model, Profile, Program, Tensor
+from profiles.sources import Source, cache_directory, resolve
+from profiles.store import Entry, Store, find_extent
+from profiles.trace import Trace, trace
+
+Progress = Callable[[str, int, int], None]
+"""progress(stage, done, total); stages: pack, export, programs, measure."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CODE = ("decoder", "fold", "fuse", "operators", "register", "store", "trace", "schema", "api")
+
+
+def profile(
+    source: str,
+    *,
+    batch: int = 1,
+    seq: int = 256,
+    lora_rank: int = 8,
+    lora_alpha: float | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Profile:
+    """Trace and measure one training step of `source` (see `profiles.sources.resolve`) on this machine.
+
+    `batch` samples of `seq` tokens; `lora_alpha` defaults to twice the rank; `dtype` is what activations and unpacked
+    weights are computed in (bfloat16 for language models, float32 for a module of your own). A module:factory brings its own sample batch. Weights, where the source has them, are packed
+    into the cache first, tensor by tensor. A fitting result in the cache is returned at once unless `force`.
+
+    Raises InputError for a source, shape or device that cannot be used, RunError where packing or measuring fails.
+    """
+    if device != "cpu":
+        raise InputError(f"device {device!r} cannot be profiled here; supported: cpu")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    for name, value in (("batch", batch), ("seq", seq), ("lora-rank", lora_rank)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+    threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
+    alpha = float(2 * lora_rank if lora_alpha is None else lora_alpha)
+    found = resolve(source)
+    dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
+    report = progress or (lambda stage, done, total: None)
+    key = _fingerprint(found, batch, seq, lora_rank, alpha, dtype, threads)
+    cached = cache_directory() / "profiles" / f"{key[:32]}.json"
+    if cached.exists() and not force:
+        try:
+            earlier = load_profile(cached)
+            if earlier.model.store is None or Path(earlier.model.store).exists():
+                return earlier
+        except InputError:
+            cached.unlink(missing_ok=True)
+    store, store_fingerprint = None, None
+    if found.has_weights:
+        path = build_store(found, cache_directory() / "stores", lambda done, total, name: report("pack", done, total))
+        with Store.open(path) as opened:
+            store, store_fingerprint = str(path), opened.fingerprint
+    traced = _trace_module(found, dtype, report) if found.kind == "module" else _trace_decoder(found, batch, seq, lora_rank, alpha, dtype, report)
+    if found.kind == "module":
+        batch, seq_or_none, kind, lora = _first_dimension(traced), None, "module", None
+    else:
+        seq_or_none, kind, lora = seq, "decoder", {"rank": lora_rank, "alpha": alpha}
+        _check_lengths(found, seq)
+    tensors = [_packed(t, found.entries) for t in traced.tensors]
+    measured = measure(
+        traced.programs,
+        tensors,
+        found.entries,
+        compute_dtype=dtype,
+        threads=threads,
+        scratch=cache_directory(),
+        environment=dict(os.environ) | _python_path(),
+        progress=progress,
+    )
+    result = Profile(
+        fingerprint=key,
+        model=Model(
+            name=found.name,
+            source=found.path,
+            kind=kind,  # type: ignore[arg-type]
+            config=found.config,
+            lora=lora,
+            store=store,
+            store_fingerprint=store_fingerprint,
+        ),
+        batch=batch,
+        seq=seq_or_none,
+        compute_dtype=dtype,
+        device=Device(
+            name=cpu_name(),
+            kind="cpu",
+            threads=threads,
+            floor=Floor.model_validate({k: measured["floor"][k] for k in Floor.model_fields}),
+            read=Channel.model_validate(measured["read"]),
+            write=Channel.model_validate(measured["write"]),
+        ),
+        tensors=[_timed_tensor(t, measured) for t in tensors],
+        programs=[_timed_program(p, measured["operators"][p.name]) for p in traced.programs],
+        layers=traced.layers,
+        loss=traced.loss,
+        token_losses=traced.token_losses,
+    )
+    save_profile(result, cached)
+    return result
+
+
+def load_profile(path: str | os.PathLike[str]) -> Profile:
+    """Read a profile. Raises InputError for a file that is missing, truncated, of another version or not a profile."""
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; make a profile with `tightfit profile MODEL -o {path}`") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a profile (byte {error.start} is not text); make it again with `tightfit profile`") from error
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON, perhaps truncated ({error}); make it again with `tightfit profile`") from error
+    if not isinstance(data, dict) or "layers" not in data:
+        raise InputError(f"{path}: not a profile (no 'layers'); make one with `tightfit profile`")
+    if data.get("version") != PROFILE_VERSION:
+        raise InputError(f"{path}: profile version {data.get('version')!r}, this tightfit reads version {PROFILE_VERSION}; make it again")
+    try:
+        found = Profile.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: field {place}: {first['msg']} (got {str(first['input'])[:60]!r}); make the profile again") from error
+    return found
+
+
+def save_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
+    """Write a profile, whole or not at all. Raises InputError where the place cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(profile.model_dump_json(indent=1))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: {error.strerror}; choose another place for the profile") from error
+
+
+def cpu_name() -> str:
+    """The processor as the kernel names it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _fingerprint(source: Source, *settings: Any) -> str:
+    """sha256 of everything that the profile depends on: model, shapes, torch, machine and the code that traces."""
+    folder = Path(__file__).parent
+    code = [hashlib.sha256((folder / f"{name}.py").read_bytes()).hexdigest() for name in CODE]
+    text = json.dumps([PROFILE_VERSION, source.fingerprint, source.config, settings, torch.__version__, cpu_name(), code], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _trace_decoder(source: Source, batch: int, seq: int, rank: int, alpha: float, dtype: str, report: Progress) -> Trace:
+    shape = decoder_shape(source.config)
+    with FakeTensorMode():
+        module = Decoder(shape, dtype=DTYPES[dtype], rank=rank, alpha=alpha)
+        sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
+    return trace(module, sample, decompositions=DECOMPOSITIONS, progress=report)
+
+
+def _trace_module(source: Source, dtype: str, report: Progress) -> Trace:
+    from profiles.factory_source import build_module
+
+    if dtype != "float32":
+        raise InputError(f"{source.name}: a module of your own is trained in float32; pass --dtype float32, not {dtype}")
+    module, sample = build_module(source.path)
+    names: Mapping[str, torch.Tensor] = {f"batch{index}": tensor for index, tensor in enumerate(sample)}
+    return trace(module, names, progress=report)
+
+
+def _first_dimension(traced: Trace) -> int:
+    return next((t.shape[0] for t in traced.tensors if t.kind == "batch" and t.shape), 1)
+
+
+def _check_lengths(source: Source, seq: int) -> None:
+    longest = source.config.get("max_position_embeddings")
+    if isinstance(longest, int) and seq > longest:
+        raise InputError(f"seq {seq} is longer than the {longest} positions that {source.name} was trained for; use --seq {longest} or less")
+
+
+def _packed(tensor: Tensor, entries: Mapping[str, Entry]) -> Tensor:
+    if tensor.kind != "weight":
+        return tensor
+    return tensor.model_copy(update={"packed_bytes": find_extent(entries, tensor.name).bytes})
+
+
+def _timed_tensor(tensor: Tensor, measured: Mapping[str, Any]) -> Tensor:
+    if tensor.name in measured["unpack"]:
+        return tensor.model_copy(update={"unpack_seconds": measured["unpack"][tensor.name]})
+    if tensor.name in measured["update"]:
+        return tensor.model_copy(update={"update_seconds": measured["update"][tensor.name]})
+    return tensor
+
+
+def _timed_program(program: Program, figures: list[list[float]]) -> Program:
+    operators = [
+        op.model_copy(update={"seconds": seconds, "workspace_bytes": int(workspace)})
+        for op, (seconds, workspace) in zip(program.operators, figures, strict=True)
+    ]
+    return program.model_copy(update={"operators": operators})
+
+
+def _python_path() -> dict[str, str]:
+    """So that the measuring process finds these packages, installed or not."""
+    root = str(Path(__file__).resolve().parent.parent)
+    rest = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != root]
+    return {"PYTHONPATH": os.pathsep.join([root, *rest])}

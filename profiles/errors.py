@@ -1,0 +1,36 @@
+"""The one exception tree.
+
+TightfitError            exit code 2: bad input, unless a subclass says otherwise
+├── InputError           2  a file, option or value that cannot be used
+├── InfeasibleError      3  no plan fits the budget; carries the smallest that does
+├── RunError             4  the run failed (disk full, interrupted, child died)
+└── CapError             5  the measured memory reached the cap
+"""
+
+from __future__ import annotations
+
+
+class TightfitError(Exception):
+    """What was wrong, with the value, and what to do. `exit_code` is the command line's."""
+
+    exit_code = 2
+
+
+class InputError(TightfitError):
+    exit_code = 2
+
+
+class InfeasibleError(TightfitError):
+    exit_code = 3
+
+    def __init__(self, message: str, minimum_budget_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.minimum_budget_bytes = minimum_budget_bytes
+
+
+class RunError(TightfitError):
+    exit_code = 4
+
+
+class CapError(TightfitError):
+    exit_code = 5

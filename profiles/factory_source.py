@@ -1,0 +1,70 @@
+"""Models from `package.module:factory`: any nn.Module, with the parameters and buffers it starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from profiles.errors import InputError
+from profiles.sources import Source, SourceTensor, load_factory
+from profiles.store import RAW, VERSION, Entry
+
+KINDS = {dtype: name for name, dtype in RAW.items()}
+
+
+def factory_source(source: str, *, seed: int = 0) -> Source:
+    """Call the factory, which returns (module, sample batch), with torch's generator at `seed`.
+
+    Floating parameters and buffers are stored as float32, other buffers as they are.
+    """
+    module = build_module(source, seed)[0]
+    held = dict(module.named_parameters()) | dict(module.named_buffers())
+    entries, digest = {}, hashlib.sha256(json.dumps([VERSION, "module", source]).encode())
+    for name, tensor in held.items():
+        kind = "float32" if tensor.is_floating_point() else KINDS.get(tensor.dtype)
+        if kind is None:
+            raise InputError(f"{source}: {name!r} has type {tensor.dtype}; parameters must be floating, buffers {', '.join(RAW)}")
+        entries[name] = Entry(name=name, shape=tuple(tensor.shape), format=kind)
+        data = _stored(tensor)
+        digest.update(f"{name} {kind} {list(tensor.shape)}".encode())
+        digest.update(bytes(data.view(-1).view(torch.uint8).untyped_storage()) if data.numel() else b"")
+
+    def tensors() -> Iterable[SourceTensor]:
+        for name, entry in entries.items():
+            matrix = _stored(held[name]).view(entry.rows, entry.columns)
+            yield SourceTensor(entry=entry, rows=lambda start, stop, matrix=matrix: matrix[start:stop])  # type: ignore[misc]
+
+    return Source(
+        name=source.replace(":", "."),
+        kind="module",
+        path=source,
+        config={"factory": source},
+        fingerprint=digest.hexdigest(),
+        has_weights=True,
+        entries=entries,
+        tensors=tensors,
+        note="parameters kept as float32",
+    )
+
+
+def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """(module, sample batch) of a factory; the same initial parameters for the same seed. Raises InputError."""
+    factory = load_factory(source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = factory()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], tuple | list)):
+        raise InputError(f"{source}: returned {type(made).__name__}; a factory returns (nn.Module, tuple of sample batch tensors)")
+    module, batch = made
+    if not any(True for _ in module.parameters()):
+        raise InputError(f"{source}: the module has no parameters; there is nothing to train")
+    return module, tuple(batch)
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.float().clone() if tensor.is_floating_point() else tensor.clone()

@@ -1,0 +1,36 @@
+"""Writing result files whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from profiles.errors import InputError, RunError
+
+
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Write `content` beside `path`, flush it to disk and rename it: a reader finds the old file or the new, never a part.
+
+    Raises InputError where the place cannot be written and RunError where the disk is full; nothing is left behind then.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"{path}: the disk is full ({len(data)} bytes were to be written); free space and try again"
+            ) from error
+        raise InputError(f"{path}: cannot be written ({error.strerror}); name another place with -o") from error
+    return path

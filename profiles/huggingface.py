@@ -1,0 +1,177 @@
+"""Models from Hugging Face directories (safetensors, one file or shards) and hub ids.
+
+Matrices are rounded to the store's 4-bit (or 8-bit) groups on the way in; vectors stay float32. Of a multimodal Gemma 3
+the text model is taken. Only the rows that are being packed are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from profiles.describe import EmbeddingFormat, describe
+from profiles.errors import InputError
+from profiles.sources import Source, SourceTensor, Vocabulary, read_config
+from profiles.store import VERSION, Entry
+
+FILES = ["*.json", "*.safetensors", "*.jinja"]
+PREFIXES = (  # text model inside a multimodal wrapper, as transformers has named it over time
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+
+
+def hub_source(name: str, *, embedding: EmbeddingFormat) -> Source:
+    """Download a model from the hub into its own cache. Raises InputError without huggingface_hub or the model."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(f"{name}: no such directory; for a Hugging Face hub id run pip install 'tightfit[hub]'") from error
+    try:
+        directory = snapshot_download(name, allow_patterns=FILES)
+    except Exception as error:  # network, authorisation, unknown name: the library's classes vary by version
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{name}: no such directory, and the Hugging Face hub answered: {reason}; check the name and the network") from error
+    return directory_source(Path(directory), embedding=embedding, name=name)
+
+
+def directory_source(path: Path, *, embedding: EmbeddingFormat, name: str | None = None) -> Source:
+    """A model directory with config.json and safetensors. Raises InputError naming the file or tensor at fault."""
+    config = read_config(path / "config.json")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise InputError(f"{path}: weights already quantised ({method}) cannot be read; use the unquantised model or a GGUF file")
+    files = _files(path)
+    held: dict[str, tuple[Path, str]] = {}
+    digest = hashlib.sha256(json.dumps([VERSION, "huggingface", config, embedding], sort_keys=True).encode())
+    for file in files:
+        for key in _keys(file, digest):
+            held[_text_name(key)] = (file, key)
+    if "lm_head.weight" not in held and "tie_word_embeddings" not in config:
+        config["tie_word_embeddings"] = True
+    entries = describe(config, embedding=embedding)
+    for entry in entries.values():
+        if entry.name not in held:
+            raise InputError(f"{path}: no tensor {entry.name!r} in its safetensors files; download the model again")
+
+    def tensors() -> Iterable[SourceTensor]:
+        opened: dict[Path, Any] = {}
+        for entry in entries.values():
+            file, key = held[entry.name]
+            if file not in opened:
+                opened[file] = safe_open(file, framework="pt")
+            yield SourceTensor(entry=entry, rows=_row_reader(file, opened[file], key, entry))
+
+    return Source(
+        name=name or path.name,
+        kind="huggingface",
+        path=str(path),
+        config=config,
+        fingerprint=digest.hexdigest(),
+        has_weights=True,
+        entries=entries,
+        tensors=tensors,
+        vocabulary=lambda: directory_vocabulary(path),
+        note=f"matrices rounded to 4 bit in groups of 32, embeddings to {embedding[1:]} bit",
+    )
+
+
+def directory_vocabulary(path: Path) -> Vocabulary | None:
+    """tokenizer.json with the special tokens and chat template beside it; None where there is no tokenizer.json."""
+    file = path / "tokenizer.json"
+    if not file.exists():
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+        settings = path / "tokenizer_config.json"
+        options = json.loads(settings.read_bytes()) if settings.exists() else {}
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(f"{path}: unreadable tokenizer ({error}); download tokenizer.json and tokenizer_config.json again") from error
+    template = options.get("chat_template")
+    if isinstance(template, list):
+        named = {item["name"]: item["template"] for item in template}
+        template = named.get("default")
+    if (path / "chat_template.jinja").exists():
+        template = (path / "chat_template.jinja").read_text()
+    special = {}
+    for key, value in options.items():
+        if key.endswith("_token"):
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                special[key] = text
+    first = tokenizer.encode("a").ids[:1]
+    bos = special.pop("bos_token", None)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return Vocabulary(
+        tokenizer=tokenizer,
+        chat_template=template,
+        bos_token=bos,
+        eos_token=special.pop("eos_token", None),
+        pad_token=special.pop("pad_token", None),
+        add_bos=bos is not None and first == [tokenizer.token_to_id(bos)],
+        special_tokens=special,
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{index}: damaged ({error!r}); download the file again") from error
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise InputError(f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); download the model again")
+        return [path / name for name in names]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    others = sorted(path.glob("*.safetensors"))
+    if len(others) == 1:
+        return others
+    found = "only pytorch .bin files" if any(path.glob("*.bin")) else "no model.safetensors"
+    raise InputError(f"{path}: {found}; save the model with save_pretrained(safe_serialization=True), or give config.json itself for random weights")
+
+
+def _keys(file: Path, digest: Any) -> list[str]:
+    """Names in a safetensors file; its header, size and time go into the fingerprint."""
+    try:
+        with file.open("rb") as raw:
+            (length,) = struct.unpack("<Q", raw.read(8))
+            stat = file.stat()
+            header = raw.read(min(length, stat.st_size))
+        digest.update(header + struct.pack("<qq", stat.st_size, stat.st_mtime_ns))
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (OSError, struct.error, SafetensorError) as error:
+        raise InputError(f"{file}: not a readable safetensors file ({error}); it is truncated or damaged, download it again") from error
+
+
+def _text_name(key: str) -> str:
+    for prefix, replacement in PREFIXES:
+        if key.startswith(prefix):
+            return replacement + key.removeprefix(prefix)
+    return key
+
+
+def _row_reader(file: Path, opened: Any, key: str, entry: Entry) -> Callable[[int, int], Tensor]:
+    data = opened.get_slice(key)
+    if tuple(data.get_shape()) != entry.shape:
+        raise InputError(f"{file}: tensor {key!r} has shape {data.get_shape()} where {list(entry.shape)} is due; config.json does not fit the weights")
+
+    def rows(start: int, stop: int) -> Tensor:
+        part: Tensor = data[:] if len(entry.shape) == 1 else data[start:stop]
+        return part.to(torch.float32)
+
+    return rows

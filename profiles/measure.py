@@ -1,0 +1,88 @@
+"""Measure operators, unpacking, updates, channels and the floor in a process like the one that will run the plan.
+
+The timing itself is done by ``python -m runtime.measure``, started with the runtime's own environment: what is timed is
+the call that the runtime makes, under its allocator settings and thread count. Results are cached per machine.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from profiles.errors import InputError, RunError
+from profiles.schema import Program, Tensor
+from profiles.store import Entry, find_extent
+
+Progress = Callable[[str, int, int], None]
+
+
+def measure(
+    programs: Iterable[Program],
+    tensors: Iterable[Tensor],
+    entries: dict[str, Entry],
+    *,
+    compute_dtype: str,
+    threads: int,
+    scratch: Path,
+    environment: dict[str, str],
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What one process measured: `operators` {program: [[seconds, workspace bytes], ...]}, `unpack` and `update`
+    {tensor: seconds}, `read` and `write` {bytes_per_second, latency_seconds, compute_seconds_per_byte}, `floor`.
+
+    Tensors of equal shape and format are measured once. Needs room for one layer's tensors, unpacked, and for 64 MiB in
+    `scratch`, on the disk that will hold the weights. Raises RunError with the process's last words where it fails.
+    """
+    programs, tensors = list(programs), list(tensors)
+    weights: dict[tuple[Any, ...], list[str]] = {}
+    for tensor in tensors:
+        if tensor.kind == "weight" and tensor.packed_bytes:
+            extent = find_extent(entries, tensor.name)
+            key = (extent.entry.format, extent.entry.group, extent.stop - extent.start, extent.entry.columns, tensor.dtype)
+            weights.setdefault(key, []).append(tensor.name)
+    updates: dict[int, list[str]] = {}
+    for tensor in tensors:
+        if tensor.kind == "trainable":
+            updates.setdefault(tensor.bytes // 4, []).append(tensor.name)
+    request = {
+        "programs": [p.model_dump() for p in programs],
+        "weights": [list(key) for key in weights],
+        "updates": list(updates),
+        "compute_dtype": compute_dtype,
+        "scratch": str(scratch),
+        "threads": threads,
+    }
+    found = _run(request, environment, progress)
+    found["unpack"] = {name: seconds for seconds, names in zip(found["unpack"], weights.values(), strict=True) for name in names}
+    found["update"] = {name: seconds for seconds, names in zip(found["update"], updates.values(), strict=True) for name in names}
+    return found
+
+
+def _run(request: dict[str, Any], environment: dict[str, str], progress: Progress | None) -> dict[str, Any]:
+    command = [sys.executable, "-X", "utf8", "-m", "runtime.measure"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        assert child.stdin and child.stdout and child.stderr
+        try:
+            child.stdin.write(json.dumps(request))
+            child.stdin.close()
+            result = None
+            for line in child.stdout:
+                message = json.loads(line)
+                if "result" in message:
+                    result = message["result"]
+                elif progress:
+                    progress(message["stage"], message["done"], message["total"])
+            words = child.stderr.read().strip().splitlines()
+        except BaseException:
+            child.kill()
+            raise
+    if result is None:
+        last = words[-1] if words else f"exit status {child.returncode}"
+        if child.returncode == InputError.exit_code:
+            raise InputError(last)
+        raise RunError(f"measuring stopped: {last}; a layer must fit into memory while it is measured, try a smaller batch or sequence")
+    return result  # type: ignore[no-any-return]

@@ -1,0 +1,149 @@
+"""The profile: everything that was measured about one training step, and nothing that was decided.
+
+A model is a list of `Layer`s in forward order. Equal layers share one `Program`: the forward and backward of the layer as
+a flat list of operators over *storages*. Views do not exist here: an operand names a storage and, where it is not the
+storage's own contiguous shape, the strided window it reads (`Operand`), so that the planner sees bytes and lifetimes only.
+
+Forward runs the layers in order; backward runs them in reverse. A layer's local values become global tensors through its
+`bindings`; a value without a binding is private to its layer and is called ``layer_name/value_name``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PROFILE_VERSION = 1
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+TensorKind = Literal[
+    "weight",  # frozen, lies packed in the weight store
+    "constant",  # frozen and small (norm weights, biases, cos/sin tables): always resident
+    "trainable",  # float32 parameter with a gradient and optimizer state
+    "batch",  # input of the step: tokens, labels, images
+    "activation",  # made by a forward operator
+    "gradient",  # made by a backward operator
+]
+
+
+class Tensor(Record):
+    """A tensor that more than one layer sees, or that outlives the step."""
+
+    name: str
+    kind: TensorKind
+    shape: list[int]
+    dtype: str = Field(description="torch dtype without the prefix: bfloat16, float32, int64, ...")
+    bytes: int = Field(ge=0, description="bytes when resident and unpacked")
+    packed_bytes: int = Field(0, ge=0, description="weights: bytes of the packed form on disk and in memory")
+    unpack_seconds: float = Field(0.0, ge=0, description="weights: seconds to unpack, compute cores busy")
+    update_seconds: float = Field(0.0, ge=0, description="trainables: seconds of one optimizer update")
+
+
+class Operand(Record):
+    """A tensor argument: a storage, read through a strided window (elements, not bytes)."""
+
+    value: str
+    size: list[int]
+    stride: list[int]
+    offset: int = 0
+
+
+class Value(Record):
+    """A storage inside a program."""
+
+    name: str
+    shape: list[int]
+    stride: list[int]
+    dtype: str
+    bytes: int = Field(ge=0)
+    kind: TensorKind
+
+
+class Operator(Record):
+    """One call. `args` and `kwargs` are JSON; what JSON lacks is an object of one key: ``{"operand": {...}}``,
+    ``{"dtype": "float32"}``, ``{"device": "cpu"}``, ``{"layout": "strided"}``, ``{"memory_format": "contiguous_format"}``,
+    ``{"float": "-inf"}``. A list may hold any of these.
+    """
+
+    target: str = Field(description="aten.mm.default, tightfit.rms_norm, ...")
+    phase: Literal["forward", "backward"]
+    args: list[Any]
+    kwargs: dict[str, Any] = {}
+    inputs: list[str] = Field(description="storages read, each once, in order of first use")
+    outputs: list[str | None] = Field(description="storages made, by position; None where the result is unused")
+    seconds: float = Field(0.0, ge=0)
+    workspace_bytes: int = Field(0, ge=0, description="transient heap bytes beyond inputs and outputs")
+    recomputable: bool = Field(True, description="False for random operators: their outputs are kept or offloaded")
+    gathers: list[str] = Field([], description="inputs of which only rows are read from disk, inside the operator")
+    flops: float = Field(0.0, ge=0)
+
+
+class Program(Record):
+    name: str
+    values: list[Value]
+    operators: list[Operator] = Field(description="forward operators first, then backward, each in execution order")
+
+
+class Layer(Record):
+    name: str
+    program: str
+    bindings: dict[str, str] = Field(description="program value name -> global tensor name")
+
+
+class Channel(Record):
+    """A path that bytes take between memory and disk, as measured with the reads that the runtime makes."""
+
+    bytes_per_second: float = Field(gt=0)
+    latency_seconds: float = Field(ge=0)
+    compute_seconds_per_byte: float = Field(0.0, ge=0, description="compute time lost per byte while both run (measured)")
+
+
+class Floor(Record):
+    """The runtime process before any model is loaded."""
+
+    import_peak_bytes: int = Field(description="VmHWM after the imports: no budget below it can hold")
+    resident_bytes: int = Field(description="resident set once kernels are warm and clean file pages are released")
+    instruction_bytes: int = Field(description="resident bytes per schedule instruction in the runtime")
+
+
+class Device(Record):
+    name: str
+    kind: Literal["cpu", "cuda"]
+    threads: int
+    measured: bool = Field(True, description="False: times are estimated from FLOPs and bytes")
+    floor: Floor
+    read: Channel
+    write: Channel
+    shared_disk: bool = Field(True, description="reads and writes share the bandwidth")
+    torch_version: str | None = Field(None, description="the torch that was measured; the runtime refuses another")
+
+
+class Model(Record):
+    name: str
+    source: str = Field(description="what the user named: a directory, GGUF file, config.json or module:factory")
+    kind: Literal["decoder", "module"]
+    config: dict[str, Any] = Field({}, description="what is needed to build the model again")
+    lora: dict[str, Any] | None = None
+    store: str | None = Field(None, description="path of the packed weight store; None: random weights, made at run time")
+    store_fingerprint: str | None = None
+
+
+class Profile(Record):
+    version: int = PROFILE_VERSION
+    fingerprint: str = Field(description="sha256 of model, shapes, programs, torch version and device")
+    model: Model
+    batch: int
+    seq: int | None = None
+    compute_dtype: str
+    optimizer: dict[str, Any] = Field({"name": "adamw", "state_tensors": 2}, description="state_tensors float32 copies per trainable")
+    device: Device
+    tensors: list[Tensor]
+    programs: list[Program]
+    layers: list[Layer]
+    loss: str = Field(description="global tensor name of the scalar loss")
+    token_losses: str | None = Field(None, description="decoders: float32 [tokens] negative log-likelihoods, 0 where unlabelled")

@@ -1,0 +1,154 @@
+"""Where a model comes from: a Hugging Face directory or hub id, a GGUF file, a bare config.json, or `module:factory`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from profiles.describe import EmbeddingFormat
+from profiles.errors import InputError
+from profiles.store import Entry
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+FORMS = "a Hugging Face directory or hub id, a GGUF file, a config.json, or package.module:factory"
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceTensor:
+    """A tensor that is read when asked."""
+
+    entry: Entry
+    rows: Callable[[int, int], Tensor]
+    """rows(start, stop): floats [stop - start, ...], or uint8 [stop - start, row bytes] that is packed already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Text to tokens and back."""
+
+    tokenizer: Tokenizer
+    chat_template: str | None = None
+    """Jinja source."""
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    add_bos: bool = False
+    """Whether the model expects `bos_token` before every text."""
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    """Further names that the chat template may use, such as unk_token."""
+
+    def token_id(self, token: str | None) -> int | None:
+        return None if token is None else self.tokenizer.token_to_id(token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model before it is packed. Nothing but headers has been read."""
+
+    name: str
+    kind: str
+    """huggingface, gguf, random or module."""
+    path: str
+    """What the user named, made absolute where it is a path."""
+    config: dict[str, Any]
+    """Hugging Face style, with model_type; for a module: {"factory": "package.module:factory"}."""
+    fingerprint: str
+    """sha256 that changes when the weights may have changed, or how they are packed."""
+    has_weights: bool
+    entries: dict[str, Entry]
+    """Every tensor with its packed format; offsets are 0."""
+    tensors: Callable[[], Iterable[SourceTensor]]
+    """The same tensors in the same order, with their data."""
+    vocabulary: Callable[[], Vocabulary | None] = lambda: None
+    """The tokenizer, where there is one."""
+    note: str = ""
+    """In words: what packing does to the weights' values."""
+
+
+def cache_directory() -> Path:
+    """$TIGHTFIT_CACHE, or ~/.cache/tightfit."""
+    return Path(os.environ.get("TIGHTFIT_CACHE") or Path.home() / ".cache" / "tightfit")
+
+
+def resolve(source: str, *, embedding: EmbeddingFormat = "q4", seed: int = 0) -> Source:
+    """Find out what `source` names and read its headers. Raises InputError where it names nothing usable.
+
+    `embedding` is the format of embeddings that are not quantised yet; `seed` draws random weights of a bare config.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        from profiles.huggingface import directory_source
+
+        return directory_source(path.resolve(), embedding=embedding)
+    if path.is_file():
+        if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
+            from profiles.gguf_source import gguf_source
+
+            return gguf_source(path.resolve())
+        if path.suffix == ".json":
+            from profiles.random_source import random_source
+
+            return random_source(read_config(path), path.resolve(), embedding=embedding, seed=seed)
+        raise InputError(f"{source}: neither a GGUF file nor a config.json; a model is {FORMS}")
+    if _FACTORY.fullmatch(source):
+        from profiles.factory_source import factory_source
+
+        return factory_source(source)
+    if _HUB.fullmatch(source) and path.suffix != ".gguf":
+        from profiles.huggingface import hub_source
+
+        return hub_source(source, embedding=embedding)
+    raise InputError(f"{source}: no such file or directory; a model is {FORMS}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config.json; a multimodal wrapper gives the text model's config."""
+    try:
+        read: Any = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; a model directory needs a config.json") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); download the file again") from error
+    if not isinstance(read, dict) or not ("model_type" in read or "text_config" in read):
+        raise InputError(f"{path}: not a model config (no 'model_type'); a model is {FORMS}")
+    config: dict[str, Any] = read
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        outer: dict[str, Any] = {key: config[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in config}
+        config = outer | text
+    if config.get("model_type") == "gemma3":
+        config["model_type"] = "gemma3_text"
+    return config
+
+
+def load_factory(source: str) -> Callable[..., Any]:
+    """Import ``package.module:factory``. Raises InputError naming what is missing."""
+    module_name, _, attribute = source.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{source}: {error}; run from the directory that holds the module, or set PYTHONPATH") from error
+    factory: Callable[..., Any] | None = getattr(module, attribute, None)
+    if factory is None or not callable(factory):
+        raise InputError(f"{source}: module {module_name!r} has no function {attribute!r}")
+    return factory
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; check its permissions") from error

@@ -1,0 +1,52 @@
+"""Sizes as people write them: ``600MB`` (10^6), ``600MiB`` (2^20), plain bytes; printed in MiB."""
+
+from __future__ import annotations
+
+import re
+from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
+
+from profiles.errors import InputError
+
+MIB = 1 << 20
+LARGEST = (1 << 63) - 1
+FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+}
+_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``600MB``, ``1.5 GiB`` or ``367001600``; fractions of a byte are dropped.
+
+    Raises InputError, naming the value and the accepted forms, where `text` is anything else, zero or above 2^63 - 1.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or (unit == 1 and "." in match[1]):
+        raise InputError(f"{text!r} is not a size; {FORMS}")
+    size = int(Decimal(match[1]) * unit)
+    if size <= 0:
+        raise InputError(f"{text!r} is no memory at all; {FORMS}")
+    if size > LARGEST:
+        raise InputError(f"{text!r} is more than any machine can address; {FORMS}")
+    return size
+
+
+def format_size(size: int, *, round_up: bool = False) -> str:
+    """`size` bytes in MiB with one decimal, ``350.0 MiB``.
+
+    With `round_up` the printed figure is never below `size`, so that a smallest budget can be typed back as it is printed.
+    """
+    rounding = ROUND_CEILING if round_up else ROUND_HALF_EVEN
+    return f"{(Decimal(size) / MIB).quantize(Decimal('0.1'), rounding=rounding)} MiB"

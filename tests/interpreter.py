@@ -1,0 +1,68 @@
+"""A plain interpreter of a traced step: every operator called functionally, nothing freed, nothing planned.
+
+It is what the trace means. Tests compare it with autograd, and the runtime with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from profiles.operators import OPERATORS
+from profiles.schema import Layer, Program, Value
+
+
+def run_step(layers: list[Layer], programs: Mapping[str, Program], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One forward and backward; returns every tensor that was made, under its global name."""
+    env = dict(tensors)
+    for phase, order in (("forward", layers), ("backward", list(reversed(layers)))):
+        for layer in order:
+            program = programs[layer.program]
+            values = {v.name: v for v in program.values}
+
+            def name(local: str, layer: Layer = layer) -> str:
+                return layer.bindings.get(local, f"{layer.name}/{local}")
+
+            for op in program.operators:
+                if op.phase == phase:
+                    _call(op, values, env, name)
+    return env
+
+
+def _call(op: Any, values: Mapping[str, Value], env: dict[str, Tensor], name: Any) -> None:
+    def decode(item: Any) -> Any:
+        if isinstance(item, list):
+            return [decode(i) for i in item]
+        if isinstance(item, dict):
+            ((key, content),) = item.items()
+            if key == "operand":
+                storage = env[name(content["value"])]
+                return torch.as_strided(storage, content["size"], content["stride"], content["offset"])
+            if key in ("dtype", "memory_format", "layout"):
+                return getattr(torch, content)
+            return float(content) if key == "float" else torch.device(content)
+        return item
+
+    args, kwargs = [decode(a) for a in op.args], {k: decode(v) for k, v in op.kwargs.items()}
+    made: Any
+    if op.target in OPERATORS:
+        made = tuple(_empty(values[n]) for n in op.outputs)
+        OPERATORS[op.target](*args, out=made)
+    else:
+        namespace, packet, overload = op.target.split(".")
+        made = getattr(getattr(getattr(torch.ops, namespace), packet), overload)(*args, **kwargs)
+        made = made if isinstance(made, (tuple, list)) else (made,)
+    for local, result in zip(op.outputs, made, strict=False):
+        if local is not None:
+            expected = values[local]
+            assert list(result.shape) == expected.shape and list(result.stride()) == expected.stride, (op.target, local)
+            assert str(result.dtype) == f"torch.{expected.dtype}"
+            assert result.untyped_storage().nbytes() >= expected.bytes
+            env[name(local)] = result
+
+
+def _empty(value: Value) -> Tensor:
+    return torch.empty_strided(value.shape, value.stride, dtype=getattr(torch, value.dtype))

@@ -1,0 +1,184 @@
+"""The traced step against transformers + peft under autograd, and what a trace must not do."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from examples.vision import residual_cnn, vision_transformer
+from profiles.decoder import Decoder, decoder_shape
+from profiles.errors import InputError
+from profiles.register import DECOMPOSITIONS
+from profiles.trace import Trace, trace
+from tests.interpreter import run_step
+from tests.reference import CONFIGS, peft_model, peft_name
+
+RANK, ALPHA = 4, 8.0
+
+
+def trace_decoder(config: dict[str, Any], dtype: torch.dtype, batch: int, seq: int) -> Trace:
+    with FakeTensorMode():
+        module = Decoder(decoder_shape(config), dtype=dtype, rank=RANK, alpha=ALPHA)
+        sample = {n: torch.zeros(batch, seq, dtype=torch.int64) for n in ("input_ids", "labels")}
+    return trace(module, sample, decompositions=DECOMPOSITIONS)
+
+
+def random_weights(config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    module = Decoder(decoder_shape(config), dtype=dtype, rank=RANK, alpha=ALPHA)
+    return {n: (torch.randn(p.shape) * (0.5 if p.dim() == 1 else 0.08)).to(dtype).to(p.dtype) for n, p in module.named_parameters()}
+
+
+def random_batch(config: dict[str, Any], batch: int, seq: int) -> dict[str, torch.Tensor]:
+    """Right-padded samples of different lengths, the first third of each unlabelled, as a prompt is."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, config["vocab_size"], (batch, seq), generator=generator)
+    labels = torch.full((batch, seq), -100)
+    for row in range(batch):
+        length = seq - 5 * row
+        labels[row, length // 3 : length - 1] = tokens[row, length // 3 + 1 : length]
+        tokens[row, length:] = 0
+    return {"input_ids": tokens, "labels": labels}
+
+
+def interpret(traced: Trace, weights: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    tensors = dict(weights) | batch
+    for tensor in traced.tensors:
+        if "[" in tensor.name:
+            base, rows = tensor.name.rstrip("]").split("[")
+            start, stop = map(int, rows.split(":"))
+            tensors[tensor.name] = weights[base][start:stop]
+    return run_step(traced.layers, {p.name: p for p in traced.programs}, tensors)
+
+
+def reference(
+    config: dict[str, Any], weights: dict[str, torch.Tensor], data: dict[str, torch.Tensor], dtype: torch.dtype
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and LoRA gradients by transformers + peft + autograd, computed in `dtype`."""
+    model = peft_model(config, weights, RANK, ALPHA, dtype)
+    logits = model(input_ids=data["input_ids"]).logits.float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data["labels"].flatten(), ignore_index=-100)
+    loss.backward()
+    theirs = dict(model.named_parameters())
+    return float(loss.detach()), {n: theirs[peft_name(n, theirs)].grad for n in weights if "lora_" in n}
+
+
+def relative_error(own: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((own - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_float32_loss_and_lora_gradients_match_autograd(family: str) -> None:
+    config, (batch, seq) = CONFIGS[family], (3, 29)
+    weights, data = random_weights(config, torch.float32), random_batch(config, batch, seq)
+    made = interpret(trace_decoder(config, torch.float32, batch, seq), weights, data)
+    loss, gradients = reference(config, weights, data, torch.float32)
+    assert float(made["head/out0"]) == pytest.approx(loss, rel=1e-5)
+    assert len(gradients) == 14 * config["num_hidden_layers"]
+    for name, exact in gradients.items():
+        assert relative_error(made[f"grad:{name}"], exact) < 1e-4, name
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(family: str) -> None:
+    """Exact: float32 autograd on the same bfloat16-rounded weights. The yardstick: autograd in bfloat16, over all tensors,
+    since gradients of q and k are small differences whose single errors are chance."""
+    config, (batch, seq) = CONFIGS[family], (3, 29)
+    weights, data = random_weights(config, torch.bfloat16), random_batch(config, batch, seq)
+    made = interpret(trace_decoder(config, torch.bfloat16, batch, seq), weights, data)
+    loss, exact = reference(config, {n: w.float() for n, w in weights.items()}, data, torch.float32)
+    _, theirs = reference(config, weights, data, torch.bfloat16)
+    assert float(made["head/out0"]) == pytest.approx(loss, rel=1e-2)
+    assert all(made[f"grad:{name}"].dtype == torch.float32 for name in exact)
+    own_errors = [relative_error(made[f"grad:{name}"], gradient) for name, gradient in exact.items()]
+    their_errors = [relative_error(theirs[name], gradient) for name, gradient in exact.items()]
+    assert statistics.median(own_errors) < 1.1 * statistics.median(their_errors)
+    assert max(own_errors) < 1.5 * max(their_errors)
+
+
+def test_equal_layers_share_a_program() -> None:
+    config = CONFIGS["llama"] | {"num_hidden_layers": 6}
+    traced = trace_decoder(config, torch.bfloat16, 1, 16)
+    programs = [layer.program for layer in traced.layers if layer.name.startswith("model.layers.")]
+    assert len(programs) == 6
+    assert len(set(programs[1:])) == 1  # the first needs no gradient for its input
+
+
+def test_the_head_weight_is_cut_into_slices() -> None:
+    config = CONFIGS["llama"] | {"vocab_size": 60_000}
+    traced = trace_decoder(config, torch.bfloat16, 1, 16)
+    slices = [t for t in traced.tensors if t.name.startswith("model.embed_tokens.weight[")]
+    assert sorted(t.shape[0] for t in slices) == [60_000 - 32_768, 32_768]
+    assert sum(t.bytes for t in slices) == 60_000 * 64 * 2
+
+
+class Branching(torch.nn.Module):
+    """A value with two consumers in different layers, and one parameter used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+        self.shared = torch.nn.Parameter(torch.randn(8))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        a = torch.relu(self.blocks[0](x)) * self.shared
+        b = torch.tanh(self.blocks[1](a))
+        c = self.blocks[2](b * self.shared)
+        return (a + b + c - y).square().mean()
+
+
+def test_gradients_of_branches_are_summed() -> None:
+    torch.manual_seed(0)
+    module = Branching()
+    x, y = torch.randn(5, 8), torch.randn(5, 8)
+    traced = trace(module, {"x": x, "y": y})
+    made = run_step(traced.layers, {p.name: p for p in traced.programs}, dict(module.named_parameters()) | {"x": x, "y": y})
+    loss = module(x, y)
+    loss.backward()
+    torch.testing.assert_close(made[traced.loss], loss.detach())
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(made[f"grad:{name}"], parameter.grad)
+    assert any(layer.name.startswith("sum(") for layer in traced.layers)
+
+
+class Counting(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x).square().mean()
+
+
+def test_a_module_with_running_statistics_is_refused() -> None:
+    with pytest.raises(InputError, match="changes the buffers norm.running_mean"):
+        trace(Counting(), {"x": torch.randn(6, 4)})
+
+
+class Dynamic(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum() if x.sum() > 0 else x.mean()
+
+
+def test_data_dependent_control_flow_is_refused() -> None:
+    with pytest.raises(InputError, match="Dynamic cannot be traced by torch.export"):
+        trace(Dynamic(), {"x": torch.randn(6)})
+
+
+@pytest.mark.parametrize("factory", [residual_cnn, vision_transformer])
+def test_any_module_trains_in_full(factory: Any) -> None:
+    torch.manual_seed(0)
+    module, sample = factory()
+    batch = {f"batch{index}": tensor for index, tensor in enumerate(sample)}
+    traced = trace(module, batch)
+    made = run_step(traced.layers, {p.name: p for p in traced.programs}, dict(module.named_parameters()) | dict(module.named_buffers()) | batch)
+    loss = module(*sample)
+    loss.backward()
+    torch.testing.assert_close(made[traced.loss], loss.detach())
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(made[f"grad:{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
+        assert made[f"grad:{name}"].stride() == parameter.stride()
