@@ -19,7 +19,9 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.GroupNorm(8, outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.norm2 = nn.GroupNorm(8, outputs)
-        self.skip = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if stride > 1 or inputs != outputs else nn.Identity()
+        self.skip = (
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False) if stride > 1 or inputs != outputs else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
@@ -32,7 +34,14 @@ class ResidualCnn(nn.Module):
     def __init__(self, width: int = 16, classes: int = 10) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, 1, 1)
-        widths = [(width, width, 1), (width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1), (2 * width, 4 * width, 2), (4 * width, 4 * width, 1)]
+        widths = [
+            (width, width, 1),
+            (width, width, 1),
+            (width, 2 * width, 2),
+            (2 * width, 2 * width, 1),
+            (2 * width, 4 * width, 2),
+            (4 * width, 4 * width, 1),
+        ]
         self.blocks = nn.ModuleList(ResidualBlock(*w) for w in widths)
         self.classify = nn.Linear(4 * width, classes)
 
@@ -62,7 +71,9 @@ class EncoderBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """Dosovitskiy et al. 2020, in small."""
 
-    def __init__(self, image: int = 32, patch: int = 4, width: int = 96, depth: int = 4, heads: int = 4, classes: int = 10) -> None:
+    def __init__(
+        self, image: int = 32, patch: int = 4, width: int = 96, depth: int = 4, heads: int = 4, classes: int = 10
+    ) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, patch, patch)
         self.positions = nn.Parameter(torch.randn(1, (image // patch) ** 2, width) * 0.02)

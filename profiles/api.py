@@ -59,7 +59,9 @@ def profile(
     for name, value in (("batch", batch), ("seq", seq), ("lora-rank", lora_rank)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
-    threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
+    threads = (
+        threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
+    )
     alpha = float(2 * lora_rank if lora_alpha is None else lora_alpha)
     found = resolve(source)
     dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
@@ -78,7 +80,11 @@ def profile(
         path = build_store(found, cache_directory() / "stores", lambda done, total, name: report("pack", done, total))
         with Store.open(path) as opened:
             store, store_fingerprint = str(path), opened.fingerprint
-    traced = _trace_module(found, dtype, report) if found.kind == "module" else _trace_decoder(found, batch, seq, lora_rank, alpha, dtype, report)
+    traced = (
+        _trace_module(found, dtype, report)
+        if found.kind == "module"
+        else _trace_decoder(found, batch, seq, lora_rank, alpha, dtype, report)
+    )
     if found.kind == "module":
         batch, seq_or_none, kind, lora = _first_dimension(traced), None, "module", None
     else:
@@ -100,7 +106,7 @@ def profile(
         model=Model(
             name=found.name,
             source=found.path,
-            kind=kind,  # type: ignore[arg-type]
+            kind=kind,
             config=found.config,
             lora=lora,
             store=store,
@@ -135,21 +141,29 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; make a profile with `tightfit profile MODEL -o {path}`") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not a profile (byte {error.start} is not text); make it again with `tightfit profile`") from error
+        raise InputError(
+            f"{path}: not a profile (byte {error.start} is not text); make it again with `tightfit profile`"
+        ) from error
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise InputError(f"{path}: not JSON, perhaps truncated ({error}); make it again with `tightfit profile`") from error
+        raise InputError(
+            f"{path}: not JSON, perhaps truncated ({error}); make it again with `tightfit profile`"
+        ) from error
     if not isinstance(data, dict) or "layers" not in data:
         raise InputError(f"{path}: not a profile (no 'layers'); make one with `tightfit profile`")
     if data.get("version") != PROFILE_VERSION:
-        raise InputError(f"{path}: profile version {data.get('version')!r}, this tightfit reads version {PROFILE_VERSION}; make it again")
+        raise InputError(
+            f"{path}: profile version {data.get('version')!r}, this tightfit reads version {PROFILE_VERSION}; make it again"
+        )
     try:
         found = Profile.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: field {place}: {first['msg']} (got {str(first['input'])[:60]!r}); make the profile again") from error
+        raise InputError(
+            f"{path}: field {place}: {first['msg']} (got {str(first['input'])[:60]!r}); make the profile again"
+        ) from error
     return found
 
 
@@ -181,11 +195,15 @@ def _fingerprint(source: Source, *settings: Any) -> str:
     """sha256 of everything that the profile depends on: model, shapes, torch, machine and the code that traces."""
     folder = Path(__file__).parent
     code = [hashlib.sha256((folder / f"{name}.py").read_bytes()).hexdigest() for name in CODE]
-    text = json.dumps([PROFILE_VERSION, source.fingerprint, source.config, settings, torch.__version__, cpu_name(), code], default=str)
+    text = json.dumps(
+        [PROFILE_VERSION, source.fingerprint, source.config, settings, torch.__version__, cpu_name(), code], default=str
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _trace_decoder(source: Source, batch: int, seq: int, rank: int, alpha: float, dtype: str, report: Progress) -> Trace:
+def _trace_decoder(
+    source: Source, batch: int, seq: int, rank: int, alpha: float, dtype: str, report: Progress
+) -> Trace:
     shape = decoder_shape(source.config)
     with FakeTensorMode():
         module = Decoder(shape, dtype=DTYPES[dtype], rank=rank, alpha=alpha)
@@ -197,7 +215,9 @@ def _trace_module(source: Source, dtype: str, report: Progress) -> Trace:
     from profiles.factory_source import build_module
 
     if dtype != "float32":
-        raise InputError(f"{source.name}: a module of your own is trained in float32; pass --dtype float32, not {dtype}")
+        raise InputError(
+            f"{source.name}: a module of your own is trained in float32; pass --dtype float32, not {dtype}"
+        )
     module, sample = build_module(source.path)
     names: Mapping[str, torch.Tensor] = {f"batch{index}": tensor for index, tensor in enumerate(sample)}
     return trace(module, names, progress=report)
@@ -210,7 +230,9 @@ def _first_dimension(traced: Trace) -> int:
 def _check_lengths(source: Source, seq: int) -> None:
     longest = source.config.get("max_position_embeddings")
     if isinstance(longest, int) and seq > longest:
-        raise InputError(f"seq {seq} is longer than the {longest} positions that {source.name} was trained for; use --seq {longest} or less")
+        raise InputError(
+            f"seq {seq} is longer than the {longest} positions that {source.name} was trained for; use --seq {longest} or less"
+        )
 
 
 def _packed(tensor: Tensor, entries: Mapping[str, Entry]) -> Tensor:

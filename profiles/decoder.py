@@ -73,7 +73,9 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or (256 if gemma else hidden // heads)
     if heads % kv_heads:
-        raise InputError(f"config field 'num_attention_heads' = {heads} is not a multiple of 'num_key_value_heads' = {kv_heads}")
+        raise InputError(
+            f"config field 'num_attention_heads' = {heads} is not a multiple of 'num_key_value_heads' = {kv_heads}"
+        )
     if head_dim % 2:
         raise InputError(f"config field 'head_dim' = {head_dim} must be even for rotary embeddings")
     name = config.get("hidden_activation") or config.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
@@ -114,7 +116,9 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
 def _rope(config: dict[str, Any], parameters: dict[str, Any], gemma: bool) -> tuple[dict[str, Any], float]:
     """(full-attention rope parameters, local theta), from the old flat fields or the new nested ones."""
     if "full_attention" in parameters:
-        return dict(parameters["full_attention"]), float(parameters.get("sliding_attention", {}).get("rope_theta", 10000.0))
+        return dict(parameters["full_attention"]), float(
+            parameters.get("sliding_attention", {}).get("rope_theta", 10000.0)
+        )
     full = dict(config.get("rope_scaling") or {}) | dict(parameters)
     full.setdefault("rope_theta", config.get("rope_theta") or (1_000_000.0 if gemma else 10000.0))
     return full, float(config.get("rope_local_base_freq") or 10000.0)
@@ -130,7 +134,9 @@ def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | No
     if types is None and family == "mistral" and window:
         types = ["sliding_attention"] * layers
     if types is None and family in ("qwen2", "qwen3") and config.get("use_sliding_window"):
-        types = ["sliding_attention" if i >= config.get("max_window_layers", 28) else "full_attention" for i in range(layers)]
+        types = [
+            "sliding_attention" if i >= config.get("max_window_layers", 28) else "full_attention" for i in range(layers)
+        ]
     if types is None:
         return (None,) * layers
     if len(types) != layers:
@@ -276,7 +282,10 @@ class Decoder(nn.Module):
     def _rope_keys(self) -> list[tuple[float, bool]]:
         """(theta, scaled) per layer; Gemma scales the full-attention layers only."""
         gemma = self.shape.family == "gemma3_text"
-        return [(theta, not (gemma and w is not None)) for theta, w in zip(self.shape.thetas, self.shape.windows, strict=True)]
+        return [
+            (theta, not (gemma and w is not None))
+            for theta, w in zip(self.shape.thetas, self.shape.windows, strict=True)
+        ]
 
 
 def head_slice_rows(shape: DecoderShape, element_bytes: int) -> int:
@@ -293,7 +302,11 @@ def rotary_table(shape: DecoderShape, seq: int, theta: float, scaled: bool) -> t
     if kind == "linear":
         frequencies = frequencies / scaling["factor"]
     elif kind == "llama3":
-        low, high, original = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_max_position_embeddings"]
+        low, high, original = (
+            scaling["low_freq_factor"],
+            scaling["high_freq_factor"],
+            scaling["original_max_position_embeddings"],
+        )
         wavelength = 2 * math.pi / frequencies
         smooth = (original / wavelength - low) / (high - low)
         blended = (1 - smooth) * frequencies / scaling["factor"] + smooth * frequencies

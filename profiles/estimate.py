@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from profiles.schema import Operator, Program, Tensor
 
 
-def estimate_program(program: Program, *, flops_per_second: Mapping[str, float], bytes_per_second: float, call_seconds: float) -> Program:
+def estimate_program(
+    program: Program, *, flops_per_second: Mapping[str, float], bytes_per_second: float, call_seconds: float
+) -> Program:
     """`program` with `seconds` filled. `flops_per_second` is by torch dtype name, `call_seconds` the fixed cost of a call."""
     values = {value.name: value for value in program.values}
 
@@ -21,7 +23,9 @@ def estimate_program(program: Program, *, flops_per_second: Mapping[str, float],
         rate = flops_per_second.get(made.dtype if made else "float32", flops_per_second["float32"])
         return max(op.flops / rate, touched / bytes_per_second) + call_seconds
 
-    return program.model_copy(update={"operators": [op.model_copy(update={"seconds": seconds(op)}) for op in program.operators]})
+    return program.model_copy(
+        update={"operators": [op.model_copy(update={"seconds": seconds(op)}) for op in program.operators]}
+    )
 
 
 def estimate_tensor(tensor: Tensor, *, bytes_per_second: float) -> Tensor:

@@ -27,7 +27,9 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
     for name, tensor in held.items():
         kind = "float32" if tensor.is_floating_point() else KINDS.get(tensor.dtype)
         if kind is None:
-            raise InputError(f"{source}: {name!r} has type {tensor.dtype}; parameters must be floating, buffers {', '.join(RAW)}")
+            raise InputError(
+                f"{source}: {name!r} has type {tensor.dtype}; parameters must be floating, buffers {', '.join(RAW)}"
+            )
         entries[name] = Entry(name=name, shape=tuple(tensor.shape), format=kind)
         data = _stored(tensor)
         digest.update(f"{name} {kind} {list(tensor.shape)}".encode())
@@ -57,8 +59,15 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = factory()
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], tuple | list)):
-        raise InputError(f"{source}: returned {type(made).__name__}; a factory returns (nn.Module, tuple of sample batch tensors)")
+    if not (
+        isinstance(made, tuple)
+        and len(made) == 2
+        and isinstance(made[0], nn.Module)
+        and isinstance(made[1], tuple | list)
+    ):
+        raise InputError(
+            f"{source}: returned {type(made).__name__}; a factory returns (nn.Module, tuple of sample batch tensors)"
+        )
     module, batch = made
     if not any(True for _ in module.parameters()):
         raise InputError(f"{source}: the module has no parameters; there is nothing to train")

@@ -40,11 +40,20 @@ class Window:
     offset: int
 
     def operand(self) -> dict[str, Any]:
-        return {"operand": Operand(value=self.storage, size=list(self.size), stride=list(self.stride), offset=self.offset).model_dump()}
+        return {
+            "operand": Operand(
+                value=self.storage, size=list(self.size), stride=list(self.stride), offset=self.offset
+            ).model_dump()
+        }
 
 
 def fold(
-    graph: fx.Graph, *, name: str, inputs: Sequence[tuple[str, TensorKind]], results: Sequence[tuple[str, Sequence[int]]], forward: int
+    graph: fx.Graph,
+    *,
+    name: str,
+    inputs: Sequence[tuple[str, TensorKind]],
+    results: Sequence[tuple[str, Sequence[int]]],
+    forward: int,
 ) -> Program:
     """`inputs` name the placeholders in order; `results` the outputs in order, with the strides that other layers expect.
 
@@ -55,7 +64,13 @@ def fold(
 
 
 class _Folder:
-    def __init__(self, graph: fx.Graph, inputs: Sequence[tuple[str, TensorKind]], results: Sequence[tuple[str, Sequence[int]]], forward: int) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        inputs: Sequence[tuple[str, TensorKind]],
+        results: Sequence[tuple[str, Sequence[int]]],
+        forward: int,
+    ) -> None:
         self.graph, self.inputs, self.results, self.forward = graph, inputs, results, forward
         self.values: dict[str, Value] = {}
         self.windows: dict[fx.Node, Window | list[Window | None]] = {}
@@ -72,7 +87,9 @@ class _Folder:
                 given, kind = next(placeholders)
                 self._bind(node, node.meta["val"], given, kind)
             elif node.op == "get_attr":
-                raise InputError(f"the model makes a tensor constant ({node.target}) while it runs; register it as a buffer")
+                raise InputError(
+                    f"the model makes a tensor constant ({node.target}) while it runs; register it as a buffer"
+                )
             elif node.target is operator.getitem:
                 items = self.windows[node.args[0]]
                 assert isinstance(items, list)
@@ -100,7 +117,9 @@ class _Folder:
             bytes=storage.nbytes(),
             kind=kind,
         )
-        window = Window(storage=name, size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=tensor.storage_offset())
+        window = Window(
+            storage=name, size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=int(tensor.storage_offset())
+        )
         self.windows[node] = window
         return window
 
@@ -109,16 +128,27 @@ class _Folder:
         value, target = node.meta["val"], node.target
         assert isinstance(target, torch._ops.OpOverload)
         if target._schema.is_mutable:
-            raise InputError(f"the traced graph holds {target}, which writes in place; use the out-of-place form in the model")
+            raise InputError(
+                f"the traced graph holds {target}, which writes in place; use the out-of-place form in the model"
+            )
         if isinstance(value, torch.Tensor):
-            known = self.by_storage.get(value.untyped_storage()._cdata)
-            if known is not None:
-                self._alias(node, value, known)
+            alias = self._alias(node, value)
+            if alias is not None:
+                self.windows[node] = alias
+                return None
+        else:
+            aliases = [self._alias(node, item) for item in value if isinstance(item, torch.Tensor)]
+            if aliases and all(aliases):  # unbind, split, chunk
+                self.windows[node] = list(aliases)
                 return None
         kind: TensorKind = "activation" if phase == "forward" else "gradient"
         tensors = [value] if isinstance(value, torch.Tensor) else list(value)
         fused = str(target).startswith("tightfit.")
-        wanted = set(range(len(tensors))) if fused or isinstance(value, torch.Tensor) else {u.args[1] for u in node.users if u.target is operator.getitem}
+        wanted = (
+            set(range(len(tensors)))
+            if fused or isinstance(value, torch.Tensor)
+            else {u.args[1] for u in node.users if u.target is operator.getitem}
+        )
         outputs: list[str | None] = []
         windows: list[Window | None] = []
         for index, tensor in enumerate(tensors):
@@ -147,10 +177,21 @@ class _Folder:
             flops=_flops(node),
         )
 
-    def _alias(self, node: fx.Node, tensor: torch.Tensor, storage: str) -> None:
+    def _alias(self, node: fx.Node, tensor: torch.Tensor) -> Window | None:
+        """The window that `tensor` is on a storage that exists, if it is one."""
+        storage = self.by_storage.get(tensor.untyped_storage()._cdata)
+        if storage is None:
+            return None
         if str(tensor.dtype) != f"torch.{self.values[storage].dtype}":
-            raise InputError(f"{node.target} views {self.values[storage].dtype} as {tensor.dtype}; convert instead of reinterpreting")
-        self.windows[node] = Window(storage=storage, size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=tensor.storage_offset())
+            raise InputError(
+                f"{node.target} views {self.values[storage].dtype} as {tensor.dtype}; convert instead of reinterpreting"
+            )
+        return Window(
+            storage=storage,
+            size=tuple(tensor.shape),
+            stride=tuple(tensor.stride()),
+            offset=int(tensor.storage_offset()),
+        )
 
     def _slice(self, node: fx.Node, inputs: dict[str, None]) -> dict[str, Any]:
         """A row slice of the head weight becomes a weight of its own, ``name[a:b]``."""
@@ -183,7 +224,9 @@ class _Folder:
             return {"device": str(argument)}
         if argument is None or isinstance(argument, (bool, int, float, str)):
             return argument
-        raise InputError(f"an argument of type {type(argument).__name__} ({argument!r}) cannot be written into a profile")
+        raise InputError(
+            f"an argument of type {type(argument).__name__} ({argument!r}) cannot be written into a profile"
+        )
 
     def _rename(self, outputs: list[Any], backward: list[Operator]) -> None:
         """Give results their agreed names; copy where a result is an input, a view, of another layout, or another result's storage."""
@@ -195,7 +238,11 @@ class _Folder:
             window = self.windows[node]
             assert isinstance(window, Window)
             value = self.values[window.storage]
-            whole = window.offset == 0 and list(window.size) == value.shape and list(window.stride) == value.stride == list(stride)
+            whole = (
+                window.offset == 0
+                and list(window.size) == value.shape
+                and list(window.stride) == value.stride == list(stride)
+            )
             if whole and window.storage not in given and window.storage not in taken:
                 taken[window.storage] = result
                 continue
@@ -218,7 +265,10 @@ class _Folder:
             )
             (self.operators if index < self.forward else backward).append(copy)
             taken[own] = result
-        rename = lambda text: taken.get(text, text)  # noqa: E731
+
+        def rename(name: str) -> str:
+            return taken.get(name, name)
+
         self.values = {rename(v.name): v.model_copy(update={"name": rename(v.name)}) for v in self.values.values()}
         for group in (self.operators, backward):
             group[:] = [
@@ -227,7 +277,7 @@ class _Folder:
                         "args": _renamed(op.args, taken),
                         "kwargs": _renamed(op.kwargs, taken),
                         "inputs": [rename(n) for n in op.inputs],
-                        "outputs": [n and rename(n) for n in op.outputs],
+                        "outputs": [None if n is None else rename(n) for n in op.outputs],
                         "gathers": [rename(n) for n in op.gathers],
                     }
                 )
@@ -261,7 +311,7 @@ def _flops(node: fx.Node) -> float:
     """Multiply-adds count two. Source: torch.utils.flop_counter; the loss head folds one slice with two products, attention has two, its backward five."""
     if str(node.target).startswith(HEAD_CHUNK):
         hidden, weight = node.args[1].meta["val"], node.args[2].meta["val"]  # type: ignore[union-attr]
-        return 4.0 * hidden.shape[0] * weight.numel()
+        return float(4 * hidden.shape[0] * weight.numel())
     products = ATTENTION.get(str(node.target).removesuffix(".default"))
     if products is not None:
         queries, seq = node.args[products // 5].meta["val"], node.args[6 if products == 5 else 3].meta["val"].shape[0]  # type: ignore[union-attr]

@@ -18,8 +18,14 @@ def fuse_products(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2:
             continue
-        products = [n for n in node.args if isinstance(n, fx.Node) and n.target is aten.mm.default and len(n.users) == 1]
-        products = [n for n in products if all(isinstance(other, fx.Node) and order[other] < order[n] for other in node.args if other is not n)]
+        products = [
+            n for n in node.args if isinstance(n, fx.Node) and n.target is aten.mm.default and len(n.users) == 1
+        ]
+        products = [
+            n
+            for n in products
+            if all(isinstance(other, fx.Node) and order[other] < order[n] for other in node.args if other is not n)
+        ]
         if not products:
             continue
         product = max(products, key=order.__getitem__)

@@ -15,7 +15,9 @@ from profiles.errors import InputError
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 
 
-def config_from_metadata(metadata: dict[str, Any], *, vocabulary: int, tied: bool, rope_factors: torch.Tensor | None) -> dict[str, Any]:
+def config_from_metadata(
+    metadata: dict[str, Any], *, vocabulary: int, tied: bool, rope_factors: torch.Tensor | None
+) -> dict[str, Any]:
     """The config of a decoder. `rope_factors` is the file's rope_freqs tensor, float32 [head_dim / 2], if it has one.
 
     Raises InputError for another architecture or a missing key.

@@ -63,9 +63,13 @@ def gguf_source(path: Path) -> Source:
         reader = gguf.GGUFReader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
     except Exception as error:  # the reader trips over a damaged file in many ways
-        raise InputError(f"{path}: not a readable GGUF file ({error}); it is truncated or damaged, download it again") from error
+        raise InputError(
+            f"{path}: not a readable GGUF file ({error}); it is truncated or damaged, download it again"
+        ) from error
     if metadata.get("split.count", 1) > 1:
-        raise InputError(f"{path}: one of {metadata['split.count']} parts; join them with llama.cpp's gguf-split --merge")
+        raise InputError(
+            f"{path}: one of {metadata['split.count']} parts; join them with llama.cpp's gguf-split --merge"
+        )
     found = {tensor.name: tensor for tensor in reader.tensors}
     try:
         if "token_embd.weight" not in found:
@@ -122,11 +126,15 @@ def _match(config: dict[str, Any], found: dict[str, Any]) -> list[tuple[Entry, A
             raise InputError(f"no tensor for {name!r}; the file is incomplete, convert the model again")
         held = tuple(int(n) for n in reversed(tensor.shape))
         if held != size:
-            raise InputError(f"tensor {tensor.name!r} has shape {list(held)} where {list(size)} is due; the file's metadata does not fit its weights")
+            raise InputError(
+                f"tensor {tensor.name!r} has shape {list(held)} where {list(size)} is due; the file's metadata does not fit its weights"
+            )
         kind = "float32" if len(size) == 1 else "q8" if tensor.tensor_type.name in EIGHT_BIT else "q4"
         parts.append((packed_entry(name, size, kind), tensor))
     if named:
-        raise InputError(f"tensor {next(iter(named.values())).name!r} belongs to no {config['model_type']} decoder; this variant is not supported")
+        raise InputError(
+            f"tensor {next(iter(named.values())).name!r} belongs to no {config['model_type']} decoder; this variant is not supported"
+        )
     return parts
 
 
@@ -148,7 +156,11 @@ def _hugging_face_name(config: dict[str, Any], name: str) -> str:
 
 def _row_reader(path: Path, config: dict[str, Any], entry: Entry, tensor: Any) -> Callable[[int, int], Tensor]:
     kind, order = tensor.tensor_type, None
-    if config["model_type"] == "llama" and ".self_attn." in entry.name and ("q_proj" in entry.name or "k_proj" in entry.name):
+    if (
+        config["model_type"] == "llama"
+        and ".self_attn." in entry.name
+        and ("q_proj" in entry.name or "k_proj" in entry.name)
+    ):
         size = entry.shape[0]
         order = unpermuted_rows(size, size // config["head_dim"]).numpy()
     shift = 1.0 if config["model_type"] == "gemma3_text" and entry.name.endswith("norm.weight") else 0.0
@@ -162,7 +174,9 @@ def _row_reader(path: Path, config: dict[str, Any], entry: Entry, tensor: Any) -
         try:
             return _repack(entry, block, kind)
         except NotImplementedError as error:
-            raise InputError(f"{path}: tensor {tensor.name!r} is {kind.name}, which the gguf package cannot unpack; use a Q4_1, Q4_K_M or Q8_0 file") from error
+            raise InputError(
+                f"{path}: tensor {tensor.name!r} is {kind.name}, which the gguf package cannot unpack; use a Q4_1, Q4_K_M or Q8_0 file"
+            ) from error
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
@@ -187,7 +201,9 @@ def _repack(entry: Entry, block: np.ndarray[Any, Any], kind: Any) -> Tensor:
     if kind.name == "Q4_K" and entry.format == "q4":
         raw = block.reshape(-1, 144)
         head = torch.from_numpy(raw[:, :4].copy()).view(torch.float16).float()
-        sub_scale, sub_minimum = (torch.from_numpy(part.astype(np.float32)) for part in Q4_K.get_scale_min(raw[:, 4:16].copy()))
+        sub_scale, sub_minimum = (
+            torch.from_numpy(part.astype(np.float32)) for part in Q4_K.get_scale_min(raw[:, 4:16].copy())
+        )
         pairs = torch.from_numpy(raw[:, 16:].copy()).view(-1, 4, 1, 32)
         codes = torch.cat([pairs & 15, pairs >> 4], dim=2).view(-1, 32)
         scale = (head[:, :1] * sub_scale).half().view(-1, 1)

@@ -16,7 +16,9 @@ from profiles.errors import InputError
 from profiles.sources import Vocabulary
 
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-_QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LLAMA3 = _QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 SPLITS = {"qwen2": _QWEN, "llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3}
 DIGITS = ("smollm", "refact", "starcoder", "command-r")
@@ -28,10 +30,16 @@ def gguf_vocabulary(path: Path, metadata: dict[str, Any]) -> Vocabulary:
     kind = metadata.get("tokenizer.ggml.model")
     tokens: list[str] | None = metadata.get("tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not tokens:
-        raise InputError(f"{path}: tokenizer of kind {kind!r} is not supported; supported: gpt2, llama; use the model's Hugging Face directory")
+        raise InputError(
+            f"{path}: tokenizer of kind {kind!r} is not supported; supported: gpt2, llama; use the model's Hugging Face directory"
+        )
     tokenizer = _byte_level(path, metadata, tokens) if kind == "gpt2" else _sentence_piece(metadata, tokens)
     types = metadata.get("tokenizer.ggml.token_type") or []
-    added = [AddedToken(token, special=what == CONTROL, normalized=False) for token, what in zip(tokens, types) if what in (CONTROL, USER_DEFINED)]
+    added = [
+        AddedToken(token, special=what == CONTROL, normalized=False)
+        for token, what in zip(tokens, types)
+        if what in (CONTROL, USER_DEFINED)
+    ]
     tokenizer.add_special_tokens([token for token in added if token.special])
     tokenizer.add_tokens([token for token in added if not token.special])
 
@@ -39,7 +47,12 @@ def gguf_vocabulary(path: Path, metadata: dict[str, Any]) -> Vocabulary:
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
         return tokens[index] if index is not None and 0 <= index < len(tokens) else None
 
-    begins = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or metadata.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3", "llama-v3")))
+    begins = bool(
+        metadata.get(
+            "tokenizer.ggml.add_bos_token",
+            kind == "llama" or metadata.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3", "llama-v3"),
+        )
+    )
     unknown = token("unknown")
     return Vocabulary(
         tokenizer=tokenizer,
@@ -55,11 +68,19 @@ def gguf_vocabulary(path: Path, metadata: dict[str, Any]) -> Vocabulary:
 def _byte_level(path: Path, metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     split = metadata.get("tokenizer.ggml.pre", "default")
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges, ignore_merges=split in ("llama-bpe", "llama3", "llama-v3")))
+    tokenizer = Tokenizer(
+        BPE(
+            {token: index for index, token in enumerate(tokens)},
+            merges,
+            ignore_merges=split in ("llama-bpe", "llama3", "llama-v3"),
+        )
+    )
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
     if split in SPLITS:
         pattern = pre_tokenizers.Split(Regex(SPLITS[split]), behavior="isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pattern, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pattern, pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)]
+        )
     elif split in DIGITS:
         digits = pre_tokenizers.Digits(individual_digits=True)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=prefix)])
@@ -67,7 +88,9 @@ def _byte_level(path: Path, metadata: dict[str, Any], tokens: list[str]) -> Toke
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     else:
         known = ", ".join((*SPLITS, *DIGITS, *PLAIN))
-        raise InputError(f"{path}: pre-tokenizer {split!r} is not supported; supported: {known}; use the model's Hugging Face directory")
+        raise InputError(
+            f"{path}: pre-tokenizer {split!r} is not supported; supported: {known}; use the model's Hugging Face directory"
+        )
     if split == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,7 +101,9 @@ def _sentence_piece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     scores = metadata.get("tokenizer.ggml.scores") or [0.0] * len(tokens)
     ids = {token: index for index, token in enumerate(tokens)}
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
-    tokenizer = Tokenizer(BPE(ids, implied_merges(ids, scores), unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(
+        BPE(ids, implied_merges(ids, scores), unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
+    )
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     steps: list[Any] = [normalizers.Prepend("▁")] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
@@ -92,6 +117,10 @@ def implied_merges(ids: dict[str, int], scores: list[float]) -> list[tuple[str, 
     merges = []
     for token, index in ids.items():
         pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        merges += [(-scores[index], ids[left], ids[right], left, right) for left, right in pairs if left in ids and right in ids]
+        merges += [
+            (-scores[index], ids[left], ids[right], left, right)
+            for left, right in pairs
+            if left in ids and right in ids
+        ]
     merges.sort()
     return [(left, right) for _, _, _, left, right in merges]

@@ -36,12 +36,16 @@ def hub_source(name: str, *, embedding: EmbeddingFormat) -> Source:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise InputError(f"{name}: no such directory; for a Hugging Face hub id run pip install 'tightfit[hub]'") from error
+        raise InputError(
+            f"{name}: no such directory; for a Hugging Face hub id run pip install 'tightfit[hub]'"
+        ) from error
     try:
         directory = snapshot_download(name, allow_patterns=FILES)
     except Exception as error:  # network, authorisation, unknown name: the library's classes vary by version
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name}: no such directory, and the Hugging Face hub answered: {reason}; check the name and the network") from error
+        raise InputError(
+            f"{name}: no such directory, and the Hugging Face hub answered: {reason}; check the name and the network"
+        ) from error
     return directory_source(Path(directory), embedding=embedding, name=name)
 
 
@@ -50,7 +54,9 @@ def directory_source(path: Path, *, embedding: EmbeddingFormat, name: str | None
     config = read_config(path / "config.json")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
-        raise InputError(f"{path}: weights already quantised ({method}) cannot be read; use the unquantised model or a GGUF file")
+        raise InputError(
+            f"{path}: weights already quantised ({method}) cannot be read; use the unquantised model or a GGUF file"
+        )
     files = _files(path)
     held: dict[str, tuple[Path, str]] = {}
     digest = hashlib.sha256(json.dumps([VERSION, "huggingface", config, embedding], sort_keys=True).encode())
@@ -96,7 +102,9 @@ def directory_vocabulary(path: Path) -> Vocabulary | None:
         settings = path / "tokenizer_config.json"
         options = json.loads(settings.read_bytes()) if settings.exists() else {}
     except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"{path}: unreadable tokenizer ({error}); download tokenizer.json and tokenizer_config.json again") from error
+        raise InputError(
+            f"{path}: unreadable tokenizer ({error}); download tokenizer.json and tokenizer_config.json again"
+        ) from error
     template = options.get("chat_template")
     if isinstance(template, list):
         named = {item["name"]: item["template"] for item in template}
@@ -133,7 +141,9 @@ def _files(path: Path) -> list[Path]:
             raise InputError(f"{index}: damaged ({error!r}); download the file again") from error
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
-            raise InputError(f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); download the model again")
+            raise InputError(
+                f"{path}: shard {missing[0]} is missing ({len(missing)} of {len(names)}); download the model again"
+            )
         return [path / name for name in names]
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
@@ -141,7 +151,9 @@ def _files(path: Path) -> list[Path]:
     if len(others) == 1:
         return others
     found = "only pytorch .bin files" if any(path.glob("*.bin")) else "no model.safetensors"
-    raise InputError(f"{path}: {found}; save the model with save_pretrained(safe_serialization=True), or give config.json itself for random weights")
+    raise InputError(
+        f"{path}: {found}; save the model with save_pretrained(safe_serialization=True), or give config.json itself for random weights"
+    )
 
 
 def _keys(file: Path, digest: Any) -> list[str]:
@@ -155,7 +167,9 @@ def _keys(file: Path, digest: Any) -> list[str]:
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())
     except (OSError, struct.error, SafetensorError) as error:
-        raise InputError(f"{file}: not a readable safetensors file ({error}); it is truncated or damaged, download it again") from error
+        raise InputError(
+            f"{file}: not a readable safetensors file ({error}); it is truncated or damaged, download it again"
+        ) from error
 
 
 def _text_name(key: str) -> str:
@@ -168,7 +182,9 @@ def _text_name(key: str) -> str:
 def _row_reader(file: Path, opened: Any, key: str, entry: Entry) -> Callable[[int, int], Tensor]:
     data = opened.get_slice(key)
     if tuple(data.get_shape()) != entry.shape:
-        raise InputError(f"{file}: tensor {key!r} has shape {data.get_shape()} where {list(entry.shape)} is due; config.json does not fit the weights")
+        raise InputError(
+            f"{file}: tensor {key!r} has shape {data.get_shape()} where {list(entry.shape)} is due; config.json does not fit the weights"
+        )
 
     def rows(start: int, stop: int) -> Tensor:
         part: Tensor = data[:] if len(entry.shape) == 1 else data[start:stop]

@@ -42,7 +42,13 @@ def measure(
     for tensor in tensors:
         if tensor.kind == "weight" and tensor.packed_bytes:
             extent = find_extent(entries, tensor.name)
-            key = (extent.entry.format, extent.entry.group, extent.stop - extent.start, extent.entry.columns, tensor.dtype)
+            key = (
+                extent.entry.format,
+                extent.entry.group,
+                extent.stop - extent.start,
+                extent.entry.columns,
+                tensor.dtype,
+            )
             weights.setdefault(key, []).append(tensor.name)
     updates: dict[int, list[str]] = {}
     for tensor in tensors:
@@ -57,15 +63,23 @@ def measure(
         "threads": threads,
     }
     found = _run(request, environment, progress)
-    found["unpack"] = {name: seconds for seconds, names in zip(found["unpack"], weights.values(), strict=True) for name in names}
-    found["update"] = {name: seconds for seconds, names in zip(found["update"], updates.values(), strict=True) for name in names}
+    found["unpack"] = {
+        name: seconds for seconds, names in zip(found["unpack"], weights.values(), strict=True) for name in names
+    }
+    found["update"] = {
+        name: seconds for seconds, names in zip(found["update"], updates.values(), strict=True) for name in names
+    }
     return found
 
 
 def _run(request: dict[str, Any], environment: dict[str, str], progress: Progress | None) -> dict[str, Any]:
     command = [sys.executable, "-X", "utf8", "-m", "runtime.measure"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        assert child.stdin and child.stdout and child.stderr
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
         try:
             child.stdin.write(json.dumps(request))
             child.stdin.close()
@@ -84,5 +98,7 @@ def _run(request: dict[str, Any], environment: dict[str, str], progress: Progres
         last = words[-1] if words else f"exit status {child.returncode}"
         if child.returncode == InputError.exit_code:
             raise InputError(last)
-        raise RunError(f"measuring stopped: {last}; a layer must fit into memory while it is measured, try a smaller batch or sequence")
+        raise RunError(
+            f"measuring stopped: {last}; a layer must fit into memory while it is measured, try a smaller batch or sequence"
+        )
     return result  # type: ignore[no-any-return]

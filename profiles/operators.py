@@ -49,7 +49,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, *, out: S
         y[rows].copy_(wide.mul_(scale))
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool, *, out: Sequence[Tensor]) -> None:
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool, *, out: Sequence[Tensor]
+) -> None:
     """dx = rstd * (g - n * mean(g * n)), with g = dy * weight and n = x * rstd. The weight is frozen."""
     (dx,) = out
     scale = weight.float() + 1.0 if unit_offset else weight.float()
@@ -61,7 +63,17 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, heads: int, kv_heads: int, scale: float, *, out: Sequence[Tensor]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    *,
+    out: Sequence[Tensor],
 ) -> None:
     """Rotary embedding (half-split pairs) and causal attention, in float32 whatever the inputs' type.
 
@@ -171,7 +183,9 @@ def head_begin(hidden: Tensor, *, out: Sequence[Tensor]) -> None:
     state[:, 0].fill_(-math.inf)
 
 
-def head_chunk(state: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, start: int, *, out: Sequence[Tensor]) -> None:
+def head_chunk(
+    state: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, start: int, *, out: Sequence[Tensor]
+) -> None:
     """Fold one vocabulary slice into the state: softmax over a streamed vocabulary, as attention streams its keys.
 
     hidden [T, H], weight [V, H] = rows start .. start + V of the head, labels int64 [T] or [batch, seq]. Source of the
@@ -188,7 +202,12 @@ def head_chunk(state: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, st
         inside = (index >= 0) & (index < weight.shape[0])
         index = index.clamp_(0, weight.shape[0] - 1)
         fresh[:, 2] = torch.where(inside, logits.gather(1, index[:, None])[:, 0], old[:, 2])
-        torch.where(inside[:, None], weight[index].float(), old[:, STATE_COLUMNS + width :], out=fresh[:, STATE_COLUMNS + width :])
+        torch.where(
+            inside[:, None],
+            weight[index].float(),
+            old[:, STATE_COLUMNS + width :],
+            out=fresh[:, STATE_COLUMNS + width :],
+        )
         maximum = torch.maximum(old[:, 0], logits.amax(1))
         shrink = torch.exp(old[:, 0] - maximum)
         logits.sub_(maximum[:, None]).exp_()

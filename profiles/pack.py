@@ -112,7 +112,9 @@ class StoreWriter:
         self._segments = sum(entry.segments for entry in entries)
         placed = self._place(entries, 0)
         for _ in range(2):  # offsets have more digits once the header's own length is known
-            placed = self._place(entries, align(PREAMBLE.size + len(self._header(placed)) + 4 * self._segments + 64 * len(entries)))
+            placed = self._place(
+                entries, align(PREAMBLE.size + len(self._header(placed)) + 4 * self._segments + 64 * len(entries))
+            )
         self.entries: dict[str, Entry] = {entry.name: entry for entry in placed}
         self._pending = iter(placed)
         self._checksums = array.array("I")
@@ -123,7 +125,9 @@ class StoreWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             disk = os.statvfs(self.path.parent)
             if disk.f_bavail * disk.f_frsize < end:
-                raise RunError(f"{self.path.parent}: the weight store needs {end} bytes, {disk.f_bavail * disk.f_frsize} are free; free some space or set TIGHTFIT_CACHE")
+                raise RunError(
+                    f"{self.path.parent}: the weight store needs {end} bytes, {disk.f_bavail * disk.f_frsize} are free; free some space or set TIGHTFIT_CACHE"
+                )
             self._file = self._temporary.open("wb")
         except OSError as error:
             raise RunError(f"{self.path}: {error.strerror}; set TIGHTFIT_CACHE to a writable directory") from error
@@ -182,7 +186,9 @@ class StoreWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self.finish()
@@ -191,17 +197,30 @@ class StoreWriter:
                 self.abandon()
 
     def _failure(self, error: OSError) -> RunError:
-        return RunError(f"{self.path}: {error.strerror} while writing the weight store of {self._end} bytes; free some space or set TIGHTFIT_CACHE")
+        return RunError(
+            f"{self.path}: {error.strerror} while writing the weight store of {self._end} bytes; free some space or set TIGHTFIT_CACHE"
+        )
 
     def _place(self, entries: list[Entry], start: int) -> list[Entry]:
         placed, offset, segment = [], start, 0
         for entry in entries:
-            placed.append(Entry(name=entry.name, shape=entry.shape, format=entry.format, group=entry.group, offset=offset, segment=segment))
+            placed.append(
+                Entry(
+                    name=entry.name,
+                    shape=entry.shape,
+                    format=entry.format,
+                    group=entry.group,
+                    offset=offset,
+                    segment=segment,
+                )
+            )
             offset, segment = offset + align(entry.bytes), segment + entry.segments
         return placed
 
     def _header(self, entries: list[Entry]) -> bytes:
-        tensors = {entry.name: [entry.shape, entry.format, entry.group, entry.offset, entry.segment] for entry in entries}
+        tensors = {
+            entry.name: [entry.shape, entry.format, entry.group, entry.offset, entry.segment] for entry in entries
+        }
         return json.dumps(self._head | {"tensors": tensors}, separators=(",", ":")).encode()
 
 

@@ -80,7 +80,9 @@ head_begin = _define(
     lambda h: (h.new_empty((h.shape[0], STATE_COLUMNS + 2 * h.shape[1]), dtype=torch.float32),),
 )
 head_chunk = _define(
-    "head_chunk", "(Tensor state, Tensor hidden, Tensor weight, Tensor labels, int start) -> Tensor", lambda s, h, w, y, a: (_same(s),)
+    "head_chunk",
+    "(Tensor state, Tensor hidden, Tensor weight, Tensor labels, int start) -> Tensor",
+    lambda s, h, w, y, a: (_same(s),),
 )
 head_finish = _define(
     "head_finish",

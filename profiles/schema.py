@@ -100,7 +100,9 @@ class Channel(Record):
 
     bytes_per_second: float = Field(gt=0)
     latency_seconds: float = Field(ge=0)
-    compute_seconds_per_byte: float = Field(0.0, ge=0, description="compute time lost per byte while both run (measured)")
+    compute_seconds_per_byte: float = Field(
+        0.0, ge=0, description="compute time lost per byte while both run (measured)"
+    )
 
 
 class Floor(Record):
@@ -129,7 +131,9 @@ class Model(Record):
     kind: Literal["decoder", "module"]
     config: dict[str, Any] = Field({}, description="what is needed to build the model again")
     lora: dict[str, Any] | None = None
-    store: str | None = Field(None, description="path of the packed weight store; None: random weights, made at run time")
+    store: str | None = Field(
+        None, description="path of the packed weight store; None: random weights, made at run time"
+    )
     store_fingerprint: str | None = None
 
 
@@ -140,10 +144,14 @@ class Profile(Record):
     batch: int
     seq: int | None = None
     compute_dtype: str
-    optimizer: dict[str, Any] = Field({"name": "adamw", "state_tensors": 2}, description="state_tensors float32 copies per trainable")
+    optimizer: dict[str, Any] = Field(
+        {"name": "adamw", "state_tensors": 2}, description="state_tensors float32 copies per trainable"
+    )
     device: Device
     tensors: list[Tensor]
     programs: list[Program]
     layers: list[Layer]
     loss: str = Field(description="global tensor name of the scalar loss")
-    token_losses: str | None = Field(None, description="decoders: float32 [tokens] negative log-likelihoods, 0 where unlabelled")
+    token_losses: str | None = Field(
+        None, description="decoders: float32 [tokens] negative log-likelihoods, 0 where unlabelled"
+    )

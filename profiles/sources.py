@@ -126,7 +126,9 @@ def read_config(path: Path) -> dict[str, Any]:
     config: dict[str, Any] = read
     text = config.get("text_config")
     if isinstance(text, dict):
-        outer: dict[str, Any] = {key: config[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in config}
+        outer: dict[str, Any] = {
+            key: config[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in config
+        }
         config = outer | text
     if config.get("model_type") == "gemma3":
         config["model_type"] = "gemma3_text"
@@ -139,7 +141,9 @@ def load_factory(source: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise InputError(f"{source}: {error}; run from the directory that holds the module, or set PYTHONPATH") from error
+        raise InputError(
+            f"{source}: {error}; run from the directory that holds the module, or set PYTHONPATH"
+        ) from error
     factory: Callable[..., Any] | None = getattr(module, attribute, None)
     if factory is None or not callable(factory):
         raise InputError(f"{source}: module {module_name!r} has no function {attribute!r}")

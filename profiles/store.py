@@ -111,7 +111,13 @@ class Entry:
         segment_rows = 1
         while segment_rows * 2 * row_bytes <= SEGMENT_BYTES and segment_rows < 128:
             segment_rows *= 2
-        derived = {"rows": rows, "columns": columns, "row_bytes": row_bytes, "bytes": rows * row_bytes, "segment_rows": segment_rows}
+        derived = {
+            "rows": rows,
+            "columns": columns,
+            "row_bytes": row_bytes,
+            "bytes": rows * row_bytes,
+            "segment_rows": segment_rows,
+        }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
@@ -155,7 +161,9 @@ def find_extent(entries: Mapping[str, Entry], name: str) -> Extent:
             raise InputError(f"no tensor {name!r} among {len(entries)} tensors; the plan was made for another model")
         start, stop = int(match[2]), int(match[3])
         if not 0 <= start < stop <= entry.rows or len(entry.shape) < 2:
-            raise InputError(f"{name!r} is outside its tensor of shape {list(entry.shape)}; the plan was made for another model")
+            raise InputError(
+                f"{name!r} is outside its tensor of shape {list(entry.shape)}; the plan was made for another model"
+            )
     first = entry.offset + start * entry.row_bytes
     offset = first // ALIGNMENT * ALIGNMENT
     end = align(entry.offset + stop * entry.row_bytes)
@@ -202,21 +210,31 @@ class Store:
                     raise InputError(f"{path}: not a weight store; profile the model again to rebuild it")
                 _, version, length, segments, checksum = PREAMBLE.unpack(preamble)
                 if version != VERSION:
-                    raise InputError(f"{path}: weight store of version {version}, this tightfit reads version {VERSION}; profile the model again to rebuild it")
+                    raise InputError(
+                        f"{path}: weight store of version {version}, this tightfit reads version {VERSION}; profile the model again to rebuild it"
+                    )
                 body = file.read(length + 4 * segments)
                 if len(body) < length + 4 * segments or zlib.crc32(body) != checksum:
-                    raise InputError(f"{path}: the header is truncated or damaged (checksum differs); delete the file and profile the model again")
+                    raise InputError(
+                        f"{path}: the header is truncated or damaged (checksum differs); delete the file and profile the model again"
+                    )
                 size = os.fstat(file.fileno()).st_size
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; profile the model again to rebuild the weight store") from error
+            raise InputError(
+                f"{path}: {error.strerror}; profile the model again to rebuild the weight store"
+            ) from error
         header = json.loads(body[:length])
         checksums = array.array("I", body[length:])
-        fingerprint = hashlib.sha256(json.dumps([header["tensors"], header["config"]], sort_keys=True).encode() + body[length:]).hexdigest()
+        fingerprint = hashlib.sha256(
+            json.dumps([header["tensors"], header["config"]], sort_keys=True).encode() + body[length:]
+        ).hexdigest()
         store = cls(path, header, checksums, fingerprint)
         for entry in store.entries.values():
             if entry.offset + align(entry.bytes) > size:
                 store.close()
-                raise InputError(f"{path}: truncated, tensor {entry.name!r} ends at byte {entry.offset + entry.bytes} of {size}; delete the file and profile the model again")
+                raise InputError(
+                    f"{path}: truncated, tensor {entry.name!r} ends at byte {entry.offset + entry.bytes} of {size}; delete the file and profile the model again"
+                )
         return store
 
     def __repr__(self) -> str:
@@ -225,7 +243,9 @@ class Store:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -252,7 +272,9 @@ class Store:
         """
         extent = self.extent(name)
         if staging.dtype != torch.uint8 or staging.numel() < extent.bytes or not staging.is_contiguous():
-            raise ValueError(f"staging for {name!r} must be contiguous uint8 of {extent.bytes} bytes, got {staging.dtype} {list(staging.shape)}")
+            raise ValueError(
+                f"staging for {name!r} must be contiguous uint8 of {extent.bytes} bytes, got {staging.dtype} {list(staging.shape)}"
+            )
         view = self._read(extent.entry, staging.data_ptr(), extent.offset, extent.bytes)
         self._check(extent, view)
 
@@ -261,7 +283,9 @@ class Store:
         extent = self.extent(name)
         packed = staging.view(-1).narrow(0, extent.skip, extent.row_bytes)
         if out.numel() != (extent.stop - extent.start) * extent.entry.columns or not out.is_contiguous():
-            raise ValueError(f"output for {name!r} must be contiguous of shape {list(extent.shape)}, got {list(out.shape)}")
+            raise ValueError(
+                f"output for {name!r} must be contiguous of shape {list(extent.shape)}, got {list(out.shape)}"
+            )
         unpack(extent.entry, packed, out)
 
     def gather_rows(self, name: str, rows: Tensor, out: Tensor) -> None:
@@ -272,7 +296,9 @@ class Store:
         entry = self.extent(name).entry
         wanted = sorted((row, place) for place, row in enumerate(rows.view(-1).tolist()))
         if wanted and not 0 <= wanted[0][0] <= wanted[-1][0] < entry.rows:
-            raise InputError(f"{self.path}: rows {wanted[0][0]} to {wanted[-1][0]} asked of {name!r}, which has {entry.rows}; the data was tokenised for another model")
+            raise InputError(
+                f"{self.path}: rows {wanted[0][0]} to {wanted[-1][0]} asked of {name!r}, which has {entry.rows}; the data was tokenised for another model"
+            )
         at_once = max(1, min(CHUNK_ELEMENTS // entry.columns, SCRATCH_BYTES // entry.row_bytes, 256))
         packed = torch.empty(min(at_once, max(1, len(wanted))) * entry.row_bytes, dtype=torch.uint8)
         for row in {row for row, _ in wanted}:
@@ -287,7 +313,14 @@ class Store:
                         ctypes.memmove(target, target - entry.row_bytes, entry.row_bytes)
                     else:
                         self._check_row(entry, row)
-                        _read_all(self._buffered, target, entry.row_bytes, entry.offset + row * entry.row_bytes, self.path, entry.name)
+                        _read_all(
+                            self._buffered,
+                            target,
+                            entry.row_bytes,
+                            entry.offset + row * entry.row_bytes,
+                            self.path,
+                            entry.name,
+                        )
                     previous = row
                 unpacked = torch.empty(len(part), entry.columns, dtype=out.dtype)
                 unpack(entry, packed.narrow(0, 0, len(part) * entry.row_bytes), unpacked)
@@ -351,7 +384,9 @@ class Store:
 
     def _compare(self, entry: Entry, segment: int, checksum: int) -> None:
         if checksum != self._checksums[entry.segment + segment]:
-            raise InputError(f"{self.path}: tensor {entry.name!r} is damaged (checksum differs); delete the file and profile the model again")
+            raise InputError(
+                f"{self.path}: tensor {entry.name!r} is damaged (checksum differs); delete the file and profile the model again"
+            )
         self._checked[entry.segment + segment] = 1
 
 
@@ -394,6 +429,8 @@ def _read_all(descriptor: int, address: int, size: int, offset: int, path: Path,
     while done < size:
         read = os.preadv(descriptor, [view[done:]], offset + done)
         if read == 0:
-            raise InputError(f"{path}: truncated while reading tensor {name!r} at byte {offset + done}; delete the file and profile the model again")
+            raise InputError(
+                f"{path}: truncated while reading tensor {name!r} at byte {offset + done}; delete the file and profile the model again"
+            )
         done += read
     return view

@@ -30,7 +30,14 @@ from profiles.schema import Layer, Operand, Operator, Program, Tensor, TensorKin
 aten = torch.ops.aten
 
 # Cheap reshapes belong to whoever uses them: each segment repeats them, so that only real storages cross layers.
-RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int, operator.getitem}
+RESHAPES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    operator.getitem,
+}
 IGNORED = {aten._assert_tensor_metadata.default, aten.sym_size.int, aten._assert_scalar.default}
 
 
@@ -98,7 +105,9 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
     signature = program.graph_signature
     if signature.buffers_to_mutate:
         names = ", ".join(signature.buffers_to_mutate.values())
-        raise InputError(f"{type(module).__name__} changes the buffers {names} while training; use layers without running statistics (GroupNorm, LayerNorm)")
+        raise InputError(
+            f"{type(module).__name__} changes the buffers {names} while training; use layers without running statistics (GroupNorm, LayerNorm)"
+        )
     parameters = dict(module.named_parameters(remove_duplicate=False))
     roles: dict[fx.Node, Role] = {}
     names_of_batch = iter(batch)
@@ -106,7 +115,13 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
     for node in program.graph.find_nodes(op="placeholder"):
         if node.name in signature.inputs_to_parameters:
             name = signature.inputs_to_parameters[node.name]
-            kind: TensorKind = "trainable" if parameters[name].requires_grad else "weight" if parameters[name].dim() > 1 else "constant"
+            kind: TensorKind = (
+                "trainable"
+                if parameters[name].requires_grad
+                else "weight"
+                if parameters[name].dim() > 1
+                else "constant"
+            )
         elif node.name in constants:
             name, kind = constants[node.name], "constant"
         else:
@@ -115,7 +130,14 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
     return program.graph, roles
 
 
-TightTypes = (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, torch._dynamo.exc.TorchDynamoException)
+TightTypes = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    AttributeError,
+    torch._dynamo.exc.TorchDynamoException,
+)
 
 
 def _layer_key(node: fx.Node) -> str | None:
@@ -170,9 +192,12 @@ def _connect(graph: fx.Graph, segments: list[Segment]) -> None:
 
     results = list(graph.output_node().all_input_nodes)
     for segment in segments:
-        copy, mapped = fx.Graph(), {}
+        copy = fx.Graph()
+        mapped: dict[fx.Node, fx.Node] = {}
 
-        def bring(node: fx.Node, segment: Segment = segment, copy: fx.Graph = copy, mapped: dict[fx.Node, fx.Node] = mapped) -> fx.Node:
+        def bring(
+            node: fx.Node, segment: Segment = segment, copy: fx.Graph = copy, mapped: dict[fx.Node, fx.Node] = mapped
+        ) -> fx.Node:
             if node in mapped:
                 return mapped[node]
             outside = node.op == "placeholder" or (owner_of(node) not in (None, segment))
@@ -183,7 +208,7 @@ def _connect(graph: fx.Graph, segments: list[Segment]) -> None:
             else:
                 for source in node.all_input_nodes:
                     bring(source)
-                mapped[node] = copy.node_copy(node, lambda source: mapped[source])
+                mapped[node] = copy.node_copy(node, mapped.__getitem__)
             return mapped[node]
 
         for node in segment.nodes:
@@ -191,14 +216,16 @@ def _connect(graph: fx.Graph, segments: list[Segment]) -> None:
         segment.module = fx.GraphModule({}, copy)
         segment.module.meta["mapped"] = mapped
     for segment in segments:
-        wanted = {node for other in segments if other is not segment for node in other.inputs if owner_of(node) is segment}
+        wanted = {
+            node for other in segments if other is not segment for node in other.inputs if owner_of(node) is segment
+        }
         wanted |= {node for node in results if owner_of(node) is segment}
         assert segment.module is not None
         mapped = segment.module.meta["mapped"]
         for node in graph.nodes:
             if node in wanted:
                 if node not in mapped:  # an item of a multi-output operator that only others use
-                    mapped[node] = segment.module.graph.node_copy(node, lambda source, mapped=mapped: mapped[source])
+                    mapped[node] = segment.module.graph.node_copy(node, mapped.__getitem__)
                 segment.outputs.append(node)
         segment.module.graph.output(tuple(mapped[node] for node in segment.outputs))
         segment.module.recompile()
@@ -235,7 +262,8 @@ class _Tracer:
         """Trace the segment's program, unless an equal one is known, and bind the segment to it."""
         loss = graph.output_node().all_input_nodes[0]
         incoming = tuple(
-            flag and (node is loss or bool(self.partials.get(node))) for node, flag in zip(segment.outputs, segment.differentiable, strict=True)
+            flag and (node is loss or bool(self.partials.get(node)))
+            for node, flag in zip(segment.outputs, segment.differentiable, strict=True)
         )
         seeds = tuple(node is loss for node in segment.outputs)
         key = self._signature(segment, (incoming, seeds))
@@ -312,7 +340,9 @@ class _Tracer:
             lines.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {args}")
         for node in segment.inputs:
             value, role = node.meta["val"], self.roles.get(node)
-            lines.append(f"{tuple(value.shape)} {value.stride()} {value.dtype} {self.requires[node]} {role.kind if role else 'activation'}")
+            lines.append(
+                f"{tuple(value.shape)} {value.stride()} {value.dtype} {self.requires[node]} {role.kind if role else 'activation'}"
+            )
         lines.append(repr((extra, len(segment.outputs))))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -331,9 +361,17 @@ class _Tracer:
         loss = next(t for t in tensors if t.name == results[0])
         if loss.shape not in ([], [1]):
             raise InputError(f"the module's first result must be the scalar loss; it has shape {loss.shape}")
-        return Trace(tensors=tensors, programs=programs, layers=layers, loss=results[0], token_losses=results[1] if len(results) > 1 else None)
+        return Trace(
+            tensors=tensors,
+            programs=programs,
+            layers=layers,
+            loss=results[0],
+            token_losses=results[1] if len(results) > 1 else None,
+        )
 
-    def _accumulate(self, layers: list[Layer], segments: list[Segment], by_name: dict[str, Program]) -> tuple[list[Layer], list[Program]]:
+    def _accumulate(
+        self, layers: list[Layer], segments: list[Segment], by_name: dict[str, Program]
+    ) -> tuple[list[Layer], list[Program]]:
         """Where several layers contribute to one gradient: partial gradients, and a layer that adds them up.
 
         It stands before the first consumer in forward order, hence runs right after that consumer's backward.
@@ -346,17 +384,23 @@ class _Tracer:
                 continue
             total = partials[0][1]
             bindings = {"total": total}
+            like: Value | None = None
             for index, (segment, _) in enumerate(partials):
                 layer = layers[place[segment.name]]
                 (local,) = [k for k, v in layer.bindings.items() if v == total and k.startswith("grad_in")]
                 like = next(v for v in by_name[layer.program].values if v.name == local)
                 bindings[f"part{index}"] = f"{total}@{segment.name}"
-                layers[place[segment.name]] = layer.model_copy(update={"bindings": {**layer.bindings, local: f"{total}@{segment.name}"}})
+                layers[place[segment.name]] = layer.model_copy(
+                    update={"bindings": {**layer.bindings, local: f"{total}@{segment.name}"}}
+                )
+            assert like is not None
             shape = (len(partials), tuple(like.shape), tuple(like.stride), like.dtype)
             if shape not in sums:
                 sums[shape] = _sum_program(f"sum{len(sums)}", len(partials), like)
             first = min(place[segment.name] for segment, _ in partials)
-            before.setdefault(first, []).append(Layer(name=f"sum({total})", program=sums[shape].name, bindings=bindings))
+            before.setdefault(first, []).append(
+                Layer(name=f"sum({total})", program=sums[shape].name, bindings=bindings)
+            )
         ordered = [layer for index, own in enumerate(layers) for layer in [*before.get(index, []), own]]
         return ordered, list(sums.values())
 
@@ -373,7 +417,9 @@ def _sum_program(name: str, count: int, like: Value) -> Program:
     def value(own: str) -> Value:
         return like.model_copy(update={"name": own, "kind": "gradient"})
 
-    values = [value(f"part{i}") for i in range(count)] + [value(f"partial{i}") for i in range(2, count)] + [value("total")]
+    values = (
+        [value(f"part{i}") for i in range(count)] + [value(f"partial{i}") for i in range(2, count)] + [value("total")]
+    )
     operators = []
     left = "part0"
     for index in range(1, count):
@@ -400,5 +446,7 @@ def _tensors(layers: list[Layer], by_name: dict[str, Program]) -> list[Tensor]:
         for value in program.values:
             name = layer.bindings.get(value.name)
             if name is not None and name not in found and value.name in used:
-                found[name] = Tensor(name=name, kind=value.kind, shape=value.shape, dtype=value.dtype, bytes=value.bytes)
+                found[name] = Tensor(
+                    name=name, kind=value.kind, shape=value.shape, dtype=value.dtype, bytes=value.bytes
+                )
     return list(found.values())

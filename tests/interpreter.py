@@ -58,7 +58,8 @@ def _call(op: Any, values: Mapping[str, Value], env: dict[str, Tensor], name: An
     for local, result in zip(op.outputs, made, strict=False):
         if local is not None:
             expected = values[local]
-            assert list(result.shape) == expected.shape and list(result.stride()) == expected.stride, (op.target, local)
+            assert list(result.shape) == expected.shape, (op.target, local)
+            assert list(result.stride()) == expected.stride, (op.target, local)
             assert str(result.dtype) == f"torch.{expected.dtype}"
             assert result.untyped_storage().nbytes() >= expected.bytes
             env[name(local)] = result

@@ -12,25 +12,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": dict(
-        model_type="llama", vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=256, hidden_act="silu",
-    ),
-    "qwen2": dict(
-        model_type="qwen2", vocab_size=300, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, rms_norm_eps=1e-6, tie_word_embeddings=False, max_position_embeddings=256, rope_theta=1e6, hidden_act="silu",
-    ),
-    "gemma3_text": dict(
-        model_type="gemma3_text", vocab_size=640, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=1, head_dim=32, sliding_window=8, query_pre_attn_scalar=32, rms_norm_eps=1e-6, tie_word_embeddings=True,
-        max_position_embeddings=256, layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
-        rope_theta=1e6, rope_local_base_freq=1e4, hidden_activation="gelu_pytorch_tanh",
-    ),
+    "llama": {
+        "model_type": "llama", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "max_position_embeddings": 256, "hidden_act": "silu",
+    },
+    "qwen2": {
+        "model_type": "qwen2", "vocab_size": 300, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 256, "rope_theta": 1e6, "hidden_act": "silu",
+    },
+    "gemma3_text": {
+        "model_type": "gemma3_text", "vocab_size": 640, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
+        "max_position_embeddings": 256, "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "rope_theta": 1e6, "rope_local_base_freq": 1e4, "hidden_activation": "gelu_pytorch_tanh",
+    },
 }  # fmt: skip
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def peft_model(config: dict[str, Any], weights: dict[str, Tensor], rank: int, alpha: float, dtype: torch.dtype) -> torch.nn.Module:
+def peft_model(
+    config: dict[str, Any], weights: dict[str, Tensor], rank: int, alpha: float, dtype: torch.dtype
+) -> torch.nn.Module:
     """transformers + peft with our weights (base and LoRA, by Hugging Face name) in place."""
     import peft
     import transformers
@@ -41,7 +43,9 @@ def peft_model(config: dict[str, Any], weights: dict[str, Tensor], rank: int, al
         "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
     }
     make_config, make_model = classes[config["model_type"]]
-    model = make_model(make_config(**{k: v for k, v in config.items() if k != "model_type"}, attn_implementation="sdpa"))
+    model = make_model(
+        make_config(**{k: v for k, v in config.items() if k != "model_type"}, attn_implementation="sdpa")
+    )
     model = model.to(dtype)
     lora = peft.LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM", target_modules=TARGETS, lora_dropout=0.0)
     wrapped = peft.get_peft_model(model, lora)
@@ -55,7 +59,11 @@ def peft_model(config: dict[str, Any], weights: dict[str, Tensor], rank: int, al
 
 def peft_name(name: str, theirs: dict[str, Any]) -> str:
     stem, _, last = name.rpartition(".")
-    for candidate in (f"base_model.model.{name}", f"base_model.model.{stem}.base_layer.{last}", f"base_model.model.{stem}.default.{last}"):
+    for candidate in (
+        f"base_model.model.{name}",
+        f"base_model.model.{stem}.base_layer.{last}",
+        f"base_model.model.{stem}.default.{last}",
+    ):
         if candidate in theirs:
             return candidate
     raise KeyError(name)
