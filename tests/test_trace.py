@@ -14,8 +14,8 @@ from profiles.decoder import Decoder, decoder_shape
 from profiles.errors import InputError
 from profiles.register import DECOMPOSITIONS
 from profiles.trace import Trace, trace
-from tests.interpreter import run_step
-from tests.reference import CONFIGS, peft_model, peft_name
+from interpreter import run_step
+from reference import CONFIGS, peft_model, peft_name
 
 RANK, ALPHA = 4, 8.0
 

@@ -1,0 +1,264 @@
+"""The whole road on small models: profile, plan, run in the capped child; against transformers + peft under autograd."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from examples.vision import residual_cnn, vision_transformer
+from planner.plan import Planner, plan
+from planner.schema import Plan
+from profiles.api import profile
+from profiles.schema import Profile
+from profiles.store import Store
+from reference import CONFIGS, peft_model, peft_name
+from runtime.adapter import initialise
+from runtime.batches import open_batches
+from runtime.launch import run
+from tiny_models import byte_level_tokenizer, random_weights, write_directory
+
+BATCH, SEQ, RANK, STEPS = 3, 29, 4, 4
+LR = 5e-3
+TEXTS = [
+    {"prompt": "Is the fox quick? ", "completion": "positive"},
+    {"prompt": "lazy dog? ", "completion": "negative"},
+    {"prompt": "over ", "completion": "the moon"},
+    {"prompt": "user said: ", "completion": "they've 12"},
+    {"text": "The quick brown fox jumps over the lazy dog."},
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["TIGHTFIT_CACHE"] = str(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            config = {**CONFIGS[family], "vocab_size": 640 if family == "gemma3_text" else 320}
+            made[family] = tmp_path_factory.mktemp(family)
+            write_directory(made[family], config, random_weights(config), tokenizer=byte_level_tokenizer())
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def profiled(model_directory: Any) -> Any:
+    made: dict[tuple[str, str], Profile] = {}
+
+    def make(family: str, dtype: str) -> Profile:
+        if (family, dtype) not in made:
+            made[family, dtype] = profile(
+                str(model_directory(family)), batch=BATCH, seq=SEQ, lora_rank=RANK, lora_alpha=8.0, dtype=dtype
+            )
+        return made[family, dtype]
+
+    return make
+
+
+def losses_and_moments(
+    made: Profile, out: Path, config: dict[str, Any], dtype: torch.dtype
+) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The same steps by transformers + peft + torch.optim.AdamW on the dequantised weights, on the very batches of the run."""
+    assert made.model.store is not None
+    weights = {}
+    with Store.open(made.model.store) as store:
+        for name, entry in store.entries.items():
+            weights[name] = torch.empty(entry.shape, dtype=torch.float32 if len(entry.shape) == 1 else dtype)
+            store.load(name, weights[name])
+    for tensor in made.tensors:
+        if tensor.kind == "trainable":
+            weights[tensor.name] = torch.empty(tensor.shape)
+            initialise(tensor.name, 0, weights[tensor.name])
+    model = peft_model(config, weights, RANK, 8.0, dtype)
+    parameters = dict(model.named_parameters())
+    trained = {n: parameters[peft_name(n, parameters)] for n in weights if "lora_" in n}
+    optimizer = torch.optim.AdamW(trained.values(), lr=LR, weight_decay=0.0)
+    batches = open_batches(str(next((out / "data").glob("train*"))), 0)
+    inputs = [torch.empty(BATCH, SEQ, dtype=torch.int64) for _ in range(2)]
+    losses = []
+    for step in range(STEPS):
+        batches.training(step, inputs)
+        logits = model(input_ids=inputs[0]).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    batches.close()
+    moments = {n: optimizer.state[p]["exp_avg"] for n, p in trained.items()}
+    return losses, moments, {n: p.detach() for n, p in trained.items()}
+
+
+def state(out: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(adapter, optimizer state) of the last checkpoint."""
+    checkpoint = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return load_file(checkpoint / "adapter_model.safetensors"), load_file(checkpoint / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_steps_match_peft_and_autograd(family: str, profiled: Any, data: Path, tmp_path: Path) -> None:
+    """float32: losses, Adam's first moment (a sum of gradients) and the trained factors, at the smallest budget."""
+    made = profiled(family, "float32")
+    config = {**CONFIGS[family], "vocab_size": made.model.config["vocab_size"]}
+    smallest = plan(made, Planner(made).minimum().peak_bytes)
+    report = run(smallest, data, steps=STEPS, out=tmp_path, lr=LR)
+    losses, moments, trained = losses_and_moments(made, tmp_path, config, torch.float32)
+    assert report["loss"] == pytest.approx(losses, rel=2e-5)
+    adapter, optimizer = state(tmp_path)
+    assert len(moments) == 14 * config["num_hidden_layers"]
+    for name, moment in moments.items():
+        own = optimizer[f"adam_m:{name}"]
+        assert float((own - moment).norm() / moment.norm()) < 2e-3, name
+        assert float((adapter[f"base_model.model.{name}"] - trained[name]).norm() / trained[name].norm()) < 1e-2, name
+        if "lora_B" in name:
+            assert adapter[f"base_model.model.{name}"].abs().max() > 0, name
+
+
+def test_bfloat16_losses_match_peft(profiled: Any, data: Path, tmp_path: Path) -> None:
+    made = profiled("llama", "bfloat16")
+    report = run(plan(made, 1 << 40), data, steps=STEPS, out=tmp_path, lr=LR)
+    losses, _, _ = losses_and_moments(made, tmp_path, CONFIGS["llama"], torch.bfloat16)
+    assert report["loss"] == pytest.approx(losses, rel=5e-3)
+
+
+def budgets(made: Profile) -> list[int]:
+    """From the smallest feasible to unlimited."""
+    smallest = Planner(made).minimum().peak_bytes
+    most = plan(made, 1 << 40).peak_bytes
+    return [smallest, smallest + (most - smallest) // 3, smallest + 2 * (most - smallest) // 3, 1 << 40]
+
+
+def test_results_do_not_depend_on_the_budget(profiled: Any, data: Path, tmp_path: Path) -> None:
+    """Losses, adapter and optimizer state, to the bit; every run inside its cap, as predicted."""
+    made = profiled("llama", "bfloat16")
+    seen = []
+    plans = []
+    for budget in budgets(made):
+        out = tmp_path / str(budget)
+        planned = plan(made, budget)
+        report = run(planned, data, steps=STEPS, out=out, lr=LR)
+        assert report["peak_bytes"]["measured"] <= min(budget, planned.peak_bytes)
+        plans.append(planned)
+        seen.append((report["loss"], *state(out)))
+    first = seen[0]
+    for other in seen[1:]:
+        assert other[0] == first[0]
+        for mine, theirs in zip(other[1:], first[1:], strict=True):
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert plans[0].train != plans[-1].train
+    assert plans[-1].step_seconds < plans[0].step_seconds
+
+
+def test_peft_loads_the_adapter_and_gives_the_same_loss(profiled: Any, data: Path, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    made = profiled("llama", "float32")
+    report = run(plan(made, 1 << 40), data, steps=STEPS, out=tmp_path, lr=LR, eval_data=data)
+    config = {k: v for k, v in CONFIGS["llama"].items() if k != "model_type"}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    assert made.model.store is not None
+    with Store.open(made.model.store) as store, torch.no_grad():
+        for name, parameter in base.named_parameters():
+            value = torch.empty(parameter.shape)
+            store.load(name, value)
+            parameter.copy_(value)
+    model = peft.PeftModel.from_pretrained(base, report["adapter"]).eval()
+    batches = open_batches(str(next((tmp_path / "data").glob("eval*"))), 0)
+    inputs = [torch.empty(BATCH, SEQ, dtype=torch.int64) for _ in range(2)]
+    total, count = 0.0, 0
+    for number in range(batches.evaluation_count(inputs)):
+        batches.evaluation(number, inputs)
+        with torch.no_grad():
+            logits = model(input_ids=inputs[0]).logits
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100, reduction="sum"))
+        count += int((inputs[1] >= 0).sum())
+    assert report["evaluation"]["after"]["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert report["evaluation"]["before"]["loss"] != pytest.approx(total / count, rel=1e-3)
+
+
+def test_a_killed_run_continues_bit_identically(profiled: Any, data: Path, tmp_path: Path) -> None:
+    made = profiled("llama", "bfloat16")
+    planned = plan(made, Planner(made).minimum().peak_bytes + (4 << 20))
+    steps = 40
+    whole = run(planned, data, steps=steps, out=tmp_path / "whole", lr=LR, checkpoint_every=4)
+    (tmp_path / "plan.json").write_text(planned.model_dump_json())
+    script = (
+        "import sys; from planner.exchange import load_plan; from runtime.launch import run\n"
+        f"run(load_plan({str(tmp_path / 'plan.json')!r}), {str(data)!r}, steps={steps}, out={str(tmp_path / 'part')!r}, lr={LR}, checkpoint_every=4)\n"
+    )
+    root = str(Path(__file__).parents[1])
+    process = subprocess.Popen([sys.executable, "-c", script], start_new_session=True, env={**os.environ, "PYTHONPATH": root})
+    while not list((tmp_path / "part").glob("checkpoint-8")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    for child in [*map(int, children), process.pid]:
+        os.kill(child, signal.SIGKILL)
+    process.wait()
+    resumed = run(planned, data, steps=steps, out=tmp_path / "part", lr=LR, checkpoint_every=4, resume=True)
+    assert 0 < len(resumed["loss"]) < steps
+    assert resumed["loss"] == whole["loss"][-len(resumed["loss"]) :]
+    for mine, theirs in zip(state(tmp_path / "part"), state(tmp_path / "whole"), strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("factory", ["residual_cnn", "vision_transformer"])
+def test_any_module_trains_in_full_inside_its_cap(factory: str, tmp_path: Path) -> None:
+    """All parameters and Adam states, against the same steps by torch.optim.AdamW."""
+    made = profile(f"examples.vision:{factory}")
+    smallest = Planner(made).minimum().peak_bytes
+    torch.manual_seed(0)
+    module, sample = {"residual_cnn": residual_cnn, "vision_transformer": vision_transformer}[factory]()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.0)
+    losses = []
+    for _ in range(STEPS):
+        loss = module(*sample)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    planned = plan(made, smallest)
+    report = run(planned, "random", steps=STEPS, out=tmp_path, lr=1e-3)
+    assert report["loss"] == pytest.approx(losses, rel=1e-4)
+    assert report["peak_bytes"]["measured"] <= planned.peak_bytes <= smallest
+    last = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    moments = load_file(last / "optimizer.safetensors")
+    for name, parameter in module.named_parameters():
+        expected = optimizer.state[parameter]["exp_avg"]
+        assert float((moments[f"adam_m:{name}"] - expected).norm() / expected.norm()) < 1e-3, name
+
+
+def test_a_larger_plan_than_the_budget_is_infeasible(profiled: Any) -> None:
+    made = profiled("llama", "bfloat16")
+    smallest = Planner(made).minimum().peak_bytes
+    answer: Plan = plan(made, smallest - 1)
+    assert answer.status == "infeasible"
+    assert answer.minimum_budget_bytes == smallest
+    assert plan(made, smallest).peak_bytes == smallest
