@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from profiles.decoder import Decoder, decoder_shape
 from profiles.errors import InputError
+from profiles.files import write_whole
 from profiles.measure import measure
 from profiles.pack import build_store
 from profiles.register import DECOMPOSITIONS
@@ -28,7 +29,7 @@ Progress = Callable[[str, int, int], None]
 """progress(stage, done, total); stages: pack, export, programs, measure."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-CODE = ("decoder", "fold", "fuse", "operators", "register", "store", "trace", "schema", "api")
+CODE = ("decoder", "fold", "fuse", "operators", "register", "layout", "describe", "store", "trace", "schema", "api")
 
 
 def profile(
@@ -167,17 +168,9 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     return found
 
 
-def save_profile(profile: Profile, path: str | os.PathLike[str]) -> None:
-    """Write a profile, whole or not at all. Raises InputError where the place cannot be written."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(profile.model_dump_json(indent=1))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: {error.strerror}; choose another place for the profile") from error
+def save_profile(profile: Profile, path: str | os.PathLike[str]) -> Path:
+    """Write a profile, whole or not at all. Raises InputError where the place cannot be written, RunError for a full disk."""
+    return write_whole(path, profile.model_dump_json(indent=1))
 
 
 def cpu_name() -> str:

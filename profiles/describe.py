@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from profiles.decoder import DecoderShape, decoder_shape
-from profiles.store import Entry
+from profiles.layout import Entry
 
 EmbeddingFormat = Literal["q4", "q8"]
 GROUPS = (32, 16, 8)
@@ -65,7 +65,7 @@ def describe(
     """Entries (name, shape, format, packed sizes) of every tensor of a decoder, in forward order.
 
     Matrices are 4-bit in groups of 32, `embedding` and an untied head in their own format, vectors float32; `formats`
-    overrides single tensors. `profiles.store.packed_bytes(entries, "w[a:b]")` gives the bytes of a slice.
+    overrides single tensors. `profiles.layout.packed_bytes(entries, "w[a:b]")` gives the bytes of a slice.
     """
     entries: dict[str, Entry] = {}
     for name, shape in decoder_tensors(decoder_shape(config)):

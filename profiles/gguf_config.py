@@ -80,7 +80,7 @@ def llama3_scaling(factors: torch.Tensor, theta: float, head_dim: int) -> dict[s
     """
     scaling: dict[str, Any] = {
         "rope_type": "llama3",
-        "factor": float(factors.max()),
+        "factor": round(float(factors.max()), 3),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,

@@ -67,14 +67,14 @@ def gguf_vocabulary(path: Path, metadata: dict[str, Any]) -> Vocabulary:
 
 def _byte_level(path: Path, metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     split = metadata.get("tokenizer.ggml.pre", "default")
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    tokenizer = Tokenizer(
-        BPE(
-            {token: index for index, token in enumerate(tokens)},
-            merges,
-            ignore_merges=split in ("llama-bpe", "llama3", "llama-v3"),
-        )
-    )
+    ids = {token: index for index, token in enumerate(tokens)}
+    merges = []
+    for merge in metadata.get("tokenizer.ggml.merges", []):
+        left, _, right = merge.partition(" ")
+        if not {left, right, left + right} <= ids.keys():  # tokenizers would panic
+            raise InputError(f"{path}: merge {merge!r} names no token; the file is damaged, download it again")
+        merges.append((left, right))
+    tokenizer = Tokenizer(BPE(ids, merges, ignore_merges=split in ("llama-bpe", "llama3", "llama-v3")))
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
     if split in SPLITS:
         pattern = pre_tokenizers.Split(Regex(SPLITS[split]), behavior="isolated")

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from profiles.describe import EmbeddingFormat, describe
 from profiles.errors import InputError
+from profiles.layout import VERSION, Entry
 from profiles.sources import Source, SourceTensor, Vocabulary, read_config
-from profiles.store import VERSION, Entry
 
 FILES = ["*.json", "*.safetensors", "*.jinja"]
 PREFIXES = (  # text model inside a multimodal wrapper, as transformers has named it over time

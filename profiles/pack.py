@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from profiles.errors import InputError, RunError
-from profiles.store import ALIGNMENT, MAGIC, PREAMBLE, RAW, VERSION, Entry, Store, align
+from profiles.layout import ALIGNMENT, MAGIC, PREAMBLE, RAW, VERSION, Entry, align
+from profiles.store import Store
 
 if TYPE_CHECKING:
     from profiles.sources import Source
@@ -123,6 +124,7 @@ class StoreWriter:
         self._end = end
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_orphans(self.path)
             disk = os.statvfs(self.path.parent)
             if disk.f_bavail * disk.f_frsize < end:
                 raise RunError(
@@ -261,6 +263,14 @@ def _blocks(entry: Entry, rows: Callable[[int, int], Tensor]) -> Iterable[Tensor
         block = rows(start, stop)
         packed = block.dtype == torch.uint8 and entry.format != "uint8"
         yield block if packed else pack_rows(entry, block.reshape(stop - start, entry.columns))
+
+
+def _remove_orphans(path: Path) -> None:
+    """Delete partial files of writers that were killed."""
+    for partial in path.parent.glob(f".{path.name}.*.partial"):
+        writer = partial.name.rsplit(".", 2)[1]
+        if writer.isdigit() and not Path(f"/proc/{writer}").exists() and Path("/proc/self").exists():
+            partial.unlink(missing_ok=True)
 
 
 def _sync_directory(directory: Path) -> None:

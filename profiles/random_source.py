@@ -1,6 +1,4 @@
-"""Random weights of a bare config, for sizing: the bytes are drawn in packed form, so that writing them costs little
-more than the disk.
-"""
+"""Random weights of a bare config, for sizing: packed groups out of a small random pool, written as fast as a copy."""
 
 from __future__ import annotations
 
@@ -14,11 +12,12 @@ import torch
 from torch import Tensor
 
 from profiles.describe import EmbeddingFormat, describe
+from profiles.layout import VERSION, Entry, group_bytes
 from profiles.sources import Source, SourceTensor
-from profiles.store import VERSION, Entry
 
 Q4_DEVIATION = (255 / 12) ** 0.5  # standard deviation of a code drawn evenly from 0..15: sqrt((16^2 - 1) / 12)
 Q8_DEVIATION = (65535 / 12) ** 0.5  # of -128..127
+POOL_GROUPS = 65537  # a prime: no row length divides it, so that equal rows lie as far apart
 
 
 def random_source(config: dict[str, Any], path: Path, *, embedding: EmbeddingFormat = "q4", seed: int = 0) -> Source:
@@ -28,8 +27,9 @@ def random_source(config: dict[str, Any], path: Path, *, embedding: EmbeddingFor
     text = json.dumps([VERSION, "random", config, embedding, seed], sort_keys=True)
 
     def tensors() -> Iterable[SourceTensor]:
+        pools = _Pools(deviation, seed)
         for entry in entries.values():
-            yield SourceTensor(entry=entry, rows=_RandomRows(entry, config, deviation, seed))
+            yield SourceTensor(entry=entry, rows=_RandomRows(entry, config, pools, seed))
 
     return Source(
         name=path.parent.name if path.name == "config.json" and path.parent.name else path.stem,
@@ -45,26 +45,50 @@ def random_source(config: dict[str, Any], path: Path, *, embedding: EmbeddingFor
 
 
 class _RandomRows:
-    """Rows drawn in order; the generator is seeded by tensor name, so that tensors do not depend on each other."""
+    """Rows of one tensor: vectors are drawn, matrices are windows of one pool of groups that starts elsewhere for each name."""
 
-    def __init__(self, entry: Entry, config: dict[str, Any], deviation: float, seed: int) -> None:
+    def __init__(self, entry: Entry, config: dict[str, Any], pools: _Pools, seed: int) -> None:
         digest = hashlib.sha256(f"{seed}/{entry.name}".encode()).digest()
-        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        self.entry, self.deviation = entry, deviation
+        self.start = int.from_bytes(digest[:8], "little") >> 1
+        self.entry, self.pools = entry, pools
         centred = str(config.get("model_type", "")).startswith("gemma")  # RMSNorm multiplies by 1 + weight
         self.mean = 1.0 if "norm" in entry.name and not centred else 0.0
 
     def __call__(self, start: int, stop: int) -> Tensor:
         entry, rows = self.entry, stop - start
         if entry.format not in ("q4", "q8"):
-            return torch.randn(rows, entry.columns, generator=self.generator) * self.deviation + self.mean
-        size = rows * entry.row_bytes
-        words = torch.empty(-(-size // 8), dtype=torch.int64).random_(-(2**63), None, generator=self.generator)
-        packed = words.view(torch.uint8)[:size].view(rows * entry.columns // entry.group, -1)
-        if entry.format == "q4":
+            generator = torch.Generator().manual_seed(self.start + start)
+            return torch.randn(rows, entry.columns, generator=generator) * self.pools.deviation + self.mean
+        per_row = entry.columns // entry.group
+        place, count = (self.start + start * per_row) % POOL_GROUPS, rows * per_row
+        pool = self.pools.groups(entry.format, entry.group, place + count)
+        return pool[place : place + count].view(rows, entry.row_bytes)
+
+
+class _Pools:
+    """Random packed groups by format: `POOL_GROUPS` drawn ones, repeated as far as needed, so that windows need no copy."""
+
+    def __init__(self, deviation: float, seed: int) -> None:
+        self.deviation, self.seed = deviation, seed
+        self._groups: dict[tuple[str, int], Tensor] = {}
+
+    def groups(self, kind: str, group: int, count: int) -> Tensor:
+        """uint8 [at least `count`, bytes of a group]."""
+        pool = self._groups.get((kind, group))
+        if pool is None:
+            pool = self._draw(kind, group)
+        if len(pool) < count:
+            pool = pool[:POOL_GROUPS].repeat(-(-count // POOL_GROUPS), 1)
+        self._groups[kind, group] = pool
+        return pool
+
+    def _draw(self, kind: str, group: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        packed = torch.randint(0, 256, (POOL_GROUPS, group_bytes(kind, group)), generator=generator, dtype=torch.uint8)
+        if kind == "q4":
             scale = torch.tensor([self.deviation / Q4_DEVIATION], dtype=torch.float16)
             packed[:, -4:-2] = scale.view(torch.uint8)
             packed[:, -2:] = (scale.float() * -7.5).half().view(torch.uint8)
         else:
             packed[:, :2] = torch.tensor([self.deviation / Q8_DEVIATION], dtype=torch.float16).view(torch.uint8)
-        return packed.view(rows, entry.row_bytes)
+        return packed

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from profiles.describe import EmbeddingFormat
 from profiles.errors import InputError
-from profiles.store import Entry
+from profiles.layout import Entry
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -1,22 +1,9 @@
 """The packed weight store: one file of frozen weights, read with `pread` into buffers that the caller owns.
 
-Layout, little-endian::
-
-    [0, 32)        magic "TIGHTFIT", uint32 version, header bytes, segments, crc32 of header and table, zeros
-    [32, ..)       header: JSON with `name`, `config`, `source`, `tensors` {name: [shape, format, group, offset, segment]}
-    [.., ..)       checksum table: uint32 crc32 of every segment of every tensor
-    offset         the tensors, each 4096-aligned, padded with zeros to a multiple of 4096
-
-A tensor is a matrix of `rows` records of `row_bytes` each (its first dimension by all others; a vector is one row), so a
-row range is one extent and a single row can be gathered. `w[a:b]` names rows a to b of w. Formats of a record:
-
-    q4        per group: ceil(group / 2) bytes (element 2j low nibble, 2j + 1 high), float16 scale, float16 min; q * scale + min
-    q8        per group: float16 scale, `group` int8; q * scale
-    float32, bfloat16, float16, int64, int32, uint8, bool    the elements
-
-A q4 group is the fused row of PyTorch's ``quantized::embedding_bag_4bit_unpack``, which unpacks it with vector code. The
-value is computed in float32 and rounded once to the output type. Measured on two Zen 4 cores: 1536 x 576 in 0.15 ms,
-4864 x 896 in 0.85 ms, of which a plain bfloat16 copy takes 0.03 and 0.12 ms.
+The file is `profiles.layout`'s. A q4 group is the fused row of PyTorch's ``quantized::embedding_bag_4bit_unpack``, which
+unpacks it with vector code. The value is computed in float32 and rounded once to the output type. Measured on two Zen 4
+cores: 1536 x 576 in 0.15 ms, 4864 x 896 in 0.85 ms, of which a plain bfloat16 copy takes 0.03 and 0.12 ms; 8192 x 576 of
+q8 in 2.4 ms.
 
 This module is imported by the budgeted process: torch and the standard library only.
 """
@@ -29,12 +16,9 @@ import hashlib
 import json
 import mmap
 import os
-import re
-import struct
 import threading
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,136 +27,30 @@ import torch
 from torch import Tensor
 
 from profiles.errors import InputError
+from profiles.layout import (
+    ALIGNMENT,
+    MAGIC,
+    PREAMBLE,
+    RAW,
+    VERSION,
+    Entry,
+    Extent,
+    align,
+    find_extent,
+    group_bytes,
+    packed_bytes,
+)
 
-MAGIC = b"TIGHTFIT"
-VERSION = 1
-PREAMBLE = struct.Struct("<8sIIII8x")
-ALIGNMENT = 4096
+__all__ = ["CHUNK_ELEMENTS", "WORKSPACE_BYTES", "Entry", "Extent", "Store", "find_extent", "packed_bytes", "unpack"]
+
 CHUNK_ELEMENTS = 1 << 17
 """Elements unpacked at a time: 512 KiB of float32, which stays in a core's L2."""
+GATHERED_ELEMENTS = 1 << 14
+"""Elements of gathered rows in memory at a time."""
 WORKSPACE_BYTES = CHUNK_ELEMENTS * 4 + (CHUNK_ELEMENTS // 8) * 4
 """Upper bound of the transient heap bytes of `unpack` and `gather_rows`."""
-SEGMENT_BYTES = 128 * 1024
 SCRATCH_BYTES = 64 * 1024
-
-RAW: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
-FORMATS = ("q4", "q8", *RAW)
-_SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]")
 _unpack_q4 = torch.ops.quantized.embedding_bag_4bit_unpack.default
-
-
-def group_bytes(kind: str, group: int) -> int:
-    """Bytes of one quantised group of `group` elements."""
-    return (group + 1) // 2 + 4 if kind == "q4" else group + 2
-
-
-def align(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One tensor of a store. `describe` makes entries without a file: their `offset` and `segment` are 0."""
-
-    name: str
-    shape: tuple[int, ...]
-    format: str
-    group: int = 0
-    """Elements per group; 0 for raw formats. Divides the row length."""
-    offset: int = 0
-    """Bytes from the start of the file, a multiple of 4096."""
-    segment: int = 0
-    """Index of the tensor's first checksum."""
-    rows: int = field(init=False)
-    columns: int = field(init=False)
-    row_bytes: int = field(init=False)
-    bytes: int = field(init=False)
-    """Bytes of all rows, without padding."""
-    segment_rows: int = field(init=False)
-    """Rows per checksum: a power of two, so that slices at powers of two are whole segments."""
-
-    def __post_init__(self) -> None:
-        rows = self.shape[0] if len(self.shape) > 1 else 1
-        columns = 1
-        for size in self.shape[1:] if len(self.shape) > 1 else self.shape:
-            columns *= size
-        if self.format in RAW:
-            row_bytes = columns * RAW[self.format].itemsize
-        else:
-            row_bytes = columns // self.group * group_bytes(self.format, self.group)
-        segment_rows = 1
-        while segment_rows * 2 * row_bytes <= SEGMENT_BYTES and segment_rows < 128:
-            segment_rows *= 2
-        derived = {
-            "rows": rows,
-            "columns": columns,
-            "row_bytes": row_bytes,
-            "bytes": rows * row_bytes,
-            "segment_rows": segment_rows,
-        }
-        for name, value in derived.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def segments(self) -> int:
-        return -(-self.rows // self.segment_rows)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extent:
-    """Rows [start, stop) of an entry and the aligned bytes of the file that hold them."""
-
-    entry: Entry
-    start: int
-    stop: int
-    offset: int
-    """Aligned start, bytes from the start of the file."""
-    bytes: int
-    """Aligned length: what a staging buffer needs."""
-    skip: int
-    """Bytes in the staging buffer before the first row."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.stop - self.start, *self.entry.shape[1:]) if len(self.entry.shape) > 1 else self.entry.shape
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of the rows themselves."""
-        return (self.stop - self.start) * self.entry.row_bytes
-
-
-def find_extent(entries: Mapping[str, Entry], name: str) -> Extent:
-    """The extent that `name` or the slice ``name[a:b]`` means. Raises InputError for an unknown name or rows outside."""
-    entry = entries.get(name)
-    start, stop = 0, entry.rows if entry else 0
-    if entry is None:
-        match = _SLICE.fullmatch(name)
-        entry = entries.get(match[1]) if match else None
-        if match is None or entry is None:
-            raise InputError(f"no tensor {name!r} among {len(entries)} tensors; the plan was made for another model")
-        start, stop = int(match[2]), int(match[3])
-        if not 0 <= start < stop <= entry.rows or len(entry.shape) < 2:
-            raise InputError(
-                f"{name!r} is outside its tensor of shape {list(entry.shape)}; the plan was made for another model"
-            )
-    first = entry.offset + start * entry.row_bytes
-    offset = first // ALIGNMENT * ALIGNMENT
-    end = align(entry.offset + stop * entry.row_bytes)
-    return Extent(entry=entry, start=start, stop=stop, offset=offset, bytes=end - offset, skip=first - offset)
-
-
-def packed_bytes(entries: Mapping[str, Entry], name: str) -> int:
-    """Staging bytes of a tensor or slice: a multiple of 4096, the same for `describe`'s entries and a real store's."""
-    return find_extent(entries, name).bytes
 
 
 class Store:
@@ -299,7 +177,7 @@ class Store:
             raise InputError(
                 f"{self.path}: rows {wanted[0][0]} to {wanted[-1][0]} asked of {name!r}, which has {entry.rows}; the data was tokenised for another model"
             )
-        at_once = max(1, min(CHUNK_ELEMENTS // entry.columns, SCRATCH_BYTES // entry.row_bytes, 256))
+        at_once = max(1, GATHERED_ELEMENTS // entry.columns)
         packed = torch.empty(min(at_once, max(1, len(wanted))) * entry.row_bytes, dtype=torch.uint8)
         for row in {row for row, _ in wanted}:
             _advise(self._buffered, entry.offset + row * entry.row_bytes, entry.row_bytes, "WILLNEED")

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from runtime.kernels import kernel_bytes
 from runtime.process import child_environment, command, memory, trim_heap
 
 ROUNDS = (4, 40)
@@ -67,6 +68,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         say(stage="measure", done=done, total=total)
 
     result: dict[str, Any] = {"floor": floor(request["threads"])}
+    result["floor"]["resident_bytes"] += kernel_bytes(programs, request["threads"])
     step()
     result["operators"] = {}
     for program in programs:

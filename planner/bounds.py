@@ -1,0 +1,155 @@
+"""A lower bound on the step's time that holds for any schedule at a budget, whatever it recomputes, moves or reorders.
+
+Take the moment at which the last forward operator (the loss) has first run. Everything that depends on it runs later, and
+what those operators read and was made before must be resident at that moment, or be made again, or come from disk. The
+same holds for weights and optimizer states at that moment and at the boundary between two steps. Memory at both moments
+is limited; a linear program trades it at its best.
+"""
+
+from __future__ import annotations
+
+from ortools.math_opt.python import mathopt
+
+from planner.graph import StepGraph, state_names
+from planner.layers import ALWAYS, Layered, transfer_seconds
+from planner.quiet import solve_quietly
+from profiles.schema import Profile
+
+MS = 1e3
+KIB = 1024.0
+
+
+def any_schedule_bound(problem: Layered, budget_bytes: int) -> float:
+    """Seconds per step that no schedule undercuts at this budget."""
+    profile, graph = problem.profile, problem.graph
+    floor = profile.device.floor
+    forward = sum(step.phase == "forward" for step in graph.steps)
+    # Every operator is at least one instruction, and forward is there twice (training and evaluation).
+    instructions = floor.instruction_bytes * (len(graph.steps) + forward)
+    always = sum(storage.bytes for storage in graph.storages.values() if storage.kind in ALWAYS)
+    room = (budget_bytes - floor.resident_bytes - problem.workspace_bytes - instructions - always) / KIB
+    return _Relaxation(profile, graph, max(0.0, room)).seconds()
+
+
+class _Relaxation:
+    def __init__(self, profile: Profile, graph: StepGraph, room: float) -> None:
+        self.profile = profile
+        self.graph = graph
+        self.model = mathopt.Model()
+        self.compute: dict[mathopt.Variable, float] = {}
+        """ms on the compute timeline per unit"""
+        self.disk: dict[mathopt.Variable, float] = {}
+        self.at_pivot: dict[mathopt.Variable, float] = {}
+        """KiB at the moment of the loss per unit"""
+        self.at_boundary: dict[mathopt.Variable, float] = {}
+        self.room = room
+        pivot = max((step.index for step in graph.steps if step.phase == "forward"), default=-1)
+        self.earlier = self._before(pivot)
+        self.later = self._after(pivot)
+
+    def _before(self, pivot: int) -> set[int]:
+        """Steps without which the pivot cannot run, itself included."""
+        earlier: set[int] = set()
+        wanted: set[str] = set()
+        for step in reversed(self.graph.steps[: pivot + 1]):
+            if step.index == pivot or wanted & set(filter(None, step.outputs)):
+                earlier.add(step.index)
+                wanted.update(step.inputs)
+        return earlier
+
+    def _after(self, pivot: int) -> set[int]:
+        """Steps that can only run once the pivot has."""
+        steps = self.graph.steps
+        later: set[int] = set()
+        made = set(filter(None, steps[pivot].outputs)) if pivot >= 0 else set()
+        for step in steps[pivot + 1 :]:
+            if made & set(step.inputs):
+                later.add(step.index)
+                made.update(filter(None, step.outputs))
+        return later
+
+    def seconds(self) -> float:
+        fixed = sum(step.seconds for step in self.graph.steps)
+        fixed += sum(tensor.update_seconds for tensor in self.profile.tensors if tensor.kind == "trainable")
+        self._activations()
+        self._weights()
+        self._states()
+        total = self.model.add_variable(lb=0.0)
+        self.model.add_linear_constraint(
+            total - mathopt.LinearSum([c * v for v, c in self.compute.items()]) >= fixed * MS
+        )
+        self.model.add_linear_constraint(total - mathopt.LinearSum([c * v for v, c in self.disk.items()]) >= 0.0)
+        for moment in (self.at_pivot, self.at_boundary):
+            self.model.add_linear_constraint(mathopt.LinearSum([c * v for v, c in moment.items()]) <= self.room)
+        self.model.minimize(total)
+        result = solve_quietly(self.model)
+        if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
+            return fixed
+        # A hair below, for the solver's tolerance.
+        return max(fixed, float(result.objective_value()) / MS * (1 - 1e-7))
+
+    def _share(self) -> mathopt.Variable:
+        return self.model.add_variable(lb=0.0, ub=1.0)
+
+    def _activations(self) -> None:
+        runs: dict[int, mathopt.Variable] = {}
+        device = self.profile.device
+        for name, storage in self.graph.storages.items():
+            if storage.kind in ALWAYS or storage.kind == "weight" or not storage.bytes:
+                continue
+            before = [index for index in storage.producers if index in self.earlier]
+            read = any(index in self.later for index in storage.consumers)
+            if not before or not read or len(before) != len(storage.producers):
+                continue
+            kept, moved = self._share(), self._share()
+            self.at_pivot[kept] = storage.bytes / KIB
+            trip = transfer_seconds(device.write, storage.bytes) + transfer_seconds(device.read, storage.bytes)
+            self.disk[moved] = trip * MS
+            per_byte = device.write.compute_seconds_per_byte + device.read.compute_seconds_per_byte
+            self.compute[moved] = storage.bytes * per_byte * MS
+            row = kept + moved
+            maker = self.graph.steps[before[-1]]
+            if maker.recomputable:
+                if maker.index not in runs:
+                    runs[maker.index] = self._share()
+                    self.compute[runs[maker.index]] = maker.seconds * MS
+                row = row + runs[maker.index]
+            self.model.add_linear_constraint(row >= 1.0)
+
+    def _weights(self) -> None:
+        read = self.profile.device.read
+        for tensor in self.profile.tensors:
+            if tensor.kind != "weight":
+                continue
+            uses = self.graph.storages[tensor.name].consumers
+            for moment, needed in (
+                (self.at_pivot, any(index in self.later for index in uses)),
+                (self.at_boundary, any(index in self.earlier for index in uses)),
+            ):
+                if not needed:
+                    continue
+                unpacked, packed, unpacking, reading = (self._share() for _ in range(4))
+                moment[unpacked] = tensor.bytes / KIB
+                moment[packed] = tensor.packed_bytes / KIB
+                self.compute[unpacking] = tensor.unpack_seconds * MS
+                self.compute[reading] = tensor.packed_bytes * read.compute_seconds_per_byte * MS
+                self.disk[reading] = transfer_seconds(read, tensor.packed_bytes) * MS
+                self.model.add_linear_constraint(unpacking + unpacked >= 1.0)
+                self.model.add_linear_constraint(reading + unpacked + packed >= 1.0)
+
+    def _states(self) -> None:
+        device = self.profile.device
+        count = int(self.profile.optimizer.get("state_tensors", 2))
+        for tensor in self.profile.tensors:
+            if tensor.kind != "trainable":
+                continue
+            gradient = self.graph.storages.get(f"grad:{tensor.name}")
+            if gradient is None or not all(index in self.later for index in gradient.producers):
+                continue
+            for _ in state_names(tensor.name, count):
+                for moment, channel in ((self.at_pivot, device.read), (self.at_boundary, device.write)):
+                    kept, moved = self._share(), self._share()
+                    moment[kept] = tensor.bytes / KIB
+                    self.disk[moved] = transfer_seconds(channel, tensor.bytes) * MS
+                    self.compute[moved] = tensor.bytes * channel.compute_seconds_per_byte * MS
+                    self.model.add_linear_constraint(kept + moved >= 1.0)

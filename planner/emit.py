@@ -1,0 +1,228 @@
+"""Decisions carried out over the whole step: the layers' windows joined, names made global, sizes and seconds attached.
+
+The result is a list of `Entry` per phase, still without arena offsets. Transfers stand where they are needed; `overlap`
+moves them ahead, `arena` gives everything a place, `instructions` writes the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planner.graph import PACKED_ALIGNMENT, aligned
+from planner.layers import ALWAYS, Layered, transfer_seconds
+from planner.windows import Action, Column, Script, expand, resident_between_steps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One instruction to be."""
+
+    verb: str
+    name: str
+    """the tensor (read, unpack: the weight; update: the trainable); empty for run"""
+    layer: int
+    operator: int
+    outputs: tuple[str | None, ...]
+    """run: storages by output position"""
+    seconds: float
+    """compute, what a transfer costs the cores included"""
+    transfer: float
+    """seconds of the disk"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """Both schedules before anything has an offset."""
+
+    train: tuple[Entry, ...]
+    evaluate: tuple[Entry, ...]
+    resident: tuple[str, ...]
+    """tensors resident across steps"""
+    sizes: dict[str, int]
+    """arena bytes of everything that is ever resident"""
+    scripts: tuple[Script, ...]
+    """per layer"""
+
+
+def draft(problem: Layered, columns: tuple[Column, ...]) -> Draft:
+    """Join the windows of every layer under its column."""
+    return _Joiner(problem, columns).join()
+
+
+def made_by(entry: Entry) -> tuple[str, ...]:
+    """Tensors that are resident once the entry has begun, new or not."""
+    if entry.verb == "run":
+        return tuple(name for name in entry.outputs if name is not None)
+    if entry.verb == "read":
+        return (f"packed:{entry.name}",)
+    if entry.verb in {"unpack", "fetch"}:
+        return (entry.name,)
+    return ()
+
+
+class _Joiner:
+    def __init__(self, problem: Layered, columns: tuple[Column, ...]) -> None:
+        self.problem = problem
+        self.columns = columns
+        self.scripts = tuple(
+            expand(problem.types[kind], column.decision) for kind, column in zip(problem.layer_type, columns)
+        )
+        self.steps = {(step.layer, step.operator): step for step in problem.graph.steps}
+        self.tensors = {tensor.name: tensor for tensor in problem.profile.tensors}
+        self.sizes: dict[str, int] = {}
+        self.raw: dict[str, int] = {}
+        for name, storage in problem.graph.storages.items():
+            self.sizes[name] = aligned(storage.bytes)
+            self.raw[name] = storage.bytes
+            if storage.kind == "weight" and name in self.tensors:
+                self.sizes[f"packed:{name}"] = aligned(self.tensors[name].packed_bytes, PACKED_ALIGNMENT)
+            if storage.kind == "trainable":
+                for state in ("adam_m", "adam_v"):
+                    self.sizes[f"{state}:{name}"] = aligned(storage.bytes)
+                    self.raw[f"{state}:{name}"] = storage.bytes
+
+    def join(self) -> Draft:
+        count = len(self.columns)
+        train = [
+            *(entry for layer in range(count) for entry in self._entries(layer, self.scripts[layer].forward)),
+            *(entry for layer in reversed(range(count)) for entry in self._entries(layer, self.scripts[layer].backward)),
+            *self._outcome(),
+        ]
+        evaluate = [
+            *(entry for layer in range(count) for entry in self._entries(layer, self.scripts[layer].evaluate)),
+            *self._outcome(),
+        ]
+        resident = list(self.problem.always)
+        for layer, (kind, column) in enumerate(zip(self.problem.layer_type, self.columns)):
+            held = resident_between_steps(self.problem.types[kind], column.decision)
+            resident.extend(self._global(layer, name) for name in sorted(held))
+        names = {name for entry in [*train, *evaluate] for name in made_by(entry)} | set(resident)
+        return Draft(
+            train=tuple(train),
+            evaluate=tuple(evaluate),
+            resident=tuple(dict.fromkeys(resident)),
+            sizes={name: self.sizes[name] for name in sorted(names)},
+            scripts=self.scripts,
+        )
+
+    def _outcome(self) -> Iterable[Entry]:
+        profile = self.problem.profile
+        for name in (profile.token_losses, profile.loss):
+            if name is not None:
+                yield self._entry("free", name, -1)
+
+    def _global(self, layer: int, name: str) -> str:
+        """``packed:in2`` -> ``packed:model.layers.0...``; a trainable that the layer does not bind is global already."""
+        for prefix in ("packed:", "adam_m:", "adam_v:"):
+            if name.startswith(prefix):
+                return prefix + self.problem.name(layer, name[len(prefix) :])
+        return self.problem.name(layer, name)
+
+    def _entries(self, layer: int, script: Iterable[Action]) -> Iterable[Entry]:
+        for verb, name in script:
+            if verb == "run":
+                step = self.steps[layer, int(name)]
+                yield Entry(
+                    verb=verb,
+                    name="",
+                    layer=layer,
+                    operator=step.operator,
+                    outputs=step.outputs,
+                    seconds=step.seconds,
+                    transfer=0.0,
+                )
+            else:
+                yield self._entry(verb, self._global(layer, name), layer)
+
+    def _entry(self, verb: str, name: str, layer: int) -> Entry:
+        seconds = transfer = 0.0
+        device = self.problem.profile.device
+        if verb == "read":
+            size = self.tensors[name].packed_bytes
+            seconds, transfer = size * device.read.compute_seconds_per_byte, transfer_seconds(device.read, size)
+        elif verb in {"spill", "fetch"}:
+            channel = device.write if verb == "spill" else device.read
+            size = self.raw[name]
+            seconds, transfer = size * channel.compute_seconds_per_byte, transfer_seconds(channel, size)
+        elif verb == "unpack":
+            seconds = self.tensors[name].unpack_seconds
+        elif verb == "update":
+            seconds = self.tensors[name].update_seconds
+        return Entry(verb=verb, name=name, layer=layer, operator=-1, outputs=(), seconds=seconds, transfer=transfer)
+
+
+def instructions(
+    problem: Layered, entries: Iterable[Entry], resident: Mapping[str, int], offsets: Mapping[tuple[int, str], int]
+) -> list[list[Any]]:
+    """The schedule as the plan file has it. `offsets`: (index of the entry, tensor it makes) -> arena offset."""
+    where = dict(resident)
+    result: list[list[Any]] = []
+    for index, entry in enumerate(entries):
+        for name in made_by(entry):
+            # Tensors without bytes take no room; what is resident already is written again where it lies.
+            where[name] = offsets.get((index, name), where.get(name, 0))
+        if entry.verb == "run":
+            places = [None if name is None else where[name] for name in entry.outputs]
+            result.append(["run", problem.graph.layers[entry.layer], entry.operator, places])
+        elif entry.verb == "read":
+            result.append(["read", entry.name, where[f"packed:{entry.name}"]])
+        elif entry.verb in {"unpack", "fetch"}:
+            result.append([entry.verb, entry.name, where[entry.name]])
+        else:
+            result.append([entry.verb, entry.name])
+        if entry.verb == "free":
+            del where[entry.name]
+    return result
+
+
+def live_profile(entries: tuple[Entry, ...], resident: Iterable[str], sizes: dict[str, int]) -> list[int]:
+    """Bytes resident during each entry: after what it makes, before what it frees."""
+    there = set(resident)
+    live = sum(sizes[name] for name in there)
+    result = []
+    for entry in entries:
+        for name in made_by(entry):
+            if name not in there:
+                there.add(name)
+                live += sizes[name]
+        result.append(live)
+        if entry.verb == "free":
+            there.remove(entry.name)
+            live -= sizes[entry.name]
+    return result
+
+
+def kinds(problem: Layered, draft_: Draft, columns: tuple[Column, ...]) -> dict[str, str]:
+    """Tensor -> kept, recomputed, offloaded (activations and states); streamed, packed, unpacked (weights)."""
+    result: dict[str, str] = {}
+    graph = problem.graph
+    for layer, (kind, column) in enumerate(zip(problem.layer_type, columns)):
+        described, script = problem.types[kind], draft_.scripts[layer]
+        for value in described.candidates:
+            name = problem.name(layer, value)
+            if value in script.kept:
+                result[name] = "kept"
+            elif value in script.offloaded:
+                result[name] = "offloaded"
+            elif value in described.producer and described.producer[value].index in script.recomputed:
+                result[name] = "recomputed"
+        for value, mode in column.decision.weights:
+            name = problem.name(layer, value)
+            places = {mode.backward_gap, mode.step_gap}
+            result[name] = (
+                "unpacked" if places == {"unpacked"} else "packed" if "disk" not in places else "streamed"
+            )
+        for update in described.updates:
+            if update.states:
+                name = problem.name(layer, update.trainable)
+                place = "offloaded" if update.trainable in column.decision.states else "kept"
+                for state in ("adam_m", "adam_v")[: update.states]:
+                    result[f"{state}:{name}"] = place
+    for name in problem.forced:
+        result[name] = "kept"
+    for name, storage in graph.storages.items():
+        if storage.kind in ALWAYS:
+            result[name] = "kept"
+    return dict(sorted(result.items()))

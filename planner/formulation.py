@@ -1,0 +1,657 @@
+"""The mixed-integer model of one layer: every choice open in it, its bytes window by window, its seconds.
+
+`Block` adds a layer to a MathOpt model; `master` either puts all blocks of a small model side by side, or prices one
+block at a time against the duals of the whole step. Units: KiB and milliseconds.
+
+Choices per layer: ``keep[v]`` and ``offload[v]`` for each forward storage the backward window needs, a residency mode
+per weight, ``away[u]`` for optimizer states on disk. The rest follows: ``again[k][e]`` says that forward operator k has
+run again by its event e. Its values are forced by the choices (an operator runs again just before the first reader that
+needs it, and what that takes runs before), so it need not be declared integer.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ortools.math_opt.python import mathopt
+
+from planner.layers import LayerType, Operation, Weight, transfer_seconds
+from planner.windows import Decision, measure
+
+KIB = 1024.0
+MS = 1e3
+MINOR = "minor"
+LAST = 1 << 30
+Key = tuple[float, frozenset[tuple[mathopt.Variable, float]]]
+Slot = tuple[int, int]
+"""(backward position, forward operator that runs again just before it; LAST for the backward operator itself)"""
+
+
+class Linear:
+    """A linear expression that is cheap to build."""
+
+    __slots__ = ("constant", "terms")
+
+    def __init__(self, constant: float = 0.0) -> None:
+        self.constant = constant
+        self.terms: dict[mathopt.Variable, float] = {}
+
+    def add(self, variable: mathopt.Variable, coefficient: float = 1.0) -> Linear:
+        self.terms[variable] = self.terms.get(variable, 0.0) + coefficient
+        return self
+
+    def plus(self, other: Linear, scale: float = 1.0) -> Linear:
+        self.constant += scale * other.constant
+        for variable, coefficient in other.terms.items():
+            self.add(variable, scale * coefficient)
+        return self
+
+    def key(self) -> Key:
+        """Equal for equal expressions."""
+        return self.constant, frozenset(self.terms.items())
+
+    def expression(self) -> mathopt.LinearExpression:
+        return mathopt.LinearSum([c * v for v, c in self.terms.items()]) + self.constant
+
+    def value(self, values: dict[mathopt.Variable, float]) -> float:
+        return self.constant + sum(c * values[v] for v, c in self.terms.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """A weight at the operator that reads it; all but `weight` and `before` (KiB) are 0/1 expressions."""
+
+    weight: Weight
+    before: Linear
+    """what the weight holds until it is unpacked"""
+    runs: Linear
+    unpacks: Linear
+    retained: Linear
+    """whether the packed form stays beside the unpacked one"""
+
+
+class Block:
+    """One layer inside `model`."""
+
+    def __init__(self, model: mathopt.Model, kind: LayerType) -> None:
+        self.model = model
+        self.kind = kind
+        self.operations = {op.index: op for op in kind.forward}
+        self.producer = kind.producer
+        self.candidates = set(kind.candidates)
+        self._products: dict[tuple[str, frozenset[Key]], mathopt.Variable] = {}
+        self._rows: dict[tuple[mathopt.Variable, frozenset[tuple[mathopt.Variable, float]]], float] = {}
+        self._idle_cache: dict[tuple[str, tuple[mathopt.Variable, ...]], tuple[Linear, Linear]] = {}
+        self._choices()
+        self._recomputation()
+        self._weights()
+        self.between = self._between()
+        self.outside = self._outside()
+        self.forward_peak = self._peak()
+        self.evaluate_peak = self._peak()
+        self.backward_peak = self._peak()
+        self._forward_rows(self.forward_peak, evaluate=False)
+        self._forward_rows(self.evaluate_peak, evaluate=True)
+        self._backward_rows()
+        self._seconds()
+        self._instructions()
+
+    # --- variables -------------------------------------------------------------------------------------------------
+
+    def _variable(self, upper: float = 1.0) -> mathopt.Variable:
+        return self.model.add_variable(lb=0.0, ub=upper)
+
+    def _peak(self) -> mathopt.Variable:
+        return self.model.add_variable(lb=0.0)
+
+    def _at_least(self, left: Linear, right: Linear | float) -> None:
+        """Row left >= right."""
+        row = Linear().plus(left)
+        if isinstance(right, Linear):
+            row.plus(right, -1.0)
+        else:
+            row.constant -= right
+        constraint = self.model.add_linear_constraint(lb=-row.constant)
+        for variable, coefficient in row.terms.items():
+            if coefficient:
+                constraint.set_coefficient(variable, coefficient)
+
+    def _choices(self) -> None:
+        kind = self.kind
+        self.keep = {value: self.model.add_binary_variable() for value in kind.candidates}
+        self.offload = {
+            value: self.model.add_binary_variable()
+            for value in kind.candidates
+            if value in kind.offloadable
+        }
+        self.mode = {
+            name: [self.model.add_binary_variable() for _ in weight.modes] for name, weight in kind.weights.items()
+        }
+        for variables in self.mode.values():
+            self.model.add_linear_constraint(mathopt.LinearSum(variables) == 1.0)
+        self.away: dict[str, mathopt.Variable] = {}
+        for update in kind.updates:
+            group = MINOR if update.minor else update.trainable
+            if update.states and group not in self.away:
+                self.away[group] = self.model.add_binary_variable()
+
+    def _recomputation(self) -> None:
+        """again[k][e]: operator k has run again by its event e; what is needed and not there runs again."""
+        kind = self.kind
+        self.again = {k: [self._variable() for _ in events] for k, events in kind.events.items()}
+        self.readers: dict[str, list[int]] = {value: [] for value in kind.candidates}
+        for k in kind.events:
+            for value in self.operations[k].inputs:
+                if value in self.candidates:
+                    self.readers[value].append(k)
+        for variables in self.again.values():
+            for earlier, later in zip(variables, variables[1:]):
+                self.model.add_linear_constraint(later >= earlier)
+        self.direct: dict[str, list[int]] = {value: kind.direct_uses(value) for value in kind.candidates}
+        for value in kind.candidates:
+            stored = Linear().add(self.keep[value])
+            if value in self.offload:
+                stored.add(self.offload[value])
+                self.model.add_linear_constraint(self.keep[value] + self.offload[value] <= 1.0)
+            maker = self.producer.get(value)
+            runs = self.again.get(maker.index) if maker is not None else None
+            if maker is not None and runs is not None and value in self.offload:
+                self.model.add_linear_constraint(self.offload[value] + runs[-1] <= 1.0)
+            if self.direct[value]:
+                there = Linear().plus(stored).plus(self._again(maker, (self.direct[value][0], LAST)))
+                self._at_least(there, 1.0)
+            for k in self.readers[value]:
+                for event, variable in zip(kind.events[k], self.again[k]):
+                    there = Linear().plus(stored).plus(self._again(maker, (event, k)))
+                    self._at_least(there, Linear().add(variable))
+
+    def _again(self, op: Operation | None, slot: Slot, *, strictly: bool = False) -> Linear:
+        """Whether the operator has run again by (or strictly before) the slot."""
+        if op is None or op.index not in self.again:
+            return Linear()
+        position, other = slot
+        events = self.kind.events[op.index]
+        here = op.index < other or (op.index == other and not strictly)
+        count = bisect.bisect_right(events, position) if here else bisect.bisect_left(events, position)
+        return Linear().add(self.again[op.index][count - 1]) if count else Linear()
+
+    def _all_again(self, k: int) -> Linear:
+        return Linear().add(self.again[k][-1])
+
+    def _both(self, *sides: Linear) -> Linear:
+        """A variable that is at least the product of 0/1 expressions."""
+        real = [side for side in sides if side.terms or side.constant < 1.0]
+        if any(not side.terms and side.constant <= 0.0 for side in real):
+            return Linear()
+        if not real:
+            return Linear(1.0)
+        if len(real) == 1:
+            return real[0]
+        key = ("both", frozenset(side.key() for side in real))
+        if key in self._products:
+            return Linear().add(self._products[key])
+        variable = self._products[key] = self._variable()
+        row = Linear(1.0 - len(real))
+        for side in real:
+            row.plus(side)
+        self._at_least(Linear().add(variable), row)
+        return Linear().add(variable)
+
+    def _most(self, sides: Iterable[Linear]) -> Linear:
+        """A variable that is at least each of the 0/1 expressions."""
+        real = [side for side in sides if side.terms or side.constant > 0.0]
+        if not real:
+            return Linear()
+        if len(real) == 1:
+            return real[0]
+        key = ("most", frozenset(side.key() for side in real))
+        if key in self._products:
+            return Linear().add(self._products[key])
+        variable = self._products[key] = self._variable()
+        for side in real:
+            self._at_least(Linear().add(variable), side)
+        return Linear().add(variable)
+
+    # --- weights ---------------------------------------------------------------------------------------------------
+
+    def _in_mode(self, name: str, *, behind: str = "", ahead: str = "", hold: str = "") -> Linear:
+        """Whether the weight's mode has these places in the backward gap, the step gap and inside the window."""
+        result = Linear()
+        for mode, variable in zip(self.kind.weights[name].modes, self.mode[name]):
+            if (not behind or mode.backward_gap == behind) and (not ahead or mode.step_gap == ahead):
+                if not hold or mode.hold == hold:
+                    result.add(variable)
+        return result
+
+    def _weights(self) -> None:
+        """Unpackings and reads in the backward window."""
+        self.unpacks: dict[str, Linear] = {}
+        self.reads: dict[str, Linear] = {}
+        self.carried: dict[str, Linear] = {}
+        for name, weight in self.kind.weights.items():
+            on_disk = self._in_mode(name, behind="disk")
+            not_unpacked = Linear(1.0).plus(self._in_mode(name, behind="unpacked"), -1.0)
+            unpacks, reads = Linear(), Linear()
+            if weight.alone:
+                unpacks.plus(not_unpacked, weight.backward_uses)
+                reads.plus(on_disk, weight.backward_uses)
+                for position in weight.recomputing:
+                    again = self._all_again(self.kind.forward[position].index)
+                    unpacks.plus(self._both(again, not_unpacked))
+                    reads.plus(self._both(again, on_disk))
+            else:
+                unpacks.plus(not_unpacked)
+                reads.plus(on_disk)
+                if weight.recomputing:
+                    again = self._all_again(self.kind.forward[weight.recomputing[0]].index)
+                    # Unpacked by the recomputation and held until the backward's own use: no second unpacking.
+                    carried = self._variable()
+                    held = Linear()
+                    for mode, variable in zip(weight.modes, self.mode[name]):
+                        if mode.hold == "unpacked" and mode.backward_gap != "unpacked":
+                            held.add(variable)
+                    self._at_least(held, Linear().add(carried))
+                    self._at_least(again, Linear().add(carried))
+                    self.carried[name] = Linear().add(carried)
+                    unpacks.plus(self._both(again, not_unpacked)).add(carried, -1.0)
+                    reads.plus(self._both(again, self._in_mode(name, behind="disk", hold="disk")))
+            self.unpacks[name] = unpacks
+            self.reads[name] = reads
+
+    # --- bytes -----------------------------------------------------------------------------------------------------
+
+    def _size(self, value: str) -> float:
+        return self.kind.bytes[value] / KIB
+
+    def _states(self) -> Linear:
+        """KiB of optimizer state that stays resident."""
+        result = Linear()
+        for update in self.kind.updates:
+            if update.states:
+                size = update.states * update.state_bytes / KIB
+                result.constant += size
+                result.add(self.away[MINOR if update.minor else update.trainable], -size)
+        return result
+
+    def _gap(self, name: str, *, step: bool) -> Linear:
+        weight = self.kind.weights[name]
+        where = "ahead" if step else "behind"
+        result = Linear().plus(self._in_mode(name, **{where: "unpacked"}), weight.bytes / KIB)
+        return result.plus(self._in_mode(name, **{where: "packed"}), weight.packed_bytes / KIB)
+
+    def _between(self) -> Linear:
+        result = Linear().plus(self._states())
+        for value, variable in self.keep.items():
+            result.add(variable, self._size(value))
+        for name in self.kind.weights:
+            result.plus(self._gap(name, step=False))
+        return result
+
+    def _outside(self) -> Linear:
+        result = Linear().plus(self._states())
+        for name in self.kind.weights:
+            result.plus(self._gap(name, step=True))
+        return result
+
+    def _row(self, peak: mathopt.Variable, row: Linear) -> None:
+        key = (peak, frozenset(row.terms.items()))
+        if row.constant > self._rows.get(key, -1.0):
+            self._rows[key] = row.constant
+            self._at_least(Linear().add(peak), row)
+
+    def _forward_rows(self, peak: mathopt.Variable, *, evaluate: bool) -> None:
+        kind = self.kind
+        stays = kind.leaves_evaluate if evaluate else kind.leaves_forward
+        born = dict.fromkeys(kind.enters_forward, -1)
+        last: dict[str, int] = dict.fromkeys(kind.enters_forward, -1)
+        for position, op in enumerate(kind.forward):
+            for value in [*op.inputs, *op.outputs]:
+                last[value] = position
+            for value in op.outputs:
+                born.setdefault(value, position)
+        for value in stays:
+            last[value] = LAST
+        self._row(
+            peak, Linear(sum(self._size(v) for v in kind.enters_forward)).plus(self._outside())
+        )
+        for position, op in enumerate(kind.forward):
+            shared = Linear().plus(self._states())
+            made = 0.0
+            for value, start in born.items():
+                if start <= position <= last[value]:
+                    if start == position:
+                        made += self._size(value)
+                    else:
+                        shared.constant += self._size(value)
+                elif start < position and not evaluate and value in self.keep:
+                    shared.add(self.keep[value], self._size(value))
+            opened: list[str] = []
+            for name, weight in kind.weights.items():
+                if weight.forward_first < 0 or weight.forward_first > position:
+                    shared.plus(self._gap(name, step=True))
+                elif weight.forward_last < position:
+                    shared.plus(self._gap(name, step=evaluate))
+                elif weight.forward_first < position:
+                    shared.constant += weight.bytes / KIB
+                    shared.plus(self._retained_forward(name, evaluate=evaluate), weight.packed_bytes / KIB)
+                else:
+                    opened.append(name)
+            uses = [
+                Use(
+                    weight=kind.weights[name],
+                    before=self._gap(name, step=True),
+                    runs=Linear(1.0),
+                    unpacks=Linear(1.0).plus(self._in_mode(name, ahead="unpacked"), -1.0),
+                    retained=self._retained_forward(name, evaluate=evaluate),
+                )
+                for name in op.weights
+                if name in opened
+            ]
+            self._use_rows(peak, shared, Linear(made), uses)
+
+    def _retained_forward(self, name: str, *, evaluate: bool) -> Linear:
+        return self._in_mode(name, ahead="packed") if evaluate else self._in_mode(name, behind="packed")
+
+    def _use_rows(self, peak: mathopt.Variable, shared: Linear, made: Linear, uses: list[Use]) -> None:
+        """Rows at each unpacking for an operator (packed and unpacked form together) and at its run."""
+        for index, use in enumerate(uses):
+            row = Linear().plus(shared)
+            for earlier in uses[:index]:
+                row.plus(earlier.runs, earlier.weight.bytes / KIB)
+                row.plus(earlier.retained, earlier.weight.packed_bytes / KIB)
+            for later in uses[index + 1 :]:
+                row.plus(later.before)
+            row.plus(use.runs, use.weight.bytes / KIB)
+            row.plus(self._most([use.unpacks, use.retained]), use.weight.packed_bytes / KIB)
+            self._row(peak, row)
+        row = Linear().plus(shared).plus(made)
+        for use in uses:
+            row.plus(use.runs, use.weight.bytes / KIB).plus(use.retained, use.weight.packed_bytes / KIB)
+        self._row(peak, row)
+
+    def _slots(self) -> list[Slot]:
+        slots = [(t, k) for k, events in self.kind.events.items() for t in events]
+        return sorted([*slots, *((t, LAST) for t in range(len(self.kind.backward)))])
+
+    def _backward_rows(self) -> None:
+        kind = self.kind
+        start = Linear(sum(self._size(v) for v in kind.enters_backward)).plus(self.between)
+        self._row(self.backward_peak, start)
+        born = dict.fromkeys(kind.enters_backward, -1)
+        last: dict[str, int] = dict.fromkeys(kind.enters_backward, -1)
+        for t, op in enumerate(kind.backward):
+            for value in op.outputs:
+                born.setdefault(value, t)
+            for value in [*op.inputs, *op.outputs]:
+                last[value] = t
+        for value in kind.leaves_backward | kind.closes_backward:
+            last[value] = LAST
+        for update in kind.updates:
+            last[update.gradient] = max(update.after, last.get(update.gradient, -1))
+        fixed = {value for value in born if value not in self.candidates}
+        for slot in self._slots():
+            t, k = slot
+            row = Linear().plus(self._states())
+            made = 0.0
+            for value in fixed:
+                if born[value] < t and last[value] >= t:
+                    row.constant += self._size(value)
+                elif born[value] == t and k == LAST:
+                    made += self._size(value)
+            output = Linear(made)
+            outputs = self.operations[k].outputs if k != LAST else ()
+            for value in kind.candidates:
+                live = self._live(value, slot)
+                if value in outputs:
+                    # The output itself is not there yet while weights are unpacked.
+                    output.plus(live, self._size(value))
+                else:
+                    row.plus(live, self._size(value))
+            if k != LAST:
+                run = self._runs_at(k, t)
+                for value in outputs:
+                    if value not in self.candidates and not (value in born and born[value] < t <= last[value]):
+                        output.plus(run, self._size(value))
+            self._weight_rows(slot, row, output)
+            if k == LAST:
+                self._update_rows(t, born, last, fixed)
+
+    def _runs_at(self, k: int, t: int) -> Linear:
+        index = self.kind.events[k].index(t)
+        result = Linear().add(self.again[k][index])
+        return result.add(self.again[k][index - 1], -1.0) if index else result
+
+    def _live(self, value: str, slot: Slot) -> Linear:
+        """Whether a candidate is resident at the slot: it is there by then, and something still reads it."""
+        t, k = slot
+        maker = self.producer.get(value)
+        direct = self.direct[value]
+        there = Linear().add(self.keep[value])
+        again = self._again(maker, slot)
+        if again.terms:
+            assert maker is not None
+            there = self._most([there, again]) if len(maker.outputs) > 1 else there.plus(again)
+        off = Linear().add(self.offload[value]) if value in self.offload else Linear()
+        if direct and direct[-1] >= t:
+            if not off.terms:
+                return there
+            if direct[0] < t or (direct[0] == t and k == LAST):
+                return there.plus(off)
+            asked = [self._both(off, self._again(self.operations[w], slot)) for w in self.readers[value]]
+            return there.plus(self._most(asked))
+        tails = []
+        for w in self.readers[value]:
+            tail = self._all_again(w).plus(self._again(self.operations[w], slot, strictly=True), -1.0)
+            if any((event, w) >= slot for event in self.kind.events[w]):
+                tails.append(tail)
+        if maker is not None and maker.index == k:
+            tails.append(self._runs_at(k, t))
+        if not tails:
+            return Linear()
+        parts = [self._both(there, tail) for tail in tails]
+        if off.terms:
+            early = bool(direct)
+            for tail in tails:
+                by = [Linear(1.0)] if early else [self._again(self.operations[w], slot) for w in self.readers[value]]
+                parts.extend(self._both(off, tail, asked) for asked in by)
+        return self._most(parts)
+
+    def _weight_rows(self, slot: Slot, row: Linear, output: Linear) -> None:
+        """Complete the slot's row with the weights and post it."""
+        t, k = slot
+        kind = self.kind
+        op = self.operations[k] if k != LAST else kind.backward[t]
+        uses: dict[str, Use] = {}
+        for name, weight in kind.weights.items():
+            unpacked, packed = self._idle(name, slot, strictly=True)
+            before = Linear().plus(unpacked, weight.bytes / KIB).plus(packed, weight.packed_bytes / KIB)
+            if name not in op.weights or (not weight.alone and k == LAST and weight.backward_first < t):
+                row.plus(before)
+                continue
+            resident = self._in_mode(name, behind="unpacked")
+            if k == LAST:
+                unpacks = Linear(1.0).plus(resident, -1.0)
+                if name in self.carried:
+                    unpacks.plus(self.carried[name], -1.0)
+                retained = self._in_mode(name, ahead="packed")
+                uses[name] = Use(weight=weight, before=before, runs=Linear(1.0), unpacks=unpacks, retained=retained)
+            else:
+                run = self._runs_at(k, t)
+                uses[name] = Use(
+                    weight=weight,
+                    before=before,
+                    runs=self._most([run, unpacked]),
+                    unpacks=Linear().plus(run).plus(resident, -1.0),
+                    retained=self._idle(name, slot, strictly=False)[1],
+                )
+        self._use_rows(self.backward_peak, row, output, [uses[name] for name in op.weights if name in uses])
+
+    def _idle(self, name: str, slot: Slot, *, strictly: bool) -> tuple[Linear, Linear]:
+        """Whether the weight lies unpacked, and packed, around the slot in the backward window."""
+        weight = self.kind.weights[name]
+        if weight.alone:
+            return self._in_mode(name, behind="unpacked"), self._in_mode(name, behind="packed")
+        if slot > (weight.backward_last, LAST):
+            return self._in_mode(name, ahead="unpacked"), self._in_mode(name, ahead="packed")
+        if slot > (weight.backward_first, LAST):
+            return Linear(1.0), self._in_mode(name, ahead="packed")
+        again = Linear()
+        if weight.recomputing:
+            again = self._again(self.kind.forward[weight.recomputing[0]], slot, strictly=strictly)
+        key = (name, tuple(again.terms))
+        if key not in self._idle_cache:
+            resident, held, fixed, given_up, staged = Linear(), Linear(), Linear(), Linear(), Linear()
+            for mode, variable in zip(weight.modes, self.mode[name]):
+                if mode.backward_gap == "unpacked":
+                    resident.add(variable)
+                elif mode.hold == "unpacked":
+                    held.add(variable)
+                if mode.backward_gap == "packed":
+                    (given_up if mode.hold == "unpacked" and mode.step_gap != "packed" else fixed).add(variable)
+                elif mode.backward_gap == "disk" and mode.hold == "packed":
+                    staged.add(variable)
+            unpacked = self._most([resident, self._both(held, again)])
+            packed = Linear().plus(fixed)
+            if again.terms:
+                packed.plus(self._at_least_positive(given_up, again)).plus(self._both(staged, again))
+            else:
+                packed.plus(given_up)
+            self._idle_cache[key] = (unpacked, packed)
+        unpacked, packed = self._idle_cache[key]
+        return Linear().plus(unpacked), Linear().plus(packed)
+
+    def _at_least_positive(self, left: Linear, right: Linear) -> Linear:
+        """A variable that is at least left - right, and 0."""
+        if not left.terms:
+            return Linear()
+        variable = self._variable()
+        self._at_least(Linear().add(variable), Linear().plus(left).plus(right, -1.0))
+        return Linear().add(variable)
+
+    def _update_rows(self, t: int, born: dict[str, int], last: dict[str, int], fixed: set[str]) -> None:
+        """Rows at the updates after backward operation t whose optimizer state may have to be fetched."""
+        kind = self.kind
+        due = [update for update in kind.updates if update.after == t]
+        after = (t + 1, -1)
+        gone: set[str] = set()
+        for update in due:
+            row = Linear().plus(self._states())
+            for value in fixed:
+                ends = last[value] > t or any(value == other.gradient for other in due)
+                if born[value] <= t and ends and value not in gone:
+                    row.constant += self._size(value)
+            for value in kind.candidates:
+                row.plus(self._live(value, after), self._size(value))
+            for name, weight in kind.weights.items():
+                unpacked, packed = self._idle(name, after, strictly=True)
+                row.plus(unpacked, weight.bytes / KIB).plus(packed, weight.packed_bytes / KIB)
+            if update.states:
+                away = self.away[MINOR if update.minor else update.trainable]
+                row.add(away, update.states * update.state_bytes / KIB)
+            self._row(self.backward_peak, row)
+            gone.add(update.gradient)
+
+    # --- seconds ---------------------------------------------------------------------------------------------------
+
+    def _seconds(self) -> None:
+        """Compute, disk and instruction counts of both windows, all linear in the choices."""
+        kind = self.kind
+        self.forward_ms, self.reads_forward_ms, self.spills_forward_ms = Linear(), Linear(), Linear()
+        self.backward_ms, self.reads_backward_ms, self.fetches_backward_ms = Linear(), Linear(), Linear()
+        self.states_fetched_ms, self.states_spilled_ms = Linear(), Linear()
+        count = Linear()
+        self.forward_ms.constant += MS * sum(op.seconds for op in kind.forward)
+        self.backward_ms.constant += MS * sum(op.seconds for op in kind.backward)
+        self.backward_ms.constant += MS * sum(update.seconds for update in kind.updates)
+        for k in kind.events:
+            op = self.operations[k]
+            self.backward_ms.plus(self._all_again(k), MS * op.seconds)
+            # Of several outputs one at least is made anew and freed; the others may lie there already.
+            count.plus(self._all_again(k), 2.0)
+        for name, weight in kind.weights.items():
+            if weight.forward_first >= 0:
+                unpacks = Linear(1.0).plus(self._in_mode(name, ahead="unpacked"), -1.0)
+                reads = self._in_mode(name, ahead="disk")
+                self.forward_ms.plus(unpacks, MS * weight.unpack_seconds)
+                self.forward_ms.plus(reads, MS * weight.read_compute_seconds)
+                self.reads_forward_ms.plus(reads, MS * weight.read_seconds)
+                count.plus(unpacks, 4.0).plus(reads, 4.0)
+            self.backward_ms.plus(self.unpacks[name], MS * weight.unpack_seconds)
+            self.backward_ms.plus(self.reads[name], MS * weight.read_compute_seconds)
+            self.reads_backward_ms.plus(self.reads[name], MS * weight.read_seconds)
+            count.plus(self.unpacks[name], 2.0).plus(self.reads[name], 2.0)
+        for value, variable in self.offload.items():
+            size = kind.raw_bytes[value]
+            self.forward_ms.add(variable, MS * size * kind.write.compute_seconds_per_byte)
+            self.backward_ms.add(variable, MS * size * kind.read.compute_seconds_per_byte)
+            self.spills_forward_ms.add(variable, MS * transfer_seconds(kind.write, size))
+            self.fetches_backward_ms.add(variable, MS * transfer_seconds(kind.read, size))
+            count.add(variable, 3.0)
+        for update in kind.updates:
+            if update.states:
+                away = self.away[MINOR if update.minor else update.trainable]
+                size = kind.raw_bytes[f"adam_m:{update.trainable}"]
+                both = kind.read.compute_seconds_per_byte + kind.write.compute_seconds_per_byte
+                self.backward_ms.add(away, MS * update.states * size * both)
+                self.states_fetched_ms.add(away, MS * update.states * transfer_seconds(kind.read, size))
+                self.states_spilled_ms.add(away, MS * update.states * transfer_seconds(kind.write, size))
+                count.add(away, 3.0 * update.states)
+        self.instructions = count
+
+    def _instructions(self) -> None:
+        """Fix the constant part of the instruction count by counting one decision: everything kept, nothing again."""
+        kind = self.kind
+        decision = Decision(
+            keep=frozenset(kind.candidates),
+            offload=frozenset(),
+            weights=tuple((name, weight.modes[0]) for name, weight in kind.weights.items()),
+            states=frozenset(),
+        )
+        counted = measure(kind, decision).instructions
+        chosen = {variables[0] for variables in self.mode.values()}
+        linear = self.instructions.constant + sum(
+            coefficient for variable, coefficient in self.instructions.terms.items() if variable in chosen
+        )
+        self.instructions.constant += counted - linear
+
+    def field(self, name: str) -> Linear:
+        """One of the layer's figures, as `master.FIELDS` names them."""
+        figure = getattr(self, name)
+        return figure if isinstance(figure, Linear) else Linear().add(figure)
+
+    # --- answers ---------------------------------------------------------------------------------------------------
+
+    def decision(self, values: dict[mathopt.Variable, float]) -> Decision:
+        """The layer's decision in a solution of the model."""
+        kind = self.kind
+        keep = {value for value, variable in self.keep.items() if values[variable] > 0.5}
+        offload = {value for value, variable in self.offload.items() if values[variable] > 0.5} - keep
+        weights = []
+        for name, variables in self.mode.items():
+            best = max(range(len(variables)), key=lambda index: values[variables[index]])
+            weights.append((name, kind.weights[name].modes[best]))
+        states = {
+            update.trainable
+            for update in kind.updates
+            if update.states and values[self.away[MINOR if update.minor else update.trainable]] > 0.5
+        }
+        return Decision(
+            keep=frozenset(keep), offload=frozenset(offload), weights=tuple(weights), states=frozenset(states)
+        )
+
+    def fix(self, decision: Decision) -> None:
+        """Pin every choice to `decision` (for checks)."""
+        for value, variable in self.keep.items():
+            variable.lower_bound = variable.upper_bound = float(value in decision.keep)
+        for value, variable in self.offload.items():
+            variable.lower_bound = variable.upper_bound = float(value in decision.offload)
+        modes = dict(decision.weights)
+        for name, variables in self.mode.items():
+            for mode, variable in zip(self.kind.weights[name].modes, variables):
+                variable.lower_bound = variable.upper_bound = float(mode == modes[name])
+        for update in self.kind.updates:
+            if update.states:
+                variable = self.away[MINOR if update.minor else update.trainable]
+                variable.lower_bound = variable.upper_bound = float(update.trainable in decision.states)

@@ -1,0 +1,182 @@
+"""A comparison as one self-contained HTML page: nothing is fetched, every chart has its table beside it.
+
+`comparison_page` turns plans into text; the page's markup, style and script are ``page.html.jinja`` beside this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from planner.kinds import KINDS, UNKNOWN, Bucket, buckets, budgets_of, feasible, in_use, kinds_of, policies_of
+from planner.schema import Plan
+from planner.svg import LEFT, POLICY_SLOTS, RIGHT, WIDTH, curve_svg, timeline_svg
+from profiles.errors import InputError
+from profiles.units import MIB, format_size
+
+SLICES = 260
+"""slices of a step in a drawn timeline: finer than the picture's columns would not show"""
+LARGEST = 12
+"""tensors listed at the peak"""
+
+
+def comparison_page(plans: Sequence[Plan]) -> str:
+    """HTML of a comparison of `plans`: one model and device, any policies and budgets. Raises InputError without plans."""
+    if not plans:
+        raise InputError("there are no plans to compare; name at least one budget and one policy")
+    names = policies_of(plans)
+    ordered = sorted(plans, key=lambda plan: (names.index(plan.policy), plan.budget_bytes))
+    series: dict[str, Any] = {}
+    articles = []
+    for index, plan in enumerate(ordered):
+        shown = buckets(plan.timeline, SLICES)
+        if feasible(plan) and plan.train is not None and shown:
+            name = f"timeline-{index}"
+            series[name] = _series(plan, shown)
+            articles.append(_article(plan, shown, name))
+    environment = Environment(
+        loader=PackageLoader("planner", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja").render(
+        title=f"{plans[0].model.name} on {plans[0].device.name}",
+        subtitle=describe(plans[0]),
+        floor=format_size(max(plan.floor_bytes for plan in plans)),
+        kinds=KINDS,
+        unknown=UNKNOWN,
+        policies=names,
+        policy_slots=POLICY_SLOTS,
+        budgets=[{"bytes": budget, "text": format_size(budget)} for budget in budgets_of(plans)],
+        verdicts=verdicts(plans),
+        bounded=sum(plan.policy == "solver" and feasible(plan) for plan in plans) > 1,
+        misfits=not all(map(feasible, plans)),
+        curve=curve_svg(plans),
+        rows=_rows(plans, names),
+        plans=articles,
+        series=series,
+    )
+
+
+def describe(plan: Plan) -> str:
+    """What is trained, in a line: shapes, number type, LoRA rank, device."""
+    shape = f"batch {plan.batch}" + (f", sequence {plan.seq}" if plan.seq else "")
+    adapted = (
+        f"LoRA rank {plan.model.lora['rank']}" if plan.model.lora and "rank" in plan.model.lora else "all parameters"
+    )
+    measured = "measured" if plan.device.measured else "estimated, not measured"
+    return f"{adapted}, {shape}, {plan.compute_dtype}; {plan.device.threads} threads of {plan.device.name}, times {measured}"
+
+
+def verdicts(plans: Sequence[Plan]) -> list[str]:
+    """A sentence per budget: the solver's step beside the best fixed rule that fits the same budget."""
+    said = []
+    for budget in budgets_of(plans):
+        here = {plan.policy: plan for plan in plans if plan.budget_bytes == budget and feasible(plan)}
+        solved = here.pop("solver", None)
+        if solved is None:
+            continue
+        text = f"{format_size(budget)}: {solved.step_seconds:.3f} s per step, within {solved.gap:.2%} of the best plan of its class; "
+        if here:
+            best = min(here.values(), key=lambda plan: plan.step_seconds)
+            text += f"{best.policy}, the fastest fixed rule that fits, needs {best.step_seconds / solved.step_seconds:.2f} × as long"
+        else:
+            text += "no fixed rule compared here fits"
+        said.append(text + ".")
+    return said
+
+
+def _rows(plans: Sequence[Plan], names: Sequence[str]) -> list[dict[str, Any]]:
+    by_place = {(plan.budget_bytes, plan.policy): plan for plan in plans}
+    rows = []
+    for budget in budgets_of(plans):
+        here = [by_place.get((budget, name)) for name in names]
+        times = [plan.step_seconds for plan in here if plan and feasible(plan)]
+        rows.append({"budget": format_size(budget), "cells": [_cell(plan, min(times, default=0.0)) for plan in here]})
+    return rows
+
+
+def _cell(plan: Plan | None, best: float) -> dict[str, str]:
+    if plan is None:
+        return {"text": "–", "role": ""}
+    if not feasible(plan):
+        smallest = plan.minimum_budget_bytes
+        return {"text": f"needs {format_size(smallest, round_up=True)}" if smallest else "does not fit", "role": "none"}
+    return {"text": f"{plan.step_seconds:.3f} s", "role": "best" if plan.step_seconds <= 1.005 * best else ""}
+
+
+def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
+    assert plan.train is not None
+    peak = max((bucket.point for bucket in shown), key=in_use)
+    kinds = kinds_of(bucket.point for bucket in shown)
+    return {
+        "policy": plan.policy,
+        "budget_bytes": plan.budget_bytes,
+        "budget": format_size(plan.budget_bytes),
+        "chart": timeline_svg(plan, shown, name),
+        "kinds": kinds,
+        "peak_text": plan.train.peak.text,
+        "peak_mib": f"{peak.bytes / MIB:.1f}",
+        "parts": [
+            {
+                "name": kind.name,
+                "label": kind.label,
+                "mib": f"{peak.by_kind[kind.name] / MIB:.1f}",
+                "share": f"{peak.by_kind[kind.name] / peak.bytes:.0%}",
+            }
+            for kind in kinds
+            if peak.by_kind.get(kind.name)
+        ],
+        "facts": facts(plan),
+        "largest": [
+            (tensor, f"{size / MIB:.2f}")
+            for tensor, size in sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST]
+        ],
+    }
+
+
+def facts(plan: Plan) -> list[tuple[str, str]]:
+    """The figures of one feasible plan in words."""
+    train = plan.train
+    assert train is not None
+    rows = [
+        ("status", plan.status),
+        ("step", f"{plan.step_seconds:.3f} s"),
+        ("no faster in this class than", f"{plan.bound_seconds:.3f} s (gap {plan.gap:.2%})"),
+        (
+            "no schedule at all faster than",
+            f"{plan.any_schedule_bound_seconds:.3f} s (gap {plan.any_schedule_gap:.1%})",
+        ),
+        ("solved in", f"{plan.solve_seconds:.1f} s"),
+        ("forward and backward", f"{train.compute_seconds - train.recompute_seconds:.3f} s"),
+        ("recomputation", f"{train.recompute_seconds:.3f} s"),
+        ("unpacking", f"{train.unpack_seconds:.3f} s"),
+        ("waiting for the disk", f"{train.stall_seconds:.3f} s"),
+        ("read per step", format_size(train.read_bytes)),
+        ("written per step", format_size(train.write_bytes)),
+    ]
+    return rows if plan.policy == "solver" else [row for row in rows if not row[0].startswith(("no faster", "solved"))]
+
+
+def _series(plan: Plan, shown: Sequence[Bucket]) -> dict[str, Any]:
+    """What the page's script reads out at the cursor, rounded to what it prints."""
+    assert plan.train is not None
+    kinds = kinds_of(bucket.point for bucket in shown)
+    totals = [bucket.point.bytes for bucket in shown]
+    used = [in_use(bucket.point) for bucket in shown]
+    return {
+        "width": WIDTH,
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "seconds": plan.train.seconds or shown[-1].end,
+        "starts": [round(bucket.start, 5) for bucket in shown],
+        "ends": [round(bucket.end, 5) for bucket in shown],
+        "total": [round(total / MIB, 1) for total in totals],
+        "peak": used.index(max(used)),
+        "kinds": [kind.label for kind in kinds],
+        "mib": [[round(bucket.point.by_kind.get(kind.name, 0) / MIB, 1) for bucket in shown] for kind in kinds],
+    }

@@ -1,0 +1,493 @@
+"""The whole step over its layers: bytes window by window, time, disk; small models as one program, large ones by columns.
+
+Each layer enters through a few figures (`FIELDS`): bytes it holds between its windows and inside them, seconds of
+compute and disk. A window's bytes are what every layer holds at that time plus the layer's own peak there, so two rows
+per layer say the same as a row per instruction. Equal layers share columns (decisions with their figures) and pricing
+problems, so the cost grows with layer types.
+
+Time: the step lasts as long as its windows; a window at least its compute; and by the end of a window the disk has done
+what had to be done by then. Look-ahead is left unbounded, which makes the time a lower bound for the class; what a plan
+really takes the simulator says.
+
+Bound: Lagrangian. With row duals of the master, sum of the cheapest priced column of each layer, by the pricing
+problem's own proven bound (Dantzig and Wolfe 1960; for its use as a bound see Lasdon 1970).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ortools.math_opt.python import mathopt
+
+from planner.formulation import KIB, MS, Block, Linear
+from planner.layers import Layered, transfer_seconds
+from planner.quiet import solve_quietly
+from planner.windows import Column, Decision, measure
+
+FIELDS = (
+    "forward_peak",
+    "backward_peak",
+    "evaluate_peak",
+    "between",
+    "outside",
+    "forward_ms",
+    "backward_ms",
+    "reads_forward_ms",
+    "reads_backward_ms",
+    "spills_forward_ms",
+    "fetches_backward_ms",
+    "states_fetched_ms",
+    "states_spilled_ms",
+    "instructions",
+)
+MOVE_PRICE = 1e-4
+"""price of a second of disk time beside a second of the step: breaks ties in favour of moving less"""
+JOINT_BINARIES = 150
+"""models with fewer choices are solved as one program, to optimality"""
+OVERFLOW_PRICE = 10.0
+"""ms per KiB over the limit, while no fitting combination is known"""
+WHOLE_SECONDS = 3.0
+"""for choosing whole columns, once"""
+INSTANT = 1e5
+"""KiB per ms above which a disk's transfers are taken to need no time of their own"""
+Terms = dict[str, Linear]
+Progress = Callable[[dict[str, float | str]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Columns chosen per layer, and the proof."""
+
+    columns: tuple[Column, ...]
+    bound_seconds: float
+    """no plan of the class is faster"""
+    proven: bool
+    """the columns are optimal for the model, within tolerance"""
+
+
+def figures(column: Column) -> dict[str, float]:
+    """FIELDS of a column, in KiB and ms."""
+    return {
+        "forward_peak": column.forward_peak / KIB,
+        "backward_peak": column.backward_peak / KIB,
+        "evaluate_peak": column.evaluate_peak / KIB,
+        "between": column.between / KIB,
+        "outside": column.outside / KIB,
+        "forward_ms": column.forward_seconds * MS,
+        "backward_ms": column.backward_seconds * MS,
+        "reads_forward_ms": column.reads_forward * MS,
+        "reads_backward_ms": column.reads_backward * MS,
+        "spills_forward_ms": column.spills_forward * MS,
+        "fetches_backward_ms": column.fetches_backward * MS,
+        "states_fetched_ms": column.states_fetched * MS,
+        "states_spilled_ms": column.states_spilled * MS,
+        "instructions": float(column.instructions),
+    }
+
+
+def live_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
+    """Most bytes of live tensors over all windows of the step and of evaluation, exactly."""
+    outside = sum(column.outside for column in columns)
+    held = outside
+    worst = 0
+    for layer, column in enumerate(columns):
+        held -= column.outside
+        worst = max(
+            worst,
+            held + column.forward_peak + problem.across_forward[layer],
+            held + column.backward_peak + problem.across_backward[layer],
+            outside - column.outside + column.evaluate_peak + problem.across_evaluate[layer],
+        )
+        held += column.between
+    return worst + problem.constant_bytes
+
+
+def instruction_count(problem: Layered, columns: tuple[Column, ...]) -> int:
+    """Of both schedules; the outcome (loss, token losses) is freed at the end of each."""
+    outcome = 1 + (problem.profile.token_losses is not None)
+    return sum(column.instructions for column in columns) + 2 * outcome
+
+
+def charged_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
+    """Live bytes plus what the instructions themselves occupy in the runtime."""
+    per_instruction = problem.profile.device.floor.instruction_bytes
+    return live_bytes(problem, columns) + per_instruction * instruction_count(problem, columns)
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """The step's rows in a model; `limit` is None where the bytes themselves are minimised."""
+
+    model: mathopt.Model
+    bytes: mathopt.Variable
+    """KiB over all windows, instructions included"""
+    total_ms: Linear
+    disk_ms: Linear
+
+
+def add_rows(model: mathopt.Model, problem: Layered, layers: list[Terms], *, careful: bool = False) -> Rows:
+    """Post the rows of the whole step over the layers' figures."""
+    count = len(layers)
+    used = model.add_variable(lb=0.0)
+    instructions = model.add_variable(lb=0.0)
+    outcome = 1 + (problem.profile.token_losses is not None)
+    _row(model, Linear(-2.0 * outcome).add(instructions), *(terms["instructions"] for terms in layers))
+    per_instruction = problem.profile.device.floor.instruction_bytes / KIB
+
+    def chain(order: list[int], fields: tuple[str, ...]) -> list[Linear]:
+        """Running sums over the layers in `order`: entry i is the sum before the i-th."""
+        sums: list[Linear] = [Linear()]
+        for index in order:
+            step = model.add_variable(lb=0.0)
+            _row(model, Linear().add(step).plus(sums[-1], -1.0), *(layers[index][f] for f in fields))
+            sums.append(Linear().add(step))
+        return sums
+
+    ahead, back = list(range(count)), list(reversed(range(count)))
+    before = chain(ahead, ("between",))
+    after = chain(back, ("outside",))
+    outside = after[count]
+    constant = problem.constant_bytes / KIB
+    peaks: list[Linear] = [Linear()] * (2 * count)
+    """per window: KiB that are left for what waits for the disk"""
+    for index, terms in enumerate(layers):
+        others = Linear(constant).plus(before[index]).plus(after[count - 1 - index]).add(instructions, per_instruction)
+        for moment, across, peak in (
+            (index, problem.across_forward[index], "forward_peak"),
+            (2 * count - 1 - index, problem.across_backward[index], "backward_peak"),
+        ):
+            peaks[moment] = (
+                Linear(-across / KIB).add(used).plus(others, -1.0).plus(terms[peak], -1.0)
+            )
+        _row(
+            model,
+            Linear(-constant - problem.across_evaluate[index] / KIB)
+            .add(used)
+            .add(instructions, -per_instruction)
+            .plus(outside, -1.0)
+            .plus(terms["outside"]),
+            terms["evaluate_peak"],
+        )
+    clock = [Linear()]
+    windows = [*((i, "forward") for i in ahead), *((i, "backward") for i in back)]
+    for index, phase in windows:
+        now = model.add_variable(lb=0.0)
+        _row(model, Linear().add(now).plus(clock[-1], -1.0), layers[index][f"{phase}_ms"])
+        clock.append(Linear().add(now))
+    _add_disk(model, problem, layers, clock, peaks, careful=careful)
+    nested = chain(back, ("spills_forward_ms", "fetches_backward_ms"))
+    spilled = chain(ahead, ("states_spilled_ms",))
+    for index in ahead:
+        inside = Linear().plus(clock[2 * count - index]).plus(clock[index], -1.0)
+        _row(model, inside, nested[count - index])
+        tail = Linear().plus(clock[2 * count]).plus(clock[2 * count - 1 - index], -1.0)
+        _row(model, tail, spilled[index + 1])
+    total = model.add_variable(lb=0.0)
+    traffic = [name for name in FIELDS if name.startswith(("reads", "spills", "fetches", "states"))]
+    _row(model, Linear().add(total), *(terms[name] for terms in layers for name in traffic))
+    _row(model, Linear().plus(clock[-1]).add(total, -1.0))
+    return Rows(model=model, bytes=used, total_ms=clock[-1], disk_ms=Linear().add(total))
+
+
+def _add_disk(
+    model: mathopt.Model,
+    problem: Layered,
+    layers: list[Terms],
+    clock: list[Linear],
+    peaks: list[Linear],
+    *,
+    careful: bool,
+) -> None:
+    """What the disk does window by window, and the memory that waits for it.
+
+    A window lasts at least as long as the disk is busy in it. Reads and fetches that come before their window, and
+    spills that are not yet written, take memory meanwhile. The rows hold for any plan of the class; with `careful` they
+    ask for fetches one window ahead and count a spill to the end of its window, which plans can really keep.
+    """
+    count = len(layers)
+    rates = _kib_per_ms(problem)
+    needed = {name: Linear() for name in rates}
+    flown = {name: Linear() for name in rates}
+    for moment in range(2 * count):
+        forward = moment < count
+        index = moment if forward else 2 * count - 1 - moment
+        terms = layers[index]
+        asks = {
+            "reads": terms["reads_forward_ms" if forward else "reads_backward_ms"],
+            "fetches": Linear() if forward else terms["fetches_backward_ms"],
+            "spills": terms["spills_forward_ms"] if forward else Linear(),
+        }
+        busy = Linear().plus(clock[moment + 1]).plus(clock[moment], -1.0)
+        states = [] if forward or not careful else [terms["states_fetched_ms"], terms["states_spilled_ms"]]
+        waiting = Linear()
+        flows: list[Linear] = []
+        for name, rate in rates.items():
+            if not rate:
+                continue
+            before, due = flown[name], needed[name]
+            if asks[name].terms or asks[name].constant:
+                step = model.add_variable(lb=0.0)
+                defined = Linear().add(step).plus(due, -1.0).plus(asks[name], -1.0)
+                _row(model, defined)
+                _row(model, Linear().plus(defined, -1.0))
+                needed[name] = Linear().add(step)
+            now = model.add_variable(lb=0.0)
+            flown[name] = Linear().add(now)
+            flows.append(Linear().add(now).plus(before, -1.0))
+            _row(model, flows[-1])
+            if name == "spills":
+                # Only what is there can be written; what is not written stays in memory.
+                _row(model, Linear().plus(needed[name]).add(now, -1.0))
+                left = Linear().plus(needed[name] if careful else due).add(now, -1.0)
+            else:
+                _row(model, Linear().add(now).plus(needed[name], -1.0))
+                if careful and name == "fetches":
+                    _row(model, Linear().plus(before).plus(needed[name], -1.0))
+                left = Linear().plus(flown[name] if careful else before).plus(needed[name], -1.0)
+            held = model.add_variable(lb=0.0)
+            _row(model, Linear().add(held), left)
+            waiting.add(held, rate)
+        _row(model, busy, *flows, *states)
+        # The window's memory row gains what waits for the disk.
+        _row(model, peaks[moment], waiting)
+    if rates["spills"]:
+        _row(model, flown["spills"], needed["spills"])
+
+
+def _kib_per_ms(problem: Layered) -> dict[str, float]:
+    """The least that a millisecond of disk time moves, for each sort of transfer; 0 where there is none."""
+    reads: list[float] = []
+    spills: list[float] = []
+    fetches: list[float] = []
+    for kind in problem.types:
+        reads.extend(w.packed_bytes / w.read_seconds for w in kind.weights.values() if w.read_seconds)
+        for value in kind.offloadable:
+            size = kind.raw_bytes[value]
+            spills.append(size / transfer_seconds(kind.write, size))
+            fetches.append(size / transfer_seconds(kind.read, size))
+    result = {}
+    for name, rates in (("reads", reads), ("fetches", fetches), ("spills", spills)):
+        rate = min(rates, default=0.0) / KIB / MS
+        # Nothing ever waits for such a disk, and its rates would spoil the numbers of the program.
+        result[name] = rate if rate <= INSTANT else 0.0
+    return result
+
+
+def _row(model: mathopt.Model, left: Linear, *right: Linear) -> mathopt.LinearConstraint:
+    """Row left >= sum of right."""
+    row = Linear().plus(left)
+    for term in right:
+        row.plus(term, -1.0)
+    constraint = model.add_linear_constraint(lb=-row.constant)
+    for variable, coefficient in row.terms.items():
+        if coefficient:
+            constraint.set_coefficient(variable, coefficient)
+    return constraint
+
+
+@dataclass(kw_only=True)
+class Pool:
+    """Columns found so far, per layer type; shared by every budget of one profile."""
+
+    problem: Layered
+    columns: list[list[Column]] = field(default_factory=list)
+    blocks: list[tuple[mathopt.Model, Block]] = field(default_factory=list)
+    priced: dict[tuple[int, tuple[float, ...]], tuple[float, Column]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.columns = [[] for _ in self.problem.types]
+        for kind in self.problem.types:
+            model = mathopt.Model()
+            self.blocks.append((model, Block(model, kind)))
+
+    @property
+    def binaries(self) -> int:
+        """Choices of the whole step."""
+        counts = [sum(variable.integer for variable in model.variables()) for model, _ in self.blocks]
+        return sum(counts[kind] for kind in self.problem.layer_type)
+
+    def add(self, kind: int, decision: Decision) -> bool:
+        """Whether the decision's column is new."""
+        column = measure(self.problem.types[kind], decision)
+        mine = figures(column)
+        for other in self.columns[kind]:
+            theirs = figures(other)
+            if all(theirs[name] <= mine[name] for name in FIELDS):
+                return False
+        self.columns[kind].append(column)
+        return True
+
+    def price(self, kind: int, prices: dict[str, float], seconds: float) -> tuple[float, Column]:
+        """Cheapest decision of a layer type at these prices, and a proven lower bound of its price."""
+        key = (kind, tuple(round(prices[name], 9) for name in FIELDS))
+        if key in self.priced:
+            return self.priced[key]
+        model, block = self.blocks[kind]
+        goal = Linear()
+        for name in FIELDS:
+            if prices[name] > 1e-12:
+                goal.plus(block.field(name), prices[name])
+        model.minimize(goal.expression())
+        result = solve_quietly(model, seconds, 1e-5)
+        if not result.has_primal_feasible_solution():
+            raise TimeoutError
+        decision = block.decision(result.variable_values())
+        self.add(kind, decision)
+        answer = (min(result.best_objective_bound(), result.objective_value()), measure(self.problem.types[kind], decision))
+        self.priced[key] = answer
+        return answer
+
+
+@dataclass(kw_only=True)
+class Search:
+    """One budget. `limit_bytes` None asks for the fewest bytes instead of the shortest step."""
+
+    pool: Pool
+    limit_bytes: int | None
+    deadline: float
+    careful: bool = False
+    tolerance: float = 2e-3
+    progress: Progress | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def report(self, stage: str, incumbent: float, bound: float) -> None:
+        if self.progress is not None:
+            gap = (incumbent - bound) / incumbent if incumbent > 0 else 0.0
+            seconds = time.monotonic() - self.started
+            self.progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": gap, "seconds": seconds})
+
+    def goal(self, rows: Rows, model: mathopt.Model) -> Linear:
+        """Objective of the step: its time with a small price on moves, or its bytes."""
+        if self.limit_bytes is None:
+            return Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
+        over = model.add_variable(lb=0.0)
+        _row(model, Linear(self.limit_bytes / KIB).add(over).add(rows.bytes, -1.0))
+        self.over = over
+        return Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE).add(over, OVERFLOW_PRICE)
+
+    # --- one program -----------------------------------------------------------------------------------------------
+
+    def joint(self) -> Answer | None:
+        """All blocks side by side: the optimum of the class. None where nothing fits."""
+        problem = self.pool.problem
+        model = mathopt.Model()
+        blocks = [Block(model, problem.types[kind]) for kind in problem.layer_type]
+        rows = add_rows(
+            model, problem, [{name: block.field(name) for name in FIELDS} for block in blocks], careful=self.careful
+        )
+        goal = self.goal(rows, model)
+        if self.limit_bytes is not None:
+            self.over.upper_bound = 0.0
+        model.minimize(goal.expression())
+        result = solve_quietly(model, self.left(), 1e-6)
+        if not result.has_primal_feasible_solution():
+            return None
+        values = result.variable_values()
+        columns = tuple(
+            measure(problem.types[kind], block.decision(values)) for kind, block in zip(problem.layer_type, blocks)
+        )
+        optimal = result.termination.reason == mathopt.TerminationReason.OPTIMAL
+        return Answer(
+            columns=columns, bound_seconds=self.bound(result.best_objective_bound()), proven=optimal
+        )
+
+    def bound(self, objective: float) -> float:
+        """Seconds that no plan undercuts, from a bound on time + MOVE_PRICE * disk time (disk time <= time)."""
+        return max(0.0, objective / (1 + MOVE_PRICE) / MS)
+
+    # --- columns ---------------------------------------------------------------------------------------------------
+
+    def columns(self) -> tuple[float, float, bool]:
+        """Price columns until the bound meets the master: (bound, master value, whether the limit is kept)."""
+        best, value, kept = 0.0, float("inf"), False
+        problem = self.pool.problem
+        for _ in range(60):
+            value, prices, convexity, over = self._relaxation()
+            kept = over < 1e-4
+            gain = 0.0
+            new = False
+            for layer, kind in enumerate(problem.layer_type):
+                before = len(self.pool.columns[kind])
+                bound, column = self.pool.price(kind, prices[layer], min(10.0, self.left()))
+                gain += min(0.0, bound - convexity[layer])
+                new = new or len(self.pool.columns[kind]) > before
+            best = max(best, value + gain)
+            self.report("columns", value / MS, best / MS)
+            if value - best <= self.tolerance / 4 * value or not new:
+                break
+        return best, value, kept
+
+    def _relaxation(self) -> tuple[float, list[dict[str, float]], list[float], float]:
+        """Solve the master over the pool's columns as a linear program; duals as prices of each layer's figures."""
+        problem = self.pool.problem
+        model = mathopt.Model()
+        layers: list[Terms] = []
+        definitions: list[dict[str, mathopt.LinearConstraint]] = []
+        convexity: list[mathopt.LinearConstraint] = []
+        for kind in problem.layer_type:
+            columns = [(model.add_variable(lb=0.0), figures(column)) for column in self.pool.columns[kind]]
+            terms: Terms = {}
+            rows: dict[str, mathopt.LinearConstraint] = {}
+            for name in FIELDS:
+                figure = model.add_variable(lb=0.0)
+                total = Linear()
+                for variable, values in columns:
+                    if values[name]:
+                        total.add(variable, values[name])
+                rows[name] = _row(model, Linear().add(figure), total)
+                terms[name] = Linear().add(figure)
+            one = model.add_linear_constraint(lb=1.0, ub=1.0)
+            for variable, _ in columns:
+                one.set_coefficient(variable, 1.0)
+            convexity.append(one)
+            definitions.append(rows)
+            layers.append(terms)
+        posted = add_rows(model, problem, layers, careful=self.careful)
+        goal = self.goal(posted, model)
+        model.minimize(goal.expression())
+        result = solve_quietly(model, self.left(), 1e-6)
+        if not result.has_dual_feasible_solution() or not result.has_primal_feasible_solution():
+            raise TimeoutError
+        duals = result.dual_values()
+        prices = [{name: max(0.0, duals[row]) for name, row in rows.items()} for rows in definitions]
+        over = result.variable_values()[self.over] if self.limit_bytes is not None else 0.0
+        return result.objective_value(), prices, [duals[row] for row in convexity], over
+
+    def choose(self, limit_bytes: int | None) -> tuple[Column, ...] | None:
+        """Best whole columns within `limit_bytes` over the pool; None where none fits."""
+        problem = self.pool.problem
+        model = mathopt.Model()
+        layers: list[Terms] = []
+        picks: list[list[mathopt.Variable]] = []
+        for kind in problem.layer_type:
+            variables = [model.add_binary_variable() for _ in self.pool.columns[kind]]
+            model.add_linear_constraint(mathopt.LinearSum(variables) == 1.0)
+            values = [figures(column) for column in self.pool.columns[kind]]
+            terms: Terms = {}
+            for name in FIELDS:
+                total = Linear()
+                for variable, value in zip(variables, values):
+                    if value[name]:
+                        total.add(variable, value[name])
+                terms[name] = total
+            layers.append(terms)
+            picks.append(variables)
+        rows = add_rows(model, problem, layers, careful=self.careful)
+        goal = Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
+        if limit_bytes is not None:
+            goal = Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE)
+            rows.bytes.upper_bound = limit_bytes / KIB
+        model.minimize(goal.expression())
+        result = solve_quietly(model, min(WHOLE_SECONDS, self.left()), self.tolerance / 4)
+        if not result.has_primal_feasible_solution():
+            return None
+        chosen = result.variable_values()
+        return tuple(
+            self.pool.columns[kind][max(range(len(variables)), key=lambda i: chosen[variables[i]])]
+            for kind, variables in zip(problem.layer_type, picks)
+        )

@@ -1,0 +1,491 @@
+"""Plan a profile at a budget: solve, carry out, place, simulate; the answer is a `Plan` whatever happens.
+
+`Planner` holds what budgets share (layers, blocks, columns), so that a curve costs little more than a point. Every plan
+is replayed by `simulate` before it is returned; its figures are the simulator's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from planner.arena import Arena, place
+from planner.bounds import any_schedule_bound
+from planner.emit import Draft, Entry, draft, instructions, kinds, live_profile
+from planner.greedy import greedy
+from planner.layers import Layered, layered
+from planner.master import JOINT_BINARIES, Answer, Pool, Progress, Search, charged_bytes
+from planner.overlap import clock, overlap
+from planner.policies import POLICIES, policy_columns, rule_columns, smallest
+from planner.schema import Peak, Phase, Plan
+from planner.simulate import Simulation, simulate
+from planner.windows import Column
+from profiles.errors import InputError
+from profiles.schema import Profile
+
+TOLERANCE = 1e-3
+"""a plan this near its bound is called optimal"""
+MINIMUM_ROUNDS = 6
+RESERVES = (0.0, 0.02, 0.05, 0.1)
+"""shares of the limit left to transfers, tried one after the other"""
+OVERLAP_SHARES = (1.0, 0.9, 0.75, 0.0)
+"""shares of the arena that moved transfers may fill, tried until everything finds its place"""
+Status = Literal["optimal", "feasible", "fallback", "infeasible"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Columns carried out, with every tensor in its place."""
+
+    columns: tuple[Column, ...]
+    draft: Draft
+    train: tuple[Entry, ...]
+    arena: Arena
+    seconds: float
+    peak_bytes: int
+    """of the whole process"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    schedule: Schedule | None
+    bound_seconds: float
+    status: Status
+
+
+def plan(
+    profile: Profile,
+    budget_bytes: int,
+    *,
+    policy: str | None = None,
+    time_limit: float = 30.0,
+    progress: Progress | None = None,
+) -> Plan:
+    """The fastest step found whose peak stays within `budget_bytes` (whole process), with its proof.
+
+    `policy` names a fixed rule instead of the solver. A budget that cannot hold gives a plan with status infeasible, the
+    smallest budget that can and what sets it. `progress` is called with stage, incumbent, bound, gap and seconds.
+    Raises InputError for a profile or policy that cannot be used.
+    """
+    return Planner(profile).plan(budget_bytes, policy=policy, time_limit=time_limit, progress=progress)
+
+
+def minimum_budget(profile: Profile, *, policy: str | None = None, time_limit: float = 30.0) -> int:
+    """The smallest budget in bytes for which `plan` has a plan."""
+    return Planner(profile).minimum(policy=policy, time_limit=time_limit).peak_bytes
+
+
+class Planner:
+    """One profile, any number of budgets."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.problem: Layered = layered(profile)
+        self.inputs = {(step.layer, step.operator): step.inputs for step in self.problem.graph.steps}
+        self._pool: Pool | None = None
+        self._minimum: dict[str, Schedule] = {}
+
+    @property
+    def pool(self) -> Pool:
+        """Columns found so far, opened with those of the fixed rules."""
+        if self._pool is None:
+            self._pool = Pool(problem=self.problem)
+            for rule in (*POLICIES.values(), smallest):
+                for kind, column in zip(self.problem.layer_type, rule_columns(self.problem, rule)):
+                    self._pool.add(kind, column.decision)
+        return self._pool
+
+    def plan(
+        self,
+        budget_bytes: int,
+        *,
+        policy: str | None = None,
+        time_limit: float = 30.0,
+        progress: Progress | None = None,
+    ) -> Plan:
+        """`plan` of this module, reusing what earlier budgets found."""
+        if budget_bytes <= 0:
+            raise InputError(f"a budget of {budget_bytes} bytes is no budget; name a positive size such as 600MiB")
+        if time_limit <= 0:
+            raise InputError(f"a time limit of {time_limit} s is none; name a positive number of seconds")
+        started = time.monotonic()
+        name = policy or "solver"
+        any_bound = any_schedule_bound(self.problem, budget_bytes)
+        if budget_bytes < self.profile.device.floor.import_peak_bytes:
+            outcome = Outcome(schedule=None, bound_seconds=any_bound, status="infeasible")
+        elif name == "solver":
+            outcome = self._solve(budget_bytes, started + time_limit, progress)
+        else:
+            outcome = self._follow(budget_bytes, name, any_bound)
+        if outcome.schedule is None:
+            least = self.minimum(policy=policy, time_limit=time_limit)
+            if least.peak_bytes > budget_bytes:
+                return self._infeasible(budget_bytes, name, least, any_bound, time.monotonic() - started)
+            outcome = Outcome(schedule=least, bound_seconds=outcome.bound_seconds, status="feasible")
+        return self._finish(budget_bytes, name, outcome, any_bound, started)
+
+    # --- the search ------------------------------------------------------------------------------------------------
+
+    def _room(self, budget_bytes: int) -> int:
+        """Bytes for the arena and the instructions."""
+        return budget_bytes - self.profile.device.floor.resident_bytes - self.problem.workspace_bytes
+
+    def _solve(self, budget_bytes: int, deadline: float, progress: Progress | None) -> Outcome:
+        """Search at the budget; schedule None where nothing was found to fit."""
+        limit = self._room(budget_bytes)
+        best: Schedule | None = None
+        bound = 0.0
+        timely = True
+        try:
+            if self.pool.binaries <= JOINT_BINARIES:
+                best, bound, timely = self._solve_jointly(limit, deadline, progress)
+            else:
+                relaxed = Search(pool=self.pool, limit_bytes=limit, deadline=deadline, progress=progress)
+                lower, _, kept = relaxed.columns()
+                bound = relaxed.bound(lower)
+                if kept:
+                    careful = Search(
+                        pool=self.pool, limit_bytes=limit, deadline=deadline, careful=True, progress=progress
+                    )
+                    # Where memory is too tight to look ahead, the relaxed choice is what there is.
+                    best = self._round(careful if careful.columns()[2] else relaxed, limit, bound)
+        except TimeoutError:
+            timely = False
+        except KeyboardInterrupt:
+            if best is None:
+                raise
+            timely = False
+        if best is None and not timely:
+            best = self._greedy(limit)
+            return Outcome(schedule=best, bound_seconds=bound, status="fallback")
+        optimal = best is not None and best.seconds - bound <= TOLERANCE * best.seconds
+        return Outcome(schedule=best, bound_seconds=bound, status="optimal" if optimal else "feasible")
+
+    def _solve_jointly(
+        self, limit: int, deadline: float, progress: Progress | None
+    ) -> tuple[Schedule | None, float, bool]:
+        best: Schedule | None = None
+        bound = 0.0
+        timely = True
+        allowed = limit
+        for careful in (False, True):
+            for _ in range(4):
+                search = Search(
+                    pool=self.pool, limit_bytes=allowed, deadline=deadline, careful=careful, progress=progress
+                )
+                answer: Answer | None = search.joint()
+                if answer is None:
+                    break
+                if allowed == limit and not careful:
+                    bound = answer.bound_seconds
+                timely = timely and answer.proven
+                schedule, excess = self.carry_out(answer.columns, limit)
+                if schedule is not None:
+                    best = self._better(best, schedule)
+                    search.report("carried out", best.seconds if best else 0.0, bound)
+                    break
+                allowed -= excess
+            if best is not None and self._near(best, bound):
+                break
+            allowed = limit
+        return best, bound, timely
+
+    def _round(self, search: Search, limit: int, bound: float) -> Schedule | None:
+        """Choose whole columns, leaving more and more memory to the transfers while that helps, and carry out the best."""
+        found: list[tuple[float, tuple[Column, ...]]] = []
+        excess = 0
+        for reserve in RESERVES:
+            if found and search.left() < (search.deadline - search.started) / 2:
+                break
+            chosen = search.choose(limit - int(reserve * max(0, limit)))
+            if chosen is None:
+                break
+            seconds = self._estimate(chosen, limit)
+            if found and seconds > found[0][0] * (1 - 1e-4):
+                break
+            found.insert(0, (seconds, chosen))
+            if seconds - bound <= TOLERANCE * seconds:
+                break
+        for _, chosen in found:
+            schedule, excess = self.carry_out(chosen, limit, search.deadline)
+            if schedule is not None:
+                search.report("carried out", schedule.seconds, bound)
+                return schedule
+        allowed = limit
+        while found and excess and search.left() > 0:
+            # The arena has gaps; leave room for them.
+            allowed -= excess
+            again = search.choose(allowed)
+            if again is None:
+                break
+            schedule, excess = self.carry_out(again, limit, search.deadline)
+            if schedule is not None:
+                return schedule
+        return None
+
+    def _estimate(self, columns: tuple[Column, ...], limit: int) -> float:
+        """Seconds of the step with transfers moved, before anything has its place."""
+        joined = draft(self.problem, columns)
+        count = len(joined.train) + len(joined.evaluate)
+        room = limit - self.profile.device.floor.instruction_bytes * count
+        return clock(overlap(joined.train, self.inputs, joined.resident, joined.sizes, room), self.inputs).seconds
+
+    @staticmethod
+    def _near(schedule: Schedule, bound: float) -> bool:
+        return schedule.seconds - bound <= TOLERANCE * schedule.seconds
+
+    @staticmethod
+    def _better(old: Schedule | None, new: Schedule | None) -> Schedule | None:
+        if old is None or new is None:
+            return old or new
+        return new if new.seconds < old.seconds * (1 - 1e-9) else old
+
+    def _greedy(self, limit: int) -> Schedule | None:
+        allowed = limit
+        for _ in range(6):
+            columns = greedy(self.problem, self.pool, allowed)
+            if columns is None:
+                return None
+            schedule, excess = self.carry_out(columns, limit)
+            if schedule is not None:
+                return schedule
+            allowed -= excess
+        return None
+
+    def _follow(self, budget_bytes: int, policy: str, bound: float) -> Outcome:
+        schedule, _ = self.carry_out(policy_columns(self.problem, policy), self._room(budget_bytes))
+        return Outcome(schedule=schedule, bound_seconds=bound, status="feasible")
+
+    def carry_out(
+        self, columns: tuple[Column, ...], limit: int | None, deadline: float = float("inf")
+    ) -> tuple[Schedule | None, int]:
+        """Schedule of the columns within `limit` bytes of arena and instructions, or the bytes by which it fails.
+
+        Without a limit: the lowest arena found. Past the deadline transfers stay where they are needed.
+        """
+        joined = draft(self.problem, columns)
+        count = len(joined.train) + len(joined.evaluate)
+        charged = self.profile.device.floor.instruction_bytes * count
+        evaluate_live = max(live_profile(joined.evaluate, joined.resident, joined.sizes), default=0)
+        live = max([evaluate_live, *live_profile(joined.train, joined.resident, joined.sizes)])
+        room = live if limit is None else limit - charged
+        if live > room:
+            return None, live - room
+        excess = 0
+        floor = self.profile.device.floor
+        for share in OVERLAP_SHARES:
+            train = joined.train
+            if share and time.monotonic() > deadline:
+                continue
+            if share:
+                train = overlap(joined.train, self.inputs, joined.resident, joined.sizes, int(share * room))
+            arena = place(train, joined.evaluate, joined.resident, joined.sizes, room)
+            excess = arena.bytes - room
+            if excess <= 0 or (limit is None and not share):
+                peak = floor.resident_bytes + charged + arena.bytes + self.problem.workspace_bytes
+                return Schedule(
+                    columns=columns,
+                    draft=joined,
+                    train=train,
+                    arena=arena,
+                    seconds=clock(train, self.inputs).seconds,
+                    peak_bytes=max(peak, floor.import_peak_bytes),
+                ), 0
+        return None, excess
+
+    # --- the smallest budget ---------------------------------------------------------------------------------------
+
+    def minimum(self, *, policy: str | None = None, time_limit: float = 30.0) -> Schedule:
+        """The schedule with the lowest peak that `plan` can find; one byte less has no plan."""
+        name = policy or "solver"
+        if name not in self._minimum:
+            self._minimum[name] = self._find_minimum(name, time.monotonic() + time_limit)
+        return self._minimum[name]
+
+    def _find_minimum(self, policy: str, deadline: float) -> Schedule:
+        if policy != "solver":
+            schedule, _ = self.carry_out(policy_columns(self.problem, policy), None)
+            assert schedule is not None
+            return schedule
+        candidates = [rule_columns(self.problem, smallest)]
+        try:
+            search = Search(pool=self.pool, limit_bytes=None, deadline=deadline)
+            if self.pool.binaries <= JOINT_BINARIES:
+                answer = search.joint()
+                candidates.extend([answer.columns] if answer is not None else [])
+            else:
+                search.columns()
+                chosen = search.choose(None)
+                candidates.extend([chosen] if chosen is not None else [])
+        except TimeoutError:
+            pass
+        candidates.sort(key=lambda columns: charged_bytes(self.problem, columns))
+        schedules = [self.carry_out(columns, None)[0] for columns in candidates[:2]]
+        best = min((s for s in schedules if s is not None), key=lambda s: s.peak_bytes)
+        if self.pool.binaries <= JOINT_BINARIES:
+            return best
+        with contextlib.suppress(TimeoutError):
+            for _ in range(MINIMUM_ROUNDS):
+                # The search for the fewest bytes stops at a tolerance; go on from there as long as something fits.
+                fewer = search.choose(charged_bytes(self.problem, best.columns) - 1)
+                lower = self.carry_out(fewer, None)[0] if fewer is not None else None
+                if lower is None or lower.peak_bytes >= best.peak_bytes:
+                    break
+                best = lower
+        return best
+
+    def _infeasible(self, budget: int, policy: str, least: Schedule, any_bound: float, seconds: float) -> Plan:
+        floor = self.profile.device.floor
+        told = self._assemble(least.peak_bytes, policy, least, "feasible")
+        simulation = simulate(told)
+        worst = max((simulation.train, simulation.evaluate), key=lambda phase: phase.peak_bytes)
+        largest = ", ".join(list(worst.peak.tensors)[:3])
+        if budget < floor.import_peak_bytes:
+            reason = (
+                f"importing Python and PyTorch alone reaches {floor.import_peak_bytes} bytes; the smallest plan needs"
+                f" {least.peak_bytes}"
+            )
+        else:
+            reason = (
+                f"the smallest plan peaks at {worst.peak.text} with {largest} resident: {floor.resident_bytes} bytes of"
+                f" Python and PyTorch, {simulation.arena_bytes} of tensors, {simulation.workspace_bytes} of workspace"
+                f" and {least.peak_bytes - floor.resident_bytes - simulation.arena_bytes - simulation.workspace_bytes}"
+                " of schedule; a shorter sequence, a smaller batch or smaller head chunks lower it"
+            )
+        empty = told.model_copy(
+            update={
+                "status": "infeasible",
+                "budget_bytes": budget,
+                "peak_bytes": 0,
+                "step_seconds": 0.0,
+                "bound_seconds": any_bound,
+                "any_schedule_bound_seconds": any_bound,
+                "gap": 0.0,
+                "any_schedule_gap": 0.0,
+                "solve_seconds": seconds,
+                "minimum_budget_bytes": least.peak_bytes,
+                "minimum_budget_reason": reason,
+                "decisions": {},
+                "resident": {},
+                "arena_bytes": 0,
+                "workspace_bytes": 0,
+                "train": None,
+                "evaluate": None,
+                "timeline": [],
+            }
+        )
+        return sealed(empty)
+
+    # --- the answer ------------------------------------------------------------------------------------------------
+
+    def _finish(self, budget: int, policy: str, outcome: Outcome, any_bound: float, started: float) -> Plan:
+        assert outcome.schedule is not None
+        raw = self._assemble(budget, policy, outcome.schedule, outcome.status)
+        simulation: Simulation = simulate(raw)
+        step = simulation.train.seconds
+        bound = min(step, max(outcome.bound_seconds, any_bound))
+        return sealed(
+            raw.model_copy(
+                update={
+                    "peak_bytes": simulation.peak_bytes,
+                    "step_seconds": step,
+                    "bound_seconds": bound,
+                    "any_schedule_bound_seconds": min(step, any_bound),
+                    "gap": _gap(step, bound),
+                    "any_schedule_gap": _gap(step, min(step, any_bound)),
+                    "solve_seconds": time.monotonic() - started,
+                    "workspace_bytes": simulation.workspace_bytes,
+                    "train": simulation.train,
+                    "evaluate": simulation.evaluate,
+                    "timeline": simulation.timeline,
+                }
+            )
+        )
+
+    def _assemble(self, budget: int, policy: str, schedule: Schedule, status: Status) -> Plan:
+        """The plan with its schedules, before the simulator has put its figures in."""
+        profile, problem = self.profile, self.problem
+        arena = schedule.arena
+        nothing = Peak(instruction=0, text="", tensors={})
+        phases = [
+            Phase(
+                instructions=instructions(problem, entries, arena.resident, offsets),
+                seconds=0.0,
+                peak_bytes=0,
+                peak=nothing,
+            )
+            for entries, offsets in ((schedule.train, arena.train), (schedule.draft.evaluate, arena.evaluate))
+        ]
+        resident = {name: arena.resident.get(name, 0) for name in schedule.draft.resident}
+        return Plan(
+            fingerprint="",
+            profile_fingerprint=profile.fingerprint,
+            policy=policy,
+            status=status,
+            budget_bytes=budget,
+            floor_bytes=profile.device.floor.resident_bytes,
+            peak_bytes=0,
+            step_seconds=0.0,
+            bound_seconds=0.0,
+            any_schedule_bound_seconds=0.0,
+            gap=0.0,
+            any_schedule_gap=0.0,
+            solve_seconds=0.0,
+            model=profile.model,
+            batch=profile.batch,
+            seq=profile.seq,
+            compute_dtype=profile.compute_dtype,
+            optimizer=profile.optimizer,
+            device=profile.device,
+            tensors=profile.tensors,
+            programs=profile.programs,
+            layers=profile.layers,
+            loss=profile.loss,
+            token_losses=profile.token_losses,
+            decisions=kinds(problem, schedule.draft, schedule.columns),
+            resident=resident,
+            arena_bytes=arena.bytes,
+            workspace_bytes=0,
+            train=phases[0],
+            evaluate=phases[1],
+        )
+
+
+def _gap(step: float, bound: float) -> float:
+    return (step - bound) / step if step > 0 else 0.0
+
+
+def fingerprint(plan_: Plan) -> str:
+    """sha256 of everything a plan says but its own fingerprint and how long it took to make."""
+    content = plan_.model_dump(mode="json", exclude={"fingerprint", "solve_seconds"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sealed(plan_: Plan) -> Plan:
+    """The plan with its fingerprint."""
+    return plan_.model_copy(update={"fingerprint": fingerprint(plan_)})
+
+
+
+
+def rebudgeted(
+    plan_: Plan, *, budget_bytes: int | None = None, bound_seconds: float | None = None, any_bound: float | None = None
+) -> Plan:
+    """The same schedule told at a larger budget, or against another proven bound."""
+    bound = min(plan_.step_seconds, plan_.bound_seconds if bound_seconds is None else bound_seconds)
+    any_ = min(bound, plan_.any_schedule_bound_seconds if any_bound is None else any_bound)
+    return sealed(
+        plan_.model_copy(
+            update={
+                "budget_bytes": plan_.budget_bytes if budget_bytes is None else budget_bytes,
+                "bound_seconds": bound,
+                "gap": _gap(plan_.step_seconds, bound),
+                "any_schedule_bound_seconds": any_,
+                "any_schedule_gap": _gap(plan_.step_seconds, any_),
+            }
+        )
+    )

@@ -1,0 +1,41 @@
+"""HiGHS behind MathOpt, kept from printing: some of its messages go to standard output whatever its options say, and
+standard output belongs to whoever called (``--json`` prints one object there and nothing else)."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Iterator
+
+from ortools.math_opt.python import mathopt
+
+
+def solve_quietly(model: mathopt.Model, seconds: float = 60.0, gap: float = 1e-6) -> mathopt.SolveResult:
+    """Solve `model` within `seconds` to a relative `gap`. Raises TimeoutError when no time is left."""
+    if seconds <= 0:
+        raise TimeoutError
+    parameters = mathopt.SolveParameters(
+        time_limit=datetime.timedelta(seconds=seconds), relative_gap_tolerance=gap, absolute_gap_tolerance=1e-9
+    )
+    with _standard_output_to_error():
+        return mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
+
+
+@contextlib.contextmanager
+def _standard_output_to_error() -> Iterator[None]:
+    """Send the process's standard output to its standard error meanwhile."""
+    sys.stdout.flush()
+    try:
+        saved = os.dup(1)
+    except OSError:
+        # Nobody listens at all.
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

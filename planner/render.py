@@ -1,0 +1,76 @@
+"""A comparison and a plan as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from planner.kinds import Kind, budgets_of, feasible, fullest, kinds_of, policies_of
+from planner.schema import Plan
+from profiles.units import MIB, format_size
+
+
+def comparison_table(plans: Sequence[Plan]) -> Table:
+    """Seconds per step by budget and policy; where a budget is too small, the smallest that is enough."""
+    names = policies_of(plans)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title="seconds per step; or the smallest budget that would be enough, in MiB",
+        title_justify="left",
+        pad_edge=False,
+    )
+    table.add_column("budget", justify="right", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    by_place = {(plan.budget_bytes, plan.policy): plan for plan in plans}
+    for budget in budgets_of(plans):
+        here = [by_place.get((budget, name)) for name in names]
+        best = min((plan.step_seconds for plan in here if plan and feasible(plan)), default=0.0)
+        table.add_row(format_size(budget), *(_cell(plan, best) for plan in here))
+    return table
+
+
+def peak_table(plan: Plan) -> Table:
+    """What fills the memory at the plan's fullest instruction, in MiB."""
+    point = fullest(plan.timeline)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("at the peak")
+    table.add_column("MiB", justify="right")
+    table.add_column("", justify="left")
+    if point is None:
+        return table
+    for kind in kinds_of([point]):
+        size = point.by_kind[kind.name]
+        table.add_row(kind.label, f"{size / MIB:.1f}", _bar(size, point.bytes, kind))
+    table.add_row(
+        "[bold]together", f"[bold]{point.bytes / MIB:.1f}", f"of {format_size(plan.budget_bytes)}", end_section=True
+    )
+    return table
+
+
+def decision_counts(plan: Plan) -> dict[str, int]:
+    """How many tensors each decision takes in, most frequent first."""
+    return dict(Counter(plan.decisions.values()).most_common())
+
+
+def _cell(plan: Plan | None, best: float) -> str:
+    if plan is None:
+        return "–"
+    if not feasible(plan):
+        smallest = plan.minimum_budget_bytes
+        return (
+            f"[red]needs {format_size(smallest, round_up=True).removesuffix(' MiB')}"
+            if smallest
+            else "[red]does not fit"
+        )
+    mark = "" if plan.status == "optimal" or plan.policy != "solver" else f" ({plan.status})"
+    text = f"{plan.step_seconds:.3f}{mark}"
+    return f"[bold green]{text}" if plan.step_seconds <= 1.005 * best else text
+
+
+def _bar(size: int, whole: int, kind: Kind) -> str:
+    width = round(40 * size / whole) if whole else 0
+    return f"[{kind.dark}]{'█' * max(1, width)}[/]"

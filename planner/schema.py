@@ -1,0 +1,102 @@
+"""The plan: the decisions for every tensor, the schedule that carries them out, and the proof.
+
+A schedule is a flat list of instructions. Every instruction that makes a tensor resident carries the arena offset of
+each tensor it allocates, so that nothing is left to decide at run time. Three readers share it: the planner emits it,
+the simulator replays it and alone states peak and time, the runtime executes it.
+
+Tensor names: a weight ``w`` is resident as ``w`` (unpacked) and/or ``packed:w``; a trainable ``p`` has ``p``,
+``grad:p`` (as bound by its layer), ``adam_m:p`` and ``adam_v:p``; anything else is a global tensor or ``layer/value``.
+
+Instructions (JSON arrays; `at` are arena offsets in bytes):
+
+| form | effect |
+|---|---|
+| ["read", w, at] | start reading the packed bytes of weight w from the store into ``packed:w`` |
+| ["unpack", w, at] | wait for the read; make ``w`` from ``packed:w`` |
+| ["run", layer, operator, [at, ...]] | run one operator of the layer's program; offsets of its outputs (null where unused) |
+| ["free", t] | give the bytes of t back (waits for a spill of t that is still being written) |
+| ["spill", t] | start writing t to the spill file; t stays resident until freed |
+| ["fetch", t, at] | start reading t back from the spill file; users of t wait for it |
+| ["update", p] | one optimizer update of trainable p in place from its gradient and state, all resident |
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from profiles.schema import Device, Layer, Model, Program, Tensor
+
+PLAN_VERSION = 1
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TimelinePoint(Record):
+    """Predicted memory after one instruction (or the peak during it)."""
+
+    instruction: int
+    seconds: float
+    bytes: int = Field(description="whole process, floor included")
+    by_kind: dict[str, int] = Field(description="floor, weight, packed, trainable, optimizer, activation, gradient, workspace, ...")
+
+
+class Peak(Record):
+    instruction: int
+    text: str = Field(description="what runs there, in words: layer and operator")
+    tensors: dict[str, int] = Field(description="the largest resident tensors there, bytes")
+
+
+class Phase(Record):
+    """One schedule with its predicted figures."""
+
+    instructions: list[list[Any]]
+    seconds: float
+    peak_bytes: int
+    peak: Peak
+    compute_seconds: float = 0.0
+    recompute_seconds: float = 0.0
+    unpack_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    read_bytes: int = 0
+    write_bytes: int = 0
+
+
+class Plan(Record):
+    version: int = PLAN_VERSION
+    fingerprint: str
+    profile_fingerprint: str
+    policy: str = Field(description="solver, or the name of the fixed rule")
+    status: Literal["optimal", "feasible", "fallback", "infeasible"]
+    budget_bytes: int
+    floor_bytes: int
+    peak_bytes: int = Field(description="predicted VmHWM of the run, all phases")
+    step_seconds: float
+    bound_seconds: float = Field(description="no plan of this class is faster at this budget")
+    any_schedule_bound_seconds: float = Field(description="no schedule at all is faster at this budget")
+    gap: float = Field(description="(step_seconds - bound_seconds) / step_seconds")
+    any_schedule_gap: float
+    solve_seconds: float
+    minimum_budget_bytes: int | None = None
+    minimum_budget_reason: str | None = None
+    model: Model
+    batch: int
+    seq: int | None = None
+    compute_dtype: str
+    optimizer: dict[str, Any]
+    device: Device
+    tensors: list[Tensor]
+    programs: list[Program]
+    layers: list[Layer]
+    loss: str
+    token_losses: str | None
+    decisions: dict[str, str] = Field(description="tensor -> kept, recomputed, offloaded, streamed, packed, unpacked")
+    resident: dict[str, int] = Field(description="tensors resident across steps -> arena offset (trainables, states, kept weights, constants, batch)")
+    arena_bytes: int
+    workspace_bytes: int = Field(description="largest transient heap use of any operator")
+    train: Phase | None
+    evaluate: Phase | None = Field(description="forward only; uses the same arena and resident tensors")
+    timeline: list[TimelinePoint] = []

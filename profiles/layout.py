@@ -1,0 +1,153 @@
+"""How a packed weight store lies on disk: its header, its tensors, and the bytes of every row range.
+
+Layout, little-endian::
+
+    [0, 32)        magic "TIGHTFIT", uint32 version, header bytes, segments, crc32 of header and table, zeros
+    [32, ..)       header: JSON with `name`, `config`, `source`, `tensors` {name: [shape, format, group, offset, segment]}
+    [.., ..)       checksum table: uint32 crc32 of every segment of every tensor
+    offset         the tensors, each 4096-aligned, padded with zeros to a multiple of 4096
+
+A tensor is a matrix of `rows` records of `row_bytes` each (its first dimension by all others; a vector is one row), so a
+row range is one extent and a single row can be gathered. ``w[a:b]`` names rows a to b of w. Formats of a record:
+
+    q4        per group: ceil(group / 2) bytes (element 2j low nibble, 2j + 1 high), float16 scale, float16 min; q * scale + min
+    q8        per group: float16 scale, `group` int8; q * scale
+    float32, bfloat16, float16, int64, int32, uint8, bool    the elements
+
+This module is imported by the budgeted process: torch and the standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from profiles.errors import InputError
+
+MAGIC = b"TIGHTFIT"
+VERSION = 1
+PREAMBLE = struct.Struct("<8sIIII8x")
+ALIGNMENT = 4096
+SEGMENT_BYTES = 128 * 1024
+"""A checksum covers at most this much, or one row."""
+
+RAW: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+_SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]")
+
+
+def group_bytes(kind: str, group: int) -> int:
+    """Bytes of one quantised group of `group` elements."""
+    return (group + 1) // 2 + 4 if kind == "q4" else group + 2
+
+
+def align(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor of a store. `describe` makes entries without a file: their `offset` and `segment` are 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    group: int = 0
+    """Elements per group; 0 for raw formats. Divides the row length."""
+    offset: int = 0
+    """Bytes from the start of the file, a multiple of 4096."""
+    segment: int = 0
+    """Index of the tensor's first checksum."""
+    rows: int = field(init=False)
+    columns: int = field(init=False)
+    row_bytes: int = field(init=False)
+    bytes: int = field(init=False)
+    """Bytes of all rows, without padding."""
+    segment_rows: int = field(init=False)
+    """Rows per checksum: a power of two, so that slices at powers of two are whole segments."""
+
+    def __post_init__(self) -> None:
+        rows = self.shape[0] if len(self.shape) > 1 else 1
+        columns = 1
+        for size in self.shape[1:] if len(self.shape) > 1 else self.shape:
+            columns *= size
+        if self.format in RAW:
+            row_bytes = columns * RAW[self.format].itemsize
+        else:
+            row_bytes = columns // self.group * group_bytes(self.format, self.group)
+        segment_rows = 1
+        while segment_rows * 2 * row_bytes <= SEGMENT_BYTES and segment_rows < 128:
+            segment_rows *= 2
+        derived = {
+            "rows": rows,
+            "columns": columns,
+            "row_bytes": row_bytes,
+            "bytes": rows * row_bytes,
+            "segment_rows": segment_rows,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def segments(self) -> int:
+        return -(-self.rows // self.segment_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """Rows [start, stop) of an entry and the aligned bytes of the file that hold them."""
+
+    entry: Entry
+    start: int
+    stop: int
+    offset: int
+    """Aligned start, bytes from the start of the file."""
+    bytes: int
+    """Aligned length: what a staging buffer needs."""
+    skip: int
+    """Bytes in the staging buffer before the first row."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.entry.shape[1:]) if len(self.entry.shape) > 1 else self.entry.shape
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the rows themselves."""
+        return (self.stop - self.start) * self.entry.row_bytes
+
+
+def find_extent(entries: Mapping[str, Entry], name: str) -> Extent:
+    """The extent that `name` or the slice ``name[a:b]`` means. Raises InputError for an unknown name or rows outside."""
+    entry = entries.get(name)
+    start, stop = 0, entry.rows if entry else 0
+    if entry is None:
+        match = _SLICE.fullmatch(name)
+        entry = entries.get(match[1]) if match else None
+        if match is None or entry is None:
+            raise InputError(f"no tensor {name!r} among {len(entries)} tensors; the plan was made for another model")
+        start, stop = int(match[2]), int(match[3])
+        if not 0 <= start < stop <= entry.rows or len(entry.shape) < 2:
+            raise InputError(
+                f"{name!r} is outside its tensor of shape {list(entry.shape)}; the plan was made for another model"
+            )
+    first = entry.offset + start * entry.row_bytes
+    offset = first // ALIGNMENT * ALIGNMENT
+    end = align(entry.offset + stop * entry.row_bytes)
+    return Extent(entry=entry, start=start, stop=stop, offset=offset, bytes=end - offset, skip=first - offset)
+
+
+def packed_bytes(entries: Mapping[str, Entry], name: str) -> int:
+    """Staging bytes of a tensor or slice: a multiple of 4096, the same for `describe`'s entries and a real store's."""
+    return find_extent(entries, name).bytes

@@ -1,0 +1,46 @@
+"""LoRA adapters in PEFT's format, and their initial values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+def adapter_config(lora: Mapping[str, Any], names: Iterable[str], base: str) -> dict[str, Any]:
+    """``adapter_config.json``; `lora` has `rank` and `alpha`, `names` are the trainables, `base` the base model's name."""
+    targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names})
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+    }
+
+
+def initialise(name: str, seed: int, out: Tensor) -> None:
+    """PEFT's initial values, seeded per tensor: lora_A uniform in +-1/sqrt(columns) (Kaiming with a = sqrt(5)), lora_B zero."""
+    if ".lora_B." in name:
+        out.zero_()
+        return
+    generator = torch.Generator()
+    generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1)
+    bound = out.shape[1] ** -0.5
+    out.uniform_(-bound, bound, generator=generator)

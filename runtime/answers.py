@@ -1,0 +1,223 @@
+"""What the commands answer: the same facts as JSON for programs and as text and tables for people."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from profiles.units import format_size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from planner.schema import Phase, Plan
+    from profiles.schema import Profile
+
+PLAN_FIELDS = (
+    "status",
+    "policy",
+    "budget_bytes",
+    "floor_bytes",
+    "peak_bytes",
+    "step_seconds",
+    "bound_seconds",
+    "gap",
+    "any_schedule_bound_seconds",
+    "any_schedule_gap",
+    "solve_seconds",
+    "minimum_budget_bytes",
+    "minimum_budget_reason",
+    "arena_bytes",
+    "workspace_bytes",
+    "fingerprint",
+    "profile_fingerprint",
+)
+PHASE_FIELDS = (
+    "seconds",
+    "peak_bytes",
+    "compute_seconds",
+    "recompute_seconds",
+    "unpack_seconds",
+    "stall_seconds",
+    "read_bytes",
+    "write_bytes",
+)
+
+
+def to_json(value: Any) -> str:
+    """One line of strict JSON; what is no number (an infeasible plan's step time) becomes null."""
+    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    return str(value)
+
+
+def profile_summary(profile: Profile) -> dict[str, Any]:
+    """The profile in figures: bytes by kind of tensor, seconds of compute, floor and disk."""
+    programs = {program.name: program for program in profile.programs}
+    seconds = {"forward": 0.0, "backward": 0.0}
+    for layer in profile.layers:
+        for operator in programs[layer.program].operators:
+            seconds[operator.phase] += operator.seconds
+    return {
+        "fingerprint": profile.fingerprint,
+        "model": profile.model.name,
+        "batch": profile.batch,
+        "seq": profile.seq,
+        "compute_dtype": profile.compute_dtype,
+        "layers": len(profile.layers),
+        "programs": len(profile.programs),
+        "weight_bytes": _total(profile, "weight"),
+        "packed_bytes": sum(tensor.packed_bytes for tensor in profile.tensors),
+        "trainable_bytes": _total(profile, "trainable"),
+        "forward_seconds": seconds["forward"],
+        "backward_seconds": seconds["backward"],
+        "floor_bytes": max(profile.device.floor.import_peak_bytes, profile.device.floor.resident_bytes),
+        "read_bytes_per_second": profile.device.read.bytes_per_second,
+        "write_bytes_per_second": profile.device.write.bytes_per_second,
+        "device": profile.device.name,
+        "measured": profile.device.measured,
+    }
+
+
+def _total(profile: Profile, kind: str) -> int:
+    return sum(tensor.bytes for tensor in profile.tensors if tensor.kind == kind)
+
+
+def profile_text(profile: Profile) -> RenderableType:
+    """The summary as a table."""
+    facts = profile_summary(profile)
+    shape = f"batch {profile.batch}" + (f" × sequence {profile.seq}" if profile.seq else "")
+    how = "measured" if facts["measured"] else "estimated from FLOPs and bytes"
+    rows = [
+        ("model", f"{facts['model']}, {facts['layers']} layers of {facts['programs']} kinds"),
+        ("step", f"{shape}, {facts['compute_dtype']}"),
+        (
+            "frozen weights",
+            f"{format_size(facts['packed_bytes'])} packed, {format_size(facts['weight_bytes'])} unpacked",
+        ),
+        (
+            "trainables",
+            f"{format_size(facts['trainable_bytes'])}, with optimizer state {format_size(facts['trainable_bytes'] * 3)}",
+        ),
+        ("arithmetic", f"forward {facts['forward_seconds']:.3f} s, backward {facts['backward_seconds']:.3f} s, {how}"),
+        (
+            "disk",
+            f"reads {facts['read_bytes_per_second'] / 1e6:,.0f} MB/s, writes {facts['write_bytes_per_second'] / 1e6:,.0f} MB/s",
+        ),
+        ("floor", f"{format_size(facts['floor_bytes'])}: Python and PyTorch before any model is loaded"),
+    ]
+    return _facts_table(rows)
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """The plan without its schedule: decisions counted, phases in figures."""
+    from planner.render import decision_counts
+
+    summary: dict[str, Any] = {name: getattr(plan, name) for name in PLAN_FIELDS}
+    summary["decisions"] = decision_counts(plan)
+    summary["train"], summary["evaluate"] = _phase(plan.train), _phase(plan.evaluate)
+    return summary
+
+
+def _phase(phase: Phase | None) -> dict[str, Any] | None:
+    if phase is None:
+        return None
+    figures: dict[str, Any] = {name: getattr(phase, name) for name in PHASE_FIELDS}
+    return figures | {
+        "instructions": len(phase.instructions),
+        "peak": {"text": phase.peak.text, "tensors": phase.peak.tensors},
+    }
+
+
+def plan_text(plan: Plan) -> RenderableType:
+    """The plan in words, and what fills the memory at its peak."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from planner.explain import explain
+    from planner.render import peak_table
+
+    sentences = Table.grid(padding=(0, 1))
+    for sentence in explain(plan):
+        sentences.add_row("•", Text(sentence))
+    return Group(sentences, peak_table(plan))
+
+
+def infeasible_text(plan: Plan) -> str:
+    """Why no plan fits, and the smallest budget that is enough; rounded up, so that it can be typed back."""
+    text = f"no plan fits {format_size(plan.budget_bytes)}"
+    if plan.minimum_budget_bytes is not None:
+        text += f"; the smallest feasible budget is {format_size(plan.minimum_budget_bytes, round_up=True)} ({plan.minimum_budget_bytes} bytes)"
+    return f"{text}: {plan.minimum_budget_reason}" if plan.minimum_budget_reason else text
+
+
+def comparison_text(plans: Sequence[Plan]) -> RenderableType:
+    """Step times by budget and policy, and a sentence for each budget."""
+    from rich.console import Group
+
+    from planner.html import verdicts
+    from planner.render import comparison_table
+
+    return Group(comparison_table(plans), *verdicts(plans))
+
+
+def report_text(report: dict[str, Any]) -> RenderableType:
+    """Predicted beside measured, and where the adapter lies."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("", "predicted", "measured", "measured / predicted"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    peak, step = report["peak_bytes"], report["step_seconds"]
+    table.add_row(
+        "peak of the process",
+        format_size(peak["predicted"]),
+        format_size(peak["measured"]),
+        f"{peak['measured'] / peak['predicted']:.4f}",
+    )
+    table.add_row(
+        "step", f"{step['predicted']:.3f} s", f"{step['measured']:.3f} s", f"{step['measured'] / step['predicted']:.3f}"
+    )
+    cap = "the kernel (memory cgroup)" if report["enforced_by"] == "cgroup" else "the process's own meter"
+    rows = [
+        ("cap", f"{format_size(report['budget_bytes'])}, enforced by {cap}"),
+        (
+            "loss",
+            f"{report['loss'][0]:.4f} → {report['loss'][-1]:.4f} in {len(report['loss'])} steps"
+            if report["loss"]
+            else "–",
+        ),
+        ("adapter", str(report["adapter"])),
+    ]
+    for when, found in report.get("evaluation", {}).items():
+        accuracy = (
+            f", accuracy {found['accuracy']:.3f} on {found['questions']} questions"
+            if found.get("accuracy") is not None
+            else ""
+        )
+        rows.append((f"evaluated {when}", f"loss {found['loss']:.4f}{accuracy}"))
+    return Group(table, _facts_table(rows))
+
+
+def _facts_table(rows: Sequence[tuple[str, str]]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, fact in rows:
+        table.add_row(f"[bold]{name}", fact)
+    return table

@@ -1,0 +1,158 @@
+"""Batches for the lean process: token records of a decoder, or whole batches of any other module.
+
+A batch file of a module: a JSON header padded to 4096 bytes (`format`, `version`, `count`, `tensors`: [dtype, shape]
+each, `record_bytes`, `checksums`: crc32 of each batch), then the batches, each the bytes of its tensors in order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from profiles.errors import InputError
+from runtime.records import Record, RecordFile
+
+FORMAT = "tightfit-batches"
+HEADER_BYTES = 1 << 16
+
+
+class Batches(Protocol):
+    fingerprint: str
+
+    def training(self, step: int, inputs: Sequence[Tensor]) -> None:
+        """Fill `inputs` with the batch of training step `step`, counted from 0."""
+
+    def evaluation_count(self, inputs: Sequence[Tensor]) -> int: ...
+
+    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[Record]: ...
+
+    def close(self) -> None: ...
+
+
+class TokenBatches:
+    """`runtime.records` as batches; `inputs` are input_ids and labels, int64 [batch, seq]."""
+
+    def __init__(self, path: str, seed: int) -> None:
+        self._records = RecordFile.open(path)
+        self._seed = seed
+        self.fingerprint = self._records.fingerprint
+
+    def training(self, step: int, inputs: Sequence[Tensor]) -> None:
+        self._records.training_batch(step, self._seed, inputs[0], inputs[1])
+
+    def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
+        return -(-len(self._records) // inputs[0].shape[0])
+
+    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[Record]:
+        return self._records.evaluation_batch(number, inputs[0], inputs[1])
+
+    def close(self) -> None:
+        self._records.close()
+
+
+class TensorBatches:
+    """A batch file; training goes through it in order, again and again."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; prepare the data again") from error
+        self._header = _header(path, os.pread(self._descriptor, HEADER_BYTES, 0))
+        self.count: int = self._header["count"]
+        self.fingerprint: str = self._header["fingerprint"]
+        expected = HEADER_BYTES + self.count * self._header["record_bytes"]
+        if os.fstat(self._descriptor).st_size != expected:
+            raise InputError(f"{path}: {os.fstat(self._descriptor).st_size} bytes where {expected} are expected; prepare the data again")
+
+    def training(self, step: int, inputs: Sequence[Tensor]) -> None:
+        self._fill(step % self.count, inputs)
+
+    def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
+        return self.count
+
+    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[Record]:
+        self._fill(number, inputs)
+        return []
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _fill(self, number: int, inputs: Sequence[Tensor]) -> None:
+        offset, checksum = HEADER_BYTES + number * self._header["record_bytes"], 0
+        for tensor in inputs:
+            size = tensor.numel() * tensor.element_size()
+            view = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+            if os.preadv(self._descriptor, [view], offset) != size:
+                raise InputError(f"{self.path}: truncated in batch {number}; prepare the data again")
+            checksum = zlib.crc32(view, checksum)
+            offset += size
+        if checksum != self._header["checksums"][number]:
+            raise InputError(f"{self.path}: batch {number} is damaged (checksum differs); prepare the data again")
+
+
+def open_batches(path: str, seed: int) -> Batches:
+    """Open a record file or a batch file. Raises InputError where it is neither."""
+    try:
+        with open(path, "rb") as file:
+            tensors = FORMAT.encode() in file.read(256)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; prepare the data again") from error
+    return TensorBatches(path) if tensors else TokenBatches(path, seed)
+
+
+def write_batches(path: str, batches: Iterable[Sequence[Tensor]]) -> str:
+    """Write a batch file; every batch has the same shapes and dtypes. Returns `path`."""
+    batches = [[t.detach().contiguous() for t in batch] for batch in batches]
+    if not batches:
+        raise InputError("no batch to train on; give at least one")
+    shapes = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in batches[0]]
+    for number, batch in enumerate(batches):
+        found = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in batch]
+        if found != shapes:
+            raise InputError(f"batch {number} has tensors {found}, batch 0 has {shapes}; all batches must have one shape")
+    data = [[_bytes(t) for t in batch] for batch in batches]
+    checksums = [zlib.crc32(b"".join(parts)) for parts in data]
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "version": 1,
+        "count": len(batches),
+        "tensors": shapes,
+        "record_bytes": sum(len(part) for part in data[0]),
+        "checksums": checksums,
+        "fingerprint": f"{zlib.crc32(json.dumps([shapes, checksums]).encode()):08x}",
+    }
+    text = json.dumps(header).encode()
+    if len(text) >= HEADER_BYTES:
+        raise InputError(f"{len(batches)} batches do not fit one batch file; give fewer")
+    temporary = f"{path}.{os.getpid()}"
+    with open(temporary, "wb") as file:
+        file.write(text.ljust(HEADER_BYTES))
+        for parts in data:
+            file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return path
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    size = tensor.numel() * tensor.element_size()
+    return ctypes.string_at(tensor.data_ptr(), size) if size else b""
+
+
+def _header(path: str, data: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(data)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged header; prepare the data again") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != 1:
+        raise InputError(f"{path}: not a batch file of this version; prepare the data again")
+    return header

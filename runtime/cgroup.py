@@ -1,0 +1,104 @@
+"""A memory cgroup around the child: the kernel itself then enforces the cap (Linux, v1 or v2, where one can be made)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+MOUNT = Path("/sys/fs/cgroup")
+
+
+class MemoryCgroup:
+    """A directory of the cgroup file system. Its limit counts anonymous memory and the page cache that its processes
+    read in; the kernel reclaims page cache before it kills."""
+
+    def __init__(self, path: Path, version: int) -> None:
+        self.path = path
+        self.version = version
+
+    def __repr__(self) -> str:
+        return f"MemoryCgroup({str(self.path)!r}, v{self.version})"
+
+    @classmethod
+    def create(cls, limit_bytes: int, mount: Path = MOUNT) -> MemoryCgroup | None:
+        """A new cgroup with this limit, or None where this process may not make one."""
+        for parent, version in _parents(mount):
+            path = parent / f"tightfit-{os.getpid()}-{time.monotonic_ns()}"
+            try:
+                path.mkdir()
+            except OSError:
+                continue
+            group = cls(path, version)
+            try:
+                group._limit(limit_bytes)
+            except OSError:
+                group.remove()
+                continue
+            return group
+        return None
+
+    def enter(self, command: list[str]) -> list[str]:
+        """The command line that runs `command` inside: a shell joins before it becomes the command, so that all of it counts."""
+        return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.path / "cgroup.procs"), *command]
+
+    def peak_bytes(self) -> int | None:
+        """Highest charge so far, page cache included; None where the kernel keeps none."""
+        return _number(self.path / ("memory.max_usage_in_bytes" if self.version == 1 else "memory.peak"))
+
+    def oom_kills(self) -> int:
+        """Processes that the kernel ended because of the limit."""
+        try:
+            text = (self.path / ("memory.oom_control" if self.version == 1 else "memory.events")).read_text()
+        except OSError:
+            return 0
+        counts = dict(line.split() for line in text.splitlines() if len(line.split()) == 2)
+        return int(counts.get("oom_kill", 0))
+
+    def remove(self) -> None:
+        """Give the cgroup back; its processes must have ended."""
+        for _ in range(50):
+            try:
+                self.path.rmdir()
+                return
+            except FileNotFoundError:
+                return
+            except OSError:
+                time.sleep(0.02)  # the kernel takes a moment to bury the last process
+
+    def _limit(self, limit: int) -> None:
+        page = os.sysconf("SC_PAGE_SIZE")
+        name, swap = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes") if self.version == 1 else ("memory.max", "memory.swap.max")
+        (self.path / name).write_text(str(limit // page * page))
+        if (self.path / swap).exists():
+            (self.path / swap).write_text(str(limit // page * page) if self.version == 1 else "0")
+
+
+def _parents(mount: Path) -> Iterator[tuple[Path, int]]:
+    """Directories to try: this process's own cgroup, then the root; v1 where it has the memory controller, else v2."""
+    own: dict[int, str] = {}
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                own[1] = path
+            elif not controllers:
+                own[2] = path
+    except OSError:
+        pass
+    first = mount / "memory"
+    if (first / "memory.limit_in_bytes").exists() or (first / "cgroup.procs").exists():
+        for path in (own.get(1, "/"), "/"):
+            yield first / path.lstrip("/"), 1
+    for second in (mount, mount / "unified"):
+        if (second / "cgroup.controllers").exists():
+            for path in (own.get(2, "/"), "/"):
+                yield second / path.lstrip("/"), 2
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

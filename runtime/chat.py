@@ -1,0 +1,85 @@
+"""Conversations to text through the model's own chat template, and which of the text is the assistant's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from profiles.errors import InputError
+from profiles.sources import Vocabulary
+from runtime.samples import Message
+
+Segment = tuple[str, bool]
+"""A stretch of text and whether it is to be predicted."""
+
+
+class ChatTemplate:
+    """A compiled template. Templates are programs of strangers: they run sandboxed, with transformers' settings."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        if not vocabulary.chat_template:
+            raise InputError("the model has no chat template; write prompts as strings instead of messages")
+        extensions: list[str | type[Extension]] = [loopcontrols]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            self._template = environment.from_string(vocabulary.chat_template)
+        except jinja2.TemplateError as error:
+            raise InputError(
+                f"the model's chat template is not valid Jinja ({error}); write prompts as strings instead of messages"
+            ) from error
+        tokens = {
+            "bos_token": vocabulary.bos_token,
+            "eos_token": vocabulary.eos_token,
+            "pad_token": vocabulary.pad_token,
+        }
+        self._tokens: dict[str, Any] = {key: token or "" for key, token in tokens.items()} | vocabulary.special_tokens
+
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        """The text of `messages`, up to where the assistant would begin if `generation_prompt`. Raises InputError."""
+        try:
+            return self._template.render(
+                messages=list(messages), add_generation_prompt=generation_prompt, **self._tokens
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise InputError(f"the model's chat template refuses these messages ({error})") from error
+
+    def completion(self, prompt: Sequence[Message], completion: str) -> list[Segment]:
+        """The prompt, and the completion with the template's own end of turn."""
+        return self.conversation([*prompt, {"role": "assistant", "content": completion}], last_only=True)
+
+    def conversation(self, messages: Sequence[Message], *, last_only: bool = False) -> list[Segment]:
+        """The whole text in segments. Every turn of the assistant is predicted, to its end-of-turn token.
+
+        Templates may rewrite earlier turns once later ones follow (Qwen3 removes thoughts): a turn whose text is no
+        longer there is not predicted.
+        """
+        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        messages = messages[: last + 1]
+        text = self.render(messages, generation_prompt=False)
+        segments: list[Segment] = []
+        done = 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or (last_only and index != last):
+                continue
+            head = self.render(messages[:index], generation_prompt=True) if index else ""
+            turn = text if index == last else self.render(messages[: index + 1], generation_prompt=False)
+            end = len(turn.rstrip())
+            if text.startswith(turn[:end]) and turn.startswith(head) and done <= len(head) < end:
+                segments += [(text[done : len(head)], False), (text[len(head) : end], True)]
+                done = end
+            elif index == last:
+                raise InputError(
+                    "the model's chat template does not continue its own generation prompt; write prompts as strings instead of messages"
+                )
+        return [(part, wanted) for part, wanted in segments if part]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

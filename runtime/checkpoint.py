@@ -1,0 +1,107 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+``checkpoint-N/`` holds the trained tensors (as an adapter that PEFT loads, or ``model.safetensors``),
+``optimizer.safetensors`` (Adam's two moments of each) and ``state.json``. It is written under another name, forced to
+disk and renamed, so that a directory with this name is always whole. Training order is a function of the step number
+(`runtime.records`), so that no other state exists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from profiles.errors import InputError, RunError
+
+NAME = re.compile(r"checkpoint-(\d+)")
+STATE = "state.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    path: str
+    step: int
+    state: dict[str, Any]
+
+
+def find_checkpoints(directory: str) -> list[tuple[int, str]]:
+    """(step, path) of all complete checkpoints, oldest first."""
+    if not os.path.isdir(directory):
+        return []
+    matches = ((NAME.fullmatch(name), name) for name in os.listdir(directory))
+    return sorted((int(match[1]), os.path.join(directory, name)) for match, name in matches if match)
+
+
+def load_latest(directory: str, expected: Mapping[str, Any]) -> Found:
+    """The newest checkpoint in `directory`. Raises InputError where there is none or it was made under other conditions."""
+    found = find_checkpoints(directory)
+    if not found:
+        raise InputError(f"{directory} holds no checkpoint to resume from; leave out --resume to start from the beginning")
+    step, path = found[-1]
+    try:
+        with open(os.path.join(path, STATE), encoding="utf-8") as file:
+            state = json.load(file)
+        if not isinstance(state, dict) or state["version"] != VERSION or state["step"] != step:
+            raise ValueError
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}/{STATE} is missing or damaged; remove this checkpoint and resume from the one before") from error
+    for key, value in expected.items():
+        if state["conditions"].get(key) != value:
+            raise InputError(f"{path} was made with {key} {state['conditions'].get(key)!r}, this run has {value!r}; resume with the same or start a new output directory")
+    return Found(path=path, step=step, state=state)
+
+
+def save(directory: str, step: int, conditions: Mapping[str, Any], fill: Callable[[str], dict[str, Any]], keep: int) -> str:
+    """Write ``checkpoint-<step>``: `fill(path)` writes its files and returns entries of its state. Returns the path.
+
+    Keeps the newest `keep`. Raises RunError where the disk refuses; the checkpoints before are then intact.
+    """
+    path = os.path.join(directory, f"checkpoint-{step}")
+    partial = os.path.join(directory, f".checkpoint-{step}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+        state = {"version": VERSION, "step": step, "conditions": dict(conditions), **fill(partial)}
+        write_json(os.path.join(partial, STATE), state)
+        sync_directory(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+        sync_directory(directory)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        before = [p for s, p in find_checkpoints(directory) if s != step]
+        last = f"the last good checkpoint is {before[-1]}" if before else "there is no earlier checkpoint"
+        raise RunError(f"saving {path} failed: {error.strerror}; {last}; free disk space and continue with --resume") from error
+    for _, old in find_checkpoints(directory)[: -max(1, keep)]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def write_json(path: str, content: Any) -> None:
+    """Write and fsync a JSON file."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def partial_directories(directory: str) -> Iterator[str]:
+    """Left behind by a killed process."""
+    for name in os.listdir(directory):
+        if name.startswith(".checkpoint-") and name.endswith(".partial"):
+            yield os.path.join(directory, name)

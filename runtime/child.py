@@ -1,0 +1,93 @@
+"""The lean process: ``python -m runtime.child JOB --messages FD`` runs a job, ``--floor`` measures the process itself.
+
+It imports torch's kernels and nothing heavier, loads what stays resident, and repeats the plan's schedule. To its parent
+it sends JSON lines on a descriptor of its own. SIGINT and SIGTERM end it after the step, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+from runtime import lean_torch
+from runtime.process import memory
+
+EXIT = {"InputError": 2, "RunError": 4, "CapError": 5}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="runtime.child")
+    parser.add_argument("job", nargs="?")
+    parser.add_argument("--messages", type=int, default=1)
+    parser.add_argument("--floor", action="store_true")
+    options = parser.parse_args(arguments)
+    lean_torch.load()
+    if options.floor:
+        from runtime.floor import measure_floor
+
+        print(json.dumps(measure_floor()))
+        return 0
+    from profiles.errors import CapError, TightfitError
+
+    def send(event: str, **content: Any) -> None:
+        os.write(options.messages, json.dumps({"event": event, **content}).encode() + b"\n")
+
+    try:
+        return run_job(options.job, send)
+    except BrokenPipeError:
+        return 4  # the parent is gone; checkpoints are on disk
+    except TightfitError as error:
+        code, kind, text = error.exit_code, type(error).__name__, str(error)
+    except MemoryError as error:
+        code, kind, text = CapError.exit_code, "CapError", f"memory could not be had: {error}"
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        code, kind, text = 4, "RunError", f"the run failed: {type(error).__name__}: {error}"
+    send("error", kind=kind, message=text, peak_bytes=memory().peak)
+    return code
+
+
+def run_job(path: str, send: Any) -> int:
+    from runtime.job import Job
+    from runtime.loop import run
+    from runtime.warm import prepare
+
+    channel = prepare()
+    job = Job.read(path)
+    stop = _StopRequest()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    _end_with_parent()
+    return run(job, channel, send, stop.is_set)
+
+
+class _StopRequest:
+    """A signal handler that remembers."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self._set = True
+
+    def is_set(self) -> bool:
+        return self._set
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed takes this process with it (Linux): it gets SIGTERM and saves."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(1, signal.SIGTERM, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

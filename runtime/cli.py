@@ -1,0 +1,337 @@
+"""The command line: a thin door of the library calls.
+
+Results go to stdout (with ``--json``, one JSON object and nothing else), messages and progress to stderr. Exit codes: 0 done,
+2 bad input, 3 infeasible budget, 4 failed while running, 5 cap passed. What is heavy is imported inside the commands, so
+that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from profiles.errors import InputError, TightfitError
+from profiles.units import parse_size
+from runtime import answers
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(
+    name="tightfit",
+    help="Fit training into the memory you have: profile a model, plan its training step for a budget, run the plan under that cap.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+INTERRUPTED = 130
+"""what Typer makes of Ctrl-C; older versions raise Abort"""
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an unexpected error (also: TIGHTFIT_DEBUG=1).")
+]
+Force = Annotated[bool, typer.Option("--force", help="Measure again even where a fitting result lies in the cache.")]
+TimeLimit = Annotated[
+    float, typer.Option("--time-limit", metavar="SECONDS", help="Seconds the solver may take for one plan.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"tightfit {version('tightfit')}")
+        except PackageNotFoundError:
+            typer.echo("tightfit, not installed (run from a checkout)")
+        raise typer.Exit
+
+
+@app.callback()
+def _tightfit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def profile(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A Hugging Face directory or hub id, a GGUF file, a bare config.json (random weights, for sizing) or package.module:factory.",
+        ),
+    ],
+    seq: Annotated[int, typer.Option(help="Tokens per sample.")] = 256,
+    batch: Annotated[int, typer.Option(help="Samples per step.")] = 1,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA pairs on all seven projections.")] = 8,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="LoRA scale is alpha / rank; default: twice the rank.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Number type of the arithmetic, bfloat16 or float32; default: bfloat16, float32 for a module."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or the name of a device.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Compute threads; default: every core that is ours.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the profile is written.")] = Path(
+        "profile.json"
+    ),
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure one training step of MODEL: its tensors, operators, disk and process floor. No weights need fit in memory."""
+    _at_least(1, seq=seq, batch=batch, lora_rank=lora_rank, threads=threads or 1)
+    from profiles.api import profile as measure
+    from profiles.api import save_profile
+    from runtime.terminal import Stages, messages
+
+    console = messages()
+    with Stages(console) as stages:
+        measured = measure(
+            model,
+            batch=batch,
+            seq=seq,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            force=force,
+            progress=stages,
+        )
+    save_profile(measured, output)
+    summary = answers.profile_summary(measured) | {"profile": str(output)}
+    _answer(summary, answers.profile_text(measured), as_json)
+    console.print(f"profile written to {output}; next: tightfit plan {output} --memory SIZE")
+
+
+@app.command()
+def plan(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json.")],
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Budget of the whole training process: 600MiB, 600MB or plain bytes.")
+    ],
+    policy: Annotated[
+        str | None, typer.Option(help="A fixed rule instead of the solver: keep-all, checkpoint-layers or mebp.")
+    ] = None,
+    time_limit: TimeLimit = 30.0,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan is written.")] = Path("plan.json"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the fastest training step whose peak never exceeds the budget, and prove how near it is to the best."""
+    budget = parse_size(memory)
+    _at_least(0, time_limit=time_limit)
+    from planner.exchange import save_plan
+    from planner.plan import plan as solve
+    from profiles.api import load_profile
+    from runtime.terminal import Solving, messages
+
+    console = messages()
+    loaded = load_profile(profile)
+    with Solving(console, time_limit) as solving:
+        planned = solve(loaded, budget, policy=policy, time_limit=time_limit, progress=solving)
+    if planned.status == "infeasible":
+        _answer(answers.plan_summary(planned), None, as_json)
+        console.print(f"tightfit: {answers.infeasible_text(planned)}", markup=False)
+        raise typer.Exit(3)
+    save_plan(planned, output)
+    _answer(answers.plan_summary(planned) | {"plan": str(output)}, answers.plan_text(planned), as_json)
+    console.print(f"plan written to {output}; next: tightfit run {output} --data FILE.jsonl --steps N -o out")
+
+
+@app.command()
+def compare(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json.")],
+    memory: Annotated[str, typer.Option(metavar="SIZE,...", help="Budgets, for example 400MiB,600MiB,1GiB.")],
+    policy: Annotated[
+        str, typer.Option(metavar="NAME,...", help="solver and fixed rules to compare.")
+    ] = "solver,keep-all,checkpoint-layers,mebp",
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page.")] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curve as .png or .svg.")] = None,
+    time_limit: TimeLimit = 30.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare policies over budgets: seconds per step, or the smallest budget that would be enough."""
+    budgets = [parse_size(part) for part in memory.split(",")]
+    policies = [part.strip() for part in policy.split(",")]
+    _at_least(0, time_limit=time_limit)
+    from planner.compare import compare as compare_plans
+    from profiles.api import load_profile
+    from profiles.files import write_whole
+    from runtime.terminal import Stages, messages
+
+    console = messages()
+    loaded = load_profile(profile)
+    with Stages(console) as stages:
+        plans = compare_plans(loaded, budgets, policies, time_limit=time_limit, progress=stages).plans
+    summary: dict[str, Any] = {"plans": [answers.plan_summary(one) for one in plans]}
+    if html is not None:
+        from planner.html import comparison_page
+
+        summary["html"] = str(write_whole(html, comparison_page(plans)))
+    if picture is not None:
+        from planner.figures import draw_curve
+
+        summary["picture"] = str(draw_curve(plans, picture))
+    _answer(summary, answers.comparison_text(plans), as_json)
+    for kind in ("html", "picture"):
+        if kind in summary:
+            console.print(f"{kind} written to {summary[kind]}")
+
+
+@app.command()
+def run(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    data: Annotated[
+        str, typer.Option(metavar="DIR|FILE.jsonl|random", help="Training data, or random tokens for sizing.")
+    ],
+    steps: Annotated[int, typer.Option(help="Optimizer steps in all.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for adapter, report, metrics and checkpoints.")
+    ],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier run left in the folder.")
+    ] = False,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-4,
+    seed: Annotated[int, typer.Option(help="Seed of the adapter's start and the order of the data.")] = 0,
+    schedule: Annotated[
+        str, typer.Option(help="Course of the learning rate: constant, linear or cosine.")
+    ] = "constant",
+    warmup_steps: Annotated[int, typer.Option(help="Steps over which the learning rate rises from zero.")] = 0,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay of AdamW.")] = 0.0,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only at the end.")] = 50,
+    evaluate: Annotated[
+        str | None, typer.Option("--eval", metavar="FILE.jsonl", help="Held-out data, evaluated before and after.")
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
+    ] = False,
+    cgroup: Annotated[
+        bool,
+        typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),
+    ] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train under the cap as planned; leaves an adapter that PEFT loads and a report of predicted beside measured."""
+    _at_least(1, steps=steps)
+    _at_least(
+        0, checkpoint_every=checkpoint_every, lr=lr, seed=seed, warmup_steps=warmup_steps, weight_decay=weight_decay
+    )
+    if resume and overwrite:
+        raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
+    from planner.exchange import load_plan
+    from runtime.launch import run as launch
+    from runtime.terminal import Training, messages
+
+    console = messages()
+    loaded = load_plan(plan)
+    tokens = loaded.batch * loaded.seq if loaded.seq else None
+    with Training(console, steps=steps, tokens_per_step=tokens, budget=loaded.budget_bytes) as training:
+        report = launch(
+            loaded,
+            data,
+            steps=steps,
+            out=output,
+            resume=resume,
+            overwrite=overwrite,
+            lr=lr,
+            schedule=schedule,
+            warmup_steps=warmup_steps,
+            weight_decay=weight_decay,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            eval_data=evaluate,
+            truncate=truncate,
+            cgroup=cgroup,
+            progress=training,
+            stages=training.stage,
+        )
+    _answer(report, answers.report_text(report), as_json)
+
+
+def _at_least(least: float, **options: float) -> None:
+    """Refuse options below `least`, named as Python names them."""
+    for name, value in options.items():
+        if not value >= least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: give a number of at least {least}")
+
+
+def _answer(result: dict[str, Any], human: Any, as_json: bool) -> None:
+    """Print a command's result: JSON on stdout, or what a person reads."""
+    if as_json:
+        sys.stdout.write(answers.to_json(result) + "\n")
+    elif human is not None:
+        from rich.console import Console
+
+        Console(highlight=False).print(human)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code; every failure is a message on stderr, and JSON where that was asked for."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words or os.environ.get("TIGHTFIT_DEBUG", "") not in ("", "0")
+    try:
+        code = app(args=words, prog_name="tightfit", standalone_mode=False)
+        if code == INTERRUPTED:
+            raise typer.Abort
+    except Exception as error:
+        if debug and not _usage(error) and not isinstance(error, typer.Abort):
+            raise
+        code = _failed(error, as_json="--json" in words)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Exception) -> bool:
+    """Whether the command line itself was wrong. Typer brings a Click of its own or takes the installed one, by version."""
+    return hasattr(error, "format_message")
+
+
+def _failed(error: Exception, *, as_json: bool) -> int:
+    """Say what went wrong and return the exit code."""
+    if isinstance(error, TightfitError):
+        message, code = str(error), error.exit_code
+    elif _usage(error):
+        context = getattr(error, "ctx", None)
+        message = (
+            f"{error.format_message().rstrip('.')}; try '{context.command_path if context else 'tightfit'} --help'"  # type: ignore[attr-defined]
+        )
+        code = 2
+    elif isinstance(error, typer.Abort):
+        message, code = "interrupted", 4
+    elif isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        message, code = f"{place}{error.strerror or error}", 4
+    else:
+        message, code = f"internal error, {type(error).__name__}: {error}; run again with --debug for its traceback", 4
+    sys.stderr.write(f"tightfit: {message}\n")
+    if as_json:
+        failure: dict[str, Any] = {"kind": type(error).__name__, "message": message, "exit_code": code}
+        minimum = getattr(error, "minimum_budget_bytes", None)
+        if minimum is not None:
+            failure["minimum_budget_bytes"] = minimum
+        sys.stdout.write(answers.to_json({"error": failure}) + "\n")
+    return code
+
+
+if __name__ == "__main__":
+    main()

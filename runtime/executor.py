@@ -1,0 +1,189 @@
+"""Carries out a schedule over the arena, from top to bottom: nothing is decided here.
+
+Numbers do not depend on the plan: an operator sees the same shapes, strides and 64-byte alignment wherever its tensors
+lie, and transfers change no bits.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from profiles.store import Store
+from runtime.arena import Arena
+from runtime.channels import Channel
+from runtime.compiled import CompiledOperator, compile_operator
+from runtime.job import CODES, FETCH, FREE, LOSS, READ, RUN, SPILL, UNIT, UNPACK, UPDATE, Job
+from runtime.meter import Meter
+from runtime.optimizer import Update
+from runtime.spill import SpillFile
+
+__all__ = ["CompiledOperator", "Executor", "compile_operator"]
+
+
+class BoundOperator:
+    """A compiled operator with its windows on the arena precomputed; tensors are indices into a layer's table."""
+
+    __slots__ = ("call", "gathers", "inputs", "partial", "reads", "writes")
+
+    def __init__(self, operator: dict[str, Any], values: dict[str, dict[str, Any]], local: dict[str, int], arena: Arena, store: Store | None) -> None:
+        compiled = compile_operator(operator, values)
+        self.call = compiled.call
+        self.reads = []
+        for container, key, operand in compiled.slots:
+            window, shift = arena.window(values[operand["value"]]["dtype"])
+            where = (local[operand["value"]], window, shift, tuple(operand["size"]), tuple(operand["stride"]), operand.get("offset", 0))
+            self.reads.append((container, key, *where))
+        self.partial = compiled.partial
+        self.inputs = tuple(dict.fromkeys(read[2] for read in self.reads))
+        self.writes = []
+        for name in operator["outputs"]:
+            if name is not None:
+                value = values[name]
+                window, shift = arena.window(value["dtype"])
+                self.writes.append((local[name], window, shift, tuple(value["shape"]), tuple(value["stride"]), getattr(torch, value["dtype"])))
+            else:
+                self.writes.append(None)
+        self.gathers = [(container, key, local[operand["value"]]) for container, key, operand in compiled.gathers]
+        if self.gathers:
+            compiled.kwargs["store"] = store
+
+
+class Executor:
+    """`execute` runs one phase. `seconds` sums wall time by instruction kind, plus "stall": waiting for the disk."""
+
+    def __init__(self, job: Job, arena: Arena, store: Store | None, spill: SpillFile, channel: Channel, update: Update, meter: Meter) -> None:
+        header = job.header
+        self.arena, self.store, self.spill, self.channel, self.update, self.meter = arena, store, spill, channel, update, meter
+        self.sizes, self.extents = job.sizes, job.extents
+        self.where = array("q", [0]) * len(job.sizes)
+        """Byte offset of every resident tensor in the arena."""
+        for number, at in header["resident"]:
+            self.where[number] = at * UNIT
+        ends = [*job.starts[1:], len(job.tables)]
+        self.tables = [job.tables[start:end] for start, end in zip(job.starts, ends)]
+        programs = []
+        for program in header["programs"]:
+            local = {value[0]: index for index, value in enumerate(program["values"])}
+            values = {name: {"dtype": dtype, "shape": shape, "stride": stride} for name, dtype, shape, stride in program["values"]}
+            programs.append([BoundOperator(op, values, local, arena, store) for op in program["operators"]])
+        self.layers = [programs[index] for index in header["layer_programs"]]
+        self.gathered = dict(header["gathered"])
+        self.weights = [(name, dtype, tuple(shape), packed) for name, dtype, shape, packed, _, _ in header["weights"]]
+        self.trainables = [(tuple(shape), p[0], g, m[0], v[0]) for _, shape, p, m, v, g in header["trainables"]]
+        self.loss_number, self.token_losses = header["loss"], header["token_losses"]
+        self.arriving: dict[int, int] = {}
+        self.leaving: dict[int, int] = {}
+        """Tickets of tensors on their way in (reads and fetches) and out (spills)."""
+        self.seconds = dict.fromkeys((*CODES, "stall"), 0.0)
+        self.loss = 0.0
+        self.losses: Tensor | None = None
+
+    def execute(self, words: array[int]) -> None:
+        """Run one step or one evaluation batch; afterwards `loss` holds the loss and `losses` a copy of the token losses.
+
+        Raises what a transfer raised (RunError, InputError) and CapError where the resident set passes the cap.
+        """
+        where, sizes, arriving, leaving = self.where, self.sizes, self.arriving, self.leaving
+        spent = [0.0] * len(CODES)
+        clock, check = time.perf_counter, self.meter.check
+        self.seconds["stall"] = 0.0
+        place, index, length = 0, 0, len(words)
+        before = clock()
+        while place < length:
+            code = words[place]
+            if code == RUN:
+                layer = words[place + 1]
+                operator, table = self.layers[layer][words[place + 2]], self.tables[layer]
+                if arriving:
+                    for local in operator.inputs:
+                        if table[local] in arriving:
+                            self._arrive(table[local])
+                for container, key, local, window, shift, size, stride, offset in operator.reads:
+                    container[key] = window(size, stride, (where[table[local]] >> shift) + offset)
+                for container, key, local in operator.gathers:
+                    container[key] = self.gathered[table[local]]
+                place += 4
+                outputs: list[Tensor | None] = []
+                for write in operator.writes:
+                    at = words[place] * UNIT
+                    place += 1
+                    if write is None:
+                        outputs.append(None)
+                    elif at < 0:  # unused here, but some kernels write it all the same
+                        outputs.append(None if operator.partial else torch.empty_strided(write[3], write[4], dtype=write[5]))
+                    else:
+                        local, window, shift, size, stride, _ = write
+                        where[table[local]] = at
+                        outputs.append(window(size, stride, at >> shift))
+                operator.call(outputs)
+                outputs.clear()
+            elif code == FREE:
+                number = words[place + 1]
+                if number in leaving:
+                    self._wait(leaving.pop(number))
+                if number in arriving:
+                    self._arrive(number)
+                place += 2
+            elif code == READ:
+                name, _, _, packed = self.weights[words[place + 1]]
+                number, at = words[place + 2], words[place + 3] * UNIT
+                where[number] = at
+                arriving[number] = self.channel.submit(self.store.read_into, name, self.arena.raw(at, packed))  # type: ignore[union-attr]
+                place += 4
+            elif code == UNPACK:
+                name, dtype, shape, bytes_ = self.weights[words[place + 1]]
+                number, source, at = words[place + 2], words[place + 3], words[place + 4] * UNIT
+                if source in arriving:
+                    self._arrive(source)
+                where[number] = at
+                self.store.unpack(name, self.arena.raw(where[source], bytes_), self.arena.tensor(at, shape, dtype))  # type: ignore[union-attr]
+                place += 5
+            elif code == UPDATE:
+                shape, *numbers = self.trainables[words[place + 1]]
+                for number in numbers:
+                    if number in arriving:
+                        self._arrive(number)
+                    if number in leaving:
+                        self._wait(leaving.pop(number))
+                p, g, m, v = (self.arena.tensor(where[number], shape, "float32") for number in numbers)
+                self.update.apply(p, g, m, v)
+                place += 2
+            elif code == SPILL:
+                number = words[place + 1]
+                if number in arriving:
+                    self._arrive(number)
+                leaving[number] = self.channel.submit(self.spill.write, self.arena.address + where[number], sizes[number], self.extents[number])
+                place += 2
+            elif code == FETCH:
+                number, at = words[place + 1], words[place + 2] * UNIT
+                where[number] = at
+                arriving[number] = self.channel.submit(self.spill.read, self.arena.address + at, sizes[number], self.extents[number])
+                place += 3
+            elif code == LOSS:
+                self.loss = self.arena.tensor(where[self.loss_number], (), "float32").item()
+                place += 1
+            else:
+                number, shape = self.token_losses
+                self.losses = self.arena.tensor(where[number], shape, "float32").clone()
+                place += 1
+            after = clock()
+            spent[code] += after - before
+            before = after
+            check(index)
+            if code < LOSS:
+                index += 1
+        for name, value in zip(CODES, spent):
+            self.seconds[name] = value
+
+    def _arrive(self, number: int) -> None:
+        self._wait(self.arriving.pop(number))
+
+    def _wait(self, ticket: int) -> None:
+        before = time.perf_counter()
+        self.channel.wait(ticket)
+        self.seconds["stall"] += time.perf_counter() - before

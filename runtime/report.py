@@ -1,0 +1,108 @@
+"""The report of a run: predicted beside measured."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from planner.schema import Phase, Plan
+
+
+@dataclass
+class Observed:
+    """What the child told, message by message."""
+
+    seconds: list[float] = field(default_factory=list)
+    spent: list[dict[str, float]] = field(default_factory=list)
+    peaks: dict[str, int] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    timelines: dict[str, list[list[float]]] = field(default_factory=dict)
+    peak_bytes: int = 0
+    spill_bytes: int = 0
+    checkpoint: str | None = None
+    trained: str | None = None
+    resumed_step: int = 0
+    cgroup_peak_bytes: int | None = None
+    interrupted: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+
+    def take(self, message: dict[str, Any]) -> None:
+        event = message["event"]
+        self.peak_bytes = max(self.peak_bytes, message.get("peak_bytes", 0))
+        if event == "step":
+            self.seconds.append(message["seconds"])
+            self.spent.append(message["spent"])
+        elif event == "loaded":
+            self.spill_bytes = message["spill_bytes"]
+        elif event == "resumed":
+            self.resumed_step, self.checkpoint = message["step"], message["checkpoint"]
+        elif event == "evaluated":
+            self.evaluations[message["when"]] = {k: v for k, v in message.items() if k not in ("event", "when")}
+        elif event == "timeline":
+            self.timelines[message["which"]] = message["samples"]
+        elif event == "checkpoint":
+            self.checkpoint = message["path"]
+        elif event == "saved":
+            self.trained = message["path"]
+        elif event == "done":
+            self.peaks = message["peaks"]
+        elif event == "interrupted":
+            self.interrupted = message
+        elif event == "error":
+            self.error = message
+
+
+def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by: str) -> dict[str, Any]:
+    """Bytes and seconds, predicted by the plan and measured in the run. `peak_bytes.measured` is the kernel's VmHWM.
+
+    Step times are medians without the first step, which also touches memory and builds kernels for the first time.
+    """
+    steady = observed.seconds[1:] or observed.seconds
+    spent = observed.spent[1:] or observed.spent
+    measured = {name: statistics.median(s[name] for s in spent) for name in spent[0]} if spent else {}
+    report: dict[str, Any] = {
+        "budget_bytes": plan.budget_bytes,
+        "enforced_by": enforced_by,
+        "floor_bytes": plan.floor_bytes,
+        "peak_bytes": {"predicted": plan.peak_bytes, "measured": observed.peak_bytes},
+        "step_seconds": {"predicted": plan.step_seconds, "measured": statistics.median(steady) if steady else None},
+        "loss": losses(directory / "metrics.jsonl"),
+        "adapter": observed.trained,
+        "checkpoint": observed.checkpoint,
+        "resumed_step": observed.resumed_step,
+        "phases": {
+            "train": _phase(plan.train, observed.peaks.get("train"))
+            | {"measured_seconds": {"compute": measured.get("run"), **{k: measured.get(k) for k in ("unpack", "update", "stall")}}},
+            "evaluate": _phase(plan.evaluate, max((v for k, v in observed.peaks.items() if k.startswith("evaluate")), default=None)),
+            **{name: {"peak_bytes": {"measured": peak}} for name, peak in observed.peaks.items() if name in ("load", "checkpoint")},
+        },
+        "evaluation": observed.evaluations,
+        "spill_bytes": observed.spill_bytes,
+        "cgroup_peak_bytes": observed.cgroup_peak_bytes,
+        "policy": plan.policy,
+        "plan_fingerprint": plan.fingerprint,
+        "timeline": observed.timelines,
+    }
+    return report
+
+
+def losses(path: Path) -> list[float]:
+    """The loss of every step so far, resumed runs included."""
+    return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+
+
+def _phase(phase: Phase | None, measured_peak: int | None) -> dict[str, Any]:
+    """`peak_bytes.measured` is VmHWM at the end of the phase: it never falls, so it includes the phases before."""
+    if phase is None:
+        return {}
+    names = ("compute_seconds", "recompute_seconds", "unpack_seconds", "stall_seconds", "read_bytes", "write_bytes")
+    return {
+        "peak_bytes": {"predicted": phase.peak_bytes, "measured": measured_peak},
+        "predicted_seconds": {name.removesuffix("_seconds"): getattr(phase, name) for name in names[:4]},
+        "instructions": len(phase.instructions),
+        "read_bytes": phase.read_bytes,
+        "write_bytes": phase.write_bytes,
+    }

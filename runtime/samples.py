@@ -1,0 +1,154 @@
+"""Training and evaluation samples as people write them: JSON lines, checked line by line.
+
+| line | meaning |
+|---|---|
+| {"text": "..."} | plain text, packed into windows; every token is predicted |
+| {"prompt": ..., "completion": "..."} | the completion is predicted; a prompt is a string, or a list of messages for the chat template |
+| {"messages": [{"role": ..., "content": ...}, ...]} | a conversation; what the assistant says is predicted |
+| {"prompt": ..., "choices": ["...", ...], "answer": ...} | a question; `answer` is the right choice or its index |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from profiles.errors import InputError
+
+Message = dict[str, Any]
+Prompt = str | tuple[Message, ...]
+FORMS = '{"text"}, {"prompt", "completion"}, {"messages"} or {"prompt", "choices", "answer"}'
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    prompt: Prompt
+    completion: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Question:
+    prompt: Prompt
+    choices: tuple[str, ...]
+    answer: int
+
+
+Sample = Text | Completion | Conversation | Question
+
+
+def data_files(path: Path) -> list[Path]:
+    """The file itself, or all *.jsonl of a directory in order of name. Raises InputError where there are none."""
+    if path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
+        if not files:
+            raise InputError(f"{path}: no *.jsonl file in this directory; data are JSON lines of {FORMS}")
+        return files
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; data are a .jsonl file, a directory of them, or the word random")
+    return [path]
+
+
+def read_samples(file: Path) -> Iterator[tuple[int, Sample | InputError]]:
+    """(line number from 1, the sample or what is wrong with the line); blank lines are passed over."""
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        yield number, parse_sample(line)
+                    except InputError as error:
+                        yield number, error
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}; check the path and its permissions") from error
+
+
+def parse_sample(line: bytes) -> Sample:
+    """One JSON line. Raises InputError saying what is wrong with it."""
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 (byte {error.start} of the line)") from error
+    except ValueError as error:
+        raise InputError(f"not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"a JSON {_kind(value)} where an object is due; write {FORMS}")
+    if "messages" in value:
+        messages = _messages(value["messages"], "messages")
+        if not any(message["role"] == "assistant" for message in messages):
+            raise InputError('"messages" has no turn of role "assistant"; there is nothing to learn')
+        return Conversation(messages)
+    if "choices" in value:
+        return _question(value)
+    if "completion" in value:
+        completion = value["completion"]
+        if isinstance(completion, list):
+            turns = _messages(completion, "completion")
+            if len(turns) != 1 or turns[0]["role"] != "assistant":
+                raise InputError('"completion" as a list must be one message of role "assistant"')
+            completion = turns[0]["content"]
+        return Completion(_prompt(value), _string(completion, "completion"))
+    if "text" in value:
+        return Text(_string(value["text"], "text"))
+    found = ", ".join(sorted(map(str, value))[:6]) or "none"
+    raise InputError(f"unknown keys ({found}); write {FORMS}")
+
+
+def _question(value: dict[str, Any]) -> Question:
+    choices = value["choices"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise InputError('"choices" must be a list of at least two strings')
+    texts = tuple(_string(choice, "choices") for choice in choices)
+    if len(set(texts)) < len(texts):
+        raise InputError('"choices" names the same answer twice')
+    answer = value.get("answer")
+    if isinstance(answer, str) and answer in texts:
+        return Question(_prompt(value), texts, texts.index(answer))
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
+        return Question(_prompt(value), texts, answer)
+    raise InputError(f'"answer" is {answer!r}; write one of the choices or its index from 0 to {len(texts) - 1}')
+
+
+def _prompt(value: dict[str, Any]) -> Prompt:
+    prompt = value.get("prompt")
+    if isinstance(prompt, list):
+        return _messages(prompt, "prompt")
+    if not isinstance(prompt, str):
+        raise InputError(f'"prompt" is {_kind(prompt)}; write a string or a list of messages')
+    return prompt
+
+
+def _messages(value: Any, key: str) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise InputError(f'"{key}" must be a list of {{"role", "content"}} objects, not {_kind(value)}')
+    for index, message in enumerate(value):
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str)
+        ):
+            raise InputError(f'message {index} of "{key}" must be an object with the strings "role" and "content"')
+    return tuple(value)
+
+
+def _string(value: Any, key: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise InputError(f'"{key}" is {"empty" if value == "" else _kind(value)}; write a string with something in it')
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "object", list: "list", str: "string", bool: "truth value", int: "number", float: "number"}
+    return "missing or null" if value is None else names.get(type(value), type(value).__name__)

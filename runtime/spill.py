@@ -1,0 +1,127 @@
+"""The spill file: tensors that are offloaded lie here, each in an extent of its own.
+
+The file has no name on disk, so that nothing is left behind however the process ends. Its space is taken when it is
+made: a full disk is an error before the first step, not in the middle of one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import tempfile
+
+from profiles.errors import RunError
+
+BLOCK = 4096
+STAGING_BYTES = 1 << 20
+"""Transfers go through one aligned buffer of this size, which stays in cache; direct I/O needs the alignment."""
+
+
+class SpillFile:
+    """`size` bytes in `directory`. Raises RunError where they do not fit."""
+
+    def __init__(self, directory: str, size: int) -> None:
+        self.directory = directory
+        self.size = -(-size // BLOCK) * BLOCK
+        self.descriptor = _nameless(directory)
+        self.direct = _set_direct(self.descriptor)
+        try:
+            if self.size:
+                _reserve(self.descriptor, directory, self.size)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+        self._staging = mmap.mmap(-1, STAGING_BYTES) if self.size else mmap.mmap(-1, BLOCK)
+        self._view = memoryview(self._staging)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._staging))
+
+    def write(self, address: int, size: int, offset: int) -> None:
+        """Write `size` bytes of memory at `address` to the file. Raises RunError where the disk refuses."""
+        done = 0
+        while done < size:
+            part = min(STAGING_BYTES, size - done)
+            ctypes.memmove(self._address, address + done, part)
+            self._transfer(os.pwritev, -(-part // BLOCK) * BLOCK, offset + done)
+            done += part
+        self._forget(offset, size)
+
+    def read(self, address: int, size: int, offset: int) -> None:
+        """Read `size` bytes of the file into memory at `address`."""
+        done = 0
+        while done < size:
+            part = min(STAGING_BYTES, size - done)
+            self._transfer(os.preadv, -(-part // BLOCK) * BLOCK, offset + done)
+            ctypes.memmove(address + done, self._address, part)
+            done += part
+        self._forget(offset, size)
+
+    def zero(self, size: int, offset: int) -> None:
+        """Fill an extent with zeros."""
+        ctypes.memset(self._address, 0, STAGING_BYTES)
+        for done in range(0, size, STAGING_BYTES):
+            part = min(STAGING_BYTES, size - done)
+            self._transfer(os.pwritev, -(-part // BLOCK) * BLOCK, offset + done)
+        self._forget(offset, size)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def _transfer(self, call: object, size: int, offset: int) -> None:
+        done = 0
+        while done < size:
+            try:
+                moved = call(self.descriptor, [self._view[done:size]], offset + done)  # type: ignore[operator]
+            except OSError as error:
+                if error.errno == errno.EINVAL and self.direct:  # a file system that accepts the flag and not the call
+                    self.direct = _set_direct(self.descriptor, on=False)
+                    continue
+                raise RunError(f"spilling to {self.directory} failed: {error.strerror} ({size} bytes); free disk space and continue with --resume") from error
+            if moved == 0:
+                raise RunError(f"the spill file in {self.directory} ends early, at byte {offset + done} of {self.size}")
+            done += moved
+
+    def _forget(self, offset: int, size: int) -> None:
+        if not self.direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_DONTNEED)
+
+
+def _nameless(directory: str) -> int:
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except (OSError, AttributeError):
+        pass  # not every file system has them
+    try:
+        descriptor, path = tempfile.mkstemp(prefix=".spill-", dir=directory)
+    except OSError as error:
+        raise RunError(f"no spill file can be made in {directory}: {error.strerror}; choose another output directory") from error
+    os.unlink(path)
+    return descriptor
+
+
+def _set_direct(descriptor: int, *, on: bool = True) -> bool:
+    import fcntl
+
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+    except OSError:
+        return False
+    return on
+
+
+def _reserve(descriptor: int, directory: str, size: int) -> None:
+    room = os.fstatvfs(descriptor)
+    free = room.f_bavail * room.f_frsize
+    message = f"the plan spills {size / 2**20:.1f} MiB and {directory} has {free / 2**20:.1f} MiB free; free disk space, or plan with more memory"
+    if free < size:
+        raise RunError(message)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise RunError(message) from error
+        os.ftruncate(descriptor, size)

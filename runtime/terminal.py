@@ -1,0 +1,161 @@
+"""What a person sees while something long goes on: bars on a terminal, now and then a line elsewhere. Always on stderr."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from profiles.units import format_size
+
+QUIET_SECONDS = 10.0
+"""between two lines of one display where stderr is no terminal"""
+
+
+def messages() -> Console:
+    """The console of messages and progress: stderr, so that stdout holds results alone."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Display:
+    """A progress display over one piece of work; on a terminal a live bar, elsewhere sparse plain lines."""
+
+    def __init__(
+        self,
+        console: Console,
+        *columns: TextColumn | BarColumn | SpinnerColumn | MofNCompleteColumn | TimeElapsedColumn,
+    ) -> None:
+        self.console = console
+        self.live = console.is_terminal
+        self._bars = Progress(*columns, console=console, transient=True, disable=not self.live)
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def _line(self, text: str, *, now: bool = False) -> None:
+        """Print a plain line where there is no terminal and none was printed lately, or `now`."""
+        moment = time.monotonic()
+        if not self.live and (now or moment - self._said >= QUIET_SECONDS):
+            self.console.print(text, markup=False)
+            self._said = moment
+
+
+class Stages(Display):
+    """Stages that follow each other: tracing, packing, measuring. Called with (stage, done, total)."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            console,
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+        )
+        self._stage: str | None = None
+        self._task: TaskID | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            if self._task is not None:
+                self._bars.remove_task(self._task)
+            self._stage, self._task = stage, self._bars.add_task(stage, total=total)
+            self._line(f"{stage} …", now=True)
+        elif done < total:
+            self._line(f"{stage}: {done / total:.0%}")
+        assert self._task is not None
+        self._bars.update(self._task, completed=done, total=total)
+
+
+class Solving(Display):
+    """A solver at work: best step so far, proven bound, gap, seconds."""
+
+    def __init__(self, console: Console, time_limit: float) -> None:
+        super().__init__(console, SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self._limit = time_limit
+        self._begun = time.monotonic()
+        self._task = self._bars.add_task("solving", total=time_limit)
+
+    def __call__(self, told: Mapping[str, float | str]) -> None:
+        """Show what the planner told: `stage`, `incumbent` and `bound` (seconds per step; 0: none yet) and `gap`."""
+        incumbent, bound = float(told["incumbent"]), float(told["bound"])
+        parts = [f"solving ({told['stage']})"]
+        if 0 < incumbent < math.inf:
+            parts.append(f"step {incumbent:.3f} s")
+        if bound > 0:
+            parts.append(f"bound {bound:.3f} s")
+        if len(parts) == 3:
+            parts.append(f"gap {told['gap']:.2%}")
+        text = ", ".join(parts)
+        spent = time.monotonic() - self._begun
+        self._bars.update(self._task, description=text, completed=min(spent, self._limit))
+        self._line(f"{text}, {spent:.0f} s")
+
+
+class Training(Display):
+    """A run: what is prepared or evaluated (`stage`), and each step's loss, tokens per second, time left and memory."""
+
+    def __init__(self, console: Console, *, steps: int, tokens_per_step: int | None, budget: int) -> None:
+        super().__init__(
+            console,
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}", markup=True),
+        )
+        self._steps, self._tokens, self._budget = steps, tokens_per_step, budget
+        self._stage: str | None = None
+        self._stage_task: TaskID | None = None
+        self._task: TaskID | None = None
+        self._pace: float | None = None
+
+    def stage(self, what: str, done: int, total: int) -> None:
+        """Something before, between or after the steps: `done` of `total`."""
+        if what != self._stage:
+            self._leave_stage()
+            self._stage, self._stage_task = what, self._bars.add_task(what, total=total, told="")
+            self._line(f"{what} …", now=True)
+        assert self._stage_task is not None
+        self._bars.update(self._stage_task, completed=done, total=total)
+        if done < total:
+            self._line(f"{what}: {done} of {total}")
+
+    def __call__(self, step: int, loss: float, seconds: float, resident: int, peak: int) -> None:
+        """One finished step, counted from 1; `seconds` it took, bytes resident now and at the peak so far."""
+        self._leave_stage()
+        if self._task is None:
+            self._task = self._bars.add_task("step", total=self._steps, told="")
+        # The first steps are slower (pages are touched for the first time): a moving mean forgets them.
+        self._pace = seconds if self._pace is None else 0.8 * self._pace + 0.2 * seconds
+        rate = f"{self._tokens / self._pace:,.0f} tokens/s" if self._tokens else f"{self._pace:.3f} s per step"
+        left = round(self._pace * (self._steps - step))
+        told = f"loss {loss:.4f}, {rate}, {left // 60}:{left % 60:02d} left"
+        memory = f"memory {format_size(resident)}, peak {format_size(peak)} of {format_size(self._budget)}"
+        colour = "red" if peak > 0.995 * self._budget else "green"
+        self._bars.update(self._task, completed=step, told=f"{told}\n[{colour}]{memory}[/]")
+        self._line(f"step {step}/{self._steps}: {told}, {memory}", now=step == self._steps)
+
+    def _leave_stage(self) -> None:
+        if self._stage_task is not None:
+            self._bars.remove_task(self._stage_task)
+        self._stage, self._stage_task = None, None

@@ -1,0 +1,238 @@
+"""Training inside the lean process: resident tensors, steps, evaluation, and what is saved between them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from profiles.errors import InputError
+from profiles.store import Store
+from runtime import adapter, safetensors_file
+from runtime.arena import Arena
+from runtime.batches import Batches, open_batches
+from runtime.channels import Channel
+from runtime.checkpoint import write_json
+from runtime.executor import Executor
+from runtime.job import Job
+from runtime.meter import Meter
+from runtime.optimizer import AdamW, Update
+from runtime.safetensors_file import Item
+from runtime.spill import SpillFile
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a persistent tensor is between steps: at a byte offset of the arena or, if that is negative, in the spill file."""
+
+    number: int
+    at: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    name: str
+    shape: tuple[int, ...]
+    value: Place
+    first: Place
+    second: Place
+
+
+class Training:
+    """One job, loaded: `step` and `evaluate` run its phases."""
+
+    def __init__(self, job: Job, channel: Channel, directory: str) -> None:
+        header = job.header
+        self.job, self.header = job, header
+        self.arena = Arena(header["arena_bytes"])
+        self.store = Store.open(header["store"]) if header["store"] else None
+        self.spill = SpillFile(directory, header["spill_bytes"])
+        self.channel = channel
+        self.meter = Meter(header["budget_bytes"])
+        self.update = Update(AdamW(**header["optimizer"]))
+        self.trainables = [
+            Trainable(name=name, shape=tuple(shape), value=Place(number=p[0], at=p[1]), first=Place(number=m[0], at=m[1]), second=Place(number=v[0], at=v[1]))
+            for name, shape, p, m, v, _ in header["trainables"]
+        ]
+        self._holes = _holes(job)
+        self._load_frozen()
+        self.executor = Executor(job, self.arena, self.store, self.spill, self.channel, self.update, self.meter)
+        self.inputs = [self.arena.tensor(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]
+        self.batches: Batches = open_batches(header["data"], header["seed"])
+
+    def step(self, number: int) -> float:
+        """Training step `number`, counted from 1; returns its loss."""
+        self.batches.training(number - 1, self.inputs)
+        torch.default_generator.manual_seed(self.header["seed"] * 1_000_003 + number)
+        self.update.begin(number)
+        self.executor.execute(self.job.train)
+        return self.executor.loss
+
+    def evaluate(self, path: str) -> dict[str, Any]:
+        """Mean loss over labelled tokens and, where the records are answers to choose from, accuracy.
+
+        A question counts as right when the right choice has the highest summed log-likelihood.
+        """
+        with_records = open_batches(path, self.header["seed"])
+        best: dict[int, tuple[float, bool]] = {}
+        total, labelled, records = 0.0, 0, 0
+        before = time.perf_counter()
+        for number in range(with_records.evaluation_count(self.inputs)):
+            found = with_records.evaluation(number, self.inputs)
+            self.executor.execute(self.job.evaluate)
+            losses = self.executor.losses
+            if losses is None:
+                total, labelled = total + self.executor.loss, labelled + 1
+                continue
+            labels = self.inputs[1]
+            sums = losses.view(labels.shape).sum(1).tolist()
+            counts = (labels >= 0).sum(1).tolist()
+            for row, record in enumerate(found):
+                total, labelled, records = total + sums[row], labelled + counts[row], records + 1
+                if record.choice >= 0 and (record.example not in best or sums[row] < best[record.example][0]):
+                    best[record.example] = (sums[row], record.answer)
+        with_records.close()
+        accuracy = sum(answer for _, answer in best.values()) / len(best) if best else None
+        return {
+            "loss": total / max(1, labelled),
+            "accuracy": accuracy,
+            "questions": len(best),
+            "records": records,
+            "seconds": time.perf_counter() - before,
+        }
+
+    def initialise(self) -> None:
+        """The state before step 1: initial values, Adam's moments zero."""
+        for trainable in self.trainables:
+            value = self._temporary(trainable)
+            if self.header["kind"] == "decoder":
+                adapter.initialise(trainable.name, self.header["seed"], value)
+            else:
+                self._load(trainable.name, value)
+            self._keep(trainable.value, value)
+            for place in (trainable.first, trainable.second):
+                if place.at >= 0:
+                    self.arena.raw(place.at, self.job.sizes[place.number]).zero_()
+                else:
+                    self.spill.zero(self.job.sizes[place.number], self.job.extents[place.number])
+
+    def save_trained(self, directory: str) -> dict[str, int]:
+        """Write the trained tensors: a PEFT adapter, or ``model.safetensors``. Returns checksums by file."""
+        lora = self.header["lora"]
+        prefix, file = (adapter.PREFIX, adapter.WEIGHTS) if lora else ("", "model.safetensors")
+        items = [self._item(prefix + t.name, t, t.value) for t in self.trainables]
+        checksum = safetensors_file.write(os.path.join(directory, file), items, {"format": "pt"})
+        if lora:
+            config = adapter.adapter_config(lora, [t.name for t in self.trainables], self.header["base_model"])
+            write_json(os.path.join(directory, adapter.CONFIG), config)
+        return {file: checksum}
+
+    def save_state(self, directory: str) -> dict[str, Any]:
+        """Fill a checkpoint directory; returns the entries of its state."""
+        self.channel.drain()
+        checksums = self.save_trained(directory)
+        items = [self._item(f"{role}:{t.name}", t, place) for t in self.trainables for role, place in (("adam_m", t.first), ("adam_v", t.second))]
+        checksums["optimizer.safetensors"] = safetensors_file.write(os.path.join(directory, "optimizer.safetensors"), items, {})
+        return {"checksums": checksums}
+
+    def load_state(self, directory: str, checksums: dict[str, int]) -> None:
+        """Take the state of a checkpoint directory. Raises InputError where a file is damaged."""
+        lora = self.header["lora"]
+        prefix, file = (adapter.PREFIX, adapter.WEIGHTS) if lora else ("", "model.safetensors")
+        for name, places in ((file, ("value",)), ("optimizer.safetensors", ("first", "second"))):
+            reader = safetensors_file.Reader(os.path.join(directory, name))
+            reader.verify(checksums[name])
+            for trainable in self.trainables:
+                for role in places:
+                    key = {"value": prefix, "first": "adam_m:", "second": "adam_v:"}[role] + trainable.name
+                    value = self._temporary(trainable)
+                    done = 0
+                    for chunk in reader.chunks(key):
+                        ctypes.memmove(value.data_ptr() + done, chunk, len(chunk))
+                        done += len(chunk)
+                    self._keep(getattr(trainable, role), value)
+            reader.close()
+
+    def close(self) -> None:
+        self.channel.close()
+        self.spill.close()
+        if self.store:
+            self.store.close()
+
+    def _load_frozen(self) -> None:
+        """Constants, and the weights that stay in memory, packed or unpacked."""
+        for name, dtype, shape, at in self.header["constants"]:
+            self._load(name, self.arena.tensor(at, shape, dtype))
+        for name, dtype, shape, packed, at, packed_at in self.header["weights"]:
+            if packed_at >= 0:
+                self._store.read_into(name, self.arena.raw(packed_at, packed))
+            if at >= 0:
+                self._load(name, self.arena.tensor(at, shape, dtype))
+
+    @property
+    def _store(self) -> Store:
+        if self.store is None:
+            raise InputError("the plan reads weights and names no weight store; profile the model again")
+        return self.store
+
+    def _load(self, name: str, out: Tensor) -> None:
+        staging = self._room(self._store.packed_bytes(name))
+        self._store.read_into(name, staging)
+        self._store.unpack(name, staging, out)
+
+    def _room(self, size: int) -> Tensor:
+        """Bytes of the arena that hold nothing between steps, or of the heap where no hole is large enough."""
+        for start, end in self._holes:
+            if end - start >= size:
+                return self.arena.raw(start, size)
+        return torch.empty(size, dtype=torch.uint8)
+
+    def _temporary(self, trainable: Trainable) -> Tensor:
+        """A float32 tensor of its shape to prepare a value in, at the other end of the hole that `_room` reads packed bytes into."""
+        size = self.job.sizes[trainable.value.number]
+        for start, end in self._holes:
+            if end - start >= 2 * size + 3 * 4096:
+                return self.arena.tensor((end - size) // 4096 * 4096, trainable.shape, "float32")
+        return torch.empty(trainable.shape)
+
+    def _keep(self, place: Place, value: Tensor) -> None:
+        size = self.job.sizes[place.number]
+        if place.at >= 0:
+            ctypes.memmove(self.arena.address + place.at, value.data_ptr(), size)
+        else:
+            self.spill.write(value.data_ptr(), size, self.job.extents[place.number])
+
+    def _item(self, name: str, trainable: Trainable, place: Place) -> Item:
+        return Item(name=name, dtype="float32", shape=list(trainable.shape), chunks=lambda: self._chunks(place))
+
+    def _chunks(self, place: Place) -> Iterator[memoryview | bytes]:
+        size = self.job.sizes[place.number]
+        buffer = (ctypes.c_char * min(CHUNK, size)).from_buffer(bytearray(min(CHUNK, size))) if place.at < 0 else None
+        for done in range(0, size, CHUNK):
+            part = min(CHUNK, size - done)
+            if buffer is None:
+                address = self.arena.address + place.at + done
+                yield memoryview((ctypes.c_char * part).from_address(address)).cast("B")
+            else:
+                self.spill.read(ctypes.addressof(buffer), part, self.job.extents[place.number] + done)
+                yield memoryview(buffer).cast("B")[:part]
+
+
+def _holes(job: Job) -> list[tuple[int, int]]:
+    """Byte ranges of the arena without a resident tensor, largest first, at 4096-byte boundaries."""
+    taken = sorted((at * 64, at * 64 + job.sizes[number]) for number, at in job.header["resident"])
+    holes, end = [], 0
+    for start, stop in [*taken, (job.header["arena_bytes"], 0)]:
+        low, high = -(-end // 4096) * 4096, start // 4096 * 4096
+        if high > low:
+            holes.append((low, high))
+        end = max(end, stop)
+    return sorted(holes, key=lambda hole: hole[0] - hole[1])

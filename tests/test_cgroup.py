@@ -1,0 +1,54 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from runtime.cgroup import MemoryCgroup
+
+MIB = 1 << 20
+PYTHON = [sys.executable, "-S", "-c"]
+
+
+@pytest.fixture
+def group():
+    made = MemoryCgroup.create(64 * MIB)
+    if made is None:
+        pytest.skip("this machine lets us make no memory cgroup")
+    yield made
+    made.remove()
+    assert not made.path.exists()
+
+
+def test_a_process_within_the_limit_ends_well_and_is_counted(group):
+    done = subprocess.run(group.enter([*PYTHON, "x = bytearray(20 << 20); print(len(x))"]), capture_output=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout == b"%d\n" % (20 * MIB)
+    assert 20 * MIB < group.peak_bytes() < 64 * MIB
+    assert group.oom_kills() == 0
+
+
+def test_the_kernel_ends_a_process_beyond_the_limit(group):
+    done = subprocess.run(group.enter([*PYTHON, "x = bytearray(200 << 20)"]), capture_output=True, check=False)
+    assert done.returncode == -9
+    assert group.oom_kills() >= 1
+
+
+def test_arguments_reach_the_command_untouched(group):
+    done = subprocess.run(group.enter([*PYTHON, "import sys; print(sys.argv[1:])", "a b", "$HOME", '"']), capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == repr(["a b", "$HOME", '"'])
+
+
+def test_no_cgroup_file_system_means_none(tmp_path):
+    assert MemoryCgroup.create(64 * MIB, mount=tmp_path) is None
+
+
+def test_removing_twice_is_harmless(tmp_path):
+    path = tmp_path / "group"
+    path.mkdir()
+    made = MemoryCgroup(path, 2)
+    made.remove()
+    made.remove()
+    assert not os.path.exists(path)
+    assert made.peak_bytes() is None
+    assert made.oom_kills() == 0

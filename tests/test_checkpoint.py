@@ -1,0 +1,118 @@
+import json
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from profiles.errors import InputError, RunError
+from runtime import checkpoint, safetensors_file
+from runtime.loop import Metrics
+from runtime.safetensors_file import Item, Reader
+
+CONDITIONS = {"model": "tiny", "seed": 3}
+
+
+def fill(path):
+    Path(path, "adapter_model.safetensors").write_bytes(b"weights")
+    return {"checksums": {"adapter_model.safetensors": zlib.crc32(b"weights")}}
+
+
+def test_the_newest_checkpoint_is_found_and_old_ones_go(tmp_path):
+    for step in (1, 5, 12):
+        checkpoint.save(str(tmp_path), step, CONDITIONS, fill, keep=2)
+    assert [step for step, _ in checkpoint.find_checkpoints(str(tmp_path))] == [5, 12]
+    found = checkpoint.load_latest(str(tmp_path), CONDITIONS)
+    assert found.step == 12
+    assert found.state["checksums"] == {"adapter_model.safetensors": zlib.crc32(b"weights")}
+
+
+def test_a_save_that_fails_leaves_the_one_before_intact(tmp_path):
+    checkpoint.save(str(tmp_path), 1, CONDITIONS, fill, keep=2)
+
+    def full(path):
+        fill(path)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match=r"checkpoint-2 failed: No space left.*last good checkpoint is .*checkpoint-1"):
+        checkpoint.save(str(tmp_path), 2, CONDITIONS, full, keep=1)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1"]
+    assert checkpoint.load_latest(str(tmp_path), CONDITIONS).step == 1
+
+
+def test_a_killed_save_is_no_checkpoint(tmp_path):
+    (tmp_path / ".checkpoint-9.partial").mkdir()
+    assert checkpoint.find_checkpoints(str(tmp_path)) == []
+    assert list(checkpoint.partial_directories(str(tmp_path))) == [str(tmp_path / ".checkpoint-9.partial")]
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
+        checkpoint.load_latest(str(tmp_path), CONDITIONS)
+
+
+def test_other_conditions_are_refused_by_name(tmp_path):
+    checkpoint.save(str(tmp_path), 1, CONDITIONS, fill, keep=1)
+    with pytest.raises(InputError, match="made with seed 3, this run has 4"):
+        checkpoint.load_latest(str(tmp_path), {**CONDITIONS, "seed": 4})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99, "step": 1}'])
+def test_a_damaged_state_is_refused(tmp_path, content):
+    path = checkpoint.save(str(tmp_path), 1, CONDITIONS, fill, keep=1)
+    Path(path, checkpoint.STATE).write_text(content)
+    with pytest.raises(InputError, match="missing or damaged"):
+        checkpoint.load_latest(str(tmp_path), CONDITIONS)
+
+
+def items(tensors):
+    def chunks(tensor):
+        data = tensor.numpy().tobytes()
+        return lambda: [data[:7], data[7:]]
+
+    return [Item(name=n, dtype=str(t.dtype)[6:], shape=list(t.shape), chunks=chunks(t)) for n, t in tensors.items()]
+
+
+def test_safetensors_reads_what_we_write(tmp_path):
+    from safetensors.torch import load_file
+
+    tensors = {"a": torch.randn(3, 5), "b.weight": torch.arange(4), "empty": torch.empty(0, 2)}
+    path = str(tmp_path / "x.safetensors")
+    checksum = safetensors_file.write(path, items(tensors), {"format": "pt"})
+    assert checksum == zlib.crc32(Path(path).read_bytes())
+    loaded = load_file(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor)
+    reader = Reader(path)
+    reader.verify(checksum)
+    assert b"".join(reader.chunks("a", 9)) == tensors["a"].numpy().tobytes()
+    with pytest.raises(InputError, match="no tensor 'c'"):
+        next(reader.chunks("c"))
+    reader.close()
+
+
+def test_damage_is_found(tmp_path):
+    path = tmp_path / "x.safetensors"
+    checksum = safetensors_file.write(str(path), items({"a": torch.ones(100)}), {})
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    reader = Reader(str(path))
+    with pytest.raises(InputError, match="damaged"):
+        reader.verify(checksum)
+    reader.close()
+    path.write_bytes(data[:-200])
+    reader = Reader(str(path))
+    with pytest.raises(InputError, match="truncated in tensor 'a'"):
+        list(reader.chunks("a"))
+    reader.close()
+
+
+def test_metrics_keep_the_lines_before_the_resumed_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "loss": s / 2}) + "\n" for s in range(1, 6)) + '{"step": 6, "lo')
+    Metrics(str(path), 3).add(step=4, loss=9.0)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.5}, {"step": 4, "loss": 9.0},
+    ]  # fmt: skip
+    Metrics(str(path), 0)
+    assert path.read_text() == ""

@@ -1,0 +1,271 @@
+"""What the door itself owns: exit codes, literal messages, and a stdout that holds results alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sample_plans import infeasible_plan, sample_plan, sample_plans
+
+from profiles.errors import CapError, InfeasibleError, InputError, RunError
+from profiles.units import MIB
+from runtime import answers, cli
+
+FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
+
+
+@pytest.fixture
+def tightfit(capfd):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def call(*words):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        return caught.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Let `plan` load any profile and answer with a given plan; the solver itself has its own tests."""
+    import planner.plan
+    import profiles.api
+
+    def answer(plan):
+        monkeypatch.setattr(profiles.api, "load_profile", lambda path: None)
+        monkeypatch.setattr(planner.plan, "plan", lambda *args, **options: plan)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan", "p.json"], "Missing option '--memory'; try 'tightfit plan --help'"),
+        (["plan", "--memory", "1GB"], "Missing argument 'PROFILE'; try 'tightfit plan --help'"),
+        (["train"], "No such command 'train'; try 'tightfit --help'"),
+        (["plan", "p.json", "--memory", "1GB", "--speed"], "No such option: --speed; try 'tightfit plan --help'"),
+        (["plan", "p.json", "--memory", "350M"], f"'350M' is not a size; {FORMS}"),
+        (["plan", "p.json", "--memory", "0"], f"'0' is no memory at all; {FORMS}"),
+        (["compare", "p.json", "--memory", "1GB,,2GB"], f"'' is not a size; {FORMS}"),
+        (["plan", "p.json", "--memory", "1GB", "--time-limit", "-1"], "--time-limit -1.0: give a number of at least 0"),
+        (["profile", "m", "--seq", "0"], "--seq 0: give a number of at least 1"),
+        (["profile", "m", "--batch", "-3"], "--batch -3: give a number of at least 1"),
+        (["profile", "m", "--lora-rank", "0"], "--lora-rank 0: give a number of at least 1"),
+        (["run", "p.json", "--data", "random", "--steps", "0", "-o", "o"], "--steps 0: give a number of at least 1"),
+        (
+            ["run", "p.json", "--data", "random", "--steps", "1", "-o", "o", "--lr", "nan"],
+            "--lr nan: give a number of at least 0",
+        ),
+        (
+            ["run", "p.json", "--data", "random", "--steps", "1", "-o", "o", "--resume", "--overwrite"],
+            "--resume goes on from what lies in the folder, --overwrite replaces it: give one of them",
+        ),
+    ],
+)
+def test_a_wrong_command_line(tightfit, words, message):
+    assert tightfit(*words) == (2, "", f"tightfit: {message}\n")
+
+
+def test_a_wrong_command_line_as_json(tightfit):
+    code, out, err = tightfit("plan", "p.json", "--memory", "350M", "--json")
+    assert code == 2
+    assert json.loads(out) == {
+        "error": {"kind": "InputError", "message": f"'350M' is not a size; {FORMS}", "exit_code": 2}
+    }
+    assert err == f"tightfit: '350M' is not a size; {FORMS}\n"
+
+
+def test_a_missing_profile(tightfit, tmp_path):
+    path = tmp_path / "profile.json"
+    message = f"{path}: No such file or directory; make a profile with `tightfit profile MODEL -o {path}`"
+    code, out, err = tightfit("plan", path, "--memory", "1GB", "-o", tmp_path / "plan.json")
+    assert (code, out, err) == (2, "", f"tightfit: {message}\n")
+    code, out, err = tightfit("compare", path, "--memory", "1GB,2GB")
+    assert (code, out, err) == (2, "", f"tightfit: {message}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_plan(tightfit, tmp_path):
+    path = tmp_path / "plan.json"
+    code, out, err = tightfit("run", path, "--data", "random", "--steps", "1", "-o", tmp_path / "out")
+    message = f"{path}: no such plan; make one with `tightfit plan profile.json --memory SIZE`"
+    assert (code, out, err) == (2, "", f"tightfit: {message}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_is_written_and_told(tightfit, planned, tmp_path):
+    planned(sample_plan())
+    path = tmp_path / "plan.json"
+    code, out, err = tightfit("plan", "profile.json", "--memory", "350MiB", "-o", path, "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert out.count("\n") == 1
+    for name, value in {
+        "status": "optimal",
+        "budget_bytes": 350 * MIB,
+        "floor_bytes": 220 * MIB,
+        "peak_bytes": 340 * MIB,
+        "step_seconds": 1.25,
+        "gap": 0.002,
+        "any_schedule_gap": 0.2,
+        "solve_seconds": 1.5,
+        "plan": str(path),
+        "decisions": {"streamed": 1, "recomputed": 1, "kept": 1},
+    }.items():
+        assert told[name] == value, name
+    assert told["train"]["peak"]["text"] == "layer 5: aten.mm.default"
+    assert err.endswith(f"plan written to {path}; next: tightfit run {path} --data FILE.jsonl --steps N -o out\n")
+    assert json.loads(path.read_text())["fingerprint"] == "f" * 64
+
+
+def test_an_infeasible_budget(tightfit, planned, tmp_path):
+    plan = infeasible_plan("solver", minimum=int(412.34 * MIB))
+    planned(plan)
+    code, out, err = tightfit("plan", "profile.json", "--memory", "250MiB", "-o", tmp_path / "plan.json", "--json")
+    assert code == 3
+    told = json.loads(out)
+    assert told["status"] == "infeasible"
+    assert told["minimum_budget_bytes"] == int(412.34 * MIB)
+    assert told["train"] is None
+    assert err.endswith(
+        "tightfit: no plan fits 250.0 MiB; the smallest feasible budget is 412.4 MiB (432369827 bytes): "
+        "layer 5: aten.mm.default needs its input, its weight and its output at once\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_infeasible_budget_for_a_person(tightfit, planned, tmp_path):
+    planned(infeasible_plan("solver"))
+    code, out, err = tightfit("plan", "profile.json", "--memory", "250MiB", "-o", tmp_path / "plan.json")
+    assert (code, out) == (3, "")
+    assert "the smallest feasible budget is 412.4 MiB" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("a: bad"), 2),
+        (InfeasibleError("b: too small", 7), 3),
+        (RunError("c: died"), 4),
+        (CapError("d: passed"), 5),
+    ],
+)
+def test_every_error_has_its_exit_code(tightfit, monkeypatch, error, code):
+    import profiles.api
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(profiles.api, "load_profile", fail)
+    assert tightfit("plan", "p.json", "--memory", "1GB") == (code, "", f"tightfit: {error}\n")
+    found, out, err = tightfit("plan", "p.json", "--memory", "1GB", "--json")
+    told = json.loads(out)["error"]
+    assert (found, told["kind"], told["message"], told["exit_code"]) == (code, type(error).__name__, str(error), code)
+    assert told.get("minimum_budget_bytes") == (7 if code == 3 else None)
+    assert err == f"tightfit: {error}\n"
+
+
+def test_an_unexpected_error_is_a_line_unless_debugged(tightfit, monkeypatch):
+    import profiles.api
+
+    def fail(path):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(profiles.api, "load_profile", fail)
+    code, out, err = tightfit("plan", "p.json", "--memory", "1GB")
+    message = "internal error, ZeroDivisionError: by zero; run again with --debug for its traceback"
+    assert (code, out, err) == (4, "", f"tightfit: {message}\n")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["plan", "p.json", "--memory", "1GB", "--debug"])
+    monkeypatch.setenv("TIGHTFIT_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["plan", "p.json", "--memory", "1GB"])
+
+
+def test_ctrl_c_outside_a_run(tightfit, monkeypatch):
+    import profiles.api
+
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profiles.api, "load_profile", interrupt)
+    code, out, err = tightfit("plan", "p.json", "--memory", "1GB")
+    assert (code, out, err.strip()) == (4, "", "tightfit: interrupted")
+
+
+def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
+    import planner.compare
+    import profiles.api
+
+    class Answer:
+        plans = sample_plans()
+
+    asked = {}
+
+    def compare(profile, budgets, policies, **options):
+        asked.update(budgets=budgets, policies=policies)
+        return Answer
+
+    monkeypatch.setattr(profiles.api, "load_profile", lambda path: None)
+    monkeypatch.setattr(planner.compare, "compare", compare)
+    page, picture = tmp_path / "c.html", tmp_path / "c.svg"
+    code, out, _ = tightfit(
+        "compare", "p.json", "--memory", "250MiB,1GB", "--html", page, "--picture", picture, "--json"
+    )
+    assert code == 0
+    told = json.loads(out)
+    assert [plan["policy"] for plan in told["plans"]] == [plan.policy for plan in sample_plans()]
+    assert (told["html"], told["picture"]) == (str(page), str(picture))
+    assert page.read_text().startswith("<!doctype html>")
+    assert picture.exists()
+    assert asked == {"budgets": [250 * MIB, 10**9], "policies": ["solver", "keep-all", "checkpoint-layers", "mebp"]}
+    code, out, _ = tightfit("compare", "p.json", "--memory", "250MiB")
+    assert code == 0
+    assert "needs 640.0" in out
+
+
+def test_json_has_no_numbers_that_are_none():
+    assert (
+        answers.to_json({"a": [float("inf"), float("nan"), 1.5], "b": Path("x")})
+        == '{"a": [null, null, 1.5], "b": "x"}'
+    )
+
+
+def run_process(*words, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "runtime.cli", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+        cwd=Path(__file__).parent.parent,
+    )
+
+
+def test_help_is_fast_because_it_imports_nothing_heavy():
+    code = "import sys, runtime.cli; print([m for m in ('torch', 'ortools', 'pydantic', 'numpy', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    )
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", ["", "profile", "plan", "compare", "run"])
+def test_help(command):
+    done = run_process(*filter(None, [command]), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Usage: tightfit {command}".rstrip())
+
+
+def test_a_real_process_ends_with_the_code():
+    done = run_process("plan", "p.json", "--memory", "lots", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"]["exit_code"] == 2
+    assert done.stderr == f"tightfit: 'lots' is not a size; {FORMS}\n"

@@ -1,0 +1,195 @@
+"""The executor in this process: schedules of one program set give the same bits, and those of plain PyTorch."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_plans import decoder_profile, naive_plan
+
+from runtime.channels import Channel
+from runtime.compiled import compile_operator
+from runtime.data import prepare
+from runtime.job import RUN, compile_job, width
+from runtime.optimizer import AdamW
+from runtime.training import Training
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    return decoder_profile(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory, profile):
+    opened = prepare("random", None, tmp_path_factory.mktemp("data"), seq=profile.seq, vocab_size=512, seed=3)
+    opened.close()
+    return str(opened.path)
+
+
+def make_training(plan, records, directory, **settings):
+    given = {
+        "store": plan.model.store, "data": records, "evaluation": records, "out": str(directory), "steps": STEPS, "seed": 7,
+        "base_model": "tiny", "optimizer": dataclasses.asdict(AdamW(lr=1e-2)),
+    }  # fmt: skip
+    job = compile_job(plan.model_dump(), given | settings)
+    return Training(job, Channel(), str(directory))
+
+
+def trained(plan, records, directory):
+    """Losses of a few steps and the bytes of adapter and optimizer state."""
+    training = make_training(plan, records, directory)
+    training.initialise()
+    losses = [training.step(number) for number in range(1, STEPS + 1)]
+    training.save_state(str(directory))
+    training.close()
+    return losses, (directory / "adapter_model.safetensors").read_bytes(), (directory / "optimizer.safetensors").read_bytes()
+
+
+def names(profile, kind):
+    return [t.name for t in profile.tensors if t.kind == kind]
+
+
+PLANS = {
+    "spilled": lambda p: {"spill": [t.name for t in p.tensors if t.kind == "activation" and t.name.endswith("/out0") and "layers" in t.name][:1]},
+    "states offloaded": lambda p: {"offload": names(p, "trainable")[::2]},
+    "recomputed": lambda p: {"recompute": True},
+    "packed and unpacked": lambda p: {"packed": names(p, "weight")[1:5], "unpacked": names(p, "weight")[5:9]},
+    "moved": lambda p: {"shift": 64 * 4099},
+}
+
+
+@pytest.fixture(scope="module")
+def plain(profile, records, tmp_path_factory):
+    return trained(naive_plan(profile), records, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_bits_do_not_depend_on_the_schedule(kind, profile, records, plain, tmp_path):
+    plan = naive_plan(profile, **PLANS[kind](profile))
+    assert trained(plan, records, tmp_path) == plain
+
+
+def test_training_lowers_the_loss_of_one_batch(profile, records, tmp_path):
+    training = make_training(naive_plan(profile), records, tmp_path)
+    training.initialise()
+    training.batches.training(0, training.inputs)
+    training.batches.training = lambda step, inputs: None
+    losses = [training.step(number) for number in range(1, 13)]
+    training.close()
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_every_lora_b_moves_and_starts_at_zero(profile, records, tmp_path):
+    from safetensors.torch import load_file
+
+    training = make_training(naive_plan(profile), records, tmp_path)
+    training.initialise()
+    saved = []
+    for step in (1, 2):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        training.save_trained(str(folder))
+        saved.append(load_file(folder / "adapter_model.safetensors"))
+        training.step(step)
+    before, after = saved
+    training.close()
+    for name, tensor in before.items():
+        if ".lora_B." in name:
+            assert not tensor.any(), name
+            assert after[name].any(), name
+        else:
+            assert tensor.std() > 0.3 * tensor.shape[1] ** -0.5, name
+
+
+def test_unaligned_offsets_are_refused(profile):
+    from profiles.errors import InputError
+
+    plan = naive_plan(profile).model_dump()
+    run = next(i for i in plan["train"]["instructions"] if i[0] == "run" and i[3][0] is not None)
+    run[3][0] += 4
+    with pytest.raises(InputError, match="not a multiple of 64"):
+        compile_job(plan, {})
+
+
+def test_job_file_survives_the_disk(profile, tmp_path):
+    from runtime.job import Job
+
+    job = compile_job(naive_plan(profile).model_dump(), {"seed": 5})
+    job.write(str(tmp_path / "job"))
+    again = Job.read(str(tmp_path / "job"))
+    assert again.train == job.train
+    assert again.extents == job.extents
+    assert again.header["seed"] == 5
+    assert again.header["resident"] == [list(pair) for pair in job.header["resident"]]
+
+
+def test_job_words_are_walked_by_width(profile):
+    job = compile_job(naive_plan(profile, offload=names(profile, "trainable")).model_dump(), {})
+    place, count = 0, {}
+    while place < len(job.train):
+        count[job.train[place]] = count.get(job.train[place], 0) + 1
+        place += width(job.train, place)
+    assert place == len(job.train)
+    operators = sum(len(p.operators) for p in profile.programs for layer in profile.layers if layer.program == p.name)
+    assert count[RUN] == operators
+
+
+@pytest.mark.parametrize(
+    ("target", "args", "kwargs"),
+    [
+        ("aten.mm.default", ["x", "xt"], {}),
+        ("aten.addmm.default", ["y", "x", "xt"], {"alpha": 2.0}),
+        ("aten.mul.Scalar", ["x", 0.5], {}),
+        ("aten.add.Tensor", ["x", "x"], {"alpha": 3}),
+        ("aten._to_copy.default", ["x"], {"dtype": {"dtype": "bfloat16"}}),
+        ("aten.clone.default", ["xt"], {"memory_format": {"memory_format": "contiguous_format"}}),
+        ("aten.cat.default", [["x", "x"], 1], {}),
+        ("aten.sum.dim_IntList", ["x", [1], True], {}),
+        ("aten._softmax.default", ["x", -1, False], {}),
+        ("aten.native_layer_norm.default", ["x", [16], None, None, 1e-5], {}),
+        ("aten.max_pool2d_with_indices.default", ["image", [2, 2], [2, 2]], {}),
+        ("aten.pow.Tensor_Scalar", ["x", {"float": "inf"}], {}),
+    ],
+)
+def test_compiled_operators_equal_torch(target, args, kwargs):
+    torch.manual_seed(0)
+    tensors = {"x": torch.randn(8, 16), "y": torch.randn(8, 8), "image": torch.randn(1, 2, 4, 4)}
+    windows = {
+        "x": ("x", [8, 16], [16, 1]), "xt": ("x", [16, 8], [1, 16]), "y": ("y", [8, 8], [8, 1]),
+        "image": ("image", [1, 2, 4, 4], [32, 16, 4, 1]),
+    }  # fmt: skip
+
+    def operand(item):
+        if isinstance(item, list):
+            return [operand(part) for part in item]
+        if isinstance(item, str):
+            value, size, stride = windows[item]
+            return {"operand": {"value": value, "size": size, "stride": stride, "offset": 0}}
+        return item
+
+    def real(item):
+        if isinstance(item, list):
+            return [real(part) for part in item]
+        if isinstance(item, str):
+            value, size, stride = windows[item]
+            return tensors[value].as_strided(size, stride)
+        if isinstance(item, dict):
+            return float(item["float"]) if "float" in item else getattr(torch, next(iter(item.values())))
+        return item
+
+    _, name, overload = target.split(".")
+    packet = getattr(torch.ops.aten, name)
+    expected = getattr(packet, overload)(*map(real, args), **{k: real(v) for k, v in kwargs.items()})
+    expected = [expected] if isinstance(expected, torch.Tensor) else list(expected)
+    outputs = [f"out{index}" for index in range(len(expected))]
+    values = {o: {"dtype": str(t.dtype)[6:], "shape": list(t.shape), "stride": list(t.stride())} for o, t in zip(outputs, expected)}
+    found = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in expected]
+    operator = {"target": target, "args": [operand(a) for a in args], "kwargs": kwargs, "outputs": outputs, "gathers": []}
+    compiled = compile_operator(operator, values)
+    compiled.run(tensors, found)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    compiled.run(tensors, [found[0], *[None] * (len(found) - 1)] if compiled.partial else found)
+    assert torch.equal(found[0], expected[0])

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from sample_plans import infeasible_plan, sample_plan, sample_plans
+
+from planner.html import comparison_page, verdicts
+from profiles.errors import InputError
+from profiles.units import MIB
+
+VOID = {"meta", "input", "br", "link", "img", "hr"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes and texts; fails where tags do not nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements = [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        element = {"tag": tag, "text": "", **dict(attrs)}
+        self.elements.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append({"tag": tag, "text": "", **dict(attrs)})
+
+    def handle_endtag(self, tag):
+        assert self.open[-1]["tag"] == tag, f"</{tag}> closes <{self.open[-1]['tag']}>"
+        self.open.pop()
+
+    def handle_data(self, data):
+        for element in self.open:
+            element["text"] += data
+
+    def find(self, tag, **attributes):
+        return [e for e in self.elements if e["tag"] == tag and all(e.get(k) == v for k, v in attributes.items())]
+
+
+@pytest.fixture(scope="module")
+def text():
+    return comparison_page(sample_plans())
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+def test_nothing_is_fetched(text, page):
+    assert not re.search(r"https?:|//[a-z0-9-]+\.[a-z]|@import|url\(", text, re.IGNORECASE)
+    for element in page.elements:
+        assert element["tag"] not in ("link", "img", "iframe", "object", "embed")
+        assert "src" not in element
+        assert "href" not in element
+
+
+def test_names_are_escaped(text):
+    assert "<model>" not in text
+    assert "<title>Tiny &lt;model&gt; on cpu-test – memory against time</title>" in text
+
+
+def test_every_chart_has_a_table_beside_it(page):
+    feasible = [plan for plan in sample_plans() if plan.status != "infeasible"]
+    assert len(page.find("article")) == len(feasible)
+    assert len(page.find("svg")) == len(feasible) + 1
+    assert len(page.find("table")) == 1 + 3 * len(feasible)
+
+
+def test_the_curve_table_says_what_is_needed(page):
+    cells = [element["text"] for element in page.find("td", **{"class": "none"})]
+    assert cells == ["needs 640.0 MiB", "needs 262.0 MiB", "needs 640.0 MiB", "needs 640.0 MiB"]
+
+
+def test_the_cap_and_the_peak_are_marked(page):
+    caps = [element["text"] for element in page.find("text", **{"class": "cap-label"})]
+    assert caps[:2] == ["cap 250.0 MiB", "cap 350.0 MiB"]
+    peaks = page.find("circle", **{"class": "peak"})
+    assert len(peaks) == len(page.find("article"))
+    assert {element["text"] for element in peaks} == {"layer 5: aten.mm.default"}
+
+
+def test_a_far_away_cap_does_not_flatten_the_picture():
+    page = Page(comparison_page([sample_plan(budget=10**18, peak=340 * MIB)]))
+    assert page.find("line", **{"class": "cap"}) == []
+
+
+def test_the_keyboard_reaches_everything(page):
+    charts = [e for e in page.find("svg") if "timeline" in e["class"]]
+    assert charts
+    assert all(chart["tabindex"] == "0" and chart["aria-label"] for chart in charts)
+    radios = page.find("input", type="radio")
+    assert [e["value"] for e in radios if e["name"] == "policy"] == ["solver", "keep-all", "mebp"]
+    assert [int(e["value"]) // MIB for e in radios if e["name"] == "budget"] == [250, 350, 500, 800]
+
+
+def test_both_grounds_have_a_colour_for_every_kind(text):
+    for kind in ("floor", "packed", "weight", "trainable", "optimizer", "activation", "gradient", "workspace"):
+        assert len(re.findall(rf"--kind-{kind}: #", text)) == 3  # light, dark by preference, dark by choice
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_the_cursor_reads_what_the_chart_draws(page):
+    series = json.loads(page.find("script", id="series")[0]["text"])
+    charts = {e["id"] for e in page.find("svg") if "id" in e}
+    assert set(series) == charts
+    for data in series.values():
+        assert len(data["starts"]) == len(data["ends"]) == len(data["total"])
+        assert data["total"][data["peak"]] == max(data["total"])  # nothing lies free in these plans
+        for at, total in enumerate(data["total"]):
+            assert abs(sum(row[at] for row in data["mib"]) - total) < 0.06 * len(data["kinds"])
+
+
+def test_only_infeasible_plans_still_make_a_page():
+    page = Page(comparison_page([infeasible_plan("keep-all"), infeasible_plan("solver")]))
+    assert page.find("article") == []
+    assert "needs 412.4 MiB" in page.find("tbody")[0]["text"]
+
+
+def test_no_plans():
+    with pytest.raises(InputError) as caught:
+        comparison_page([])
+    assert str(caught.value) == "there are no plans to compare; name at least one budget and one policy"
+
+
+def test_verdicts():
+    said = verdicts(sample_plans())
+    assert (
+        said[0]
+        == "250.0 MiB: 1.280 s per step, within 0.20% of the best plan of its class; no fixed rule compared here fits."
+    )
+    assert said[1].endswith("mebp, the fastest fixed rule that fits, needs 1.49 × as long.")
+    assert len(said) == 4

@@ -1,0 +1,246 @@
+"""Runs in the capped child: what is refused, what is reported, and what happens when something goes wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_plans import decoder_profile, naive_plan
+
+from planner.schema import Plan
+from profiles.errors import CapError, InfeasibleError, InputError, RunError
+from runtime.cgroup import MemoryCgroup
+from runtime.checkpoint import find_checkpoints
+from runtime.launch import run
+
+MIB = 1 << 20
+SETTINGS = {"lr": 1e-2, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    return decoder_profile(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def plan(profile):
+    return naive_plan(profile)
+
+
+@pytest.fixture(scope="module")
+def whole(plan, tmp_path_factory):
+    """A run from start to end: its report and directory."""
+    out = tmp_path_factory.mktemp("whole")
+    return run(plan, "random", steps=6, out=out, eval_data="random", **SETTINGS), out
+
+
+def bits(out):
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_report_sets_predicted_beside_measured(whole, plan):
+    report, out = whole
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert report["budget_bytes"] == plan.budget_bytes
+    assert report["peak_bytes"]["predicted"] == plan.peak_bytes
+    assert 60 * MIB < report["peak_bytes"]["measured"] < plan.budget_bytes
+    assert len(report["loss"]) == 6
+    assert report["step_seconds"]["measured"] > 0
+    assert report["evaluation"]["before"]["loss"] > 0
+    assert report["evaluation"]["after"]["records"] == 256
+    first = report["timeline"]["first"]
+    assert [s[0] for s in first] == sorted(s[0] for s in first)
+    assert first[-1][2] >= first[0][2]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in lines] == report["loss"]
+    assert (out / "adapter" / "adapter_config.json").exists()
+    assert not (out / "job").exists()
+
+
+def test_the_kernels_counter_is_the_measured_peak(whole):
+    report, _ = whole
+    if report["enforced_by"] != "cgroup":
+        pytest.skip("no memory cgroup can be made here")
+    assert report["cgroup_peak_bytes"] <= report["budget_bytes"]
+
+
+def test_steps_in_two_runs_are_the_steps_of_one(plan, profile, whole, tmp_path):
+    report, out = whole
+    run(plan, "random", steps=3, out=tmp_path, **SETTINGS)
+    other = naive_plan(profile, offload=[t.name for t in profile.tensors if t.kind == "trainable"], recompute=True)
+    resumed = run(other, "random", steps=6, out=tmp_path, resume=True, cgroup=False, **SETTINGS)
+    assert resumed["loss"] == report["loss"]
+    assert resumed["resumed_step"] == 3
+    assert resumed["enforced_by"] == "meter"
+    assert bits(tmp_path) == bits(out)
+
+
+def start(plan, out, steps, *options):
+    """A run in a process of its own that can be killed."""
+    path = out / "plan.json"
+    path.write_text(plan.model_dump_json())
+    code = (
+        "import sys\nfrom planner.schema import Plan\nfrom profiles.errors import TightfitError\nfrom runtime.launch import run\n"
+        f"plan = Plan.model_validate_json(open({str(path)!r}).read())\n"
+        f"try:\n    run(plan, 'random', steps={steps}, out={str(out / 'run')!r}, lr=1e-2, seed=5, checkpoint_every=2)\n"
+        "except TightfitError as error:\n    print(type(error).__name__, error)\n    sys.exit(error.exit_code)\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+
+
+def wait_for_checkpoint(out, process):
+    deadline = time.monotonic() + 120
+    while not find_checkpoints(str(out / "run")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def child_of(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return int(file.read().split()[0])
+
+
+def test_ctrl_c_saves_and_says_where(plan, tmp_path):
+    process = start(plan, tmp_path, 100_000)
+    wait_for_checkpoint(tmp_path, process)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 4
+    step, path = find_checkpoints(str(tmp_path / "run"))[-1]
+    assert said.startswith(f"RunError interrupted after step {step}; everything is saved in {path}")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == step
+
+
+def test_a_killed_child_is_reported_and_loses_only_the_steps_since_the_checkpoint(plan, whole, tmp_path):
+    report, out = whole
+    process = start(plan, tmp_path, 100_000)
+    wait_for_checkpoint(tmp_path, process)
+    os.kill(child_of(process.pid), signal.SIGKILL)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert "the training process was ended by SIGKILL" in said
+    step = find_checkpoints(str(tmp_path / "run"))[-1][0]
+    resumed = run(plan, "random", steps=max(6, step + 1), out=tmp_path / "run", resume=True, **SETTINGS)
+    assert resumed["loss"][:6] == report["loss"]
+    assert [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_killed_parent_takes_the_child_along(plan, tmp_path):
+    process = start(plan, tmp_path, 100_000)
+    wait_for_checkpoint(tmp_path, process)
+    child = child_of(process.pid)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{child}")
+
+
+@pytest.mark.parametrize("cgroup", [True, False])
+def test_passing_the_cap_is_a_cap_error(plan, tmp_path, cgroup, monkeypatch):
+    if cgroup and (group := MemoryCgroup.create(64 * MIB)) is None:
+        pytest.skip("no memory cgroup can be made here")
+    elif cgroup:
+        group.remove()
+    monkeypatch.setattr("runtime.launch._check_schedule", lambda plan: None)  # the planner would never emit it
+    small = plan.model_copy(update={"budget_bytes": 60 * MIB})
+    with pytest.raises(CapError, match=r"60\.0 MiB") as caught:
+        run(small, "random", steps=1, out=tmp_path, cgroup=cgroup)
+    assert caught.value.exit_code == 5
+
+
+def changed(plan: Plan, **update):
+    return plan.model_copy(update=update)
+
+
+REFUSED = {
+    "another torch": (lambda p: changed(p, device=p.device.model_copy(update={"torch_version": "2.0.0"})), "made with torch 2.0.0"),
+    "more threads": (lambda p: changed(p, device=p.device.model_copy(update={"threads": 4096})), "uses 4096 threads"),
+    "cuda": (lambda p: changed(p, device=p.device.model_copy(update={"kind": "cuda"})), "for a cuda device"),
+    "other weights": (lambda p: changed(p, model=p.model.model_copy(update={"store_fingerprint": "0" * 64})), "holds other weights"),
+    "no store": (lambda p: changed(p, model=p.model.model_copy(update={"store": "/nowhere/x.store"})), "/nowhere/x.store"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_plan_for_something_else_is_refused_with_the_reason(plan, tmp_path, case):
+    change, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        run(change(plan), "random", steps=1, out=tmp_path)
+
+
+def test_an_infeasible_plan_is_refused(plan, tmp_path):
+    with pytest.raises(InfeasibleError, match="smallest budget is 200.0 MiB") as caught:
+        run(changed(plan, status="infeasible", minimum_budget_bytes=200 * MIB), "random", steps=1, out=tmp_path)
+    assert caught.value.minimum_budget_bytes == 200 * MIB
+
+
+def test_an_earlier_run_is_not_overwritten_by_accident(plan, whole, tmp_path):
+    _, out = whole
+    with pytest.raises(InputError, match="holds an earlier run.*--resume.*--overwrite"):
+        run(plan, "random", steps=1, out=out)
+    (tmp_path / "metrics.jsonl").write_text("old\n")
+    report = run(plan, "random", steps=1, out=tmp_path, overwrite=True)
+    assert len(report["loss"]) == 1
+
+
+def test_resume_without_a_checkpoint_is_refused(plan, tmp_path):
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
+        run(plan, "random", steps=1, out=tmp_path, resume=True)
+
+
+def test_resume_with_another_seed_is_refused(plan, whole):
+    _, out = whole
+    with pytest.raises(InputError, match="made with seed 5, this run has 6|made with data"):
+        run(plan, "random", steps=8, out=out, resume=True, lr=1e-2, seed=6)
+
+
+def test_a_damaged_weight_store_is_found_by_the_child(profile, plan, tmp_path):
+    data = bytearray(Path(plan.model.store).read_bytes())
+    data[-30_000] ^= 0xFF
+    path = tmp_path / "damaged.store"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="damaged"):
+        run(changed(plan, model=plan.model.model_copy(update={"store": str(path)})), "random", steps=1, out=tmp_path / "out")
+
+
+def test_steps_below_one_and_unknown_schedules_are_refused(plan, tmp_path):
+    with pytest.raises(InputError, match="steps 0"):
+        run(plan, "random", steps=0, out=tmp_path)
+    with pytest.raises(InputError, match="schedule 'step' is not known; choose one of constant, linear, cosine"):
+        run(plan, "random", steps=1, out=tmp_path, schedule="step")
+
+
+def test_a_full_disk_is_a_run_error_that_keeps_the_checkpoint(profile, tmp_path):
+    """On a file system of 4 MiB: there is room to train and for one checkpoint, then something else fills it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        out = disk / "run"
+        small = naive_plan(profile)
+        run(small, "random", steps=1, out=out, **SETTINGS)
+        before = find_checkpoints(str(out))
+        filler = disk / "filler"
+        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(bytes(4096))
+        with pytest.raises(RunError, match="No space left|disk space"):
+            run(small, "random", steps=4, out=out, resume=True, **SETTINGS)
+        assert find_checkpoints(str(out)) == before
+        filler.unlink()
+        assert len(run(small, "random", steps=4, out=out, resume=True, **SETTINGS)["loss"]) == 4
+        spilling = naive_plan(profile, offload=[t.name for t in profile.tensors if t.kind == "trainable"])
+        filler.write_bytes(bytes(os.statvfs(disk).f_bavail * 4096 - 300_000))
+        with pytest.raises(RunError, match=r"the plan spills .* MiB and .* MiB free"):
+            run(spilling, "random", steps=6, out=out, resume=True, **SETTINGS)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

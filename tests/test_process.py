@@ -1,0 +1,149 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from profiles.errors import CapError
+from runtime import process
+from runtime.meter import Meter
+
+MIB = 1 << 20
+
+
+def lean(code, **extra):
+    """Run `code` in a process with the runtime's environment; returns its JSON answer."""
+    environment = process.child_environment(2) | extra
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
+
+
+@pytest.fixture(scope="module")
+def floor():
+    done = subprocess.run(process.command("--floor"), env=process.child_environment(2), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_floor_is_that_of_kernels_without_the_python_around_them(floor):
+    assert floor["torch"] == "lean", "the lean start fell back to the full import"
+    assert 40 * MIB < floor["resident_bytes"] < 115 * MIB
+    assert floor["resident_bytes"] < floor["import_peak_bytes"] < 160 * MIB
+    assert floor["file_bytes"] < 20 * MIB
+
+
+def test_the_floor_is_a_constant(floor):
+    done = subprocess.run(process.command("--floor"), env=process.child_environment(2), capture_output=True, text=True, check=True)
+    assert abs(json.loads(done.stdout)["resident_bytes"] - floor["resident_bytes"]) < 0.01 * floor["resident_bytes"]
+
+
+KERNELS = """
+import json, sys
+from runtime import lean_torch
+mode = lean_torch.load()
+import torch
+torch.default_generator.manual_seed(3)
+x = torch.randn(64, 64, generator=torch.Generator().manual_seed(5))
+y = torch.ops.aten.mm.default(x.to(torch.bfloat16), x.to(torch.bfloat16).t())
+z = torch.empty(64, 64); torch.ops.aten.addmm.out(x, x, -x, alpha=2.0, out=z)
+rows = [float(r.sum()) for r in x.split(16)] + [float((1 - x).sum()), float((2 / (x * x + 1)).sum()), float((x ** 2).sum())]
+print(json.dumps({"mode": mode, "y": y.float().tolist(), "z": z.tolist(), "rows": rows, "modules": len(sys.modules), "numpy": sys.modules.get("numpy") is not None}))
+"""
+
+
+def test_lean_kernels_are_torchs_own():
+    small, full = lean(KERNELS), lean(KERNELS, TIGHTFIT_TORCH="plain")
+    assert (small["mode"], full["mode"]) == ("lean", "plain")
+    for name in ("y", "z", "rows"):
+        assert small[name] == full[name]
+    assert small["modules"] < 250 < full["modules"]
+    assert not small["numpy"]
+
+
+def test_a_lean_start_that_fails_falls_back_to_the_full_import():
+    code = """
+import json, os, sys
+from runtime import lean_torch
+def broken():
+    raise ImportError("another build")
+if os.environ.get("TIGHTFIT_TORCH") != "plain":
+    lean_torch._load = broken
+mode = lean_torch.load()
+import torch
+print(json.dumps({"mode": mode, "sum": float(torch.ones(3).sum())}))
+"""
+    answer = lean(code)
+    assert answer["mode"] == "plain"
+    assert answer["sum"] == 3.0
+    assert "another build" in answer["stderr"]
+
+
+def test_names_that_the_lean_torch_lacks_are_errors():
+    answer = lean("""
+import json
+from runtime import lean_torch
+lean_torch.load()
+import torch
+try:
+    torch.compile
+except AttributeError as error:
+    print(json.dumps({"said": str(error)}))
+""")
+    assert "has no attribute 'compile' in the lean process" in answer["said"]
+
+
+def test_file_pages_are_released_and_come_back():
+    answer = lean("""
+import json
+from runtime import lean_torch, process
+lean_torch.load()
+import torch
+torch.mm(torch.ones(8, 8), torch.ones(8, 8))
+before = process.memory()
+released = process.release_file_pages()
+after = process.memory()
+print(json.dumps({"before": before.file, "after": after.file, "released": released, "sum": float(torch.mm(torch.ones(8, 8), torch.ones(8, 8)).sum())}))
+""")
+    assert answer["sum"] == 512.0
+    assert answer["after"] < answer["before"] / 2
+    assert answer["released"] > 1 * MIB
+
+
+def test_memory_agrees_with_itself():
+    found = process.memory()
+    assert found.resident <= found.peak
+    assert abs(found.anonymous + found.file + found.shared - found.resident) < 1 * MIB
+    reader = process.ResidentReader()
+    assert abs(reader() - process.memory().resident) < 8 * MIB
+    reader.close()
+    with pytest.raises(OSError):
+        process.memory(2**30)
+
+
+def test_the_environment_is_the_same_for_every_child(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    monkeypatch.setenv("LD_PRELOAD", "libelse.so")
+    environment = process.child_environment(3)
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert "LD_PRELOAD" not in environment
+    assert str(process.ROOT) in environment["PYTHONPATH"].split(os.pathsep)
+
+
+def test_the_meter_refuses_what_is_above_the_cap():
+    meter = Meter(1 * MIB)
+    with pytest.raises(CapError, match=r"the process holds .* MiB and the cap is 1.0 MiB"):
+        meter.check(0)
+    meter.check(1)  # between two readings
+    with pytest.raises(CapError):
+        meter.check_peak()
+    generous = Meter(1 << 50)
+    generous.watch(1e-9)
+    for instruction in range(5):
+        generous.check(instruction)
+    samples = generous.stop()
+    assert [s[0] for s in samples] == [0, 1, 2, 3, 4]
+    assert all(s[2] > 1 * MIB for s in samples)
+    generous.check(16)
+    assert len(generous.stop()) == 5

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from sample_plans import infeasible_plan, sample_plan, sample_plans
+
+from planner.figures import _predicted_seconds, draw_curve, draw_timeline
+from planner.render import comparison_table, decision_counts, peak_table
+from planner.schema import TimelinePoint
+from profiles.errors import InputError
+from profiles.units import MIB
+
+
+def printed(renderable, width=100):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(renderable)
+    return console.export_text()
+
+
+def row(text, start):
+    return next(line.split() for line in text.splitlines() if line.strip().startswith(start))
+
+
+def test_comparison_table():
+    text = printed(comparison_table(sample_plans()))
+    assert row(text, "budget") == ["budget", "solver", "keep-all", "mebp"]
+    assert row(text, "250.0") == ["250.0", "MiB", "1.280", "needs", "640.0", "needs", "262.0"]
+    assert row(text, "800.0") == ["800.0", "MiB", "0.950", "0.950", "1.700"]
+
+
+def test_a_smallest_budget_is_rounded_up():
+    text = printed(comparison_table([infeasible_plan("keep-all", minimum=int(412.34 * MIB))]))
+    assert row(text, "250.0")[2:] == ["needs", "412.4"]
+
+
+def test_a_plan_that_is_not_proven_optimal_says_so():
+    text = printed(comparison_table([sample_plan(status="fallback")]))
+    assert "1.250 (fallback)" in text
+
+
+def test_peak_table_adds_up():
+    text = printed(peak_table(sample_plan()))
+    parts = [float(row(text, start)[-2]) for start in ("Python", "trainables", "optimizer", "weights", "activations")]
+    total = float(row(text, "together")[1])
+    assert total == pytest.approx(sum(parts), abs=0.3)
+    assert row(text, "together")[2:] == ["of", "350.0", "MiB"]
+
+
+def test_peak_table_of_an_infeasible_plan_is_empty():
+    assert "together" not in printed(peak_table(infeasible_plan()))
+
+
+def test_decision_counts():
+    assert decision_counts(sample_plan(decisions={"a": "kept", "b": "streamed", "c": "kept"})) == {
+        "kept": 2,
+        "streamed": 1,
+    }
+
+
+@pytest.mark.parametrize(("suffix", "magic"), [("png", b"\x89PNG\r\n"), ("svg", b"<?xml")])
+def test_pictures(tmp_path, suffix, magic):
+    curve = draw_curve(sample_plans(), tmp_path / f"deep/curve.{suffix}")
+    samples = [(i, 225 * MIB + i * MIB) for i in range(48)]
+    timeline = draw_timeline(sample_plan(), tmp_path / f"timeline.{suffix}", measured=samples, measured_peak=339 * MIB)
+    for path in (curve, timeline):
+        assert path.read_bytes().startswith(magic)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", f"timeline.{suffix}"]
+
+
+def test_the_timeline_names_what_it_shows(tmp_path, monkeypatch):
+    import matplotlib as mpl
+
+    monkeypatch.setitem(mpl.rcParams, "svg.fonttype", "none")
+    path = draw_timeline(sample_plan(), tmp_path / "t.svg", measured=[(0, 1), (40, 2)], measured_peak=339 * MIB)
+    text = path.read_text()
+    for words in (
+        "cap 350.0 MiB",
+        "measured peak of the run (VmHWM), 339.0 MiB",
+        "measured resident set",
+        "predicted peak of the run, 340.0 MiB",
+        "optimizer state",
+        "weights, unpacked",
+        "Python and PyTorch",
+    ):
+        assert words in text, words
+
+
+def test_other_picture_formats_are_refused(tmp_path):
+    with pytest.raises(InputError) as caught:
+        draw_curve(sample_plans(), tmp_path / "curve.jpg")
+    assert str(caught.value) == f"{tmp_path}/curve.jpg: pictures are written as .png or .svg; name such a file"
+
+
+def test_an_infeasible_plan_has_no_timeline(tmp_path):
+    with pytest.raises(InputError, match=r"a plan that is infeasible at 250\.0 MiB has no timeline to draw"):
+        draw_timeline(infeasible_plan(), tmp_path / "t.png")
+
+
+def test_measured_samples_stand_where_the_plan_has_their_instruction():
+    timeline = [
+        TimelinePoint(instruction=i, seconds=s, bytes=1, by_kind={}) for i, s in ((0, 0.1), (10, 0.2), (30, 0.6))
+    ]
+    plan = sample_plan(timeline=timeline)
+    assert [_predicted_seconds(plan, i) for i in (0, 5, 10, 20, 30, 99)] == pytest.approx(
+        [0.1, 0.15, 0.2, 0.4, 0.6, 0.6]
+    )

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import io
+import itertools
+import re
+
+import pytest
+from rich.console import Console
+
+from profiles.units import MIB
+from runtime import terminal
+from runtime.terminal import Solving, Stages, Training
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=100, soft_wrap=True, highlight=False)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Every reading is a second after the one before."""
+    ticks = itertools.count()
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: float(next(ticks)))
+
+
+def lines(console):
+    return console.file.getvalue().splitlines()
+
+
+def test_each_stage_is_named_once_where_there_is_no_terminal(console):
+    with Stages(console) as stages:
+        for done in range(3):
+            stages("packing", done, 3)
+        stages("packing", 3, 3)
+        stages("measuring", 0, 1)
+    assert lines(console) == ["packing …", "measuring …"]
+
+
+def test_a_long_stage_is_heard_of_every_ten_seconds(console, clock):
+    with Stages(console) as stages:
+        for done in range(40):
+            stages("packing", done, 40)
+    said = lines(console)
+    assert said[0] == "packing …"
+    assert 3 <= len(said) <= 5
+    assert all(re.fullmatch(r"packing: \d+%", line) for line in said[1:])
+
+
+def test_training_lines_hold_what_a_person_wants_to_know(console, clock):
+    with Training(console, steps=3, tokens_per_step=1024, budget=350 * MIB) as training:
+        training.stage("evaluating before", 0, 25)
+        training(1, 0.7, 2.0, 300 * MIB, 301 * MIB)
+        training(3, 0.51234, 2.0, 338 * MIB, 339 * MIB)
+    assert lines(console) == [
+        "evaluating before …",
+        "step 3/3: loss 0.5123, 512 tokens/s, 0:00 left, memory 338.0 MiB, peak 339.0 MiB of 350.0 MiB",
+    ]
+
+
+def test_a_module_has_seconds_instead_of_tokens(console):
+    with Training(console, steps=120, tokens_per_step=None, budget=350 * MIB) as training:
+        training(120, 0.5, 1.5, MIB, MIB)
+    assert lines(console)[-1].startswith("step 120/120: loss 0.5000, 1.500 s per step, 0:00 left")
+
+
+def test_time_left_counts_the_steps_to_come(console):
+    with Training(console, steps=121, tokens_per_step=100, budget=MIB) as training:
+        training._said -= 100
+        training(1, 1.0, 1.0, 1, 1)
+    assert ", 2:00 left," in lines(console)[-1]
+
+
+def test_solving_tells_incumbent_bound_and_gap(console, clock):
+    with Solving(console, 30) as solving:
+        for _ in range(4):
+            solving({"stage": "columns", "incumbent": float("inf"), "bound": 0.0, "gap": float("inf"), "seconds": 1.0})
+        for _ in range(8):
+            solving({"stage": "rounding", "incumbent": 1.25, "bound": 1.0, "gap": 0.2, "seconds": 2.0})
+    said = [line.rsplit(", ", 1)[0] for line in lines(console)]
+    assert set(said) == {"solving (rounding), step 1.250 s, bound 1.000 s, gap 20.00%"}
+
+
+def test_a_terminal_gets_bars_that_are_wiped_and_no_lines():
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, highlight=False)
+    with Training(console, steps=2, tokens_per_step=64, budget=350 * MIB) as training:
+        training.stage("evaluating before", 1, 2)
+        training(1, 0.7, 1.0, 300 * MIB, 301 * MIB)
+        training(2, 0.6, 1.0, 300 * MIB, 301 * MIB)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    assert "loss 0.6000, 64 tokens/s" in shown
+    assert "peak 301.0 MiB of 350.0 MiB" in shown
+    assert "step 2/2:" not in shown

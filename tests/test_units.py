@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiles.errors import InputError
+from profiles.units import LARGEST, MIB, format_size, parse_size
+
+FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("367001600", 367_001_600),
+        ("600MB", 600_000_000),
+        ("600MiB", 600 * MIB),
+        ("600 mib", 600 * MIB),
+        (" 1.5GiB ", 3 << 29),
+        ("1.5GB", 1_500_000_000),
+        ("2TB", 2 * 10**12),
+        ("64kB", 64_000),
+        ("64KiB", 65_536),
+        ("7B", 7),
+        ("0.1MiB", 104_857),
+        (str(LARGEST), LARGEST),
+    ],
+)
+def test_parses(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "MiB",
+        "350M",
+        "350 MiBs",
+        "-1",
+        "+1",
+        "1e9",
+        "0x10",
+        "1,000MB",
+        "1.5",
+        "1.5B",
+        ".5GB",
+        "5.GB",
+        "nan",
+        "inf",
+        "３５０MiB",
+    ],
+)
+def test_rejects_other_forms(text):
+    with pytest.raises(InputError) as caught:
+        parse_size(text)
+    assert str(caught.value) == f"{text!r} is not a size; {FORMS}"
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["0", "0MiB", "0.0000001kB"])
+def test_rejects_nothing(text):
+    with pytest.raises(InputError) as caught:
+        parse_size(text)
+    assert str(caught.value) == f"{text!r} is no memory at all; {FORMS}"
+
+
+@pytest.mark.parametrize("text", [str(LARGEST + 1), "9000000000TiB", "9" * 30])
+def test_rejects_more_than_an_address_space(text):
+    with pytest.raises(InputError) as caught:
+        parse_size(text)
+    assert str(caught.value) == f"{text!r} is more than any machine can address; {FORMS}"
+
+
+@given(st.integers(1, LARGEST))
+def test_plain_bytes_round_trip(size):
+    assert parse_size(str(size)) == size
+
+
+@given(st.integers(1, 1 << 50))
+def test_printed_size_is_within_half_a_tenth(size):
+    number, unit = format_size(size).split()
+    assert unit == "MiB"
+    assert abs(float(number) - size / MIB) <= 0.05 + size / MIB * 1e-12
+
+
+@given(st.integers(1, 1 << 50))
+def test_rounded_up_size_covers_and_parses_back(size):
+    printed = parse_size(format_size(size, round_up=True))
+    assert size <= printed
+    assert printed - size < MIB / 10 + 1
+
+
+@given(st.text(max_size=12))
+def test_never_anything_but_a_size_or_an_input_error(text):
+    try:
+        size = parse_size(text)
+    except InputError as error:
+        assert repr(text) in str(error)
+    else:
+        assert 0 < size <= LARGEST
