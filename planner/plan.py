@@ -6,7 +6,6 @@ is replayed by `simulate` before it is returned; its figures are the simulator's
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
@@ -29,7 +28,9 @@ from profiles.schema import Profile
 
 TOLERANCE = 1e-3
 """a plan this near its bound is called optimal"""
-MINIMUM_ROUNDS = 6
+MINIMUM_ROUNDS = 20
+MOST_BYTES = 1 << 50
+"""no process holds more; HiGHS gives up on right-hand sides that doubles cannot count exactly"""
 RESERVES = (0.0, 0.02, 0.05, 0.1)
 """shares of the limit left to transfers, tried one after the other"""
 OVERLAP_SHARES = (1.0, 0.9, 0.75, 0.0)
@@ -132,7 +133,7 @@ class Planner:
 
     def _room(self, budget_bytes: int) -> int:
         """Bytes for the arena and the instructions."""
-        return budget_bytes - self.profile.device.floor.resident_bytes - self.problem.workspace_bytes
+        return min(budget_bytes, MOST_BYTES) - self.profile.device.floor.resident_bytes - self.problem.workspace_bytes
 
     def _solve(self, budget_bytes: int, deadline: float, progress: Progress | None) -> Outcome:
         """Search at the budget; schedule None where nothing was found to fit."""
@@ -277,6 +278,7 @@ class Planner:
             return None, live - room
         excess = 0
         floor = self.profile.device.floor
+        lowest: Schedule | None = None
         for share in OVERLAP_SHARES:
             train = joined.train
             if share and time.monotonic() > deadline:
@@ -285,17 +287,21 @@ class Planner:
                 train = overlap(joined.train, self.inputs, joined.resident, joined.sizes, int(share * room))
             arena = place(train, joined.evaluate, joined.resident, joined.sizes, room)
             excess = arena.bytes - room
-            if excess <= 0 or (limit is None and not share):
+            if excess > 0 and limit is not None:
+                continue
+            if lowest is None or arena.bytes < lowest.arena.bytes:
                 peak = floor.resident_bytes + charged + arena.bytes + self.problem.workspace_bytes
-                return Schedule(
+                lowest = Schedule(
                     columns=columns,
                     draft=joined,
                     train=train,
                     arena=arena,
                     seconds=clock(train, self.inputs).seconds,
                     peak_bytes=max(peak, floor.import_peak_bytes),
-                ), 0
-        return None, excess
+                )
+            if excess <= 0:
+                break
+        return lowest, excess
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
@@ -326,16 +332,14 @@ class Planner:
         candidates.sort(key=lambda columns: charged_bytes(self.problem, columns))
         schedules = [self.carry_out(columns, None)[0] for columns in candidates[:2]]
         best = min((s for s in schedules if s is not None), key=lambda s: s.peak_bytes)
-        if self.pool.binaries <= JOINT_BINARIES:
-            return best
-        with contextlib.suppress(TimeoutError):
-            for _ in range(MINIMUM_ROUNDS):
-                # The search for the fewest bytes stops at a tolerance; go on from there as long as something fits.
-                fewer = search.choose(charged_bytes(self.problem, best.columns) - 1)
-                lower = self.carry_out(fewer, None)[0] if fewer is not None else None
-                if lower is None or lower.peak_bytes >= best.peak_bytes:
-                    break
-                best = lower
+        for _ in range(MINIMUM_ROUNDS):
+            if best.peak_bytes <= self.profile.device.floor.import_peak_bytes:
+                break
+            # What `plan` would answer one byte below: as long as it finds something, that is the minimum.
+            lower = self._solve(best.peak_bytes - 1, deadline, None)
+            if lower.schedule is None or lower.status == "fallback":
+                break
+            best = lower.schedule
         return best
 
     def _infeasible(self, budget: int, policy: str, least: Schedule, any_bound: float, seconds: float) -> Plan:

@@ -60,10 +60,13 @@ def profile(
     for name, value in (("batch", batch), ("seq", seq), ("lora-rank", lora_rank)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
-    threads = (
-        threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cores if threads is None else threads
+    if not 1 <= threads <= cores:
+        raise InputError(f"threads {threads}: this process may use 1 to {cores} of the machine's cores")
     alpha = float(2 * lora_rank if lora_alpha is None else lora_alpha)
+    if not 0 < alpha < float("inf"):
+        raise InputError(f"lora-alpha {alpha}: give a finite number above 0")
     found = resolve(source)
     dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
     report = progress or (lambda stage, done, total: None)
@@ -157,6 +160,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         raise InputError(
             f"{path}: profile version {data.get('version')!r}, this tightfit reads version {PROFILE_VERSION}; make it again"
         )
+    checksum = data.pop("checksum", None)
     try:
         found = Profile.model_validate(data)
     except ValidationError as error:
@@ -165,12 +169,24 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         raise InputError(
             f"{path}: field {place}: {first['msg']} (got {str(first['input'])[:60]!r}); make the profile again"
         ) from error
+    if checksum is not None and checksum != _checksum(found):
+        raise InputError(
+            f"{path}: its content does not match its checksum {str(checksum)[:12]}…: changed or damaged; make it again with `tightfit profile` (without the checksum a profile changed on purpose is read)"
+        )
     return found
 
 
 def save_profile(profile: Profile, path: str | os.PathLike[str]) -> Path:
     """Write a profile, whole or not at all. Raises InputError where the place cannot be written, RunError for a full disk."""
-    return write_whole(path, profile.model_dump_json(indent=1))
+    return write_whole(
+        path, json.dumps({"checksum": _checksum(profile), **profile.model_dump(mode="json")}, indent=1) + "\n"
+    )
+
+
+def _checksum(profile: Profile) -> str:
+    """sha256 of what a profile says: digits that flipped on disk would otherwise be believed."""
+    content = profile.model_dump(mode="json")
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def cpu_name() -> str:

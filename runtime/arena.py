@@ -9,22 +9,17 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64
-HUGE = 2 << 20
 
 
 class Arena:
-    """Anonymous memory, touched as the schedule first uses it and never given back.
+    """Anonymous memory, touched as the schedule first uses it and never given back."""
 
-    `huge` asks for 2 MiB pages: see `tests/benchmarks/bench_arena.py` for what they cost and bring.
-    """
-
-    def __init__(self, size: int, *, huge: bool = False) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
         length = max(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE, mmap.PAGESIZE)
-        # Anonymous maps of many MiB start at a 2 MiB boundary in recent kernels; the plan needs 4096 only.
         self._map = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+            self._map.madvise(mmap.MADV_NOHUGEPAGE)  # a 2 MiB page would make holes between tensors resident
         self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         self.address = self.bytes.data_ptr()
         self._flat: dict[str, tuple[Tensor, int]] = {}

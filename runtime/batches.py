@@ -70,7 +70,9 @@ class TensorBatches:
         self.fingerprint: str = self._header["fingerprint"]
         expected = HEADER_BYTES + self.count * self._header["record_bytes"]
         if os.fstat(self._descriptor).st_size != expected:
-            raise InputError(f"{path}: {os.fstat(self._descriptor).st_size} bytes where {expected} are expected; prepare the data again")
+            raise InputError(
+                f"{path}: {os.fstat(self._descriptor).st_size} bytes where {expected} are expected; prepare the data again"
+            )
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> None:
         self._fill(step % self.count, inputs)
@@ -117,7 +119,9 @@ def write_batches(path: str, batches: Iterable[Sequence[Tensor]]) -> str:
     for number, batch in enumerate(batches):
         found = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in batch]
         if found != shapes:
-            raise InputError(f"batch {number} has tensors {found}, batch 0 has {shapes}; all batches must have one shape")
+            raise InputError(
+                f"batch {number} has tensors {found}, batch 0 has {shapes}; all batches must have one shape"
+            )
     data = [[_bytes(t) for t in batch] for batch in batches]
     checksums = [zlib.crc32(b"".join(parts)) for parts in data]
     header: dict[str, Any] = {

@@ -12,7 +12,8 @@ MOUNT = Path("/sys/fs/cgroup")
 
 class MemoryCgroup:
     """A directory of the cgroup file system. Its limit counts anonymous memory and the page cache that its processes
-    read in; the kernel reclaims page cache before it kills."""
+    read in; the kernel reclaims page cache before it kills.
+    """
 
     def __init__(self, path: Path, version: int) -> None:
         self.path = path
@@ -69,7 +70,11 @@ class MemoryCgroup:
 
     def _limit(self, limit: int) -> None:
         page = os.sysconf("SC_PAGE_SIZE")
-        name, swap = ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes") if self.version == 1 else ("memory.max", "memory.swap.max")
+        name, swap = (
+            ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
+            if self.version == 1
+            else ("memory.max", "memory.swap.max")
+        )
         (self.path / name).write_text(str(limit // page * page))
         if (self.path / swap).exists():
             (self.path / swap).write_text(str(limit // page * page) if self.version == 1 else "0")

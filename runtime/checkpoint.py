@@ -42,7 +42,9 @@ def load_latest(directory: str, expected: Mapping[str, Any]) -> Found:
     """The newest checkpoint in `directory`. Raises InputError where there is none or it was made under other conditions."""
     found = find_checkpoints(directory)
     if not found:
-        raise InputError(f"{directory} holds no checkpoint to resume from; leave out --resume to start from the beginning")
+        raise InputError(
+            f"{directory} holds no checkpoint to resume from; leave out --resume to start from the beginning"
+        )
     step, path = found[-1]
     try:
         with open(os.path.join(path, STATE), encoding="utf-8") as file:
@@ -50,14 +52,20 @@ def load_latest(directory: str, expected: Mapping[str, Any]) -> Found:
         if not isinstance(state, dict) or state["version"] != VERSION or state["step"] != step:
             raise ValueError
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}/{STATE} is missing or damaged; remove this checkpoint and resume from the one before") from error
+        raise InputError(
+            f"{path}/{STATE} is missing or damaged; remove this checkpoint and resume from the one before"
+        ) from error
     for key, value in expected.items():
         if state["conditions"].get(key) != value:
-            raise InputError(f"{path} was made with {key} {state['conditions'].get(key)!r}, this run has {value!r}; resume with the same or start a new output directory")
+            raise InputError(
+                f"{path} was made with {key} {state['conditions'].get(key)!r}, this run has {value!r}; resume with the same or start a new output directory"
+            )
     return Found(path=path, step=step, state=state)
 
 
-def save(directory: str, step: int, conditions: Mapping[str, Any], fill: Callable[[str], dict[str, Any]], keep: int) -> str:
+def save(
+    directory: str, step: int, conditions: Mapping[str, Any], fill: Callable[[str], dict[str, Any]], keep: int
+) -> str:
     """Write ``checkpoint-<step>``: `fill(path)` writes its files and returns entries of its state. Returns the path.
 
     Keeps the newest `keep`. Raises RunError where the disk refuses; the checkpoints before are then intact.
@@ -77,7 +85,9 @@ def save(directory: str, step: int, conditions: Mapping[str, Any], fill: Callabl
         shutil.rmtree(partial, ignore_errors=True)
         before = [p for s, p in find_checkpoints(directory) if s != step]
         last = f"the last good checkpoint is {before[-1]}" if before else "there is no earlier checkpoint"
-        raise RunError(f"saving {path} failed: {error.strerror}; {last}; free disk space and continue with --resume") from error
+        raise RunError(
+            f"saving {path} failed: {error.strerror}; {last}; free disk space and continue with --resume"
+        ) from error
     for _, old in find_checkpoints(directory)[: -max(1, keep)]:
         shutil.rmtree(old, ignore_errors=True)
     return path

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     if options.floor:
         from runtime.floor import measure_floor
 
-        print(json.dumps(measure_floor()))
+        sys.stdout.write(json.dumps(measure_floor()) + "\n")
         return 0
     from profiles.errors import CapError, TightfitError
 

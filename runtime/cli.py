@@ -96,7 +96,7 @@ def profile(
     debug: Debug = False,
 ) -> None:
     """Measure one training step of MODEL: its tensors, operators, disk and process floor. No weights need fit in memory."""
-    _at_least(1, seq=seq, batch=batch, lora_rank=lora_rank, threads=threads or 1)
+    _at_least(1, seq=seq, batch=batch, lora_rank=lora_rank, threads=1 if threads is None else threads)
     from profiles.api import profile as measure
     from profiles.api import save_profile
     from runtime.terminal import Stages, messages

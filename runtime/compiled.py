@@ -39,7 +39,9 @@ class CompiledOperator:
         self.gathers = [slot for slot in self.slots if slot[2]["value"] in gathered]
         """Slots that take the tensor's name in the weight store, which is then the keyword argument `store`."""
         self.slots = [slot for slot in self.slots if slot[2]["value"] not in gathered]
-        self.outputs: list[Mapping[str, Any] | None] = [None if name is None else values[name] for name in operator["outputs"]]
+        self.outputs: list[Mapping[str, Any] | None] = [
+            None if name is None else values[name] for name in operator["outputs"]
+        ]
         self.partial = False
         """Whether `call` takes None for an output that nobody needs."""
         self.call = self._resolve()
@@ -54,7 +56,9 @@ class CompiledOperator:
         """
         for container, key, operand in self.slots:
             base = tensors[operand["value"]]
-            container[key] = base.as_strided(operand["size"], operand["stride"], base.storage_offset() + operand.get("offset", 0))
+            container[key] = base.as_strided(
+                operand["size"], operand["stride"], base.storage_offset() + operand.get("offset", 0)
+            )
         for container, key, operand in self.gathers:
             container[key] = tensors[operand["value"]]
         if self.gathers and store is not None:
@@ -85,7 +89,11 @@ class CompiledOperator:
         namespace, operator, overload = self.name.split(".")
         qualified, overload = f"{namespace}::{operator}", "" if overload == "default" else overload
         if qualified in COPIES:
-            return lambda outputs: outputs[0].copy_(args[0])  # type: ignore[union-attr, func-returns-value]
+
+            def call_copy(outputs: Outputs) -> None:
+                outputs[0].copy_(args[0])  # type: ignore[union-attr]
+
+            return call_copy
         out = None if None in self.outputs else _out_variant(qualified, overload, kwargs)
         if out is not None:
             native, names = out
@@ -123,22 +131,32 @@ def compile_operator(operator: Mapping[str, Any], values: Mapping[str, Mapping[s
 def _native(qualified: str, overload: str) -> Callable[..., Any]:
     found = torch._C._get_operation_overload(qualified, overload)
     if found is None:
-        raise ValueError(f"this torch has no operator {qualified}.{overload or 'default'}; profile the model again with torch {torch.__version__}")
-    return found[0]  # type: ignore[no-any-return]
+        raise ValueError(
+            f"this torch has no operator {qualified}.{overload or 'default'}; profile the model again with torch {torch.__version__}"
+        )
+    return found[0]
 
 
-def _out_variant(qualified: str, overload: str, kwargs: Mapping[str, Any]) -> tuple[Callable[..., Any], tuple[str, ...]] | None:
+def _out_variant(
+    qualified: str, overload: str, kwargs: Mapping[str, Any]
+) -> tuple[Callable[..., Any], tuple[str, ...]] | None:
     """The out variant with the same arguments and a CPU kernel, and the names of its outputs."""
     schemas = torch._C._jit_get_schemas_for_operator(qualified)
     own = next((s for s in schemas if s.overload_name == overload), None)
     if own is None:
-        raise ValueError(f"this torch has no operator {qualified}.{overload or 'default'}; profile the model again with torch {torch.__version__}")
+        raise ValueError(
+            f"this torch has no operator {qualified}.{overload or 'default'}; profile the model again with torch {torch.__version__}"
+        )
     wanted = [(a.name, str(a.type)) for a in own.arguments]
     for schema in schemas:
         results = [a.name for a in schema.arguments if a.is_out]
         plain = [(a.name, str(a.type)) for a in schema.arguments if not a.is_out]
         full = f"{qualified}.{schema.overload_name}"
-        if len(results) == len(own.returns) and plain == wanted and torch._C._dispatch_has_kernel_for_dispatch_key(full, "CPU"):
+        if (
+            len(results) == len(own.returns)
+            and plain == wanted
+            and torch._C._dispatch_has_kernel_for_dispatch_key(full, "CPU")
+        ):
             return _native(qualified, schema.overload_name), tuple(results)
     return None
 
@@ -152,4 +170,6 @@ def _constant(argument: Mapping[str, Any]) -> Any:
         return torch.device(value)
     if kind in ("dtype", "memory_format", "layout"):
         return getattr(torch, value)
-    raise ValueError(f"unknown argument {dict(argument)} in a program; the plan was written by another version, plan again")
+    raise ValueError(
+        f"unknown argument {dict(argument)} in a program; the plan was written by another version, plan again"
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,22 +31,47 @@ class BoundOperator:
 
     __slots__ = ("call", "gathers", "inputs", "partial", "reads", "writes")
 
-    def __init__(self, operator: dict[str, Any], values: dict[str, dict[str, Any]], local: dict[str, int], arena: Arena, store: Store | None) -> None:
+    def __init__(
+        self,
+        operator: dict[str, Any],
+        values: dict[str, dict[str, Any]],
+        local: dict[str, int],
+        arena: Arena,
+        store: Store | None,
+    ) -> None:
         compiled = compile_operator(operator, values)
         self.call = compiled.call
         self.reads = []
         for container, key, operand in compiled.slots:
             window, shift = arena.window(values[operand["value"]]["dtype"])
-            where = (local[operand["value"]], window, shift, tuple(operand["size"]), tuple(operand["stride"]), operand.get("offset", 0))
+            where = (
+                local[operand["value"]],
+                window,
+                shift,
+                tuple(operand["size"]),
+                tuple(operand["stride"]),
+                operand.get("offset", 0),
+            )
             self.reads.append((container, key, *where))
         self.partial = compiled.partial
         self.inputs = tuple(dict.fromkeys(read[2] for read in self.reads))
-        self.writes = []
+        self.writes: list[
+            tuple[int, Callable[..., Tensor], int, tuple[int, ...], tuple[int, ...], torch.dtype] | None
+        ] = []
         for name in operator["outputs"]:
             if name is not None:
                 value = values[name]
                 window, shift = arena.window(value["dtype"])
-                self.writes.append((local[name], window, shift, tuple(value["shape"]), tuple(value["stride"]), getattr(torch, value["dtype"])))
+                self.writes.append(
+                    (
+                        local[name],
+                        window,
+                        shift,
+                        tuple(value["shape"]),
+                        tuple(value["stride"]),
+                        getattr(torch, value["dtype"]),
+                    )
+                )
             else:
                 self.writes.append(None)
         self.gathers = [(container, key, local[operand["value"]]) for container, key, operand in compiled.gathers]
@@ -56,9 +82,25 @@ class BoundOperator:
 class Executor:
     """`execute` runs one phase. `seconds` sums wall time by instruction kind, plus "stall": waiting for the disk."""
 
-    def __init__(self, job: Job, arena: Arena, store: Store | None, spill: SpillFile, channel: Channel, update: Update, meter: Meter) -> None:
+    def __init__(
+        self,
+        job: Job,
+        arena: Arena,
+        store: Store | None,
+        spill: SpillFile,
+        channel: Channel,
+        update: Update,
+        meter: Meter,
+    ) -> None:
         header = job.header
-        self.arena, self.store, self.spill, self.channel, self.update, self.meter = arena, store, spill, channel, update, meter
+        self.arena, self.store, self.spill, self.channel, self.update, self.meter = (
+            arena,
+            store,
+            spill,
+            channel,
+            update,
+            meter,
+        )
         self.sizes, self.extents = job.sizes, job.extents
         self.where = array("q", [0]) * len(job.sizes)
         """Byte offset of every resident tensor in the arena."""
@@ -69,7 +111,10 @@ class Executor:
         programs = []
         for program in header["programs"]:
             local = {value[0]: index for index, value in enumerate(program["values"])}
-            values = {name: {"dtype": dtype, "shape": shape, "stride": stride} for name, dtype, shape, stride in program["values"]}
+            values = {
+                name: {"dtype": dtype, "shape": shape, "stride": stride}
+                for name, dtype, shape, stride in program["values"]
+            }
             programs.append([BoundOperator(op, values, local, arena, store) for op in program["operators"]])
         self.layers = [programs[index] for index in header["layer_programs"]]
         self.gathered = dict(header["gathered"])
@@ -115,7 +160,9 @@ class Executor:
                     if write is None:
                         outputs.append(None)
                     elif at < 0:  # unused here, but some kernels write it all the same
-                        outputs.append(None if operator.partial else torch.empty_strided(write[3], write[4], dtype=write[5]))
+                        outputs.append(
+                            None if operator.partial else torch.empty_strided(write[3], write[4], dtype=write[5])
+                        )
                     else:
                         local, window, shift, size, stride, _ = write
                         where[table[local]] = at
@@ -157,12 +204,16 @@ class Executor:
                 number = words[place + 1]
                 if number in arriving:
                     self._arrive(number)
-                leaving[number] = self.channel.submit(self.spill.write, self.arena.address + where[number], sizes[number], self.extents[number])
+                leaving[number] = self.channel.submit(
+                    self.spill.write, self.arena.address + where[number], sizes[number], self.extents[number]
+                )
                 place += 2
             elif code == FETCH:
                 number, at = words[place + 1], words[place + 2] * UNIT
                 where[number] = at
-                arriving[number] = self.channel.submit(self.spill.read, self.arena.address + at, sizes[number], self.extents[number])
+                arriving[number] = self.channel.submit(
+                    self.spill.read, self.arena.address + at, sizes[number], self.extents[number]
+                )
                 place += 3
             elif code == LOSS:
                 self.loss = self.arena.tensor(where[self.loss_number], (), "float32").item()

@@ -13,7 +13,6 @@ units of 64 bytes, an instruction is a run of int32 words:
 from __future__ import annotations
 
 import json
-import os
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -113,7 +112,15 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
             code = instruction[0]
             if code == "run":
                 _, layer, operator, at = instruction
-                made.extend((RUN, layer_index[layer], operator, len(at), *(-1 if a is None else _units(a, instruction) for a in at)))
+                made.extend(
+                    (
+                        RUN,
+                        layer_index[layer],
+                        operator,
+                        len(at),
+                        *(-1 if a is None else _units(a, instruction) for a in at),
+                    )
+                )
             elif code == "free":
                 if instruction[1] in marks:
                     made.append(marks[instruction[1]])
@@ -131,7 +138,9 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
             elif code == "update":
                 made.extend((UPDATE, trainable_index[instruction[1]]))
             else:
-                raise InputError(f"the plan holds an unknown instruction {instruction!r}; it was written by another version, plan again")
+                raise InputError(
+                    f"the plan holds an unknown instruction {instruction!r}; it was written by another version, plan again"
+                )
         return made
 
     train, evaluate = words(plan["train"]), words(plan["evaluate"])
@@ -143,7 +152,10 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
         for operator in plan["programs"][programs[layer["program"]]]["operators"]
         for value in operator["gathers"]
     }
-    place = lambda name: resident.get(name, -1)  # noqa: E731
+
+    def place(name: str) -> int:
+        return resident.get(name, -1)
+
     header = {
         **settings,
         "version": VERSION,
@@ -156,19 +168,41 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
         "lora": plan["model"]["lora"],
         "programs": [_program(p) for p in plan["programs"]],
         "layer_programs": [programs[layer["program"]] for layer in plan["layers"]],
-        "weights": [[t["name"], t["dtype"], t["shape"], t["packed_bytes"], place(t["name"]), place(f"packed:{t['name']}")] for t in weights],
+        "weights": [
+            [t["name"], t["dtype"], t["shape"], t["packed_bytes"], place(t["name"]), place(f"packed:{t['name']}")]
+            for t in weights
+        ],
         "trainables": [
-            [t["name"], t["shape"], *([numbers.of[n], place(n)] for n in (t["name"], f"adam_m:{t['name']}", f"adam_v:{t['name']}")), numbers.of[f"grad:{t['name']}"]]
+            [
+                t["name"],
+                t["shape"],
+                *([numbers.of[n], place(n)] for n in (t["name"], f"adam_m:{t['name']}", f"adam_v:{t['name']}")),
+                numbers.of[f"grad:{t['name']}"],
+            ]
             for t in trainables
         ],
-        "constants": [[t["name"], t["dtype"], t["shape"], place(t["name"])] for t in plan["tensors"] if t["kind"] == "constant"],
-        "inputs": [[t["name"], t["dtype"], t["shape"], place(t["name"])] for t in plan["tensors"] if t["kind"] == "batch"],
+        "constants": [
+            [t["name"], t["dtype"], t["shape"], place(t["name"])] for t in plan["tensors"] if t["kind"] == "constant"
+        ],
+        "inputs": [
+            [t["name"], t["dtype"], t["shape"], place(t["name"])] for t in plan["tensors"] if t["kind"] == "batch"
+        ],
         "resident": [[numbers.of[name], _units(at, ["resident", name])] for name, at in resident.items()],
         "gathered": list(gathered.items()),
         "loss": numbers.of[plan["loss"]],
-        "token_losses": [numbers.of[plan["token_losses"]], tensors[plan["token_losses"]]["shape"]] if plan["token_losses"] else None,
+        "token_losses": [numbers.of[plan["token_losses"]], tensors[plan["token_losses"]]["shape"]]
+        if plan["token_losses"]
+        else None,
     }
-    return Job(header=header, sizes=numbers.sizes, extents=extents, tables=tables, starts=starts, train=train, evaluate=evaluate)
+    return Job(
+        header=header,
+        sizes=numbers.sizes,
+        extents=extents,
+        tables=tables,
+        starts=starts,
+        train=train,
+        evaluate=evaluate,
+    )
 
 
 def instruction_count(plan: Mapping[str, Any]) -> int:
@@ -177,7 +211,9 @@ def instruction_count(plan: Mapping[str, Any]) -> int:
 
 def _units(at: int, instruction: Sequence[Any], alignment: int = UNIT) -> int:
     if at % alignment:
-        raise InputError(f"offset {at} of {instruction[:2]} is not a multiple of {alignment}; the plan is damaged, plan again")
+        raise InputError(
+            f"offset {at} of {instruction[:2]} is not a multiple of {alignment}; the plan is damaged, plan again"
+        )
     return at // UNIT
 
 
@@ -185,18 +221,26 @@ def _program(program: Mapping[str, Any]) -> dict[str, Any]:
     """What the child needs of a program."""
     return {
         "values": [[v["name"], v["dtype"], v["shape"], v["stride"]] for v in program["values"]],
-        "operators": [{key: op[key] for key in ("target", "args", "kwargs", "outputs", "gathers")} for op in program["operators"]],
+        "operators": [
+            {key: op[key] for key in ("target", "args", "kwargs", "outputs", "gathers")} for op in program["operators"]
+        ],
     }
 
 
 def _extents(
-    numbers: _Numbers, train: array[int], evaluate: array[int], resident: Mapping[str, int], trainables: Sequence[Mapping[str, Any]]
+    numbers: _Numbers,
+    train: array[int],
+    evaluate: array[int],
+    resident: Mapping[str, int],
+    trainables: Sequence[Mapping[str, Any]],
 ) -> tuple[array[int], int]:
     """A block-aligned extent for every tensor that is ever spilled, fetched, or lives in the spill file between steps."""
     extents = array("q", [-1]) * len(numbers.of)
     wanted = {number for words in (train, evaluate) for number in _moved(words)}
     for t in trainables:
-        wanted.update(numbers.of[n] for n in (t["name"], f"adam_m:{t['name']}", f"adam_v:{t['name']}") if n not in resident)
+        wanted.update(
+            numbers.of[n] for n in (t["name"], f"adam_m:{t['name']}", f"adam_v:{t['name']}") if n not in resident
+        )
     end = 0
     for number in sorted(wanted):
         extents[number] = end
@@ -219,11 +263,3 @@ def width(words: Sequence[int], place: int) -> int:
     """Words of the instruction that starts at `place`."""
     code = words[place]
     return 4 + words[place + 3] if code == RUN else (4, 5, 0, 2, 2, 3, 2, 1, 1)[code]
-
-
-def remove(path: str) -> None:
-    """Remove a job file if it is there."""
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass

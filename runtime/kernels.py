@@ -59,7 +59,9 @@ def _run_once(program: dict[str, Any]) -> None:
             for name in names:
                 if name not in tensors:
                     value = values[name]
-                    tensors[name] = torch.empty_strided(value["shape"], value["stride"], dtype=getattr(torch, value["dtype"])).zero_()
+                    tensors[name] = torch.empty_strided(
+                        value["shape"], value["stride"], dtype=getattr(torch, value["dtype"])
+                    ).zero_()
             outputs = [None if name is None else tensors[name] for name in operator["outputs"]]
             compile_operator(operator, values).run(tensors, outputs)
         for name in dict.fromkeys(names):

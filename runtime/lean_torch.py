@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 from runtime.process import release_file_pages
 
+KNOWN = ("2.13",)  # versions tested; with others a forked process tries first
 PLAIN = "TIGHTFIT_TORCH"  # set to "plain": import torch as usual
 REAL = ("torch._opaque_base",)  # a metaclass that native types are made with
 BLOCKED = ("numpy", "_hashlib")  # optional for torch and hashlib; 9 MiB and 1 MiB of resident memory
@@ -41,6 +42,8 @@ def load() -> str:
         return mode()
     _block()
     try:
+        if not _known() and not _survives():
+            raise ImportError(f"torch {_version(_root())} does not start this way")
         _load()
         _check()
     except Exception as error:
@@ -55,9 +58,11 @@ def mode() -> str:
 
 def restart_plain(error: Exception) -> NoReturn:
     """Run this process again from the start with a plain import of torch."""
-    print(f"tightfit: the lean start is not possible here ({type(error).__name__}: {error}); importing all of torch", file=sys.stderr)
+    sys.stderr.write(
+        f"tightfit: the lean start is not possible here ({type(error).__name__}: {error}); importing all of torch\n"
+    )
     os.environ[PLAIN] = "plain"
-    os.execv(sys.executable, sys.orig_argv)
+    os.execv(sys.executable, sys.orig_argv)  # noqa: S606  this very command again
 
 
 def _block() -> None:
@@ -82,7 +87,9 @@ class _Stub(types.ModuleType):
 class _Stubs:
     """Finder and loader of every ``torch.*`` module that has no native code."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if not name.startswith("torch.") or name.startswith("torch._C") or name in REAL:
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
@@ -155,13 +162,36 @@ class _NoGrad:
         self._native._set_grad_enabled(self._before)
 
 
-def _load() -> None:
+def _known() -> bool:
+    return ".".join(_version(_root()).split(".")[:2]) in KNOWN
+
+
+def _survives() -> bool:
+    """Try it in a forked process: native code that misses a Python module may crash rather than raise."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            _load()
+            _check()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _root() -> str:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("torch is not installed")
-    root = spec.submodule_search_locations[0]
+    return spec.submodule_search_locations[0]
+
+
+def _load() -> None:
+    root = _root()
     torch: Any = _Stub("torch")
-    torch.__path__, torch.__file__, torch.__spec__ = [root], os.path.join(root, "__init__.py"), spec
+    torch.__path__, torch.__file__ = [root], os.path.join(root, "__init__.py")
+    torch.__spec__ = importlib.util.find_spec("torch")
     torch._tightfit_lean = True
     torch.__version__ = _version(root)
     sys.modules["torch"] = torch

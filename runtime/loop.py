@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from profiles.errors import InputError
@@ -26,67 +28,95 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
     out: str = header["out"]
     training = Training(job, channel, out)
     conditions = {**header["conditions"], "data": training.batches.fingerprint}
-    done = 0
+    done, path = 0, ""
     if header["resume"]:
         found = checkpoint.load_latest(out, conditions)
         training.load_state(found.path, found.state["checksums"])
-        done = found.step
+        done, path = found.step, found.path
         send("resumed", step=done, checkpoint=found.path)
     else:
         training.initialise()
     metrics = Metrics(os.path.join(out, "metrics.jsonl"), done)
     settle()
     peaks = {"load": training.meter.check_peak()}
-    send("loaded", step=done, peak_bytes=peaks["load"], resident_bytes=memory().resident, spill_bytes=job.header["spill_bytes"])
+    send(
+        "loaded",
+        step=done,
+        peak_bytes=peaks["load"],
+        resident_bytes=memory().resident,
+        spill_bytes=job.header["spill_bytes"],
+    )
+
+    def evaluating(when: str, batch: int, batches: int) -> None:
+        send("evaluating", when=when, done=batch, total=batches)
+        if stopping():
+            raise _Stopped
 
     def evaluate(when: str) -> None:
         if header["evaluation"] and len(job.evaluate):
-            result = training.evaluate(header["evaluation"])
+            result = training.evaluate(header["evaluation"], partial(evaluating, when))
             peaks[f"evaluate {when}"] = training.meter.check_peak()
-            tidy()
+            settle()
             send("evaluated", when=when, **result, peak_bytes=peaks[f"evaluate {when}"])
 
     def save(step: int) -> str:
         path = checkpoint.save(out, step, conditions, training.save_state, header["keep_checkpoints"])
         peaks["checkpoint"] = training.meter.check_peak()
+        settle()  # code that only saving needs
         send("checkpoint", step=step, path=path, peak_bytes=peaks["checkpoint"])
         return path
 
-    if not done:
-        evaluate("before")
-    steps, every, saved = header["steps"], header["checkpoint_every"], done
-    watched = {done + 1: "first", min(steps, done + 3): "later"}
-    for step in range(done + 1, steps + 1):
-        if step in watched:
-            training.meter.watch(header["expected_seconds"])
-        before = time.perf_counter()
-        loss = training.step(step)
-        seconds = time.perf_counter() - before
-        tidy()
-        if step in watched:
-            send("timeline", which=watched[step], samples=training.meter.stop())
-        peaks["train"] = training.meter.check_peak()
-        spent = training.executor.seconds
-        metrics.add(step=step, loss=loss, seconds=seconds, resident_bytes=memory().resident, peak_bytes=peaks["train"])
-        send("step", step=step, loss=loss, seconds=seconds, peak_bytes=peaks["train"], resident_bytes=memory().resident, spent=spent)
-        if loss != loss:
-            raise InputError(f"the loss of step {step} is not a number; lower the learning rate (lr {header['optimizer']['lr']}) or check the data")
-        stop = stopping()
-        if step == steps or stop or (every and step % every == 0):
-            path, saved = save(step), step
-        if stop and step < steps:
-            send("interrupted", step=step, checkpoint=path)
-            training.close()
-            return INTERRUPTED
-    if saved < steps:
-        save(steps)
-    if steps > 0:
+    saved, every = (done if header["resume"] else -1), header["checkpoint_every"]
+    watched = {done + 1: "first", min(header["steps"], done + 3): "later"}
+    try:
+        if not done:
+            evaluate("before")
+        for step in range(done + 1, header["steps"] + 1):
+            _step(training, step, watched.get(step), metrics, peaks, send)
+            done, last = step, step == header["steps"]
+            if last or (every and step % every == 0):
+                path, saved = save(step), step
+            if stopping() and not last:
+                raise _Stopped
         evaluate("after")
+    except _Stopped:
+        if saved != done:
+            path = save(done)
+        send("interrupted", step=done, checkpoint=path)
+        training.close()
+        return INTERRUPTED
     trained = os.path.join(out, "adapter" if header["lora"] else "model")
     send("saved", path=_save_trained(training, trained))
     training.close()
     send("done", peak_bytes=training.meter.check_peak(), peaks=peaks)
     return 0
+
+
+class _Stopped(Exception):  # noqa: N818  not an error
+    """A signal asked to save and end."""
+
+
+def _step(
+    training: Training, step: int, watched: str | None, metrics: Metrics, peaks: dict[str, int], send: Send
+) -> None:
+    """One step, measured; with a timeline under the name `watched`."""
+    if watched:
+        training.meter.watch(training.header["expected_seconds"])
+    before = time.perf_counter()
+    loss = training.step(step)
+    seconds = time.perf_counter() - before
+    tidy()
+    if watched:
+        send("timeline", which=watched, samples=training.meter.stop())
+    peaks["train"] = training.meter.check_peak()
+    told = {"loss": loss, "seconds": seconds, "resident_bytes": memory().resident, "peak_bytes": peaks["train"]}
+    metrics.add(step=step, **told)
+    send("step", step=step, **told, spent=training.executor.seconds)
+    if not math.isfinite(loss):
+        rate = training.header["optimizer"]["lr"]
+        raise InputError(
+            f"the loss of step {step} is not a number; lower the learning rate (lr {rate}) or check the data"
+        )
 
 
 def _save_trained(training: Training, path: str) -> str:
@@ -106,7 +136,9 @@ def _save_trained(training: Training, path: str) -> str:
         os.rename(partial, path)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"saving {path} failed: {error.strerror}; the last checkpoint holds the same tensors; free disk space and continue with --resume") from error
+        raise RunError(
+            f"saving {path} failed: {error.strerror}; the last checkpoint holds the same tensors; free disk space and continue with --resume"
+        ) from error
     return path
 
 

@@ -35,7 +35,11 @@ class Meter:
             if now - self._last >= self._gap and self._count < SAMPLES:
                 self._last = now
                 place = 3 * self._count
-                self._samples[place], self._samples[place + 1], self._samples[place + 2] = instruction, int(now * 1e6), self._resident()
+                self._samples[place], self._samples[place + 1], self._samples[place + 2] = (
+                    instruction,
+                    int(now * 1e6),
+                    self._resident(),
+                )
                 self._count += 1
         if instruction % EVERY == 0 and self._resident() > self.cap_bytes:
             self.refuse(self._resident())

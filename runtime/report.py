@@ -75,9 +75,20 @@ def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by
         "resumed_step": observed.resumed_step,
         "phases": {
             "train": _phase(plan.train, observed.peaks.get("train"))
-            | {"measured_seconds": {"compute": measured.get("run"), **{k: measured.get(k) for k in ("unpack", "update", "stall")}}},
-            "evaluate": _phase(plan.evaluate, max((v for k, v in observed.peaks.items() if k.startswith("evaluate")), default=None)),
-            **{name: {"peak_bytes": {"measured": peak}} for name, peak in observed.peaks.items() if name in ("load", "checkpoint")},
+            | {
+                "measured_seconds": {
+                    "compute": measured.get("run"),
+                    **{k: measured.get(k) for k in ("unpack", "update", "stall")},
+                }
+            },
+            "evaluate": _phase(
+                plan.evaluate, max((v for k, v in observed.peaks.items() if k.startswith("evaluate")), default=None)
+            ),
+            **{
+                name: {"peak_bytes": {"measured": peak}}
+                for name, peak in observed.peaks.items()
+                if name in ("load", "checkpoint")
+            },
         },
         "evaluation": observed.evaluations,
         "spill_bytes": observed.spill_bytes,

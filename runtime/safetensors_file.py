@@ -69,13 +69,17 @@ class Reader:
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror}; the checkpoint is incomplete, remove its directory and resume from the one before") from error
+            raise InputError(
+                f"{path}: {error.strerror}; the checkpoint is incomplete, remove its directory and resume from the one before"
+            ) from error
         length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
         try:
             self.header: dict[str, Any] = json.loads(os.pread(self._descriptor, length, 8)) if length < 1 << 26 else {}
             self.metadata: dict[str, str] = self.header.pop("__metadata__", {})
         except ValueError as error:
-            raise InputError(f"{path}: damaged header; remove this checkpoint and resume from the one before") from error
+            raise InputError(
+                f"{path}: damaged header; remove this checkpoint and resume from the one before"
+            ) from error
         self._start = 8 + length
 
     def chunks(self, name: str, size: int = 1 << 20) -> Iterator[bytes]:
@@ -86,7 +90,9 @@ class Reader:
         while place < end:
             data = os.pread(self._descriptor, min(size, end - place), self._start + place)
             if not data:
-                raise InputError(f"{self.path}: truncated in tensor {name!r}; remove this checkpoint and resume from the one before")
+                raise InputError(
+                    f"{self.path}: truncated in tensor {name!r}; remove this checkpoint and resume from the one before"
+                )
             yield data
             place += len(data)
 
@@ -96,7 +102,9 @@ class Reader:
             found = zlib.crc32(data, found)
             place += len(data)
         if found != crc:
-            raise InputError(f"{self.path}: damaged (checksum {found:08x}, expected {crc:08x}); remove this checkpoint and resume from the one before")
+            raise InputError(
+                f"{self.path}: damaged (checksum {found:08x}, expected {crc:08x}); remove this checkpoint and resume from the one before"
+            )
         _forget(self._descriptor)
 
     def close(self) -> None:

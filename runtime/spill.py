@@ -77,7 +77,9 @@ class SpillFile:
                 if error.errno == errno.EINVAL and self.direct:  # a file system that accepts the flag and not the call
                     self.direct = _set_direct(self.descriptor, on=False)
                     continue
-                raise RunError(f"spilling to {self.directory} failed: {error.strerror} ({size} bytes); free disk space and continue with --resume") from error
+                raise RunError(
+                    f"spilling to {self.directory} failed: {error.strerror} ({size} bytes); free disk space and continue with --resume"
+                ) from error
             if moved == 0:
                 raise RunError(f"the spill file in {self.directory} ends early, at byte {offset + done} of {self.size}")
             done += moved
@@ -95,7 +97,9 @@ def _nameless(directory: str) -> int:
     try:
         descriptor, path = tempfile.mkstemp(prefix=".spill-", dir=directory)
     except OSError as error:
-        raise RunError(f"no spill file can be made in {directory}: {error.strerror}; choose another output directory") from error
+        raise RunError(
+            f"no spill file can be made in {directory}: {error.strerror}; choose another output directory"
+        ) from error
     os.unlink(path)
     return descriptor
 

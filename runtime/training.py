@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,13 @@ class Training:
         self.meter = Meter(header["budget_bytes"])
         self.update = Update(AdamW(**header["optimizer"]))
         self.trainables = [
-            Trainable(name=name, shape=tuple(shape), value=Place(number=p[0], at=p[1]), first=Place(number=m[0], at=m[1]), second=Place(number=v[0], at=v[1]))
+            Trainable(
+                name=name,
+                shape=tuple(shape),
+                value=Place(number=p[0], at=p[1]),
+                first=Place(number=m[0], at=m[1]),
+                second=Place(number=v[0], at=v[1]),
+            )
             for name, shape, p, m, v, _ in header["trainables"]
         ]
         self._holes = _holes(job)
@@ -76,7 +82,7 @@ class Training:
         self.executor.execute(self.job.train)
         return self.executor.loss
 
-    def evaluate(self, path: str) -> dict[str, Any]:
+    def evaluate(self, path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
         """Mean loss over labelled tokens and, where the records are answers to choose from, accuracy.
 
         A question counts as right when the right choice has the highest summed log-likelihood.
@@ -85,9 +91,11 @@ class Training:
         best: dict[int, tuple[float, bool]] = {}
         total, labelled, records = 0.0, 0, 0
         before = time.perf_counter()
-        for number in range(with_records.evaluation_count(self.inputs)):
+        batches = with_records.evaluation_count(self.inputs)
+        for number in range(batches):
             found = with_records.evaluation(number, self.inputs)
             self.executor.execute(self.job.evaluate)
+            progress(number + 1, batches)
             losses = self.executor.losses
             if losses is None:
                 total, labelled = total + self.executor.loss, labelled + 1
@@ -139,8 +147,14 @@ class Training:
         """Fill a checkpoint directory; returns the entries of its state."""
         self.channel.drain()
         checksums = self.save_trained(directory)
-        items = [self._item(f"{role}:{t.name}", t, place) for t in self.trainables for role, place in (("adam_m", t.first), ("adam_v", t.second))]
-        checksums["optimizer.safetensors"] = safetensors_file.write(os.path.join(directory, "optimizer.safetensors"), items, {})
+        items = [
+            self._item(f"{role}:{t.name}", t, place)
+            for t in self.trainables
+            for role, place in (("adam_m", t.first), ("adam_v", t.second))
+        ]
+        checksums["optimizer.safetensors"] = safetensors_file.write(
+            os.path.join(directory, "optimizer.safetensors"), items, {}
+        )
         return {"checksums": checksums}
 
     def load_state(self, directory: str, checksums: dict[str, int]) -> None:

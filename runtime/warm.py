@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+from collections.abc import Sequence
 
 import torch
 
@@ -19,6 +20,7 @@ from runtime.spill import SpillFile
 
 aten = torch.ops.aten
 SIZE = 256
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 def prepare() -> Channel:
@@ -27,12 +29,14 @@ def prepare() -> Channel:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     channel = Channel()
     try:
-        warm(channel, SIZE)
+        for dtype in DTYPES:
+            warm(channel, SIZE, (dtype,))
+            narrow_file_mappings()
+            release_file_pages()
     except Exception as error:
         if lean_torch.mode() == "plain":
             raise
         lean_torch.restart_plain(error)
-    narrow_file_mappings()
     settle()
     return channel
 
@@ -52,9 +56,9 @@ def tidy() -> None:
     trim_heap()
 
 
-def warm(channel: Channel, size: int) -> None:
+def warm(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
     """Run what a step runs, on tensors of `size` (a multiple of 64) rows and columns: code gets mapped, kernels built, threads started."""
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in dtypes:
         x, w, y = (torch.randn(size, size).to(dtype) for _ in range(3))
         for left, right in ((x, w.t()), (x, w), (x.t(), w)):
             aten.mm.out(left, right, out=y)
@@ -64,7 +68,9 @@ def warm(channel: Channel, size: int) -> None:
         OPERATORS["tightfit.rms_norm_backward"](x, x, scale, rstd, False, out=(y2,))
         heads, turn, sums = size // 64, torch.ones(64, 32), torch.empty(size // 64, size // 64, 64)
         OPERATORS["tightfit.attention"](x, x, x, turn, turn, None, heads, heads, 0.125, out=(y2, sums))
-        OPERATORS["tightfit.attention_backward"](x, x, x, x, y2, sums, turn, turn, None, heads, heads, 0.125, out=(y2, y2, y2))
+        OPERATORS["tightfit.attention_backward"](
+            x, x, x, x, y2, sums, turn, turn, None, heads, heads, 0.125, out=(y2, y2, y2)
+        )
         OPERATORS["tightfit.gated"](x, w, "silu", out=(y2,))
         OPERATORS["tightfit.gated_backward"](x, x, w, "silu", out=(y2, torch.empty_like(x)))
         aten.add.out(x, w, out=y2)

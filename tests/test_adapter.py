@@ -9,7 +9,12 @@ LAYER = "model.layers.0.self_attn.q_proj"
 
 
 def test_configuration_names_the_modules():
-    names = [f"model.layers.{i}.{m}.lora_{ab}.weight" for i in range(2) for m in ("self_attn.q_proj", "mlp.down_proj") for ab in "AB"]
+    names = [
+        f"model.layers.{i}.{m}.lora_{ab}.weight"
+        for i in range(2)
+        for m in ("self_attn.q_proj", "mlp.down_proj")
+        for ab in "AB"
+    ]
     config = adapter_config({"rank": 8, "alpha": 16.0}, names, "base")
     assert config["target_modules"] == ["down_proj", "q_proj"]
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (8, 16.0, "base")

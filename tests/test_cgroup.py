@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 
@@ -21,7 +20,9 @@ def group():
 
 
 def test_a_process_within_the_limit_ends_well_and_is_counted(group):
-    done = subprocess.run(group.enter([*PYTHON, "x = bytearray(20 << 20); print(len(x))"]), capture_output=True, check=False)
+    done = subprocess.run(
+        group.enter([*PYTHON, "x = bytearray(20 << 20); print(len(x))"]), capture_output=True, check=False
+    )
     assert done.returncode == 0
     assert done.stdout == b"%d\n" % (20 * MIB)
     assert 20 * MIB < group.peak_bytes() < 64 * MIB
@@ -35,7 +36,12 @@ def test_the_kernel_ends_a_process_beyond_the_limit(group):
 
 
 def test_arguments_reach_the_command_untouched(group):
-    done = subprocess.run(group.enter([*PYTHON, "import sys; print(sys.argv[1:])", "a b", "$HOME", '"']), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        group.enter([*PYTHON, "import sys; print(sys.argv[1:])", "a b", "$HOME", '"']),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout.strip() == repr(["a b", "$HOME", '"'])
 
 
@@ -49,6 +55,6 @@ def test_removing_twice_is_harmless(tmp_path):
     made = MemoryCgroup(path, 2)
     made.remove()
     made.remove()
-    assert not os.path.exists(path)
+    assert not path.exists()
     assert made.peak_bytes() is None
     assert made.oom_kills() == 0

@@ -1,5 +1,4 @@
 import json
-import os
 import zlib
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def test_a_save_that_fails_leaves_the_one_before_intact(tmp_path):
 
     with pytest.raises(RunError, match=r"checkpoint-2 failed: No space left.*last good checkpoint is .*checkpoint-1"):
         checkpoint.save(str(tmp_path), 2, CONDITIONS, full, keep=1)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1"]
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     assert checkpoint.load_latest(str(tmp_path), CONDITIONS).step == 1
 
 

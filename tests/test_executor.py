@@ -44,7 +44,11 @@ def trained(plan, records, directory):
     losses = [training.step(number) for number in range(1, STEPS + 1)]
     training.save_state(str(directory))
     training.close()
-    return losses, (directory / "adapter_model.safetensors").read_bytes(), (directory / "optimizer.safetensors").read_bytes()
+    return (
+        losses,
+        (directory / "adapter_model.safetensors").read_bytes(),
+        (directory / "optimizer.safetensors").read_bytes(),
+    )
 
 
 def names(profile, kind):
@@ -52,7 +56,11 @@ def names(profile, kind):
 
 
 PLANS = {
-    "spilled": lambda p: {"spill": [t.name for t in p.tensors if t.kind == "activation" and t.name.endswith("/out0") and "layers" in t.name][:1]},
+    "spilled": lambda p: {
+        "spill": [
+            t.name for t in p.tensors if t.kind == "activation" and t.name.endswith("/out0") and "layers" in t.name
+        ][:1]
+    },
     "states offloaded": lambda p: {"offload": names(p, "trainable")[::2]},
     "recomputed": lambda p: {"recompute": True},
     "packed and unpacked": lambda p: {"packed": names(p, "weight")[1:5], "unpacked": names(p, "weight")[5:9]},
@@ -184,9 +192,18 @@ def test_compiled_operators_equal_torch(target, args, kwargs):
     expected = getattr(packet, overload)(*map(real, args), **{k: real(v) for k, v in kwargs.items()})
     expected = [expected] if isinstance(expected, torch.Tensor) else list(expected)
     outputs = [f"out{index}" for index in range(len(expected))]
-    values = {o: {"dtype": str(t.dtype)[6:], "shape": list(t.shape), "stride": list(t.stride())} for o, t in zip(outputs, expected)}
+    values = {
+        o: {"dtype": str(t.dtype)[6:], "shape": list(t.shape), "stride": list(t.stride())}
+        for o, t in zip(outputs, expected)
+    }
     found = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in expected]
-    operator = {"target": target, "args": [operand(a) for a in args], "kwargs": kwargs, "outputs": outputs, "gathers": []}
+    operator = {
+        "target": target,
+        "args": [operand(a) for a in args],
+        "kwargs": kwargs,
+        "outputs": outputs,
+        "gathers": [],
+    }
     compiled = compile_operator(operator, values)
     compiled.run(tensors, found)
     for one, other in zip(found, expected, strict=True):

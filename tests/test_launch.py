@@ -1,5 +1,6 @@
 """Runs in the capped child: what is refused, what is reported, and what happens when something goes wrong."""
 
+import contextlib
 import json
 import os
 import signal
@@ -80,17 +81,19 @@ def test_steps_in_two_runs_are_the_steps_of_one(plan, profile, whole, tmp_path):
     assert bits(tmp_path) == bits(out)
 
 
-def start(plan, out, steps, *options):
+def start(plan, out, steps, options=""):
     """A run in a process of its own that can be killed."""
     path = out / "plan.json"
     path.write_text(plan.model_dump_json())
     code = (
         "import sys\nfrom planner.schema import Plan\nfrom profiles.errors import TightfitError\nfrom runtime.launch import run\n"
         f"plan = Plan.model_validate_json(open({str(path)!r}).read())\n"
-        f"try:\n    run(plan, 'random', steps={steps}, out={str(out / 'run')!r}, lr=1e-2, seed=5, checkpoint_every=2)\n"
+        f"try:\n    run(plan, 'random', steps={steps}, out={str(out / 'run')!r}, lr=1e-2, seed=5, checkpoint_every=2{options})\n"
         "except TightfitError as error:\n    print(type(error).__name__, error)\n    sys.exit(error.exit_code)\n"
     )
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+    )
 
 
 def wait_for_checkpoint(out, process):
@@ -102,8 +105,7 @@ def wait_for_checkpoint(out, process):
 
 
 def child_of(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return int(file.read().split()[0])
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
 def test_ctrl_c_saves_and_says_where(plan, tmp_path):
@@ -117,8 +119,22 @@ def test_ctrl_c_saves_and_says_where(plan, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == step
 
 
+def test_ctrl_c_during_evaluation_saves_the_start(plan, whole, tmp_path):
+    report, _ = whole
+    process = start(plan, tmp_path, 100_000, ", eval_data='random', stages=lambda *said: print(*said, flush=True)")
+    for line in process.stdout:
+        if line.startswith("evaluating before"):
+            break
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert "RunError interrupted after step 0; everything is saved in" in said
+    resumed = run(plan, "random", steps=6, out=tmp_path / "run", resume=True, **SETTINGS)
+    assert resumed["loss"] == report["loss"]
+
+
 def test_a_killed_child_is_reported_and_loses_only_the_steps_since_the_checkpoint(plan, whole, tmp_path):
-    report, out = whole
+    report, _ = whole
     process = start(plan, tmp_path, 100_000)
     wait_for_checkpoint(tmp_path, process)
     os.kill(child_of(process.pid), signal.SIGKILL)
@@ -138,9 +154,9 @@ def test_a_killed_parent_takes_the_child_along(plan, tmp_path):
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 60
-    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{child}")
+    assert not Path(f"/proc/{child}").exists()
 
 
 @pytest.mark.parametrize("cgroup", [True, False])
@@ -149,7 +165,7 @@ def test_passing_the_cap_is_a_cap_error(plan, tmp_path, cgroup, monkeypatch):
         pytest.skip("no memory cgroup can be made here")
     elif cgroup:
         group.remove()
-    monkeypatch.setattr("runtime.launch._check_schedule", lambda plan: None)  # the planner would never emit it
+    monkeypatch.setattr("runtime.launch.check_schedule", lambda plan: None)  # the planner would never emit it
     small = plan.model_copy(update={"budget_bytes": 60 * MIB})
     with pytest.raises(CapError, match=r"60\.0 MiB") as caught:
         run(small, "random", steps=1, out=tmp_path, cgroup=cgroup)
@@ -161,11 +177,20 @@ def changed(plan: Plan, **update):
 
 
 REFUSED = {
-    "another torch": (lambda p: changed(p, device=p.device.model_copy(update={"torch_version": "2.0.0"})), "made with torch 2.0.0"),
+    "another torch": (
+        lambda p: changed(p, device=p.device.model_copy(update={"torch_version": "2.0.0"})),
+        "made with torch 2.0.0",
+    ),
     "more threads": (lambda p: changed(p, device=p.device.model_copy(update={"threads": 4096})), "uses 4096 threads"),
     "cuda": (lambda p: changed(p, device=p.device.model_copy(update={"kind": "cuda"})), "for a cuda device"),
-    "other weights": (lambda p: changed(p, model=p.model.model_copy(update={"store_fingerprint": "0" * 64})), "holds other weights"),
-    "no store": (lambda p: changed(p, model=p.model.model_copy(update={"store": "/nowhere/x.store"})), "/nowhere/x.store"),
+    "other weights": (
+        lambda p: changed(p, model=p.model.model_copy(update={"store_fingerprint": "0" * 64})),
+        "holds other weights",
+    ),
+    "no store": (
+        lambda p: changed(p, model=p.model.model_copy(update={"store": "/nowhere/x.store"})),
+        "/nowhere/x.store",
+    ),
 }
 
 
@@ -177,14 +202,14 @@ def test_a_plan_for_something_else_is_refused_with_the_reason(plan, tmp_path, ca
 
 
 def test_an_infeasible_plan_is_refused(plan, tmp_path):
-    with pytest.raises(InfeasibleError, match="smallest budget is 200.0 MiB") as caught:
+    with pytest.raises(InfeasibleError, match=r"smallest budget is 200\.0 MiB") as caught:
         run(changed(plan, status="infeasible", minimum_budget_bytes=200 * MIB), "random", steps=1, out=tmp_path)
     assert caught.value.minimum_budget_bytes == 200 * MIB
 
 
 def test_an_earlier_run_is_not_overwritten_by_accident(plan, whole, tmp_path):
     _, out = whole
-    with pytest.raises(InputError, match="holds an earlier run.*--resume.*--overwrite"):
+    with pytest.raises(InputError, match=r"holds an earlier run.*--resume.*--overwrite"):
         run(plan, "random", steps=1, out=out)
     (tmp_path / "metrics.jsonl").write_text("old\n")
     report = run(plan, "random", steps=1, out=tmp_path, overwrite=True)
@@ -198,7 +223,7 @@ def test_resume_without_a_checkpoint_is_refused(plan, tmp_path):
 
 def test_resume_with_another_seed_is_refused(plan, whole):
     _, out = whole
-    with pytest.raises(InputError, match="made with seed 5, this run has 6|made with data"):
+    with pytest.raises(InputError, match=r"made with seed 5, this run has 6|made with data"):
         run(plan, "random", steps=8, out=out, resume=True, lr=1e-2, seed=6)
 
 
@@ -208,7 +233,12 @@ def test_a_damaged_weight_store_is_found_by_the_child(profile, plan, tmp_path):
     path = tmp_path / "damaged.store"
     path.write_bytes(data)
     with pytest.raises(InputError, match="damaged"):
-        run(changed(plan, model=plan.model.model_copy(update={"store": str(path)})), "random", steps=1, out=tmp_path / "out")
+        run(
+            changed(plan, model=plan.model.model_copy(update={"store": str(path)})),
+            "random",
+            steps=1,
+            out=tmp_path / "out",
+        )
 
 
 def test_steps_below_one_and_unknown_schedules_are_refused(plan, tmp_path):
@@ -222,7 +252,9 @@ def test_a_full_disk_is_a_run_error_that_keeps_the_checkpoint(profile, tmp_path)
     """On a file system of 4 MiB: there is room to train and for one checkpoint, then something else fills it."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True, check=False
+    ).returncode:
         pytest.skip("no file system can be mounted here")
     try:
         out = disk / "run"
@@ -230,10 +262,10 @@ def test_a_full_disk_is_a_run_error_that_keeps_the_checkpoint(profile, tmp_path)
         run(small, "random", steps=1, out=out, **SETTINGS)
         before = find_checkpoints(str(out))
         filler = disk / "filler"
-        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(4096))
-        with pytest.raises(RunError, match="No space left|disk space"):
+        with pytest.raises(RunError, match=r"No space left|disk space"):
             run(small, "random", steps=4, out=out, resume=True, **SETTINGS)
         assert find_checkpoints(str(out)) == before
         filler.unlink()

@@ -22,7 +22,9 @@ def lean(code, **extra):
 
 @pytest.fixture(scope="module")
 def floor():
-    done = subprocess.run(process.command("--floor"), env=process.child_environment(2), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        process.command("--floor"), env=process.child_environment(2), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -35,7 +37,9 @@ def test_the_floor_is_that_of_kernels_without_the_python_around_them(floor):
 
 
 def test_the_floor_is_a_constant(floor):
-    done = subprocess.run(process.command("--floor"), env=process.child_environment(2), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        process.command("--floor"), env=process.child_environment(2), capture_output=True, text=True, check=True
+    )
     assert abs(json.loads(done.stdout)["resident_bytes"] - floor["resident_bytes"]) < 0.01 * floor["resident_bytes"]
 
 
@@ -78,6 +82,22 @@ print(json.dumps({"mode": mode, "sum": float(torch.ones(3).sum())}))
     assert answer["mode"] == "plain"
     assert answer["sum"] == 3.0
     assert "another build" in answer["stderr"]
+
+
+@pytest.mark.parametrize(("load", "mode"), [("os.abort", "plain"), ("lean_torch._load", "lean")])
+def test_an_unknown_version_is_tried_in_another_process_first(load, mode):
+    code = f"""
+import json, os, sys
+from runtime import lean_torch
+lean_torch.KNOWN = ()
+lean_torch._load = {load}
+mode = lean_torch.load()
+import torch
+print(json.dumps({{"mode": mode, "sum": float(torch.ones(3).sum())}}))
+"""
+    answer = lean(code)
+    assert answer["mode"] == mode
+    assert answer["sum"] == 3.0
 
 
 def test_names_that_the_lean_torch_lacks_are_errors():

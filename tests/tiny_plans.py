@@ -33,7 +33,13 @@ FLOOR = Floor(import_peak_bytes=160 << 20, resident_bytes=130 << 20, instruction
 def device(threads=2):
     channel = Channel(bytes_per_second=1e9, latency_seconds=1e-4)
     return Device(
-        name="test", kind="cpu", threads=threads, floor=FLOOR, read=channel, write=channel, torch_version=torch.__version__
+        name="test",
+        kind="cpu",
+        threads=threads,
+        floor=FLOOR,
+        read=channel,
+        write=channel,
+        torch_version=torch.__version__,
     )
 
 
@@ -79,7 +85,12 @@ def module_profile(directory: Path, factory: str):
     module, sample = build_module(factory)
     traced = trace(module, {f"batch{i}": t for i, t in enumerate(sample)})
     model = Model(
-        name="tiny", source=source.path, kind="module", config=source.config, store=str(store), store_fingerprint=fingerprint
+        name="tiny",
+        source=source.path,
+        kind="module",
+        config=source.config,
+        store=str(store),
+        store_fingerprint=fingerprint,
     )
     return _profile(traced, source, model, sample[0].shape[0], None, "float32")
 
@@ -95,7 +106,9 @@ def _profile(traced, source, model, batch, seq, dtype):
     )  # fmt: skip
 
 
-def naive_plan(profile: Profile, *, budget=1 << 30, spill=(), offload=(), recompute=False, packed=(), unpacked=(), shift=0):
+def naive_plan(
+    profile: Profile, *, budget=1 << 30, spill=(), offload=(), recompute=False, packed=(), unpacked=(), shift=0
+):
     """A valid schedule by simple rules.
 
     `spill`: activations (global names) that go to the spill file between forward and backward. `offload`: trainables
@@ -142,7 +155,9 @@ class _Naive:
         return at
 
     def _names(self, layer):
-        return {v.name: layer.bindings.get(v.name, f"{layer.name}/{v.name}") for v in self.programs[layer.program].values}
+        return {
+            v.name: layer.bindings.get(v.name, f"{layer.name}/{v.name}") for v in self.programs[layer.program].values
+        }
 
     def _calls(self, evaluate):
         layers = self.profile.layers
@@ -202,12 +217,23 @@ class _Naive:
                     self._update(out, names[n].removeprefix("grad:"))
             for n in dict.fromkeys((*op.inputs, *(o for o in op.outputs if o))):
                 name = names[n]
-                if n in op.gathers or name in self.resident or name in (self.profile.loss, self.profile.token_losses) or name not in self.live:
+                if (
+                    n in op.gathers
+                    or name in self.resident
+                    or name in (self.profile.loss, self.profile.token_losses)
+                    or name not in self.live
+                ):
                     continue
                 t = self.tensors.get(name)
                 following = [backward for p, backward in later[name] if p > place]
                 weight = t is not None and t.kind == "weight"
-                dropped = self.recompute and op.phase == "forward" and not again and self._is_private_value(layer, n) and all(following)
+                dropped = (
+                    self.recompute
+                    and op.phase == "forward"
+                    and not again
+                    and self._is_private_value(layer, n)
+                    and all(following)
+                )
                 if name in self.spill and not evaluate and op.phase == "forward" and following and all(following):
                     out.append(["spill", name])
                     self._free(out, name)
@@ -250,7 +276,9 @@ class _Naive:
         floor = p.device.floor
         count = len(train.instructions) + len(evaluate.instructions)
         workspace = max(op.workspace_bytes for program in p.programs for op in program.operators)
-        peak = max(floor.import_peak_bytes, floor.resident_bytes + floor.instruction_bytes * count + self.end + workspace)
+        peak = max(
+            floor.import_peak_bytes, floor.resident_bytes + floor.instruction_bytes * count + self.end + workspace
+        )
         return Plan(
             fingerprint="n" * 64, profile_fingerprint=p.fingerprint, policy="naive", status="feasible", budget_bytes=budget,
             floor_bytes=floor.import_peak_bytes, peak_bytes=peak, step_seconds=1.0, bound_seconds=0.0,

@@ -1,0 +1,121 @@
+"""May this plan run here? Against the machine, the installed torch, the weights, and its own invariants."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from planner.schema import Plan
+from profiles.errors import InfeasibleError, InputError
+from profiles.store import Store
+from profiles.units import format_size
+from runtime.optimizer import SCHEDULES
+
+Stages = Callable[[str, int, int], None]
+"""stages(what, done, total) while something is prepared."""
+
+
+def check_options(steps: int, schedule: str, lr: float) -> None:
+    if steps < 1:
+        raise InputError(f"steps {steps}: give at least 1")
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule {schedule!r} is not known; choose one of {', '.join(SCHEDULES)}")
+    if not 0 <= lr < float("inf"):
+        raise InputError(f"lr {lr}: give a finite number of at least 0")
+
+
+def check_machine(plan: Plan) -> None:
+    """Refuse a plan for another device, thread count or torch."""
+    device = plan.device
+    if device.kind != "cpu":
+        raise InputError(
+            f"the plan is for a {device.kind} device ({device.name}); this runtime executes plans for cpu, profile this machine"
+        )
+    present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.threads > present:
+        raise InputError(
+            f"the plan uses {device.threads} threads and this process may use {present}; profile and plan on this machine"
+        )
+    if device.torch_version and device.torch_version != torch.__version__:
+        raise InputError(
+            f"the plan was made with torch {device.torch_version} and torch {torch.__version__} is installed; profile and plan again"
+        )
+
+
+def check_schedule(plan: Plan) -> None:
+    """Refuse a plan without a schedule, or with one that breaks an invariant."""
+    if plan.status == "infeasible" or plan.train is None:
+        raise InfeasibleError(
+            f"the plan is infeasible at {format_size(plan.budget_bytes)}"
+            + (
+                f"; the smallest budget is {format_size(plan.minimum_budget_bytes)}"
+                if plan.minimum_budget_bytes
+                else ""
+            ),
+            plan.minimum_budget_bytes,
+        )
+    from planner.simulate import simulate
+
+    simulate(plan)
+
+
+def find_store(plan: Plan, stages: Stages | None) -> Path | None:
+    """The weight store of the plan, made now for a model without weights. Raises InputError where it is another model's."""
+    from profiles.pack import build_store
+    from profiles.sources import cache_directory, resolve
+
+    weights = [t for t in plan.tensors if t.kind in ("weight", "constant")]
+    if plan.model.store is None:
+        source = resolve(plan.model.source)
+        path = build_store(
+            source,
+            cache_directory() / "stores",
+            lambda done, total, name: stages("packing random weights", done, total) if stages else None,
+        )
+    else:
+        path = Path(plan.model.store)
+    with Store.open(path) as store:
+        if plan.model.store_fingerprint and store.fingerprint != plan.model.store_fingerprint:
+            raise InputError(
+                f"{path} holds other weights than the plan was made for (fingerprint {store.fingerprint[:12]}, planned {plan.model.store_fingerprint[:12]}); profile and plan again"
+            )
+        for tensor in weights:
+            if tensor.kind == "weight" and store.packed_bytes(tensor.name) != tensor.packed_bytes:
+                raise InputError(
+                    f"{path}: {tensor.name} is packed in {store.packed_bytes(tensor.name)} bytes and the plan expects {tensor.packed_bytes}; the plan is for another model, profile and plan again"
+                )
+    return path
+
+
+def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What must be the same for a run to continue bit-identically. The budget and the schedule are not among it."""
+    untimed = [
+        {
+            "values": [v.model_dump() for v in p.values],
+            "operators": [o.model_dump(exclude={"seconds", "workspace_bytes", "flops"}) for o in p.operators],
+        }
+        for p in plan.programs
+    ]
+    graph = [
+        untimed,
+        [layer.model_dump() for layer in plan.layers],
+        [[t.name, t.kind, t.shape, t.dtype] for t in plan.tensors],
+    ]
+    return {
+        "model": plan.model.name,
+        "weights": plan.model.store_fingerprint,
+        "graph": hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest(),
+        "batch": plan.batch,
+        "seq": plan.seq,
+        "lora": plan.model.lora,
+        "optimizer": dict(optimizer),
+        "seed": seed,
+        "threads": plan.device.threads,
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,89 @@
+"""A tiny model that the command line has profiled and planned, once for all tests of bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from damage import CONFIG, ROWS, SEQ, lines
+from tiny_models import byte_level_tokenizer, random_weights, write_directory
+
+from planner.exchange import load_plan
+from planner.plan import plan as solve
+from profiles.api import load_profile
+from runtime import cli
+
+
+@pytest.fixture
+def tightfit(capfd):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def call(*words):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return caught.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(tightfit):
+    """Run a command that must fail with `code`, as a person and again with --json sees it: its message."""
+
+    def call(code, *words):
+        found, out, err = tightfit(*words, "--json")
+        assert found == code, err
+        told = json.loads(out)["error"]
+        assert told["exit_code"] == code
+        assert err.endswith(f"tightfit: {told['message']}\n")
+        return told["message"]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIGHTFIT_CACHE", str(path))
+        yield path
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory, cache):
+    """model/, profile.json and plan.json (an absurdly large budget), data.jsonl: made as a user makes them."""
+    path = tmp_path_factory.mktemp("work")
+    write_directory(path / "model", CONFIG, random_weights(CONFIG), tokenizer=byte_level_tokenizer())
+    (path / "data.jsonl").write_text(lines(ROWS))
+    for words in (
+        ["profile", path / "model", "--seq", SEQ, "--batch", 2, "--lora-rank", 4, "-o", path / "profile.json"],
+        ["plan", path / "profile.json", "--memory", (1 << 63) - 1, "-o", path / "plan.json"],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([str(word) for word in words])
+        assert caught.value.code == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def planned(work):
+    return load_plan(work / "plan.json")
+
+
+@pytest.fixture(scope="session")
+def lean(work):
+    """The profile as a machine would give it whose imports need no more than what stays resident."""
+    made = load_profile(work / "profile.json")
+    floor = made.device.floor
+    floor = floor.model_copy(update={"import_peak_bytes": floor.resident_bytes})
+    return made.model_copy(update={"device": made.device.model_copy(update={"floor": floor})})
+
+
+@pytest.fixture(scope="session")
+def smallest(lean):
+    """The schedule of the smallest budget, which spills."""
+    floor = lean.device.floor.resident_bytes
+    return solve(lean, solve(lean, floor + 4096).minimum_budget_bytes)

@@ -1,0 +1,232 @@
+"""Runs that cannot start or go on: a full disk, Ctrl-C, the cap; the exit code, the message, and what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from damage import MIB, files, fill, small_disk
+
+from planner.exchange import save_plan
+from planner.plan import plan as solve
+from planner.plan import rebudgeted, sealed
+from runtime.cgroup import MemoryCgroup
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def cached(cache):
+    """Nothing goes into the cache of the person who runs the tests."""
+
+
+# --- the disk ------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_while_saving(refused, tightfit, work, tmp_path):
+    with small_disk(tmp_path / "disk", 2 * MIB) as disk:
+        out = disk / "out"
+        run = ("run", work / "plan.json", "--data", work / "data.jsonl", "-o", out)
+        assert tightfit(*run, "--steps", 1)[0] == 0
+        before = files(out / "checkpoint-1")
+        filler = fill(disk, leave=64 * 1024)  # the data and the job still fit, a checkpoint does not
+        said = refused(4, *run, "--steps", 3, "--resume")
+        assert "failed: No space left on device; " in said
+        assert f"{out / 'checkpoint-1'}" in said
+        assert said.endswith("free disk space and continue with --resume")
+        assert files(out / "checkpoint-1") == before
+        assert sorted(p.name for p in out.glob("*checkpoint*")) == ["checkpoint-1"]
+        assert not (out / "job").exists()
+        filler.unlink()
+        assert tightfit(*run, "--steps", 3, "--resume")[0] == 0
+
+
+def test_a_full_disk_while_spilling(refused, tightfit, work, smallest, tmp_path):
+    plan = tmp_path / "plan.json"
+    save_plan(rebudgeted(smallest, budget_bytes=1 << 40), plan)
+    with small_disk(tmp_path / "disk", 4 * MIB) as disk:
+        out = disk / "out"
+        run = ("run", plan, "--data", work / "data.jsonl", "-o", out)
+        assert tightfit(*run, "--steps", 1)[0] == 0
+        before = files(out)
+        free = os.statvfs(disk).f_bfree
+        filler = fill(disk, leave=120 * 1024)
+        said = refused(4, *run, "--steps", 2, "--resume")
+        assert said.startswith("the plan spills ")
+        assert f" MiB and {out} has " in said
+        assert said.endswith("; free disk space, or plan with more memory")
+        assert files(out) == before
+        filler.unlink()
+        assert os.statvfs(disk).f_bfree == free, "something of the spill file stayed"
+        assert tightfit(*run, "--steps", 2, "--resume")[0] == 0
+
+
+def test_a_full_disk_while_profiling_and_planning(refused, work, monkeypatch, tmp_path):
+    with small_disk(tmp_path / "disk", MIB) as disk:
+        monkeypatch.setenv("TIGHTFIT_CACHE", str(disk / "cache"))
+        filler = fill(disk, leave=32 * 1024)
+        said = refused(4, "profile", work / "model", "--seq", 8, "-o", disk / "profile.json")
+        assert str(disk / "cache" / "stores") in said
+        assert "the weight store needs " in said
+        assert said.endswith(" free; free some space or set TIGHTFIT_CACHE")
+        words = ("plan", work / "profile.json", "--policy", "keep-all", "--memory", "1GiB", "-o", disk / "plan.json")
+        said = refused(4, *words)
+        assert said.startswith(f"{disk / 'plan.json'}: the disk is full (")
+        filler.unlink()
+        assert files(disk) == {}
+
+
+# --- Ctrl-C and the cap ----------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_saves_says_where_and_resumes(tightfit, work, tmp_path):
+    steps = 120
+    run = ["run", work / "plan.json", "--data", work / "data.jsonl", "--steps", steps, "--checkpoint-every", 0, "-o"]
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runtime.cli", *map(str, run), str(out), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said, err = process.communicate(timeout=60)
+    assert process.returncode == 4, err
+    (saved,) = out.glob("*checkpoint*")
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert 0 < step < steps
+    told = json.loads(said)["error"]
+    assert told["message"].startswith(f"interrupted after step {step}; everything is saved in {saved}, ")
+    assert "--resume" in told["message"]
+    assert not (out / "adapter").exists()
+    assert tightfit(*run, out, "--resume")[0] == 0
+    assert tightfit(*run, tmp_path / "whole")[0] == 0
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (out, tmp_path / "whole")
+    ]
+    assert len(losses[0]) == steps
+    assert losses[0] == losses[1]
+    assert files(out / "adapter") == files(tmp_path / "whole" / "adapter")
+
+
+@pytest.mark.parametrize("enforcer", ["--no-cgroup", "--cgroup"])
+def test_a_cap_that_is_passed(refused, tightfit, lean, work, tmp_path, enforcer):
+    """The plan was made with the figures of a machine where Python and PyTorch take 20 MiB."""
+    if enforcer == "--cgroup":
+        group = MemoryCgroup.create(64 * MIB)
+        if group is None:
+            pytest.skip("no memory cgroup can be made here")
+        group.remove()
+    floor = lean.device.floor.model_copy(update={"import_peak_bytes": 20 * MIB, "resident_bytes": 20 * MIB})
+    device = lean.device.model_copy(update={"floor": floor})
+    planned = solve(lean.model_copy(update={"device": device}), 60 * MIB, policy="keep-all")
+    assert planned.status == "feasible"
+    save_plan(planned, tmp_path / "plan.json")
+    out = tmp_path / "out"
+    said = refused(5, "run", tmp_path / "plan.json", "--data", work / "data.jsonl", "--steps", 3, "-o", out, enforcer)
+    assert "cap " in said
+    assert "60.0 MiB" in said
+    assert "profile again on this machine" in said
+    measured = max(float(word) for word in said.split() if word.replace(".", "").isdigit() and "." in word)
+    assert 59 < measured < 400
+    assert list(out.glob("*checkpoint*")) == []
+    assert not (out / "job").exists()
+    words = ("run", work / "plan.json", "--data", work / "data.jsonl", "--steps", 3, "-o", out)
+    assert tightfit(*words)[0] == 0, "a plan that fits goes into the same folder"
+    assert list(Path("/sys/fs/cgroup").glob(f"**/tightfit-{os.getpid()}-*")) == []
+
+
+def test_a_budget_lowered_by_hand(refused, planned, tmp_path):
+    """The simulator checks every plan again before it runs."""
+    save_plan(sealed(planned.model_copy(update={"budget_bytes": planned.peak_bytes - 1})), tmp_path / "plan.json")
+    said = refused(2, "run", tmp_path / "plan.json", "--data", "random", "--steps", 1, "-o", tmp_path / "out")
+    assert said.startswith("invalid schedule (budget) at train")
+    assert f"{planned.peak_bytes} bytes at the peak, {planned.peak_bytes - 1} allowed; plan again" in said
+    assert not (tmp_path / "out").exists()
+
+
+RUNS = {
+    "no samples in the folder": (
+        ["--data", "FOLDER"],
+        "FOLDER: no *.jsonl file in this directory; data are JSON lines",
+    ),
+    "missing held-out data": (["--eval", "FOLDER/e.jsonl"], "FOLDER/e.jsonl: no such file; data are a .jsonl file, "),
+    "nothing to resume": (["--resume"], "FOLDER/out holds no checkpoint to resume from; leave out --resume to start"),
+    "no such schedule": (
+        ["--schedule", "step"],
+        "schedule 'step' is not known; choose one of constant, linear, cosine",
+    ),
+    "endless rate": (["--lr", "inf"], "lr inf: give a finite number of at least 0"),
+    "losses explode": (["--lr", "1e30"], "the loss of step 2 is not a number; lower the learning rate (lr 1e+30) or "),
+    "output is a file": (["-o", "FOLDER/file"], "FOLDER/file: File exists; choose another output directory"),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_run_that_cannot_be(refused, work, tmp_path, case):
+    words, message = RUNS[case]
+    (tmp_path / "file").write_text("precious")
+    words = [word.replace("FOLDER", str(tmp_path)) for word in words]
+    run = ["run", work / "plan.json", "--data", "random", "--steps", 3, "-o", tmp_path / "out"]
+    assert refused(2, *run, *words).startswith(message.replace("FOLDER", str(tmp_path)))
+    assert (tmp_path / "file").read_text() == "precious"
+    assert not list(tmp_path.glob("out/*checkpoint*"))
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize("stage", ["pack", "measure"])
+def test_ctrl_c_while_profiling(work, tmp_path, stage):
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "runtime.cli",
+            "profile",
+            str(work / "model"),
+            "--seq",
+            "9",
+            "-o",
+            str(tmp_path / "p.json"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"TIGHTFIT_CACHE": str(tmp_path / "cache")},
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    said = ""
+    while f"{stage} …" not in said:
+        assert process.poll() is None, said
+        said += process.stderr.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said.splitlines()[-1]) == (4, "tightfit: interrupted")
+    assert not (tmp_path / "p.json").exists()
+    assert [
+        name for name in files(tmp_path) if not (name.startswith("cache/stores/model-") and name.endswith(".store"))
+    ] == []
+
+
+def test_a_plan_for_another_torch(refused, planned, tmp_path):
+    device = planned.device.model_copy(update={"torch_version": "1.0.0"})
+    save_plan(sealed(planned.model_copy(update={"device": device})), tmp_path / "plan.json")
+    said = refused(2, "run", tmp_path / "plan.json", "--data", "random", "--steps", 1, "-o", tmp_path / "out")
+    assert said == (
+        f"the plan was made with torch 1.0.0 and torch {torch.__version__} is installed; profile and plan again"
+    )
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from profiles.errors import InputError
+from runtime.batches import HEADER_BYTES, TensorBatches, open_batches, write_batches
+from runtime.records import RecordWriter
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, 3, 4, generator=generator), torch.randint(0, 9, (2,), generator=generator)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write_batches(str(tmp_path / "x.batches"), [batch(0), batch(1)])
+
+
+def empty():
+    return [torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int64)]
+
+
+def test_batches_come_back_in_turn(path):
+    opened = open_batches(path, 0)
+    assert isinstance(opened, TensorBatches)
+    for step in range(5):
+        inputs = empty()
+        opened.training(step, inputs)
+        for found, expected in zip(inputs, batch(step % 2), strict=True):
+            assert torch.equal(found, expected)
+    assert opened.evaluation_count(empty()) == 2
+    opened.close()
+
+
+def test_damage_and_truncation_are_found(path, tmp_path):
+    data = bytearray((tmp_path / "x.batches").read_bytes())
+    data[HEADER_BYTES + 3] ^= 1
+    (tmp_path / "x.batches").write_bytes(data)
+    opened = open_batches(path, 0)
+    with pytest.raises(InputError, match="batch 0 is damaged"):
+        opened.training(0, empty())
+    opened.close()
+    (tmp_path / "x.batches").write_bytes(data[:-1])
+    with pytest.raises(InputError, match=r"bytes where .* are expected"):
+        open_batches(path, 0)
+
+
+def test_batches_of_two_shapes_are_refused(tmp_path):
+    with pytest.raises(InputError, match="batch 1 has tensors"):
+        write_batches(str(tmp_path / "x"), [batch(0), batch(1)[:1]])
+    with pytest.raises(InputError, match="no batch to train on"):
+        write_batches(str(tmp_path / "x"), [])
+
+
+def test_equal_batches_have_equal_fingerprints(tmp_path, path):
+    again = open_batches(write_batches(str(tmp_path / "y"), [batch(0), batch(1)]), 0)
+    other = open_batches(write_batches(str(tmp_path / "z"), [batch(0), batch(2)]), 0)
+    first = open_batches(path, 0)
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    for opened in (again, other, first):
+        opened.close()
+
+
+def test_token_records_are_recognised(tmp_path):
+    target = tmp_path / "t.records"
+    with RecordWriter(target, seq=4, pad_token=0, vocab_size=10, source="test") as writer:
+        writer.add([1, 2, 3], [2, 3, 4], example=0)
+    opened = open_batches(str(target), 0)
+    ids, labels = torch.full((2, 4), 9), torch.full((2, 4), 9)
+    opened.training(0, [ids, labels])
+    assert ids.tolist() == [[1, 2, 3, 0]] * 2
+    assert labels.tolist() == [[2, 3, 4, -100]] * 2
+    assert opened.evaluation_count([ids]) == 1
+    opened.close()
+    with pytest.raises(InputError, match="No such file"):
+        open_batches(str(tmp_path / "missing"), 0)

@@ -1,0 +1,214 @@
+"""Plans as a user meets them: budgets, policies, bounds, limits of time, and what an infeasible answer says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.compare import compare
+from planner.graph import layer_graph, step_graph
+from planner.plan import Planner, minimum_budget, plan
+from planner.policies import POLICIES
+from planner.simulate import simulate
+from profiles.errors import InputError
+from synthetic import MIB, PAGE, decoder_like, device, small_chain
+
+REAL = {"import_peak": 122 * MIB, "resident": 106 * MIB, "per_instruction": 200}
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """Four layers on a device with a floor."""
+    return Planner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
+
+
+def test_from_the_minimum_to_keep_all(decoder):
+    smallest = decoder.minimum().peak_bytes
+    largest = decoder.plan(1 << 40, policy="keep-all").peak_bytes
+    assert smallest < largest
+    before = None
+    for share in (0.0, 0.3, 1.0):
+        budget = int(smallest + share * (largest - smallest))
+        made = decoder.plan(budget)
+        assert made.status in {"optimal", "feasible"}
+        assert made.peak_bytes <= budget
+        assert made.any_schedule_bound_seconds <= made.bound_seconds <= made.step_seconds
+        assert made.gap == pytest.approx((made.step_seconds - made.bound_seconds) / made.step_seconds)
+        assert simulate(made).step_seconds == made.step_seconds
+        assert before is None or made.step_seconds <= before * 1.002
+        before = made.step_seconds
+    assert made.step_seconds == pytest.approx(made.bound_seconds, rel=1e-3)
+    assert made.train.recompute_seconds == 0
+    assert decoder.plan(smallest - 1).status == "infeasible"
+
+
+def test_fragmentation_is_small(decoder):
+    made = decoder.plan(int(decoder.minimum().peak_bytes * 1.15))
+    assert made.arena_bytes <= 1.02 * simulate(made).live_bytes + 64 * len(made.resident)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_are_plans_of_the_same_kind_and_never_faster(decoder, policy):
+    made = decoder.plan(1 << 40, policy=policy)
+    assert (made.policy, made.status) == (policy, "feasible")
+    assert simulate(made).peak_bytes == made.peak_bytes
+    same = decoder.plan(made.peak_bytes)
+    assert same.step_seconds <= made.step_seconds * (1 + 1e-9)
+    assert same.bound_seconds <= made.step_seconds
+    short = decoder.plan(made.peak_bytes - 1, policy=policy)
+    assert (short.status, short.minimum_budget_bytes) == ("infeasible", made.peak_bytes)
+
+
+def test_what_the_policies_do(decoder):
+    keep_all = decoder.plan(1 << 40, policy="keep-all")
+    assert (keep_all.train.recompute_seconds, keep_all.train.read_bytes, keep_all.train.unpack_seconds) == (0, 0, 0)
+    checkpoint = decoder.plan(1 << 40, policy="checkpoint-layers")
+    forward = sum(o.seconds for o in checkpoint.programs[1].operators if o.phase == "forward")
+    # Everything runs again but what only makes the layer's output.
+    assert 0.5 * 4 * forward < checkpoint.train.recompute_seconds < 4 * forward
+    mebp = decoder.plan(1 << 40, policy="mebp")
+    packed = sum(t.packed_bytes for t in mebp.tensors if t.kind == "weight" and t.name.startswith("layer"))
+    assert mebp.train.read_bytes >= 2 * packed
+    assert mebp.train.recompute_seconds == pytest.approx(checkpoint.train.recompute_seconds)
+
+
+def test_the_same_input_gives_the_same_plan():
+    profile = decoder_like(2, tokens=128, slices=2, on=device(**REAL))
+    budget = int(minimum_budget(profile) * 1.1)
+    first, second = plan(profile, budget), plan(profile, budget)
+    assert first.fingerprint == second.fingerprint
+    assert first.train == second.train
+
+
+@given(seed=st.integers(0, 100_000), layers=st.integers(2, 5), share=st.floats(0, 1))
+@settings(max_examples=20, deadline=None)
+def test_any_chain_at_any_budget(seed, layers, share):
+    planner = Planner(small_chain(seed, layers=layers))
+    smallest = planner.minimum().peak_bytes
+    largest = planner.plan(1 << 40, policy="keep-all").peak_bytes
+    budget = int(smallest + share * max(0, largest - smallest))
+    made = planner.plan(budget)
+    assert made.status in {"optimal", "feasible"}
+    assert made.peak_bytes <= budget
+    assert made.any_schedule_bound_seconds <= made.bound_seconds <= made.step_seconds
+    assert planner.plan(smallest - 1).status == "infeasible"
+    for policy in POLICIES:
+        other = planner.plan(budget, policy=policy)
+        if other.status != "infeasible":
+            assert made.bound_seconds <= other.step_seconds * (1 + 1e-9)
+            assert made.any_schedule_bound_seconds <= other.step_seconds * (1 + 1e-9)
+
+
+@given(seed=st.integers(0, 100_000))
+@settings(max_examples=8, deadline=None)
+def test_a_larger_budget_is_never_slower(seed):
+    profile = small_chain(seed, layers=3)
+    smallest = minimum_budget(profile)
+    budgets = [smallest + step * 2 * PAGE for step in range(4)]
+    told = compare(profile, budgets, ["solver"])
+    seconds = [told.plan(budget, "solver").step_seconds for budget in budgets]
+    assert seconds == sorted(seconds, reverse=True)
+    assert all(told.plan(budget, "solver").peak_bytes <= budget for budget in budgets)
+
+
+def test_below_the_floor():
+    profile = small_chain(1, on=device(**REAL))
+    answer = plan(profile, 100 * MIB)
+    assert answer.status == "infeasible"
+    assert answer.train is None
+    assert answer.minimum_budget_bytes == minimum_budget(profile) >= 122 * MIB
+    assert answer.minimum_budget_reason.startswith(f"importing Python and PyTorch alone reaches {122 * MIB} bytes")
+
+
+def test_between_floor_and_feasible(decoder):
+    answer = decoder.plan(123 * MIB)
+    assert answer.status == "infeasible"
+    reason = answer.minimum_budget_reason
+    assert "the smallest plan peaks at" in reason
+    assert "head: chunk (forward)" in reason or "layer" in reason
+    assert decoder.plan(answer.minimum_budget_bytes).peak_bytes <= answer.minimum_budget_bytes
+
+
+@pytest.mark.parametrize(("budget", "message"), [(0, "a budget of 0 bytes"), (-5, "a budget of -5 bytes")])
+def test_budgets_that_are_none(budget, message):
+    with pytest.raises(InputError, match=message):
+        plan(small_chain(1), budget)
+
+
+def test_an_unknown_policy():
+    with pytest.raises(InputError, match="no policy is called 'greedy'; choose one of solver, keep-all"):
+        plan(small_chain(1), 1 << 30, policy="greedy")
+
+
+def test_a_short_time_limit_still_gives_a_plan():
+    profile = decoder_like(6, tokens=256, slices=3, on=device(**REAL))
+    planner = Planner(profile)
+    budget = int(planner.minimum(time_limit=60).peak_bytes * 1.2)
+    fresh = Planner(profile)
+    begun = time.monotonic()
+    made = fresh.plan(budget, time_limit=0.01)
+    assert time.monotonic() - begun < 30
+    assert made.status in {"fallback", "feasible"}
+    assert made.peak_bytes <= budget
+    assert made.step_seconds <= fresh.plan(1 << 40, policy="mebp").step_seconds * (1 + 1e-6)
+
+
+def test_an_interruption_returns_the_best_so_far():
+    planner = Planner(small_chain(7, layers=3))
+    budget = int(planner.minimum().peak_bytes * 1.3)
+    told = []
+
+    def interrupt(state):
+        told.append(state)
+        raise KeyboardInterrupt
+
+    made = planner.plan(budget, progress=interrupt)
+    assert made.peak_bytes <= budget
+    assert set(told[0]) == {"stage", "incumbent", "bound", "gap", "seconds"}
+    assert told[0]["stage"] == "carried out"
+
+
+def test_the_graphs():
+    profile = decoder_like(2, tokens=64, hidden=96, ffn=192, slices=2)
+    flat = step_graph(profile)
+    assert [step.index for step in flat.steps] == list(range(len(flat.steps)))
+    assert [flat.layers[step.layer] for step in flat.steps if step.target == "attention_backward"] == ["layer1", "layer0"]
+    assert flat.storages["layer0/mid"].layer == 1
+    graph = layer_graph(profile)
+    assert list(graph.nodes) == ["stem", "layer0", "layer1", "head"]
+    assert graph.edges["layer0", "layer1"]["bytes"] == 64 * 96 * 2
+    block = graph.nodes["layer0"]
+    assert block["weight_bytes"] == 2 * (2 * 96 * 96 + 2 * 96 * 32 + 3 * 96 * 192)
+    assert block["forward_seconds"] == pytest.approx(
+        sum(step.seconds for step in flat.steps if step.layer == 1 and step.phase == "forward")
+    )
+
+
+def test_profiles_that_contradict_themselves():
+    profile = small_chain(2)
+    layers = [profile.layers[0].model_copy(update={"program": "gone"}), *profile.layers[1:]]
+    with pytest.raises(InputError, match="layer l0 names the program 'gone'"):
+        plan(profile.model_copy(update={"layers": layers}), 1 << 30)
+    with pytest.raises(InputError, match="before any operator makes it"):
+        plan(profile.model_copy(update={"layers": list(reversed(profile.layers))}), 1 << 30)
+
+
+def test_the_package_itself_imports_nothing():
+    code = "import sys, planner; print([m for m in ('ortools', 'pydantic', 'networkx', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [24, 48])
+def test_depth_costs_little(layers):
+    planner = Planner(decoder_like(layers, on=device(**REAL)))
+    assert len(planner.problem.types) <= 5
+    budget = int(planner.minimum().peak_bytes * 1.5)
+    made = planner.plan(budget)
+    assert made.peak_bytes <= budget
+    assert made.gap < 0.03

@@ -1,0 +1,129 @@
+"""Plan files, comparisons and plans in words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from planner.compare import compare
+from planner.exchange import load_plan, save_plan
+from planner.explain import explain
+from planner.plan import Planner, fingerprint, rebudgeted
+from profiles.errors import InputError
+from synthetic import MIB, device, small_chain
+
+
+@pytest.fixture(scope="module")
+def planner():
+    return Planner(small_chain(12, layers=3))
+
+
+@pytest.fixture(scope="module")
+def made(planner):
+    return planner.plan(int(planner.minimum().peak_bytes * 1.2))
+
+
+def test_there_and_back(made, tmp_path):
+    path = save_plan(made, tmp_path / "plan.json")
+    assert load_plan(path) == made
+    assert fingerprint(made) == made.fingerprint
+
+
+def damaged(made, tmp_path, edit):
+    path = tmp_path / "plan.json"
+    save_plan(made, path)
+    path.write_bytes(edit(path.read_bytes()))
+    with pytest.raises(InputError) as caught:
+        load_plan(path)
+    assert str(path) in str(caught.value)
+    assert "tightfit plan" in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_missing_plan(tmp_path):
+    with pytest.raises(InputError, match="no such plan; make one with `tightfit plan"):
+        load_plan(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_a_truncated_plan(made, tmp_path, share):
+    assert "not whole JSON" in damaged(made, tmp_path, lambda data: data[: int(share * len(data))])
+
+
+def test_flipped_bits(made, tmp_path):
+    """Any changed figure is noticed."""
+
+    def edit(data):
+        at = data.index(b'"budget_bytes":') + len(b'"budget_bytes":')
+        return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+    assert "does not match its fingerprint" in damaged(made, tmp_path, edit)
+    assert "not whole JSON" in damaged(made, tmp_path, lambda data: b"\xff" + data[1:])
+
+
+def test_another_version(made, tmp_path):
+    text = damaged(made, tmp_path, lambda data: data.replace(b'"version":1', b'"version":7', 1))
+    assert "plan version 7, this program reads version 1" in text
+
+
+def test_no_plan_at_all(made, tmp_path):
+    assert "not a plan" in damaged(made, tmp_path, lambda data: b"[1, 2]")
+    profile = json.dumps({"version": 1, "programs": [], "layers": []}).encode()
+    assert "a profile, not a plan" in damaged(made, tmp_path, lambda data: profile)
+
+
+def test_a_field_that_is_wrong(made, tmp_path):
+    text = damaged(made, tmp_path, lambda data: data.replace(b'"status":"', b'"status":"very ', 1))
+    assert "field status" in text
+
+
+def test_compare_is_a_table_of_plans(planner):
+    profile = planner.profile
+    smallest = planner.minimum().peak_bytes
+    told = []
+    result = compare(profile, [smallest * 2, smallest], progress=lambda *state: told.append(state))
+    assert result.budgets == [smallest, smallest * 2]
+    assert [(p.budget_bytes, p.policy) for p in result.plans] == [
+        (budget, policy) for budget in result.budgets for policy in ("solver", "keep-all", "checkpoint-layers", "mebp")
+    ]
+    roomy = result.plan(smallest * 2, "solver")
+    for plan in result.plans:
+        assert plan.fingerprint == fingerprint(plan)
+        if plan.budget_bytes == smallest * 2 and plan.status != "infeasible":
+            assert plan.step_seconds >= roomy.step_seconds * (1 - 1e-9)
+            assert plan.gap >= roomy.gap - 1e-9
+    assert told[-1] == ("planning", 8, 8)
+    with pytest.raises(KeyError):
+        result.plan(1, "solver")
+
+
+def test_compare_refuses(planner):
+    with pytest.raises(InputError, match="no budgets"):
+        compare(planner.profile, [])
+    with pytest.raises(InputError, match="no policy is called 'best'"):
+        compare(planner.profile, [1 << 30], ["best"])
+
+
+def test_a_plan_told_at_a_larger_budget(made):
+    wider = rebudgeted(made, budget_bytes=made.budget_bytes * 2)
+    assert (wider.budget_bytes, wider.train) == (made.budget_bytes * 2, made.train)
+    assert wider.fingerprint == fingerprint(wider) != made.fingerprint
+
+
+def test_in_words(made):
+    text = "\n".join(explain(made))
+    assert f"one step takes {made.step_seconds:.3f} s" in text
+    assert "proven optimal" in text or "not proven optimal" in text
+    assert f"{made.any_schedule_gap:.2%} slower than any schedule" in text
+    assert "times are estimated" in text
+    assert made.train.peak.text in text
+
+
+def test_infeasible_in_words():
+    floor = device(import_peak=122 * MIB, resident=106 * MIB)
+    planner = Planner(small_chain(12, on=floor))
+    lines = explain(planner.plan(100 * MIB))
+    assert lines[0] == "no plan fits 100.0 MiB for the whole process"
+    assert lines[1].startswith("the smallest budget that can hold is ")
+    assert "importing Python and PyTorch" in lines[2]
