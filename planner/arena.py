@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from planner.emit import Entry, made_by
 from planner.graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
 
-
 Offsets = NDArray[np.int64]
-FEW = 200
+FEW = 80
 SHUFFLES = 200
 """random orders tried for arenas of at most FEW items"""
 ENDLESS = int(np.iinfo(np.int64).max)

@@ -94,7 +94,7 @@ class _Relaxation:
     def _activations(self) -> None:
         runs: dict[int, mathopt.Variable] = {}
         device = self.profile.device
-        for name, storage in self.graph.storages.items():
+        for storage in self.graph.storages.values():
             if storage.kind in ALWAYS or storage.kind == "weight" or not storage.bytes:
                 continue
             before = [index for index in storage.producers if index in self.earlier]

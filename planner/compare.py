@@ -74,7 +74,10 @@ def compare(
                 continue
             if best is not None and best.step_seconds < here.step_seconds:
                 here = found[budget, policy] = rebudgeted(
-                    best, budget_bytes=budget, bound_seconds=here.bound_seconds, any_bound=here.any_schedule_bound_seconds
+                    best,
+                    budget_bytes=budget,
+                    bound_seconds=here.bound_seconds,
+                    any_bound=here.any_schedule_bound_seconds,
                 )
             best = here
     if progress is not None:

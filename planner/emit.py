@@ -87,7 +87,11 @@ class _Joiner:
         count = len(self.columns)
         train = [
             *(entry for layer in range(count) for entry in self._entries(layer, self.scripts[layer].forward)),
-            *(entry for layer in reversed(range(count)) for entry in self._entries(layer, self.scripts[layer].backward)),
+            *(
+                entry
+                for layer in reversed(range(count))
+                for entry in self._entries(layer, self.scripts[layer].backward)
+            ),
             *self._outcome(),
         ]
         evaluate = [
@@ -211,9 +215,7 @@ def kinds(problem: Layered, draft_: Draft, columns: tuple[Column, ...]) -> dict[
         for value, mode in column.decision.weights:
             name = problem.name(layer, value)
             places = {mode.backward_gap, mode.step_gap}
-            result[name] = (
-                "unpacked" if places == {"unpacked"} else "packed" if "disk" not in places else "streamed"
-            )
+            result[name] = "unpacked" if places == {"unpacked"} else "packed" if "disk" not in places else "streamed"
         for update in described.updates:
             if update.states:
                 name = problem.name(layer, update.trainable)

@@ -96,7 +96,11 @@ def _phrase(totals: dict[str, tuple[int, int]], words: dict[str, str]) -> str:
 
 def _activations(plan: Plan) -> list[str]:
     totals = _totals(plan, {"activation", "gradient"})
-    words = {"kept": "kept in memory", "recomputed": "made again in the backward", "offloaded": "written to disk and fetched"}
+    words = {
+        "kept": "kept in memory",
+        "recomputed": "made again in the backward",
+        "offloaded": "written to disk and fetched",
+    }
     phrase = _phrase(totals, words)
     return [f"activations saved for the backward: {phrase}"] if phrase else []
 

@@ -12,6 +12,7 @@ needs it, and what that takes runs before), so it need not be declared integer.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -122,9 +123,7 @@ class Block:
         kind = self.kind
         self.keep = {value: self.model.add_binary_variable() for value in kind.candidates}
         self.offload = {
-            value: self.model.add_binary_variable()
-            for value in kind.candidates
-            if value in kind.offloadable
+            value: self.model.add_binary_variable() for value in kind.candidates if value in kind.offloadable
         }
         self.mode = {
             name: [self.model.add_binary_variable() for _ in weight.modes] for name, weight in kind.weights.items()
@@ -147,7 +146,7 @@ class Block:
                 if value in self.candidates:
                     self.readers[value].append(k)
         for variables in self.again.values():
-            for earlier, later in zip(variables, variables[1:]):
+            for earlier, later in itertools.pairwise(variables):
                 self.model.add_linear_constraint(later >= earlier)
         self.direct: dict[str, list[int]] = {value: kind.direct_uses(value) for value in kind.candidates}
         for value in kind.candidates:
@@ -220,9 +219,8 @@ class Block:
         """Whether the weight's mode has these places in the backward gap, the step gap and inside the window."""
         result = Linear()
         for mode, variable in zip(self.kind.weights[name].modes, self.mode[name]):
-            if (not behind or mode.backward_gap == behind) and (not ahead or mode.step_gap == ahead):
-                if not hold or mode.hold == hold:
-                    result.add(variable)
+            if behind in {"", mode.backward_gap} and ahead in {"", mode.step_gap} and hold in {"", mode.hold}:
+                result.add(variable)
         return result
 
     def _weights(self) -> None:
@@ -313,9 +311,7 @@ class Block:
                 born.setdefault(value, position)
         for value in stays:
             last[value] = LAST
-        self._row(
-            peak, Linear(sum(self._size(v) for v in kind.enters_forward)).plus(self._outside())
-        )
+        self._row(peak, Linear(sum(self._size(v) for v in kind.enters_forward)).plus(self._outside()))
         for position, op in enumerate(kind.forward):
             shared = Linear().plus(self._states())
             made = 0.0

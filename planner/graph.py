@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import networkx as nx
 
-from planner.schema import Layer, Plan, Program, Tensor
+from planner.schema import Plan
 from profiles.errors import InputError
-from profiles.schema import Profile
+from profiles.schema import Layer, Profile, Program, Tensor
 
 ALIGNMENT = 64
 """arena offsets are multiples of this many bytes"""
@@ -114,7 +114,8 @@ def step_graph(source: Profile | Plan) -> StepGraph:
 
 def layer_graph(source: Profile | Plan) -> nx.DiGraph:
     """Layers as nodes with `forward_seconds`, `backward_seconds`, `weight_bytes`, `saved_bytes` (what a plain training
-    step would hold for the backward); edges carry the `bytes` that flow forward between two layers."""
+    step would hold for the backward); edges carry the `bytes` that flow forward between two layers.
+    """
     graph = step_graph(source)
     result: nx.DiGraph = nx.DiGraph()
     for index, name in enumerate(graph.layers):

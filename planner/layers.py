@@ -171,7 +171,7 @@ class _Splitter:
         self.own: list[dict[str, list[Step]]] = [{"forward": [], "backward": []} for _ in range(self.count)]
         for step in graph.steps:
             self.own[step.layer][step.phase].append(step)
-        self.outcome = {profile.loss, profile.token_losses} - {None}
+        self.outcome = {name for name in (profile.loss, profile.token_losses) if name is not None}
         self.rewritten = {
             name
             for name, storage in graph.storages.items()
@@ -245,9 +245,8 @@ class _Splitter:
             if min(possible.get(name, {self.count})) == min(layers):
                 self.whole_window[name] = self.last[name]
         for name in self.outcome:
-            if name is not None:
-                self.last[name] = 2 * windows
-                self.last_forward[name] = 2 * windows
+            self.last[name] = 2 * windows
+            self.last_forward[name] = 2 * windows
         self.updated = self._updated()
         for trainable, window in self.updated.items():
             gradient = f"grad:{trainable}"
@@ -286,7 +285,9 @@ class _Splitter:
             layer_type=tuple(layer_type),
             constant_bytes=sum(aligned(storages[name].bytes) for name in always),
             across_forward=tuple(self._across(layer, layer, self.last) for layer in range(self.count)),
-            across_backward=tuple(self._across(layer, 2 * self.count - 1 - layer, self.last) for layer in range(self.count)),
+            across_backward=tuple(
+                self._across(layer, 2 * self.count - 1 - layer, self.last) for layer in range(self.count)
+            ),
             across_evaluate=tuple(self._across(layer, layer, self.last_forward) for layer in range(self.count)),
             always=tuple(always),
             workspace_bytes=max((step.workspace_bytes for step in self.graph.steps), default=0),
@@ -391,7 +392,9 @@ class _Splitter:
         states = int(self.profile.optimizer.get("state_tensors", 2))
         for name, at in self.updated.items():
             if at == window:
-                result.update(dict.fromkeys(state_names(local.get(name, name), states), self.graph.storages[name].bytes))
+                result.update(
+                    dict.fromkeys(state_names(local.get(name, name), states), self.graph.storages[name].bytes)
+                )
         return dict(sorted(result.items()))
 
     def _operation(self, layer: int, step: Step, local: dict[str, str]) -> Operation:
@@ -537,6 +540,8 @@ def weight_modes(ahead: bool, behind: bool, recomputing: int, *, late: bool) -> 
     if recomputing == 0:
         seen: dict[tuple[str, str], Mode] = {}
         for mode in FREE:
-            seen.setdefault((mode.backward_gap, mode.step_gap), Mode(mode.backward_gap, mode.step_gap, mode.backward_gap))
+            seen.setdefault(
+                (mode.backward_gap, mode.step_gap), Mode(mode.backward_gap, mode.step_gap, mode.backward_gap)
+            )
         return tuple(seen.values())
     return FREE

@@ -158,9 +158,7 @@ def add_rows(model: mathopt.Model, problem: Layered, layers: list[Terms], *, car
             (index, problem.across_forward[index], "forward_peak"),
             (2 * count - 1 - index, problem.across_backward[index], "backward_peak"),
         ):
-            peaks[moment] = (
-                Linear(-across / KIB).add(used).plus(others, -1.0).plus(terms[peak], -1.0)
-            )
+            peaks[moment] = Linear(-across / KIB).add(used).plus(others, -1.0).plus(terms[peak], -1.0)
         _row(
             model,
             Linear(-constant - problem.across_evaluate[index] / KIB)
@@ -335,7 +333,10 @@ class Pool:
             raise TimeoutError
         decision = block.decision(result.variable_values())
         self.add(kind, decision)
-        answer = (min(result.best_objective_bound(), result.objective_value()), measure(self.problem.types[kind], decision))
+        answer = (
+            min(result.best_objective_bound(), result.objective_value()),
+            measure(self.problem.types[kind], decision),
+        )
         self.priced[key] = answer
         return answer
 
@@ -392,9 +393,7 @@ class Search:
             measure(problem.types[kind], block.decision(values)) for kind, block in zip(problem.layer_type, blocks)
         )
         optimal = result.termination.reason == mathopt.TerminationReason.OPTIMAL
-        return Answer(
-            columns=columns, bound_seconds=self.bound(result.best_objective_bound()), proven=optimal
-        )
+        return Answer(columns=columns, bound_seconds=self.bound(result.best_objective_bound()), proven=optimal)
 
     def bound(self, objective: float) -> float:
         """Seconds that no plan undercuts, from a bound on time + MOVE_PRICE * disk time (disk time <= time)."""
@@ -413,7 +412,7 @@ class Search:
             new = False
             for layer, kind in enumerate(problem.layer_type):
                 before = len(self.pool.columns[kind])
-                bound, column = self.pool.price(kind, prices[layer], min(10.0, self.left()))
+                bound, _ = self.pool.price(kind, prices[layer], min(10.0, self.left()))
                 gain += min(0.0, bound - convexity[layer])
                 new = new or len(self.pool.columns[kind]) > before
             best = max(best, value + gain)

@@ -29,6 +29,7 @@ from profiles.schema import Profile
 TOLERANCE = 1e-3
 """a plan this near its bound is called optimal"""
 MINIMUM_ROUNDS = 20
+GAP_ROUNDS = 3
 MOST_BYTES = 1 << 50
 """no process holds more; HiGHS gives up on right-hand sides that doubles cannot count exactly"""
 RESERVES = (0.0, 0.02, 0.05, 0.1)
@@ -217,7 +218,9 @@ class Planner:
                 search.report("carried out", schedule.seconds, bound)
                 return schedule
         allowed = limit
-        while found and excess and search.left() > 0:
+        for _ in range(GAP_ROUNDS if found else 0):
+            if search.left() <= 0:
+                break
             # The arena has gaps; leave room for them.
             allowed -= excess
             again = search.choose(allowed)
@@ -472,8 +475,6 @@ def fingerprint(plan_: Plan) -> str:
 def sealed(plan_: Plan) -> Plan:
     """The plan with its fingerprint."""
     return plan_.model_copy(update={"fingerprint": fingerprint(plan_)})
-
-
 
 
 def rebudgeted(

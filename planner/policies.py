@@ -27,7 +27,8 @@ def checkpoint_layers(kind: LayerType, *, last: bool) -> Decision:
 
 def mebp(kind: LayerType, *, last: bool) -> Decision:
     """Memory-efficient backpropagation (Song and Tang, 2025): checkpoints per layer, and each weight is read and
-    unpacked just before its use in forward and again in backward."""
+    unpacked just before its use in forward and again in backward.
+    """
     return _decision(kind, _read_by_backward(kind) if last else frozenset(), _streamed)
 
 
@@ -36,9 +37,7 @@ def smallest(kind: LayerType, *, last: bool) -> Decision:
     decision = _decision(kind, frozenset(), _streamed)
     away = {value for value in decision.keep if value in kind.offloadable and value in kind.owned}
     states = frozenset(update.trainable for update in kind.updates if update.states)
-    return Decision(
-        keep=decision.keep - away, offload=frozenset(away), weights=decision.weights, states=states
-    )
+    return Decision(keep=decision.keep - away, offload=frozenset(away), weights=decision.weights, states=states)
 
 
 Rule = Callable[..., Decision]

@@ -1,10 +1,11 @@
 """HiGHS behind MathOpt, kept from printing: some of its messages go to standard output whatever its options say, and
-standard output belongs to whoever called (``--json`` prints one object there and nothing else)."""
+standard output belongs to whoever called (``--json`` prints one object there and nothing else).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import os
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ def solve_quietly(model: mathopt.Model, seconds: float = 60.0, gap: float = 1e-6
     if seconds <= 0:
         raise TimeoutError
     parameters = mathopt.SolveParameters(
-        time_limit=datetime.timedelta(seconds=seconds), relative_gap_tolerance=gap, absolute_gap_tolerance=1e-9
+        time_limit=dt.timedelta(seconds=seconds), relative_gap_tolerance=gap, absolute_gap_tolerance=1e-9
     )
     with _standard_output_to_error():
         return mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)

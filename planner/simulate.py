@@ -26,7 +26,7 @@ each); an instruction waits for the transfers it depends on; each byte moved cos
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +90,9 @@ class Simulation:
 def simulate(plan: Plan) -> Simulation:
     """Replay `plan`. Raises InvalidSchedule where an invariant breaks, InputError where the plan has no schedule."""
     if plan.train is None or plan.evaluate is None:
-        raise InputError(f"the plan is {plan.status} and has no schedule; plan with at least {plan.minimum_budget_bytes} bytes")
+        raise InputError(
+            f"the plan is {plan.status} and has no schedule; plan with at least {plan.minimum_budget_bytes} bytes"
+        )
     world = _World(plan)
     train = _Replay(world, plan.train.instructions, "train")
     train.run()
@@ -158,7 +160,9 @@ class _World:
         self.layers: dict[str, tuple[list[Operator], dict[str, str]]] = {}
         for layer in plan.layers:
             if layer.program not in programs:
-                raise InvalidSchedule("form", "plan", -1, layer.name, f"its program {layer.program!r} is not in the plan")
+                raise InvalidSchedule(
+                    "form", "plan", -1, layer.name, f"its program {layer.program!r} is not in the plan"
+                )
             program = programs[layer.program]
             names = {v.name: layer.bindings.get(v.name, f"{layer.name}/{v.name}") for v in program.values}
             for value in program.values:
@@ -228,7 +232,9 @@ class _Replay:
 
     def _expected(self) -> list[tuple[str, int]]:
         """First runs in order: forward of all layers, then backward of the layers in reverse."""
-        order = [(n, i) for n in self.world.order for i, o in enumerate(self.world.layers[n][0]) if o.phase == "forward"]
+        order = [
+            (n, i) for n in self.world.order for i, o in enumerate(self.world.layers[n][0]) if o.phase == "forward"
+        ]
         if self.name == "train":
             for n in reversed(self.world.order):
                 order.extend((n, i) for i, o in enumerate(self.world.layers[n][0]) if o.phase == "backward")
@@ -245,7 +251,7 @@ class _Replay:
         for states in self.world.trainables.values():
             self.on_disk.update(state for state in states if state not in self.places)
         self._record(0)
-        verbs = {
+        verbs: dict[str, Callable[..., int | None]] = {
             "read": self._read,
             "unpack": self._unpack,
             "run": self._run,
@@ -254,7 +260,8 @@ class _Replay:
             "fetch": self._fetch,
             "update": self._update,
         }
-        for self.index, instruction in enumerate(self.instructions):
+        for index, instruction in enumerate(self.instructions):
+            self.index = index
             verb = verbs.get(instruction[0]) if instruction else None
             if verb is None:
                 raise self.fail("form", str(list(instruction)), "no such instruction")
@@ -379,7 +386,9 @@ class _Replay:
                 raise self.fail("update-once", name, "is read after its update")
             self._need(name)
         if len(offsets) != len(operator.outputs):
-            raise self.fail("form", layer, f"operator {position} has {len(operator.outputs)} outputs, {len(offsets)} offsets")
+            raise self.fail(
+                "form", layer, f"operator {position} has {len(operator.outputs)} outputs, {len(offsets)} offsets"
+            )
         for output, offset in zip(operator.outputs, offsets):
             if output is None:
                 if offset is not None:

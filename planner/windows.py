@@ -113,9 +113,7 @@ def state_names_of(update: Update) -> tuple[str, ...]:
 
 
 def _in_gap(places: dict[str, str]) -> set[str]:
-    return {
-        name if place == "unpacked" else f"packed:{name}" for name, place in places.items() if place != "disk"
-    }
+    return {name if place == "unpacked" else f"packed:{name}" for name, place in places.items() if place != "disk"}
 
 
 def size_of(kind: LayerType, name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ class MemoryCgroup:
     def create(cls, limit_bytes: int, mount: Path = MOUNT) -> MemoryCgroup | None:
         """A new cgroup with this limit, or None where this process may not make one."""
         for parent, version in _parents(mount):
+            _sweep(parent)
             path = parent / f"tightfit-{os.getpid()}-{time.monotonic_ns()}"
             try:
                 path.mkdir()
@@ -100,6 +102,15 @@ def _parents(mount: Path) -> Iterator[tuple[Path, int]]:
         if (second / "cgroup.controllers").exists():
             for path in (own.get(2, "/"), "/"):
                 yield second / path.lstrip("/"), 2
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what killed parents left: empty cgroups of ours whose maker is gone."""
+    for path in parent.glob("tightfit-*"):
+        pid = path.name.split("-")[1]
+        if not Path(f"/proc/{pid}").exists():
+            with contextlib.suppress(OSError):  # still in use, or another's
+                path.rmdir()
 
 
 def _number(path: Path) -> int | None:

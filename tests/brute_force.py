@@ -49,7 +49,8 @@ class Chain:
             kinds = {names[v.name]: v.kind for v in program.values}
             sizes = {names[v.name]: v.bytes for v in program.values}
             ops = [
-                (o.phase, [names[i] for i in o.inputs], [names[x] for x in o.outputs], o.seconds) for o in program.operators
+                (o.phase, [names[i] for i in o.inputs], [names[x] for x in o.outputs], o.seconds)
+                for o in program.operators
             ]
             self.layers.append(
                 {
@@ -67,7 +68,7 @@ class Chain:
         layer = self.layers[index]
         made = {name: op for op in layer["forward"] for name in op[2]}
         read = {name for op in layer["backward"] for name in op[1]}
-        wanted, open_ = [name for name in read], []
+        wanted, open_ = list(read), []
         while wanted:
             name = wanted.pop()
             if name in open_ or self.kind[name] != "activation" or name == "loss":
@@ -265,9 +266,9 @@ class Run:
                 elif kind == "activation" and name != "loss":
                     self.drop(name)
             for name in inputs:
-                if self.chain.kind[name] == "weight" and any(name in o[1] for o in later):
-                    if choice["weights"][name][2] != "unpacked":
-                        self.drop(name)
+                again = self.chain.kind[name] == "weight" and any(name in o[1] for o in later)
+                if again and choice["weights"][name][2] != "unpacked":
+                    self.drop(name)
             if op in direct:
                 self.update(choice, direct, direct.index(op))
 

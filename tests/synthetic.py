@@ -121,9 +121,7 @@ def decoder_like(
             bindings[value.name] = f"head.{value.name}"
             tensors.append(_tensor(f"head.{value.name}", value))
     placed.append(Layer(name="head", program="head", bindings=bindings))
-    return profile_of(
-        [stem.program(), block, head.program()], placed, tensors, "loss", token_losses="losses", on=on
-    )
+    return profile_of([stem.program(), block, head.program()], placed, tensors, "loss", token_losses="losses", on=on)
 
 
 def _tensor(name, value) -> Tensor:
@@ -247,7 +245,14 @@ def small_chain(seed: int, *, layers=2, weights=True, trainables=True, on=None, 
         own = random.Random(shape if equal else rng.getrandbits(32))
         last = index == layers - 1
         made = _small_layer(
-            own, f"p{index}", flow[index], flow[index + 1], first=index == 0, last=last, weights=weights, trainables=trainables
+            own,
+            f"p{index}",
+            flow[index],
+            flow[index + 1],
+            first=index == 0,
+            last=last,
+            weights=weights,
+            trainables=trainables,
         )
         bindings = {"x": f"h{index}", "gx": f"g{index}", "y": f"h{index + 1}", "gy": f"g{index + 1}"}
         if last:
@@ -312,5 +317,7 @@ def _small_layer(rng, name, wide_in, wide_out, *, first, last, weights, trainabl
         made.run("bt", ["ga", "x"], ["grad:t"], seconds(), phase="backward")
     if not first:
         made.value("gx", wide_in, "gradient")
-        made.run("b1", ["ga", *(["w"] if weighted else []), *(["t"] if trained else [])], ["gx"], seconds(), phase="backward")
+        made.run(
+            "b1", ["ga", *(["w"] if weighted else []), *(["t"] if trained else [])], ["gx"], seconds(), phase="backward"
+        )
     return made.program()

@@ -58,3 +58,12 @@ def test_removing_twice_is_harmless(tmp_path):
     assert not path.exists()
     assert made.peak_bytes() is None
     assert made.oom_kills() == 0
+
+
+def test_what_a_killed_parent_left_is_swept(group):
+    left = group.path.parent / f"tightfit-{2**22 + 1}-1"
+    left.mkdir()
+    other = MemoryCgroup.create(64 * MIB)
+    other.remove()
+    assert not left.exists()
+    assert group.path.exists()

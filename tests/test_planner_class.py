@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 
 import pytest
-from ortools.math_opt.python import mathopt
-
 from brute_force import Chain
+from ortools.math_opt.python import mathopt
+from synthetic import decoder_like, device, small_chain
+
 from planner.emit import draft, live_profile
 from planner.formulation import KIB, Block, Linear
 from planner.layers import layered
 from planner.master import FIELDS, figures, live_bytes
 from planner.plan import Planner
 from planner.windows import Decision, expand, measure
-from synthetic import decoder_like, device, small_chain
 
 INSTANT = {"read": 1e12, "write": 1e12, "latency": 0.0, "per_byte": 2e-8}
 SEEDS = [4, 12, 13, 20, 23, 25, 30, 40, 41, 60, 62, 65, 72, 76, 77, 79, 91, 95]
@@ -128,8 +128,6 @@ def test_windows_add_up_to_the_whole_schedule(seed):
     by_type = [[measure(kind, random_decision(rng, kind)) for _ in range(2)] for kind in problem.types]
     columns = tuple(rng.choice(by_type[kind]) for kind in problem.layer_type)
     joined = draft(problem, columns)
-    live = max(
-        max(live_profile(entries, joined.resident, joined.sizes)) for entries in (joined.train, joined.evaluate)
-    )
+    live = max(max(live_profile(entries, joined.resident, joined.sizes)) for entries in (joined.train, joined.evaluate))
     assert live == live_bytes(problem, columns)
     assert KIB == 1024

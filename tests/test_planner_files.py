@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from synthetic import MIB, device, small_chain
 
 from planner.compare import compare
 from planner.exchange import load_plan, save_plan
 from planner.explain import explain
 from planner.plan import Planner, fingerprint, rebudgeted
 from profiles.errors import InputError
-from synthetic import MIB, device, small_chain
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import copy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from synthetic import PAGE, ProgramBuilder, decoder_like, device, profile_of, small_chain
 
 from planner.plan import Planner, plan
 from planner.simulate import InvalidSchedule, simulate
 from profiles.errors import InputError
-from synthetic import PAGE, ProgramBuilder, decoder_like, device, profile_of, small_chain
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,8 @@ def test_random_operators_do_not_run_again(streaming):
         else p.model_copy(
             update={
                 "operators": [
-                    o.model_copy(update={"recomputable": False}) if i == position else o for i, o in enumerate(p.operators)
+                    o.model_copy(update={"recomputable": False}) if i == position else o
+                    for i, o in enumerate(p.operators)
                 ]
             }
         )
@@ -284,7 +285,9 @@ def test_time_by_hand():
 
     tensors = [
         Tensor(name="x", kind="batch", shape=[1], dtype="uint8", bytes=PAGE),
-        Tensor(name="w", kind="weight", shape=[1], dtype="uint8", bytes=2 * PAGE, packed_bytes=PAGE, unpack_seconds=1e-3),
+        Tensor(
+            name="w", kind="weight", shape=[1], dtype="uint8", bytes=2 * PAGE, packed_bytes=PAGE, unpack_seconds=1e-3
+        ),
     ]
     on = device(read=PAGE / 8e-3, latency=2e-3, per_byte=0.0)
     bindings = {"x": "x", "w": "w", "loss": "loss"}
