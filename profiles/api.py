@@ -30,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CODE = ("decoder", "fold", "fuse", "operators", "register", "layout", "describe", "store", "trace", "schema", "api")
+MEASURING_CODE = ("compiled", "floor", "kernels", "lean_torch", "measure", "optimizer", "process", "spill", "warm")
 
 
 def profile(
@@ -123,6 +124,7 @@ def profile(
             name=cpu_name(),
             kind="cpu",
             threads=threads,
+            torch_version=torch.__version__,
             floor=Floor.model_validate({k: measured["floor"][k] for k in Floor.model_fields}),
             read=Channel.model_validate(measured["read"]),
             write=Channel.model_validate(measured["write"]),
@@ -204,6 +206,7 @@ def _fingerprint(source: Source, *settings: Any) -> str:
     """sha256 of everything that the profile depends on: model, shapes, torch, machine and the code that traces."""
     folder = Path(__file__).parent
     code = [hashlib.sha256((folder / f"{name}.py").read_bytes()).hexdigest() for name in CODE]
+    code += [hashlib.sha256((folder.parent / "runtime" / f"{n}.py").read_bytes()).hexdigest() for n in MEASURING_CODE]
     text = json.dumps(
         [PROFILE_VERSION, source.fingerprint, source.config, settings, torch.__version__, cpu_name(), code], default=str
     )

@@ -23,10 +23,11 @@ REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
 
 @pytest.fixture(scope="module")
 def decoder():
-    """Four layers on a device with a floor."""
-    return Planner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
+    """Two layers on a device with a floor."""
+    return Planner(decoder_like(2, tokens=256, slices=3, on=device(**REAL)))
 
 
+@pytest.mark.slow
 def test_from_the_minimum_to_keep_all(decoder):
     smallest = decoder.minimum().peak_bytes
     largest = decoder.plan(1 << 40, policy="keep-all").peak_bytes
@@ -47,8 +48,9 @@ def test_from_the_minimum_to_keep_all(decoder):
     assert decoder.plan(smallest - 1).status == "infeasible"
 
 
-def test_fragmentation_is_small(decoder):
-    made = decoder.plan(decoder.minimum().peak_bytes)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_fragmentation_is_small(decoder, policy):
+    made = decoder.plan(decoder.minimum(policy=policy).peak_bytes, policy=policy)
     assert made.arena_bytes <= 1.02 * simulate(made).live_bytes + 64 * len(made.resident)
 
 
@@ -72,7 +74,7 @@ def test_what_the_policies_do(decoder):
     checkpoint = decoder.plan(1 << 40, policy="checkpoint-layers")
     forward = sum(o.seconds for o in checkpoint.programs[1].operators if o.phase == "forward")
     # Everything runs again but what only makes the layer's output.
-    assert 0.5 * 4 * forward < checkpoint.train.recompute_seconds < 4 * forward
+    assert 0.5 * 2 * forward < checkpoint.train.recompute_seconds < 2 * forward
     mebp = decoder.plan(1 << 40, policy="mebp")
     packed = sum(t.packed_bytes for t in mebp.tensors if t.kind == "weight" and t.name.startswith("layer"))
     assert mebp.train.read_bytes >= 2 * packed
@@ -87,6 +89,7 @@ def test_the_same_input_gives_the_same_plan():
     assert first.train == second.train
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 100_000), layers=st.integers(2, 3), share=st.floats(0, 1))
 @settings(max_examples=5, deadline=None, derandomize=True)
 def test_any_chain_at_any_budget(seed, layers, share):
@@ -106,6 +109,7 @@ def test_any_chain_at_any_budget(seed, layers, share):
             assert made.any_schedule_bound_seconds <= other.step_seconds * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 100_000))
 @settings(max_examples=2, deadline=None, derandomize=True)
 def test_a_larger_budget_is_never_slower(seed):

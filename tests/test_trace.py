@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import run_step
+from reference import CONFIGS, peft_model, peft_name
 from torch._subclasses import FakeTensorMode
 
 from examples.vision import residual_cnn, vision_transformer
@@ -14,8 +16,6 @@ from profiles.decoder import Decoder, decoder_shape
 from profiles.errors import InputError
 from profiles.register import DECOMPOSITIONS
 from profiles.trace import Trace, trace
-from interpreter import run_step
-from reference import CONFIGS, peft_model, peft_name
 
 RANK, ALPHA = 4, 8.0
 
