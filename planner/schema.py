@@ -41,7 +41,9 @@ class TimelinePoint(Record):
     instruction: int
     seconds: float
     bytes: int = Field(description="whole process, floor included")
-    by_kind: dict[str, int] = Field(description="floor, weight, packed, trainable, optimizer, activation, gradient, workspace, ...")
+    by_kind: dict[str, int] = Field(
+        description="floor, weight, packed, trainable, optimizer, activation, gradient, workspace, ..."
+    )
 
 
 class Peak(Record):
@@ -94,7 +96,9 @@ class Plan(Record):
     loss: str
     token_losses: str | None
     decisions: dict[str, str] = Field(description="tensor -> kept, recomputed, offloaded, streamed, packed, unpacked")
-    resident: dict[str, int] = Field(description="tensors resident across steps -> arena offset (trainables, states, kept weights, constants, batch)")
+    resident: dict[str, int] = Field(
+        description="tensors resident across steps -> arena offset (trainables, states, kept weights, constants, batch)"
+    )
     arena_bytes: int
     workspace_bytes: int = Field(description="largest transient heap use of any operator")
     train: Phase | None

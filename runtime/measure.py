@@ -28,6 +28,8 @@ PROGRAM_SECONDS = 1.5  # time spent on a program beyond the first rounds
 CHANNEL_SIZES = (64 << 10, 512 << 10, 4 << 20)
 SCRATCH_BYTES = 64 << 20
 GATHERED_ROWS = 8192
+SLOWDOWN_SECONDS = 0.1
+SLOWDOWN_TURNS = 9
 MARK = "TIGHTFIT_MEASURE"
 
 
@@ -274,40 +276,53 @@ def _channel(transfer: Callable[[int, int], object], size: int, dtype: str) -> d
 
 
 def _slowdown(transfer: Callable[[int, int], object], size: int, dtype: str) -> float:
-    """Seconds that a matrix product loses per byte moved beside it."""
+    """Seconds that computing loses per byte moved beside it: the median over turns alone and turns together.
+
+    The thread that moves bytes needs a core for copies and system calls, and an operator waits for its slowest core.
+    Computing is a layer's mix: a large matrix product, a pass over memory that is larger than the cache, narrow products.
+    """
     import torch
 
     left, right = torch.randn(512, 1024).to(getattr(torch, dtype)), torch.randn(1024, 1024).to(getattr(torch, dtype))
     out = torch.empty(512, 1024, dtype=left.dtype)
-    stop = threading.Event()
-    moved = 0
+    passed = [torch.zeros(4 << 20, dtype=left.dtype) for _ in range(3)]
+    narrow = [torch.zeros(shape, dtype=left.dtype) for shape in ((512, 512), (512, 8), (512, 8))]
+    moving, stop, moved = threading.Event(), threading.Event(), 0
 
     def move() -> None:
         nonlocal moved
         offset = 0
         while not stop.is_set():
+            moving.wait()
             transfer(offset, CHANNEL_SIZES[1])
             moved += CHANNEL_SIZES[1]
             offset = (offset + CHANNEL_SIZES[1]) % (size - CHANNEL_SIZES[1])
-            time.sleep(0.002)  # a plan's reads come one weight at a time
 
     def compute(count: int) -> float:
         begin = time.perf_counter()
         for _ in range(count):
             torch.mm(left, right, out=out)
+            torch.add(passed[0], passed[1], out=passed[2])
+            for _ in range(12):
+                torch.mm(narrow[0], narrow[1], out=narrow[2])
         return time.perf_counter() - begin
 
     compute(5)
-    single = compute(20) / 20
-    count = max(20, int(0.3 / single))
-    alone = compute(count)
+    count = max(10, int(SLOWDOWN_SECONDS / compute(20) * 20))
     thread = threading.Thread(target=move)
     thread.start()
-    together = compute(count)
-    moved_meanwhile = moved
+    losses = []
+    for _ in range(SLOWDOWN_TURNS):
+        alone = compute(count)
+        before = moved
+        moving.set()
+        together = compute(count)
+        moving.clear()
+        losses.append((together - alone) / max(1, moved - before))
     stop.set()
+    moving.set()
     thread.join()
-    return max(0.0, together - alone) / max(1, moved_meanwhile)
+    return max(0.0, statistics.median(losses))
 
 
 if __name__ == "__main__":
