@@ -112,7 +112,7 @@ def step_graph(source: Profile | Plan) -> StepGraph:
     )
 
 
-def layer_graph(source: Profile | Plan) -> nx.DiGraph:
+def layer_graph(source: Profile | Plan) -> nx.DiGraph[str]:
     """Layers as nodes with `forward_seconds`, `backward_seconds`, `weight_bytes`, `saved_bytes` (what a plain training
     step would hold for the backward); edges carry the `bytes` that flow forward between two layers.
     """
