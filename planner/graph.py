@@ -117,7 +117,7 @@ def layer_graph(source: Profile | Plan) -> nx.DiGraph[str]:
     step would hold for the backward); edges carry the `bytes` that flow forward between two layers.
     """
     graph = step_graph(source)
-    result: nx.DiGraph = nx.DiGraph()
+    result: nx.DiGraph[str] = nx.DiGraph()
     for index, name in enumerate(graph.layers):
         own = [step for step in graph.steps if step.layer == index]
         result.add_node(
