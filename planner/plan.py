@@ -142,6 +142,8 @@ class Planner:
         best: Schedule | None = None
         bound = 0.0
         timely = True
+        carried_out: list[Schedule] = []
+        self.carried_out = carried_out
         try:
             if self.pool.binaries <= JOINT_BINARIES:
                 best, bound, timely = self._solve_jointly(limit, deadline, progress)
@@ -158,9 +160,9 @@ class Planner:
         except TimeoutError:
             timely = False
         except KeyboardInterrupt:
-            if best is None:
+            if not carried_out:
                 raise
-            timely = False
+            return Outcome(schedule=carried_out[-1], bound_seconds=bound, status="feasible")
         if best is None and not timely:
             best = self._greedy(limit)
             return Outcome(schedule=best, bound_seconds=bound, status="fallback")
@@ -187,8 +189,9 @@ class Planner:
                 timely = timely and answer.proven
                 schedule, excess = self.carry_out(answer.columns, limit)
                 if schedule is not None:
-                    best = self._better(best, schedule)
-                    search.report("carried out", best.seconds if best else 0.0, bound)
+                    best = schedule if best is None else self._better(best, schedule)
+                    self.carried_out.append(best)
+                    search.report("carried out", best.seconds, bound)
                     break
                 allowed -= excess
             if best is not None and self._near(best, bound):
@@ -215,6 +218,7 @@ class Planner:
         for _, chosen in found:
             schedule, excess = self.carry_out(chosen, limit, search.deadline)
             if schedule is not None:
+                self.carried_out.append(schedule)
                 search.report("carried out", schedule.seconds, bound)
                 return schedule
         allowed = limit
@@ -243,9 +247,7 @@ class Planner:
         return schedule.seconds - bound <= TOLERANCE * schedule.seconds
 
     @staticmethod
-    def _better(old: Schedule | None, new: Schedule | None) -> Schedule | None:
-        if old is None or new is None:
-            return old or new
+    def _better(old: Schedule, new: Schedule) -> Schedule:
         return new if new.seconds < old.seconds * (1 - 1e-9) else old
 
     def _greedy(self, limit: int) -> Schedule | None:
