@@ -14,14 +14,25 @@ from ortools.math_opt.python import mathopt
 
 
 def solve_quietly(model: mathopt.Model, seconds: float = 60.0, gap: float = 1e-6) -> mathopt.SolveResult:
-    """Solve `model` within `seconds` to a relative `gap`. Raises TimeoutError when no time is left."""
+    """Solve `model` within `seconds` to a relative `gap`. Raises TimeoutError when no time is left.
+
+    Where HiGHS calls a point optimal that its own tolerances reject, MathOpt has no result; then Glop (linear) or SCIP
+    (integers) gives a second opinion.
+    """
     if seconds <= 0:
         raise TimeoutError
     parameters = mathopt.SolveParameters(
         time_limit=dt.timedelta(seconds=seconds), relative_gap_tolerance=gap, absolute_gap_tolerance=1e-9
     )
     with _standard_output_to_error():
-        return mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
+        try:
+            return mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
+        except (RuntimeError, ValueError, AttributeError):  # MathOpt's conversion of HiGHS's status fails by itself
+            whole = any(variable.integer for variable in model.variables())
+            second = mathopt.SolverType.GSCIP if whole else mathopt.SolverType.GLOP
+            if not whole:
+                parameters = mathopt.SolveParameters(time_limit=dt.timedelta(seconds=seconds))
+            return mathopt.solve(model, second, params=parameters)
 
 
 @contextlib.contextmanager
