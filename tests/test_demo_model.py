@@ -48,7 +48,7 @@ def test_measured_peak_is_the_predicted_one_at_five_budgets(planner: Planner, re
         measured = report["peak_bytes"]["measured"]
         assert measured <= planned.peak_bytes <= budget
         # Within 2 %; at the smallest budgets holes in the heap, which the floor must allow for, weigh more than that.
-        assert measured >= planned.peak_bytes - max(0.02 * planned.peak_bytes, 6 << 20), (index, measured)
+        assert measured >= planned.peak_bytes - max(0.02 * planned.peak_bytes, 8 << 20), (index, measured)
         losses.append(report["loss"])
     assert all(other == losses[0] for other in losses[1:])
 
