@@ -18,6 +18,10 @@ from numpy.typing import NDArray
 from planner.emit import Entry, made_by
 from planner.graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
 
+MOVES = {"spill", "fetch"}
+DIRECT_BYTES = 64 << 10
+"""Tensors from this size on that move between memory and disk lie on pages: the disk then reads and writes them in place."""
+
 Offsets = NDArray[np.int64]
 FEW = 80
 SHUFFLES = 200
@@ -100,10 +104,24 @@ def _items(
     train: tuple[Entry, ...], evaluate: tuple[Entry, ...], resident: tuple[str, ...], sizes: dict[str, int]
 ) -> list[_Item]:
     length = len(train) + len(evaluate)
-    always = {
-        name: _Item(name=name, size=sizes[name], alignment=_alignment(name), spans=[], makers=[-1]) for name in resident
-    }
+    moved = {e.name for e in (*train, *evaluate) if e.verb in MOVES and sizes[e.name] >= DIRECT_BYTES}
+
+    def item(name: str, spans: list[tuple[int, int]], maker: int) -> _Item:
+        paged = name in moved or name.startswith("packed:")
+        alignment = PACKED_ALIGNMENT if paged else ALIGNMENT
+        return _Item(name=name, size=sizes[name], alignment=alignment, spans=spans, makers=[maker])
+
+    always = {name: item(name, [], -1) for name in resident}
     items = list(always.values())
+
+    def close(name: str, span: tuple[int, int], maker: int) -> None:
+        if name in always:
+            always[name].spans.append(span)
+            if maker >= 0:
+                always[name].makers.append(maker)
+        else:
+            items.append(item(name, [span], maker))
+
     for entries, base in ((train, 0), (evaluate, len(train))):
         since = dict.fromkeys(resident, (base, -1))
         for index, entry in enumerate(entries, base):
@@ -112,26 +130,11 @@ def _items(
                     since[name] = (index, index)
             if entry.verb == "free":
                 start, maker = since.pop(entry.name)
-                _close(items, always, entry.name, sizes[entry.name], (start, index), maker)
+                close(entry.name, (start, index), maker)
         for name, (start, maker) in since.items():
-            _close(items, always, name, sizes[name], (start, base + len(entries) - 1), maker)
+            close(name, (start, base + len(entries) - 1), maker)
     assert all(item.spans[-1][1] < length or length == 0 for item in items if item.spans)
     return [item for item in items if item.size]
-
-
-def _close(
-    items: list[_Item], always: dict[str, _Item], name: str, size: int, span: tuple[int, int], maker: int
-) -> None:
-    if name in always:
-        always[name].spans.append(span)
-        if maker >= 0:
-            always[name].makers.append(maker)
-    else:
-        items.append(_Item(name=name, size=size, alignment=_alignment(name), spans=[span], makers=[maker]))
-
-
-def _alignment(name: str) -> int:
-    return PACKED_ALIGNMENT if name.startswith("packed:") else ALIGNMENT
 
 
 def _live_peak(items: list[_Item], length: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from ortools.math_opt.python import mathopt
 
 from planner.graph import StepGraph, state_names
-from planner.layers import ALWAYS, Layered, transfer_seconds
+from planner.layers import ALWAYS, Layered, compute_seconds, transfer_seconds
 from planner.quiet import solve_quietly
 from profiles.schema import Profile
 
@@ -105,8 +105,8 @@ class _Relaxation:
             self.at_pivot[kept] = storage.bytes / KIB
             trip = transfer_seconds(device.write, storage.bytes) + transfer_seconds(device.read, storage.bytes)
             self.disk[moved] = trip * MS
-            per_byte = device.write.compute_seconds_per_byte + device.read.compute_seconds_per_byte
-            self.compute[moved] = storage.bytes * per_byte * MS
+            cost = compute_seconds(device.write, storage.bytes) + compute_seconds(device.read, storage.bytes)
+            self.compute[moved] = cost * MS
             row = kept + moved
             maker = self.graph.steps[before[-1]]
             if maker.recomputable:
@@ -132,7 +132,7 @@ class _Relaxation:
                 moment[unpacked] = tensor.bytes / KIB
                 moment[packed] = tensor.packed_bytes / KIB
                 self.compute[unpacking] = tensor.unpack_seconds * MS
-                self.compute[reading] = tensor.packed_bytes * read.compute_seconds_per_byte * MS
+                self.compute[reading] = compute_seconds(read, tensor.packed_bytes) * MS
                 self.disk[reading] = transfer_seconds(read, tensor.packed_bytes) * MS
                 self.model.add_linear_constraint(unpacking + unpacked >= 1.0)
                 self.model.add_linear_constraint(reading + unpacked + packed >= 1.0)
@@ -151,5 +151,5 @@ class _Relaxation:
                     kept, moved = self._share(), self._share()
                     moment[kept] = tensor.bytes / KIB
                     self.disk[moved] = transfer_seconds(channel, tensor.bytes) * MS
-                    self.compute[moved] = tensor.bytes * channel.compute_seconds_per_byte * MS
+                    self.compute[moved] = compute_seconds(channel, tensor.bytes) * MS
                     self.model.add_linear_constraint(kept + moved >= 1.0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from planner.graph import PACKED_ALIGNMENT, aligned
-from planner.layers import ALWAYS, Layered, transfer_seconds
+from planner.layers import ALWAYS, Layered, compute_seconds, transfer_seconds
 from planner.windows import Action, Column, Script, expand, resident_between_steps
 
 
@@ -145,11 +145,11 @@ class _Joiner:
         device = self.problem.profile.device
         if verb == "read":
             size = self.tensors[name].packed_bytes
-            seconds, transfer = size * device.read.compute_seconds_per_byte, transfer_seconds(device.read, size)
+            seconds, transfer = compute_seconds(device.read, size), transfer_seconds(device.read, size)
         elif verb in {"spill", "fetch"}:
             channel = device.write if verb == "spill" else device.read
             size = self.raw[name]
-            seconds, transfer = size * channel.compute_seconds_per_byte, transfer_seconds(channel, size)
+            seconds, transfer = compute_seconds(channel, size), transfer_seconds(channel, size)
         elif verb == "unpack":
             seconds = self.tensors[name].unpack_seconds
         elif verb == "update":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from ortools.math_opt.python import mathopt
 
-from planner.layers import LayerType, Operation, Weight, transfer_seconds
+from planner.layers import LayerType, Operation, Weight, compute_seconds, transfer_seconds
 from planner.windows import Decision, measure
 
 KIB = 1024.0
@@ -580,8 +580,8 @@ class Block:
             count.plus(self.unpacks[name], 2.0).plus(self.reads[name], 2.0)
         for value, variable in self.offload.items():
             size = kind.raw_bytes[value]
-            self.forward_ms.add(variable, MS * size * kind.write.compute_seconds_per_byte)
-            self.backward_ms.add(variable, MS * size * kind.read.compute_seconds_per_byte)
+            self.forward_ms.add(variable, MS * compute_seconds(kind.write, size))
+            self.backward_ms.add(variable, MS * compute_seconds(kind.read, size))
             self.spills_forward_ms.add(variable, MS * transfer_seconds(kind.write, size))
             self.fetches_backward_ms.add(variable, MS * transfer_seconds(kind.read, size))
             count.add(variable, 3.0)
@@ -589,8 +589,8 @@ class Block:
             if update.states:
                 away = self.away[MINOR if update.minor else update.trainable]
                 size = kind.raw_bytes[f"adam_m:{update.trainable}"]
-                both = kind.read.compute_seconds_per_byte + kind.write.compute_seconds_per_byte
-                self.backward_ms.add(away, MS * update.states * size * both)
+                both = compute_seconds(kind.read, size) + compute_seconds(kind.write, size)
+                self.backward_ms.add(away, MS * update.states * both)
                 self.states_fetched_ms.add(away, MS * update.states * transfer_seconds(kind.read, size))
                 self.states_spilled_ms.add(away, MS * update.states * transfer_seconds(kind.write, size))
                 count.add(away, 3.0 * update.states)

@@ -161,6 +161,11 @@ def transfer_seconds(channel: Channel, size: int) -> float:
     return channel.latency_seconds + size / channel.bytes_per_second
 
 
+def compute_seconds(channel: Channel, size: int) -> float:
+    """What one transfer beside the computation costs the cores."""
+    return channel.compute_seconds_per_transfer + size * channel.compute_seconds_per_byte
+
+
 class _Splitter:
     """Works out lifetimes across layers once, then describes each layer."""
 
@@ -435,7 +440,7 @@ class _Splitter:
                 packed_bytes=packed,
                 unpack_seconds=tensor.unpack_seconds,
                 read_seconds=transfer_seconds(self.profile.device.read, tensor.packed_bytes),
-                read_compute_seconds=tensor.packed_bytes * self.profile.device.read.compute_seconds_per_byte,
+                read_compute_seconds=compute_seconds(self.profile.device.read, tensor.packed_bytes),
                 forward_first=min(ahead, default=-1),
                 forward_last=max(ahead, default=-1),
                 backward_first=min(behind, default=-1),

@@ -349,7 +349,7 @@ class _Replay:
         channel = self.world.device.write if out else self.world.device.read
         self.disk = max(self.disk, self.now) + channel.latency_seconds + size / channel.bytes_per_second
         done = self.disk
-        cost = size * channel.compute_seconds_per_byte
+        cost = channel.compute_seconds_per_transfer + size * channel.compute_seconds_per_byte
         self.now += cost
         self.totals.compute += cost
         if out:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from planner.graph import state_names
-from planner.layers import LayerType, Mode, Update, transfer_seconds
+from planner.layers import LayerType, Mode, Update, compute_seconds, transfer_seconds
 
 Action = tuple[str, str]
 """(verb, local name); for "run" the name is the operator's position in the program"""
@@ -351,7 +351,7 @@ def _seconds(kind: LayerType, script: Iterable[Action]) -> _Seconds:
         elif verb in {"spill", "fetch"}:
             channel = kind.write if verb == "spill" else kind.read
             seconds = transfer_seconds(channel, kind.raw_bytes[name])
-            total.compute += kind.raw_bytes[name] * channel.compute_seconds_per_byte
+            total.compute += compute_seconds(channel, kind.raw_bytes[name])
             if name.startswith("adam_"):
                 total.states_fetched += seconds if verb == "fetch" else 0.0
                 total.states_spilled += seconds if verb == "spill" else 0.0

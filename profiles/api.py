@@ -30,7 +30,19 @@ Progress = Callable[[str, int, int], None]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CODE = ("decoder", "fold", "fuse", "operators", "register", "layout", "describe", "store", "trace", "schema", "api")
-MEASURING_CODE = ("compiled", "floor", "kernels", "lean_torch", "measure", "optimizer", "process", "spill", "warm")
+MEASURING_CODE = (
+    "bandwidth",
+    "channels",
+    "compiled",
+    "floor",
+    "kernels",
+    "lean_torch",
+    "measure",
+    "optimizer",
+    "process",
+    "spill",
+    "warm",
+)
 
 
 def profile(

@@ -188,16 +188,19 @@ def head_chunk(
 ) -> None:
     """Fold one vocabulary slice into the state: softmax over a streamed vocabulary, as attention streams its keys.
 
-    hidden [T, H], weight [V, H] = rows start .. start + V of the head, labels int64 [T] or [batch, seq]. Source of the
-    running rescale: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
+    hidden [T, H], weight [V, H] = rows start .. start + V of the head, labels int64 [T] or [batch, seq]. out: the new
+    state, and scratch for a block of tokens that nobody reads: `head_scratch(T)` x V in the weight's type and in float32.
+    As outputs they lie where the plan puts them; on the heap they would stay resident for the rest of the step. Source of
+    the running rescale: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
     """
-    (new,) = out
+    new, narrow, wide = out
     width = hidden.shape[1]
     flat = labels.reshape(-1)
     for begin in range(0, hidden.shape[0], HEAD_ROWS):
         rows = slice(begin, min(hidden.shape[0], begin + HEAD_ROWS))
-        old, fresh = state[rows], new[rows]
-        logits = torch.mm(hidden[rows], weight.t()).float()
+        count = rows.stop - rows.start
+        old, fresh, scores, logits = state[rows], new[rows], narrow[:count], wide[:count]
+        logits.copy_(torch.mm(hidden[rows], weight.t(), out=scores))
         index = flat[rows] - start
         inside = (index >= 0) & (index < weight.shape[0])
         index = index.clamp_(0, weight.shape[0] - 1)
@@ -213,10 +216,15 @@ def head_chunk(
         logits.sub_(maximum[:, None]).exp_()
         fresh[:, 0] = maximum
         fresh[:, 1] = torch.addcmul(logits.sum(1), old[:, 1], shrink)
-        mixed = torch.mm(logits.to(weight.dtype), weight)
+        mixed = torch.mm(scores.copy_(logits), weight)
         accumulated = fresh[:, STATE_COLUMNS : STATE_COLUMNS + width]
         torch.mul(old[:, STATE_COLUMNS : STATE_COLUMNS + width], shrink[:, None], out=accumulated)
         accumulated.add_(mixed)
+
+
+def head_scratch(tokens: int) -> int:
+    """Rows of the scratch of `head_chunk`."""
+    return min(tokens, HEAD_ROWS)
 
 
 def head_finish(state: Tensor, labels: Tensor, dtype: torch.dtype, *, out: Sequence[Tensor]) -> None:

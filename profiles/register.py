@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from profiles.operators import OPERATORS, STATE_COLUMNS
+from profiles.operators import OPERATORS, STATE_COLUMNS, head_scratch
 
 _library = torch.library.Library("tightfit", "DEF")
 
@@ -81,8 +81,12 @@ head_begin = _define(
 )
 head_chunk = _define(
     "head_chunk",
-    "(Tensor state, Tensor hidden, Tensor weight, Tensor labels, int start) -> Tensor",
-    lambda s, h, w, y, a: (_same(s),),
+    "(Tensor state, Tensor hidden, Tensor weight, Tensor labels, int start) -> (Tensor, Tensor, Tensor)",
+    lambda s, h, w, y, a: (
+        _same(s),
+        w.new_empty((head_scratch(h.shape[0]), w.shape[0])),
+        w.new_empty((head_scratch(h.shape[0]), w.shape[0]), dtype=torch.float32),
+    ),
 )
 head_finish = _define(
     "head_finish",
@@ -139,7 +143,7 @@ _library.define("head_loss(Tensor hidden, Tensor weight, Tensor labels, int slic
 def open_head(hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     state = head_begin(hidden)
     for start in range(0, weight.shape[0], slice_rows):
-        state = head_chunk(state, hidden, weight[start : start + slice_rows], labels, start)
+        state, *_ = head_chunk(state, hidden, weight[start : start + slice_rows], labels, start)
     return head_finish(state, labels, hidden.dtype)  # type: ignore[no-any-return]
 
 

@@ -103,6 +103,9 @@ class Channel(Record):
     compute_seconds_per_byte: float = Field(
         0.0, ge=0, description="compute time lost per byte while both run (measured)"
     )
+    compute_seconds_per_transfer: float = Field(
+        0.0, ge=0, description="compute time lost per transfer, beside its bytes"
+    )
 
 
 class Floor(Record):

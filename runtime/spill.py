@@ -15,8 +15,8 @@ import tempfile
 from profiles.errors import RunError
 
 BLOCK = 4096
-STAGING_BYTES = 1 << 20
-"""Transfers go through one aligned buffer of this size, which stays in cache; direct I/O needs the alignment."""
+STAGING_BYTES = 64 << 10
+"""What does not lie on whole pages goes through one aligned buffer of this size; direct I/O needs the alignment."""
 
 
 class SpillFile:
@@ -24,7 +24,7 @@ class SpillFile:
 
     def __init__(self, directory: str, size: int) -> None:
         self.directory = directory
-        self.size = -(-size // BLOCK) * BLOCK
+        self.size = _blocks(size)
         self.descriptor = _nameless(directory)
         self.direct = _set_direct(self.descriptor)
         try:
@@ -39,20 +39,20 @@ class SpillFile:
 
     def write(self, address: int, size: int, offset: int) -> None:
         """Write `size` bytes of memory at `address` to the file. Raises RunError where the disk refuses."""
-        done = 0
+        done = self._in_place(os.pwritev, address, size, offset)
         while done < size:
             part = min(STAGING_BYTES, size - done)
             ctypes.memmove(self._address, address + done, part)
-            self._transfer(os.pwritev, -(-part // BLOCK) * BLOCK, offset + done)
+            self._transfer(os.pwritev, self._view[: _blocks(part)], offset + done)
             done += part
         self._forget(offset, size)
 
     def read(self, address: int, size: int, offset: int) -> None:
         """Read `size` bytes of the file into memory at `address`."""
-        done = 0
+        done = self._in_place(os.preadv, address, size, offset)
         while done < size:
             part = min(STAGING_BYTES, size - done)
-            self._transfer(os.preadv, -(-part // BLOCK) * BLOCK, offset + done)
+            self._transfer(os.preadv, self._view[: _blocks(part)], offset + done)
             ctypes.memmove(address + done, self._address, part)
             done += part
         self._forget(offset, size)
@@ -62,17 +62,24 @@ class SpillFile:
         ctypes.memset(self._address, 0, STAGING_BYTES)
         for done in range(0, size, STAGING_BYTES):
             part = min(STAGING_BYTES, size - done)
-            self._transfer(os.pwritev, -(-part // BLOCK) * BLOCK, offset + done)
+            self._transfer(os.pwritev, self._view[: _blocks(part)], offset + done)
         self._forget(offset, size)
 
     def close(self) -> None:
         os.close(self.descriptor)
 
-    def _transfer(self, call: object, size: int, offset: int) -> None:
-        done = 0
+    def _in_place(self, call: object, address: int, size: int, offset: int) -> int:
+        """Move whole blocks of page-aligned memory without a copy; returns their bytes."""
+        whole = size // BLOCK * BLOCK if address % BLOCK == 0 else 0
+        if whole:
+            self._transfer(call, memoryview((ctypes.c_char * whole).from_address(address)).cast("B"), offset)
+        return whole
+
+    def _transfer(self, call: object, memory: memoryview, offset: int) -> None:
+        done, size = 0, len(memory)
         while done < size:
             try:
-                moved = call(self.descriptor, [self._view[done:size]], offset + done)  # type: ignore[operator]
+                moved = call(self.descriptor, [memory[done:]], offset + done)  # type: ignore[operator]
             except OSError as error:
                 if error.errno == errno.EINVAL and self.direct:  # a file system that accepts the flag and not the call
                     self.direct = _set_direct(self.descriptor, on=False)
@@ -87,6 +94,11 @@ class SpillFile:
     def _forget(self, offset: int, size: int) -> None:
         if not self.direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_DONTNEED)
+
+
+def _blocks(size: int) -> int:
+    """`size` rounded up to whole blocks."""
+    return -(-size // BLOCK) * BLOCK
 
 
 def _nameless(directory: str) -> int:

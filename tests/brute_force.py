@@ -1,6 +1,6 @@
 """Every decision of the planner's class on a small chain, tried one by one: written from the rules, not from the planner.
 
-The disk is taken to be instant (no latency, endless bandwidth); moving a byte costs compute time only.
+The disk is taken to be instant (no latency, endless bandwidth); a transfer costs compute time only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ def modes(two_gaps: bool) -> list[tuple[str, str, str]]:
         if hold in holds:
             result.append((behind, ahead, hold))
     return result
+
+
+def cost(channel, size: int) -> float:
+    """Compute seconds of one transfer."""
+    return channel.compute_seconds_per_transfer + size * channel.compute_seconds_per_byte
 
 
 def round_up(size: int, unit: int) -> int:
@@ -146,8 +151,7 @@ class Run:
         self.peak = 0
         self.seconds = 0.0
         device = chain.profile.device
-        self.in_cost = device.read.compute_seconds_per_byte
-        self.out_cost = device.write.compute_seconds_per_byte
+        self.device = device
 
     def add(self, name: str) -> None:
         if name not in self.live:
@@ -182,7 +186,7 @@ class Run:
             return
         if f"packed:{weight}" not in self.live:
             self.add(f"packed:{weight}")
-            self.seconds += self.in_cost * self.chain.tensors[weight].packed_bytes
+            self.seconds += cost(self.device.read, self.chain.tensors[weight].packed_bytes)
         self.add(weight)
         self.seconds += self.chain.tensors[weight].unpack_seconds
 
@@ -226,7 +230,7 @@ class Run:
                         continue
                     fate = choice["fate"].get(name)
                     if train and fate == "offload" and name in used[index]:
-                        self.seconds += self.out_cost * self.chain.size[name]
+                        self.seconds += cost(self.device.write, self.chain.size[name])
                     if not (train and fate == "keep" and name in used[index]):
                         self.drop(name)
 
@@ -240,7 +244,7 @@ class Run:
             for name in inputs:
                 if choice["fate"].get(name) == "offload" and name not in self.live:
                     self.add(name)
-                    self.seconds += self.in_cost * self.chain.size[name]
+                    self.seconds += cost(self.device.read, self.chain.size[name])
             for name in inputs:
                 if self.chain.kind[name] == "weight":
                     self.load(name)
@@ -282,7 +286,7 @@ class Run:
             for name in names:
                 if away:
                     self.add(name)
-                    self.seconds += (self.in_cost + self.out_cost) * size
+                    self.seconds += cost(self.device.read, size) + cost(self.device.write, size)
             self.seconds += self.chain.tensors[trainable].update_seconds
             for name in names:
                 if away:

@@ -11,16 +11,25 @@ MIB = 1 << 20
 
 
 def device(
-    *, read=1e9, write=1e9, latency=1e-4, per_byte=5e-11, import_peak=0, resident=0, per_instruction=0
+    *,
+    read=1e9,
+    write=1e9,
+    latency=1e-4,
+    per_byte=5e-11,
+    per_transfer=1e-5,
+    import_peak=0,
+    resident=0,
+    per_instruction=0,
 ) -> Device:
+    cost = {"compute_seconds_per_byte": per_byte, "compute_seconds_per_transfer": per_transfer}
     return Device(
         name="synthetic",
         kind="cpu",
         threads=2,
         measured=False,
         floor=Floor(import_peak_bytes=import_peak, resident_bytes=resident, instruction_bytes=per_instruction),
-        read=Channel(bytes_per_second=read, latency_seconds=latency, compute_seconds_per_byte=per_byte),
-        write=Channel(bytes_per_second=write, latency_seconds=latency, compute_seconds_per_byte=per_byte),
+        read=Channel(bytes_per_second=read, latency_seconds=latency, **cost),
+        write=Channel(bytes_per_second=write, latency_seconds=latency, **cost),
     )
 
 

@@ -47,8 +47,7 @@ def test_measured_peak_is_the_predicted_one_at_five_budgets(planner: Planner, re
         report = run(planned, reviews.train, steps=STEPS, out=tmp_path / str(index), checkpoint_every=0)
         measured = report["peak_bytes"]["measured"]
         assert measured <= planned.peak_bytes <= budget
-        # The aim is 2 %; the allowance for holes in the heap, about 10 MiB, weighs more than that at small budgets.
-        assert measured >= (0.96 if index else 0.92) * planned.peak_bytes, (index, measured)
+        assert measured >= 0.98 * planned.peak_bytes, (index, measured)
         losses.append(report["loss"])
     assert all(other == losses[0] for other in losses[1:])
 

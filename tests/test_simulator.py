@@ -289,7 +289,7 @@ def test_time_by_hand():
             name="w", kind="weight", shape=[1], dtype="uint8", bytes=2 * PAGE, packed_bytes=PAGE, unpack_seconds=1e-3
         ),
     ]
-    on = device(read=PAGE / 8e-3, latency=2e-3, per_byte=0.0)
+    on = device(read=PAGE / 8e-3, latency=2e-3, per_byte=0.0, per_transfer=0.0)
     bindings = {"x": "x", "w": "w", "loss": "loss"}
     profile = profile_of([made.program()], [Layer(name="l", program="p", bindings=bindings)], tensors, "loss", on=on)
     # Room for everything but the packed and unpacked weight over the whole step: it is read at the start.
