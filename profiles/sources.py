@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -75,11 +74,6 @@ class Source:
     """The tokenizer, where there is one."""
     note: str = ""
     """In words: what packing does to the weights' values."""
-
-
-def cache_directory() -> Path:
-    """$TIGHTFIT_CACHE, or ~/.cache/tightfit."""
-    return Path(os.environ.get("TIGHTFIT_CACHE") or Path.home() / ".cache" / "tightfit")
 
 
 def resolve(source: str, *, embedding: EmbeddingFormat = "q4", seed: int = 0) -> Source:

@@ -67,8 +67,9 @@ def check_schedule(plan: Plan) -> None:
 
 def find_store(plan: Plan, stages: Stages | None) -> Path | None:
     """The weight store of the plan, made now for a model without weights. Raises InputError where it is another model's."""
+    from profiles.files import cache_directory
     from profiles.pack import build_store
-    from profiles.sources import cache_directory, resolve
+    from profiles.sources import resolve
 
     weights = [t for t in plan.tensors if t.kind in ("weight", "constant")]
     if plan.model.store is None:

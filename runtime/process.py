@@ -9,6 +9,9 @@ from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
+from profiles import native
+from profiles.files import cache_directory
+
 _MADV_DONTNEED, _MADV_DONTDUMP = 4, 16
 _LARGE_MAPPING = 1 << 20
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -38,6 +41,7 @@ def child_environment(threads: int) -> dict[str, str]:
     environment = {name: os.environ[name] for name in keep if name in os.environ}
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment.update(
+        {native.VARIABLE: native.library(cache_directory())},
         MALLOC_ARENA_MAX="1",
         MALLOC_MMAP_THRESHOLD_=str(32 << 20),
         MALLOC_TRIM_THRESHOLD_=str(1 << 30),

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from profiles.describe import describe
 from profiles.errors import InputError
+from profiles.files import cache_directory
 from profiles.gguf_config import llama3_scaling
 from profiles.gguf_tokenizer import implied_merges
 from profiles.pack import build_store
-from profiles.sources import Source, cache_directory, resolve
+from profiles.sources import Source, resolve
 from profiles.store import Store
 from tests.reference import CONFIGS
 from tests.tiny_models import (
