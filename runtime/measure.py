@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ from runtime.kernels import kernel_bytes
 from runtime.process import child_environment, command, memory, trim_heap
 
 ROUNDS = (4, 40)
+WEIGHT_BUFFERS = 4  # buffers for weights of one shape
+UNPACKED_BYTES = 64 << 20  # outputs that unpacking is timed on, in turn
 PASSES = 2  # over all programs, the lower figure counts: what else the machine does comes in bursts of seconds
 PROGRAM_SECONDS = 1.0  # time spent on a program in a pass, beyond the first rounds
 GATHERED_ROWS = 8192
@@ -151,17 +154,21 @@ def _make_tensors(values: dict[str, dict[str, Any]], operators: list[dict[str, A
         for place, name in enumerate(operator["outputs"])
         if name is not None and name not in read
     }
-    shared: dict[tuple[Any, ...], Any] = {}
+    shared: dict[tuple[Any, ...], list[Any]] = {}
+    met: Counter[tuple[Any, ...]] = Counter()
     tensors = {}
     for name, value in values.items():
         if name in gathered:
             continue
         dtype, shape, stride = getattr(torch, value["dtype"]), value["shape"], value["stride"]
-        # Weights, and scratch that nobody reads: in a step, too, they lie where the last one lay.
+        # Weights take turns on a few buffers, cold again when their turn comes; scratch that nobody reads lies where the
+        # last one lay, as in a step.
+        turns = WEIGHT_BUFFERS if value["kind"] == "weight" else 1
         common = value["kind"] == "weight" or name in unread
         key = (*shape, value["dtype"], unread.get(name))
-        if common and key in shared:
-            tensors[name] = shared[key]
+        met[key] += common
+        if common and met[key] > turns:
+            tensors[name] = shared[key][met[key] % turns]
             continue
         tensor = torch.empty_strided(shape, stride, dtype=dtype)
         if dtype.is_floating_point:
@@ -171,7 +178,7 @@ def _make_tensors(values: dict[str, dict[str, Any]], operators: list[dict[str, A
         else:
             tensor.random_(0, rows, generator=generator)
         if common:
-            shared[key] = tensor
+            shared.setdefault(key, []).append(tensor)
         tensors[name] = tensor
     return tensors
 
@@ -205,7 +212,7 @@ def _workspace(call: Callable[[], None]) -> int:
 
 
 def measure_unpack(kind: str, group: int, rows: int, columns: int, dtype: str) -> float:
-    """Seconds to unpack rows x columns, from buffers that have left the cache as freshly read ones have."""
+    """Seconds to unpack rows x columns, from and into buffers that have left the cache, as those of a step have."""
     import torch
 
     from profiles.store import Entry, unpack
@@ -213,8 +220,12 @@ def measure_unpack(kind: str, group: int, rows: int, columns: int, dtype: str) -
     entry = Entry(name="weight", shape=(rows, columns), format=kind, group=group)
     copies = max(2, min(8, (32 << 20) // max(1, entry.bytes)))
     packed = torch.randint(0, 64, (copies, entry.bytes), dtype=torch.uint8)
-    out = torch.empty(rows, columns, dtype=getattr(torch, dtype))
-    return _median(lambda turn: unpack(entry, packed[turn % copies], out))
+    element = getattr(torch, dtype)
+    outs = [
+        torch.zeros(rows, columns, dtype=element)
+        for _ in range(max(1, min(8, UNPACKED_BYTES // (rows * columns * element.itemsize))))
+    ]
+    return _median(lambda turn: unpack(entry, packed[turn % copies], outs[turn % len(outs)]))
 
 
 def measure_update(elements: int) -> float:
