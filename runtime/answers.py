@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from profiles.units import format_size
+from profiles.units import MIB, format_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from planner.schema import Phase, Plan
+    from profiles.devices import DeviceDescription
     from profiles.schema import Profile
 
 PLAN_FIELDS = (
@@ -44,6 +45,9 @@ PHASE_FIELDS = (
     "read_bytes",
     "write_bytes",
 )
+
+
+FLOORS = {"cpu": "Python and PyTorch", "cuda": "the CUDA context"}
 
 
 def to_json(value: Any) -> str:
@@ -101,6 +105,7 @@ def profile_text(profile: Profile) -> RenderableType:
     shape = f"batch {profile.batch}" + (f" × sequence {profile.seq}" if profile.seq else "")
     how = "measured" if facts["measured"] else "estimated from FLOPs and bytes"
     rows = [
+        ("device", f"{facts['device']}, {profile.device.threads} threads, {how}"),
         ("model", f"{facts['model']}, {facts['layers']} layers of {facts['programs']} kinds"),
         ("step", f"{shape}, {facts['compute_dtype']}"),
         (
@@ -111,14 +116,63 @@ def profile_text(profile: Profile) -> RenderableType:
             "trainables",
             f"{format_size(facts['trainable_bytes'])}, with optimizer state {format_size(facts['trainable_bytes'] * 3)}",
         ),
-        ("arithmetic", f"forward {facts['forward_seconds']:.3f} s, backward {facts['backward_seconds']:.3f} s, {how}"),
+        ("arithmetic", f"forward {facts['forward_seconds']:.3f} s, backward {facts['backward_seconds']:.3f} s"),
         (
-            "disk",
+            "disk" if profile.device.kind == "cpu" else "host memory",
             f"reads {facts['read_bytes_per_second'] / 1e6:,.0f} MB/s, writes {facts['write_bytes_per_second'] / 1e6:,.0f} MB/s",
         ),
-        ("floor", f"{format_size(facts['floor_bytes'])}: Python and PyTorch before any model is loaded"),
+        ("floor", f"{format_size(facts['floor_bytes'])}: {FLOORS[profile.device.kind]} before any model is loaded"),
     ]
     return _facts_table(rows)
+
+
+def devices_text(devices: Sequence[DeviceDescription]) -> RenderableType:
+    """Known devices with the figures that decide most."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("device", no_wrap=True)
+    for heading in ("GFLOP/s", "memory, GB/s", "offload, MB/s", "floor, MiB"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for one in devices:
+        rates = one.flops_per_second
+        table.add_row(
+            one.name,
+            f"{rates.get('bfloat16', rates['float32']) / 1e9:,.0f}",
+            f"{one.bytes_per_second / 1e9:,.0f}",
+            f"{one.read.bytes_per_second / 1e6:,.0f}",
+            f"{one.floor.import_peak_bytes / MIB:,.0f}",
+            one.label,
+        )
+    return table
+
+
+def device_text(device: DeviceDescription) -> RenderableType:
+    """Every figure of a device with its source."""
+    from rich import box
+    from rich.table import Table
+
+    floor = device.floor
+    figures = {
+        "memory_bytes": format_size(device.memory_bytes),
+        "flops_per_second": ", ".join(
+            f"{kind} {rate / 1e9:,.0f} GFLOP/s" for kind, rate in device.flops_per_second.items()
+        ),
+        "bytes_per_second": f"{device.bytes_per_second / 1e9:,.1f} GB/s",
+        "call_seconds": f"{device.call_seconds * 1e6:,.0f} µs",
+        "floor": f"{format_size(floor.resident_bytes)}, at the start {format_size(floor.import_peak_bytes)}",
+    }
+    for name in ("read", "write"):
+        channel = getattr(device, name)
+        figures[name] = f"{channel.bytes_per_second / 1e6:,.0f} MB/s, latency {channel.latency_seconds * 1e6:,.0f} µs"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{device.name}: {device.label}", title_justify="left")
+    for heading in ("figure", "value", "source"):
+        table.add_column(heading)
+    for name, value in figures.items():
+        table.add_row(name, value, device.sources[name])
+    return table
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:

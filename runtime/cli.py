@@ -86,7 +86,13 @@ def profile(
             help="Number type of the arithmetic, bfloat16 or float32; default: bfloat16, float32 for a module."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or the name of a device.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="cpu: this machine, measured. The name of a device (see `tightfit devices`) or a JSON file that describes one: its times are estimated.",
+        ),
+    ] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Compute threads; default: every core that is ours.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the profile is written.")] = Path(
         "profile.json"
@@ -95,7 +101,9 @@ def profile(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure one training step of MODEL: its tensors, operators, disk and process floor. No weights need fit in memory."""
+    """Measure one training step of MODEL (or estimate it, on a device that is not here): its tensors, operators, disk and
+    process floor. No weights need fit in memory.
+    """
     _at_least(1, seq=seq, batch=batch, lora_rank=lora_rank, threads=1 if threads is None else threads)
     from profiles.api import profile as measure
     from profiles.api import save_profile
@@ -119,6 +127,22 @@ def profile(
     summary = answers.profile_summary(measured) | {"profile": str(output)}
     _answer(summary, answers.profile_text(measured), as_json)
     console.print(f"profile written to {output}; next: tightfit plan {output} --memory SIZE")
+
+
+@app.command()
+def devices(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Show one device: every figure with its source.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the devices that can be planned for without being here; their times are estimated from FLOPs and bytes."""
+    from profiles.devices import find_device, known_devices
+
+    found = known_devices() if name is None else [find_device(name)]
+    summary = {"devices": [one.model_dump(mode="json") for one in found]}
+    _answer(summary, answers.devices_text(found) if name is None else answers.device_text(found[0]), as_json)
 
 
 @app.command()
