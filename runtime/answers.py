@@ -12,6 +12,7 @@ from profiles.units import MIB, format_size
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from planner.explanation import Explanation
     from planner.schema import Phase, Plan
     from profiles.devices import DeviceDescription
     from profiles.schema import Profile
@@ -195,7 +196,7 @@ def _phase(phase: Phase | None) -> dict[str, Any] | None:
     }
 
 
-def plan_text(plan: Plan) -> RenderableType:
+def plan_text(plan: Plan, explanation: Explanation) -> RenderableType:
     """The plan in words, and what fills the memory at its peak."""
     from rich.console import Group
     from rich.table import Table
@@ -205,17 +206,16 @@ def plan_text(plan: Plan) -> RenderableType:
     from planner.render import peak_table
 
     sentences = Table.grid(padding=(0, 1))
-    for sentence in explain(plan):
+    for sentence in explain(plan, explanation):
         sentences.add_row("•", Text(sentence))
     return Group(sentences, peak_table(plan))
 
 
-def infeasible_text(plan: Plan) -> str:
+def infeasible_text(plan: Plan, explanation: Explanation) -> str:
     """Why no plan fits, and the smallest budget that is enough; rounded up, so that it can be typed back."""
-    text = f"no plan fits {format_size(plan.budget_bytes)}"
-    if plan.minimum_budget_bytes is not None:
-        text += f"; the smallest feasible budget is {format_size(plan.minimum_budget_bytes, round_up=True)} ({plan.minimum_budget_bytes} bytes)"
-    return f"{text}: {plan.minimum_budget_reason}" if plan.minimum_budget_reason else text
+    from planner.explain import explain
+
+    return "; ".join(explain(plan, explanation))
 
 
 def comparison_text(plans: Sequence[Plan]) -> RenderableType:

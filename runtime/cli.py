@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -155,6 +156,9 @@ def plan(
         str | None, typer.Option(help="A fixed rule instead of the solver: keep-all, checkpoint-layers or mebp.")
     ] = None,
     time_limit: TimeLimit = 30.0,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Also plan 50 MiB less and 50 MiB more, to see what memory is worth.")
+    ] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan is written.")] = Path("plan.json"),
     as_json: Json = False,
     debug: Debug = False,
@@ -163,20 +167,35 @@ def plan(
     budget = parse_size(memory)
     _at_least(0, time_limit=time_limit)
     from planner.exchange import save_plan
-    from planner.plan import plan as solve
+    from planner.explanation import Worth, account, shortfall
+    from planner.plan import Planner
+    from planner.worth import neighbours
+    from planner.worth import what_if as check
     from profiles.api import load_profile
     from runtime.terminal import Solving, messages
 
     console = messages()
-    loaded = load_profile(profile)
+    planner = Planner(load_profile(profile))
+    started = time.monotonic()
     with Solving(console, time_limit) as solving:
-        planned = solve(loaded, budget, policy=policy, time_limit=time_limit, progress=solving)
+        planned = planner.plan(budget, policy=policy, time_limit=time_limit, progress=solving)
+        if planned.status == "infeasible":
+            why = shortfall(planned, planner.smallest_plan(policy=policy, time_limit=time_limit))
+        else:
+            beside: list[Worth] = []
+            left = time_limit - (time.monotonic() - started)
+            if what_if and planned.policy == "solver":
+                planned, beside = check(planner, planned, time_limit=time_limit, progress=solving)
+            elif planned.policy == "solver" and left > 0:
+                beside = neighbours(planner, planned, time_limit=left / 3)
+            why = account(planned).model_copy(update={"neighbours": beside})
+    summary = answers.plan_summary(planned) | {"explanation": why.model_dump(mode="json")}
     if planned.status == "infeasible":
-        _answer(answers.plan_summary(planned), None, as_json)
-        console.print(f"tightfit: {answers.infeasible_text(planned)}", markup=False)
+        _answer(summary, None, as_json)
+        console.print(f"tightfit: {answers.infeasible_text(planned, why)}", markup=False)
         raise typer.Exit(3)
     save_plan(planned, output)
-    _answer(answers.plan_summary(planned) | {"plan": str(output)}, answers.plan_text(planned), as_json)
+    _answer(summary | {"plan": str(output)}, answers.plan_text(planned, why), as_json)
     console.print(f"plan written to {output}; next: tightfit run {output} --data FILE.jsonl --steps N -o out")
 
 
