@@ -2,44 +2,64 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Mapping
 
-from planner.graph import STATES
-from planner.schema import Phase, Plan
+from planner.costs import Cost, Ledger
+from planner.explanation import Explanation, PeakAccount, Recomputation, Shortfall, Worth, account
+from planner.schema import Plan
 from profiles.units import format_size
 
-STATE_PREFIXES = tuple(f"{state}:" for state in STATES)
+LEAST_SHARE = 5e-4
+"""of the step: smaller differences are none"""
 
 
-def explain(plan: Plan) -> list[str]:
-    """Sentences, one per line of output."""
+def explain(plan: Plan, explanation: Explanation | None = None) -> list[str]:
+    """Sentences, one per line of output; `explanation` where more is known than the plan itself tells."""
+    told = account(plan) if explanation is None else explanation
     if plan.status == "infeasible" or plan.train is None:
-        return _infeasible(plan)
+        return _infeasible(plan, told.shortfall)
     return [
         _headline(plan),
         _proof(plan),
-        *_activations(plan),
-        *_weights(plan),
-        *_states(plan),
-        _time(plan, plan.train),
-        _peak(plan, plan.train),
+        *_decisions(plan),
+        *_peak(told.peak),
+        *_recomputation(plan, told.recomputation),
+        _busy(plan, told),
+        *_worth(plan, told.neighbours),
     ]
 
 
-def _infeasible(plan: Plan) -> list[str]:
-    lines = [f"no plan fits {format_size(plan.budget_bytes)} for the whole process"]
+def _infeasible(plan: Plan, why: Shortfall | None) -> list[str]:
+    lines = [f"no plan fits {format_size(plan.budget_bytes)} for {_whole(plan)}"]
     if plan.minimum_budget_bytes is not None:
-        lines.append(f"the smallest budget that can hold is {format_size(plan.minimum_budget_bytes, round_up=True)}")
-    if plan.minimum_budget_reason:
-        lines.append(plan.minimum_budget_reason)
+        lines.append(f"the smallest feasible budget is {format_size(plan.minimum_budget_bytes, round_up=True)}")
+    if why is None:
+        return [*lines, plan.minimum_budget_reason] if plan.minimum_budget_reason else lines
+    lines[-1] += f" ({why.minimum_budget_bytes} bytes), {format_size(why.missing_bytes, round_up=True)} more"
+    start = plan.device.floor.import_peak_bytes
+    if plan.budget_bytes < start:
+        lines.append(f"starting {_floor(plan)} alone reaches {format_size(start)}")
+    lines += _peak(why.peak)
+    if why.remedies:
+        changes = ", ".join(f"{remedy.change} up to {format_size(remedy.saves_bytes)}" for remedy in why.remedies)
+        lines.append(f"what would lower it: {changes}")
     return lines
+
+
+def _floor(plan: Plan) -> str:
+    return "Python and PyTorch" if plan.device.kind == "cpu" else "the CUDA context"
+
+
+def _whole(plan: Plan) -> str:
+    """What the budget covers."""
+    return "the whole process, Python and PyTorch included" if plan.device.kind == "cpu" else "the card's memory"
 
 
 def _headline(plan: Plan) -> str:
     spare = plan.budget_bytes - plan.peak_bytes
     return (
         f"one step takes {plan.step_seconds:.3f} s and peaks at {format_size(plan.peak_bytes)} of"
-        f" {format_size(plan.budget_bytes)} for the whole process, Python and PyTorch included ({format_size(spare)} spare)"
+        f" {format_size(plan.budget_bytes)} for {_whole(plan)} ({format_size(spare)} spare)"
     )
 
 
@@ -59,30 +79,14 @@ def _proof(plan: Plan) -> str:
     )
 
 
-def _sizes(plan: Plan) -> dict[str, int]:
-    sizes = {tensor.name: tensor.bytes for tensor in plan.tensors}
-    programs = {program.name: program for program in plan.programs}
-    for layer in plan.layers:
-        for value in programs[layer.program].values:
-            sizes.setdefault(layer.bindings.get(value.name, f"{layer.name}/{value.name}"), value.bytes)
-    for name in [tensor.name for tensor in plan.tensors if tensor.kind == "trainable"]:
-        for prefix in STATE_PREFIXES:
-            sizes[prefix + name] = sizes[name]
-    return sizes
-
-
-def _totals(plan: Plan, kinds: set[str], *, states: bool = False) -> dict[str, tuple[int, int]]:
+def _totals(costs: Mapping[str, Cost], kinds: set[str]) -> dict[str, tuple[int, int]]:
     """Decision -> (tensors, bytes) over tensors of these kinds."""
-    kind_of = {tensor.name: tensor.kind for tensor in plan.tensors}
-    sizes = _sizes(plan)
-    totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for name, decision in plan.decisions.items():
-        state = name.startswith(STATE_PREFIXES)
-        kind = "optimizer" if state else kind_of.get(name, "activation")
-        if kind in kinds and state == states:
-            totals[decision][0] += 1
-            totals[decision][1] += sizes.get(name, 0)
-    return {decision: (count, size) for decision, (count, size) in totals.items()}
+    totals: dict[str, tuple[int, int]] = {}
+    for cost in costs.values():
+        if cost.decision is not None and cost.kind in kinds:
+            count, size = totals.get(cost.decision, (0, 0))
+            totals[cost.decision] = (count + 1, size + cost.bytes)
+    return totals
 
 
 def _phrase(totals: dict[str, tuple[int, int]], words: dict[str, str]) -> str:
@@ -94,48 +98,110 @@ def _phrase(totals: dict[str, tuple[int, int]], words: dict[str, str]) -> str:
     return ", ".join(parts)
 
 
-def _activations(plan: Plan) -> list[str]:
-    totals = _totals(plan, {"activation", "gradient"})
-    words = {
-        "kept": "kept in memory",
-        "recomputed": "made again in the backward",
-        "offloaded": "written to disk and fetched",
-    }
-    phrase = _phrase(totals, words)
-    return [f"activations saved for the backward: {phrase}"] if phrase else []
+def _decisions(plan: Plan) -> list[str]:
+    """What became of activations, weights and optimizer states: a sentence for each sort that the plan has."""
+    costs = Ledger(plan).costs()
+    away = _elsewhere(plan)
+    sorts: list[tuple[str, set[str], dict[str, str]]] = [
+        (
+            "activations saved for the backward",
+            {"activation", "gradient"},
+            {
+                "kept": "kept in memory",
+                "recomputed": "made again in the backward",
+                "offloaded": f"written to {away} and fetched",
+            },
+        ),
+        (
+            "frozen weights",
+            {"weight"},
+            {
+                "unpacked": "unpacked in memory all the time",
+                "packed": "in memory as 4-bit and unpacked before each use",
+                "streamed": f"read from {away} in every step",
+            },
+        ),
+        ("optimizer states", {"optimizer"}, {"kept": "kept in memory", "offloaded": f"on {away} between updates"}),
+    ]
+    phrases = [(name, _phrase(_totals(costs, kinds), words)) for name, kinds, words in sorts]
+    return [f"{name}: {phrase}" for name, phrase in phrases if phrase]
 
 
-def _weights(plan: Plan) -> list[str]:
-    totals = _totals(plan, {"weight"})
-    words = {
-        "unpacked": "unpacked in memory all the time",
-        "packed": "in memory as 4-bit and unpacked before each use",
-        "streamed": "read from disk in every step",
-    }
-    phrase = _phrase(totals, words)
-    return [f"frozen weights: {phrase}"] if phrase else []
+def _elsewhere(plan: Plan) -> str:
+    """Where what is not resident lies."""
+    return "disk" if plan.device.kind == "cpu" else "host memory"
 
 
-def _states(plan: Plan) -> list[str]:
-    totals = _totals(plan, {"optimizer"}, states=True)
-    phrase = _phrase(totals, {"kept": "kept in memory", "offloaded": "on disk between updates"})
-    return [f"optimizer states: {phrase}"] if phrase else []
-
-
-def _time(plan: Plan, train: Phase) -> str:
-    device = plan.device
-    moved = train.read_bytes + train.write_bytes
-    busy = train.read_bytes / device.read.bytes_per_second + train.write_bytes / device.write.bytes_per_second
-    share = busy / train.seconds if train.seconds else 0.0
-    return (
-        f"of the step, {train.recompute_seconds:.3f} s make activations again, {train.unpack_seconds:.3f} s unpack weights,"
-        f" {train.stall_seconds:.3f} s wait for the disk; the disk moves {format_size(moved)} and is busy {share:.0%} of the time"
+def _peak(peak: PeakAccount | None) -> list[str]:
+    if peak is None:
+        return []
+    phase = "training" if peak.phase == "train" else "evaluation"
+    largest = ", ".join(f"{tensor} {format_size(size)}" for tensor, size in list(peak.tensors.items())[:3])
+    text = (
+        f"the peak is set in {phase} by {peak.text} (instruction {peak.instruction}): {format_size(peak.floor_bytes)} floor,"
+        f" {format_size(peak.tensor_bytes)} tensors, {format_size(peak.workspace_bytes)} workspace,"
+        f" {format_size(peak.schedule_bytes)} schedule; largest there: {largest}"
     )
+    return [text]
 
 
-def _peak(plan: Plan, train: Phase) -> str:
-    phase, name = train, "training"
-    if plan.evaluate is not None and plan.evaluate.peak_bytes > train.peak_bytes:
-        phase, name = plan.evaluate, "evaluation"
-    largest = ", ".join(f"{tensor} {format_size(size)}" for tensor, size in list(phase.peak.tensors.items())[:3])
-    return f"the {name} peak is reached at {phase.peak.text}; largest there: {largest}"
+def _recomputation(plan: Plan, made_again: Recomputation | None) -> list[str]:
+    if made_again is None or not made_again.operators:
+        return []
+    example: dict[str, str] = {}
+    for layer in plan.layers:
+        example.setdefault(layer.program, layer.name)
+    dearest = ", ".join(
+        f"{group.operator} {group.seconds:.3f} s ({group.runs} runs in {_layers(group.layers, example[group.program])})"
+        for group in made_again.operators[:3]
+    )
+    text = (
+        f"making {made_again.tensors} activations again costs {made_again.seconds:.3f} s, {made_again.share:.1%} of the step,"
+        f" and spares {format_size(made_again.bytes)}; dearest: {dearest}"
+    )
+    return [text]
+
+
+def _layers(count: int, example: str) -> str:
+    return example if count == 1 else f"{count} layers like {example}"
+
+
+def _busy(plan: Plan, told: Explanation) -> str:
+    where = _elsewhere(plan)
+    parts = [
+        f"{words} {use.share:.1%}" + (f" ({format_size(use.bytes)})" if use.name != "compute" else "")
+        for use in told.channels
+        for words in [
+            {"compute": "computing", "read": f"reading from {where}", "write": f"writing to {where}"}[use.name]
+        ]
+        if use.name == "compute" or use.bytes
+    ]
+    unpacking = f"{plan.train.unpack_seconds:.3f} s unpack weights, " if plan.train is not None else ""
+    return f"busy in the step: {', '.join(parts)}; {unpacking}{told.waiting_seconds:.3f} s wait for transfers"
+
+
+def _worth(plan: Plan, neighbours: list[Worth]) -> list[str]:
+    said = []
+    for worth in sorted(neighbours, key=lambda worth: -worth.change_bytes):
+        size = format_size(abs(worth.change_bytes))
+        change = f"{size} {'more' if worth.change_bytes > 0 else 'less'} ({format_size(worth.budget_bytes)})"
+        priced = "unknown" if worth.status else "no plan fits"
+        if worth.price_seconds is not None:
+            priced = _difference(worth.price_seconds, plan)
+        if worth.status is None:
+            said.append(f"{change}: {priced}, by the model's prices (--what-if plans it)")
+        elif worth.step_seconds is None:
+            said.append(f"{change}: no plan fits, as planning again shows")
+        else:
+            planned = _difference(worth.step_seconds - plan.step_seconds, plan)
+            said.append(
+                f"{change}: {worth.step_seconds:.3f} s per step, {planned}, as planning again shows (by the model's prices: {priced})"
+            )
+    return said
+
+
+def _difference(seconds: float, plan: Plan) -> str:
+    share = abs(seconds) / plan.step_seconds if plan.step_seconds else 0.0
+    if share < LEAST_SHARE:
+        return "no difference"
+    return f"{abs(seconds):.3f} s ({share:.1%}) {'slower' if seconds > 0 else 'faster'}"

@@ -308,6 +308,29 @@ class Planner:
                 break
         return lowest, excess
 
+    # --- beside the budget -----------------------------------------------------------------------------------------
+
+    def bound(self, budget_bytes: int, *, time_limit: float = 30.0) -> float | None:
+        """Seconds per step that no plan of the class undercuts at a budget; None where the model finds none that fits.
+
+        Raises TimeoutError where the time limit strikes first.
+        """
+        limit, deadline = self._room(budget_bytes), time.monotonic() + time_limit
+        search = Search(pool=self.pool, limit_bytes=limit, deadline=deadline)
+        if self.pool.binaries <= JOINT_BINARIES:
+            answer = search.joint()
+            return None if answer is None else answer.bound_seconds
+        lower, _, kept = search.columns()
+        return search.bound(lower) if kept else None
+
+    def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
+        """The plan of the smallest budget, in full."""
+        started = time.monotonic()
+        least = self.minimum(policy=policy, time_limit=time_limit)
+        any_bound = any_schedule_bound(self.problem, least.peak_bytes)
+        outcome = Outcome(schedule=least, bound_seconds=any_bound, status="feasible")
+        return self._finish(least.peak_bytes, policy or "solver", outcome, any_bound, started)
+
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
     def minimum(self, *, policy: str | None = None, time_limit: float = 30.0) -> Schedule:

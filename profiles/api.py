@@ -16,7 +16,9 @@ from torch._subclasses import FakeTensorMode
 
 from profiles import native
 from profiles.decoder import Decoder, decoder_shape
+from profiles.devices import find_device
 from profiles.errors import InputError
+from profiles.estimate import estimate_profile
 from profiles.files import cache_directory, write_whole
 from profiles.measure import measure
 from profiles.pack import build_store
@@ -72,16 +74,21 @@ def profile(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Profile:
-    """Trace and measure one training step of `source` (see `profiles.sources.resolve`) on this machine.
+    """Trace and measure one training step of `source` (see `profiles.sources.resolve`) on this machine, or trace it and
+    estimate its times on another `device` (see `profiles.devices.find_device`).
 
     `batch` samples of `seq` tokens; `lora_alpha` defaults to twice the rank; `dtype` is what activations and unpacked
     weights are computed in (bfloat16 for language models, float32 for a module of your own). A module:factory brings its own sample batch. Weights, where the source has them, are packed
-    into the cache first, tensor by tensor. A fitting result in the cache is returned at once unless `force`.
+    into the cache first, tensor by tensor. A fitting result in the cache is returned at once unless `force`. An estimate
+    touches no weights, measures nothing and is not cached.
 
     Raises InputError for a source, shape or device that cannot be used, RunError where packing or measuring fails.
     """
-    if device != "cpu":
-        raise InputError(f"device {device!r} cannot be profiled here; supported: cpu")
+    elsewhere = None if device == "cpu" else find_device(device)
+    if elsewhere is not None and threads is not None:
+        raise InputError(
+            f"threads {threads}: the figures of {elsewhere.name} are for {elsewhere.threads}; leave it out"
+        )
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     for name, value in (("batch", batch), ("seq", seq), ("lora-rank", lora_rank)):
@@ -99,7 +106,7 @@ def profile(
     report = progress or (lambda stage, done, total: None)
     key = _fingerprint(found, batch, seq, lora_rank, alpha, dtype, threads)
     cached = cache_directory() / "profiles" / f"{key[:32]}.json"
-    if cached.exists() and not force:
+    if elsewhere is None and cached.exists() and not force:
         try:
             earlier = load_profile(cached)
             if earlier.model.store is None or Path(earlier.model.store).exists():
@@ -107,7 +114,7 @@ def profile(
         except InputError:
             cached.unlink(missing_ok=True)
     store, store_fingerprint = None, None
-    if found.has_weights:
+    if found.has_weights and elsewhere is None:
         path = build_store(found, cache_directory() / "stores", lambda done, total, name: report("pack", done, total))
         with Store.open(path) as opened:
             store, store_fingerprint = str(path), opened.fingerprint
@@ -122,15 +129,19 @@ def profile(
         seq_or_none, kind, lora = seq, "decoder", {"rank": lora_rank, "alpha": alpha}
         _check_lengths(found, seq)
     tensors = [_packed(t, found.entries) for t in traced.tensors]
-    measured = measure(
-        traced.programs,
-        tensors,
-        found.entries,
-        compute_dtype=dtype,
-        threads=threads,
-        scratch=cache_directory(),
-        environment=dict(os.environ) | _python_path(),
-        progress=progress,
+    measured: Mapping[str, Any] = (
+        _unmeasured(traced, elsewhere.device())
+        if elsewhere is not None
+        else measure(
+            traced.programs,
+            tensors,
+            found.entries,
+            compute_dtype=dtype,
+            threads=threads,
+            scratch=cache_directory(),
+            environment=dict(os.environ) | _python_path(),
+            progress=progress,
+        )
     )
     result = Profile(
         fingerprint=key,
@@ -161,6 +172,8 @@ def profile(
         loss=traced.loss,
         token_losses=traced.token_losses,
     )
+    if elsewhere is not None:
+        return estimate_profile(result, elsewhere)
     save_profile(result, cached)
     return result
 
@@ -287,6 +300,13 @@ def _packed(tensor: Tensor, entries: Mapping[str, Entry]) -> Tensor:
     if tensor.kind != "weight":
         return tensor
     return tensor.model_copy(update={"packed_bytes": find_extent(entries, tensor.name).bytes})
+
+
+def _unmeasured(traced: Trace, device: Device) -> dict[str, Any]:
+    """What `measure` would tell, without times."""
+    operators = {program.name: [[0.0, 0.0]] * len(program.operators) for program in traced.programs}
+    channels = {"floor": device.floor.model_dump(), "read": device.read, "write": device.write}
+    return {"operators": operators, "unpack": {}, "update": {}} | channels
 
 
 def _timed_tensor(tensor: Tensor, measured: Mapping[str, Any]) -> Tensor:

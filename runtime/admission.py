@@ -37,6 +37,10 @@ def check_machine(plan: Plan) -> None:
         raise InputError(
             f"the plan is for a {device.kind} device ({device.name}); this runtime executes plans for cpu, profile this machine"
         )
+    if not device.measured:
+        raise InputError(
+            f"the plan's times and floor are estimated for {device.name}, not measured on this machine; run `tightfit profile` without --device here and plan again"
+        )
     present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device.threads > present:
         raise InputError(

@@ -7,12 +7,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from profiles.units import format_size
+from profiles.units import MIB, format_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from planner.explanation import Explanation
     from planner.schema import Phase, Plan
+    from profiles.devices import DeviceDescription
     from profiles.schema import Profile
 
 PLAN_FIELDS = (
@@ -44,6 +46,9 @@ PHASE_FIELDS = (
     "read_bytes",
     "write_bytes",
 )
+
+
+FLOORS = {"cpu": "Python and PyTorch", "cuda": "the CUDA context"}
 
 
 def to_json(value: Any) -> str:
@@ -101,6 +106,7 @@ def profile_text(profile: Profile) -> RenderableType:
     shape = f"batch {profile.batch}" + (f" × sequence {profile.seq}" if profile.seq else "")
     how = "measured" if facts["measured"] else "estimated from FLOPs and bytes"
     rows = [
+        ("device", f"{facts['device']}, {profile.device.threads} threads, {how}"),
         ("model", f"{facts['model']}, {facts['layers']} layers of {facts['programs']} kinds"),
         ("step", f"{shape}, {facts['compute_dtype']}"),
         (
@@ -111,14 +117,63 @@ def profile_text(profile: Profile) -> RenderableType:
             "trainables",
             f"{format_size(facts['trainable_bytes'])}, with optimizer state {format_size(facts['trainable_bytes'] * 3)}",
         ),
-        ("arithmetic", f"forward {facts['forward_seconds']:.3f} s, backward {facts['backward_seconds']:.3f} s, {how}"),
+        ("arithmetic", f"forward {facts['forward_seconds']:.3f} s, backward {facts['backward_seconds']:.3f} s"),
         (
-            "disk",
+            "disk" if profile.device.kind == "cpu" else "host memory",
             f"reads {facts['read_bytes_per_second'] / 1e6:,.0f} MB/s, writes {facts['write_bytes_per_second'] / 1e6:,.0f} MB/s",
         ),
-        ("floor", f"{format_size(facts['floor_bytes'])}: Python and PyTorch before any model is loaded"),
+        ("floor", f"{format_size(facts['floor_bytes'])}: {FLOORS[profile.device.kind]} before any model is loaded"),
     ]
     return _facts_table(rows)
+
+
+def devices_text(devices: Sequence[DeviceDescription]) -> RenderableType:
+    """Known devices with the figures that decide most."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("device", no_wrap=True)
+    for heading in ("GFLOP/s", "memory, GB/s", "offload, MB/s", "floor, MiB"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for one in devices:
+        rates = one.flops_per_second
+        table.add_row(
+            one.name,
+            f"{rates.get('bfloat16', rates['float32']) / 1e9:,.0f}",
+            f"{one.bytes_per_second / 1e9:,.0f}",
+            f"{one.read.bytes_per_second / 1e6:,.0f}",
+            f"{one.floor.import_peak_bytes / MIB:,.0f}",
+            one.label,
+        )
+    return table
+
+
+def device_text(device: DeviceDescription) -> RenderableType:
+    """Every figure of a device with its source."""
+    from rich import box
+    from rich.table import Table
+
+    floor = device.floor
+    figures = {
+        "memory_bytes": format_size(device.memory_bytes),
+        "flops_per_second": ", ".join(
+            f"{kind} {rate / 1e9:,.0f} GFLOP/s" for kind, rate in device.flops_per_second.items()
+        ),
+        "bytes_per_second": f"{device.bytes_per_second / 1e9:,.1f} GB/s",
+        "call_seconds": f"{device.call_seconds * 1e6:,.0f} µs",
+        "floor": f"{format_size(floor.resident_bytes)}, at the start {format_size(floor.import_peak_bytes)}",
+    }
+    for name in ("read", "write"):
+        channel = getattr(device, name)
+        figures[name] = f"{channel.bytes_per_second / 1e6:,.0f} MB/s, latency {channel.latency_seconds * 1e6:,.0f} µs"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{device.name}: {device.label}", title_justify="left")
+    for heading in ("figure", "value", "source"):
+        table.add_column(heading)
+    for name, value in figures.items():
+        table.add_row(name, value, device.sources[name])
+    return table
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
@@ -141,7 +196,7 @@ def _phase(phase: Phase | None) -> dict[str, Any] | None:
     }
 
 
-def plan_text(plan: Plan) -> RenderableType:
+def plan_text(plan: Plan, explanation: Explanation) -> RenderableType:
     """The plan in words, and what fills the memory at its peak."""
     from rich.console import Group
     from rich.table import Table
@@ -151,17 +206,16 @@ def plan_text(plan: Plan) -> RenderableType:
     from planner.render import peak_table
 
     sentences = Table.grid(padding=(0, 1))
-    for sentence in explain(plan):
+    for sentence in explain(plan, explanation):
         sentences.add_row("•", Text(sentence))
     return Group(sentences, peak_table(plan))
 
 
-def infeasible_text(plan: Plan) -> str:
+def infeasible_text(plan: Plan, explanation: Explanation) -> str:
     """Why no plan fits, and the smallest budget that is enough; rounded up, so that it can be typed back."""
-    text = f"no plan fits {format_size(plan.budget_bytes)}"
-    if plan.minimum_budget_bytes is not None:
-        text += f"; the smallest feasible budget is {format_size(plan.minimum_budget_bytes, round_up=True)} ({plan.minimum_budget_bytes} bytes)"
-    return f"{text}: {plan.minimum_budget_reason}" if plan.minimum_budget_reason else text
+    from planner.explain import explain
+
+    return "; ".join(explain(plan, explanation))
 
 
 def comparison_text(plans: Sequence[Plan]) -> RenderableType:

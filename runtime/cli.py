@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -86,7 +87,13 @@ def profile(
             help="Number type of the arithmetic, bfloat16 or float32; default: bfloat16, float32 for a module."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or the name of a device.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="cpu: this machine, measured. The name of a device (see `tightfit devices`) or a JSON file that describes one: its times are estimated.",
+        ),
+    ] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Compute threads; default: every core that is ours.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the profile is written.")] = Path(
         "profile.json"
@@ -95,7 +102,9 @@ def profile(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure one training step of MODEL: its tensors, operators, disk and process floor. No weights need fit in memory."""
+    """Measure one training step of MODEL (or estimate it, on a device that is not here): its tensors, operators, disk and
+    process floor. No weights need fit in memory.
+    """
     _at_least(1, seq=seq, batch=batch, lora_rank=lora_rank, threads=1 if threads is None else threads)
     from profiles.api import profile as measure
     from profiles.api import save_profile
@@ -122,6 +131,22 @@ def profile(
 
 
 @app.command()
+def devices(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Show one device: every figure with its source.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the devices that can be planned for without being here; their times are estimated from FLOPs and bytes."""
+    from profiles.devices import find_device, known_devices
+
+    found = known_devices() if name is None else [find_device(name)]
+    summary = {"devices": [one.model_dump(mode="json") for one in found]}
+    _answer(summary, answers.devices_text(found) if name is None else answers.device_text(found[0]), as_json)
+
+
+@app.command()
 def plan(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json.")],
     memory: Annotated[
@@ -131,6 +156,9 @@ def plan(
         str | None, typer.Option(help="A fixed rule instead of the solver: keep-all, checkpoint-layers or mebp.")
     ] = None,
     time_limit: TimeLimit = 30.0,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Also plan 50 MiB less and 50 MiB more, to see what memory is worth.")
+    ] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan is written.")] = Path("plan.json"),
     as_json: Json = False,
     debug: Debug = False,
@@ -139,20 +167,35 @@ def plan(
     budget = parse_size(memory)
     _at_least(0, time_limit=time_limit)
     from planner.exchange import save_plan
-    from planner.plan import plan as solve
+    from planner.explanation import Worth, account, shortfall
+    from planner.plan import Planner
+    from planner.worth import neighbours
+    from planner.worth import what_if as check
     from profiles.api import load_profile
     from runtime.terminal import Solving, messages
 
     console = messages()
-    loaded = load_profile(profile)
+    planner = Planner(load_profile(profile))
+    started = time.monotonic()
     with Solving(console, time_limit) as solving:
-        planned = solve(loaded, budget, policy=policy, time_limit=time_limit, progress=solving)
+        planned = planner.plan(budget, policy=policy, time_limit=time_limit, progress=solving)
+        if planned.status == "infeasible":
+            why = shortfall(planned, planner.smallest_plan(policy=policy, time_limit=time_limit))
+        else:
+            beside: list[Worth] = []
+            left = time_limit - (time.monotonic() - started)
+            if what_if and planned.policy == "solver":
+                planned, beside = check(planner, planned, time_limit=time_limit, progress=solving)
+            elif planned.policy == "solver" and left > 0:
+                beside = neighbours(planner, planned, time_limit=left / 3)
+            why = account(planned).model_copy(update={"neighbours": beside})
+    summary = answers.plan_summary(planned) | {"explanation": why.model_dump(mode="json")}
     if planned.status == "infeasible":
-        _answer(answers.plan_summary(planned), None, as_json)
-        console.print(f"tightfit: {answers.infeasible_text(planned)}", markup=False)
+        _answer(summary, None, as_json)
+        console.print(f"tightfit: {answers.infeasible_text(planned, why)}", markup=False)
         raise typer.Exit(3)
     save_plan(planned, output)
-    _answer(answers.plan_summary(planned) | {"plan": str(output)}, answers.plan_text(planned), as_json)
+    _answer(summary | {"plan": str(output)}, answers.plan_text(planned, why), as_json)
     console.print(f"plan written to {output}; next: tightfit run {output} --data FILE.jsonl --steps N -o out")
 
 

@@ -32,7 +32,7 @@ def sample_plan(policy="solver", budget=350 * MIB, *, peak=340 * MIB, seconds=1.
         )
     highest = max(timeline, key=lambda point: point.bytes)
     train = Phase(
-        instructions=[["free", "x"]] * steps,
+        instructions=[["update", "x"]] * steps,
         seconds=seconds,
         peak_bytes=peak,
         peak=Peak(

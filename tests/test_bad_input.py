@@ -258,7 +258,10 @@ def test_a_config_that_cannot_be_used(refused, tmp_path, case):
         (["nowhere.gguf"], "nowhere.gguf: no such file or directory; a model is "),
         (["nowhere.models:make"], "nowhere.models:make: No module named 'nowhere'; run from the directory that holds"),
         (["json:nothing"], "json:nothing: module 'json' has no function 'nothing'"),
-        (["MODEL", "--device", "tpu9"], "device 'tpu9' cannot be profiled here; supported: cpu"),
+        (
+            ["MODEL", "--device", "tpu9"],
+            "no device is called 'tpu9'; choose cpu (this machine, measured), one of amx-2core,",
+        ),
         (["MODEL", "--dtype", "int3"], "dtype 'int3' is not supported; supported: bfloat16, float32"),
         (["MODEL", "--seq", "-5"], "--seq -5: give a number of at least 1"),
         (["MODEL", "--batch", "-1"], "--batch -1: give a number of at least 1"),

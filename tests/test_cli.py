@@ -38,8 +38,21 @@ def planned(monkeypatch):
     import profiles.api
 
     def answer(plan):
+        class Planner:
+            def __init__(self, profile):
+                pass
+
+            def plan(self, budget, **options):
+                return plan
+
+            def smallest_plan(self, **options):
+                return sample_plan(peak=plan.minimum_budget_bytes)
+
+            def bound(self, budget, **options):
+                return plan.bound_seconds - (budget - plan.budget_bytes) / MIB / 1000
+
         monkeypatch.setattr(profiles.api, "load_profile", lambda path: None)
-        monkeypatch.setattr(planner.plan, "plan", lambda *args, **options: plan)
+        monkeypatch.setattr(planner.plan, "Planner", Planner)
 
     return answer
 
@@ -121,8 +134,26 @@ def test_a_plan_is_written_and_told(tightfit, planned, tmp_path):
     }.items():
         assert told[name] == value, name
     assert told["train"]["peak"]["text"] == "layer 5: aten.mm.default"
+    why = told["explanation"]
+    assert why["peak"]["bytes"] == 340 * MIB
+    assert [use["name"] for use in why["channels"]] == ["compute", "read", "write"]
+    beside = {worth["change_bytes"] // MIB: worth for worth in why["neighbours"]}
+    assert [beside[change]["price_seconds"] for change in (-50, 50)] == pytest.approx([0.05, -0.05])
+    assert [beside[change]["step_seconds"] for change in (-50, 50)] == [None, None]
     assert err.endswith(f"plan written to {path}; next: tightfit run {path} --data FILE.jsonl --steps N -o out\n")
     assert json.loads(path.read_text())["fingerprint"] == "f" * 64
+
+
+def test_what_memory_is_worth_can_be_planned(tightfit, planned, tmp_path):
+    planned(sample_plan())
+    words = ["plan", "profile.json", "--memory", "350MiB", "-o", tmp_path / "plan.json"]
+    code, out, _ = tightfit(*words)
+    assert code == 0
+    said = " ".join(out.split())
+    assert "50.0 MiB more (400.0 MiB): 0.050 s (4.0%) faster, by the model's prices (--what-if plans it)" in said
+    code, out, _ = tightfit(*words, "--what-if", "--json")
+    assert code == 0
+    assert [worth["step_seconds"] for worth in json.loads(out)["explanation"]["neighbours"]] == [1.25, 1.25]
 
 
 def test_an_infeasible_budget(tightfit, planned, tmp_path):
@@ -134,10 +165,13 @@ def test_an_infeasible_budget(tightfit, planned, tmp_path):
     assert told["status"] == "infeasible"
     assert told["minimum_budget_bytes"] == int(412.34 * MIB)
     assert told["train"] is None
-    assert err.endswith(
-        "tightfit: no plan fits 250.0 MiB; the smallest feasible budget is 412.4 MiB (432369827 bytes): "
-        "layer 5: aten.mm.default needs its input, its weight and its output at once\n"
+    assert err.startswith(
+        "tightfit: no plan fits 250.0 MiB for the whole process, Python and PyTorch included; "
+        "the smallest feasible budget is 412.4 MiB (432369827 bytes), 162.4 MiB more; the peak is set in training by"
     )
+    why = told["explanation"]["shortfall"]
+    assert (why["minimum_budget_bytes"], why["missing_bytes"]) == (432369827, 432369827 - 250 * MIB)
+    assert why["peak"]["text"] == "layer 5: aten.mm.default"
     assert list(tmp_path.iterdir()) == []
 
 

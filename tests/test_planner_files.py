@@ -124,6 +124,6 @@ def test_infeasible_in_words():
     floor = device(import_peak=122 * MIB, resident=106 * MIB)
     planner = Planner(small_chain(12, on=floor))
     lines = explain(planner.plan(100 * MIB))
-    assert lines[0] == "no plan fits 100.0 MiB for the whole process"
-    assert lines[1].startswith("the smallest budget that can hold is ")
+    assert lines[0] == "no plan fits 100.0 MiB for the whole process, Python and PyTorch included"
+    assert lines[1].startswith("the smallest feasible budget is ")
     assert "importing Python and PyTorch" in lines[2]

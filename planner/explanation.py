@@ -1,0 +1,245 @@
+"""Why a plan is as it is, in figures: what sets its peak, what it makes again, how busy it is, what memory is worth.
+
+`account` counts on the schedule; `planner.worth` fills in the neighbouring budgets; `planner.explain` puts it in words.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from planner.costs import Cost, Ledger
+from planner.schema import Phase, Plan
+
+LARGEST = 8
+"""tensors named at the peak"""
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PeakAccount(Record):
+    """The instruction that sets the peak, and what the process holds then. The four parts add up to `bytes`."""
+
+    phase: Literal["train", "evaluate"]
+    instruction: int
+    text: str = Field(description="what runs there, in words")
+    layer: str | None = Field(description="None where a transfer or an update sets the peak")
+    operator: str | None
+    bytes: int = Field(description="whole process: the plan's peak_bytes")
+    floor_bytes: int = Field(description="Python and PyTorch; on a card its context")
+    schedule_bytes: int = Field(description="the plan's instructions in memory")
+    tensor_bytes: int = Field(description="the arena: tensors resident at once, and gaps between them")
+    workspace_bytes: int = Field(description="the largest transient use of any operator")
+    by_kind: dict[str, int] = Field(description="kind of tensor -> bytes resident at the instruction, largest first")
+    tensors: dict[str, int] = Field(description="the largest tensors resident there, bytes")
+
+
+class Recomputed(Record):
+    """Operators of one kind that run again."""
+
+    layers: int = Field(description="how many layers they belong to")
+    program: str = Field(description="the kind of layer")
+    operator: str
+    runs: int
+    seconds: float
+
+
+class Recomputation(Record):
+    seconds: float = Field(description="per step; the plan's recompute_seconds")
+    share: float = Field(description="of the step")
+    tensors: int = Field(description="activations that are dropped and made again")
+    bytes: int = Field(description="of these: what keeping them all would take")
+    operators: list[Recomputed] = Field(description="by kind of layer and operator, dearest first")
+    by_layer: dict[str, float] = Field(description="layer -> seconds, in forward order")
+
+
+class ChannelUse(Record):
+    name: Literal["compute", "read", "write"]
+    seconds: float = Field(description="busy, per step")
+    share: float = Field(description="of the step")
+    bytes: int = Field(0, description="moved per step")
+
+
+class Worth(Record):
+    """A neighbouring budget."""
+
+    change_bytes: int
+    budget_bytes: int
+    bound_seconds: float | None = Field(
+        description="proven by the model: no plan of the class is faster there; None: the model finds no plan there"
+    )
+    price_seconds: float | None = Field(
+        description="what the change costs (above 0) or saves (below) per step by the model's prices: the bound there less the bound here"
+    )
+    step_seconds: float | None = Field(
+        None, description="of the plan made there; None: not planned again, or infeasible"
+    )
+    status: str | None = Field(None, description="of the plan made there; None: not planned again")
+
+
+class Remedy(Record):
+    """A change that makes the smallest budget smaller."""
+
+    change: str
+    saves_bytes: int = Field(description="at the instruction that sets the smallest budget; another may take its place")
+
+
+class Shortfall(Record):
+    """Why no plan fits."""
+
+    minimum_budget_bytes: int
+    missing_bytes: int
+    peak: PeakAccount = Field(description="of the plan with the smallest budget")
+    remedies: list[Remedy] = Field(description="largest first")
+
+
+class Explanation(Record):
+    """What `plan --json` says under "explanation". Fields that do not apply are null or empty."""
+
+    peak: PeakAccount | None = None
+    recomputation: Recomputation | None = None
+    channels: list[ChannelUse] = []
+    waiting_seconds: float = Field(0.0, description="per step: the cores wait for a transfer")
+    neighbours: list[Worth] = Field([], description="the budgets beside this one")
+    shortfall: Shortfall | None = None
+
+
+def account(plan: Plan) -> Explanation:
+    """Peak, recomputation and channels of a plan that has a schedule; empty for one that has none."""
+    if plan.train is None:
+        return Explanation()
+    ledger = Ledger(plan)
+    costs = ledger.costs()
+    return Explanation(
+        peak=peak_account(plan, ledger),
+        recomputation=_recomputation(plan.train, ledger, costs),
+        channels=_channels(plan.train, costs),
+        waiting_seconds=plan.train.stall_seconds,
+    )
+
+
+def shortfall(plan: Plan, smallest: Plan) -> Explanation:
+    """Why `plan` is infeasible, from the plan of the smallest budget of the same profile and policy."""
+    ledger = Ledger(smallest)
+    peak = peak_account(smallest, ledger)
+    return Explanation(
+        shortfall=Shortfall(
+            minimum_budget_bytes=smallest.peak_bytes,
+            missing_bytes=smallest.peak_bytes - plan.budget_bytes,
+            peak=peak,
+            remedies=_remedies(smallest, ledger, peak),
+        )
+    )
+
+
+def peak_account(plan: Plan, ledger: Ledger) -> PeakAccount:
+    """What sets the peak of a plan with a schedule."""
+    assert plan.train is not None
+    name: Literal["train", "evaluate"] = "train"
+    phase = plan.train
+    if plan.evaluate is not None and plan.evaluate.peak_bytes > phase.peak_bytes:
+        name, phase = "evaluate", plan.evaluate
+    at = phase.peak.instruction
+    layer, operator = _runs(phase, at, ledger)
+    resident = ledger.resident_at(phase, at)
+    by_kind: dict[str, int] = defaultdict(int)
+    for tensor, size in resident.items():
+        by_kind[ledger.kinds[tensor]] += size
+    largest = sorted(resident.items(), key=lambda item: (-item[1], item[0]))[:LARGEST]
+    floor = plan.device.floor.resident_bytes
+    return PeakAccount(
+        phase=name,
+        instruction=at,
+        text=phase.peak.text,
+        layer=layer,
+        operator=operator,
+        bytes=plan.peak_bytes,
+        floor_bytes=floor,
+        # Where the start of the process sets the peak, its imports are what the rest leaves.
+        schedule_bytes=plan.peak_bytes - floor - plan.arena_bytes - plan.workspace_bytes,
+        tensor_bytes=plan.arena_bytes,
+        workspace_bytes=plan.workspace_bytes,
+        by_kind=dict(sorted(by_kind.items(), key=lambda item: -item[1])),
+        tensors=dict(largest),
+    )
+
+
+def _runs(phase: Phase, instruction: int, ledger: Ledger) -> tuple[str | None, str | None]:
+    """Layer and operator that run at the instruction, where it runs any."""
+    if not 0 <= instruction < len(phase.instructions) or phase.instructions[instruction][0] != "run":
+        return None, None
+    _, layer, position, _ = phase.instructions[instruction]
+    return layer, ledger.operators[layer][position].target
+
+
+def _recomputation(train: Phase, ledger: Ledger, costs: dict[str, Cost]) -> Recomputation:
+    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    layers: dict[tuple[str, str], set[str]] = defaultdict(set)
+    by_layer: dict[str, float] = defaultdict(float)
+    for run in ledger.repeated():
+        key = (run.program, run.operator)
+        groups[key].append(run.seconds)
+        layers[key].add(run.layer)
+        by_layer[run.layer] += run.seconds
+    dropped = [cost.bytes for cost in costs.values() if cost.decision == "recomputed"]
+    operators = [
+        Recomputed(layers=len(layers[key]), program=key[0], operator=key[1], runs=len(times), seconds=sum(times))
+        for key, times in groups.items()
+    ]
+    return Recomputation(
+        seconds=train.recompute_seconds,
+        share=_share(train.recompute_seconds, train),
+        tensors=len(dropped),
+        bytes=sum(dropped),
+        operators=sorted(operators, key=lambda group: -group.seconds),
+        by_layer={name: by_layer[name] for name in ledger.layers if name in by_layer},
+    )
+
+
+def _channels(train: Phase, costs: dict[str, Cost]) -> list[ChannelUse]:
+    compute = train.compute_seconds + train.recompute_seconds + train.unpack_seconds
+    read = sum(cost.read_seconds for cost in costs.values())
+    write = sum(cost.write_seconds for cost in costs.values())
+    return [
+        ChannelUse(name="compute", seconds=compute, share=_share(compute, train)),
+        ChannelUse(name="read", seconds=read, share=_share(read, train), bytes=train.read_bytes),
+        ChannelUse(name="write", seconds=write, share=_share(write, train), bytes=train.write_bytes),
+    ]
+
+
+def _share(seconds: float, train: Phase) -> float:
+    return seconds / train.seconds if train.seconds else 0.0
+
+
+def _remedies(plan: Plan, ledger: Ledger, peak: PeakAccount) -> list[Remedy]:
+    """What shrinks with the batch, the sequence and the rank of the adapter, halved each."""
+    assert plan.train is not None
+    phase = plan.train if peak.phase == "train" else plan.evaluate
+    assert phase is not None
+    trained = {name for name, kind in ledger.kinds.items() if kind == "trainable"}
+    by_tokens = by_rank = 0
+    for name, size in ledger.resident_at(phase, peak.instruction).items():
+        kind = ledger.kinds[name]
+        if kind in ("trainable", "optimizer") or name.removeprefix("grad:") in trained:
+            by_rank += size
+        elif kind in ("activation", "gradient", "batch"):
+            by_tokens += size
+    found = []
+    if plan.batch > 1:
+        half = plan.batch // 2
+        saved = by_tokens * (plan.batch - half) // plan.batch
+        found.append(Remedy(change=f"a batch of {half} instead of {plan.batch}", saves_bytes=saved))
+    if plan.seq is not None and plan.seq > 1:
+        half = plan.seq // 2
+        saved = by_tokens * (plan.seq - half) // plan.seq
+        found.append(Remedy(change=f"a sequence of {half} tokens instead of {plan.seq}", saves_bytes=saved))
+    rank = int((plan.model.lora or {}).get("rank", 1))
+    if rank > 1:
+        half = rank // 2
+        saved = by_rank * (rank - half) // rank
+        found.append(Remedy(change=f"a LoRA rank of {half} instead of {rank}", saves_bytes=saved))
+    return sorted((r for r in found if r.saves_bytes), key=lambda remedy: -remedy.saves_bytes)

@@ -1,0 +1,78 @@
+"""What memory is worth at a budget: the model's proven bounds beside it, and plans made there to check them."""
+
+from __future__ import annotations
+
+from planner.explanation import Worth
+from planner.master import Progress
+from planner.plan import Planner, rebudgeted
+from planner.schema import Plan
+from profiles.units import MIB
+
+STEP_BYTES = 50 * MIB
+
+
+def neighbours(planner: Planner, plan: Plan, *, step_bytes: int = STEP_BYTES, time_limit: float = 30.0) -> list[Worth]:
+    """What the model says of `step_bytes` less and more than the budget of `plan`, a solver's plan of the planner's profile.
+
+    A bound takes at most `time_limit` seconds; where it is not found by then, and below the floor, there is no answer.
+    """
+    here = _bound(planner, plan.budget_bytes, time_limit)
+    found = []
+    for change in (-step_bytes, step_bytes):
+        budget = plan.budget_bytes + change
+        if here is None or budget <= plan.device.floor.resident_bytes:
+            continue
+        try:
+            bound = planner.bound(budget, time_limit=time_limit)
+        except TimeoutError:
+            continue
+        price = None if bound is None else bound - here
+        found.append(Worth(change_bytes=change, budget_bytes=budget, bound_seconds=bound, price_seconds=price))
+    return found
+
+
+def what_if(
+    planner: Planner,
+    plan: Plan,
+    *,
+    step_bytes: int = STEP_BYTES,
+    time_limit: float = 30.0,
+    progress: Progress | None = None,
+) -> tuple[Plan, list[Worth]]:
+    """`neighbours`, checked by planning both budgets; `time_limit` seconds for each bound and each plan.
+
+    Where the search found a faster step in less memory, that plan takes the place of `plan`: it is returned first.
+    """
+    priced = {
+        worth.change_bytes: worth for worth in neighbours(planner, plan, step_bytes=step_bytes, time_limit=time_limit)
+    }
+    found = []
+    best = plan
+    for change in (-step_bytes, step_bytes):
+        budget = plan.budget_bytes + change
+        if budget <= plan.device.floor.resident_bytes:
+            continue
+        made = planner.plan(budget, time_limit=time_limit, progress=progress)
+        holds = made.status != "infeasible"
+        if holds and change < 0 and made.step_seconds < best.step_seconds:
+            best = rebudgeted(
+                made,
+                budget_bytes=plan.budget_bytes,
+                bound_seconds=plan.bound_seconds,
+                any_bound=plan.any_schedule_bound_seconds,
+            )
+        if holds and change > 0 and made.step_seconds > best.step_seconds:
+            made = rebudgeted(best, budget_bytes=budget, bound_seconds=made.bound_seconds)
+        known = priced.get(
+            change, Worth(change_bytes=change, budget_bytes=budget, bound_seconds=None, price_seconds=None)
+        )
+        step = made.step_seconds if holds else None
+        found.append(known.model_copy(update={"step_seconds": step, "status": made.status}))
+    return best, found
+
+
+def _bound(planner: Planner, budget: int, time_limit: float) -> float | None:
+    try:
+        return planner.bound(budget, time_limit=time_limit)
+    except TimeoutError:
+        return None

@@ -1,0 +1,212 @@
+"""What a plan says of itself against what the simulator and a second planning say."""
+
+from __future__ import annotations
+
+import pytest
+from synthetic import decoder_like, device, small_chain
+
+from planner.costs import Ledger
+from planner.explain import explain
+from planner.explanation import account, shortfall
+from planner.kinds import fullest
+from planner.plan import Planner
+from planner.worth import neighbours, what_if
+from profiles.units import MIB
+
+FLOOR = 100 * MIB
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """A decoder's planner; its policies are planned at once, no solver needed."""
+    on = device(resident=FLOOR, import_peak=FLOOR, per_instruction=100)
+    return Planner(decoder_like(4, tokens=256, slices=2, slice_rows=512, on=on))
+
+
+@pytest.fixture(scope="module", params=["keep-all", "checkpoint-layers", "mebp"])
+def ruled(request, deep):
+    return deep.plan(1 << 31, policy=request.param)
+
+
+@pytest.fixture(scope="module")
+def smallest(deep):
+    """A plan that spills, fetches, streams and recomputes."""
+    return deep.smallest_plan(policy="mebp")
+
+
+@pytest.fixture(scope="module")
+def chain():
+    return Planner(small_chain(12, on=device(resident=MIB, import_peak=MIB)))
+
+
+def test_costs_add_up_to_the_simulators_figures(ruled):
+    costs = Ledger(ruled).costs()
+    train = ruled.train
+    assert sum(cost.recompute_seconds for cost in costs.values()) == pytest.approx(train.recompute_seconds)
+    assert sum(cost.unpack_seconds for cost in costs.values()) == pytest.approx(train.unpack_seconds)
+    assert sum(cost.read_bytes for cost in costs.values()) == train.read_bytes
+    assert sum(cost.write_bytes for cost in costs.values()) == train.write_bytes
+    assert set(ruled.decisions) <= set(costs)
+    for name, cost in costs.items():
+        assert cost.decision == ruled.decisions.get(name)
+        if cost.decision == "streamed":
+            assert cost.read_bytes > 0
+        if cost.recompute_seconds and cost.decision is not None:
+            assert cost.decision == "recomputed"
+
+
+def test_a_plan_that_spills_counts_its_transfers(chain):
+    floor = chain.profile.device.floor.resident_bytes
+    made = chain.plan(chain.plan(floor + 1).minimum_budget_bytes)
+    assert made.train.write_bytes
+    costs = Ledger(made).costs()
+    verbs = [instruction[0] for instruction in made.train.instructions]
+    device_ = made.device
+    by_hand = {
+        "read": sum(verb in ("read", "fetch") for verb in verbs) * device_.read.latency_seconds
+        + made.train.read_bytes / device_.read.bytes_per_second,
+        "write": verbs.count("spill") * device_.write.latency_seconds
+        + made.train.write_bytes / device_.write.bytes_per_second,
+    }
+    uses = {use.name: use for use in account(made).channels}
+    for name, seconds in by_hand.items():
+        assert uses[name].seconds == pytest.approx(seconds)
+        assert uses[name].share == pytest.approx(seconds / made.step_seconds)
+        assert sum(getattr(cost, f"{name}_seconds") for cost in costs.values()) == pytest.approx(seconds)
+    # Computing and waiting fill the step.
+    assert uses["compute"].seconds + account(made).waiting_seconds == pytest.approx(made.step_seconds)
+
+
+def test_what_is_recomputed_and_what_it_costs(ruled):
+    told = account(ruled).recomputation
+    train = ruled.train
+    assert told.seconds == train.recompute_seconds
+    assert told.share == pytest.approx(train.recompute_seconds / train.seconds)
+    assert sum(group.seconds for group in told.operators) == pytest.approx(told.seconds)
+    assert sum(told.by_layer.values()) == pytest.approx(told.seconds)
+    runs = [(i[1], i[2]) for i in train.instructions if i[0] == "run"]
+    assert sum(group.runs for group in told.operators) == len(runs) - len(set(runs))
+    assert told.tensors == list(ruled.decisions.values()).count("recomputed")
+    if ruled.policy == "keep-all":
+        assert (told.operators, told.tensors, told.bytes) == ([], 0, 0)
+    else:
+        block = {group.operator: group for group in told.operators if group.program == "block"}
+        assert {group.layers for group in block.values()} == {4}
+        assert list(told.by_layer) == [f"layer{index}" for index in range(4)]
+
+
+def test_the_peak_is_the_simulators(ruled):
+    told = account(ruled).peak
+    assert told.bytes == ruled.peak_bytes
+    parts = (told.floor_bytes, told.schedule_bytes, told.tensor_bytes, told.workspace_bytes)
+    assert sum(parts) == ruled.peak_bytes
+    count = len(ruled.train.instructions) + len(ruled.evaluate.instructions)
+    assert told.schedule_bytes == 100 * count
+    assert (told.text, told.instruction) == (ruled.train.peak.text, ruled.train.peak.instruction)
+    verb, layer, *_ = ruled.train.instructions[told.instruction]
+    assert (verb, told.layer) == ("run", layer)
+    assert told.text.startswith(f"{layer}: {told.operator} (")
+    # What lies there, kind by kind, is what the simulator's timeline has at its fullest point.
+    point = fullest(ruled.timeline)
+    counted = {k: v for k, v in point.by_kind.items() if k not in ("floor", "workspace", "fragmentation")}
+    assert {k: v for k, v in told.by_kind.items() if v} == counted
+    assert list(told.tensors.items()) == list(ruled.train.peak.tensors.items())[: len(told.tensors)]
+
+
+def test_the_neighbours_of_a_budget_are_what_planning_them_says(chain):
+    least = chain.plan(MIB + 1).minimum_budget_bytes
+    roomy = chain.plan(1 << 40).peak_bytes
+    middle, step = (least + roomy) // 2, (roomy - least) // 4
+    made = chain.plan(middle)
+    best, beside = what_if(chain, made, step_bytes=step)
+    assert best == made
+    assert [worth.budget_bytes for worth in beside] == [middle - step, middle + step]
+    for worth in beside:
+        again = chain.plan(worth.budget_bytes)
+        assert worth.step_seconds == pytest.approx(again.step_seconds)
+        assert worth.status == again.status
+        assert worth.bound_seconds <= worth.step_seconds * (1 + 1e-9)
+        assert worth.price_seconds == pytest.approx(worth.bound_seconds - chain.bound(middle))
+        # The class bound is monotone: less memory never is faster.
+        assert worth.price_seconds * worth.change_bytes <= 1e-12
+    assert [worth.price_seconds for worth in neighbours(chain, made, step_bytes=step)] == [
+        worth.price_seconds for worth in beside
+    ]
+    text = "\n".join(explain(made, account(made).model_copy(update={"neighbours": beside})))
+    assert f"{beside[0].step_seconds:.3f} s per step" in text
+    assert "as planning again shows" in text
+
+
+def test_less_than_the_smallest_budget_has_no_neighbour(chain):
+    least = chain.plan(MIB + 1).minimum_budget_bytes
+    made = chain.plan(least)
+    _, beside = what_if(chain, made, step_bytes=1)
+    below, above = beside
+    assert (below.step_seconds, below.status, below.bound_seconds) == (None, "infeasible", None)
+    assert above.step_seconds is not None
+    assert "no plan fits, as planning again shows" in "\n".join(
+        explain(made, account(made).model_copy(update={"neighbours": beside}))
+    )
+
+
+def test_a_faster_plan_in_less_memory_takes_its_place(chain, monkeypatch):
+    roomy = chain.plan(1 << 40)
+    tight = chain.plan(chain.plan(MIB + 1).minimum_budget_bytes)
+    assert tight.step_seconds > roomy.step_seconds
+    # As if the search at the budget had been cut short, and that beside it had not.
+    budget = roomy.peak_bytes + 100
+    late = tight.model_copy(update={"budget_bytes": budget, "bound_seconds": roomy.bound_seconds})
+    best, beside = what_if(chain, late, step_bytes=50)
+    assert best.step_seconds == pytest.approx(roomy.step_seconds)
+    assert best.budget_bytes == budget
+    assert all(worth.step_seconds <= best.step_seconds * (1 + 1e-9) for worth in beside)
+
+
+def test_why_nothing_fits(deep, smallest):
+    budget = smallest.peak_bytes - 1000
+    plan = deep.plan(budget, policy="mebp")
+    assert plan.status == "infeasible"
+    why = shortfall(plan, smallest).shortfall
+    assert why.minimum_budget_bytes == plan.minimum_budget_bytes == smallest.peak_bytes
+    assert why.missing_bytes == 1000
+    assert why.peak.text == smallest.train.peak.text
+    assert why.remedies == []  # one sample, no tokens, no adapter: nothing to halve
+    lines = explain(plan, shortfall(plan, smallest))
+    assert lines[1].endswith(f"({smallest.peak_bytes} bytes), 0.1 MiB more")
+    assert smallest.train.peak.text in lines[2]
+
+
+def test_what_would_lower_the_smallest_budget(deep, smallest):
+    shaped = smallest.model_copy(
+        update={"batch": 3, "seq": 64, "model": smallest.model.model_copy(update={"lora": {"rank": 8}})}
+    )
+    plan = deep.plan(smallest.peak_bytes - 1, policy="mebp")
+    told = shortfall(plan, shaped).shortfall
+    kinds = told.peak.by_kind
+    resident = Ledger(shaped).resident_at(shaped.train, shaped.train.peak.instruction)
+    parameter_gradients = sum(size for name, size in resident.items() if name.startswith("grad:layer"))
+    by_tokens = sum(kinds.get(kind, 0) for kind in ("activation", "gradient", "batch")) - parameter_gradients
+    by_rank = kinds.get("trainable", 0) + kinds.get("optimizer", 0) + parameter_gradients
+    saved = {remedy.change: remedy.saves_bytes for remedy in told.remedies}
+    assert saved == {
+        "a batch of 1 instead of 3": by_tokens * 2 // 3,
+        "a sequence of 32 tokens instead of 64": by_tokens // 2,
+        "a LoRA rank of 4 instead of 8": by_rank // 2,
+    }
+    assert list(saved.values()) == sorted(saved.values(), reverse=True)
+
+
+def test_below_the_start_of_the_process(chain):
+    floor = device(resident=106 * MIB, import_peak=122 * MIB)
+    planner = Planner(small_chain(12, on=floor))
+    plan = planner.plan(100 * MIB)
+    lines = explain(plan, shortfall(plan, planner.smallest_plan()))
+    assert "starting Python and PyTorch alone reaches 122.0 MiB" in lines
+
+
+def test_a_card_is_told_as_one(deep, ruled):
+    card = ruled.model_copy(update={"device": ruled.device.model_copy(update={"kind": "cuda"})})
+    text = "\n".join(explain(card))
+    assert "for the card's memory" in text
+    assert "Python" not in text
+    assert "disk" not in text
