@@ -265,7 +265,21 @@ def report_text(report: dict[str, Any]) -> RenderableType:
             else ""
         )
         rows.append((f"evaluated {when}", f"loss {found['loss']:.4f}{accuracy}"))
-    return Group(table, _facts_table(rows))
+    profiled = report.get("profiled_step")
+    return Group(table, _facts_table(rows), *([_profiled_table(profiled)] if profiled else []))
+
+
+def _profiled_table(profiled: dict[str, Any]) -> RenderableType:
+    from rich import box
+    from rich.table import Table
+
+    title = f"where the {profiled['seconds']:.3f} s of step {profiled['step']} went"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for heading in ("", "seconds", "share"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for part, seconds in profiled["parts"].items():
+        table.add_row(part, f"{seconds:.3f}", f"{seconds / profiled['seconds']:.1%}")
+    return table
 
 
 def _facts_table(rows: Sequence[tuple[str, str]]) -> RenderableType:

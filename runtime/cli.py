@@ -272,6 +272,9 @@ def run(
         bool,
         typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),
     ] = True,
+    profile_step: Annotated[
+        bool, typer.Option("--profile-step", help="Report where the seconds of the third step went.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -306,6 +309,7 @@ def run(
             eval_data=evaluate,
             truncate=truncate,
             cgroup=cgroup,
+            profile_step=profile_step,
             progress=training,
             stages=training.stage,
         )

@@ -29,7 +29,7 @@ __all__ = ["CompiledOperator", "Executor", "compile_operator"]
 class BoundOperator:
     """A compiled operator with its windows on the arena precomputed; tensors are indices into a layer's table."""
 
-    __slots__ = ("call", "gathers", "inputs", "partial", "reads", "writes")
+    __slots__ = ("call", "gathers", "inputs", "name", "partial", "reads", "writes")
 
     def __init__(
         self,
@@ -41,6 +41,7 @@ class BoundOperator:
     ) -> None:
         compiled = compile_operator(operator, values)
         self.call = compiled.call
+        self.name = compiled.name
         self.reads = []
         for container, key, operand in compiled.slots:
             window, shift = arena.window(values[operand["value"]]["dtype"])
@@ -125,6 +126,8 @@ class Executor:
         self.leaving: dict[int, int] = {}
         """Tickets of tensors on their way in (reads and fetches) and out (spills)."""
         self.seconds = dict.fromkeys((*CODES, "stall"), 0.0)
+        self.detail: dict[str, list[float]] | None = None
+        """Calls and seconds by operator, "unpack" and "update", of steps for which a dict stands here."""
         self.loss = 0.0
         self.losses: Tensor | None = None
 
@@ -167,7 +170,10 @@ class Executor:
                         local, window, shift, size, stride, _ = write
                         where[table[local]] = at
                         outputs.append(window(size, stride, at >> shift))
-                operator.call(outputs)
+                if self.detail is None:
+                    operator.call(outputs)
+                else:
+                    self._timed(operator.name, operator.call, outputs)
                 outputs.clear()
             elif code == FREE:
                 number = words[place + 1]
@@ -188,7 +194,11 @@ class Executor:
                 if source in arriving:
                     self._arrive(source)
                 where[number] = at
-                self.store.unpack(name, self.arena.raw(where[source], bytes_), self.arena.tensor(at, shape, dtype))  # type: ignore[union-attr]
+                made = (name, self.arena.raw(where[source], bytes_), self.arena.tensor(at, shape, dtype))
+                if self.detail is None:
+                    self.store.unpack(*made)  # type: ignore[union-attr]
+                else:
+                    self._timed("unpack", self.store.unpack, *made)  # type: ignore[union-attr]
                 place += 5
             elif code == UPDATE:
                 shape, *numbers = self.trainables[words[place + 1]]
@@ -198,7 +208,10 @@ class Executor:
                     if number in leaving:
                         self._wait(leaving.pop(number))
                 p, g, m, v = (self.arena.tensor(where[number], shape, "float32") for number in numbers)
-                self.update.apply(p, g, m, v)
+                if self.detail is None:
+                    self.update.apply(p, g, m, v)
+                else:
+                    self._timed("update", self.update.apply, p, g, m, v)
                 place += 2
             elif code == SPILL:
                 number = words[place + 1]
@@ -230,6 +243,14 @@ class Executor:
                 index += 1
         for name, value in zip(CODES, spent):
             self.seconds[name] = value
+
+    def _timed(self, name: str, call: Callable[..., object], *arguments: Any) -> None:
+        assert self.detail is not None
+        before = time.perf_counter()
+        call(*arguments)
+        entry = self.detail.setdefault(name, [0, 0.0])
+        entry[0] += 1
+        entry[1] += time.perf_counter() - before
 
     def _arrive(self, number: int) -> None:
         self._wait(self.arriving.pop(number))

@@ -57,6 +57,7 @@ def run(
     eval_data: Data | None = None,
     truncate: bool = False,
     cgroup: bool = True,
+    profile_step: bool = False,
     progress: Progress | None = None,
     stages: Stages | None = None,
 ) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def run(
 
     `data` is a JSON-lines file, a directory of them, ``random``, or, for a module, an iterable of batches (tuples of
     tensors). With `eval_data`, the model is evaluated before and after. `cgroup=False` leaves enforcement to the meter.
+    `profile_step` adds to the report where the seconds of the third step went, operator by operator.
 
     Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a schedule,
     CapError where the measured memory passes the budget, RunError where the disk fills up, the child dies or the run is
@@ -105,6 +107,7 @@ def run(
         "optimizer": asdict(optimizer),
         "base_model": plan.model.source,
         "expected_seconds": plan.step_seconds,
+        "profile_step": profile_step,
         "conditions": conditions(plan, asdict(optimizer), seed),
     }
     compiled = jobs.compile_job(plan.model_dump(), settings)

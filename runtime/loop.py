@@ -100,14 +100,26 @@ def _step(
     training: Training, step: int, watched: str | None, metrics: Metrics, peaks: dict[str, int], send: Send
 ) -> None:
     """One step, measured; with a timeline under the name `watched`."""
+    detailed = watched == "later" and training.header["profile_step"]
     if watched:
         training.meter.watch(training.header["expected_seconds"])
+    if detailed:
+        training.executor.detail = {}
     before = time.perf_counter()
     loss = training.step(step)
     seconds = time.perf_counter() - before
     tidy()
     if watched:
         send("timeline", which=watched, samples=training.meter.stop())
+    if detailed:
+        send(
+            "profiled",
+            step=step,
+            seconds=seconds,
+            calls=training.executor.detail,
+            stall=training.executor.seconds["stall"],
+        )
+        training.executor.detail = None
     peaks["train"] = training.meter.check_peak()
     told = {"loss": loss, "seconds": seconds, "resident_bytes": memory().resident, "peak_bytes": peaks["train"]}
     metrics.add(step=step, **told)

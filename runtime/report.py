@@ -20,6 +20,7 @@ class Observed:
     peaks: dict[str, int] = field(default_factory=dict)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     timelines: dict[str, list[list[float]]] = field(default_factory=dict)
+    profiled: dict[str, Any] | None = None
     peak_bytes: int = 0
     spill_bytes: int = 0
     checkpoint: str | None = None
@@ -43,6 +44,8 @@ class Observed:
             self.evaluations[message["when"]] = {k: v for k, v in message.items() if k not in ("event", "when")}
         elif event == "timeline":
             self.timelines[message["which"]] = message["samples"]
+        elif event == "profiled":
+            self.profiled = message
         elif event == "checkpoint":
             self.checkpoint = message["path"]
         elif event == "saved":
@@ -97,7 +100,36 @@ def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by
         "plan_fingerprint": plan.fingerprint,
         "timeline": observed.timelines,
     }
+    if observed.profiled:
+        report["profiled_step"] = profiled_step(observed.profiled)
     return report
+
+
+PARTS = (
+    ("aten.mm.", "matrix products"),
+    ("aten.addmm.", "matrix products"),
+    ("aten.bmm.", "matrix products"),
+    ("aten.convolution", "convolutions"),
+    ("tightfit.attention", "attention"),
+    ("tightfit.head_", "loss head"),
+    ("tightfit.embed_rows", "embedding"),
+    ("unpack", "unpacking weights"),
+    ("update", "optimizer updates"),
+)
+"""Prefixes of what the executor calls, and the part of a step that it belongs to; anything else is elementwise."""
+
+
+def profiled_step(message: dict[str, Any]) -> dict[str, Any]:
+    """Where the seconds of one step went: `parts` adds up to `seconds`, `calls` has [calls, seconds] by operator."""
+    parts: dict[str, float] = {}
+    for name, (_, seconds) in message["calls"].items():
+        part = next((part for prefix, part in PARTS if name.startswith(prefix)), "elementwise")
+        parts[part] = parts.get(part, 0.0) + seconds
+    parts["waiting for the disk"] = message["stall"]
+    parts["Python and dispatch"] = max(0.0, message["seconds"] - sum(parts.values()))
+    ordered = dict(sorted(parts.items(), key=lambda item: -item[1]))
+    calls = dict(sorted(message["calls"].items(), key=lambda item: -item[1][1]))
+    return {"step": message["step"], "seconds": message["seconds"], "parts": ordered, "calls": calls}
 
 
 def losses(path: Path) -> list[float]:
