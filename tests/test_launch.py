@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def plan(profile):
 def whole(plan, tmp_path_factory):
     """A run from start to end: its report and directory."""
     out = tmp_path_factory.mktemp("whole")
-    return run(plan, "random", steps=6, out=out, eval_data="random", **SETTINGS), out
+    return run(plan, "random", steps=6, out=out, eval_data="random", profile_step=True, **SETTINGS), out
 
 
 def bits(out):
@@ -61,6 +62,20 @@ def test_the_report_sets_predicted_beside_measured(whole, plan):
     assert [line["loss"] for line in lines] == report["loss"]
     assert (out / "adapter" / "adapter_config.json").exists()
     assert not (out / "job").exists()
+
+
+def test_a_profiled_step_counts_every_call_and_second(whole, plan):
+    profiled = whole[0]["profiled_step"]
+    assert profiled["step"] == 3
+    assert sum(profiled["parts"].values()) == pytest.approx(profiled["seconds"])
+    programs = {program.name: program for program in plan.programs}
+    layers = {layer.name: programs[layer.program] for layer in plan.layers}
+    made = Counter(
+        layers[i[1]].operators[i[2]].target if i[0] == "run" else i[0]
+        for i in plan.train.instructions
+        if i[0] in {"run", "unpack", "update"}
+    )
+    assert {name: calls for name, (calls, _) in profiled["calls"].items()} == made
 
 
 def test_the_kernels_counter_is_the_measured_peak(whole):
