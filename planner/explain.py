@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from planner.costs import Cost, Ledger
 from planner.explanation import Explanation, PeakAccount, Recomputation, Shortfall, Worth, account
 from planner.schema import Plan
-from profiles.units import format_size
+from profiles.units import format_seconds, format_size
 
 LEAST_SHARE = 5e-4
 """of the step: smaller differences are none"""
@@ -58,7 +58,7 @@ def _whole(plan: Plan) -> str:
 def _headline(plan: Plan) -> str:
     spare = plan.budget_bytes - plan.peak_bytes
     return (
-        f"one step takes {plan.step_seconds:.3f} s and peaks at {format_size(plan.peak_bytes)} of"
+        f"one step takes {format_seconds(plan.step_seconds)} and peaks at {format_size(plan.peak_bytes)} of"
         f" {format_size(plan.budget_bytes)} for {_whole(plan)} ({format_size(spare)} spare)"
     )
 
@@ -152,11 +152,11 @@ def _recomputation(plan: Plan, made_again: Recomputation | None) -> list[str]:
     for layer in plan.layers:
         example.setdefault(layer.program, layer.name)
     dearest = ", ".join(
-        f"{group.operator} {group.seconds:.3f} s ({group.runs} runs in {_layers(group.layers, example[group.program])})"
+        f"{group.operator} {format_seconds(group.seconds)} ({group.runs} runs in {_layers(group.layers, example[group.program])})"
         for group in made_again.operators[:3]
     )
     text = (
-        f"making {made_again.tensors} activations again costs {made_again.seconds:.3f} s, {made_again.share:.1%} of the step,"
+        f"making {made_again.tensors} activations again costs {format_seconds(made_again.seconds)}, {made_again.share:.1%} of the step,"
         f" and spares {format_size(made_again.bytes)}; dearest: {dearest}"
     )
     return [text]
@@ -176,8 +176,8 @@ def _busy(plan: Plan, told: Explanation) -> str:
         ]
         if use.name == "compute" or use.bytes
     ]
-    unpacking = f"{plan.train.unpack_seconds:.3f} s unpack weights, " if plan.train is not None else ""
-    return f"busy in the step: {', '.join(parts)}; {unpacking}{told.waiting_seconds:.3f} s wait for transfers"
+    unpacking = f"{format_seconds(plan.train.unpack_seconds)} unpack weights, " if plan.train is not None else ""
+    return f"busy in the step: {', '.join(parts)}; {unpacking}{format_seconds(told.waiting_seconds)} wait for transfers"
 
 
 def _worth(plan: Plan, neighbours: list[Worth]) -> list[str]:
@@ -195,7 +195,7 @@ def _worth(plan: Plan, neighbours: list[Worth]) -> list[str]:
         else:
             planned = _difference(worth.step_seconds - plan.step_seconds, plan)
             said.append(
-                f"{change}: {worth.step_seconds:.3f} s per step, {planned}, as planning again shows (by the model's prices: {priced})"
+                f"{change}: {format_seconds(worth.step_seconds)} per step, {planned}, as planning again shows (by the model's prices: {priced})"
             )
     return said
 
@@ -204,4 +204,4 @@ def _difference(seconds: float, plan: Plan) -> str:
     share = abs(seconds) / plan.step_seconds if plan.step_seconds else 0.0
     if share < LEAST_SHARE:
         return "no difference"
-    return f"{abs(seconds):.3f} s ({share:.1%}) {'slower' if seconds > 0 else 'faster'}"
+    return f"{format_seconds(abs(seconds))} ({share:.1%}) {'slower' if seconds > 0 else 'faster'}"

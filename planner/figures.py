@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planner.kinds import Bucket, Kind, buckets, budgets_of, feasible, in_use, kinds_of, policies_of
+from planner.kinds import Bucket, Kind, buckets, budgets_of, devices_of, feasible, in_use, kinds_of, policies_of
 from planner.schema import Plan
 from planner.svg import axis_start
 from profiles.errors import InputError
@@ -29,8 +29,17 @@ SLICES = 600
 
 
 def draw_curve(plans: Sequence[Plan], path: str | os.PathLike[str]) -> Path:
-    """Draw seconds per step against the budget, a line per policy, and the solver's proven bound. Returns the file."""
-    figure, axes = _canvas(9.0, 4.0)
+    """Draw seconds per step against the budget, a line per policy, and the solver's proven bound; one picture per device,
+    one under the other. Returns the file.
+    """
+    names = devices_of(plans)
+    figure, rows = _canvas(9.0, 4.0, rows=len(names))
+    for name, axes in zip(names, rows, strict=True):
+        _draw_device(axes, [plan for plan in plans if plan.device.name == name], titled=len(names) > 1)
+    return _save(figure, path)
+
+
+def _draw_device(axes: Axes, plans: Sequence[Plan], *, titled: bool) -> None:
     for slot, policy in enumerate(policies_of(plans)):
         mine = sorted((p for p in plans if p.policy == policy), key=lambda plan: plan.budget_bytes)
         fits = [plan for plan in mine if feasible(plan)]
@@ -52,7 +61,8 @@ def draw_curve(plans: Sequence[Plan], path: str | os.PathLike[str]) -> Path:
     axes.set_xlabel("budget for the whole process, MiB")
     axes.set_ylabel("seconds per step")
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return _save(figure, path)
+    if titled:
+        axes.set_title(plans[0].device.name, loc="left", fontsize=11, color=INK)
 
 
 def draw_timeline(
@@ -70,7 +80,7 @@ def draw_timeline(
     shown = buckets(plan.timeline, SLICES)
     if not shown:
         raise InputError(f"a plan that is {plan.status} at {format_size(plan.budget_bytes)} has no timeline to draw")
-    figure, axes = _canvas(11.0, 4.8)
+    figure, (axes,) = _canvas(11.0, 4.8)
     kinds = kinds_of(bucket.point for bucket in shown)
     peak = max(shown, key=lambda bucket: in_use(bucket.point))
     top = max(*(bucket.point.bytes for bucket in shown), plan.peak_bytes, measured_peak or 0) / MIB
@@ -151,24 +161,26 @@ def _stack(axes: Axes, shown: Sequence[Bucket], kinds: Sequence[Kind], top: floa
     axes.stackplot(edges, *values, step="post", colors=[kind.light for kind in kinds], labels=labels, linewidth=0)
 
 
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+def _canvas(width: float, height: float, *, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of `rows` pictures of width x height inches each, one under the other."""
     # The object interface: no pyplot, no global state, no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height * rows), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    axes: Axes = figure.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(LINE)
-    axes.tick_params(colors=SOFT, labelsize=9)
-    axes.grid(axis="y", color=LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.xaxis.label.set_color(SOFT)
-    axes.yaxis.label.set_color(SOFT)
-    return figure, axes
+    found: list[Axes] = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
+    for axes in found:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color(LINE)
+        axes.tick_params(colors=SOFT, labelsize=9)
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.xaxis.label.set_color(SOFT)
+        axes.yaxis.label.set_color(SOFT)
+    return figure, found
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:

@@ -10,24 +10,43 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from planner.kinds import KINDS, UNKNOWN, Bucket, buckets, budgets_of, feasible, in_use, kinds_of, policies_of
+from planner.html_diff import diff_section
+from planner.kinds import (
+    KINDS,
+    UNKNOWN,
+    Bucket,
+    buckets,
+    budgets_of,
+    devices_of,
+    feasible,
+    in_use,
+    kinds_of,
+    policies_of,
+)
 from planner.schema import Plan
 from planner.svg import LEFT, POLICY_SLOTS, RIGHT, WIDTH, curve_svg, timeline_svg
 from profiles.errors import InputError
-from profiles.units import MIB, format_size
+from profiles.units import MIB, format_seconds, format_size
 
 SLICES = 260
 """slices of a step in a drawn timeline: finer than the picture's columns would not show"""
+MOMENTS = 24
+"""slices of the table under a timeline"""
 LARGEST = 12
 """tensors listed at the peak"""
 
 
 def comparison_page(plans: Sequence[Plan]) -> str:
-    """HTML of a comparison of `plans`: one model and device, any policies and budgets. Raises InputError without plans."""
+    """HTML of a comparison of `plans` of one model, on any devices, by any policies, at any budgets.
+
+    Raises InputError without plans.
+    """
     if not plans:
         raise InputError("there are no plans to compare; name at least one budget and one policy")
-    names = policies_of(plans)
-    ordered = sorted(plans, key=lambda plan: (names.index(plan.policy), plan.budget_bytes))
+    names, devices = policies_of(plans), devices_of(plans)
+    ordered = sorted(
+        plans, key=lambda plan: (devices.index(plan.device.name), names.index(plan.policy), plan.budget_bytes)
+    )
     series: dict[str, Any] = {}
     articles = []
     for index, plan in enumerate(ordered):
@@ -43,44 +62,62 @@ def comparison_page(plans: Sequence[Plan]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    here = plans[0].device.name if len(devices) == 1 else f"{len(devices)} devices"
     return environment.get_template("page.html.jinja").render(
-        title=f"{plans[0].model.name} on {plans[0].device.name}",
+        title=f"{plans[0].model.name} on {here}",
         subtitle=describe(plans[0]),
-        floor=format_size(max(plan.floor_bytes for plan in plans)),
         kinds=KINDS,
         unknown=UNKNOWN,
         policies=names,
         policy_slots=POLICY_SLOTS,
+        devices=devices,
         budgets=[{"bytes": budget, "text": format_size(budget)} for budget in budgets_of(plans)],
-        verdicts=verdicts(plans),
-        bounded=sum(plan.policy == "solver" and feasible(plan) for plan in plans) > 1,
-        misfits=not all(map(feasible, plans)),
-        curve=curve_svg(plans),
-        rows=_rows(plans, names),
+        curves=[_curve([plan for plan in plans if plan.device.name == device], names) for device in devices],
         plans=articles,
         series=series,
+        diff=diff_section(ordered),
     )
 
 
+def _curve(plans: Sequence[Plan], names: Sequence[str]) -> dict[str, Any]:
+    """Time against memory on one device: verdicts, chart and table."""
+    device = plans[0].device
+    return {
+        "device": device.name,
+        "told": _device(plans[0]),
+        "floor": f"{'Python and PyTorch' if device.kind == 'cpu' else 'the CUDA context'} ({format_size(max(plan.floor_bytes for plan in plans))})",
+        "verdicts": verdicts(plans),
+        "bounded": sum(plan.policy == "solver" and feasible(plan) for plan in plans) > 1,
+        "misfits": not all(map(feasible, plans)),
+        "chart": curve_svg(plans),
+        "rows": _rows(plans, names),
+    }
+
+
+def _device(plan: Plan) -> str:
+    device = plan.device
+    where = f"{device.threads} threads of {device.name}" if device.kind == "cpu" else device.name
+    return f"{where}, times {'measured' if device.measured else 'estimated, not measured'}"
+
+
 def describe(plan: Plan) -> str:
-    """What is trained, in a line: shapes, number type, LoRA rank, device."""
+    """What is trained, in a line: shapes, number type, LoRA rank."""
     shape = f"batch {plan.batch}" + (f", sequence {plan.seq}" if plan.seq else "")
     adapted = (
         f"LoRA rank {plan.model.lora['rank']}" if plan.model.lora and "rank" in plan.model.lora else "all parameters"
     )
-    measured = "measured" if plan.device.measured else "estimated, not measured"
-    return f"{adapted}, {shape}, {plan.compute_dtype}; {plan.device.threads} threads of {plan.device.name}, times {measured}"
+    return f"{adapted}, {shape}, {plan.compute_dtype}"
 
 
 def verdicts(plans: Sequence[Plan]) -> list[str]:
-    """A sentence per budget: the solver's step beside the best fixed rule that fits the same budget."""
+    """A sentence per budget of one device: the solver's step beside the best fixed rule that fits the same budget."""
     said = []
     for budget in budgets_of(plans):
         here = {plan.policy: plan for plan in plans if plan.budget_bytes == budget and feasible(plan)}
         solved = here.pop("solver", None)
         if solved is None:
             continue
-        text = f"{format_size(budget)}: {solved.step_seconds:.3f} s per step, within {solved.gap:.2%} of the best plan of its class; "
+        text = f"{format_size(budget)}: {format_seconds(solved.step_seconds)} per step, within {solved.gap:.2%} of the best plan of its class; "
         if here:
             best = min(here.values(), key=lambda plan: plan.step_seconds)
             text += f"{best.policy}, the fastest fixed rule that fits, needs {best.step_seconds / solved.step_seconds:.2f} × as long"
@@ -106,7 +143,7 @@ def _cell(plan: Plan | None, best: float) -> dict[str, str]:
     if not feasible(plan):
         smallest = plan.minimum_budget_bytes
         return {"text": f"needs {format_size(smallest, round_up=True)}" if smallest else "does not fit", "role": "none"}
-    return {"text": f"{plan.step_seconds:.3f} s", "role": "best" if plan.step_seconds <= 1.005 * best else ""}
+    return {"text": format_seconds(plan.step_seconds), "role": "best" if plan.step_seconds <= 1.005 * best else ""}
 
 
 def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
@@ -115,6 +152,7 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
     kinds = kinds_of(bucket.point for bucket in shown)
     return {
         "policy": plan.policy,
+        "device": plan.device.name,
         "budget_bytes": plan.budget_bytes,
         "budget": format_size(plan.budget_bytes),
         "chart": timeline_svg(plan, shown, name),
@@ -132,6 +170,11 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
             if peak.by_kind.get(kind.name)
         ],
         "facts": facts(plan),
+        "moments": [
+            [f"{bucket.start:.3f}", f"{bucket.point.bytes / MIB:.1f}"]
+            + [f"{bucket.point.by_kind.get(kind.name, 0) / MIB:.1f}" for kind in kinds]
+            for bucket in buckets(plan.timeline, MOMENTS)
+        ],
         "largest": [
             (tensor, f"{size / MIB:.2f}")
             for tensor, size in sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST]
@@ -145,17 +188,17 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     assert train is not None
     rows = [
         ("status", plan.status),
-        ("step", f"{plan.step_seconds:.3f} s"),
-        ("no faster in this class than", f"{plan.bound_seconds:.3f} s (gap {plan.gap:.2%})"),
+        ("step", format_seconds(plan.step_seconds)),
+        ("no faster in this class than", f"{format_seconds(plan.bound_seconds)} (gap {plan.gap:.2%})"),
         (
             "no schedule at all faster than",
-            f"{plan.any_schedule_bound_seconds:.3f} s (gap {plan.any_schedule_gap:.1%})",
+            f"{format_seconds(plan.any_schedule_bound_seconds)} (gap {plan.any_schedule_gap:.1%})",
         ),
         ("solved in", f"{plan.solve_seconds:.1f} s"),
-        ("forward and backward", f"{train.compute_seconds - train.recompute_seconds:.3f} s"),
-        ("recomputation", f"{train.recompute_seconds:.3f} s"),
-        ("unpacking", f"{train.unpack_seconds:.3f} s"),
-        ("waiting for the disk", f"{train.stall_seconds:.3f} s"),
+        ("forward and backward", format_seconds(train.compute_seconds - train.recompute_seconds)),
+        ("recomputation", format_seconds(train.recompute_seconds)),
+        ("unpacking", format_seconds(train.unpack_seconds)),
+        ("waiting for the disk", format_seconds(train.stall_seconds)),
         ("read per step", format_size(train.read_bytes)),
         ("written per step", format_size(train.write_bytes)),
     ]

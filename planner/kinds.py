@@ -103,6 +103,11 @@ def policies_of(plans: Iterable[Plan]) -> list[str]:
     return sorted(names, key=lambda name: name != "solver")
 
 
+def devices_of(plans: Iterable[Plan]) -> list[str]:
+    """Names of the devices in order of first appearance."""
+    return list(dict.fromkeys(plan.device.name for plan in plans))
+
+
 def budgets_of(plans: Iterable[Plan]) -> list[int]:
     """Budgets in bytes, smallest first."""
     return sorted({plan.budget_bytes for plan in plans})

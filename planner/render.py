@@ -7,18 +7,22 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from planner.kinds import Kind, budgets_of, feasible, fullest, kinds_of, policies_of
 from planner.schema import Plan
-from profiles.units import MIB, format_size
+from profiles.units import MIB, format_seconds, format_size
 
 
 def comparison_table(plans: Sequence[Plan]) -> Table:
-    """Seconds per step by budget and policy; where a budget is too small, the smallest that is enough."""
+    """Seconds per step on one device, by budget and policy; where a budget is too small, the smallest that is enough."""
     names = policies_of(plans)
+    device = plans[0].device
     table = Table(
         box=box.SIMPLE_HEAD,
-        title="seconds per step; or the smallest budget that would be enough, in MiB",
+        title=Text(
+            f"{device.name}, {'measured' if device.measured else 'estimated'}: seconds per step; or the smallest budget that would be enough, in MiB"
+        ),
         title_justify="left",
         pad_edge=False,
     )
@@ -67,7 +71,7 @@ def _cell(plan: Plan | None, best: float) -> str:
             else "[red]does not fit"
         )
     mark = "" if plan.status == "optimal" or plan.policy != "solver" else f" ({plan.status})"
-    text = f"{plan.step_seconds:.3f}{mark}"
+    text = f"{format_seconds(plan.step_seconds).removesuffix(' s')}{mark}"
     return f"[bold green]{text}" if plan.step_seconds <= 1.005 * best else text
 
 

@@ -12,7 +12,7 @@ from html import escape
 
 from planner.kinds import Bucket, Kind, budgets_of, feasible, in_use, kinds_of, policies_of, ticks
 from planner.schema import Plan
-from profiles.units import MIB, format_size
+from profiles.units import MIB, format_seconds, format_size
 
 WIDTH, HEIGHT = 760, 360
 LEFT, RIGHT, TOP, BOTTOM = 58, 20, 22, 44
@@ -150,7 +150,7 @@ def _mark(plan: Plan, x: float, y: Scale, slot: int) -> str:
         # Crosses of several policies at one budget stand side by side.
         left, low = x - 4 + 10 * (slot - 1), HEIGHT - BOTTOM - 14
         return f'<path class="misfit" d="M{left:.1f} {low}l8 8m0 -8l-8 8"><title>{escape(where + needs)}</title></path>'
-    told = f"{where}: {plan.step_seconds:.3f} s per step, peak {format_size(plan.peak_bytes)}"
+    told = f"{where}: {format_seconds(plan.step_seconds)} per step, peak {format_size(plan.peak_bytes)}"
     return f'<circle cx="{x:.1f}" cy="{y(plan.step_seconds):.1f}" r="4.5"><title>{escape(told)}</title></circle>'
 
 

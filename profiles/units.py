@@ -43,6 +43,11 @@ def parse_size(text: str) -> int:
     return size
 
 
+def format_seconds(seconds: float) -> str:
+    """Seconds with three decimals, below 10 ms with five, ``0.00412 s``."""
+    return f"{seconds:.5f} s" if 0 < seconds < 0.01 else f"{seconds:.3f} s"
+
+
 def format_size(size: int, *, round_up: bool = False) -> str:
     """`size` bytes in MiB with one decimal, ``350.0 MiB``.
 

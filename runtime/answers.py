@@ -219,13 +219,41 @@ def infeasible_text(plan: Plan, explanation: Explanation) -> str:
 
 
 def comparison_text(plans: Sequence[Plan]) -> RenderableType:
-    """Step times by budget and policy, and a sentence for each budget."""
+    """Step times by budget and policy, and a sentence for each budget; device after device."""
     from rich.console import Group
 
     from planner.html import verdicts
+    from planner.kinds import devices_of
     from planner.render import comparison_table
 
-    return Group(comparison_table(plans), *verdicts(plans))
+    parts: list[RenderableType] = []
+    for device in devices_of(plans):
+        here = [plan for plan in plans if plan.device.name == device]
+        parts += [comparison_table(here), *verdicts(here), ""]
+    return Group(*parts[:-1])
+
+
+def changes(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """What changes, tensor by tensor, from each budget to the next for the solver's plans on each device."""
+    from dataclasses import asdict
+    from itertools import pairwise
+
+    from planner.diff import diff
+    from planner.kinds import devices_of, feasible
+
+    told = []
+    for device in devices_of(plans):
+        mine = [p for p in plans if p.device.name == device and p.policy == "solver" and feasible(p)]
+        for before, after in pairwise(sorted(mine, key=lambda plan: plan.budget_bytes)):
+            told.append(
+                {
+                    "device": device,
+                    "from_budget_bytes": before.budget_bytes,
+                    "to_budget_bytes": after.budget_bytes,
+                    "tensors": [asdict(change) for change in diff(before, after)],
+                }
+            )
+    return told
 
 
 def report_text(report: dict[str, Any]) -> RenderableType:

@@ -21,7 +21,7 @@ from profiles.units import parse_size
 from runtime import answers
 
 if TYPE_CHECKING:
-    pass
+    from planner.schema import Plan
 
 app = typer.Typer(
     name="tightfit",
@@ -172,28 +172,33 @@ def plan(
     from planner.worth import neighbours
     from planner.worth import what_if as check
     from profiles.api import load_profile
-    from runtime.terminal import Solving, messages
+    from runtime.terminal import Interrupts, Solving, messages
 
     console = messages()
     planner = Planner(load_profile(profile))
     started = time.monotonic()
-    with Solving(console, time_limit) as solving:
+    with Interrupts() as interrupts, Solving(console, time_limit) as solving:
         planned = planner.plan(budget, policy=policy, time_limit=time_limit, progress=solving)
         if planned.status == "infeasible":
             why = shortfall(planned, planner.smallest_plan(policy=policy, time_limit=time_limit))
         else:
             beside: list[Worth] = []
             left = time_limit - (time.monotonic() - started)
-            if what_if and planned.policy == "solver":
+            searched = planned.policy == "solver" and not interrupts.seen
+            if what_if and searched:
                 planned, beside = check(planner, planned, time_limit=time_limit, progress=solving)
-            elif planned.policy == "solver" and left > 0:
+            elif searched and left > 0:
                 beside = neighbours(planner, planned, time_limit=left / 3)
             why = account(planned).model_copy(update={"neighbours": beside})
-    summary = answers.plan_summary(planned) | {"explanation": why.model_dump(mode="json")}
+    summary = _told(planned) | {"interrupted": interrupts.seen, "explanation": why.model_dump(mode="json")}
     if planned.status == "infeasible":
         _answer(summary, None, as_json)
         console.print(f"tightfit: {answers.infeasible_text(planned, why)}", markup=False)
         raise typer.Exit(3)
+    if interrupts.seen:
+        console.print(
+            f"interrupted: this is the best plan found so far, at most {planned.gap:.2%} from the best of its kind"
+        )
     save_plan(planned, output)
     _answer(summary | {"plan": str(output)}, answers.plan_text(planned, why), as_json)
     console.print(f"plan written to {output}; next: tightfit run {output} --data FILE.jsonl --steps N -o out")
@@ -206,26 +211,50 @@ def compare(
     policy: Annotated[
         str, typer.Option(metavar="NAME,...", help="solver and fixed rules to compare.")
     ] = "solver,keep-all,checkpoint-layers,mebp",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="own: the profile's own device. Names of devices (see `tightfit devices`) or JSON files that describe them: times estimated from the profile's FLOPs and bytes.",
+        ),
+    ] = "own",
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page.")] = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curve as .png or .svg.")] = None,
     time_limit: TimeLimit = 30.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare policies over budgets: seconds per step, or the smallest budget that would be enough."""
+    """Compare policies over budgets and devices: seconds per step, or the smallest budget that would be enough."""
     budgets = [parse_size(part) for part in memory.split(",")]
     policies = [part.strip() for part in policy.split(",")]
     _at_least(0, time_limit=time_limit)
     from planner.compare import compare as compare_plans
     from profiles.api import load_profile
+    from profiles.devices import find_device
     from profiles.files import write_whole
-    from runtime.terminal import Stages, messages
+    from runtime.terminal import Comparing, Interrupts, messages
 
     console = messages()
+    names = [part.strip() for part in device.split(",")]
+    devices = [None if name == "own" else find_device(name) for name in names]
     loaded = load_profile(profile)
-    with Stages(console) as stages:
-        plans = compare_plans(loaded, budgets, policies, time_limit=time_limit, progress=stages).plans
-    summary: dict[str, Any] = {"plans": [answers.plan_summary(one) for one in plans]}
+    with Interrupts() as interrupts, Comparing(console, interrupts) as comparing:
+        plans = compare_plans(
+            loaded,
+            budgets,
+            policies,
+            devices=devices,
+            time_limit=time_limit,
+            progress=comparing,
+            solving=comparing.solving,
+        ).plans
+    if interrupts.seen:
+        console.print(f"interrupted: these are the {len(plans)} plans made so far, the last one with what it had found")
+    summary: dict[str, Any] = {
+        "interrupted": interrupts.seen,
+        "plans": [_told(one) for one in plans],
+        "changes": answers.changes(plans),
+    }
     if html is not None:
         from planner.html import comparison_page
 
@@ -314,6 +343,11 @@ def run(
             stages=training.stage,
         )
     _answer(report, answers.report_text(report), as_json)
+
+
+def _told(plan: Plan) -> dict[str, Any]:
+    """A plan's summary with the device that it is for."""
+    return answers.plan_summary(plan) | {"device": plan.device.name, "measured": plan.device.measured}
 
 
 def _at_least(least: float, **options: float) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -98,18 +99,76 @@ class Solving(Display):
 
     def __call__(self, told: Mapping[str, float | str]) -> None:
         """Show what the planner told: `stage`, `incumbent` and `bound` (seconds per step; 0: none yet) and `gap`."""
-        incumbent, bound = float(told["incumbent"]), float(told["bound"])
-        parts = [f"solving ({told['stage']})"]
-        if 0 < incumbent < math.inf:
-            parts.append(f"step {incumbent:.3f} s")
-        if bound > 0:
-            parts.append(f"bound {bound:.3f} s")
-        if len(parts) == 3:
-            parts.append(f"gap {told['gap']:.2%}")
-        text = ", ".join(parts)
+        text = f"solving {solver_text(told)}"
         spent = time.monotonic() - self._begun
         self._bars.update(self._task, description=text, completed=min(spent, self._limit))
         self._line(f"{text}, {spent:.0f} s")
+
+
+class Comparing(Display):
+    """Plan after plan: which one, how many are made, and how far the solver is with it."""
+
+    def __init__(self, console: Console, interrupts: Interrupts) -> None:
+        super().__init__(
+            console,
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        self._interrupts = interrupts
+        self._task = self._bars.add_task("planning", total=None)
+        self._what = "planning"
+        self._done = 0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """The next of `total` plans. Raises KeyboardInterrupt after Ctrl-C: the planner keeps the plan, we keep no next one."""
+        self._what = what
+        self._bars.update(self._task, description=what, completed=done, total=total)
+        self._line(f"{what}: {done} of {total}", now=done == 0)
+        if self._interrupts.seen and done < total:
+            raise KeyboardInterrupt
+
+    def solving(self, told: Mapping[str, float | str]) -> None:
+        """What the planner tells of the plan at work."""
+        text = f"{self._what} {solver_text(told)}"
+        self._bars.update(self._task, description=text)
+        self._line(text)
+
+
+class Interrupts:
+    """Remembers Ctrl-C, which the planner turns into its best plan so far, so that a person can be told."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._before: Any = None
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._noticed)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _noticed(self, number: int, frame: FrameType | None) -> None:
+        self.seen = True
+        raise KeyboardInterrupt
+
+
+def solver_text(told: Mapping[str, float | str]) -> str:
+    """Stage, best step so far, proven bound and gap, as far as they are known."""
+    incumbent, bound = float(told["incumbent"]), float(told["bound"])
+    parts = [f"({told['stage']})"]
+    if 0 < incumbent < math.inf:
+        parts.append(f"step {incumbent:.3f} s")
+    if bound > 0:
+        parts.append(f"bound {bound:.3f} s")
+    if len(parts) == 3:
+        parts.append(f"gap {told['gap']:.2%}")
+    return ", ".join(parts)
 
 
 class Training(Display):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -244,11 +245,12 @@ def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
     asked = {}
 
     def compare(profile, budgets, policies, **options):
-        asked.update(budgets=budgets, policies=policies)
+        asked.update(budgets=budgets, policies=policies, devices=[d and d.name for d in options["devices"]])
         return Answer
 
     monkeypatch.setattr(profiles.api, "load_profile", lambda path: None)
     monkeypatch.setattr(planner.compare, "compare", compare)
+    assert tightfit("compare", "p.json", "--memory", "1GB", "--device", "own,tpu9")[0] == 2
     page, picture = tmp_path / "c.html", tmp_path / "c.svg"
     code, out, _ = tightfit(
         "compare", "p.json", "--memory", "250MiB,1GB", "--html", page, "--picture", picture, "--json"
@@ -256,11 +258,23 @@ def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
     assert code == 0
     told = json.loads(out)
     assert [plan["policy"] for plan in told["plans"]] == [plan.policy for plan in sample_plans()]
+    assert {(plan["device"], plan["measured"]) for plan in told["plans"]} == {("cpu-test", True)}
+    assert [(c["from_budget_bytes"] // MIB, c["to_budget_bytes"] // MIB) for c in told["changes"]] == [
+        (250, 350),
+        (350, 500),
+        (500, 800),
+    ]
+    assert told["interrupted"] is False
     assert (told["html"], told["picture"]) == (str(page), str(picture))
     assert page.read_text().startswith("<!doctype html>")
     assert picture.exists()
-    assert asked == {"budgets": [250 * MIB, 10**9], "policies": ["solver", "keep-all", "checkpoint-layers", "mebp"]}
-    code, out, _ = tightfit("compare", "p.json", "--memory", "250MiB")
+    assert asked == {
+        "budgets": [250 * MIB, 10**9],
+        "policies": ["solver", "keep-all", "checkpoint-layers", "mebp"],
+        "devices": [None],
+    }
+    code, out, _ = tightfit("compare", "p.json", "--memory", "250MiB", "--device", "phone,own")
+    assert asked["devices"] == ["phone", None]
     assert code == 0
     assert "needs 640.0" in out
 
@@ -291,7 +305,45 @@ def test_help_is_fast_because_it_imports_nothing_heavy():
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", ["", "profile", "plan", "compare", "run"])
+def test_known_devices(tightfit):
+    code, out, err = tightfit("devices", "--json")
+    assert (code, err) == (0, "")
+    assert "raspberry-pi-5" in [device["name"] for device in json.loads(out)["devices"]]
+    assert "rtx-4090" in tightfit("devices")[1]
+    shown = " ".join(tightfit("devices", "h100")[1].split())
+    assert "690,000 GFLOP/s" in shown
+    assert "data sheet: NVIDIA H100" in shown
+    code, out, err = tightfit("devices", "abacus")
+    assert (code, out) == (2, "")
+    assert "one of amx-2core, h100," in err
+
+
+def test_ctrl_c_while_solving_gives_the_best_plan(tightfit, planned, monkeypatch, tmp_path):
+    import signal
+
+    import planner.plan
+
+    planned(sample_plan(status="feasible", gap=0.03))
+    whole = planner.plan.Planner.plan
+
+    def interrupted(self, budget, **options):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return whole(self, budget, **options)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(planner.plan.Planner, "plan", interrupted)
+    words = ["plan", "profile.json", "--memory", "350MiB", "-o", tmp_path / "plan.json"]
+    code, out, err = tightfit(*words, "--json")
+    assert code == 0
+    assert json.loads(out)["interrupted"] is True
+    assert json.loads(out)["explanation"]["neighbours"] == []
+    assert "interrupted: this is the best plan found so far, at most 3.00% from the best of its kind" in err
+    assert (tmp_path / "plan.json").exists()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("command", ["", "profile", "devices", "plan", "compare", "run"])
 def test_help(command):
     done = run_process(*filter(None, [command]), "--help")
     assert (done.returncode, done.stderr) == (0, "")

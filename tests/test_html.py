@@ -72,7 +72,9 @@ def test_every_chart_has_a_table_beside_it(page):
     feasible = [plan for plan in sample_plans() if plan.status != "infeasible"]
     assert len(page.find("article")) == len(feasible)
     assert len(page.find("svg")) == len(feasible) + 1
-    assert len(page.find("table")) == 1 + 3 * len(feasible)
+    # The curve's; per plan what lies at the peak, the facts, the largest tensors and the chart's numbers; the diff's two.
+    assert len(page.find("table")) == 1 + 4 * len(feasible) + 2
+    assert len(page.find("caption")) == 1 + 3 * len(feasible) + 1
 
 
 def test_the_curve_table_says_what_is_needed(page):
@@ -117,6 +119,35 @@ def test_the_cursor_reads_what_the_chart_draws(page):
         assert data["total"][data["peak"]] == max(data["total"])  # nothing lies free in these plans
         for at, total in enumerate(data["total"]):
             assert abs(sum(row[at] for row in data["mib"]) - total) < 0.06 * len(data["kinds"])
+
+
+def test_the_numbers_under_a_chart_are_the_charts(page):
+    plan = sample_plans()[0]
+    tables = [
+        e["text"]
+        for e in page.find("div", **{"aria-label": "Memory over the step"})
+        if "MiB in the fullest" in e["text"]
+    ]
+    assert len(tables) == len(page.find("article"))
+    highest = max(point.bytes for point in plan.timeline) / MIB
+    assert f"{highest:.1f}" in tables[0]
+
+
+def test_each_device_has_its_curve_table_and_plans():
+    card = sample_plan().device.model_copy(update={"name": "card <1>", "kind": "cuda", "measured": False})
+    plans = sample_plans() + [plan.model_copy(update={"device": card}) for plan in sample_plans()]
+    text = comparison_page(plans)
+    page = Page(text)
+    assert "<title>Tiny &lt;model&gt; on 2 devices" in text
+    feasible = [plan for plan in plans if plan.status != "infeasible"]
+    assert len(page.find("svg")) == len(feasible) + 2
+    headings = [e["text"] for e in page.find("h3")][:2]
+    assert headings == ["2 threads of cpu-test, times measured", "card <1>, times estimated, not measured"]
+    assert "the CUDA context (220.0 MiB) is inside" in text
+    radios = [e["value"] for e in page.find("input", type="radio", name="device")]
+    assert radios == ["cpu-test", "card <1>"]
+    assert {e["data-device"] for e in page.find("article")} == set(radios)
+    assert "solver at 250.0 MiB on card &lt;1&gt;" in text
 
 
 def test_only_infeasible_plans_still_make_a_page():

@@ -98,6 +98,51 @@ def test_compare_is_a_table_of_plans(planner):
         result.plan(1, "solver")
 
 
+def test_compare_over_devices(planner):
+    from profiles.devices import find_device
+    from profiles.estimate import retarget
+
+    counted = [
+        program.model_copy(update={"operators": [o.model_copy(update={"flops": 1e6}) for o in program.operators]})
+        for program in planner.profile.programs
+    ]
+    profile = planner.profile.model_copy(update={"programs": counted})
+    card = find_device("rtx-4060")
+    told = []
+    result = compare(profile, [1 << 30], ["keep-all"], devices=[None, card], progress=lambda *state: told.append(state))
+    assert result.devices == [profile.device.name, "rtx-4060"]
+    here, there = result.plans
+    assert result.plan(1 << 30, "keep-all", "rtx-4060") == there
+    assert result.plan(1 << 30, "keep-all") == here
+    assert (there.device.kind, there.device.measured) == ("cuda", False)
+    alone = Planner(retarget(profile, card)).plan(1 << 30, policy="keep-all")
+    assert (there.step_seconds, there.peak_bytes) == (alone.step_seconds, alone.peak_bytes)
+    assert told == [
+        (f"planning for {profile.device.name}", 0, 2),
+        ("planning for rtx-4060", 1, 2),
+        ("planning for rtx-4060", 2, 2),
+    ]
+    with pytest.raises(InputError, match="rtx-4060 is compared with itself; name each device once"):
+        compare(profile, [1 << 30], ["keep-all"], devices=[card, card])
+    with pytest.raises(InputError, match="states no FLOPs"):
+        compare(planner.profile, [1 << 30], ["keep-all"], devices=[card])
+
+
+def test_an_interrupted_comparison_keeps_what_it_has(planner):
+    def interrupt(what, done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    result = compare(planner.profile, [1 << 29, 1 << 30], ["keep-all", "mebp"], progress=interrupt)
+    assert [(plan.budget_bytes, plan.policy) for plan in result.plans] == [(1 << 30, "keep-all"), (1 << 30, "mebp")]
+
+    def at_once(what, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(planner.profile, [1 << 30], ["keep-all"], progress=at_once)
+
+
 def test_compare_refuses(planner):
     with pytest.raises(InputError, match="no budgets"):
         compare(planner.profile, [])

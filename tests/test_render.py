@@ -30,6 +30,13 @@ def test_comparison_table():
     assert row(text, "800.0") == ["800.0", "MiB", "0.950", "0.950", "1.700"]
 
 
+def test_a_table_names_its_device():
+    assert "cpu-test, measured: seconds per step" in printed(comparison_table(sample_plans()))
+    there = sample_plan().device.model_copy(update={"name": "[b]phone", "measured": False})
+    assert "[b]phone, estimated" in printed(comparison_table([sample_plan(device=there, seconds=0.004321)]))
+    assert "0.00432" in printed(comparison_table([sample_plan(device=there, seconds=0.004321)]))
+
+
 def test_a_smallest_budget_is_rounded_up():
     text = printed(comparison_table([infeasible_plan("keep-all", minimum=int(412.34 * MIB))]))
     assert row(text, "250.0")[2:] == ["needs", "412.4"]
@@ -67,6 +74,18 @@ def test_pictures(tmp_path, suffix, magic):
     for path in (curve, timeline):
         assert path.read_bytes().startswith(magic)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", f"timeline.{suffix}"]
+
+
+def test_a_picture_per_device(tmp_path, monkeypatch):
+    import matplotlib as mpl
+
+    monkeypatch.setitem(mpl.rcParams, "svg.fonttype", "none")
+    there = sample_plan().device.model_copy(update={"name": "phone"})
+    plans = sample_plans() + [plan.model_copy(update={"device": there}) for plan in sample_plans()]
+    text = draw_curve(plans, tmp_path / "two.svg").read_text()
+    assert text.count("seconds per step") == 2
+    assert ">phone<" in text
+    assert ">cpu-test<" in text
 
 
 def test_the_timeline_names_what_it_shows(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from profiles.units import MIB
 from runtime import terminal
-from runtime.terminal import Solving, Stages, Training
+from runtime.terminal import Comparing, Interrupts, Solving, Stages, Training
 
 
 @pytest.fixture
@@ -79,6 +79,22 @@ def test_solving_tells_incumbent_bound_and_gap(console, clock):
             solving({"stage": "rounding", "incumbent": 1.25, "bound": 1.0, "gap": 0.2, "seconds": 2.0})
     said = [line.rsplit(", ", 1)[0] for line in lines(console)]
     assert set(said) == {"solving (rounding), step 1.250 s, bound 1.000 s, gap 20.00%"}
+
+
+def test_comparing_tells_which_plan_and_how_far(console, clock):
+    interrupts = Interrupts()
+    with Comparing(console, interrupts) as comparing:
+        comparing("planning for phone", 0, 2)
+        for _ in range(30):
+            comparing.solving({"stage": "columns", "incumbent": 1.25, "bound": 1.0, "gap": 0.2, "seconds": 2.0})
+        interrupts.seen = True
+        with pytest.raises(KeyboardInterrupt):
+            comparing("planning for phone", 1, 2)
+        comparing("planning for phone", 2, 2)
+    said = lines(console)
+    assert said[0] == "planning for phone: 0 of 2"
+    assert said[1] == "planning for phone (columns), step 1.250 s, bound 1.000 s, gap 20.00%"
+    assert len(said) <= 4
 
 
 def test_a_terminal_gets_bars_that_are_wiped_and_no_lines():

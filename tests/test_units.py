@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.errors import InputError
-from profiles.units import LARGEST, MIB, format_size, parse_size
+from profiles.units import LARGEST, MIB, format_seconds, format_size, parse_size
 
 FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
 
@@ -100,3 +100,10 @@ def test_never_anything_but_a_size_or_an_input_error(text):
         assert repr(text) in str(error)
     else:
         assert 0 < size <= LARGEST
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(2.65, "2.650 s"), (0.0123, "0.012 s"), (0.00412, "0.00412 s"), (0.0, "0.000 s")]
+)
+def test_seconds(seconds, text):
+    assert format_seconds(seconds) == text

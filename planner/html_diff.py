@@ -1,0 +1,103 @@
+"""The comparison page's diff of two plans: its data for any two of them, and one diff drawn at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from planner.costs import Ledger
+from planner.diff import Change, ChangeGroup, diff, grouped, transfer_seconds
+from planner.kinds import feasible
+from planner.schema import Plan
+from profiles.units import MIB, format_size
+
+DECISIONS = ("kept", "recomputed", "offloaded", "unpacked", "packed", "streamed")
+"""by their place in the page's data; -1 where nothing was to be decided"""
+ROWS = 300
+"""changes listed; the rest are in the sums above them"""
+
+
+def diff_section(plans: Sequence[Plan]) -> dict[str, Any] | None:
+    """Labels, data and the first diff of the section; None where fewer than two plans hold.
+
+    Data: `names`, `kinds`, `bytes` of every tensor that any plan decides on or pays for, and per plan the `decisions`,
+    `compute` and `transfer` microseconds and `moved` bytes in the same order.
+    """
+    held = [plan for plan in plans if feasible(plan)]
+    if len(held) < 2:
+        return None
+    costs = [Ledger(plan).costs() for plan in held]
+    names = list(dict.fromkeys(name for found in costs for name in found))
+    facts = {name: cost for found in reversed(costs) for name, cost in found.items()}
+    several = len({plan.device.name for plan in held}) > 1
+    labels = [
+        f"{plan.policy} at {format_size(plan.budget_bytes)}" + (f" on {plan.device.name}" if several else "")
+        for plan in held
+    ]
+    first, second = _first_pair(held)
+    changes = diff(held[first], held[second])
+    return {
+        "labels": labels,
+        "first": first,
+        "second": second,
+        "sums": [_sum_row(group) for group in grouped(changes)],
+        "rows": [_row(change) for change in changes[:ROWS]],
+        "more": max(0, len(changes) - ROWS),
+        "limit": ROWS,
+        "data": {
+            "limit": ROWS,
+            "decisions": DECISIONS,
+            "names": names,
+            "kinds": [facts[name].kind for name in names],
+            "bytes": [facts[name].bytes for name in names],
+            "plans": [
+                {
+                    "decisions": [_code(found[name].decision) if name in found else -1 for name in names],
+                    "compute": [round(found[name].compute_seconds * 1e6, 1) if name in found else 0 for name in names],
+                    "transfer": [
+                        round(transfer_seconds(found[name]) * 1e6, 1) if name in found else 0 for name in names
+                    ],
+                    "moved": [
+                        found[name].read_bytes + found[name].write_bytes if name in found else 0 for name in names
+                    ],
+                }
+                for found in costs
+            ],
+        },
+    }
+
+
+def _first_pair(plans: Sequence[Plan]) -> tuple[int, int]:
+    """The solver's plans at the two smallest budgets that hold; the first two plans where it has none."""
+    solved = [index for index, plan in enumerate(plans) if plan.policy == "solver"]
+    solved = [index for index in solved if plans[index].device.name == plans[solved[0]].device.name]
+    solved.sort(key=lambda index: plans[index].budget_bytes)
+    return (solved[0], solved[1]) if len(solved) > 1 else (0, 1)
+
+
+def _code(decision: str | None) -> int:
+    return -1 if decision is None else DECISIONS.index(decision)
+
+
+def _sum_row(group: ChangeGroup) -> list[str]:
+    return [_change(group), f"{group.tensors}", *_figures(group)]
+
+
+def _row(change: Change) -> list[str]:
+    return [change.name, _change(change), *_figures(change)]
+
+
+def _change(change: Change | ChangeGroup) -> str:
+    before, after = change.before or "–", change.after or "–"
+    what = before if before == after else f"{before} → {after}"
+    return f"{change.kind}: {what}" if isinstance(change, ChangeGroup) else what
+
+
+def _figures(change: Change | ChangeGroup) -> list[str]:
+    """As the page's script prints them: MiB, ms of the cores, ms of the channels, MiB moved."""
+    return [
+        f"{change.bytes / MIB:.2f}",
+        f"{change.compute_seconds * 1e3:+.2f}",
+        f"{change.transfer_seconds * 1e3:+.2f}",
+        f"{change.moved_bytes / MIB:+.2f}",
+    ]
