@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format clean bench-headline
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint
 	$(BIN)/pytest $(ARGS)
+
+# Five published models under the published caps; ARGS='--model qwen2.5-0.5b --no-curve' for one in minutes.
+bench-headline: $(VENV)/.installed
+	$(BIN)/python tests/benchmarks/headline.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
