@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from planner.plan import Planner, rebudgeted
-from planner.policies import POLICIES
+from planner.plan import planner_of, rebudgeted
 from planner.schema import Plan
 from profiles.errors import InputError
 from profiles.schema import Profile
@@ -36,24 +35,27 @@ class Comparison(BaseModel):
 def compare(
     profile: Profile,
     budgets: Sequence[int],
-    policies: Sequence[str] = (SOLVER, *POLICIES),
+    policies: Sequence[str] | None = None,
     *,
     time_limit: float = 30.0,
     progress: Stage | None = None,
 ) -> Comparison:
     """Plan every policy at every budget; `time_limit` seconds each. `progress` is called with (what, done, total).
 
+    Without `policies`: the solver and every fixed rule that means something for the profile.
+
     A fixed rule's gap is to the solver's bound at the same budget. A larger budget never gets a slower plan: where the
     search found nothing better, the smaller budget's plan stands. Raises InputError for unknown policies or no budget.
     """
     if not budgets:
         raise InputError("no budgets to compare; name at least one, for example 600MiB")
-    for policy in policies:
-        if policy != SOLVER and policy not in POLICIES:
-            raise InputError(f"no policy is called {policy!r}; choose from {SOLVER}, {', '.join(POLICIES)}")
-    planner = Planner(profile)
+    planner = planner_of(profile)
+    known = (SOLVER, *planner.policies())
+    names = list(dict.fromkeys(known if policies is None else policies))
+    for policy in names:
+        if policy not in known:
+            raise InputError(f"no policy is called {policy!r}; choose from {', '.join(known)}")
     ordered = sorted(set(budgets))
-    names = list(dict.fromkeys(policies))
     total = len(ordered) * len(names)
     found: dict[tuple[int, str], Plan] = {}
     # From the largest budget down, so that columns of roomy plans are there for tight ones.

@@ -64,6 +64,9 @@ def comparison_page(plans: Sequence[Plan]) -> str:
 
 def describe(plan: Plan) -> str:
     """What is trained, in a line: shapes, number type, LoRA rank, device."""
+    if plan.model.kind == "graph":
+        how = "measured elsewhere" if plan.device.measured else "estimated, not measured"
+        return f"a bare graph of {len(plan.programs[0].operators)} operators, times {how}; budgets are on the bytes that are live"
     shape = f"batch {plan.batch}" + (f", sequence {plan.seq}" if plan.seq else "")
     adapted = (
         f"LoRA rank {plan.model.lora['rank']}" if plan.model.lora and "rank" in plan.model.lora else "all parameters"
