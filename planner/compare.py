@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
+from planner.graphs.planner import GraphPlanner
 from planner.master import Progress
-from planner.plan import Planner, rebudgeted
-from planner.policies import POLICIES
+from planner.plan import Planner, planner_of, rebudgeted
 from planner.schema import Plan
 from profiles.devices import DeviceDescription
 from profiles.errors import InputError
@@ -45,7 +45,7 @@ class Comparison(BaseModel):
 def compare(
     profile: Profile,
     budgets: Sequence[int],
-    policies: Sequence[str] = (SOLVER, *POLICIES),
+    policies: Sequence[str] | None = None,
     *,
     devices: Sequence[DeviceDescription | None] = (None,),
     time_limit: float = 30.0,
@@ -54,6 +54,8 @@ def compare(
 ) -> Comparison:
     """Plan every policy at every budget on every device (None: the profile's own); `time_limit` seconds each.
 
+    Without `policies`: the solver and every fixed rule that means something for the profile.
+
     A fixed rule's gap is to the solver's bound at the same budget. A larger budget never gets a slower plan: where the
     search found nothing better, the smaller budget's plan stands. `progress` is called with (what, done, total), `solving`
     as the planner's own. KeyboardInterrupt ends the comparison with the plans made so far, or passes where there are none.
@@ -61,21 +63,23 @@ def compare(
     """
     if not budgets:
         raise InputError("no budgets to compare; name at least one, for example 600MiB")
-    for policy in policies:
-        if policy != SOLVER and policy not in POLICIES:
-            raise InputError(f"no policy is called {policy!r}; choose from {SOLVER}, {', '.join(POLICIES)}")
     profiles = [profile if device is None else retarget(profile, device) for device in devices]
+    planners = [planner_of(one) for one in profiles]
+    known = (SOLVER, *planners[0].policies())
+    for policy in policies or ():
+        if policy not in known:
+            raise InputError(f"no policy is called {policy!r}; choose from {', '.join(known)}")
     names = [one.device.name for one in profiles]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{name} is compared with itself; name each device once")
-    ordered, rules = sorted(set(budgets)), list(dict.fromkeys(policies))
+    ordered, rules = sorted(set(budgets)), list(dict.fromkeys(known if policies is None else policies))
     total = len(names) * len(ordered) * len(rules)
     plans: list[Plan] = []
     what = "planning"
-    for one in profiles:
+    for name, planner in zip(names, planners, strict=True):
         if len(names) > 1:
-            what = f"planning for {one.device.name}"
+            what = f"planning for {name}"
         found: dict[tuple[int, str], Plan] = {}
         before = len(plans)
 
@@ -84,7 +88,7 @@ def compare(
                 progress(what, before + len(found), total)
 
         try:
-            _fill(found, Planner(one), ordered, rules, time_limit, tell, solving)
+            _fill(found, planner, ordered, rules, time_limit, tell, solving)
         except KeyboardInterrupt:
             if not plans and not found:
                 raise
@@ -99,7 +103,7 @@ def compare(
 
 def _fill(
     found: dict[tuple[int, str], Plan],
-    planner: Planner,
+    planner: Planner | GraphPlanner,
     budgets: list[int],
     policies: list[str],
     time_limit: float,

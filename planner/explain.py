@@ -24,7 +24,7 @@ def explain(plan: Plan, explanation: Explanation | None = None) -> list[str]:
         *_decisions(plan),
         *_peak(told.peak),
         *_recomputation(plan, told.recomputation),
-        _busy(plan, told),
+        *_busy(plan, told),
         *_worth(plan, told.neighbours),
     ]
 
@@ -52,6 +52,8 @@ def _floor(plan: Plan) -> str:
 
 def _whole(plan: Plan) -> str:
     """What the budget covers."""
+    if plan.model.kind == "graph":
+        return "the bytes that are live"
     return "the whole process, Python and PyTorch included" if plan.device.kind == "cpu" else "the card's memory"
 
 
@@ -166,7 +168,9 @@ def _layers(count: int, example: str) -> str:
     return example if count == 1 else f"{count} layers like {example}"
 
 
-def _busy(plan: Plan, told: Explanation) -> str:
+def _busy(plan: Plan, told: Explanation) -> list[str]:
+    if plan.model.kind == "graph":
+        return []
     where = _elsewhere(plan)
     parts = [
         f"{words} {use.share:.1%}" + (f" ({format_size(use.bytes)})" if use.name != "compute" else "")
@@ -177,7 +181,9 @@ def _busy(plan: Plan, told: Explanation) -> str:
         if use.name == "compute" or use.bytes
     ]
     unpacking = f"{format_seconds(plan.train.unpack_seconds)} unpack weights, " if plan.train is not None else ""
-    return f"busy in the step: {', '.join(parts)}; {unpacking}{format_seconds(told.waiting_seconds)} wait for transfers"
+    return [
+        f"busy in the step: {', '.join(parts)}; {unpacking}{format_seconds(told.waiting_seconds)} wait for transfers"
+    ]
 
 
 def _worth(plan: Plan, neighbours: list[Worth]) -> list[str]:

@@ -102,6 +102,8 @@ def _device(plan: Plan) -> str:
 
 def describe(plan: Plan) -> str:
     """What is trained, in a line: shapes, number type, LoRA rank."""
+    if plan.model.kind == "graph":
+        return f"a bare graph of {len(plan.programs[0].operators)} operators; budgets are on the bytes that are live"
     shape = f"batch {plan.batch}" + (f", sequence {plan.seq}" if plan.seq else "")
     adapted = (
         f"LoRA rank {plan.model.lora['rank']}" if plan.model.lora and "rank" in plan.model.lora else "all parameters"

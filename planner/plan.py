@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from planner.arena import Arena, place
 from planner.bounds import any_schedule_bound
@@ -25,6 +25,9 @@ from planner.simulate import Simulation, simulate
 from planner.windows import Column
 from profiles.errors import InputError
 from profiles.schema import Profile
+
+if TYPE_CHECKING:
+    from planner.graphs.planner import GraphPlanner
 
 TOLERANCE = 1e-3
 """a plan this near its bound is called optimal"""
@@ -73,12 +76,21 @@ def plan(
     smallest budget that can and what sets it. `progress` is called with stage, incumbent, bound, gap and seconds.
     Raises InputError for a profile or policy that cannot be used.
     """
-    return Planner(profile).plan(budget_bytes, policy=policy, time_limit=time_limit, progress=progress)
+    return planner_of(profile).plan(budget_bytes, policy=policy, time_limit=time_limit, progress=progress)
 
 
 def minimum_budget(profile: Profile, *, policy: str | None = None, time_limit: float = 30.0) -> int:
     """The smallest budget in bytes for which `plan` has a plan."""
-    return Planner(profile).minimum(policy=policy, time_limit=time_limit).peak_bytes
+    return planner_of(profile).minimum_bytes(policy=policy, time_limit=time_limit)
+
+
+def planner_of(profile: Profile) -> Planner | GraphPlanner:
+    """The planner for this kind of profile; its `plan` may be called for any number of budgets."""
+    if profile.model.kind == "graph":
+        from planner.graphs.planner import GraphPlanner
+
+        return GraphPlanner(profile)
+    return Planner(profile)
 
 
 class Planner:
@@ -333,6 +345,15 @@ class Planner:
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
+    def minimum_bytes(self, *, policy: str | None = None, time_limit: float = 30.0) -> int:
+        """The smallest budget in bytes for which `plan` has a plan."""
+        return self.minimum(policy=policy, time_limit=time_limit).peak_bytes
+
+    @staticmethod
+    def policies() -> tuple[str, ...]:
+        """The fixed rules that mean something for this profile."""
+        return tuple(POLICIES)
+
     def minimum(self, *, policy: str | None = None, time_limit: float = 30.0) -> Schedule:
         """The schedule with the lowest peak that `plan` can find; one byte less has no plan."""
         name = policy or "solver"
@@ -374,7 +395,8 @@ class Planner:
         floor = self.profile.device.floor
         told = self._assemble(least.peak_bytes, policy, least, "feasible")
         simulation = simulate(told)
-        worst = max((simulation.train, simulation.evaluate), key=lambda phase: phase.peak_bytes)
+        phases = (simulation.train, simulation.evaluate or simulation.train)
+        worst = max(phases, key=lambda phase: phase.peak_bytes)
         largest = ", ".join(list(worst.peak.tensors)[:3])
         if budget < floor.import_peak_bytes:
             reason = (
@@ -427,8 +449,8 @@ class Planner:
                     "step_seconds": step,
                     "bound_seconds": bound,
                     "any_schedule_bound_seconds": min(step, any_bound),
-                    "gap": _gap(step, bound),
-                    "any_schedule_gap": _gap(step, min(step, any_bound)),
+                    "gap": gap_to(step, bound),
+                    "any_schedule_gap": gap_to(step, min(step, any_bound)),
                     "solve_seconds": time.monotonic() - started,
                     "workspace_bytes": simulation.workspace_bytes,
                     "train": simulation.train,
@@ -487,7 +509,8 @@ class Planner:
         )
 
 
-def _gap(step: float, bound: float) -> float:
+def gap_to(step: float, bound: float) -> float:
+    """How much of the step's time a bound leaves open."""
     return (step - bound) / step if step > 0 else 0.0
 
 
@@ -513,9 +536,9 @@ def rebudgeted(
             update={
                 "budget_bytes": plan_.budget_bytes if budget_bytes is None else budget_bytes,
                 "bound_seconds": bound,
-                "gap": _gap(plan_.step_seconds, bound),
+                "gap": gap_to(plan_.step_seconds, bound),
                 "any_schedule_bound_seconds": any_,
-                "any_schedule_gap": _gap(plan_.step_seconds, any_),
+                "any_schedule_gap": gap_to(plan_.step_seconds, any_),
             }
         )
     )

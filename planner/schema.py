@@ -82,6 +82,9 @@ class Plan(Record):
     gap: float = Field(description="(step_seconds - bound_seconds) / step_seconds")
     any_schedule_gap: float
     solve_seconds: float
+    deterministic: bool | None = Field(
+        None, description="False: the time limit ended the search, another run may find another plan; None: not said"
+    )
     minimum_budget_bytes: int | None = None
     minimum_budget_reason: str | None = None
     model: Model

@@ -72,7 +72,8 @@ class Simulation:
     """What the plan does, as replayed."""
 
     train: Phase
-    evaluate: Phase
+    evaluate: Phase | None
+    """None for a bare graph"""
     timeline: list[TimelinePoint]
     """of the training step"""
     peak_bytes: int
@@ -89,6 +90,10 @@ class Simulation:
 
 def simulate(plan: Plan) -> Simulation:
     """Replay `plan`. Raises InvalidSchedule where an invariant breaks, InputError where the plan has no schedule."""
+    if plan.model.kind == "graph":
+        from planner.graphs.replay import replay
+
+        return replay(plan)
     if plan.train is None or plan.evaluate is None:
         raise InputError(
             f"the plan is {plan.status} and has no schedule; plan with at least {plan.minimum_budget_bytes} bytes"

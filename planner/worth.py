@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from planner.explanation import Worth
 from planner.master import Progress
 from planner.plan import Planner, rebudgeted
 from planner.schema import Plan
 from profiles.units import MIB
 
+if TYPE_CHECKING:
+    from planner.graphs.planner import GraphPlanner
+
 STEP_BYTES = 50 * MIB
 
 
-def neighbours(planner: Planner, plan: Plan, *, step_bytes: int = STEP_BYTES, time_limit: float = 30.0) -> list[Worth]:
+def neighbours(
+    planner: Planner | GraphPlanner, plan: Plan, *, step_bytes: int = STEP_BYTES, time_limit: float = 30.0
+) -> list[Worth]:
     """What the model says of `step_bytes` less and more than the budget of `plan`, a solver's plan of the planner's profile.
 
     A bound takes at most `time_limit` seconds; where it is not found by then, and below the floor, there is no answer.
@@ -32,7 +39,7 @@ def neighbours(planner: Planner, plan: Plan, *, step_bytes: int = STEP_BYTES, ti
 
 
 def what_if(
-    planner: Planner,
+    planner: Planner | GraphPlanner,
     plan: Plan,
     *,
     step_bytes: int = STEP_BYTES,
@@ -71,7 +78,7 @@ def what_if(
     return best, found
 
 
-def _bound(planner: Planner, budget: int, time_limit: float) -> float | None:
+def _bound(planner: Planner | GraphPlanner, budget: int, time_limit: float) -> float | None:
     try:
         return planner.bound(budget, time_limit=time_limit)
     except TimeoutError:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch._subclasses import FakeTensorMode
 
 from profiles import native
+from profiles.bare import is_bare, parse_graph
 from profiles.decoder import Decoder, decoder_shape
 from profiles.devices import find_device
 from profiles.errors import InputError
@@ -179,7 +180,10 @@ def profile(
 
 
 def load_profile(path: str | os.PathLike[str]) -> Profile:
-    """Read a profile. Raises InputError for a file that is missing, truncated, of another version or not a profile."""
+    """Read a profile, or a bare graph of operators (`profiles.bare`) as one.
+
+    Raises InputError for a file that is missing, truncated, of another version or not a profile.
+    """
     path = Path(path)
     try:
         text = path.read_text()
@@ -195,6 +199,8 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         raise InputError(
             f"{path}: not JSON, perhaps truncated ({error}); make it again with `tightfit profile`"
         ) from error
+    if is_bare(data):
+        return parse_graph(data, str(path))
     if not isinstance(data, dict) or "layers" not in data:
         raise InputError(f"{path}: not a profile (no 'layers'); make one with `tightfit profile`")
     if data.get("version") != PROFILE_VERSION:

@@ -31,7 +31,12 @@ def check_options(steps: int, schedule: str, lr: float) -> None:
 
 
 def check_machine(plan: Plan) -> None:
-    """Refuse a plan for another device, thread count or torch."""
+    """Refuse a plan of a bare graph, or for another device, thread count or torch."""
+    if plan.model.kind == "graph":
+        raise InputError(
+            f"the plan is of a bare graph ({plan.model.name}), which says how long operators take and not what they compute;"
+            " it can be planned, compared and simulated, run a plan of a model that `tightfit profile` measured"
+        )
     device = plan.device
     if device.kind != "cpu":
         raise InputError(

@@ -148,12 +148,15 @@ def devices(
 
 @app.command()
 def plan(
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json.")],
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json, or a bare graph of operators.")],
     memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Budget of the whole training process: 600MiB, 600MB or plain bytes.")
     ],
     policy: Annotated[
-        str | None, typer.Option(help="A fixed rule instead of the solver: keep-all, checkpoint-layers or mebp.")
+        str | None,
+        typer.Option(
+            help="A fixed rule instead of the solver: keep-all, checkpoint-layers or mebp; for a bare graph keep-all, checkpoint-layers or checkpoint-sqrt."
+        ),
     ] = None,
     time_limit: TimeLimit = 30.0,
     what_if: Annotated[
@@ -168,14 +171,14 @@ def plan(
     _at_least(0, time_limit=time_limit)
     from planner.exchange import save_plan
     from planner.explanation import Worth, account, shortfall
-    from planner.plan import Planner
+    from planner.plan import planner_of
     from planner.worth import neighbours
     from planner.worth import what_if as check
     from profiles.api import load_profile
     from runtime.terminal import Interrupts, Solving, messages
 
     console = messages()
-    planner = Planner(load_profile(profile))
+    planner = planner_of(load_profile(profile))
     started = time.monotonic()
     with Interrupts() as interrupts, Solving(console, time_limit) as solving:
         planned = planner.plan(budget, policy=policy, time_limit=time_limit, progress=solving)
@@ -201,16 +204,23 @@ def plan(
         )
     save_plan(planned, output)
     _answer(summary | {"plan": str(output)}, answers.plan_text(planned, why), as_json)
-    console.print(f"plan written to {output}; next: tightfit run {output} --data FILE.jsonl --steps N -o out")
+    following = (
+        "" if planned.model.kind == "graph" else f"; next: tightfit run {output} --data FILE.jsonl --steps N -o out"
+    )
+    console.print(f"plan written to {output}{following}")
 
 
 @app.command()
 def compare(
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json.")],
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json, or a bare graph of operators.")],
     memory: Annotated[str, typer.Option(metavar="SIZE,...", help="Budgets, for example 400MiB,600MiB,1GiB.")],
     policy: Annotated[
-        str, typer.Option(metavar="NAME,...", help="solver and fixed rules to compare.")
-    ] = "solver,keep-all,checkpoint-layers,mebp",
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="solver and fixed rules to compare; default: the solver and every rule that means something for the profile.",
+        ),
+    ] = None,
     device: Annotated[
         str,
         typer.Option(
@@ -226,7 +236,7 @@ def compare(
 ) -> None:
     """Compare policies over budgets and devices: seconds per step, or the smallest budget that would be enough."""
     budgets = [parse_size(part) for part in memory.split(",")]
-    policies = [part.strip() for part in policy.split(",")]
+    policies = None if policy is None else [part.strip() for part in policy.split(",")]
     _at_least(0, time_limit=time_limit)
     from planner.compare import compare as compare_plans
     from profiles.api import load_profile

@@ -19,11 +19,11 @@ import typer
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from planner.plan import Planner  # noqa: E402
-from planner.schema import Plan  # noqa: E402
-from profiles.api import profile  # noqa: E402
-from profiles.errors import TightfitError  # noqa: E402
-from runtime.launch import run  # noqa: E402
+from planner.plan import Planner
+from planner.schema import Plan
+from profiles.api import profile
+from profiles.errors import TightfitError
+from runtime.launch import run
 
 MIB = 1 << 20
 CAPS = {"qwen2.5-0.5b": 320, "qwen2.5-1.5b": 460, "qwen2.5-3b": 662, "gemma3-1b": 569, "gemma3-4b": 900}

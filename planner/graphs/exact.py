@@ -1,0 +1,112 @@
+"""All schedules of the class at once, for small graphs: CP-SAT on Checkmate's stages (Jain et al. 2020), with memory
+counted at every run.
+
+``lives[t, i, k]`` says that output i is live while operator k runs in stage t. It is carried from one run to the next, so that
+freeing is a choice like any other; the number of variables grows with the third power of the number of operators.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ortools.sat.python import cp_model
+
+from planner.graphs.dag import Dag
+from planner.graphs.schedule import Rerun, pruned
+
+RESOLUTION = 1_000_000_000
+"""seconds are counted in parts of the time of one run each; an error of n² such parts is below any tolerance"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """What the solver found within its work limit."""
+
+    reruns: frozenset[Rerun] | None
+    """None: no schedule of the class fits (if `proven`), or none was found"""
+    proven: bool
+    bound: float
+    """seconds, or bytes where the peak was minimised, that no schedule of the class undercuts"""
+
+
+def fastest(dag: Dag, budget_bytes: int, *, work: float, hint: frozenset[Rerun] | None = None) -> Exact:
+    """The fastest schedule of the class within the budget. `work` is CP-SAT's deterministic time."""
+    model = _Stages(dag)
+    for row in model.rows:
+        model.model.add(row <= budget_bytes - dag.fixed_bytes)
+    unit = max(dag.once_seconds, 1e-300) / RESOLUTION
+    model.model.minimize(sum(round(dag.seconds[i] / unit) * again for (_, i), again in model.again.items()))
+    return model.solve(work, hint, lambda extra: dag.once_seconds + max(0.0, extra) * unit)
+
+
+def smallest(dag: Dag, *, work: float, hint: frozenset[Rerun] | None = None) -> Exact:
+    """The schedule of the class with the lowest peak."""
+    model = _Stages(dag)
+    least = max(dag.own_bytes(i) for i in range(len(dag)))
+    peak = model.model.new_int_var(least, sum(dag.bytes) + max(dag.workspace), "peak")
+    for row in model.rows:
+        model.model.add(row <= peak)
+    model.model.minimize(peak)
+    return model.solve(work, hint, lambda found: dag.fixed_bytes + found)
+
+
+class _Stages:
+    def __init__(self, dag: Dag) -> None:
+        self.dag = dag
+        self.model = cp_model.CpModel()
+        self.again: dict[Rerun, cp_model.IntVar] = {}
+        self.rows: list[cp_model.LinearExprT] = []
+        """live bytes at every run, fixed ones left out"""
+        before: dict[int, cp_model.IntVar] = {}
+        for stage in range(len(dag)):
+            for operator in range(stage + 1):
+                before = self._run(stage, operator, before)
+        for operator in range(len(dag)):
+            if dag.keep[operator]:
+                self.model.add_bool_or(before[operator])
+
+    def _run(self, stage: int, operator: int, before: dict[int, cp_model.IntVar]) -> dict[int, cp_model.IntVar]:
+        """The place of `operator` in `stage`; `before` and the result: operator -> whether its output lives there."""
+        dag, model = self.dag, self.model
+        first = operator == stage
+        if not first and not dag.recomputable[operator]:
+            return before
+        lives = {i: model.new_bool_var("") for i in (*before, operator)}
+        again = None
+        if not first:
+            again = self.again[stage, operator] = model.new_bool_var("")
+        for i, here in lives.items():
+            if i != operator:
+                model.add_implication(here, before[i])
+        if again is None:
+            model.add_bool_or(lives[operator])
+            needed = [lives[i] for i in dag.inputs[operator]]
+            for here in needed:
+                model.add_bool_or(here)
+        else:
+            model.add_bool_or(before[operator], again, lives[operator].negated())
+            # Making what is there already is of no use.
+            model.add_implication(again, before[operator].negated())
+            for i in (*dag.inputs[operator], operator):
+                model.add_implication(again, lives[i])
+        workspace = dag.workspace[operator]
+        row = sum(dag.bytes[i] * here for i, here in lives.items())
+        self.rows.append(row + (workspace if again is None else workspace * again))
+        return lives
+
+    def solve(self, work: float, hint: frozenset[Rerun] | None, value: object) -> Exact:
+        if hint is not None:
+            for rerun, again in self.again.items():
+                self.model.add_hint(again, rerun in hint)
+        solver = cp_model.CpSolver()
+        solver.parameters.num_workers = 1
+        solver.parameters.max_deterministic_time = work
+        status = solver.solve(self.model)
+        assert callable(value)
+        if status == cp_model.INFEASIBLE:
+            return Exact(reruns=None, proven=True, bound=float("inf"))
+        bound = value(solver.best_objective_bound)
+        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            return Exact(reruns=None, proven=False, bound=bound)
+        chosen = (rerun for rerun, again in self.again.items() if solver.boolean_value(again))
+        return Exact(reruns=pruned(self.dag, chosen), proven=status == cp_model.OPTIMAL, bound=bound)

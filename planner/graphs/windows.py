@@ -1,0 +1,262 @@
+"""Seconds that no schedule undercuts: linear programs over a few moments of the schedule.
+
+A moment is the first run of a chosen operator, the pivot. Memory is limited at the moments; between two of them lies a window.
+For every operator: in which windows it runs, and at which moments its output lives. An operator that runs in a window
+reads outputs that lived at the window's start or were made in it; what lives at a moment lived at the one before or was
+made since. This holds for any schedule in which the operators' first runs come in the given order (``any_order=False``: whatever
+it runs again, and when), and with ``any_order=True``, where only what the graph's edges force is known of first runs and
+the pivots lie on one path, for any schedule at all. More moments, better bound.
+
+The figure is computed from the solver's dual values by weak duality, so that it is a bound even where they are inexact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ortools.math_opt import model_pb2
+from ortools.math_opt.python import mathopt
+
+from planner.graphs.dag import Dag
+from planner.graphs.schedule import Rerun, pruned
+from planner.quiet import solve_quietly
+
+MARGIN = 1e-9
+"""subtracted, relatively, for the rounding of our own sums"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    bound_seconds: float
+    """no schedule undercuts it; infinity: none fits"""
+    reruns: frozenset[Rerun] | None = None
+    """with whole numbers: the re-runs of the solver's best answer, a schedule but for the memory between moments"""
+    solved: bool = True
+    """whether the solver came to its end"""
+
+
+def solve_windows(
+    dag: Dag, budget_bytes: int, pivots: Sequence[int], *, any_order: bool, seconds: float, whole: bool = False
+) -> Answer:
+    """The bound from the moments at `pivots`, which are sorted.
+
+    `seconds` limit the solver; past them the bound is what it has proven, without whole numbers what each operator's one
+    run takes. `whole`: demand whole numbers, a better bound at greater cost.
+    """
+    program = _Windows(dag, budget_bytes, pivots, any_order=any_order)
+    if program.impossible:
+        return Answer(bound_seconds=float("inf"))
+    return program.solve(seconds, whole=whole)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Span:
+    """Windows of an operator's first run: surely not before `low`, surely not after `high`."""
+
+    low: int
+    high: int
+
+
+class _Windows:
+    def __init__(self, dag: Dag, budget: int, pivots: Sequence[int], *, any_order: bool) -> None:
+        self.dag = dag
+        self.pivots = list(pivots)
+        self.windows = len(pivots) + 1
+        self.variables: list[mathopt.Variable] = []
+        self.cost: list[float] = []
+        self.rows: list[int] = []
+        self.columns: list[int] = []
+        self.entries: list[float] = []
+        self.least: list[float] = []
+        """right-hand sides of rows >="""
+        self.constant = 0.0
+        self.impossible = False
+        spans = _edge_spans(dag, pivots) if any_order else _order_spans(dag, pivots)
+        needed = _last_windows(dag, spans, self.windows)
+        self.runs: list[dict[int, int]] = [{} for _ in range(len(dag))]
+        """per operator: window -> variable; -1 where it surely runs"""
+        self.lives: list[dict[int, int]] = [{} for _ in range(len(dag))]
+        """per operator: moment (named by the window it opens) -> variable; -1 where it surely lives"""
+        self.pinned = {(i, k + 1) for k, pivot in enumerate(pivots) for i in dag.inputs[pivot]}
+        for i, span in enumerate(spans):
+            self._operator(i, span, needed[i])
+        for j in range(len(dag)):
+            for i in dag.inputs[j]:
+                self._edge(i, j)
+        for k, pivot in enumerate(pivots):
+            self._moment(k + 1, pivot, budget)
+
+    def _variable(self, cost: float) -> int:
+        self.cost.append(cost)
+        return len(self.cost) - 1
+
+    def _row(self, terms: Sequence[tuple[int, float]], least: float) -> None:
+        row = len(self.least)
+        for column, entry in terms:
+            self.rows.append(row)
+            self.columns.append(column)
+            self.entries.append(entry)
+        self.least.append(least)
+
+    def _operator(self, i: int, span: _Span, last: int) -> None:
+        dag, runs, lives = self.dag, self.runs[i], self.lives[i]
+        sure = span.low == span.high
+        for window in range(span.low, max(last, span.high) + 1):
+            if sure and window == span.low:
+                runs[window] = -1
+                self.constant += dag.seconds[i]
+            elif window <= span.high or dag.recomputable[i]:
+                runs[window] = self._variable(dag.seconds[i])
+            if window > span.low:
+                lives[window] = -1 if (i, window) in self.pinned else self._variable(0.0)
+        if not sure:
+            self._row([(runs[w], 1.0) for w in range(span.low, span.high + 1)], 1.0)
+        for window in range(span.low + 1, max(last, span.high) + 1):
+            before = self._available(i, window - 1)
+            if before is not None:
+                # What lives at a moment lived at the one before, or was made since.
+                living = [(lives[window], -1.0)] if lives[window] >= 0 else []
+                self._row([*before, *living], 0.0 if living else 1.0)
+        if dag.keep[i]:
+            final = self._available(i, self.windows - 1)
+            if final is not None:
+                self._row(final, 1.0)
+
+    def _available(self, i: int, window: int) -> list[tuple[int, float]] | None:
+        """Terms that say how far output i is there in a window; None: surely."""
+        parts = [self.runs[i].get(window), self.lives[i].get(window)]
+        if -1 in parts:
+            return None
+        return [(part, 1.0) for part in parts if part is not None]
+
+    def _edge(self, i: int, j: int) -> None:
+        for window, run in self.runs[j].items():
+            there = self._available(i, window)
+            if there is None:
+                continue
+            if run == -1:
+                self._row(there, 1.0)
+            else:
+                self._row([*there, (run, -1.0)], 0.0)
+
+    def _moment(self, window: int, pivot: int, budget: int) -> None:
+        dag = self.dag
+        room = budget - dag.fixed_bytes - dag.own_bytes(pivot)
+        if room < 0:
+            self.impossible = True
+            return
+        terms = [
+            (lives[window], -dag.bytes[i] / budget)
+            for i, lives in enumerate(self.lives)
+            if lives.get(window, -1) >= 0 and dag.bytes[i] and i != pivot
+        ]
+        self._row(terms, -room / budget)
+
+    # --- solving ---------------------------------------------------------------------------------------------------
+
+    def solve(self, seconds: float, *, whole: bool) -> Answer:
+        if not self.cost:
+            return Answer(bound_seconds=self.constant)
+        unit = max(self.cost) or 1.0
+        result = solve_quietly(self._model(unit, whole=whole), seconds)
+        reason = result.termination.reason
+        if reason == mathopt.TerminationReason.INFEASIBLE:
+            return Answer(bound_seconds=float("inf"))
+        optimal = reason == mathopt.TerminationReason.OPTIMAL
+        if whole:
+            proven = max(0.0, float(result.termination.objective_bounds.dual_bound) * (1 - 1e-6)) * unit
+            chosen = None
+            if result.has_primal_feasible_solution():
+                chosen = self._reruns([value > 0.5 for value in result.variable_values(self.variables)])
+            return Answer(bound_seconds=self.constant + proven, reruns=chosen, solved=optimal)
+        if not optimal:
+            return Answer(bound_seconds=self.constant, solved=False)
+        prices = np.maximum(np.array(list(result.dual_values().values()), dtype=np.float64), 0.0)
+        left = np.array(self.cost, dtype=np.float64) / unit
+        rows, columns = np.array(self.rows, dtype=np.int64), np.array(self.columns, dtype=np.int64)
+        np.subtract.at(left, columns, np.array(self.entries) * prices[rows])
+        value = float(prices @ np.array(self.least)) + float(np.minimum(left, 0.0).sum())
+        return Answer(bound_seconds=(self.constant + max(0.0, value) * unit) * (1 - MARGIN))
+
+    def _reruns(self, chosen: list[bool]) -> frozenset[Rerun]:
+        """Where operators run again that the answer runs in a window after their first: before the first run that needs them."""
+        dag = self.dag
+        again = [{window for window, run in runs.items() if run >= 0 and chosen[run]} for runs in self.runs]
+        opens = [*self.pivots, len(dag)]
+        result: set[Rerun] = set()
+        window = 0
+        there: set[int] = set()
+        for stage in range(len(dag)):
+            if stage == opens[window]:
+                # What is to live at this moment and is not there yet is made for it.
+                window += 1
+                lives = {
+                    i
+                    for i, life in enumerate(self.lives)
+                    if window in life and (life[window] < 0 or chosen[life[window]])
+                }
+                result.update((stage, i) for i in lives - there)
+                there = lives
+            waiting = [stage]
+            while waiting:
+                for i in dag.inputs[waiting.pop()]:
+                    if i not in there and window in again[i]:
+                        there.add(i)
+                        result.add((stage, i))
+                        waiting.append(i)
+            there.add(stage)
+        return pruned(dag, {(stage, i) for stage, i in result if i < stage})
+
+    def _model(self, unit: float, *, whole: bool) -> mathopt.Model:
+        proto = model_pb2.ModelProto()
+        count, count_rows = len(self.cost), len(self.least)
+        proto.variables.ids.extend(range(count))
+        proto.variables.lower_bounds.extend([0.0] * count)
+        proto.variables.upper_bounds.extend([1.0] * count)
+        proto.variables.integers.extend([whole] * count)
+        proto.linear_constraints.ids.extend(range(count_rows))
+        proto.linear_constraints.lower_bounds.extend(self.least)
+        proto.linear_constraints.upper_bounds.extend([float("inf")] * count_rows)
+        priced = [(i, c / unit) for i, c in enumerate(self.cost) if c]
+        proto.objective.linear_coefficients.ids.extend(i for i, _ in priced)
+        proto.objective.linear_coefficients.values.extend(c for _, c in priced)
+        matrix = proto.linear_constraint_matrix
+        rows, columns = np.array(self.rows, dtype=np.int64), np.array(self.columns, dtype=np.int64)
+        order = np.lexsort((columns, rows))
+        matrix.row_ids.extend(rows[order].tolist())
+        matrix.column_ids.extend(columns[order].tolist())
+        matrix.coefficients.extend(np.array(self.entries, dtype=np.float64)[order].tolist())
+        model = mathopt.Model.from_model_proto(proto)
+        self.variables = list(model.variables())
+        return model
+
+
+def _order_spans(dag: Dag, pivots: Sequence[int]) -> list[_Span]:
+    at = np.searchsorted(np.array(pivots), np.arange(len(dag)), side="right").tolist()
+    return [_Span(low=window, high=window) for window in at]
+
+
+def _edge_spans(dag: Dag, pivots: Sequence[int]) -> list[_Span]:
+    """From ancestors and descendants of the pivots alone."""
+    count = len(dag)
+    low = [0] * count
+    high = [len(pivots)] * count
+    opens = {pivot: k + 1 for k, pivot in enumerate(pivots)}
+    for i in range(count):
+        low[i] = max([opens.get(i, 0), *(low[j] for j in dag.inputs[i])])
+    for i in reversed(range(count)):
+        for j in dag.users[i]:
+            high[i] = min(high[i], high[j], opens[j] - 1 if j in opens else high[i])
+        if i in opens:
+            high[i] = opens[i]
+    return [_Span(low=a, high=b) for a, b in zip(low, high)]
+
+
+def _last_windows(dag: Dag, spans: Sequence[_Span], windows: int) -> list[int]:
+    """Per operator the last window in which its output can be of use."""
+    last = [0] * len(dag)
+    for i in reversed(range(len(dag))):
+        last[i] = windows - 1 if dag.keep[i] else max([spans[i].high, *(last[j] for j in dag.users[i])])
+    return last

@@ -1,0 +1,217 @@
+"""Bare graphs: a DAG of operators with seconds and bytes, written by another tool, is enough to plan, compare and simulate.
+
+A bare graph has no layers, programs or tensors of ours, and nothing to execute. It becomes a `Profile` whose model kind is
+``graph``: one layer, one program, one value per operator. Its budget is on the bytes that are live: while an operator
+runs, its inputs, its output, its workspace, whatever else is retained, and the graph's fixed bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import networkx as nx
+from pydantic import Field, ValidationError
+
+from profiles.errors import InputError
+from profiles.schema import Channel, Device, Floor, Layer, Model, Operator, Profile, Program, Record, Tensor, Value
+
+GRAPH_VERSION = 1
+MOST_OPERATORS = 10_000
+LAYER = "graph"
+"""the one layer, and its program, that hold a bare graph's operators"""
+FIXED = "fixed bytes"
+AGAIN = "correct it in the tool that writes the graph"
+NO_CHANNEL = Channel(bytes_per_second=1.0, latency_seconds=0.0)
+"""a graph says nothing about disks, and its plans move nothing"""
+
+
+class BareOperator(Record):
+    """One operator: it reads the outputs of its inputs and makes one output of its own."""
+
+    name: str = Field(min_length=1)
+    seconds: float = Field(ge=0, allow_inf_nan=False, description="time of one run")
+    output_bytes: int = Field(ge=0, le=1 << 50, description="bytes that stay while any later reader needs them")
+    workspace_bytes: int = Field(0, ge=0, le=1 << 50, description="bytes needed only while it runs")
+    inputs: list[str] = Field([], description="names of the operators whose outputs it reads")
+    phase: Literal["forward", "backward"] | None = Field(
+        None, description="of a training step; all operators or none have one"
+    )
+    recomputable: bool = Field(True, description="False: it runs once, its output stays until its last reader")
+    keep_until_end: bool = Field(False, description="True: its output must be there when the graph is done")
+
+
+class BareGraph(Record):
+    """What another tool writes; operators in the order in which they are to run, as far as their inputs allow it."""
+
+    format: Literal["tightfit-graph"]
+    version: int = GRAPH_VERSION
+    name: str = "graph"
+    fixed_bytes: int = Field(
+        0, ge=0, le=1 << 50, description="what no schedule avoids: parameters, their gradients, constants, the batch"
+    )
+    estimated: bool = Field(False, description="True: seconds were computed from operations and bytes, not measured")
+    operators: list[BareOperator]
+
+
+def is_bare(data: Any) -> bool:
+    """Whether parsed JSON means to be a bare graph."""
+    return isinstance(data, dict) and "operators" in data and "layers" not in data
+
+
+def parse_graph(data: Any, source: str = "graph") -> Profile:
+    """The profile of a bare graph given as parsed JSON; `source` is named in messages.
+
+    Raises InputError that names the operator and the field: wrong types and values, names given twice, inputs that are
+    no operators, cycles, phases given to some operators only, a forward operator that reads a backward one.
+    """
+    if data.get("format") != "tightfit-graph":
+        raise InputError(f'{source}: field format is {data.get("format")!r}; write "tightfit-graph"')
+    if data.get("version", GRAPH_VERSION) != GRAPH_VERSION:
+        raise InputError(
+            f"{source}: graph version {data['version']!r}, this tightfit reads version {GRAPH_VERSION}; {AGAIN}"
+        )
+    try:
+        graph = BareGraph.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"{source}: field {_place(first['loc'], data)}: {first['msg']} (got {str(first['input'])[:60]!r}); {AGAIN}"
+        ) from error
+    return graph_profile(graph, source)
+
+
+def graph_profile(graph: BareGraph, source: str = "graph") -> Profile:
+    """The profile of a bare graph. Raises InputError as `parse_graph` does."""
+    order = _order(graph.operators, source)
+    kinds: dict[str, Literal["activation", "gradient"]] = {
+        op.name: "gradient" if op.phase == "backward" else "activation" for op in order
+    }
+    values = [
+        Value(
+            name=op.name, shape=[op.output_bytes], stride=[1], dtype="uint8", bytes=op.output_bytes, kind=kinds[op.name]
+        )
+        for op in order
+    ]
+    operators = [
+        Operator(
+            target=op.name,
+            phase=op.phase or "forward",
+            args=[],
+            inputs=list(dict.fromkeys(op.inputs)),
+            outputs=[op.name],
+            seconds=op.seconds,
+            workspace_bytes=op.workspace_bytes,
+            recomputable=op.recomputable,
+        )
+        for op in order
+    ]
+    tensors = [
+        Tensor(name=op.name, kind=kinds[op.name], shape=[op.output_bytes], dtype="uint8", bytes=op.output_bytes)
+        for op in order
+        if op.keep_until_end
+    ]
+    if graph.fixed_bytes:
+        tensors.append(
+            Tensor(name=FIXED, kind="constant", shape=[graph.fixed_bytes], dtype="uint8", bytes=graph.fixed_bytes)
+        )
+    content = json.dumps(graph.model_dump(mode="json"), sort_keys=True)
+    return Profile(
+        fingerprint=hashlib.sha256(content.encode()).hexdigest(),
+        model=Model(name=graph.name, source=source, kind="graph"),
+        batch=1,
+        compute_dtype="as given",
+        optimizer={},
+        device=Device(
+            name="the device that the graph's figures are for",
+            kind="cpu",
+            threads=1,
+            measured=not graph.estimated,
+            floor=Floor(import_peak_bytes=0, resident_bytes=0, instruction_bytes=0),
+            read=NO_CHANNEL,
+            write=NO_CHANNEL,
+        ),
+        tensors=tensors,
+        programs=[Program(name=LAYER, values=values, operators=operators)],
+        layers=[Layer(name=LAYER, program=LAYER, bindings={op.name: op.name for op in order})],
+        loss=order[-1].name,
+    )
+
+
+def save_graph(graph: BareGraph, path: str | os.PathLike[str]) -> Path:
+    """Write `graph` as the JSON that `parse_graph` reads."""
+    from profiles.files import write_whole
+
+    return write_whole(path, json.dumps(graph.model_dump(mode="json", exclude_defaults=True), indent=1) + "\n")
+
+
+def _place(loc: Sequence[int | str], data: dict[str, Any]) -> str:
+    """Where an error lies; an operator also by its name."""
+    place = ".".join(str(part) for part in loc)
+    if len(loc) >= 2 and loc[0] == "operators" and isinstance(loc[1], int):
+        operator = data["operators"][loc[1]]
+        name = operator.get("name") if isinstance(operator, dict) else None
+        place += f" (operator {name!r})" if isinstance(name, str) else ""
+    return place
+
+
+def _order(operators: Sequence[BareOperator], source: str) -> list[BareOperator]:
+    """The operators in their given order, moved only where an input comes later."""
+    if not 2 <= len(operators) <= MOST_OPERATORS:
+        raise InputError(
+            f"{source}: field operators: {len(operators)} operators; a graph has 2 to {MOST_OPERATORS}, {AGAIN}"
+        )
+    position: dict[str, int] = {}
+    for index, op in enumerate(operators):
+        if op.name in position or op.name == FIXED:
+            raise InputError(
+                f"{source}: field operators.{index}.name: {op.name!r} is taken by"
+                f" {'the fixed bytes' if op.name == FIXED else f'operator {position[op.name]}'}; {AGAIN}"
+            )
+        position[op.name] = index
+    if len({op.phase is None for op in operators}) == 2:
+        index = next(i for i, op in enumerate(operators) if op.phase is None)
+        raise InputError(
+            f"{source}: field operators.{index}.phase (operator {operators[index].name!r}): missing, while other operators"
+            f" have one; give all operators a phase or none"
+        )
+    for index, op in enumerate(operators):
+        for name in op.inputs:
+            if name not in position:
+                raise InputError(
+                    f"{source}: field operators.{index}.inputs (operator {op.name!r}): {name!r} is no operator of the graph; {AGAIN}"
+                )
+            if op.phase == "forward" and operators[position[name]].phase == "backward":
+                raise InputError(
+                    f"{source}: field operators.{index}.inputs (operator {op.name!r}): a forward operator reads {name!r}, which is backward; {AGAIN}"
+                )
+    return _sorted(operators, position, source)
+
+
+def _sorted(operators: Sequence[BareOperator], position: dict[str, int], source: str) -> list[BareOperator]:
+    waiting = [len(set(op.inputs)) for op in operators]
+    readers: list[list[int]] = [[] for _ in operators]
+    for index, op in enumerate(operators):
+        for name in set(op.inputs):
+            readers[position[name]].append(index)
+    ready = [(op.phase == "backward", i) for i, op in enumerate(operators) if not waiting[i]]
+    heapq.heapify(ready)
+    order: list[BareOperator] = []
+    while ready:
+        _, index = heapq.heappop(ready)
+        order.append(operators[index])
+        for reader in readers[index]:
+            waiting[reader] -= 1
+            if not waiting[reader]:
+                heapq.heappush(ready, (operators[reader].phase == "backward", reader))
+    if len(order) < len(operators):
+        edges = [(name, op.name) for op in operators for name in op.inputs]
+        cycle = [edge[0] for edge in nx.find_cycle(nx.DiGraph(edges))]
+        shown = " → ".join([*cycle[:8], "…"] if len(cycle) > 8 else [*cycle, cycle[0]])
+        raise InputError(f"{source}: the operators' inputs form a cycle: {shown}; {AGAIN}")
+    return order

@@ -1,0 +1,150 @@
+"""Bare graphs as other tools write them: read with messages that name the field, planned and compared, never run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from planner.exchange import load_plan
+from planner.explain import explain
+from planner.plan import plan
+from planner.simulate import InvalidSchedule, simulate
+from profiles.api import load_profile, save_profile
+from profiles.bare import BareGraph, parse_graph, save_graph
+from profiles.errors import InputError
+from runtime.cli import main
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "bare-graph.json"
+
+
+def graph(*operators, **fields):
+    return {"format": "tightfit-graph", "operators": list(operators)} | fields
+
+
+def op(name, *inputs, **fields):
+    return {"name": name, "seconds": 1, "output_bytes": 10, "inputs": list(inputs)} | fields
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (graph(op("a"), op("b", "a", seconds=-1)), "field operators.1.seconds (operator 'b'): Input should be greater"),
+        (
+            graph(op("a"), op("b", "a", output_bytes="x")),
+            "field operators.1.output_bytes (operator 'b'): Input should be a",
+        ),
+        (graph(op("a"), {"seconds": 1, "output_bytes": 1}), "field operators.1.name: Field required"),
+        (graph(op("a"), op("b", speed=3)), "field operators.1.speed (operator 'b'): Extra inputs"),
+        (
+            graph(op("a"), op("b", seconds=float("inf"))),
+            "field operators.1.seconds (operator 'b'): Input should be a finite",
+        ),
+        (graph(op("a"), op("b", "c")), "field operators.1.inputs (operator 'b'): 'c' is no operator of the graph"),
+        (graph(op("a"), op("a")), "field operators.1.name: 'a' is taken by operator 0"),
+        (graph(op("a", "c"), op("b", "a"), op("c", "b"), op("d")), "the operators' inputs form a cycle: "),
+        (graph(op("a", "a"), op("b")), "the operators' inputs form a cycle: a → a"),
+        (graph(op("a")), "field operators: 1 operators; a graph has 2 to 10000"),
+        (graph(op("a", phase="forward"), op("b")), "field operators.1.phase (operator 'b'): missing"),
+        (
+            graph(op("a", "b", phase="forward"), op("b", phase="backward")),
+            "field operators.0.inputs (operator 'a'): a forward operator reads 'b', which is backward",
+        ),
+        (graph(op("a"), op("b"), fixed_bytes=-1), "field fixed_bytes: Input should be greater"),
+        (graph(op("a"), op("b"), format="dot"), "field format is 'dot'; write \"tightfit-graph\""),
+        (graph(op("a"), op("b"), version=2), "graph version 2, this tightfit reads version 1"),
+        (graph(op("a"), "b"), "field operators.1: Input should be a valid dictionary"),
+    ],
+)
+def test_what_is_wrong_is_named(data, said, tmp_path):
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError) as caught:
+        load_profile(path)
+    assert str(caught.value).startswith(f"{path}: {said}")
+
+
+def test_the_given_order_stays_but_for_inputs_that_come_later():
+    found = parse_graph(graph(op("d", "b"), op("a"), op("c"), op("b", "a")))
+    assert [value.name for value in found.programs[0].values] == ["a", "c", "b", "d"]
+
+
+def test_a_graph_of_ten_thousand_operators_is_read_planned_and_simulated():
+    operators = [op("op0"), *(op(f"op{i}", f"op{i - 1}") for i in range(1, 10_000))]
+    planned = plan(parse_graph(graph(*operators)), 20)
+    assert (planned.status, planned.step_seconds, planned.peak_bytes) == ("optimal", 10_000, 20)
+    short = plan(parse_graph(graph(*operators)), 19)
+    assert (short.status, short.minimum_budget_bytes) == ("infeasible", 20)
+
+
+def test_written_graphs_and_their_profiles_are_read_back(tmp_path):
+    written = BareGraph.model_validate(json.loads(EXAMPLE.read_text()))
+    save_graph(written, tmp_path / "graph.json")
+    profile = load_profile(tmp_path / "graph.json")
+    assert profile.fingerprint == load_profile(EXAMPLE).fingerprint
+    save_profile(profile, tmp_path / "profile.json")
+    assert load_profile(tmp_path / "profile.json") == profile
+
+
+def run(capsys, *words):
+    with pytest.raises(SystemExit) as left:
+        main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return left.value.code, out, err
+
+
+def test_the_example_is_planned_compared_and_refused_to_run(capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    code, out, _ = run(capsys, "plan", EXAMPLE, "--memory", "740MB", "-o", path, "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["peak_bytes"] <= 740_000_000
+    loaded = load_plan(path)
+    assert simulate(loaded).peak_bytes == told["peak_bytes"]
+    text = " ".join(explain(loaded))
+    assert "Python" not in text
+    assert "made again" in text
+    code, out, _ = run(
+        capsys, "compare", EXAMPLE, "--memory", "600MB,740MB,1GB", "--html", tmp_path / "c.html", "--json"
+    )
+    plans = {(p["policy"], p["budget_bytes"]): p for p in json.loads(out)["plans"]}
+    assert code == 0
+    assert plans["keep-all", 740_000_000]["status"] == "infeasible"
+    assert plans["checkpoint-sqrt", 740_000_000]["step_seconds"] >= told["step_seconds"]
+    code, _, err = run(capsys, "run", path, "--data", "random", "--steps", "1", "-o", tmp_path / "out")
+    assert code == 2
+    assert err.startswith("tightfit: the plan is of a bare graph (five convolutions, one training step)")
+
+
+@pytest.mark.parametrize(
+    ("change", "invariant"),
+    [
+        (lambda found: found.pop(0), "operator-order"),
+        (lambda found: found.insert(1, ["free", "a"]), "use-before-resident"),
+        (lambda found: found.insert(1, ["free", "c"]), "double-free"),
+        (lambda found: found.insert(1, ["run", "graph", 0, [None]]), "already-resident"),
+        (lambda found: found.remove(["free", "b"]), "leak"),
+        (lambda found: found.insert(3, ["spill", "a"]), "form"),
+        (lambda found: found.extend([["free", "c"]]), "leak"),
+        (lambda found: found.append(["run", "graph", 0, [0]]), "form"),
+        (lambda found: found.append(["run", "graph", 1, [None]]), "operator-order"),
+    ],
+)
+def test_the_simulator_refuses_broken_schedules(change, invariant):
+    made = plan(
+        parse_graph(graph(op("a"), op("b", "a", recomputable=False), op("c", "a", "b", keep_until_end=True))), 30
+    )
+    instructions = [list(i) for i in made.train.instructions]
+    change(instructions)
+    broken = made.model_copy(update={"train": made.train.model_copy(update={"instructions": instructions})})
+    with pytest.raises(InvalidSchedule) as caught:
+        simulate(broken)
+    assert caught.value.invariant == invariant
+
+
+def test_the_simulator_holds_the_budget():
+    made = plan(parse_graph(graph(op("a"), op("b", "a"), fixed_bytes=7)), 27)
+    assert made.peak_bytes == 27
+    with pytest.raises(InvalidSchedule, match=r"\(budget\).*27 bytes at the peak, 26 allowed"):
+        simulate(made.model_copy(update={"budget_bytes": 26}))

@@ -1,0 +1,201 @@
+"""The planner of bare graphs against brute force, closed forms and its own promises."""
+
+from __future__ import annotations
+
+import random
+import time
+from math import comb
+
+import pytest
+from brute_graph import INFINITY, best, least, random_graph
+from layered_graph import layered
+
+from planner.compare import compare
+from planner.graphs.bound import any_schedule_bound, class_bound
+from planner.graphs.dag import dag_of
+from planner.graphs.memory import Memory
+from planner.graphs.planner import GraphPlanner
+from planner.graphs.rules import RULES
+from planner.graphs.schedule import memory, peak_bytes, runs
+from planner.graphs.search import Search
+from planner.graphs.windows import solve_windows
+from planner.plan import plan
+from profiles.bare import graph_profile, parse_graph
+from profiles.errors import InputError
+
+
+def profile_of(operators, fixed=0):
+    return parse_graph({"format": "tightfit-graph", "operators": operators, "fixed_bytes": fixed})
+
+
+def check_small_graph(seed):
+    """The class's optimum and minimum are met exactly, no schedule beats the bounds, more memory is never slower."""
+    operators, fixed = random_graph(seed), seed % 3
+    profile = profile_of(operators, fixed)
+    dag = dag_of(profile)
+    planner = GraphPlanner(profile)
+    low, top = least(operators, "stages", fixed), peak_bytes(dag, ())
+    if low > 1:
+        short = planner.plan(low - 1)
+        assert (short.status, short.minimum_budget_bytes) == ("infeasible", low), seed
+    before = INFINITY
+    for budget in sorted({least(operators, "any", fixed), low, (low + top) // 2, top}):
+        freest = best(operators, budget, "any", fixed)
+        assert any_schedule_bound(dag, budget, seconds=60) <= freest * (1 + 1e-9), (seed, budget)
+        if budget < low:
+            continue
+        made = planner.plan(budget)
+        assert made.peak_bytes <= budget
+        assert made.status == "optimal"
+        assert made.step_seconds == pytest.approx(best(operators, budget, "stages", fixed), abs=1e-9), (seed, budget)
+        assert made.any_schedule_bound_seconds <= freest * (1 + 1e-9)
+        assert made.step_seconds <= before
+        before = made.step_seconds
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_small_graphs_against_brute_force(block):
+    for seed in range(50 * block, 50 * block + 50):
+        check_small_graph(seed)
+
+
+def test_bounds_from_any_moments_hold_for_every_schedule_with_first_runs_in_order():
+    reached = []
+    for seed in range(120):
+        operators = random_graph(1000 + seed)
+        dag = dag_of(profile_of(operators))
+        low = least(operators, "first")
+        rng = random.Random(seed)
+        for budget in {low, (low + peak_bytes(dag, ())) // 2}:
+            fastest = best(operators, budget, "first")
+            pivots = sorted(rng.sample(range(len(dag)), rng.randint(1, len(dag))))
+            for whole in (False, True):
+                found = solve_windows(dag, budget, pivots, any_order=False, seconds=60, whole=whole)
+                assert found.bound_seconds <= fastest * (1 + 1e-9), (seed, budget, pivots, whole)
+            found = class_bound(dag, budget, frozenset(), deadline=time.monotonic() + 60, whole=True).seconds
+            assert found <= fastest * (1 + 1e-9), (seed, budget)
+            if fastest > dag.once_seconds:
+                reached.append((found - dag.once_seconds) / (fastest - dag.once_seconds))
+    # A bound that says nothing would pass all of the above.
+    assert sum(reached) / len(reached) > 0.5
+
+
+def test_the_search_alone_comes_near_the_optimum():
+    """As it works on graphs too large for the exact solver; it must fit and may not be far off."""
+    excess = []
+    for seed in range(150):
+        operators = random_graph(2000 + seed)
+        dag = dag_of(profile_of(operators))
+        low, top = least(operators, "stages"), peak_bytes(dag, ())
+        budget = (low + top) // 2
+        search = Search(dag, budget)
+        found = search.first([()])
+        if found is None:
+            excess.append(1.0)
+            continue
+        reruns = search.improve(found, rounds=60)
+        assert peak_bytes(dag, reruns) <= budget
+        optimum = best(operators, budget, "stages") - dag.once_seconds
+        spent = sum(dag.seconds[i] for _, i in reruns)
+        assert spent >= optimum - 1e-9
+        excess.append((spent - optimum) / max(1.0, dag.once_seconds))
+    assert sum(excess) / len(excess) < 0.02
+
+
+def unit_chain(steps):
+    """Griewank's chain: states of one byte, a backward step needs its state and room to work, nothing else counts."""
+    operators = [{"name": "x0", "seconds": 0, "output_bytes": 1, "recomputable": False, "phase": "forward"}]
+    for i in range(1, steps):
+        operators.append(
+            {"name": f"x{i}", "seconds": 1, "output_bytes": 1, "inputs": [f"x{i - 1}"], "phase": "forward"}
+        )
+    for i in reversed(range(steps)):
+        inputs = [f"x{i}", *([f"b{i + 1}"] if i < steps - 1 else [])]
+        operators.append(
+            {
+                "name": f"b{i}",
+                "seconds": 0,
+                "output_bytes": 0,
+                "workspace_bytes": 1,
+                "inputs": inputs,
+                "phase": "backward",
+            }
+        )
+    return operators
+
+
+def griewank(steps, slots):
+    """Forward steps that reversing `steps` steps takes with `slots` checkpoints, the start included (Griewank 1992)."""
+    repeats = 0
+    while comb(slots + repeats, slots) < steps:
+        repeats += 1
+    return repeats * steps - comb(slots + repeats, repeats - 1) if repeats else 0
+
+
+@pytest.mark.parametrize("steps", [*range(2, 13), 16, 24, 32, 48, 64])
+def test_unit_chains_meet_the_closed_form(steps):
+    profile = profile_of(unit_chain(steps))
+    planner = GraphPlanner(profile)
+    for slots in {1, 2, 3, 5, 8, steps}:
+        # A slot for each checkpoint, the state at hand, and the one being made from it.
+        made = planner.plan(slots + 2, time_limit=0.2)
+        assert made.step_seconds == griewank(steps, slots), slots
+
+
+def test_memory_kept_up_to_date_is_memory_counted_anew():
+    for seed in range(100):
+        dag = dag_of(profile_of(random_graph(3000 + seed, most=12)))
+        rng = random.Random(seed)
+        kept = Memory(dag, 10)
+        for _ in range(30):
+            stage = rng.randrange(1, len(dag))
+            rerun = (stage, rng.randrange(stage))
+            (kept.remove if rerun in kept.reruns else kept.add)(*rerun)
+            assert kept.bytes.tolist() == memory(dag, runs(dag, kept.reruns)), (seed, rerun)
+
+
+def test_a_larger_graph_is_planned_in_time_within_its_bounds_and_beats_the_rules():
+    profile = graph_profile(layered(120, training=True))
+    dag = dag_of(profile)
+    top = peak_bytes(dag, ())
+    started = time.monotonic()
+    compared = compare(profile, [int(share * top) for share in (0.6, 0.8, 1.0)], time_limit=5)
+    assert compared.policies == ["solver", *RULES]
+    before = INFINITY
+    for budget in compared.budgets:
+        solved = compared.plan(budget, "solver")
+        assert solved.peak_bytes <= budget
+        assert solved.any_schedule_bound_seconds <= solved.bound_seconds <= solved.step_seconds <= before
+        assert solved.gap < 0.05
+        before = solved.step_seconds
+        for rule in RULES:
+            other = compared.plan(budget, rule)
+            assert other.status == "infeasible" or other.step_seconds >= solved.step_seconds
+    assert compared.plan(top, "keep-all").step_seconds == compared.plan(top, "solver").step_seconds == dag.once_seconds
+    assert time.monotonic() - started < 60
+
+
+def test_equal_inputs_give_equal_plans_unless_the_plan_says_otherwise():
+    profile = graph_profile(layered(24))
+    budget = int(0.8 * peak_bytes(dag_of(profile), ()))
+    first, second = (plan(profile, budget, time_limit=60) for _ in range(2))
+    assert first.deterministic
+    assert first.fingerprint == second.fingerprint
+
+
+def test_the_smallest_budget_of_a_graph_too_large_to_be_exact():
+    profile = graph_profile(layered(60))
+    planner = GraphPlanner(profile)
+    low = planner.minimum_bytes()
+    made = planner.plan(low, time_limit=5)
+    assert made.status != "infeasible"
+    assert made.peak_bytes <= low
+    assert GraphPlanner(profile).plan(low - 1, time_limit=5).status == "infeasible"
+
+
+def test_rules_that_need_a_backward_are_refused_without_one():
+    profile = graph_profile(layered(30))
+    with pytest.raises(InputError, match="'checkpoint-sqrt', which needs operators marked forward and backward"):
+        plan(profile, 1 << 40, policy="checkpoint-sqrt")
+    with pytest.raises(InputError, match="no policy for this graph is called 'mebp'; choose one of solver, keep-all"):
+        plan(profile, 1 << 40, policy="mebp")
