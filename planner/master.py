@@ -23,25 +23,10 @@ from ortools.math_opt.python import mathopt
 
 from planner.formulation import KIB, MS, Block, Linear
 from planner.layers import Layered, transfer_seconds
+from planner.pricing import FIELDS, Pool, figures
 from planner.quiet import solve_quietly
-from planner.windows import Column, Decision, measure
+from planner.windows import Column, measure
 
-FIELDS = (
-    "forward_peak",
-    "backward_peak",
-    "evaluate_peak",
-    "between",
-    "outside",
-    "forward_ms",
-    "backward_ms",
-    "reads_forward_ms",
-    "reads_backward_ms",
-    "spills_forward_ms",
-    "fetches_backward_ms",
-    "states_fetched_ms",
-    "states_spilled_ms",
-    "instructions",
-)
 MOVE_PRICE = 1e-4
 """price of a second of disk time beside a second of the step: breaks ties in favour of moving less"""
 JOINT_BINARIES = 150
@@ -52,7 +37,11 @@ WHOLE_SECONDS = 3.0
 """for choosing whole columns, once"""
 INSTANT = 1e5
 """KiB per ms above which a disk's transfers are taken to need no time of their own"""
+ROUNDS = 60
+SHARE = 0.25
+"""of what pricing could gain, left to the next round once there are new columns"""
 Terms = dict[str, Linear]
+Prices = dict[str, float]
 Progress = Callable[[dict[str, float | str]], None]
 
 
@@ -65,26 +54,6 @@ class Answer:
     """no plan of the class is faster"""
     proven: bool
     """the columns are optimal for the model, within tolerance"""
-
-
-def figures(column: Column) -> dict[str, float]:
-    """FIELDS of a column, in KiB and ms."""
-    return {
-        "forward_peak": column.forward_peak / KIB,
-        "backward_peak": column.backward_peak / KIB,
-        "evaluate_peak": column.evaluate_peak / KIB,
-        "between": column.between / KIB,
-        "outside": column.outside / KIB,
-        "forward_ms": column.forward_seconds * MS,
-        "backward_ms": column.backward_seconds * MS,
-        "reads_forward_ms": column.reads_forward * MS,
-        "reads_backward_ms": column.reads_backward * MS,
-        "spills_forward_ms": column.spills_forward * MS,
-        "fetches_backward_ms": column.fetches_backward * MS,
-        "states_fetched_ms": column.states_fetched * MS,
-        "states_spilled_ms": column.states_spilled * MS,
-        "instructions": float(column.instructions),
-    }
 
 
 def live_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
@@ -286,62 +255,6 @@ def _row(model: mathopt.Model, left: Linear, *right: Linear) -> mathopt.LinearCo
 
 
 @dataclass(kw_only=True)
-class Pool:
-    """Columns found so far, per layer type; shared by every budget of one profile."""
-
-    problem: Layered
-    columns: list[list[Column]] = field(default_factory=list)
-    blocks: list[tuple[mathopt.Model, Block]] = field(default_factory=list)
-    priced: dict[tuple[int, tuple[float, ...]], tuple[float, Column]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.columns = [[] for _ in self.problem.types]
-        for kind in self.problem.types:
-            model = mathopt.Model()
-            self.blocks.append((model, Block(model, kind)))
-
-    @property
-    def binaries(self) -> int:
-        """Choices of the whole step."""
-        counts = [sum(variable.integer for variable in model.variables()) for model, _ in self.blocks]
-        return sum(counts[kind] for kind in self.problem.layer_type)
-
-    def add(self, kind: int, decision: Decision) -> bool:
-        """Whether the decision's column is new."""
-        column = measure(self.problem.types[kind], decision)
-        mine = figures(column)
-        for other in self.columns[kind]:
-            theirs = figures(other)
-            if all(theirs[name] <= mine[name] for name in FIELDS):
-                return False
-        self.columns[kind].append(column)
-        return True
-
-    def price(self, kind: int, prices: dict[str, float], seconds: float) -> tuple[float, Column]:
-        """Cheapest decision of a layer type at these prices, and a proven lower bound of its price."""
-        key = (kind, tuple(round(prices[name], 9) for name in FIELDS))
-        if key in self.priced:
-            return self.priced[key]
-        model, block = self.blocks[kind]
-        goal = Linear()
-        for name in FIELDS:
-            if prices[name] > 1e-12:
-                goal.plus(block.field(name), prices[name])
-        model.minimize(goal.expression())
-        result = solve_quietly(model, seconds, 1e-5)
-        if not result.has_primal_feasible_solution():
-            raise TimeoutError
-        decision = block.decision(result.variable_values())
-        self.add(kind, decision)
-        answer = (
-            min(result.best_objective_bound(), result.objective_value()),
-            measure(self.problem.types[kind], decision),
-        )
-        self.priced[key] = answer
-        return answer
-
-
-@dataclass(kw_only=True)
 class Search:
     """One budget. `limit_bytes` None asks for the fewest bytes instead of the shortest step."""
 
@@ -404,24 +317,38 @@ class Search:
     def columns(self) -> tuple[float, float, bool]:
         """Price columns until the bound meets the master: (bound, master value, whether the limit is kept)."""
         best, value, kept = 0.0, float("inf"), False
-        problem = self.pool.problem
-        for _ in range(60):
+        for _ in range(ROUNDS):
             value, prices, convexity, over = self._relaxation()
             kept = over < 1e-4
-            gain = 0.0
-            new = False
-            for layer, kind in enumerate(problem.layer_type):
-                before = len(self.pool.columns[kind])
-                bound, _ = self.pool.price(kind, prices[layer], min(10.0, self.left()))
-                gain += min(0.0, bound - convexity[layer])
-                new = new or len(self.pool.columns[kind]) > before
-            best = max(best, value + gain)
+            gain, new = self._price(prices, convexity, value)
+            best = max(best, value - gain)
             self.report("columns", value / MS, best / MS)
             if value - best <= self.tolerance / 4 * value or not new:
                 break
         return best, value, kept
 
-    def _relaxation(self) -> tuple[float, list[dict[str, float]], list[float], float]:
+    def _price(self, prices: list[Prices], convexity: list[float], value: float) -> tuple[float, bool]:
+        """Price layers until what could still be gained in the others is little: (most that could be gained, new columns).
+
+        The most promising layer first; what its answer proves often settles layers at similar prices.
+        """
+        kinds = self.pool.problem.layer_type
+        short = [max(0.0, convexity[i] - self.pool.hulls[kind].bound(prices[i])) for i, kind in enumerate(kinds)]
+        enough = max(self.tolerance / 8 * value, SHARE * sum(short))
+        open_ = {i for i in range(len(kinds)) if short[i] > 0.0}
+        new = False
+        while open_ and (sum(short) > enough if new else sum(short) > self.tolerance / 8 * value):
+            most = max(open_, key=lambda i: (short[i], -i))
+            new = self.pool.price(kinds[most], prices[most], self.left()) or new
+            open_.discard(most)
+            for i in [most, *open_]:
+                if kinds[i] == kinds[most]:
+                    short[i] = max(0.0, convexity[i] - self.pool.hulls[kinds[i]].bound(prices[i]))
+                    if not short[i]:
+                        open_.discard(i)
+        return sum(short), new
+
+    def _relaxation(self) -> tuple[float, list[Prices], list[float], float]:
         """Solve the master over the pool's columns as a linear program; duals as prices of each layer's figures."""
         problem = self.pool.problem
         model = mathopt.Model()

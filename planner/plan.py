@@ -17,9 +17,10 @@ from planner.bounds import any_schedule_bound
 from planner.emit import Draft, Entry, draft, instructions, kinds, live_profile
 from planner.greedy import greedy
 from planner.layers import Layered, layered
-from planner.master import JOINT_BINARIES, Answer, Pool, Progress, Search, charged_bytes
+from planner.master import JOINT_BINARIES, Answer, Progress, Search, charged_bytes
 from planner.overlap import clock, overlap
 from planner.policies import POLICIES, policy_columns, rule_columns, smallest
+from planner.pricing import Pool
 from planner.schema import Peak, Phase, Plan
 from planner.simulate import Simulation, simulate
 from planner.windows import Column
@@ -34,8 +35,8 @@ MOST_BYTES = 1 << 50
 """no process holds more; HiGHS gives up on right-hand sides that doubles cannot count exactly"""
 RESERVES = (0.0, 0.02, 0.05, 0.1)
 """shares of the limit left to transfers, tried one after the other"""
-OVERLAP_SHARES = (1.0, 0.9, 0.75, 0.0)
-"""shares of the arena that moved transfers may fill, tried until everything finds its place"""
+PLACE_ROUNDS = 5
+"""limits that moved transfers are held to, one after the other, until everything finds its place in the arena"""
 Status = Literal["optimal", "feasible", "fallback", "infeasible"]
 
 
@@ -284,14 +285,15 @@ class Planner:
         excess = 0
         floor = self.profile.device.floor
         lowest: Schedule | None = None
-        for share in OVERLAP_SHARES:
+        allowed = room
+        for attempt in range(PLACE_ROUNDS + 1):
             train = joined.train
-            if share and time.monotonic() > deadline:
-                continue
-            if share:
-                train = overlap(joined.train, self.inputs, joined.resident, joined.sizes, int(share * room))
+            if attempt < PLACE_ROUNDS and (attempt == 0 or time.monotonic() < deadline):
+                train = overlap(joined.train, self.inputs, joined.resident, joined.sizes, allowed)
             arena = place(train, joined.evaluate, joined.resident, joined.sizes, room)
             excess = arena.bytes - room
+            # The arena has gaps: what is moved must leave room for them.
+            allowed -= excess
             if excess > 0 and limit is not None:
                 continue
             if lowest is None or arena.bytes < lowest.arena.bytes:
