@@ -8,9 +8,10 @@ of what the layer type can do (`Hull`). Layers, and budgets, at prices between t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from ortools.math_opt.python import mathopt
 
 from planner.formulation import KIB, MS, Block, Linear
@@ -34,10 +35,10 @@ FIELDS = (
     "states_spilled_ms",
     "instructions",
 )
+Prices = NDArray[np.float64]
+"""ms per unit of each of FIELDS"""
 NOTHING = 1e-12
 """prices below it are rounding"""
-PRICING_GAP = 1e-4
-"""relative, of one pricing problem: their sum stays well below the tolerance of a search"""
 
 
 def figures(column: Column) -> dict[str, float]:
@@ -60,6 +61,11 @@ def figures(column: Column) -> dict[str, float]:
     }
 
 
+def figures_row(column: Column) -> Prices:
+    """`figures` in the order of FIELDS."""
+    return np.array(list(figures(column).values()), dtype=np.float64)
+
+
 class Hull:
     """Figures that no proof so far excludes: a linear program over FIELDS, one row per proof."""
 
@@ -69,20 +75,20 @@ class Hull:
             "forward_ms": MS * sum(op.seconds for op in kind.forward),
             "backward_ms": MS * (sum(op.seconds for op in kind.backward) + sum(u.seconds for u in kind.updates)),
         }
-        self.figures = {name: self.model.add_variable(lb=least.get(name, 0.0)) for name in FIELDS}
+        self.figures = [self.model.add_variable(lb=least.get(name, 0.0)) for name in FIELDS]
         self.solver = mathopt.IncrementalSolver(self.model, mathopt.SolverType.GLOP)
 
-    def prove(self, prices: Mapping[str, float], bound: float) -> None:
+    def prove(self, prices: Prices, bound: float) -> None:
         """No decision costs less than `bound` at `prices`."""
         row = self.model.add_linear_constraint(lb=bound)
-        for name, variable in self.figures.items():
-            if prices[name] > NOTHING:
-                row.set_coefficient(variable, prices[name])
+        for price, variable in zip(prices.tolist(), self.figures):
+            if price > NOTHING:
+                row.set_coefficient(variable, price)
 
-    def bound(self, prices: Mapping[str, float]) -> float:
+    def bound(self, prices: Prices) -> float:
         """What the proofs say about the cheapest cost at `prices`."""
         self.model.minimize(
-            mathopt.LinearSum([prices[name] * variable for name, variable in self.figures.items() if prices[name]])
+            mathopt.LinearSum([price * variable for price, variable in zip(prices.tolist(), self.figures) if price])
         )
         result = self.solver.solve()
         if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
@@ -97,6 +103,8 @@ class Pool:
 
     problem: Layered
     columns: list[list[Column]] = field(default_factory=list)
+    figures: list[NDArray[np.float64]] = field(default_factory=list)
+    """per layer type: a row of FIELDS per column"""
     blocks: list[tuple[mathopt.Model, Block]] = field(default_factory=list)
     hulls: list[Hull] = field(default_factory=list)
 
@@ -104,6 +112,7 @@ class Pool:
         self.columns = [[] for _ in self.problem.types]
         for kind in self.problem.types:
             model = mathopt.Model()
+            self.figures.append(np.empty((0, len(FIELDS))))
             self.blocks.append((model, Block(model, kind)))
             self.hulls.append(Hull(kind))
 
@@ -116,23 +125,29 @@ class Pool:
     def add(self, kind: int, decision: Decision) -> bool:
         """Whether the decision's column is new."""
         column = measure(self.problem.types[kind], decision)
-        mine = figures(column)
-        for other in self.columns[kind]:
-            theirs = figures(other)
-            if all(theirs[name] <= mine[name] for name in FIELDS):
-                return False
+        mine = figures_row(column)
+        if (self.figures[kind] <= mine).all(axis=1).any():
+            return False
         self.columns[kind].append(column)
+        self.figures[kind] = np.vstack([self.figures[kind], mine])
         return True
 
-    def price(self, kind: int, prices: Mapping[str, float], seconds: float) -> bool:
-        """Find the cheapest decision of a layer type at these prices and prove its cost; whether its column is new."""
+    def cheapest(self, kind: int, prices: Prices) -> float:
+        """What the cheapest known column of a layer type costs at `prices`."""
+        return float((self.figures[kind] @ prices).min())
+
+    def price(self, kind: int, prices: Prices, gap: float, seconds: float) -> bool:
+        """Find the cheapest decision of a layer type at these prices, to a relative `gap`, and prove a bound of its cost.
+
+        Returns whether its column is new. Raises TimeoutError where `seconds` do not suffice.
+        """
         model, block = self.blocks[kind]
         goal = Linear()
-        for name in FIELDS:
-            if prices[name] > NOTHING:
-                goal.plus(block.field(name), prices[name])
+        for name, price in zip(FIELDS, prices.tolist()):
+            if price > NOTHING:
+                goal.plus(block.field(name), price)
         model.minimize(goal.expression())
-        result = solve_quietly(model, seconds, PRICING_GAP)
+        result = solve_quietly(model, seconds, gap)
         if not result.has_primal_feasible_solution():
             raise TimeoutError
         self.hulls[kind].prove(prices, min(result.best_objective_bound(), result.objective_value()))

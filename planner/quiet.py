@@ -14,8 +14,10 @@ from ortools.math_opt.python import mathopt
 from ortools.math_opt.solvers import highs_pb2
 
 
-def solve_quietly(model: mathopt.Model, seconds: float = 60.0, gap: float = 1e-6) -> mathopt.SolveResult:
-    """Solve `model` within `seconds` to a relative `gap`. Raises TimeoutError when no time is left.
+def solve_quietly(
+    model: mathopt.Model, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None
+) -> mathopt.SolveResult:
+    """Solve `model` within `seconds` and branch-and-bound `nodes` to a relative `gap`. Raises TimeoutError when no time is left.
 
     Where HiGHS calls a point optimal that its own tolerances reject, MathOpt has no result; then Glop (linear) or SCIP
     (integers) gives a second opinion. On one thread: HiGHS's worker threads were seen asleep for 20 s over a program of
@@ -26,6 +28,7 @@ def solve_quietly(model: mathopt.Model, seconds: float = 60.0, gap: float = 1e-6
     parameters = mathopt.SolveParameters(
         time_limit=dt.timedelta(seconds=seconds),
         relative_gap_tolerance=gap,
+        node_limit=nodes,
         absolute_gap_tolerance=1e-9,
         highs=highs_pb2.HighsOptionsProto(int_options={"threads": 1}, string_options={"parallel": "off"}),
     )
