@@ -73,10 +73,11 @@ def place(
     items = [item for item in every if id(item) not in inside]
     best: tuple[int, list[int]] | None = None
     for order, tight in _orders(items):
-        offsets = _assign(items, order, base, tight=tight)
+        offsets = _assign(items, order, base, ENDLESS if best is None else best[0], tight=tight)
+        if offsets is None:
+            continue
         height = max((offset + item.size for offset, item in zip(offsets, items)), default=base)
-        if best is None or height < best[0]:
-            best = height, offsets
+        best = height, offsets
         if height <= lowest:
             break
     assert best is not None
@@ -194,14 +195,19 @@ class _Places:
         self.count += 1
 
 
-def _assign(items: list[_Item], order: list[int], base: int, *, tight: bool) -> list[int]:
-    """Offsets from `base` up, placed in `order` in the lowest (or tightest) gap that is free over an item's spans."""
+def _assign(items: list[_Item], order: list[int], base: int, below: int, *, tight: bool) -> list[int] | None:
+    """Offsets from `base` up, placed in `order` in the lowest (or tightest) gap that is free over an item's spans.
+
+    None as soon as an item ends at `below` or higher.
+    """
     places = _Places(sum(len(item.spans) for item in items))
     offsets = [0] * len(items)
     for index in order:
         item = items[index]
         near = places.neighbours(item.spans)
         offset = _gap(places.low[near], places.high[near], base, item.size, item.alignment, tight=tight)
+        if offset + item.size >= below:
+            return None
         offsets[index] = offset
         for begin, end in item.spans:
             places.add(offset, offset + item.size, begin, end)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from planner.layers import Layered
-from planner.master import Pool, charged_bytes
+from planner.master import charged_bytes
+from planner.pricing import Pool
 from planner.windows import Column
 
 

@@ -182,6 +182,7 @@ class _Splitter:
             for name, storage in graph.storages.items()
             if len(storage.producers) > 1 and graph.steps[storage.producers[0]].phase == "forward"
         }
+        self.carried = self._carried()
         self.again = [self._recomputable(layer) for layer in range(self.count)]
         self._lifetimes()
 
@@ -192,10 +193,21 @@ class _Splitter:
         """Whether the storage is an activation or gradient, with a lifetime inside the step."""
         return self.kind(name) not in ALWAYS and self.kind(name) != "weight"
 
+    def _carried(self) -> set[str]:
+        """What the last layer's last forward operator makes and its first backward operator reads.
+
+        No other window lies between the two, so to drop it and make it again would hold as much and take longer.
+        """
+        last = self.own[self.count - 1]
+        if not last["forward"] or not last["backward"]:
+            return set()
+        made = {name for name in last["forward"][-1].outputs if name is not None}
+        return {name for name in made & set(last["backward"][0].inputs) if self.graph.storages[name].kind == "activation"}
+
     def _recomputable(self, layer: int) -> dict[int, Step]:
         """Forward steps of the layer that may run again in its backward window: operator -> step."""
         forward = {name: step for step in self.own[layer]["forward"] for name in step.outputs if name is not None}
-        wanted = [name for step in self.own[layer]["backward"] for name in step.inputs]
+        wanted = [name for step in self.own[layer]["backward"] for name in step.inputs if name not in self.carried]
         again: dict[int, Step] = {}
         while wanted:
             step = forward.get(wanted.pop())
@@ -241,7 +253,7 @@ class _Splitter:
             if made >= self.count:
                 continue
             only = min(layers)
-            if len(layers) == 1 and self.last_forward[name] == only:
+            if len(layers) == 1 and self.last_forward[name] == only and name not in self.carried:
                 self.owner[name] = only
                 continue
             self.forced.add(name)

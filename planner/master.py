@@ -19,39 +19,33 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
 from ortools.math_opt.python import mathopt
 
 from planner.formulation import KIB, MS, Block, Linear
 from planner.layers import Layered, transfer_seconds
+from planner.pricing import FIELDS, Pool, Prices
 from planner.quiet import solve_quietly
-from planner.windows import Column, Decision, measure
+from planner.windows import Column, measure
 
-FIELDS = (
-    "forward_peak",
-    "backward_peak",
-    "evaluate_peak",
-    "between",
-    "outside",
-    "forward_ms",
-    "backward_ms",
-    "reads_forward_ms",
-    "reads_backward_ms",
-    "spills_forward_ms",
-    "fetches_backward_ms",
-    "states_fetched_ms",
-    "states_spilled_ms",
-    "instructions",
-)
 MOVE_PRICE = 1e-4
 """price of a second of disk time beside a second of the step: breaks ties in favour of moving less"""
 JOINT_BINARIES = 150
 """models with fewer choices are solved as one program, to optimality"""
 OVERFLOW_PRICE = 10.0
 """ms per KiB over the limit, while no fitting combination is known"""
-WHOLE_SECONDS = 3.0
-"""for choosing whole columns, once"""
+WHOLE_NODES = 20
+"""of the search for whole columns: work is counted, not timed, so that the same input gives the same plan"""
+NEAR = 3e-4
+"""share of the step's time; columns whose reduced cost is less may be part of a good choice"""
+FEW = 5
+"""such columns per layer"""
 INSTANT = 1e5
 """KiB per ms above which a disk's transfers are taken to need no time of their own"""
+ROUNDS = 60
+SHARE = 0.25
+"""of what pricing could gain, left to the next round once there are new columns"""
 Terms = dict[str, Linear]
 Progress = Callable[[dict[str, float | str]], None]
 
@@ -67,24 +61,19 @@ class Answer:
     """the columns are optimal for the model, within tolerance"""
 
 
-def figures(column: Column) -> dict[str, float]:
-    """FIELDS of a column, in KiB and ms."""
-    return {
-        "forward_peak": column.forward_peak / KIB,
-        "backward_peak": column.backward_peak / KIB,
-        "evaluate_peak": column.evaluate_peak / KIB,
-        "between": column.between / KIB,
-        "outside": column.outside / KIB,
-        "forward_ms": column.forward_seconds * MS,
-        "backward_ms": column.backward_seconds * MS,
-        "reads_forward_ms": column.reads_forward * MS,
-        "reads_backward_ms": column.reads_backward * MS,
-        "spills_forward_ms": column.spills_forward * MS,
-        "fetches_backward_ms": column.fetches_backward * MS,
-        "states_fetched_ms": column.states_fetched * MS,
-        "states_spilled_ms": column.states_spilled * MS,
-        "instructions": float(column.instructions),
-    }
+@dataclass(frozen=True, kw_only=True)
+class Relaxed:
+    """The master over the pool's columns, solved as a linear program."""
+
+    value: float
+    over: float
+    """KiB by which the limit is passed"""
+    prices: list[Prices]
+    """per layer"""
+    convexity: list[float]
+    """per layer: what the layer costs at its prices"""
+    shares: list[NDArray[np.float64]]
+    """per layer: share of each of its type's columns"""
 
 
 def live_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
@@ -286,62 +275,6 @@ def _row(model: mathopt.Model, left: Linear, *right: Linear) -> mathopt.LinearCo
 
 
 @dataclass(kw_only=True)
-class Pool:
-    """Columns found so far, per layer type; shared by every budget of one profile."""
-
-    problem: Layered
-    columns: list[list[Column]] = field(default_factory=list)
-    blocks: list[tuple[mathopt.Model, Block]] = field(default_factory=list)
-    priced: dict[tuple[int, tuple[float, ...]], tuple[float, Column]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.columns = [[] for _ in self.problem.types]
-        for kind in self.problem.types:
-            model = mathopt.Model()
-            self.blocks.append((model, Block(model, kind)))
-
-    @property
-    def binaries(self) -> int:
-        """Choices of the whole step."""
-        counts = [sum(variable.integer for variable in model.variables()) for model, _ in self.blocks]
-        return sum(counts[kind] for kind in self.problem.layer_type)
-
-    def add(self, kind: int, decision: Decision) -> bool:
-        """Whether the decision's column is new."""
-        column = measure(self.problem.types[kind], decision)
-        mine = figures(column)
-        for other in self.columns[kind]:
-            theirs = figures(other)
-            if all(theirs[name] <= mine[name] for name in FIELDS):
-                return False
-        self.columns[kind].append(column)
-        return True
-
-    def price(self, kind: int, prices: dict[str, float], seconds: float) -> tuple[float, Column]:
-        """Cheapest decision of a layer type at these prices, and a proven lower bound of its price."""
-        key = (kind, tuple(round(prices[name], 9) for name in FIELDS))
-        if key in self.priced:
-            return self.priced[key]
-        model, block = self.blocks[kind]
-        goal = Linear()
-        for name in FIELDS:
-            if prices[name] > 1e-12:
-                goal.plus(block.field(name), prices[name])
-        model.minimize(goal.expression())
-        result = solve_quietly(model, seconds, 1e-5)
-        if not result.has_primal_feasible_solution():
-            raise TimeoutError
-        decision = block.decision(result.variable_values())
-        self.add(kind, decision)
-        answer = (
-            min(result.best_objective_bound(), result.objective_value()),
-            measure(self.problem.types[kind], decision),
-        )
-        self.priced[key] = answer
-        return answer
-
-
-@dataclass(kw_only=True)
 class Search:
     """One budget. `limit_bytes` None asks for the fewest bytes instead of the shortest step."""
 
@@ -362,12 +295,12 @@ class Search:
             seconds = time.monotonic() - self.started
             self.progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": gap, "seconds": seconds})
 
-    def goal(self, rows: Rows, model: mathopt.Model) -> Linear:
+    def goal(self, rows: Rows, model: mathopt.Model, limit_bytes: int | None) -> Linear:
         """Objective of the step: its time with a small price on moves, or its bytes."""
-        if self.limit_bytes is None:
+        if limit_bytes is None:
             return Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
         over = model.add_variable(lb=0.0)
-        _row(model, Linear(self.limit_bytes / KIB).add(over).add(rows.bytes, -1.0))
+        _row(model, Linear(limit_bytes / KIB).add(over).add(rows.bytes, -1.0))
         self.over = over
         return Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE).add(over, OVERFLOW_PRICE)
 
@@ -381,7 +314,7 @@ class Search:
         rows = add_rows(
             model, problem, [{name: block.field(name) for name in FIELDS} for block in blocks], careful=self.careful
         )
-        goal = self.goal(rows, model)
+        goal = self.goal(rows, model, self.limit_bytes)
         if self.limit_bytes is not None:
             self.over.upper_bound = 0.0
         model.minimize(goal.expression())
@@ -404,77 +337,122 @@ class Search:
     def columns(self) -> tuple[float, float, bool]:
         """Price columns until the bound meets the master: (bound, master value, whether the limit is kept)."""
         best, value, kept = 0.0, float("inf"), False
-        problem = self.pool.problem
-        for _ in range(60):
-            value, prices, convexity, over = self._relaxation()
-            kept = over < 1e-4
-            gain = 0.0
-            new = False
-            for layer, kind in enumerate(problem.layer_type):
-                before = len(self.pool.columns[kind])
-                bound, _ = self.pool.price(kind, prices[layer], min(10.0, self.left()))
-                gain += min(0.0, bound - convexity[layer])
-                new = new or len(self.pool.columns[kind]) > before
-            best = max(best, value + gain)
+        for _ in range(ROUNDS):
+            relaxed = self._relaxation(self.limit_bytes)
+            value, kept = relaxed.value, relaxed.over < 1e-4
+            gain, new = self._price(relaxed, best)
+            best = max(best, value - gain)
             self.report("columns", value / MS, best / MS)
             if value - best <= self.tolerance / 4 * value or not new:
                 break
         return best, value, kept
 
-    def _relaxation(self) -> tuple[float, list[dict[str, float]], list[float], float]:
+    def _price(self, relaxed: Relaxed, best: float) -> tuple[float, bool]:
+        """Price layers until what could still be gained in the others is little: (most that could be gained, new columns).
+
+        The most promising layer first; what its answer proves often settles layers at similar prices.
+        """
+        pool, kinds, prices = self.pool, self.pool.problem.layer_type, relaxed.prices
+        gap = min(1e-2, max(1e-4, (relaxed.value - best) / relaxed.value / 10))
+        least = [pool.hulls[kind].bound(prices[i]) for i, kind in enumerate(kinds)]
+
+        def short(i: int) -> float:
+            return max(0.0, relaxed.convexity[i] - least[i])
+
+        def settled(i: int) -> bool:
+            return not short(i) or pool.cheapest(kinds[i], prices[i]) - least[i] <= gap * least[i]
+
+        little = self.tolerance / 8 * relaxed.value
+        some = max(little, SHARE * sum(map(short, range(len(kinds)))))
+        open_ = [i for i in range(len(kinds)) if not settled(i)]
+        new = False
+        while open_ and sum(map(short, range(len(kinds)))) > (some if new else little):
+            most = max(open_, key=short)
+            new = pool.price(kinds[most], prices[most], gap, self.left()) or new
+            open_.remove(most)
+            for i in [most, *open_]:
+                if kinds[i] == kinds[most]:
+                    least[i] = pool.hulls[kinds[i]].bound(prices[i])
+            open_ = [i for i in open_ if not settled(i)]
+        return sum(map(short, range(len(kinds)))), new
+
+    def _relaxation(self, limit_bytes: int | None) -> Relaxed:
         """Solve the master over the pool's columns as a linear program; duals as prices of each layer's figures."""
         problem = self.pool.problem
         model = mathopt.Model()
         layers: list[Terms] = []
-        definitions: list[dict[str, mathopt.LinearConstraint]] = []
+        definitions: list[list[mathopt.LinearConstraint]] = []
         convexity: list[mathopt.LinearConstraint] = []
+        shares: list[list[mathopt.Variable]] = []
         for kind in problem.layer_type:
-            columns = [(model.add_variable(lb=0.0), figures(column)) for column in self.pool.columns[kind]]
-            terms: Terms = {}
-            rows: dict[str, mathopt.LinearConstraint] = {}
+            every = list(range(len(self.pool.columns[kind])))
+            variables = [model.add_variable(lb=0.0) for _ in every]
+            terms = self._terms(kind, variables, every)
+            rows: list[mathopt.LinearConstraint] = []
             for name in FIELDS:
                 figure = model.add_variable(lb=0.0)
-                total = Linear()
-                for variable, values in columns:
-                    if values[name]:
-                        total.add(variable, values[name])
-                rows[name] = _row(model, Linear().add(figure), total)
+                rows.append(_row(model, Linear().add(figure), terms[name]))
                 terms[name] = Linear().add(figure)
-            one = model.add_linear_constraint(lb=1.0, ub=1.0)
-            for variable, _ in columns:
-                one.set_coefficient(variable, 1.0)
-            convexity.append(one)
+            convexity.append(model.add_linear_constraint(mathopt.LinearSum(variables) == 1.0))
+            shares.append(variables)
             definitions.append(rows)
             layers.append(terms)
         posted = add_rows(model, problem, layers, careful=self.careful)
-        goal = self.goal(posted, model)
+        goal = self.goal(posted, model, limit_bytes)
         model.minimize(goal.expression())
         result = solve_quietly(model, self.left(), 1e-6)
         if not result.has_dual_feasible_solution() or not result.has_primal_feasible_solution():
             raise TimeoutError
-        duals = result.dual_values()
-        prices = [{name: max(0.0, duals[row]) for name, row in rows.items()} for rows in definitions]
-        over = result.variable_values()[self.over] if self.limit_bytes is not None else 0.0
-        return result.objective_value(), prices, [duals[row] for row in convexity], over
+        duals, values = result.dual_values(), result.variable_values()
+        return Relaxed(
+            value=result.objective_value(),
+            over=values[self.over] if limit_bytes is not None else 0.0,
+            prices=[np.array([max(0.0, duals[row]) for row in rows]) for rows in definitions],
+            convexity=[duals[row] for row in convexity],
+            shares=[np.array([values[variable] for variable in variables]) for variables in shares],
+        )
+
+    def _terms(self, kind: int, variables: list[mathopt.Variable], columns: list[int]) -> Terms:
+        """A layer's figures over the variables of some of its columns."""
+        terms: Terms = {}
+        for name, values in zip(FIELDS, self.pool.figures[kind][columns].T.tolist()):
+            total = Linear()
+            for variable, value in zip(variables, values):
+                if value:
+                    total.add(variable, value)
+            terms[name] = total
+        return terms
 
     def choose(self, limit_bytes: int | None) -> tuple[Column, ...] | None:
-        """Best whole columns within `limit_bytes` over the pool; None where none fits."""
+        """Good whole columns within `limit_bytes` over the pool; None where none fits.
+
+        First among the columns that the linear program uses or that cost little more, then among all.
+        """
+        relaxed = self._relaxation(limit_bytes)
+        if limit_bytes is not None and relaxed.over > 1e-4:
+            return None
+        near = []
+        for layer, kind in enumerate(self.pool.problem.layer_type):
+            reduced = self.pool.figures[kind] @ relaxed.prices[layer] - relaxed.convexity[layer]
+            reduced[relaxed.shares[layer] > 1e-6] = 0.0
+            best = np.argsort(reduced, kind="stable")[:FEW]
+            near.append([int(i) for i in best if reduced[i] <= NEAR * relaxed.value])
+        whole = self._whole(limit_bytes, near)
+        if whole is None:
+            every = [list(range(len(self.pool.columns[kind]))) for kind in self.pool.problem.layer_type]
+            whole = self._whole(limit_bytes, every)
+        return whole
+
+    def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> tuple[Column, ...] | None:
+        """The best combination of one candidate per layer (indices into the pool's columns)."""
         problem = self.pool.problem
         model = mathopt.Model()
         layers: list[Terms] = []
         picks: list[list[mathopt.Variable]] = []
-        for kind in problem.layer_type:
-            variables = [model.add_binary_variable() for _ in self.pool.columns[kind]]
+        for kind, allowed in zip(problem.layer_type, candidates):
+            variables = [model.add_binary_variable() for _ in allowed]
             model.add_linear_constraint(mathopt.LinearSum(variables) == 1.0)
-            values = [figures(column) for column in self.pool.columns[kind]]
-            terms: Terms = {}
-            for name in FIELDS:
-                total = Linear()
-                for variable, value in zip(variables, values):
-                    if value[name]:
-                        total.add(variable, value[name])
-                terms[name] = total
-            layers.append(terms)
+            layers.append(self._terms(kind, variables, allowed))
             picks.append(variables)
         rows = add_rows(model, problem, layers, careful=self.careful)
         goal = Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
@@ -482,11 +460,11 @@ class Search:
             goal = Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE)
             rows.bytes.upper_bound = limit_bytes / KIB
         model.minimize(goal.expression())
-        result = solve_quietly(model, min(WHOLE_SECONDS, self.left()), self.tolerance / 4)
+        result = solve_quietly(model, self.left(), self.tolerance / 2, nodes=WHOLE_NODES)
         if not result.has_primal_feasible_solution():
             return None
         chosen = result.variable_values()
         return tuple(
-            self.pool.columns[kind][max(range(len(variables)), key=lambda i: chosen[variables[i]])]
-            for kind, variables in zip(problem.layer_type, picks)
+            self.pool.columns[kind][allowed[max(range(len(variables)), key=lambda i: chosen[variables[i]])]]
+            for kind, allowed, variables in zip(problem.layer_type, candidates, picks)
         )

@@ -1,10 +1,11 @@
-"""Transfers moved into free memory: reads and fetches ahead of their users, frees of spilled tensors behind the write.
+"""Transfers moved into free memory: reads and fetches ahead of their users, spills into the disk's idle time.
 
-The schedule as drafted reads everything when it is needed and frees a spilled tensor when it was last read, so the step
-waits for the disk. Two passes, each optimal for its own kind given the other's places:
+The schedule as drafted reads everything when it is needed and spills everything when it is made, so the step waits for the
+disk. One pass forward in time decides what the disk does next whenever it falls idle:
 
-- backward in time, a read is issued just early enough to land before its user, or as early as memory allows;
-- forward in time, a spilled tensor is freed once it is written, or when its bytes are needed, whichever is first.
+- a read has a latest start at which it, and every read after it, still lands in time; until then spills go first;
+- it is issued earlier than needed only where it fits beside everything that is resident until its user runs;
+- a spilled tensor is freed once it is written, or when its bytes are needed, whichever is first.
 
 Nothing else changes place, so the bytes resident never exceed the limit if they did not before.
 """
@@ -15,11 +16,13 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from planner.emit import Entry, made_by
 from planner.graph import STATES
 
 LEADS = (1.05, 1.5, 3.0)
-"""how much longer than measured a transfer may take, as the passes assume it: the best for the whole step is taken"""
+"""how much longer than measured a transfer may take, as the pass assumes it: the best for the whole step is taken"""
 Inputs = Mapping[tuple[int, int], tuple[str, ...]]
 
 
@@ -37,15 +40,19 @@ def overlap(
 
     `inputs`: tensors read by the operator (layer, operator).
     """
-    start = frozenset(resident)
-    best, shortest = entries, clock(entries, inputs).seconds
-    if not any(entry.transfer for entry in entries):
+    drafted = clock(entries, inputs)
+    if not drafted.stalls and drafted.seconds <= sum(entry.seconds for entry in entries) * (1 + 1e-9):
         return entries
+    best, shortest = entries, drafted.seconds
+    facts = _facts(entries, frozenset(resident), sizes)
     for lead in LEADS:
-        moved = _put_off_frees(_hasten_reads(entries, start, sizes, limit, lead), start, sizes, limit, lead)
-        seconds = clock(moved, inputs).seconds
-        if seconds < shortest * (1 - 1e-6):
-            best, shortest = tuple(moved), seconds
+        disk = _Disk(facts, inputs, limit, lead)
+        moved = disk.schedule()
+        timing = clock(moved, inputs)
+        if timing.seconds < shortest * (1 - 1e-6):
+            best, shortest = tuple(moved), timing.seconds
+        if not timing.stalls:
+            break
     return best
 
 
@@ -55,22 +62,26 @@ def clock(entries: Sequence[Entry], inputs: Inputs) -> Timing:
     filled: dict[str, float] = {}
     written: dict[str, float] = {}
     for entry in entries:
-        waited: list[float] = []
-        if entry.verb == "run":
-            waited = [filled.pop(name) for name in inputs[entry.layer, entry.operator] if name in filled]
-        elif entry.verb == "unpack":
-            waited = [filled.pop(f"packed:{entry.name}", now)]
-        elif entry.verb == "update":
-            waited = [filled.pop(f"{state}:{entry.name}", now) for state in STATES]
-        elif entry.verb == "free":
+        verb = entry.verb
+        done = now
+        if verb == "run":
+            if filled:
+                for name in inputs[entry.layer, entry.operator]:
+                    if name in filled:
+                        done = max(done, filled.pop(name))
+        elif verb == "unpack":
+            done = max(done, filled.pop(f"packed:{entry.name}", now))
+        elif verb == "update":
+            for state in STATES:
+                done = max(done, filled.pop(f"{state}:{entry.name}", now))
+        elif verb == "free":
             # A tensor that is being written may be read meanwhile, but not given back.
-            waited = [written.pop(entry.name, now), filled.pop(entry.name, now)]
-        done = max([now, *waited])
+            done = max(done, written.pop(entry.name, now), filled.pop(entry.name, now))
         stalls += done - now
         now = done
         if entry.transfer:
             disk = max(disk, now) + entry.transfer
-            (written if entry.verb == "spill" else filled)[_target(entry)] = disk
+            (written if verb == "spill" else filled)[_target(entry)] = disk
         now += entry.seconds
     return Timing(seconds=max(now, disk), stalls=stalls)
 
@@ -80,116 +91,207 @@ def _target(entry: Entry) -> str:
     return f"packed:{entry.name}" if entry.verb == "read" else entry.name
 
 
-def _changes(
-    entries: Sequence[Entry], start: frozenset[str], sizes: Mapping[str, int]
-) -> tuple[list[int], list[int], int]:
-    """Per entry: bytes made and bytes freed; and the bytes resident at the end."""
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What the drafted schedule says, whatever moves."""
+
+    entries: tuple[Entry, ...]
+    sizes: Mapping[str, int]
+    live: np.ndarray[tuple[int], np.dtype[np.int64]]
+    """bytes resident during each entry: after what it makes, before what it frees"""
+    begins: list[float]
+    """seconds at which each entry would begin if nothing ever waited"""
+    reads: tuple[int, ...]
+    """positions of reads and fetches, in order"""
+    earliest: tuple[int, ...]
+    """per read: the first position at which what it fills is no longer resident from before"""
+
+
+def _facts(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[str, int]) -> _Facts:
     there = set(start)
-    live = sum(sizes[name] for name in there)
-    made, freed = [], []
-    for entry in entries:
-        new = [name for name in dict.fromkeys(made_by(entry)) if name not in there]
-        there.update(new)
-        made.append(sum(sizes[name] for name in new))
-        freed.append(sizes[entry.name] if entry.verb == "free" else 0)
+    bytes_now = sum(sizes[name] for name in there)
+    now = 0.0
+    live: list[int] = []
+    begins: list[float] = []
+    reads: list[int] = []
+    earliest: list[int] = []
+    freed: dict[str, int] = {}
+    for index, entry in enumerate(entries):
+        begins.append(now)
+        now += entry.seconds
+        for name in made_by(entry):
+            if name not in there:
+                there.add(name)
+                bytes_now += sizes[name]
+        live.append(bytes_now)
         if entry.verb == "free":
             there.remove(entry.name)
-        live += made[-1] - freed[-1]
-    return made, freed, live
+            bytes_now -= sizes[entry.name]
+            freed[entry.name] = index + 1
+        elif entry.verb in {"read", "fetch"}:
+            reads.append(index)
+            earliest.append(freed.get(_target(entry), 0))
+    return _Facts(
+        entries=entries,
+        sizes=sizes,
+        live=np.array(live, dtype=np.int64),
+        begins=begins,
+        reads=tuple(reads),
+        earliest=tuple(earliest),
+    )
 
 
-def _hasten_reads(
-    entries: Sequence[Entry], start: frozenset[str], sizes: Mapping[str, int], limit: int, lead: float
-) -> list[Entry]:
-    """From the end of the step to its start: hold a read back (that is, issue it earlier) until it would have landed."""
-    made, freed, live = _changes(entries, start, sizes)
-    result: list[Entry] = []
-    now = disk = 0.0
-    waiting: deque[tuple[float, Entry]] = deque()
-    names: set[str] = set()
+class _Disk:
+    """One pass over the entries: what is issued when."""
 
-    def issue() -> None:
-        nonlocal now, live
-        done, entry = waiting.popleft()
-        names.discard(_target(entry))
-        # Issued late: its user waits for the rest.
-        now = max(now, done)
-        live -= sizes[_target(entry)]
-        result.append(entry)
+    def __init__(self, facts: _Facts, inputs: Inputs, limit: int, lead: float) -> None:
+        self.facts = facts
+        self.inputs = inputs
+        self.limit = limit
+        self.live = facts.live.copy()
+        self.latest = self._latest_starts(lead)
+        self.result: list[Entry] = []
+        self.now = self.disk = 0.0
+        self.waited = 0.0
+        self.next_read = 0
+        self.landing: dict[str, float] = {}
+        self.spills: deque[Entry] = deque()
+        """made, not yet issued"""
+        self.unwritten: dict[str, float] = {}
+        """spilled tensor -> when its write is done; infinite while it is not issued"""
+        self.waiting: deque[Entry] = deque()
+        """frees of spilled tensors that nothing reads any more"""
+        self.names: set[str] = set()
+        """what `waiting` frees"""
+        self.held = 0
+        """bytes of it"""
+        self.blocked = 0
+        """position before which the next read has no room"""
 
-    for index in range(len(entries) - 1, -1, -1):
-        entry = entries[index]
-        while waiting and waiting[0][0] <= now:
-            issue()
-        if entry.verb in {"read", "fetch"}:
-            disk = max(disk, now) + lead * entry.transfer
-            waiting.append((disk, entry))
-            names.add(_target(entry))
-            now += entry.seconds
-            continue
-        if entry.verb == "free":
-            while entry.name in names:
-                issue()
-            while waiting and live + freed[index] > limit:
-                issue()
-            live += freed[index]
-        else:
-            if entry.verb == "spill":
-                disk = max(disk, now) + entry.transfer
-            # Bytes resident during the entry, what it makes included, are what is resident after it.
-            live -= made[index]
-        result.append(entry)
-        now += entry.seconds
-    while waiting:
-        issue()
-    result.reverse()
-    return result
+    def _latest_starts(self, lead: float) -> list[float]:
+        """Per read, in the entries' undisturbed time: when it must start so that it and all later ones land in time."""
+        starts = [0.0] * len(self.facts.reads)
+        following = float("inf")
+        for number in range(len(starts) - 1, -1, -1):
+            at = self.facts.reads[number]
+            following = min(self.facts.begins[at], following) - lead * self.facts.entries[at].transfer
+            starts[number] = following
+        return starts
 
+    def schedule(self) -> list[Entry]:
+        for index, entry in enumerate(self.facts.entries):
+            while self.waiting and self.unwritten[self.waiting[0].name] <= self.now:
+                self._give_back()
+            if entry.verb in {"read", "fetch"}:
+                if self.next_read < len(self.facts.reads) and self.facts.reads[self.next_read] == index:
+                    self._make_room(index, entry)
+                    self._issue_read(index)
+            elif entry.verb == "spill":
+                self.spills.append(entry)
+                self.unwritten[entry.name] = float("inf")
+            elif entry.verb == "free" and self.unwritten.get(entry.name, 0.0) > self.now:
+                self.waiting.append(entry)
+                self.names.add(entry.name)
+                self.held += self.facts.sizes[entry.name]
+            else:
+                self._make_room(index, entry)
+                begin = self._ready(entry)
+                self._fill_disk(index, begin + entry.seconds)
+                if entry.verb == "free":
+                    self.unwritten.pop(entry.name, None)
+                self.result.append(entry)
+                self._wait(begin)
+                self.now += entry.seconds
+        while self.spills:
+            self._issue_spill()
+        while self.waiting:
+            self._give_back()
+        return self.result
 
-def _put_off_frees(
-    entries: Sequence[Entry], start: frozenset[str], sizes: Mapping[str, int], limit: int, lead: float
-) -> list[Entry]:
-    """From the start of the step to its end: free a spilled tensor once it is written, or when its bytes are needed."""
-    made, _, _ = _changes(entries, start, sizes)
-    live = sum(sizes[name] for name in start)
-    result: list[Entry] = []
-    now = disk = 0.0
-    ready: dict[str, float] = {}
-    written: dict[str, float] = {}
-    waiting: deque[tuple[float, Entry]] = deque()
-    names: set[str] = set()
+    def _wait(self, until: float) -> None:
+        self.waited += max(0.0, until - self.now)
+        self.now = max(self.now, until)
 
-    def give_back() -> None:
-        nonlocal now, live
-        done, entry = waiting.popleft()
-        names.discard(entry.name)
-        now = max(now, done)
-        live -= sizes[entry.name]
-        result.append(entry)
+    def _ready(self, entry: Entry) -> float:
+        """When everything that the entry reads has landed."""
+        ready = self.now
+        if not self.landing:
+            return ready
+        if entry.verb == "run":
+            for name in self.inputs[entry.layer, entry.operator]:
+                ready = max(ready, self.landing.pop(name, 0.0))
+        elif entry.verb == "unpack":
+            ready = max(ready, self.landing.pop(f"packed:{entry.name}", 0.0))
+        elif entry.verb == "update":
+            for state in STATES:
+                ready = max(ready, self.landing.pop(f"{state}:{entry.name}", 0.0))
+        return ready
 
-    for index, entry in enumerate(entries):
-        while waiting and waiting[0][0] <= now:
-            give_back()
-        if entry.verb == "free" and written.get(entry.name, now) > now:
-            waiting.append((written[entry.name], entry))
-            names.add(entry.name)
-            continue
-        if entry.verb == "fetch":
-            while entry.name in names:
-                give_back()
-        while waiting and live + made[index] > limit:
-            give_back()
-        live += made[index]
-        if entry.transfer:
-            disk = max(disk, now) + (lead if entry.verb == "spill" else 1.0) * entry.transfer
-            (written if entry.verb == "spill" else ready)[_target(entry)] = disk
-        if entry.verb == "unpack":
-            now = max(now, ready.pop(f"packed:{entry.name}", now))
-        if entry.verb == "free":
-            live -= sizes[entry.name]
-            written.pop(entry.name, None)
-        result.append(entry)
-        now += entry.seconds
-    while waiting:
-        give_back()
-    return result
+    def _make_room(self, index: int, entry: Entry) -> None:
+        """Wait for writes until the entry's bytes fit; a tensor is not fetched while its old copy is there."""
+        while self.waiting and (self.live[index] + self.held > self.limit or entry.name in self.names):
+            self._give_back()
+
+    def _fill_disk(self, index: int, until: float) -> None:
+        """Issue what the disk is to begin before `until`, when the entry at `index` is through."""
+        while True:
+            begin = max(self.disk, self.now)
+            if begin >= until and self.disk > self.now:
+                return
+            spill = self.spills[0] if self.spills else None
+            urgent = max(begin + spill.transfer, until) if spill is not None else until
+            if self._read_is_due(index, urgent):
+                self._issue_read(index)
+            elif spill is not None and begin < until:
+                self._issue_spill()
+            else:
+                return
+
+    def _read_is_due(self, index: int, urgent: float) -> bool:
+        """Whether the next read must start before `urgent`, and has room from here to its user."""
+        if self.next_read >= len(self.facts.reads) or index < self.blocked:
+            return False
+        facts = self.facts
+        if self.latest[self.next_read] + self.waited > urgent:
+            return False
+        at = facts.reads[self.next_read]
+        target = _target(facts.entries[at])
+        if index < facts.earliest[self.next_read] or target in self.names:
+            return False
+        size = facts.sizes[target]
+        if self.live[index] + self.held + size > self.limit:
+            return False
+        full = np.flatnonzero(self.live[index:at] > self.limit - size)
+        if full.size:
+            self.blocked = index + int(full[-1]) + 1
+            return False
+        return True
+
+    def _issue_read(self, index: int) -> None:
+        at = self.facts.reads[self.next_read]
+        entry = self.facts.entries[at]
+        target = _target(entry)
+        self.live[index:at] += self.facts.sizes[target]
+        self.disk = max(self.disk, self.now) + entry.transfer
+        self.landing[target] = self.disk
+        self.now += entry.seconds
+        self.result.append(entry)
+        self.next_read += 1
+        self.blocked = 0
+
+    def _issue_spill(self) -> None:
+        entry = self.spills.popleft()
+        self.disk = max(self.disk, self.now) + entry.transfer
+        self.unwritten[entry.name] = self.disk
+        self.now += entry.seconds
+        self.result.append(entry)
+
+    def _give_back(self) -> None:
+        """Free the spilled tensor that has waited longest, once it is written."""
+        entry = self.waiting.popleft()
+        while self.unwritten[entry.name] == float("inf"):
+            self._issue_spill()
+        self._wait(self.unwritten.pop(entry.name))
+        self.names.discard(entry.name)
+        self.held -= self.facts.sizes[entry.name]
+        self.result.append(entry)

@@ -17,9 +17,10 @@ from planner.bounds import any_schedule_bound
 from planner.emit import Draft, Entry, draft, instructions, kinds, live_profile
 from planner.greedy import greedy
 from planner.layers import Layered, layered
-from planner.master import JOINT_BINARIES, Answer, Pool, Progress, Search, charged_bytes
+from planner.master import JOINT_BINARIES, Answer, Progress, Search, charged_bytes
 from planner.overlap import clock, overlap
 from planner.policies import POLICIES, policy_columns, rule_columns, smallest
+from planner.pricing import Pool
 from planner.schema import Peak, Phase, Plan
 from planner.simulate import Simulation, simulate
 from planner.windows import Column
@@ -32,13 +33,16 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3
 """a plan this near its bound is called optimal"""
 MINIMUM_ROUNDS = 20
-GAP_ROUNDS = 3
 MOST_BYTES = 1 << 50
 """no process holds more; HiGHS gives up on right-hand sides that doubles cannot count exactly"""
-RESERVES = (0.0, 0.02, 0.05, 0.1)
-"""shares of the limit left to transfers, tried one after the other"""
-OVERLAP_SHARES = (1.0, 0.9, 0.75, 0.0)
-"""shares of the arena that moved transfers may fill, tried until everything finds its place"""
+GOOD = 3e-3
+"""a plan of whole columns this near its bound is not worth another choice"""
+RESERVE = 0.01
+"""share of the limit left to gaps of the arena and to transfers, at first"""
+CHOICES = 5
+"""such shares tried"""
+PLACE_ROUNDS = 3
+"""limits that moved transfers are held to, one after the other, until everything finds its place in the arena"""
 Status = Literal["optimal", "feasible", "fallback", "infeasible"]
 
 
@@ -51,6 +55,8 @@ class Schedule:
     train: tuple[Entry, ...]
     arena: Arena
     seconds: float
+    stalls: float
+    """seconds of them spent waiting for the disk"""
     peak_bytes: int
     """of the whole process"""
 
@@ -212,47 +218,35 @@ class Planner:
         return best, bound, timely
 
     def _round(self, search: Search, limit: int, bound: float) -> Schedule | None:
-        """Choose whole columns, leaving more and more memory to the transfers while that helps, and carry out the best."""
-        found: list[tuple[float, tuple[Column, ...]]] = []
-        excess = 0
-        for reserve in RESERVES:
-            if found and search.left() < (search.deadline - search.started) / 2:
-                break
-            chosen = search.choose(limit - int(reserve * max(0, limit)))
-            if chosen is None:
-                break
-            seconds = self._estimate(chosen, limit)
-            if found and seconds > found[0][0] * (1 - 1e-4):
-                break
-            found.insert(0, (seconds, chosen))
-            if seconds - bound <= TOLERANCE * seconds:
-                break
-        for _, chosen in found:
-            schedule, excess = self.carry_out(chosen, limit, search.deadline)
-            if schedule is not None:
-                self.carried_out.append(schedule)
-                search.report("carried out", schedule.seconds, bound)
-                return schedule
-        allowed = limit
-        for _ in range(GAP_ROUNDS if found else 0):
+        """Choose whole columns and carry them out, leaving more of the limit free until they find their places.
+
+        Once they do, one more choice leaves more free where the plan waits for the disk, and less where it does not.
+        """
+        best: Schedule | None = None
+        most = reserve = int(RESERVE * max(0, limit))
+        for _ in range(CHOICES):
             if search.left() <= 0:
                 break
-            # The arena has gaps; leave room for them.
-            allowed -= excess
-            again = search.choose(allowed)
-            if again is None:
-                break
-            schedule, excess = self.carry_out(again, limit, search.deadline)
-            if schedule is not None:
-                return schedule
-        return None
-
-    def _estimate(self, columns: tuple[Column, ...], limit: int) -> float:
-        """Seconds of the step with transfers moved, before anything has its place."""
-        joined = draft(self.problem, columns)
-        count = len(joined.train) + len(joined.evaluate)
-        room = limit - self.profile.device.floor.instruction_bytes * count
-        return clock(overlap(joined.train, self.inputs, joined.resident, joined.sizes, room), self.inputs).seconds
+            chosen = search.choose(limit - reserve)
+            schedule, excess = (None, 0) if chosen is None else self.carry_out(chosen, limit, search.deadline)
+            if chosen is None:
+                if best is not None or not reserve:
+                    break
+                reserve = 0
+            elif schedule is None:
+                reserve += max(3 * excess // 2, int(RESERVE / 2 * max(0, limit)))
+                if best is not None and reserve >= most:
+                    break
+            else:
+                self.carried_out.append(schedule)
+                search.report("carried out", schedule.seconds, bound)
+                if best is not None or schedule.seconds - bound <= GOOD * schedule.seconds:
+                    best = schedule if best is None else self._better(best, schedule)
+                    break
+                best, most = schedule, reserve
+                waits = schedule.stalls > (schedule.seconds - bound) / 2
+                reserve = 3 * reserve if waits else reserve // 4
+        return best
 
     @staticmethod
     def _near(schedule: Schedule, bound: float) -> bool:
@@ -296,24 +290,28 @@ class Planner:
         excess = 0
         floor = self.profile.device.floor
         lowest: Schedule | None = None
-        for share in OVERLAP_SHARES:
-            train = joined.train
-            if share and time.monotonic() > deadline:
-                continue
-            if share:
-                train = overlap(joined.train, self.inputs, joined.resident, joined.sizes, int(share * room))
+        allowed = room
+        for attempt in range(PLACE_ROUNDS):
+            train = overlap(joined.train, self.inputs, joined.resident, joined.sizes, allowed)
             arena = place(train, joined.evaluate, joined.resident, joined.sizes, room)
-            excess = arena.bytes - room
+            before, excess = excess, arena.bytes - room
             if excess > 0 and limit is not None:
+                # The arena has gaps: what is moved must leave room for them, if it is what makes them.
+                allowed -= 2 * excess
+                few = room // 200
+                if time.monotonic() > deadline or excess < few or (attempt and excess > before / 2):
+                    break
                 continue
             if lowest is None or arena.bytes < lowest.arena.bytes:
+                timing = clock(train, self.inputs)
                 peak = floor.resident_bytes + charged + arena.bytes + self.problem.workspace_bytes
                 lowest = Schedule(
                     columns=columns,
                     draft=joined,
                     train=train,
                     arena=arena,
-                    seconds=clock(train, self.inputs).seconds,
+                    seconds=timing.seconds,
+                    stalls=timing.stalls,
                     peak_bytes=max(peak, floor.import_peak_bytes),
                 )
             if excess <= 0:

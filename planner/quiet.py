@@ -11,18 +11,26 @@ import sys
 from collections.abc import Iterator
 
 from ortools.math_opt.python import mathopt
+from ortools.math_opt.solvers import highs_pb2
 
 
-def solve_quietly(model: mathopt.Model, seconds: float = 60.0, gap: float = 1e-6) -> mathopt.SolveResult:
-    """Solve `model` within `seconds` to a relative `gap`. Raises TimeoutError when no time is left.
+def solve_quietly(
+    model: mathopt.Model, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None
+) -> mathopt.SolveResult:
+    """Solve `model` within `seconds` and branch-and-bound `nodes` to a relative `gap`. Raises TimeoutError when no time is left.
 
     Where HiGHS calls a point optimal that its own tolerances reject, MathOpt has no result; then Glop (linear) or SCIP
-    (integers) gives a second opinion.
+    (integers) gives a second opinion. On one thread: HiGHS's worker threads were seen asleep for 20 s over a program of
+    0.1 s where other processes kept the cores busy, and the answer does not depend on how many there are.
     """
     if seconds <= 0:
         raise TimeoutError
     parameters = mathopt.SolveParameters(
-        time_limit=dt.timedelta(seconds=seconds), relative_gap_tolerance=gap, absolute_gap_tolerance=1e-9
+        time_limit=dt.timedelta(seconds=seconds),
+        relative_gap_tolerance=gap,
+        node_limit=nodes,
+        absolute_gap_tolerance=1e-9,
+        highs=highs_pb2.HighsOptionsProto(int_options={"threads": 1}, string_options={"parallel": "off"}),
     )
     with _standard_output_to_error():
         try:

@@ -12,8 +12,9 @@ from synthetic import decoder_like, device, small_chain
 from planner.emit import draft, live_profile
 from planner.formulation import KIB, Block, Linear
 from planner.layers import layered
-from planner.master import FIELDS, figures, live_bytes
+from planner.master import live_bytes
 from planner.plan import Planner
+from planner.pricing import FIELDS, figures
 from planner.windows import Decision, expand, measure
 
 INSTANT = {"read": 1e12, "write": 1e12, "latency": 0.0, "per_byte": 2e-8}
