@@ -22,12 +22,15 @@ PASSES = {
     "tightfit.rms_norm_backward": 5.4,
     "tightfit.gated": 4.3,
     "tightfit.gated_backward": 5.9,
+    "tightfit.attention": 18.0,
+    "tightfit.attention_backward": 15.0,
+    "tightfit.head_chunk": 20.0,
 }
-"""time of an operator over the time of an addition that touches as many bytes (measured: one Zen 4 core, CPU time,
-256 tokens of Qwen2.5-0.5B)"""
-EFFICIENCY = {"tightfit.head_chunk": 0.64, "tightfit.attention": 0.38, "tightfit.attention_backward": 0.4}
-"""rate over that of a matrix product of the same number type (measured as `PASSES`; the loss head between 0.5 for Qwen2.5-0.5B
-and 0.78 for SmolLM2-135M)"""
+"""time of an operator, its matrix products left out, over the time of an addition that touches as many bytes (measured: one
+Zen 4 core, CPU time, shapes of Qwen2.5-0.5B and SmolLM2-135M)"""
+EFFICIENCY = {"tightfit.attention": 0.54, "tightfit.attention_backward": 0.54, "tightfit.head_chunk": 1.0}
+"""operators that do their matrix products and their passes one after the other: rate of the products over that of one large
+product of the same number type (measured as `PASSES`)"""
 UNPACK_PASSES = 3.5
 """unpacking 4-bit weights over an addition that touches as many bytes (measured as `PASSES`)"""
 UPDATE_PASSES = 7
@@ -98,12 +101,14 @@ def operator_seconds(operator: Operator, values: Mapping[str, Value], on: Device
     """Roofline of one operator. Rows gathered from the store count as a read of what they make."""
     touched = _touched(operator, values)
     rate = on.flops_per_second.get(_type(operator, values, on.kind), on.flops_per_second["float32"])
-    passes = 1.0
-    if on.kind == "cpu":
-        rate *= EFFICIENCY.get(operator.target, 1.0)
-        passes = PASSES.get(operator.target, 1.0)
     gathered = _made(operator, values) / on.read.bytes_per_second if operator.gathers else 0.0
-    return max(operator.flops / rate, passes * touched / on.bytes_per_second) + gathered + on.call_seconds
+    fixed = gathered + on.call_seconds
+    if on.kind != "cpu":
+        return max(operator.flops / rate, touched / on.bytes_per_second) + fixed
+    passed = PASSES.get(operator.target, 1.0) * touched / on.bytes_per_second
+    if operator.target in EFFICIENCY:
+        return operator.flops / rate / EFFICIENCY[operator.target] + passed + fixed
+    return max(operator.flops / rate, passed) + fixed
 
 
 def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
