@@ -47,7 +47,7 @@ def _infeasible(plan: Plan, why: Shortfall | None) -> list[str]:
 
 
 def _floor(plan: Plan) -> str:
-    return "Python and PyTorch" if plan.device.kind == "cpu" else "the CUDA context"
+    return "Python and PyTorch" if plan.device.kind == "cpu" else "CUDA context and libraries"
 
 
 def _whole(plan: Plan) -> str:
@@ -194,7 +194,10 @@ def _worth(plan: Plan, neighbours: list[Worth]) -> list[str]:
         priced = "unknown" if worth.status else "no plan fits"
         if worth.price_seconds is not None:
             priced = _difference(worth.price_seconds, plan)
-        if worth.status is None:
+        floor = plan.device.floor.resident_bytes
+        if worth.budget_bytes <= floor:
+            said.append(f"{change}: no plan fits, {_floor(plan)} alone take {format_size(floor)}")
+        elif worth.status is None:
             said.append(f"{change}: {priced}, by the model's prices (--what-if plans it)")
         elif worth.step_seconds is None:
             said.append(f"{change}: no plan fits, as planning again shows")

@@ -21,13 +21,17 @@ def neighbours(
 ) -> list[Worth]:
     """What the model says of `step_bytes` less and more than the budget of `plan`, a solver's plan of the planner's profile.
 
-    A bound takes at most `time_limit` seconds; where it is not found by then, and below the floor, there is no answer.
+    A bound takes at most `time_limit` seconds; where it is not found by then, there is no answer. Nothing fits below the
+    floor.
     """
     here = _bound(planner, plan.budget_bytes, time_limit)
     found = []
     for change in (-step_bytes, step_bytes):
         budget = plan.budget_bytes + change
-        if here is None or budget <= plan.device.floor.resident_bytes:
+        if budget <= plan.device.floor.resident_bytes:
+            found.append(_nothing(change, budget))
+            continue
+        if here is None:
             continue
         try:
             bound = planner.bound(budget, time_limit=time_limit)
@@ -58,6 +62,7 @@ def what_if(
     for change in (-step_bytes, step_bytes):
         budget = plan.budget_bytes + change
         if budget <= plan.device.floor.resident_bytes:
+            found.append(_nothing(change, budget))
             continue
         made = planner.plan(budget, time_limit=time_limit, progress=progress)
         holds = made.status != "infeasible"
@@ -76,6 +81,10 @@ def what_if(
         step = made.step_seconds if holds else None
         found.append(known.model_copy(update={"step_seconds": step, "status": made.status}))
     return best, found
+
+
+def _nothing(change: int, budget: int) -> Worth:
+    return Worth(change_bytes=change, budget_bytes=budget, bound_seconds=None, price_seconds=None, status="infeasible")
 
 
 def _bound(planner: Planner | GraphPlanner, budget: int, time_limit: float) -> float | None:

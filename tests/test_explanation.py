@@ -149,6 +149,14 @@ def test_less_than_the_smallest_budget_has_no_neighbour(chain):
     )
 
 
+def test_nothing_fits_below_the_floor(chain):
+    made = chain.plan(1 << 21)
+    below = neighbours(chain, made, step_bytes=made.budget_bytes)[0]
+    assert (below.budget_bytes, below.status, below.bound_seconds) == (0, "infeasible", None)
+    text = "\n".join(explain(made, account(made).model_copy(update={"neighbours": [below]})))
+    assert "2.0 MiB less (0.0 MiB): no plan fits, Python and PyTorch alone take 1.0 MiB" in text
+
+
 def test_a_faster_plan_in_less_memory_takes_its_place(chain, monkeypatch):
     roomy = chain.plan(1 << 40)
     tight = chain.plan(chain.plan(MIB + 1).minimum_budget_bytes)
