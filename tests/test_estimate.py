@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
+from damage import CONFIG
 from synthetic import decoder_like
 
+from planner.explain import explain
 from planner.plan import plan
+from profiles.api import profile
 from profiles.devices import FOLDER, DeviceDescription, find_device, known_devices
 from profiles.errors import InputError
 from profiles.estimate import estimate_tensor, operator_seconds, operator_workspace, retarget
 from profiles.schema import Channel, Floor, Operator, Tensor, Value
 from profiles.units import MIB
+from runtime.admission import check_machine
 
 SOURCES = dict.fromkeys(
     ("memory_bytes", "flops_per_second", "bytes_per_second", "call_seconds", "floor", "read", "write"), "assumed: round"
@@ -272,3 +276,36 @@ def test_what_is_no_description(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(InputError, match=message):
         find_device(str(path))
+
+
+def test_a_model_is_profiled_for_a_device_that_is_not_here(tmp_path, monkeypatch):
+    from profiles import api
+
+    def nothing(*args, **options):
+        raise AssertionError("an estimate measures nothing and packs no weights")
+
+    monkeypatch.setattr(api, "measure", nothing)
+    monkeypatch.setattr(api, "build_store", nothing)
+    monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    made = profile(str(tmp_path / "config.json"), seq=16, batch=2, device="raspberry-pi-5")
+    board = find_device("raspberry-pi-5")
+    assert made.device == board.device()
+    assert (made.batch, made.seq, made.model.store, made.device.torch_version) == (2, 16, None, None)
+    for program in made.programs:
+        values = {value.name: value for value in program.values}
+        for op in program.operators:
+            assert op.seconds == operator_seconds(op, values, board) >= board.call_seconds
+            assert op.workspace_bytes == operator_workspace(op, values)
+    assert all(tensor.unpack_seconds > 0 for tensor in made.tensors if tensor.kind == "weight")
+    assert all(tensor.update_seconds > 0 for tensor in made.tensors if tensor.kind == "trainable")
+    assert not list(tmp_path.glob("cache/profiles/*"))
+    planned = plan(made, 1 << 30, policy="checkpoint-layers")
+    assert "times are estimated, not measured" in "\n".join(explain(planned))
+    with pytest.raises(InputError, match="estimated for raspberry-pi-5, not measured on this machine"):
+        check_machine(planned)
+
+
+def test_threads_belong_to_the_description():
+    with pytest.raises(InputError, match="threads 2: the figures of phone are for 4; leave it out"):
+        profile("config.json", device="phone", threads=2)
