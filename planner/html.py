@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from planner.explain import explain
 from planner.html_diff import diff_section
 from planner.kinds import (
     KINDS,
@@ -172,6 +173,7 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
             if peak.by_kind.get(kind.name)
         ],
         "facts": facts(plan),
+        "words": explain(plan),
         "moments": [
             [f"{bucket.start:.3f}", f"{bucket.point.bytes / MIB:.1f}"]
             + [f"{bucket.point.by_kind.get(kind.name, 0) / MIB:.1f}" for kind in kinds]

@@ -133,6 +133,14 @@ def test_the_numbers_under_a_chart_are_the_charts(page):
     assert f"{highest:.1f}" in tables[0]
 
 
+def test_a_plan_explains_itself(page):
+    words = [element["text"] for element in page.find("li") if element["text"].startswith("one step takes")]
+    assert len(words) == len(page.find("article"))
+    assert words[0] == (
+        "one step takes 1.280 s and peaks at 246.0 MiB of 250.0 MiB for the whole process, Python and PyTorch included (4.0 MiB spare)"
+    )
+
+
 def test_each_device_has_its_curve_table_and_plans():
     card = sample_plan().device.model_copy(update={"name": "card <1>", "kind": "cuda", "measured": False})
     plans = sample_plans() + [plan.model_copy(update={"device": card}) for plan in sample_plans()]
