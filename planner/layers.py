@@ -202,7 +202,9 @@ class _Splitter:
         if not last["forward"] or not last["backward"]:
             return set()
         made = {name for name in last["forward"][-1].outputs if name is not None}
-        return {name for name in made & set(last["backward"][0].inputs) if self.graph.storages[name].kind == "activation"}
+        return {
+            name for name in made & set(last["backward"][0].inputs) if self.graph.storages[name].kind == "activation"
+        }
 
     def _recomputable(self, layer: int) -> dict[int, Step]:
         """Forward steps of the layer that may run again in its backward window: operator -> step."""
