@@ -139,10 +139,15 @@ def _peak(peak: PeakAccount | None) -> list[str]:
         return []
     phase = "training" if peak.phase == "train" else "evaluation"
     largest = ", ".join(f"{tensor} {format_size(size)}" for tensor, size in list(peak.tensors.items())[:3])
+    sizes = {
+        "floor": peak.floor_bytes,
+        "tensors": peak.tensor_bytes,
+        "workspace": peak.workspace_bytes,
+        "schedule": peak.schedule_bytes,
+    }
+    parts = ", ".join(f"{format_size(size)} {name}" for name, size in sizes.items() if size)
     text = (
-        f"the peak is set in {phase} by {peak.text} (instruction {peak.instruction}): {format_size(peak.floor_bytes)} floor,"
-        f" {format_size(peak.tensor_bytes)} tensors, {format_size(peak.workspace_bytes)} workspace,"
-        f" {format_size(peak.schedule_bytes)} schedule; largest there: {largest}"
+        f"the peak is set in {phase} by {peak.text} (instruction {peak.instruction}): {parts}; largest there: {largest}"
     )
     return [text]
 
@@ -154,7 +159,7 @@ def _recomputation(plan: Plan, made_again: Recomputation | None) -> list[str]:
     for layer in plan.layers:
         example.setdefault(layer.program, layer.name)
     dearest = ", ".join(
-        f"{group.operator} {format_seconds(group.seconds)} ({group.runs} runs in {_layers(group.layers, example[group.program])})"
+        f"{group.operator} {format_seconds(group.seconds)} ({group.runs} {'run' if group.runs == 1 else 'runs'} in {_layers(group.layers, example[group.program])})"
         for group in made_again.operators[:3]
     )
     text = (
