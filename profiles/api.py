@@ -18,8 +18,7 @@ from profiles.decoder import Decoder, decoder_shape
 from profiles.devices import find_device
 from profiles.errors import InputError
 from profiles.estimate import estimate_profile
-from profiles.exchange import load_profile as load_profile
-from profiles.exchange import save_profile as save_profile
+from profiles.exchange import load_profile, save_profile
 from profiles.files import cache_directory
 from profiles.measure import measure
 from profiles.pack import build_store
@@ -28,6 +27,8 @@ from profiles.schema import PROFILE_VERSION, Channel, Device, Floor, Model, Prof
 from profiles.sources import Source, resolve
 from profiles.store import Entry, Store, find_extent
 from profiles.trace import Trace, trace
+
+__all__ = ["Progress", "cpu_name", "load_profile", "profile", "save_profile"]
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total); stages: pack, export, programs, measure."""
