@@ -65,7 +65,11 @@ def save_profile(profile: Profile, path: str | os.PathLike[str]) -> Path:
     )
 
 
+def canonical_json(profile: Profile) -> str:
+    """A profile as text that is the same for the same content."""
+    return json.dumps(profile.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
 def _checksum(profile: Profile) -> str:
     """sha256 of what a profile says: digits that flipped on disk would otherwise be believed."""
-    content = profile.model_dump(mode="json")
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(profile).encode()).hexdigest()

@@ -345,6 +345,57 @@ def run(
     _answer(report, answers.report_text(report), as_json)
 
 
+@app.command()
+def serve(
+    host: Annotated[
+        str, typer.Option(help="Address to answer at; anything but this machine's own needs a token in TIGHTFIT_TOKEN.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to answer at; 0: a free one.")] = 8000,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What the service keeps; default: service in tightfit's cache folder."),
+    ] = None,
+    root: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Folder from which requests may name models and data; may be repeated."),
+    ] = None,
+    hub: Annotated[bool, typer.Option("--hub", help="Let requests name models on the hub, to be downloaded.")] = False,
+    workers: Annotated[int, typer.Option(help="Plans solved at once.")] = 2,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory that one solve may take.")] = "4GiB",
+    keep_days: Annotated[float, typer.Option(help="Days after which unused results are removed.")] = 30.0,
+    keep: Annotated[str, typer.Option(metavar="SIZE", help="Disk that results may take.")] = "20GiB",
+    debug: Debug = False,
+) -> None:
+    """Serve plans, comparisons and runs over HTTP, with a page at the same address."""
+    _at_least(0, port=port, keep_days=keep_days)
+    _at_least(1, workers=workers)
+    try:
+        from planner.service.app import serve as answer
+    except ModuleNotFoundError as error:
+        raise InputError(f"serving needs {error.name}: pip install 'tightfit[serve]'") from error
+    from planner.service.settings import Settings
+
+    if data_dir is None:
+        from profiles.files import cache_directory
+
+        data_dir = cache_directory() / "service"
+    answer(
+        Settings(
+            data_dir=data_dir.absolute(),
+            command=(sys.executable, "-m", "runtime.cli"),
+            host=host,
+            port=port,
+            token=os.environ.get("TIGHTFIT_TOKEN") or None,
+            roots=tuple(path.absolute() for path in root or ()),
+            hub=hub,
+            workers=workers,
+            solve_bytes=parse_size(memory),
+            keep_days=keep_days,
+            keep_bytes=parse_size(keep),
+        )
+    )
+
+
 def _told(plan: Plan) -> dict[str, Any]:
     """A plan's summary with the device that it is for."""
     return answers.plan_summary(plan) | {"device": plan.device.name, "measured": plan.device.measured}
