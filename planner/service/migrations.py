@@ -65,4 +65,8 @@ def migrate(database: sqlite3.Connection, place: str) -> None:
             f"{place}: written by a newer tightfit (schema {version}, this one knows {LATEST}); upgrade, or name another --data-dir"
         )
     for number in range(version, LATEST):
-        database.executescript(f"BEGIN IMMEDIATE; {STEPS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
+        try:
+            database.executescript(f"BEGIN IMMEDIATE; {STEPS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
+        except sqlite3.Error:
+            database.rollback()
+            raise

@@ -49,7 +49,7 @@ def run(order: Order, tell: Tell) -> Row:
     tell.progress(always=True, stage="waiting for the device")
     with Path(order.lock).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        plan.write_bytes(objects.read(order.request["plan"]))
+        plan.write_bytes(objects.read(order.digests[order.request["plan"]]))
         tell.progress(always=True, stage="preparing")
         code, words, last = _follow(_command(order, plan, out), lock.fileno(), out, tell)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,11 @@ def plan(order: Order, tell: Tell) -> Row:
     objects = Objects(Path(order.objects))
 
     def progress(told: Mapping[str, float | str]) -> None:
-        tell.progress(**dict[str, Any](told))
+        # JSON has no infinity: 0 means that there is none yet.
+        tell.progress(**{k: 0.0 if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()})
 
     found = solve(
-        read_profile(objects, request["profile"]),
+        _profile(objects, order, request["profile"]),
         request["memory"],
         policy=None if request["policy"] == "solver" else request["policy"],
         time_limit=request["time_limit"],
@@ -55,7 +57,7 @@ def comparison(order: Order, tell: Tell) -> Row:
             tell.progress(always=True, stage=stage, done=before + done, total=each * len(request["profiles"]))
 
         found = compare(
-            read_profile(objects, identity),
+            _profile(objects, order, identity),
             request["memory"],
             request["policies"],
             time_limit=request["time_limit"],
@@ -92,9 +94,8 @@ def profile(order: Order, tell: Tell) -> Row:
     return {"result": {"profile": file["id"], "summary": profile_summary(found)}, "files": [file]}
 
 
-def read_profile(objects: Objects, identity: str) -> Profile:
-    # Profiles were checked when they came in, and their names are their checksums.
-    return parse_profile(objects.read(identity), "the stored profile")
+def _profile(objects: Objects, order: Order, identity: str) -> Profile:
+    return parse_profile(objects.read(order.digests[identity]), "the stored profile")
 
 
 def keep_profile(objects: Objects, found: Profile, *, origin: str) -> Row:

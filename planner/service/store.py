@@ -242,7 +242,8 @@ class Store:
             limit,
         )
 
-    def made_by(self, job: str) -> list[Row]:
+    def files_of(self, job: str) -> list[Row]:
+        """What a job needs and what it made."""
         return self._all(
             "SELECT files.* FROM files JOIN uses ON uses.kind = files.kind AND uses.file = files.id WHERE uses.job = ?",
             job,

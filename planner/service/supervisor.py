@@ -149,6 +149,7 @@ class Supervisor:
             kind=job.kind,
             request=job.request,
             objects=str(self.objects.folder),
+            digests={row["id"]: row["digest"] for row in self.store.files_of(job.id)},
             folder=str(folder),
             lock=str(self.settings.data_dir / f"{LOCAL}.lock") if measures else None,
             command=list(self.settings.command),

@@ -43,6 +43,8 @@ class Order:
     request: dict[str, Any]
     objects: str
     """folder of the content-addressed files"""
+    digests: dict[str, str]
+    """id of each profile or plan that the request names -> digest of its object"""
     folder: str
     """of this job alone"""
     lock: str | None
