@@ -20,7 +20,7 @@ from planner.service.migrations import migrate
 from planner.service.objects import Written
 from planner.service.schema import FINISHED, Error, Job, JobKind
 
-ATTEMPTS = 3
+ATTEMPTS = 5
 """a job that was running when its service died this often is not tried again"""
 SOLVE = "solve"
 Row = dict[str, Any]
