@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import IO, Any
 
 from fastapi import FastAPI, Request, Response
@@ -120,8 +121,15 @@ def serve(settings: Settings) -> None:
         "serving",
         extra={"url": f"http://{f'[{host}]' if ':' in host else host}:{port}/", "data": str(settings.data_dir)},
     )
+    app = create_app(settings)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.service.events.close()  # else it would wait for streams that wait for jobs
+            super().handle_exit(sig, frame)
+
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -131,7 +139,7 @@ def serve(settings: Settings) -> None:
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn ends on them, and raises them once more at the end
-    uvicorn.Server(config).run(sockets=[listening])
+    Server(config).run(sockets=[listening])
 
 
 def installed_version() -> str:

@@ -19,6 +19,11 @@ class Events:
         self._progress: dict[str, dict[str, Any]] = {}
         self._listeners: dict[str, set[asyncio.Queue[tuple[str, str]]]] = {}
 
+    def close(self) -> None:
+        """End every stream: the service is about to stop."""
+        for job in self._listeners:
+            self._send(job, "end", "")
+
     @property
     def listeners(self) -> int:
         return sum(map(len, self._listeners.values()))
@@ -56,6 +61,8 @@ class Events:
                 except TimeoutError:
                     yield ": still there\n\n"
                     continue
+                if name == "end":
+                    return
                 yield f"event: {name}\ndata: {data}\n\n"
                 finished = name == "job" and json.loads(data)["state"] in FINISHED
         finally:

@@ -22,7 +22,7 @@ from typing import Any
 
 from profiles.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
 
-NICE = 10
+NICE = 5
 """solving leaves the processor to whoever waits for an answer"""
 FIRST_TO_GO = 500
 """oom_score_adj: where the machine is short of memory, a solve ends before the service does"""

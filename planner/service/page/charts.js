@@ -5,6 +5,8 @@ export const MIB = 1048576;
 const W = 760, LEFT = 58, RIGHT = 20, TOP = 24, BOTTOM = 44;
 
 export const mib = (bytes, digits = 1) => (bytes / MIB).toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+// Rounded up, so that a smallest budget can be typed back as it is printed.
+export const atLeast = (bytes) => (Math.ceil((bytes / MIB) * 10) / 10).toLocaleString("en", { minimumFractionDigits: 1 });
 export const seconds = (value) => value.toLocaleString("en", { minimumSignificantDigits: 3, maximumSignificantDigits: 4 });
 
 export function svg(name, attributes = {}, ...children) {
@@ -137,8 +139,8 @@ export function layerGraph(layers, edges) {
   for (const edge of edges) {
     const a = place.get(edge.from), b = place.get(edge.to);
     if (a === undefined || b === undefined) continue;
-    const from = a + each - 4, to = b + 2, rise = Math.min(48, 12 + Math.abs(to - from) / 6);
-    picture.append(svg("path", { class: "flow", d: `M${from} 56C${from + 4} ${56 - rise} ${to - 4} ${56 - rise} ${to} 56` }, svg("title", {}, `${edge.from} → ${edge.to}: ${mib(edge.bytes)} MiB`)));
+    const from = a + each / 2, to = b + each / 2, rise = Math.min(54, 14 + Math.abs(to - from) / 6);
+    picture.append(svg("path", { class: "flow", d: `M${from} 56C${from} ${56 - rise} ${to} ${56 - rise} ${to} 56` }, svg("title", {}, `${edge.from} → ${edge.to}: ${mib(edge.bytes)} MiB`)));
   }
   shown.forEach((layer) => {
     const left = place.get(layer.name), group = svg("g");

@@ -1,12 +1,12 @@
 // The page: choose a profile, drag the budget along the curve, look at the plan, compare two, run one.
 
 import { get, post, Refused, setToken, work } from "./api.js";
-import { curve, html, legend, MIB, mib, seconds, table } from "./charts.js";
+import { atLeast, curve, html, legend, MIB, mib, seconds, table } from "./charts.js";
 import { showDifference, showPlan } from "./plan.js";
 import { setUpRun } from "./run.js";
 
 const $ = (id) => document.getElementById(id);
-const POINTS = 8, TIME_LIMIT = 15;
+const POINTS = 7, TIME_LIMIT = 15;
 const POLICIES = [...$("policy").options].map((option) => option.value);
 const state = { profile: null, least: 0, most: 0, cells: [], chart: null, plan: null, asked: 0 };
 
@@ -67,7 +67,10 @@ async function choose(identity) {
   state.most = Math.max(most.result.summary.minimum_budget_bytes, state.least + MIB);
   const span = state.most - state.least;
   const budgets = Array.from({ length: POINTS }, (_, i) => Math.round(state.least + (span * 1.02 * i) / (POINTS - 1)));
-  const done = await work("/v1/comparisons", { profiles: [identity], memory: budgets, policies: POLICIES, time_limit: TIME_LIMIT }, told("curve"));
+  const compare = (policies) => work("/v1/comparisons", { profiles: [identity], memory: budgets, policies, time_limit: TIME_LIMIT }, told("curve"));
+  const rules = compare(POLICIES.slice(1));
+  rules.catch(() => {}); // told below
+  const done = await compare(POLICIES.slice(0, 1));
   if (mine !== state.asked) return;
   state.cells = done.result.cells;
   working("");
@@ -77,6 +80,10 @@ async function choose(identity) {
   slider.disabled = false;
   draw();
   await moved();
+  const { result } = await rules;
+  if (identity !== state.profile) return;
+  state.cells = state.cells.concat(result.cells);
+  draw();
 }
 
 // --- 2. will it fit ---------------------------------------------------------------------------------------------------
@@ -93,19 +100,21 @@ function draw() {
   picture.addEventListener("pointermove", (event) => { if (event.buttons) drag(event); });
   picture.addEventListener("pointerup", action(moved));
   $("curve").replaceChildren(picture);
+  mark();
   $("curve-legend").replaceChildren(...legend(slots.map((one) => [one.name, `var(--policy-${one.slot})`])), html("li", {}, "dotted: no plan of this class is faster"));
   const budgets = [...new Set(state.cells.map((cell) => cell.budget_bytes))].sort((a, b) => a - b);
   const cell = (budget, policy) => {
     const found = state.cells.find((one) => one.budget_bytes === budget && one.policy === policy);
     if (!found) return "–";
-    return found.summary.status === "infeasible" ? `needs ${mib(found.summary.minimum_budget_bytes)}` : seconds(found.summary.step_seconds);
+    return found.summary.status === "infeasible" ? `needs ${atLeast(found.summary.minimum_budget_bytes)}` : seconds(found.summary.step_seconds);
   };
   $("curve-table").replaceChildren(table("Seconds per step; where a budget is too small, the smallest that is enough, in MiB", ["budget, MiB", ...POLICIES], budgets.map((budget) => [mib(budget), ...POLICIES.map((policy) => cell(budget, policy))])));
   const options = () => state.cells.filter((one) => one.summary.status !== "infeasible").map((one) => html("option", { value: one.plan }, `${one.policy} at ${mib(one.budget_bytes)} MiB`));
-  for (const [id, index] of [["left", 0], ["right", -1]]) {
+  const solved = points("solver");
+  for (const [id, first] of [["left", solved[0]], ["right", solved.at(-1)]]) {
     const kept = $(id).value;
     $(id).replaceChildren(...options());
-    $(id).value = state.cells.some((one) => one.plan === kept) ? kept : [...$(id).options].at(index)?.value;
+    $(id).value = state.cells.some((one) => one.plan === kept) ? kept : first?.plan ?? "";
   }
   $("compare").hidden = false;
 }
@@ -113,13 +122,19 @@ function draw() {
 const points = (policy) => state.cells.filter((one) => one.policy === policy && one.summary.status !== "infeasible").map((one) => ({ budget: one.budget_bytes, step: one.summary.step_seconds, bound: one.summary.bound_seconds, plan: one.plan })).sort((a, b) => a.budget - b.budget);
 const chosenBudget = () => Number($("slider").value) * 1024;
 
-// While the budget moves: what is computed already. A plan for less memory fits in more.
-function glide() {
+// The budget on the curve, and the best plan computed already: one for less memory fits in more.
+function mark() {
   const budget = chosenBudget(), policy = $("policy").value;
   $("budget").value = (budget / MIB).toFixed(1);
   $("slider").setAttribute("aria-valuetext", `${mib(budget)} MiB`);
   const best = points(policy).filter((point) => point.budget <= budget).at(-1);
   state.chart?.show(budget, best?.step);
+  return best;
+}
+
+// While the budget moves.
+function glide() {
+  const budget = chosenBudget(), best = mark();
   $("verdict").className = `verdict ${best ? "fits" : "not"}`;
   $("verdict").textContent = best ? `Fits ${mib(budget)} MiB: at most ${seconds(best.step)} s per step` : `Does not fit ${mib(budget)} MiB`;
   return best;
@@ -143,7 +158,7 @@ async function solve() {
     const cell = { budget_bytes: budget, policy, plan: done.result.plan, summary: done.result.summary };
     state.cells = state.cells.filter((one) => one.budget_bytes !== budget || one.policy !== policy).concat(cell);
     if (cell.summary.status !== "infeasible") draw();
-    glide();
+    mark();
     await show(cell.plan);
   } finally {
     $("solve").disabled = false;
@@ -162,7 +177,7 @@ async function show(identity) {
   $("verdict").className = `verdict ${fits ? "fits" : "not"}`;
   $("verdict").textContent = fits
     ? `Fits ${mib(chosenBudget())} MiB: ${seconds(summary.step_seconds)} s per step${proof}; peak ${mib(summary.peak_bytes)} MiB`
-    : `Does not fit ${mib(summary.budget_bytes)} MiB: the smallest budget that is enough is ${mib(Math.ceil(summary.minimum_budget_bytes / 1024) * 1024)} MiB`;
+    : `Does not fit ${mib(summary.budget_bytes)} MiB: the smallest budget that is enough is ${atLeast(summary.minimum_budget_bytes)} MiB`;
   showPlan(view);
   $("plan-title").textContent = fits ? `3. The plan: ${summary.policy} at ${mib(summary.budget_bytes)} MiB` : "3. Why nothing fits";
   $("run").hidden = !fits;
@@ -195,7 +210,7 @@ $("slider").addEventListener("input", glide);
 $("slider").addEventListener("change", action(moved));
 $("policy").addEventListener("change", action(moved));
 $("budget").addEventListener("change", action(async () => {
-  const wanted = Math.round((Number($("budget").value) * MIB) / 1024), slider = $("slider");
+  const wanted = Math.ceil((Number($("budget").value) * MIB) / 1024), slider = $("slider");
   slider.min = Math.min(slider.min, wanted); slider.max = Math.max(slider.max, wanted);
   slider.value = wanted;
   await moved();

@@ -86,7 +86,7 @@ export function showDifference(told, names) {
     ...["recompute_seconds", "unpack_seconds", "stall_seconds"].map((name) => [name.replace("_seconds", ", s"), phase(a, name), phase(b, name)]),
     ...["read_bytes", "write_bytes"].map((name) => [`${name.replace("_bytes", "")}, MiB per step`, ...[a, b].map((plan) => (plan.train ? mib(plan.train[name]) : "–"))]),
   ];
-  $("figures").replaceChildren(table("Side by side", ["", ...names], rows));
+  $("figures").replaceChildren(table("Side by side", ["figure", ...names], rows));
   const totals = told.totals.map((row) => [`${row.before} → ${row.after}`, String(row.tensors), mib(row.bytes)]);
   $("totals").replaceChildren(totals.length ? table("What changes", ["decision", "tensors", "MiB"], totals) : html("p", {}, "Every tensor is treated the same."));
   $("changes").replaceChildren(table(told.left_out ? `Largest first; ${told.left_out} more are left out` : "Largest first", ["tensor", "layer", "MiB", "before", "after"], told.changes.map((row) => [row.tensor, row.layer, (row.bytes / MIB).toFixed(3), row.before, row.after])));

@@ -64,7 +64,7 @@ async function follow(job) {
   }
   const report = await get(`/v1/runs/${job.id}/report`);
   const { peak_bytes: peak, step_seconds: step } = report;
-  $("report").replaceChildren(table(`Predicted beside measured; the cap was enforced by ${report.enforced_by === "cgroup" ? "the kernel" : "the process's own meter"}`, ["", "predicted", "measured"], [
+  $("report").replaceChildren(table(`Predicted beside measured; the cap was enforced by ${report.enforced_by === "cgroup" ? "the kernel" : "the process's own meter"}`, ["figure", "predicted", "measured"], [
     ["peak of the process, MiB", mib(peak.predicted), mib(peak.measured)],
     ["step, s", seconds(step.predicted), seconds(step.measured)],
   ]));
