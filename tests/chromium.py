@@ -18,7 +18,10 @@ def find_chromium():
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         raise LookupError("no Chromium here, and only root can install it: apt-get install chromium")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["apt-get", "update", "-q"], ["apt-get", "install", "-q", "-y", "--no-install-recommends", "chromium"]):
+    for words in (
+        ["apt-get", "update", "-q"],
+        ["apt-get", "install", "-q", "-y", "--no-install-recommends", "chromium"],
+    ):
         done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, timeout=600)
         if done.returncode:
             raise LookupError(f"no Chromium here, and `{' '.join(words)}` failed: {done.stderr.strip()[-200:]}")

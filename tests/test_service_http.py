@@ -111,7 +111,7 @@ def test_a_budget_that_is_too_small_is_a_result(served, uploaded, minimum):
 
 def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum):
     budgets = [minimum, minimum * 2]
-    job = served.ask("/v1/comparisons", profiles=[uploaded], memory=budgets, policies=["solver", "keep-all"])
+    job = served.ask("/v1/comparisons", profile=uploaded, memory=budgets, policies=["solver", "keep-all"])
     early = served.http.get(f"/v1/comparisons/{job['id']}")
     assert early.status_code in {200, 409}
     cells = served.wait(job)["result"]["cells"]
@@ -128,7 +128,7 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum):
     assert decided > 0
     changes = served.http.get(f"/v1/plans/{first}/changes/{last}").json()
     assert changes["changes"]
-    assert sum(total["bytes"] for total in changes["totals"]) == sum(row["bytes"] for row in changes["changes"])
+    assert sum(group["bytes"] for group in changes["groups"]) == sum(row["bytes"] for row in changes["changes"])
     assert served.http.get(f"/v1/plans/{first}/changes/{first}").json()["changes"] == []
 
 
@@ -144,6 +144,7 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum):
         ("plans", {}, "body.memory", "Field required"),
         ("comparisons", {"memory": ["1GB", "x"]}, "body.memory.1", "'x' is not a size"),
         ("comparisons", {"memory": ["1GB"], "policies": ["solver", "y"]}, "body.policies.1", "no policy is called 'y'"),
+        ("comparisons", {"memory": ["1GB"], "devices": ["own", "/etc/passwd"]}, "body.devices.1", "no device is called"),
         ("profiles", {"path": "../data.log"}, "body.path", "is no file or folder under a folder that is open"),
         ("profiles", {"hub": "a/b"}, "body.hub", "downloads nothing"),
         ("profiles", {"config": {"a": 1}}, "body.config", "no 'model_type'"),
@@ -152,10 +153,8 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum):
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_named(served, uploaded, path, body, field, words):
-    if path == "plans":
+    if path in {"plans", "comparisons"}:
         body = {"profile": uploaded} | body
-    elif path == "comparisons":
-        body = {"profiles": [uploaded]} | body
     assert words in refused(served.http.post(f"/v1/{path}", json=body), 422, "invalid_request", field)
 
 
@@ -215,7 +214,7 @@ def test_other_sites_pages_are_kept_out(served):
 def test_cancel(served, uploaded, minimum):
     # Both workers are busy with comparisons, so a third job waits.
     jobs = [
-        served.ask("/v1/comparisons", profiles=[uploaded], memory=[minimum + 8192 * i + n for i in range(40)])
+        served.ask("/v1/comparisons", profile=uploaded, memory=[minimum + 8192 * i + n for i in range(40)])
         for n in range(3)
     ]
     for job in reversed(jobs):
@@ -225,7 +224,7 @@ def test_cancel(served, uploaded, minimum):
     assert ended == ["cancelled"] * 3
     refused(served.http.post(f"/v1/jobs/{jobs[0]['id']}/cancel"), 409, "conflict")
     # A cancelled request can be asked again: another job.
-    again = served.ask("/v1/comparisons", profiles=[uploaded], memory=[minimum + 8192 * i for i in range(40)])
+    again = served.ask("/v1/comparisons", profile=uploaded, memory=[minimum + 8192 * i for i in range(40)])
     assert again["id"] != jobs[0]["id"]
     served.http.post(f"/v1/jobs/{again['id']}/cancel")
 
@@ -276,6 +275,7 @@ def test_it_tells_about_itself(served, uploaded):
     assert (health["status"], health["schema_version"]) == ("ok", 1)
     device = served.http.get("/v1/devices").json()["devices"][0]
     assert (device["name"], device["local"]) == ("cpu", True)
+    assert len(served.http.get("/v1/devices").json()["devices"]) > 3
     metrics = served.http.get("/metrics").text
     assert 'tightfit_jobs_now{kind="plan",state="succeeded"}' in metrics
     assert 'tightfit_requests_total{method="GET",route="/healthz",status="200"}' in metrics

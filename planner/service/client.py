@@ -116,12 +116,14 @@ class Client:
         budgets: Sequence[int],
         policies: Sequence[str] = ("solver",),
         *,
+        devices: Sequence[str] = ("own",),
         time_limit: float = 30.0,
         progress: Progress | None = None,
     ) -> Comparison:
         """`planner.compare.compare`, solved by the service."""
         request = {
-            "profiles": [self.upload(profile)],
+            "profile": self.upload(profile),
+            "devices": list(devices),
             "memory": list(budgets),
             "policies": list(policies),
             "time_limit": time_limit,
@@ -129,6 +131,7 @@ class Client:
         job = self.finish(self.post("/v1/comparisons", request), progress)
         cells = job["result"]["cells"]
         return Comparison(
+            devices=list(dict.fromkeys(cell["device"] for cell in cells)),
             budgets=sorted({cell["budget_bytes"] for cell in cells}),
             policies=list(dict.fromkeys(policies)),
             plans=[self.stored_plan(cell["plan"]) for cell in cells],

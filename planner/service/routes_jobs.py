@@ -13,7 +13,7 @@ from planner.service.errors import ServiceError
 from planner.service.migrations import LATEST
 from planner.service.schema import (
     FINISHED,
-    Device,
+    DeviceAnswer,
     DeviceList,
     Health,
     Job,
@@ -23,6 +23,7 @@ from planner.service.schema import (
     JobState,
 )
 from planner.service.supervisor import LOCAL
+from profiles.devices import known_devices
 
 router = APIRouter()
 Identity = Annotated[JobId, Path()]
@@ -87,12 +88,25 @@ async def cancel_job(request: Request, identity: Identity) -> Job:
 
 @router.get("/v1/devices", response_model=DeviceList, tags=["service"], summary="Devices")
 async def list_devices(request: Request) -> DeviceList:
-    """What runs go to, and how long its queue is."""
+    """What runs go to, and how long its queue is; then those that can be planned for."""
     running, waiting = service_of(request).store.lane(LOCAL)
     cores = len(os.sched_getaffinity(0))
-    return DeviceList(
-        devices=[Device(name=LOCAL, kind="cpu", threads=cores, local=True, running=running, waiting=waiting)]
+    here = DeviceAnswer(
+        name=LOCAL,
+        label="the service's machine",
+        kind="cpu",
+        threads=cores,
+        local=True,
+        running=running,
+        waiting=waiting,
     )
+    others = [
+        DeviceAnswer(
+            **device.model_dump(include={"name", "label", "kind", "threads"}), local=False, running=None, waiting=0
+        )
+        for device in known_devices()
+    ]
+    return DeviceList(devices=[here, *others])
 
 
 @router.get("/healthz", response_model=Health, tags=["service"], summary="Whether the service answers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from functools import lru_cache
 from typing import Annotated, Any
 
@@ -25,7 +26,9 @@ from planner.service.errors import ServiceError, invalid, not_found
 from planner.service.objects import Objects
 from planner.service.schema import ComparisonRequest, Digest, Job, JobId, PlanList, PlanRequest, StoredPlan
 from planner.service.settings import Settings
+from planner.service.solving import OWN
 from planner.service.view import difference, plan_view
+from profiles.devices import known_devices
 
 router = APIRouter(prefix="/v1", tags=["planning"])
 Identity = Annotated[Digest, Path(description="the plan's fingerprint")]
@@ -67,7 +70,7 @@ async def get_plan_file(request: Request, identity: Identity) -> Response:
 async def get_plan_view(request: Request, identity: Identity) -> dict[str, Any]:
     """Sentences, memory over the step (points and an SVG), what fills the peak, layers with their decisions, channels."""
     row = stored(request, "plan", identity)
-    return await asyncio.to_thread(_view, service_of(request).objects, row["digest"])
+    return await asyncio.to_thread(_view, service_of(request).objects, row["digest"], row["summary"])
 
 
 @router.get("/plans/{identity}/changes/{other}", responses=errors(404), summary="What another plan does otherwise")
@@ -80,20 +83,23 @@ async def get_changes(request: Request, identity: Identity, other: Digest) -> di
 
 @router.post("/comparisons", status_code=202, responses=JOB_ANSWERS, summary="Compare budgets, policies, devices")
 async def make_comparison(request: Request, asked: ComparisonRequest, key: IdempotencyKey = None) -> Response:
-    """Budgets × policies × profiles; a profile for each device. Every cell's plan is kept under its fingerprint."""
+    """Budgets × policies × devices. Every cell's plan is kept under its fingerprint."""
     settings = service_of(request).settings
     for index, policy in enumerate(asked.policies):
         _check_policy(policy, f"policies.{index}")
     _check_time(asked.time_limit, settings)
-    for index, profile in enumerate(asked.profiles):
-        stored(request, "profile", profile, f"profiles.{index}")
+    known = [OWN, *(device.name for device in known_devices())]
+    for index, device in enumerate(asked.devices):
+        if device not in known:
+            raise invalid(f"devices.{index}", f"no device is called {device!r}; choose from {', '.join(known)}")
+    stored(request, "profile", asked.profile, "profile")
     budgets = sorted({budget(memory, f"memory.{index}") for index, memory in enumerate(asked.memory)})
     words = asked.model_dump() | {
         "memory": budgets,
         "policies": list(dict.fromkeys(asked.policies)),
-        "profiles": list(dict.fromkeys(asked.profiles)),
+        "devices": list(dict.fromkeys(asked.devices)),
     }
-    return ask(request, "comparison", words, key=key, uses=[("profile", profile) for profile in asked.profiles])
+    return ask(request, "comparison", words, key=key, uses=[("profile", asked.profile)])
 
 
 @router.get("/comparisons/{identity}", response_model=Job, responses=errors(404, 409), summary="A comparison's cells")
@@ -126,5 +132,5 @@ def _plan(objects: Objects, digest: str) -> Plan:
 
 
 @lru_cache(maxsize=128)
-def _view(objects: Objects, digest: str) -> dict[str, Any]:
-    return plan_view(_plan(objects, digest))
+def _view(objects: Objects, digest: str, summary: str) -> dict[str, Any]:
+    return plan_view(_plan(objects, digest), json.loads(summary)["explanation"])

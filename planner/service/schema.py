@@ -75,17 +75,23 @@ class PlanRequest(Request):
 
 
 class ComparisonRequest(Request):
-    """Every policy at every budget for every profile (one profile for each device)."""
+    """Every policy at every budget on every device."""
 
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"profiles": [DIGEST], "memory": ["400MiB", "1GiB"], "policies": ["solver", "mebp"]}]
+            "examples": [{"profile": DIGEST, "memory": ["400MiB", "1GiB"], "policies": ["solver", "mebp"]}]
         }
     )
 
-    profiles: list[Digest] = Field(min_length=1, max_length=8)
+    profile: Digest
     memory: list[Memory] = Field(min_length=1, max_length=64)
     policies: list[str] = Field(["solver"], min_length=1, max_length=8)
+    devices: list[str] = Field(
+        ["own"],
+        min_length=1,
+        max_length=8,
+        description="own: the profile's; others are listed at /v1/devices, their times are estimated from FLOPs and bytes",
+    )
     time_limit: Seconds = 30.0
 
 
@@ -172,17 +178,18 @@ class PlanList(Answer):
     plans: list[StoredPlan]
 
 
-class Device(Answer):
+class DeviceAnswer(Answer):
     name: str
+    label: str
     kind: str
-    threads: int | None
-    local: bool = Field(description="whether it is this machine's: runs go there")
+    threads: int
+    local: bool = Field(description="whether it is this machine's: runs go there; others can be planned for")
     running: JobId | None
     waiting: int = Field(description="runs and measurements queued for it")
 
 
 class DeviceList(Answer):
-    devices: list[Device]
+    devices: list[DeviceAnswer]
 
 
 class RunMetrics(Answer):

@@ -11,6 +11,7 @@ from planner.schema import Plan
 from planner.service.objects import Objects
 from planner.service.store import file_row
 from planner.summary import plan_summary, profile_summary
+from profiles.devices import known_devices
 from profiles.exchange import canonical_json, parse_profile
 from profiles.schema import Profile
 
@@ -18,62 +19,61 @@ if TYPE_CHECKING:
     from planner.service.worker import Order, Tell
 
 Row = dict[str, Any]
+OWN = "own"
+"""the device that the profile was made for"""
 
 
 def plan(order: Order, tell: Tell) -> Row:
     """One plan; one that does not fit is a result too."""
-    from planner.plan import plan as solve
+    from planner.explanation import account, shortfall
+    from planner.plan import Planner
 
     request = order.request
     objects = Objects(Path(order.objects))
 
     def progress(told: Mapping[str, float | str]) -> None:
         # JSON has no infinity: 0 means that there is none yet.
-        tell.progress(**{k: 0.0 if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()})
+        finite: Row = {k: 0.0 if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
+        tell.progress(**finite)
 
-    found = solve(
-        _profile(objects, order, request["profile"]),
-        request["memory"],
-        policy=None if request["policy"] == "solver" else request["policy"],
-        time_limit=request["time_limit"],
-        progress=progress,
-    )
-    file = keep_plan(objects, found, request["profile"])
-    return {"result": {"plan": found.fingerprint, "summary": plan_summary(found)}, "files": [file]}
+    policy = None if request["policy"] == "solver" else request["policy"]
+    limit = request["time_limit"]
+    planner = Planner(_profile(objects, order, request["profile"]))
+    found = planner.plan(request["memory"], policy=policy, time_limit=limit, progress=progress)
+    infeasible = found.status == "infeasible"
+    why = shortfall(found, planner.smallest_plan(policy=policy, time_limit=limit)) if infeasible else account(found)
+    explanation = why.model_dump(mode="json")
+    file = keep_plan(objects, found, request["profile"], explanation=explanation)
+    summary = plan_summary(found) | {"explanation": explanation}
+    return {"result": {"plan": found.fingerprint, "summary": summary}, "files": [file]}
 
 
 def comparison(order: Order, tell: Tell) -> Row:
-    """Plans of every profile at every budget by every policy."""
+    """Plans of a profile at every budget by every policy on every device."""
     from planner.compare import compare
 
     request = order.request
     objects = Objects(Path(order.objects))
-    cells: list[Row] = []
-    files: dict[str, Row] = {}
-    each = len(request["memory"]) * len(request["policies"])
-    for index, identity in enumerate(request["profiles"]):
-
-        def progress(stage: str, done: int, total: int, before: int = index * each) -> None:
-            tell.progress(always=True, stage=stage, done=before + done, total=each * len(request["profiles"]))
-
-        found = compare(
-            _profile(objects, order, identity),
-            request["memory"],
-            request["policies"],
-            time_limit=request["time_limit"],
-            progress=progress,
-        )
-        for one in found.plans:
-            files[one.fingerprint] = keep_plan(objects, one, identity)
-            cells.append(
-                {
-                    "profile": identity,
-                    "budget_bytes": one.budget_bytes,
-                    "policy": one.policy,
-                    "plan": one.fingerprint,
-                    "summary": plan_summary(one),
-                }
-            )
+    devices = {device.name: device for device in known_devices()}
+    found = compare(
+        _profile(objects, order, request["profile"]),
+        request["memory"],
+        request["policies"],
+        devices=[None if name == OWN else devices[name] for name in request["devices"]],
+        time_limit=request["time_limit"],
+        progress=lambda stage, done, total: tell.progress(always=True, stage=stage, done=done, total=total),
+    )
+    files = {one.fingerprint: keep_plan(objects, one, request["profile"]) for one in found.plans}
+    cells = [
+        {
+            "device": one.device.name,
+            "budget_bytes": one.budget_bytes,
+            "policy": one.policy,
+            "plan": one.fingerprint,
+            "summary": plan_summary(one),
+        }
+        for one in found.plans
+    ]
     return {"result": {"cells": cells}, "files": list(files.values())}
 
 
@@ -106,9 +106,9 @@ def keep_profile(objects: Objects, found: Profile, *, origin: str) -> Row:
     )
 
 
-def keep_plan(objects: Objects, found: Plan, origin: str) -> Row:
+def keep_plan(objects: Objects, found: Plan, origin: str, explanation: Row | None = None) -> Row:
     """Store a plan under its fingerprint."""
     written = objects.put(found.model_dump_json().encode())
     name = f"{found.model.name}, {found.policy}"
-    summary: Row = plan_summary(found)
+    summary: Row = plan_summary(found) | {"explanation": explanation}
     return file_row("plan", found.fingerprint, written, name=name, origin=origin, summary=summary)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import asdict
 from typing import Any
 
-from planner.explain import explain, tensor_bytes
+from planner.costs import Ledger
+from planner.diff import diff, grouped
+from planner.explain import explain
+from planner.explanation import Explanation, account
 from planner.graph import STATES, layer_graph
 from planner.html import LARGEST, SLICES, describe, facts, series_of
 from planner.kinds import buckets, feasible, in_use, kinds_of
@@ -20,15 +24,16 @@ CHANGES = 2000
 """tensors listed in a difference"""
 
 
-def plan_view(plan: Plan) -> Row:
-    """JSON for the page; bytes, seconds."""
+def plan_view(plan: Plan, known: Row | None = None) -> Row:
+    """JSON for the page; bytes, seconds. `known` is the explanation that was made with the plan, where there is one."""
+    told = account(plan) if known is None else Explanation.model_validate(known)
     view: Row = {
         "plan": plan.fingerprint,
         "title": f"{plan.policy} at {plan.budget_bytes} bytes",
         "model": plan.model.name,
         "about": describe(plan),
         "summary": plan_summary(plan),
-        "sentences": explain(plan),
+        "sentences": explain(plan, told),
         "runnable": plan.model.kind == "decoder",
     }
     if not feasible(plan) or plan.train is None:
@@ -55,25 +60,15 @@ def plan_view(plan: Plan) -> Row:
         },
         "layers": _layers(plan),
         "edges": _edges(plan),
-        "channels": channels(plan),
+        "channels": _channels(plan, told),
     }
 
 
-def channels(plan: Plan) -> list[Row]:
-    """How busy each is over the step: seconds at work and their share."""
-    train = plan.train
-    assert train is not None
-    step = plan.step_seconds or 1.0
-    device = plan.device
-    rows = [
-        ("compute", train.compute_seconds - train.recompute_seconds, None),
-        ("recompute", train.recompute_seconds, None),
-        ("unpack", train.unpack_seconds, None),
-        ("waiting", train.stall_seconds, None),
-        ("reading", train.read_bytes / device.read.bytes_per_second, train.read_bytes),
-        ("writing", train.write_bytes / device.write.bytes_per_second, train.write_bytes),
-    ]
-    return [{"name": name, "seconds": seconds, "share": seconds / step, "bytes": size} for name, seconds, size in rows]
+def _channels(plan: Plan, told: Explanation) -> list[Row]:
+    """How busy each is over the step: seconds at work, their share, bytes moved; and what the cores wait."""
+    waiting: Row = {"name": "waiting", "seconds": told.waiting_seconds, "bytes": 0}
+    waiting["share"] = told.waiting_seconds / plan.step_seconds if plan.step_seconds else 0.0
+    return [*(use.model_dump() for use in told.channels), waiting]
 
 
 def owners(plan: Plan) -> dict[str, str]:
@@ -91,25 +86,23 @@ def owners(plan: Plan) -> dict[str, str]:
 
 
 def _layers(plan: Plan) -> list[Row]:
-    """Each layer with the bytes under each decision, activations and weights apart, and the seconds of its passes."""
-    sizes, owner = tensor_bytes(plan), owners(plan)
-    kinds = {tensor.name: tensor.kind for tensor in plan.tensors}
+    """Each layer with the bytes under each decision, activations, weights and optimizer states apart; seconds of its passes."""
+    owner = owners(plan)
     decided: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    for name, decision in plan.decisions.items():
-        state = name.startswith(tuple(f"{state}:" for state in STATES))
-        group = "states" if state else "weights" if kinds.get(name) == "weight" else "activations"
-        decided[owner.get(name, "")][group][decision] += sizes.get(name, 0)
+    for name, cost in Ledger(plan).costs().items():
+        if cost.decision is not None:
+            group = {"weight": "weights", "optimizer": "states"}.get(cost.kind, "activations")
+            decided[owner.get(name, "")][group][cost.decision] += cost.bytes
     graph = layer_graph(plan)
     return [
         {
-            "name": name,
+            "name": layer.name,
             "program": layer.program,
-            "forward_seconds": graph.nodes[name]["forward_seconds"],
-            "backward_seconds": graph.nodes[name]["backward_seconds"],
-            "decisions": {group: dict(counts) for group, counts in decided[name].items()},
+            "forward_seconds": graph.nodes[layer.name]["forward_seconds"],
+            "backward_seconds": graph.nodes[layer.name]["backward_seconds"],
+            "decisions": {group: dict(counts) for group, counts in decided[layer.name].items()},
         }
         for layer in plan.layers
-        for name in [layer.name]
     ]
 
 
@@ -123,32 +116,12 @@ def _edges(plan: Plan) -> list[Row]:
 
 
 def difference(one: Plan, other: Plan) -> Row:
-    """What `other` does otherwise: figures side by side, and each tensor whose decision is another, largest first."""
-    sizes = tensor_bytes(one) | tensor_bytes(other)
-    owner = owners(one) | owners(other)
-    absent = "–"
-    changed: list[Row] = [
-        {
-            "tensor": name,
-            "layer": owner.get(name, ""),
-            "bytes": sizes.get(name, 0),
-            "before": one.decisions.get(name, absent),
-            "after": other.decisions.get(name, absent),
-        }
-        for name in dict.fromkeys([*one.decisions, *other.decisions])
-        if one.decisions.get(name) != other.decisions.get(name)
-    ]
-    totals: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    for row in changed:
-        total = totals[row["before"], row["after"]]
-        total[0] += 1
-        total[1] += row["bytes"]
+    """What `other` does otherwise: figures side by side, changes by sort, and tensor by tensor, largest first."""
+    changes = diff(one, other)
+    owner = owners(one)
     return {
         "plans": [plan_summary(one), plan_summary(other)],
-        "totals": [
-            {"before": before, "after": after, "tensors": count, "bytes": size}
-            for (before, after), (count, size) in sorted(totals.items(), key=lambda item: -item[1][1])
-        ],
-        "changes": sorted(changed, key=lambda row: -row["bytes"])[:CHANGES],
-        "left_out": max(0, len(changed) - CHANGES),
+        "groups": [asdict(group) for group in grouped(changes)],
+        "changes": [asdict(change) | {"layer": owner.get(change.name, "")} for change in changes[:CHANGES]],
+        "left_out": max(0, len(changes) - CHANGES),
     }

@@ -67,7 +67,7 @@ async function choose(identity) {
   state.most = Math.max(most.result.summary.minimum_budget_bytes, state.least + MIB);
   const span = state.most - state.least;
   const budgets = Array.from({ length: POINTS }, (_, i) => Math.round(state.least + (span * 1.02 * i) / (POINTS - 1)));
-  const compare = (policies) => work("/v1/comparisons", { profiles: [identity], memory: budgets, policies, time_limit: TIME_LIMIT }, told("curve"));
+  const compare = (policies) => work("/v1/comparisons", { profile: identity, memory: budgets, policies, time_limit: TIME_LIMIT }, told("curve"));
   const rules = compare(POLICIES.slice(1));
   rules.catch(() => {}); // told below
   const done = await compare(POLICIES.slice(0, 1));

@@ -15,7 +15,7 @@ export function showPlan(view) {
   showLayers(view);
   $("channels").replaceChildren(bars(view.channels));
   $("channels-table").replaceChildren(
-    table("Share of the step", ["what", "seconds", "share", "MiB"], view.channels.map((row) => [row.name, seconds(row.seconds), `${(100 * row.share).toFixed(1)} %`, row.bytes === null ? "–" : mib(row.bytes)])),
+    table("Share of the step", ["what", "seconds", "share", "MiB"], view.channels.map((row) => [row.name, seconds(row.seconds), `${(100 * row.share).toFixed(1)} %`, row.bytes ? mib(row.bytes) : "–"])),
   );
 }
 
@@ -87,8 +87,10 @@ export function showDifference(told, names) {
     ...["read_bytes", "write_bytes"].map((name) => [`${name.replace("_bytes", "")}, MiB per step`, ...[a, b].map((plan) => (plan.train ? mib(plan.train[name]) : "–"))]),
   ];
   $("figures").replaceChildren(table("Side by side", ["figure", ...names], rows));
-  const totals = told.totals.map((row) => [`${row.before} → ${row.after}`, String(row.tensors), mib(row.bytes)]);
-  $("totals").replaceChildren(totals.length ? table("What changes", ["decision", "tensors", "MiB"], totals) : html("p", {}, "Every tensor is treated the same."));
-  $("changes").replaceChildren(table(told.left_out ? `Largest first; ${told.left_out} more are left out` : "Largest first", ["tensor", "layer", "MiB", "before", "after"], told.changes.map((row) => [row.tensor, row.layer, (row.bytes / MIB).toFixed(3), row.before, row.after])));
+  const step = (row) => `${row.before ?? "–"} → ${row.after ?? "–"}`;
+  const spent = (value) => (Math.abs(value) < 5e-7 ? "0" : `${value > 0 ? "+" : "−"}${seconds(Math.abs(value))}`);
+  const totals = told.groups.map((row) => [`${row.kind}: ${step(row)}`, String(row.tensors), mib(row.bytes), spent(row.compute_seconds), spent(row.transfer_seconds)]);
+  $("totals").replaceChildren(totals.length ? table("What changes, and the seconds per step that it costs (+) or saves (−)", ["kind and decision", "tensors", "MiB", "cores, s", "channels, s"], totals) : html("p", {}, "Every tensor is treated the same."));
+  $("changes").replaceChildren(table(told.left_out ? `Largest first; ${told.left_out} more are left out` : "Largest first", ["tensor", "layer", "MiB", "decision", "cores, s", "channels, s"], told.changes.map((row) => [row.name, row.layer, (row.bytes / MIB).toFixed(3), step(row), spent(row.compute_seconds), spent(row.transfer_seconds)])));
   $("difference").hidden = false;
 }
