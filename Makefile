@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format clean bench-headline
+.PHONY: demo test lint format clean bench-headline bench-service
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -15,6 +15,10 @@ test: lint
 # Five published models under the published caps; ARGS='--model qwen2.5-0.5b --no-curve' for one in minutes.
 bench-headline: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/headline.py $(ARGS)
+
+# 64 clients, kill -9 twenty times; figures as JSON with ARGS=--json.
+bench-service: $(VENV)/.installed-test
+	$(BIN)/python tests/benchmarks/service.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

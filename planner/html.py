@@ -54,7 +54,7 @@ def comparison_page(plans: Sequence[Plan]) -> str:
         shown = buckets(plan.timeline, SLICES)
         if feasible(plan) and plan.train is not None and shown:
             name = f"timeline-{index}"
-            series[name] = _series(plan, shown)
+            series[name] = series_of(plan, shown)
             articles.append(_article(plan, shown, name))
     environment = Environment(
         loader=PackageLoader("planner", "."),
@@ -209,7 +209,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     return rows if plan.policy == "solver" else [row for row in rows if not row[0].startswith(("no faster", "solved"))]
 
 
-def _series(plan: Plan, shown: Sequence[Bucket]) -> dict[str, Any]:
+def series_of(plan: Plan, shown: Sequence[Bucket]) -> dict[str, Any]:
     """What the page's script reads out at the cursor, rounded to what it prints."""
     assert plan.train is not None
     kinds = kinds_of(bucket.point for bucket in shown)

@@ -1,4 +1,4 @@
-"""`profile`: a model and a device in, a Profile out. And its file."""
+"""`profile`: a model and a device in, a Profile out. Its file is `profiles.exchange`'s, offered here too."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch._subclasses import FakeTensorMode
 
 from profiles import native
-from profiles.bare import is_bare, parse_graph
 from profiles.decoder import Decoder, decoder_shape
 from profiles.devices import find_device
 from profiles.errors import InputError
 from profiles.estimate import estimate_profile
-from profiles.files import cache_directory, write_whole
+from profiles.exchange import load_profile, save_profile
+from profiles.files import cache_directory
 from profiles.measure import measure
 from profiles.pack import build_store
 from profiles.register import DECOMPOSITIONS
@@ -28,6 +27,8 @@ from profiles.schema import PROFILE_VERSION, Channel, Device, Floor, Model, Prof
 from profiles.sources import Source, resolve
 from profiles.store import Entry, Store, find_extent
 from profiles.trace import Trace, trace
+
+__all__ = ["Progress", "cpu_name", "load_profile", "profile", "save_profile"]
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total); stages: pack, export, programs, measure."""
@@ -177,63 +178,6 @@ def profile(
         return estimate_profile(result, elsewhere)
     save_profile(result, cached)
     return result
-
-
-def load_profile(path: str | os.PathLike[str]) -> Profile:
-    """Read a profile, or a bare graph of operators (`profiles.bare`) as one.
-
-    Raises InputError for a file that is missing, truncated, of another version or not a profile.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; make a profile with `tightfit profile MODEL -o {path}`") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not a profile (byte {error.start} is not text); make it again with `tightfit profile`"
-        ) from error
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise InputError(
-            f"{path}: not JSON, perhaps truncated ({error}); make it again with `tightfit profile`"
-        ) from error
-    if is_bare(data):
-        return parse_graph(data, str(path))
-    if not isinstance(data, dict) or "layers" not in data:
-        raise InputError(f"{path}: not a profile (no 'layers'); make one with `tightfit profile`")
-    if data.get("version") != PROFILE_VERSION:
-        raise InputError(
-            f"{path}: profile version {data.get('version')!r}, this tightfit reads version {PROFILE_VERSION}; make it again"
-        )
-    checksum = data.pop("checksum", None)
-    try:
-        found = Profile.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"{path}: field {place}: {first['msg']} (got {str(first['input'])[:60]!r}); make the profile again"
-        ) from error
-    if checksum is not None and checksum != _checksum(found):
-        raise InputError(
-            f"{path}: its content does not match its checksum {str(checksum)[:12]}…: changed or damaged; make it again with `tightfit profile` (without the checksum a profile changed on purpose is read)"
-        )
-    return found
-
-
-def save_profile(profile: Profile, path: str | os.PathLike[str]) -> Path:
-    """Write a profile, whole or not at all. Raises InputError where the place cannot be written, RunError for a full disk."""
-    return write_whole(
-        path, json.dumps({"checksum": _checksum(profile), **profile.model_dump(mode="json")}, indent=1) + "\n"
-    )
-
-
-def _checksum(profile: Profile) -> str:
-    """sha256 of what a profile says: digits that flipped on disk would otherwise be believed."""
-    content = profile.model_dump(mode="json")
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def cpu_name() -> str:

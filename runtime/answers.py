@@ -2,102 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from planner.summary import plan_summary, profile_summary, to_json
 from profiles.units import MIB, format_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from planner.explanation import Explanation
-    from planner.schema import Phase, Plan
+    from planner.schema import Plan
     from profiles.devices import DeviceDescription
     from profiles.schema import Profile
 
-PLAN_FIELDS = (
-    "status",
-    "policy",
-    "budget_bytes",
-    "floor_bytes",
-    "peak_bytes",
-    "step_seconds",
-    "bound_seconds",
-    "gap",
-    "any_schedule_bound_seconds",
-    "any_schedule_gap",
-    "solve_seconds",
-    "minimum_budget_bytes",
-    "minimum_budget_reason",
-    "arena_bytes",
-    "workspace_bytes",
-    "fingerprint",
-    "profile_fingerprint",
-)
-PHASE_FIELDS = (
-    "seconds",
-    "peak_bytes",
-    "compute_seconds",
-    "recompute_seconds",
-    "unpack_seconds",
-    "stall_seconds",
-    "read_bytes",
-    "write_bytes",
-)
-
-
+__all__ = [
+    "comparison_text",
+    "device_text",
+    "devices_text",
+    "infeasible_text",
+    "plan_summary",
+    "plan_text",
+    "profile_summary",
+    "profile_text",
+    "report_text",
+    "to_json",
+]
 FLOORS = {"cpu": "Python and PyTorch", "cuda": "the CUDA context"}
-
-
-def to_json(value: Any) -> str:
-    """One line of strict JSON; what is no number (an infeasible plan's step time) becomes null."""
-    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    return str(value)
-
-
-def profile_summary(profile: Profile) -> dict[str, Any]:
-    """The profile in figures: bytes by kind of tensor, seconds of compute, floor and disk."""
-    programs = {program.name: program for program in profile.programs}
-    seconds = {"forward": 0.0, "backward": 0.0}
-    for layer in profile.layers:
-        for operator in programs[layer.program].operators:
-            seconds[operator.phase] += operator.seconds
-    return {
-        "fingerprint": profile.fingerprint,
-        "model": profile.model.name,
-        "batch": profile.batch,
-        "seq": profile.seq,
-        "compute_dtype": profile.compute_dtype,
-        "layers": len(profile.layers),
-        "programs": len(profile.programs),
-        "weight_bytes": _total(profile, "weight"),
-        "packed_bytes": sum(tensor.packed_bytes for tensor in profile.tensors),
-        "trainable_bytes": _total(profile, "trainable"),
-        "forward_seconds": seconds["forward"],
-        "backward_seconds": seconds["backward"],
-        "floor_bytes": max(profile.device.floor.import_peak_bytes, profile.device.floor.resident_bytes),
-        "read_bytes_per_second": profile.device.read.bytes_per_second,
-        "write_bytes_per_second": profile.device.write.bytes_per_second,
-        "device": profile.device.name,
-        "measured": profile.device.measured,
-    }
-
-
-def _total(profile: Profile, kind: str) -> int:
-    return sum(tensor.bytes for tensor in profile.tensors if tensor.kind == kind)
 
 
 def profile_text(profile: Profile) -> RenderableType:
@@ -174,26 +105,6 @@ def device_text(device: DeviceDescription) -> RenderableType:
     for name, value in figures.items():
         table.add_row(name, value, device.sources[name])
     return table
-
-
-def plan_summary(plan: Plan) -> dict[str, Any]:
-    """The plan without its schedule: decisions counted, phases in figures."""
-    from planner.render import decision_counts
-
-    summary: dict[str, Any] = {name: getattr(plan, name) for name in PLAN_FIELDS}
-    summary["decisions"] = decision_counts(plan)
-    summary["train"], summary["evaluate"] = _phase(plan.train), _phase(plan.evaluate)
-    return summary
-
-
-def _phase(phase: Phase | None) -> dict[str, Any] | None:
-    if phase is None:
-        return None
-    figures: dict[str, Any] = {name: getattr(phase, name) for name in PHASE_FIELDS}
-    return figures | {
-        "instructions": len(phase.instructions),
-        "peak": {"text": phase.peak.text, "tensors": phase.peak.tensors},
-    }
 
 
 def plan_text(plan: Plan, explanation: Explanation) -> RenderableType:

@@ -7,10 +7,11 @@ that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -21,7 +22,11 @@ from profiles.units import parse_size
 from runtime import answers
 
 if TYPE_CHECKING:
+    from planner.explanation import Explanation
     from planner.schema import Plan
+    from planner.service.client import Client
+    from profiles.schema import Profile
+    from runtime.terminal import Interrupts, Solving
 
 app = typer.Typer(
     name="tightfit",
@@ -163,6 +168,10 @@ def plan(
         bool, typer.Option("--what-if", help="Also plan 50 MiB less and 50 MiB more, to see what memory is worth.")
     ] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan is written.")] = Path("plan.json"),
+    server: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Let a `tightfit serve` elsewhere solve; its token in TIGHTFIT_TOKEN."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -170,29 +179,18 @@ def plan(
     budget = parse_size(memory)
     _at_least(0, time_limit=time_limit)
     from planner.exchange import save_plan
-    from planner.explanation import Worth, account, shortfall
-    from planner.plan import planner_of
-    from planner.worth import neighbours
-    from planner.worth import what_if as check
     from profiles.api import load_profile
     from runtime.terminal import Interrupts, Solving, messages
 
     console = messages()
-    planner = planner_of(load_profile(profile))
-    started = time.monotonic()
+    loaded = load_profile(profile)
+    if server is not None and what_if:
+        raise InputError("--what-if plans on this machine: leave out either it or --server")
     with Interrupts() as interrupts, Solving(console, time_limit) as solving:
-        planned = planner.plan(budget, policy=policy, time_limit=time_limit, progress=solving)
-        if planned.status == "infeasible":
-            why = shortfall(planned, planner.smallest_plan(policy=policy, time_limit=time_limit))
+        if server is not None:
+            planned, why = _plan_elsewhere(server, loaded, budget, policy, time_limit, solving)
         else:
-            beside: list[Worth] = []
-            left = time_limit - (time.monotonic() - started)
-            searched = planned.policy == "solver" and not interrupts.seen
-            if what_if and searched:
-                planned, beside = check(planner, planned, time_limit=time_limit, progress=solving)
-            elif searched and left > 0:
-                beside = neighbours(planner, planned, time_limit=left / 3)
-            why = account(planned).model_copy(update={"neighbours": beside})
+            planned, why = _plan_here(loaded, budget, policy, time_limit, solving, interrupts, what_if=what_if)
     summary = _told(planned) | {"interrupted": interrupts.seen, "explanation": why.model_dump(mode="json")}
     if planned.status == "infeasible":
         _answer(summary, None, as_json)
@@ -355,9 +353,124 @@ def run(
     _answer(report, answers.report_text(report), as_json)
 
 
+@app.command()
+def serve(
+    host: Annotated[
+        str, typer.Option(help="Address to answer at; anything but this machine's own needs a token in TIGHTFIT_TOKEN.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to answer at; 0: a free one.")] = 8000,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What the service keeps; default: service in tightfit's cache folder."),
+    ] = None,
+    root: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Folder from which requests may name models and data; may be repeated."),
+    ] = None,
+    hub: Annotated[bool, typer.Option("--hub", help="Let requests name models on the hub, to be downloaded.")] = False,
+    workers: Annotated[int, typer.Option(help="Plans solved at once.")] = 2,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory that one solve may take.")] = "4GiB",
+    keep_days: Annotated[float, typer.Option(help="Days after which unused results are removed.")] = 30.0,
+    keep: Annotated[str, typer.Option(metavar="SIZE", help="Disk that results may take.")] = "20GiB",
+    debug: Debug = False,
+) -> None:
+    """Serve plans, comparisons and runs over HTTP, with a page at the same address."""
+    _at_least(0, port=port, keep_days=keep_days)
+    _at_least(1, workers=workers)
+    with _served():
+        from planner.service.app import serve as answer
+    from planner.service.settings import Settings
+
+    if data_dir is None:
+        from profiles.files import cache_directory
+
+        data_dir = cache_directory() / "service"
+    answer(
+        Settings(
+            data_dir=data_dir.absolute(),
+            command=(sys.executable, "-m", "runtime.cli"),
+            host=host,
+            port=port,
+            token=os.environ.get("TIGHTFIT_TOKEN") or None,
+            roots=tuple(path.absolute() for path in root or ()),
+            hub=hub,
+            workers=workers,
+            solve_bytes=parse_size(memory),
+            keep_days=keep_days,
+            keep_bytes=parse_size(keep),
+        )
+    )
+
+
 def _told(plan: Plan) -> dict[str, Any]:
     """A plan's summary with the device that it is for."""
     return answers.plan_summary(plan) | {"device": plan.device.name, "measured": plan.device.measured}
+
+
+def _plan_here(
+    profile: Profile,
+    budget: int,
+    policy: str | None,
+    time_limit: float,
+    solving: Solving,
+    interrupts: Interrupts,
+    *,
+    what_if: bool,
+) -> tuple[Plan, Explanation]:
+    """The plan, and why it is as it is; with what memory is worth beside it."""
+    from planner.explanation import Worth, account, shortfall
+    from planner.plan import planner_of
+    from planner.worth import neighbours
+    from planner.worth import what_if as check
+
+    planner = planner_of(profile)
+    started = time.monotonic()
+    planned = planner.plan(budget, policy=policy, time_limit=time_limit, progress=solving)
+    if planned.status == "infeasible":
+        return planned, shortfall(planned, planner.smallest_plan(policy=policy, time_limit=time_limit))
+    beside: list[Worth] = []
+    left = time_limit - (time.monotonic() - started)
+    searched = planned.policy == "solver" and not interrupts.seen
+    if what_if and searched:
+        planned, beside = check(planner, planned, time_limit=time_limit, progress=solving)
+    elif searched and left > 0:
+        beside = neighbours(planner, planned, time_limit=left / 3)
+    return planned, account(planned).model_copy(update={"neighbours": beside})
+
+
+def _plan_elsewhere(
+    server: str, profile: Profile, budget: int, policy: str | None, time_limit: float, solving: Solving
+) -> tuple[Plan, Explanation]:
+    """The plan that a service makes, and why it is as it is."""
+    from planner.explanation import account, shortfall
+
+    with _connect(server) as service:
+        planned = service.plan(profile, budget, policy=policy, time_limit=time_limit, progress=solving)
+        if planned.status != "infeasible" or planned.minimum_budget_bytes is None:
+            return planned, account(planned)
+        least = service.plan(
+            profile, planned.minimum_budget_bytes, policy=policy, time_limit=time_limit, progress=solving
+        )
+        return planned, account(planned) if least.train is None else shortfall(planned, least)
+
+
+def _connect(url: str) -> Client:
+    with _served():
+        from planner.service.client import connect
+    return connect(url)
+
+
+@contextlib.contextmanager
+def _served() -> Iterator[None]:
+    """What comes with the extra `serve` is missing: say how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in {"planner", "profiles", "runtime"}:
+            raise
+        raise InputError(
+            f"{error.name} is not installed; a service and its clients need it: pip install 'tightfit[serve]'"
+        ) from error
 
 
 def _at_least(least: float, **options: float) -> None:

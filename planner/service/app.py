@@ -1,0 +1,217 @@
+"""The application: routes over a store, a supervisor and the page. `create_app` makes it, `serve` runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from planner.service import routes_jobs, routes_page, routes_planning, routes_profiles, routes_runs
+from planner.service.errors import Code, ServiceError
+from planner.service.events import Events
+from planner.service.guard import Guard
+from planner.service.metrics import Metrics
+from planner.service.objects import Objects
+from planner.service.schema import Error, ErrorAnswer, FieldError
+from planner.service.settings import Settings
+from planner.service.store import Store
+from planner.service.supervisor import Supervisor
+from profiles.errors import InputError, TightfitError
+
+DESCRIPTION = """Fit training into the memory you have: profiles in, plans out, with a proven gap.
+
+Long work answers 202 with a job; its events are at `/v1/jobs/{id}/events`. A repeated request is the same job. A budget that is too
+small is a result (`status: infeasible`, with the smallest budget that is enough), not an error. Every error has one form."""
+CODES: dict[int, Code] = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+log = logging.getLogger("tightfit.service")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """What the routes work with (``request.app.state.service``)."""
+
+    settings: Settings
+    store: Store
+    objects: Objects
+    events: Events
+    metrics: Metrics
+    supervisor: Supervisor
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application. Opens the data folder when it starts: raises InputError where another service has it."""
+    metrics = Metrics()
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        lock = _lock(settings.data_dir)
+        store = Store(settings.data_dir / "service.sqlite")
+        objects = Objects(settings.data_dir / "objects")
+        (settings.data_dir / "runs").mkdir(exist_ok=True)
+        events = Events()
+        supervisor = Supervisor(settings, store, objects, events, metrics)
+        app.state.service = Service(
+            settings=settings, store=store, objects=objects, events=events, metrics=metrics, supervisor=supervisor
+        )
+        metrics.watch(lambda: _gauges(store, events))
+        await supervisor.start()
+        try:
+            yield
+        finally:
+            await supervisor.stop()
+            store.close()
+            lock.close()
+
+    app = FastAPI(
+        title="tightfit",
+        version=installed_version(),
+        description=DESCRIPTION,
+        lifespan=life,
+        docs_url=None,  # its page would come from elsewhere
+        redoc_url=None,
+        responses={
+            status: {"model": ErrorAnswer, "description": words}
+            for status, words in ((401, "No token, or a wrong one"), (422, "A field is wrong; it is named"))
+        },
+    )
+    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(TightfitError, _library_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _internal_error)
+    for routes in (routes_profiles, routes_planning, routes_runs, routes_jobs, routes_page):
+        app.include_router(routes.router)
+    return app
+
+
+def serve(settings: Settings) -> None:
+    """Answer until interrupted. Raises InputError where the data folder or the port cannot be had."""
+    import signal
+    import socket
+
+    import uvicorn
+
+    from planner.service.logs import log_to_stderr
+
+    log_to_stderr()
+    _lock(settings.data_dir).close()
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    # With the protocol named, asyncio turns off Nagle's algorithm: else every answer waits 40 ms for an acknowledgement.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host.strip("[]"), settings.port))
+    except OSError as error:
+        raise InputError(
+            f"--host {settings.host} --port {settings.port}: {error.strerror or error}; name another --port"
+        ) from error
+    host, port = listening.getsockname()[:2]
+    log.info(
+        "serving",
+        extra={"url": f"http://{f'[{host}]' if ':' in host else host}:{port}/", "data": str(settings.data_dir)},
+    )
+    app = create_app(settings)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.service.events.close()  # else it would wait for streams that wait for jobs
+            super().handle_exit(sig, frame)
+
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=5,
+        limit_concurrency=1024,
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # uvicorn ends on them, and raises them once more at the end
+    Server(config).run(sockets=[listening])
+
+
+def installed_version() -> str:
+    try:
+        return version("tightfit")
+    except PackageNotFoundError:
+        return "0+checkout"
+
+
+def _lock(folder: Path) -> IO[bytes]:
+    """The data folder, for us alone while the file is open."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file = (folder / "lock").open("wb")
+    except OSError as error:
+        raise InputError(f"--data-dir {folder}: {error.strerror}; name a folder that can be written") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise InputError(f"--data-dir {folder}: another service is using it; end it, or name another folder") from error
+    return file
+
+
+def _gauges(store: Store, events: Events) -> Iterator[tuple[str, str, tuple[str, ...], dict[tuple[str, ...], float]]]:
+    jobs: dict[tuple[str, ...], float] = {place: float(count) for place, count in store.counts().items()}
+    yield "tightfit_jobs_now", "Jobs in the store.", ("kind", "state"), jobs
+    yield "tightfit_stored_bytes", "Bytes of stored profiles, plans and results.", (), {(): float(store.stored_bytes())}
+    yield "tightfit_listeners", "Open event streams.", (), {(): float(events.listeners)}
+
+
+# --- errors: one form -------------------------------------------------------------------------------------------------
+
+
+def error_response(status: int, code: Code, message: str, fields: list[FieldError] | None = None) -> Response:
+    import json
+
+    answer = ErrorAnswer(error=Error.model_construct(code=code, message=message, fields=fields or []))
+    # ASCII: what was sent may hold what cannot be encoded.
+    body = json.dumps(answer.model_dump(warnings=False), ensure_ascii=True)
+    headers = {"Retry-After": "30"} if status == 429 else None
+    return Response(body, status_code=status, media_type="application/json", headers=headers)
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    fields = [FieldError.model_construct(field=error.field, message=str(error))] if error.field else []
+    return error_response(error.status, error.code, str(error), fields)
+
+
+async def _library_error(request: Request, error: Exception) -> Response:
+    return error_response(422, "invalid_request", str(error), [FieldError(field="body", message=str(error))])
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    found: list[dict[str, Any]] = list(error.errors())
+    fields = [
+        FieldError.model_construct(field=".".join(str(part) for part in one["loc"]), message=one["msg"])
+        for one in found[:20]
+    ]
+    malformed = any(one["type"] == "json_invalid" for one in found)
+    message = "; ".join(f"{one.field}: {one.message}" for one in fields[:3])
+    return error_response(400 if malformed else 422, "invalid_request", message, fields)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    answer = error_response(error.status_code, CODES.get(error.status_code, "invalid_request"), str(error.detail))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    return error_response(500, "internal", "internal error; the service's log tells more")

@@ -1,0 +1,236 @@
+"""The service from another machine: `connect`, then the same calls as in the library.
+
+```python
+from planner.service.client import connect
+
+with connect("http://planner.local:8000", token="...") as service:
+    plan = service.plan(profile, 600 << 20, time_limit=30.0)
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from planner.compare import Comparison
+from planner.schema import Plan
+from profiles.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
+from profiles.exchange import canonical_json, parse_profile
+from profiles.schema import Profile
+
+Progress = Callable[[dict[str, Any]], None]
+"""progress(what) with what the job tells: stage, incumbent, bound, gap, seconds; or step, loss, seconds, resident_bytes"""
+TRIES = 4
+JOB_ERRORS: dict[str, type[TightfitError]] = {
+    "input": InputError,
+    "infeasible": InfeasibleError,
+    "run_failed": RunError,
+    "cap_passed": CapError,
+}
+
+
+def connect(url: str, *, token: str | None = None, timeout: float = 60.0) -> Client:
+    """A client of the service at `url`; `token` defaults to the environment variable TIGHTFIT_TOKEN.
+
+    Raises InputError where nothing answers there, or what answers is no tightfit.
+    """
+    client = Client(url, token=token or os.environ.get("TIGHTFIT_TOKEN"), timeout=timeout)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(client)
+        if client.get("/healthz").get("status") != "ok":
+            raise InputError(f"{url}: what answers there is no tightfit service; check the address")
+        stack.pop_all()
+    return client
+
+
+class Client:
+    """Every method raises InputError for what the service refuses, with its message, and RunError where it is gone.
+
+    A request that is cut off is sent again: the service knows it by its key, so nothing is done twice.
+    """
+
+    def __init__(self, url: str, *, token: str | None, timeout: float) -> None:
+        self.url = url.rstrip("/")
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise InputError(f"{url!r} is no address ({error}); write for example http://127.0.0.1:8000") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def __repr__(self) -> str:
+        return f"Client({self.url!r})"
+
+    # --- what the library does -------------------------------------------------------------------------------------
+
+    def upload(self, profile: Profile) -> str:
+        """Store a profile; returns its id."""
+        body = gzip.compress(canonical_json(profile).encode(), 5)
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        answer: dict[str, Any] = self._send("POST", "/v1/profiles/upload", content=body, headers=headers).json()
+        return str(answer["id"])
+
+    def profile(self, *, progress: Progress | None = None, **request: Any) -> Profile:
+        """Measure a model on the service's machine: `path`, `hub` or `config`, with seq, batch, lora_rank, ..."""
+        job = self.finish(self.post("/v1/profiles", request), progress)
+        identity = job["result"]["profile"]
+        return parse_profile(self._send("GET", f"/v1/profiles/{identity}/file").content, f"{self.url}: {identity}")
+
+    def plan(
+        self,
+        profile: Profile,
+        budget_bytes: int,
+        *,
+        policy: str | None = None,
+        time_limit: float = 30.0,
+        progress: Progress | None = None,
+    ) -> Plan:
+        """`planner.plan.plan`, solved by the service."""
+        request = {
+            "profile": self.upload(profile),
+            "memory": budget_bytes,
+            "policy": policy or "solver",
+            "time_limit": time_limit,
+        }
+        job = self.finish(self.post("/v1/plans", request), progress)
+        return self.stored_plan(job["result"]["plan"])
+
+    def compare(
+        self,
+        profile: Profile,
+        budgets: Sequence[int],
+        policies: Sequence[str] = ("solver",),
+        *,
+        devices: Sequence[str] = ("own",),
+        time_limit: float = 30.0,
+        progress: Progress | None = None,
+    ) -> Comparison:
+        """`planner.compare.compare`, solved by the service."""
+        request = {
+            "profile": self.upload(profile),
+            "devices": list(devices),
+            "memory": list(budgets),
+            "policies": list(policies),
+            "time_limit": time_limit,
+        }
+        job = self.finish(self.post("/v1/comparisons", request), progress)
+        cells = job["result"]["cells"]
+        return Comparison(
+            devices=list(dict.fromkeys(cell["device"] for cell in cells)),
+            budgets=sorted({cell["budget_bytes"] for cell in cells}),
+            policies=list(dict.fromkeys(policies)),
+            plans=[self.stored_plan(cell["plan"]) for cell in cells],
+        )
+
+    def run(
+        self, plan: str, data: str, *, steps: int, progress: Progress | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Carry out the stored plan of that id on the service's machine; returns the report."""
+        key = {"Idempotency-Key": os.urandom(16).hex()}
+        job = self.post("/v1/runs", {"plan": plan, "data": data, "steps": steps, **options}, headers=key)
+        self.finish(job, progress)
+        return self.get(f"/v1/runs/{job['id']}/report")
+
+    def stored_plan(self, identity: str) -> Plan:
+        return Plan.model_validate_json(self._send("GET", f"/v1/plans/{identity}/file").content)
+
+    # --- jobs ------------------------------------------------------------------------------------------------------
+
+    def finish(self, job: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
+        """Follow a job to its end. Raises what made it fail."""
+        told = iter(()) if job["state"] == "succeeded" else self.events(job["id"])
+        for name, data in told:
+            if name == "progress" and progress is not None:
+                progress(data)
+            elif name == "job":
+                job = data
+        if job["state"] == "succeeded":
+            return job
+        error = job["error"] or {"code": job["state"], "message": f"the job {job['id']} was {job['state']}"}
+        raise JOB_ERRORS.get(error["code"], RunError)(error["message"])
+
+    def events(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, data) of a job's events to its end; a stream that breaks is taken up again."""
+        finished = False
+        for _ in range(TRIES):
+            try:
+                for name, data in self._stream(identity):
+                    finished = name == "job" and data["state"] not in {"queued", "running"}
+                    yield name, data
+            except httpx.TransportError:
+                continue
+            if finished:
+                return
+        raise RunError(f"{self.url}: the events of {identity} broke off; ask for the job again later")
+
+    def _stream(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        with self._http.stream("GET", f"/v1/jobs/{identity}/events") as answer:
+            if answer.status_code != 200:
+                answer.read()
+                _raise(answer)
+            name = ""
+            for line in answer.iter_lines():
+                if line.startswith("event: "):
+                    name = line.removeprefix("event: ")
+                elif line.startswith("data: "):
+                    yield name, json.loads(line.removeprefix("data: "))
+
+    def cancel(self, identity: str) -> dict[str, Any]:
+        answer: dict[str, Any] = self._send("POST", f"/v1/jobs/{identity}/cancel").json()
+        return answer
+
+    # --- HTTP ------------------------------------------------------------------------------------------------------
+
+    def get(self, path: str) -> dict[str, Any]:
+        return self._json(self._send("GET", path))
+
+    def post(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> dict[str, Any]:
+        return self._json(self._send("POST", path, json=body, headers=headers))
+
+    def _json(self, answer: httpx.Response) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = answer.json()
+        except ValueError as error:
+            raise InputError(f"{answer.url}: what answers there is no tightfit service; check the address") from error
+        return found
+
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        for left in reversed(range(TRIES)):
+            try:
+                answer = self._http.request(method, path, **options)
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
+                if not left:
+                    raise RunError(f"{self.url}: the connection broke off ({error}); try again later") from error
+            except httpx.UnsupportedProtocol as error:
+                raise InputError(f"{self.url!r} is no address; write for example http://127.0.0.1:8000") from error
+            except httpx.TransportError as error:
+                raise RunError(f"{self.url}: no answer ({error}); is `tightfit serve` running there?") from error
+            else:
+                if answer.status_code >= 400:
+                    _raise(answer)
+                return answer
+        raise AssertionError
+
+
+def _raise(answer: httpx.Response) -> None:
+    try:
+        told = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        told = f"status {answer.status_code}"
+    kind = RunError if answer.status_code >= 500 or answer.status_code == 429 else InputError
+    raise kind(f"{answer.url.host}: {told}")

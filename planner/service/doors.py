@@ -1,0 +1,146 @@
+"""What the routes share: the service behind a request, answers of jobs and of stored files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Header, Request, Response
+from starlette.responses import StreamingResponse
+
+from planner.service.errors import ServiceError, invalid, not_found
+from planner.service.schema import FINISHED, ErrorAnswer, Job, JobKind, StoredPlan, StoredProfile
+from planner.service.store import SOLVE, Row, content_key
+from planner.service.supervisor import LOCAL
+from profiles.errors import InputError
+from profiles.units import LARGEST, parse_size
+
+if TYPE_CHECKING:
+    from planner.service.app import Service
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        max_length=200,
+        pattern=r"^[\x21-\x7e]+$",
+        description="a name of your choice for this request: sent again, it is the same job",
+    ),
+]
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Responses for the API description."""
+    words = {
+        400: "The body is no JSON",
+        404: "There is none",
+        409: "The state of things forbids it",
+        413: "Too large",
+        415: "A content type or encoding that is not understood",
+        429: "Too many jobs are waiting",
+    }
+    return {status: {"model": ErrorAnswer, "description": words[status]} for status in statuses}
+
+
+JOB_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"model": Job, "description": "The job of an earlier, equal request has its result already"},
+    202: {"model": Job, "description": "A job that waits or runs"},
+    **errors(400, 404, 409, 413, 415, 429),
+}
+
+
+def service_of(request: Request) -> Service:
+    found: Service = request.app.state.service
+    return found
+
+
+def ask(
+    request: Request,
+    kind: JobKind,
+    asked: Row,
+    *,
+    key: str | None,
+    uses: Sequence[tuple[str, str]] = (),
+    repeatable: bool = False,
+) -> Response:
+    """The answer to a request for a job. Unless `repeatable`, equal requests are one job."""
+    service = service_of(request)
+    lane = SOLVE if kind in {"plan", "comparison"} else LOCAL
+    job, new = service.store.ask(
+        kind,
+        lane,
+        asked,
+        content=None if repeatable else content_key(kind, asked),
+        key=key,
+        waiting=service.settings.waiting,
+        uses=uses,
+    )
+    service.metrics.cached.labels(kind, "new" if new else "finished" if job.state in FINISHED else "joined").inc()
+    if new:
+        service.supervisor.wake(lane)
+    return job_answer(service.events.told(job))
+
+
+def job_answer(job: Job) -> Response:
+    finished = job.state in FINISHED
+    return Response(
+        job.model_dump_json(),
+        status_code=200 if finished else 202,
+        media_type="application/json",
+        headers={"Location": f"/v1/jobs/{job.id}"} | ({} if finished else {"Retry-After": "1"}),
+    )
+
+
+def budget(memory: int | str, field: str) -> int:
+    """Bytes of a request's budget. Raises ServiceError 422 naming the field."""
+    if isinstance(memory, int):
+        if not 0 < memory <= LARGEST:
+            raise invalid(field, f"{memory} bytes are no budget; write plain bytes above 0, or a size such as 600MiB")
+        return memory
+    try:
+        return parse_size(memory)
+    except InputError as error:
+        raise invalid(field, str(error)) from error
+
+
+def stored(request: Request, kind: str, identity: str, field: str | None = None) -> Row:
+    """A stored file's row. Raises ServiceError 404, naming the field that asked for it."""
+    row = service_of(request).store.file(kind, identity)
+    if row is None:
+        error = not_found(kind, identity)
+        raise ServiceError(error.status, error.code, str(error), field and f"body.{field}")
+    return row
+
+
+def file_answer(
+    request: Request, row: Row, *, media_type: str = "application/json", name: str | None = None
+) -> Response:
+    """A stored file's content, as it lies there where the client takes gzip."""
+    objects = service_of(request).objects
+    headers = {"ETag": f'"{row["digest"]}"', "Vary": "Accept-Encoding"}
+    if name is not None:
+        headers["Content-Disposition"] = f'attachment; filename="{name}"'
+    if request.headers.get("if-none-match") == headers["ETag"]:
+        return Response(status_code=304, headers=headers)
+    if media_type == "application/json" and "gzip" in request.headers.get("accept-encoding", ""):
+        return Response(
+            objects.packed(row["digest"]), media_type=media_type, headers=headers | {"Content-Encoding": "gzip"}
+        )
+    return StreamingResponse(objects.unpack(row["digest"]), media_type=media_type, headers=headers)
+
+
+def stored_profile(row: Row) -> StoredProfile:
+    return StoredProfile(
+        id=row["id"], created=row["created"], bytes=row["bytes"], summary=json.loads(row["summary"]), name=row["name"]
+    )
+
+
+def stored_plan(row: Row) -> StoredPlan:
+    return StoredPlan(
+        id=row["id"],
+        created=row["created"],
+        bytes=row["bytes"],
+        summary=json.loads(row["summary"]),
+        profile=row["origin"],
+    )

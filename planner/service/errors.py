@@ -1,0 +1,47 @@
+"""What goes wrong over HTTP: one form of answer, a code for programs, a sentence for people, the fields that were wrong."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from profiles.errors import TightfitError
+
+Code = Literal[
+    "invalid_request",  # 422, or 400 where the body is no JSON
+    "unauthorized",  # 401
+    "forbidden",  # 403
+    "not_found",  # 404
+    "method_not_allowed",  # 405
+    "conflict",  # 409: the state of the job, or an idempotency key used for something else
+    "too_large",  # 413
+    "unsupported_media_type",  # 415
+    "misdirected",  # 421: a Host that is not ours
+    "busy",  # 429: the queue is full
+    "internal",  # 500
+    # Of jobs, not of requests:
+    "input",  # the library refused the input
+    "infeasible",  # a run of a plan without a schedule
+    "run_failed",
+    "cap_passed",
+    "worker_died",  # killed, or out of memory
+    "too_slow",  # the job's time is over
+    "interrupted",  # the service ended meanwhile
+]
+
+
+class ServiceError(TightfitError):
+    """An answer other than 2xx. `field` is the place in the request, such as ``body.memory``."""
+
+    def __init__(self, status: int, code: Code, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code: Code = code
+        self.field = field
+
+
+def not_found(what: str, name: str) -> ServiceError:
+    return ServiceError(404, "not_found", f"there is no {what} {name!r}; it may have been removed by retention")
+
+
+def invalid(field: str, message: str) -> ServiceError:
+    return ServiceError(422, "invalid_request", message, f"body.{field}")

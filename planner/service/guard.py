@@ -1,0 +1,162 @@
+"""The gate before every route: who may ask, how much they may send, and a line in the log for each request."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from planner.service.errors import Code
+from planner.service.metrics import Metrics
+from planner.service.settings import Settings, loopback
+from planner.summary import to_json
+
+OPEN = ("/healthz", "/page/")
+"""answered without a token: nothing there belongs to anybody"""
+POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self';"
+    b" base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"content-security-policy", POLICY),
+)
+
+log = logging.getLogger("tightfit.requests")
+
+
+class Refused(Exception):  # noqa: N818  an answer, not a fault
+    def __init__(self, status: int, code: Code, message: str, field: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.field = status, code, message, field
+
+
+class Guard:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self.app, self.settings, self.metrics = app, settings, metrics
+        self._token = None if settings.token is None else f"Bearer {settings.token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        state = {"status": 500, "received": 0, "started": False, "too_large": False}
+        limit = self.settings.upload_bytes
+
+        async def receive_counted() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                state["received"] += len(message.get("body", b""))
+                if state["received"] > limit:
+                    state["too_large"] = True
+                    return {"type": "http.request", "body": b"", "more_body": False}
+            return message
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if state["too_large"]:
+                    await refuse(_too_large(limit))
+                    return
+                state["status"], state["started"] = message["status"], True
+                message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
+            elif state["too_large"]:
+                return
+            await send(message)
+
+        async def refuse(why: Refused) -> None:
+            state["status"], state["started"] = why.status, True
+            body = to_json(
+                {
+                    "error": {
+                        "code": why.code,
+                        "message": why.message,
+                        "fields": [{"field": why.field, "message": why.message}],
+                    }
+                }
+            ).encode("utf-8", "replace")
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"connection", b"close"),
+                *HEADERS,
+            ]
+            if why.status == 401:
+                headers.append((b"www-authenticate", b"Bearer"))
+            await send({"type": "http.response.start", "status": why.status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+
+        try:
+            try:
+                self._check(scope)
+            except Refused as why:
+                await refuse(why)
+            else:
+                await self.app(scope, receive_counted, send_guarded)
+        finally:
+            self._note(scope, int(state["status"]), time.perf_counter() - began)
+
+    def _check(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        path: str = scope["path"]
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._token is None:
+            name = urlsplit(f"//{host}").hostname if _plain(host) else None
+            if name is None or not loopback(name):
+                # A page elsewhere could point its own name at this machine and ask in the user's stead.
+                message = f"this service answers to localhost, not to {host[:100]!r}; a token opens it to other names"
+                raise Refused(421, "misdirected", message, "header.Host")
+        origin = headers.get(b"origin")
+        if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:
+            raise Refused(403, "forbidden", "requests of other sites' pages are refused", "header.Origin")
+        if self._token is not None and path != "/" and not path.startswith(OPEN):
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._token):
+                message = "send the service's token in the header: Authorization: Bearer TOKEN"
+                raise Refused(401, "unauthorized", message, "header.Authorization")
+        if scope["method"] in {"POST", "PUT", "PATCH"}:
+            self._check_body(headers)
+
+    def _check_body(self, headers: dict[bytes, bytes]) -> None:
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self.settings.upload_bytes:
+            raise _too_large(self.settings.upload_bytes)
+        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        empty = length in (b"", b"0") and b"transfer-encoding" not in headers
+        if not empty and kind != b"application/json":
+            shown = kind.decode("latin-1")[:100]
+            message = f"the content type {shown!r} is not understood; send application/json"
+            raise Refused(415, "unsupported_media_type", message, "header.Content-Type")
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", None) or ("refused" if status in {401, 403, 421} else "unmatched")
+        self.metrics.requests.labels(scope["method"], route, str(status)).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
+        client: Any = scope.get("client")
+        log.info(
+            "request",
+            extra={
+                "method": scope["method"],
+                "route": route,
+                "status": status,
+                "seconds": round(seconds, 6),
+                "client": client[0] if client else None,
+            },
+        )
+
+
+def _too_large(limit: int) -> Refused:
+    return Refused(
+        413, "too_large", f"the body has more than {limit} bytes, which is the most this service takes", "body"
+    )
+
+
+def _plain(host: str) -> bool:
+    """Whether `host` can be split at all: brackets must match."""
+    return host.count("[") == host.count("]") <= 1 and "@" not in host

@@ -1,0 +1,121 @@
+"""Content-addressed files: JSON and archives, compressed, each under the sha256 of what it holds.
+
+A file appears whole or not at all and is on disk before anything refers to it, so a kill at any moment leaves at most
+files that nothing refers to; `Objects.sweep` removes them when the service starts.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from profiles.errors import RunError
+
+CHUNK = 1 << 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    digest: str
+    """sha256 of the content"""
+    bytes: int
+    """of the content"""
+    stored_bytes: int
+    """on disk"""
+
+
+class Objects:
+    """The files under one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir(parents=True, exist_ok=True)
+
+    def path(self, digest: str) -> Path:
+        return self.folder / digest[:2] / digest[2:]
+
+    def put(self, content: bytes) -> Written:
+        """Store `content`. Raises RunError where the disk refuses."""
+        return self.put_chunks([content])
+
+    def put_chunks(self, chunks: Iterable[bytes]) -> Written:
+        digest, size = hashlib.sha256(), 0
+        part = self.temporary / f"{os.getpid()}-{os.urandom(6).hex()}"
+        try:
+            with part.open("wb") as raw, gzip.GzipFile("", "wb", 5, raw, mtime=0) as packed:
+                for chunk in chunks:
+                    digest.update(chunk)
+                    size += len(chunk)
+                    packed.write(chunk)
+                packed.close()
+                raw.flush()
+                os.fsync(raw.fileno())
+            place = self.path(digest.hexdigest())
+            if not place.exists():
+                place.parent.mkdir(exist_ok=True)
+                part.rename(place)
+                _sync(place.parent)
+                _sync(self.folder)
+            stored = place.stat().st_size
+        except OSError as error:
+            raise RunError(f"{self.folder}: {error.strerror}; free disk space and ask again") from error
+        finally:
+            with suppress(OSError):
+                part.unlink()
+        return Written(digest=digest.hexdigest(), bytes=size, stored_bytes=stored)
+
+    def read(self, digest: str) -> bytes:
+        """The content. Raises FileNotFoundError where there is none."""
+        return gzip.decompress(self.path(digest).read_bytes())
+
+    def packed(self, digest: str) -> bytes:
+        """The content as it lies there: gzip."""
+        return self.path(digest).read_bytes()
+
+    def unpack(self, digest: str) -> Iterator[bytes]:
+        with gzip.open(self.path(digest)) as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    def remove(self, digest: str) -> None:
+        with suppress(FileNotFoundError):
+            self.path(digest).unlink()
+
+    def sweep(self, wanted: set[str]) -> int:
+        """Remove what is not `wanted` and what was left half-written; returns how many files."""
+        removed = 0
+        for path in self.folder.glob("*/*"):
+            if path.parent == self.temporary or path.parent.name + path.name not in wanted:
+                with suppress(OSError):
+                    path.unlink()
+                    removed += 1
+        return removed
+
+
+def gunzip(packed: bytes, limit: int) -> bytes:
+    """Unpack at most `limit` bytes. Raises ValueError for what is larger, cut off or no gzip."""
+    unpacker = zlib.decompressobj(wbits=31)
+    try:
+        content = unpacker.decompress(packed, limit + 1)
+    except zlib.error as error:
+        raise ValueError("not gzip, or damaged") from error
+    if len(content) > limit:
+        raise OverflowError
+    if not unpacker.eof:
+        raise ValueError("cut off")
+    return content
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""``/v1/profiles``: what was measured; uploaded, or made on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query, Request, Response
+
+from planner.service.doors import (
+    JOB_ANSWERS,
+    IdempotencyKey,
+    ask,
+    errors,
+    file_answer,
+    service_of,
+    stored,
+    stored_profile,
+)
+from planner.service.errors import invalid
+from planner.service.limits import checked_profile, read_body
+from planner.service.objects import Objects
+from planner.service.paths import confined
+from planner.service.schema import Digest, ProfileList, ProfileRequest, StoredProfile
+from planner.service.settings import Settings
+from planner.service.solving import keep_profile
+from planner.service.store import Row
+from profiles.files import write_whole
+
+router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
+Identity = Annotated[Digest, Path(description="sha256 of the profile's content")]
+UPLOAD: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "description": "a profile.json as `tightfit profile` writes it"},
+                "examples": {"cut": {"summary": "the first fields", "value": {"version": 1, "layers": []}}},
+            }
+        },
+    }
+}
+
+
+@router.post("", status_code=202, responses=JOB_ANSWERS, summary="Measure a model on this machine")
+async def make_profile(request: Request, asked: ProfileRequest, key: IdempotencyKey = None) -> Response:
+    """Waits for this machine's device: measurements and runs follow each other."""
+    settings = service_of(request).settings
+    options = asked.model_dump(include={"seq", "batch", "lora_rank", "lora_alpha", "dtype"})
+    return ask(request, "profile", options | {"source": _source(settings, asked)}, key=key)
+
+
+def _source(settings: Settings, asked: ProfileRequest) -> str:
+    if asked.path is not None:
+        return confined(asked.path, settings.roots, "path")
+    if asked.hub is not None:
+        if not settings.hub:
+            raise invalid("hub", "this service downloads nothing; start it with --hub, or name a path")
+        return asked.hub
+    text = json.dumps(asked.config, sort_keys=True)
+    if "model_type" not in (asked.config or {}):
+        raise invalid("config", "no model config (no 'model_type'); send the content of a config.json")
+    import hashlib
+
+    place = settings.data_dir / "configs" / hashlib.sha256(text.encode()).hexdigest() / "config.json"
+    if not place.exists():
+        write_whole(place, text)
+    return str(place.resolve())
+
+
+@router.post(
+    "/upload",
+    status_code=201,
+    response_model=StoredProfile,
+    responses={200: {"model": StoredProfile, "description": "It was here already"}, **errors(400, 413, 415)},
+    openapi_extra=UPLOAD,
+    summary="Upload a profile",
+)
+async def upload_profile(request: Request) -> Response:
+    """The body is a profile.json, plain or gzip. It can be planned; only profiles made here can also be run here."""
+    service = service_of(request)
+    body = await read_body(request, service.settings.upload_bytes)
+    file = await asyncio.to_thread(_receive, body, service.settings, service.objects)
+    new = service.store.file("profile", file["id"]) is None
+    answer = stored_profile(service.store.add(file))
+    return Response(answer.model_dump_json(), status_code=201 if new else 200, media_type="application/json")
+
+
+def _receive(body: bytes, settings: Settings, objects: Objects) -> Row:
+    return keep_profile(objects, checked_profile(body, settings), origin="uploaded")
+
+
+@router.get("", response_model=ProfileList, summary="Profiles, newest first")
+async def list_profiles(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> ProfileList:
+    return ProfileList(
+        profiles=[stored_profile(row) for row in service_of(request).store.files("profile", limit=limit)]
+    )
+
+
+@router.get("/{identity}", response_model=StoredProfile, responses=errors(404), summary="A profile in figures")
+async def get_profile(request: Request, identity: Identity) -> StoredProfile:
+    return stored_profile(stored(request, "profile", identity))
+
+
+@router.get("/{identity}/file", responses=errors(404), summary="The whole profile", response_class=Response)
+async def get_profile_file(request: Request, identity: Identity) -> Response:
+    return file_answer(request, stored(request, "profile", identity))

@@ -1,0 +1,95 @@
+"""``/v1/runs``: plans carried out on this machine's device, one after the other."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
+
+from planner.service.doors import JOB_ANSWERS, IdempotencyKey, ask, errors, file_answer, service_of, stored
+from planner.service.errors import ServiceError, invalid, not_found
+from planner.service.paths import confined
+from planner.service.schema import Job, JobId, RunMetrics, RunRequest
+from planner.service.store import Row
+
+router = APIRouter(prefix="/v1/runs", tags=["runs"])
+Identity = Annotated[JobId, Path(description="the run's job")]
+RANDOM = "random"
+
+
+@router.post("", status_code=202, responses=JOB_ANSWERS, summary="Carry out a plan")
+async def make_run(request: Request, asked: RunRequest, key: IdempotencyKey = None) -> Response:
+    """Every request is a run of its own, unless an idempotency key says that it is the same one."""
+    service = service_of(request)
+    row = stored(request, "plan", asked.plan, "plan")
+    summary = json.loads(row["summary"])
+    if summary["status"] == "infeasible":
+        raise invalid(
+            "plan", f"the plan {asked.plan} has no schedule: its budget is too small; plan again with more memory"
+        )
+    profile = service.store.file("profile", row["origin"])
+    if profile is None or profile["origin"] != "made":
+        # An uploaded profile's operators and paths are a stranger's: they are planned with, never executed.
+        message = "this plan's profile was not made by this service; measure the model here (POST /v1/profiles), plan and run that"
+        raise invalid("plan", message)
+    roots = service.settings.roots
+    words = asked.model_dump() | {
+        "data": RANDOM if asked.data == RANDOM else confined(asked.data, roots, "data"),
+        "eval_data": None if asked.eval_data is None else confined(asked.eval_data, roots, "eval_data"),
+    }
+    return ask(request, "run", words, key=key, uses=[("plan", asked.plan)], repeatable=True)
+
+
+@router.get("/{identity}", response_model=Job, responses=errors(404), summary="A run")
+async def get_run(request: Request, identity: Identity) -> Job:
+    return service_of(request).events.told(_run(request, identity))
+
+
+@router.get("/{identity}/metrics", response_model=RunMetrics, responses=errors(404), summary="Every step so far")
+async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
+    service = service_of(request)
+    job = _run(request, identity)
+    row = service.store.file("metrics", identity)
+    if row is not None:
+        lines = service.objects.read(row["digest"]).splitlines()
+    else:
+        live = service.supervisor.runs / identity / "out" / "metrics.jsonl"
+        lines = (
+            [line for line in live.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            if live.exists()
+            else []
+        )
+    plan = json.loads(stored(request, "plan", job.request["plan"])["summary"])
+    return RunMetrics(budget_bytes=plan["budget_bytes"], steps=[json.loads(line) for line in lines])
+
+
+@router.get(
+    "/{identity}/report", responses=errors(404, 409), summary="Predicted beside measured", response_class=Response
+)
+async def get_report(request: Request, identity: Identity) -> Response:
+    return file_answer(request, _made(request, identity, "report"))
+
+
+@router.get(
+    "/{identity}/adapter", responses=errors(404, 409), summary="The adapter as a tar file", response_class=Response
+)
+async def get_adapter(request: Request, identity: Identity) -> Response:
+    """`adapter/` as `peft.PeftModel.from_pretrained` takes it."""
+    row = _made(request, identity, "adapter")
+    return file_answer(request, row, media_type="application/x-tar", name=f"adapter-{identity}.tar")
+
+
+def _run(request: Request, identity: str) -> Job:
+    job = service_of(request).store.job(identity)
+    if job.kind != "run":
+        raise not_found("run", identity)
+    return job
+
+
+def _made(request: Request, identity: str, kind: str) -> Row:
+    job = _run(request, identity)
+    row = service_of(request).store.file(kind, identity)
+    if row is None:
+        raise ServiceError(409, "conflict", f"the run {identity} is {job.state} and has left no {kind}")
+    return row

@@ -1,0 +1,161 @@
+"""A run of a plan: the command line in a process of its own, followed by the steps it writes down.
+
+The device's lock file is held by the run itself too, so that the next run waits even where this worker was killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planner.service.objects import CHUNK, Objects
+from planner.service.store import file_row
+from profiles.errors import CapError, InfeasibleError, InputError, RunError
+
+if TYPE_CHECKING:
+    from planner.service.worker import Order, Tell
+
+Row = dict[str, Any]
+LOOK_SECONDS = 0.2
+ERRORS: dict[int, type[InputError | InfeasibleError | RunError | CapError]] = {
+    2: InputError,
+    3: InfeasibleError,
+    4: RunError,
+    5: CapError,
+}
+_libc = ctypes.CDLL(None)
+
+
+def run(order: Order, tell: Tell) -> Row:
+    """Carry out a plan and keep its report, its steps and its adapter; goes on from a checkpoint where there is one."""
+    assert order.lock is not None
+    objects = Objects(Path(order.objects))
+    folder = Path(order.folder)
+    out = folder / "out"
+    plan = folder / "plan.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    tell.progress(always=True, stage="waiting for the device")
+    with Path(order.lock).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        plan.write_bytes(objects.read(order.digests[order.request["plan"]]))
+        tell.progress(always=True, stage="preparing")
+        code, words, last = _follow(_command(order, plan, out), lock.fileno(), out, tell)
+    try:
+        answer = json.loads(words)
+    except ValueError:
+        answer = {}
+    if code or not answer:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        message = answer.get("error", {}).get("message") or f"the run {how}: {last}"
+        raise ERRORS.get(code, RunError)(message)
+    return _keep(objects, order, out, answer)
+
+
+def _command(order: Order, plan: Path, out: Path) -> list[str]:
+    request = order.request
+    words = [*order.command, "run", str(plan), "--data", request["data"], "--output", str(out), "--json"]
+    for name in ("steps", "lr", "seed", "checkpoint_every"):
+        words += [f"--{name.replace('_', '-')}", str(request[name])]
+    if request["eval_data"] is not None:
+        words += ["--eval", request["eval_data"]]
+    if request["truncate"]:
+        words.append("--truncate")
+    words.append("--resume" if any(out.glob("checkpoint-*")) else "--overwrite")
+    return words
+
+
+def _follow(command: list[str], lock: int, out: Path, tell: Tell) -> tuple[int, bytes, str]:
+    """Exit code, standard output and last words of the run."""
+    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=answer,
+            stderr=errors,
+            pass_fds=(lock,),
+            preexec_fn=_save_when_orphaned,  # noqa: PLW1509  no thread runs yet
+        )
+        threading.Thread(target=_pass_on, args=(child,), daemon=True).start()
+        steps = Steps(out / "metrics.jsonl")
+        while child.poll() is None:
+            time.sleep(LOOK_SECONDS)
+            for step in steps:
+                tell.progress(always=True, stage="training", **step)
+        for step in steps:
+            tell.progress(always=True, stage="training", **step)
+        answer.seek(0)
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").strip().splitlines()
+        return child.returncode, answer.read(), lines[-1] if lines else "it said nothing"
+
+
+def _save_when_orphaned() -> None:
+    """The run is told to save and end when this process is killed."""
+    _libc.prctl(1, signal.SIGINT, 0, 0, 0)
+
+
+def _pass_on(child: subprocess.Popen[bytes]) -> None:
+    """Cancelled or orphaned, the run saves a checkpoint and ends; a minute later it is ended."""
+    sys.stdin.buffer.read()
+    child.send_signal(signal.SIGINT)
+    time.sleep(60)
+    child.kill()
+
+
+class Steps:
+    """The lines of ``metrics.jsonl`` that are new since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = path.stat().st_size if path.exists() else 0
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            if self._path.stat().st_size < self._read:
+                self._read = 0  # a resumed run drops the steps after its checkpoint
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._read += len(line)
+                yield json.loads(line)
+
+
+def _keep(objects: Objects, order: Order, out: Path, report: Row) -> Row:
+    identity = Path(order.folder).name
+    told = {
+        name: report.get(name) for name in ("budget_bytes", "enforced_by", "peak_bytes", "step_seconds", "evaluation")
+    }
+    told["steps"] = len(report["loss"])
+    told["loss"] = [report["loss"][0], report["loss"][-1]] if report["loss"] else []
+    files = []
+    for kind, content in (
+        ("report", json.dumps(report).encode()),
+        ("metrics", (out / "metrics.jsonl").read_bytes()),
+    ):
+        files.append(file_row(kind, identity, objects.put(content), name=f"{kind} of {identity}", summary={}))
+    trained = out / "adapter"
+    if trained.is_dir():
+        with tempfile.TemporaryFile(dir=objects.temporary) as packed:
+            with tarfile.open(fileobj=packed, mode="w") as archive:
+                for path in sorted(trained.iterdir()):
+                    archive.add(path, arcname=f"adapter/{path.name}")
+            packed.seek(0)
+            written = objects.put_chunks(iter(lambda: packed.read(CHUNK), b""))
+        files.append(file_row("adapter", identity, written, name=f"adapter of {identity}", summary={}))
+    shutil.rmtree(out)
+    return {"result": {"report": told}, "files": files}

@@ -1,0 +1,205 @@
+"""What goes over the wire. Sizes are bytes, times seconds, moments seconds since 1970 (UTC)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from planner.service.errors import Code
+
+JobKind = Literal["profile", "plan", "comparison", "run"]
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
+FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
+
+DIGEST = "3f1c0e9d" * 8
+JOB = "job-0123456789abcdef"
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=[DIGEST])]
+JobId = Annotated[str, Field(pattern="^job-[0-9a-f]{16}$", examples=[JOB])]
+Memory = Annotated[
+    int | str,
+    Field(
+        description="budget of the whole training process: bytes, or a size such as 600MiB or 600MB",
+        examples=["600MiB", 629145600],
+    ),
+]
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ProfileRequest(Request):
+    """Make a profile on this machine. Exactly one of `path`, `hub` and `config` names the model."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"path": "SmolLM2-135M-Instruct.Q4_1.gguf", "seq": 64, "batch": 16}],
+        }
+    )
+
+    path: str | None = Field(
+        None, max_length=4096, description="a Hugging Face folder, GGUF file or config.json under an allowed root"
+    )
+    hub: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$",
+        description="a hub id; refused unless the service was started with --hub",
+    )
+    config: dict[str, Any] | None = Field(None, description="a config.json as it is; the weights are random then")
+    seq: int = Field(256, ge=1, le=1 << 20)
+    batch: int = Field(1, ge=1, le=1 << 16)
+    lora_rank: int = Field(8, ge=1, le=1 << 14)
+    lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)
+    dtype: Literal["bfloat16", "float32"] | None = None
+
+    @model_validator(mode="after")
+    def one_source(self) -> ProfileRequest:
+        if sum(value is not None for value in (self.path, self.hub, self.config)) != 1:
+            raise ValueError("give exactly one of path, hub and config")
+        return self
+
+
+class PlanRequest(Request):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"profile": DIGEST, "memory": "600MiB"}]})
+
+    profile: Digest
+    memory: Memory
+    policy: str = Field("solver", max_length=64, description="solver, or a fixed rule", examples=["solver", "mebp"])
+    time_limit: Seconds = 30.0
+
+
+class ComparisonRequest(Request):
+    """Every policy at every budget on every device."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"profile": DIGEST, "memory": ["400MiB", "1GiB"], "policies": ["solver", "mebp"]}]
+        }
+    )
+
+    profile: Digest
+    memory: list[Memory] = Field(min_length=1, max_length=64)
+    policies: list[str] = Field(["solver"], min_length=1, max_length=8)
+    devices: list[str] = Field(
+        ["own"],
+        min_length=1,
+        max_length=8,
+        description="own: the profile's; others are listed at /v1/devices, their times are estimated from FLOPs and bytes",
+    )
+    time_limit: Seconds = 30.0
+
+
+class RunRequest(Request):
+    """Train on this machine as planned."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"plan": DIGEST, "data": "random", "steps": 20}]})
+
+    plan: Digest
+    data: str = Field(
+        min_length=1, max_length=4096, description="random, or a JSON-lines file or folder under an allowed root"
+    )
+    steps: int = Field(ge=1, le=10_000_000)
+    lr: float = Field(2e-4, ge=0, le=1e3, allow_inf_nan=False)
+    seed: int = Field(0, ge=0, le=(1 << 31) - 1)
+    checkpoint_every: int = Field(50, ge=0, le=10_000_000)
+    eval_data: str | None = Field(None, min_length=1, max_length=4096)
+    truncate: bool = False
+
+
+class FieldError(Answer):
+    field: str = Field(description="where in the request, as in body.memory", examples=["body.memory"])
+    message: str
+
+
+class Error(Answer):
+    """Why a request was refused or a job failed."""
+
+    code: Code
+    message: str = Field(examples=["'350M' is not a size; write plain bytes (367001600), 350MB or 350MiB"])
+    fields: list[FieldError] = []
+
+
+class ErrorAnswer(Answer):
+    error: Error
+
+
+class Job(Answer):
+    """Work that takes a while. Follow `/v1/jobs/{id}/events`, or ask again."""
+
+    id: JobId
+    kind: JobKind
+    state: JobState
+    created: float
+    started: float | None
+    finished: float | None
+    attempts: int
+    request: dict[str, Any]
+    progress: dict[str, Any] | None = Field(
+        description="solving: stage, incumbent, bound, gap, seconds; running: step, loss, resident_bytes, peak_bytes"
+    )
+    result: dict[str, Any] | None = Field(
+        description="profile: {profile}; plan: {plan, summary}; comparison: {cells}; run: {report}"
+    )
+    error: Error | None
+
+
+class JobList(Answer):
+    jobs: list[Job]
+
+
+class Stored(Answer):
+    """A profile or plan that the service keeps. The id is the content's."""
+
+    id: Digest
+    created: float
+    bytes: int = Field(description="of the JSON file")
+    summary: dict[str, Any]
+
+
+class StoredProfile(Stored):
+    name: str
+
+
+class StoredPlan(Stored):
+    profile: Digest | None = Field(description="what it was made from")
+
+
+class ProfileList(Answer):
+    profiles: list[StoredProfile]
+
+
+class PlanList(Answer):
+    plans: list[StoredPlan]
+
+
+class DeviceAnswer(Answer):
+    name: str
+    label: str
+    kind: str
+    threads: int
+    local: bool = Field(description="whether it is this machine's: runs go there; others can be planned for")
+    running: JobId | None
+    waiting: int = Field(description="runs and measurements queued for it")
+
+
+class DeviceList(Answer):
+    devices: list[DeviceAnswer]
+
+
+class RunMetrics(Answer):
+    """Every step so far."""
+
+    budget_bytes: int
+    steps: list[dict[str, float]] = Field(description="step, loss, seconds, resident_bytes, peak_bytes")
+
+
+class Health(Answer):
+    status: Literal["ok"]
+    version: str
+    schema_version: int

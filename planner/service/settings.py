@@ -1,0 +1,70 @@
+"""What whoever starts the service decides, and the limits that strangers meet."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from profiles.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data_dir: Path
+    """everything the service keeps lies here"""
+    command: tuple[str, ...]
+    """starts tightfit's command line: runs are processes of their own"""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    """what clients must send as ``Authorization: Bearer``; None only where nobody but this machine can connect"""
+    roots: tuple[Path, ...] = ()
+    """folders from which requests may name models and data"""
+    hub: bool = False
+    """whether requests may name models on the hub, which are downloaded then"""
+    workers: int = 2
+    """plans and comparisons solved at once"""
+    solve_bytes: int = 4 << 30
+    """private memory of one solving process (RLIMIT_DATA)"""
+    time_limit_seconds: float = 300.0
+    """the longest time limit that a request may set for one plan"""
+    job_seconds: float = 3600.0
+    """a plan, comparison or profile that takes longer is ended"""
+    upload_bytes: int = 64 << 20
+    """of a request's body, as sent and as unpacked"""
+    steps: int = 250_000
+    """operators of a profile, counted once for every layer that runs them"""
+    tensors: int = 1_000_000
+    """tensors and values of a profile, counted the same way"""
+    waiting: int = 1000
+    """jobs that may be queued"""
+    keep_days: float = 30.0
+    """finished jobs and what nobody has asked for are removed after that"""
+    keep_bytes: int = 20 << 30
+    """of stored profiles, plans and results; the longest unused go first"""
+
+    def __post_init__(self) -> None:
+        if self.token is None and not loopback(self.host):
+            raise InputError(
+                f"--host {self.host} can be reached from other machines: set a token of your choice in the environment"
+                " variable TIGHTFIT_TOKEN, or leave the host at 127.0.0.1"
+            )
+        if self.token is not None and len(self.token) < 16:
+            raise InputError(
+                f"the token in TIGHTFIT_TOKEN has {len(self.token)} characters; choose one of at least 16,"
+                " for example from `openssl rand -hex 16`"
+            )
+        for root in self.roots:
+            if not root.is_dir():
+                raise InputError(f"--root {root}: no such folder; name folders that hold models and data")
+
+
+def loopback(host: str) -> bool:
+    """Whether only this machine can connect to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,114 @@
+"""The jobs that work out something: profiles, plans, comparisons. Each returns its result and the files it made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planner.schema import Plan
+from planner.service.objects import Objects
+from planner.service.store import file_row
+from planner.summary import plan_summary, profile_summary
+from profiles.devices import known_devices
+from profiles.exchange import canonical_json, parse_profile
+from profiles.schema import Profile
+
+if TYPE_CHECKING:
+    from planner.service.worker import Order, Tell
+
+Row = dict[str, Any]
+OWN = "own"
+"""the device that the profile was made for"""
+
+
+def plan(order: Order, tell: Tell) -> Row:
+    """One plan; one that does not fit is a result too."""
+    from planner.explanation import account, shortfall
+    from planner.plan import planner_of
+
+    request = order.request
+    objects = Objects(Path(order.objects))
+
+    def progress(told: Mapping[str, float | str]) -> None:
+        # JSON has no infinity: 0 means that there is none yet.
+        finite: Row = {k: 0.0 if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
+        tell.progress(**finite)
+
+    policy = None if request["policy"] == "solver" else request["policy"]
+    limit = request["time_limit"]
+    planner = planner_of(_profile(objects, order, request["profile"]))
+    found = planner.plan(request["memory"], policy=policy, time_limit=limit, progress=progress)
+    infeasible = found.status == "infeasible"
+    why = shortfall(found, planner.smallest_plan(policy=policy, time_limit=limit)) if infeasible else account(found)
+    explanation = why.model_dump(mode="json")
+    file = keep_plan(objects, found, request["profile"], explanation=explanation)
+    summary = plan_summary(found) | {"explanation": explanation}
+    return {"result": {"plan": found.fingerprint, "summary": summary}, "files": [file]}
+
+
+def comparison(order: Order, tell: Tell) -> Row:
+    """Plans of a profile at every budget by every policy on every device."""
+    from planner.compare import compare
+
+    request = order.request
+    objects = Objects(Path(order.objects))
+    devices = {device.name: device for device in known_devices()}
+    found = compare(
+        _profile(objects, order, request["profile"]),
+        request["memory"],
+        request["policies"],
+        devices=[None if name == OWN else devices[name] for name in request["devices"]],
+        time_limit=request["time_limit"],
+        progress=lambda stage, done, total: tell.progress(always=True, stage=stage, done=done, total=total),
+    )
+    files = {one.fingerprint: keep_plan(objects, one, request["profile"]) for one in found.plans}
+    cells = [
+        {
+            "device": one.device.name,
+            "budget_bytes": one.budget_bytes,
+            "policy": one.policy,
+            "plan": one.fingerprint,
+            "summary": plan_summary(one),
+        }
+        for one in found.plans
+    ]
+    return {"result": {"cells": cells}, "files": list(files.values())}
+
+
+def profile(order: Order, tell: Tell) -> Row:
+    """Measure a model on this machine, alone on its device."""
+    import fcntl
+
+    from profiles.api import profile as measure
+
+    assert order.lock is not None
+    objects = Objects(Path(order.objects))
+    with Path(order.lock).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = measure(
+            **order.request, progress=lambda stage, done, total: tell.progress(stage=stage, done=done, total=total)
+        )
+    file = keep_profile(objects, found, origin="made")
+    return {"result": {"profile": file["id"], "summary": profile_summary(found)}, "files": [file]}
+
+
+def _profile(objects: Objects, order: Order, identity: str) -> Profile:
+    return parse_profile(objects.read(order.digests[identity]), "the stored profile")
+
+
+def keep_profile(objects: Objects, found: Profile, *, origin: str) -> Row:
+    """Store a profile under its checksum. `origin` is made (on this machine, by this service) or uploaded."""
+    written = objects.put(canonical_json(found).encode())
+    return file_row(
+        "profile", written.digest, written, name=found.model.name, origin=origin, summary=profile_summary(found)
+    )
+
+
+def keep_plan(objects: Objects, found: Plan, origin: str, explanation: Row | None = None) -> Row:
+    """Store a plan under its fingerprint."""
+    written = objects.put(found.model_dump_json().encode())
+    name = f"{found.model.name}, {found.policy}"
+    summary: Row = plan_summary(found) | {"explanation": explanation}
+    return file_row("plan", found.fingerprint, written, name=name, origin=origin, summary=summary)

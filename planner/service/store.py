@@ -1,0 +1,368 @@
+"""Jobs, profiles and plans in SQLite: what was acknowledged is on disk (write-ahead log, synced at every commit).
+
+One connection, used by one thread. The files themselves are `Objects`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from planner.service.errors import ServiceError
+from planner.service.migrations import migrate
+from planner.service.objects import Written
+from planner.service.schema import FINISHED, Error, Job, JobKind
+
+ATTEMPTS = 5
+"""a job that was running when its service died this often is not tried again"""
+SOLVE = "solve"
+Row = dict[str, Any]
+
+
+class Store:
+    def __init__(self, path: Path) -> None:
+        self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._database.row_factory = _row
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 10000"):
+            self._database.execute(f"PRAGMA {pragma}")
+        plain = self._database
+        plain.row_factory = None
+        migrate(plain, str(path))
+        plain.row_factory = _row
+        self._touched: dict[tuple[str, str], float] = {}
+
+    def close(self) -> None:
+        self.flush()
+        self._database.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield self._database
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    # --- jobs ------------------------------------------------------------------------------------------------------
+
+    def ask(
+        self,
+        kind: JobKind,
+        lane: str,
+        request: Row,
+        *,
+        content: str | None,
+        key: str | None,
+        waiting: int,
+        uses: Sequence[tuple[str, str]] = (),
+    ) -> tuple[Job, bool]:
+        """The job of a request, and whether it is new.
+
+        A live or succeeded job of the same `content` answers it, and so does the job that the idempotency `key` made. Raises
+        ServiceError where the key was used for another request, or `waiting` jobs are queued already.
+        """
+        asked = content or _hash(kind, request)
+        if key is not None:
+            row = self._one("SELECT content, job FROM idempotency WHERE key = ?", key)
+            if row is not None:
+                if row["content"] != asked:
+                    raise ServiceError(
+                        409,
+                        "conflict",
+                        f"the idempotency key {key!r} was used for another request; use a new key for a new request",
+                        "header.Idempotency-Key",
+                    )
+                return self.job(row["job"]), False
+        found = self._same(content)
+        if found is not None and key is None:
+            self.touch("job", found.id)
+            return found, False
+        now = time.time()
+        identity = f"job-{os.urandom(8).hex()}"
+        with self._transaction() as database:
+            if found is None:
+                (queued,) = _values(
+                    database.execute("SELECT count(*) AS n FROM jobs WHERE state = 'queued'").fetchone()
+                )
+                if queued >= waiting:
+                    raise ServiceError(429, "busy", f"{queued} jobs are waiting already; ask again in a minute")
+                database.execute(
+                    "INSERT INTO jobs (id, kind, lane, state, content, request, created, used) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?)",
+                    (identity, kind, lane, content, json.dumps(request), now, now),
+                )
+                database.executemany("INSERT INTO uses VALUES (?, ?, ?)", [(identity, *use) for use in set(uses)])
+            if key is not None:
+                database.execute(
+                    "INSERT INTO idempotency VALUES (?, ?, ?)", (key, asked, found.id if found else identity)
+                )
+        return (found, False) if found else (self.job(identity), True)
+
+    def _same(self, content: str | None) -> Job | None:
+        if content is None:
+            return None
+        row = self._one("SELECT * FROM jobs WHERE content = ? AND state IN ('queued', 'running', 'succeeded')", content)
+        return None if row is None else _job(row)
+
+    def job(self, identity: str) -> Job:
+        """Raises ServiceError 404."""
+        row = self._one("SELECT * FROM jobs WHERE id = ?", identity)
+        if row is None:
+            raise ServiceError(
+                404, "not_found", f"there is no job {identity!r}; finished jobs are removed after a while"
+            )
+        return _job(row)
+
+    def jobs(self, *, kind: str | None = None, state: str | None = None, limit: int = 100) -> list[Job]:
+        """Newest first."""
+        rows = self._all(
+            "SELECT * FROM jobs WHERE (?1 IS NULL OR kind = ?1) AND (?2 IS NULL OR state = ?2) ORDER BY number DESC LIMIT ?3",
+            kind,
+            state,
+            limit,
+        )
+        return [_job(row) for row in rows]
+
+    def next(self, lane: str) -> Job | None:
+        """Take the job that has waited longest in `lane`: it is running from now on."""
+        row = self._one("SELECT id FROM jobs WHERE state = 'queued' AND lane = ? ORDER BY number LIMIT 1", lane)
+        if row is None:
+            return None
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE jobs SET state = 'running', started = ?, attempts = attempts + 1 WHERE id = ?",
+                (time.time(), row["id"]),
+            )
+        return self.job(row["id"])
+
+    def finish(
+        self,
+        identity: str,
+        state: str,
+        *,
+        result: Row | None = None,
+        error: Error | None = None,
+        files: Sequence[Row] = (),
+    ) -> Job:
+        """End a job that is queued or running, together with the files it made; one that has ended stays as it is."""
+        now = time.time()
+        with self._transaction() as database:
+            ended = database.execute(
+                "UPDATE jobs SET state = ?, result = ?, error = ?, finished = ?, used = ? WHERE id = ? AND state IN ('queued', 'running')",
+                (
+                    state,
+                    None if result is None else json.dumps(result),
+                    None if error is None else error.model_dump_json(),
+                    now,
+                    now,
+                    identity,
+                ),
+            )
+            if ended.rowcount:
+                for file in files:
+                    self._add(file, now)
+                    database.execute(
+                        "INSERT OR IGNORE INTO uses VALUES (?, ?, ?)", (identity, file["kind"], file["id"])
+                    )
+        return self.job(identity)
+
+    def requeue(self, identity: str, *, counted: bool) -> Job:
+        """Put a running job back where it was in the queue; an attempt that the service itself ended is not counted."""
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE jobs SET state = 'queued', started = NULL, attempts = attempts - ? WHERE id = ? AND state = 'running'",
+                (0 if counted else 1, identity),
+            )
+        return self.job(identity)
+
+    def recover(self) -> tuple[int, int]:
+        """After a start: jobs that were running wait again, or are interrupted where that happened too often."""
+        requeued = interrupted = 0
+        for row in self._all("SELECT id, attempts FROM jobs WHERE state = 'running'"):
+            if row["attempts"] < ATTEMPTS:
+                self.requeue(row["id"], counted=True)
+                requeued += 1
+            else:
+                message = (
+                    f"the service ended {row['attempts']} times while this job was running; ask again to try it anew"
+                )
+                self.finish(row["id"], "interrupted", error=Error(code="interrupted", message=message))
+                interrupted += 1
+        return requeued, interrupted
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        """(kind, state) -> jobs."""
+        rows = self._all("SELECT kind, state, count(*) AS n FROM jobs GROUP BY kind, state")
+        return {(row["kind"], row["state"]): row["n"] for row in rows}
+
+    def lane(self, lane: str) -> tuple[str | None, int]:
+        """The job that runs in `lane`, and how many wait."""
+        running = self._one("SELECT id FROM jobs WHERE state = 'running' AND lane = ? LIMIT 1", lane)
+        waiting = self._one("SELECT count(*) AS n FROM jobs WHERE state = 'queued' AND lane = ?", lane)
+        return (None if running is None else running["id"]), (0 if waiting is None else waiting["n"])
+
+    # --- files -----------------------------------------------------------------------------------------------------
+
+    def add(self, file: Row) -> Row:
+        """Keep a file whose object is on disk; one of the same kind and id stays as it is."""
+        with self._transaction():
+            self._add(file, time.time())
+        found = self.file(file["kind"], file["id"])
+        assert found is not None
+        return found
+
+    def _add(self, file: Row, now: float) -> None:
+        self._database.execute(
+            "INSERT INTO files (kind, id, digest, bytes, stored_bytes, name, origin, summary, created, used)"
+            " VALUES (:kind, :id, :digest, :bytes, :stored_bytes, :name, :origin, :summary, :now, :now)"
+            " ON CONFLICT DO UPDATE SET used = excluded.used",
+            file | {"now": now},
+        )
+
+    def file(self, kind: str, identity: str) -> Row | None:
+        row = self._one("SELECT * FROM files WHERE kind = ? AND id = ?", kind, identity)
+        if row is not None:
+            self.touch(kind, identity)
+        return row
+
+    def files(self, kind: str, *, origin: str | None = None, limit: int = 100) -> list[Row]:
+        """Newest first."""
+        return self._all(
+            "SELECT * FROM files WHERE kind = ?1 AND (?2 IS NULL OR origin = ?2) ORDER BY created DESC LIMIT ?3",
+            kind,
+            origin,
+            limit,
+        )
+
+    def files_of(self, job: str) -> list[Row]:
+        """What a job needs and what it made."""
+        return self._all(
+            "SELECT files.* FROM files JOIN uses ON uses.kind = files.kind AND uses.file = files.id WHERE uses.job = ?",
+            job,
+        )
+
+    def digests(self) -> set[str]:
+        return {row["digest"] for row in self._all("SELECT digest FROM files WHERE digest IS NOT NULL")}
+
+    def stored_bytes(self) -> int:
+        row = self._one("SELECT coalesce(sum(stored_bytes), 0) AS n FROM files")
+        return 0 if row is None else int(row["n"])
+
+    # --- retention -------------------------------------------------------------------------------------------------
+
+    def touch(self, kind: str, identity: str) -> None:
+        """Remember that something was used; written with the next `flush`, a lost one only ages it a little."""
+        self._touched[kind, identity] = time.time()
+
+    def flush(self) -> None:
+        touched, self._touched = self._touched, {}
+        if touched:
+            with self._transaction() as database:
+                for (kind, identity), now in touched.items():
+                    if kind == "job":
+                        database.execute("UPDATE jobs SET used = ? WHERE id = ?", (now, identity))
+                    else:
+                        database.execute("UPDATE files SET used = ? WHERE kind = ? AND id = ?", (now, kind, identity))
+
+    def expire(self, *, before: float, keep_bytes: int) -> list[Row]:
+        """Forget finished jobs and unused files older than `before`, then the longest unused until `keep_bytes` are left.
+
+        What a queued or running job needs stays. Returns the files that are no longer wanted.
+        """
+        self.flush()
+        live = (
+            "SELECT 1 FROM uses JOIN jobs ON jobs.id = uses.job WHERE uses.kind = files.kind AND uses.file = files.id"
+        )
+        unfinished = f"{live} AND jobs.state IN ('queued', 'running')"
+        removed: list[Row] = []
+        with self._transaction() as database:
+            database.execute(
+                f"DELETE FROM jobs WHERE state IN ({_marks(FINISHED)}) AND used < ?",  # noqa: S608  constants
+                (*FINISHED, before),
+            )
+            removed += database.execute(
+                f"SELECT * FROM files WHERE used < ? AND NOT EXISTS ({live})",  # noqa: S608  constants
+                (before,),
+            ).fetchall()
+            excess = self.stored_bytes() - sum(row["stored_bytes"] for row in removed) - keep_bytes
+            gone = {(row["kind"], row["id"]) for row in removed}
+            candidates = database.execute(
+                f"SELECT * FROM files WHERE NOT EXISTS ({unfinished}) ORDER BY used",  # noqa: S608  constants
+            )
+            for row in candidates.fetchall() if excess > 0 else []:
+                if (row["kind"], row["id"]) in gone:
+                    continue
+                removed.append(row)
+                excess -= row["stored_bytes"]
+                if excess <= 0:
+                    break
+            for row in removed:
+                place = (row["kind"], row["id"])
+                # A job whose answer is gone can no longer answer.
+                database.execute(
+                    "DELETE FROM jobs WHERE id IN (SELECT job FROM uses WHERE kind = ? AND file = ?)", place
+                )
+                database.execute("DELETE FROM files WHERE kind = ? AND id = ?", place)
+        return removed
+
+    # --- rows ------------------------------------------------------------------------------------------------------
+
+    def _one(self, statement: str, *values: Any) -> Row | None:
+        found: Row | None = self._database.execute(statement, values).fetchone()
+        return found
+
+    def _all(self, statement: str, *values: Any) -> list[Row]:
+        return self._database.execute(statement, values).fetchall()
+
+
+def file_row(kind: str, identity: str, written: Written, *, name: str, summary: Row, origin: str | None = None) -> Row:
+    """What `Store.add` takes."""
+    return {
+        "kind": kind,
+        "id": identity,
+        "digest": written.digest,
+        "bytes": written.bytes,
+        "stored_bytes": written.stored_bytes,
+        "name": name,
+        "origin": origin,
+        "summary": json.dumps(summary),
+    }
+
+
+def content_key(kind: str, request: Row) -> str:
+    """Fingerprint of what is asked: equal requests are one job."""
+    return _hash(kind, request)
+
+
+def _hash(kind: str, request: Row) -> str:
+    return hashlib.sha256(json.dumps([kind, request], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _job(row: Row) -> Job:
+    return Job(
+        **{name: row[name] for name in ("id", "kind", "state", "created", "started", "finished", "attempts")},
+        request=json.loads(row["request"]),
+        progress=None,
+        result=None if row["result"] is None else json.loads(row["result"]),
+        error=None if row["error"] is None else Error.model_validate_json(row["error"]),
+    )
+
+
+def _row(cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> Row:
+    return {column[0]: value for column, value in zip(cursor.description, values)}
+
+
+def _values(row: Row) -> tuple[Any, ...]:
+    return tuple(row.values())
+
+
+def _marks(values: Sequence[str] | frozenset[str]) -> str:
+    return ", ".join("?" * len(values))

@@ -1,0 +1,244 @@
+"""Looks after the worker processes: takes jobs from the store, lane by lane in their order, and brings their ends back.
+
+Lanes: ``solve`` has as many workers as the settings say; each device has one, for runs and for measurements.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from planner.service.events import Events
+from planner.service.metrics import Metrics
+from planner.service.objects import Objects
+from planner.service.schema import Error, Job
+from planner.service.settings import Settings
+from planner.service.store import ATTEMPTS, SOLVE, Store
+from planner.service.worker import Order
+
+LOCAL = "cpu"
+"""this machine's device"""
+LINE_BYTES = 64 << 20
+RETAIN_SECONDS = 60.0
+PACKAGES = Path(__file__).resolve().parent.parent.parent
+
+log = logging.getLogger("tightfit.service")
+
+
+class Supervisor:
+    def __init__(self, settings: Settings, store: Store, objects: Objects, events: Events, metrics: Metrics) -> None:
+        self.settings, self.store, self.objects, self.events, self.metrics = settings, store, objects, events, metrics
+        self.runs = settings.data_dir / "runs"
+        self._wake: dict[str, asyncio.Event] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._workers: dict[str, Process] = {}
+        self._cancelled: set[str] = set()
+        self._stopping = False
+
+    async def start(self) -> None:
+        requeued, interrupted = self.store.recover()
+        swept = self.objects.sweep(self.store.digests())
+        log.info("store opened", extra={"requeued": requeued, "interrupted": interrupted, "swept": swept})
+        for lane, slots in ((SOLVE, self.settings.workers), (LOCAL, 1)):
+            self._wake[lane] = asyncio.Event()
+            self._tasks += [asyncio.create_task(self._serve(lane)) for _ in range(slots)]
+        self._tasks.append(asyncio.create_task(self._retain()))
+
+    async def stop(self) -> None:
+        """End every worker; what was running waits for the next start. Runs save first."""
+        self._stopping = True
+        for identity, worker in list(self._workers.items()):
+            log.info("job put back", extra={"job": identity})
+            self._end(self.store.job(identity), worker)
+        for task in self._tasks:
+            if task.get_name() not in self._workers:
+                task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def wake(self, lane: str) -> None:
+        """There is a new job."""
+        self._wake[lane].set()
+
+    def cancel(self, identity: str) -> Job:
+        """End a job: at once where it waits or solves, with a checkpoint where it trains."""
+        job = self.store.job(identity)
+        if job.state == "queued":
+            job = self.store.finish(identity, "cancelled")
+            self._ended(job)
+        elif job.state == "running" and identity in self._workers:
+            self._cancelled.add(identity)
+            self._end(job, self._workers[identity])
+        return self.events.told(job)
+
+    @staticmethod
+    def _end(job: Job, worker: Process) -> None:
+        """A run is asked to save; what else runs has nothing to save."""
+        if job.kind != "run":
+            _kill(worker)
+        elif worker.stdin is not None:
+            worker.stdin.close()
+
+    # --- one lane --------------------------------------------------------------------------------------------------
+
+    async def _serve(self, lane: str) -> None:
+        while not self._stopping:
+            self._wake[lane].clear()
+            job = self.store.next(lane)
+            if job is None:
+                await self._wake[lane].wait()
+                continue
+            task = asyncio.current_task()
+            assert task is not None
+            task.set_name(job.id)
+            self.events.changed(job)
+            try:
+                await self._carry_out(job)
+            except Exception:
+                log.exception("job failed inside the service", extra={"job": job.id})
+                message = "internal error; the service's log tells more"
+                self._ended(self.store.finish(job.id, "failed", error=Error(code="internal", message=message)))
+            finally:
+                task.set_name(lane)
+
+    async def _carry_out(self, job: Job) -> None:
+        folder = self.runs / job.id
+        words = self.objects.temporary / f"{job.id}.log"
+        with words.open("wb") as errors:
+            worker = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "planner.service.worker"),
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=errors,
+                env=_environment(),
+                limit=LINE_BYTES,
+                start_new_session=True,
+            )
+        self._workers[job.id] = worker
+        began = time.monotonic()
+        try:
+            limit = None if job.kind == "run" else self.settings.job_seconds
+            try:
+                async with asyncio.timeout(limit):
+                    end = await self._follow(job, worker, self._order(job, folder))
+            except TimeoutError:
+                _kill(worker)
+                message = f"the job took longer than {self.settings.job_seconds:.0f} s; set a smaller time_limit"
+                end = {"event": "error", "code": "too_slow", "message": message}
+            code = await worker.wait()
+        finally:
+            self._workers.pop(job.id, None)
+            _kill(worker)
+        self.metrics.worked.labels(job.kind).observe(time.monotonic() - began)
+        self._conclude(job, end, code, words)
+        words.unlink(missing_ok=True)
+
+    def _order(self, job: Job, folder: Path) -> Order:
+        measures = job.kind in {"run", "profile"}
+        return Order(
+            kind=job.kind,
+            request=job.request,
+            objects=str(self.objects.folder),
+            digests={row["id"]: row["digest"] for row in self.store.files_of(job.id)},
+            folder=str(folder),
+            lock=str(self.settings.data_dir / f"{LOCAL}.lock") if measures else None,
+            command=list(self.settings.command),
+            memory_bytes=None if measures else self.settings.solve_bytes,
+        )
+
+    async def _follow(self, job: Job, worker: Process, order: Order) -> dict[str, Any] | None:
+        """The worker's last event; None where it died without one."""
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        with contextlib.suppress(OSError):
+            worker.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
+            await worker.stdin.drain()
+        end: dict[str, Any] | None = None
+        async for line in worker.stdout:
+            event = json.loads(line)
+            if event.pop("event") == "progress":
+                self.events.progress(job.id, event)
+            else:
+                end = event
+        return end
+
+    def _conclude(self, job: Job, end: dict[str, Any] | None, code: int, words: Path) -> None:
+        cancelled = job.id in self._cancelled
+        self._cancelled.discard(job.id)
+        if end is not None and "result" in end:
+            ended = self.store.finish(job.id, "succeeded", result=end["result"], files=end["files"])
+        elif cancelled:
+            ended = self.store.finish(job.id, "cancelled")
+        elif self._stopping:
+            ended = self.store.requeue(job.id, counted=False)
+        elif end is not None:
+            ended = self.store.finish(job.id, "failed", error=Error(code=end["code"], message=end["message"]))
+        elif code == -signal.SIGKILL and job.attempts < ATTEMPTS:
+            # Killed from outside, perhaps by the kernel for want of memory: worth another try.
+            ended = self.store.requeue(job.id, counted=True)
+            self.wake(SOLVE if job.kind in {"plan", "comparison"} else LOCAL)
+        else:
+            how = signal.Signals(-code).name if code < 0 else f"status {code}"
+            log.error("worker died", extra={"job": job.id, "how": how, "said": _last_words(words)})
+            limit = self.settings.solve_bytes >> 20
+            message = f"the process of this job died ({how}); its memory limit is {limit} MiB"
+            ended = self.store.finish(job.id, "failed", error=Error(code="worker_died", message=message))
+        self._ended(ended)
+
+    def _ended(self, job: Job) -> None:
+        self.metrics.jobs.labels(job.kind, job.state).inc()
+        log.info("job", extra={"job": job.id, "kind": job.kind, "state": job.state, "attempts": job.attempts})
+        self.events.changed(job)
+
+    # --- retention -------------------------------------------------------------------------------------------------
+
+    async def _retain(self) -> None:
+        while True:
+            try:
+                self.retain()
+            except Exception:
+                log.exception("retention failed")
+            await asyncio.sleep(RETAIN_SECONDS)
+
+    def retain(self) -> int:
+        """Remove what is too old or too much; returns how many files went."""
+        before = time.time() - self.settings.keep_days * 86400
+        removed = self.store.expire(before=before, keep_bytes=self.settings.keep_bytes)
+        wanted = self.store.digests() if removed else set()
+        for row in removed:
+            if row["digest"] not in wanted:
+                self.objects.remove(row["digest"])
+        known = {job.id for job in self.store.jobs(kind="run", limit=1 << 30)}
+        for folder in self.runs.iterdir():
+            if folder.name not in known:
+                shutil.rmtree(folder, ignore_errors=True)
+        return len(removed)
+
+
+def _environment() -> dict[str, str]:
+    """The service's own, so that workers find these packages; without its token."""
+    environment = {name: value for name, value in os.environ.items() if name != "TIGHTFIT_TOKEN"}
+    paths = [str(PACKAGES), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
+    return environment | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "OMP_NUM_THREADS": "1"}
+
+
+def _kill(worker: Process) -> None:
+    if worker.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+
+
+def _last_words(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_bytes()[-2000:].decode(errors="replace")
+    return ""

@@ -1,0 +1,127 @@
+"""A plan as the page shows it: what `Plan` holds, folded to what a person looks at."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from typing import Any
+
+from planner.costs import Ledger
+from planner.diff import diff, grouped
+from planner.explain import explain
+from planner.explanation import Explanation, account
+from planner.graph import STATES, layer_graph
+from planner.html import LARGEST, SLICES, describe, facts, series_of
+from planner.kinds import buckets, feasible, in_use, kinds_of
+from planner.schema import Plan
+from planner.summary import plan_summary
+from planner.svg import timeline_svg
+
+Row = dict[str, Any]
+NODES = 400
+"""layers drawn; further ones are in the table alone"""
+CHANGES = 2000
+"""tensors listed in a difference"""
+
+
+def plan_view(plan: Plan, known: Row | None = None) -> Row:
+    """JSON for the page; bytes, seconds. `known` is the explanation that was made with the plan, where there is one."""
+    told = account(plan) if known is None else Explanation.model_validate(known)
+    view: Row = {
+        "plan": plan.fingerprint,
+        "title": f"{plan.policy} at {plan.budget_bytes} bytes",
+        "model": plan.model.name,
+        "about": describe(plan),
+        "summary": plan_summary(plan),
+        "sentences": explain(plan, told),
+        "runnable": plan.model.kind == "decoder",
+    }
+    if not feasible(plan) or plan.train is None:
+        return view
+    shown = buckets(plan.timeline, SLICES)
+    peak = max((bucket.point for bucket in shown), key=in_use)
+    return view | {
+        "facts": facts(plan),
+        "timeline": {
+            "svg": timeline_svg(plan, shown, "timeline"),
+            "series": series_of(plan, shown),
+            "kinds": [{"name": kind.name, "label": kind.label} for kind in kinds_of(b.point for b in shown)],
+        },
+        "peak": {
+            "text": plan.train.peak.text,
+            "instruction": plan.train.peak.instruction,
+            "bytes": peak.bytes,
+            "parts": [
+                {"name": kind.name, "label": kind.label, "bytes": peak.by_kind[kind.name]}
+                for kind in kinds_of([peak])
+                if peak.by_kind.get(kind.name)
+            ],
+            "tensors": sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST],
+        },
+        "layers": _layers(plan),
+        "edges": _edges(plan),
+        "channels": _channels(plan, told),
+    }
+
+
+def _channels(plan: Plan, told: Explanation) -> list[Row]:
+    """How busy each is over the step: seconds at work, their share, bytes moved; and what the cores wait."""
+    waiting: Row = {"name": "waiting", "seconds": told.waiting_seconds, "bytes": 0}
+    waiting["share"] = told.waiting_seconds / plan.step_seconds if plan.step_seconds else 0.0
+    return [*(use.model_dump() for use in told.channels), waiting]
+
+
+def owners(plan: Plan) -> dict[str, str]:
+    """Tensor -> the layer that it is shown with: the first that names it."""
+    found: dict[str, str] = {}
+    programs = {program.name: program for program in plan.programs}
+    for layer in plan.layers:
+        for value in programs[layer.program].values:
+            name = layer.bindings.get(value.name, f"{layer.name}/{value.name}")
+            found.setdefault(name, layer.name)
+            if value.kind == "trainable":
+                for state in STATES:
+                    found.setdefault(f"{state}:{name}", layer.name)
+    return found
+
+
+def _layers(plan: Plan) -> list[Row]:
+    """Each layer with the bytes under each decision, activations, weights and optimizer states apart; seconds of its passes."""
+    owner = owners(plan)
+    decided: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    for name, cost in Ledger(plan).costs().items():
+        if cost.decision is not None:
+            group = {"weight": "weights", "optimizer": "states"}.get(cost.kind, "activations")
+            decided[owner.get(name, "")][group][cost.decision] += cost.bytes
+    graph = layer_graph(plan)
+    return [
+        {
+            "name": layer.name,
+            "program": layer.program,
+            "forward_seconds": graph.nodes[layer.name]["forward_seconds"],
+            "backward_seconds": graph.nodes[layer.name]["backward_seconds"],
+            "decisions": {group: dict(counts) for group, counts in decided[layer.name].items()},
+        }
+        for layer in plan.layers
+    ]
+
+
+def _edges(plan: Plan) -> list[Row]:
+    drawn = {layer.name for layer in plan.layers[:NODES]}
+    return [
+        {"from": source, "to": target, "bytes": size}
+        for source, target, size in list[tuple[str, str, int]](layer_graph(plan).edges(data="bytes"))
+        if source in drawn and target in drawn
+    ]
+
+
+def difference(one: Plan, other: Plan) -> Row:
+    """What `other` does otherwise: figures side by side, changes by sort, and tensor by tensor, largest first."""
+    changes = diff(one, other)
+    owner = owners(one)
+    return {
+        "plans": [plan_summary(one), plan_summary(other)],
+        "groups": [asdict(group) for group in grouped(changes)],
+        "changes": [asdict(change) | {"layer": owner.get(change.name, "")} for change in changes[:CHANGES]],
+        "left_out": max(0, len(changes) - CHANGES),
+    }

@@ -1,0 +1,108 @@
+"""One job in a process of its own: ``python -m planner.service.worker``.
+
+The first line of standard input is the job (`Order`); standard output gets JSON lines: ``progress``, then ``done`` or
+``error``. A solve or a measurement has nothing to save and ends with the service. A run is asked to save and end when
+standard input closes. A job that dies takes nothing with it but itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from profiles.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
+
+NICE = 5
+"""solving leaves the processor to whoever waits for an answer"""
+FIRST_TO_GO = 500
+"""oom_score_adj: where the machine is short of memory, a solve ends before the service does"""
+PROGRESS_SECONDS = 0.1
+CODES: dict[type[TightfitError], str] = {
+    InputError: "input",
+    InfeasibleError: "infeasible",
+    RunError: "run_failed",
+    CapError: "cap_passed",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a worker is told."""
+
+    kind: str
+    request: dict[str, Any]
+    objects: str
+    """folder of the content-addressed files"""
+    digests: dict[str, str]
+    """id of each profile or plan that the request names -> digest of its object"""
+    folder: str
+    """of this job alone"""
+    lock: str | None
+    """held while the device is used"""
+    command: list[str]
+    """tightfit's command line"""
+    memory_bytes: int | None
+
+
+class Tell:
+    """Writes events where the service reads them; progress at most every tenth of a second."""
+
+    def __init__(self) -> None:
+        # Libraries print; standard output is the service's.
+        self._file = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        self._last = 0.0
+        self._lock = threading.Lock()
+
+    def progress(self, *, always: bool = False, **what: Any) -> None:
+        now = time.monotonic()
+        if always or now - self._last >= PROGRESS_SECONDS:
+            self._last = now
+            self(event="progress", **what)
+
+    def __call__(self, **event: Any) -> None:
+        from planner.summary import to_json
+
+        with self._lock:
+            self._file.write(to_json(event) + "\n")
+
+
+def main() -> int:
+    order = Order(**json.loads(sys.stdin.buffer.readline()))
+    tell = Tell()
+    Path("/proc/self/oom_score_adj").write_text(str(FIRST_TO_GO))
+    carry_out: Callable[[Order, Tell], dict[str, Any]]
+    if order.kind == "run":
+        from planner.service.running import run as carry_out
+    else:
+        from planner.service import solving
+
+        os.nice(NICE)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # with the service
+        carry_out = getattr(solving, order.kind)
+        if order.memory_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (order.memory_bytes, order.memory_bytes))
+    try:
+        answer = carry_out(order, tell)
+    except MemoryError:
+        limit = f" of {order.memory_bytes >> 20} MiB" if order.memory_bytes else ""
+        tell(event="error", code="worker_died", message=f"the job needs more than the service's memory limit{limit}")
+    except TightfitError as error:
+        tell(event="error", code=CODES.get(type(error), "input"), message=str(error))
+    else:
+        tell(event="done", **answer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

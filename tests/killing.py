@@ -1,0 +1,91 @@
+"""kill -9 of a service and of its workers, again and again, while clients ask; afterwards every acknowledged job is called to account."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import httpx
+
+
+def workers_of(pid):
+    """Processes that a service has started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def kill_again_and_again(service, profile, budgets, *, rounds, seed=0, clients=4, per_client=3):
+    """Kills `rounds` times, in turn the service (then started again) and one of its workers; returns what became of what.
+
+    The answer has `acknowledged` (job id -> final job), `lost` (acknowledged ids that nobody knows any more) and `kills`.
+    """
+    rng = random.Random(seed)
+    identity = service.upload(profile)
+    acknowledged: set[str] = set()
+    supply = iter(budgets)
+    lock = threading.Lock()
+    kills = {"service": 0, "worker": 0}
+
+    def ask():
+        with httpx.Client(base_url=service.url, timeout=60, trust_env=False) as http:
+            for _ in range(per_client):
+                with lock:
+                    budget = next(supply)
+                try:
+                    answer = http.post("/v1/plans", json={"profile": identity, "memory": budget})
+                except httpx.TransportError:
+                    return  # never acknowledged: nobody was promised anything
+                assert answer.status_code in {200, 202}, answer.text
+                with lock:
+                    acknowledged.add(answer.json()["id"])
+
+    for number in range(rounds):
+        threads = [threading.Thread(target=ask) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        time.sleep(rng.uniform(0.05, 1.0))
+        running = workers_of(service.process.pid)
+        if number % 2 and running:
+            os.kill(rng.choice(running), signal.SIGKILL)
+            kills["worker"] += 1
+        else:
+            service.kill()
+            kills["service"] += 1
+        for thread in threads:
+            thread.join()
+        if service.process.poll() is not None:
+            service.start()
+            # Workers end with their service.
+            assert not [pid for pid in running if Path(f"/proc/{pid}").exists() and not _gone(pid)]
+    ended, lost = {}, []
+    for job in sorted(acknowledged):
+        answer = service.http.get(f"/v1/jobs/{job}")
+        if answer.status_code == 404:
+            lost.append(job)
+        else:
+            ended[job] = service.wait(answer.json())
+    return {"acknowledged": ended, "lost": lost, "kills": kills}
+
+
+def _gone(pid):
+    """Whether a process has ended, or does within some seconds."""
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False

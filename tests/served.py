@@ -1,0 +1,108 @@
+"""A service in a process of its own, on a free port, for tests and benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 120.0
+"""seconds: machines that run tests are busy"""
+
+
+class Served:
+    """`tightfit serve` over one data folder; can be killed and started again. `http` talks to it."""
+
+    def __init__(self, data, *options, token=None, environment=None):
+        self.data, self.options, self.token = Path(data), options, token
+        self.environment = environment or {}
+        self.log = self.data.parent / f"{self.data.name}.log"
+        self.process, self.url, self.http = None, "", None
+
+    def start(self):
+        environment = {k: v for k, v in os.environ.items() if k != "TIGHTFIT_TOKEN"} | self.environment
+        if self.token:
+            environment["TIGHTFIT_TOKEN"] = self.token
+        with self.log.open("ab") as log:
+            begun = log.tell()
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "runtime.cli",
+                    "serve",
+                    "--port",
+                    "0",
+                    "--data-dir",
+                    str(self.data),
+                    *self.options,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                env=environment,
+            )
+        self.url = self._wait_for_url(begun)
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE, trust_env=False)
+        return self
+
+    def _wait_for_url(self, begun):
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            lines = self.log.read_bytes()[begun:].decode().splitlines()
+            up = any('"store opened"' in line for line in lines)
+            urls = [json.loads(line)["url"] for line in lines if '"serving"' in line]
+            if up and urls:
+                return urls[0].rstrip("/")
+            if self.process.poll() is not None:
+                raise AssertionError(f"the service ended with {self.process.returncode}: {lines[-3:]}")
+            time.sleep(0.05)
+        raise AssertionError("the service did not start")
+
+    def stop(self):
+        self.http.close()
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE)
+
+    def kill(self):
+        self.http.close()
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+    def lines(self):
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    # --- what tests do all the time --------------------------------------------------------------------------------
+
+    def upload(self, profile):
+        answer = self.http.post("/v1/profiles/upload", json=profile.model_dump(mode="json"))
+        assert answer.status_code in {200, 201}, answer.text
+        return answer.json()["id"]
+
+    def wait(self, job):
+        """The finished job."""
+        until = time.monotonic() + PATIENCE
+        while job["state"] in {"queued", "running"}:
+            assert time.monotonic() < until, job
+            time.sleep(0.05)
+            job = self.http.get(f"/v1/jobs/{job['id']}").json()
+        return job
+
+    def ask(self, path, **body):
+        answer = self.http.post(path, json=body)
+        assert answer.status_code in {200, 202}, answer.text
+        return answer.json()
+
+    def result(self, path, **body):
+        job = self.wait(self.ask(path, **body))
+        assert job["state"] == "succeeded", job
+        return job["result"]

@@ -1,0 +1,349 @@
+"""The service over real HTTP: every door once, its refusals, its limits and what it keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import threading
+import time
+
+import httpx
+import pytest
+from served import Served
+from synthetic import small_chain
+
+from planner.plan import plan as solve_here
+from planner.schema import Plan
+from planner.service.client import connect
+from planner.simulate import simulate
+from profiles.errors import InputError, RunError
+from profiles.exchange import canonical_json, load_profile
+from runtime import cli
+
+UNKNOWN = "0" * 64
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("service")
+    (folder / "root").mkdir()
+    (folder / "root" / "data.jsonl").write_text('{"text": "a"}\n')
+    service = Served(folder / "data", "--root", str(folder / "root")).start()
+    yield service
+    assert service.stop() == 0
+    assert not [line for line in service.lines() if line["level"] == "error"]
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return small_chain(3, layers=3)
+
+
+@pytest.fixture(scope="module")
+def uploaded(served, profile):
+    return served.upload(profile)
+
+
+@pytest.fixture(scope="module")
+def minimum(profile):
+    return solve_here(profile, 1).minimum_budget_bytes
+
+
+def refused(answer, status, code, field=None):
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["code"] == code
+    if field is not None:
+        assert [one["field"] for one in error["fields"]] == [field]
+    return error["message"]
+
+
+def test_a_profile_is_kept_once(served, profile, uploaded):
+    again = served.http.post("/v1/profiles/upload", json=json.loads(profile.model_dump_json()))
+    assert (again.status_code, again.json()["id"]) == (200, uploaded)
+    assert again.json()["summary"]["layers"] == len(profile.layers)
+    assert uploaded in [one["id"] for one in served.http.get("/v1/profiles").json()["profiles"]]
+    file = served.http.get(f"/v1/profiles/{uploaded}/file")
+    assert file.text == canonical_json(profile)
+    assert (
+        served.http.get(f"/v1/profiles/{uploaded}/file", headers={"If-None-Match": file.headers["etag"]}).status_code
+        == 304
+    )
+    plain = served.http.get(f"/v1/profiles/{uploaded}/file", headers={"Accept-Encoding": "identity"})
+    assert "content-encoding" not in plain.headers
+    assert plain.text == file.text
+
+
+def test_a_plan_is_the_library_s(served, profile, uploaded, minimum):
+    asked = {"profile": uploaded, "memory": minimum + 4096}
+    job = served.ask("/v1/plans", **asked)
+    with served.http.stream("GET", f"/v1/jobs/{job['id']}/events") as stream:
+        events = list(stream.iter_lines())
+    job = served.wait(job)
+    assert job["state"] == "succeeded", job
+    last = json.loads(events[-2].removeprefix("data: "))
+    assert (events[0], last["state"]) == ("event: job", "succeeded")
+    here = solve_here(profile, minimum + 4096)
+    told = job["result"]["summary"]
+    assert (told["step_seconds"], told["peak_bytes"], job["result"]["plan"]) == (
+        here.step_seconds, here.peak_bytes, here.fingerprint,
+    )  # fmt: skip
+    file = Plan.model_validate_json(served.http.get(f"/v1/plans/{here.fingerprint}/file").content)
+    assert simulate(file).peak_bytes == here.peak_bytes
+    # The same question, however it is put, has its answer already.
+    again = served.http.post("/v1/plans", json=asked | {"memory": str(minimum + 4096)})
+    assert (again.status_code, again.json()["id"]) == (200, job["id"])
+    assert served.http.get(f"/v1/plans/{here.fingerprint}").json()["profile"] == uploaded
+    assert here.fingerprint in [one["id"] for one in served.http.get(f"/v1/plans?profile={uploaded}").json()["plans"]]
+
+
+def test_a_budget_that_is_too_small_is_a_result(served, uploaded, minimum):
+    told = served.result("/v1/plans", profile=uploaded, memory=1)["summary"]
+    assert (told["status"], told["minimum_budget_bytes"]) == ("infeasible", minimum)
+    assert told["minimum_budget_reason"]
+    view = served.http.get(f"/v1/plans/{told['fingerprint']}/view").json()
+    assert "timeline" not in view
+    assert any("smallest" in sentence for sentence in view["sentences"])
+    run = served.http.post("/v1/runs", json={"plan": told["fingerprint"], "data": "random", "steps": 1})
+    assert "its budget is too small" in refused(run, 422, "invalid_request", "body.plan")
+
+
+def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum):
+    budgets = [minimum, minimum * 2]
+    job = served.ask("/v1/comparisons", profile=uploaded, memory=budgets, policies=["solver", "keep-all"])
+    early = served.http.get(f"/v1/comparisons/{job['id']}")
+    assert early.status_code in {200, 409}
+    cells = served.wait(job)["result"]["cells"]
+    assert [(cell["budget_bytes"], cell["policy"]) for cell in cells] == [
+        (budget, policy) for budget in budgets for policy in ("solver", "keep-all")
+    ]
+    assert served.http.get(f"/v1/comparisons/{job['id']}").json()["result"]["cells"] == cells
+    first, last = cells[0]["plan"], cells[2]["plan"]
+    view = served.http.get(f"/v1/plans/{first}/view").json()
+    assert view["timeline"]["svg"].startswith("<svg")
+    assert sum(part["bytes"] for part in view["peak"]["parts"]) == view["peak"]["bytes"]
+    assert len(view["layers"]) == 3
+    decided = sum(size for layer in view["layers"] for group in layer["decisions"].values() for size in group.values())
+    assert decided > 0
+    changes = served.http.get(f"/v1/plans/{first}/changes/{last}").json()
+    assert changes["changes"]
+    assert sum(group["bytes"] for group in changes["groups"]) == sum(row["bytes"] for row in changes["changes"])
+    assert served.http.get(f"/v1/plans/{first}/changes/{first}").json()["changes"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "words"),
+    [
+        ("plans", {"memory": "10MiX"}, "body.memory", "'10MiX' is not a size"),
+        ("plans", {"memory": 0}, "body.memory", "0 bytes are no budget"),
+        ("plans", {"memory": "1GB", "policy": "best"}, "body.policy", "no policy is called 'best'"),
+        ("plans", {"memory": "1GB", "time_limit": 4000}, "body.time_limit", "this service allows at most 300 s"),
+        ("plans", {"memory": "1GB", "time_limit": 0}, "body.time_limit", "greater than 0"),
+        ("plans", {"memory": "1GB", "speed": 1}, "body.speed", "Extra inputs"),
+        ("plans", {}, "body.memory", "Field required"),
+        ("comparisons", {"memory": ["1GB", "x"]}, "body.memory.1", "'x' is not a size"),
+        ("comparisons", {"memory": ["1GB"], "policies": ["solver", "y"]}, "body.policies.1", "no policy is called 'y'"),
+        ("comparisons", {"memory": ["1GB"], "devices": ["own", "/etc/passwd"]}, "body.devices.1", "no device is called"),
+        ("profiles", {"path": "../data.log"}, "body.path", "is no file or folder under a folder that is open"),
+        ("profiles", {"hub": "a/b"}, "body.hub", "downloads nothing"),
+        ("profiles", {"config": {"a": 1}}, "body.config", "no 'model_type'"),
+        ("profiles", {"path": "a", "hub": "a/b"}, "body", "exactly one of path, hub and config"),
+        ("profiles", {"path": "os:system"}, "body.path", "is no file or folder"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_named(served, uploaded, path, body, field, words):
+    if path in {"plans", "comparisons"}:
+        body = {"profile": uploaded} | body
+    assert words in refused(served.http.post(f"/v1/{path}", json=body), 422, "invalid_request", field)
+
+
+def test_what_is_not_there(served):
+    for path in (
+        f"plans/{UNKNOWN}",
+        f"profiles/{UNKNOWN}/file",
+        "jobs/job-0123456789abcdef",
+        "comparisons/job-0123456789abcdef",
+    ):
+        refused(served.http.get(f"/v1/{path}"), 404, "not_found")
+    asked = {"profile": UNKNOWN, "memory": "1GB"}
+    refused(served.http.post("/v1/plans", json=asked), 404, "not_found", "body.profile")
+    refused(served.http.get("/v1/nothing"), 404, "not_found")
+    refused(served.http.delete("/v1/plans"), 405, "method_not_allowed")
+    refused(served.http.get("/v1/plans/short"), 422, "invalid_request", "path.identity")
+
+
+def test_an_uploaded_profile_is_planned_but_never_run(served, uploaded, minimum):
+    plan = served.result("/v1/plans", profile=uploaded, memory=minimum)["plan"]
+    answer = served.http.post("/v1/runs", json={"plan": plan, "data": "random", "steps": 1})
+    assert "was not made by this service" in refused(answer, 422, "invalid_request", "body.plan")
+
+
+def test_bodies_that_are_refused(served, profile):
+    def post(body, **headers):
+        headers = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+        return served.http.post("/v1/profiles/upload", content=body, headers=headers)
+
+    bomb = gzip.compress(b" " * (65 << 20), 9)
+    assert "unpacks to more than" in refused(post(bomb, Content_Encoding="gzip"), 413, "too_large")
+    refused(post(b"x", Content_Encoding="gzip"), 400, "invalid_request")
+    refused(post(b"x", Content_Encoding="br"), 415, "unsupported_media_type")
+    refused(post(b"{}", Content_Type="text/plain"), 415, "unsupported_media_type", "header.Content-Type")
+    refused(post(b" " * ((64 << 20) + 1)), 413, "too_large")
+    refused(post(iter([b" " * (1 << 20)] * 65)), 413, "too_large")
+    refused(post(b"[" * 100_000), 422, "invalid_request", "body")
+    refused(post(b"\xff\xfe{}"), 422, "invalid_request", "body")
+    refused(post(b'{"layers": [], "version": 99}'), 422, "invalid_request", "body")
+    wrong = profile.model_dump(mode="json")
+    wrong["layers"][0]["program"] = "none"
+    assert "none" in refused(post(json.dumps(wrong)), 422, "invalid_request", "body")
+    # A small file that unrolls to many operators: layers share programs.
+    large = profile.model_dump(mode="json")
+    large["layers"] = [large["layers"][1] | {"name": f"l{i}"} for i in range(60_000)]
+    assert "operators; this service plans at most" in refused(post(json.dumps(large)), 422, "invalid_request")
+    broken = served.http.post("/v1/plans", content=b"{", headers={"Content-Type": "application/json"})
+    refused(broken, 400, "invalid_request")
+
+
+def test_other_sites_pages_are_kept_out(served):
+    assert served.http.get("/healthz", headers={"Host": "localhost"}).status_code == 200
+    refused(served.http.get("/healthz", headers={"Host": "evil.example"}), 421, "misdirected")
+    refused(served.http.post("/v1/jobs/x/cancel", headers={"Origin": "http://evil.example"}), 403, "forbidden")
+
+
+def test_cancel(served, uploaded, minimum):
+    # Both workers are busy with comparisons, so a third job waits.
+    jobs = [
+        served.ask("/v1/comparisons", profile=uploaded, memory=[minimum + 8192 * i + n for i in range(40)])
+        for n in range(3)
+    ]
+    for job in reversed(jobs):
+        answer = served.http.post(f"/v1/jobs/{job['id']}/cancel")
+        assert answer.status_code == 200
+    ended = [served.wait(job)["state"] for job in jobs]
+    assert ended == ["cancelled"] * 3
+    refused(served.http.post(f"/v1/jobs/{jobs[0]['id']}/cancel"), 409, "conflict")
+    # A cancelled request can be asked again: another job.
+    again = served.ask("/v1/comparisons", profile=uploaded, memory=[minimum + 8192 * i for i in range(40)])
+    assert again["id"] != jobs[0]["id"]
+    served.http.post(f"/v1/jobs/{again['id']}/cancel")
+
+
+def test_an_idempotency_key(served, uploaded, minimum):
+    def ask(memory):
+        body = {"profile": uploaded, "memory": memory}
+        return served.http.post("/v1/plans", json=body, headers={"Idempotency-Key": "mine"})
+
+    first = ask(minimum)
+    assert ask(minimum).json()["id"] == first.json()["id"]
+    refused(ask(minimum + 1), 409, "conflict", "header.Idempotency-Key")
+
+
+def test_the_client_does_the_same_work(served, profile, minimum):
+    told = []
+    with connect(served.url) as service:
+        plan = service.plan(profile, minimum + 12288, progress=told.append)
+        assert plan.step_seconds == solve_here(profile, minimum + 12288).step_seconds
+        assert service.plan(profile, minimum + 12288) == plan
+        compared = service.compare(profile, [minimum, minimum + 12288])
+        assert [one.budget_bytes for one in compared.plans] == [minimum, minimum + 12288]
+        with pytest.raises(InputError, match="no policy is called 'x'"):
+            service.plan(profile, minimum, policy="x")
+        with pytest.raises(InputError, match="was not made by this service"):
+            service.run(plan.fingerprint, "random", steps=1)
+    with pytest.raises(RunError, match=r"no answer .*is `tightfit serve` running there\?"):
+        connect("http://127.0.0.1:9")
+    with pytest.raises(InputError, match="is no address"):
+        connect("nowhere")
+
+
+def test_the_command_line_can_let_a_service_solve(served, profile, minimum, tmp_path, capfd):
+    from profiles.exchange import save_profile
+
+    save_profile(profile, tmp_path / "profile.json")
+    words = ["plan", str(tmp_path / "profile.json"), "--memory", str(minimum), "--server", served.url, "--json"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "-o", str(tmp_path / "plan.json")])
+    assert ended.value.code == 0
+    assert json.loads(capfd.readouterr().out)["peak_bytes"] <= minimum
+    assert load_profile(tmp_path / "profile.json") == profile
+    assert Plan.model_validate_json((tmp_path / "plan.json").read_bytes()).budget_bytes == minimum
+
+
+def test_it_tells_about_itself(served, uploaded):
+    health = served.http.get("/healthz").json()
+    assert (health["status"], health["schema_version"]) == ("ok", 1)
+    device = served.http.get("/v1/devices").json()["devices"][0]
+    assert (device["name"], device["local"]) == ("cpu", True)
+    assert len(served.http.get("/v1/devices").json()["devices"]) > 3
+    metrics = served.http.get("/metrics").text
+    assert 'tightfit_jobs_now{kind="plan",state="succeeded"}' in metrics
+    assert 'tightfit_requests_total{method="GET",route="/healthz",status="200"}' in metrics
+    jobs = served.http.get("/v1/jobs?kind=plan&state=succeeded&limit=2").json()["jobs"]
+    assert 0 < len(jobs) <= 2
+    description = served.http.get("/openapi.json").json()
+    for path, methods in description["paths"].items():
+        for method, told in methods.items():
+            assert told["summary"], (method, path)
+            if method == "post" and "requestBody" in told:
+                assert {"202", "201"} & set(told["responses"]), path
+    assert description["components"]["schemas"]["PlanRequest"]["examples"]
+
+
+def test_a_token_is_asked_for_and_never_logged(tmp_path):
+    token = "a-secret-of-some-length"
+    service = Served(tmp_path / "data", token=token).start()
+    with contextlib.ExitStack() as stack:
+        stack.callback(service.stop)
+        assert service.http.get("/v1/jobs").status_code == 200
+        bare = stack.enter_context(httpx.Client(base_url=service.url, trust_env=False))
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": token}):
+            answer = bare.get("/v1/jobs", headers=headers)
+            refused(answer, 401, "unauthorized", "header.Authorization")
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert bare.get("/healthz").status_code == 200
+        assert bare.get("/page/").status_code == 200
+        assert bare.get("/metrics").status_code == 401
+        assert bare.get("/healthz", headers={"Host": "planner.example"}).status_code == 200
+        bare.get(f"/v1/jobs?state={token}", headers={"Authorization": f"Bearer {token}"})
+        with connect(service.url, token="wrong") as wrong, pytest.raises(InputError, match="send the service's token"):
+            wrong.get("/v1/jobs")
+        second = Served(service.data)
+        with pytest.raises(AssertionError, match="another service is using it"):
+            second.start()
+    assert token not in service.log.read_text()
+    routes = [line["route"] for line in service.lines() if line["message"] == "request"]
+    assert "/v1/jobs" in routes
+
+
+def test_a_solve_over_its_memory_fails_alone(tmp_path, profile, minimum):
+    service = Served(tmp_path / "data", "--memory", "40MiB", "--workers", "1").start()
+    try:
+        identity = service.upload(profile)
+        ended = service.wait(service.ask("/v1/plans", profile=identity, memory=minimum))
+        assert (ended["state"], ended["error"]["code"]) == ("failed", "worker_died"), ended
+        assert "40 MiB" in ended["error"]["message"]
+        assert service.http.get("/healthz").status_code == 200
+    finally:
+        service.stop()
+
+
+def test_a_slow_listener_does_not_hold_up_the_others(served, uploaded, minimum):
+    """An event stream that nobody reads, and a client that goes away, cost nothing."""
+    job = served.ask("/v1/plans", profile=uploaded, memory=minimum + 16384)
+    stuck = httpx.Client(base_url=served.url, trust_env=False)
+    stuck.stream("GET", f"/v1/jobs/{job['id']}/events").__enter__()
+    times = []
+    done = threading.Event()
+
+    def ask():
+        for _ in range(20):
+            begun = time.monotonic()
+            served.http.get(f"/v1/jobs/{job['id']}")
+            times.append(time.monotonic() - begun)
+        done.set()
+
+    threading.Thread(target=ask, daemon=True).start()
+    assert done.wait(60)
+    stuck.close()
+    assert served.wait(job)["state"] == "succeeded"

@@ -1,0 +1,230 @@
+"""The page in a real browser: the four jobs that it is for, by mouse and by keyboard, in light and dark, on a phone.
+
+Pictures are kept in the folder that TIGHTFIT_PICTURES names, or in the test's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from chromium import find_chromium
+from playwright.sync_api import expect, sync_playwright
+from served import Served
+from synthetic import decoder_like
+
+PATIENCE = 240_000
+"""milliseconds: the machine may be busy"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    try:
+        path = find_chromium()
+    except LookupError as error:
+        pytest.skip(str(error))
+    expect.set_options(timeout=PATIENCE)
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, work, cache):
+    folder = tmp_path_factory.mktemp("page")
+    service = Served(folder / "data", "--root", str(work), environment={"TIGHTFIT_CACHE": str(cache)}).start()
+    yield service
+    service.stop()
+    assert not [line for line in service.lines() if line["level"] == "error"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = Path(os.environ.get("TIGHTFIT_PICTURES") or tmp_path_factory.mktemp("pictures"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(browser, served, tmp_path_factory):
+    """The page with a profile uploaded and its curve drawn; anything that goes wrong in it fails the test."""
+    opened = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
+    opened.set_default_timeout(PATIENCE)
+    wrong, asked = [], []
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto(served.url)
+    profile = tmp_path_factory.mktemp("profile") / "profile.json"
+    profile.write_text(decoder_like(2, tokens=512, slices=1).model_dump_json())
+    opened.set_input_files("#upload", profile)
+    expect(opened.locator("#timeline svg")).to_be_visible()
+    expect(opened.locator("#curve-legend")).to_contain_text("mebp")
+    yield opened
+    assert wrong == []
+    elsewhere = [url for url in asked if not url.startswith((served.url, "data:", "blob:"))]
+    assert elsewhere == []
+    opened.close()
+
+
+def rows(page, selector):
+    return [
+        [cell.text_content() for cell in row.locator("th, td").all()]
+        for row in page.locator(f"{selector} tbody tr").all()
+    ]
+
+
+def solved(page):
+    """Seconds of the solver's plans on the curve, by budget."""
+    return [number(row[1]) for row in rows(page, "#curve-table") if not row[1].startswith(("needs", "–"))]
+
+
+def set_budget(page, mib):
+    page.fill("#budget", str(mib))
+    page.press("#budget", "Enter")
+
+
+def number(text):
+    return float(re.search(r"[\d.]+", text.replace(",", ""))[0])
+
+
+def test_will_it_fit(page, served, pictures):
+    verdict = page.locator("#verdict")
+    expect(verdict).to_have_text(re.compile(r"^Fits [\d.]+ MiB: [\d.]+ s per step, within [\d.]+ % of the best plan"))
+    # By keyboard: the end of the slider is the largest budget, and as fast as it gets.
+    slow = number(verdict.inner_text().split(":")[1])
+    page.locator("#slider").focus()
+    page.keyboard.press("End")
+    expect(page.locator("#plan-title")).to_contain_text("The plan: solver")
+    expect(verdict).to_have_text(re.compile("within"))
+    assert number(verdict.inner_text().split(":")[1]) <= slow
+    # By mouse, along the curve: towards less memory, never faster.
+    box = page.locator("#curve svg").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] / 2, steps=5)
+    page.mouse.up()
+    expect(verdict).to_have_text(re.compile("within"))
+    dragged = number(page.input_value("#budget"))
+    # A budget between two points of the curve is solved on demand, and stands on the curve afterwards.
+    before = solved(page)
+    set_budget(page, dragged + 0.3)
+    page.click("#solve")
+    expect(page.locator("#plan-title")).to_contain_text(f"{dragged + 0.3:.1f} MiB")
+    after = solved(page)
+    assert len(after) == len(before) + 1
+    page.screenshot(path=pictures / "fit.png")
+
+
+def test_the_plan_is_told_and_drawn(page, served):
+    peak = rows(page, "#peak")
+    together = next(number(row[1]) for row in peak if row[0] == "together")
+    parts = [number(row[1]) for row in peak[: [row[0] for row in peak].index("together")]]
+    assert sum(parts) == pytest.approx(together, abs=0.06 * len(parts))
+    # The chart reads itself out under the arrow keys.
+    page.locator("#timeline svg").focus()
+    reading = page.locator("#reading")
+    at_peak = reading.inner_text()
+    page.keyboard.press("Home")
+    assert reading.inner_text() != at_peak
+    page.keyboard.press("End")
+    assert re.fullmatch(r"[\d.]+ s: [\d.]+ MiB = .*", reading.inner_text())
+    assert page.locator("#timeline svg .cap-label").inner_html().startswith("cap ")
+    assert any("(fullest)" in row[0] for row in rows(page, "#timeline-table"))
+    assert [row[0] for row in rows(page, "#layers-table")] == ["stem", "layer0", "layer1", "head"]
+    assert page.locator("#layers svg rect").count() >= 12
+    channels = {row[0]: number(row[2]) for row in rows(page, "#channels-table")}
+    assert set(channels) == {"compute", "read", "write", "waiting"}
+    assert 0 < channels["compute"] <= 100.5
+
+
+def test_compare(page, served, pictures):
+    page.select_option("#left", index=0)
+    page.locator("#compare-form button").click()
+    expect(page.locator("#figures table")).to_be_visible()
+    figures = {row[0]: row[1:] for row in rows(page, "#figures")}
+    budgets = [number(text) for text in figures["budget, MiB"]]
+    assert budgets[0] < budgets[1]
+    assert number(figures["step, s"][0]) > number(figures["step, s"][1])
+    totals = rows(page, "#totals")
+    assert any("kept" in row[0].split("→")[1] for row in totals)
+    changes = rows(page, "#changes")
+    assert sum(int(row[1]) for row in totals) == len(changes)
+    page.locator("#compare").screenshot(path=pictures / "compare.png")
+
+
+def test_why_nothing_fits(page, served, pictures):
+    smallest = number(rows(page, "#curve-table")[0][0])
+    set_budget(page, round(smallest - 1, 1))
+    verdict = page.locator("#verdict")
+    expect(verdict).to_contain_text("Does not fit")
+    expect(verdict).to_contain_text("the smallest budget that is enough is")
+    expect(page.locator("#plan-title")).to_have_text("3. Why nothing fits")
+    told = page.locator("#sentences").inner_text()
+    assert "smallest" in told
+    assert "peak" in told
+    expect(page.locator("#feasible")).to_be_hidden()
+    expect(page.locator("#run")).to_be_hidden()
+    page.locator("#plan").screenshot(path=pictures / "infeasible.png")
+    # What it names is enough.
+    set_budget(page, number(verdict.inner_text().split("enough is")[1]))
+    expect(page.locator("#plan-title")).to_contain_text("The plan: solver")
+
+
+def test_nothing_hinders_people(page, served, pictures):
+    """axe-core finds no fault in light or dark; on a phone nothing is cut off."""
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+        assert [(one["id"], [node["html"][:100] for node in one["nodes"]]) for one in found] == [], scheme
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.screenshot(path=pictures / "phone-dark.png")
+    page.emulate_media(color_scheme="light")
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
+    page.click("#theme")
+    page.set_viewport_size({"width": 1200, "height": 900})
+    # Every chart says what it shows, and a table stands beside it.
+    for chart in ("curve", "timeline", "layers", "channels"):
+        label = page.locator(f"#{chart} svg").get_attribute("aria-label")
+        assert label, chart
+        assert page.locator(f"#{chart}-table table").count() == 1
+
+
+def test_run(browser, served, pictures, work):
+    """Measure a model on the service's machine, plan it, train, and take the adapter: all on the page."""
+    page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
+    page.set_default_timeout(PATIENCE)
+    page.goto(served.url)
+    page.locator("#measure-box summary").click()
+    for name, value in (("path", "model"), ("seq", "32"), ("batch", "2"), ("lora_rank", "4")):
+        page.fill(f"#measure [name={name}]", value)
+    page.locator("#measure button").click()
+    expect(page.locator("#run")).to_be_visible()
+    page.locator("#slider").focus()
+    page.keyboard.press("End")
+    page.fill("#run-form [name=data]", "data.jsonl")
+    page.fill("#run-form [name=steps]", "12")
+    page.locator("#run-form button").first.click()
+    expect(page.locator("#run-state")).to_have_text(re.compile(r"done: 12 steps, peak [\d.]+ of [\d.]+ MiB"))
+    steps = rows(page, "#steps-table")
+    assert [int(row[0]) for row in steps] == list(range(1, 13))
+    report = {row[0]: row[1:] for row in rows(page, "#report")}
+    assert number(report["peak of the process, MiB"][1]) == pytest.approx(max(number(row[4]) for row in steps), abs=1)
+    assert page.locator("#memory svg .cap").count() == 1
+    with page.expect_download() as caught:
+        page.click("#adapter-button")
+    import tarfile
+
+    with tarfile.open(caught.value.path()) as archive:
+        assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= set(archive.getnames())
+        config = json.load(archive.extractfile("adapter/adapter_config.json"))
+    assert config["r"] == 4
+    page.locator("#run").screenshot(path=pictures / "run.png")
+    page.close()

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import gzip
+import sqlite3
+import time
+
+import pytest
+
+from planner.service.errors import ServiceError
+from planner.service.migrations import LATEST, STEPS
+from planner.service.objects import Objects, gunzip
+from planner.service.paths import confined
+from planner.service.schema import Error
+from planner.service.settings import Settings, loopback
+from planner.service.store import ATTEMPTS, Store, content_key, file_row
+from profiles.errors import InputError
+
+LANE = "solve"
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = Store(tmp_path / "s.sqlite")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def objects(tmp_path):
+    return Objects(tmp_path / "objects")
+
+
+def ask(store, number=1, *, key=None, repeatable=False, waiting=100, uses=()):
+    request = {"number": number}
+    content = None if repeatable else content_key("plan", request)
+    return store.ask("plan", LANE, request, content=content, key=key, waiting=waiting, uses=uses)
+
+
+def keep(store, objects, identity, size=100, **more):
+    written = objects.put(identity.encode() * size)
+    return store.add(file_row("plan", identity, written, name=identity, summary={}, **more))
+
+
+def test_equal_requests_are_one_job_until_it_fails(store):
+    first, new = ask(store)
+    assert new
+    assert ask(store) == (first, False)
+    assert ask(store, 2)[0].id != first.id
+    store.finish(first.id, "failed", error=Error(code="input", message="no"))
+    again, new = ask(store)
+    assert new
+    assert again.id != first.id
+
+
+def test_an_idempotency_key_names_one_request(store):
+    first, new = ask(store, key="k", repeatable=True)
+    assert new
+    assert ask(store, key="k", repeatable=True) == (first, False)
+    assert ask(store, repeatable=True)[1]
+    with pytest.raises(ServiceError, match="the idempotency key 'k' was used for another request") as caught:
+        ask(store, 2, key="k", repeatable=True)
+    assert (caught.value.status, caught.value.field) == (409, "header.Idempotency-Key")
+    # Also once the job has failed: the key stands for that very attempt.
+    store.finish(first.id, "failed", error=Error(code="input", message="no"))
+    assert ask(store, key="k", repeatable=True)[0].state == "failed"
+
+
+def test_jobs_are_taken_in_their_order_and_end_once(store):
+    ids = [ask(store, number)[0].id for number in range(3)]
+    assert [store.next(LANE).id for _ in ids] == ids
+    assert store.next(LANE) is None
+    assert store.next("cpu") is None
+    assert store.finish(ids[0], "succeeded", result={"a": 1}).result == {"a": 1}
+    assert store.finish(ids[0], "failed").state == "succeeded"
+    assert store.lane(LANE) == (ids[1], 0)
+
+
+def test_a_full_queue_refuses(store):
+    ask(store, 1, waiting=1)
+    with pytest.raises(ServiceError, match="1 jobs are waiting already") as caught:
+        ask(store, 2, waiting=1)
+    assert caught.value.status == 429
+    assert ask(store, 1, waiting=1)[1] is False
+
+
+def test_what_ran_waits_again_but_not_for_ever(store):
+    job, _ = ask(store)
+    for attempt in range(1, ATTEMPTS + 1):
+        assert store.next(LANE).attempts == attempt
+        requeued, interrupted = store.recover()
+        assert (requeued, interrupted) == ((1, 0) if attempt < ATTEMPTS else (0, 1))
+    ended = store.job(job.id)
+    assert ended.state == "interrupted"
+    assert ended.error.code == "interrupted"
+    # Ended by the service itself, an attempt does not count.
+    other, _ = ask(store, 2)
+    for _ in range(ATTEMPTS + 2):
+        store.next(LANE)
+        assert store.requeue(other.id, counted=False).attempts == 0
+
+
+def test_what_was_acknowledged_is_there_for_another_connection(store, tmp_path):
+    job, _ = ask(store)
+    other = Store(tmp_path / "s.sqlite")
+    assert other.job(job.id) == job
+    other.close()
+    assert sqlite3.connect(tmp_path / "s.sqlite").execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_the_schema_has_a_version(tmp_path):
+    path = tmp_path / "s.sqlite"
+    Store(path).close()
+    database = sqlite3.connect(path)
+    assert database.execute("PRAGMA user_version").fetchone() == (LATEST,) == (len(STEPS),)
+    database.execute(f"PRAGMA user_version = {LATEST + 1}")
+    database.close()
+    with pytest.raises(
+        InputError, match=f"written by a newer tightfit \\(schema {LATEST + 1}, this one knows {LATEST}\\)"
+    ):
+        Store(path)
+
+
+def test_a_step_that_fails_leaves_the_schema_as_it_was(tmp_path, monkeypatch):
+    from planner.service import migrations
+
+    path = tmp_path / "s.sqlite"
+    Store(path).close()
+    monkeypatch.setattr(migrations, "STEPS", (*STEPS, "CREATE TABLE extra (a); CREATE TABLE jobs (a);"))
+    monkeypatch.setattr(migrations, "LATEST", LATEST + 1)
+    with pytest.raises(sqlite3.OperationalError):
+        Store(path)
+    database = sqlite3.connect(path)
+    assert database.execute("PRAGMA user_version").fetchone() == (LATEST,)
+    assert database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'extra'").fetchone() == (0,)
+
+
+def test_objects_appear_whole_under_their_digest(objects):
+    written = objects.put(b"abc" * 1000)
+    assert written.bytes == 3000
+    assert objects.read(written.digest) == b"abc" * 1000
+    assert b"".join(objects.unpack(written.digest)) == b"abc" * 1000
+    assert gzip.decompress(objects.packed(written.digest)) == b"abc" * 1000
+    assert objects.put(b"abc" * 1000) == written
+    (objects.temporary / "left").write_bytes(b"half")
+    other = objects.put(b"other")
+    assert objects.sweep({written.digest}) == 2
+    assert objects.read(written.digest)
+    with pytest.raises(FileNotFoundError):
+        objects.read(other.digest)
+
+
+def test_bombs_are_refused_before_they_unfold():
+    bomb = gzip.compress(b"\0" * (64 << 20), 9)
+    assert len(bomb) < 70_000
+    with pytest.raises(OverflowError):
+        gunzip(bomb, 1 << 20)
+    assert gunzip(gzip.compress(b"x" * 100), 100) == b"x" * 100
+    with pytest.raises(ValueError, match="cut off"):
+        gunzip(gzip.compress(b"x" * 10_000)[:-9], 1 << 20)
+    with pytest.raises(ValueError, match="not gzip"):
+        gunzip(b"hello", 1 << 20)
+
+
+def test_retention_by_age_spares_what_live_jobs_need(store, objects):
+    for name in ("old", "needed", "new"):
+        keep(store, objects, name)
+    done, _ = ask(store, 1)
+    store.next(LANE)
+    store.finish(done.id, "succeeded", result={})
+    live, _ = ask(store, 2, uses=[("plan", "needed")])
+    store.flush()
+    moment = time.time() + 1
+    store._touched = {("plan", "new"): moment + 1}
+    removed = store.expire(before=moment, keep_bytes=1 << 40)
+    assert [row["id"] for row in removed] == ["old"]
+    assert {row["id"] for row in store.files("plan")} == {"needed", "new"}
+    with pytest.raises(ServiceError):
+        store.job(done.id)
+    assert store.job(live.id).state == "queued"
+
+
+def test_retention_by_bytes_takes_the_longest_unused_and_what_answers_with_it(store, objects):
+    job, _ = ask(store, 1)
+    store.next(LANE)
+    row = file_row("plan", "answer", objects.put(b"answer"), name="answer", summary={})
+    store.finish(job.id, "succeeded", result={}, files=[row])
+    keep(store, objects, "other")
+    store._touched = {("plan", "answer"): time.time() - 100, ("plan", "other"): time.time()}
+    removed = store.expire(before=0, keep_bytes=store.stored_bytes() - 1)
+    assert [row["id"] for row in removed] == ["answer"]
+    # Its answer gone, the request is a new job.
+    assert ask(store, 1)[1]
+
+
+def test_paths_stay_under_the_roots(tmp_path):
+    root = tmp_path / "models"
+    (root / "a").mkdir(parents=True)
+    (root / "a" / "config.json").write_text("{}")
+    (tmp_path / "secret").write_text("s")
+    (root / "link").symlink_to(tmp_path / "secret")
+    (root / "loop").symlink_to(root / "loop")
+    inside = str((root / "a" / "config.json").resolve())
+    assert confined("a/config.json", [root], "path") == inside
+    assert confined(inside, [root], "path") == inside
+    for text in (
+        "../secret",
+        str(tmp_path / "secret"),
+        "link",
+        "loop",
+        "a/../../secret",
+        "none",
+        "\0",
+        "x" * 5000,
+        "/",
+    ):
+        with pytest.raises(ServiceError, match="is no file or folder under a folder that is open") as caught:
+            confined(text, [root], "path")
+        assert (caught.value.status, caught.value.field) == (422, "body.path")
+    with pytest.raises(ServiceError, match="no folder is open to requests; start the service with --root FOLDER"):
+        confined("a", [], "path")
+
+
+def test_other_machines_need_a_token(tmp_path):
+    made = {"data_dir": tmp_path, "command": ("tightfit",)}
+    with pytest.raises(InputError, match=r"--host 0.0.0.0 can be reached from other machines: set a token"):
+        Settings(host="0.0.0.0", **made)
+    with pytest.raises(InputError, match="has 5 characters; choose one of at least 16"):
+        Settings(host="0.0.0.0", token="short", **made)
+    assert Settings(host="0.0.0.0", token="t" * 16, **made).token
+    with pytest.raises(InputError, match="no such folder"):
+        Settings(roots=(tmp_path / "none",), **made)
+    assert [loopback(host) for host in ("localhost", "127.0.0.1", "127.9.9.9", "::1", "[::1]", "10.0.0.1", "example.com")] == [
+        True, True, True, True, True, False, False,
+    ]  # fmt: skip
