@@ -58,7 +58,8 @@ def _draw_device(axes: Axes, plans: Sequence[Plan], *, titled: bool) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xticks([budget / MIB for budget in budgets_of(plans)])
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("budget for the whole process, MiB")
+    whole = "the whole process" if plans[0].device.kind == "cpu" else "the card's memory"
+    axes.set_xlabel(f"budget for {whole}, MiB")
     axes.set_ylabel("seconds per step" + ("" if plans[0].device.measured else ", estimated"))
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if titled:
@@ -81,7 +82,7 @@ def draw_timeline(
     if not shown:
         raise InputError(f"a plan that is {plan.status} at {format_size(plan.budget_bytes)} has no timeline to draw")
     figure, (axes,) = _canvas(11.0, 4.8)
-    kinds = kinds_of(bucket.point for bucket in shown)
+    kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
     peak = max(shown, key=lambda bucket: in_use(bucket.point))
     top = max(*(bucket.point.bytes for bucket in shown), plan.peak_bytes, measured_peak or 0) / MIB
     capped = plan.budget_bytes / MIB <= 1.7 * top

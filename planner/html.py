@@ -152,7 +152,7 @@ def _cell(plan: Plan | None, best: float) -> dict[str, str]:
 def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
     assert plan.train is not None
     peak = max((bucket.point for bucket in shown), key=in_use)
-    kinds = kinds_of(bucket.point for bucket in shown)
+    kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
     return {
         "policy": plan.policy,
         "device": plan.device.name,
@@ -212,7 +212,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
 def series_of(plan: Plan, shown: Sequence[Bucket]) -> dict[str, Any]:
     """What the page's script reads out at the cursor, rounded to what it prints."""
     assert plan.train is not None
-    kinds = kinds_of(bucket.point for bucket in shown)
+    kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
     totals = [bucket.point.bytes for bucket in shown]
     used = [in_use(bucket.point) for bucket in shown]
     return {

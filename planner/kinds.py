@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planner.schema import Plan, TimelinePoint
 
@@ -47,10 +47,14 @@ class Bucket:
     point: TimelinePoint
 
 
-def kinds_of(timeline: Iterable[TimelinePoint]) -> list[Kind]:
-    """The kinds that take any memory in `timeline`, in stacking order; kinds this module does not know come last."""
+def kinds_of(timeline: Iterable[TimelinePoint], on: str = "cpu") -> list[Kind]:
+    """The kinds that take any memory in `timeline` of a plan for a device of kind `on`, in stacking order; kinds this
+    module does not know come last.
+    """
     present = {name for point in timeline for name, size in point.by_kind.items() if size > 0}
     known = [kind for kind in KINDS if kind.name in present]
+    if on == "cuda":
+        known = [replace(kind, label="CUDA context") if kind.name == "floor" else kind for kind in known]
     names = sorted(present - {kind.name for kind in KINDS})
     return known + [Kind(name=name, label=name, light=UNKNOWN[0], dark=UNKNOWN[1]) for name in names]
 

@@ -46,7 +46,7 @@ def peak_table(plan: Plan) -> Table:
     table.add_column("", justify="left")
     if point is None:
         return table
-    for kind in kinds_of([point]):
+    for kind in kinds_of([point], plan.device.kind):
         size = point.by_kind[kind.name]
         table.add_row(kind.label, f"{size / MIB:.1f}", _bar(size, point.bytes, kind))
     table.add_row(

@@ -74,7 +74,7 @@ def timeline_svg(plan: Plan, shown: Sequence[Bucket], name: str) -> str:
     """Memory over one training step, stacked by kind under the cap line; the instruction that sets the peak is marked."""
     assert plan.train is not None
     assert shown
-    kinds = kinds_of(bucket.point for bucket in shown)
+    kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
     peak = max(shown, key=lambda bucket: in_use(bucket.point))
     highest = max(bucket.point.bytes for bucket in shown)
     capped = plan.budget_bytes <= 1.7 * highest

@@ -61,6 +61,12 @@ def test_kinds_are_stacked_in_order_and_unknown_ones_come_last():
     assert [kind.name for kind in kinds_of([point])] == ["floor", "gradient", "zeppelin"]
 
 
+def test_a_card_has_no_python_in_it():
+    point = TimelinePoint(instruction=0, seconds=1, bytes=3, by_kind={"floor": 2, "weight": 1})
+    labels = {on: [kind.label for kind in kinds_of([point], on)] for on in ("cpu", "cuda")}
+    assert labels == {"cpu": ["Python and PyTorch", "weights, unpacked"], "cuda": ["CUDA context", "weights, unpacked"]}
+
+
 def test_kind_names_and_colours_are_distinct():
     assert len({kind.name for kind in KINDS}) == len(KINDS)
     assert len({kind.light for kind in KINDS}) == len(KINDS)
