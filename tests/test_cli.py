@@ -64,7 +64,7 @@ def planned(monkeypatch):
         (["plan", "p.json"], "Missing option '--memory'; try 'tightfit plan --help'"),
         (["plan", "--memory", "1GB"], "Missing argument 'PROFILE'; try 'tightfit plan --help'"),
         (["train"], "No such command 'train'; try 'tightfit --help'"),
-        (["plan", "p.json", "--memory", "1GB", "--speed"], "No such option: --speed; try 'tightfit plan --help'"),
+        (["plan", "p.json", "--memory", "1GB", "--quickly"], "No such option: --quickly; try 'tightfit plan --help'"),
         (["plan", "p.json", "--memory", "350M"], f"'350M' is not a size; {FORMS}"),
         (["plan", "p.json", "--memory", "0"], f"'0' is no memory at all; {FORMS}"),
         (["compare", "p.json", "--memory", "1GB,,2GB"], f"'' is not a size; {FORMS}"),
