@@ -297,7 +297,7 @@ class Planner:
             before, excess = excess, arena.bytes - room
             if excess > 0 and limit is not None:
                 # The arena has gaps: what is moved must leave room for them, if it is what makes them.
-                allowed -= 2 * excess
+                allowed -= excess
                 few = room // 200
                 if time.monotonic() > deadline or excess < few or (attempt and excess > before / 2):
                     break
