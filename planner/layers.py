@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from planner.graph import PACKED_ALIGNMENT, Step, StepGraph, aligned, state_names, step_graph
 from profiles.errors import InputError
@@ -143,6 +144,11 @@ class Layered:
     forced: frozenset[str] = field(default_factory=frozenset)
     """storages of several layers' backward windows: kept from their making to their last possible use"""
 
+    @cached_property
+    def inputs(self) -> dict[tuple[int, int], tuple[str, ...]]:
+        """(layer, operator) -> tensors that it reads."""
+        return {(step.layer, step.operator): step.inputs for step in self.graph.steps}
+
     def name(self, layer: int, value: str) -> str:
         """Storage name of a layer's local value."""
         return self.graph.names[layer].get(value, value)
@@ -202,7 +208,9 @@ class _Splitter:
         if not last["forward"] or not last["backward"]:
             return set()
         made = {name for name in last["forward"][-1].outputs if name is not None}
-        return {name for name in made & set(last["backward"][0].inputs) if self.graph.storages[name].kind == "activation"}
+        return {
+            name for name in made & set(last["backward"][0].inputs) if self.graph.storages[name].kind == "activation"
+        }
 
     def _recomputable(self, layer: int) -> dict[int, Step]:
         """Forward steps of the layer that may run again in its backward window: operator -> step."""

@@ -287,6 +287,8 @@ class Search:
     tolerance: float = 2e-3
     progress: Progress | None = None
     started: float = field(default_factory=time.monotonic)
+    timely: bool = True
+    """whether the search for columns came to its end before the deadline"""
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -337,15 +339,22 @@ class Search:
     # --- columns ---------------------------------------------------------------------------------------------------
 
     def columns(self) -> tuple[float, float, bool]:
-        """Price columns until the bound meets the master: (bound, master value, whether the limit is kept)."""
+        """Price columns until the bound meets the master: (bound, master value, whether the limit is kept).
+
+        Past the deadline the bound is the best so far, and `timely` is False.
+        """
         best, value, kept = 0.0, float("inf"), False
         for _ in range(ROUNDS):
-            relaxed = self._relaxation(self.limit_bytes)
+            try:
+                relaxed = self._relaxation(self.limit_bytes)
+            except TimeoutError:
+                self.timely = False
+                break
             value, kept = relaxed.value, relaxed.over < 1e-4
             gain, new = self._price(relaxed, best)
             best = max(best, value - gain)
             self.report("columns", value / MS, best / MS)
-            if value - best <= self.tolerance / 4 * value or not new:
+            if not self.timely or value - best <= self.tolerance / 4 * value or not new:
                 break
         return best, value, kept
 
@@ -355,7 +364,7 @@ class Search:
         The most promising layer first; what its answer proves often settles layers at similar prices.
         """
         pool, kinds, prices = self.pool, self.pool.problem.layer_type, relaxed.prices
-        gap = min(1e-2, max(1e-4, (relaxed.value - best) / relaxed.value / 10))
+        gap = min(1e-2, max(self.tolerance / 10, (relaxed.value - best) / relaxed.value / 10))
         least = [pool.hulls[kind].bound(prices[i]) for i, kind in enumerate(kinds)]
 
         def short(i: int) -> float:
@@ -370,7 +379,12 @@ class Search:
         new = False
         while open_ and sum(map(short, range(len(kinds)))) > (some if new else little):
             most = max(open_, key=short)
-            new = pool.price(kinds[most], prices[most], gap, self.left()) or new
+            try:
+                new = pool.price(kinds[most], prices[most], gap, self.left()) or new
+            except TimeoutError:
+                self.timely = False
+                break
+            self.report("pricing", relaxed.value / MS, best / MS)
             open_.remove(most)
             for i in [most, *open_]:
                 if kinds[i] == kinds[most]:

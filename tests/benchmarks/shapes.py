@@ -69,9 +69,7 @@ def decoder_profile(layers: int, *, batch: int = 1, seq: int = 256, **config: An
         batch=batch,
         seq=seq,
         compute_dtype="bfloat16",
-        device=Device(
-            name="two cores", kind="cpu", threads=2, measured=False, floor=FLOOR, read=READ, write=WRITE
-        ),
+        device=Device(name="two cores", kind="cpu", threads=2, measured=False, floor=FLOOR, read=READ, write=WRITE),
         tensors=tensors,
         programs=programs,
         layers=traced.layers,
