@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from planner.graph import PACKED_ALIGNMENT, Step, StepGraph, aligned, state_names, step_graph
 from profiles.errors import InputError
@@ -142,6 +143,11 @@ class Layered:
     workspace_bytes: int
     forced: frozenset[str] = field(default_factory=frozenset)
     """storages of several layers' backward windows: kept from their making to their last possible use"""
+
+    @cached_property
+    def inputs(self) -> dict[tuple[int, int], tuple[str, ...]]:
+        """(layer, operator) -> tensors that it reads."""
+        return {(step.layer, step.operator): step.inputs for step in self.graph.steps}
 
     def name(self, layer: int, value: str) -> str:
         """Storage name of a layer's local value."""

@@ -37,7 +37,9 @@ OVERFLOW_PRICE = 10.0
 """ms per KiB over the limit, while no fitting combination is known"""
 WHOLE_NODES = 20
 """of the search for whole columns: work is counted, not timed, so that the same input gives the same plan"""
-NEAR = 3e-4
+WHOLE = 0.999
+"""share of one column from which on a layer is not mixed"""
+NEAR = 1e-3
 """share of the step's time; columns whose reduced cost is less may be part of a good choice"""
 FEW = 5
 """such columns per layer"""
@@ -285,6 +287,8 @@ class Search:
     tolerance: float = 2e-3
     progress: Progress | None = None
     started: float = field(default_factory=time.monotonic)
+    timely: bool = True
+    """whether the search for columns came to its end before the deadline"""
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
@@ -335,15 +339,22 @@ class Search:
     # --- columns ---------------------------------------------------------------------------------------------------
 
     def columns(self) -> tuple[float, float, bool]:
-        """Price columns until the bound meets the master: (bound, master value, whether the limit is kept)."""
+        """Price columns until the bound meets the master: (bound, master value, whether the limit is kept).
+
+        Past the deadline the bound is the best so far, and `timely` is False.
+        """
         best, value, kept = 0.0, float("inf"), False
         for _ in range(ROUNDS):
-            relaxed = self._relaxation(self.limit_bytes)
+            try:
+                relaxed = self._relaxation(self.limit_bytes)
+            except TimeoutError:
+                self.timely = False
+                break
             value, kept = relaxed.value, relaxed.over < 1e-4
             gain, new = self._price(relaxed, best)
             best = max(best, value - gain)
             self.report("columns", value / MS, best / MS)
-            if value - best <= self.tolerance / 4 * value or not new:
+            if not self.timely or value - best <= self.tolerance / 4 * value or not new:
                 break
         return best, value, kept
 
@@ -353,7 +364,7 @@ class Search:
         The most promising layer first; what its answer proves often settles layers at similar prices.
         """
         pool, kinds, prices = self.pool, self.pool.problem.layer_type, relaxed.prices
-        gap = min(1e-2, max(1e-4, (relaxed.value - best) / relaxed.value / 10))
+        gap = min(1e-2, max(self.tolerance / 10, (relaxed.value - best) / relaxed.value / 10))
         least = [pool.hulls[kind].bound(prices[i]) for i, kind in enumerate(kinds)]
 
         def short(i: int) -> float:
@@ -368,7 +379,12 @@ class Search:
         new = False
         while open_ and sum(map(short, range(len(kinds)))) > (some if new else little):
             most = max(open_, key=short)
-            new = pool.price(kinds[most], prices[most], gap, self.left()) or new
+            try:
+                new = pool.price(kinds[most], prices[most], gap, self.left()) or new
+            except TimeoutError:
+                self.timely = False
+                break
+            self.report("pricing", relaxed.value / MS, best / MS)
             open_.remove(most)
             for i in [most, *open_]:
                 if kinds[i] == kinds[most]:
@@ -426,25 +442,37 @@ class Search:
     def choose(self, limit_bytes: int | None) -> tuple[Column, ...] | None:
         """Good whole columns within `limit_bytes` over the pool; None where none fits.
 
-        First among the columns that the linear program uses or that cost little more, then among all.
+        Layers that the linear program mixes get a whole column near their mixture. Then the others stay as they are, or,
+        where that costs too much, may take any column that costs little more, or at last any at all.
         """
+        kinds = self.pool.problem.layer_type
         relaxed = self._relaxation(limit_bytes)
         if limit_bytes is not None and relaxed.over > 1e-4:
             return None
-        near = []
-        for layer, kind in enumerate(self.pool.problem.layer_type):
+        mixed = [layer for layer, shares in enumerate(relaxed.shares) if shares.max() < WHOLE]
+        for layer in mixed[:FEW]:
+            mixture = relaxed.shares[layer] @ self.pool.figures[kinds[layer]][: len(relaxed.shares[layer])]
+            self.pool.fill(kinds[layer], relaxed.prices[layer], mixture, 1e-3, self.left())
+        near, fixed = [], []
+        for layer, kind in enumerate(kinds):
             reduced = self.pool.figures[kind] @ relaxed.prices[layer] - relaxed.convexity[layer]
-            reduced[relaxed.shares[layer] > 1e-6] = 0.0
-            best = np.argsort(reduced, kind="stable")[:FEW]
-            near.append([int(i) for i in best if reduced[i] <= NEAR * relaxed.value])
-        whole = self._whole(limit_bytes, near)
-        if whole is None:
-            every = [list(range(len(self.pool.columns[kind]))) for kind in self.pool.problem.layer_type]
-            whole = self._whole(limit_bytes, every)
-        return whole
+            used = relaxed.shares[layer]
+            reduced[: len(used)][used > 1e-6] = 0.0
+            best = np.argsort(reduced, kind="stable")
+            near.append([int(i) for i in best[:FEW] if reduced[i] <= NEAR * relaxed.value])
+            fixed.append([int(used.argmax())] if used.max() >= WHOLE else [int(i) for i in best[: 2 * FEW]])
+        every = [list(range(len(self.pool.columns[kind]))) for kind in kinds]
+        found: tuple[float, tuple[Column, ...]] | None = None
+        for candidates in (*([fixed] if len(mixed) <= FEW else []), near, every):
+            whole = self._whole(limit_bytes, candidates)
+            if whole is not None and (found is None or whole[0] < found[0]):
+                found = whole
+            if found is not None and (found[0] <= (1 + self.tolerance / 2) * relaxed.value or candidates is near):
+                break
+        return None if found is None else found[1]
 
-    def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> tuple[Column, ...] | None:
-        """The best combination of one candidate per layer (indices into the pool's columns)."""
+    def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> tuple[float, tuple[Column, ...]] | None:
+        """The best combination of one candidate per layer (indices into the pool's columns), with its objective."""
         problem = self.pool.problem
         model = mathopt.Model()
         layers: list[Terms] = []
@@ -464,7 +492,7 @@ class Search:
         if not result.has_primal_feasible_solution():
             return None
         chosen = result.variable_values()
-        return tuple(
+        return result.objective_value(), tuple(
             self.pool.columns[kind][allowed[max(range(len(variables)), key=lambda i: chosen[variables[i]])]]
             for kind, allowed, variables in zip(problem.layer_type, candidates, picks)
         )

@@ -9,63 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from planner.arena import Arena, place
 from planner.bounds import any_schedule_bound
-from planner.emit import Draft, Entry, draft, instructions, kinds, live_profile
-from planner.greedy import greedy
+from planner.carry_out import Schedule, carry_out, smallest_arena
+from planner.emit import instructions, kinds
 from planner.layers import Layered, layered
-from planner.master import JOINT_BINARIES, Answer, Progress, Search, charged_bytes
-from planner.overlap import clock, overlap
-from planner.policies import POLICIES, policy_columns, rule_columns, smallest
-from planner.pricing import Pool
+from planner.master import Progress
+from planner.policies import POLICIES, policy_columns
 from planner.schema import Peak, Phase, Plan
 from planner.simulate import Simulation, simulate
-from planner.windows import Column
+from planner.solver import Outcome, Solver, Status
 from profiles.errors import InputError
 from profiles.schema import Profile
 
 if TYPE_CHECKING:
     from planner.graphs.planner import GraphPlanner
 
-TOLERANCE = 1e-3
-"""a plan this near its bound is called optimal"""
-MINIMUM_ROUNDS = 20
-MOST_BYTES = 1 << 50
-"""no process holds more; HiGHS gives up on right-hand sides that doubles cannot count exactly"""
-GOOD = 3e-3
-"""a plan of whole columns this near its bound is not worth another choice"""
-RESERVE = 0.01
-"""share of the limit left to gaps of the arena and to transfers, at first"""
-CHOICES = 5
-"""such shares tried"""
-PLACE_ROUNDS = 3
-"""limits that moved transfers are held to, one after the other, until everything finds its place in the arena"""
-Status = Literal["optimal", "feasible", "fallback", "infeasible"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Columns carried out, with every tensor in its place."""
-
-    columns: tuple[Column, ...]
-    draft: Draft
-    train: tuple[Entry, ...]
-    arena: Arena
-    seconds: float
-    stalls: float
-    """seconds of them spent waiting for the disk"""
-    peak_bytes: int
-    """of the whole process"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    schedule: Schedule | None
-    bound_seconds: float
-    status: Status
+FINISH_SECONDS = 1.5e-4
+"""to write a plan down and replay it, per operator of the step: left out of what the search may take"""
 
 
 def plan(
@@ -105,19 +67,8 @@ class Planner:
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.problem: Layered = layered(profile)
-        self.inputs = {(step.layer, step.operator): step.inputs for step in self.problem.graph.steps}
-        self._pool: Pool | None = None
+        self.solver = Solver(self.problem)
         self._minimum: dict[str, Schedule] = {}
-
-    @property
-    def pool(self) -> Pool:
-        """Columns found so far, opened with those of the fixed rules."""
-        if self._pool is None:
-            self._pool = Pool(problem=self.problem)
-            for rule in (*POLICIES.values(), smallest):
-                for kind, column in zip(self.problem.layer_type, rule_columns(self.problem, rule)):
-                    self._pool.add(kind, column.decision)
-        return self._pool
 
     def plan(
         self,
@@ -133,190 +84,36 @@ class Planner:
         if time_limit <= 0:
             raise InputError(f"a time limit of {time_limit} s is none; name a positive number of seconds")
         started = time.monotonic()
+        deadline = started + time_limit - FINISH_SECONDS * len(self.problem.graph.steps)
         name = policy or "solver"
         any_bound = any_schedule_bound(self.problem, budget_bytes)
-        if budget_bytes < self.profile.device.floor.import_peak_bytes:
-            outcome = Outcome(schedule=None, bound_seconds=any_bound, status="infeasible")
-        elif name == "solver":
-            outcome = self._solve(budget_bytes, started + time_limit, progress)
-        else:
+        outcome = Outcome(schedule=None, bound_seconds=any_bound, status="infeasible")
+        below = budget_bytes < self.profile.device.floor.import_peak_bytes
+        if not below and name != "solver":
             outcome = self._follow(budget_bytes, name, any_bound)
+        elif not below and (not self.solver.tight(budget_bytes) or self._holds(budget_bytes, deadline)):
+            outcome = self.solver.solve(budget_bytes, deadline, progress)
         if outcome.schedule is None:
-            least = self.minimum(policy=policy, time_limit=time_limit)
+            least, timely = self._least(name, deadline)
             if least.peak_bytes > budget_bytes:
-                return self._infeasible(budget_bytes, name, least, any_bound, time.monotonic() - started)
-            outcome = Outcome(schedule=least, bound_seconds=outcome.bound_seconds, status="feasible")
+                return self._infeasible(budget_bytes, name, least, any_bound, started, timely=timely)
+            timely = timely and outcome.deterministic
+            outcome = Outcome(
+                schedule=least, bound_seconds=outcome.bound_seconds, status="feasible", deterministic=timely
+            )
         return self._finish(budget_bytes, name, outcome, any_bound, started)
 
-    # --- the search ------------------------------------------------------------------------------------------------
-
-    def _room(self, budget_bytes: int) -> int:
-        """Bytes for the arena and the instructions."""
-        return min(budget_bytes, MOST_BYTES) - self.profile.device.floor.resident_bytes - self.problem.workspace_bytes
-
-    def _solve(self, budget_bytes: int, deadline: float, progress: Progress | None) -> Outcome:
-        """Search at the budget; schedule None where nothing was found to fit."""
-        limit = self._room(budget_bytes)
-        best: Schedule | None = None
-        bound = 0.0
-        timely = True
-        carried_out: list[Schedule] = []
-        self.carried_out = carried_out
-        try:
-            if self.pool.binaries <= JOINT_BINARIES:
-                best, bound, timely = self._solve_jointly(limit, deadline, progress)
-            else:
-                relaxed = Search(pool=self.pool, limit_bytes=limit, deadline=deadline, progress=progress)
-                lower, _, kept = relaxed.columns()
-                bound = relaxed.bound(lower)
-                if kept:
-                    careful = Search(
-                        pool=self.pool, limit_bytes=limit, deadline=deadline, careful=True, progress=progress
-                    )
-                    # Where memory is too tight to look ahead, the relaxed choice is what there is.
-                    best = self._round(careful if careful.columns()[2] else relaxed, limit, bound)
-        except TimeoutError:
-            timely = False
-        except KeyboardInterrupt:
-            if not carried_out:
-                raise
-            return Outcome(schedule=carried_out[-1], bound_seconds=bound, status="feasible")
-        if best is None and not timely:
-            best = self._greedy(limit)
-            return Outcome(schedule=best, bound_seconds=bound, status="fallback")
-        optimal = best is not None and best.seconds - bound <= TOLERANCE * best.seconds
-        return Outcome(schedule=best, bound_seconds=bound, status="optimal" if optimal else "feasible")
-
-    def _solve_jointly(
-        self, limit: int, deadline: float, progress: Progress | None
-    ) -> tuple[Schedule | None, float, bool]:
-        best: Schedule | None = None
-        bound = 0.0
-        timely = True
-        allowed = limit
-        for careful in (False, True):
-            for _ in range(4):
-                search = Search(
-                    pool=self.pool, limit_bytes=allowed, deadline=deadline, careful=careful, progress=progress
-                )
-                answer: Answer | None = search.joint()
-                if answer is None:
-                    break
-                if allowed == limit and not careful:
-                    bound = answer.bound_seconds
-                timely = timely and answer.proven
-                schedule, excess = self.carry_out(answer.columns, limit)
-                if schedule is not None:
-                    best = schedule if best is None else self._better(best, schedule)
-                    self.carried_out.append(best)
-                    search.report("carried out", best.seconds, bound)
-                    break
-                allowed -= excess
-            if best is not None and self._near(best, bound):
-                break
-            allowed = limit
-        return best, bound, timely
-
-    def _round(self, search: Search, limit: int, bound: float) -> Schedule | None:
-        """Choose whole columns and carry them out, leaving more of the limit free until they find their places.
-
-        Once they do, one more choice leaves more free where the plan waits for the disk, and less where it does not.
-        """
-        best: Schedule | None = None
-        most = reserve = int(RESERVE * max(0, limit))
-        for _ in range(CHOICES):
-            if search.left() <= 0:
-                break
-            chosen = search.choose(limit - reserve)
-            schedule, excess = (None, 0) if chosen is None else self.carry_out(chosen, limit, search.deadline)
-            if chosen is None:
-                if best is not None or not reserve:
-                    break
-                reserve = 0
-            elif schedule is None:
-                reserve += max(3 * excess // 2, int(RESERVE / 2 * max(0, limit)))
-                if best is not None and reserve >= most:
-                    break
-            else:
-                self.carried_out.append(schedule)
-                search.report("carried out", schedule.seconds, bound)
-                if best is not None or schedule.seconds - bound <= GOOD * schedule.seconds:
-                    best = schedule if best is None else self._better(best, schedule)
-                    break
-                best, most = schedule, reserve
-                waits = schedule.stalls > (schedule.seconds - bound) / 2
-                reserve = 3 * reserve if waits else reserve // 4
-        return best
-
-    @staticmethod
-    def _near(schedule: Schedule, bound: float) -> bool:
-        return schedule.seconds - bound <= TOLERANCE * schedule.seconds
-
-    @staticmethod
-    def _better(old: Schedule, new: Schedule) -> Schedule:
-        return new if new.seconds < old.seconds * (1 - 1e-9) else old
-
-    def _greedy(self, limit: int) -> Schedule | None:
-        allowed = limit
-        for _ in range(6):
-            columns = greedy(self.problem, self.pool, allowed)
-            if columns is None:
-                return None
-            schedule, excess = self.carry_out(columns, limit)
-            if schedule is not None:
-                return schedule
-            allowed -= excess
-        return None
+    def _holds(self, budget_bytes: int, deadline: float) -> bool:
+        """Whether the budget is at least the minimum, as far as half of the time tells."""
+        now = time.monotonic()
+        least, timely = self.solver.least(now + (deadline - now) / 2)
+        return not timely or least.peak_bytes <= budget_bytes
 
     def _follow(self, budget_bytes: int, policy: str, bound: float) -> Outcome:
-        schedule, _ = self.carry_out(policy_columns(self.problem, policy), self._room(budget_bytes))
+        schedule, _ = carry_out(
+            self.problem, policy_columns(self.problem, policy), self.solver.room(budget_bytes), unmoved=True
+        )
         return Outcome(schedule=schedule, bound_seconds=bound, status="feasible")
-
-    def carry_out(
-        self, columns: tuple[Column, ...], limit: int | None, deadline: float = float("inf")
-    ) -> tuple[Schedule | None, int]:
-        """Schedule of the columns within `limit` bytes of arena and instructions, or the bytes by which it fails.
-
-        Without a limit: the lowest arena found. Past the deadline transfers stay where they are needed.
-        """
-        joined = draft(self.problem, columns)
-        count = len(joined.train) + len(joined.evaluate)
-        charged = self.profile.device.floor.instruction_bytes * count
-        evaluate_live = max(live_profile(joined.evaluate, joined.resident, joined.sizes), default=0)
-        live = max([evaluate_live, *live_profile(joined.train, joined.resident, joined.sizes)])
-        room = live if limit is None else limit - charged
-        if live > room:
-            return None, live - room
-        excess = 0
-        floor = self.profile.device.floor
-        lowest: Schedule | None = None
-        allowed = room
-        for attempt in range(PLACE_ROUNDS):
-            train = overlap(joined.train, self.inputs, joined.resident, joined.sizes, allowed)
-            arena = place(train, joined.evaluate, joined.resident, joined.sizes, room)
-            before, excess = excess, arena.bytes - room
-            if excess > 0 and limit is not None:
-                # The arena has gaps: what is moved must leave room for them, if it is what makes them.
-                allowed -= 2 * excess
-                few = room // 200
-                if time.monotonic() > deadline or excess < few or (attempt and excess > before / 2):
-                    break
-                continue
-            if lowest is None or arena.bytes < lowest.arena.bytes:
-                timing = clock(train, self.inputs)
-                peak = floor.resident_bytes + charged + arena.bytes + self.problem.workspace_bytes
-                lowest = Schedule(
-                    columns=columns,
-                    draft=joined,
-                    train=train,
-                    arena=arena,
-                    seconds=timing.seconds,
-                    stalls=timing.stalls,
-                    peak_bytes=max(peak, floor.import_peak_bytes),
-                )
-            if excess <= 0:
-                break
-        return lowest, excess
 
     # --- beside the budget -----------------------------------------------------------------------------------------
 
@@ -325,13 +122,7 @@ class Planner:
 
         Raises TimeoutError where the time limit strikes first.
         """
-        limit, deadline = self._room(budget_bytes), time.monotonic() + time_limit
-        search = Search(pool=self.pool, limit_bytes=limit, deadline=deadline)
-        if self.pool.binaries <= JOINT_BINARIES:
-            answer = search.joint()
-            return None if answer is None else answer.bound_seconds
-        lower, _, kept = search.columns()
-        return search.bound(lower) if kept else None
+        return self.solver.bound(budget_bytes, time.monotonic() + time_limit)
 
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
         """The plan of the smallest budget, in full."""
@@ -354,42 +145,18 @@ class Planner:
 
     def minimum(self, *, policy: str | None = None, time_limit: float = 30.0) -> Schedule:
         """The schedule with the lowest peak that `plan` can find; one byte less has no plan."""
-        name = policy or "solver"
-        if name not in self._minimum:
-            self._minimum[name] = self._find_minimum(name, time.monotonic() + time_limit)
-        return self._minimum[name]
+        return self._least(policy or "solver", time.monotonic() + time_limit)[0]
 
-    def _find_minimum(self, policy: str, deadline: float) -> Schedule:
-        if policy != "solver":
-            schedule, _ = self.carry_out(policy_columns(self.problem, policy), None)
-            assert schedule is not None
-            return schedule
-        candidates = [rule_columns(self.problem, smallest)]
-        try:
-            search = Search(pool=self.pool, limit_bytes=None, deadline=deadline)
-            if self.pool.binaries <= JOINT_BINARIES:
-                answer = search.joint()
-                candidates.extend([answer.columns] if answer is not None else [])
-            else:
-                search.columns()
-                chosen = search.choose(None)
-                candidates.extend([chosen] if chosen is not None else [])
-        except TimeoutError:
-            pass
-        candidates.sort(key=lambda columns: charged_bytes(self.problem, columns))
-        schedules = [self.carry_out(columns, None)[0] for columns in candidates[:2]]
-        best = min((s for s in schedules if s is not None), key=lambda s: s.peak_bytes)
-        for _ in range(MINIMUM_ROUNDS):
-            if best.peak_bytes <= self.profile.device.floor.import_peak_bytes:
-                break
-            # What `plan` would answer one byte below: as long as it finds something, that is the minimum.
-            lower = self._solve(best.peak_bytes - 1, deadline, None)
-            if lower.schedule is None or lower.status == "fallback":
-                break
-            best = lower.schedule
-        return best
+    def _least(self, policy: str, deadline: float) -> tuple[Schedule, bool]:
+        if policy == "solver":
+            return self.solver.least(deadline)
+        if policy not in self._minimum:
+            self._minimum[policy] = smallest_arena(self.problem, policy_columns(self.problem, policy))
+        return self._minimum[policy], True
 
-    def _infeasible(self, budget: int, policy: str, least: Schedule, any_bound: float, seconds: float) -> Plan:
+    def _infeasible(
+        self, budget: int, policy: str, least: Schedule, any_bound: float, started: float, *, timely: bool
+    ) -> Plan:
         floor = self.profile.device.floor
         told = self._assemble(least.peak_bytes, policy, least, "feasible")
         simulation = simulate(told)
@@ -418,7 +185,8 @@ class Planner:
                 "any_schedule_bound_seconds": any_bound,
                 "gap": 0.0,
                 "any_schedule_gap": 0.0,
-                "solve_seconds": seconds,
+                "solve_seconds": time.monotonic() - started,
+                "deterministic": timely,
                 "minimum_budget_bytes": least.peak_bytes,
                 "minimum_budget_reason": reason,
                 "decisions": {},
@@ -450,6 +218,7 @@ class Planner:
                     "gap": gap_to(step, bound),
                     "any_schedule_gap": gap_to(step, min(step, any_bound)),
                     "solve_seconds": time.monotonic() - started,
+                    "deterministic": outcome.deterministic,
                     "workspace_bytes": simulation.workspace_bytes,
                     "train": simulation.train,
                     "evaluate": simulation.evaluate,

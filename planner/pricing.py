@@ -152,3 +152,28 @@ class Pool:
             raise TimeoutError
         self.hulls[kind].prove(prices, min(result.best_objective_bound(), result.objective_value()))
         return self.add(kind, block.decision(result.variable_values()))
+
+    def fill(self, kind: int, prices: Prices, most: Prices, gap: float, seconds: float) -> None:
+        """Add the cheapest decision at `prices` that holds no more between its windows than the figures `most`.
+
+        Pricing alone finds corners of what a layer can do; where the master mixes two of them, this is a whole one near.
+        """
+        model, block = self.blocks[kind]
+        rows = []
+        for name in ("between", "outside"):
+            held = block.field(name)
+            row = model.add_linear_constraint(ub=float(most[FIELDS.index(name)]) - held.constant + 1e-6)
+            for variable, coefficient in held.terms.items():
+                row.set_coefficient(variable, coefficient)
+            rows.append(row)
+        try:
+            goal = Linear()
+            for name, price in zip(FIELDS, prices.tolist()):
+                goal.plus(block.field(name), max(price, NOTHING))
+            model.minimize(goal.expression())
+            result = solve_quietly(model, seconds, gap)
+            if result.has_primal_feasible_solution():
+                self.add(kind, block.decision(result.variable_values()))
+        finally:
+            for row in rows:
+                model.delete_linear_constraint(row)

@@ -14,9 +14,10 @@ from planner.graphs.rules import RULES, rule_reruns, rules_for
 from planner.graphs.schedule import Rerun, instructions, peak_bytes, pruned, runs, seconds
 from planner.graphs.search import Search
 from planner.master import Progress
-from planner.plan import TOLERANCE, Status, gap_to, sealed
+from planner.plan import gap_to, sealed
 from planner.schema import Peak, Phase, Plan
 from planner.simulate import simulate
+from planner.solver import TOLERANCE, Status
 from profiles.bare import FIXED
 from profiles.errors import InputError
 from profiles.schema import Profile
