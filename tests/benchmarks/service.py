@@ -33,8 +33,11 @@ CACHED = 64
 """different questions that are answered from the store"""
 
 
-async def load(service, identity, known, fresh, *, clients, seconds, share):
-    """Latencies of cached answers and what new requests became; `share` of the requests are new."""
+async def load(service, identity, known, fresh, *, clients, seconds, rate, share):
+    """Latencies of cached answers and what new requests became; `share` of the `rate` requests per second are new.
+
+    A request's latency counts from the moment it was due, so that a slow answer does not hide those behind it.
+    """
     cached, acknowledged, wrong = [], set(), collections.Counter()
     until = time.monotonic() + seconds
     budgets = iter(fresh)
@@ -44,10 +47,12 @@ async def load(service, identity, known, fresh, *, clients, seconds, share):
     async def client(number):
         rng = random.Random(number)
         reader, writer = await asyncio.open_connection(address.hostname, address.port)
+        due = time.perf_counter() + rng.random() * clients / rate
         while time.monotonic() < until:
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            begun, due = due, due + clients / rate
             new = rng.random() < share
             body = json.dumps({"profile": identity, "memory": next(budgets) if new else rng.choice(known)})
-            begun = time.perf_counter()
             try:
                 status, answer = await post(reader, writer, address.netloc, body)
             except (OSError, EOFError) as error:
@@ -77,7 +82,7 @@ async def post(reader, writer, host, body):
     return int(head[9:12]), await reader.readexactly(length)
 
 
-def concurrent(folder, *, clients, seconds):
+def concurrent(folder, *, clients, seconds, rate):
     """64 clients on a service that solves two large plans meanwhile."""
     service = Served(folder / "load", "--workers", "2").start()
     try:
@@ -100,7 +105,7 @@ def concurrent(folder, *, clients, seconds):
         fresh = range(least + (1 << 24), 1 << 40, 512)
         before = cpu_seconds(service.process.pid)
         cached, acknowledged, wrong, took = asyncio.run(
-            load(service, identity, known, fresh, clients=clients, seconds=seconds, share=0.005)
+            load(service, identity, known, fresh, clients=clients, seconds=seconds, rate=rate, share=0.005)
         )
         spent = cpu_seconds(service.process.pid) - before
         still = [service.http.get(f"/v1/jobs/{job['id']}").json()["state"] for job in solves]
@@ -156,12 +161,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--rate", type=float, default=330.0, help="requests per second of all clients together")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         found = {
-            "load": concurrent(Path(name), clients=options.clients, seconds=options.seconds),
+            "load": concurrent(Path(name), clients=options.clients, seconds=options.seconds, rate=options.rate),
             "killing": killing(Path(name), rounds=options.rounds),
         }
     figures, kills = found["load"], found["killing"]
