@@ -97,12 +97,12 @@ class Served:
             job = self.http.get(f"/v1/jobs/{job['id']}").json()
         return job
 
-    def ask(self, path, **body):
+    def ask(self, path, /, **body):
         answer = self.http.post(path, json=body)
         assert answer.status_code in {200, 202}, answer.text
         return answer.json()
 
-    def result(self, path, **body):
+    def result(self, path, /, **body):
         job = self.wait(self.ask(path, **body))
         assert job["state"] == "succeeded", job
         return job["result"]

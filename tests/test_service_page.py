@@ -118,7 +118,9 @@ def test_will_it_fit(page, served, pictures):
     expect(page.locator("#plan-title")).to_contain_text(f"{dragged + 0.3:.1f} MiB")
     after = solved(page)
     assert len(after) == len(before) + 1
+    page.set_viewport_size({"width": 1100, "height": 1750})
     page.screenshot(path=pictures / "fit.png")
+    page.set_viewport_size({"width": 1200, "height": 900})
 
 
 def test_the_plan_is_told_and_drawn(page, served):

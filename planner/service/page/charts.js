@@ -106,7 +106,7 @@ export function steps(label, points, { yLabel, cap = null, colour = "var(--polic
   if (points.length === 1) picture.append(svg("circle", { class: "dot-mark", style: `--c: ${colour}`, cx: x(points[0][0]), cy: y(points[0][1]), r: 4 }));
   if (cap !== null) {
     picture.append(svg("line", { class: "cap", x1: LEFT, x2: W - RIGHT, y1: y(cap), y2: y(cap) }));
-    picture.append(svg("text", { class: "cap-label", x: LEFT + 6, y: y(cap) - 6 }, `cap ${round(cap)} MiB`));
+    picture.append(svg("text", { class: "cap-label", x: LEFT + 6, y: y(cap) - 6 }, `cap ${cap.toFixed(1)} MiB`));
   }
   return picture;
 }

@@ -1,0 +1,71 @@
+"""Runs through the service: one at a time on the device, gone on with after kill -9, saved when cancelled."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import time
+
+from damage import SEQ
+from served import PATIENCE, Served
+
+
+def steps_of(service, run):
+    return service.http.get(f"/v1/runs/{run}/metrics").json()["steps"]
+
+
+def wait_for_steps(service, run, count):
+    until = time.monotonic() + PATIENCE
+    while len(steps := steps_of(service, run)) < count:
+        job = service.http.get(f"/v1/jobs/{run}").json()
+        assert time.monotonic() < until, job
+        assert job["state"] in {"queued", "running"}, job
+        time.sleep(0.1)
+    return steps
+
+
+def test_runs_follow_each_other_survive_and_save(tmp_path, work, cache):
+    service = Served(tmp_path / "data", "--root", str(work), environment={"TIGHTFIT_CACHE": str(cache)}).start()
+    try:
+        made = service.result("/v1/profiles", path="model", seq=SEQ, batch=2, lora_rank=4)["profile"]
+        plan = service.result("/v1/plans", profile=made, memory="1GiB", policy="keep-all")["plan"]
+        answer = service.http.post("/v1/runs", json={"plan": plan, "data": str(tmp_path), "steps": 1})
+        assert (answer.status_code, answer.json()["error"]["fields"][0]["field"]) == (422, "body.data")
+
+        def ask(key, steps):
+            body = {"plan": plan, "data": "data.jsonl", "steps": steps, "checkpoint_every": 20}
+            return service.http.post("/v1/runs", json=body, headers={"Idempotency-Key": key}).json()["id"]
+
+        first, second = ask("first", 1_000_000), ask("second", 8)
+        assert ask("first", 1_000_000) == first
+        wait_for_steps(service, first, 45)
+        device = service.http.get("/v1/devices").json()["devices"][0]
+        assert (device["running"], device["waiting"]) == (first, 1)
+        service.kill()
+        service.start()
+        before = wait_for_steps(service, first, 1)[-1]["step"]
+        steps = wait_for_steps(service, first, before + 30)
+        job = service.http.get(f"/v1/jobs/{first}").json()
+        assert (job["state"], job["attempts"]) == ("running", 2)
+        # It went on from a checkpoint: every step once, none anew from the start.
+        assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+        assert service.http.get(f"/v1/runs/{first}/report").status_code == 409
+
+        service.http.post(f"/v1/jobs/{first}/cancel")
+        assert service.wait(service.http.get(f"/v1/jobs/{first}").json())["state"] == "cancelled"
+        out = service.data / "runs" / first / "out"
+        saved = max(int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*"))
+        assert saved == steps_of(service, first)[-1]["step"]
+
+        ended = service.wait(service.http.get(f"/v1/jobs/{second}").json())
+        assert (ended["state"], ended["result"]["report"]["steps"]) == ("succeeded", 8), ended
+        report = service.http.get(f"/v1/runs/{second}/report").json()
+        assert 0 < report["peak_bytes"]["measured"] <= report["budget_bytes"]
+        assert len(report["loss"]) == len(steps_of(service, second)) == 8
+        adapter = service.http.get(f"/v1/runs/{second}/adapter").content
+        with tarfile.open(fileobj=io.BytesIO(adapter)) as archive:
+            assert json.load(archive.extractfile("adapter/adapter_config.json"))["r"] == 4
+        assert not (service.data / "runs" / second / "out").exists()
+    finally:
+        service.stop()
