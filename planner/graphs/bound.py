@@ -16,6 +16,9 @@ SHORT = (0.95, 0.8, 0.5)
 """a moment may lie where the best schedule known holds this share of the budget"""
 WHOLE = 4
 """choices of moments tried with whole numbers"""
+REFINEMENTS = 6
+ADDED = 4
+"""moments added by a refinement"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,21 +82,41 @@ def class_bound(
             break
         tried[pivots] = solve_windows(dag, budget_bytes, pivots, any_order=False, seconds=left).bound_seconds
         best = max(best, tried[pivots])
-    starts = []
-    promising = sorted(tried, key=lambda pivots: (-tried[pivots], len(pivots), pivots))[: WHOLE if whole else 0]
-    for number, pivots in enumerate(promising):
+    starts: list[frozenset[Rerun]] = []
+    waiting = sorted(tried, key=lambda pivots: (-tried[pivots], len(pivots), pivots))[: WHOLE if whole else 0]
+    most = len(waiting) + REFINEMENTS
+    solved: dict[tuple[int, ...], float] = {}
+    while waiting and best < enough and len(solved) < most:
         left = deadline - time.monotonic()
-        if best >= enough:
-            break
         if left <= 0:
             timely = False
             break
-        share = left / (len(promising) - number)
+        pivots = waiting.pop(0)
+        share = left / (1 + min(len(waiting) + REFINEMENTS // 2, most - len(solved) - 1))
         answer = solve_windows(dag, budget_bytes, pivots, any_order=False, seconds=share, whole=True)
+        solved[pivots] = answer.bound_seconds
         timely = timely and answer.solved
         best = max(best, answer.bound_seconds)
-        starts.extend([answer.reruns] if answer.reruns is not None else [])
+        if answer.reruns is not None:
+            starts.append(answer.reruns)
+            if not waiting:
+                finer = _refined(dag, budget_bytes, pivots, answer.reruns)
+                waiting.extend([finer] if finer not in solved else [])
     return Bound(seconds=best, timely=timely, reruns=tuple(starts))
+
+
+def _refined(dag: Dag, budget_bytes: int, pivots: tuple[int, ...], reruns: frozenset[Rerun]) -> tuple[int, ...]:
+    """The moments and a few more, where a schedule that fits at all of them is furthest over the budget."""
+    sequence = runs(dag, reruns)
+    over: dict[int, int] = {}
+    for (stage, _), size in zip(sequence, memory(dag, sequence)):
+        if size > budget_bytes and stage not in pivots:
+            over[stage] = max(over.get(stage, 0), size)
+    added: list[int] = []
+    for stage in sorted(over, key=lambda stage: (-over[stage], stage)):
+        if len(added) < ADDED and all(abs(stage - other) > 2 for other in added):
+            added.append(stage)
+    return tuple(sorted({*pivots, *added}))
 
 
 def _moments(dag: Dag, budget_bytes: int, reruns: frozenset[Rerun]) -> Iterator[tuple[int, ...]]:

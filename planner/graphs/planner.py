@@ -156,7 +156,7 @@ class GraphPlanner:
         found = class_bound(dag, budget, best, deadline=started + 0.7 * span, whole=True, enough=enough)
         report("bounded", seconds(dag, best), found.seconds)
         # The solver's schedules may hold too much between moments; what eviction makes of them is often better still.
-        search.deadline = started + 0.9 * span
+        search.deadline = started + 0.95 * span
         enough = found.seconds / (1 - TOLERANCE) - dag.once_seconds
         another = search.first([best, *found.reruns])
         assert another is not None

@@ -12,7 +12,7 @@ The figure is computed from the solver's dual values by weak duality, so that it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,13 @@ class Answer:
 
 
 def solve_windows(
-    dag: Dag, budget_bytes: int, pivots: Sequence[int], *, any_order: bool, seconds: float, whole: bool = False
+    dag: Dag,
+    budget_bytes: int,
+    pivots: Sequence[int],
+    *,
+    any_order: bool,
+    seconds: float,
+    whole: bool = False,
 ) -> Answer:
     """The bound from the moments at `pivots`, which are sorted.
 
@@ -188,26 +194,30 @@ class _Windows:
         result: set[Rerun] = set()
         window = 0
         there: set[int] = set()
+
+        def bring(stage: int, wanted: Iterable[int]) -> None:
+            waiting = list(wanted)
+            while waiting:
+                i = waiting.pop()
+                if i not in there and window in again[i]:
+                    there.add(i)
+                    result.add((stage, i))
+                    waiting.extend(dag.inputs[i])
+
         for stage in range(len(dag)):
             if stage == opens[window]:
-                # What is to live at this moment and is not there yet is made for it.
-                window += 1
+                # What is to live at this moment and is not there yet is made for it, while the window before is open.
                 lives = {
                     i
                     for i, life in enumerate(self.lives)
-                    if window in life and (life[window] < 0 or chosen[life[window]])
+                    if window + 1 in life and (life[window + 1] < 0 or chosen[life[window + 1]])
                 }
-                result.update((stage, i) for i in lives - there)
+                bring(stage, sorted(lives))
+                window += 1
                 there = lives
-            waiting = [stage]
-            while waiting:
-                for i in dag.inputs[waiting.pop()]:
-                    if i not in there and window in again[i]:
-                        there.add(i)
-                        result.add((stage, i))
-                        waiting.append(i)
+            bring(stage, dag.inputs[stage])
             there.add(stage)
-        return pruned(dag, {(stage, i) for stage, i in result if i < stage})
+        return pruned(dag, result)
 
     def _model(self, unit: float, *, whole: bool) -> mathopt.Model:
         proto = model_pb2.ModelProto()
