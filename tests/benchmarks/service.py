@@ -23,11 +23,11 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT.parent), str(ROOT)]
 
-from killing import kill_again_and_again  # noqa: E402
-from served import Served  # noqa: E402
-from synthetic import decoder_like, small_chain  # noqa: E402
+from killing import kill_again_and_again
+from served import Served
+from synthetic import decoder_like, small_chain
 
-from planner.plan import minimum_budget  # noqa: E402
+from planner.plan import minimum_budget
 
 CACHED = 64
 """different questions that are answered from the store"""
