@@ -19,6 +19,8 @@ from planner.graphs.schedule import Rerun
 
 DEPTH = 64
 """operators that one eviction may run again"""
+EVICTIONS = 20
+"""per operator, before a repair gives up"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Search:
 
     def repair(self, memory: Memory, limit: float = float("inf")) -> bool:
         """Evict until `memory` fits; False where that fails, takes too long or costs `limit` seconds of re-runs."""
-        for _ in range(20 * self.count_limit(memory)):
+        for _ in range(EVICTIONS * len(self.dag)):
             held = memory.bytes
             at = int(held.argmax())
             if held[at] <= self.budget:
@@ -64,10 +66,6 @@ class Search:
                 memory.add(*rerun)
         return False
 
-    @staticmethod
-    def count_limit(memory: Memory) -> int:
-        return len(memory.dag)
-
     def _cheapest(self, memory: Memory, at: int) -> list[Rerun] | None:
         """The re-runs that relieve position `at` at the least cost per byte over the budget."""
         key = memory.keys[at]
@@ -75,10 +73,17 @@ class Search:
         seconds = self.dag.seconds
         best: list[Rerun] | None = None
         best_score = float("inf")
-        for operator, touched, reader in memory.idle(key):
+        # At best an output relieves every position over the budget: those with the least cost by that measure first.
+        places, most = int(np.count_nonzero(over)), float(over.sum())
+        candidates = sorted(
+            (seconds[operator] / min(size * places, most), operator, touched, reader)
+            for operator, touched, reader in memory.idle(key)
+            if (size := self.dag.bytes[operator]) and self.dag.recomputable[operator]
+        )
+        for at_best, operator, touched, reader in candidates:
+            if at_best >= best_score:
+                break
             size = self.dag.bytes[operator]
-            if not size or not self.dag.recomputable[operator]:
-                continue
             start = memory.position(touched) + 1
             for stage in self._stages(memory, operator, key, reader):
                 end = memory.position(stage * memory.count + operator)
@@ -86,8 +91,8 @@ class Search:
                 if gain <= 0.0 or seconds[operator] / gain >= best_score:
                     continue
                 reruns: list[Rerun] = []
-                harm = self._bring(memory, stage, operator, over, reruns)
-                if harm is None or harm >= gain:
+                harm = self._bring(memory, stage, operator, over, reruns, gain, best_score)
+                if harm is None:
                     continue
                 score = sum(seconds[i] for _, i in reruns) / (gain - harm)
                 if self.noise:
@@ -110,28 +115,37 @@ class Search:
         early = last // count if last // count * count + operator <= last else last // count - 1
         return [late, early] if early * count + operator > key else [late]
 
-    def _bring(self, memory: Memory, stage: int, operator: int, over: Bytes, reruns: list[Rerun]) -> float | None:
-        """Append what must run again in `stage` for `operator` to; bytes that this adds over the budget, None: too much."""
-        harm = 0.0
+    def _bring(
+        self, memory: Memory, stage: int, operator: int, over: Bytes, reruns: list[Rerun], gain: float, dearest: float
+    ) -> float | None:
+        """Append what must run again in `stage` for `operator` to; bytes that this adds over the budget.
+
+        None: it takes more than it gives, or more than `dearest` seconds for each byte of the `gain`.
+        """
+        dag = self.dag
+        harm, cost = 0.0, 0.0
         waiting = [operator]
         planned = {operator}
         while waiting:
             i = waiting.pop()
             reruns.append((stage, i))
-            if len(reruns) > DEPTH:
+            cost += dag.seconds[i]
+            if len(reruns) > DEPTH or cost >= dearest * (gain - harm):
                 return None
             key = stage * memory.count + i
-            for source in self.dag.inputs[i]:
+            for source in dag.inputs[i]:
                 if source in planned or (stage, source) in memory.reruns:
                     continue
                 end = memory.life_end(source, memory.run_before(source, key))
                 if end >= key:
                     continue
-                size = self.dag.bytes[source]
+                size = dag.bytes[source]
                 start, stop = memory.position(end) + 1, memory.position(key)
                 stretch = memory.bytes[start:stop]
-                if not self.dag.recomputable[source] or not size or int(stretch.max(initial=0)) + size <= self.budget:
+                if not dag.recomputable[source] or not size or int(stretch.max(initial=0)) + size <= self.budget:
                     harm += float(np.minimum(over[start:stop], size).sum())
+                    if harm >= gain:
+                        return None
                     continue
                 planned.add(source)
                 waiting.append(source)
@@ -151,11 +165,12 @@ class Search:
 
     # --- ruin and recreate -----------------------------------------------------------------------------------------
 
-    def first(self, seeds: Iterable[Iterable[Rerun]] = ((),)) -> Memory | None:
+    def first(self, seeds: Iterable[Iterable[Rerun]]) -> Memory | None:
         """The fastest schedule that eviction makes of one of the `seeds`."""
         best: Memory | None = None
-        for seed in seeds:
-            memory = Memory(self.dag, self.budget, seed)
+        starts = [Memory(self.dag, self.budget, seed) for seed in dict.fromkeys(map(frozenset, seeds))]
+        # Those that fit as they are first: the clock may stop the others.
+        for memory in sorted(starts, key=lambda memory: not memory.fits):
             if not self.repair(memory):
                 continue
             self.prune(memory, set(memory.reruns))
