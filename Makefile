@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format clean bench-headline bench-service
+.PHONY: demo test lint format clean bench-headline bench-service bench-planner
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -19,6 +19,10 @@ bench-headline: $(VENV)/.installed
 # 64 clients, kill -9 twenty times; figures as JSON with ARGS=--json.
 bench-service: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/service.py $(ARGS)
+
+# The planner on bare graphs of published networks and random graphs, beside fixed rules and PyTorch's own solvers.
+bench-planner: $(VENV)/.installed-test
+	$(BIN)/python tests/benchmarks/graphs.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -26,6 +26,10 @@ EXACT_OPERATORS = 20
 """graphs up to here are solved over all schedules of the class"""
 EXACT_WORK = 30.0
 """deterministic seconds of CP-SAT; such graphs take a fraction of one"""
+GRANTED = 0.1
+"""of the time limit, in seconds of the processor, for a first schedule that fits"""
+LEAST_GRANTED = 1.0
+"""seconds of the processor for each try at a smaller budget"""
 ROUNDS = 4000
 """of ruin and recreate, shared by the operators that a graph has"""
 
@@ -81,7 +85,10 @@ class GraphPlanner:
         if outcome.reruns is None:
             least, proven = self._least(name, deadline)
             if peak_bytes(self.dag, least) > budget_bytes:
-                return self._infeasible(budget_bytes, name, least, any_bound, time.monotonic() - started, proven=proven)
+                spent = time.monotonic() - started
+                return self._infeasible(
+                    budget_bytes, name, least, any_bound, spent, proven=proven, timely=outcome.timely
+                )
             outcome = Outcome(reruns=least, bound_seconds=outcome.bound_seconds, timely=outcome.timely)
         return self._finish(budget_bytes, name, outcome, any_bound, started)
 
@@ -143,7 +150,7 @@ class GraphPlanner:
                 progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": left, "seconds": spent})
 
         span = deadline - started
-        search = Search(dag, budget, deadline=started + 0.5 * span)
+        search = Search(dag, budget, deadline=started + 0.5 * span, granted=GRANTED * span)
         memory = search.first(self._seeds(budget))
         if memory is None:
             return Outcome(reruns=None, bound_seconds=dag.once_seconds, timely=search.timely)
@@ -199,7 +206,7 @@ class GraphPlanner:
         while self.found[best] - low > 1:
             # Halve what is left between what cannot be and what was found, then byte by byte.
             for budget in ((low + self.found[best]) // 2, self.found[best] - 1):
-                search = Search(dag, budget, deadline=deadline)
+                search = Search(dag, budget, deadline=deadline, granted=LEAST_GRANTED)
                 memory = search.first(self._seeds(budget))
                 if memory is not None:
                     best = self._note(memory.reruns)
@@ -212,13 +219,22 @@ class GraphPlanner:
     # --- the answer ------------------------------------------------------------------------------------------------
 
     def _infeasible(
-        self, budget: int, policy: str, least: frozenset[Rerun], any_bound: float, spent: float, *, proven: bool
+        self,
+        budget: int,
+        policy: str,
+        least: frozenset[Rerun],
+        any_bound: float,
+        spent: float,
+        *,
+        proven: bool,
+        timely: bool,
     ) -> Plan:
         told = self._assemble(peak_bytes(self.dag, least), policy, least, "feasible")
         simulation = simulate(told)
         peak = simulation.train.peak
         largest = ", ".join(list(peak.tensors)[:3])
-        found = "no schedule has a lower peak" if proven else "the smallest found"
+        found = "the smallest found" if timely else "the smallest found before the time limit"
+        found = "no schedule has a lower peak" if proven else found
         reason = f"the smallest plan peaks at {peak.text} with {largest} live ({found}); a smaller batch lowers it"
         return sealed(
             told.model_copy(
@@ -229,6 +245,7 @@ class GraphPlanner:
                     "bound_seconds": any_bound,
                     "any_schedule_bound_seconds": any_bound,
                     "solve_seconds": spent,
+                    "deterministic": timely,
                     "minimum_budget_bytes": simulation.peak_bytes,
                     "minimum_budget_reason": reason,
                     "decisions": {},
