@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format clean bench-headline
+.PHONY: demo test lint format clean bench-headline bench-planner
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -15,6 +15,11 @@ test: lint
 # Five published models under the published caps; ARGS='--model qwen2.5-0.5b --no-curve' for one in minutes.
 bench-headline: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/headline.py $(ARGS)
+
+# How long planning takes, how near the bound it comes, and what fixed rules would give.
+bench-planner: $(VENV)/.installed
+	$(BIN)/python tests/benchmarks/planner.py $(ARGS)
+	$(BIN)/python tests/benchmarks/graphs.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
