@@ -107,6 +107,8 @@ class Pool:
     """per layer type: a row of FIELDS per column"""
     blocks: list[tuple[mathopt.Model, Block]] = field(default_factory=list)
     hulls: list[Hull] = field(default_factory=list)
+    programs: int = 0
+    """mixed-integer programs solved so far"""
 
     def __post_init__(self) -> None:
         self.columns = [[] for _ in self.problem.types]
@@ -147,6 +149,7 @@ class Pool:
             if price > NOTHING:
                 goal.plus(block.field(name), price)
         model.minimize(goal.expression())
+        self.programs += 1
         result = solve_quietly(model, seconds, gap)
         if not result.has_primal_feasible_solution():
             raise TimeoutError

@@ -20,8 +20,7 @@ def solve_quietly(
     """Solve `model` within `seconds` and branch-and-bound `nodes` to a relative `gap`. Raises TimeoutError when no time is left.
 
     Where HiGHS calls a point optimal that its own tolerances reject, MathOpt has no result; then Glop (linear) or SCIP
-    (integers) gives a second opinion. On one thread: HiGHS's worker threads were seen asleep for 20 s over a program of
-    0.1 s where other processes kept the cores busy, and the answer does not depend on how many there are.
+    (integers) gives a second opinion. On one thread, so that the answer does not depend on how many cores there are.
     """
     if seconds <= 0:
         raise TimeoutError
