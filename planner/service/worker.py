@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,9 @@ def main() -> int:
         tell(event="error", code="worker_died", message=f"the job needs more than the service's memory limit{limit}")
     except TightfitError as error:
         tell(event="error", code=CODES.get(type(error), "input"), message=str(error))
+    except Exception as error:
+        traceback.print_exc()
+        tell(event="error", code="internal", message=f"internal error, {type(error).__name__}: {error}")
     else:
         tell(event="done", **answer)
     return 0
