@@ -182,7 +182,7 @@ async function show(identity) {
     : `Does not fit ${mib(summary.budget_bytes)} MiB: the smallest budget that is enough is ${atLeast(summary.minimum_budget_bytes)} MiB`;
   showPlan(view);
   $("plan-title").textContent = fits ? `3. The plan: ${summary.policy} at ${mib(summary.budget_bytes)} MiB` : "3. Why nothing fits";
-  $("run").hidden = !fits;
+  $("run").hidden = !fits || !view.runnable;
   $("download").dataset.plan = identity;
 }
 
