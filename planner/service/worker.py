@@ -92,6 +92,8 @@ def main() -> int:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # with the service
         carry_out = getattr(solving, order.kind)
         if order.memory_bytes is not None:
+            import planner.compare  # noqa: F401  the solver is loaded before the limit: it is for solving
+
             resource.setrlimit(resource.RLIMIT_DATA, (order.memory_bytes, order.memory_bytes))
     try:
         answer = carry_out(order, tell)
