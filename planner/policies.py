@@ -10,6 +10,7 @@ from collections.abc import Callable
 from planner.layers import Layered, LayerType, Mode
 from planner.windows import Column, Decision, measure
 from profiles.errors import InputError
+from profiles.schema import Profile
 
 
 def keep_all(kind: LayerType, *, last: bool) -> Decision:
@@ -42,6 +43,16 @@ def smallest(kind: LayerType, *, last: bool) -> Decision:
 
 Rule = Callable[..., Decision]
 POLICIES: dict[str, Rule] = {"keep-all": keep_all, "checkpoint-layers": checkpoint_layers, "mebp": mebp}
+
+
+def policies_of(profile: Profile) -> tuple[str, ...]:
+    """Names of the fixed rules that mean something for a profile."""
+    if profile.model.kind != "graph":
+        return tuple(POLICIES)
+    from planner.graphs.dag import dag_of
+    from planner.graphs.rules import rules_for
+
+    return rules_for(dag_of(profile))
 
 
 def policy_columns(problem: Layered, policy: str) -> tuple[Column, ...]:

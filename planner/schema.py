@@ -22,9 +22,10 @@ Instructions (JSON arrays; `at` are arena offsets in bytes):
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from profiles.schema import Device, Layer, Model, Program, Tensor
 
@@ -33,6 +34,14 @@ PLAN_VERSION = 1
 
 class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _unbounded(value: Any) -> Any:
+    return math.inf if value is None else value
+
+
+Bound = Annotated[float, BeforeValidator(_unbounded)]
+"""Seconds; infinite where nothing fits, which JSON can only write as null."""
 
 
 class TimelinePoint(Record):
@@ -77,8 +86,8 @@ class Plan(Record):
     floor_bytes: int
     peak_bytes: int = Field(description="predicted VmHWM of the run, all phases")
     step_seconds: float
-    bound_seconds: float = Field(description="no plan of this class is faster at this budget")
-    any_schedule_bound_seconds: float = Field(description="no schedule at all is faster at this budget")
+    bound_seconds: Bound = Field(description="no plan of this class is faster at this budget")
+    any_schedule_bound_seconds: Bound = Field(description="no schedule at all is faster at this budget")
     gap: float = Field(description="(step_seconds - bound_seconds) / step_seconds")
     any_schedule_gap: float
     solve_seconds: float

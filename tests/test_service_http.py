@@ -10,7 +10,7 @@ import time
 
 import httpx
 import pytest
-from served import Served
+from served import ROOT, Served
 from synthetic import small_chain
 
 from planner.plan import plan as solve_here
@@ -347,3 +347,29 @@ def test_a_slow_listener_does_not_hold_up_the_others(served, uploaded, minimum):
     assert done.wait(60)
     stuck.close()
     assert served.wait(job)["state"] == "succeeded"
+
+
+def test_a_bare_graph_from_elsewhere(served):
+    """Operators with seconds and bytes are enough: planned, told and drawn operator by operator."""
+    graph = (ROOT / "examples" / "bare-graph.json").read_bytes()
+    answer = served.http.post("/v1/profiles/upload", content=graph, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 201, answer.text
+    identity, policies = answer.json()["id"], answer.json()["summary"]["policies"]
+    assert policies == ["solver", "keep-all", "checkpoint-layers", "checkpoint-sqrt"]
+    refused(
+        served.http.post("/v1/plans", json={"profile": identity, "memory": 1, "policy": "mebp"}),
+        422,
+        "invalid_request",
+        "body.policy",
+    )
+    told = served.result("/v1/plans", profile=identity, memory=1)["summary"]
+    assert told["status"] == "infeasible"
+    # Nothing fits, so no bound is finite: JSON says null, the client says infinity.
+    with connect(served.url) as service:
+        assert service.stored_plan(told["fingerprint"]).minimum_budget_bytes == told["minimum_budget_bytes"]
+    assert served.http.get(f"/v1/plans/{told['fingerprint']}/view").json()["sentences"]
+    plan = served.result("/v1/plans", profile=identity, memory=told["minimum_budget_bytes"])["plan"]
+    view = served.http.get(f"/v1/plans/{plan}/view").json()
+    operators = [one["name"] for one in json.loads(graph)["operators"]]
+    assert [layer["name"] for layer in view["layers"]] == operators
+    assert {edge["from"] for edge in view["edges"]} <= set(operators)

@@ -28,6 +28,7 @@ HEADERS = (
     (b"content-security-policy", POLICY),
 )
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 log = logging.getLogger("tightfit.requests")
 
 
@@ -136,13 +137,15 @@ class Guard:
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or ("refused" if status in {401, 403, 421} else "unmatched")
-        self.metrics.requests.labels(scope["method"], route, str(status)).inc()
+        # Strangers choose the method: a label of their own for each would grow without end.
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self.metrics.requests.labels(method, route, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
         client: Any = scope.get("client")
         log.info(
             "request",
             extra={
-                "method": scope["method"],
+                "method": method,
                 "route": route,
                 "status": status,
                 "seconds": round(seconds, 6),

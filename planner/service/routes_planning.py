@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from planner.policies import POLICIES
 from planner.schema import Plan
 from planner.service.doors import (
     JOB_ANSWERS,
@@ -27,21 +26,20 @@ from planner.service.objects import Objects
 from planner.service.schema import ComparisonRequest, Digest, Job, JobId, PlanList, PlanRequest, StoredPlan
 from planner.service.settings import Settings
 from planner.service.solving import OWN
+from planner.service.store import Row
 from planner.service.view import difference, plan_view
 from profiles.devices import known_devices
 
 router = APIRouter(prefix="/v1", tags=["planning"])
 Identity = Annotated[Digest, Path(description="the plan's fingerprint")]
-SOLVER = "solver"
 
 
 @router.post("/plans", status_code=202, responses=JOB_ANSWERS, summary="Plan a profile at a budget")
 async def make_plan(request: Request, asked: PlanRequest, key: IdempotencyKey = None) -> Response:
     """A budget that is too small is a result with status infeasible and the smallest budget that is enough."""
     settings = service_of(request).settings
-    _check_policy(asked.policy, "policy")
     _check_time(asked.time_limit, settings)
-    stored(request, "profile", asked.profile, "profile")
+    _check_policy(asked.policy, stored(request, "profile", asked.profile, "profile"), "policy")
     words = asked.model_dump() | {"memory": budget(asked.memory, "memory")}
     return ask(request, "plan", words, key=key, uses=[("profile", asked.profile)])
 
@@ -85,14 +83,14 @@ async def get_changes(request: Request, identity: Identity, other: Digest) -> di
 async def make_comparison(request: Request, asked: ComparisonRequest, key: IdempotencyKey = None) -> Response:
     """Budgets × policies × devices. Every cell's plan is kept under its fingerprint."""
     settings = service_of(request).settings
-    for index, policy in enumerate(asked.policies):
-        _check_policy(policy, f"policies.{index}")
     _check_time(asked.time_limit, settings)
     known = [OWN, *(device.name for device in known_devices())]
     for index, device in enumerate(asked.devices):
         if device not in known:
             raise invalid(f"devices.{index}", f"no device is called {device!r}; choose from {', '.join(known)}")
-    stored(request, "profile", asked.profile, "profile")
+    row = stored(request, "profile", asked.profile, "profile")
+    for index, policy in enumerate(asked.policies):
+        _check_policy(policy, row, f"policies.{index}")
     budgets = sorted({budget(memory, f"memory.{index}") for index, memory in enumerate(asked.memory)})
     words = asked.model_dump() | {
         "memory": budgets,
@@ -115,9 +113,10 @@ async def get_comparison(request: Request, identity: Annotated[JobId, Path()]) -
     return job
 
 
-def _check_policy(policy: str, field: str) -> None:
-    if policy != SOLVER and policy not in POLICIES:
-        raise invalid(field, f"no policy is called {policy!r}; choose from {', '.join((SOLVER, *POLICIES))}")
+def _check_policy(policy: str, profile: Row, field: str) -> None:
+    known = json.loads(profile["summary"])["policies"]
+    if policy not in known:
+        raise invalid(field, f"no policy is called {policy!r}; choose from {', '.join(known)}")
 
 
 def _check_time(seconds: float, settings: Settings) -> None:

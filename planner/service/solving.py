@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from planner.policies import policies_of
 from planner.schema import Plan
 from planner.service.objects import Objects
 from planner.service.store import file_row
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from planner.service.worker import Order, Tell
 
 Row = dict[str, Any]
+SOLVER = "solver"
 OWN = "own"
 """the device that the profile was made for"""
 
@@ -101,9 +103,8 @@ def _profile(objects: Objects, order: Order, identity: str) -> Profile:
 def keep_profile(objects: Objects, found: Profile, *, origin: str) -> Row:
     """Store a profile under its checksum. `origin` is made (on this machine, by this service) or uploaded."""
     written = objects.put(canonical_json(found).encode())
-    return file_row(
-        "profile", written.digest, written, name=found.model.name, origin=origin, summary=profile_summary(found)
-    )
+    summary = profile_summary(found) | {"policies": [SOLVER, *policies_of(found)]}
+    return file_row("profile", written.digest, written, name=found.model.name, origin=origin, summary=summary)
 
 
 def keep_plan(objects: Objects, found: Plan, origin: str, explanation: Row | None = None) -> Row:

@@ -182,6 +182,8 @@ class Supervisor:
         elif self._stopping:
             ended = self.store.requeue(job.id, counted=False)
         elif end is not None:
+            if end["code"] == "internal":
+                log.error("job failed inside", extra={"job": job.id, "said": _last_words(words)})
             ended = self.store.finish(job.id, "failed", error=Error(code=end["code"], message=end["message"]))
         elif code == -signal.SIGKILL and job.attempts < ATTEMPTS:
             # Killed from outside, perhaps by the kernel for want of memory: worth another try.

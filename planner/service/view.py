@@ -87,6 +87,8 @@ def owners(plan: Plan) -> dict[str, str]:
 
 def _layers(plan: Plan) -> list[Row]:
     """Each layer with the bytes under each decision, activations, weights and optimizer states apart; seconds of its passes."""
+    if plan.model.kind == "graph":
+        return _operators(plan)
     owner = owners(plan)
     decided: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for name, cost in Ledger(plan).costs().items():
@@ -106,7 +108,35 @@ def _layers(plan: Plan) -> list[Row]:
     ]
 
 
+def _operators(plan: Plan) -> list[Row]:
+    """A bare graph's operators, as layers of their own."""
+    costs = Ledger(plan).costs()
+    rows = []
+    for operator in plan.programs[0].operators:
+        (name,) = (output for output in operator.outputs if output is not None)
+        cost = costs.get(name)
+        decided = {} if cost is None or cost.decision is None else {"activations": {cost.decision: cost.bytes}}
+        seconds = {phase: operator.seconds if operator.phase == phase else 0.0 for phase in ("forward", "backward")}
+        rows.append(
+            {
+                "name": name,
+                "program": operator.target,
+                "forward_seconds": seconds["forward"],
+                "backward_seconds": seconds["backward"],
+                "decisions": decided,
+            }
+        )
+    return rows
+
+
 def _edges(plan: Plan) -> list[Row]:
+    if plan.model.kind == "graph":
+        sizes = {value.name: value.bytes for value in plan.programs[0].values}
+        return [
+            {"from": source, "to": operator.outputs[0], "bytes": sizes[source]}
+            for operator in plan.programs[0].operators[:NODES]
+            for source in operator.inputs
+        ]
     drawn = {layer.name for layer in plan.layers[:NODES]}
     return [
         {"from": source, "to": target, "bytes": size}

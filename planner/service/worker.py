@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,8 @@ def main() -> int:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # with the service
         carry_out = getattr(solving, order.kind)
         if order.memory_bytes is not None:
+            import planner.compare  # noqa: F401  the solver is loaded before the limit: it is for solving
+
             resource.setrlimit(resource.RLIMIT_DATA, (order.memory_bytes, order.memory_bytes))
     try:
         answer = carry_out(order, tell)
@@ -99,6 +102,9 @@ def main() -> int:
         tell(event="error", code="worker_died", message=f"the job needs more than the service's memory limit{limit}")
     except TightfitError as error:
         tell(event="error", code=CODES.get(type(error), "input"), message=str(error))
+    except Exception as error:
+        traceback.print_exc()
+        tell(event="error", code="internal", message=f"internal error, {type(error).__name__}: {error}")
     else:
         tell(event="done", **answer)
     return 0

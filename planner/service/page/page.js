@@ -7,7 +7,7 @@ import { setUpRun } from "./run.js";
 
 const $ = (id) => document.getElementById(id);
 const POINTS = 7, TIME_LIMIT = 15;
-const POLICIES = [...$("policy").options].map((option) => option.value);
+let POLICIES = [];
 const state = { profile: null, least: 0, most: 0, cells: [], chart: null, plan: null, asked: 0 };
 
 function complain(error) {
@@ -54,6 +54,8 @@ async function choose(identity) {
   if (!identity) return;
   const { summary, name } = await get(`/v1/profiles/${identity}`);
   $("about").textContent = `${name}: ${summary.layers} layers of ${summary.programs} kinds; weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked; trainables ${mib(summary.trainable_bytes)} MiB; ${summary.measured ? "measured" : "estimated"} on ${summary.device}`;
+  POLICIES = summary.policies;
+  $("policy").replaceChildren(...POLICIES.map((name) => html("option", {}, name)));
   $("fit").hidden = false;
   $("verdict").textContent = "";
   $("curve").replaceChildren(); $("curve-table").replaceChildren(); $("curve-legend").replaceChildren();
@@ -180,7 +182,7 @@ async function show(identity) {
     : `Does not fit ${mib(summary.budget_bytes)} MiB: the smallest budget that is enough is ${atLeast(summary.minimum_budget_bytes)} MiB`;
   showPlan(view);
   $("plan-title").textContent = fits ? `3. The plan: ${summary.policy} at ${mib(summary.budget_bytes)} MiB` : "3. Why nothing fits";
-  $("run").hidden = !fits;
+  $("run").hidden = !fits || !view.runnable;
   $("download").dataset.plan = identity;
 }
 
