@@ -87,7 +87,12 @@ def at_budgets(layers: int, time_limit: float, console: Console) -> list[dict[st
         )
         told = ["does not fit" if ratio is None else f"{ratio:.2f} ×" for ratio in slower.values()]
         table.add_row(
-            f"{budget / MIB:.0f} MiB", f"{seconds:.1f}", f"{made.step_seconds:.3f}", f"{made.gap:.2%}", made.status, *told
+            f"{budget / MIB:.0f} MiB",
+            f"{seconds:.1f}",
+            f"{made.step_seconds:.3f}",
+            f"{made.gap:.2%}",
+            made.status,
+            *told,
         )
     console.print(table)
     return rows
@@ -105,7 +110,9 @@ def on_a_curve(layers: int, time_limit: float, console: Console) -> list[dict[st
         begun = time.process_time()
         made = planner.plan(budget, time_limit=time_limit)
         seconds = time.process_time() - begun
-        rows.append({"budget_bytes": budget, "cpu_seconds": seconds, "step_seconds": made.step_seconds, "gap": made.gap})
+        rows.append(
+            {"budget_bytes": budget, "cpu_seconds": seconds, "step_seconds": made.step_seconds, "gap": made.gap}
+        )
         table.add_row(f"{budget / MIB:.0f} MiB", f"{seconds:.1f}", f"{made.step_seconds:.3f}", f"{made.gap:.2%}")
     table.add_row("together", f"{sum(row['cpu_seconds'] for row in rows):.1f}")
     console.print(table)
