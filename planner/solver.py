@@ -109,17 +109,20 @@ class Solver:
                 self._jointly(attempt)
             else:
                 self._by_columns(attempt)
-            self._by_rules(attempt)
         except TimeoutError:
             attempt.timely = False
         except KeyboardInterrupt:
             if not attempt.found:
                 raise
             attempt.timely = False
-        best = attempt.best
-        if best is None and not attempt.timely:
-            best = self._greedy(attempt)
+        if not attempt.found and not attempt.timely:
+            greedily = self._greedy(attempt)
+            attempt.found.extend([] if greedily is None else [greedily])
+            self._by_rules(attempt)
+            best = attempt.best
             return Outcome(schedule=best, bound_seconds=attempt.bound, status="fallback", deterministic=False)
+        self._by_rules(attempt)
+        best = attempt.best
         optimal = best is not None and attempt.gap(best) <= TOLERANCE
         return Outcome(
             schedule=best,

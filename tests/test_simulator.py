@@ -18,8 +18,7 @@ from profiles.errors import InputError
 def streaming():
     """A plan that reads, spills, fetches and updates."""
     profile = decoder_like(1, tokens=64, hidden=96, ffn=192, slices=2, slice_rows=64)
-    planner = Planner(profile)
-    return planner.plan(planner.minimum().peak_bytes)
+    return Planner(profile).smallest_plan()
 
 
 def changed(plan, edit, phase="train", **fields):
@@ -300,11 +299,10 @@ def test_time_by_hand():
 
 
 @given(seed=st.integers(0, 10_000), field=st.sampled_from(["read", "write"]), factor=st.sampled_from([2.0, 10.0]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_a_faster_device_is_never_slower(seed, field, factor):
     profile = small_chain(seed, on=device(read=1e6, write=1e6))
-    made = Planner(profile)
-    smallest = made.plan(made.minimum().peak_bytes)
+    smallest = Planner(profile).smallest_plan()
     channel = getattr(smallest.device, field)
     faster = channel.model_copy(update={"bytes_per_second": channel.bytes_per_second * factor})
     better = smallest.model_copy(update={"device": smallest.device.model_copy(update={field: faster})})
