@@ -36,11 +36,16 @@ def functions(path: str | None = None) -> dict[str, Unpack]:
     if not path:
         return {}
     try:
-        with open(f"{path}.json", "rb") as file:  # noqa: PTH123  pathlib costs the lean process memory
-            chosen = json.load(file)
-        return _load(path, chosen)
+        return _load(path, _chosen(path))
     except (OSError, ValueError, AttributeError):
         return {}  # a cache that was cleaned meanwhile
+
+
+def _chosen(path: str) -> list[str]:
+    """The verdict on a library."""
+    with open(f"{path}.json", "rb") as file:  # noqa: PTH123  pathlib costs the lean process memory
+        found: list[str] = json.load(file)
+    return found
 
 
 def _load(path: str, names: list[str]) -> dict[str, Unpack]:
@@ -76,7 +81,7 @@ def library(cache: Path) -> str:
                 judged.replace(verdict)
         except (OSError, ValueError, subprocess.SubprocessError):
             return ""  # no OpenMP, a read-only cache, a compiler that hangs: PyTorch's own path does the work
-    return str(path) if functions(str(path)) else ""
+    return str(path) if _chosen(str(path)) else ""
 
 
 def _key(compiler: str) -> str:

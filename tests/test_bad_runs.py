@@ -80,7 +80,7 @@ def test_a_full_disk_while_profiling_and_planning(refused, work, monkeypatch, tm
         said = refused(4, *words)
         assert said.startswith(f"{disk / 'plan.json'}: the disk is full (")
         filler.unlink()
-        assert files(disk) == {}
+        assert not [name for name in files(disk) if not name.startswith("cache/native/")]  # a library that is whole
 
 
 # --- Ctrl-C and the cap ----------------------------------------------------------------------------------------------
