@@ -8,19 +8,17 @@ is limited; a linear program trades it at its best.
 
 from __future__ import annotations
 
-from ortools.math_opt.python import mathopt
-
 from planner.graph import StepGraph, state_names
 from planner.layers import ALWAYS, Layered, compute_seconds, transfer_seconds
-from planner.quiet import solve_quietly
+from planner.linear import Linear, Program
 from profiles.schema import Profile
 
 MS = 1e3
 KIB = 1024.0
 
 
-def any_schedule_bound(problem: Layered, budget_bytes: int) -> float:
-    """Seconds per step that no schedule undercuts at this budget."""
+def any_schedule_bound(problem: Layered, budget_bytes: int, *, seconds: float = 60.0) -> float:
+    """Seconds per step that no schedule undercuts at this budget; weaker where the solver needs more than `seconds`."""
     profile, graph = problem.profile, problem.graph
     floor = profile.device.floor
     forward = sum(step.phase == "forward" for step in graph.steps)
@@ -28,20 +26,20 @@ def any_schedule_bound(problem: Layered, budget_bytes: int) -> float:
     instructions = floor.instruction_bytes * (len(graph.steps) + forward)
     always = sum(storage.bytes for storage in graph.storages.values() if storage.kind in ALWAYS)
     room = (budget_bytes - floor.resident_bytes - problem.workspace_bytes - instructions - always) / KIB
-    return _Relaxation(profile, graph, max(0.0, room)).seconds()
+    return _Relaxation(profile, graph, max(0.0, room)).step_seconds(seconds)
 
 
 class _Relaxation:
     def __init__(self, profile: Profile, graph: StepGraph, room: float) -> None:
         self.profile = profile
         self.graph = graph
-        self.model = mathopt.Model()
-        self.compute: dict[mathopt.Variable, float] = {}
+        self.program = Program()
+        self.compute: dict[int, float] = {}
         """ms on the compute timeline per unit"""
-        self.disk: dict[mathopt.Variable, float] = {}
-        self.at_pivot: dict[mathopt.Variable, float] = {}
+        self.disk: dict[int, float] = {}
+        self.at_pivot: dict[int, float] = {}
         """KiB at the moment of the loss per unit"""
-        self.at_boundary: dict[mathopt.Variable, float] = {}
+        self.at_boundary: dict[int, float] = {}
         self.room = room
         pivot = max((step.index for step in graph.steps if step.phase == "forward"), default=-1)
         self.earlier = self._before(pivot)
@@ -68,31 +66,35 @@ class _Relaxation:
                 made.update(filter(None, step.outputs))
         return later
 
-    def seconds(self) -> float:
+    def step_seconds(self, seconds: float) -> float:
+        """The bound; what every operator run once takes where the solver is not through within `seconds`."""
         fixed = sum(step.seconds for step in self.graph.steps)
         fixed += sum(tensor.update_seconds for tensor in self.profile.tensors if tensor.kind == "trainable")
         self._activations()
         self._weights()
         self._states()
-        total = self.model.add_variable(lb=0.0)
-        self.model.add_linear_constraint(
-            total - mathopt.LinearSum([c * v for v, c in self.compute.items()]) >= fixed * MS
-        )
-        self.model.add_linear_constraint(total - mathopt.LinearSum([c * v for v, c in self.disk.items()]) >= 0.0)
+        total = Linear().add(self.program.variable())
+        self.program.at_least(total, fixed * MS, _weighted(self.compute))
+        self.program.at_least(total, _weighted(self.disk))
         for moment in (self.at_pivot, self.at_boundary):
-            self.model.add_linear_constraint(mathopt.LinearSum([c * v for v, c in moment.items()]) <= self.room)
-        self.model.minimize(total)
-        result = solve_quietly(self.model)
-        if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
+            self.program.at_least(Linear(self.room), _weighted(moment))
+        try:
+            result = self.program.solve(total, seconds)
+        except TimeoutError:
+            return fixed
+        if not result.optimal:
             return fixed
         # A hair below, for the solver's tolerance.
-        return max(fixed, float(result.objective_value()) / MS * (1 - 1e-7))
+        return max(fixed, result.objective / MS * (1 - 1e-7))
 
-    def _share(self) -> mathopt.Variable:
-        return self.model.add_variable(lb=0.0, ub=1.0)
+    def _share(self) -> int:
+        return self.program.variable(0.0, 1.0)
+
+    def _one_of(self, shares: list[int]) -> None:
+        self.program.at_least(Linear.sum(shares), 1.0)
 
     def _activations(self) -> None:
-        runs: dict[int, mathopt.Variable] = {}
+        runs: dict[int, int] = {}
         device = self.profile.device
         for storage in self.graph.storages.values():
             if storage.kind in ALWAYS or storage.kind == "weight" or not storage.bytes:
@@ -107,14 +109,14 @@ class _Relaxation:
             self.disk[moved] = trip * MS
             cost = compute_seconds(device.write, storage.bytes) + compute_seconds(device.read, storage.bytes)
             self.compute[moved] = cost * MS
-            row = kept + moved
+            row = [kept, moved]
             maker = self.graph.steps[before[-1]]
             if maker.recomputable:
                 if maker.index not in runs:
                     runs[maker.index] = self._share()
                     self.compute[runs[maker.index]] = maker.seconds * MS
-                row = row + runs[maker.index]
-            self.model.add_linear_constraint(row >= 1.0)
+                row.append(runs[maker.index])
+            self._one_of(row)
 
     def _weights(self) -> None:
         read = self.profile.device.read
@@ -134,8 +136,8 @@ class _Relaxation:
                 self.compute[unpacking] = tensor.unpack_seconds * MS
                 self.compute[reading] = compute_seconds(read, tensor.packed_bytes) * MS
                 self.disk[reading] = transfer_seconds(read, tensor.packed_bytes) * MS
-                self.model.add_linear_constraint(unpacking + unpacked >= 1.0)
-                self.model.add_linear_constraint(reading + unpacked + packed >= 1.0)
+                self._one_of([unpacking, unpacked])
+                self._one_of([reading, unpacked, packed])
 
     def _states(self) -> None:
         device = self.profile.device
@@ -152,4 +154,10 @@ class _Relaxation:
                     moment[kept] = tensor.bytes / KIB
                     self.disk[moved] = transfer_seconds(channel, tensor.bytes) * MS
                     self.compute[moved] = compute_seconds(channel, tensor.bytes) * MS
-                    self.model.add_linear_constraint(kept + moved >= 1.0)
+                    self._one_of([kept, moved])
+
+
+def _weighted(terms: dict[int, float]) -> Linear:
+    result = Linear()
+    result.terms.update(terms)
+    return result

@@ -1,6 +1,6 @@
 """The mixed-integer model of one layer: every choice open in it, its bytes window by window, its seconds.
 
-`Block` adds a layer to a MathOpt model; `master` either puts all blocks of a small model side by side, or prices one
+`Block` adds a layer to a program; `master` either puts all blocks of a small model side by side, or prices one
 block at a time against the duals of the whole step. Units: KiB and milliseconds.
 
 Choices per layer: ``keep[v]`` and ``offload[v]`` for each forward storage the backward window needs, a residency mode
@@ -13,51 +13,19 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ortools.math_opt.python import mathopt
-
 from planner.layers import LayerType, Operation, Weight, compute_seconds, transfer_seconds
+from planner.linear import Key, Linear, Program
 from planner.windows import Decision, measure
 
 KIB = 1024.0
 MS = 1e3
 MINOR = "minor"
 LAST = 1 << 30
-Key = tuple[float, frozenset[tuple[mathopt.Variable, float]]]
 Slot = tuple[int, int]
 """(backward position, forward operator that runs again just before it; LAST for the backward operator itself)"""
-
-
-class Linear:
-    """A linear expression that is cheap to build."""
-
-    __slots__ = ("constant", "terms")
-
-    def __init__(self, constant: float = 0.0) -> None:
-        self.constant = constant
-        self.terms: dict[mathopt.Variable, float] = {}
-
-    def add(self, variable: mathopt.Variable, coefficient: float = 1.0) -> Linear:
-        self.terms[variable] = self.terms.get(variable, 0.0) + coefficient
-        return self
-
-    def plus(self, other: Linear, scale: float = 1.0) -> Linear:
-        self.constant += scale * other.constant
-        for variable, coefficient in other.terms.items():
-            self.add(variable, scale * coefficient)
-        return self
-
-    def key(self) -> Key:
-        """Equal for equal expressions."""
-        return self.constant, frozenset(self.terms.items())
-
-    def expression(self) -> mathopt.LinearExpression:
-        return mathopt.LinearSum([c * v for v, c in self.terms.items()]) + self.constant
-
-    def value(self, values: dict[mathopt.Variable, float]) -> float:
-        return self.constant + sum(c * values[v] for v, c in self.terms.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,22 +42,25 @@ class Use:
 
 
 class Block:
-    """One layer inside `model`."""
+    """One layer inside `program`."""
 
-    def __init__(self, model: mathopt.Model, kind: LayerType) -> None:
-        self.model = model
+    def __init__(self, program: Program, kind: LayerType) -> None:
+        self.program = program
         self.kind = kind
         self.operations = {op.index: op for op in kind.forward}
         self.producer = kind.producer
         self.candidates = set(kind.candidates)
-        self._products: dict[tuple[str, frozenset[Key]], mathopt.Variable] = {}
-        self._rows: dict[tuple[mathopt.Variable, frozenset[tuple[mathopt.Variable, float]]], float] = {}
-        self._idle_cache: dict[tuple[str, tuple[mathopt.Variable, ...]], tuple[Linear, Linear]] = {}
+        self._products: dict[tuple[str, frozenset[Key]], int] = {}
+        self._rows: dict[tuple[int, frozenset[tuple[int, float]]], float] = {}
+        self._idle_cache: dict[tuple[str, tuple[int, ...]], tuple[Linear, Linear]] = {}
         self._choices()
         self._recomputation()
         self._weights()
         self.between = self._between()
         self.outside = self._outside()
+        self.most_between, self.most_outside = self._peak(), self._peak()
+        self._at_least(Linear().add(self.most_between), self.between)
+        self._at_least(Linear().add(self.most_outside), self.outside)
         self.forward_peak = self._peak()
         self.evaluate_peak = self._peak()
         self.backward_peak = self._peak()
@@ -101,40 +72,31 @@ class Block:
 
     # --- variables -------------------------------------------------------------------------------------------------
 
-    def _variable(self, upper: float = 1.0) -> mathopt.Variable:
-        return self.model.add_variable(lb=0.0, ub=upper)
+    def _variable(self) -> int:
+        return self.program.variable(0.0, 1.0)
 
-    def _peak(self) -> mathopt.Variable:
-        return self.model.add_variable(lb=0.0)
+    def _peak(self) -> int:
+        return self.program.variable()
 
     def _at_least(self, left: Linear, right: Linear | float) -> None:
-        """Row left >= right."""
-        row = Linear().plus(left)
-        if isinstance(right, Linear):
-            row.plus(right, -1.0)
-        else:
-            row.constant -= right
-        constraint = self.model.add_linear_constraint(lb=-row.constant)
-        for variable, coefficient in row.terms.items():
-            if coefficient:
-                constraint.set_coefficient(variable, coefficient)
+        self.program.at_least(left, right)
 
     def _choices(self) -> None:
         kind = self.kind
-        self.keep = {value: self.model.add_binary_variable() for value in kind.candidates}
+        self.keep = {value: self.program.choice() for value in kind.candidates}
         self.offload = {
-            value: self.model.add_binary_variable() for value in kind.candidates if value in kind.offloadable
+            value: self.program.choice() for value in kind.candidates if value in kind.offloadable
         }
         self.mode = {
-            name: [self.model.add_binary_variable() for _ in weight.modes] for name, weight in kind.weights.items()
+            name: [self.program.choice() for _ in weight.modes] for name, weight in kind.weights.items()
         }
         for variables in self.mode.values():
-            self.model.add_linear_constraint(mathopt.LinearSum(variables) == 1.0)
-        self.away: dict[str, mathopt.Variable] = {}
+            self.program.exactly(Linear.sum(variables), 1.0)
+        self.away: dict[str, int] = {}
         for update in kind.updates:
             group = MINOR if update.minor else update.trainable
             if update.states and group not in self.away:
-                self.away[group] = self.model.add_binary_variable()
+                self.away[group] = self.program.choice()
 
     def _recomputation(self) -> None:
         """again[k][e]: operator k has run again by its event e; what is needed and not there runs again."""
@@ -147,17 +109,17 @@ class Block:
                     self.readers[value].append(k)
         for variables in self.again.values():
             for earlier, later in itertools.pairwise(variables):
-                self.model.add_linear_constraint(later >= earlier)
+                self._at_least(Linear().add(later), Linear().add(earlier))
         self.direct: dict[str, list[int]] = {value: kind.direct_uses(value) for value in kind.candidates}
         for value in kind.candidates:
             stored = Linear().add(self.keep[value])
             if value in self.offload:
                 stored.add(self.offload[value])
-                self.model.add_linear_constraint(self.keep[value] + self.offload[value] <= 1.0)
+                self._at_least(Linear(1.0), Linear.sum([self.keep[value], self.offload[value]]))
             maker = self.producer.get(value)
             runs = self.again.get(maker.index) if maker is not None else None
             if maker is not None and runs is not None and value in self.offload:
-                self.model.add_linear_constraint(self.offload[value] + runs[-1] <= 1.0)
+                self._at_least(Linear(1.0), Linear.sum([self.offload[value], runs[-1]]))
             if self.direct[value]:
                 there = Linear().plus(stored).plus(self._again(maker, (self.direct[value][0], LAST)))
                 self._at_least(there, 1.0)
@@ -293,13 +255,13 @@ class Block:
             result.plus(self._gap(name, step=True))
         return result
 
-    def _row(self, peak: mathopt.Variable, row: Linear) -> None:
+    def _row(self, peak: int, row: Linear) -> None:
         key = (peak, frozenset(row.terms.items()))
         if row.constant > self._rows.get(key, -1.0):
             self._rows[key] = row.constant
             self._at_least(Linear().add(peak), row)
 
-    def _forward_rows(self, peak: mathopt.Variable, *, evaluate: bool) -> None:
+    def _forward_rows(self, peak: int, *, evaluate: bool) -> None:
         kind = self.kind
         stays = kind.leaves_evaluate if evaluate else kind.leaves_forward
         born = dict.fromkeys(kind.enters_forward, -1)
@@ -350,7 +312,7 @@ class Block:
     def _retained_forward(self, name: str, *, evaluate: bool) -> Linear:
         return self._in_mode(name, ahead="packed") if evaluate else self._in_mode(name, behind="packed")
 
-    def _use_rows(self, peak: mathopt.Variable, shared: Linear, made: Linear, uses: list[Use]) -> None:
+    def _use_rows(self, peak: int, shared: Linear, made: Linear, uses: list[Use]) -> None:
         """Rows at each unpacking for an operator (packed and unpacked form together) and at its run."""
         for index, use in enumerate(uses):
             row = Linear().plus(shared)
@@ -619,7 +581,7 @@ class Block:
 
     # --- answers ---------------------------------------------------------------------------------------------------
 
-    def decision(self, values: dict[mathopt.Variable, float]) -> Decision:
+    def decision(self, values: Sequence[float]) -> Decision:
         """The layer's decision in a solution of the model."""
         kind = self.kind
         keep = {value for value, variable in self.keep.items() if values[variable] > 0.5}
@@ -640,14 +602,17 @@ class Block:
     def fix(self, decision: Decision) -> None:
         """Pin every choice to `decision` (for checks)."""
         for value, variable in self.keep.items():
-            variable.lower_bound = variable.upper_bound = float(value in decision.keep)
+            self._pin(variable, value in decision.keep)
         for value, variable in self.offload.items():
-            variable.lower_bound = variable.upper_bound = float(value in decision.offload)
+            self._pin(variable, value in decision.offload)
         modes = dict(decision.weights)
         for name, variables in self.mode.items():
             for mode, variable in zip(self.kind.weights[name].modes, variables):
-                variable.lower_bound = variable.upper_bound = float(mode == modes[name])
+                self._pin(variable, mode == modes[name])
         for update in self.kind.updates:
             if update.states:
                 variable = self.away[MINOR if update.minor else update.trainable]
-                variable.lower_bound = variable.upper_bound = float(update.trainable in decision.states)
+                self._pin(variable, update.trainable in decision.states)
+
+    def _pin(self, variable: int, chosen: bool) -> None:
+        self.program.bounds(variable, float(chosen), float(chosen))

@@ -21,12 +21,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from ortools.math_opt.python import mathopt
 
-from planner.formulation import KIB, MS, Block, Linear
+from planner.formulation import KIB, MS, Block
 from planner.layers import Layered, transfer_seconds
+from planner.linear import Linear, Program
 from planner.pricing import FIELDS, Pool, Prices
-from planner.quiet import solve_quietly
 from planner.windows import Column, measure
 
 MOVE_PRICE = 1e-4
@@ -111,28 +110,28 @@ def charged_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
 class Rows:
     """The step's rows in a model; `limit` is None where the bytes themselves are minimised."""
 
-    model: mathopt.Model
-    bytes: mathopt.Variable
+    program: Program
+    bytes: int
     """KiB over all windows, instructions included"""
     total_ms: Linear
     disk_ms: Linear
 
 
-def add_rows(model: mathopt.Model, problem: Layered, layers: list[Terms], *, careful: bool = False) -> Rows:
+def add_rows(program: Program, problem: Layered, layers: list[Terms], *, careful: bool = False) -> Rows:
     """Post the rows of the whole step over the layers' figures."""
     count = len(layers)
-    used = model.add_variable(lb=0.0)
-    instructions = model.add_variable(lb=0.0)
+    used = program.variable()
+    instructions = program.variable()
     outcome = 1 + (problem.profile.token_losses is not None)
-    _row(model, Linear(-2.0 * outcome).add(instructions), *(terms["instructions"] for terms in layers))
+    program.at_least(Linear(-2.0 * outcome).add(instructions), *(terms["instructions"] for terms in layers))
     per_instruction = problem.profile.device.floor.instruction_bytes / KIB
 
     def chain(order: list[int], fields: tuple[str, ...]) -> list[Linear]:
         """Running sums over the layers in `order`: entry i is the sum before the i-th."""
         sums: list[Linear] = [Linear()]
         for index in order:
-            step = model.add_variable(lb=0.0)
-            _row(model, Linear().add(step).plus(sums[-1], -1.0), *(layers[index][f] for f in fields))
+            step = program.variable()
+            program.at_least(Linear().add(step).plus(sums[-1], -1.0), *(layers[index][f] for f in fields))
             sums.append(Linear().add(step))
         return sums
 
@@ -150,8 +149,7 @@ def add_rows(model: mathopt.Model, problem: Layered, layers: list[Terms], *, car
             (2 * count - 1 - index, problem.across_backward[index], "backward_peak"),
         ):
             peaks[moment] = Linear(-across / KIB).add(used).plus(others, -1.0).plus(terms[peak], -1.0)
-        _row(
-            model,
+        program.at_least(
             Linear(-constant - problem.across_evaluate[index] / KIB)
             .add(used)
             .add(instructions, -per_instruction)
@@ -162,26 +160,26 @@ def add_rows(model: mathopt.Model, problem: Layered, layers: list[Terms], *, car
     clock = [Linear()]
     windows = [*((i, "forward") for i in ahead), *((i, "backward") for i in back)]
     for index, phase in windows:
-        now = model.add_variable(lb=0.0)
-        _row(model, Linear().add(now).plus(clock[-1], -1.0), layers[index][f"{phase}_ms"])
+        now = program.variable()
+        program.at_least(Linear().add(now).plus(clock[-1], -1.0), layers[index][f"{phase}_ms"])
         clock.append(Linear().add(now))
-    _add_disk(model, problem, layers, clock, peaks, careful=careful)
+    _add_disk(program, problem, layers, clock, peaks, careful=careful)
     nested = chain(back, ("spills_forward_ms", "fetches_backward_ms"))
     spilled = chain(ahead, ("states_spilled_ms",))
     for index in ahead:
         inside = Linear().plus(clock[2 * count - index]).plus(clock[index], -1.0)
-        _row(model, inside, nested[count - index])
+        program.at_least(inside, nested[count - index])
         tail = Linear().plus(clock[2 * count]).plus(clock[2 * count - 1 - index], -1.0)
-        _row(model, tail, spilled[index + 1])
-    total = model.add_variable(lb=0.0)
+        program.at_least(tail, spilled[index + 1])
+    total = program.variable()
     traffic = [name for name in FIELDS if name.startswith(("reads", "spills", "fetches", "states"))]
-    _row(model, Linear().add(total), *(terms[name] for terms in layers for name in traffic))
-    _row(model, Linear().plus(clock[-1]).add(total, -1.0))
-    return Rows(model=model, bytes=used, total_ms=clock[-1], disk_ms=Linear().add(total))
+    program.at_least(Linear().add(total), *(terms[name] for terms in layers for name in traffic))
+    program.at_least(Linear().plus(clock[-1]).add(total, -1.0))
+    return Rows(program=program, bytes=used, total_ms=clock[-1], disk_ms=Linear().add(total))
 
 
 def _add_disk(
-    model: mathopt.Model,
+    program: Program,
     problem: Layered,
     layers: list[Terms],
     clock: list[Linear],
@@ -217,32 +215,30 @@ def _add_disk(
                 continue
             before, due = flown[name], needed[name]
             if asks[name].terms or asks[name].constant:
-                step = model.add_variable(lb=0.0)
-                defined = Linear().add(step).plus(due, -1.0).plus(asks[name], -1.0)
-                _row(model, defined)
-                _row(model, Linear().plus(defined, -1.0))
+                step = program.variable()
+                program.exactly(Linear().add(step), due, asks[name])
                 needed[name] = Linear().add(step)
-            now = model.add_variable(lb=0.0)
+            now = program.variable()
             flown[name] = Linear().add(now)
             flows.append(Linear().add(now).plus(before, -1.0))
-            _row(model, flows[-1])
+            program.at_least(flows[-1])
             if name == "spills":
                 # Only what is there can be written; what is not written stays in memory.
-                _row(model, Linear().plus(needed[name]).add(now, -1.0))
+                program.at_least(Linear().plus(needed[name]).add(now, -1.0))
                 left = Linear().plus(needed[name] if careful else due).add(now, -1.0)
             else:
-                _row(model, Linear().add(now).plus(needed[name], -1.0))
+                program.at_least(Linear().add(now).plus(needed[name], -1.0))
                 if careful and name == "fetches":
-                    _row(model, Linear().plus(before).plus(needed[name], -1.0))
+                    program.at_least(Linear().plus(before).plus(needed[name], -1.0))
                 left = Linear().plus(flown[name] if careful else before).plus(needed[name], -1.0)
-            held = model.add_variable(lb=0.0)
-            _row(model, Linear().add(held), left)
+            held = program.variable()
+            program.at_least(Linear().add(held), left)
             waiting.add(held, rate)
-        _row(model, busy, *flows, *states)
+        program.at_least(busy, *flows, *states)
         # The window's memory row gains what waits for the disk.
-        _row(model, peaks[moment], waiting)
+        program.at_least(peaks[moment], waiting)
     if rates["spills"]:
-        _row(model, flown["spills"], needed["spills"])
+        program.at_least(flown["spills"], needed["spills"])
 
 
 def _kib_per_ms(problem: Layered) -> dict[str, float]:
@@ -262,18 +258,6 @@ def _kib_per_ms(problem: Layered) -> dict[str, float]:
         # Nothing ever waits for such a disk, and its rates would spoil the numbers of the program.
         result[name] = rate if rate <= INSTANT else 0.0
     return result
-
-
-def _row(model: mathopt.Model, left: Linear, *right: Linear) -> mathopt.LinearConstraint:
-    """Row left >= sum of right."""
-    row = Linear().plus(left)
-    for term in right:
-        row.plus(term, -1.0)
-    constraint = model.add_linear_constraint(lb=-row.constant)
-    for variable, coefficient in row.terms.items():
-        if coefficient:
-            constraint.set_coefficient(variable, coefficient)
-    return constraint
 
 
 @dataclass(kw_only=True)
@@ -299,12 +283,12 @@ class Search:
             seconds = time.monotonic() - self.started
             self.progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": gap, "seconds": seconds})
 
-    def goal(self, rows: Rows, model: mathopt.Model, limit_bytes: int | None) -> Linear:
+    def goal(self, rows: Rows, program: Program, limit_bytes: int | None) -> Linear:
         """Objective of the step: its time with a small price on moves, or its bytes."""
         if limit_bytes is None:
             return Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
-        over = model.add_variable(lb=0.0)
-        _row(model, Linear(limit_bytes / KIB).add(over).add(rows.bytes, -1.0))
+        over = program.variable()
+        program.at_least(Linear(limit_bytes / KIB).add(over).add(rows.bytes, -1.0))
         self.over = over
         return Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE).add(over, OVERFLOW_PRICE)
 
@@ -313,24 +297,22 @@ class Search:
     def joint(self) -> Answer | None:
         """All blocks side by side: the optimum of the class. None where nothing fits."""
         problem = self.pool.problem
-        model = mathopt.Model()
-        blocks = [Block(model, problem.types[kind]) for kind in problem.layer_type]
+        program = Program()
+        blocks = [Block(program, problem.types[kind]) for kind in problem.layer_type]
         rows = add_rows(
-            model, problem, [{name: block.field(name) for name in FIELDS} for block in blocks], careful=self.careful
+            program, problem, [{name: block.field(name) for name in FIELDS} for block in blocks], careful=self.careful
         )
-        goal = self.goal(rows, model, self.limit_bytes)
+        goal = self.goal(rows, program, self.limit_bytes)
         if self.limit_bytes is not None:
-            self.over.upper_bound = 0.0
-        model.minimize(goal.expression())
-        result = solve_quietly(model, self.left(), 1e-6)
-        if not result.has_primal_feasible_solution():
+            program.bounds(self.over, 0.0, 0.0)
+        result = program.solve(goal, self.left())
+        if result.values is None:
             return None
-        values = result.variable_values()
+        values = result.values
         columns = tuple(
             measure(problem.types[kind], block.decision(values)) for kind, block in zip(problem.layer_type, blocks)
         )
-        optimal = result.termination.reason == mathopt.TerminationReason.OPTIMAL
-        return Answer(columns=columns, bound_seconds=self.bound(result.best_objective_bound()), proven=optimal)
+        return Answer(columns=columns, bound_seconds=self.bound(result.bound), proven=result.optimal)
 
     def bound(self, objective: float) -> float:
         """Seconds that no plan undercuts, from a bound on time + MOVE_PRICE * disk time (disk time <= time)."""
@@ -395,40 +377,39 @@ class Search:
     def _relaxation(self, limit_bytes: int | None) -> Relaxed:
         """Solve the master over the pool's columns as a linear program; duals as prices of each layer's figures."""
         problem = self.pool.problem
-        model = mathopt.Model()
+        program = Program()
         layers: list[Terms] = []
-        definitions: list[list[mathopt.LinearConstraint]] = []
-        convexity: list[mathopt.LinearConstraint] = []
-        shares: list[list[mathopt.Variable]] = []
+        definitions: list[list[int]] = []
+        convexity: list[int] = []
+        shares: list[list[int]] = []
         for kind in problem.layer_type:
             every = list(range(len(self.pool.columns[kind])))
-            variables = [model.add_variable(lb=0.0) for _ in every]
+            variables = [program.variable() for _ in every]
             terms = self._terms(kind, variables, every)
-            rows: list[mathopt.LinearConstraint] = []
+            rows: list[int] = []
             for name in FIELDS:
-                figure = model.add_variable(lb=0.0)
-                rows.append(_row(model, Linear().add(figure), terms[name]))
+                figure = program.variable()
+                rows.append(program.at_least(Linear().add(figure), terms[name]))
                 terms[name] = Linear().add(figure)
-            convexity.append(model.add_linear_constraint(mathopt.LinearSum(variables) == 1.0))
+            convexity.append(program.exactly(Linear.sum(variables), 1.0))
             shares.append(variables)
             definitions.append(rows)
             layers.append(terms)
-        posted = add_rows(model, problem, layers, careful=self.careful)
-        goal = self.goal(posted, model, limit_bytes)
-        model.minimize(goal.expression())
-        result = solve_quietly(model, self.left(), 1e-6)
-        if not result.has_dual_feasible_solution() or not result.has_primal_feasible_solution():
+        posted = add_rows(program, problem, layers, careful=self.careful)
+        goal = self.goal(posted, program, limit_bytes)
+        result = program.solve(goal, self.left())
+        duals, values = result.duals, result.values
+        if duals is None or values is None:
             raise TimeoutError
-        duals, values = result.dual_values(), result.variable_values()
         return Relaxed(
-            value=result.objective_value(),
+            value=result.objective,
             over=values[self.over] if limit_bytes is not None else 0.0,
             prices=[np.array([max(0.0, duals[row]) for row in rows]) for rows in definitions],
             convexity=[duals[row] for row in convexity],
             shares=[np.array([values[variable] for variable in variables]) for variables in shares],
         )
 
-    def _terms(self, kind: int, variables: list[mathopt.Variable], columns: list[int]) -> Terms:
+    def _terms(self, kind: int, variables: list[int], columns: list[int]) -> Terms:
         """A layer's figures over the variables of some of its columns."""
         terms: Terms = {}
         for name, values in zip(FIELDS, self.pool.figures[kind][columns].T.tolist()):
@@ -474,25 +455,24 @@ class Search:
     def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> tuple[float, tuple[Column, ...]] | None:
         """The best combination of one candidate per layer (indices into the pool's columns), with its objective."""
         problem = self.pool.problem
-        model = mathopt.Model()
+        program = Program()
         layers: list[Terms] = []
-        picks: list[list[mathopt.Variable]] = []
+        picks: list[list[int]] = []
         for kind, allowed in zip(problem.layer_type, candidates):
-            variables = [model.add_binary_variable() for _ in allowed]
-            model.add_linear_constraint(mathopt.LinearSum(variables) == 1.0)
+            variables = [program.choice() for _ in allowed]
+            program.exactly(Linear.sum(variables), 1.0)
             layers.append(self._terms(kind, variables, allowed))
             picks.append(variables)
-        rows = add_rows(model, problem, layers, careful=self.careful)
+        rows = add_rows(program, problem, layers, careful=self.careful)
         goal = Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
         if limit_bytes is not None:
             goal = Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE)
-            rows.bytes.upper_bound = limit_bytes / KIB
-        model.minimize(goal.expression())
-        result = solve_quietly(model, self.left(), self.tolerance / 2, nodes=WHOLE_NODES)
-        if not result.has_primal_feasible_solution():
+            program.bounds(rows.bytes, 0.0, limit_bytes / KIB)
+        result = program.solve(goal, self.left(), self.tolerance / 2, nodes=WHOLE_NODES)
+        chosen = result.values
+        if chosen is None:
             return None
-        chosen = result.variable_values()
-        return result.objective_value(), tuple(
+        return result.objective, tuple(
             self.pool.columns[kind][allowed[max(range(len(variables)), key=lambda i: chosen[variables[i]])]]
             for kind, allowed, variables in zip(problem.layer_type, candidates, picks)
         )

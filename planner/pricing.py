@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.math_opt.python import mathopt
 
-from planner.formulation import KIB, MS, Block, Linear
+from planner.formulation import KIB, MS, Block
 from planner.layers import Layered, LayerType
-from planner.quiet import solve_quietly
+from planner.linear import INFINITY, Linear, Program
 from planner.windows import Column, Decision, measure
 
 FIELDS = (
@@ -105,7 +105,7 @@ class Pool:
     columns: list[list[Column]] = field(default_factory=list)
     figures: list[NDArray[np.float64]] = field(default_factory=list)
     """per layer type: a row of FIELDS per column"""
-    blocks: list[tuple[mathopt.Model, Block]] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     hulls: list[Hull] = field(default_factory=list)
     programs: int = 0
     """mixed-integer programs solved so far"""
@@ -113,15 +113,14 @@ class Pool:
     def __post_init__(self) -> None:
         self.columns = [[] for _ in self.problem.types]
         for kind in self.problem.types:
-            model = mathopt.Model()
             self.figures.append(np.empty((0, len(FIELDS))))
-            self.blocks.append((model, Block(model, kind)))
+            self.blocks.append(Block(Program(), kind))
             self.hulls.append(Hull(kind))
 
     @property
     def binaries(self) -> int:
         """Choices of the whole step."""
-        counts = [sum(variable.integer for variable in model.variables()) for model, _ in self.blocks]
+        counts = [sum(block.program.whole) for block in self.blocks]
         return sum(counts[kind] for kind in self.problem.layer_type)
 
     def add(self, kind: int, decision: Decision) -> bool:
@@ -143,40 +142,34 @@ class Pool:
 
         Returns whether its column is new. Raises TimeoutError where `seconds` do not suffice.
         """
-        model, block = self.blocks[kind]
+        block = self.blocks[kind]
         goal = Linear()
         for name, price in zip(FIELDS, prices.tolist()):
             if price > NOTHING:
                 goal.plus(block.field(name), price)
-        model.minimize(goal.expression())
         self.programs += 1
-        result = solve_quietly(model, seconds, gap)
-        if not result.has_primal_feasible_solution():
+        result = block.program.solve(goal, seconds, gap)
+        if result.values is None:
             raise TimeoutError
-        self.hulls[kind].prove(prices, min(result.best_objective_bound(), result.objective_value()))
-        return self.add(kind, block.decision(result.variable_values()))
+        self.hulls[kind].prove(prices, min(result.bound, result.objective))
+        return self.add(kind, block.decision(result.values))
 
     def fill(self, kind: int, prices: Prices, most: Prices, gap: float, seconds: float) -> None:
         """Add the cheapest decision at `prices` that holds no more between its windows than the figures `most`.
 
         Pricing alone finds corners of what a layer can do; where the master mixes two of them, this is a whole one near.
         """
-        model, block = self.blocks[kind]
-        rows = []
-        for name in ("between", "outside"):
-            held = block.field(name)
-            row = model.add_linear_constraint(ub=float(most[FIELDS.index(name)]) - held.constant + 1e-6)
-            for variable, coefficient in held.terms.items():
-                row.set_coefficient(variable, coefficient)
-            rows.append(row)
+        block = self.blocks[kind]
+        held = (block.most_between, block.most_outside)
+        for variable, name in zip(held, ("between", "outside")):
+            block.program.bounds(variable, 0.0, float(most[FIELDS.index(name)]) + 1e-6)
         try:
             goal = Linear()
             for name, price in zip(FIELDS, prices.tolist()):
                 goal.plus(block.field(name), max(price, NOTHING))
-            model.minimize(goal.expression())
-            result = solve_quietly(model, seconds, gap)
-            if result.has_primal_feasible_solution():
-                self.add(kind, block.decision(result.variable_values()))
+            result = block.program.solve(goal, seconds, gap)
+            if result.values is not None:
+                self.add(kind, block.decision(result.values))
         finally:
-            for row in rows:
-                model.delete_linear_constraint(row)
+            for variable in held:
+                block.program.bounds(variable, 0.0, INFINITY)

@@ -1,4 +1,4 @@
-"""Profiles of decoders of published shapes, traced without weights; seconds by roofline, with rates as measured here."""
+"""Profiles of decoders of published shapes, traced without weights; seconds by roofline for a device that was measured."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch._subclasses import FakeTensorMode
 
 from profiles.decoder import Decoder, decoder_shape
 from profiles.describe import describe
-from profiles.estimate import estimate_program, estimate_tensor
+from profiles.devices import find_device
+from profiles.estimate import estimate_profile
 from profiles.register import DECOMPOSITIONS
-from profiles.schema import Channel, Device, Floor, Model, Profile
+from profiles.schema import Model, Profile
 from profiles.store import find_extent
 from profiles.trace import trace
-from profiles.units import MIB
 
 QWEN_3B = {
     "model_type": "qwen2",
@@ -31,13 +31,8 @@ QWEN_3B = {
     "hidden_act": "silu",
 }
 """Qwen2.5-3B's config.json, its 36 layers left to choose"""
-FLOPS_PER_SECOND = {"bfloat16": 8e11, "float32": 3.5e11}
-BYTES_PER_SECOND = 1.2e10
-CALL_SECONDS = 1e-5
-READ = Channel(bytes_per_second=1.35e9, latency_seconds=4e-5, compute_seconds_per_byte=1.4e-10)
-WRITE = Channel(bytes_per_second=2.5e9, latency_seconds=7e-5, compute_seconds_per_byte=1.6e-10)
-FLOOR = Floor(import_peak_bytes=124 * MIB, resident_bytes=115 * MIB, instruction_bytes=50)
-"""rates and floor as measured on two cores with AMX"""
+ON = "zen4-2core"
+"""the device that the seconds, the disk and the floor are estimated for"""
 
 
 def decoder_profile(layers: int, *, batch: int = 1, seq: int = 256, **config: Any) -> Profile:
@@ -48,31 +43,24 @@ def decoder_profile(layers: int, *, batch: int = 1, seq: int = 256, **config: An
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
     traced = trace(module, sample, decompositions=DECOMPOSITIONS)
     entries = describe(settings)
-    tensors = []
-    for tensor in traced.tensors:
-        packed = find_extent(entries, tensor.name).bytes if tensor.kind == "weight" else 0
-        tensors.append(
-            estimate_tensor(tensor.model_copy(update={"packed_bytes": packed}), bytes_per_second=BYTES_PER_SECOND)
-        )
-    programs = [
-        estimate_program(
-            program,
-            flops_per_second=FLOPS_PER_SECOND,
-            bytes_per_second=BYTES_PER_SECOND,
-            call_seconds=CALL_SECONDS,
-        )
-        for program in traced.programs
+    tensors = [
+        tensor.model_copy(update={"packed_bytes": find_extent(entries, tensor.name).bytes})
+        if tensor.kind == "weight"
+        else tensor
+        for tensor in traced.tensors
     ]
-    return Profile(
+    on = find_device(ON)
+    unmeasured = Profile(
         fingerprint=f"benchmark-{layers}",
         model=Model(name=f"decoder-{layers}", source="benchmark", kind="decoder", config=settings),
         batch=batch,
         seq=seq,
         compute_dtype="bfloat16",
-        device=Device(name="two cores", kind="cpu", threads=2, measured=False, floor=FLOOR, read=READ, write=WRITE),
+        device=on.device(),
         tensors=tensors,
-        programs=programs,
+        programs=traced.programs,
         layers=traced.layers,
         loss=traced.loss,
         token_losses=traced.token_losses,
     )
+    return estimate_profile(unmeasured, on)
