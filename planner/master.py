@@ -332,22 +332,24 @@ class Search:
             except TimeoutError:
                 self.timely = False
                 break
+            steady = value - relaxed.value <= self.tolerance / 4 * relaxed.value
             value, kept = relaxed.value, relaxed.over < 1e-4
-            gain, new = self._price(relaxed, best)
+            gain, new = self._price(relaxed, best, steady=steady)
             best = max(best, value - gain)
             self.report("columns", value / MS, best / MS)
             if not self.timely or value - best <= self.tolerance / 4 * value or not new:
                 break
         return best, value, kept
 
-    def _price(self, relaxed: Relaxed, best: float) -> tuple[float, bool]:
+    def _price(self, relaxed: Relaxed, best: float, *, steady: bool) -> tuple[float, bool]:
         """Price layers until what could still be gained in the others is little: (most that could be gained, new columns).
 
-        The most promising layer first; what its answer proves often settles layers at similar prices.
+        The most promising layer first; what its answer proves often settles layers at similar prices. Prices that still
+        move are not worth a proof: unless they are `steady`, new columns end the round early.
         """
         pool, kinds, prices = self.pool, self.pool.problem.layer_type, relaxed.prices
         gap = min(1e-2, max(self.tolerance / 10, (relaxed.value - best) / relaxed.value / 10))
-        least = [pool.hulls[kind].bound(prices[i]) for i, kind in enumerate(kinds)]
+        least = [pool.bound(kind, prices[i]) for i, kind in enumerate(kinds)]
 
         def short(i: int) -> float:
             return max(0.0, relaxed.convexity[i] - least[i])
@@ -359,7 +361,7 @@ class Search:
         some = max(little, SHARE * sum(map(short, range(len(kinds)))))
         open_ = [i for i in range(len(kinds)) if not settled(i)]
         new = False
-        while open_ and sum(map(short, range(len(kinds)))) > (some if new else little):
+        while open_ and sum(map(short, range(len(kinds)))) > (some if new and not steady else little):
             most = max(open_, key=short)
             try:
                 new = pool.price(kinds[most], prices[most], gap, self.left()) or new
@@ -369,8 +371,8 @@ class Search:
             self.report("pricing", relaxed.value / MS, best / MS)
             open_.remove(most)
             for i in [most, *open_]:
-                if kinds[i] == kinds[most]:
-                    least[i] = pool.hulls[kinds[i]].bound(prices[i])
+                if pool.stand_in[kinds[i]] == pool.stand_in[kinds[most]]:
+                    least[i] = pool.bound(kinds[i], prices[i])
             open_ = [i for i in open_ if not settled(i)]
         return sum(map(short, range(len(kinds)))), new
 

@@ -8,7 +8,7 @@ of what the layer type can do (`Hull`). Layers, and budgets, at prices between t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,23 +105,34 @@ class Pool:
     columns: list[list[Column]] = field(default_factory=list)
     figures: list[NDArray[np.float64]] = field(default_factory=list)
     """per layer type: a row of FIELDS per column"""
-    blocks: list[Block] = field(default_factory=list)
-    hulls: list[Hull] = field(default_factory=list)
+    stand_in: list[int] = field(default_factory=list)
+    """per layer type: the type whose programs and proofs it shares"""
+    blocks: dict[int, Block] = field(default_factory=dict)
+    hulls: dict[int, Hull] = field(default_factory=dict)
+    """of the types that stand in"""
     programs: int = 0
     """mixed-integer programs solved so far"""
 
     def __post_init__(self) -> None:
         self.columns = [[] for _ in self.problem.types]
-        for kind in self.problem.types:
+        types = self.problem.types
+        for number, kind in enumerate(types):
             self.figures.append(np.empty((0, len(FIELDS))))
-            self.blocks.append(Block(Program(), kind))
-            self.hulls.append(Hull(kind))
+            lowest = min((other for other in range(len(types)) if _undercuts(types[other], kind)), key=lambda other: len(types[other].leaves_evaluate))
+            self.stand_in.append(lowest)
+        for number in sorted(set(self.stand_in)):
+            self.blocks[number] = Block(Program(), types[number])
+            self.hulls[number] = Hull(types[number])
 
     @property
     def binaries(self) -> int:
         """Choices of the whole step."""
-        counts = [sum(block.program.whole) for block in self.blocks]
-        return sum(counts[kind] for kind in self.problem.layer_type)
+        counts = {number: sum(block.program.whole) for number, block in self.blocks.items()}
+        return sum(counts[self.stand_in[kind]] for kind in self.problem.layer_type)
+
+    def bound(self, kind: int, prices: Prices) -> float:
+        """What the proofs say about the cheapest cost of a layer type at `prices`."""
+        return self.hulls[self.stand_in[kind]].bound(prices)
 
     def add(self, kind: int, decision: Decision) -> bool:
         """Whether the decision's column is new."""
@@ -142,7 +153,8 @@ class Pool:
 
         Returns whether its column is new. Raises TimeoutError where `seconds` do not suffice.
         """
-        block = self.blocks[kind]
+        stand_in = self.stand_in[kind]
+        block = self.blocks[stand_in]
         goal = Linear()
         for name, price in zip(FIELDS, prices.tolist()):
             if price > NOTHING:
@@ -151,15 +163,17 @@ class Pool:
         result = block.program.solve(goal, seconds, gap)
         if result.values is None:
             raise TimeoutError
-        self.hulls[kind].prove(prices, min(result.bound, result.objective))
-        return self.add(kind, block.decision(result.values))
+        self.hulls[stand_in].prove(prices, min(result.bound, result.objective))
+        decision = block.decision(result.values)
+        new = [other for other, shared in enumerate(self.stand_in) if shared == stand_in and self.add(other, decision)]
+        return kind in new
 
     def fill(self, kind: int, prices: Prices, most: Prices, gap: float, seconds: float) -> None:
         """Add the cheapest decision at `prices` that holds no more between its windows than the figures `most`.
 
         Pricing alone finds corners of what a layer can do; where the master mixes two of them, this is a whole one near.
         """
-        block = self.blocks[kind]
+        block = self.blocks[self.stand_in[kind]]
         held = (block.most_between, block.most_outside)
         for variable, name in zip(held, ("between", "outside")):
             block.program.bounds(variable, 0.0, float(most[FIELDS.index(name)]) + 1e-6)
@@ -173,3 +187,9 @@ class Pool:
         finally:
             for variable in held:
                 block.program.bounds(variable, 0.0, INFINITY)
+
+
+def _undercuts(one: LayerType, other: LayerType) -> bool:
+    """Whether the same decisions are open to both and none costs `one` more: it may leave less behind in an evaluation."""
+    fewer = one.leaves_evaluate <= other.leaves_evaluate
+    return fewer and replace(one, leaves_evaluate=other.leaves_evaluate) == other
