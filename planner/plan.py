@@ -26,6 +26,8 @@ from profiles.schema import Profile
 if TYPE_CHECKING:
     from planner.graphs.planner import GraphPlanner
 
+ANY_SHARE = 0.1
+"""of the time limit, for the bound that holds for any schedule"""
 FINISH_SECONDS = 1.5e-4
 """to write a plan down and replay it, per operator of the step: left out of what the search may take"""
 
@@ -86,13 +88,13 @@ class Planner:
         started = time.monotonic()
         deadline = started + time_limit - FINISH_SECONDS * len(self.problem.graph.steps)
         name = policy or "solver"
-        any_bound = any_schedule_bound(self.problem, budget_bytes)
+        any_bound = any_schedule_bound(self.problem, budget_bytes, seconds=ANY_SHARE * time_limit)
         outcome = Outcome(schedule=None, bound_seconds=any_bound, status="infeasible")
         below = budget_bytes < self.profile.device.floor.import_peak_bytes
         if not below and name != "solver":
             outcome = self._follow(budget_bytes, name, any_bound)
         elif not below and (not self.solver.tight(budget_bytes) or self._holds(budget_bytes, deadline)):
-            outcome = self.solver.solve(budget_bytes, deadline, progress)
+            outcome = self.solver.solve(budget_bytes, deadline, progress, bound=any_bound)
         if outcome.schedule is None:
             least, timely = self._least(name, deadline)
             if least.peak_bytes > budget_bytes:

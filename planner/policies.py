@@ -65,11 +65,12 @@ def policy_columns(problem: Layered, policy: str) -> tuple[Column, ...]:
 
 def rule_columns(problem: Layered, rule: Rule) -> tuple[Column, ...]:
     count = len(problem.layer_type)
-    columns = []
+    measured: dict[tuple[int, bool], Column] = {}
     for layer, kind in enumerate(problem.layer_type):
-        described = problem.types[kind]
-        columns.append(measure(described, rule(described, last=layer == count - 1)))
-    return tuple(columns)
+        key = kind, layer == count - 1
+        if key not in measured:
+            measured[key] = measure(problem.types[kind], rule(problem.types[kind], last=key[1]))
+    return tuple(measured[kind, layer == count - 1] for layer, kind in enumerate(problem.layer_type))
 
 
 def _decision(kind: LayerType, keep: frozenset[str], mode: Callable[[tuple[Mode, ...]], Mode]) -> Decision:

@@ -98,13 +98,17 @@ class Solver:
 
     # --- at a budget -----------------------------------------------------------------------------------------------
 
-    def solve(self, budget_bytes: int, deadline: float, progress: Progress | None) -> Outcome:
-        """The fastest schedule found; None where nothing was found to fit.
+    def solve(self, budget_bytes: int, deadline: float, progress: Progress | None, *, bound: float = 0.0) -> Outcome:
+        """The fastest schedule found; None where nothing was found to fit. `bound`: seconds that none undercuts.
 
         Raises KeyboardInterrupt only where nothing has been carried out yet.
         """
-        attempt = Attempt(limit=self.room(budget_bytes), deadline=deadline, progress=progress)
+        attempt = Attempt(limit=self.room(budget_bytes), deadline=deadline, progress=progress, bound=bound)
         try:
+            self._by_rules(attempt, most=bound * (1 + TOLERANCE))
+            best = attempt.best
+            if best is not None and attempt.gap(best) <= TOLERANCE:
+                return Outcome(schedule=best, bound_seconds=bound, status="optimal")
             if self.pool.binaries <= JOINT_BINARIES:
                 self._jointly(attempt)
             else:
@@ -161,7 +165,7 @@ class Solver:
                 if answer is None:
                     break
                 if allowed == attempt.limit and not careful:
-                    attempt.bound = answer.bound_seconds
+                    attempt.bound = max(attempt.bound, answer.bound_seconds)
                 attempt.timely = attempt.timely and answer.proven
                 schedule, excess = carry_out(self.problem, answer.columns, attempt.limit, unmoved=True)
                 if schedule is not None:
@@ -182,7 +186,7 @@ class Solver:
             progress=attempt.progress,
         )
         lower, _, kept = relaxed.columns()
-        attempt.bound = relaxed.bound(lower)
+        attempt.bound = max(attempt.bound, relaxed.bound(lower))
         attempt.timely = relaxed.timely
         if not kept:
             return
@@ -233,12 +237,17 @@ class Solver:
             waits = schedule.stalls > (schedule.seconds - attempt.bound) / 2
             reserve = 3 * reserve if waits else reserve // 4
 
-    def _by_rules(self, attempt: Attempt) -> None:
-        """Where a fixed rule fits and may be faster, it is carried out too: no plan is slower than one of them."""
+    def _by_rules(self, attempt: Attempt, most: float = float("inf")) -> None:
+        """Where a fixed rule fits and may be faster, it is carried out too: no plan is slower than one of them.
+
+        `most`: seconds that its computation may take.
+        """
         for rule in POLICIES.values():
             best, columns = attempt.best, rule_columns(self.problem, rule)
             computing = sum(column.forward_seconds + column.backward_seconds for column in columns)
-            if best is not None and (attempt.gap(best) <= TOLERANCE or computing >= best.seconds):
+            if computing > most or (
+                best is not None and (attempt.gap(best) <= TOLERANCE or computing >= best.seconds)
+            ):
                 continue
             if charged_bytes(self.problem, columns) <= attempt.limit:
                 schedule, _ = carry_out(self.problem, columns, attempt.limit, unmoved=True)
