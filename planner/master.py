@@ -355,7 +355,8 @@ class Search:
             return max(0.0, relaxed.convexity[i] - least[i])
 
         def settled(i: int) -> bool:
-            return not short(i) or pool.cheapest(kinds[i], prices[i]) - least[i] <= gap * least[i]
+            # A program is solved to `gap` of its cost: to ask again at such prices would prove no more.
+            return not short(i) or pool.known(kinds[i], prices[i]) - least[i] <= 1.5 * gap * least[i]
 
         little = self.tolerance / 8 * relaxed.value
         some = max(little, SHARE * sum(map(short, range(len(kinds)))))

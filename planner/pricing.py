@@ -110,6 +110,8 @@ class Pool:
     blocks: dict[int, Block] = field(default_factory=dict)
     hulls: dict[int, Hull] = field(default_factory=dict)
     """of the types that stand in"""
+    answers: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    """of the types that stand in: a row of FIELDS per program solved"""
     programs: int = 0
     """mixed-integer programs solved so far"""
 
@@ -123,6 +125,7 @@ class Pool:
         for number in sorted(set(self.stand_in)):
             self.blocks[number] = Block(Program(), types[number])
             self.hulls[number] = Hull(types[number])
+            self.answers[number] = np.empty((0, len(FIELDS)))
 
     @property
     def binaries(self) -> int:
@@ -144,9 +147,12 @@ class Pool:
         self.figures[kind] = np.vstack([self.figures[kind], mine])
         return True
 
-    def cheapest(self, kind: int, prices: Prices) -> float:
-        """What the cheapest known column of a layer type costs at `prices`."""
-        return float((self.figures[kind] @ prices).min())
+    def known(self, kind: int, prices: Prices) -> float:
+        """What the cheapest answer of a layer type's programs so far costs at `prices`.
+
+        As the program counts, that is: it leaves out a few instructions of which it is not certain.
+        """
+        return float((self.answers[self.stand_in[kind]] @ prices).min(initial=INFINITY))
 
     def price(self, kind: int, prices: Prices, gap: float, seconds: float) -> bool:
         """Find the cheapest decision of a layer type at these prices, to a relative `gap`, and prove a bound of its cost.
@@ -164,6 +170,8 @@ class Pool:
         if result.values is None:
             raise TimeoutError
         self.hulls[stand_in].prove(prices, min(result.bound, result.objective))
+        told = [block.field(name).value(result.values) for name in FIELDS]
+        self.answers[stand_in] = np.vstack([self.answers[stand_in], told])
         decision = block.decision(result.values)
         new = [other for other, shared in enumerate(self.stand_in) if shared == stand_in and self.add(other, decision)]
         return kind in new
