@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -57,8 +58,12 @@ def place(
     resident: Iterable[str],
     sizes: dict[str, int],
     target: int = 0,
+    deadline: float = math.inf,
 ) -> Arena:
-    """The lowest arena found; stops at one of at most `target` bytes or at the live bytes."""
+    """The lowest arena found; stops at one of at most `target` bytes or at the live bytes.
+
+    Past `deadline`, on the monotonic clock, only the first order is tried.
+    """
     length = len(train) + len(evaluate)
     every = _items(train, evaluate, tuple(resident), sizes)
     lowest = max(target, _live_peak(every, length))
@@ -73,6 +78,8 @@ def place(
     items = [item for item in every if id(item) not in inside]
     best: tuple[int, list[int]] | None = None
     for order, tight in _orders(items):
+        if best is not None and time.monotonic() > deadline:
+            break
         offsets = _assign(items, order, base, ENDLESS if best is None else best[0], tight=tight)
         if offsets is None:
             continue

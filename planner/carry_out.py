@@ -52,7 +52,7 @@ def carry_out(
     excess, allowed = 0, room
     for attempt in range(ROUNDS):
         train = overlap(joined.train, problem.inputs, joined.resident, joined.sizes, allowed)
-        arena = place(train, joined.evaluate, joined.resident, joined.sizes, room)
+        arena = place(train, joined.evaluate, joined.resident, joined.sizes, room, deadline)
         before, excess = excess, arena.bytes - room
         if excess <= 0:
             return _schedule(problem, columns, joined, train, arena), excess
@@ -61,7 +61,7 @@ def carry_out(
         if time.monotonic() > deadline or excess < room // FEW or (attempt and excess > before / 2):
             break
     if unmoved:
-        arena = place(joined.train, joined.evaluate, joined.resident, joined.sizes, room)
+        arena = place(joined.train, joined.evaluate, joined.resident, joined.sizes, room, deadline)
         excess = arena.bytes - room
         if excess <= 0:
             return _schedule(problem, columns, joined, joined.train, arena), excess

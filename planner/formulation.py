@@ -84,12 +84,8 @@ class Block:
     def _choices(self) -> None:
         kind = self.kind
         self.keep = {value: self.program.choice() for value in kind.candidates}
-        self.offload = {
-            value: self.program.choice() for value in kind.candidates if value in kind.offloadable
-        }
-        self.mode = {
-            name: [self.program.choice() for _ in weight.modes] for name, weight in kind.weights.items()
-        }
+        self.offload = {value: self.program.choice() for value in kind.candidates if value in kind.offloadable}
+        self.mode = {name: [self.program.choice() for _ in weight.modes] for name, weight in kind.weights.items()}
         for variables in self.mode.values():
             self.program.exactly(Linear.sum(variables), 1.0)
         self.away: dict[str, int] = {}

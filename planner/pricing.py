@@ -118,10 +118,10 @@ class Pool:
     def __post_init__(self) -> None:
         self.columns = [[] for _ in self.problem.types]
         types = self.problem.types
-        for number, kind in enumerate(types):
+        for kind in types:
             self.figures.append(np.empty((0, len(FIELDS))))
-            lowest = min((other for other in range(len(types)) if _undercuts(types[other], kind)), key=lambda other: len(types[other].leaves_evaluate))
-            self.stand_in.append(lowest)
+            sharing = [other for other in range(len(types)) if _undercuts(types[other], kind)]
+            self.stand_in.append(min(sharing, key=lambda other: len(types[other].leaves_evaluate)))
         for number in sorted(set(self.stand_in)):
             self.blocks[number] = Block(Program(), types[number])
             self.hulls[number] = Hull(types[number])

@@ -245,9 +245,7 @@ class Solver:
         for rule in POLICIES.values():
             best, columns = attempt.best, rule_columns(self.problem, rule)
             computing = sum(column.forward_seconds + column.backward_seconds for column in columns)
-            if computing > most or (
-                best is not None and (attempt.gap(best) <= TOLERANCE or computing >= best.seconds)
-            ):
+            if computing > most or (best is not None and (attempt.gap(best) <= TOLERANCE or computing >= best.seconds)):
                 continue
             if charged_bytes(self.problem, columns) <= attempt.limit:
                 schedule, _ = carry_out(self.problem, columns, attempt.limit, unmoved=True)

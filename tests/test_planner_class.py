@@ -6,12 +6,12 @@ import random
 
 import pytest
 from brute_force import Chain
-from ortools.math_opt.python import mathopt
 from synthetic import decoder_like, device, small_chain
 
 from planner.emit import draft, live_profile
-from planner.formulation import KIB, Block, Linear
+from planner.formulation import KIB, Block
 from planner.layers import layered
+from planner.linear import Linear, Program
 from planner.master import live_bytes
 from planner.plan import Planner
 from planner.pricing import FIELDS, figures
@@ -99,21 +99,18 @@ def test_the_layer_model_says_what_the_layers_schedule_does(source, seed):
     profile = decoder_like(1, tokens=64, hidden=96, ffn=192, slices=3) if source == "decoder" else small_chain(seed)
     rng = random.Random(seed)
     for kind in layered(profile).types:
-        model = mathopt.Model()
-        block = Block(model, kind)
+        block = Block(Program(), kind)
         goal = Linear()
         for name in FIELDS:
             goal.plus(block.field(name))
-        model.minimize(goal.expression())
         for _ in range(6):
             decision = random_decision(rng, kind)
             block.fix(decision)
-            result = mathopt.solve(model, mathopt.SolverType.HIGHS)
-            assert result.termination.reason == mathopt.TerminationReason.OPTIMAL
-            values = result.variable_values()
+            result = block.program.solve(goal)
+            assert result.optimal
             counted = figures(measure(kind, decision))
             for name in FIELDS:
-                told = block.field(name).value(values)
+                told = block.field(name).value(result.values)
                 if name == "instructions":
                     # The model counts what is certain; a rerun's further outputs may cost a free more.
                     assert told <= counted[name] + 1e-6

@@ -16,12 +16,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from ortools.math_opt import model_pb2
-from ortools.math_opt.python import mathopt
 
 from planner.graphs.dag import Dag
 from planner.graphs.schedule import Rerun, pruned
-from planner.quiet import solve_quietly
+from planner.linear import Linear, Program
 
 MARGIN = 1e-9
 """subtracted, relatively, for the rounding of our own sums"""
@@ -51,10 +49,10 @@ def solve_windows(
     `seconds` limit the solver; past them the bound is what it has proven, without whole numbers what each operator's one
     run takes. `whole`: demand whole numbers, a better bound at greater cost.
     """
-    program = _Windows(dag, budget_bytes, pivots, any_order=any_order)
+    program = _Windows(dag, budget_bytes, pivots, any_order=any_order, whole=whole)
     if program.impossible:
         return Answer(bound_seconds=float("inf"))
-    return program.solve(seconds, whole=whole)
+    return program.solve(seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +64,13 @@ class _Span:
 
 
 class _Windows:
-    def __init__(self, dag: Dag, budget: int, pivots: Sequence[int], *, any_order: bool) -> None:
+    def __init__(self, dag: Dag, budget: int, pivots: Sequence[int], *, any_order: bool, whole: bool) -> None:
         self.dag = dag
+        self.whole = whole
         self.pivots = list(pivots)
         self.windows = len(pivots) + 1
-        self.variables: list[mathopt.Variable] = []
+        self.program = Program()
         self.cost: list[float] = []
-        self.rows: list[int] = []
-        self.columns: list[int] = []
-        self.entries: list[float] = []
-        self.least: list[float] = []
-        """right-hand sides of rows >="""
         self.constant = 0.0
         self.impossible = False
         spans = _edge_spans(dag, pivots) if any_order else _order_spans(dag, pivots)
@@ -96,15 +90,13 @@ class _Windows:
 
     def _variable(self, cost: float) -> int:
         self.cost.append(cost)
-        return len(self.cost) - 1
+        return self.program.variable(0.0, 1.0, whole=self.whole)
 
     def _row(self, terms: Sequence[tuple[int, float]], least: float) -> None:
-        row = len(self.least)
-        for column, entry in terms:
-            self.rows.append(row)
-            self.columns.append(column)
-            self.entries.append(entry)
-        self.least.append(least)
+        row = Linear()
+        for variable, coefficient in terms:
+            row.add(variable, coefficient)
+        self.program.at_least(row, least)
 
     def _operator(self, i: int, span: _Span, last: int) -> None:
         dag, runs, lives = self.dag, self.runs[i], self.lives[i]
@@ -162,28 +154,27 @@ class _Windows:
 
     # --- solving ---------------------------------------------------------------------------------------------------
 
-    def solve(self, seconds: float, *, whole: bool) -> Answer:
+    def solve(self, seconds: float) -> Answer:
         if not self.cost:
             return Answer(bound_seconds=self.constant)
         unit = max(self.cost) or 1.0
-        result = solve_quietly(self._model(unit, whole=whole), seconds)
-        reason = result.termination.reason
-        if reason == mathopt.TerminationReason.INFEASIBLE:
+        goal = Linear()
+        for variable, cost in enumerate(self.cost):
+            goal.add(variable, cost / unit)
+        result = self.program.solve(goal, seconds)
+        if result.infeasible:
             return Answer(bound_seconds=float("inf"))
-        optimal = reason == mathopt.TerminationReason.OPTIMAL
-        if whole:
-            proven = max(0.0, float(result.termination.objective_bounds.dual_bound) * (1 - 1e-6)) * unit
-            chosen = None
-            if result.has_primal_feasible_solution():
-                chosen = self._reruns([value > 0.5 for value in result.variable_values(self.variables)])
-            return Answer(bound_seconds=self.constant + proven, reruns=chosen, solved=optimal)
-        if not optimal:
+        if self.whole:
+            proven = max(0.0, result.bound * (1 - 1e-6)) * unit
+            chosen = None if result.values is None else self._reruns([value > 0.5 for value in result.values])
+            return Answer(bound_seconds=self.constant + proven, reruns=chosen, solved=result.optimal)
+        if not result.optimal or result.duals is None:
             return Answer(bound_seconds=self.constant, solved=False)
-        prices = np.maximum(np.array(list(result.dual_values().values()), dtype=np.float64), 0.0)
+        prices = np.maximum(np.array(result.duals, dtype=np.float64), 0.0)
         left = np.array(self.cost, dtype=np.float64) / unit
-        rows, columns = np.array(self.rows, dtype=np.int64), np.array(self.columns, dtype=np.int64)
-        np.subtract.at(left, columns, np.array(self.entries) * prices[rows])
-        value = float(prices @ np.array(self.least)) + float(np.minimum(left, 0.0).sum())
+        rows, columns, entries = self.program.matrix
+        np.subtract.at(left, columns, entries * prices[rows])
+        value = float(prices @ np.array(self.program.least)) + float(np.minimum(left, 0.0).sum())
         return Answer(bound_seconds=(self.constant + max(0.0, value) * unit) * (1 - MARGIN))
 
     def _reruns(self, chosen: list[bool]) -> frozenset[Rerun]:
@@ -218,29 +209,6 @@ class _Windows:
             bring(stage, dag.inputs[stage])
             there.add(stage)
         return pruned(dag, result)
-
-    def _model(self, unit: float, *, whole: bool) -> mathopt.Model:
-        proto = model_pb2.ModelProto()
-        count, count_rows = len(self.cost), len(self.least)
-        proto.variables.ids.extend(range(count))
-        proto.variables.lower_bounds.extend([0.0] * count)
-        proto.variables.upper_bounds.extend([1.0] * count)
-        proto.variables.integers.extend([whole] * count)
-        proto.linear_constraints.ids.extend(range(count_rows))
-        proto.linear_constraints.lower_bounds.extend(self.least)
-        proto.linear_constraints.upper_bounds.extend([float("inf")] * count_rows)
-        priced = [(i, c / unit) for i, c in enumerate(self.cost) if c]
-        proto.objective.linear_coefficients.ids.extend(i for i, _ in priced)
-        proto.objective.linear_coefficients.values.extend(c for _, c in priced)
-        matrix = proto.linear_constraint_matrix
-        rows, columns = np.array(self.rows, dtype=np.int64), np.array(self.columns, dtype=np.int64)
-        order = np.lexsort((columns, rows))
-        matrix.row_ids.extend(rows[order].tolist())
-        matrix.column_ids.extend(columns[order].tolist())
-        matrix.coefficients.extend(np.array(self.entries, dtype=np.float64)[order].tolist())
-        model = mathopt.Model.from_model_proto(proto)
-        self.variables = list(model.variables())
-        return model
 
 
 def _order_spans(dag: Dag, pivots: Sequence[int]) -> list[_Span]:

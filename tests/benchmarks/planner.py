@@ -1,7 +1,8 @@
 """How long planning takes and how near the bound it comes: decoders of published shapes, against every fixed rule.
 
 Prints tables and, with --output, writes the figures as JSON. CPU seconds: the planner uses one thread, and other processes
-do not count.
+do not count. "torch" is the fastest that fits of what PyTorch's activation memory budget solvers (`torch._functorch`) save,
+weights unpacked or streamed, the rest made again.
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from shapes import decoder_profile
 
+from planner.carry_out import carry_out
+from planner.layers import Layered
+from planner.master import charged_bytes
 from planner.plan import Planner
-from planner.policies import POLICIES
+from planner.policies import POLICIES, checkpoint_layers, mebp, rule_columns
+from planner.windows import Column, Decision, measure
 from profiles.units import MIB, format_size
 
 SHARES = (0.02, 0.1, 0.25, 0.5, 1.0)
 """budgets, from the smallest to keep-all"""
+LIMITS = (1.0, 3.0, 6.0)
+"""seconds, of searches that take longer"""
 CURVE = tuple(i / 11 for i in range(12))
 
 
@@ -37,31 +44,92 @@ def main(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the figures")] = None,
     *,
     curve: Annotated[bool, typer.Option(help="a curve of 12 budgets beside a single one")] = True,
+    limits: Annotated[bool, typer.Option(help="searches cut short by a time limit")] = True,
 ) -> None:
     """Plan, measure, compare."""
-    console = Console(width=130)
-    figures: dict[str, Any] = {"budgets": [], "depth": [], "curve": []}
-    for count in layers or [36, 80]:
+    console = Console(width=150)
+    figures: dict[str, Any] = {"budgets": [], "depth": [], "curve": [], "limits": []}
+    for count in layers if layers is not None else [36, 80]:
         figures["budgets"] += at_budgets(count, time_limit, console)
     if curve:
         figures["curve"] = on_a_curve((layers or [36])[0], time_limit, console)
+    if limits:
+        figures["limits"] = within_limits((layers or [36])[0], console)
     figures["depth"] = by_depth(depth if depth is not None else [24, 48, 96, 192], time_limit, console)
-    figures["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    console.print(f"peak of the planning process: {format_size(figures['peak_bytes'])}")
+    figures["peak_bytes"] = peak_bytes()
+    console.print(f"peak of this process, tracing included: {format_size(figures['peak_bytes'])}")
     if output is not None:
         output.write_text(json.dumps(figures, indent=1) + "\n")
 
 
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def ends(planner: Planner) -> tuple[int, int]:
-    """(near the smallest budget, the peak of keep-all)"""
-    return planner.minimum_bytes(), planner.plan(1 << 45, policy="keep-all").peak_bytes
+    """(the smallest budget, the peak of keep-all)"""
+    return planner.minimum_bytes(time_limit=300.0), planner.plan(1 << 45, policy="keep-all").peak_bytes
+
+
+def torch_knapsack(problem: Layered) -> list[tuple[float, int, tuple[Column, ...]]]:
+    """(seconds of computation, bytes, columns) of what PyTorch's solvers save, over their budgets."""
+    from torch._functorch._activation_checkpointing.knapsack import dp_knapsack, greedy_knapsack
+
+    found: dict[tuple[Column, ...], tuple[float, int]] = {}
+    for rule in (checkpoint_layers, mebp):
+        base = rule_columns(problem, rule)
+        for step in range(21):
+            for solver in (dp_knapsack, greedy_knapsack):
+                made: dict[tuple[int, Decision], Column] = {}
+                columns = []
+                for kind, column in zip(problem.layer_type, base):
+                    key = kind, column.decision
+                    if key not in made:
+                        made[key] = _saved(problem, kind, column, solver, step / 20)
+                    columns.append(made[key])
+                computing = sum(column.forward_seconds + column.backward_seconds for column in columns)
+                found[tuple(columns)] = computing, charged_bytes(problem, tuple(columns))
+    return sorted(((*figures, columns) for columns, figures in found.items()), key=lambda point: point[:2])
+
+
+def _saved(problem: Layered, kind: int, column: Column, solver: Any, share: float) -> Column:
+    """The column with what the solver saves of its layer kept as well; equal layers save the same."""
+    layer, decision = problem.types[kind], column.decision
+    operators = {value: op for op in layer.forward for value in op.outputs}
+    items = [v for v in layer.candidates if v in operators and v not in decision.keep and layer.bytes[v]]
+    whole = sum(layer.bytes[value] for value in items)
+    if not items:
+        return column
+    sizes, times = [layer.bytes[value] / whole for value in items], [operators[value].seconds for value in items]
+    _, saved, _ = solver(sizes, times, share)
+    keep = decision.keep | {items[index] for index in saved}
+    return measure(
+        layer, Decision(keep=keep, offload=decision.offload, weights=decision.weights, states=decision.states)
+    )
+
+
+def fastest_saved(planner: Planner, points: list[tuple[float, int, tuple[Column, ...]]], budget: int) -> float | None:
+    """Seconds of the fastest of them that fits, carried out and clocked as every plan is."""
+    room = planner.solver.room(budget)
+    best: float | None = None
+    for computing, size, columns in points:
+        if size > room or (best is not None and computing >= best):
+            continue
+        schedule, _ = carry_out(planner.problem, columns, room, unmoved=True)
+        if schedule is not None:
+            best = schedule.seconds if best is None else min(best, schedule.seconds)
+    return best
 
 
 def at_budgets(layers: int, time_limit: float, console: Console) -> list[dict[str, Any]]:
     """Five budgets, each by a planner that knows nothing yet, beside the fixed rules at the same budget."""
     profile = decoder_profile(layers)
     smallest, largest = ends(Planner(profile))
-    table = Table("budget", "CPU s", "step s", "gap", "status", *POLICIES, title=f"{layers} layers, each budget alone")
+    names = [*POLICIES, "torch"]
+    table = Table(
+        "budget", "CPU s", "step s", "gap", "to any", "status", *names, title=f"{layers} layers, each budget alone"
+    )
+    points = torch_knapsack(Planner(profile).problem)
     rows = []
     for share in SHARES:
         budget = int(smallest + share * (largest - smallest))
@@ -71,6 +139,8 @@ def at_budgets(layers: int, time_limit: float, console: Console) -> list[dict[st
         seconds = time.process_time() - begun
         rules = {name: planner.plan(budget, policy=name) for name in POLICIES}
         slower = {n: p.step_seconds / made.step_seconds if p.train is not None else None for n, p in rules.items()}
+        saved = fastest_saved(planner, points, budget)
+        slower["torch"] = None if saved is None else saved / made.step_seconds
         if any(ratio is not None and ratio < 1 - 1e-9 for ratio in slower.values()):
             console.print(f"[red]{layers} layers at {format_size(budget)}: slower than a fixed rule: {slower}")
         rows.append(
@@ -80,6 +150,7 @@ def at_budgets(layers: int, time_limit: float, console: Console) -> list[dict[st
                 "cpu_seconds": seconds,
                 "step_seconds": made.step_seconds,
                 "gap": made.gap,
+                "any_schedule_gap": made.any_schedule_gap,
                 "status": made.status,
                 "deterministic": made.deterministic,
                 "times_slower": slower,
@@ -91,6 +162,7 @@ def at_budgets(layers: int, time_limit: float, console: Console) -> list[dict[st
             f"{seconds:.1f}",
             f"{made.step_seconds:.3f}",
             f"{made.gap:.2%}",
+            f"{made.any_schedule_gap:.2%}",
             made.status,
             *told,
         )
@@ -115,6 +187,26 @@ def on_a_curve(layers: int, time_limit: float, console: Console) -> list[dict[st
         )
         table.add_row(f"{budget / MIB:.0f} MiB", f"{seconds:.1f}", f"{made.step_seconds:.3f}", f"{made.gap:.2%}")
     table.add_row("together", f"{sum(row['cpu_seconds'] for row in rows):.1f}")
+    console.print(table)
+    return rows
+
+
+def within_limits(layers: int, console: Console) -> list[dict[str, Any]]:
+    """Wall clock of searches that a limit ends, at a tenth of the way from the smallest budget to keep-all."""
+    profile = decoder_profile(layers)
+    rules = Planner(profile)
+    smallest = rules.plan(1 << 45, policy="mebp").peak_bytes
+    largest = rules.plan(1 << 45, policy="keep-all").peak_bytes
+    budget = int(smallest + 0.1 * (largest - smallest))
+    table = Table("limit s", "took s", "step s", "gap", "status", title=f"{layers} layers, cut short")
+    rows = []
+    for limit in LIMITS:
+        planner = Planner(profile)
+        begun = time.monotonic()
+        made = planner.plan(budget, time_limit=limit)
+        took = time.monotonic() - begun
+        rows.append({"limit_seconds": limit, "wall_seconds": took, "gap": made.gap, "status": made.status})
+        table.add_row(f"{limit:g}", f"{took:.2f}", f"{made.step_seconds:.3f}", f"{made.gap:.2%}", made.status)
     console.print(table)
     return rows
 
