@@ -35,9 +35,13 @@ ON = "zen4-2core"
 """the device that the seconds, the disk and the floor are estimated for"""
 
 
+TRACED = 3
+"""layers that are traced; a deeper decoder repeats the last of them, whose program is every later layer's"""
+
+
 def decoder_profile(layers: int, *, batch: int = 1, seq: int = 256, **config: Any) -> Profile:
     """LoRA of rank 8 on `layers` layers of Qwen2.5-3B (or what `config` changes), 4-bit base."""
-    settings = QWEN_3B | config | {"num_hidden_layers": layers}
+    settings = QWEN_3B | config | {"num_hidden_layers": min(layers, TRACED)}
     with FakeTensorMode():
         module = Decoder(decoder_shape(settings), dtype=torch.bfloat16, rank=8, alpha=16.0)
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
@@ -63,4 +67,35 @@ def decoder_profile(layers: int, *, batch: int = 1, seq: int = 256, **config: An
         loss=traced.loss,
         token_losses=traced.token_losses,
     )
-    return estimate_profile(unmeasured, on)
+    return estimate_profile(deepened(unmeasured, layers), on)
+
+
+def deepened(profile: Profile, layers: int) -> Profile:
+    """The decoder's last layer repeated until there are `layers` of them."""
+    *body, last, head = profile.layers
+    own = f"{last.name}."
+    tensors, repeated, before = [], [last], last.name
+    for number in range(len(body), layers):
+        name = f"model.layers.{number}"
+        names = {last.name: name, body[-1].name: repeated[-1].name}
+        bindings = {value: _renamed(bound, names) for value, bound in last.bindings.items()}
+        repeated.append(last.model_copy(update={"name": name, "bindings": bindings}))
+        tensors += [
+            tensor.model_copy(update={"name": _renamed(tensor.name, names)})
+            for tensor in profile.tensors
+            if tensor.name.removeprefix("grad:").startswith(own)
+        ]
+    head = head.model_copy(
+        update={"bindings": {v: _renamed(bound, {before: repeated[-1].name}) for v, bound in head.bindings.items()}}
+    )
+    return profile.model_copy(update={"layers": [*body, *repeated, head], "tensors": [*profile.tensors, *tensors]})
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    """`name` with the layer that it belongs to exchanged: ``model.layers.2/out0``, ``grad:model.layers.2.mlp.weight``."""
+    for old, new in names.items():
+        for end in "./":
+            for prefix in ("", "grad:"):
+                if name.startswith(f"{prefix}{old}{end}"):
+                    return f"{prefix}{new}{name[len(prefix) + len(old) :]}"
+    return name
