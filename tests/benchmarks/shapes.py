@@ -73,7 +73,7 @@ def decoder_profile(layers: int, *, batch: int = 1, seq: int = 256, **config: An
 def deepened(profile: Profile, layers: int) -> Profile:
     """The decoder's last layer repeated until there are `layers` of them."""
     *body, last, head = profile.layers
-    own = f"{last.name}."
+    own = (f"{last.name}.", f"{last.name}/")
     tensors, repeated, before = [], [last], last.name
     for number in range(len(body), layers):
         name = f"model.layers.{number}"
