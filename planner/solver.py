@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -76,6 +76,8 @@ class Solver:
 
     def __init__(self, problem: Layered) -> None:
         self.problem = problem
+        self.found: list[Schedule] = []
+        """the best at budgets before, so that a larger one never gets a slower plan"""
         self._least: Schedule | None = None
 
     @cached_property
@@ -103,6 +105,17 @@ class Solver:
 
         Raises KeyboardInterrupt only where nothing has been carried out yet.
         """
+        outcome = self._solve(budget_bytes, deadline, progress, bound)
+        fitting = [schedule for schedule in self.found if schedule.peak_bytes <= budget_bytes]
+        before = min(fitting, key=lambda schedule: schedule.seconds, default=None)
+        if before is not None and (outcome.schedule is None or before.seconds < outcome.schedule.seconds):
+            optimal = before.seconds - outcome.bound_seconds <= TOLERANCE * before.seconds
+            outcome = replace(outcome, schedule=before, status="optimal" if optimal else outcome.status)
+        elif outcome.schedule is not None:
+            self.found.append(outcome.schedule)
+        return outcome
+
+    def _solve(self, budget_bytes: int, deadline: float, progress: Progress | None, bound: float) -> Outcome:
         attempt = Attempt(limit=self.room(budget_bytes), deadline=deadline, progress=progress, bound=bound)
         try:
             self._by_rules(attempt, most=bound * (1 + TOLERANCE))

@@ -55,7 +55,7 @@ def check_small_graph(seed):
 
 @pytest.mark.parametrize("block", range(8))
 def test_small_graphs_against_brute_force(block):
-    for seed in range(50 * block, 50 * block + 50):
+    for seed in range(250 * block, 250 * block + 250):
         check_small_graph(seed)
 
 
