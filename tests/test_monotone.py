@@ -15,7 +15,7 @@ from planner.simulate import simulate
 from profiles.bare import graph_profile, parse_graph
 
 SMALL = settings(max_examples=40, deadline=None, derandomize=True)
-FEW = settings(max_examples=4, deadline=None, derandomize=True)
+FEW = settings(max_examples=3, deadline=None, derandomize=True)
 
 
 def budgets_between(planner, shares):
@@ -50,7 +50,7 @@ def test_chains_of_layers_at_larger_budgets(seed, layers, shares):
     check_larger_budgets(Planner(profile), profile, shares)
 
 
-@given(tokens=st.sampled_from([32, 64, 128]), slices=st.integers(1, 3), share=st.floats(0, 1))
+@given(tokens=st.sampled_from([32, 64, 128]), slices=st.integers(2, 4), share=st.floats(0, 1))
 @FEW
 def test_tiny_decoders_at_larger_budgets(tokens, slices, share):
     profile = decoder_like(1, tokens=tokens, hidden=96, ffn=192, slices=slices)
@@ -61,7 +61,7 @@ def test_tiny_decoders_at_larger_budgets(tokens, slices, share):
 def moving():
     """A plan that reads, spills and computes again."""
     planner = Planner(decoder_like(2, tokens=128, hidden=96, ffn=192, slices=2))
-    return planner.plan(int(planner.minimum_bytes() * 1.05))
+    return planner.plan(int(planner.plan(1 << 40, policy="mebp").peak_bytes * 1.05))
 
 
 @given(
