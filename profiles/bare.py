@@ -27,8 +27,8 @@ LAYER = "graph"
 """the one layer, and its program, that hold a bare graph's operators"""
 FIXED = "fixed bytes"
 AGAIN = "correct it in the tool that writes the graph"
-NO_CHANNEL = Channel(bytes_per_second=1.0, latency_seconds=0.0)
-"""a graph says nothing about disks, and its plans move nothing"""
+NO_CHANNEL = Channel(bytes_per_second=1.0, latency_seconds=1e18)
+"""of a graph that says nothing about a disk: its plans move nothing"""
 
 
 class BareOperator(Record):
@@ -46,6 +46,13 @@ class BareOperator(Record):
     keep_until_end: bool = Field(False, description="True: its output must be there when the graph is done")
 
 
+class BareChannel(Record):
+    """A way between memory and a disk, or a card's memory and its host's. One transfer at a time, reads and writes together."""
+
+    bytes_per_second: float = Field(gt=0, allow_inf_nan=False)
+    latency_seconds: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+
 class BareGraph(Record):
     """What another tool writes; operators in the order in which they are to run, as far as their inputs allow it."""
 
@@ -56,6 +63,8 @@ class BareGraph(Record):
         0, ge=0, le=1 << 50, description="what no schedule avoids: parameters, their gradients, constants, the batch"
     )
     estimated: bool = Field(False, description="True: seconds were computed from operations and bytes, not measured")
+    write: BareChannel | None = Field(None, description="where outputs may be moved to; not given: none is moved")
+    read: BareChannel | None = Field(None, description="back into memory; given if and only if `write` is")
     operators: list[BareOperator]
 
 
@@ -68,7 +77,8 @@ def parse_graph(data: Any, source: str = "graph") -> Profile:
     """The profile of a bare graph given as parsed JSON; `source` is named in messages.
 
     Raises InputError that names the operator and the field: wrong types and values, names given twice, inputs that are
-    no operators, cycles, phases given to some operators only, a forward operator that reads a backward one.
+    no operators, cycles, phases given to some operators only, a forward operator that reads a backward one, one channel
+    without the other.
     """
     if data.get("format") != "tightfit-graph":
         raise InputError(f'{source}: field format is {data.get("format")!r}; write "tightfit-graph"')
@@ -88,6 +98,11 @@ def parse_graph(data: Any, source: str = "graph") -> Profile:
 
 def graph_profile(graph: BareGraph, source: str = "graph") -> Profile:
     """The profile of a bare graph. Raises InputError as `parse_graph` does."""
+    if (graph.read is None) != (graph.write is None):
+        lacking, given = ("read", "write") if graph.read is None else ("write", "read")
+        raise InputError(
+            f"{source}: field {lacking}: missing, while {given} is given; give both, or neither where nothing is to be moved"
+        )
     order = _order(graph.operators, source)
     kinds: dict[str, Literal["activation", "gradient"]] = {
         op.name: "gradient" if op.phase == "backward" else "activation" for op in order
@@ -133,14 +148,18 @@ def graph_profile(graph: BareGraph, source: str = "graph") -> Profile:
             threads=1,
             measured=not graph.estimated,
             floor=Floor(import_peak_bytes=0, resident_bytes=0, instruction_bytes=0),
-            read=NO_CHANNEL,
-            write=NO_CHANNEL,
+            read=_channel(graph.read),
+            write=_channel(graph.write),
         ),
         tensors=tensors,
         programs=[Program(name=LAYER, values=values, operators=operators)],
         layers=[Layer(name=LAYER, program=LAYER, bindings={op.name: op.name for op in order})],
         loss=order[-1].name,
     )
+
+
+def _channel(channel: BareChannel | None) -> Channel:
+    return NO_CHANNEL if channel is None else Channel(**channel.model_dump())
 
 
 def save_graph(graph: BareGraph, path: str | os.PathLike[str]) -> Path:

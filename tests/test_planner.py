@@ -170,7 +170,7 @@ def test_the_time_limit_covers_everything(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     planner = Planner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
     made = planner.plan(140 * MIB, time_limit=0.4)
-    assert made.solve_seconds <= 0.44
+    assert made.solve_seconds <= 0.44 + 1e-9
     assert made.status in {"feasible", "fallback"}
     assert not made.deterministic
 

@@ -85,7 +85,9 @@ class Memory:
         b = self._bytes
         b[at + 1 : length + 1] = b[at:length].copy()
         # What crosses the gap: all that lives at the following run but what that run makes.
-        b[at] += dag.workspace[operator] - dag.workspace[following] - dag.bytes[following]
+        first = self.keys[at] == following * (self.count + 1)
+        after = (dag.workspace if first else dag.again_workspace)[following]
+        b[at] += dag.again_workspace[operator] - after - dag.bytes[following]
         self.keys.insert(at, key)
         size = dag.bytes[operator]
         index = self.run_before(operator, key)
@@ -94,13 +96,13 @@ class Memory:
         else:
             b[at] += size
         self.runs[operator].insert(index + 1, key)
-        for i in dag.inputs[operator]:
+        for i in dag.again_inputs[operator]:
             end = self.life_end(i, self.run_before(i, key))
             if end < key:
                 b[self.position(end) + 1 : at + 1] += dag.bytes[i]
             insort(self.uses[i], key)
         self.reruns.add((stage, operator))
-        self.seconds += dag.seconds[operator]
+        self.seconds += dag.again_seconds[operator]
 
     def remove(self, stage: int, operator: int) -> None:
         """Do not run `operator` again in `stage`; its earlier run lives on to this one's readers."""
@@ -108,7 +110,7 @@ class Memory:
         key = stage * self.count + operator
         at = self.position(key)
         b = self._bytes
-        for i in dag.inputs[operator]:
+        for i in dag.again_inputs[operator]:
             used = self.uses[i]
             del used[bisect_left(used, key)]
             end = self.life_end(i, self.run_before(i, key))
@@ -124,7 +126,7 @@ class Memory:
         length = len(self.keys)
         b[at:length] = b[at + 1 : length + 1].copy()
         self.reruns.discard((stage, operator))
-        self.seconds -= dag.seconds[operator]
+        self.seconds -= dag.again_seconds[operator]
 
     def _used_before(self, operator: int, index: int, key: int) -> int:
         """Key of the last reader before `key` of a run, or of the run itself."""
@@ -147,7 +149,8 @@ class Memory:
         """
         result = []
         running = key % self.count
-        busy = {running, *self.dag.inputs[running]}
+        first = key == running * (self.count + 1)
+        busy = {running, *(self.dag.inputs if first else self.dag.again_inputs)[running]}
         for operator in range(key // self.count):
             used = self.uses[operator]
             after = bisect_right(used, key)

@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from planner.graphs import exact
+from planner.graphs.actions import Action, Carried, carry, instructions, timed, touch_and_go, worth_moving
 from planner.graphs.bound import any_schedule_bound, class_bound
 from planner.graphs.chains import as_chain, checkpoints
 from planner.graphs.dag import dag_of
+from planner.graphs.exact_moves import fastest_with_moves
 from planner.graphs.rules import RULES, rule_reruns, rules_for
-from planner.graphs.schedule import Rerun, instructions, peak_bytes, pruned, runs, seconds
+from planner.graphs.schedule import Rerun, peak_bytes, pruned, seconds
 from planner.graphs.search import Search
 from planner.master import Progress
 from planner.plan import gap_to, sealed
@@ -24,6 +26,10 @@ from profiles.schema import Profile
 
 EXACT_OPERATORS = 20
 """graphs up to here are solved over all schedules of the class"""
+EXACT_MOVES = 6
+"""operators of a graph that names a disk, up to which it is solved so"""
+PRICES = (None, 0.05, 0.5, 1.0)
+"""of a second of the disk, in seconds of computation, that searches are made with; None: nothing is moved"""
 EXACT_WORK = 30.0
 """deterministic seconds of CP-SAT; such graphs take a fraction of one"""
 GRANTED = 0.1
@@ -36,7 +42,7 @@ ROUNDS = 4000
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    reruns: frozenset[Rerun] | None
+    carried: Carried | None
     bound_seconds: float
     timely: bool = True
 
@@ -51,7 +57,9 @@ class GraphPlanner:
         """what the largest operator needs by itself: no schedule has a lower peak"""
         self.found: dict[frozenset[Rerun], int] = {}
         """schedules found so far and their peaks: where the search at other budgets starts"""
-        self._minimum: dict[str, tuple[frozenset[Rerun], bool]] = {}
+        self.moved: list[Carried] = []
+        """the same with moves"""
+        self._minimum: dict[str, tuple[Carried, bool]] = {}
         for rule in rules_for(self.dag):
             self._note(RULES[rule](self.dag))
 
@@ -79,17 +87,17 @@ class GraphPlanner:
         if name == "solver":
             outcome = self._solve(budget_bytes, started, deadline, progress)
         else:
-            reruns = rule_reruns(self.dag, name)
-            fits = peak_bytes(self.dag, reruns) <= budget_bytes
-            outcome = Outcome(reruns=reruns if fits else None, bound_seconds=any_bound)
-        if outcome.reruns is None:
+            carried = carry(self.dag, rule_reruns(self.dag, name))
+            fits = carried.peak_bytes <= budget_bytes
+            outcome = Outcome(carried=carried if fits else None, bound_seconds=any_bound)
+        if outcome.carried is None:
             least, proven = self._least(name, deadline)
-            if peak_bytes(self.dag, least) > budget_bytes:
+            if least.peak_bytes > budget_bytes:
                 spent = time.monotonic() - started
                 return self._infeasible(
                     budget_bytes, name, least, any_bound, spent, proven=proven, timely=outcome.timely
                 )
-            outcome = Outcome(reruns=least, bound_seconds=outcome.bound_seconds, timely=outcome.timely)
+            outcome = Outcome(carried=least, bound_seconds=outcome.bound_seconds, timely=outcome.timely)
         return self._finish(budget_bytes, name, outcome, any_bound, started)
 
     def bound(self, budget_bytes: int, *, time_limit: float = 30.0) -> float | None:
@@ -104,14 +112,14 @@ class GraphPlanner:
         """The plan of the smallest budget, in full."""
         started = time.monotonic()
         least, _ = self._least(policy or "solver", started + time_limit)
-        budget = peak_bytes(self.dag, least)
+        budget = least.peak_bytes
         any_bound = self._any_bound(budget, time_limit)
-        outcome = Outcome(reruns=least, bound_seconds=any_bound)
+        outcome = Outcome(carried=least, bound_seconds=any_bound)
         return self._finish(budget, policy or "solver", outcome, any_bound, started)
 
     def minimum_bytes(self, *, policy: str | None = None, time_limit: float = 30.0) -> int:
         """The smallest budget for which `plan` has a plan."""
-        return peak_bytes(self.dag, self._least(policy or "solver", time.monotonic() + time_limit)[0])
+        return self._least(policy or "solver", time.monotonic() + time_limit)[0].peak_bytes
 
     def _any_bound(self, budget: int, limit: float) -> float:
         if self.found[frozenset()] <= budget:
@@ -130,30 +138,75 @@ class GraphPlanner:
     def _solve(self, budget: int, started: float, deadline: float, progress: Progress | None) -> Outcome:
         dag = self.dag
         if self.found[frozenset()] <= budget:
-            return Outcome(reruns=frozenset(), bound_seconds=dag.once_seconds)
+            return Outcome(carried=carry(dag, ()), bound_seconds=dag.once_seconds)
         if self.floor_bytes > budget:
-            return Outcome(reruns=None, bound_seconds=dag.once_seconds)
+            return Outcome(carried=None, bound_seconds=dag.once_seconds)
+        if dag.read is not None:
+            return self._solve_with_moves(budget, started, deadline, progress)
         if len(dag) <= EXACT_OPERATORS:
             solved = exact.fastest(dag, budget, work=EXACT_WORK)
             if solved.proven:
-                bound = dag.once_seconds if solved.reruns is None else seconds(dag, solved.reruns)
-                return Outcome(reruns=solved.reruns, bound_seconds=bound)
+                carried = None if solved.reruns is None else carry(dag, solved.reruns)
+                bound = dag.once_seconds if carried is None else carried.seconds
+                return Outcome(carried=carried, bound_seconds=bound)
         return self._search(budget, started, deadline, progress)
+
+    def _solve_with_moves(self, budget: int, started: float, deadline: float, progress: Progress | None) -> Outcome:
+        """The graph names a disk: the exact solver for few operators, otherwise a search for each price of the disk."""
+        dag = self.dag
+        if len(dag) - dag.sink <= EXACT_MOVES:
+            solved = fastest_with_moves(dag, budget, work=EXACT_WORK)
+            if solved.proven and solved.actions is not None:
+                carried = timed(dag, solved.actions)
+                return Outcome(carried=carried, bound_seconds=min(carried.seconds, solved.bound))
+        span = deadline - started
+        found = [carried for carried in self.moved if carried.peak_bytes <= budget]
+        plain: frozenset[Rerun] = frozenset()
+        timely = True
+        for number, price in enumerate(PRICES):
+            variant = dag if price is None else dag.moving(worth_moving(dag, price), price)
+            search = Search(
+                variant, budget, deadline=started + 0.7 * span * (number + 1) / len(PRICES), granted=GRANTED * span / 4
+            )
+            memory = search.first(self._seeds(budget) if price is None else [(), touch_and_go(variant)])
+            if memory is None:
+                timely = timely and search.timely
+                continue
+            reruns = search.improve(memory, rounds=ROUNDS // len(PRICES))
+            timely = timely and search.timely
+            if price is None:
+                plain = self._note(reruns)
+            carried = carry(variant, reruns, budget)
+            found.append(carried)
+            self._report(progress, started, "carried out", carried.seconds, dag.once_seconds)
+        # All is on the disk that can be: what `floor_bytes` is worth in full always fits.
+        best = min([*found, self._smallest(budget)], key=lambda carried: carried.seconds)
+        self.moved.append(best)
+        bound = class_bound(dag, budget, plain, deadline=started + 0.95 * span, whole=False, enough=best.seconds)
+        return Outcome(carried=best, bound_seconds=bound.seconds, timely=timely and bound.timely)
+
+    def _smallest(self, budget: int) -> Carried:
+        """Everything on the disk but what runs needs: `floor_bytes`."""
+        variant = self.dag.moving(range(len(self.dag)), 1.0)
+        return carry(variant, touch_and_go(variant), budget)
+
+    def _report(self, progress: Progress | None, started: float, stage: str, incumbent: float, bound: float) -> None:
+        if progress is not None:
+            left = gap_to(incumbent, bound)
+            spent = time.monotonic() - started
+            progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": left, "seconds": spent})
 
     def _search(self, budget: int, started: float, deadline: float, progress: Progress | None) -> Outcome:
         dag = self.dag
 
         def report(stage: str, incumbent: float, bound: float) -> None:
-            if progress is not None:
-                left = gap_to(incumbent, bound)
-                spent = time.monotonic() - started
-                progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": left, "seconds": spent})
+            self._report(progress, started, stage, incumbent, bound)
 
         span = deadline - started
         search = Search(dag, budget, deadline=started + 0.5 * span, granted=GRANTED * span)
         memory = search.first(self._seeds(budget))
         if memory is None:
-            return Outcome(reruns=None, bound_seconds=dag.once_seconds, timely=search.timely)
+            return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=search.timely)
         best = self._note(memory.reruns)
         report("evicted", seconds(dag, best), dag.once_seconds)
         search.deadline = started + 0.3 * span
@@ -169,7 +222,7 @@ class GraphPlanner:
         assert another is not None
         best = self._note(search.improve(another, rounds=ROUNDS, enough=enough))
         report("improved", seconds(dag, best), found.seconds)
-        return Outcome(reruns=best, bound_seconds=found.seconds, timely=found.timely and search.timely)
+        return Outcome(carried=carry(dag, best), bound_seconds=found.seconds, timely=found.timely and search.timely)
 
     def _seeds(self, budget: int) -> list[frozenset[Rerun]]:
         """Schedules to start from: rules, checkpoints of a chain, and the fastest that fits among those found before."""
@@ -187,12 +240,16 @@ class GraphPlanner:
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
-    def _least(self, policy: str, deadline: float) -> tuple[frozenset[Rerun], bool]:
+    def _least(self, policy: str, deadline: float) -> tuple[Carried, bool]:
         """The schedule with the lowest peak that `plan` can find, and whether no schedule of the class has a lower one."""
         if policy not in self._minimum:
-            self._minimum[policy] = (
-                self._find_least(deadline) if policy == "solver" else (rule_reruns(self.dag, policy), True)
-            )
+            if policy != "solver":
+                self._minimum[policy] = carry(self.dag, rule_reruns(self.dag, policy)), True
+            elif self.dag.read is not None:
+                self._minimum[policy] = self._smallest(self.floor_bytes), True
+            else:
+                least, proven = self._find_least(deadline)
+                self._minimum[policy] = carry(self.dag, least), proven
         return self._minimum[policy]
 
     def _find_least(self, deadline: float) -> tuple[frozenset[Rerun], bool]:
@@ -222,14 +279,14 @@ class GraphPlanner:
         self,
         budget: int,
         policy: str,
-        least: frozenset[Rerun],
+        least: Carried,
         any_bound: float,
         spent: float,
         *,
         proven: bool,
         timely: bool,
     ) -> Plan:
-        told = self._assemble(peak_bytes(self.dag, least), policy, least, "feasible")
+        told = self._assemble(least.peak_bytes, policy, least, "feasible")
         simulation = simulate(told)
         peak = simulation.train.peak
         largest = ", ".join(list(peak.tensors)[:3])
@@ -255,8 +312,8 @@ class GraphPlanner:
         )
 
     def _finish(self, budget: int, policy: str, outcome: Outcome, any_bound: float, started: float) -> Plan:
-        assert outcome.reruns is not None
-        raw = self._assemble(budget, policy, outcome.reruns, "feasible")
+        assert outcome.carried is not None
+        raw = self._assemble(budget, policy, outcome.carried, "feasible")
         simulation = simulate(raw)
         step = simulation.train.seconds
         bound = min(step, max(outcome.bound_seconds, any_bound))
@@ -281,11 +338,11 @@ class GraphPlanner:
             )
         )
 
-    def _assemble(self, budget: int, policy: str, reruns: frozenset[Rerun], status: Status) -> Plan:
+    def _assemble(self, budget: int, policy: str, carried: Carried, status: Status) -> Plan:
         """The plan with its schedule, before the simulator has put its figures in."""
         profile = self.profile
         train = Phase(
-            instructions=instructions(self.dag, reruns),
+            instructions=instructions(self.dag, carried.actions),
             seconds=0.0,
             peak_bytes=0,
             peak=Peak(instruction=0, text="", tensors={}),
@@ -315,7 +372,7 @@ class GraphPlanner:
             layers=profile.layers,
             loss=profile.loss,
             token_losses=profile.token_losses,
-            decisions=self._decisions(reruns),
+            decisions=self._decisions(carried.actions),
             resident={FIXED: 0} if self.dag.fixed_bytes else {},
             arena_bytes=0,
             workspace_bytes=0,
@@ -323,15 +380,27 @@ class GraphPlanner:
             evaluate=None,
         )
 
-    def _decisions(self, reruns: frozenset[Rerun]) -> dict[str, str]:
-        """For outputs that outlive the run after their own: kept, or recomputed at least once."""
-        again = {operator for _, operator in reruns}
-        position = {run: at for at, run in enumerate(runs(self.dag, reruns))}
+    def _decisions(self, actions: Iterable[Action]) -> dict[str, str]:
+        """For outputs that outlive the run after their own: kept, offloaded, or recomputed at least once."""
+        ran: dict[int, int] = {}
+        last: dict[int, int] = {}
+        decided: dict[int, str] = {}
+        clock = 0
+        for verb, i in actions:
+            if verb == "fetch":
+                decided.setdefault(i, "offloaded")
+            if verb != "run":
+                continue
+            clock += 1
+            if i in ran:
+                decided[i] = "recomputed"
+            ran.setdefault(i, clock)
+            for source in self.dag.inputs[i]:
+                last[source] = clock
         decisions = {}
-        for i, name in enumerate(self.dag.names):
-            last = max((position[user, user] for user in self.dag.users[i]), default=-1)
-            if i in again:
-                decisions[name] = "recomputed"
-            elif last > position[i, i] + 1:
-                decisions[name] = "kept"
+        for i in range(len(self.dag) - self.dag.sink):
+            if i in decided:
+                decisions[self.dag.names[i]] = decided[i]
+            elif last.get(i, 0) > ran[i] + 1:
+                decisions[self.dag.names[i]] = "kept"
         return decisions

@@ -1,7 +1,8 @@
 """Replays a plan without an arena: the budget is on the bytes that are live, as a bare graph's profile gives them.
 
 The simulator's half for model kind ``graph``; `planner.simulate.simulate` is the door. Invariants and their names are those of
-`planner.simulate`; here any operator that may run again may do so at any time after its first run.
+`planner.simulate`; here any operator that may run again may do so at any time after its first run, and where the graph names
+a disk any output may be written there once and fetched back. Time is counted as `planner.simulate` counts it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from planner.schema import Peak, Phase, Plan, TimelinePoint
 from planner.simulate import LARGEST, POINTS, InvalidSchedule, Simulation
-from profiles.bare import FIXED, LAYER
+from profiles.bare import FIXED, LAYER, NO_CHANNEL
 from profiles.errors import InputError
 
 
@@ -37,8 +38,15 @@ class _Replay:
         self.live_bytes = self.fixed
         self.done = 0
         """operators that ran for the first time"""
-        self.now = 0.0
-        self.compute = 0.0
+        self.channels = {"spill": plan.device.write, "fetch": plan.device.read}
+        self.now = self.disk = 0.0
+        self.compute = self.recompute = self.stall = 0.0
+        self.moved = {"spill": 0, "fetch": 0}
+        """bytes"""
+        self.on_disk: set[str] = set()
+        self.writing: dict[str, float] = {}
+        self.landing: dict[str, float] = {}
+        """output -> when its write, its fetch is through"""
         self.most_live = self.fixed
         self.workspace = 0
         """of the run that sets the peak"""
@@ -61,9 +69,14 @@ class _Replay:
                     self._run(operator)
                 case ["free", str(name)]:
                     self._free(name)
+                case ["spill", str(name)] if name in self.bytes and self.plan.device.write != NO_CHANNEL:
+                    self._spill(name)
+                case ["fetch", str(name), 0] if name in self.bytes and self.plan.device.read != NO_CHANNEL:
+                    self._fetch(name)
                 case _:
                     raise self.fail("form", str(instruction), "no such instruction")
         self.index = len(self.instructions)
+        self._wait(self.disk)
         if self.done < len(self.operators):
             raise self.fail("operator-order", self.operators[self.done].target, "never runs")
         for name in sorted(self.live.keys() ^ self.kept):
@@ -86,7 +99,10 @@ class _Replay:
                 tensors={name: size for size, name in tensors[:LARGEST]},
             ),
             compute_seconds=self.compute,
-            recompute_seconds=self.now - self.compute,
+            recompute_seconds=self.recompute,
+            stall_seconds=self.stall,
+            read_bytes=self.moved["fetch"],
+            write_bytes=self.moved["spill"],
         )
         return Simulation(
             train=phase,
@@ -108,32 +124,70 @@ class _Replay:
         for name in operator.inputs:
             if name not in self.live:
                 raise self.fail("use-before-resident", name, "is read but not resident")
+        # What is being written may be read meanwhile; what is being fetched may not.
+        for name in operator.inputs:
+            self._wait(self.landing.pop(name, self.now))
         output = operator.outputs[0]
         assert output is not None
-        if output in self.live:
-            raise self.fail("already-resident", output, "is made while it is resident")
-        self.live[output] = self.bytes[output]
-        self.live_bytes += self.bytes[output]
-        self.held[self.kinds[output]] += self.bytes[output]
+        self._hold(output)
         self.done += not again
         self.now += operator.seconds
         self.compute += 0.0 if again else operator.seconds
+        self.recompute += operator.seconds if again else 0.0
+        self._record(f"{operator.target} ({operator.phase}{' again' if again else ''})", operator.workspace_bytes)
+
+    def _hold(self, name: str) -> None:
+        if name in self.live:
+            raise self.fail("already-resident", name, "is made while it is resident")
+        self.live[name] = self.bytes[name]
+        self.live_bytes += self.bytes[name]
+        self.held[self.kinds[name]] += self.bytes[name]
         self.most_live = max(self.most_live, self.live_bytes)
-        total = self.live_bytes + operator.workspace_bytes
+
+    def _record(self, text: str, workspace: int) -> None:
+        total = self.live_bytes + workspace
         if total > self.peak_bytes:
             self.peak_bytes = total
-            self.workspace = operator.workspace_bytes
+            self.workspace = workspace
             self.peak_index = self.index
-            self.peak_text = f"{operator.target} ({operator.phase}{' again' if again else ''})"
+            self.peak_text = text
             self.peak_live = tuple(self.live)
         by_kind = {kind: size for kind, size in self.held.items() if size}
-        if operator.workspace_bytes:
-            by_kind["workspace"] = operator.workspace_bytes
+        if workspace:
+            by_kind["workspace"] = workspace
         self.points.append(TimelinePoint(instruction=self.index, seconds=self.now, bytes=total, by_kind=by_kind))
+
+    def _wait(self, until: float) -> None:
+        self.stall += max(0.0, until - self.now)
+        self.now = max(self.now, until)
+
+    def _move(self, verb: str, name: str) -> float:
+        """Queue a transfer; when it is through."""
+        channel, size = self.channels[verb], self.bytes[name]
+        self.disk = max(self.disk, self.now) + channel.latency_seconds + size / channel.bytes_per_second
+        self.moved[verb] += size
+        return self.disk
+
+    def _spill(self, name: str) -> None:
+        if name not in self.live:
+            raise self.fail("use-before-resident", name, "is written but not resident")
+        if name in self.on_disk:
+            raise self.fail("transfer", name, "was written before")
+        self._wait(self.landing.pop(name, self.now))
+        self.on_disk.add(name)
+        self.writing[name] = self._move("spill", name)
+
+    def _fetch(self, name: str) -> None:
+        if name not in self.on_disk:
+            raise self.fail("transfer", name, "was never written")
+        self._hold(name)
+        self.landing[name] = self._move("fetch", name)
+        self._record(f"{name} (fetched)", 0)
 
     def _free(self, name: str) -> None:
         if name not in self.live:
             raise self.fail("double-free", name, "is not resident")
+        self._wait(max(self.writing.pop(name, self.now), self.landing.pop(name, self.now)))
         size = self.live.pop(name)
         self.live_bytes -= size
         self.held[self.kinds[name]] -= size

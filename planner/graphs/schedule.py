@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from planner.graphs.dag import Dag
-from profiles.bare import LAYER
 
 Rerun = tuple[int, int]
 """(stage, operator): the operator runs again in the stage, before the stage's own first run"""
@@ -35,8 +33,8 @@ def lifetimes(dag: Dag, sequence: list[Rerun]) -> Iterator[Lifetime]:
     """Every lifetime of a sequence of runs. Raises AssertionError where a run reads what was never made."""
     start = [-1] * len(dag)
     end = [-1] * len(dag)
-    for position, (_, operator) in enumerate(sequence):
-        for i in dag.inputs[operator]:
+    for position, (stage, operator) in enumerate(sequence):
+        for i in dag.inputs[operator] if stage == operator else dag.again_inputs[operator]:
             assert start[i] >= 0
             end[i] = position
         if start[operator] >= 0:
@@ -55,9 +53,9 @@ def memory(dag: Dag, sequence: list[Rerun]) -> list[int]:
         change[life.end + 1] -= dag.bytes[life.operator]
     result = []
     held = dag.fixed_bytes
-    for (_, operator), delta in zip(sequence, change):
+    for (stage, operator), delta in zip(sequence, change):
         held += delta
-        result.append(held + dag.workspace[operator])
+        result.append(held + (dag.workspace if stage == operator else dag.again_workspace)[operator])
     return result
 
 
@@ -68,7 +66,7 @@ def peak_bytes(dag: Dag, reruns: Iterable[Rerun]) -> int:
 
 def seconds(dag: Dag, reruns: Iterable[Rerun]) -> float:
     """Time of all runs, one after the other; added up in one order whatever the order of `reruns`."""
-    return sum(dag.seconds[operator] for _, operator in runs(dag, reruns))
+    return sum((dag.seconds if stage == i else dag.again_seconds)[i] for stage, i in runs(dag, reruns))
 
 
 def pruned(dag: Dag, reruns: Iterable[Rerun]) -> frozenset[Rerun]:
@@ -81,19 +79,5 @@ def pruned(dag: Dag, reruns: Iterable[Rerun]) -> frozenset[Rerun]:
         if stage != operator:
             needed.append((stage, operator))
         wanted.discard(operator)
-        wanted.update(dag.inputs[operator])
+        wanted.update(dag.inputs[operator] if stage == operator else dag.again_inputs[operator])
     return frozenset(needed)
-
-
-def instructions(dag: Dag, reruns: Iterable[Rerun]) -> list[list[Any]]:
-    """The plan's instruction list: runs without offsets, each followed by what it frees."""
-    sequence = runs(dag, reruns)
-    freed: list[list[int]] = [[] for _ in sequence]
-    for life in lifetimes(dag, sequence):
-        if life.end < len(sequence) - 1 or not dag.keep[life.operator]:
-            freed[life.end].append(life.operator)
-    result: list[list[Any]] = []
-    for (_, operator), gone in zip(sequence, freed):
-        result.append(["run", LAYER, operator, [None]])
-        result.extend(["free", dag.names[i]] for i in sorted(gone))
-    return result

@@ -74,7 +74,7 @@ class Search:
         """The re-runs that relieve position `at` at the least cost per byte over the budget."""
         key = memory.keys[at]
         over = np.maximum(memory.bytes - self.budget, 0)
-        seconds = self.dag.seconds
+        seconds = self.dag.again_seconds
         best: list[Rerun] | None = None
         best_score = float("inf")
         # At best an output relieves every position over the budget: those with the least cost by that measure first.
@@ -112,7 +112,7 @@ class Search:
         if late * count + operator <= key or late <= operator:
             return []
         again = late * count + operator
-        ends = [memory.life_end(i, memory.run_before(i, again)) for i in self.dag.inputs[operator]]
+        ends = [memory.life_end(i, memory.run_before(i, again)) for i in self.dag.again_inputs[operator]]
         last = min(ends, default=again)
         if last >= again:
             return [late]
@@ -133,11 +133,11 @@ class Search:
         while waiting:
             i = waiting.pop()
             reruns.append((stage, i))
-            cost += dag.seconds[i]
+            cost += dag.again_seconds[i]
             if len(reruns) > DEPTH or cost >= dearest * (gain - harm):
                 return None
             key = stage * memory.count + i
-            for source in dag.inputs[i]:
+            for source in dag.again_inputs[i]:
                 if source in planned or (stage, source) in memory.reruns:
                     continue
                 end = memory.life_end(source, memory.run_before(source, key))
@@ -159,7 +159,7 @@ class Search:
 
     def prune(self, memory: Memory, candidates: Iterable[Rerun]) -> None:
         """Take back re-runs, dearest first, while `memory` fits without them."""
-        seconds = self.dag.seconds
+        seconds = self.dag.again_seconds
         for rerun in sorted(candidates, key=lambda rerun: (-seconds[rerun[1]], rerun)):
             if rerun not in memory.reruns:
                 continue

@@ -7,6 +7,9 @@ made since. This holds for any schedule in which the operators' first runs come 
 it runs again, and when), and with ``any_order=True``, where only what the graph's edges force is known of first runs and
 the pivots lie on one path, for any schedule at all. More moments, better bound.
 
+Where the graph names a disk an output may also be fetched in a window, once it is written. The step then lasts as long as its
+runs or as the disk's work, whichever is longer; when transfers happen, and the memory they take meanwhile, is left open.
+
 The figure is computed from the solver's dual values by weak duality, so that it is a bound even where they are inexact.
 """
 
@@ -19,6 +22,7 @@ import numpy as np
 
 from planner.graphs.dag import Dag
 from planner.graphs.schedule import Rerun, pruned
+from planner.layers import transfer_seconds
 from planner.linear import Linear, Program
 
 MARGIN = 1e-9
@@ -71,6 +75,9 @@ class _Windows:
         self.windows = len(pivots) + 1
         self.program = Program()
         self.cost: list[float] = []
+        """per variable: seconds of runs"""
+        self.disk: dict[int, float] = {}
+        """variable -> seconds of the disk"""
         self.constant = 0.0
         self.impossible = False
         spans = _edge_spans(dag, pivots) if any_order else _order_spans(dag, pivots)
@@ -79,6 +86,8 @@ class _Windows:
         """per operator: window -> variable; -1 where it surely runs"""
         self.lives: list[dict[int, int]] = [{} for _ in range(len(dag))]
         """per operator: moment (named by the window it opens) -> variable; -1 where it surely lives"""
+        self.fetches: list[dict[int, int]] = [{} for _ in range(len(dag))]
+        """per operator: window -> variable, where the graph names a disk"""
         self.pinned = {(i, k + 1) for k, pivot in enumerate(pivots) for i in dag.inputs[pivot]}
         for i, span in enumerate(spans):
             self._operator(i, span, needed[i])
@@ -107,8 +116,17 @@ class _Windows:
                 self.constant += dag.seconds[i]
             elif window <= span.high or dag.recomputable[i]:
                 runs[window] = self._variable(dag.seconds[i])
+            if dag.read is not None and runs.get(window) != -1:
+                self.fetches[i][window] = self._variable(0.0)
+                self.disk[self.fetches[i][window]] = transfer_seconds(dag.read, dag.bytes[i])
             if window > span.low:
                 lives[window] = -1 if (i, window) in self.pinned else self._variable(0.0)
+        if self.fetches[i]:
+            assert dag.write is not None
+            stored = self._variable(0.0)
+            self.disk[stored] = transfer_seconds(dag.write, dag.bytes[i])
+            for fetch in self.fetches[i].values():
+                self._row([(stored, 1.0), (fetch, -1.0)], 0.0)
         if not sure:
             self._row([(runs[w], 1.0) for w in range(span.low, span.high + 1)], 1.0)
         for window in range(span.low + 1, max(last, span.high) + 1):
@@ -124,7 +142,7 @@ class _Windows:
 
     def _available(self, i: int, window: int) -> list[tuple[int, float]] | None:
         """Terms that say how far output i is there in a window; None: surely."""
-        parts = [self.runs[i].get(window), self.lives[i].get(window)]
+        parts = [self.runs[i].get(window), self.lives[i].get(window), self.fetches[i].get(window)]
         if -1 in parts:
             return None
         return [(part, 1.0) for part in parts if part is not None]
@@ -161,21 +179,44 @@ class _Windows:
         goal = Linear()
         for variable, cost in enumerate(self.cost):
             goal.add(variable, cost / unit)
+        if self.disk:
+            goal = self._longest(goal, unit)
         result = self.program.solve(goal, seconds)
         if result.infeasible:
             return Answer(bound_seconds=float("inf"))
         if self.whole:
             proven = max(0.0, result.bound * (1 - 1e-6)) * unit
-            chosen = None if result.values is None else self._reruns([value > 0.5 for value in result.values])
+            chosen = None
+            if result.values is not None and not self.disk:
+                chosen = self._reruns([value > 0.5 for value in result.values])
             return Answer(bound_seconds=self.constant + proven, reruns=chosen, solved=result.optimal)
         if not result.optimal or result.duals is None:
             return Answer(bound_seconds=self.constant, solved=False)
-        prices = np.maximum(np.array(result.duals, dtype=np.float64), 0.0)
-        left = np.array(self.cost, dtype=np.float64) / unit
+        return Answer(bound_seconds=(self.constant + self._dual_value(goal, result.duals) * unit) * (1 - MARGIN))
+
+    def _longest(self, runs: Linear, unit: float) -> Linear:
+        """What the step takes beyond one run of each operator that surely runs: all other runs, or the disk's work."""
+        beyond = Linear().add(self.program.variable())
+        work = Linear(-self.constant / unit)
+        for variable, disk in self.disk.items():
+            work.add(variable, disk / unit)
+        self.program.at_least(beyond, runs)
+        self.program.at_least(beyond, work)
+        return beyond
+
+    def _dual_value(self, goal: Linear, duals: list[float]) -> float:
+        """A bound of `goal` by weak duality."""
+        prices = np.maximum(np.array(duals, dtype=np.float64), 0.0)
+        if self.disk:
+            # The last variable has no upper bound: its two rows may not be worth more than it costs.
+            prices /= max(1.0, float(prices[-1] + prices[-2]))
+        left = np.zeros(len(self.program.lower))
+        for variable, cost in goal.terms.items():
+            left[variable] = cost
         rows, columns, entries = self.program.matrix
         np.subtract.at(left, columns, entries * prices[rows])
-        value = float(prices @ np.array(self.program.least)) + float(np.minimum(left, 0.0).sum())
-        return Answer(bound_seconds=(self.constant + max(0.0, value) * unit) * (1 - MARGIN))
+        bounded = left[: len(self.cost)]
+        return max(0.0, float(prices @ np.array(self.program.least)) + float(np.minimum(bounded, 0.0).sum()))
 
     def _reruns(self, chosen: list[bool]) -> frozenset[Rerun]:
         """Where operators run again that the answer runs in a window after their first: before the first run that needs them."""
