@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format clean bench-headline bench-service bench-planner
+.PHONY: demo test lint format clean bench-headline bench-service bench-planner bench-proof
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -25,6 +25,10 @@ bench-service: $(VENV)/.installed-test
 bench-planner: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/planner.py $(ARGS)
 	$(BIN)/python tests/benchmarks/graphs.py
+
+# Brute force over tens of thousands of small graphs, looking for one that contradicts the planner; half an hour.
+bench-proof: $(VENV)/.installed-test
+	$(BIN)/python tests/benchmarks/proof.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

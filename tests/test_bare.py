@@ -52,6 +52,14 @@ def op(name, *inputs, **fields):
             "field operators.0.inputs (operator 'a'): a forward operator reads 'b', which is backward",
         ),
         (graph(op("a"), op("b"), fixed_bytes=-1), "field fixed_bytes: Input should be greater"),
+        (
+            graph(op("a"), op("b"), read={"bytes_per_second": 1e9}),
+            "field write: missing, while read is given; give both, or neither",
+        ),
+        (
+            graph(op("a"), op("b"), read={"bytes_per_second": 0}, write={"bytes_per_second": 1}),
+            "field read.bytes_per_second: Input should be greater than 0",
+        ),
         (graph(op("a"), op("b"), format="dot"), "field format is 'dot'; write \"tightfit-graph\""),
         (graph(op("a"), op("b"), version=2), "graph version 2, this tightfit reads version 1"),
         (graph(op("a"), "b"), "field operators.1: Input should be a valid dictionary"),

@@ -168,7 +168,7 @@ class GraphPlanner:
             search = Search(
                 variant, budget, deadline=started + 0.7 * span * (number + 1) / len(PRICES), granted=GRANTED * span / 4
             )
-            memory = search.first(self._seeds(budget) if price is None else [(), touch_and_go(variant)])
+            memory = search.first(self._plain_seeds(budget) if price is None else [(), touch_and_go(variant)])
             if memory is None:
                 timely = timely and search.timely
                 continue
@@ -184,6 +184,13 @@ class GraphPlanner:
         self.moved.append(best)
         bound = class_bound(dag, budget, plain, deadline=started + 0.95 * span, whole=False, enough=best.seconds)
         return Outcome(carried=best, bound_seconds=bound.seconds, timely=timely and bound.timely)
+
+    def _plain_seeds(self, budget: int) -> list[frozenset[Rerun]]:
+        """Where a search that moves nothing starts: the optimum without a disk, where it is known."""
+        if len(self.dag) > EXACT_OPERATORS:
+            return self._seeds(budget)
+        solved = exact.fastest(self.dag, budget, work=EXACT_WORK)
+        return [*self._seeds(budget), *([solved.reruns] if solved.reruns is not None else [])]
 
     def _smallest(self, budget: int) -> Carried:
         """Everything on the disk but what runs needs: `floor_bytes`."""

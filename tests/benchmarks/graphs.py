@@ -2,11 +2,10 @@
 the same simulator.
 
     python tests/benchmarks/graphs.py [--time-limit 60] [--only VGG-16,...] [--shares 0.8,0.6,0.4] [--json FILE]
-    python tests/benchmarks/graphs.py --brute-force 5000
 
 Times are parts of keep-all's; a dash means that the alternative does not fit. "torch" is the fastest that fits of what PyTorch's
 activation memory budget solvers (`torch._functorch`, dynamic programming and greedy) save, over budgets of theirs, with the rest made again once in the
-backward. The second form searches thousands of small graphs for one that contradicts the planner.
+backward.
 """
 
 from __future__ import annotations
@@ -111,15 +110,6 @@ def table_row(row):
     return f"{head}| {row['time']:.4f} | {proven} | {row['any_gap']:.2%} | {' | '.join(cells)} {clock}"
 
 
-def brute_force(count):
-    """Small graphs from seeds that the tests do not use."""
-    from test_graphs import check_small_graph
-
-    for seed in range(10_000, 10_000 + count):
-        check_small_graph(seed)
-    print(f"{count} graphs agree with brute force")
-
-
 @lru_cache
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,15 +119,11 @@ def arguments():
         "--shares", type=lambda text: [float(part) for part in text.split(",")], default=[0.8, 0.6, 0.4]
     )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--brute-force", type=int, metavar="GRAPHS")
     return parser.parse_args()
 
 
 def main():
     options = arguments()
-    if options.brute_force:
-        brute_force(options.brute_force)
-        return
     print(
         "| graph | operators | of keep-all's peak | MiB | time | gap | to any schedule | layers | √n | torch | wall / CPU s |"
     )

@@ -1,0 +1,161 @@
+"""Bare graphs that name a disk: against brute force, and against the same graphs without one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from brute_graph import random_graph
+from brute_offload import INFINITY, best, least
+from layered_graph import layered
+
+from planner.graphs import planner as graph_planner
+from planner.graphs.bound import any_schedule_bound
+from planner.graphs.dag import dag_of
+from planner.graphs.planner import GraphPlanner
+from planner.plan import plan
+from planner.simulate import InvalidSchedule, simulate
+from profiles.bare import BareChannel, graph_profile, parse_graph
+
+DISK = {"read": {"bytes_per_second": 10, "latency_seconds": 0.5}, "write": {"bytes_per_second": 5}}
+
+
+def channels_of(seed):
+    rng = random.Random(seed)
+    return {
+        way: {"bytes_per_second": rng.choice((2, 4, 8)), "latency_seconds": rng.choice((0, 0, 1))}
+        for way in ("read", "write")
+    }
+
+
+def slow_graph(seed, most):
+    """A random graph whose operators are slow beside the disk, a third of them not to be run again."""
+    rng = random.Random(seed)
+    return [
+        op | {"seconds": 3 * op["seconds"], "recomputable": rng.random() > 0.3} for op in random_graph(seed, most=most)
+    ]
+
+
+def profile_of(operators, channels, fixed=0):
+    return parse_graph({"format": "tightfit-graph", "operators": operators, "fixed_bytes": fixed} | channels)
+
+
+def check_small_graph(seed, most):
+    """Optimum and minimum are met exactly, no schedule at all beats the bounds; returns whether anything was moved."""
+    operators, channels, fixed = slow_graph(seed, most), channels_of(seed), seed % 3
+    profile = profile_of(operators, channels, fixed)
+    dag = dag_of(profile)
+    planner = GraphPlanner(profile)
+    low, top = least(operators, channels, "stages", fixed), planner.plan(1 << 40, policy="keep-all").peak_bytes
+    assert low == least(operators, channels, "any", fixed)
+    if low > 1:
+        short = planner.plan(low - 1)
+        assert (short.status, short.minimum_budget_bytes) == ("infeasible", low), seed
+    before, moved = INFINITY, False
+    for budget in sorted({low, (low + top) // 2, top}):
+        freest = best(operators, channels, budget, "any", fixed)
+        assert any_schedule_bound(dag, budget, seconds=60) <= freest * (1 + 1e-9), (seed, budget)
+        made = planner.plan(budget)
+        assert made.peak_bytes <= budget
+        assert made.status == "optimal"
+        optimum = best(operators, channels, budget, "stages", fixed)
+        assert made.step_seconds == pytest.approx(optimum, rel=1e-5, abs=1e-9), (seed, budget)
+        assert made.bound_seconds <= optimum * (1 + 1e-9)
+        assert made.step_seconds <= before * (1 + 1e-5)
+        before = made.step_seconds
+        moved = moved or made.train.write_bytes > 0
+    return moved
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_small_graphs_against_brute_force(block):
+    assert sum(check_small_graph(seed, most=5) for seed in range(60 * block, 60 * block + 60)) >= 2
+
+
+def test_the_search_alone_comes_near_the_optimum(monkeypatch):
+    """As it works on graphs too large for the exact solver."""
+    monkeypatch.setattr(graph_planner, "EXACT_MOVES", 0)
+    excess = []
+    for seed in range(1000, 1060):
+        operators, channels = slow_graph(seed, 5), channels_of(seed)
+        planner = GraphPlanner(profile_of(operators, channels))
+        low = planner.minimum_bytes()
+        budget = (low + planner.plan(1 << 40, policy="keep-all").peak_bytes) // 2
+        made = planner.plan(budget)
+        optimum = best(operators, channels, budget, "stages")
+        assert made.peak_bytes <= budget
+        assert made.bound_seconds <= optimum * (1 + 1e-9)
+        assert made.step_seconds >= best(operators, channels, budget, "any") * (1 - 1e-9)
+        excess.append(made.step_seconds / max(optimum, 1e-9) - 1.0 if optimum else 0.0)
+    assert sum(excess) / len(excess) < 0.03
+
+
+def test_a_disk_makes_a_larger_graph_faster_and_smaller():
+    graph = layered(40, training=True)
+    quick = graph.model_copy(
+        update={
+            "read": BareChannel(bytes_per_second=1e11, latency_seconds=1e-6),
+            "write": BareChannel(bytes_per_second=1e11, latency_seconds=1e-6),
+        }
+    )
+    without, with_disk = GraphPlanner(graph_profile(graph)), GraphPlanner(graph_profile(quick))
+    top = without.plan(1 << 60, policy="keep-all").peak_bytes
+    assert with_disk.minimum_bytes() < without.minimum_bytes(time_limit=2) <= top
+    before = INFINITY
+    for budget in (with_disk.minimum_bytes(), int(0.6 * top), top):
+        made = with_disk.plan(budget, time_limit=2)
+        assert made.peak_bytes <= budget
+        assert made.any_schedule_bound_seconds <= made.bound_seconds <= made.step_seconds <= before
+        before = made.step_seconds
+        other = without.plan(budget, time_limit=2)
+        assert other.status == "infeasible" or made.step_seconds <= other.step_seconds * (1 + 1e-3)
+    assert with_disk.plan(int(0.6 * top), time_limit=2).train.read_bytes > 0
+
+
+def chain():
+    """a is read again at the end, b needs the room that a takes."""
+    operators = [
+        {"name": "a", "seconds": 1, "output_bytes": 10, "recomputable": False},
+        {"name": "b", "seconds": 1, "output_bytes": 2, "inputs": ["a"]},
+        {"name": "c", "seconds": 4, "output_bytes": 2, "workspace_bytes": 9, "inputs": ["b"]},
+        {"name": "d", "seconds": 1, "output_bytes": 1, "inputs": ["a", "c"], "keep_until_end": True},
+    ]
+    return plan(profile_of(operators, DISK), 13)
+
+
+def test_what_is_moved_is_written_freed_and_fetched_while_the_computation_goes_on():
+    made = chain()
+    # a is written while b runs (2 s, of which one is waited for) and read back before d (1.5 s).
+    assert [i for i in made.train.instructions if i[0] in ("spill", "fetch")] == [["spill", "a"], ["fetch", "a", 0]]
+    assert made.step_seconds == pytest.approx(1 + 2 + 4 + 1.5 + 1)
+    assert (made.train.read_bytes, made.train.write_bytes, made.train.stall_seconds) == (10, 10, pytest.approx(2.5))
+    assert made.decisions["a"] == "offloaded"
+
+
+@pytest.mark.parametrize(
+    ("change", "invariant"),
+    [
+        (lambda found: found.remove(["spill", "a"]), "transfer"),
+        (lambda found: found.insert(1, ["spill", "a"]), "transfer"),
+        (lambda found: found.insert(0, ["spill", "a"]), "use-before-resident"),
+        (lambda found: found.remove(["free", "a"]), "already-resident"),
+        (lambda found: found.remove(["fetch", "a", 0]), "use-before-resident"),
+        (lambda found: found.append(["fetch", "a", 0]), "leak"),
+        (lambda found: found.append(["spill", "e"]), "form"),
+    ],
+)
+def test_the_simulator_refuses_broken_moves(change, invariant):
+    made = chain()
+    instructions = [list(i) for i in made.train.instructions]
+    change(instructions)
+    broken = made.model_copy(update={"train": made.train.model_copy(update={"instructions": instructions})})
+    with pytest.raises(InvalidSchedule) as caught:
+        simulate(broken)
+    assert caught.value.invariant == invariant
+
+
+def test_the_simulator_refuses_moves_of_a_graph_without_a_disk():
+    made = plan(parse_graph({"format": "tightfit-graph", "operators": random_graph(0)}), 1 << 40)
+    instructions = [made.train.instructions[0], ["spill", "op0"], *made.train.instructions[1:]]
+    with pytest.raises(InvalidSchedule, match="no such instruction"):
+        simulate(made.model_copy(update={"train": made.train.model_copy(update={"instructions": instructions})}))
