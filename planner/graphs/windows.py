@@ -164,11 +164,11 @@ class _Windows:
             self.impossible = True
             return
         terms = [
-            (lives[window], -dag.bytes[i] / budget)
+            (lives[window], -dag.bytes[i] / max(1, budget))
             for i, lives in enumerate(self.lives)
             if lives.get(window, -1) >= 0 and dag.bytes[i] and i != pivot
         ]
-        self._row(terms, -room / budget)
+        self._row(terms, -room / max(1, budget))
 
     # --- solving ---------------------------------------------------------------------------------------------------
 
