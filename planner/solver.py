@@ -17,7 +17,7 @@ from planner.windows import Column
 
 TOLERANCE = 1e-3
 """a plan this near its bound is called optimal"""
-GOOD = 3e-3
+GOOD = 4e-3
 """a plan of whole columns this near its bound is not worth another choice"""
 RESERVE = 0.01
 """share of the limit left to gaps of the arena and to transfers, at first"""
@@ -94,9 +94,15 @@ class Solver:
         floor = self.problem.profile.device.floor.resident_bytes
         return min(budget_bytes, MOST_BYTES) - floor - self.problem.workspace_bytes
 
+    @cached_property
+    def smallest(self) -> Schedule:
+        """The smallest rule carried out: where the search for the smallest budget starts."""
+        return smallest_arena(self.problem, rule_columns(self.problem, smallest))
+
     def tight(self, budget_bytes: int) -> bool:
         """Whether the budget may be below the minimum: there the minimum is worked out first."""
-        return self.room(budget_bytes) < 1.1 * charged_bytes(self.problem, rule_columns(self.problem, smallest))
+        charged = charged_bytes(self.problem, rule_columns(self.problem, smallest))
+        return self.room(budget_bytes) < 1.1 * charged and self.smallest.peak_bytes > budget_bytes
 
     # --- at a budget -----------------------------------------------------------------------------------------------
 
@@ -283,7 +289,7 @@ class Solver:
         """The schedule with the lowest peak found, and whether the search came to its end."""
         if self._least is not None:
             return self._least, True
-        best = smallest_arena(self.problem, rule_columns(self.problem, smallest))
+        best = self.smallest
         timely = True
         try:
             best = self._lower(best, deadline)
