@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from planner.layers import Layered
-from planner.master import charged_bytes
 from planner.pricing import Pool
+from planner.rows import charged_bytes
 from planner.windows import Column
 
 

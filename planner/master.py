@@ -5,10 +5,6 @@ compute and disk. A window's bytes are what every layer holds at that time plus 
 per layer say the same as a row per instruction. Equal layers share columns (decisions with their figures) and pricing
 problems, so the cost grows with layer types.
 
-Time: the step lasts as long as its windows; a window at least its compute; and by the end of a window the disk has done
-what had to be done by then. Look-ahead is left unbounded, which makes the time a lower bound for the class; what a plan
-really takes the simulator says.
-
 Bound: Lagrangian. With row duals of the master, sum of the cheapest priced column of each layer, by the pricing
 problem's own proven bound (Dantzig and Wolfe 1960; for its use as a bound see Lasdon 1970).
 """
@@ -23,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.formulation import KIB, MS, Block
-from planner.layers import Layered, transfer_seconds
 from planner.linear import Linear, Program
 from planner.pricing import FIELDS, Pool, Prices
+from planner.rows import Rows, Terms, add_rows
 from planner.windows import Column, measure
 
 MOVE_PRICE = 1e-4
@@ -42,12 +38,9 @@ NEAR = 1e-3
 """share of the step's time; columns whose reduced cost is less may be part of a good choice"""
 FEW = 5
 """such columns per layer"""
-INSTANT = 1e5
-"""KiB per ms above which a disk's transfers are taken to need no time of their own"""
 ROUNDS = 60
 SHARE = 0.25
 """of what pricing could gain, left to the next round once there are new columns"""
-Terms = dict[str, Linear]
 Progress = Callable[[dict[str, float | str]], None]
 
 
@@ -75,189 +68,6 @@ class Relaxed:
     """per layer: what the layer costs at its prices"""
     shares: list[NDArray[np.float64]]
     """per layer: share of each of its type's columns"""
-
-
-def live_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
-    """Most bytes of live tensors over all windows of the step and of evaluation, exactly."""
-    outside = sum(column.outside for column in columns)
-    held = outside
-    worst = 0
-    for layer, column in enumerate(columns):
-        held -= column.outside
-        worst = max(
-            worst,
-            held + column.forward_peak + problem.across_forward[layer],
-            held + column.backward_peak + problem.across_backward[layer],
-            outside - column.outside + column.evaluate_peak + problem.across_evaluate[layer],
-        )
-        held += column.between
-    return worst + problem.constant_bytes
-
-
-def instruction_count(problem: Layered, columns: tuple[Column, ...]) -> int:
-    """Of both schedules; the outcome (loss, token losses) is freed at the end of each."""
-    outcome = 1 + (problem.profile.token_losses is not None)
-    return sum(column.instructions for column in columns) + 2 * outcome
-
-
-def charged_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
-    """Live bytes plus what the instructions themselves occupy in the runtime."""
-    per_instruction = problem.profile.device.floor.instruction_bytes
-    return live_bytes(problem, columns) + per_instruction * instruction_count(problem, columns)
-
-
-@dataclass(kw_only=True)
-class Rows:
-    """The step's rows in a model; `limit` is None where the bytes themselves are minimised."""
-
-    program: Program
-    bytes: int
-    """KiB over all windows, instructions included"""
-    total_ms: Linear
-    disk_ms: Linear
-
-
-def add_rows(program: Program, problem: Layered, layers: list[Terms], *, careful: bool = False) -> Rows:
-    """Post the rows of the whole step over the layers' figures."""
-    count = len(layers)
-    used = program.variable()
-    instructions = program.variable()
-    outcome = 1 + (problem.profile.token_losses is not None)
-    program.at_least(Linear(-2.0 * outcome).add(instructions), *(terms["instructions"] for terms in layers))
-    per_instruction = problem.profile.device.floor.instruction_bytes / KIB
-
-    def chain(order: list[int], fields: tuple[str, ...]) -> list[Linear]:
-        """Running sums over the layers in `order`: entry i is the sum before the i-th."""
-        sums: list[Linear] = [Linear()]
-        for index in order:
-            step = program.variable()
-            program.at_least(Linear().add(step).plus(sums[-1], -1.0), *(layers[index][f] for f in fields))
-            sums.append(Linear().add(step))
-        return sums
-
-    ahead, back = list(range(count)), list(reversed(range(count)))
-    before = chain(ahead, ("between",))
-    after = chain(back, ("outside",))
-    outside = after[count]
-    constant = problem.constant_bytes / KIB
-    peaks: list[Linear] = [Linear()] * (2 * count)
-    """per window: KiB that are left for what waits for the disk"""
-    for index, terms in enumerate(layers):
-        others = Linear(constant).plus(before[index]).plus(after[count - 1 - index]).add(instructions, per_instruction)
-        for moment, across, peak in (
-            (index, problem.across_forward[index], "forward_peak"),
-            (2 * count - 1 - index, problem.across_backward[index], "backward_peak"),
-        ):
-            peaks[moment] = Linear(-across / KIB).add(used).plus(others, -1.0).plus(terms[peak], -1.0)
-        program.at_least(
-            Linear(-constant - problem.across_evaluate[index] / KIB)
-            .add(used)
-            .add(instructions, -per_instruction)
-            .plus(outside, -1.0)
-            .plus(terms["outside"]),
-            terms["evaluate_peak"],
-        )
-    clock = [Linear()]
-    windows = [*((i, "forward") for i in ahead), *((i, "backward") for i in back)]
-    for index, phase in windows:
-        now = program.variable()
-        program.at_least(Linear().add(now).plus(clock[-1], -1.0), layers[index][f"{phase}_ms"])
-        clock.append(Linear().add(now))
-    _add_disk(program, problem, layers, clock, peaks, careful=careful)
-    nested = chain(back, ("spills_forward_ms", "fetches_backward_ms"))
-    spilled = chain(ahead, ("states_spilled_ms",))
-    for index in ahead:
-        inside = Linear().plus(clock[2 * count - index]).plus(clock[index], -1.0)
-        program.at_least(inside, nested[count - index])
-        tail = Linear().plus(clock[2 * count]).plus(clock[2 * count - 1 - index], -1.0)
-        program.at_least(tail, spilled[index + 1])
-    total = program.variable()
-    traffic = [name for name in FIELDS if name.startswith(("reads", "spills", "fetches", "states"))]
-    program.at_least(Linear().add(total), *(terms[name] for terms in layers for name in traffic))
-    program.at_least(Linear().plus(clock[-1]).add(total, -1.0))
-    return Rows(program=program, bytes=used, total_ms=clock[-1], disk_ms=Linear().add(total))
-
-
-def _add_disk(
-    program: Program,
-    problem: Layered,
-    layers: list[Terms],
-    clock: list[Linear],
-    peaks: list[Linear],
-    *,
-    careful: bool,
-) -> None:
-    """What the disk does window by window, and the memory that waits for it.
-
-    A window lasts at least as long as the disk is busy in it. Reads and fetches that come before their window, and
-    spills that are not yet written, take memory meanwhile. The rows hold for any plan of the class; with `careful` they
-    ask for fetches one window ahead and count a spill to the end of its window, which plans can really keep.
-    """
-    count = len(layers)
-    rates = _kib_per_ms(problem)
-    needed = {name: Linear() for name in rates}
-    flown = {name: Linear() for name in rates}
-    for moment in range(2 * count):
-        forward = moment < count
-        index = moment if forward else 2 * count - 1 - moment
-        terms = layers[index]
-        asks = {
-            "reads": terms["reads_forward_ms" if forward else "reads_backward_ms"],
-            "fetches": Linear() if forward else terms["fetches_backward_ms"],
-            "spills": terms["spills_forward_ms"] if forward else Linear(),
-        }
-        busy = Linear().plus(clock[moment + 1]).plus(clock[moment], -1.0)
-        states = [] if forward or not careful else [terms["states_fetched_ms"], terms["states_spilled_ms"]]
-        waiting = Linear()
-        flows: list[Linear] = []
-        for name, rate in rates.items():
-            if not rate:
-                continue
-            before, due = flown[name], needed[name]
-            if asks[name].terms or asks[name].constant:
-                step = program.variable()
-                program.exactly(Linear().add(step), due, asks[name])
-                needed[name] = Linear().add(step)
-            now = program.variable()
-            flown[name] = Linear().add(now)
-            flows.append(Linear().add(now).plus(before, -1.0))
-            program.at_least(flows[-1])
-            if name == "spills":
-                # Only what is there can be written; what is not written stays in memory.
-                program.at_least(Linear().plus(needed[name]).add(now, -1.0))
-                left = Linear().plus(needed[name] if careful else due).add(now, -1.0)
-            else:
-                program.at_least(Linear().add(now).plus(needed[name], -1.0))
-                if careful and name == "fetches":
-                    program.at_least(Linear().plus(before).plus(needed[name], -1.0))
-                left = Linear().plus(flown[name] if careful else before).plus(needed[name], -1.0)
-            held = program.variable()
-            program.at_least(Linear().add(held), left)
-            waiting.add(held, rate)
-        program.at_least(busy, *flows, *states)
-        # The window's memory row gains what waits for the disk.
-        program.at_least(peaks[moment], waiting)
-    if rates["spills"]:
-        program.at_least(flown["spills"], needed["spills"])
-
-
-def _kib_per_ms(problem: Layered) -> dict[str, float]:
-    """The least that a millisecond of disk time moves, for each sort of transfer; 0 where there is none."""
-    reads: list[float] = []
-    spills: list[float] = []
-    fetches: list[float] = []
-    for kind in problem.types:
-        reads.extend(w.packed_bytes / w.read_seconds for w in kind.weights.values() if w.read_seconds)
-        for value in kind.offloadable:
-            size = kind.raw_bytes[value]
-            spills.append(size / transfer_seconds(kind.write, size))
-            fetches.append(size / transfer_seconds(kind.read, size))
-    result = {}
-    for name, rates in (("reads", reads), ("fetches", fetches), ("spills", spills)):
-        rate = min(rates, default=0.0) / KIB / MS
-        # Nothing ever waits for such a disk, and its rates would spoil the numbers of the program.
-        result[name] = rate if rate <= INSTANT else 0.0
-    return result
 
 
 @dataclass(kw_only=True)

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 from planner.bounds import any_schedule_bound
 from planner.carry_out import Schedule, carry_out, smallest_arena
 from planner.emit import instructions, kinds
-from planner.layers import Layered, layered
+from planner.layers import Layered
 from planner.master import Progress
 from planner.policies import POLICIES, policy_columns
 from planner.schema import Peak, Phase, Plan
 from planner.simulate import Simulation, simulate
 from planner.solver import Outcome, Solver, Status
+from planner.split import layered
 from profiles.errors import InputError
 from profiles.schema import Profile
 

@@ -10,9 +10,10 @@ from typing import Literal
 from planner.carry_out import Schedule, carry_out, smallest_arena
 from planner.greedy import greedy
 from planner.layers import Layered
-from planner.master import JOINT_BINARIES, Progress, Search, charged_bytes
+from planner.master import JOINT_BINARIES, Progress, Search
 from planner.policies import POLICIES, rule_columns, smallest
 from planner.pricing import Pool
+from planner.rows import charged_bytes
 from planner.windows import Column
 
 TOLERANCE = 1e-3

@@ -10,11 +10,11 @@ from synthetic import decoder_like, device, small_chain
 
 from planner.emit import draft, live_profile
 from planner.formulation import KIB, Block
-from planner.layers import layered
 from planner.linear import Linear, Program
-from planner.master import live_bytes
 from planner.plan import Planner
 from planner.pricing import FIELDS, figures
+from planner.rows import live_bytes
+from planner.split import layered
 from planner.windows import Decision, expand, measure
 
 INSTANT = {"read": 1e12, "write": 1e12, "latency": 0.0, "per_byte": 2e-8}

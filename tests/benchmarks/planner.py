@@ -24,9 +24,9 @@ from shapes import decoder_profile
 
 from planner.carry_out import carry_out
 from planner.layers import Layered
-from planner.master import charged_bytes
 from planner.plan import Planner
 from planner.policies import POLICIES, checkpoint_layers, mebp, rule_columns
+from planner.rows import charged_bytes
 from planner.windows import Column, Decision, measure
 from profiles.units import MIB, format_size
 
