@@ -174,7 +174,8 @@ def _layers(count: int, example: str) -> str:
 
 
 def _busy(plan: Plan, told: Explanation) -> list[str]:
-    if plan.model.kind == "graph":
+    moves = plan.train is not None and plan.train.write_bytes > 0
+    if plan.model.kind == "graph" and not moves:
         return []
     where = _elsewhere(plan)
     parts = [
@@ -186,6 +187,7 @@ def _busy(plan: Plan, told: Explanation) -> list[str]:
         if use.name == "compute" or use.bytes
     ]
     unpacking = f"{format_seconds(plan.train.unpack_seconds)} unpack weights, " if plan.train is not None else ""
+    unpacking = "" if plan.model.kind == "graph" else unpacking
     return [
         f"busy in the step: {', '.join(parts)}; {unpacking}{format_seconds(told.waiting_seconds)} wait for transfers"
     ]

@@ -1,12 +1,14 @@
-"""The planner of bare graphs (`profiles.bare`): any DAG, anything computed again wherever that pays.
+"""The planner of bare graphs (`profiles.bare`): any DAG, anything computed again, or moved to a disk and back, wherever that pays.
 
 | file | concept |
 |---|---|
 | dag | the graph as arrays |
-| schedule | a schedule as its re-runs; lifetimes, peak, seconds, instructions |
+| schedule | a schedule as its re-runs; lifetimes, peak, seconds |
+| actions | a schedule in full: runs, frees, moves; its seconds and instructions |
 | replay | the simulator's half for plans without an arena: bytes that are live |
 | rules | fixed rules: keep-all, checkpoint-layers, checkpoint-sqrt |
 | exact | CP-SAT over all schedules of the class, for small graphs |
+| exact_moves | the same with moves to a disk, and time counted with the memory |
 | chains | dynamic programming over checkpoints, for chains |
 | memory | bytes at every run, updated as runs come and go |
 | search | greedy eviction, then ruin and recreate, for graphs of any size |
@@ -16,4 +18,10 @@
 The class of schedules: operators first run in the graph's order; before each first run any earlier operators may run
 again, each at most once more, in the graph's order (Jain et al. 2020, "Checkmate", the frontier-advancing class). An output
 is freed once nothing reads it before its operator runs again.
+
+Where the graph names a disk, an output may also be written there once and fetched back. Before each run, in this order: writes begin,
+outputs are freed (which waits for their write), fetches begin. The disk does one transfer at a time; a run waits for the fetches
+of its inputs. Everything but what runs can be away, so the smallest budget is what the largest operator needs by itself. Graphs of
+few operators are solved exactly. For others the search for re-runs is made at a few prices of the disk, a fetch taking the place
+of a run where it is cheaper, and the fastest of its schedules, moved into the disk's idle time, is the plan.
 """
