@@ -10,8 +10,6 @@ from brute_offload import INFINITY, best, least
 from layered_graph import layered
 
 from planner.graphs import planner as graph_planner
-from planner.graphs.bound import any_schedule_bound
-from planner.graphs.dag import dag_of
 from planner.graphs.planner import GraphPlanner
 from planner.plan import plan
 from planner.simulate import InvalidSchedule, simulate
@@ -44,7 +42,6 @@ def check_small_graph(seed, most):
     """Optimum and minimum are met exactly, no schedule at all beats the bounds; returns whether anything was moved."""
     operators, channels, fixed = slow_graph(seed, most), channels_of(seed), seed % 3
     profile = profile_of(operators, channels, fixed)
-    dag = dag_of(profile)
     planner = GraphPlanner(profile)
     low, top = least(operators, channels, "stages", fixed), planner.plan(1 << 40, policy="keep-all").peak_bytes
     assert low == least(operators, channels, "any", fixed)
@@ -54,7 +51,7 @@ def check_small_graph(seed, most):
     before, moved = INFINITY, False
     for budget in sorted({low, (low + top) // 2, top} - {0}):
         freest = best(operators, channels, budget, "any", fixed)
-        assert any_schedule_bound(dag, budget, seconds=60) <= freest * (1 + 1e-9), (seed, budget)
+        assert planner.any_bound(budget, seconds=60) <= freest * (1 + 1e-9), (seed, budget)
         made = planner.plan(budget)
         assert made.peak_bytes <= budget
         assert made.status == "optimal"

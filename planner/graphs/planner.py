@@ -60,6 +60,7 @@ class GraphPlanner:
         self.moved: list[Carried] = []
         """the same with moves"""
         self._minimum: dict[str, tuple[Carried, bool]] = {}
+        self._any_bounds: dict[int, float] = {}
         for rule in rules_for(self.dag):
             self._note(RULES[rule](self.dag))
 
@@ -83,7 +84,7 @@ class GraphPlanner:
         started = time.monotonic()
         deadline = started + time_limit
         name = policy or "solver"
-        any_bound = self._any_bound(budget_bytes, 0.1 * time_limit)
+        any_bound = self.any_bound(budget_bytes, seconds=0.1 * time_limit)
         if name == "solver":
             outcome = self._solve(budget_bytes, started, deadline, progress)
         else:
@@ -113,7 +114,7 @@ class GraphPlanner:
         started = time.monotonic()
         least, _ = self._least(policy or "solver", started + time_limit)
         budget = least.peak_bytes
-        any_bound = self._any_bound(budget, time_limit)
+        any_bound = self.any_bound(budget, seconds=time_limit)
         outcome = Outcome(carried=least, bound_seconds=any_bound)
         return self._finish(budget, policy or "solver", outcome, any_bound, started)
 
@@ -121,12 +122,15 @@ class GraphPlanner:
         """The smallest budget for which `plan` has a plan."""
         return self._least(policy or "solver", time.monotonic() + time_limit)[0].peak_bytes
 
-    def _any_bound(self, budget: int, limit: float) -> float:
+    def any_bound(self, budget: int, *, seconds: float) -> float:
+        """Seconds that no schedule at all undercuts at a budget, worked out once within `seconds`; infinity: none fits."""
         if self.found[frozenset()] <= budget:
             return self.dag.once_seconds
         if self.floor_bytes > budget:
             return float("inf")
-        return any_schedule_bound(self.dag, budget, seconds=limit)
+        if budget not in self._any_bounds:
+            self._any_bounds[budget] = any_schedule_bound(self.dag, budget, seconds=seconds)
+        return self._any_bounds[budget]
 
     # --- the search ------------------------------------------------------------------------------------------------
 
