@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 ANY_SHARE = 0.1
 """of the time limit, for the bound that holds for any schedule"""
+LEAST_SHARE = 0.7
+"""of the time limit, for the smallest budget where the one asked for may be below it: what fits comes before what is fast"""
 FINISH_SECONDS = 1.5e-4
 """to write a plan down and replay it, per operator of the step: left out of what the search may take"""
 
@@ -107,9 +109,9 @@ class Planner:
         return self._finish(budget_bytes, name, outcome, any_bound, started)
 
     def _holds(self, budget_bytes: int, deadline: float) -> bool:
-        """Whether the budget is at least the minimum, as far as half of the time tells."""
+        """Whether the budget is at least the minimum, as far as most of the time tells."""
         now = time.monotonic()
-        least, timely = self.solver.least(now + (deadline - now) / 2)
+        least, timely = self.solver.least(now + LEAST_SHARE * (deadline - now))
         return not timely or least.peak_bytes <= budget_bytes
 
     def _follow(self, budget_bytes: int, policy: str, bound: float) -> Outcome:

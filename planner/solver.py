@@ -25,6 +25,8 @@ RESERVE = 0.01
 CHOICES = 5
 """such shares tried"""
 MINIMUM_ROUNDS = 20
+LOWEST_SHARE = 0.6
+"""of the time, at which the search for columns of the fewest bytes ends"""
 JOINT_ROUNDS = 4
 GREEDY_ROUNDS = 6
 CARRY_SECONDS = 2.5e-4
@@ -79,7 +81,9 @@ class Solver:
         self.problem = problem
         self.found: list[Schedule] = []
         """the best at budgets before, so that a larger one never gets a slower plan"""
-        self._least: Schedule | None = None
+        self._lowest: Schedule | None = None
+        self._lowest_proven = False
+        """whether the search for it came to its end"""
 
     @cached_property
     def pool(self) -> Pool:
@@ -233,7 +237,7 @@ class Solver:
         most = reserve = share
         exhausted = False
         for _ in range(CHOICES):
-            if search.left() < CARRY_SECONDS * len(self.problem.graph.steps):
+            if not self._carries_in_time(search.deadline):
                 attempt.timely = False
                 break
             chosen = search.choose(attempt.limit - reserve)
@@ -288,36 +292,46 @@ class Solver:
 
     def least(self, deadline: float) -> tuple[Schedule, bool]:
         """The schedule with the lowest peak found, and whether the search came to its end."""
-        if self._least is not None:
-            return self._least, True
-        best = self.smallest
-        timely = True
-        try:
-            best = self._lower(best, deadline)
-        except TimeoutError:
-            timely = False
-        timely = timely and time.monotonic() < deadline
-        if timely:
-            self._least = best
-        return best, timely
+        if not self._lowest_proven:
+            before = [self.smallest, *self.found, *([self._lowest] if self._lowest is not None else [])]
+            self._lowest = min(before, key=lambda schedule: schedule.peak_bytes)
+            try:
+                timely = self._lower(deadline)
+            except TimeoutError:
+                timely = False
+            self._lowest_proven = timely and time.monotonic() < deadline
+        assert self._lowest is not None
+        return self._lowest, self._lowest_proven
 
-    def _lower(self, best: Schedule, deadline: float) -> Schedule:
-        search = Search(pool=self.pool, limit_bytes=None, deadline=deadline)
+    def _carries_in_time(self, deadline: float) -> bool:
+        """Whether there is time left to carry columns out."""
+        return deadline - time.monotonic() > CARRY_SECONDS * len(self.problem.graph.steps)
+
+    def _lower(self, deadline: float) -> bool:
+        """Look for lower peaks than that of the lowest schedule so far; whether the search came to its end."""
+        assert self._lowest is not None
+        best = self._lowest
+        now = time.monotonic()
         joint = self.pool.binaries <= JOINT_BINARIES
+        until = deadline if joint else now + LOWEST_SHARE * (deadline - now)
+        search = Search(pool=self.pool, limit_bytes=None, deadline=until)
         chosen: tuple[Column, ...] | None
         if joint:
             answer = search.joint()
             chosen = None if answer is None else answer.columns
         else:
             search.columns()
-            chosen = search.choose(None) if search.timely else None
-        if chosen is not None:
+            search.deadline = deadline
+            chosen = search.choose(None)
+        if chosen is not None and self._carries_in_time(deadline):
             lower = smallest_arena(self.problem, chosen)
-            best = lower if lower.peak_bytes < best.peak_bytes else best
+            best = self._lowest = lower if lower.peak_bytes < best.peak_bytes else best
         floor = self.problem.profile.device.floor.import_peak_bytes
         for _ in range(MINIMUM_ROUNDS):
-            if best.peak_bytes <= floor or time.monotonic() > deadline:
+            if best.peak_bytes <= floor:
                 break
+            if not self._carries_in_time(deadline):
+                return False
             # What fits one byte below: as long as there is something, that is the minimum.
             attempt = Attempt(limit=self.room(best.peak_bytes - 1), deadline=deadline)
             if joint:
@@ -328,5 +342,5 @@ class Solver:
                 attempt.found.extend([] if schedule is None else [schedule])
             if attempt.best is None:
                 break
-            best = attempt.best
-        return best
+            best = self._lowest = attempt.best
+        return search.timely
