@@ -151,6 +151,10 @@ class Search:
                 break
         return best, value, kept
 
+    def holds(self) -> bool:
+        """Whether the columns known so far, mixed, keep the limit."""
+        return self._relaxation(self.limit_bytes).over < 1e-4
+
     def _price(self, relaxed: Relaxed, best: float, *, steady: bool) -> tuple[float, bool]:
         """Price layers until what could still be gained in the others is little: (most that could be gained, new columns).
 

@@ -90,7 +90,16 @@ class Hull:
         self.model.minimize(
             mathopt.LinearSum([price * variable for price, variable in zip(prices.tolist(), self.figures) if price])
         )
-        result = self.solver.solve()
+        try:
+            result = self.solver.solve()
+        except (
+            RuntimeError,
+            ValueError,
+            AttributeError,
+        ):  # as in `planner.quiet`: MathOpt's conversion fails by itself
+            # Glop now and then loses itself in its warm start; what it does not say is no bound.
+            self.solver = mathopt.IncrementalSolver(self.model, mathopt.SolverType.GLOP)
+            return 0.0
         if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
             return 0.0
         # A hair below, for the solver's tolerance.

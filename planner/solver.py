@@ -222,6 +222,13 @@ class Solver:
             tolerance=CAREFUL_TOLERANCE,
             progress=attempt.progress,
         )
+        if not careful.holds():
+            # Memory is short for looking ahead, and columns that save some are slow to find: first of all a plan.
+            relaxed.deadline = attempt.deadline
+            self._choose(relaxed, attempt)
+            best = attempt.best
+            if best is not None and attempt.gap(best) <= GOOD:
+                return
         # Where memory is too tight to look ahead, the relaxed choice is what there is.
         search = careful if careful.columns()[2] else relaxed
         attempt.timely = attempt.timely and careful.timely
@@ -236,7 +243,7 @@ class Solver:
         share = max(1, int(RESERVE * max(0, attempt.limit)))
         most = reserve = share
         exhausted = False
-        for _ in range(CHOICES):
+        for left in reversed(range(CHOICES)):
             if not self._carries_in_time(search.deadline):
                 attempt.timely = False
                 break
@@ -246,7 +253,11 @@ class Solver:
                     break
                 reserve, exhausted = 0, True
                 continue
-            schedule, excess = carry_out(self.problem, chosen, attempt.limit, deadline=attempt.deadline)
+            # In the end a plan that waits for the disk is better than none.
+            unmoved = not left or exhausted
+            schedule, excess = carry_out(
+                self.problem, chosen, attempt.limit, deadline=attempt.deadline, unmoved=unmoved
+            )
             if schedule is None:
                 reserve += max(3 * excess // 2, share // 2)
                 if attempt.found and reserve >= most:

@@ -26,7 +26,7 @@ from profiles.schema import Profile
 
 EXACT_OPERATORS = 20
 """graphs up to here are solved over all schedules of the class"""
-EXACT_MOVES = 6
+EXACT_MOVES = 8
 """operators of a graph that names a disk, up to which it is solved so"""
 PRICES = (None, 0.05, 0.5, 1.0)
 """of a second of the disk, in seconds of computation, that searches are made with; None: nothing is moved"""
