@@ -26,7 +26,7 @@ bench-planner: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/planner.py $(ARGS)
 	$(BIN)/python tests/benchmarks/graphs.py
 
-# Brute force over tens of thousands of small graphs, looking for one that contradicts the planner; half an hour.
+# Brute force over tens of thousands of small graphs, looking for one that contradicts the planner; ten minutes.
 bench-proof: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/proof.py $(ARGS)
 
