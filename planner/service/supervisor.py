@@ -76,9 +76,10 @@ class Supervisor:
         if job.state == "queued":
             job = self.store.finish(identity, "cancelled")
             self._ended(job)
-        elif job.state == "running" and identity in self._workers:
+        elif job.state == "running":
             self._cancelled.add(identity)
-            self._end(job, self._workers[identity])
+            if identity in self._workers:  # else it is about to start, and looks
+                self._end(job, self._workers[identity])
         return self.events.told(job)
 
     @staticmethod
@@ -125,6 +126,8 @@ class Supervisor:
                 start_new_session=True,
             )
         self._workers[job.id] = worker
+        if job.id in self._cancelled:
+            _kill(worker)
         began = time.monotonic()
         try:
             limit = None if job.kind == "run" else self.settings.job_seconds
