@@ -90,7 +90,15 @@ class Hull:
         self.model.minimize(
             mathopt.LinearSum([price * variable for price, variable in zip(prices.tolist(), self.figures) if price])
         )
-        result = self.solver.solve()
+        try:
+            result = self.solver.solve()
+        except (
+            RuntimeError,
+            ValueError,
+            AttributeError,
+        ):  # Glop gave up, and MathOpt's conversion of its status fails too
+            self.solver = mathopt.IncrementalSolver(self.model, mathopt.SolverType.GLOP)
+            return 0.0
         if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
             return 0.0
         # A hair below, for the solver's tolerance.

@@ -17,7 +17,7 @@ from playwright.sync_api import expect, sync_playwright
 from served import Served
 from synthetic import decoder_like
 
-PATIENCE = 240_000
+PATIENCE = 90_000
 """milliseconds: the machine may be busy"""
 
 
@@ -61,9 +61,11 @@ def page(browser, served, tmp_path_factory):
     opened.on("request", lambda request: asked.append(request.url))
     opened.goto(served.url)
     profile = tmp_path_factory.mktemp("profile") / "profile.json"
-    profile.write_text(decoder_like(2, tokens=512, slices=1).model_dump_json())
+    profile.write_text(decoder_like(2).model_dump_json())
     opened.set_input_files("#upload", profile)
+    # The plan in the middle is there before the curve is.
     expect(opened.locator("#timeline svg")).to_be_visible()
+    expect(opened.locator("#curve")).not_to_have_attribute("aria-busy", "true")
     expect(opened.locator("#curve-legend")).to_contain_text("mebp")
     yield opened
     assert wrong == []
@@ -96,26 +98,29 @@ def number(text):
 def test_will_it_fit(page, served, pictures):
     verdict = page.locator("#verdict")
     expect(verdict).to_have_text(re.compile(r"^Fits [\d.]+ MiB: [\d.]+ s per step, within [\d.]+ % of the best plan"))
+    title = page.locator("#plan-title")
     # By keyboard: the end of the slider is the largest budget, and as fast as it gets.
     slow = number(verdict.inner_text().split(":")[1])
     page.locator("#slider").focus()
     page.keyboard.press("End")
-    expect(page.locator("#plan-title")).to_contain_text("The plan: solver")
-    expect(verdict).to_have_text(re.compile("within"))
+    expect(verdict).to_contain_text("as at")
     assert number(verdict.inner_text().split(":")[1]) <= slow
     # By mouse, along the curve: towards less memory, never faster.
+    roomy = title.inner_text()
     box = page.locator("#curve svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] / 2)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] / 2, steps=5)
+    expect(title).not_to_have_text(roomy)  # the plan moves along, before the button is let go
     page.mouse.up()
-    expect(verdict).to_have_text(re.compile("within"))
+    expect(verdict).to_contain_text("as at")
     dragged = number(page.input_value("#budget"))
     # A budget between two points of the curve is solved on demand, and stands on the curve afterwards.
     before = solved(page)
     set_budget(page, dragged + 0.3)
     page.click("#solve")
-    expect(page.locator("#plan-title")).to_contain_text(f"{dragged + 0.3:.1f} MiB")
+    expect(title).to_contain_text(f"{dragged + 0.3:.1f} MiB")
+    expect(verdict).to_contain_text("within")
     after = solved(page)
     assert len(after) == len(before) + 1
     page.set_viewport_size({"width": 1100, "height": 1750})
@@ -125,9 +130,9 @@ def test_will_it_fit(page, served, pictures):
 
 def test_the_plan_is_told_and_drawn(page, served):
     peak = rows(page, "#peak")
-    together = next(number(row[1]) for row in peak if row[0] == "together")
-    parts = [number(row[1]) for row in peak[: [row[0] for row in peak].index("together")]]
-    assert sum(parts) == pytest.approx(together, abs=0.06 * len(parts))
+    together = next(number(row[2]) for row in peak if row[0] == "together")
+    parts = [number(row[2]) for row in peak if row[0] != "together"]
+    assert sum(parts) == pytest.approx(together, abs=0.15 + 0.06 * len(parts))
     # The chart reads itself out under the arrow keys.
     page.locator("#timeline svg").focus()
     reading = page.locator("#reading")
@@ -137,6 +142,9 @@ def test_the_plan_is_told_and_drawn(page, served):
     page.keyboard.press("End")
     assert re.fullmatch(r"[\d.]+ s: [\d.]+ MiB = .*", reading.inner_text())
     assert page.locator("#timeline svg .cap-label").inner_html().startswith("cap ")
+    assert page.locator("#timeline svg .peak-label").inner_html().startswith("instruction ")
+    kinds = page.locator("#timeline svg path[data-kind]").count()
+    assert kinds == page.locator("#timeline-legend li").count() > 4
     assert any("(fullest)" in row[0] for row in rows(page, "#timeline-table"))
     assert [row[0] for row in rows(page, "#layers-table")] == ["stem", "layer0", "layer1", "head"]
     assert page.locator("#layers svg rect").count() >= 12
@@ -149,6 +157,9 @@ def test_compare(page, served, pictures):
     page.select_option("#left", index=0)
     page.locator("#compare-form button").click()
     expect(page.locator("#figures table")).to_be_visible()
+    for side in ("left", "right"):
+        assert page.locator(f"#{side}-memory svg path[data-kind]").count() > 4
+        assert page.locator(f"#{side}-name").inner_text().startswith("solver at ")
     figures = {row[0]: row[1:] for row in rows(page, "#figures")}
     budgets = [number(text) for text in figures["budget, MiB"]]
     assert budgets[0] < budgets[1]
@@ -186,14 +197,16 @@ def test_nothing_hinders_people(page, served, pictures):
         assert [(one["id"], [node["html"][:100] for node in one["nodes"]]) for one in found] == [], scheme
     page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.screenshot(path=pictures / "phone-dark.png")
+    # Charts are drawn anew for the width, so that their text stays as large as on a desk.
+    expect(page.locator("#curve svg")).to_have_attribute("viewBox", re.compile(r"^0 0 3\d\d "))
+    page.screenshot(path=pictures / "phone-dark.png", full_page=True)
     page.emulate_media(color_scheme="light")
     page.click("#theme")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
     page.click("#theme")
     page.set_viewport_size({"width": 1200, "height": 900})
     # Every chart says what it shows, and a table stands beside it.
-    for chart in ("curve", "timeline", "layers", "channels"):
+    for chart in ("curve", "timeline", "layers"):
         label = page.locator(f"#{chart} svg").get_attribute("aria-label")
         assert label, chart
         assert page.locator(f"#{chart}-table table").count() == 1
@@ -205,6 +218,7 @@ def test_run(browser, served, pictures, work):
     page.set_default_timeout(PATIENCE)
     page.goto(served.url)
     page.locator("#measure-box summary").click()
+    assert page.locator("#start").is_visible()
     for name, value in (("path", "model"), ("seq", "32"), ("batch", "2"), ("lora_rank", "4")):
         page.fill(f"#measure [name={name}]", value)
     page.locator("#measure button").click()
@@ -213,7 +227,7 @@ def test_run(browser, served, pictures, work):
     page.keyboard.press("End")
     page.fill("#run-form [name=data]", "data.jsonl")
     page.fill("#run-form [name=steps]", "12")
-    page.locator("#run-form button").first.click()
+    page.locator("#run-form button").click()
     expect(page.locator("#run-state")).to_have_text(re.compile(r"done: 12 steps, peak [\d.]+ of [\d.]+ MiB"))
     steps = rows(page, "#steps-table")
     assert [int(row[0]) for row in steps] == list(range(1, 13))
@@ -229,4 +243,14 @@ def test_run(browser, served, pictures, work):
         config = json.load(archive.extractfile("adapter/adapter_config.json"))
     assert config["r"] == 4
     page.locator("#run").screenshot(path=pictures / "run.png")
+    # Cancelled, a run saves and ends; whoever comes back to the page finds it.
+    page.fill("#run-form [name=steps]", "1000000")
+    page.locator("#run-form button").click()
+    expect(page.locator("#run-state")).to_have_text(re.compile(r"^step \d+ of 1000000: loss"))
+    page.click("#cancel")
+    expect(page.locator("#run-state")).to_contain_text("was cancelled")
+    page.reload()
+    page.select_option("#runs", index=2)
+    expect(page.locator("#run-state")).to_contain_text("done: 12 steps")
+    assert len(rows(page, "#steps-table")) == 12
     page.close()

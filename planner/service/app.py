@@ -123,6 +123,7 @@ def serve(settings: Settings) -> None:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host.strip("[]"), settings.port))
+        listening.listen(1024)  # who comes before the application is up waits, instead of being refused
     except OSError as error:
         raise InputError(
             f"--host {settings.host} --port {settings.port}: {error.strerror or error}; name another --port"

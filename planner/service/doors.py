@@ -173,7 +173,7 @@ def not_runnable(request: Request, plan: Row) -> str | None:
     profile = service_of(request).store.file("profile", plan["origin"])
     if profile is None or profile["origin"] != "made":
         # An uploaded profile's operators and paths are a stranger's: they are planned with, never executed.
-        return "this plan's profile was not made by this service; measure the model here (POST /v1/profiles), plan and run that"
+        return "this plan's profile was not made by this service; measure the model on the service's machine, plan and run that"
     return None
 
 

@@ -170,17 +170,18 @@ class Job(Answer):
     kind: JobKind
     state: JobState
     created: float
-    started: float | None
-    finished: float | None
+    started: float | None = None
+    finished: float | None = None
     attempts: int
     request: dict[str, Any]
     progress: dict[str, Any] | None = Field(
-        description="solving: stage, incumbent, bound, gap, seconds; running: step, loss, resident_bytes, peak_bytes"
+        None,
+        description="solving: stage, incumbent, bound, gap, seconds; running: step, loss, resident_bytes, peak_bytes",
     )
     result: dict[str, Any] | None = Field(
-        description="profile: {profile}; plan: {plan, summary}; comparison: {cells}; run: {report}"
+        None, description="profile: {profile}; plan: {plan, summary}; comparison: {cells}; run: {report}"
     )
-    error: Error | None
+    error: Error | None = None
 
 
 class JobList(Answer):
@@ -207,7 +208,7 @@ class StoredProfile(Stored):
 class StoredPlan(Stored):
     model_config = example_of(**STORED_PLAN)
 
-    profile: Digest | None = Field(description="what it was made from")
+    profile: Digest | None = Field(None, description="what it was made from")
 
 
 class ProfileList(Answer):
@@ -228,7 +229,7 @@ class DeviceAnswer(Answer):
     kind: str
     threads: int
     local: bool = Field(description="whether it is this machine's: runs go there; others can be planned for")
-    running: JobId | None
+    running: JobId | None = None
     waiting: int = Field(description="runs and measurements queued for it")
 
 

@@ -92,7 +92,9 @@ class PlanView(Answer):
     about: str
     summary: dict[str, Any]
     sentences: list[str]
-    not_runnable: str | None = Field(description="why the plan cannot be run on the service's machine; null: it can")
+    not_runnable: str | None = Field(
+        None, description="why the plan cannot be run on the service's machine; null: it can"
+    )
     timeline: Series | None = None
     peak: PeakShown | None = None
     layers: list[LayerShown] = []
@@ -104,8 +106,8 @@ class Change(Answer):
     """Tensors that two plans treat differently; seconds are the second plan's less the first's, per step."""
 
     kind: str
-    before: str | None
-    after: str | None
+    before: str | None = None
+    after: str | None = None
     bytes: int
     compute_seconds: float
     transfer_seconds: float
