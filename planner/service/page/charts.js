@@ -180,7 +180,7 @@ export function layerGraph(layers, edges, room) {
 // --- tables -----------------------------------------------------------------------------------------------------------
 
 export function table(caption, headings, rows) {
-  const head = html("tr", {}, ...headings.map((text) => html("th", { scope: "col" }, text)));
+  const head = html("tr", {}, ...headings.map((text) => (text ? html("th", { scope: "col" }, text) : html("td"))));
   const body = rows.map(([first, ...rest]) => html("tr", {}, html("th", { scope: "row" }, first), ...rest.map((text) => html("td", {}, text))));
   return html("table", {}, html("caption", {}, caption), html("thead", {}, head), html("tbody", {}, ...body));
 }
