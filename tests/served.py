@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 120.0
@@ -82,12 +83,16 @@ class Served:
         raise AssertionError("the service did not start")
 
     def stop(self):
+        """Ask the service to end; returns its exit code. Nothing that it started may be left."""
         self.http.close()
+        started = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(PATIENCE)
         finally:
             self.process.kill()
+            left = psutil.wait_procs(started, timeout=10)[1]
+            assert not left, left
 
     def kill(self):
         self.http.close()

@@ -290,6 +290,12 @@ def test_the_command_line_can_let_a_service_solve(served, profile, minimum, tmp_
     assert json.loads(capfd.readouterr().out)["peak_bytes"] <= minimum
     assert load_profile(tmp_path / "profile.json") == profile
     assert Plan.model_validate_json((tmp_path / "plan.json").read_bytes()).budget_bytes == minimum
+    words[words.index(str(minimum))] = str(minimum - 1)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 3
+    told = json.loads(capfd.readouterr().out)
+    assert told["minimum_budget_bytes"] == told["explanation"]["shortfall"]["minimum_budget_bytes"] == minimum
 
 
 def test_it_tells_about_itself(served, uploaded):

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from chromium import find_chromium
+from damage import SEQ
 from playwright.sync_api import expect, sync_playwright
 from served import Served
 from synthetic import decoder_like
@@ -35,8 +37,9 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, work, cache):
+def served(tmp_path_factory, work, cache, measured):
     folder = tmp_path_factory.mktemp("page")
+    shutil.copytree(measured, folder / "data")
     service = Served(folder / "data", "--root", str(work), environment={"TIGHTFIT_CACHE": str(cache)}).start()
     yield service
     service.stop()
@@ -212,6 +215,23 @@ def test_nothing_hinders_people(page, served, pictures):
         assert page.locator(f"#{chart}-table table").count() == 1
 
 
+def test_a_token_is_asked_for(browser, tmp_path):
+    service = Served(tmp_path / "data", token="a-secret-of-some-length").start()
+    try:
+        service.upload(decoder_like(2))
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(service.url)
+        expect(page.locator("#token")).to_be_focused()
+        page.keyboard.type("a-secret-of-some-length")
+        page.keyboard.press("Enter")
+        expect(page.locator("#token-form")).to_be_hidden()
+        expect(page.locator("#profile option")).to_have_count(2)
+        page.close()
+    finally:
+        service.stop()
+
+
 def test_run(browser, served, pictures, work):
     """Measure a model on the service's machine, plan it, train, and take the adapter: all on the page."""
     page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
@@ -219,7 +239,7 @@ def test_run(browser, served, pictures, work):
     page.goto(served.url)
     page.locator("#measure-box summary").click()
     assert page.locator("#start").is_visible()
-    for name, value in (("path", "model"), ("seq", "32"), ("batch", "2"), ("lora_rank", "4")):
+    for name, value in (("path", "model"), ("seq", str(SEQ)), ("batch", "2"), ("lora_rank", "4")):
         page.fill(f"#measure [name={name}]", value)
     page.locator("#measure button").click()
     expect(page.locator("#run")).to_be_visible()

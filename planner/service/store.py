@@ -339,6 +339,12 @@ def file_row(kind: str, identity: str, written: Written, *, name: str, summary: 
     }
 
 
+def folder_row(identity: str, size: int) -> Row:
+    """What `Store.add` takes for a run's folder: no object, it lies beside them."""
+    sizes = {"digest": None, "bytes": size, "stored_bytes": size}
+    return {"kind": "folder", "id": identity, "name": f"folder of {identity}", "origin": None, "summary": "{}", **sizes}
+
+
 def content_key(kind: str, request: Row) -> str:
     """Fingerprint of what is asked: equal requests are one job."""
     return _hash(kind, request)

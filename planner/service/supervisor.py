@@ -24,7 +24,7 @@ from planner.service.metrics import Metrics
 from planner.service.objects import Objects
 from planner.service.schema import Error, Job
 from planner.service.settings import Settings
-from planner.service.store import ATTEMPTS, SOLVE, Store
+from planner.service.store import ATTEMPTS, SOLVE, Store, folder_row
 from planner.service.worker import Order
 
 LOCAL = "cpu"
@@ -181,13 +181,14 @@ class Supervisor:
         if end is not None and "result" in end:
             ended = self.store.finish(job.id, "succeeded", result=end["result"], files=end["files"])
         elif cancelled:
-            ended = self.store.finish(job.id, "cancelled")
+            ended = self.store.finish(job.id, "cancelled", files=self._left(job))
         elif self._stopping:
             ended = self.store.requeue(job.id, counted=False)
         elif end is not None:
             if end["code"] == "internal":
                 log.error("job failed inside", extra={"job": job.id, "said": _last_words(words)})
-            ended = self.store.finish(job.id, "failed", error=Error(code=end["code"], message=end["message"]))
+            error = Error(code=end["code"], message=end["message"])
+            ended = self.store.finish(job.id, "failed", error=error, files=self._left(job))
         elif code == -signal.SIGKILL and job.attempts < ATTEMPTS:
             # Killed from outside, perhaps by the kernel for want of memory: worth another try.
             ended = self.store.requeue(job.id, counted=True)
@@ -197,8 +198,14 @@ class Supervisor:
             log.error("worker died", extra={"job": job.id, "how": how, "said": _last_words(words)})
             limit = self.settings.solve_bytes >> 20
             message = f"the process of this job died ({how}); its memory limit is {limit} MiB"
-            ended = self.store.finish(job.id, "failed", error=Error(code="worker_died", message=message))
+            error = Error(code="worker_died", message=message)
+            ended = self.store.finish(job.id, "failed", error=error, files=self._left(job))
         self._ended(ended)
+
+    def _left(self, job: Job) -> list[dict[str, Any]]:
+        """The folder of a run that did not get to its end: its checkpoints count among what is kept."""
+        size = sum(path.stat().st_size for path in (self.runs / job.id).rglob("*") if path.is_file())
+        return [folder_row(job.id, size)] if size else []
 
     def _ended(self, job: Job) -> None:
         self.metrics.jobs.labels(job.kind, job.state).inc()
@@ -221,7 +228,7 @@ class Supervisor:
         removed = self.store.expire(before=before, keep_bytes=self.settings.keep_bytes)
         wanted = self.store.digests() if removed else set()
         for row in removed:
-            if row["digest"] not in wanted:
+            if row["digest"] is not None and row["digest"] not in wanted:
                 self.objects.remove(row["digest"])
         known = {job.id for job in self.store.jobs(kind="run", limit=1 << 30)}
         for folder in self.runs.iterdir():
