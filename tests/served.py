@@ -109,9 +109,9 @@ class Served:
         assert answer.status_code in {200, 201}, answer.text
         return answer.json()["id"]
 
-    def wait(self, job):
+    def wait(self, job, patience=PATIENCE):
         """The finished job."""
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + patience
         while job["state"] in {"queued", "running"}:
             assert time.monotonic() < until, job
             time.sleep(0.05)

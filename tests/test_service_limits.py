@@ -10,7 +10,7 @@ import time
 
 import pytest
 from starlette.testclient import TestClient
-from synthetic import small_chain
+from synthetic import decoder_like, small_chain
 
 from planner.plan import minimum_budget
 from planner.service.app import create_app
@@ -74,10 +74,10 @@ def test_jobs_wait_for_a_worker_and_end_when_their_time_is_over(tmp_path, profil
         assert begun >= http.get(f"/v1/jobs/{first['id']}").json()["finished"]
 
 
-def test_a_solve_over_its_memory_fails_alone(tmp_path, profile, minimum):
+def test_a_solve_over_its_memory_fails_alone(tmp_path):
     with service(tmp_path, solve_bytes=40 << 20) as http:
-        job = http.post("/v1/plans", json={"profile": upload(http, profile), "memory": minimum}).json()
-        ended = wait(http, job)
+        large = upload(http, decoder_like(24))
+        ended = wait(http, http.post("/v1/plans", json={"profile": large, "memory": "150MiB"}).json())
         assert (ended["state"], ended["error"]["code"]) == ("failed", "worker_died"), ended
         assert "40 MiB" in ended["error"]["message"]
         assert http.get("/healthz").status_code == 200
