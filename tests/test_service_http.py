@@ -7,6 +7,7 @@ import gzip
 import json
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -247,6 +248,16 @@ def test_cancel(served, uploaded, minimum):
     again = served.ask("/v1/comparisons", profile=uploaded, memory=[minimum + 8192 * i for i in range(40)])
     assert again["id"] != jobs[0]["id"]
     served.http.post(f"/v1/jobs/{again['id']}/cancel")
+
+
+def test_a_bare_config_becomes_a_file_and_one_job(served):
+    config = {"model_type": "llama", "hidden_size": 64}
+    job = served.ask("/v1/profiles", config=config, seq=16)
+    assert served.ask("/v1/profiles", config=dict(reversed(config.items())), seq=16)["id"] == job["id"]
+    source = Path(job["request"]["source"])
+    assert (source.parent.parent, json.loads(source.read_text())) == (served.data / "configs", config)
+    served.http.post(f"/v1/jobs/{job['id']}/cancel")
+    assert served.wait(job)["state"] == "cancelled"
 
 
 def test_an_idempotency_key(served, uploaded, minimum):
