@@ -94,6 +94,13 @@ def set_budget(page, mib):
     page.press("#budget", "Enter")
 
 
+def between(page, first, last):
+    """What of the page lies between two elements, for a picture."""
+    top, bottom = page.locator(first).bounding_box(), page.locator(last).bounding_box()
+    begun = top["y"] + page.evaluate("window.scrollY")
+    return {"x": 0, "y": begun - 16, "width": 1200, "height": bottom["y"] + bottom["height"] - top["y"] + 28}
+
+
 def number(text):
     return float(re.search(r"[\d.]+", text.replace(",", ""))[0])
 
@@ -126,9 +133,7 @@ def test_will_it_fit(page, served, pictures):
     expect(verdict).to_contain_text("within")
     after = solved(page)
     assert len(after) == len(before) + 1
-    page.set_viewport_size({"width": 1100, "height": 1750})
-    page.screenshot(path=pictures / "fit.png")
-    page.set_viewport_size({"width": 1200, "height": 900})
+    page.screenshot(path=pictures / "fit.png", full_page=True, clip=between(page, "#fit", "#timeline-legend"))
 
 
 def test_the_plan_is_told_and_drawn(page, served):

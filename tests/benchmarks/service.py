@@ -145,7 +145,9 @@ def killing(folder, *, rounds):
     service = Served(folder / "kill").start()
     try:
         begun = time.monotonic()
-        found = kill_again_and_again(service, profile, range(least, 1 << 40, 512), rounds=rounds, seed=1, per_client=1)
+        found = kill_again_and_again(
+            service, profile, range(least, 1 << 40, 512), rounds=rounds, seed=1, clients=3, per_client=1
+        )
         return {
             "kills": found["kills"],
             "acknowledged": len(found["acknowledged"]),

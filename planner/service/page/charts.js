@@ -58,14 +58,14 @@ const scale = (low, high, start, end) => {
 const round = (value) => Number(value.toPrecision(6)).toLocaleString("en");
 
 // A frame with axes. Returns the picture and its scales.
-export function frame(label, { x: [x0, x1], y: [y0, y1], xLabel, yLabel, width, height = 320, role = "img" }) {
+export function frame(label, { x: [x0, x1], y: [y0, y1], xLabel, yLabel, width, height = 320, role = "img", whole = false }) {
   const x = scale(x0, x1, LEFT, width - RIGHT), y = scale(y0, y1, height - BOTTOM, TOP);
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role, "aria-label": label });
   for (const tick of ticks(y0, y1)) {
     picture.append(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }));
     picture.append(svg("text", { x: LEFT - 8, y: y(tick) + 4, "text-anchor": "end" }, round(tick)));
   }
-  for (const tick of ticks(x0, x1, width / 110)) picture.append(svg("text", { x: x(tick), y: height - BOTTOM + 18, "text-anchor": "middle" }, round(tick)));
+  for (const tick of ticks(x0, x1, width / 110).filter((tick) => !whole || Number.isInteger(tick))) picture.append(svg("text", { x: x(tick), y: height - BOTTOM + 18, "text-anchor": "middle" }, round(tick)));
   picture.append(svg("text", { x: 0, y: TOP - 12 }, yLabel));
   picture.append(svg("text", { x: (LEFT + width - RIGHT) / 2, y: height - 6, "text-anchor": "middle" }, xLabel));
   return { picture, x, y, width, height };
@@ -127,7 +127,7 @@ export function steps(label, points, { yLabel, width, cap = null, colour = "var(
   const margin = (high - low) * 0.1 || Math.abs(high) * 0.05 || 1;
   low = zero ? 0 : low - margin; high += margin;
   const last = Math.max(2, points.length ? points[points.length - 1][0] : 2);
-  const made = frame(label, { x: [1, last], y: [low, high], xLabel: "step", yLabel, width, height: 260 });
+  const made = frame(label, { x: [1, last], y: [low, high], xLabel: "step", yLabel, width, height: 260, whole: true });
   const { picture, x, y } = made;
   if (points.length) picture.append(svg("path", { class: "line", style: `--c: ${colour}`, d: path(points, x, y) }));
   if (points.length === 1) picture.append(svg("circle", { class: "dot-mark", style: `--c: ${colour}`, cx: x(points[0][0]), cy: y(points[0][1]), r: 4 }));
