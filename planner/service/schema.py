@@ -117,7 +117,7 @@ class ComparisonRequest(Request):
 
     profile: Digest
     memory: list[Memory] = Field(min_length=1, max_length=64)
-    policies: list[str] = Field(["solver"], min_length=1, max_length=8)
+    policies: list[str] = Field(["solver"], min_length=1, max_length=32)
     devices: list[str] = Field(
         ["own"],
         min_length=1,
