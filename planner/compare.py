@@ -51,6 +51,7 @@ def compare(
     time_limit: float = 30.0,
     progress: Stage | None = None,
     solving: Progress | None = None,
+    planned: Callable[[Plan], None] | None = None,
 ) -> Comparison:
     """Plan every policy at every budget on every device (None: the profile's own); `time_limit` seconds each.
 
@@ -58,7 +59,8 @@ def compare(
 
     A fixed rule's gap is to the solver's bound at the same budget. A larger budget never gets a slower plan: where the
     search found nothing better, the smaller budget's plan stands. `progress` is called with (what, done, total), `solving`
-    as the planner's own. KeyboardInterrupt ends the comparison with the plans made so far, or passes where there are none.
+    as the planner's own, `planned` with each plan as it is made (a smaller budget's may take its place at the end).
+    KeyboardInterrupt ends the comparison with the plans made so far, or passes where there are none.
     Raises InputError for unknown policies, no budget, two devices of one name, or a profile that cannot change device.
     """
     if not budgets:
@@ -88,7 +90,7 @@ def compare(
                 progress(what, before + len(found), total)
 
         try:
-            _fill(found, planner, ordered, rules, time_limit, tell, solving)
+            _fill(found, planner, ordered, rules, time_limit, tell, solving, planned)
         except KeyboardInterrupt:
             if not plans and not found:
                 raise
@@ -109,6 +111,7 @@ def _fill(
     time_limit: float,
     tell: Callable[[], None],
     solving: Progress | None,
+    planned: Callable[[Plan], None] | None,
 ) -> None:
     """From the largest budget down, so that columns of roomy plans are there for tight ones."""
     for budget in reversed(budgets):
@@ -122,6 +125,8 @@ def _fill(
             if policy != SOLVER and solved is not None and made.status != "infeasible":
                 made = rebudgeted(made, bound_seconds=solved.bound_seconds)
             found[budget, policy] = made
+            if planned is not None:
+                planned(made)
 
 
 def _monotone(found: dict[tuple[int, str], Plan], budgets: list[int], policies: list[str]) -> list[Plan]:

@@ -6,26 +6,54 @@ import os
 import shutil
 import subprocess
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
+NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+PACKAGES = ("chromium-headless-shell", "chromium")
+"""the first that the distribution has; the shell is Chromium without a desktop's libraries"""
+OPTIONS = (
+    "-q",
+    "-o=Acquire::http::Timeout=15",
+    "-o=Acquire::Retries=1",
+    "-o=DPkg::Lock::Timeout=60",
+    "-o=APT::Update::Error-Mode=any",
+)
+SECONDS = 180
+"""that apt-get may take: installing takes 15 s where the network is there"""
 
 
 def find_chromium():
     """Path of the browser. Raises LookupError, saying why there is none."""
-    for name in NAMES:
-        found = shutil.which(name)
-        if found:
-            return found
+    found = _found()
+    if found:
+        return found
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise LookupError("no Chromium here, and only root can install it: apt-get install chromium")
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for words in (
-        ["apt-get", "update", "-q"],
-        ["apt-get", "install", "-q", "-y", "--no-install-recommends", "chromium"],
-    ):
-        done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, timeout=600)
-        if done.returncode:
-            raise LookupError(f"no Chromium here, and `{' '.join(words)}` failed: {done.stderr.strip()[-200:]}")
-    found = shutil.which("chromium")
+        raise LookupError("no Chromium here, and only root can install it: apt-get install chromium-headless-shell")
+    said = _apt("update")
+    for package in PACKAGES if not said else ():
+        said = _apt("install", "-y", "--no-install-recommends", package)
+        if not said:
+            break
+    found = _found()
     if not found:
-        raise LookupError("no Chromium here, and apt-get's package brought none")
+        raise LookupError(f"no Chromium here, and apt-get could not install it: {said}")
     return found
+
+
+def _found():
+    return next((path for path in map(shutil.which, NAMES) if path), None)
+
+
+def _apt(*words):
+    """What went wrong; empty where nothing did."""
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        done = subprocess.run(
+            ["apt-get", *OPTIONS, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"apt-get {words[0]} took longer than {SECONDS} s"
+    return (done.stderr.strip()[-200:] or f"apt-get {words[0]}: {done.returncode}") if done.returncode else ""

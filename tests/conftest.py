@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from damage import CONFIG, ROWS, SEQ, lines
+from damage import CONFIG, MEASURED, ROWS, SEQ, lines
+from served import Served
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
 from planner.exchange import load_plan
@@ -66,6 +67,18 @@ def work(tmp_path_factory, cache):
             cli.main([str(word) for word in words])
         assert caught.value.code == 0
     return path
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory, work, cache):
+    """Data folder of a service that has measured the tiny model, once for all tests that run it through a service."""
+    folder = tmp_path_factory.mktemp("measured") / "data"
+    service = Served(folder, "--root", str(work), environment={"TIGHTFIT_CACHE": str(cache)}).start()
+    try:
+        service.result("/v1/profiles", **MEASURED)
+    finally:
+        service.stop()
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from reference import CONFIGS
 MIB = 1 << 20
 CONFIG = {**CONFIGS["llama"], "num_hidden_layers": 1}
 SEQ = 24
+MEASURED = {"path": "model", "seq": SEQ, "batch": 2, "lora_rank": 4}
+"""what `measured` asks a service for: asked again, it is answered at once"""
 ROWS = [
     {"prompt": "Is the fox quick? ", "completion": "positive"},
     {"prompt": "lazy dog? ", "completion": "negative"},

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import httpx
+from served import PATIENCE
 
 
 def workers_of(pid):
@@ -74,7 +75,7 @@ def kill_again_and_again(service, profile, budgets, *, rounds, seed=0, clients=4
         if answer.status_code == 404:
             lost.append(job)
         else:
-            ended[job] = service.wait(answer.json())
+            ended[job] = service.wait(answer.json(), patience=PATIENCE * rounds)
     return {"acknowledged": ended, "lost": lost, "kills": kills}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -11,10 +12,17 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 300.0
+PATIENCE = 120.0
 """seconds: machines that run tests are busy"""
+_libc = ctypes.CDLL(None)
+
+
+def _end_with_parent():
+    """A test that is killed leaves no service behind; workers end with their service."""
+    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
 class Served:
@@ -49,8 +57,14 @@ class Served:
                 stderr=log,
                 cwd=ROOT,
                 env=environment,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509  no other thread runs here
             )
-        self.url = self._wait_for_url(begun)
+        try:
+            self.url = self._wait_for_url(begun)
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         self.http = httpx.Client(base_url=self.url, headers=headers, timeout=PATIENCE, trust_env=False)
         return self
@@ -69,9 +83,16 @@ class Served:
         raise AssertionError("the service did not start")
 
     def stop(self):
+        """Ask the service to end; returns its exit code. Nothing that it started may be left."""
         self.http.close()
+        started = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(PATIENCE)
+        try:
+            return self.process.wait(PATIENCE)
+        finally:
+            self.process.kill()
+            left = psutil.wait_procs(started, timeout=10)[1]
+            assert not left, left
 
     def kill(self):
         self.http.close()
@@ -88,9 +109,9 @@ class Served:
         assert answer.status_code in {200, 201}, answer.text
         return answer.json()["id"]
 
-    def wait(self, job):
+    def wait(self, job, patience=PATIENCE):
         """The finished job."""
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + patience
         while job["state"] in {"queued", "running"}:
             assert time.monotonic() < until, job
             time.sleep(0.05)

@@ -13,6 +13,8 @@ from schemathesis.specs.openapi.checks import content_type_conformance, response
 from served import Served
 from synthetic import small_chain
 
+from planner.service import schema, shown
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
@@ -73,3 +75,32 @@ def test_the_examples_of_the_description_are_what_is_asked_for(described, served
             assert answer.status_code == 404, answer.text
     profile = schemas["ProfileRequest"]["examples"][0]
     assert served.http.post("/v1/profiles", json=profile).json()["error"]["fields"][0]["field"] == "body.path"
+
+
+def test_every_answer_is_described_with_an_example(described):
+    """Answers have a type and an example of it, errors have the one form; examples are what their type says."""
+    raw = described.raw_schema
+    types = {**vars(schema), **vars(shown)}
+    assert raw["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
+    seen = 0
+    for path, methods in raw["paths"].items():
+        for method, operation in methods.items():
+            assert operation["summary"], (path, method)
+            assert "default" in operation["responses"]
+            for status, answer in operation["responses"].items():
+                assert answer["description"], (path, status)
+                if status == "304":
+                    continue
+                for media, told in answer["content"].items():
+                    if media == "application/x-tar":
+                        continue
+                    name = told["schema"].get("$ref", "").rpartition("/")[2]
+                    examples = raw["components"]["schemas"][name].get("examples", []) if name else []
+                    examples = [*examples, *([told["example"]] if "example" in told else [])]
+                    assert examples, (path, method, status)
+                    seen += 1
+                    if not status.startswith("2"):
+                        assert name == "ErrorAnswer", (path, method, status)
+                    for example in examples if name else []:
+                        types[name].model_validate(example)
+    assert seen > 100

@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from chromium import find_chromium
+from damage import SEQ
 from playwright.sync_api import expect, sync_playwright
 from served import Served
 from synthetic import decoder_like
 
-PATIENCE = 240_000
+PATIENCE = 90_000
 """milliseconds: the machine may be busy"""
 
 
@@ -35,8 +37,9 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, work, cache):
+def served(tmp_path_factory, work, cache, measured):
     folder = tmp_path_factory.mktemp("page")
+    shutil.copytree(measured, folder / "data")
     service = Served(folder / "data", "--root", str(work), environment={"TIGHTFIT_CACHE": str(cache)}).start()
     yield service
     service.stop()
@@ -61,9 +64,11 @@ def page(browser, served, tmp_path_factory):
     opened.on("request", lambda request: asked.append(request.url))
     opened.goto(served.url)
     profile = tmp_path_factory.mktemp("profile") / "profile.json"
-    profile.write_text(decoder_like(2, tokens=512, slices=1).model_dump_json())
+    profile.write_text(decoder_like(2).model_dump_json())
     opened.set_input_files("#upload", profile)
+    # The plan in the middle is there before the curve is.
     expect(opened.locator("#timeline svg")).to_be_visible()
+    expect(opened.locator("#curve")).not_to_have_attribute("aria-busy", "true")
     expect(opened.locator("#curve-legend")).to_contain_text("mebp")
     yield opened
     assert wrong == []
@@ -89,6 +94,13 @@ def set_budget(page, mib):
     page.press("#budget", "Enter")
 
 
+def between(page, first, last):
+    """What of the page lies between two elements, for a picture."""
+    top, bottom = page.locator(first).bounding_box(), page.locator(last).bounding_box()
+    begun = top["y"] + page.evaluate("window.scrollY")
+    return {"x": 0, "y": begun - 16, "width": 1200, "height": bottom["y"] + bottom["height"] - top["y"] + 28}
+
+
 def number(text):
     return float(re.search(r"[\d.]+", text.replace(",", ""))[0])
 
@@ -96,38 +108,39 @@ def number(text):
 def test_will_it_fit(page, served, pictures):
     verdict = page.locator("#verdict")
     expect(verdict).to_have_text(re.compile(r"^Fits [\d.]+ MiB: [\d.]+ s per step, within [\d.]+ % of the best plan"))
+    title = page.locator("#plan-title")
     # By keyboard: the end of the slider is the largest budget, and as fast as it gets.
     slow = number(verdict.inner_text().split(":")[1])
     page.locator("#slider").focus()
     page.keyboard.press("End")
-    expect(page.locator("#plan-title")).to_contain_text("The plan: solver")
-    expect(verdict).to_have_text(re.compile("within"))
+    expect(verdict).to_contain_text("as at")
     assert number(verdict.inner_text().split(":")[1]) <= slow
     # By mouse, along the curve: towards less memory, never faster.
+    roomy = title.inner_text()
     box = page.locator("#curve svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] / 2)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] / 2, steps=5)
+    expect(title).not_to_have_text(roomy)  # the plan moves along, before the button is let go
     page.mouse.up()
-    expect(verdict).to_have_text(re.compile("within"))
+    expect(verdict).to_contain_text("as at")
     dragged = number(page.input_value("#budget"))
     # A budget between two points of the curve is solved on demand, and stands on the curve afterwards.
     before = solved(page)
     set_budget(page, dragged + 0.3)
     page.click("#solve")
-    expect(page.locator("#plan-title")).to_contain_text(f"{dragged + 0.3:.1f} MiB")
+    expect(title).to_contain_text(f"{dragged + 0.3:.1f} MiB")
+    expect(verdict).to_contain_text("within")
     after = solved(page)
     assert len(after) == len(before) + 1
-    page.set_viewport_size({"width": 1100, "height": 1750})
-    page.screenshot(path=pictures / "fit.png")
-    page.set_viewport_size({"width": 1200, "height": 900})
+    page.screenshot(path=pictures / "fit.png", full_page=True, clip=between(page, "#fit", "#timeline-legend"))
 
 
 def test_the_plan_is_told_and_drawn(page, served):
     peak = rows(page, "#peak")
-    together = next(number(row[1]) for row in peak if row[0] == "together")
-    parts = [number(row[1]) for row in peak[: [row[0] for row in peak].index("together")]]
-    assert sum(parts) == pytest.approx(together, abs=0.06 * len(parts))
+    together = next(number(row[2]) for row in peak if row[0] == "together")
+    parts = [number(row[2]) for row in peak if row[0] != "together"]
+    assert sum(parts) == pytest.approx(together, abs=0.15 + 0.06 * len(parts))
     # The chart reads itself out under the arrow keys.
     page.locator("#timeline svg").focus()
     reading = page.locator("#reading")
@@ -137,6 +150,9 @@ def test_the_plan_is_told_and_drawn(page, served):
     page.keyboard.press("End")
     assert re.fullmatch(r"[\d.]+ s: [\d.]+ MiB = .*", reading.inner_text())
     assert page.locator("#timeline svg .cap-label").inner_html().startswith("cap ")
+    assert page.locator("#timeline svg .peak-label").inner_html().startswith("instruction ")
+    kinds = page.locator("#timeline svg path[data-kind]").count()
+    assert kinds == page.locator("#timeline-legend li").count() > 4
     assert any("(fullest)" in row[0] for row in rows(page, "#timeline-table"))
     assert [row[0] for row in rows(page, "#layers-table")] == ["stem", "layer0", "layer1", "head"]
     assert page.locator("#layers svg rect").count() >= 12
@@ -149,6 +165,9 @@ def test_compare(page, served, pictures):
     page.select_option("#left", index=0)
     page.locator("#compare-form button").click()
     expect(page.locator("#figures table")).to_be_visible()
+    for side in ("left", "right"):
+        assert page.locator(f"#{side}-memory svg path[data-kind]").count() > 4
+        assert page.locator(f"#{side}-name").inner_text().startswith("solver at ")
     figures = {row[0]: row[1:] for row in rows(page, "#figures")}
     budgets = [number(text) for text in figures["budget, MiB"]]
     assert budgets[0] < budgets[1]
@@ -186,17 +205,36 @@ def test_nothing_hinders_people(page, served, pictures):
         assert [(one["id"], [node["html"][:100] for node in one["nodes"]]) for one in found] == [], scheme
     page.set_viewport_size({"width": 390, "height": 844})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.screenshot(path=pictures / "phone-dark.png")
+    # Charts are drawn anew for the width, so that their text stays as large as on a desk.
+    expect(page.locator("#curve svg")).to_have_attribute("viewBox", re.compile(r"^0 0 3\d\d "))
+    page.screenshot(path=pictures / "phone-dark.png", full_page=True)
     page.emulate_media(color_scheme="light")
     page.click("#theme")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
     page.click("#theme")
     page.set_viewport_size({"width": 1200, "height": 900})
     # Every chart says what it shows, and a table stands beside it.
-    for chart in ("curve", "timeline", "layers", "channels"):
+    for chart in ("curve", "timeline", "layers"):
         label = page.locator(f"#{chart} svg").get_attribute("aria-label")
         assert label, chart
         assert page.locator(f"#{chart}-table table").count() == 1
+
+
+def test_a_token_is_asked_for(browser, tmp_path):
+    service = Served(tmp_path / "data", token="a-secret-of-some-length").start()
+    try:
+        service.upload(decoder_like(2))
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(service.url)
+        expect(page.locator("#token")).to_be_focused()
+        page.keyboard.type("a-secret-of-some-length")
+        page.keyboard.press("Enter")
+        expect(page.locator("#token-form")).to_be_hidden()
+        expect(page.locator("#profile option")).to_have_count(2)
+        page.close()
+    finally:
+        service.stop()
 
 
 def test_run(browser, served, pictures, work):
@@ -205,7 +243,8 @@ def test_run(browser, served, pictures, work):
     page.set_default_timeout(PATIENCE)
     page.goto(served.url)
     page.locator("#measure-box summary").click()
-    for name, value in (("path", "model"), ("seq", "32"), ("batch", "2"), ("lora_rank", "4")):
+    assert page.locator("#start").is_visible()
+    for name, value in (("path", "model"), ("seq", str(SEQ)), ("batch", "2"), ("lora_rank", "4")):
         page.fill(f"#measure [name={name}]", value)
     page.locator("#measure button").click()
     expect(page.locator("#run")).to_be_visible()
@@ -213,7 +252,7 @@ def test_run(browser, served, pictures, work):
     page.keyboard.press("End")
     page.fill("#run-form [name=data]", "data.jsonl")
     page.fill("#run-form [name=steps]", "12")
-    page.locator("#run-form button").first.click()
+    page.locator("#run-form button").click()
     expect(page.locator("#run-state")).to_have_text(re.compile(r"done: 12 steps, peak [\d.]+ of [\d.]+ MiB"))
     steps = rows(page, "#steps-table")
     assert [int(row[0]) for row in steps] == list(range(1, 13))
@@ -229,4 +268,14 @@ def test_run(browser, served, pictures, work):
         config = json.load(archive.extractfile("adapter/adapter_config.json"))
     assert config["r"] == 4
     page.locator("#run").screenshot(path=pictures / "run.png")
+    # Cancelled, a run saves and ends; whoever comes back to the page finds it.
+    page.fill("#run-form [name=steps]", "1000000")
+    page.locator("#run-form button").click()
+    expect(page.locator("#run-state")).to_have_text(re.compile(r"^step \d+ of 1000000: loss"))
+    page.click("#cancel")
+    expect(page.locator("#run-state")).to_contain_text("was cancelled")
+    page.reload()
+    page.select_option("#runs", index=2)
+    expect(page.locator("#run-state")).to_contain_text("done: 12 steps")
+    assert len(rows(page, "#steps-table")) == 12
     page.close()

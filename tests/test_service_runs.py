@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 import time
 
-from damage import SEQ
+from damage import MEASURED
 from served import PATIENCE, Served
+
+from planner.service.client import connect
 
 
 def steps_of(service, run):
@@ -25,10 +28,11 @@ def wait_for_steps(service, run, count):
     return steps
 
 
-def test_runs_follow_each_other_survive_and_save(tmp_path, work, cache):
+def test_runs_follow_each_other_survive_and_save(tmp_path, work, cache, measured):
+    shutil.copytree(measured, tmp_path / "data")
     service = Served(tmp_path / "data", "--root", str(work), environment={"TIGHTFIT_CACHE": str(cache)}).start()
     try:
-        made = service.result("/v1/profiles", path="model", seq=SEQ, batch=2, lora_rank=4)["profile"]
+        made = service.result("/v1/profiles", **MEASURED)["profile"]
         plan = service.result("/v1/plans", profile=made, memory="1GiB", policy="keep-all")["plan"]
         answer = service.http.post("/v1/runs", json={"plan": plan, "data": str(tmp_path), "steps": 1})
         assert (answer.status_code, answer.json()["error"]["fields"][0]["field"]) == (422, "body.data")
@@ -39,6 +43,10 @@ def test_runs_follow_each_other_survive_and_save(tmp_path, work, cache):
 
         first, second = ask("first", 1_000_000), ask("second", 8)
         assert ask("first", 1_000_000) == first
+        # Whoever listens is told of every step: its loss, its seconds, what it holds.
+        with connect(service.url) as client:
+            told = next(data for name, data in client.events(first) if "step" in data)
+        assert set(told) >= {"stage", "step", "loss", "seconds", "resident_bytes", "peak_bytes"}
         wait_for_steps(service, first, 45)
         device = service.http.get("/v1/devices").json()["devices"][0]
         assert (device["running"], device["waiting"]) == (first, 1)
@@ -57,6 +65,11 @@ def test_runs_follow_each_other_survive_and_save(tmp_path, work, cache):
         out = service.data / "runs" / first / "out"
         saved = max(int(path.name.partition("-")[2]) for path in out.glob("checkpoint-*"))
         assert saved == steps_of(service, first)[-1]["step"]
+        # What it has saved counts among what is kept, and is removed with it.
+        kept = next(
+            line for line in service.http.get("/metrics").text.splitlines() if line.startswith("tightfit_stored")
+        )
+        assert float(kept.split()[1]) > sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
         ended = service.wait(service.http.get(f"/v1/jobs/{second}").json())
         assert (ended["state"], ended["result"]["report"]["steps"]) == ("succeeded", 8), ended

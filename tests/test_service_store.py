@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import sqlite3
 import time
 
@@ -12,7 +13,7 @@ from planner.service.objects import Objects, gunzip
 from planner.service.paths import confined
 from planner.service.schema import Error
 from planner.service.settings import Settings, loopback
-from planner.service.store import ATTEMPTS, Store, content_key, file_row
+from planner.service.store import ATTEMPTS, Store, content_key, file_row, folder_row
 from profiles.errors import InputError
 
 LANE = "solve"
@@ -190,6 +191,24 @@ def test_retention_by_bytes_takes_the_longest_unused_and_what_answers_with_it(st
     assert [row["id"] for row in removed] == ["answer"]
     # Its answer gone, the request is a new job.
     assert ask(store, 1)[1]
+
+
+def test_the_checkpoints_of_a_run_that_was_ended_count_and_go_with_it(store):
+    job, _ = ask(store, 1)
+    store.next(LANE)
+    store.finish(job.id, "cancelled", files=[folder_row(job.id, 5000)])
+    assert store.stored_bytes() == 5000
+    assert store.expire(before=0, keep_bytes=5000) == []
+    assert [row["kind"] for row in store.expire(before=0, keep_bytes=4999)] == ["folder"]
+    with pytest.raises(ServiceError, match="there is no job"):
+        store.job(job.id)
+
+
+def test_a_file_told_again_is_told_as_now_but_keeps_its_explanation(store, objects):
+    written = objects.put(b"a plan")
+    for told, kept in (({"a": 1}, {"a": 1}), ({"a": 2, "explanation": {}}, {"a": 2, "explanation": {}}), ({"a": 3, "explanation": None}, {"a": 2, "explanation": {}})):  # fmt: skip
+        row = store.add(file_row("plan", "p", written, name="p", summary=told))
+        assert json.loads(row["summary"]) == kept
 
 
 def test_paths_stay_under_the_roots(tmp_path):

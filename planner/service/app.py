@@ -17,9 +17,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from planner.service import routes_jobs, routes_page, routes_planning, routes_profiles, routes_runs
+from planner.service.doors import EVERYWHERE
 from planner.service.errors import Code, ServiceError
 from planner.service.events import Events
-from planner.service.guard import Guard
+from planner.service.guard import OPEN, Guard
 from planner.service.metrics import Metrics
 from planner.service.objects import Objects
 from planner.service.schema import Error, ErrorAnswer, FieldError
@@ -79,10 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=life,
         docs_url=None,  # its page would come from elsewhere
         redoc_url=None,
-        responses={
-            status: {"model": ErrorAnswer, "description": words}
-            for status, words in ((401, "No token, or a wrong one"), (422, "A field is wrong; it is named"))
-        },
+        responses=EVERYWHERE,
     )
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     app.add_exception_handler(ServiceError, _service_error)
@@ -92,7 +90,20 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(Exception, _internal_error)
     for routes in (routes_profiles, routes_planning, routes_runs, routes_jobs, routes_page):
         app.include_router(routes.router)
+    undescribed = app.openapi
+    app.openapi = lambda: _with_token(undescribed())  # type: ignore[method-assign]  # FastAPI's documented way
     return app
+
+
+def _with_token(described: dict[str, Any]) -> dict[str, Any]:
+    """The API's description, with the token that a service may ask for."""
+    told = "needed where the service was started with TIGHTFIT_TOKEN"
+    scheme = {"type": "http", "scheme": "bearer", "description": told}
+    described["components"]["securitySchemes"] = {"token": scheme}
+    for path, methods in described["paths"].items():
+        for operation in methods.values():
+            operation["security"] = [{}] if path.startswith(OPEN) else [{"token": []}, {}]
+    return described
 
 
 def serve(settings: Settings) -> None:
@@ -112,6 +123,7 @@ def serve(settings: Settings) -> None:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host.strip("[]"), settings.port))
+        listening.listen(1024)  # who comes before the application is up waits, instead of being refused
     except OSError as error:
         raise InputError(
             f"--host {settings.host} --port {settings.port}: {error.strerror or error}; name another --port"

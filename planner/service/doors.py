@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Header, Request, Response
 from starlette.responses import StreamingResponse
 
-from planner.service.errors import ServiceError, invalid, not_found
-from planner.service.schema import FINISHED, ErrorAnswer, Job, JobKind, StoredPlan, StoredProfile
+from planner.service.errors import Code, ServiceError, invalid, not_found
+from planner.service.schema import FINISHED, JOB, ErrorAnswer, Job, JobKind, StoredPlan, StoredProfile
 from planner.service.store import SOLVE, Row, content_key
 from planner.service.supervisor import LOCAL
 from profiles.errors import InputError
@@ -30,24 +30,60 @@ IdempotencyKey = Annotated[
 ]
 
 
+ERRORS: dict[int, tuple[str, Code, str, str | None]] = {
+    400: ("The body is no JSON", "invalid_request", "body.11: JSON decode error", "body.11"),
+    401: ("No token, or a wrong one", "unauthorized", "send the service's token", "header.Authorization"),
+    404: ("There is none", "not_found", "there is no plan '3f1c0e9d'; it may have been removed by retention", None),
+    409: ("The state of things forbids it", "conflict", f"the job {JOB} is succeeded already", None),
+    413: ("Too large", "too_large", "the body unpacks to more than 67108864 bytes", "body"),
+    415: (
+        "A content type or encoding that is not understood",
+        "unsupported_media_type",
+        "the content type 'text/plain' is not understood; send application/json",
+        "header.Content-Type",
+    ),
+    422: (
+        "A field is wrong; it is named",
+        "invalid_request",
+        "'350M' is not a size; write plain bytes (367001600), 350MB or 350MiB",
+        "body.memory",
+    ),
+    429: ("Too many jobs are waiting", "busy", "1000 jobs are waiting already; ask again in a minute", None),
+}
+"""status -> what it means, and an example's code, message and field"""
+
+
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Responses for the API description."""
-    words = {
-        400: "The body is no JSON",
-        404: "There is none",
-        409: "The state of things forbids it",
-        413: "Too large",
-        415: "A content type or encoding that is not understood",
-        429: "Too many jobs are waiting",
-    }
-    return {status: {"model": ErrorAnswer, "description": words[status]} for status in statuses}
+    return {status: _error(*ERRORS[status]) for status in statuses}
 
 
+def _error(words: str, code: Code, message: str, field: str | None) -> dict[str, Any]:
+    fields = [] if field is None else [{"field": field, "message": message}]
+    example = {"error": {"code": code, "message": message, "fields": fields}}
+    return {"model": ErrorAnswer, "description": words, "content": {"application/json": {"example": example}}}
+
+
+EVERYWHERE = errors(401, 422) | {
+    "default": _error(
+        "Any other error has the same form", "misdirected", "this service answers to localhost", "header.Host"
+    )
+}
 JOB_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": Job, "description": "The job of an earlier, equal request has its result already"},
     202: {"model": Job, "description": "A job that waits or runs"},
     **errors(400, 404, 409, 413, 415, 429),
 }
+
+
+def file_responses(what: str, example: Any, *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Responses of a route that answers with a JSON file."""
+    content = {"application/json": {"schema": {"type": "object"}, "example": example}}
+    return {
+        200: {"description": what, "content": content},
+        304: {"description": "It is the one that If-None-Match names"},
+        **errors(404, *statuses),
+    }
 
 
 def service_of(request: Request) -> Service:
@@ -128,6 +164,17 @@ def file_answer(
             objects.packed(row["digest"]), media_type=media_type, headers=headers | {"Content-Encoding": "gzip"}
         )
     return StreamingResponse(objects.unpack(row["digest"]), media_type=media_type, headers=headers)
+
+
+def not_runnable(request: Request, plan: Row) -> str | None:
+    """Why a stored plan cannot be run on this machine; None where it can."""
+    if json.loads(plan["summary"])["status"] == "infeasible":
+        return f"the plan {plan['id']} has no schedule: its budget is too small; plan again with more memory"
+    profile = service_of(request).store.file("profile", plan["origin"])
+    if profile is None or profile["origin"] != "made":
+        # An uploaded profile's operators and paths are a stranger's: they are planned with, never executed.
+        return "this plan's profile was not made by this service; measure the model on the service's machine, plan and run that"
+    return None
 
 
 def stored_profile(row: Row) -> StoredProfile:

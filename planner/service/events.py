@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from planner.service.schema import FINISHED, Job
@@ -48,11 +48,15 @@ class Events:
                 queue.get_nowait()
             queue.put_nowait((name, data))
 
-    async def stream(self, job: Job) -> AsyncIterator[str]:
-        """Server-sent events: the job as it is, its progress, and the job again whenever its state changes, to its end."""
+    async def stream(self, identity: str, read: Callable[[str], Job]) -> AsyncIterator[str]:
+        """Server-sent events: the job as it is, its progress, and the job again whenever its state changes, to its end.
+
+        The job is `read` once somebody listens: one that ended just before would never be heard of.
+        """
         queue: asyncio.Queue[tuple[str, str]] = asyncio.Queue(QUEUE)
-        self._listeners.setdefault(job.id, set()).add(queue)
+        self._listeners.setdefault(identity, set()).add(queue)
         try:
+            job = read(identity)
             yield f"event: job\ndata: {self.told(job).model_dump_json()}\n\n"
             finished = job.state in FINISHED
             while not finished:
@@ -66,6 +70,6 @@ class Events:
                 yield f"event: {name}\ndata: {data}\n\n"
                 finished = name == "job" and json.loads(data)["state"] in FINISHED
         finally:
-            self._listeners[job.id].discard(queue)
-            if not self._listeners[job.id]:
-                del self._listeners[job.id]
+            self._listeners[identity].discard(queue)
+            if not self._listeners[identity]:
+                del self._listeners[identity]

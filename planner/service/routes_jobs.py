@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
@@ -40,6 +40,18 @@ EVENTS = {
     **errors(404),
 }
 
+METRICS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Prometheus' text format",
+        "content": {
+            "text/plain": {
+                "schema": {"type": "string"},
+                "example": 'tightfit_jobs_now{kind="plan",state="succeeded"} 12.0\n',
+            }
+        },
+    }
+}
+
 
 @router.get("/v1/jobs", response_model=JobList, tags=["jobs"], summary="Jobs, newest first")
 async def list_jobs(
@@ -68,9 +80,11 @@ async def get_job(request: Request, identity: Identity) -> Job:
 async def get_events(request: Request, identity: Identity) -> StreamingResponse:
     """Ends with the job."""
     service = service_of(request)
-    job = service.store.job(identity)
+    service.store.job(identity)
     return StreamingResponse(
-        service.events.stream(job), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        service.events.stream(identity, service.store.job),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store"},
     )
 
 
@@ -116,6 +130,6 @@ async def health(request: Request) -> Health:
     return Health(status="ok", version=request.app.version, schema_version=LATEST)
 
 
-@router.get("/metrics", tags=["service"], summary="Figures for Prometheus", response_class=Response)
+@router.get("/metrics", tags=["service"], summary="Figures for Prometheus", response_class=Response, responses=METRICS)
 async def metrics(request: Request) -> Response:
     return Response(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

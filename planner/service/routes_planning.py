@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
@@ -17,6 +17,8 @@ from planner.service.doors import (
     budget,
     errors,
     file_answer,
+    file_responses,
+    not_runnable,
     service_of,
     stored,
     stored_plan,
@@ -25,13 +27,16 @@ from planner.service.errors import ServiceError, invalid, not_found
 from planner.service.objects import Objects
 from planner.service.schema import ComparisonRequest, Digest, Job, JobId, PlanList, PlanRequest, StoredPlan
 from planner.service.settings import Settings
+from planner.service.shown import Difference, PlanView
 from planner.service.solving import OWN
 from planner.service.store import Row
 from planner.service.view import difference, plan_view
+from planner.summary import to_json
 from profiles.devices import known_devices
 
 router = APIRouter(prefix="/v1", tags=["planning"])
 Identity = Annotated[Digest, Path(description="the plan's fingerprint")]
+FILE = file_responses("plan.json as `tightfit plan` writes it", {"status": "optimal", "peak_bytes": 366897152})
 
 
 @router.post("/plans", status_code=202, responses=JOB_ANSWERS, summary="Plan a profile at a budget")
@@ -58,25 +63,36 @@ async def get_plan(request: Request, identity: Identity) -> StoredPlan:
     return stored_plan(stored(request, "plan", identity))
 
 
-@router.get("/plans/{identity}/file", responses=errors(404), summary="The whole plan", response_class=Response)
+@router.get("/plans/{identity}/file", responses=FILE, summary="The whole plan", response_class=Response)
 async def get_plan_file(request: Request, identity: Identity) -> Response:
     """What `tightfit run` takes."""
     return file_answer(request, stored(request, "plan", identity))
 
 
-@router.get("/plans/{identity}/view", responses=errors(404), summary="A plan as the page shows it")
-async def get_plan_view(request: Request, identity: Identity) -> dict[str, Any]:
-    """Sentences, memory over the step (points and an SVG), what fills the peak, layers with their decisions, channels."""
+@router.get("/plans/{identity}/view", response_model=PlanView, responses=errors(404), summary="A plan to look at")
+async def get_plan_view(request: Request, identity: Identity) -> Response:
+    """Sentences, memory over the step, what fills the peak, layers with their decisions, channels: what the page shows."""
     row = stored(request, "plan", identity)
-    return await asyncio.to_thread(_view, service_of(request).objects, row["digest"], row["summary"])
+    content = await asyncio.to_thread(
+        _view, service_of(request).objects, row["digest"], row["summary"], not_runnable(request, row)
+    )
+    return Response(content, media_type="application/json")
 
 
-@router.get("/plans/{identity}/changes/{other}", responses=errors(404), summary="What another plan does otherwise")
-async def get_changes(request: Request, identity: Identity, other: Digest) -> dict[str, Any]:
+@router.get(
+    "/plans/{identity}/changes/{other}",
+    response_model=Difference,
+    responses=errors(404),
+    summary="What another plan does otherwise",
+)
+async def get_changes(request: Request, identity: Identity, other: Digest) -> Response:
     """Tensor by tensor: kept, recomputed, offloaded, streamed, packed, unpacked in this plan and in the other."""
     rows = [stored(request, "plan", name) for name in (identity, other)]
     objects = service_of(request).objects
-    return await asyncio.to_thread(lambda: difference(*(_plan(objects, row["digest"]) for row in rows)))
+    content = await asyncio.to_thread(
+        lambda: to_json(difference(*(_plan(objects, row["digest"]) for row in rows)).model_dump())
+    )
+    return Response(content, media_type="application/json")
 
 
 @router.post("/comparisons", status_code=202, responses=JOB_ANSWERS, summary="Compare budgets, policies, devices")
@@ -131,5 +147,6 @@ def _plan(objects: Objects, digest: str) -> Plan:
 
 
 @lru_cache(maxsize=128)
-def _view(objects: Objects, digest: str, summary: str) -> dict[str, Any]:
-    return plan_view(_plan(objects, digest), json.loads(summary)["explanation"])
+def _view(objects: Objects, digest: str, summary: str, refusal: str | None) -> str:
+    view = plan_view(_plan(objects, digest), json.loads(summary)["explanation"], not_runnable=refusal)
+    return to_json(view.model_dump())

@@ -14,6 +14,7 @@ from planner.service.doors import (
     ask,
     errors,
     file_answer,
+    file_responses,
     service_of,
     stored,
     stored_profile,
@@ -30,6 +31,7 @@ from profiles.files import write_whole
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 Identity = Annotated[Digest, Path(description="sha256 of the profile's content")]
+FILE = file_responses("profile.json as `tightfit profile` writes it", {"format": "tightfit-profile", "layers": []})
 UPLOAD: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -103,6 +105,6 @@ async def get_profile(request: Request, identity: Identity) -> StoredProfile:
     return stored_profile(stored(request, "profile", identity))
 
 
-@router.get("/{identity}/file", responses=errors(404), summary="The whole profile", response_class=Response)
+@router.get("/{identity}/file", responses=FILE, summary="The whole profile", response_class=Response)
 async def get_profile_file(request: Request, identity: Identity) -> Response:
     return file_answer(request, stored(request, "profile", identity))

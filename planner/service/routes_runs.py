@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 
-from planner.service.doors import JOB_ANSWERS, IdempotencyKey, ask, errors, file_answer, service_of, stored
+from planner.service.doors import (
+    JOB_ANSWERS,
+    IdempotencyKey,
+    ask,
+    errors,
+    file_answer,
+    file_responses,
+    not_runnable,
+    service_of,
+    stored,
+)
 from planner.service.errors import ServiceError, invalid, not_found
 from planner.service.paths import confined
 from planner.service.schema import Job, JobId, RunMetrics, RunRequest
@@ -15,6 +25,18 @@ from planner.service.store import Row
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 Identity = Annotated[JobId, Path(description="the run's job")]
+REPORT = file_responses(
+    "report.json as `tightfit run` writes it",
+    {"peak_bytes": {"predicted": 365217587, "measured": 363646976}, "loss": [3.2, 2.9]},
+    409,
+)
+ADAPTER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A tar file of the folder adapter/",
+        "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    **errors(404, 409),
+}
 RANDOM = "random"
 
 
@@ -23,16 +45,9 @@ async def make_run(request: Request, asked: RunRequest, key: IdempotencyKey = No
     """Every request is a run of its own, unless an idempotency key says that it is the same one."""
     service = service_of(request)
     row = stored(request, "plan", asked.plan, "plan")
-    summary = json.loads(row["summary"])
-    if summary["status"] == "infeasible":
-        raise invalid(
-            "plan", f"the plan {asked.plan} has no schedule: its budget is too small; plan again with more memory"
-        )
-    profile = service.store.file("profile", row["origin"])
-    if profile is None or profile["origin"] != "made":
-        # An uploaded profile's operators and paths are a stranger's: they are planned with, never executed.
-        message = "this plan's profile was not made by this service; measure the model here (POST /v1/profiles), plan and run that"
-        raise invalid("plan", message)
+    refusal = not_runnable(request, row)
+    if refusal is not None:
+        raise invalid("plan", refusal)
     roots = service.settings.roots
     words = asked.model_dump() | {
         "data": RANDOM if asked.data == RANDOM else confined(asked.data, roots, "data"),
@@ -64,16 +79,12 @@ async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
     return RunMetrics(budget_bytes=plan["budget_bytes"], steps=[json.loads(line) for line in lines])
 
 
-@router.get(
-    "/{identity}/report", responses=errors(404, 409), summary="Predicted beside measured", response_class=Response
-)
+@router.get("/{identity}/report", responses=REPORT, summary="Predicted beside measured", response_class=Response)
 async def get_report(request: Request, identity: Identity) -> Response:
     return file_answer(request, _made(request, identity, "report"))
 
 
-@router.get(
-    "/{identity}/adapter", responses=errors(404, 409), summary="The adapter as a tar file", response_class=Response
-)
+@router.get("/{identity}/adapter", responses=ADAPTER, summary="The adapter as a tar file", response_class=Response)
 async def get_adapter(request: Request, identity: Identity) -> Response:
     """`adapter/` as `peft.PeftModel.from_pretrained` takes it."""
     row = _made(request, identity, "adapter")

@@ -14,6 +14,38 @@ FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "inter
 
 DIGEST = "3f1c0e9d" * 8
 JOB = "job-0123456789abcdef"
+
+
+def example_of(**example: Any) -> ConfigDict:
+    """An answer's configuration, with an example of it."""
+    return ConfigDict(json_schema_extra={"examples": [example]})
+
+
+PLAN_JOB = {
+    "id": JOB,
+    "kind": "plan",
+    "state": "succeeded",
+    "created": 1790000000.0,
+    "started": 1790000000.1,
+    "finished": 1790000004.2,
+    "attempts": 1,
+    "request": {"profile": DIGEST, "memory": 629145600, "policy": "solver", "time_limit": 30.0},
+    "progress": None,
+    "result": {"plan": DIGEST, "summary": {"status": "optimal", "step_seconds": 2.65, "peak_bytes": 628097024}},
+    "error": None,
+}
+KEPT = {"id": DIGEST, "created": 1790000000.0, "bytes": 131072}
+STORED_PROFILE = KEPT | {"summary": {"layers": 32, "policies": ["solver", "mebp"]}, "name": "SmolLM2-135M"}
+STORED_PLAN = KEPT | {"summary": {"status": "optimal", "step_seconds": 2.65}, "profile": DIGEST}
+CPU = {
+    "name": "cpu",
+    "label": "the service's machine",
+    "kind": "cpu",
+    "threads": 2,
+    "local": True,
+    "running": JOB,
+    "waiting": 0,
+}
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=[DIGEST])]
 JobId = Annotated[str, Field(pattern="^job-[0-9a-f]{16}$", examples=[JOB])]
 Memory = Annotated[
@@ -85,7 +117,7 @@ class ComparisonRequest(Request):
 
     profile: Digest
     memory: list[Memory] = Field(min_length=1, max_length=64)
-    policies: list[str] = Field(["solver"], min_length=1, max_length=8)
+    policies: list[str] = Field(["solver"], min_length=1, max_length=32)
     devices: list[str] = Field(
         ["own"],
         min_length=1,
@@ -132,24 +164,29 @@ class ErrorAnswer(Answer):
 class Job(Answer):
     """Work that takes a while. Follow `/v1/jobs/{id}/events`, or ask again."""
 
+    model_config = example_of(**PLAN_JOB)
+
     id: JobId
     kind: JobKind
     state: JobState
     created: float
-    started: float | None
-    finished: float | None
+    started: float | None = None
+    finished: float | None = None
     attempts: int
     request: dict[str, Any]
     progress: dict[str, Any] | None = Field(
-        description="solving: stage, incumbent, bound, gap, seconds; running: step, loss, resident_bytes, peak_bytes"
+        None,
+        description="solving: stage, incumbent, bound, gap, seconds; running: step, loss, resident_bytes, peak_bytes",
     )
     result: dict[str, Any] | None = Field(
-        description="profile: {profile}; plan: {plan, summary}; comparison: {cells}; run: {report}"
+        None, description="profile: {profile}; plan: {plan, summary}; comparison: {cells}; run: {report}"
     )
-    error: Error | None
+    error: Error | None = None
 
 
 class JobList(Answer):
+    model_config = example_of(jobs=[PLAN_JOB])
+
     jobs: list[Job]
 
 
@@ -163,18 +200,26 @@ class Stored(Answer):
 
 
 class StoredProfile(Stored):
+    model_config = example_of(**STORED_PROFILE)
+
     name: str
 
 
 class StoredPlan(Stored):
-    profile: Digest | None = Field(description="what it was made from")
+    model_config = example_of(**STORED_PLAN)
+
+    profile: Digest | None = Field(None, description="what it was made from")
 
 
 class ProfileList(Answer):
+    model_config = example_of(profiles=[STORED_PROFILE])
+
     profiles: list[StoredProfile]
 
 
 class PlanList(Answer):
+    model_config = example_of(plans=[STORED_PLAN])
+
     plans: list[StoredPlan]
 
 
@@ -184,22 +229,31 @@ class DeviceAnswer(Answer):
     kind: str
     threads: int
     local: bool = Field(description="whether it is this machine's: runs go there; others can be planned for")
-    running: JobId | None
+    running: JobId | None = None
     waiting: int = Field(description="runs and measurements queued for it")
 
 
 class DeviceList(Answer):
+    model_config = example_of(devices=[CPU])
+
     devices: list[DeviceAnswer]
 
 
 class RunMetrics(Answer):
     """Every step so far."""
 
+    model_config = example_of(
+        budget_bytes=367001600,
+        steps=[{"step": 1, "loss": 3.2, "seconds": 2.89, "resident_bytes": 363000000, "peak_bytes": 363646976}],
+    )
+
     budget_bytes: int
     steps: list[dict[str, float]] = Field(description="step, loss, seconds, resident_bytes, peak_bytes")
 
 
 class Health(Answer):
+    model_config = example_of(status="ok", version="0.1.0", schema_version=1)
+
     status: Literal["ok"]
     version: str
     schema_version: int

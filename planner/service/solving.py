@@ -32,16 +32,12 @@ def plan(order: Order, tell: Tell) -> Row:
 
     request = order.request
     objects = Objects(Path(order.objects))
-
-    def progress(told: Mapping[str, float | str]) -> None:
-        # JSON has no infinity: 0 means that there is none yet.
-        finite: Row = {k: 0.0 if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
-        tell.progress(**finite)
-
     policy = None if request["policy"] == "solver" else request["policy"]
     limit = request["time_limit"]
     planner = planner_of(_profile(objects, order, request["profile"]))
-    found = planner.plan(request["memory"], policy=policy, time_limit=limit, progress=progress)
+    found = planner.plan(
+        request["memory"], policy=policy, time_limit=limit, progress=lambda told: tell.progress(**_finite(told))
+    )
     infeasible = found.status == "infeasible"
     why = shortfall(found, planner.smallest_plan(policy=policy, time_limit=limit)) if infeasible else account(found)
     explanation = why.model_dump(mode="json")
@@ -57,13 +53,24 @@ def comparison(order: Order, tell: Tell) -> Row:
     request = order.request
     objects = Objects(Path(order.objects))
     devices = {device.name: device for device in known_devices()}
+    done = 0
+    total = len(request["memory"]) * len(request["policies"]) * len(request["devices"])
+
+    def planned(made: Plan) -> None:
+        nonlocal done
+        done += 1
+        figures = ("status", "budget_bytes", "policy", "step_seconds", "bound_seconds", "minimum_budget_bytes")
+        cell: Row = {"device": made.device.name} | {name: getattr(made, name) for name in figures}
+        tell.progress(always=True, stage="planning", done=done, total=total, cell=cell)
+
     found = compare(
         _profile(objects, order, request["profile"]),
         request["memory"],
         request["policies"],
         devices=[None if name == OWN else devices[name] for name in request["devices"]],
         time_limit=request["time_limit"],
-        progress=lambda stage, done, total: tell.progress(always=True, stage=stage, done=done, total=total),
+        planned=planned,
+        solving=lambda told: tell.progress(**_finite(told), done=done, total=total),
     )
     files = {one.fingerprint: keep_plan(objects, one, request["profile"]) for one in found.plans}
     cells = [
@@ -94,6 +101,11 @@ def profile(order: Order, tell: Tell) -> Row:
         )
     file = keep_profile(objects, found, origin="made")
     return {"result": {"profile": file["id"], "summary": profile_summary(found)}, "files": [file]}
+
+
+def _finite(told: Mapping[str, float | str]) -> Row:
+    """JSON has no infinity: 0 means that there is none yet."""
+    return {k: 0.0 if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
 
 
 def _profile(objects: Objects, order: Order, identity: str) -> Profile:

@@ -212,7 +212,7 @@ class Store:
     # --- files -----------------------------------------------------------------------------------------------------
 
     def add(self, file: Row) -> Row:
-        """Keep a file whose object is on disk; one of the same kind and id stays as it is."""
+        """Keep a file whose object is on disk; one of the same kind and id stays, told as now, with its explanation."""
         with self._transaction():
             self._add(file, time.time())
         found = self.file(file["kind"], file["id"])
@@ -223,7 +223,9 @@ class Store:
         self._database.execute(
             "INSERT INTO files (kind, id, digest, bytes, stored_bytes, name, origin, summary, created, used)"
             " VALUES (:kind, :id, :digest, :bytes, :stored_bytes, :name, :origin, :summary, :now, :now)"
-            " ON CONFLICT DO UPDATE SET used = excluded.used",
+            " ON CONFLICT DO UPDATE SET used = excluded.used, summary = CASE"
+            " WHEN excluded.summary ->> '$.explanation' IS NULL AND summary ->> '$.explanation' IS NOT NULL THEN summary"
+            " ELSE excluded.summary END",
             file | {"now": now},
         )
 
@@ -335,6 +337,12 @@ def file_row(kind: str, identity: str, written: Written, *, name: str, summary: 
         "origin": origin,
         "summary": json.dumps(summary),
     }
+
+
+def folder_row(identity: str, size: int) -> Row:
+    """What `Store.add` takes for a run's folder: no object, it lies beside them."""
+    sizes = {"digest": None, "bytes": size, "stored_bytes": size}
+    return {"kind": "folder", "id": identity, "name": f"folder of {identity}", "origin": None, "summary": "{}", **sizes}
 
 
 def content_key(kind: str, request: Row) -> str:

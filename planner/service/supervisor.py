@@ -9,29 +9,24 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import shutil
 import signal
-import sys
 import time
-from asyncio.subprocess import PIPE, Process
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from planner.service.events import Events
 from planner.service.metrics import Metrics
 from planner.service.objects import Objects
+from planner.service.processes import Processes, Worker
 from planner.service.schema import Error, Job
 from planner.service.settings import Settings
-from planner.service.store import ATTEMPTS, SOLVE, Store
+from planner.service.store import ATTEMPTS, SOLVE, Store, folder_row
 from planner.service.worker import Order
 
 LOCAL = "cpu"
 """this machine's device"""
-LINE_BYTES = 64 << 20
 RETAIN_SECONDS = 60.0
-PACKAGES = Path(__file__).resolve().parent.parent.parent
 
 log = logging.getLogger("tightfit.service")
 
@@ -42,7 +37,8 @@ class Supervisor:
         self.runs = settings.data_dir / "runs"
         self._wake: dict[str, asyncio.Event] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._workers: dict[str, Process] = {}
+        self._processes = Processes(objects.temporary)
+        self._workers: dict[str, Worker] = {}
         self._cancelled: set[str] = set()
         self._stopping = False
 
@@ -65,6 +61,7 @@ class Supervisor:
             if task.get_name() not in self._workers:
                 task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._processes.close()
 
     def wake(self, lane: str) -> None:
         """There is a new job."""
@@ -76,18 +73,19 @@ class Supervisor:
         if job.state == "queued":
             job = self.store.finish(identity, "cancelled")
             self._ended(job)
-        elif job.state == "running" and identity in self._workers:
+        elif job.state == "running":
             self._cancelled.add(identity)
-            self._end(job, self._workers[identity])
+            if identity in self._workers:  # else it is about to start, and looks
+                self._end(job, self._workers[identity])
         return self.events.told(job)
 
     @staticmethod
-    def _end(job: Job, worker: Process) -> None:
+    def _end(job: Job, worker: Worker) -> None:
         """A run is asked to save; what else runs has nothing to save."""
         if job.kind != "run":
-            _kill(worker)
-        elif worker.stdin is not None:
-            worker.stdin.close()
+            worker.kill()
+        elif worker.process.stdin is not None:
+            worker.process.stdin.close()
 
     # --- one lane --------------------------------------------------------------------------------------------------
 
@@ -96,6 +94,8 @@ class Supervisor:
             self._wake[lane].clear()
             job = self.store.next(lane)
             if job is None:
+                if lane == SOLVE:
+                    self._processes.prepare()
                 await self._wake[lane].wait()
                 continue
             task = asyncio.current_task()
@@ -103,7 +103,7 @@ class Supervisor:
             task.set_name(job.id)
             self.events.changed(job)
             try:
-                await self._carry_out(job)
+                await self._carry_out(job, lane)
             except Exception:
                 log.exception("job failed inside the service", extra={"job": job.id})
                 message = "internal error; the service's log tells more"
@@ -111,60 +111,50 @@ class Supervisor:
             finally:
                 task.set_name(lane)
 
-    async def _carry_out(self, job: Job) -> None:
-        folder = self.runs / job.id
-        words = self.objects.temporary / f"{job.id}.log"
-        with words.open("wb") as errors:
-            worker = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "planner.service.worker"),
-                stdin=PIPE,
-                stdout=PIPE,
-                stderr=errors,
-                env=_environment(),
-                limit=LINE_BYTES,
-                start_new_session=True,
-            )
-        self._workers[job.id] = worker
+    async def _carry_out(self, job: Job, lane: str) -> None:
+        worker = self._workers[job.id] = await self._processes.take(lane)
+        if job.id in self._cancelled:
+            worker.kill()
         began = time.monotonic()
         try:
             limit = None if job.kind == "run" else self.settings.job_seconds
             try:
                 async with asyncio.timeout(limit):
-                    end = await self._follow(job, worker, self._order(job, folder))
+                    end = await self._follow(job, worker, self._order(job))
             except TimeoutError:
-                _kill(worker)
+                worker.kill()
                 message = f"the job took longer than {self.settings.job_seconds:.0f} s; set a smaller time_limit"
                 end = {"event": "error", "code": "too_slow", "message": message}
-            code = await worker.wait()
+            code = await worker.process.wait()
+            self.metrics.worked.labels(job.kind).observe(time.monotonic() - began)
+            self._conclude(job, end, code, worker)
         finally:
             self._workers.pop(job.id, None)
-            _kill(worker)
-        self.metrics.worked.labels(job.kind).observe(time.monotonic() - began)
-        self._conclude(job, end, code, words)
-        words.unlink(missing_ok=True)
+            await worker.gone()
 
-    def _order(self, job: Job, folder: Path) -> Order:
+    def _order(self, job: Job) -> Order:
         measures = job.kind in {"run", "profile"}
         return Order(
             kind=job.kind,
             request=job.request,
             objects=str(self.objects.folder),
             digests={row["id"]: row["digest"] for row in self.store.files_of(job.id)},
-            folder=str(folder),
+            folder=str(self.runs / job.id),
             lock=str(self.settings.data_dir / f"{LOCAL}.lock") if measures else None,
             command=list(self.settings.command),
             memory_bytes=None if measures else self.settings.solve_bytes,
         )
 
-    async def _follow(self, job: Job, worker: Process, order: Order) -> dict[str, Any] | None:
+    async def _follow(self, job: Job, worker: Worker, order: Order) -> dict[str, Any] | None:
         """The worker's last event; None where it died without one."""
-        assert worker.stdin is not None
-        assert worker.stdout is not None
+        order_to, told_by = worker.process.stdin, worker.process.stdout
+        assert order_to is not None
+        assert told_by is not None
         with contextlib.suppress(OSError):
-            worker.stdin.write(json.dumps(asdict(order)).encode() + b"\n")
-            await worker.stdin.drain()
+            order_to.write(json.dumps(asdict(order)).encode() + b"\n")
+            await order_to.drain()
         end: dict[str, Any] | None = None
-        async for line in worker.stdout:
+        async for line in told_by:
             event = json.loads(line)
             if event.pop("event") == "progress":
                 self.events.progress(job.id, event)
@@ -172,30 +162,37 @@ class Supervisor:
                 end = event
         return end
 
-    def _conclude(self, job: Job, end: dict[str, Any] | None, code: int, words: Path) -> None:
+    def _conclude(self, job: Job, end: dict[str, Any] | None, code: int, worker: Worker) -> None:
         cancelled = job.id in self._cancelled
         self._cancelled.discard(job.id)
         if end is not None and "result" in end:
             ended = self.store.finish(job.id, "succeeded", result=end["result"], files=end["files"])
         elif cancelled:
-            ended = self.store.finish(job.id, "cancelled")
+            ended = self.store.finish(job.id, "cancelled", files=self._left(job))
         elif self._stopping:
             ended = self.store.requeue(job.id, counted=False)
         elif end is not None:
             if end["code"] == "internal":
-                log.error("job failed inside", extra={"job": job.id, "said": _last_words(words)})
-            ended = self.store.finish(job.id, "failed", error=Error(code=end["code"], message=end["message"]))
+                log.error("job failed inside", extra={"job": job.id, "said": worker.last_words()})
+            error = Error(code=end["code"], message=end["message"])
+            ended = self.store.finish(job.id, "failed", error=error, files=self._left(job))
         elif code == -signal.SIGKILL and job.attempts < ATTEMPTS:
             # Killed from outside, perhaps by the kernel for want of memory: worth another try.
             ended = self.store.requeue(job.id, counted=True)
             self.wake(SOLVE if job.kind in {"plan", "comparison"} else LOCAL)
         else:
             how = signal.Signals(-code).name if code < 0 else f"status {code}"
-            log.error("worker died", extra={"job": job.id, "how": how, "said": _last_words(words)})
+            log.error("worker died", extra={"job": job.id, "how": how, "said": worker.last_words()})
             limit = self.settings.solve_bytes >> 20
             message = f"the process of this job died ({how}); its memory limit is {limit} MiB"
-            ended = self.store.finish(job.id, "failed", error=Error(code="worker_died", message=message))
+            error = Error(code="worker_died", message=message)
+            ended = self.store.finish(job.id, "failed", error=error, files=self._left(job))
         self._ended(ended)
+
+    def _left(self, job: Job) -> list[dict[str, Any]]:
+        """The folder of a run that did not get to its end: its checkpoints count among what is kept."""
+        size = sum(path.stat().st_size for path in (self.runs / job.id).rglob("*") if path.is_file())
+        return [folder_row(job.id, size)] if size else []
 
     def _ended(self, job: Job) -> None:
         self.metrics.jobs.labels(job.kind, job.state).inc()
@@ -218,29 +215,10 @@ class Supervisor:
         removed = self.store.expire(before=before, keep_bytes=self.settings.keep_bytes)
         wanted = self.store.digests() if removed else set()
         for row in removed:
-            if row["digest"] not in wanted:
+            if row["digest"] is not None and row["digest"] not in wanted:
                 self.objects.remove(row["digest"])
         known = {job.id for job in self.store.jobs(kind="run", limit=1 << 30)}
         for folder in self.runs.iterdir():
             if folder.name not in known:
                 shutil.rmtree(folder, ignore_errors=True)
         return len(removed)
-
-
-def _environment() -> dict[str, str]:
-    """The service's own, so that workers find these packages; without its token."""
-    environment = {name: value for name, value in os.environ.items() if name != "TIGHTFIT_TOKEN"}
-    paths = [str(PACKAGES), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    return environment | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "OMP_NUM_THREADS": "1"}
-
-
-def _kill(worker: Process) -> None:
-    if worker.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.pid, signal.SIGKILL)
-
-
-def _last_words(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        return path.read_bytes()[-2000:].decode(errors="replace")
-    return ""

@@ -1,4 +1,4 @@
-"""A plan as the page shows it: what `Plan` holds, folded to what a person looks at."""
+"""A plan as the page shows it: what `Plan` holds, folded to what a person looks at (`shown`)."""
 
 from __future__ import annotations
 
@@ -11,64 +11,82 @@ from planner.diff import diff, grouped
 from planner.explain import explain
 from planner.explanation import Explanation, account
 from planner.graph import STATES, layer_graph
-from planner.html import LARGEST, SLICES, describe, facts, series_of
-from planner.kinds import buckets, feasible, in_use, kinds_of
+from planner.html import LARGEST, SLICES, describe, series_of
+from planner.kinds import Bucket, buckets, feasible, in_use, kinds_of
 from planner.schema import Plan
+from planner.service.shown import (
+    ChangeSort,
+    ChannelShown,
+    Difference,
+    Edge,
+    KindName,
+    LayerShown,
+    Part,
+    PeakShown,
+    PlanView,
+    Series,
+    TensorChange,
+)
 from planner.summary import plan_summary
-from planner.svg import timeline_svg
 
-Row = dict[str, Any]
 NODES = 400
 """layers drawn; further ones are in the table alone"""
 CHANGES = 2000
 """tensors listed in a difference"""
 
 
-def plan_view(plan: Plan, known: Row | None = None) -> Row:
-    """JSON for the page; bytes, seconds. `known` is the explanation that was made with the plan, where there is one."""
+def plan_view(plan: Plan, known: dict[str, Any] | None = None, *, not_runnable: str | None = None) -> PlanView:
+    """`known` is the explanation that was made with the plan, where there is one."""
     told = account(plan) if known is None else Explanation.model_validate(known)
-    view: Row = {
-        "plan": plan.fingerprint,
-        "title": f"{plan.policy} at {plan.budget_bytes} bytes",
-        "model": plan.model.name,
-        "about": describe(plan),
-        "summary": plan_summary(plan),
-        "sentences": explain(plan, told),
-        "runnable": plan.model.kind == "decoder",
-    }
-    if not feasible(plan) or plan.train is None:
-        return view
+    view = PlanView(
+        plan=plan.fingerprint,
+        model=plan.model.name,
+        about=describe(plan),
+        summary=plan_summary(plan),
+        sentences=explain(plan, told),
+        not_runnable=not_runnable,
+    )
     shown = buckets(plan.timeline, SLICES)
+    if not feasible(plan) or not shown:
+        return view
+    return view.model_copy(
+        update={
+            "timeline": _timeline(plan, shown),
+            "peak": _peak(plan, shown),
+            "layers": _layers(plan),
+            "edges": _edges(plan),
+            "channels": _channels(plan, told),
+        }
+    )
+
+
+def _timeline(plan: Plan, shown: list[Bucket]) -> Series:
+    series = series_of(plan, shown)
+    kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
+    figures = {name: series[name] for name in ("seconds", "starts", "ends", "total", "peak", "mib")}
+    return Series(**figures, kinds=[KindName(name=kind.name, label=kind.label) for kind in kinds])
+
+
+def _peak(plan: Plan, shown: list[Bucket]) -> PeakShown:
+    assert plan.train is not None
     peak = max((bucket.point for bucket in shown), key=in_use)
-    return view | {
-        "facts": facts(plan),
-        "timeline": {
-            "svg": timeline_svg(plan, shown, "timeline"),
-            "series": series_of(plan, shown),
-            "kinds": [{"name": kind.name, "label": kind.label} for kind in kinds_of(b.point for b in shown)],
-        },
-        "peak": {
-            "text": plan.train.peak.text,
-            "instruction": plan.train.peak.instruction,
-            "bytes": peak.bytes,
-            "parts": [
-                {"name": kind.name, "label": kind.label, "bytes": peak.by_kind[kind.name]}
-                for kind in kinds_of([peak])
-                if peak.by_kind.get(kind.name)
-            ],
-            "tensors": sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST],
-        },
-        "layers": _layers(plan),
-        "edges": _edges(plan),
-        "channels": _channels(plan, told),
-    }
+    return PeakShown(
+        text=plan.train.peak.text,
+        instruction=plan.train.peak.instruction,
+        bytes=peak.bytes,
+        parts=[
+            Part(name=kind.name, label=kind.label, bytes=peak.by_kind[kind.name])
+            for kind in kinds_of([peak], plan.device.kind)
+        ],
+        tensors=sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST],
+    )
 
 
-def _channels(plan: Plan, told: Explanation) -> list[Row]:
+def _channels(plan: Plan, told: Explanation) -> list[ChannelShown]:
     """How busy each is over the step: seconds at work, their share, bytes moved; and what the cores wait."""
-    waiting: Row = {"name": "waiting", "seconds": told.waiting_seconds, "bytes": 0}
-    waiting["share"] = told.waiting_seconds / plan.step_seconds if plan.step_seconds else 0.0
-    return [*(use.model_dump() for use in told.channels), waiting]
+    share = told.waiting_seconds / plan.step_seconds if plan.step_seconds else 0.0
+    waiting = ChannelShown(name="waiting", seconds=told.waiting_seconds, share=share, bytes=0)
+    return [*(ChannelShown(**use.model_dump()) for use in told.channels), waiting]
 
 
 def owners(plan: Plan) -> dict[str, str]:
@@ -85,7 +103,7 @@ def owners(plan: Plan) -> dict[str, str]:
     return found
 
 
-def _layers(plan: Plan) -> list[Row]:
+def _layers(plan: Plan) -> list[LayerShown]:
     """Each layer with the bytes under each decision, activations, weights and optimizer states apart; seconds of its passes."""
     if plan.model.kind == "graph":
         return _operators(plan)
@@ -97,18 +115,18 @@ def _layers(plan: Plan) -> list[Row]:
             decided[owner.get(name, "")][group][cost.decision] += cost.bytes
     graph = layer_graph(plan)
     return [
-        {
-            "name": layer.name,
-            "program": layer.program,
-            "forward_seconds": graph.nodes[layer.name]["forward_seconds"],
-            "backward_seconds": graph.nodes[layer.name]["backward_seconds"],
-            "decisions": {group: dict(counts) for group, counts in decided[layer.name].items()},
-        }
+        LayerShown(
+            name=layer.name,
+            program=layer.program,
+            forward_seconds=graph.nodes[layer.name]["forward_seconds"],
+            backward_seconds=graph.nodes[layer.name]["backward_seconds"],
+            decisions={group: dict(counts) for group, counts in decided[layer.name].items()},
+        )
         for layer in plan.layers
     ]
 
 
-def _operators(plan: Plan) -> list[Row]:
+def _operators(plan: Plan) -> list[LayerShown]:
     """A bare graph's operators, as layers of their own."""
     costs = Ledger(plan).costs()
     rows = []
@@ -116,42 +134,41 @@ def _operators(plan: Plan) -> list[Row]:
         (name,) = (output for output in operator.outputs if output is not None)
         cost = costs.get(name)
         decided = {} if cost is None or cost.decision is None else {"activations": {cost.decision: cost.bytes}}
-        seconds = {phase: operator.seconds if operator.phase == phase else 0.0 for phase in ("forward", "backward")}
         rows.append(
-            {
-                "name": name,
-                "program": operator.target,
-                "forward_seconds": seconds["forward"],
-                "backward_seconds": seconds["backward"],
-                "decisions": decided,
-            }
+            LayerShown(
+                name=name,
+                program=operator.target,
+                forward_seconds=operator.seconds if operator.phase == "forward" else 0.0,
+                backward_seconds=operator.seconds if operator.phase == "backward" else 0.0,
+                decisions=decided,
+            )
         )
     return rows
 
 
-def _edges(plan: Plan) -> list[Row]:
+def _edges(plan: Plan) -> list[Edge]:
     if plan.model.kind == "graph":
         sizes = {value.name: value.bytes for value in plan.programs[0].values}
         return [
-            {"from": source, "to": operator.outputs[0], "bytes": sizes[source]}
+            Edge(source=source, target=str(operator.outputs[0]), bytes=sizes[source])
             for operator in plan.programs[0].operators[:NODES]
             for source in operator.inputs
         ]
     drawn = {layer.name for layer in plan.layers[:NODES]}
     return [
-        {"from": source, "to": target, "bytes": size}
+        Edge(source=source, target=target, bytes=size)
         for source, target, size in list[tuple[str, str, int]](layer_graph(plan).edges(data="bytes"))
         if source in drawn and target in drawn
     ]
 
 
-def difference(one: Plan, other: Plan) -> Row:
+def difference(one: Plan, other: Plan) -> Difference:
     """What `other` does otherwise: figures side by side, changes by sort, and tensor by tensor, largest first."""
     changes = diff(one, other)
     owner = owners(one)
-    return {
-        "plans": [plan_summary(one), plan_summary(other)],
-        "groups": [asdict(group) for group in grouped(changes)],
-        "changes": [asdict(change) | {"layer": owner.get(change.name, "")} for change in changes[:CHANGES]],
-        "left_out": max(0, len(changes) - CHANGES),
-    }
+    return Difference(
+        plans=[plan_summary(one), plan_summary(other)],
+        groups=[ChangeSort(**asdict(group)) for group in grouped(changes)],
+        changes=[TensorChange(**asdict(change), layer=owner.get(change.name, "")) for change in changes[:CHANGES]],
+        left_out=max(0, len(changes) - CHANGES),
+    )

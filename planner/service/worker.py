@@ -1,4 +1,4 @@
-"""One job in a process of its own: ``python -m planner.service.worker``.
+"""One job in a process of its own: ``python -m planner.service.worker LANE``.
 
 The first line of standard input is the job (`Order`); standard output gets JSON lines: ``progress``, then ``done`` or
 ``error``. A solve or a measurement has nothing to save and ends with the service. A run is asked to save and end when
@@ -78,22 +78,28 @@ class Tell:
             self._file.write(to_json(event) + "\n")
 
 
-def main() -> int:
-    order = Order(**json.loads(sys.stdin.buffer.readline()))
+def main(lane: str) -> int:
     tell = Tell()
     Path("/proc/self/oom_score_adj").write_text(str(FIRST_TO_GO))
+    if lane == "solve":
+        _to_the_background()
+        # Loaded before the order comes, and before its limit: that is for solving.
+        import planner.compare
+        import planner.explanation  # noqa: F401
+    words = sys.stdin.buffer.readline()
+    if not words:
+        return 0  # the service has ended and needs nothing
+    order = Order(**json.loads(words))
     carry_out: Callable[[Order, Tell], dict[str, Any]]
     if order.kind == "run":
         from planner.service.running import run as carry_out
     else:
         from planner.service import solving
 
-        os.nice(NICE)
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # with the service
+        if order.kind == "profile":
+            _to_the_background()
         carry_out = getattr(solving, order.kind)
         if order.memory_bytes is not None:
-            import planner.compare  # noqa: F401  the solver is loaded before the limit: it is for solving
-
             resource.setrlimit(resource.RLIMIT_DATA, (order.memory_bytes, order.memory_bytes))
     try:
         answer = carry_out(order, tell)
@@ -110,5 +116,11 @@ def main() -> int:
     return 0
 
 
+def _to_the_background() -> None:
+    """Leave the processor to whoever waits for an answer, and end with the service: there is nothing to save."""
+    os.nice(NICE)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1]))

@@ -8,6 +8,7 @@ export class Refused extends Error {
   }
 }
 
+const TRIES = 60; // of a stream that breaks, a second apart: a service that is started again takes its jobs up
 const KEY = "tightfit-token";
 let token = sessionStorage.getItem(KEY);
 
@@ -38,7 +39,7 @@ export async function post(path, body, headers = {}) {
 
 // Follow a job to its end. EventSource cannot send a token, so the stream is read by hand; one that breaks is taken up again.
 export async function finish(job, progress = () => {}) {
-  for (let tries = 0; ["queued", "running"].includes(job.state) && tries < 5; tries++) {
+  for (let tries = 0; ["queued", "running"].includes(job.state) && tries < TRIES; tries++) {
     try {
       const answer = await send(`/v1/jobs/${job.id}/events`);
       const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();

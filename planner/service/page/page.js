@@ -1,14 +1,15 @@
 // The page: choose a profile, drag the budget along the curve, look at the plan, compare two, run one.
 
 import { get, post, Refused, setToken, work } from "./api.js";
-import { atLeast, curve, html, legend, MIB, mib, seconds, table } from "./charts.js";
-import { showDifference, showPlan } from "./plan.js";
-import { setUpRun } from "./run.js";
+import { atLeast, curve, html, legend, MIB, mib, percent, place, seconds, table } from "./charts.js";
+import { showDifference } from "./compare.js";
+import { showPlan } from "./plan.js";
+import { offerRun, setUpRun } from "./run.js";
 
 const $ = (id) => document.getElementById(id);
-const POINTS = 7, TIME_LIMIT = 15;
+const POINTS = 7, TIME_LIMIT = 15, SLIDER_STEPS = 200;
 let POLICIES = [];
-const state = { profile: null, least: 0, most: 0, cells: [], chart: null, plan: null, asked: 0 };
+const state = { profile: null, least: 0, most: 0, budget: 0, cells: [], chart: null, plan: null, asked: 0, views: new Map(), dragging: false };
 
 function complain(error) {
   if (error instanceof Refused && error.status === 401) {
@@ -29,81 +30,114 @@ function action(run) {
   };
 }
 
-const working = (text) => { $("working").textContent = text; };
-const told = (what) => (progress) => {
+const working = (text, where = "working") => {
+  $(where).textContent = text;
+  $(where).classList.toggle("busy", Boolean(text));
+};
+const told = (what, where) => (progress) => {
   const parts = [progress.stage];
   if (progress.total) parts.push(`${progress.done} of ${progress.total}`);
-  if (progress.incumbent) parts.push(`step ${seconds(progress.incumbent)} s`, `bound ${seconds(progress.bound)} s`, `gap ${(100 * progress.gap).toFixed(2)} %`);
-  working(`${what}: ${parts.join(", ")}`);
+  if (progress.incumbent) parts.push(`step ${seconds(progress.incumbent)} s`, `bound ${seconds(progress.bound)} s`, `gap ${percent(progress.gap, 2)}`);
+  working(`${what}: ${parts.join(", ")}`, where);
 };
 
 // --- 1. the model -----------------------------------------------------------------------------------------------------
 
 async function listProfiles(chosen) {
   const { profiles } = await get("/v1/profiles");
-  const options = profiles.map((one) => html("option", { value: one.id }, `${one.name} · ${one.summary.batch} × ${one.summary.seq ?? "–"} · ${one.summary.device}`));
+  const shape = ({ summary }) => (summary.seq ? ` · ${summary.batch} × ${summary.seq} tokens` : "");
+  const options = profiles.map((one) => html("option", { value: one.id }, `${one.name}${shape(one)} · ${one.summary.device}`));
   $("profile").replaceChildren(html("option", { value: "" }, profiles.length ? "choose one" : "none yet"), ...options);
   if (chosen) { $("profile").value = chosen; await choose(chosen); }
 }
 
 async function choose(identity) {
-  const mine = ++state.asked;
+  const old = () => identity !== state.profile;
+  state.asked++;
   Object.assign(state, { profile: identity, cells: [], chart: null, plan: null });
-  for (const id of ["fit", "plan", "compare", "run", "difference"]) $(id).hidden = true;
+  for (const id of ["fit", "plan", "compare", "difference"]) $(id).hidden = true;
+  offerRun(null);
+  $("start").hidden = Boolean(identity);
   $("about").textContent = "";
   if (!identity) return;
   const { summary, name } = await get(`/v1/profiles/${identity}`);
-  $("about").textContent = `${name}: ${summary.layers} layers of ${summary.programs} kinds; weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked; trainables ${mib(summary.trainable_bytes)} MiB; ${summary.measured ? "measured" : "estimated"} on ${summary.device}`;
+  $("about").textContent = `${name}: ${summary.layers} layers of ${summary.programs} kinds; weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked; trainables ${mib(summary.trainable_bytes)} MiB; times ${summary.measured ? "measured" : "estimated"} on ${summary.device}`;
   POLICIES = summary.policies;
-  $("policy").replaceChildren(...POLICIES.map((name) => html("option", {}, name)));
+  $("policy").replaceChildren(...POLICIES.map((policy) => html("option", {}, policy)));
   $("fit").hidden = false;
   $("verdict").textContent = "";
-  $("curve").replaceChildren(); $("curve-table").replaceChildren(); $("curve-legend").replaceChildren();
-  $("slider").disabled = true;
+  for (const id of ["curve-table", "curve-legend"]) $(id).replaceChildren();
+  $("slider").disabled = $("solve").disabled = true;
+  for (const id of ["left", "right"]) delete $(id).dataset.chosen;
+  $("curve").setAttribute("aria-busy", "true");
+  working("", "curving");
   working("finding the smallest and the largest budget that make sense …");
   // One byte never fits: the answers say what would.
   const ask = (policy) => work("/v1/plans", { profile: identity, memory: 1, policy, time_limit: TIME_LIMIT }, told(`smallest budget, ${policy}`));
   const [least, most] = await Promise.all([ask("solver"), ask("keep-all")]);
-  if (mine !== state.asked) return;
+  if (old()) return;
   state.least = least.result.summary.minimum_budget_bytes;
   state.most = Math.max(most.result.summary.minimum_budget_bytes, state.least + MIB);
   const span = state.most - state.least;
   const budgets = Array.from({ length: POINTS }, (_, i) => Math.round(state.least + (span * 1.02 * i) / (POINTS - 1)));
-  const compare = (policies) => work("/v1/comparisons", { profile: identity, memory: budgets, policies, time_limit: TIME_LIMIT }, told("curve"));
-  const rules = compare(POLICIES.slice(1));
-  rules.catch(() => {}); // told below
-  const done = await compare(POLICIES.slice(0, 1));
-  if (mine !== state.asked) return;
-  state.cells = done.result.cells;
-  working("");
-  const slider = $("slider");
-  slider.min = Math.floor((state.least - span * 0.05) / 1024); slider.max = Math.ceil((state.most + span * 0.05) / 1024);
-  slider.value = Math.ceil(budgets[Math.floor(POINTS / 2)] / 1024);
-  slider.disabled = false;
+  setSlider(state.least - span * 0.05, state.most + span * 0.05);
+  state.budget = budgets[Math.floor(POINTS / 2)];
+  $("slider").disabled = false;
   draw();
-  await moved();
-  const { result } = await rules;
-  if (identity !== state.profile) return;
-  state.cells = state.cells.concat(result.cells);
-  draw();
+  // The curve fills while the plan in its middle is looked at already.
+  const compare = async (policies, what) => {
+    const live = (progress) => {
+      if (old()) return;
+      told(what, "curving")(progress);
+      if (progress.cell) keep([{ ...progress.cell, summary: progress.cell }]);
+    };
+    const done = await work("/v1/comparisons", { profile: identity, memory: budgets, policies, time_limit: TIME_LIMIT }, live);
+    if (!old()) keep(done.result.cells);
+  };
+  const first = solve();
+  await Promise.all([first, compare(POLICIES.slice(1), "the curve of fixed rules").then(() => compare(POLICIES.slice(0, 1), "the curve"))]);
+  if (old()) return;
+  working("", "curving");
+  $("curve").removeAttribute("aria-busy");
+  glide();
+  await show(bestFor(state.budget, (point) => point.plan)?.plan ?? state.plan);
 }
 
 // --- 2. will it fit ---------------------------------------------------------------------------------------------------
 
+// Plans made: one that is only told of, as it is made, gives way to the one that can be looked at.
+function keep(cells) {
+  for (const cell of cells) {
+    const at = state.cells.findIndex((one) => one.budget_bytes === cell.budget_bytes && one.policy === cell.policy);
+    if (at < 0) state.cells.push(cell);
+    else if (cell.plan) state.cells[at] = cell;
+  }
+  if (!state.dragging) draw();
+}
+
+function setSlider(low, high) {
+  const slider = $("slider"), step = Math.max(1, Math.round((high - low) / 1024 / SLIDER_STEPS));
+  slider.min = Math.max(1, Math.floor(low / 1024 / step)) * step;
+  slider.max = Math.ceil(high / 1024 / step) * step;
+  slider.step = step;
+}
+
 function draw() {
   const slots = POLICIES.map((name, slot) => ({ name, slot, points: points(name) })).filter((one) => one.points.length);
-  state.chart = curve(slots, state.least);
-  const { picture } = state.chart;
-  const drag = (event) => {
-    $("slider").value = Math.round(state.chart.budgetAt(event) / 1024);
-    glide();
-  };
-  picture.addEventListener("pointerdown", (event) => { picture.setPointerCapture(event.pointerId); drag(event); });
-  picture.addEventListener("pointermove", (event) => { if (event.buttons) drag(event); });
-  picture.addEventListener("pointerup", action(moved));
-  $("curve").replaceChildren(picture);
-  mark();
-  $("curve-legend").replaceChildren(...legend(slots.map((one) => [one.name, `var(--policy-${one.slot})`])), html("li", {}, "dotted: no plan of this class is faster"));
+  place($("curve"), (width) => {
+    state.chart = curve(slots, state.least, state.most, width);
+    const { picture } = state.chart;
+    const drag = (event) => {
+      state.budget = Math.max(1024, Math.round(state.chart.budgetAt(event) / 1024) * 1024);
+      glide();
+    };
+    picture.addEventListener("pointerdown", (event) => { picture.setPointerCapture(event.pointerId); state.dragging = true; drag(event); });
+    picture.addEventListener("pointermove", (event) => { if (state.dragging) drag(event); });
+    for (const end of ["pointerup", "pointercancel"]) picture.addEventListener(end, action(() => { state.dragging = false; draw(); return moved(); }));
+    mark();
+    return picture;
+  });
+  $("curve-legend").replaceChildren(...legend(slots.map((one) => [one.name, `var(--policy-${one.slot})`])), html("li", {}, "dotted: proven, no plan of this class is faster"));
   const budgets = [...new Set(state.cells.map((cell) => cell.budget_bytes))].sort((a, b) => a - b);
   const cell = (budget, policy) => {
     const found = state.cells.find((one) => one.budget_bytes === budget && one.policy === policy);
@@ -111,57 +145,63 @@ function draw() {
     return found.summary.status === "infeasible" ? `needs ${atLeast(found.summary.minimum_budget_bytes)}` : seconds(found.summary.step_seconds);
   };
   $("curve-table").replaceChildren(table("Seconds per step; where a budget is too small, the smallest that is enough, in MiB", ["budget, MiB", ...POLICIES], budgets.map((budget) => [mib(budget), ...POLICIES.map((policy) => cell(budget, policy))])));
-  const options = () => state.cells.filter((one) => one.summary.status !== "infeasible").map((one) => html("option", { value: one.plan }, `${one.policy} at ${mib(one.budget_bytes)} MiB`));
-  const solved = points("solver");
+  const made = state.cells.filter((one) => one.plan && one.summary.status !== "infeasible").sort((a, b) => POLICIES.indexOf(a.policy) - POLICIES.indexOf(b.policy) || a.budget_bytes - b.budget_bytes);
+  const solved = points("solver").filter((point) => point.plan);
   for (const [id, first] of [["left", solved[0]], ["right", solved.at(-1)]]) {
-    const kept = $(id).value;
-    $(id).replaceChildren(...options());
-    $(id).value = state.cells.some((one) => one.plan === kept) ? kept : first?.plan ?? "";
+    const kept = $(id).dataset.chosen;
+    $(id).replaceChildren(...made.map((one) => html("option", { value: one.plan }, `${one.policy} at ${mib(one.budget_bytes)} MiB`)));
+    $(id).value = made.some((one) => one.plan === kept) ? kept : first?.plan ?? "";
   }
-  $("compare").hidden = false;
+  $("compare").hidden = made.length < 2;
 }
 
 const points = (policy) => state.cells.filter((one) => one.policy === policy && one.summary.status !== "infeasible").map((one) => ({ budget: one.budget_bytes, step: one.summary.step_seconds, bound: one.summary.bound_seconds, plan: one.plan })).sort((a, b) => a.budget - b.budget);
-const chosenBudget = () => Number($("slider").value) * 1024;
 
-// The budget on the curve, and the best plan computed already: one for less memory fits in more.
+// The best plan made already: one for less memory fits in more.
+const bestFor = (budget, made = () => true) => points($("policy").value).filter((point) => point.budget <= budget && made(point)).at(-1);
+
 function mark() {
-  const budget = chosenBudget(), policy = $("policy").value;
+  const { budget } = state;
   $("budget").value = (budget / MIB).toFixed(1);
+  $("slider").value = Math.round(budget / 1024);
   $("slider").setAttribute("aria-valuetext", `${mib(budget)} MiB`);
-  const best = points(policy).filter((point) => point.budget <= budget).at(-1);
-  state.chart?.show(budget, best?.step);
-  return best;
+  state.chart?.show(budget, bestFor(budget)?.step);
 }
 
-// While the budget moves.
+function verdict(text, fits) {
+  $("verdict").className = `verdict ${fits ? "fits" : "not"}`;
+  $("verdict").textContent = text;
+}
+
+// While the budget moves, the plan moves along.
 function glide() {
-  const budget = chosenBudget(), best = mark();
-  $("verdict").className = `verdict ${best ? "fits" : "not"}`;
-  $("verdict").textContent = best ? `Fits ${mib(budget)} MiB: at most ${seconds(best.step)} s per step` : `Does not fit ${mib(budget)} MiB`;
-  return best;
+  const { budget } = state, best = bestFor(budget);
+  mark();
+  if (best) verdict(`Fits ${mib(budget)} MiB: at most ${seconds(best.step)} s per step`, true);
+  else if (budget < state.least) verdict(`Does not fit ${mib(budget)} MiB: the smallest budget that is enough is ${atLeast(state.least)} MiB`, false);
+  else verdict(`${mib(budget)} MiB: no plan made yet`, false);
+  if (best?.plan && best.plan !== state.plan) show(best.plan).catch(complain);
 }
 
-// When it rests: show the nearest plan that fits, computed or not.
+// When it rests: show the nearest plan that fits, made or not.
 async function moved() {
-  const best = glide();
+  glide();
+  const best = bestFor(state.budget, (point) => point.plan);
   if (best) await show(best.plan);
   else await solve();
 }
 
 async function solve() {
-  const budget = chosenBudget(), policy = $("policy").value, mine = ++state.asked;
+  const { budget } = state, policy = $("policy").value, mine = ++state.asked;
   $("solve").disabled = true;
   try {
-    working(`planning at ${mib(budget)} MiB …`);
-    const done = await work("/v1/plans", { profile: state.profile, memory: budget, policy, time_limit: TIME_LIMIT }, told(`planning at ${mib(budget)} MiB`));
+    const what = `planning at ${mib(budget)} MiB`;
+    working(`${what} …`);
+    const done = await work("/v1/plans", { profile: state.profile, memory: budget, policy, time_limit: TIME_LIMIT }, told(what));
     if (mine !== state.asked) return;
     working("");
-    const cell = { budget_bytes: budget, policy, plan: done.result.plan, summary: done.result.summary };
-    state.cells = state.cells.filter((one) => one.budget_bytes !== budget || one.policy !== policy).concat(cell);
-    if (cell.summary.status !== "infeasible") draw();
-    mark();
-    await show(cell.plan);
+    keep([{ budget_bytes: budget, policy, plan: done.result.plan, summary: done.result.summary }]);
+    await show(done.result.plan);
   } finally {
     $("solve").disabled = false;
   }
@@ -169,21 +209,35 @@ async function solve() {
 
 // --- 3. the plan ------------------------------------------------------------------------------------------------------
 
+function viewOf(identity) {
+  if (!state.views.has(identity)) {
+    const asked = get(`/v1/plans/${identity}/view`);
+    asked.catch(() => state.views.delete(identity));
+    state.views.set(identity, asked);
+  }
+  return state.views.get(identity);
+}
+
 async function show(identity) {
-  const mine = (state.plan = identity);
-  const view = await get(`/v1/plans/${identity}/view`);
-  if (state.plan !== mine) return;
-  const { summary } = view;
+  state.plan = identity;
+  const view = await viewOf(identity);
+  if (state.plan !== identity) return;
+  const { summary } = view, { budget } = state;
   const fits = summary.status !== "infeasible";
-  const proof = summary.policy === "solver" ? `, within ${(100 * summary.gap).toFixed(2)} % of the best plan of its class` : `, by the rule ${summary.policy}`;
-  $("verdict").className = `verdict ${fits ? "fits" : "not"}`;
-  $("verdict").textContent = fits
-    ? `Fits ${mib(chosenBudget())} MiB: ${seconds(summary.step_seconds)} s per step${proof}; peak ${mib(summary.peak_bytes)} MiB`
-    : `Does not fit ${mib(summary.budget_bytes)} MiB: the smallest budget that is enough is ${atLeast(summary.minimum_budget_bytes)} MiB`;
+  const proof = summary.policy === "solver" ? `, within ${percent(summary.gap, 2)} of the best plan of its class` : `, by the rule ${summary.policy}`;
+  if (!fits) verdict(`Does not fit ${mib(summary.budget_bytes)} MiB: the smallest budget that is enough is ${atLeast(summary.minimum_budget_bytes)} MiB`, false);
+  else if (summary.budget_bytes === budget) verdict(`Fits ${mib(budget)} MiB: ${seconds(summary.step_seconds)} s per step${proof}; peak ${mib(summary.peak_bytes)} MiB`, true);
+  else verdict(`Fits ${mib(budget)} MiB: at most ${seconds(summary.step_seconds)} s per step, as at ${mib(summary.budget_bytes)} MiB; plan at this budget to see what the rest is good for`, true);
   showPlan(view);
   $("plan-title").textContent = fits ? `3. The plan: ${summary.policy} at ${mib(summary.budget_bytes)} MiB` : "3. Why nothing fits";
-  $("run").hidden = !fits || !view.runnable;
-  $("download").dataset.plan = identity;
+  offerRun(view);
+}
+
+async function download() {
+  const plan = await get(`/v1/plans/${state.plan}/file`);
+  const link = html("a", { href: URL.createObjectURL(new Blob([JSON.stringify(plan)], { type: "application/json" })), download: "plan.json" });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }
 
 // --- set up -----------------------------------------------------------------------------------------------------------
@@ -200,40 +254,47 @@ $("upload").addEventListener("change", action(async () => {
   const kept = await post("/v1/profiles/upload", await file.text());
   await listProfiles(kept.id);
 }));
+$("source").addEventListener("change", () => {
+  for (const name of ["path", "config"]) $(`${name}-label`).hidden = $("source").value !== name;
+});
 $("measure").addEventListener("submit", action(async (event) => {
-  const form = new FormData(event.target);
-  const request = { path: form.get("path") };
+  const form = new FormData(event.target), request = {};
+  if (form.get("source") === "path") request.path = form.get("path");
+  else request.config = JSON.parse(await form.get("config").text());
   for (const name of ["seq", "batch", "lora_rank"]) request[name] = Number(form.get(name));
   $("about").textContent = "measuring …";
   const done = await work("/v1/profiles", request, (progress) => { $("about").textContent = `measuring: ${progress.stage} ${progress.done} of ${progress.total}`; });
   await listProfiles(done.result.profile);
 }));
-$("slider").addEventListener("input", glide);
+$("slider").addEventListener("input", () => { state.budget = Number($("slider").value) * 1024; glide(); });
 $("slider").addEventListener("change", action(moved));
 $("policy").addEventListener("change", action(moved));
 $("budget").addEventListener("change", action(async () => {
-  const wanted = Math.ceil((Number($("budget").value) * MIB) / 1024), slider = $("slider");
-  slider.min = Math.min(slider.min, wanted); slider.max = Math.max(slider.max, wanted);
-  slider.value = wanted;
+  state.budget = Math.max(1024, Math.ceil((Number($("budget").value) * MIB) / 1024) * 1024);
+  setSlider(Math.min($("slider").min * 1024, state.budget), Math.max($("slider").max * 1024, state.budget));
   await moved();
 }));
 $("solve").addEventListener("click", action(solve));
 $("compare-form").addEventListener("submit", action(async () => {
-  const [left, right] = ["left", "right"].map((id) => $(id));
-  showDifference(await get(`/v1/plans/${left.value}/changes/${right.value}`), [left, right].map((one) => one.selectedOptions[0].text));
+  const chosen = ["left", "right"].map((id) => $(id));
+  const [left, right] = chosen.map((one) => one.value);
+  const [changes, ...views] = await Promise.all([get(`/v1/plans/${left}/changes/${right}`), viewOf(left), viewOf(right)]);
+  showDifference(changes, views, chosen.map((one) => one.selectedOptions[0].text));
 }));
-$("download").addEventListener("click", action(async (event) => {
-  const plan = await get(`/v1/plans/${event.target.dataset.plan}/file`);
-  const link = html("a", { href: URL.createObjectURL(new Blob([JSON.stringify(plan)], { type: "application/json" })), download: "plan.json" });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-}));
-$("download").setAttribute("href", "#plan");
+for (const id of ["left", "right"]) $(id).addEventListener("change", () => { $(id).dataset.chosen = $(id).value; });
+$("download").addEventListener("click", action(download));
+
+const root = document.documentElement, darker = matchMedia("(prefers-color-scheme: dark)");
+const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : darker.matches);
+const nameTheme = () => { $("theme").textContent = dark() ? "Light" : "Dark"; };
+root.dataset.theme = localStorage.getItem("tightfit-theme") ?? "";
+if (!root.dataset.theme) delete root.dataset.theme;
+darker.addEventListener("change", nameTheme);
 $("theme").addEventListener("click", () => {
-  const root = document.documentElement;
-  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  root.dataset.theme = dark ? "light" : "dark";
-  $("theme").setAttribute("aria-pressed", String(!dark));
+  root.dataset.theme = dark() ? "light" : "dark";
+  localStorage.setItem("tightfit-theme", root.dataset.theme);
+  nameTheme();
 });
+nameTheme();
 setUpRun(() => state.plan, complain);
 action(() => listProfiles())();

@@ -1,52 +1,75 @@
-// A run, live: loss and memory step by step against the cap, then the report.
+// Runs, live: loss and memory step by step against the cap, then the report. A reloaded page finds them again.
 
 import { blob, finish, get, post } from "./api.js";
-import { html, MIB, mib, seconds, steps, table } from "./charts.js";
+import { html, MIB, mib, place, seconds, steps, table } from "./charts.js";
 
 const $ = (id) => document.getElementById(id);
 const REDRAW = 250; // ms
+const LISTED = 20;
 let current = null;
 
+// Show the form where the plan can be run, else why not.
+export function offerRun(view) {
+  const refused = view?.not_runnable;
+  $("run-form").hidden = !view || Boolean(refused);
+  $("run-refused").hidden = !refused;
+  $("run-refused").textContent = refused ?? "";
+  $("run").hidden = (!view || view.summary.status === "infeasible") && $("runs").options.length < 2;
+}
+
 export function setUpRun(plan, complain) {
-  $("run-form").addEventListener("submit", async (event) => {
+  const guarded = (run) => async (event) => {
     event.preventDefault();
-    const form = new FormData(event.target);
-    const start = event.submitter;
+    try { await run(event); } catch (error) { complain(error); $("run-state").textContent = error.message; }
+  };
+  $("run-form").addEventListener("submit", guarded(async (event) => {
+    const form = new FormData(event.target), start = event.submitter;
     start.disabled = true;
     try {
-      await follow(await post("/v1/runs", { plan: plan(), data: form.get("data"), steps: Number(form.get("steps")) }, { "Idempotency-Key": crypto.randomUUID?.() || String(Math.random()) }));
-    } catch (error) {
-      complain(error);
-      $("run-state").textContent = error.message;
+      const job = await post("/v1/runs", { plan: plan(), data: form.get("data"), steps: Number(form.get("steps")) }, { "Idempotency-Key": crypto.randomUUID?.() || String(Math.random()) });
+      await listRuns(job.id);
+      await follow(job);
     } finally {
       start.disabled = false;
-      $("cancel").disabled = true;
     }
-  });
-  $("cancel").addEventListener("click", async () => {
+  }));
+  $("runs").addEventListener("change", guarded(async () => {
+    if ($("runs").value) await follow(await get(`/v1/jobs/${$("runs").value}`));
+  }));
+  $("cancel").addEventListener("click", guarded(async () => {
     $("cancel").disabled = true;
     $("run-state").textContent = "asked to save and end …";
-    try { await post(`/v1/jobs/${current}/cancel`, ""); } catch (error) { complain(error); }
-  });
-  $("adapter-button").addEventListener("click", async () => {
-    try {
-      const link = html("a", { href: URL.createObjectURL(await blob(`/v1/runs/${current}/adapter`)), download: `adapter-${current}.tar` });
-      link.click();
-      setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-    } catch (error) { complain(error); }
-  });
+    await post(`/v1/jobs/${current}/cancel`, "");
+  }));
+  $("adapter-button").addEventListener("click", guarded(async () => {
+    const link = html("a", { href: URL.createObjectURL(await blob(`/v1/runs/${current}/adapter`)), download: `adapter-${current}.tar` });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  }));
+  listRuns().catch(() => {}); // without a token yet: asked again with the first run
+}
+
+async function listRuns(chosen = "") {
+  const { jobs } = await get(`/v1/jobs?kind=run&limit=${LISTED}`);
+  const began = (job) => new Date(1000 * job.created).toLocaleString();
+  $("runs").replaceChildren(html("option", { value: "" }, "choose one"), ...jobs.map((job) => html("option", { value: job.id }, `${began(job)} · ${job.request.steps} steps · ${job.state}`)));
+  $("runs").value = chosen;
+  $("runs-label").hidden = !jobs.length;
+  if (jobs.length) $("run").hidden = false;
 }
 
 async function follow(job) {
-  current = job.id;
+  const mine = (current = job.id), left = () => current !== mine;
+  $("cancel").hidden = !["queued", "running"].includes(job.state);
   $("cancel").disabled = false;
   for (const id of ["live", "report", "adapter"]) $(id).hidden = true;
-  $("run-state").textContent = "waiting for the device …";
+  $("run-state").textContent = job.state === "queued" ? "waiting for the device …" : job.state;
   const { budget_bytes: cap, steps: known } = await get(`/v1/runs/${job.id}/metrics`);
   const seen = new Map(known.map((step) => [step.step, step]));
   let drawn = 0;
   try {
     job = await finish(job, (told) => {
+      if (left()) return;
       if (told.step === undefined) {
         $("run-state").textContent = `${told.stage} …`;
         return;
@@ -60,9 +83,14 @@ async function follow(job) {
     });
   } finally {
     const all = (await get(`/v1/runs/${job.id}/metrics`)).steps;
-    if (all.length) draw(all, cap);
+    if (!left()) {
+      if (all.length) draw(all, cap);
+      $("cancel").hidden = true;
+      await listRuns(job.id);
+    }
   }
   const report = await get(`/v1/runs/${job.id}/report`);
+  if (left()) return;
   const { peak_bytes: peak, step_seconds: step } = report;
   $("report").replaceChildren(table(`Predicted beside measured; the cap was enforced by ${report.enforced_by === "cgroup" ? "the kernel" : "the process's own meter"}`, ["figure", "predicted", "measured"], [
     ["peak of the process, MiB", mib(peak.predicted), mib(peak.measured)],
@@ -75,7 +103,7 @@ async function follow(job) {
 function draw(list, cap) {
   const ordered = list.sort((a, b) => a.step - b.step);
   $("live").hidden = false;
-  $("loss").replaceChildren(steps("Loss by step; the table below has the numbers", ordered.map((s) => [s.step, s.loss]), { yLabel: "loss" }));
-  $("memory").replaceChildren(steps("Peak memory by step, under the cap; the table below has the numbers", ordered.map((s) => [s.step, s.peak_bytes / MIB]), { yLabel: "MiB, peak so far", cap: cap / MIB, colour: "var(--policy-2)", zero: true }));
+  place($("loss"), (width) => steps("Loss by step; the table below has the numbers", ordered.map((s) => [s.step, s.loss]), { yLabel: "loss", width }));
+  place($("memory"), (width) => steps("Peak memory by step, under the cap; the table below has the numbers", ordered.map((s) => [s.step, s.peak_bytes / MIB]), { yLabel: "MiB, peak so far", cap: cap / MIB, colour: "var(--policy-2)", zero: true, width }));
   $("steps-table").replaceChildren(table("Every step", ["step", "loss", "seconds", "resident, MiB", "peak, MiB"], ordered.map((s) => [String(s.step), s.loss.toFixed(4), seconds(s.seconds), mib(s.resident_bytes), mib(s.peak_bytes)])));
 }

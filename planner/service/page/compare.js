@@ -1,0 +1,32 @@
+// Two plans side by side: memory over the step on one scale, figures, what changes in all and tensor by tensor.
+
+import { html, MIB, mib, percent, seconds, table } from "./charts.js";
+import { showBeside } from "./timeline.js";
+
+const $ = (id) => document.getElementById(id);
+
+const signed = (value, text) => (value === 0 ? "0" : `${value > 0 ? "+" : "−"}${text(Math.abs(value))}`);
+const spent = (value) => (Math.abs(value) < 5e-7 ? "0" : signed(value, seconds));
+
+export function showDifference(told, views, names) {
+  const [a, b] = told.plans;
+  const phase = (plan, name) => plan.train?.[name] ?? 0;
+  const row = (label, get, text) => [label, text(get(a)), text(get(b)), signed(get(b) - get(a), text)];
+  const rows = [
+    row("budget, MiB", (plan) => plan.budget_bytes, mib),
+    row("peak, MiB", (plan) => plan.peak_bytes, mib),
+    row("step, s", (plan) => plan.step_seconds, seconds),
+    row("gap", (plan) => plan.gap, (value) => percent(value, 2)),
+    ...["recompute_seconds", "unpack_seconds", "stall_seconds"].map((name) => row(name.replace("_seconds", ", s"), (plan) => phase(plan, name), seconds)),
+    ...["read_bytes", "write_bytes"].map((name) => row(`${name.replace("_bytes", "")}, MiB per step`, (plan) => phase(plan, name), mib)),
+    ["status", a.status, b.status, ""],
+  ];
+  $("difference").hidden = false;
+  names.forEach((name, i) => ($(["left-name", "right-name"][i]).textContent = name));
+  showBeside(views, [$("left-memory"), $("right-memory")], names);
+  $("figures").replaceChildren(table("Side by side", ["figure", ...names, "change"], rows));
+  const step = (change) => `${change.before ?? "–"} → ${change.after ?? "–"}`;
+  const totals = told.groups.map((group) => [`${group.kind}: ${step(group)}`, String(group.tensors), mib(group.bytes), spent(group.compute_seconds), spent(group.transfer_seconds)]);
+  $("totals").replaceChildren(totals.length ? table("What changes, and the seconds per step that it costs (+) or saves (−)", ["kind and decision", "tensors", "MiB", "cores, s", "channels, s"], totals) : html("p", {}, "Every tensor is treated the same."));
+  $("changes").replaceChildren(table(told.left_out ? `Largest first; ${told.left_out} more are left out` : "Largest first", ["tensor", "layer", "MiB", "decision", "cores, s", "channels, s"], told.changes.map((change) => [change.name, change.layer, (change.bytes / MIB).toFixed(3), step(change), spent(change.compute_seconds), spent(change.transfer_seconds)])));
+}

@@ -1,0 +1,115 @@
+"""What a service allows itself and its jobs: how many at once, how long, how much memory, what is kept and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+
+import pytest
+from starlette.testclient import TestClient
+from synthetic import decoder_like, small_chain
+
+from planner.plan import minimum_budget
+from planner.service.app import create_app
+from planner.service.events import Events
+from planner.service.schema import PLAN_JOB, Job
+from planner.service.settings import Settings
+
+PATIENCE = 60.0
+"""seconds"""
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return small_chain(3, layers=3)
+
+
+@pytest.fixture(scope="module")
+def minimum(profile):
+    return minimum_budget(profile)
+
+
+@contextlib.contextmanager
+def service(tmp_path, **limits):
+    settings = Settings(data_dir=tmp_path / "data", command=(sys.executable, "-m", "runtime.cli"), **limits)
+    with TestClient(create_app(settings), base_url="http://127.0.0.1") as http:
+        yield http
+
+
+def upload(http, profile):
+    answer = http.post("/v1/profiles/upload", json=profile.model_dump(mode="json"))
+    assert answer.status_code in {200, 201}, answer.text
+    return answer.json()["id"]
+
+
+def wait(http, job, until=("succeeded", "failed")):
+    patience = time.monotonic() + PATIENCE
+    while (told := http.get(f"/v1/jobs/{job['id']}").json())["state"] not in until:
+        assert time.monotonic() < patience, told
+        time.sleep(0.05)
+    return told
+
+
+def test_jobs_wait_for_a_worker_and_end_when_their_time_is_over(tmp_path, profile, minimum):
+    with service(tmp_path, workers=1, job_seconds=1.0, waiting=1) as http:
+        identity = upload(http, profile)
+        ask = [
+            {"profile": identity, "memory": [minimum + 8192 * i + n for i in range(64)], "time_limit": 300}
+            for n in range(3)
+        ]
+        first = http.post("/v1/comparisons", json=ask[0]).json()
+        wait(http, first, until=("running",))
+        second = http.post("/v1/comparisons", json=ask[1]).json()
+        assert http.get(f"/v1/jobs/{second['id']}").json()["state"] == "queued"
+        full = http.post("/v1/comparisons", json=ask[2])
+        assert (full.status_code, full.headers["retry-after"]) == (429, "30")
+        for job in (first, second):
+            ended = wait(http, job)
+            assert (ended["state"], ended["error"]["code"]) == ("failed", "too_slow")
+            assert ended["error"]["message"] == "the job took longer than 1 s; set a smaller time_limit"
+        begun = http.get(f"/v1/jobs/{second['id']}").json()["started"]
+        assert begun >= http.get(f"/v1/jobs/{first['id']}").json()["finished"]
+
+
+def test_a_solve_over_its_memory_fails_alone(tmp_path):
+    with service(tmp_path, solve_bytes=40 << 20) as http:
+        large = upload(http, decoder_like(24))
+        ended = wait(http, http.post("/v1/plans", json={"profile": large, "memory": "150MiB"}).json())
+        assert (ended["state"], ended["error"]["code"]) == ("failed", "worker_died"), ended
+        assert "40 MiB" in ended["error"]["message"]
+        assert http.get("/healthz").status_code == 200
+
+
+def test_what_is_too_old_or_too_much_goes_when_the_service_starts(tmp_path, profile, minimum):
+    with service(tmp_path) as http:
+        identity = upload(http, profile)
+        job = http.post("/v1/plans", json={"profile": identity, "memory": minimum}).json()
+        plan = wait(http, job)["result"]["plan"]
+    with service(tmp_path) as http:
+        assert http.get(f"/v1/plans/{plan}").status_code == 200
+        assert http.get(f"/v1/jobs/{job['id']}").json()["state"] == "succeeded"
+    with service(tmp_path, keep_bytes=1) as http:
+        for path in (f"plans/{plan}", f"profiles/{identity}", f"jobs/{job['id']}"):
+            assert http.get(f"/v1/{path}").status_code == 404, path
+        assert http.post("/v1/plans", json={"profile": identity, "memory": minimum}).status_code == 404
+    assert [path for path in (tmp_path / "data" / "objects").rglob("*") if path.is_file()] == []
+
+
+def test_who_starts_to_listen_hears_the_end():
+    """The job is read once its events are heard: an end in between would be waited for for ever."""
+    events = Events()
+    done = Job.model_validate(PLAN_JOB)
+
+    def read(identity):
+        assert (identity, events.listeners) == (done.id, 1)
+        return done
+
+    async def listen():
+        return [event async for event in events.stream(done.id, read)]
+
+    (only,) = asyncio.run(asyncio.wait_for(listen(), 5))
+    assert json.loads(only.partition("data: ")[2])["state"] == "succeeded"
+    assert events.listeners == 0
