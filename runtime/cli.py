@@ -160,7 +160,7 @@ def plan(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="A fixed rule instead of the solver: keep-all, checkpoint-layers or mebp; for a bare graph keep-all, checkpoint-layers or checkpoint-sqrt."
+            help="A fixed rule instead of the solver: keep-all, checkpoint-layers, mebp, mesp, or with another gradient than the exact one mezo, lcsb; for a bare graph keep-all, checkpoint-layers or checkpoint-sqrt."
         ),
     ] = None,
     time_limit: TimeLimit = 30.0,

@@ -9,7 +9,7 @@ units of 64 bytes, an instruction is a run of int32 words:
     PASS tensor tensor | LOSS | TOKEN_LOSSES
 
 `LOSS` and `TOKEN_LOSSES` stand just before the instruction that frees these tensors. The training schedules of a cycle
-follow each other in `train`; the header's `steps` says where each begins and ends.
+follow each other in `train`; the header's `cycle` says where each begins and ends.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
             [t["name"], t["dtype"], t["shape"], t["packed_bytes"], place(t["name"]), place(f"packed:{t['name']}")]
             for t in weights
         ],
-        "steps": bounds,
+        "cycle": bounds,
         "trainables": [
             [
                 t["name"],

@@ -84,8 +84,8 @@ class Training:
         seed()
         self.executor.between_forwards = seed  # two forwards of one step draw the same
         self.update.begin(number)
-        cycles, position = divmod(number - 1, len(self.header["steps"]))
-        begin, end = self.header["steps"][position]
+        cycles, position = divmod(number - 1, len(self.header["cycle"]))
+        begin, end = self.header["cycle"][position]
         self.executor.execute(self.job.train, begin, end, cycles)
         return self.executor.loss
 

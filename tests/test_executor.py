@@ -10,6 +10,7 @@ from runtime.data import prepare
 from runtime.job import RUN, compile_job, width
 
 STEPS = 3
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
