@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format clean bench-headline bench-service bench-planner
+.PHONY: demo test lint format clean bench-headline bench-service bench-planner bench-convergence
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -25,6 +25,10 @@ bench-service: $(VENV)/.installed-test
 bench-planner: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/planner.py $(ARGS)
 	$(BIN)/python tests/benchmarks/graphs.py
+
+# SmolLM2-135M on news texts at one cap: backpropagation, lcsb and mezo; ARGS='--steps 40 --factor 4' for a taste.
+bench-convergence: $(VENV)/.installed-test
+	$(BIN)/python tests/benchmarks/convergence.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
