@@ -265,7 +265,7 @@ class Executor:
             if number in self.leaving:
                 self._wait(self.leaving.pop(number))
         tensors = (self.arena.tensor(self.where[number], shape, "float32") for number in numbers)
-        self._call("update", self.update.apply, *tensors, count)
+        self._call("update", self.update.apply, count, *tensors)
 
     def _call(self, name: str, call: Callable[..., object], *arguments: Any) -> None:
         if self.detail is None:

@@ -238,7 +238,7 @@ def measure_update(elements: int) -> float:
     update = Update(AdamW())
     update.begin(1)
     tensors = [torch.full((elements,), 1e-3) for _ in range(4)]
-    return _median(lambda turn: update.apply(*tensors, count=1))
+    return _median(lambda turn: update.apply(1, *tensors))
 
 
 def measure_perturb(elements: int) -> float:

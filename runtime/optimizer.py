@@ -77,9 +77,9 @@ class Update:
         """Updates until the next `begin` belong to step `step`, counted from 1."""
         self._rate = self.optimizer.rate(step)
 
-    def apply(self, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, count: int) -> None:
-        """float32 tensors of one shape, contiguous; all but the gradient change in place. `count`: updates of this
-        parameter so far, this one included.
+    def apply(self, count: int, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
+        """Update number `count` of a parameter, from 1. float32 tensors of one shape, contiguous; all but the gradient
+        change in place.
         """
         optimizer = self.optimizer
         self._step.fill_(count)

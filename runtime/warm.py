@@ -89,7 +89,7 @@ def warm(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES) ->
     compile_operator(operator, {"x": {}}).run({"x": torch.zeros(size, size)}, [torch.empty(size, size)])
     update = Update(AdamW())
     update.begin(1)
-    update.apply(*(torch.full((4096,), 0.1) for _ in range(4)), count=1)
+    update.apply(1, *(torch.full((4096,), 0.1) for _ in range(4)))
     Perturbation(MeZO(), 0).shift("p", torch.zeros(4096), 1)
     spill = SpillFile(tempfile.gettempdir(), 1 << 20)
     data = torch.zeros(1 << 18)
