@@ -15,8 +15,12 @@ from reference import peft_model, peft_name
 from safetensors.torch import load_file
 from tiny_plans import CONFIG, decoder_profile
 
+from planner.compare import compare
+from planner.exchange import load_plan, save_plan
+from planner.explain import explain
 from planner.plan import Planner
 from planner.policies import APPROXIMATE, POLICIES
+from profiles.errors import InputError
 from profiles.store import Store
 from runtime.adapter import initialise
 from runtime.batches import open_batches
@@ -233,6 +237,23 @@ def test_approximate_rules_are_planned_like_any_other(planner, policy):
     made = planner.plan(UNLIMITED, policy=policy)
     assert (made.policy, made.status, made.exact) == (policy, "feasible", False)
     assert made.step_seconds == pytest.approx(sum(s.seconds for s in made.steps) / len(made.steps))
+    said = explain(made)[1]
+    assert said.startswith(
+        {"mezo": "two forwards and no", "lcsb": "a cycle of 4 steps: a backward through 2 / 2 / 2 / 3 of 6"}[policy]
+    )
     smallest = planner.minimum(policy=policy).peak_bytes
     assert planner.plan(smallest, policy=policy).peak_bytes == smallest
     assert planner.plan(smallest - 1, policy=policy).minimum_budget_bytes == smallest
+
+
+def test_another_gradient_is_compared_only_where_it_is_named(planner, tmp_path):
+    profile = planner.profile
+    assert compare(profile, [UNLIMITED], ["keep-all"]).plan(UNLIMITED, "keep-all").exact
+    assert not set(APPROXIMATE) & set(planner.policies())
+    named = compare(profile, [UNLIMITED], ["keep-all", *APPROXIMATE])
+    for policy in APPROXIMATE:
+        made = named.plan(UNLIMITED, policy)
+        assert load_plan(save_plan(made, tmp_path / policy)) == made
+        assert made.bound_seconds <= made.step_seconds
+    with pytest.raises(InputError, match="no policy is called 'zomb'; choose from solver, .*, mesp, mezo, lcsb"):
+        compare(profile, [UNLIMITED], ["zomb"])

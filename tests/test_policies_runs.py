@@ -50,10 +50,12 @@ def test_a_resumed_run_is_the_run_that_never_stopped(planner, policy, tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["mezo", "lcsb"])
-def test_memory_does_not_grow_over_200_steps(planner, policy, tmp_path):
+def test_memory_does_not_grow_over_200_steps(policy, tmp_path):
     """What the process holds after a step, from the tenth on."""
-    run(planner.plan(UNLIMITED, policy=policy), "random", steps=200, out=tmp_path, checkpoint_every=40, **SETTINGS)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    shallow = decoder_profile(tmp_path / "store", batch=1, seq=12)
+    plan = Planner(shallow.model_copy(update={"device": device(threads=1)})).plan(UNLIMITED, policy=policy)
+    run(plan, "random", steps=200, out=tmp_path / "run", checkpoint_every=40, **SETTINGS)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held = [line["resident_bytes"] for line in lines]
     assert len(held) == 200
     assert max(held[150:]) <= max(held[10:50]) + (128 << 10)
@@ -80,7 +82,6 @@ MOMENTS = {
     "loading": lambda out, told: bool(told),
     "first step": lambda out, told: first_step(out),
     "saving": lambda out, told: bool(list(out.glob(".checkpoint-*"))) or bool(list(out.glob("checkpoint-*"))),
-    "later": lambda out, told: len(list(out.glob("checkpoint-*"))) > 1,
 }
 
 
