@@ -71,12 +71,12 @@ def _gradient(plan: Plan) -> list[str]:
     if plan.optimizer.get("name") == MEZO:
         return ["two forwards and no backward: the gradient is estimated along one random direction per step"]
     if plan.cycle:
-        trained = " / ".join(str(len(plan.layers) - len(step.skipped)) for step in plan.steps)
-        count = len(plan.steps)
-        text = (
-            f"a cycle of {count} steps: a backward through {trained} of {len(plan.layers)} layers in turn, the gradient"
-        )
-        return [f"{text} passes the others by; times are means over the cycle, what follows is its first step's"]
+        turns = {layer for step in plan.steps for layer in step.skipped}
+        trained = " / ".join(str(len(turns) - len(step.skipped)) for step in plan.steps)
+        text = f"a cycle of {len(plan.steps)} steps: a backward through {trained} of {len(turns)} layers in turn, the"
+        return [
+            f"{text} gradient passes the others by; times are means over the cycle, what follows is its first step's"
+        ]
     return []
 
 
