@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from planner.declared import Declared, DeclaredTensor, InvalidSchedule
+from planner.record import Moment, ReplayPeak, Totals, timeline
 from planner.schema import Peak, Phase, TimelinePoint
 from profiles.schema import Operator
 
 PAGE = 4096
 LINE = 64
-POINTS = 600
-"""timeline points kept per phase"""
 LARGEST = 12
 """tensors named at the peak"""
 KINDS = (
@@ -32,26 +30,6 @@ KINDS = (
 )
 
 
-@dataclass(kw_only=True)
-class _Moment:
-    """After one instruction."""
-
-    instruction: int
-    seconds: float
-    by_kind: dict[str, int]
-    bytes: int
-
-
-@dataclass(kw_only=True)
-class _Totals:
-    compute: float = 0.0
-    recompute: float = 0.0
-    unpack: float = 0.0
-    stall: float = 0.0
-    read_bytes: int = 0
-    write_bytes: int = 0
-
-
 class Replay:
     """One phase of a plan; after `run` it knows peak, time and what was updated."""
 
@@ -63,7 +41,7 @@ class Replay:
         self.training = training
         self.index = -1
         self.now = self.disk = 0.0
-        self.totals = _Totals()
+        self.totals = Totals()
         self.places: dict[str, int] = {}
         self.starts: list[int] = []
         self.owners: list[str] = []
@@ -82,8 +60,8 @@ class Replay:
         """trainable -> how many epsilons it is off its value"""
         self.ran: set[tuple[str, int]] = set()
         self.cursor_index = 0
-        self.moments: list[_Moment] = []
-        self.peak = _Peak()
+        self.moments: list[Moment] = []
+        self.peak = ReplayPeak()
         self.expected = self._expected()
         self.floor = world.device.floor.resident_bytes + world.device.floor.instruction_bytes * world.instructions
 
@@ -398,9 +376,9 @@ class Replay:
         if self.top > self.live:
             by_kind["fragmentation"] = self.top - self.live
         total = self.floor + self.top + workspace
-        self.moments.append(_Moment(instruction=self.index, seconds=self.now, by_kind=by_kind, bytes=total))
+        self.moments.append(Moment(instruction=self.index, seconds=self.now, by_kind=by_kind, bytes=total))
         if self.live + workspace > self.peak.bytes:
-            self.peak = _Peak(bytes=self.live + workspace, instruction=self.index, tensors=tuple(self.places))
+            self.peak = ReplayPeak(bytes=self.live + workspace, instruction=self.index, tensors=tuple(self.places))
 
     def _text(self, index: int) -> str:
         if not 0 <= index < len(self.instructions):
@@ -435,25 +413,4 @@ class Replay:
         )
 
     def timeline(self) -> list[TimelinePoint]:
-        """At most POINTS moments, the fullest of each stretch of instructions."""
-        stride = max(1, -(-len(self.moments) // POINTS))
-        result = []
-        for start in range(0, len(self.moments), stride):
-            stretch = self.moments[start : start + stride]
-            moment = max(stretch, key=lambda m: m.bytes - m.by_kind.get("fragmentation", 0))
-            result.append(
-                TimelinePoint(
-                    instruction=max(0, moment.instruction),
-                    seconds=moment.seconds,
-                    bytes=moment.bytes,
-                    by_kind=moment.by_kind,
-                )
-            )
-        return result
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Peak:
-    bytes: int = -1
-    instruction: int = -1
-    tensors: tuple[str, ...] = field(default=())
+        return timeline(self.moments)

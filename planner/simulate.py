@@ -30,7 +30,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from planner.declared import Declared, InvalidSchedule
-from planner.replay import LARGEST, LINE, POINTS, Replay
+from planner.record import POINTS
+from planner.replay import LARGEST, LINE, Replay
 from planner.schema import Phase, Plan, TimelinePoint
 from profiles.errors import InputError
 
