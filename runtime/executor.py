@@ -215,7 +215,8 @@ class Executor:
             elif code == PERTURB:
                 name, shape, numbers = self.trainables[words[place + 1]]
                 parameter = self.arena.tensor(where[numbers[0]], shape, "float32")
-                self._call("perturb", self.update.shift, name, parameter, words[place + 2])  # type: ignore[union-attr]
+                assert isinstance(self.update, Perturbation)
+                self._call("perturb", self.update.shift, name, parameter, words[place + 2])
                 place += 3
             elif code == PASS:
                 where[words[place + 2]] = where[words[place + 1]]

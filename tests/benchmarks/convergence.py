@@ -48,7 +48,8 @@ HELD_OUT = VALIDATION = 30
 """texts; the others are trained on"""
 RANK, ALPHA = 8, 16.0
 METHODS = {"backpropagation": None, "lcsb": "lcsb", "mezo": "mezo"}
-MEZO_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+ROOM = 1.1
+"""times the least budget that every method fits into: the cap unless one is named"""
 SEEDS = (1, 2, 3)
 """of the gradients that are compared"""
 
@@ -57,11 +58,12 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps with a backward.")] = 200,
     factor: Annotated[int, typer.Option(help="Times as many steps of mezo.")] = 10,
     minutes: Annotated[float, typer.Option(help="At most so long for each method's run, as planned.")] = 15.0,
-    memory: Annotated[str | None, typer.Option(help="The cap; by default the least that all of them fit into.")] = None,
+    memory: Annotated[str | None, typer.Option(help="The cap; by default a tenth above the least for all.")] = None,
     batch: Annotated[int, typer.Option(help="Samples per step.")] = 4,
     seq: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW, for both that have a backward.")] = 5e-4,
-    tuning: Annotated[int, typer.Option(help="Steps of mezo for each of the rates tried.")] = 100,
+    rates: Annotated[str, typer.Option(help="Learning rates tried for mezo.")] = "3e-5,1e-4,3e-4,1e-3",
+    tuning: Annotated[int, typer.Option(help="Steps of mezo for each of them.")] = 100,
     samples: Annotated[int, typer.Option(help="Held-out samples that are judged.")] = 48,
     out: Annotated[Path, typer.Option(help="Folder for runs and figures.")] = ROOT / "examples" / "out" / "convergence",
 ) -> None:
@@ -76,7 +78,8 @@ def main(
     judge = Judge(made, out / "data", samples)
     told: dict[str, Any] = {"cap_bytes": cap, "batch": batch, "seq": seq, "methods": {}}
     for name, plan in plans.items():
-        rate = lr if plan.exact or plan.cycle else tune(plan, splits, judge, tuning, out, told)
+        tried = [float(rate) for rate in rates.split(",")]
+        rate = tune(plan, splits, judge, tried, tuning, out, told) if name == "mezo" else lr
         count = steps * factor if name == "mezo" else steps
         count = max(1, min(count, int(minutes * 60 / plan.step_seconds)))
         folder = trained(plan, splits["train"], out / name, steps=count, lr=rate, every=max(1, count // 5))
@@ -114,9 +117,9 @@ def split_texts(path: Path, model: Path, seq: int, folder: Path) -> dict[str, Pa
 
 
 def common_cap(planner: Planner) -> int:
-    """The least MiB in which every method has a plan."""
+    """A tenth above the least in which every method has a plan, in whole MiB."""
     least = max(planner.minimum(policy=policy).peak_bytes for policy in METHODS.values())
-    return -(-least // MIB) * MIB
+    return round(ROOM * least / MIB) * MIB
 
 
 def fitting(planner: Planner, cap: int, policy: str | None) -> Plan:
@@ -220,10 +223,18 @@ def judged(plan: Plan, folder: Path, judge: Judge, data: Path, rate: float) -> d
     }
 
 
-def tune(plan: Plan, splits: dict[str, Path], judge: Judge, steps: int, out: Path, told: dict[str, Any]) -> float:
+def tune(
+    plan: Plan,
+    splits: dict[str, Path],
+    judge: Judge,
+    rates: list[float],
+    steps: int,
+    out: Path,
+    told: dict[str, Any],
+) -> float:
     """The rate with the lowest loss on the validation split after a short run."""
     tried = {}
-    for rate in MEZO_RATES:
+    for rate in rates:
         folder = trained(plan, splits["train"], out / f"tune-{rate:g}", steps=steps, lr=rate, every=steps)
         tried[rate] = judge.once(folder / f"checkpoint-{steps}", splits["validation"])["loss"]
     told["tuning"] = {"steps": steps, "validation_loss": {f"{rate:g}": loss for rate, loss in tried.items()}}
