@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planner.gradients import residual_passages, update_seconds
+from planner.gradients import equal_passages, update_seconds
 from planner.schema import MEZO, Phase, Plan
 from profiles.errors import InputError
 from profiles.schema import Operator
@@ -70,7 +70,7 @@ class Declared:
                 self.tensors[state] = DeclaredTensor(kind="optimizer", bytes=self.tensors[name].bytes)
         for name in [n for n, t in self.tensors.items() if t.kind == "weight" and t.packed_bytes]:
             self.tensors[f"packed:{name}"] = DeclaredTensor(kind="packed", bytes=self.tensors[name].packed_bytes)
-        self.passages = {above: (layer, below) for layer, (above, below) in residual_passages(plan).items() if below}
+        self.passages = {above: (layer, below) for layer, (above, below) in equal_passages(plan).items() if below}
         """gradient of a layer's output -> the layer and the gradient of its input, where their shapes are equal"""
 
     def makers(self, phase: Phase) -> dict[str, int]:

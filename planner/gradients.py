@@ -14,7 +14,7 @@ from typing import Any
 from planner.graph import state_names
 from planner.schema import MEZO, Plan
 from profiles.errors import InputError
-from profiles.schema import Layer, Profile, Program, Tensor
+from profiles.schema import Layer, Operator, Profile, Program, Tensor
 
 POSITIONS = 4
 """blocks of layers that LCSB's cycle goes through"""
@@ -66,7 +66,8 @@ def cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialStep, ..
     Raises InputError for a model with a trained layer that has no residual to pass a gradient through, or with one such
     layer only.
     """
-    passages, blocks = residual_passages(profile), trained_blocks(profile)
+    passages, blocks = equal_passages(profile), trained_blocks(profile)
+    bound = {layer.name: (program, layer.bindings) for layer, program in _bound_programs(profile)}
     if len(blocks) < 2:
         raise InputError(
             f"lcsb leaves out the backward of some of several trained layers, {profile.model.name} has"
@@ -77,6 +78,11 @@ def cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialStep, ..
             raise InputError(
                 f"lcsb passes gradients through the residual around a layer, and layer {name} has none: what comes from"
                 " above is not one gradient of the shape that it hands down; choose another policy"
+            )
+        if passages[name][1] and not _has_residual(*bound[name], *passages[name]):
+            raise InputError(
+                f"lcsb passes gradients through the residual around a layer, and layer {name} has none: no sum takes the"
+                " gradient of its output over into that of its input; choose another policy"
             )
     count = min(positions, len(blocks))
     cuts = [position * len(blocks) // count for position in range(count + 1)]
@@ -90,7 +96,7 @@ def trained_blocks(source: Profile | Plan) -> list[str]:
     return [layer.name for layer in source.layers if from_above[layer.name] and trained & set(layer.bindings.values())]
 
 
-def residual_passages(source: Profile | Plan) -> Passages:
+def equal_passages(source: Profile | Plan) -> Passages:
     """The layers that take one gradient from above and hand at most one of equal shape and type down.
 
     Where a layer hands none down, because nothing below is trained, its input has no gradient: the second name is empty.
@@ -109,13 +115,35 @@ def residual_passages(source: Profile | Plan) -> Passages:
     return result
 
 
+def _has_residual(program: Program, bindings: Mapping[str, str], above: str, below: str) -> bool:
+    """Whether sums alone lead from one gradient to the other: where y = x + f(x), the gradient of x is that of y plus more."""
+    reached = {value for value, name in bindings.items() if name == above}
+    for operator in program.operators:
+        if operator.phase == "backward" and reached & _carried_over(operator):
+            reached.update(filter(None, operator.outputs))
+    return below in {bindings.get(value) for value in reached}
+
+
+def _carried_over(operator: Operator) -> set[str]:
+    """Inputs that the operator's result is the sum of, or a copy of."""
+    if operator.target.startswith("aten.addmm"):
+        first = operator.args[0]
+        return {first["operand"]["value"]} if isinstance(first, dict) and "operand" in first else set()
+    copies = operator.target.startswith(("aten.add.", "aten._to_copy.", "aten.clone."))
+    return set(operator.inputs) if copies else set()
+
+
+def _bound_programs(source: Profile | Plan) -> list[tuple[Layer, Program]]:
+    programs = {program.name: program for program in source.programs}
+    return [(layer, programs[layer.program]) for layer in source.layers]
+
+
 def _gradients(source: Profile | Plan) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Per layer: gradients that it reads and another layer makes, and that it makes and another layer reads."""
-    programs = {program.name: program for program in source.programs}
     made: dict[str, set[str]] = {}
     read: dict[str, set[str]] = {}
-    for layer in source.layers:
-        for operator in programs[layer.program].operators:
+    for layer, program in _bound_programs(source):
+        for operator in program.operators:
             if operator.phase != "backward":
                 continue
             for value in operator.inputs:
@@ -139,18 +167,17 @@ def _gradients(source: Profile | Plan) -> tuple[dict[str, list[str]], dict[str, 
 
 def _bound_gradients(source: Profile | Plan) -> dict[str, tuple[list[int], str, int]]:
     """Gradients that layers share: name -> shape, type, bytes."""
-    programs = {program.name: program for program in source.programs}
     return {
         layer.bindings[value.name]: (value.shape, value.dtype, value.bytes)
-        for layer in source.layers
-        for value in programs[layer.program].values
+        for layer, program in _bound_programs(source)
+        for value in program.values
         if value.kind == "gradient" and value.name in layer.bindings
     }
 
 
 def _leave_out(profile: Profile, skipped: set[str]) -> PartialStep:
     """Without the backward of `skipped`, and without any below the lowest layer that still trains something."""
-    passages = residual_passages(profile)
+    passages = equal_passages(profile)
     trained = {t.name for t in profile.tensors if t.kind == "trainable"}
     training = [layer.name not in skipped and bool(trained & set(layer.bindings.values())) for layer in profile.layers]
     lowest = training.index(True)

@@ -309,6 +309,22 @@ def test_a_faster_device_is_never_slower(seed, field, factor):
     assert simulate(better).step_seconds <= smallest.step_seconds + 1e-12
 
 
+def summed(profile):
+    """The same with sums for a backward: each layer has a residual."""
+    programs = [
+        program.model_copy(
+            update={
+                "operators": [
+                    o.model_copy(update={"target": "aten.add.Tensor"}) if o.phase == "backward" else o
+                    for o in program.operators
+                ]
+            }
+        )
+        for program in profile.programs
+    ]
+    return profile.model_copy(update={"programs": programs})
+
+
 @pytest.fixture(scope="module")
 def chain():
     """Layers of equal width with a trainable each."""
@@ -317,7 +333,7 @@ def chain():
         for seed in range(100)
         if all("t" in {v.name for v in p.values} for p in small_chain(seed, layers=4, equal=True).programs)
     )
-    return Planner(small_chain(seed, layers=4, equal=True))
+    return Planner(summed(small_chain(seed, layers=4, equal=True)))
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +440,9 @@ def test_lcsb_needs_a_residual_to_pass_gradients_through():
         if all("t" in {v.name for v in p.values} for p in small_chain(seed, layers=3).programs)
         and len({v.bytes for p in small_chain(seed, layers=3).programs for v in p.values if v.name == "gy"}) > 1
     )
-    with pytest.raises(InputError, match="and layer l1 has none"):
-        plan(small_chain(seed, layers=3), 1 << 40, policy="lcsb")
+    with pytest.raises(InputError, match="and layer l1 has none: what comes from above is not one gradient"):
+        plan(summed(small_chain(seed, layers=3)), 1 << 40, policy="lcsb")
+    with pytest.raises(InputError, match="and layer l1 has none: no sum takes the gradient"):
+        plan(small_chain(4, layers=3, equal=True), 1 << 40, policy="lcsb")
     with pytest.raises(InputError, match="has 0 that take a gradient from above; choose another policy"):
         plan(small_chain(1, layers=2, trainables=False), 1 << 40, policy="lcsb")

