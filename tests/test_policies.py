@@ -11,13 +11,14 @@ import itertools
 import pytest
 import torch
 from in_process import make_training
-from reference import peft_model, peft_name
+from reference import CONFIGS, peft_model, peft_name
 from safetensors.torch import load_file
 from tiny_plans import CONFIG, decoder_profile
 
 from planner.compare import compare
 from planner.exchange import load_plan, save_plan
 from planner.explain import explain
+from planner.gradients import cycle, trained_blocks
 from planner.plan import Planner
 from planner.policies import APPROXIMATE, POLICIES
 from profiles.errors import InputError
@@ -230,6 +231,18 @@ def test_lcsb_reads_no_weight_in_the_backward_of_a_skipped_layer(planner):
             assert (again == 0) == (f"model.layers.{index}" in step.skipped)
         backward = {i[1] for i in step.instructions if i[0] == "update"}
         assert not any(name.startswith(f"{layer}.") for name in backward for layer in step.skipped)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_every_family_has_residuals(family, tmp_path):
+    profile = decoder_profile(tmp_path, config=CONFIGS[family], batch=1, seq=8)
+    blocks = trained_blocks(profile)
+    assert len(blocks) == CONFIGS[family]["num_hidden_layers"]
+    steps = cycle(profile, positions=len(blocks))
+    assert [len(step.passages) for step in steps] == list(
+        reversed(range(len(blocks)))
+    )  # from the head down to its block
+    assert all(len(step.skipped) == len(blocks) - 1 for step in steps)
 
 
 @pytest.mark.parametrize("policy", APPROXIMATE)

@@ -42,6 +42,7 @@ from profiles.units import parse_size
 from runtime.adapter import initialise
 from runtime.data import prepare
 from runtime.launch import run
+from runtime.records import RecordFile
 
 MIB = 1 << 20
 TEXT_PACKAGE, TEXT_FILE = "gensim==4.4.0", "gensim/test/test_data/lee_background.cor"
@@ -172,6 +173,7 @@ class Judge:
         assert made.model.store is not None
         assert made.seq is not None
         self.made, self.folder, self.samples = made, folder, samples
+        self.records: dict[Path, RecordFile] = {}
         weights: dict[str, Tensor] = {}
         with Store.open(made.model.store) as store:
             for name, entry in store.entries.items():
@@ -183,15 +185,17 @@ class Judge:
             if tensor.kind == "trainable":
                 weights[tensor.name] = self.start[tensor.name] = torch.empty(tensor.shape)
                 initialise(tensor.name, 0, weights[tensor.name])
+        torch.set_num_threads(1)  # two wait for each other as soon as anything else runs: ten times slower
         self.model = peft_model(made.model.config, weights, RANK, ALPHA, torch.bfloat16).eval()
         found = dict(self.model.named_parameters())
         self.trained = {name: found[peft_name(name, found)] for name in self.names}
 
-    def once(self, checkpoint: Path, data: Path) -> dict[str, float]:
-        """Of the adapter of a checkpoint, which remembers the answer."""
-        note = checkpoint / f"judged-{data.stem}-{self.samples}.json"
+    def once(self, checkpoint: Path | None, data: Path) -> dict[str, float]:
+        """Of the adapter of a checkpoint, or of none yet; the answer is kept beside it."""
+        note = (checkpoint or self.folder) / f"judged-{data.stem}-{self.samples}.json"
         if not note.exists():
-            note.write_text(json.dumps(self(load_adapter(checkpoint), data)))
+            adapter = self.start if checkpoint is None else load_adapter(checkpoint)
+            note.write_text(json.dumps(self(adapter, data)))
         found: dict[str, float] = json.loads(note.read_text())
         return found
 
@@ -199,9 +203,11 @@ class Judge:
         """Of an adapter by trainable name, over the first samples of a split."""
         for name, parameter in self.trained.items():
             parameter.data.copy_(adapter[name])
-        vocabulary = resolve(self.made.model.source).vocabulary()
-        size = self.made.model.config["vocab_size"]
-        records = prepare(str(data), vocabulary, self.folder, seq=self.made.seq, vocab_size=size, too_long="truncate")
+        if data not in self.records:
+            vocabulary = resolve(self.made.model.source).vocabulary()
+            options: dict[str, Any] = {"seq": self.made.seq, "vocab_size": self.made.model.config["vocab_size"]}
+            self.records[data] = prepare(str(data), vocabulary, self.folder, too_long="truncate", **options)
+        records = self.records[data]
         total, right, count = 0.0, 0, 0
         with torch.no_grad():
             for begin in range(0, min(self.samples, records.count), self.made.batch):
@@ -214,7 +220,6 @@ class Judge:
                 total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
                 right += int((logits.argmax(1) == wanted).sum())
                 count += len(wanted)
-        records.close()
         return {"loss": total / count, "accuracy": right / count}
 
 
@@ -228,7 +233,7 @@ def judged(plan: Plan, folder: Path, judge: Judge, data: Path, rate: float) -> d
     """What a run was like, with its curve on held-out texts."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     report = json.loads((folder / "report.json").read_text())
-    curve = [{"step": 0, "seconds": 0.0, **judge(judge.start, data)}]
+    curve = [{"step": 0, "seconds": 0.0, **judge.once(None, data)}]
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
         step = int(path.name.split("-")[1])
         seconds = sum(line["seconds"] for line in lines[:step])
