@@ -30,8 +30,10 @@ CAPS = {"qwen2.5-0.5b": 320, "qwen2.5-1.5b": 460, "qwen2.5-3b": 662, "gemma3-1b"
 """MiB for the whole process: what MeBP reports for a phone, without file-backed pages there (Gemma3-4B: 1029 MB)."""
 BASELINE_NAMES = dict(zip(CAPS, ("qwen0.5b", "qwen1.5b", "qwen3b", "gemma1b", "gemma4b"), strict=True))
 RATIOS = (1.0, 1.25, 1.5, 2.0, 4.0)
-RULES = ("mebp", "keep-all")
+RULES = ("mebp", "mesp", "keep-all", "mezo", "lcsb")
 UNLIMITED = 64 << 30
+PUBLISHED = {128: (253, 111), 256: (361, 136), 512: (582, 246), 1024: (1050, 514)}
+"""Qwen2.5-0.5B by tokens: MB of MeBP and of MeSP, as MeSP's authors report them."""
 
 
 def main(
@@ -39,10 +41,14 @@ def main(
     baseline: Annotated[
         Path | None, typer.Option(help="Script that prints a JSON line with step_s and peak_mib for MODEL CKPT SEQ.")
     ] = None,
+    qlora: Annotated[
+        Path | None, typer.Option(help="Script that prints a JSON line with step_s and peak_train_mib for MODEL SEQ.")
+    ] = None,
     seq: Annotated[int, typer.Option(help="Tokens of the one sample.")] = 256,
     steps: Annotated[int, typer.Option(help="Steps of each run; the first two do not count.")] = 7,
     time_limit: Annotated[float, typer.Option(help="Seconds for each plan.")] = 30.0,
     curve: Annotated[bool, typer.Option(help="Also plan and run above the cap.")] = True,
+    lengths: Annotated[bool, typer.Option(help="Also Qwen2.5-0.5B at 128 to 1024 tokens in the least memory.")] = True,
     out: Annotated[Path, typer.Option(help="Folder for the figures.")] = ROOT / "examples" / "out" / "headline",
 ) -> None:
     """Measure every model and print one table."""
@@ -50,20 +56,20 @@ def main(
     rows: list[dict[str, Any]] = []
     for name in model or list(CAPS):
         try:
-            rows += measure(name, seq, steps, time_limit, out, baseline, curve=curve)
+            rows += measure(name, seq, steps, time_limit, out, curve=curve)
+            rows += baselines(name, seq, baseline, qlora)
+            if lengths and name == "qwen2.5-0.5b":
+                rows += [least_memory(name, length, steps, time_limit, out) for length in PUBLISHED]
         except TightfitError as error:
-            rows.append({"model": name, "what": "failed", "note": str(error)})
+            rows.append({"model": name, "what": "failed", "note": f": {error}"})
         (out / "headline.json").write_text(json.dumps(rows, indent=1) + "\n")
     show(rows)
     draw(rows, out / "headline.png")
 
 
-def measure(
-    name: str, seq: int, steps: int, time_limit: float, out: Path, baseline: Path | None, *, curve: bool
-) -> list[dict[str, Any]]:
-    """Rows of one model."""
-    made = profile(str(ROOT / "examples" / "models" / name / "config.json"), batch=1, seq=seq)
-    planner = Planner(made)
+def measure(name: str, seq: int, steps: int, time_limit: float, out: Path, *, curve: bool) -> list[dict[str, Any]]:
+    """Ours and the fixed rules for one model."""
+    planner = Planner(profile(str(ROOT / "examples" / "models" / name / "config.json"), batch=1, seq=seq))
     cap = CAPS[name] * MIB
     least = planner.minimum(time_limit=time_limit).peak_bytes
     rows: list[dict[str, Any]] = [{"model": name, "what": "smallest feasible budget", "budget_bytes": least}]
@@ -73,8 +79,30 @@ def measure(
     rows.append(_row(name, planner.plan(UNLIMITED, time_limit=time_limit), "ours, unlimited", steps, out))
     for rule in RULES:
         rows.append(_row(name, planner.plan(cap, policy=rule, time_limit=time_limit), rule, steps, out))
+    return rows
+
+
+def least_memory(name: str, seq: int, steps: int, time_limit: float, out: Path) -> dict[str, Any]:
+    """The smallest plan at another sequence length, run, beside what was published."""
+    planner = Planner(profile(str(ROOT / "examples" / "models" / name / "config.json"), batch=1, seq=seq))
+    mebp, mesp = PUBLISHED[seq]
+    row = _row(name, planner.minimum(time_limit=time_limit), f"smallest, {seq} tokens", steps, out)
+    if "note" in row:
+        return row
+    above = row["above_floor_bytes"] / 1e6
+    return row | {"note": f": {above:,.0f} MB above the floor; published: MeBP {mebp}, MeSP {mesp} MB"}
+
+
+def baselines(name: str, seq: int, baseline: Path | None, qlora: Path | None) -> list[dict[str, Any]]:
+    """What people run today, each in a process of its own."""
+    usual = "transformers + peft"
+    known = BASELINE_NAMES[name]
+    rows = []
     if baseline is not None:
-        rows += [_baseline(name, baseline, checkpointing, seq) for checkpointing in (0, 1)]
+        rows.append(_baseline(name, usual, [str(baseline), known, "0", str(seq)]))
+        rows.append(_baseline(name, f"{usual} + checkpointing", [str(baseline), known, "1", str(seq)]))
+    if qlora is not None:
+        rows.append(_baseline(name, f"{usual} + NF4 + checkpointing", [str(qlora), known, str(seq)]))
     return rows
 
 
@@ -82,7 +110,12 @@ def _row(name: str, plan: Plan, what: str, steps: int, out: Path) -> dict[str, A
     row = {"model": name, "what": what, "budget_bytes": plan.budget_bytes, "status": plan.status, "gap": plan.gap}
     if plan.status == "infeasible":
         return row | {"minimum_budget_bytes": plan.minimum_budget_bytes}
-    report = run(plan, "random", steps=steps, out=out / "run", overwrite=True, checkpoint_every=0, profile_step=True)
+    try:
+        report = run(
+            plan, "random", steps=steps, out=out / "run", overwrite=True, checkpoint_every=0, profile_step=True
+        )
+    except TightfitError as error:
+        return row | {"note": f": {error}"}
     lines = (out / "run" / "metrics.jsonl").read_text().splitlines()
     seconds = statistics.median(json.loads(line)["seconds"] for line in lines[2:])
     return row | {
@@ -94,17 +127,15 @@ def _row(name: str, plan: Plan, what: str, steps: int, out: Path) -> dict[str, A
     }
 
 
-def _baseline(name: str, script: Path, checkpointing: int, seq: int) -> dict[str, Any]:
-    command = [sys.executable, str(script), BASELINE_NAMES[name], str(checkpointing), str(seq)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    what = "transformers + peft" + (" + checkpointing" if checkpointing else "")
+def _baseline(name: str, what: str, command: list[str]) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"model": name, "what": what, "note": (done.stderr.strip().splitlines() or ["failed"])[-1]}
+        return {"model": name, "what": what, "note": ": " + (done.stderr.strip().splitlines() or ["failed"])[-1]}
     found = json.loads(done.stdout.strip().splitlines()[-1])
     return {
         "model": name,
         "what": what,
-        "peak_bytes": {"measured": found["peak_mib"] * MIB},
+        "peak_bytes": {"measured": found.get("peak_mib", found.get("peak_train_mib")) * MIB},
         "step_seconds": {"measured": found["step_s"]},
     }
 
@@ -159,7 +190,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     names = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), squeeze=False, layout="constrained")
     for name, axis in zip(names, axes[0], strict=True):
-        timed = [row for row in rows if row["model"] == name and "step_seconds" in row]
+        timed = [row for row in rows if row["model"] == name and "step_seconds" in row and "note" not in row]
         points = sorted(_point(row) for row in timed if row["what"].startswith("ours"))
         axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label="tightfit")
         for row in timed:
