@@ -77,6 +77,7 @@ def main(
     plans = planned(made, parse_size(memory) if memory else None, out / "plans")
     judge = Judge(made, out / "data", samples)
     told: dict[str, Any] = {"cap_bytes": plans["mezo"].budget_bytes, "batch": batch, "seq": seq, "methods": {}}
+    told["gradients"] = compare_gradients(plans, made, splits["train"], out)
     for name, plan in plans.items():
         tried = [float(rate) for rate in rates.split(",")]
         rate = tune(plan, splits, judge, tried, tuning, out, told) if name == "mezo" else lr
@@ -85,8 +86,6 @@ def main(
         folder = trained(plan, splits["train"], out / name, steps=count, lr=rate, every=max(1, count // 5))
         told["methods"][name] = judged(plan, folder, judge, splits["held_out"], rate)
         write(told, out)
-    told["gradients"] = compare_gradients(plans, made, splits["train"], out)
-    write(told, out)
     show(told)
     draw(told, out / "convergence.png")
 
