@@ -110,7 +110,7 @@ class Executor:
         ends = [*job.starts[1:], len(job.tables)]
         self.tables = [job.tables[start:end] for start, end in zip(job.starts, ends)]
         programs = []
-        for program in header["programs"]:
+        for program in header.pop("programs"):  # bound, they are of no more use and as large as what is bound
             local = {value[0]: index for index, value in enumerate(program["values"])}
             values = {
                 name: {"dtype": dtype, "shape": shape, "stride": stride}

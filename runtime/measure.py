@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.bandwidth import measure_channels
+from runtime.floor import HOLES_PER_WORKSPACE
 from runtime.kernels import kernel_bytes
 from runtime.process import child_environment, command, memory, trim_heap
 
@@ -81,6 +82,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         gc.collect()
         trim_heap()
         step()
+    workspace = max((each[1] for program in result["operators"].values() for each in program), default=0)
+    result["floor"]["resident_bytes"] += round(HOLES_PER_WORKSPACE * workspace)
     result["unpack"] = []
     for key in request["weights"]:
         result["unpack"].append(measure_unpack(*key))
