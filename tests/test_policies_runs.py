@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -41,6 +42,11 @@ def test_a_resumed_run_is_the_run_that_never_stopped(planner, policy, tmp_path):
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
     moved = load_file(adapters[0])
     assert all(value.any() for name, value in moved.items() if "lora_B" in name)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    own = [
+        [x["seconds"] for x in lines[1:] if x["step"] % len(plan.steps) == place] for place in range(len(plan.steps))
+    ]
+    assert whole["step_seconds"]["measured"] == pytest.approx(statistics.mean(map(statistics.median, own)))
     assert whole["policy"] == policy
     assert whole["evaluation"]["before"]["loss"] != whole["evaluation"]["after"]["loss"]
     assert whole["peak_bytes"]["measured"] <= whole["budget_bytes"]
