@@ -59,7 +59,7 @@ def update_seconds(tensor: Tensor, optimizer: Mapping[str, Any]) -> float:
 
 
 def cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialStep, ...]:
-    """LCSB's steps (Yoon et al. 2026): the trained blocks in `positions` runs of neighbours, lowest first; each step has
+    """LCSB's steps (arXiv 2602.13073): the trained blocks in `positions` runs of neighbours, lowest first; each step has
     a backward through one run, the gradient passes the blocks above it through their residual, and none below is needed.
     (The lowest block of a run still makes a gradient of its input, which nobody reads.) A block at rest is not updated.
 
