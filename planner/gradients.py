@@ -61,7 +61,8 @@ def update_seconds(tensor: Tensor, optimizer: Mapping[str, Any]) -> float:
 def cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialStep, ...]:
     """LCSB's steps (arXiv 2602.13073): the trained blocks in `positions` runs of neighbours, lowest first; each step has
     a backward through one run, the gradient passes the blocks above it through their residual, and none below is needed.
-    (The lowest block of a run still makes a gradient of its input, which nobody reads.) A block at rest is not updated.
+    (The lowest block of a run still makes a gradient of its input, which nobody reads.) A block at rest is not updated, as
+    torch.optim leaves alone what has no gradient; the paper counts on momentum to move it on.
 
     Raises InputError for a model with a trained layer that has no residual to pass a gradient through, or with one such
     layer only.
