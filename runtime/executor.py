@@ -80,6 +80,15 @@ class BoundOperator:
             compiled.kwargs["store"] = store
 
 
+def bind(program: dict[str, Any], arena: Arena, store: Store | None) -> list[BoundOperator]:
+    """The operators of a program as the job holds it."""
+    local = {value[0]: index for index, value in enumerate(program["values"])}
+    values = {
+        name: {"dtype": dtype, "shape": shape, "stride": stride} for name, dtype, shape, stride in program["values"]
+    }
+    return [BoundOperator(operator, values, local, arena, store) for operator in program["operators"]]
+
+
 class Executor:
     """`execute` runs one phase. `seconds` sums wall time by instruction kind, plus "stall": waiting for the disk."""
 
@@ -109,14 +118,8 @@ class Executor:
             self.where[number] = at * UNIT
         ends = [*job.starts[1:], len(job.tables)]
         self.tables = [job.tables[start:end] for start, end in zip(job.starts, ends)]
-        programs = []
-        for program in header.pop("programs"):  # bound, they are of no more use and as large as what is bound
-            local = {value[0]: index for index, value in enumerate(program["values"])}
-            values = {
-                name: {"dtype": dtype, "shape": shape, "stride": stride}
-                for name, dtype, shape, stride in program["values"]
-            }
-            programs.append([BoundOperator(op, values, local, arena, store) for op in program["operators"]])
+        # Bound, they are of no more use and as large as what is bound.
+        programs = [bind(program, arena, store) for program in header.pop("programs")]
         self.layers = [programs[index] for index in header["layer_programs"]]
         self.gathered = dict(header["gathered"])
         self.weights = [(name, dtype, tuple(shape), packed) for name, dtype, shape, packed, _, _ in header["weights"]]

@@ -9,12 +9,12 @@ from runtime.process import memory, trim_heap
 
 INSTRUCTION_BYTES = 50
 """int32 words of an average instruction, and the numbers and names of its tensors."""
-HEAP_SLACK_BYTES = 9 << 18
+HEAP_SLACK_BYTES = 3 << 19
 """What a run holds beyond this floor, its kernels and operators, its arena and the largest workspace: the job's own tables
 and holes in the heap between long-lived blocks; the same from the second step on, because free pages are given back after every step."""
 HOLES_PER_WORKSPACE = 0.2
-"""Further holes, as a part of the largest workspace. Both together were 3.4 MiB for a workspace of 5.5 MiB and 4.9 MiB for
-one of 13.4 MiB, where runs of SmolLM2-135M and Gemma3-1B needed 0.9 to 2.6 MiB."""
+"""Further holes, as a part of the largest workspace. Both together are 2.5 MiB for a workspace of 5 MiB, where runs of
+SmolLM2-135M needed 0.3 MiB and runs of Gemma3-1B 1.3 MiB; both vary by about 1 MiB from run to run."""
 IMPORT_SLACK_BYTES = 2 << 20
 """How much the peak of the start varies with what the page cache holds."""
 

@@ -183,7 +183,7 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
         "seq": plan["seq"],
         "kind": plan["model"]["kind"],
         "lora": plan["model"]["lora"],
-        "programs": [_program(p) for p in plan["programs"]],
+        "programs": [program_header(p) for p in plan["programs"]],
         "layer_programs": [programs[layer["program"]] for layer in plan["layers"]],
         "weights": [
             [t["name"], t["dtype"], t["shape"], t["packed_bytes"], place(t["name"]), place(f"packed:{t['name']}")]
@@ -246,7 +246,7 @@ def _units(at: int, instruction: Sequence[Any], alignment: int = UNIT) -> int:
     return at // UNIT
 
 
-def _program(program: Mapping[str, Any]) -> dict[str, Any]:
+def program_header(program: Mapping[str, Any]) -> dict[str, Any]:
     """What the child needs of a program."""
     return {
         "values": [[v["name"], v["dtype"], v["shape"], v["stride"]] for v in program["values"]],

@@ -1,8 +1,8 @@
 """What the operators of a model leave behind in a lean process: ``python -m runtime.kernels`` (JSON programs in, bytes out).
 
 oneDNN builds a kernel for every shape of a matrix product and keeps it (about half a MiB each in bfloat16), and code is
-mapped when it first runs. Both stay for the life of the process whatever the plan, as do the operators themselves, made
-ready to be called (about a KiB each), so they belong to its floor.
+mapped when it first runs. Both stay for the life of the process whatever the plan, as do the operators made ready to be
+called and the holes that reading them leaves in the heap, so they belong to its floor.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import gc
 import json
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 from runtime import lean_torch
+from runtime.job import program_header
 from runtime.process import child_environment, memory, trim_heap
 
 
@@ -21,7 +23,7 @@ def kernel_bytes(programs: list[dict[str, Any]], threads: int) -> int:
     """Resident bytes that stay once every operator of `programs` (profile programs as dicts) has run, above the floor."""
     done = subprocess.run(
         [sys.executable, "-X", "utf8", "-m", "runtime.kernels"],
-        input=json.dumps(programs),
+        input=json.dumps([program_header(program) for program in programs]),
         text=True,
         capture_output=True,
         env=child_environment(threads),
@@ -38,41 +40,51 @@ def main() -> int:
     from runtime.warm import SIZE, prepare, warm
 
     warm(prepare(), SIZE)  # the state in which the floor is measured
-    programs = json.load(sys.stdin)
+    from runtime.arena import Arena
+    from runtime.executor import bind
+
     before = _resident()
-    kept = [_run_once(program) for program in programs]
+    programs = json.load(sys.stdin)
+    arena = Arena(1 << 20)
+    kept = [bind(program, arena, None) for program in programs]
+    for program in programs:
+        _run_once(program)
+    del program, programs
     sys.stdout.write(json.dumps({"bytes": max(0, _resident() - before)}) + "\n")
     del kept
     return 0
 
 
-def _run_once(program: dict[str, Any]) -> list[Any]:
-    """The operators, ready to be called."""
+def _run_once(program: dict[str, Any]) -> None:
     import torch
 
     from runtime.compiled import compile_operator
 
-    values = {value["name"]: value for value in program["values"]}
-    left = {name: sum(name in (*op["inputs"], *op["outputs"]) for op in program["operators"]) for name in values}
+    values = {name: {"dtype": d, "shape": shape, "stride": stride} for name, d, shape, stride in program["values"]}
+    compiled = [compile_operator(operator, values) for operator in program["operators"]]
+    touched = [
+        [
+            *(operand["value"] for *_, operand in (*ready.slots, *ready.gathers)),
+            *(name for name in operator["outputs"] if name is not None),
+        ]
+        for ready, operator in zip(compiled, program["operators"])
+    ]
+    left = Counter(name for names in touched for name in set(names))
     tensors: dict[str, Any] = {}
-    ready = []
-    for operator in program["operators"]:
-        names = [name for name in (*operator["inputs"], *operator["outputs"]) if name is not None]
-        if not operator["gathers"]:
+    for operator, names in zip(program["operators"], touched):
+        ready = compiled.pop(0)  # it holds the tensors of its last call
+        if not ready.gathers:
             for name in names:
                 if name not in tensors:
                     value = values[name]
                     tensors[name] = torch.empty_strided(
                         value["shape"], value["stride"], dtype=getattr(torch, value["dtype"])
                     ).zero_()
-            outputs = [None if name is None else tensors[name] for name in operator["outputs"]]
-            compile_operator(operator, values).run(tensors, outputs)
-        ready.append(compile_operator(operator, values))  # one that holds no tensor
-        for name in dict.fromkeys(names):
+            ready.run(tensors, [None if name is None else tensors[name] for name in operator["outputs"]])
+        for name in set(names):
             left[name] -= 1
-            if left[name] <= 0:
+            if not left[name]:
                 tensors.pop(name, None)
-    return ready
 
 
 def _resident() -> int:

@@ -77,7 +77,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         measured = measure_program(program, Path(request["scratch"]))
         before = result["operators"].get(program["name"], measured)
         result["operators"][program["name"]] = [
-            [min(old[0], new[0]), min(old[1], new[1])] for old, new in zip(before, measured, strict=True)
+            [min(old[0], new[0]), max(old[1], new[1])] for old, new in zip(before, measured, strict=True)
         ]
         gc.collect()
         trim_heap()
