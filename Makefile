@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format clean bench-headline bench-service bench-planner bench-proof
+.PHONY: demo test lint format clean bench-headline bench-service bench-planner bench-proof bench-convergence
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -29,6 +29,10 @@ bench-planner: $(VENV)/.installed-test
 # Brute force over tens of thousands of small graphs, looking for one that contradicts the planner; ten minutes.
 bench-proof: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/proof.py $(ARGS)
+
+# SmolLM2-135M on news texts at one cap: backpropagation, lcsb and mezo; ARGS='--steps 40 --factor 4' for a taste.
+bench-convergence: $(VENV)/.installed-test
+	$(BIN)/python tests/benchmarks/convergence.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -155,16 +155,17 @@ def _live_peak(items: list[_Item], length: int) -> int:
 
 
 def _orders(items: list[_Item]) -> Iterable[tuple[list[int], bool]]:
-    """Orders to try, with lowest or tightest fit: by size, by rough size and lifetime, by lifetime."""
+    """Orders to try, with lowest or tightest fit: by size, by rough size and lifetime, by lifetime, by both weighed."""
     every = range(len(items))
     life = [sum(last - first + 1 for first, last in item.spans) for item in items]
     size = [item.size for item in items]
     start = [item.spans[0][0] for item in items]
-    keys: list[tuple[Callable[[int], tuple[int, ...]], bool]] = [
+    keys: list[tuple[Callable[[int], tuple[float, ...]], bool]] = [
         (lambda i: (-size[i], -life[i], start[i]), False),
         (lambda i: (-size[i].bit_length(), -life[i], start[i]), False),
         (lambda i: (-life[i], -size[i], start[i]), True),
         (lambda i: (-size[i].bit_length(), start[i], -life[i]), False),
+        (lambda i: (-size[i] * math.sqrt(life[i]), start[i]), True),
     ]
     for key, tight in keys:
         yield sorted(every, key=key), tight

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from planner.arena import Arena, place
 from planner.emit import Draft, Entry, draft, live_profile
+from planner.gradients import Passages
 from planner.layers import Layered
 from planner.overlap import clock, overlap
 from planner.windows import Column
@@ -21,6 +23,7 @@ FEW = 200
 class Schedule:
     """Columns carried out, with every tensor in its place."""
 
+    problem: Layered
     columns: tuple[Column, ...]
     draft: Draft
     train: tuple[Entry, ...]
@@ -30,6 +33,24 @@ class Schedule:
     """seconds of them spent waiting for the disk"""
     peak_bytes: int
     """of the whole process"""
+    skipped: tuple[str, ...] = ()
+    """layers whose backward is left out"""
+    following: tuple[Schedule, ...] = ()
+    """the steps after this one in a cycle; seconds and stalls are then the cycle's means, the peak its largest"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One step of a policy: what is left of the whole step, and its layers' decisions."""
+
+    problem: Layered
+    columns: tuple[Column, ...]
+    skipped: tuple[str, ...] = ()
+    passages: Passages = field(default_factory=dict)
+    perturbed: tuple[str, ...] = ()
+
+    def draft(self) -> Draft:
+        return draft(self.problem, self.columns, self.passages, self.perturbed)
 
 
 def carry_out(
@@ -44,18 +65,31 @@ def carry_out(
 
     With `unmoved` transfers stay where they are needed, at last, if nothing else fits.
     """
-    joined = draft(problem, columns)
-    room = limit - _charged(problem, joined)
+    part = Part(problem=problem, columns=columns)
+    joined = part.draft()
+    return _carry_out(part, joined, limit, _charged(problem, [joined]), deadline=deadline, unmoved=unmoved)
+
+
+def _carry_out(
+    part: Part,
+    joined: Draft,
+    limit: int,
+    charged: int,
+    *,
+    deadline: float = float("inf"),
+    unmoved: bool = False,
+) -> tuple[Schedule | None, int]:
+    room = limit - charged
     live = _live(joined)
     if live > room:
         return None, live - room
     excess, allowed = 0, room
     for attempt in range(ROUNDS):
-        train = overlap(joined.train, problem.inputs, joined.resident, joined.sizes, allowed)
+        train = overlap(joined.train, part.problem.inputs, joined.resident, joined.sizes, allowed)
         arena = place(train, joined.evaluate, joined.resident, joined.sizes, room, deadline)
         before, excess = excess, arena.bytes - room
         if excess <= 0:
-            return _schedule(problem, columns, joined, train, arena), excess
+            return _schedule(part, joined, train, arena, charged), excess
         # The arena has gaps: what is moved must leave room for them, if it is what makes them.
         allowed -= excess
         if time.monotonic() > deadline or excess < room // FEW or (attempt and excess > before / 2):
@@ -64,21 +98,66 @@ def carry_out(
         arena = place(joined.train, joined.evaluate, joined.resident, joined.sizes, room, deadline)
         excess = arena.bytes - room
         if excess <= 0:
-            return _schedule(problem, columns, joined, joined.train, arena), excess
+            return _schedule(part, joined, joined.train, arena, charged), excess
     return None, excess
 
 
 def smallest_arena(problem: Layered, columns: tuple[Column, ...]) -> Schedule:
     """Schedule of the columns in the lowest arena found, with transfers moved as far as that allows."""
-    joined = draft(problem, columns)
-    arena = place(joined.train, joined.evaluate, joined.resident, joined.sizes, _live(joined))
-    moved, _ = carry_out(problem, columns, arena.bytes + _charged(problem, joined))
-    return moved or _schedule(problem, columns, joined, joined.train, arena)
+    return smallest_cycle([Part(problem=problem, columns=columns)])
 
 
-def _charged(problem: Layered, joined: Draft) -> int:
-    """Bytes of the instructions themselves."""
-    return problem.profile.device.floor.instruction_bytes * (len(joined.train) + len(joined.evaluate))
+def carry_out_cycle(parts: Sequence[Part], limit: int) -> tuple[Schedule | None, int]:
+    """Schedules of a policy's steps within `limit` bytes of arena and all their instructions, or the bytes by which one
+    fails. Transfers stay where they are needed if nothing else fits.
+    """
+    drafts = [part.draft() for part in parts]
+    charged = _charged(parts[0].problem, drafts)
+    found = []
+    for part, joined in zip(parts, drafts, strict=True):
+        schedule, excess = _carry_out(part, joined, limit, charged, unmoved=True)
+        if schedule is None:
+            return None, excess
+        found.append(schedule)
+    return _in_turn(found), 0
+
+
+def smallest_cycle(parts: Sequence[Part]) -> Schedule:
+    """Schedules of a policy's steps in the lowest arena found, with transfers moved as far as that allows."""
+    drafts = [part.draft() for part in parts]
+    charged = _charged(parts[0].problem, drafts)
+    found = []
+    for part, joined in zip(parts, drafts, strict=True):
+        arena = place(joined.train, joined.evaluate, joined.resident, joined.sizes, _live(joined))
+        found.append(_schedule(part, joined, joined.train, arena, charged))
+    limit = max(schedule.arena.bytes for schedule in found) + charged
+    moved, _ = carry_out_cycle(parts, limit)
+    return moved or _in_turn(found)
+
+
+def _in_turn(steps: Sequence[Schedule]) -> Schedule:
+    """The steps of a cycle as one schedule, the first with the others following."""
+    first, *following = steps
+    if not following:
+        return first
+    # What outlives a step must lie where the next one looks for it.
+    assert all(one.arena.resident == first.arena.resident for one in following)
+    assert all(set(one.draft.resident) == set(first.draft.resident) for one in following)
+    height = max(one.arena.bytes for one in steps)
+    return replace(
+        first,
+        arena=replace(first.arena, bytes=height),
+        seconds=sum(one.seconds for one in steps) / len(steps),
+        stalls=sum(one.stalls for one in steps) / len(steps),
+        peak_bytes=max(one.peak_bytes for one in steps),
+        following=tuple(following),
+    )
+
+
+def _charged(problem: Layered, drafts: Sequence[Draft]) -> int:
+    """Bytes of the instructions themselves: every training step and one evaluation."""
+    count = sum(len(joined.train) for joined in drafts) + len(drafts[0].evaluate)
+    return problem.profile.device.floor.instruction_bytes * count
 
 
 def _live(joined: Draft) -> int:
@@ -89,14 +168,15 @@ def _live(joined: Draft) -> int:
     )
 
 
-def _schedule(
-    problem: Layered, columns: tuple[Column, ...], joined: Draft, train: tuple[Entry, ...], arena: Arena
-) -> Schedule:
+def _schedule(part: Part, joined: Draft, train: tuple[Entry, ...], arena: Arena, charged: int) -> Schedule:
+    problem = part.problem
     timing = clock(train, problem.inputs)
     floor = problem.profile.device.floor
-    peak = floor.resident_bytes + _charged(problem, joined) + arena.bytes + problem.workspace_bytes
+    peak = floor.resident_bytes + charged + arena.bytes + problem.workspace_bytes
     return Schedule(
-        columns=columns,
+        problem=problem,
+        columns=part.columns,
+        skipped=part.skipped,
         draft=joined,
         train=train,
         arena=arena,

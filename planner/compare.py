@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from planner.graphs.planner import GraphPlanner
 from planner.master import Progress
 from planner.plan import Planner, planner_of, rebudgeted
+from planner.policies import APPROXIMATE
 from planner.schema import Plan
 from profiles.devices import DeviceDescription
 from profiles.errors import InputError
@@ -68,9 +69,10 @@ def compare(
     profiles = [profile if device is None else retarget(profile, device) for device in devices]
     planners = [planner_of(one) for one in profiles]
     known = (SOLVER, *planners[0].policies())
+    nameable = known if profile.model.kind == "graph" else (*known, *APPROXIMATE)
     for policy in policies or ():
-        if policy not in known:
-            raise InputError(f"no policy is called {policy!r}; choose from {', '.join(known)}")
+        if policy not in nameable:
+            raise InputError(f"no policy is called {policy!r}; choose from {', '.join(nameable)}")
     names = [one.device.name for one in profiles]
     for name in names:
         if names.count(name) > 1:
@@ -122,7 +124,7 @@ def _fill(
             else:
                 made = planner.plan(budget, policy=policy, time_limit=time_limit)
             solved = found.get((budget, SOLVER))
-            if policy != SOLVER and solved is not None and made.status != "infeasible":
+            if policy != SOLVER and solved is not None and made.status != "infeasible" and made.exact:
                 made = rebudgeted(made, bound_seconds=solved.bound_seconds)
             found[budget, policy] = made
             if planned is not None:

@@ -154,6 +154,9 @@ class Ledger:
                 there[f"packed:{operands[0]}"] = None
             elif verb in ("unpack", "fetch"):
                 there[operands[0]] = None
+            elif verb == "pass":
+                del there[operands[0]]
+                there[operands[1]] = None
             elif verb == "free" and index < instruction:
                 del there[operands[0]]
         return {name: self.sizes[name] for name in there}

@@ -7,9 +7,10 @@ moves them ahead, `arena` gives everything a place, `instructions` writes the sc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from planner.gradients import Passages
 from planner.graph import PACKED_ALIGNMENT, aligned
 from planner.layers import ALWAYS, Layered, compute_seconds, transfer_seconds
 from planner.windows import Action, Column, Script, expand, resident_between_steps
@@ -21,11 +22,12 @@ class Entry:
 
     verb: str
     name: str
-    """the tensor (read, unpack: the weight; update: the trainable); empty for run"""
+    """the tensor (read, unpack: the weight; update, perturb: the trainable); empty for run"""
     layer: int
     operator: int
+    """run: position in the program; perturb: times epsilon"""
     outputs: tuple[str | None, ...]
-    """run: storages by output position"""
+    """run: storages by output position; pass: what the gradient is called before and after"""
     seconds: float
     """compute, what a transfer costs the cores included"""
     transfer: float
@@ -46,9 +48,11 @@ class Draft:
     """per layer"""
 
 
-def draft(problem: Layered, columns: tuple[Column, ...]) -> Draft:
-    """Join the windows of every layer under its column."""
-    return _Joiner(problem, columns).join()
+def draft(
+    problem: Layered, columns: tuple[Column, ...], passages: Passages | None = None, perturbed: Iterable[str] = ()
+) -> Draft:
+    """Join the windows of every layer under its column; `passages` and `perturbed` are those of a `PartialStep`."""
+    return _Joiner(problem, columns).join(passages or {}, tuple(perturbed))
 
 
 def made_by(entry: Entry) -> tuple[str, ...]:
@@ -83,17 +87,18 @@ class _Joiner:
                     self.sizes[f"{state}:{name}"] = aligned(storage.bytes)
                     self.raw[f"{state}:{name}"] = storage.bytes
 
-    def join(self) -> Draft:
+    def join(self, passages: Passages, perturbed: tuple[str, ...]) -> Draft:
         count = len(self.columns)
-        train = [
-            *(entry for layer in range(count) for entry in self._entries(layer, self.scripts[layer].forward)),
-            *(
-                entry
-                for layer in reversed(range(count))
-                for entry in self._entries(layer, self.scripts[layer].backward)
-            ),
-            *self._outcome(),
+        forward = [entry for layer in range(count) for entry in self._entries(layer, self.scripts[layer].forward)]
+        backward = [
+            entry
+            for layer in reversed(range(count))
+            for entry in [*self._entries(layer, self.scripts[layer].backward), *self._passed(layer, passages)]
         ]
+        if perturbed:
+            train = self._twice([*forward, *self._outcome()], perturbed)
+        else:
+            train = [*forward, *backward, *self._outcome()]
         evaluate = [
             *(entry for layer in range(count) for entry in self._entries(layer, self.scripts[layer].evaluate)),
             *self._outcome(),
@@ -110,6 +115,20 @@ class _Joiner:
             sizes={name: self.sizes[name] for name in sorted(names)},
             scripts=self.scripts,
         )
+
+    def _twice(self, forward: list[Entry], trainables: tuple[str, ...]) -> list[Entry]:
+        """MeZO: one forward on either side of the trainables, which the update then takes back and moves."""
+        joined = []
+        for shift in (1, -2):
+            joined += [replace(self._entry("perturb", name, -1), operator=shift) for name in trainables]
+            joined += forward
+        return [*joined, *(self._entry("update", name, -1) for name in trainables)]
+
+    def _passed(self, layer: int, passages: Passages) -> Iterable[Entry]:
+        """The gradient of a skipped layer's output, taken for that of its input."""
+        passage = passages.get(self.problem.graph.layers[layer])
+        if passage is not None:
+            yield replace(self._entry("pass", passage[0], layer), outputs=passage)
 
     def _outcome(self) -> Iterable[Entry]:
         profile = self.problem.profile
@@ -152,7 +171,7 @@ class _Joiner:
             seconds, transfer = compute_seconds(channel, size), transfer_seconds(channel, size)
         elif verb == "unpack":
             seconds = self.tensors[name].unpack_seconds
-        elif verb == "update":
+        elif verb in {"update", "perturb"}:
             seconds = self.tensors[name].update_seconds
         return Entry(verb=verb, name=name, layer=layer, operator=-1, outputs=(), seconds=seconds, transfer=transfer)
 
@@ -162,6 +181,8 @@ def instructions(
 ) -> list[list[Any]]:
     """The schedule as the plan file has it. `offsets`: (index of the entry, tensor it makes) -> arena offset."""
     where = dict(resident)
+    passed: dict[str, str] = {}
+    """gradients that skipped layers have passed on: name when made -> name now"""
     result: list[list[Any]] = []
     for index, entry in enumerate(entries):
         for name in made_by(entry):
@@ -174,8 +195,14 @@ def instructions(
             result.append(["read", entry.name, where[f"packed:{entry.name}"]])
         elif entry.verb in {"unpack", "fetch"}:
             result.append([entry.verb, entry.name, where[entry.name]])
+        elif entry.verb == "perturb":
+            result.append(["perturb", entry.name, entry.operator])
+        elif entry.verb == "pass":
+            before, after = map(str, entry.outputs)
+            passed[next((made for made, now in passed.items() if now == before), before)] = after
+            result.append(["pass", before, after])
         else:
-            result.append([entry.verb, entry.name])
+            result.append([entry.verb, passed.get(entry.name, entry.name)])
         if entry.verb == "free":
             del where[entry.name]
     return result

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from planner.costs import Cost, Ledger
 from planner.explanation import Explanation, PeakAccount, Recomputation, Shortfall, Worth, account
-from planner.schema import Plan
+from planner.schema import MEZO, Plan
 from profiles.units import format_seconds, format_size
 
 LEAST_SHARE = 5e-4
@@ -20,6 +20,7 @@ def explain(plan: Plan, explanation: Explanation | None = None) -> list[str]:
         return _infeasible(plan, told.shortfall)
     return [
         _headline(plan),
+        *_gradient(plan),
         _proof(plan),
         *_decisions(plan),
         *_peak(told.peak),
@@ -63,6 +64,20 @@ def _headline(plan: Plan) -> str:
         f"one step takes {format_seconds(plan.step_seconds)} and peaks at {format_size(plan.peak_bytes)} of"
         f" {format_size(plan.budget_bytes)} for {_whole(plan)} ({format_size(spare)} spare)"
     )
+
+
+def _gradient(plan: Plan) -> list[str]:
+    """What the steps follow where that is not the exact gradient."""
+    if plan.optimizer.get("name") == MEZO:
+        return ["two forwards and no backward: the gradient is estimated along one random direction per step"]
+    if plan.cycle:
+        turns = {layer for step in plan.steps for layer in step.skipped}
+        trained = " / ".join(str(len(turns) - len(step.skipped)) for step in plan.steps)
+        text = f"a cycle of {len(plan.steps)} steps: a backward through {trained} of {len(turns)} layers in turn, the"
+        return [
+            f"{text} gradient passes the others by; times are means over the cycle, what follows is its first step's"
+        ]
+    return []
 
 
 def _proof(plan: Plan) -> str:

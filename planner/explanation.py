@@ -140,7 +140,7 @@ def peak_account(plan: Plan, ledger: Ledger) -> PeakAccount:
     """What sets the peak of a plan with a schedule."""
     assert plan.train is not None
     name: Literal["train", "evaluate"] = "train"
-    phase = plan.train
+    phase = max(plan.steps, key=lambda step: step.peak_bytes)
     if plan.evaluate is not None and plan.evaluate.peak_bytes > phase.peak_bytes:
         name, phase = "evaluate", plan.evaluate
     at = phase.peak.instruction
@@ -218,7 +218,8 @@ def _share(seconds: float, train: Phase) -> float:
 def _remedies(plan: Plan, ledger: Ledger, peak: PeakAccount) -> list[Remedy]:
     """What shrinks with the batch, the sequence and the rank of the adapter, halved each."""
     assert plan.train is not None
-    phase = plan.train if peak.phase == "train" else plan.evaluate
+    step = max(plan.steps, key=lambda step: step.peak_bytes)
+    phase = step if peak.phase == "train" else plan.evaluate
     assert phase is not None
     trained = {name for name, kind in ledger.kinds.items() if kind == "trainable"}
     by_tokens = by_rank = 0

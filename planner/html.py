@@ -121,6 +121,7 @@ def verdicts(plans: Sequence[Plan]) -> list[str]:
         if solved is None:
             continue
         text = f"{format_size(budget)}: {format_seconds(solved.step_seconds)} per step, within {solved.gap:.2%} of the best plan of its class; "
+        here = {name: plan for name, plan in here.items() if plan.exact}
         if here:
             best = min(here.values(), key=lambda plan: plan.step_seconds)
             text += f"{best.policy}, the fastest fixed rule that fits, needs {best.step_seconds / solved.step_seconds:.2f} × as long"

@@ -12,11 +12,11 @@ import time
 from typing import TYPE_CHECKING
 
 from planner.bounds import any_schedule_bound
-from planner.carry_out import Schedule, carry_out, smallest_arena
-from planner.emit import instructions, kinds
+from planner.carry_out import Part, Schedule, carry_out_cycle, smallest_cycle
+from planner.emit import Entry, instructions, kinds
 from planner.layers import Layered
 from planner.master import Progress
-from planner.policies import POLICIES, policy_columns
+from planner.policies import POLICIES, policy_parts
 from planner.schema import Peak, Phase, Plan
 from planner.simulate import Simulation, simulate
 from planner.solver import Outcome, Solver, Status
@@ -74,6 +74,7 @@ class Planner:
         self.problem: Layered = layered(profile)
         self.solver = Solver(self.problem)
         self._minimum: dict[str, Schedule] = {}
+        self._parts: dict[str, tuple[Part, ...]] = {}
 
     def plan(
         self,
@@ -91,7 +92,7 @@ class Planner:
         started = time.monotonic()
         deadline = started + time_limit - FINISH_SECONDS * len(self.problem.graph.steps)
         name = policy or "solver"
-        any_bound = any_schedule_bound(self.problem, budget_bytes, seconds=ANY_SHARE * time_limit)
+        any_bound = self._any_bound(budget_bytes, name, ANY_SHARE * time_limit)
         outcome = Outcome(schedule=None, bound_seconds=any_bound, status="infeasible")
         below = budget_bytes < self.profile.device.floor.import_peak_bytes
         if not below and name != "solver":
@@ -115,10 +116,24 @@ class Planner:
         return not timely or least.peak_bytes <= budget_bytes
 
     def _follow(self, budget_bytes: int, policy: str, bound: float) -> Outcome:
-        schedule, _ = carry_out(
-            self.problem, policy_columns(self.problem, policy), self.solver.room(budget_bytes), unmoved=True
-        )
+        parts = self._policy(policy)
+        workspace = max(part.problem.workspace_bytes for part in parts)
+        schedule, _ = carry_out_cycle(parts, self.solver.room(budget_bytes) + self.problem.workspace_bytes - workspace)
         return Outcome(schedule=schedule, bound_seconds=bound, status="feasible")
+
+    def _policy(self, policy: str) -> tuple[Part, ...]:
+        if policy not in self._parts:
+            self._parts[policy] = policy_parts(self.problem, policy)
+        return self._parts[policy]
+
+    def _any_bound(self, budget_bytes: int, policy: str, time_limit: float = 60.0) -> float:
+        """Seconds that no schedule of the step undercuts; of a policy with steps of its own, of those."""
+        if policy == "solver" or policy in POLICIES:
+            return any_schedule_bound(self.problem, budget_bytes, seconds=time_limit)
+        parts = self._policy(policy)
+        each = time_limit / len(parts)
+        seconds = sum(any_schedule_bound(part.problem, budget_bytes, seconds=each) for part in parts) / len(parts)
+        return 2 * seconds if parts[0].perturbed else seconds
 
     # --- beside the budget -----------------------------------------------------------------------------------------
 
@@ -133,7 +148,7 @@ class Planner:
         """The plan of the smallest budget, in full."""
         started = time.monotonic()
         least = self.minimum(policy=policy, time_limit=time_limit)
-        any_bound = any_schedule_bound(self.problem, least.peak_bytes)
+        any_bound = self._any_bound(least.peak_bytes, policy or "solver")
         outcome = Outcome(schedule=least, bound_seconds=any_bound, status="feasible")
         return self._finish(least.peak_bytes, policy or "solver", outcome, any_bound, started)
 
@@ -145,7 +160,7 @@ class Planner:
 
     @staticmethod
     def policies() -> tuple[str, ...]:
-        """The fixed rules that mean something for this profile."""
+        """The fixed rules that follow the exact gradient."""
         return tuple(POLICIES)
 
     def minimum(self, *, policy: str | None = None, time_limit: float = 30.0) -> Schedule:
@@ -156,7 +171,7 @@ class Planner:
         if policy == "solver":
             return self.solver.least(deadline)
         if policy not in self._minimum:
-            self._minimum[policy] = smallest_arena(self.problem, policy_columns(self.problem, policy))
+            self._minimum[policy] = smallest_cycle(self._policy(policy))
         return self._minimum[policy], True
 
     def _infeasible(
@@ -165,7 +180,7 @@ class Planner:
         floor = self.profile.device.floor
         told = self._assemble(least.peak_bytes, policy, least, "feasible")
         simulation = simulate(told)
-        phases = (simulation.train, simulation.evaluate or simulation.train)
+        phases = (simulation.train, *simulation.cycle, simulation.evaluate or simulation.train)
         worst = max(phases, key=lambda phase: phase.peak_bytes)
         largest = ", ".join(list(worst.peak.tensors)[:3])
         if budget < floor.import_peak_bytes:
@@ -199,6 +214,7 @@ class Planner:
                 "arena_bytes": 0,
                 "workspace_bytes": 0,
                 "train": None,
+                "cycle": [],
                 "evaluate": None,
                 "timeline": [],
             }
@@ -211,7 +227,7 @@ class Planner:
         assert outcome.schedule is not None
         raw = self._assemble(budget, policy, outcome.schedule, outcome.status)
         simulation: Simulation = simulate(raw)
-        step = simulation.train.seconds
+        step = simulation.step_seconds
         bound = min(step, max(outcome.bound_seconds, any_bound))
         return sealed(
             raw.model_copy(
@@ -226,6 +242,7 @@ class Planner:
                     "deterministic": outcome.deterministic,
                     "workspace_bytes": simulation.workspace_bytes,
                     "train": simulation.train,
+                    "cycle": simulation.cycle,
                     "evaluate": simulation.evaluate,
                     "timeline": simulation.timeline,
                 }
@@ -234,18 +251,14 @@ class Planner:
 
     def _assemble(self, budget: int, policy: str, schedule: Schedule, status: Status) -> Plan:
         """The plan with its schedules, before the simulator has put its figures in."""
-        profile, problem = self.profile, self.problem
-        arena = schedule.arena
-        nothing = Peak(instruction=0, text="", tensors={})
-        phases = [
-            Phase(
-                instructions=instructions(problem, entries, arena.resident, offsets),
-                seconds=0.0,
-                peak_bytes=0,
-                peak=nothing,
-            )
-            for entries, offsets in ((schedule.train, arena.train), (schedule.draft.evaluate, arena.evaluate))
+        profile, arena = self.profile, schedule.arena
+        steps = (schedule, *schedule.following)
+        train = [
+            _phase(one, one.train, one.arena.train).model_copy(update={"skipped": list(one.skipped)}) for one in steps
         ]
+        decisions: dict[str, str] = {}
+        for one in reversed(steps):
+            decisions |= kinds(one.problem, one.draft, one.columns)
         resident = {name: arena.resident.get(name, 0) for name in schedule.draft.resident}
         return Plan(
             fingerprint="",
@@ -265,20 +278,31 @@ class Planner:
             batch=profile.batch,
             seq=profile.seq,
             compute_dtype=profile.compute_dtype,
-            optimizer=profile.optimizer,
+            optimizer=schedule.problem.profile.optimizer,
             device=profile.device,
             tensors=profile.tensors,
             programs=profile.programs,
             layers=profile.layers,
             loss=profile.loss,
             token_losses=profile.token_losses,
-            decisions=kinds(problem, schedule.draft, schedule.columns),
+            decisions=dict(sorted(decisions.items())),
             resident=resident,
             arena_bytes=arena.bytes,
             workspace_bytes=0,
-            train=phases[0],
-            evaluate=phases[1],
+            train=train[0],
+            cycle=train[1:],
+            evaluate=_phase(schedule, schedule.draft.evaluate, arena.evaluate),
         )
+
+
+def _phase(schedule: Schedule, entries: tuple[Entry, ...], offsets: dict[tuple[int, str], int]) -> Phase:
+    """The instructions, before the simulator has put its figures in."""
+    return Phase(
+        instructions=instructions(schedule.problem, entries, schedule.arena.resident, offsets),
+        seconds=0.0,
+        peak_bytes=0,
+        peak=Peak(instruction=0, text="", tensors={}),
+    )
 
 
 def gap_to(step: float, bound: float) -> float:

@@ -1,13 +1,19 @@
 """Fixed rules that yield a plan without a solver: the baselines.
 
-They differ from the solver's plans in the decisions only; emission, read-ahead, arena and simulation are the same.
+They differ from the solver's plans in the decisions only; emission, read-ahead, arena and simulation are the same. Those
+in `POLICIES` follow the exact gradient, as the solver's plans do, and give the same results to the bit. Those in
+`APPROXIMATE` follow another one, take another time for it, and learn differently.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from planner.carry_out import Part
+from planner.gradients import PartialStep, cycle, two_forwards
 from planner.layers import Layered, LayerType, Mode
+from planner.split import layered
 from planner.windows import Column, Decision, measure
 from profiles.errors import InputError
 from profiles.schema import Profile
@@ -33,6 +39,17 @@ def mebp(kind: LayerType, *, last: bool) -> Decision:
     return _decision(kind, _read_by_backward(kind) if last else frozenset(), _streamed)
 
 
+def mesp(kind: LayerType, *, last: bool) -> Decision:
+    """Memory-efficient structured backpropagation (Park et al., arXiv 2602.13069), by its abstract: layer inputs are
+    checkpointed, the backward is exact, and h = x A is made again in it instead of being stored.
+
+    What is taken as its rule: of a layer only the input outlives the forward. In its backward each tensor that the next
+    operator reads, h among them, is made again just before its first reader and dropped after its last one, and no
+    unpacked weight waits for its use: its 4-bit bytes are read once per window and unpacked at each use.
+    """
+    return _decision(kind, _read_by_backward(kind) if last else frozenset(), _unpacked_at_each_use)
+
+
 def smallest(kind: LayerType, *, last: bool) -> Decision:
     """Everything on disk or made again; what the search starts from, no policy of its own."""
     decision = _decision(kind, frozenset(), _streamed)
@@ -42,11 +59,21 @@ def smallest(kind: LayerType, *, last: bool) -> Decision:
 
 
 Rule = Callable[..., Decision]
-POLICIES: dict[str, Rule] = {"keep-all": keep_all, "checkpoint-layers": checkpoint_layers, "mebp": mebp}
+POLICIES: dict[str, Rule] = {
+    "keep-all": keep_all,
+    "checkpoint-layers": checkpoint_layers,
+    "mebp": mebp,
+    "mesp": mesp,
+}
+APPROXIMATE: dict[str, Callable[[Profile], tuple[PartialStep, ...]]] = {
+    "mezo": lambda profile: (two_forwards(profile),),
+    "lcsb": cycle,
+}
+"""mezo: two forwards, no backward. lcsb: the backward of a fourth of the layers in turn. Tensors are decided on by `mebp`."""
 
 
 def policies_of(profile: Profile) -> tuple[str, ...]:
-    """Names of the fixed rules that mean something for a profile."""
+    """Names of the fixed rules that mean something for a profile and follow the exact gradient."""
     if profile.model.kind != "graph":
         return tuple(POLICIES)
     from planner.graphs.dag import dag_of
@@ -55,12 +82,33 @@ def policies_of(profile: Profile) -> tuple[str, ...]:
     return rules_for(dag_of(profile))
 
 
-def policy_columns(problem: Layered, policy: str) -> tuple[Column, ...]:
-    """The policy's decision for every layer. Raises InputError for a name that is no policy."""
+def policy_parts(problem: Layered, policy: str) -> tuple[Part, ...]:
+    """The policy's steps, in turn, with its decision for every layer.
+
+    Raises InputError for a name that is no policy, and where the policy means nothing for the model.
+    """
+    if policy in APPROXIMATE:
+        return tuple(_part(step) for step in APPROXIMATE[policy](problem.profile))
     rule = POLICIES.get(policy)
     if rule is None:
-        raise InputError(f"no policy is called {policy!r}; choose one of solver, {', '.join(POLICIES)}")
-    return rule_columns(problem, rule)
+        raise InputError(
+            f"no policy is called {policy!r}; choose one of solver, {', '.join([*POLICIES, *APPROXIMATE])}"
+        )
+    return (Part(problem=problem, columns=rule_columns(problem, rule)),)
+
+
+def _part(step: PartialStep) -> Part:
+    problem = layered(step.profile)
+    sizes = {tensor.name: tensor.bytes for tensor in step.profile.tensors}
+    # The noise of one trainable at a time.
+    noise = max((sizes[name] for name in step.perturbed), default=0)
+    return Part(
+        problem=replace(problem, workspace_bytes=max(problem.workspace_bytes, noise)),
+        columns=rule_columns(problem, mebp),
+        skipped=step.skipped,
+        passages=step.passages,
+        perturbed=step.perturbed,
+    )
 
 
 def rule_columns(problem: Layered, rule: Rule) -> tuple[Column, ...]:
@@ -97,3 +145,9 @@ def _streamed(modes: tuple[Mode, ...]) -> Mode:
     """Read in each window, unpacked once there."""
     once = Mode("disk", "disk", "unpacked")
     return once if once in modes else modes[0]
+
+
+def _unpacked_at_each_use(modes: tuple[Mode, ...]) -> Mode:
+    """Read in each window, unpacked at each use there."""
+    each = Mode("disk", "disk", "packed")
+    return each if each in modes else modes[0]

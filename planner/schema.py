@@ -18,6 +18,14 @@ Instructions (JSON arrays; `at` are arena offsets in bytes):
 | ["spill", t] | start writing t to the spill file; t stays resident until freed |
 | ["fetch", t, at] | start reading t back from the spill file; users of t wait for it |
 | ["update", p] | one optimizer update of trainable p in place from its gradient and state, all resident |
+| ["perturb", p, k] | add k epsilon z to trainable p, z ~ N(0, 1) drawn again from the seed of the step and p's name |
+| ["pass", g, h] | the gradient g becomes the gradient h of equal shape where it lies; g is gone |
+
+Where `optimizer` is called ``mezo`` a training step has two forwards and no backward: every trainable is perturbed by
++1 before the first, by -2 before the second, and ``update`` adds epsilon z - rate (l+ - l-) / (2 epsilon) z, which restores
+and moves it at once. A cycle has one training schedule per position; step n, counted from 1, runs the schedule at
+(n - 1) mod length. A layer in a schedule's `skipped` has no backward operators in it, its trainables no update, and its
+output's gradient is passed on as its input's.
 """
 
 from __future__ import annotations
@@ -30,6 +38,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from profiles.schema import Device, Layer, Model, Program, Tensor
 
 PLAN_VERSION = 1
+MEZO = "mezo"
+"""the optimizer of a plan whose gradients are estimated from two forwards"""
 
 
 class Record(BaseModel):
@@ -68,6 +78,7 @@ class Phase(Record):
     seconds: float
     peak_bytes: int
     peak: Peak
+    skipped: list[str] = Field([], description="layers whose backward is left out")
     compute_seconds: float = 0.0
     recompute_seconds: float = 0.0
     unpack_seconds: float = 0.0
@@ -85,7 +96,7 @@ class Plan(Record):
     budget_bytes: int
     floor_bytes: int
     peak_bytes: int = Field(description="predicted VmHWM of the run, all phases")
-    step_seconds: float
+    step_seconds: float = Field(description="the mean over a cycle")
     bound_seconds: Bound = Field(description="no plan of this class is faster at this budget")
     any_schedule_bound_seconds: Bound = Field(description="no schedule at all is faster at this budget")
     gap: float = Field(description="(step_seconds - bound_seconds) / step_seconds")
@@ -114,5 +125,16 @@ class Plan(Record):
     arena_bytes: int
     workspace_bytes: int = Field(description="largest transient heap use of any operator")
     train: Phase | None
+    cycle: list[Phase] = Field([], description="training schedules of the steps that follow `train` in a cycle")
     evaluate: Phase | None = Field(description="forward only; uses the same arena and resident tensors")
-    timeline: list[TimelinePoint] = []
+    timeline: list[TimelinePoint] = Field([], description="of `train`")
+
+    @property
+    def steps(self) -> list[Phase]:
+        """The training schedules that steps run in turn: one, or those of a cycle; none where nothing fits."""
+        return [] if self.train is None else [self.train, *self.cycle]
+
+    @property
+    def exact(self) -> bool:
+        """Whether steps follow the exact gradient, so that another such plan gives the same results to the bit."""
+        return self.optimizer.get("name") != MEZO and not any(phase.skipped for phase in self.steps)

@@ -13,7 +13,9 @@ invariant's name, the instruction and the tensor:
 | double-free | only resident tensors are freed |
 | leak | at the end exactly the `resident` tensors are there, each at its place |
 | operator-order | forward operators first run in order, backward operators run once, in order |
-| update-once | every trainable is updated once, with its gradient complete, and not read afterwards |
+| update-once | every trainable is updated once, with its gradient complete, and not read afterwards; in a cycle, at least once in all, and never where its layer's backward is left out |
+| passed-once | a layer whose backward is left out passes a complete gradient of its output on as that of its input, at most once |
+| perturbed | of two forwards the first reads every trainable at +1 epsilon, the second at -1, and the update follows both |
 | lost-state | updated optimizer state is not dropped without a copy on disk |
 | transfer | only weights are read, only what was spilled is fetched |
 | budget | the peak is within the budget |
@@ -25,46 +27,15 @@ each); an instruction waits for the transfers it depends on; each byte moved cos
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from planner.schema import Peak, Phase, Plan, TimelinePoint
+from planner.declared import Declared, InvalidSchedule
+from planner.record import POINTS
+from planner.replay import LARGEST, LINE, Replay
+from planner.schema import Phase, Plan, TimelinePoint
 from profiles.errors import InputError
-from profiles.schema import Operator
 
-PAGE = 4096
-LINE = 64
-POINTS = 600
-"""timeline points kept per phase"""
-LARGEST = 12
-"""tensors named at the peak"""
-KINDS = (
-    "floor",
-    "constant",
-    "batch",
-    "trainable",
-    "optimizer",
-    "packed",
-    "weight",
-    "activation",
-    "gradient",
-    "workspace",
-    "fragmentation",
-)
-
-
-class InvalidSchedule(InputError):  # noqa: N818  named by what it is about, like the rest of the tree
-    """A plan that must not run."""
-
-    def __init__(self, invariant: str, phase: str, instruction: int, tensor: str, text: str) -> None:
-        where = f"{phase} instruction {instruction}" if instruction >= 0 else phase
-        super().__init__(f"invalid schedule ({invariant}) at {where}, {tensor}: {text}; plan again from the profile")
-        self.invariant = invariant
-        self.phase = phase
-        self.instruction = instruction
-        self.tensor = tensor
+__all__ = ["LARGEST", "POINTS", "InvalidSchedule", "Simulation", "simulate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +53,13 @@ class Simulation:
     workspace_bytes: int
     live_bytes: int
     """most bytes of resident tensors at once: what the arena could be at best"""
+    cycle: list[Phase] = field(default_factory=list)
+    """the training steps that follow `train` in a cycle"""
 
     @property
     def step_seconds(self) -> float:
-        return self.train.seconds
+        """The mean over a cycle."""
+        return sum(phase.seconds for phase in (self.train, *self.cycle)) / (1 + len(self.cycle))
 
 
 def simulate(plan: Plan) -> Simulation:
@@ -98,23 +72,27 @@ def simulate(plan: Plan) -> Simulation:
         raise InputError(
             f"the plan is {plan.status} and has no schedule; plan with at least {plan.minimum_budget_bytes} bytes"
         )
-    world = _World(plan)
-    train = _Replay(world, plan.train.instructions, "train")
-    train.run()
-    evaluate = _Replay(world, plan.evaluate.instructions, "evaluate")
-    evaluate.run()
+    declared = Declared(plan)
+    steps = [
+        Replay(declared, phase, f"train {position}" if plan.cycle else "train", training=True)
+        for position, phase in enumerate(plan.steps)
+    ]
+    evaluate = Replay(declared, plan.evaluate, "evaluate", training=False)
+    replays = [*steps, evaluate]
+    for replay_ in replays:
+        replay_.run()
+    for name in declared.trainables:
+        if not any(name in step.updated for step in steps):
+            raise InvalidSchedule("update-once", "plan", -1, name, "is never updated")
     floor = plan.device.floor
-    arena = -(-max(train.top, evaluate.top) // LINE) * LINE
-    workspace = max(train.workspace, evaluate.workspace)
-    charged = floor.resident_bytes + floor.instruction_bytes * world.instructions
+    fullest = max(replays, key=lambda one: one.top)
+    arena = -(-fullest.top // LINE) * LINE
+    workspace = max(one.workspace for one in replays)
+    charged = floor.resident_bytes + floor.instruction_bytes * declared.instructions
     peak = max(floor.import_peak_bytes, charged + arena + workspace)
     if peak > plan.budget_bytes:
         raise InvalidSchedule(
-            "budget",
-            "train" if train.top >= evaluate.top else "evaluate",
-            -1,
-            "the arena",
-            f"{peak} bytes at the peak, {plan.budget_bytes} allowed",
+            "budget", fullest.name, -1, "the arena", f"{peak} bytes at the peak, {plan.budget_bytes} allowed"
         )
     for claim, stated, found in (
         ("arena_bytes", plan.arena_bytes, arena),
@@ -123,425 +101,14 @@ def simulate(plan: Plan) -> Simulation:
     ):
         if stated and stated < found:
             raise InvalidSchedule("claims", "plan", -1, claim, f"the plan states {stated}, the replay finds {found}")
+    train, *cycle = (step.told() for step in steps)
     return Simulation(
-        train=train.phase(),
-        evaluate=evaluate.phase(),
-        timeline=train.timeline(),
+        train=train,
+        cycle=cycle,
+        evaluate=evaluate.told(),
+        timeline=steps[0].timeline(),
         peak_bytes=peak,
         arena_bytes=arena,
         workspace_bytes=workspace,
-        live_bytes=max(train.most_live, evaluate.most_live),
+        live_bytes=max(one.most_live for one in replays),
     )
-
-
-@dataclass(kw_only=True)
-class _Tensor:
-    kind: str
-    bytes: int
-    packed_bytes: int = 0
-    unpack_seconds: float = 0.0
-    update_seconds: float = 0.0
-
-
-class _World:
-    """The plan's declarations, indexed."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.device = plan.device
-        assert plan.train is not None
-        assert plan.evaluate is not None
-        self.instructions = len(plan.train.instructions) + len(plan.evaluate.instructions)
-        self.tensors: dict[str, _Tensor] = {}
-        for tensor in plan.tensors:
-            self.tensors[tensor.name] = _Tensor(
-                kind=tensor.kind,
-                bytes=tensor.bytes,
-                packed_bytes=tensor.packed_bytes,
-                unpack_seconds=tensor.unpack_seconds,
-                update_seconds=tensor.update_seconds,
-            )
-        programs = {program.name: program for program in plan.programs}
-        self.layers: dict[str, tuple[list[Operator], dict[str, str]]] = {}
-        for layer in plan.layers:
-            if layer.program not in programs:
-                raise InvalidSchedule(
-                    "form", "plan", -1, layer.name, f"its program {layer.program!r} is not in the plan"
-                )
-            program = programs[layer.program]
-            names = {v.name: layer.bindings.get(v.name, f"{layer.name}/{v.name}") for v in program.values}
-            for value in program.values:
-                self.tensors.setdefault(names[value.name], _Tensor(kind=value.kind, bytes=value.bytes))
-            self.layers[layer.name] = (program.operators, names)
-        self.order = [layer.name for layer in plan.layers]
-        states = int(plan.optimizer.get("state_tensors", 2))
-        self.trainables: dict[str, list[str]] = {}
-        for name in [n for n, t in self.tensors.items() if t.kind == "trainable"]:
-            self.trainables[name] = [f"adam_m:{name}", f"adam_v:{name}"][:states]
-            for state in self.trainables[name]:
-                self.tensors[state] = _Tensor(kind="optimizer", bytes=self.tensors[name].bytes)
-        for name in [n for n, t in self.tensors.items() if t.kind == "weight" and t.packed_bytes]:
-            self.tensors[f"packed:{name}"] = _Tensor(kind="packed", bytes=self.tensors[name].packed_bytes)
-        self.makers: dict[str, int] = {}
-        for operators, names in self.layers.values():
-            for operator in operators:
-                for output in filter(None, operator.outputs):
-                    self.makers[names[output]] = self.makers.get(names[output], 0) + 1
-
-
-@dataclass(kw_only=True)
-class _Moment:
-    """After one instruction."""
-
-    instruction: int
-    seconds: float
-    by_kind: dict[str, int]
-    bytes: int
-
-
-@dataclass(kw_only=True)
-class _Totals:
-    compute: float = 0.0
-    recompute: float = 0.0
-    unpack: float = 0.0
-    stall: float = 0.0
-    read_bytes: int = 0
-    write_bytes: int = 0
-
-
-class _Replay:
-    def __init__(self, world: _World, instructions: Sequence[Sequence[Any]], phase: str) -> None:
-        self.world = world
-        self.instructions = instructions
-        self.name = phase
-        self.index = -1
-        self.now = self.disk = 0.0
-        self.totals = _Totals()
-        self.places: dict[str, int] = {}
-        self.starts: list[int] = []
-        self.owners: list[str] = []
-        self.live = self.most_live = self.top = self.workspace = 0
-        self.kinds = dict.fromkeys(KINDS, 0)
-        self.landing: dict[str, float] = {}
-        self.writing: dict[str, float] = {}
-        self.on_disk: set[str] = set()
-        self.dirty: set[str] = set()
-        self.updated: set[str] = set()
-        self.gradient_runs: dict[str, int] = {}
-        self.ran: set[tuple[str, int]] = set()
-        self.cursor_index = 0
-        self.moments: list[_Moment] = []
-        self.peak = _Peak()
-        self.expected = self._expected()
-        self.floor = world.device.floor.resident_bytes + world.device.floor.instruction_bytes * world.instructions
-
-    def _expected(self) -> list[tuple[str, int]]:
-        """First runs in order: forward of all layers, then backward of the layers in reverse."""
-        order = [
-            (n, i) for n in self.world.order for i, o in enumerate(self.world.layers[n][0]) if o.phase == "forward"
-        ]
-        if self.name == "train":
-            for n in reversed(self.world.order):
-                order.extend((n, i) for i, o in enumerate(self.world.layers[n][0]) if o.phase == "backward")
-        return order
-
-    def fail(self, invariant: str, tensor: str, text: str) -> InvalidSchedule:
-        return InvalidSchedule(invariant, self.name, self.index, tensor, text)
-
-    # --- the replay ------------------------------------------------------------------------------------------------
-
-    def run(self) -> None:
-        for name, offset in self.world.plan.resident.items():
-            self._allocate(name, offset)
-        for states in self.world.trainables.values():
-            self.on_disk.update(state for state in states if state not in self.places)
-        self._record(0)
-        verbs: dict[str, Callable[..., int | None]] = {
-            "read": self._read,
-            "unpack": self._unpack,
-            "run": self._run,
-            "free": self._free,
-            "spill": self._spill,
-            "fetch": self._fetch,
-            "update": self._update,
-        }
-        for index, instruction in enumerate(self.instructions):
-            self.index = index
-            verb = verbs.get(instruction[0]) if instruction else None
-            if verb is None:
-                raise self.fail("form", str(list(instruction)), "no such instruction")
-            try:
-                extra = verb(*instruction[1:])
-            except TypeError as error:
-                raise self.fail("form", str(list(instruction)), f"wrong operands ({error})") from error
-            self._record(extra or 0)
-        self.index = len(self.instructions)
-        self._finish()
-
-    def _finish(self) -> None:
-        end = max([self.now, self.disk])
-        self.totals.stall += end - self.now
-        self.now = end
-        resident = self.world.plan.resident
-        for name in self.places:
-            if name not in resident:
-                raise self.fail("leak", name, "is still resident when the phase ends")
-        for name, offset in resident.items():
-            if self.places.get(name) != offset:
-                raise self.fail("leak", name, f"must be resident at offset {offset} when the phase ends")
-        if self.cursor_index != len(self.expected):
-            layer, operator = self.expected[self.cursor_index]
-            raise self.fail("operator-order", layer, f"operator {operator} never runs")
-        if self.name == "train":
-            for name in self.world.trainables:
-                if name not in self.updated:
-                    raise self.fail("update-once", name, "is never updated")
-
-    def _tensor(self, name: str) -> _Tensor:
-        found = self.world.tensors.get(name)
-        if found is None:
-            raise self.fail("form", name, "no such tensor")
-        return found
-
-    def _need(self, name: str) -> None:
-        """The tensor must be resident; wait until it has landed."""
-        if name not in self.places:
-            raise self.fail("use-before-resident", name, "is read but not resident")
-        self._wait(self.landing.pop(name, self.now))
-
-    def _wait(self, until: float) -> None:
-        if until > self.now:
-            self.totals.stall += until - self.now
-            self.now = until
-
-    def _allocate(self, name: str, offset: Any) -> None:
-        tensor = self._tensor(name)
-        if name in self.places:
-            raise self.fail("already-resident", name, "is made while it is resident")
-        alignment = PAGE if name.startswith("packed:") else LINE
-        if not isinstance(offset, int) or offset < 0 or offset % alignment:
-            raise self.fail("offset", name, f"offset {offset!r} is not a multiple of {alignment}")
-        end = offset + tensor.bytes
-        arena = self.world.plan.arena_bytes
-        if end > arena:
-            raise self.fail("offset", name, f"ends at {end}, beyond the arena of {arena} bytes")
-        self.places[name] = offset
-        self.live += tensor.bytes
-        self.kinds[tensor.kind] += tensor.bytes
-        if tensor.bytes:
-            at = bisect.bisect_left(self.starts, offset)
-            for other in (at - 1, at):
-                if 0 <= other < len(self.starts):
-                    low = self.starts[other]
-                    high = low + self._tensor(self.owners[other]).bytes
-                    if low < end and offset < high:
-                        raise self.fail("overlap", name, f"shares bytes with {self.owners[other]}")
-            self.starts.insert(at, offset)
-            self.owners.insert(at, name)
-        self.top = max(self.top, end)
-
-    def _release(self, name: str) -> None:
-        tensor = self._tensor(name)
-        offset = self.places.pop(name)
-        self.live -= tensor.bytes
-        self.kinds[tensor.kind] -= tensor.bytes
-        if tensor.bytes:
-            at = bisect.bisect_left(self.starts, offset)
-            del self.starts[at], self.owners[at]
-
-    def _move(self, size: int, *, out: bool) -> float:
-        """Queue a transfer; when it is done."""
-        channel = self.world.device.write if out else self.world.device.read
-        self.disk = max(self.disk, self.now) + channel.latency_seconds + size / channel.bytes_per_second
-        done = self.disk
-        cost = channel.compute_seconds_per_transfer + size * channel.compute_seconds_per_byte
-        self.now += cost
-        self.totals.compute += cost
-        if out:
-            self.totals.write_bytes += size
-        else:
-            self.totals.read_bytes += size
-        return done
-
-    def _read(self, name: str, offset: Any) -> None:
-        tensor = self._tensor(name)
-        if tensor.kind != "weight" or not tensor.packed_bytes:
-            raise self.fail("transfer", name, "is not a weight of the store")
-        self._allocate(f"packed:{name}", offset)
-        self.landing[f"packed:{name}"] = self._move(tensor.packed_bytes, out=False)
-
-    def _unpack(self, name: str, offset: Any) -> None:
-        tensor = self._tensor(name)
-        self._need(f"packed:{name}")
-        self._allocate(name, offset)
-        self.now += tensor.unpack_seconds
-        self.totals.unpack += tensor.unpack_seconds
-
-    def _run(self, layer: str, position: int, offsets: Sequence[Any]) -> int:
-        if layer not in self.world.layers or not 0 <= position < len(self.world.layers[layer][0]):
-            raise self.fail("form", str(layer), f"has no operator {position}")
-        operators, names = self.world.layers[layer]
-        operator = operators[position]
-        again = self._check_order(layer, position, operator)
-        for value in operator.inputs:
-            if value in operator.gathers:
-                continue
-            name = names[value]
-            if name in self.updated:
-                raise self.fail("update-once", name, "is read after its update")
-            self._need(name)
-        if len(offsets) != len(operator.outputs):
-            raise self.fail(
-                "form", layer, f"operator {position} has {len(operator.outputs)} outputs, {len(offsets)} offsets"
-            )
-        for output, offset in zip(operator.outputs, offsets):
-            if output is None:
-                if offset is not None:
-                    raise self.fail("form", layer, f"operator {position}: an unused output has an offset")
-                continue
-            name = names[output]
-            if offset is None:
-                raise self.fail("form", name, "has no offset")
-            if name in self.places:
-                if self.places[name] != offset:
-                    raise self.fail("already-resident", name, f"lies at {self.places[name]} and is made at {offset}")
-                self._wait(self.landing.pop(name, self.now))
-            else:
-                self._allocate(name, offset)
-            self.gradient_runs[name] = self.gradient_runs.get(name, 0) + 1
-        self.now += operator.seconds
-        if again:
-            self.totals.recompute += operator.seconds
-        else:
-            self.totals.compute += operator.seconds
-        self.workspace = max(self.workspace, operator.workspace_bytes)
-        return operator.workspace_bytes
-
-    def _check_order(self, layer: str, position: int, operator: Operator) -> bool:
-        """Whether the operator runs again; raises where it must not run now."""
-        if self.cursor_index < len(self.expected) and self.expected[self.cursor_index] == (layer, position):
-            self.cursor_index += 1
-            self.ran.add((layer, position))
-            return False
-        if (layer, position) not in self.ran:
-            raise self.fail("operator-order", layer, f"operator {position} runs before its turn")
-        if operator.phase == "backward":
-            raise self.fail("operator-order", layer, f"backward operator {position} runs twice")
-        if not operator.recomputable:
-            raise self.fail("operator-order", layer, f"operator {position} is random and may not run again")
-        return True
-
-    def _free(self, name: str) -> None:
-        self._tensor(name)
-        if name not in self.places:
-            raise self.fail("double-free", name, "is not resident")
-        self._wait(self.writing.pop(name, self.now))
-        self._wait(self.landing.pop(name, self.now))
-        if name in self.dirty:
-            raise self.fail("lost-state", name, "was updated and is freed without a copy on disk")
-        self._release(name)
-
-    def _spill(self, name: str) -> None:
-        tensor = self._tensor(name)
-        self._need(name)
-        self.writing[name] = self._move(tensor.bytes, out=True)
-        self.on_disk.add(name)
-        self.dirty.discard(name)
-
-    def _fetch(self, name: str, offset: Any) -> None:
-        tensor = self._tensor(name)
-        if name not in self.on_disk:
-            raise self.fail("transfer", name, "is fetched but was never spilled")
-        self._allocate(name, offset)
-        self.landing[name] = self._move(tensor.bytes, out=False)
-
-    def _update(self, name: str) -> None:
-        states = self.world.trainables.get(name)
-        gradient = f"grad:{name}"
-        if states is None:
-            raise self.fail("update-once", name, "is not a trainable")
-        if self.name != "train":
-            raise self.fail("update-once", name, "is updated while evaluating")
-        if name in self.updated:
-            raise self.fail("update-once", name, "is updated twice")
-        for needed in (name, gradient, *states):
-            self._need(needed)
-        if self.gradient_runs.get(gradient, 0) != self.world.makers.get(gradient, 0):
-            raise self.fail("update-once", name, "is updated before its gradient is complete")
-        self.updated.add(name)
-        self.dirty.update(states)
-        for state in states:
-            if state in self.writing:
-                raise self.fail("lost-state", state, "is updated while it is being written")
-            self.on_disk.discard(state)
-        self.now += self._tensor(name).update_seconds
-        self.totals.compute += self._tensor(name).update_seconds
-
-    # --- the record ------------------------------------------------------------------------------------------------
-
-    def _record(self, workspace: int) -> None:
-        self.most_live = max(self.most_live, self.live)
-        by_kind = {kind: size for kind, size in self.kinds.items() if size}
-        by_kind["floor"] = self.floor
-        if workspace:
-            by_kind["workspace"] = workspace
-        if self.top > self.live:
-            by_kind["fragmentation"] = self.top - self.live
-        total = self.floor + self.top + workspace
-        self.moments.append(_Moment(instruction=self.index, seconds=self.now, by_kind=by_kind, bytes=total))
-        if self.live + workspace > self.peak.bytes:
-            self.peak = _Peak(bytes=self.live + workspace, instruction=self.index, tensors=tuple(self.places))
-
-    def _text(self, index: int) -> str:
-        if not 0 <= index < len(self.instructions):
-            return "start of the step"
-        verb, *operands = self.instructions[index]
-        if verb == "run":
-            operator = self.world.layers[operands[0]][0][operands[1]]
-            again = " again" if (operands[0], operands[1]) in self.ran_before(index) else ""
-            return f"{operands[0]}: {operator.target} ({operator.phase}{again})"
-        return f"{verb} {operands[0]}"
-
-    def ran_before(self, index: int) -> set[tuple[str, int]]:
-        return {(i[1], i[2]) for i in self.instructions[:index] if i[0] == "run"}
-
-    def phase(self) -> Phase:
-        tensors = {name: self._tensor(name).bytes for name in self.peak.tensors}
-        largest = sorted(tensors.items(), key=lambda item: (-item[1], item[0]))[:LARGEST]
-        reached = self.floor + self.top + self.workspace
-        return Phase(
-            instructions=[list(instruction) for instruction in self.instructions],
-            seconds=self.now,
-            peak_bytes=max(self.world.device.floor.import_peak_bytes, reached),
-            peak=Peak(instruction=self.peak.instruction, text=self._text(self.peak.instruction), tensors=dict(largest)),
-            compute_seconds=self.totals.compute,
-            recompute_seconds=self.totals.recompute,
-            unpack_seconds=self.totals.unpack,
-            stall_seconds=self.totals.stall,
-            read_bytes=self.totals.read_bytes,
-            write_bytes=self.totals.write_bytes,
-        )
-
-    def timeline(self) -> list[TimelinePoint]:
-        """At most POINTS moments, the fullest of each stretch of instructions."""
-        stride = max(1, -(-len(self.moments) // POINTS))
-        result = []
-        for start in range(0, len(self.moments), stride):
-            stretch = self.moments[start : start + stride]
-            moment = max(stretch, key=lambda m: m.bytes - m.by_kind.get("fragmentation", 0))
-            result.append(
-                TimelinePoint(
-                    instruction=max(0, moment.instruction),
-                    seconds=moment.seconds,
-                    bytes=moment.bytes,
-                    by_kind=moment.by_kind,
-                )
-            )
-        return result
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Peak:
-    bytes: int = -1
-    instruction: int = -1
-    tensors: tuple[str, ...] = field(default=())

@@ -97,6 +97,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     summary: dict[str, Any] = {name: getattr(plan, name) for name in PLAN_FIELDS}
     summary["decisions"] = decision_counts(plan)
     summary["train"], summary["evaluate"] = _phase(plan.train), _phase(plan.evaluate)
+    summary["cycle"] = [_phase(step) for step in plan.cycle]
     return summary
 
 

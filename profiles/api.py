@@ -263,7 +263,8 @@ def _timed_tensor(tensor: Tensor, measured: Mapping[str, Any]) -> Tensor:
     if tensor.name in measured["unpack"]:
         return tensor.model_copy(update={"unpack_seconds": measured["unpack"][tensor.name]})
     if tensor.name in measured["update"]:
-        return tensor.model_copy(update={"update_seconds": measured["update"][tensor.name]})
+        seconds = {f"{kind}_seconds": measured[kind][tensor.name] for kind in ("update", "perturb")}
+        return tensor.model_copy(update=seconds)
     return tensor
 
 

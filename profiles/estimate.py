@@ -93,7 +93,7 @@ def estimate_tensor(tensor: Tensor, on: DeviceDescription) -> Tensor:
         return tensor.model_copy(update={"unpack_seconds": seconds})
     if tensor.kind == "trainable":
         seconds = UPDATE_PASSES * tensor.bytes / on.bytes_per_second + on.call_seconds
-        return tensor.model_copy(update={"update_seconds": seconds})
+        return tensor.model_copy(update={"update_seconds": seconds, "perturb_seconds": 0.0})
     return tensor
 
 

@@ -66,9 +66,10 @@ def measure(
     found["unpack"] = {
         name: seconds for seconds, names in zip(found["unpack"], weights.values(), strict=True) for name in names
     }
-    found["update"] = {
-        name: seconds for seconds, names in zip(found["update"], updates.values(), strict=True) for name in names
-    }
+    for kind in ("update", "perturb"):
+        found[kind] = {
+            name: seconds for seconds, names in zip(found[kind], updates.values(), strict=True) for name in names
+        }
     return found
 
 

@@ -42,6 +42,9 @@ class Tensor(Record):
     packed_bytes: int = Field(0, ge=0, description="weights: bytes of the packed form on disk and in memory")
     unpack_seconds: float = Field(0.0, ge=0, description="weights: seconds to unpack, compute cores busy")
     update_seconds: float = Field(0.0, ge=0, description="trainables: seconds of one optimizer update")
+    perturb_seconds: float = Field(
+        0.0, ge=0, description="trainables: seconds to draw noise of its shape and add it; 0: not measured"
+    )
 
 
 class Operand(Record):

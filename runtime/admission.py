@@ -128,4 +128,5 @@ def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str,
         "seed": seed,
         "threads": plan.device.threads,
         "torch": torch.__version__,
+        "layers without a backward": [phase.skipped for phase in plan.steps] if plan.cycle else None,
     }

@@ -160,7 +160,7 @@ def plan(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="A fixed rule instead of the solver: keep-all, checkpoint-layers or mebp; for a bare graph keep-all, checkpoint-layers or checkpoint-sqrt."
+            help="A fixed rule instead of the solver: keep-all, checkpoint-layers, mebp, mesp, or with another gradient than the exact one mezo, lcsb; for a bare graph keep-all, checkpoint-layers or checkpoint-sqrt."
         ),
     ] = None,
     time_limit: TimeLimit = 30.0,
@@ -291,13 +291,13 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier run left in the folder.")
     ] = False,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-4,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW, or of a mezo plan's SGD.")] = 2e-4,
     seed: Annotated[int, typer.Option(help="Seed of the adapter's start and the order of the data.")] = 0,
     schedule: Annotated[
         str, typer.Option(help="Course of the learning rate: constant, linear or cosine.")
     ] = "constant",
     warmup_steps: Annotated[int, typer.Option(help="Steps over which the learning rate rises from zero.")] = 0,
-    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay of AdamW.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only at the end.")] = 50,
     evaluate: Annotated[
         str | None, typer.Option("--eval", metavar="FILE.jsonl", help="Held-out data, evaluated before and after.")

@@ -18,9 +18,9 @@ from profiles.store import Store
 from runtime.arena import Arena
 from runtime.channels import Channel
 from runtime.compiled import CompiledOperator, compile_operator
-from runtime.job import CODES, FETCH, FREE, LOSS, READ, RUN, SPILL, UNIT, UNPACK, UPDATE, Job
+from runtime.job import CODES, FETCH, FREE, LOSS, PASS, PERTURB, READ, RUN, SPILL, UNIT, UNPACK, UPDATE, Job
 from runtime.meter import Meter
-from runtime.optimizer import Update
+from runtime.optimizer import Perturbation, Update
 from runtime.spill import SpillFile
 
 __all__ = ["CompiledOperator", "Executor", "compile_operator"]
@@ -99,7 +99,7 @@ class Executor:
         store: Store | None,
         spill: SpillFile,
         channel: Channel,
-        update: Update,
+        update: Update | Perturbation,
         meter: Meter,
     ) -> None:
         header = job.header
@@ -123,7 +123,10 @@ class Executor:
         self.layers = [programs[index] for index in header["layer_programs"]]
         self.gathered = dict(header["gathered"])
         self.weights = [(name, dtype, tuple(shape), packed) for name, dtype, shape, packed, _, _ in header["weights"]]
-        self.trainables = [(tuple(shape), p[0], g, m[0], v[0]) for _, shape, p, m, v, g in header["trainables"]]
+        self.trainables = [
+            (name, tuple(shape), (p[0], g, *(number for number, _ in states)))
+            for name, shape, p, states, g in header["trainables"]
+        ]
         self.loss_number, self.token_losses = header["loss"], header["token_losses"]
         self.arriving: dict[int, int] = {}
         self.leaving: dict[int, int] = {}
@@ -131,19 +134,28 @@ class Executor:
         self.seconds = dict.fromkeys((*CODES, "stall"), 0.0)
         self.detail: dict[str, list[float]] | None = None
         """Calls and seconds by operator, "unpack" and "update", of steps for which a dict stands here."""
-        self.loss = 0.0
+        self.forwards: list[float] = []
         self.losses: Tensor | None = None
+        self.between_forwards: Callable[[], object] = lambda: None
+        """Called after every forward."""
 
-    def execute(self, words: array[int]) -> None:
-        """Run one step or one evaluation batch; afterwards `loss` holds the loss and `losses` a copy of the token losses.
+    @property
+    def loss(self) -> float:
+        """The mean over the forwards of the last step."""
+        return sum(self.forwards) / len(self.forwards)
 
-        Raises what a transfer raised (RunError, InputError) and CapError where the resident set passes the cap.
+    def execute(self, words: array[int], begin: int = 0, end: int | None = None, cycles: int = 0) -> None:
+        """Run the step or evaluation batch in words [begin, end), after `cycles` whole cycles of steps.
+
+        Afterwards `forwards` holds the loss of every forward and `losses` a copy of the token losses. Raises what a
+        transfer raised (RunError, InputError) and CapError where the resident set passes the cap.
         """
         where, sizes, arriving, leaving = self.where, self.sizes, self.arriving, self.leaving
         spent = [0.0] * len(CODES)
         clock, check = time.perf_counter, self.meter.check
         self.seconds["stall"] = 0.0
-        place, index, length = 0, 0, len(words)
+        self.forwards.clear()
+        place, index, length = begin, 0, len(words) if end is None else end
         before = clock()
         while place < length:
             code = words[place]
@@ -198,24 +210,20 @@ class Executor:
                     self._arrive(source)
                 where[number] = at
                 made = (name, self.arena.raw(where[source], bytes_), self.arena.tensor(at, shape, dtype))
-                if self.detail is None:
-                    self.store.unpack(*made)  # type: ignore[union-attr]
-                else:
-                    self._timed("unpack", self.store.unpack, *made)  # type: ignore[union-attr]
+                self._call("unpack", self.store.unpack, *made)  # type: ignore[union-attr]
                 place += 5
             elif code == UPDATE:
-                shape, *numbers = self.trainables[words[place + 1]]
-                for number in numbers:
-                    if number in arriving:
-                        self._arrive(number)
-                    if number in leaving:
-                        self._wait(leaving.pop(number))
-                p, g, m, v = (self.arena.tensor(where[number], shape, "float32") for number in numbers)
-                if self.detail is None:
-                    self.update.apply(p, g, m, v)
-                else:
-                    self._timed("update", self.update.apply, p, g, m, v)
-                place += 2
+                self._update(words[place + 1], cycles * words[place + 2] + words[place + 3])
+                place += 4
+            elif code == PERTURB:
+                name, shape, numbers = self.trainables[words[place + 1]]
+                parameter = self.arena.tensor(where[numbers[0]], shape, "float32")
+                assert isinstance(self.update, Perturbation)
+                self._call("perturb", self.update.shift, name, parameter, words[place + 2])
+                place += 3
+            elif code == PASS:
+                where[words[place + 2]] = where[words[place + 1]]
+                place += 3
             elif code == SPILL:
                 number = words[place + 1]
                 if number in arriving:
@@ -232,7 +240,8 @@ class Executor:
                 )
                 place += 3
             elif code == LOSS:
-                self.loss = self.arena.tensor(where[self.loss_number], (), "float32").item()
+                self.forwards.append(self.arena.tensor(where[self.loss_number], (), "float32").item())
+                self.between_forwards()
                 place += 1
             else:
                 number, shape = self.token_losses
@@ -246,6 +255,27 @@ class Executor:
                 index += 1
         for name, value in zip(CODES, spent):
             self.seconds[name] = value
+
+    def _update(self, trainable: int, count: int) -> None:
+        """Update number `count` of a trainable, once everything that it reads has landed."""
+        name, shape, numbers = self.trainables[trainable]
+        if isinstance(self.update, Perturbation):
+            parameter = self.arena.tensor(self.where[numbers[0]], shape, "float32")
+            self._call("update", self.update.apply, name, parameter, *self.forwards)
+            return
+        for number in numbers:
+            if number in self.arriving:
+                self._arrive(number)
+            if number in self.leaving:
+                self._wait(self.leaving.pop(number))
+        tensors = (self.arena.tensor(self.where[number], shape, "float32") for number in numbers)
+        self._call("update", self.update.apply, count, *tensors)
+
+    def _call(self, name: str, call: Callable[..., object], *arguments: Any) -> None:
+        if self.detail is None:
+            call(*arguments)
+        else:
+            self._timed(name, call, *arguments)
 
     def _timed(self, name: str, call: Callable[..., object], *arguments: Any) -> None:
         assert self.detail is not None

@@ -5,9 +5,11 @@ arrays, so that a schedule of twenty thousand instructions costs it half a megab
 units of 64 bytes, an instruction is a run of int32 words:
 
     READ weight packed at | UNPACK weight tensor packed at | RUN layer operator count at... | FREE tensor
-    SPILL tensor | FETCH tensor at | UPDATE trainable | LOSS | TOKEN_LOSSES
+    SPILL tensor | FETCH tensor at | UPDATE trainable updates-per-cycle which-of-them | PERTURB trainable times
+    PASS tensor tensor | LOSS | TOKEN_LOSSES
 
-`LOSS` and `TOKEN_LOSSES` stand just before the instruction that frees these tensors.
+`LOSS` and `TOKEN_LOSSES` stand just before the instruction that frees these tensors. The training schedules of a cycle
+follow each other in `train`; the header's `cycle` says where each begins and ends.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from typing import Any
 
 from profiles.errors import InputError
 
-READ, UNPACK, RUN, FREE, SPILL, FETCH, UPDATE, LOSS, TOKEN_LOSSES = range(9)
-CODES = ("read", "unpack", "run", "free", "spill", "fetch", "update", "loss", "token_losses")
+READ, UNPACK, RUN, FREE, SPILL, FETCH, UPDATE, PERTURB, PASS, LOSS, TOKEN_LOSSES = range(11)
+CODES = ("read", "unpack", "run", "free", "spill", "fetch", "update", "perturb", "pass", "loss", "token_losses")
 UNIT = 64
 BLOCK = 4096
 VERSION = 1
+STATES = ("adam_m", "adam_v")
 _ARRAYS = (("sizes", "q"), ("extents", "q"), ("tables", "i"), ("starts", "i"), ("train", "i"), ("evaluate", "i"))
 
 
@@ -94,8 +97,9 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
     weights = [t for t in plan["tensors"] if t["kind"] == "weight"]
     weight_index = {t["name"]: index for index, t in enumerate(weights)}
     trainables = [t for t in plan["tensors"] if t["kind"] == "trainable"]
+    roles = STATES[: int(plan["optimizer"].get("state_tensors", len(STATES)))]
     for t in trainables:
-        for role in ("grad", "adam_m", "adam_v"):
+        for role in ("grad", *roles):
             numbers.add(f"{role}:{t['name']}", t["bytes"])
     for t in weights:
         numbers.add(f"packed:{t['name']}", t["packed_bytes"])
@@ -106,7 +110,10 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
     if plan["token_losses"]:
         marks[plan["token_losses"]] = TOKEN_LOSSES
 
-    def words(phase: Mapping[str, Any] | None) -> array[int]:
+    steps = [plan["train"], *plan["cycle"]] if plan["train"] else []
+    updates = _updates(steps)
+
+    def words(phase: Mapping[str, Any] | None, position: int = 0) -> array[int]:
         made = array("i")
         for instruction in phase["instructions"] if phase else ():
             code = instruction[0]
@@ -136,16 +143,26 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
             elif code == "fetch":
                 made.extend((FETCH, numbers.of[instruction[1]], _units(instruction[2], instruction)))
             elif code == "update":
-                made.extend((UPDATE, trainable_index[instruction[1]]))
+                made.extend((UPDATE, trainable_index[instruction[1]], *updates[position, instruction[1]]))
+            elif code == "perturb":
+                made.extend((PERTURB, trainable_index[instruction[1]], instruction[2]))
+            elif code == "pass":
+                made.extend((PASS, numbers.of[instruction[1]], numbers.of[instruction[2]]))
             else:
                 raise InputError(
                     f"the plan holds an unknown instruction {instruction!r}; it was written by another version, plan again"
                 )
         return made
 
-    train, evaluate = words(plan["train"]), words(plan["evaluate"])
+    train, bounds = array("i"), []
+    for position, phase in enumerate(steps):
+        begin = len(train)
+        train.extend(words(phase, position))
+        bounds.append([begin, len(train)])
+    evaluate = words(plan["evaluate"])
     resident: dict[str, int] = plan["resident"]
-    extents, spill_bytes = _extents(numbers, train, evaluate, resident, trainables)
+    lasting = [name for t in trainables for name in (t["name"], *(f"{role}:{t['name']}" for role in roles))]
+    extents, spill_bytes = _extents(numbers, train, evaluate, [name for name in lasting if name not in resident])
     gathered = {
         numbers.of[layer["bindings"][value]]: layer["bindings"][value]
         for layer in plan["layers"]
@@ -172,11 +189,13 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
             [t["name"], t["dtype"], t["shape"], t["packed_bytes"], place(t["name"]), place(f"packed:{t['name']}")]
             for t in weights
         ],
+        "cycle": bounds,
         "trainables": [
             [
                 t["name"],
                 t["shape"],
-                *([numbers.of[n], place(n)] for n in (t["name"], f"adam_m:{t['name']}", f"adam_v:{t['name']}")),
+                [numbers.of[t["name"]], place(t["name"])],
+                [[numbers.of[n], place(n)] for n in (f"{role}:{t['name']}" for role in roles)],
                 numbers.of[f"grad:{t['name']}"],
             ]
             for t in trainables
@@ -205,8 +224,18 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
     )
 
 
-def instruction_count(plan: Mapping[str, Any]) -> int:
-    return sum(len(plan[phase]["instructions"]) for phase in ("train", "evaluate") if plan[phase])
+def _updates(steps: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], tuple[int, int]]:
+    """(position in the cycle, trainable) -> its updates per cycle, and which of them this is, counted from 1."""
+    at: dict[str, list[int]] = {}
+    for position, phase in enumerate(steps):
+        for instruction in phase["instructions"]:
+            if instruction[0] == "update":
+                at.setdefault(instruction[1], []).append(position)
+    return {
+        (position, name): (len(positions), which)
+        for name, positions in at.items()
+        for which, position in enumerate(positions, 1)
+    }
 
 
 def _units(at: int, instruction: Sequence[Any], alignment: int = UNIT) -> int:
@@ -228,19 +257,14 @@ def program_header(program: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _extents(
-    numbers: _Numbers,
-    train: array[int],
-    evaluate: array[int],
-    resident: Mapping[str, int],
-    trainables: Sequence[Mapping[str, Any]],
+    numbers: _Numbers, train: array[int], evaluate: array[int], lasting: Sequence[str]
 ) -> tuple[array[int], int]:
-    """A block-aligned extent for every tensor that is ever spilled, fetched, or lives in the spill file between steps."""
+    """A block-aligned extent for every tensor that is ever spilled or fetched, and for those of `lasting`, which live in the
+    spill file between steps.
+    """
     extents = array("q", [-1]) * len(numbers.of)
     wanted = {number for words in (train, evaluate) for number in _moved(words)}
-    for t in trainables:
-        wanted.update(
-            numbers.of[n] for n in (t["name"], f"adam_m:{t['name']}", f"adam_v:{t['name']}") if n not in resident
-        )
+    wanted.update(numbers.of[name] for name in lasting)
     end = 0
     for number in sorted(wanted):
         extents[number] = end
@@ -262,4 +286,4 @@ def _moved(words: array[int]) -> set[int]:
 def width(words: Sequence[int], place: int) -> int:
     """Words of the instruction that starts at `place`."""
     code = words[place]
-    return 4 + words[place + 3] if code == RUN else (4, 5, 0, 2, 2, 3, 2, 1, 1)[code]
+    return 4 + words[place + 3] if code == RUN else (4, 5, 0, 2, 2, 3, 4, 3, 3, 1, 1)[code]

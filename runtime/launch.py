@@ -27,7 +27,7 @@ from runtime.admission import Stages, check_machine, check_options, check_schedu
 from runtime.batches import write_batches
 from runtime.cgroup import MemoryCgroup
 from runtime.checkpoint import find_checkpoints, partial_directories
-from runtime.optimizer import AdamW
+from runtime.optimizer import OPTIMIZERS
 from runtime.process import child_environment, command
 from runtime.report import Observed, build_report
 
@@ -87,7 +87,7 @@ def run(
         raise InputError("the plan has no evaluation phase; plan again, or leave out the evaluation data")
     for old in replaced:  # only now: bad data must not cost an earlier run
         shutil.rmtree(old) if old.is_dir() else old.unlink()
-    optimizer = AdamW(
+    optimizer = OPTIMIZERS[plan.optimizer.get("name", "adamw")](
         lr=lr,
         weight_decay=weight_decay,
         schedule=schedule,

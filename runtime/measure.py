@@ -61,7 +61,7 @@ def main() -> int:
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     programs = request["programs"]
-    total = PASSES * len(programs) + len(request["weights"]) + len(request["updates"]) + 2
+    total = PASSES * len(programs) + len(request["weights"]) + 2 * len(request["updates"]) + 2
     done = 0
 
     def step() -> None:
@@ -88,9 +88,11 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     for key in request["weights"]:
         result["unpack"].append(measure_unpack(*key))
         step()
-    result["update"] = []
+    result["update"], result["perturb"] = [], []
     for elements in request["updates"]:
         result["update"].append(measure_update(elements))
+        step()
+        result["perturb"].append(measure_perturb(elements))
         step()
     result |= measure_channels(Path(request["scratch"]), request["compute_dtype"])
     step()
@@ -239,7 +241,17 @@ def measure_update(elements: int) -> float:
     update = Update(AdamW())
     update.begin(1)
     tensors = [torch.full((elements,), 1e-3) for _ in range(4)]
-    return _median(lambda turn: update.apply(*tensors))
+    return _median(lambda turn: update.apply(1, *tensors))
+
+
+def measure_perturb(elements: int) -> float:
+    import torch
+
+    from runtime.optimizer import MeZO, Perturbation
+
+    perturbation = Perturbation(MeZO(), 0)
+    parameter = torch.full((elements,), 1e-3)
+    return _median(lambda turn: perturbation.shift("p", parameter, 1))
 
 
 def _median(call: Callable[[int], None], seconds: float = 0.2) -> float:

@@ -1,8 +1,11 @@
-"""AdamW in place, one tensor at a time: a gradient can go as soon as its tensor is updated."""
+"""What moves the trainables, one tensor at a time and in place: AdamW from a gradient, MeZO from two losses."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +14,10 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """Loshchilov and Hutter 2019, "Decoupled weight decay regularization", with PyTorch's defaults."""
+class Rates:
+    """Learning rates by step, and decoupled weight decay."""
 
     lr: float = 2e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
     weight_decay: float = 0.0
     schedule: str = "constant"
     """constant, linear or cosine decay to zero, after the warmup."""
@@ -38,8 +39,33 @@ class AdamW:
         return self.lr
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Rates):
+    """Loshchilov and Hutter 2019, "Decoupled weight decay regularization", with PyTorch's defaults."""
+
+    name: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeZO(Rates):
+    """Malladi et al. 2023, "Fine-tuning language models with just forward passes", with their epsilon."""
+
+    name: str = "mezo"
+    epsilon: float = 1e-3
+
+
+OPTIMIZERS: dict[str, type[AdamW | MeZO]] = {"adamw": AdamW, "mezo": MeZO}
+
+
+def optimizer_of(settings: Mapping[str, Any]) -> AdamW | MeZO:
+    """The optimizer whose fields, `name` among them, are `settings`."""
+    return OPTIMIZERS[settings["name"]](**settings)
+
+
 class Update:
-    """`apply` updates one trainable; the native fused kernel reads and writes each tensor once and makes no temporary."""
+    """AdamW. `apply` updates one trainable; the native fused kernel reads and writes each tensor once and makes no temporary."""
 
     def __init__(self, optimizer: AdamW) -> None:
         self.optimizer = optimizer
@@ -49,14 +75,51 @@ class Update:
 
     def begin(self, step: int) -> None:
         """Updates until the next `begin` belong to step `step`, counted from 1."""
-        self._step.fill_(step)
         self._rate = self.optimizer.rate(step)
 
-    def apply(self, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
-        """float32 tensors of one shape, contiguous; all but the gradient change in place."""
+    def apply(self, count: int, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
+        """Update number `count` of a parameter, from 1. float32 tensors of one shape, contiguous; all but the gradient
+        change in place.
+        """
         optimizer = self.optimizer
+        self._step.fill_(count)
         self._kernel(
             [parameter], [gradient], [first], [second], [], [self._step],
             lr=self._rate, beta1=optimizer.betas[0], beta2=optimizer.betas[1], weight_decay=optimizer.weight_decay,
             eps=optimizer.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
+
+
+class Perturbation:
+    """MeZO. The noise of a parameter is drawn anew from step, seed and name whenever it is needed, and never kept."""
+
+    def __init__(self, optimizer: MeZO, seed: int) -> None:
+        self.optimizer = optimizer
+        self.seed = seed
+        self._generator = torch.Generator()
+        self._step = 0
+
+    def begin(self, step: int) -> None:
+        """What follows until the next `begin` belongs to step `step`, counted from 1."""
+        self._step = step
+
+    def shift(self, name: str, parameter: Tensor, times: int) -> None:
+        """Add `times` epsilon z in place."""
+        parameter.add_(self.noise(name, parameter), alpha=times * self.optimizer.epsilon)
+
+    def apply(self, name: str, parameter: Tensor, upper: float, lower: float) -> None:
+        """From one epsilon below its value, with the losses `upper` and `lower` on either side: back, then one step of SGD."""
+        epsilon, rate = self.optimizer.epsilon, self.optimizer.rate(self._step)
+        z = self.noise(name, parameter)
+        slope = (upper - lower) / (2 * epsilon)
+        if self.optimizer.weight_decay:
+            parameter.add_(z, alpha=epsilon).mul_(1 - rate * self.optimizer.weight_decay)
+            parameter.add_(z, alpha=-rate * slope)
+        else:
+            parameter.add_(z, alpha=epsilon - rate * slope)
+
+    def noise(self, name: str, parameter: Tensor) -> Tensor:
+        """z ~ N(0, 1) in the shape of `parameter`, float32: the same for every plan and every call within a step."""
+        key = hashlib.sha256(f"{self.seed}:{self._step}:{name}".encode()).digest()
+        self._generator.manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        return torch.empty_like(parameter).normal_(generator=self._generator)

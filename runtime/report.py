@@ -61,9 +61,9 @@ class Observed:
 def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by: str) -> dict[str, Any]:
     """Bytes and seconds, predicted by the plan and measured in the run. `peak_bytes.measured` is the kernel's VmHWM.
 
-    Step times are medians without the first step, which also touches memory and builds kernels for the first time.
+    Step times are medians without the first step, which also touches memory and builds kernels for the first time; of a
+    cycle the mean of its steps' medians.
     """
-    steady = observed.seconds[1:] or observed.seconds
     spent = observed.spent[1:] or observed.spent
     measured = {name: statistics.median(s[name] for s in spent) for name in spent[0]} if spent else {}
     report: dict[str, Any] = {
@@ -71,7 +71,7 @@ def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by
         "enforced_by": enforced_by,
         "floor_bytes": plan.floor_bytes,
         "peak_bytes": {"predicted": plan.peak_bytes, "measured": observed.peak_bytes},
-        "step_seconds": {"predicted": plan.step_seconds, "measured": statistics.median(steady) if steady else None},
+        "step_seconds": {"predicted": plan.step_seconds, "measured": _step_seconds(observed, len(plan.steps))},
         "loss": losses(directory / "metrics.jsonl"),
         "adapter": observed.trained,
         "checkpoint": observed.checkpoint,
@@ -105,6 +105,14 @@ def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by
     return report
 
 
+def _step_seconds(observed: Observed, positions: int) -> float | None:
+    by_position: dict[int, list[float]] = {}
+    steady = observed.seconds[1:] or observed.seconds
+    for step, seconds in enumerate(steady, observed.resumed_step + len(observed.seconds) - len(steady)):
+        by_position.setdefault(step % positions, []).append(seconds)
+    return statistics.mean(statistics.median(own) for own in by_position.values()) if steady else None
+
+
 PARTS = (
     ("aten.mm.", "matrix products"),
     ("aten.addmm.", "matrix products"),
@@ -115,6 +123,7 @@ PARTS = (
     ("tightfit.embed_rows", "embedding"),
     ("unpack", "unpacking weights"),
     ("update", "optimizer updates"),
+    ("perturb", "perturbing trainables"),
 )
 """Prefixes of what the executor calls, and the part of a step that it belongs to; anything else is elementwise."""
 

@@ -20,9 +20,9 @@ from runtime.batches import Batches, open_batches
 from runtime.channels import Channel
 from runtime.checkpoint import write_json
 from runtime.executor import Executor
-from runtime.job import Job
+from runtime.job import STATES, Job
 from runtime.meter import Meter
-from runtime.optimizer import AdamW, Update
+from runtime.optimizer import MeZO, Perturbation, Update, optimizer_of
 from runtime.safetensors_file import Item
 from runtime.spill import SpillFile
 
@@ -42,8 +42,8 @@ class Trainable:
     name: str
     shape: tuple[int, ...]
     value: Place
-    first: Place
-    second: Place
+    states: tuple[Place, ...]
+    """Of the optimizer, in the order of `STATES`."""
 
 
 class Training:
@@ -57,16 +57,16 @@ class Training:
         self.spill = SpillFile(directory, header["spill_bytes"])
         self.channel = channel
         self.meter = Meter(header["budget_bytes"])
-        self.update = Update(AdamW(**header["optimizer"]))
+        optimizer = optimizer_of(header["optimizer"])
+        self.update = Perturbation(optimizer, header["seed"]) if isinstance(optimizer, MeZO) else Update(optimizer)
         self.trainables = [
             Trainable(
                 name=name,
                 shape=tuple(shape),
                 value=Place(number=p[0], at=p[1]),
-                first=Place(number=m[0], at=m[1]),
-                second=Place(number=v[0], at=v[1]),
+                states=tuple(Place(number=number, at=at) for number, at in states),
             )
-            for name, shape, p, m, v, _ in header["trainables"]
+            for name, shape, p, states, _ in header["trainables"]
         ]
         self._holes = _holes(job)
         self._load_frozen()
@@ -77,9 +77,16 @@ class Training:
     def step(self, number: int) -> float:
         """Training step `number`, counted from 1; returns its loss."""
         self.batches.training(number - 1, self.inputs)
-        torch.default_generator.manual_seed(self.header["seed"] * 1_000_003 + number)
+
+        def seed() -> None:
+            torch.default_generator.manual_seed(self.header["seed"] * 1_000_003 + number)
+
+        seed()
+        self.executor.between_forwards = seed  # two forwards of one step draw the same
         self.update.begin(number)
-        self.executor.execute(self.job.train)
+        cycles, position = divmod(number - 1, len(self.header["cycle"]))
+        begin, end = self.header["cycle"][position]
+        self.executor.execute(self.job.train, begin, end, cycles)
         return self.executor.loss
 
     def evaluate(self, path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
@@ -118,7 +125,7 @@ class Training:
         }
 
     def initialise(self) -> None:
-        """The state before step 1: initial values, Adam's moments zero."""
+        """The state before step 1: initial values, optimizer states zero."""
         for trainable in self.trainables:
             value = self._temporary(trainable)
             if self.header["kind"] == "decoder":
@@ -126,7 +133,7 @@ class Training:
             else:
                 self._load(trainable.name, value)
             self._keep(trainable.value, value)
-            for place in (trainable.first, trainable.second):
+            for place in trainable.states:
                 if place.at >= 0:
                     self.arena.raw(place.at, self.job.sizes[place.number]).zero_()
                 else:
@@ -148,9 +155,7 @@ class Training:
         self.channel.drain()
         checksums = self.save_trained(directory)
         items = [
-            self._item(f"{role}:{t.name}", t, place)
-            for t in self.trainables
-            for role, place in (("adam_m", t.first), ("adam_v", t.second))
+            self._item(f"{role}:{t.name}", t, place) for t in self.trainables for role, place in zip(STATES, t.states)
         ]
         checksums["optimizer.safetensors"] = safetensors_file.write(
             os.path.join(directory, "optimizer.safetensors"), items, {}
@@ -161,18 +166,18 @@ class Training:
         """Take the state of a checkpoint directory. Raises InputError where a file is damaged."""
         lora = self.header["lora"]
         prefix, file = (adapter.PREFIX, adapter.WEIGHTS) if lora else ("", "model.safetensors")
-        for name, places in ((file, ("value",)), ("optimizer.safetensors", ("first", "second"))):
+        with_adapter = [(prefix + t.name, t, t.value) for t in self.trainables]
+        states = [(f"{role}:{t.name}", t, place) for t in self.trainables for role, place in zip(STATES, t.states)]
+        for name, wanted in ((file, with_adapter), ("optimizer.safetensors", states)):
             reader = safetensors_file.Reader(os.path.join(directory, name))
             reader.verify(checksums[name])
-            for trainable in self.trainables:
-                for role in places:
-                    key = {"value": prefix, "first": "adam_m:", "second": "adam_v:"}[role] + trainable.name
-                    value = self._temporary(trainable)
-                    done = 0
-                    for chunk in reader.chunks(key):
-                        ctypes.memmove(value.data_ptr() + done, chunk, len(chunk))
-                        done += len(chunk)
-                    self._keep(getattr(trainable, role), value)
+            for key, trainable, place in wanted:
+                value = self._temporary(trainable)
+                done = 0
+                for chunk in reader.chunks(key):
+                    ctypes.memmove(value.data_ptr() + done, chunk, len(chunk))
+                    done += len(chunk)
+                self._keep(place, value)
             reader.close()
 
     def close(self) -> None:

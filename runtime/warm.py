@@ -14,7 +14,7 @@ from profiles.store import Entry, unpack
 from runtime import lean_torch
 from runtime.channels import Channel
 from runtime.compiled import compile_operator
-from runtime.optimizer import AdamW, Update
+from runtime.optimizer import AdamW, MeZO, Perturbation, Update
 from runtime.process import narrow_file_mappings, release_file_pages, trim_heap
 from runtime.spill import SpillFile
 
@@ -89,7 +89,8 @@ def warm(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES) ->
     compile_operator(operator, {"x": {}}).run({"x": torch.zeros(size, size)}, [torch.empty(size, size)])
     update = Update(AdamW())
     update.begin(1)
-    update.apply(*(torch.full((4096,), 0.1) for _ in range(4)))
+    update.apply(1, *(torch.full((4096,), 0.1) for _ in range(4)))
+    Perturbation(MeZO(), 0).shift("p", torch.zeros(4096), 1)
     spill = SpillFile(tempfile.gettempdir(), 1 << 20)
     data = torch.zeros(1 << 18)
     channel.wait(channel.submit(spill.write, data.data_ptr(), 1 << 20, 0))

@@ -45,6 +45,17 @@ def refused(tightfit):
     return call
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Operators of tiny models spend their time waiting for a second thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
     path = tmp_path_factory.mktemp("cache")

@@ -57,7 +57,7 @@ def test_updates_are_those_of_torch():
         parameter.grad = gradient.clone()
         reference.step()
         update.begin(step)
-        update.apply(mine, gradient, first, second)
+        update.apply(step, mine, gradient, first, second)
         torch.testing.assert_close(mine, parameter.detach(), rtol=1e-6, atol=1e-7)
     assert torch.allclose(second, reference.state[parameter]["exp_avg_sq"])
 

@@ -1,19 +1,16 @@
 """The executor in this process: schedules of one program set give the same bits, and those of plain PyTorch."""
 
-import dataclasses
-
 import pytest
 import torch
+from in_process import make_training
 from tiny_plans import decoder_profile, naive_plan
 
-from runtime.channels import Channel
 from runtime.compiled import compile_operator
 from runtime.data import prepare
 from runtime.job import RUN, compile_job, width
-from runtime.optimizer import AdamW
-from runtime.training import Training
 
 STEPS = 3
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +25,9 @@ def records(tmp_path_factory, profile):
     return str(opened.path)
 
 
-def make_training(plan, records, directory, **settings):
-    given = {
-        "store": plan.model.store, "data": records, "evaluation": records, "out": str(directory), "steps": STEPS, "seed": 7,
-        "base_model": "tiny", "optimizer": dataclasses.asdict(AdamW(lr=1e-2)),
-    }  # fmt: skip
-    job = compile_job(plan.model_dump(), given | settings)
-    return Training(job, Channel(), str(directory))
-
-
 def trained(plan, records, directory):
     """Losses of a few steps and the bytes of adapter and optimizer state."""
-    training = make_training(plan, records, directory)
+    training = make_training(plan, records, directory, lr=1e-2)
     training.initialise()
     losses = [training.step(number) for number in range(1, STEPS + 1)]
     training.save_state(str(directory))
@@ -80,7 +68,7 @@ def test_bits_do_not_depend_on_the_schedule(kind, profile, records, plain, tmp_p
 
 
 def test_training_lowers_the_loss_of_one_batch(profile, records, tmp_path):
-    training = make_training(naive_plan(profile), records, tmp_path)
+    training = make_training(naive_plan(profile), records, tmp_path, lr=1e-2)
     training.initialise()
     training.batches.training(0, training.inputs)
     training.batches.training = lambda step, inputs: None
@@ -92,7 +80,7 @@ def test_training_lowers_the_loss_of_one_batch(profile, records, tmp_path):
 def test_every_lora_b_moves_and_starts_at_zero(profile, records, tmp_path):
     from safetensors.torch import load_file
 
-    training = make_training(naive_plan(profile), records, tmp_path)
+    training = make_training(naive_plan(profile), records, tmp_path, lr=1e-2)
     training.initialise()
     saved = []
     for step in (1, 2):

@@ -178,3 +178,5 @@ def test_verdicts():
     )
     assert said[1].endswith("mebp, the fastest fixed rule that fits, needs 1.49 × as long.")
     assert len(said) == 4
+    faster = sample_plan("mezo", 350 * MIB, seconds=0.1, optimizer={"name": "mezo", "state_tensors": 0})
+    assert verdicts([*sample_plans(), faster]) == said  # it learns less in a step: no rule to be measured against

@@ -85,7 +85,9 @@ def test_compare_is_a_table_of_plans(planner):
     result = compare(profile, [smallest * 2, smallest], progress=lambda *state: told.append(state))
     assert result.budgets == [smallest, smallest * 2]
     assert [(p.budget_bytes, p.policy) for p in result.plans] == [
-        (budget, policy) for budget in result.budgets for policy in ("solver", "keep-all", "checkpoint-layers", "mebp")
+        (budget, policy)
+        for budget in result.budgets
+        for policy in ("solver", "keep-all", "checkpoint-layers", "mebp", "mesp")
     ]
     roomy = result.plan(smallest * 2, "solver")
     for plan in result.plans:
@@ -93,7 +95,7 @@ def test_compare_is_a_table_of_plans(planner):
         if plan.budget_bytes == smallest * 2 and plan.status != "infeasible":
             assert plan.step_seconds >= roomy.step_seconds * (1 - 1e-9)
             assert plan.gap >= roomy.gap - 1e-9
-    assert told[-1] == ("planning", 8, 8)
+    assert told[-1] == ("planning", 10, 10)
     with pytest.raises(KeyError):
         result.plan(1, "solver")
 

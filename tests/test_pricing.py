@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from synthetic import small_chain
 
-from planner.layers import layered
 from planner.pricing import FIELDS, Hull
+from planner.split import layered
 
 
 def test_a_solver_that_gives_up_proves_nothing_and_is_replaced(monkeypatch):

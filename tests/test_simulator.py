@@ -307,3 +307,142 @@ def test_a_faster_device_is_never_slower(seed, field, factor):
     faster = channel.model_copy(update={"bytes_per_second": channel.bytes_per_second * factor})
     better = smallest.model_copy(update={"device": smallest.device.model_copy(update={field: faster})})
     assert simulate(better).step_seconds <= smallest.step_seconds + 1e-12
+
+
+def summed(profile):
+    """The same with sums for a backward: each layer has a residual."""
+    programs = [
+        program.model_copy(
+            update={
+                "operators": [
+                    o.model_copy(update={"target": "aten.add.Tensor"}) if o.phase == "backward" else o
+                    for o in program.operators
+                ]
+            }
+        )
+        for program in profile.programs
+    ]
+    return profile.model_copy(update={"programs": programs})
+
+
+@pytest.fixture(scope="module")
+def chain():
+    """Layers of equal width with a trainable each."""
+    seed = next(
+        seed
+        for seed in range(100)
+        if all("t" in {v.name for v in p.values} for p in small_chain(seed, layers=4, equal=True).programs)
+    )
+    return Planner(summed(small_chain(seed, layers=4, equal=True)))
+
+
+@pytest.fixture(scope="module")
+def two_forwards(chain):
+    return chain.plan(1 << 40, policy="mezo")
+
+
+@pytest.fixture(scope="module")
+def cyclic(chain):
+    return chain.plan(1 << 40, policy="lcsb")
+
+
+def test_two_forwards_as_they_should_be(two_forwards):
+    verbs = [entry[0] for entry in two_forwards.train.instructions]
+    trainables = sum(t.kind == "trainable" for t in two_forwards.tensors)
+    assert verbs.count("perturb") == 2 * verbs.count("update") == 2 * trainables
+    found = simulate(two_forwards)
+    assert found.step_seconds > 2 * found.evaluate.seconds * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("verb", ["perturb", "update"])
+def test_every_trainable_is_perturbed_and_taken_back(two_forwards, verb):
+    dropped = changed(two_forwards, lambda i: i.pop(first(i, verb)))
+    rejected(dropped, "perturbed" if verb == "perturb" else "update-once")
+    twice = changed(two_forwards, lambda i: i.insert(first(i, verb), i[first(i, verb)]))
+    rejected(twice, "perturbed" if verb == "perturb" else "update-once")
+
+
+def test_a_perturbation_by_another_amount(two_forwards):
+    def edit(instructions):
+        instructions[first(instructions, "perturb")][2] = 2
+
+    assert "at +2 epsilon, not at +1" in str(rejected(changed(two_forwards, edit), "perturbed"))
+
+
+def test_an_update_before_the_second_loss(two_forwards):
+    def edit(instructions):
+        update = instructions.pop(first(instructions, "update"))
+        last = max(index for index, entry in enumerate(instructions) if entry[0] == "run")
+        instructions.insert(last, update)
+
+    rejected(changed(two_forwards, edit), "perturbed")
+
+
+def test_a_second_forward_that_leaves_an_operator_out(two_forwards):
+    def edit(instructions):
+        runs = [index for index, entry in enumerate(instructions) if entry[0] == "run"]
+        del instructions[runs[-1]]
+
+    rejected(changed(two_forwards, edit), "double-free")
+
+
+def test_backpropagation_perturbs_nothing(streaming):
+    trainable = next(t.name for t in streaming.tensors if t.kind == "trainable")
+    rejected(changed(streaming, lambda i: i.insert(0, ["perturb", trainable, 1])), "perturbed")
+    rejected(changed(streaming, lambda i: i.insert(0, ["pass", "a", "b"])), "passed-once")
+
+
+def passing(cyclic):
+    """The step of the cycle that passes a gradient through some layer, made the only one."""
+    return next(step for step in cyclic.steps if any(entry[0] == "pass" for entry in step.instructions))
+
+
+def test_a_cycle_as_it_should_be(cyclic):
+    found = simulate(cyclic)
+    assert (found.train, found.cycle) == (cyclic.train, cyclic.cycle)
+    assert found.step_seconds == pytest.approx(sum(s.seconds for s in cyclic.steps) / len(cyclic.steps))
+    updated = [entry[1] for step in cyclic.steps for entry in step.instructions if entry[0] == "update"]
+    last = len(cyclic.layers) - 1
+    assert sorted(set(updated)) == [f"l{index}.t" for index in range(len(cyclic.layers))]
+    assert updated.count(f"l{last}.t") == len(cyclic.steps)  # the loss is in its layer, no gradient comes from above
+    assert passing(cyclic)
+
+
+@pytest.mark.parametrize(
+    ("edit", "invariant"),
+    [
+        (lambda i: i.pop(first(i, "pass")), "use-before-resident"),
+        (lambda i: i.insert(first(i, "pass"), i[first(i, "pass")]), "passed-once"),
+        (lambda i: i[first(i, "pass")].reverse(), "form"),
+        (lambda i: i[first(i, "pass")].__setitem__(2, "g0"), "passed-once"),
+        (lambda i: i.pop(first(i, "update")), "update-once"),
+    ],
+)
+def test_a_gradient_is_passed_on_once(cyclic, edit, invariant):
+    step = passing(cyclic)
+    position = cyclic.steps.index(step)
+    broken = changed(cyclic.model_copy(update={"train": step}), edit).train
+    steps = [broken if index == position else other for index, other in enumerate(cyclic.steps)]
+    rejected(cyclic.model_copy(update={"train": steps[0], "cycle": steps[1:]}), invariant)
+
+
+def test_a_cycle_that_never_trains_a_layer(cyclic):
+    some = next(name for step in cyclic.steps[:1] for name in ("l0.t",) if step)
+    without = [s for s in cyclic.steps if ["update", some] not in s.instructions]
+    error = rejected(cyclic.model_copy(update={"train": without[0], "cycle": without[1:]}), "update-once")
+    assert error.tensor == some
+
+
+def test_lcsb_needs_a_residual_to_pass_gradients_through():
+    seed = next(
+        seed
+        for seed in range(100)
+        if all("t" in {v.name for v in p.values} for p in small_chain(seed, layers=3).programs)
+        and len({v.bytes for p in small_chain(seed, layers=3).programs for v in p.values if v.name == "gy"}) > 1
+    )
+    with pytest.raises(InputError, match="and layer l1 has none: what comes from above is not one gradient"):
+        plan(summed(small_chain(seed, layers=3)), 1 << 40, policy="lcsb")
+    with pytest.raises(InputError, match="and layer l1 has none: no sum takes the gradient"):
+        plan(small_chain(4, layers=3, equal=True), 1 << 40, policy="lcsb")
+    with pytest.raises(InputError, match="has 0 that take a gradient from above; choose another policy"):
+        plan(small_chain(1, layers=2, trainables=False), 1 << 40, policy="lcsb")
