@@ -111,6 +111,13 @@ def test_a_budget_that_is_too_small_is_a_result(served, uploaded, minimum):
     assert "its budget is too small" in refused(run, 422, "invalid_request", "body.plan")
 
 
+def test_a_policy_of_another_gradient_is_planned_where_it_is_named(served, uploaded):
+    assert "mezo" not in served.http.get(f"/v1/profiles/{uploaded}").json()["summary"]["policies"]
+    plan = served.result("/v1/plans", profile=uploaded, memory="1GiB", policy="mezo")
+    assert plan["summary"]["policy"] == "mezo"
+    assert served.http.get(f"/v1/plans/{plan['plan']}/view").json()["timeline"]
+
+
 def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum):
     budgets = [minimum, minimum * 2]
     job = served.ask("/v1/comparisons", profile=uploaded, memory=budgets, policies=["solver", "keep-all"])

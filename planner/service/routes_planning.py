@@ -130,7 +130,8 @@ async def get_comparison(request: Request, identity: Annotated[JobId, Path()]) -
 
 
 def _check_policy(policy: str, profile: Row, field: str) -> None:
-    known = json.loads(profile["summary"])["policies"]
+    summary = json.loads(profile["summary"])
+    known = [*summary["policies"], *summary.get("approximate", ())]
     if policy not in known:
         raise invalid(field, f"no policy is called {policy!r}; choose from {', '.join(known)}")
 
