@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from planner.graph import state_names
+from planner.graph import STATES, state_names
 from planner.schema import MEZO, Plan
 from profiles.errors import InputError
 from profiles.schema import Layer, Operator, Profile, Program, Tensor
@@ -39,15 +39,25 @@ class PartialStep:
 def two_forwards(profile: Profile) -> PartialStep:
     """MeZO's step (Malladi et al. 2023, algorithm 1): forwards only; every trainable is a constant to both of them.
 
-    No gradient and no optimizer state exist, so an activation lives until its last use in the forward.
+    No gradient and no optimizer state exist, so an activation lives until its last use in the forward. Raises InputError
+    where nothing is trained.
     """
     optimizer = {"name": MEZO, "state_tensors": 0}
+    perturbed = tuple(tensor.name for tensor in profile.tensors if tensor.kind == "trainable")
+    if not perturbed:
+        raise InputError(f"mezo moves trained tensors and {profile.model.name} has none; choose another policy")
     drawn = [t.model_copy(update={"update_seconds": update_seconds(t, optimizer)}) for t in profile.tensors]
     stateless = profile.model_copy(update={"optimizer": optimizer, "tensors": drawn})
     return PartialStep(
         profile=_without_backward(stateless, {layer.name for layer in profile.layers}),
-        perturbed=tuple(tensor.name for tensor in profile.tensors if tensor.kind == "trainable"),
+        perturbed=perturbed,
     )
+
+
+def without_resting_states(profile: Profile) -> Profile:
+    """A partial step without the optimizer states of layers at rest: a schedule might leave them on disk."""
+    free = [t for t in profile.tensors if t.kind != "constant" or not t.name.startswith(tuple(f"{s}:" for s in STATES))]
+    return profile.model_copy(update={"tensors": free})
 
 
 def update_seconds(tensor: Tensor, optimizer: Mapping[str, Any]) -> float:

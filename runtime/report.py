@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,16 @@ def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by
         "checkpoint": observed.checkpoint,
         "resumed_step": observed.resumed_step,
         "phases": {
-            "train": _phase(plan.train, observed.peaks.get("train"))
+            "train": _phase(plan.steps, observed.peaks.get("train"))
             | {
                 "measured_seconds": {
                     "compute": measured.get("run"),
-                    **{k: measured.get(k) for k in ("unpack", "update", "stall")},
+                    **{k: measured.get(k) for k in ("unpack", "perturb", "update", "stall")},
                 }
             },
             "evaluate": _phase(
-                plan.evaluate, max((v for k, v in observed.peaks.items() if k.startswith("evaluate")), default=None)
+                [plan.evaluate] if plan.evaluate else [],
+                max((v for k, v in observed.peaks.items() if k.startswith("evaluate")), default=None),
             ),
             **{
                 name: {"peak_bytes": {"measured": peak}}
@@ -146,15 +148,22 @@ def losses(path: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
 
 
-def _phase(phase: Phase | None, measured_peak: int | None) -> dict[str, Any]:
-    """`peak_bytes.measured` is VmHWM at the end of the phase: it never falls, so it includes the phases before."""
-    if phase is None:
+def _phase(steps: Sequence[Phase], measured_peak: int | None) -> dict[str, Any]:
+    """Of the schedules that run in turn: the largest predicted peak, and means of the rest.
+
+    `peak_bytes.measured` is VmHWM at the end of the phase: it never falls, so it includes the phases before.
+    """
+    if not steps:
         return {}
-    names = ("compute_seconds", "recompute_seconds", "unpack_seconds", "stall_seconds", "read_bytes", "write_bytes")
+
+    def mean(name: str) -> float:
+        return statistics.fmean(getattr(step, name) for step in steps)
+
+    names = ("compute_seconds", "recompute_seconds", "unpack_seconds", "stall_seconds")
     return {
-        "peak_bytes": {"predicted": phase.peak_bytes, "measured": measured_peak},
-        "predicted_seconds": {name.removesuffix("_seconds"): getattr(phase, name) for name in names[:4]},
-        "instructions": len(phase.instructions),
-        "read_bytes": phase.read_bytes,
-        "write_bytes": phase.write_bytes,
+        "peak_bytes": {"predicted": max(step.peak_bytes for step in steps), "measured": measured_peak},
+        "predicted_seconds": {name.removesuffix("_seconds"): mean(name) for name in names},
+        "instructions": round(statistics.fmean(len(step.instructions) for step in steps)),
+        "read_bytes": round(mean("read_bytes")),
+        "write_bytes": round(mean("write_bytes")),
     }

@@ -168,8 +168,11 @@ def file_answer(
 
 def not_runnable(request: Request, plan: Row) -> str | None:
     """Why a stored plan cannot be run on this machine; None where it can."""
-    if json.loads(plan["summary"])["status"] == "infeasible":
+    summary = json.loads(plan["summary"])
+    if summary["status"] == "infeasible":
         return f"the plan {plan['id']} has no schedule: its budget is too small; plan again with more memory"
+    if summary.get("elsewhere"):
+        return f"the plan {plan['id']} is for {summary['elsewhere']} with estimated times; plan for this machine and run that"
     profile = service_of(request).store.file("profile", plan["origin"])
     if profile is None or profile["origin"] != "made":
         # An uploaded profile's operators and paths are a stranger's: they are planned with, never executed.

@@ -121,9 +121,14 @@ def keep_profile(objects: Objects, found: Profile, *, origin: str) -> Row:
     return file_row("profile", written.digest, written, name=found.model.name, origin=origin, summary=summary)
 
 
+def _elsewhere(plan: Plan) -> str | None:
+    """The device that a plan is for, where that is not one on which plans are run."""
+    return None if plan.device.measured and plan.device.kind == "cpu" else plan.device.name
+
+
 def keep_plan(objects: Objects, found: Plan, origin: str, explanation: Row | None = None) -> Row:
     """Store a plan under its fingerprint."""
     written = objects.put(found.model_dump_json().encode())
     name = f"{found.model.name}, {found.policy}"
-    summary: Row = plan_summary(found) | {"explanation": explanation}
+    summary: Row = plan_summary(found) | {"explanation": explanation, "elsewhere": _elsewhere(found)}
     return file_row("plan", found.fingerprint, written, name=name, origin=origin, summary=summary)

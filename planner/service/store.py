@@ -224,7 +224,8 @@ class Store:
             "INSERT INTO files (kind, id, digest, bytes, stored_bytes, name, origin, summary, created, used)"
             " VALUES (:kind, :id, :digest, :bytes, :stored_bytes, :name, :origin, :summary, :now, :now)"
             " ON CONFLICT DO UPDATE SET used = excluded.used, summary = CASE"
-            " WHEN excluded.summary ->> '$.explanation' IS NULL AND summary ->> '$.explanation' IS NOT NULL THEN summary"
+            " WHEN json_extract(excluded.summary, '$.explanation') IS NULL"
+            " AND json_extract(summary, '$.explanation') IS NOT NULL THEN summary"
             " ELSE excluded.summary END",
             file | {"now": now},
         )

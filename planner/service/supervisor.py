@@ -71,7 +71,7 @@ class Supervisor:
         """End a job: at once where it waits or solves, with a checkpoint where it trains."""
         job = self.store.job(identity)
         if job.state == "queued":
-            job = self.store.finish(identity, "cancelled")
+            job = self.store.finish(identity, "cancelled", files=self._left(job))
             self._ended(job)
         elif job.state == "running":
             self._cancelled.add(identity)
@@ -104,6 +104,10 @@ class Supervisor:
             self.events.changed(job)
             try:
                 await self._carry_out(job, lane)
+            except asyncio.CancelledError:
+                if self.store.job(job.id).state == "running":  # about to start when the service stops
+                    self.store.requeue(job.id, counted=False)
+                raise
             except Exception:
                 log.exception("job failed inside the service", extra={"job": job.id})
                 message = "internal error; the service's log tells more"
@@ -191,7 +195,10 @@ class Supervisor:
 
     def _left(self, job: Job) -> list[dict[str, Any]]:
         """The folder of a run that did not get to its end: its checkpoints count among what is kept."""
-        size = sum(path.stat().st_size for path in (self.runs / job.id).rglob("*") if path.is_file())
+        size = 0
+        for path in (self.runs / job.id).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # a run that lost its worker may still be clearing up
+                size += path.stat().st_size if path.is_file() else 0
         return [folder_row(job.id, size)] if size else []
 
     def _ended(self, job: Job) -> None:
