@@ -18,7 +18,7 @@ from tiny_plans import CONFIG, decoder_profile
 from planner.compare import compare
 from planner.exchange import load_plan, save_plan
 from planner.explain import explain
-from planner.gradients import cycle, trained_blocks
+from planner.gradients import cycle, trained_blocks, two_forwards, without_resting_states
 from planner.plan import Planner
 from planner.policies import APPROXIMATE, POLICIES
 from profiles.errors import InputError
@@ -270,3 +270,22 @@ def test_another_gradient_is_compared_only_where_it_is_named(planner, tmp_path):
         assert made.bound_seconds <= made.step_seconds
     with pytest.raises(InputError, match=r"no policy is called 'zomb'; choose from solver, .*, mesp, mezo, lcsb"):
         compare(profile, [UNLIMITED], ["zomb"])
+
+
+def test_mezo_needs_something_to_move(planner):
+    frozen = [
+        t.model_copy(update={"kind": "constant"}) if t.kind == "trainable" else t for t in planner.profile.tensors
+    ]
+    with pytest.raises(InputError, match="mezo moves trained tensors and .* has none; choose another policy"):
+        two_forwards(planner.profile.model_copy(update={"tensors": frozen}))
+
+
+def test_no_bound_of_a_cycle_counts_states_at_rest(planner):
+    """Optimizer states of resting layers may lie on disk: room for them changes no bound."""
+    part = next(part for part in planner._policy("lcsb") if part.skipped)
+    free = without_resting_states(part.problem.profile)
+    gone = {t.name for t in part.problem.profile.tensors} - {t.name for t in free.tensors}
+    assert gone
+    assert all(name.startswith(("adam_m:", "adam_v:")) for name in gone)
+    budget = planner.minimum_bytes(policy="lcsb")
+    assert planner.plan(budget, policy="lcsb").any_schedule_bound_seconds <= planner._any_bound(budget - 1, "lcsb", 5.0)
