@@ -276,7 +276,7 @@ def test_mezo_needs_something_to_move(planner):
     frozen = [
         t.model_copy(update={"kind": "constant"}) if t.kind == "trainable" else t for t in planner.profile.tensors
     ]
-    with pytest.raises(InputError, match="mezo moves trained tensors and .* has none; choose another policy"):
+    with pytest.raises(InputError, match=r"mezo moves trained tensors and .* has none; choose another policy"):
         two_forwards(planner.profile.model_copy(update={"tensors": frozen}))
 
 
