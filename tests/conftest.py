@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 from damage import CONFIG, MEASURED, ROWS, SEQ, lines
@@ -13,6 +14,9 @@ from planner.exchange import load_plan
 from planner.plan import plan as solve
 from profiles.api import load_profile
 from runtime import cli
+
+# A shell that starts the suite in the background has SIGINT ignored, and children inherit that: Ctrl-C is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -37,6 +37,12 @@ def test_runs_follow_each_other_survive_and_save(tmp_path, work, cache, measured
         answer = service.http.post("/v1/runs", json={"plan": plan, "data": str(tmp_path), "steps": 1})
         assert (answer.status_code, answer.json()["error"]["fields"][0]["field"]) == (422, "body.data")
 
+        asked = {"profile": made, "memory": ["4GiB"], "policies": ["keep-all"], "devices": ["phone"]}
+        (cell,) = service.result("/v1/comparisons", **asked)["cells"]
+        answer = service.http.post("/v1/runs", json={"plan": cell["plan"], "data": "data.jsonl", "steps": 1})
+        assert answer.status_code == 422
+        assert "with estimated times; plan for this machine" in answer.json()["error"]["message"]
+
         def ask(key, steps):
             body = {"plan": plan, "data": "data.jsonl", "steps": steps, "checkpoint_every": 20}
             return service.http.post("/v1/runs", json=body, headers={"Idempotency-Key": key}).json()["id"]

@@ -171,12 +171,12 @@ def not_runnable(request: Request, plan: Row) -> str | None:
     summary = json.loads(plan["summary"])
     if summary["status"] == "infeasible":
         return f"the plan {plan['id']} has no schedule: its budget is too small; plan again with more memory"
-    if summary.get("elsewhere"):
-        return f"the plan {plan['id']} is for {summary['elsewhere']} with estimated times; plan for this machine and run that"
     profile = service_of(request).store.file("profile", plan["origin"])
     if profile is None or profile["origin"] != "made":
         # An uploaded profile's operators and paths are a stranger's: they are planned with, never executed.
         return "this plan's profile was not made by this service; measure the model on the service's machine, plan and run that"
+    if summary.get("elsewhere"):
+        return f"the plan {plan['id']} is for {summary['elsewhere']} with estimated times; plan for this machine and run that"
     return None
 
 
