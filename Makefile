@@ -38,6 +38,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases examples tests/benchmarks/headline.py
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .

@@ -22,8 +22,9 @@ from rich.rule import Rule
 
 from examples.reviews import HELD_OUT, SEQ, fetch
 from planner.exchange import save_plan
+from planner.explanation import account, shortfall
 from planner.figures import draw_timeline
-from planner.plan import plan as solve
+from planner.plan import planner_of
 from planner.schema import Plan
 from profiles.api import profile, save_profile
 from profiles.errors import InfeasibleError, TightfitError
@@ -76,11 +77,13 @@ def demo(budget: int, steps: int, picture: Path) -> None:
 
     console.print(Rule(f"3 · plan for {format_size(budget)}, Python and PyTorch included", align="left"))
     with Solving(progress, TIME_LIMIT) as solving:
-        plan = solve(measured, budget, time_limit=TIME_LIMIT, progress=solving)
+        planner = planner_of(measured)
+        plan = planner.plan(budget, time_limit=TIME_LIMIT, progress=solving)
     if plan.status == "infeasible":
-        raise InfeasibleError(infeasible_text(plan), plan.minimum_budget_bytes)
+        why = shortfall(plan, planner.smallest_plan(time_limit=TIME_LIMIT))
+        raise InfeasibleError(infeasible_text(plan, why), plan.minimum_budget_bytes)
     save_plan(plan, OUT / "plan.json")
-    console.print(plan_text(plan))
+    console.print(plan_text(plan, account(plan)))
 
     console.print(Rule(f"4 · run: {steps} steps of {BATCH} sentences under the cap", align="left"))
     with Training(progress, steps=steps, tokens_per_step=BATCH * SEQ, budget=budget) as training:
