@@ -22,7 +22,7 @@ from rich.rule import Rule
 
 from examples.reviews import HELD_OUT, SEQ, fetch
 from planner.exchange import save_plan
-from planner.explanation import account, shortfall
+from planner.explanation import explanation_of
 from planner.figures import draw_timeline
 from planner.plan import planner_of
 from planner.schema import Plan
@@ -79,11 +79,11 @@ def demo(budget: int, steps: int, picture: Path) -> None:
     with Solving(progress, TIME_LIMIT) as solving:
         planner = planner_of(measured)
         plan = planner.plan(budget, time_limit=TIME_LIMIT, progress=solving)
+    why = explanation_of(planner, plan, time_limit=TIME_LIMIT)
     if plan.status == "infeasible":
-        why = shortfall(plan, planner.smallest_plan(time_limit=TIME_LIMIT))
         raise InfeasibleError(infeasible_text(plan, why), plan.minimum_budget_bytes)
     save_plan(plan, OUT / "plan.json")
-    console.print(plan_text(plan, account(plan)))
+    console.print(plan_text(plan, why))
 
     console.print(Rule(f"4 · run: {steps} steps of {BATCH} sentences under the cap", align="left"))
     with Training(progress, steps=steps, tokens_per_step=BATCH * SEQ, budget=budget) as training:

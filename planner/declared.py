@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.gradients import equal_passages, update_seconds
+from planner.graph import state_names
 from planner.schema import MEZO, Phase, Plan
 from profiles.errors import InputError
 from profiles.schema import Operator
@@ -65,7 +66,7 @@ class Declared:
         states = int(plan.optimizer.get("state_tensors", 2))
         self.trainables: dict[str, list[str]] = {}
         for name in [n for n, t in self.tensors.items() if t.kind == "trainable"]:
-            self.trainables[name] = [f"adam_m:{name}", f"adam_v:{name}"][:states]
+            self.trainables[name] = list(state_names(name, states))
             for state in self.trainables[name]:
                 self.tensors[state] = DeclaredTensor(kind="optimizer", bytes=self.tensors[name].bytes)
         for name in [n for n, t in self.tensors.items() if t.kind == "weight" and t.packed_bytes]:

@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from planner.costs import Cost, Ledger
 from planner.schema import Phase, Plan
+
+if TYPE_CHECKING:
+    from planner.graphs.planner import GraphPlanner
+    from planner.plan import Planner
 
 LARGEST = 8
 """tensors named at the peak"""
@@ -122,6 +126,16 @@ def account(plan: Plan) -> Explanation:
     )
 
 
+def explanation_of(planner: Planner | GraphPlanner, plan: Plan, *, time_limit: float) -> Explanation:
+    """What a plan that `planner` made says of itself; of an infeasible one, from the smallest plan of its policy.
+
+    `time_limit` is for that smallest plan, where it is not known yet.
+    """
+    if plan.status == "infeasible":
+        return shortfall(plan, planner.smallest_plan(policy=plan.policy, time_limit=time_limit))
+    return account(plan)
+
+
 def shortfall(plan: Plan, smallest: Plan) -> Explanation:
     """Why `plan` is infeasible, from the plan of the smallest budget of the same profile and policy."""
     ledger = Ledger(smallest)
@@ -138,11 +152,7 @@ def shortfall(plan: Plan, smallest: Plan) -> Explanation:
 
 def peak_account(plan: Plan, ledger: Ledger) -> PeakAccount:
     """What sets the peak of a plan with a schedule."""
-    assert plan.train is not None
-    name: Literal["train", "evaluate"] = "train"
-    phase = max(plan.steps, key=lambda step: step.peak_bytes)
-    if plan.evaluate is not None and plan.evaluate.peak_bytes > phase.peak_bytes:
-        name, phase = "evaluate", plan.evaluate
+    name, phase = _fullest(plan)
     at = phase.peak.instruction
     layer, operator = _runs(phase, at, ledger)
     resident = ledger.resident_at(phase, at)
@@ -211,16 +221,21 @@ def _channels(train: Phase, costs: dict[str, Cost]) -> list[ChannelUse]:
     ]
 
 
+def _fullest(plan: Plan) -> tuple[Literal["train", "evaluate"], Phase]:
+    """The schedule that sets the peak of a plan that has one."""
+    step = max(plan.steps, key=lambda step: step.peak_bytes)
+    if plan.evaluate is not None and plan.evaluate.peak_bytes > step.peak_bytes:
+        return "evaluate", plan.evaluate
+    return "train", step
+
+
 def _share(seconds: float, train: Phase) -> float:
     return seconds / train.seconds if train.seconds else 0.0
 
 
 def _remedies(plan: Plan, ledger: Ledger, peak: PeakAccount) -> list[Remedy]:
     """What shrinks with the batch, the sequence and the rank of the adapter, halved each."""
-    assert plan.train is not None
-    step = max(plan.steps, key=lambda step: step.peak_bytes)
-    phase = step if peak.phase == "train" else plan.evaluate
-    assert phase is not None
+    _, phase = _fullest(plan)
     trained = {name for name, kind in ledger.kinds.items() if kind == "trainable"}
     by_tokens = by_rank = 0
     for name, size in ledger.resident_at(phase, peak.instruction).items():

@@ -114,9 +114,6 @@ class LayerType:
         """Positions of the backward operations that read `value`."""
         return [t for t, op in enumerate(self.backward) if value in op.inputs]
 
-    def forward_uses(self, value: str) -> list[int]:
-        return [t for t, op in enumerate(self.forward) if value in op.inputs]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Layered:

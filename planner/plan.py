@@ -77,6 +77,8 @@ class Planner:
         self.solver = Solver(self.problem)
         self._minimum: dict[str, Schedule] = {}
         self._parts: dict[str, tuple[Part, ...]] = {}
+        self._relaxed: dict[str, tuple[Layered, ...]] = {}
+        """of policies with steps of their own: what no schedule of these steps can do without"""
 
     def plan(
         self,
@@ -133,12 +135,16 @@ class Planner:
         if policy == "solver" or policy in POLICIES:
             return any_schedule_bound(self.problem, budget_bytes, seconds=time_limit)
         parts = self._policy(policy)
+        if policy not in self._relaxed:
+            self._relaxed[policy] = tuple(
+                replace(
+                    layered(without_resting_states(part.problem.profile)), workspace_bytes=part.problem.workspace_bytes
+                )
+                for part in parts
+            )
         each = time_limit / len(parts)
-        seconds = 0.0
-        for part in parts:
-            free = layered(without_resting_states(part.problem.profile))
-            relaxed = replace(free, workspace_bytes=part.problem.workspace_bytes)
-            seconds += any_schedule_bound(relaxed, budget_bytes, seconds=each) / len(parts)
+        bounds = [any_schedule_bound(step, budget_bytes, seconds=each) for step in self._relaxed[policy]]
+        seconds = sum(bounds) / len(parts)
         return 2 * seconds if parts[0].perturbed else seconds
 
     # --- beside the budget -----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ for as long in every plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from planner.graph import PACKED_ALIGNMENT, Step, StepGraph, aligned, state_names, step_graph
 from planner.layers import (
@@ -212,26 +212,19 @@ class _Splitter:
         forward = tuple(self._operation(layer, step, local) for step in self.own[layer]["forward"])
         backward = tuple(self._operation(layer, step, local) for step in self.own[layer]["backward"])
 
-        def entering(window: int) -> frozenset[str]:
+        def touched(window: int, there: Callable[[int, str], bool]) -> frozenset[str]:
+            """What lives, is touched in the window, and for which `there` holds of its first window and its name."""
             return frozenset(
                 local[name]
                 for name in self._touched(layer, window)
-                if name in local
-                and self.lives(name)
-                and name in self.first
-                and self.first[name] < window <= self._last(name, self.last)
+                if name in local and self.lives(name) and name in self.first and there(self.first[name], name)
             )
 
+        def entering(window: int) -> frozenset[str]:
+            return touched(window, lambda first, name: first < window <= self._last(name, self.last))
+
         def leaving(window: int, last: dict[str, int]) -> frozenset[str]:
-            return frozenset(
-                local[name]
-                for name in self._touched(layer, window)
-                if name in local
-                and self.lives(name)
-                and name in self.first
-                and self.first[name] <= window
-                and self._last(name, last) > window
-            )
+            return touched(window, lambda first, name: first <= window < self._last(name, last))
 
         inside = {name for name, owner in self.owner.items() if owner == layer}
         candidates = tuple(sorted(local[name] for name in inside))

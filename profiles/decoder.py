@@ -323,7 +323,3 @@ def window_mask(seq: int, window: int) -> Tensor:
     distance = positions[:, None] - positions[None, :]
     hidden = (distance < 0) | (distance >= window)
     return torch.zeros(seq, seq).masked_fill(hidden, -math.inf)
-
-
-def tied_head_name(shape: DecoderShape) -> str:
-    return "model.embed_tokens.weight" if shape.tied else "lm_head.weight"

@@ -418,7 +418,7 @@ def _plan_here(
     what_if: bool,
 ) -> tuple[Plan, Explanation]:
     """The plan, and why it is as it is; with what memory is worth beside it."""
-    from planner.explanation import Worth, account, shortfall
+    from planner.explanation import Worth, account, explanation_of
     from planner.plan import planner_of
     from planner.worth import neighbours
     from planner.worth import what_if as check
@@ -427,7 +427,7 @@ def _plan_here(
     started = time.monotonic()
     planned = planner.plan(budget, policy=policy, time_limit=time_limit, progress=solving)
     if planned.status == "infeasible":
-        return planned, shortfall(planned, planner.smallest_plan(policy=policy, time_limit=time_limit))
+        return planned, explanation_of(planner, planned, time_limit=time_limit)
     beside: list[Worth] = []
     left = time_limit - (time.monotonic() - started)
     searched = planned.policy == "solver" and not interrupts.seen

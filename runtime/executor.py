@@ -18,7 +18,22 @@ from profiles.store import Store
 from runtime.arena import Arena
 from runtime.channels import Channel
 from runtime.compiled import CompiledOperator, compile_operator
-from runtime.job import CODES, FETCH, FREE, LOSS, PASS, PERTURB, READ, RUN, SPILL, UNIT, UNPACK, UPDATE, Job
+from runtime.job import (
+    CODES,
+    FETCH,
+    FREE,
+    LOSS,
+    PASS,
+    PERTURB,
+    READ,
+    RUN,
+    SPILL,
+    UNIT,
+    UNPACK,
+    UPDATE,
+    Job,
+    program_values,
+)
 from runtime.meter import Meter
 from runtime.optimizer import Perturbation, Update
 from runtime.spill import SpillFile
@@ -82,10 +97,8 @@ class BoundOperator:
 
 def bind(program: dict[str, Any], arena: Arena, store: Store | None) -> list[BoundOperator]:
     """The operators of a program as the job holds it."""
-    local = {value[0]: index for index, value in enumerate(program["values"])}
-    values = {
-        name: {"dtype": dtype, "shape": shape, "stride": stride} for name, dtype, shape, stride in program["values"]
-    }
+    values = program_values(program)
+    local = {name: index for index, name in enumerate(values)}
     return [BoundOperator(operator, values, local, arena, store) for operator in program["operators"]]
 
 

@@ -256,6 +256,13 @@ def program_header(program: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def program_values(program: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The values of a program as the job holds it: name -> dtype, shape, stride."""
+    return {
+        name: {"dtype": dtype, "shape": shape, "stride": stride} for name, dtype, shape, stride in program["values"]
+    }
+
+
 def _extents(
     numbers: _Numbers, train: array[int], evaluate: array[int], lasting: Sequence[str]
 ) -> tuple[array[int], int]:

@@ -15,7 +15,7 @@ from collections import Counter
 from typing import Any
 
 from runtime import lean_torch
-from runtime.job import program_header
+from runtime.job import program_header, program_values
 from runtime.process import child_environment, memory, trim_heap
 
 
@@ -47,9 +47,8 @@ def main() -> int:
     programs = json.load(sys.stdin)
     arena = Arena(1 << 20)
     kept = [bind(program, arena, None) for program in programs]
-    for program in programs:
-        _run_once(program)
-    del program, programs
+    while programs:
+        _run_once(programs.pop())
     sys.stdout.write(json.dumps({"bytes": max(0, _resident() - before)}) + "\n")
     del kept
     return 0
@@ -60,7 +59,7 @@ def _run_once(program: dict[str, Any]) -> None:
 
     from runtime.compiled import compile_operator
 
-    values = {name: {"dtype": d, "shape": shape, "stride": stride} for name, d, shape, stride in program["values"]}
+    values = program_values(program)
     compiled = [compile_operator(operator, values) for operator in program["operators"]]
     touched = [
         [

@@ -27,7 +27,8 @@ from runtime.process import child_environment, command, memory, trim_heap
 ROUNDS = (4, 40)
 WEIGHT_BUFFERS = 4  # buffers for weights of one shape
 UNPACKED_BYTES = 64 << 20  # outputs that unpacking is timed on, in turn
-PASSES = 2  # over all programs, the lower figure counts: what else the machine does comes in bursts of seconds
+PASSES = 2  # over all programs: of seconds the lower figure counts, since what else the machine does comes in bursts of
+# seconds, of workspace the higher, since holes in the heap may hide some
 PROGRAM_SECONDS = 1.0  # time spent on a program in a pass, beyond the first rounds
 GATHERED_ROWS = 8192
 MARK = "TIGHTFIT_MEASURE"

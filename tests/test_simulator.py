@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
+from broken_plans import changed, rejected
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import PAGE, ProgramBuilder, decoder_like, device, profile_of, small_chain
 
 from planner.plan import Planner, plan
-from planner.simulate import InvalidSchedule, simulate
+from planner.simulate import simulate
 from profiles.errors import InputError
 
 
@@ -21,24 +20,8 @@ def streaming():
     return Planner(profile).smallest_plan()
 
 
-def changed(plan, edit, phase="train", **fields):
-    """The plan with `edit` made to a copy of its instructions, and other fields replaced."""
-    instructions = copy.deepcopy(getattr(plan, phase).instructions)
-    edit(instructions)
-    told = getattr(plan, phase).model_copy(update={"instructions": instructions})
-    return plan.model_copy(update={phase: told, "peak_bytes": 0, "arena_bytes": plan.arena_bytes, **fields})
-
-
 def first(instructions, verb, nth=0):
     return [index for index, entry in enumerate(instructions) if entry[0] == verb][nth]
-
-
-def rejected(plan, invariant):
-    with pytest.raises(InvalidSchedule) as caught:
-        simulate(plan)
-    assert caught.value.invariant == invariant, str(caught.value)
-    assert f"({invariant})" in str(caught.value)
-    return caught.value
 
 
 def test_the_plan_itself_passes_and_its_figures_are_the_simulators(streaming):

@@ -27,7 +27,7 @@ OWN = "own"
 
 def plan(order: Order, tell: Tell) -> Row:
     """One plan; one that does not fit is a result too."""
-    from planner.explanation import account, shortfall
+    from planner.explanation import explanation_of
     from planner.plan import planner_of
 
     request = order.request
@@ -38,9 +38,7 @@ def plan(order: Order, tell: Tell) -> Row:
     found = planner.plan(
         request["memory"], policy=policy, time_limit=limit, progress=lambda told: tell.progress(**_finite(told))
     )
-    infeasible = found.status == "infeasible"
-    why = shortfall(found, planner.smallest_plan(policy=policy, time_limit=limit)) if infeasible else account(found)
-    explanation = why.model_dump(mode="json")
+    explanation = explanation_of(planner, found, time_limit=limit).model_dump(mode="json")
     file = keep_plan(objects, found, request["profile"], explanation=explanation)
     summary = plan_summary(found) | {"explanation": explanation}
     return {"result": {"plan": found.fingerprint, "summary": summary}, "files": [file]}
