@@ -88,3 +88,24 @@ def test_runs_follow_each_other_survive_and_save(tmp_path, work, cache, measured
         assert not (service.data / "runs" / second / "out").exists()
     finally:
         service.stop()
+
+
+def test_a_model_of_the_hub_is_downloaded_and_measured(tmp_path, work, cache):
+    """The hub's library is a stand-in that finds the model in a folder; everything else is as it is."""
+    told = tmp_path / "asked"
+    (tmp_path / "huggingface_hub.py").write_text(
+        "from pathlib import Path\n"
+        "def snapshot_download(name, allow_patterns):\n"
+        f"    Path({str(told)!r}).write_text(name)\n"
+        f"    return {str(work / 'model')!r}\n"
+    )
+    environment = {"TIGHTFIT_CACHE": str(cache), "PYTHONPATH": str(tmp_path)}
+    service = Served(tmp_path / "data", "--hub", environment=environment).start()
+    try:
+        asked = {name: value for name, value in MEASURED.items() if name != "path"}
+        made = service.result("/v1/profiles", hub="org/model", **asked)["profile"]
+        assert told.read_text() == "org/model"
+        plan = service.result("/v1/plans", profile=made, memory="1GiB", policy="keep-all")
+        assert plan["summary"]["status"] == "feasible"
+    finally:
+        service.stop()
