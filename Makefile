@@ -9,8 +9,9 @@ ARGS ?=
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
 
+# Two files at a time, the slow ones first; ARGS='-n 0' for one after the other, as a debugger wants them.
 test: lint
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Five published models under the published caps; ARGS='--model qwen2.5-0.5b --no-curve' for one in minutes.
 bench-headline: $(VENV)/.installed

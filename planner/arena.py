@@ -7,6 +7,7 @@ all their intervals; a few orders are tried and the lowest arena is kept.
 
 from __future__ import annotations
 
+import bisect
 import math
 import random
 import time
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from planner.emit import Entry, made_by
 from planner.graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
@@ -23,8 +23,9 @@ MOVES = {"spill", "fetch"}
 DIRECT_BYTES = 64 << 10
 """Tensors from this size on that move between memory and disk lie on pages: the disk then reads and writes them in place."""
 
-Offsets = NDArray[np.int64]
 FEW = 80
+LEAF = 64
+"""entries"""
 SHUFFLES = 200
 """random orders tried for arenas of at most FEW items"""
 ENDLESS = int(np.iinfo(np.int64).max)
@@ -41,7 +42,9 @@ class Arena:
 
 
 @dataclass(kw_only=True)
-class _Item:
+class Item:
+    """A tensor from when it is made until it is freed."""
+
     name: str
     size: int
     alignment: int
@@ -64,6 +67,19 @@ def place(
 
     Past `deadline`, on the monotonic clock, only the first order is tried.
     """
+    items, height = placed_items(train, evaluate, resident, sizes, target, deadline)
+    return arena_of(items, height, len(train))
+
+
+def placed_items(
+    train: tuple[Entry, ...],
+    evaluate: tuple[Entry, ...],
+    resident: Iterable[str],
+    sizes: dict[str, int],
+    target: int = 0,
+    deadline: float = math.inf,
+) -> tuple[list[Item], int]:
+    """As `place`: every tensor in its place, and the bytes that they take."""
     length = len(train) + len(evaluate)
     every = _items(train, evaluate, tuple(resident), sizes)
     lowest = max(target, _live_peak(every, length))
@@ -80,7 +96,7 @@ def place(
     for order, tight in _orders(items):
         if best is not None and time.monotonic() > deadline:
             break
-        offsets = _assign(items, order, base, ENDLESS if best is None else best[0], tight=tight)
+        offsets = _assign(items, order, base, ENDLESS if best is None else best[0], length, tight=tight)
         if offsets is None:
             continue
         height = max((offset + item.size for offset, item in zip(offsets, items)), default=base)
@@ -90,10 +106,11 @@ def place(
     assert best is not None
     for item, offset in zip(items, best[1]):
         item.offset = offset
-    return _arena(every, max(base, best[0]), len(train))
+    return every, aligned(max(base, best[0]))
 
 
-def _arena(items: list[_Item], height: int, split: int) -> Arena:
+def arena_of(items: Iterable[Item], height: int, split: int) -> Arena:
+    """Offsets by the entry that makes a tensor; `split` entries of training come first."""
     fixed: dict[str, int] = {}
     train: dict[tuple[int, str], int] = {}
     evaluate: dict[tuple[int, str], int] = {}
@@ -105,19 +122,19 @@ def _arena(items: list[_Item], height: int, split: int) -> Arena:
                 train[maker, item.name] = item.offset
             else:
                 evaluate[maker - split, item.name] = item.offset
-    return Arena(bytes=aligned(height), resident=fixed, train=train, evaluate=evaluate)
+    return Arena(bytes=height, resident=fixed, train=train, evaluate=evaluate)
 
 
 def _items(
     train: tuple[Entry, ...], evaluate: tuple[Entry, ...], resident: tuple[str, ...], sizes: dict[str, int]
-) -> list[_Item]:
+) -> list[Item]:
     length = len(train) + len(evaluate)
     moved = {e.name for e in (*train, *evaluate) if e.verb in MOVES and sizes[e.name] >= DIRECT_BYTES}
 
-    def item(name: str, spans: list[tuple[int, int]], maker: int) -> _Item:
+    def item(name: str, spans: list[tuple[int, int]], maker: int) -> Item:
         paged = name in moved or name.startswith("packed:")
         alignment = PACKED_ALIGNMENT if paged else ALIGNMENT
-        return _Item(name=name, size=sizes[name], alignment=alignment, spans=spans, makers=[maker])
+        return Item(name=name, size=sizes[name], alignment=alignment, spans=spans, makers=[maker])
 
     always = {name: item(name, [], -1) for name in resident}
     items = list(always.values())
@@ -145,7 +162,7 @@ def _items(
     return [item for item in items if item.size]
 
 
-def _live_peak(items: list[_Item], length: int) -> int:
+def _live_peak(items: list[Item], length: int) -> int:
     change = np.zeros(length + 1, dtype=np.int64)
     for item in items:
         for first, last in item.spans:
@@ -154,7 +171,7 @@ def _live_peak(items: list[_Item], length: int) -> int:
     return int(np.cumsum(change).max(initial=0))
 
 
-def _orders(items: list[_Item]) -> Iterable[tuple[list[int], bool]]:
+def _orders(items: list[Item]) -> Iterable[tuple[list[int], bool]]:
     """Orders to try, with lowest or tightest fit: by size, by rough size and lifetime, by lifetime, by both weighed."""
     every = range(len(items))
     life = [sum(last - first + 1 for first, last in item.spans) for item in items]
@@ -177,43 +194,112 @@ def _orders(items: list[_Item]) -> Iterable[tuple[list[int], bool]]:
             yield sorted(every, key=weights.__getitem__, reverse=True), chance.random() < 0.5
 
 
+Range = tuple[int, int]
+"""[low, high) of bytes"""
+
+
 class _Places:
-    """What lies in the arena so far, sorted by offset."""
+    """Which bytes are taken when: a binary tree over the entries, so that looking up costs little however long the step is.
 
-    def __init__(self, capacity: int) -> None:
-        self.count = 0
-        self.low = np.empty(capacity, dtype=np.int64)
-        self.high = np.empty(capacity, dtype=np.int64)
-        self.first = np.empty(capacity, dtype=np.int32)
-        self.last = np.empty(capacity, dtype=np.int32)
+    A node stands for a stretch of entries, the leaves for stretches of LEAF. It knows the bytes taken during all of its
+    stretch and those taken at any time of it, as ranges in order that do not touch; a leaf also knows who takes what is not
+    taken all the time.
+    """
 
-    def neighbours(self, spans: list[tuple[int, int]]) -> NDArray[np.intp]:
-        """Positions of what is resident at any time of `spans`."""
-        first, last = self.first[: self.count], self.last[: self.count]
-        hit = (first <= spans[0][1]) & (last >= spans[0][0])
-        for begin, end in spans[1:]:
-            hit |= (first <= end) & (last >= begin)
-        return np.flatnonzero(hit)
+    def __init__(self, length: int) -> None:
+        leaves = -(-length // LEAF)
+        self.first_leaf = 1 << max(0, leaves - 1).bit_length()
+        self.always: list[list[Range]] = [[] for _ in range(2 * self.first_leaf)]
+        self.ever: list[list[Range]] = [[] for _ in range(2 * self.first_leaf)]
+        self.parts: list[list[tuple[int, int, int, int]]] = [[] for _ in range(self.first_leaf)]
+        """per leaf: (low, high, first, last)"""
+
+    def taken(self, spans: list[tuple[int, int]]) -> list[Range]:
+        """Ranges of bytes that are taken at any time of `spans`, sorted by their low end; they may overlap."""
+        found: list[Range] = []
+        above: set[int] = set()
+        for first, last in spans:
+            nodes, leaves = self._cover(first, last)
+            for node in nodes:
+                found += self.ever[node]
+            for leaf in leaves:
+                found += self.always[leaf + self.first_leaf]
+                found += [(low, high) for low, high, begin, end in self.parts[leaf] if begin <= last and end >= first]
+            for node in (*nodes, *(leaf + self.first_leaf for leaf in leaves)):
+                parent = node >> 1
+                while parent and parent not in above:
+                    above.add(parent)
+                    found += self.always[parent]
+                    parent >>= 1
+        found.sort()
+        return found
 
     def add(self, low: int, high: int, first: int, last: int) -> None:
-        at = int(np.searchsorted(self.low[: self.count], low))
-        for column, value in ((self.low, low), (self.high, high), (self.first, first), (self.last, last)):
-            column[at + 1 : self.count + 1] = column[at : self.count]
-            column[at] = value
-        self.count += 1
+        """Take bytes from entry `first` to entry `last`."""
+        nodes, leaves = self._cover(first, last)
+        for node in nodes:
+            _join(self.always[node], low, high)
+        for leaf in leaves:
+            self.parts[leaf].append((low, high, first, last))
+        for node in (*nodes, *(leaf + self.first_leaf for leaf in leaves)):
+            # Where the bytes are known to be taken at some time, they are known above too.
+            upward = node
+            while upward and _join(self.ever[upward], low, high):
+                upward >>= 1
+
+    def _cover(self, first: int, last: int) -> tuple[list[int], list[int]]:
+        """The largest nodes within the span, and the leaves that it covers in part."""
+        leaves = []
+        left, right = first // LEAF, last // LEAF
+        if first % LEAF:
+            leaves.append(left)
+            left += 1
+        if (last + 1) % LEAF:
+            if right >= left:
+                leaves.append(right)
+            right -= 1
+        nodes = []
+        low, high = left + self.first_leaf, right + self.first_leaf + 1
+        while low < high:
+            if low & 1:
+                nodes.append(low)
+                low += 1
+            if high & 1:
+                high -= 1
+                nodes.append(high)
+            low >>= 1
+            high >>= 1
+        return nodes, leaves
 
 
-def _assign(items: list[_Item], order: list[int], base: int, below: int, *, tight: bool) -> list[int] | None:
+def _join(ranges: list[Range], low: int, high: int) -> bool:
+    """Unite a range with others that do not touch each other; whether it adds anything."""
+    at = bisect.bisect_right(ranges, (low, ENDLESS))
+    if at and ranges[at - 1][1] >= low:
+        at -= 1
+        if ranges[at][1] >= high:
+            return False
+        low = ranges[at][0]
+    end = at
+    while end < len(ranges) and ranges[end][0] <= high:
+        high = max(high, ranges[end][1])
+        end += 1
+    ranges[at:end] = [(low, high)]
+    return True
+
+
+def _assign(
+    items: list[Item], order: list[int], base: int, below: int, length: int, *, tight: bool
+) -> list[int] | None:
     """Offsets from `base` up, placed in `order` in the lowest (or tightest) gap that is free over an item's spans.
 
     None as soon as an item ends at `below` or higher.
     """
-    places = _Places(sum(len(item.spans) for item in items))
+    places = _Places(length)
     offsets = [0] * len(items)
     for index in order:
         item = items[index]
-        near = places.neighbours(item.spans)
-        offset = _gap(places.low[near], places.high[near], base, item.size, item.alignment, tight=tight)
+        offset = gap(places.taken(item.spans), base, item.size, item.alignment, tight=tight)
         if offset + item.size >= below:
             return None
         offsets[index] = offset
@@ -222,16 +308,18 @@ def _assign(items: list[_Item], order: list[int], base: int, below: int, *, tigh
     return offsets
 
 
-def _gap(low: Offsets, high: Offsets, base: int, size: int, alignment: int, *, tight: bool) -> int:
-    """Lowest offset of a gap of at least `size` between the occupied ranges, or of the smallest such gap."""
-    starts = np.empty(len(low) + 1, dtype=np.int64)
-    starts[0] = base
-    np.maximum.accumulate(high, out=starts[1:])
-    np.maximum(starts, base, out=starts)
-    starts += -starts % alignment
-    room = np.empty(len(low) + 1, dtype=np.int64)
-    np.subtract(low, starts[:-1], out=room[:-1])
-    room[-1] = ENDLESS - 1
-    if tight:
-        return int(starts[np.argmin(np.where(room >= size, room, ENDLESS))])
-    return int(starts[np.argmax(room >= size)])
+def gap(taken: list[Range], base: int, size: int, alignment: int, *, tight: bool) -> int:
+    """Lowest offset of a gap of at least `size` from `base` up between the ranges `taken`, or of the smallest such gap.
+
+    The ranges are sorted by their low end.
+    """
+    start = base + -base % alignment
+    best, least = -1, ENDLESS
+    for low, high in taken:
+        if low - start >= size and least > low - start:
+            if not tight:
+                return start
+            best, least = start, low - start
+        if high > start:
+            start = high + -high % alignment
+    return start if best < 0 else best

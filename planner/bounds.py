@@ -4,46 +4,75 @@ Take the moment at which the last forward operator (the loss) has first run. Eve
 what those operators read and was made before must be resident at that moment, or be made again, or come from disk. The
 same holds for weights and optimizer states at that moment and at the boundary between two steps. Memory at both moments
 is limited; a linear program trades it at its best.
+
+It asks only for what must happen at least once. To make a tensor again is charged one more run of its maker, not what the
+maker reads; so the bound also holds for schedules that make that again in turn: whole layers, layer inputs among them, any
+number of times. What runs again reads weights again, which is left out too; and every operator is at least one instruction.
 """
 
 from __future__ import annotations
 
 from planner.graph import StepGraph, state_names
 from planner.layers import ALWAYS, Layered, compute_seconds, transfer_seconds
-from planner.linear import Linear, Program
+from planner.linear import INFINITY, Growing, Linear
+from planner.quiet import MARGIN
 from profiles.schema import Profile
 
 MS = 1e3
 KIB = 1024.0
 
 
-def any_schedule_bound(problem: Layered, budget_bytes: int, *, seconds: float = 60.0) -> float:
-    """Seconds per step that no schedule undercuts at this budget; weaker where the solver needs more than `seconds`."""
-    profile, graph = problem.profile, problem.graph
-    floor = profile.device.floor
-    forward = sum(step.phase == "forward" for step in graph.steps)
-    # Every operator is at least one instruction, and forward is there twice (training and evaluation).
-    instructions = floor.instruction_bytes * (len(graph.steps) + forward)
-    always = sum(storage.bytes for storage in graph.storages.values() if storage.kind in ALWAYS)
-    room = (budget_bytes - floor.resident_bytes - problem.workspace_bytes - instructions - always) / KIB
-    return _Relaxation(profile, graph, max(0.0, room)).step_seconds(seconds)
+class AnySchedule:
+    """The bound for one step at any number of budgets. `workspace_bytes`: of a step that needs others than its profile says."""
 
-
-class _Relaxation:
-    def __init__(self, profile: Profile, graph: StepGraph, room: float) -> None:
-        self.profile = profile
-        self.graph = graph
-        self.program = Program()
+    def __init__(self, problem: Layered, *, workspace_bytes: int | None = None) -> None:
+        self.profile: Profile = problem.profile
+        self.graph: StepGraph = problem.graph
+        floor = self.profile.device.floor
+        steps = self.graph.steps
+        # Every operator is at least one instruction, and so is every operator of an evaluation.
+        apart = {step.layer for step in self.graph.inference}
+        evaluation = len(self.graph.inference) + sum(s.phase == "forward" and s.layer not in apart for s in steps)
+        instructions = floor.instruction_bytes * (len(steps) + evaluation)
+        always = sum(storage.bytes for storage in self.graph.storages.values() if storage.kind in ALWAYS)
+        workspace = problem.workspace_bytes if workspace_bytes is None else workspace_bytes
+        self.taken = floor.resident_bytes + workspace + instructions + always
+        """bytes of any budget that no choice touches"""
+        self.fixed = sum(step.seconds for step in steps)
+        self.fixed += sum(tensor.update_seconds for tensor in self.profile.tensors if tensor.kind == "trainable")
+        pivot = max((step.index for step in steps if step.phase == "forward"), default=-1)
+        self.earlier = self._before(pivot)
+        self.later = self._after(pivot)
+        self.program = Growing()
         self.compute: dict[int, float] = {}
         """ms on the compute timeline per unit"""
         self.disk: dict[int, float] = {}
         self.at_pivot: dict[int, float] = {}
         """KiB at the moment of the loss per unit"""
         self.at_boundary: dict[int, float] = {}
-        self.room = room
-        pivot = max((step.index for step in graph.steps if step.phase == "forward"), default=-1)
-        self.earlier = self._before(pivot)
-        self.later = self._after(pivot)
+        self._activations()
+        self._weights()
+        self._states()
+        self.total = self.program.variable()
+        self.program.at_least(Linear().add(self.total), self.fixed * MS, _weighted(self.compute))
+        self.program.at_least(Linear().add(self.total), _weighted(self.disk))
+        self.rooms = [
+            self.program.at_least(Linear(), _weighted(moment)) for moment in (self.at_pivot, self.at_boundary)
+        ]
+
+    def step_seconds(self, budget_bytes: int, seconds: float = 60.0) -> float:
+        """Seconds per step that no schedule undercuts; what every operator run once takes where the solver needs more
+        than `seconds`.
+        """
+        for row in self.rooms:
+            self.program.row_bounds(row, -max(0.0, (budget_bytes - self.taken) / KIB), INFINITY)
+        try:
+            result = self.program.solve(Linear().add(self.total), seconds)
+        except TimeoutError:
+            return self.fixed
+        if not result.optimal:
+            return self.fixed
+        return max(self.fixed, result.objective / MS * (1 - MARGIN))
 
     def _before(self, pivot: int) -> set[int]:
         """Steps without which the pivot cannot run, itself included."""
@@ -65,27 +94,6 @@ class _Relaxation:
                 later.add(step.index)
                 made.update(filter(None, step.outputs))
         return later
-
-    def step_seconds(self, seconds: float) -> float:
-        """The bound; what every operator run once takes where the solver is not through within `seconds`."""
-        fixed = sum(step.seconds for step in self.graph.steps)
-        fixed += sum(tensor.update_seconds for tensor in self.profile.tensors if tensor.kind == "trainable")
-        self._activations()
-        self._weights()
-        self._states()
-        total = Linear().add(self.program.variable())
-        self.program.at_least(total, fixed * MS, _weighted(self.compute))
-        self.program.at_least(total, _weighted(self.disk))
-        for moment in (self.at_pivot, self.at_boundary):
-            self.program.at_least(Linear(self.room), _weighted(moment))
-        try:
-            result = self.program.solve(total, seconds)
-        except TimeoutError:
-            return fixed
-        if not result.optimal:
-            return fixed
-        # A hair below, for the solver's tolerance.
-        return max(fixed, result.objective / MS * (1 - 1e-7))
 
     def _share(self) -> int:
         return self.program.variable(0.0, 1.0)

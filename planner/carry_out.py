@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from planner.arena import Arena, place
+from planner.collector import paused_collector
 from planner.emit import Draft, Entry, draft, live_profile
+from planner.fitted import overlap_in_place
 from planner.gradients import Passages
 from planner.layers import Layered
 from planner.overlap import clock, overlap
+from planner.segments import Segments
 from planner.windows import Column
-
-ROUNDS = 3
-"""limits that moved transfers are held to, one after the other, until everything finds its place in the arena"""
-FEW = 200
-"""an arena that is too large by less than one part in so many is not so because of what moved"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +30,7 @@ class Schedule:
     """seconds of them spent waiting for the disk"""
     peak_bytes: int
     """of the whole process"""
+    segments: Segments = ()
     skipped: tuple[str, ...] = ()
     """layers whose backward is left out"""
     following: tuple[Schedule, ...] = ()
@@ -45,61 +43,57 @@ class Part:
 
     problem: Layered
     columns: tuple[Column, ...]
+    segments: Segments = ()
     skipped: tuple[str, ...] = ()
     passages: Passages = field(default_factory=dict)
     perturbed: tuple[str, ...] = ()
 
+    @property
+    def computing_seconds(self) -> float:
+        """Of the columns, and of what segments run again to make their layers' inputs."""
+        steps = self.problem.forward_steps
+        again = [step for first, last in self.segments for layer in range(first, last) for step in steps[layer]]
+        own = sum(column.forward_seconds + column.backward_seconds for column in self.columns)
+        return own + sum(step.seconds for step in again)
+
     def draft(self) -> Draft:
-        return draft(self.problem, self.columns, self.passages, self.perturbed)
+        return draft(self.problem, self.columns, self.passages, self.perturbed, self.segments)
 
 
+@paused_collector()
 def carry_out(
     problem: Layered,
     columns: tuple[Column, ...],
     limit: int,
     *,
     deadline: float = float("inf"),
-    unmoved: bool = False,
+    segments: Segments = (),
 ) -> tuple[Schedule | None, int]:
     """Schedule of the columns within `limit` bytes of arena and instructions, or the bytes by which it fails.
 
-    With `unmoved` transfers stay where they are needed, at last, if nothing else fits.
+    Past `deadline`, on the monotonic clock, the first order of the transfers and the first arena that fits do.
     """
-    part = Part(problem=problem, columns=columns)
+    part = Part(problem=problem, columns=columns, segments=segments)
     joined = part.draft()
-    return _carry_out(part, joined, limit, _charged(problem, [joined]), deadline=deadline, unmoved=unmoved)
+    return _carry_out(part, joined, limit, _charged(problem, [joined]), deadline)
 
 
 def _carry_out(
-    part: Part,
-    joined: Draft,
-    limit: int,
-    charged: int,
-    *,
-    deadline: float = float("inf"),
-    unmoved: bool = False,
+    part: Part, joined: Draft, limit: int, charged: int, deadline: float = float("inf")
 ) -> tuple[Schedule | None, int]:
     room = limit - charged
     live = _live(joined)
     if live > room:
         return None, live - room
-    excess, allowed = 0, room
-    for attempt in range(ROUNDS):
-        train = overlap(joined.train, part.problem.inputs, joined.resident, joined.sizes, allowed)
-        arena = place(train, joined.evaluate, joined.resident, joined.sizes, room, deadline)
-        before, excess = excess, arena.bytes - room
-        if excess <= 0:
-            return _schedule(part, joined, train, arena, charged), excess
-        # The arena has gaps: what is moved must leave room for them, if it is what makes them.
-        allowed -= excess
-        if time.monotonic() > deadline or excess < room // FEW or (attempt and excess > before / 2):
-            break
-    if unmoved:
-        arena = place(joined.train, joined.evaluate, joined.resident, joined.sizes, room, deadline)
-        excess = arena.bytes - room
-        if excess <= 0:
-            return _schedule(part, joined, joined.train, arena, charged), excess
-    return None, excess
+    inputs = part.problem.inputs
+    train = overlap(joined.train, inputs, joined.resident, joined.sizes, room, deadline)
+    arena = place(train, joined.evaluate, joined.resident, joined.sizes, room, deadline)
+    if arena.bytes > room:
+        # What moved has made gaps: as drafted, and moved as far as what is placed then allows.
+        train, arena = overlap_in_place(joined, inputs, room, deadline)
+        if arena.bytes > room:
+            return None, arena.bytes - room
+    return _schedule(part, joined, train, arena, charged), arena.bytes - room
 
 
 def smallest_arena(problem: Layered, columns: tuple[Column, ...]) -> Schedule:
@@ -107,21 +101,23 @@ def smallest_arena(problem: Layered, columns: tuple[Column, ...]) -> Schedule:
     return smallest_cycle([Part(problem=problem, columns=columns)])
 
 
+@paused_collector()
 def carry_out_cycle(parts: Sequence[Part], limit: int) -> tuple[Schedule | None, int]:
     """Schedules of a policy's steps within `limit` bytes of arena and all their instructions, or the bytes by which one
-    fails. Transfers stay where they are needed if nothing else fits.
+    fails.
     """
     drafts = [part.draft() for part in parts]
     charged = _charged(parts[0].problem, drafts)
     found = []
     for part, joined in zip(parts, drafts, strict=True):
-        schedule, excess = _carry_out(part, joined, limit, charged, unmoved=True)
+        schedule, excess = _carry_out(part, joined, limit, charged)
         if schedule is None:
             return None, excess
         found.append(schedule)
     return _in_turn(found), 0
 
 
+@paused_collector()
 def smallest_cycle(parts: Sequence[Part]) -> Schedule:
     """Schedules of a policy's steps in the lowest arena found, with transfers moved as far as that allows."""
     drafts = [part.draft() for part in parts]
@@ -176,6 +172,7 @@ def _schedule(part: Part, joined: Draft, train: tuple[Entry, ...], arena: Arena,
     return Schedule(
         problem=problem,
         columns=part.columns,
+        segments=part.segments,
         skipped=part.skipped,
         draft=joined,
         train=train,

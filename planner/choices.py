@@ -23,6 +23,13 @@ Slot = tuple[int, int]
 """(backward position, forward operator that runs again just before it; LAST for the backward operator itself)"""
 
 
+def choice_count(kind: LayerType) -> int:
+    """Whole numbers in the program of one layer."""
+    states = {MINOR if update.minor else update.trainable for update in kind.updates if update.states}
+    modes = sum(len(weight.modes) for weight in kind.weights.values())
+    return len(kind.candidates) + len(set(kind.candidates) & kind.offloadable) + modes + len(states)
+
+
 class Choices:
     """What is open in one layer, inside `program`."""
 

@@ -97,9 +97,12 @@ def compare(
             if not plans and not found:
                 raise
             return Comparison(
-                devices=names, budgets=ordered, policies=rules, plans=[*plans, *_monotone(found, ordered, rules)]
+                devices=names,
+                budgets=ordered,
+                policies=rules,
+                plans=[*plans, *_monotone(found, planner, ordered, rules)],
             )
-        plans += _monotone(found, ordered, rules)
+        plans += _monotone(found, planner, ordered, rules)
     if progress is not None:
         progress(what, total, total)
     return Comparison(devices=names, budgets=ordered, policies=rules, plans=plans)
@@ -125,13 +128,20 @@ def _fill(
                 made = planner.plan(budget, policy=policy, time_limit=time_limit)
             solved = found.get((budget, SOLVER))
             if policy != SOLVER and solved is not None and made.status != "infeasible" and made.exact:
-                made = rebudgeted(made, bound_seconds=solved.bound_seconds)
+                made = rebudgeted(made, bound_seconds=_class_bound(planner, solved))
             found[budget, policy] = made
             if planned is not None:
                 planned(made)
 
 
-def _monotone(found: dict[tuple[int, str], Plan], budgets: list[int], policies: list[str]) -> list[Plan]:
+def _class_bound(planner: Planner | GraphPlanner, solved: Plan) -> float:
+    """Seconds that no plan of the class undercuts at the budget of the solver's plan."""
+    return planner.class_bound(solved) if isinstance(planner, Planner) else solved.bound_seconds
+
+
+def _monotone(
+    found: dict[tuple[int, str], Plan], planner: Planner | GraphPlanner, budgets: list[int], policies: list[str]
+) -> list[Plan]:
     """The plans in order, none slower than one of the same policy at a smaller budget."""
     for policy in policies:
         best: Plan | None = None
@@ -143,7 +153,7 @@ def _monotone(found: dict[tuple[int, str], Plan], budgets: list[int], policies: 
                 here = found[budget, policy] = rebudgeted(
                     best,
                     budget_bytes=budget,
-                    bound_seconds=here.bound_seconds,
+                    bound_seconds=_class_bound(planner, here) if policy == SOLVER else here.bound_seconds,
                     any_bound=here.any_schedule_bound_seconds,
                 )
             best = here

@@ -52,6 +52,8 @@ class Declared:
             )
         programs = {program.name: program for program in plan.programs}
         self.layers: dict[str, tuple[list[Operator], dict[str, str]]] = {}
+        self.inference: dict[str, list[int]] = {}
+        """layer -> positions of what it runs where no backward follows"""
         for layer in plan.layers:
             if layer.program not in programs:
                 raise InvalidSchedule(
@@ -62,6 +64,7 @@ class Declared:
             for value in program.values:
                 self.tensors.setdefault(names[value.name], DeclaredTensor(kind=value.kind, bytes=value.bytes))
             self.layers[layer.name] = (program.operators, names)
+            self.inference[layer.name] = program.inference
         self.order = [layer.name for layer in plan.layers]
         states = int(plan.optimizer.get("state_tensors", 2))
         self.trainables: dict[str, list[str]] = {}
@@ -79,7 +82,7 @@ class Declared:
         result: dict[str, int] = {}
         for layer, (operators, names) in self.layers.items():
             for operator in operators:
-                if operator.phase == "backward" and layer in phase.skipped:
+                if operator.phase == "inference" or (operator.phase == "backward" and layer in phase.skipped):
                     continue
                 for output in filter(None, operator.outputs):
                     result[names[output]] = result.get(names[output], 0) + 1

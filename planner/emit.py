@@ -13,6 +13,7 @@ from typing import Any
 from planner.gradients import Passages
 from planner.graph import PACKED_ALIGNMENT, aligned
 from planner.layers import ALWAYS, Layered, compute_seconds, transfer_seconds
+from planner.segments import Passes, Segments
 from planner.windows import Action, Column, Script, expand, resident_between_steps
 
 
@@ -46,13 +47,19 @@ class Draft:
     """arena bytes of everything that is ever resident"""
     scripts: tuple[Script, ...]
     """per layer"""
+    remade: frozenset[str] = frozenset()
+    """what layers in segments make again for their backwards, whatever their own decision is then"""
 
 
 def draft(
-    problem: Layered, columns: tuple[Column, ...], passages: Passages | None = None, perturbed: Iterable[str] = ()
+    problem: Layered,
+    columns: tuple[Column, ...],
+    passages: Passages | None = None,
+    perturbed: Iterable[str] = (),
+    segments: Segments = (),
 ) -> Draft:
     """Join the windows of every layer under its column; `passages` and `perturbed` are those of a `PartialStep`."""
-    return _Joiner(problem, columns).join(passages or {}, tuple(perturbed))
+    return _Joiner(problem, columns, segments).join(passages or {}, tuple(perturbed))
 
 
 def made_by(entry: Entry) -> tuple[str, ...]:
@@ -67,13 +74,17 @@ def made_by(entry: Entry) -> tuple[str, ...]:
 
 
 class _Joiner:
-    def __init__(self, problem: Layered, columns: tuple[Column, ...]) -> None:
+    def __init__(self, problem: Layered, columns: tuple[Column, ...], segments: Segments) -> None:
         self.problem = problem
         self.columns = columns
-        self.scripts = tuple(
-            expand(problem.types[kind], column.decision) for kind, column in zip(problem.layer_type, columns)
-        )
-        self.steps = {(step.layer, step.operator): step for step in problem.graph.steps}
+        self.passes = Passes(problem, segments)
+        expanded: dict[tuple[int, int], Script] = {}
+        for kind, column in zip(problem.layer_type, columns):
+            if (kind, id(column)) not in expanded:
+                expanded[kind, id(column)] = expand(problem.types[kind], column.decision)
+        self.scripts = tuple(expanded[kind, id(column)] for kind, column in zip(problem.layer_type, columns))
+        graph = problem.graph
+        self.steps = {(step.layer, step.operator): step for step in (*graph.steps, *graph.inference)}
         self.tensors = {tensor.name: tensor for tensor in problem.profile.tensors}
         self.sizes: dict[str, int] = {}
         self.raw: dict[str, int] = {}
@@ -89,16 +100,16 @@ class _Joiner:
 
     def join(self, passages: Passages, perturbed: tuple[str, ...]) -> Draft:
         count = len(self.columns)
-        forward = [entry for layer in range(count) for entry in self._entries(layer, self.scripts[layer].forward)]
-        backward = [
-            entry
-            for layer in reversed(range(count))
-            for entry in [*self._entries(layer, self.scripts[layer].backward), *self._passed(layer, passages)]
-        ]
+        forward = [entry for layer in range(count) for entry in self._ahead(layer)]
         if perturbed:
             train = self._twice([*forward, *self._outcome()], perturbed)
         else:
-            train = [*forward, *backward, *self._outcome()]
+            marked = [(entry, -1) for entry in forward]
+            for layer in reversed(range(count)):
+                marked += self._second_pass(layer)
+                window = [*self._entries(layer, self.scripts[layer].backward), *self._passed(layer, passages)]
+                marked += [(entry, -1) for entry in window]
+            train = [*self.passes.settled(marked), *self._outcome()]
         evaluate = [
             *(entry for layer in range(count) for entry in self._entries(layer, self.scripts[layer].evaluate)),
             *self._outcome(),
@@ -114,7 +125,21 @@ class _Joiner:
             resident=tuple(dict.fromkeys(resident)),
             sizes={name: self.sizes[name] for name in sorted(names)},
             scripts=self.scripts,
+            remade=self.passes.remade(train) if self.passes.layers else frozenset(),
         )
+
+    def _ahead(self, layer: int) -> Iterable[Entry]:
+        """The layer's window in the step's forward."""
+        script = self.scripts[layer]
+        return self._entries(layer, self.passes.first(layer, script) if layer in self.passes.layers else script.forward)
+
+    def _second_pass(self, layer: int) -> Iterable[tuple[Entry, int]]:
+        """What runs again before the layer's backward, each entry with its own layer."""
+        first, last = self.passes.ends.get(layer, (0, -1))
+        for inner in range(first, last + 1):
+            yield from (
+                (entry, inner) for entry in self._entries(inner, self.passes.second(inner, self.scripts[inner]))
+            )
 
     def _twice(self, forward: list[Entry], trainables: tuple[str, ...]) -> list[Entry]:
         """MeZO: one forward on either side of the trainables, which the update then takes back and moves."""
@@ -251,6 +276,7 @@ def kinds(problem: Layered, draft_: Draft, columns: tuple[Column, ...]) -> dict[
                     result[f"{state}:{name}"] = place
     for name in problem.forced:
         result[name] = "kept"
+    result.update(dict.fromkeys(draft_.remade, "recomputed"))
     for name, storage in graph.storages.items():
         if storage.kind in ALWAYS:
             result[name] = "kept"

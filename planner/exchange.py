@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from planner.plan import fingerprint
 from planner.schema import PLAN_VERSION, Plan
 from profiles.errors import InputError
-from profiles.files import write_whole
+from profiles.files import of_another_version, write_whole
 
 AGAIN = "make it again with `tightfit plan`"
 
@@ -41,9 +41,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         kind = "a profile" if isinstance(content, dict) and "programs" in content else "something else"
         raise InputError(f"{path}: {kind}, not a plan; {AGAIN}")
     if content["version"] != PLAN_VERSION:
-        raise InputError(
-            f"{path}: plan version {content['version']!r}, this program reads version {PLAN_VERSION}; {AGAIN}"
-        )
+        raise InputError(f"{path}: {of_another_version('plan', content['version'], PLAN_VERSION)}; {AGAIN}")
     try:
         plan = Plan.model_validate_json(data)
     except ValidationError as error:

@@ -181,7 +181,14 @@ def _recomputation(plan: Plan, made_again: Recomputation | None) -> list[str]:
         f"making {made_again.tensors} activations again costs {format_seconds(made_again.seconds)}, {made_again.share:.1%} of the step,"
         f" and spares {format_size(made_again.bytes)}; dearest: {dearest}"
     )
-    return [text]
+    if not made_again.layers_twice:
+        return [text]
+    inputs = made_again.layer_inputs
+    twice = (
+        f"{made_again.layers_twice} layers go forward twice, in runs, the second time just before their backward: {inputs} layer"
+        f" {'input is' if inputs == 1 else 'inputs are'} made again instead of kept or moved"
+    )
+    return [text, twice]
 
 
 def _layers(count: int, example: str) -> str:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from planner.costs import Cost, Ledger
 from planner.schema import Phase, Plan
+from planner.segments import rerun_layers
 
 if TYPE_CHECKING:
     from planner.graphs.planner import GraphPlanner
@@ -59,6 +60,8 @@ class Recomputation(Record):
     bytes: int = Field(description="of these: what keeping them all would take")
     operators: list[Recomputed] = Field(description="by kind of layer and operator, dearest first")
     by_layer: dict[str, float] = Field(description="layer -> seconds, in forward order")
+    layer_inputs: int = Field(0, description="of the tensors: those that one layer makes for another")
+    layers_twice: int = Field(0, description="layers that go forward again, in runs, before a later one's backward")
 
 
 class ChannelUse(Record):
@@ -120,7 +123,7 @@ def account(plan: Plan) -> Explanation:
     costs = ledger.costs()
     return Explanation(
         peak=peak_account(plan, ledger),
-        recomputation=_recomputation(plan.train, ledger, costs),
+        recomputation=_recomputation(plan, plan.train, ledger, costs),
         channels=_channels(plan.train, costs),
         waiting_seconds=plan.train.stall_seconds,
     )
@@ -186,7 +189,7 @@ def _runs(phase: Phase, instruction: int, ledger: Ledger) -> tuple[str | None, s
     return layer, ledger.operators[layer][position].target
 
 
-def _recomputation(train: Phase, ledger: Ledger, costs: dict[str, Cost]) -> Recomputation:
+def _recomputation(plan: Plan, train: Phase, ledger: Ledger, costs: dict[str, Cost]) -> Recomputation:
     groups: dict[tuple[str, str], list[float]] = defaultdict(list)
     layers: dict[tuple[str, str], set[str]] = defaultdict(set)
     by_layer: dict[str, float] = defaultdict(float)
@@ -195,7 +198,8 @@ def _recomputation(train: Phase, ledger: Ledger, costs: dict[str, Cost]) -> Reco
         groups[key].append(run.seconds)
         layers[key].add(run.layer)
         by_layer[run.layer] += run.seconds
-    dropped = [cost.bytes for cost in costs.values() if cost.decision == "recomputed"]
+    dropped = {name: cost.bytes for name, cost in costs.items() if cost.decision == "recomputed"}
+    shared = {name for layer in plan.layers for name in layer.bindings.values()}
     operators = [
         Recomputed(layers=len(layers[key]), program=key[0], operator=key[1], runs=len(times), seconds=sum(times))
         for key, times in groups.items()
@@ -204,9 +208,11 @@ def _recomputation(train: Phase, ledger: Ledger, costs: dict[str, Cost]) -> Reco
         seconds=train.recompute_seconds,
         share=_share(train.recompute_seconds, train),
         tensors=len(dropped),
-        bytes=sum(dropped),
+        bytes=sum(dropped.values()),
         operators=sorted(operators, key=lambda group: -group.seconds),
         by_layer={name: by_layer[name] for name in ledger.layers if name in by_layer},
+        layer_inputs=len(shared & dropped.keys()),
+        layers_twice=0 if plan.model.kind == "graph" else len(rerun_layers(plan)),
     )
 
 

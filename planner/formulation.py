@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.choices import LAST, MINOR, Choices, Slot
-from planner.layers import LayerType, Weight, compute_seconds, transfer_seconds
+from planner.layers import LayerType, Weight, compute_seconds, transfer_seconds, weight_uses
 from planner.linear import Linear, Program
 from planner.windows import Decision, measure
 
@@ -95,9 +95,11 @@ class Block(Choices):
     def _forward_rows(self, peak: int, *, evaluate: bool) -> None:
         kind = self.kind
         stays = kind.leaves_evaluate if evaluate else kind.leaves_forward
+        operations = kind.evaluate if evaluate else kind.forward
+        read = weight_uses(operations)
         born = dict.fromkeys(kind.enters_forward, -1)
         last: dict[str, int] = dict.fromkeys(kind.enters_forward, -1)
-        for position, op in enumerate(kind.forward):
+        for position, op in enumerate(operations):
             for value in [*op.inputs, *op.outputs]:
                 last[value] = position
             for value in op.outputs:
@@ -105,7 +107,7 @@ class Block(Choices):
         for value in stays:
             last[value] = LAST
         self._row(peak, Linear(sum(self._size(v) for v in kind.enters_forward)).plus(self._outside()))
-        for position, op in enumerate(kind.forward):
+        for position, op in enumerate(operations):
             shared = Linear().plus(self._states())
             made = 0.0
             for value, start in born.items():
@@ -118,11 +120,12 @@ class Block(Choices):
                     shared.add(self.keep[value], self._size(value))
             opened: list[str] = []
             for name, weight in kind.weights.items():
-                if weight.forward_first < 0 or weight.forward_first > position:
+                first, final = read.get(name, (LAST, LAST))
+                if first > position:
                     shared.plus(self._gap(name, step=True))
-                elif weight.forward_last < position:
+                elif final < position:
                     shared.plus(self._gap(name, step=evaluate))
-                elif weight.forward_first < position:
+                elif first < position:
                     shared.constant += weight.bytes / KIB
                     shared.plus(self._retained_forward(name, evaluate=evaluate), weight.packed_bytes / KIB)
                 else:
@@ -359,8 +362,9 @@ class Block(Choices):
             self.backward_ms.plus(self._all_again(k), MS * op.seconds)
             # Of several outputs one at least is made anew and freed; the others may lie there already.
             count.plus(self._all_again(k), 2.0)
+        read = weight_uses(kind.forward)
         for name, weight in kind.weights.items():
-            if weight.forward_first >= 0:
+            if name in read:
                 unpacks = Linear(1.0).plus(self._in_mode(name, ahead="unpacked"), -1.0)
                 reads = self._in_mode(name, ahead="disk")
                 self.forward_ms.plus(unpacks, MS * weight.unpack_seconds)

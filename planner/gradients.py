@@ -7,17 +7,20 @@ such a step does not train rests: its values, and its optimizer states, are cons
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from planner.graph import STATES, state_names
 from planner.schema import MEZO, Plan
 from profiles.errors import InputError
+from profiles.inference import inference_only
 from profiles.schema import Layer, Operator, Profile, Program, Tensor
 
 POSITIONS = 4
 """blocks of layers that LCSB's cycle goes through"""
+ADDENDS = {"aten.addmm": 0, "tightfit.projection_backward": 4}
+"""products that add up on one of their arguments -> which"""
 Passages = dict[str, tuple[str, str]]
 """layer -> (gradient of its output, gradient of its input), of equal shape"""
 
@@ -27,7 +30,7 @@ class PartialStep:
     """One step of a cycle, or the only one."""
 
     profile: Profile
-    """of what is left of the step; layers and operators keep their names and positions"""
+    """of what is left of the step; layers keep their names, and where `skipped` are some operators their positions"""
     skipped: tuple[str, ...] = ()
     """layers whose backward is left out"""
     passages: Passages = field(default_factory=dict)
@@ -39,19 +42,19 @@ class PartialStep:
 def two_forwards(profile: Profile) -> PartialStep:
     """MeZO's step (Malladi et al. 2023, algorithm 1): forwards only; every trainable is a constant to both of them.
 
-    No gradient and no optimizer state exist, so an activation lives until its last use in the forward. Raises InputError
-    where nothing is trained.
+    No gradient and no optimizer state exist, so an activation lives until its last use in the forward, layers run what
+    they have for inference, and the process never meets the kernels of a backward. Raises InputError where nothing is
+    trained.
     """
     optimizer = {"name": MEZO, "state_tensors": 0}
     perturbed = tuple(tensor.name for tensor in profile.tensors if tensor.kind == "trainable")
     if not perturbed:
         raise InputError(f"mezo moves trained tensors and {profile.model.name} has none; choose another policy")
     drawn = [t.model_copy(update={"update_seconds": update_seconds(t, optimizer)}) for t in profile.tensors]
-    stateless = profile.model_copy(update={"optimizer": optimizer, "tensors": drawn})
-    return PartialStep(
-        profile=_without_backward(stateless, {layer.name for layer in profile.layers}),
-        perturbed=perturbed,
-    )
+    device = profile.device.model_copy(update={"floor": profile.device.floor.inference})
+    stateless = profile.model_copy(update={"optimizer": optimizer, "tensors": drawn, "device": device})
+    every = {layer.name for layer in profile.layers}
+    return PartialStep(profile=_without_backward(stateless, every, inference_only), perturbed=perturbed)
 
 
 def without_resting_states(profile: Profile) -> Profile:
@@ -137,9 +140,10 @@ def _has_residual(program: Program, bindings: Mapping[str, str], above: str, bel
 
 def _carried_over(operator: Operator) -> set[str]:
     """Inputs that the operator's result is the sum of, or a copy of."""
-    if operator.target.startswith("aten.addmm"):
-        first = operator.args[0]
-        return {first["operand"]["value"]} if isinstance(first, dict) and "operand" in first else set()
+    for prefix, place in ADDENDS.items():
+        if operator.target.startswith(prefix):
+            addend = operator.args[place]
+            return {addend["operand"]["value"]} if isinstance(addend, dict) and "operand" in addend else set()
     copies = operator.target.startswith(("aten.add.", "aten._to_copy.", "aten.clone."))
     return set(operator.inputs) if copies else set()
 
@@ -199,7 +203,7 @@ def _leave_out(profile: Profile, skipped: set[str]) -> PartialStep:
     made_as: dict[str, str] = {}
     for above, below in (passed[layer.name] for layer in reversed(profile.layers) if layer.name in passed):
         made_as[below] = made_as.get(above, above)
-    left = _without_backward(profile, idle)
+    left = _without_backward(profile, idle, _forward)
     layers = [
         layer.model_copy(update={"bindings": {v: made_as.get(name, name) for v, name in layer.bindings.items()}})
         for layer in left.layers
@@ -212,17 +216,20 @@ def _leave_out(profile: Profile, skipped: set[str]) -> PartialStep:
     )
 
 
-def _without_backward(profile: Profile, layers: Collection[str]) -> Profile:
-    """The profile with the backward operators of `layers` gone and what only they train at rest."""
+def _without_backward(profile: Profile, layers: Collection[str], forward: Callable[[Program], Program]) -> Profile:
+    """The profile with the backward operators of `layers` gone and what only they train at rest.
+
+    `forward` makes their programs from those they had.
+    """
     programs = {program.name: program for program in profile.programs}
     stripped: dict[str, Program] = {}
     bound: list[Layer] = []
     for layer in profile.layers:
         program = programs[layer.program]
-        if layer.name in layers and any(operator.phase == "backward" for operator in program.operators):
-            if program.name not in stripped:
-                stripped[program.name] = _forward(program)
-            program = stripped[program.name]
+        if layer.name in layers:
+            left = forward(program)
+            if left.operators != program.operators:
+                program = stripped.setdefault(left.name, left)
         values = {value.name for value in program.values}
         bindings = {value: name for value, name in layer.bindings.items() if value in values}
         bound.append(layer.model_copy(update={"program": program.name, "bindings": bindings}))
@@ -243,7 +250,8 @@ def _without_backward(profile: Profile, layers: Collection[str]) -> Profile:
 
 
 def _forward(program: Program) -> Program:
-    operators = [operator for operator in program.operators if operator.phase == "forward"]
+    """Without its backward; what is left keeps its position."""
+    operators = [operator for operator in program.operators if operator.phase != "backward"]
     used = {name for operator in operators for name in [*operator.inputs, *operator.outputs]}
     values = [value for value in program.values if value.name in used]
     return Program(name=f"{program.name} forward", values=values, operators=operators)

@@ -63,6 +63,8 @@ class Storage:
 @dataclass(frozen=True, kw_only=True)
 class StepGraph:
     steps: tuple[Step, ...]
+    inference: tuple[Step, ...]
+    """what layers run instead of their forward where no backward follows, if anything; numbered on after `steps`"""
     storages: dict[str, Storage]
     layers: tuple[str, ...]
     names: tuple[dict[str, str], ...]
@@ -78,9 +80,12 @@ def step_graph(source: Profile | Plan) -> StepGraph:
     _check_layers(source.layers, programs)
     names = tuple(_storage_names(layer, programs[layer.program]) for layer in source.layers)
     steps: list[Step] = []
-    for phase in ("forward", "backward"):
+    count = 0
+    for phase in ("forward", "backward", "inference"):
+        if phase == "inference":
+            count = len(steps)
         order = range(len(source.layers))
-        for index in order if phase == "forward" else reversed(order):
+        for index in reversed(order) if phase == "backward" else order:
             layer = source.layers[index]
             for position, operator in enumerate(programs[layer.program].operators):
                 if operator.phase != phase:
@@ -106,9 +111,13 @@ def step_graph(source: Profile | Plan) -> StepGraph:
                         recomputable=operator.recomputable,
                     )
                 )
-    storages = _storages(source.layers, programs, tensors, names, steps)
+    steps, inference = steps[:count], steps[count:]
     return StepGraph(
-        steps=tuple(steps), storages=storages, layers=tuple(layer.name for layer in source.layers), names=names
+        steps=tuple(steps),
+        inference=tuple(inference),
+        storages=_storages(source.layers, programs, tensors, names, steps),
+        layers=tuple(layer.name for layer in source.layers),
+        names=names,
     )
 
 

@@ -7,10 +7,11 @@ fixed lifetime that is the same in every plan and enters here as facts (`enters_
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from planner.graph import StepGraph
+from planner.graph import Step, StepGraph
 from profiles.schema import Channel, Profile
 
 
@@ -35,9 +36,6 @@ class Weight:
     """of the disk"""
     read_compute_seconds: float
     """compute time that the read costs beside"""
-    forward_first: int
-    forward_last: int
-    """positions among the forward operations"""
     backward_first: int
     backward_last: int
     """positions among the backward operations; -1 without a direct use there"""
@@ -83,6 +81,8 @@ class LayerType:
     program: str
     forward: tuple[Operation, ...]
     backward: tuple[Operation, ...]
+    evaluate: tuple[Operation, ...]
+    """the forward where no backward follows"""
     bytes: dict[str, int]
     """storages with a lifetime: aligned bytes"""
     raw_bytes: dict[str, int]
@@ -110,6 +110,11 @@ class LayerType:
     def producer(self) -> dict[str, Operation]:
         return {value: op for op in self.forward for value in op.outputs}
 
+    @property
+    def operations(self) -> dict[int, Operation]:
+        """By their positions in the program."""
+        return {op.index: op for op in (*self.forward, *self.evaluate, *self.backward)}
+
     def direct_uses(self, value: str) -> list[int]:
         """Positions of the backward operations that read `value`."""
         return [t for t, op in enumerate(self.backward) if value in op.inputs]
@@ -136,14 +141,34 @@ class Layered:
     forced: frozenset[str] = field(default_factory=frozenset)
     """storages of several layers' backward windows: kept from their making to their last possible use"""
 
+    @property
+    def taken_bytes(self) -> int:
+        """Of the process, whatever its schedule: what is neither arena nor instructions."""
+        return self.profile.device.floor.resident_bytes + self.workspace_bytes
+
     @cached_property
     def inputs(self) -> dict[tuple[int, int], tuple[str, ...]]:
         """(layer, operator) -> tensors that it reads."""
-        return {(step.layer, step.operator): step.inputs for step in self.graph.steps}
+        return {(step.layer, step.operator): step.inputs for step in (*self.graph.steps, *self.graph.inference)}
+
+    @cached_property
+    def forward_steps(self) -> tuple[tuple[Step, ...], ...]:
+        """Per layer."""
+        ahead = [step for step in self.graph.steps if step.phase == "forward"]
+        return tuple(tuple(step for step in ahead if step.layer == layer) for layer in range(len(self.layer_type)))
 
     def name(self, layer: int, value: str) -> str:
         """Storage name of a layer's local value."""
         return self.graph.names[layer].get(value, value)
+
+
+def weight_uses(operations: Iterable[Operation]) -> dict[str, tuple[int, int]]:
+    """Weight -> positions of its first and last reader."""
+    result: dict[str, tuple[int, int]] = {}
+    for position, op in enumerate(operations):
+        for weight in op.weights:
+            result[weight] = (result.get(weight, (position, position))[0], position)
+    return result
 
 
 ALWAYS = frozenset({"constant", "batch", "trainable"})

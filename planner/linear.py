@@ -6,18 +6,31 @@ long as solving them.
 
 from __future__ import annotations
 
+import contextlib
+import datetime as dt
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from ortools.glop import parameters_pb2
 from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
 
 from planner.quiet import solve_quietly
 
 INFINITY = float("inf")
+WARM_ITERATIONS = 0.25
+"""simplex iterations per row after which a warm start is given up"""
+NO_REDUCED_COSTS = mathopt.ModelSolveParameters(reduced_costs_filter=mathopt.VariableFilter(filtered_items=[]))
+"""nobody asks for them, and MathOpt turns every single one into Python objects"""
+OBJECTIVE_ONLY = mathopt.ModelSolveParameters(
+    reduced_costs_filter=mathopt.VariableFilter(filtered_items=[]),
+    variable_values_filter=mathopt.VariableFilter(filtered_items=[]),
+    dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=[]),
+)
 Key = tuple[float, frozenset[tuple[int, float]]]
 
 
@@ -122,13 +135,18 @@ class Program:
 
     def solve(self, goal: Linear, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None) -> Solution:
         """As `planner.quiet.solve_quietly`; the objective is `goal`."""
+        self._aim(goal)
+        return self._told(solve_quietly(self._model, seconds, gap, nodes))
+
+    def _aim(self, goal: Linear) -> None:
         model = self._model
         model.objective.clear()
         model.objective.offset = goal.constant
         for variable, coefficient in goal.terms.items():
             if coefficient:
                 model.objective.set_linear_coefficient(self._variables[variable], coefficient)
-        result = solve_quietly(model, seconds, gap, nodes)
+
+    def _told(self, result: mathopt.SolveResult) -> Solution:
         found = result.has_primal_feasible_solution()
         reason = result.termination.reason
         whole = any(self.whole)
@@ -170,10 +188,82 @@ class Program:
         proto.linear_constraint_matrix.row_ids.extend(rows.tolist())
         proto.linear_constraint_matrix.column_ids.extend(columns.tolist())
         proto.linear_constraint_matrix.coefficients.extend(entries.tolist())
+        return self._loaded(proto)
+
+    def _loaded(self, proto: model_pb2.ModelProto) -> mathopt.Model:
         model = mathopt.Model.from_model_proto(proto)
         self._variables = list(model.variables())
         self._constraints = list(model.linear_constraints())
         return model
+
+
+class Growing(Program):
+    """A linear program that is solved again and again, each time from where it ended; it may gain columns in between."""
+
+    def column(self, entries: dict[int, float]) -> int:
+        """A further variable, at least 0, with its coefficients by row."""
+        model = self._model
+        variable = model.add_variable(lb=0.0)
+        for row, coefficient in entries.items():
+            self._constraints[row].set_coefficient(variable, coefficient)
+        self._variables.append(variable)
+        return self.variable()
+
+    def row_bounds(self, row: int, least: float, most: float) -> None:
+        """Move the bounds of a row, also between two solutions."""
+        self.least[row], self.most[row] = least, most
+        if "_model" in self.__dict__:
+            self._constraints[row].lower_bound = least
+            self._constraints[row].upper_bound = most
+
+    def solve(self, goal: Linear, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None) -> Solution:
+        """The optimum; raises TimeoutError when no time is left.
+
+        A start from the basis before that wanders is broken off: from nothing, large programs are solved sooner. Where
+        Glop loses itself all the same, presolve helps, and then another solver.
+        """
+        deadline = time.monotonic() + seconds
+        self._aim(goal)
+        for warm, presolve in ((True, False), (False, False), (False, True)):
+            if warm and "_solver" not in self.__dict__:
+                continue
+            if not warm:
+                self._forget()
+            result = self._from_basis(deadline - time.monotonic(), presolve=presolve, warm=warm)
+            if result is not None:
+                return self._told(result)
+        self._forget()
+        return super().solve(goal, deadline - time.monotonic(), gap, nodes)
+
+    def _forget(self) -> None:
+        """Start from nothing. A model keeps what has changed for every solver it ever had: it is loaded anew."""
+        if self.__dict__.pop("_solver", None) is not None:
+            self.__dict__["_model"] = self._loaded(self._model.export_model())
+
+    def _from_basis(self, seconds: float, *, presolve: bool, warm: bool) -> mathopt.SolveResult | None:
+        """None where Glop finds no optimum, or a warm start takes too many iterations."""
+        if seconds <= 0:
+            raise TimeoutError
+        parameters = mathopt.SolveParameters(
+            time_limit=dt.timedelta(seconds=seconds),
+            iteration_limit=int(len(self.least) * WARM_ITERATIONS) if warm else None,
+            # Without presolve the basis before fits.
+            presolve=None if presolve else mathopt.Emphasis.OFF,
+            # Chains of sums over a hundred layers leave residuals above Glop's 1e-6 once they are scaled.
+            glop=parameters_pb2.GlopParameters(use_scaling=False, solution_feasibility_tolerance=1e-5),
+        )
+        # As in `planner.quiet`: MathOpt's conversion fails by itself.
+        with contextlib.suppress(RuntimeError, ValueError, AttributeError):
+            result = self._solver.solve(params=parameters, model_params=NO_REDUCED_COSTS)
+            if result.termination.reason == mathopt.TerminationReason.OPTIMAL:
+                return result
+            if result.termination.limit == mathopt.Limit.TIME:
+                raise TimeoutError
+        return None
+
+    @cached_property
+    def _solver(self) -> mathopt.IncrementalSolver:
+        return mathopt.IncrementalSolver(self._model, mathopt.SolverType.GLOP)
 
 
 def _difference(left: Linear, right: tuple[Linear | float, ...]) -> Linear:

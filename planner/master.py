@@ -16,20 +16,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from planner.formulation import KIB, MS, Block
 from planner.linear import Linear, Program
-from planner.pricing import FIELDS, Pool, Prices
+from planner.pricing import FIELDS, Pool
+from planner.quiet import MARGIN
+from planner.relaxation import MOVE_PRICE, Relaxation, Relaxed, goal
 from planner.rows import Rows, Terms, add_rows
 from planner.windows import Column, measure
 
-MOVE_PRICE = 1e-4
-"""price of a second of disk time beside a second of the step: breaks ties in favour of moving less"""
 JOINT_BINARIES = 150
 """models with fewer choices are solved as one program, to optimality"""
-OVERFLOW_PRICE = 10.0
-"""ms per KiB over the limit, while no fitting combination is known"""
 WHOLE_NODES = 20
 """of the search for whole columns: work is counted, not timed, so that the same input gives the same plan"""
 WHOLE = 0.999
@@ -38,6 +35,8 @@ NEAR = 1e-3
 """share of the step's time; columns whose reduced cost is less may be part of a good choice"""
 FEW = 5
 """such columns per layer"""
+ENOUGH = 5e-5
+"""share of the step's time; a whole column that costs so little more than a mixture stands for it"""
 ROUNDS = 60
 SHARE = 0.25
 """of what pricing could gain, left to the next round once there are new columns"""
@@ -55,37 +54,31 @@ class Answer:
     """the columns are optimal for the model, within tolerance"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Relaxed:
-    """The master over the pool's columns, solved as a linear program."""
-
-    value: float
-    over: float
-    """KiB by which the limit is passed"""
-    prices: list[Prices]
-    """per layer"""
-    convexity: list[float]
-    """per layer: what the layer costs at its prices"""
-    shares: list[NDArray[np.float64]]
-    """per layer: share of each of its type's columns"""
-
-
 @dataclass(kw_only=True)
 class Search:
     """One budget. `limit_bytes` None asks for the fewest bytes instead of the shortest step."""
 
-    pool: Pool
+    relaxation: Relaxation
+    """over the columns found so far; whether its rows are careful, and which layers go forward twice: a bound is then one
+    for these segments only"""
     limit_bytes: int | None
     deadline: float
-    careful: bool = False
     tolerance: float = 2e-3
     progress: Progress | None = None
     started: float = field(default_factory=time.monotonic)
     timely: bool = True
-    """whether the search for columns came to its end before the deadline"""
+    """whether the search, for columns and for whole ones, came to its end before the deadline"""
+
+    @property
+    def pool(self) -> Pool:
+        return self.relaxation.pool
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
+
+    def _rows(self, program: Program, layers: list[Terms]) -> Rows:
+        asked = self.relaxation
+        return add_rows(program, self.pool.problem, layers, careful=asked.careful, segments=asked.segments)
 
     def report(self, stage: str, incumbent: float, bound: float) -> None:
         if self.progress is not None:
@@ -93,31 +86,27 @@ class Search:
             seconds = time.monotonic() - self.started
             self.progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": gap, "seconds": seconds})
 
-    def goal(self, rows: Rows, program: Program, limit_bytes: int | None) -> Linear:
-        """Objective of the step: its time with a small price on moves, or its bytes."""
-        if limit_bytes is None:
-            return Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
-        over = program.variable()
-        program.at_least(Linear(limit_bytes / KIB).add(over).add(rows.bytes, -1.0))
-        self.over = over
-        return Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE).add(over, OVERFLOW_PRICE)
-
     # --- one program -----------------------------------------------------------------------------------------------
 
     def joint(self) -> Answer | None:
-        """All blocks side by side: the optimum of the class. None where nothing fits."""
+        """All blocks side by side: the optimum of the class. None where nothing fits.
+
+        Raises TimeoutError where the deadline strikes before there are columns, or a proof that none fit.
+        """
+        if self.limit_bytes is not None and self.limit_bytes < 0:
+            return None
         problem = self.pool.problem
         program = Program()
         blocks = [Block(program, problem.types[kind]) for kind in problem.layer_type]
-        rows = add_rows(
-            program, problem, [{name: block.field(name) for name in FIELDS} for block in blocks], careful=self.careful
-        )
-        goal = self.goal(rows, program, self.limit_bytes)
+        layers = [{name: block.field(name) for name in FIELDS} for block in blocks]
+        rows = self._rows(program, layers)
         if self.limit_bytes is not None:
-            program.bounds(self.over, 0.0, 0.0)
-        result = program.solve(goal, self.left())
-        if result.values is None:
+            program.bounds(rows.bytes, 0.0, self.limit_bytes / KIB)
+        result = program.solve(goal(rows, fewest_bytes=self.limit_bytes is None), self.left())
+        if result.infeasible:
             return None
+        if result.values is None:
+            raise TimeoutError
         values = result.values
         columns = tuple(
             measure(problem.types[kind], block.decision(values)) for kind, block in zip(problem.layer_type, blocks)
@@ -126,7 +115,7 @@ class Search:
 
     def bound(self, objective: float) -> float:
         """Seconds that no plan undercuts, from a bound on time + MOVE_PRICE * disk time (disk time <= time)."""
-        return max(0.0, objective / (1 + MOVE_PRICE) / MS)
+        return max(0.0, objective * (1 - MARGIN) / (1 + MOVE_PRICE) / MS)
 
     # --- columns ---------------------------------------------------------------------------------------------------
 
@@ -145,15 +134,22 @@ class Search:
             steady = value - relaxed.value <= self.tolerance / 4 * relaxed.value
             value, kept = relaxed.value, relaxed.over < 1e-4
             gain, new = self._price(relaxed, best, steady=steady)
+            # Where what is known from other budgets settles every layer, it is only now known how near that is.
+            better = value - gain > best + self.tolerance / 16 * value
             best = max(best, value - gain)
             self.report("columns", value / MS, best / MS)
-            if not self.timely or value - best <= self.tolerance / 4 * value or not new:
+            if not self.timely or value - best <= self.tolerance / 4 * value or not (new or better):
                 break
         return best, value, kept
 
     def holds(self) -> bool:
         """Whether the columns known so far, mixed, keep the limit."""
-        return self._relaxation(self.limit_bytes).over < 1e-4
+        return self.relaxed_seconds()[1]
+
+    def relaxed_seconds(self) -> tuple[float, bool]:
+        """What a step takes by the columns known so far, mixed; and whether that keeps the limit."""
+        relaxed = self._relaxation(self.limit_bytes)
+        return relaxed.value / MS, relaxed.over < 1e-4
 
     def _price(self, relaxed: Relaxed, best: float, *, steady: bool) -> tuple[float, bool]:
         """Price layers until what could still be gained in the others is little: (most that could be gained, new columns).
@@ -192,39 +188,7 @@ class Search:
         return sum(map(short, range(len(kinds)))), new
 
     def _relaxation(self, limit_bytes: int | None) -> Relaxed:
-        """Solve the master over the pool's columns as a linear program; duals as prices of each layer's figures."""
-        problem = self.pool.problem
-        program = Program()
-        layers: list[Terms] = []
-        definitions: list[list[int]] = []
-        convexity: list[int] = []
-        shares: list[list[int]] = []
-        for kind in problem.layer_type:
-            every = list(range(len(self.pool.columns[kind])))
-            variables = [program.variable() for _ in every]
-            terms = self._terms(kind, variables, every)
-            rows: list[int] = []
-            for name in FIELDS:
-                figure = program.variable()
-                rows.append(program.at_least(Linear().add(figure), terms[name]))
-                terms[name] = Linear().add(figure)
-            convexity.append(program.exactly(Linear.sum(variables), 1.0))
-            shares.append(variables)
-            definitions.append(rows)
-            layers.append(terms)
-        posted = add_rows(program, problem, layers, careful=self.careful)
-        goal = self.goal(posted, program, limit_bytes)
-        result = program.solve(goal, self.left())
-        duals, values = result.duals, result.values
-        if duals is None or values is None:
-            raise TimeoutError
-        return Relaxed(
-            value=result.objective,
-            over=values[self.over] if limit_bytes is not None else 0.0,
-            prices=[np.array([max(0.0, duals[row]) for row in rows]) for rows in definitions],
-            convexity=[duals[row] for row in convexity],
-            shares=[np.array([values[variable] for variable in variables]) for variables in shares],
-        )
+        return self.relaxation.solve(limit_bytes, self.left())
 
     def _terms(self, kind: int, variables: list[int], columns: list[int]) -> Terms:
         """A layer's figures over the variables of some of its columns."""
@@ -241,7 +205,8 @@ class Search:
         """Good whole columns within `limit_bytes` over the pool; None where none fits.
 
         Layers that the linear program mixes get a whole column near their mixture. Then the others stay as they are, or,
-        where that costs too much, may take any column that costs little more, or at last any at all.
+        where that costs too much, may take any column that costs little more, or at last any at all. Past the deadline the
+        best so far is what there is, and `timely` is False; raises TimeoutError where there is none.
         """
         kinds = self.pool.problem.layer_type
         relaxed = self._relaxation(limit_bytes)
@@ -249,8 +214,14 @@ class Search:
             return None
         mixed = [layer for layer, shares in enumerate(relaxed.shares) if shares.max() < WHOLE]
         for layer in mixed[:FEW]:
-            mixture = relaxed.shares[layer] @ self.pool.figures[kinds[layer]][: len(relaxed.shares[layer])]
-            self.pool.fill(kinds[layer], relaxed.prices[layer], mixture, 1e-3, self.left())
+            kind, prices = kinds[layer], relaxed.prices[layer]
+            mixture = relaxed.shares[layer] @ self.pool.figures[kind][: len(relaxed.shares[layer])]
+            if self.pool.cheapest_within(kind, prices, mixture) > mixture @ prices + ENOUGH * relaxed.value:
+                try:
+                    self.pool.fill(kind, prices, mixture, 1e-3, self.left())
+                except TimeoutError:
+                    self.timely = False
+                    break
         near, fixed = [], []
         for layer, kind in enumerate(kinds):
             reduced = self.pool.figures[kind] @ relaxed.prices[layer] - relaxed.convexity[layer]
@@ -262,15 +233,27 @@ class Search:
         every = [list(range(len(self.pool.columns[kind]))) for kind in kinds]
         found: tuple[float, tuple[Column, ...]] | None = None
         for candidates in (*([fixed] if len(mixed) <= FEW else []), near, every):
-            whole = self._whole(limit_bytes, candidates)
+            try:
+                whole = self._whole(limit_bytes, candidates)
+            except TimeoutError:
+                self.timely = False
+                if found is None:
+                    raise
+                break
             if whole is not None and (found is None or whole[0] < found[0]):
                 found = whole
             if found is not None and (found[0] <= (1 + self.tolerance / 2) * relaxed.value or candidates is near):
                 break
+        self.timely = self.timely and self.left() > 0
         return None if found is None else found[1]
 
     def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> tuple[float, tuple[Column, ...]] | None:
-        """The best combination of one candidate per layer (indices into the pool's columns), with its objective."""
+        """The best combination of one candidate per layer (indices into the pool's columns), with its objective.
+
+        Raises TimeoutError when no time is left.
+        """
+        if limit_bytes is not None and limit_bytes < 0:
+            return None
         problem = self.pool.problem
         program = Program()
         layers: list[Terms] = []
@@ -280,12 +263,11 @@ class Search:
             program.exactly(Linear.sum(variables), 1.0)
             layers.append(self._terms(kind, variables, allowed))
             picks.append(variables)
-        rows = add_rows(program, problem, layers, careful=self.careful)
-        goal = Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
+        rows = self._rows(program, layers)
         if limit_bytes is not None:
-            goal = Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE)
             program.bounds(rows.bytes, 0.0, limit_bytes / KIB)
-        result = program.solve(goal, self.left(), self.tolerance / 2, nodes=WHOLE_NODES)
+        objective = goal(rows, fewest_bytes=limit_bytes is None)
+        result = program.solve(objective, self.left(), self.tolerance / 2, nodes=WHOLE_NODES)
         chosen = result.values
         if chosen is None:
             return None

@@ -7,14 +7,17 @@ disk. One pass forward in time decides what the disk does next whenever it falls
 - it is issued earlier than needed only where it fits beside everything that is resident until its user runs;
 - a spilled tensor is freed once it is written, or when its bytes are needed, whichever is first.
 
-Nothing else changes place, so the bytes resident never exceed the limit if they did not before.
+Nothing else changes place, so the bytes resident never exceed the limit if they did not before. What there is room for a
+`Room` says: by default bytes are counted; `planner.fitted` knows where everything lies.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -33,25 +36,72 @@ class Timing:
     """seconds spent waiting for the disk"""
 
 
+class Room(Protocol):
+    """What a pass may ask of memory. Positions are those of the drafted entries."""
+
+    def crowded(self, index: int) -> bool:
+        """Whether what the entry makes has no room beside what waits to be freed."""
+        ...
+
+    def opens(self, at: int, index: int) -> int:
+        """The first position, not before `index`, at which the read at `at` may have room until its user runs."""
+        ...
+
+    def take(self, at: int, index: int) -> None:
+        """The read at `at` is issued before the entry at `index`."""
+        ...
+
+    def hold(self, index: int) -> None:
+        """The tensor that the entry frees stays for now."""
+        ...
+
+    def give(self, index: int, now: int) -> None:
+        """What the entry at `index` frees, and held back, goes before the entry at `now`."""
+        ...
+
+
+AnyRoom = TypeVar("AnyRoom", bound=Room)
+
+
 def overlap(
-    entries: tuple[Entry, ...], inputs: Inputs, resident: Iterable[str], sizes: Mapping[str, int], limit: int
+    entries: tuple[Entry, ...],
+    inputs: Inputs,
+    resident: Iterable[str],
+    sizes: Mapping[str, int],
+    limit: int,
+    deadline: float = float("inf"),
 ) -> tuple[Entry, ...]:
     """`entries` with transfers issued earlier and spilled tensors freed later, within `limit` bytes resident.
 
-    `inputs`: tensors read by the operator (layer, operator).
+    `inputs`: tensors read by the operator (layer, operator). `deadline`: see `best_order`.
     """
+    facts = facts_of(entries, frozenset(resident), sizes)
+    found = best_order(facts, inputs, lambda: Bytes(facts, limit), deadline)
+    return entries if found is None else tuple(entries[index] for index in found[0])
+
+
+def best_order(
+    facts: Facts, inputs: Inputs, room: Callable[[], AnyRoom], deadline: float = float("inf")
+) -> tuple[list[int], AnyRoom] | None:
+    """The fastest of a few passes: positions of the entries in their new order, and the room as the pass has left it.
+
+    None where the draft is as fast. Past `deadline`, on the monotonic clock, there is only the first pass.
+    """
+    entries = facts.entries
     drafted = clock(entries, inputs)
     if not drafted.stalls and drafted.seconds <= sum(entry.seconds for entry in entries) * (1 + 1e-9):
-        return entries
-    best, shortest = entries, drafted.seconds
-    facts = _facts(entries, frozenset(resident), sizes)
+        return None
+    best: tuple[list[int], AnyRoom] | None = None
+    shortest = drafted.seconds
     for lead in LEADS:
-        disk = _Disk(facts, inputs, limit, lead)
-        moved = disk.schedule()
-        timing = clock(moved, inputs)
+        if lead != LEADS[0] and time.monotonic() > deadline:
+            break
+        there = room()
+        order = _Disk(facts, inputs, there, lead).schedule()
+        timing = clock([entries[index] for index in order], inputs)
         # A longer lead fills more memory, and a full arena is harder to pack: it has to earn that.
         if timing.seconds < shortest * (1 - 1e-4):
-            best, shortest = tuple(moved), timing.seconds
+            best, shortest = (order, there), timing.seconds
         if not timing.stalls:
             break
     return best
@@ -82,18 +132,18 @@ def clock(entries: Sequence[Entry], inputs: Inputs) -> Timing:
         now = done
         if entry.transfer:
             disk = max(disk, now) + entry.transfer
-            (written if verb == "spill" else filled)[_target(entry)] = disk
+            (written if verb == "spill" else filled)[target_of(entry)] = disk
         now += entry.seconds
     return Timing(seconds=max(now, disk), stalls=stalls)
 
 
-def _target(entry: Entry) -> str:
+def target_of(entry: Entry) -> str:
     """The tensor that the transfer fills or copies."""
     return f"packed:{entry.name}" if entry.verb == "read" else entry.name
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Facts:
+class Facts:
     """What the drafted schedule says, whatever moves."""
 
     entries: tuple[Entry, ...]
@@ -108,7 +158,8 @@ class _Facts:
     """per read: the first position at which what it fills is no longer resident from before"""
 
 
-def _facts(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[str, int]) -> _Facts:
+def facts_of(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[str, int]) -> Facts:
+    """Facts of a draft that opens with the tensors `start` resident."""
     there = set(start)
     bytes_now = sum(sizes[name] for name in there)
     now = 0.0
@@ -131,8 +182,8 @@ def _facts(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[str
             freed[entry.name] = index + 1
         elif entry.verb in {"read", "fetch"}:
             reads.append(index)
-            earliest.append(freed.get(_target(entry), 0))
-    return _Facts(
+            earliest.append(freed.get(target_of(entry), 0))
+    return Facts(
         entries=entries,
         sizes=sizes,
         live=np.array(live, dtype=np.int64),
@@ -142,30 +193,60 @@ def _facts(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[str
     )
 
 
+class Bytes:
+    """Room as bytes are counted: whatever fits below the limit has a place."""
+
+    def __init__(self, facts: Facts, limit: int) -> None:
+        self.facts = facts
+        self.limit = limit
+        self.live = facts.live.copy()
+        self.held = 0
+        """bytes of what waits to be freed"""
+
+    def crowded(self, index: int) -> bool:
+        return bool(self.live[index] + self.held > self.limit)
+
+    def opens(self, at: int, index: int) -> int:
+        size = self._size(at)
+        if self.live[index] + self.held + size > self.limit:
+            return index + 1
+        full = np.flatnonzero(self.live[index:at] > self.limit - size)
+        return index + int(full[-1]) + 1 if full.size else index
+
+    def take(self, at: int, index: int) -> None:
+        self.live[index:at] += self._size(at)
+
+    def hold(self, index: int) -> None:
+        self.held += self._size(index)
+
+    def give(self, index: int, now: int) -> None:
+        self.held -= self._size(index)
+
+    def _size(self, index: int) -> int:
+        return self.facts.sizes[target_of(self.facts.entries[index])]
+
+
 class _Disk:
     """One pass over the entries: what is issued when."""
 
-    def __init__(self, facts: _Facts, inputs: Inputs, limit: int, lead: float) -> None:
+    def __init__(self, facts: Facts, inputs: Inputs, room: Room, lead: float) -> None:
         self.facts = facts
         self.inputs = inputs
-        self.limit = limit
-        self.live = facts.live.copy()
+        self.room = room
         self.latest = self._latest_starts(lead)
-        self.result: list[Entry] = []
+        self.result: list[int] = []
         self.now = self.disk = 0.0
         self.waited = 0.0
         self.next_read = 0
         self.landing: dict[str, float] = {}
-        self.spills: deque[Entry] = deque()
+        self.spills: deque[int] = deque()
         """made, not yet issued"""
         self.unwritten: dict[str, float] = {}
         """spilled tensor -> when its write is done; infinite while it is not issued"""
-        self.waiting: deque[Entry] = deque()
+        self.waiting: deque[int] = deque()
         """frees of spilled tensors that nothing reads any more"""
         self.names: set[str] = set()
         """what `waiting` frees"""
-        self.held = 0
-        """bytes of it"""
         self.blocked = 0
         """position before which the next read has no room"""
 
@@ -179,34 +260,36 @@ class _Disk:
             starts[number] = following
         return starts
 
-    def schedule(self) -> list[Entry]:
-        for index, entry in enumerate(self.facts.entries):
-            while self.waiting and self.unwritten[self.waiting[0].name] <= self.now:
-                self._give_back()
+    def schedule(self) -> list[int]:
+        """Positions of the entries in their new order."""
+        entries = self.facts.entries
+        for index, entry in enumerate(entries):
+            while self.waiting and self.unwritten[entries[self.waiting[0]].name] <= self.now:
+                self._give_back(index)
             if entry.verb in {"read", "fetch"}:
                 if self.next_read < len(self.facts.reads) and self.facts.reads[self.next_read] == index:
                     self._make_room(index, entry)
                     self._issue_read(index)
             elif entry.verb == "spill":
-                self.spills.append(entry)
+                self.spills.append(index)
                 self.unwritten[entry.name] = float("inf")
             elif entry.verb == "free" and self.unwritten.get(entry.name, 0.0) > self.now:
-                self.waiting.append(entry)
+                self.waiting.append(index)
                 self.names.add(entry.name)
-                self.held += self.facts.sizes[entry.name]
+                self.room.hold(index)
             else:
                 self._make_room(index, entry)
                 begin = self._ready(entry)
                 self._fill_disk(index, begin + entry.seconds)
                 if entry.verb == "free":
                     self.unwritten.pop(entry.name, None)
-                self.result.append(entry)
+                self.result.append(index)
                 self._wait(begin)
                 self.now += entry.seconds
         while self.spills:
             self._issue_spill()
         while self.waiting:
-            self._give_back()
+            self._give_back(len(entries))
         return self.result
 
     def _wait(self, until: float) -> None:
@@ -230,8 +313,8 @@ class _Disk:
 
     def _make_room(self, index: int, entry: Entry) -> None:
         """Wait for writes until the entry's bytes fit; a tensor is not fetched while its old copy is there."""
-        while self.waiting and (self.live[index] + self.held > self.limit or entry.name in self.names):
-            self._give_back()
+        while self.waiting and (entry.name in self.names or self.room.crowded(index)):
+            self._give_back(index)
 
     def _fill_disk(self, index: int, until: float) -> None:
         """Issue what the disk is to begin before `until`, when the entry at `index` is through."""
@@ -239,7 +322,7 @@ class _Disk:
             begin = max(self.disk, self.now)
             if begin >= until and self.disk > self.now:
                 return
-            spill = self.spills[0] if self.spills else None
+            spill = self.facts.entries[self.spills[0]] if self.spills else None
             urgent = max(begin + spill.transfer, until) if spill is not None else until
             if self._read_is_due(index, urgent):
                 self._issue_read(index)
@@ -256,43 +339,38 @@ class _Disk:
         if self.latest[self.next_read] + self.waited > urgent:
             return False
         at = facts.reads[self.next_read]
-        target = _target(facts.entries[at])
+        target = target_of(facts.entries[at])
         if index < facts.earliest[self.next_read] or target in self.names:
             return False
-        size = facts.sizes[target]
-        if self.live[index] + self.held + size > self.limit:
-            return False
-        full = np.flatnonzero(self.live[index:at] > self.limit - size)
-        if full.size:
-            self.blocked = index + int(full[-1]) + 1
-            return False
-        return True
+        self.blocked = self.room.opens(at, index)
+        return self.blocked == index
 
     def _issue_read(self, index: int) -> None:
         at = self.facts.reads[self.next_read]
         entry = self.facts.entries[at]
-        target = _target(entry)
-        self.live[index:at] += self.facts.sizes[target]
+        self.room.take(at, index)
         self.disk = max(self.disk, self.now) + entry.transfer
-        self.landing[target] = self.disk
+        self.landing[target_of(entry)] = self.disk
         self.now += entry.seconds
-        self.result.append(entry)
+        self.result.append(at)
         self.next_read += 1
         self.blocked = 0
 
     def _issue_spill(self) -> None:
-        entry = self.spills.popleft()
+        index = self.spills.popleft()
+        entry = self.facts.entries[index]
         self.disk = max(self.disk, self.now) + entry.transfer
         self.unwritten[entry.name] = self.disk
         self.now += entry.seconds
-        self.result.append(entry)
+        self.result.append(index)
 
-    def _give_back(self) -> None:
+    def _give_back(self, now: int) -> None:
         """Free the spilled tensor that has waited longest, once it is written."""
-        entry = self.waiting.popleft()
-        while self.unwritten[entry.name] == float("inf"):
+        index = self.waiting.popleft()
+        name = self.facts.entries[index].name
+        while self.unwritten[name] == float("inf"):
             self._issue_spill()
-        self._wait(self.unwritten.pop(entry.name))
-        self.names.discard(entry.name)
-        self.held -= self.facts.sizes[entry.name]
-        self.result.append(entry)
+        self._wait(self.unwritten.pop(name))
+        self.names.discard(name)
+        self.room.give(index, now)
+        self.result.append(index)

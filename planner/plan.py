@@ -10,18 +10,22 @@ import hashlib
 import json
 import time
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from planner.bounds import any_schedule_bound
+from planner.bounds import AnySchedule
 from planner.carry_out import Part, Schedule, carry_out_cycle, smallest_cycle
+from planner.collector import paused_collector
+from planner.drafted import drafted, drafted_phase
 from planner.emit import Entry, instructions, kinds
 from planner.gradients import without_resting_states
 from planner.layers import Layered
 from planner.master import Progress
 from planner.policies import POLICIES, policy_parts
-from planner.schema import Peak, Phase, Plan
+from planner.schema import Phase, Plan
+from planner.segments import rerun_layers
 from planner.simulate import Simulation, simulate
-from planner.solver import Outcome, Solver, Status
+from planner.solver import Outcome, Solver, status_of
 from planner.split import layered
 from profiles.errors import InputError
 from profiles.schema import Profile
@@ -33,7 +37,7 @@ ANY_SHARE = 0.1
 """of the time limit, for the bound that holds for any schedule"""
 LEAST_SHARE = 0.7
 """of the time limit, for the smallest budget where the one asked for may be below it: what fits comes before what is fast"""
-FINISH_SECONDS = 1.5e-4
+FINISH_SECONDS = 6e-5
 """to write a plan down and replay it, per operator of the step: left out of what the search may take"""
 
 
@@ -77,7 +81,7 @@ class Planner:
         self.solver = Solver(self.problem)
         self._minimum: dict[str, Schedule] = {}
         self._parts: dict[str, tuple[Part, ...]] = {}
-        self._relaxed: dict[str, tuple[Layered, ...]] = {}
+        self._relaxed: dict[str, tuple[AnySchedule, ...]] = {}
         """of policies with steps of their own: what no schedule of these steps can do without"""
 
     def plan(
@@ -97,7 +101,7 @@ class Planner:
         deadline = started + time_limit - FINISH_SECONDS * len(self.problem.graph.steps)
         name = policy or "solver"
         any_bound = self._any_bound(budget_bytes, name, ANY_SHARE * time_limit)
-        outcome = Outcome(schedule=None, bound_seconds=any_bound, status="infeasible")
+        outcome = Outcome(schedule=None, bound_seconds=any_bound, any_bound_seconds=any_bound)
         below = budget_bytes < self.profile.device.floor.import_peak_bytes
         if not below and name != "solver":
             outcome = self._follow(budget_bytes, name, any_bound)
@@ -107,11 +111,15 @@ class Planner:
             least, timely = self._least(name, deadline)
             if least.peak_bytes > budget_bytes:
                 return self._infeasible(budget_bytes, name, least, any_bound, started, timely=timely)
-            timely = timely and outcome.deterministic
-            outcome = Outcome(
-                schedule=least, bound_seconds=outcome.bound_seconds, status="feasible", deterministic=timely
-            )
-        return self._finish(budget_bytes, name, outcome, any_bound, started)
+            outcome = replace(outcome, schedule=least, fallback=False, deterministic=timely and outcome.deterministic)
+        return self._finish(budget_bytes, name, outcome, started)
+
+    def class_bound(self, solved: Plan) -> float:
+        """Seconds that no plan of the class undercuts, as far as was proven for the solver's plan at its budget.
+
+        Its own bound says less where layers go forward twice: it is then one for any schedule.
+        """
+        return max(solved.bound_seconds, self.solver.proven.get(solved.budget_bytes, 0.0))
 
     def _holds(self, budget_bytes: int, deadline: float) -> bool:
         """Whether the budget is at least the minimum, as far as most of the time tells."""
@@ -121,29 +129,33 @@ class Planner:
 
     def _follow(self, budget_bytes: int, policy: str, bound: float) -> Outcome:
         parts = self._policy(policy)
-        workspace = max(part.problem.workspace_bytes for part in parts)
-        schedule, _ = carry_out_cycle(parts, self.solver.room(budget_bytes) + self.problem.workspace_bytes - workspace)
-        return Outcome(schedule=schedule, bound_seconds=bound, status="feasible")
+        taken = max(part.problem.taken_bytes for part in parts)
+        schedule, _ = carry_out_cycle(parts, self.solver.room(budget_bytes) + self.problem.taken_bytes - taken)
+        return Outcome(schedule=schedule, bound_seconds=bound, any_bound_seconds=bound)
 
     def _policy(self, policy: str) -> tuple[Part, ...]:
         if policy not in self._parts:
             self._parts[policy] = policy_parts(self.problem, policy)
         return self._parts[policy]
 
+    @cached_property
+    def _any_schedule(self) -> AnySchedule:
+        return AnySchedule(self.problem)
+
     def _any_bound(self, budget_bytes: int, policy: str, time_limit: float) -> float:
         """Seconds that no schedule of the step undercuts; of a policy with steps of its own, of those."""
         if policy == "solver" or policy in POLICIES:
-            return any_schedule_bound(self.problem, budget_bytes, seconds=time_limit)
+            return self._any_schedule.step_seconds(budget_bytes, time_limit)
         parts = self._policy(policy)
         if policy not in self._relaxed:
             self._relaxed[policy] = tuple(
-                replace(
+                AnySchedule(
                     layered(without_resting_states(part.problem.profile)), workspace_bytes=part.problem.workspace_bytes
                 )
                 for part in parts
             )
         each = time_limit / len(parts)
-        bounds = [any_schedule_bound(step, budget_bytes, seconds=each) for step in self._relaxed[policy]]
+        bounds = [step.step_seconds(budget_bytes, each) for step in self._relaxed[policy]]
         seconds = sum(bounds) / len(parts)
         return 2 * seconds if parts[0].perturbed else seconds
 
@@ -159,10 +171,10 @@ class Planner:
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
         """The plan of the smallest budget, in full."""
         started = time.monotonic()
-        least = self.minimum(policy=policy, time_limit=time_limit)
+        least, timely = self._least(policy or "solver", started + time_limit)
         any_bound = self._any_bound(least.peak_bytes, policy or "solver", ANY_SHARE * time_limit)
-        outcome = Outcome(schedule=least, bound_seconds=any_bound, status="feasible")
-        return self._finish(least.peak_bytes, policy or "solver", outcome, any_bound, started)
+        outcome = Outcome(schedule=least, bound_seconds=any_bound, any_bound_seconds=any_bound, deterministic=timely)
+        return self._finish(least.peak_bytes, policy or "solver", outcome, started)
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
@@ -189,8 +201,8 @@ class Planner:
     def _infeasible(
         self, budget: int, policy: str, least: Schedule, any_bound: float, started: float, *, timely: bool
     ) -> Plan:
-        floor = self.profile.device.floor
-        told = self._assemble(least.peak_bytes, policy, least, "feasible")
+        told = self._assemble(least.peak_bytes, policy, least)
+        floor = told.device.floor
         simulation = simulate(told)
         phases = (simulation.train, *simulation.cycle, simulation.evaluate or simulation.train)
         worst = max(phases, key=lambda phase: phase.peak_bytes)
@@ -235,21 +247,25 @@ class Planner:
 
     # --- the answer ------------------------------------------------------------------------------------------------
 
-    def _finish(self, budget: int, policy: str, outcome: Outcome, any_bound: float, started: float) -> Plan:
+    @paused_collector()
+    def _finish(self, budget: int, policy: str, outcome: Outcome, started: float) -> Plan:
         assert outcome.schedule is not None
-        raw = self._assemble(budget, policy, outcome.schedule, outcome.status)
+        raw = self._assemble(budget, policy, outcome.schedule)
         simulation: Simulation = simulate(raw)
         step = simulation.step_seconds
-        bound = min(step, max(outcome.bound_seconds, any_bound))
+        bound, any_bound = min(step, outcome.proven_seconds), min(step, outcome.any_bound_seconds)
+        # A rule claims no optimum, however near its bound it comes.
+        status = status_of(step, bound) if policy == "solver" else raw.status
         return sealed(
             raw.model_copy(
                 update={
+                    "status": "fallback" if outcome.fallback else status,
                     "peak_bytes": simulation.peak_bytes,
                     "step_seconds": step,
                     "bound_seconds": bound,
-                    "any_schedule_bound_seconds": min(step, any_bound),
+                    "any_schedule_bound_seconds": any_bound,
                     "gap": gap_to(step, bound),
-                    "any_schedule_gap": gap_to(step, min(step, any_bound)),
+                    "any_schedule_gap": gap_to(step, any_bound),
                     "solve_seconds": time.monotonic() - started,
                     "deterministic": outcome.deterministic,
                     "workspace_bytes": simulation.workspace_bytes,
@@ -261,10 +277,12 @@ class Planner:
             )
         )
 
-    def _assemble(self, budget: int, policy: str, schedule: Schedule, status: Status) -> Plan:
+    def _assemble(self, budget: int, policy: str, schedule: Schedule) -> Plan:
         """The plan with its schedules, before the simulator has put its figures in."""
         profile, arena = self.profile, schedule.arena
         steps = (schedule, *schedule.following)
+        # Of a cycle each step runs another part of the profile.
+        ran = profile if schedule.following else schedule.problem.profile
         train = [
             _phase(one, one.train, one.arena.train).model_copy(update={"skipped": list(one.skipped)}) for one in steps
         ]
@@ -272,49 +290,21 @@ class Planner:
         for one in reversed(steps):
             decisions |= kinds(one.problem, one.draft, one.columns)
         resident = {name: arena.resident.get(name, 0) for name in schedule.draft.resident}
-        return Plan(
-            fingerprint="",
-            profile_fingerprint=profile.fingerprint,
+        return drafted(
+            profile,
+            ran,
             policy=policy,
-            status=status,
             budget_bytes=budget,
-            floor_bytes=profile.device.floor.resident_bytes,
-            peak_bytes=0,
-            step_seconds=0.0,
-            bound_seconds=0.0,
-            any_schedule_bound_seconds=0.0,
-            gap=0.0,
-            any_schedule_gap=0.0,
-            solve_seconds=0.0,
-            model=profile.model,
-            batch=profile.batch,
-            seq=profile.seq,
-            compute_dtype=profile.compute_dtype,
-            optimizer=schedule.problem.profile.optimizer,
-            device=profile.device,
-            tensors=profile.tensors,
-            programs=profile.programs,
-            layers=profile.layers,
-            loss=profile.loss,
-            token_losses=profile.token_losses,
             decisions=dict(sorted(decisions.items())),
             resident=resident,
             arena_bytes=arena.bytes,
-            workspace_bytes=0,
-            train=train[0],
-            cycle=train[1:],
+            train=train,
             evaluate=_phase(schedule, schedule.draft.evaluate, arena.evaluate),
         )
 
 
 def _phase(schedule: Schedule, entries: tuple[Entry, ...], offsets: dict[tuple[int, str], int]) -> Phase:
-    """The instructions, before the simulator has put its figures in."""
-    return Phase(
-        instructions=instructions(schedule.problem, entries, schedule.arena.resident, offsets),
-        seconds=0.0,
-        peak_bytes=0,
-        peak=Peak(instruction=0, text="", tensors={}),
-    )
+    return drafted_phase(instructions(schedule.problem, entries, schedule.arena.resident, offsets))
 
 
 def gap_to(step: float, bound: float) -> float:
@@ -336,17 +326,26 @@ def sealed(plan_: Plan) -> Plan:
 def rebudgeted(
     plan_: Plan, *, budget_bytes: int | None = None, bound_seconds: float | None = None, any_bound: float | None = None
 ) -> Plan:
-    """The same schedule told at a larger budget, or against another proven bound."""
-    bound = min(plan_.step_seconds, plan_.bound_seconds if bound_seconds is None else bound_seconds)
-    any_ = min(bound, plan_.any_schedule_bound_seconds if any_bound is None else any_bound)
+    """The same schedule told at a larger budget, or against other proven bounds: of its class, and of any schedule.
+
+    Both have to hold at the budget; without them, the plan's own are taken to.
+    """
+    step = plan_.step_seconds
+    any_ = min(step, plan_.any_schedule_bound_seconds if any_bound is None else any_bound)
+    bound = min(step, max(any_, plan_.bound_seconds if bound_seconds is None else bound_seconds))
+    if rerun_layers(plan_):
+        # No bound of the class holds for a plan that goes forward twice.
+        bound = any_
+    solved = plan_.policy == "solver" and plan_.status in {"optimal", "feasible"}
     return sealed(
         plan_.model_copy(
             update={
+                "status": status_of(step, bound) if solved else plan_.status,
                 "budget_bytes": plan_.budget_bytes if budget_bytes is None else budget_bytes,
                 "bound_seconds": bound,
-                "gap": gap_to(plan_.step_seconds, bound),
+                "gap": gap_to(step, bound),
                 "any_schedule_bound_seconds": any_,
-                "any_schedule_gap": gap_to(plan_.step_seconds, any_),
+                "any_schedule_gap": gap_to(step, any_),
             }
         )
     )

@@ -13,6 +13,7 @@ from dataclasses import replace
 from planner.carry_out import Part
 from planner.gradients import PartialStep, cycle, two_forwards
 from planner.layers import Layered, LayerType, Mode
+from planner.segments import Segments, sqrt_segments
 from planner.split import layered
 from planner.windows import Column, Decision, measure
 from profiles.errors import InputError
@@ -62,9 +63,15 @@ Rule = Callable[..., Decision]
 POLICIES: dict[str, Rule] = {
     "keep-all": keep_all,
     "checkpoint-layers": checkpoint_layers,
+    "checkpoint-sqrt": keep_all,
     "mebp": mebp,
     "mesp": mesp,
 }
+SEGMENTED: dict[str, Callable[[Layered], Segments]] = {"checkpoint-sqrt": sqrt_segments}
+"""Rules under which runs of layers go forward twice. checkpoint-sqrt (Chen et al., arXiv 1604.06174): of about √n layers
+the input stays; before their backward they run again and keep what it reads. The last ones, whose backward follows their
+forward, keep what they have.
+"""
 APPROXIMATE: dict[str, Callable[[Profile], tuple[PartialStep, ...]]] = {
     "mezo": lambda profile: (two_forwards(profile),),
     "lcsb": cycle,
@@ -89,12 +96,17 @@ def policy_parts(problem: Layered, policy: str) -> tuple[Part, ...]:
     """
     if policy in APPROXIMATE:
         return tuple(_part(step) for step in APPROXIMATE[policy](problem.profile))
-    rule = POLICIES.get(policy)
-    if rule is None:
+    if policy not in POLICIES:
         raise InputError(
             f"no policy is called {policy!r}; choose one of solver, {', '.join([*POLICIES, *APPROXIMATE])}"
         )
-    return (Part(problem=problem, columns=rule_columns(problem, rule)),)
+    return (rule_part(problem, policy),)
+
+
+def rule_part(problem: Layered, policy: str) -> Part:
+    """The step of a policy that follows the exact gradient."""
+    segments = SEGMENTED[policy](problem) if policy in SEGMENTED else ()
+    return Part(problem=problem, columns=rule_columns(problem, POLICIES[policy]), segments=segments)
 
 
 def _part(step: PartialStep) -> Part:

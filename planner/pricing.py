@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.math_opt.python import mathopt
 
+from planner.choices import choice_count
 from planner.formulation import KIB, MS, Block
 from planner.layers import Layered, LayerType
-from planner.linear import INFINITY, Linear, Program
+from planner.linear import INFINITY, OBJECTIVE_ONLY, Linear, Program
 from planner.windows import Column, Decision, measure
 
 FIELDS = (
@@ -35,8 +36,14 @@ FIELDS = (
     "states_spilled_ms",
     "instructions",
 )
+HELD = ("between", "outside")
+"""those of FIELDS that a layer holds between its windows"""
+ROUNDING = 1e-6
+"""KiB"""
 Prices = NDArray[np.float64]
 """ms per unit of each of FIELDS"""
+BLOCK_SECONDS = 3e-5
+"""to build the program of a layer type, per pair of its operators"""
 NOTHING = 1e-12
 """prices below it are rounding"""
 
@@ -91,7 +98,7 @@ class Hull:
             mathopt.LinearSum([price * variable for price, variable in zip(prices.tolist(), self.figures) if price])
         )
         try:
-            result = self.solver.solve()
+            result = self.solver.solve(model_params=OBJECTIVE_ONLY)
         except (
             RuntimeError,
             ValueError,
@@ -117,6 +124,7 @@ class Pool:
     stand_in: list[int] = field(default_factory=list)
     """per layer type: the type whose programs and proofs it shares"""
     blocks: dict[int, Block] = field(default_factory=dict)
+    _tried: set[tuple[int, Decision]] = field(default_factory=set)
     hulls: dict[int, Hull] = field(default_factory=dict)
     """of the types that stand in"""
     answers: dict[int, NDArray[np.float64]] = field(default_factory=dict)
@@ -132,15 +140,23 @@ class Pool:
             sharing = [other for other in range(len(types)) if _undercuts(types[other], kind)]
             self.stand_in.append(min(sharing, key=lambda other: len(types[other].leaves_evaluate)))
         for number in sorted(set(self.stand_in)):
-            self.blocks[number] = Block(Program(), types[number])
             self.hulls[number] = Hull(types[number])
             self.answers[number] = np.empty((0, len(FIELDS)))
 
     @property
     def binaries(self) -> int:
         """Choices of the whole step."""
-        counts = {number: sum(block.program.whole) for number, block in self.blocks.items()}
-        return sum(counts[self.stand_in[kind]] for kind in self.problem.layer_type)
+        counts = [choice_count(kind) for kind in self.problem.types]
+        return sum(counts[kind] for kind in self.problem.layer_type)
+
+    def block(self, number: int, seconds: float) -> Block:
+        """The program of a type that stands in. Raises TimeoutError where `seconds` do not suffice to build it."""
+        if number not in self.blocks:
+            kind = self.problem.types[number]
+            if seconds < BLOCK_SECONDS * (len(kind.forward) + len(kind.backward)) ** 2:
+                raise TimeoutError
+            self.blocks[number] = Block(Program(), kind)
+        return self.blocks[number]
 
     def bound(self, kind: int, prices: Prices) -> float:
         """What the proofs say about the cheapest cost of a layer type at `prices`."""
@@ -148,6 +164,9 @@ class Pool:
 
     def add(self, kind: int, decision: Decision) -> bool:
         """Whether the decision's column is new."""
+        if (kind, decision) in self._tried:
+            return False
+        self._tried.add((kind, decision))
         column = measure(self.problem.types[kind], decision)
         mine = figures_row(column)
         if (self.figures[kind] <= mine).all(axis=1).any():
@@ -169,7 +188,7 @@ class Pool:
         Returns whether its column is new. Raises TimeoutError where `seconds` do not suffice.
         """
         stand_in = self.stand_in[kind]
-        block = self.blocks[stand_in]
+        block = self.block(stand_in, seconds)
         goal = Linear()
         for name, price in zip(FIELDS, prices.tolist()):
             if price > NOTHING:
@@ -185,15 +204,22 @@ class Pool:
         new = [other for other, shared in enumerate(self.stand_in) if shared == stand_in and self.add(other, decision)]
         return kind in new
 
+    def cheapest_within(self, kind: int, prices: Prices, most: Prices) -> float:
+        """What the cheapest column known costs that holds no more between its windows than the figures `most`."""
+        held = [FIELDS.index(name) for name in HELD]
+        fits = (self.figures[kind][:, held] <= most[held] + ROUNDING).all(axis=1)
+        return float((self.figures[kind] @ prices)[fits].min(initial=INFINITY))
+
     def fill(self, kind: int, prices: Prices, most: Prices, gap: float, seconds: float) -> None:
         """Add the cheapest decision at `prices` that holds no more between its windows than the figures `most`.
 
         Pricing alone finds corners of what a layer can do; where the master mixes two of them, this is a whole one near.
+        Raises TimeoutError where `seconds` do not suffice to ask.
         """
-        block = self.blocks[self.stand_in[kind]]
+        block = self.block(self.stand_in[kind], seconds)
         held = (block.most_between, block.most_outside)
-        for variable, name in zip(held, ("between", "outside")):
-            block.program.bounds(variable, 0.0, float(most[FIELDS.index(name)]) + 1e-6)
+        for variable, name in zip(held, HELD):
+            block.program.bounds(variable, 0.0, float(most[FIELDS.index(name)]) + ROUNDING)
         try:
             goal = Linear()
             for name, price in zip(FIELDS, prices.tolist()):

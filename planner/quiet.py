@@ -4,11 +4,12 @@ standard output belongs to whoever called (``--json`` prints one object there an
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import os
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from dataclasses import replace
 
 from ortools.math_opt.python import mathopt
 from ortools.math_opt.solvers import highs_pb2
@@ -24,6 +25,7 @@ def solve_quietly(
     """
     if seconds <= 0:
         raise TimeoutError
+    deadline = time.monotonic() + seconds
     parameters = mathopt.SolveParameters(
         time_limit=dt.timedelta(seconds=seconds),
         relative_gap_tolerance=gap,
@@ -31,30 +33,65 @@ def solve_quietly(
         absolute_gap_tolerance=1e-9,
         highs=highs_pb2.HighsOptionsProto(int_options={"threads": 1}, string_options={"parallel": "off"}),
     )
-    with _standard_output_to_error():
+    with _nowhere:
         try:
             return mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
         except (RuntimeError, ValueError, AttributeError):  # MathOpt's conversion of HiGHS's status fails by itself
             whole = any(variable.integer for variable in model.variables())
             second = mathopt.SolverType.GSCIP if whole else mathopt.SolverType.GLOP
-            if not whole:
-                parameters = mathopt.SolveParameters(time_limit=dt.timedelta(seconds=seconds))
+            left = dt.timedelta(seconds=deadline - time.monotonic())
+            if left <= dt.timedelta():
+                raise TimeoutError from None
+            parameters = replace(parameters, time_limit=left) if whole else mathopt.SolveParameters(time_limit=left)
             return mathopt.solve(model, second, params=parameters)
 
 
-@contextlib.contextmanager
-def _standard_output_to_error() -> Iterator[None]:
-    """Send the process's standard output to its standard error meanwhile."""
-    sys.stdout.flush()
+MARGIN = 1e-5
+"""relatively, how far what a solver proves of a program may be off, for its tolerances"""
+
+
+class _Nowhere:
+    """The process's standard output, dropped while anything solves. There is one for all threads: the first to begin takes it away
+    and the last to end gives it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._solving = 0
+        self._saved: int | None = None
+        """None while nothing solves, or where nobody listens at all"""
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._solving:
+                self._saved = _taken_away()
+            self._solving += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._solving -= 1
+            if not self._solving and self._saved is not None:
+                os.dup2(self._saved, 1)
+                os.close(self._saved)
+                self._saved = None
+
+
+def _taken_away() -> int | None:
+    """Lead descriptor 1 to nowhere; a copy of what it was. None: it is closed."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
     try:
         saved = os.dup(1)
     except OSError:
-        # Nobody listens at all.
-        yield
-        return
+        return None
     try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(saved, 1)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+    except OSError:
         os.close(saved)
+        raise
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    return saved
+
+
+_nowhere = _Nowhere()

@@ -59,7 +59,7 @@ class Replay:
         self.shift = dict.fromkeys(world.trainables, 0)
         """trainable -> how many epsilons it is off its value"""
         self.ran: set[tuple[str, int]] = set()
-        self.cursor_index = 0
+        self.cursor_index = self.forwards = 0
         self.moments: list[Moment] = []
         self.peak = ReplayPeak()
         self.expected = self._expected()
@@ -72,10 +72,10 @@ class Replay:
             operators = self.world.layers[layer][0]
             return [(layer, position) for position, operator in enumerate(operators) if operator.phase == phase]
 
+        if not self.training:
+            return [(layer, position) for layer in self.world.order for position in self.world.inference[layer]]
         forward = [turn for layer in self.world.order for turn in turns(layer, "forward")]
         self.forwards = len(forward)
-        if not self.training:
-            return forward
         if self.world.two_forwards:
             return forward * 2
         backward = [layer for layer in reversed(self.world.order) if layer not in self.phase.skipped]

@@ -7,12 +7,14 @@ really takes the simulator says.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from planner.formulation import KIB, MS
 from planner.layers import Layered, transfer_seconds
 from planner.linear import Linear, Program
 from planner.pricing import FIELDS
+from planner.segments import Segments, Window, held_by_segments, windows
 from planner.windows import Column
 
 INSTANT = 1e5
@@ -61,38 +63,56 @@ class Rows:
     disk_ms: Linear
 
 
-def add_rows(program: Program, problem: Layered, layers: list[Terms], *, careful: bool = False) -> Rows:
-    """Post the rows of the whole step over the layers' figures."""
+def add_rows(
+    program: Program, problem: Layered, layers: list[Terms], *, careful: bool = False, segments: Segments = ()
+) -> Rows:
+    """Post the rows of the whole step over the layers' figures.
+
+    With `segments` they count a second pass as a whole training forward, and what a segment reads from before it as
+    kept: a plan of these segments holds and takes at most as much.
+    """
     count = len(layers)
     used = program.variable()
     instructions = program.variable()
     outcome = 1 + (problem.profile.token_losses is not None)
-    program.at_least(Linear(-2.0 * outcome).add(instructions), *(terms["instructions"] for terms in layers))
+    extra = held_by_segments(problem, segments)
+    program.at_least(
+        Linear(-2.0 * outcome - extra.instructions).add(instructions), *(terms["instructions"] for terms in layers)
+    )
     per_instruction = problem.profile.device.floor.instruction_bytes / KIB
 
-    def chain(order: list[int], fields: tuple[str, ...]) -> list[Linear]:
+    def chain(order: Iterable[int], fields: Callable[[int], tuple[str, ...]]) -> list[Linear]:
         """Running sums over the layers in `order`: entry i is the sum before the i-th."""
         sums: list[Linear] = [Linear()]
         for index in order:
             step = program.variable()
-            program.at_least(Linear().add(step).plus(sums[-1], -1.0), *(layers[index][f] for f in fields))
+            program.at_least(Linear().add(step).plus(sums[-1], -1.0), *(layers[index][f] for f in fields(index)))
             sums.append(Linear().add(step))
         return sums
 
     ahead, back = list(range(count)), list(reversed(range(count)))
-    before = chain(ahead, ("between",))
-    after = chain(back, ("outside",))
+    first_of = {layer: first for first, last in segments for layer in range(first, last + 1)}
+    before = chain(ahead, lambda layer: ("outside",) if layer in first_of else ("between",))
+    after = chain(back, lambda layer: ("outside",))
+    inner = {first: chain(range(first, last + 1), lambda layer: ("between",)) for first, last in segments}
     outside = after[count]
     constant = problem.constant_bytes / KIB
-    peaks: list[Linear] = [Linear()] * (2 * count)
+    order = windows(count, segments)
+    peaks: list[Linear] = []
     """per window: KiB that are left for what waits for the disk"""
+    for window in order:
+        index, terms = window.layer, layers[window.layer]
+        others = Linear(constant)
+        if index in first_of and window.phase in {"again", "backward"}:
+            first = first_of[index]
+            others.plus(before[first]).plus(inner[first][index - first])
+        else:
+            others.plus(before[index])
+        others.plus(after[count - 1 - index]).add(instructions, per_instruction)
+        peak = {"first": "evaluate_peak", "backward": "backward_peak"}.get(window.phase, "forward_peak")
+        left = Linear(-extra.bytes[window] / KIB).add(used)
+        peaks.append(left.plus(others, -1.0).plus(terms[peak], -1.0))
     for index, terms in enumerate(layers):
-        others = Linear(constant).plus(before[index]).plus(after[count - 1 - index]).add(instructions, per_instruction)
-        for moment, across, peak in (
-            (index, problem.across_forward[index], "forward_peak"),
-            (2 * count - 1 - index, problem.across_backward[index], "backward_peak"),
-        ):
-            peaks[moment] = Linear(-across / KIB).add(used).plus(others, -1.0).plus(terms[peak], -1.0)
         program.at_least(
             Linear(-constant - problem.across_evaluate[index] / KIB)
             .add(used)
@@ -102,18 +122,21 @@ def add_rows(program: Program, problem: Layered, layers: list[Terms], *, careful
             terms["evaluate_peak"],
         )
     clock = [Linear()]
-    windows = [*((i, "forward") for i in ahead), *((i, "backward") for i in back)]
-    for index, phase in windows:
+    for window in order:
         now = program.variable()
-        program.at_least(Linear().add(now).plus(clock[-1], -1.0), layers[index][f"{phase}_ms"])
+        phase = "backward" if window.phase == "backward" else "forward"
+        program.at_least(Linear().add(now).plus(clock[-1], -1.0), layers[window.layer][f"{phase}_ms"])
         clock.append(Linear().add(now))
-    _add_disk(program, problem, layers, clock, peaks, careful=careful)
-    nested = chain(back, ("spills_forward_ms", "fetches_backward_ms"))
-    spilled = chain(ahead, ("states_spilled_ms",))
+    _add_disk(program, problem, layers, order, clock, peaks, careful=careful)
+    nested = chain(back, lambda layer: ("spills_forward_ms", "fetches_backward_ms"))
+    spilled = chain(ahead, lambda layer: ("states_spilled_ms",))
+    turns = {(window.layer, window.phase): moment for moment, window in enumerate(order)}
     for index in ahead:
-        inside = Linear().plus(clock[2 * count - index]).plus(clock[index], -1.0)
+        # A layer's first window is as early in a step as it is among the layers.
+        backward = turns[index, "backward"]
+        inside = Linear().plus(clock[backward + 1]).plus(clock[index], -1.0)
         program.at_least(inside, nested[count - index])
-        tail = Linear().plus(clock[2 * count]).plus(clock[2 * count - 1 - index], -1.0)
+        tail = Linear().plus(clock[-1]).plus(clock[backward], -1.0)
         program.at_least(tail, spilled[index + 1])
     total = program.variable()
     traffic = [name for name in FIELDS if name.startswith(("reads", "spills", "fetches", "states"))]
@@ -126,6 +149,7 @@ def _add_disk(
     program: Program,
     problem: Layered,
     layers: list[Terms],
+    order: Sequence[Window],
     clock: list[Linear],
     peaks: list[Linear],
     *,
@@ -137,18 +161,16 @@ def _add_disk(
     spills that are not yet written, take memory meanwhile. The rows hold for any plan of the class; with `careful` they
     ask for fetches one window ahead and count a spill to the end of its window, which plans can really keep.
     """
-    count = len(layers)
     rates = _kib_per_ms(problem)
     needed = {name: Linear() for name in rates}
     flown = {name: Linear() for name in rates}
-    for moment in range(2 * count):
-        forward = moment < count
-        index = moment if forward else 2 * count - 1 - moment
-        terms = layers[index]
+    for moment, window in enumerate(order):
+        forward = window.phase != "backward"
+        terms = layers[window.layer]
         asks = {
             "reads": terms["reads_forward_ms" if forward else "reads_backward_ms"],
             "fetches": Linear() if forward else terms["fetches_backward_ms"],
-            "spills": terms["spills_forward_ms"] if forward else Linear(),
+            "spills": terms["spills_forward_ms"] if forward and window.phase != "first" else Linear(),
         }
         busy = Linear().plus(clock[moment + 1]).plus(clock[moment], -1.0)
         states = [] if forward or not careful else [terms["states_fetched_ms"], terms["states_spilled_ms"]]

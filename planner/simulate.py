@@ -12,7 +12,7 @@ invariant's name, the instruction and the tensor:
 | overlap | no two resident tensors share a byte |
 | double-free | only resident tensors are freed |
 | leak | at the end exactly the `resident` tensors are there, each at its place |
-| operator-order | forward operators first run in order, backward operators run once, in order |
+| operator-order | forward operators first run in order, backward operators run once, in order; an evaluation runs those for inference where a layer has them |
 | update-once | every trainable is updated once, with its gradient complete, and not read afterwards; in a cycle, at least once in all, and never where its layer's backward is left out |
 | passed-once | a layer whose backward is left out passes a complete gradient of its output on as that of its input, at most once |
 | perturbed | of two forwards the first reads every trainable at +1 epsilon, the second at -1, and the update follows both |

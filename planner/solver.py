@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from planner.carry_out import Schedule, carry_out, smallest_arena
+from planner.attempt import CARRY_SECONDS, GOOD, RESERVE, Attempt
+from planner.carry_out import Part, Schedule, smallest_arena
 from planner.greedy import greedy
 from planner.layers import Layered
 from planner.master import JOINT_BINARIES, Progress, Search
-from planner.policies import POLICIES, rule_columns, smallest
+from planner.policies import POLICIES, rule_columns, rule_part, smallest
 from planner.pricing import Pool
+from planner.relaxation import Relaxation
 from planner.rows import charged_bytes
+from planner.segment_search import SLACK, promising, worthwhile
 from planner.windows import Column
 
 TOLERANCE = 1e-3
 """a plan this near its bound is called optimal"""
-GOOD = 4e-3
-"""a plan of whole columns this near its bound is not worth another choice"""
-RESERVE = 0.01
-"""share of the limit left to gaps of the arena and to transfers, at first"""
-CHOICES = 5
-"""such shares tried"""
 MINIMUM_ROUNDS = 20
 LOWEST_SHARE = 0.6
 """of the time, at which the search for columns of the fewest bytes ends"""
 JOINT_ROUNDS = 4
 GREEDY_ROUNDS = 6
-CARRY_SECONDS = 2.5e-4
-"""to carry out columns, per operator of the step: a search this near its deadline stops"""
 RELAXED_SHARE, CAREFUL_SHARE = 0.5, 0.7
-"""of the time limit, at which the search for columns ends"""
+"""of the time for plans of the class, at which the search for columns ends"""
+SEGMENTS_SHARE, SEGMENTS_CHOICES = 0.4, 3
+"""of the time limit, and of the shares left free: what the search for layers to run twice gets, on devices where there is one"""
+RULES_SHARE = 0.05
+"""of the time limit, at most: left to carry out a fixed rule that may be faster"""
 CAREFUL_TOLERANCE = 8e-3
 """of the search for columns that only guides the choice and proves nothing"""
 MOST_BYTES = 1 << 50
@@ -40,38 +39,28 @@ MOST_BYTES = 1 << 50
 Status = Literal["optimal", "feasible", "fallback", "infeasible"]
 
 
+def status_of(step_seconds: float, bound_seconds: float) -> Status:
+    """What a bound that holds for a plan says of it."""
+    return "optimal" if step_seconds - bound_seconds <= TOLERANCE * step_seconds else "feasible"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     schedule: Schedule | None
     bound_seconds: float
-    status: Status
+    """no plan of the class is faster; the class leaves out those under which layers go forward twice"""
+    any_bound_seconds: float = 0.0
+    """no schedule at all is faster"""
+    fallback: bool = False
+    """the time limit ended the search before it had a plan: a greedy choice or a fixed rule stands in"""
     deterministic: bool = True
     """False where the time limit, or the user, ended the search"""
 
-
-@dataclass(kw_only=True)
-class Attempt:
-    """One budget under way: whatever ends it, the best schedule so far and the bound are here."""
-
-    limit: int
-    """bytes for the arena and the instructions"""
-    deadline: float
-    progress: Progress | None = None
-    bound: float = 0.0
-    timely: bool = True
-    found: list[Schedule] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-
     @property
-    def best(self) -> Schedule | None:
-        return min(self.found, key=lambda schedule: schedule.seconds, default=None)
-
-    def gap(self, schedule: Schedule) -> float:
-        return (schedule.seconds - self.bound) / schedule.seconds if schedule.seconds else 0.0
-
-    def until(self, share: float) -> float:
-        """The moment at which this share of the time is gone."""
-        return self.started + share * (self.deadline - self.started)
+    def proven_seconds(self) -> float:
+        """The highest bound that holds for the schedule."""
+        twice = self.schedule is not None and self.schedule.segments
+        return self.any_bound_seconds if twice else max(self.bound_seconds, self.any_bound_seconds)
 
 
 class Solver:
@@ -79,8 +68,12 @@ class Solver:
 
     def __init__(self, problem: Layered) -> None:
         self.problem = problem
-        self.found: list[Schedule] = []
+        self.found: list[Outcome] = []
         """the best at budgets before, so that a larger one never gets a slower plan"""
+        self.proven: dict[int, float] = {}
+        """by budget, of every search: seconds that no plan of the class undercuts"""
+        self._outcomes: dict[int, Outcome] = {}
+        """by budget, of searches that came to their end: the same question has the same answer"""
         self._lowest: Schedule | None = None
         self._lowest_proven = False
         """whether the search for it came to its end"""
@@ -88,11 +81,37 @@ class Solver:
     @cached_property
     def pool(self) -> Pool:
         """Columns found so far, opened with those of the fixed rules."""
-        pool = Pool(problem=self.problem)
+        return self._opened(Pool(problem=self.problem))
+
+    @cached_property
+    def plain(self) -> Pool:
+        """Columns of the fixed rules alone, and what was filled in between them for segments."""
+        return self._opened(Pool(problem=self.problem, blocks=self.pool.blocks))
+
+    def _opened(self, pool: Pool) -> Pool:
         for rule in (*POLICIES.values(), smallest):
             for kind, column in zip(self.problem.layer_type, rule_columns(self.problem, rule)):
                 pool.add(kind, column.decision)
         return pool
+
+    @cached_property
+    def _rules(self) -> tuple[Part, ...]:
+        parts = [rule_part(self.problem, policy) for policy in POLICIES]
+        return tuple(sorted(parts, key=lambda part: part.computing_seconds))
+
+    @cached_property
+    def _reruns(self) -> bool:
+        return worthwhile(self.problem)
+
+    @cached_property
+    def relaxed(self) -> Relaxation:
+        """The master under rows that hold for any plan of the class: what proves."""
+        return Relaxation(self.pool, careful=False)
+
+    @cached_property
+    def careful(self) -> Relaxation:
+        """The master under rows that plans can really keep: what guides the choice."""
+        return Relaxation(self.pool, careful=True)
 
     def room(self, budget_bytes: int) -> int:
         """Bytes for the arena and the instructions."""
@@ -116,46 +135,62 @@ class Solver:
 
         Raises KeyboardInterrupt only where nothing has been carried out yet.
         """
-        outcome = self._solve(budget_bytes, deadline, progress, bound)
-        fitting = [schedule for schedule in self.found if schedule.peak_bytes <= budget_bytes]
-        before = min(fitting, key=lambda schedule: schedule.seconds, default=None)
-        if before is not None and (outcome.schedule is None or before.seconds < outcome.schedule.seconds):
-            optimal = before.seconds - outcome.bound_seconds <= TOLERANCE * before.seconds
-            outcome = replace(outcome, schedule=before, status="optimal" if optimal else outcome.status)
-        elif outcome.schedule is not None:
-            self.found.append(outcome.schedule)
+        known = self._outcomes.get(budget_bytes)
+        if known is None:
+            outcome = self._solve(budget_bytes, deadline, progress, bound)
+        else:
+            outcome = replace(known, any_bound_seconds=max(bound, known.any_bound_seconds))
+        if outcome.deterministic:
+            self._outcomes[budget_bytes] = outcome
+        self.proven[budget_bytes] = max(self.proven.get(budget_bytes, 0.0), outcome.bound_seconds)
+        fitting = [one for one in self.found if one.schedule is not None and one.schedule.peak_bytes <= budget_bytes]
+        before = min(fitting, key=_seconds, default=None)
+        if before is not None and _seconds(before) < _seconds(outcome):
+            return replace(
+                outcome,
+                schedule=before.schedule,
+                fallback=before.fallback,
+                deterministic=before.deterministic and outcome.deterministic,
+            )
+        if known is None and outcome.schedule is not None:
+            self.found.append(outcome)
         return outcome
 
-    def _solve(self, budget_bytes: int, deadline: float, progress: Progress | None, bound: float) -> Outcome:
-        attempt = Attempt(limit=self.room(budget_bytes), deadline=deadline, progress=progress, bound=bound)
+    def _solve(self, budget_bytes: int, deadline: float, progress: Progress | None, any_bound: float) -> Outcome:
+        started = time.monotonic()
+        rule = min(RULES_SHARE * (deadline - started), CARRY_SECONDS * len(self.problem.graph.steps))
+        attempt = Attempt(
+            problem=self.problem,
+            limit=self.room(budget_bytes),
+            deadline=deadline - max(0.0, rule),
+            started=started,
+            progress=progress,
+            bound=any_bound,
+        )
+        fallback = False
         try:
-            self._by_rules(attempt, most=bound * (1 + TOLERANCE))
-            best = attempt.best
-            if best is not None and attempt.gap(best) <= TOLERANCE:
-                return Outcome(schedule=best, bound_seconds=bound, status="optimal")
-            if self.pool.binaries <= JOINT_BINARIES:
-                self._jointly(attempt)
-            else:
-                self._by_columns(attempt)
-        except TimeoutError:
-            attempt.timely = False
+            self._by_rules(attempt, any_bound, most=any_bound * (1 + TOLERANCE))
+            ruled = attempt.best
+            if not attempt.near(any_bound, TOLERANCE):
+                with attempt.within(1 - SEGMENTS_SHARE if self._reruns else 1.0):
+                    self._in_the_class(attempt)
+                if attempt.best is ruled and not attempt.timely:
+                    self._greedily(attempt)
+                    fallback = True
+                searched = attempt.best
+                self._by_segments(attempt, any_bound)
+                fallback = fallback and attempt.best is searched
         except KeyboardInterrupt:
             if not attempt.found:
                 raise
             attempt.timely = False
-        if not attempt.found and not attempt.timely:
-            greedily = self._greedy(attempt)
-            attempt.found.extend([] if greedily is None else [greedily])
-            self._by_rules(attempt)
-            best = attempt.best
-            return Outcome(schedule=best, bound_seconds=attempt.bound, status="fallback", deterministic=False)
-        self._by_rules(attempt)
-        best = attempt.best
-        optimal = best is not None and attempt.gap(best) <= TOLERANCE
+        attempt.deadline = deadline
+        self._by_rules(attempt, any_bound)
         return Outcome(
-            schedule=best,
+            schedule=attempt.best,
             bound_seconds=attempt.bound,
-            status="optimal" if optimal else "feasible",
+            any_bound_seconds=any_bound,
+            fallback=fallback,
             deterministic=attempt.timely,
         )
 
@@ -164,7 +199,7 @@ class Solver:
 
         Raises TimeoutError where the deadline strikes first.
         """
-        search = Search(pool=self.pool, limit_bytes=self.room(budget_bytes), deadline=deadline)
+        search = Search(relaxation=self.relaxed, limit_bytes=self.room(budget_bytes), deadline=deadline)
         if self.pool.binaries <= JOINT_BINARIES:
             answer = search.joint()
             return None if answer is None else answer.bound_seconds
@@ -173,16 +208,22 @@ class Solver:
             raise TimeoutError
         return search.bound(lower) if kept else None
 
+    def _in_the_class(self, attempt: Attempt) -> None:
+        """Plans whose recomputation stays inside a layer's own backward window, and a bound for all of them."""
+        if self.pool.binaries <= JOINT_BINARIES:
+            self._jointly(attempt)
+        else:
+            self._by_columns(attempt)
+
     def _jointly(self, attempt: Attempt) -> None:
         """A small model as one program; where the arena has no place for its optimum, again with a little less."""
         for careful in (False, True):
             allowed = attempt.limit
             for _ in range(JOINT_ROUNDS):
                 search = Search(
-                    pool=self.pool,
+                    relaxation=self.careful if careful else self.relaxed,
                     limit_bytes=allowed,
                     deadline=attempt.deadline,
-                    careful=careful,
                     progress=attempt.progress,
                 )
                 answer = search.joint()
@@ -191,120 +232,111 @@ class Solver:
                 if allowed == attempt.limit and not careful:
                     attempt.bound = max(attempt.bound, answer.bound_seconds)
                 attempt.timely = attempt.timely and answer.proven
-                schedule, excess = carry_out(self.problem, answer.columns, attempt.limit, unmoved=True)
+                schedule, excess = attempt.carry(answer.columns)
                 if schedule is not None:
-                    attempt.found.append(schedule)
                     search.report("carried out", schedule.seconds, attempt.bound)
                     break
                 allowed -= excess
-            best = attempt.best
-            if best is not None and attempt.gap(best) <= TOLERANCE:
+            if attempt.near(attempt.bound, TOLERANCE):
                 break
 
     def _by_columns(self, attempt: Attempt) -> None:
         """A large model: the bound from relaxed rows, columns chosen under rows that plans can really keep."""
         relaxed = Search(
-            pool=self.pool,
+            relaxation=self.relaxed,
             limit_bytes=attempt.limit,
             deadline=attempt.until(RELAXED_SHARE),
             progress=attempt.progress,
         )
         lower, _, kept = relaxed.columns()
-        attempt.bound = max(attempt.bound, relaxed.bound(lower))
-        attempt.timely = relaxed.timely
+        attempt.timely = attempt.timely and relaxed.timely
         if not kept:
             return
+        attempt.bound = max(attempt.bound, relaxed.bound(lower))
         careful = Search(
-            pool=self.pool,
+            relaxation=self.careful,
             limit_bytes=attempt.limit,
             deadline=attempt.until(CAREFUL_SHARE),
-            careful=True,
             tolerance=CAREFUL_TOLERANCE,
             progress=attempt.progress,
         )
         if not careful.holds():
             # Memory is short for looking ahead, and columns that save some are slow to find: first of all a plan.
             relaxed.deadline = attempt.deadline
-            self._choose(relaxed, attempt)
-            best = attempt.best
-            if best is not None and attempt.gap(best) <= GOOD:
+            attempt.choose(relaxed)
+            if attempt.near(attempt.bound, GOOD):
                 return
         # Where memory is too tight to look ahead, the relaxed choice is what there is.
         search = careful if careful.columns()[2] else relaxed
         attempt.timely = attempt.timely and careful.timely
         search.deadline = attempt.deadline
-        self._choose(search, attempt)
+        attempt.choose(search)
 
-    def _choose(self, search: Search, attempt: Attempt) -> None:
-        """Choose whole columns and carry them out, leaving more of the limit free until they find their places.
-
-        Once they do, one more choice leaves more free where the plan waits for the disk, and less where it does not.
-        """
-        share = max(1, int(RESERVE * max(0, attempt.limit)))
-        most = reserve = share
-        exhausted = False
-        for left in reversed(range(CHOICES)):
-            if not self._carries_in_time(search.deadline):
-                attempt.timely = False
-                break
-            chosen = search.choose(attempt.limit - reserve)
-            if chosen is None:
-                if attempt.found or exhausted:
-                    break
-                reserve, exhausted = 0, True
-                continue
-            # In the end a plan that waits for the disk is better than none.
-            unmoved = not left or exhausted
-            schedule, excess = carry_out(
-                self.problem, chosen, attempt.limit, deadline=attempt.deadline, unmoved=unmoved
-            )
-            if schedule is None:
-                reserve += max(3 * excess // 2, share // 2)
-                if attempt.found and reserve >= most:
-                    break
-                continue
-            again = not attempt.found and attempt.gap(schedule) > GOOD
-            attempt.found.append(schedule)
-            search.report("carried out", schedule.seconds, attempt.bound)
-            if not again:
-                break
-            most = reserve
-            waits = schedule.stalls > (schedule.seconds - attempt.bound) / 2
-            reserve = 3 * reserve if waits else reserve // 4
-
-    def _by_rules(self, attempt: Attempt, most: float = float("inf")) -> None:
-        """Where a fixed rule fits and may be faster, it is carried out too: no plan is slower than one of them.
+    def _by_rules(self, attempt: Attempt, any_bound: float, most: float = float("inf")) -> None:
+        """Where a fixed rule fits and may be faster, it is carried out too: while there is time for it, no plan is slower
+        than one of them.
 
         `most`: seconds that its computation may take.
         """
-        for rule in POLICIES.values():
-            best, columns = attempt.best, rule_columns(self.problem, rule)
-            computing = sum(column.forward_seconds + column.backward_seconds for column in columns)
-            if computing > most or (best is not None and (attempt.gap(best) <= TOLERANCE or computing >= best.seconds)):
+        for part in self._rules:
+            best, columns = attempt.best, part.columns
+            computing = part.computing_seconds
+            # The class leaves segments out, and so does its bound.
+            bound = any_bound if part.segments else attempt.bound
+            if computing > most or (best is not None and computing >= best.seconds) or attempt.near(bound, TOLERANCE):
                 continue
-            if charged_bytes(self.problem, columns) <= attempt.limit:
-                schedule, _ = carry_out(self.problem, columns, attempt.limit, unmoved=True)
-                attempt.found.extend([] if schedule is None else [schedule])
+            # What a segment spares the columns' figures do not know.
+            if part.segments or charged_bytes(self.problem, columns) <= attempt.limit:
+                if best is not None and not attempt.carries_in_time():
+                    attempt.timely = False
+                    return
+                attempt.carry(columns, part.segments)
 
-    def _greedy(self, attempt: Attempt) -> Schedule | None:
-        allowed = attempt.limit
-        for _ in range(GREEDY_ROUNDS):
+    def _by_segments(self, attempt: Attempt, any_bound: float) -> None:
+        """Where moving layer inputs costs more than running layers again: plans under which runs of them do.
+
+        The bound of the class does not hold for these, so it ends no search for them.
+        """
+        if not self._reruns or attempt.near(any_bound, TOLERANCE):
+            return
+        with attempt.within():
+            # Columns priced for the class promise more than plans of segments keep where the disk is slow.
+            for pool in (self.plain, self.pool):
+                for seconds, search in promising(pool, attempt.limit, attempt.deadline, attempt.progress):
+                    best = attempt.best
+                    if best is not None and best.seconds <= (1 - SLACK) * seconds:
+                        break
+                    one = replace(attempt, bound=any_bound, found=[])
+                    try:
+                        one.choose(search, SEGMENTS_CHOICES)
+                    finally:
+                        attempt.found += one.found
+                        attempt.timely = attempt.timely and one.timely
+
+    def _greedily(self, attempt: Attempt) -> None:
+        some = max(1, int(RESERVE * max(0, attempt.limit)))
+        # What just fits seldom finds its places at once; where nothing else does, it is tried all the same.
+        allowed = attempt.limit - some
+        columns = greedy(self.problem, self.pool, allowed)
+        if columns is None:
+            allowed = attempt.limit
             columns = greedy(self.problem, self.pool, allowed)
-            if columns is None:
-                return None
-            schedule, excess = carry_out(self.problem, columns, attempt.limit, deadline=attempt.deadline, unmoved=True)
+        for turn in range(GREEDY_ROUNDS):
+            if columns is None or (turn and not attempt.carries_in_time()):
+                return
+            schedule, excess = attempt.carry(columns)
             if schedule is not None:
-                return schedule
-            # What did not fit by a little does so with a little more to spare.
-            allowed -= max(excess, int(RESERVE * max(0, attempt.limit)))
-        return None
+                return
+            allowed -= max(excess, some)
+            columns = greedy(self.problem, self.pool, allowed)
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
     def least(self, deadline: float) -> tuple[Schedule, bool]:
-        """The schedule with the lowest peak found, and whether the search came to its end."""
+        """The schedule with the lowest peak found, and whether the searches that found it came to their end."""
         if not self._lowest_proven:
-            before = [self.smallest, *self.found, *([self._lowest] if self._lowest is not None else [])]
+            known = [one.schedule for one in self.found if one.schedule is not None]
+            before = [self.smallest, *known, *([self._lowest] if self._lowest is not None else [])]
             self._lowest = min(before, key=lambda schedule: schedule.peak_bytes)
             try:
                 timely = self._lower(deadline)
@@ -312,11 +344,8 @@ class Solver:
                 timely = False
             self._lowest_proven = timely and time.monotonic() < deadline
         assert self._lowest is not None
-        return self._lowest, self._lowest_proven
-
-    def _carries_in_time(self, deadline: float) -> bool:
-        """Whether there is time left to carry columns out."""
-        return deadline - time.monotonic() > CARRY_SECONDS * len(self.problem.graph.steps)
+        by_chance = any(one.schedule is self._lowest and not one.deterministic for one in self.found)
+        return self._lowest, self._lowest_proven and not by_chance
 
     def _lower(self, deadline: float) -> bool:
         """Look for lower peaks than that of the lowest schedule so far; whether the search came to its end."""
@@ -325,7 +354,7 @@ class Solver:
         now = time.monotonic()
         joint = self.pool.binaries <= JOINT_BINARIES
         until = deadline if joint else now + LOWEST_SHARE * (deadline - now)
-        search = Search(pool=self.pool, limit_bytes=None, deadline=until)
+        search = Search(relaxation=self.relaxed, limit_bytes=None, deadline=until)
         chosen: tuple[Column, ...] | None
         if joint:
             answer = search.joint()
@@ -334,24 +363,30 @@ class Solver:
             search.columns()
             search.deadline = deadline
             chosen = search.choose(None)
-        if chosen is not None and self._carries_in_time(deadline):
+        attempt = Attempt(problem=self.problem, limit=self.room(best.peak_bytes), deadline=deadline, started=now)
+        if chosen is not None and attempt.carries_in_time():
             lower = smallest_arena(self.problem, chosen)
             best = self._lowest = lower if lower.peak_bytes < best.peak_bytes else best
         floor = self.problem.profile.device.floor.import_peak_bytes
         for _ in range(MINIMUM_ROUNDS):
             if best.peak_bytes <= floor:
                 break
-            if not self._carries_in_time(deadline):
+            if not attempt.carries_in_time():
                 return False
             # What fits one byte below: as long as there is something, that is the minimum.
-            attempt = Attempt(limit=self.room(best.peak_bytes - 1), deadline=deadline)
-            if joint:
-                self._jointly(attempt)
-            else:
-                found = search.choose(attempt.limit)
-                schedule = None if found is None else carry_out(self.problem, found, attempt.limit, unmoved=True)[0]
-                attempt.found.extend([] if schedule is None else [schedule])
+            attempt = replace(attempt, limit=self.room(best.peak_bytes - 1), bound=0.0, found=[])
+            with attempt.within():
+                if joint:
+                    self._jointly(attempt)
+                else:
+                    found = search.choose(attempt.limit)
+                    if found is not None:
+                        attempt.carry(found)
             if attempt.best is None:
                 break
             best = self._lowest = attempt.best
-        return search.timely
+        return search.timely and attempt.timely
+
+
+def _seconds(outcome: Outcome) -> float:
+    return float("inf") if outcome.schedule is None else outcome.schedule.seconds

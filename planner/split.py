@@ -40,8 +40,10 @@ class _Splitter:
         self.profile = profile
         self.graph = graph
         self.count = len(graph.layers)
-        self.own: list[dict[str, list[Step]]] = [{"forward": [], "backward": []} for _ in range(self.count)]
-        for step in graph.steps:
+        self.own: list[dict[str, list[Step]]] = [
+            {"forward": [], "backward": [], "inference": []} for _ in range(self.count)
+        ]
+        for step in (*graph.steps, *graph.inference):
             self.own[step.layer][step.phase].append(step)
         self.outcome = {name for name in (profile.loss, profile.token_losses) if name is not None}
         self.rewritten = {
@@ -176,7 +178,9 @@ class _Splitter:
             ),
             across_evaluate=tuple(self._across(layer, layer, self.last_forward) for layer in range(self.count)),
             always=tuple(always),
-            workspace_bytes=max((step.workspace_bytes for step in self.graph.steps), default=0),
+            workspace_bytes=max(
+                (step.workspace_bytes for step in (*self.graph.steps, *self.graph.inference)), default=0
+            ),
             forced=frozenset(self.forced),
         )
 
@@ -211,6 +215,7 @@ class _Splitter:
         forward_window, backward_window = layer, 2 * self.count - 1 - layer
         forward = tuple(self._operation(layer, step, local) for step in self.own[layer]["forward"])
         backward = tuple(self._operation(layer, step, local) for step in self.own[layer]["backward"])
+        inference = tuple(self._operation(layer, step, local) for step in self.own[layer]["inference"])
 
         def touched(window: int, there: Callable[[int, str], bool]) -> frozenset[str]:
             """What lives, is touched in the window, and for which `there` holds of its first window and its name."""
@@ -226,6 +231,10 @@ class _Splitter:
         def leaving(window: int, last: dict[str, int]) -> frozenset[str]:
             return touched(window, lambda first, name: first <= window < self._last(name, last))
 
+        leaves_evaluate = leaving(forward_window, self.last_forward)
+        if inference:
+            weights = frozenset(weight for op in (*forward, *backward) for weight in op.weights)
+            self._check_inference(layer, forward, inference, leaves_evaluate, entering(forward_window), weights)
         inside = {name for name, owner in self.owner.items() if owner == layer}
         candidates = tuple(sorted(local[name] for name in inside))
         owned = frozenset(local[name] for name in inside if self.first[name] != layer)
@@ -235,7 +244,7 @@ class _Splitter:
             for name in self._touched(layer, window)
             if name in local and self.lives(name)
         }
-        for op in forward:
+        for op in [*forward, *inference]:
             for value in op.outputs:
                 sizes[value] = aligned(self.graph.storages[self.graph.names[layer][value]].bytes)
         events = _events(forward, backward, set(candidates), set(self.again[layer]))
@@ -244,13 +253,14 @@ class _Splitter:
             program=self.profile.layers[layer].program,
             forward=forward,
             backward=backward,
+            evaluate=inference or forward,
             bytes=dict(sorted(sizes.items())),
             raw_bytes=self._raw_bytes(layer, local, window=backward_window, candidates=candidates),
             enters_forward=entering(forward_window),
             leaves_forward=leaving(forward_window, self.last),
             enters_backward=entering(backward_window),
             leaves_backward=leaving(backward_window, self.last),
-            leaves_evaluate=leaving(forward_window, self.last_forward),
+            leaves_evaluate=leaves_evaluate,
             closes_backward=frozenset(
                 local[name] for name, at in self.whole_window.items() if at == backward_window and name in local
             ),
@@ -263,6 +273,35 @@ class _Splitter:
             read=self.profile.device.read,
             write=self.profile.device.write,
         )
+
+    def _check_inference(
+        self,
+        layer: int,
+        forward: tuple[Operation, ...],
+        inference: tuple[Operation, ...],
+        left: frozenset[str],
+        entering: frozenset[str],
+        weights: frozenset[str],
+    ) -> None:
+        """Raises InputError where an evaluation would leave what it shares with other layers, or a weight, unused, or reads
+        what is not there.
+        """
+        used = {value for op in inference for value in [*op.inputs, *op.outputs, *op.weights]}
+        wanted = (entering | left).union(*(op.weights for op in forward))
+        for value in sorted(wanted - used):
+            raise InputError(
+                f"layer {self.graph.layers[layer]}: its forward uses {value} and its operators for inference do not;"
+                " trace the model again"
+            )
+        there = set(entering | weights)
+        for op in inference:
+            for value in [*op.inputs, *op.weights]:
+                if value not in there and (value in op.weights or self.lives(self.graph.names[layer][value])):
+                    raise InputError(
+                        f"layer {self.graph.layers[layer]}: its operators for inference read {value}, which neither enters"
+                        " the layer nor is made before by them; trace the model again"
+                    )
+            there.update(op.outputs)
 
     def _raw_bytes(
         self, layer: int, local: dict[str, str], *, window: int, candidates: tuple[str, ...]
@@ -315,8 +354,6 @@ class _Splitter:
                 unpack_seconds=tensor.unpack_seconds,
                 read_seconds=transfer_seconds(self.profile.device.read, tensor.packed_bytes),
                 read_compute_seconds=compute_seconds(self.profile.device.read, tensor.packed_bytes),
-                forward_first=min(ahead, default=-1),
-                forward_last=max(ahead, default=-1),
                 backward_first=min(behind, default=-1),
                 backward_last=max(behind, default=-1),
                 backward_uses=len(behind),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from planner.schema import Phase, Plan
-    from profiles.schema import Profile
+    from profiles.schema import Profile, Tensor
 
 PLAN_FIELDS = (
     "status",
@@ -61,7 +61,8 @@ def _finite(value: Any) -> Any:
 def profile_summary(profile: Profile) -> dict[str, Any]:
     """The profile in figures: bytes by kind of tensor, seconds of compute, floor and disk."""
     programs = {program.name: program for program in profile.programs}
-    seconds = {"forward": 0.0, "backward": 0.0}
+    weights = _weights(profile)
+    seconds = {"forward": 0.0, "inference": 0.0, "backward": 0.0}
     for layer in profile.layers:
         for operator in programs[layer.program].operators:
             seconds[operator.phase] += operator.seconds
@@ -73,9 +74,9 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "compute_dtype": profile.compute_dtype,
         "layers": len(profile.layers),
         "programs": len(profile.programs),
-        "weight_bytes": _total(profile, "weight"),
-        "packed_bytes": sum(tensor.packed_bytes for tensor in profile.tensors),
-        "trainable_bytes": _total(profile, "trainable"),
+        "weight_bytes": sum(weight.bytes for weight in weights),
+        "packed_bytes": sum(weight.packed_bytes for weight in weights),
+        "trainable_bytes": sum(tensor.bytes for tensor in profile.tensors if tensor.kind == "trainable"),
         "forward_seconds": seconds["forward"],
         "backward_seconds": seconds["backward"],
         "floor_bytes": max(profile.device.floor.import_peak_bytes, profile.device.floor.resident_bytes),
@@ -86,8 +87,10 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
     }
 
 
-def _total(profile: Profile, kind: str) -> int:
-    return sum(tensor.bytes for tensor in profile.tensors if tensor.kind == kind)
+def _weights(profile: Profile) -> list[Tensor]:
+    """The weights, each once: the slices ``w[a:b]`` of one that rows are gathered from as well lie in the whole."""
+    found = {tensor.name: tensor for tensor in profile.tensors if tensor.kind == "weight"}
+    return [tensor for name, tensor in found.items() if "[" not in name or name.partition("[")[0] not in found]
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:

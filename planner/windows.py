@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from planner.graph import state_names
-from planner.layers import LayerType, Mode, Update, compute_seconds, transfer_seconds
+from planner.layers import LayerType, Mode, Update, compute_seconds, transfer_seconds, weight_uses
 
 Action = tuple[str, str]
 """(verb, local name); for "run" the name is the operator's position in the program"""
@@ -133,7 +133,7 @@ class _Expansion:
         self.kind = kind
         self.decision = decision
         self.modes = dict(decision.weights)
-        self.operations = {op.index: op for op in [*kind.forward, *kind.backward]}
+        self.operations = kind.operations
         self.producer = kind.producer
         self.candidates = set(kind.candidates)
         self._plan_backward()
@@ -186,15 +186,17 @@ class _Expansion:
     def _forward(self, *, evaluate: bool) -> Iterable[Action]:
         kind = self.kind
         stays = kind.leaves_evaluate if evaluate else kind.leaves_forward | self.kept
+        operations = kind.evaluate if evaluate else kind.forward
+        uses = weight_uses(operations)
         last: dict[str, int] = {}
-        for position, op in enumerate(kind.forward):
+        for position, op in enumerate(operations):
             for value in [*op.inputs, *op.outputs]:
                 last[value] = position
         if not evaluate:
             yield from (("spill", value) for value in sorted(kind.owned & self.offloaded))
-        for position, op in enumerate(kind.forward):
+        for position, op in enumerate(operations):
             for weight in op.weights:
-                if kind.weights[weight].forward_first == position:
+                if uses[weight][0] == position:
                     yield from self._load_forward(weight, evaluate=evaluate)
             yield ("run", str(op.index))
             if not evaluate:
@@ -204,7 +206,7 @@ class _Expansion:
                     yield ("free", value)
             for weight in op.weights:
                 after = self._mode(weight).step_gap if evaluate else self._mode(weight).backward_gap
-                if kind.weights[weight].forward_last == position and after != "unpacked":
+                if uses[weight][1] == position and after != "unpacked":
                     yield ("free", weight)
 
     def _load_forward(self, weight: str, *, evaluate: bool) -> Iterable[Action]:
@@ -301,7 +303,7 @@ class _Expansion:
 def _peak(kind: LayerType, script: Iterable[Action], start: Iterable[str]) -> int:
     """Most bytes held during the script, which opens with the tensors `start` resident."""
     resident = set(start)
-    outputs = {op.index: op.outputs for op in [*kind.forward, *kind.backward]}
+    outputs = {index: op.outputs for index, op in kind.operations.items()}
     live = peak = sum(size_of(kind, name) for name in resident)
     for verb, name in script:
         if verb == "free":
@@ -336,7 +338,7 @@ class _Seconds:
 def _seconds(kind: LayerType, script: Iterable[Action]) -> _Seconds:
     """What the script keeps the cores and the disk busy with."""
     total = _Seconds()
-    operators = {op.index: op.seconds for op in [*kind.forward, *kind.backward]}
+    operators = {index: op.seconds for index, op in kind.operations.items()}
     updates = {update.trainable: update.seconds for update in kind.updates}
     for verb, name in script:
         if verb == "run":

@@ -74,7 +74,12 @@ def what_if(
                 any_bound=plan.any_schedule_bound_seconds,
             )
         if holds and change > 0 and made.step_seconds > best.step_seconds:
-            made = rebudgeted(best, budget_bytes=budget, bound_seconds=made.bound_seconds)
+            made = rebudgeted(
+                best,
+                budget_bytes=budget,
+                bound_seconds=made.bound_seconds,
+                any_bound=made.any_schedule_bound_seconds,
+            )
         known = priced.get(
             change, Worth(change_bytes=change, budget_bytes=budget, bound_seconds=None, price_seconds=None)
         )

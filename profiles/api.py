@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,14 @@ from profiles.exchange import load_profile, save_profile
 from profiles.files import cache_directory
 from profiles.measure import measure
 from profiles.pack import build_store
-from profiles.register import DECOMPOSITIONS
+from profiles.processor import cpu_name, features
+from profiles.register import DECOMPOSITIONS, INFERENCE
 from profiles.schema import PROFILE_VERSION, Channel, Device, Floor, Model, Profile, Program, Tensor
 from profiles.sources import Source, resolve
 from profiles.store import Entry, Store, find_extent
 from profiles.trace import Trace, trace
 
-__all__ = ["Progress", "cpu_name", "load_profile", "profile", "save_profile"]
+__all__ = ["Progress", "load_profile", "profile", "save_profile"]
 
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total); stages: pack, export, programs, measure."""
@@ -39,7 +39,11 @@ CODE = (
     "fold",
     "native",
     "fuse",
+    "inference",
     "operators",
+    "pages",
+    "processor",
+    "products",
     "register",
     "layout",
     "describe",
@@ -180,17 +184,6 @@ def profile(
     return result
 
 
-def cpu_name() -> str:
-    """The processor as the kernel names it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _fingerprint(source: Source, *settings: Any) -> str:
     """sha256 of everything that the profile depends on: model, shapes, torch, machine and the code that traces."""
     folder = Path(__file__).parent
@@ -204,6 +197,7 @@ def _fingerprint(source: Source, *settings: Any) -> str:
             settings,
             torch.__version__,
             cpu_name(),
+            sorted(features()),
             Path(native.library(cache_directory())).name,
             code,
         ],
@@ -219,7 +213,7 @@ def _trace_decoder(
     with FakeTensorMode():
         module = Decoder(shape, dtype=DTYPES[dtype], rank=rank, alpha=alpha)
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
-    return trace(module, sample, decompositions=DECOMPOSITIONS, progress=report)
+    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
 
 
 def _trace_module(source: Source, dtype: str, report: Progress) -> Trace:

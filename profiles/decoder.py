@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from profiles.errors import InputError
-from profiles.register import attention, embed_rows, gated, head_loss, rms_norm
+from profiles.register import attention, embed_rows, gated, head_loss, lora_linear, rms_norm
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -174,11 +174,10 @@ class Projection(nn.Module):
             self.lora_A, self.lora_B = Factor(rank, inputs), Factor(outputs, rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
         if not self.scale:
-            return y
-        low = torch.mm(x, self.lora_A.weight.to(x.dtype).t())
-        return torch.addmm(y, low, self.lora_B.weight.to(x.dtype).t(), alpha=self.scale)
+            return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+        pair = self.lora_A.weight, self.lora_B.weight
+        return lora_linear(x, self.weight, self.bias, *pair, self.scale)[0]  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):

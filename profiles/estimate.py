@@ -24,10 +24,12 @@ PASSES = {
     "tightfit.gated_backward": 5.9,
     "tightfit.attention": 18.0,
     "tightfit.attention_backward": 15.0,
-    "tightfit.head_chunk": 20.0,
+    "tightfit.head_chunk": 4.0,
+    "tightfit.lora_backward": 7.0,
+    "tightfit.lora_down": 5.0,
 }
-"""time of an operator, its matrix products left out, over the time of an addition that touches as many bytes (measured: one
-Zen 4 core, CPU time, shapes of Qwen2.5-0.5B and SmolLM2-135M)"""
+"""time of an operator, its matrix products left out unless they are narrow, over the time of an addition that touches as many
+bytes (measured: Zen 4, shapes of Qwen2.5-0.5B and SmolLM2-135M)"""
 EFFICIENCY = {"tightfit.attention": 0.54, "tightfit.attention_backward": 0.54, "tightfit.head_chunk": 1.0}
 """operators that do their matrix products and their passes one after the other: rate of the products over that of one large
 product of the same number type (measured as `PASSES`)"""
@@ -35,6 +37,8 @@ UNPACK_PASSES = 3.5
 """unpacking 4-bit weights over an addition that touches as many bytes (measured as `PASSES`)"""
 UPDATE_PASSES = 7
 """AdamW: reads parameter, gradient and two states, writes three"""
+PRODUCTS = ("tightfit.projection", "tightfit.lora_")
+"""operators that are matrix products and little else"""
 FLOAT32_INSIDE = frozenset({"tightfit.attention", "tightfit.attention_backward"})
 """compute in float32 on a CPU whatever their inputs' type"""
 MIB = 1 << 20
@@ -118,7 +122,7 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     pack a panel. The largest operators are 2 to 50 % above what was measured for Qwen2.5-0.5B (1 × 256 tokens) and
     SmolLM2-135M (16 × 64); so is a residual CNN's largest.
     """
-    from profiles.operators import ATTENTION_TOKENS, BLOCK_ELEMENTS, HEAD_ROWS
+    from profiles.operators import ATTENTION_TOKENS, BLOCK_ELEMENTS, HEAD_ROWS, STATE_COLUMNS
 
     target, touched = operator.target, _touched(operator, values)
     if target in FLOAT32_INSIDE:
@@ -128,8 +132,10 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
         in_and_out = 8 * tokens * (math.prod(queries.shape[1:]) + math.prod(keys.shape[1:]))
         return in_and_out * (33 if backward else 25) // 10
     if target == "tightfit.head_chunk":
-        return 11 * HEAD_ROWS * values[operator.inputs[1]].shape[1]
-    if target.startswith("tightfit."):
+        if values[operator.inputs[0]].shape[1] == STATE_COLUMNS:
+            return min(touched, 2 * MIB // 5)
+        return 6 * HEAD_ROWS * values[operator.inputs[1]].shape[1] + 9 * MIB // 10
+    if target.startswith("tightfit.") and not target.startswith(PRODUCTS):
         return min(8 * 4 * BLOCK_ELEMENTS, 4 * touched)
     if "convolution" in target:
         return 7 * touched // 4

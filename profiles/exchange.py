@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from profiles.bare import is_bare, parse_graph
 from profiles.errors import InputError
-from profiles.files import write_whole
+from profiles.files import of_another_version, write_whole
 from profiles.schema import PROFILE_VERSION, Profile
 
 
@@ -46,7 +46,7 @@ def parse_profile(text: str | bytes, name: str) -> Profile:
         raise InputError(f"{name}: not a profile (no 'layers'); make one with `tightfit profile`")
     if data.get("version") != PROFILE_VERSION:
         raise InputError(
-            f"{name}: profile version {data.get('version')!r}, this tightfit reads version {PROFILE_VERSION}; make it again"
+            f"{name}: {of_another_version('profile', data.get('version'), PROFILE_VERSION)}; make it again with `tightfit profile`"
         )
     checksum = data.pop("checksum", None)
     try:

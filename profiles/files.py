@@ -1,4 +1,4 @@
-"""Files: where the cache lies, and results that are written whole or not at all."""
+"""Files: where the cache lies, results that are written whole or not at all, and what is said of another version."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from profiles.errors import InputError, RunError
 
@@ -39,3 +40,11 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
             ) from error
         raise InputError(f"{path}: cannot be written ({error.strerror}); name another place with -o") from error
     return path
+
+
+def of_another_version(kind: str, found: Any, read: int) -> str:
+    """What is wrong with a profile or plan of version `found` where version `read` is read."""
+    if isinstance(found, int) and not isinstance(found, bool):
+        age = "an older" if found < read else "a newer"
+        return f"written by {age} version of tightfit ({kind} version {found}, this one reads version {read})"
+    return f"{kind} version {found!r}, this tightfit reads version {read}"

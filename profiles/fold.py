@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from profiles.errors import InputError
+from profiles.operators import STATE_COLUMNS
 from profiles.schema import Operand, Operator, Program, TensorKind, Value
 
 aten = torch.ops.aten
 
 HEAD_CHUNK = "tightfit.head_chunk"
 ATTENTION = {"tightfit.attention": 2, "tightfit.attention_backward": 5}  # products of the size seq x seq x head_dim
-GATHER = "tightfit.embed_rows"
+GATHERS = ("tightfit.embed_rows", "tightfit.head_rows")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,7 +174,7 @@ class _Folder:
             inputs=list(inputs),
             outputs=outputs,
             recomputable=torch.Tag.nondeterministic_seeded not in target.tags,
-            gathers=[args[0]["operand"]["value"]] if name == GATHER else [],
+            gathers=[args[0]["operand"]["value"]] if name in GATHERS else [],
             flops=_flops(node),
         )
 
@@ -271,21 +272,27 @@ class _Folder:
 
         self.values = {rename(v.name): v.model_copy(update={"name": rename(v.name)}) for v in self.values.values()}
         for group in (self.operators, backward):
-            group[:] = [
-                op.model_copy(
-                    update={
-                        "args": _renamed(op.args, taken),
-                        "kwargs": _renamed(op.kwargs, taken),
-                        "inputs": [rename(n) for n in op.inputs],
-                        "outputs": [None if n is None else rename(n) for n in op.outputs],
-                        "gathers": [rename(n) for n in op.gathers],
-                    }
-                )
-                for op in group
-            ]
+            group[:] = [renamed(op, taken) for op in group]
 
 
-def _renamed(tree: Any, names: dict[str, str]) -> Any:
+def renamed(op: Operator, names: Mapping[str, str]) -> Operator:
+    """The operator over other names of its storages; those that `names` lacks keep theirs."""
+
+    def rename(name: str) -> str:
+        return names.get(name, name)
+
+    return op.model_copy(
+        update={
+            "args": _renamed(op.args, names),
+            "kwargs": _renamed(op.kwargs, names),
+            "inputs": [rename(n) for n in op.inputs],
+            "outputs": [None if n is None else rename(n) for n in op.outputs],
+            "gathers": [rename(n) for n in op.gathers],
+        }
+    )
+
+
+def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
     if isinstance(tree, list):
         return [_renamed(item, names) for item in tree]
     if isinstance(tree, dict) and "operand" in tree:
@@ -308,10 +315,10 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def _flops(node: fx.Node) -> float:
-    """Multiply-adds count two. Source: torch.utils.flop_counter; the loss head folds one slice with two products, attention has two, its backward five."""
+    """Multiply-adds count two. Source: torch.utils.flop_counter; the loss head folds one slice with two products, without the gradient one, attention has two, its backward five."""
     if str(node.target).startswith(HEAD_CHUNK):
-        hidden, weight = node.args[1].meta["val"], node.args[2].meta["val"]  # type: ignore[union-attr]
-        return float(4 * hidden.shape[0] * weight.numel())
+        state, hidden, weight = (argument.meta["val"] for argument in node.args[:3])  # type: ignore[union-attr]
+        return float((2 if state.shape[1] == STATE_COLUMNS else 4) * hidden.shape[0] * weight.numel())
     products = ATTENTION.get(str(node.target).removesuffix(".default"))
     if products is not None:
         queries, seq = node.args[products // 5].meta["val"], node.args[6 if products == 5 else 3].meta["val"].shape[0]  # type: ignore[union-attr]

@@ -56,6 +56,7 @@ def measure(
             updates.setdefault(tensor.bytes // 4, []).append(tensor.name)
     request = {
         "programs": [p.model_dump() for p in programs],
+        "inference": [p.inference for p in programs],
         "weights": [list(key) for key in weights],
         "updates": list(updates),
         "compute_dtype": compute_dtype,

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from profiles.processor import features
+
 VARIABLE = "TIGHTFIT_NATIVE"
 """Path of the library; empty: do without."""
 SOURCE = Path(__file__).with_name("unpack.c")
@@ -86,13 +88,8 @@ def library(cache: Path) -> str:
 
 def _key(compiler: str) -> str:
     """sha256 of the source, the flags, the compiler and the processor's features."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     stamp = Path(compiler).stat()
-    parts = [SOURCE.read_text(), *FLAGS, compiler, str(stamp.st_mtime_ns), features]
+    parts = [SOURCE.read_text(), *FLAGS, compiler, str(stamp.st_mtime_ns), *sorted(features())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

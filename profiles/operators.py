@@ -1,10 +1,12 @@
 """The fused operators of a decoder, as the runtime executes them: `OPERATORS[target](*args, out=(...))`.
 
 Every operator writes into the storages it is given and walks its rows in blocks that stay in cache, so that it touches
-memory once and needs a small, fixed workspace. float32 inside, rounded once on the way out. `profiles.register` makes
-the same functions known to torch with their backward, so that a traced graph names them.
+memory once and needs a small, fixed workspace. float32 inside, rounded once on the way out; gates and the scale of
+embeddings, which multiply in the tensors' type, round twice. Matrix products are those of `profiles.products`.
+`profiles.register` makes the same functions known to torch with their backward, so that a traced graph names them.
 
-Shapes: T = batch * seq flat tokens, H = hidden size, V = rows of one slice of the loss head.
+Shapes: T = batch * seq flat tokens, H = hidden size, I and O = inputs and outputs of a projection, R = rank of its LoRA
+pair, V = rows of one slice of the loss head.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from profiles import products
+from profiles.errors import InputError
+from profiles.products import blocks, multiply
+
 aten = torch.ops.aten
 
 BLOCK_ELEMENTS = 1 << 17  # float32 elements per block: 512 KiB, half of a typical L2
@@ -25,9 +31,7 @@ STATE_COLUMNS = 3  # running maximum, running sum, logit of the label
 
 
 def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
-    for start in range(0, rows, step):
-        yield slice(start, min(rows, start + step))
+    return blocks(rows, max(1, BLOCK_ELEMENTS // max(1, columns)))
 
 
 def copy(x: Tensor, *, out: Sequence[Tensor]) -> None:
@@ -60,6 +64,36 @@ def rms_norm_backward(
         wide = dy[rows].float() * scale
         mean = (wide * normed).mean(-1, keepdim=True)
         dx[rows].copy_(wide.addcmul_(normed, mean, value=-1.0).mul_(rstd[rows]))
+
+
+def lora_down(x: Tensor, a: Tensor, *, out: Sequence[Tensor]) -> None:
+    """low = x @ A.T. x [T, I], A float32 [R, I]; out [T, R]. Source of the pair: Hu et al. 2021, "LoRA"."""
+    multiply((x, a.t(), 1.0), out=out[0])
+
+
+def projection(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float, *, out: Sequence[Tensor]
+) -> None:
+    """y = x @ W.T (+ bias) + scale * low @ B.T. x [T, I], W [O, I], bias [O], low [T, R], B float32 [O, R]; out [T, O]."""
+    (y,) = out
+    multiply((x, weight.t(), 1.0), (low, b.t(), scale), out=y, addend=bias)
+
+
+def lora_backward(dy: Tensor, x: Tensor, low: Tensor, b: Tensor, scale: float, *, out: Sequence[Tensor]) -> None:
+    """out: d low [T, R], d A float32 [R, I], d B float32 [O, R] of `projection` and `lora_down`."""
+    dlow, da, db = out
+    multiply((dy, b, scale), out=dlow)
+    multiply((dlow.t(), x, 1.0), out=da)
+    # Half the time of dy.T @ low: the wide side is not turned.
+    multiply((low.t(), dy, scale), out=db.t())
+
+
+def projection_backward(
+    dy: Tensor, weight: Tensor, dlow: Tensor, a: Tensor, addend: Tensor | None, *, out: Sequence[Tensor]
+) -> None:
+    """dx = dy @ W + d low @ A (+ addend: what other uses of x add to its gradient). out [T, I]."""
+    (dx,) = out
+    multiply((dy, weight, 1.0), (dlow, a, 1.0), out=dx, addend=addend)
 
 
 def attention(
@@ -116,9 +150,7 @@ def attention_backward(
 
 def _samples(tokens: int, seq: int) -> Iterator[slice]:
     """Samples per call: few enough tokens that the float32 copies stay small."""
-    step = max(1, ATTENTION_TOKENS // seq)
-    for start in range(0, tokens // seq, step):
-        yield slice(start, min(tokens // seq, start + step))
+    return blocks(tokens // seq, max(1, ATTENTION_TOKENS // seq))
 
 
 def _heads(x: Tensor, seq: int, heads: int, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -166,18 +198,40 @@ def _activation(x: Tensor, activation: str, out: Tensor) -> None:
 
 
 def embed_rows(weight: Any, ids: Tensor, scale: float, *, out: Sequence[Tensor], store: Any = None) -> None:
-    """Rows of the embedding for ids [T], times scale; out [T, H]. With a store, `weight` is the tensor's name in it and rows are read from disk."""
+    """Rows of a table for ids [T], times scale. out [T, H]. Raises InputError for ids below 0.
+
+    With a store, `weight` is the tensor's name in it and rows are read from disk.
+    """
     (y,) = out
-    if store is None:
-        torch.index_select(weight, 0, ids.reshape(-1), out=y)
-    else:
-        store.gather_rows(weight, ids.reshape(-1), y)
+    wanted = ids.reshape(-1)
+    least = int(wanted.min()) if wanted.numel() else 0
+    if least < 0:
+        raise InputError(
+            f"the input ids hold {least}, and no token is below 0: what is to be ignored is marked in the labels, input is padded"
+            " with a token"
+        )
+    _gather(weight, wanted, y, store)
     if scale != 1.0:
         y.mul_(scale)
 
 
-def head_begin(hidden: Tensor, *, out: Sequence[Tensor]) -> None:
-    """The empty state of the loss head: float32 [T, 3 + 2 H] = maximum, sum, label's logit, sum of exp * row, label's row."""
+def head_rows(weight: Any, labels: Tensor, *, out: Sequence[Tensor], store: Any = None) -> None:
+    """The head's row of every label, row 0 for those below 0, which ask for nothing. labels [T], out [T, H]; `store` as above."""
+    _gather(weight, labels.reshape(-1).clamp(min=0), out[0], store)
+
+
+def _gather(weight: Any, rows: Tensor, out: Tensor, store: Any) -> None:
+    if store is None:
+        torch.index_select(weight, 0, rows, out=out)
+    else:
+        store.gather_rows(weight, rows, out)
+
+
+def head_begin(hidden: Tensor, gradient: bool = True, *, out: Sequence[Tensor]) -> None:
+    """The empty state of the loss head: float32 [T, 3 + H] = maximum, sum, label's logit, sum of exp * row.
+
+    Without `gradient` [T, 3]: the last, which only the gradient is made of, is left out.
+    """
     (state,) = out
     state.zero_()
     state[:, 0].fill_(-math.inf)
@@ -188,38 +242,38 @@ def head_chunk(
 ) -> None:
     """Fold one vocabulary slice into the state: softmax over a streamed vocabulary, as attention streams its keys.
 
-    hidden [T, H], weight [V, H] = rows start .. start + V of the head, labels int64 [T] or [batch, seq]. out: the new
-    state, and scratch for a block of tokens that nobody reads: `head_scratch(T)` x V in the weight's type and in float32.
+    state as `head_begin` makes it; where it has no room for the sum of exp * row, the product that adds to that sum is left
+    out, and the rest is the same to the bit. hidden [T, H], weight [V, H] = rows start .. start + V of the head, labels
+    int64 [T] or [batch, seq]. out: the new state, and scratch for a block of tokens that nobody reads: `head_scratch(T)` x V in the weight's type and in float32.
     As outputs they lie where the plan puts them; on the heap they would stay resident for the rest of the step. Source of
     the running rescale: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
     """
-    new, narrow, wide = out
-    width = hidden.shape[1]
+    new, rounded, wide = out
+    narrow = products.narrow(weight.dtype)
     flat = labels.reshape(-1)
-    for begin in range(0, hidden.shape[0], HEAD_ROWS):
-        rows = slice(begin, min(hidden.shape[0], begin + HEAD_ROWS))
+    for rows in blocks(hidden.shape[0], HEAD_ROWS):
         count = rows.stop - rows.start
-        old, fresh, scores, logits = state[rows], new[rows], narrow[:count], wide[:count]
-        logits.copy_(torch.mm(hidden[rows], weight.t(), out=scores))
+        old, fresh, scores, logits = state[rows], new[rows], rounded[:count], wide[:count]
+        multiply((hidden[rows], weight.t(), 1.0), out=scores if narrow else logits)
+        if narrow:
+            logits.copy_(scores)
         index = flat[rows] - start
         inside = (index >= 0) & (index < weight.shape[0])
         index = index.clamp_(0, weight.shape[0] - 1)
         fresh[:, 2] = torch.where(inside, logits.gather(1, index[:, None])[:, 0], old[:, 2])
-        torch.where(
-            inside[:, None],
-            weight[index].float(),
-            old[:, STATE_COLUMNS + width :],
-            out=fresh[:, STATE_COLUMNS + width :],
-        )
         maximum = torch.maximum(old[:, 0], logits.amax(1))
         shrink = torch.exp(old[:, 0] - maximum)
         logits.sub_(maximum[:, None]).exp_()
         fresh[:, 0] = maximum
         fresh[:, 1] = torch.addcmul(logits.sum(1), old[:, 1], shrink)
-        mixed = torch.mm(scores.copy_(logits), weight)
-        accumulated = fresh[:, STATE_COLUMNS : STATE_COLUMNS + width]
-        torch.mul(old[:, STATE_COLUMNS : STATE_COLUMNS + width], shrink[:, None], out=accumulated)
-        accumulated.add_(mixed)
+        if state.shape[1] == STATE_COLUMNS:
+            continue
+        accumulated = fresh[:, STATE_COLUMNS:]
+        torch.mul(old[:, STATE_COLUMNS:], shrink[:, None], out=accumulated)
+        if narrow:
+            accumulated.add_(torch.mm(scores.copy_(logits), weight))
+        else:
+            multiply((logits, weight, 1.0), out=accumulated, addend=accumulated)
 
 
 def head_scratch(tokens: int) -> int:
@@ -227,32 +281,49 @@ def head_scratch(tokens: int) -> int:
     return min(tokens, HEAD_ROWS)
 
 
-def head_finish(state: Tensor, labels: Tensor, dtype: torch.dtype, *, out: Sequence[Tensor]) -> None:
-    """out: loss float32 [] (mean over labelled tokens), token losses float32 [T] (0 where unlabelled), d loss / d hidden [T, H]."""
+def head_finish(state: Tensor, rows: Tensor, labels: Tensor, *, out: Sequence[Tensor]) -> None:
+    """out: loss float32 [] (mean over labelled tokens), token losses float32 [T] (0 where unlabelled), d loss / d hidden [T, H].
+
+    rows [T, H] are of `head_rows`.
+    """
     loss, token_losses, dhidden = out
-    width = dhidden.shape[1]
-    flat = labels.reshape(-1)
-    labelled = flat >= 0
+    labelled, count = _mean_loss(state, labels, loss, token_losses)
+    weight = labelled.float().div_(count)
+    for part in _blocks(*dhidden.shape):
+        block = state[part, STATE_COLUMNS:] / state[part, 1, None]
+        dhidden[part].copy_(block.sub_(rows[part]).mul_(weight[part, None]))
+
+
+def head_mean(state: Tensor, labels: Tensor, *, out: Sequence[Tensor]) -> None:
+    """The first two results of `head_finish`, from a state with or without what the gradient is made of."""
+    _mean_loss(state, labels, *out)
+
+
+def _mean_loss(state: Tensor, labels: Tensor, loss: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Fills the losses; which tokens are labelled, and how many, at least one."""
+    labelled = labels.reshape(-1) >= 0
     count = labelled.sum().clamp_(min=1)
     token_losses.copy_(torch.where(labelled, state[:, 0] + state[:, 1].log() - state[:, 2], 0.0))
     loss.copy_(token_losses.sum() / count)
-    weight = labelled.float().div_(count)
-    for rows in _blocks(flat.shape[0], width):
-        block = state[rows, STATE_COLUMNS : STATE_COLUMNS + width] / state[rows, 1, None]
-        block.sub_(state[rows, STATE_COLUMNS + width :]).mul_(weight[rows, None])
-        dhidden[rows].copy_(block)
+    return labelled, count
 
 
 OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.copy": copy,
     "tightfit.rms_norm": rms_norm,
     "tightfit.rms_norm_backward": rms_norm_backward,
+    "tightfit.lora_down": lora_down,
+    "tightfit.projection": projection,
+    "tightfit.lora_backward": lora_backward,
+    "tightfit.projection_backward": projection_backward,
     "tightfit.attention": attention,
     "tightfit.attention_backward": attention_backward,
     "tightfit.gated": gated,
     "tightfit.gated_backward": gated_backward,
     "tightfit.embed_rows": embed_rows,
+    "tightfit.head_rows": head_rows,
     "tightfit.head_begin": head_begin,
     "tightfit.head_chunk": head_chunk,
     "tightfit.head_finish": head_finish,
+    "tightfit.head_mean": head_mean,
 }

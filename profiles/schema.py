@@ -4,7 +4,8 @@ A model is a list of `Layer`s in forward order. Equal layers share one `Program`
 a flat list of operators over *storages*. Views do not exist here: an operand names a storage and, where it is not the
 storage's own contiguous shape, the strided window it reads (`Operand`), so that the planner sees bytes and lifetimes only.
 
-Forward runs the layers in order; backward runs them in reverse. A layer's local values become global tensors through its
+Forward runs the layers in order; backward runs them in reverse. Where no backward follows, a layer that has operators for
+`inference` runs these instead of its forward: the same results to the bit without what only a backward reads. A layer's local values become global tensors through its
 `bindings`; a value without a binding is private to its layer and is called ``layer_name/value_name``.
 """
 
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 
 
 class Record(BaseModel):
@@ -74,7 +75,7 @@ class Operator(Record):
     """
 
     target: str = Field(description="aten.mm.default, tightfit.rms_norm, ...")
-    phase: Literal["forward", "backward"]
+    phase: Literal["forward", "inference", "backward"]
     args: list[Any]
     kwargs: dict[str, Any] = {}
     inputs: list[str] = Field(description="storages read, each once, in order of first use")
@@ -89,7 +90,15 @@ class Operator(Record):
 class Program(Record):
     name: str
     values: list[Value]
-    operators: list[Operator] = Field(description="forward operators first, then backward, each in execution order")
+    operators: list[Operator] = Field(
+        description="forward operators first, then those for inference, then backward, each in execution order"
+    )
+
+    @property
+    def inference(self) -> list[int]:
+        """Positions of what runs where no backward follows: the operators for inference, or else the forward ones."""
+        phase = "inference" if any(operator.phase == "inference" for operator in self.operators) else "forward"
+        return [position for position, operator in enumerate(self.operators) if operator.phase == phase]
 
 
 class Layer(Record):
@@ -117,6 +126,14 @@ class Floor(Record):
     import_peak_bytes: int = Field(description="VmHWM after the imports: no budget below it can hold")
     resident_bytes: int = Field(description="resident set once kernels are warm and clean file pages are released")
     instruction_bytes: int = Field(description="resident bytes per schedule instruction in the runtime")
+    inference_resident_bytes: int | None = Field(
+        None, description="`resident_bytes` of a process that runs no backward; None: not measured"
+    )
+
+    @property
+    def inference(self) -> Floor:
+        """The floor of a process that runs no backward."""
+        return self.model_copy(update={"resident_bytes": self.inference_resident_bytes or self.resident_bytes})
 
 
 class Device(Record):

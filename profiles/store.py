@@ -3,7 +3,7 @@
 The file is `profiles.layout`'s. A q4 group is the fused row of PyTorch's ``quantized::embedding_bag_4bit_unpack``, which
 unpacks it where `profiles.native` has no compiled function. The value is computed in float32 and rounded once to the
 output type. Measured on two Zen 4 cores (PyTorch's path, the compiled one, a plain copy): 4864 x 896 of q4 to bfloat16 in
-0.85, 0.35 and 0.12 ms, 8192 x 576 of q8 in 2.3, 0.7 and 0.3 ms.
+0.85, 0.23 and 0.12 ms, 8192 x 576 of q8 in 2.3, 0.7 and 0.3 ms.
 
 This module is imported by the budgeted process: torch and the standard library only.
 """

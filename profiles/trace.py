@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from profiles.errors import InputError
 from profiles.fold import Role, fold
 from profiles.fuse import fuse_products
+from profiles.inference import with_inference
 from profiles.schema import Layer, Operand, Operator, Program, Tensor, TensorKind, Value
 
 aten = torch.ops.aten
@@ -67,10 +68,12 @@ def trace(
     batch: Mapping[str, torch.Tensor],
     *,
     decompositions: dict[Any, Callable[..., Any]] | None = None,
+    inference: dict[Any, Callable[..., Any]] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Trace:
     """Trace `module(*batch)`, whose first result is the scalar loss and whose second, if any, the token losses.
 
+    `decompositions` open operators; where no backward follows, those of `inference` hold instead.
     Parameters that require no gradient are frozen: matrices become weights, vectors constants.
     Raises InputError where the module cannot be traced or mutates a buffer.
     """
@@ -80,7 +83,13 @@ def trace(
     report("export", 1, 1)
     segments = _segments(graph)
     _connect(graph, segments)
-    tracer = _Tracer(roles=roles, fake_mode=FakeTensorMode(), decompositions=decompositions or {}, requires={})
+    tracer = _Tracer(
+        roles=roles,
+        fake_mode=FakeTensorMode(),
+        decompositions=decompositions or {},
+        inference=inference or {},
+        requires={},
+    )
     for node, role in roles.items():
         tracer.requires[node] = role.kind == "trainable"
     for segment in segments:
@@ -236,6 +245,7 @@ class _Tracer:
     roles: dict[fx.Node, Role]
     fake_mode: FakeTensorMode
     decompositions: dict[Any, Callable[..., Any]]
+    inference: dict[Any, Callable[..., Any]]
     requires: dict[fx.Node, bool]
     programs: dict[str, Program] = dataclasses.field(default_factory=dict)
     layers: dict[str, Layer] = dataclasses.field(default_factory=dict)
@@ -310,18 +320,31 @@ class _Tracer:
                 )
             return [*outputs, *gradients]
 
-        with self.fake_mode, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            traced = make_fx(joint, decomposition_table=self.decompositions, tracing_mode="real")(*inputs, *seeds_in)
-        traced.graph.eliminate_dead_code()
-        fuse_products(traced.graph)
-        results = [(f"out{i}", node.meta["val"].stride()) for i, node in enumerate(segment.outputs)]
+        traced = self._traced(joint, self.decompositions, [*inputs, *seeds_in])
+        fuse_products(traced)
+        outputs = [(f"out{i}", node.meta["val"].stride()) for i, node in enumerate(segment.outputs)]
+        results = list(outputs)
         if any(incoming) and wanted:  # a gradient has its tensor's layout
             results += [(f"grad_in{i}", segment.inputs[i].meta["val"].stride()) for i in wanted]
         roles = [self.roles.get(node, Role(name="", kind="activation")).kind for node in segment.inputs]
-        given = [(f"in{i}", kind) for i, kind in enumerate(roles)]
-        given += [(f"grad_out{i}", "gradient") for i in tangents]
-        return fold(traced.graph, name=name, inputs=given, results=results, forward=len(segment.outputs))
+        primals = [(f"in{i}", kind) for i, kind in enumerate(roles)]
+        given = [*primals, *((f"grad_out{i}", "gradient") for i in tangents)]
+        program = fold(traced, name=name, inputs=given, results=results, forward=len(outputs))
+        if not any(node.target in self.inference for node in module.graph.nodes):
+            return program
+        with torch.no_grad():
+            alone = self._traced(module, self.decompositions | self.inference, inputs)
+        plain = fold(alone, name=name, inputs=primals, results=outputs, forward=len(outputs))
+        return with_inference(program, plain, [result for result, _ in outputs])
+
+    def _traced(
+        self, call: Callable[..., Any], decompositions: dict[Any, Callable[..., Any]], inputs: list[torch.Tensor]
+    ) -> fx.Graph:
+        with self.fake_mode, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = make_fx(call, decomposition_table=decompositions, tracing_mode="real")(*inputs)
+        traced.graph.eliminate_dead_code()
+        return traced.graph
 
     def _fakes(self, segment: Segment) -> list[torch.Tensor]:
         with self.fake_mode:

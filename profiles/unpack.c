@@ -12,16 +12,26 @@
 
 enum { PARALLEL = 1 << 15 }; /* elements below which a second core does not pay */
 
-static float from_bits(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
 static uint32_t to_bits(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     return bits;
+}
+
+#ifdef __F16C__
+
+static float half(const uint8_t *at) {
+    uint16_t h;
+    memcpy(&h, at, 2);
+    return _cvtsh_ss(h);
+}
+
+#else
+
+static float from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
 }
 
 static float half(const uint8_t *at) {
@@ -33,6 +43,8 @@ static float half(const uint8_t *at) {
     return from_bits(to_bits(magnitude) | (uint32_t)(h & 0x8000) << 16);
 }
 
+#endif
+
 static uint16_t bfloat16(float value) {
     uint32_t bits = to_bits(value);
     if (value != value)
@@ -42,19 +54,48 @@ static uint16_t bfloat16(float value) {
 
 typedef float floats __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint8_t bytes __attribute__((vector_size(16)));
+typedef uint16_t shorts __attribute__((vector_size(32)));
 
-static void group_q4_bfloat16(const uint8_t *packed, uint16_t *out, int group) {
-    const int codes = group / 2;
-    const float scale = half(packed + codes), least = half(packed + codes + 2);
+/* The sixteen values of a q4 group; NaN, which no packed weight holds, may differ from `bfloat16`. */
+static void values_q4(const uint8_t *scale_and_least, shorts *values) {
+    const float scale = half(scale_and_least), least = half(scale_and_least + 2);
     const floats code = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const floats value = code * scale + least;
     words bits;
     memcpy(&bits, &value, sizeof bits);
-    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; /* as `bfloat16`; NaN, which no packed weight holds, may differ */
-    const bytes low = __builtin_convertvector(bits & 255, bytes), high = __builtin_convertvector(bits >> 8, bytes);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *values = __builtin_convertvector(bits, shorts);
+}
+
+#ifdef __AVX512BW__
+
+static void group_q4_bfloat16(const uint8_t *packed, uint16_t *out, int group) {
+    shorts value;
+    values_q4(packed + group / 2, &value);
+    const __m512i table = _mm512_broadcast_i64x4((__m256i)value);
+    int j = 0;
+    for (; 2 * j + 32 <= group; j += 16) {
+        /* Of a 16-bit index only the low five bits count, and of those, the table being there twice, four. */
+        const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(packed + j)));
+        const __m512i picked = _mm512_permutexvar_epi16(_mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12)), table);
+        _mm512_storeu_si512(out + 2 * j, picked);
+    }
+    for (; 2 * j < group; j++) {
+        out[2 * j] = value[packed[j] & 15];
+        out[2 * j + 1] = value[packed[j] >> 4];
+    }
+}
+
+#else
+
+typedef uint8_t bytes __attribute__((vector_size(16)));
+
+static void group_q4_bfloat16(const uint8_t *packed, uint16_t *out, int group) {
+    shorts value;
+    values_q4(packed + group / 2, &value);
     int j = 0;
 #ifdef __SSSE3__
+    const bytes low = __builtin_convertvector(value & 255, bytes), high = __builtin_convertvector(value >> 8, bytes);
     const __m128i mask = _mm_set1_epi8(15);
     for (; 2 * j + 32 <= group; j += 16) {
         const __m128i pairs = _mm_loadu_si128((const __m128i *)(packed + j));
@@ -69,11 +110,12 @@ static void group_q4_bfloat16(const uint8_t *packed, uint16_t *out, int group) {
     }
 #endif
     for (; 2 * j < group; j++) {
-        const int even = packed[j] & 15, odd = packed[j] >> 4;
-        out[2 * j] = (uint16_t)(low[even] | high[even] << 8);
-        out[2 * j + 1] = (uint16_t)(low[odd] | high[odd] << 8);
+        out[2 * j] = value[packed[j] & 15];
+        out[2 * j + 1] = value[packed[j] >> 4];
     }
 }
+
+#endif
 
 static void group_q8_bfloat16(const uint8_t *packed, uint16_t *out, int group) {
     const float scale = half(packed);

@@ -13,6 +13,7 @@ import torch
 
 from planner.schema import Plan
 from profiles.errors import InfeasibleError, InputError
+from profiles.products import BFLOAT16_PRODUCTS
 from profiles.store import Store
 from profiles.units import format_size
 from runtime.optimizer import SCHEDULES
@@ -120,7 +121,6 @@ def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str,
     return {
         "model": plan.model.name,
         "weights": plan.model.store_fingerprint,
-        "graph": hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest(),
         "batch": plan.batch,
         "seq": plan.seq,
         "lora": plan.model.lora,
@@ -128,5 +128,8 @@ def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str,
         "seed": seed,
         "threads": plan.device.threads,
         "torch": torch.__version__,
+        "products of bfloat16": BFLOAT16_PRODUCTS,
         "layers without a backward": [phase.skipped for phase in plan.steps] if plan.cycle else None,
+        # Last: of what differs, the first is told, and this says nothing to a reader.
+        "graph": hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest(),
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+
+from profiles.pages import make_pages
 
 ALIGNMENT = 64
 
@@ -16,10 +17,7 @@ class Arena:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        length = max(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE, mmap.PAGESIZE)
-        self._map = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            self._map.madvise(mmap.MADV_NOHUGEPAGE)  # a 2 MiB page would make holes between tensors resident
+        self._map = make_pages(size)
         self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         self.address = self.bytes.data_ptr()
         self._flat: dict[str, tuple[Tensor, int]] = {}

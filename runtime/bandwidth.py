@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from profiles.products import multiply
 from runtime.channels import Channel
 from runtime.spill import SpillFile
 
@@ -109,7 +110,7 @@ class _Group:
 
     def _once(self) -> None:
         for left, right, out in self.products:
-            torch.mm(left, right, out=out)
+            multiply((left, right, 1.0), out=out)
         torch.add(self.passed[0], self.passed[1], out=self.passed[2])
 
 

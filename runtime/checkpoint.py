@@ -57,9 +57,10 @@ def load_latest(directory: str, expected: Mapping[str, Any]) -> Found:
         ) from error
     for key, value in expected.items():
         if state["conditions"].get(key) != value:
-            raise InputError(
-                f"{path} was made with {key} {state['conditions'].get(key)!r}, this run has {value!r}; resume with the same or start a new output directory"
-            )
+            told = f"with {key} {state['conditions'].get(key)!r}, this run has {value!r}"
+            if key == "graph":  # a hash
+                told = "by another version of tightfit or for another model: the operators of its steps differ"
+            raise InputError(f"{path} was made {told}; resume with the same or start a new output directory")
     return Found(path=path, step=step, state=state)
 
 

@@ -20,13 +20,14 @@ import typer
 from profiles.errors import InputError, TightfitError
 from profiles.units import parse_size
 from runtime import answers
+from runtime.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from planner.explanation import Explanation
     from planner.schema import Plan
     from planner.service.client import Client
     from profiles.schema import Profile
-    from runtime.terminal import Interrupts, Solving
+    from runtime.terminal import Solving
 
 app = typer.Typer(
     name="tightfit",
@@ -160,7 +161,7 @@ def plan(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="A fixed rule instead of the solver: keep-all, checkpoint-layers, mebp, mesp, or with another gradient than the exact one mezo, lcsb; for a bare graph keep-all, checkpoint-layers or checkpoint-sqrt."
+            help="A fixed rule instead of the solver: keep-all, checkpoint-layers, checkpoint-sqrt, mebp, mesp, or with another gradient than the exact one mezo, lcsb; for a bare graph keep-all, checkpoint-layers or checkpoint-sqrt."
         ),
     ] = None,
     time_limit: TimeLimit = 30.0,
@@ -180,7 +181,7 @@ def plan(
     _at_least(0, time_limit=time_limit)
     from planner.exchange import save_plan
     from profiles.api import load_profile
-    from runtime.terminal import Interrupts, Solving, messages
+    from runtime.terminal import Solving, messages
 
     console = messages()
     loaded = load_profile(profile)
@@ -240,7 +241,7 @@ def compare(
     from profiles.api import load_profile
     from profiles.devices import find_device
     from profiles.files import write_whole
-    from runtime.terminal import Comparing, Interrupts, messages
+    from runtime.terminal import Comparing, messages
 
     console = messages()
     names = [part.strip() for part in device.split(",")]
@@ -494,15 +495,24 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code; every failure is a message on stderr, and JSON where that was asked for."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("TIGHTFIT_DEBUG", "") not in ("", "0")
+    interrupts = Interrupts()
     try:
-        code = app(args=words, prog_name="tightfit", standalone_mode=False)
+        with interrupts:
+            code = app(args=words, prog_name="tightfit", standalone_mode=False)
         if code == INTERRUPTED:
             raise typer.Abort
     except Exception as error:
+        if interrupts.seen and not _expected(error):
+            # C code that Ctrl-C ends may tell of an error of its own instead.
+            error = typer.Abort()
         if debug and not _usage(error) and not isinstance(error, typer.Abort):
             raise
         code = _failed(error, as_json="--json" in words)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _expected(error: Exception) -> bool:
+    return isinstance(error, (TightfitError, typer.Abort, OSError)) or _usage(error)
 
 
 def _usage(error: Exception) -> bool:

@@ -18,11 +18,16 @@ from runtime import lean_torch
 from runtime.job import program_header, program_values
 from runtime.process import child_environment, memory, trim_heap
 
+INFERENCE = "--inference"
 
-def kernel_bytes(programs: list[dict[str, Any]], threads: int) -> int:
-    """Resident bytes that stay once every operator of `programs` (profile programs as dicts) has run, above the floor."""
+
+def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool = True) -> int:
+    """Resident bytes that stay once every operator of `programs` (profile programs as dicts) has run, above the floor.
+
+    Without `backward` above that of a process which runs none.
+    """
     done = subprocess.run(
-        [sys.executable, "-X", "utf8", "-m", "runtime.kernels"],
+        [sys.executable, "-X", "utf8", "-m", "runtime.kernels", *([] if backward else [INFERENCE])],
         input=json.dumps([program_header(program) for program in programs]),
         text=True,
         capture_output=True,
@@ -39,7 +44,7 @@ def main() -> int:
     lean_torch.load()
     from runtime.warm import SIZE, prepare, warm
 
-    warm(prepare(), SIZE)  # the state in which the floor is measured
+    warm(prepare(), SIZE, backward=INFERENCE not in sys.argv)  # the state in which the floor is measured
     from runtime.arena import Arena
     from runtime.executor import bind
 

@@ -7,6 +7,7 @@ tensors are in memory at a time; weights of equal shape share one buffer, since 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -62,7 +63,7 @@ def main() -> int:
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     programs = request["programs"]
-    total = PASSES * len(programs) + len(request["weights"]) + 2 * len(request["updates"]) + 2
+    total = PASSES * len(programs) + len(request["weights"]) + 2 * len(request["updates"]) + 3
     done = 0
 
     def step() -> None:
@@ -70,8 +71,14 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         done += 1
         say(stage="measure", done=done, total=total)
 
+    forwards = [
+        {**program, "operators": [program["operators"][position] for position in positions]}
+        for program, positions in zip(programs, request["inference"], strict=True)
+    ]
     result: dict[str, Any] = {"floor": floor(request["threads"])}
     result["floor"]["resident_bytes"] += kernel_bytes(programs, request["threads"])
+    step()
+    result["floor"]["inference_resident_bytes"] += kernel_bytes(forwards, request["threads"], backward=False)
     step()
     result["operators"] = {}
     for program in programs * PASSES:
@@ -83,8 +90,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         gc.collect()
         trim_heap()
         step()
-    workspace = max((each[1] for program in result["operators"].values() for each in program), default=0)
-    result["floor"]["resident_bytes"] += round(HOLES_PER_WORKSPACE * workspace)
+    workspaces = [[workspace for _, workspace in result["operators"][program["name"]]] for program in programs]
+    ahead = [[own[at] for at in positions] for own, positions in zip(workspaces, request["inference"], strict=True)]
+    for figure, counted in (("resident_bytes", workspaces), ("inference_resident_bytes", ahead)):
+        result["floor"][figure] += round(HOLES_PER_WORKSPACE * max(itertools.chain(*counted), default=0))
     result["unpack"] = []
     for key in request["weights"]:
         result["unpack"].append(measure_unpack(*key))

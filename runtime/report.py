@@ -119,6 +119,8 @@ PARTS = (
     ("aten.mm.", "matrix products"),
     ("aten.addmm.", "matrix products"),
     ("aten.bmm.", "matrix products"),
+    ("tightfit.projection", "matrix products"),
+    ("tightfit.lora_", "matrix products"),
     ("aten.convolution", "convolutions"),
     ("tightfit.attention", "attention"),
     ("tightfit.head_", "loss head"),

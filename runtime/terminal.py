@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Mapping
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +20,7 @@ from rich.progress import (
 )
 
 from profiles.units import format_size
+from runtime.interrupts import Interrupts
 
 QUIET_SECONDS = 10.0
 """between two lines of one display where stderr is no terminal"""
@@ -135,27 +135,6 @@ class Comparing(Display):
         text = f"{self._what} {solver_text(told)}"
         self._bars.update(self._task, description=text)
         self._line(text)
-
-
-class Interrupts:
-    """Remembers Ctrl-C, which the planner turns into its best plan so far, so that a person can be told."""
-
-    def __init__(self) -> None:
-        self.seen = False
-        self._before: Any = None
-
-    def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._noticed)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _noticed(self, number: int, frame: FrameType | None) -> None:
-        self.seen = True
-        raise KeyboardInterrupt
 
 
 def solver_text(told: Mapping[str, float | str]) -> str:

@@ -8,8 +8,10 @@ import tempfile
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from profiles.operators import OPERATORS
+from profiles.products import narrow
 from profiles.store import Entry, unpack
 from runtime import lean_torch
 from runtime.channels import Channel
@@ -56,43 +58,83 @@ def tidy() -> None:
     trim_heap()
 
 
-def warm(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES) -> None:
-    """Run what a step runs, on tensors of `size` (a multiple of 64) rows and columns: code gets mapped, kernels built, threads started."""
+def warm(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES, *, backward: bool = True) -> None:
+    """Run what a step runs, on tensors of `size` (a multiple of 64) rows and columns: code gets mapped, kernels built, threads started.
+
+    Without `backward` what a step of forwards alone runs.
+    """
     for dtype in dtypes:
-        x, w, y = (torch.randn(size, size).to(dtype) for _ in range(3))
-        for left, right in ((x, w.t()), (x, w), (x.t(), w)):
-            aten.mm.out(left, right, out=y)
-            aten.addmm.out(y, left, right, alpha=2.0, out=torch.empty_like(y))
-        scale, y2, rstd = torch.ones(size), torch.empty_like(x), torch.empty(size, 1)
-        OPERATORS["tightfit.rms_norm"](x, scale, 1e-5, False, out=(y2, rstd))
-        OPERATORS["tightfit.rms_norm_backward"](x, x, scale, rstd, False, out=(y2,))
-        heads, turn, sums = size // 64, torch.ones(64, 32), torch.empty(size // 64, size // 64, 64)
-        OPERATORS["tightfit.attention"](x, x, x, turn, turn, None, heads, heads, 0.125, out=(y2, sums))
-        OPERATORS["tightfit.attention_backward"](
-            x, x, x, x, y2, sums, turn, turn, None, heads, heads, 0.125, out=(y2, y2, y2)
-        )
-        OPERATORS["tightfit.gated"](x, w, "silu", out=(y2,))
-        OPERATORS["tightfit.gated_backward"](x, x, w, "silu", out=(y2, torch.empty_like(x)))
-        aten.add.out(x, w, out=y2)
-        aten.mul.Scalar(x, 2.0)
-        y2.copy_(x.float())
-        labels = torch.zeros(1, size, dtype=torch.int64)
-        state, other = torch.empty(size, 3 + 2 * size), torch.empty(size, 3 + 2 * size)
-        OPERATORS["tightfit.head_begin"](x, out=(state,))
-        scratch = torch.empty_like(x), torch.empty(size, size)
-        OPERATORS["tightfit.head_chunk"](state, x, w, labels, 0, out=(other, *scratch))
-        OPERATORS["tightfit.head_finish"](other, labels, dtype, out=(torch.empty(()), torch.empty(size), y2))
-        entry = Entry(name="w", shape=(size, size), format="q4", group=32)
-        unpack(entry, torch.zeros(entry.bytes, dtype=torch.uint8), y2)
+        _forward(size, dtype)
+        if backward:
+            _backward(size, dtype)
     window = {"operand": {"value": "x", "size": [size, size], "stride": [size, 1]}}
     operator = {"target": "aten.mm.default", "args": [window, window], "outputs": ["x"]}
     compile_operator(operator, {"x": {}}).run({"x": torch.zeros(size, size)}, [torch.empty(size, size)])
-    update = Update(AdamW())
-    update.begin(1)
-    update.apply(1, *(torch.full((4096,), 0.1) for _ in range(4)))
+    if backward:
+        update = Update(AdamW())
+        update.begin(1)
+        update.apply(1, *(torch.full((4096,), 0.1) for _ in range(4)))
     Perturbation(MeZO(), 0).shift("p", torch.zeros(4096), 1)
     spill = SpillFile(tempfile.gettempdir(), 1 << 20)
     data = torch.zeros(1 << 18)
     channel.wait(channel.submit(spill.write, data.data_ptr(), 1 << 20, 0))
     channel.wait(channel.submit(spill.read, data.data_ptr(), 1 << 20, 0))
     spill.close()
+
+
+def _forward(size: int, dtype: torch.dtype) -> None:
+    x, w, y = (torch.randn(size, size).to(dtype) for _ in range(3))
+    for right in (w.t(), w):
+        _products(x, right, y)
+    OPERATORS["tightfit.rms_norm"](x, torch.ones(size), 1e-5, False, out=(y, torch.empty(size, 1)))
+    low = torch.empty(size, 8, dtype=dtype)
+    OPERATORS["tightfit.lora_down"](x, torch.zeros(8, size), out=(low,))
+    for bias in (None, torch.ones(size)):
+        OPERATORS["tightfit.projection"](x, w, bias, low, torch.zeros(size, 8), 2.0, out=(y,))
+    heads, turn, sums = size // 64, torch.ones(64, 32), torch.empty(size // 64, size // 64, 64)
+    OPERATORS["tightfit.attention"](x, x, x, turn, turn, None, heads, heads, 0.125, out=(y, sums))
+    OPERATORS["tightfit.gated"](x, w, "silu", out=(y,))
+    aten.add.out(x, w, out=y)
+    aten.mul.Scalar(x, 2.0)
+    y.copy_(x.float())
+    _head(x, w, gradient=False)
+    entry = Entry(name="w", shape=(size, size), format="q4", group=32)
+    unpack(entry, torch.zeros(entry.bytes, dtype=torch.uint8), y)
+
+
+def _backward(size: int, dtype: torch.dtype) -> None:
+    x, w, y = (torch.randn(size, size).to(dtype) for _ in range(3))
+    _products(x.t(), w, y)
+    y2, rstd = torch.empty_like(x), torch.empty(size, 1)
+    OPERATORS["tightfit.rms_norm"](x, torch.ones(size), 1e-5, False, out=(y2, rstd))
+    OPERATORS["tightfit.rms_norm_backward"](x, x, torch.ones(size), rstd, False, out=(y2,))
+    a, b, low = torch.zeros(8, size), torch.zeros(size, 8), torch.zeros(size, 8, dtype=dtype)
+    OPERATORS["tightfit.lora_backward"](y, x, low, b, 2.0, out=(torch.empty_like(low), a, b))
+    OPERATORS["tightfit.projection_backward"](y, w, low, a, x, out=(y2,))
+    heads, turn, sums = size // 64, torch.ones(64, 32), torch.zeros(size // 64, size // 64, 64)
+    OPERATORS["tightfit.attention_backward"](
+        x, x, x, x, x, sums, turn, turn, None, heads, heads, 0.125, out=(y2, y2, y2)
+    )
+    OPERATORS["tightfit.gated_backward"](x, x, w, "silu", out=(y2, torch.empty_like(x)))
+    _head(x, w, gradient=True)
+
+
+def _products(left: Tensor, right: Tensor, out: Tensor) -> None:
+    if not narrow(out.dtype):
+        return  # no fused operator calls these there; what they call instead runs in `lora_down` and `projection`
+    aten.mm.out(left, right, out=out)
+    aten.addmm.out(out, left, right, alpha=2.0, out=torch.empty_like(out))
+
+
+def _head(x: Tensor, w: Tensor, *, gradient: bool) -> None:
+    size = x.shape[0]
+    labels = torch.zeros(1, size, dtype=torch.int64)
+    state, other = (torch.empty(size, 3 + size * gradient) for _ in range(2))
+    OPERATORS["tightfit.head_begin"](x, gradient, out=(state,))
+    scratch = torch.empty_like(x), torch.empty(size, size)
+    OPERATORS["tightfit.head_chunk"](state, x, w, labels, 0, out=(other, *scratch))
+    losses = torch.empty(()), torch.empty(size)
+    if gradient:
+        OPERATORS["tightfit.head_finish"](other, x, labels, out=(*losses, torch.empty_like(x)))
+    else:
+        OPERATORS["tightfit.head_mean"](other, labels, out=losses)

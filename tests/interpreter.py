@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from profiles.operators import OPERATORS
-from profiles.schema import Layer, Program, Value
+from profiles.schema import Layer, Operator, Program, Value
 
 
 def run_step(layers: list[Layer], programs: Mapping[str, Program], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -20,16 +20,26 @@ def run_step(layers: list[Layer], programs: Mapping[str, Program], tensors: Mapp
     env = dict(tensors)
     for phase, order in (("forward", layers), ("backward", list(reversed(layers)))):
         for layer in order:
-            program = programs[layer.program]
-            values = {v.name: v for v in program.values}
-
-            def name(local: str, layer: Layer = layer) -> str:
-                return layer.bindings.get(local, f"{layer.name}/{local}")
-
-            for op in program.operators:
-                if op.phase == phase:
-                    _call(op, values, env, name)
+            operators = programs[layer.program].operators
+            _run(layer, programs, env, [operator for operator in operators if operator.phase == phase])
     return env
+
+
+def run_inference(
+    layers: list[Layer], programs: Mapping[str, Program], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """One forward that no backward follows; returns every tensor that was made, under its global name."""
+    env = dict(tensors)
+    for layer in layers:
+        program = programs[layer.program]
+        _run(layer, programs, env, [program.operators[position] for position in program.inference])
+    return env
+
+
+def _run(layer: Layer, programs: Mapping[str, Program], env: dict[str, Tensor], operators: list[Operator]) -> None:
+    values = {v.name: v for v in programs[layer.program].values}
+    for operator in operators:
+        _call(operator, values, env, lambda local: layer.bindings.get(local, f"{layer.name}/{local}"))
 
 
 def _call(op: Any, values: Mapping[str, Value], env: dict[str, Tensor], name: Any) -> None:

@@ -133,6 +133,15 @@ def decoder_like(
     return profile_of([stem.program(), block, head.program()], placed, tensors, "loss", token_losses="losses", on=on)
 
 
+USELESS = device().model_copy(update={"write": Channel(bytes_per_second=1e6, latency_seconds=0.05)})
+"""a disk that takes longer to write anything than a layer takes to run"""
+
+
+def deep(layers=10, *, on=USELESS, **changes):
+    """A decoder whose layer inputs add up to more than any of its windows holds beside them."""
+    return decoder_like(layers, **{"tokens": 256, "hidden": 96, "ffn": 192, "rank": 1, "slices": 2, "on": on} | changes)
+
+
 def _tensor(name, value) -> Tensor:
     weight, trainable = value.kind == "weight", value.kind == "trainable"
     return Tensor(

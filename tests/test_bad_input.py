@@ -12,8 +12,10 @@ from tiny_models import byte_level_tokenizer, random_weights, write_directory, w
 
 from planner.exchange import load_plan, save_plan
 from planner.plan import sealed
+from profiles import api
 from profiles.api import load_profile, save_profile
 from profiles.pack import build_store
+from profiles.schema import PROFILE_VERSION
 from profiles.sources import resolve
 from profiles.store import Store
 
@@ -109,6 +111,20 @@ def test_a_truncated_or_damaged_profile(refused, work, tmp_path):
     said = refused(2, "plan", path, "--memory", "1GiB", "-o", tmp_path / "plan.json")
     assert said.startswith(f"{path}: its content does not match its checksum ")
     assert [p.name for p in tmp_path.iterdir()] == ["profile.json"]
+
+
+def test_a_profile_of_an_older_version(refused, work, tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text((work / "profile.json").read_text().replace('"version": 2', '"version": 1', 1))
+    said = refused(2, "plan", path, "--memory", "1GiB", "-o", tmp_path / "plan.json")
+    older = "written by an older version of tightfit (profile version 1, this one reads version 2)"
+    assert said == f"{path}: {older}; make it again with `tightfit profile`"
+
+
+def test_the_cache_has_no_profile_of_an_older_version(work, monkeypatch):
+    key = api._fingerprint(resolve(str(work / "model")))
+    monkeypatch.setattr(api, "PROFILE_VERSION", PROFILE_VERSION - 1)
+    assert api._fingerprint(resolve(str(work / "model"))) != key
 
 
 def test_a_truncated_or_damaged_plan(refused, work, tmp_path):

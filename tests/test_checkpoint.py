@@ -54,6 +54,14 @@ def test_other_conditions_are_refused_by_name(tmp_path):
         checkpoint.load_latest(str(tmp_path), {**CONDITIONS, "seed": 4})
 
 
+def test_another_graph_is_told_in_words(tmp_path):
+    """Hashes say nothing to a reader."""
+    checkpoint.save(str(tmp_path), 1, {**CONDITIONS, "graph": "a" * 64}, fill, keep=1)
+    with pytest.raises(InputError, match="was made by another version of tightfit or for another model") as refused:
+        checkpoint.load_latest(str(tmp_path), {**CONDITIONS, "graph": "b" * 64})
+    assert "aaaa" not in str(refused.value)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99, "step": 1}'])
 def test_a_damaged_state_is_refused(tmp_path, content):
     path = checkpoint.save(str(tmp_path), 1, CONDITIONS, fill, keep=1)

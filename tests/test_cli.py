@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -356,3 +357,21 @@ def test_a_real_process_ends_with_the_code():
     assert done.returncode == 2
     assert json.loads(done.stdout)["error"]["exit_code"] == 2
     assert done.stderr == f"tightfit: 'lots' is not a size; {FORMS}\n"
+
+
+def test_an_interruption_that_c_code_turns_into_an_error_is_one(monkeypatch, capsys):
+    """PyTorch, asked for a tensor of a sequence, tells of a shape that it could not determine."""
+
+    def swallowed(**_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "app", swallowed)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan"])
+    assert ended.value.code == 4
+    assert capsys.readouterr().err == "tightfit: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before

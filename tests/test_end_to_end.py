@@ -151,7 +151,7 @@ def test_results_do_not_depend_on_the_budget(tmp_path: Path) -> None:
     sizes = {"hidden_size": 192, "intermediate_size": 512, "vocab_size": 4096, "num_hidden_layers": 4}
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIGS["llama"] | sizes))
-    made = profile(str(config), batch=12, seq=64)  # activations enough to matter beside the process itself
+    made = profile(str(config), batch=24, seq=64)  # activations enough to matter beside the process itself
     planner = Planner(made)
     smallest = planner.minimum().peak_bytes
     most = planner.plan(1 << 40).peak_bytes

@@ -96,6 +96,13 @@ def test_steps_in_two_runs_are_the_steps_of_one(plan, profile, whole, tmp_path):
     assert bits(tmp_path) == bits(out)
 
 
+def test_a_run_goes_on_only_where_products_are_made_alike(plan, tmp_path, monkeypatch):
+    run(plan, "random", steps=1, out=tmp_path, **SETTINGS)
+    monkeypatch.setattr("runtime.admission.BFLOAT16_PRODUCTS", "another type")
+    with pytest.raises(InputError, match=r"made with products of bfloat16 '\w+', this run has 'another type'"):
+        run(plan, "random", steps=2, out=tmp_path, resume=True, **SETTINGS)
+
+
 def start(plan, out, steps, options=""):
     """A run in a process of its own that can be killed."""
     path = out / "plan.json"
@@ -286,7 +293,7 @@ def test_a_full_disk_is_a_run_error_that_keeps_the_checkpoint(profile, tmp_path)
         filler.unlink()
         assert len(run(small, "random", steps=4, out=out, resume=True, **SETTINGS)["loss"]) == 4
         spilling = naive_plan(profile, offload=[t.name for t in profile.tensors if t.kind == "trainable"])
-        filler.write_bytes(bytes(os.statvfs(disk).f_bavail * 4096 - 300_000))
+        filler.write_bytes(bytes(os.statvfs(disk).f_bavail * 4096 - 200_000))
         with pytest.raises(RunError, match=r"the plan spills .* MiB and .* MiB free"):
             run(spilling, "random", steps=6, out=out, resume=True, **SETTINGS)
     finally:

@@ -63,13 +63,15 @@ def test_flipped_bits(made, tmp_path):
 
 
 def test_another_version(made, tmp_path):
-    text = damaged(made, tmp_path, lambda data: data.replace(b'"version":1', b'"version":7', 1))
-    assert "plan version 7, this program reads version 1" in text
+    for version, age in ((1, "an older"), (7, "a newer")):
+        edited = f'"version":{version}'.encode()
+        text = damaged(made, tmp_path, lambda data, edited=edited: data.replace(b'"version":2', edited, 1))
+        assert f"written by {age} version of tightfit (plan version {version}, this one reads version 2)" in text
 
 
 def test_no_plan_at_all(made, tmp_path):
     assert "not a plan" in damaged(made, tmp_path, lambda data: b"[1, 2]")
-    profile = json.dumps({"version": 1, "programs": [], "layers": []}).encode()
+    profile = json.dumps({"version": 2, "programs": [], "layers": []}).encode()
     assert "a profile, not a plan" in damaged(made, tmp_path, lambda data: profile)
 
 
@@ -87,7 +89,7 @@ def test_compare_is_a_table_of_plans(planner):
     assert [(p.budget_bytes, p.policy) for p in result.plans] == [
         (budget, policy)
         for budget in result.budgets
-        for policy in ("solver", "keep-all", "checkpoint-layers", "mebp", "mesp")
+        for policy in ("solver", "keep-all", "checkpoint-layers", "checkpoint-sqrt", "mebp", "mesp")
     ]
     roomy = result.plan(smallest * 2, "solver")
     for plan in result.plans:
@@ -95,7 +97,7 @@ def test_compare_is_a_table_of_plans(planner):
         if plan.budget_bytes == smallest * 2 and plan.status != "infeasible":
             assert plan.step_seconds >= roomy.step_seconds * (1 - 1e-9)
             assert plan.gap >= roomy.gap - 1e-9
-    assert told[-1] == ("planning", 10, 10)
+    assert told[-1] == ("planning", 12, 12)
     with pytest.raises(KeyError):
         result.plan(1, "solver")
 

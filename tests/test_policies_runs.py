@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny_plans import CONFIG, decoder_profile, device, naive_plan
 
 from planner.plan import Planner
+from profiles.api import profile
 from profiles.errors import InputError
 from runtime.launch import run
 
@@ -122,3 +123,16 @@ def test_a_killed_run_leaves_no_spill_file(planner, moment, tmp_path):
     assert [path.name for path in out.iterdir() if not path.name.startswith(known)] == []
     held = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
     assert held < seen[0]
+
+
+@pytest.mark.slow
+def test_the_measured_peak_of_mezo_is_the_predicted_one(tmp_path, monkeypatch):
+    """Of a model whose activations outweigh the start of the process, evaluated as well; measured as any model is."""
+    monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "cache"))
+    wide = CONFIG | {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(wide))
+    made = profile(str(tmp_path / "config.json"), batch=24, seq=128, threads=1)
+    plan = Planner(made).plan(UNLIMITED, policy="mezo")
+    assert plan.peak_bytes > made.device.floor.import_peak_bytes
+    report = run(plan, "random", steps=3, out=tmp_path / "run", eval_data="random", **SETTINGS)
+    assert 0.97 * plan.peak_bytes <= report["peak_bytes"]["measured"] <= plan.peak_bytes

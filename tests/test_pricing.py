@@ -5,6 +5,8 @@ import pytest
 from synthetic import small_chain
 
 from planner.pricing import FIELDS, Hull
+from planner.relaxation import Relaxation
+from planner.solver import Solver
 from planner.split import layered
 
 
@@ -16,7 +18,24 @@ def test_a_solver_that_gives_up_proves_nothing_and_is_replaced(monkeypatch):
     known = hull.bound(prices)
     assert known >= 5.0 * (1 - 1e-6)
     failed = hull.solver
-    monkeypatch.setattr(failed, "solve", lambda: {}.canonical_code)
+    monkeypatch.setattr(failed, "solve", lambda **_: {}.canonical_code)
     assert hull.bound(prices) == 0.0
     assert hull.solver is not failed
     assert hull.bound(prices) == pytest.approx(known)
+
+
+def test_an_answer_from_before_new_columns_is_not_given_again(monkeypatch):
+    """Where time is up on the program with the new columns, the next call solves it."""
+    problem = layered(small_chain(3, layers=2))
+    pool = Solver(problem).pool
+    relaxation = Relaxation(pool, careful=False)
+    limit = Solver(problem).room(1 << 30)
+    before = relaxation.solve(limit, 10.0)
+    assert relaxation.solve(limit, 10.0) is before
+    number = problem.layer_type[0]
+    cheapest = pool.figures[number].min(axis=0) / 2
+    pool.columns[number].append(pool.columns[number][0])
+    pool.figures[number] = np.vstack([pool.figures[number], cheapest])
+    with pytest.raises(TimeoutError):
+        relaxation.solve(limit, 0.0)
+    assert relaxation.solve(limit, 10.0).value < before.value

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from profiles.units import MIB
 from runtime import terminal
-from runtime.terminal import Comparing, Interrupts, Solving, Stages, Training
+from runtime.interrupts import Interrupts
+from runtime.terminal import Comparing, Solving, Stages, Training
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from examples.vision import residual_cnn, vision_transformer
 from profiles.decoder import Decoder, decoder_shape
 from profiles.errors import InputError
-from profiles.register import DECOMPOSITIONS
+from profiles.register import DECOMPOSITIONS, INFERENCE
 from profiles.trace import Trace, trace
 
 RANK, ALPHA = 4, 8.0
@@ -24,7 +25,7 @@ def trace_decoder(config: dict[str, Any], dtype: torch.dtype, batch: int, seq: i
     with FakeTensorMode():
         module = Decoder(decoder_shape(config), dtype=dtype, rank=RANK, alpha=ALPHA)
         sample = {n: torch.zeros(batch, seq, dtype=torch.int64) for n in ("input_ids", "labels")}
-    return trace(module, sample, decompositions=DECOMPOSITIONS)
+    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
 
 
 def random_weights(config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -49,7 +50,10 @@ def random_batch(config: dict[str, Any], batch: int, seq: int) -> dict[str, torc
 
 
 def interpret(
-    traced: Trace, weights: dict[str, torch.Tensor], batch: dict[str, torch.Tensor]
+    traced: Trace,
+    weights: dict[str, torch.Tensor],
+    batch: dict[str, torch.Tensor],
+    run: Callable[..., dict[str, torch.Tensor]] = run_step,
 ) -> dict[str, torch.Tensor]:
     tensors = dict(weights) | batch
     for tensor in traced.tensors:
@@ -57,7 +61,7 @@ def interpret(
             base, rows = tensor.name.rstrip("]").split("[")
             start, stop = map(int, rows.split(":"))
             tensors[tensor.name] = weights[base][start:stop]
-    return run_step(traced.layers, {p.name: p for p in traced.programs}, tensors)
+    return run(traced.layers, {p.name: p for p in traced.programs}, tensors)
 
 
 def reference(

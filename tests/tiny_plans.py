@@ -47,7 +47,7 @@ def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dt
     """Profile of a small decoder with random packed weights; times are not measured."""
     from profiles.decoder import Decoder, decoder_shape
     from profiles.pack import build_store
-    from profiles.register import DECOMPOSITIONS
+    from profiles.register import DECOMPOSITIONS, INFERENCE
     from profiles.sources import resolve
     from profiles.store import Store
     from profiles.trace import trace
@@ -62,7 +62,7 @@ def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dt
     with FakeTensorMode():
         module = Decoder(decoder_shape(source.config), dtype=getattr(torch, dtype), rank=rank, alpha=2.0 * rank)
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
-    traced = trace(module, sample, decompositions=DECOMPOSITIONS)
+    traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
     model = Model(
         name="tiny", source=str(path), kind="decoder", config=source.config, lora={"rank": rank, "alpha": 2.0 * rank},
         store=str(store), store_fingerprint=fingerprint,
@@ -162,8 +162,9 @@ class _Naive:
     def _calls(self, evaluate):
         layers = self.profile.layers
         for layer in layers:
-            for index, op in enumerate(self.programs[layer.program].operators):
-                if op.phase == "forward":
+            program = self.programs[layer.program]
+            for index, op in enumerate(program.operators):
+                if index in program.inference if evaluate else op.phase == "forward":
                     yield layer, index, op, False
         if evaluate:
             return
@@ -188,7 +189,7 @@ class _Naive:
             for n in (*op.inputs, *(o for o in op.outputs if o)):
                 last[names[n]] = place
                 later.setdefault(names[n], []).append((place, op.phase == "backward" or again))
-        out = []
+        out, due = [], []
         for place, (layer, index, op, again) in enumerate(calls):
             names = self._names(layer)
             for n in op.inputs:
@@ -212,9 +213,11 @@ class _Naive:
                     self.sizes[names[n]] = sizes[n]
                 offsets.append(None if n is None else self._take(names[n], sizes[n]))
             out.append(["run", layer.name, index, offsets])
-            for n in op.outputs:
-                if n and names[n].startswith("grad:") and self._trainable(names[n]):
-                    self._update(out, names[n].removeprefix("grad:"))
+            due += [names[n] for n in op.outputs if n and self._trainable(names[n])]
+            for gradient in [g for g in due if last[g.removeprefix("grad:")] <= place]:
+                self._update(out, gradient.removeprefix("grad:"))
+                self._free(out, gradient)
+                due.remove(gradient)
             for n in dict.fromkeys((*op.inputs, *(o for o in op.outputs if o))):
                 name = names[n]
                 if (
@@ -222,6 +225,7 @@ class _Naive:
                     or name in self.resident
                     or name in (self.profile.loss, self.profile.token_losses)
                     or name not in self.live
+                    or name in due
                 ):
                     continue
                 t = self.tensors.get(name)
@@ -254,7 +258,7 @@ class _Naive:
 
     def _trainable(self, gradient):
         t = self.tensors.get(gradient.removeprefix("grad:"))
-        return t is not None and t.kind == "trainable"
+        return gradient.startswith("grad:") and t is not None and t.kind == "trainable"
 
     def _update(self, out, name):
         states = (f"adam_m:{name}", f"adam_v:{name}") if name in self.offload else ()

@@ -11,8 +11,13 @@
 | exact_moves | the same with moves to a disk, and time counted with the memory |
 | chains | dynamic programming over checkpoints, for chains |
 | memory | bytes at every run, updated as runs come and go |
+| found | what searches found, and whether the clock had a hand in it |
 | search | greedy eviction, then ruin and recreate, for graphs of any size |
-| bound | linear programs that no schedule undercuts |
+| stretch | a part of a schedule, or all, solved anew in whole numbers with memory at every run |
+| neighbourhoods | few places for re-runs, then stretch after stretch; the smallest peak |
+| windows, bound | linear programs that no schedule undercuts |
+| limit | the time that building and solving one program may take |
+| answer | a schedule written down as a plan |
 | planner | budgets in, plans out |
 
 The class of schedules: operators first run in the graph's order; before each first run any earlier operators may run

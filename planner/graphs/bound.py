@@ -24,9 +24,9 @@ ADDED = 4
 @dataclass(frozen=True, kw_only=True)
 class Bound:
     seconds: float
-    timely: bool
-    """whether the clock left room for all that was to be tried"""
-    reruns: tuple[frozenset[Rerun], ...]
+    timely: bool = True
+    """whether the clock left room for all that was to be tried, and every program was solved to its end"""
+    reruns: tuple[frozenset[Rerun], ...] = ()
     """schedules but for the memory between moments: where a search may start"""
 
 
@@ -47,19 +47,23 @@ def path_pivots(dag: Dag, count: int) -> list[int]:
     return sorted({path[(2 * k + 1) * len(path) // (2 * count)] for k in range(count)})
 
 
-def any_schedule_bound(dag: Dag, budget_bytes: int, *, seconds: float) -> float:
+def any_schedule_bound(dag: Dag, budget_bytes: int, *, seconds: float) -> Bound:
     """Seconds that no schedule at all undercuts, whatever it reorders; infinity where none fits."""
     deadline = time.monotonic() + seconds
     best = dag.once_seconds
+    timely = True
     for count in ANY_MOMENTS:
         left = deadline - time.monotonic()
         if left <= 0:
+            timely = False
             break
         pivots = path_pivots(dag, count)
-        best = max(best, solve_windows(dag, budget_bytes, pivots, any_order=True, seconds=left).bound_seconds)
+        answer = solve_windows(dag, budget_bytes, pivots, any_order=True, seconds=left)
+        timely = timely and answer.solved
+        best = max(best, answer.bound_seconds)
         if len(pivots) < count or best == float("inf"):
             break
-    return best
+    return Bound(seconds=best, timely=timely)
 
 
 def class_bound(
@@ -80,7 +84,9 @@ def class_bound(
         if left <= 0:
             timely = False
             break
-        tried[pivots] = solve_windows(dag, budget_bytes, pivots, any_order=False, seconds=left).bound_seconds
+        answer = solve_windows(dag, budget_bytes, pivots, any_order=False, seconds=left)
+        timely = timely and answer.solved
+        tried[pivots] = answer.bound_seconds
         best = max(best, tried[pivots])
     starts: list[frozenset[Rerun]] = []
     waiting = sorted(tried, key=lambda pivots: (-tried[pivots], len(pivots), pivots))[: WHOLE if whole else 0]

@@ -9,6 +9,7 @@ memory: hold a further output b in between, do what reads b to c - 1, then what 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
 
@@ -48,13 +49,18 @@ def as_chain(dag: Dag) -> Chain | None:
     return Chain(reads=tuple(reads))
 
 
-def checkpoints(dag: Dag, chain: Chain, budget_bytes: int) -> frozenset[Rerun] | None:
-    """The re-runs of the best checkpoints within the budget, None where no choice of checkpoints fits."""
-    return _Program(dag, chain, budget_bytes - dag.fixed_bytes).reruns()
+def checkpoints(
+    dag: Dag, chain: Chain, budget_bytes: int, *, late: Callable[[], bool] = lambda: False
+) -> frozenset[Rerun] | None:
+    """The re-runs of the best checkpoints within the budget, None where no choice of checkpoints fits.
+
+    Raises TimeoutError where `late` says so before that is known.
+    """
+    return _Program(dag, chain, budget_bytes - dag.fixed_bytes, late).reruns()
 
 
 class _Program:
-    def __init__(self, dag: Dag, chain: Chain, room: int) -> None:
+    def __init__(self, dag: Dag, chain: Chain, room: int, late: Callable[[], bool]) -> None:
         self.dag = dag
         count = self.count = dag.forward
         unit = gcd(*dag.bytes, *dag.workspace) or 1
@@ -77,9 +83,9 @@ class _Program:
                 most = max(most, size[a] + before + size[q] + work[q])
                 before = size[q]
             at_turn.append(most)
-        self._fill(at_turn, pending, work)
+        self._fill(at_turn, pending, work, late)
 
-    def _fill(self, at_turn: list[int], pending: list[int], work: list[int]) -> None:
+    def _fill(self, at_turn: list[int], pending: list[int], work: list[int], late: Callable[[], bool]) -> None:
         count, size = self.count, self.size
         infinity = np.inf
         best: npt.NDArray[np.float64] = np.full((count, count, self.units + 1), infinity)
@@ -89,6 +95,8 @@ class _Program:
         for a in range(count):
             best[a, a, at_turn[a] :] = 0.0
         for a in reversed(range(count - 1)):
+            if late():
+                raise TimeoutError
             # Seconds and memory of the runs from a to b, for every b.
             seconds = np.cumsum(self.dag.seconds[a + 1 : count])
             held = [size[a] + (size[b - 1] if b > a + 1 else 0) + size[b] + work[b] for b in range(a + 1, count)]

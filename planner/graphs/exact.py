@@ -7,6 +7,7 @@ freeing is a choice like any other; the number of variables grows with the third
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ortools.sat.python import cp_model
@@ -27,27 +28,43 @@ class Exact:
     proven: bool
     bound: float
     """seconds, or bytes where the peak was minimised, that no schedule of the class undercuts"""
+    timely: bool = True
+    """whether it was not the clock that ended it"""
 
 
-def fastest(dag: Dag, budget_bytes: int, *, work: float, hint: frozenset[Rerun] | None = None) -> Exact:
-    """The fastest schedule of the class within the budget. `work` is CP-SAT's deterministic time."""
+def fastest(dag: Dag, budget_bytes: int, *, work: float, seconds: float) -> Exact:
+    """The fastest schedule of the class within the budget. `work` is CP-SAT's deterministic time, `seconds` are the clock's."""
     model = _Stages(dag)
     for row in model.rows:
         model.model.add(row <= budget_bytes - dag.fixed_bytes)
     unit = max(dag.once_seconds, 1e-300) / RESOLUTION
     model.model.minimize(sum(round(dag.seconds[i] / unit) * again for (_, i), again in model.again.items()))
-    return model.solve(work, hint, lambda extra: dag.once_seconds + max(0.0, extra) * unit)
+    return model.solve(work, seconds, lambda extra: dag.once_seconds + max(0.0, extra) * unit)
 
 
-def smallest(dag: Dag, *, work: float, hint: frozenset[Rerun] | None = None) -> Exact:
-    """The schedule of the class with the lowest peak."""
+def smallest(dag: Dag, *, work: float, seconds: float) -> Exact:
+    """The schedule of the class with the lowest peak; limits as of `fastest`."""
     model = _Stages(dag)
     least = max(dag.own_bytes(i) for i in range(len(dag)))
     peak = model.model.new_int_var(least, sum(dag.bytes) + max(dag.workspace), "peak")
     for row in model.rows:
         model.model.add(row <= peak)
     model.model.minimize(peak)
-    return model.solve(work, hint, lambda found: dag.fixed_bytes + found)
+    return model.solve(work, seconds, lambda found: dag.fixed_bytes + found)
+
+
+def solve_within(
+    model: cp_model.CpModel, *, work: float, seconds: float
+) -> tuple[cp_model.CpSolver, cp_model.CpSolverStatus, bool]:
+    """The solver and its status, and whether it was not the clock that ended it; limits as of `fastest`."""
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.max_deterministic_time = work
+    solver.parameters.max_time_in_seconds = seconds
+    status = solver.solve(model)
+    proven = status in (cp_model.OPTIMAL, cp_model.INFEASIBLE)
+    # Read off its work: by the clock, a process that was held up may be late though the work had ended it, or the other way round.
+    return solver, status, proven or solver.deterministic_time >= work
 
 
 class _Stages:
@@ -94,19 +111,13 @@ class _Stages:
         self.rows.append(row + (workspace if again is None else workspace * again))
         return lives
 
-    def solve(self, work: float, hint: frozenset[Rerun] | None, value: object) -> Exact:
-        if hint is not None:
-            for rerun, again in self.again.items():
-                self.model.add_hint(again, rerun in hint)
-        solver = cp_model.CpSolver()
-        solver.parameters.num_workers = 1
-        solver.parameters.max_deterministic_time = work
-        status = solver.solve(self.model)
-        assert callable(value)
+    def solve(self, work: float, seconds: float, value: Callable[[float], float]) -> Exact:
+        solver, status, timely = solve_within(self.model, work=work, seconds=seconds)
         if status == cp_model.INFEASIBLE:
             return Exact(reruns=None, proven=True, bound=float("inf"))
         bound = value(solver.best_objective_bound)
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-            return Exact(reruns=None, proven=False, bound=bound)
+            return Exact(reruns=None, proven=False, bound=bound, timely=timely)
         chosen = (rerun for rerun, again in self.again.items() if solver.boolean_value(again))
-        return Exact(reruns=pruned(self.dag, chosen), proven=status == cp_model.OPTIMAL, bound=bound)
+        proven = status == cp_model.OPTIMAL
+        return Exact(reruns=pruned(self.dag, chosen), proven=proven, bound=bound, timely=timely)

@@ -14,6 +14,7 @@ from ortools.sat.python import cp_model
 
 from planner.graphs.actions import Action
 from planner.graphs.dag import Dag
+from planner.graphs.exact import solve_within
 from planner.layers import transfer_seconds
 
 RESOLUTION = 10_000_000
@@ -29,11 +30,13 @@ class ExactMoves:
     proven: bool
     bound: float
     """seconds that no schedule of the class undercuts"""
+    timely: bool = True
+    """whether it was not the clock that ended it"""
 
 
-def fastest_with_moves(dag: Dag, budget_bytes: int, *, work: float) -> ExactMoves:
-    """The fastest schedule of the class within the budget. `work` is CP-SAT's deterministic time."""
-    return _Moves(dag, budget_bytes).solve(work)
+def fastest_with_moves(dag: Dag, budget_bytes: int, *, work: float, seconds: float) -> ExactMoves:
+    """The fastest schedule of the class within the budget; limits as of `exact.fastest`."""
+    return _Moves(dag, budget_bytes).solve(work, seconds)
 
 
 class _Moves:
@@ -169,17 +172,15 @@ class _Moves:
         self.stored, self.landed = stored, landed
         return lives
 
-    def solve(self, work: float) -> ExactMoves:
-        solver = cp_model.CpSolver()
-        solver.parameters.num_workers = 1
-        solver.parameters.max_deterministic_time = work
-        status = solver.solve(self.model)
+    def solve(self, work: float, seconds: float) -> ExactMoves:
+        solver, status, timely = solve_within(self.model, work=work, seconds=seconds)
         if status == cp_model.INFEASIBLE:
             return ExactMoves(actions=None, proven=True, bound=float("inf"))
         bound = max(self.dag.once_seconds, (solver.best_objective_bound - self._slack()) * self.unit)
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-            return ExactMoves(actions=None, proven=False, bound=bound)
-        return ExactMoves(actions=self._actions(solver), proven=status == cp_model.OPTIMAL, bound=bound)
+            return ExactMoves(actions=None, proven=False, bound=bound, timely=timely)
+        proven = status == cp_model.OPTIMAL
+        return ExactMoves(actions=self._actions(solver), proven=proven, bound=bound, timely=timely)
 
     def _slack(self) -> int:
         """Ticks by which rounding may have lengthened a schedule: half of one for each run and transfer."""

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 from planner.graphs import exact
-from planner.graphs.actions import Action, Carried, carry, instructions, timed, touch_and_go, worth_moving
-from planner.graphs.bound import any_schedule_bound, class_bound
+from planner.graphs.actions import Carried, carry, timed, touch_and_go, worth_moving
+from planner.graphs.answer import Least, Outcome, finished, infeasible
+from planner.graphs.bound import Bound, any_schedule_bound, class_bound
 from planner.graphs.chains import as_chain, checkpoints
 from planner.graphs.dag import dag_of
 from planner.graphs.exact_moves import fastest_with_moves
+from planner.graphs.found import Found, fastest
+from planner.graphs.neighbourhoods import Neighbourhoods, lowest_peak
 from planner.graphs.rules import RULES, rule_reruns, rules_for
 from planner.graphs.schedule import Rerun, peak_bytes, pruned, seconds
 from planner.graphs.search import Search
 from planner.master import Progress
-from planner.plan import gap_to, sealed
-from planner.schema import Peak, Phase, Plan
-from planner.simulate import simulate
-from planner.solver import TOLERANCE, Status
-from profiles.bare import FIXED
+from planner.plan import FINISH_SECONDS, gap_to
+from planner.schema import Plan
+from planner.solver import TOLERANCE
 from profiles.errors import InputError
 from profiles.schema import Profile
 
@@ -32,19 +34,17 @@ PRICES = (None, 0.05, 0.5, 1.0)
 """of a second of the disk, in seconds of computation, that searches are made with; None: nothing is moved"""
 EXACT_WORK = 30.0
 """deterministic seconds of CP-SAT; such graphs take a fraction of one"""
+EXACT_SECONDS = 0.5
+"""that exact solutions may take by the clock in all, and a chain's checkpoints by the clock and the processor, whatever the
+time limit; most take a fifth of it"""
+ANY_SHARE = 0.1
+"""of the time limit, for the bound that holds for any schedule"""
 GRANTED = 0.1
 """of the time limit, in seconds of the processor, for a first schedule that fits"""
 LEAST_GRANTED = 1.0
-"""seconds of the processor for each try at a smaller budget"""
+"""the same for each try at a smaller budget, at most"""
 ROUNDS = 4000
 """of ruin and recreate, shared by the operators that a graph has"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    carried: Carried | None
-    bound_seconds: float
-    timely: bool = True
 
 
 class GraphPlanner:
@@ -53,14 +53,17 @@ class GraphPlanner:
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.dag = dag_of(profile)
+        self.chain = as_chain(self.dag)
         self.floor_bytes = self.dag.fixed_bytes + max(self.dag.own_bytes(i) for i in range(len(self.dag)))
         """what the largest operator needs by itself: no schedule has a lower peak"""
-        self.found: dict[frozenset[Rerun], int] = {}
-        """schedules found so far and their peaks: where the search at other budgets starts"""
-        self.moved: list[Carried] = []
-        """the same with moves"""
-        self._minimum: dict[str, tuple[Carried, bool]] = {}
-        self._any_bounds: dict[int, float] = {}
+        self.lowest_bytes = self.floor_bytes
+        """no schedule of the class has a lower peak, as far as that is proven"""
+        self.found = Found()
+        """schedules found so far: where the search at other budgets starts"""
+        self._minimum: Least | None = None
+        self._any_bounds: dict[int, tuple[Bound, float]] = {}
+        """by budget, and the seconds that they were given"""
+        self._exact_left = EXACT_SECONDS
         for rule in rules_for(self.dag):
             self._note(RULES[rule](self.dag))
 
@@ -76,108 +79,154 @@ class GraphPlanner:
         time_limit: float = 30.0,
         progress: Progress | None = None,
     ) -> Plan:
-        """As `planner.plan.plan`; the budget is on the bytes that are live, fixed ones included."""
+        """As `planner.plan.plan`; the budget is on the bytes that are live, fixed ones included.
+
+        Two things are done whatever the limit: the schedule is written down and replayed, in about 0.1 ms per run, and a graph
+        that can be solved exactly has `EXACT_SECONDS` for it.
+        """
         if budget_bytes <= 0:
             raise InputError(f"a budget of {budget_bytes} bytes is no budget; name a positive size such as 600MiB")
         if time_limit <= 0:
             raise InputError(f"a time limit of {time_limit} s is none; name a positive number of seconds")
         started = time.monotonic()
-        deadline = started + time_limit
+        self._exact_left = EXACT_SECONDS
+        deadline = started + self._searching(time_limit)
         name = policy or "solver"
-        any_bound = self.any_bound(budget_bytes, seconds=0.1 * time_limit)
+        any_bound = self._any_bound(budget_bytes, ANY_SHARE * time_limit)
         if name == "solver":
+            self.found.begin(budget_bytes, time_limit)
             outcome = self._solve(budget_bytes, started, deadline, progress)
+            outcome = self.found.no_slower(self.dag, budget_bytes, outcome)
+            self.found.end(budget_bytes, time_limit, timely=outcome.timely)
         else:
             carried = carry(self.dag, rule_reruns(self.dag, name))
             fits = carried.peak_bytes <= budget_bytes
-            outcome = Outcome(carried=carried if fits else None, bound_seconds=any_bound)
+            outcome = Outcome(carried=carried if fits else None, bound_seconds=any_bound.seconds)
         if outcome.carried is None:
-            least, proven = self._least(name, deadline)
-            if least.peak_bytes > budget_bytes:
-                spent = time.monotonic() - started
-                return self._infeasible(
-                    budget_bytes, name, least, any_bound, spent, proven=proven, timely=outcome.timely
+            least = self._least(name, deadline, time_limit)
+            if least.carried.peak_bytes > budget_bytes:
+                return infeasible(
+                    self.profile,
+                    self.dag,
+                    budget_bytes,
+                    name,
+                    least,
+                    any_bound,
+                    started,
+                    floor=self.floor_bytes,
+                    timely=outcome.timely,
                 )
-            outcome = Outcome(carried=least, bound_seconds=outcome.bound_seconds, timely=outcome.timely)
-        return self._finish(budget_bytes, name, outcome, any_bound, started)
+            outcome = replace(outcome, carried=least.carried, timely=outcome.timely and least.timely)
+        return finished(self.profile, self.dag, budget_bytes, name, outcome, any_bound, started)
 
     def bound(self, budget_bytes: int, *, time_limit: float = 30.0) -> float | None:
         """Seconds that no schedule of the class undercuts at a budget, by linear programs; None: none fits."""
         if self.floor_bytes > budget_bytes:
             return None
         deadline = time.monotonic() + time_limit
-        found = class_bound(self.dag, budget_bytes, self._fastest(budget_bytes), deadline=deadline, whole=False)
+        known = fastest(self.dag, budget_bytes, self.found.peaks)
+        found = class_bound(self.dag, budget_bytes, known, deadline=deadline, whole=False)
         return None if found.seconds == float("inf") else found.seconds
 
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
         """The plan of the smallest budget, in full."""
         started = time.monotonic()
-        least, _ = self._least(policy or "solver", started + time_limit)
-        budget = least.peak_bytes
-        any_bound = self.any_bound(budget, seconds=time_limit)
-        outcome = Outcome(carried=least, bound_seconds=any_bound)
-        return self._finish(budget, policy or "solver", outcome, any_bound, started)
+        self._exact_left = EXACT_SECONDS
+        deadline = started + (1 - ANY_SHARE) * self._searching(time_limit)
+        least = self._least(policy or "solver", deadline, time_limit)
+        budget = least.carried.peak_bytes
+        any_bound = self._any_bound(budget, ANY_SHARE * time_limit)
+        outcome = Outcome(carried=least.carried, bound_seconds=any_bound.seconds, timely=least.timely)
+        return finished(self.profile, self.dag, budget, policy or "solver", outcome, any_bound, started)
 
     def minimum_bytes(self, *, policy: str | None = None, time_limit: float = 30.0) -> int:
         """The smallest budget for which `plan` has a plan."""
-        return self._least(policy or "solver", time.monotonic() + time_limit)[0].peak_bytes
+        self._exact_left = EXACT_SECONDS
+        return self._least(policy or "solver", time.monotonic() + time_limit, time_limit).carried.peak_bytes
 
     def any_bound(self, budget: int, *, seconds: float) -> float:
-        """Seconds that no schedule at all undercuts at a budget, worked out once within `seconds`; infinity: none fits."""
-        if self.found[frozenset()] <= budget:
-            return self.dag.once_seconds
+        """Seconds that no schedule at all undercuts at a budget, worked out within `seconds`; infinity: none fits."""
+        return self._any_bound(budget, seconds).seconds
+
+    def _any_bound(self, budget: int, seconds: float) -> Bound:
+        if self.found.peaks[frozenset()] <= budget:
+            return Bound(seconds=self.dag.once_seconds)
         if self.floor_bytes > budget:
-            return float("inf")
-        if budget not in self._any_bounds:
-            self._any_bounds[budget] = any_schedule_bound(self.dag, budget, seconds=seconds)
-        return self._any_bounds[budget]
+            return Bound(seconds=float("inf"))
+        known, given = self._any_bounds.get(budget, (None, 0.0))
+        if known is None or (not known.timely and seconds > given):
+            bound = any_schedule_bound(self.dag, budget, seconds=seconds)
+            if known is not None and not bound.timely:
+                bound = replace(bound, seconds=max(known.seconds, bound.seconds))
+            known = bound
+            self._any_bounds[budget] = bound, seconds
+        return known
+
+    def _searching(self, time_limit: float) -> float:
+        """Seconds of the limit that a search may take; in the rest the answer is written down."""
+        return max(0.5 * time_limit, time_limit - FINISH_SECONDS * len(self.dag))
+
+    @contextmanager
+    def _exact_seconds(self, deadline: float) -> Iterator[float]:
+        """For one exact solution: half of the time to the deadline, so that a search can follow, or what is left of the allowance."""
+        started = time.monotonic()
+        yield max(0.0, self._exact_left, 0.5 * (deadline - started))
+        self._exact_left -= time.monotonic() - started
 
     # --- the search ------------------------------------------------------------------------------------------------
 
     def _note(self, reruns: Iterable[Rerun]) -> frozenset[Rerun]:
         kept = pruned(self.dag, reruns)
-        self.found[kept] = peak_bytes(self.dag, kept)
+        self.found.peaks[kept] = peak_bytes(self.dag, kept)
         return kept
 
     def _solve(self, budget: int, started: float, deadline: float, progress: Progress | None) -> Outcome:
         dag = self.dag
-        if self.found[frozenset()] <= budget:
+        if self.found.peaks[frozenset()] <= budget:
             return Outcome(carried=carry(dag, ()), bound_seconds=dag.once_seconds)
-        if self.floor_bytes > budget:
+        if self.lowest_bytes > budget:
             return Outcome(carried=None, bound_seconds=dag.once_seconds)
         if dag.read is not None:
             return self._solve_with_moves(budget, started, deadline, progress)
         if len(dag) <= EXACT_OPERATORS:
-            solved = exact.fastest(dag, budget, work=EXACT_WORK)
+            with self._exact_seconds(deadline) as allowed:
+                solved = exact.fastest(dag, budget, work=EXACT_WORK, seconds=allowed)
             if solved.proven:
                 carried = None if solved.reruns is None else carry(dag, solved.reruns)
                 bound = dag.once_seconds if carried is None else carried.seconds
                 return Outcome(carried=carried, bound_seconds=bound)
+            self._ended(solved.timely)
+            self._note(solved.reruns or ())
         return self._search(budget, started, deadline, progress)
 
     def _solve_with_moves(self, budget: int, started: float, deadline: float, progress: Progress | None) -> Outcome:
         """The graph names a disk: the exact solver for few operators, otherwise a search for each price of the disk."""
         dag = self.dag
+        found: list[Carried] = []
+        proven = dag.once_seconds
         if len(dag) - dag.sink <= EXACT_MOVES:
-            solved = fastest_with_moves(dag, budget, work=EXACT_WORK)
-            if solved.proven and solved.actions is not None:
-                carried = timed(dag, solved.actions)
-                return Outcome(carried=carried, bound_seconds=min(carried.seconds, solved.bound))
+            with self._exact_seconds(deadline) as allowed:
+                solved = fastest_with_moves(dag, budget, work=EXACT_WORK, seconds=allowed)
+            if solved.actions is not None:
+                found.append(timed(dag, solved.actions))
+            if solved.proven and found:
+                return Outcome(carried=found[-1], bound_seconds=min(found[-1].seconds, solved.bound))
+            self._ended(solved.timely)
+            proven = solved.bound
         span = deadline - started
-        found = [carried for carried in self.moved if carried.peak_bytes <= budget]
+        found.extend(carried for carried in self.found.moved if carried.peak_bytes <= budget)
         plain: frozenset[Rerun] = frozenset()
-        timely = True
         for number, price in enumerate(PRICES):
             variant = dag if price is None else dag.moving(worth_moving(dag, price), price)
             search = Search(
                 variant, budget, deadline=started + 0.7 * span * (number + 1) / len(PRICES), granted=GRANTED * span / 4
             )
-            memory = search.first(self._plain_seeds(budget) if price is None else [(), touch_and_go(variant)])
+            memory = search.first(self._plain_seeds(budget, deadline) if price is None else [(), touch_and_go(variant)])
             if memory is None:
-                timely = timely and search.timely
+                self._ended(search.timely)
                 continue
             reruns = search.improve(memory, rounds=ROUNDS // len(PRICES))
-            timely = timely and search.timely
+            self._ended(search.timely)
             if price is None:
                 plain = self._note(reruns)
             carried = carry(variant, reruns, budget)
@@ -185,16 +234,19 @@ class GraphPlanner:
             self._report(progress, started, "carried out", carried.seconds, dag.once_seconds)
         # All is on the disk that can be: what `floor_bytes` is worth in full always fits.
         best = min([*found, self._smallest(budget)], key=lambda carried: carried.seconds)
-        self.moved.append(best)
+        self.found.moved.append(best)
         bound = class_bound(dag, budget, plain, deadline=started + 0.95 * span, whole=False, enough=best.seconds)
-        return Outcome(carried=best, bound_seconds=bound.seconds, timely=timely and bound.timely)
+        timely = self.found.timely and bound.timely
+        return Outcome(carried=best, bound_seconds=max(proven, bound.seconds), timely=timely)
 
-    def _plain_seeds(self, budget: int) -> list[frozenset[Rerun]]:
+    def _plain_seeds(self, budget: int, deadline: float) -> list[frozenset[Rerun]]:
         """Where a search that moves nothing starts: the optimum without a disk, where it is known."""
         if len(self.dag) > EXACT_OPERATORS:
-            return self._seeds(budget)
-        solved = exact.fastest(self.dag, budget, work=EXACT_WORK)
-        return [*self._seeds(budget), *([solved.reruns] if solved.reruns is not None else [])]
+            return self._seeds(budget, deadline)
+        with self._exact_seconds(deadline) as allowed:
+            solved = exact.fastest(self.dag, budget, work=EXACT_WORK, seconds=allowed)
+        self._ended(solved.timely)
+        return [*self._seeds(budget, deadline), *([solved.reruns] if solved.reruns is not None else [])]
 
     def _smallest(self, budget: int) -> Carried:
         """Everything on the disk but what runs needs: `floor_bytes`."""
@@ -214,204 +266,130 @@ class GraphPlanner:
             self._report(progress, started, stage, incumbent, bound)
 
         span = deadline - started
-        search = Search(dag, budget, deadline=started + 0.5 * span, granted=GRANTED * span)
-        memory = search.first(self._seeds(budget))
+        search = Search(dag, budget, deadline=started + 0.3 * span, granted=GRANTED * span)
+        near = Neighbourhoods(dag, budget)
+        memory = search.first(self._seeds(budget, deadline))
         if memory is None:
-            return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=search.timely)
-        best = self._note(memory.reruns)
-        report("evicted", seconds(dag, best), dag.once_seconds)
-        search.deadline = started + 0.3 * span
-        best = self._note(search.improve(memory, rounds=ROUNDS // 4))
-        report("improved", seconds(dag, best), dag.once_seconds)
+            # Nothing fits that eviction finds: from what is least over the budget on.
+            best = self._note(near.deepened(self.found.lowest(), deadline=started + 0.4 * span))
+            best = self._note(near.polished(best, deadline=started + 0.5 * span, enough=float("inf")))
+            if self.found.peaks[best] > budget:
+                self._ended(search.timely, near.timely)
+                return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
+        else:
+            search.deadline = started + 0.1 * span
+            best = self._note(search.improve(memory, rounds=ROUNDS // 4))
+            report("improved", seconds(dag, best), dag.once_seconds)
+            best = self._note(near.deepened(best, deadline=started + 0.3 * span))
+        report("solved with few places", seconds(dag, best), dag.once_seconds)
         enough = seconds(dag, best) * (1 - TOLERANCE)
         found = class_bound(dag, budget, best, deadline=started + 0.7 * span, whole=True, enough=enough)
         report("bounded", seconds(dag, best), found.seconds)
         # The solver's schedules may hold too much between moments; what eviction makes of them is often better still.
-        search.deadline = started + 0.95 * span
-        enough = found.seconds / (1 - TOLERANCE) - dag.once_seconds
+        enough = found.seconds / (1 - TOLERANCE)
+        search.deadline = started + 0.75 * span
         another = search.first([best, *found.reruns])
-        assert another is not None
-        best = self._note(search.improve(another, rounds=ROUNDS, enough=enough))
+        if another is not None:
+            improved = search.improve(another, rounds=ROUNDS, enough=enough - dag.once_seconds)
+            best = self._note(min(best, improved, key=lambda reruns: seconds(dag, reruns)))
         report("improved", seconds(dag, best), found.seconds)
-        return Outcome(carried=carry(dag, best), bound_seconds=found.seconds, timely=found.timely and search.timely)
+        if seconds(dag, best) > enough:
+            best = self._note(near.deepened(best, deadline=started + 0.8 * span))
+            best = self._note(near.polished(best, deadline=started + 0.95 * span, enough=enough))
+            report("polished", seconds(dag, best), found.seconds)
+        # The bound's solutions are seeds as well.
+        self._ended(found.timely, search.timely, near.timely)
+        return Outcome(carried=carry(dag, best), bound_seconds=found.seconds, timely=self.found.timely)
 
-    def _seeds(self, budget: int) -> list[frozenset[Rerun]]:
+    def _ended(self, *timely: bool) -> None:
+        """Note of searches whether they ended by their own rules."""
+        self.found.timely = self.found.timely and all(timely)
+
+    def _seeds(self, budget: int, deadline: float) -> list[frozenset[Rerun]]:
         """Schedules to start from: rules, checkpoints of a chain, and the fastest that fits among those found before."""
         seeds = [RULES[rule](self.dag) for rule in rules_for(self.dag)]
-        chain = as_chain(self.dag)
-        if chain is not None:
-            placed = checkpoints(self.dag, chain, budget)
+        if self.chain is not None:
+            with self._exact_seconds(deadline) as allowed:
+                # By the clock and by the processor: a process that was held up has them all the same.
+                ends, granted = time.monotonic() + allowed, time.process_time() + allowed
+                try:
+                    placed = checkpoints(
+                        self.dag,
+                        self.chain,
+                        budget,
+                        late=lambda: time.monotonic() > ends and time.process_time() > granted,
+                    )
+                except TimeoutError:
+                    placed = None
+                    self._ended(False)
             seeds.extend([placed] if placed is not None else [])
-        return [*seeds, self._fastest(budget)]
-
-    def _fastest(self, budget: int) -> frozenset[Rerun]:
-        """The fastest schedule found so far that fits, or no re-runs."""
-        fitting = [reruns for reruns, peak in self.found.items() if peak <= budget]
-        return min(fitting, key=lambda reruns: (seconds(self.dag, reruns), sorted(reruns)), default=frozenset())
+        return [*seeds, fastest(self.dag, budget, self.found.peaks)]
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
-    def _least(self, policy: str, deadline: float) -> tuple[Carried, bool]:
-        """The schedule with the lowest peak that `plan` can find, and whether no schedule of the class has a lower one."""
-        if policy not in self._minimum:
-            if policy != "solver":
-                self._minimum[policy] = carry(self.dag, rule_reruns(self.dag, policy)), True
-            elif self.dag.read is not None:
-                self._minimum[policy] = self._smallest(self.floor_bytes), True
-            else:
-                least, proven = self._find_least(deadline)
-                self._minimum[policy] = carry(self.dag, least), proven
-        return self._minimum[policy]
+    def _least(self, policy: str, deadline: float, limit: float) -> Least:
+        """The schedule with the lowest peak that `plan` can find; once found, searched again under a larger limit where it was cut."""
+        if policy != "solver":
+            carried = carry(self.dag, rule_reruns(self.dag, policy))
+            return Least(carried=carried, lowest_bytes=carried.peak_bytes)
+        if self.dag.read is not None:
+            return Least(carried=self._smallest(self.floor_bytes), lowest_bytes=self.floor_bytes)
+        least = self._minimum
+        if least is None or self.found.cut_before(None, limit):
+            self.found.begin(None, limit)
+            least = self._find_least(deadline)
+            self.lowest_bytes = max(self.lowest_bytes, least.lowest_bytes)
+            beaten = any(peak < least.carried.peak_bytes for peak in self.found.late[0].values())
+            self._ended(not beaten)
+            least = replace(least, lowest_bytes=self.lowest_bytes, timely=least.timely and not beaten)
+            self.found.end(None, limit, timely=least.timely)
+        if min(self.found.peaks.values()) < least.carried.peak_bytes:
+            # Another search came lower.
+            least = replace(
+                least, carried=carry(self.dag, self.found.lowest()), timely=least.timely and self.found.timely
+            )
+            if not least.timely:
+                self.found.end(None, limit, timely=False)
+        self._minimum = least
+        return least
 
-    def _find_least(self, deadline: float) -> tuple[frozenset[Rerun], bool]:
+    def _find_least(self, deadline: float) -> Least:
         dag = self.dag
         if len(dag) <= EXACT_OPERATORS:
-            solved = exact.smallest(dag, work=EXACT_WORK)
+            with self._exact_seconds(deadline) as allowed:
+                solved = exact.smallest(dag, work=EXACT_WORK, seconds=allowed)
             if solved.proven and solved.reruns is not None:
-                return solved.reruns, True
+                carried = carry(dag, solved.reruns)
+                return Least(carried=carried, lowest_bytes=carried.peak_bytes)
+            self._ended(solved.timely)
+            self._note(solved.reruns or ())
+        left = max(0.0, deadline - time.monotonic())
+        self._evicted_least(deadline - 0.3 * left, min(LEAST_GRANTED, GRANTED * left))
+        least = lowest_peak(dag, 0.4 * max(0.0, deadline - time.monotonic()))
+        self._ended(least.ended)
+        self._note(least.reruns or ())
+        best = self.found.lowest()
+        if self.found.peaks[best] > least.bytes:
+            near = Neighbourhoods(dag, least.bytes)
+            best = self._note(near.deepened(best, deadline=deadline - 0.3 * (deadline - time.monotonic())))
+            best = self._note(near.polished(best, deadline=deadline))
+            self._ended(near.timely)
+        return Least(carried=carry(dag, best), lowest_bytes=least.bytes, timely=self.found.timely)
+
+    def _evicted_least(self, deadline: float, granted: float) -> None:
+        """Note schedules of ever lower peaks, as far down as eviction finds them."""
         low = self.floor_bytes - 1
-        best = min(self.found, key=lambda reruns: (self.found[reruns], sorted(reruns)))
-        while self.found[best] - low > 1:
+        best = self.found.lowest()
+        while self.found.peaks[best] - low > 1:
+            if time.monotonic() > deadline:
+                self._ended(False)
+                break
             # Halve what is left between what cannot be and what was found, then byte by byte.
-            for budget in ((low + self.found[best]) // 2, self.found[best] - 1):
-                search = Search(dag, budget, deadline=deadline, granted=LEAST_GRANTED)
-                memory = search.first(self._seeds(budget))
+            for budget in ((low + self.found.peaks[best]) // 2, self.found.peaks[best] - 1):
+                search = Search(self.dag, budget, deadline=deadline, granted=granted)
+                memory = search.first(self._seeds(budget, deadline))
+                self._ended(search.timely)
                 if memory is not None:
                     best = self._note(memory.reruns)
                     break
                 low = max(low, budget)
-            if time.monotonic() > deadline:
-                break
-        return best, self.found[best] == self.floor_bytes
-
-    # --- the answer ------------------------------------------------------------------------------------------------
-
-    def _infeasible(
-        self,
-        budget: int,
-        policy: str,
-        least: Carried,
-        any_bound: float,
-        spent: float,
-        *,
-        proven: bool,
-        timely: bool,
-    ) -> Plan:
-        told = self._assemble(least.peak_bytes, policy, least, "feasible")
-        simulation = simulate(told)
-        peak = simulation.train.peak
-        largest = ", ".join(list(peak.tensors)[:3])
-        found = "the smallest found" if timely else "the smallest found before the time limit"
-        found = "no schedule has a lower peak" if proven else found
-        reason = f"the smallest plan peaks at {peak.text} with {largest} live ({found}); a smaller batch lowers it"
-        return sealed(
-            told.model_copy(
-                update={
-                    "status": "infeasible",
-                    "budget_bytes": budget,
-                    "peak_bytes": 0,
-                    "bound_seconds": any_bound,
-                    "any_schedule_bound_seconds": any_bound,
-                    "solve_seconds": spent,
-                    "deterministic": timely,
-                    "minimum_budget_bytes": simulation.peak_bytes,
-                    "minimum_budget_reason": reason,
-                    "decisions": {},
-                    "train": None,
-                }
-            )
-        )
-
-    def _finish(self, budget: int, policy: str, outcome: Outcome, any_bound: float, started: float) -> Plan:
-        assert outcome.carried is not None
-        raw = self._assemble(budget, policy, outcome.carried, "feasible")
-        simulation = simulate(raw)
-        step = simulation.train.seconds
-        bound = min(step, max(outcome.bound_seconds, any_bound))
-        proven = policy == "solver" and step - bound <= TOLERANCE * step
-        return sealed(
-            raw.model_copy(
-                update={
-                    "status": "optimal" if proven else "feasible",
-                    "peak_bytes": simulation.peak_bytes,
-                    "step_seconds": step,
-                    "bound_seconds": bound,
-                    "any_schedule_bound_seconds": min(step, any_bound),
-                    "gap": gap_to(step, bound),
-                    "any_schedule_gap": gap_to(step, min(step, any_bound)),
-                    "solve_seconds": time.monotonic() - started,
-                    "deterministic": outcome.timely,
-                    "arena_bytes": simulation.arena_bytes,
-                    "workspace_bytes": simulation.workspace_bytes,
-                    "train": simulation.train,
-                    "timeline": simulation.timeline,
-                }
-            )
-        )
-
-    def _assemble(self, budget: int, policy: str, carried: Carried, status: Status) -> Plan:
-        """The plan with its schedule, before the simulator has put its figures in."""
-        profile = self.profile
-        train = Phase(
-            instructions=instructions(self.dag, carried.actions),
-            seconds=0.0,
-            peak_bytes=0,
-            peak=Peak(instruction=0, text="", tensors={}),
-        )
-        return Plan(
-            fingerprint="",
-            profile_fingerprint=profile.fingerprint,
-            policy=policy,
-            status=status,
-            budget_bytes=budget,
-            floor_bytes=profile.device.floor.resident_bytes,
-            peak_bytes=0,
-            step_seconds=0.0,
-            bound_seconds=0.0,
-            any_schedule_bound_seconds=0.0,
-            gap=0.0,
-            any_schedule_gap=0.0,
-            solve_seconds=0.0,
-            model=profile.model,
-            batch=profile.batch,
-            seq=profile.seq,
-            compute_dtype=profile.compute_dtype,
-            optimizer=profile.optimizer,
-            device=profile.device,
-            tensors=profile.tensors,
-            programs=profile.programs,
-            layers=profile.layers,
-            loss=profile.loss,
-            token_losses=profile.token_losses,
-            decisions=self._decisions(carried.actions),
-            resident={FIXED: 0} if self.dag.fixed_bytes else {},
-            arena_bytes=0,
-            workspace_bytes=0,
-            train=train,
-            evaluate=None,
-        )
-
-    def _decisions(self, actions: Iterable[Action]) -> dict[str, str]:
-        """For outputs that outlive the run after their own: kept, offloaded, or recomputed at least once."""
-        ran: dict[int, int] = {}
-        last: dict[int, int] = {}
-        decided: dict[int, str] = {}
-        clock = 0
-        for verb, i in actions:
-            if verb == "fetch":
-                decided.setdefault(i, "offloaded")
-            if verb != "run":
-                continue
-            clock += 1
-            if i in ran:
-                decided[i] = "recomputed"
-            ran.setdefault(i, clock)
-            for source in self.dag.inputs[i]:
-                last[source] = clock
-        decisions = {}
-        for i in range(len(self.dag) - self.dag.sink):
-            if i in decided:
-                decisions[self.dag.names[i]] = decided[i]
-            elif last.get(i, 0) > ran[i] + 1:
-                decisions[self.dag.names[i]] = "kept"
-        return decisions

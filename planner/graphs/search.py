@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,14 +20,6 @@ DEPTH = 64
 """operators that one eviction may run again"""
 EVICTIONS = 20
 """per operator, before a repair gives up"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    reruns: frozenset[Rerun] | None
-    """None: nothing that fits was found"""
-    timely: bool
-    """whether the search ended by its own rules and not by the clock"""
 
 
 class Search:
@@ -163,6 +154,8 @@ class Search:
         for rerun in sorted(candidates, key=lambda rerun: (-seconds[rerun[1]], rerun)):
             if rerun not in memory.reruns:
                 continue
+            if self.late():
+                return
             memory.remove(*rerun)
             if int(memory.bytes.max()) > self.budget:
                 memory.add(*rerun)

@@ -21,11 +21,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.graphs.dag import Dag
+from planner.graphs.limit import Limit
 from planner.graphs.schedule import Rerun, pruned
 from planner.layers import transfer_seconds
 from planner.linear import Linear, Program
+from planner.quiet import MARGIN
 
-MARGIN = 1e-9
+ROUNDING = 1e-9
 """subtracted, relatively, for the rounding of our own sums"""
 
 
@@ -50,13 +52,16 @@ def solve_windows(
 ) -> Answer:
     """The bound from the moments at `pivots`, which are sorted.
 
-    `seconds` limit the solver; past them the bound is what it has proven, without whole numbers what each operator's one
-    run takes. `whole`: demand whole numbers, a better bound at greater cost.
+    `seconds` limit the building and the solver; past them the bound is what is proven by then, without whole numbers what
+    each operator's one run takes. `whole`: demand whole numbers, a better bound at greater cost.
     """
-    program = _Windows(dag, budget_bytes, pivots, any_order=any_order, whole=whole)
-    if program.impossible:
-        return Answer(bound_seconds=float("inf"))
-    return program.solve(seconds)
+    try:
+        program = _Windows(dag, budget_bytes, pivots, any_order=any_order, whole=whole, limit=Limit(seconds))
+        if program.impossible:
+            return Answer(bound_seconds=float("inf"))
+        return program.solve()
+    except TimeoutError:
+        return Answer(bound_seconds=dag.once_seconds, solved=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +73,12 @@ class _Span:
 
 
 class _Windows:
-    def __init__(self, dag: Dag, budget: int, pivots: Sequence[int], *, any_order: bool, whole: bool) -> None:
+    def __init__(
+        self, dag: Dag, budget: int, pivots: Sequence[int], *, any_order: bool, whole: bool, limit: Limit
+    ) -> None:
+        """Raises TimeoutError where building takes too much of `limit`."""
         self.dag = dag
+        self.limit = limit
         self.whole = whole
         self.pivots = list(pivots)
         self.windows = len(pivots) + 1
@@ -90,8 +99,10 @@ class _Windows:
         """per operator: window -> variable, where the graph names a disk"""
         self.pinned = {(i, k + 1) for k, pivot in enumerate(pivots) for i in dag.inputs[pivot]}
         for i, span in enumerate(spans):
+            limit.check()
             self._operator(i, span, needed[i])
         for j in range(len(dag)):
+            limit.check()
             for i in dag.inputs[j]:
                 self._edge(i, j)
         for k, pivot in enumerate(pivots):
@@ -172,7 +183,8 @@ class _Windows:
 
     # --- solving ---------------------------------------------------------------------------------------------------
 
-    def solve(self, seconds: float) -> Answer:
+    def solve(self) -> Answer:
+        """Raises TimeoutError where no time is left for the solver."""
         if not self.cost:
             return Answer(bound_seconds=self.constant)
         unit = max(self.cost) or 1.0
@@ -181,18 +193,18 @@ class _Windows:
             goal.add(variable, cost / unit)
         if self.disk:
             goal = self._longest(goal, unit)
-        result = self.program.solve(goal, seconds)
+        result = self.program.solve(goal, self.limit.left())
         if result.infeasible:
             return Answer(bound_seconds=float("inf"))
         if self.whole:
-            proven = max(0.0, result.bound * (1 - 1e-6)) * unit
+            proven = max(0.0, result.bound * (1 - MARGIN)) * unit
             chosen = None
             if result.values is not None and not self.disk:
                 chosen = self._reruns([value > 0.5 for value in result.values])
             return Answer(bound_seconds=self.constant + proven, reruns=chosen, solved=result.optimal)
         if not result.optimal or result.duals is None:
             return Answer(bound_seconds=self.constant, solved=False)
-        return Answer(bound_seconds=(self.constant + self._dual_value(goal, result.duals) * unit) * (1 - MARGIN))
+        return Answer(bound_seconds=(self.constant + self._dual_value(goal, result.duals) * unit) * (1 - ROUNDING))
 
     def _longest(self, runs: Linear, unit: float) -> Linear:
         """What the step takes beyond one run of each operator that surely runs: all other runs, or the disk's work."""

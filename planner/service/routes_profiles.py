@@ -28,6 +28,7 @@ from planner.service.settings import Settings
 from planner.service.solving import keep_profile
 from planner.service.store import Row
 from profiles.files import write_whole
+from profiles.schema import PROFILE_VERSION
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 Identity = Annotated[Digest, Path(description="sha256 of the profile's content")]
@@ -38,7 +39,9 @@ UPLOAD: dict[str, Any] = {
         "content": {
             "application/json": {
                 "schema": {"type": "object", "description": "a profile.json as `tightfit profile` writes it"},
-                "examples": {"cut": {"summary": "the first fields", "value": {"version": 1, "layers": []}}},
+                "examples": {
+                    "cut": {"summary": "the first fields", "value": {"version": PROFILE_VERSION, "layers": []}}
+                },
             }
         },
     }

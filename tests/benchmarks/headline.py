@@ -11,6 +11,8 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +28,8 @@ from profiles.errors import TightfitError
 from runtime.launch import run
 
 MIB = 1 << 20
+Row = dict[str, Any]
+"""a line of the table: what ran, and its figures"""
 CAPS = {"qwen2.5-0.5b": 320, "qwen2.5-1.5b": 460, "qwen2.5-3b": 662, "gemma3-1b": 569, "gemma3-4b": 900}
 """MiB for the whole process: what MeBP reports for a phone, without file-backed pages there (Gemma3-4B: 1029 MB)."""
 BASELINE_NAMES = dict(zip(CAPS, ("qwen0.5b", "qwen1.5b", "qwen3b", "gemma1b", "gemma4b"), strict=True))
@@ -44,8 +48,12 @@ def main(
     qlora: Annotated[
         Path | None, typer.Option(help="Script that prints a JSON line with step_s and peak_train_mib for MODEL SEQ.")
     ] = None,
+    rule: Annotated[
+        list[str] | None, typer.Option(help="A fixed rule; may be repeated. All of them by default.")
+    ] = None,
     seq: Annotated[int, typer.Option(help="Tokens of the one sample.")] = 256,
     steps: Annotated[int, typer.Option(help="Steps of each run; the first two do not count.")] = 7,
+    rounds: Annotated[int, typer.Option(help="Times that all of them run in turn; times are medians of these.")] = 1,
     time_limit: Annotated[float, typer.Option(help="Seconds for each plan.")] = 30.0,
     curve: Annotated[bool, typer.Option(help="Also plan and run above the cap.")] = True,
     lengths: Annotated[bool, typer.Option(help="Also Qwen2.5-0.5B at 128 to 1024 tokens in the least memory.")] = True,
@@ -53,11 +61,12 @@ def main(
 ) -> None:
     """Measure every model and print one table."""
     out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name in model or list(CAPS):
         try:
-            rows += measure(name, seq, steps, time_limit, out, curve=curve)
-            rows += baselines(name, seq, baseline, qlora)
+            least, plans = planned(name, seq, time_limit, curve=curve, rules=rule or RULES)
+            ours = [partial(_row, name, plan, what, steps, out) for what, plan in plans]
+            rows += [least, *in_turn([*ours, *baselines(name, seq, baseline, qlora)], rounds)]
             if lengths and name == "qwen2.5-0.5b":
                 rows += [least_memory(name, length, steps, time_limit, out) for length in PUBLISHED]
         except TightfitError as error:
@@ -67,22 +76,42 @@ def main(
     draw(rows, out / "headline.png")
 
 
-def measure(name: str, seq: int, steps: int, time_limit: float, out: Path, *, curve: bool) -> list[dict[str, Any]]:
-    """Ours and the fixed rules for one model."""
+def planned(
+    name: str, seq: int, time_limit: float, *, curve: bool, rules: Sequence[str]
+) -> tuple[Row, list[tuple[str, Plan]]]:
+    """The smallest budget for one model, and what to run: ours and the fixed rules."""
     planner = Planner(profile(str(ROOT / "examples" / "models" / name / "config.json"), batch=1, seq=seq))
     cap = CAPS[name] * MIB
     least = planner.minimum(time_limit=time_limit).peak_bytes
-    rows: list[dict[str, Any]] = [{"model": name, "what": "smallest feasible budget", "budget_bytes": least}]
-    for ratio in RATIOS if curve else RATIOS[:1]:
-        plan = planner.plan(int(ratio * cap), time_limit=time_limit)
-        rows.append(_row(name, plan, f"ours, {ratio:g} x cap", steps, out))
-    rows.append(_row(name, planner.plan(UNLIMITED, time_limit=time_limit), "ours, unlimited", steps, out))
-    for rule in RULES:
-        rows.append(_row(name, planner.plan(cap, policy=rule, time_limit=time_limit), rule, steps, out))
-    return rows
+    plans = [
+        (f"ours, {ratio:g} x cap", planner.plan(int(ratio * cap), time_limit=time_limit))
+        for ratio in (RATIOS if curve else RATIOS[:1])
+    ]
+    plans.append(("ours, unlimited", planner.plan(UNLIMITED, time_limit=time_limit)))
+    plans += [(rule, planner.plan(cap, policy=rule, time_limit=time_limit)) for rule in rules]
+    return {"model": name, "what": "smallest feasible budget", "budget_bytes": least}, plans
 
 
-def least_memory(name: str, seq: int, steps: int, time_limit: float, out: Path) -> dict[str, Any]:
+def in_turn(takers: Sequence[Callable[[], Row]], rounds: int) -> list[Row]:
+    """A row of each. A machine that others use is now faster, now slower: whoever runs once may have been lucky."""
+    turns = [[taker() for taker in takers] for _ in range(rounds)]
+    return [_over_rounds(rows) for rows in zip(*turns, strict=True)]
+
+
+def _over_rounds(rows: Sequence[Row]) -> Row:
+    """Medians of the seconds, the highest of the peaks."""
+    row = rows[-1]
+    if not all("step_seconds" in one for one in rows):
+        return row
+    seconds = [one["step_seconds"]["measured"] for one in rows]
+    peak = max(one["peak_bytes"]["measured"] for one in rows)
+    return row | {
+        "peak_bytes": row["peak_bytes"] | {"measured": peak},
+        "step_seconds": row["step_seconds"] | {"measured": statistics.median(seconds), "rounds": seconds},
+    }
+
+
+def least_memory(name: str, seq: int, steps: int, time_limit: float, out: Path) -> Row:
     """The smallest plan at another sequence length, run, beside what was published."""
     planner = Planner(profile(str(ROOT / "examples" / "models" / name / "config.json"), batch=1, seq=seq))
     mebp, mesp = PUBLISHED[seq]
@@ -93,20 +122,20 @@ def least_memory(name: str, seq: int, steps: int, time_limit: float, out: Path) 
     return row | {"note": f": {above:,.0f} MB above the floor; published: MeBP {mebp}, MeSP {mesp} MB"}
 
 
-def baselines(name: str, seq: int, baseline: Path | None, qlora: Path | None) -> list[dict[str, Any]]:
+def baselines(name: str, seq: int, baseline: Path | None, qlora: Path | None) -> list[Callable[[], Row]]:
     """What people run today, each in a process of its own."""
     usual = "transformers + peft"
     known = BASELINE_NAMES[name]
-    rows = []
+    takers: list[Callable[[], Row]] = []
     if baseline is not None:
-        rows.append(_baseline(name, usual, [str(baseline), known, "0", str(seq)]))
-        rows.append(_baseline(name, f"{usual} + checkpointing", [str(baseline), known, "1", str(seq)]))
+        takers.append(partial(_baseline, name, usual, [str(baseline), known, "0", str(seq)]))
+        takers.append(partial(_baseline, name, f"{usual} + checkpointing", [str(baseline), known, "1", str(seq)]))
     if qlora is not None:
-        rows.append(_baseline(name, f"{usual} + NF4 + checkpointing", [str(qlora), known, str(seq)]))
-    return rows
+        takers.append(partial(_baseline, name, f"{usual} + NF4 + checkpointing", [str(qlora), known, str(seq)]))
+    return takers
 
 
-def _row(name: str, plan: Plan, what: str, steps: int, out: Path) -> dict[str, Any]:
+def _row(name: str, plan: Plan, what: str, steps: int, out: Path) -> Row:
     row = {"model": name, "what": what, "budget_bytes": plan.budget_bytes, "status": plan.status, "gap": plan.gap}
     if plan.status == "infeasible":
         return row | {"minimum_budget_bytes": plan.minimum_budget_bytes}
@@ -127,7 +156,7 @@ def _row(name: str, plan: Plan, what: str, steps: int, out: Path) -> dict[str, A
     }
 
 
-def _baseline(name: str, what: str, command: list[str]) -> dict[str, Any]:
+def _baseline(name: str, what: str, command: list[str]) -> Row:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     if done.returncode:
         return {"model": name, "what": what, "note": ": " + (done.stderr.strip().splitlines() or ["failed"])[-1]}
@@ -140,7 +169,7 @@ def _baseline(name: str, what: str, command: list[str]) -> dict[str, Any]:
     }
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(rows: list[Row]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -153,7 +182,17 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("model")
     table.add_column("")
-    for heading in ("cap, MiB", "predicted", "measured", "step, s: predicted", "measured", "to baseline", "gap"):
+    headings = (
+        "cap, MiB",
+        "predicted",
+        "measured",
+        "above floor",
+        "step, s: predicted",
+        "measured",
+        "to baseline",
+        "gap",
+    )
+    for heading in headings:
         table.add_column(heading, justify="right")
     for row in rows:
         peak, step = row.get("peak_bytes", {}), row.get("step_seconds", {})
@@ -164,6 +203,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             _mib(row.get("budget_bytes")),
             _mib(peak.get("predicted")),
             _mib(peak.get("measured")),
+            _mib(row.get("above_floor_bytes")),
             _number(step.get("predicted"), ".2f"),
             _number(step.get("measured"), ".2f"),
             _number(step["measured"] / known if step and known else None, ".2f"),
@@ -180,15 +220,16 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[Row], path: Path) -> None:
     """Measured seconds against measured memory, one panel a model."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     names = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.6), squeeze=False, layout="constrained")
     for name, axis in zip(names, axes[0], strict=True):
         timed = [row for row in rows if row["model"] == name and "step_seconds" in row and "note" not in row]
         points = sorted(_point(row) for row in timed if row["what"].startswith("ours"))
@@ -197,12 +238,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             if not row["what"].startswith("ours"):
                 axis.plot(*_point(row), "s", label=row["what"])
         axis.set(title=name, xlabel="peak of the process, MiB", ylabel="seconds per step", xscale="log")
-        axis.set_ylim(bottom=0)
-        axis.legend(fontsize="x-small")
+        axis.set_ylim(0, 1.1 * max(_point(row)[1] for row in timed) if timed else 1.0)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    shown = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=len(shown), fontsize="small")
     figure.savefig(path, dpi=120)
 
 
-def _point(row: dict[str, Any]) -> tuple[float, float]:
+def _point(row: Row) -> tuple[float, float]:
     return row["peak_bytes"]["measured"] / MIB, row["step_seconds"]["measured"]
 
 

@@ -115,7 +115,7 @@ def fastest_saved(planner: Planner, points: list[tuple[float, int, tuple[Column,
     for computing, size, columns in points:
         if size > room or (best is not None and computing >= best):
             continue
-        schedule, _ = carry_out(planner.problem, columns, room, unmoved=True)
+        schedule, _ = carry_out(planner.problem, columns, room)
         if schedule is not None:
             best = schedule.seconds if best is None else min(best, schedule.seconds)
     return best

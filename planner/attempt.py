@@ -1,0 +1,113 @@
+"""One budget under way: columns chosen and carried out within its limit of time, the best schedule so far and its bounds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from planner.carry_out import Schedule, carry_out
+from planner.layers import Layered
+from planner.master import Progress, Search
+from planner.segments import Segments
+from planner.windows import Column
+
+GOOD = 4e-3
+"""a plan of whole columns this near its bound is not worth another choice"""
+RESERVE = 0.01
+"""share of the limit left to gaps of the arena and to transfers, at first"""
+CHOICES = 5
+"""such shares tried"""
+CARRY_SECONDS = 2.2e-4
+"""to carry out columns, per operator of the step: a search this near its deadline stops"""
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """Whatever ends the search at a budget, what it has come to is here."""
+
+    problem: Layered
+    limit: int
+    """bytes for the arena and the instructions"""
+    started: float
+    """on the monotonic clock"""
+    deadline: float
+    progress: Progress | None = None
+    bound: float = 0.0
+    """seconds that none of the schedules looked for undercuts"""
+    timely: bool = True
+    """whether every search so far came to its end before the deadline"""
+    found: list[Schedule] = field(default_factory=list)
+
+    @property
+    def best(self) -> Schedule | None:
+        return min(self.found, key=lambda schedule: schedule.seconds, default=None)
+
+    def near(self, bound: float, tolerance: float) -> bool:
+        """Whether the best schedule so far takes at most a `tolerance` of its time longer than `bound`."""
+        best = self.best
+        return best is not None and best.seconds - bound <= tolerance * best.seconds
+
+    def until(self, share: float) -> float:
+        """The moment at which this share of the time is gone."""
+        return self.started + share * (self.deadline - self.started)
+
+    @contextmanager
+    def within(self, share: float = 1.0) -> Iterator[None]:
+        """Leave the rest of the time to others; TimeoutError ends no more than this share, and `timely` says so."""
+        deadline = self.deadline
+        self.deadline = self.until(share)
+        try:
+            yield
+        except TimeoutError:
+            self.timely = False
+        finally:
+            self.deadline = deadline
+
+    def carries_in_time(self) -> bool:
+        """Whether there is time left to carry columns out."""
+        return self.deadline - time.monotonic() > CARRY_SECONDS * len(self.problem.graph.steps)
+
+    def carry(self, columns: tuple[Column, ...], segments: Segments = ()) -> tuple[Schedule | None, int]:
+        """As `carry_out`; a schedule that fits is among those found."""
+        schedule, excess = carry_out(self.problem, columns, self.limit, deadline=self.deadline, segments=segments)
+        # What is carried out past the deadline is carried out less thoroughly.
+        self.timely = self.timely and time.monotonic() <= self.deadline
+        if schedule is not None:
+            self.found.append(schedule)
+        return schedule, excess
+
+    def choose(self, search: Search, choices: int = CHOICES) -> None:
+        """Choose whole columns and carry them out, leaving more of the limit free until they find their places.
+
+        Once they do, one more choice leaves more free where the plan waits for the disk, and less where it does not.
+        Raises TimeoutError where time is up before any columns are chosen.
+        """
+        share = max(1, int(RESERVE * max(0, self.limit)))
+        most = reserve = share
+        exhausted = False
+        for _ in range(choices):
+            if not self.carries_in_time():
+                self.timely = False
+                break
+            chosen = search.choose(self.limit - reserve)
+            self.timely = self.timely and search.timely
+            if chosen is None:
+                if self.found or exhausted:
+                    break
+                reserve, exhausted = 0, True
+                continue
+            first = not self.found
+            schedule, excess = self.carry(chosen, search.relaxation.segments)
+            if schedule is None:
+                reserve += max(3 * excess // 2, share // 2)
+                if self.found and reserve >= most:
+                    break
+                continue
+            search.report("carried out", schedule.seconds, self.bound)
+            if not first or schedule.seconds - self.bound <= GOOD * schedule.seconds:
+                break
+            most = reserve
+            waits = schedule.stalls > (schedule.seconds - self.bound) / 2
+            reserve = 3 * reserve if waits else reserve // 4

@@ -1,0 +1,163 @@
+"""A graph planner's answer as a plan: the schedule written down and replayed, or the smallest budget and what sets it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from planner.drafted import drafted, drafted_phase
+from planner.graphs.actions import Action, Carried, instructions
+from planner.graphs.bound import Bound
+from planner.graphs.dag import Dag
+from planner.plan import gap_to, sealed
+from planner.schema import Plan
+from planner.simulate import simulate
+from planner.solver import status_of
+from profiles.bare import FIXED
+from profiles.schema import Profile
+from profiles.units import format_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What the search came to."""
+
+    carried: Carried | None
+    bound_seconds: float
+    timely: bool = True
+    """whether no search that it depends on was ended by the clock"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Least:
+    """The smallest budget."""
+
+    carried: Carried
+    lowest_bytes: int
+    """of a rule its own peak, of the solver what no peak undercuts with first runs and re-runs in this order"""
+    timely: bool = True
+    """as of `Outcome`"""
+
+
+def infeasible(
+    profile: Profile,
+    dag: Dag,
+    budget: int,
+    policy: str,
+    least: Least,
+    any_bound: Bound,
+    started: float,
+    *,
+    floor: int,
+    timely: bool,
+) -> Plan:
+    """The answer where nothing was found to fit. `floor`: bytes that no schedule's peak undercuts, whatever its order."""
+    told = _assembled(profile, dag, least.carried.peak_bytes, policy, least.carried)
+    simulation = simulate(told)
+    peak = simulation.train.peak
+    largest = ", ".join(list(peak.tensors)[:3])
+    known = _known(budget, policy, least, nothing=budget < floor or any_bound.seconds == float("inf"), floor=floor)
+    reason = f"the smallest plan peaks at {peak.text} with {largest} live ({known}); a smaller batch lowers it"
+    return sealed(
+        told.model_copy(
+            update={
+                "status": "infeasible",
+                "budget_bytes": budget,
+                "peak_bytes": 0,
+                "bound_seconds": any_bound.seconds,
+                "any_schedule_bound_seconds": any_bound.seconds,
+                "solve_seconds": time.monotonic() - started,
+                "deterministic": timely and least.timely and any_bound.timely,
+                "minimum_budget_bytes": simulation.peak_bytes,
+                "minimum_budget_reason": reason,
+                "decisions": {},
+                "train": None,
+            }
+        )
+    )
+
+
+def _known(budget: int, policy: str, least: Least, *, nothing: bool, floor: int) -> str:
+    """What is known of peaks below the smallest plan's. `nothing`: no schedule at all fits the budget."""
+    if policy != "solver":
+        return "no lower peak under this rule"
+    if least.carried.peak_bytes <= floor:
+        return "no schedule has a lower peak"
+    if least.carried.peak_bytes <= least.lowest_bytes:
+        return "no schedule with first runs and re-runs in this order has a lower peak"
+    found = "the smallest found" if least.timely else "the smallest found before the time limit"
+    if nothing:
+        return f"{found}; surely no schedule fits {format_size(budget)}"
+    if least.lowest_bytes > budget:
+        return f"{found}; surely no schedule with first runs and re-runs in this order fits {format_size(budget)}"
+    return found
+
+
+def finished(
+    profile: Profile, dag: Dag, budget: int, policy: str, outcome: Outcome, any_bound: Bound, started: float
+) -> Plan:
+    assert outcome.carried is not None
+    raw = _assembled(profile, dag, budget, policy, outcome.carried)
+    simulation = simulate(raw)
+    step = simulation.train.seconds
+    bound = min(step, max(outcome.bound_seconds, any_bound.seconds))
+    any_seconds = min(step, any_bound.seconds)
+    return sealed(
+        raw.model_copy(
+            update={
+                "status": status_of(step, bound) if policy == "solver" else raw.status,
+                "peak_bytes": simulation.peak_bytes,
+                "step_seconds": step,
+                "bound_seconds": bound,
+                "any_schedule_bound_seconds": any_seconds,
+                "gap": gap_to(step, bound),
+                "any_schedule_gap": gap_to(step, any_seconds),
+                "solve_seconds": time.monotonic() - started,
+                "deterministic": outcome.timely and any_bound.timely,
+                "arena_bytes": simulation.arena_bytes,
+                "workspace_bytes": simulation.workspace_bytes,
+                "train": simulation.train,
+                "timeline": simulation.timeline,
+            }
+        )
+    )
+
+
+def _assembled(profile: Profile, dag: Dag, budget: int, policy: str, carried: Carried) -> Plan:
+    """The plan with its schedule, before the simulator has put its figures in."""
+    return drafted(
+        profile,
+        profile,
+        policy=policy,
+        budget_bytes=budget,
+        decisions=_decisions(dag, carried.actions),
+        resident={FIXED: 0} if dag.fixed_bytes else {},
+        train=[drafted_phase(instructions(dag, carried.actions))],
+    )
+
+
+def _decisions(dag: Dag, actions: Iterable[Action]) -> dict[str, str]:
+    """For outputs that outlive the run after their own: kept, offloaded, or recomputed at least once."""
+    ran: dict[int, int] = {}
+    last: dict[int, int] = {}
+    decided: dict[int, str] = {}
+    clock = 0
+    for verb, i in actions:
+        if verb == "fetch":
+            decided.setdefault(i, "offloaded")
+        if verb != "run":
+            continue
+        clock += 1
+        if i in ran:
+            decided[i] = "recomputed"
+        ran.setdefault(i, clock)
+        for source in dag.inputs[i]:
+            last[source] = clock
+    decisions = {}
+    for i in range(len(dag) - dag.sink):
+        if i in decided:
+            decisions[dag.names[i]] = decided[i]
+        elif last.get(i, 0) > ran[i] + 1:
+            decisions[dag.names[i]] = "kept"
+    return decisions

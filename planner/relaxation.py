@@ -1,0 +1,110 @@
+"""The master as a linear program over the columns known so far, solved again and again from where it ended.
+
+From round to round there are a few columns more, from budget to budget another limit: the basis before is nearly
+the next one, so a solution costs a fraction of the first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.formulation import KIB
+from planner.linear import INFINITY, Growing, Linear
+from planner.pricing import FIELDS, Pool, Prices
+from planner.rows import Rows, Terms, add_rows
+from planner.segments import Segments
+
+MOVE_PRICE = 1e-4
+"""price of a second of disk time beside a second of the step: breaks ties in favour of moving less"""
+OVERFLOW_PRICE = 10.0
+"""ms per KiB over the limit, while no fitting combination is known"""
+
+
+def goal(rows: Rows, *, fewest_bytes: bool) -> Linear:
+    """Objective of the step: its time with a small price on moves, or its bytes."""
+    if fewest_bytes:
+        return Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
+    return Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relaxed:
+    """The master over the pool's columns, solved as a linear program."""
+
+    value: float
+    over: float
+    """KiB by which the limit is passed"""
+    prices: list[Prices]
+    """per layer"""
+    convexity: list[float]
+    """per layer: what the layer costs at its prices"""
+    shares: list[NDArray[np.float64]]
+    """per layer: share of each of its type's columns"""
+
+
+class Relaxation:
+    """Any number of budgets over one pool, whose columns may become more in between.
+
+    With `careful` under rows that plans can really keep (see `planner.rows`); with `segments` layers go forward twice.
+    """
+
+    def __init__(self, pool: Pool, *, careful: bool, segments: Segments = ()) -> None:
+        self.pool = pool
+        self.careful = careful
+        self.segments = segments
+        self._program = program = Growing()
+        self._definitions: list[list[int]] = []
+        self._convexity: list[int] = []
+        self._shares: list[list[int]] = [[] for _ in pool.problem.layer_type]
+        layers: list[Terms] = []
+        for _ in pool.problem.layer_type:
+            figures = [program.variable() for _ in FIELDS]
+            self._definitions.append([program.at_least(Linear().add(figure)) for figure in figures])
+            self._convexity.append(program.exactly(Linear(-1.0)))
+            layers.append({name: Linear().add(figure) for name, figure in zip(FIELDS, figures)})
+        rows = add_rows(program, pool.problem, layers, careful=careful, segments=segments)
+        self._over = program.variable()
+        self._limit = program.at_least(Linear().add(self._over).add(rows.bytes, -1.0))
+        self._fastest = goal(rows, fewest_bytes=False).add(self._over, OVERFLOW_PRICE)
+        self._fewest_bytes = goal(rows, fewest_bytes=True)
+        self._solved: tuple[int | None, Relaxed] | None = None
+        """the limit last solved for, and its answer as long as no columns come in"""
+
+    def solve(self, limit_bytes: int | None, seconds: float) -> Relaxed:
+        """The shortest step within `limit_bytes`, or, without one, the fewest bytes; duals as prices of each layer's figures.
+
+        Raises TimeoutError where `seconds` do not suffice.
+        """
+        if self._grow():
+            self._solved = None
+        if self._solved is not None and self._solved[0] == limit_bytes:
+            return self._solved[1]
+        limited = limit_bytes is not None
+        self._program.row_bounds(self._limit, -limit_bytes / KIB if limit_bytes is not None else -INFINITY, INFINITY)
+        result = self._program.solve(self._fastest if limited else self._fewest_bytes, seconds)
+        duals, values = result.duals, result.values
+        if duals is None or values is None:
+            raise TimeoutError
+        relaxed = Relaxed(
+            value=result.objective,
+            over=values[self._over] if limited else 0.0,
+            prices=[np.array([max(0.0, duals[row]) for row in rows]) for rows in self._definitions],
+            convexity=[duals[row] for row in self._convexity],
+            shares=[np.array([values[variable] for variable in variables]) for variables in self._shares],
+        )
+        self._solved = limit_bytes, relaxed
+        return relaxed
+
+    def _grow(self) -> bool:
+        """Enter the columns that the pool has gained; whether there are any."""
+        grown = False
+        for layer, kind in enumerate(self.pool.problem.layer_type):
+            shares = self._shares[layer]
+            for values in self.pool.figures[kind][len(shares) :].tolist():
+                entries = {row: -value for row, value in zip(self._definitions[layer], values) if value}
+                shares.append(self._program.column(entries | {self._convexity[layer]: 1.0}))
+                grown = True
+        return grown

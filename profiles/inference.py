@@ -1,0 +1,35 @@
+"""What of a program runs where no backward follows: in an evaluation, and in a step of forwards alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from profiles.fold import renamed
+from profiles.schema import Program
+
+
+def with_inference(program: Program, alone: Program, results: Collection[str]) -> Program:
+    """`program` with the operators of `alone`, the same module's forward traced by itself, as those for inference.
+
+    Inputs, slices of weights and `results` are the same values to both. What `alone` makes on the way is its own.
+    """
+    made = {name for operator in alone.operators for name in operator.outputs if name is not None}
+    own = {name: f"inference.{name}" for name in made.difference(results)}
+    operators = [renamed(operator, own).model_copy(update={"phase": "inference"}) for operator in alone.operators]
+    values = [value.model_copy(update={"name": own.get(value.name, value.name)}) for value in alone.values]
+    there = {value.name for value in program.values}
+    ahead = sum(operator.phase == "forward" for operator in program.operators)
+    return program.model_copy(
+        update={
+            "values": [*program.values, *(value for value in values if value.name not in there)],
+            "operators": [*program.operators[:ahead], *operators, *program.operators[ahead:]],
+        }
+    )
+
+
+def inference_only(program: Program) -> Program:
+    """The program of a step without a backward: what is for inference, or else the forward, as its forward."""
+    operators = [program.operators[position].model_copy(update={"phase": "forward"}) for position in program.inference]
+    used = {name for operator in operators for name in [*operator.inputs, *operator.outputs]}
+    values = [value for value in program.values if value.name in used]
+    return Program(name=f"{program.name} inference", values=values, operators=operators)

@@ -1,0 +1,146 @@
+"""What one budget leaves to the next, and what carries plans out cheaply: counted in work, never in seconds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import MIB, decoder_like, device
+
+from planner.arena import _Places
+from planner.carry_out import Part
+from planner.choices import choice_count
+from planner.fitted import overlap_in_place
+from planner.formulation import Block
+from planner.layers import Layered
+from planner.linear import Growing, Linear, Program
+from planner.overlap import clock
+from planner.plan import Planner
+from planner.policies import POLICIES, rule_columns
+
+REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return Planner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
+
+
+def test_a_curve_costs_less_than_its_budgets_alone(decoder):
+    """Programs priced on twelve budgets together: less than three times what one of them takes from nothing."""
+    smallest = decoder.plan(1 << 45, policy="mebp").peak_bytes
+    largest = decoder.plan(1 << 45, policy="keep-all").peak_bytes
+    budgets = [int(1.1 * smallest + step / 11 * (largest - 1.1 * smallest)) for step in range(12)]
+    alone = Planner(decoder.profile)
+    alone.plan(budgets[4])
+    priced = alone.solver.pool.programs
+    assert priced > 5
+    plans = [decoder.plan(budget) for budget in reversed(budgets)]
+    assert all(made.peak_bytes <= budget for made, budget in zip(plans, reversed(budgets)))
+    assert max(made.gap for made in plans) < 0.01
+    assert decoder.solver.pool.programs <= 3 * priced
+    # A budget that was planned before has nothing left to price.
+    before = decoder.solver.pool.programs
+    decoder.plan(budgets[6])
+    assert decoder.solver.pool.programs == before
+
+
+def test_nothing_is_built_before_it_is_priced():
+    """At a limit too short for any program, a rule's columns are carried out and no program is built."""
+    planner = Planner(decoder_like(6, tokens=256, slices=3, on=device(**REAL)))
+    budget = int(planner.plan(1 << 45, policy="mebp").peak_bytes * 1.2)
+    made = planner.plan(budget, time_limit=0.02)
+    assert made.peak_bytes <= budget
+    assert planner.solver.pool.programs == 0
+    assert planner.solver.pool.blocks == {}
+
+
+def test_choices_are_counted_as_they_are_posted(decoder):
+    for kind in decoder.problem.types:
+        assert choice_count(kind) == sum(Block(Program(), kind).program.whole)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_a_growing_program_ends_where_a_fresh_one_does(seed):
+    chance = np.random.default_rng(seed)
+    costs, needs = chance.integers(1, 20, 8).astype(float), chance.integers(1, 9, (8, 3)).astype(float)
+    growing = Growing()
+    spare = growing.variable()
+    rows = [growing.at_least(Linear().add(spare), 1.0) for _ in range(3)]
+    shares: list[int] = []
+    for count, least in ((2, 4.0), (5, 9.0), (8, 2.0)):
+        while len(shares) < count:
+            shares.append(growing.column(dict(zip(rows, needs[len(shares)].tolist()))))
+        for row in rows:
+            growing.row_bounds(row, least, float("inf"))
+        goal = Linear().add(spare, 50.0)
+        for share, cost in zip(shares, costs):
+            goal.add(share, float(cost))
+        fresh = Program()
+        first = fresh.variable()
+        others = [fresh.variable() for _ in range(count)]
+        for row in range(3):
+            total = Linear().add(first)
+            for other, need in zip(others, needs[:, row]):
+                total.add(other, float(need))
+            fresh.at_least(total, least)
+        target = Linear().add(first, 50.0)
+        for other, cost in zip(others, costs):
+            target.add(other, float(cost))
+        assert growing.solve(goal).objective == pytest.approx(fresh.solve(target).objective)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 300), st.integers(0, 90), st.integers(1, 9)), max_size=25),
+    st.tuples(st.integers(0, 400), st.integers(0, 300)),
+)
+@settings(max_examples=200, deadline=None)
+def test_bytes_taken_at_any_time_of_a_span(stays, asked):
+    """The tree says what looking at every stay says."""
+    places = _Places(701)
+    for first, length, low, size in stays:
+        places.add(low, low + size, first, first + length)
+    begin, end = asked[0], asked[0] + asked[1]
+    taken = {byte for low, high in places.taken([(begin, end)]) for byte in range(low, high)}
+    assert taken == {
+        byte
+        for first, length, low, size in stays
+        if first <= end and first + length >= begin
+        for byte in range(low, low + size)
+    }
+
+
+def test_transfers_move_among_tensors_in_their_places(decoder):
+    """In the very bytes that the draft takes the step gets shorter, and nothing overlaps at any time."""
+    problem: Layered = decoder.problem
+    draft = Part(problem=problem, columns=rule_columns(problem, POLICIES["mebp"])).draft()
+    _, still = overlap_in_place(draft, problem.inputs, 0)
+    train, arena = overlap_in_place(draft, problem.inputs, still.bytes)
+    assert arena.bytes <= still.bytes
+    assert sorted(map(id, train)) == sorted(map(id, draft.train))
+    assert clock(train, problem.inputs).seconds < 0.99 * clock(draft.train, problem.inputs).seconds
+    lies: dict[str, tuple[int, int]] = {
+        name: (offset, offset + draft.sizes[name]) for name, offset in arena.resident.items()
+    }
+    made = {index: [] for index in range(len(train))}
+    for (index, name), offset in arena.train.items():
+        made[index].append((name, offset))
+    for index, entry in enumerate(train):
+        for name, offset in made[index]:
+            low, high = offset, offset + draft.sizes[name]
+            assert all(end <= low or high <= start for start, end in lies.values()), (index, name)
+            lies[name] = low, high
+        if entry.verb == "free":
+            lies.pop(entry.name, None)
+
+
+@pytest.mark.parametrize("policy", ["smallest", *POLICIES])
+def test_where_a_rule_fits_no_limit_says_that_nothing_does(decoder, policy):
+    """At the very byte that a rule needs, within a limit that ends every search at once."""
+    least = decoder.solver.smallest if policy == "smallest" else decoder.minimum(policy=policy)
+    made = Planner(decoder.profile).plan(least.peak_bytes, time_limit=0.01)
+    assert made.status != "infeasible"
+    assert made.peak_bytes <= least.peak_bytes
+    assert made.gap == pytest.approx(1 - made.bound_seconds / made.step_seconds)
