@@ -56,6 +56,11 @@ class DeviceDescription(Record):
             raise ValueError(f"sources does not say where {', '.join(unsaid)} come from")
         return self
 
+    @property
+    def narrow(self) -> bool:
+        """Whether it multiplies bfloat16: where it does not, such products are made in float32 and are no faster."""
+        return self.flops_per_second.get("bfloat16", 0.0) > self.flops_per_second["float32"]
+
     def device(self) -> Device:
         """As a profile states it."""
         return Device(

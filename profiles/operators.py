@@ -238,24 +238,36 @@ def head_begin(hidden: Tensor, gradient: bool = True, *, out: Sequence[Tensor]) 
 
 
 def head_chunk(
-    state: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, start: int, *, out: Sequence[Tensor]
+    state: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    start: int,
+    rounded: bool = True,
+    *,
+    out: Sequence[Tensor],
 ) -> None:
     """Fold one vocabulary slice into the state: softmax over a streamed vocabulary, as attention streams its keys.
 
     state as `head_begin` makes it; where it has no room for the sum of exp * row, the product that adds to that sum is left
     out, and the rest is the same to the bit. hidden [T, H], weight [V, H] = rows start .. start + V of the head, labels
-    int64 [T] or [batch, seq]. out: the new state, and scratch for a block of tokens that nobody reads: `head_scratch(T)` x V in the weight's type and in float32.
-    As outputs they lie where the plan puts them; on the heap they would stay resident for the rest of the step. Source of
-    the running rescale: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
+    int64 [T] or [batch, seq]. `rounded`: a bfloat16 weight is multiplied in bfloat16, where the processor does that.
+    out: the new state, and scratch for a block of tokens that nobody reads: `head_scratch(T)` x V in the weight's type (one
+    row unless `rounded`) and in float32. As outputs they lie where the plan puts them; on the heap they would stay resident
+    for the rest of the step. Source of the running rescale: Milakov and Gimelshein 2018, "Online normalizer calculation
+    for softmax".
     """
-    new, rounded, wide = out
-    narrow = products.narrow(weight.dtype)
+    new, narrow, wide = out
+    single = weight.dtype is torch.float32
+    apart = rounded and not single and products.narrow(weight.dtype)
+    product = multiply if apart or single else products.multiply_wide
     flat = labels.reshape(-1)
     for rows in blocks(hidden.shape[0], HEAD_ROWS):
         count = rows.stop - rows.start
-        old, fresh, scores, logits = state[rows], new[rows], rounded[:count], wide[:count]
-        multiply((hidden[rows], weight.t(), 1.0), out=scores if narrow else logits)
-        if narrow:
+        old, fresh, logits = state[rows], new[rows], wide[:count]
+        scores = narrow[:count] if apart else logits
+        product((hidden[rows], weight.t(), 1.0), out=scores)
+        if apart:
             logits.copy_(scores)
         index = flat[rows] - start
         inside = (index >= 0) & (index < weight.shape[0])
@@ -270,10 +282,10 @@ def head_chunk(
             continue
         accumulated = fresh[:, STATE_COLUMNS:]
         torch.mul(old[:, STATE_COLUMNS:], shrink[:, None], out=accumulated)
-        if narrow:
-            accumulated.add_(torch.mm(scores.copy_(logits), weight))
+        if apart or single:
+            accumulated.add_(torch.mm(scores.copy_(logits) if apart else scores, weight))
         else:
-            multiply((logits, weight, 1.0), out=accumulated, addend=accumulated)
+            product((logits, weight, 1.0), out=accumulated, addend=accumulated)
 
 
 def head_scratch(tokens: int) -> int:

@@ -43,7 +43,7 @@ def multiply(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:
     if narrow(terms[0][0].dtype) and narrow(terms[0][1].dtype):
         _multiply_narrow(terms, out, addend)
     else:
-        _multiply_wide(terms, out, addend)
+        multiply_wide(*terms, out=out, addend=addend)
 
 
 def _multiply_narrow(terms: tuple[Term, ...], out: Tensor, addend: Tensor | None) -> None:
@@ -64,7 +64,8 @@ def _multiply_narrow(terms: tuple[Term, ...], out: Tensor, addend: Tensor | None
         out.copy_(made)
 
 
-def _multiply_wide(terms: tuple[Term, ...], out: Tensor, addend: Tensor | None) -> None:
+def multiply_wide(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:
+    """The same in float32 on any processor, rounded once where `out` is narrower."""
     rows, columns = out.shape
     row_step, column_step, inner_step = _steps(rows, terms[0][0].shape[1], columns)
     operands = [(_Wide(f"left {number}"), _Wide(f"right {number}")) for number in range(len(terms))]

@@ -310,6 +310,20 @@ def test_a_model_is_profiled_for_a_device_that_is_not_here(tmp_path, monkeypatch
         check_machine(planned)
 
 
+@pytest.mark.parametrize(("device", "rows"), [("zen3-2core", 1), ("zen4-2core", 8), ("raspberry-pi-5", 1)])
+def test_the_head_has_scratch_for_bfloat16_where_the_device_multiplies_it(tmp_path, device, rows):
+    """Whatever the machine that traces does: 2 samples of 4 tokens in bfloat16, each chunk's second output."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    made = profile(str(tmp_path / "config.json"), seq=4, batch=2, device=device)
+    found = [
+        next(value.shape for value in program.values if value.name == op.outputs[1])
+        for program in made.programs
+        for op in program.operators
+        if op.target == "tightfit.head_chunk"
+    ]
+    assert {shape[0] for shape in found} == {rows}
+
+
 def test_threads_belong_to_the_description():
     with pytest.raises(InputError, match="threads 2: the figures of phone are for 4; leave it out"):
         profile("config.json", device="phone", threads=2)
