@@ -2,7 +2,9 @@
 
 Offline dynamic storage allocation: an item is a tensor with its intervals of residency (tensors that are resident across
 steps keep one place for all of theirs). Items are placed one by one at the lowest, or the tightest, gap that is free over
-all their intervals; a few orders are tried and the lowest arena is kept.
+all their intervals; a few orders are tried and the lowest arena is kept. Where none of them is low enough, orders are
+searched for: what found no place moves ahead, with all that is like it in other layers, and chance moves a few others
+(the first is "squeaky wheel" optimization, Joslin and Clements 1999).
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ from __future__ import annotations
 import bisect
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from planner.emit import Entry, made_by
 from planner.graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
@@ -23,12 +27,25 @@ MOVES = {"spill", "fetch"}
 DIRECT_BYTES = 64 << 10
 """Tensors from this size on that move between memory and disk lie on pages: the disk then reads and writes them in place."""
 
-FEW = 80
 LEAF = 64
 """entries"""
-SHUFFLES = 200
-"""random orders tried for arenas of at most FEW items"""
+FEW = 80
+"""items; each has a rank of its own in the orders searched, where there are more those of one name and size share one"""
+TRIES = 400
+"""orders searched for one height"""
+HALVINGS = 4
+"""heights tried in between where the lowest arena is asked for"""
+AROUND = 64
+"""entries before and after one where places are short that are looked at together"""
+AHEAD = (0.3, 2.0)
+"""by how much the logarithm of a size is raised for an item that found no place"""
+CHANCE, SPREAD = 0.2, 1.0
+"""share of the other ranks that chance moves at the same time, and by how much"""
+RESTART = 20
+"""tries after which such a search begins anew"""
 ENDLESS = int(np.iinfo(np.int64).max)
+NUMBER = re.compile(r"\d+")
+"""what the names of equal tensors of different layers differ in"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +79,14 @@ def place(
     sizes: dict[str, int],
     target: int = 0,
     deadline: float = math.inf,
+    *,
+    search: bool = True,
 ) -> Arena:
-    """The lowest arena found; stops at one of at most `target` bytes or at the live bytes.
+    """An arena of at most `target` bytes if one is found; with 0 the lowest that is. It stops at the live bytes.
 
-    Past `deadline`, on the monotonic clock, only the first order is tried.
+    Without `search` only the few orders are tried. Past `deadline`, on the monotonic clock, only the first order is tried.
     """
-    items, height = placed_items(train, evaluate, resident, sizes, target, deadline)
+    items, height = placed_items(train, evaluate, resident, sizes, target, deadline, search=search)
     return arena_of(items, height, len(train))
 
 
@@ -78,11 +97,13 @@ def placed_items(
     sizes: dict[str, int],
     target: int = 0,
     deadline: float = math.inf,
+    *,
+    search: bool = True,
 ) -> tuple[list[Item], int]:
     """As `place`: every tensor in its place, and the bytes that they take."""
     length = len(train) + len(evaluate)
     every = _items(train, evaluate, tuple(resident), sizes)
-    lowest = max(target, _live_peak(every, length))
+    lowest = max(target, int(_live(every, length).max(initial=0)))
     # What is resident all the time lies at the bottom, the widest alignment first.
     whole = [item for item in every if sum(last - first + 1 for first, last in item.spans) >= length]
     whole.sort(key=lambda item: (-item.alignment, item.name))
@@ -96,14 +117,16 @@ def placed_items(
     for order, tight in _orders(items):
         if best is not None and time.monotonic() > deadline:
             break
-        offsets = _assign(items, order, base, ENDLESS if best is None else best[0], length, tight=tight)
-        if offsets is None:
+        offsets, failed = _assign(items, order, base, ENDLESS if best is None else best[0], length, tight=tight)
+        if failed is not None:
             continue
         height = max((offset + item.size for offset, item in zip(offsets, items)), default=base)
         best = height, offsets
         if height <= lowest:
             break
     assert best is not None
+    if search:
+        best = _lower(items, base, length, best, lowest, only=target > 0, deadline=deadline)
     for item, offset in zip(items, best[1]):
         item.offset = offset
     return every, aligned(max(base, best[0]))
@@ -162,13 +185,14 @@ def _items(
     return [item for item in items if item.size]
 
 
-def _live_peak(items: list[Item], length: int) -> int:
+def _live(items: list[Item], length: int) -> npt.NDArray[np.int64]:
+    """Bytes by entry."""
     change = np.zeros(length + 1, dtype=np.int64)
     for item in items:
         for first, last in item.spans:
             change[first] += item.size
             change[last + 1] -= item.size
-    return int(np.cumsum(change).max(initial=0))
+    return np.cumsum(change)
 
 
 def _orders(items: list[Item]) -> Iterable[tuple[list[int], bool]]:
@@ -186,12 +210,65 @@ def _orders(items: list[Item]) -> Iterable[tuple[list[int], bool]]:
     ]
     for key, tight in keys:
         yield sorted(every, key=key), tight
-    if len(items) <= FEW:
-        # Few items: chance finds what rules miss, always the same way.
-        chance = random.Random(0)
-        for _ in range(SHUFFLES):
-            weights = [math.log(1 + size[i]) + chance.gauss(0.0, 1.0) for i in every]
-            yield sorted(every, key=weights.__getitem__, reverse=True), chance.random() < 0.5
+
+
+def _lower(
+    items: list[Item], base: int, length: int, best: tuple[int, list[int]], goal: int, *, only: bool, deadline: float
+) -> tuple[int, list[int]]:
+    """(height, offsets) of at most `goal`, searched for where `best` is higher; unless that `only`, of heights between too."""
+    least = goal
+    for turn in range(1 if only else 1 + HALVINGS):
+        if best[0] <= least or time.monotonic() > deadline:
+            break
+        height = (least + best[0]) // 2 if turn else goal
+        found = _searched(items, base, length, height, deadline)
+        if found is None:
+            least = height if turn else least
+        else:
+            best = found
+    return best
+
+
+def _searched(items: list[Item], base: int, length: int, goal: int, deadline: float) -> tuple[int, list[int]] | None:
+    """(height, offsets) of at most `goal`; None where TRIES orders do not come to it. Chance is the same every time.
+
+    Layers are much alike: an order is tried on what is there while most is live, then on everything, and where that fails
+    on what is there then too.
+    """
+    few = len(items) <= FEW
+    like = [(item.size, number if few else NUMBER.sub("", item.name)) for number, item in enumerate(items)]
+    raised = dict.fromkeys(like, 0.0)
+    watched = np.zeros(length + 1, dtype=np.int64)
+
+    def watch(entry: int) -> list[int]:
+        watched[max(0, entry - AROUND) : min(length, entry + AROUND + 1)] = 1
+        before = np.concatenate([[0], np.cumsum(watched)])
+        return [
+            n for n, item in enumerate(items) if any(before[last + 1] > before[first] for first, last in item.spans)
+        ]
+
+    def assign(numbers: Iterable[int]) -> tuple[list[int], int | None]:
+        order = sorted(numbers, key=lambda number: (-math.log(items[number].size) - raised[like[number]], number))
+        return _assign(items, order, base, goal + 1, length, tight=False)
+
+    chance = random.Random(0)
+    looked = watch(int(_live(items, length).argmax()))
+    for turn in range(1, TRIES + 1):
+        if time.monotonic() > deadline:
+            break
+        offsets, failed = assign(looked)
+        if failed is None:
+            offsets, failed = assign(range(len(items)))
+            if failed is None:
+                return max((offset + item.size for offset, item in zip(offsets, items)), default=base), offsets
+            looked = watch(items[failed].spans[0][0])
+        if turn % RESTART == 0:
+            raised = dict.fromkeys(raised, 0.0)
+        raised[like[failed]] += chance.uniform(*AHEAD)
+        for kind in raised:
+            if chance.random() < CHANCE:
+                raised[kind] += chance.gauss(0.0, SPREAD)
+    return None
 
 
 Range = tuple[int, int]
@@ -290,10 +367,9 @@ def _join(ranges: list[Range], low: int, high: int) -> bool:
 
 def _assign(
     items: list[Item], order: list[int], base: int, below: int, length: int, *, tight: bool
-) -> list[int] | None:
-    """Offsets from `base` up, placed in `order` in the lowest (or tightest) gap that is free over an item's spans.
-
-    None as soon as an item ends at `below` or higher.
+) -> tuple[list[int], int | None]:
+    """Offsets from `base` up, placed in `order` in the lowest (or tightest) gap that is free over an item's spans; and the
+    first item that would end at `below` or higher, None where all are placed.
     """
     places = _Places(length)
     offsets = [0] * len(items)
@@ -301,11 +377,11 @@ def _assign(
         item = items[index]
         offset = gap(places.taken(item.spans), base, item.size, item.alignment, tight=tight)
         if offset + item.size >= below:
-            return None
+            return offsets, index
         offsets[index] = offset
         for begin, end in item.spans:
             places.add(offset, offset + item.size, begin, end)
-    return offsets
+    return offsets, None
 
 
 def gap(taken: list[Range], base: int, size: int, alignment: int, *, tight: bool) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from planner.carry_out import Schedule, carry_out
 from planner.layers import Layered
@@ -15,6 +15,8 @@ from planner.windows import Column
 
 GOOD = 4e-3
 """a plan of whole columns this near its bound is not worth another choice"""
+FAIR = 2e-2
+"""one farther away may be far from the best choice too"""
 RESERVE = 0.01
 """share of the limit left to gaps of the arena and to transfers, at first"""
 CHOICES = 5
@@ -77,6 +79,15 @@ class Attempt:
         if schedule is not None:
             self.found.append(schedule)
         return schedule, excess
+
+    def choose_anew(self, search: Search, choices: int = CHOICES, bound: float | None = None) -> None:
+        """As `choose`, as if nothing had been found yet; `bound`: another one for what it looks for."""
+        one = replace(self, bound=self.bound if bound is None else bound, found=[])
+        try:
+            one.choose(search, choices)
+        finally:
+            self.found += one.found
+            self.timely = self.timely and one.timely
 
     def choose(self, search: Search, choices: int = CHOICES) -> None:
         """Choose whole columns and carry them out, leaving more of the limit free until they find their places.

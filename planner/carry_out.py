@@ -15,6 +15,9 @@ from planner.overlap import clock, overlap
 from planner.segments import Segments
 from planner.windows import Column
 
+FREE = (0.0, 0.03, 0.07)
+"""shares of the arena that transfers moved by counting bytes leave to gaps, one after the other until all find a place"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -86,14 +89,18 @@ def _carry_out(
     if live > room:
         return None, live - room
     inputs = part.problem.inputs
-    train = overlap(joined.train, inputs, joined.resident, joined.sizes, room, deadline)
-    arena = place(train, joined.evaluate, joined.resident, joined.sizes, room, deadline)
-    if arena.bytes > room:
-        # What moved has made gaps: as drafted, and moved as far as what is placed then allows.
-        train, arena = overlap_in_place(joined, inputs, room, deadline)
-        if arena.bytes > room:
-            return None, arena.bytes - room
-    return _schedule(part, joined, train, arena, charged), arena.bytes - room
+    for share in FREE:
+        allowed = int((1 - share) * room)
+        if live > allowed:
+            break
+        train = overlap(joined.train, inputs, joined.resident, joined.sizes, allowed, deadline)
+        arena = place(train, joined.evaluate, joined.resident, joined.sizes, room, deadline, search=share > 0)
+        if arena.bytes <= room:
+            return _schedule(part, joined, train, arena, charged), arena.bytes - room
+    # What moved has made gaps: as drafted, and moved as far as what is placed then allows.
+    train, arena = overlap_in_place(joined, inputs, room, deadline)
+    excess = arena.bytes - room
+    return (None if excess > 0 else _schedule(part, joined, train, arena, charged)), excess
 
 
 def smallest_arena(problem: Layered, columns: tuple[Column, ...]) -> Schedule:
@@ -124,7 +131,7 @@ def smallest_cycle(parts: Sequence[Part]) -> Schedule:
     charged = _charged(parts[0].problem, drafts)
     found = []
     for part, joined in zip(parts, drafts, strict=True):
-        arena = place(joined.train, joined.evaluate, joined.resident, joined.sizes, _live(joined))
+        arena = place(joined.train, joined.evaluate, joined.resident, joined.sizes)
         found.append(_schedule(part, joined, joined.train, arena, charged))
     limit = max(schedule.arena.bytes for schedule in found) + charged
     moved, _ = carry_out_cycle(parts, limit)

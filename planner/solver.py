@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from planner.attempt import CARRY_SECONDS, GOOD, RESERVE, Attempt
+from planner.attempt import CARRY_SECONDS, FAIR, GOOD, RESERVE, Attempt
 from planner.carry_out import Part, Schedule, smallest_arena
 from planner.greedy import greedy
 from planner.layers import Layered
@@ -266,11 +266,14 @@ class Solver:
             attempt.choose(relaxed)
             if attempt.near(attempt.bound, GOOD):
                 return
-        # Where memory is too tight to look ahead, the relaxed choice is what there is.
-        search = careful if careful.columns()[2] else relaxed
+        # Where memory is too tight to look ahead, the relaxed choice is what there is; where it is nearly so, another one.
+        kept = careful.columns()[2]
         attempt.timely = attempt.timely and careful.timely
-        search.deadline = attempt.deadline
-        attempt.choose(search)
+        careful.deadline = relaxed.deadline = attempt.deadline
+        if kept:
+            attempt.choose(careful)
+        if not attempt.near(attempt.bound, FAIR):
+            attempt.choose_anew(relaxed)
 
     def _by_rules(self, attempt: Attempt, any_bound: float, most: float = float("inf")) -> None:
         """Where a fixed rule fits and may be faster, it is carried out too: while there is time for it, no plan is slower
@@ -306,12 +309,7 @@ class Solver:
                     best = attempt.best
                     if best is not None and best.seconds <= (1 - SLACK) * seconds:
                         break
-                    one = replace(attempt, bound=any_bound, found=[])
-                    try:
-                        one.choose(search, SEGMENTS_CHOICES)
-                    finally:
-                        attempt.found += one.found
-                        attempt.timely = attempt.timely and one.timely
+                    attempt.choose_anew(search, SEGMENTS_CHOICES, any_bound)
 
     def _greedily(self, attempt: Attempt) -> None:
         some = max(1, int(RESERVE * max(0, attempt.limit)))
