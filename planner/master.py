@@ -68,6 +68,8 @@ class Search:
     started: float = field(default_factory=time.monotonic)
     timely: bool = True
     """whether the search, for columns and for whole ones, came to its end before the deadline"""
+    worth_seconds: float = float("inf")
+    """a search for columns that shows that none of its plans is faster than this ends there"""
 
     @property
     def pool(self) -> Pool:
@@ -138,7 +140,8 @@ class Search:
             better = value - gain > best + self.tolerance / 16 * value
             best = max(best, value - gain)
             self.report("columns", value / MS, best / MS)
-            if not self.timely or value - best <= self.tolerance / 4 * value or not (new or better):
+            settled = value - best <= self.tolerance / 4 * value or not (new or better)
+            if not self.timely or settled or self.bound(best) > self.worth_seconds:
                 break
         return best, value, kept
 

@@ -260,19 +260,22 @@ class Solver:
             tolerance=CAREFUL_TOLERANCE,
             progress=attempt.progress,
         )
-        if not careful.holds():
+        short = not careful.holds()
+        if short:
             # Memory is short for looking ahead, and columns that save some are slow to find: first of all a plan.
             relaxed.deadline = attempt.deadline
             attempt.choose(relaxed)
             if attempt.near(attempt.bound, GOOD):
                 return
+            if attempt.best is not None:
+                careful.worth_seconds = attempt.best.seconds
         # Where memory is too tight to look ahead, the relaxed choice is what there is; where it is nearly so, another one.
-        kept = careful.columns()[2]
+        lower, _, kept = careful.columns()
         attempt.timely = attempt.timely and careful.timely
         careful.deadline = relaxed.deadline = attempt.deadline
-        if kept:
+        if kept and careful.bound(lower) <= careful.worth_seconds:
             attempt.choose(careful)
-        if not attempt.near(attempt.bound, FAIR):
+        if not short and not attempt.near(attempt.bound, FAIR):
             attempt.choose_anew(relaxed)
 
     def _by_rules(self, attempt: Attempt, any_bound: float, most: float = float("inf")) -> None:
