@@ -30,22 +30,24 @@ DIRECT_BYTES = 64 << 10
 LEAF = 64
 """entries"""
 FEW = 80
-"""items; each has a rank of its own in the orders searched, where there are more those of one name and size share one"""
+"""items at most that have a rank each in the orders searched; of more, those of one size and name, numbers aside, share one"""
 TRIES = 400
 """orders searched for one height"""
 HALVINGS = 4
 """heights tried in between where the lowest arena is asked for"""
 AROUND = 64
 """entries before and after one where places are short that are looked at together"""
+SPANS = 4
+"""of a tensor without a place that are looked at"""
 AHEAD = (0.3, 2.0)
 """by how much the logarithm of a size is raised for an item that found no place"""
 CHANCE, SPREAD = 0.2, 1.0
 """share of the other ranks that chance moves at the same time, and by how much"""
 RESTART = 20
-"""tries after which such a search begins anew"""
+"""tries after which all ranks are again as the sizes say"""
 ENDLESS = int(np.iinfo(np.int64).max)
 NUMBER = re.compile(r"\d+")
-"""what the names of equal tensors of different layers differ in"""
+"""what the names of equal tensors of different layers differ in; within a layer some that are merged too are not alike"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,10 @@ class Item:
     makers: list[int]
     """entries that make it; -1: it is there from the start"""
     offset: int = 0
+
+
+Placed = tuple[list[Item], int]
+"""every tensor in its place, and the bytes that they take"""
 
 
 def place(
@@ -99,8 +105,8 @@ def placed_items(
     deadline: float = math.inf,
     *,
     search: bool = True,
-) -> tuple[list[Item], int]:
-    """As `place`: every tensor in its place, and the bytes that they take."""
+) -> Placed:
+    """As `place`, item by item."""
     length = len(train) + len(evaluate)
     every = _items(train, evaluate, tuple(resident), sizes)
     lowest = max(target, int(_live(every, length).max(initial=0)))
@@ -125,7 +131,7 @@ def placed_items(
         if height <= lowest:
             break
     assert best is not None
-    if search:
+    if search or len(items) <= FEW:
         best = _lower(items, base, length, best, lowest, only=target > 0, deadline=deadline)
     for item, offset in zip(items, best[1]):
         item.offset = offset
@@ -218,7 +224,7 @@ def _lower(
     """(height, offsets) of at most `goal`, searched for where `best` is higher; unless that `only`, of heights between too."""
     least = goal
     for turn in range(1 if only else 1 + HALVINGS):
-        if best[0] <= least or time.monotonic() > deadline:
+        if best[0] <= least + (ALIGNMENT if turn else 0) or time.monotonic() > deadline:
             break
         height = (least + best[0]) // 2 if turn else goal
         found = _searched(items, base, length, height, deadline)
@@ -240,8 +246,9 @@ def _searched(items: list[Item], base: int, length: int, goal: int, deadline: fl
     raised = dict.fromkeys(like, 0.0)
     watched = np.zeros(length + 1, dtype=np.int64)
 
-    def watch(entry: int) -> list[int]:
-        watched[max(0, entry - AROUND) : min(length, entry + AROUND + 1)] = 1
+    def watch(*entries: int) -> list[int]:
+        for entry in entries:
+            watched[max(0, entry - AROUND) : min(length, entry + AROUND + 1)] = 1
         before = np.concatenate([[0], np.cumsum(watched)])
         return [
             n for n, item in enumerate(items) if any(before[last + 1] > before[first] for first, last in item.spans)
@@ -261,7 +268,7 @@ def _searched(items: list[Item], base: int, length: int, goal: int, deadline: fl
             offsets, failed = assign(range(len(items)))
             if failed is None:
                 return max((offset + item.size for offset, item in zip(offsets, items)), default=base), offsets
-            looked = watch(items[failed].spans[0][0])
+            looked = watch(*(first for first, _ in items[failed].spans[:SPANS]))
         if turn % RESTART == 0:
             raised = dict.fromkeys(raised, 0.0)
         raised[like[failed]] += chance.uniform(*AHEAD)

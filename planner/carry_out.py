@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from planner.arena import Arena, place
+from planner.arena import Arena, Placed, place, placed_items
 from planner.collector import paused_collector
 from planner.emit import Draft, Entry, draft, live_profile
 from planner.fitted import overlap_in_place
@@ -82,34 +83,39 @@ def carry_out(
 
 
 def _carry_out(
-    part: Part, joined: Draft, limit: int, charged: int, deadline: float = float("inf")
+    part: Part, joined: Draft, limit: int, charged: int, deadline: float, placed: Placed | None = None
 ) -> tuple[Schedule | None, int]:
+    """`placed`: the draft's tensors in their places, where these are known."""
     room = limit - charged
     live = _live(joined)
     if live > room:
         return None, live - room
     inputs = part.problem.inputs
+    tried: tuple[Entry, ...] = ()
     for share in FREE:
         allowed = int((1 - share) * room)
-        if live > allowed:
+        if live > allowed or (tried and time.monotonic() > deadline):
             break
         train = overlap(joined.train, inputs, joined.resident, joined.sizes, allowed, deadline)
+        if share > FREE[1] and train == tried:
+            continue
+        tried = train
         arena = place(train, joined.evaluate, joined.resident, joined.sizes, room, deadline, search=share > 0)
         if arena.bytes <= room:
             return _schedule(part, joined, train, arena, charged), arena.bytes - room
     # What moved has made gaps: as drafted, and moved as far as what is placed then allows.
-    train, arena = overlap_in_place(joined, inputs, room, deadline)
+    train, arena = overlap_in_place(joined, inputs, room, deadline, placed)
     excess = arena.bytes - room
     return (None if excess > 0 else _schedule(part, joined, train, arena, charged)), excess
 
 
-def smallest_arena(problem: Layered, columns: tuple[Column, ...]) -> Schedule:
+def smallest_arena(problem: Layered, columns: tuple[Column, ...], deadline: float = float("inf")) -> Schedule:
     """Schedule of the columns in the lowest arena found, with transfers moved as far as that allows."""
-    return smallest_cycle([Part(problem=problem, columns=columns)])
+    return smallest_cycle([Part(problem=problem, columns=columns)], deadline)
 
 
 @paused_collector()
-def carry_out_cycle(parts: Sequence[Part], limit: int) -> tuple[Schedule | None, int]:
+def carry_out_cycle(parts: Sequence[Part], limit: int, deadline: float = float("inf")) -> tuple[Schedule | None, int]:
     """Schedules of a policy's steps within `limit` bytes of arena and all their instructions, or the bytes by which one
     fails.
     """
@@ -117,7 +123,7 @@ def carry_out_cycle(parts: Sequence[Part], limit: int) -> tuple[Schedule | None,
     charged = _charged(parts[0].problem, drafts)
     found = []
     for part, joined in zip(parts, drafts, strict=True):
-        schedule, excess = _carry_out(part, joined, limit, charged)
+        schedule, excess = _carry_out(part, joined, limit, charged, deadline)
         if schedule is None:
             return None, excess
         found.append(schedule)
@@ -125,17 +131,18 @@ def carry_out_cycle(parts: Sequence[Part], limit: int) -> tuple[Schedule | None,
 
 
 @paused_collector()
-def smallest_cycle(parts: Sequence[Part]) -> Schedule:
+def smallest_cycle(parts: Sequence[Part], deadline: float = float("inf")) -> Schedule:
     """Schedules of a policy's steps in the lowest arena found, with transfers moved as far as that allows."""
     drafts = [part.draft() for part in parts]
     charged = _charged(parts[0].problem, drafts)
+    placed = [placed_items(one.train, one.evaluate, one.resident, one.sizes, deadline=deadline) for one in drafts]
+    limit = max(height for _, height in placed) + charged
     found = []
-    for part, joined in zip(parts, drafts, strict=True):
-        arena = place(joined.train, joined.evaluate, joined.resident, joined.sizes)
-        found.append(_schedule(part, joined, joined.train, arena, charged))
-    limit = max(schedule.arena.bytes for schedule in found) + charged
-    moved, _ = carry_out_cycle(parts, limit)
-    return moved or _in_turn(found)
+    for part, joined, items in zip(parts, drafts, placed, strict=True):
+        schedule, _ = _carry_out(part, joined, limit, charged, deadline, items)
+        assert schedule is not None
+        found.append(schedule)
+    return _in_turn(found)
 
 
 def _in_turn(steps: Sequence[Schedule]) -> Schedule:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner.arena import ENDLESS, Arena, Item, arena_of, gap, placed_items
+from planner.arena import ENDLESS, Arena, Item, Placed, arena_of, gap, placed_items
 from planner.emit import Draft, Entry
 from planner.graph import aligned
 from planner.overlap import Bytes, Facts, Inputs, best_order, facts_of, target_of
@@ -22,13 +22,13 @@ STRIDE = 8
 
 
 def overlap_in_place(
-    draft: Draft, inputs: Inputs, room: int, deadline: float = float("inf")
+    draft: Draft, inputs: Inputs, room: int, deadline: float = float("inf"), placed: Placed | None = None
 ) -> tuple[tuple[Entry, ...], Arena]:
     """The draft's training schedule with transfers moved in an arena of `room` bytes; one that is larger has none moved.
 
-    Past `deadline`, on the monotonic clock, the first arena and the first pass are what there is.
+    `placed`: its tensors in their places, where these are known. Past `deadline`, on the monotonic clock, the first arena and the first pass are what there is.
     """
-    items, height = placed_items(draft.train, draft.evaluate, draft.resident, draft.sizes, room, deadline)
+    items, height = placed or placed_items(draft.train, draft.evaluate, draft.resident, draft.sizes, room, deadline)
     if height > room:
         return draft.train, arena_of(items, height, len(draft.train))
     facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)

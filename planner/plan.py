@@ -104,7 +104,7 @@ class Planner:
         outcome = Outcome(schedule=None, bound_seconds=any_bound, any_bound_seconds=any_bound)
         below = budget_bytes < self.profile.device.floor.import_peak_bytes
         if not below and name != "solver":
-            outcome = self._follow(budget_bytes, name, any_bound)
+            outcome = self._follow(budget_bytes, name, any_bound, deadline)
         elif not below and (not self.solver.tight(budget_bytes) or self._holds(budget_bytes, deadline)):
             outcome = self.solver.solve(budget_bytes, deadline, progress, bound=any_bound)
         if outcome.schedule is None:
@@ -127,11 +127,13 @@ class Planner:
         least, timely = self.solver.least(now + LEAST_SHARE * (deadline - now))
         return not timely or least.peak_bytes <= budget_bytes
 
-    def _follow(self, budget_bytes: int, policy: str, bound: float) -> Outcome:
+    def _follow(self, budget_bytes: int, policy: str, bound: float, deadline: float) -> Outcome:
         parts = self._policy(policy)
         taken = max(part.problem.taken_bytes for part in parts)
-        schedule, _ = carry_out_cycle(parts, self.solver.room(budget_bytes) + self.problem.taken_bytes - taken)
-        return Outcome(schedule=schedule, bound_seconds=bound, any_bound_seconds=bound)
+        room = self.solver.room(budget_bytes) + self.problem.taken_bytes - taken
+        schedule, _ = carry_out_cycle(parts, room, deadline)
+        timely = time.monotonic() <= deadline
+        return Outcome(schedule=schedule, bound_seconds=bound, any_bound_seconds=bound, deterministic=timely)
 
     def _policy(self, policy: str) -> tuple[Part, ...]:
         if policy not in self._parts:

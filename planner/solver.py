@@ -275,7 +275,7 @@ class Solver:
         careful.deadline = relaxed.deadline = attempt.deadline
         if kept and careful.bound(lower) <= careful.worth_seconds:
             attempt.choose(careful)
-        if not short and not attempt.near(attempt.bound, FAIR):
+        if not short and not (kept and attempt.near(attempt.bound, FAIR)):
             attempt.choose_anew(relaxed)
 
     def _by_rules(self, attempt: Attempt, any_bound: float, most: float = float("inf")) -> None:
@@ -366,7 +366,7 @@ class Solver:
             chosen = search.choose(None)
         attempt = Attempt(problem=self.problem, limit=self.room(best.peak_bytes), deadline=deadline, started=now)
         if chosen is not None and attempt.carries_in_time():
-            lower = smallest_arena(self.problem, chosen)
+            lower = smallest_arena(self.problem, chosen, deadline)
             best = self._lowest = lower if lower.peak_bytes < best.peak_bytes else best
         floor = self.problem.profile.device.floor.import_peak_bytes
         for _ in range(MINIMUM_ROUNDS):

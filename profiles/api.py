@@ -22,8 +22,7 @@ from profiles.files import cache_directory
 from profiles.measure import measure
 from profiles.pack import build_store
 from profiles.processor import cpu_name, features
-from profiles.products import NARROW
-from profiles.register import decompositions, inference_decompositions
+from profiles.register import DECOMPOSITIONS, INFERENCE
 from profiles.schema import PROFILE_VERSION, Channel, Device, Floor, Model, Profile, Program, Tensor
 from profiles.sources import Source, resolve
 from profiles.store import Entry, Store, find_extent
@@ -125,11 +124,10 @@ def profile(
         path = build_store(found, cache_directory() / "stores", lambda done, total, name: report("pack", done, total))
         with Store.open(path) as opened:
             store, store_fingerprint = str(path), opened.fingerprint
-    narrow = NARROW if elsewhere is None else elsewhere.narrow
     traced = (
         _trace_module(found, dtype, report)
         if found.kind == "module"
-        else _trace_decoder(found, batch, seq, lora_rank, alpha, dtype, narrow, report)
+        else _trace_decoder(found, batch, seq, lora_rank, alpha, dtype, report)
     )
     if found.kind == "module":
         batch, seq_or_none, kind, lora = _first_dimension(traced), None, "module", None
@@ -209,19 +207,13 @@ def _fingerprint(source: Source, *settings: Any) -> str:
 
 
 def _trace_decoder(
-    source: Source, batch: int, seq: int, rank: int, alpha: float, dtype: str, narrow: bool, report: Progress
+    source: Source, batch: int, seq: int, rank: int, alpha: float, dtype: str, report: Progress
 ) -> Trace:
     shape = decoder_shape(source.config)
     with FakeTensorMode():
         module = Decoder(shape, dtype=DTYPES[dtype], rank=rank, alpha=alpha)
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
-    return trace(
-        module,
-        sample,
-        decompositions=decompositions(narrow=narrow),
-        inference=inference_decompositions(narrow=narrow),
-        progress=report,
-    )
+    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
 
 
 def _trace_module(source: Source, dtype: str, report: Progress) -> Trace:

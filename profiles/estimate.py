@@ -77,6 +77,7 @@ def estimate_profile(profile: Profile, on: DeviceDescription) -> Profile:
 
 def estimate_program(program: Program, on: DeviceDescription, *, keep_workspace: bool = False) -> Program:
     """`program` with the seconds, and unless told otherwise the workspace bytes, of its operators filled."""
+    program = _with_scratch(program, on)
     values = {value.name: value for value in program.values}
     operators = []
     for operator in program.operators:
@@ -87,6 +88,24 @@ def estimate_program(program: Program, on: DeviceDescription, *, keep_workspace:
             figures["workspace_bytes"] = operator_workspace(operator, values)
         operators.append(operator.model_copy(update=figures))
     return program.model_copy(update={"operators": operators})
+
+
+def _with_scratch(program: Program, on: DeviceDescription) -> Program:
+    """`program` with the loss head's scratch as a trace on the device plans it (`profiles.operators.head_chunk`)."""
+    values = {value.name: value for value in program.values}
+    operators = []
+    for operator in program.operators:
+        scratch = [values[name] for name in operator.outputs[1:] if name is not None]
+        if operator.target == "tightfit.head_chunk" and len(scratch) == 2:
+            narrow, wide = scratch
+            rounded = on.narrow and narrow.dtype != "float32"
+            shape = [wide.shape[0] if rounded else 1, wide.shape[1]]
+            item = narrow.bytes // math.prod(narrow.shape)
+            values[narrow.name] = narrow.model_copy(update={"shape": shape, "bytes": item * math.prod(shape)})
+            operators.append(operator.model_copy(update={"args": [*operator.args[:5], rounded]}))
+        else:
+            operators.append(operator)
+    return program.model_copy(update={"values": list(values.values()), "operators": operators})
 
 
 def estimate_tensor(tensor: Tensor, on: DeviceDescription) -> Tensor:

@@ -5,7 +5,6 @@ Only the tracing process imports this; the runtime calls `profiles.operators` di
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -231,25 +230,20 @@ lora_linear = torch.ops.tightfit.lora_linear.default
 _library.define("head_loss(Tensor hidden, Tensor weight, Tensor labels, int slice_rows) -> (Tensor, Tensor, Tensor)")
 
 
-def open_head(
-    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int, *, narrow: bool = NARROW
-) -> tuple[Tensor, Tensor, Tensor]:
-    state = _fold_slices(head_begin(hidden), hidden, weight, labels, slice_rows, narrow)
+def open_head(hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    state = _fold_slices(head_begin(hidden), hidden, weight, labels, slice_rows)
     return head_finish(state, head_rows(weight, labels), labels)  # type: ignore[no-any-return]
 
 
 def open_head_without_gradient(
-    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int, *, narrow: bool = NARROW
+    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int
 ) -> tuple[Tensor, Tensor, None]:
     """The same losses to the bit with half the arithmetic: no gradient is made along with them."""
-    state = _fold_slices(head_begin(hidden, False), hidden, weight, labels, slice_rows, narrow)
-    return *head_mean(state, labels), None
+    return *head_mean(_fold_slices(head_begin(hidden, False), hidden, weight, labels, slice_rows), labels), None
 
 
-def _fold_slices(
-    state: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int, narrow: bool
-) -> Tensor:
-    rounded = narrow and weight.dtype is not torch.float32
+def _fold_slices(state: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int) -> Tensor:
+    rounded = NARROW and weight.dtype is not torch.float32
     for start in range(0, weight.shape[0], slice_rows):
         state, *_ = head_chunk(state, hidden, weight[start : start + slice_rows], labels, start, rounded)
     return state
@@ -277,13 +271,7 @@ _library.impl("head_loss", open_head, "CPU")
 torch.library.register_fake("tightfit::head_loss", _head_fake, lib=_library)
 torch.library.register_autograd("tightfit::head_loss", _head_grad, setup_context=_head_setup, lib=_library)
 head_loss = torch.ops.tightfit.head_loss.default
-
-
-def decompositions(*, narrow: bool = NARROW) -> dict[Any, Callable[..., Any]]:
-    """Of the operators that a trace opens; `narrow`: the processor of the run multiplies bfloat16."""
-    return {head_loss: functools.partial(open_head, narrow=narrow), lora_linear: open_lora}
-
-
-def inference_decompositions(*, narrow: bool = NARROW) -> dict[Any, Callable[..., Any]]:
-    """Of those that are opened otherwise where no backward follows."""
-    return {head_loss: functools.partial(open_head_without_gradient, narrow=narrow)}
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {head_loss: open_head, lora_linear: open_lora}
+"""of operators that a trace opens"""
+INFERENCE: dict[Any, Callable[..., Any]] = {head_loss: open_head_without_gradient}
+"""of those that are opened otherwise where no backward follows"""

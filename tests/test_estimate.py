@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from damage import CONFIG
@@ -315,13 +316,21 @@ def test_the_head_has_scratch_for_bfloat16_where_the_device_multiplies_it(tmp_pa
     """Whatever the machine that traces does: 2 samples of 4 tokens in bfloat16, each chunk's second output."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     made = profile(str(tmp_path / "config.json"), seq=4, batch=2, device=device)
-    found = [
-        next(value.shape for value in program.values if value.name == op.outputs[1])
-        for program in made.programs
-        for op in program.operators
-        if op.target == "tightfit.head_chunk"
-    ]
-    assert {shape[0] for shape in found} == {rows}
+    for other in ("zen4-2core", "zen3-2core"):
+        moved = retarget(profile(str(tmp_path / "config.json"), seq=4, batch=2, device=other), find_device(device))
+        for one in (made, moved):
+            assert {(shape[0], size // math.prod(shape), rounded) for shape, size, rounded in scratch(one)} == {
+                (rows, 2, rows > 1)
+            }
+
+
+def scratch(made):
+    """(shape, bytes, whether products are rounded) of every chunk of the loss head"""
+    for program in made.programs:
+        values = {value.name: value for value in program.values}
+        for op in program.operators:
+            if op.target == "tightfit.head_chunk":
+                yield values[op.outputs[1]].shape, values[op.outputs[1]].bytes, op.args[5]
 
 
 def test_threads_belong_to_the_description():

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from examples.vision import residual_cnn, vision_transformer
 from profiles.decoder import Decoder, decoder_shape
 from profiles.errors import InputError
-from profiles.register import decompositions, inference_decompositions
+from profiles.register import DECOMPOSITIONS, INFERENCE
 from profiles.trace import Trace, trace
 
 RANK, ALPHA = 4, 8.0
@@ -25,7 +25,7 @@ def trace_decoder(config: dict[str, Any], dtype: torch.dtype, batch: int, seq: i
     with FakeTensorMode():
         module = Decoder(decoder_shape(config), dtype=dtype, rank=RANK, alpha=ALPHA)
         sample = {n: torch.zeros(batch, seq, dtype=torch.int64) for n in ("input_ids", "labels")}
-    return trace(module, sample, decompositions=decompositions(), inference=inference_decompositions())
+    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
 
 
 def random_weights(config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:

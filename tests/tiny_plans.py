@@ -47,7 +47,7 @@ def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dt
     """Profile of a small decoder with random packed weights; times are not measured."""
     from profiles.decoder import Decoder, decoder_shape
     from profiles.pack import build_store
-    from profiles.register import decompositions, inference_decompositions
+    from profiles.register import DECOMPOSITIONS, INFERENCE
     from profiles.sources import resolve
     from profiles.store import Store
     from profiles.trace import trace
@@ -62,7 +62,7 @@ def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dt
     with FakeTensorMode():
         module = Decoder(decoder_shape(source.config), dtype=getattr(torch, dtype), rank=rank, alpha=2.0 * rank)
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
-    traced = trace(module, sample, decompositions=decompositions(), inference=inference_decompositions())
+    traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
     model = Model(
         name="tiny", source=str(path), kind="decoder", config=source.config, lora={"rank": rank, "alpha": 2.0 * rank},
         store=str(store), store_fingerprint=fingerprint,

@@ -11,7 +11,7 @@ from profiles.decoder import Decoder, decoder_shape
 from profiles.describe import describe
 from profiles.devices import find_device
 from profiles.estimate import estimate_profile
-from profiles.register import decompositions, inference_decompositions
+from profiles.register import DECOMPOSITIONS, INFERENCE
 from profiles.schema import Model, Profile
 from profiles.store import find_extent
 from profiles.trace import trace
@@ -45,7 +45,7 @@ def decoder_profile(layers: int, *, batch: int = 1, seq: int = 256, **config: An
     with FakeTensorMode():
         module = Decoder(decoder_shape(settings), dtype=torch.bfloat16, rank=8, alpha=16.0)
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
-    traced = trace(module, sample, decompositions=decompositions(), inference=inference_decompositions())
+    traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
     entries = describe(settings)
     tensors = [
         tensor.model_copy(update={"packed_bytes": find_extent(entries, tensor.name).bytes})
