@@ -29,10 +29,10 @@ DIRECT_BYTES = 64 << 10
 
 LEAF = 64
 """entries"""
-FEW = 80
-"""items at most that have a rank each in the orders searched; of more, those of one size and name, numbers aside, share one"""
 TRIES = 400
-"""orders searched for one height"""
+"""orders searched for one height; in them tensors of one size and name, numbers aside, share a rank"""
+FEW = 80
+"""items at most that have a rank each in every other stretch of the search, which is then twice as long"""
 HALVINGS = 4
 """heights tried in between where the lowest arena is asked for"""
 AROUND = 64
@@ -242,8 +242,9 @@ def _searched(items: list[Item], base: int, length: int, goal: int, deadline: fl
     on what is there then too.
     """
     few = len(items) <= FEW
-    like = [(item.size, number if few else NUMBER.sub("", item.name)) for number, item in enumerate(items)]
-    raised = dict.fromkeys(like, 0.0)
+    alike = [(item.size, NUMBER.sub("", item.name)) for item in items]
+    single = [(item.size, f"{number}") for number, item in enumerate(items)]
+    like, raised = alike, dict.fromkeys(alike, 0.0)
     watched = np.zeros(length + 1, dtype=np.int64)
 
     def watch(*entries: int) -> list[int]:
@@ -260,7 +261,7 @@ def _searched(items: list[Item], base: int, length: int, goal: int, deadline: fl
 
     chance = random.Random(0)
     looked = watch(int(_live(items, length).argmax()))
-    for turn in range(1, TRIES + 1):
+    for turn in range(1, (2 if few else 1) * TRIES + 1):
         if time.monotonic() > deadline:
             break
         offsets, failed = assign(looked)
@@ -270,7 +271,8 @@ def _searched(items: list[Item], base: int, length: int, goal: int, deadline: fl
                 return max((offset + item.size for offset, item in zip(offsets, items)), default=base), offsets
             looked = watch(*(first for first, _ in items[failed].spans[:SPANS]))
         if turn % RESTART == 0:
-            raised = dict.fromkeys(raised, 0.0)
+            like = single if few and turn // RESTART % 2 else alike
+            raised = dict.fromkeys(like, 0.0)
         raised[like[failed]] += chance.uniform(*AHEAD)
         for kind in raised:
             if chance.random() < CHANCE:
