@@ -31,6 +31,8 @@ LEAF = 64
 """entries"""
 TRIES = 400
 """orders searched for one height; in them tensors of one size and name, numbers aside, share a rank"""
+WORK = 100_000
+"""tensors placed in such a search, about a second at most; counted, not timed, so that the same input gives the same arena"""
 FEW = 80
 """items at most that have a rank each in every other stretch of the search, which is then twice as long"""
 HALVINGS = 4
@@ -261,11 +263,14 @@ def _searched(items: list[Item], base: int, length: int, goal: int, deadline: fl
 
     chance = random.Random(0)
     looked = watch(int(_live(items, length).argmax()))
+    work = WORK
     for turn in range(1, (2 if few else 1) * TRIES + 1):
-        if time.monotonic() > deadline:
+        if work <= 0 or time.monotonic() > deadline:
             break
+        work -= len(looked)
         offsets, failed = assign(looked)
         if failed is None:
+            work -= len(items)
             offsets, failed = assign(range(len(items)))
             if failed is None:
                 return max((offset + item.size for offset, item in zip(offsets, items)), default=base), offsets

@@ -98,18 +98,22 @@ class Attempt:
         share = max(1, int(RESERVE * max(0, self.limit)))
         most = reserve = share
         exhausted = False
+        before: tuple[Column, ...] = ()
         for _ in range(choices):
             if not self.carries_in_time():
                 self.timely = False
                 break
             chosen = search.choose(self.limit - reserve)
+            if chosen == before:
+                reserve += 2 * share
+                chosen = search.choose(self.limit - reserve)
             self.timely = self.timely and search.timely
             if chosen is None:
                 if self.found or exhausted:
                     break
                 reserve, exhausted = 0, True
                 continue
-            first = not self.found
+            first, before = not self.found, chosen
             schedule, excess = self.carry(chosen, search.relaxation.segments)
             if schedule is None:
                 reserve += max(3 * excess // 2, share // 2)
