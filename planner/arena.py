@@ -80,24 +80,6 @@ Placed = tuple[list[Item], int]
 """every tensor in its place, and the bytes that they take"""
 
 
-def place(
-    train: tuple[Entry, ...],
-    evaluate: tuple[Entry, ...],
-    resident: Iterable[str],
-    sizes: dict[str, int],
-    target: int = 0,
-    deadline: float = math.inf,
-    *,
-    search: bool = True,
-) -> Arena:
-    """An arena of at most `target` bytes if one is found; with 0 the lowest that is. It stops at the live bytes.
-
-    Without `search` only the few orders are tried. Past `deadline`, on the monotonic clock, only the first order is tried.
-    """
-    items, height = placed_items(train, evaluate, resident, sizes, target, deadline, search=search)
-    return arena_of(items, height, len(train))
-
-
 def placed_items(
     train: tuple[Entry, ...],
     evaluate: tuple[Entry, ...],
@@ -108,7 +90,11 @@ def placed_items(
     *,
     search: bool = True,
 ) -> Placed:
-    """As `place`, item by item."""
+    """Every tensor in its place in an arena of at most `target` bytes if one is found; with 0 in the lowest that is. The
+    search stops at the live bytes.
+
+    Without `search` only the few orders are tried. Past `deadline`, on the monotonic clock, only the first order is tried.
+    """
     length = len(train) + len(evaluate)
     every = _items(train, evaluate, tuple(resident), sizes)
     lowest = max(target, int(_live(every, length).max(initial=0)))
@@ -128,9 +114,8 @@ def placed_items(
         offsets, failed = _assign(items, order, base, ENDLESS if best is None else best[0], length, tight=tight)
         if failed is not None:
             continue
-        height = max((offset + item.size for offset, item in zip(offsets, items)), default=base)
-        best = height, offsets
-        if height <= lowest:
+        best = _height(items, offsets, base), offsets
+        if best[0] <= lowest:
             break
     assert best is not None
     if search or len(items) <= FEW:
@@ -138,6 +123,10 @@ def placed_items(
     for item, offset in zip(items, best[1]):
         item.offset = offset
     return every, aligned(max(base, best[0]))
+
+
+def _height(items: list[Item], offsets: list[int], base: int) -> int:
+    return max((offset + item.size for offset, item in zip(offsets, items)), default=base)
 
 
 def arena_of(items: Iterable[Item], height: int, split: int) -> Arena:
@@ -273,7 +262,7 @@ def _searched(items: list[Item], base: int, length: int, goal: int, deadline: fl
             work -= len(items)
             offsets, failed = assign(range(len(items)))
             if failed is None:
-                return max((offset + item.size for offset, item in zip(offsets, items)), default=base), offsets
+                return _height(items, offsets, base), offsets
             looked = watch(*(first for first, _ in items[failed].spans[:SPANS]))
         if turn % RESTART == 0:
             like = single if few and turn // RESTART % 2 else alike

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from planner.arena import Arena, Placed, place, placed_items
+from planner.arena import Arena, Placed, arena_of, placed_items
 from planner.collector import paused_collector
 from planner.emit import Draft, Entry, draft, live_profile
 from planner.fitted import overlap_in_place
@@ -100,9 +100,11 @@ def _carry_out(
         if share > FREE[1] and train == tried:
             continue
         tried = train
-        arena = place(train, joined.evaluate, joined.resident, joined.sizes, room, deadline, search=share > 0)
-        if arena.bytes <= room:
-            return _schedule(part, joined, train, arena, charged), arena.bytes - room
+        items, height = placed_items(
+            train, joined.evaluate, joined.resident, joined.sizes, room, deadline, search=share > 0
+        )
+        if height <= room:
+            return _schedule(part, joined, train, arena_of(items, height, len(train)), charged), height - room
     # What moved has made gaps: as drafted, and moved as far as what is placed then allows.
     train, arena = overlap_in_place(joined, inputs, room, deadline, placed)
     excess = arena.bytes - room
