@@ -198,7 +198,7 @@ class Attention(nn.Module):
         if shape.head_norm:
             q = self.q_norm(q.view(-1, shape.head_dim)).view(q.shape)
             k = self.k_norm(k.view(-1, shape.head_dim)).view(k.shape)
-        y, _ = attention(q, k, v, cos, sin, mask, shape.heads, shape.kv_heads, shape.attention_scale)
+        y, *_ = attention(q, k, v, cos, sin, mask, shape.heads, shape.kv_heads, shape.attention_scale)
         return self.o_proj(y)  # type: ignore[no-any-return]
 
 

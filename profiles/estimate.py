@@ -39,8 +39,9 @@ UPDATE_PASSES = 7
 """AdamW: reads parameter, gradient and two states, writes three"""
 PRODUCTS = ("tightfit.projection", "tightfit.lora_")
 """operators that are matrix products and little else"""
-FLOAT32_INSIDE = frozenset({"tightfit.attention", "tightfit.attention_backward"})
-"""compute in float32 on a CPU whatever their inputs' type"""
+FLOAT32_INSIDE = {"tightfit.attention": 2, "tightfit.attention_backward": 3}
+"""compute in float32 on a CPU whatever their inputs' type; their output of this number is scratch for that, which `PASSES`
+knows of"""
 MIB = 1 << 20
 NARROW = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64")
 
@@ -91,7 +92,11 @@ def estimate_program(program: Program, on: DeviceDescription, *, keep_workspace:
 
 
 def _with_scratch(program: Program, on: DeviceDescription) -> Program:
-    """`program` with the loss head's scratch as a trace on the device plans it (`profiles.operators.head_chunk`)."""
+    """`program` with the loss head's scratch as a trace on the device plans it (`profiles.operators.head_chunk`), and attention's
+    as a card needs it: none, it computes in the tensors' own type.
+    """
+    from profiles.operators import attention_scratch
+
     values = {value.name: value for value in program.values}
     operators = []
     for operator in program.operators:
@@ -103,8 +108,18 @@ def _with_scratch(program: Program, on: DeviceDescription) -> Program:
             item = narrow.bytes // math.prod(narrow.shape)
             values[narrow.name] = narrow.model_copy(update={"shape": shape, "bytes": item * math.prod(shape)})
             operators.append(operator.model_copy(update={"args": [*operator.args[:5], rounded]}))
-        else:
-            operators.append(operator)
+            continue
+        number = FLOAT32_INSIDE.get(operator.target, len(operator.outputs))
+        if number < len(operator.outputs):
+            name = operator.outputs[number]
+            assert name is not None
+            tokens, seq, queries, keys = _attended(operator, values)
+            narrow, backward = values[operator.inputs[0]].dtype != "float32", operator.target.endswith("backward")
+            size = attention_scratch(tokens, seq, queries, keys, narrow=narrow, backward=backward)
+            shape = [1, 1] if on.kind == "cuda" else list(size)
+            update = {"shape": shape, "stride": [shape[1], 1], "bytes": 4 * math.prod(shape)}
+            values[name] = values[name].model_copy(update=update)
+        operators.append(operator)
     return program.model_copy(update={"values": list(values.values()), "operators": operators})
 
 
@@ -138,32 +153,43 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     """Transient heap bytes of an operator on a CPU, from its shapes.
 
     Our operators walk blocks of fixed size (`profiles.operators`), convolutions lay their windows out, matrix products
-    pack a panel. The largest operators are 2 to 50 % above what was measured for Qwen2.5-0.5B (1 × 256 tokens) and
-    SmolLM2-135M (16 × 64); so is a residual CNN's largest.
+    pack a panel. The largest operators are 0 to 70 % above what was measured for Qwen2.5-0.5B (1 × 256 and 1 × 1024 tokens),
+    Qwen2.5-3B and SmolLM2-135M (16 × 64); a residual CNN's largest 2 to 50 %.
     """
     from profiles.operators import ATTENTION_TOKENS, BLOCK_ELEMENTS, HEAD_ROWS, STATE_COLUMNS
 
     target, touched = operator.target, _touched(operator, values)
     if target in FLOAT32_INSIDE:
-        backward = target.endswith("backward")
-        queries, keys, table = (values[operator.inputs[at]] for at in ((1, 2, 6) if backward else (0, 1, 3)))
-        tokens = min(queries.shape[0], max(ATTENTION_TOKENS, table.shape[0]))
-        in_and_out = 8 * tokens * (math.prod(queries.shape[1:]) + math.prod(keys.shape[1:]))
-        return in_and_out * (33 if backward else 25) // 10
+        tokens, seq, queries, keys = _attended(operator, values)
+        together = 4 * min(tokens, max(ATTENTION_TOKENS, seq))
+        if target.endswith("backward"):
+            return (together * (queries + 2 * keys) + MIB) * 13 // 10
+        return together * queries * 6 // 5 + 3 * MIB // 5
     if target == "tightfit.head_chunk":
         if values[operator.inputs[0]].shape[1] == STATE_COLUMNS:
             return min(touched, 2 * MIB // 5)
-        return 6 * HEAD_ROWS * values[operator.inputs[1]].shape[1] + 9 * MIB // 10
+        return 2 * HEAD_ROWS * values[operator.inputs[1]].shape[1] + 5 * MIB // 4
     if target.startswith("tightfit.") and not target.startswith(PRODUCTS):
-        return min(8 * 4 * BLOCK_ELEMENTS, 4 * touched)
+        return min(5 * 4 * BLOCK_ELEMENTS, 4 * touched)
     if "convolution" in target:
         return 7 * touched // 4
     return min(touched, 3 * MIB // 4)
 
 
+def _attended(operator: Operator, values: Mapping[str, Value]) -> tuple[int, int, int, int]:
+    """Of attention or its backward: tokens, tokens of a sample, columns of the queries and of the keys."""
+    backward = operator.target.endswith("backward")
+    made = operator.outputs[0]
+    assert made is not None
+    # Like the queries, which may lie head by head in their own storage.
+    tokens, queries = values[made].shape
+    keys = math.prod(values[operator.inputs[2 if backward else 1]].shape) // tokens
+    return tokens, values[operator.inputs[6 if backward else 3]].shape[0], queries, keys
+
+
 def _touched(operator: Operator, values: Mapping[str, Value]) -> int:
     """Bytes read and written, each storage once; a table that rows are gathered from is not read as a whole."""
-    names = [*operator.inputs, *filter(None, operator.outputs)]
+    names = [*operator.inputs, *filter(None, operator.outputs[: FLOAT32_INSIDE.get(operator.target)])]
     return sum(values[name].bytes for name in names if name not in operator.gathers)
 
 

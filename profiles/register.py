@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from profiles.operators import OPERATORS, STATE_COLUMNS, head_scratch
+from profiles.operators import OPERATORS, STATE_COLUMNS, attention_scratch, head_scratch
 from profiles.products import NARROW
 
 _library = torch.library.Library("tightfit", "DEF")
@@ -39,6 +39,12 @@ def _define(name: str, schema: str, shapes: Callable[..., Sequence[Tensor]]) -> 
 
 def _same(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _attention_scratch(q: Tensor, k: Tensor, cos: Tensor, *, backward: bool) -> Tensor:
+    narrow = q.dtype is not torch.float32
+    size = attention_scratch(q.shape[0], cos.shape[0], q.shape[1], k.shape[1], narrow=narrow, backward=backward)
+    return q.new_empty(size, dtype=torch.float32)
 
 
 rms_norm = _define(
@@ -71,17 +77,21 @@ projection_backward = _define(
 )
 attention = _define(
     "attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? mask, int heads, int kv_heads, float scale) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? mask, int heads, int kv_heads, float scale) -> (Tensor, Tensor, Tensor)",
     lambda q, k, v, cos, sin, mask, heads, kv, scale: (
         _same(q),
         q.new_empty((q.shape[0] // cos.shape[0], heads, cos.shape[0]), dtype=torch.float32),
+        _attention_scratch(q, k, cos, backward=False),
     ),
 )
 attention_backward = _define(
     "attention_backward",
     "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor cos, Tensor sin, Tensor? mask,"
-    " int heads, int kv_heads, float scale) -> (Tensor, Tensor, Tensor)",
-    lambda dy, q, k, v, y, lse, cos, sin, mask, heads, kv, scale: (_same(q), _same(k), _same(v)),
+    " int heads, int kv_heads, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, q, k, v, y, lse, cos, sin, mask, heads, kv, scale: (
+        *map(_same, (q, k, v)),
+        _attention_scratch(q, k, cos, backward=True),
+    ),
 )
 gated = _define("gated", "(Tensor gate, Tensor up, str activation) -> Tensor", lambda g, u, a: (_same(g),))
 gated_backward = _define(
@@ -164,12 +174,13 @@ def _rms_grad(ctx: Any, dy: Tensor, _: Any) -> Any:
 
 def _attention_setup(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, cos, sin, mask, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, cos, sin, mask)
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output[:2], cos, sin, mask)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _attention_grad(ctx: Any, dy: Tensor, _: Any) -> Any:
-    return *attention_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.rest), None, None, None, None, None, None
+def _attention_grad(ctx: Any, dy: Tensor, _: Any, __: Any) -> Any:
+    dq, dk, dv, _ = attention_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.rest)
+    return dq, dk, dv, None, None, None, None, None, None
 
 
 def _gated_setup(ctx: Any, inputs: Any, output: Any) -> None:

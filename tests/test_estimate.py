@@ -138,23 +138,24 @@ def test_unpacking_and_updates_by_hand():
 
 @pytest.mark.parametrize(
     ("given", "shapes", "measured"),
-    [  # peak of the heap beyond inputs and outputs, as measured on two Zen 4 cores
-        ("tightfit.attention", {"q": (256, 896), "k": (256, 128), "v": (256, 128), "c": (256, 32), "y": (256, 896)}, 3.05),
-        ("tightfit.attention", {"q": (1024, 576), "k": (1024, 192), "v": (1024, 192), "c": (64, 32), "y": (1024, 576)}, 3.65),
-        ("tightfit.head_chunk", {"s": (256, 899), "h": (256, 896), "w": (2048, 896), "y": (256, 899)}, 1.70),
-        ("tightfit.head_chunk", {"s": (1024, 579), "h": (1024, 576), "w": (4096, 576), "y": (1024, 579)}, 1.42),
+    [  # peak of the heap beyond inputs and outputs, as measured on two Zen 5 cores
+        ("tightfit.attention", {"q": (256, 896), "k": (256, 128), "v": (256, 128), "c": (256, 32), "y": (256, 896)}, 1.39),
+        ("tightfit.attention", {"q": (1024, 576), "k": (1024, 192), "v": (1024, 192), "c": (64, 32), "y": (1024, 576)}, 1.15),
+        ("tightfit.attention_backward", {"d": (256, 896), "q": (256, 896), "k": (256, 128), "v": (256, 128), "a": (256, 896), "s": (1, 14, 256), "c": (256, 32), "y": (256, 896)}, 1.66),
+        ("tightfit.head_chunk", {"s": (256, 899), "h": (256, 896), "w": (2048, 896), "y": (256, 899)}, 1.33),
+        ("tightfit.head_chunk", {"s": (1024, 579), "h": (1024, 576), "w": (4096, 576), "y": (1024, 579)}, 1.48),
         ("tightfit.head_chunk", {"s": (256, 3), "h": (256, 896), "w": (2048, 896), "y": (256, 3)}, 0.26),
         ("tightfit.head_chunk", {"s": (1024, 3), "h": (1024, 576), "w": (4096, 576), "y": (1024, 3)}, 0.26),
-        ("tightfit.projection", {"x": (256, 896), "w": (4864, 896), "l": (256, 8), "y": (256, 4864)}, 0.36),
-        ("tightfit.lora_backward", {"d": (1024, 1536), "x": (1024, 576), "l": (1024, 8), "y": (1024, 8)}, 0.66),
-        ("tightfit.rms_norm", {"x": (256, 896), "w": (896,), "y": (256, 896)}, 1.75),
+        ("tightfit.projection", {"x": (256, 896), "w": (4864, 896), "l": (256, 8), "y": (256, 4864)}, 0.34),
+        ("tightfit.lora_backward", {"d": (256, 4864), "x": (256, 896), "l": (256, 8), "y": (256, 8)}, 0.43),
+        ("tightfit.rms_norm", {"x": (256, 896), "w": (896,), "y": (256, 896)}, 1.37),
     ],
 )  # fmt: skip
 def test_workspace_is_above_what_was_measured(given, shapes, measured):
     wide = {"s", "w"} if given == "tightfit.rms_norm" else {"s", "c"}
     values = values_of(**{n: ("float32" if n in wide else "bfloat16", *shape) for n, shape in shapes.items()})
     found = operator_workspace(operator(given, list(shapes)[:-1], "y"), values) / MIB
-    assert measured <= found <= 2.1 * measured
+    assert measured <= found <= 2.3 * measured
 
 
 def with_flops(profile, flops=1e9):

@@ -65,13 +65,13 @@ def test_flipped_bits(made, tmp_path):
 def test_another_version(made, tmp_path):
     for version, age in ((1, "an older"), (7, "a newer")):
         edited = f'"version":{version}'.encode()
-        text = damaged(made, tmp_path, lambda data, edited=edited: data.replace(b'"version":2', edited, 1))
-        assert f"written by {age} version of tightfit (plan version {version}, this one reads version 2)" in text
+        text = damaged(made, tmp_path, lambda data, edited=edited: data.replace(b'"version":3', edited, 1))
+        assert f"written by {age} version of tightfit (plan version {version}, this one reads version 3)" in text
 
 
 def test_no_plan_at_all(made, tmp_path):
     assert "not a plan" in damaged(made, tmp_path, lambda data: b"[1, 2]")
-    profile = json.dumps({"version": 2, "programs": [], "layers": []}).encode()
+    profile = json.dumps({"version": 3, "programs": [], "layers": []}).encode()
     assert "a profile, not a plan" in damaged(made, tmp_path, lambda data: profile)
 
 

