@@ -9,13 +9,13 @@ from runtime.process import memory, trim_heap
 
 INSTRUCTION_BYTES = 50
 """int32 words of an average instruction, and the numbers and names of its tensors."""
-HEAP_SLACK_BYTES = 3 << 19
+HEAP_SLACK_BYTES = 7 << 18
 """What a run holds beyond this floor, its kernels and operators, its arena and the largest workspace: the job's own tables
 and holes in the heap between long-lived blocks; the same from the second step on, because free pages are given back after every step."""
 HOLES_PER_WORKSPACE = 0.3
 """Further holes, as a part of the largest workspace: what forwards leave free is not always where a backward needs it. Both
-together are 4.3 MiB for a workspace of 9.3 MiB, where every run of Qwen2.5-3B needed 3.3, and runs of Qwen2.5-1.5B, whose
-workspace is 8.8 MiB, 0.6; 2.9 MiB for one of 4.6 MiB, where SmolLM2-135M needed 0.4 to 1.3."""
+together are 2.3 MiB for a workspace of 2 MiB, where runs of SmolLM2-135M needed 0.9 to 1.7; 2.7 MiB for one of 3.3 MiB, where
+Qwen2.5-3B needed 0.5 to 0.9; 3.9 MiB for one of 7.1 MiB, where Qwen2.5-0.5B with 1024 tokens needed 0.3 to 0.7."""
 IMPORT_SLACK_BYTES = 2 << 20
 """How much the peak of the start varies with what the page cache holds."""
 

@@ -46,7 +46,7 @@ def test_losses_are_those_of_transformers(tmp_path: Path) -> None:
             weights[tensor.name] = torch.empty(tensor.shape)
             initialise(tensor.name, 0, weights[tensor.name])
     model = peft_model(made.model.config, weights, RANK, 16.0, torch.bfloat16)
-    batches = open_batches(str(next((tmp_path / "out" / "data").glob("texts*"))), 0)
+    batches = open_batches(str(next((tmp_path / "out" / "data").glob("train*"))), 0)
     inputs, labels = (torch.empty(len(TEXTS), SEQ, dtype=torch.int64) for _ in range(2))
     batches.training(0, [inputs, labels])
     batches.close()
