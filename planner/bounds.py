@@ -8,9 +8,14 @@ is limited; a linear program trades it at its best.
 It asks only for what must happen at least once. To make a tensor again is charged one more run of its maker, not what the
 maker reads; so the bound also holds for schedules that make that again in turn: whole layers, layer inputs among them, any
 number of times. What runs again reads weights again, which is left out too; and every operator is at least one instruction.
+
+What costs and frees the same, as the tensors of equal layers do, stands in the program once, with its number: of any answer
+the mean over such tensors is another one, of the same time and the same bytes.
 """
 
 from __future__ import annotations
+
+from collections import Counter
 
 from planner.graph import StepGraph, state_names
 from planner.layers import ALWAYS, Layered, compute_seconds, transfer_seconds
@@ -102,67 +107,72 @@ class AnySchedule:
         self.program.at_least(Linear.sum(shares), 1.0)
 
     def _activations(self) -> None:
-        runs: dict[int, int] = {}
         device = self.profile.device
+        made: dict[int, list[int]] = {}
+        """maker -> bytes of what it makes before the loss that is read after it"""
         for storage in self.graph.storages.values():
             if storage.kind in ALWAYS or storage.kind == "weight" or not storage.bytes:
                 continue
             before = [index for index in storage.producers if index in self.earlier]
             read = any(index in self.later for index in storage.consumers)
-            if not before or not read or len(before) != len(storage.producers):
-                continue
-            kept, moved = self._share(), self._share()
-            self.at_pivot[kept] = storage.bytes / KIB
-            trip = transfer_seconds(device.write, storage.bytes) + transfer_seconds(device.read, storage.bytes)
-            self.disk[moved] = trip * MS
-            cost = compute_seconds(device.write, storage.bytes) + compute_seconds(device.read, storage.bytes)
-            self.compute[moved] = cost * MS
-            row = [kept, moved]
-            maker = self.graph.steps[before[-1]]
-            if maker.recomputable:
-                if maker.index not in runs:
-                    runs[maker.index] = self._share()
-                    self.compute[runs[maker.index]] = maker.seconds * MS
-                row.append(runs[maker.index])
-            self._one_of(row)
+            if before and read and len(before) == len(storage.producers):
+                made.setdefault(before[-1], []).append(storage.bytes)
+        alike: Counter[tuple[float | None, tuple[int, ...]]] = Counter()
+        for index, sizes in made.items():
+            maker = self.graph.steps[index]
+            alike[maker.seconds if maker.recomputable else None, tuple(sorted(sizes))] += 1
+        for (seconds, together), count in alike.items():
+            again = None
+            if seconds is not None:
+                again = self._share()
+                self.compute[again] = count * seconds * MS
+            for size in together:
+                kept, moved = self._share(), self._share()
+                self.at_pivot[kept] = count * size / KIB
+                trip = transfer_seconds(device.write, size) + transfer_seconds(device.read, size)
+                self.disk[moved] = count * trip * MS
+                cost = compute_seconds(device.write, size) + compute_seconds(device.read, size)
+                self.compute[moved] = count * cost * MS
+                self._one_of([kept, moved] if again is None else [kept, moved, again])
 
     def _weights(self) -> None:
         read = self.profile.device.read
+        alike: Counter[tuple[bool, int, int, float]] = Counter()
         for tensor in self.profile.tensors:
             if tensor.kind != "weight":
                 continue
             uses = self.graph.storages[tensor.name].consumers
-            for moment, needed in (
-                (self.at_pivot, any(index in self.later for index in uses)),
-                (self.at_boundary, any(index in self.earlier for index in uses)),
-            ):
-                if not needed:
-                    continue
-                unpacked, packed, unpacking, reading = (self._share() for _ in range(4))
-                moment[unpacked] = tensor.bytes / KIB
-                moment[packed] = tensor.packed_bytes / KIB
-                self.compute[unpacking] = tensor.unpack_seconds * MS
-                self.compute[reading] = compute_seconds(read, tensor.packed_bytes) * MS
-                self.disk[reading] = transfer_seconds(read, tensor.packed_bytes) * MS
-                self._one_of([unpacking, unpacked])
-                self._one_of([reading, unpacked, packed])
+            for pivot, moment in ((True, self.later), (False, self.earlier)):
+                if any(index in moment for index in uses):
+                    alike[pivot, tensor.bytes, tensor.packed_bytes, tensor.unpack_seconds] += 1
+        for (pivot, size, packed_size, unpack_seconds), count in alike.items():
+            held = self.at_pivot if pivot else self.at_boundary
+            unpacked, packed, unpacking, reading = (self._share() for _ in range(4))
+            held[unpacked] = count * size / KIB
+            held[packed] = count * packed_size / KIB
+            self.compute[unpacking] = count * unpack_seconds * MS
+            self.compute[reading] = count * compute_seconds(read, packed_size) * MS
+            self.disk[reading] = count * transfer_seconds(read, packed_size) * MS
+            self._one_of([unpacking, unpacked])
+            self._one_of([reading, unpacked, packed])
 
     def _states(self) -> None:
         device = self.profile.device
         count = int(self.profile.optimizer.get("state_tensors", 2))
+        alike: Counter[int] = Counter()
         for tensor in self.profile.tensors:
             if tensor.kind != "trainable":
                 continue
             gradient = self.graph.storages.get(f"grad:{tensor.name}")
-            if gradient is None or not all(index in self.later for index in gradient.producers):
-                continue
-            for _ in state_names(tensor.name, count):
-                for moment, channel in ((self.at_pivot, device.read), (self.at_boundary, device.write)):
-                    kept, moved = self._share(), self._share()
-                    moment[kept] = tensor.bytes / KIB
-                    self.disk[moved] = transfer_seconds(channel, tensor.bytes) * MS
-                    self.compute[moved] = compute_seconds(channel, tensor.bytes) * MS
-                    self._one_of([kept, moved])
+            if gradient is not None and all(index in self.later for index in gradient.producers):
+                alike[tensor.bytes] += len(state_names(tensor.name, count))
+        for size, states in alike.items():
+            for held, channel in ((self.at_pivot, device.read), (self.at_boundary, device.write)):
+                kept, moved = self._share(), self._share()
+                held[kept] = states * size / KIB
+                self.disk[moved] = states * transfer_seconds(channel, size) * MS
+                self.compute[moved] = states * compute_seconds(channel, size) * MS
+                self._one_of([kept, moved])
 
 
 def _weighted(terms: dict[int, float]) -> Linear:

@@ -26,6 +26,8 @@ from planner.graph import STATES
 
 LEADS = (1.05, 1.5, 3.0)
 """how much longer than measured a transfer may take, as the pass assumes it: the best for the whole step is taken"""
+LITTLE = 1e-3
+"""share of a step's time spent waiting that is not worth another pass"""
 Inputs = Mapping[tuple[int, int], tuple[str, ...]]
 
 
@@ -102,7 +104,7 @@ def best_order(
         # A longer lead fills more memory, and a full arena is harder to pack: it has to earn that.
         if timing.seconds < shortest * (1 - 1e-4):
             best, shortest = (order, there), timing.seconds
-        if not timing.stalls:
+        if timing.stalls <= LITTLE * timing.seconds:
             break
     return best
 

@@ -260,6 +260,11 @@ class Solver:
             tolerance=CAREFUL_TOLERANCE,
             progress=attempt.progress,
         )
+        if self.found:
+            # What was priced for other budgets often does here as well.
+            attempt.choose(careful, 1)
+            if attempt.near(attempt.bound, GOOD):
+                return
         short = not careful.holds()
         if short:
             # Memory is short for looking ahead, and columns that save some are slow to find: first of all a plan.

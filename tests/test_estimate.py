@@ -325,6 +325,31 @@ def test_the_head_has_scratch_for_bfloat16_where_the_device_multiplies_it(tmp_pa
             }
 
 
+def test_attention_has_scratch_where_the_device_needs_it(tmp_path):
+    """On a CPU float32 copies of 8 tokens; a card attends in bfloat16, and what was planned for one comes back for a CPU."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    on_card = profile(str(tmp_path / "config.json"), seq=4, batch=2, device="rtx-4060")
+    on_cpu = profile(str(tmp_path / "config.json"), seq=4, batch=2, device="zen4-2core")
+    due = attention_scratches(on_cpu)
+    width = CONFIG["hidden_size"] // CONFIG["num_attention_heads"]
+    q, k = CONFIG["hidden_size"], width * CONFIG["num_key_value_heads"]
+    assert due == {("attention", 8, q + 2 * k, 4), ("attention_backward", 8, 3 * q + 2 * k, 4)}
+    assert attention_scratches(on_card) == {("attention", 1, 1, 4), ("attention_backward", 1, 1, 4)}
+    assert attention_scratches(retarget(on_card, find_device("zen4-2core"))) == due
+
+
+def attention_scratches(made):
+    """(operator, rows, columns, bytes of a number) of all programs"""
+    found = set()
+    for program in made.programs:
+        values = {value.name: value for value in program.values}
+        for op in program.operators:
+            if "attention" in op.target:
+                last = values[op.outputs[-1]]
+                found.add((op.target.removeprefix("tightfit."), *last.shape, last.bytes // math.prod(last.shape)))
+    return found
+
+
 def scratch(made):
     """(shape, bytes, whether products are rounded) of every chunk of the loss head"""
     for program in made.programs:

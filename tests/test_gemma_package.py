@@ -25,7 +25,8 @@ TEXTS = (
 )
 
 
-def test_losses_are_those_of_transformers(tmp_path: Path) -> None:
+def test_losses_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "cache"))
     source = gemma_file(tmp_path)
     if source is None:
         pytest.skip(f"{PACKAGE} is not installed")

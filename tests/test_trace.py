@@ -19,6 +19,8 @@ from profiles.register import DECOMPOSITIONS, INFERENCE
 from profiles.trace import Trace, trace
 
 RANK, ALPHA = 4, 8.0
+SIZES = [(3, 29), (11, 29), (1, 300)]
+"""(batch, tokens): attention in one call, in two of which the last has fewer samples, and of one sample longer than usual"""
 
 
 def trace_decoder(config: dict[str, Any], dtype: torch.dtype, batch: int, seq: int) -> Trace:
@@ -43,7 +45,7 @@ def random_batch(config: dict[str, Any], batch: int, seq: int) -> dict[str, torc
     tokens = torch.randint(0, config["vocab_size"], (batch, seq), generator=generator)
     labels = torch.full((batch, seq), -100)
     for row in range(batch):
-        length = seq - 5 * row
+        length = seq - 5 * (row % 5)
         labels[row, length // 3 : length - 1] = tokens[row, length // 3 + 1 : length]
         tokens[row, length:] = 0
     return {"input_ids": tokens, "labels": labels}
@@ -80,9 +82,10 @@ def relative_error(own: torch.Tensor, exact: torch.Tensor) -> float:
     return float((own - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize(("batch", "seq"), SIZES)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_float32_loss_and_lora_gradients_match_autograd(family: str) -> None:
-    config, (batch, seq) = CONFIGS[family], (3, 29)
+def test_float32_loss_and_lora_gradients_match_autograd(family: str, batch: int, seq: int) -> None:
+    config = CONFIGS[family]
     weights, data = random_weights(config, torch.float32), random_batch(config, batch, seq)
     made = interpret(trace_decoder(config, torch.float32, batch, seq), weights, data)
     loss, gradients = reference(config, weights, data, torch.float32)
@@ -92,11 +95,12 @@ def test_float32_loss_and_lora_gradients_match_autograd(family: str) -> None:
         assert relative_error(made[f"grad:{name}"], exact) < 1e-4, name
 
 
+@pytest.mark.parametrize(("batch", "seq"), SIZES)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(family: str) -> None:
+def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(family: str, batch: int, seq: int) -> None:
     """Exact: float32 autograd on the same bfloat16-rounded weights. The yardstick: autograd in bfloat16, over all tensors,
     since gradients of q and k are small differences whose single errors are chance."""
-    config, (batch, seq) = CONFIGS[family], (3, 29)
+    config = CONFIGS[family]
     weights, data = random_weights(config, torch.bfloat16), random_batch(config, batch, seq)
     made = interpret(trace_decoder(config, torch.bfloat16, batch, seq), weights, data)
     loss, exact = reference(config, {n: w.float() for n, w in weights.items()}, data, torch.float32)

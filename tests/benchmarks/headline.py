@@ -36,6 +36,8 @@ BASELINE_NAMES = dict(zip(CAPS, ("qwen0.5b", "qwen1.5b", "qwen3b", "gemma1b", "g
 RATIOS = (1.0, 1.25, 1.5, 2.0, 4.0)
 RULES = ("mebp", "mesp", "keep-all", "mezo", "lcsb")
 UNLIMITED = 64 << 30
+USUAL = "transformers + peft"
+FOUR_BIT = f"{USUAL} + NF4 + checkpointing"
 PUBLISHED = {128: (253, 111), 256: (361, 136), 512: (582, 246), 1024: (1050, 514)}
 """Qwen2.5-0.5B by tokens: MB of MeBP and of MeSP, as MeSP's authors report them."""
 
@@ -124,14 +126,13 @@ def least_memory(name: str, seq: int, steps: int, time_limit: float, out: Path) 
 
 def baselines(name: str, seq: int, baseline: Path | None, qlora: Path | None) -> list[Callable[[], Row]]:
     """What people run today, each in a process of its own."""
-    usual = "transformers + peft"
     known = BASELINE_NAMES[name]
     takers: list[Callable[[], Row]] = []
     if baseline is not None:
-        takers.append(partial(_baseline, name, usual, [str(baseline), known, "0", str(seq)]))
-        takers.append(partial(_baseline, name, f"{usual} + checkpointing", [str(baseline), known, "1", str(seq)]))
+        takers.append(partial(_baseline, name, USUAL, [str(baseline), known, "0", str(seq)]))
+        takers.append(partial(_baseline, name, f"{USUAL} + checkpointing", [str(baseline), known, "1", str(seq)]))
     if qlora is not None:
-        takers.append(partial(_baseline, name, f"{usual} + NF4 + checkpointing", [str(qlora), known, str(seq)]))
+        takers.append(partial(_baseline, name, FOUR_BIT, [str(qlora), known, str(seq)]))
     return takers
 
 
@@ -174,11 +175,11 @@ def show(rows: list[Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    reference = {
-        row["model"]: row["step_seconds"]["measured"]
-        for row in rows
-        if row["what"] == "transformers + peft" and "step_seconds" in row
-    }
+    def reference(what: str) -> dict[str, float]:
+        """Seconds of a baseline by model."""
+        return {r["model"]: r["step_seconds"]["measured"] for r in rows if r["what"] == what and "step_seconds" in r}
+
+    references = [reference(USUAL), reference(FOUR_BIT)]
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("model")
     table.add_column("")
@@ -190,13 +191,16 @@ def show(rows: list[Row]) -> None:
         "step, s: predicted",
         "measured",
         "to baseline",
+        "to NF4",
         "gap",
     )
     for heading in headings:
         table.add_column(heading, justify="right")
     for row in rows:
         peak, step = row.get("peak_bytes", {}), row.get("step_seconds", {})
-        known, needed = reference.get(row["model"]), row.get("minimum_budget_bytes")
+        needed = row.get("minimum_budget_bytes")
+        # Of another length than the baselines' there is nothing to compare with.
+        known = [None if "note" in row else seconds.get(row["model"]) for seconds in references]
         table.add_row(
             row["model"],
             row["what"] + (f" (needs {_mib(needed)} MiB)" if needed else "") + row.get("note", ""),
@@ -206,7 +210,7 @@ def show(rows: list[Row]) -> None:
             _mib(row.get("above_floor_bytes")),
             _number(step.get("predicted"), ".2f"),
             _number(step.get("measured"), ".2f"),
-            _number(step["measured"] / known if step and known else None, ".2f"),
+            *(_number(step["measured"] / one if step and one else None, ".2f") for one in known),
             _number(row.get("gap") if step else None, ".2%"),
         )
     Console(width=150).print(table)

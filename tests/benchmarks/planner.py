@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,10 @@ SHARES = (0.02, 0.1, 0.25, 0.5, 1.0)
 """budgets, from the smallest to keep-all"""
 LIMITS = (1.0, 3.0, 6.0)
 """seconds, of searches that take longer"""
-CURVE = tuple(i / 11 for i in range(12))
+CURVE = tuple(SHARES[0] + (1 - SHARES[0]) * i / 11 for i in range(12))
+"""budgets between the same ends"""
+TIGHTEST = 1.02
+"""times the smallest budget: planned last"""
 
 
 def main(
@@ -52,7 +56,9 @@ def main(
     for count in layers if layers is not None else [36, 80]:
         figures["budgets"] += at_budgets(count, time_limit, console)
     if curve:
-        figures["curve"] = on_a_curve((layers or [36])[0], time_limit, console)
+        count = (layers or [36])[0]
+        alone = [row["cpu_seconds"] for row in figures["budgets"] if row["layers"] == count]
+        figures["curve"] = on_a_curve(count, time_limit, console, alone)
     if limits:
         figures["limits"] = within_limits((layers or [36])[0], console)
     figures["depth"] = by_depth(depth if depth is not None else [24, 48, 96, 192], time_limit, console)
@@ -170,15 +176,15 @@ def at_budgets(layers: int, time_limit: float, console: Console) -> list[dict[st
     return rows
 
 
-def on_a_curve(layers: int, time_limit: float, console: Console) -> list[dict[str, Any]]:
-    """Twelve budgets by one planner, which reuses what it has found."""
+def on_a_curve(layers: int, time_limit: float, console: Console, alone: list[float]) -> list[dict[str, Any]]:
+    """Twelve budgets by one planner, which reuses what it has found, and the tightest; `alone`: seconds of single ones."""
     profile = decoder_profile(layers)
     smallest, largest = ends(Planner(profile))
     planner = Planner(profile)
     table = Table("budget", "CPU s", "step s", "gap", title=f"{layers} layers, one curve")
     rows = []
-    for share in reversed(CURVE):
-        budget = int(1.02 * smallest + share * (largest - 1.02 * smallest))
+    curve = [int(smallest + share * (largest - smallest)) for share in reversed(CURVE)]
+    for budget in (*curve, int(TIGHTEST * smallest)):
         begun = time.process_time()
         made = planner.plan(budget, time_limit=time_limit)
         seconds = time.process_time() - begun
@@ -186,7 +192,9 @@ def on_a_curve(layers: int, time_limit: float, console: Console) -> list[dict[st
             {"budget_bytes": budget, "cpu_seconds": seconds, "step_seconds": made.step_seconds, "gap": made.gap}
         )
         table.add_row(f"{budget / MIB:.0f} MiB", f"{seconds:.1f}", f"{made.step_seconds:.3f}", f"{made.gap:.2%}")
-    table.add_row("together", f"{sum(row['cpu_seconds'] for row in rows):.1f}")
+    together = sum(row["cpu_seconds"] for row in rows[: len(curve)])
+    many = f", {together / statistics.median(alone):.1f} × the median of single ones" if alone else ""
+    table.add_row(f"the first {len(curve)} together", f"{together:.1f}{many}")
     console.print(table)
     return rows
 
