@@ -14,9 +14,7 @@ from planner.segments import Segments
 from planner.windows import Column
 
 GOOD = 4e-3
-"""a plan of whole columns this near its bound is not worth another choice"""
-FAIR = 5e-3
-"""one farther away may be far from the best choice too"""
+"""a plan of whole columns this near its bound is not worth another choice; one farther away may be far from the best one too"""
 RESERVE = 0.01
 """share of the limit left to gaps of the arena and to transfers, at first"""
 CHOICES = 5

@@ -9,8 +9,8 @@ It asks only for what must happen at least once. To make a tensor again is charg
 maker reads; so the bound also holds for schedules that make that again in turn: whole layers, layer inputs among them, any
 number of times. What runs again reads weights again, which is left out too; and every operator is at least one instruction.
 
-What costs and frees the same, as the tensors of equal layers do, stands in the program once, with its number: of any answer
-the mean over such tensors is another one, of the same time and the same bytes.
+Makers whose tensors cost and free the same, as those of equal layers do, stand in the program once, with their number, and so do
+weights and states: of any answer the mean over such is another one, of the same time and the same bytes.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ from planner.emit import Entry, made_by
 from planner.graph import STATES
 
 LEADS = (1.05, 1.5, 3.0)
-"""how much longer than measured a transfer may take, as the pass assumes it: the best for the whole step is taken"""
-LITTLE = 1e-3
-"""share of a step's time spent waiting that is not worth another pass"""
+"""how much longer than measured a transfer may take, as the passes assume it, one after the other"""
+LITTLE = 1e-4
+"""share of a step's time that is not worth another pass, or a fuller arena"""
 Inputs = Mapping[tuple[int, int], tuple[str, ...]]
 
 
@@ -85,7 +85,7 @@ def overlap(
 def best_order(
     facts: Facts, inputs: Inputs, room: Callable[[], AnyRoom], deadline: float = float("inf")
 ) -> tuple[list[int], AnyRoom] | None:
-    """The fastest of a few passes: positions of the entries in their new order, and the room as the pass has left it.
+    """The fastest of a few passes, of which the last is the first that leaves little to wait for: positions of the entries in their new order, and the room as the pass has left it.
 
     None where the draft is as fast. Past `deadline`, on the monotonic clock, there is only the first pass.
     """
@@ -102,7 +102,7 @@ def best_order(
         order = _Disk(facts, inputs, there, lead).schedule()
         timing = clock([entries[index] for index in order], inputs)
         # A longer lead fills more memory, and a full arena is harder to pack: it has to earn that.
-        if timing.seconds < shortest * (1 - 1e-4):
+        if timing.seconds < shortest * (1 - LITTLE):
             best, shortest = (order, there), timing.seconds
         if timing.stalls <= LITTLE * timing.seconds:
             break

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from planner.attempt import CARRY_SECONDS, FAIR, GOOD, RESERVE, Attempt
+from planner.attempt import CARRY_SECONDS, GOOD, RESERVE, Attempt
 from planner.carry_out import Part, Schedule, smallest_arena
 from planner.greedy import greedy
 from planner.layers import Layered
@@ -32,6 +32,8 @@ SEGMENTS_SHARE, SEGMENTS_CHOICES = 0.4, 3
 """of the time limit, and of the shares left free: what the search for layers to run twice gets, on devices where there is one"""
 RULES_SHARE = 0.05
 """of the time limit, at most: left to carry out a fixed rule that may be faster"""
+EARLY_SHARE = 0.2
+"""of the time that is left, for columns that other budgets brought"""
 CAREFUL_TOLERANCE = 8e-3
 """of the search for columns that only guides the choice and proves nothing"""
 MOST_BYTES = 1 << 50
@@ -260,11 +262,25 @@ class Solver:
             tolerance=CAREFUL_TOLERANCE,
             progress=attempt.progress,
         )
-        if self.found:
-            # What was priced for other budgets often does here as well.
-            attempt.choose(careful, 1)
-            if attempt.near(attempt.bound, GOOD):
-                return
+        early = replace(attempt, found=[], deadline=attempt.until(EARLY_SHARE))
+        try:
+            self._early(early, replace(careful, deadline=early.deadline))
+            attempt.timely = attempt.timely and early.timely
+            if not early.near(attempt.bound, GOOD):
+                self._carefully(attempt, relaxed, careful)
+        finally:
+            attempt.found += early.found
+
+    def _early(self, attempt: Attempt, careful: Search) -> None:
+        """One choice of columns that were priced for other budgets, which often does here as well; unless the clock had a
+        hand in those.
+        """
+        if self.found and all(one.deterministic for one in self.found):
+            with attempt.within():
+                attempt.choose(careful, 1)
+
+    def _carefully(self, attempt: Attempt, relaxed: Search, careful: Search) -> None:
+        """Columns priced under rows that plans can really keep, or where memory is short for these, under the others."""
         short = not careful.holds()
         if short:
             # Memory is short for looking ahead, and columns that save some are slow to find: first of all a plan.
@@ -280,7 +296,7 @@ class Solver:
         careful.deadline = relaxed.deadline = attempt.deadline
         if kept and careful.bound(lower) <= careful.worth_seconds:
             attempt.choose(careful)
-        if not short and not (kept and attempt.near(attempt.bound, FAIR)):
+        if not short and not (kept and attempt.near(attempt.bound, GOOD)):
             attempt.choose_anew(relaxed)
 
     def _by_rules(self, attempt: Attempt, any_bound: float, most: float = float("inf")) -> None:

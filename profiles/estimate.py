@@ -113,10 +113,10 @@ def _with_scratch(program: Program, on: DeviceDescription) -> Program:
         number = FLOAT32_INSIDE.get(operator.target, len(operator.outputs))
         if number < len(operator.outputs):
             name = operator.outputs[number]
-            copied, backward = values[operator.inputs[0]].dtype != "float32", operator.target.endswith("backward")
-            size = attention_scratch(*_attended(operator, values), narrow=copied, backward=backward)
-            shape = [1, 1] if on.kind == "cuda" else list(size)
             if name is not None:
+                copied, backward = values[operator.inputs[0]].dtype != "float32", operator.target.endswith("backward")
+                size = attention_scratch(*_attended(operator, values), narrow=copied, backward=backward)
+                shape = [1, 1] if on.kind == "cuda" else list(size)
                 update = {"shape": shape, "stride": [shape[1], 1], "bytes": 4 * math.prod(shape)}
                 values[name] = values[name].model_copy(update=update)
         operators.append(operator)

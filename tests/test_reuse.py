@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from synthetic import MIB, decoder_like, device
 
 from planner.arena import _Places
+from planner.attempt import GOOD
+from planner.bounds import AnySchedule
 from planner.carry_out import Part
 from planner.choices import choice_count
 from planner.fitted import overlap_in_place
@@ -18,6 +20,8 @@ from planner.linear import Growing, Linear, Program
 from planner.overlap import clock
 from planner.plan import Planner
 from planner.policies import POLICIES, rule_columns
+from planner.solver import Solver
+from planner.split import layered
 
 REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
 
@@ -44,6 +48,40 @@ def test_a_curve_costs_less_than_its_budgets_alone(decoder):
     before = decoder.solver.pool.programs
     decoder.plan(budgets[6])
     assert decoder.solver.pool.programs == before
+
+
+def test_equal_layers_stand_in_the_any_schedule_bound_once(decoder):
+    """Told apart by a billionth of their unpacking times, weights have variables each, and the bounds are the same."""
+    profile = decoder.profile
+    apart = [
+        tensor.model_copy(update={"unpack_seconds": tensor.unpack_seconds * (1 + 1e-9 * number)})
+        for number, tensor in enumerate(profile.tensors)
+    ]
+    together = AnySchedule(decoder.problem)
+    each = AnySchedule(layered(profile.model_copy(update={"tensors": apart})))
+    deeper = AnySchedule(layered(decoder_like(24, tokens=256, slices=3, on=device(**REAL))))
+    assert len(together.program.lower) == len(deeper.program.lower) < len(each.program.lower) / 4
+    smallest = decoder.plan(1 << 45, policy="mebp").peak_bytes
+    bounds = [together.step_seconds(int(factor * smallest)) for factor in (0.5, 0.8, 1.0, 1.5, 3.0, 10.0)]
+    assert bounds == pytest.approx(
+        [each.step_seconds(int(f * smallest)) for f in (0.5, 0.8, 1.0, 1.5, 3.0, 10.0)], rel=1e-6
+    )
+    assert bounds[0] > 1.01 * bounds[-1]
+
+
+def test_what_other_budgets_priced_is_tried_first(monkeypatch):
+    """Beside a budget that was planned, nothing is priced under careful rows, and the plan is near its bound all the same."""
+    planner = Planner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
+    budget = int(planner.plan(1 << 45, policy="mebp").peak_bytes * 1.5)
+    planner.plan(budget)
+    careful = []
+    monkeypatch.setattr(Solver, "_carefully", lambda self, *_: careful.append(self))
+    second = planner.plan(int(0.99 * budget))
+    assert second.deterministic
+    assert second.gap <= GOOD
+    assert not careful
+    Planner(planner.profile).plan(budget)
+    assert careful
 
 
 def test_nothing_is_built_before_it_is_priced():

@@ -199,7 +199,7 @@ def show(rows: list[Row]) -> None:
     for row in rows:
         peak, step = row.get("peak_bytes", {}), row.get("step_seconds", {})
         needed = row.get("minimum_budget_bytes")
-        # Of another length than the baselines' there is nothing to compare with.
+        # Rows of other lengths, and least memory, are compared with what is published.
         known = [None if "note" in row else seconds.get(row["model"]) for seconds in references]
         table.add_row(
             row["model"],
