@@ -88,6 +88,8 @@ def buckets(timeline: Sequence[TimelinePoint], count: int) -> list[Bucket]:
             merged[-1] = Bucket(start=merged[-1].start, end=end, point=merged[-1].point)
         else:
             merged.append(Bucket(start=index * length, end=end, point=kept))
+    # To the last bit, and where a slice is so short that its length rounds to nothing.
+    merged[-1] = replace(merged[-1], end=timeline[-1].seconds)
     return merged
 
 

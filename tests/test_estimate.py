@@ -146,7 +146,7 @@ def test_unpacking_and_updates_by_hand():
         ("tightfit.head_chunk", {"s": (1024, 579), "h": (1024, 576), "w": (4096, 576), "y": (1024, 579)}, 1.48),
         ("tightfit.head_chunk", {"s": (256, 3), "h": (256, 896), "w": (2048, 896), "y": (256, 3)}, 0.26),
         ("tightfit.head_chunk", {"s": (1024, 3), "h": (1024, 576), "w": (4096, 576), "y": (1024, 3)}, 0.26),
-        ("tightfit.projection", {"x": (256, 896), "w": (4864, 896), "l": (256, 8), "y": (256, 4864)}, 0.34),
+        ("tightfit.projection", {"x": (256, 4864), "w": (896, 4864), "l": (256, 8), "y": (256, 896)}, 0.41),
         ("tightfit.lora_backward", {"d": (256, 4864), "x": (256, 896), "l": (256, 8), "y": (256, 8)}, 0.43),
         ("tightfit.rms_norm", {"x": (256, 896), "w": (896,), "y": (256, 896)}, 1.37),
     ],
@@ -155,7 +155,7 @@ def test_workspace_is_above_what_was_measured(given, shapes, measured):
     wide = {"s", "w"} if given == "tightfit.rms_norm" else {"s", "c"}
     values = values_of(**{n: ("float32" if n in wide else "bfloat16", *shape) for n, shape in shapes.items()})
     found = operator_workspace(operator(given, list(shapes)[:-1], "y"), values) / MIB
-    assert measured <= found <= 2.3 * measured
+    assert measured <= found <= 2.1 * measured
 
 
 def with_flops(profile, flops=1e9):

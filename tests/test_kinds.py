@@ -11,7 +11,7 @@ from planner.kinds import KINDS, buckets, budgets_of, fullest, in_use, kinds_of,
 from planner.schema import TimelinePoint
 from profiles.units import MIB
 
-lengths = st.lists(st.tuples(st.floats(0, 1, allow_subnormal=False), st.integers(0, 1 << 40)), min_size=1, max_size=60)
+lengths = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 1 << 40)), min_size=1, max_size=60)
 
 
 def timeline_of(parts):
