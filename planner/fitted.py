@@ -11,14 +11,17 @@ import copy
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from planner.arena import ENDLESS, Arena, Item, Placed, arena_of, gap, placed_items
+from planner.arena import ENDLESS, Arena, Item, Placed, arena_of, placed_items
 from planner.emit import Draft, Entry
 from planner.graph import aligned
 from planner.overlap import Bytes, Facts, Inputs, best_order, facts_of, target_of
 
 STRIDE = 8
 """entries after which a read that found no gap is asked again"""
+STRETCH = 64
+"""entries after which what is over is left out of the spans that are looked over"""
 
 
 def overlap_in_place(
@@ -67,6 +70,17 @@ class _Places(Bytes):
         for index, entry in enumerate(facts.entries):
             if entry.verb == "free" and (entry.name, index) in ends:
                 self.freed[index] = ends[entry.name, index]
+        always = np.array([max(item.makers) < 0 for item in items], dtype=bool)
+        self.base = int(self.high[always].max(initial=0))
+        """what is resident all the time lies below it, and nothing else"""
+        self.sorted = np.flatnonzero(~always[self.owner])
+        """the other spans by their first entry, as these were when what was over by then was last left out"""
+        self.begins = self.first[self.sorted]
+        """that first entry of each"""
+        self.looked = -1
+        """entry from which on that is done again"""
+        self.early: list[int] = []
+        """spans that have begun to begin earlier since"""
         self.waiting: set[int] = set()
         """spans of what waits to be freed"""
         self.found: tuple[int, int] | None = None
@@ -92,16 +106,14 @@ class _Places(Bytes):
         # What is resident across steps lies where the next step looks for it.
         fixed = len(item.spans) > 1 or item.makers[0] < 0
         until = at - 1 if fixed else self.last[span]
-        near = (self.first <= until) & (self.last >= index)
-        near[span] = False
-        owners = np.unique(self.owner[near])
-        low, high = self.low[owners], self.high[owners]
+        near = self._near(index, until)
+        near = near[near != span]
+        low, high = self.low[self.owner[near]], self.high[self.owner[near]]
         if fixed:
             free = not ((low < self.high[number]) & (high > self.low[number])).any()
             offset = item.offset
         else:
-            taken = sorted(zip(low.tolist(), high.tolist()))
-            offset = gap(taken, 0, item.size, item.alignment, tight=True)
+            offset = _tightest_gap(low, high, self.base, item.size, item.alignment)
             free = offset + item.size <= self.limit
         if not free:
             # No gap opens before something goes that is there now, and soon after one is hardly larger.
@@ -118,6 +130,7 @@ class _Places(Bytes):
         assert self.found[0] == at
         number = self.owner[span]
         self.first[span] = index
+        self.early.append(span)
         self.items[number].offset = self.found[1]
         self.low[number] = self.found[1]
         self.high[number] = self.found[1] + self.items[number].size
@@ -137,7 +150,32 @@ class _Places(Bytes):
             self.waiting.discard(span)
             self.last[span] = max(index, now - 1)
 
+    def _near(self, index: int, until: int) -> npt.NDArray[np.int64]:
+        """Spans that are there between the entries `index`, which never goes back, and `until`."""
+        if index >= self.looked:
+            self.looked = index + STRETCH
+            left = self.sorted[self.last[self.sorted] >= index]
+            self.sorted = left[np.argsort(self.first[left], kind="stable")]
+            self.begins = self.first[self.sorted]
+            self.early = []
+        near = self.sorted[: np.searchsorted(self.begins, until, side="right")]
+        near = np.concatenate([near, np.array(self.early, dtype=np.int64)])
+        return near[self.last[near] >= index]
+
     def _read(self, at: int) -> int | None:
         """The span that the read at `at` opens; None for a tensor without bytes."""
         target = target_of(self.facts.entries[at])
         return next((span for span in self.made.get(at, ()) if self.items[self.owner[span]].name == target), None)
+
+
+def _tightest_gap(low: npt.NDArray[np.int64], high: npt.NDArray[np.int64], base: int, size: int, alignment: int) -> int:
+    """Offset of the smallest gap of at least `size` from `base` up between the ranges taken, or of what is above them all.
+
+    As `planner.arena.gap`, for hundreds of ranges in any order.
+    """
+    order = np.argsort(low)
+    start = np.maximum.accumulate(np.concatenate([[base], high[order]]))
+    start += -start % alignment
+    free = low[order] - start[:-1]
+    fits = np.flatnonzero(free >= size)
+    return int(start[fits[free[fits].argmin()]] if fits.size else start[-1])

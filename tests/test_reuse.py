@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import MIB, decoder_like, device
 
-from planner.arena import _Places
+from planner.arena import _Places, gap
 from planner.attempt import GOOD
 from planner.bounds import AnySchedule
 from planner.carry_out import Part
 from planner.choices import choice_count
-from planner.fitted import overlap_in_place
+from planner.fitted import _tightest_gap, overlap_in_place
 from planner.formulation import Block
 from planner.layers import Layered
 from planner.linear import Growing, Linear, Program
@@ -148,6 +148,19 @@ def test_bytes_taken_at_any_time_of_a_span(stays, asked):
         if first <= end and first + length >= begin
         for byte in range(low, low + size)
     }
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 90), st.integers(1, 20)), max_size=25),
+    st.integers(0, 40),
+    st.integers(1, 12),
+    st.sampled_from([1, 4, 16]),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_tightest_gap_of_many_ranges_at_once(ranges, base, size, alignment):
+    low, high = np.array([(low, low + length) for low, length in ranges], dtype=np.int64).reshape(-1, 2).T
+    one_by_one = gap(sorted(zip(low.tolist(), high.tolist())), base, size, alignment, tight=True)
+    assert _tightest_gap(low, high, base, size, alignment) == one_by_one
 
 
 def test_transfers_move_among_tensors_in_their_places(decoder):
