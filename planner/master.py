@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from planner.formulation import KIB, MS, Block
 from planner.linear import Linear, Program
@@ -35,6 +36,8 @@ NEAR = 1e-3
 """share of the step's time; columns whose reduced cost is less may be part of a good choice"""
 FEW = 5
 """such columns per layer"""
+FREE = 12
+"""layers at most, evenly among those that are mixed, that are not rounded at first"""
 ENOUGH = 5e-5
 """share of the step's time; a whole column that costs so little more than a mixture stands for it"""
 ROUNDS = 60
@@ -126,8 +129,9 @@ class Search:
 
         Past the deadline the bound is the best so far, and `timely` is False.
         """
-        best, value, kept = 0.0, float("inf"), False
-        for _ in range(ROUNDS):
+        limit = self.limit_bytes
+        best, value, kept = 0.0 if limit is None else self.relaxation.proven(limit), float("inf"), False
+        for turn in range(ROUNDS):
             try:
                 relaxed = self._relaxation(self.limit_bytes)
             except TimeoutError:
@@ -135,9 +139,14 @@ class Search:
                 break
             steady = value - relaxed.value <= self.tolerance / 4 * relaxed.value
             value, kept = relaxed.value, relaxed.over < 1e-4
+            if turn == 0 and kept and value - best <= self.tolerance / 2 * value:
+                # What other budgets have proven is good enough here.
+                break
             gain, new = self._price(relaxed, best, steady=steady)
             # Where what is known from other budgets settles every layer, it is only now known how near that is.
             better = value - gain > best + self.tolerance / 16 * value
+            if limit is not None and value - gain > best:
+                self.relaxation.prove(limit, value - gain, relaxed.limit_price)
             best = max(best, value - gain)
             self.report("columns", value / MS, best / MS)
             settled = value - best <= self.tolerance / 4 * value or not (new or better)
@@ -207,9 +216,10 @@ class Search:
     def choose(self, limit_bytes: int | None) -> tuple[Column, ...] | None:
         """Good whole columns within `limit_bytes` over the pool; None where none fits.
 
-        Layers that the linear program mixes get a whole column near their mixture. Then the others stay as they are, or,
-        where that costs too much, may take any column that costs little more, or at last any at all. Past the deadline the
-        best so far is what there is, and `timely` is False; raises TimeoutError where there is none.
+        Layers that the linear program mixes get a whole column near their mixture. Then a few of the mixed layers are free
+        to choose, and the others are rounded; where that costs too much, all may take any column that costs little more, or
+        at last any at all. Past the deadline the best so far is what there is, and `timely` is False; raises TimeoutError
+        where there is none.
         """
         kinds = self.pool.problem.layer_type
         relaxed = self._relaxation(limit_bytes)
@@ -225,6 +235,8 @@ class Search:
                 except TimeoutError:
                     self.timely = False
                     break
+        rounded = self._rounded(relaxed)
+        free = {mixed[len(mixed) * turn // FREE] for turn in range(FREE)} if mixed else set()
         near, fixed = [], []
         for layer, kind in enumerate(kinds):
             reduced = self.pool.figures[kind] @ relaxed.prices[layer] - relaxed.convexity[layer]
@@ -232,10 +244,10 @@ class Search:
             reduced[: len(used)][used > 1e-6] = 0.0
             best = np.argsort(reduced, kind="stable")
             near.append([int(i) for i in best[:FEW] if reduced[i] <= NEAR * relaxed.value])
-            fixed.append([int(used.argmax())] if used.max() >= WHOLE else [int(i) for i in best[: 2 * FEW]])
+            fixed.append([int(i) for i in best[: 2 * FEW]] if layer in free else [rounded[layer]])
         every = [list(range(len(self.pool.columns[kind]))) for kind in kinds]
         found: tuple[float, tuple[Column, ...]] | None = None
-        for candidates in (*([fixed] if len(mixed) <= FEW else []), near, every):
+        for candidates in (fixed, near, every):
             try:
                 whole = self._whole(limit_bytes, candidates)
             except TimeoutError:
@@ -249,6 +261,17 @@ class Search:
                 break
         self.timely = self.timely and self.left() > 0
         return None if found is None else found[1]
+
+    def _rounded(self, relaxed: Relaxed) -> list[int]:
+        """A column per layer; up to any layer each column is taken about as often as the mixtures up to there say."""
+        owed: dict[int, npt.NDArray[np.float64]] = {}
+        picks = []
+        for kind, shares in zip(self.pool.problem.layer_type, relaxed.shares):
+            total = shares + owed.get(kind, 0.0)
+            picks.append(int(np.where(shares > 1e-6, total, -np.inf).argmax()))
+            total[picks[-1]] -= 1.0
+            owed[kind] = total
+        return picks
 
     def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> tuple[float, tuple[Column, ...]] | None:
         """The best combination of one candidate per layer (indices into the pool's columns), with its objective.

@@ -43,6 +43,8 @@ class Relaxed:
     """per layer: what the layer costs at its prices"""
     shares: list[NDArray[np.float64]]
     """per layer: share of each of its type's columns"""
+    limit_price: float
+    """ms per KiB of the limit"""
 
 
 class Relaxation:
@@ -72,6 +74,8 @@ class Relaxation:
         self._fewest_bytes = goal(rows, fewest_bytes=True)
         self._solved: tuple[int | None, Relaxed] | None = None
         """the limit last solved for, and its answer as long as no columns come in"""
+        self._proven: list[tuple[int, float, float]] = []
+        """(limit in bytes, lower bound of the objective there, by how many ms it falls per KiB that the limit grows)"""
 
     def solve(self, limit_bytes: int | None, seconds: float) -> Relaxed:
         """The shortest step within `limit_bytes`, or, without one, the fewest bytes; duals as prices of each layer's figures.
@@ -94,9 +98,18 @@ class Relaxation:
             prices=[np.array([max(0.0, duals[row]) for row in rows]) for rows in self._definitions],
             convexity=[duals[row] for row in self._convexity],
             shares=[np.array([values[variable] for variable in variables]) for variables in self._shares],
+            limit_price=max(0.0, duals[self._limit]),
         )
         self._solved = limit_bytes, relaxed
         return relaxed
+
+    def prove(self, limit_bytes: int, bound: float, limit_price: float) -> None:
+        """Remember a Lagrangian bound of the objective at a limit; at the same prices there is one at every limit."""
+        self._proven.append((limit_bytes, bound, limit_price))
+
+    def proven(self, limit_bytes: int) -> float:
+        """The highest bound of the objective at a limit that those remembered come to; 0 where there are none."""
+        return max((bound - price * (limit_bytes - limit) / KIB for limit, bound, price in self._proven), default=0.0)
 
     def _grow(self) -> bool:
         """Enter the columns that the pool has gained; whether there are any."""

@@ -9,6 +9,7 @@ from typing import Literal
 
 from planner.attempt import CARRY_SECONDS, GOOD, RESERVE, Attempt
 from planner.carry_out import Part, Schedule, smallest_arena
+from planner.collector import paused_collector
 from planner.greedy import greedy
 from planner.layers import Layered
 from planner.master import JOINT_BINARIES, Progress, Search
@@ -132,6 +133,7 @@ class Solver:
 
     # --- at a budget -----------------------------------------------------------------------------------------------
 
+    @paused_collector()
     def solve(self, budget_bytes: int, deadline: float, progress: Progress | None, *, bound: float = 0.0) -> Outcome:
         """The fastest schedule found; None where nothing was found to fit. `bound`: seconds that none undercuts.
 
@@ -272,12 +274,12 @@ class Solver:
             attempt.found += early.found
 
     def _early(self, attempt: Attempt, careful: Search) -> None:
-        """One choice of columns that were priced for other budgets, which often does here as well; unless the clock had a
+        """Two choices of columns that were priced for other budgets, which often do here as well; unless the clock had a
         hand in those.
         """
         if self.found and all(one.deterministic for one in self.found):
             with attempt.within():
-                attempt.choose(careful, 1)
+                attempt.choose(careful, 2)
 
     def _carefully(self, attempt: Attempt, relaxed: Search, careful: Search) -> None:
         """Columns priced under rows that plans can really keep, or where memory is short for these, under the others."""

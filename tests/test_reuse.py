@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +20,7 @@ from planner.fitted import _tightest_gap, overlap_in_place
 from planner.formulation import Block
 from planner.layers import Layered
 from planner.linear import Growing, Linear, Program
+from planner.master import Search
 from planner.overlap import clock
 from planner.plan import Planner
 from planner.policies import POLICIES, rule_columns
@@ -48,6 +52,45 @@ def test_a_curve_costs_less_than_its_budgets_alone(decoder):
     before = decoder.solver.pool.programs
     decoder.plan(budgets[6])
     assert decoder.solver.pool.programs == before
+
+
+def test_what_one_budget_proves_holds_at_every_other(decoder):
+    """A bound carried over is never above the master, priced from nothing; between two near budgets it is nearly that."""
+    smallest = decoder.plan(1 << 45, policy="mebp").peak_bytes
+    carried = Planner(decoder.profile)
+    for share in (1.2, 1.5, 1.8):
+        carried.plan(int(share * smallest))
+    for share in (1.05, 1.2, 1.35, 1.6, 1.9, 3.0):
+        fresh = Solver(decoder.problem)
+        room = fresh.room(int(share * smallest))
+        later = time.monotonic() + 600
+        search = Search(relaxation=fresh.relaxed, limit_bytes=room, deadline=later, tolerance=1e-5)
+        _, master, kept = search.columns()
+        assert kept
+        proven = carried.solver.relaxed.proven(room)
+        assert 0 < proven <= master * (1 + 1e-5)
+        if share in (1.2, 1.35, 1.6):
+            assert proven > 0.995 * master
+
+
+def test_mixtures_are_rounded_in_turn(decoder):
+    """Up to every layer each of two columns is taken as often as the mixtures say, but for less than one time."""
+    solver = Solver(decoder.problem)
+    room = solver.room(int(1.3 * decoder.plan(1 << 45, policy="mebp").peak_bytes))
+    search = Search(relaxation=solver.relaxed, limit_bytes=room, deadline=time.monotonic() + 600)
+    search.columns()
+    kinds, chance = decoder.problem.layer_type, np.random.default_rng(0)
+    mixtures = []
+    for kind in kinds:
+        mixtures.append(np.zeros(len(solver.pool.columns[kind])))
+        mixtures[-1][:2] = chance.dirichlet(np.ones(len(mixtures[-1][:2])))
+    picks = search._rounded(replace(solver.relaxed.solve(room, 60.0), shares=mixtures))
+    for kind in set(kinds):
+        layers = [layer for layer, other in enumerate(kinds) if other == kind]
+        taken = np.cumsum([picks[layer] == 0 for layer in layers])
+        meant = np.cumsum([mixtures[layer][0] for layer in layers])
+        assert (abs(taken - meant) < 1).all()
+    assert len(set(picks)) == 2
 
 
 def test_equal_layers_stand_in_the_any_schedule_bound_once(decoder):
