@@ -100,9 +100,7 @@ def _carry_out(
         if share > FREE[1] and train == tried:
             continue
         tried = train
-        items, height = placed_items(
-            train, joined.evaluate, joined.resident, joined.sizes, room, deadline, search=share > 0
-        )
+        items, height = placed_items(train, joined.evaluate, joined.resident, joined.sizes, room, deadline)
         if height <= room:
             return _schedule(part, joined, train, arena_of(items, height, len(train)), charged), height - room
     # What moved has made gaps: as drafted, and moved as far as what is placed then allows.

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from planner.arena import ENDLESS, Arena, Item, Placed, arena_of, placed_items
+from planner.arena import Arena, Placed, arena_of, placed_items
 from planner.emit import Draft, Entry
+from planner.gaps import ENDLESS
 from planner.graph import aligned
 from planner.overlap import Bytes, Facts, Inputs, best_order, facts_of, target_of
+from planner.packing import Item
 
 STRIDE = 8
 """entries after which a read that found no gap is asked again"""
@@ -171,7 +173,7 @@ class _Places(Bytes):
 def _tightest_gap(low: npt.NDArray[np.int64], high: npt.NDArray[np.int64], base: int, size: int, alignment: int) -> int:
     """Offset of the smallest gap of at least `size` from `base` up between the ranges taken, or of what is above them all.
 
-    As `planner.arena.gap`, for hundreds of ranges in any order.
+    As `planner.gaps.gap`, for hundreds of ranges in any order.
     """
     order = np.argsort(low)
     start = np.maximum.accumulate(np.concatenate([[base], high[order]]))

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import MIB, decoder_like, device
 
-from planner.arena import _Places, gap
 from planner.attempt import GOOD
 from planner.bounds import AnySchedule
 from planner.carry_out import Part
 from planner.choices import choice_count
 from planner.fitted import _tightest_gap, overlap_in_place
 from planner.formulation import Block
+from planner.gaps import Places, gap
 from planner.layers import Layered
 from planner.linear import Growing, Linear, Program
 from planner.master import Search
@@ -180,7 +180,7 @@ def test_a_growing_program_ends_where_a_fresh_one_does(seed):
 @settings(max_examples=200, deadline=None)
 def test_bytes_taken_at_any_time_of_a_span(stays, asked):
     """The tree says what looking at every stay says."""
-    places = _Places(701)
+    places = Places(701)
     for first, length, low, size in stays:
         places.add(low, low + size, first, first + length)
     begin, end = asked[0], asked[0] + asked[1]

@@ -1,0 +1,280 @@
+"""Where tensors lie: by rules, and where these leave too much unused, in an order that is searched for.
+
+A step is a stack and its mirror image. What lives long is either made on the way forward and freed on the way back, or
+stays from the way back to the next way forward; the one grows as the other shrinks. So the first is stacked from the
+bottom up and the second from the top down, the longest-lived first, and what is free at any time is one gap between them.
+What lives for a layer or so goes into that gap, a few dozen tensors at a time in the order of the step. Where one finds
+no place, it moves ahead in their order, with all that is like it, and chance moves a few others ("squeaky wheel"
+optimization, Joslin and Clements 1999); when that does not help, what was placed just before is taken up again too.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import random
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from planner.gaps import ENDLESS, Places, Range, gap, top_gap, united
+
+GOALS = (0.125, 0.25, 0.5, 1.0)
+"""heights tried, one after the other: shares of what is between the live bytes and the most that is allowed"""
+LONG = (1 / 64, 1 / 8, math.inf)
+"""shares of the step from which on a life is long, one after the other until everything finds a place"""
+GROUP = (24, 96)
+"""tensors of short lives placed together: from a moment at which few bytes go on to live to the next one"""
+TRIES = 400
+"""orders of a group tried"""
+BACK = 60
+"""tries after which another group before it is placed anew with it"""
+WORK = (20_000, 5)
+"""tensors placed in the search at one height, at least, and per tensor: counted, not timed, so that the same input gives the
+same arena"""
+AHEAD = (0.3, 2.0)
+"""by how much the logarithm of a size is raised for a tensor that found no place"""
+CHANCE, SPREAD = 0.2, 1.0
+"""share of the other ranks that chance moves at the same time, and by how much"""
+RESTART = 20
+"""tries after which all ranks are again as the sizes say"""
+FEW = 80
+"""tensors of short lives at most that have a rank each in every other such stretch"""
+NUMBER = re.compile(r"\d+")
+"""what the names of equal tensors of different layers differ in; within a layer some that are merged too are not alike"""
+
+
+@dataclass(kw_only=True)
+class Item:
+    """A tensor from when it is made until it is freed."""
+
+    name: str
+    size: int
+    alignment: int
+    spans: list[tuple[int, int]]
+    """[first, last] entry, both inclusive, evaluate entries counted on after train's"""
+    makers: list[int]
+    """entries that make it; -1: it is there from the start"""
+    offset: int = 0
+
+
+Packed = tuple[int, list[int]]
+"""height, and offsets by item"""
+
+
+def pack(items: list[Item], base: int, length: int, live: int, most: int, deadline: float = math.inf) -> Packed:
+    """Offsets from `base` up with a height of at most `most`, if that is found; with 0 the lowest that is.
+
+    `length`: entries of the step; `live`: most bytes at a time, which nothing is below. Past `deadline`, on the monotonic
+    clock, the first rule is all there is.
+    """
+    best: Packed | None = None
+    for order, tight in _orders(items):
+        if best is not None and time.monotonic() > deadline:
+            break
+        offsets = _assign(items, order, base, length, below=ENDLESS if best is None else best[0], tight=tight)
+        if offsets is not None:
+            best = _height(items, offsets, base), offsets
+            if best[0] <= max(most, live):
+                return best
+    assert best is not None
+    for share in GOALS:
+        goal = live + int(share * ((most or best[0]) - live))
+        if goal >= best[0] or time.monotonic() > deadline:
+            break
+        found = search(items, base, length, goal, deadline)
+        if found is not None:
+            return found
+    return best
+
+
+def _height(items: list[Item], offsets: list[int], base: int) -> int:
+    return max((offset + item.size for offset, item in zip(offsets, items)), default=base)
+
+
+def _life(item: Item) -> int:
+    return sum(last - first + 1 for first, last in item.spans)
+
+
+def _orders(items: list[Item]) -> Iterable[tuple[list[int], bool]]:
+    """Orders to try, with lowest or tightest fit: by size, by rough size and lifetime, by lifetime, by both weighed."""
+    every = range(len(items))
+    life = [_life(item) for item in items]
+    size = [item.size for item in items]
+    start = [item.spans[0][0] for item in items]
+    keys: list[tuple[Callable[[int], tuple[float, ...]], bool]] = [
+        (lambda i: (-size[i], -life[i], start[i]), False),
+        (lambda i: (-size[i].bit_length(), -life[i], start[i]), False),
+        (lambda i: (-life[i], -size[i], start[i]), True),
+        (lambda i: (-size[i].bit_length(), start[i], -life[i]), False),
+        (lambda i: (-size[i] * math.sqrt(life[i]), start[i]), True),
+    ]
+    for key, tight in keys:
+        yield sorted(every, key=key), tight
+
+
+def _assign(
+    items: list[Item], order: list[int], base: int, length: int, *, below: int, tight: bool
+) -> list[int] | None:
+    """Offsets from `base` up, placed in `order` in the lowest (or tightest) gap that is free over an item's spans; None where one
+    would end at `below` or higher.
+    """
+    places = Places(length)
+    offsets = [0] * len(items)
+    for index in order:
+        item = items[index]
+        offset = gap(places.taken(item.spans), base, item.size, item.alignment, tight=tight)
+        if offset + item.size >= below:
+            return None
+        offsets[index] = offset
+        for begin, end in item.spans:
+            places.add(offset, offset + item.size, begin, end)
+    return offsets
+
+
+def search(items: list[Item], base: int, length: int, goal: int, deadline: float = math.inf) -> Packed | None:
+    """(height, offsets) of at most `goal`, or None. Chance is the same every time."""
+    least, each = WORK
+    work = max(least, each * len(items))
+    before = -1
+    for share in LONG:
+        tried = _Search(items, base, length, goal, share * length, work, deadline)
+        if len(tried.long) != before and tried.succeeds():
+            return _height(items, tried.offsets, base), tried.offsets
+        work, before = tried.work, len(tried.long)
+    return None
+
+
+class _Search:
+    """One height tried, with lives from `longest` entries on taken as long."""
+
+    def __init__(
+        self, items: list[Item], base: int, length: int, goal: int, longest: float, work: int, deadline: float
+    ) -> None:
+        self.items = items
+        self.base = base
+        self.goal = goal
+        self.work = work
+        self.deadline = deadline
+        self.offsets = [0] * len(items)
+        self.life = [_life(item) for item in items]
+        self.log_size = [math.log(item.size) for item in items]
+        every = range(len(items))
+        self.long = [i for i in every if self.life[i] >= longest or len(items[i].spans) > 1]
+        self.long.sort(key=lambda i: (-self.life[i], -items[i].size, i))
+        lasting = set(self.long)
+        self.short = sorted((i for i in every if i not in lasting), key=lambda i: (items[i].spans[0][0], i))
+        self.starts = [items[i].spans[0][0] for i in self.short]
+        self.longest_short = max((self.life[i] for i in self.short), default=0)
+        self.places = Places(length)
+        """of what lives long"""
+        self.alike = [(item.size, NUMBER.sub("", item.name)) for item in items]
+        self.raised: dict[tuple[int, str], float] = {}
+        self.chance = random.Random(0)
+
+    def succeeds(self) -> bool:
+        """Whether everything finds a place; `offsets` then say where."""
+        if not self._stack():
+            return False
+        self.cuts = self._cut()
+        return all(self._fill(number) for number in range(len(self.cuts) - 1))
+
+    def _stack(self) -> bool:
+        """Place what lives long."""
+        for index in self.long:
+            item = self.items[index]
+            taken = self.places.taken(item.spans)
+            if len(item.spans) > 1:
+                offset = top_gap(taken, self.base, self.goal, item.size, item.alignment)
+            else:
+                offset = gap(taken, self.base, item.size, item.alignment, tight=True)
+            if offset is None or offset + item.size > self.goal:
+                return False
+            self.offsets[index] = offset
+            for first, last in item.spans:
+                self.places.add(offset, offset + item.size, first, last)
+        return True
+
+    def _cut(self) -> list[int]:
+        """Positions of `short` at which its groups begin, and its end. Equal layers come apart at equal places."""
+        ends = sorted((self.items[i].spans[0][1], self.items[i].size) for i in self.short)
+        crossing: list[float] = []
+        live, ended, before = 0, 0, -1
+        for start, index in zip(self.starts, self.short):
+            while ends[ended][0] < start:
+                live -= ends[ended][1]
+                ended += 1
+            # What begins at the same moment stays together.
+            crossing.append(live if start > before else math.inf)
+            live += self.items[index].size
+            before = start
+        cuts = [0]
+        least, most = GROUP
+        while cuts[-1] + most < len(self.short):
+            cuts.append(min(range(cuts[-1] + least, cuts[-1] + most), key=crossing.__getitem__))
+        return [*cuts, len(self.short)]
+
+    def _fill(self, number: int) -> bool:
+        """Place a group, if need be with some before it."""
+        single = False
+        begin, end = self.cuts[number : number + 2]
+        taken = self._taken(begin, end)
+        for turn in range(1, TRIES + 1):
+            if self.work <= 0 or time.monotonic() > self.deadline:
+                return False
+            placed, failed = self._tried(taken, single=single)
+            if failed is None:
+                for index, offset in placed.items():
+                    self.offsets[index] = offset
+                return True
+            if turn % RESTART == 0:
+                single = not single and len(self.short) <= FEW
+                self.raised.clear()
+            if turn % BACK == 0 and begin:
+                begin = self.cuts[max(0, number - turn // BACK)]
+                taken = self._taken(begin, end)
+            self._raise(failed, taken, single=single)
+        return False
+
+    def _taken(self, begin: int, end: int) -> dict[int, list[Range]]:
+        """Per tensor of a stretch of `short`: bytes that are taken during its life by what lives long or was placed before."""
+        group = self.short[begin:end]
+        first = bisect.bisect_left(self.starts, self.starts[begin] - self.longest_short)
+        before = [(*self.items[i].spans[0], self.offsets[i], self.items[i].size) for i in self.short[first:begin]]
+        taken = {}
+        for index in group:
+            begins = self.items[index].spans[0][0]
+            there = [(low, low + size) for _, last, low, size in before if last >= begins]
+            taken[index] = united(self.places.taken(self.items[index].spans) + there)
+        return taken
+
+    def _tried(self, taken: dict[int, list[Range]], *, single: bool) -> tuple[dict[int, int], int | None]:
+        """Offsets of a group in the order of its ranks, and the first that found no place."""
+        ranks = {i: self.log_size[i] + self.raised.get(self._kind(i, single=single), 0.0) for i in taken}
+        placed: dict[int, int] = {}
+        lie: list[tuple[int, int, int, int]] = []
+        for index in sorted(taken, key=lambda i: (-ranks[i], -self.life[i], i)):
+            self.work -= 1
+            item = self.items[index]
+            begins, ends = item.spans[0]
+            near = taken[index] + [(low, high) for low, high, first, last in lie if first <= ends and last >= begins]
+            near.sort()
+            offset = gap(near, self.base, item.size, item.alignment, tight=False)
+            if offset + item.size > self.goal:
+                return placed, index
+            placed[index] = offset
+            lie.append((offset, offset + item.size, begins, ends))
+        return placed, None
+
+    def _raise(self, failed: int, group: Iterable[int], *, single: bool) -> None:
+        """What found no place goes ahead, and chance has its say."""
+        kind = self._kind(failed, single=single)
+        self.raised[kind] = self.raised.get(kind, 0.0) + self.chance.uniform(*AHEAD)
+        for kind in dict.fromkeys(self._kind(index, single=single) for index in group):
+            if self.chance.random() < CHANCE:
+                self.raised[kind] = self.raised.get(kind, 0.0) + self.chance.gauss(0.0, SPREAD)
+
+    def _kind(self, index: int, *, single: bool) -> tuple[int, str]:
+        """Tensors of one kind share a rank."""
+        return (self.items[index].size, f"{index}") if single else self.alike[index]
