@@ -15,10 +15,8 @@ from planner.windows import Column
 
 GOOD = 4e-3
 """a plan of whole columns this near its bound is not worth another choice; one farther away may be far from the best one too"""
-RESERVE = (0.01, 0.05)
-"""share of the limit left to gaps of the arena and to transfers at first, at least and at most"""
-RESERVE_COST = 1e-3
-"""share of the step's time that is paid for leaving more than the least"""
+RESERVE = 0.01
+"""share of the limit left to gaps of the arena and to transfers, at first"""
 CHOICES = 5
 """such shares tried"""
 CARRY_SECONDS = 2.2e-4
@@ -95,8 +93,8 @@ class Attempt:
         Once they do, one more choice leaves more free where the plan waits for the disk, and less where it does not.
         Raises TimeoutError where time is up before any columns are chosen.
         """
-        share, most = (max(1, int(share * max(0, self.limit))) for share in RESERVE)
-        reserve = most = max(share, min(most, search.spare_bytes(self.limit, RESERVE_COST)))
+        share = max(1, int(RESERVE * max(0, self.limit)))
+        most = reserve = share
         exhausted = False
         before: tuple[Column, ...] = ()
         for _ in range(choices):

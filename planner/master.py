@@ -163,13 +163,6 @@ class Search:
         relaxed = self._relaxation(self.limit_bytes)
         return relaxed.value / MS, relaxed.over < 1e-4
 
-    def spare_bytes(self, limit_bytes: int, cost: float) -> int:
-        """Bytes of the limit that may stay free for this share of the step's time, by the columns known so far."""
-        relaxed = self._relaxation(limit_bytes)
-        if not relaxed.limit_price:
-            return limit_bytes
-        return int(KIB * cost * relaxed.value / relaxed.limit_price)
-
     def _price(self, relaxed: Relaxed, best: float, *, steady: bool) -> tuple[float, bool]:
         """Price layers until what could still be gained in the others is little: (most that could be gained, new columns).
 

@@ -338,7 +338,7 @@ class Solver:
                     attempt.choose_anew(search, SEGMENTS_CHOICES, any_bound)
 
     def _greedily(self, attempt: Attempt) -> None:
-        some = max(1, int(RESERVE[0] * max(0, attempt.limit)))
+        some = max(1, int(RESERVE * max(0, attempt.limit)))
         # What just fits seldom finds its places at once; where nothing else does, it is tried all the same.
         allowed = attempt.limit - some
         columns = greedy(self.problem, self.pool, allowed)
