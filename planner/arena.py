@@ -10,12 +10,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from planner.emit import Entry, made_by
 from planner.graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
-from planner.packing import Item, pack
+from planner.packing import Item, live_bytes, pack
 
 MOVES = {"spill", "fetch"}
 DIRECT_BYTES = 64 << 10
@@ -59,7 +56,7 @@ def placed_items(
         base = item.offset + item.size
     inside = {id(item) for item in whole}
     items = [item for item in every if id(item) not in inside]
-    height, offsets = pack(items, base, length, int(_live(every, length).max(initial=0)), target, deadline)
+    height, offsets = pack(items, base, length, int(live_bytes(every, length).max(initial=0)), target, deadline)
     for item, offset in zip(items, offsets):
         item.offset = offset
     return every, aligned(max(base, height))
@@ -116,13 +113,3 @@ def _items(
             close(name, (start, base + len(entries) - 1), maker)
     assert all(item.spans[-1][1] < length or length == 0 for item in items if item.spans)
     return [item for item in items if item.size]
-
-
-def _live(items: list[Item], length: int) -> npt.NDArray[np.int64]:
-    """Bytes by entry."""
-    change = np.zeros(length + 1, dtype=np.int64)
-    for item in items:
-        for first, last in item.spans:
-            change[first] += item.size
-            change[last + 1] -= item.size
-    return np.cumsum(change)

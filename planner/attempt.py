@@ -90,7 +90,8 @@ class Attempt:
     def choose(self, search: Search, choices: int = CHOICES) -> None:
         """Choose whole columns and carry them out, leaving more of the limit free until they find their places.
 
-        Once they do, one more choice leaves more free where the plan waits for the disk, and less where it does not.
+        Once they do, one more choice leaves more free where the plan waits for the disk, and less where it does not; others
+        follow as long as the plan gets faster and still waits for most of what it is slower than it could be.
         Raises TimeoutError where time is up before any columns are chosen.
         """
         share = max(1, int(RESERVE * max(0, self.limit)))
@@ -111,7 +112,7 @@ class Attempt:
                     break
                 reserve, exhausted = 0, True
                 continue
-            first, before = not self.found, chosen
+            fastest, before = self.best, chosen
             schedule, excess = self.carry(chosen, search.relaxation.segments)
             if schedule is None:
                 reserve += max(3 * excess // 2, share // 2)
@@ -119,8 +120,9 @@ class Attempt:
                     break
                 continue
             search.report("carried out", schedule.seconds, self.bound)
-            if not first or schedule.seconds - self.bound <= GOOD * schedule.seconds:
+            waits = schedule.stalls > (schedule.seconds - self.bound) / 2
+            faster = fastest is None or (waits and schedule.seconds < fastest.seconds)
+            if not faster or schedule.seconds - self.bound <= GOOD * schedule.seconds:
                 break
             most = reserve
-            waits = schedule.stalls > (schedule.seconds - self.bound) / 2
             reserve = 3 * reserve if waits else reserve // 4

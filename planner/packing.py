@@ -6,6 +6,9 @@ bottom up and the second from the top down, the longest-lived first, and what is
 What lives for a layer or so goes into that gap, a few dozen tensors at a time in the order of the step. Where one finds
 no place, it moves ahead in their order, with all that is like it, and chance moves a few others ("squeaky wheel"
 optimization, Joslin and Clements 1999); when that does not help, what was placed just before is taken up again too.
+
+Where there is nothing to spare, the large ones have to come first whatever their lives, and the small ones fill what is
+left of the same places in every layer: then everything is placed in one such order.
 """
 
 from __future__ import annotations
@@ -18,16 +21,21 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from planner.gaps import ENDLESS, Places, Range, gap, top_gap, united
 
-GOALS = (0.125, 0.25, 0.5, 1.0)
-"""heights tried, one after the other: shares of what is between the live bytes and the most that is allowed"""
 LONG = (1 / 64, 1 / 8, math.inf)
 """shares of the step from which on a life is long, one after the other until everything finds a place"""
 GROUP = (24, 96)
 """tensors of short lives placed together: from a moment at which few bytes go on to live to the next one"""
 TRIES = 400
-"""orders of a group tried"""
+"""orders tried, of a group or of everything"""
+AROUND = 64
+"""entries before and after one where places are short that are looked at together"""
+SPANS = 4
+"""of a tensor without a place that are looked at"""
 BACK = 60
 """tries after which another group before it is placed anew with it"""
 WORK = (20_000, 5)
@@ -59,6 +67,16 @@ class Item:
     offset: int = 0
 
 
+def live_bytes(items: Iterable[Item], length: int) -> npt.NDArray[np.int64]:
+    """Bytes by entry."""
+    change = np.zeros(length + 1, dtype=np.int64)
+    for item in items:
+        for first, last in item.spans:
+            change[first] += item.size
+            change[last + 1] -= item.size
+    return np.cumsum(change)
+
+
 Packed = tuple[int, list[int]]
 """height, and offsets by item"""
 
@@ -72,20 +90,24 @@ def pack(items: list[Item], base: int, length: int, live: int, most: int, deadli
     best: Packed | None = None
     for order, tight in _orders(items):
         if best is not None and time.monotonic() > deadline:
-            break
-        offsets = _assign(items, order, base, length, below=ENDLESS if best is None else best[0], tight=tight)
-        if offsets is not None:
+            return best
+        below = ENDLESS if best is None else best[0]
+        offsets, failed = _assign(items, order, base, length, below=below, tight=tight)
+        if failed is None:
             best = _height(items, offsets, base), offsets
             if best[0] <= max(most, live):
                 return best
     assert best is not None
-    for share in GOALS:
+    for share, search in SEARCHES if most else LOWEST_SEARCHES:
         goal = live + int(share * ((most or best[0]) - live))
-        if goal >= best[0] or time.monotonic() > deadline:
+        if goal >= best[0]:
             break
-        found = search(items, base, length, goal, deadline)
+        try:
+            found = search(items, base, length, goal, deadline)
+        except TimeoutError:
+            break
         if found is not None:
-            return found
+            return _height(items, found, base), found
     return best
 
 
@@ -116,9 +138,9 @@ def _orders(items: list[Item]) -> Iterable[tuple[list[int], bool]]:
 
 def _assign(
     items: list[Item], order: list[int], base: int, length: int, *, below: int, tight: bool
-) -> list[int] | None:
-    """Offsets from `base` up, placed in `order` in the lowest (or tightest) gap that is free over an item's spans; None where one
-    would end at `below` or higher.
+) -> tuple[list[int], int | None]:
+    """Offsets from `base` up, placed in `order` in the lowest (or tightest) gap that is free over an item's spans; and the
+    first item that would end at `below` or higher, None where all are placed.
     """
     places = Places(length)
     offsets = [0] * len(items)
@@ -126,28 +148,105 @@ def _assign(
         item = items[index]
         offset = gap(places.taken(item.spans), base, item.size, item.alignment, tight=tight)
         if offset + item.size >= below:
-            return None
+            return offsets, index
         offsets[index] = offset
         for begin, end in item.spans:
             places.add(offset, offset + item.size, begin, end)
-    return offsets
+    return offsets, None
 
 
-def search(items: list[Item], base: int, length: int, goal: int, deadline: float = math.inf) -> Packed | None:
-    """(height, offsets) of at most `goal`, or None. Chance is the same every time."""
+class _Ranks:
+    """Tensors in the order of their ranks: the logarithm of their size, raised for what found no place, and a little by chance.
+
+    What is alike in different layers shares a rank; in every other stretch of tries, if `few`, each tensor has its own.
+    Chance is the same every time.
+    """
+
+    def __init__(self, items: list[Item], *, few: bool) -> None:
+        self.few = few
+        self.log_size = [math.log(item.size) for item in items]
+        self.life = [_life(item) for item in items]
+        self.alike = [(item.size, NUMBER.sub("", item.name)) for item in items]
+        self.single = [(item.size, f"{number}") for number, item in enumerate(items)]
+        self.kind = self.alike
+        self.raised: dict[tuple[int, str], float] = {}
+        self.chance = random.Random(0)
+        self.turn = 0
+
+    def order(self, numbers: Iterable[int]) -> list[int]:
+        return sorted(numbers, key=lambda i: (-self.log_size[i] - self.raised.get(self.kind[i], 0.0), -self.life[i], i))
+
+    def blame(self, failed: int, numbers: Iterable[int]) -> None:
+        """The next ranks, of what was tried in vain because of one."""
+        self.turn += 1
+        if self.turn % RESTART == 0:
+            self.kind = self.single if self.few and self.turn // RESTART % 2 else self.alike
+            self.raised.clear()
+        kind = self.kind[failed]
+        self.raised[kind] = self.raised.get(kind, 0.0) + self.chance.uniform(*AHEAD)
+        for kind in dict.fromkeys(self.kind[index] for index in numbers):
+            if self.chance.random() < CHANCE:
+                self.raised[kind] = self.raised.get(kind, 0.0) + self.chance.gauss(0.0, SPREAD)
+
+
+def _work(items: list[Item]) -> int:
     least, each = WORK
-    work = max(least, each * len(items))
-    before = -1
-    for share in LONG:
-        tried = _Search(items, base, length, goal, share * length, work, deadline)
-        if len(tried.long) != before and tried.succeeds():
-            return _height(items, tried.offsets, base), tried.offsets
-        work, before = tried.work, len(tried.long)
+    return max(least, each * len(items))
+
+
+def by_ranks(items: list[Item], base: int, length: int, goal: int, deadline: float = math.inf) -> list[int] | None:
+    """Offsets with a height of at most `goal`, every tensor placed in the order of its rank; None where none are found.
+
+    Raises TimeoutError at the deadline, on the monotonic clock.
+
+    An order is tried on what is there while most is live, then on everything, and where that fails on what is there then too.
+    """
+    watched = np.zeros(length + 1, dtype=np.int64)
+
+    def watch(*entries: int) -> list[int]:
+        for entry in entries:
+            watched[max(0, entry - AROUND) : min(length, entry + AROUND + 1)] = 1
+        before = np.concatenate([[0], np.cumsum(watched)])
+        return [
+            n for n, item in enumerate(items) if any(before[last + 1] > before[first] for first, last in item.spans)
+        ]
+
+    ranks = _Ranks(items, few=len(items) <= FEW)
+    looked = watch(int(live_bytes(items, length).argmax()))
+    work = _work(items)
+    for _ in range(TRIES):
+        if work <= 0:
+            break
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        work -= len(looked)
+        offsets, failed = _assign(items, ranks.order(looked), base, length, below=goal + 1, tight=False)
+        if failed is None:
+            work -= len(items)
+            offsets, failed = _assign(items, ranks.order(range(len(items))), base, length, below=goal + 1, tight=False)
+            if failed is None:
+                return offsets
+            looked = watch(*(first for first, _ in items[failed].spans[:SPANS]))
+        ranks.blame(failed, looked)
     return None
 
 
-class _Search:
-    """One height tried, with lives from `longest` entries on taken as long."""
+def by_groups(items: list[Item], base: int, length: int, goal: int, deadline: float = math.inf) -> list[int] | None:
+    """Offsets with a height of at most `goal`, group by group between what lives long; None where none are found.
+
+    Raises TimeoutError at the deadline, on the monotonic clock.
+    """
+    work, before = _work(items), -1
+    for share in LONG:
+        groups = _Groups(items, base, length, goal, share * length, work, deadline)
+        if len(groups.long) != before and groups.succeed():
+            return groups.offsets
+        work, before = groups.work, len(groups.long)
+    return None
+
+
+class _Groups:
+    """One height, with lives from `longest` entries on taken as long."""
 
     def __init__(
         self, items: list[Item], base: int, length: int, goal: int, longest: float, work: int, deadline: float
@@ -158,22 +257,19 @@ class _Search:
         self.work = work
         self.deadline = deadline
         self.offsets = [0] * len(items)
-        self.life = [_life(item) for item in items]
-        self.log_size = [math.log(item.size) for item in items]
         every = range(len(items))
-        self.long = [i for i in every if self.life[i] >= longest or len(items[i].spans) > 1]
-        self.long.sort(key=lambda i: (-self.life[i], -items[i].size, i))
+        life = [_life(item) for item in items]
+        self.long = [i for i in every if life[i] >= longest or len(items[i].spans) > 1]
+        self.long.sort(key=lambda i: (-life[i], -items[i].size, i))
         lasting = set(self.long)
         self.short = sorted((i for i in every if i not in lasting), key=lambda i: (items[i].spans[0][0], i))
         self.starts = [items[i].spans[0][0] for i in self.short]
-        self.longest_short = max((self.life[i] for i in self.short), default=0)
+        self.longest_short = max((life[i] for i in self.short), default=0)
         self.places = Places(length)
         """of what lives long"""
-        self.alike = [(item.size, NUMBER.sub("", item.name)) for item in items]
-        self.raised: dict[tuple[int, str], float] = {}
-        self.chance = random.Random(0)
+        self.ranks = _Ranks(items, few=len(self.short) <= FEW)
 
-    def succeeds(self) -> bool:
+    def succeed(self) -> bool:
         """Whether everything finds a place; `offsets` then say where."""
         if not self._stack():
             return False
@@ -213,28 +309,26 @@ class _Search:
         least, most = GROUP
         while cuts[-1] + most < len(self.short):
             cuts.append(min(range(cuts[-1] + least, cuts[-1] + most), key=crossing.__getitem__))
-        return [*cuts, len(self.short)]
+        return [*cuts, len(self.short)] if self.short else cuts
 
     def _fill(self, number: int) -> bool:
         """Place a group, if need be with some before it."""
-        single = False
         begin, end = self.cuts[number : number + 2]
         taken = self._taken(begin, end)
         for turn in range(1, TRIES + 1):
-            if self.work <= 0 or time.monotonic() > self.deadline:
+            if self.work <= 0:
                 return False
-            placed, failed = self._tried(taken, single=single)
+            if time.monotonic() > self.deadline:
+                raise TimeoutError
+            placed, failed = self._tried(taken)
             if failed is None:
                 for index, offset in placed.items():
                     self.offsets[index] = offset
                 return True
-            if turn % RESTART == 0:
-                single = not single and len(self.short) <= FEW
-                self.raised.clear()
             if turn % BACK == 0 and begin:
                 begin = self.cuts[max(0, number - turn // BACK)]
                 taken = self._taken(begin, end)
-            self._raise(failed, taken, single=single)
+            self.ranks.blame(failed, taken)
         return False
 
     def _taken(self, begin: int, end: int) -> dict[int, list[Range]]:
@@ -249,12 +343,11 @@ class _Search:
             taken[index] = united(self.places.taken(self.items[index].spans) + there)
         return taken
 
-    def _tried(self, taken: dict[int, list[Range]], *, single: bool) -> tuple[dict[int, int], int | None]:
+    def _tried(self, taken: dict[int, list[Range]]) -> tuple[dict[int, int], int | None]:
         """Offsets of a group in the order of its ranks, and the first that found no place."""
-        ranks = {i: self.log_size[i] + self.raised.get(self._kind(i, single=single), 0.0) for i in taken}
         placed: dict[int, int] = {}
         lie: list[tuple[int, int, int, int]] = []
-        for index in sorted(taken, key=lambda i: (-ranks[i], -self.life[i], i)):
+        for index in self.ranks.order(taken):
             self.work -= 1
             item = self.items[index]
             begins, ends = item.spans[0]
@@ -267,14 +360,9 @@ class _Search:
             lie.append((offset, offset + item.size, begins, ends))
         return placed, None
 
-    def _raise(self, failed: int, group: Iterable[int], *, single: bool) -> None:
-        """What found no place goes ahead, and chance has its say."""
-        kind = self._kind(failed, single=single)
-        self.raised[kind] = self.raised.get(kind, 0.0) + self.chance.uniform(*AHEAD)
-        for kind in dict.fromkeys(self._kind(index, single=single) for index in group):
-            if self.chance.random() < CHANCE:
-                self.raised[kind] = self.raised.get(kind, 0.0) + self.chance.gauss(0.0, SPREAD)
 
-    def _kind(self, index: int, *, single: bool) -> tuple[int, str]:
-        """Tensors of one kind share a rank."""
-        return (self.items[index].size, f"{index}") if single else self.alike[index]
+SEARCHES = ((0.25, by_groups), (1.0, by_groups), (1.0, by_ranks))
+LOWEST_SEARCHES = ((0.0, by_ranks), (0.0, by_groups), (0.125, by_groups), (0.25, by_groups), (0.5, by_groups))
+"""one after the other: heights as shares of what is between the live bytes and the most that is allowed, or, for the lowest,
+what the rules come to
+"""

@@ -20,6 +20,7 @@ from planner.drafted import drafted, drafted_phase
 from planner.emit import Entry, instructions, kinds
 from planner.gradients import without_resting_states
 from planner.layers import Layered
+from planner.lowest import lowered
 from planner.master import Progress
 from planner.policies import POLICIES, policy_parts
 from planner.schema import Phase, Plan
@@ -128,12 +129,15 @@ class Planner:
         return not timely or least.peak_bytes <= budget_bytes
 
     def _follow(self, budget_bytes: int, policy: str, bound: float, deadline: float) -> Outcome:
+        schedule = self._carried_out(policy, budget_bytes, deadline)
+        timely = time.monotonic() <= deadline
+        return Outcome(schedule=schedule, bound_seconds=bound, any_bound_seconds=bound, deterministic=timely)
+
+    def _carried_out(self, policy: str, budget_bytes: int, deadline: float = float("inf")) -> Schedule | None:
         parts = self._policy(policy)
         taken = max(part.problem.taken_bytes for part in parts)
         room = self.solver.room(budget_bytes) + self.problem.taken_bytes - taken
-        schedule, _ = carry_out_cycle(parts, room, deadline)
-        timely = time.monotonic() <= deadline
-        return Outcome(schedule=schedule, bound_seconds=bound, any_bound_seconds=bound, deterministic=timely)
+        return carry_out_cycle(parts, room, deadline)[0]
 
     def _policy(self, policy: str) -> tuple[Part, ...]:
         if policy not in self._parts:
@@ -196,9 +200,19 @@ class Planner:
     def _least(self, policy: str, deadline: float) -> tuple[Schedule, bool]:
         if policy == "solver":
             return self.solver.least(deadline)
-        if policy not in self._minimum:
-            self._minimum[policy] = smallest_cycle(self._policy(policy))
-        return self._minimum[policy], True
+        if policy in self._minimum:
+            return self._minimum[policy], True
+
+        def below(lowest: Schedule, step: int) -> Schedule | None:
+            left = time.monotonic() < deadline
+            return self._carried_out(policy, lowest.peak_bytes - step, deadline) if left else None
+
+        least = smallest_cycle(self._policy(policy), deadline)
+        least = lowered(least, below, self.profile.device.floor.import_peak_bytes)
+        timely = time.monotonic() < deadline
+        if timely:
+            self._minimum[policy] = least
+        return least, timely
 
     def _infeasible(
         self, budget: int, policy: str, least: Schedule, any_bound: float, started: float, *, timely: bool

@@ -12,6 +12,7 @@ from planner.carry_out import Part, Schedule, smallest_arena
 from planner.collector import paused_collector
 from planner.greedy import greedy
 from planner.layers import Layered
+from planner.lowest import lowered
 from planner.master import JOINT_BINARIES, Progress, Search
 from planner.policies import POLICIES, rule_columns, rule_part, smallest
 from planner.pricing import Pool
@@ -22,7 +23,8 @@ from planner.windows import Column
 
 TOLERANCE = 1e-3
 """a plan this near its bound is called optimal"""
-MINIMUM_ROUNDS = 20
+MINIMUM_STEP = 1e-3
+"""share of the smallest budget so far by which it is lowered at first"""
 LOWEST_SHARE = 0.6
 """of the time, at which the search for columns of the fewest bytes ends"""
 JOINT_ROUNDS = 4
@@ -391,25 +393,27 @@ class Solver:
         if chosen is not None and attempt.carries_in_time():
             lower = smallest_arena(self.problem, chosen, deadline)
             best = self._lowest = lower if lower.peak_bytes < best.peak_bytes else best
-        floor = self.problem.profile.device.floor.import_peak_bytes
-        for _ in range(MINIMUM_ROUNDS):
-            if best.peak_bytes <= floor:
-                break
+        timely = True
+
+        def below(lowest: Schedule, step: int) -> Schedule | None:
+            nonlocal timely
             if not attempt.carries_in_time():
-                return False
-            # What fits one byte below: as long as there is something, that is the minimum.
-            attempt = replace(attempt, limit=self.room(best.peak_bytes - 1), bound=0.0, found=[])
-            with attempt.within():
+                raise TimeoutError
+            one = replace(attempt, limit=self.room(lowest.peak_bytes - step), bound=0.0, found=[])
+            with one.within():
                 if joint:
-                    self._jointly(attempt)
+                    self._jointly(one)
                 else:
-                    found = search.choose(attempt.limit)
+                    found = search.choose(one.limit)
                     if found is not None:
-                        attempt.carry(found)
-            if attempt.best is None:
-                break
-            best = self._lowest = attempt.best
-        return search.timely and attempt.timely
+                        one.carry(found)
+            timely = timely and one.timely
+            self._lowest = one.best or self._lowest
+            return one.best
+
+        floor = self.problem.profile.device.floor.import_peak_bytes
+        lowered(best, below, floor, step=max(1, int(MINIMUM_STEP * best.peak_bytes)))
+        return search.timely and timely
 
 
 def _seconds(outcome: Outcome) -> float:

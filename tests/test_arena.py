@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from planner.arena import ENDLESS, Item, _assign, _live, _orders, _searched
+from planner.gaps import ENDLESS, top_gap
+from planner.packing import Item, _assign, _orders, by_groups, by_ranks, live_bytes, pack
 
 HEIGHT, LENGTH = 64 << 10, 64
 
@@ -46,10 +47,9 @@ def letter(number):
 def apart(items, offsets):
     """Whether no two that are there at the same time overlap."""
     return not any(
-        one.spans[0][0] <= other.spans[0][1]
-        and other.spans[0][0] <= one.spans[0][1]
-        and low < high + other.size
+        low < high + other.size
         and high < low + one.size
+        and any(first <= end and begin <= last for first, last in one.spans for begin, end in other.spans)
         for at, (one, low) in enumerate(zip(items, offsets))
         for other, high in list(zip(items, offsets))[at + 1 :]
     )
@@ -58,35 +58,94 @@ def apart(items, offsets):
 def by_rule(items, length):
     heights = []
     for order, tight in _orders(items):
-        offsets, failed = _assign(items, order, 0, ENDLESS, length, tight=tight)
+        offsets, failed = _assign(items, order, 0, length, below=ENDLESS, tight=tight)
         assert failed is None
         heights.append(max(offset + item.size for offset, item in zip(offsets, items)))
     return min(heights)
 
 
+@pytest.mark.parametrize("search", [by_groups, by_ranks])
 @pytest.mark.parametrize("count", [1, 8])
-def test_a_search_finds_lower_arenas_than_the_rules(count):
+def test_a_search_finds_lower_arenas_than_the_rules(search, count):
     """Within 4 % of what is live, where rules leave up to 22 %, for at least four of these seeds."""
     beaten = 0
     for seed in range(14):
         items = layers(seed, count)
         length = count * LENGTH
-        assert set(_live(items, length)[:length].tolist()) == {HEIGHT}
+        assert set(live_bytes(items, length)[:length].tolist()) == {HEIGHT}
         ruled, goal = by_rule(items, length), HEIGHT + HEIGHT // 25
-        found = _searched(items, 0, length, goal, float("inf"))
-        if found is None:
-            assert ruled > goal  # a rule is never better than the search
+        offsets = search(items, 0, length, goal)
+        if offsets is None:
             continue
-        height, offsets = found
+        height = max(offset + item.size for offset, item in zip(offsets, items))
         assert HEIGHT <= height <= goal
         assert apart(items, offsets)
         beaten += ruled > goal
     assert beaten >= 4
 
 
-def test_the_search_is_the_same_every_time_and_ends_at_its_deadline():
+def training_step(count, kept, resident, each):
+    """Layers that make `kept` on the way forward and need it on the way back, hold `resident` from the way back to the next
+    way forward, and in between need all but a 64th of what is left for tensors of a few sizes.
+    """
+    chance = random.Random(count)
+    items = []
+
+    def add(name, size, *spans):
+        items.append(Item(name=name, size=64 * size, alignment=64, spans=list(spans), makers=[spans[0][0]]))
+
+    end = 2 * count * each - 1
+    for layer in range(count):
+        forward, backward = layer * each, (2 * count - 1 - layer) * each
+        add(f"{layer}.kept", kept, (forward + each - 1, backward))
+        add(f"{layer}.resident", resident, (0, forward), (backward + each - 1, end))
+        free = 64 * count - kept * (layer + 1) - resident * (count - layer)
+        for way in (forward, backward):
+            sizes = [free * part // 64 for part in (20, 12, 31)]
+            chance.shuffle(sizes)
+            for number, size in enumerate(sizes):
+                add(f"{layer}.{way}.{number}", size, (way, way + each - 1 if number else way + each // 2))
+    return items, end + 1
+
+
+@pytest.mark.parametrize(("kept", "resident"), [(20, 30), (30, 20), (40, 10), (10, 40)])
+@pytest.mark.parametrize("count", [24, 96])
+def test_a_stack_and_its_mirror_image_leave_one_gap(count, kept, resident):
+    """What grows while the other shrinks lies at the two ends: within 2.5 % of what is live, where rules lose 7 to 15 %."""
+    items, length = training_step(count, kept, resident, 8)
+    live = int(live_bytes(items, length).max())
+    height, offsets = pack(items, 0, length, live, 0)
+    assert height == max(offset + item.size for offset, item in zip(offsets, items))
+    assert height <= 1.025 * live
+    assert by_rule(items, length) >= 1.07 * live
+    assert apart(items, offsets)
+    # An arena that is asked for is as large as that at most.
+    asked = live + live // 50
+    height, offsets = pack(items, 0, length, live, asked)
+    assert height <= asked
+    assert apart(items, offsets)
+
+
+def test_the_highest_gap():
+    taken = [(0, 100), (150, 200), (180, 300), (900, 1000)]
+    assert top_gap(taken, 0, 1000, 500, 1) == 400
+    assert top_gap(taken, 0, 1000, 600, 1) == 300
+    assert top_gap(taken, 0, 1000, 500, 64) == 384
+    assert top_gap(taken, 0, 1000, 50, 1) == 850
+    assert top_gap(taken, 0, 950, 601, 1) is None
+    assert top_gap(taken, 120, 300, 50, 1) is None
+    assert top_gap([], 10, 100, 90, 1) == 10
+
+
+@pytest.mark.parametrize("search", [by_groups, by_ranks])
+def test_a_search_is_the_same_every_time_and_ends_at_its_deadline(search):
     items = layers(3, 4)
     goal = HEIGHT + HEIGHT // 25
-    first, second = (_searched(layers(3, 4), 0, 4 * LENGTH, goal, float("inf")) for _ in range(2))
+    first, second = (search(layers(3, 4), 0, 4 * LENGTH, goal) for _ in range(2))
     assert first == second is not None
-    assert _searched(items, 0, 4 * LENGTH, goal, time.monotonic() - 1.0) is None
+    with pytest.raises(TimeoutError):
+        search(items, 0, 4 * LENGTH, goal, time.monotonic() - 1.0)
+    live = int(live_bytes(items, 4 * LENGTH).max())
+    height, offsets = pack(items, 0, 4 * LENGTH, live, goal, time.monotonic() - 1.0)
+    assert height > goal
+    assert apart(items, offsets)
