@@ -116,7 +116,9 @@ def profile(
         try:
             earlier = load_profile(cached)
             if earlier.model.store is None or Path(earlier.model.store).exists():
-                return earlier
+                # The same model may lie elsewhere by now.
+                here = earlier.model.model_copy(update={"name": found.name, "source": found.path})
+                return earlier.model_copy(update={"model": here})
         except InputError:
             cached.unlink(missing_ok=True)
     store, store_fingerprint = None, None
