@@ -84,6 +84,7 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "write_bytes_per_second": profile.device.write.bytes_per_second,
         "device": profile.device.name,
         "measured": profile.device.measured,
+        "busy_cores": profile.device.busy_cores,
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from profiles import native
+from profiles.busy import BUSY_CORES, others_now
 from profiles.decoder import Decoder, decoder_shape
 from profiles.devices import find_device
 from profiles.errors import InputError
@@ -85,7 +86,8 @@ def profile(
 
     `batch` samples of `seq` tokens; `lora_alpha` defaults to twice the rank; `dtype` is what activations and unpacked
     weights are computed in (bfloat16 for language models, float32 for a module of your own). A module:factory brings its own sample batch. Weights, where the source has them, are packed
-    into the cache first, tensor by tensor. A fitting result in the cache is returned at once unless `force`. An estimate
+    into the cache first, tensor by tensor. A fitting result in the cache is returned at once unless `force`, or unless it was
+    measured while other programs kept the cores busy and these are idle now. An estimate
     touches no weights, measures nothing and is not cached.
 
     Raises InputError for a source, shape or device that cannot be used, RunError where packing or measuring fails.
@@ -118,7 +120,8 @@ def profile(
             if earlier.model.store is None or Path(earlier.model.store).exists():
                 # The same model may lie elsewhere by now.
                 here = earlier.model.model_copy(update={"name": found.name, "source": found.path})
-                return earlier.model_copy(update={"model": here})
+                if earlier.device.busy_cores <= BUSY_CORES or others_now() > BUSY_CORES:
+                    return earlier.model_copy(update={"model": here})
         except InputError:
             cached.unlink(missing_ok=True)
     store, store_fingerprint = None, None
@@ -169,6 +172,7 @@ def profile(
             name=cpu_name(),
             kind="cpu",
             threads=threads,
+            busy_cores=measured["busy_cores"],
             torch_version=torch.__version__,
             floor=Floor.model_validate({k: measured["floor"][k] for k in Floor.model_fields}),
             read=Channel.model_validate(measured["read"]),
@@ -252,7 +256,7 @@ def _unmeasured(traced: Trace, device: Device) -> dict[str, Any]:
     """What `measure` would tell, without times."""
     operators = {program.name: [[0.0, 0.0]] * len(program.operators) for program in traced.programs}
     channels = {"floor": device.floor.model_dump(), "read": device.read, "write": device.write}
-    return {"operators": operators, "unpack": {}, "update": {}} | channels
+    return {"operators": operators, "unpack": {}, "update": {}, "busy_cores": 0.0} | channels
 
 
 def _timed_tensor(tensor: Tensor, measured: Mapping[str, Any]) -> Tensor:

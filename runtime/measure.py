@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from profiles.busy import Others
 from runtime.bandwidth import measure_channels
 from runtime.floor import HOLES_PER_WORKSPACE
 from runtime.kernels import kernel_bytes
@@ -62,6 +63,7 @@ def main() -> int:
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
+    others = Others()
     programs = request["programs"]
     total = PASSES * len(programs) + len(request["weights"]) + 2 * len(request["updates"]) + 3
     done = 0
@@ -114,7 +116,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         step()
     result |= measure_channels(Path(request["scratch"]), request["compute_dtype"])
     step()
-    return result
+    return result | {"busy_cores": others.cores()}
 
 
 def floor(threads: int) -> dict[str, int]:

@@ -1,0 +1,94 @@
+"""What is measured beside other programs is known to be, and measured again once these are idle; and the cache knows where the model lies."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from damage import CONFIG
+from rich.console import Console
+
+from planner.explain import _proof
+from planner.plan import Planner
+from profiles import api, busy
+from profiles.api import load_profile, profile, save_profile
+from runtime.answers import profile_text
+
+STAT = """cpu  900 0 900 900 900 900 900 900 0 0
+cpu0 {0} 10 20 5000 100 1 2 {1} 0 0
+cpu1 7 0 0 5000 0 0 0 0 0 0
+cpu2 {2} 0 0 0 0 0 0 0 0 0
+intr 12345
+"""
+
+
+def told(profile):
+    console = Console(file=io.StringIO(), width=300)
+    console.print(profile_text(profile))
+    return console.file.getvalue()
+
+
+def test_cores_of_others_are_what_is_not_ours(tmp_path, monkeypatch):
+    """Of the two cores that are ours: busy ticks, stolen ones too, less the seconds of this process."""
+    monkeypatch.setattr(busy, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    clock, own = iter([10.0, 12.0]), iter([(1.0, 0.5, 0.0, 0.0, 0.0), (1.5, 0.5, 0.25, 0.25, 0.0)])
+    monkeypatch.setattr(busy.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(os, "times", lambda: next(own))
+    hertz = os.sysconf("SC_CLK_TCK")
+    (tmp_path / "stat").write_text(STAT.format(100, 0, 0))
+    others = busy.Others()
+    (tmp_path / "stat").write_text(STAT.format(100 + 3 * hertz, hertz, 50 * hertz))
+    assert others.cores() == pytest.approx((4.0 - 1.0) / 2.0)
+
+
+def test_where_the_system_does_not_tell_nobody_is_busy(tmp_path, monkeypatch):
+    monkeypatch.setattr(busy, "STAT", tmp_path / "none")
+    assert busy.others_now() == 0.0
+
+
+@pytest.mark.skipif(not busy.STAT.exists(), reason="no /proc/stat")
+def test_another_program_is_seen():
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE
+    ) as other:
+        try:
+            other.stdout.readline()
+            assert busy.others_now() > busy.BUSY_CORES
+        finally:
+            other.kill()
+
+
+def test_a_profile_of_a_busy_moment_is_measured_again_in_an_idle_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "cache"))
+    here, there = tmp_path / "here" / "config.json", tmp_path / "there" / "config.json"
+    here.parent.mkdir()
+    here.write_text(json.dumps(CONFIG))
+    first = profile(str(here), seq=16, threads=1)
+    (cached,) = (tmp_path / "cache" / "profiles").iterdir()
+    crowded = first.model_copy(update={"device": first.device.model_copy(update={"busy_cores": 1.5})})
+    save_profile(crowded, cached)
+    # As long as others are busy it is what there is, wherever the model lies by now.
+    shutil.move(here.parent, there.parent)
+    monkeypatch.setattr(api, "others_now", lambda: 1.0)
+    again = profile(str(there), seq=16, threads=1)
+    assert again.device == crowded.device
+    assert again.model.source == str(there)
+    assert "other programs used 1.5 cores" in told(again)
+    assert "other programs used 1.5 cores" in _proof(Planner(again).plan(1 << 40))
+    monkeypatch.setattr(api, "others_now", lambda: 0.0)
+    monkeypatch.setattr(busy, "STAT", tmp_path / "none")
+    measured = profile(str(there), seq=16, threads=1)
+    assert measured.device.busy_cores != 1.5
+    assert load_profile(cached).device == measured.device
+    # One of an idle moment is returned as it is.
+    calm = measured.model_copy(update={"device": measured.device.model_copy(update={"busy_cores": 0.0})})
+    save_profile(calm, cached)
+    assert profile(str(there), seq=16, threads=1) == calm
+    assert "other programs" not in told(calm)
+    assert "other programs" not in _proof(Planner(calm).plan(1 << 40))
