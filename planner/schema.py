@@ -37,7 +37,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from profiles.schema import Device, Layer, Model, Program, Tensor
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 MEZO = "mezo"
 """the optimizer of a plan whose gradients are estimated from two forwards"""
 

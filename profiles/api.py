@@ -36,6 +36,7 @@ Progress = Callable[[str, int, int], None]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CODE = (
+    "attention",
     "decoder",
     "fold",
     "native",

@@ -30,9 +30,9 @@ PASSES = {
 }
 """time of an operator, its matrix products left out unless they are narrow, over the time of an addition that touches as many
 bytes (measured: Zen 4, shapes of Qwen2.5-0.5B and SmolLM2-135M)"""
-EFFICIENCY = {"tightfit.attention": 0.54, "tightfit.attention_backward": 0.54, "tightfit.head_chunk": 1.0}
+EFFICIENCY = {"tightfit.attention": 0.75, "tightfit.attention_backward": 0.9, "tightfit.head_chunk": 1.0}
 """operators that do their matrix products and their passes one after the other: rate of the products over that of one large
-product of the same number type (measured as `PASSES`)"""
+product of the same number type (measured as `PASSES`; attention's by what its time became on Zen 5 since)"""
 UNPACK_PASSES = 3.5
 """unpacking 4-bit weights over an addition that touches as many bytes (measured as `PASSES`)"""
 UPDATE_PASSES = 7
@@ -96,7 +96,7 @@ def _with_scratch(program: Program, on: DeviceDescription) -> Program:
 
     A card attends in the tensors' own type: its scratch is one number.
     """
-    from profiles.operators import attention_scratch
+    from profiles.attention import attention_scratch
 
     values = {value.name: value for value in program.values}
     operators = []
@@ -114,8 +114,7 @@ def _with_scratch(program: Program, on: DeviceDescription) -> Program:
         if number < len(operator.outputs):
             name = operator.outputs[number]
             if name is not None:
-                copied, backward = values[operator.inputs[0]].dtype != "float32", operator.target.endswith("backward")
-                size = attention_scratch(*_attended(operator, values), narrow=copied, backward=backward)
+                size = attention_scratch(*_attended(operator, values), backward=operator.target.endswith("backward"))
                 shape = [1, 1] if on.kind == "cuda" else list(size)
                 update = {"shape": shape, "stride": [shape[1], 1], "bytes": 4 * math.prod(shape)}
                 values[name] = values[name].model_copy(update=update)
@@ -154,17 +153,18 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
 
     Our operators walk blocks of fixed size (`profiles.operators`), convolutions lay their windows out, matrix products
     pack a panel. The largest operators are 0 to 70 % above what was measured for Qwen2.5-0.5B (1 × 256 and 1 × 1024 tokens),
-    Qwen2.5-3B and SmolLM2-135M (16 × 64); a residual CNN's largest 2 to 50 %.
+    Qwen2.5-3B and SmolLM2-135M (16 × 64); a residual CNN's largest 2 to 50 %. Attention's backward took 0.35 to 1.8 MiB there.
     """
-    from profiles.operators import BLOCK_ELEMENTS, HEAD_ROWS, STATE_COLUMNS, attention_scratch
+    from profiles.attention import TOKENS, TURNED_ELEMENTS
+    from profiles.operators import BLOCK_ELEMENTS, HEAD_ROWS, STATE_COLUMNS
 
     target, touched = operator.target, _touched(operator, values)
     if target in FLOAT32_INSIDE:
-        tokens, seq, queries, keys = _attended(operator, values)
-        rows, _ = attention_scratch(tokens, seq, queries, keys, narrow=True)
         if target.endswith("backward"):
-            return (4 * rows * (queries + 2 * keys) + MIB) * 13 // 10
-        return 4 * rows * queries * 6 // 5 + 3 * MIB // 5
+            return 9 * MIB // 5
+        tokens, seq, _, _, keys = _attended(operator, values)
+        turned = min(seq * max(1, TOKENS // seq), tokens) * keys
+        return 3 * MIB // 16 + 3 * min(turned, TURNED_ELEMENTS)
     if target == "tightfit.head_chunk":
         if values[operator.inputs[0]].shape[1] == STATE_COLUMNS:
             return min(touched, 2 * MIB // 5)
@@ -177,8 +177,8 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     return min(touched, 3 * MIB // 4)
 
 
-def _attended(operator: Operator, values: Mapping[str, Value]) -> tuple[int, int, int, int]:
-    """Of attention or its backward: tokens, tokens of a sample, columns of the queries and of the keys."""
+def _attended(operator: Operator, values: Mapping[str, Value]) -> tuple[int, int, int, int, int]:
+    """Of attention or its backward: tokens, tokens of a sample, heads, columns of the queries and of the keys."""
     backward = operator.target.endswith("backward")
     made = operator.outputs[0]
     if made is None or len(values[made].shape) != 2:
@@ -188,7 +188,8 @@ def _attended(operator: Operator, values: Mapping[str, Value]) -> tuple[int, int
     # The queries themselves may lie head by head in their storage.
     tokens, queries = values[made].shape
     keys = math.prod(values[operator.inputs[2 if backward else 1]].shape) // tokens
-    return tokens, values[operator.inputs[6 if backward else 3]].shape[0], queries, keys
+    seq = values[operator.inputs[6 if backward else 3]].shape[0]
+    return tokens, seq, operator.args[9 if backward else 6], queries, keys
 
 
 def _touched(operator: Operator, values: Mapping[str, Value]) -> int:

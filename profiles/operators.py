@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from profiles import products
+from profiles.attention import attention, attention_backward
 from profiles.errors import InputError
 from profiles.products import blocks, multiply
 
 aten = torch.ops.aten
 
 BLOCK_ELEMENTS = 1 << 17  # float32 elements per block: 512 KiB, half of a typical L2
-ATTENTION_TOKENS = 256  # tokens per call of the attention kernel, at least one sample
 HEAD_ROWS = 256  # tokens per block of the loss head: bounds its workspace whatever the batch
 STATE_COLUMNS = 3  # running maximum, running sum, logit of the label
 
@@ -94,108 +94,6 @@ def projection_backward(
     """dx = dy @ W + d low @ A (+ addend: what other uses of x add to its gradient). out [T, I]."""
     (dx,) = out
     multiply((dy, weight, 1.0), (dlow, a, 1.0), out=dx, addend=addend)
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    mask: Tensor | None,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    *,
-    out: Sequence[Tensor],
-) -> None:
-    """Rotary embedding (half-split pairs) and causal attention, in float32 whatever the inputs' type.
-
-    q [T, heads * D], k and v [T, kv_heads * D]; cos, sin float32 [seq, D / 2]; mask float32 [seq, seq] is added to the
-    scores instead of the causal mask. out: y like q, log-sum-exp float32 [batch, heads, seq], and `attention_scratch` in float32 for
-    the tensors that go into the kernel: nobody reads it, and as an output it lies where the plan puts it.
-
-    Rotated q and k are made again in backward rather than saved. PyTorch's kernel needs no seq x seq matrix; in float32
-    it is the faster one without AMX (measured: 64 tokens, batch 16, backward 5.2 ms against 34 ms in bfloat16).
-    """
-    y, lse, scratch = out
-    seq = cos.shape[0]
-    for samples in _samples(q.shape[0], seq):
-        rows = slice(samples.start * seq, samples.stop * seq)
-        wide = _Heads(scratch, seq)
-        attended, sums = aten._scaled_dot_product_flash_attention_for_cpu(
-            wide(q[rows], heads, (cos, sin)), wide(k[rows], kv_heads, (cos, sin)), wide(v[rows], kv_heads),
-            0.0, mask is None, attn_mask=mask, scale=scale,
-        )  # fmt: skip
-        y[rows].view(-1, seq, heads, attended.shape[-1]).copy_(attended.transpose(1, 2))
-        lse[samples].copy_(sums)
-
-
-def attention_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
-    heads: int, kv_heads: int, scale: float, *, out: Sequence[Tensor],
-) -> None:  # fmt: skip
-    """out: d q, d k, d v, shaped like q, k, v, and `attention_scratch`."""
-    *targets, scratch = out
-    seq = cos.shape[0]
-    for samples in _samples(q.shape[0], seq):
-        rows = slice(samples.start * seq, samples.stop * seq)
-        wide = _Heads(scratch, seq)
-        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            wide(dy[rows], heads), wide(q[rows], heads, (cos, sin)), wide(k[rows], kv_heads, (cos, sin)),
-            wide(v[rows], kv_heads), wide(y[rows], heads), lse[samples], 0.0, mask is None, attn_mask=mask, scale=scale,
-        )  # fmt: skip
-        for target, gradient, turned in zip(targets, gradients, (True, True, False), strict=True):
-            tokens = gradient.transpose(1, 2)
-            if turned:
-                _rotate(tokens, cos, -sin)
-            target[rows].view(tokens.shape).copy_(tokens)
-
-
-def _samples(tokens: int, seq: int) -> Iterator[slice]:
-    """Samples per call: few enough tokens that the float32 copies stay small."""
-    return blocks(tokens // seq, max(1, ATTENTION_TOKENS // seq))
-
-
-def attention_scratch(
-    tokens: int, seq: int, queries: int, keys: int, *, narrow: bool, backward: bool = False
-) -> tuple[int, int]:
-    """Rows and columns of the scratch of `attention`, or of its backward, for `queries` and `keys` columns of q and k.
-
-    What is rotated is copied, and where the tensors are `narrow`, not float32, so is what is not.
-    """
-    columns = queries + keys
-    if narrow:
-        columns += keys + (2 * queries if backward else 0)
-    return min(tokens, max(1, ATTENTION_TOKENS // seq) * seq), columns
-
-
-class _Heads:
-    """Tensors as the attention kernel takes them, one after the other in a block of scratch."""
-
-    def __init__(self, scratch: Tensor, seq: int) -> None:
-        self.rest, self.seq = scratch.view(-1), seq
-
-    def __call__(self, x: Tensor, heads: int, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """[n * seq, heads * D] to float32 [n, heads, seq, D], rotated where tables are given."""
-        wide = x.view(-1, self.seq, heads, x.shape[1] // heads)
-        if tables is not None or x.dtype is not torch.float32:
-            own, self.rest = self.rest[: x.numel()], self.rest[x.numel() :]
-            wide = own.view(wide.shape).copy_(wide)
-        if tables is not None:
-            _rotate(wide, *tables)
-        return wide.transpose(1, 2)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn the half-split pairs of float32 [n, seq, heads, D] by the tables' angles, in place."""
-    half = cos.shape[1]
-    for rows in _blocks(x.shape[1], x[:, :1].numel()):
-        first, second = x[:, rows, :, :half], x[:, rows, :, half:]
-        c, s = cos[rows, None, :], sin[rows, None, :]
-        before = first.clone()
-        first.mul_(c).addcmul_(second, s, value=-1.0)
-        second.mul_(c).addcmul_(before, s)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, *, out: Sequence[Tensor]) -> None:

@@ -10,6 +10,7 @@ Also imported by the budgeted process, which runs these.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 
@@ -62,6 +63,26 @@ def _multiply_narrow(terms: tuple[Term, ...], out: Tensor, addend: Tensor | None
         made.addmm_(left, right.to(left.dtype), alpha=scale)
     if made is not out:
         out.copy_(made)
+
+
+@contextlib.contextmanager
+def onednn(dtype: torch.dtype) -> Iterator[None]:
+    """PyTorch's float32 products made by oneDNN, for operands that were made from tensors of `dtype`, if that is bfloat16 and this
+    processor multiplies it.
+
+    They may then be rounded to bfloat16, which oneDNN does where that is faster: with AMX, not without (errors of 1e-6 on Zen
+    5, at twice the speed of MKL, which knows the AVX-512 of other makers' processors not).
+    """
+    if dtype is not torch.bfloat16 or not NARROW:
+        yield
+        return
+    before = torch._C._get_fp32_precision_getter("mkldnn", "matmul")
+    # What `torch.backends.mkldnn.matmul.fp32_precision` sets: the lean process does without that module.
+    torch._C._set_fp32_precision_setter("mkldnn", "matmul", "bf16")
+    try:
+        yield
+    finally:
+        torch._C._set_fp32_precision_setter("mkldnn", "matmul", before)
 
 
 def multiply_wide(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from profiles.operators import OPERATORS, STATE_COLUMNS, attention_scratch, head_scratch
+from profiles.attention import attention_scratch
+from profiles.operators import OPERATORS, STATE_COLUMNS, head_scratch
 from profiles.products import NARROW
 
 _library = torch.library.Library("tightfit", "DEF")
@@ -41,9 +42,8 @@ def _same(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _attention_scratch(q: Tensor, k: Tensor, cos: Tensor, *, backward: bool) -> Tensor:
-    narrow = q.dtype is not torch.float32
-    size = attention_scratch(q.shape[0], cos.shape[0], q.shape[1], k.shape[1], narrow=narrow, backward=backward)
+def _attention_scratch(q: Tensor, k: Tensor, cos: Tensor, heads: int, *, backward: bool) -> Tensor:
+    size = attention_scratch(q.shape[0], cos.shape[0], heads, q.shape[1], k.shape[1], backward=backward)
     return q.new_empty(size, dtype=torch.float32)
 
 
@@ -81,7 +81,7 @@ attention = _define(
     lambda q, k, v, cos, sin, mask, heads, kv, scale: (
         _same(q),
         q.new_empty((q.shape[0] // cos.shape[0], heads, cos.shape[0]), dtype=torch.float32),
-        _attention_scratch(q, k, cos, backward=False),
+        _attention_scratch(q, k, cos, heads, backward=False),
     ),
 )
 attention_backward = _define(
@@ -90,7 +90,7 @@ attention_backward = _define(
     " int heads, int kv_heads, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda dy, q, k, v, y, lse, cos, sin, mask, heads, kv, scale: (
         *map(_same, (q, k, v)),
-        _attention_scratch(q, k, cos, backward=True),
+        _attention_scratch(q, k, cos, heads, backward=True),
     ),
 )
 gated = _define("gated", "(Tensor gate, Tensor up, str activation) -> Tensor", lambda g, u, a: (_same(g),))

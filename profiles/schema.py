@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PROFILE_VERSION = 3
+PROFILE_VERSION = 4
 
 
 class Record(BaseModel):

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from profiles.operators import OPERATORS, attention_scratch
+from profiles.attention import attention_scratch
+from profiles.operators import OPERATORS
 from profiles.products import narrow
 from profiles.store import Entry, unpack
 from runtime import lean_torch
@@ -92,7 +93,7 @@ def _forward(size: int, dtype: torch.dtype) -> None:
     for bias in (None, torch.ones(size)):
         OPERATORS["tightfit.projection"](x, w, bias, low, torch.zeros(size, 8), 2.0, out=(y,))
     heads, turn, sums = size // 64, torch.ones(64, 32), torch.empty(size // 64, size // 64, 64)
-    scratch = torch.empty(attention_scratch(size, 64, size, size, narrow=True))
+    scratch = torch.empty(attention_scratch(size, 64, heads, size, size))
     OPERATORS["tightfit.attention"](x, x, x, turn, turn, None, heads, heads, 0.125, out=(y, sums, scratch))
     OPERATORS["tightfit.gated"](x, w, "silu", out=(y,))
     aten.add.out(x, w, out=y)
@@ -113,7 +114,7 @@ def _backward(size: int, dtype: torch.dtype) -> None:
     OPERATORS["tightfit.lora_backward"](y, x, low, b, 2.0, out=(torch.empty_like(low), a, b))
     OPERATORS["tightfit.projection_backward"](y, w, low, a, x, out=(y2,))
     heads, turn, sums = size // 64, torch.ones(64, 32), torch.zeros(size // 64, size // 64, 64)
-    scratch = torch.empty(attention_scratch(size, 64, size, size, narrow=True, backward=True))
+    scratch = torch.empty(attention_scratch(size, 64, heads, size, size, backward=True))
     OPERATORS["tightfit.attention_backward"](
         x, x, x, x, x, sums, turn, turn, None, heads, heads, 0.125, out=(y2, y2, y2, scratch)
     )

@@ -56,9 +56,9 @@ def values_of(**shapes):
     return made
 
 
-def operator(target, inputs, outputs, flops=0.0, **more):
+def operator(target, inputs, outputs, flops=0.0, args=(), **more):
     return Operator(
-        target=target, phase="forward", args=[], inputs=list(inputs), outputs=list(outputs), flops=flops, **more
+        target=target, phase="forward", args=list(args), inputs=list(inputs), outputs=list(outputs), flops=flops, **more
     )
 
 
@@ -87,11 +87,11 @@ MATRICES = {"x": ("bfloat16", 256, 896), "w": ("bfloat16", 4864, 896), "y": ("bf
         # Our gated product makes 4.3 passes on a CPU and one on a card.
         ("cpu", dict.fromkeys("guy", ("bfloat16", 100, 50)), operator("tightfit.gated", "gu", "y"), 4.3 * 3e-6 + 1e-6),
         ("cuda", dict.fromkeys("guy", ("bfloat16", 100, 50)), operator("tightfit.gated", "gu", "y"), 3e-6 + 1e-6),
-        # Attention is float32 inside on a CPU, reaches 0.54 of its rate and makes 18 passes; on a card it runs in bfloat16.
+        # Attention is float32 inside on a CPU, reaches 0.75 of its rate and makes 18 passes; on a card it runs in bfloat16.
         (
             "cpu",
             dict.fromkeys("qkvcy", ("bfloat16", 4, 4)),
-            operator("tightfit.attention", "qkvc", "y", 5.4e7),
+            operator("tightfit.attention", "qkvc", "y", 7.5e7),
             1e-3 + 18 * 160 / 1e10 + 1e-6,
         ),
         (
@@ -139,9 +139,9 @@ def test_unpacking_and_updates_by_hand():
 @pytest.mark.parametrize(
     ("given", "shapes", "measured"),
     [  # peak of the heap beyond inputs and outputs, as measured on two Zen 5 cores
-        ("tightfit.attention", {"q": (256, 896), "k": (256, 128), "v": (256, 128), "c": (256, 32), "y": (256, 896)}, 1.39),
-        ("tightfit.attention", {"q": (1024, 576), "k": (1024, 192), "v": (1024, 192), "c": (64, 32), "y": (1024, 576)}, 1.15),
-        ("tightfit.attention_backward", {"d": (256, 896), "q": (256, 896), "k": (256, 128), "v": (256, 128), "a": (256, 896), "s": (1, 14, 256), "c": (256, 32), "y": (256, 896)}, 1.66),
+        ("tightfit.attention", {"q": (256, 896), "k": (256, 128), "v": (256, 128), "c": (256, 32), "y": (256, 896)}, 0.14),
+        ("tightfit.attention", {"q": (1024, 576), "k": (1024, 192), "v": (1024, 192), "c": (64, 32), "y": (1024, 576)}, 0.32),
+        ("tightfit.attention_backward", {"d": (256, 896), "q": (256, 896), "k": (256, 128), "v": (256, 128), "a": (256, 896), "s": (1, 14, 256), "c": (256, 32), "y": (256, 896)}, 1.77),
         ("tightfit.head_chunk", {"s": (256, 899), "h": (256, 896), "w": (2048, 896), "y": (256, 899)}, 1.33),
         ("tightfit.head_chunk", {"s": (1024, 579), "h": (1024, 576), "w": (4096, 576), "y": (1024, 579)}, 1.48),
         ("tightfit.head_chunk", {"s": (256, 3), "h": (256, 896), "w": (2048, 896), "y": (256, 3)}, 0.26),
@@ -154,7 +154,8 @@ def test_unpacking_and_updates_by_hand():
 def test_workspace_is_above_what_was_measured(given, shapes, measured):
     wide = {"s", "w"} if given == "tightfit.rms_norm" else {"s", "c"}
     values = values_of(**{n: ("float32" if n in wide else "bfloat16", *shape) for n, shape in shapes.items()})
-    found = operator_workspace(operator(given, list(shapes)[:-1], "y"), values) / MIB
+    made = operator(given, list(shapes)[:-1], "y", args=[None] * 6 + [1] * 4)
+    found = operator_workspace(made, values) / MIB
     assert measured <= found <= 2.1 * measured
 
 
@@ -326,14 +327,17 @@ def test_the_head_has_scratch_for_bfloat16_where_the_device_multiplies_it(tmp_pa
 
 
 def test_attention_has_scratch_where_the_device_needs_it(tmp_path):
-    """On a CPU float32 copies of 8 tokens; a card attends in bfloat16, and what was planned for one comes back for a CPU."""
+    """On a CPU float32 copies and scores of 2 samples of 4 tokens; a card attends in bfloat16, and what was planned for one comes back for a CPU."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     on_card = profile(str(tmp_path / "config.json"), seq=4, batch=2, device="rtx-4060")
     on_cpu = profile(str(tmp_path / "config.json"), seq=4, batch=2, device="zen4-2core")
     due = attention_scratches(on_cpu)
     width = CONFIG["hidden_size"] // CONFIG["num_attention_heads"]
-    q, k = CONFIG["hidden_size"], width * CONFIG["num_key_value_heads"]
-    assert due == {("attention", 8, q + 2 * k, 4), ("attention_backward", 8, 3 * q + 2 * k, 4)}
+    heads, q, k = CONFIG["num_attention_heads"], CONFIG["hidden_size"], width * CONFIG["num_key_value_heads"]
+    assert due == {
+        ("attention", 2, 4 * (2 * k + 2 * q + 4 * heads), 4),
+        ("attention_backward", 2, 4 * (4 * k + 3 * q + 8 * heads), 4),
+    }
     assert attention_scratches(on_card) == {("attention", 1, 1, 4), ("attention_backward", 1, 1, 4)}
     assert attention_scratches(retarget(on_card, find_device("zen4-2core"))) == due
 

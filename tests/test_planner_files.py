@@ -71,7 +71,7 @@ def test_another_version(made, tmp_path):
 
 def test_no_plan_at_all(made, tmp_path):
     assert "not a plan" in damaged(made, tmp_path, lambda data: b"[1, 2]")
-    profile = json.dumps({"version": 3, "programs": [], "layers": []}).encode()
+    profile = json.dumps({"version": 4, "programs": [], "layers": []}).encode()
     assert "a profile, not a plan" in damaged(made, tmp_path, lambda data: profile)
 
 
