@@ -97,7 +97,7 @@ def _carry_out(
         if live > allowed or (tried and time.monotonic() > deadline):
             break
         train = overlap(joined.train, inputs, joined.resident, joined.sizes, allowed, deadline)
-        if share > FREE[1] and train == tried:
+        if train == tried:
             continue
         tried = train
         items, height = placed_items(train, joined.evaluate, joined.resident, joined.sizes, room, deadline)

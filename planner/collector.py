@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collector, kept from looking in vain: lists of instructions by the ten thousand hold no cycles."""
+"""Python's cyclic garbage collector, kept from looking in vain: columns and instructions by the ten thousand hold no cycles."""
 
 from __future__ import annotations
 

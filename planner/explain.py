@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from planner.costs import Cost, Ledger
 from planner.explanation import Explanation, PeakAccount, Recomputation, Shortfall, Worth, account
 from planner.schema import MEZO, Plan
-from profiles.busy import BUSY_CORES
+from profiles.busy import crowded
 from profiles.units import format_seconds, format_size
 
 LEAST_SHARE = 5e-4
@@ -91,9 +91,9 @@ def _proof(plan: Plan) -> str:
             "fallback": "found without the solver, which ran out of time",
         }.get(plan.status, plan.status)
     caveat = "" if plan.device.measured else "; times are estimated, not measured"
-    if plan.device.busy_cores > BUSY_CORES:
+    if crowded(plan.device.busy_cores, plan.device.threads):
         caveat = (
-            f"; times are too long, other programs used {plan.device.busy_cores:.1f} cores while they were measured"
+            f"; times are too long, other programs took {plan.device.busy_cores:.1f} cores while they were measured"
         )
     return (
         f"{who}: at most {plan.gap:.2%} slower than the best plan of its kind,"

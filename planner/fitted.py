@@ -74,7 +74,7 @@ class _Places(Bytes):
                 self.freed[index] = ends[entry.name, index]
         always = np.array([max(item.makers) < 0 for item in items], dtype=bool)
         self.base = int(self.high[always].max(initial=0))
-        """what is resident all the time lies below it, and nothing else"""
+        """what is resident all the time lies below it"""
         self.sorted = np.flatnonzero(~always[self.owner])
         """the other spans by their first entry, as these were when what was over by then was last left out"""
         self.begins = self.first[self.sorted]

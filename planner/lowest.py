@@ -6,22 +6,28 @@ from collections.abc import Callable
 
 from planner.carry_out import Schedule
 
-ROUNDS = 20
-SHRINK = 16
+ROUNDS = 50
+"""questions asked"""
+SHRINK = 8
 """what is too far below by this factor is tried again so much nearer"""
 
 
 def lowered(
     best: Schedule, below: Callable[[Schedule, int], Schedule | None], floor_bytes: int, step: int = 1
-) -> Schedule:
-    """The last of a row of ever lower schedules; one byte less has none unless there were ROUNDS of them.
+) -> tuple[Schedule, bool]:
+    """The last of a row of ever lower schedules, and whether one byte less has none, or would be below `floor_bytes`.
 
-    `below`: a schedule that peaks that many bytes below another, or None where none is found. Nothing is looked for below `floor_bytes`.
+    `below`: a schedule that peaks that many bytes below another, or None where none is found; it may raise TimeoutError, and
+    the last one found is then what there is.
     """
     for _ in range(ROUNDS):
         if best.peak_bytes <= floor_bytes:
-            break
-        found = below(best, step)
+            return best, True
+        step = min(step, best.peak_bytes - floor_bytes)
+        try:
+            found = below(best, step)
+        except TimeoutError:
+            return best, False
         if found is not None:
             # Farther below the end is sooner found.
             step = 2 * (best.peak_bytes - found.peak_bytes)
@@ -29,5 +35,5 @@ def lowered(
         elif step > 1:
             step = max(1, step // SHRINK)
         else:
-            break
-    return best
+            return best, True
+    return best, False

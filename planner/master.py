@@ -139,13 +139,13 @@ class Search:
                 break
             steady = value - relaxed.value <= self.tolerance / 4 * relaxed.value
             value, kept = relaxed.value, relaxed.over < 1e-4
-            if turn == 0 and kept and value - best <= self.tolerance / 2 * value:
+            if turn == 0 and kept and value - best <= self.tolerance / 4 * value:
                 # What other budgets have proven is good enough here.
                 break
             gain, new = self._price(relaxed, best, steady=steady)
             # Where what is known from other budgets settles every layer, it is only now known how near that is.
             better = value - gain > best + self.tolerance / 16 * value
-            if limit is not None and value - gain > best:
+            if limit is not None and self.timely and value - gain > best:
                 self.relaxation.prove(limit, value - gain, relaxed.limit_price)
             best = max(best, value - gain)
             self.report("columns", value / MS, best / MS)

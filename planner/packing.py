@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.gaps import ENDLESS, Places, Range, gap, top_gap, united
+from planner.graph import ALIGNMENT
 
 LONG = (1 / 64, 1 / 8, math.inf)
 """shares of the step from which on a life is long, one after the other until everything finds a place"""
@@ -98,10 +99,14 @@ def pack(items: list[Item], base: int, length: int, live: int, most: int, deadli
             if best[0] <= max(most, live):
                 return best
     assert best is not None
+    tried = set()
     for share, search in SEARCHES if most else LOWEST_SEARCHES:
-        goal = live + int(share * ((most or best[0]) - live))
+        goal = live + int(share * ((most or best[0]) - live)) // ALIGNMENT * ALIGNMENT
         if goal >= best[0]:
             break
+        if (search, goal) in tried:
+            continue
+        tried.add((search, goal))
         try:
             found = search(items, base, length, goal, deadline)
         except TimeoutError:

@@ -80,7 +80,8 @@ class Planner:
         self.profile = profile
         self.problem: Layered = layered(profile)
         self.solver = Solver(self.problem)
-        self._minimum: dict[str, Schedule] = {}
+        self._minimum: dict[str, tuple[Schedule, bool]] = {}
+        """by policy: the lowest schedule found, and whether one byte less has none"""
         self._parts: dict[str, tuple[Part, ...]] = {}
         self._relaxed: dict[str, tuple[AnySchedule, ...]] = {}
         """of policies with steps of their own: what no schedule of these steps can do without"""
@@ -200,19 +201,20 @@ class Planner:
     def _least(self, policy: str, deadline: float) -> tuple[Schedule, bool]:
         if policy == "solver":
             return self.solver.least(deadline)
-        if policy in self._minimum:
-            return self._minimum[policy], True
+        if policy not in self._minimum:
+            # Whatever the clock says: where the rule fits it has a plan.
+            self._minimum[policy] = smallest_cycle(self._policy(policy)), False
+        least, ended = self._minimum[policy]
+        if not ended:
 
-        def below(lowest: Schedule, step: int) -> Schedule | None:
-            left = time.monotonic() < deadline
-            return self._carried_out(policy, lowest.peak_bytes - step, deadline) if left else None
+            def below(lowest: Schedule, step: int) -> Schedule | None:
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                return self._carried_out(policy, lowest.peak_bytes - step)
 
-        least = smallest_cycle(self._policy(policy), deadline)
-        least = lowered(least, below, self.profile.device.floor.import_peak_bytes)
-        timely = time.monotonic() < deadline
-        if timely:
-            self._minimum[policy] = least
-        return least, timely
+            least, ended = lowered(least, below, self.profile.device.floor.import_peak_bytes)
+            self._minimum[policy] = least, ended
+        return least, ended
 
     def _infeasible(
         self, budget: int, policy: str, least: Schedule, any_bound: float, started: float, *, timely: bool

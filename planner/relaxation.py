@@ -108,8 +108,9 @@ class Relaxation:
         self._proven.append((limit_bytes, bound, limit_price))
 
     def proven(self, limit_bytes: int) -> float:
-        """The highest bound of the objective at a limit that those remembered come to; 0 where there are none."""
-        return max((bound - price * (limit_bytes - limit) / KIB for limit, bound, price in self._proven), default=0.0)
+        """The highest bound of the objective at a limit that those remembered come to, and at least 0."""
+        bounds = (bound - price * (limit_bytes - limit) / KIB for limit, bound, price in self._proven)
+        return max(0.0, max(bounds, default=0.0))
 
     def _grow(self) -> bool:
         """Enter the columns that the pool has gained; whether there are any."""

@@ -412,8 +412,8 @@ class Solver:
             return one.best
 
         floor = self.problem.profile.device.floor.import_peak_bytes
-        lowered(best, below, floor, step=max(1, int(MINIMUM_STEP * best.peak_bytes)))
-        return search.timely and timely
+        _, ended = lowered(best, below, floor, step=max(1, int(MINIMUM_STEP * best.peak_bytes)))
+        return ended and search.timely and timely
 
 
 def _seconds(outcome: Outcome) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from profiles import native
-from profiles.busy import BUSY_CORES, others_now
+from profiles.busy import crowded, taken_now
 from profiles.decoder import Decoder, decoder_shape
 from profiles.devices import find_device
 from profiles.errors import InputError
@@ -115,14 +115,16 @@ def profile(
     report = progress or (lambda stage, done, total: None)
     key = _fingerprint(found, batch, seq, lora_rank, alpha, dtype, threads)
     cached = cache_directory() / "profiles" / f"{key[:32]}.json"
+    earlier = None
     if elsewhere is None and cached.exists() and not force:
         try:
             earlier = load_profile(cached)
             if earlier.model.store is None or Path(earlier.model.store).exists():
                 # The same model may lie elsewhere by now.
                 here = earlier.model.model_copy(update={"name": found.name, "source": found.path})
-                if earlier.device.busy_cores <= BUSY_CORES or others_now() > BUSY_CORES:
-                    return earlier.model_copy(update={"model": here})
+                earlier = earlier.model_copy(update={"model": here})
+                if not crowded(earlier.device.busy_cores, threads) or crowded(taken_now(threads), threads):
+                    return earlier
         except InputError:
             cached.unlink(missing_ok=True)
     store, store_fingerprint = None, None
@@ -187,6 +189,8 @@ def profile(
     )
     if elsewhere is not None:
         return estimate_profile(result, elsewhere)
+    if earlier is not None and earlier.device.busy_cores <= result.device.busy_cores:
+        return earlier
     save_profile(result, cached)
     return result
 

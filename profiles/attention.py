@@ -19,7 +19,7 @@ from torch import Tensor
 from profiles.products import blocks, onednn
 
 TOKENS = 256
-"""tokens per call of `_forward` or `_backward`, at least one sample"""
+"""tokens of the samples that are worked on together, at least one sample"""
 QUERIES = 64
 """tokens of each sample whose queries attend together"""
 SHARES, LEAST_KEYS = 4, 128

@@ -6,8 +6,8 @@ import os
 import time
 from pathlib import Path
 
-BUSY_CORES = 0.25
-"""used by others: from there on times are not those of an idle machine"""
+BUSY_SHARE = 1 / 8
+"""of our threads' cores: where others take more, times are not those of an idle machine"""
 LOOK_SECONDS = 0.3
 STAT = Path("/proc/stat")
 
@@ -25,12 +25,26 @@ class Others:
             return 0.0
         return max(0.0, used - self.used) / max(time.monotonic() - self.began, 1e-9)
 
+    def taken(self, threads: int) -> float:
+        """The part of it that computing with `threads` would go without."""
+        return max(0.0, self.cores() - max(0, _ours() - threads))
 
-def others_now() -> float:
-    """Cores that other programs use, looked at for a moment."""
+
+def crowded(taken_cores: float, threads: int) -> bool:
+    """Whether others take so much of `threads` cores that it tells in what is measured."""
+    return taken_cores > BUSY_SHARE * threads
+
+
+def taken_now(threads: int) -> float:
+    """What computing with `threads` would go without, looked at for a moment."""
     others = Others()
     time.sleep(LOOK_SECONDS)
-    return others.cores()
+    return others.taken(threads)
+
+
+def _ours() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _used_by_others() -> float | None:

@@ -32,7 +32,7 @@ PASSES = {
 bytes (measured: Zen 4, shapes of Qwen2.5-0.5B and SmolLM2-135M)"""
 EFFICIENCY = {"tightfit.attention": 0.75, "tightfit.attention_backward": 0.9, "tightfit.head_chunk": 1.0}
 """operators that do their matrix products and their passes one after the other: rate of the products over that of one large
-product of the same number type (measured as `PASSES`; attention's by what its time became on Zen 5 since)"""
+product of the same number type (measured as `PASSES`; attention's by what its time became on Zen 5 since, where bfloat16 is multiplied)"""
 UNPACK_PASSES = 3.5
 """unpacking 4-bit weights over an addition that touches as many bytes (measured as `PASSES`)"""
 UPDATE_PASSES = 7
@@ -92,7 +92,8 @@ def estimate_program(program: Program, on: DeviceDescription, *, keep_workspace:
 
 
 def _with_scratch(program: Program, on: DeviceDescription) -> Program:
-    """`program` with the scratch of the loss head and of attention as a trace on the device plans it (`profiles.operators`).
+    """`program` with the scratch of the loss head and of attention as a trace on the device plans it (`profiles.operators`,
+    `profiles.attention`).
 
     A card attends in the tensors' own type: its scratch is one number.
     """

@@ -71,7 +71,8 @@ def onednn(dtype: torch.dtype) -> Iterator[None]:
     processor multiplies it.
 
     They may then be rounded to bfloat16, which oneDNN does where that is faster: with AMX, not without (errors of 1e-6 on Zen
-    5, at twice the speed of MKL, which knows the AVX-512 of other makers' processors not).
+    5, at twice the speed of MKL, which knows the AVX-512 of other makers' processors not). The setting is the process's: one
+    thread at a time.
     """
     if dtype is not torch.bfloat16 or not NARROW:
         yield

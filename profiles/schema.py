@@ -142,7 +142,9 @@ class Device(Record):
     threads: int
     measured: bool = Field(True, description="False: times are estimated from FLOPs and bytes")
     busy_cores: float = Field(
-        0.0, ge=0, description="cores that other programs used while this was measured, which makes its times longer"
+        0.0,
+        ge=0,
+        description="cores that other programs took from this while it was measured, which makes its times longer",
     )
     floor: Floor
     read: Channel

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.summary import plan_summary, profile_summary, to_json
-from profiles.busy import BUSY_CORES
+from profiles.busy import crowded
 from profiles.units import MIB, format_size
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def profile_text(profile: Profile) -> RenderableType:
     facts = profile_summary(profile)
     shape = f"batch {profile.batch}" + (f" × sequence {profile.seq}" if profile.seq else "")
     how = "measured" if facts["measured"] else "estimated from FLOPs and bytes"
-    if facts["busy_cores"] > BUSY_CORES:
-        how += f" while other programs used {facts['busy_cores']:.1f} cores: times are too long; they are measured again once these are idle"
+    if crowded(facts["busy_cores"], profile.device.threads):
+        how += f" while other programs took {facts['busy_cores']:.1f} cores: times are too long; they are measured again once these are idle"
     rows = [
         ("device", f"{facts['device']}, {profile.device.threads} threads, {how}"),
         ("model", f"{facts['model']}, {facts['layers']} layers of {facts['programs']} kinds"),

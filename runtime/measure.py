@@ -116,7 +116,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         step()
     result |= measure_channels(Path(request["scratch"]), request["compute_dtype"])
     step()
-    return result | {"busy_cores": others.cores()}
+    return result | {"busy_cores": others.taken(request["threads"])}
 
 
 def floor(threads: int) -> dict[str, int]:

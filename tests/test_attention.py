@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from profiles.attention import LEAST_KEYS, QUERIES, SHARES, TOKENS, attention, attention_backward, attention_scratch
+from profiles.processor import features
 
 SHAPES = [  # samples, tokens, heads of queries, of keys, columns
     (1, 1, 2, 1, 4),
@@ -64,7 +65,8 @@ def test_attention_and_its_gradients(samples, seq, heads, kv_heads, width, dtype
     tables = [x.double() for x in (cos, sin)]
     due, sums = reference(exact, *tables, None if mask is None else mask.double(), heads, kv_heads, scale)
     gradients = torch.autograd.grad(due, exact, dy.double())
-    assert near(lse, sums.detach(), 2e-6)
+    rounded = dtype is torch.bfloat16 and not {"amx_bf16", "bf16", "svebf16"}.isdisjoint(features())
+    assert near(lse, sums.detach(), 2e-3 if rounded else 2e-6)
     for found, wanted in zip([y, *made], [due.detach(), *gradients]):
         # A single token's scores have no gradient: there is only dy to compare with.
         assert near(found, wanted, tolerance, 1e-6 * float(dy.double().norm()))

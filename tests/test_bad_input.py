@@ -115,9 +115,9 @@ def test_a_truncated_or_damaged_profile(refused, work, tmp_path):
 
 def test_a_profile_of_an_older_version(refused, work, tmp_path):
     path = tmp_path / "profile.json"
-    path.write_text((work / "profile.json").read_text().replace('"version": 4', '"version": 1', 1))
+    path.write_text((work / "profile.json").read_text().replace(f'"version": {PROFILE_VERSION}', '"version": 1', 1))
     said = refused(2, "plan", path, "--memory", "1GiB", "-o", tmp_path / "plan.json")
-    older = "written by an older version of tightfit (profile version 1, this one reads version 4)"
+    older = f"written by an older version of tightfit (profile version 1, this one reads version {PROFILE_VERSION})"
     assert said == f"{path}: {older}; make it again with `tightfit profile`"
 
 

@@ -45,11 +45,20 @@ def test_cores_of_others_are_what_is_not_ours(tmp_path, monkeypatch):
     others = busy.Others()
     (tmp_path / "stat").write_text(STAT.format(100 + 3 * hertz, hertz, 50 * hertz))
     assert others.cores() == pytest.approx((4.0 - 1.0) / 2.0)
+    # One of the two cores is free for others while we compute on the other.
+    clock, own = iter([12.0] * 3), iter([(1.5, 0.5, 0.25, 0.25, 0.0)] * 3)
+    assert [others.taken(threads) for threads in (0, 1, 2)] == pytest.approx([0.0, 0.5, 1.5])
+
+
+def test_a_little_of_many_cores_does_not_tell():
+    assert busy.crowded(0.3, 2)
+    assert not busy.crowded(0.2, 2)
+    assert not busy.crowded(7.0, 64)
 
 
 def test_where_the_system_does_not_tell_nobody_is_busy(tmp_path, monkeypatch):
     monkeypatch.setattr(busy, "STAT", tmp_path / "none")
-    assert busy.others_now() == 0.0
+    assert busy.taken_now(2) == 0.0
 
 
 @pytest.mark.skipif(not busy.STAT.exists(), reason="no /proc/stat")
@@ -59,7 +68,7 @@ def test_another_program_is_seen():
     ) as other:
         try:
             other.stdout.readline()
-            assert busy.others_now() > busy.BUSY_CORES
+            assert busy.crowded(busy.taken_now(busy._ours()), 1)
         finally:
             other.kill()
 
@@ -69,26 +78,36 @@ def test_a_profile_of_a_busy_moment_is_measured_again_in_an_idle_one(tmp_path, m
     here, there = tmp_path / "here" / "config.json", tmp_path / "there" / "config.json"
     here.parent.mkdir()
     here.write_text(json.dumps(CONFIG))
+    told_busy = iter([2.0, 0.0, 3.0])
+    measure = api.measure
+    calls = []
+
+    def measured(*args, **options):
+        calls.append(1)
+        return measure(*args, **options) | {"busy_cores": next(told_busy)}
+
+    monkeypatch.setattr(api, "measure", measured)
     first = profile(str(here), seq=16, threads=1)
     (cached,) = (tmp_path / "cache" / "profiles").iterdir()
-    crowded = first.model_copy(update={"device": first.device.model_copy(update={"busy_cores": 1.5})})
-    save_profile(crowded, cached)
+    assert (first.device.busy_cores, len(calls)) == (2.0, 1)
     # As long as others are busy it is what there is, wherever the model lies by now.
     shutil.move(here.parent, there.parent)
-    monkeypatch.setattr(api, "others_now", lambda: 1.0)
+    monkeypatch.setattr(api, "taken_now", lambda threads: 1.0)
     again = profile(str(there), seq=16, threads=1)
-    assert again.device == crowded.device
-    assert again.model.source == str(there)
-    assert "other programs used 1.5 cores" in told(again)
-    assert "other programs used 1.5 cores" in _proof(Planner(again).plan(1 << 40))
-    monkeypatch.setattr(api, "others_now", lambda: 0.0)
-    monkeypatch.setattr(busy, "STAT", tmp_path / "none")
-    measured = profile(str(there), seq=16, threads=1)
-    assert measured.device.busy_cores != 1.5
-    assert load_profile(cached).device == measured.device
-    # One of an idle moment is returned as it is.
-    calm = measured.model_copy(update={"device": measured.device.model_copy(update={"busy_cores": 0.0})})
-    save_profile(calm, cached)
-    assert profile(str(there), seq=16, threads=1) == calm
+    assert (again.device, again.model.source, len(calls)) == (first.device, str(there), 1)
+    assert "other programs took 2.0 cores" in told(again)
+    assert "other programs took 2.0 cores" in _proof(Planner(again).plan(1 << 40))
+    monkeypatch.setattr(api, "taken_now", lambda threads: 0.0)
+    calm = profile(str(there), seq=16, threads=1)
+    assert (calm.device.busy_cores, len(calls)) == (0.0, 2)
+    assert load_profile(cached) == calm
     assert "other programs" not in told(calm)
     assert "other programs" not in _proof(Planner(calm).plan(1 << 40))
+    # One of an idle moment is returned as it is, and one that came out worse is not kept.
+    assert profile(str(there), seq=16, threads=1) == calm
+    assert len(calls) == 2
+    worse = calm.model_copy(update={"device": calm.device.model_copy(update={"busy_cores": 2.5})})
+    save_profile(worse, cached)
+    assert profile(str(there), seq=16, threads=1) == worse
+    assert len(calls) == 3
+    assert load_profile(cached) == worse

@@ -11,7 +11,9 @@ from planner.compare import compare
 from planner.exchange import load_plan, save_plan
 from planner.explain import explain
 from planner.plan import Planner, fingerprint, rebudgeted
+from planner.schema import PLAN_VERSION
 from profiles.errors import InputError
+from profiles.schema import PROFILE_VERSION
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +65,19 @@ def test_flipped_bits(made, tmp_path):
 
 
 def test_another_version(made, tmp_path):
+    now = f'"version":{PLAN_VERSION}'.encode()
     for version, age in ((1, "an older"), (7, "a newer")):
         edited = f'"version":{version}'.encode()
-        text = damaged(made, tmp_path, lambda data, edited=edited: data.replace(b'"version":3', edited, 1))
-        assert f"written by {age} version of tightfit (plan version {version}, this one reads version 3)" in text
+        text = damaged(made, tmp_path, lambda data, edited=edited: data.replace(now, edited, 1))
+        assert (
+            f"written by {age} version of tightfit (plan version {version}, this one reads version {PLAN_VERSION})"
+            in text
+        )
 
 
 def test_no_plan_at_all(made, tmp_path):
     assert "not a plan" in damaged(made, tmp_path, lambda data: b"[1, 2]")
-    profile = json.dumps({"version": 4, "programs": [], "layers": []}).encode()
+    profile = json.dumps({"version": PROFILE_VERSION, "programs": [], "layers": []}).encode()
     assert "a profile, not a plan" in damaged(made, tmp_path, lambda data: profile)
 
 
