@@ -9,7 +9,7 @@ from runtime.process import memory, trim_heap
 
 INSTRUCTION_BYTES = 50
 """int32 words of an average instruction, and the numbers and names of its tensors."""
-HEAP_SLACK_BYTES = 7 << 18
+HEAP_SLACK_BYTES = 10 << 18
 """What a run holds beyond this floor, its kernels and operators, its arena and the largest workspace: the job's own tables
 and holes in the heap between long-lived blocks; the same from the second step on, because free pages are given back after every step."""
 HOLES_PER_WORKSPACE = 0.3
