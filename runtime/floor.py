@@ -14,8 +14,8 @@ HEAP_SLACK_BYTES = 10 << 18
 and holes in the heap between long-lived blocks; the same from the second step on, because free pages are given back after every step."""
 HOLES_PER_WORKSPACE = 0.3
 """Further holes, as a part of the largest workspace: what forwards leave free is not always where a backward needs it. Both
-together are 2.3 MiB for a workspace of 2 MiB, where runs of SmolLM2-135M needed 0.9 to 1.7; 2.7 MiB for one of 3.3 MiB, where
-Qwen2.5-3B needed 0.5 to 0.9; 3.9 MiB for one of 7.1 MiB, where Qwen2.5-0.5B with 1024 tokens needed 0.3 to 0.7."""
+together are 3 MiB for a workspace of 1.5 to 2 MiB, where runs of SmolLM2-135M and Qwen2.5-0.5B needed 0.5 to 1.7, Qwen2.5-1.5B 1.4 to 1.9,
+and Qwen2.5-3B, whose tensors are larger, 1.6 to 2.3 and once more than that (with a fourth less it reached its cap)."""
 IMPORT_SLACK_BYTES = 2 << 20
 """How much the peak of the start varies with what the page cache holds."""
 
