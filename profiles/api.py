@@ -13,7 +13,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from profiles import native
-from profiles.busy import crowded, taken_now
+from profiles.busy import crowded, our_cores, taken_now
 from profiles.decoder import Decoder, decoder_shape
 from profiles.devices import find_device
 from profiles.errors import InputError
@@ -103,7 +103,7 @@ def profile(
     for name, value in (("batch", batch), ("seq", seq), ("lora-rank", lora_rank)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = our_cores()
     threads = cores if threads is None else threads
     if not 1 <= threads <= cores:
         raise InputError(f"threads {threads}: this process may use 1 to {cores} of the machine's cores")

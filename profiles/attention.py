@@ -50,11 +50,9 @@ def attention(
     lies where the plan puts it. Rotated q and k are made again in backward rather than saved.
     """
     y, lse, scratch = out
-    seq = cos.shape[0]
-    for step in _steps(scratch, q, seq, heads, kv_heads):
+    for step in _steps(scratch, q, cos.shape[0], heads, kv_heads):
         rows = step.tokens
-        keys = step.whole(k[rows], (cos, sin))
-        values = step.whole(v[rows])
+        keys, values = step.whole(k[rows], (cos, sin)), step.whole(v[rows])
         queries, attended = step.block(), step.block()
         scores = step.scores()
         for part in step.parts():
@@ -65,7 +63,8 @@ def attention(
             result = step.of(attended, part)
             torch.bmm(made, values[:, : made.shape[2]], out=result)
             step.grouped(y[rows], part).copy_(step.apart(result.div_(total)))
-            step.sums(lse, part).copy_(maximum.add_(total.log_()).view_as(step.sums(lse, part)))
+            sums = step.sums(lse, part)
+            sums.copy_(maximum.add_(total.log_()).view_as(sums))
 
 
 def attention_backward(
@@ -77,8 +76,7 @@ def attention_backward(
     seq = cos.shape[0]
     for step in _steps(scratch, q, seq, heads, kv_heads):
         rows = step.tokens
-        keys = step.whole(k[rows], (cos, sin))
-        values = step.whole(v[rows])
+        keys, values = step.whole(k[rows], (cos, sin)), step.whole(v[rows])
         key_gradients, value_gradients = step.whole(), step.whole()
         buffers = [step.block() for _ in range(3)]
         first, second = step.scores(), step.scores()
@@ -117,13 +115,18 @@ def attention_scratch(
     part = min(seq, QUERIES)
     whole, block, scores = (4, 3, 2) if backward else (2, 2, 1)
     columns = whole * seq * keys + block * part * queries + scores * heads * part * seq
-    return min(tokens // seq, max(1, TOKENS // seq)), columns
+    return min(tokens // seq, _together(seq)), columns
+
+
+def _together(seq: int) -> int:
+    """Samples worked on at a time, few enough that the float32 copies stay small."""
+    return max(1, TOKENS // seq)
 
 
 def _steps(scratch: Tensor, q: Tensor, seq: int, heads: int, kv_heads: int) -> Iterator[_Step]:
-    """A few samples at a time, that the float32 copies stay small; products of narrow tensors by what is fastest."""
+    """A few samples at a time; products of narrow tensors by what is fastest."""
     with onednn(q.dtype):
-        for samples in blocks(q.shape[0] // seq, max(1, TOKENS // seq)):
+        for samples in blocks(q.shape[0] // seq, _together(seq)):
             yield _Step(scratch, samples, seq, heads, kv_heads, q.shape[1] // heads)
 
 
@@ -134,13 +137,8 @@ class _Step:
         self.rest = scratch.view(-1)
         self.samples = samples
         self.tokens = slice(samples.start * seq, samples.stop * seq)
-        self.count, self.seq, self.heads, self.kv_heads, self.width = (
-            samples.stop - samples.start,
-            seq,
-            heads,
-            kv_heads,
-            width,
-        )
+        self.count, self.seq, self.width = samples.stop - samples.start, seq, width
+        self.heads, self.kv_heads = heads, kv_heads
         self.rows = min(seq, QUERIES)
         self.future = torch.full((self.rows, self.rows), -math.inf).triu_(1)
 

@@ -27,7 +27,7 @@ class Others:
 
     def taken(self, threads: int) -> float:
         """The part of it that computing with `threads` would go without."""
-        return max(0.0, self.cores() - max(0, _ours() - threads))
+        return max(0.0, self.cores() - max(0, our_cores() - threads))
 
 
 def crowded(taken_cores: float, threads: int) -> bool:
@@ -42,7 +42,7 @@ def taken_now(threads: int) -> float:
     return others.taken(threads)
 
 
-def _ours() -> int:
+def our_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

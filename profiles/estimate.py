@@ -156,15 +156,16 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     pack a panel. The largest operators are 0 to 70 % above what was measured for Qwen2.5-0.5B (1 × 256 and 1 × 1024 tokens),
     Qwen2.5-3B and SmolLM2-135M (16 × 64); a residual CNN's largest 2 to 50 %. Attention's backward took 0.35 to 1.8 MiB there.
     """
-    from profiles.attention import TOKENS, TURNED_ELEMENTS
+    from profiles.attention import TURNED_ELEMENTS, attention_scratch
     from profiles.operators import BLOCK_ELEMENTS, HEAD_ROWS, STATE_COLUMNS
 
     target, touched = operator.target, _touched(operator, values)
     if target in FLOAT32_INSIDE:
         if target.endswith("backward"):
             return 9 * MIB // 5
-        tokens, seq, _, _, keys = _attended(operator, values)
-        turned = min(seq * max(1, TOKENS // seq), tokens) * keys
+        tokens, seq, heads, queries, keys = _attended(operator, values)
+        samples, _ = attention_scratch(tokens, seq, heads, queries, keys)
+        turned = samples * seq * keys
         return 3 * MIB // 16 + 3 * min(turned, TURNED_ELEMENTS)
     if target == "tightfit.head_chunk":
         if values[operator.inputs[0]].shape[1] == STATE_COLUMNS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from planner.schema import Plan
+from profiles.busy import our_cores
 from profiles.errors import InfeasibleError, InputError
 from profiles.products import BFLOAT16_PRODUCTS
 from profiles.store import Store
@@ -47,7 +47,7 @@ def check_machine(plan: Plan) -> None:
         raise InputError(
             f"the plan's times and floor are estimated for {device.name}, not measured on this machine; run `tightfit profile` without --device here and plan again"
         )
-    present = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    present = our_cores()
     if device.threads > present:
         raise InputError(
             f"the plan uses {device.threads} threads and this process may use {present}; profile and plan on this machine"

@@ -68,7 +68,7 @@ def test_another_program_is_seen():
     ) as other:
         try:
             other.stdout.readline()
-            assert busy.crowded(busy.taken_now(busy._ours()), 1)
+            assert busy.crowded(busy.taken_now(busy.our_cores()), 1)
         finally:
             other.kill()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -23,6 +22,7 @@ from planner.service.schema import (
     JobState,
 )
 from planner.service.supervisor import LOCAL
+from profiles.busy import our_cores
 from profiles.devices import known_devices
 
 router = APIRouter()
@@ -104,7 +104,7 @@ async def cancel_job(request: Request, identity: Identity) -> Job:
 async def list_devices(request: Request) -> DeviceList:
     """What runs go to, and how long its queue is; then those that can be planned for."""
     running, waiting = service_of(request).store.lane(LOCAL)
-    cores = len(os.sched_getaffinity(0))
+    cores = our_cores()
     here = DeviceAnswer(
         name=LOCAL,
         label="the service's machine",
