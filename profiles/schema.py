@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PROFILE_VERSION = 4
+PROFILE_VERSION = 5
 
 
 class Record(BaseModel):

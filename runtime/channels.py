@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import queue
+import struct
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 Transfer = Callable[..., None]
+SLICE_NANOSECONDS = 100_000
+SWITCH_SECONDS = 2e-4
+SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
+"""number of the system call by machine; glibc has had a function of this name since 2.41 only"""
 
 
 class Channel:
@@ -52,6 +60,7 @@ class Channel:
         self._thread.join()
 
     def _serve(self) -> None:
+        _start_promptly()
         failed = False
         while (request := self._requests.get()) is not None:
             ticket, transfer, arguments = request
@@ -65,3 +74,20 @@ class Channel:
             else:
                 self._answers.put(ticket)
             del request, transfer, arguments
+
+
+def _start_promptly() -> None:
+    """Let this thread begin a transfer when it is asked for, not when the operators beside it leave it a core or Python's lock.
+
+    A short slice goes before the longer ones of the threads that compute (Linux 6.12; a request, no privilege needed), and
+    who waits for the lock asks for it sooner than after 5 ms. Without either, transfers of Qwen2.5-0.5B at 320 MiB began 0.4
+    to 0.5 ms after their request on two Zen 5 cores, often only when the operator that needed them already waited: 0.10 s
+    of 1.2 s per step; with both 0.05 s.
+    """
+    sys.setswitchinterval(min(SWITCH_SECONDS, sys.getswitchinterval()))
+    number = SCHED_SETATTR.get(os.uname().machine)
+    if sys.platform == "linux" and number is not None and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        # size, policy, flags, nice, priority, slice, deadline, period; older kernels do not look at the slice
+        attributes = struct.pack("IIQiIQQQ", 48, os.SCHED_OTHER, 0, nice, 0, SLICE_NANOSECONDS, 0, 0)
+        ctypes.CDLL(None).syscall(ctypes.c_long(number), 0, ctypes.c_char_p(attributes), 0)
