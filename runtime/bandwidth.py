@@ -6,11 +6,12 @@ Transfers are those of a run: direct reads and writes in place, carried out by t
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +23,8 @@ from runtime.spill import SpillFile
 
 SIZES = (64 << 10, 2 << 20)
 SCRATCH_BYTES = 64 << 20
-GROUPS = 48
-"""groups of operators timed alone, and as many with a transfer beside them"""
+LEAST_TURNS, MOST_TURNS, MOST_SECONDS = 10, 100, 4.0
+"""transfers of each kind and size, one of each in turn: a shared disk is slow for a second and then fast again"""
 GROUP_SECONDS = 4e-3
 Transfer = Callable[[int, int, int], None]
 """(address, bytes, offset in the file)"""
@@ -41,59 +42,78 @@ def measure_channels(folder: Path, dtype: str) -> dict[str, dict[str, float]]:
             buffer[start : start + (1 << 16)] = os.urandom(1 << 16)
         for offset in range(0, SCRATCH_BYTES, SIZES[-1]):
             file.write(address, SIZES[-1], offset)
-        group = _Group(getattr(torch, dtype))
+        group = Group(getattr(torch, dtype))
         transfers: dict[str, Transfer] = {"write": file.write, "read": file.read}
-        return {name: _figures(channel, transfer, address, group) for name, transfer in transfers.items()}
+        return measure_transfers(channel, transfers, address, group)
     finally:
         channel.close()
         file.close()
 
 
-def _figures(channel: Channel, transfer: Transfer, address: int, group: _Group) -> dict[str, float]:
-    """Lines through the seconds of a small and of a large transfer, both beside a computation, as those of a run are."""
-    (small_taken, small_lost), (large_taken, large_lost) = (
-        _beside(channel, transfer, address, size, group) for size in SIZES
-    )
-    small, large = SIZES
-    per_byte = max((large_taken - small_taken) / (large - small), 1e-12)
-    lost_per_byte = max(0.0, (large_lost - small_lost) / (large - small))
-    return {
-        "bytes_per_second": 1.0 / per_byte,
-        "latency_seconds": max(0.0, small_taken - per_byte * small),
-        "compute_seconds_per_byte": lost_per_byte,
-        "compute_seconds_per_transfer": max(0.0, small_lost - lost_per_byte * small),
-    }
+def measure_transfers(
+    channel: Channel, transfers: Mapping[str, Transfer], address: int, group: Group
+) -> dict[str, dict[str, float]]:
+    """Figures of each kind of transfer: lines through the medians of small and of large ones, each beside `group`.
 
-
-def _beside(channel: Channel, transfer: Transfer, address: int, size: int, group: _Group) -> tuple[float, float]:
-    """Seconds from the request of a transfer until it is done, and those that computing loses to it.
-
-    It takes longer beside a computation than alone: its thread waits for a core and for Python's lock (on two Zen 5 cores
-    2 MiB in 1.9 ms beside, 1.5 ms alone). The upper quartile, since what comes late is waited for and what comes early
-    gains nothing. System calls and copies need a core, and an operator waits for its slowest one: what is lost is the
-    median of a group with a transfer beside it less that of one alone, in turn.
+    A transfer takes longer beside a computation than alone: its thread waits for a core and for Python's lock (2 MiB on two
+    Zen 5 cores 1.5 instead of 1.2 ms). And it takes from it: system calls and copies need a core, and an operator waits for
+    its slowest one. Lost is what the group takes longer than alone just before.
     """
-    alone, together, taken = [], [], []
+    kinds = list(itertools.product(transfers, SIZES))
+    taken: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
+    lost: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
     group.run()
+    started = time.perf_counter()
+    for turn in range(MOST_TURNS):
+        if turn >= LEAST_TURNS and time.perf_counter() - started > MOST_SECONDS:
+            break
+        for name, size in kinds:
+            begin = time.perf_counter()
+            group.run()
+            alone = time.perf_counter() - begin
+            offset = turn * size % (SCRATCH_BYTES - size) // SIZES[0] * SIZES[0]
+            seconds, beside = _beside(channel, group, transfers[name], address, size, offset)
+            taken[name, size].append(seconds)
+            lost[name, size].append(beside - alone)
+    figures = {}
+    for name in transfers:
+        latency, per_byte = _line([taken[name, size] for size in SIZES])
+        lost_per_transfer, lost_per_byte = _line([lost[name, size] for size in SIZES])
+        figures[name] = {
+            "bytes_per_second": 1.0 / max(per_byte, 1e-12),
+            "latency_seconds": latency,
+            "compute_seconds_per_byte": lost_per_byte,
+            "compute_seconds_per_transfer": lost_per_transfer,
+        }
+    return figures
 
-    def timed(offset: int, begin: float) -> None:
+
+def _line(seconds: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """What a transfer of no bytes takes, and what each byte adds, from the seconds at `SIZES`."""
+    (small, large), (small_seconds, large_seconds) = SIZES, map(statistics.median, seconds)
+    per_byte = max(0.0, (large_seconds - small_seconds) / (large - small))
+    return max(0.0, small_seconds - per_byte * small), per_byte
+
+
+def _beside(
+    channel: Channel, group: Group, transfer: Transfer, address: int, size: int, offset: int
+) -> tuple[float, float]:
+    """Seconds from a request until its transfer is done, and those of the group beside it."""
+    done: list[float] = []
+
+    def timed() -> None:
         transfer(address, size, offset)
-        taken.append(time.perf_counter() - begin)
+        done.append(time.perf_counter())
 
-    for turn in range(GROUPS):
-        begin = time.perf_counter()
-        group.run()
-        alone.append(time.perf_counter() - begin)
-        offset = turn * size % (SCRATCH_BYTES - size) // SIZES[0] * SIZES[0]
-        begin = time.perf_counter()
-        ticket = channel.submit(timed, offset, begin)
-        group.run()
-        together.append(time.perf_counter() - begin)
-        channel.wait(ticket)
-    return statistics.quantiles(taken, n=4)[2], statistics.median(together) - statistics.median(alone)
+    begin = time.perf_counter()
+    ticket = channel.submit(timed)
+    group.run()
+    beside = time.perf_counter() - begin
+    channel.wait(ticket)
+    return done[0] - begin, beside
 
 
-class _Group:
+class Group:
     """A layer's mix, about as long as the largest transfer: a product, a pass over memory, narrow products."""
 
     def __init__(self, dtype: torch.dtype) -> None:

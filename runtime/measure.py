@@ -28,7 +28,7 @@ from runtime.process import child_environment, command, memory, trim_heap
 
 ROUNDS = (4, 40)
 WEIGHT_BUFFERS = 4  # buffers for weights of one shape
-UNPACKED_BYTES = 64 << 20  # outputs that unpacking is timed on, in turn
+UNPACKED_BYTES = 192 << 20  # outputs that unpacking is timed on, in turn: beyond any cache
 PASSES = 2  # over all programs: the lower figures count, since what else the machine does comes in bursts of seconds
 WORKSPACE_CALLS = 4  # of an operator in each pass
 PROGRAM_SECONDS = 1.0  # time spent on a program in a pass, beyond the first rounds
@@ -255,14 +255,11 @@ def measure_unpack(kind: str, group: int, rows: int, columns: int, dtype: str) -
     from profiles.store import Entry, unpack
 
     entry = Entry(name="weight", shape=(rows, columns), format=kind, group=group)
-    copies = max(2, min(8, (32 << 20) // max(1, entry.bytes)))
-    packed = torch.randint(0, 64, (copies, entry.bytes), dtype=torch.uint8)
     element = getattr(torch, dtype)
-    outs = [
-        torch.zeros(rows, columns, dtype=element)
-        for _ in range(max(1, min(8, UNPACKED_BYTES // (rows * columns * element.itemsize))))
-    ]
-    return _median(lambda turn: unpack(entry, packed[turn % copies], outs[turn % len(outs)]))
+    copies = max(2, UNPACKED_BYTES // (rows * columns * element.itemsize))
+    packed = torch.randint(0, 64, (entry.bytes,), dtype=torch.uint8).repeat(copies, 1)
+    outs = torch.zeros(copies, rows, columns, dtype=element)
+    return _median(lambda turn: unpack(entry, packed[turn % copies], outs[turn % copies]))
 
 
 def measure_update(elements: int) -> float:
