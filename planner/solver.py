@@ -82,6 +82,8 @@ class Solver:
         self._lowest: Schedule | None = None
         self._lowest_proven = False
         """whether the search for it came to its end"""
+        self._by_clock = False
+        """whether the clock has ended any search: what it left behind is not to guide others that call themselves deterministic"""
 
     @cached_property
     def pool(self) -> Pool:
@@ -148,6 +150,7 @@ class Solver:
             outcome = replace(known, any_bound_seconds=max(bound, known.any_bound_seconds))
         if outcome.deterministic:
             self._outcomes[budget_bytes] = outcome
+        self._by_clock = self._by_clock or not outcome.deterministic
         self.proven[budget_bytes] = max(self.proven.get(budget_bytes, 0.0), outcome.bound_seconds)
         fitting = [one for one in self.found if one.schedule is not None and one.schedule.peak_bytes <= budget_bytes]
         before = min(fitting, key=_seconds, default=None)
@@ -211,6 +214,7 @@ class Solver:
             return None if answer is None else answer.bound_seconds
         lower, _, kept = search.columns()
         if not search.timely:
+            self._by_clock = True
             raise TimeoutError
         return search.bound(lower) if kept else None
 
@@ -254,11 +258,6 @@ class Solver:
             deadline=attempt.until(RELAXED_SHARE),
             progress=attempt.progress,
         )
-        lower, _, kept = relaxed.columns()
-        attempt.timely = attempt.timely and relaxed.timely
-        if not kept:
-            return
-        attempt.bound = max(attempt.bound, relaxed.bound(lower))
         careful = Search(
             relaxation=self.careful,
             limit_bytes=attempt.limit,
@@ -266,10 +265,20 @@ class Solver:
             tolerance=CAREFUL_TOLERANCE,
             progress=attempt.progress,
         )
+        # Columns that other budgets priced, by the bound that they proved for this one too: where the plan is good by that, this
+        # budget's own columns and a bound a little higher are not worth their price.
+        attempt.bound = max(attempt.bound, relaxed.bound(self.relaxed.proven(attempt.limit)))
         early = replace(attempt, found=[], deadline=attempt.until(EARLY_SHARE))
         try:
             self._early(early, replace(careful, deadline=early.deadline))
             attempt.timely = attempt.timely and early.timely
+            if early.near(attempt.bound, GOOD):
+                return
+            lower, _, kept = relaxed.columns()
+            attempt.timely = attempt.timely and relaxed.timely
+            if not kept:
+                return
+            attempt.bound = max(attempt.bound, relaxed.bound(lower))
             if not early.near(attempt.bound, GOOD):
                 self._carefully(attempt, relaxed, careful)
         finally:
@@ -279,7 +288,7 @@ class Solver:
         """Two choices of columns that were priced for other budgets, which often do here as well; unless the clock had a
         hand in those.
         """
-        if self.found and all(one.deterministic for one in self.found):
+        if self.found and not self._by_clock:
             with attempt.within():
                 attempt.choose(careful, 2)
 
@@ -368,6 +377,7 @@ class Solver:
                 timely = self._lower(deadline)
             except TimeoutError:
                 timely = False
+            self._by_clock = self._by_clock or not timely
             self._lowest_proven = timely and time.monotonic() < deadline
         assert self._lowest is not None
         by_chance = any(one.schedule is self._lowest and not one.deterministic for one in self.found)

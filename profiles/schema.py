@@ -108,7 +108,7 @@ class Layer(Record):
 
 
 class Channel(Record):
-    """A path that bytes take between memory and disk, as measured with the reads that the runtime makes."""
+    """A path that bytes take between memory and disk; a profile measures it by transfers as the runtime makes them, beside a computation."""
 
     bytes_per_second: float = Field(gt=0)
     latency_seconds: float = Field(ge=0)

@@ -13,11 +13,11 @@ ALIGNMENT = 64
 
 
 class Arena:
-    """Anonymous memory, touched as the schedule first uses it and never given back."""
+    """Anonymous memory, touched as the schedule first uses it and never given back. The plan counts all of it."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._map = make_pages(size)
+        self._map = make_pages(size, used=True)
         self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
         self.address = self.bytes.data_ptr()
         self._flat: dict[str, tuple[Tensor, int]] = {}

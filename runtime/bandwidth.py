@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import mmap
 import os
 import statistics
 import time
@@ -17,14 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from profiles.pages import HUGE_BYTES, make_pages
 from profiles.products import multiply
 from runtime.channels import Channel
 from runtime.spill import SpillFile
 
 SIZES = (64 << 10, 2 << 20)
 SCRATCH_BYTES = 64 << 20
-LEAST_TURNS, MOST_TURNS, MOST_SECONDS = 10, 100, 4.0
+LEAST_TURNS, MOST_TURNS = 10, 100
 """transfers of each kind and size, one of each in turn: a shared disk is slow for a second and then fast again"""
+MOST_SECONDS = 4.0
+"""for all turns, unless fewer than the least are done by then"""
 GROUP_SECONDS = 4e-3
 Transfer = Callable[[int, int, int], None]
 """(address, bytes, offset in the file)"""
@@ -36,10 +38,11 @@ def measure_channels(folder: Path, dtype: str) -> dict[str, dict[str, float]]:
     file = SpillFile(str(folder), SCRATCH_BYTES)
     channel = Channel()
     try:
-        buffer = mmap.mmap(-1, SIZES[-1])
+        buffer = make_pages(SIZES[-1] + HUGE_BYTES, used=True)
         address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-        for start in range(0, SIZES[-1], 1 << 16):
-            buffer[start : start + (1 << 16)] = os.urandom(1 << 16)
+        address += -address % HUGE_BYTES
+        noise = os.urandom(SIZES[-1])
+        ctypes.memmove(address, noise, len(noise))
         for offset in range(0, SCRATCH_BYTES, SIZES[-1]):
             file.write(address, SIZES[-1], offset)
         group = Group(getattr(torch, dtype))
@@ -55,9 +58,9 @@ def measure_transfers(
 ) -> dict[str, dict[str, float]]:
     """Figures of each kind of transfer: lines through the medians of small and of large ones, each beside `group`.
 
-    A transfer takes longer beside a computation than alone: its thread waits for a core and for Python's lock (2 MiB on two
-    Zen 5 cores 1.5 instead of 1.2 ms). And it takes from it: system calls and copies need a core, and an operator waits for
-    its slowest one. Lost is what the group takes longer than alone just before.
+    A transfer takes longer beside a computation than alone: its thread waits for a core and for Python's lock. And it takes
+    from it: system calls and copies need a core, and an operator waits for its slowest one. Lost is what groups take
+    longer than the one alone just before.
     """
     kinds = list(itertools.product(transfers, SIZES))
     taken: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
@@ -71,10 +74,12 @@ def measure_transfers(
             begin = time.perf_counter()
             group.run()
             alone = time.perf_counter() - begin
-            offset = turn * size % (SCRATCH_BYTES - size) // SIZES[0] * SIZES[0]
-            seconds, beside = _beside(channel, group, transfers[name], address, size, offset)
+            # Not what was written last, which a disk may still hold in its memory: kinds are far from each other.
+            place = turn * size + list(transfers).index(name) * SCRATCH_BYTES // len(transfers)
+            offset = place % (SCRATCH_BYTES - size) // SIZES[0] * SIZES[0]
+            seconds, beside, groups = _beside(channel, group, transfers[name], address, size, offset)
             taken[name, size].append(seconds)
-            lost[name, size].append(beside - alone)
+            lost[name, size].append(beside - groups * alone)
     figures = {}
     for name in transfers:
         latency, per_byte = _line([taken[name, size] for size in SIZES])
@@ -97,20 +102,25 @@ def _line(seconds: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 def _beside(
     channel: Channel, group: Group, transfer: Transfer, address: int, size: int, offset: int
-) -> tuple[float, float]:
-    """Seconds from a request until its transfer is done, and those of the group beside it."""
+) -> tuple[float, float, int]:
+    """Seconds from a request until its transfer is done, and those of the groups meanwhile, with their number."""
     done: list[float] = []
 
     def timed() -> None:
-        transfer(address, size, offset)
-        done.append(time.perf_counter())
+        try:
+            transfer(address, size, offset)
+        finally:
+            done.append(time.perf_counter())
 
+    groups = 0
     begin = time.perf_counter()
     ticket = channel.submit(timed)
-    group.run()
+    while not groups or not done:
+        group.run()
+        groups += 1
     beside = time.perf_counter() - begin
     channel.wait(ticket)
-    return done[0] - begin, beside
+    return done[0] - begin, beside, groups
 
 
 class Group:

@@ -28,7 +28,8 @@ from runtime.process import child_environment, command, memory, trim_heap
 
 ROUNDS = (4, 40)
 WEIGHT_BUFFERS = 4  # buffers for weights of one shape
-UNPACKED_BYTES = 192 << 20  # outputs that unpacking is timed on, in turn: beyond any cache
+UNPACKED_BYTES = 192 << 20  # outputs that unpacking is timed on, in turn: beyond most caches
+MOST_CALLS = 200  # that are timed for one figure
 PASSES = 2  # over all programs: the lower figures count, since what else the machine does comes in bursts of seconds
 WORKSPACE_CALLS = 4  # of an operator in each pass
 PROGRAM_SECONDS = 1.0  # time spent on a program in a pass, beyond the first rounds
@@ -256,7 +257,7 @@ def measure_unpack(kind: str, group: int, rows: int, columns: int, dtype: str) -
 
     entry = Entry(name="weight", shape=(rows, columns), format=kind, group=group)
     element = getattr(torch, dtype)
-    copies = max(2, UNPACKED_BYTES // (rows * columns * element.itemsize))
+    copies = max(1, min(MOST_CALLS, UNPACKED_BYTES // (rows * columns * element.itemsize)))
     packed = torch.randint(0, 64, (entry.bytes,), dtype=torch.uint8).repeat(copies, 1)
     outs = torch.zeros(copies, rows, columns, dtype=element)
     return _median(lambda turn: unpack(entry, packed[turn % copies], outs[turn % copies]))
@@ -287,7 +288,7 @@ def _median(call: Callable[[int], None], seconds: float = 0.2) -> float:
     times: list[float] = []
     started = time.perf_counter()
     turn = 0
-    while turn < 5 or (turn < 200 and time.perf_counter() - started < seconds):
+    while turn < 5 or (turn < MOST_CALLS and time.perf_counter() - started < seconds):
         begin = time.perf_counter()
         call(turn)
         times.append(time.perf_counter() - begin)

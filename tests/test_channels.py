@@ -1,11 +1,14 @@
 import ctypes
 import os
+import re
+import struct
+import sys
 import threading
 
 import pytest
 
 from profiles.errors import RunError
-from runtime.channels import Channel
+from runtime.channels import SLICE_NANOSECONDS, SWITCH_SECONDS, Channel
 from runtime.spill import BLOCK, STAGING_BYTES, SpillFile
 
 
@@ -38,6 +41,73 @@ def test_an_error_surfaces_where_it_is_waited_for_and_stops_later_transfers():
             channel.wait(awaited)
     channel.close()
     assert seen == [1]
+
+
+def test_an_idle_channel_has_taken_up_a_request_when_it_returns():
+    channel, taken_up, gate = Channel(), [], threading.Event()
+
+    def transfer():
+        taken_up.append(True)
+        gate.wait()
+
+    for _ in range(200):
+        before = channel._served
+        gate.clear()
+        ticket = channel.submit(transfer)
+        assert channel._requests.empty(), "the thread has it"
+        assert channel._served == before
+        gate.set()
+        channel.wait(ticket)
+    assert len(taken_up) == 200
+    channel.close()
+
+
+def test_a_request_behind_another_or_a_failed_one_does_not_wait():
+    channel, gate = Channel(), threading.Event()
+    channel.submit(gate.wait)
+    second = channel.submit(int)  # would never return if it waited for its turn
+    gate.set()
+    channel.wait(second)
+    failed = channel.submit(int, "no number")
+    with pytest.raises(ValueError, match="no number"):
+        channel.wait(failed)
+    for _ in range(3):
+        channel.submit(int)
+    channel.close()
+
+
+SCHED_GETATTR = {"x86_64": 315, "aarch64": 275}
+RELEASE = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2]))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or RELEASE < (6, 12), reason="slices are Linux 6.12's")
+@pytest.mark.skipif(os.uname().machine not in SCHED_GETATTR, reason="the number of the system call is not known")
+def test_the_thread_has_a_short_slice_and_its_callers_priority():
+    def attributes(thread):
+        found = ctypes.create_string_buffer(56)
+        number = SCHED_GETATTR[os.uname().machine]
+        assert ctypes.CDLL(None).syscall(ctypes.c_long(number), thread, found, 56, 0) == 0
+        _, policy, _, nice, _, slice_, *_ = struct.unpack("IIQiIQQQII", found.raw)
+        return policy, nice, slice_
+
+    channel = Channel()
+    channel.wait(channel.submit(int))
+    policy, nice, slice_ = attributes(channel._thread.native_id)
+    own_policy, own_nice, own_slice = attributes(threading.get_native_id())
+    channel.close()
+    assert (policy, nice) == (own_policy, own_nice)
+    if policy == os.SCHED_OTHER:
+        assert slice_ == SLICE_NANOSECONDS < own_slice
+
+
+def test_pythons_lock_is_handed_on_sooner_until_the_channel_is_closed():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-3)
+    channel = Channel()
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
+    channel.close()
+    assert sys.getswitchinterval() == pytest.approx(5e-3)
+    sys.setswitchinterval(before)
 
 
 @pytest.mark.parametrize("size", [1, 100, BLOCK, STAGING_BYTES - 1, STAGING_BYTES + 13, 3 * STAGING_BYTES])
