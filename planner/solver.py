@@ -258,6 +258,11 @@ class Solver:
             deadline=attempt.until(RELAXED_SHARE),
             progress=attempt.progress,
         )
+        lower, _, kept = relaxed.columns()
+        attempt.timely = attempt.timely and relaxed.timely
+        if not kept:
+            return
+        attempt.bound = max(attempt.bound, relaxed.bound(lower))
         careful = Search(
             relaxation=self.careful,
             limit_bytes=attempt.limit,
@@ -265,20 +270,10 @@ class Solver:
             tolerance=CAREFUL_TOLERANCE,
             progress=attempt.progress,
         )
-        # Columns that other budgets priced, by the bound that they proved for this one too: where the plan is good by that, this
-        # budget's own columns and a bound a little higher are not worth their price.
-        attempt.bound = max(attempt.bound, relaxed.bound(self.relaxed.proven(attempt.limit)))
         early = replace(attempt, found=[], deadline=attempt.until(EARLY_SHARE))
         try:
             self._early(early, replace(careful, deadline=early.deadline))
             attempt.timely = attempt.timely and early.timely
-            if early.near(attempt.bound, GOOD):
-                return
-            lower, _, kept = relaxed.columns()
-            attempt.timely = attempt.timely and relaxed.timely
-            if not kept:
-                return
-            attempt.bound = max(attempt.bound, relaxed.bound(lower))
             if not early.near(attempt.bound, GOOD):
                 self._carefully(attempt, relaxed, careful)
         finally:
