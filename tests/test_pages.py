@@ -1,6 +1,7 @@
 import ctypes
 import mmap
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ def flags(pages):
     """What the kernel was told of the mapping (VmFlags of smaps), and its resident bytes."""
     address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
     found, resident = None, 0
-    with open("/proc/self/smaps") as file:
+    with Path("/proc/self/smaps").open() as file:
         inside = False
         for line in file:
             head = line.split()[0]
