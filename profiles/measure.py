@@ -34,8 +34,9 @@ def measure(
     """What one process measured: `operators` {program: [[seconds, workspace bytes], ...]}, `unpack` and `update`
     {tensor: seconds}, `read` and `write` {bytes_per_second, latency_seconds, compute_seconds_per_byte}, `floor`.
 
-    Tensors of equal shape and format are measured once. Needs room for one layer's tensors, unpacked, or for the
-    400 MiB that unpacking is timed on, and for 64 MiB in `scratch`, on the disk that will hold the weights. Raises RunError with the process's last words where it fails.
+    Tensors of equal shape and format are measured once. Needs room for one layer's tensors, unpacked, or for the 400 MiB that
+    unpacking is timed on, and for 64 MiB in `scratch`, on the disk that will hold the weights. Raises RunError with the
+    process's last words where it fails.
     """
     programs, tensors = list(programs), list(tensors)
     weights: dict[tuple[Any, ...], list[str]] = {}

@@ -65,6 +65,7 @@ def measure_transfers(
     kinds = list(itertools.product(transfers, SIZES))
     taken: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
     lost: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
+    apart = {name: number * SCRATCH_BYTES // len(transfers) for number, name in enumerate(transfers)}
     group.run()
     started = time.perf_counter()
     for turn in range(MOST_TURNS):
@@ -75,7 +76,7 @@ def measure_transfers(
             group.run()
             alone = time.perf_counter() - begin
             # Not what was written last, which a disk may still hold in its memory: kinds are far from each other.
-            place = turn * size + list(transfers).index(name) * SCRATCH_BYTES // len(transfers)
+            place = turn * size + apart[name]
             offset = place % (SCRATCH_BYTES - size) // SIZES[0] * SIZES[0]
             seconds, beside, groups = _beside(channel, group, transfers[name], address, size, offset)
             taken[name, size].append(seconds)

@@ -123,8 +123,6 @@ def test_what_other_budgets_priced_is_tried_first(monkeypatch):
     assert second.deterministic
     assert second.gap <= GOOD
     assert not careful
-    monkeypatch.undo()
-    monkeypatch.setattr(Solver, "_carefully", lambda self, *_: careful.append(self))
     Planner(planner.profile).plan(budget)
     assert careful
 
