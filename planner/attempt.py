@@ -44,6 +44,11 @@ class Attempt:
     def best(self) -> Schedule | None:
         return min(self.found, key=lambda schedule: schedule.seconds, default=None)
 
+    @property
+    def reserve(self) -> int:
+        """Bytes of the limit that the first choice leaves free."""
+        return max(1, int(RESERVE * max(0, self.limit)))
+
     def near(self, bound: float, tolerance: float) -> bool:
         """Whether the best schedule so far takes at most a `tolerance` of its time longer than `bound`."""
         best = self.best
@@ -94,7 +99,7 @@ class Attempt:
         follow as long as the plan gets faster and still waits for most of what it is slower than it could be.
         Raises TimeoutError where time is up before any columns are chosen.
         """
-        share = max(1, int(RESERVE * max(0, self.limit)))
+        share = self.reserve
         most = reserve = share
         exhausted = False
         before: tuple[Column, ...] = ()

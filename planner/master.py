@@ -12,15 +12,14 @@ problem's own proven bound (Dantzig and Wolfe 1960; for its use as a bound see L
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from planner.formulation import KIB, MS, Block
 from planner.linear import Linear, Program
-from planner.pricing import FIELDS, Pool
+from planner.pricing import FIELDS, HELD, Pool, Prices
 from planner.quiet import MARGIN
 from planner.relaxation import MOVE_PRICE, Relaxation, Relaxed, goal
 from planner.rows import Rows, Terms, add_rows
@@ -36,13 +35,19 @@ NEAR = 1e-3
 """share of the step's time; columns whose reduced cost is less may be part of a good choice"""
 FEW = 5
 """such columns per layer"""
-FREE = 12
+FREE = 4
 """layers at most, evenly among those that are mixed, that are not rounded at first"""
+CANDIDATES = 16
+"""columns of each of these"""
+WHOLE_GAP = 2e-3
+"""of whole columns to the best ones"""
 ENOUGH = 5e-5
 """share of the step's time; a whole column that costs so little more than a mixture stands for it"""
 ROUNDS = 60
 SHARE = 0.25
 """of what pricing could gain, left to the next round once there are new columns"""
+HOLDING = [FIELDS.index(name) for name in HELD]
+PEAKS = [FIELDS.index(name) for name in ("forward_peak", "backward_peak")]
 Progress = Callable[[dict[str, float | str]], None]
 
 
@@ -156,11 +161,11 @@ class Search:
 
     def holds(self) -> bool:
         """Whether the columns known so far, mixed, keep the limit."""
-        return self.relaxed_seconds()[1]
+        return self.relaxed_seconds(self.limit_bytes)[1]
 
-    def relaxed_seconds(self) -> tuple[float, bool]:
-        """What a step takes by the columns known so far, mixed; and whether that keeps the limit."""
-        relaxed = self._relaxation(self.limit_bytes)
+    def relaxed_seconds(self, limit_bytes: int | None) -> tuple[float, bool]:
+        """What a step takes by the columns known so far, mixed; and whether that keeps `limit_bytes`."""
+        relaxed = self._relaxation(limit_bytes)
         return relaxed.value / MS, relaxed.over < 1e-4
 
     def _price(self, relaxed: Relaxed, best: float, *, steady: bool) -> tuple[float, bool]:
@@ -216,38 +221,16 @@ class Search:
     def choose(self, limit_bytes: int | None) -> tuple[Column, ...] | None:
         """Good whole columns within `limit_bytes` over the pool; None where none fits.
 
-        Layers that the linear program mixes get a whole column near their mixture. Then a few of the mixed layers are free
-        to choose, and the others are rounded; where that costs too much, all may take any column that costs little more, or
-        at last any at all. Past the deadline the best so far is what there is, and `timely` is False; raises TimeoutError
-        where there is none.
+        The mixtures are rounded, and one layer gets a column that takes up what that leaves. Where this costs too much, a few of
+        the mixed layers are free to choose among columns known and one near their mixture; then all are among what costs
+        little more, or at last among any. Past the deadline the best so far is what there is, and `timely` is False; raises
+        TimeoutError where there is none.
         """
-        kinds = self.pool.problem.layer_type
         relaxed = self._relaxation(limit_bytes)
         if limit_bytes is not None and relaxed.over > 1e-4:
             return None
-        mixed = [layer for layer, shares in enumerate(relaxed.shares) if shares.max() < WHOLE]
-        for layer in mixed[:FEW]:
-            kind, prices = kinds[layer], relaxed.prices[layer]
-            mixture = relaxed.shares[layer] @ self.pool.figures[kind][: len(relaxed.shares[layer])]
-            if self.pool.cheapest_within(kind, prices, mixture) > mixture @ prices + ENOUGH * relaxed.value:
-                try:
-                    self.pool.fill(kind, prices, mixture, 1e-3, self.left())
-                except TimeoutError:
-                    self.timely = False
-                    break
-        rounded = self._rounded(relaxed)
-        free = {mixed[len(mixed) * turn // FREE] for turn in range(FREE)} if mixed else set()
-        near, fixed = [], []
-        for layer, kind in enumerate(kinds):
-            reduced = self.pool.figures[kind] @ relaxed.prices[layer] - relaxed.convexity[layer]
-            used = relaxed.shares[layer]
-            reduced[: len(used)][used > 1e-6] = 0.0
-            best = np.argsort(reduced, kind="stable")
-            near.append([int(i) for i in best[:FEW] if reduced[i] <= NEAR * relaxed.value])
-            fixed.append([int(i) for i in best[: 2 * FEW]] if layer in free else [rounded[layer]])
-        every = [list(range(len(self.pool.columns[kind]))) for kind in kinds]
         found: tuple[float, tuple[Column, ...]] | None = None
-        for candidates in (fixed, near, every):
+        for enough, candidates in self._candidates(relaxed):
             try:
                 whole = self._whole(limit_bytes, candidates)
             except TimeoutError:
@@ -257,20 +240,85 @@ class Search:
                 break
             if whole is not None and (found is None or whole[0] < found[0]):
                 found = whole
-            if found is not None and (found[0] <= (1 + self.tolerance / 2) * relaxed.value or candidates is near):
+            if found is not None and found[0] <= (1 + enough) * relaxed.value:
                 break
         self.timely = self.timely and self.left() > 0
         return None if found is None else found[1]
 
-    def _rounded(self, relaxed: Relaxed) -> list[int]:
-        """A column per layer; up to any layer each column is taken about as often as the mixtures up to there say."""
-        owed: dict[int, npt.NDArray[np.float64]] = {}
+    def _candidates(self, relaxed: Relaxed) -> Iterator[tuple[float, list[list[int]]]]:
+        """Candidates of each layer (indices into the pool's columns), ever more of them; and how much longer than the mixture
+        the best combination of them may take, as a share, to be good enough.
+        """
+        kinds = self.pool.problem.layer_type
+        mixed = [layer for layer, shares in enumerate(relaxed.shares) if shares.max() < WHOLE]
+        picks = self._rounded(relaxed, mixed[len(mixed) // 2] if mixed and relaxed.limit_price else None)
+        yield self._whole_gap, [[pick] for pick in picks]
+        for layer in mixed[:FEW]:
+            prices, mixture = relaxed.prices[layer], self._mixture(relaxed, layer)
+            self._within(kinds[layer], prices, mixture, float(mixture @ prices) + ENOUGH * relaxed.value)
+        free = {mixed[len(mixed) * turn // FREE] for turn in range(FREE)} if mixed else set()
+        near, fixed = [], []
+        for layer, kind in enumerate(kinds):
+            reduced = self.pool.figures[kind] @ relaxed.prices[layer] - relaxed.convexity[layer]
+            used = relaxed.shares[layer]
+            reduced[: len(used)][used > 1e-6] = 0.0
+            best = np.argsort(reduced, kind="stable")
+            near.append([int(i) for i in best[:FEW] if reduced[i] <= NEAR * relaxed.value])
+            fixed.append([int(i) for i in best[:CANDIDATES]] if layer in free else [picks[layer]])
+        yield self.tolerance / 2, fixed
+        yield float("inf"), near
+        yield float("inf"), [list(range(len(self.pool.columns[kind]))) for kind in kinds]
+
+    @property
+    def _whole_gap(self) -> float:
+        return min(WHOLE_GAP, self.tolerance / 2)
+
+    def _mixture(self, relaxed: Relaxed, layer: int) -> Prices:
+        """FIELDS of what a layer mixes."""
+        shares = relaxed.shares[layer]
+        return shares @ self.pool.figures[self.pool.problem.layer_type[layer]][: len(shares)]
+
+    def _within(self, kind: int, prices: Prices, most: Prices, worth: float) -> int | None:
+        """The cheapest column known that holds no more between its windows than the figures `most`; one is asked for where none
+        costs at most `worth`.
+        """
+        best = self.pool.cheapest_within(kind, prices, most)
+        if self.timely and (best is None or self.pool.figures[kind][best] @ prices > worth):
+            try:
+                self.pool.fill(kind, prices, most, 1e-3, self.left())
+            except TimeoutError:
+                self.timely = False
+            best = self.pool.cheapest_within(kind, prices, most)
+        return best
+
+    def _rounded(self, relaxed: Relaxed, last: int | None) -> list[int]:
+        """A column per layer of those in its mixture: up to any layer they hold no more than the mixtures do, as priced, and
+        otherwise as much as can be. The layer `last` gets the fastest one within what the others leave.
+        """
+        kinds = self.pool.problem.layer_type
+        left = np.zeros(len(HOLDING))
+        beyond = 0.0
+        """most KiB by which a column holds more in a window of its own than the mixture in its place"""
         picks = []
-        for kind, shares in zip(self.pool.problem.layer_type, relaxed.shares):
-            total = shares + owed.get(kind, 0.0)
-            picks.append(int(np.where(shares > 1e-6, total, -np.inf).argmax()))
-            total[picks[-1]] -= 1.0
-            owed[kind] = total
+        for layer, kind in enumerate(kinds):
+            mixture, figures = self._mixture(relaxed, layer), self.pool.figures[kind]
+            used = np.flatnonzero(relaxed.shares[layer] > 1e-6)
+            after = left + mixture[HOLDING] - figures[used][:, HOLDING]
+            priced = after * relaxed.prices[layer][HOLDING]
+            best = np.lexsort((priced.sum(axis=1), np.maximum(-priced, 0.0).sum(axis=1)))[0]
+            picks.append(int(used[best]))
+            if layer != last:
+                left = after[best]
+                beyond = max(beyond, *(figures[picks[-1]] - mixture)[PEAKS])
+        if last is not None:
+            most, prices = self._mixture(relaxed, last), relaxed.prices[last].copy()
+            worth = float(most @ prices) + ENOUGH * relaxed.value
+            most[HOLDING] = np.maximum(most[HOLDING] + left - beyond, 0.0)
+            # What is left is to be used: it has no price any more.
+            worth -= float(most[HOLDING] @ prices[HOLDING])
+            prices[HOLDING] = 0.0
+            found = self._within(kinds[last], prices, most, worth)
+            picks[last] = picks[last] if found is None else found
         return picks
 
     def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> tuple[float, tuple[Column, ...]] | None:
@@ -293,7 +341,7 @@ class Search:
         if limit_bytes is not None:
             program.bounds(rows.bytes, 0.0, limit_bytes / KIB)
         objective = goal(rows, fewest_bytes=limit_bytes is None)
-        result = program.solve(objective, self.left(), self.tolerance / 2, nodes=WHOLE_NODES)
+        result = program.solve(objective, self.left(), self._whole_gap, nodes=WHOLE_NODES)
         chosen = result.values
         if chosen is None:
             return None

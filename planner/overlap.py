@@ -85,7 +85,8 @@ def overlap(
 def best_order(
     facts: Facts, inputs: Inputs, room: Callable[[], AnyRoom], deadline: float = float("inf")
 ) -> tuple[list[int], AnyRoom] | None:
-    """The fastest of a few passes, of which the last is the first that leaves little to wait for: positions of the entries in their new order, and the room as the pass has left it.
+    """The fastest of a few passes, of which the last is the first that leaves little to wait for, or gains
+    nothing: positions of the entries in their new order, and the room as the pass has left it.
 
     None where the draft is as fast. Past `deadline`, on the monotonic clock, there is only the first pass.
     """
@@ -102,9 +103,10 @@ def best_order(
         order = _Disk(facts, inputs, there, lead).schedule()
         timing = clock([entries[index] for index in order], inputs)
         # A longer lead fills more memory, and a full arena is harder to pack: it has to earn that.
-        if timing.seconds < shortest * (1 - LITTLE):
+        faster = timing.seconds < shortest * (1 - LITTLE)
+        if faster:
             best, shortest = (order, there), timing.seconds
-        if timing.stalls <= LITTLE * timing.seconds:
+        if timing.stalls <= LITTLE * timing.seconds or (best is not None and not faster):
             break
     return best
 

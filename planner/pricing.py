@@ -204,11 +204,11 @@ class Pool:
         new = [other for other, shared in enumerate(self.stand_in) if shared == stand_in and self.add(other, decision)]
         return kind in new
 
-    def cheapest_within(self, kind: int, prices: Prices, most: Prices) -> float:
-        """What the cheapest column known costs that holds no more between its windows than the figures `most`."""
+    def cheapest_within(self, kind: int, prices: Prices, most: Prices) -> int | None:
+        """The cheapest column known that holds no more between its windows than the figures `most`."""
         held = [FIELDS.index(name) for name in HELD]
         fits = (self.figures[kind][:, held] <= most[held] + ROUNDING).all(axis=1)
-        return float((self.figures[kind] @ prices)[fits].min(initial=INFINITY))
+        return int(np.where(fits, self.figures[kind] @ prices, INFINITY).argmin()) if fits.any() else None
 
     def fill(self, kind: int, prices: Prices, most: Prices, gap: float, seconds: float) -> None:
         """Add the cheapest decision at `prices` that holds no more between its windows than the figures `most`.

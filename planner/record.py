@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from planner.schema import TimelinePoint
 
 POINTS = 600
 """timeline points kept per phase"""
-
-
-@dataclass(kw_only=True)
-class Moment:
-    """After one instruction."""
-
-    instruction: int
-    seconds: float
-    by_kind: dict[str, int]
-    bytes: int
+NOWHERE = TimelinePoint(instruction=0, seconds=0.0, bytes=0, by_kind={})
+"""stands for a point until it is put down"""
 
 
 @dataclass(kw_only=True)
@@ -38,18 +29,28 @@ class ReplayPeak:
     tensors: tuple[str, ...] = field(default=())
 
 
-def timeline(moments: Sequence[Moment]) -> list[TimelinePoint]:
-    """At most POINTS moments, the fullest of each stretch of instructions."""
-    stride = max(1, -(-len(moments) // POINTS))
-    result = []
-    for start in range(0, len(moments), stride):
-        moment = max(moments[start : start + stride], key=lambda m: m.bytes - m.by_kind.get("fragmentation", 0))
-        result.append(
-            TimelinePoint(
-                instruction=max(0, moment.instruction),
-                seconds=moment.seconds,
-                bytes=moment.bytes,
-                by_kind=moment.by_kind,
-            )
-        )
-    return result
+class Timeline:
+    """At most POINTS moments of a replay, the fullest of each stretch of instructions."""
+
+    def __init__(self, instructions: int) -> None:
+        self.stride = -(-(instructions + 1) // POINTS)
+        self.left = 0
+        """moments until the next stretch"""
+        self.most = -1
+        """bytes in use at the fullest moment of this stretch"""
+        self.points: list[TimelinePoint] = []
+
+    def fuller(self, used: int) -> bool:
+        """Count a moment at which `used` bytes are in use; whether it is to be `put` down: the fullest of its stretch so far."""
+        if not self.left:
+            self.left, self.most = self.stride, -1
+            self.points.append(NOWHERE)
+        self.left -= 1
+        if used <= self.most:
+            return False
+        self.most = used
+        return True
+
+    def put(self, point: TimelinePoint) -> None:
+        """In the place of the last one of this stretch."""
+        self.points[-1] = point

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from planner.declared import Declared, DeclaredTensor, InvalidSchedule
-from planner.record import Moment, ReplayPeak, Totals, timeline
+from planner.record import ReplayPeak, Timeline, Totals
 from planner.schema import Peak, Phase, TimelinePoint
 from profiles.schema import Operator
 
@@ -60,7 +60,7 @@ class Replay:
         """trainable -> how many epsilons it is off its value"""
         self.ran: set[tuple[str, int]] = set()
         self.cursor_index = self.forwards = 0
-        self.moments: list[Moment] = []
+        self.timeline = Timeline(len(self.instructions))
         self.peak = ReplayPeak()
         self.expected = self._expected()
         self.floor = world.device.floor.resident_bytes + world.device.floor.instruction_bytes * world.instructions
@@ -369,16 +369,24 @@ class Replay:
 
     def _record(self, workspace: int) -> None:
         self.most_live = max(self.most_live, self.live)
-        by_kind = {kind: size for kind, size in self.kinds.items() if size}
-        by_kind["floor"] = self.floor
-        if workspace:
-            by_kind["workspace"] = workspace
-        if self.top > self.live:
-            by_kind["fragmentation"] = self.top - self.live
-        total = self.floor + self.top + workspace
-        self.moments.append(Moment(instruction=self.index, seconds=self.now, by_kind=by_kind, bytes=total))
-        if self.live + workspace > self.peak.bytes:
-            self.peak = ReplayPeak(bytes=self.live + workspace, instruction=self.index, tensors=tuple(self.places))
+        used = self.live + workspace
+        if self.timeline.fuller(used):
+            by_kind = {kind: size for kind, size in self.kinds.items() if size}
+            by_kind["floor"] = self.floor
+            if workspace:
+                by_kind["workspace"] = workspace
+            if self.top > self.live:
+                by_kind["fragmentation"] = self.top - self.live
+            self.timeline.put(
+                TimelinePoint(
+                    instruction=max(0, self.index),
+                    seconds=self.now,
+                    bytes=self.floor + self.top + workspace,
+                    by_kind=by_kind,
+                )
+            )
+        if used > self.peak.bytes:
+            self.peak = ReplayPeak(bytes=used, instruction=self.index, tensors=tuple(self.places))
 
     def _text(self, index: int) -> str:
         if not 0 <= index < len(self.instructions):
@@ -411,6 +419,3 @@ class Replay:
             read_bytes=self.totals.read_bytes,
             write_bytes=self.totals.write_bytes,
         )
-
-    def timeline(self) -> list[TimelinePoint]:
-        return timeline(self.moments)

@@ -77,7 +77,7 @@ def promising(pool: Pool, limit: int, deadline: float, progress: Progress | None
             tolerance=TOLERANCE,
             progress=progress,
         )
-        seconds, fits = search.relaxed_seconds()
+        seconds, fits = search.relaxed_seconds(search.limit_bytes)
         if fits:
             found.append((seconds, search))
     return sorted(found, key=lambda one: one[0])[:MOST]

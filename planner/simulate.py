@@ -106,7 +106,7 @@ def simulate(plan: Plan) -> Simulation:
         train=train,
         cycle=cycle,
         evaluate=evaluate.told(),
-        timeline=steps[0].timeline(),
+        timeline=steps[0].timeline.points,
         peak_bytes=peak,
         arena_bytes=arena,
         workspace_bytes=workspace,

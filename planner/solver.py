@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from planner.attempt import CARRY_SECONDS, GOOD, RESERVE, Attempt
+from planner.attempt import CARRY_SECONDS, GOOD, Attempt
 from planner.carry_out import Part, Schedule, smallest_arena
 from planner.collector import paused_collector
 from planner.greedy import greedy
@@ -258,11 +258,6 @@ class Solver:
             deadline=attempt.until(RELAXED_SHARE),
             progress=attempt.progress,
         )
-        lower, _, kept = relaxed.columns()
-        attempt.timely = attempt.timely and relaxed.timely
-        if not kept:
-            return
-        attempt.bound = max(attempt.bound, relaxed.bound(lower))
         careful = Search(
             relaxation=self.careful,
             limit_bytes=attempt.limit,
@@ -272,20 +267,37 @@ class Solver:
         )
         early = replace(attempt, found=[], deadline=attempt.until(EARLY_SHARE))
         try:
-            self._early(early, replace(careful, deadline=early.deadline))
+            early.bound = attempt.bound = max(attempt.bound, relaxed.bound(self.relaxed.proven(attempt.limit)))
+            tried = self._early(early, careful)
+            if not early.near(attempt.bound, GOOD):
+                priced = self.pool.programs
+                lower, _, kept = relaxed.columns()
+                attempt.timely = attempt.timely and relaxed.timely
+                if not kept:
+                    return
+                early.bound = attempt.bound = max(attempt.bound, relaxed.bound(lower))
+                early.deadline = attempt.until(EARLY_SHARE)
+                if not tried or self.pool.programs > priced:
+                    self._early(early, careful)
             attempt.timely = attempt.timely and early.timely
             if not early.near(attempt.bound, GOOD):
                 self._carefully(attempt, relaxed, careful)
         finally:
             attempt.found += early.found
 
-    def _early(self, attempt: Attempt, careful: Search) -> None:
-        """Two choices of columns that were priced for other budgets, which often do here as well; unless the clock had a
-        hand in those.
+    def _early(self, attempt: Attempt, careful: Search) -> bool:
+        """Two choices of columns that were priced for other budgets, where a mixture of them comes near the bound; unless the
+        clock had a hand in those. Returns whether that was tried.
         """
-        if self.found and not self._by_clock:
-            with attempt.within():
-                attempt.choose(careful, 2)
+        if not self.found or self._by_clock or attempt.near(attempt.bound, GOOD):
+            return False
+        with attempt.within():
+            search = replace(careful, deadline=attempt.deadline)
+            seconds, fits = search.relaxed_seconds(attempt.limit - attempt.reserve)
+            if fits and seconds - attempt.bound <= GOOD / 2 * seconds:
+                attempt.choose(search, 2)
+                return True
+        return False
 
     def _carefully(self, attempt: Attempt, relaxed: Search, careful: Search) -> None:
         """Columns priced under rows that plans can really keep, or where memory is short for these, under the others."""
@@ -344,7 +356,7 @@ class Solver:
                     attempt.choose_anew(search, SEGMENTS_CHOICES, any_bound)
 
     def _greedily(self, attempt: Attempt) -> None:
-        some = max(1, int(RESERVE * max(0, attempt.limit)))
+        some = attempt.reserve
         # What just fits seldom finds its places at once; where nothing else does, it is tried all the same.
         allowed = attempt.limit - some
         columns = greedy(self.problem, self.pool, allowed)

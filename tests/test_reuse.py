@@ -20,10 +20,11 @@ from planner.formulation import Block
 from planner.gaps import Places, gap
 from planner.layers import Layered
 from planner.linear import Growing, Linear, Program
-from planner.master import Search
+from planner.master import HOLDING, Search
 from planner.overlap import clock
 from planner.plan import Planner
 from planner.policies import POLICIES, rule_columns
+from planner.pricing import FIELDS, HELD
 from planner.solver import Solver
 from planner.split import layered
 
@@ -73,24 +74,59 @@ def test_what_one_budget_proves_holds_at_every_other(decoder):
             assert proven > 0.995 * master
 
 
-def test_mixtures_are_rounded_in_turn(decoder):
-    """Up to every layer each of two columns is taken as often as the mixtures say, but for less than one time."""
+def test_mixtures_are_rounded_down_in_turn(decoder):
+    """Up to every layer, columns hold no more between their windows than the mixtures, and less by less than one layer's step."""
     solver = Solver(decoder.problem)
     room = solver.room(int(1.3 * decoder.plan(1 << 45, policy="mebp").peak_bytes))
     search = Search(relaxation=solver.relaxed, limit_bytes=room, deadline=time.monotonic() + 600)
     search.columns()
+    relaxed = solver.relaxed.solve(room, 60.0)
     kinds, chance = decoder.problem.layer_type, np.random.default_rng(0)
-    mixtures = []
-    for kind in kinds:
-        mixtures.append(np.zeros(len(solver.pool.columns[kind])))
-        mixtures[-1][:2] = chance.dirichlet(np.ones(len(mixtures[-1][:2])))
-    picks = search._rounded(replace(solver.relaxed.solve(room, 60.0), shares=mixtures))
-    for kind in set(kinds):
-        layers = [layer for layer, other in enumerate(kinds) if other == kind]
-        taken = np.cumsum([picks[layer] == 0 for layer in layers])
-        meant = np.cumsum([mixtures[layer][0] for layer in layers])
-        assert (abs(taken - meant) < 1).all()
-    assert len(set(picks)) == 2
+    pairs = [_least_and_most(solver.pool.figures[kind]) for kind in range(len(solver.pool.columns))]
+    mixtures = [np.zeros(len(solver.pool.columns[kind])) for kind in kinds]
+    for kind, mixture in zip(kinds, mixtures):
+        mixture[list(pairs[kind])] = chance.dirichlet(np.ones(2)) if len(set(pairs[kind])) == 2 else 1.0
+    prices = [np.ones_like(one) for one in relaxed.prices]
+    picks = search._rounded(replace(relaxed, shares=mixtures, prices=prices), None)
+    left = np.zeros(len(HELD))
+    for kind, mixture, pick in zip(kinds, mixtures, picks):
+        held = solver.pool.figures[kind][:, HOLDING]
+        left += mixture @ held - held[pick]
+        assert (left > -1e-6).all()
+        least, most = pairs[kind]
+        if pick == least != most:
+            assert (left < held[most] - held[least]).any()
+    assert {pick == pairs[kind][1] for kind, pick in zip(kinds, picks) if len(set(pairs[kind])) == 2} == {False, True}
+
+
+def _least_and_most(figures):
+    """Of a layer type's columns one that holds least between its windows, and one that holds no less of anything and most."""
+    held = figures[:, HOLDING]
+    least = int(held.sum(axis=1).argmin())
+    above = (held >= held[least]).all(axis=1)
+    return least, int(np.where(above, held.sum(axis=1), -1.0).argmax())
+
+
+def test_the_layer_that_is_left_takes_up_what_rounding_leaves(decoder):
+    """One layer's column is the fastest known within the bytes that the others' leave of the mixtures'."""
+    solver = Solver(decoder.problem)
+    room = solver.room(int(1.3 * decoder.plan(1 << 45, policy="mebp").peak_bytes))
+    search = Search(relaxation=solver.careful, limit_bytes=room, deadline=time.monotonic() + 600)
+    search.columns()
+    relaxed = solver.careful.solve(room, 60.0)
+    mixed = [layer for layer, shares in enumerate(relaxed.shares) if shares.max() < 0.999]
+    last = mixed[len(mixed) // 2]
+    kind = decoder.problem.layer_type[last]
+    most = np.full(len(FIELDS), np.inf)
+    picks = search._rounded(relaxed, last)
+    figures = solver.pool.figures
+    rows = [figures[other][pick][HOLDING] for other, pick in zip(decoder.problem.layer_type, picks)]
+    mixtures = [search._mixture(relaxed, layer)[HOLDING] for layer in range(len(picks))]
+    assert (rows[last] <= np.maximum(sum(mixtures) - sum(rows) + rows[last], 0.0) + 1e-3).all()
+    most[HOLDING] = rows[last]
+    prices = relaxed.prices[last].copy()
+    prices[HOLDING] = 0.0
+    assert picks[last] == solver.pool.cheapest_within(kind, prices, most)
 
 
 def test_equal_layers_stand_in_the_any_schedule_bound_once(decoder):
