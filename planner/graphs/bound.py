@@ -1,24 +1,44 @@
-"""The two bounds of a plan: for its class, and for any schedule at all; moments chosen, programs solved (`windows`)."""
+"""The two bounds of a plan: for its class, and for any schedule at all; moments chosen, programs solved (`windows`).
+
+For the class moments are found step by step, and paths with them: those that the linear program's last answer does without
+(`moments`). What has no price for some rounds is dropped again. The last program is then solved in whole numbers, and again with moments
+at which its schedule holds too much.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from planner.graphs.dag import Dag
+from planner.graphs.moments import bytes_over, violated
 from planner.graphs.schedule import Rerun, memory, runs
-from planner.graphs.windows import solve_windows
+from planner.graphs.windows import Path, solve_windows
 
 ANY_MOMENTS = (1, 2, 4, 8)
-CLASS_MOMENTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-SHORT = (0.95, 0.8, 0.5)
-"""a moment may lie where the best schedule known holds this share of the budget"""
-WHOLE = 4
-"""choices of moments tried with whole numbers"""
+FIRST = 8
+"""moments to begin with"""
+SHORT = 0.95
+"""they lie where the best schedule known holds this share of the budget"""
+OVER = 0.01
+"""of the budget: what a moment must be over it to be added"""
+ADDED = 3
+"""moments added to a linear program"""
+IDLE = 2
+"""rounds without a price after which a moment is dropped"""
+STALLED = 12
+"""rounds in which a linear program's bound must rise..."""
+RISE = 0.01
+"""...by this part of what it says of re-runs, or they end"""
+WHOLE = 0.5
+"""of the time left, for each program in whole numbers"""
 REFINEMENTS = 6
-ADDED = 4
-"""moments added by a refinement"""
+"""of those"""
+REFINED = 4
+"""moments added to one"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,44 +91,98 @@ def class_bound(
 ) -> Bound:
     """Seconds that no schedule of the class undercuts.
 
-    `reruns` is the best schedule known: moments are laid where its memory is short. `whole`: the choices of moments that
-    give the best linear programs are then solved in whole numbers. The work ends early where the bound is `enough`.
+    `reruns` is the best schedule known: the first moments are laid where its memory is short. `whole`: the best linear
+    program is then solved in whole numbers. The work ends early where the bound is `enough`.
     """
-    best = dag.once_seconds
-    tried: dict[tuple[int, ...], float] = {}
-    timely = True
-    for pivots in _moments(dag, budget_bytes, reruns):
-        left = deadline - time.monotonic()
-        if pivots in tried or best >= enough:
-            continue
-        if left <= 0:
-            timely = False
-            break
-        answer = solve_windows(dag, budget_bytes, pivots, any_order=False, seconds=left)
-        timely = timely and answer.solved
-        tried[pivots] = answer.bound_seconds
-        best = max(best, tried[pivots])
+    linear = _Linear(dag, budget_bytes, _shortest(dag, budget_bytes, reruns))
+    timely = linear.climb(deadline, enough)
+    best = linear.best
     starts: list[frozenset[Rerun]] = []
-    waiting = sorted(tried, key=lambda pivots: (-tried[pivots], len(pivots), pivots))[: WHOLE if whole else 0]
-    most = len(waiting) + REFINEMENTS
-    solved: dict[tuple[int, ...], float] = {}
-    while waiting and best < enough and len(solved) < most:
+    pivots, paths = linear.pivots, linear.paths
+    tried: set[tuple[int, ...]] = set()
+    # As long as linear programs raise the bound they do so in less time.
+    whole = whole and timely
+    while whole and best < enough and len(tried) < REFINEMENTS:
         left = deadline - time.monotonic()
         if left <= 0:
             timely = False
             break
-        pivots = waiting.pop(0)
-        share = left / (1 + min(len(waiting) + REFINEMENTS // 2, most - len(solved) - 1))
-        answer = solve_windows(dag, budget_bytes, pivots, any_order=False, seconds=share, whole=True)
-        solved[pivots] = answer.bound_seconds
+        tried.add(pivots)
+        answer = solve_windows(
+            dag, budget_bytes, pivots, any_order=False, seconds=WHOLE * left, whole=True, paths=paths
+        )
         timely = timely and answer.solved
         best = max(best, answer.bound_seconds)
-        if answer.reruns is not None:
-            starts.append(answer.reruns)
-            if not waiting:
-                finer = _refined(dag, budget_bytes, pivots, answer.reruns)
-                waiting.extend([finer] if finer not in solved else [])
+        if answer.reruns is None:
+            break
+        starts.append(answer.reruns)
+        pivots = _refined(dag, budget_bytes, pivots, answer.reruns)
+        if pivots in tried:
+            break
     return Bound(seconds=best, timely=timely, reruns=tuple(starts))
+
+
+class _Linear:
+    """Linear programs, each with moments and paths that the one before did without."""
+
+    def __init__(self, dag: Dag, budget: int, pivots: tuple[int, ...]) -> None:
+        self.dag = dag
+        self.budget = budget
+        self.best = dag.once_seconds
+        self.pivots = pivots
+        """moments of the best program"""
+        self.paths: tuple[Path, ...] = ()
+        """its paths that have a price"""
+
+    def climb(self, deadline: float, enough: float) -> bool:
+        """Solve programs until the bound is `enough` or rises no more; False where the clock ended that."""
+        pivots, paths = self.pivots, self.paths
+        idle = dict.fromkeys(pivots, 0)
+        spent = 0.0
+        bests: list[float] = []
+        while self.best < enough:
+            began = time.monotonic()
+            if deadline - began <= spent:
+                # The next is hardly smaller.
+                return False
+            answer = solve_windows(
+                self.dag, self.budget, pivots, any_order=False, seconds=deadline - began, paths=paths
+            )
+            spent = time.monotonic() - began
+            if not answer.solved:
+                return False
+            fractions = answer.fractions
+            if fractions is None:
+                # It is infeasible, or there was nothing to solve.
+                self.best = max(self.best, answer.bound_seconds)
+                break
+            priced = [path for path, price in zip(paths, fractions.paths) if price > 0.0]
+            if answer.bound_seconds > self.best:
+                self.best, self.pivots, self.paths = answer.bound_seconds, pivots, tuple(priced)
+            bests.append(self.best)
+            if len(bests) > STALLED and bests[-1] - bests[-1 - STALLED] <= RISE * (self.best - self.dag.once_seconds):
+                break
+            for pivot, price in zip(pivots, fractions.moments):
+                idle[pivot] = 0 if price > 0.0 else idle[pivot] + 1
+            over = bytes_over(self.dag, self.budget, pivots, fractions)
+            worst = np.argsort(-over, kind="stable")
+            added = _apart(worst[over[worst] > OVER * self.budget].tolist(), ADDED)
+            followed = [] if self.dag.read is not None else violated(self.dag, pivots, fractions, len(self.dag))
+            if not added and not followed:
+                break
+            idle |= dict.fromkeys(added, 0)
+            pivots = tuple(sorted({*(pivot for pivot in pivots if idle[pivot] < IDLE), *added}))
+            paths = tuple(path for path in dict.fromkeys([*priced, *followed]) if path.pivot in pivots)
+        return True
+
+
+def _apart(stages: Iterable[int], most: int) -> list[int]:
+    """The first of `stages` that are not next to each other."""
+    chosen: list[int] = []
+    for stage in stages:
+        if len(chosen) < most and all(abs(stage - other) > 2 for other in chosen):
+            chosen.append(stage)
+    return chosen
 
 
 def _refined(dag: Dag, budget_bytes: int, pivots: tuple[int, ...], reruns: frozenset[Rerun]) -> tuple[int, ...]:
@@ -118,19 +192,14 @@ def _refined(dag: Dag, budget_bytes: int, pivots: tuple[int, ...], reruns: froze
     for (stage, _), size in zip(sequence, memory(dag, sequence)):
         if size > budget_bytes and stage not in pivots:
             over[stage] = max(over.get(stage, 0), size)
-    added: list[int] = []
-    for stage in sorted(over, key=lambda stage: (-over[stage], stage)):
-        if len(added) < ADDED and all(abs(stage - other) > 2 for other in added):
-            added.append(stage)
+    added = _apart(sorted(over, key=lambda stage: (-over[stage], stage)), REFINED)
     return tuple(sorted({*pivots, *added}))
 
 
-def _moments(dag: Dag, budget_bytes: int, reruns: frozenset[Rerun]) -> Iterator[tuple[int, ...]]:
-    """Choices of moments, evenly laid among those where the schedule's memory is short."""
+def _shortest(dag: Dag, budget_bytes: int, reruns: frozenset[Rerun]) -> tuple[int, ...]:
+    """Moments to begin with, evenly laid among those where the schedule's memory is short."""
     sequence = runs(dag, reruns)
-    held = memory(dag, sequence)
-    first = {operator: size for (stage, operator), size in zip(sequence, held) if stage == operator}
-    for share in SHORT:
-        short = [operator for operator, size in sorted(first.items()) if size >= share * budget_bytes]
-        for count in CLASS_MOMENTS if short else ():
-            yield tuple(sorted({short[(2 * k + 1) * len(short) // (2 * count)] for k in range(count)}))
+    held = {operator: size for (stage, operator), size in zip(sequence, memory(dag, sequence)) if stage == operator}
+    least = min(SHORT * budget_bytes, max(held.values()))
+    short = [operator for operator in range(len(dag)) if held[operator] >= least]
+    return tuple(sorted({short[(2 * k + 1) * len(short) // (2 * FIRST)] for k in range(FIRST)}))

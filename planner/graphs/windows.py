@@ -3,9 +3,9 @@
 A moment is the first run of a chosen operator, the pivot. Memory is limited at the moments; between two of them lies a window.
 For every operator: in which windows it runs, and at which moments its output lives. An operator that runs in a window
 reads outputs that lived at the window's start or were made in it; what lives at a moment lived at the one before or was
-made since. This holds for any schedule in which the operators' first runs come in the given order (``any_order=False``: whatever
+made since. Over several windows more is known than each of them says (`Path`). This holds for any schedule in which the operators' first runs come in the given order (``any_order=False``: whatever
 it runs again, and when), and with ``any_order=True``, where only what the graph's edges force is known of first runs and
-the pivots lie on one path, for any schedule at all. More moments, better bound.
+the pivots lie on one path, for any schedule at all. In whole numbers more moments make a better bound; without, only the paths see to that.
 
 Where the graph names a disk an output may also be fetched in a window, once it is written. The step then lasts as long as its
 runs or as the disk's work, whichever is longer; when transfers happen, and the memory they take meanwhile, is left open.
@@ -15,20 +15,53 @@ The figure is computed from the solver's dual values by weak duality, so that it
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from planner.graphs.dag import Dag
 from planner.graphs.limit import Limit
 from planner.graphs.schedule import Rerun, pruned
 from planner.layers import transfer_seconds
-from planner.linear import Linear, Program
+from planner.linear import Linear, Program, Solution
 from planner.quiet import MARGIN
 
 ROUNDING = 1e-9
 """subtracted, relatively, for the rounding of our own sums"""
+
+
+Parts = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Path:
+    """`reader` first runs after the moment at `pivot`; it reads the first of `operators`, each of them reads the next, and all
+    of those first run before the moment.
+
+    Where none of their outputs lives at the moment, the last of them runs again between the moment and the reader. In whole
+    numbers the windows say so already; in parts, one half of an output may serve two halves of a run in two windows.
+    """
+
+    pivot: int
+    reader: int
+    operators: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fractions:
+    """A linear program's answer, by operator and window, and what its rows are worth."""
+
+    runs: Parts
+    """(operators, windows): how far it runs"""
+    lives: Parts
+    """(operators, windows): how far its output lives at the moment that opens the window"""
+    moments: Parts
+    """(moments,): the price of memory, 0 where there is enough"""
+    paths: Parts
+    """(paths,): the price of each"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +70,8 @@ class Answer:
     """no schedule undercuts it; infinity: none fits"""
     reruns: frozenset[Rerun] | None = None
     """with whole numbers: the re-runs of the solver's best answer, a schedule but for the memory between moments"""
+    fractions: Fractions | None = None
+    """without whole numbers, where the solver came to its end"""
     solved: bool = True
     """whether the solver came to its end"""
 
@@ -49,8 +84,9 @@ def solve_windows(
     any_order: bool,
     seconds: float,
     whole: bool = False,
+    paths: Sequence[Path] = (),
 ) -> Answer:
-    """The bound from the moments at `pivots`, which are sorted.
+    """The bound from the moments at `pivots`, which are sorted, and from `paths` between them, for a class with an order and no disk.
 
     `seconds` limit the building and the solver; past them the bound is what is proven by then, without whole numbers what
     each operator's one run takes. `whole`: demand whole numbers, a better bound at greater cost.
@@ -59,6 +95,8 @@ def solve_windows(
         program = _Windows(dag, budget_bytes, pivots, any_order=any_order, whole=whole, limit=Limit(seconds))
         if program.impossible:
             return Answer(bound_seconds=float("inf"))
+        for path in paths:
+            program.follow(path)
         return program.solve()
     except TimeoutError:
         return Answer(bound_seconds=dag.once_seconds, solved=False)
@@ -105,6 +143,8 @@ class _Windows:
             limit.check()
             for i in dag.inputs[j]:
                 self._edge(i, j)
+        self.moments = len(self.program.least)
+        """the row of the first moment, after which come the others and then paths"""
         for k, pivot in enumerate(pivots):
             self._moment(k + 1, pivot, budget)
 
@@ -181,6 +221,14 @@ class _Windows:
         ]
         self._row(terms, -room / max(1, budget))
 
+    def follow(self, path: Path) -> None:
+        """The row of one path."""
+        begin, end = (bisect_right(self.pivots, stage) for stage in (path.pivot, path.reader))
+        runs = self.runs[path.operators[-1]]
+        made = [runs[window] for window in range(begin, end + 1) if window in runs]
+        lives = [self.lives[i][begin] for i in path.operators]
+        self._row([(part, 1.0) for part in (*made, *lives) if part >= 0], 0.0 if -1 in lives else 1.0)
+
     # --- solving ---------------------------------------------------------------------------------------------------
 
     def solve(self) -> Answer:
@@ -204,7 +252,21 @@ class _Windows:
             return Answer(bound_seconds=self.constant + proven, reruns=chosen, solved=result.optimal)
         if not result.optimal or result.duals is None:
             return Answer(bound_seconds=self.constant, solved=False)
-        return Answer(bound_seconds=(self.constant + self._dual_value(goal, result.duals) * unit) * (1 - ROUNDING))
+        bound = (self.constant + self._dual_value(goal, result.duals) * unit) * (1 - ROUNDING)
+        return Answer(bound_seconds=bound, fractions=self._fractions(result))
+
+    def _fractions(self, result: Solution) -> Fractions | None:
+        if result.values is None or result.duals is None:
+            return None
+        values, prices = [*result.values, 1.0], np.array(result.duals)
+        runs, lives = np.zeros((2, len(self.dag), self.windows))
+        for parts, variables in ((runs, self.runs), (lives, self.lives)):
+            for i, chosen in enumerate(variables):
+                for window, variable in chosen.items():
+                    # -1, sure, is the last of the values.
+                    parts[i, window] = values[variable]
+        of_moments, of_paths = np.split(prices[self.moments :], [len(self.pivots)])
+        return Fractions(runs=runs, lives=lives, moments=of_moments, paths=of_paths)
 
     def _longest(self, runs: Linear, unit: float) -> Linear:
         """What the step takes beyond one run of each operator that surely runs: all other runs, or the disk's work."""
