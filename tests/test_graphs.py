@@ -14,11 +14,12 @@ from planner.compare import compare
 from planner.graphs.bound import class_bound
 from planner.graphs.dag import dag_of
 from planner.graphs.memory import Memory
+from planner.graphs.moments import violated
 from planner.graphs.planner import GraphPlanner
 from planner.graphs.rules import RULES
 from planner.graphs.schedule import memory, peak_bytes, runs
 from planner.graphs.search import Search
-from planner.graphs.windows import solve_windows
+from planner.graphs.windows import Path, solve_windows
 from planner.plan import plan
 from profiles.bare import graph_profile, parse_graph
 from profiles.errors import InputError
@@ -78,6 +79,51 @@ def test_bounds_from_any_moments_hold_for_every_schedule_with_first_runs_in_orde
                 reached.append((found - dag.once_seconds) / (fastest - dag.once_seconds))
     # A bound that says nothing would pass all of the above.
     assert sum(reached) / len(reached) > 0.5
+
+
+def paths_of(dag, pivots):
+    """Every path from a moment to a reader."""
+
+    def onward(pivot, reader, operators):
+        for i in dag.inputs[operators[-1] if operators else reader]:
+            if i < pivot:
+                yield Path(pivot=pivot, reader=reader, operators=(*operators, i))
+                yield from onward(pivot, reader, (*operators, i))
+
+    return [path for pivot in pivots for reader in range(pivot, len(dag)) for path in onward(pivot, reader, ())]
+
+
+def test_paths_hold_for_every_schedule():
+    for seed in range(120):
+        operators = random_graph(3000 + seed)
+        dag = dag_of(profile_of(operators))
+        low = least(operators, "first")
+        pivots = range(1, len(dag))
+        paths = paths_of(dag, pivots)
+        for budget in {low, (low + peak_bytes(dag, ())) // 2}:
+            fastest = best(operators, budget, "first")
+            found = {
+                (whole, bool(given)): solve_windows(
+                    dag, budget, pivots, any_order=False, seconds=60, whole=whole, paths=given
+                ).bound_seconds
+                for whole in (False, True)
+                for given in ((), paths)
+            }
+            assert max(found.values()) <= fastest * (1 + 1e-9), (seed, budget)
+            # In whole numbers they say nothing new.
+            assert found[True, True] == pytest.approx(found[True, False], rel=1e-4), (seed, budget)
+
+
+def test_paths_make_a_linear_program_of_many_moments_better():
+    dag = dag_of(graph_profile(layered(60)))
+    budget = int(0.6 * peak_bytes(dag, ()))
+    pivots, paths, bounds = range(10, len(dag)), [], []
+    for _ in range(4):
+        found = solve_windows(dag, budget, pivots, any_order=False, seconds=60, paths=paths)
+        bounds.append(found.bound_seconds - dag.once_seconds)
+        paths += violated(dag, pivots, found.fractions, len(dag))
+    assert bounds == sorted(bounds)
+    assert bounds[-1] > 1.1 * bounds[0]
 
 
 def test_the_search_alone_comes_near_the_optimum():

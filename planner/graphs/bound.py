@@ -33,12 +33,10 @@ STALLED = 12
 """rounds in which a linear program's bound must rise..."""
 RISE = 0.01
 """...by this part of what it says of re-runs, or they end"""
-WHOLE = 0.5
-"""of the time left, for each program in whole numbers"""
-REFINEMENTS = 6
-"""of those"""
+TRIES = 3
+"""programs in whole numbers that the clock may end"""
 REFINED = 4
-"""moments added to one"""
+"""moments added to a program in whole numbers"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,28 +95,25 @@ def class_bound(
     linear = _Linear(dag, budget_bytes, _shortest(dag, budget_bytes, reruns))
     timely = linear.climb(deadline, enough)
     best = linear.best
-    starts: list[frozenset[Rerun]] = []
+    starts = list(linear.starts)
     pivots, paths = linear.pivots, linear.paths
-    tried: set[tuple[int, ...]] = set()
     # As long as linear programs raise the bound they do so in less time.
-    whole = whole and timely
-    while whole and best < enough and len(tried) < REFINEMENTS:
-        left = deadline - time.monotonic()
+    tries = TRIES if whole and timely else 0
+    while tries and best < enough:
+        # Each try has twice the time of the one before: moments are better with every answer.
+        left = (deadline - time.monotonic()) / (2**tries - 1)
         if left <= 0:
             timely = False
             break
-        tried.add(pivots)
-        answer = solve_windows(
-            dag, budget_bytes, pivots, any_order=False, seconds=WHOLE * left, whole=True, paths=paths
-        )
+        answer = solve_windows(dag, budget_bytes, pivots, any_order=False, seconds=left, whole=True, paths=paths)
+        tries -= not answer.solved
         timely = timely and answer.solved
         best = max(best, answer.bound_seconds)
-        if answer.reruns is None:
+        starts.extend(answer.reruns)
+        finer = _refined(dag, budget_bytes, pivots, answer.reruns[-1]) if answer.reruns else pivots
+        if answer.solved and finer == pivots:
             break
-        starts.append(answer.reruns)
-        pivots = _refined(dag, budget_bytes, pivots, answer.reruns)
-        if pivots in tried:
-            break
+        pivots = finer
     return Bound(seconds=best, timely=timely, reruns=tuple(starts))
 
 
@@ -133,6 +128,8 @@ class _Linear:
         """moments of the best program"""
         self.paths: tuple[Path, ...] = ()
         """its paths that have a price"""
+        self.starts: list[frozenset[Rerun]] = []
+        """the answers of all programs, rounded"""
 
     def climb(self, deadline: float, enough: float) -> bool:
         """Solve programs until the bound is `enough` or rises no more; False where the clock ended that."""
@@ -149,6 +146,7 @@ class _Linear:
                 self.dag, self.budget, pivots, any_order=False, seconds=deadline - began, paths=paths
             )
             spent = time.monotonic() - began
+            self.starts.extend(answer.reruns)
             if not answer.solved:
                 return False
             fractions = answer.fractions

@@ -44,7 +44,9 @@ GRANTED = 0.1
 LEAST_GRANTED = 1.0
 """the same for each try at a smaller budget, at most"""
 ROUNDS = 4000
-"""of ruin and recreate, shared by the operators that a graph has"""
+"""of ruin and recreate"""
+STARTS = 4
+"""schedules, of those that the bound gives, with so many rounds each"""
 
 
 class GraphPlanner:
@@ -269,35 +271,37 @@ class GraphPlanner:
         search = Search(dag, budget, deadline=started + 0.3 * span, granted=GRANTED * span)
         near = Neighbourhoods(dag, budget)
         memory = search.first(self._seeds(budget, deadline))
-        if memory is None:
-            # Nothing fits that eviction finds: from what is least over the budget on.
-            best = self._note(near.deepened(self.found.lowest(), deadline=started + 0.4 * span))
-            best = self._note(near.polished(best, deadline=started + 0.5 * span, enough=float("inf")))
-            if self.found.peaks[best] > budget:
-                self._ended(search.timely, near.timely)
-                return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
-        else:
+        best = self.found.lowest()
+        enough = float("inf")
+        if memory is not None:
             search.deadline = started + 0.1 * span
             best = self._note(search.improve(memory, rounds=ROUNDS // 4))
             report("improved", seconds(dag, best), dag.once_seconds)
-            best = self._note(near.deepened(best, deadline=started + 0.3 * span))
-        report("solved with few places", seconds(dag, best), dag.once_seconds)
-        enough = seconds(dag, best) * (1 - TOLERANCE)
-        found = class_bound(dag, budget, best, deadline=started + 0.7 * span, whole=True, enough=enough)
-        report("bounded", seconds(dag, best), found.seconds)
-        # The solver's schedules may hold too much between moments; what eviction makes of them is often better still.
+            enough = seconds(dag, best) * (1 - TOLERANCE)
+        found = class_bound(dag, budget, best, deadline=started + 0.55 * span, whole=True, enough=enough)
+        if found.seconds == float("inf"):
+            self._ended(search.timely)
+            return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
+        # The bound's answers hold too much between moments; what eviction makes of them is often the best there is.
         enough = found.seconds / (1 - TOLERANCE)
         search.deadline = started + 0.75 * span
-        another = search.first([best, *found.reruns])
-        if another is not None:
-            improved = search.improve(another, rounds=ROUNDS, enough=enough - dag.once_seconds)
-            best = self._note(min(best, improved, key=lambda reruns: seconds(dag, reruns)))
-        report("improved", seconds(dag, best), found.seconds)
-        if seconds(dag, best) > enough:
+        improved = search.improve_best(
+            [best, *found.reruns], starts=STARTS, rounds=ROUNDS, enough=enough - dag.once_seconds
+        )
+        if improved is None:
+            # Nothing fits that eviction finds: from what is least over the budget on.
             best = self._note(near.deepened(best, deadline=started + 0.8 * span))
+            best = self._note(near.polished(best, deadline=started + 0.85 * span, enough=float("inf")))
+            if self.found.peaks[best] > budget:
+                self._ended(found.timely, search.timely, near.timely)
+                return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
+        else:
+            best = self._note(improved)
+        report("bounded and improved", seconds(dag, best), found.seconds)
+        if seconds(dag, best) > enough:
+            best = self._note(near.deepened(best, deadline=started + 0.82 * span))
             best = self._note(near.polished(best, deadline=started + 0.95 * span, enough=enough))
             report("polished", seconds(dag, best), found.seconds)
-        # The bound's solutions are seeds as well.
         self._ended(found.timely, search.timely, near.timely)
         return Outcome(carried=carry(dag, best), bound_seconds=found.seconds, timely=self.found.timely)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from planner.graphs.dag import Dag
 from planner.graphs.memory import Bytes, Memory
-from planner.graphs.schedule import Rerun
+from planner.graphs.schedule import Rerun, seconds
 
 DEPTH = 64
 """operators that one eviction may run again"""
@@ -174,6 +174,23 @@ class Search:
             if best is None or memory.seconds < best.seconds:
                 best = memory
         return best
+
+    def improve_best(
+        self, seeds: Iterable[Iterable[Rerun]], *, starts: int, rounds: int, enough: float = 0.0
+    ) -> frozenset[Rerun] | None:
+        """The fastest of what `improve` makes, in as many `rounds` each, of the best few `starts` of the `seeds`; None: none fits."""
+        repaired: dict[frozenset[Rerun], float] = {}
+        for seed in dict.fromkeys(map(frozenset, seeds)):
+            memory = self.first([seed])
+            if memory is not None:
+                repaired[frozenset(memory.reruns)] = memory.seconds
+        found = sorted(repaired, key=lambda reruns: repaired[reruns])[:starts]
+        deadline = self.deadline
+        for number, reruns in enumerate(found):
+            self.deadline = deadline - (deadline - time.monotonic()) * (1 - 1 / (len(found) - number))
+            found[number] = self.improve(Memory(self.dag, self.budget, reruns), rounds=rounds, enough=enough)
+        self.deadline = deadline
+        return min(found, key=lambda reruns: seconds(self.dag, reruns), default=None)
 
     def improve(self, memory: Memory, *, rounds: int, enough: float = 0.0) -> frozenset[Rerun]:
         """Ruin and recreate for `rounds`, or until re-runs cost at most `enough` seconds. `memory` must fit."""

@@ -29,6 +29,8 @@ from planner.layers import transfer_seconds
 from planner.linear import Linear, Program, Solution
 from planner.quiet import MARGIN
 
+ROUNDED = (0.3, 0.5, 0.7)
+"""what counts as a run, or as there, of an answer without whole numbers; none is always the best"""
 ROUNDING = 1e-9
 """subtracted, relatively, for the rounding of our own sums"""
 
@@ -68,8 +70,8 @@ class Fractions:
 class Answer:
     bound_seconds: float
     """no schedule undercuts it; infinity: none fits"""
-    reruns: frozenset[Rerun] | None = None
-    """with whole numbers: the re-runs of the solver's best answer, a schedule but for the memory between moments"""
+    reruns: tuple[frozenset[Rerun], ...] = ()
+    """of the solver's best answer, a schedule but for the memory between moments; without whole numbers, as it is rounded"""
     fractions: Fractions | None = None
     """without whole numbers, where the solver came to its end"""
     solved: bool = True
@@ -116,6 +118,7 @@ class _Windows:
     ) -> None:
         """Raises TimeoutError where building takes too much of `limit`."""
         self.dag = dag
+        self.any_order = any_order
         self.limit = limit
         self.whole = whole
         self.pivots = list(pivots)
@@ -246,14 +249,20 @@ class _Windows:
             return Answer(bound_seconds=float("inf"))
         if self.whole:
             proven = max(0.0, result.bound * (1 - MARGIN)) * unit
-            chosen = None
-            if result.values is not None and not self.disk:
-                chosen = self._reruns([value > 0.5 for value in result.values])
-            return Answer(bound_seconds=self.constant + proven, reruns=chosen, solved=result.optimal)
+            return Answer(
+                bound_seconds=self.constant + proven, reruns=self._rounded(result, 0.5), solved=result.optimal
+            )
         if not result.optimal or result.duals is None:
             return Answer(bound_seconds=self.constant, solved=False)
         bound = (self.constant + self._dual_value(goal, result.duals) * unit) * (1 - ROUNDING)
-        return Answer(bound_seconds=bound, fractions=self._fractions(result))
+        return Answer(bound_seconds=bound, reruns=self._rounded(result, *ROUNDED), fractions=self._fractions(result))
+
+    def _rounded(self, result: Solution, *least: float) -> tuple[frozenset[Rerun], ...]:
+        """Schedules of the class, of what reaches each of the shares `least`; none where a disk takes part, or any order."""
+        if result.values is None or self.disk or self.any_order:
+            return ()
+        values = np.array(result.values)
+        return tuple(self._reruns((values > share).tolist()) for share in least)
 
     def _fractions(self, result: Solution) -> Fractions | None:
         if result.values is None or result.duals is None:
