@@ -1,8 +1,8 @@
 """The two bounds of a plan: for its class, and for any schedule at all; moments chosen, programs solved (`windows`).
 
-For the class moments are found step by step, and paths with them: those that the linear program's last answer does without
-(`moments`). What has no price for some rounds is dropped again. The last program is then solved in whole numbers, and again with moments
-at which its schedule holds too much.
+For the class moments are found step by step, and paths with them: those that the linear program's last answer does
+without (`moments`). What has no price for some rounds is dropped again. The best program is then solved in whole numbers,
+and again with moments at which its schedule holds too much. All answers, made whole, are where a search may start.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What an answer of the linear program in a few moments (`windows`) leaves out: moments at which it would hold too much, and paths that
-it runs along in parts.
+"""What an answer of the linear program in a few moments (`windows`) leaves out: moments at which it would hold too much, and
+paths that it runs along in parts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def violated(dag: Dag, pivots: Sequence[int], fractions: Fractions, most: int) -
 
 
 def bytes_over(dag: Dag, budget: int, pivots: Sequence[int], fractions: Fractions) -> Parts:
-    """Per stage: bytes over the budget at its first run, when whatever runs again in a window does so just before it is read there.
+    """Per stage: bytes over the budget at its first run, when all that runs again in a window does so just before it is read.
 
     0 at the pivots. An estimate: it says where a further moment may be worth having.
     """
@@ -92,11 +92,12 @@ def _held(dag: Dag, window: int, begin: int, end: int, fractions: Fractions) -> 
         needed = 0.0
         for stage, part in sorted(reads[i], reverse=True):
             if part > needed:
-                # Until this stage so much is needed; before it is made again only what lived when the window began is there.
+                # So much is needed until this stage.
                 change[stage + 1 - begin] -= (part - needed) * dag.bytes[i]
                 needed = part
         change[max(start - begin, 0)] += needed * dag.bytes[i]
         if start > begin and i < begin:
+            # Until it is made again only what lived when the window began is there.
             change[0] += min(here, needed) * dag.bytes[i]
             change[start - begin] -= min(here, needed) * dag.bytes[i]
     return dag.fixed_bytes + np.array(dag.workspace[begin:end]) + np.cumsum(change)[:-1]

@@ -178,7 +178,7 @@ class Search:
     def improve_best(
         self, seeds: Iterable[Iterable[Rerun]], *, starts: int, rounds: int, enough: float = 0.0
     ) -> frozenset[Rerun] | None:
-        """The fastest of what `improve` makes, in as many `rounds` each, of the best few `starts` of the `seeds`; None: none fits."""
+        """The fastest of what `improve` makes of the best `starts` of the `seeds`, in `rounds` each; None: none fits."""
         repaired: dict[frozenset[Rerun], float] = {}
         for seed in dict.fromkeys(map(frozenset, seeds)):
             memory = self.first([seed])

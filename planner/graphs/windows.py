@@ -3,9 +3,10 @@
 A moment is the first run of a chosen operator, the pivot. Memory is limited at the moments; between two of them lies a window.
 For every operator: in which windows it runs, and at which moments its output lives. An operator that runs in a window
 reads outputs that lived at the window's start or were made in it; what lives at a moment lived at the one before or was
-made since. Over several windows more is known than each of them says (`Path`). This holds for any schedule in which the operators' first runs come in the given order (``any_order=False``: whatever
-it runs again, and when), and with ``any_order=True``, where only what the graph's edges force is known of first runs and
-the pivots lie on one path, for any schedule at all. In whole numbers more moments make a better bound; without, only the paths see to that.
+made since. Over several windows more is known than each of them says (`Path`). This holds for any schedule in which the
+operators' first runs come in the given order (``any_order=False``: whatever it runs again, and when), and with
+``any_order=True``, where only what the graph's edges force is known of first runs and the pivots lie on one path, for any
+schedule at all. In whole numbers more moments make a better bound; without, it takes paths for that.
 
 Where the graph names a disk an output may also be fetched in a window, once it is written. The step then lasts as long as its
 runs or as the disk's work, whichever is longer; when transfers happen, and the memory they take meanwhile, is left open.
@@ -33,7 +34,6 @@ ROUNDED = (0.3, 0.5, 0.7)
 """what counts as a run, or as there, of an answer without whole numbers; none is always the best"""
 ROUNDING = 1e-9
 """subtracted, relatively, for the rounding of our own sums"""
-
 
 Parts = npt.NDArray[np.float64]
 
@@ -71,7 +71,7 @@ class Answer:
     bound_seconds: float
     """no schedule undercuts it; infinity: none fits"""
     reruns: tuple[frozenset[Rerun], ...] = ()
-    """of the solver's best answer, a schedule but for the memory between moments; without whole numbers, as it is rounded"""
+    """of the solver's best answer, a schedule but for the memory between moments; without whole numbers, of its roundings"""
     fractions: Fractions | None = None
     """without whole numbers, where the solver came to its end"""
     solved: bool = True
@@ -88,7 +88,7 @@ def solve_windows(
     whole: bool = False,
     paths: Sequence[Path] = (),
 ) -> Answer:
-    """The bound from the moments at `pivots`, which are sorted, and from `paths` between them, for a class with an order and no disk.
+    """The bound from the moments at `pivots`, which are sorted, and from `paths` between them, for an order and no disk.
 
     `seconds` limit the building and the solver; past them the bound is what is proven by then, without whole numbers what
     each operator's one run takes. `whole`: demand whole numbers, a better bound at greater cost.
