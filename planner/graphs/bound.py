@@ -33,7 +33,9 @@ STALLED = 12
 """rounds in which a linear program's bound must rise..."""
 RISE = 0.01
 """...by this part of what it says of re-runs, or they end"""
-TRIES = 3
+FEW = (4, 8)
+"""moments of programs in whole numbers that are tried first: such are often solved to their end"""
+TRIES = 4
 """programs in whole numbers that the clock may end"""
 REFINED = 4
 """moments added to a program in whole numbers"""
@@ -92,28 +94,30 @@ def class_bound(
     `reruns` is the best schedule known: the first moments are laid where its memory is short. `whole`: the best linear
     program is then solved in whole numbers. The work ends early where the bound is `enough`.
     """
-    linear = _Linear(dag, budget_bytes, _shortest(dag, budget_bytes, reruns))
+    linear = _Linear(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST))
     timely = linear.climb(deadline, enough)
     best = linear.best
     starts = list(linear.starts)
-    pivots, paths = linear.pivots, linear.paths
+    few = [(_shortest(dag, budget_bytes, reruns, count), ()) for count in FEW]
+    waiting: list[tuple[tuple[int, ...], tuple[Path, ...]]] = [*few, (linear.pivots, linear.paths)]
     # As long as linear programs raise the bound they do so in less time.
     tries = TRIES if whole and timely else 0
-    while tries and best < enough:
+    while tries and waiting and best < enough:
         # Each try has twice the time of the one before: moments are better with every answer.
         left = (deadline - time.monotonic()) / (2**tries - 1)
         if left <= 0:
             timely = False
             break
+        pivots, paths = waiting.pop(0)
         answer = solve_windows(dag, budget_bytes, pivots, any_order=False, seconds=left, whole=True, paths=paths)
         tries -= not answer.solved
         timely = timely and answer.solved
         best = max(best, answer.bound_seconds)
         starts.extend(answer.reruns)
-        finer = _refined(dag, budget_bytes, pivots, answer.reruns[-1]) if answer.reruns else pivots
-        if answer.solved and finer == pivots:
-            break
-        pivots = finer
+        if not waiting:
+            finer = _refined(dag, budget_bytes, pivots, answer.reruns[-1]) if answer.reruns else pivots
+            if finer != pivots or not answer.solved:
+                waiting.append((finer, paths))
     return Bound(seconds=best, timely=timely, reruns=tuple(starts))
 
 
@@ -194,10 +198,10 @@ def _refined(dag: Dag, budget_bytes: int, pivots: tuple[int, ...], reruns: froze
     return tuple(sorted({*pivots, *added}))
 
 
-def _shortest(dag: Dag, budget_bytes: int, reruns: frozenset[Rerun]) -> tuple[int, ...]:
-    """Moments to begin with, evenly laid among those where the schedule's memory is short."""
+def _shortest(dag: Dag, budget_bytes: int, reruns: frozenset[Rerun], most: int) -> tuple[int, ...]:
+    """Up to `most` moments, evenly laid among those where the schedule's memory is short."""
     sequence = runs(dag, reruns)
     held = {operator: size for (stage, operator), size in zip(sequence, memory(dag, sequence)) if stage == operator}
     least = min(SHORT * budget_bytes, max(held.values()))
     short = [operator for operator in range(len(dag)) if held[operator] >= least]
-    return tuple(sorted({short[(2 * k + 1) * len(short) // (2 * FIRST)] for k in range(FIRST)}))
+    return tuple(sorted({short[(2 * k + 1) * len(short) // (2 * most)] for k in range(most)}))

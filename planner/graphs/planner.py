@@ -274,7 +274,8 @@ class GraphPlanner:
         best = self.found.lowest()
         enough = float("inf")
         if memory is not None:
-            search.deadline = started + 0.1 * span
+            # A schedule that fits is there: from here on by the clock alone.
+            search.deadline, search.granted = started + 0.1 * span, 0.0
             best = self._note(search.improve(memory, rounds=ROUNDS // 4))
             report("improved", seconds(dag, best), dag.once_seconds)
             enough = seconds(dag, best) * (1 - TOLERANCE)
