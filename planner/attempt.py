@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ RESERVE = 0.01
 """share of the limit left to gaps of the arena and to transfers, at first"""
 CHOICES = 5
 """such shares tried"""
+CLOSE = 1.2
+"""ratio of two shares between which no other is worth trying"""
 CARRY_SECONDS = 2.2e-4
 """to carry out columns, per operator of the step: a search this near its deadline stops"""
 
@@ -96,11 +99,14 @@ class Attempt:
         """Choose whole columns and carry them out, leaving more of the limit free until they find their places.
 
         Once they do, one more choice leaves more free where the plan waits for the disk, and less where it does not; others
-        follow as long as the plan gets faster and still waits for most of what it is slower than it could be.
+        follow as long as the plan gets faster and still waits for most of what it is slower than it could be. Between one that
+        waits and one that does not the others halve what lies there.
         Raises TimeoutError where time is up before any columns are chosen.
         """
         share = self.reserve
         most = reserve = share
+        waiting = idle = 0
+        """shares with which plans wait for the disk, and do not"""
         exhausted = False
         before: tuple[Column, ...] = ()
         for _ in range(choices):
@@ -126,8 +132,15 @@ class Attempt:
                 continue
             search.report("carried out", schedule.seconds, self.bound)
             waits = schedule.stalls > (schedule.seconds - self.bound) / 2
-            faster = fastest is None or (waits and schedule.seconds < fastest.seconds)
-            if not faster or schedule.seconds - self.bound <= GOOD * schedule.seconds:
+            if schedule.seconds - self.bound <= GOOD * schedule.seconds:
                 break
             most = reserve
-            reserve = 3 * reserve if waits else reserve // 4
+            waiting, idle = (reserve, idle) if waits else (waiting, reserve)
+            if waiting and idle:
+                if idle <= CLOSE * waiting:
+                    break
+                reserve = math.isqrt(waiting * idle)
+            elif fastest is None or (waits and schedule.seconds < fastest.seconds):
+                reserve = 3 * reserve if waits else reserve // 4
+            else:
+                break

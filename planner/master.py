@@ -19,7 +19,7 @@ import numpy as np
 
 from planner.formulation import KIB, MS, Block
 from planner.linear import Linear, Program
-from planner.pricing import FIELDS, HELD, Pool, Prices
+from planner.pricing import FIELDS, HOLDING, ROUNDING, Pool, Prices
 from planner.quiet import MARGIN
 from planner.relaxation import MOVE_PRICE, Relaxation, Relaxed, goal
 from planner.rows import Rows, Terms, add_rows
@@ -35,10 +35,12 @@ NEAR = 1e-3
 """share of the step's time; columns whose reduced cost is less may be part of a good choice"""
 FEW = 5
 """such columns per layer"""
-FREE = 4
-"""layers at most, evenly among those that are mixed, that are not rounded at first"""
-CANDIDATES = 16
+FREE = 12
+"""layers at most, evenly among those that are mixed, that are not rounded where rounding all costs too much"""
+CANDIDATES = 10
 """columns of each of these"""
+FILLED = 5
+"""mixed layers at most for which a column near the mixture is asked"""
 WHOLE_GAP = 2e-3
 """of whole columns to the best ones"""
 ENOUGH = 5e-5
@@ -46,7 +48,6 @@ ENOUGH = 5e-5
 ROUNDS = 60
 SHARE = 0.25
 """of what pricing could gain, left to the next round once there are new columns"""
-HOLDING = [FIELDS.index(name) for name in HELD]
 PEAKS = [FIELDS.index(name) for name in ("forward_peak", "backward_peak")]
 Progress = Callable[[dict[str, float | str]], None]
 
@@ -78,6 +79,8 @@ class Search:
     """whether the search, for columns and for whole ones, came to its end before the deadline"""
     worth_seconds: float = float("inf")
     """a search for columns that shows that none of its plans is faster than this ends there"""
+    _asking: bool = True
+    """whether there is time to ask for columns while whole ones are chosen"""
 
     @property
     def pool(self) -> Pool:
@@ -221,11 +224,12 @@ class Search:
     def choose(self, limit_bytes: int | None) -> tuple[Column, ...] | None:
         """Good whole columns within `limit_bytes` over the pool; None where none fits.
 
-        The mixtures are rounded, and one layer gets a column that takes up what that leaves. Where this costs too much, a few of
-        the mixed layers are free to choose among columns known and one near their mixture; then all are among what costs
-        little more, or at last among any. Past the deadline the best so far is what there is, and `timely` is False; raises
+        The mixtures are rounded, and one layer gets a column that takes up what that leaves. Where this costs too much, a few
+        layers get a whole column near their mixture, and a few of the mixed ones are free to choose; then all are among what
+        costs little more, or at last among any. Past the deadline the best so far is what there is, and `timely` is False; raises
         TimeoutError where there is none.
         """
+        self._asking = True
         relaxed = self._relaxation(limit_bytes)
         if limit_bytes is not None and relaxed.over > 1e-4:
             return None
@@ -251,12 +255,13 @@ class Search:
         """
         kinds = self.pool.problem.layer_type
         mixed = [layer for layer, shares in enumerate(relaxed.shares) if shares.max() < WHOLE]
-        picks = self._rounded(relaxed, mixed[len(mixed) // 2] if mixed and relaxed.limit_price else None)
-        yield self._whole_gap, [[pick] for pick in picks]
-        for layer in mixed[:FEW]:
+        if mixed and relaxed.limit_price:
+            yield self._whole_gap, [[pick] for pick in self._rounded_down(relaxed, mixed[len(mixed) // 2])]
+        rounded = self._rounded(relaxed)
+        free = [mixed[len(mixed) * turn // FREE] for turn in range(min(FREE, len(mixed)))]
+        for layer in mixed[:FILLED]:
             prices, mixture = relaxed.prices[layer], self._mixture(relaxed, layer)
             self._within(kinds[layer], prices, mixture, float(mixture @ prices) + ENOUGH * relaxed.value)
-        free = {mixed[len(mixed) * turn // FREE] for turn in range(FREE)} if mixed else set()
         near, fixed = [], []
         for layer, kind in enumerate(kinds):
             reduced = self.pool.figures[kind] @ relaxed.prices[layer] - relaxed.convexity[layer]
@@ -264,7 +269,7 @@ class Search:
             reduced[: len(used)][used > 1e-6] = 0.0
             best = np.argsort(reduced, kind="stable")
             near.append([int(i) for i in best[:FEW] if reduced[i] <= NEAR * relaxed.value])
-            fixed.append([int(i) for i in best[:CANDIDATES]] if layer in free else [picks[layer]])
+            fixed.append([int(i) for i in best[:CANDIDATES]] if layer in free else [rounded[layer]])
         yield self.tolerance / 2, fixed
         yield float("inf"), near
         yield float("inf"), [list(range(len(self.pool.columns[kind]))) for kind in kinds]
@@ -283,42 +288,57 @@ class Search:
         costs at most `worth`.
         """
         best = self.pool.cheapest_within(kind, prices, most)
-        if self.timely and (best is None or self.pool.figures[kind][best] @ prices > worth):
+        if self._asking and (best is None or self.pool.figures[kind][best] @ prices > worth):
             try:
                 self.pool.fill(kind, prices, most, 1e-3, self.left())
             except TimeoutError:
-                self.timely = False
+                self.timely = self._asking = False
             best = self.pool.cheapest_within(kind, prices, most)
         return best
 
-    def _rounded(self, relaxed: Relaxed, last: int | None) -> list[int]:
-        """A column per layer of those in its mixture: up to any layer they hold no more than the mixtures do, as priced, and
-        otherwise as much as can be. The layer `last` gets the fastest one within what the others leave.
+    def _rounded(self, relaxed: Relaxed) -> list[int]:
+        """A column per layer; up to any layer each column is taken about as often as the mixtures up to there say."""
+        owed: dict[int, Prices] = {}
+        picks = []
+        for kind, shares in zip(self.pool.problem.layer_type, relaxed.shares):
+            total = shares + owed.get(kind, 0.0)
+            picks.append(int(np.where(shares > 1e-6, total, -np.inf).argmax()))
+            total[picks[-1]] -= 1.0
+            owed[kind] = total
+        return picks
+
+    def _rounded_down(self, relaxed: Relaxed, last: int) -> list[int]:
+        """As `_rounded`, while the columns hold no more than the mixtures do, as priced. The layer `last` gets the fastest column
+        within what the others leave.
         """
         kinds = self.pool.problem.layer_type
+        owed: dict[int, Prices] = {}
         left = np.zeros(len(HOLDING))
         beyond = 0.0
         """most KiB by which a column holds more in a window of its own than the mixture in its place"""
-        picks = []
+        picks = [0] * len(kinds)
         for layer, kind in enumerate(kinds):
-            mixture, figures = self._mixture(relaxed, layer), self.pool.figures[kind]
-            used = np.flatnonzero(relaxed.shares[layer] > 1e-6)
+            if layer == last:
+                continue
+            shares, mixture, figures = relaxed.shares[layer], self._mixture(relaxed, layer), self.pool.figures[kind]
+            total = shares + owed.get(kind, 0.0)
+            used = np.flatnonzero(shares > 1e-6)
             after = left + mixture[HOLDING] - figures[used][:, HOLDING]
-            priced = after * relaxed.prices[layer][HOLDING]
-            best = np.lexsort((priced.sum(axis=1), np.maximum(-priced, 0.0).sum(axis=1)))[0]
-            picks.append(int(used[best]))
-            if layer != last:
-                left = after[best]
-                beyond = max(beyond, *(figures[picks[-1]] - mixture)[PEAKS])
-        if last is not None:
-            most, prices = self._mixture(relaxed, last), relaxed.prices[last].copy()
-            worth = float(most @ prices) + ENOUGH * relaxed.value
-            most[HOLDING] = np.maximum(most[HOLDING] + left - beyond, 0.0)
-            # What is left is to be used: it has no price any more.
-            worth -= float(most[HOLDING] @ prices[HOLDING])
-            prices[HOLDING] = 0.0
-            found = self._within(kinds[last], prices, most, worth)
-            picks[last] = picks[last] if found is None else found
+            over = np.maximum(-after - ROUNDING, 0.0) @ relaxed.prices[layer][HOLDING]
+            best = np.lexsort((-total[used], over))[0]
+            pick = picks[layer] = int(used[best])
+            total[pick] -= 1.0
+            owed[kind] = total
+            left = after[best]
+            beyond = max(beyond, *(figures[pick] - mixture)[PEAKS])
+        most, prices = self._mixture(relaxed, last), relaxed.prices[last].copy()
+        worth = float(most @ prices) + ENOUGH * relaxed.value
+        most[HOLDING] = np.maximum(most[HOLDING] + left - beyond, 0.0)
+        # What is left is to be used: it has no price any more.
+        worth -= float(most[HOLDING] @ prices[HOLDING])
+        prices[HOLDING] = 0.0
+        found = self._within(kinds[last], prices, most, worth)
+        picks[last] = int(relaxed.shares[last].argmax()) if found is None else found
         return picks
 
     def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> tuple[float, tuple[Column, ...]] | None:

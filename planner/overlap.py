@@ -86,7 +86,7 @@ def best_order(
     facts: Facts, inputs: Inputs, room: Callable[[], AnyRoom], deadline: float = float("inf")
 ) -> tuple[list[int], AnyRoom] | None:
     """The fastest of a few passes, of which the last is the first that leaves little to wait for, or gains
-    nothing: positions of the entries in their new order, and the room as the pass has left it.
+    nothing over one before: positions of the entries in their new order, and the room as the pass has left it.
 
     None where the draft is as fast. Past `deadline`, on the monotonic clock, there is only the first pass.
     """

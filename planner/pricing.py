@@ -38,6 +38,7 @@ FIELDS = (
 )
 HELD = ("between", "outside")
 """those of FIELDS that a layer holds between its windows"""
+HOLDING = [FIELDS.index(name) for name in HELD]
 ROUNDING = 1e-6
 """KiB"""
 Prices = NDArray[np.float64]
@@ -206,8 +207,7 @@ class Pool:
 
     def cheapest_within(self, kind: int, prices: Prices, most: Prices) -> int | None:
         """The cheapest column known that holds no more between its windows than the figures `most`."""
-        held = [FIELDS.index(name) for name in HELD]
-        fits = (self.figures[kind][:, held] <= most[held] + ROUNDING).all(axis=1)
+        fits = (self.figures[kind][:, HOLDING] <= most[HOLDING] + ROUNDING).all(axis=1)
         return int(np.where(fits, self.figures[kind] @ prices, INFINITY).argmin()) if fits.any() else None
 
     def fill(self, kind: int, prices: Prices, most: Prices, gap: float, seconds: float) -> None:

@@ -8,8 +8,6 @@ from planner.schema import TimelinePoint
 
 POINTS = 600
 """timeline points kept per phase"""
-NOWHERE = TimelinePoint(instruction=0, seconds=0.0, bytes=0, by_kind={})
-"""stands for a point until it is put down"""
 
 
 @dataclass(kw_only=True)
@@ -44,13 +42,12 @@ class Timeline:
         """Count a moment at which `used` bytes are in use; whether it is to be `put` down: the fullest of its stretch so far."""
         if not self.left:
             self.left, self.most = self.stride, -1
-            self.points.append(NOWHERE)
         self.left -= 1
-        if used <= self.most:
-            return False
-        self.most = used
-        return True
+        return used > self.most
 
-    def put(self, point: TimelinePoint) -> None:
+    def put(self, used: int, point: TimelinePoint) -> None:
         """In the place of the last one of this stretch."""
-        self.points[-1] = point
+        if self.most >= 0:
+            self.points.pop()
+        self.most = used
+        self.points.append(point)

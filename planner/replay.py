@@ -378,12 +378,13 @@ class Replay:
             if self.top > self.live:
                 by_kind["fragmentation"] = self.top - self.live
             self.timeline.put(
+                used,
                 TimelinePoint(
                     instruction=max(0, self.index),
                     seconds=self.now,
                     bytes=self.floor + self.top + workspace,
                     by_kind=by_kind,
-                )
+                ),
             )
         if used > self.peak.bytes:
             self.peak = ReplayPeak(bytes=used, instruction=self.index, tensors=tuple(self.places))

@@ -265,7 +265,7 @@ class Solver:
             tolerance=CAREFUL_TOLERANCE,
             progress=attempt.progress,
         )
-        early = replace(attempt, found=[], deadline=attempt.until(EARLY_SHARE))
+        early = replace(attempt, found=[])
         try:
             early.bound = attempt.bound = max(attempt.bound, relaxed.bound(self.relaxed.proven(attempt.limit)))
             tried = self._early(early, careful)
@@ -276,14 +276,13 @@ class Solver:
                 if not kept:
                     return
                 early.bound = attempt.bound = max(attempt.bound, relaxed.bound(lower))
-                early.deadline = attempt.until(EARLY_SHARE)
                 if not tried or self.pool.programs > priced:
                     self._early(early, careful)
-            attempt.timely = attempt.timely and early.timely
             if not early.near(attempt.bound, GOOD):
                 self._carefully(attempt, relaxed, careful)
         finally:
             attempt.found += early.found
+            attempt.timely = attempt.timely and early.timely
 
     def _early(self, attempt: Attempt, careful: Search) -> bool:
         """Two choices of columns that were priced for other budgets, where a mixture of them comes near the bound; unless the
@@ -291,7 +290,9 @@ class Solver:
         """
         if not self.found or self._by_clock or attempt.near(attempt.bound, GOOD):
             return False
+        now = time.monotonic()
         with attempt.within():
+            attempt.deadline = now + EARLY_SHARE * (attempt.deadline - now)
             search = replace(careful, deadline=attempt.deadline)
             seconds, fits = search.relaxed_seconds(attempt.limit - attempt.reserve)
             if fits and seconds - attempt.bound <= GOOD / 2 * seconds:

@@ -1,8 +1,8 @@
 """The two bounds of a plan: for its class, and for any schedule at all; moments chosen, programs solved (`windows`).
 
 For the class moments are found step by step, and paths with them: those that the linear program's last answer does
-without (`moments`). What has no price for some rounds is dropped again. The best program is then solved in whole numbers,
-and again with moments at which its schedule holds too much. All answers, made whole, are where a search may start.
+without (`moments`). What has no price for some rounds is dropped again. Then a few moments, and those of the best program, are
+solved in whole numbers, and again with moments at which the answer's schedule holds too much. All answers, made whole, are where a search may start.
 """
 
 from __future__ import annotations
@@ -91,15 +91,17 @@ def class_bound(
 ) -> Bound:
     """Seconds that no schedule of the class undercuts.
 
-    `reruns` is the best schedule known: the first moments are laid where its memory is short. `whole`: the best linear
-    program is then solved in whole numbers. The work ends early where the bound is `enough`.
+    `reruns` is the best schedule known: the first moments are laid where its memory is short. `whole`: programs
+    are then solved in whole numbers too. The work ends early where the bound is `enough`.
     """
-    linear = _Linear(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST))
+    linear = _Climb(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST))
     timely = linear.climb(deadline, enough)
     best = linear.best
     starts = list(linear.starts)
-    few = [(_shortest(dag, budget_bytes, reruns, count), ()) for count in FEW]
-    waiting: list[tuple[tuple[int, ...], tuple[Path, ...]]] = [*few, (linear.pivots, linear.paths)]
+    few: list[tuple[tuple[int, ...], tuple[Path, ...]]] = [
+        (_shortest(dag, budget_bytes, reruns, count), ()) for count in FEW
+    ]
+    waiting = list(dict.fromkeys([*few, (linear.pivots, linear.paths)]))
     # As long as linear programs raise the bound they do so in less time.
     tries = TRIES if whole and timely else 0
     while tries and waiting and best < enough:
@@ -121,7 +123,7 @@ def class_bound(
     return Bound(seconds=best, timely=timely, reruns=tuple(starts))
 
 
-class _Linear:
+class _Climb:
     """Linear programs, each with moments and paths that the one before did without."""
 
     def __init__(self, dag: Dag, budget: int, pivots: tuple[int, ...]) -> None:
@@ -139,17 +141,15 @@ class _Linear:
         """Solve programs until the bound is `enough` or rises no more; False where the clock ended that."""
         pivots, paths = self.pivots, self.paths
         idle = dict.fromkeys(pivots, 0)
-        spent = 0.0
+        began = time.monotonic()
         bests: list[float] = []
         while self.best < enough:
-            began = time.monotonic()
-            if deadline - began <= spent:
-                # The next is hardly smaller.
+            now = time.monotonic()
+            spent, began = now - began, now
+            if deadline - now <= spent:
+                # The next round is hardly shorter.
                 return False
-            answer = solve_windows(
-                self.dag, self.budget, pivots, any_order=False, seconds=deadline - began, paths=paths
-            )
-            spent = time.monotonic() - began
+            answer = solve_windows(self.dag, self.budget, pivots, any_order=False, seconds=deadline - now, paths=paths)
             self.starts.extend(answer.reruns)
             if not answer.solved:
                 return False
@@ -203,5 +203,6 @@ def _shortest(dag: Dag, budget_bytes: int, reruns: frozenset[Rerun], most: int) 
     sequence = runs(dag, reruns)
     held = {operator: size for (stage, operator), size in zip(sequence, memory(dag, sequence)) if stage == operator}
     least = min(SHORT * budget_bytes, max(held.values()))
-    short = [operator for operator in range(len(dag)) if held[operator] >= least]
+    # At the first operator's run nothing is there that could have been dropped.
+    short = [operator for operator in range(1, len(dag)) if held[operator] >= least] or [len(dag) - 1]
     return tuple(sorted({short[(2 * k + 1) * len(short) // (2 * most)] for k in range(most)}))

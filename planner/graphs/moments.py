@@ -25,13 +25,13 @@ def violated(dag: Dag, pivots: Sequence[int], fractions: Fractions, most: int) -
     opens = [0, *pivots, len(dag)]
     made = np.concatenate([np.zeros((len(dag), 1)), np.cumsum(fractions.runs, axis=1)], axis=1)
     found: list[tuple[float, int, int, int]] = []
-    following: dict[int, npt.NDArray[np.int64]] = {}
+    following: dict[int, npt.NDArray[np.int32]] = {}
     for last in range(2, len(pivots) + 1):
         begin, end = opens[last], opens[last + 1]
         # By operator and the window that the path begins in: the least that lives of a path to a reader, and who reads next.
         length = np.full((len(dag), last), np.inf)
         length[begin:end] = 0.0
-        reader = following[last] = np.full((len(dag), last), -1)
+        reader = following[last] = np.full((len(dag), last), -1, dtype=np.int32)
         for i in reversed(range(begin)):
             users = [j for j in dag.users[i] if j < end]
             # What first runs after the moment lies on no path from there.
@@ -74,7 +74,8 @@ def _held(dag: Dag, window: int, begin: int, end: int, fractions: Fractions) -> 
     reads: list[list[tuple[int, float]]] = [[] for _ in range(end)]
     """per operator: stages in which it is read, and how far"""
     for stage in range(begin, end):
-        for i in dag.inputs[stage]:
+        # Its own output is there while it runs.
+        for i in (stage, *dag.inputs[stage]):
             reads[i].append((stage, 1.0))
     final = window + 1 == fractions.lives.shape[1]
     for i in reversed(range(end)):

@@ -46,7 +46,7 @@ LEAST_GRANTED = 1.0
 ROUNDS = 4000
 """of ruin and recreate"""
 STARTS = 4
-"""schedules, of those that the bound gives, with so many rounds each"""
+"""schedules, the best so far and of those that the bound gives, with so many rounds each"""
 
 
 class GraphPlanner:
@@ -279,28 +279,32 @@ class GraphPlanner:
             best = self._note(search.improve(memory, rounds=ROUNDS // 4))
             report("improved", seconds(dag, best), dag.once_seconds)
             enough = seconds(dag, best) * (1 - TOLERANCE)
-        found = class_bound(dag, budget, best, deadline=started + 0.55 * span, whole=True, enough=enough)
-        if found.seconds == float("inf"):
-            self._ended(search.timely)
+        # Where nothing fits yet, less of the time: the rest is for the smallest budget.
+        share = 0.55 if memory is not None else 0.4
+        found = class_bound(dag, budget, best, deadline=started + share * span, whole=True, enough=enough)
+        if found.seconds == float("inf") and memory is None:
+            self.lowest_bytes = max(self.lowest_bytes, budget + 1)
+            self._ended(found.timely, search.timely)
             return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
         # The bound's answers hold too much between moments; what eviction makes of them is often the best there is.
         enough = found.seconds / (1 - TOLERANCE)
-        search.deadline = started + 0.75 * span
-        improved = search.improve_best(
-            [best, *found.reruns], starts=STARTS, rounds=ROUNDS, enough=enough - dag.once_seconds
-        )
+        search.deadline = started + (share + 0.2) * span
+        left = enough - dag.once_seconds
+        # The last programs have the best answers.
+        improved = search.improve_best([best, *reversed(found.reruns)], starts=STARTS, rounds=ROUNDS, enough=left)
         if improved is None:
             # Nothing fits that eviction finds: from what is least over the budget on.
-            best = self._note(near.deepened(best, deadline=started + 0.8 * span))
-            best = self._note(near.polished(best, deadline=started + 0.85 * span, enough=float("inf")))
+            best = self._note(near.deepened(best, deadline=started + 0.65 * span))
+            best = self._note(near.polished(best, deadline=started + 0.7 * span, enough=float("inf")))
             if self.found.peaks[best] > budget:
                 self._ended(found.timely, search.timely, near.timely)
                 return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
-        else:
-            best = self._note(improved)
+            search.deadline = started + 0.8 * span
+            improved = search.improve_best([best], starts=1, rounds=ROUNDS, enough=left)
+        best = self._note(improved or best)
         report("bounded and improved", seconds(dag, best), found.seconds)
         if seconds(dag, best) > enough:
-            best = self._note(near.deepened(best, deadline=started + 0.82 * span))
+            best = self._note(near.deepened(best, deadline=started + 0.85 * span))
             best = self._note(near.polished(best, deadline=started + 0.95 * span, enough=enough))
             report("polished", seconds(dag, best), found.seconds)
         self._ended(found.timely, search.timely, near.timely)

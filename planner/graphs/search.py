@@ -178,18 +178,27 @@ class Search:
     def improve_best(
         self, seeds: Iterable[Iterable[Rerun]], *, starts: int, rounds: int, enough: float = 0.0
     ) -> frozenset[Rerun] | None:
-        """The fastest of what `improve` makes of the best `starts` of the `seeds`, in `rounds` each; None: none fits."""
+        """The fastest of what `improve` makes of the best `starts` of the `seeds`, in `rounds` each; None: none fits.
+
+        Half of the time at most is for the seeds to be made to fit: the most promising come first.
+        """
+        began, end = time.monotonic(), self.deadline
         repaired: dict[frozenset[Rerun], float] = {}
+        self.deadline = began + 0.5 * (end - began)
         for seed in dict.fromkeys(map(frozenset, seeds)):
+            if repaired and self.late():
+                break
             memory = self.first([seed])
             if memory is not None:
                 repaired[frozenset(memory.reruns)] = memory.seconds
         found = sorted(repaired, key=lambda reruns: repaired[reruns])[:starts]
-        deadline = self.deadline
         for number, reruns in enumerate(found):
-            self.deadline = deadline - (deadline - time.monotonic()) * (1 - 1 / (len(found) - number))
+            now = time.monotonic()
+            self.deadline = now + (end - now) / (len(found) - number)
             found[number] = self.improve(Memory(self.dag, self.budget, reruns), rounds=rounds, enough=enough)
-        self.deadline = deadline
+            if seconds(self.dag, found[number]) - self.dag.once_seconds <= enough:
+                break
+        self.deadline = end
         return min(found, key=lambda reruns: seconds(self.dag, reruns), default=None)
 
     def improve(self, memory: Memory, *, rounds: int, enough: float = 0.0) -> frozenset[Rerun]:
@@ -214,6 +223,7 @@ class Search:
                     best, best_seconds = current, current_seconds
             else:
                 memory.change(current)
+        self.noise = 0.0
         return best
 
     def _ruin(self, memory: Memory) -> list[Rerun]:

@@ -226,6 +226,9 @@ class _Windows:
 
     def follow(self, path: Path) -> None:
         """The row of one path."""
+        # It holds neither for other orders nor where outputs may also be fetched.
+        assert not self.any_order
+        assert self.dag.read is None
         begin, end = (bisect_right(self.pivots, stage) for stage in (path.pivot, path.reader))
         runs = self.runs[path.operators[-1]]
         made = [runs[window] for window in range(begin, end + 1) if window in runs]
