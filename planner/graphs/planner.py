@@ -280,7 +280,7 @@ class GraphPlanner:
             report("improved", seconds(dag, best), dag.once_seconds)
             enough = seconds(dag, best) * (1 - TOLERANCE)
         # Where nothing fits yet, less of the time: the rest is for the smallest budget.
-        share = 0.55 if memory is not None else 0.4
+        share = 0.55 if memory is not None else 0.3
         found = class_bound(dag, budget, best, deadline=started + share * span, whole=True, enough=enough)
         if found.seconds == float("inf") and memory is None:
             self.lowest_bytes = max(self.lowest_bytes, budget + 1)
@@ -294,8 +294,8 @@ class GraphPlanner:
         improved = search.improve_best([best, *reversed(found.reruns)], starts=STARTS, rounds=ROUNDS, enough=left)
         if improved is None:
             # Nothing fits that eviction finds: from what is least over the budget on.
-            best = self._note(near.deepened(best, deadline=started + 0.65 * span))
-            best = self._note(near.polished(best, deadline=started + 0.7 * span, enough=float("inf")))
+            best = self._note(near.deepened(best, deadline=started + 0.53 * span))
+            best = self._note(near.polished(best, deadline=started + 0.55 * span, enough=float("inf")))
             if self.found.peaks[best] > budget:
                 self._ended(found.timely, search.timely, near.timely)
                 return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
