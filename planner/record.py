@@ -28,10 +28,10 @@ class ReplayPeak:
 
 
 class Timeline:
-    """At most POINTS moments of a replay, the fullest of each stretch of instructions."""
+    """At most POINTS of a replay's `moments`, the fullest of each stretch of them."""
 
-    def __init__(self, instructions: int) -> None:
-        self.stride = -(-(instructions + 1) // POINTS)
+    def __init__(self, moments: int) -> None:
+        self.stride = -(-moments // POINTS)
         self.left = 0
         """moments until the next stretch"""
         self.most = -1

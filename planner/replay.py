@@ -60,7 +60,7 @@ class Replay:
         """trainable -> how many epsilons it is off its value"""
         self.ran: set[tuple[str, int]] = set()
         self.cursor_index = self.forwards = 0
-        self.timeline = Timeline(len(self.instructions))
+        self.timeline = Timeline(len(self.instructions) + 1)
         self.peak = ReplayPeak()
         self.expected = self._expected()
         self.floor = world.device.floor.resident_bytes + world.device.floor.instruction_bytes * world.instructions

@@ -6,20 +6,21 @@ import random
 import time
 from math import comb
 
+import numpy as np
 import pytest
 from brute_graph import INFINITY, best, least, random_graph
 from layered_graph import layered
 
 from planner.compare import compare
-from planner.graphs.bound import class_bound
+from planner.graphs.bound import FIRST, _shortest, class_bound
 from planner.graphs.dag import dag_of
 from planner.graphs.memory import Memory
-from planner.graphs.moments import violated
+from planner.graphs.moments import bytes_over, violated
 from planner.graphs.planner import GraphPlanner
 from planner.graphs.rules import RULES
 from planner.graphs.schedule import memory, peak_bytes, runs
 from planner.graphs.search import Search
-from planner.graphs.windows import Path, solve_windows
+from planner.graphs.windows import Fractions, Path, solve_windows
 from planner.plan import plan
 from profiles.bare import graph_profile, parse_graph
 from profiles.errors import InputError
@@ -124,6 +125,41 @@ def test_paths_make_a_linear_program_of_many_moments_better():
         paths += violated(dag, pivots, found.fractions, len(dag))
     assert bounds == sorted(bounds)
     assert bounds[-1] > 1.1 * bounds[0]
+
+
+def test_linear_programs_climb_with_the_moments_that_their_answers_leave_out():
+    """Their bound holds, comes far by itself, and is above that of the first moments alone."""
+    dag = dag_of(graph_profile(layered(60)))
+    budget = int(0.6 * peak_bytes(dag, ()))
+    reached = []
+    for seed in range(40):
+        operators = random_graph(1000 + seed)
+        small = dag_of(profile_of(operators))
+        tight = (least(operators, "first") + peak_bytes(small, ())) // 2
+        fastest = best(operators, tight, "first")
+        found = class_bound(small, tight, frozenset(), deadline=time.monotonic() + 60, whole=False)
+        assert found.seconds <= fastest * (1 + 1e-9), seed
+        assert found.timely
+        if fastest > small.once_seconds:
+            reached.append((found.seconds - small.once_seconds) / (fastest - small.once_seconds))
+    assert sum(reached) / len(reached) > 0.3
+    first = solve_windows(dag, budget, _shortest(dag, budget, frozenset(), FIRST), any_order=False, seconds=60)
+    climbed = class_bound(dag, budget, frozenset(), deadline=time.monotonic() + 60, whole=False)
+    assert climbed.seconds - dag.once_seconds > 1.2 * (first.bound_seconds - dag.once_seconds)
+
+
+def test_bytes_over_are_those_of_the_schedule_where_nothing_runs_again():
+    dag = dag_of(graph_profile(layered(60)))
+    budget = 2 * peak_bytes(dag, ())
+    opens = [0, 20, 40]
+    lives = np.array(
+        [[float(i < begin and any(user >= begin for user in dag.users[i])) for begin in opens] for i in range(len(dag))]
+    )
+    fractions = Fractions(runs=np.zeros_like(lives), lives=lives, moments=np.zeros(2), paths=np.zeros(0))
+    over = bytes_over(dag, budget, opens[1:], fractions)
+    expected = np.array(memory(dag, runs(dag, ()))) - budget
+    expected[opens[1:]] = 0.0
+    assert over.tolist() == pytest.approx(expected.tolist())
 
 
 def test_the_search_alone_comes_near_the_optimum():

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from planner.record import Timeline
 from planner.schema import Peak, Phase, Plan, TimelinePoint
-from planner.simulate import LARGEST, POINTS, InvalidSchedule, Simulation
+from planner.simulate import LARGEST, InvalidSchedule, Simulation
 from profiles.bare import FIXED, LAYER, NO_CHANNEL
 from profiles.errors import InputError
 
@@ -56,7 +57,8 @@ class _Replay:
         self.peak_index = 0
         self.peak_text = ""
         self.peak_live: tuple[str, ...] = ()
-        self.points: list[TimelinePoint] = []
+        # Moments are those at which bytes are added.
+        self.timeline = Timeline(sum(instruction[:1] in (["run"], ["fetch"]) for instruction in instructions))
 
     def fail(self, invariant: str, tensor: str, text: str) -> InvalidSchedule:
         return InvalidSchedule(invariant, "train", self.index, tensor, text)
@@ -107,7 +109,7 @@ class _Replay:
         return Simulation(
             train=phase,
             evaluate=None,
-            timeline=self._timeline(),
+            timeline=self.timeline.points,
             peak_bytes=self.peak_bytes,
             arena_bytes=self.peak_bytes - self.workspace,
             workspace_bytes=self.workspace,
@@ -152,10 +154,12 @@ class _Replay:
             self.peak_index = self.index
             self.peak_text = text
             self.peak_live = tuple(self.live)
-        by_kind = {kind: size for kind, size in self.held.items() if size}
-        if workspace:
-            by_kind["workspace"] = workspace
-        self.points.append(TimelinePoint(instruction=self.index, seconds=self.now, bytes=total, by_kind=by_kind))
+        if self.timeline.fuller(total):
+            by_kind = {kind: size for kind, size in self.held.items() if size}
+            if workspace:
+                by_kind["workspace"] = workspace
+            point = TimelinePoint(instruction=self.index, seconds=self.now, bytes=total, by_kind=by_kind)
+            self.timeline.put(total, point)
 
     def _wait(self, until: float) -> None:
         self.stall += max(0.0, until - self.now)
@@ -191,11 +195,3 @@ class _Replay:
         size = self.live.pop(name)
         self.live_bytes -= size
         self.held[self.kinds[name]] -= size
-
-    def _timeline(self) -> list[TimelinePoint]:
-        """At most POINTS moments, the fullest of each stretch of runs."""
-        stride = max(1, -(-len(self.points) // POINTS))
-        return [
-            max(self.points[start : start + stride], key=lambda point: point.bytes)
-            for start in range(0, len(self.points), stride)
-        ]
