@@ -1,8 +1,9 @@
 """The two bounds of a plan: for its class, and for any schedule at all; moments chosen, programs solved (`windows`).
 
 For the class moments are found step by step, and paths with them: those that the linear program's last answer does
-without (`moments`). What has no price for some rounds is dropped again. Then a few moments, and those of the best program, are
-solved in whole numbers, and again with moments at which the answer's schedule holds too much. All answers, made whole, are where a search may start.
+without (`moments`). What has no price for some rounds is dropped again. Then a few moments, and those of the best
+program, are solved in whole numbers, and again with moments at which the answer's schedule holds too much. All answers,
+made whole, are where a search may start.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def any_schedule_bound(dag: Dag, budget_bytes: int, *, seconds: float) -> Bound:
 def class_bound(
     dag: Dag, budget_bytes: int, reruns: frozenset[Rerun], *, deadline: float, whole: bool, enough: float = float("inf")
 ) -> Bound:
-    """Seconds that no schedule of the class undercuts.
+    """Seconds that no schedule of the class undercuts; infinity where none fits.
 
     `reruns` is the best schedule known: the first moments are laid where its memory is short. `whole`: programs
     are then solved in whole numbers too. The work ends early where the bound is `enough`.
@@ -169,7 +170,7 @@ class _Climb:
             over = bytes_over(self.dag, self.budget, pivots, fractions)
             worst = np.argsort(-over, kind="stable")
             added = _apart(worst[over[worst] > OVER * self.budget].tolist(), ADDED)
-            followed = [] if self.dag.read is not None else violated(self.dag, pivots, fractions, len(self.dag))
+            followed = [] if self.dag.read is not None else violated(self.dag, pivots, fractions)
             if not added and not followed:
                 break
             idle |= dict.fromkeys(added, 0)

@@ -20,8 +20,10 @@ NEGLIGIBLE = 1e-9
 """part of a run or a life"""
 
 
-def violated(dag: Dag, pivots: Sequence[int], fractions: Fractions, most: int) -> list[Path]:
-    """Up to `most` paths that the answer does not follow, the worst first; one for each operator and window of readers."""
+def violated(dag: Dag, pivots: Sequence[int], fractions: Fractions) -> list[Path]:
+    """Paths that the answer does not follow, the worst first, as many as there are operators at most; one for each operator and
+    window of readers.
+    """
     opens = [0, *pivots, len(dag)]
     made = np.concatenate([np.zeros((len(dag), 1)), np.cumsum(fractions.runs, axis=1)], axis=1)
     found: list[tuple[float, int, int, int]] = []
@@ -47,7 +49,7 @@ def violated(dag: Dag, pivots: Sequence[int], fractions: Fractions, most: int) -
             window = int(missing[i].argmax())
             found.append((-float(missing[i, window]), i, window, last))
     paths = []
-    for _, i, window, last in sorted(found)[:most]:
+    for _, i, window, last in sorted(found)[: len(dag)]:
         operators = [i]
         while (j := int(following[last][operators[-1], window])) < opens[last]:
             operators.append(j)

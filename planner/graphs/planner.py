@@ -301,7 +301,7 @@ class GraphPlanner:
                 return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
             search.deadline = started + 0.8 * span
             improved = search.improve_best([best], starts=1, rounds=ROUNDS, enough=left)
-        best = self._note(improved or best)
+        best = best if improved is None else self._note(improved)
         report("bounded and improved", seconds(dag, best), found.seconds)
         if seconds(dag, best) > enough:
             best = self._note(near.deepened(best, deadline=started + 0.85 * span))
