@@ -12,16 +12,17 @@ problem's own proven bound (Dantzig and Wolfe 1960; for its use as a bound see L
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from planner.formulation import KIB, MS, Block
 from planner.linear import Linear, Program
-from planner.pricing import FIELDS, HOLDING, ROUNDING, Pool, Prices
+from planner.pricing import FIELDS, Pool, Prices
 from planner.quiet import MARGIN
 from planner.relaxation import MOVE_PRICE, Relaxation, Relaxed, goal
+from planner.rounding import Rounding, Windows, rounded
 from planner.rows import Rows, Terms, add_rows
 from planner.windows import Column, measure
 
@@ -39,6 +40,10 @@ FREE = 12
 """layers at most, evenly among those that are mixed, that are not rounded where rounding all costs too much"""
 CANDIDATES = 10
 """columns of each of these"""
+FITTED = 30
+"""columns of each layer that are fitted into what the mixtures hold"""
+MARGINS = (0.0, 0.005, 0.02)
+"""shares of the limit, by which these hold less than the mixtures where their transfers need more"""
 FILLED = 5
 """mixed layers at most for which a column near the mixture is asked"""
 WHOLE_GAP = 2e-3
@@ -48,7 +53,8 @@ ENOUGH = 5e-5
 ROUNDS = 60
 SHARE = 0.25
 """of what pricing could gain, left to the next round once there are new columns"""
-PEAKS = [FIELDS.index(name) for name in ("forward_peak", "backward_peak")]
+Whole = tuple[float, tuple[Column, ...]]
+"""a column per layer, and what the master says that they cost"""
 Progress = Callable[[dict[str, float | str]], None]
 
 
@@ -224,55 +230,93 @@ class Search:
     def choose(self, limit_bytes: int | None) -> tuple[Column, ...] | None:
         """Good whole columns within `limit_bytes` over the pool; None where none fits.
 
-        The mixtures are rounded, and one layer gets a column that takes up what that leaves. Where this costs too much, a few
-        layers get a whole column near their mixture, and a few of the mixed ones are free to choose; then all are among what
-        costs little more, or at last among any. Past the deadline the best so far is what there is, and `timely` is False; raises
-        TimeoutError where there is none.
+        First those that a local search fits into what the mixtures hold. Where they cost too much, a few layers get a whole
+        column near their mixture, and a few of the mixed ones are free to choose; then all are among what costs little more,
+        or at last among any. Past the deadline the best so far is what there is, and `timely` is False; raises TimeoutError where
+        there is none.
         """
         self._asking = True
         relaxed = self._relaxation(limit_bytes)
         if limit_bytes is not None and relaxed.over > 1e-4:
             return None
-        found: tuple[float, tuple[Column, ...]] | None = None
-        for enough, candidates in self._candidates(relaxed):
-            try:
-                whole = self._whole(limit_bytes, candidates)
-            except TimeoutError:
-                self.timely = False
-                if found is None:
-                    raise
-                break
-            if whole is not None and (found is None or whole[0] < found[0]):
-                found = whole
-            if found is not None and found[0] <= (1 + enough) * relaxed.value:
-                break
+        found: Whole | None = None
+        stages = (
+            (0.0, self._fitted),
+            (self._whole_gap, self._few_free),
+            (self.tolerance / 2, self._all_near),
+            (float("inf"), self._any),
+        )
+        try:
+            for enough, combined in stages:
+                # What costs at most so much more than the mixture, as a share, is good enough.
+                if found is not None and found[0] <= (1 + enough) * relaxed.value:
+                    break
+                whole = combined(limit_bytes, relaxed)
+                if whole is not None and (found is None or whole[0] < found[0]):
+                    found = whole
+        except TimeoutError:
+            self.timely = False
+            if found is None:
+                raise
         self.timely = self.timely and self.left() > 0
         return None if found is None else found[1]
 
-    def _candidates(self, relaxed: Relaxed) -> Iterator[tuple[float, list[list[int]]]]:
-        """Candidates of each layer (indices into the pool's columns), ever more of them; and how much longer than the mixture
-        the best combination of them may take, as a share, to be good enough.
-        """
+    def _fitted(self, limit_bytes: int | None, relaxed: Relaxed) -> Whole | None:
+        """Columns that hold no more in any window than the mixtures do; or a little less, where their transfers need more."""
+        if limit_bytes is None or not relaxed.limit_price or self.relaxation.segments:
+            return None
+        problem, figures = self.pool.problem, [self.pool.figures[kind] for kind in self.pool.problem.layer_type]
+        mixtures = np.stack([self._mixture(relaxed, layer) for layer in range(len(figures))])
+        candidates = []
+        for layer in range(len(figures)):
+            reduced = self._reduced(relaxed, layer)
+            best = np.argsort(reduced, kind="stable")[:FITTED].tolist()
+            candidates.append([i for i in best if reduced[i] <= NEAR * relaxed.value])
+        for margin in MARGINS:
+            spare = relaxed.spare - margin * limit_bytes / KIB
+            windows = Windows(spare, mixtures, problem.profile.device.floor.instruction_bytes / KIB)
+            picks = Rounding(windows, figures, relaxed.prices, candidates).fitted(
+                rounded(problem.layer_type, relaxed.shares)
+            )
+            whole = None if picks is None else self._whole(limit_bytes, [[pick] for pick in picks])
+            if whole is not None:
+                return whole
+        return None
+
+    def _few_free(self, limit_bytes: int | None, relaxed: Relaxed) -> Whole | None:
+        """All rounded but for a few layers, which have candidates near their mixture and what costs least beyond."""
         kinds = self.pool.problem.layer_type
         mixed = [layer for layer, shares in enumerate(relaxed.shares) if shares.max() < WHOLE]
-        if mixed and relaxed.limit_price:
-            yield self._whole_gap, [[pick] for pick in self._rounded_down(relaxed, mixed[len(mixed) // 2])]
-        rounded = self._rounded(relaxed)
-        free = [mixed[len(mixed) * turn // FREE] for turn in range(min(FREE, len(mixed)))]
+        free = {mixed[len(mixed) * turn // FREE] for turn in range(min(FREE, len(mixed)))}
         for layer in mixed[:FILLED]:
-            prices, mixture = relaxed.prices[layer], self._mixture(relaxed, layer)
-            self._within(kinds[layer], prices, mixture, float(mixture @ prices) + ENOUGH * relaxed.value)
-        near, fixed = [], []
-        for layer, kind in enumerate(kinds):
-            reduced = self.pool.figures[kind] @ relaxed.prices[layer] - relaxed.convexity[layer]
-            used = relaxed.shares[layer]
-            reduced[: len(used)][used > 1e-6] = 0.0
-            best = np.argsort(reduced, kind="stable")
-            near.append([int(i) for i in best[:FEW] if reduced[i] <= NEAR * relaxed.value])
-            fixed.append([int(i) for i in best[:CANDIDATES]] if layer in free else [rounded[layer]])
-        yield self.tolerance / 2, fixed
-        yield float("inf"), near
-        yield float("inf"), [list(range(len(self.pool.columns[kind]))) for kind in kinds]
+            self._fill(kinds[layer], relaxed.prices[layer], self._mixture(relaxed, layer), ENOUGH * relaxed.value)
+        candidates = [[pick] for pick in rounded(kinds, relaxed.shares)]
+        for layer in free:
+            best = np.argsort(self._reduced(relaxed, layer), kind="stable")
+            candidates[layer] = best[:CANDIDATES].tolist()
+        return self._whole(limit_bytes, candidates)
+
+    def _all_near(self, limit_bytes: int | None, relaxed: Relaxed) -> Whole | None:
+        """Every layer among the columns that cost little more than its mixture."""
+        candidates = []
+        for layer in range(len(self.pool.problem.layer_type)):
+            reduced = self._reduced(relaxed, layer)
+            best = np.argsort(reduced, kind="stable")[:FEW].tolist()
+            candidates.append([i for i in best if reduced[i] <= NEAR * relaxed.value])
+        return self._whole(limit_bytes, candidates)
+
+    def _any(self, limit_bytes: int | None, _: Relaxed) -> Whole | None:
+        """Every layer among all columns of its type."""
+        counts = [len(self.pool.columns[kind]) for kind in self.pool.problem.layer_type]
+        return self._whole(limit_bytes, [list(range(count)) for count in counts])
+
+    def _reduced(self, relaxed: Relaxed, layer: int) -> Prices:
+        """By column: what it costs more than the mixture; nothing for those in it."""
+        used = relaxed.shares[layer]
+        reduced = self.pool.figures[self.pool.problem.layer_type[layer]] @ relaxed.prices[layer]
+        reduced -= relaxed.convexity[layer]
+        reduced[: len(used)][used > 1e-6] = 0.0
+        return reduced
 
     @property
     def _whole_gap(self) -> float:
@@ -283,65 +327,18 @@ class Search:
         shares = relaxed.shares[layer]
         return shares @ self.pool.figures[self.pool.problem.layer_type[layer]][: len(shares)]
 
-    def _within(self, kind: int, prices: Prices, most: Prices, worth: float) -> int | None:
-        """The cheapest column known that holds no more between its windows than the figures `most`; one is asked for where none
-        costs at most `worth`.
+    def _fill(self, kind: int, prices: Prices, most: Prices, more: float) -> None:
+        """Ask for the cheapest column that holds no more between its windows than the figures `most`, unless one is known that
+        costs at most `more` ms than these.
         """
         best = self.pool.cheapest_within(kind, prices, most)
-        if self._asking and (best is None or self.pool.figures[kind][best] @ prices > worth):
+        if self._asking and (best is None or self.pool.figures[kind][best] @ prices > most @ prices + more):
             try:
                 self.pool.fill(kind, prices, most, 1e-3, self.left())
             except TimeoutError:
                 self.timely = self._asking = False
-            best = self.pool.cheapest_within(kind, prices, most)
-        return best
 
-    def _rounded(self, relaxed: Relaxed) -> list[int]:
-        """A column per layer; up to any layer each column is taken about as often as the mixtures up to there say."""
-        owed: dict[int, Prices] = {}
-        picks = []
-        for kind, shares in zip(self.pool.problem.layer_type, relaxed.shares):
-            total = shares + owed.get(kind, 0.0)
-            picks.append(int(np.where(shares > 1e-6, total, -np.inf).argmax()))
-            total[picks[-1]] -= 1.0
-            owed[kind] = total
-        return picks
-
-    def _rounded_down(self, relaxed: Relaxed, last: int) -> list[int]:
-        """As `_rounded`, while the columns hold no more than the mixtures do, as priced. The layer `last` gets the fastest column
-        within what the others leave.
-        """
-        kinds = self.pool.problem.layer_type
-        owed: dict[int, Prices] = {}
-        left = np.zeros(len(HOLDING))
-        beyond = 0.0
-        """most KiB by which a column holds more in a window of its own than the mixture in its place"""
-        picks = [0] * len(kinds)
-        for layer, kind in enumerate(kinds):
-            if layer == last:
-                continue
-            shares, mixture, figures = relaxed.shares[layer], self._mixture(relaxed, layer), self.pool.figures[kind]
-            total = shares + owed.get(kind, 0.0)
-            used = np.flatnonzero(shares > 1e-6)
-            after = left + mixture[HOLDING] - figures[used][:, HOLDING]
-            over = np.maximum(-after - ROUNDING, 0.0) @ relaxed.prices[layer][HOLDING]
-            best = np.lexsort((-total[used], over))[0]
-            pick = picks[layer] = int(used[best])
-            total[pick] -= 1.0
-            owed[kind] = total
-            left = after[best]
-            beyond = max(beyond, *(figures[pick] - mixture)[PEAKS])
-        most, prices = self._mixture(relaxed, last), relaxed.prices[last].copy()
-        worth = float(most @ prices) + ENOUGH * relaxed.value
-        most[HOLDING] = np.maximum(most[HOLDING] + left - beyond, 0.0)
-        # What is left is to be used: it has no price any more.
-        worth -= float(most[HOLDING] @ prices[HOLDING])
-        prices[HOLDING] = 0.0
-        found = self._within(kinds[last], prices, most, worth)
-        picks[last] = int(relaxed.shares[last].argmax()) if found is None else found
-        return picks
-
-    def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> tuple[float, tuple[Column, ...]] | None:
+    def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> Whole | None:
         """The best combination of one candidate per layer (indices into the pool's columns), with its objective.
 
         Raises TimeoutError when no time is left.

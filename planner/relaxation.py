@@ -45,6 +45,8 @@ class Relaxed:
     """per layer: share of each of its type's columns"""
     limit_price: float
     """ms per KiB of the limit"""
+    spare: NDArray[np.float64]
+    """(3, layers): KiB of the limit left in every layer's forward, backward and evaluation; meaningless without a limit"""
 
 
 class Relaxation:
@@ -69,6 +71,8 @@ class Relaxation:
             layers.append({name: Linear().add(figure) for name, figure in zip(FIELDS, figures)})
         rows = add_rows(program, pool.problem, layers, careful=careful, segments=segments)
         self._over = program.variable()
+        self._spare = list(rows.spare.values())
+        self._bytes = rows.bytes
         self._limit = program.at_least(Linear().add(self._over).add(rows.bytes, -1.0))
         self._fastest = goal(rows, fewest_bytes=False).add(self._over, OVERFLOW_PRICE)
         self._fewest_bytes = goal(rows, fewest_bytes=True)
@@ -99,9 +103,14 @@ class Relaxation:
             convexity=[duals[row] for row in self._convexity],
             shares=[np.array([values[variable] for variable in variables]) for variables in self._shares],
             limit_price=max(0.0, duals[self._limit]),
+            spare=self._left(values, limit_bytes),
         )
         self._solved = limit_bytes, relaxed
         return relaxed
+
+    def _left(self, values: list[float], limit_bytes: int | None) -> NDArray[np.float64]:
+        unused = 0.0 if limit_bytes is None else limit_bytes / KIB - values[self._bytes]
+        return unused + np.array([[left.value(values) for left in windows] for windows in self._spare])
 
     def prove(self, limit_bytes: int, bound: float, limit_price: float) -> None:
         """Remember a Lagrangian bound of the objective at a limit; at the same prices there is one at every limit."""

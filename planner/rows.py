@@ -59,6 +59,8 @@ class Rows:
     program: Program
     bytes: int
     """KiB over all windows, instructions included"""
+    spare: dict[str, list[Linear]]
+    """"forward", "backward" and "evaluate", per layer: KiB of those that are left in its window, beside what waits for the disk"""
     total_ms: Linear
     disk_ms: Linear
 
@@ -112,15 +114,12 @@ def add_rows(
         peak = {"first": "evaluate_peak", "backward": "backward_peak"}.get(window.phase, "forward_peak")
         left = Linear(-extra.bytes[window] / KIB).add(used)
         peaks.append(left.plus(others, -1.0).plus(terms[peak], -1.0))
+    spare: dict[str, list[Linear]] = {"forward": [], "backward": [], "evaluate": []}
     for index, terms in enumerate(layers):
-        program.at_least(
-            Linear(-constant - problem.across_evaluate[index] / KIB)
-            .add(used)
-            .add(instructions, -per_instruction)
-            .plus(outside, -1.0)
-            .plus(terms["outside"]),
-            terms["evaluate_peak"],
-        )
+        left = Linear(-constant - problem.across_evaluate[index] / KIB).add(used).add(instructions, -per_instruction)
+        left.plus(outside, -1.0).plus(terms["outside"]).plus(terms["evaluate_peak"], -1.0)
+        program.at_least(left)
+        spare["evaluate"].append(left)
     clock = [Linear()]
     for window in order:
         now = program.variable()
@@ -128,9 +127,14 @@ def add_rows(
         program.at_least(Linear().add(now).plus(clock[-1], -1.0), layers[window.layer][f"{phase}_ms"])
         clock.append(Linear().add(now))
     _add_disk(program, problem, layers, order, clock, peaks, careful=careful)
+    turns = {(window.layer, window.phase): moment for moment, window in enumerate(order)}
+    for index in ahead:
+        # A layer that goes forward twice counts in its second pass.
+        forward = turns[index, "again" if index in first_of else "forward"]
+        spare["forward"].append(peaks[forward])
+        spare["backward"].append(peaks[turns[index, "backward"]])
     nested = chain(back, lambda layer: ("spills_forward_ms", "fetches_backward_ms"))
     spilled = chain(ahead, lambda layer: ("states_spilled_ms",))
-    turns = {(window.layer, window.phase): moment for moment, window in enumerate(order)}
     for index in ahead:
         # A layer's first window is as early in a step as it is among the layers.
         backward = turns[index, "backward"]
@@ -142,7 +146,7 @@ def add_rows(
     traffic = [name for name in FIELDS if name.startswith(("reads", "spills", "fetches", "states"))]
     program.at_least(Linear().add(total), *(terms[name] for terms in layers for name in traffic))
     program.at_least(Linear().plus(clock[-1]).add(total, -1.0))
-    return Rows(program=program, bytes=used, total_ms=clock[-1], disk_ms=Linear().add(total))
+    return Rows(program=program, bytes=used, spare=spare, total_ms=clock[-1], disk_ms=Linear().add(total))
 
 
 def _add_disk(
@@ -202,7 +206,7 @@ def _add_disk(
             waiting.add(held, rate)
         program.at_least(busy, *flows, *states)
         # The window's memory row gains what waits for the disk.
-        program.at_least(peaks[moment], waiting)
+        program.at_least(peaks[moment].plus(waiting, -1.0))
     if rates["spills"]:
         program.at_least(flown["spills"], needed["spills"])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,11 +19,10 @@ from planner.formulation import Block
 from planner.gaps import Places, gap
 from planner.layers import Layered
 from planner.linear import Growing, Linear, Program
-from planner.master import HOLDING, Search
+from planner.master import Search
 from planner.overlap import clock
 from planner.plan import Planner
 from planner.policies import POLICIES, rule_columns
-from planner.pricing import HELD
 from planner.solver import Solver
 from planner.split import layered
 
@@ -72,98 +70,6 @@ def test_what_one_budget_proves_holds_at_every_other(decoder):
         assert 0 < proven <= master * (1 + 1e-5)
         if share in (1.2, 1.35, 1.6):
             assert proven > 0.995 * master
-
-
-def test_mixtures_are_rounded_in_turn(decoder):
-    """Up to every layer each of two columns is taken as often as the mixtures say, but for less than one time."""
-    solver = Solver(decoder.problem)
-    room = solver.room(int(1.3 * decoder.plan(1 << 45, policy="mebp").peak_bytes))
-    search = Search(relaxation=solver.relaxed, limit_bytes=room, deadline=time.monotonic() + 600)
-    search.columns()
-    kinds, chance = decoder.problem.layer_type, np.random.default_rng(0)
-    mixtures = []
-    for kind in kinds:
-        mixtures.append(np.zeros(len(solver.pool.columns[kind])))
-        mixtures[-1][:2] = chance.dirichlet(np.ones(len(mixtures[-1][:2])))
-    picks = search._rounded(replace(solver.relaxed.solve(room, 60.0), shares=mixtures))
-    for kind in set(kinds):
-        layers = [layer for layer, other in enumerate(kinds) if other == kind]
-        taken = np.cumsum([picks[layer] == 0 for layer in layers])
-        meant = np.cumsum([mixtures[layer][0] for layer in layers])
-        assert (abs(taken - meant) < 1).all()
-    assert len(set(picks)) == 2
-
-
-def test_mixtures_are_rounded_down_in_turn(decoder):
-    """Up to every layer, columns hold no more between their windows than the mixtures, and less by less than twice a layer's step."""
-    solver = Solver(decoder.problem)
-    room = solver.room(int(1.3 * decoder.plan(1 << 45, policy="mebp").peak_bytes))
-    search = Search(relaxation=solver.relaxed, limit_bytes=room, deadline=time.monotonic() + 600)
-    search.columns()
-    relaxed = solver.relaxed.solve(room, 60.0)
-    kinds, chance = decoder.problem.layer_type, np.random.default_rng(0)
-    pairs = [_least_and_most(solver.pool.figures[kind]) for kind in range(len(solver.pool.columns))]
-    mixtures = [np.zeros(len(solver.pool.columns[kind])) for kind in kinds]
-    for kind, mixture in zip(kinds, mixtures):
-        mixture[list(pairs[kind])] = chance.dirichlet(np.ones(2)) if len(set(pairs[kind])) == 2 else 1.0
-    prices = [np.ones_like(one) for one in relaxed.prices]
-    last = len(kinds) // 2
-    picks = search._rounded_down(replace(relaxed, shares=mixtures, prices=prices), last)
-    left = np.zeros(len(HELD))
-    for layer, (kind, mixture, pick) in enumerate(zip(kinds, mixtures, picks)):
-        if layer == last:
-            continue
-        held = solver.pool.figures[kind][: len(mixture), HOLDING]
-        left += mixture @ held - held[pick]
-        assert (left > -1e-6).all()
-        least, most = pairs[kind]
-        if pick == least != most:
-            assert (left < 2 * (held[most] - held[least])).any()
-    assert {pick == pairs[kind][1] for kind, pick in zip(kinds, picks) if len(set(pairs[kind])) == 2} == {False, True}
-
-
-def _least_and_most(figures):
-    """Of a layer type's columns one that holds least between its windows, and one that holds no less of anything and most."""
-    held = figures[:, HOLDING]
-    least = int(held.sum(axis=1).argmin())
-    above = (held >= held[least]).all(axis=1)
-    return least, int(np.where(above, held.sum(axis=1), -1.0).argmax())
-
-
-def test_the_layer_that_is_left_takes_up_what_rounding_leaves(decoder):
-    """One layer's column is the fastest within the bytes that the others leave of the mixtures, and faster than its mixture
-    where they leave more than that holds.
-    """
-    solver = Solver(decoder.problem)
-    faster = 0
-    for share in (1.2, 1.3, 1.4, 1.5):
-        room = solver.room(int(share * decoder.plan(1 << 45, policy="mebp").peak_bytes))
-        search = Search(relaxation=solver.careful, limit_bytes=room, deadline=time.monotonic() + 600)
-        search.columns()
-        relaxed = solver.careful.solve(room, 60.0)
-        mixed = [layer for layer, shares in enumerate(relaxed.shares) if shares.max() < 0.999]
-        last = mixed[len(mixed) // 2]
-        kinds, figures = decoder.problem.layer_type, solver.pool.figures
-        mixtures = [search._mixture(relaxed, layer) for layer in range(len(kinds))]
-        picks = search._rounded_down(relaxed, last)
-        rows = [figures[kind][pick] for kind, pick in zip(kinds, picks)]
-        left = sum(mixtures) - sum(rows) + rows[last]
-        beyond = max(
-            0.0,
-            *(
-                (row - mixture)[:2].max()
-                for row, mixture in zip(rows[:last] + rows[last + 1 :], mixtures[:last] + mixtures[last + 1 :])
-            ),
-        )
-        prices = relaxed.prices[last].copy()
-        prices[HOLDING] = 0.0
-        allowed = left.copy()
-        allowed[HOLDING] = np.maximum(left[HOLDING] - beyond, 0.0)
-        best = solver.pool.cheapest_within(kinds[last], prices, allowed)
-        if best is not None:
-            assert rows[last] @ prices == pytest.approx(figures[kinds[last]][best] @ prices)
-            faster += rows[last] @ prices < mixtures[last] @ prices
-    assert faster
 
 
 def test_equal_layers_stand_in_the_any_schedule_bound_once(decoder):

@@ -92,6 +92,7 @@ def test_a_search_without_time_to_fill_in_still_chooses(decoder, monkeypatch):
         asked.append(1)
         raise TimeoutError
 
+    monkeypatch.setattr(search, "_fitted", lambda *_: None)
     monkeypatch.setattr(Pool, "cheapest_within", lambda *_: None)
     monkeypatch.setattr(Pool, "fill", late)
     assert search.timely

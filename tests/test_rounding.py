@@ -1,0 +1,172 @@
+"""Whole columns near a mixture: the windows against the planner's own count of bytes, the search against brute force."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import MIB, decoder_like, device
+
+from planner import master
+from planner.formulation import KIB
+from planner.master import MARGINS, Search
+from planner.plan import Planner
+from planner.pricing import FIELDS
+from planner.rounding import BYTES, PEAKS, Rounding, Windows, rounded
+from planner.rows import charged_bytes, instruction_count
+from planner.solver import Solver
+
+REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return Planner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
+
+
+def searched(decoder, times):
+    """A search whose columns are priced, at a budget of so many times what mebp takes."""
+    solver = Solver(decoder.problem)
+    room = solver.room(int(times * decoder.plan(1 << 45, policy="mebp").peak_bytes))
+    search = Search(relaxation=solver.careful, limit_bytes=room, deadline=time.monotonic() + 600)
+    search.columns()
+    return search, solver.careful.solve(room, 60.0)
+
+
+def test_mixtures_are_rounded_in_turn():
+    """Up to every layer each of two columns is taken as often as the mixtures say, but for less than one time."""
+    chance = np.random.default_rng(0)
+    kinds = chance.integers(0, 3, 40).tolist()
+    mixtures = []
+    for _ in kinds:
+        mixtures.append(np.zeros(5))
+        mixtures[-1][:2] = chance.dirichlet(np.ones(2))
+    picks = rounded(kinds, mixtures)
+    for kind in set(kinds):
+        layers = [layer for layer, other in enumerate(kinds) if other == kind]
+        taken = np.cumsum([picks[layer] == 0 for layer in layers])
+        meant = np.cumsum([mixtures[layer][0] for layer in layers])
+        assert (abs(taken - meant) < 1).all()
+    assert set(picks) == {0, 1}
+
+
+def test_windows_hold_what_the_planner_counts(decoder):
+    """The fullest of them, with what all combinations have in common, is `charged_bytes`."""
+    solver = Solver(decoder.problem)
+    problem, pool = decoder.problem, solver.pool
+    chance = np.random.default_rng(1)
+    count = len(problem.layer_type)
+    per_instruction = problem.profile.device.floor.instruction_bytes
+    windows = Windows(np.zeros((3, count)), np.zeros((count, len(FIELDS))), per_instruction / KIB)
+    across = np.array([problem.across_forward, problem.across_backward, problem.across_evaluate]) / KIB
+    for _ in range(50):
+        picks = [int(chance.integers(len(pool.columns[kind]))) for kind in problem.layer_type]
+        columns = tuple(pool.columns[kind][pick] for kind, pick in zip(problem.layer_type, picks))
+        held = windows.held(np.stack([pool.figures[kind][pick] for kind, pick in zip(problem.layer_type, picks)]))
+        common = instruction_count(problem, columns) - sum(column.instructions for column in columns)
+        most = (held + across).max() + problem.constant_bytes / KIB + common * per_instruction / KIB
+        assert most * KIB == pytest.approx(charged_bytes(problem, columns))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6))
+def test_changes_fit_where_they_leave_nothing_short(seed):
+    """Of every change of one layer, against the whole combination counted anew."""
+    windows, figures, _, candidates = drawn(seed, layers=5, width=4)
+    chosen = np.stack([rows[0] for rows in figures])
+    free = windows.free(chosen)
+    fits = windows.fits(free, np.stack(figures) - chosen[:, None])
+    for layer, rows in enumerate(figures):
+        excess = windows.excess(free, layer, rows - chosen[layer])
+        for candidate in candidates[layer]:
+            changed = chosen.copy()
+            changed[layer] = rows[candidate]
+            left = windows.free(changed)
+            assert excess[candidate] == pytest.approx(np.maximum(-left, 0.0).sum(), abs=1e-6)
+            # A window that is short may only stay as it is.
+            if (free >= 0).all():
+                assert fits[layer, candidate] == (left >= -1e-5).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6))
+def test_what_is_fitted_fits_and_no_change_of_one_layer_is_better(seed):
+    """Against all combinations: where it finds none, few of them fit; and what it finds is among the fastest."""
+    windows, figures, prices, candidates = drawn(seed, layers=5, width=4)
+    picks = Rounding(windows, figures, prices, candidates).fitted([0] * 5)
+    time_ms = np.stack(prices)
+    time_ms[:, BYTES] = 0.0
+    cost, fitting = {}, {}
+    for combination in itertools.product(*candidates):
+        chosen = np.stack([rows[pick] for rows, pick in zip(figures, combination)])
+        cost[combination] = float((time_ms * chosen).sum())
+        if (windows.free(chosen) >= -1e-5).all():
+            fitting[combination] = cost[combination]
+    if picks is None:
+        assert len(fitting) <= 0.02 * len(cost)
+        return
+    mine = fitting[tuple(picks)]
+    for layer in range(5):
+        for candidate in candidates[layer]:
+            other = (*picks[:layer], candidate, *picks[layer + 1 :])
+            assert fitting.get(other, np.inf) >= mine - 1e-3
+    assert sum(ms < mine - 1e-3 for ms in fitting.values()) <= 0.05 * len(cost)
+
+
+def drawn(seed, *, layers, width):
+    """(windows, figures and prices by layer, candidates): what holds more takes less time, and a mixture fits exactly."""
+    chance = np.random.default_rng(seed)
+    figures = []
+    for _ in range(layers):
+        rows = chance.uniform(0.0, 10.0, (width, len(FIELDS)))
+        held = chance.uniform(0.0, 100.0, (width, 2))
+        rows[:, [FIELDS.index("between"), FIELDS.index("outside")]] = held
+        rows[:, PEAKS] = held.max(axis=1)[:, None] + chance.uniform(0.0, 20.0, (width, 3))
+        rows[:, FIELDS.index("forward_ms")] = 200.0 - held.sum(axis=1) * chance.uniform(0.8, 1.0, width)
+        figures.append(rows)
+    mixtures = np.stack([chance.dirichlet(np.ones(width)) @ rows for rows in figures])
+    prices = [np.ones(len(FIELDS)) for _ in range(layers)]
+    windows = Windows(chance.uniform(0.0, 30.0, (3, layers)), mixtures, 0.2)
+    return windows, figures, prices, [list(range(width))] * layers
+
+
+def test_columns_fitted_into_a_mixture_keep_its_limit_and_come_near_it(decoder):
+    """At every budget, with no program that has anything to choose."""
+    choices = []
+    for times in (1.1, 1.2, 1.3, 1.4, 1.6):
+        search, relaxed = searched(decoder, times)
+        whole = search._whole
+        search._whole = lambda limit, candidates, whole=whole: (
+            choices.append(max(map(len, candidates))) or whole(limit, candidates)
+        )
+        found = search._fitted(search.limit_bytes, relaxed)
+        assert found is not None
+        assert charged_bytes(decoder.problem, found[1]) <= search.limit_bytes
+        assert found[0] < 1.01 * relaxed.value
+    assert set(choices) == {1}
+
+
+def test_mixtures_leave_no_window_short(decoder):
+    """What the linear program leaves free is nowhere less than nothing, and somewhere it is nothing where memory has a price."""
+    for times in (1.1, 1.3, 1.6):
+        _, relaxed = searched(decoder, times)
+        assert relaxed.limit_price > 0
+        assert relaxed.spare.shape == (3, len(decoder.problem.layer_type))
+        assert relaxed.spare.min() == pytest.approx(0.0, abs=1.0)
+        assert relaxed.spare.max() > 1000.0
+
+
+def test_where_transfers_need_more_a_little_less_is_held(decoder, monkeypatch):
+    """A combination that the linear program does not let through is tried again with less room in every window."""
+    search, relaxed = searched(decoder, 1.4)
+    spared, answers = [], [None, (1.0, ()), None]
+    monkeypatch.setattr(search, "_whole", lambda *_: answers[len(spared) - 1])
+    monkeypatch.setattr(master, "Windows", lambda spare, *rest: spared.append(spare) or Windows(spare, *rest))
+    assert search._fitted(search.limit_bytes, relaxed) == (1.0, ())
+    first, second = spared
+    assert first == pytest.approx(relaxed.spare)
+    assert second == pytest.approx(relaxed.spare - MARGINS[1] * search.limit_bytes / KIB)
