@@ -24,6 +24,8 @@ CLOSE = 1.2
 """ratio of two shares between which no other is worth trying"""
 CARRY_SECONDS = 2.2e-4
 """to carry out columns, per operator of the step: a search this near its deadline stops"""
+Asked = tuple[tuple[Column, ...], Segments, int]
+"""columns, segments, and the bytes that they are to fit into"""
 
 
 @dataclass(kw_only=True)
@@ -42,6 +44,8 @@ class Attempt:
     timely: bool = True
     """whether every search so far came to its end before the deadline"""
     found: list[Schedule] = field(default_factory=list)
+    _carried: dict[Asked, tuple[Schedule | None, int]] = field(default_factory=dict)
+    """what has been carried out so far, here and by attempts that were made from this one: the same has the same answer"""
 
     @property
     def best(self) -> Schedule | None:
@@ -79,9 +83,16 @@ class Attempt:
 
     def carry(self, columns: tuple[Column, ...], segments: Segments = ()) -> tuple[Schedule | None, int]:
         """As `carry_out`; a schedule that fits is among those found."""
-        schedule, excess = carry_out(self.problem, columns, self.limit, deadline=self.deadline, segments=segments)
-        # What is carried out past the deadline is carried out less thoroughly.
-        self.timely = self.timely and time.monotonic() <= self.deadline
+        asked = columns, segments, self.limit
+        known = self._carried.get(asked)
+        if known is None:
+            known = carry_out(self.problem, columns, self.limit, deadline=self.deadline, segments=segments)
+            if time.monotonic() <= self.deadline:
+                self._carried[asked] = known
+            else:
+                # What is carried out past the deadline is carried out less thoroughly.
+                self.timely = False
+        schedule, excess = known
         if schedule is not None:
             self.found.append(schedule)
         return schedule, excess

@@ -85,6 +85,8 @@ class Search:
     """whether the search, for columns and for whole ones, came to its end before the deadline"""
     worth_seconds: float = float("inf")
     """a search for columns that shows that none of its plans is faster than this ends there"""
+    thorough: bool = True
+    """whether whole columns that a local search does not find are looked for by programs in whole numbers"""
     _asking: bool = True
     """whether there is time to ask for columns while whole ones are chosen"""
 
@@ -138,8 +140,9 @@ class Search:
 
     # --- columns ---------------------------------------------------------------------------------------------------
 
-    def columns(self) -> tuple[float, float, bool]:
-        """Price columns until the bound meets the master: (bound, master value, whether the limit is kept).
+    def columns(self, enough: float = 0.0) -> tuple[float, float, bool]:
+        """Price columns until the bound meets the master, or the master is down to `enough`: (bound, master value, whether the
+        limit is kept).
 
         Past the deadline the bound is the best so far, and `timely` is False.
         """
@@ -153,6 +156,8 @@ class Search:
                 break
             steady = value - relaxed.value <= self.tolerance / 4 * relaxed.value
             value, kept = relaxed.value, relaxed.over < 1e-4
+            if value <= enough:
+                break
             if turn == 0 and kept and value - best <= self.tolerance / 4 * value:
                 # What other budgets have proven is good enough here.
                 break
@@ -250,6 +255,8 @@ class Search:
             for enough, combined in stages:
                 # What costs at most so much more than the mixture, as a share, is good enough.
                 if found is not None and found[0] <= (1 + enough) * relaxed.value:
+                    break
+                if enough and not self.thorough:
                     break
                 whole = combined(limit_bytes, relaxed)
                 if whole is not None and (found is None or whole[0] < found[0]):

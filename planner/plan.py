@@ -126,8 +126,7 @@ class Planner:
     def _holds(self, budget_bytes: int, deadline: float) -> bool:
         """Whether the budget is at least the minimum, as far as most of the time tells."""
         now = time.monotonic()
-        least, timely = self.solver.least(now + LEAST_SHARE * (deadline - now))
-        return not timely or least.peak_bytes <= budget_bytes
+        return self.solver.holds(budget_bytes, now + LEAST_SHARE * (deadline - now))
 
     def _follow(self, budget_bytes: int, policy: str, bound: float, deadline: float) -> Outcome:
         schedule = self._carried_out(policy, budget_bytes, deadline)

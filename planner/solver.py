@@ -10,6 +10,7 @@ from typing import Literal
 from planner.attempt import CARRY_SECONDS, GOOD, Attempt
 from planner.carry_out import Part, Schedule, smallest_arena
 from planner.collector import paused_collector
+from planner.formulation import KIB
 from planner.greedy import greedy
 from planner.layers import Layered
 from planner.lowest import lowered
@@ -27,6 +28,8 @@ MINIMUM_STEP = 1e-3
 """share of the smallest budget so far by which it is lowered at first"""
 LOWEST_SHARE = 0.6
 """of the time, at which the search for columns of the fewest bytes ends"""
+CLEARLY = 0.9
+"""of the room of a budget: where a mixture of columns takes so little, whole ones find their places in it"""
 JOINT_ROUNDS = 4
 GREEDY_ROUNDS = 6
 RELAXED_SHARE, CAREFUL_SHARE = 0.5, 0.7
@@ -36,7 +39,8 @@ SEGMENTS_SHARE, SEGMENTS_CHOICES = 0.4, 3
 RULES_SHARE = 0.05
 """of the time limit, at most: left to carry out a fixed rule that may be faster"""
 EARLY_SHARE = 0.2
-"""of the time that is left, for columns that other budgets brought"""
+"""of the time that is left, for what a local search makes of the columns known so far"""
+EARLY_CHOICES = 2
 CAREFUL_TOLERANCE = 8e-3
 """of the search for columns that only guides the choice and proves nothing"""
 MOST_BYTES = 1 << 50
@@ -268,37 +272,32 @@ class Solver:
         early = replace(attempt, found=[])
         try:
             early.bound = attempt.bound = max(attempt.bound, relaxed.bound(self.relaxed.proven(attempt.limit)))
-            tried = self._early(early, careful)
+            if self.found and not self._by_clock:
+                self._early(early, careful)
             if not early.near(attempt.bound, GOOD):
-                priced = self.pool.programs
                 lower, _, kept = relaxed.columns()
                 attempt.timely = attempt.timely and relaxed.timely
                 if not kept:
                     return
                 early.bound = attempt.bound = max(attempt.bound, relaxed.bound(lower))
-                if not tried or self.pool.programs > priced:
-                    self._early(early, careful)
+                for search in (careful, relaxed):
+                    if not early.near(attempt.bound, GOOD):
+                        self._early(early, search)
             if not early.near(attempt.bound, GOOD):
                 self._carefully(attempt, relaxed, careful)
         finally:
             attempt.found += early.found
             attempt.timely = attempt.timely and early.timely
 
-    def _early(self, attempt: Attempt, careful: Search) -> bool:
-        """Two choices of columns that were priced for other budgets, where a mixture of them comes near the bound; unless the
-        clock had a hand in those. Returns whether that was tried.
-        """
-        if not self.found or self._by_clock or attempt.near(attempt.bound, GOOD):
-            return False
+    def _early(self, attempt: Attempt, search: Search) -> None:
+        """Two choices of the columns known so far by a local search alone, where a mixture of them comes near the bound."""
         now = time.monotonic()
         with attempt.within():
             attempt.deadline = now + EARLY_SHARE * (attempt.deadline - now)
-            search = replace(careful, deadline=attempt.deadline)
-            seconds, fits = search.relaxed_seconds(attempt.limit - attempt.reserve)
+            quick = replace(search, deadline=attempt.deadline, thorough=False)
+            seconds, fits = quick.relaxed_seconds(attempt.limit - attempt.reserve)
             if fits and seconds - attempt.bound <= GOOD / 2 * seconds:
-                attempt.choose(search, 2)
-                return True
-        return False
+                attempt.choose_anew(quick, EARLY_CHOICES)
 
     def _carefully(self, attempt: Attempt, relaxed: Search, careful: Search) -> None:
         """Columns priced under rows that plans can really keep, or where memory is short for these, under the others."""
@@ -374,6 +373,21 @@ class Solver:
             columns = greedy(self.problem, self.pool, allowed)
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
+
+    def holds(self, budget_bytes: int, deadline: float) -> bool:
+        """Whether the budget is at least the smallest, as far as time tells: clearly so where a mixture of columns takes much
+        less, else as `least` says.
+        """
+        room = self.room(budget_bytes)
+        if self.pool.binaries > JOINT_BINARIES:
+            now = time.monotonic()
+            search = Search(relaxation=self.relaxed, limit_bytes=None, deadline=now + LOWEST_SHARE * (deadline - now))
+            _, fewest, _ = search.columns(CLEARLY * room / KIB)
+            self._by_clock = self._by_clock or not search.timely
+            if fewest <= CLEARLY * room / KIB:
+                return True
+        least, timely = self.least(deadline)
+        return not timely or least.peak_bytes <= budget_bytes
 
     def least(self, deadline: float) -> tuple[Schedule, bool]:
         """The schedule with the lowest peak found, and whether the searches that found it came to their end."""
