@@ -44,7 +44,7 @@ class Attempt:
     timely: bool = True
     """whether every search so far came to its end before the deadline"""
     found: list[Schedule] = field(default_factory=list)
-    _carried: dict[Asked, tuple[Schedule | None, int]] = field(default_factory=dict)
+    carried: dict[Asked, tuple[Schedule | None, int]] = field(default_factory=dict)
     """what has been carried out so far, here and by attempts that were made from this one: the same has the same answer"""
 
     @property
@@ -84,11 +84,11 @@ class Attempt:
     def carry(self, columns: tuple[Column, ...], segments: Segments = ()) -> tuple[Schedule | None, int]:
         """As `carry_out`; a schedule that fits is among those found."""
         asked = columns, segments, self.limit
-        known = self._carried.get(asked)
+        known = self.carried.get(asked)
         if known is None:
             known = carry_out(self.problem, columns, self.limit, deadline=self.deadline, segments=segments)
             if time.monotonic() <= self.deadline:
-                self._carried[asked] = known
+                self.carried[asked] = known
             else:
                 # What is carried out past the deadline is carried out less thoroughly.
                 self.timely = False

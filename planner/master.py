@@ -87,8 +87,6 @@ class Search:
     """a search for columns that shows that none of its plans is faster than this ends there"""
     thorough: bool = True
     """whether whole columns that a local search does not find are looked for by programs in whole numbers"""
-    _asking: bool = True
-    """whether there is time to ask for columns while whole ones are chosen"""
 
     @property
     def pool(self) -> Pool:
@@ -141,8 +139,8 @@ class Search:
     # --- columns ---------------------------------------------------------------------------------------------------
 
     def columns(self, enough: float = 0.0) -> tuple[float, float, bool]:
-        """Price columns until the bound meets the master, or the master is down to `enough`: (bound, master value, whether the
-        limit is kept).
+        """Price columns until the bound meets the master, or the master is down to `enough` (ms, without a limit KiB): (bound,
+        master value, whether the limit is kept).
 
         Past the deadline the bound is the best so far, and `timely` is False.
         """
@@ -240,7 +238,6 @@ class Search:
         or at last among any. Past the deadline the best so far is what there is, and `timely` is False; raises TimeoutError where
         there is none.
         """
-        self._asking = True
         relaxed = self._relaxation(limit_bytes)
         if limit_bytes is not None and relaxed.over > 1e-4:
             return None
@@ -250,13 +247,11 @@ class Search:
             (self._whole_gap, self._few_free),
             (self.tolerance / 2, self._all_near),
             (float("inf"), self._any),
-        )
+        )[: None if self.thorough else 1]
         try:
             for enough, combined in stages:
                 # What costs at most so much more than the mixture, as a share, is good enough.
                 if found is not None and found[0] <= (1 + enough) * relaxed.value:
-                    break
-                if enough and not self.thorough:
                     break
                 whole = combined(limit_bytes, relaxed)
                 if whole is not None and (found is None or whole[0] < found[0]):
@@ -269,23 +264,26 @@ class Search:
         return None if found is None else found[1]
 
     def _fitted(self, limit_bytes: int | None, relaxed: Relaxed) -> Whole | None:
-        """Columns that hold no more in any window than the mixtures do; or a little less, where their transfers need more."""
-        if limit_bytes is None or not relaxed.limit_price or self.relaxation.segments:
+        """Columns that hold no more in any window than the mixtures do; or a little less, where their transfers need more.
+
+        Where memory has no price, the mixtures are whole but for ties; over segments' windows there is no such search.
+        """
+        if limit_bytes is None:
             return None
-        problem, figures = self.pool.problem, [self.pool.figures[kind] for kind in self.pool.problem.layer_type]
-        mixtures = np.stack([self._mixture(relaxed, layer) for layer in range(len(figures))])
-        candidates = []
-        for layer in range(len(figures)):
-            reduced = self._reduced(relaxed, layer)
-            best = np.argsort(reduced, kind="stable")[:FITTED].tolist()
-            candidates.append([i for i in best if reduced[i] <= NEAR * relaxed.value])
+        problem, kinds = self.pool.problem, self.pool.problem.layer_type
+        picks = rounded(kinds, relaxed.shares)
+        if not relaxed.limit_price or self.relaxation.segments:
+            return self._whole(limit_bytes, [[pick] for pick in picks])
+        figures = [self.pool.figures[kind] for kind in kinds]
+        mixtures = np.stack([self._mixture(relaxed, layer) for layer in range(len(kinds))])
+        rounding = Rounding(kinds, figures, relaxed.prices, self._near(relaxed, FITTED))
+        per_instruction = problem.profile.device.floor.instruction_bytes / KIB
         for margin in MARGINS:
-            spare = relaxed.spare - margin * limit_bytes / KIB
-            windows = Windows(spare, mixtures, problem.profile.device.floor.instruction_bytes / KIB)
-            picks = Rounding(windows, figures, relaxed.prices, candidates).fitted(
-                rounded(problem.layer_type, relaxed.shares)
-            )
-            whole = None if picks is None else self._whole(limit_bytes, [[pick] for pick in picks])
+            windows = Windows(relaxed.spare - margin * limit_bytes / KIB, mixtures, per_instruction)
+            fitted = rounding.fitted(windows, picks, self.deadline)
+            if fitted is None:
+                return None
+            whole = self._whole(limit_bytes, [[pick] for pick in fitted])
             if whole is not None:
                 return whole
         return None
@@ -296,26 +294,38 @@ class Search:
         mixed = [layer for layer, shares in enumerate(relaxed.shares) if shares.max() < WHOLE]
         free = {mixed[len(mixed) * turn // FREE] for turn in range(min(FREE, len(mixed)))}
         for layer in mixed[:FILLED]:
-            self._fill(kinds[layer], relaxed.prices[layer], self._mixture(relaxed, layer), ENOUGH * relaxed.value)
+            mixture, prices = self._mixture(relaxed, layer), relaxed.prices[layer]
+            best = self.pool.cheapest_within(kinds[layer], prices, mixture)
+            worth = float(mixture @ prices) + ENOUGH * relaxed.value
+            if best is None or self.pool.figures[kinds[layer]][best] @ prices > worth:
+                try:
+                    self.pool.fill(kinds[layer], prices, mixture, 1e-3, self.left())
+                except TimeoutError:
+                    self.timely = False
+                    break
         candidates = [[pick] for pick in rounded(kinds, relaxed.shares)]
         for layer in free:
-            best = np.argsort(self._reduced(relaxed, layer), kind="stable")
-            candidates[layer] = best[:CANDIDATES].tolist()
+            order = np.argsort(self._reduced(relaxed, layer), kind="stable")
+            candidates[layer] = order[:CANDIDATES].tolist()
         return self._whole(limit_bytes, candidates)
 
     def _all_near(self, limit_bytes: int | None, relaxed: Relaxed) -> Whole | None:
         """Every layer among the columns that cost little more than its mixture."""
-        candidates = []
-        for layer in range(len(self.pool.problem.layer_type)):
-            reduced = self._reduced(relaxed, layer)
-            best = np.argsort(reduced, kind="stable")[:FEW].tolist()
-            candidates.append([i for i in best if reduced[i] <= NEAR * relaxed.value])
-        return self._whole(limit_bytes, candidates)
+        return self._whole(limit_bytes, self._near(relaxed, FEW))
 
     def _any(self, limit_bytes: int | None, _: Relaxed) -> Whole | None:
         """Every layer among all columns of its type."""
         counts = [len(self.pool.columns[kind]) for kind in self.pool.problem.layer_type]
         return self._whole(limit_bytes, [list(range(count)) for count in counts])
+
+    def _near(self, relaxed: Relaxed, most: int) -> list[list[int]]:
+        """Per layer: the columns, so many at most, that cost little more than its mixture; the best first."""
+        near = []
+        for layer in range(len(self.pool.problem.layer_type)):
+            reduced = self._reduced(relaxed, layer)
+            best = np.argsort(reduced, kind="stable")[:most].tolist()
+            near.append([i for i in best if reduced[i] <= NEAR * relaxed.value])
+        return near
 
     def _reduced(self, relaxed: Relaxed, layer: int) -> Prices:
         """By column: what it costs more than the mixture; nothing for those in it."""
@@ -333,17 +343,6 @@ class Search:
         """FIELDS of what a layer mixes."""
         shares = relaxed.shares[layer]
         return shares @ self.pool.figures[self.pool.problem.layer_type[layer]][: len(shares)]
-
-    def _fill(self, kind: int, prices: Prices, most: Prices, more: float) -> None:
-        """Ask for the cheapest column that holds no more between its windows than the figures `most`, unless one is known that
-        costs at most `more` ms than these.
-        """
-        best = self.pool.cheapest_within(kind, prices, most)
-        if self._asking and (best is None or self.pool.figures[kind][best] @ prices > most @ prices + more):
-            try:
-                self.pool.fill(kind, prices, most, 1e-3, self.left())
-            except TimeoutError:
-                self.timely = self._asking = False
 
     def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> Whole | None:
         """The best combination of one candidate per layer (indices into the pool's columns), with its objective.

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 ANY_SHARE = 0.1
 """of the time limit, for the bound that holds for any schedule"""
 LEAST_SHARE = 0.7
-"""of the time limit, for the smallest budget where the one asked for may be below it: what fits comes before what is fast"""
+"""of the time limit, for the smallest budget where the one asked for may be below it, unless it clearly is not: what fits comes
+before what is fast
+"""
 FINISH_SECONDS = 6e-5
 """to write a plan down and replay it, per operator of the step: left out of what the search may take"""
 
@@ -107,7 +109,7 @@ class Planner:
         below = budget_bytes < self.profile.device.floor.import_peak_bytes
         if not below and name != "solver":
             outcome = self._follow(budget_bytes, name, any_bound, deadline)
-        elif not below and (not self.solver.tight(budget_bytes) or self._holds(budget_bytes, deadline)):
+        elif not below and (not self.solver.tight(budget_bytes) or self._reaches(budget_bytes, deadline)):
             outcome = self.solver.solve(budget_bytes, deadline, progress, bound=any_bound)
         if outcome.schedule is None:
             least, timely = self._least(name, deadline)
@@ -123,10 +125,10 @@ class Planner:
         """
         return max(solved.bound_seconds, self.solver.proven.get(solved.budget_bytes, 0.0))
 
-    def _holds(self, budget_bytes: int, deadline: float) -> bool:
+    def _reaches(self, budget_bytes: int, deadline: float) -> bool:
         """Whether the budget is at least the minimum, as far as most of the time tells."""
         now = time.monotonic()
-        return self.solver.holds(budget_bytes, now + LEAST_SHARE * (deadline - now))
+        return self.solver.reaches(budget_bytes, now + LEAST_SHARE * (deadline - now))
 
     def _follow(self, budget_bytes: int, policy: str, bound: float, deadline: float) -> Outcome:
         schedule = self._carried_out(policy, budget_bytes, deadline)

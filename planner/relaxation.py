@@ -46,7 +46,9 @@ class Relaxed:
     limit_price: float
     """ms per KiB of the limit"""
     spare: NDArray[np.float64]
-    """(3, layers): KiB of the limit left in every layer's forward, backward and evaluation; meaningless without a limit"""
+    """(3, layers): KiB of the limit that are left, at least, in every layer's forward, backward and evaluation; nothing without a
+    limit
+    """
 
 
 class Relaxation:
@@ -103,13 +105,15 @@ class Relaxation:
             convexity=[duals[row] for row in self._convexity],
             shares=[np.array([values[variable] for variable in variables]) for variables in self._shares],
             limit_price=max(0.0, duals[self._limit]),
-            spare=self._left(values, limit_bytes),
+            spare=self._free(values, limit_bytes),
         )
         self._solved = limit_bytes, relaxed
         return relaxed
 
-    def _left(self, values: list[float], limit_bytes: int | None) -> NDArray[np.float64]:
-        unused = 0.0 if limit_bytes is None else limit_bytes / KIB - values[self._bytes]
+    def _free(self, values: list[float], limit_bytes: int | None) -> NDArray[np.float64]:
+        if limit_bytes is None:
+            return np.zeros((3, 0))
+        unused = limit_bytes / KIB - values[self._bytes]
         return unused + np.array([[left.value(values) for left in windows] for windows in self._spare])
 
     def prove(self, limit_bytes: int, bound: float, limit_price: float) -> None:

@@ -1,13 +1,14 @@
 """Whole columns near a mixture, found without a program in whole numbers.
 
 The master's linear program mixes columns; a plan needs one per layer. What the mixtures hold in every window, and what they
-leave free there, is known: a combination that holds no more than that anywhere keeps the limit as they do. Over it goes a local search
-(a knapsack of several constraints, one choice per layer): rounded shares, made to fit, then every change and every exchange
-between two layers that makes the step shorter at the mixture's prices of time.
+leave free there, is known: a combination that holds no more than that anywhere keeps the limit, unless its transfers come at
+worse times. Within that goes a local search (a knapsack of several constraints, one choice per layer): rounded shares, made to
+fit, then changes of one layer and of two that make the step shorter at the mixture's prices of time.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,10 +16,12 @@ from numpy.typing import NDArray
 
 from planner.pricing import FIELDS, ROUNDING, Prices
 
-EXCHANGES = 40
-"""layers' changes to less, cheapest first, for each of which the best change elsewhere is looked for"""
-REPAIRS = 4
-"""changes per layer, at most, until all fits"""
+EXCHANGES = 60
+"""changes that spare no time, cheapest first, for each of which the best one beside it is looked for"""
+REPAIRING = 8
+"""candidates of each layer that count while a combination is made to fit"""
+STEPS = 4
+"""changes per layer, at most, until all fits, and after that"""
 LITTLE = 1e-3
 """ms for which nothing is changed"""
 Floats = NDArray[np.float64]
@@ -47,7 +50,7 @@ class Windows:
     """What combinations hold, in KiB, in every layer's forward, backward and evaluation."""
 
     def __init__(self, spare: Floats, mixtures: Floats, instruction_kib: float) -> None:
-        """`spare`: (3, layers), KiB free in every window beside what `mixtures`, (layers, FIELDS), hold."""
+        """`spare`: (3, layers), KiB at least that are free in every window beside what `mixtures`, (layers, FIELDS), hold."""
         self._instruction_kib = instruction_kib
         self.capacity = spare + self.held(mixtures)
 
@@ -107,28 +110,43 @@ def _around(free: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 class Rounding:
-    """One column per layer, of `candidates`: indices into its type's columns, of which there are `figures` by layer."""
+    """Combinations of one column per layer, of `candidates`: indices into its type's columns, best first, of which there are
+    `figures` by layer.
+    """
 
     def __init__(
-        self, windows: Windows, figures: Sequence[Floats], prices: Sequence[Prices], candidates: Sequence[Sequence[int]]
+        self,
+        kinds: Sequence[int],
+        figures: Sequence[Floats],
+        prices: Sequence[Prices],
+        candidates: Sequence[Sequence[int]],
     ) -> None:
-        self._windows = windows
         width = max(map(len, candidates))
         # Layers with fewer candidates have their first one several times.
         self._candidates = np.array([[*those, *[those[0]] * (width - len(those))] for those in candidates])
+        self._repeated = np.arange(width) >= np.array([len(those) for those in candidates])[:, None]
         self._figures = np.stack([rows[those] for rows, those in zip(figures, self._candidates)])
-        time = np.stack(prices)
-        time[:, BYTES] = 0.0
-        self._cost = np.einsum("lcf,lf->lc", self._figures, time)
+        time_prices = np.stack(prices)
+        time_prices[:, BYTES] = 0.0
+        self._cost = np.einsum("lcf,lf->lc", self._figures, time_prices)
         self._layers = np.arange(len(candidates))
+        count = 1 + int(self._candidates.max())
+        # A column of a type as one number.
+        self._columns = np.array(kinds)[:, None] * count + self._candidates
+        self._column_count = count * (1 + max(kinds))
 
-    def fitted(self, picks: Sequence[int]) -> list[int] | None:
-        """A combination that fits, near `picks` (indices into the types' columns); None: none was found."""
+    def fitted(self, windows: Windows, picks: Sequence[int], deadline: float) -> list[int] | None:
+        """A combination that fits, near `picks` (indices into the types' columns); None: none was found.
+
+        Raises TimeoutError where `deadline`, on the monotonic clock, strikes before one fits; past it the first one is the answer.
+        """
         chosen = (self._candidates == np.array(picks)[:, None]).argmax(axis=1)
-        if not self._repair(chosen):
+        if not self._repair(windows, chosen, deadline):
             return None
-        while self._improve(chosen) or self._exchange(chosen):
-            pass
+        for _ in range(STEPS * len(self._layers)):
+            better = self._improve(windows, chosen) or self._exchange(windows, chosen)
+            if not better or time.monotonic() > deadline:
+                break
         return [int(pick) for pick in self._candidates[self._layers, chosen]]
 
     def _chosen(self, chosen: Numbers) -> Floats:
@@ -144,48 +162,68 @@ class Rounding:
         costs: Floats = self._cost - self._cost[self._layers, chosen][:, None]
         return costs
 
-    def _repair(self, chosen: Numbers) -> bool:
+    def _repair(self, windows: Windows, chosen: Numbers, deadline: float) -> bool:
         """Change one layer after the other, for the most bytes per ms, until all fits; whether it does."""
-        for _ in range(REPAIRS * len(self._layers)):
-            free = self._windows.free(self._chosen(chosen))
-            over = np.maximum(-free, 0.0).sum()
-            if over <= ROUNDING * free.size:
+        for _ in range(STEPS * len(self._layers)):
+            free = windows.free(self._chosen(chosen))
+            if (free >= -ROUNDING).all():
                 return True
-            changes = self._changes(chosen)
-            excess = np.stack([self._windows.excess(free, layer, change) for layer, change in enumerate(changes)])
-            worth = (over - excess) / np.maximum(self._costs(chosen), LITTLE)
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            over = np.maximum(-free, 0.0).sum()
+            changes = self._changes(chosen)[:, :REPAIRING]
+            excess = np.stack([windows.excess(free, layer, change) for layer, change in enumerate(changes)])
+            worth = (over - excess) / np.maximum(self._costs(chosen)[:, :REPAIRING], LITTLE)
+            # What hardly makes any difference would hide what does.
+            worth[excess >= (1 - 1e-3) * over] = -np.inf
             layer, candidate = divmod(int(worth.argmax()), worth.shape[1])
-            if excess[layer, candidate] >= (1 - 1e-3) * over:
+            if worth[layer, candidate] == -np.inf:
                 break
             chosen[layer] = candidate
         return False
 
-    def _improve(self, chosen: Numbers) -> bool:
+    def _improve(self, windows: Windows, chosen: Numbers) -> bool:
         """Make the change that fits and spares most; whether there is one."""
-        layer, candidate, ms = self._best(chosen)
+        layer, candidate, ms = self._best(windows, chosen)
         if ms >= -LITTLE:
             return False
         chosen[layer] = candidate
         return True
 
-    def _best(self, chosen: Numbers) -> tuple[int, int, float]:
+    def _best(self, windows: Windows, chosen: Numbers) -> tuple[int, int, float]:
         """(layer, candidate, ms) of the change that costs least among those that fit."""
-        fits = self._windows.fits(self._windows.free(self._chosen(chosen)), self._changes(chosen))
+        fits = windows.fits(windows.free(self._chosen(chosen)), self._changes(chosen))
         costs = np.where(fits, self._costs(chosen), np.inf)
         layer, candidate = divmod(int(costs.argmin()), costs.shape[1])
         return layer, candidate, float(costs[layer, candidate])
 
-    def _exchange(self, chosen: Numbers) -> bool:
-        """Make two changes, of which one may make room for the other, that spare time together; whether there are any."""
+    def _exchange(self, windows: Windows, chosen: Numbers) -> bool:
+        """Make two changes that spare time together, of which one makes room for the other; whether there are any."""
         costs = self._costs(chosen)
-        costs[costs < LITTLE] = np.inf
-        for first in np.argsort(costs, axis=None, kind="stable")[:EXCHANGES].tolist():
+        for layer, candidate in self._dearer(chosen, costs):
             trial = chosen.copy()
-            layer, candidate = divmod(first, costs.shape[1])
             trial[layer] = candidate
-            other, taken, ms = self._best(trial)
+            other, taken, ms = self._best(windows, trial)
             if ms + costs[layer, candidate] < -LITTLE:
                 trial[other] = taken
                 chosen[:] = trial
                 return True
         return False
+
+    def _dearer(self, chosen: Numbers, costs: Floats) -> list[tuple[int, int]]:
+        """(layer, candidate) of changes that spare no time by themselves, the cheapest first; of those that are alike, from one
+        column of a type to another, a first, a middle and a last layer.
+        """
+        open_ = (costs >= 0.0) & ~self._repeated
+        open_[self._layers, chosen] = False
+        layers, candidates = np.nonzero(open_)
+        before = self._columns[self._layers, chosen][layers]
+        alike = before * self._column_count + self._columns[layers, candidates]
+        order = np.lexsort((layers, alike, costs[layers, candidates]))
+        groups: dict[int, list[int]] = {}
+        for position, number in zip(order.tolist(), alike[order].tolist()):
+            groups.setdefault(number, []).append(position)
+        spread = [
+            members[turn] for members in groups.values() for turn in sorted({0, len(members) // 2, len(members) - 1})
+        ]
+        return [(int(layers[at]), int(candidates[at])) for at in spread[:EXCHANGES]]

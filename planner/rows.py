@@ -60,7 +60,9 @@ class Rows:
     bytes: int
     """KiB over all windows, instructions included"""
     spare: dict[str, list[Linear]]
-    """"forward", "backward" and "evaluate", per layer: KiB of those that are left in its window, beside what waits for the disk"""
+    """"forward", "backward" and "evaluate", per layer: KiB of those that are left in its window, at least, beside what waits for
+    the disk; of a layer that goes forward twice its second forward
+    """
     total_ms: Linear
     disk_ms: Linear
 
@@ -129,7 +131,6 @@ def add_rows(
     _add_disk(program, problem, layers, order, clock, peaks, careful=careful)
     turns = {(window.layer, window.phase): moment for moment, window in enumerate(order)}
     for index in ahead:
-        # A layer that goes forward twice counts in its second pass.
         forward = turns[index, "again" if index in first_of else "forward"]
         spare["forward"].append(peaks[forward])
         spare["backward"].append(peaks[turns[index, "backward"]])

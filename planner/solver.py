@@ -38,9 +38,8 @@ SEGMENTS_SHARE, SEGMENTS_CHOICES = 0.4, 3
 """of the time limit, and of the shares left free: what the search for layers to run twice gets, on devices where there is one"""
 RULES_SHARE = 0.05
 """of the time limit, at most: left to carry out a fixed rule that may be faster"""
-EARLY_SHARE = 0.2
-"""of the time that is left, for what a local search makes of the columns known so far"""
 EARLY_CHOICES = 2
+"""of what a local search makes of the columns known so far"""
 CAREFUL_TOLERANCE = 8e-3
 """of the search for columns that only guides the choice and proves nothing"""
 MOST_BYTES = 1 << 50
@@ -87,7 +86,7 @@ class Solver:
         self._lowest_proven = False
         """whether the search for it came to its end"""
         self._by_clock = False
-        """whether the clock has ended any search: what it left behind is not to guide others that call themselves deterministic"""
+        """whether the clock has ended any search: what it left behind is then not tried before a budget's own prices are"""
 
     @cached_property
     def pool(self) -> Pool:
@@ -291,13 +290,10 @@ class Solver:
 
     def _early(self, attempt: Attempt, search: Search) -> None:
         """Two choices of the columns known so far by a local search alone, where a mixture of them comes near the bound."""
-        now = time.monotonic()
-        with attempt.within():
-            attempt.deadline = now + EARLY_SHARE * (attempt.deadline - now)
-            quick = replace(search, deadline=attempt.deadline, thorough=False)
-            seconds, fits = quick.relaxed_seconds(attempt.limit - attempt.reserve)
-            if fits and seconds - attempt.bound <= GOOD / 2 * seconds:
-                attempt.choose_anew(quick, EARLY_CHOICES)
+        quick = replace(search, deadline=attempt.deadline, thorough=False)
+        seconds, fits = quick.relaxed_seconds(attempt.limit - attempt.reserve)
+        if fits and seconds - attempt.bound <= GOOD / 2 * seconds:
+            attempt.choose_anew(quick, EARLY_CHOICES)
 
     def _carefully(self, attempt: Attempt, relaxed: Search, careful: Search) -> None:
         """Columns priced under rows that plans can really keep, or where memory is short for these, under the others."""
@@ -374,17 +370,21 @@ class Solver:
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
-    def holds(self, budget_bytes: int, deadline: float) -> bool:
-        """Whether the budget is at least the smallest, as far as time tells: clearly so where a mixture of columns takes much
-        less, else as `least` says.
+    def reaches(self, budget_bytes: int, deadline: float) -> bool:
+        """Whether the budget is at least the smallest, as far as time tells: clearly so where a plan is known that fits, or a
+        mixture of columns takes much less; else as `least` says.
         """
-        room = self.room(budget_bytes)
-        if self.pool.binaries > JOINT_BINARIES:
-            now = time.monotonic()
-            search = Search(relaxation=self.relaxed, limit_bytes=None, deadline=now + LOWEST_SHARE * (deadline - now))
-            _, fewest, _ = search.columns(CLEARLY * room / KIB)
+        known = [one.schedule for one in self.found if one.schedule is not None]
+        if self._lowest is not None:
+            known.append(self._lowest)
+        if any(schedule.peak_bytes <= budget_bytes for schedule in known):
+            return True
+        if not self._lowest_proven and self.pool.binaries > JOINT_BINARIES:
+            clearly = CLEARLY * self.room(budget_bytes) / KIB
+            search = Search(relaxation=self.relaxed, limit_bytes=None, deadline=_until(LOWEST_SHARE, deadline))
+            _, fewest, _ = search.columns(clearly)
             self._by_clock = self._by_clock or not search.timely
-            if fewest <= CLEARLY * room / KIB:
+            if fewest <= clearly:
                 return True
         least, timely = self.least(deadline)
         return not timely or least.peak_bytes <= budget_bytes
@@ -411,7 +411,7 @@ class Solver:
         best = self._lowest
         now = time.monotonic()
         joint = self.pool.binaries <= JOINT_BINARIES
-        until = deadline if joint else now + LOWEST_SHARE * (deadline - now)
+        until = deadline if joint else _until(LOWEST_SHARE, deadline)
         search = Search(relaxation=self.relaxed, limit_bytes=None, deadline=until)
         chosen: tuple[Column, ...] | None
         if joint:
@@ -431,7 +431,7 @@ class Solver:
             nonlocal timely
             if not attempt.carries_in_time():
                 raise TimeoutError
-            one = replace(attempt, limit=self.room(lowest.peak_bytes - step), bound=0.0, found=[])
+            one = replace(attempt, limit=self.room(lowest.peak_bytes - step), bound=0.0, found=[], carried={})
             with one.within():
                 if joint:
                     self._jointly(one)
@@ -446,6 +446,12 @@ class Solver:
         floor = self.problem.profile.device.floor.import_peak_bytes
         _, ended = lowered(best, below, floor, step=max(1, int(MINIMUM_STEP * best.peak_bytes)))
         return ended and search.timely and timely
+
+
+def _until(share: float, deadline: float) -> float:
+    """The moment at which this share of the time from now on is gone."""
+    now = time.monotonic()
+    return now + share * (deadline - now)
 
 
 def _seconds(outcome: Outcome) -> float:

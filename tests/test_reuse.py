@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import MIB, decoder_like, device
 
+from planner import attempt
 from planner.attempt import GOOD
 from planner.bounds import AnySchedule
 from planner.carry_out import Part
@@ -91,30 +93,55 @@ def test_equal_layers_stand_in_the_any_schedule_bound_once(decoder):
     assert bounds[0] > 1.01 * bounds[-1]
 
 
-def test_what_other_budgets_priced_is_tried_first(monkeypatch):
+def test_what_other_budgets_priced_is_tried_first():
     """Beside a budget that was planned, nothing is priced, and the plan is near its bound all the same."""
     planner = Planner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
     budget = int(planner.plan(1 << 45, policy="mebp").peak_bytes * 1.5)
     planner.plan(budget)
-    careful = []
-    monkeypatch.setattr(Solver, "_carefully", lambda self, *_: careful.append(self))
     priced = planner.solver.pool.programs
     second = planner.plan(int(0.99 * budget))
     assert second.deterministic
     assert second.gap <= GOOD
-    assert not careful
     assert planner.solver.pool.programs == priced
-    Planner(planner.profile).plan(budget)
-    assert careful
+    alone = Planner(planner.profile)
+    alone.plan(int(0.99 * budget))
+    assert alone.solver.pool.programs > 5
 
 
-def test_what_the_clock_left_behind_guides_no_plan_that_is_called_deterministic():
+def test_what_the_clock_left_behind_guides_no_plan_that_is_called_deterministic(monkeypatch):
+    """What other budgets priced is not tried before this one's own prices once the clock has had a hand in it."""
     planner = Planner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
     budget = int(planner.plan(1 << 45, policy="mebp").peak_bytes * 1.5)
     planner.plan(budget)
+    asked = []
+    for owner, name in ((Search, "columns"), (Solver, "_early")):
+        method = getattr(owner, name)
+        noted = lambda *given, method=method, name=name, **named: asked.append(name) or method(*given, **named)  # noqa: E731
+        monkeypatch.setattr(owner, name, noted)
+    planner.plan(int(0.98 * budget))
+    assert asked[0] == "_early"
     with pytest.raises(TimeoutError):
         planner.solver.bound(int(0.8 * budget), 0.0)
-    planner.solver._early(None, None)  # would raise if it went on
+    asked.clear()
+    planner.plan(int(0.96 * budget))
+    assert asked[0] == "columns"
+
+
+def test_nothing_is_carried_out_twice(decoder, monkeypatch):
+    """The same columns within the same bytes, asked for by one attempt or by one made from it."""
+    columns = rule_columns(decoder.problem, POLICIES["mebp"])
+    room = decoder.solver.room(decoder.plan(1 << 45, policy="mebp").peak_bytes)
+    carried = []
+    real = attempt.carry_out
+    monkeypatch.setattr(attempt, "carry_out", lambda *given, **named: carried.append(given[2]) or real(*given, **named))
+    one = attempt.Attempt(problem=decoder.problem, limit=room, started=0.0, deadline=time.monotonic() + 600)
+    first, _ = one.carry(columns)
+    other = replace(one, found=[])
+    again, _ = other.carry(columns)
+    assert again is first is not None
+    assert other.found == [first]
+    assert replace(one, limit=room + 1).carry(columns)[0] is not None
+    assert carried == [room, room + 1]
 
 
 def test_nothing_is_built_before_it_is_priced():

@@ -355,3 +355,21 @@ def test_the_same_question_leaves_nothing_new_behind(chain):
     first = solver_.solve(budget, time.monotonic() + 30, None)
     assert solver_.solve(budget, time.monotonic() + 30, None) == first
     assert solver_.found == [first]
+
+
+def test_a_budget_clearly_above_the_smallest_is_one_before_that_is_known(monkeypatch):
+    """And of one little above the fewest bytes of a mixture the smallest itself says whether it is."""
+    problem = layered(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
+    later = time.monotonic() + 600
+    _, fewest, _ = Search(relaxation=Solver(problem).relaxed, limit_bytes=None, deadline=later).columns()
+    asked = []
+    monkeypatch.setattr(Solver, "least", lambda self, _: asked.append(self) or (self.smallest, True))
+    for above in (1.2, 1.05):
+        one = Solver(problem)
+        budget = int(above * fewest * 1024) - one.room(0)
+        assert one.room(budget) == int(above * fewest * 1024)
+        assert one.tight(budget)
+        priced = one.pool.programs
+        assert one.reaches(budget, later) == (above == 1.2)
+        assert one.pool.programs > priced
+        assert len(asked) == (above != 1.2)

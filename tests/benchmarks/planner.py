@@ -28,6 +28,7 @@ from planner.layers import Layered
 from planner.plan import Planner
 from planner.policies import POLICIES, checkpoint_layers, mebp, rule_columns
 from planner.rows import charged_bytes
+from planner.schema import Plan
 from planner.windows import Column, Decision, measure
 from profiles.units import MIB, format_size
 
@@ -37,8 +38,8 @@ LIMITS = (1.0, 3.0, 6.0)
 """seconds, of searches that take longer"""
 CURVE = tuple(SHARES[0] + (1 - SHARES[0]) * i / 11 for i in range(12))
 """budgets between the same ends"""
-TIGHTEST = 1.02
-"""times the smallest budget: planned last"""
+NEAR = (1.02, 1.05, 1.1, 1.2, 1.3)
+"""budgets in times the smallest"""
 
 
 def main(
@@ -47,18 +48,20 @@ def main(
     time_limit: Annotated[float, typer.Option(help="seconds per plan")] = 60.0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the figures")] = None,
     *,
-    curve: Annotated[bool, typer.Option(help="a curve of 12 budgets beside a single one")] = True,
+    curve: Annotated[
+        bool, typer.Option(help="a curve of 12 budgets beside single ones, and budgets near the smallest")
+    ] = True,
     limits: Annotated[bool, typer.Option(help="searches cut short by a time limit")] = True,
 ) -> None:
     """Plan, measure, compare."""
     console = Console(width=150)
-    figures: dict[str, Any] = {"budgets": [], "depth": [], "curve": [], "limits": []}
+    figures: dict[str, Any] = {"budgets": [], "depth": [], "curve": [], "near": [], "limits": []}
     for count in layers if layers is not None else [36, 80]:
         figures["budgets"] += at_budgets(count, time_limit, console)
     if curve:
         count = (layers or [36])[0]
-        alone = [row["cpu_seconds"] for row in figures["budgets"] if row["layers"] == count]
-        figures["curve"] = on_a_curve(count, time_limit, console, alone)
+        figures["curve"] = on_a_curve(count, time_limit, console)
+        figures["near"] = near_the_smallest(count, time_limit, console)
     if limits:
         figures["limits"] = within_limits((layers or [36])[0], console)
     figures["depth"] = by_depth(depth if depth is not None else [24, 48, 96, 192], time_limit, console)
@@ -176,32 +179,65 @@ def at_budgets(layers: int, time_limit: float, console: Console) -> list[dict[st
     return rows
 
 
-def on_a_curve(layers: int, time_limit: float, console: Console, alone: list[float]) -> list[dict[str, Any]]:
-    """Twelve budgets by one planner, which reuses what it has found, and after them, not in their sum, the tightest.
-
-    `alone`: seconds of single budgets.
-    """
+def on_a_curve(layers: int, time_limit: float, console: Console) -> list[dict[str, Any]]:
+    """Twelve budgets by one planner, which reuses what it has found, beside each by a planner that knows nothing yet."""
     profile = decoder_profile(layers)
     smallest, largest = ends(Planner(profile))
     building = time.process_time()
     planner = Planner(profile)
     building = time.process_time() - building
-    table = Table("budget", "CPU s", "step s", "gap", title=f"{layers} layers, one curve")
+    table = Table("budget", "CPU s", "alone, CPU s", "step s", "gap", title=f"{layers} layers, one curve")
     rows = []
-    curve = [int(smallest + share * (largest - smallest)) for share in reversed(CURVE)]
-    for budget in (*curve, int(TIGHTEST * smallest)):
+    for share in reversed(CURVE):
+        budget = int(smallest + share * (largest - smallest))
+        made, seconds = _timed(planner, budget, time_limit)
         begun = time.process_time()
-        made = planner.plan(budget, time_limit=time_limit)
-        seconds = time.process_time() - begun
+        _timed(Planner(profile), budget, time_limit)
         rows.append(
-            {"budget_bytes": budget, "cpu_seconds": seconds, "step_seconds": made.step_seconds, "gap": made.gap}
+            {
+                "budget_bytes": budget,
+                "cpu_seconds": seconds,
+                "alone_seconds": time.process_time() - begun,
+                "step_seconds": made.step_seconds,
+                "gap": made.gap,
+            }
         )
-        table.add_row(f"{budget / MIB:.0f} MiB", f"{seconds:.1f}", f"{made.step_seconds:.3f}", f"{made.gap:.2%}")
-    together = building + sum(row["cpu_seconds"] for row in rows[: len(curve)])
-    many = f", {together / statistics.median(alone):.1f} × the median of single ones" if alone else ""
-    table.add_row(f"the first {len(curve)} together", f"{together:.1f}{many}")
+        alone = rows[-1]["alone_seconds"]
+        table.add_row(
+            f"{budget / MIB:.0f} MiB", f"{seconds:.1f}", f"{alone:.1f}", f"{made.step_seconds:.3f}", f"{made.gap:.2%}"
+        )
+    together, median = (
+        building + sum(row["cpu_seconds"] for row in rows),
+        statistics.median(r["alone_seconds"] for r in rows),
+    )
+    table.add_row("together", f"{together:.1f}", f"{sum(row['alone_seconds'] for row in rows):.1f}")
+    console.print(table)
+    console.print(f"the curve takes {together / median:.1f} × the median of its budgets alone, {median:.1f} s")
+    return rows
+
+
+def near_the_smallest(layers: int, time_limit: float, console: Console) -> list[dict[str, Any]]:
+    """Budgets little above the smallest, each by a planner that knows nothing yet."""
+    profile = decoder_profile(layers)
+    smallest, _ = ends(Planner(profile))
+    table = Table("of the smallest", "budget", "CPU s", "step s", "gap", title=f"{layers} layers, near the smallest")
+    rows = []
+    for share in NEAR:
+        budget = int(share * smallest)
+        made, seconds = _timed(Planner(profile), budget, time_limit)
+        rows.append({"share": share, "budget_bytes": budget, "cpu_seconds": seconds, "gap": made.gap})
+        table.add_row(
+            f"{share:.2f}", f"{budget / MIB:.0f} MiB", f"{seconds:.1f}", f"{made.step_seconds:.3f}", f"{made.gap:.2%}"
+        )
     console.print(table)
     return rows
+
+
+def _timed(planner: Planner, budget: int, time_limit: float) -> tuple[Plan, float]:
+    """A plan, and the CPU seconds that it took."""
+    begun = time.process_time()
+    made = planner.plan(budget, time_limit=time_limit)
+    return made, time.process_time() - begun
 
 
 def within_limits(layers: int, console: Console) -> list[dict[str, Any]]:
