@@ -85,9 +85,12 @@ class Hull:
         }
         self.figures = [self.model.add_variable(lb=least.get(name, 0.0)) for name in FIELDS]
         self.solver = mathopt.IncrementalSolver(self.model, mathopt.SolverType.GLOP)
+        self._told: dict[bytes, float] = {}
+        """by prices, since the last proof: equal layers are often at equal prices"""
 
     def prove(self, prices: Prices, bound: float) -> None:
         """No decision costs less than `bound` at `prices`."""
+        self._told.clear()
         row = self.model.add_linear_constraint(lb=bound)
         for price, variable in zip(prices.tolist(), self.figures):
             if price > NOTHING:
@@ -95,6 +98,12 @@ class Hull:
 
     def bound(self, prices: Prices) -> float:
         """What the proofs say about the cheapest cost at `prices`."""
+        key = prices.tobytes()
+        if key not in self._told:
+            self._told[key] = self._bound(prices)
+        return self._told[key]
+
+    def _bound(self, prices: Prices) -> float:
         self.model.minimize(
             mathopt.LinearSum([price * variable for price, variable in zip(prices.tolist(), self.figures) if price])
         )

@@ -36,7 +36,19 @@ class Timeline:
         """moments until the next stretch"""
         self.most = -1
         """bytes in use at the fullest moment of this stretch"""
-        self.points: list[TimelinePoint] = []
+        self._kept: list[tuple[int, float, int, dict[str, int]]] = []
+
+    @property
+    def points(self) -> list[TimelinePoint]:
+        return [
+            TimelinePoint(
+                instruction=instruction,
+                seconds=seconds,
+                bytes=total,
+                by_kind={kind: size for kind, size in by_kind.items() if size},
+            )
+            for instruction, seconds, total, by_kind in self._kept
+        ]
 
     def fuller(self, used: int) -> bool:
         """Count a moment at which `used` bytes are in use; whether it is to be `put` down: the fullest of its stretch so far."""
@@ -45,9 +57,9 @@ class Timeline:
         self.left -= 1
         return used > self.most
 
-    def put(self, used: int, point: TimelinePoint) -> None:
-        """In the place of the last one of this stretch."""
+    def put(self, used: int, *, instruction: int, seconds: float, total: int, by_kind: dict[str, int]) -> None:
+        """In the place of the last one of this stretch; `total`: bytes of the whole process."""
         if self.most >= 0:
-            self.points.pop()
+            self._kept.pop()
         self.most = used
-        self.points.append(point)
+        self._kept.append((instruction, seconds, total, by_kind))

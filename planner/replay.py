@@ -8,7 +8,7 @@ from typing import Any
 
 from planner.declared import Declared, DeclaredTensor, InvalidSchedule
 from planner.record import ReplayPeak, Timeline, Totals
-from planner.schema import Peak, Phase, TimelinePoint
+from planner.schema import Peak, Phase
 from profiles.schema import Operator
 
 PAGE = 4096
@@ -371,20 +371,13 @@ class Replay:
         self.most_live = max(self.most_live, self.live)
         used = self.live + workspace
         if self.timeline.fuller(used):
-            by_kind = {kind: size for kind, size in self.kinds.items() if size}
-            by_kind["floor"] = self.floor
-            if workspace:
-                by_kind["workspace"] = workspace
-            if self.top > self.live:
-                by_kind["fragmentation"] = self.top - self.live
+            fragmentation = max(0, self.top - self.live)
             self.timeline.put(
                 used,
-                TimelinePoint(
-                    instruction=max(0, self.index),
-                    seconds=self.now,
-                    bytes=self.floor + self.top + workspace,
-                    by_kind=by_kind,
-                ),
+                instruction=max(0, self.index),
+                seconds=self.now,
+                total=self.floor + self.top + workspace,
+                by_kind={**self.kinds, "floor": self.floor, "workspace": workspace, "fragmentation": fragmentation},
             )
         if used > self.peak.bytes:
             self.peak = ReplayPeak(bytes=used, instruction=self.index, tensors=tuple(self.places))

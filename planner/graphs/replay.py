@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.record import Timeline
-from planner.schema import Peak, Phase, Plan, TimelinePoint
+from planner.schema import Peak, Phase, Plan
 from planner.simulate import LARGEST, InvalidSchedule, Simulation
 from profiles.bare import FIXED, LAYER, NO_CHANNEL
 from profiles.errors import InputError
@@ -155,11 +155,8 @@ class _Replay:
             self.peak_text = text
             self.peak_live = tuple(self.live)
         if self.timeline.fuller(total):
-            by_kind = {kind: size for kind, size in self.held.items() if size}
-            if workspace:
-                by_kind["workspace"] = workspace
-            point = TimelinePoint(instruction=self.index, seconds=self.now, bytes=total, by_kind=by_kind)
-            self.timeline.put(total, point)
+            by_kind = {**self.held, "workspace": workspace}
+            self.timeline.put(total, instruction=self.index, seconds=self.now, total=total, by_kind=by_kind)
 
     def _wait(self, until: float) -> None:
         self.stall += max(0.0, until - self.now)
