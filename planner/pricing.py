@@ -99,9 +99,12 @@ class Hull:
     def bound(self, prices: Prices) -> float:
         """What the proofs say about the cheapest cost at `prices`."""
         key = prices.tobytes()
-        if key not in self._told:
-            self._told[key] = self._bound(prices)
-        return self._told[key]
+        told = self._told.get(key)
+        if told is None:
+            told = self._bound(prices)
+            if told:
+                self._told[key] = told
+        return told
 
     def _bound(self, prices: Prices) -> float:
         self.model.minimize(

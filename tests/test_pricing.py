@@ -19,9 +19,12 @@ def test_a_solver_that_gives_up_proves_nothing_and_is_replaced(monkeypatch):
     assert known >= 5.0 * (1 - 1e-6)
     failed = hull.solver
     monkeypatch.setattr(failed, "solve", lambda **_: {}.canonical_code)
-    assert hull.bound(prices) == 0.0
+    assert hull.bound(prices) == known  # is remembered
+    assert hull.bound(2 * prices) == 0.0
     assert hull.solver is not failed
-    assert hull.bound(prices) == pytest.approx(known)
+    assert hull.bound(2 * prices) == pytest.approx(2 * known)
+    hull.prove(prices, 6.0)
+    assert hull.bound(prices) >= 6.0 * (1 - 1e-6)
 
 
 def test_an_answer_from_before_new_columns_is_not_given_again(monkeypatch):
