@@ -59,6 +59,11 @@ def smallest(kind: LayerType, *, last: bool) -> Decision:
     return Decision(keep=decision.keep - away, offload=frozenset(away), weights=decision.weights, states=states)
 
 
+def all_streamed(kind: LayerType, *, last: bool) -> Decision:
+    """Every activation kept, every weight streamed; no policy of its own, but near the fastest plan of many budgets."""
+    return _decision(kind, keep_all(kind, last=last).keep, _streamed)
+
+
 Rule = Callable[..., Decision]
 POLICIES: dict[str, Rule] = {
     "keep-all": keep_all,

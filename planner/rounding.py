@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from planner.pricing import FIELDS, ROUNDING, Prices
 
 EXCHANGES = 60
-"""changes that spare no time, cheapest first, for each of which the best one beside it is looked for"""
+"""changes for each of which the best one beside it is looked for"""
 REPAIRING = 8
 """candidates of each layer that count while a combination is made to fit"""
 STEPS = 4
@@ -142,7 +142,10 @@ class Rounding:
         """
         chosen = (self._candidates == np.array(picks)[:, None]).argmax(axis=1)
         if not self._repair(windows, chosen, deadline):
-            return None
+            # From what holds least: most of that fits, and is improved from there.
+            chosen = self._figures[..., BYTES].sum(axis=-1).argmin(axis=1)
+            if not self._repair(windows, chosen, deadline):
+                return None
         for _ in range(STEPS * len(self._layers)):
             better = self._improve(windows, chosen) or self._exchange(windows, chosen)
             if not better or time.monotonic() > deadline:
@@ -200,7 +203,7 @@ class Rounding:
     def _exchange(self, windows: Windows, chosen: Numbers) -> bool:
         """Make two changes that spare time together, of which one makes room for the other; whether there are any."""
         costs = self._costs(chosen)
-        for layer, candidate in self._dearer(chosen, costs):
+        for layer, candidate in self._single(chosen, costs):
             trial = chosen.copy()
             trial[layer] = candidate
             other, taken, ms = self._best(windows, trial)
@@ -210,16 +213,16 @@ class Rounding:
                 return True
         return False
 
-    def _dearer(self, chosen: Numbers, costs: Floats) -> list[tuple[int, int]]:
-        """(layer, candidate) of changes that spare no time by themselves, the cheapest first; of those that are alike, from one
-        column of a type to another, a first, a middle and a last layer.
+    def _single(self, chosen: Numbers, costs: Floats) -> list[tuple[int, int]]:
+        """(layer, candidate) of changes to begin with, those that make least difference in time first; of those that are alike, from
+        one column of a type to another, a first, a middle and a last layer.
         """
-        open_ = (costs >= 0.0) & ~self._repeated
-        open_[self._layers, chosen] = False
-        layers, candidates = np.nonzero(open_)
+        others = ~self._repeated
+        others[self._layers, chosen] = False
+        layers, candidates = np.nonzero(others)
         before = self._columns[self._layers, chosen][layers]
         alike = before * self._column_count + self._columns[layers, candidates]
-        order = np.lexsort((layers, alike, costs[layers, candidates]))
+        order = np.lexsort((layers, alike, abs(costs[layers, candidates])))
         groups: dict[int, list[int]] = {}
         for position, number in zip(order.tolist(), alike[order].tolist()):
             groups.setdefault(number, []).append(position)

@@ -15,7 +15,7 @@ from planner.greedy import greedy
 from planner.layers import Layered
 from planner.lowest import lowered
 from planner.master import JOINT_BINARIES, Progress, Search
-from planner.policies import POLICIES, rule_columns, rule_part, smallest
+from planner.policies import POLICIES, all_streamed, rule_columns, rule_part, smallest
 from planner.pricing import Pool
 from planner.relaxation import Relaxation
 from planner.rows import charged_bytes
@@ -38,6 +38,8 @@ SEGMENTS_SHARE, SEGMENTS_CHOICES = 0.4, 3
 """of the time limit, and of the shares left free: what the search for layers to run twice gets, on devices where there is one"""
 RULES_SHARE = 0.05
 """of the time limit, at most: left to carry out a fixed rule that may be faster"""
+EARLY_GAP = 3e-3
+"""of a mixture to its bound, up to which whole columns near it may make a good plan"""
 EARLY_CHOICES = 2
 """of what a local search makes of the columns known so far"""
 CAREFUL_TOLERANCE = 8e-3
@@ -99,7 +101,7 @@ class Solver:
         return self._opened(Pool(problem=self.problem, blocks=self.pool.blocks))
 
     def _opened(self, pool: Pool) -> Pool:
-        for rule in (*POLICIES.values(), smallest):
+        for rule in (*POLICIES.values(), smallest, all_streamed):
             for kind, column in zip(self.problem.layer_type, rule_columns(self.problem, rule)):
                 pool.add(kind, column.decision)
         return pool
@@ -292,7 +294,7 @@ class Solver:
         """Two choices of the columns known so far by a local search alone, where a mixture of them comes near the bound."""
         quick = replace(search, deadline=attempt.deadline, thorough=False)
         seconds, fits = quick.relaxed_seconds(attempt.limit - attempt.reserve)
-        if fits and seconds - attempt.bound <= GOOD / 2 * seconds:
+        if fits and seconds - attempt.bound <= EARLY_GAP * seconds:
             attempt.choose_anew(quick, EARLY_CHOICES)
 
     def _carefully(self, attempt: Attempt, relaxed: Search, careful: Search) -> None:

@@ -91,29 +91,26 @@ def test_changes_fit_where_they_leave_nothing_short(seed):
             assert fits[layer, candidate] == (left >= -1e-5).all()
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.integers(0, 10**6))
-def test_what_is_fitted_fits_and_no_change_of_one_layer_is_better(seed):
-    """Against all combinations: where it finds none, few of them fit; and what it finds is among the fastest."""
-    windows, figures, prices, candidates = drawn(seed, layers=5, width=4)
-    picks = Rounding([0, 1, 0, 1, 0], figures, prices, candidates).fitted(windows, [0] * 5, math.inf)
-    time_ms = np.stack(prices)
-    time_ms[:, BYTES] = 0.0
-    cost, fitting = {}, {}
-    for combination in itertools.product(*candidates):
-        chosen = np.stack([rows[pick] for rows, pick in zip(figures, combination)])
-        cost[combination] = float((time_ms * chosen).sum())
-        if (windows.free(chosen) >= -1e-5).all():
-            fitting[combination] = cost[combination]
-    if picks is None:
-        assert len(fitting) <= 0.02 * len(cost)
-        return
-    mine = fitting[tuple(picks)]
-    for layer in range(5):
-        for candidate in candidates[layer]:
-            other = (*picks[:layer], candidate, *picks[layer + 1 :])
-            assert fitting.get(other, np.inf) >= mine - 1e-3
-    assert sum(ms < mine - 1e-3 for ms in fitting.values()) <= 0.05 * len(cost)
+def test_what_is_fitted_fits_and_no_change_of_two_layers_is_better():
+    """Against all combinations of 200 draws: where any fits, one is found in all but very few."""
+    missed = 0
+    for seed in range(200):
+        windows, figures, prices, candidates = drawn(seed, layers=5, width=4)
+        picks = Rounding([0, 1, 0, 1, 0], figures, prices, candidates).fitted(windows, [0] * 5, math.inf)
+        time_ms = np.stack(prices)
+        time_ms[:, BYTES] = 0.0
+        fitting = {}
+        for combination in itertools.product(*candidates):
+            chosen = np.stack([rows[pick] for rows, pick in zip(figures, combination)])
+            if (windows.free(chosen) >= -1e-5).all():
+                fitting[combination] = float((time_ms * chosen).sum())
+        if picks is None:
+            missed += bool(fitting)
+            continue
+        mine = fitting[tuple(picks)]
+        near = [ms for other, ms in fitting.items() if sum(one != two for one, two in zip(other, picks)) <= 2]
+        assert min(near) >= mine - 1e-3
+    assert missed <= 2
 
 
 def table(rows):

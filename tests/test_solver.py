@@ -20,7 +20,7 @@ from planner.linear import Growing, Linear, Program, Solution
 from planner.master import Search
 from planner.overlap import Bytes, best_order, facts_of
 from planner.plan import Planner, rebudgeted
-from planner.policies import POLICIES, rule_columns
+from planner.policies import POLICIES, all_streamed, keep_all, mebp, rule_columns
 from planner.pricing import Pool
 from planner.segments import rerun_layers
 from planner.solver import Outcome, Solver
@@ -373,3 +373,19 @@ def test_a_budget_clearly_above_the_smallest_is_one_before_that_is_known(monkeyp
         assert one.reaches(budget, later) == (above == 1.2)
         assert one.pool.programs > priced
         assert len(asked) == (above != 1.2)
+
+
+def test_a_search_starts_from_all_that_is_kept_beside_weights_that_are_streamed():
+    """No rule keeps activations and streams weights; near the fastest plans of many budgets, nothing is priced for it."""
+    problem = layered(decoder_like(6, tokens=256, slices=3, on=device(**REAL)))
+    pool = Solver(problem).pool
+    columns = (rule_columns(problem, rule) for rule in (all_streamed, keep_all, mebp))
+    for kind, streamed, kept, recipe in zip(problem.layer_type, *columns):
+        assert streamed.decision.keep == kept.decision.keep
+        assert streamed.decision.weights == recipe.decision.weights
+        assert streamed.backward_seconds <= recipe.backward_seconds
+        if streamed.decision.keep:
+            assert streamed.decision not in {kept.decision, recipe.decision}
+        assert any(column.decision == streamed.decision for column in pool.columns[kind])
+    assert any(streamed.decision.keep for streamed in rule_columns(problem, all_streamed))
+    assert not pool.programs
