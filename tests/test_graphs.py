@@ -20,6 +20,7 @@ from planner.graphs.planner import GraphPlanner
 from planner.graphs.rules import RULES
 from planner.graphs.schedule import memory, peak_bytes, runs
 from planner.graphs.search import Search
+from planner.graphs.whole import solve_whole
 from planner.graphs.windows import Fractions, Path, solve_windows
 from planner.plan import plan
 from profiles.bare import graph_profile, parse_graph
@@ -71,9 +72,8 @@ def test_bounds_from_any_moments_hold_for_every_schedule_with_first_runs_in_orde
         for budget in {low, (low + peak_bytes(dag, ())) // 2}:
             fastest = best(operators, budget, "first")
             pivots = sorted(rng.sample(range(len(dag)), rng.randint(1, len(dag))))
-            for whole in (False, True):
-                found = solve_windows(dag, budget, pivots, any_order=False, seconds=60, whole=whole)
-                assert found.bound_seconds <= fastest * (1 + 1e-9), (seed, budget, pivots, whole)
+            found = solve_windows(dag, budget, pivots, any_order=False, seconds=60)
+            assert found.bound_seconds <= fastest * (1 + 1e-9), (seed, budget, pivots)
             found = class_bound(dag, budget, frozenset(), deadline=time.monotonic() + 60, whole=True).seconds
             assert found <= fastest * (1 + 1e-9), (seed, budget)
             if fastest > dag.once_seconds:
@@ -103,16 +103,37 @@ def test_paths_hold_for_every_schedule():
         paths = paths_of(dag, pivots)
         for budget in {low, (low + peak_bytes(dag, ())) // 2}:
             fastest = best(operators, budget, "first")
-            found = {
-                (whole, bool(given)): solve_windows(
-                    dag, budget, pivots, any_order=False, seconds=60, whole=whole, paths=given
-                ).bound_seconds
-                for whole in (False, True)
-                for given in ((), paths)
-            }
-            assert max(found.values()) <= fastest * (1 + 1e-9), (seed, budget)
+            for given in ((), paths):
+                found = solve_windows(dag, budget, pivots, any_order=False, seconds=60, paths=given)
+                assert found.bound_seconds <= fastest * (1 + 1e-9), (seed, budget)
             # In whole numbers they say nothing new.
-            assert found[True, True] == pytest.approx(found[True, False], rel=1e-4), (seed, budget)
+            plain, told = (solve_whole(dag, budget, pivots, seconds=60, paths=given) for given in ((), paths))
+            assert told.bound_seconds <= fastest * (1 + 1e-9), (seed, budget)
+            assert told.bound_seconds == pytest.approx(plain.bound_seconds, rel=1e-6), (seed, budget)
+
+
+def test_programs_in_whole_numbers_hold_for_every_schedule_and_crowded_runs_say_more():
+    better = 0
+    for seed in range(150):
+        operators = random_graph(5000 + seed)
+        dag = dag_of(profile_of(operators))
+        low = least(operators, "first")
+        rng = random.Random(seed)
+        crowded = [(stage, i) for stage in range(len(dag)) for i in range(stage + 1)]
+        for budget in {low - 1, low, low + 1, (low + peak_bytes(dag, ())) // 2}:
+            fastest = best(operators, budget, "first")
+            pivots = sorted(rng.sample(range(len(dag)), rng.randint(1, len(dag))))
+            bounds = [
+                solve_whole(dag, budget, pivots, seconds=60, crowded=runs).bound_seconds for runs in ((), crowded)
+            ]
+            assert bounds[0] <= bounds[1] * (1 + 1e-9) <= fastest * (1 + 3e-9), (seed, budget, pivots)
+            better += bounds[1] > bounds[0]
+            if bounds[1] < float("inf"):
+                # Where only schedules are asked for that are faster than the fastest, no more is said.
+                for part in (0.9, 1.1):
+                    asked = solve_whole(dag, budget, pivots, seconds=60, crowded=crowded, most=part * bounds[1])
+                    assert asked.bound_seconds == pytest.approx(min(part, 1.0) * bounds[1], rel=1e-6)
+    assert better > 20
 
 
 def test_paths_make_a_linear_program_of_many_moments_better():

@@ -1,9 +1,9 @@
 """The two bounds of a plan: for its class, and for any schedule at all; moments chosen, programs solved (`windows`).
 
 For the class moments are found step by step, and paths with them: those that the linear program's last answer does
-without (`moments`). What has no price for some rounds is dropped again. Then a few moments, and those of the best
-program, are solved in whole numbers, and again with moments at which the answer's schedule holds too much. All answers,
-made whole, are where a search may start.
+without (`moments`). What has no price for some rounds is dropped again. Then the best program is solved in whole
+numbers (`whole`), and again with moments and crowded runs at which the answer's schedule holds too much. All answers, made
+whole, are where a search may start.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from planner.graphs.dag import Dag
 from planner.graphs.moments import bytes_over, violated
 from planner.graphs.schedule import Rerun, memory, runs
+from planner.graphs.whole import solve_whole
 from planner.graphs.windows import Path, solve_windows
 
 ANY_MOMENTS = (1, 2, 4, 8)
@@ -34,10 +35,6 @@ STALLED = 12
 """rounds in which a linear program's bound must rise..."""
 RISE = 0.01
 """...by this part of what it says of re-runs, or they end"""
-FEW = (4, 8)
-"""moments of programs in whole numbers that are tried first: such are often solved to their end"""
-TRIES = 4
-"""programs in whole numbers that the clock may end"""
 REFINED = 4
 """moments added to a program in whole numbers"""
 
@@ -99,28 +96,27 @@ def class_bound(
     timely = linear.climb(deadline, enough)
     best = linear.best
     starts = list(linear.starts)
-    few: list[tuple[tuple[int, ...], tuple[Path, ...]]] = [
-        (_shortest(dag, budget_bytes, reruns, count), ()) for count in FEW
-    ]
-    waiting = list(dict.fromkeys([*few, (linear.pivots, linear.paths)]))
+    pivots, crowded = linear.pivots, frozenset[Rerun]()
     # As long as linear programs raise the bound they do so in less time.
-    tries = TRIES if whole and timely else 0
-    while tries and waiting and best < enough:
-        # Each try has twice the time of the one before: moments are better with every answer.
-        left = (deadline - time.monotonic()) / (2**tries - 1)
-        if left <= 0:
-            timely = False
-            break
-        pivots, paths = waiting.pop(0)
-        answer = solve_windows(dag, budget_bytes, pivots, any_order=False, seconds=left, whole=True, paths=paths)
-        tries -= not answer.solved
-        timely = timely and answer.solved
+    while whole and timely and best < enough:
+        answer = solve_whole(
+            dag,
+            budget_bytes,
+            pivots,
+            seconds=deadline - time.monotonic(),
+            paths=linear.paths,
+            crowded=sorted(crowded),
+            most=enough,
+        )
+        timely = answer.solved
         best = max(best, answer.bound_seconds)
         starts.extend(answer.reruns)
-        if not waiting:
-            finer = _refined(dag, budget_bytes, pivots, answer.reruns[-1]) if answer.reruns else pivots
-            if finer != pivots or not answer.solved:
-                waiting.append((finer, paths))
+        if not answer.reruns:
+            break
+        finer = _refined(dag, budget_bytes, pivots, crowded, answer.reruns[0])
+        if finer == (pivots, crowded):
+            break
+        pivots, crowded = finer
     return Bound(seconds=best, timely=timely, reruns=tuple(starts))
 
 
@@ -188,15 +184,14 @@ def _apart(stages: Iterable[int], most: int) -> list[int]:
     return chosen
 
 
-def _refined(dag: Dag, budget_bytes: int, pivots: tuple[int, ...], reruns: frozenset[Rerun]) -> tuple[int, ...]:
-    """The moments and a few more, where a schedule that fits at all of them is furthest over the budget."""
+def _refined(
+    dag: Dag, budget_bytes: int, pivots: tuple[int, ...], crowded: frozenset[Rerun], reruns: frozenset[Rerun]
+) -> tuple[tuple[int, ...], frozenset[Rerun]]:
+    """The moments and the crowded runs, with all re-runs and a few moments at which the schedule is furthest over the budget."""
     sequence = runs(dag, reruns)
-    over: dict[int, int] = {}
-    for (stage, _), size in zip(sequence, memory(dag, sequence)):
-        if size > budget_bytes and stage not in pivots:
-            over[stage] = max(over.get(stage, 0), size)
-    added = _apart(sorted(over, key=lambda stage: (-over[stage], stage)), REFINED)
-    return tuple(sorted({*pivots, *added}))
+    over = sorted((-held, run) for run, held in zip(sequence, memory(dag, sequence)) if held > budget_bytes)
+    added = _apart([stage for _, (stage, _) in over if stage not in pivots], REFINED)
+    return tuple(sorted({*pivots, *added})), crowded.union(run for _, run in over if run[0] != run[1])
 
 
 def _shortest(dag: Dag, budget_bytes: int, reruns: frozenset[Rerun], most: int) -> tuple[int, ...]:

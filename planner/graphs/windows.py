@@ -28,7 +28,6 @@ from planner.graphs.limit import Limit
 from planner.graphs.schedule import Rerun, pruned
 from planner.layers import transfer_seconds
 from planner.linear import Linear, Program, Solution
-from planner.quiet import MARGIN
 
 ROUNDED = (0.3, 0.5, 0.7)
 """what counts as a run, or as there, of an answer without whole numbers; none is always the best"""
@@ -85,16 +84,14 @@ def solve_windows(
     *,
     any_order: bool,
     seconds: float,
-    whole: bool = False,
     paths: Sequence[Path] = (),
 ) -> Answer:
     """The bound from the moments at `pivots`, which are sorted, and from `paths` between them, for an order and no disk.
 
-    `seconds` limit the building and the solver; past them the bound is what is proven by then, without whole numbers what
-    each operator's one run takes. `whole`: demand whole numbers, a better bound at greater cost.
+    `seconds` limit the building and the solver; past them the bound is what each operator's one run takes.
     """
     try:
-        program = _Windows(dag, budget_bytes, pivots, any_order=any_order, whole=whole, limit=Limit(seconds))
+        program = Windows(dag, budget_bytes, pivots, any_order=any_order, limit=Limit(seconds))
         if program.impossible:
             return Answer(bound_seconds=float("inf"))
         for path in paths:
@@ -112,15 +109,12 @@ class _Span:
     high: int
 
 
-class _Windows:
-    def __init__(
-        self, dag: Dag, budget: int, pivots: Sequence[int], *, any_order: bool, whole: bool, limit: Limit
-    ) -> None:
+class Windows:
+    def __init__(self, dag: Dag, budget: int, pivots: Sequence[int], *, any_order: bool, limit: Limit) -> None:
         """Raises TimeoutError where building takes too much of `limit`."""
         self.dag = dag
         self.any_order = any_order
         self.limit = limit
-        self.whole = whole
         self.pivots = list(pivots)
         self.windows = len(pivots) + 1
         self.program = Program()
@@ -153,7 +147,7 @@ class _Windows:
 
     def _variable(self, cost: float) -> int:
         self.cost.append(cost)
-        return self.program.variable(0.0, 1.0, whole=self.whole)
+        return self.program.variable(0.0, 1.0)
 
     def _row(self, terms: Sequence[tuple[int, float]], least: float) -> None:
         row = Linear()
@@ -250,22 +244,17 @@ class _Windows:
         result = self.program.solve(goal, self.limit.left())
         if result.infeasible:
             return Answer(bound_seconds=float("inf"))
-        if self.whole:
-            proven = max(0.0, result.bound * (1 - MARGIN)) * unit
-            return Answer(
-                bound_seconds=self.constant + proven, reruns=self._rounded(result, 0.5), solved=result.optimal
-            )
         if not result.optimal or result.duals is None:
             return Answer(bound_seconds=self.constant, solved=False)
         bound = (self.constant + self._dual_value(goal, result.duals) * unit) * (1 - ROUNDING)
-        return Answer(bound_seconds=bound, reruns=self._rounded(result, *ROUNDED), fractions=self._fractions(result))
+        return Answer(bound_seconds=bound, reruns=self._rounded(result), fractions=self._fractions(result))
 
-    def _rounded(self, result: Solution, *least: float) -> tuple[frozenset[Rerun], ...]:
-        """Schedules of the class, of what reaches each of the shares `least`; none where a disk takes part, or any order."""
+    def _rounded(self, result: Solution) -> tuple[frozenset[Rerun], ...]:
+        """Schedules of the class, of what reaches each of the shares `ROUNDED`; none where a disk takes part, or any order."""
         if result.values is None or self.disk or self.any_order:
             return ()
         values = np.array(result.values)
-        return tuple(self._reruns((values > share).tolist()) for share in least)
+        return tuple(self.reruns((values > share).tolist()) for share in ROUNDED)
 
     def _fractions(self, result: Solution) -> Fractions | None:
         if result.values is None or result.duals is None:
@@ -304,7 +293,7 @@ class _Windows:
         bounded = left[: len(self.cost)]
         return max(0.0, float(prices @ np.array(self.program.least)) + float(np.minimum(bounded, 0.0).sum()))
 
-    def _reruns(self, chosen: list[bool]) -> frozenset[Rerun]:
+    def reruns(self, chosen: list[bool]) -> frozenset[Rerun]:
         """Where operators run again that the answer runs in a window after their first: before the first run that needs them."""
         dag = self.dag
         again = [{window for window, run in runs.items() if run >= 0 and chosen[run]} for runs in self.runs]
