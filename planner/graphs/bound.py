@@ -35,8 +35,12 @@ STALLED = 12
 """rounds in which a linear program's bound must rise..."""
 RISE = 0.01
 """...by this part of what it says of re-runs, or they end"""
-REFINED = 4
-"""moments added to a program in whole numbers"""
+SOLVED = 4000
+"""operators times moments of programs in whole numbers that end within a minute"""
+HARDER = 2
+"""times the seconds of a program in whole numbers: what the next takes at least, with more moments"""
+REFINED = 1
+"""moments added to a program in whole numbers: each makes it harder"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +48,6 @@ class Bound:
     seconds: float
     timely: bool = True
     """whether the clock left room for all that was to be tried, and every program was solved to its end"""
-    reruns: tuple[frozenset[Rerun], ...] = ()
-    """schedules but for the memory between moments: where a search may start"""
 
 
 def path_pivots(dag: Dag, count: int) -> list[int]:
@@ -87,37 +89,76 @@ def any_schedule_bound(dag: Dag, budget_bytes: int, *, seconds: float) -> Bound:
 def class_bound(
     dag: Dag, budget_bytes: int, reruns: frozenset[Rerun], *, deadline: float, whole: bool, enough: float = float("inf")
 ) -> Bound:
-    """Seconds that no schedule of the class undercuts; infinity where none fits.
+    """Seconds that no schedule of the class undercuts, by linear programs and with `whole` in whole numbers too."""
+    bound = ClassBound(dag, budget_bytes, reruns)
+    bound.linear(deadline, enough)
+    if whole:
+        bound.whole(deadline, enough)
+    return Bound(seconds=bound.seconds, timely=bound.timely)
 
-    `reruns` is the best schedule known: the first moments are laid where its memory is short. `whole`: programs
-    are then solved in whole numbers too. The work ends early where the bound is `enough`.
+
+class ClassBound:
+    """Seconds that no schedule of the class undercuts; infinity where none fits. `reruns` is the best schedule known: the first
+    moments are laid where its memory is short.
+
+    Work ends early where the bound is `enough`; slower schedules are not looked at.
     """
-    linear = _Climb(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST))
-    timely = linear.climb(deadline, enough)
-    best = linear.best
-    starts = list(linear.starts)
-    pivots, crowded = linear.pivots, frozenset[Rerun]()
-    # As long as linear programs raise the bound they do so in less time.
-    while whole and timely and best < enough:
-        answer = solve_whole(
-            dag,
-            budget_bytes,
-            pivots,
-            seconds=deadline - time.monotonic(),
-            paths=linear.paths,
-            crowded=sorted(crowded),
-            most=enough,
-        )
-        timely = answer.solved
-        best = max(best, answer.bound_seconds)
-        starts.extend(answer.reruns)
-        if not answer.reruns:
-            break
-        finer = _refined(dag, budget_bytes, pivots, crowded, answer.reruns[0])
-        if finer == (pivots, crowded):
-            break
-        pivots, crowded = finer
-    return Bound(seconds=best, timely=timely, reruns=tuple(starts))
+
+    def __init__(self, dag: Dag, budget_bytes: int, reruns: frozenset[Rerun]) -> None:
+        self.dag = dag
+        self.budget = budget_bytes
+        self.seconds = dag.once_seconds
+        self.timely = True
+        """whether the clock left room for all that was to be tried"""
+        self.starts: list[frozenset[Rerun]] = []
+        """schedules but for the memory between moments: where a search may start; the last are the best"""
+        self._climb = _Climb(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST))
+        self._pivots = self._climb.pivots
+        self._crowded: frozenset[Rerun] = frozenset()
+        self._ended = False
+        """whether whole numbers say no more"""
+
+    @property
+    def small(self) -> bool:
+        """Whether the next program in whole numbers may come to its end."""
+        return len(self.dag) * len(self._pivots) <= SOLVED
+
+    def linear(self, deadline: float, enough: float) -> None:
+        """Solve linear programs as long as that raises the bound."""
+        self.timely = self._climb.climb(deadline, enough)
+        # As long as they raise the bound they do so in less time than programs in whole numbers.
+        self._ended = not self.timely
+        self.seconds = self._climb.best
+        self.starts.extend(self._climb.starts)
+        self._pivots = self._climb.pivots
+
+    def whole(self, deadline: float, enough: float) -> None:
+        """Solve the best linear program in whole numbers, or go on where that was left."""
+        spent = 0.0
+        while self.seconds < enough and not self._ended:
+            began = time.monotonic()
+            if deadline - began <= HARDER * spent:
+                self.timely = False
+                break
+            answer = solve_whole(
+                self.dag,
+                self.budget,
+                self._pivots,
+                seconds=deadline - began,
+                paths=self._climb.paths,
+                crowded=sorted(self._crowded),
+                most=enough,
+            )
+            spent = time.monotonic() - began
+            self.seconds = max(self.seconds, answer.bound_seconds)
+            self.starts.extend(answer.reruns)
+            if not answer.solved:
+                self.timely = False
+                break
+            if answer.reruns:
+                finer = _refined(self.dag, self.budget, self._pivots, self._crowded, answer.reruns[0])
+                self._ended = finer == (self._pivots, self._crowded)
+                self._pivots, self._crowded = finer
 
 
 class _Climb:
@@ -187,7 +228,7 @@ def _apart(stages: Iterable[int], most: int) -> list[int]:
 def _refined(
     dag: Dag, budget_bytes: int, pivots: tuple[int, ...], crowded: frozenset[Rerun], reruns: frozenset[Rerun]
 ) -> tuple[tuple[int, ...], frozenset[Rerun]]:
-    """The moments and the crowded runs, with all re-runs and a few moments at which the schedule is furthest over the budget."""
+    """The moments and the crowded runs, with all re-runs at which the schedule is over the budget, and the moment where it is furthest."""
     sequence = runs(dag, reruns)
     over = sorted((-held, run) for run, held in zip(sequence, memory(dag, sequence)) if held > budget_bytes)
     added = _apart([stage for _, (stage, _) in over if stage not in pivots], REFINED)

@@ -19,6 +19,8 @@ from planner.graphs.schedule import Rerun, memory, peak_bytes, runs, seconds
 from planner.graphs.stretch import Lowest, Solved, Stretch
 
 DEPTHS = (1, 2, 3)
+DEEPER = 2
+"""times the seconds of one depth: what the next takes at least"""
 LARGEST = 1_200_000
 """places times operators of a program that is tried"""
 LARGEST_PROOF = 2_000_000
@@ -56,15 +58,18 @@ class Neighbourhoods:
         count = len(self.dag)
         fitting = [depth for depth in DEPTHS if len(self._chains(depth)) * count <= LARGEST]
         wanted = [depth for depth in fitting if depth not in self.solved and self._chains(depth)]
+        spent = 0.0
         for number, depth in enumerate(wanted):
-            left = deadline - time.monotonic()
-            if left <= 0:
+            began = time.monotonic()
+            left = deadline - began
+            if left <= DEEPER * spent:
                 self.timely = False
                 break
             found = self._solve(best, 0, count, self._chains(depth), left / (len(wanted) - number))
             if found.ended:
                 self.solved.add(depth)
             best = self._better(best, found.reruns)
+            spent = time.monotonic() - began
         return best
 
     def polished(self, reruns: frozenset[Rerun], *, deadline: float, enough: float = 0.0) -> frozenset[Rerun]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from planner.graphs import exact
 from planner.graphs.actions import Carried, carry, timed, touch_and_go, worth_moving
 from planner.graphs.answer import Least, Outcome, finished, infeasible
-from planner.graphs.bound import Bound, any_schedule_bound, class_bound
+from planner.graphs.bound import Bound, ClassBound, any_schedule_bound, class_bound
 from planner.graphs.chains import as_chain, checkpoints
 from planner.graphs.dag import dag_of
 from planner.graphs.exact_moves import fastest_with_moves
@@ -281,34 +281,47 @@ class GraphPlanner:
             enough = seconds(dag, best) * (1 - TOLERANCE)
         # Where nothing fits yet, less of the time: the rest is for the smallest budget.
         share = 0.55 if memory is not None else 0.3
-        found = class_bound(dag, budget, best, deadline=started + share * span, whole=True, enough=enough)
-        if found.seconds == float("inf") and memory is None:
+        bound = ClassBound(dag, budget, best)
+        bound.linear(started + share * span, enough)
+        bound.whole(started + 0.2 * span, enough)
+        if bound.seconds == float("inf") and memory is None:
             self.lowest_bytes = max(self.lowest_bytes, budget + 1)
-            self._ended(found.timely, search.timely)
+            self._ended(bound.timely, search.timely)
             return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
         # The bound's answers hold too much between moments; what eviction makes of them is often the best there is.
-        enough = found.seconds / (1 - TOLERANCE)
-        search.deadline = started + (share + 0.2) * span
+        enough = bound.seconds / (1 - TOLERANCE)
+        search.deadline = time.monotonic() + 0.15 * span
         left = enough - dag.once_seconds
         # The last programs have the best answers.
-        improved = search.improve_best([best, *reversed(found.reruns)], starts=STARTS, rounds=ROUNDS, enough=left)
+        improved = search.improve_best([best, *reversed(bound.starts)], starts=STARTS, rounds=ROUNDS, enough=left)
         if improved is None:
             # Nothing fits that eviction finds: from what is least over the budget on.
             best = self._note(near.deepened(best, deadline=started + 0.53 * span))
             best = self._note(near.polished(best, deadline=started + 0.55 * span, enough=float("inf")))
             if self.found.peaks[best] > budget:
-                self._ended(found.timely, search.timely, near.timely)
+                self._ended(bound.timely, search.timely, near.timely)
                 return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
             search.deadline = started + 0.8 * span
             improved = search.improve_best([best], starts=1, rounds=ROUNDS, enough=left)
         best = best if improved is None else self._note(improved)
-        report("bounded and improved", seconds(dag, best), found.seconds)
+        report("bounded and improved", seconds(dag, best), bound.seconds)
         if seconds(dag, best) > enough:
-            best = self._note(near.deepened(best, deadline=started + 0.85 * span))
-            best = self._note(near.polished(best, deadline=started + 0.95 * span, enough=enough))
-            report("polished", seconds(dag, best), found.seconds)
-        self._ended(found.timely, search.timely, near.timely)
-        return Outcome(carried=carry(dag, best), bound_seconds=found.seconds, timely=self.found.timely)
+            best = self._note(self._polished(near, bound, best, started + 0.95 * span))
+            report("polished", seconds(dag, best), bound.seconds)
+        self._ended(bound.timely, search.timely, near.timely)
+        return Outcome(carried=carry(dag, best), bound_seconds=bound.seconds, timely=self.found.timely)
+
+    def _polished(
+        self, near: Neighbourhoods, bound: ClassBound, best: frozenset[Rerun], deadline: float
+    ) -> frozenset[Rerun]:
+        """The schedule improved in parts, and the bound in whole numbers: the better the schedule, the fewer it looks at."""
+        began = time.monotonic()
+        left = deadline - began
+        best = near.deepened(best, deadline=began + 0.2 * left)
+        if bound.small:
+            best = near.polished(best, deadline=began + 0.2 * left, enough=bound.seconds / (1 - TOLERANCE))
+            bound.whole(deadline, seconds(self.dag, best) * (1 - TOLERANCE))
+        return near.polished(best, deadline=deadline, enough=bound.seconds / (1 - TOLERANCE))
 
     def _ended(self, *timely: bool) -> None:
         """Note of searches whether they ended by their own rules."""

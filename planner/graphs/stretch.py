@@ -19,10 +19,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, gcd, isfinite
 
+from planner.graphs.counted import Counted
 from planner.graphs.dag import Dag
 from planner.graphs.limit import Limit
 from planner.graphs.schedule import Rerun, memory, pruned, runs
-from planner.linear import Linear, Program, Solution
+from planner.linear import Linear, Program
 from planner.quiet import MARGIN
 
 SCALE = 1000.0
@@ -77,6 +78,8 @@ class Stretch:
         self.reruns = reruns
         self.first, self.last = first, last
         self.program = Program()
+        self.in_bytes: dict[int, int] = {}
+        """rows in parts of the budget -> the budget"""
         self.inside = {rerun for rerun in reruns if first <= rerun[0] < last}
         again = {*places, *self.inside}
         self.places = sorted({*again, *((stage, stage) for stage in range(first, last))})
@@ -166,7 +169,7 @@ class Stretch:
             room = self.budget - max(self.held[begin:end])
             terms = [term for b, e, term in extended if b <= begin and end <= e]
             if sum(size for _, size in terms) > room:
-                self.program.at_least(Linear(room / self.budget), self._bytes(terms))
+                self._fits(Linear(room / self.budget), terms)
 
     # --- the stretch -----------------------------------------------------------------------------------------------
 
@@ -197,7 +200,7 @@ class Stretch:
                 program.at_least(Linear(1.0).add(run, -1.0).add(live[operator], -1.0))
                 there.add(live[operator])
             program.at_least(there, Linear().add(after))
-        program.at_least(room if self.over is None else room.add(self.over), self._bytes(terms))
+        self._fits(room if self.over is None else room.add(self.over), terms)
         live[operator] = after
         # What was read may be freed now.
         for i in inputs:
@@ -207,31 +210,31 @@ class Stretch:
     def _at_most(self, less: int, more: int) -> None:
         self.program.at_least(Linear().add(more).add(less, -1.0))
 
-    def _bytes(self, terms: Iterable[Term]) -> Linear:
-        """Live bytes in parts of the budget."""
+    def _fits(self, room: Linear, terms: Iterable[Term]) -> None:
+        """Row: live bytes at most `room`, in parts of the budget."""
         row = Linear()
         for variable, size in terms:
             row.add(variable, size / self.budget)
-        return row
+        self.in_bytes[self.program.at_least(room, row)] = self.budget
 
     # --- solving ---------------------------------------------------------------------------------------------------
 
     def solve(self) -> Solved:
         """The best stretch found: the one least over the budget, and the fastest of those."""
-        dag, program = self.dag, self.program
+        dag = self.dag
+        costs = {run: dag.again_seconds[i] for (_, i), run in self.again.items()}
+        costs |= {spared: -dag.again_seconds[i] for (_, i), spared in self.spared.items()}
+        if self.over is None:
+            spent = sum(dag.again_seconds[i] for _, i in self.inside)
+            most = spent - BETTER * dag.once_seconds
+            chosen = Counted(self.program, self.in_bytes, self.limit).solve(costs, once=dag.once_seconds, most=most)
+            return Solved(reruns=self._chosen(chosen.values), ended=chosen.ended)
         unit = (dag.once_seconds or 1.0) / SCALE
-        goal = Linear()
-        for (_, i), run in self.again.items():
-            goal.add(run, dag.again_seconds[i] / unit)
-        for (_, i), spared in self.spared.items():
-            goal.add(spared, -dag.again_seconds[i] / unit)
-        if self.over is not None:
-            goal.add(self.over, OVER)
-        else:
-            spent = sum(dag.again_seconds[i] for _, i in self.inside) / unit
-            program.at_least(Linear(spent - BETTER * SCALE), goal)
-        found = program.solve(goal, self.limit.left())
-        return Solved(reruns=self._chosen(found), ended=found.infeasible or found.optimal)
+        goal = Linear().add(self.over, OVER)
+        for variable, cost in costs.items():
+            goal.add(variable, cost / unit)
+        found = self.program.solve(goal, self.limit.left())
+        return Solved(reruns=self._chosen(found.values), ended=found.infeasible or found.optimal)
 
     def lowest(self) -> Lowest:
         """The lowest peak. The program is over the budget."""
@@ -243,12 +246,11 @@ class Stretch:
         # A peak is made of outputs and workspace: between two of their common multiples there is none.
         unit = gcd(*dag.bytes, *dag.workspace) or 1
         least += (dag.fixed_bytes - least) % unit
-        return Lowest(reruns=self._chosen(found), bytes=least, ended=found.optimal)
+        return Lowest(reruns=self._chosen(found.values), bytes=least, ended=found.optimal)
 
-    def _chosen(self, found: Solution) -> frozenset[Rerun] | None:
-        if found.values is None:
+    def _chosen(self, values: Sequence[float] | None) -> frozenset[Rerun] | None:
+        if values is None:
             return None
-        values = found.values
         spared = {rerun for rerun, variable in self.spared.items() if values[variable] > 0.5}
         inside = {rerun for rerun, variable in self.again.items() if values[variable] > 0.5}
         return pruned(self.dag, (self.reruns - self.inside - spared) | inside)

@@ -3,20 +3,17 @@
 A run is crowded whose window is asked about: outputs that live at both ends of a window and do not run in it stay
 throughout, so that they, the run's inputs and its own bytes fit together, whatever else happens in the window and in
 which order. Linear programs would not notice: half of an output at either end stays nowhere.
-
-CP-SAT solves these programs several times faster than HiGHS or SCIP: with all of the costs in one of its cuts, and with linear programs.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from math import floor
 
 from ortools.sat.python import cp_model
 
+from planner.graphs.counted import Counted
 from planner.graphs.dag import Dag
-from planner.graphs.exact import RESOLUTION
 from planner.graphs.limit import Limit
 from planner.graphs.schedule import Rerun
 from planner.graphs.windows import ROUNDING, Answer, Path, Windows
@@ -59,23 +56,11 @@ class _Whole:
         """Raises TimeoutError where building takes too much of `limit`."""
         self.windows = windows
         self.budget = budget
-        self.limit = limit
-        self.model = cp_model.CpModel()
-        self.chosen = [self.model.new_bool_var("") for _ in windows.cost]
+        # Rows of moments are in parts of the budget.
+        rows = range(windows.moments, windows.moments + len(windows.pivots))
+        self.counted = Counted(windows.program, dict.fromkeys(rows, budget), limit)
         self.stays: dict[tuple[int, int], cp_model.IntVar | None] = {}
         """(operator, window) -> whether its output surely stays; None: it surely does not"""
-        least = windows.program.least
-        terms: list[list[tuple[int, float]]] = [[] for _ in least]
-        for row, variable, entry in zip(*(part.tolist() for part in windows.program.matrix)):
-            terms[row].append((variable, entry))
-        for row, right in enumerate(least):
-            limit.check()
-            # Rows of moments are in parts of the budget: each is the quotient of two whole numbers, and is one again.
-            unit = self.budget if windows.moments <= row < windows.moments + len(windows.pivots) else 1
-            left = cp_model.LinearExpr.weighted_sum(
-                [self.chosen[variable] for variable, _ in terms[row]], [round(unit * entry) for _, entry in terms[row]]
-            )
-            self.model.add(left >= round(unit * right))
 
     def crowd(self, window: int, operator: int) -> None:
         """The row of an operator that runs in a window."""
@@ -83,15 +68,15 @@ class _Whole:
         run = windows.runs[operator].get(window)
         if run is None:
             return
-        self.limit.check()
+        self.counted.limit.check()
         there = {operator, *dag.inputs[operator]}
         room = self.budget - dag.fixed_bytes - dag.workspace[operator] - sum(dag.bytes[i] for i in there)
         others = [(i, self._stays(i, window)) for i in range(len(dag)) if i not in there and dag.bytes[i]]
         staying = [(dag.bytes[i], stays) for i, stays in others if stays is not None]
         held = cp_model.LinearExpr.weighted_sum([stays for _, stays in staying], [size for size, _ in staying])
-        row = self.model.add(held <= room)
+        row = self.counted.model.add(held <= room)
         if run != -1:
-            row.only_enforce_if(self.chosen[run])
+            row.only_enforce_if(self.counted.chosen[run])
 
     def _stays(self, i: int, window: int) -> cp_model.IntVar | None:
         if (i, window) not in self.stays:
@@ -100,30 +85,18 @@ class _Whole:
             if None in ends or run == -1:
                 self.stays[i, window] = None
             else:
-                stays = self.stays[i, window] = self.model.new_bool_var("")
-                missing = [self.chosen[end].negated() for end in ends if end is not None and end >= 0]
-                again = [self.chosen[run]] if run is not None else []
-                self.model.add_bool_or([stays, *missing, *again])
+                stays = self.stays[i, window] = self.counted.model.new_bool_var("")
+                missing = [self.counted.chosen[end].negated() for end in ends if end is not None and end >= 0]
+                again = [self.counted.chosen[run]] if run is not None else []
+                self.counted.model.add_bool_or([stays, *missing, *again])
         return self.stays[i, window]
 
     def solve(self, most: float) -> Answer:
         """Raises TimeoutError where no time is left for the solver."""
         windows = self.windows
-        unit = max(windows.dag.once_seconds, 1e-300) / RESOLUTION
-        costs = [floor(cost / unit) for cost in windows.cost]
-        spent = cp_model.LinearExpr.weighted_sum(self.chosen, costs)
-        self.model.minimize(spent)
-        if most < float("inf"):
-            self.model.add(spent <= floor((most * (1 + 2 * ROUNDING) - windows.constant) / unit))
-        solver = cp_model.CpSolver()
-        solver.parameters.num_workers = 1
-        solver.parameters.linearization_level = 2
-        solver.parameters.add_objective_cut = True
-        solver.parameters.max_time_in_seconds = self.limit.left()
-        status = solver.solve(self.model)
-        if status == cp_model.INFEASIBLE:
-            return Answer(bound_seconds=most * (1 + ROUNDING))
-        found = status in (cp_model.OPTIMAL, cp_model.FEASIBLE)
-        bound = windows.constant + max(0.0, solver.best_objective_bound) * unit
-        reruns = (windows.reruns([solver.boolean_value(part) for part in self.chosen]),) if found else ()
-        return Answer(bound_seconds=bound * (1 - ROUNDING), reruns=reruns, solved=status == cp_model.OPTIMAL)
+        costs = {variable: cost for variable, cost in enumerate(windows.cost) if cost}
+        extra = most * (1 + 2 * ROUNDING) - windows.constant
+        found = self.counted.solve(costs, once=windows.dag.once_seconds, most=extra)
+        bound = (windows.constant + max(0.0, found.bound_seconds)) * (1 - ROUNDING)
+        reruns = () if found.values is None else (windows.reruns(found.values),)
+        return Answer(bound_seconds=bound, reruns=reruns, solved=found.ended)
