@@ -12,13 +12,13 @@ from brute_graph import INFINITY, best, least, random_graph
 from layered_graph import layered
 
 from planner.compare import compare
-from planner.graphs.bound import FIRST, _shortest, class_bound
+from planner.graphs.bound import FIRST, ClassBound, _shortest, class_bound
 from planner.graphs.dag import dag_of
 from planner.graphs.memory import Memory
 from planner.graphs.moments import bytes_over, violated
 from planner.graphs.planner import GraphPlanner
 from planner.graphs.rules import RULES
-from planner.graphs.schedule import memory, peak_bytes, runs
+from planner.graphs.schedule import memory, peak_bytes, runs, seconds
 from planner.graphs.search import Search
 from planner.graphs.whole import solve_whole
 from planner.graphs.windows import Fractions, Path, solve_windows
@@ -168,6 +168,22 @@ def test_linear_programs_climb_with_the_moments_that_their_answers_leave_out():
     first = solve_windows(dag, budget, _shortest(dag, budget, frozenset(), FIRST), any_order=False, seconds=60)
     climbed = class_bound(dag, budget, frozenset(), deadline=time.monotonic() + 60, whole=False)
     assert climbed.seconds - dag.once_seconds > 1.2 * (first.bound_seconds - dag.once_seconds)
+
+
+def test_a_bound_goes_on_in_whole_numbers_where_the_clock_had_ended_it():
+    dag = dag_of(graph_profile(layered(40)))
+    budget = int(0.6 * peak_bytes(dag, ()))
+    bound = ClassBound(dag, budget, frozenset())
+    bound.linear(time.monotonic() + 60, float("inf"))
+    climbed = bound.seconds
+    bound.whole(time.monotonic(), float("inf"))
+    assert (bound.seconds, bound.timely) == (climbed, False)
+    bound.whole(time.monotonic() + 60, float("inf"))
+    once = class_bound(dag, budget, frozenset(), deadline=time.monotonic() + 60, whole=True)
+    assert once.timely
+    assert bound.seconds == pytest.approx(once.seconds, rel=1e-6)
+    assert bound.seconds > climbed * (1 + 1e-3)
+    assert min(seconds(dag, start) for start in bound.starts) <= bound.seconds * (1 + 1e-6)
 
 
 def test_bytes_over_are_those_of_the_schedule_where_nothing_runs_again():

@@ -1,15 +1,15 @@
 """The two bounds of a plan: for its class, and for any schedule at all; moments chosen, programs solved (`windows`).
 
 For the class moments are found step by step, and paths with them: those that the linear program's last answer does
-without (`moments`). What has no price for some rounds is dropped again. Then the best program is solved in whole
-numbers (`whole`), and again with moments and crowded runs at which the answer's schedule holds too much. All answers, made
-whole, are where a search may start.
+without (`moments`). What has no price for some rounds is dropped again. Then few moments and the best program are
+solved in whole numbers (`whole`), and again with moments and crowded runs at which the answer's schedule holds too
+much. All answers, made whole, are where a search may start.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from planner.graphs.dag import Dag
 from planner.graphs.moments import bytes_over, violated
 from planner.graphs.schedule import Rerun, memory, runs
 from planner.graphs.whole import solve_whole
-from planner.graphs.windows import Path, solve_windows
+from planner.graphs.windows import Answer, Path, solve_windows
 
 ANY_MOMENTS = (1, 2, 4, 8)
 FIRST = 8
@@ -35,6 +35,10 @@ STALLED = 12
 """rounds in which a linear program's bound must rise..."""
 RISE = 0.01
 """...by this part of what it says of re-runs, or they end"""
+FEW = (4, 8)
+"""moments of programs in whole numbers that are tried first: such are often solved to their end..."""
+FEW_SHARE = 0.1
+"""...in this share of the time"""
 SOLVED = 4000
 """operators times moments of programs in whole numbers that end within a minute"""
 HARDER = 2
@@ -113,6 +117,7 @@ class ClassBound:
         self.starts: list[frozenset[Rerun]] = []
         """schedules but for the memory between moments: where a search may start; the last are the best"""
         self._climb = _Climb(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST))
+        self._few = [_shortest(dag, budget_bytes, reruns, count) for count in FEW]
         self._pivots = self._climb.pivots
         self._crowded: frozenset[Rerun] = frozenset()
         self._ended = False
@@ -133,32 +138,39 @@ class ClassBound:
         self._pivots = self._climb.pivots
 
     def whole(self, deadline: float, enough: float) -> None:
-        """Solve the best linear program in whole numbers, or go on where that was left."""
+        """Solve few moments in whole numbers, then the best linear program, or go on where that was left."""
+        while self._few and self.seconds < enough and not self._ended:
+            self._solve(self._few.pop(0), enough, FEW_SHARE * (deadline - time.monotonic()))
         spent = 0.0
         while self.seconds < enough and not self._ended:
             began = time.monotonic()
             if deadline - began <= HARDER * spent:
                 self.timely = False
                 break
-            answer = solve_whole(
-                self.dag,
-                self.budget,
-                self._pivots,
-                seconds=deadline - began,
-                paths=self._climb.paths,
-                crowded=sorted(self._crowded),
-                most=enough,
-            )
+            paths, crowded = self._climb.paths, self._crowded
+            answer = self._solve(self._pivots, enough, deadline - began, paths=paths, crowded=sorted(crowded))
             spent = time.monotonic() - began
-            self.seconds = max(self.seconds, answer.bound_seconds)
-            self.starts.extend(answer.reruns)
             if not answer.solved:
-                self.timely = False
                 break
             if answer.reruns:
-                finer = _refined(self.dag, self.budget, self._pivots, self._crowded, answer.reruns[0])
-                self._ended = finer == (self._pivots, self._crowded)
+                finer = _refined(self.dag, self.budget, self._pivots, crowded, answer.reruns[0])
+                self._ended = finer == (self._pivots, crowded)
                 self._pivots, self._crowded = finer
+
+    def _solve(
+        self,
+        pivots: tuple[int, ...],
+        enough: float,
+        seconds: float,
+        *,
+        paths: Sequence[Path] = (),
+        crowded: Sequence[Rerun] = (),
+    ) -> Answer:
+        answer = solve_whole(self.dag, self.budget, pivots, seconds=seconds, paths=paths, crowded=crowded, most=enough)
+        self.seconds = max(self.seconds, answer.bound_seconds)
+        self.starts.extend(answer.reruns)
+        self.timely = self.timely and answer.solved
+        return answer
 
 
 class _Climb:

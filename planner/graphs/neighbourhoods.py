@@ -20,7 +20,7 @@ from planner.graphs.stretch import Lowest, Solved, Stretch
 
 DEPTHS = (1, 2, 3)
 DEEPER = 2
-"""times the seconds of one depth: what the next takes at least"""
+"""times the seconds of one depth: what the next takes at least, where the schedule fits; where not, any answer may be a step"""
 LARGEST = 1_200_000
 """places times operators of a program that is tried"""
 LARGEST_PROOF = 2_000_000
@@ -58,11 +58,12 @@ class Neighbourhoods:
         count = len(self.dag)
         fitting = [depth for depth in DEPTHS if len(self._chains(depth)) * count <= LARGEST]
         wanted = [depth for depth in fitting if depth not in self.solved and self._chains(depth)]
+        fits = peak_bytes(self.dag, best) <= self.budget
         spent = 0.0
         for number, depth in enumerate(wanted):
             began = time.monotonic()
             left = deadline - began
-            if left <= DEEPER * spent:
+            if left <= (DEEPER * spent if fits else 0.0):
                 self.timely = False
                 break
             found = self._solve(best, 0, count, self._chains(depth), left / (len(wanted) - number))

@@ -320,7 +320,7 @@ class GraphPlanner:
         best = near.deepened(best, deadline=began + 0.2 * left)
         if bound.small:
             best = near.polished(best, deadline=began + 0.2 * left, enough=bound.seconds / (1 - TOLERANCE))
-            bound.whole(deadline, seconds(self.dag, best) * (1 - TOLERANCE))
+            bound.whole(began + 0.75 * left, seconds(self.dag, best) * (1 - TOLERANCE))
         return near.polished(best, deadline=deadline, enough=bound.seconds / (1 - TOLERANCE))
 
     def _ended(self, *timely: bool) -> None:
