@@ -290,7 +290,7 @@ class GraphPlanner:
             return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
         # The bound's answers hold too much between moments; what eviction makes of them is often the best there is.
         enough = bound.seconds / (1 - TOLERANCE)
-        search.deadline = time.monotonic() + 0.15 * span
+        search.deadline = time.monotonic() + (0.15 if bound.small else 0.2) * span
         left = enough - dag.once_seconds
         # The last programs have the best answers.
         improved = search.improve_best([best, *reversed(bound.starts)], starts=STARTS, rounds=ROUNDS, enough=left)
@@ -317,7 +317,7 @@ class GraphPlanner:
         """The schedule improved in parts, and the bound in whole numbers: the better the schedule, the fewer it looks at."""
         began = time.monotonic()
         left = deadline - began
-        best = near.deepened(best, deadline=began + 0.2 * left)
+        best = near.deepened(best, deadline=began + (0.2 if bound.small else 0.6) * left)
         if bound.small:
             best = near.polished(best, deadline=began + 0.2 * left, enough=bound.seconds / (1 - TOLERANCE))
             bound.whole(began + 0.75 * left, seconds(self.dag, best) * (1 - TOLERANCE))
