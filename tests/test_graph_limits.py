@@ -57,7 +57,7 @@ def test_bounds_and_peaks_say_where_the_clock_ended_them():
     assert not any_schedule_bound(dag, budget, seconds=0.0).timely
     assert not any_schedule_bound(dag, budget, seconds=1e-6).timely
     assert any_schedule_bound(dag, budget, seconds=60.0).timely
-    assert not class_bound(dag, budget, frozenset(), deadline=0.0, whole=False).timely
+    assert not class_bound(dag, budget, frozenset(), deadline=0.0).timely
     assert not lowest_peak(dag, 0.0).ended
     small = dag_of(profile_of(random_graph(1, most=8)))
     assert lowest_peak(small, 60.0).ended

@@ -74,7 +74,10 @@ def test_bounds_from_any_moments_hold_for_every_schedule_with_first_runs_in_orde
             pivots = sorted(rng.sample(range(len(dag)), rng.randint(1, len(dag))))
             found = solve_windows(dag, budget, pivots, any_order=False, seconds=60)
             assert found.bound_seconds <= fastest * (1 + 1e-9), (seed, budget, pivots)
-            found = class_bound(dag, budget, frozenset(), deadline=time.monotonic() + 60, whole=True).seconds
+            bound = ClassBound(dag, budget, frozenset())
+            bound.linear(time.monotonic() + 60, float("inf"))
+            bound.whole(time.monotonic() + 60, float("inf"))
+            found = bound.seconds
             assert found <= fastest * (1 + 1e-9), (seed, budget)
             if fastest > dag.once_seconds:
                 reached.append((found - dag.once_seconds) / (fastest - dag.once_seconds))
@@ -137,6 +140,44 @@ def test_programs_in_whole_numbers_hold_for_every_schedule_and_crowded_runs_say_
     assert better > 20
 
 
+def test_bytes_are_counted_one_by_one_however_many_there_are():
+    """At the smallest budget of graphs whose outputs are some 1e11 bytes larger, and at one byte less."""
+    for seed in range(40):
+        large = 10**11 + 7
+        operators = [
+            op | {"output_bytes": large * op["output_bytes"], "workspace_bytes": large * op.get("workspace_bytes", 0)}
+            for op in random_graph(7000 + seed)
+        ]
+        dag = dag_of(profile_of(operators))
+        low = least(operators, "first")
+        every = range(len(dag))
+        crowded = [(stage, i) for stage in every for i in range(stage + 1)]
+        bounds = [solve_whole(dag, low - less, every, seconds=60, crowded=crowded).bound_seconds for less in (0, 1)]
+        assert bounds[0] <= best(operators, low, "first") * (1 + 3e-9), seed
+        assert bounds[1] >= bounds[0]
+        fits = solve_whole(dag, peak_bytes(dag, ()), every, seconds=60, crowded=crowded)
+        assert fits.bound_seconds == pytest.approx(dag.once_seconds)
+
+
+def test_what_a_program_says_when_its_time_is_up_holds():
+    """Against what it says at its end, with answers and without."""
+    cut = set()
+    for seed in range(3):
+        dag = dag_of(graph_profile(layered(36, seed=seed)))
+        budget, count = int(0.6 * peak_bytes(dag, ())), len(dag)
+        pivots = sorted({(2 * turn + 1) * count // 16 for turn in range(8)})
+        crowded = [(stage, i) for stage in range(1, count, 2) for i in range(stage)][::5]
+        full = solve_whole(dag, budget, pivots, seconds=60, crowded=crowded)
+        assert full.solved
+        for limit in (0.01, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5):
+            for most in (float("inf"), 1.05 * full.bound_seconds, 0.98 * full.bound_seconds):
+                asked = solve_whole(dag, budget, pivots, seconds=limit, crowded=crowded, most=most)
+                assert asked.bound_seconds <= min(full.bound_seconds, max(most, dag.once_seconds)) * (1 + 3e-9)
+                if not asked.solved:
+                    cut.add(bool(asked.reruns))
+    assert cut == {False, True}
+
+
 def test_paths_make_a_linear_program_of_many_moments_better():
     dag = dag_of(graph_profile(layered(60)))
     budget = int(0.6 * peak_bytes(dag, ()))
@@ -159,14 +200,14 @@ def test_linear_programs_climb_with_the_moments_that_their_answers_leave_out():
         small = dag_of(profile_of(operators))
         tight = (least(operators, "first") + peak_bytes(small, ())) // 2
         fastest = best(operators, tight, "first")
-        found = class_bound(small, tight, frozenset(), deadline=time.monotonic() + 60, whole=False)
+        found = class_bound(small, tight, frozenset(), deadline=time.monotonic() + 60)
         assert found.seconds <= fastest * (1 + 1e-9), seed
         assert found.timely
         if fastest > small.once_seconds:
             reached.append((found.seconds - small.once_seconds) / (fastest - small.once_seconds))
     assert sum(reached) / len(reached) > 0.3
     first = solve_windows(dag, budget, _shortest(dag, budget, frozenset(), FIRST), any_order=False, seconds=60)
-    climbed = class_bound(dag, budget, frozenset(), deadline=time.monotonic() + 60, whole=False)
+    climbed = class_bound(dag, budget, frozenset(), deadline=time.monotonic() + 60)
     assert climbed.seconds - dag.once_seconds > 1.2 * (first.bound_seconds - dag.once_seconds)
 
 
@@ -179,7 +220,9 @@ def test_a_bound_goes_on_in_whole_numbers_where_the_clock_had_ended_it():
     bound.whole(time.monotonic(), float("inf"))
     assert (bound.seconds, bound.timely) == (climbed, False)
     bound.whole(time.monotonic() + 60, float("inf"))
-    once = class_bound(dag, budget, frozenset(), deadline=time.monotonic() + 60, whole=True)
+    once = ClassBound(dag, budget, frozenset())
+    once.linear(time.monotonic() + 60, float("inf"))
+    once.whole(time.monotonic() + 60, float("inf"))
     assert once.timely
     assert bound.seconds == pytest.approx(once.seconds, rel=1e-6)
     assert bound.seconds > climbed * (1 + 1e-3)

@@ -91,13 +91,11 @@ def any_schedule_bound(dag: Dag, budget_bytes: int, *, seconds: float) -> Bound:
 
 
 def class_bound(
-    dag: Dag, budget_bytes: int, reruns: frozenset[Rerun], *, deadline: float, whole: bool, enough: float = float("inf")
+    dag: Dag, budget_bytes: int, reruns: frozenset[Rerun], *, deadline: float, enough: float = float("inf")
 ) -> Bound:
-    """Seconds that no schedule of the class undercuts, by linear programs and with `whole` in whole numbers too."""
+    """Seconds that no schedule of the class undercuts, by linear programs alone."""
     bound = ClassBound(dag, budget_bytes, reruns)
     bound.linear(deadline, enough)
-    if whole:
-        bound.whole(deadline, enough)
     return Bound(seconds=bound.seconds, timely=bound.timely)
 
 
@@ -121,11 +119,11 @@ class ClassBound:
         self._pivots = self._climb.pivots
         self._crowded: frozenset[Rerun] = frozenset()
         self._ended = False
-        """whether whole numbers say no more"""
+        """whether the program in whole numbers has nothing to be refined by: moments, or runs that are not crowded yet"""
 
     @property
     def small(self) -> bool:
-        """Whether the next program in whole numbers may come to its end."""
+        """Whether the best program is small enough for whole numbers."""
         return len(self.dag) * len(self._pivots) <= SOLVED
 
     def linear(self, deadline: float, enough: float) -> None:
@@ -150,12 +148,11 @@ class ClassBound:
             paths, crowded = self._climb.paths, self._crowded
             answer = self._solve(self._pivots, enough, deadline - began, paths=paths, crowded=sorted(crowded))
             spent = time.monotonic() - began
-            if not answer.solved:
+            if not answer.solved or not answer.reruns:
                 break
-            if answer.reruns:
-                finer = _refined(self.dag, self.budget, self._pivots, crowded, answer.reruns[0])
-                self._ended = finer == (self._pivots, crowded)
-                self._pivots, self._crowded = finer
+            finer = _refined(self.dag, self.budget, self._pivots, crowded, answer.reruns[0])
+            self._ended = finer == (self._pivots, crowded)
+            self._pivots, self._crowded = finer
 
     def _solve(
         self,

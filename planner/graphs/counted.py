@@ -33,7 +33,10 @@ class Counted:
     """A program whose variables are all 0 or 1; to be minimised once, with further rows before that."""
 
     def __init__(self, program: Program, units: Mapping[int, int], limit: Limit) -> None:
-        """`units`: row -> what its coefficients are whole parts of, other than 1. Raises TimeoutError past the limit."""
+        """`units`: row -> what its coefficients are whole parts of, other than 1. Rows have no upper ends. Raises TimeoutError past
+        the limit.
+        """
+        assert all(most == float("inf") for most in program.most)
         self.model = cp_model.CpModel()
         self.limit = limit
         self.chosen = [
@@ -65,6 +68,8 @@ class Counted:
         solver.parameters.add_objective_cut = True
         solver.parameters.max_time_in_seconds = self.limit.left()
         status = solver.solve(self.model)
+        # Sums of bytes near 2^63 would be none that CP-SAT counts.
+        assert status != cp_model.MODEL_INVALID
         if status == cp_model.INFEASIBLE:
             return Chosen(values=None, bound_seconds=most, ended=True)
         found = status in (cp_model.OPTIMAL, cp_model.FEASIBLE)

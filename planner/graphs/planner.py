@@ -127,7 +127,7 @@ class GraphPlanner:
             return None
         deadline = time.monotonic() + time_limit
         known = fastest(self.dag, budget_bytes, self.found.peaks)
-        found = class_bound(self.dag, budget_bytes, known, deadline=deadline, whole=False)
+        found = class_bound(self.dag, budget_bytes, known, deadline=deadline)
         return None if found.seconds == float("inf") else found.seconds
 
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
@@ -237,7 +237,7 @@ class GraphPlanner:
         # All is on the disk that can be: what `floor_bytes` is worth in full always fits.
         best = min([*found, self._smallest(budget)], key=lambda carried: carried.seconds)
         self.found.moved.append(best)
-        bound = class_bound(dag, budget, plain, deadline=started + 0.95 * span, whole=False, enough=best.seconds)
+        bound = class_bound(dag, budget, plain, deadline=started + 0.95 * span, enough=best.seconds)
         timely = self.found.timely and bound.timely
         return Outcome(carried=best, bound_seconds=max(proven, bound.seconds), timely=timely)
 
@@ -306,21 +306,30 @@ class GraphPlanner:
         best = best if improved is None else self._note(improved)
         report("bounded and improved", seconds(dag, best), bound.seconds)
         if seconds(dag, best) > enough:
-            best = self._note(self._polished(near, bound, best, started + 0.95 * span))
+            best = self._note(self._polished(search, near, bound, best, started + 0.95 * span))
             report("polished", seconds(dag, best), bound.seconds)
         self._ended(bound.timely, search.timely, near.timely)
         return Outcome(carried=carry(dag, best), bound_seconds=bound.seconds, timely=self.found.timely)
 
     def _polished(
-        self, near: Neighbourhoods, bound: ClassBound, best: frozenset[Rerun], deadline: float
+        self, search: Search, near: Neighbourhoods, bound: ClassBound, best: frozenset[Rerun], deadline: float
     ) -> frozenset[Rerun]:
-        """The schedule improved in parts, and the bound in whole numbers: the better the schedule, the fewer it looks at."""
+        """The schedule improved in parts, and the bound in whole numbers: the better the schedule, the fewer it looks at, and its
+        answers are schedules to start from.
+        """
         began = time.monotonic()
         left = deadline - began
         best = near.deepened(best, deadline=began + (0.2 if bound.small else 0.6) * left)
         if bound.small:
             best = near.polished(best, deadline=began + 0.2 * left, enough=bound.seconds / (1 - TOLERANCE))
+            known = len(bound.starts)
             bound.whole(began + 0.75 * left, seconds(self.dag, best) * (1 - TOLERANCE))
+            answers = bound.starts[known:]
+            if answers:
+                search.deadline = began + 0.85 * left
+                enough = bound.seconds / (1 - TOLERANCE) - self.dag.once_seconds
+                improved = search.improve_best([best, *reversed(answers)], starts=2, rounds=ROUNDS, enough=enough)
+                best = best if improved is None else improved
         return near.polished(best, deadline=deadline, enough=bound.seconds / (1 - TOLERANCE))
 
     def _ended(self, *timely: bool) -> None:

@@ -31,8 +31,8 @@ def solve_whole(
 ) -> Answer:
     """The bound from the moments at `pivots`, which are sorted, for schedules with first runs in the given order.
 
-    `paths` say nothing new, but sooner; `crowded` are runs by stage. Schedules of `most` seconds or more are of no
-    interest: where there are no others the bound is that. `seconds` limit the building and the solver.
+    `paths` say nothing new, but sooner; `crowded` are re-runs. Schedules that take longer than `most` seconds are of no interest:
+    where there are no others the bound is that. `seconds` limit the building and the solver.
     """
     # An output that is fetched has no run that says so.
     assert dag.read is None
@@ -95,6 +95,7 @@ class _Whole:
         """Raises TimeoutError where no time is left for the solver."""
         windows = self.windows
         costs = {variable: cost for variable, cost in enumerate(windows.cost) if cost}
+        # Twice: what is then said of all of these holds for schedules of `most` seconds too.
         extra = most * (1 + 2 * ROUNDING) - windows.constant
         found = self.counted.solve(costs, once=windows.dag.once_seconds, most=extra)
         bound = (windows.constant + max(0.0, found.bound_seconds)) * (1 - ROUNDING)
