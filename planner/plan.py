@@ -26,7 +26,7 @@ from planner.policies import POLICIES, policy_parts
 from planner.schema import Phase, Plan
 from planner.segments import rerun_layers
 from planner.simulate import Simulation, simulate
-from planner.solver import Outcome, Solver, status_of
+from planner.solver import Outcome, Solver, share_of, status_of
 from planner.split import layered
 from profiles.errors import InputError
 from profiles.schema import Profile
@@ -109,7 +109,9 @@ class Planner:
         below = budget_bytes < self.profile.device.floor.import_peak_bytes
         if not below and name != "solver":
             outcome = self._follow(budget_bytes, name, any_bound, deadline)
-        elif not below and (not self.solver.tight(budget_bytes) or self._reaches(budget_bytes, deadline)):
+        elif not below and (
+            not self.solver.tight(budget_bytes) or self.solver.reaches(budget_bytes, share_of(LEAST_SHARE, deadline))
+        ):
             outcome = self.solver.solve(budget_bytes, deadline, progress, bound=any_bound)
         if outcome.schedule is None:
             least, timely = self._least(name, deadline)
@@ -124,11 +126,6 @@ class Planner:
         Its own bound says less where layers go forward twice: it is then one for any schedule.
         """
         return max(solved.bound_seconds, self.solver.proven.get(solved.budget_bytes, 0.0))
-
-    def _reaches(self, budget_bytes: int, deadline: float) -> bool:
-        """Whether the budget is at least the minimum, as far as most of the time tells."""
-        now = time.monotonic()
-        return self.solver.reaches(budget_bytes, now + LEAST_SHARE * (deadline - now))
 
     def _follow(self, budget_bytes: int, policy: str, bound: float, deadline: float) -> Outcome:
         schedule = self._carried_out(policy, budget_bytes, deadline)

@@ -383,7 +383,7 @@ class Solver:
             return True
         if not self._lowest_proven and self.pool.binaries > JOINT_BINARIES:
             clearly = CLEARLY * self.room(budget_bytes) / KIB
-            search = Search(relaxation=self.relaxed, limit_bytes=None, deadline=_until(LOWEST_SHARE, deadline))
+            search = Search(relaxation=self.relaxed, limit_bytes=None, deadline=share_of(LOWEST_SHARE, deadline))
             _, fewest, _ = search.columns(clearly)
             self._by_clock = self._by_clock or not search.timely
             if fewest <= clearly:
@@ -413,7 +413,7 @@ class Solver:
         best = self._lowest
         now = time.monotonic()
         joint = self.pool.binaries <= JOINT_BINARIES
-        until = deadline if joint else _until(LOWEST_SHARE, deadline)
+        until = deadline if joint else share_of(LOWEST_SHARE, deadline)
         search = Search(relaxation=self.relaxed, limit_bytes=None, deadline=until)
         chosen: tuple[Column, ...] | None
         if joint:
@@ -450,7 +450,7 @@ class Solver:
         return ended and search.timely and timely
 
 
-def _until(share: float, deadline: float) -> float:
+def share_of(share: float, deadline: float) -> float:
     """The moment at which this share of the time from now on is gone."""
     now = time.monotonic()
     return now + share * (deadline - now)
