@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from planner.emit import Entry, made_by
 from planner.graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
-from planner.packing import Item, live_bytes, pack
+from planner.packing import Item, Stretch, live_bytes, pack
 
 MOVES = {"spill", "fetch"}
 DIRECT_BYTES = 64 << 10
@@ -40,10 +40,12 @@ def placed_items(
     sizes: dict[str, int],
     target: int = 0,
     deadline: float = math.inf,
+    short: list[Stretch] | None = None,
 ) -> Placed:
     """Every tensor in its place in an arena of at most `target` bytes if one is found; with 0 in the lowest that is.
 
-    Past `deadline`, on the monotonic clock, nothing is searched for.
+    Past `deadline`, on the monotonic clock, nothing is searched for. Where nothing comes down to `target`, `short` gains the
+    stretches of entries that stood in the way, evaluate entries counted on after train's.
     """
     length = len(train) + len(evaluate)
     every = _items(train, evaluate, tuple(resident), sizes)
@@ -56,7 +58,7 @@ def placed_items(
         base = item.offset + item.size
     inside = {id(item) for item in whole}
     items = [item for item in every if id(item) not in inside]
-    height, offsets = pack(items, base, length, int(live_bytes(every, length).max(initial=0)), target, deadline)
+    height, offsets = pack(items, base, length, int(live_bytes(every, length).max(initial=0)), target, deadline, short)
     for item, offset in zip(items, offsets):
         item.offset = offset
     return every, aligned(max(base, height))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
 
 from planner.arena import Arena, Placed, arena_of, placed_items
 from planner.collector import paused_collector
@@ -12,12 +15,15 @@ from planner.emit import Draft, Entry, draft, live_profile
 from planner.fitted import overlap_in_place
 from planner.gradients import Passages
 from planner.layers import Layered
-from planner.overlap import clock, overlap
+from planner.overlap import Bytes, Counts, best_order, clock, facts_of
+from planner.packing import Stretch
 from planner.segments import Segments
 from planner.windows import Column
 
 FREE = (0.0, 0.03, 0.07)
 """shares of the arena that transfers moved by counting bytes leave to gaps, one after the other until all find a place"""
+LOCAL = 2
+"""times that they leave none, and are not moved at all where places were short"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,18 +97,36 @@ def _carry_out(
     if live > room:
         return None, live - room
     inputs = part.problem.inputs
-    tried: tuple[Entry, ...] = ()
-    for share in FREE:
-        allowed = int((1 - share) * room)
-        if live > allowed or (tried and time.monotonic() > deadline):
+    facts = facts_of(joined.train, frozenset(joined.resident), joined.sizes)
+    entries = facts.entries
+    tried: list[list[int]] = []
+    allowed = np.full(len(entries), room)
+    crowded: list[int] = []
+    """drafted entries at which places were short"""
+    for turn in range(len(FREE) + LOCAL):
+        most: int | Counts = allowed
+        if turn < len(FREE):
+            most = max(live, int((1 - FREE[turn]) * room))
+        elif not crowded:
             break
-        train = overlap(joined.train, inputs, joined.resident, joined.sizes, allowed, deadline)
-        if train == tried:
+        else:
+            allowed[crowded] = facts.live[crowded]
+        found = best_order(facts, inputs, partial(Bytes, facts, most), deadline)
+        order = list(range(len(entries))) if found is None else found[0]
+        if order in tried:
             continue
-        tried = train
-        items, height = placed_items(train, joined.evaluate, joined.resident, joined.sizes, room, deadline)
+        tried.append(order)
+        train = tuple(entries[index] for index in order)
+        short: list[Stretch] = []
+        items, height = placed_items(train, joined.evaluate, joined.resident, joined.sizes, room, deadline, short)
         if height <= room:
             return _schedule(part, joined, train, arena_of(items, height, len(train)), charged), height - room
+        if time.monotonic() > deadline:
+            break
+        if turn == 0 or turn >= len(FREE):
+            # The search for places that came farthest needs the least to get through.
+            stretches = [order[first : last + 1] for first, last in sorted(short, reverse=True)]
+            crowded = next((those for those in stretches if (allowed[those] > facts.live[those]).any()), [])
     # What moved has made gaps: as drafted, and moved as far as what is placed then allows.
     train, arena = overlap_in_place(joined, inputs, room, deadline, placed)
     excess = arena.bytes - room

@@ -54,6 +54,7 @@ class _Places(Bytes):
 
     def __init__(self, facts: Facts, items: Sequence[Item], room: int) -> None:
         super().__init__(facts, room)
+        self.room = room
         self.items = [copy.copy(item) for item in items]
         self.low = np.array([item.offset for item in items], dtype=np.int64)
         self.high = self.low + np.array([item.size for item in items], dtype=np.int64)
@@ -116,7 +117,7 @@ class _Places(Bytes):
             offset = item.offset
         else:
             offset = _tightest_gap(low, high, self.base, item.size, item.alignment)
-            free = offset + item.size <= self.limit
+            free = offset + item.size <= self.room
         if not free:
             # No gap opens before something goes that is there now, and soon after one is hardly larger.
             return max(int(self.last[near].min()) + 1, index + STRIDE)

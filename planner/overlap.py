@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from planner.emit import Entry, made_by
 from planner.graph import STATES
@@ -29,6 +30,7 @@ LEADS = (1.05, 1.5, 3.0)
 LITTLE = 1e-4
 """share of a step's time that is not worth another pass, or a fuller arena"""
 Inputs = Mapping[tuple[int, int], tuple[str, ...]]
+Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,7 @@ class Facts:
 
     entries: tuple[Entry, ...]
     sizes: Mapping[str, int]
-    live: np.ndarray[tuple[int], np.dtype[np.int64]]
+    live: Counts
     """bytes resident during each entry: after what it makes, before what it frees"""
     begins: list[float]
     """seconds at which each entry would begin if nothing ever waited"""
@@ -198,23 +200,23 @@ def facts_of(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[s
 
 
 class Bytes:
-    """Room as bytes are counted: whatever fits below the limit has a place."""
+    """Room as bytes are counted: whatever fits below the limit, one for all drafted entries or each its own, has a place."""
 
-    def __init__(self, facts: Facts, limit: int) -> None:
+    def __init__(self, facts: Facts, limit: int | Counts) -> None:
         self.facts = facts
-        self.limit = limit
+        self.limit = np.broadcast_to(np.asarray(limit, dtype=np.int64), facts.live.shape)
         self.live = facts.live.copy()
         self.held = 0
         """bytes of what waits to be freed"""
 
     def crowded(self, index: int) -> bool:
-        return bool(self.live[index] + self.held > self.limit)
+        return bool(self.live[index] + self.held > self.limit[index])
 
     def opens(self, at: int, index: int) -> int:
         size = self._size(at)
-        if self.live[index] + self.held + size > self.limit:
+        if self.live[index] + self.held + size > self.limit[index]:
             return index + 1
-        full = np.flatnonzero(self.live[index:at] > self.limit - size)
+        full = np.flatnonzero(self.live[index:at] > self.limit[index:at] - size)
         return index + int(full[-1]) + 1 if full.size else index
 
     def take(self, at: int, index: int) -> None:

@@ -80,13 +80,24 @@ def live_bytes(items: Iterable[Item], length: int) -> npt.NDArray[np.int64]:
 
 Packed = tuple[int, list[int]]
 """height, and offsets by item"""
+Stretch = tuple[int, int]
+"""[first, last] entry between which no places were found"""
 
 
-def pack(items: list[Item], base: int, length: int, live: int, most: int, deadline: float = math.inf) -> Packed:
+def pack(
+    items: list[Item],
+    base: int,
+    length: int,
+    live: int,
+    most: int,
+    deadline: float = math.inf,
+    short: list[Stretch] | None = None,
+) -> Packed:
     """Offsets from `base` up with a height of at most `most`, if that is found; with 0 the lowest that is.
 
     `length`: entries of the step; `live`: most bytes at a time, which nothing is below. Past `deadline`, on the monotonic
-    clock, the first rule is all there is.
+    clock, the first rule is all there is. Where no search comes down to `most`, `short` gains the stretches that stood in
+    the way of those for it.
     """
     best: Packed | None = None
     for order, tight in _orders(items):
@@ -100,15 +111,16 @@ def pack(items: list[Item], base: int, length: int, live: int, most: int, deadli
                 return best
     assert best is not None
     tried = set()
+    spread = (most or best[0]) - live
     for share, search in SEARCHES if most else LOWEST_SEARCHES:
-        goal = live + int(share * ((most or best[0]) - live)) // ALIGNMENT * ALIGNMENT
+        goal = live + int(share * spread) // ALIGNMENT * ALIGNMENT
         if goal >= best[0]:
             break
         if (search, goal) in tried:
             continue
         tried.add((search, goal))
         try:
-            found = search(items, base, length, goal, deadline)
+            found = search(items, base, length, goal, deadline, short if 0 <= most - goal < ALIGNMENT else None)
         except TimeoutError:
             break
         if found is not None:
@@ -199,8 +211,16 @@ def _work(items: list[Item]) -> int:
     return max(least, each * len(items))
 
 
-def by_ranks(items: list[Item], base: int, length: int, goal: int, deadline: float = math.inf) -> list[int] | None:
-    """Offsets with a height of at most `goal`, every tensor placed in the order of its rank; None where none are found.
+def by_ranks(
+    items: list[Item],
+    base: int,
+    length: int,
+    goal: int,
+    deadline: float = math.inf,
+    short: list[Stretch] | None = None,
+) -> list[int] | None:
+    """Offsets with a height of at most `goal`, every tensor placed in the order of its rank; None where none are found, and `short` is
+    left as it is: whatever is there may be in the way.
 
     Raises TimeoutError at the deadline, on the monotonic clock.
 
@@ -236,8 +256,16 @@ def by_ranks(items: list[Item], base: int, length: int, goal: int, deadline: flo
     return None
 
 
-def by_groups(items: list[Item], base: int, length: int, goal: int, deadline: float = math.inf) -> list[int] | None:
-    """Offsets with a height of at most `goal`, group by group between what lives long; None where none are found.
+def by_groups(
+    items: list[Item],
+    base: int,
+    length: int,
+    goal: int,
+    deadline: float = math.inf,
+    short: list[Stretch] | None = None,
+) -> list[int] | None:
+    """Offsets with a height of at most `goal`, group by group between what lives long; None where none are found, and `short`
+    then gains the stretches of groups without places.
 
     Raises TimeoutError at the deadline, on the monotonic clock.
     """
@@ -246,6 +274,8 @@ def by_groups(items: list[Item], base: int, length: int, goal: int, deadline: fl
         groups = _Groups(items, base, length, goal, share * length, work, deadline)
         if len(groups.long) != before and groups.succeed():
             return groups.offsets
+        if short is not None:
+            short += groups.failed
         work, before = groups.work, len(groups.long)
     return None
 
@@ -273,6 +303,8 @@ class _Groups:
         self.places = Places(length)
         """of what lives long"""
         self.ranks = _Ranks(items, few=len(self.short) <= FEW)
+        self.failed: list[Stretch] = []
+        """of groups that found no places"""
 
     def succeed(self) -> bool:
         """Whether everything finds a place; `offsets` then say where."""
@@ -322,7 +354,7 @@ class _Groups:
         taken = self._taken(begin, end)
         for turn in range(1, TRIES + 1):
             if self.work <= 0:
-                return False
+                break
             if time.monotonic() > self.deadline:
                 raise TimeoutError
             placed, failed = self._tried(taken)
@@ -334,6 +366,7 @@ class _Groups:
                 begin = self.cuts[max(0, number - turn // BACK)]
                 taken = self._taken(begin, end)
             self.ranks.blame(failed, taken)
+        self.failed.append((self.starts[self.cuts[number]], self.starts[end - 1]))
         return False
 
     def _taken(self, begin: int, end: int) -> dict[int, list[Range]]:

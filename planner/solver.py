@@ -28,7 +28,7 @@ MINIMUM_STEP = 1e-3
 """share of the smallest budget so far by which it is lowered at first"""
 LOWEST_SHARE = 0.6
 """of the time, at which the search for columns of the fewest bytes ends"""
-CLEARLY = 0.9
+CLEARLY = 0.95
 """of the room of a budget: where a mixture of columns takes so little, whole ones find their places in it"""
 JOINT_ROUNDS = 4
 GREEDY_ROUNDS = 6
@@ -285,6 +285,8 @@ class Solver:
                     if not early.near(attempt.bound, GOOD):
                         self._early(early, search)
             if not early.near(attempt.bound, GOOD):
+                if early.best is not None:
+                    careful.worth_seconds = early.best.seconds
                 self._carefully(attempt, relaxed, careful)
         finally:
             attempt.found += early.found
@@ -307,7 +309,7 @@ class Solver:
             if attempt.near(attempt.bound, GOOD):
                 return
             if attempt.best is not None:
-                careful.worth_seconds = attempt.best.seconds
+                careful.worth_seconds = min(careful.worth_seconds, attempt.best.seconds)
         # Where memory is too tight to look ahead, the relaxed choice is what there is; where it is nearly so, another one.
         lower, _, kept = careful.columns()
         attempt.timely = attempt.timely and careful.timely

@@ -149,3 +149,23 @@ def test_a_search_is_the_same_every_time_and_ends_at_its_deadline(search):
     height, offsets = pack(items, 0, 4 * LENGTH, live, goal, time.monotonic() - 1.0)
     assert height > goal
     assert apart(items, offsets)
+
+
+def test_a_search_by_groups_says_where_it_found_no_places():
+    """One layer of 32 holds more than is allowed: it lies in the farthest of the stretches that stood in the way, and few others do."""
+    count, full = 32, 20
+    goal = HEIGHT + HEIGHT // 25
+    items = layers(3, count)
+    assert by_groups(items, 0, count * LENGTH, goal) is not None
+    at = full * LENGTH + LENGTH // 2
+    more = Item(name="more", size=HEIGHT // 2, alignment=64, spans=[(at, at + 1)], makers=[at])
+    short = []
+    assert by_groups([*items, more], 0, count * LENGTH, goal, short=short) is None
+    first, last = max(short)
+    assert first <= at <= last
+    assert last - first < 6 * LENGTH
+    told = []
+    height, _ = pack(layers(8, 8), 0, 8 * LENGTH, HEIGHT, HEIGHT, short=told)
+    assert height > HEIGHT
+    assert told
+    assert all(0 <= first <= last < 8 * LENGTH for first, last in told)

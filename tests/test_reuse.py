@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,17 +13,19 @@ from hypothesis import strategies as st
 from synthetic import MIB, decoder_like, device
 
 from planner import attempt
+from planner.arena import placed_items
 from planner.attempt import GOOD
 from planner.bounds import AnySchedule
-from planner.carry_out import Part
+from planner.carry_out import Part, carry_out
 from planner.choices import choice_count
+from planner.emit import live_profile
 from planner.fitted import _tightest_gap, overlap_in_place
 from planner.formulation import Block
 from planner.gaps import Places, gap
 from planner.layers import Layered
 from planner.linear import Growing, Linear, Program
 from planner.master import Search
-from planner.overlap import clock
+from planner.overlap import Bytes, best_order, clock, facts_of
 from planner.plan import Planner
 from planner.policies import POLICIES, rule_columns
 from planner.solver import Solver
@@ -245,6 +248,52 @@ def test_transfers_move_among_tensors_in_their_places(decoder):
             lies[name] = low, high
         if entry.verb == "free":
             lies.pop(entry.name, None)
+
+
+def test_transfers_keep_to_the_bytes_that_each_entry_is_allowed(decoder):
+    """Half of the step may hold no more than as drafted, the other half anything: there alone reads come earlier."""
+    problem: Layered = decoder.problem
+    draft = Part(problem=problem, columns=rule_columns(problem, POLICIES["mebp"])).draft()
+    facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
+    allowed = np.full(len(draft.train), 1 << 40)
+    still = slice(len(draft.train) // 4, 3 * len(draft.train) // 4)
+    allowed[still] = facts.live[still]
+    order, _ = best_order(facts, problem.inputs, partial(Bytes, facts, allowed))
+    moved = live_profile(tuple(draft.train[index] for index in order), draft.resident, draft.sizes)
+    held = np.zeros(len(order), dtype=np.int64)
+    held[order] = moved
+    assert (held[still] == facts.live[still]).all()
+    assert (held > facts.live).any()
+
+
+def test_where_places_are_short_nothing_moves_and_elsewhere_all_does(decoder, monkeypatch):
+    """An arena that has no places for what is moved into one stretch of the step: the plan waits there only."""
+    problem: Layered = decoder.problem
+    columns = rule_columns(problem, POLICIES["mebp"])
+    draft = Part(problem=problem, columns=columns).draft()
+    facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
+    stretch = range(len(draft.train) // 4, len(draft.train) // 4 + 60)
+    drafted = {id(entry): index for index, entry in enumerate(draft.train)}
+    turns = []
+
+    def placed(train, evaluate, resident, sizes, room, deadline, short):
+        items, height = placed_items(train, evaluate, resident, sizes, room, deadline)
+        turns.append(train)
+        positions = [at for at, entry in enumerate(train) if drafted[id(entry)] in stretch]
+        held = live_profile(train, resident, sizes)
+        if any(held[at] > facts.live[drafted[id(train[at])]] for at in positions):
+            short.append((positions[0], positions[-1]))
+            return items, room + 1
+        return items, height
+
+    free, _ = carry_out(problem, columns, 1 << 40)
+    monkeypatch.setattr(Part, "draft", lambda _: draft)
+    monkeypatch.setattr("planner.carry_out.placed_items", placed)
+    found, _ = carry_out(problem, columns, 1 << 40)
+    # However much is left free, everything moves; then all but what is in the way.
+    assert len(turns) == 2
+    waits = clock(draft.train, problem.inputs).seconds
+    assert free.seconds < found.seconds < free.seconds + (waits - free.seconds) / 2
 
 
 @pytest.mark.parametrize("policy", ["smallest", *POLICIES])
