@@ -44,8 +44,8 @@ def placed_items(
 ) -> Placed:
     """Every tensor in its place in an arena of at most `target` bytes if one is found; with 0 in the lowest that is.
 
-    Past `deadline`, on the monotonic clock, nothing is searched for. Where nothing comes down to `target`, `short` gains the
-    stretches of entries that stood in the way, evaluate entries counted on after train's.
+    Past `deadline`, on the monotonic clock, nothing is searched for. `short`: see `pack`; evaluate entries are counted on after
+    train's.
     """
     length = len(train) + len(evaluate)
     every = _items(train, evaluate, tuple(resident), sizes)

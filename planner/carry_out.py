@@ -23,7 +23,7 @@ from planner.windows import Column
 FREE = (0.0, 0.03, 0.07)
 """shares of the arena that transfers moved by counting bytes leave to gaps, one after the other until all find a place"""
 LOCAL = 2
-"""times that they leave none, and are not moved at all where places were short"""
+"""further orders, which leave none but are as drafted where places were short"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,39 +98,56 @@ def _carry_out(
         return None, live - room
     inputs = part.problem.inputs
     facts = facts_of(joined.train, frozenset(joined.resident), joined.sizes)
-    entries = facts.entries
-    tried: list[list[int]] = []
-    allowed = np.full(len(entries), room)
-    crowded: list[int] = []
-    """drafted entries at which places were short"""
-    for turn in range(len(FREE) + LOCAL):
-        most: int | Counts = allowed
-        if turn < len(FREE):
-            most = max(live, int((1 - FREE[turn]) * room))
-        elif not crowded:
-            break
-        else:
-            allowed[crowded] = facts.live[crowded]
+    tried: list[tuple[list[int], list[Stretch]]] = []
+    """orders of the drafted entries, and where places were short for each"""
+
+    def moved(most: int | Counts) -> list[int] | None:
+        """With transfers moved within `most` bytes; None where that comes to nothing new."""
         found = best_order(facts, inputs, partial(Bytes, facts, most), deadline)
-        order = list(range(len(entries))) if found is None else found[0]
-        if order in tried:
-            continue
-        tried.append(order)
-        train = tuple(entries[index] for index in order)
+        return None if found is None or any(found[0] == order for order, _ in tried) else found[0]
+
+    def placed_in(order: list[int]) -> Schedule | None:
+        train = tuple(joined.train[index] for index in order)
         short: list[Stretch] = []
         items, height = placed_items(train, joined.evaluate, joined.resident, joined.sizes, room, deadline, short)
-        if height <= room:
-            return _schedule(part, joined, train, arena_of(items, height, len(train)), charged), height - room
-        if time.monotonic() > deadline:
+        tried.append((order, short))
+        if height > room:
+            return None
+        return _schedule(part, joined, train, arena_of(items, height, len(train)), charged)
+
+    for most in dict.fromkeys(max(live, int((1 - share) * room)) for share in FREE):
+        if tried and time.monotonic() > deadline:
             break
-        if turn == 0 or turn >= len(FREE):
-            # The search for places that came farthest needs the least to get through.
-            stretches = [order[first : last + 1] for first, last in sorted(short, reverse=True)]
-            crowded = next((those for those in stretches if (allowed[those] > facts.live[those]).any()), [])
+        order = moved(most)
+        schedule = None if order is None else placed_in(order)
+        if schedule is not None:
+            return schedule, schedule.arena.bytes - room
     # What moved has made gaps: as drafted, and moved as far as what is placed then allows.
     train, arena = overlap_in_place(joined, inputs, room, deadline, placed)
     excess = arena.bytes - room
-    return (None if excess > 0 else _schedule(part, joined, train, arena, charged)), excess
+    if excess > 0:
+        return None, excess
+    in_place = _schedule(part, joined, train, arena, charged)
+    if not tried:
+        return in_place, excess
+    # Or moved wherever there is room, but for where places were short: what is drafted there has them.
+    allowed = np.full(len(joined.train), room)
+    before, short = tried[0]
+    for _ in range(LOCAL):
+        # The search for places that came farthest needs the least to get through; an evaluation's transfers do not move.
+        first, last = max(short, default=(0, -1))
+        clipped = before[first : last + 1]
+        if not (allowed[clipped] > facts.live[clipped]).any() or time.monotonic() > deadline:
+            break
+        allowed[clipped] = facts.live[clipped]
+        order = moved(allowed)
+        if order is None or clock([joined.train[index] for index in order], inputs).seconds >= in_place.seconds:
+            break
+        schedule = placed_in(order)
+        if schedule is not None:
+            return schedule, schedule.arena.bytes - room
+        before, short = tried[-1]
+    return in_place, excess
 
 
 def smallest_arena(problem: Layered, columns: tuple[Column, ...], deadline: float = float("inf")) -> Schedule:

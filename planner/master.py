@@ -142,11 +142,12 @@ class Search:
         """Price columns until the bound meets the master, or the master is down to `enough` (ms, without a limit KiB): (bound,
         master value, whether the limit is kept).
 
-        Past the deadline the bound is the best so far, and `timely` is False.
+        Past the deadline the bound is the best so far, and `timely` is False. Nothing is priced where what other budgets have
+        proven shows that no plan is worth it.
         """
         limit = self.limit_bytes
         best, value, kept = 0.0 if limit is None else self.relaxation.proven(limit), float("inf"), False
-        for turn in range(ROUNDS):
+        for turn in range(ROUNDS if self.bound(best) <= self.worth_seconds else 0):
             try:
                 relaxed = self._relaxation(self.limit_bytes)
             except TimeoutError:

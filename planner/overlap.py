@@ -31,6 +31,7 @@ LITTLE = 1e-4
 """share of a step's time that is not worth another pass, or a fuller arena"""
 Inputs = Mapping[tuple[int, int], tuple[str, ...]]
 Counts = npt.NDArray[np.int64]
+"""bytes by drafted entry"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,23 +205,22 @@ class Bytes:
 
     def __init__(self, facts: Facts, limit: int | Counts) -> None:
         self.facts = facts
-        self.limit = np.broadcast_to(np.asarray(limit, dtype=np.int64), facts.live.shape)
-        self.live = facts.live.copy()
+        self.free = limit - facts.live
         self.held = 0
         """bytes of what waits to be freed"""
 
     def crowded(self, index: int) -> bool:
-        return bool(self.live[index] + self.held > self.limit[index])
+        return bool(self.held > self.free[index])
 
     def opens(self, at: int, index: int) -> int:
         size = self._size(at)
-        if self.live[index] + self.held + size > self.limit[index]:
+        if self.held + size > self.free[index]:
             return index + 1
-        full = np.flatnonzero(self.live[index:at] > self.limit[index:at] - size)
+        full = np.flatnonzero(self.free[index:at] < size)
         return index + int(full[-1]) + 1 if full.size else index
 
     def take(self, at: int, index: int) -> None:
-        self.live[index:at] += self._size(at)
+        self.free[index:at] -= self._size(at)
 
     def hold(self, index: int) -> None:
         self.held += self._size(index)

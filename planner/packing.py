@@ -81,7 +81,7 @@ def live_bytes(items: Iterable[Item], length: int) -> npt.NDArray[np.int64]:
 Packed = tuple[int, list[int]]
 """height, and offsets by item"""
 Stretch = tuple[int, int]
-"""[first, last] entry between which no places were found"""
+"""[first, last] entry at which tensors begin that found no places together"""
 
 
 def pack(
@@ -96,8 +96,8 @@ def pack(
     """Offsets from `base` up with a height of at most `most`, if that is found; with 0 the lowest that is.
 
     `length`: entries of the step; `live`: most bytes at a time, which nothing is below. Past `deadline`, on the monotonic
-    clock, the first rule is all there is. Where no search comes down to `most`, `short` gains the stretches that stood in
-    the way of those for it.
+    clock, the first rule is all there is. Where nothing comes down to `most`, `short` gains the stretches at which the searches
+    for it ended.
     """
     best: Packed | None = None
     for order, tight in _orders(items):
@@ -112,6 +112,8 @@ def pack(
     assert best is not None
     tried = set()
     spread = (most or best[0]) - live
+    asked = live + spread // ALIGNMENT * ALIGNMENT
+    ended: list[Stretch] = []
     for share, search in SEARCHES if most else LOWEST_SEARCHES:
         goal = live + int(share * spread) // ALIGNMENT * ALIGNMENT
         if goal >= best[0]:
@@ -120,11 +122,13 @@ def pack(
             continue
         tried.add((search, goal))
         try:
-            found = search(items, base, length, goal, deadline, short if 0 <= most - goal < ALIGNMENT else None)
+            found = search(items, base, length, goal, deadline, ended if goal == asked else None)
         except TimeoutError:
             break
         if found is not None:
             return _height(items, found, base), found
+    if short is not None:
+        short += ended
     return best
 
 
@@ -219,8 +223,8 @@ def by_ranks(
     deadline: float = math.inf,
     short: list[Stretch] | None = None,
 ) -> list[int] | None:
-    """Offsets with a height of at most `goal`, every tensor placed in the order of its rank; None where none are found, and `short` is
-    left as it is: whatever is there may be in the way.
+    """Offsets with a height of at most `goal`, every tensor placed in the order of its rank; None where none are found. What
+    stood in the way may be anywhere, and `short` gains nothing.
 
     Raises TimeoutError at the deadline, on the monotonic clock.
 
@@ -271,6 +275,8 @@ def by_groups(
     """
     work, before = _work(items), -1
     for share in LONG:
+        if work <= 0:
+            break
         groups = _Groups(items, base, length, goal, share * length, work, deadline)
         if len(groups.long) != before and groups.succeed():
             return groups.offsets
@@ -304,7 +310,7 @@ class _Groups:
         """of what lives long"""
         self.ranks = _Ranks(items, few=len(self.short) <= FEW)
         self.failed: list[Stretch] = []
-        """of groups that found no places"""
+        """of the group that was tried in vain"""
 
     def succeed(self) -> bool:
         """Whether everything finds a place; `offsets` then say where."""
@@ -366,7 +372,8 @@ class _Groups:
                 begin = self.cuts[max(0, number - turn // BACK)]
                 taken = self._taken(begin, end)
             self.ranks.blame(failed, taken)
-        self.failed.append((self.starts[self.cuts[number]], self.starts[end - 1]))
+        if turn > 1:
+            self.failed.append((self.starts[self.cuts[number]], self.starts[end - 1]))
         return False
 
     def _taken(self, begin: int, end: int) -> dict[int, list[Range]]:

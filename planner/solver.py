@@ -285,8 +285,9 @@ class Solver:
                     if not early.near(attempt.bound, GOOD):
                         self._early(early, search)
             if not early.near(attempt.bound, GOOD):
-                if early.best is not None:
-                    careful.worth_seconds = early.best.seconds
+                careful.worth_seconds = min(
+                    (one.seconds for one in (*attempt.found, *early.found)), default=float("inf")
+                )
                 self._carefully(attempt, relaxed, careful)
         finally:
             attempt.found += early.found

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from planner import packing
 from planner.gaps import ENDLESS, top_gap
 from planner.packing import Item, _assign, _orders, by_groups, by_ranks, live_bytes, pack
 
@@ -151,8 +152,15 @@ def test_a_search_is_the_same_every_time_and_ends_at_its_deadline(search):
     assert apart(items, offsets)
 
 
+def test_what_a_search_never_tried_is_not_where_it_ended(monkeypatch):
+    monkeypatch.setattr(packing, "WORK", (0, 0))
+    short = []
+    assert by_groups(layers(3, 8), 0, 8 * LENGTH, HEIGHT + HEIGHT // 25, short=short) is None
+    assert short == []
+
+
 def test_a_search_by_groups_says_where_it_found_no_places():
-    """One layer of 32 holds more than is allowed: it lies in the farthest of the stretches that stood in the way, and few others do."""
+    """One layer of 32 holds more than is allowed: it lies in the farthest of the stretches, and at most five others do."""
     count, full = 32, 20
     goal = HEIGHT + HEIGHT // 25
     items = layers(3, count)

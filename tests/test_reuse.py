@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from synthetic import MIB, decoder_like, device
 
 from planner import attempt
-from planner.arena import placed_items
+from planner.arena import arena_of, placed_items
 from planner.attempt import GOOD
 from planner.bounds import AnySchedule
 from planner.carry_out import Part, carry_out
@@ -27,7 +27,7 @@ from planner.linear import Growing, Linear, Program
 from planner.master import Search
 from planner.overlap import Bytes, best_order, clock, facts_of
 from planner.plan import Planner
-from planner.policies import POLICIES, rule_columns
+from planner.policies import POLICIES, rule_columns, smallest
 from planner.solver import Solver
 from planner.split import layered
 
@@ -266,34 +266,91 @@ def test_transfers_keep_to_the_bytes_that_each_entry_is_allowed(decoder):
     assert (held > facts.live).any()
 
 
-def test_where_places_are_short_nothing_moves_and_elsewhere_all_does(decoder, monkeypatch):
-    """An arena that has no places for what is moved into one stretch of the step: the plan waits there only."""
+@pytest.fixture
+def crowded(decoder, monkeypatch):
+    """Carrying out a rule where some stretches of the step have places only as drafted, and none move among tensors in their places.
+
+    Called with the stretches, as ranges of drafted entries, it returns what is carried out, the orders that were placed, and the
+    bytes that were allowed for each pass.
+    """
     problem: Layered = decoder.problem
     columns = rule_columns(problem, POLICIES["mebp"])
     draft = Part(problem=problem, columns=columns).draft()
-    facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
-    stretch = range(len(draft.train) // 4, len(draft.train) // 4 + 60)
+    live = facts_of(draft.train, frozenset(draft.resident), draft.sizes).live
     drafted = {id(entry): index for index, entry in enumerate(draft.train)}
-    turns = []
+    room = 1 << 40
+    still, height = placed_items(draft.train, draft.evaluate, draft.resident, draft.sizes, room)
+    orders, limits = [], []
 
-    def placed(train, evaluate, resident, sizes, room, deadline, short):
-        items, height = placed_items(train, evaluate, resident, sizes, room, deadline)
-        turns.append(train)
-        positions = [at for at, entry in enumerate(train) if drafted[id(entry)] in stretch]
-        held = live_profile(train, resident, sizes)
-        if any(held[at] > facts.live[drafted[id(train[at])]] for at in positions):
-            short.append((positions[0], positions[-1]))
-            return items, room + 1
-        return items, height
+    def carried(*stretches):
+        def placed(train, evaluate, resident, sizes, room, deadline, short):
+            orders.append([drafted[id(entry)] for entry in train])
+            held = live_profile(train, resident, sizes)
+            for stretch in stretches:
+                if stretch.start >= len(train):
+                    short.append((stretch.start, stretch.stop - 1))
+                positions = [at for at, index in enumerate(orders[-1]) if index in stretch]
+                if any(held[at] > live[orders[-1][at]] for at in positions):
+                    short.append((min(positions), max(positions)))
+            items, height = placed_items(train, evaluate, resident, sizes, room, deadline)
+            return items, room + 1 if short else height
 
-    free, _ = carry_out(problem, columns, 1 << 40)
-    monkeypatch.setattr(Part, "draft", lambda _: draft)
-    monkeypatch.setattr("planner.carry_out.placed_items", placed)
-    found, _ = carry_out(problem, columns, 1 << 40)
-    # However much is left free, everything moves; then all but what is in the way.
-    assert len(turns) == 2
-    waits = clock(draft.train, problem.inputs).seconds
+        def order(facts, inputs, there, deadline):
+            limits.append(np.broadcast_to(there.args[1], live.shape).copy())
+            return best_order(facts, inputs, there, deadline)
+
+        monkeypatch.setattr(Part, "draft", lambda _: draft)
+        monkeypatch.setattr("planner.carry_out.placed_items", placed)
+        monkeypatch.setattr("planner.carry_out.best_order", order)
+        monkeypatch.setattr(
+            "planner.carry_out.overlap_in_place",
+            lambda *_: (draft.train, arena_of(still, height, len(draft.train))),
+        )
+        return carry_out(problem, columns, room)[0], orders, limits
+
+    return carried, live, clock(draft.train, problem.inputs).seconds
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_where_places_are_short_nothing_moves_and_elsewhere_all_does(crowded, count):
+    """The farthest stretch first; every pass holds what is drafted there, entry by entry, and all the room elsewhere."""
+    carried, live, waits = crowded
+    stretches = [range(len(live) * at // 8, len(live) * at // 8 + 60) for at in (2, 6)[:count]]
+    free, _, _ = carried()
+    found, orders, limits = carried(*stretches)
     assert free.seconds < found.seconds < free.seconds + (waits - free.seconds) / 2
+    # Once for `free`, then with all the room, then with one stretch more each time.
+    assert len(orders) == 2 + count
+    for turn in range(1, count + 1):
+        clipped = {index for stretch in stretches[-turn:] for index in stretch}
+        limit = limits[-1 - count + turn]
+        held = set(np.flatnonzero(limit == live).tolist())
+        # What has moved in between lies in the way as well.
+        assert clipped <= held
+        assert len(held) < len(clipped) + 20 * turn
+        assert {index for stretch in stretches[:-turn] for index in stretch}.isdisjoint(held)
+
+
+def test_what_stands_in_the_way_of_an_evaluation_moves_nothing(crowded):
+    carried, live, waits = crowded
+    found, orders, _ = carried(range(len(live) + 5, len(live) + 9))
+    assert len(orders) == 1
+    assert found.seconds == waits
+
+
+@pytest.mark.parametrize("share", [1.005, 1.01, 1.02, 1.04])
+def test_no_schedule_is_slower_than_transfers_moved_in_place(share):
+    planner = Planner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
+    problem = planner.problem
+    columns = rule_columns(problem, smallest)
+    draft = Part(problem=problem, columns=columns).draft()
+    charged = REAL["per_instruction"] * (len(draft.train) + len(draft.evaluate))
+    room = int(share * max(max(live_profile(e, draft.resident, draft.sizes)) for e in (draft.train, draft.evaluate)))
+    train, arena = overlap_in_place(draft, problem.inputs, room)
+    assert arena.bytes <= room
+    found, _ = carry_out(problem, columns, room + charged)
+    assert found.arena.bytes <= room
+    assert found.seconds <= clock(train, problem.inputs).seconds
 
 
 @pytest.mark.parametrize("policy", ["smallest", *POLICIES])
