@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from planner.emit import Entry, made_by
 from planner.graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
 from planner.packing import Item, Stretch, live_bytes, pack
@@ -58,7 +60,9 @@ def placed_items(
         base = item.offset + item.size
     inside = {id(item) for item in whole}
     items = [item for item in every if id(item) not in inside]
-    height, offsets = pack(items, base, length, int(live_bytes(every, length).max(initial=0)), target, deadline, short)
+    height, offsets = pack(
+        items, base, length, int(np.max(live_bytes(every, length), initial=0)), target, deadline, short
+    )
     for item, offset in zip(items, offsets):
         item.offset = offset
     return every, aligned(max(base, height))

@@ -181,4 +181,4 @@ def _tightest_gap(low: npt.NDArray[np.int64], high: npt.NDArray[np.int64], base:
     start += -start % alignment
     free = low[order] - start[:-1]
     fits = np.flatnonzero(free >= size)
-    return int(start[fits[free[fits].argmin()]] if fits.size else start[-1])
+    return int(start[fits[np.argmin(free[fits])]] if fits.size else start[-1])

@@ -292,7 +292,7 @@ class Search:
     def _few_free(self, limit_bytes: int | None, relaxed: Relaxed) -> Whole | None:
         """All rounded but for a few layers, which have candidates near their mixture and what costs least beyond."""
         kinds = self.pool.problem.layer_type
-        mixed = [layer for layer, shares in enumerate(relaxed.shares) if shares.max() < WHOLE]
+        mixed = [layer for layer, shares in enumerate(relaxed.shares) if np.max(shares) < WHOLE]
         free = {mixed[len(mixed) * turn // FREE] for turn in range(min(FREE, len(mixed)))}
         for layer in mixed[:FILLED]:
             mixture, prices = self._mixture(relaxed, layer), relaxed.prices[layer]

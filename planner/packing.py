@@ -241,7 +241,7 @@ def by_ranks(
         ]
 
     ranks = _Ranks(items, few=len(items) <= FEW)
-    looked = watch(int(live_bytes(items, length).argmax()))
+    looked = watch(int(np.argmax(live_bytes(items, length))))
     work = _work(items)
     for _ in range(TRIES):
         if work <= 0:

@@ -193,7 +193,7 @@ class Pool:
 
         As the program counts, that is: it leaves out a few instructions of which it is not certain.
         """
-        return float((self.answers[self.stand_in[kind]] @ prices).min(initial=INFINITY))
+        return float(np.min(self.answers[self.stand_in[kind]] @ prices, initial=INFINITY))
 
     def price(self, kind: int, prices: Prices, gap: float, seconds: float) -> bool:
         """Find the cheapest decision of a layer type at these prices, to a relative `gap`, and prove a bound of its cost.
@@ -220,7 +220,7 @@ class Pool:
     def cheapest_within(self, kind: int, prices: Prices, most: Prices) -> int | None:
         """The cheapest column known that holds no more between its windows than the figures `most`."""
         fits = (self.figures[kind][:, HOLDING] <= most[HOLDING] + ROUNDING).all(axis=1)
-        return int(np.where(fits, self.figures[kind] @ prices, INFINITY).argmin()) if fits.any() else None
+        return int(np.argmin(np.where(fits, self.figures[kind] @ prices, INFINITY))) if fits.any() else None
 
     def fill(self, kind: int, prices: Prices, most: Prices, gap: float, seconds: float) -> None:
         """Add the cheapest decision at `prices` that holds no more between its windows than the figures `most`.

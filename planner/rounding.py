@@ -40,7 +40,7 @@ def rounded(kinds: Sequence[int], shares: Sequence[Floats]) -> list[int]:
     picks = []
     for kind, mine in zip(kinds, shares):
         total = mine + owed.get(kind, 0.0)
-        picks.append(int(np.where(mine > 1e-6, total, -np.inf).argmax()))
+        picks.append(int(np.argmax(np.where(mine > 1e-6, total, -np.inf))))
         total[picks[-1]] -= 1.0
         owed[kind] = total
     return picks
@@ -179,7 +179,7 @@ class Rounding:
             worth = (over - excess) / np.maximum(self._costs(chosen)[:, :REPAIRING], LITTLE)
             # What hardly makes any difference would hide what does.
             worth[excess >= (1 - 1e-3) * over] = -np.inf
-            layer, candidate = divmod(int(worth.argmax()), worth.shape[1])
+            layer, candidate = divmod(int(np.argmax(worth)), worth.shape[1])
             if worth[layer, candidate] == -np.inf:
                 break
             chosen[layer] = candidate
@@ -197,7 +197,7 @@ class Rounding:
         """(layer, candidate, ms) of the change that costs least among those that fit."""
         fits = windows.fits(windows.free(self._chosen(chosen)), self._changes(chosen))
         costs = np.where(fits, self._costs(chosen), np.inf)
-        layer, candidate = divmod(int(costs.argmin()), costs.shape[1])
+        layer, candidate = divmod(int(np.argmin(costs)), costs.shape[1])
         return layer, candidate, float(costs[layer, candidate])
 
     def _exchange(self, windows: Windows, chosen: Numbers) -> bool:

@@ -50,7 +50,7 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        return int(self.bytes.max()) <= self.budget
+        return int(np.max(self.bytes)) <= self.budget
 
     def position(self, key: int) -> int:
         return bisect_left(self.keys, key)

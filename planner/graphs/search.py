@@ -49,7 +49,7 @@ class Search:
         """Evict until `memory` fits; False where that fails, takes too long or costs `limit` seconds of re-runs."""
         for _ in range(EVICTIONS * len(self.dag)):
             held = memory.bytes
-            at = int(held.argmax())
+            at = int(np.argmax(held))
             if held[at] <= self.budget:
                 return True
             if memory.seconds >= limit or self.late():
@@ -137,7 +137,7 @@ class Search:
                 size = dag.bytes[source]
                 start, stop = memory.position(end) + 1, memory.position(key)
                 stretch = memory.bytes[start:stop]
-                if not dag.recomputable[source] or not size or int(stretch.max(initial=0)) + size <= self.budget:
+                if not dag.recomputable[source] or not size or int(np.max(stretch, initial=0)) + size <= self.budget:
                     harm += float(np.minimum(over[start:stop], size).sum())
                     if harm >= gain:
                         return None
@@ -157,7 +157,7 @@ class Search:
             if self.late():
                 return
             memory.remove(*rerun)
-            if int(memory.bytes.max()) > self.budget:
+            if int(np.max(memory.bytes)) > self.budget:
                 memory.add(*rerun)
 
     # --- ruin and recreate -----------------------------------------------------------------------------------------
