@@ -228,6 +228,11 @@ class Planner:
                 f"importing Python and PyTorch alone reaches {floor.import_peak_bytes} bytes; the smallest plan needs"
                 f" {least.peak_bytes}"
             )
+            if "+cu" in (told.device.torch_version or ""):
+                reason += (
+                    f"; torch {told.device.torch_version} is built for CUDA, the build without takes a fraction of that:"
+                    " pip install torch --index-url https://download.pytorch.org/whl/cpu"
+                )
         else:
             reason = (
                 f"the smallest plan peaks at {worst.peak.text} with {largest} resident: {floor.resident_bytes} bytes of"

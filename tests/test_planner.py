@@ -133,6 +133,15 @@ def test_below_the_floor():
     assert answer.minimum_budget_reason.startswith(f"importing Python and PyTorch alone reaches {108 * MIB} bytes")
 
 
+@pytest.mark.parametrize(("version", "hint"), [("2.14.1+cu130", True), ("2.13.0+cpu", False), (None, False)])
+def test_below_the_floor_of_a_build_for_cuda(version, hint):
+    built = device(**REAL).model_copy(update={"torch_version": version})
+    answer = plan(small_chain(1, on=built), 100 * MIB)
+    assert answer.status == "infeasible"
+    assert ("pip install torch --index-url" in answer.minimum_budget_reason) is hint
+    assert ("built for CUDA" in answer.minimum_budget_reason) is hint
+
+
 def test_between_floor_and_feasible(decoder):
     answer = decoder.plan(decoder.minimum().peak_bytes - 1)
     assert answer.status == "infeasible"
