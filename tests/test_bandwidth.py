@@ -28,13 +28,15 @@ def sleep(address, size, offset):
 
 
 class Products:
-    """A group that counts how often a transfer was under way when it ended, where one had begun."""
+    """A group that counts how often a transfer was under way when it ended. It lasts a tenth of one however busy the cores are,
+    which real products do not.
+    """
 
     def __init__(self):
-        self.group, self.under_way, self.beside = Group(torch.float32), 0, 0
+        self.under_way, self.beside = 0, 0
 
     def run(self):
-        self.group.run()
+        time.sleep(LATENCY / 10)
         self.beside += self.under_way
 
 
