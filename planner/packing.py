@@ -20,6 +20,7 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -121,8 +122,10 @@ def pack(
         if (search, goal) in tried:
             continue
         tried.add((search, goal))
+        # By ranks, what stands in the way may be anywhere.
+        seek = partial(by_groups, short=ended) if search is by_groups and goal == asked else search
         try:
-            found = search(items, base, length, goal, deadline, ended if goal == asked else None)
+            found = seek(items, base, length, goal, deadline)
         except TimeoutError:
             break
         if found is not None:
@@ -215,16 +218,8 @@ def _work(items: list[Item]) -> int:
     return max(least, each * len(items))
 
 
-def by_ranks(
-    items: list[Item],
-    base: int,
-    length: int,
-    goal: int,
-    deadline: float = math.inf,
-    short: list[Stretch] | None = None,
-) -> list[int] | None:
-    """Offsets with a height of at most `goal`, every tensor placed in the order of its rank; None where none are found. What
-    stood in the way may be anywhere, and `short` gains nothing.
+def by_ranks(items: list[Item], base: int, length: int, goal: int, deadline: float = math.inf) -> list[int] | None:
+    """Offsets with a height of at most `goal`, every tensor placed in the order of its rank; None where none are found.
 
     Raises TimeoutError at the deadline, on the monotonic clock.
 
