@@ -160,21 +160,31 @@ def test_bytes_are_counted_one_by_one_however_many_there_are():
 
 
 def test_what_a_program_says_when_its_time_is_up_holds():
-    """Against what it says at its end, with answers and without."""
+    """Against what it says at its end, with answers and without. Limits are looked for, as processors differ: where a program comes
+    to its end the next is shorter, and where it has no answers yet longer.
+    """
     cut = set()
-    for seed in range(3):
-        dag = dag_of(graph_profile(layered(36, seed=seed)))
+    for seed in range(2):
+        dag = dag_of(graph_profile(layered(60, seed=seed)))
         budget, count = int(0.6 * peak_bytes(dag, ())), len(dag)
-        pivots = sorted({(2 * turn + 1) * count // 16 for turn in range(8)})
-        crowded = [(stage, i) for stage in range(1, count, 2) for i in range(stage)][::5]
+        pivots = sorted({(2 * turn + 1) * count // 24 for turn in range(12)})
+        crowded = [(stage, i) for stage in range(1, count, 2) for i in range(stage)][::3]
+        started = time.monotonic()
         full = solve_whole(dag, budget, pivots, seconds=60, crowded=crowded)
+        seconds = time.monotonic() - started
         assert full.solved
-        for limit in (0.01, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5):
-            for most in (float("inf"), 1.05 * full.bound_seconds, 0.98 * full.bound_seconds):
+        for most in (float("inf"), 1.05 * full.bound_seconds, 0.98 * full.bound_seconds):
+            shortest, longest = 0.0, 2 * seconds
+            for _ in range(8):
+                limit = (shortest + longest) / 2
                 asked = solve_whole(dag, budget, pivots, seconds=limit, crowded=crowded, most=most)
                 assert asked.bound_seconds <= min(full.bound_seconds, max(most, dag.once_seconds)) * (1 + 3e-9)
                 if not asked.solved:
                     cut.add(bool(asked.reruns))
+                if asked.solved or asked.reruns:
+                    longest = limit
+                else:
+                    shortest = limit
     assert cut == {False, True}
 
 
