@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict
 
+from planner.beside import Beside, can_be_copied
 from planner.graphs.planner import GraphPlanner
 from planner.master import Progress
 from planner.plan import Planner, planner_of, rebudgeted
 from planner.policies import APPROXIMATE
 from planner.schema import Plan
+from profiles.busy import our_cores
 from profiles.devices import DeviceDescription
 from profiles.errors import InputError
 from profiles.estimate import retarget
 from profiles.schema import Profile
 
 SOLVER = "solver"
+TOGETHER = 2
+"""budgets that are planned one after the other before two processes share the others: keep-all, and one at which columns are priced"""
 Stage = Callable[[str, int, int], None]
 
 
@@ -84,77 +89,128 @@ def compare(
     for name, planner in zip(names, planners, strict=True):
         if len(names) > 1:
             what = f"planning for {name}"
-        found: dict[tuple[int, str], Plan] = {}
         before = len(plans)
 
-        def tell(found: dict[tuple[int, str], Plan] = found, before: int = before, what: str = what) -> None:
+        def tell(done: int, before: int = before, what: str = what) -> None:
             if progress is not None:
-                progress(what, before + len(found), total)
+                progress(what, before + done, total)
 
+        table = _Table(
+            planner=planner,
+            budgets=ordered,
+            policies=rules,
+            time_limit=time_limit,
+            tell=tell,
+            solving=solving,
+            planned=planned,
+        )
         try:
-            _fill(found, planner, ordered, rules, time_limit, tell, solving, planned)
+            table.fill()
         except KeyboardInterrupt:
-            if not plans and not found:
+            if not plans and not table.found:
                 raise
-            return Comparison(
-                devices=names,
-                budgets=ordered,
-                policies=rules,
-                plans=[*plans, *_monotone(found, planner, ordered, rules)],
-            )
-        plans += _monotone(found, planner, ordered, rules)
+            plans += table.monotone()
+            return Comparison(devices=names, budgets=ordered, policies=rules, plans=plans)
+        plans += table.monotone()
     if progress is not None:
         progress(what, total, total)
     return Comparison(devices=names, budgets=ordered, policies=rules, plans=plans)
 
 
-def _fill(
-    found: dict[tuple[int, str], Plan],
-    planner: Planner | GraphPlanner,
-    budgets: list[int],
-    policies: list[str],
-    time_limit: float,
-    tell: Callable[[], None],
-    solving: Progress | None,
-    planned: Callable[[Plan], None] | None,
-) -> None:
-    """From the largest budget down, so that columns of roomy plans are there for tight ones."""
-    for budget in reversed(budgets):
-        for policy in sorted(policies, key=lambda name: name != SOLVER):
-            tell()
-            if policy == SOLVER:
-                made = planner.plan(budget, time_limit=time_limit, progress=solving)
-            else:
-                made = planner.plan(budget, policy=policy, time_limit=time_limit)
-            solved = found.get((budget, SOLVER))
-            if policy != SOLVER and solved is not None and made.status != "infeasible" and made.exact:
-                made = rebudgeted(made, bound_seconds=_class_bound(planner, solved))
-            found[budget, policy] = made
-            if planned is not None:
-                planned(made)
+@dataclass(frozen=True, kw_only=True)
+class _Cell:
+    plan: Plan
+    bound_seconds: float
+    """no plan of the class undercuts it at the budget, as far as was proven when the solver planned there"""
 
 
-def _class_bound(planner: Planner | GraphPlanner, solved: Plan) -> float:
-    """Seconds that no plan of the class undercuts at the budget of the solver's plan."""
-    return planner.class_bound(solved) if isinstance(planner, Planner) else solved.bound_seconds
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """The plans of one planner."""
 
+    planner: Planner | GraphPlanner
+    budgets: list[int]
+    """smallest first"""
+    policies: list[str]
+    time_limit: float
+    tell: Callable[[int], None]
+    """called with the number of plans there are"""
+    solving: Progress | None
+    planned: Callable[[Plan], None] | None
+    found: dict[tuple[int, str], _Cell] = field(default_factory=dict)
 
-def _monotone(
-    found: dict[tuple[int, str], Plan], planner: Planner | GraphPlanner, budgets: list[int], policies: list[str]
-) -> list[Plan]:
-    """The plans in order, none slower than one of the same policy at a smaller budget."""
-    for policy in policies:
-        best: Plan | None = None
+    def fill(self) -> None:
+        """From the largest budget down, so that columns of roomy plans are there for tight ones; after the first `TOGETHER`, every
+        other one in a process beside this one.
+        """
+        downwards = self.budgets[::-1]
+        self._work(downwards[:TOGETHER])
+        half = (len(downwards) + TOGETHER + 1) // 2
+        here, there = downwards[TOGETHER:half], downwards[half:]
+        if not there or SOLVER not in self.policies or not can_be_copied():
+            self._work(downwards[TOGETHER:])
+            return
+        with Beside(lambda: itertools.chain.from_iterable(map(self._cells, there))) as beside:
+            if our_cores() == 1:
+                # One after the other, so that each has the core while its time runs.
+                self._wait(beside)
+            self._work(here, beside)
+            self._wait(beside)
+        # What failed there fails here again, and says why.
+        self._work([one for one in there if any((one, policy) not in self.found for policy in self.policies)])
+
+    def _work(self, budgets: Sequence[int], beside: Beside[_Cell] | None = None) -> None:
         for budget in budgets:
-            here = found.get((budget, policy))
-            if here is None or here.status == "infeasible":
-                continue
-            if best is not None and best.step_seconds < here.step_seconds:
-                here = found[budget, policy] = rebudgeted(
-                    best,
-                    budget_bytes=budget,
-                    bound_seconds=_class_bound(planner, here) if policy == SOLVER else here.bound_seconds,
-                    any_bound=here.any_schedule_bound_seconds,
-                )
-            best = here
-    return [found[cell] for cell in itertools.product(budgets, policies) if cell in found]
+            for cell in self._cells(budget, solving=self.solving, tell=self.tell):
+                self._note(cell)
+                for other in beside.arrived() if beside is not None else ():
+                    self._note(other)
+
+    def _wait(self, beside: Beside[_Cell]) -> None:
+        for other in beside.arrived(all_=True):
+            self._note(other)
+            self.tell(len(self.found))
+
+    def _note(self, cell: _Cell) -> None:
+        where = cell.plan.budget_bytes, cell.plan.policy
+        if where not in self.found and self.planned is not None:
+            self.planned(cell.plan)
+        self.found[where] = cell
+
+    def _cells(
+        self, budget: int, *, solving: Progress | None = None, tell: Callable[[int], None] | None = None
+    ) -> Iterator[_Cell]:
+        """The plans at one budget, the solver's first: what it proves is what the gaps of fixed rules are to. `tell` comes before each."""
+        planner, limit = self.planner, self.time_limit
+        solved: float | None = None
+        for policy in sorted(self.policies, key=lambda name: name != SOLVER):
+            if tell is not None:
+                tell(len(self.found))
+            if policy == SOLVER:
+                made = planner.plan(budget, time_limit=limit, progress=solving)
+                bound = solved = planner.class_bound(made) if isinstance(planner, Planner) else made.bound_seconds
+            else:
+                made = planner.plan(budget, policy=policy, time_limit=limit)
+                if solved is not None and made.status != "infeasible" and made.exact:
+                    made = rebudgeted(made, bound_seconds=solved)
+                bound = made.bound_seconds
+            yield _Cell(plan=made, bound_seconds=bound)
+
+    def monotone(self) -> list[Plan]:
+        """The plans in order, none slower than one of the same policy at a smaller budget."""
+        plans = {cell: found.plan for cell, found in self.found.items()}
+        for policy in self.policies:
+            best: Plan | None = None
+            for budget in self.budgets:
+                here = plans.get((budget, policy))
+                if here is None or here.status == "infeasible":
+                    continue
+                if best is not None and best.step_seconds < here.step_seconds:
+                    here = plans[budget, policy] = rebudgeted(
+                        best,
+                        budget_bytes=budget,
+                        bound_seconds=self.found[budget, policy].bound_seconds,
+                        any_bound=here.any_schedule_bound_seconds,
+                    )
+                best = here
+        return [plans[cell] for cell in itertools.product(self.budgets, self.policies) if cell in plans]
