@@ -298,12 +298,12 @@ class _Groups:
         self.long = [i for i in every if life[i] >= longest or len(items[i].spans) > 1]
         self.long.sort(key=lambda i: (-life[i], -items[i].size, i))
         lasting = set(self.long)
-        self.short = sorted((i for i in every if i not in lasting), key=lambda i: (items[i].spans[0][0], i))
-        self.starts = [items[i].spans[0][0] for i in self.short]
-        self.longest_short = max((life[i] for i in self.short), default=0)
+        self.brief = sorted((i for i in every if i not in lasting), key=lambda i: (items[i].spans[0][0], i))
+        self.starts = [items[i].spans[0][0] for i in self.brief]
+        self.longest_brief = max((life[i] for i in self.brief), default=0)
         self.places = Places(length)
         """of what lives long"""
-        self.ranks = _Ranks(items, few=len(self.short) <= FEW)
+        self.ranks = _Ranks(items, few=len(self.brief) <= FEW)
         self.failed: list[Stretch] = []
         """of the group that was tried in vain"""
 
@@ -331,11 +331,11 @@ class _Groups:
         return True
 
     def _cut(self) -> list[int]:
-        """Positions of `short` at which its groups begin, and its end. Equal layers come apart at equal places."""
-        ends = sorted((self.items[i].spans[0][1], self.items[i].size) for i in self.short)
+        """Positions of `brief` at which its groups begin, and its end. Equal layers come apart at equal places."""
+        ends = sorted((self.items[i].spans[0][1], self.items[i].size) for i in self.brief)
         crossing: list[float] = []
         live, ended, before = 0, 0, -1
-        for start, index in zip(self.starts, self.short):
+        for start, index in zip(self.starts, self.brief):
             while ends[ended][0] < start:
                 live -= ends[ended][1]
                 ended += 1
@@ -345,9 +345,9 @@ class _Groups:
             before = start
         cuts = [0]
         least, most = GROUP
-        while cuts[-1] + most < len(self.short):
+        while cuts[-1] + most < len(self.brief):
             cuts.append(min(range(cuts[-1] + least, cuts[-1] + most), key=crossing.__getitem__))
-        return [*cuts, len(self.short)] if self.short else cuts
+        return [*cuts, len(self.brief)] if self.brief else cuts
 
     def _fill(self, number: int) -> bool:
         """Place a group, if need be with some before it."""
@@ -372,10 +372,10 @@ class _Groups:
         return False
 
     def _taken(self, begin: int, end: int) -> dict[int, list[Range]]:
-        """Per tensor of a stretch of `short`: bytes that are taken during its life by what lives long or was placed before."""
-        group = self.short[begin:end]
-        first = bisect.bisect_left(self.starts, self.starts[begin] - self.longest_short)
-        before = [(*self.items[i].spans[0], self.offsets[i], self.items[i].size) for i in self.short[first:begin]]
+        """Per tensor of a stretch of `brief`: bytes that are taken during its life by what lives long or was placed before."""
+        group = self.brief[begin:end]
+        first = bisect.bisect_left(self.starts, self.starts[begin] - self.longest_brief)
+        before = [(*self.items[i].spans[0], self.offsets[i], self.items[i].size) for i in self.brief[first:begin]]
         taken = {}
         for index in group:
             begins = self.items[index].spans[0][0]

@@ -1,7 +1,7 @@
 """The two bounds of a plan: for its class, and for any schedule at all; moments chosen, programs solved (`windows`).
 
 For the class moments are found step by step, and paths with them: those that the linear program's last answer does
-without (`moments`). What has no price for some rounds is dropped again. Then few moments and the best program are
+without (`climb`). What has no price for some rounds is dropped again. Then few moments and the best program are
 solved in whole numbers (`whole`), and again with moments and crowded runs at which the answer's schedule holds too
 much. All answers, made whole, are where a search may start.
 """
@@ -9,13 +9,11 @@ much. All answers, made whole, are where a search may start.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from planner.graphs.climb import Climb, apart
 from planner.graphs.dag import Dag
-from planner.graphs.moments import bytes_over, violated
 from planner.graphs.schedule import Rerun, memory, runs
 from planner.graphs.whole import solve_whole
 from planner.graphs.windows import Answer, Path, solve_windows
@@ -25,16 +23,6 @@ FIRST = 8
 """moments to begin with"""
 SHORT = 0.95
 """they lie where the best schedule known holds this share of the budget"""
-OVER = 0.01
-"""of the budget: what a moment must be over it to be added"""
-ADDED = 3
-"""moments added to a linear program"""
-IDLE = 2
-"""rounds without a price after which a moment is dropped"""
-STALLED = 12
-"""rounds in which a linear program's bound must rise..."""
-RISE = 0.01
-"""...by this part of what it says of re-runs, or they end"""
 FEW = (4, 8)
 """moments of programs in whole numbers that are tried first: such are often solved to their end..."""
 FEW_SHARE = 0.1
@@ -114,7 +102,7 @@ class ClassBound:
         """whether the clock left room for all that was to be tried"""
         self.starts: list[frozenset[Rerun]] = []
         """schedules but for the memory between moments: where a search may start; the last are the best"""
-        self._climb = _Climb(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST))
+        self._climb = Climb(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST))
         self._few = [_shortest(dag, budget_bytes, reruns, count) for count in FEW]
         self._pivots = self._climb.pivots
         self._crowded: frozenset[Rerun] = frozenset()
@@ -170,77 +158,13 @@ class ClassBound:
         return answer
 
 
-class _Climb:
-    """Linear programs, each with moments and paths that the one before did without."""
-
-    def __init__(self, dag: Dag, budget: int, pivots: tuple[int, ...]) -> None:
-        self.dag = dag
-        self.budget = budget
-        self.best = dag.once_seconds
-        self.pivots = pivots
-        """moments of the best program"""
-        self.paths: tuple[Path, ...] = ()
-        """its paths that have a price"""
-        self.starts: list[frozenset[Rerun]] = []
-        """the answers of all programs, rounded"""
-
-    def climb(self, deadline: float, enough: float) -> bool:
-        """Solve programs until the bound is `enough` or rises no more; False where the clock ended that."""
-        pivots, paths = self.pivots, self.paths
-        idle = dict.fromkeys(pivots, 0)
-        began = time.monotonic()
-        bests: list[float] = []
-        while self.best < enough:
-            now = time.monotonic()
-            spent, began = now - began, now
-            if deadline - now <= spent:
-                # The next round is hardly shorter.
-                return False
-            answer = solve_windows(self.dag, self.budget, pivots, any_order=False, seconds=deadline - now, paths=paths)
-            self.starts.extend(answer.reruns)
-            if not answer.solved:
-                return False
-            fractions = answer.fractions
-            if fractions is None:
-                # It is infeasible, or there was nothing to solve.
-                self.best = max(self.best, answer.bound_seconds)
-                break
-            priced = [path for path, price in zip(paths, fractions.paths) if price > 0.0]
-            if answer.bound_seconds > self.best:
-                self.best, self.pivots, self.paths = answer.bound_seconds, pivots, tuple(priced)
-            bests.append(self.best)
-            if len(bests) > STALLED and bests[-1] - bests[-1 - STALLED] <= RISE * (self.best - self.dag.once_seconds):
-                break
-            for pivot, price in zip(pivots, fractions.moments):
-                idle[pivot] = 0 if price > 0.0 else idle[pivot] + 1
-            over = bytes_over(self.dag, self.budget, pivots, fractions)
-            worst = np.argsort(-over, kind="stable")
-            added = _apart(worst[over[worst] > OVER * self.budget].tolist(), ADDED)
-            followed = [] if self.dag.read is not None else violated(self.dag, pivots, fractions)
-            if not added and not followed:
-                break
-            idle |= dict.fromkeys(added, 0)
-            pivots = tuple(sorted({*(pivot for pivot in pivots if idle[pivot] < IDLE), *added}))
-            paths = tuple(path for path in dict.fromkeys([*priced, *followed]) if path.pivot in pivots)
-        return True
-
-
-def _apart(stages: Iterable[int], most: int) -> list[int]:
-    """The first of `stages` that are not next to each other."""
-    chosen: list[int] = []
-    for stage in stages:
-        if len(chosen) < most and all(abs(stage - other) > 2 for other in chosen):
-            chosen.append(stage)
-    return chosen
-
-
 def _refined(
     dag: Dag, budget_bytes: int, pivots: tuple[int, ...], crowded: frozenset[Rerun], reruns: frozenset[Rerun]
 ) -> tuple[tuple[int, ...], frozenset[Rerun]]:
     """The moments and the crowded runs, with all re-runs at which the schedule is over the budget, and the moment where it is furthest."""
     sequence = runs(dag, reruns)
     over = sorted((-held, run) for run, held in zip(sequence, memory(dag, sequence)) if held > budget_bytes)
-    added = _apart([stage for _, (stage, _) in over if stage not in pivots], REFINED)
+    added = apart([stage for _, (stage, _) in over if stage not in pivots], REFINED)
     return tuple(sorted({*pivots, *added})), crowded.union(run for _, run in over if run[0] != run[1])
 
 
