@@ -23,6 +23,8 @@ from profiles.schema import Profile
 SOLVER = "solver"
 TOGETHER = 2
 """budgets that are planned one after the other before two processes share the others: keep-all, and one at which columns are priced"""
+SENDING = 0.3
+"""seconds in which the next of several plans that are there is sent"""
 Stage = Callable[[str, int, int], None]
 
 
@@ -140,8 +142,8 @@ class _Table:
     found: dict[tuple[int, str], _Cell] = field(default_factory=dict)
 
     def fill(self) -> None:
-        """From the largest budget down, so that columns of roomy plans are there for tight ones; after the first `TOGETHER`, every
-        other one in a process beside this one.
+        """From the largest budget down, so that columns of roomy plans are there for tight ones; after the first `TOGETHER`, the
+        tighter half of the others in a process beside this one.
         """
         downwards = self.budgets[::-1]
         self._work(downwards[:TOGETHER])
@@ -151,13 +153,18 @@ class _Table:
             self._work(downwards[TOGETHER:])
             return
         with Beside(lambda: itertools.chain.from_iterable(map(self._cells, there))) as beside:
-            if our_cores() == 1:
-                # One after the other, so that each has the core while its time runs.
+            try:
+                if our_cores() == 1:
+                    # One after the other, so that each has the core while its time runs.
+                    self._wait(beside)
+                self._work(here, beside)
                 self._wait(beside)
-            self._work(here, beside)
-            self._wait(beside)
+            except KeyboardInterrupt:
+                for other in beside.arrived(SENDING):
+                    self._note(other)
+                raise
         # What failed there fails here again, and says why.
-        self._work([one for one in there if any((one, policy) not in self.found for policy in self.policies)])
+        self._work(there)
 
     def _work(self, budgets: Sequence[int], beside: Beside[_Cell] | None = None) -> None:
         for budget in budgets:
@@ -167,23 +174,28 @@ class _Table:
                     self._note(other)
 
     def _wait(self, beside: Beside[_Cell]) -> None:
-        for other in beside.arrived(all_=True):
+        self.tell(len(self.found))
+        for other in beside.arrived(patience=None):
             self._note(other)
             self.tell(len(self.found))
 
     def _note(self, cell: _Cell) -> None:
-        where = cell.plan.budget_bytes, cell.plan.policy
-        if where not in self.found and self.planned is not None:
+        self.found[cell.plan.budget_bytes, cell.plan.policy] = cell
+        if self.planned is not None:
             self.planned(cell.plan)
-        self.found[where] = cell
 
     def _cells(
         self, budget: int, *, solving: Progress | None = None, tell: Callable[[int], None] | None = None
     ) -> Iterator[_Cell]:
-        """The plans at one budget, the solver's first: what it proves is what the gaps of fixed rules are to. `tell` comes before each."""
+        """The plans at one budget that are not there yet, the solver's first: what it proves is what the gaps of fixed rules are to.
+        `tell` comes before each.
+        """
         planner, limit = self.planner, self.time_limit
-        solved: float | None = None
+        known = self.found.get((budget, SOLVER))
+        solved = None if known is None else known.bound_seconds
         for policy in sorted(self.policies, key=lambda name: name != SOLVER):
+            if (budget, policy) in self.found:
+                continue
             if tell is not None:
                 tell(len(self.found))
             if policy == SOLVER:

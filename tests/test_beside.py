@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from synthetic import small_chain
 
 import planner.compare
-from planner.beside import Beside
+from planner.beside import Beside, can_be_copied
 from planner.compare import compare
 from planner.plan import Planner
 
@@ -23,28 +24,15 @@ PATIENCE = 20.0
 
 
 def gone(pid):
-    """Whether a process has ended, within some seconds."""
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def gone_now(pid):
+    """Whether nothing is left of a process."""
     return not Path(f"/proc/{pid}").exists()
 
 
 def test_answers_come_in_order():
     with Beside(lambda: map(str, range(100))) as beside:
-        assert list(beside.arrived(all_=True)) == [str(number) for number in range(100)]
+        assert list(beside.arrived(patience=None)) == [str(number) for number in range(100)]
         assert list(beside.arrived()) == []
-        assert list(beside.arrived(all_=True)) == []
+        assert list(beside.arrived(patience=None)) == []
 
 
 def test_nobody_waits_until_an_answer_is_taken(tmp_path):
@@ -60,14 +48,14 @@ def test_nobody_waits_until_an_answer_is_taken(tmp_path):
         while not (tmp_path / "all").exists():
             assert time.monotonic() < until
             time.sleep(0.01)
-        assert [answer[0] for answer in beside.arrived(all_=True)] == [0, 1, 2, 3, 4]
+        assert [answer[0] for answer in beside.arrived(patience=None)] == [0, 1, 2, 3, 4]
 
 
 def test_a_copy_is_as_this_process_was():
     there = {"before"}
     with Beside(lambda: [sorted(there)]) as beside:
         there.add("since")
-        assert list(beside.arrived(all_=True)) == [["before"]]
+        assert list(beside.arrived(patience=None)) == [["before"]]
 
 
 @pytest.mark.parametrize("error", [ValueError, MemoryError])
@@ -77,7 +65,7 @@ def test_a_copy_that_fails_ends_with_what_it_has_sent(error, capfd):
         raise error("for the test")
 
     with Beside(answers) as beside:
-        assert list(beside.arrived(all_=True)) == [1]
+        assert list(beside.arrived(patience=None)) == [1]
     assert capfd.readouterr().err == ""
 
 
@@ -88,7 +76,7 @@ def test_a_copy_that_is_killed_ends_too():
         yield 0
 
     with Beside(answers) as beside:
-        arrived = beside.arrived(all_=True)
+        arrived = beside.arrived(patience=None)
         os.kill(next(arrived), signal.SIGKILL)
         assert list(arrived) == []
 
@@ -103,8 +91,8 @@ def test_it_is_gone_afterwards_whatever_it_was_doing():
 
     def fail():
         with Beside(answers) as beside:
-            pids.append(next(beside.arrived(all_=True)))
-            assert not gone_now(pids[0])
+            pids.append(next(beside.arrived(patience=None)))
+            assert not gone(pids[0])
             raise ForTheTest
 
     pids = []
@@ -119,34 +107,94 @@ def test_where_there_is_no_process_more_no_answers_come(monkeypatch):
 
     monkeypatch.setattr(os, "fork", fork)
     with Beside(lambda: [1]) as beside:
-        assert list(beside.arrived(all_=True)) == []
+        assert list(beside.arrived(patience=None)) == []
+
+
+def test_where_there_is_no_file_more_no_answers_come(monkeypatch):
+    def pipe():
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "pipe", pipe)
+    with Beside(lambda: [1]) as beside:
+        assert list(beside.arrived(patience=None)) == []
 
 
 def test_ctrl_c_is_not_for_the_copy():
     def answers():
         os.kill(os.getpid(), signal.SIGINT)
-        yield signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        yield "goes on"
 
+    before = signal.getsignal(signal.SIGINT)
     with Beside(answers) as beside:
-        assert list(beside.arrived(all_=True)) == [True]
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        assert list(beside.arrived(patience=None)) == ["goes on"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_while_it_is_copied_ends_the_copy(monkeypatch):
+    """As the terminal sends it: to both."""
+    fork, pids = os.fork, []
+
+    def interrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        pid = fork()
+        pids.append(pid)
+        os.kill(pid or os.getpid(), signal.SIGINT)
+        return pid
+
+    def enter():
+        with Beside(lambda: itertools.repeat(time.sleep(600))):
+            raise AssertionError("it was not raised")
+
+    monkeypatch.setattr(os, "fork", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        enter()
+    assert len(pids) == 1
+    assert gone(pids[0])
+
+
+def test_an_answer_that_was_cut_short_is_the_last():
+    with Beside(lambda: ["one", "two"]) as beside:
+        assert beside._receiver.poll(PATIENCE)
+        receive = beside._receiver.recv
+        beside._receiver.recv = lambda: signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            list(beside.arrived(patience=None))
+        beside._receiver.recv = receive
+        assert list(beside.arrived(patience=None)) == []
+
+
+@pytest.mark.parametrize("daemon", [False, True])
+def test_only_daemons_may_be_there(daemon):
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait, daemon=daemon)
+    thread.start()
+    try:
+        assert can_be_copied() is daemon
+    finally:
+        ended.set()
+        thread.join()
+    assert can_be_copied()
 
 
 def test_it_does_not_outlive_this_process():
     script = (
         "import os, time\nfrom planner.beside import Beside\n"
         "def answers():\n    yield os.getpid()\n    time.sleep(600)\n"
-        "with Beside(answers) as beside:\n    print(next(beside.arrived(all_=True)), flush=True)\n    time.sleep(600)\n"
+        "with Beside(answers) as beside:\n    print(next(beside.arrived(patience=None)), flush=True)\n    time.sleep(600)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
-        assert not gone_now(pid)
+        assert not gone(pid)
     finally:
         process.kill()
         process.communicate()
-    assert gone(pid)
+    until = time.monotonic() + PATIENCE
+    while not gone(pid):
+        # Whoever adopts it gives it back.
+        assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z" or time.monotonic() < until
+        time.sleep(0.01)
 
 
 # --- comparisons -------------------------------------------------------------------------------------------------------
@@ -159,7 +207,7 @@ def profile():
 
 @pytest.fixture(scope="module")
 def budgets(profile):
-    """Smallest first; what is planned beside are the first three."""
+    """Smallest first; what is planned beside are the first two."""
     smallest = Planner(profile).minimum_bytes()
     return [int(smallest * (1 + 0.04 * step)) for step in range(7)]
 
@@ -197,39 +245,44 @@ def test_a_comparison_is_complete_and_each_plan_told_once(profile, budgets, comp
     assert gone(pids[0])
 
 
-@pytest.mark.parametrize("alone", ["one core", "killed", "in a thread"])
+def test_on_one_core_a_comparison_is_the_same_and_one_process_works_at_a_time(profile, budgets, compared, monkeypatch):
+    monkeypatch.setattr(planner.compare, "our_cores", lambda: 1)
+    planned = []
+    again = compare(profile, budgets, ["solver", "mebp"], planned=lambda plan: planned.append(plan.budget_bytes))
+    assert list(dict.fromkeys(planned)) == [*budgets[:-3:-1], *budgets[1::-1], *budgets[4:1:-1]]
+    assert told(again) == told(compared)
+
+
+@pytest.mark.parametrize("alone", ["killed at once", "killed after its first plan", "in a thread"])
 def test_a_comparison_without_another_process(profile, budgets, compared, monkeypatch, alone):
-    """On one core the same; where the other process is killed the rest is planned here, and so from other columns."""
-    if alone == "one core":
-        monkeypatch.setattr(planner.compare, "our_cores", lambda: 1)
-        assert told(compare(profile, budgets, ["solver", "mebp"])) == told(compared)
-        return
+    """What the other process does not plan is planned here, and so from other columns."""
     planned, results = [], []
-    if alone == "killed":
 
-        class Killed(Beside):
-            def __enter__(self):
-                entered = super().__enter__()
-                self._process.kill()
-                return entered
-
-        monkeypatch.setattr(planner.compare, "Beside", Killed)
+    def work():
         results.append(compare(profile, budgets, ["solver", "mebp"], planned=planned.append))
-    else:
+
+    class Killed(Beside):
+        def arrived(self, patience=0.0):
+            first = itertools.islice(super().arrived(None), int(alone != "killed at once"))
+            yield from () if not self._process.is_alive() else first
+            self._process.kill()
+            self._process.join()
+
+    if alone == "in a thread":
         monkeypatch.setattr(planner.compare, "Beside", None)
-
-        def work():
-            results.append(compare(profile, budgets, ["solver", "mebp"], planned=planned.append))
-
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
+    else:
+        monkeypatch.setattr(planner.compare, "Beside", Killed)
+        work()
     (result,) = results
     assert len(planned) == len(result.plans) == 2 * len(budgets)
     for mine, other in zip(result.plans, compared.plans):
         assert mine.status == other.status
         assert mine.peak_bytes <= mine.budget_bytes
         assert mine.step_seconds == pytest.approx(other.step_seconds, rel=0.01)
+        assert mine.gap == pytest.approx(other.gap, abs=0.01)
 
 
 def test_an_error_of_the_other_process_is_raised_here(profile, budgets, monkeypatch):
@@ -246,23 +299,60 @@ def test_an_error_of_the_other_process_is_raised_here(profile, budgets, monkeypa
 
 
 def test_an_interrupted_comparison_keeps_what_the_other_process_sent(profile, budgets, monkeypatch):
-    made = []
+    """All of it, though a pipe holds no more than one of its plans."""
+    beside = []
 
     class Seen(Beside):
         def __enter__(self):
-            made.append(self)
+            beside.append(self)
             return super().__enter__()
 
-    monkeypatch.setattr(planner.compare, "Beside", Seen)
+    def answers(self, budget, **options):
+        yield from cells(self, budget, **options)
+        if beside and not beside[0]._process and budget == budgets[0]:
+            sent.write_bytes(b"")
+            time.sleep(600)
+
     waited = []
 
     def interrupt(what, done, total):
         if waited:
             raise KeyboardInterrupt
-        if made:
-            waited.append(made[0]._receiver.poll(PATIENCE))
+        if beside:
+            until = time.monotonic() + PATIENCE
+            while not sent.exists() and time.monotonic() < until:
+                time.sleep(0.01)
+            waited.append(done)
 
+    cells = planner.compare._Table._cells
+    with tempfile.TemporaryDirectory() as folder:
+        sent = Path(folder) / "sent"
+        monkeypatch.setattr(planner.compare._Table, "_cells", answers)
+        monkeypatch.setattr(planner.compare, "Beside", Seen)
+        monkeypatch.setattr(planner.compare, "our_cores", lambda: 2)
+        result = compare(profile, budgets, ["solver"], progress=interrupt)
+        assert sent.exists()
+    assert waited == [2]
+    # The two before, one here, and both of the other process.
+    assert [plan.budget_bytes for plan in result.plans] == [*budgets[:2], *budgets[4:]]
+
+
+def test_ctrl_c_in_the_last_plan_here_does_not_wait_for_the_other_process(profile, budgets, monkeypatch):
+    """The planner makes its best plan of it; the display raises it again."""
+    seen, plan = [], Planner.plan
+
+    def interrupted(self, budget, **options):
+        if budget in budgets[:2]:
+            time.sleep(600)
+        if budget == budgets[2]:
+            seen.append(budget)
+        return plan(self, budget, **options)
+
+    def interrupt(what, done, total):
+        if seen:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Planner, "plan", interrupted)
+    monkeypatch.setattr(planner.compare, "our_cores", lambda: 2)
     result = compare(profile, budgets, ["solver"], progress=interrupt)
-    assert waited == [True]
-    assert {plan.budget_bytes for plan in result.plans} & set(budgets[:3])
-    assert set(budgets[-3:]) <= {plan.budget_bytes for plan in result.plans}
+    assert [plan.budget_bytes for plan in result.plans] == budgets[2:]

@@ -24,9 +24,9 @@ class Settings:
     hub: bool = False
     """whether requests may name models on the hub, which are downloaded then"""
     workers: int = 2
-    """plans and comparisons solved at once"""
+    """plans and comparisons solved at once, a comparison by two processes"""
     solve_bytes: int = 4 << 30
-    """private memory of one solving process (RLIMIT_DATA)"""
+    """private memory of one solving process (RLIMIT_DATA); a comparison has two"""
     time_limit_seconds: float = 300.0
     """the longest time limit that a request may set for one plan"""
     job_seconds: float = 3600.0
