@@ -370,7 +370,9 @@ def serve(
     ] = None,
     hub: Annotated[bool, typer.Option("--hub", help="Let requests name models on the hub, to be downloaded.")] = False,
     workers: Annotated[int, typer.Option(help="Plans solved at once.")] = 2,
-    memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory that one solving process may take; a comparison has two.")] = "4GiB",
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory that one solving process may take; a comparison has two.")
+    ] = "4GiB",
     keep_days: Annotated[float, typer.Option(help="Days after which unused results are removed.")] = 30.0,
     keep: Annotated[str, typer.Option(metavar="SIZE", help="Disk that results may take.")] = "20GiB",
     debug: Debug = False,
