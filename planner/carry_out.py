@@ -20,10 +20,12 @@ from planner.packing import Stretch
 from planner.segments import Segments
 from planner.windows import Column
 
-FREE = (0.0, 0.03, 0.07)
-"""shares of the arena that transfers moved by counting bytes leave to gaps, one after the other until all find a place"""
 LOCAL = 2
-"""further orders, which leave none but are as drafted where places were short"""
+"""orders of transfers that are as drafted where places were short for the one before, and else moved with all the room"""
+NEARLY = 1.005
+"""times the seconds of what was moved with all the room everywhere: no other way is tried where such an order takes no more"""
+FREE = (0.03, 0.07)
+"""shares of the arena that transfers moved by counting bytes leave to gaps, one after the other until all find a place"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,9 @@ def _carry_out(
         found = best_order(facts, inputs, partial(Bytes, facts, most), deadline)
         return None if found is None or any(found[0] == order for order, _ in tried) else found[0]
 
+    def seconds_of(order: list[int]) -> float:
+        return clock([joined.train[index] for index in order], inputs).seconds
+
     def placed_in(order: list[int]) -> Schedule | None:
         train = tuple(joined.train[index] for index in order)
         short: list[Stretch] = []
@@ -115,39 +120,48 @@ def _carry_out(
             return None
         return _schedule(part, joined, train, arena_of(items, height, len(train)), charged)
 
-    for most in dict.fromkeys(max(live, int((1 - share) * room)) for share in FREE):
-        if tried and time.monotonic() > deadline:
-            break
-        order = moved(most)
-        schedule = None if order is None else placed_in(order)
-        if schedule is not None:
-            return schedule, schedule.arena.bytes - room
-    # What moved has made gaps: as drafted, and moved as far as what is placed then allows.
-    train, arena = overlap_in_place(joined, inputs, room, deadline, placed)
-    excess = arena.bytes - room
-    if excess > 0:
-        return None, excess
-    in_place = _schedule(part, joined, train, arena, charged)
-    if not tried:
-        return in_place, excess
-    # Or moved wherever there is room, but for where places were short: what is drafted there has them.
+    def late() -> bool:
+        return time.monotonic() > deadline
+
+    order = moved(room)
+    found = None if order is None else placed_in(order)
+    if found is not None:
+        return found, found.arena.bytes - room
+    # Moved wherever there is room, but for where places were short: what is drafted there has them.
     allowed = np.full(len(joined.train), room)
-    before, short = tried[0]
-    for _ in range(LOCAL):
+    while tried and len(tried) <= LOCAL and not late():
+        before, short = tried[-1]
         # The search for places that came farthest needs the least to get through; an evaluation's transfers do not move.
         first, last = max(short, default=(0, -1))
         clipped = before[first : last + 1]
-        if not (allowed[clipped] > facts.live[clipped]).any() or time.monotonic() > deadline:
+        if not (allowed[clipped] > facts.live[clipped]).any():
             break
         allowed[clipped] = facts.live[clipped]
         order = moved(allowed)
-        if order is None or clock([joined.train[index] for index in order], inputs).seconds >= in_place.seconds:
+        if order is None:
             break
-        schedule = placed_in(order)
-        if schedule is not None:
-            return schedule, schedule.arena.bytes - room
-        before, short = tried[-1]
-    return in_place, excess
+        found = placed_in(order)
+        if found is not None:
+            break
+    if found is not None and found.seconds <= NEARLY * seconds_of(tried[0][0]):
+        return found, found.arena.bytes - room
+    for most in dict.fromkeys(max(live, int((1 - share) * room)) for share in FREE):
+        if tried and late():
+            break
+        order = moved(most)
+        if order is None or (found is not None and seconds_of(order) >= found.seconds):
+            continue
+        spread = placed_in(order)
+        if spread is not None:
+            return spread, spread.arena.bytes - room
+    # What moved has made gaps: as drafted, and moved as far as what is placed then allows.
+    if found is None or not late():
+        train, arena = overlap_in_place(joined, inputs, room, deadline, placed)
+        if arena.bytes > room:
+            return found, arena.bytes - room
+        in_place = _schedule(part, joined, train, arena, charged)
+        found = in_place if found is None or in_place.seconds < found.seconds else found
+    return found, found.arena.bytes - room
 
 
 def smallest_arena(problem: Layered, columns: tuple[Column, ...], deadline: float = float("inf")) -> Schedule:
