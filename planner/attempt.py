@@ -20,6 +20,8 @@ RESERVE = 0.01
 """share of the limit left to gaps of the arena and to transfers, at first"""
 CHOICES = 5
 """such shares tried"""
+MORE = 5
+"""times as much is left free where a plan waits for the disk"""
 CLOSE = 1.2
 """ratio of two shares between which no other is worth trying"""
 CARRY_SECONDS = 2.2e-4
@@ -110,29 +112,32 @@ class Attempt:
         """Choose whole columns and carry them out, leaving more of the limit free until they find their places.
 
         Once they do, one more choice leaves more free where the plan waits for the disk, and less where it does not; others
-        follow as long as the plan gets faster and still waits for most of what it is slower than it could be. Between one that
-        waits and one that does not the others halve what lies there.
+        follow as long as the plan still waits for most of what it is slower than it could be, and got faster but for once. What leaves
+        that much free is priced anew: columns that do without it are others. Between one that waits and one that does not,
+        or between one that waits and what nothing leaves free, the others halve what lies there.
         Raises TimeoutError where time is up before any columns are chosen.
         """
         share = self.reserve
         most = reserve = share
         waiting = idle = 0
         """shares with which plans wait for the disk, and do not"""
-        exhausted = False
+        exhausted = slower = False
         before: tuple[Column, ...] = ()
         for _ in range(choices):
             if not self.carries_in_time():
                 self.timely = False
                 break
+            if waiting:
+                self._price(search, reserve)
             chosen = search.choose(self.limit - reserve)
             if chosen == before:
                 reserve += 2 * share
                 chosen = search.choose(self.limit - reserve)
             self.timely = self.timely and search.timely
             if chosen is None:
-                if self.found or exhausted:
+                if exhausted or (self.found and reserve <= CLOSE * most):
                     break
-                reserve, exhausted = 0, True
+                reserve, exhausted = math.isqrt(most * reserve) if self.found else 0, True
                 continue
             fastest, before = self.best, chosen
             schedule, excess = self.carry(chosen, search.relaxation.segments)
@@ -151,7 +156,20 @@ class Attempt:
                 if idle <= CLOSE * waiting:
                     break
                 reserve = math.isqrt(waiting * idle)
-            elif fastest is None or (waits and schedule.seconds < fastest.seconds):
-                reserve = 3 * reserve if waits else reserve // 4
+            elif waits:
+                faster = fastest is None or schedule.seconds < fastest.seconds
+                if slower and not faster:
+                    break
+                slower = slower or not faster
+                reserve = MORE * reserve
+            elif fastest is None:
+                reserve //= 4
             else:
                 break
+
+    def _price(self, search: Search, reserve: int) -> None:
+        """Price columns for a limit that leaves `reserve` free, as far as plans of them may be faster than the best so far."""
+        worth = min((schedule.seconds for schedule in self.found), default=math.inf)
+        within = replace(search, limit_bytes=self.limit - reserve, progress=None, worth_seconds=worth)
+        within.columns()
+        self.timely = self.timely and within.timely

@@ -40,7 +40,7 @@ RULES_SHARE = 0.05
 """of the time limit, at most: left to carry out a fixed rule that may be faster"""
 EARLY_GAP = 3e-3
 """of a mixture to its bound, up to which whole columns near it may make a good plan"""
-EARLY_CHOICES = 2
+EARLY_CHOICES = 4
 """of what a local search makes of the columns known so far"""
 CAREFUL_TOLERANCE = 8e-3
 """of the search for columns that only guides the choice and proves nothing"""
