@@ -111,61 +111,67 @@ class Attempt:
     def choose(self, search: Search, choices: int = CHOICES) -> None:
         """Choose whole columns and carry them out, leaving more of the limit free until they find their places.
 
-        Once they do, one more choice leaves more free where the plan waits for the disk, and less where it does not; others
-        follow as long as the plan still waits for most of what it is slower than it could be, and got faster but for once. What leaves
-        that much free is priced anew: columns that do without it are others. Between one that waits and one that does not,
-        or between one that waits and what nothing leaves free, the others halve what lies there.
-        Raises TimeoutError where time is up before any columns are chosen.
+        Once they do, other choices leave more free as long as the plan waits for the disk for most of what it is slower than it could
+        be, and got faster but for once; or one leaves less, where it does not. What leaves so much free is priced anew: columns that
+        do without it are others. Between one that waits and one that does not, or what nothing leaves free, the others halve what lies
+        there. Raises TimeoutError where time is up before any columns are chosen.
         """
         share = self.reserve
         most = reserve = share
         waiting = idle = 0
-        """shares with which plans wait for the disk, and do not"""
+        """shares with which plans wait for the disk, and do not, or there are none"""
         exhausted = slower = False
         before: tuple[Column, ...] = ()
-        for _ in range(choices):
+        while choices:
             if not self.carries_in_time():
                 self.timely = False
                 break
             if waiting:
                 self._price(search, reserve)
             chosen = search.choose(self.limit - reserve)
-            if chosen == before:
+            if chosen == before and not idle:
                 reserve += 2 * share
                 chosen = search.choose(self.limit - reserve)
             self.timely = self.timely and search.timely
+            fastest = self.best
             if chosen is None:
-                if exhausted or (self.found and reserve <= CLOSE * most):
+                if fastest is None:
+                    if exhausted:
+                        break
+                    reserve, exhausted = 0, True
+                    continue
+                idle = reserve
+            elif chosen == before:
+                waiting = reserve
+            else:
+                before = chosen
+                choices -= 1
+                schedule, excess = self.carry(chosen, search.relaxation.segments)
+                if schedule is None:
+                    reserve += max(3 * excess // 2, share // 2)
+                    if fastest is not None and reserve >= most:
+                        break
+                    continue
+                search.report("carried out", schedule.seconds, self.bound)
+                if schedule.seconds - self.bound <= GOOD * schedule.seconds:
                     break
-                reserve, exhausted = math.isqrt(most * reserve) if self.found else 0, True
-                continue
-            fastest, before = self.best, chosen
-            schedule, excess = self.carry(chosen, search.relaxation.segments)
-            if schedule is None:
-                reserve += max(3 * excess // 2, share // 2)
-                if self.found and reserve >= most:
+                most = reserve
+                if schedule.stalls > (schedule.seconds - self.bound) / 2:
+                    waiting = reserve
+                    faster = fastest is None or schedule.seconds < fastest.seconds
+                    if slower and not (faster or idle):
+                        break
+                    slower = not faster
+                elif fastest is None or waiting:
+                    idle = reserve
+                else:
                     break
-                continue
-            search.report("carried out", schedule.seconds, self.bound)
-            waits = schedule.stalls > (schedule.seconds - self.bound) / 2
-            if schedule.seconds - self.bound <= GOOD * schedule.seconds:
-                break
-            most = reserve
-            waiting, idle = (reserve, idle) if waits else (waiting, reserve)
             if waiting and idle:
                 if idle <= CLOSE * waiting:
                     break
                 reserve = math.isqrt(waiting * idle)
-            elif waits:
-                faster = fastest is None or schedule.seconds < fastest.seconds
-                if slower and not faster:
-                    break
-                slower = slower or not faster
-                reserve = MORE * reserve
-            elif fastest is None:
-                reserve //= 4
             else:
-                break
+                reserve = MORE * reserve if waiting else reserve // 4
 
     def _price(self, search: Search, reserve: int) -> None:
         """Price columns for a limit that leaves `reserve` free, as far as plans of them may be faster than the best so far."""
