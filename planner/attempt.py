@@ -20,8 +20,8 @@ RESERVE = 0.01
 """share of the limit left to gaps of the arena and to transfers, at first"""
 CHOICES = 5
 """such shares tried"""
-MORE = 5
-"""times as much is left free where a plan waits for the disk"""
+MORE, TWICE = 0.05, 2
+"""share of the limit left free, at least, where a plan waits for the disk, and how many times what it leaves free"""
 CLOSE = 1.2
 """ratio of two shares between which no other is worth trying"""
 CARRY_SECONDS = 2.2e-4
@@ -171,7 +171,7 @@ class Attempt:
                     break
                 reserve = math.isqrt(waiting * idle)
             else:
-                reserve = MORE * reserve if waiting else reserve // 4
+                reserve = max(TWICE * reserve, int(MORE * self.limit)) if waiting else reserve // 4
 
     def _price(self, search: Search, reserve: int) -> None:
         """Price columns for a limit that leaves `reserve` free, as far as plans of them may be faster than the best so far."""

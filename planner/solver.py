@@ -271,6 +271,8 @@ class Solver:
             progress=attempt.progress,
         )
         early = replace(attempt, found=[])
+        chosen = False
+        """whether whole columns near the relaxed mixture have been chosen"""
         try:
             early.bound = attempt.bound = max(attempt.bound, relaxed.bound(self.relaxed.proven(attempt.limit)))
             if self.found and not self._by_clock:
@@ -283,27 +285,33 @@ class Solver:
                 early.bound = attempt.bound = max(attempt.bound, relaxed.bound(lower))
                 for search in (careful, relaxed):
                     if not early.near(attempt.bound, GOOD):
-                        self._early(early, search)
+                        chosen = self._early(early, search)
             if not early.near(attempt.bound, GOOD):
                 careful.worth_seconds = min(
                     (one.seconds for one in (*attempt.found, *early.found)), default=float("inf")
                 )
-                self._carefully(attempt, relaxed, careful)
+                self._carefully(attempt, relaxed, careful, chosen=chosen)
         finally:
             attempt.found += early.found
             attempt.timely = attempt.timely and early.timely
 
-    def _early(self, attempt: Attempt, search: Search) -> None:
-        """Two choices of the columns known so far by a local search alone, where a mixture of them comes near the bound."""
+    def _early(self, attempt: Attempt, search: Search) -> bool:
+        """A few choices of the columns known so far by a local search alone, where a mixture of them comes near the bound; whether
+        there was one.
+        """
         quick = replace(search, deadline=attempt.deadline, thorough=False)
         seconds, fits = quick.relaxed_seconds(attempt.limit - attempt.reserve)
+        known = len(attempt.found)
         if fits and seconds - attempt.bound <= EARLY_GAP * seconds:
             attempt.choose_anew(quick, EARLY_CHOICES)
+        return len(attempt.found) > known
 
-    def _carefully(self, attempt: Attempt, relaxed: Search, careful: Search) -> None:
-        """Columns priced under rows that plans can really keep, or where memory is short for these, under the others."""
-        short = not careful.holds()
-        if short:
+    def _carefully(self, attempt: Attempt, relaxed: Search, careful: Search, *, chosen: bool) -> None:
+        """Columns priced under rows that plans can really keep, or where memory is short for these, under the others unless they are
+        `chosen` already.
+        """
+        short = chosen or not careful.holds()
+        if short and not chosen:
             # Memory is short for looking ahead, and columns that save some are slow to find: first of all a plan.
             relaxed.deadline = attempt.deadline
             attempt.choose(relaxed)

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from benchmarks.shapes import decoder_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import MIB, decoder_like, device
@@ -323,7 +324,7 @@ def test_where_places_are_short_nothing_moves_and_elsewhere_all_does(crowded, co
     assert len(orders) == 2 + count
     for turn in range(1, count + 1):
         clipped = {index for stretch in stretches[-turn:] for index in stretch}
-        limit = limits[-1 - count + turn]
+        limit = limits[1 + turn]
         held = set(np.flatnonzero(limit == live).tolist())
         # What has moved in between lies in the way as well.
         assert clipped <= held
@@ -361,3 +362,14 @@ def test_where_a_rule_fits_no_limit_says_that_nothing_does(decoder, policy):
     assert made.status != "infeasible"
     assert made.peak_bytes <= least.peak_bytes
     assert made.gap == pytest.approx(1 - made.bound_seconds / made.step_seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [1.05, 1.07])
+def test_near_the_smallest_budget_transfers_find_room(share):
+    """Columns that leave some free are priced where a plan of the others waits for the disk."""
+    profile = decoder_profile(16)
+    planner = Planner(profile)
+    made = Planner(profile).plan(int(share * planner.minimum_bytes(time_limit=100)), time_limit=60)
+    assert made.gap < 0.005
+    assert made.train.stall_seconds < 0.002 * made.step_seconds
