@@ -186,9 +186,9 @@ def report_text(report: dict[str, Any]) -> RenderableType:
         format_size(peak["measured"]),
         f"{peak['measured'] / peak['predicted']:.4f}",
     )
-    table.add_row(
-        "step", f"{step['predicted']:.3f} s", f"{step['measured']:.3f} s", f"{step['measured'] / step['predicted']:.3f}"
-    )
+    taken = step["measured"]  # None where the metrics of a resumed run are lost
+    ratio = f"{taken / step['predicted']:.3f}" if taken else "–"
+    table.add_row("step", f"{step['predicted']:.3f} s", f"{taken:.3f} s" if taken else "–", ratio)
     cap = "the kernel (memory cgroup)" if report["enforced_by"] == "cgroup" else "the process's own meter"
     rows = [
         ("cap", f"{format_size(report['budget_bytes'])}, enforced by {cap}"),

@@ -351,6 +351,8 @@ def run(
             progress=training,
             stages=training.stage,
         )
+    if not training.stepped:
+        console.print(f"already done: {output} has all {steps} steps; give more --steps to go on", markup=False)
     _answer(report, answers.report_text(report), as_json)
 
 

@@ -24,9 +24,9 @@ from profiles.errors import CapError, InputError, RunError, TightfitError
 from profiles.units import format_size
 from runtime import job as jobs
 from runtime.admission import Stages, check_machine, check_options, check_schedule, conditions, find_store
-from runtime.batches import write_batches
+from runtime.batches import open_batches, write_batches
 from runtime.cgroup import MemoryCgroup
-from runtime.checkpoint import find_checkpoints, partial_directories
+from runtime.checkpoint import find_checkpoints, load_latest, partial_directories
 from runtime.optimizer import OPTIMIZERS
 from runtime.process import child_environment, command
 from runtime.report import Observed, build_report
@@ -65,6 +65,7 @@ def run(
 
     `data` is a JSON-lines file, a directory of them, ``random``, or, for a module, an iterable of batches (tuples of
     tensors). With `eval_data`, the model is evaluated before and after. `cgroup=False` leaves enforcement to the meter.
+    With `resume`, a run that has taken all `steps` already answers with its report and changes nothing.
     `profile_step` adds to the report where the seconds of the third step went, operator by operator.
 
     Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a schedule,
@@ -76,7 +77,7 @@ def run(
     check_machine(plan)
     check_schedule(plan)
     store = find_store(plan, stages)
-    replaced = _open_directory(directory, resume=resume, overwrite=overwrite)
+    replaced = _open_directory(directory, steps, resume=resume, overwrite=overwrite)
     train = _prepare(plan, data, directory, "train", truncate=truncate, seed=seed, stages=stages)
     evaluation = (
         None
@@ -110,6 +111,8 @@ def run(
         "profile_step": profile_step,
         "conditions": conditions(plan, asdict(optimizer), seed),
     }
+    if resume and (finished := _finished(directory, settings)):
+        return finished
     compiled = jobs.compile_job(plan.model_dump(), settings)
     path = directory / "job"
     try:
@@ -235,21 +238,42 @@ def _raise_for(code: int, observed: Observed, plan: Plan, group: MemoryCgroup | 
     raise RunError(f"the training process {how}{words}; {saved}")
 
 
-def _open_directory(directory: Path, *, resume: bool, overwrite: bool) -> list[Path]:
+def _open_directory(directory: Path, steps: int, *, resume: bool, overwrite: bool) -> list[Path]:
     """Make the output directory; returns what an earlier run left in it and is to be replaced."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         found = [path for name in RESULTS if (path := directory / name).exists() and path.stat().st_size]
-        found += [Path(path) for _, path in find_checkpoints(str(directory))]
+        checkpoints = find_checkpoints(str(directory))
+        found += [Path(path) for _, path in checkpoints]
         if found and not resume and not overwrite:
             raise InputError(
                 f"{directory} holds an earlier run ({found[0].name}); continue it with --resume, replace it with --overwrite, or choose another directory"
+            )
+        if resume and checkpoints and (reached := checkpoints[-1][0]) > steps:
+            raise InputError(
+                f"steps {steps}: the run in {directory} has reached step {reached}; give at least {reached}, or choose another directory"
             )
         for partial in list(partial_directories(str(directory))):
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise InputError(f"{directory}: {error.strerror}; choose another output directory") from error
     return [] if resume else found
+
+
+def _finished(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The report of a run that has taken all of its steps already. Raises InputError where it was another run."""
+    batches = open_batches(settings["data"], settings["seed"])
+    batches.close()
+    expected = {**settings["conditions"], "data": batches.fingerprint}
+    found = load_latest(str(directory), json.loads(json.dumps(expected)))  # as the child reads it
+    try:
+        report = json.loads((directory / "report.json").read_text())
+        done = found.step == settings["steps"] == len(report["loss"])
+        evaluated = settings["evaluation"] is None or "after" in report["evaluation"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    trained = any((directory / name).is_dir() for name in ("adapter", "model"))
+    return report if done and evaluated and trained else None
 
 
 def _prepare(

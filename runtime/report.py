@@ -67,13 +67,17 @@ def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by
     """
     spent = observed.spent[1:] or observed.spent
     measured = {name: statistics.median(s[name] for s in spent) for name in spent[0]} if spent else {}
+    lines = read_metrics(directory / "metrics.jsonl")
+    seconds, first = observed.seconds, observed.resumed_step
+    if not seconds:  # all steps were taken before
+        seconds, first = [line["seconds"] for line in lines], 0
     report: dict[str, Any] = {
         "budget_bytes": plan.budget_bytes,
         "enforced_by": enforced_by,
         "floor_bytes": plan.floor_bytes,
         "peak_bytes": {"predicted": plan.peak_bytes, "measured": observed.peak_bytes},
-        "step_seconds": {"predicted": plan.step_seconds, "measured": _step_seconds(observed, len(plan.steps))},
-        "loss": losses(directory / "metrics.jsonl"),
+        "step_seconds": {"predicted": plan.step_seconds, "measured": _step_seconds(seconds, first, len(plan.steps))},
+        "loss": [line["loss"] for line in lines],
         "adapter": observed.trained,
         "checkpoint": observed.checkpoint,
         "resumed_step": observed.resumed_step,
@@ -107,10 +111,10 @@ def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by
     return report
 
 
-def _step_seconds(observed: Observed, positions: int) -> float | None:
+def _step_seconds(taken: Sequence[float], first: int, positions: int) -> float | None:
     by_position: dict[int, list[float]] = {}
-    steady = observed.seconds[1:] or observed.seconds
-    for step, seconds in enumerate(steady, observed.resumed_step + len(observed.seconds) - len(steady)):
+    steady = taken[1:] or taken
+    for step, seconds in enumerate(steady, first + len(taken) - len(steady)):
         by_position.setdefault(step % positions, []).append(seconds)
     return statistics.mean(statistics.median(own) for own in by_position.values()) if steady else None
 
@@ -145,9 +149,9 @@ def profiled_step(message: dict[str, Any]) -> dict[str, Any]:
     return {"step": message["step"], "seconds": message["seconds"], "parts": ordered, "calls": calls}
 
 
-def losses(path: Path) -> list[float]:
-    """The loss of every step so far, resumed runs included."""
-    return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The figures of every step so far, resumed runs included."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _phase(steps: Sequence[Phase], measured_peak: int | None) -> dict[str, Any]:

@@ -193,6 +193,11 @@ class Training(Display):
         self._bars.update(self._task, completed=step, told=f"{told}\n[{colour}]{memory}[/]")
         self._line(f"step {step}/{self._steps}: {told}, {memory}", now=step == self._steps)
 
+    @property
+    def stepped(self) -> bool:
+        """Whether any step was taken."""
+        return self._task is not None
+
     def _leave_stage(self) -> None:
         if self._stage_task is not None:
             self._bars.remove_task(self._stage_task)

@@ -48,6 +48,32 @@ def test_a_full_disk_while_saving(refused, tightfit, work, tmp_path):
         assert tightfit(*run, "--steps", 3, "--resume")[0] == 0
 
 
+def test_a_finished_run_that_is_resumed_answers_with_its_report(refused, tightfit, work, tmp_path):
+    out, data = tmp_path / "out", work / "data.jsonl"
+    run = ("run", work / "plan.json", "--data", data, "--eval", data, "-o", out, "--checkpoint-every", 1, "--steps")
+    code, answer, _ = tightfit(*run, 3, "--json")
+    assert code == 0
+    before = files(out)
+    code, again, said = tightfit(*run, 3, "--resume", "--json")
+    assert (code, json.loads(again)) == (0, json.loads(answer))
+    assert said.endswith(f"already done: {out} has all 3 steps; give more --steps to go on\n")
+    assert tightfit(*run, 3, "--resume")[0] == 0
+    said = refused(2, *run, 2, "--resume")
+    assert said.startswith(f"steps 2: the run in {out} has reached step 3; give at least 3, or ")
+    assert "made with optimizer" in refused(2, *run, 3, "--resume", "--lr", 0.5)
+    assert files(out) == before
+
+
+def test_a_run_that_ended_before_its_report_is_completed_without_a_step(tightfit, work, tmp_path):
+    run = ("run", work / "plan.json", "--data", work / "data.jsonl", "-o", tmp_path, "--steps", 3)
+    assert tightfit(*run)[0] == 0
+    (tmp_path / "report.json").unlink()
+    assert tightfit(*run, "--resume")[0] == 0
+    taken = [json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["step_seconds"]["measured"] == pytest.approx(sum(taken[1:]) / 2)
+
+
 def test_a_full_disk_while_spilling(refused, tightfit, work, smallest, tmp_path):
     plan = tmp_path / "plan.json"
     save_plan(rebudgeted(smallest, budget_bytes=1 << 40), plan)
