@@ -38,12 +38,17 @@ def find_checkpoints(directory: str) -> list[tuple[int, str]]:
     return sorted((int(match[1]), os.path.join(directory, name)) for match, name in matches if match)
 
 
+def way_on(directory: str) -> str:
+    """What to do after a failure: there may be no checkpoint yet."""
+    return "continue with --resume" if find_checkpoints(directory) else "start again with --overwrite"
+
+
 def load_latest(directory: str, expected: Mapping[str, Any]) -> Found:
     """The newest checkpoint in `directory`. Raises InputError where there is none or it was made under other conditions."""
     found = find_checkpoints(directory)
     if not found:
         raise InputError(
-            f"{directory} holds no checkpoint to resume from; leave out --resume to start from the beginning"
+            f"{directory} holds no checkpoint to resume from; give --overwrite in place of --resume to start from the beginning"
         )
     step, path = found[-1]
     try:
@@ -87,7 +92,7 @@ def save(
         before = [p for s, p in find_checkpoints(directory) if s != step]
         last = f"the last good checkpoint is {before[-1]}" if before else "there is no earlier checkpoint"
         raise RunError(
-            f"saving {path} failed: {error.strerror}; {last}; free disk space and continue with --resume"
+            f"saving {path} failed: {error.strerror}; {last}; free disk space and {way_on(directory)}"
         ) from error
     for _, old in find_checkpoints(directory)[: -max(1, keep)]:
         shutil.rmtree(old, ignore_errors=True)

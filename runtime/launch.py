@@ -26,7 +26,7 @@ from runtime import job as jobs
 from runtime.admission import Stages, check_machine, check_options, check_schedule, conditions, find_store
 from runtime.batches import open_batches, write_batches
 from runtime.cgroup import MemoryCgroup
-from runtime.checkpoint import find_checkpoints, load_latest, partial_directories
+from runtime.checkpoint import find_checkpoints, load_latest, partial_directories, way_on
 from runtime.optimizer import OPTIMIZERS
 from runtime.process import child_environment, command
 from runtime.report import Observed, build_report
@@ -139,7 +139,7 @@ def _disk(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"writing to {directory} failed: {error.strerror}; free disk space and continue with --resume"
+            f"writing to {directory} failed: {error.strerror}; free disk space and {way_on(str(directory))}"
         ) from error
 
 
@@ -225,7 +225,7 @@ def _raise_for(code: int, observed: Observed, plan: Plan, group: MemoryCgroup | 
     saved = (
         f"the last checkpoint is {observed.checkpoint}, continue with --resume"
         if observed.checkpoint
-        else "no checkpoint was saved yet"
+        else "no checkpoint was saved yet, start again with --overwrite"
     )
     if code == -signal.SIGKILL and group and group.oom_kills():
         peak = max((observed.peak_bytes, observed.cgroup_peak_bytes or 0))
@@ -246,8 +246,14 @@ def _open_directory(directory: Path, steps: int, *, resume: bool, overwrite: boo
         checkpoints = find_checkpoints(str(directory))
         found += [Path(path) for _, path in checkpoints]
         if found and not resume and not overwrite:
+            way = "continue it with --resume, " if checkpoints else "it has no checkpoint to go on from, "
             raise InputError(
-                f"{directory} holds an earlier run ({found[0].name}); continue it with --resume, replace it with --overwrite, or choose another directory"
+                f"{directory} holds an earlier run ({found[0].name}); {way}replace it with --overwrite, or choose another directory"
+            )
+        if resume and not checkpoints:
+            way = "give --overwrite in place of" if found else "leave out"
+            raise InputError(
+                f"{directory} holds no checkpoint to resume from; {way} --resume to start from the beginning"
             )
         if resume and checkpoints and (reached := checkpoints[-1][0]) > steps:
             raise InputError(

@@ -13,6 +13,7 @@ import os
 import tempfile
 
 from profiles.errors import RunError
+from runtime.checkpoint import way_on
 
 BLOCK = 4096
 STAGING_BYTES = 64 << 10
@@ -85,7 +86,7 @@ class SpillFile:
                     self.direct = _set_direct(self.descriptor, on=False)
                     continue
                 raise RunError(
-                    f"spilling to {self.directory} failed: {error.strerror} ({size} bytes); free disk space and continue with --resume"
+                    f"spilling to {self.directory} failed: {error.strerror} ({size} bytes); free disk space and {way_on(self.directory)}"
                 ) from error
             if moved == 0:
                 raise RunError(f"the spill file in {self.directory} ends early, at byte {offset + done} of {self.size}")

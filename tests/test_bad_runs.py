@@ -74,6 +74,19 @@ def test_a_run_that_ended_before_its_report_is_completed_without_a_step(tightfit
     assert report["step_seconds"]["measured"] == pytest.approx(sum(taken[1:]) / 2)
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(refused, tightfit, work, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "seconds": 0.1}\n')
+    run = ("run", work / "plan.json", "--data", work / "data.jsonl", "-o", tmp_path, "--steps", 1)
+    said = refused(2, *run, "--resume")
+    assert said.endswith(
+        "no checkpoint to resume from; give --overwrite in place of --resume to start from the beginning"
+    )
+    said = refused(2, *run)
+    assert "(metrics.jsonl); it has no checkpoint to go on from, replace it with --overwrite, or " in said
+    assert "--resume" not in said
+    assert tightfit(*run, "--overwrite")[0] == 0
+
+
 def test_a_full_disk_while_spilling(refused, tightfit, work, smallest, tmp_path):
     plan = tmp_path / "plan.json"
     save_plan(rebudgeted(smallest, budget_bytes=1 << 40), plan)
