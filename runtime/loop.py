@@ -12,6 +12,7 @@ from typing import Any
 
 from profiles.errors import InputError
 from runtime import checkpoint
+from runtime.batches import open_batches
 from runtime.channels import Channel
 from runtime.job import Job
 from runtime.process import memory
@@ -28,12 +29,17 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
     out: str = header["out"]
     training = Training(job, channel, out)
     conditions = {**header["conditions"], "data": training.batches.fingerprint}
+    held_out = _fingerprint(header)
+    before: dict[str, Any] = {}  # the result of the first evaluation, which a resumed run does not repeat
     done, path = 0, ""
     if header["resume"]:
         found = checkpoint.load_latest(out, conditions)
         training.load_state(found.path, found.state["checksums"])
         done, path = found.step, found.path
         send("resumed", step=done, checkpoint=found.path)
+        before = found.state.get("evaluated before", {})
+        if done and before and before["data"] == held_out:
+            send("evaluated", when="before", **before["result"])
     else:
         training.initialise()
     metrics = Metrics(os.path.join(out, "metrics.jsonl"), done)
@@ -57,10 +63,15 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
             result = training.evaluate(header["evaluation"], partial(evaluating, when))
             peaks[f"evaluate {when}"] = training.meter.check_peak()
             settle()
+            if when == "before":
+                before.update(data=held_out, result=result)
             send("evaluated", when=when, **result, peak_bytes=peaks[f"evaluate {when}"])
 
     def save(step: int) -> str:
-        path = checkpoint.save(out, step, conditions, training.save_state, header["keep_checkpoints"])
+        def fill(path: str) -> dict[str, Any]:
+            return {"evaluated before": before, **training.save_state(path)}
+
+        path = checkpoint.save(out, step, conditions, fill, header["keep_checkpoints"])
         peaks["checkpoint"] = training.meter.check_peak()
         settle()  # code that only saving needs
         send("checkpoint", step=step, path=path, peak_bytes=peaks["checkpoint"])
@@ -90,6 +101,15 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
     training.close()
     send("done", peak_bytes=training.meter.check_peak(), peaks=peaks)
     return 0
+
+
+def _fingerprint(header: dict[str, Any]) -> str | None:
+    """Of the data to evaluate on."""
+    if not header["evaluation"]:
+        return None
+    batches = open_batches(header["evaluation"], header["seed"])
+    batches.close()
+    return batches.fingerprint
 
 
 class _Stopped(Exception):  # noqa: N818  not an error

@@ -87,6 +87,20 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(refused, ti
     assert tightfit(*run, "--overwrite")[0] == 0
 
 
+def test_the_evaluation_before_the_first_step_is_reported_after_a_resumption(tightfit, work, tmp_path):
+    data, other = work / "data.jsonl", tmp_path / "other.jsonl"
+    other.write_text(data.read_text().splitlines(keepends=True)[0])
+    run = ("run", work / "plan.json", "--data", data, "-o", tmp_path / "out", "--steps")
+    assert tightfit(*run, 1, "--eval", data)[0] == 0
+    first = json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]["before"]
+    assert tightfit(*run, 2, "--eval", other, "--resume")[0] == 0
+    assert set(json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]) == {"after"}
+    assert tightfit(*run, 3, "--eval", data, "--resume")[0] == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]
+    assert found["before"] == {name: told for name, told in first.items() if name != "peak_bytes"}
+    assert found["after"]["loss"] != first["loss"]
+
+
 def test_a_full_disk_while_spilling(refused, tightfit, work, smallest, tmp_path):
     plan = tmp_path / "plan.json"
     save_plan(rebudgeted(smallest, budget_bytes=1 << 40), plan)
