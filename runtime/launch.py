@@ -5,6 +5,7 @@ The parent may import what it likes; only the child is capped.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -77,59 +78,82 @@ def run(
     check_machine(plan)
     check_schedule(plan)
     store = find_store(plan, stages)
-    replaced = _open_directory(directory, steps, resume=resume, overwrite=overwrite)
-    train = _prepare(plan, data, directory, "train", truncate=truncate, seed=seed, stages=stages)
-    evaluation = (
-        None
-        if eval_data is None
-        else _prepare(plan, eval_data, directory, "evaluate", truncate=truncate, seed=seed, stages=stages)
-    )
-    if evaluation and plan.evaluate is None:
-        raise InputError("the plan has no evaluation phase; plan again, or leave out the evaluation data")
-    for old in replaced:  # only now: bad data must not cost an earlier run
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    optimizer = OPTIMIZERS[plan.optimizer.get("name", "adamw")](
-        lr=lr,
-        weight_decay=weight_decay,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        total_steps=0 if schedule == "constant" else steps,
-    )
-    settings = {
-        "store": str(store) if store else None,
-        "data": train,
-        "evaluation": evaluation,
-        "out": str(directory),
-        "steps": steps,
-        "seed": seed,
-        "resume": resume,
-        "checkpoint_every": checkpoint_every,
-        "keep_checkpoints": keep_checkpoints,
-        "optimizer": asdict(optimizer),
-        "base_model": plan.model.source,
-        "expected_seconds": plan.step_seconds,
-        "profile_step": profile_step,
-        "conditions": conditions(plan, asdict(optimizer), seed),
-    }
-    if resume and (finished := _finished(directory, settings)):
-        return finished
-    compiled = jobs.compile_job(plan.model_dump(), settings)
-    path = directory / "job"
-    try:
-        with _disk(directory):
-            compiled.write(str(path))
-        group = MemoryCgroup.create(plan.budget_bytes) if cgroup else None
+    with _locked(directory):
+        replaced = _open_directory(directory, steps, resume=resume, overwrite=overwrite)
+        train = _prepare(plan, data, directory, "train", truncate=truncate, seed=seed, stages=stages)
+        evaluation = (
+            None
+            if eval_data is None
+            else _prepare(plan, eval_data, directory, "evaluate", truncate=truncate, seed=seed, stages=stages)
+        )
+        if evaluation and plan.evaluate is None:
+            raise InputError("the plan has no evaluation phase; plan again, or leave out the evaluation data")
+        for old in replaced:  # only now: bad data must not cost an earlier run
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        optimizer = OPTIMIZERS[plan.optimizer.get("name", "adamw")](
+            lr=lr,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            warmup_steps=warmup_steps,
+            total_steps=0 if schedule == "constant" else steps,
+        )
+        settings = {
+            "store": str(store) if store else None,
+            "data": train,
+            "evaluation": evaluation,
+            "out": str(directory),
+            "steps": steps,
+            "seed": seed,
+            "resume": resume,
+            "checkpoint_every": checkpoint_every,
+            "keep_checkpoints": keep_checkpoints,
+            "optimizer": asdict(optimizer),
+            "base_model": plan.model.source,
+            "expected_seconds": plan.step_seconds,
+            "profile_step": profile_step,
+            "conditions": conditions(plan, asdict(optimizer), seed),
+        }
+        if resume and (finished := _finished(directory, settings)):
+            return finished
+        compiled = jobs.compile_job(plan.model_dump(), settings)
+        path = directory / "job"
         try:
-            observed = _watch(plan, path, group, progress, stages, steps)
+            with _disk(directory):
+                compiled.write(str(path))
+            group = MemoryCgroup.create(plan.budget_bytes) if cgroup else None
+            try:
+                observed = _watch(plan, path, group, progress, stages, steps)
+            finally:
+                if group:
+                    group.remove()
         finally:
-            if group:
-                group.remove()
+            path.unlink(missing_ok=True)
+        report = build_report(plan, observed, directory, enforced_by="cgroup" if group else "meter")
+        with _disk(directory):
+            (directory / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        return report
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Make the output directory and keep other runs out of it; a process that is killed gives its lock back."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(f"{directory}: {error.strerror}; choose another output directory") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another run is under way in {directory}; wait for its end, or choose another output directory"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
     finally:
-        path.unlink(missing_ok=True)
-    report = build_report(plan, observed, directory, enforced_by="cgroup" if group else "meter")
-    with _disk(directory):
-        (directory / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    return report
+        os.close(descriptor)
 
 
 @contextmanager
@@ -239,9 +263,8 @@ def _raise_for(code: int, observed: Observed, plan: Plan, group: MemoryCgroup | 
 
 
 def _open_directory(directory: Path, steps: int, *, resume: bool, overwrite: bool) -> list[Path]:
-    """Make the output directory; returns what an earlier run left in it and is to be replaced."""
+    """What an earlier run left in the output directory and is to be replaced. Raises InputError where that was not asked for."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         found = [path for name in RESULTS if (path := directory / name).exists() and path.stat().st_size]
         checkpoints = find_checkpoints(str(directory))
         found += [Path(path) for _, path in checkpoints]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -99,6 +100,20 @@ def test_the_evaluation_before_the_first_step_is_reported_after_a_resumption(tig
     found = json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]
     assert found["before"] == {name: told for name, told in first.items() if name != "peak_bytes"}
     assert found["after"]["loss"] != first["loss"]
+
+
+def test_one_run_in_a_folder(refused, tightfit, work, tmp_path):
+    run = ("run", work / "plan.json", "--data", work / "data.jsonl", "-o", tmp_path / "out", "--steps")
+    assert tightfit(*run, 1)[0] == 0
+    before = files(tmp_path / "out")
+    lock = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as a run under way holds it
+    for words in (["--resume"], ["--overwrite"], []):
+        said = refused(2, *run, 2, *words)
+        assert said.startswith(f"another run is under way in {tmp_path / 'out'}; ")
+    assert files(tmp_path / "out") == before
+    os.close(lock)
+    assert tightfit(*run, 2, "--resume")[0] == 0
 
 
 def test_a_full_disk_while_spilling(refused, tightfit, work, smallest, tmp_path):
