@@ -43,8 +43,11 @@ def way_on(directory: str) -> str:
     return "continue with --resume" if find_checkpoints(directory) else "start again with --overwrite"
 
 
-def load_latest(directory: str, expected: Mapping[str, Any]) -> Found:
-    """The newest checkpoint in `directory`. Raises InputError where there is none or it was made under other conditions."""
+def load_latest(directory: str, expected: Mapping[str, Any], data: str = "this run has") -> Found:
+    """The newest checkpoint in `directory`. Raises InputError where there is none or it was made under other conditions.
+
+    `data` names the data of this run.
+    """
     found = find_checkpoints(directory)
     if not found:
         raise InputError(
@@ -62,11 +65,22 @@ def load_latest(directory: str, expected: Mapping[str, Any]) -> Found:
         ) from error
     for key, value in expected.items():
         if state["conditions"].get(key) != value:
-            told = f"with {key} {state['conditions'].get(key)!r}, this run has {value!r}"
-            if key == "graph":  # a hash
-                told = "by another version of tightfit or for another model: the operators of its steps differ"
+            told = _difference(key, state["conditions"].get(key), value)
+            if key == "data":
+                told = f"with other data than {data}"
             raise InputError(f"{path} was made {told}; resume with the same or start a new output directory")
     return Found(path=path, step=step, state=state)
+
+
+def _difference(key: str, was: Any, now: Any) -> str:
+    if key == "graph":  # a hash
+        return "by another version of tightfit or for another model: the operators of its steps differ"
+    if key == "weights":  # hashes
+        return "with other weights"
+    if isinstance(was, dict) and isinstance(now, dict):
+        differ = [f"{name} {was[name]!r}, now {now[name]!r}" for name in was if name in now and was[name] != now[name]]
+        return f"with another {key}: {'; '.join(differ)}"
+    return f"with {key} {was!r}, this run has {now!r}"
 
 
 def save(

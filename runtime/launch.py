@@ -113,7 +113,7 @@ def run(
             "profile_step": profile_step,
             "conditions": conditions(plan, asdict(optimizer), seed),
         }
-        if resume and (finished := _finished(directory, settings)):
+        if resume and (finished := _finished(directory, settings, data)):
             return finished
         compiled = jobs.compile_job(plan.model_dump(), settings)
         path = directory / "job"
@@ -289,12 +289,13 @@ def _open_directory(directory: Path, steps: int, *, resume: bool, overwrite: boo
     return [] if resume else found
 
 
-def _finished(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(directory: Path, settings: dict[str, Any], data: Data) -> dict[str, Any] | None:
     """The report of a run that has taken all of its steps already. Raises InputError where it was another run."""
     batches = open_batches(settings["data"], settings["seed"])
     batches.close()
     expected = {**settings["conditions"], "data": batches.fingerprint}
-    found = load_latest(str(directory), json.loads(json.dumps(expected)))  # as the child reads it
+    name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
+    found = load_latest(str(directory), json.loads(json.dumps(expected)), name)  # as the child reads it
     try:
         report = json.loads((directory / "report.json").read_text())
         done = found.step == settings["steps"] == len(report["loss"])

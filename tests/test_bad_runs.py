@@ -61,8 +61,11 @@ def test_a_finished_run_that_is_resumed_answers_with_its_report(refused, tightfi
     assert tightfit(*run, 3, "--resume")[0] == 0
     said = refused(2, *run, 2, "--resume")
     assert said.startswith(f"steps 2: the run in {out} has reached step 3; give at least 3, or ")
-    assert "made with optimizer" in refused(2, *run, 3, "--resume", "--lr", 0.5)
+    assert "made with another optimizer: lr 0.0002, now 0.5; " in refused(2, *run, 3, "--resume", "--lr", 0.5)
     assert files(out) == before
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "other"}\n')
+    assert f"made with other data than {other}; " in refused(2, *run, 4, "--resume", "--data", other)
 
 
 def test_a_run_that_ended_before_its_report_is_completed_without_a_step(tightfit, work, tmp_path):

@@ -56,6 +56,19 @@ def test_other_conditions_are_refused_by_name(tmp_path):
         checkpoint.load_latest(str(tmp_path), {**CONDITIONS, "seed": 4})
 
 
+def test_of_what_differs_only_that_is_told(tmp_path):
+    """Neither hashes nor entries that are the same."""
+    was = {"weights": "a" * 64, "optimizer": {"name": "adamw", "lr": 2e-4, "schedule": "constant"}, "data": "c" * 64}
+    checkpoint.save(str(tmp_path), 1, {**CONDITIONS, **was}, fill, keep=1)
+    for changed, told in (
+        ({"optimizer": was["optimizer"] | {"lr": 0.1}}, "made with another optimizer: lr 0.0002, now 0.1; resume"),
+        ({"weights": "b" * 64}, "made with other weights; resume"),
+        ({"data": "b" * 64}, "made with other data than text.jsonl; resume"),
+    ):
+        with pytest.raises(InputError, match=told):
+            checkpoint.load_latest(str(tmp_path), {**CONDITIONS, **was, **changed}, "text.jsonl")
+
+
 def test_another_graph_is_told_in_words(tmp_path):
     """Hashes say nothing to a reader."""
     checkpoint.save(str(tmp_path), 1, {**CONDITIONS, "graph": "a" * 64}, fill, keep=1)
