@@ -26,7 +26,7 @@ from profiles.units import format_size
 from runtime import job as jobs
 from runtime.admission import Stages, check_machine, check_options, check_schedule, conditions, find_store
 from runtime.batches import open_batches, write_batches
-from runtime.cgroup import MemoryCgroup
+from runtime.cgroup import MemoryCgroup, in_memory
 from runtime.checkpoint import find_checkpoints, load_latest, partial_directories, way_on
 from runtime.optimizer import OPTIMIZERS
 from runtime.process import child_environment, command
@@ -197,7 +197,7 @@ def _watch(
         last = words.read().decode(errors="replace").strip().splitlines()
     if group:
         observed.cgroup_peak_bytes = group.peak_bytes()
-    _raise_for(code, observed, plan, group, last)
+    _raise_for(code, observed, plan, group, last, path.parent)
     return observed
 
 
@@ -237,7 +237,9 @@ def _follow(
             child.send_signal(signal.SIGINT if interrupted == 1 else signal.SIGKILL)
 
 
-def _raise_for(code: int, observed: Observed, plan: Plan, group: MemoryCgroup | None, last: list[str]) -> None:
+def _raise_for(
+    code: int, observed: Observed, plan: Plan, group: MemoryCgroup | None, last: list[str], directory: Path
+) -> None:
     if observed.error:
         raise ERRORS.get(observed.error["kind"], RunError)(observed.error["message"])
     if observed.interrupted:
@@ -252,10 +254,13 @@ def _raise_for(code: int, observed: Observed, plan: Plan, group: MemoryCgroup | 
         else "no checkpoint was saved yet, start again with --overwrite"
     )
     if code == -signal.SIGKILL and group and group.oom_kills():
+        way = "profile again on this machine and plan anew"
+        if in_memory(directory):
+            way = f"{directory} lies in memory (tmpfs), where all that a run writes counts against the cap: choose an output directory on a disk; or else {way}"
         peak = max((observed.peak_bytes, observed.cgroup_peak_bytes or 0))
         raise CapError(
             f"the kernel ended the run at its cap of {format_size(plan.budget_bytes)}: the process had reached {format_size(peak)}, "
-            f"predicted were {format_size(plan.peak_bytes)}; profile again on this machine and plan anew; {saved}"
+            f"predicted were {format_size(plan.peak_bytes)}; {way}; {saved}"
         )
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     words = f": {last[-1]}" if last else ""

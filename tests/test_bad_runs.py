@@ -18,7 +18,7 @@ from damage import MIB, files, fill, small_disk
 from planner.exchange import save_plan
 from planner.plan import plan as solve
 from planner.plan import rebudgeted, sealed
-from runtime.cgroup import MemoryCgroup
+from runtime.cgroup import MemoryCgroup, in_memory
 
 ROOT = Path(__file__).parent.parent
 
@@ -194,6 +194,30 @@ def test_ctrl_c_saves_says_where_and_resumes(tightfit, work, tmp_path):
     assert files(out / "adapter") == files(tmp_path / "whole" / "adapter")
 
 
+def too_small(lean):
+    """A plan for 60 MiB, which is less than the process takes."""
+    floor = lean.device.floor.model_copy(update={"import_peak_bytes": 20 * MIB, "resident_bytes": 20 * MIB})
+    device = lean.device.model_copy(update={"floor": floor})
+    planned = solve(lean.model_copy(update={"device": device}), 60 * MIB, policy="keep-all")
+    assert planned.status == "feasible"
+    return planned
+
+
+def test_files_in_memory_count_against_the_cap(refused, lean, work, tmp_path):
+    group = MemoryCgroup.create(64 * MIB)
+    if group is None:
+        pytest.skip("no memory cgroup can be made here")
+    group.remove()
+    save_plan(too_small(lean), tmp_path / "plan.json")
+    with small_disk(tmp_path / "disk", 4 * MIB) as disk:
+        assert in_memory(disk)
+        assert not in_memory(Path("/proc"))
+        run = ("run", tmp_path / "plan.json", "--data", work / "data.jsonl", "--steps", 1, "-o", disk / "out")
+        said = refused(5, *run)
+        assert f"; {disk / 'out'} lies in memory (tmpfs), " in said
+        assert "choose an output directory on a disk; " in said
+
+
 @pytest.mark.parametrize("enforcer", ["--no-cgroup", "--cgroup"])
 def test_a_cap_that_is_passed(refused, tightfit, lean, work, tmp_path, enforcer):
     """The plan was made with the figures of a machine where Python and PyTorch take 20 MiB."""
@@ -202,11 +226,7 @@ def test_a_cap_that_is_passed(refused, tightfit, lean, work, tmp_path, enforcer)
         if group is None:
             pytest.skip("no memory cgroup can be made here")
         group.remove()
-    floor = lean.device.floor.model_copy(update={"import_peak_bytes": 20 * MIB, "resident_bytes": 20 * MIB})
-    device = lean.device.model_copy(update={"floor": floor})
-    planned = solve(lean.model_copy(update={"device": device}), 60 * MIB, policy="keep-all")
-    assert planned.status == "feasible"
-    save_plan(planned, tmp_path / "plan.json")
+    save_plan(too_small(lean), tmp_path / "plan.json")
     out = tmp_path / "out"
     said = refused(5, "run", tmp_path / "plan.json", "--data", work / "data.jsonl", "--steps", 3, "-o", out, enforcer)
     assert "cap " in said
