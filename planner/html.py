@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -24,6 +24,7 @@ from planner.kinds import (
     kinds_of,
     policies_of,
 )
+from planner.policies import APPROXIMATE
 from planner.schema import Plan
 from planner.svg import LEFT, POLICY_SLOTS, RIGHT, WIDTH, curve_svg, timeline_svg
 from profiles.errors import InputError
@@ -115,20 +116,32 @@ def describe(plan: Plan) -> str:
 def verdicts(plans: Sequence[Plan]) -> list[str]:
     """A sentence per budget of one device: the solver's step beside the best fixed rule that fits the same budget."""
     said = []
+    rules = [name for name in policies_of(plans) if name != "solver" and name not in APPROXIMATE]
     for budget in budgets_of(plans):
-        here = {plan.policy: plan for plan in plans if plan.budget_bytes == budget and feasible(plan)}
+        here = {plan.policy: plan for plan in plans if plan.budget_bytes == budget}
         solved = here.pop("solver", None)
-        if solved is None:
+        if solved is None or not feasible(solved):
             continue
-        text = f"{format_size(budget)}: {format_seconds(solved.step_seconds)} per step, within {solved.gap:.2%} of the best plan of its class; "
-        here = {name: plan for name, plan in here.items() if plan.exact}
-        if here:
-            best = min(here.values(), key=lambda plan: plan.step_seconds)
-            text += f"{best.policy}, the fastest fixed rule that fits, needs {best.step_seconds / solved.step_seconds:.2f} × as long"
-        else:
-            text += "no fixed rule compared here fits"
-        said.append(text + ".")
+        text = f"{format_size(budget)}: {format_seconds(solved.step_seconds)} per step, within {solved.gap:.2%} of the best plan of its class"
+        said.append(f"{text}{_beside_rules(solved, here, [name for name in rules if name not in here])}.")
     return said
+
+
+def _beside_rules(solved: Plan, here: Mapping[str, Plan], missing: Sequence[str]) -> str:
+    """How the solver's step compares with the fixed rules planned for the same budget; `missing` were not, being interrupted."""
+    if not here:
+        return f"; {', '.join(missing)} not planned" if missing else ""
+    fitting = [plan for plan in here.values() if feasible(plan)]
+    exact = [plan for plan in fitting if plan.exact]
+    left = f" ({', '.join(missing)} not planned)" if missing else ""
+    if exact:
+        best = min(exact, key=lambda plan: plan.step_seconds)
+        return f"; {best.policy}, the fastest fixed rule that fits{left}, needs {best.step_seconds / solved.step_seconds:.2f} × as long"
+    if fitting:
+        names = " and ".join(plan.policy for plan in fitting)
+        one = len(fitting) == 1
+        return f"; {names} {'fits' if one else 'fit'} but {'does' if one else 'do'} not follow the exact gradient, so {'its time is' if one else 'their times are'} no measure{left}"
+    return f"; no fixed rule compared here fits{left}"
 
 
 def _rows(plans: Sequence[Plan], names: Sequence[str]) -> list[dict[str, Any]]:

@@ -180,3 +180,24 @@ def test_verdicts():
     assert len(said) == 4
     faster = sample_plan("mezo", 350 * MIB, seconds=0.1, optimizer={"name": "mezo", "state_tensors": 0})
     assert verdicts([*sample_plans(), faster]) == said  # it learns less in a step: no rule to be measured against
+
+
+def test_rules_that_fit_without_the_exact_gradient_are_not_said_to_fail():
+    mezo = sample_plan("mezo", seconds=0.1, optimizer={"name": "mezo", "state_tensors": 0})
+    solved = "350.0 MiB: 1.250 s per step, within 0.20% of the best plan of its class"
+    assert verdicts([sample_plan(), mezo, mezo.model_copy(update={"policy": "lcsb"})]) == [
+        f"{solved}; mezo and lcsb fit but do not follow the exact gradient, so their times are no measure."
+    ]
+    assert verdicts([sample_plan(), mezo, infeasible_plan("mebp", 350 * MIB)]) == [
+        f"{solved}; mezo fits but does not follow the exact gradient, so its time is no measure."
+    ]
+    assert verdicts([sample_plan()]) == [f"{solved}."]
+
+
+def test_rules_that_were_not_planned_are_not_said_to_fail():
+    interrupted = [plan for plan in sample_plans() if plan.policy == "solver" or plan.budget_bytes == 250 * MIB]
+    said = verdicts(interrupted)
+    assert said[0].endswith("; no fixed rule compared here fits.")
+    assert said[1].endswith("of its class; keep-all, mebp not planned.")
+    interrupted.append(sample_plan("mebp", 350 * MIB, seconds=1.7))
+    assert "; mebp, the fastest fixed rule that fits (keep-all not planned), needs" in verdicts(interrupted)[1]
