@@ -33,11 +33,13 @@ def explain(plan: Plan, explanation: Explanation | None = None) -> list[str]:
 
 def _infeasible(plan: Plan, why: Shortfall | None) -> list[str]:
     lines = [f"no plan fits {format_size(plan.budget_bytes)} for {_whole(plan)}"]
-    if plan.minimum_budget_bytes is not None:
-        lines.append(f"the smallest feasible budget is {format_size(plan.minimum_budget_bytes, round_up=True)}")
+    smallest = plan.minimum_budget_bytes if why is None else why.minimum_budget_bytes
+    if smallest is not None:
+        found = " found so far" if plan.deterministic is False else ""
+        lines.append(f"the smallest feasible budget{found} is {format_size(smallest, round_up=True)}")
     if why is None:
         return [*lines, plan.minimum_budget_reason] if plan.minimum_budget_reason else lines
-    lines[-1] += f" ({why.minimum_budget_bytes} bytes), {format_size(why.missing_bytes, round_up=True)} more"
+    lines[-1] += f" ({smallest} bytes), {format_size(why.missing_bytes, round_up=True)} more"
     start = plan.device.floor.import_peak_bytes
     if plan.budget_bytes < start:
         lines.append(f"starting {_floor(plan)} alone reaches {format_size(start)}")

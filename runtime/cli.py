@@ -192,6 +192,10 @@ def plan(
             planned, why = _plan_elsewhere(server, loaded, budget, policy, time_limit, solving)
         else:
             planned, why = _plan_here(loaded, budget, policy, time_limit, solving, interrupts, what_if=what_if)
+    if why.shortfall is not None and why.shortfall.minimum_budget_bytes != planned.minimum_budget_bytes:
+        # The search went on after the answer and found less; the reason told of the plan before.
+        smallest = why.shortfall.minimum_budget_bytes
+        planned = planned.model_copy(update={"minimum_budget_bytes": smallest, "minimum_budget_reason": None})
     summary = _told(planned) | {"interrupted": interrupts.seen, "explanation": why.model_dump(mode="json")}
     if planned.status == "infeasible":
         _answer(summary, None, as_json)

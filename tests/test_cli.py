@@ -39,7 +39,7 @@ def planned(monkeypatch):
     import planner.plan
     import profiles.api
 
-    def answer(plan):
+    def answer(plan, smallest=None):
         class Planner:
             def __init__(self, profile):
                 pass
@@ -48,7 +48,7 @@ def planned(monkeypatch):
                 return plan
 
             def smallest_plan(self, **options):
-                return sample_plan(peak=plan.minimum_budget_bytes)
+                return sample_plan(peak=plan.minimum_budget_bytes if smallest is None else smallest)
 
             def bound(self, budget, **options):
                 return plan.bound_seconds - (budget - plan.budget_bytes) / MIB / 1000
@@ -182,6 +182,16 @@ def test_an_infeasible_budget_for_a_person(tightfit, planned, tmp_path):
     code, out, err = tightfit("plan", "profile.json", "--memory", "250MiB", "-o", tmp_path / "plan.json")
     assert (code, out) == (3, "")
     assert "the smallest feasible budget is 412.4 MiB" in err
+
+
+def test_a_smallest_budget_that_was_lowered_since_is_one_figure(tightfit, planned, tmp_path):
+    planned(infeasible_plan("solver").model_copy(update={"deterministic": False}), smallest=400 * MIB)
+    words = ["plan", "profile.json", "--memory", "250MiB", "-o", tmp_path / "plan.json"]
+    code, out, err = tightfit(*words, "--json")
+    assert code == 3
+    assert json.loads(out)["minimum_budget_bytes"] == 400 * MIB
+    assert "the smallest feasible budget found so far is 400.0 MiB (419430400 bytes), 150.0 MiB more" in err
+    assert "412.4" not in out + err
 
 
 @pytest.mark.parametrize(
