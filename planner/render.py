@@ -48,7 +48,7 @@ def peak_table(plan: Plan) -> Table:
         return table
     for kind in kinds_of([point], plan.device.kind):
         size = point.by_kind[kind.name]
-        table.add_row(kind.label, f"{size / MIB:.1f}", _bar(size, point.bytes, kind))
+        table.add_row(Text(kind.label), f"{size / MIB:.1f}", _bar(size, point.bytes, kind))
     table.add_row(
         "[bold]together", f"[bold]{point.bytes / MIB:.1f}", f"of {format_size(plan.budget_bytes)}", end_section=True
     )

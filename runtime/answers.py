@@ -65,6 +65,7 @@ def devices_text(devices: Sequence[DeviceDescription]) -> RenderableType:
     """Known devices with the figures that decide most."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("device", no_wrap=True)
@@ -74,12 +75,12 @@ def devices_text(devices: Sequence[DeviceDescription]) -> RenderableType:
     for one in devices:
         rates = one.flops_per_second
         table.add_row(
-            one.name,
+            Text(one.name),
             f"{rates.get('bfloat16', rates['float32']) / 1e9:,.0f}",
             f"{one.bytes_per_second / 1e9:,.0f}",
             f"{one.read.bytes_per_second / 1e6:,.0f}",
             f"{one.floor.import_peak_bytes / MIB:,.0f}",
-            one.label,
+            Text(one.label),
         )
     return table
 
@@ -88,6 +89,7 @@ def device_text(device: DeviceDescription) -> RenderableType:
     """Every figure of a device with its source."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     floor = device.floor
     figures = {
@@ -102,11 +104,13 @@ def device_text(device: DeviceDescription) -> RenderableType:
     for name in ("read", "write"):
         channel = getattr(device, name)
         figures[name] = f"{channel.bytes_per_second / 1e6:,.0f} MB/s, latency {channel.latency_seconds * 1e6:,.0f} µs"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"{device.name}: {device.label}", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title=Text(f"{device.name}: {device.label}"), title_justify="left"
+    )
     for heading in ("figure", "value", "source"):
         table.add_column(heading)
     for name, value in figures.items():
-        table.add_row(name, value, device.sources[name])
+        table.add_row(name, Text(value), Text(device.sources[name]))
     return table
 
 
@@ -135,6 +139,7 @@ def infeasible_text(plan: Plan, explanation: Explanation) -> str:
 def comparison_text(plans: Sequence[Plan]) -> RenderableType:
     """Step times by budget and policy, and a sentence for each budget; device after device."""
     from rich.console import Group
+    from rich.text import Text
 
     from planner.html import verdicts
     from planner.kinds import devices_of
@@ -143,7 +148,7 @@ def comparison_text(plans: Sequence[Plan]) -> RenderableType:
     parts: list[RenderableType] = []
     for device in devices_of(plans):
         here = [plan for plan in plans if plan.device.name == device]
-        parts += [comparison_table(here), *verdicts(here), ""]
+        parts += [comparison_table(here), *map(Text, verdicts(here)), ""]
     return Group(*parts[:-1])
 
 
@@ -226,8 +231,9 @@ def _profiled_table(profiled: dict[str, Any]) -> RenderableType:
 
 def _facts_table(rows: Sequence[tuple[str, str]]) -> RenderableType:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, fact in rows:
-        table.add_row(f"[bold]{name}", fact)
+        table.add_row(Text(name, style="bold"), Text(fact))
     return table

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -133,7 +134,7 @@ def profile(
     save_profile(measured, output)
     summary = answers.profile_summary(measured) | {"profile": str(output)}
     _answer(summary, answers.profile_text(measured), as_json)
-    console.print(f"profile written to {output}; next: tightfit plan {output} --memory SIZE")
+    console.print(f"profile written to {output}; next: tightfit plan {shlex.quote(str(output))} --memory SIZE")
 
 
 @app.command()
@@ -199,7 +200,7 @@ def plan(
     summary = _told(planned) | {"interrupted": interrupts.seen, "explanation": why.model_dump(mode="json")}
     if planned.status == "infeasible":
         _answer(summary, None, as_json)
-        console.print(f"tightfit: {answers.infeasible_text(planned, why)}", markup=False)
+        console.print(f"tightfit: {answers.infeasible_text(planned, why)}")
         raise typer.Exit(3)
     if interrupts.seen:
         console.print(
@@ -208,7 +209,9 @@ def plan(
     save_plan(planned, output)
     _answer(summary | {"plan": str(output)}, answers.plan_text(planned, why), as_json)
     following = (
-        "" if planned.model.kind == "graph" else f"; next: tightfit run {output} --data FILE.jsonl --steps N -o out"
+        ""
+        if planned.model.kind == "graph"
+        else f"; next: tightfit run {shlex.quote(str(output))} --data FILE.jsonl --steps N -o out"
     )
     console.print(f"plan written to {output}{following}")
 
@@ -496,7 +499,7 @@ def _answer(result: dict[str, Any], human: Any, as_json: bool) -> None:
     elif human is not None:
         from rich.console import Console
 
-        Console(highlight=False).print(human)
+        Console(highlight=False, emoji=False).print(human)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

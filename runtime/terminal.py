@@ -27,8 +27,10 @@ QUIET_SECONDS = 10.0
 
 
 def messages() -> Console:
-    """The console of messages and progress: stderr, so that stdout holds results alone."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    """The console of messages and progress: stderr, so that stdout holds results alone. Text is printed as it is: paths hold
+    brackets and colons.
+    """
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 class Display:
@@ -68,7 +70,7 @@ class Stages(Display):
         super().__init__(
             console,
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
@@ -92,7 +94,9 @@ class Solving(Display):
     """A solver at work: best step so far, proven bound, gap, seconds."""
 
     def __init__(self, console: Console, time_limit: float) -> None:
-        super().__init__(console, SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        super().__init__(
+            console, SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
+        )
         self._limit = time_limit
         self._begun = time.monotonic()
         self._task = self._bars.add_task("solving", total=time_limit)
@@ -112,7 +116,7 @@ class Comparing(Display):
         super().__init__(
             console,
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -156,7 +160,7 @@ class Training(Display):
     def __init__(self, console: Console, *, steps: int, tokens_per_step: int | None, budget: int) -> None:
         super().__init__(
             console,
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(20),
             MofNCompleteColumn(),
             TextColumn("{task.fields[told]}", markup=True),

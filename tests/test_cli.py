@@ -146,6 +146,20 @@ def test_a_plan_is_written_and_told(tightfit, planned, tmp_path):
     assert json.loads(path.read_text())["fingerprint"] == "f" * 64
 
 
+def test_paths_are_printed_as_they_are(tightfit, planned, tmp_path):
+    planned(sample_plan())
+    path = tmp_path / "sp ace é [b]" / "plan[/x]:bug:.json"
+    code, _, err = tightfit("plan", "p [i].json", "--memory", "350MiB", "-o", path)
+    assert code == 0
+    assert f"plan written to {path}; next: tightfit run '{path}' --data" in err
+    assert path.exists()
+
+
+def test_facts_are_printed_as_they_are(capsys):
+    cli._answer({}, answers._facts_table([("adapter", "out [b]/a[/x] :bug:")]), as_json=False)
+    assert "out [b]/a[/x] :bug:" in capsys.readouterr().out
+
+
 def test_what_memory_is_worth_can_be_planned(tightfit, planned, tmp_path):
     planned(sample_plan())
     words = ["plan", "profile.json", "--memory", "350MiB", "-o", tmp_path / "plan.json"]
