@@ -83,6 +83,8 @@ def parse_sample(line: bytes) -> Sample:
         raise InputError(f"not UTF-8 (byte {error.start} of the line)") from error
     except ValueError as error:
         raise InputError(f"not JSON ({error})") from error
+    except RecursionError as error:
+        raise InputError(f"lists or objects nested too deeply; write {FORMS}") from error
     if not isinstance(value, dict):
         raise InputError(f"a JSON {_kind(value)} where an object is due; write {FORMS}")
     if "messages" in value:
@@ -127,7 +129,7 @@ def _prompt(value: dict[str, Any]) -> Prompt:
         return _messages(prompt, "prompt")
     if not isinstance(prompt, str):
         raise InputError(f'"prompt" is {_kind(prompt)}; write a string or a list of messages')
-    return prompt
+    return _whole(prompt, "prompt")
 
 
 def _messages(value: Any, key: str) -> tuple[Message, ...]:
@@ -140,13 +142,24 @@ def _messages(value: Any, key: str) -> tuple[Message, ...]:
             or not isinstance(message.get("content"), str)
         ):
             raise InputError(f'message {index} of "{key}" must be an object with the strings "role" and "content"')
+        _whole(message["role"] + message["content"], key)
     return tuple(value)
 
 
 def _string(value: Any, key: str) -> str:
     if not isinstance(value, str) or not value:
         raise InputError(f'"{key}" is {"empty" if value == "" else _kind(value)}; write a string with something in it')
-    return value
+    return _whole(value, key)
+
+
+def _whole(text: str, key: str) -> str:
+    """The text, if UTF-8 can write it: JSON's escapes can spell half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise InputError(f'"{key}" has half a character ({half!a}, a lone surrogate); write the whole one') from error
+    return text
 
 
 def _kind(value: Any) -> str:
