@@ -60,9 +60,7 @@ def prepare(
                 f"{data}: the model has no tokenizer; put tokenizer.json beside its config.json, or use --data random"
             )
         else:
-            _Preparation(writer, Encoder(vocabulary, vocab_size), purpose, too_long).run(
-                data_files(Path(data)), progress
-            )
+            _Preparation(writer, Encoder(vocabulary, vocab_size), purpose, too_long).run(data_files(data), progress)
     return RecordFile.open(path)
 
 
@@ -132,6 +130,8 @@ class _Preparation:
         self.example = 0
         self.bad: list[str] = []
         self.count_bad = 0
+        self.longest = 0
+        """positions of the longest sample that is not packed into windows"""
 
     def run(self, files: list[Path], progress: Callable[[int], None] | None) -> None:
         done = 0
@@ -152,6 +152,8 @@ class _Preparation:
         if self.bad:
             more = f"\nand {self.count_bad - len(self.bad)} more" if self.count_bad > len(self.bad) else ""
             plural = "line" if self.count_bad == 1 else "lines"
+            if self.too_long == "refuse" and self.longest > self.writer.seq:
+                more += f"\n`tightfit profile --seq {self.longest}`, and a plan of that profile, has room for every sample; or shorten them, or run with --truncate"
             raise InputError(f"{self.count_bad} bad {plural} of {done} in the data:\n" + "\n".join(self.bad) + more)
         if not self.writer.count:
             raise InputError(f"{files[0] if len(files) == 1 else files[0].parent}: no samples; the data are empty")
@@ -167,6 +169,7 @@ class _Preparation:
             return
         if isinstance(sample, Question) and self.purpose == "evaluate":
             records = [encoder.completion(sample.prompt, choice, ended=False) for choice in sample.choices]
+            self.longest = max(self.longest, *(len(ids) - 1 for ids, _ in records))
             shifted = [self.shift(tokens) for tokens in records]
             for choice, (inputs, labels) in enumerate(shifted):
                 self.writer.add(inputs, labels, example=self.example, choice=choice, answer=choice == sample.answer)
@@ -186,11 +189,10 @@ class _Preparation:
         """(inputs, labels) of at most `seq` positions. Raises InputError where they are too many and not to be cut."""
         ids, wanted = tokens
         seq = self.writer.seq
+        self.longest = max(self.longest, len(ids) - 1)
         if len(ids) - 1 > seq:
             if self.too_long == "refuse":
-                raise InputError(
-                    f"{len(ids) - 1} positions where the plan has {seq}; plan with --seq {len(ids) - 1}, shorten the sample, or truncate"
-                )
+                raise InputError(f"{len(ids) - 1} positions where the plan has {seq}")
             front = min(len(ids) - 1 - seq, max(0, wanted.index(True) - 1) if True in wanted else 0)
             ids, wanted = ids[front : front + seq + 1], wanted[front : front + seq + 1]
         labels = [token if predicted else IGNORED for token, predicted in zip(ids[1:], wanted[1:], strict=True)]

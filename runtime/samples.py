@@ -49,16 +49,22 @@ class Question:
 Sample = Text | Completion | Conversation | Question
 
 
-def data_files(path: Path) -> list[Path]:
+def data_files(data: str) -> list[Path]:
     """The file itself, or all *.jsonl of a directory in order of name. Raises InputError where there are none."""
+    due = "data are a .jsonl file, a directory of them, or the word random"
+    if not data:
+        raise InputError(f"'' names no data; {due}")
+    path = Path(data)
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))
         if not files:
             raise InputError(f"{path}: no *.jsonl file in this directory; data are JSON lines of {FORMS}")
         return files
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; data are a .jsonl file, a directory of them, or the word random")
-    return [path]
+    if path.is_file():
+        return [path]
+    if path.exists():
+        raise InputError(f"{path}: a pipe or device, not a regular file; write the data to a file, {due}")
+    raise InputError(f"{path}: no such file; {due}")
 
 
 def read_samples(file: Path) -> Iterator[tuple[int, Sample | InputError]]:

@@ -196,7 +196,8 @@ def test_a_sequence_longer_than_planned(refused, tightfit, work, tmp_path):
     bad = said.splitlines()[1]
     needed = int(bad.removeprefix(f"{data}:2: ").split()[0])
     assert needed > SEQ
-    assert bad.startswith(f"{data}:2: {needed} positions where the plan has {SEQ}; plan with --seq {needed}, ")
+    assert bad == f"{data}:2: {needed} positions where the plan has {SEQ}"
+    assert f"`tightfit profile --seq {needed}`" in said.splitlines()[2]
     assert files(out) == {}
     assert tightfit(*run, "--truncate")[0] == 0
 

@@ -271,6 +271,10 @@ def test_a_flood_of_bad_lines_is_cut_short(vocabulary: Vocabulary, tmp_path: Pat
 def test_no_data_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent: no such file; data are a \.jsonl file"):
         made(str(tmp_path / "absent"), vocabulary, tmp_path)
+    with pytest.raises(InputError, match=r"^'' names no data; data are a \.jsonl file"):
+        made("", vocabulary, tmp_path)
+    with pytest.raises(InputError, match=r"^/dev/null: a pipe or device, not a regular file; write the data to a file"):
+        made("/dev/null", vocabulary, tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty: no \*\.jsonl file in this directory"):
         made(str(tmp_path / "empty"), vocabulary, tmp_path)
@@ -434,7 +438,7 @@ def test_a_sample_that_is_too_long_is_refused_with_its_lengths(vocabulary: Vocab
     data = lines(tmp_path / "a.jsonl", {"prompt": "a", "completion": "b"}, long)
     with pytest.raises(
         InputError,
-        match=rf"1 bad line of 2 in the data:\n.*a\.jsonl:2: {len(ids) - 1} positions where the plan has 16; plan with --seq {len(ids) - 1}, shorten the sample, or truncate",
+        match=rf"1 bad line of 2 in the data:\n.*a\.jsonl:2: {len(ids) - 1} positions where the plan has 16\n`tightfit profile --seq {len(ids) - 1}`, and a plan of that profile, has room for every sample; or shorten them, or run with --truncate",
     ):
         made(data, vocabulary, tmp_path, seq=16)
     assert made(data, vocabulary, tmp_path, seq=len(ids) - 1).count == 2
@@ -442,6 +446,19 @@ def test_a_sample_that_is_too_long_is_refused_with_its_lengths(vocabulary: Vocab
     inputs, labels = record(file, 1)
     assert inputs == ids[-17:-1]
     assert answered(labels, vocabulary) == " positive<|im_end|>"
+
+
+def test_one_length_is_told_that_is_enough_for_every_sample(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    question = {"prompt": "Is it good? " * 6, "choices": ["negative " * 9, "positive " * 20], "answer": 0}
+    data = lines(tmp_path / "a.jsonl", {"prompt": "quick " * 20, "completion": "fox"}, question, "bad")
+    with pytest.raises(InputError) as caught:
+        made(data, vocabulary, tmp_path, seq=16, purpose="evaluate")
+    assert str(caught.value).count("--seq") == 1
+    length = int(str(caught.value).partition("profile --seq ")[2].partition("`")[0])
+    lines(tmp_path / "a.jsonl", question)
+    assert made(data, vocabulary, tmp_path, seq=length, purpose="evaluate").count == 2
+    with pytest.raises(InputError, match=f"{length} positions where the plan has {length - 1}"):
+        made(data, vocabulary, tmp_path, seq=length - 1, purpose="evaluate")
 
 
 def test_truncation_cuts_the_end_of_a_long_completion(vocabulary: Vocabulary, tmp_path: Path) -> None:
