@@ -44,6 +44,8 @@ def parse_profile(text: str | bytes, name: str) -> Profile:
         return parse_graph(data, name)
     if not isinstance(data, dict) or "layers" not in data:
         raise InputError(f"{name}: not a profile (no 'layers'); make one with `tightfit profile`")
+    if "budget_bytes" in data:
+        raise InputError(f"{name}: a plan, not a profile; make one with `tightfit profile`")
     if data.get("version") != PROFILE_VERSION:
         raise InputError(
             f"{name}: {of_another_version('profile', data.get('version'), PROFILE_VERSION)}; make it again with `tightfit profile`"

@@ -153,7 +153,7 @@ def test_a_profile_where_a_plan_is_due_and_the_reverse(refused, work, tmp_path):
     said = refused(2, "run", work / "profile.json", "--data", "random", "--steps", 1, "-o", tmp_path / "out")
     assert said == f"{work / 'profile.json'}: a profile, not a plan; make it again with `tightfit plan`"
     said = refused(2, "plan", work / "plan.json", "--memory", "1GiB", "-o", tmp_path / "plan.json")
-    assert said.startswith(f"{work / 'plan.json'}: ")
+    assert said == f"{work / 'plan.json'}: a plan, not a profile; make one with `tightfit profile`"
     assert list(tmp_path.iterdir()) == []
 
 
