@@ -40,6 +40,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+LARGEST_SEED = 10**12
+"""each step's own seed is a million times as large, and 64 bits hold it"""
 INTERRUPTED = 130
 """what Typer makes of Ctrl-C; older versions raise Abort"""
 
@@ -328,6 +330,7 @@ def run(
     _at_least(
         0, checkpoint_every=checkpoint_every, lr=lr, seed=seed, warmup_steps=warmup_steps, weight_decay=weight_decay
     )
+    _at_most(LARGEST_SEED, seed=seed)
     if resume and overwrite:
         raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
     from planner.exchange import load_plan
@@ -388,6 +391,7 @@ def serve(
 ) -> None:
     """Serve plans, comparisons and runs over HTTP, with a page at the same address."""
     _at_least(0, port=port, keep_days=keep_days)
+    _at_most((1 << 16) - 1, port=port)
     _at_least(1, workers=workers)
     with _served():
         from planner.service.app import serve as answer
@@ -490,6 +494,13 @@ def _at_least(least: float, **options: float) -> None:
     for name, value in options.items():
         if not value >= least:
             raise InputError(f"--{name.replace('_', '-')} {value}: give a number of at least {least}")
+
+
+def _at_most(most: int, **options: int) -> None:
+    """Refuse options above `most`, named as Python names them."""
+    for name, value in options.items():
+        if value > most:
+            raise InputError(f"--{name.replace('_', '-')} {value}: give a number of at most {most}")
 
 
 def _answer(result: dict[str, Any], human: Any, as_json: bool) -> None:

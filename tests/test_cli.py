@@ -79,6 +79,11 @@ def planned(monkeypatch):
             "--lr nan: give a number of at least 0",
         ),
         (
+            ["run", "p.json", "--data", "random", "--steps", "1", "-o", "o", "--seed", "9" * 20],
+            "--seed 99999999999999999999: give a number of at most 1000000000000",
+        ),
+        (["serve", "--port", "99999"], "--port 99999: give a number of at most 65535"),
+        (
             ["run", "p.json", "--data", "random", "--steps", "1", "-o", "o", "--resume", "--overwrite"],
             "--resume goes on from what lies in the folder, --overwrite replaces it: give one of them",
         ),
