@@ -28,6 +28,14 @@ INK, SOFT, LINE, WARN = "#1d2126", "#59616b", "#dfe2e6", "#b3261e"
 SLICES = 600
 
 
+def picture_kind(path: Path) -> str:
+    """png or svg, by the file's suffix. Raises InputError for another."""
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in ("png", "svg"):
+        raise InputError(f"{path}: pictures are written as .png or .svg; name such a file")
+    return kind
+
+
 def draw_curve(plans: Sequence[Plan], path: str | os.PathLike[str]) -> Path:
     """Draw seconds per step against the budget, a line per policy, and the solver's proven bound; one picture per device,
     one under the other. Returns the file.
@@ -186,9 +194,7 @@ def _canvas(width: float, height: float, *, rows: int = 1) -> tuple[Figure, list
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    kind = path.suffix.lstrip(".").lower()
-    if kind not in ("png", "svg"):
-        raise InputError(f"{path}: pictures are written as .png or .svg; name such a file")
+    kind = picture_kind(path)
     options: dict[str, Any] = {"dpi": 150} if kind == "png" else {"metadata": {"Date": None}}
     drawn = io.BytesIO()
     figure.savefig(drawn, format=kind, **options)

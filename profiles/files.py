@@ -42,6 +42,18 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
     return path
 
 
+def check_place(path: Path) -> None:
+    """Raise InputError where no file can be written at `path`: better said before the work that the file is to hold."""
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: a directory; name a file")
+        nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); name another place") from error
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written ({nearest} is no folder that takes files); name another place")
+
+
 def of_another_version(kind: str, found: Any, read: int) -> str:
     """What is wrong with a profile or plan of version `found` where version `read` is read."""
     if isinstance(found, int) and not isinstance(found, bool):

@@ -117,8 +117,10 @@ def profile(
     _at_least(1, seq=seq, batch=batch, lora_rank=lora_rank, threads=1 if threads is None else threads)
     from profiles.api import profile as measure
     from profiles.api import save_profile
+    from profiles.files import check_place
     from runtime.terminal import Stages, messages
 
+    check_place(output)
     console = messages()
     with Stages(console) as stages:
         measured = measure(
@@ -184,8 +186,10 @@ def plan(
     _at_least(0, time_limit=time_limit)
     from planner.exchange import save_plan
     from profiles.api import load_profile
+    from profiles.files import check_place
     from runtime.terminal import Solving, messages
 
+    check_place(output)
     console = messages()
     loaded = load_profile(profile)
     if server is not None and what_if:
@@ -208,8 +212,8 @@ def plan(
         console.print(
             f"interrupted: this is the best plan found so far, at most {planned.gap:.2%} from the best of its kind"
         )
-    save_plan(planned, output)
-    _answer(summary | {"plan": str(output)}, answers.plan_text(planned, why), as_json)
+    with _answering(summary, answers.plan_text(planned, why), as_json):
+        summary["plan"] = str(save_plan(planned, output))
     following = (
         ""
         if planned.model.kind == "graph"
@@ -249,8 +253,16 @@ def compare(
     from planner.compare import compare as compare_plans
     from profiles.api import load_profile
     from profiles.devices import find_device
-    from profiles.files import write_whole
+    from profiles.files import check_place, write_whole
     from runtime.terminal import Comparing, messages
+
+    if html is not None:
+        check_place(html)
+    if picture is not None:
+        from planner.figures import picture_kind
+
+        picture_kind(picture)
+        check_place(picture)
 
     console = messages()
     names = [part.strip() for part in device.split(",")]
@@ -273,15 +285,15 @@ def compare(
         "plans": [_told(one) for one in plans],
         "changes": answers.changes(plans),
     }
-    if html is not None:
-        from planner.html import comparison_page
+    with _answering(summary, answers.comparison_text(plans), as_json):
+        if html is not None:
+            from planner.html import comparison_page
 
-        summary["html"] = str(write_whole(html, comparison_page(plans)))
-    if picture is not None:
-        from planner.figures import draw_curve
+            summary["html"] = str(write_whole(html, comparison_page(plans)))
+        if picture is not None:
+            from planner.figures import draw_curve
 
-        summary["picture"] = str(draw_curve(plans, picture))
-    _answer(summary, answers.comparison_text(plans), as_json)
+            summary["picture"] = str(draw_curve(plans, picture))
     for kind in ("html", "picture"):
         if kind in summary:
             console.print(f"{kind} written to {summary[kind]}")
@@ -513,6 +525,26 @@ def _answer(result: dict[str, Any], human: Any, as_json: bool) -> None:
         Console(highlight=False, emoji=False).print(human)
 
 
+@contextlib.contextmanager
+def _answering(result: dict[str, Any], human: Any, as_json: bool) -> Iterator[None]:
+    """Print a command's result whatever becomes of the files written inside: to a person before them, as JSON after them,
+    with the error where there was one.
+    """
+    if not as_json:
+        _answer(result, human, as_json)
+    try:
+        yield
+    except Exception as error:
+        if not as_json:
+            raise
+        result["error"] = failure = _failure(error)
+        _answer(result, human, as_json)
+        sys.stderr.write(f"tightfit: {failure['message']}\n")
+        raise typer.Exit(failure["exit_code"]) from error
+    if as_json:
+        _answer(result, human, as_json)
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code; every failure is a message on stderr, and JSON where that was asked for."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -544,6 +576,16 @@ def _usage(error: Exception) -> bool:
 
 def _failed(error: Exception, *, as_json: bool) -> int:
     """Say what went wrong and return the exit code."""
+    failure = _failure(error)
+    sys.stderr.write(f"tightfit: {failure['message']}\n")
+    if as_json:
+        sys.stdout.write(answers.to_json({"error": failure}) + "\n")
+    code: int = failure["exit_code"]
+    return code
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    """What went wrong, as --json tells it."""
     if isinstance(error, TightfitError):
         message, code = str(error), error.exit_code
     elif _usage(error):
@@ -559,14 +601,11 @@ def _failed(error: Exception, *, as_json: bool) -> int:
         message, code = f"{place}{error.strerror or error}", 4
     else:
         message, code = f"internal error, {type(error).__name__}: {error}; run again with --debug for its traceback", 4
-    sys.stderr.write(f"tightfit: {message}\n")
-    if as_json:
-        failure: dict[str, Any] = {"kind": type(error).__name__, "message": message, "exit_code": code}
-        minimum = getattr(error, "minimum_budget_bytes", None)
-        if minimum is not None:
-            failure["minimum_budget_bytes"] = minimum
-        sys.stdout.write(answers.to_json({"error": failure}) + "\n")
-    return code
+    failure: dict[str, Any] = {"kind": type(error).__name__, "message": message, "exit_code": code}
+    minimum = getattr(error, "minimum_budget_bytes", None)
+    if minimum is not None:
+        failure["minimum_budget_bytes"] = minimum
+    return failure
 
 
 if __name__ == "__main__":

@@ -309,6 +309,62 @@ def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
     assert "needs 640.0" in out
 
 
+@pytest.fixture
+def compared(monkeypatch):
+    """Let `compare` answer with the sample plans; how often it was asked."""
+    import planner.compare
+    import profiles.api
+
+    asked = []
+
+    def compare(*words, **options):
+        asked.append(words)
+        return type("Answer", (), {"plans": sample_plans()})
+
+    monkeypatch.setattr(profiles.api, "load_profile", lambda path: None)
+    monkeypatch.setattr(planner.compare, "compare", compare)
+    return asked
+
+
+def test_where_files_are_to_go_is_looked_at_before_planning(tightfit, compared, planned, tmp_path):
+    words = ("compare", "p.json", "--memory", "1GB")
+    picture = tmp_path / "c.gif"
+    message = f"tightfit: {picture}: pictures are written as .png or .svg; name such a file\n"
+    assert tightfit(*words, "--picture", picture) == (2, "", message)
+    assert tightfit(*words, "--html", tmp_path) == (2, "", f"tightfit: {tmp_path}: a directory; name a file\n")
+    file = tmp_path / "file"
+    file.touch()
+    message = f"tightfit: {file}/c.svg: cannot be written ({file} is no folder that takes files); name another place\n"
+    assert tightfit(*words, "--picture", file / "c.svg") == (2, "", message)
+    assert compared == []
+    for command in (("plan", "p.json", "--memory", "1GB"), ("profile", "./nowhere")):
+        assert tightfit(*command, "-o", tmp_path) == (2, "", f"tightfit: {tmp_path}: a directory; name a file\n")
+
+
+def test_the_answer_is_told_where_files_cannot_be_written(tightfit, compared, planned, monkeypatch, tmp_path):
+    import planner.exchange
+    import profiles.files
+
+    def full(path, content):
+        raise RunError(f"{path}: the disk is full")
+
+    monkeypatch.setattr(profiles.files, "write_whole", full)
+    monkeypatch.setattr(planner.exchange, "write_whole", full)
+    page, path = tmp_path / "c.html", tmp_path / "plan.json"
+    code, out, err = tightfit("compare", "p.json", "--memory", "1GB", "--html", page)
+    assert (code, err) == (4, f"tightfit: {page}: the disk is full\n")
+    assert "needs 640.0" in out
+    code, out, err = tightfit("compare", "p.json", "--memory", "1GB", "--html", page, "--json")
+    assert (code, err) == (4, f"tightfit: {page}: the disk is full\n")
+    told = json.loads(out)
+    assert len(told["plans"]) == len(sample_plans())
+    assert told["error"] == {"kind": "RunError", "message": f"{page}: the disk is full", "exit_code": 4}
+    planned(sample_plan())
+    code, out, err = tightfit("plan", "p.json", "--memory", "350MiB", "-o", path)
+    assert (code, err) == (4, f"tightfit: {path}: the disk is full\n")
+    assert "one step takes 1.250 s" in out
+
+
 def test_json_has_no_numbers_that_are_none():
     assert (
         answers.to_json({"a": [float("inf"), float("nan"), 1.5], "b": Path("x")})
