@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -13,28 +14,47 @@ from planner.kinds import Kind, budgets_of, feasible, fullest, kinds_of, policie
 from planner.schema import Plan
 from profiles.units import MIB, format_seconds, format_size
 
+UNLIMITED = 1 << 16
+"""characters of a line that nothing cuts"""
 
-def comparison_table(plans: Sequence[Plan]) -> Table:
+
+class _Comparison:
+    """A comparison's table; where it is wider than the terminal, cells and headings take several lines."""
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self._plans = plans
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        wide = self._table(narrow=False)
+        fits = console.measure(wide, options=options.update_width(UNLIMITED)).maximum <= options.max_width
+        yield wide if fits else self._table(narrow=True)
+
+    def _table(self, *, narrow: bool) -> Table:
+        plans, device = self._plans, self._plans[0].device
+        names = policies_of(plans)
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            title=Text(
+                f"{device.name}, {'measured' if device.measured else 'estimated'}: seconds per step; or the smallest budget that would be enough, in MiB"
+            ),
+            title_justify="left",
+            pad_edge=False,
+        )
+        for name in ["budget", *names]:
+            table.add_column(name.replace("-", "-\n") if narrow else name, justify="right", overflow="fold")
+        by_place = {(plan.budget_bytes, plan.policy): plan for plan in plans}
+        for budget in budgets_of(plans):
+            here = [by_place.get((budget, name)) for name in names]
+            best = min((plan.step_seconds for plan in here if plan and feasible(plan)), default=0.0)
+            cells = [Text(format_size(budget)), *(_cell(plan, best) for plan in here)]
+            table.add_row(*(Text("\n").join(cell.split(" ")) if narrow else cell for cell in cells))
+        return table
+
+
+def comparison_table(plans: Sequence[Plan]) -> RenderableType:
     """Seconds per step on one device, by budget and policy; where a budget is too small, the smallest that is enough."""
-    names = policies_of(plans)
-    device = plans[0].device
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=Text(
-            f"{device.name}, {'measured' if device.measured else 'estimated'}: seconds per step; or the smallest budget that would be enough, in MiB"
-        ),
-        title_justify="left",
-        pad_edge=False,
-    )
-    table.add_column("budget", justify="right", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
-    by_place = {(plan.budget_bytes, plan.policy): plan for plan in plans}
-    for budget in budgets_of(plans):
-        here = [by_place.get((budget, name)) for name in names]
-        best = min((plan.step_seconds for plan in here if plan and feasible(plan)), default=0.0)
-        table.add_row(format_size(budget), *(_cell(plan, best) for plan in here))
-    return table
+    return _Comparison(plans)
 
 
 def peak_table(plan: Plan) -> Table:
@@ -60,19 +80,16 @@ def decision_counts(plan: Plan) -> dict[str, int]:
     return dict(Counter(plan.decisions.values()).most_common())
 
 
-def _cell(plan: Plan | None, best: float) -> str:
+def _cell(plan: Plan | None, best: float) -> Text:
     if plan is None:
-        return "–"
+        return Text("–")
     if not feasible(plan):
         smallest = plan.minimum_budget_bytes
-        return (
-            f"[red]needs {format_size(smallest, round_up=True).removesuffix(' MiB')}"
-            if smallest
-            else "[red]does not fit"
-        )
+        needed = f"needs {format_size(smallest, round_up=True).removesuffix(' MiB')}" if smallest else "does not fit"
+        return Text(needed, style="red")
     mark = "" if plan.status == "optimal" or plan.policy != "solver" else f" ({plan.status})"
     text = f"{format_seconds(plan.step_seconds).removesuffix(' s')}{mark}"
-    return f"[bold green]{text}" if plan.step_seconds <= 1.005 * best else text
+    return Text(text, style="bold green" if plan.step_seconds <= 1.005 * best else "")
 
 
 def _bar(size: int, whole: int, kind: Kind) -> str:

@@ -522,7 +522,15 @@ def _answer(result: dict[str, Any], human: Any, as_json: bool) -> None:
     elif human is not None:
         from rich.console import Console
 
-        Console(highlight=False, emoji=False).print(human)
+        console = Console(highlight=False, emoji=False)
+        if console.is_terminal or "COLUMNS" in os.environ:
+            console.print(human)
+            return
+        # A file or a pipe has no width: lines are as long as they are, without what fills tables up.
+        console.width = 1 << 16
+        with console.capture() as captured:
+            console.print(human)
+        sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 @contextlib.contextmanager

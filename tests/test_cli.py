@@ -309,6 +309,17 @@ def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
     assert "needs 640.0" in out
 
 
+def test_a_pipe_has_no_width(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    names = ("keep-all", "checkpoint-layers", "checkpoint-sqrt", "mebp", "mesp", "mezo", "lcsb", "and", "others")
+    plans = [infeasible_plan(name) for name in names]
+    cli._answer({}, answers.comparison_text(plans), as_json=False)
+    out = capsys.readouterr().out
+    assert next(line.split() for line in out.splitlines() if "  keep-all" in line) == ["budget", *names]
+    assert f"250.0 MiB {' needs 412.4' * len(names)}".split() in [line.split() for line in out.splitlines()]
+    assert not any(line.endswith(" ") for line in out.splitlines())
+
+
 @pytest.fixture
 def compared(monkeypatch):
     """Let `compare` answer with the sample plans; how often it was asked."""

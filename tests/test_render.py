@@ -30,6 +30,18 @@ def test_comparison_table():
     assert row(text, "800.0") == ["800.0", "MiB", "0.950", "0.950", "1.700"]
 
 
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_a_narrow_terminal_cuts_nothing(width):
+    rules = ["keep-all", "checkpoint-layers", "checkpoint-sqrt", "mebp", "mesp", "lcsb"]
+    plans = [infeasible_plan(rule, minimum=int((1140.3 + i) * MIB)) for i, rule in enumerate(rules)]
+    text = printed(comparison_table([sample_plan(budget=250 * MIB, status="feasible"), *plans]), width)
+    assert "…" not in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    if width == 80:
+        assert {"checkpoint-", "layers", "1.250", "(feasible)", "1140.3", "1145.3"} <= set(text.split())
+        assert text.split().count("needs") == len(rules)
+
+
 def test_a_table_names_its_device():
     assert "cpu-test, measured: seconds per step" in printed(comparison_table(sample_plans()))
     there = sample_plan().device.model_copy(update={"name": "[b]phone", "measured": False})
