@@ -214,12 +214,7 @@ def plan(
         )
     with _answering(summary, answers.plan_text(planned, why), as_json):
         summary["plan"] = str(save_plan(planned, output))
-    following = (
-        ""
-        if planned.model.kind == "graph"
-        else f"; next: tightfit run {shlex.quote(str(output))} --data FILE.jsonl --steps N -o out"
-    )
-    console.print(f"plan written to {output}{following}")
+    console.print(f"plan written to {output}{_run_next(planned, output)}")
 
 
 @app.command()
@@ -433,6 +428,14 @@ def serve(
 def _told(plan: Plan) -> dict[str, Any]:
     """A plan's summary with the device that it is for."""
     return answers.plan_summary(plan) | {"device": plan.device.name, "measured": plan.device.measured}
+
+
+def _run_next(plan: Plan, path: Path) -> str:
+    """How a plan is run, where this runtime can: not of a bare graph, for a card or on estimated times."""
+    if plan.model.kind == "graph" or plan.device.kind != "cpu" or not plan.device.measured:
+        return ""
+    data = "random" if plan.model.kind == "module" else "FILE.jsonl"
+    return f"; next: tightfit run {shlex.quote(str(path))} --data {data} --steps N -o out"
 
 
 def _plan_here(

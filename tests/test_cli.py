@@ -151,6 +151,17 @@ def test_a_plan_is_written_and_told(tightfit, planned, tmp_path):
     assert json.loads(path.read_text())["fingerprint"] == "f" * 64
 
 
+def test_the_next_command_is_one_that_works(tightfit, planned, tmp_path):
+    made = sample_plan()
+    path = tmp_path / "plan.json"
+    words = ("plan", "p.json", "--memory", "350MiB", "-o", path)
+    planned(made.model_copy(update={"model": made.model.model_copy(update={"kind": "module"})}))
+    assert tightfit(*words)[2].endswith(f"; next: tightfit run {path} --data random --steps N -o out\n")
+    for changes in ({"measured": False}, {"kind": "cuda"}):
+        planned(made.model_copy(update={"device": made.device.model_copy(update=changes)}))
+        assert tightfit(*words)[2].endswith(f"plan written to {path}\n")
+
+
 def test_paths_are_printed_as_they_are(tightfit, planned, tmp_path):
     planned(sample_plan())
     path = tmp_path / "sp ace é [b]" / "plan[/x]:bug:.json"
