@@ -1,4 +1,4 @@
-"""Sizes as people write them: ``600MB`` (10^6), ``600MiB`` (2^20), plain bytes; printed in MiB."""
+"""Sizes as people write them: ``600MB`` (10^6), ``600MiB`` (2^20), plain bytes; printed in MiB, small ones in KiB or bytes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
 
 from profiles.errors import InputError
 
+KIB = 1 << 10
 MIB = 1 << 20
 LARGEST = (1 << 63) - 1
 FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
@@ -49,9 +50,12 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_size(size: int, *, round_up: bool = False) -> str:
-    """`size` bytes in MiB with one decimal, ``350.0 MiB``.
+    """`size` bytes in MiB with one decimal, ``350.0 MiB``; below one MiB in KiB, ``12.5 KiB``, below one KiB in bytes, ``12 B``.
 
     With `round_up` the printed figure is never below `size`, so that a smallest budget can be typed back as it is printed.
     """
+    if abs(size) < KIB:
+        return f"{size} B"
+    unit, name = (MIB, "MiB") if abs(size) >= MIB else (KIB, "KiB")
     rounding = ROUND_CEILING if round_up else ROUND_HALF_EVEN
-    return f"{(Decimal(size) / MIB).quantize(Decimal('0.1'), rounding=rounding)} MiB"
+    return f"{(Decimal(size) / unit).quantize(Decimal('0.1'), rounding=rounding)} {name}"

@@ -154,7 +154,7 @@ def test_nothing_fits_below_the_floor(chain):
     below = neighbours(chain, made, step_bytes=made.budget_bytes)[0]
     assert (below.budget_bytes, below.status, below.bound_seconds) == (0, "infeasible", None)
     text = "\n".join(explain(made, account(made).model_copy(update={"neighbours": [below]})))
-    assert "2.0 MiB less (0.0 MiB): no plan fits, Python and PyTorch alone take 1.0 MiB" in text
+    assert "2.0 MiB less (0 B): no plan fits, Python and PyTorch alone take 1.0 MiB" in text
 
 
 def test_a_faster_plan_in_less_memory_takes_its_place(chain, monkeypatch):
@@ -180,7 +180,7 @@ def test_why_nothing_fits(deep, smallest):
     assert why.peak.text == smallest.train.peak.text
     assert why.remedies == []  # one sample, no tokens, no adapter: nothing to halve
     lines = explain(plan, shortfall(plan, smallest))
-    assert lines[1].endswith(f"({smallest.peak_bytes} bytes), 0.1 MiB more")
+    assert lines[1].endswith(f"({smallest.peak_bytes} bytes), 1000 B more")
     assert smallest.train.peak.text in lines[2]
 
 

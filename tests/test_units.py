@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.errors import InputError
-from profiles.units import LARGEST, MIB, format_seconds, format_size, parse_size
+from profiles.units import KIB, LARGEST, MIB, format_seconds, format_size, parse_size
 
 FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
 
@@ -81,8 +81,15 @@ def test_plain_bytes_round_trip(size):
 @given(st.integers(1, 1 << 50))
 def test_printed_size_is_within_half_a_tenth(size):
     number, unit = format_size(size).split()
-    assert unit == "MiB"
-    assert abs(float(number) - size / MIB) <= 0.05 + size / MIB * 1e-12
+    whole = {"MiB": MIB, "KiB": KIB, "B": 1}[unit]
+    assert abs(float(number) - size / whole) <= 0.05 + size / whole * 1e-12
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (-12, "-12 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (MIB, "1.0 MiB")]
+)
+def test_small_sizes_are_not_nothing(size, text):
+    assert format_size(size) == text
 
 
 @given(st.integers(1, 1 << 50))
