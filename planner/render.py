@@ -12,7 +12,7 @@ from rich.text import Text
 
 from planner.kinds import Kind, budgets_of, feasible, fullest, kinds_of, policies_of
 from planner.schema import Plan
-from profiles.units import MIB, format_seconds, format_size
+from profiles.units import format_seconds, format_size
 
 UNLIMITED = 1 << 16
 """characters of a line that nothing cuts"""
@@ -58,19 +58,27 @@ def comparison_table(plans: Sequence[Plan]) -> RenderableType:
 
 
 def peak_table(plan: Plan) -> Table:
-    """What fills the memory at the plan's fullest instruction, in MiB."""
+    """What fills the memory at the plan's peak: what its fullest instruction holds, and what others make the process hold."""
     point = fullest(plan.timeline)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("at the peak")
-    table.add_column("MiB", justify="right")
+    table.add_column("", justify="right")
     table.add_column("", justify="left")
     if point is None:
         return table
-    for kind in kinds_of([point], plan.device.kind):
-        size = point.by_kind[kind.name]
-        table.add_row(Text(kind.label), f"{size / MIB:.1f}", _bar(size, point.bytes, kind))
+    # The process keeps room for the largest workspace, whichever operator needs it.
+    beyond = max(0, plan.peak_bytes - point.bytes)
+    workspace = point.by_kind.get("workspace", 0)
+    largest = min(workspace + beyond, max(workspace, plan.workspace_bytes))
+    held = {**point.by_kind, "workspace": largest, "at other moments": beyond - (largest - workspace)}
+    for kind in kinds_of([point.model_copy(update={"by_kind": held})], plan.device.kind):
+        size = held[kind.name]
+        table.add_row(Text(kind.label), format_size(size), _bar(size, plan.peak_bytes, kind))
     table.add_row(
-        "[bold]together", f"[bold]{point.bytes / MIB:.1f}", f"of {format_size(plan.budget_bytes)}", end_section=True
+        "[bold]together",
+        f"[bold]{format_size(point.bytes + beyond)}",
+        f"of {format_size(plan.budget_bytes)}",
+        end_section=True,
     )
     return table
 

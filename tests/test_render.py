@@ -10,7 +10,7 @@ from planner.figures import _predicted_seconds, draw_curve, draw_timeline
 from planner.render import comparison_table, decision_counts, peak_table
 from planner.schema import TimelinePoint
 from profiles.errors import InputError
-from profiles.units import MIB
+from profiles.units import MIB, parse_size
 
 
 def printed(renderable, width=100):
@@ -59,12 +59,21 @@ def test_a_plan_that_is_not_proven_optimal_says_so():
     assert "1.250 (fallback)" in text
 
 
-def test_peak_table_adds_up():
+def test_peak_table_adds_up_to_the_peak():
+    kinds = ("Python", "trainables", "optimizer", "weights", "activations", "workspace", "at other moments")
     text = printed(peak_table(sample_plan()))
-    parts = [float(row(text, start)[-2]) for start in ("Python", "trainables", "optimizer", "weights", "activations")]
-    total = float(row(text, "together")[1])
-    assert total == pytest.approx(sum(parts), abs=0.3)
-    assert row(text, "together")[2:] == ["of", "350.0", "MiB"]
+    parts = [parse_size("".join(row(text, start)[-3:-1])) for start in kinds]
+    assert row(text, "together")[1:] == ["340.0", "MiB", "of", "350.0", "MiB"]
+    assert sum(parts) == pytest.approx(340 * MIB, abs=0.4 * MIB)
+    assert row(text, "workspace")[1:3] == ["1.0", "MiB"]
+    assert " 0.0 MiB" not in text
+
+
+def test_peak_table_of_a_small_graph_is_told_in_bytes():
+    point = TimelinePoint(instruction=0, seconds=1.0, bytes=20, by_kind={"activation": 20})
+    text = printed(peak_table(sample_plan(budget=2000, peak=20, timeline=[point])))
+    assert row(text, "activations")[1:3] == ["20", "B"]
+    assert row(text, "together")[1:] == ["20", "B", "of", "2.0", "KiB"]
 
 
 def test_peak_table_of_an_infeasible_plan_is_empty():
