@@ -226,13 +226,16 @@ def _worth(plan: Plan, neighbours: list[Worth]) -> list[str]:
     said = []
     for worth in sorted(neighbours, key=lambda worth: -worth.change_bytes):
         size = format_size(abs(worth.change_bytes))
-        change = f"{size} {'more' if worth.change_bytes > 0 else 'less'} ({format_size(worth.budget_bytes)})"
+        change = f"{size} {'more' if worth.change_bytes > 0 else 'less'}"
+        if worth.budget_bytes >= 0:
+            change += f" ({format_size(worth.budget_bytes)})"
         priced = "unknown" if worth.status else "no plan fits"
         if worth.price_seconds is not None:
             priced = _difference(worth.price_seconds, plan)
         floor = plan.device.floor.resident_bytes
         if worth.budget_bytes <= floor:
-            said.append(f"{change}: no plan fits, {_floor(plan)} alone take {format_size(floor)}")
+            alone = f", {_floor(plan)} alone take {format_size(floor)}" if floor else ""
+            said.append(f"{change}: no plan fits{alone}")
         elif worth.status is None:
             said.append(f"{change}: {priced}, by the model's prices (--what-if plans it)")
         elif worth.step_seconds is None:

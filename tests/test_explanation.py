@@ -9,8 +9,9 @@ from planner.costs import Ledger
 from planner.explain import explain
 from planner.explanation import account, shortfall
 from planner.kinds import fullest
-from planner.plan import Planner
+from planner.plan import Planner, planner_of
 from planner.worth import neighbours, what_if
+from profiles.bare import parse_graph
 from profiles.units import MIB
 
 FLOOR = 100 * MIB
@@ -218,3 +219,11 @@ def test_a_card_is_told_as_one(deep, ruled):
     assert "for the card's memory" in text
     assert "Python" not in text
     assert "disk" not in text
+
+
+def test_a_graph_has_no_process_to_blame_and_no_budget_below_nothing():
+    operators = [{"name": name, "seconds": 1, "output_bytes": 10, "inputs": []} for name in "ab"]
+    planner = planner_of(parse_graph({"format": "tightfit-graph", "operators": operators}, "g"))
+    made = planner.plan(MIB)
+    text = "\n".join(explain(made, account(made).model_copy(update={"neighbours": neighbours(planner, made)})))
+    assert "50.0 MiB less: no plan fits\n" in f"{text}\n"
