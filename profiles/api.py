@@ -38,6 +38,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CODE = (
     "attention",
     "decoder",
+    "factory_source",
     "fold",
     "native",
     "fuse",

@@ -19,7 +19,7 @@ KINDS = {dtype: name for name, dtype in RAW.items()}
 def factory_source(source: str, *, seed: int = 0) -> Source:
     """Call the factory, which returns (module, sample batch), with torch's generator at `seed`.
 
-    Floating parameters and buffers are stored as float32, other buffers as they are.
+    Floating parameters and buffers are float32, other buffers as they are.
     """
     module = build_module(source, seed)[0]
     held = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -54,7 +54,7 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
 
 
 def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """(module, sample batch) of a factory; the same initial parameters for the same seed. Raises InputError."""
+    """(module, sample batch) of a factory, in float32; the same initial parameters for the same seed. Raises InputError."""
     factory = load_factory(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -71,9 +71,13 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
     module, batch = made
     if not any(True for _ in module.parameters()):
         raise InputError(f"{source}: the module has no parameters; there is nothing to train")
-    return module, tuple(batch)
+    return module.float(), as_trained(batch)
+
+
+def as_trained(batch: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors of a batch, floating ones as float32."""
+    return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in batch)
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.float().clone() if tensor.is_floating_point() else tensor.clone()
+    return tensor.detach().cpu().contiguous().clone()

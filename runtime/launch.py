@@ -345,15 +345,15 @@ def _prepare(
 
 def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str) -> str:
     """Batches of a module: those given, or its factory's sample batch."""
+    from profiles.factory_source import as_trained, build_module
+
     if isinstance(data, str | os.PathLike):
         if os.fspath(data) != "random":
             raise InputError(
                 f"a module trains on batches of tensors (from Python) or on 'random', its sample batch; got {os.fspath(data)!r}"
             )
-        from profiles.factory_source import build_module
-
         data = [build_module(plan.model.source)[1]]
-    batches = [tuple(batch) for batch in data]
+    batches = [as_trained(batch) for batch in data]
     planned = [(t.dtype, t.shape) for t in plan.tensors if t.kind == "batch"]
     for number, batch in enumerate(batches):
         found = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in batch]

@@ -264,6 +264,41 @@ def test_any_module_trains_in_full_inside_its_cap(factory: str, tmp_path: Path) 
         assert float((moments[f"adam_m:{name}"] - expected).norm() / expected.norm()) < 1e-3, name
 
 
+class Small(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(self.second(torch.relu(self.first(x))), y)
+
+
+def half() -> Any:
+    return Small().to(torch.bfloat16), (torch.randn(4, 16).bfloat16(), torch.randn(4, 16).bfloat16())
+
+
+@pytest.mark.parametrize("factory", [half])
+def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> None:
+    """Losses and the saved model, against torch.optim.AdamW in float32."""
+    torch.manual_seed(0)
+    module, sample = factory()
+    module, sample = module.float(), [t.float() if t.is_floating_point() else t for t in sample]
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, weight_decay=0.0)
+    losses = []
+    for _ in range(STEPS):
+        loss = module(*sample)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    made = profile(f"{__name__}:{factory.__name__}")
+    report = run(plan(made, Planner(made).minimum().peak_bytes), "random", steps=STEPS, out=tmp_path, lr=LR)
+    assert report["loss"] == pytest.approx(losses, rel=1e-4)
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(saved[name], parameter.detach(), rtol=1e-3, atol=1e-4)
+
+
 def test_a_larger_plan_than_the_budget_is_infeasible(profiled: Any) -> None:
     made = profiled("llama", "bfloat16")
     smallest = Planner(made).minimum().peak_bytes
