@@ -58,17 +58,26 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
     factory = load_factory(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = factory()
+        try:
+            made = factory()
+        except Exception as error:
+            raise InputError(f"{source} raised {type(error).__name__}: {error}; correct the factory") from error
     if not (
         isinstance(made, tuple)
         and len(made) == 2
         and isinstance(made[0], nn.Module)
         and isinstance(made[1], tuple | list)
     ):
-        raise InputError(
-            f"{source}: returned {type(made).__name__}; a factory returns (nn.Module, tuple of sample batch tensors)"
-        )
+        told = type(made).__name__
+        if isinstance(made, tuple):
+            told = f"({', '.join(type(part).__name__ for part in made)})"
+        raise InputError(f"{source}: returned {told}; a factory returns (nn.Module, tuple of sample batch tensors)")
     module, batch = made
+    for index, tensor in enumerate(batch):
+        if not isinstance(tensor, Tensor):
+            raise InputError(
+                f"{source}: item {index} of the sample batch is of type {type(tensor).__name__}; a batch is a tuple of tensors"
+            )
     if not any(True for _ in module.parameters()):
         raise InputError(f"{source}: the module has no parameters; there is nothing to train")
     return module.float(), as_trained(batch)

@@ -138,6 +138,8 @@ def load_factory(source: str) -> Callable[..., Any]:
         raise InputError(
             f"{source}: {error}; run from the directory that holds the module, or set PYTHONPATH"
         ) from error
+    except Exception as error:
+        raise InputError(f"{source}: importing {module_name!r} raised {type(error).__name__}: {error}") from error
     factory: Callable[..., Any] | None = getattr(module, attribute, None)
     if factory is None or not callable(factory):
         raise InputError(f"{source}: module {module_name!r} has no function {attribute!r}")

@@ -582,6 +582,15 @@ def strange():
     net.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
     return net, ()
 
+def raises():
+    raise RuntimeError("boom")
+
+def named():
+    return Net(), {"x": torch.zeros(2, 3, 8, 8)}
+
+def scaled():
+    return Net(), (torch.zeros(2, 3, 8, 8), 0.5)
+
 value = 3
 """
 
@@ -619,6 +628,10 @@ def test_a_factory_s_initial_parameters_are_stored(tmp_path: Path, monkeypatch: 
         ("tiny_factory:absent", "module 'tiny_factory' has no function 'absent'"),
         ("tiny_factory:value", "module 'tiny_factory' has no function 'value'"),
         ("tiny_factory:wrong", "returned Net; a factory returns (nn.Module, tuple of sample batch tensors)"),
+        ("tiny_factory:raises", "tiny_factory:raises raised RuntimeError: boom"),
+        ("tiny_factory:named", "returned (Net, dict); a factory returns (nn.Module, tuple of sample batch tensors)"),
+        ("tiny_factory:scaled", "item 1 of the sample batch is of type float; a batch is a tuple of tensors"),
+        ("broken_factory:make", "importing 'broken_factory' raised NameError: name 'nowhere' is not defined"),
         ("tiny_factory:empty", "the module has no parameters; there is nothing to train"),
         ("tiny_factory:strange", "'phase' has type torch.complex64"),
     ],
@@ -627,6 +640,7 @@ def test_a_factory_that_cannot_be_used_says_why(
     source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tiny_factory.py").write_text(FACTORY)
+    (tmp_path / "broken_factory.py").write_text("nowhere\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(InputError) as caught:
         resolve(source)
