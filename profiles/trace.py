@@ -118,6 +118,8 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
             f"{type(module).__name__} changes the buffers {names} while training; use layers without running statistics (GroupNorm, LayerNorm)"
         )
     parameters = dict(module.named_parameters(remove_duplicate=False))
+    held = parameters | dict(module.named_buffers(remove_duplicate=False))
+    shared: dict[int, fx.Node] = {}
     roles: dict[fx.Node, Role] = {}
     names_of_batch = iter(batch)
     constants = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
@@ -135,6 +137,11 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
             name, kind = constants[node.name], "constant"
         else:
             name, kind = next(names_of_batch), "batch"
+        if kind != "batch" and name in held:
+            first = shared.setdefault(id(held[name]), node)
+            if first is not node:  # a tensor that several modules share has its first name and one gradient
+                node.replace_all_uses_with(first)
+                continue
         roles[node] = Role(name=name, kind=kind)
     return program.graph, roles
 

@@ -277,7 +277,36 @@ def half() -> Any:
     return Small().to(torch.bfloat16), (torch.randn(4, 16).bfloat16(), torch.randn(4, 16).bfloat16())
 
 
-@pytest.mark.parametrize("factory", [half])
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(50, 32), torch.nn.Linear(32, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.head(torch.tanh(self.embed(x))).flatten(0, 1), y.flatten())
+
+
+class Shared(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(16, 16)] * 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return torch.nn.functional.mse_loss(x, y)
+
+
+def tied() -> Any:
+    return Tied(), (torch.randint(0, 50, (4, 16)), torch.randint(0, 50, (4, 16)))
+
+
+def shared() -> Any:
+    return Shared(), (torch.randn(4, 16), torch.randn(4, 16))
+
+
+@pytest.mark.parametrize("factory", [half, tied, shared])
 def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> None:
     """Losses and the saved model, against torch.optim.AdamW in float32."""
     torch.manual_seed(0)

@@ -160,6 +160,34 @@ def test_gradients_of_branches_are_summed() -> None:
     assert any(layer.name.startswith("sum(") for layer in traced.layers)
 
 
+class Sharing(torch.nn.Module):
+    """One layer at four places, and an embedding that is the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(9, 8), torch.nn.Linear(8, 9)
+        self.head.weight = self.embed.weight
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(8, 8)] * 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.embed(x)
+        for block in self.blocks:
+            y = torch.tanh(block(y))
+        return torch.nn.functional.cross_entropy(self.head(y), x)
+
+
+def test_a_tensor_that_modules_share_has_one_gradient() -> None:
+    torch.manual_seed(0)
+    module, x = Sharing(), torch.randint(0, 9, (12,))
+    traced = trace(module, {"x": x})
+    parameters = dict(module.named_parameters())
+    assert {t.name for t in traced.tensors if t.kind == "trainable"} == set(parameters)
+    made = run_step(traced.layers, {p.name: p for p in traced.programs}, parameters | {"x": x})
+    module(x).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(made[f"grad:{name}"], parameter.grad)
+
+
 class Counting(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
