@@ -237,7 +237,10 @@ def _trace_module(source: Source, dtype: str, report: Progress) -> Trace:
         )
     module, sample = build_module(source.path)
     names: Mapping[str, torch.Tensor] = {f"batch{index}": tensor for index, tensor in enumerate(sample)}
-    return trace(module, names, progress=report)
+    traced = trace(module, names, progress=report)
+    if traced.token_losses is not None:
+        raise InputError(f"{source.name}: forward must return one scalar loss, not 2 results")
+    return traced
 
 
 def _first_dimension(traced: Trace) -> int:

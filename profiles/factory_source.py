@@ -80,6 +80,8 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
             )
     if not any(True for _ in module.parameters()):
         raise InputError(f"{source}: the module has no parameters; there is nothing to train")
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise InputError(f"{source}: no parameter of the module requires a gradient; there is nothing to train")
     return module.float(), as_trained(batch)
 
 

@@ -81,6 +81,7 @@ def trace(
     report("export", 0, 1)
     graph, roles = _export(module, batch)
     report("export", 1, 1)
+    _check_results(graph)
     segments = _segments(graph)
     _connect(graph, segments)
     tracer = _Tracer(
@@ -94,6 +95,8 @@ def trace(
         tracer.requires[node] = role.kind == "trainable"
     for segment in segments:
         tracer.forward(segment)
+    if not tracer.requires[graph.output_node().all_input_nodes[0]]:
+        raise InputError("the loss depends on no parameter that requires a gradient; there is nothing to train")
     for done, segment in enumerate(reversed(segments)):
         report("programs", done, len(segments))
         tracer.backward(segment, graph)
@@ -144,6 +147,21 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
                 continue
         roles[node] = Role(name=name, kind=kind)
     return program.graph, roles
+
+
+def _check_results(graph: fx.Graph) -> None:
+    """Raises InputError unless the loss is a scalar, and what follows it, if anything, the losses of tokens."""
+    results = [node.meta["val"] for node in graph.output_node().all_input_nodes]
+    if not results:
+        raise InputError("forward must return one scalar loss, and returns no tensor")
+    if results[0].numel() != 1:
+        raise InputError(
+            f"forward must return one scalar loss, not a tensor of shape {list(results[0].shape)}; take its mean or sum"
+        )
+    if len(results) > 2 or (len(results) == 2 and not results[1].dim()):
+        raise InputError(
+            f"forward must return one scalar loss, not {len(results)} results; add up losses that belong together"
+        )
 
 
 TightTypes = (
@@ -388,9 +406,6 @@ class _Tracer:
         by_name |= {p.name: p for p in sums}
         tensors = _tensors(layers, by_name)
         results = [self._global(node) for node in graph.output_node().all_input_nodes]
-        loss = next(t for t in tensors if t.name == results[0])
-        if loss.shape not in ([], [1]):
-            raise InputError(f"the module's first result must be the scalar loss; it has shape {loss.shape}")
         return Trace(
             tensors=tensors,
             programs=programs,

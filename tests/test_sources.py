@@ -582,6 +582,9 @@ def strange():
     net.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
     return net, ()
 
+def frozen():
+    return Net().requires_grad_(False), ()
+
 def raises():
     raise RuntimeError("boom")
 
@@ -628,6 +631,7 @@ def test_a_factory_s_initial_parameters_are_stored(tmp_path: Path, monkeypatch: 
         ("tiny_factory:absent", "module 'tiny_factory' has no function 'absent'"),
         ("tiny_factory:value", "module 'tiny_factory' has no function 'value'"),
         ("tiny_factory:wrong", "returned Net; a factory returns (nn.Module, tuple of sample batch tensors)"),
+        ("tiny_factory:frozen", "no parameter of the module requires a gradient; there is nothing to train"),
         ("tiny_factory:raises", "tiny_factory:raises raised RuntimeError: boom"),
         ("tiny_factory:named", "returned (Net, dict); a factory returns (nn.Module, tuple of sample batch tensors)"),
         ("tiny_factory:scaled", "item 1 of the sample batch is of type float; a batch is a tuple of tensors"),

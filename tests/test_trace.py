@@ -202,6 +202,32 @@ def test_a_module_with_running_statistics_is_refused() -> None:
         trace(Counting(), {"x": torch.randn(6, 4)})
 
 
+class Answering(torch.nn.Module):
+    def __init__(self, answer: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.answer = torch.nn.Linear(4, 4), answer
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.answer(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            lambda y: y.square(),
+            r"forward must return one scalar loss, not a tensor of shape \[6, 4\]; take its mean or sum",
+        ),
+        (lambda y: (y.mean(), y.square().sum()), "forward must return one scalar loss, not 2 results"),
+        (lambda y: None, "forward must return one scalar loss, and returns no tensor"),
+        (lambda y: y.detach().mean(), "the loss depends on no parameter that requires a gradient"),
+    ],
+)
+def test_a_forward_that_returns_no_loss_is_refused(answer: Callable[[torch.Tensor], Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        trace(Answering(answer), {"x": torch.randn(6, 4)})
+
+
 class Dynamic(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.sum() if x.sum() > 0 else x.mean()
