@@ -353,12 +353,16 @@ def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str) -> str:
                 f"a module trains on batches of tensors (from Python) or on 'random', its sample batch; got {os.fspath(data)!r}"
             )
         data = [build_module(plan.model.source)[1]]
-    batches = [as_trained(batch) for batch in data]
-    planned = [(t.dtype, t.shape) for t in plan.tensors if t.kind == "batch"]
-    for number, batch in enumerate(batches):
+    # The plan has the tensors that are used, in the order of their first use.
+    planned = {int(t.name.removeprefix("batch")): (t.dtype, t.shape) for t in plan.tensors if t.kind == "batch"}
+    batches = []
+    for number, given in enumerate(data):
+        batch = as_trained(given)
         found = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in batch]
-        if found != planned:
+        if max(planned, default=0) >= len(batch) or any(found[place] != wanted for place, wanted in planned.items()):
+            wanted = [planned[place] for place in sorted(planned)]
             raise InputError(
-                f"batch {number} has tensors {found}, the plan was made for {planned}; profile with a batch of that shape"
+                f"batch {number} has tensors {found}, the plan was made for {wanted}; profile with a batch of that shape"
             )
+        batches.append([batch[place] for place in planned])
     return write_batches(str(folder / f"{purpose}.batches"), batches)

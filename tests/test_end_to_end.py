@@ -277,6 +277,17 @@ def half() -> Any:
     return Small().to(torch.bfloat16), (torch.randn(4, 16).bfloat16(), torch.randn(4, 16).bfloat16())
 
 
+class Backwards(Small):
+    """Reads its batch from the end, and not all of it."""
+
+    def forward(self, x: torch.Tensor, unused: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return (2 * y - self.second(torch.relu(self.first(x)))).square().mean()
+
+
+def backwards() -> Any:
+    return Backwards(), (torch.randn(4, 16), torch.ones(3), torch.randn(4, 16))
+
+
 class Tied(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -306,7 +317,7 @@ def shared() -> Any:
     return Shared(), (torch.randn(4, 16), torch.randn(4, 16))
 
 
-@pytest.mark.parametrize("factory", [half, tied, shared])
+@pytest.mark.parametrize("factory", [half, backwards, tied, shared])
 def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> None:
     """Losses and the saved model, against torch.optim.AdamW in float32."""
     torch.manual_seed(0)
