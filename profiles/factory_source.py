@@ -35,6 +35,10 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
         digest.update(f"{name} {kind} {list(tensor.shape)}".encode())
         digest.update(bytes(data.view(-1).view(torch.uint8).untyped_storage()) if data.numel() else b"")
 
+    names = {id(tensor): name for name, tensor in held.items()}
+    state = module.state_dict(keep_vars=True)
+    keys = {key: names[id(tensor)] for key, tensor in state.items() if id(tensor) in names}
+
     def tensors() -> Iterable[SourceTensor]:
         for name, entry in entries.items():
             matrix = _stored(held[name]).view(entry.rows, entry.columns)
@@ -44,7 +48,7 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
         name=source.replace(":", "."),
         kind="module",
         path=source,
-        config={"factory": source},
+        config={"factory": source, "state_dict": keys},
         fingerprint=digest.hexdigest(),
         has_weights=True,
         entries=entries,

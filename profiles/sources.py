@@ -62,7 +62,8 @@ class Source:
     path: str
     """What the user named, made absolute where it is a path."""
     config: dict[str, Any]
-    """Hugging Face style, with model_type; for a module: {"factory": "package.module:factory"}."""
+    """Hugging Face style, with model_type; for a module: {"factory": "package.module:factory",
+    "state_dict": {key of its state_dict: name of the stored tensor}}."""
     fingerprint: str
     """sha256 that changes when the weights may have changed, or how they are packed."""
     has_weights: bool

@@ -1,6 +1,6 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
-``checkpoint-N/`` holds the trained tensors (as an adapter that PEFT loads, or ``model.safetensors``),
+``checkpoint-N/`` holds the trained tensors (as an adapter that PEFT loads, or in a module's ``model.safetensors``),
 ``optimizer.safetensors`` (Adam's two moments of each) and ``state.json`` (with the result of the evaluation before the
 first step). It is written under another name, forced to disk and renamed, so that a directory with this name is always
 whole. Training order is a function of the step number (`runtime.records`), so that no other state exists.

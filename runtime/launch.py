@@ -109,6 +109,7 @@ def run(
             "keep_checkpoints": keep_checkpoints,
             "optimizer": asdict(optimizer),
             "base_model": plan.model.source,
+            "state_dict": plan.model.config.get("state_dict"),
             "expected_seconds": plan.step_seconds,
             "profile_step": profile_step,
             "conditions": conditions(plan, asdict(optimizer), seed),

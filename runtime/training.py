@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from profiles.errors import InputError
+from profiles.layout import Entry
 from profiles.store import Store
 from runtime import adapter, safetensors_file
 from runtime.arena import Arena
@@ -140,10 +141,16 @@ class Training:
                     self.spill.zero(self.job.sizes[place.number], self.job.extents[place.number])
 
     def save_trained(self, directory: str) -> dict[str, int]:
-        """Write the trained tensors: a PEFT adapter, or ``model.safetensors``. Returns checksums by file."""
+        """Write a PEFT adapter, or a module's state_dict as ``model.safetensors``. Returns checksums by file."""
         lora = self.header["lora"]
         prefix, file = (adapter.PREFIX, adapter.WEIGHTS) if lora else ("", "model.safetensors")
         items = [self._item(prefix + t.name, t, t.value) for t in self.trainables]
+        trained = {t.name: t for t in self.trainables}
+        for key, name in (self.header.get("state_dict") or {}).items():
+            if name not in trained:
+                items.append(self._stored_item(key, name))
+            elif key != name:  # shared by several modules
+                items.append(self._item(key, trained[name], trained[name].value))
         checksum = safetensors_file.write(os.path.join(directory, file), items, {"format": "pt"})
         if lora:
             config = adapter.adapter_config(lora, [t.name for t in self.trainables], self.header["base_model"])
@@ -231,6 +238,23 @@ class Training:
 
     def _item(self, name: str, trainable: Trainable, place: Place) -> Item:
         return Item(name=name, dtype="float32", shape=list(trainable.shape), chunks=lambda: self._chunks(place))
+
+    def _stored_item(self, key: str, name: str) -> Item:
+        """A frozen parameter or a buffer, as the store holds it."""
+        entry = self._store.entries[name]
+        return Item(name=key, dtype=entry.format, shape=list(entry.shape), chunks=lambda: self._stored_chunks(entry))
+
+    def _stored_chunks(self, entry: Entry) -> Iterator[memoryview]:
+        segments = max(1, CHUNK // max(1, entry.segment_rows * entry.row_bytes))
+        step = segments * entry.segment_rows
+        for start in range(0, entry.rows if entry.bytes else 0, step):
+            rows = f"[{start}:{min(start + step, entry.rows)}]" if len(entry.shape) > 1 else ""
+            extent = self._store.extent(entry.name + rows)
+            staging = self._room(extent.bytes)
+            self._store.read_into(entry.name + rows, staging)
+            yield memoryview((ctypes.c_char * extent.row_bytes).from_address(staging.data_ptr() + extent.skip)).cast(
+                "B"
+            )
 
     def _chunks(self, place: Place) -> Iterator[memoryview | bytes]:
         size = self.job.sizes[place.number]

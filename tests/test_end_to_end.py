@@ -288,6 +288,26 @@ def backwards() -> Any:
     return Backwards(), (torch.randn(4, 16), torch.ones(3), torch.randn(4, 16))
 
 
+class Kept(Small):
+    """A frozen layer, one that the loss does not need, and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.requires_grad_(False)
+        self.unused = torch.nn.Linear(3, 600)
+        self.register_buffer("scale", torch.arange(16.0))
+        self.register_buffer("mask", torch.arange(16) < 12)
+        self.register_buffer("count", torch.tensor(3))
+        self.register_buffer("sign", -torch.ones(16), persistent=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * self.scale * self.sign, torch.where(self.mask, y, 0.0))
+
+
+def kept() -> Any:
+    return Kept(), (torch.randn(4, 16), torch.randn(4, 16))
+
+
 class Tied(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -317,7 +337,7 @@ def shared() -> Any:
     return Shared(), (torch.randn(4, 16), torch.randn(4, 16))
 
 
-@pytest.mark.parametrize("factory", [half, backwards, tied, shared])
+@pytest.mark.parametrize("factory", [half, backwards, kept, tied, shared])
 def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> None:
     """Losses and the saved model, against torch.optim.AdamW in float32."""
     torch.manual_seed(0)
@@ -335,8 +355,9 @@ def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> N
     report = run(plan(made, Planner(made).minimum().peak_bytes), "random", steps=STEPS, out=tmp_path, lr=LR)
     assert report["loss"] == pytest.approx(losses, rel=1e-4)
     saved = load_file(tmp_path / "model" / "model.safetensors")
-    for name, parameter in module.named_parameters():
-        torch.testing.assert_close(saved[name], parameter.detach(), rtol=1e-3, atol=1e-4)
+    for name, expected in module.state_dict().items():
+        torch.testing.assert_close(saved[name], expected, rtol=1e-3, atol=1e-4)
+    module.load_state_dict(saved, strict=True)
 
 
 def test_a_larger_plan_than_the_budget_is_infeasible(profiled: Any) -> None:

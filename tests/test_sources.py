@@ -604,11 +604,12 @@ def test_a_factory_s_initial_parameters_are_stored(tmp_path: Path, monkeypatch: 
     state = torch.get_rng_state()
     source = resolve("tiny_factory:make")
     assert torch.equal(torch.get_rng_state(), state)
-    assert (source.kind, source.config, source.has_weights) == ("module", {"factory": "tiny_factory:make"}, True)
     import tiny_factory
 
     torch.manual_seed(0)
     module = tiny_factory.make()[0]
+    config = {"factory": "tiny_factory:make", "state_dict": {key: key for key in module.state_dict()}}
+    assert (source.kind, source.config, source.has_weights) == ("module", config, True)
     with Store.open(build_store(source, tmp_path / "cache")) as store:
         assert set(store.entries) == set(module.state_dict())
         for name, value in module.state_dict().items():
