@@ -183,6 +183,10 @@ def _layer_key(node: fx.Node) -> str | None:
     return found.group(1) if found else None
 
 
+def _writes_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def _repeated_here(node: fx.Node) -> bool:
     return node.target in RESHAPES or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view)
 
@@ -368,6 +372,13 @@ class _Tracer:
         with self.fake_mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced = make_fx(call, decomposition_table=decompositions, tracing_mode="real")(*inputs)
+            if any(node.target is aten.mkldnn_rnn_layer.default for node in traced.graph.nodes):
+                # Its backward leaves out results and needs a workspace whose size only a run tells.
+                with torch.backends.mkldnn.flags(enabled=False):
+                    traced = make_fx(call, decomposition_table=decompositions, tracing_mode="real")(*inputs)
+            if any(_writes_in_place(node) for node in traced.graph.nodes):  # out-of-place forms of the same
+                with torch.no_grad():
+                    traced = make_fx(torch.func.functionalize(traced))(*(tensor.detach() for tensor in inputs))
         traced.graph.eliminate_dead_code()
         return traced.graph
 

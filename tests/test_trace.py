@@ -188,6 +188,60 @@ def test_a_tensor_that_modules_share_has_one_gradient() -> None:
         torch.testing.assert_close(made[f"grad:{name}"], parameter.grad)
 
 
+class Recurrent(torch.nn.Module):
+    def __init__(self, kind: type[torch.nn.RNNBase]) -> None:
+        super().__init__()
+        self.recurrent, self.head = kind(6, 8, 2, batch_first=True), torch.nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.head(self.recurrent(x)[0][:, -1]), y)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+def test_gradients_through_recurrent_layers_match_autograd(kind: type[torch.nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    module, batch = Recurrent(kind), {"x": torch.randn(3, 5, 6), "y": torch.randint(0, 4, (3,))}
+    traced = trace(module, batch)
+    parameters = dict(module.named_parameters())
+    made = run_step(traced.layers, {p.name: p for p in traced.programs}, parameters | batch)
+    loss = module(**batch)
+    loss.backward()
+    torch.testing.assert_close(made[traced.loss], loss.detach())
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(made[f"grad:{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.5, activation="gelu", batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.layer(x)[:, -1] - x[:, 0]).square().mean()
+
+
+def test_dropout_inside_attention_has_the_gradient_of_what_was_drawn() -> None:
+    """The slope of the loss along the gradient, everything drawn alike."""
+    torch.manual_seed(0)
+    module, batch = Encoder(), {"x": torch.randn(4, 5, 16)}
+    traced = trace(module, batch)
+    programs = {p.name: p for p in traced.programs}
+    drawn = [op for p in traced.programs for op in p.operators if op.target == "aten.bernoulli.p"]
+    assert drawn
+    assert not any(op.recomputable for op in drawn)
+
+    def step(shift: float) -> dict[str, torch.Tensor]:
+        torch.manual_seed(1)
+        moved = {n: p.detach() + shift * gradients.get(n, 0.0) for n, p in module.named_parameters()}
+        return run_step(traced.layers, programs, moved | batch)
+
+    gradients: dict[str, torch.Tensor] = {}
+    made = step(0.0)
+    gradients = {n: made[f"grad:{n}"] for n, _ in module.named_parameters()}
+    slope = (step(1e-2)[traced.loss] - step(-1e-2)[traced.loss]) / 2e-2
+    assert float(slope) == pytest.approx(sum(float(g.square().sum()) for g in gradients.values()), rel=1e-2)
+
+
 class Counting(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
