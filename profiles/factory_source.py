@@ -86,13 +86,16 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
         raise InputError(f"{source}: the module has no parameters; there is nothing to train")
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise InputError(f"{source}: no parameter of the module requires a gradient; there is nothing to train")
-    return module.float(), as_trained(batch)
+    module.float()
+    for held in (*module.parameters(), *module.buffers()):
+        held.data = held.data.contiguous()  # as it is stored
+    return module, as_trained(batch)
 
 
 def as_trained(batch: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors of a batch, floating ones as float32."""
-    return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in batch)
+    """The tensors of a batch as the run reads them: contiguous, floating ones in float32."""
+    return tuple((tensor.float() if tensor.is_floating_point() else tensor).contiguous() for tensor in batch)
 
 
 def _stored(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().clone()
+    return tensor.detach().cpu().clone()

@@ -277,6 +277,13 @@ def half() -> Any:
     return Small().to(torch.bfloat16), (torch.randn(4, 16).bfloat16(), torch.randn(4, 16).bfloat16())
 
 
+def turned() -> Any:
+    """A weight and a batch that are no contiguous tensors."""
+    module = Small()
+    module.first.weight = torch.nn.Parameter(torch.randn(16, 16).t())
+    return module, (torch.randn(16, 4).t(), torch.randn(1, 16).expand(4, 16))
+
+
 class Backwards(Small):
     """Reads its batch from the end, and not all of it."""
 
@@ -337,7 +344,7 @@ def shared() -> Any:
     return Shared(), (torch.randn(4, 16), torch.randn(4, 16))
 
 
-@pytest.mark.parametrize("factory", [half, backwards, kept, tied, shared])
+@pytest.mark.parametrize("factory", [half, turned, backwards, kept, tied, shared])
 def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> None:
     """Losses and the saved model, against torch.optim.AdamW in float32."""
     torch.manual_seed(0)
