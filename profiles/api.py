@@ -240,6 +240,11 @@ def _trace_module(source: Source, dtype: str, report: Progress) -> Trace:
     traced = trace(module, names, progress=report)
     if traced.token_losses is not None:
         raise InputError(f"{source.name}: forward must return one scalar loss, not 2 results")
+    for tensor in traced.tensors:
+        if tensor.kind in ("trainable", "weight", "constant") and tensor.name not in source.entries:
+            raise InputError(
+                f"{source.name}: forward makes a constant of shape {tensor.shape} ({tensor.name}); register it as a buffer"
+            )
     return traced
 
 

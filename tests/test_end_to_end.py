@@ -21,6 +21,7 @@ from examples.vision import residual_cnn, vision_transformer
 from planner.plan import Planner, plan
 from planner.schema import Plan
 from profiles.api import profile
+from profiles.errors import InputError
 from profiles.schema import Profile
 from profiles.store import Store
 from runtime.adapter import initialise
@@ -365,6 +366,36 @@ def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> N
     for name, expected in module.state_dict().items():
         torch.testing.assert_close(saved[name], expected, rtol=1e-3, atol=1e-4)
     module.load_state_dict(saved, strict=True)
+
+
+class Making(Small):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * torch.tensor([2.0]), y)
+
+
+class Both(Small):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        return super().forward(x, y), (x - y).square().mean(1)
+
+
+def making() -> Any:
+    return Making(), (torch.randn(4, 16), torch.randn(4, 16))
+
+
+def both() -> Any:
+    return Both(), (torch.randn(4, 16), torch.randn(4, 16))
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (making, r"forward makes a constant of shape \[1\] \(lifted_tensor_0\); register it as a buffer"),
+        (both, "forward must return one scalar loss, not 2 results"),
+    ],
+)
+def test_a_module_that_cannot_be_run_is_refused_before_it_is_measured(factory: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        profile(f"{__name__}:{factory.__name__}")
 
 
 def test_a_larger_plan_than_the_budget_is_infeasible(profiled: Any) -> None:
