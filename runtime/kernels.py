@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from typing import Any
 
+from profiles.errors import InputError
 from runtime import lean_torch
 from runtime.job import program_header, program_values
 from runtime.process import child_environment, memory, trim_heap
@@ -24,7 +25,7 @@ INFERENCE = "--inference"
 def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool = True) -> int:
     """Resident bytes that stay once every operator of `programs` (profile programs as dicts) has run, above the floor.
 
-    Without `backward` above that of a process which runs none.
+    Without `backward` above that of a process which runs none. Raises InputError for an operator that cannot be run.
     """
     done = subprocess.run(
         [sys.executable, "-X", "utf8", "-m", "runtime.kernels", *([] if backward else [INFERENCE])],
@@ -36,6 +37,8 @@ def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        if done.returncode == InputError.exit_code:
+            raise InputError(last)
         raise SystemExit(f"the operators do not run in the runtime process: {last}")
     return int(json.loads(done.stdout)["bytes"])
 
@@ -52,8 +55,12 @@ def main() -> int:
     programs = json.load(sys.stdin)
     arena = Arena(1 << 20)
     kept = [bind(program, arena, None) for program in programs]
-    while programs:
-        _run_once(programs.pop())
+    try:
+        while programs:
+            _run_once(programs.pop())
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
     sys.stdout.write(json.dumps({"bytes": max(0, _resident() - before)}) + "\n")
     del kept
     return 0
@@ -84,7 +91,15 @@ def _run_once(program: dict[str, Any]) -> None:
                     tensors[name] = torch.empty_strided(
                         value["shape"], value["stride"], dtype=getattr(torch, value["dtype"])
                     ).zero_()
-            ready.run(tensors, [None if name is None else tensors[name] for name in operator["outputs"]])
+            try:
+                ready.run(tensors, [None if name is None else tensors[name] for name in operator["outputs"]])
+            except (RuntimeError, TypeError) as error:
+                if "alloc" in str(error):  # torch has no MemoryError
+                    raise
+                first = str(error).splitlines()[0]
+                raise InputError(
+                    f"operator {ready.name} is not supported ({first}); use other layers in the model"
+                ) from error
         for name in set(names):
             left[name] -= 1
             if not left[name]:

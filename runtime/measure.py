@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from profiles.busy import Others
+from profiles.errors import InputError
 from runtime.bandwidth import measure_channels
 from runtime.floor import HOLES_PER_WORKSPACE
 from runtime.kernels import kernel_bytes
@@ -59,7 +60,11 @@ def main() -> int:
 
     torch.set_num_threads(request["threads"])
     with torch.no_grad():
-        say(result=measure(request))
+        try:
+            say(result=measure(request))
+        except InputError as error:
+            sys.stderr.write(f"{error}\n")
+            return error.exit_code
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 
@@ -14,8 +15,10 @@ from planner.exchange import load_plan, save_plan
 from planner.plan import sealed
 from profiles import api
 from profiles.api import load_profile, save_profile
+from profiles.errors import InputError
+from profiles.measure import measure
 from profiles.pack import build_store
-from profiles.schema import PROFILE_VERSION
+from profiles.schema import PROFILE_VERSION, Operand, Operator, Program, Value
 from profiles.sources import resolve
 from profiles.store import Store
 
@@ -298,6 +301,18 @@ def test_a_profile_that_cannot_be_made(refused, work, tmp_path, words, message):
     words = [str(work / "model") if word == "MODEL" else word for word in words]
     assert refused(2, "profile", *words, "-o", tmp_path / "p.json").startswith(message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_operator_that_does_not_run_is_named(tmp_path):
+    shape = {"shape": [2, 3], "stride": [3, 1]}
+    values = [Value(name=name, dtype="float32", bytes=24, kind="activation", **shape) for name in "abc"]
+    args = [{"operand": Operand(value=name, size=[2, 3], stride=[3, 1]).model_dump()} for name in "ab"]
+    bad = Operator(target="aten.mm.default", phase="forward", args=args, inputs=["a", "b"], outputs=["c"])
+    with pytest.raises(InputError, match=r"operator aten\.mm\.default is not supported \(mat1 and mat2 shapes"):
+        measure(
+            [Program(name="p", values=values, operators=[bad])], [], {},
+            compute_dtype="float32", threads=1, scratch=tmp_path, environment=dict(os.environ),
+        )  # fmt: skip
 
 
 # --- budgets -------------------------------------------------------------------------------------------------------
