@@ -101,9 +101,14 @@ class Search:
 
     def report(self, stage: str, incumbent: float, bound: float) -> None:
         if self.progress is not None:
-            gap = (incumbent - bound) / incumbent if incumbent > 0 else 0.0
+            gap = 1.0 if incumbent == float("inf") else (incumbent - bound) / incumbent if incumbent > 0 else 0.0
             seconds = time.monotonic() - self.started
             self.progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": gap, "seconds": seconds})
+
+    def _priced(self, stage: str, relaxed: Relaxed, best: float) -> None:
+        """Where the limit is not kept, the value is one of bytes over it and says nothing of seconds."""
+        kept = relaxed.over < 1e-4
+        self.report(stage, relaxed.value / MS if kept else float("inf"), best / MS if kept else 0.0)
 
     # --- one program -----------------------------------------------------------------------------------------------
 
@@ -166,7 +171,7 @@ class Search:
             if limit is not None and self.timely and value - gain > best:
                 self.relaxation.prove(limit, value - gain, relaxed.limit_price)
             best = max(best, value - gain)
-            self.report("columns", value / MS, best / MS)
+            self._priced("columns", relaxed, best)
             settled = value - best <= self.tolerance / 4 * value or not (new or better)
             if not self.timely or settled or self.bound(best) > self.worth_seconds:
                 break
@@ -209,7 +214,7 @@ class Search:
             except TimeoutError:
                 self.timely = False
                 break
-            self.report("pricing", relaxed.value / MS, best / MS)
+            self._priced("pricing", relaxed, best)
             open_.remove(most)
             for i in [most, *open_]:
                 if pool.stand_in[kinds[i]] == pool.stand_in[kinds[most]]:

@@ -222,6 +222,8 @@ def _trace_decoder(
     source: Source, batch: int, seq: int, rank: int, alpha: float, dtype: str, report: Progress
 ) -> Trace:
     shape = decoder_shape(source.config)
+    if rank > shape.hidden:
+        raise InputError(f"--lora-rank {rank}: the model is {shape.hidden} wide, and a rank above that gains nothing")
     with FakeTensorMode():
         module = Decoder(shape, dtype=DTYPES[dtype], rank=rank, alpha=alpha)
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.summary import plan_summary, profile_summary, to_json
@@ -176,7 +177,7 @@ def changes(plans: Sequence[Plan]) -> list[dict[str, Any]]:
 
 
 def report_text(report: dict[str, Any]) -> RenderableType:
-    """Predicted beside measured, and where the adapter lies."""
+    """Predicted beside measured, and where the adapter, or a module's model, lies."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -203,7 +204,7 @@ def report_text(report: dict[str, Any]) -> RenderableType:
             if report["loss"]
             else "–",
         ),
-        ("adapter", str(report["adapter"])),
+        (Path(report["adapter"]).name, str(report["adapter"])),
     ]
     for when, found in report.get("evaluation", {}).items():
         accuracy = (

@@ -327,7 +327,10 @@ def run(
         typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),
     ] = True,
     profile_step: Annotated[
-        bool, typer.Option("--profile-step", help="Report where the seconds of the third step went.")
+        bool,
+        typer.Option(
+            "--profile-step", help="Report where the seconds of the third step went, or of the last of fewer."
+        ),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,

@@ -11,6 +11,7 @@ from planner.render import comparison_table, decision_counts, peak_table
 from planner.schema import TimelinePoint
 from profiles.errors import InputError
 from profiles.units import MIB, parse_size
+from runtime.answers import report_text
 
 
 def printed(renderable, width=100):
@@ -146,3 +147,13 @@ def test_measured_samples_stand_where_the_plan_has_their_instruction():
     assert [_predicted_seconds(plan, i) for i in (0, 5, 10, 20, 30, 99)] == pytest.approx(
         [0.1, 0.15, 0.2, 0.4, 0.6, 0.6]
     )
+
+
+@pytest.mark.parametrize("name", ["adapter", "model"])
+def test_a_report_names_what_was_trained(name):
+    figures = {"predicted": 2.0, "measured": 1.0}
+    report = {
+        "peak_bytes": figures, "step_seconds": figures, "budget_bytes": 1 << 30, "enforced_by": "cgroup",
+        "loss": [2.0, 1.0], "adapter": f"/out/{name}",
+    }  # fmt: skip
+    assert f"\n{name}" in printed(report_text(report))

@@ -148,6 +148,17 @@ def test_nothing_is_carried_out_twice(decoder, monkeypatch):
     assert carried == [room, room + 1]
 
 
+def test_while_the_limit_is_not_kept_no_seconds_are_told(decoder):
+    """What the program says then are bytes over it."""
+    told = []
+    solver = Solver(decoder.problem)
+    limit = solver.room(solver.smallest.peak_bytes) // 2
+    search = Search(relaxation=solver.relaxed, limit_bytes=limit, deadline=time.monotonic() + 60, progress=told.append)
+    assert not search.columns()[2]
+    assert told
+    assert all((one["incumbent"], one["bound"], one["gap"]) == (float("inf"), 0.0, 1.0) for one in told)
+
+
 def test_nothing_is_built_before_it_is_priced():
     """At a limit too short for any program, a rule's columns are carried out and no program is built."""
     planner = Planner(decoder_like(6, tokens=256, slices=3, on=device(**REAL)))
