@@ -134,15 +134,15 @@ class Attempt:
                 chosen = search.choose(self.limit - reserve)
             self.timely = self.timely and search.timely
             fastest = self.best
+            if chosen is None and not waiting:
+                if fastest is not None or exhausted:
+                    break
+                reserve, exhausted = 0, True
+                continue
             if chosen is None:
-                if fastest is None:
-                    if exhausted:
-                        break
-                    reserve, exhausted = 0, True
-                    continue
                 idle = reserve
             elif chosen == before:
-                waiting = reserve
+                waiting = max(1, reserve)
             else:
                 before = chosen
                 choices -= 1
@@ -167,9 +167,9 @@ class Attempt:
                 else:
                     break
             if waiting and idle:
-                if idle <= CLOSE * waiting:
-                    break
                 reserve = math.isqrt(waiting * idle)
+                if idle <= CLOSE * waiting or reserve == waiting:
+                    break
             else:
                 reserve = max(TWICE * reserve, int(MORE * self.limit)) if waiting else reserve // 4
 

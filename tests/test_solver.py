@@ -7,8 +7,11 @@ import itertools
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from synthetic import MIB, decoder_like, deep, device, small_chain
 
 from planner import linear, overlap, solver
@@ -216,6 +219,41 @@ def test_a_share_of_the_time_ends_no_more_than_that(chain):
     with pytest.raises(KeyboardInterrupt), attempt.within(0.6):
         raise KeyboardInterrupt
     assert attempt.deadline == 20.0
+
+
+@given(
+    answers=st.lists(st.sampled_from([None, "a", "b"]), min_size=1, max_size=8),
+    waits=st.booleans(),
+    places=st.lists(st.booleans(), min_size=1, max_size=5),
+    found=st.booleans(),
+    limit=st.sampled_from([1, 50, 1 << 30]),
+)
+@settings(deadline=None, max_examples=300, derandomize=True)
+def test_choices_come_to_an_end_whatever_is_chosen(answers, waits, places, found, limit):
+    """Columns, the same ones or none, with places or not, for any share that is left free: again and again."""
+    asked, carried = [], itertools.cycle(places)
+
+    def choose(room):
+        asked.append(room)
+        assert len(asked) <= 250
+        return answers[len(asked) % len(answers)] if room >= 0 else None
+
+    def carry(columns, segments):
+        if not next(carried):
+            return None, 7
+        schedule = SimpleNamespace(seconds=2.0 + len(asked) % 3, stalls=2.0 if waits else 0.0)
+        attempt.found.append(schedule)
+        return schedule, 0
+
+    attempt = Attempt(problem=None, limit=limit, deadline=math.inf, started=0.0, bound=1.0)
+    attempt.carries_in_time = lambda: True
+    attempt.carry, attempt._price = carry, lambda search, reserve: None
+    if found:
+        attempt.found.append(SimpleNamespace(seconds=3.0, stalls=0.0))
+    search = SimpleNamespace(
+        choose=choose, timely=True, relaxation=SimpleNamespace(segments=()), report=lambda *_: None
+    )
+    attempt.choose(search)
 
 
 def test_the_collector_comes_back_after_an_interruption(monkeypatch):
