@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
@@ -101,20 +102,12 @@ def test_it_is_gone_afterwards_whatever_it_was_doing():
     assert gone(pids[0])
 
 
-def test_where_there_is_no_process_more_no_answers_come(monkeypatch):
-    def fork():
-        raise BlockingIOError(11, "Resource temporarily unavailable")
+@pytest.mark.parametrize("call", ["fork", "pipe"])
+def test_where_there_is_no_process_or_file_more_no_answers_come(monkeypatch, call):
+    def used_up():
+        raise OSError(errno.EAGAIN if call == "fork" else errno.EMFILE, "none left, for the test")
 
-    monkeypatch.setattr(os, "fork", fork)
-    with Beside(lambda: [1]) as beside:
-        assert list(beside.arrived(patience=None)) == []
-
-
-def test_where_there_is_no_file_more_no_answers_come(monkeypatch):
-    def pipe():
-        raise OSError(24, "Too many open files")
-
-    monkeypatch.setattr(os, "pipe", pipe)
+    monkeypatch.setattr(os, call, used_up)
     with Beside(lambda: [1]) as beside:
         assert list(beside.arrived(patience=None)) == []
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -239,14 +240,11 @@ def test_a_killed_run_continues_bit_identically(profiled: Any, data: Path, tmp_p
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("factory", ["residual_cnn", "vision_transformer"])
-def test_any_module_trains_in_full_inside_its_cap(factory: str, tmp_path: Path) -> None:
-    """All parameters and Adam states, against the same steps by torch.optim.AdamW."""
-    made = profile(f"examples.vision:{factory}")
-    smallest = Planner(made).minimum().peak_bytes
-    torch.manual_seed(0)
-    module, sample = {"residual_cnn": residual_cnn, "vision_transformer": vision_transformer}[factory]()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.0)
+def trained_by_adamw(
+    module: torch.nn.Module, sample: Sequence[torch.Tensor], *, lr: float
+) -> tuple[list[float], torch.optim.AdamW]:
+    """STEPS steps on one batch by torch.optim.AdamW: their losses, and its state."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0)
     losses = []
     for _ in range(STEPS):
         loss = module(*sample)
@@ -254,6 +252,17 @@ def test_any_module_trains_in_full_inside_its_cap(factory: str, tmp_path: Path) 
         losses.append(float(loss.detach()))
         optimizer.step()
         optimizer.zero_grad()
+    return losses, optimizer
+
+
+@pytest.mark.parametrize("factory", ["residual_cnn", "vision_transformer"])
+def test_any_module_trains_in_full_inside_its_cap(factory: str, tmp_path: Path) -> None:
+    """All parameters and Adam states, against the same steps by torch.optim.AdamW."""
+    made = profile(f"examples.vision:{factory}")
+    smallest = Planner(made).minimum().peak_bytes
+    torch.manual_seed(0)
+    module, sample = {"residual_cnn": residual_cnn, "vision_transformer": vision_transformer}[factory]()
+    losses, optimizer = trained_by_adamw(module, sample, lr=1e-3)
     planned = plan(made, smallest)
     report = run(planned, "random", steps=STEPS, out=tmp_path, lr=1e-3)
     assert report["loss"] == pytest.approx(losses, rel=1e-4)
@@ -351,14 +360,7 @@ def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> N
     torch.manual_seed(0)
     module, sample = factory()
     module, sample = module.float(), [t.float() if t.is_floating_point() else t for t in sample]
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, weight_decay=0.0)
-    losses = []
-    for _ in range(STEPS):
-        loss = module(*sample)
-        loss.backward()
-        losses.append(float(loss.detach()))
-        optimizer.step()
-        optimizer.zero_grad()
+    losses, _ = trained_by_adamw(module, sample, lr=LR)
     made = profile(f"{__name__}:{factory.__name__}")
     report = run(plan(made, Planner(made).minimum().peak_bytes), "random", steps=STEPS, out=tmp_path, lr=LR)
     assert report["loss"] == pytest.approx(losses, rel=1e-4)
