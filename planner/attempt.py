@@ -118,31 +118,30 @@ class Attempt:
         """
         share = self.reserve
         most = reserve = share
-        waiting = idle = 0
-        """shares with which plans wait for the disk, and do not, or there are none"""
+        between = _Between(limit=self.limit)
         exhausted = slower = False
         before: tuple[Column, ...] = ()
         while choices:
             if not self.carries_in_time():
                 self.timely = False
                 break
-            if waiting:
+            if between.waiting:
                 self._price(search, reserve)
             chosen = search.choose(self.limit - reserve)
-            if chosen == before and not idle:
+            if chosen == before and not between.idle:
                 reserve += 2 * share
                 chosen = search.choose(self.limit - reserve)
             self.timely = self.timely and search.timely
             fastest = self.best
-            if chosen is None and not waiting:
+            if chosen is None and between.waiting:
+                between.idle = reserve
+            elif chosen is None:
                 if fastest is not None or exhausted:
                     break
                 reserve, exhausted = 0, True
                 continue
-            if chosen is None:
-                idle = reserve
             elif chosen == before:
-                waiting = max(1, reserve)
+                between.waiting = max(1, reserve)
             else:
                 before = chosen
                 choices -= 1
@@ -153,25 +152,24 @@ class Attempt:
                         break
                     continue
                 search.report("carried out", schedule.seconds, self.bound)
-                if schedule.seconds - self.bound <= GOOD * schedule.seconds:
+                lost = schedule.seconds - self.bound
+                if lost <= GOOD * schedule.seconds:
                     break
                 most = reserve
-                if schedule.stalls > (schedule.seconds - self.bound) / 2:
-                    waiting = reserve
+                if schedule.stalls > lost / 2:
+                    between.waiting = reserve
                     faster = fastest is None or schedule.seconds < fastest.seconds
-                    if slower and not (faster or idle):
+                    if slower and not (faster or between.idle):
                         break
                     slower = not faster
-                elif fastest is None or waiting:
-                    idle = reserve
+                elif fastest is None or between.waiting:
+                    between.idle = reserve
                 else:
                     break
-            if waiting and idle:
-                reserve = math.isqrt(waiting * idle)
-                if idle <= CLOSE * waiting or reserve == waiting:
-                    break
-            else:
-                reserve = max(TWICE * reserve, int(MORE * self.limit)) if waiting else reserve // 4
+            following = between.following(reserve)
+            if following is None:
+                break
+            reserve = following
 
     def _price(self, search: Search, reserve: int) -> None:
         """Price columns for a limit that leaves `reserve` free, as far as plans of them may be faster than the best so far."""
@@ -179,3 +177,20 @@ class Attempt:
         within = replace(search, limit_bytes=self.limit - reserve, progress=None, worth_seconds=worth)
         within.columns()
         self.timely = self.timely and within.timely
+
+
+@dataclass(kw_only=True)
+class _Between:
+    """Where the bytes to leave free lie: between what plans still wait with and what they do not wait with, or there are none."""
+
+    limit: int
+    waiting: int = 0
+    idle: int = 0
+    """0: not known yet"""
+
+    def following(self, reserve: int) -> int | None:
+        """What to leave free next after `reserve`; None: nothing else is worth trying."""
+        if self.waiting and self.idle:
+            middle = math.isqrt(self.waiting * self.idle)
+            return None if self.idle <= CLOSE * self.waiting or middle == self.waiting else middle
+        return max(TWICE * reserve, int(MORE * self.limit)) if self.waiting else reserve // 4
