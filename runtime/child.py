@@ -33,13 +33,16 @@ def main(arguments: list[str]) -> int:
         return 0
     from profiles.errors import CapError, TightfitError
 
+    stop = _StopRequest()
+
     def send(event: str, **content: Any) -> None:
-        os.write(options.messages, json.dumps({"event": event, **content}).encode() + b"\n")
+        try:
+            os.write(options.messages, json.dumps({"event": event, **content}).encode() + b"\n")
+        except BrokenPipeError:
+            stop()  # the parent is gone, and nobody waits for more than a checkpoint
 
     try:
-        return run_job(options.job, send)
-    except BrokenPipeError:
-        return 4  # the parent is gone; checkpoints are on disk
+        return run_job(options.job, send, stop)
     except TightfitError as error:
         code, kind, text = error.exit_code, type(error).__name__, str(error)
     except MemoryError as error:
@@ -53,14 +56,13 @@ def main(arguments: list[str]) -> int:
     return code
 
 
-def run_job(path: str, send: Any) -> int:
+def run_job(path: str, send: Any, stop: _StopRequest) -> int:
     from runtime.job import Job
     from runtime.loop import run
     from runtime.warm import prepare
 
     channel = prepare()
     job = Job.read(path)
-    stop = _StopRequest()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     _end_with_parent()
@@ -68,12 +70,12 @@ def run_job(path: str, send: Any) -> int:
 
 
 class _StopRequest:
-    """A signal handler that remembers."""
+    """A signal handler that remembers, and may be called without a signal."""
 
     def __init__(self) -> None:
         self._set = False
 
-    def __call__(self, number: int, frame: Any) -> None:
+    def __call__(self, number: int | None = None, frame: Any = None) -> None:
         self._set = True
 
     def is_set(self) -> bool:

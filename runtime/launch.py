@@ -28,6 +28,7 @@ from runtime.admission import Stages, check_machine, check_options, check_schedu
 from runtime.batches import open_batches, write_batches
 from runtime.cgroup import MemoryCgroup, in_memory
 from runtime.checkpoint import find_checkpoints, load_latest, partial_directories, way_on
+from runtime.interrupts import passed_on
 from runtime.optimizer import OPTIMIZERS
 from runtime.process import child_environment, command
 from runtime.report import Observed, build_report
@@ -78,7 +79,7 @@ def run(
     check_machine(plan)
     check_schedule(plan)
     store = find_store(plan, stages)
-    with _locked(directory):
+    with _locked(directory) as lock:
         replaced = _open_directory(directory, steps, resume=resume, overwrite=overwrite)
         train = _prepare(plan, data, directory, "train", truncate=truncate, seed=seed, stages=stages)
         evaluation = (
@@ -123,7 +124,7 @@ def run(
                 compiled.write(str(path))
             group = MemoryCgroup.create(plan.budget_bytes) if cgroup else None
             try:
-                observed = _watch(plan, path, group, progress, stages, steps)
+                observed = _watch(plan, path, group, progress, stages, lock)
             finally:
                 if group:
                     group.remove()
@@ -136,8 +137,8 @@ def run(
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Make the output directory and keep other runs out of it; a process that is killed gives its lock back."""
+def _locked(directory: Path) -> Iterator[int]:
+    """Make the output directory and keep other runs out of it, as long as this descriptor is open in any process."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -152,7 +153,7 @@ def _locked(directory: Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass  # a file system without locks
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -169,7 +170,7 @@ def _disk(directory: Path) -> Iterator[None]:
 
 
 def _watch(
-    plan: Plan, path: Path, group: MemoryCgroup | None, progress: Progress | None, stages: Stages | None, steps: int
+    plan: Plan, path: Path, group: MemoryCgroup | None, progress: Progress | None, stages: Stages | None, lock: int
 ) -> Observed:
     """Run the child and follow its messages. Raises what its end means."""
     read, write = os.pipe()
@@ -178,7 +179,7 @@ def _watch(
     with tempfile.TemporaryFile() as words:
         child = subprocess.Popen(
             group.enter(arguments) if group else arguments,
-            pass_fds=(write,),
+            pass_fds=(write, lock),  # orphaned, it still saves: the directory stays locked until it has
             stdin=subprocess.DEVNULL,
             stdout=words,
             stderr=words,
@@ -186,14 +187,15 @@ def _watch(
             start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on
         )
         os.close(write)
-        try:
-            _follow(child, read, observed, progress, stages, steps)
-        except BaseException:
-            child.kill()
-            raise
-        finally:
-            os.close(read)
-            code = child.wait()
+        with passed_on(child):
+            try:
+                _follow(read, observed, progress, stages)
+            except BaseException:
+                child.send_signal(signal.SIGINT)  # progress that cannot be shown any more must not cost the steps made
+                raise
+            finally:
+                os.close(read)
+                code = child.wait()
         words.seek(0)
         last = words.read().decode(errors="replace").strip().splitlines()
     if group:
@@ -202,40 +204,23 @@ def _watch(
     return observed
 
 
-def _follow(
-    child: subprocess.Popen[bytes],
-    read: int,
-    observed: Observed,
-    progress: Progress | None,
-    stages: Stages | None,
-    steps: int,
-) -> None:
+def _follow(read: int, observed: Observed, progress: Progress | None, stages: Stages | None) -> None:
     buffer = b""
-    interrupted = 0
-    while True:
-        try:
-            data = os.read(read, 1 << 16)
-            if not data:
-                return
-            *lines, buffer = (buffer + data).split(b"\n")
-            for line in lines:
-                message = json.loads(line)
-                observed.take(message)
-                if message["event"] == "step" and progress:
-                    progress(
-                        message["step"],
-                        message["loss"],
-                        message["seconds"],
-                        message["resident_bytes"],
-                        message["peak_bytes"],
-                    )
-                elif message["event"] == "evaluating" and stages:
-                    stages(f"evaluating {message['when']}", message["done"], message["total"])
-        except KeyboardInterrupt:
-            interrupted += 1
-            if interrupted > 2:
-                raise
-            child.send_signal(signal.SIGINT if interrupted == 1 else signal.SIGKILL)
+    while data := os.read(read, 1 << 16):
+        *lines, buffer = (buffer + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            observed.take(message)
+            if message["event"] == "step" and progress:
+                progress(
+                    message["step"],
+                    message["loss"],
+                    message["seconds"],
+                    message["resident_bytes"],
+                    message["peak_bytes"],
+                )
+            elif message["event"] == "evaluating" and stages:
+                stages(f"evaluating {message['when']}", message["done"], message["total"])
 
 
 def _raise_for(
@@ -249,9 +234,10 @@ def _raise_for(
         )
     if code == 0:
         return
+    checkpoints = find_checkpoints(str(directory))
     saved = (
-        f"the last checkpoint is {observed.checkpoint}, continue with --resume"
-        if observed.checkpoint
+        f"the last checkpoint is {checkpoints[-1][1]}, continue with --resume"
+        if checkpoints
         else "no checkpoint was saved yet, start again with --overwrite"
     )
     if code == -signal.SIGKILL and group and group.oom_kills():

@@ -103,14 +103,14 @@ def test_a_run_goes_on_only_where_products_are_made_alike(plan, tmp_path, monkey
         run(plan, "random", steps=2, out=tmp_path, resume=True, **SETTINGS)
 
 
-def start(plan, out, steps, options=""):
+def start(plan, out, steps, options="", every=2):
     """A run in a process of its own that can be killed."""
     path = out / "plan.json"
     path.write_text(plan.model_dump_json())
     code = (
         "import sys\nfrom planner.schema import Plan\nfrom profiles.errors import TightfitError\nfrom runtime.launch import run\n"
         f"plan = Plan.model_validate_json(open({str(path)!r}).read())\n"
-        f"try:\n    run(plan, 'random', steps={steps}, out={str(out / 'run')!r}, lr=1e-2, seed=5, checkpoint_every=2{options})\n"
+        f"try:\n    run(plan, 'random', steps={steps}, out={str(out / 'run')!r}, lr=1e-2, seed=5, checkpoint_every={every}{options})\n"
         "except TightfitError as error:\n    print(type(error).__name__, error)\n    sys.exit(error.exit_code)\n"
     )
     return subprocess.Popen(
@@ -130,10 +130,13 @@ def child_of(pid):
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
-def test_ctrl_c_saves_and_says_where(plan, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_end_saves_and_says_where(plan, tmp_path, number):
     process = start(plan, tmp_path, 100_000)
     wait_for_checkpoint(tmp_path, process)
-    process.send_signal(signal.SIGINT)
+    for _ in range(2):  # `timeout` sends it to the process and to its group
+        process.send_signal(number)
+        time.sleep(0.001)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 4
     step, path = find_checkpoints(str(tmp_path / "run"))[-1]
@@ -169,16 +172,60 @@ def test_a_killed_child_is_reported_and_loses_only_the_steps_since_the_checkpoin
     assert [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")] == []
 
 
-def test_a_killed_parent_takes_the_child_along(plan, tmp_path):
-    process = start(plan, tmp_path, 100_000)
-    wait_for_checkpoint(tmp_path, process)
+def test_what_is_ignored_from_the_start_stays_ignored(plan, tmp_path, monkeypatch):
+    """As nohup and a shell's background jobs ask for."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        steps = []
+        run(
+            plan,
+            "random",
+            steps=2,
+            out=tmp_path,
+            progress=lambda step, *_: (steps.append(step), os.kill(os.getpid(), signal.SIGHUP)),
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert steps == [1, 2]
+
+
+def test_progress_that_cannot_be_shown_costs_no_step(plan, tmp_path):
+    def closed(step, *_):
+        if step == 3:
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run(plan, "random", steps=100_000, out=tmp_path, checkpoint_every=0, progress=closed)
+    ((step, _),) = find_checkpoints(str(tmp_path))
+    assert step == len((tmp_path / "metrics.jsonl").read_text().splitlines()) >= 3
+
+
+def test_a_child_that_dies_at_once_does_not_deny_the_checkpoints_there(plan, tmp_path, monkeypatch):
+    run(plan, "random", steps=1, out=tmp_path, **SETTINGS)
+    monkeypatch.setattr("runtime.launch.command", lambda *_: ["/bin/sh", "-c", "kill -9 $$"])
+    with pytest.raises(RunError, match=r"SIGKILL; the last checkpoint is .*checkpoint-1, continue with --resume"):
+        run(plan, "random", steps=2, out=tmp_path, resume=True, **SETTINGS)
+
+
+def test_a_killed_parent_takes_the_child_along_which_saves(plan, tmp_path):
+    process = start(plan, tmp_path, 100_000, every=0)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes()):
+        assert process.poll() is None
+        time.sleep(0.01)
     child = child_of(process.pid)
+    os.kill(child, signal.SIGSTOP)
     process.kill()
     process.communicate()
+    with pytest.raises(InputError, match="another run is under way"):
+        run(plan, "random", steps=100_000, out=tmp_path / "run", resume=True, **SETTINGS)
+    os.kill(child, signal.SIGCONT)
     deadline = time.monotonic() + 60
     while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{child}").exists()
+    ((step, _),) = find_checkpoints(str(tmp_path / "run"))
+    assert step == len(metrics.read_text().splitlines())
 
 
 @pytest.mark.parametrize("cgroup", [True, False])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
 import shutil
 import tarfile
+import threading
 import time
 
 from damage import MEASURED
 from served import PATIENCE, Served
 
 from planner.service.client import connect
+from planner.service.running import _wait_for_orphan
 
 
 def steps_of(service, run):
@@ -109,3 +113,16 @@ def test_a_model_of_the_hub_is_downloaded_and_measured(tmp_path, work, cache):
         assert plan["summary"]["status"] == "feasible"
     finally:
         service.stop()
+
+
+def test_a_run_waits_for_what_a_killed_attempt_still_saves(tmp_path):
+    orphan = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(orphan, fcntl.LOCK_EX)
+    waiting = threading.Thread(target=_wait_for_orphan, args=(tmp_path,))
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    os.close(orphan)
+    waiting.join(PATIENCE)
+    assert not waiting.is_alive()
+    _wait_for_orphan(tmp_path / "a first attempt has no folder")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -51,6 +52,7 @@ def run(order: Order, tell: Tell) -> Row:
         fcntl.flock(lock, fcntl.LOCK_EX)
         plan.write_bytes(objects.read(order.digests[order.request["plan"]]))
         tell.progress(always=True, stage="preparing")
+        _wait_for_orphan(out)
         code, words, last = _follow(_command(order, plan, out), lock.fileno(), out, tell)
     try:
         answer = json.loads(words)
@@ -61,6 +63,16 @@ def run(order: Order, tell: Tell) -> Row:
         message = answer.get("error", {}).get("message") or f"the run {how}: {last}"
         raise ERRORS.get(code, RunError)(message)
     return _keep(objects, order, out, answer)
+
+
+def _wait_for_orphan(out: Path) -> None:
+    """Until the training process of a run that was killed has saved and ended: it holds the lock of its folder."""
+    if out.exists():
+        descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        finally:
+            os.close(descriptor)
 
 
 def _command(order: Order, plan: Path, out: Path) -> list[str]:
