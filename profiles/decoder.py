@@ -21,6 +21,13 @@ from profiles.register import attention, embed_rows, gated, head_loss, lora_line
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False}
+"""what transformers computes otherwise where it is set, by what leaves it off"""
 HEAD_SLICE_BYTES = 6 << 20  # unpacked bytes of one vocabulary slice of the loss head, at most
 
 
@@ -81,11 +88,16 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
     name = config.get("hidden_activation") or config.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
     if name not in ACTIVATIONS:
         raise InputError(f"activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-    rope_parameters = config.get("rope_parameters") or {}
-    full, local = _rope(config, rope_parameters, gemma)
+    for key, plain in PLAIN.items():
+        if config.get(key) not in (None, plain):
+            raise InputError(f"config field {key!r} = {config[key]!r} is not supported; supported: {plain!r}")
+    full, local = _rope(config, gemma)
     scaling = {k: v for k, v in full.items() if k != "rope_theta"}
-    if scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "linear", "llama3"):
-        raise InputError(f"rope scaling {scaling!r} is not supported; supported: default, linear, llama3")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ROPE_NUMBERS or scaling.get("partial_rotary_factor") not in (None, 1):
+        raise InputError(f"rope scaling {scaling!r} is not supported; supported: {', '.join(ROPE_NUMBERS)}")
+    for key in ROPE_NUMBERS[kind]:
+        _number(scaling, key)
     windows = _windows(config, family, layers)
     return DecoderShape(
         family=family,
@@ -96,37 +108,53 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        eps=float(config.get("rms_norm_eps", 1e-6)),
+        eps=_number(config, "rms_norm_eps", 1e-6),
         activation=ACTIVATIONS[name],
         tied=bool(config.get("tie_word_embeddings", gemma)),
         attention_bias=bool(config.get("attention_bias", False)) or family == "qwen2",
-        output_bias=bool(config.get("attention_bias", False)) and family == "llama",
+        output_bias=bool(config.get("attention_bias", False)) and family not in ("mistral", "qwen2"),
         mlp_bias=bool(config.get("mlp_bias", False)),
         head_norm=family in ("qwen3", "gemma3_text"),
         unit_offset=gemma,
         post_norms=gemma,
         embed_scale=math.sqrt(hidden) if gemma else 1.0,
-        attention_scale=float(config.get("query_pre_attn_scalar", 256)) ** -0.5 if gemma else head_dim**-0.5,
+        attention_scale=_number(config, "query_pre_attn_scalar", 256) ** -0.5 if gemma else head_dim**-0.5,
         windows=windows,
-        thetas=tuple(float(local if gemma and w is not None else full.get("rope_theta", 10000.0)) for w in windows),
+        thetas=tuple(local if gemma and w is not None else _number(full, "rope_theta") for w in windows),
         rope_scaling=tuple(sorted((k, v) for k, v in scaling.items() if isinstance(v, (int, float, str)))),
     )
 
 
-def _rope(config: dict[str, Any], parameters: dict[str, Any], gemma: bool) -> tuple[dict[str, Any], float]:
+def _number(config: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = config.get(key, default)
+    if not isinstance(value, (int, float)) or value <= 0:
+        raise InputError(f"config field {key!r} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"config field {key!r} must be an object, not {value!r}")
+    return dict(value)
+
+
+def _rope(config: dict[str, Any], gemma: bool) -> tuple[dict[str, Any], float]:
     """(full-attention rope parameters, local theta), from the old flat fields or the new nested ones."""
+    parameters = _section(config, "rope_parameters")
     if "full_attention" in parameters:
-        return dict(parameters["full_attention"]), float(
-            parameters.get("sliding_attention", {}).get("rope_theta", 10000.0)
+        local = _section(parameters, "sliding_attention")
+        return {"rope_theta": 1_000_000.0 if gemma else 10000.0} | _section(parameters, "full_attention"), _number(
+            local, "rope_theta", 10000.0
         )
-    full = dict(config.get("rope_scaling") or {}) | dict(parameters)
+    full = _section(config, "rope_scaling") | parameters
     full.setdefault("rope_theta", config.get("rope_theta") or (1_000_000.0 if gemma else 10000.0))
     return full, float(config.get("rope_local_base_freq") or 10000.0)
 
 
 def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
     types = config.get("layer_types")
-    window = config.get("sliding_window")
+    window = config.get("sliding_window", 4096 if family == "mistral" else None)  # transformers' default
     if types is None and family == "gemma3_text":
         every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
         types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]

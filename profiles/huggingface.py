@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from profiles.errors import InputError
 from profiles.layout import VERSION, Entry
 from profiles.sources import Source, SourceTensor, Vocabulary, read_config
 
+FLOATS = ("F64", "F32", "F16", "BF16")
 FILES = ["*.json", "*.safetensors", "*.jinja"]
 PREFIXES = (  # text model inside a multimodal wrapper, as transformers has named it over time
     ("language_model.model.", "model."),
@@ -69,6 +71,7 @@ def directory_source(path: Path, *, embedding: EmbeddingFormat, name: str | None
     for entry in entries.values():
         if entry.name not in held:
             raise InputError(f"{path}: no tensor {entry.name!r} in its safetensors files; download the model again")
+    _check_known(path, config, held, entries)
 
     def tensors() -> Iterable[SourceTensor]:
         opened: dict[Path, Any] = {}
@@ -179,11 +182,28 @@ def _text_name(key: str) -> str:
     return key
 
 
+def _check_known(path: Path, config: dict[str, Any], held: Iterable[str], entries: Mapping[str, Entry]) -> None:
+    """Refuse layers that hold more than the decoder computes with: a bias or a scale left out changes every result."""
+    for name in held:
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer is None or name in entries or name.endswith(".rotary_emb.inv_freq"):
+            continue
+        if int(layer[1]) < config["num_hidden_layers"]:
+            raise InputError(
+                f"{path}: tensor {name!r} belongs to no {config['model_type']} decoder of this config.json; this variant is not supported"
+            )
+
+
 def _row_reader(file: Path, opened: Any, key: str, entry: Entry) -> Callable[[int, int], Tensor]:
     data = opened.get_slice(key)
     if tuple(data.get_shape()) != entry.shape:
         raise InputError(
             f"{file}: tensor {key!r} has shape {data.get_shape()} where {list(entry.shape)} is due; config.json does not fit the weights"
+        )
+
+    if data.get_dtype() not in FLOATS:
+        raise InputError(
+            f"{file}: tensor {key!r} is {data.get_dtype()}: weights already quantised cannot be read; use the unquantised model or a GGUF file"
         )
 
     def rows(start: int, stop: int) -> Tensor:

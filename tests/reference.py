@@ -27,6 +27,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6, "rope_local_base_freq": 1e4, "hidden_activation": "gelu_pytorch_tanh",
     },
 }  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "qwen3 with biases": CONFIGS["llama"] | {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
+    "gemma3_text with biases": CONFIGS["gemma3_text"] | {"attention_bias": True},
+    "llama with biases": CONFIGS["llama"] | {"attention_bias": True, "mlp_bias": True},
+    "mistral": CONFIGS["llama"] | {"model_type": "mistral", "sliding_window": 8},
+}
+"""switches that the families' own configs leave off"""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -37,14 +44,8 @@ def peft_model(
     import peft
     import transformers
 
-    classes = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-        "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
-    }
-    make_config, make_model = classes[config["model_type"]]
-    model = make_model(
-        make_config(**{k: v for k, v in config.items() if k != "model_type"}, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config), attn_implementation="sdpa"
     )
     model = model.to(dtype)
     lora = peft.LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM", target_modules=TARGETS, lora_dropout=0.0)

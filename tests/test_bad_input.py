@@ -259,6 +259,16 @@ MODELS = {
     "negative layers": ({**CONFIG, "num_hidden_layers": -2}, "config field 'num_hidden_layers' must be a positive whole number, not -2"),
     "no model_type": (without("model_type"), "not a model config (no 'model_type')"),
     "a list": ([1], "not a model config"),
+    "no epsilon": ({**CONFIG, "rms_norm_eps": None}, "config field 'rms_norm_eps' must be a positive number, not None"),
+    "rope in words": ({**CONFIG, "rope_parameters": "long"}, "config field 'rope_parameters' must be an object, not 'long'"),
+    "a list of ropes": ({**CONFIG, "rope_scaling": [1]}, "config field 'rope_scaling' must be an object, not [1]"),
+    "rope without factor": ({**CONFIG, "rope_scaling": {"type": "linear"}}, "config field 'factor' must be a positive number, not None"),
+    "half a rope": (
+        {**CONFIG, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+        "'partial_rotary_factor': 0.5} is not supported; supported: default, linear, llama3",
+    ),
+    "capped logits": ({**CONFIG, "final_logit_softcapping": 30.0}, "config field 'final_logit_softcapping' = 30.0 is not supported; supported: None"),
+    "an encoder": ({**CONFIG, "use_bidirectional_attention": True}, "config field 'use_bidirectional_attention' = True is not supported; supported: False"),
 }  # fmt: skip
 
 

@@ -466,6 +466,12 @@ def break_directory(path: Path, how: str) -> None:
         (path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 4}))
     elif how == "wider":
         (path / "config.json").write_text(json.dumps(LLAMA | {"intermediate_size": 128}))
+    elif how == "integers":
+        weights = random_weights(LLAMA)
+        write_directory(path, LLAMA, {n: (w * 100).to(torch.int8) if w.dim() > 1 else w for n, w in weights.items()})
+    elif how == "biases":
+        weights = random_weights(LLAMA) | {"model.layers.1.self_attn.q_proj.bias": torch.ones(64)}
+        write_directory(path, LLAMA, weights)
 
 
 @pytest.mark.parametrize(
@@ -483,6 +489,8 @@ def break_directory(path: Path, how: str) -> None:
         ("flipped", "model.safetensors: not a readable safetensors file"),
         ("more layers", "no tensor 'model.layers.3.input_layernorm.weight' in its safetensors files"),
         ("wider", "tensor 'model.layers.0.mlp.gate_proj.weight' has shape [96, 64] where [128, 64] is due"),
+        ("integers", "tensor 'model.embed_tokens.weight' is I8: weights already quantised cannot be read; use the"),
+        ("biases", "tensor 'model.layers.1.self_attn.q_proj.bias' belongs to no llama decoder of this config.json"),
     ],
 )
 def test_a_broken_directory_is_refused(how: str, message: str, tmp_path: Path) -> None:

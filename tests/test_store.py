@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from profiles.pack import StoreWriter, build_store, pack_q4, pack_q8, pack_rows,
 from profiles.random_source import random_source
 from profiles.sources import Source, SourceTensor
 from profiles.store import CHUNK_ELEMENTS, WORKSPACE_BYTES, Entry, Store, packed_bytes, unpack
-from tests.reference import CONFIGS
+from tests.reference import CONFIGS, VARIANTS
 
 ROOT = Path(__file__).parent.parent
 TINY = {
@@ -455,6 +456,7 @@ def test_too_little_space_is_said_before_writing(tmp_path: Path, monkeypatch: py
 FULL_DISK = """
 import json, resource, sys
 from pathlib import Path
+from typing import Any
 from profiles.errors import TightfitError
 from profiles.pack import build_store
 from profiles.random_source import random_source
@@ -507,14 +509,22 @@ def test_described_sizes_are_the_store_s(family: str, embedding: str, tmp_path: 
         assert store.entries["model.embed_tokens.weight"].format == embedding
 
 
-@pytest.mark.parametrize("family", list(CONFIGS))
-def test_described_tensors_are_those_of_transformers(family: str) -> None:
+@pytest.mark.parametrize("config", (CONFIGS | VARIANTS).values(), ids=CONFIGS | VARIANTS)
+def test_described_tensors_are_those_of_transformers(config: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(**CONFIGS[family])
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert {name: entry.shape for name, entry in describe(CONFIGS[family]).items()} == expected
+    assert {name: entry.shape for name, entry in describe(config).items()} == expected
+
+
+def test_a_mistral_has_transformers_sliding_window_where_its_config_names_none() -> None:
+    from profiles.decoder import decoder_shape
+
+    transformers = pytest.importorskip("transformers")
+    config = {key: value for key, value in VARIANTS["mistral"].items() if key != "sliding_window"}
+    assert set(decoder_shape(config).windows) == {transformers.AutoConfig.for_model(**config).sliding_window}
+    assert set(decoder_shape(config | {"sliding_window": None}).windows) == {None}
 
 
 def test_random_weights_have_the_config_s_spread_and_do_not_depend_on_order(tmp_path: Path) -> None:

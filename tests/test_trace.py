@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from interpreter import run_step
-from reference import CONFIGS, peft_model, peft_name
+from reference import CONFIGS, VARIANTS, peft_model, peft_name
 from torch._subclasses import FakeTensorMode
 
 from examples.vision import residual_cnn, vision_transformer
@@ -82,10 +82,12 @@ def relative_error(own: torch.Tensor, exact: torch.Tensor) -> float:
     return float((own - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize(("batch", "seq"), SIZES)
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    ("family", "batch", "seq"),
+    [(family, *size) for family in CONFIGS for size in SIZES] + [(variant, *SIZES[0]) for variant in VARIANTS],
+)
 def test_float32_loss_and_lora_gradients_match_autograd(family: str, batch: int, seq: int) -> None:
-    config = CONFIGS[family]
+    config = (CONFIGS | VARIANTS)[family]
     weights, data = random_weights(config, torch.float32), random_batch(config, batch, seq)
     made = interpret(trace_decoder(config, torch.float32, batch, seq), weights, data)
     loss, gradients = reference(config, weights, data, torch.float32)
