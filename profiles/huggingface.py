@@ -102,8 +102,8 @@ def directory_vocabulary(path: Path) -> Vocabulary | None:
         return None
     try:
         tokenizer = Tokenizer.from_file(str(file))
-        settings = path / "tokenizer_config.json"
-        options = json.loads(settings.read_bytes()) if settings.exists() else {}
+        options = _json(path / "tokenizer_config.json")
+        special = _special_tokens(path, options, tokenizer)
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(
             f"{path}: unreadable tokenizer ({error}); download tokenizer.json and tokenizer_config.json again"
@@ -114,12 +114,6 @@ def directory_vocabulary(path: Path) -> Vocabulary | None:
         template = named.get("default")
     if (path / "chat_template.jinja").exists():
         template = (path / "chat_template.jinja").read_text()
-    special = {}
-    for key, value in options.items():
-        if key.endswith("_token"):
-            text = value.get("content") if isinstance(value, dict) else value
-            if isinstance(text, str):
-                special[key] = text
     first = tokenizer.encode("a").ids[:1]
     bos = special.pop("bos_token", None)
     tokenizer.no_padding()
@@ -133,6 +127,33 @@ def directory_vocabulary(path: Path) -> Vocabulary | None:
         add_bos=bos is not None and first == [tokenizer.token_to_id(bos)],
         special_tokens=special,
     )
+
+
+def _special_tokens(path: Path, options: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    """Special tokens by name: as tokenizer_config.json has them, else special_tokens_map.json, else by the model's numbers.
+
+    A model without an end-of-text token would never learn to stop.
+    """
+    found: dict[str, str] = {}
+    for key, value in (_json(path / "special_tokens_map.json") | options).items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            found[key] = text
+    for file in ("config.json", "generation_config.json"):
+        numbers = _json(path / file)
+        for key in ("bos_token", "eos_token", "pad_token"):
+            number = numbers.get(f"{key}_id")
+            number = number[0] if isinstance(number, list) and number else number
+            token = tokenizer.id_to_token(number) if isinstance(number, int) and number >= 0 else None
+            if token is not None:
+                found.setdefault(key, token)
+    return found
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """An object in a file, empty where there is no file."""
+    read: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+    return read
 
 
 def _files(path: Path) -> list[Path]:

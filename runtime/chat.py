@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from profiles.errors import InputError
 from profiles.sources import Vocabulary
 from runtime.samples import Message
 
+DAY = dt.date(2024, 7, 26)
+"""what templates take for today (the day that Llama's fall back to): a run that is resumed tomorrow sees the same data"""
 Segment = tuple[str, bool]
 """A stretch of text and whether it is to be predicted."""
 
@@ -24,10 +29,10 @@ class ChatTemplate:
     def __init__(self, vocabulary: Vocabulary) -> None:
         if not vocabulary.chat_template:
             raise InputError("the model has no chat template; write prompts as strings instead of messages")
-        extensions: list[str | type[Extension]] = [loopcontrols]
+        extensions: list[str | type[Extension]] = [loopcontrols, _Generation]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = _refuse
+        environment.filters["tojson"] = _to_json
+        environment.globals.update(raise_exception=_refuse, strftime_now=DAY.strftime)
         try:
             self._template = environment.from_string(vocabulary.chat_template)
         except jinja2.TemplateError as error:
@@ -79,6 +84,26 @@ class ChatTemplate:
                     "the model's chat template does not continue its own generation prompt; write prompts as strings instead of messages"
                 )
         return [(part, wanted) for part, wanted in segments if part]
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks for transformers what the assistant says; here its text is found by rendering."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -355,6 +355,28 @@ def test_conversations_are_rendered_as_transformers_does(
     assert ChatTemplate(vocabulary).render(messages, generation_prompt=generation_prompt) == expected
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}\n{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}",
+        "{% for m in messages %}{{ m | tojson(ensure_ascii=False, separators=(',', ':'), sort_keys=True) }}{% endfor %}",
+        "{{ strftime_now('%d %b %Y') | length }}{{ messages[0].content }}",
+    ],
+)
+def test_what_transformers_adds_to_jinja_is_known(vocabulary: Vocabulary, template: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary.tokenizer, chat_template=template)
+    own = ChatTemplate(Vocabulary(tokenizer=vocabulary.tokenizer, chat_template=template))
+    expected = reference.apply_chat_template(TALK, tokenize=False)
+    assert own.render(TALK, generation_prompt=False) == expected
+
+
+def test_today_is_one_day_for_ever(vocabulary: Vocabulary) -> None:
+    """A run that is resumed tomorrow must see the same data."""
+    dated = ChatTemplate(Vocabulary(tokenizer=vocabulary.tokenizer, chat_template="{{ strftime_now('%d %b %Y') }}"))
+    assert dated.render(TALK, generation_prompt=False) == "26 Jul 2024"
+
+
 def test_what_the_assistant_says_is_predicted_to_the_end_of_its_turn(vocabulary: Vocabulary, tmp_path: Path) -> None:
     file = made(lines(tmp_path / "a.jsonl", {"messages": TALK}, {"messages": TALK[:3]}), vocabulary, tmp_path)
     inputs, labels = record(file, 0)

@@ -27,6 +27,7 @@ from profiles.gguf_tokenizer import implied_merges
 from profiles.pack import build_store
 from profiles.sources import Source, resolve
 from profiles.store import Store
+from runtime.data import Encoder
 from tests.reference import CONFIGS
 from tests.tiny_models import (
     CHAT,
@@ -436,6 +437,30 @@ def test_directories_bring_their_tokenizer(tmp_path: Path) -> None:
         resolve(str(path)).vocabulary()
     (path / "tokenizer.json").unlink()
     assert resolve(str(path)).vocabulary() is None
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"special_tokens_map.json": {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}},
+        {"config.json": LLAMA | {"bos_token_id": 1, "eos_token_id": 2}},
+        {"generation_config.json": {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": -1}},
+    ],
+    ids=str,
+)
+def test_the_end_of_text_is_found_wherever_it_is_told(files: dict[str, Any], tmp_path: Path) -> None:
+    """Without it no completion would end."""
+    path = write_directory(tmp_path / "model", LLAMA, random_weights(LLAMA), tokenizer=byte_level_tokenizer())
+    (path / "tokenizer_config.json").write_text("{}")
+    for name, content in files.items():
+        (path / name).write_text(json.dumps(content))
+    vocabulary = resolve(str(path)).vocabulary()
+    assert vocabulary is not None
+    assert (vocabulary.bos_token, vocabulary.eos_token, vocabulary.pad_token) == ("<|im_start|>", "<|im_end|>", None)
+    assert Encoder(vocabulary, 320).completion("Is it? ", "positive", ended=True)[0][-1] == 2
+    settings = {"eos_token": "<|endoftext|>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert resolve(str(path)).vocabulary().eos_token == "<|endoftext|>"  # type: ignore[union-attr]
 
 
 def break_directory(path: Path, how: str) -> None:
