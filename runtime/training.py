@@ -93,7 +93,8 @@ class Training:
     def evaluate(self, path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
         """Mean loss over labelled tokens and, where the records are answers to choose from, accuracy.
 
-        A question counts as right when the right choice has the highest summed log-likelihood.
+        Wrong choices have no part in the loss, which falls as that of training does. A question counts as right when the
+        right choice has the highest summed log-likelihood.
         """
         with_records = open_batches(path, self.header["seed"])
         best: dict[int, tuple[float, bool]] = {}
@@ -112,7 +113,9 @@ class Training:
             sums = losses.view(labels.shape).sum(1).tolist()
             counts = (labels >= 0).sum(1).tolist()
             for row, record in enumerate(found):
-                total, labelled, records = total + sums[row], labelled + counts[row], records + 1
+                records += 1
+                if record.choice < 0 or record.answer:
+                    total, labelled = total + sums[row], labelled + counts[row]
                 if record.choice >= 0 and (record.example not in best or sums[row] < best[record.example][0]):
                     best[record.example] = (sums[row], record.answer)
         with_records.close()

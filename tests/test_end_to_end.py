@@ -210,6 +210,18 @@ def test_peft_loads_the_adapter_and_gives_the_same_loss(profiled: Any, data: Pat
     assert report["evaluation"]["before"]["loss"] != pytest.approx(total / count, rel=1e-3)
 
 
+def test_wrong_choices_have_no_part_in_the_loss_of_an_evaluation(profiled: Any, data: Path, tmp_path: Path) -> None:
+    planned = plan(profiled("llama", "float32"), 1 << 40)
+    losses = []
+    for wrong in ("negative", "they've 12"):
+        questions = tmp_path / "questions.jsonl"
+        questions.write_text(json.dumps({"prompt": "lazy dog? ", "choices": ["positive", wrong], "answer": 0}))
+        report = run(planned, data, steps=1, out=tmp_path / wrong, eval_data=questions)
+        losses.append(report["evaluation"]["before"]["loss"])
+        assert report["evaluation"]["before"]["records"] == 2
+    assert losses[0] == losses[1]
+
+
 def test_a_killed_run_continues_bit_identically(profiled: Any, data: Path, tmp_path: Path) -> None:
     made = profiled("llama", "bfloat16")
     planned = plan(made, Planner(made).minimum().peak_bytes + (4 << 20))
