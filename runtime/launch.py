@@ -79,18 +79,16 @@ def run(
     check_machine(plan)
     check_schedule(plan)
     store = find_store(plan, stages)
-    with _locked(directory) as lock:
+    with _locked(directory) as lock, _staging(directory) as staging:
         replaced = _open_directory(directory, steps, resume=resume, overwrite=overwrite)
-        train = _prepare(plan, data, directory, "train", truncate=truncate, seed=seed, stages=stages)
+        train = _prepare(plan, data, staging, "train", truncate=truncate, seed=seed, stages=stages)
         evaluation = (
             None
             if eval_data is None
-            else _prepare(plan, eval_data, directory, "evaluate", truncate=truncate, seed=seed, stages=stages)
+            else _prepare(plan, eval_data, staging, "evaluate", truncate=truncate, seed=seed, stages=stages)
         )
         if evaluation and plan.evaluate is None:
             raise InputError("the plan has no evaluation phase; plan again, or leave out the evaluation data")
-        for old in replaced:  # only now: bad data must not cost an earlier run
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
         optimizer = OPTIMIZERS[plan.optimizer.get("name", "adamw")](
             lr=lr,
             weight_decay=weight_decay,
@@ -100,8 +98,8 @@ def run(
         )
         settings = {
             "store": str(store) if store else None,
-            "data": train,
-            "evaluation": evaluation,
+            "data": str(directory / "data" / train.name),
+            "evaluation": str(directory / "data" / evaluation.name) if evaluation else None,
             "out": str(directory),
             "steps": steps,
             "seed": seed,
@@ -115,8 +113,14 @@ def run(
             "profile_step": profile_step,
             "conditions": conditions(plan, asdict(optimizer), seed),
         }
-        if resume and (finished := _finished(directory, settings, data)):
+        if resume and (finished := _finished(directory, settings, train, data)):
             return finished
+        for old in replaced:  # only now: data that are refused must not cost an earlier run
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        with _disk(directory):
+            (directory / "data").mkdir(exist_ok=True)
+            for file in staging.iterdir():
+                file.replace(directory / "data" / file.name)
         compiled = jobs.compile_job(plan.model_dump(), settings)
         path = directory / "job"
         try:
@@ -156,6 +160,17 @@ def _locked(directory: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _staging(directory: Path) -> Iterator[Path]:
+    """A folder for data until the run has been found to fit them: then they replace those of an earlier run."""
+    staging = directory / ".data.partial"
+    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
@@ -281,9 +296,9 @@ def _open_directory(directory: Path, steps: int, *, resume: bool, overwrite: boo
     return [] if resume else found
 
 
-def _finished(directory: Path, settings: dict[str, Any], data: Data) -> dict[str, Any] | None:
+def _finished(directory: Path, settings: dict[str, Any], train: Path, data: Data) -> dict[str, Any] | None:
     """The report of a run that has taken all of its steps already. Raises InputError where it was another run."""
-    batches = open_batches(settings["data"], settings["seed"])
+    batches = open_batches(str(train), settings["seed"])
     batches.close()
     expected = {**settings["conditions"], "data": batches.fingerprint}
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
@@ -299,12 +314,11 @@ def _finished(directory: Path, settings: dict[str, Any], data: Data) -> dict[str
 
 
 def _prepare(
-    plan: Plan, data: Data, directory: Path, purpose: Any, *, truncate: bool, seed: int, stages: Stages | None
-) -> str:
-    """Data as a file of fixed-shape records in ``out/data``."""
+    plan: Plan, data: Data, folder: Path, purpose: Any, *, truncate: bool, seed: int, stages: Stages | None
+) -> Path:
+    """Data as a file of fixed-shape records in `folder`."""
     from runtime.data import RANDOM, prepare
 
-    folder = directory / "data"
     folder.mkdir(exist_ok=True)
     if plan.model.kind == "module":
         return _prepare_module(plan, data, folder, purpose)
@@ -327,10 +341,10 @@ def _prepare(
         progress=(lambda done: stages(f"tokenising {text}", done, done)) if stages else None,
     )
     records.close()
-    return str(records.path)
+    return records.path
 
 
-def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str) -> str:
+def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str) -> Path:
     """Batches of a module: those given, or its factory's sample batch."""
     from profiles.factory_source import as_trained, build_module
 
@@ -352,4 +366,4 @@ def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str) -> str:
                 f"batch {number} has tensors {found}, the plan was made for {wanted}; profile with a batch of that shape"
             )
         batches.append([batch[place] for place in planned])
-    return write_batches(str(folder / f"{purpose}.batches"), batches)
+    return Path(write_batches(str(folder / f"{purpose}.batches"), batches))

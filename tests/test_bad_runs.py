@@ -66,6 +66,7 @@ def test_a_finished_run_that_is_resumed_answers_with_its_report(refused, tightfi
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "other"}\n')
     assert f"made with other data than {other}; " in refused(2, *run, 4, "--resume", "--data", other)
+    assert files(out) == before  # the data of the run too
 
 
 def test_a_run_that_ended_before_its_report_is_completed_without_a_step(tightfit, work, tmp_path):
