@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FORMS = "a Hugging Face directory or hub id, a GGUF file, a config.json, or package.module:factory"
+WRAPPED_BODY = "model.language_model."
+"""of the text model inside a multimodal wrapper, as transformers' AutoModelForCausalLM makes it and PEFT adapts it"""
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -124,7 +126,7 @@ def read_config(path: Path) -> dict[str, Any]:
         outer: dict[str, Any] = {
             key: config[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in config
         }
-        config = outer | text
+        config = outer | text | {"adapter_body": WRAPPED_BODY}
     if config.get("model_type") == "gemma3":
         config["model_type"] = "gemma3_text"
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,11 +13,20 @@ from torch import Tensor
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
+BODY = "model."
+"""what the names of a decoder's layers begin with; inside a multimodal wrapper it is another"""
 
 
-def adapter_config(lora: Mapping[str, Any], names: Iterable[str], base: str) -> dict[str, Any]:
+def adapter_key(name: str, body: str = BODY) -> str:
+    """The name in a PEFT adapter of the trainable `name`, for a base model whose decoder is `body`."""
+    return PREFIX + body + name.removeprefix(BODY)
+
+
+def adapter_config(lora: Mapping[str, Any], names: Iterable[str], base: str, body: str = BODY) -> dict[str, Any]:
     """``adapter_config.json``; `lora` has `rank` and `alpha`, `names` are the trainables, `base` the base model's name."""
-    targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names})
+    targets: list[str] | str = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names})
+    if body != BODY:  # an expression: by their bare names PEFT would adapt the wrapper's vision tower as well
+        targets = f"{re.escape(body)}.*\\.({'|'.join(targets)})"
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -23,6 +23,7 @@ import torch
 from planner.schema import Plan
 from profiles.errors import CapError, InputError, RunError, TightfitError
 from profiles.units import format_size
+from runtime import adapter
 from runtime import job as jobs
 from runtime.admission import Stages, check_machine, check_options, check_schedule, conditions, find_store
 from runtime.batches import open_batches, write_batches
@@ -109,6 +110,7 @@ def run(
             "optimizer": asdict(optimizer),
             "base_model": plan.model.source,
             "state_dict": plan.model.config.get("state_dict"),
+            "adapter_body": plan.model.config.get("adapter_body", adapter.BODY),
             "expected_seconds": plan.step_seconds,
             "profile_step": profile_step,
             "conditions": conditions(plan, asdict(optimizer), seed),

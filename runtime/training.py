@@ -146,8 +146,8 @@ class Training:
     def save_trained(self, directory: str) -> dict[str, int]:
         """Write a PEFT adapter, or a module's state_dict as ``model.safetensors``. Returns checksums by file."""
         lora = self.header["lora"]
-        prefix, file = (adapter.PREFIX, adapter.WEIGHTS) if lora else ("", "model.safetensors")
-        items = [self._item(prefix + t.name, t, t.value) for t in self.trainables]
+        file = adapter.WEIGHTS if lora else "model.safetensors"
+        items = [self._item(self._key(t.name), t, t.value) for t in self.trainables]
         trained = {t.name: t for t in self.trainables}
         for key, name in (self.header.get("state_dict") or {}).items():
             if name not in trained:
@@ -156,7 +156,8 @@ class Training:
                 items.append(self._item(key, trained[name], trained[name].value))
         checksum = safetensors_file.write(os.path.join(directory, file), items, {"format": "pt"})
         if lora:
-            config = adapter.adapter_config(lora, [t.name for t in self.trainables], self.header["base_model"])
+            names = [t.name for t in self.trainables]
+            config = adapter.adapter_config(lora, names, self.header["base_model"], self._body)
             write_json(os.path.join(directory, adapter.CONFIG), config)
         return {file: checksum}
 
@@ -174,9 +175,8 @@ class Training:
 
     def load_state(self, directory: str, checksums: dict[str, int]) -> None:
         """Take the state of a checkpoint directory. Raises InputError where a file is damaged."""
-        lora = self.header["lora"]
-        prefix, file = (adapter.PREFIX, adapter.WEIGHTS) if lora else ("", "model.safetensors")
-        with_adapter = [(prefix + t.name, t, t.value) for t in self.trainables]
+        file = adapter.WEIGHTS if self.header["lora"] else "model.safetensors"
+        with_adapter = [(self._key(t.name), t, t.value) for t in self.trainables]
         states = [(f"{role}:{t.name}", t, place) for t in self.trainables for role, place in zip(STATES, t.states)]
         for name, wanted in ((file, with_adapter), ("optimizer.safetensors", states)):
             reader = safetensors_file.Reader(os.path.join(directory, name))
@@ -189,6 +189,15 @@ class Training:
                     done += len(chunk)
                 self._keep(place, value)
             reader.close()
+
+    @property
+    def _body(self) -> str:
+        body: str = self.header.get("adapter_body", adapter.BODY)
+        return body
+
+    def _key(self, name: str) -> str:
+        """What a trainable is called in the file of the result."""
+        return adapter.adapter_key(name, self._body) if self.header["lora"] else name
 
     def close(self) -> None:
         self.channel.close()

@@ -1,8 +1,13 @@
+import json
 import math
 
+import pytest
 import torch
+from reference import CONFIGS
+from safetensors.torch import save_file
 
-from runtime.adapter import adapter_config, initialise
+from profiles.sources import WRAPPED_BODY
+from runtime.adapter import WEIGHTS, adapter_config, adapter_key, initialise
 from runtime.optimizer import AdamW, Update
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -21,8 +26,6 @@ def test_configuration_names_the_modules():
 
 
 def test_peft_reads_the_configuration():
-    import pytest
-
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(**adapter_config({"rank": 4, "alpha": 8.0}, [f"{LAYER}.lora_A.weight"], "base"))
     assert config.target_modules == {"q_proj"}
@@ -71,3 +74,33 @@ def test_rates():
     assert cosine.rate(1) == 2.0
     assert abs(cosine.rate(6) - 1.0) < 1e-9
     assert abs(cosine.rate(11)) < 1e-9
+
+
+def test_an_adapter_fits_the_language_model_of_a_multimodal_one_and_nothing_else_of_it(tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    text = CONFIGS["gemma3_text"] | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision | {"patch_size": 14}, mm_tokens_per_image=4
+    )
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    wanted = {}
+    for name, projection in base.named_modules():
+        if name.startswith(WRAPPED_BODY) and name.endswith("_proj"):
+            stem = "model." + name.removeprefix(WRAPPED_BODY)
+            wanted[f"{stem}.lora_A.weight"] = torch.randn(4, projection.in_features)
+            wanted[f"{stem}.lora_B.weight"] = torch.randn(projection.out_features, 4)
+    told = adapter_config({"rank": 4, "alpha": 8.0}, wanted, "base", WRAPPED_BODY)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+    save_file({adapter_key(name, WRAPPED_BODY): value for name, value in wanted.items()}, tmp_path / WEIGHTS)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path).named_parameters()
+    found = {name.replace(".default.", "."): value for name, value in loaded if ".lora_" in name}
+    assert len(wanted) == 14
+    assert found.keys() == {adapter_key(name, WRAPPED_BODY) for name in wanted}
+    assert all(torch.equal(found[adapter_key(name, WRAPPED_BODY)], value) for name, value in wanted.items())

@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_plans import decoder_profile, naive_plan
 
 from planner.schema import Plan
@@ -94,6 +96,19 @@ def test_steps_in_two_runs_are_the_steps_of_one(plan, profile, whole, tmp_path):
     assert resumed["resumed_step"] == 3
     assert resumed["enforced_by"] == "meter"
     assert bits(tmp_path) == bits(out)
+
+
+def test_an_adapter_for_a_wrapped_model_has_its_names_and_is_resumed(plan, whole, tmp_path):
+    config = plan.model.config | {"adapter_body": "model.language_model."}
+    wrapped = plan.model_copy(update={"model": plan.model.model_copy(update={"config": config})})
+    run(wrapped, "random", steps=3, out=tmp_path, **SETTINGS)
+    run(wrapped, "random", steps=6, out=tmp_path, resume=True, **SETTINGS)
+    saved, plain = (load_file(out / "adapter" / "adapter_model.safetensors") for out in (tmp_path, whole[1]))
+    renamed = {name.replace(".model.layers.", ".model.language_model.layers."): value for name, value in plain.items()}
+    assert saved.keys() == renamed.keys()
+    assert all(torch.equal(saved[name], value) for name, value in renamed.items())
+    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert told["target_modules"].startswith("model")
 
 
 def test_a_run_goes_on_only_where_products_are_made_alike(plan, tmp_path, monkeypatch):

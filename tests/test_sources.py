@@ -412,6 +412,8 @@ def test_the_text_model_of_a_multimodal_gemma_is_taken(prefix: str, tmp_path: Pa
     write_directory(tmp_path / "plain", config, weights)
     source = resolve(str(tmp_path / "wrapped"))
     assert source.config["model_type"] == "gemma3_text"
+    assert source.config["adapter_body"] == "model.language_model."
+    assert "adapter_body" not in resolve(str(tmp_path / "plain")).config
     plain = stored(resolve(str(tmp_path / "plain")), tmp_path)
     for name, tensor in stored(source, tmp_path).items():
         assert torch.equal(tensor, plain[name])
