@@ -99,8 +99,9 @@ def _run(request: dict[str, Any], environment: dict[str, str], progress: Progres
             raise
     if result is None:
         last = words[-1] if words else f"exit status {child.returncode}"
-        if child.returncode == InputError.exit_code:
-            raise InputError(last)
+        for kind in (InputError, RunError):
+            if child.returncode == kind.exit_code:
+                raise kind(last)
         raise RunError(
             f"measuring stopped: {last}; a layer must fit into memory while it is measured, try a smaller batch or sequence"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NoReturn
 
 import jinja2
@@ -73,8 +74,8 @@ class ChatTemplate:
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or (last_only and index != last):
                 continue
-            head = self.render(messages[:index], generation_prompt=True) if index else ""
             turn = text if index == last else self.render(messages[: index + 1], generation_prompt=False)
+            head = self.render(messages[:index], generation_prompt=True) if index else self._opening(message, turn)
             end = len(turn.rstrip())
             if text.startswith(turn[:end]) and turn.startswith(head) and done <= len(head) < end:
                 segments += [(text[done : len(head)], False), (text[len(head) : end], True)]
@@ -84,6 +85,12 @@ class ChatTemplate:
                     "the model's chat template does not continue its own generation prompt; write prompts as strings instead of messages"
                 )
         return [(part, wanted) for part, wanted in segments if part]
+
+    def _opening(self, message: Message, turn: str) -> str:
+        """What stands in a first turn before its words: templates need not take no messages at all for a prompt."""
+        other = "y" if message["content"].lstrip()[:1] == "x" else "x"
+        beside = self.render([message | {"content": other}], generation_prompt=False)
+        return "".join(own for own, _ in takewhile(lambda pair: pair[0] == pair[1], zip(turn, beside, strict=False)))
 
 
 class _Generation(Extension):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from profiles.busy import Others
-from profiles.errors import InputError
+from profiles.errors import RunError, TightfitError
 from runtime.bandwidth import measure_channels
 from runtime.floor import HOLES_PER_WORKSPACE
 from runtime.kernels import kernel_bytes
@@ -62,10 +62,17 @@ def main() -> int:
     with torch.no_grad():
         try:
             say(result=measure(request))
-        except InputError as error:
-            sys.stderr.write(f"{error}\n")
-            return error.exit_code
-    return 0
+            return 0
+        except TightfitError as error:
+            failure = error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            failure = RunError(
+                f"{error.filename}: {error.strerror}; set TIGHTFIT_CACHE to a writable directory with free space"
+            )
+    sys.stderr.write(f"{failure}\n")
+    return failure.exit_code
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:

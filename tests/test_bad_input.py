@@ -15,8 +15,8 @@ from planner.exchange import load_plan, save_plan
 from planner.plan import sealed
 from profiles import api
 from profiles.api import load_profile, save_profile
-from profiles.errors import InputError
-from profiles.measure import measure
+from profiles.errors import InputError, RunError
+from profiles.measure import _run, measure
 from profiles.pack import build_store
 from profiles.schema import PROFILE_VERSION, Operand, Operator, Program, Value
 from profiles.sources import resolve
@@ -383,3 +383,12 @@ def test_an_absurdly_large_budget_is_as_fast_as_keeping_all(tightfit, work, plan
     )
     assert code == 0
     assert len(json.loads(out)["loss"]) == 2
+
+
+def test_a_disk_that_cannot_be_measured_is_named_and_nothing_else_blamed(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    request = {"programs": [], "inference": [], "weights": [], "updates": [], "compute_dtype": "float32", "threads": 1}
+    with pytest.raises(RunError) as caught:
+        _run(request | {"scratch": str(tmp_path / "file" / "scratch")}, dict(os.environ), None)
+    assert str(caught.value).startswith(f"{tmp_path / 'file' / 'scratch'}")
+    assert str(caught.value).endswith("; set TIGHTFIT_CACHE to a writable directory with free space")

@@ -386,6 +386,14 @@ def test_what_the_assistant_says_is_predicted_to_the_end_of_its_turn(vocabulary:
     assert answered(record(file, 1)[1], vocabulary) == "It's positive.<|im_end|>"
 
 
+@pytest.mark.parametrize("words", [" How are you? ", "x", "s", "end"])
+def test_what_stands_before_an_assistant_that_begins_is_not_predicted(vocabulary: Vocabulary, words: str) -> None:
+    talk = [{"role": "assistant", "content": words}, *TALK]
+    opening, first, *_ = ChatTemplate(vocabulary).conversation(talk)
+    assert opening == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>assistant\n", False)
+    assert first == (f"{words}<|im_end|>", True)
+
+
 def test_a_prompt_of_messages_goes_through_the_template(vocabulary: Vocabulary, tmp_path: Path) -> None:
     prompt = TALK[:1]
     samples = [
