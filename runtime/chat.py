@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from profiles.errors import InputError
 from profiles.sources import Vocabulary
-from runtime.samples import Message
+from runtime.samples import Message, Tools
 
 DAY = dt.date(2024, 7, 26)
 """what templates take for today (the day that Llama's fall back to): a run that is resumed tomorrow sees the same data"""
@@ -47,20 +48,27 @@ class ChatTemplate:
         }
         self._tokens: dict[str, Any] = {key: token or "" for key, token in tokens.items()} | vocabulary.special_tokens
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool, tools: Tools | None = None) -> str:
         """The text of `messages`, up to where the assistant would begin if `generation_prompt`. Raises InputError."""
         try:
             return self._template.render(
-                messages=list(messages), add_generation_prompt=generation_prompt, **self._tokens
+                messages=list(messages),
+                tools=None if tools is None else list(tools),
+                documents=None,
+                add_generation_prompt=generation_prompt,
+                **self._tokens,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InputError(f"the model's chat template refuses these messages ({error})") from error
 
-    def completion(self, prompt: Sequence[Message], completion: str) -> list[Segment]:
+    def completion(self, prompt: Sequence[Message], completion: str, tools: Tools | None = None) -> list[Segment]:
         """The prompt, and the completion with the template's own end of turn."""
-        return self.conversation([*prompt, {"role": "assistant", "content": completion}], last_only=True)
+        turns = [*prompt, {"role": "assistant", "content": completion}]
+        return self.conversation(turns, last_only=True, tools=tools)
 
-    def conversation(self, messages: Sequence[Message], *, last_only: bool = False) -> list[Segment]:
+    def conversation(
+        self, messages: Sequence[Message], *, last_only: bool = False, tools: Tools | None = None
+    ) -> list[Segment]:
         """The whole text in segments. Every turn of the assistant is predicted, to its end-of-turn token.
 
         Templates may rewrite earlier turns once later ones follow (Qwen3 removes thoughts): a turn whose text is no
@@ -68,14 +76,18 @@ class ChatTemplate:
         """
         last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
         messages = messages[: last + 1]
-        text = self.render(messages, generation_prompt=False)
+        render = partial(self.render, tools=tools)
+        text = render(messages, generation_prompt=False)
         segments: list[Segment] = []
         done = 0
         for index, message in enumerate(messages):
             if message["role"] != "assistant" or (last_only and index != last):
                 continue
-            turn = text if index == last else self.render(messages[: index + 1], generation_prompt=False)
-            head = self.render(messages[:index], generation_prompt=True) if index else self._opening(message, turn)
+            turn = text if index == last else render(messages[: index + 1], generation_prompt=False)
+            if index:
+                head = render(messages[:index], generation_prompt=True)
+            else:  # templates need not take no messages at all for a prompt
+                head = _common(turn, render([_with_other_words(message)], generation_prompt=False))
             end = len(turn.rstrip())
             if text.startswith(turn[:end]) and turn.startswith(head) and done <= len(head) < end:
                 segments += [(text[done : len(head)], False), (text[len(head) : end], True)]
@@ -86,11 +98,15 @@ class ChatTemplate:
                 )
         return [(part, wanted) for part, wanted in segments if part]
 
-    def _opening(self, message: Message, turn: str) -> str:
-        """What stands in a first turn before its words: templates need not take no messages at all for a prompt."""
-        other = "y" if message["content"].lstrip()[:1] == "x" else "x"
-        beside = self.render([message | {"content": other}], generation_prompt=False)
-        return "".join(own for own, _ in takewhile(lambda pair: pair[0] == pair[1], zip(turn, beside, strict=False)))
+
+def _with_other_words(message: Message) -> Message:
+    """The same turn, which differs from the first letter of its words on."""
+    return message | {"content": "y" if (message.get("content") or "").lstrip()[:1] == "x" else "x"}
+
+
+def _common(one: str, other: str) -> str:
+    """What both begin with."""
+    return "".join(mine for mine, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 class _Generation(Extension):

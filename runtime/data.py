@@ -17,7 +17,7 @@ from profiles.errors import InputError
 from profiles.sources import Vocabulary
 from runtime.chat import ChatTemplate, Segment
 from runtime.records import IGNORED, RecordFile, RecordWriter
-from runtime.samples import Completion, Conversation, Prompt, Question, Sample, Text, data_files, read_samples
+from runtime.samples import Completion, Conversation, Prompt, Question, Sample, Text, Tools, data_files, read_samples
 
 Purpose = Literal["train", "evaluate"]
 TooLong = Literal["refuse", "truncate"]
@@ -107,7 +107,7 @@ class Encoder:
             )
         return ids, wanted
 
-    def completion(self, prompt: Prompt, completion: str, *, ended: bool) -> Tokens:
+    def completion(self, prompt: Prompt, completion: str, *, ended: bool, tools: Tools | None = None) -> Tokens:
         """A prompt and what is to follow it, to the end of the turn if `ended`."""
         if isinstance(prompt, str):
             ids, wanted = self.segments([(prompt, False), (completion, True)] if prompt else [(completion, True)])
@@ -115,8 +115,9 @@ class Encoder:
                 return [*ids, self.end], [*wanted, True]
             return ids, wanted
         if ended:
-            return self.segments(self.chat.completion(prompt, completion))
-        return self.segments([(self.chat.render(prompt, generation_prompt=True), False), (completion, True)])
+            return self.segments(self.chat.completion(prompt, completion, tools))
+        asked = self.chat.render(prompt, generation_prompt=True, tools=tools)
+        return self.segments([(asked, False), (completion, True)])
 
 
 class _Preparation:
@@ -168,19 +169,23 @@ class _Preparation:
             self.flush(everything=False)
             return
         if isinstance(sample, Question) and self.purpose == "evaluate":
-            records = [encoder.completion(sample.prompt, choice, ended=False) for choice in sample.choices]
+            records = [
+                encoder.completion(sample.prompt, choice, ended=False, tools=sample.tools) for choice in sample.choices
+            ]
             self.longest = max(self.longest, *(len(ids) - 1 for ids, _ in records))
             shifted = [self.shift(tokens) for tokens in records]
             for choice, (inputs, labels) in enumerate(shifted):
                 self.writer.add(inputs, labels, example=self.example, choice=choice, answer=choice == sample.answer)
         else:
             if isinstance(sample, Question):
-                tokens = encoder.completion(sample.prompt, sample.choices[sample.answer], ended=True)
+                tokens = encoder.completion(
+                    sample.prompt, sample.choices[sample.answer], ended=True, tools=sample.tools
+                )
             elif isinstance(sample, Completion):
-                tokens = encoder.completion(sample.prompt, sample.completion, ended=True)
+                tokens = encoder.completion(sample.prompt, sample.completion, ended=True, tools=sample.tools)
             else:
                 assert isinstance(sample, Conversation)
-                tokens = encoder.segments(encoder.chat.conversation(sample.messages))
+                tokens = encoder.segments(encoder.chat.conversation(sample.messages, tools=sample.tools))
             inputs, labels = self.shift(tokens)
             self.writer.add(inputs, labels, example=self.example)
         self.example += 1

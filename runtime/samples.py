@@ -6,6 +6,9 @@
 | {"prompt": ..., "completion": "..."} | the completion is predicted; a prompt is a string, or a list of messages for the chat template |
 | {"messages": [{"role": ..., "content": ...}, ...]} | a conversation; what the assistant says is predicted |
 | {"prompt": ..., "choices": ["...", ...], "answer": ...} | a question; `answer` is the right choice or its index |
+
+Beside messages, `tools` are what the chat template shows the assistant as functions to call; a message with `tool_calls` needs
+no `content`.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 from profiles.errors import InputError
 
 Message = dict[str, Any]
+Tools = tuple[dict[str, Any], ...]
 Prompt = str | tuple[Message, ...]
 FORMS = '{"text"}, {"prompt", "completion"}, {"messages"} or {"prompt", "choices", "answer"}'
 
@@ -32,11 +36,13 @@ class Text:
 class Completion:
     prompt: Prompt
     completion: str
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True)
 class Conversation:
     messages: tuple[Message, ...]
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Question:
     prompt: Prompt
     choices: tuple[str, ...]
     answer: int
+    tools: Tools | None = None
 
 
 Sample = Text | Completion | Conversation | Question
@@ -97,7 +104,7 @@ def parse_sample(line: bytes) -> Sample:
         messages = _messages(value["messages"], "messages")
         if not any(message["role"] == "assistant" for message in messages):
             raise InputError('"messages" has no turn of role "assistant"; there is nothing to learn')
-        return Conversation(messages)
+        return Conversation(messages, tools=_tools(value))
     if "choices" in value:
         return _question(value)
     if "completion" in value:
@@ -107,7 +114,7 @@ def parse_sample(line: bytes) -> Sample:
             if len(turns) != 1 or turns[0]["role"] != "assistant":
                 raise InputError('"completion" as a list must be one message of role "assistant"')
             completion = turns[0]["content"]
-        return Completion(_prompt(value), _string(completion, "completion"))
+        return Completion(_prompt(value), _string(completion, "completion"), tools=_tools(value))
     if "text" in value:
         return Text(_string(value["text"], "text"))
     found = ", ".join(sorted(map(str, value))[:6]) or "none"
@@ -123,9 +130,9 @@ def _question(value: dict[str, Any]) -> Question:
         raise InputError('"choices" names the same answer twice')
     answer = value.get("answer")
     if isinstance(answer, str) and answer in texts:
-        return Question(_prompt(value), texts, texts.index(answer))
+        return Question(_prompt(value), texts, texts.index(answer), tools=_tools(value))
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
-        return Question(_prompt(value), texts, answer)
+        return Question(_prompt(value), texts, answer, tools=_tools(value))
     raise InputError(f'"answer" is {answer!r}; write one of the choices or its index from 0 to {len(texts) - 1}')
 
 
@@ -138,17 +145,28 @@ def _prompt(value: dict[str, Any]) -> Prompt:
     return _whole(prompt, "prompt")
 
 
+def _tools(value: dict[str, Any]) -> Tools | None:
+    """What the assistant may call, for the chat template; nothing where the list is empty."""
+    tools = value.get("tools")
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError('"tools" must be a list of objects, each the JSON schema of a function')
+    if isinstance(value.get("prompt"), str):
+        raise InputError('"tools" are shown by the chat template; write "prompt" as a list of messages')
+    return tuple(tools)
+
+
 def _messages(value: Any, key: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise InputError(f'"{key}" must be a list of {{"role", "content"}} objects, not {_kind(value)}')
     for index, message in enumerate(value):
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or not isinstance(message.get("content"), str)
-        ):
+        content = message.get("content") if isinstance(message, dict) else None
+        if content is None and isinstance(message, dict) and message.get("tool_calls"):
+            content = ""
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(content, str):
             raise InputError(f'message {index} of "{key}" must be an object with the strings "role" and "content"')
-        _whole(message["role"] + message["content"], key)
+        _whole(message["role"] + content, key)
     return tuple(value)
 
 

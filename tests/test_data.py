@@ -236,6 +236,9 @@ def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
         ),
         ('{"prompt": "a", "choices": ["b", "c"], "answer": true}', '"answer" is True'),
         ('{"prompt": "a", "choices": ["b", "c"]}', '"answer" is None'),
+        ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "f"}', '"tools" must be a list of objects'),
+        ('{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}', 'write "prompt" as a list of messages'),
+        ('{"messages": [{"role": "assistant", "tool_calls": []}]}', 'message 0 of "messages" must be an object with'),
     ],
 )
 def test_a_bad_line_says_what_is_wrong(line: str, message: str) -> None:
@@ -392,6 +395,28 @@ def test_what_stands_before_an_assistant_that_begins_is_not_predicted(vocabulary
     opening, first, *_ = ChatTemplate(vocabulary).conversation(talk)
     assert opening == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>assistant\n", False)
     assert first == (f"{words}<|im_end|>", True)
+
+
+def test_the_template_shows_the_tools(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    template = "{% if tools is not none %}{{ tools | length }} tools. {% endif %}" + CHAT.replace(
+        "message['content'] + ",
+        "(message.content or '') + (message.tool_calls | string if message.tool_calls else '') + ",
+    )
+    chatty = Vocabulary(tokenizer=vocabulary.tokenizer, chat_template=template, eos_token="<|im_end|>")
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    tools = {"tools": [{"name": "f"}, {"name": "g"}]}
+    samples = [
+        {"messages": [*TALK[:1], call, {"role": "tool", "content": "4"}, *TALK[-1:]]} | tools,
+        {"prompt": TALK[:1], "completion": "negative"} | tools,
+        {"prompt": TALK[:1], "choices": ["negative", "positive"], "answer": 0} | tools,
+        {"messages": [call, *TALK]},
+        {"messages": TALK, "tools": []},
+    ]
+    file = made(lines(tmp_path / "a.jsonl", *samples), chatty, tmp_path, seq=200)
+    texts = [vocabulary.tokenizer.decode(record(file, n)[0], skip_special_tokens=False) for n in range(len(samples))]
+    assert [text.startswith("2 tools. <|im_start|>") for text in texts] == [True, True, True, False, False]
+    assert answered(record(file, 0)[1], vocabulary).startswith("[{'name': 'f'}]<|im_end|>")
+    assert answered(record(file, 3)[1], vocabulary).startswith("[{'name': 'f'}]<|im_end|>It's positive.")
 
 
 def test_a_prompt_of_messages_goes_through_the_template(vocabulary: Vocabulary, tmp_path: Path) -> None:
