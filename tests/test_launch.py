@@ -123,6 +123,7 @@ def start(plan, out, steps, options="", every=2):
     path = out / "plan.json"
     path.write_text(plan.model_dump_json())
     code = (
+        "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # nohup ignores it
         "import sys\nfrom planner.schema import Plan\nfrom profiles.errors import TightfitError\nfrom runtime.launch import run\n"
         f"plan = Plan.model_validate_json(open({str(path)!r}).read())\n"
         f"try:\n    run(plan, 'random', steps={steps}, out={str(out / 'run')!r}, lr=1e-2, seed=5, checkpoint_every={every}{options})\n"
