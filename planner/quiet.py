@@ -14,6 +14,8 @@ from dataclasses import replace
 from ortools.math_opt.python import mathopt
 from ortools.math_opt.solvers import highs_pb2
 
+from planner.interruptible import interruptible
+
 
 def solve_quietly(
     model: mathopt.Model, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None
@@ -21,7 +23,8 @@ def solve_quietly(
     """Solve `model` within `seconds` and branch-and-bound `nodes` to a relative `gap`. Raises TimeoutError when no time is left.
 
     Where HiGHS calls a point optimal that its own tolerances reject, MathOpt has no result; then Glop (linear) or SCIP
-    (integers) gives a second opinion. On one thread, so that the answer does not depend on how many cores there are.
+    (integers) gives a second opinion. On one thread, so that the answer does not depend on how many cores there are. Raises
+    KeyboardInterrupt at once: HiGHS listens to no interrupter, and is left to its time limit.
     """
     if seconds <= 0:
         raise TimeoutError
@@ -35,7 +38,7 @@ def solve_quietly(
     )
     with _nowhere:
         try:
-            return mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters)
+            return interruptible(lambda: mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters))
         except (RuntimeError, ValueError, AttributeError):  # MathOpt's conversion of HiGHS's status fails by itself
             whole = any(variable.integer for variable in model.variables())
             second = mathopt.SolverType.GSCIP if whole else mathopt.SolverType.GLOP
@@ -43,7 +46,7 @@ def solve_quietly(
             if left <= dt.timedelta():
                 raise TimeoutError from None
             parameters = replace(parameters, time_limit=left) if whole else mathopt.SolveParameters(time_limit=left)
-            return mathopt.solve(model, second, params=parameters)
+            return interruptible(lambda: mathopt.solve(model, second, params=parameters))
 
 
 MARGIN = 1e-5

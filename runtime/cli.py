@@ -11,6 +11,7 @@ import contextlib
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -460,15 +461,17 @@ def _plan_here(
     planner = planner_of(profile)
     started = time.monotonic()
     planned = planner.plan(budget, policy=policy, time_limit=time_limit, progress=solving)
-    if planned.status == "infeasible":
-        return planned, explanation_of(planner, planned, time_limit=time_limit)
     beside: list[Worth] = []
-    left = time_limit - (time.monotonic() - started)
-    searched = planned.policy == "solver" and not interrupts.seen
-    if what_if and searched:
-        planned, beside = check(planner, planned, time_limit=time_limit, progress=solving)
-    elif searched and left > 0:
-        beside = neighbours(planner, planned, time_limit=left / 3)
+    # Whatever Ctrl-C takes from here on, the answer is there.
+    with contextlib.suppress(KeyboardInterrupt):
+        if planned.status == "infeasible":
+            return planned, explanation_of(planner, planned, time_limit=time_limit)
+        left = time_limit - (time.monotonic() - started)
+        searched = planned.policy == "solver" and not interrupts.seen
+        if what_if and searched:
+            planned, beside = check(planner, planned, time_limit=time_limit, progress=solving)
+        elif searched and left > 0:
+            beside = neighbours(planner, planned, time_limit=left / 3)
     return planned, account(planned).model_copy(update={"neighbours": beside})
 
 
@@ -576,7 +579,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if debug and not _usage(error) and not isinstance(error, typer.Abort):
             raise
         code = _failed(error, as_json="--json" in words)
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if interrupts.seen and threading.active_count() > 1:
+        # A solver that Ctrl-C left alone goes on to its time limit, for nobody.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _expected(error: Exception) -> bool:

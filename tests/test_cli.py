@@ -452,6 +452,23 @@ def test_ctrl_c_while_solving_gives_the_best_plan(tightfit, planned, monkeypatch
     assert signal.getsignal(signal.SIGINT) == before
 
 
+@pytest.mark.parametrize("status", ["feasible", "infeasible"])
+def test_ctrl_c_after_the_answer_keeps_it(tightfit, planned, monkeypatch, tmp_path, status):
+    import planner.explanation
+    import planner.worth
+
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    planned(sample_plan(status="feasible") if status == "feasible" else infeasible_plan("solver"))
+    monkeypatch.setattr(planner.worth, "neighbours", interrupted)
+    monkeypatch.setattr(planner.explanation, "explanation_of", interrupted)
+    code, out, _ = tightfit("plan", "profile.json", "--memory", "350MiB", "-o", tmp_path / "plan.json", "--json")
+    told = json.loads(out)
+    assert (code, told["status"], told["interrupted"]) == (0 if status == "feasible" else 3, status, True)
+    assert (tmp_path / "plan.json").exists() == (status == "feasible")
+
+
 @pytest.mark.parametrize("command", ["", "profile", "devices", "plan", "compare", "run"])
 def test_help(command):
     done = run_process(*filter(None, [command]), "--help")

@@ -7,6 +7,7 @@
 | actions | a schedule in full: runs, frees, moves; its seconds and instructions |
 | replay | the simulator's half for plans without an arena: bytes that are live |
 | rules | fixed rules: keep-all, checkpoint-layers, checkpoint-sqrt |
+| cp_sat | CP-SAT on one thread, ended by Ctrl-C |
 | exact | CP-SAT over all schedules of the class, for small graphs |
 | exact_moves | the same with moves to a disk, and time counted with the memory |
 | chains | dynamic programming over checkpoints, for chains |

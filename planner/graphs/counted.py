@@ -12,6 +12,7 @@ from math import floor
 
 from ortools.sat.python import cp_model
 
+from planner.graphs.cp_sat import single_worker, solved
 from planner.graphs.exact import RESOLUTION
 from planner.graphs.limit import Limit
 from planner.linear import Program
@@ -62,12 +63,11 @@ class Counted:
         self.model.minimize(spent)
         if most < float("inf"):
             self.model.add(spent <= floor(most / unit))
-        solver = cp_model.CpSolver()
-        solver.parameters.num_workers = 1
+        solver = single_worker()
         solver.parameters.linearization_level = 2
         solver.parameters.add_objective_cut = True
         solver.parameters.max_time_in_seconds = self.limit.left()
-        status = solver.solve(self.model)
+        status = solved(solver, self.model)
         # Sums of bytes near 2^63 would be none that CP-SAT counts.
         assert status != cp_model.MODEL_INVALID
         if status == cp_model.INFEASIBLE:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ortools.sat.python import cp_model
 
+from planner.graphs.cp_sat import single_worker, solved
 from planner.graphs.dag import Dag
 from planner.graphs.schedule import Rerun, pruned
 
@@ -57,11 +58,10 @@ def solve_within(
     model: cp_model.CpModel, *, work: float, seconds: float
 ) -> tuple[cp_model.CpSolver, cp_model.CpSolverStatus, bool]:
     """The solver and its status, and whether it was not the clock that ended it; limits as of `fastest`."""
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
+    solver = single_worker()
     solver.parameters.max_deterministic_time = work
     solver.parameters.max_time_in_seconds = seconds
-    status = solver.solve(model)
+    status = solved(solver, model)
     proven = status in (cp_model.OPTIMAL, cp_model.INFEASIBLE)
     # Read off its work: by the clock, a process that was held up may be late though the work had ended it, or the other way round.
     return solver, status, proven or solver.deterministic_time >= work

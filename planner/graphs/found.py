@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from planner.graphs.actions import Carried, carry
@@ -48,14 +48,13 @@ class Found:
         """The schedule whose peak is lowest."""
         return min(self.peaks, key=lambda reruns: (self.peaks[reruns], sorted(reruns)))
 
+    def best(self, dag: Dag, budget: int) -> Carried | None:
+        """The fastest schedule found that fits the budget."""
+        return _best(dag, budget, self.peaks, self.moved)
+
     def no_slower(self, dag: Dag, budget: int, outcome: Outcome) -> Outcome:
         """The outcome of a search made again: or what had been found before it, where that is faster."""
-        peaks, moved = self.late
-        fitting = [carried for carried in moved if carried.peak_bytes <= budget]
-        reruns = fastest(dag, budget, peaks)
-        if peaks.get(reruns, budget + 1) <= budget:
-            fitting.append(carry(dag, reruns))
-        best = min(fitting, key=lambda carried: carried.seconds, default=None)
+        best = _best(dag, budget, *self.late)
         if best is None or (outcome.carried is not None and outcome.carried.seconds <= best.seconds):
             return outcome
         self.timely = False
@@ -74,6 +73,14 @@ class Found:
             self.moved = [*self.late[1], *self.moved]
         self.timely = not self._cut
         self.late = {}, []
+
+
+def _best(dag: Dag, budget: int, peaks: Mapping[frozenset[Rerun], int], moved: Iterable[Carried]) -> Carried | None:
+    fitting = [carried for carried in moved if carried.peak_bytes <= budget]
+    reruns = fastest(dag, budget, peaks)
+    if peaks.get(reruns, budget + 1) <= budget:
+        fitting.append(carry(dag, reruns))
+    return min(fitting, key=lambda carried: carried.seconds, default=None)
 
 
 def fastest(dag: Dag, budget: int, peaks: Mapping[frozenset[Rerun], int]) -> frozenset[Rerun]:

@@ -84,7 +84,7 @@ class GraphPlanner:
         """As `planner.plan.plan`; the budget is on the bytes that are live, fixed ones included.
 
         Two things are done whatever the limit: the schedule is written down and replayed, in about 0.1 ms per run, and a graph
-        that can be solved exactly has `EXACT_SECONDS` for it.
+        that can be solved exactly has `EXACT_SECONDS` for it. Raises KeyboardInterrupt only where nothing was found to fit yet.
         """
         if budget_bytes <= 0:
             raise InputError(f"a budget of {budget_bytes} bytes is no budget; name a positive size such as 600MiB")
@@ -97,7 +97,15 @@ class GraphPlanner:
         any_bound = self._any_bound(budget_bytes, ANY_SHARE * time_limit)
         if name == "solver":
             self.found.begin(budget_bytes, time_limit)
-            outcome = self._solve(budget_bytes, started, deadline, progress)
+            try:
+                outcome = self._solve(budget_bytes, started, deadline, progress)
+            except KeyboardInterrupt:
+                best = self.found.best(self.dag, budget_bytes)
+                if best is None:
+                    self.found.end(budget_bytes, time_limit, timely=False)
+                    raise
+                self._ended(False)
+                outcome = Outcome(carried=best, bound_seconds=any_bound.seconds, timely=False)
             outcome = self.found.no_slower(self.dag, budget_bytes, outcome)
             self.found.end(budget_bytes, time_limit, timely=outcome.timely)
         else:
@@ -233,6 +241,7 @@ class GraphPlanner:
                 plain = self._note(reruns)
             carried = carry(variant, reruns, budget)
             found.append(carried)
+            self.found.moved.append(carried)
             self._report(progress, started, "carried out", carried.seconds, dag.once_seconds)
         # All is on the disk that can be: what `floor_bytes` is worth in full always fits.
         best = min([*found, self._smallest(budget)], key=lambda carried: carried.seconds)

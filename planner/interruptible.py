@@ -1,0 +1,35 @@
+"""Ctrl-C beside solvers written in C++: seen at once, not when they come back to Python."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+Answer = TypeVar("Answer")
+
+
+def interruptible(solve: Callable[[], Answer], stop: Callable[[], None] | None = None) -> Answer:
+    """What `solve` returns or raises. It works in a thread, because only Python code of the main thread sees signals.
+
+    Raises KeyboardInterrupt at once. `stop` ends what `solve` does; without it, that goes on to its own time limit, and what it
+    comes to is dropped; a process that ends waits for it, unless it ends by `os._exit`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return solve()
+    answer: Future[Answer] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(solve())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work).start()
+    try:
+        return answer.result()
+    except KeyboardInterrupt:
+        if stop is not None:
+            stop()
+        raise

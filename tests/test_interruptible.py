@@ -1,0 +1,107 @@
+"""Ctrl-C beside solvers written in C++: seen at once, and after them still Python's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from layered_graph import layered
+from ortools.sat.python import cp_model
+
+from planner.graphs.cp_sat import single_worker, solved
+from planner.graphs.planner import GraphPlanner
+from planner.interruptible import interruptible
+from profiles.bare import graph_profile
+
+
+def interrupt_in(seconds):
+    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    return timer
+
+
+def test_answers_and_errors_pass():
+    assert interruptible(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 // 0)
+
+
+def test_what_cannot_be_stopped_is_left_alone():
+    released = threading.Event()
+    interrupt_in(0.1)
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(lambda: released.wait(60))
+    assert not released.is_set()
+    released.set()
+
+
+def test_cp_sat_is_stopped():
+    model = cp_model.CpModel()
+    holes, birds = range(14), range(15)
+    sits = {(bird, hole): model.new_bool_var("") for bird in birds for hole in holes}
+    for bird in birds:
+        model.add_bool_or(sits[bird, hole] for hole in holes)
+    for hole in holes:
+        for one in birds:
+            for other in range(one):
+                model.add_bool_or(sits[one, hole].negated(), sits[other, hole].negated())
+    solver = single_worker()
+    solver.parameters.cp_model_presolve = False
+    solver.parameters.symmetry_level = 0
+    solver.parameters.max_time_in_seconds = 60
+    interrupt_in(0.3)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        solved(solver, model)
+    assert time.monotonic() - began < 20
+
+
+def test_ctrl_c_is_still_seen_after_cp_sat():
+    """It used to end the process on the spot."""
+    model = cp_model.CpModel()
+    model.maximize(model.new_bool_var(""))
+    solved(single_worker(), model)
+    interrupt_in(0.2)
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(5)
+
+
+def test_the_command_line_does_not_wait_for_what_is_left_alone():
+    script = """
+import os, signal, threading, time
+from planner.interruptible import interruptible
+from runtime import cli
+
+def app(**_):
+    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    try:
+        interruptible(lambda: time.sleep(60))
+    except KeyboardInterrupt:
+        return cli.INTERRUPTED
+
+cli.app = app
+cli.main(["plan"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stderr) == (4, "tightfit: interrupted\n")
+
+
+def test_an_interruption_returns_the_best_schedule_so_far():
+    planner = GraphPlanner(graph_profile(layered(60, seed=1)))
+    keep_all = planner.found.peaks[frozenset()]
+
+    def interrupt(told):
+        raise KeyboardInterrupt
+
+    made = planner.plan(int(0.8 * keep_all), time_limit=20, progress=interrupt)
+    assert made.train is not None
+    assert made.peak_bytes <= made.budget_bytes
+    assert not made.deterministic
+    interrupt_in(0.2)
+    with pytest.raises(KeyboardInterrupt):
+        planner.plan(planner.floor_bytes, time_limit=20)
