@@ -1,6 +1,6 @@
 """Pictures for papers and READMEs, drawn with matplotlib: step time against budget, and memory over a step.
 
-Files are PNG or SVG by their suffix. Times in seconds, memory in MiB.
+Files are PNG or SVG by their suffix. Times in seconds, memory in MiB; small budgets in KiB or bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from planner.schema import Plan
 from planner.svg import axis_start
 from profiles.errors import InputError
 from profiles.files import write_whole
-from profiles.units import MIB, format_size
+from profiles.units import MIB, format_size, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,26 +48,28 @@ def draw_curve(plans: Sequence[Plan], path: str | os.PathLike[str]) -> Path:
 
 
 def _draw_device(axes: Axes, plans: Sequence[Plan], *, titled: bool) -> None:
+    unit = unit_of(budgets_of(plans)[-1])
     for slot, policy in enumerate(policies_of(plans)):
         mine = sorted((p for p in plans if p.policy == policy), key=lambda plan: plan.budget_bytes)
         fits = [plan for plan in mine if feasible(plan)]
         colour = COLOURS[slot % len(COLOURS)]
-        places = [plan.budget_bytes / MIB for plan in fits]
+        places = [plan.budget_bytes / unit.size for plan in fits]
         axes.plot(places, [plan.step_seconds for plan in fits], "-o", color=colour, markersize=5, label=policy)
         if policy == "solver" and fits:
             bounds = [plan.bound_seconds for plan in fits]
             axes.plot(places, bounds, ":", color=SOFT, label="proven bound of the solver's class")
-        misfits = [plan.budget_bytes / MIB for plan in mine if not feasible(plan)]
+        misfits = [plan.budget_bytes / unit.size for plan in mine if not feasible(plan)]
         # Just above the axis, each policy in a row of its own.
         height = 0.025 + 0.04 * slot
         axes.plot(misfits, [height] * len(misfits), "x", color=colour, transform=axes.get_xaxis_transform())
     if not all(map(feasible, plans)):
         axes.plot([], [], "x", color=SOFT, label="does not fit")
     axes.set_ylim(bottom=0)
-    axes.set_xticks([budget / MIB for budget in budgets_of(plans)])
+    axes.set_xticks([budget / unit.size for budget in budgets_of(plans)])
     axes.xaxis.set_major_formatter("{x:,.0f}")
     whole = "the whole process" if plans[0].device.kind == "cpu" else "the card's memory"
-    axes.set_xlabel(f"budget for {whole}, MiB")
+    whole = "the bytes that are live" if plans[0].model.kind == "graph" else whole
+    axes.set_xlabel(f"budget for {whole}, {unit.name}")
     axes.set_ylabel("seconds per step" + ("" if plans[0].device.measured else ", estimated"))
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if titled:
@@ -135,7 +137,7 @@ def draw_timeline(
             linewidth=1.2,
             label=f"measured peak of the run (VmHWM), {format_size(measured_peak)}",
         )
-    start = axis_start(kinds, shown, top)
+    start = axis_start(kinds, shown, top, unit_of(MIB))
     axes.set_ylim(start, top)
     axes.set_xlim(0, shown[-1].end)
     axes.set_xlabel("seconds into the step, as predicted")

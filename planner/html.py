@@ -28,7 +28,7 @@ from planner.policies import APPROXIMATE
 from planner.schema import Plan
 from planner.svg import LEFT, POLICY_SLOTS, RIGHT, WIDTH, curve_svg, timeline_svg
 from profiles.errors import InputError
-from profiles.units import MIB, format_seconds, format_size
+from profiles.units import format_seconds, format_size, unit_of
 
 SLICES = 260
 """slices of a step in a drawn timeline: finer than the picture's columns would not show"""
@@ -87,7 +87,7 @@ def _curve(plans: Sequence[Plan], names: Sequence[str]) -> dict[str, Any]:
     return {
         "device": device.name,
         "told": _device(plans[0]),
-        "floor": f"{'Python and PyTorch' if device.kind == 'cpu' else 'the CUDA context'} ({format_size(max(plan.floor_bytes for plan in plans))})",
+        "counted": _counted(plans),
         "verdicts": verdicts(plans),
         "bounded": sum(plan.policy == "solver" and feasible(plan) for plan in plans) > 1,
         "misfits": not all(map(feasible, plans)),
@@ -96,8 +96,18 @@ def _curve(plans: Sequence[Plan], names: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _counted(plans: Sequence[Plan]) -> str:
+    """What budgets are on."""
+    if plans[0].model.kind == "graph":
+        return "Budgets are on the bytes that are live; the graph's fixed bytes are inside."
+    floor = "Python and PyTorch" if plans[0].device.kind == "cpu" else "the CUDA context"
+    return f"Everything counts: {floor} ({format_size(max(plan.floor_bytes for plan in plans))}) is inside."
+
+
 def _device(plan: Plan) -> str:
     device = plan.device
+    if plan.model.kind == "graph":
+        return f"{device.name}, times {'as given' if device.measured else 'estimated, not measured'}"
     where = f"{device.threads} threads of {device.name}" if device.kind == "cpu" else device.name
     return f"{where}, times {'measured' if device.measured else 'estimated, not measured'}"
 
@@ -167,6 +177,7 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
     assert plan.train is not None
     peak = max((bucket.point for bucket in shown), key=in_use)
     kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
+    unit = unit_of(peak.bytes)
     return {
         "policy": plan.policy,
         "device": plan.device.name,
@@ -175,12 +186,13 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
         "chart": timeline_svg(plan, shown, name),
         "kinds": kinds,
         "peak_text": plan.train.peak.text,
-        "peak_mib": f"{peak.bytes / MIB:.1f}",
+        "unit": unit.name,
+        "peak_size": unit.amount(peak.bytes),
         "parts": [
             {
                 "name": kind.name,
                 "label": kind.label,
-                "mib": f"{peak.by_kind[kind.name] / MIB:.1f}",
+                "size": unit.amount(peak.by_kind[kind.name]),
                 "share": f"{peak.by_kind[kind.name] / peak.bytes:.0%}",
             }
             for kind in kinds
@@ -189,12 +201,12 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
         "facts": facts(plan),
         "words": explain(plan),
         "moments": [
-            [f"{bucket.start:.3f}", f"{bucket.point.bytes / MIB:.1f}"]
-            + [f"{bucket.point.by_kind.get(kind.name, 0) / MIB:.1f}" for kind in kinds]
+            [f"{bucket.start:.3f}", unit.amount(bucket.point.bytes)]
+            + [unit.amount(bucket.point.by_kind.get(kind.name, 0)) for kind in kinds]
             for bucket in buckets(plan.timeline, MOMENTS)
         ],
         "largest": [
-            (tensor, f"{size / MIB:.2f}")
+            (tensor, unit.amount(size, 2))
             for tensor, size in sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST]
         ],
     }
@@ -229,6 +241,7 @@ def series_of(plan: Plan, shown: Sequence[Bucket]) -> dict[str, Any]:
     kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
     totals = [bucket.point.bytes for bucket in shown]
     used = [in_use(bucket.point) for bucket in shown]
+    unit = unit_of(max(totals))
     return {
         "width": WIDTH,
         "left": LEFT,
@@ -236,8 +249,10 @@ def series_of(plan: Plan, shown: Sequence[Bucket]) -> dict[str, Any]:
         "seconds": plan.train.seconds or shown[-1].end,
         "starts": [round(bucket.start, 5) for bucket in shown],
         "ends": [round(bucket.end, 5) for bucket in shown],
-        "total": [round(total / MIB, 1) for total in totals],
+        "unit": unit.name,
+        "places": unit.places(1),
+        "total": [round(total / unit.size, 1) for total in totals],
         "peak": used.index(max(used)),
         "kinds": [kind.label for kind in kinds],
-        "mib": [[round(bucket.point.by_kind.get(kind.name, 0) / MIB, 1) for bucket in shown] for kind in kinds],
+        "sizes": [[round(bucket.point.by_kind.get(kind.name, 0) / unit.size, 1) for bucket in shown] for kind in kinds],
     }

@@ -9,7 +9,7 @@ from planner.costs import Ledger
 from planner.diff import Change, ChangeGroup, diff, grouped, transfer_seconds
 from planner.kinds import feasible
 from planner.schema import Plan
-from profiles.units import MIB, format_size
+from profiles.units import Unit, format_size, unit_of
 
 DECISIONS = ("kept", "recomputed", "offloaded", "unpacked", "packed", "streamed")
 """by their place in the page's data; -1 where nothing was to be decided"""
@@ -36,16 +36,20 @@ def diff_section(plans: Sequence[Plan]) -> dict[str, Any] | None:
     ]
     first, second = _first_pair(held)
     changes = diff(held[first], held[second])
+    unit = unit_of(max((cost.bytes for cost in facts.values()), default=0))
     return {
         "labels": labels,
         "first": first,
         "second": second,
-        "sums": [_sum_row(group) for group in grouped(changes)],
-        "rows": [_row(change) for change in changes[:ROWS]],
+        "unit": unit.name,
+        "sums": [_sum_row(group, unit) for group in grouped(changes)],
+        "rows": [_row(change, unit) for change in changes[:ROWS]],
         "more": max(0, len(changes) - ROWS),
         "limit": ROWS,
         "data": {
             "limit": ROWS,
+            "unit": unit.size,
+            "places": unit.places(2),
             "decisions": DECISIONS,
             "names": names,
             "kinds": [facts[name].kind for name in names],
@@ -79,12 +83,12 @@ def _code(decision: str | None) -> int:
     return -1 if decision is None else DECISIONS.index(decision)
 
 
-def _sum_row(group: ChangeGroup) -> list[str]:
-    return [_change(group), f"{group.tensors}", *_figures(group)]
+def _sum_row(group: ChangeGroup, unit: Unit) -> list[str]:
+    return [_change(group), f"{group.tensors}", *_figures(group, unit)]
 
 
-def _row(change: Change) -> list[str]:
-    return [change.name, _change(change), *_figures(change)]
+def _row(change: Change, unit: Unit) -> list[str]:
+    return [change.name, _change(change), *_figures(change, unit)]
 
 
 def _change(change: Change | ChangeGroup) -> str:
@@ -93,11 +97,11 @@ def _change(change: Change | ChangeGroup) -> str:
     return f"{change.kind}: {what}" if isinstance(change, ChangeGroup) else what
 
 
-def _figures(change: Change | ChangeGroup) -> list[str]:
-    """As the page's script prints them: MiB, ms of the cores, ms of the channels, MiB moved."""
+def _figures(change: Change | ChangeGroup, unit: Unit) -> list[str]:
+    """As the page's script prints them: bytes in `unit`, ms of the cores, ms of the channels, bytes moved in `unit`."""
     return [
-        f"{change.bytes / MIB:.2f}",
+        unit.amount(change.bytes, 2),
         f"{change.compute_seconds * 1e3:+.2f}",
         f"{change.transfer_seconds * 1e3:+.2f}",
-        f"{change.moved_bytes / MIB:+.2f}",
+        unit.amount(change.moved_bytes, 2, sign="+"),
     ]

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from planner.kinds import Kind, budgets_of, feasible, fullest, kinds_of, policies_of
 from planner.schema import Plan
-from profiles.units import format_seconds, format_size
+from profiles.units import format_seconds, format_size, unit_of
 
 UNLIMITED = 1 << 16
 """characters of a line that nothing cuts"""
@@ -32,11 +32,17 @@ class _Comparison:
     def _table(self, *, narrow: bool) -> Table:
         plans, device = self._plans, self._plans[0].device
         names = policies_of(plans)
+        needed = {
+            unit_of(plan.minimum_budget_bytes).name
+            for plan in plans
+            if not feasible(plan) and plan.minimum_budget_bytes
+        }
+        bare = needed.pop() if len(needed) == 1 else None if needed else "MiB"
         table = Table(
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             title=Text(
-                f"{device.name}, {'measured' if device.measured else 'estimated'}: seconds per step; or the smallest budget that would be enough, in MiB"
+                f"{device.name}, {'measured' if device.measured else 'estimated'}: seconds per step; or the smallest budget that would be enough{'' if bare is None else f', in {bare}'}"
             ),
             title_justify="left",
             pad_edge=False,
@@ -47,7 +53,7 @@ class _Comparison:
         for budget in budgets_of(plans):
             here = [by_place.get((budget, name)) for name in names]
             best = min((plan.step_seconds for plan in here if plan and feasible(plan)), default=0.0)
-            cells = [Text(format_size(budget)), *(_cell(plan, best) for plan in here)]
+            cells = [Text(format_size(budget)), *(_cell(plan, best, bare) for plan in here)]
             table.add_row(*(Text("\n").join(cell.split(" ")) if narrow else cell for cell in cells))
         return table
 
@@ -88,12 +94,15 @@ def decision_counts(plan: Plan) -> dict[str, int]:
     return dict(Counter(plan.decisions.values()).most_common())
 
 
-def _cell(plan: Plan | None, best: float) -> Text:
+def _cell(plan: Plan | None, best: float, bare: str | None) -> Text:
+    """`bare`: the unit that the heading names for all of the table."""
     if plan is None:
         return Text("–")
     if not feasible(plan):
         smallest = plan.minimum_budget_bytes
-        needed = f"needs {format_size(smallest, round_up=True).removesuffix(' MiB')}" if smallest else "does not fit"
+        needed = (
+            f"needs {format_size(smallest, round_up=True).removesuffix(f' {bare}')}" if smallest else "does not fit"
+        )
         return Text(needed, style="red")
     mark = "" if plan.status == "optimal" or plan.policy != "solver" else f" ({plan.status})"
     text = f"{format_seconds(plan.step_seconds).removesuffix(' s')}{mark}"

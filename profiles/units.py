@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
+from typing import NamedTuple
 
 from profiles.errors import InputError
 
@@ -49,13 +50,36 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds:.5f} s" if 0 < seconds < 0.01 else f"{seconds:.3f} s"
 
 
+class Unit(NamedTuple):
+    """What the figures of one table or axis are in."""
+
+    size: int
+    """bytes"""
+    name: str
+
+    def places(self, decimals: int) -> int:
+        """Decimals of figures in this unit: none where it is the byte."""
+        return decimals if self.size > 1 else 0
+
+    def amount(self, size: int, decimals: int = 1, sign: str = "") -> str:
+        """`size` bytes in this unit; `sign` as of format strings."""
+        return f"{size / self.size:{sign}.{self.places(decimals)}f}"
+
+
+def unit_of(size: int) -> Unit:
+    """The unit for figures up to `size` bytes: MiB, below one of it KiB, below one of that bytes."""
+    if abs(size) < KIB:
+        return Unit(1, "B")
+    return Unit(MIB, "MiB") if abs(size) >= MIB else Unit(KIB, "KiB")
+
+
 def format_size(size: int, *, round_up: bool = False) -> str:
     """`size` bytes in MiB with one decimal, ``350.0 MiB``; below one MiB in KiB, ``12.5 KiB``, below one KiB in bytes, ``12 B``.
 
     With `round_up` the printed figure is never below `size`, so that a smallest budget can be typed back as it is printed.
     """
-    if abs(size) < KIB:
+    unit, name = unit_of(size)
+    if unit == 1:
         return f"{size} B"
-    unit, name = (MIB, "MiB") if abs(size) >= MIB else (KIB, "KiB")
     rounding = ROUND_CEILING if round_up else ROUND_HALF_EVEN
     return f"{(Decimal(size) / unit).quantize(Decimal('0.1'), rounding=rounding)} {name}"

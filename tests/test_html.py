@@ -7,10 +7,13 @@ from html.parser import HTMLParser
 import pytest
 from sample_plans import infeasible_plan, sample_plan, sample_plans
 
+from planner.compare import compare
 from planner.html import comparison_page, verdicts
+from profiles.bare import BareGraph, BareOperator, graph_profile
 from profiles.errors import InputError
 from profiles.units import MIB
 
+SMALL = (("a", 100, []), ("b", 300, ["a"]), ("c", 200, ["b"]), ("d", 50, ["a", "c"]))
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 
 
@@ -118,7 +121,7 @@ def test_the_cursor_reads_what_the_chart_draws(page):
         assert len(data["starts"]) == len(data["ends"]) == len(data["total"])
         assert data["total"][data["peak"]] == max(data["total"])  # nothing lies free in these plans
         for at, total in enumerate(data["total"]):
-            assert abs(sum(row[at] for row in data["mib"]) - total) < 0.06 * len(data["kinds"])
+            assert abs(sum(row[at] for row in data["sizes"]) - total) < 0.06 * len(data["kinds"])
 
 
 def test_the_numbers_under_a_chart_are_the_charts(page):
@@ -201,3 +204,26 @@ def test_rules_that_were_not_planned_are_not_said_to_fail():
     assert said[1].endswith("of its class; keep-all, mebp not planned.")
     interrupted.append(sample_plan("mebp", 350 * MIB, seconds=1.7))
     assert "; mebp, the fastest fixed rule that fits (keep-all not planned), needs" in verdicts(interrupted)[1]
+
+
+def test_a_graph_of_a_few_bytes_is_told_in_bytes():
+    made = [BareOperator(name=name, seconds=1, output_bytes=size, inputs=inputs) for name, size, inputs in SMALL]
+    text = comparison_page(compare(graph_profile(BareGraph(format="tightfit-graph", operators=made)), [500, 600]).plans)
+    page = Page(text)
+    assert "MiB" not in text
+    assert "Python and PyTorch (" not in text
+    assert [e["text"] for e in page.find("text") if e["text"].startswith("budget,")] == ["budget, B"]
+    tables = [e["text"].split() for e in page.find("div", **{"aria-label": "Memory at the peak"})]
+    assert [table[-1] for table in tables] == ["together500", "together600", "together600"]
+    assert not page.find("p", id="diff-pair")[0]["text"].endswith(": the same")
+    changes = page.find("tbody", id="diff-rows")[0]["text"]
+    assert "100" in changes
+    data = json.loads(page.find("script", id="series")[0]["text"])
+    assert {(one["unit"], one["places"]) for one in data.values()} == {("B", 0)}
+
+
+def test_equal_plans_are_called_the_same():
+    plan = sample_plan()
+    other = plan.model_copy(update={"budget_bytes": plan.budget_bytes + MIB})
+    same = Page(comparison_page([plan, other]))
+    assert same.find("p", id="diff-pair")[0]["text"].endswith(": the same")
