@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from planner.beside import Beside, can_be_copied
 from planner.graphs.planner import GraphPlanner
 from planner.master import Progress
-from planner.plan import Planner, planner_of, rebudgeted
+from planner.plan import Planner, check_asked, planner_of, rebudgeted
 from planner.policies import APPROXIMATE
 from planner.schema import Plan
 from profiles.busy import our_cores
@@ -61,7 +61,9 @@ def compare(
     solving: Progress | None = None,
     planned: Callable[[Plan], None] | None = None,
 ) -> Comparison:
-    """Plan every policy at every budget on every device (None: the profile's own); `time_limit` seconds each.
+    """Plan every policy at every budget, in bytes, on every device; `time_limit` seconds each.
+
+    A device is None, the profile's own, or what `profiles.devices.find_device` makes of a name or a file.
 
     Without `policies`: the solver and every fixed rule that means something for the profile.
 
@@ -69,10 +71,12 @@ def compare(
     search found nothing better, the smaller budget's plan stands. `progress` is called with (what, done, total), `solving`
     as the planner's own, `planned` with each plan as it is made (a smaller budget's may take its place at the end).
     KeyboardInterrupt ends the comparison with the plans made so far, or passes where there are none.
-    Raises InputError for unknown policies, no budget, two devices of one name, or a profile that cannot change device.
+    Raises InputError for unknown policies, budgets and time limits that are none, two devices of one name, or a profile that cannot change device.
     """
     if not budgets:
         raise InputError("no budgets to compare; name at least one, for example 600MiB")
+    for budget in budgets:
+        check_asked(budget, time_limit)
     profiles = [profile if device is None else retarget(profile, device) for device in devices]
     planners = [planner_of(one) for one in profiles]
     known = (SOLVER, *planners[0].policies())

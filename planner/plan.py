@@ -40,6 +40,8 @@ LEAST_SHARE = 0.7
 """of the time limit, for the smallest budget where the one asked for may be below it, unless it clearly is not: what fits comes
 before what is fast
 """
+LONGEST_LIMIT = 1e9
+"""seconds of a time limit: thirty years, which every solver's clock can count"""
 FINISH_SECONDS = 6e-5
 """to write a plan down and replay it, per operator of the step: left out of what the search may take"""
 
@@ -64,6 +66,20 @@ def plan(
 def minimum_budget(profile: Profile, *, policy: str | None = None, time_limit: float = 30.0) -> int:
     """The smallest budget in bytes for which `plan` has a plan."""
     return planner_of(profile).minimum_bytes(policy=policy, time_limit=time_limit)
+
+
+def check_asked(budget_bytes: object, time_limit: object) -> None:
+    """Raises InputError for a budget that is no int of bytes above 0, or a time limit that is no number of seconds above 0."""
+    if not isinstance(budget_bytes, int) or isinstance(budget_bytes, bool):
+        raise InputError(
+            f"a budget is an int of bytes, not {budget_bytes!r}; `profiles.units.parse_size` makes one of '600MiB'"
+        )
+    if budget_bytes <= 0:
+        raise InputError(f"a budget of {budget_bytes} bytes is no budget; name a positive size such as 600MiB")
+    if not isinstance(time_limit, int | float) or not 0 < time_limit <= LONGEST_LIMIT:
+        raise InputError(
+            f"a time limit of {time_limit!r} s is none; name a number of seconds above 0, at most {LONGEST_LIMIT:.0e}"
+        )
 
 
 def planner_of(profile: Profile) -> Planner | GraphPlanner:
@@ -97,10 +113,7 @@ class Planner:
         progress: Progress | None = None,
     ) -> Plan:
         """`plan` of this module, reusing what earlier budgets found."""
-        if budget_bytes <= 0:
-            raise InputError(f"a budget of {budget_bytes} bytes is no budget; name a positive size such as 600MiB")
-        if time_limit <= 0:
-            raise InputError(f"a time limit of {time_limit} s is none; name a positive number of seconds")
+        check_asked(budget_bytes, time_limit)
         started = time.monotonic()
         deadline = started + time_limit - FINISH_SECONDS * len(self.problem.graph.steps)
         name = policy or "solver"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layered_graph import layered
 from synthetic import MIB, PAGE, decoder_like, device, small_chain
 
 from planner.compare import compare
@@ -17,6 +19,7 @@ from planner.graph import layer_graph, step_graph
 from planner.plan import Planner, minimum_budget, plan
 from planner.policies import POLICIES
 from planner.simulate import simulate
+from profiles.bare import graph_profile
 from profiles.errors import InputError
 
 REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
@@ -244,3 +247,21 @@ def test_the_cost_grows_with_layer_types_not_with_layers():
         assert made.gap < 0.01
         programs.append(planner.solver.pool.programs)
     assert programs[1] < 2.5 * programs[0]
+
+
+@pytest.mark.parametrize("make", [lambda: small_chain(7, layers=3), lambda: graph_profile(layered(8))])
+@pytest.mark.parametrize(
+    ("budget", "limit", "message"),
+    [
+        (0, 3, "a budget of 0 bytes is no budget; name a positive size such as 600MiB"),
+        ("600MiB", 3, "a budget is an int of bytes, not '600MiB'; `profiles.units.parse_size` makes one of '600MiB'"),
+        (520.5, 3, "a budget is an int of bytes, not 520.5; `profiles.units.parse_size` makes one of '600MiB'"),
+        (1 << 40, 0, "a time limit of 0 s is none; name a number of seconds above 0, at most 1e+09"),
+        (1 << 40, float("inf"), "a time limit of inf s is none; name a number of seconds above 0, at most 1e+09"),
+        (1 << 40, float("nan"), "a time limit of nan s is none; name a number of seconds above 0, at most 1e+09"),
+    ],
+)
+def test_budgets_and_limits_that_are_none(make, budget, limit, message):
+    for call in (lambda: plan(make(), budget, time_limit=limit), lambda: compare(make(), [budget], time_limit=limit)):
+        with pytest.raises(InputError, match=re.escape(message)):
+            call()

@@ -20,10 +20,9 @@ from planner.graphs.rules import RULES, rule_reruns, rules_for
 from planner.graphs.schedule import Rerun, peak_bytes, pruned, seconds
 from planner.graphs.search import Search
 from planner.master import Progress
-from planner.plan import FINISH_SECONDS, gap_to
+from planner.plan import FINISH_SECONDS, check_asked, gap_to
 from planner.schema import Plan
 from planner.solver import TOLERANCE
-from profiles.errors import InputError
 from profiles.schema import Profile
 
 EXACT_OPERATORS = 20
@@ -86,10 +85,7 @@ class GraphPlanner:
         Two things are done whatever the limit: the schedule is written down and replayed, in about 0.1 ms per run, and a graph
         that can be solved exactly has `EXACT_SECONDS` for it. Raises KeyboardInterrupt only where nothing was found to fit yet.
         """
-        if budget_bytes <= 0:
-            raise InputError(f"a budget of {budget_bytes} bytes is no budget; name a positive size such as 600MiB")
-        if time_limit <= 0:
-            raise InputError(f"a time limit of {time_limit} s is none; name a positive number of seconds")
+        check_asked(budget_bytes, time_limit)
         started = time.monotonic()
         self._exact_left = EXACT_SECONDS
         deadline = started + self._searching(time_limit)
