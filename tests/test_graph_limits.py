@@ -349,3 +349,28 @@ def test_of_two_peaks_of_one_height_each_may_be_lowered_alone():
     assert near._better(once, both) == both
     assert near._better(both, once) == both
     assert near._better(once, frozenset()) == once
+
+
+def test_the_lowest_peak_is_looked_for_before_a_budget_is_given_up(monkeypatch):
+    """It had only what the search had left: what one call named as the smallest budget, another called too small."""
+    granted = []
+
+    def spied(dag, seconds):
+        granted.append(seconds)
+        return lowest_peak(dag, seconds)
+
+    monkeypatch.setattr(graph_planner, "lowest_peak", spied)
+    monkeypatch.setattr(Search, "first", lambda self, seeds: None)
+    profile = graph_profile(layered(24, seed=3))
+    least = GraphPlanner(profile).minimum_bytes(time_limit=60)
+    assert least < GraphPlanner(profile).found.peaks[frozenset()]
+    granted.clear()
+    made = GraphPlanner(profile).plan(least, time_limit=60)
+    assert made.peak_bytes == least
+    assert granted[0] > 15
+    # Once it came to its end, it is known.
+    planner = GraphPlanner(profile)
+    granted.clear()
+    assert planner.plan(least - 1, time_limit=60).minimum_budget_bytes == least
+    assert planner.plan(least, time_limit=60).peak_bytes == least
+    assert len(granted) == 1

@@ -15,7 +15,7 @@ from planner.graphs.chains import as_chain, checkpoints
 from planner.graphs.dag import dag_of
 from planner.graphs.exact_moves import fastest_with_moves
 from planner.graphs.found import Found, fastest
-from planner.graphs.neighbourhoods import Neighbourhoods, lowest_peak
+from planner.graphs.neighbourhoods import Lowest, Neighbourhoods, lowest_peak
 from planner.graphs.rules import RULES, rule_reruns, rules_for
 from planner.graphs.schedule import Rerun, peak_bytes, pruned, seconds
 from planner.graphs.search import Search
@@ -42,6 +42,8 @@ GRANTED = 0.1
 """of the time limit, in seconds of the processor, for a first schedule that fits"""
 LEAST_GRANTED = 1.0
 """the same for each try at a smaller budget, at most"""
+LOWEST_SHARE = 0.3
+"""of the time limit, for the lowest peak where no search finds what fits"""
 ROUNDS = 4000
 """of ruin and recreate"""
 STARTS = 4
@@ -62,6 +64,7 @@ class GraphPlanner:
         self.found = Found()
         """schedules found so far: where the search at other budgets starts"""
         self._minimum: Least | None = None
+        self._lowest: Lowest | None = None
         self._any_bounds: dict[int, tuple[Bound, float]] = {}
         """by budget, and the seconds that they were given"""
         self._exact_left = EXACT_SECONDS
@@ -300,9 +303,15 @@ class GraphPlanner:
         # The last programs have the best answers.
         improved = search.improve_best([best, *reversed(bound.starts)], starts=STARTS, rounds=ROUNDS, enough=left)
         if improved is None:
-            # Nothing fits that eviction finds: from what is least over the budget on.
-            best = self._note(near.deepened(best, deadline=started + 0.53 * span))
-            best = self._note(near.polished(best, deadline=started + 0.55 * span, enough=float("inf")))
+            # Nothing fits that eviction finds: from the lowest peak, or what is least over the budget, on.
+            least = self._lowest_peak(LOWEST_SHARE * span)
+            if least.bytes > budget:
+                self._ended(bound.timely, search.timely)
+                return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
+            best = self.found.lowest()
+            ends = max(started + 0.53 * span, time.monotonic() + 0.05 * span)
+            best = self._note(near.deepened(best, deadline=ends))
+            best = self._note(near.polished(best, deadline=ends + 0.02 * span, enough=float("inf")))
             if self.found.peaks[best] > budget:
                 self._ended(bound.timely, search.timely, near.timely)
                 return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
@@ -401,9 +410,7 @@ class GraphPlanner:
             self._note(solved.reruns or ())
         left = max(0.0, deadline - time.monotonic())
         self._evicted_least(deadline - 0.3 * left, min(LEAST_GRANTED, GRANTED * left))
-        least = lowest_peak(dag, 0.4 * max(0.0, deadline - time.monotonic()))
-        self._ended(least.ended)
-        self._note(least.reruns or ())
+        least = self._lowest_peak(0.4 * max(0.0, deadline - time.monotonic()))
         best = self.found.lowest()
         if self.found.peaks[best] > least.bytes:
             near = Neighbourhoods(dag, least.bytes)
@@ -411,6 +418,15 @@ class GraphPlanner:
             best = self._note(near.polished(best, deadline=deadline))
             self._ended(near.timely)
         return Least(carried=carry(dag, best), lowest_bytes=least.bytes, timely=self.found.timely)
+
+    def _lowest_peak(self, seconds: float) -> Lowest:
+        """`lowest_peak`, until it has come to its end once."""
+        if self._lowest is None or not self._lowest.ended:
+            self._lowest = lowest_peak(self.dag, seconds)
+            self.lowest_bytes = max(self.lowest_bytes, self._lowest.bytes)
+        self._ended(self._lowest.ended)
+        self._note(self._lowest.reruns or ())
+        return self._lowest
 
     def _evicted_least(self, deadline: float, granted: float) -> None:
         """Note schedules of ever lower peaks, as far down as eviction finds them."""
