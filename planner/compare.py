@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from planner.beside import Beside, can_be_copied
 from planner.graphs.planner import GraphPlanner
 from planner.master import Progress
-from planner.plan import Planner, check_asked, planner_of, rebudgeted
+from planner.plan import Planner, check_asked, planner_of, rebudgeted, sealed
 from planner.policies import APPROXIMATE
 from planner.schema import Plan
 from profiles.busy import our_cores
@@ -213,7 +214,9 @@ class _Table:
             yield _Cell(plan=made, bound_seconds=bound)
 
     def monotone(self) -> list[Plan]:
-        """The plans in order, none slower than one of the same policy at a smaller budget."""
+        """The plans in order, none slower than one of the same policy at a smaller budget. Where none fits, the smallest budget that is
+        enough is the smallest that any of the policy's plans knows of.
+        """
         plans = {cell: found.plan for cell, found in self.found.items()}
         for policy in self.policies:
             best: Plan | None = None
@@ -229,4 +232,18 @@ class _Table:
                         any_bound=here.any_schedule_bound_seconds,
                     )
                 best = here
+            least = min((_enough(plan) for cell, plan in plans.items() if cell[1] == policy), default=0)
+            for budget in self.budgets:
+                here = plans.get((budget, policy))
+                if here is not None and here.status == "infeasible" and budget < least < _enough(here):
+                    # The reason told of another smallest plan.
+                    update = {"minimum_budget_bytes": least, "minimum_budget_reason": None}
+                    plans[budget, policy] = sealed(here.model_copy(update=update))
         return [plans[cell] for cell in itertools.product(self.budgets, self.policies) if cell in plans]
+
+
+def _enough(plan: Plan) -> int:
+    """A budget for which a plan of the policy is known."""
+    if plan.status != "infeasible":
+        return plan.peak_bytes
+    return sys.maxsize if plan.minimum_budget_bytes is None else plan.minimum_budget_bytes

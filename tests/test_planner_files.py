@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from sample_plans import infeasible_plan, sample_plan
 from synthetic import MIB, device, small_chain
 
-from planner.compare import compare
+from planner.compare import _Cell, _Table, compare
 from planner.exchange import load_plan, save_plan
 from planner.explain import explain
 from planner.plan import Planner, fingerprint, rebudgeted
@@ -151,6 +152,32 @@ def test_an_interrupted_comparison_keeps_what_it_has(planner):
 
     with pytest.raises(KeyboardInterrupt):
         compare(planner.profile, [1 << 30], ["keep-all"], progress=at_once)
+
+
+@pytest.mark.parametrize(("peak", "least"), [(440, 431), (425, 425)])
+def test_one_policy_needs_one_smallest_budget(planner, peak, least):
+    """Each search for it may be cut elsewhere by the clock; the table says what the best of them found."""
+    made = [
+        infeasible_plan("solver", budget=200 * MIB, minimum=431 * MIB),
+        infeasible_plan("solver", budget=400 * MIB, minimum=452 * MIB),
+        infeasible_plan("keep-all", budget=400 * MIB, minimum=900 * MIB),
+        sample_plan(budget=500 * MIB, peak=peak * MIB),
+    ]
+    table = _Table(
+        planner=planner,
+        budgets=[200 * MIB, 400 * MIB, 500 * MIB],
+        policies=["solver", "keep-all"],
+        time_limit=1,
+        tell=print,
+        solving=None,
+        planned=None,
+        found={(plan.budget_bytes, plan.policy): _Cell(plan=plan, bound_seconds=0.0) for plan in made},
+    )
+    told = {(plan.budget_bytes // MIB, plan.policy): plan for plan in table.monotone()}
+    assert told[200, "solver"].minimum_budget_bytes == told[400, "solver"].minimum_budget_bytes == least * MIB
+    assert told[400, "solver"].minimum_budget_reason is None
+    assert told[400, "keep-all"].minimum_budget_bytes == 900 * MIB
+    assert told[500, "solver"].minimum_budget_bytes is None
 
 
 def test_compare_refuses(planner):

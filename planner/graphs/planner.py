@@ -15,10 +15,11 @@ from planner.graphs.chains import as_chain, checkpoints
 from planner.graphs.dag import dag_of
 from planner.graphs.exact_moves import fastest_with_moves
 from planner.graphs.found import Found, fastest
-from planner.graphs.neighbourhoods import Lowest, Neighbourhoods, lowest_peak
+from planner.graphs.neighbourhoods import Neighbourhoods, lowest_peak
 from planner.graphs.rules import RULES, rule_reruns, rules_for
 from planner.graphs.schedule import Rerun, peak_bytes, pruned, seconds
 from planner.graphs.search import Search
+from planner.graphs.stretch import Lowest
 from planner.master import Progress
 from planner.plan import FINISH_SECONDS, check_asked, gap_to
 from planner.schema import Plan
