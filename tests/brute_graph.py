@@ -59,7 +59,7 @@ def _search(operators, order, cost, budget):
                 continue
             if order != "any" and not again and done != bit - 1:
                 continue
-            if order == "stages" and again and (i <= last or done == everything):
+            if order == "stages" and again and i <= last:
                 continue
             here = held + size[i] + operators[i].get("workspace_bytes", 0)
             if here > budget:

@@ -376,3 +376,18 @@ def test_rules_that_need_a_backward_are_refused_without_one():
         plan(profile, 1 << 40, policy="checkpoint-sqrt")
     with pytest.raises(InputError, match="no policy for this graph is called 'mebp'; choose one of solver, keep-all"):
         plan(profile, 1 << 40, policy="mebp")
+
+
+def test_what_is_kept_until_the_end_may_be_made_again_at_the_end():
+    operators = [
+        {"name": "scale", "seconds": 1.0, "output_bytes": 7, "keep_until_end": True},
+        {"name": "wide", "seconds": 1.0, "output_bytes": 100, "inputs": ["scale"]},
+        {"name": "last", "seconds": 1.0, "output_bytes": 100, "workspace_bytes": 46, "keep_until_end": True},
+    ]
+    planner = GraphPlanner(parse_graph({"format": "tightfit-graph", "operators": operators}))
+    assert planner.minimum_bytes() == least(operators, "any") == 146
+    made = planner.plan(146)
+    assert made.step_seconds == 4.0
+    assert [word[2] for word in made.train.instructions if word[0] == "run"] == [0, 1, 2, 0]
+    # A rule makes nothing again that is to be there at the end.
+    assert planner.plan(153, policy="keep-all").step_seconds == 3.0

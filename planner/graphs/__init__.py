@@ -21,8 +21,8 @@
 | answer | a schedule written down as a plan |
 | planner | budgets in, plans out |
 
-The class of schedules: operators first run in the graph's order; before each first run any earlier operators may run
-again, each at most once more, in the graph's order (Jain et al. 2020, "Checkmate", the frontier-advancing class). An output
+The class of schedules: operators first run in the graph's order; before each first run, and after the last, any earlier operators may
+run again, each at most once more, in the graph's order (Jain et al. 2020, "Checkmate", the frontier-advancing class). An output
 is freed once nothing reads it before its operator runs again.
 
 Where the graph names a disk, an output may also be written there once and fetched back. Before each run, in this order: writes begin,

@@ -97,9 +97,9 @@ def dag_of(source: Profile | Plan) -> Dag:
     recomputable = [op.recomputable for op in program.operators]
     forward = sum(op.phase == "forward" for op in program.operators)
     disk = source.device.read != NO_CHANNEL
-    sink = disk and bool(kept)
+    sink = bool(kept - {names[-1]}) or (disk and bool(kept))
     if sink:
-        # What was moved must be back at the end: as if a last operator read it.
+        # What was moved or freed must be back at the end: as if a last operator read it.
         inputs.append(tuple(sorted(position[name] for name in kept)))
         names.append("")
         seconds.append(0.0)

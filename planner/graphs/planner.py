@@ -198,7 +198,7 @@ class GraphPlanner:
             return Outcome(carried=None, bound_seconds=dag.once_seconds)
         if dag.read is not None:
             return self._solve_with_moves(budget, started, deadline, progress)
-        if len(dag) <= EXACT_OPERATORS:
+        if len(dag) - dag.sink <= EXACT_OPERATORS:
             with self._exact_seconds(deadline) as allowed:
                 solved = exact.fastest(dag, budget, work=EXACT_WORK, seconds=allowed)
             if solved.proven:
@@ -252,7 +252,7 @@ class GraphPlanner:
 
     def _plain_seeds(self, budget: int, deadline: float) -> list[frozenset[Rerun]]:
         """Where a search that moves nothing starts: the optimum without a disk, where it is known."""
-        if len(self.dag) > EXACT_OPERATORS:
+        if len(self.dag) - self.dag.sink > EXACT_OPERATORS:
             return self._seeds(budget, deadline)
         with self._exact_seconds(deadline) as allowed:
             solved = exact.fastest(self.dag, budget, work=EXACT_WORK, seconds=allowed)
@@ -401,7 +401,7 @@ class GraphPlanner:
 
     def _find_least(self, deadline: float) -> Least:
         dag = self.dag
-        if len(dag) <= EXACT_OPERATORS:
+        if len(dag) - dag.sink <= EXACT_OPERATORS:
             with self._exact_seconds(deadline) as allowed:
                 solved = exact.smallest(dag, work=EXACT_WORK, seconds=allowed)
             if solved.proven and solved.reruns is not None:

@@ -54,6 +54,7 @@ def rule_reruns(dag: Dag, policy: str) -> frozenset[Rerun]:
 def remade(dag: Dag, kept: Iterable[int]) -> frozenset[Rerun]:
     """Forward outputs in `kept` stay; the backward makes each of the others again at most once, with what that takes."""
     there = {*kept, *(i for i in range(dag.forward) if not dag.recomputable[i] or dag.keep[i])}
+    there.update(dag.inputs[-1] if dag.sink else ())
     # What the forward's last operator reads or makes is there when the backward begins.
     there.update(dag.inputs[dag.forward - 1], (dag.forward - 1,))
     reruns: set[Rerun] = set()
