@@ -391,3 +391,17 @@ def test_what_is_kept_until_the_end_may_be_made_again_at_the_end():
     assert [word[2] for word in made.train.instructions if word[0] == "run"] == [0, 1, 2, 0]
     # A rule makes nothing again that is to be there at the end.
     assert planner.plan(153, policy="keep-all").step_seconds == 3.0
+
+
+@pytest.mark.parametrize("first", [1.4, 2.6])
+def test_an_exact_bound_is_one_whatever_seconds_round_to(first):
+    """The fastest schedule's own seconds were told as the bound, though another's rounded to the same parts."""
+    operators = [
+        {"name": "a", "seconds": first * 1e-9, "output_bytes": 10},
+        {"name": "b", "seconds": (4.0 - first) * 1e-9, "output_bytes": 10},
+        {"name": "wide", "seconds": 2.0, "output_bytes": 200, "workspace_bytes": 15},
+        {"name": "end", "seconds": 0.0, "output_bytes": 1, "inputs": ["a", "b", "wide"]},
+    ]
+    made = GraphPlanner(parse_graph({"format": "tightfit-graph", "operators": operators})).plan(225)
+    fastest = best(operators, 225, "stages")
+    assert 2.0 < made.bound_seconds <= fastest <= made.step_seconds <= fastest + 1e-7

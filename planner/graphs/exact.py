@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import floor
 
 from ortools.sat.python import cp_model
 
@@ -17,7 +18,7 @@ from planner.graphs.dag import Dag
 from planner.graphs.schedule import Rerun, pruned
 
 RESOLUTION = 1_000_000_000
-"""seconds are counted in parts of the time of one run each; an error of n² such parts is below any tolerance"""
+"""seconds are counted in whole parts of the time of one run each, down, so that sums are bounds; n² such parts are below any tolerance"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ def fastest(dag: Dag, budget_bytes: int, *, work: float, seconds: float) -> Exac
     for row in model.rows:
         model.model.add(row <= budget_bytes - dag.fixed_bytes)
     unit = max(dag.once_seconds, 1e-300) / RESOLUTION
-    model.model.minimize(sum(round(dag.seconds[i] / unit) * again for (_, i), again in model.again.items()))
+    model.model.minimize(sum(floor(dag.seconds[i] / unit) * again for (_, i), again in model.again.items()))
     return model.solve(work, seconds, lambda extra: dag.once_seconds + max(0.0, extra) * unit)
 
 

@@ -203,7 +203,7 @@ class GraphPlanner:
                 solved = exact.fastest(dag, budget, work=EXACT_WORK, seconds=allowed)
             if solved.proven:
                 carried = None if solved.reruns is None else carry(dag, solved.reruns)
-                bound = dag.once_seconds if carried is None else carried.seconds
+                bound = dag.once_seconds if carried is None else min(carried.seconds, solved.bound)
                 return Outcome(carried=carried, bound_seconds=bound)
             self._ended(solved.timely)
             self._note(solved.reruns or ())
