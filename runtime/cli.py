@@ -572,7 +572,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             code = app(args=words, prog_name="tightfit", standalone_mode=False)
         if code == INTERRUPTED:
             raise typer.Abort
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as caught:
+        error = caught if isinstance(caught, Exception) else typer.Abort()
         if interrupts.seen and not _expected(error):
             # C code that Ctrl-C ends may tell of an error of its own instead.
             error = typer.Abort()

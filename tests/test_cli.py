@@ -483,6 +483,19 @@ def test_a_real_process_ends_with_the_code():
     assert done.stderr == f"tightfit: 'lots' is not a size; {FORMS}\n"
 
 
+def test_an_interruption_before_the_command_is_one(monkeypatch, capsys):
+    """While Typer builds its commands nothing of it catches Ctrl-C."""
+
+    def starting(**_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cli, "app", starting)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan"])
+    assert ended.value.code == 4
+    assert capsys.readouterr().err == "tightfit: interrupted\n"
+
+
 def test_an_interruption_that_c_code_turns_into_an_error_is_one(monkeypatch, capsys):
     """PyTorch, asked for a tensor of a sequence, tells of a shape that it could not determine."""
 
