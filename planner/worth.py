@@ -14,16 +14,27 @@ if TYPE_CHECKING:
     from planner.graphs.planner import GraphPlanner
 
 STEP_BYTES = 50 * MIB
+GRAPH_SHARE = 10
+"""of a bare graph's budget that is a step, where that is less: such graphs may hold bytes or GiB"""
+
+
+def step_of(plan: Plan) -> int:
+    """Bytes by which budgets beside that of `plan` differ from it."""
+    if plan.model.kind != "graph":
+        return STEP_BYTES
+    return min(STEP_BYTES, max(1, plan.budget_bytes // GRAPH_SHARE))
 
 
 def neighbours(
-    planner: Planner | GraphPlanner, plan: Plan, *, step_bytes: int = STEP_BYTES, time_limit: float = 30.0
+    planner: Planner | GraphPlanner, plan: Plan, *, step_bytes: int | None = None, time_limit: float = 30.0
 ) -> list[Worth]:
-    """What the model says of `step_bytes` less and more than the budget of `plan`, a solver's plan of the planner's profile.
+    """What the model says of `step_bytes` (by default, `step_of`) less and more than the budget of `plan`, a solver's plan of the
+    planner's profile.
 
     A bound takes at most `time_limit` seconds; where it is not found by then, there is no answer. Nothing fits below the
     floor.
     """
+    step_bytes = step_bytes or step_of(plan)
     here = _bound(planner, plan.budget_bytes, time_limit)
     found = []
     for change in (-step_bytes, step_bytes):
@@ -46,7 +57,7 @@ def what_if(
     planner: Planner | GraphPlanner,
     plan: Plan,
     *,
-    step_bytes: int = STEP_BYTES,
+    step_bytes: int | None = None,
     time_limit: float = 30.0,
     progress: Progress | None = None,
 ) -> tuple[Plan, list[Worth]]:
@@ -54,6 +65,7 @@ def what_if(
 
     Where the search found a faster step in less memory, that plan takes the place of `plan`: it is returned first.
     """
+    step_bytes = step_bytes or step_of(plan)
     priced = {
         worth.change_bytes: worth for worth in neighbours(planner, plan, step_bytes=step_bytes, time_limit=time_limit)
     }

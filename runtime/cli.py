@@ -172,7 +172,11 @@ def plan(
     ] = None,
     time_limit: TimeLimit = 30.0,
     what_if: Annotated[
-        bool, typer.Option("--what-if", help="Also plan 50 MiB less and 50 MiB more, to see what memory is worth.")
+        bool,
+        typer.Option(
+            "--what-if",
+            help="Also plan 50 MiB less and 50 MiB more, of a small bare graph a tenth of the budget, to see what memory is worth.",
+        ),
     ] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan is written.")] = Path("plan.json"),
     server: Annotated[

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from layered_graph import layered
 from synthetic import decoder_like, device, small_chain
 
 from planner.costs import Ledger
 from planner.explain import explain
 from planner.explanation import account, shortfall
+from planner.graphs.planner import GraphPlanner
 from planner.kinds import fullest
 from planner.plan import Planner, planner_of
 from planner.worth import neighbours, what_if
-from profiles.bare import parse_graph
+from profiles.bare import graph_profile, parse_graph
 from profiles.units import MIB
 
 FLOOR = 100 * MIB
@@ -225,5 +227,14 @@ def test_a_graph_has_no_process_to_blame_and_no_budget_below_nothing():
     operators = [{"name": name, "seconds": 1, "output_bytes": 10, "inputs": []} for name in "ab"]
     planner = planner_of(parse_graph({"format": "tightfit-graph", "operators": operators}, "g"))
     made = planner.plan(MIB)
-    text = "\n".join(explain(made, account(made).model_copy(update={"neighbours": neighbours(planner, made)})))
+    beside = neighbours(planner, made, step_bytes=50 * MIB)
+    text = "\n".join(explain(made, account(made).model_copy(update={"neighbours": beside})))
     assert "50.0 MiB less: no plan fits\n" in f"{text}\n"
+
+
+def test_a_step_of_a_small_graph_is_a_tenth_of_its_budget():
+    small = GraphPlanner(graph_profile(layered(8)))
+    top = small.plan(1 << 40).peak_bytes
+    assert top < 500 * MIB
+    assert [worth.change_bytes for worth in neighbours(small, small.plan(top))] == [-(top // 10), top // 10]
+    assert [worth.change_bytes for worth in neighbours(small, small.plan(1 << 40))] == [-50 * MIB, 50 * MIB]
