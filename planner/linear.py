@@ -19,6 +19,7 @@ from ortools.glop import parameters_pb2
 from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
 
+from planner.interruptible import interruptible
 from planner.quiet import solve_quietly
 
 INFINITY = float("inf")
@@ -254,7 +255,12 @@ class Growing(Program):
         )
         # As in `planner.quiet`: MathOpt's conversion fails by itself.
         with contextlib.suppress(RuntimeError, ValueError, AttributeError):
-            result = self._solver.solve(params=parameters, model_params=NO_REDUCED_COSTS)
+            try:
+                # In a thread also because Ctrl-C inside of the conversion would come out as one of these errors.
+                result = interruptible(lambda: self._solver.solve(params=parameters, model_params=NO_REDUCED_COSTS))
+            except KeyboardInterrupt:
+                self._forget()
+                raise
             if result.termination.reason == mathopt.TerminationReason.OPTIMAL:
                 return result
             if result.termination.limit == mathopt.Limit.TIME:

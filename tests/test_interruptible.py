@@ -16,6 +16,7 @@ from ortools.sat.python import cp_model
 from planner.graphs.cp_sat import single_worker, solved
 from planner.graphs.planner import GraphPlanner
 from planner.interruptible import interruptible
+from planner.linear import Growing, Linear
 from profiles.bare import graph_profile
 
 
@@ -69,6 +70,26 @@ def test_ctrl_c_is_still_seen_after_cp_sat():
     interrupt_in(0.2)
     with pytest.raises(KeyboardInterrupt):
         time.sleep(5)
+
+
+def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
+    """It came out as an AttributeError, which MathOpt's conversion also raises by itself, and the search went on."""
+
+    class Swallowing:
+        def solve(self, **_):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.5)
+            except KeyboardInterrupt:
+                raise AttributeError from None
+
+    program = Growing()
+    goal = Linear().add(program.variable())
+    assert program.solve(goal).objective == 0.0
+    program.__dict__["_solver"] = Swallowing()
+    with pytest.raises(KeyboardInterrupt):
+        program.solve(goal)
+    assert program.solve(goal).objective == 0.0
 
 
 def test_the_command_line_does_not_wait_for_what_is_left_alone():
