@@ -22,6 +22,7 @@ from planner.kinds import (
     feasible,
     in_use,
     kinds_of,
+    peak_parts,
     policies_of,
 )
 from planner.policies import APPROXIMATE
@@ -175,9 +176,8 @@ def _cell(plan: Plan | None, best: float) -> dict[str, str]:
 
 def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
     assert plan.train is not None
-    peak = max((bucket.point for bucket in shown), key=in_use)
     kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
-    unit = unit_of(peak.bytes)
+    unit = unit_of(plan.peak_bytes)
     return {
         "policy": plan.policy,
         "device": plan.device.name,
@@ -187,16 +187,15 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
         "kinds": kinds,
         "peak_text": plan.train.peak.text,
         "unit": unit.name,
-        "peak_size": unit.amount(peak.bytes),
+        "peak_size": unit.amount(plan.peak_bytes),
         "parts": [
             {
                 "name": kind.name,
                 "label": kind.label,
-                "size": unit.amount(peak.by_kind[kind.name]),
-                "share": f"{peak.by_kind[kind.name] / peak.bytes:.0%}",
+                "size": unit.amount(size),
+                "share": f"{size / plan.peak_bytes:.0%}",
             }
-            for kind in kinds
-            if peak.by_kind.get(kind.name)
+            for kind, size in peak_parts(plan)
         ],
         "facts": facts(plan),
         "words": explain(plan),

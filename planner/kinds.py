@@ -103,6 +103,23 @@ def fullest(timeline: Iterable[TimelinePoint]) -> TimelinePoint | None:
     return max(timeline, key=in_use, default=None)
 
 
+def peak_parts(plan: Plan) -> list[tuple[Kind, int]]:
+    """Bytes of each kind at the peak of `plan`, in stacking order; together its `peak_bytes`.
+
+    What the fullest instruction holds, and what others make the process hold.
+    """
+    point = fullest(plan.timeline)
+    if point is None:
+        return []
+    # The process keeps room for the largest workspace, whichever operator needs it.
+    beyond = max(0, plan.peak_bytes - point.bytes)
+    workspace = point.by_kind.get("workspace", 0)
+    largest = min(workspace + beyond, max(workspace, plan.workspace_bytes))
+    held = {**point.by_kind, "workspace": largest, "at other moments": beyond - (largest - workspace)}
+    kinds = kinds_of([point.model_copy(update={"by_kind": held})], plan.device.kind)
+    return [(kind, held[kind.name]) for kind in kinds]
+
+
 def policies_of(plans: Iterable[Plan]) -> list[str]:
     """Policies in order of first appearance, the solver first."""
     names = list(dict.fromkeys(plan.policy for plan in plans))

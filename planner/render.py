@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from planner.kinds import Kind, budgets_of, feasible, fullest, kinds_of, policies_of
+from planner.kinds import Kind, budgets_of, feasible, peak_parts, policies_of
 from planner.schema import Plan
 from profiles.units import format_seconds, format_size, unit_of
 
@@ -65,24 +65,18 @@ def comparison_table(plans: Sequence[Plan]) -> RenderableType:
 
 def peak_table(plan: Plan) -> Table:
     """What fills the memory at the plan's peak: what its fullest instruction holds, and what others make the process hold."""
-    point = fullest(plan.timeline)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("at the peak")
     table.add_column("", justify="right")
     table.add_column("", justify="left")
-    if point is None:
+    parts = peak_parts(plan)
+    if not parts:
         return table
-    # The process keeps room for the largest workspace, whichever operator needs it.
-    beyond = max(0, plan.peak_bytes - point.bytes)
-    workspace = point.by_kind.get("workspace", 0)
-    largest = min(workspace + beyond, max(workspace, plan.workspace_bytes))
-    held = {**point.by_kind, "workspace": largest, "at other moments": beyond - (largest - workspace)}
-    for kind in kinds_of([point.model_copy(update={"by_kind": held})], plan.device.kind):
-        size = held[kind.name]
+    for kind, size in parts:
         table.add_row(Text(kind.label), format_size(size), _bar(size, plan.peak_bytes, kind))
     table.add_row(
         "[bold]together",
-        f"[bold]{format_size(point.bytes + beyond)}",
+        f"[bold]{format_size(sum(size for _, size in parts))}",
         f"of {format_size(plan.budget_bytes)}",
         end_section=True,
     )

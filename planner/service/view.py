@@ -12,7 +12,7 @@ from planner.explain import explain
 from planner.explanation import Explanation, account
 from planner.graph import STATES, layer_graph
 from planner.html import LARGEST, SLICES, describe, series_of
-from planner.kinds import Bucket, buckets, feasible, in_use, kinds_of
+from planner.kinds import Bucket, buckets, feasible, kinds_of, peak_parts
 from planner.schema import Plan
 from planner.service.shown import (
     ChangeSort,
@@ -52,7 +52,7 @@ def plan_view(plan: Plan, known: dict[str, Any] | None = None, *, not_runnable: 
     return view.model_copy(
         update={
             "timeline": _timeline(plan, shown),
-            "peak": _peak(plan, shown),
+            "peak": _peak(plan),
             "layers": _layers(plan),
             "edges": _edges(plan),
             "channels": _channels(plan, told),
@@ -67,17 +67,14 @@ def _timeline(plan: Plan, shown: list[Bucket]) -> Series:
     return Series(**figures, kinds=[KindName(name=kind.name, label=kind.label) for kind in kinds])
 
 
-def _peak(plan: Plan, shown: list[Bucket]) -> PeakShown:
+def _peak(plan: Plan) -> PeakShown:
     assert plan.train is not None
-    peak = max((bucket.point for bucket in shown), key=in_use)
+    parts = peak_parts(plan)
     return PeakShown(
         text=plan.train.peak.text,
         instruction=plan.train.peak.instruction,
-        bytes=peak.bytes,
-        parts=[
-            Part(name=kind.name, label=kind.label, bytes=peak.by_kind[kind.name])
-            for kind in kinds_of([peak], plan.device.kind)
-        ],
+        bytes=sum(size for _, size in parts),
+        parts=[Part(name=kind.name, label=kind.label, bytes=size) for kind, size in parts],
         tensors=sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST],
     )
 
