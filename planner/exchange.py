@@ -33,23 +33,31 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise InputError(f"{path}: no such plan; make one with `tightfit plan profile.json --memory SIZE`") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); name a plan file") from error
+    return parse_plan(data, str(path))
+
+
+def parse_plan(data: bytes, place: str) -> Plan:
+    """The plan that `data` holds, checked against its fingerprint; `place` is where it comes from.
+
+    Raises InputError for what is cut off, changed, of another version or no plan at all.
+    """
     try:
         content = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not whole JSON ({error}), perhaps cut off or damaged; {AGAIN}") from error
+        raise InputError(f"{place}: not whole JSON ({error}), perhaps cut off or damaged; {AGAIN}") from error
     if not isinstance(content, dict) or "version" not in content or "budget_bytes" not in content:
         kind = "a profile" if isinstance(content, dict) and "programs" in content else "something else"
-        raise InputError(f"{path}: {kind}, not a plan; {AGAIN}")
+        raise InputError(f"{place}: {kind}, not a plan; {AGAIN}")
     if content["version"] != PLAN_VERSION:
-        raise InputError(f"{path}: {of_another_version('plan', content['version'], PLAN_VERSION)}; {AGAIN}")
+        raise InputError(f"{place}: {of_another_version('plan', content['version'], PLAN_VERSION)}; {AGAIN}")
     try:
         plan = Plan.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: field {where}: {first['msg']}; {AGAIN}") from error
+        raise InputError(f"{place}: field {where}: {first['msg']}; {AGAIN}") from error
     if fingerprint(plan) != plan.fingerprint:
         raise InputError(
-            f"{path}: its content does not match its fingerprint {plan.fingerprint[:12]}…: changed or damaged; {AGAIN}"
+            f"{place}: its content does not match its fingerprint {plan.fingerprint[:12]}…: changed or damaged; {AGAIN}"
         )
     return plan

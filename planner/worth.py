@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from planner.explanation import Worth
+from planner.explanation import Explanation, Worth, explanation_of
 from planner.master import Progress
 from planner.plan import Planner, rebudgeted
 from planner.schema import Plan
@@ -23,6 +23,14 @@ def step_of(plan: Plan) -> int:
     if plan.model.kind != "graph":
         return STEP_BYTES
     return min(STEP_BYTES, max(1, plan.budget_bytes // GRAPH_SHARE))
+
+
+def explained(planner: Planner | GraphPlanner, plan: Plan, *, time_limit: float, left: float) -> Explanation:
+    """`explanation_of`, with what memory is worth beside a solver's plan, as far as it is found in `left` seconds."""
+    told = explanation_of(planner, plan, time_limit=time_limit)
+    if plan.status == "infeasible" or plan.policy != "solver" or left <= 0:
+        return told
+    return told.model_copy(update={"neighbours": neighbours(planner, plan, time_limit=left / 3)})
 
 
 def neighbours(

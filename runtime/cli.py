@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from profiles.errors import InputError, TightfitError
+from profiles.errors import InputError, RunError, TightfitError
 from profiles.units import parse_size
 from runtime import answers
 from runtime.interrupts import Interrupts
@@ -53,6 +53,10 @@ Debug = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Measure again even where a fitting result lies in the cache.")]
 TimeLimit = Annotated[
     float, typer.Option("--time-limit", metavar="SECONDS", help="Seconds the solver may take for one plan.")
+]
+Server = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Let a `tightfit serve` elsewhere solve; its token in TIGHTFIT_TOKEN."),
 ]
 
 
@@ -179,10 +183,7 @@ def plan(
         ),
     ] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan is written.")] = Path("plan.json"),
-    server: Annotated[
-        str | None,
-        typer.Option(metavar="URL", help="Let a `tightfit serve` elsewhere solve; its token in TIGHTFIT_TOKEN."),
-    ] = None,
+    server: Server = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -201,7 +202,10 @@ def plan(
         raise InputError("--what-if plans on this machine: leave out either it or --server")
     with Interrupts() as interrupts, Solving(console, time_limit) as solving:
         if server is not None:
-            planned, why = _plan_elsewhere(server, loaded, budget, policy, time_limit, solving)
+            with _service(server) as service:
+                planned, why = service.explained_plan(
+                    loaded, budget, policy=policy, time_limit=time_limit, progress=solving
+                )
         else:
             planned, why = _plan_here(loaded, budget, policy, time_limit, solving, interrupts, what_if=what_if)
     if why.shortfall is not None and why.shortfall.minimum_budget_bytes != planned.minimum_budget_bytes:
@@ -243,6 +247,7 @@ def compare(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page.")] = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curve as .png or .svg.")] = None,
     time_limit: TimeLimit = 30.0,
+    server: Server = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -266,18 +271,23 @@ def compare(
 
     console = messages()
     names = [part.strip() for part in device.split(",")]
-    devices = [None if name == "own" else find_device(name) for name in names]
     loaded = load_profile(profile)
     with Interrupts() as interrupts, Comparing(console, interrupts) as comparing:
-        plans = compare_plans(
-            loaded,
-            budgets,
-            policies,
-            devices=devices,
-            time_limit=time_limit,
-            progress=comparing,
-            solving=comparing.solving,
-        ).plans
+        if server is not None:
+            with _service(server) as service:
+                plans = service.compare(
+                    loaded, budgets, policies, devices=names, time_limit=time_limit, progress=comparing.elsewhere
+                ).plans
+        else:
+            plans = compare_plans(
+                loaded,
+                budgets,
+                policies,
+                devices=[None if name == "own" else find_device(name) for name in names],
+                time_limit=time_limit,
+                progress=comparing,
+                solving=comparing.solving,
+            ).plans
     if interrupts.seen:
         console.print(f"interrupted: these are the {len(plans)} plans made so far, the last one with what it had found")
     summary: dict[str, Any] = {
@@ -457,48 +467,34 @@ def _plan_here(
     what_if: bool,
 ) -> tuple[Plan, Explanation]:
     """The plan, and why it is as it is; with what memory is worth beside it."""
-    from planner.explanation import Worth, account, explanation_of
+    from planner.explanation import account
     from planner.plan import planner_of
-    from planner.worth import neighbours
+    from planner.worth import explained
     from planner.worth import what_if as check
 
     planner = planner_of(profile)
     started = time.monotonic()
     planned = planner.plan(budget, policy=policy, time_limit=time_limit, progress=solving)
-    beside: list[Worth] = []
     # Whatever Ctrl-C takes from here on, the answer is there.
     with contextlib.suppress(KeyboardInterrupt):
-        if planned.status == "infeasible":
-            return planned, explanation_of(planner, planned, time_limit=time_limit)
-        left = time_limit - (time.monotonic() - started)
-        searched = planned.policy == "solver" and not interrupts.seen
-        if what_if and searched:
+        if what_if and planned.status != "infeasible" and planned.policy == "solver" and not interrupts.seen:
             planned, beside = check(planner, planned, time_limit=time_limit, progress=solving)
-        elif searched and left > 0:
-            beside = neighbours(planner, planned, time_limit=left / 3)
-    return planned, account(planned).model_copy(update={"neighbours": beside})
+            return planned, account(planned).model_copy(update={"neighbours": beside})
+        left = 0.0 if interrupts.seen else time_limit - (time.monotonic() - started)
+        return planned, explained(planner, planned, time_limit=time_limit, left=left)
+    return planned, account(planned)
 
 
-def _plan_elsewhere(
-    server: str, profile: Profile, budget: int, policy: str | None, time_limit: float, solving: Solving
-) -> tuple[Plan, Explanation]:
-    """The plan that a service makes, and why it is as it is."""
-    from planner.explanation import account, shortfall
-
-    with _connect(server) as service:
-        planned = service.plan(profile, budget, policy=policy, time_limit=time_limit, progress=solving)
-        if planned.status != "infeasible" or planned.minimum_budget_bytes is None:
-            return planned, account(planned)
-        least = service.plan(
-            profile, planned.minimum_budget_bytes, policy=policy, time_limit=time_limit, progress=solving
-        )
-        return planned, account(planned) if least.train is None else shortfall(planned, least)
-
-
-def _connect(url: str) -> Client:
+@contextlib.contextmanager
+def _service(url: str) -> Iterator[Client]:
+    """The service at `url`; what Ctrl-C leaves going on there is said."""
     with _served():
         from planner.service.client import connect
-    return connect(url)
+    with connect(url) as service:
+        try:
+            yield service
+        except KeyboardInterrupt as stop:
+            raise RunError("; ".join(["interrupted", *map(str, stop.args)])) from stop
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -139,6 +139,13 @@ class Comparing(Display):
         text = f"{self._what} {solver_text(told)}"
         self._bars.update(self._task, description=text)
         self._line(text)
+
+    def elsewhere(self, told: Mapping[str, Any]) -> None:
+        """What a service tells of a comparison: a plan that is made, or the solver at work."""
+        if "cell" in told:
+            self(told["stage"], told["done"], told["total"])
+        else:
+            self.solving(told)
 
 
 def solver_text(told: Mapping[str, float | str]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import http.server
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -14,9 +16,12 @@ from served import ROOT, Served
 from synthetic import small_chain
 
 from planner.plan import plan as solve_here
+from planner.plan import planner_of
 from planner.schema import Plan
-from planner.service.client import connect
+from planner.service.client import Client, connect
+from planner.service.settings import Settings
 from planner.simulate import simulate
+from planner.worth import STEP_BYTES, explained
 from profiles.errors import InputError, RunError
 from profiles.exchange import canonical_json, load_profile
 from runtime import cli
@@ -315,6 +320,109 @@ def test_the_command_line_can_let_a_service_solve(served, profile, minimum, tmp_
     assert told["minimum_budget_bytes"] == told["explanation"]["shortfall"]["minimum_budget_bytes"] == minimum
 
 
+def test_the_command_line_can_let_a_service_compare(served, profile, minimum, tmp_path, capfd):
+    from profiles.exchange import save_profile
+
+    save_profile(profile, tmp_path / "profile.json")
+    words = ["compare", str(tmp_path / "profile.json"), "--memory", f"{minimum},{2 * minimum}", "--json"]
+    told = []
+    for server in ([], ["--server", served.url]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words, *server])
+        assert ended.value.code == 0
+        plans = json.loads(capfd.readouterr().out)["plans"]
+        told.append([[plan[name] for name in ("policy", "budget_bytes", "status", "step_seconds")] for plan in plans])
+    here, there = told
+    assert len(here) > 2
+    assert here == there
+
+
+def test_a_plan_of_the_service_tells_what_the_command_line_tells(served, profile, minimum):
+    """What memory is worth beside it, too; what fills its peak adds up to the peak."""
+    here = solve_here(profile, minimum + 20480)
+    with connect(served.url) as service:
+        there, told = service.explained_plan(profile, minimum + 20480)
+    assert there.peak_bytes == here.peak_bytes
+    planner = planner_of(profile)
+    assert told == explained(planner, planner.plan(minimum + 20480), time_limit=30.0, left=30.0)
+    assert [worth.change_bytes for worth in told.neighbours] == [-STEP_BYTES, STEP_BYTES]
+    view = served.http.get(f"/v1/plans/{there.fingerprint}/view").json()
+    assert any("MiB more" in sentence for sentence in view["sentences"])
+    assert view["peak"]["bytes"] == sum(part["bytes"] for part in view["peak"]["parts"]) == there.peak_bytes
+
+
+def test_the_client_waits_for_a_service_that_is_started_again(monkeypatch):
+    job = {"id": "job-0123456789abcdef", "state": "running"}
+    broken = iter([httpx.ReadError("killed"), *[httpx.ConnectError("not up yet")] * 5])
+    monkeypatch.setattr("planner.service.client.AGAIN_SECONDS", 0.0)
+
+    def stream(self, identity):
+        yield "job", job
+        for error in broken:
+            raise error
+        yield "job", job | {"state": "succeeded"}
+
+    monkeypatch.setattr(Client, "_stream", stream)
+    client = Client("http://127.0.0.1:9", token=None, timeout=1.0)
+    assert client.finish(job)["state"] == "succeeded"
+    # Where it stays away, what becomes of the job is said.
+    monkeypatch.setattr("planner.service.client.RESTART_SECONDS", 0.1)
+    monkeypatch.setattr(Client, "_stream", lambda self, identity: (_ for _ in ()).throw(httpx.ConnectError("gone")))
+    with pytest.raises(RunError, match="job-0123456789abcdef goes on when `tightfit serve` is started there again"):
+        client.finish(job)
+
+
+def test_ctrl_c_says_what_goes_on_at_the_service(served, profile, minimum, tmp_path, monkeypatch, capfd):
+    from profiles.exchange import save_profile
+
+    def stream(self, identity):
+        yield "progress", {"stage": "pricing", "incumbent": 1.0, "bound": 0.5, "gap": 1.0, "seconds": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "_stream", stream)
+    save_profile(profile, tmp_path / "profile.json")
+    words = ["plan", str(tmp_path / "profile.json"), "--memory", str(minimum + 28672), "--server", served.url]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "-o", str(tmp_path / "plan.json")])
+    assert ended.value.code == 4
+    said = capfd.readouterr().err
+    assert re.search(rf"interrupted; job-[0-9a-f]{{16}} goes on at {served.url}: ask the same again", said)
+
+
+def test_addresses_and_tokens_as_people_give_them(served, tmp_path, monkeypatch):
+    # As it is copied from a browser.
+    with connect(f"{served.url}/page/") as service:
+        assert service.get("/v1/jobs")
+    monkeypatch.setenv("TIGHTFIT_TOKEN", "")
+    with connect(served.url) as service:
+        assert service.get("/v1/jobs")
+    for token in ("a-secret-of-some-length ", "a-secret-of-söme-length"):
+        with pytest.raises(InputError, match="a blank or a character that no request can carry") as refusal:
+            connect(served.url, token=token)
+        assert token not in str(refusal.value)
+        with pytest.raises(InputError, match="a blank or a character that no request can carry"):
+            Settings(data_dir=tmp_path, command=(), token=token)
+    # Another web server says what it is not.
+    with (
+        another_server() as url,
+        pytest.raises(InputError, match="if no tightfit service answers there, check the address"),
+    ):
+        connect(url)
+
+
+@contextlib.contextmanager
+def another_server():
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 def test_it_tells_about_itself(served, uploaded):
     health = served.http.get("/healthz").json()
     assert (health["status"], health["schema_version"]) == ("ok", 1)
@@ -351,7 +459,10 @@ def test_a_token_is_asked_for_and_never_logged(tmp_path):
         assert bare.get("/metrics").status_code == 401
         assert bare.get("/healthz", headers={"Host": "planner.example"}).status_code == 200
         bare.get(f"/v1/jobs?state={token}", headers={"Authorization": f"Bearer {token}"})
-        with connect(service.url, token="wrong") as wrong, pytest.raises(InputError, match="send the service's token"):
+        with (
+            connect(service.url, token="wrong") as wrong,
+            pytest.raises(InputError, match=r"send the service's token.*TIGHTFIT_TOKEN"),
+        ):
             wrong.get("/v1/jobs")
         second = Served(service.data)
         with pytest.raises(AssertionError, match="another service is using it"):

@@ -14,6 +14,7 @@ import contextlib
 import gzip
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +22,10 @@ from typing import Any, Self
 import httpx
 
 from planner.compare import Comparison
+from planner.exchange import parse_plan
+from planner.explanation import Explanation
 from planner.schema import Plan
+from planner.service.settings import check_token
 from profiles.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
 from profiles.exchange import canonical_json, parse_profile
 from profiles.schema import Profile
@@ -29,6 +33,9 @@ from profiles.schema import Profile
 Progress = Callable[[dict[str, Any]], None]
 """progress(what) with what the job tells: stage, incumbent, bound, gap, seconds; or step, loss, seconds, resident_bytes"""
 TRIES = 4
+RESTART_SECONDS = 60.0
+"""how long events are asked for anew: a service that is started again takes its jobs up"""
+AGAIN_SECONDS = 0.5
 JOB_ERRORS: dict[str, type[TightfitError]] = {
     "input": InputError,
     "infeasible": InfeasibleError,
@@ -42,7 +49,7 @@ def connect(url: str, *, token: str | None = None, timeout: float = 60.0) -> Cli
 
     Raises InputError where nothing answers there, or what answers is no tightfit.
     """
-    client = Client(url, token=token or os.environ.get("TIGHTFIT_TOKEN"), timeout=timeout)
+    client = Client(url, token=token or os.environ.get("TIGHTFIT_TOKEN") or None, timeout=timeout)
     with contextlib.ExitStack() as stack:
         stack.enter_context(client)
         if client.get("/healthz").get("status") != "ok":
@@ -58,7 +65,9 @@ class Client:
     """
 
     def __init__(self, url: str, *, token: str | None, timeout: float) -> None:
-        self.url = url.rstrip("/")
+        self.url = url.rstrip("/").removesuffix("/page")  # as it is copied from a browser
+        if token is not None:
+            check_token(token)
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         try:
             self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
@@ -80,10 +89,12 @@ class Client:
 
     def upload(self, profile: Profile) -> str:
         """Store a profile; returns its id."""
+        return str(self._upload(profile)["id"])
+
+    def _upload(self, profile: Profile) -> dict[str, Any]:
         body = gzip.compress(canonical_json(profile).encode(), 5)
         headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-        answer: dict[str, Any] = self._send("POST", "/v1/profiles/upload", content=body, headers=headers).json()
-        return str(answer["id"])
+        return self._json(self._send("POST", "/v1/profiles/upload", content=body, headers=headers))
 
     def profile(self, *, progress: Progress | None = None, **request: Any) -> Profile:
         """Measure a model on the service's machine: `path`, `hub` or `config`, with seq, batch, lora_rank, ..."""
@@ -101,28 +112,42 @@ class Client:
         progress: Progress | None = None,
     ) -> Plan:
         """`planner.plan.plan`, solved by the service."""
+        return self.explained_plan(profile, budget_bytes, policy=policy, time_limit=time_limit, progress=progress)[0]
+
+    def explained_plan(
+        self,
+        profile: Profile,
+        budget_bytes: int,
+        *,
+        policy: str | None = None,
+        time_limit: float = 30.0,
+        progress: Progress | None = None,
+    ) -> tuple[Plan, Explanation]:
+        """`plan`, and why it is as it is, with what memory is worth beside it."""
         request = {
             "profile": self.upload(profile),
             "memory": budget_bytes,
             "policy": policy or "solver",
             "time_limit": time_limit,
         }
-        job = self.finish(self.post("/v1/plans", request), progress)
-        return self.stored_plan(job["result"]["plan"])
+        result = self.finish(self.post("/v1/plans", request), progress)["result"]
+        return self.stored_plan(result["plan"]), Explanation.model_validate(result["summary"]["explanation"])
 
     def compare(
         self,
         profile: Profile,
         budgets: Sequence[int],
-        policies: Sequence[str] = ("solver",),
+        policies: Sequence[str] | None = ("solver",),
         *,
         devices: Sequence[str] = ("own",),
         time_limit: float = 30.0,
         progress: Progress | None = None,
     ) -> Comparison:
         """`planner.compare.compare`, solved by the service."""
+        stored = self._upload(profile)
+        policies = stored["summary"]["policies"] if policies is None else policies
         request = {
-            "profile": self.upload(profile),
+            "profile": stored["id"],
             "devices": list(devices),
             "memory": list(budgets),
             "policies": list(policies),
@@ -147,36 +172,47 @@ class Client:
         return self.get(f"/v1/runs/{job['id']}/report")
 
     def stored_plan(self, identity: str) -> Plan:
-        return Plan.model_validate_json(self._send("GET", f"/v1/plans/{identity}/file").content)
+        return parse_plan(self._send("GET", f"/v1/plans/{identity}/file").content, f"{self.url}: {identity}")
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 
     def finish(self, job: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
-        """Follow a job to its end. Raises what made it fail."""
+        """Follow a job to its end. Raises what made it fail; on KeyboardInterrupt, whose words say so, the job goes on."""
         told = iter(()) if job["state"] == "succeeded" else self.events(job["id"])
-        for name, data in told:
-            if name == "progress" and progress is not None:
-                progress(data)
-            elif name == "job":
-                job = data
+        try:
+            for name, data in told:
+                if name == "progress" and progress is not None:
+                    progress(data)
+                elif name == "job":
+                    job = data
+        except KeyboardInterrupt:
+            # Others may wait for it too: an equal request is the same job.
+            raise KeyboardInterrupt(
+                f"{job['id']} goes on at {self.url}: ask the same again for its result, or end it by"
+                f" POST {self.url}/v1/jobs/{job['id']}/cancel"
+            ) from None
         if job["state"] == "succeeded":
             return job
         error = job["error"] or {"code": job["state"], "message": f"the job {job['id']} was {job['state']}"}
         raise JOB_ERRORS.get(error["code"], RunError)(error["message"])
 
     def events(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(name, data) of a job's events to its end; a stream that breaks is taken up again."""
-        finished = False
-        for _ in range(TRIES):
+        """(name, data) of a job's events to its end; a stream that breaks is taken up again, for a minute of silence."""
+        heard = time.monotonic()
+        while time.monotonic() - heard < RESTART_SECONDS:
             try:
                 for name, data in self._stream(identity):
-                    finished = name == "job" and data["state"] not in {"queued", "running"}
                     yield name, data
+                    heard = time.monotonic()
+                    if name == "job" and data["state"] not in {"queued", "running"}:
+                        return
             except httpx.TransportError:
-                continue
-            if finished:
-                return
-        raise RunError(f"{self.url}: the events of {identity} broke off; ask for the job again later")
+                pass
+            time.sleep(AGAIN_SECONDS)
+        raise RunError(
+            f"{self.url}: no answer for {RESTART_SECONDS:.0f} s; {identity} goes on when `tightfit serve` is started there"
+            " again: ask the same again then"
+        )
 
     def _stream(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
         with self._http.stream("GET", f"/v1/jobs/{identity}/events") as answer:
@@ -231,6 +267,8 @@ def _raise(answer: httpx.Response) -> None:
     try:
         told = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        told = f"status {answer.status_code}"
+        told = f"status {answer.status_code}; if no tightfit service answers there, check the address"
+    if answer.status_code == 401:
+        told += "; the environment variable TIGHTFIT_TOKEN holds the one to send"
     kind = RunError if answer.status_code >= 500 or answer.status_code == 429 else InputError
     raise kind(f"{answer.url.host}: {told}")

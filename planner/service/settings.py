@@ -55,9 +55,20 @@ class Settings:
                 f"the token in TIGHTFIT_TOKEN has {len(self.token)} characters; choose one of at least 16,"
                 " for example from `openssl rand -hex 16`"
             )
+        if self.token is not None:
+            check_token(self.token)
         for root in self.roots:
             if not root.is_dir():
                 raise InputError(f"--root {root}: no such folder; name folders that hold models and data")
+
+
+def check_token(token: str) -> None:
+    """Raises InputError for a token that no request can carry."""
+    if not all("!" <= character <= "~" for character in token):
+        raise InputError(
+            "the token in TIGHTFIT_TOKEN holds a blank or a character that no request can carry; use letters, digits and"
+            " signs of ASCII, for example from `openssl rand -hex 16`"
+        )
 
 
 def loopback(host: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,18 +28,20 @@ OWN = "own"
 
 def plan(order: Order, tell: Tell) -> Row:
     """One plan; one that does not fit is a result too."""
-    from planner.explanation import explanation_of
     from planner.plan import planner_of
+    from planner.worth import explained
 
     request = order.request
     objects = Objects(Path(order.objects))
     policy = None if request["policy"] == "solver" else request["policy"]
     limit = request["time_limit"]
     planner = planner_of(_profile(objects, order, request["profile"]))
+    began = time.monotonic()
     found = planner.plan(
         request["memory"], policy=policy, time_limit=limit, progress=lambda told: tell.progress(**_finite(told))
     )
-    explanation = explanation_of(planner, found, time_limit=limit).model_dump(mode="json")
+    left = limit - (time.monotonic() - began)
+    explanation = explained(planner, found, time_limit=limit, left=left).model_dump(mode="json")
     file = keep_plan(objects, found, request["profile"], explanation=explanation)
     summary = plan_summary(found) | {"explanation": explanation}
     return {"result": {"plan": found.fingerprint, "summary": summary}, "files": [file]}

@@ -85,7 +85,7 @@ def main(lane: str) -> int:
         _to_the_background()
         # Loaded before the order comes, and before its limit: that is for solving.
         import planner.compare
-        import planner.explanation  # noqa: F401
+        import planner.worth  # noqa: F401
     words = sys.stdin.buffer.readline()
     if not words:
         return 0  # the service has ended and needs nothing
