@@ -192,8 +192,14 @@ def test_what_is_not_there(served):
         refused(served.http.get(f"/v1/{path}"), 404, "not_found")
     asked = {"profile": UNKNOWN, "memory": "1GB"}
     refused(served.http.post("/v1/plans", json=asked), 404, "not_found", "body.profile")
-    refused(served.http.get("/v1/nothing"), 404, "not_found")
-    refused(served.http.delete("/v1/plans"), 405, "method_not_allowed")
+    told = refused(served.http.get("/v1/nothing"), 404, "not_found")
+    assert told == "there is nothing at /v1/nothing; /openapi.json tells what there is"
+    told = refused(served.http.delete("/v1/plans"), 405, "method_not_allowed")
+    assert told in {"DELETE is not for /v1/plans; send GET", "DELETE is not for /v1/plans; send POST"}
+    for path in ("/healthz", "/page/", f"/v1/plans?profile={UNKNOWN}"):
+        full, head = served.http.get(path), served.http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == full.headers["content-length"]
     refused(served.http.get("/v1/plans/short"), 422, "invalid_request", "path.identity")
 
 
@@ -449,6 +455,8 @@ def test_a_token_is_asked_for_and_never_logged(tmp_path):
     with contextlib.ExitStack() as stack:
         stack.callback(service.stop)
         assert service.http.get("/v1/jobs").status_code == 200
+        # The scheme's name has no case.
+        assert service.http.get("/v1/jobs", headers={"Authorization": f"bearer {token}"}).status_code == 200
         bare = stack.enter_context(httpx.Client(base_url=service.url, trust_env=False))
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": token}):
             answer = bare.get("/v1/jobs", headers=headers)

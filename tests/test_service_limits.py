@@ -98,6 +98,33 @@ def test_what_is_too_old_or_too_much_goes_when_the_service_starts(tmp_path, prof
     assert [path for path in (tmp_path / "data" / "objects").rglob("*") if path.is_file()] == []
 
 
+def test_a_full_disk_is_told_and_costs_no_job(tmp_path, profile, minimum, monkeypatch):
+    monkeypatch.setattr("planner.service.supervisor.DISK_SECONDS", 0.1)
+    with service(tmp_path) as http:
+        database = http.app.state.service.store._database
+        identity = upload(http, profile)
+        job = http.post("/v1/plans", json={"profile": identity, "memory": minimum}).json()
+        database.execute("PRAGMA max_page_count = 1")  # SQLite takes as many as there are
+        path = tmp_path / "data" / "service.sqlite"
+        other = small_chain(4).model_dump(mode="json")
+        other["model"]["name"] = "long " * 20_000
+        refusal = http.post("/v1/profiles/upload", json=other)
+        assert (refusal.status_code, refusal.json()["error"]["code"]) == (507, "storage")
+        assert f"{path}: database or disk is full; free disk space" in refusal.json()["error"]["message"]
+        # A plan that cannot be written down is written down once there is room, and the next is planned.
+        metrics = http.app.state.service.metrics
+        patience = time.monotonic() + PATIENCE
+        while not metrics.registry.get_sample_value("tightfit_worker_seconds_count", {"kind": "plan"}):
+            assert time.monotonic() < patience
+            time.sleep(0.05)
+        time.sleep(0.5)
+        assert http.get(f"/v1/jobs/{job['id']}").json()["state"] == "running"
+        database.execute("PRAGMA max_page_count = 1000000")
+        assert wait(http, job)["state"] == "succeeded"
+        again = http.post("/v1/plans", json={"profile": identity, "memory": minimum + 4096}).json()
+        assert wait(http, again)["state"] == "succeeded"
+
+
 def test_who_starts_to_listen_hears_the_end():
     """The job is read once its events are heard: an end in between would be waited for for ever."""
     events = Events()

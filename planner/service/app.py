@@ -27,7 +27,7 @@ from planner.service.schema import Error, ErrorAnswer, FieldError
 from planner.service.settings import Settings
 from planner.service.store import Store
 from planner.service.supervisor import Supervisor
-from profiles.errors import InputError, TightfitError
+from profiles.errors import InputError, RunError, TightfitError
 
 DESCRIPTION = """Fit training into the memory you have: profiles in, plans out, with a proven gap.
 
@@ -203,6 +203,9 @@ async def _service_error(request: Request, error: Exception) -> Response:
 
 
 async def _library_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, RunError):  # nothing was wrong with the request
+        log.error("not stored", extra={"why": str(error)})
+        return error_response(507, "storage", str(error))
     return error_response(422, "invalid_request", str(error), [FieldError(field="body", message=str(error))])
 
 
@@ -220,7 +223,12 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    answer = error_response(error.status_code, CODES.get(error.status_code, "invalid_request"), str(error.detail))
+    told = str(error.detail)
+    if error.status_code == 404:
+        told = f"there is nothing at {request.url.path}; /openapi.json tells what there is"
+    elif error.status_code == 405:
+        told = f"{request.method} is not for {request.url.path}; send {(error.headers or {}).get('Allow', 'another method')}"
+    answer = error_response(error.status_code, CODES.get(error.status_code, "invalid_request"), told)
     answer.headers.update(error.headers or {})
     return answer
 

@@ -18,6 +18,7 @@ Code = Literal[
     "misdirected",  # 421: a Host that is not ours
     "busy",  # 429: the queue is full
     "internal",  # 500
+    "storage",  # 507: the data folder's disk is full, or cannot be written
     # Of jobs, not of requests:
     "input",  # the library refused the input
     "infeasible",  # a run of a plan without a schedule

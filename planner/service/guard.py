@@ -41,13 +41,14 @@ class Refused(Exception):  # noqa: N818  an answer, not a fault
 class Guard:
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
-        self._token = None if settings.token is None else f"Bearer {settings.token}".encode()
+        self._token = None if settings.token is None else settings.token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
+        asked = scope
         state = {"status": 500, "received": 0, "started": False, "too_large": False}
         limit = self.settings.upload_bytes
 
@@ -99,9 +100,12 @@ class Guard:
             except Refused as why:
                 await refuse(why)
             else:
-                await self.app(scope, receive_counted, send_guarded)
+                # What is read is also told without its body, which the server leaves out.
+                method = "GET" if scope["method"] == "HEAD" else scope["method"]
+                asked = {**scope, "method": method}
+                await self.app(asked, receive_counted, send_guarded)
         finally:
-            self._note(scope, int(state["status"]), time.perf_counter() - began)
+            self._note(asked, scope["method"], int(state["status"]), time.perf_counter() - began)
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
@@ -117,8 +121,8 @@ class Guard:
         if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:
             raise Refused(403, "forbidden", "requests of other sites' pages are refused", "header.Origin")
         if self._token is not None and path != "/" and not path.startswith(OPEN):
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._token):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
                 message = "send the service's token in the header: Authorization: Bearer TOKEN"
                 raise Refused(401, "unauthorized", message, "header.Authorization")
         if scope["method"] in {"POST", "PUT", "PATCH"}:
@@ -135,10 +139,10 @@ class Guard:
             message = f"the content type {shown!r} is not understood; send application/json"
             raise Refused(415, "unsupported_media_type", message, "header.Content-Type")
 
-    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+    def _note(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", None) or ("refused" if status in {401, 403, 421} else "unmatched")
         # Strangers choose the method: a label of their own for each would grow without end.
-        method = scope["method"] if scope["method"] in METHODS else "other"
+        method = method if method in METHODS else "other"
         self.metrics.requests.labels(method, route, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
         client: Any = scope.get("client")

@@ -20,16 +20,20 @@ from planner.service.errors import ServiceError
 from planner.service.migrations import migrate
 from planner.service.objects import Written
 from planner.service.schema import FINISHED, Error, Job, JobKind
+from profiles.errors import RunError
 from profiles.schema import PROFILE_VERSION
 
 ATTEMPTS = 5
 """a job that was running when its service died this often is not tried again"""
 SOLVE = "solve"
+DISK = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY})
+"""results of SQLite that come from the disk"""
 Row = dict[str, Any]
 
 
 class Store:
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._database.row_factory = _row
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 10000"):
@@ -46,13 +50,17 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self._database.execute("BEGIN IMMEDIATE")
+        """All of it or nothing. Raises RunError where the disk refuses."""
         try:
+            self._database.execute("BEGIN IMMEDIATE")
             yield self._database
-        except BaseException:
-            self._database.execute("ROLLBACK")
+            self._database.execute("COMMIT")
+        except BaseException as error:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF in DISK:
+                raise RunError(f"{self._path}: {error}; free disk space and ask again") from error
             raise
-        self._database.execute("COMMIT")
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 

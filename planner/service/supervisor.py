@@ -12,8 +12,10 @@ import logging
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from planner.service.events import Events
 from planner.service.metrics import Metrics
@@ -23,10 +25,14 @@ from planner.service.schema import Error, Job
 from planner.service.settings import Settings
 from planner.service.store import ATTEMPTS, SOLVE, Store, folder_row
 from planner.service.worker import Order
+from profiles.errors import RunError
 
+T = TypeVar("T")
 LOCAL = "cpu"
 """this machine's device"""
 RETAIN_SECONDS = 60.0
+DISK_SECONDS = 5.0
+"""between tries to write where the disk is full"""
 
 log = logging.getLogger("tightfit.service")
 
@@ -92,7 +98,7 @@ class Supervisor:
     async def _serve(self, lane: str) -> None:
         while not self._stopping:
             self._wake[lane].clear()
-            job = self.store.next(lane)
+            job = await self._stored(lambda: self.store.next(lane))
             if job is None:
                 if lane == SOLVE:
                     self._processes.prepare()
@@ -111,7 +117,8 @@ class Supervisor:
             except Exception:
                 log.exception("job failed inside the service", extra={"job": job.id})
                 message = "internal error; the service's log tells more"
-                self._ended(self.store.finish(job.id, "failed", error=Error(code="internal", message=message)))
+                error = Error(code="internal", message=message)
+                self._ended(await self._stored(partial(self.store.finish, job.id, "failed", error=error)))
             finally:
                 task.set_name(lane)
 
@@ -131,7 +138,7 @@ class Supervisor:
                 end = {"event": "error", "code": "too_slow", "message": message}
             code = await worker.process.wait()
             self.metrics.worked.labels(job.kind).observe(time.monotonic() - began)
-            self._conclude(job, end, code, worker)
+            await self._conclude(job, end, code, worker)
         finally:
             self._workers.pop(job.id, None)
             await worker.gone()
@@ -166,32 +173,45 @@ class Supervisor:
                 end = event
         return end
 
-    def _conclude(self, job: Job, end: dict[str, Any] | None, code: int, worker: Worker) -> None:
+    async def _conclude(self, job: Job, end: dict[str, Any] | None, code: int, worker: Worker) -> None:
         cancelled = job.id in self._cancelled
         self._cancelled.discard(job.id)
         if end is not None and "result" in end:
-            ended = self.store.finish(job.id, "succeeded", result=end["result"], files=end["files"])
+            write = partial(self.store.finish, job.id, "succeeded", result=end["result"], files=end["files"])
         elif cancelled:
-            ended = self.store.finish(job.id, "cancelled", files=self._left(job))
+            write = partial(self.store.finish, job.id, "cancelled", files=self._left(job))
         elif self._stopping:
-            ended = self.store.requeue(job.id, counted=False)
+            write = partial(self.store.requeue, job.id, counted=False)
         elif end is not None:
             if end["code"] == "internal":
                 log.error("job failed inside", extra={"job": job.id, "said": worker.last_words()})
             error = Error(code=end["code"], message=end["message"])
-            ended = self.store.finish(job.id, "failed", error=error, files=self._left(job))
+            write = partial(self.store.finish, job.id, "failed", error=error, files=self._left(job))
         elif code == -signal.SIGKILL and job.attempts < ATTEMPTS:
             # Killed from outside, perhaps by the kernel for want of memory: worth another try.
-            ended = self.store.requeue(job.id, counted=True)
-            self.wake(SOLVE if job.kind in {"plan", "comparison"} else LOCAL)
+            write = partial(self.store.requeue, job.id, counted=True)
         else:
             how = signal.Signals(-code).name if code < 0 else f"status {code}"
             log.error("worker died", extra={"job": job.id, "how": how, "said": worker.last_words()})
             limit = self.settings.solve_bytes >> 20
             message = f"the process of this job died ({how}); its memory limit is {limit} MiB"
             error = Error(code="worker_died", message=message)
-            ended = self.store.finish(job.id, "failed", error=error, files=self._left(job))
+            write = partial(self.store.finish, job.id, "failed", error=error, files=self._left(job))
+        ended = await self._stored(write)
+        if ended.state == "queued":
+            self.wake(SOLVE if job.kind in {"plan", "comparison"} else LOCAL)
         self._ended(ended)
+
+    async def _stored(self, write: Callable[[], T]) -> T:
+        """What `write` returns; where the disk is full, once there is room: nobody else would write it down."""
+        while True:
+            try:
+                return write()
+            except RunError as error:
+                log.error("not stored; tried again until it is", extra={"why": str(error)})  # noqa: TRY400  no traceback
+                if self._stopping:
+                    raise  # the next start takes the job up
+            await asyncio.sleep(DISK_SECONDS)
 
     def _left(self, job: Job) -> list[dict[str, Any]]:
         """The folder of a run that did not get to its end: its checkpoints count among what is kept."""
