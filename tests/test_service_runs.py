@@ -90,6 +90,15 @@ def test_runs_follow_each_other_survive_and_save(tmp_path, work, cache, measured
         with tarfile.open(fileobj=io.BytesIO(adapter)) as archive:
             assert json.load(archive.extractfile("adapter/adapter_config.json"))["r"] == 4
         assert not (service.data / "runs" / second / "out").exists()
+
+        # What was cancelled goes on from what it has saved; what is done has nothing to go on with.
+        assert service.http.post(f"/v1/runs/{second}/resume").status_code == 409
+        answer = service.http.post(f"/v1/runs/{first}/resume")
+        assert (answer.status_code, answer.json()["state"]) == (202, "queued")
+        steps = wait_for_steps(service, first, saved + 10)
+        assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+        service.http.post(f"/v1/jobs/{first}/cancel")
+        assert service.wait(service.http.get(f"/v1/jobs/{first}").json())["state"] == "cancelled"
     finally:
         service.stop()
 

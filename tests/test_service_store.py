@@ -204,6 +204,21 @@ def test_the_checkpoints_of_a_run_that_was_ended_count_and_go_with_it(store):
         store.job(job.id)
 
 
+def test_a_run_that_ended_early_goes_on_and_its_checkpoints_are_its_own_again(store):
+    run, _ = ask(store, repeatable=True)
+    store.next(LANE)
+    store.finish(run.id, "cancelled", files=[folder_row(run.id, 5000)])
+    assert store.stored_bytes() == 5000
+    resumed = store.resume(run.id, waiting=1)
+    assert (resumed.state, resumed.finished, resumed.attempts, store.stored_bytes()) == ("queued", None, 0, 0)
+    with pytest.raises(ServiceError, match="is queued: there is nothing to go on with") as refusal:
+        store.resume(run.id, waiting=2)
+    assert refusal.value.status == 409
+    with pytest.raises(ServiceError, match="1 jobs are waiting already"):
+        store.resume(run.id, waiting=1)
+    assert store.next(LANE).id == run.id
+
+
 def test_a_file_told_again_is_told_as_now_but_keeps_its_explanation(store, objects):
     written = objects.put(b"a plan")
     for told, kept in (({"a": 1}, {"a": 1}), ({"a": 2, "explanation": {}}, {"a": 2, "explanation": {}}), ({"a": 3, "explanation": None}, {"a": 2, "explanation": {}})):  # fmt: skip

@@ -167,7 +167,15 @@ class Client:
     ) -> dict[str, Any]:
         """Carry out the stored plan of that id on the service's machine; returns the report."""
         key = {"Idempotency-Key": os.urandom(16).hex()}
-        job = self.post("/v1/runs", {"plan": plan, "data": data, "steps": steps, **options}, headers=key)
+        return self._report(
+            self.post("/v1/runs", {"plan": plan, "data": data, "steps": steps, **options}, headers=key), progress
+        )
+
+    def resume(self, run: str, *, progress: Progress | None = None) -> dict[str, Any]:
+        """Go on with a run that was cancelled, failed or interrupted, from its checkpoint; returns the report."""
+        return self._report(self.post(f"/v1/runs/{run}/resume", {}), progress)
+
+    def _report(self, job: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
         self.finish(job, progress)
         return self.get(f"/v1/runs/{job['id']}/report")
 

@@ -14,6 +14,7 @@ from planner.service.doors import (
     errors,
     file_answer,
     file_responses,
+    job_answer,
     not_runnable,
     service_of,
     stored,
@@ -59,6 +60,19 @@ async def make_run(request: Request, asked: RunRequest, key: IdempotencyKey = No
 @router.get("/{identity}", response_model=Job, responses=errors(404), summary="A run")
 async def get_run(request: Request, identity: Identity) -> Job:
     return service_of(request).events.told(_run(request, identity))
+
+
+@router.post(
+    "/{identity}/resume",
+    status_code=202,
+    response_model=Job,
+    responses=errors(404, 409, 429),
+    summary="Go on with a run",
+)
+async def resume_run(request: Request, identity: Identity) -> Response:
+    """A run that was cancelled, failed or interrupted goes on from its checkpoint. 409 where it has not ended so."""
+    _run(request, identity)
+    return job_answer(service_of(request).supervisor.resume(identity))
 
 
 @router.get("/{identity}/metrics", response_model=RunMetrics, responses=errors(404), summary="Every step so far")

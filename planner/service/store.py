@@ -100,11 +100,7 @@ class Store:
         identity = f"job-{os.urandom(8).hex()}"
         with self._transaction() as database:
             if found is None:
-                (queued,) = _values(
-                    database.execute("SELECT count(*) AS n FROM jobs WHERE state = 'queued'").fetchone()
-                )
-                if queued >= waiting:
-                    raise ServiceError(429, "busy", f"{queued} jobs are waiting already; ask again in a minute")
+                self._room(waiting)
                 database.execute(
                     "INSERT INTO jobs (id, kind, lane, state, content, request, created, used) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?)",
                     (identity, kind, lane, content, json.dumps(request), now, now),
@@ -192,6 +188,30 @@ class Store:
                 (0 if counted else 1, identity),
             )
         return self.job(identity)
+
+    def resume(self, identity: str, *, waiting: int) -> Job:
+        """Put a run that ended before its last step back into the queue; what it has saved is its own again.
+
+        Raises ServiceError where it has not ended so, or `waiting` jobs are queued already.
+        """
+        with self._transaction() as database:
+            self._room(waiting)
+            resumed = database.execute(
+                "UPDATE jobs SET state = 'queued', started = NULL, finished = NULL, error = NULL, attempts = 0"
+                " WHERE id = ? AND state IN ('cancelled', 'failed', 'interrupted')",
+                (identity,),
+            )
+            if resumed.rowcount:
+                database.execute("DELETE FROM files WHERE kind = 'folder' AND id = ?", (identity,))
+        job = self.job(identity)
+        if not resumed.rowcount:
+            raise ServiceError(409, "conflict", f"the run {identity} is {job.state}: there is nothing to go on with")
+        return job
+
+    def _room(self, waiting: int) -> None:
+        (queued,) = _values(self._database.execute("SELECT count(*) AS n FROM jobs WHERE state = 'queued'").fetchone())
+        if queued >= waiting:
+            raise ServiceError(429, "busy", f"{queued} jobs are waiting already; ask again in a minute")
 
     def recover(self) -> tuple[int, int]:
         """After a start: jobs that were running wait again, or are interrupted where that happened too often."""

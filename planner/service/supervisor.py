@@ -85,6 +85,13 @@ class Supervisor:
                 self._end(job, self._workers[identity])
         return self.events.told(job)
 
+    def resume(self, identity: str) -> Job:
+        """A run that ended before its last step goes on from its checkpoint, or from the start where it has none."""
+        job = self.store.resume(identity, waiting=self.settings.waiting)
+        self._ended(job)
+        self.wake(LOCAL)
+        return job
+
     @staticmethod
     def _end(job: Job, worker: Worker) -> None:
         """A run is asked to save; what else runs has nothing to save."""

@@ -26,7 +26,9 @@ export function setUpRun(plan, complain) {
     const form = new FormData(event.target), start = event.submitter;
     start.disabled = true;
     try {
-      const job = await post("/v1/runs", { plan: plan(), data: form.get("data"), steps: Number(form.get("steps")) }, { "Idempotency-Key": crypto.randomUUID?.() || String(Math.random()) });
+      const request = { plan: plan(), data: form.get("data"), steps: Number(form.get("steps")), lr: Number(form.get("lr")), truncate: form.has("truncate") };
+      if (form.get("eval_data")) request.eval_data = form.get("eval_data");
+      const job = await post("/v1/runs", request, { "Idempotency-Key": crypto.randomUUID?.() || String(Math.random()) });
       await listRuns(job.id);
       await follow(job);
     } finally {
@@ -39,17 +41,20 @@ export function setUpRun(plan, complain) {
   $("cancel").addEventListener("click", guarded(async () => {
     $("cancel").disabled = true;
     $("run-state").textContent = "asked to save and end …";
-    await post(`/v1/jobs/${current}/cancel`, "");
+    try { await post(`/v1/jobs/${current}/cancel`, ""); } catch (error) { $("cancel").disabled = false; throw error; }
+  }));
+  $("resume").addEventListener("click", guarded(async () => {
+    $("resume").hidden = true;
+    await follow(await post(`/v1/runs/${current}/resume`, ""));
   }));
   $("adapter-button").addEventListener("click", guarded(async () => {
     const link = html("a", { href: URL.createObjectURL(await blob(`/v1/runs/${current}/adapter`)), download: `adapter-${current}.tar` });
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   }));
-  listRuns().catch(() => {}); // without a token yet: asked again with the first run
 }
 
-async function listRuns(chosen = "") {
+export async function listRuns(chosen = "") {
   const { jobs } = await get(`/v1/jobs?kind=run&limit=${LISTED}`);
   const began = (job) => new Date(1000 * job.created).toLocaleString();
   $("runs").replaceChildren(html("option", { value: "" }, "choose one"), ...jobs.map((job) => html("option", { value: job.id }, `${began(job)} · ${job.request.steps} steps · ${job.state}`)));
@@ -58,10 +63,16 @@ async function listRuns(chosen = "") {
   if (jobs.length) $("run").hidden = false;
 }
 
+// What waits or trains can be cancelled; what ended before its last step goes on from its checkpoint.
+function offerEnd(state) {
+  $("cancel").hidden = !["queued", "running"].includes(state);
+  $("cancel").disabled = false;
+  $("resume").hidden = !["cancelled", "failed", "interrupted"].includes(state);
+}
+
 async function follow(job) {
   const mine = (current = job.id), left = () => current !== mine;
-  $("cancel").hidden = !["queued", "running"].includes(job.state);
-  $("cancel").disabled = false;
+  offerEnd(job.state);
   for (const id of ["live", "report", "adapter"]) $(id).hidden = true;
   $("run-state").textContent = job.state === "queued" ? "waiting for the device …" : job.state;
   const { budget_bytes: cap, steps: known } = await get(`/v1/runs/${job.id}/metrics`);
@@ -75,7 +86,7 @@ async function follow(job) {
         return;
       }
       seen.set(told.step, told);
-      $("run-state").textContent = `step ${told.step} of ${job.request.steps}: loss ${told.loss.toFixed(4)}, ${seconds(told.seconds)} s, peak ${mib(told.peak_bytes)} of ${mib(cap)} MiB`;
+      $("run-state").textContent = `${$("cancel").disabled ? "asked to save and end; " : ""}step ${told.step} of ${job.request.steps}: loss ${told.loss.toFixed(4)}, ${seconds(told.seconds)} s, peak ${mib(told.peak_bytes)} of ${mib(cap)} MiB`;
       if (performance.now() - drawn > REDRAW) {
         drawn = performance.now();
         draw([...seen.values()], cap);
@@ -85,7 +96,7 @@ async function follow(job) {
     const all = (await get(`/v1/runs/${job.id}/metrics`)).steps;
     if (!left()) {
       if (all.length) draw(all, cap);
-      $("cancel").hidden = true;
+      offerEnd((await get(`/v1/jobs/${job.id}`)).state);
       await listRuns(job.id);
     }
   }
@@ -95,6 +106,7 @@ async function follow(job) {
   $("report").replaceChildren(table(`Predicted beside measured; the cap was enforced by ${report.enforced_by === "cgroup" ? "the kernel" : "the process's own meter"}`, ["figure", "predicted", "measured"], [
     ["peak of the process, MiB", mib(peak.predicted), mib(peak.measured)],
     ["step, s", seconds(step.predicted), seconds(step.measured)],
+    ...Object.entries(report.evaluation).map(([when, found]) => [`held-out loss ${when}${found.accuracy == null ? "" : ", accuracy"}`, "–", `${found.loss.toFixed(4)}${found.accuracy == null ? "" : `, ${found.accuracy.toFixed(3)}`}`]),
   ]));
   for (const id of ["report", "adapter"]) $(id).hidden = false;
   $("run-state").textContent = `done: ${report.loss.length} steps, peak ${mib(peak.measured)} of ${mib(cap)} MiB`;
