@@ -138,7 +138,7 @@ def graph_profile(graph: BareGraph, source: str = "graph") -> Profile:
     content = json.dumps(graph.model_dump(mode="json"), sort_keys=True)
     return Profile(
         fingerprint=hashlib.sha256(content.encode()).hexdigest(),
-        model=Model(name=graph.name, source=source, kind="graph"),
+        model=Model(name=graph.name, source=graph.name, kind="graph"),  # the same profile wherever the file lies
         batch=1,
         compute_dtype="as given",
         optimizer={},

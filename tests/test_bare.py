@@ -79,6 +79,11 @@ def test_the_given_order_stays_but_for_inputs_that_come_later():
     assert [value.name for value in found.programs[0].values] == ["a", "c", "b", "d"]
 
 
+def test_a_graph_is_the_same_profile_wherever_its_file_lies():
+    data = graph(op("a"), op("b", "a"))
+    assert parse_graph(data, "here.json") == parse_graph(data, "the upload")
+
+
 def test_a_graph_of_ten_thousand_operators_is_read_planned_and_simulated():
     operators = [op("op0"), *(op(f"op{i}", f"op{i - 1}") for i in range(1, 10_000))]
     planned = plan(parse_graph(graph(*operators)), 20)
