@@ -197,6 +197,95 @@ def test_why_nothing_fits(page, served, pictures):
     expect(page.locator("#plan-title")).to_contain_text("The plan: solver")
 
 
+def test_a_later_question_voids_an_earlier_one(page, served):
+    """The answer for a budget that was left meanwhile stands on the curve, and takes nobody's place."""
+    smallest = number(rows(page, "#curve-table")[0][0])
+    held = []
+
+    def hold(route):
+        held.append(route)
+
+    page.route("**/v1/plans", hold)
+    set_budget(page, round(smallest - 2, 1))
+    expect(page.locator("#working")).to_contain_text("planning at")
+    set_budget(page, 1000)
+    expect(page.locator("#working")).to_be_empty()
+    title = page.locator("#plan-title")
+    expect(title).to_contain_text("The plan: solver")
+    before = len(rows(page, "#curve-table"))
+    held[0].continue_()
+    expect(page.locator("#curve-table tbody tr")).to_have_count(before + 1)
+    page.unroute("**/v1/plans")
+    page.wait_for_timeout(300)
+    expect(title).to_contain_text("The plan: solver")
+    expect(page.locator("#verdict")).to_contain_text("Fits 1,000.0 MiB")
+
+
+def test_what_is_no_budget_is_refused(page, served):
+    problem, kept = page.locator("#problem"), page.input_value("#budget")
+    for text, told in (
+        ("0", "0 is no budget"),
+        ("-5", "-5 is no budget"),
+        ("", "nothing is no budget"),
+        ("1e300", "1e300 is no"),
+    ):
+        set_budget(page, text)
+        expect(problem).to_contain_text(told)
+        assert page.input_value("#budget") == kept
+        set_budget(page, float(kept) + 1)
+        expect(problem).to_be_hidden()
+        set_budget(page, kept)
+
+
+def test_the_address_brings_back_what_is_looked_at(browser, page, served):
+    page.select_option("#policy", "mebp")
+    expect(page.locator("#plan-title")).to_contain_text("mebp")
+    again = browser.new_page()
+    again.set_default_timeout(PATIENCE)
+    again.goto(page.url)
+    expect(again.locator("#verdict")).to_contain_text(f"Fits {number(page.input_value('#budget')):,.1f} MiB")
+    expect(again.locator("#plan-title")).to_contain_text("mebp")
+    assert again.input_value("#profile") == page.input_value("#profile")
+    assert "uploaded" in again.locator("#profile option:checked").inner_text()
+    again.close()
+    page.select_option("#policy", "solver")
+
+
+def test_names_of_any_length_and_with_markup_stay_text(browser, served):
+    graph = json.loads((Path(__file__).parent.parent / "examples" / "bare-graph.json").read_text())
+    long = {one["name"]: f"<script>{one['name']}</script>{'x' * 120}" for one in graph["operators"]}
+    for one in graph["operators"]:
+        one["name"], one["inputs"] = long[one["name"]], [long[name] for name in one.get("inputs", [])]
+    graph["name"] = "<img src=x onerror=alert(1)>" * 9
+    identity = served.http.post("/v1/profiles/upload", json=graph).json()["id"]
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    page.goto(f"{served.url}/page/#profile={identity}")
+    expect(page.locator("#sentences")).to_contain_text("</script>")
+    assert page.locator("main img, main script").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1200
+    page.close()
+
+
+def test_a_service_that_is_gone_is_told_of(browser, tmp_path):
+    service = Served(tmp_path / "data").start()
+    service.upload(decoder_like(2))
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto(service.url)
+    page.select_option("#profile", index=1)
+    expect(page.locator("#plan-title")).to_contain_text("The plan: solver")
+    expect(page.locator("#curve")).not_to_have_attribute("aria-busy", "true")
+    # Nothing can be started without a plan that runs here.
+    expect(page.locator("#run-form")).to_be_hidden()
+    service.kill()
+    page.click("#solve")
+    expect(page.locator("#problem")).to_contain_text("the service does not answer")
+    expect(page.locator("#working")).to_be_empty()
+    assert page.is_enabled("#solve")
+    page.close()
+
+
 def test_nothing_hinders_people(page, served, pictures):
     """axe-core finds no fault in light or dark; on a phone nothing is cut off."""
     for scheme in ("light", "dark"):
@@ -227,6 +316,10 @@ def test_a_token_is_asked_for(browser, tmp_path):
         page = browser.new_page()
         page.set_default_timeout(PATIENCE)
         page.goto(service.url)
+        expect(page.locator("#token")).to_be_focused()
+        page.keyboard.type("something-else-of-some-length")
+        page.keyboard.press("Enter")
+        expect(page.locator("#problem")).to_contain_text("this token is not the service's")
         expect(page.locator("#token")).to_be_focused()
         page.keyboard.type("a-secret-of-some-length")
         page.keyboard.press("Enter")
@@ -272,6 +365,14 @@ def test_run(browser, served, pictures, work):
     page.fill("#run-form [name=steps]", "1000000")
     page.locator("#run-form button").click()
     expect(page.locator("#run-state")).to_have_text(re.compile(r"^step \d+ of 1000000: loss"))
+    page.click("#cancel")
+    expect(page.locator("#run-state")).to_contain_text("was cancelled")
+    # It goes on from where it has saved.
+    saved = len(rows(page, "#steps-table"))
+    page.click("#resume")
+    expect(page.locator("#run-state")).to_have_text(re.compile(r"^step \d+ of 1000000: loss"))
+    reached = int(re.match(r"step (\d+)", page.locator("#run-state").inner_text())[1])
+    assert reached > saved > 0
     page.click("#cancel")
     expect(page.locator("#run-state")).to_contain_text("was cancelled")
     page.reload()

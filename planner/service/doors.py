@@ -182,7 +182,12 @@ def not_runnable(request: Request, plan: Row) -> str | None:
 
 def stored_profile(row: Row) -> StoredProfile:
     return StoredProfile(
-        id=row["id"], created=row["created"], bytes=row["bytes"], summary=json.loads(row["summary"]), name=row["name"]
+        id=row["id"],
+        created=row["created"],
+        bytes=row["bytes"],
+        summary=json.loads(row["summary"]),
+        name=row["name"],
+        origin=row["origin"],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from planner.service.errors import Code
 
@@ -35,7 +35,11 @@ PLAN_JOB = {
     "error": None,
 }
 KEPT = {"id": DIGEST, "created": 1790000000.0, "bytes": 131072}
-STORED_PROFILE = KEPT | {"summary": {"layers": 32, "policies": ["solver", "mebp"]}, "name": "SmolLM2-135M"}
+STORED_PROFILE = KEPT | {
+    "summary": {"layers": 32, "policies": ["solver", "mebp"]},
+    "name": "SmolLM2-135M",
+    "origin": "made",
+}
 STORED_PLAN = KEPT | {"summary": {"status": "optimal", "step_seconds": 2.65}, "profile": DIGEST}
 CPU = {
     "name": "cpu",
@@ -48,8 +52,17 @@ CPU = {
 }
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=[DIGEST])]
 JobId = Annotated[str, Field(pattern="^job-[0-9a-f]{16}$", examples=[JOB])]
+
+
+def _no_flag(value: object) -> object:
+    if isinstance(value, bool):  # Python counts them as whole numbers
+        raise ValueError(f"{str(value).lower()} is no budget; write bytes, or a size such as 600MiB")  # noqa: TRY004  pydantic's
+    return value
+
+
 Memory = Annotated[
     int | str,
+    BeforeValidator(_no_flag),
     Field(
         description="budget of the whole training process: bytes, or a size such as 600MiB or 600MB",
         examples=["600MiB", 629145600],
@@ -203,6 +216,9 @@ class StoredProfile(Stored):
     model_config = example_of(**STORED_PROFILE)
 
     name: str
+    origin: Literal["made", "uploaded"] = Field(
+        description="made: measured on this machine, so that its plans can be run"
+    )
 
 
 class StoredPlan(Stored):

@@ -8,7 +8,8 @@ export class Refused extends Error {
   }
 }
 
-const TRIES = 60; // of a stream that breaks, a second apart: a service that is started again takes its jobs up
+const SILENCE = 60000, AGAIN = 1000; // ms: a service that is started again takes its jobs up
+const GONE = [0, 502, 503, 504]; // no answer, or a proxy's in its stead
 const KEY = "tightfit-token";
 let token = sessionStorage.getItem(KEY);
 
@@ -20,7 +21,9 @@ export function setToken(value) {
 async function send(path, options = {}) {
   const headers = { ...(options.headers || {}) };
   if (token) headers.Authorization = `Bearer ${token}`;
-  const answer = await fetch(path, { ...options, headers });
+  const answer = await fetch(path, { ...options, headers }).catch(() => {
+    throw new Refused(0, { code: "gone", message: "the service does not answer; ask again once tightfit serve runs" });
+  });
   if (!answer.ok) {
     let error = { code: "internal", message: `the service answered ${answer.status}` };
     try { error = (await answer.json()).error; } catch { /* no JSON: the status says it */ }
@@ -39,7 +42,8 @@ export async function post(path, body, headers = {}) {
 
 // Follow a job to its end. EventSource cannot send a token, so the stream is read by hand; one that breaks is taken up again.
 export async function finish(job, progress = () => {}) {
-  for (let tries = 0; ["queued", "running"].includes(job.state) && tries < TRIES; tries++) {
+  const open = () => ["queued", "running"].includes(job.state);
+  for (let heard = Date.now(); open() && Date.now() - heard < SILENCE; ) {
     try {
       const answer = await send(`/v1/jobs/${job.id}/events`);
       const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -47,6 +51,7 @@ export async function finish(job, progress = () => {}) {
       for (;;) {
         const { done, value } = await reader.read();
         if (done) break;
+        heard = Date.now();
         const parts = (text + value).split("\n\n");
         text = parts.pop();
         for (const part of parts) {
@@ -56,12 +61,15 @@ export async function finish(job, progress = () => {}) {
         }
       }
     } catch (error) {
-      if (error instanceof Refused) throw error;
-      await new Promise((resolve) => setTimeout(resolve, 1000));
+      if (error instanceof Refused && !GONE.includes(error.status)) throw error;
     }
+    if (!open()) break;
+    progress({ stage: "the service does not answer, asked again until it does" }, job);
+    await new Promise((resolve) => setTimeout(resolve, AGAIN));
   }
   if (job.state === "succeeded") return job;
-  throw new Refused(0, job.error || { code: job.state, message: `the job was ${job.state}` });
+  const gone = { code: "gone", message: "the service has not answered for a minute; what was asked goes on once it is started again" };
+  throw new Refused(0, job.error || (open() ? gone : { code: job.state, message: `the job was ${job.state}` }));
 }
 
 export const work = async (path, body, progress) => finish(await post(path, body), progress);

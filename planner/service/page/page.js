@@ -4,18 +4,20 @@ import { get, post, Refused, setToken, work } from "./api.js";
 import { atLeast, curve, html, legend, MIB, mib, percent, place, seconds, table } from "./charts.js";
 import { showDifference } from "./compare.js";
 import { showPlan } from "./plan.js";
-import { offerRun, setUpRun } from "./run.js";
+import { listRuns, offerRun, setUpRun } from "./run.js";
 
 const $ = (id) => document.getElementById(id);
-const POINTS = 7, TIME_LIMIT = 15, SLIDER_STEPS = 200;
+const POINTS = 7, TIME_LIMIT = 15, SLIDER_STEPS = 200, MOST = Number.MAX_SAFE_INTEGER;
 let POLICIES = [];
-const state = { profile: null, least: 0, most: 0, budget: 0, cells: [], chart: null, plan: null, asked: 0, views: new Map(), dragging: false };
+const state = { profile: null, least: 0, most: 0, budget: 0, cells: [], chart: null, plan: null, chosen: 0, asked: 0, views: new Map(), dragging: false };
 
 function complain(error) {
   if (error instanceof Refused && error.status === 401) {
     $("token-form").hidden = false;
     $("token").focus();
-    return;
+    $("token").select();
+    if (!$("token").value) return;
+    error.message = "this token is not the service's; it is what TIGHTFIT_TOKEN held when the service was started";
   }
   $("problem").textContent = error.message;
   $("problem").hidden = false;
@@ -43,45 +45,83 @@ const told = (what, where) => (progress) => {
 
 // --- 1. the model -----------------------------------------------------------------------------------------------------
 
-async function listProfiles(chosen) {
-  const { profiles } = await get("/v1/profiles");
+async function listProfiles(chosen, kept) {
+  const { profiles } = await get("/v1/profiles?limit=1000");
   const shape = ({ summary }) => (summary.seq ? ` · ${summary.batch} × ${summary.seq} tokens` : "");
-  const options = profiles.map((one) => html("option", { value: one.id }, `${one.name}${shape(one)} · ${one.summary.device}`));
+  const came = ({ origin, created }) => `${origin === "made" ? "measured here" : "uploaded"} ${new Date(1000 * created).toLocaleString()}`;
+  const options = profiles.map((one) => html("option", { value: one.id }, `${one.name}${shape(one)} · ${one.summary.device} · ${came(one)}`));
   $("profile").replaceChildren(html("option", { value: "" }, profiles.length ? "choose one" : "none yet"), ...options);
-  if (chosen) { $("profile").value = chosen; await choose(chosen); }
+  if (chosen) { $("profile").value = chosen; await choose(chosen, kept); }
 }
 
-async function choose(identity) {
-  const old = () => identity !== state.profile;
+// The address says what is looked at, so that it can be loaded anew, kept and sent.
+function remember() {
+  const { profile, budget } = state;
+  history.replaceState(null, "", profile ? `#${new URLSearchParams({ profile, budget, policy: $("policy").value })}` : "#");
+}
+
+async function recall() {
+  const { profile, ...kept } = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  await listRuns();
+  await listProfiles(profile, kept);
+}
+
+// `kept`: the budget and policy that the address names.
+async function choose(identity, kept = {}) {
+  const mine = ++state.chosen, old = () => mine !== state.chosen;
   state.asked++;
   Object.assign(state, { profile: identity, cells: [], chart: null, plan: null });
   for (const id of ["fit", "plan", "compare", "difference"]) $(id).hidden = true;
   offerRun(null);
   $("start").hidden = Boolean(identity);
   $("about").textContent = "";
-  if (!identity) return;
+  working("");
+  working("", "curving");
+  $("curve").removeAttribute("aria-busy");
+  if (!identity) return remember();
+  try {
+    await explore(identity, kept, old);
+  } catch (error) {
+    if (old()) return;
+    $("profile").value = state.chart ? identity : ""; // what shows nothing can be chosen anew
+    throw error;
+  } finally {
+    if (!old()) {
+      working("", "curving");
+      $("curve").removeAttribute("aria-busy");
+      if (!state.chart) working("");
+    }
+  }
+}
+
+async function explore(identity, kept, old) {
   const { summary, name } = await get(`/v1/profiles/${identity}`);
+  if (old()) return;
   $("about").textContent = `${name}: ${summary.layers} layers of ${summary.programs} kinds; weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked; trainables ${mib(summary.trainable_bytes)} MiB; times ${summary.measured ? "measured" : "estimated"} on ${summary.device}`;
   POLICIES = summary.policies;
   $("policy").replaceChildren(...POLICIES.map((policy) => html("option", {}, policy)));
+  if (POLICIES.includes(kept.policy)) $("policy").value = kept.policy;
   $("fit").hidden = false;
   $("verdict").textContent = "";
   for (const id of ["curve-table", "curve-legend"]) $(id).replaceChildren();
   $("slider").disabled = $("solve").disabled = true;
   for (const id of ["left", "right"]) delete $(id).dataset.chosen;
   $("curve").setAttribute("aria-busy", "true");
-  working("", "curving");
   working("finding the smallest and the largest budget that make sense …");
   // One byte never fits: the answers say what would.
-  const ask = (policy) => work("/v1/plans", { profile: identity, memory: 1, policy, time_limit: TIME_LIMIT }, told(`smallest budget, ${policy}`));
+  const ask = (policy) => work("/v1/plans", { profile: identity, memory: 1, policy, time_limit: TIME_LIMIT }, (progress) => { if (!old()) told(`smallest budget, ${policy}`)(progress); });
   const [least, most] = await Promise.all([ask("solver"), ask("keep-all")]);
   if (old()) return;
-  state.least = least.result.summary.minimum_budget_bytes;
+  state.least = Math.max(1, least.result.summary.minimum_budget_bytes);
   state.most = Math.max(most.result.summary.minimum_budget_bytes, state.least + MIB);
   const span = state.most - state.least;
-  const budgets = Array.from({ length: POINTS }, (_, i) => Math.round(state.least + (span * 1.02 * i) / (POINTS - 1)));
-  setSlider(state.least - span * 0.05, state.most + span * 0.05);
-  state.budget = budgets[Math.floor(POINTS / 2)];
+  // Budgets as they are shown, in tenths of a MiB, unless the whole curve lies within one.
+  const whole = (bytes) => Math.ceil(span > MIB ? (Math.ceil((10 * bytes) / MIB) * MIB) / 10 : bytes);
+  const budgets = Array.from({ length: POINTS }, (_, i) => whole(state.least + (span * 1.02 * i) / (POINTS - 1)));
+  const asked = Number(kept.budget);
+  state.budget = asked >= 1024 && asked <= MOST ? Math.round(asked) : budgets[Math.floor(POINTS / 2)];
+  setSlider(Math.min(state.least - span * 0.05, state.budget), Math.max(state.most + span * 0.05, state.budget));
+  remember();
   $("slider").disabled = false;
   draw();
   // The curve fills while the plan in its middle is looked at already.
@@ -97,10 +137,9 @@ async function choose(identity) {
   const first = solve();
   await Promise.all([first, compare(POLICIES.slice(1), "the curve of fixed rules").then(() => compare(POLICIES.slice(0, 1), "the curve"))]);
   if (old()) return;
-  working("", "curving");
-  $("curve").removeAttribute("aria-busy");
   glide();
-  await show(bestFor(state.budget, (point) => point.plan)?.plan ?? state.plan);
+  const best = bestFor(state.budget, (point) => point.plan)?.plan ?? state.plan;
+  if (best) await show(best);
 }
 
 // --- 2. will it fit ---------------------------------------------------------------------------------------------------
@@ -185,6 +224,10 @@ function glide() {
 
 // When it rests: show the nearest plan that fits, made or not.
 async function moved() {
+  state.asked++; // what was asked for another budget is no longer shown
+  working("");
+  $("solve").disabled = false;
+  remember();
   glide();
   const best = bestFor(state.budget, (point) => point.plan);
   if (best) await show(best.plan);
@@ -192,18 +235,22 @@ async function moved() {
 }
 
 async function solve() {
-  const { budget } = state, policy = $("policy").value, mine = ++state.asked;
+  const { budget, chosen } = state, policy = $("policy").value, mine = ++state.asked, current = () => mine === state.asked;
+  const what = `planning at ${mib(budget)} MiB`, tell = told(what);
+  remember();
   $("solve").disabled = true;
+  working(`${what} …`);
   try {
-    const what = `planning at ${mib(budget)} MiB`;
-    working(`${what} …`);
-    const done = await work("/v1/plans", { profile: state.profile, memory: budget, policy, time_limit: TIME_LIMIT }, told(what));
-    if (mine !== state.asked) return;
-    working("");
+    const request = { profile: state.profile, memory: budget, policy, time_limit: TIME_LIMIT };
+    const done = await work("/v1/plans", request, (progress) => { if (current()) tell(progress); });
+    if (chosen !== state.chosen) return;
     keep([{ budget_bytes: budget, policy, plan: done.result.plan, summary: done.result.summary }]);
-    await show(done.result.plan);
+    if (current()) await show(done.result.plan);
   } finally {
-    $("solve").disabled = false;
+    if (current()) {
+      working("");
+      $("solve").disabled = false;
+    }
   }
 }
 
@@ -245,7 +292,7 @@ async function download() {
 $("token-form").addEventListener("submit", action(async () => {
   setToken($("token").value);
   $("token-form").hidden = true;
-  await listProfiles();
+  await recall();
 }));
 $("profile").addEventListener("change", action(() => choose($("profile").value)));
 $("upload").addEventListener("change", action(async () => {
@@ -270,7 +317,12 @@ $("slider").addEventListener("input", () => { state.budget = Number($("slider").
 $("slider").addEventListener("change", action(moved));
 $("policy").addEventListener("change", action(moved));
 $("budget").addEventListener("change", action(async () => {
-  state.budget = Math.max(1024, Math.ceil((Number($("budget").value) * MIB) / 1024) * 1024);
+  const { value } = $("budget"), bytes = Number(value) * MIB;
+  if (!(bytes > 0 && bytes <= MOST)) {
+    mark();
+    throw new Error(`${value || "nothing"} is no budget; write MiB above 0, at most ${mib(MOST, 0)}`);
+  }
+  state.budget = Math.max(1024, Math.ceil(bytes / 1024) * 1024);
   setSlider(Math.min($("slider").min * 1024, state.budget), Math.max($("slider").max * 1024, state.budget));
   await moved();
 }));
@@ -297,4 +349,5 @@ $("theme").addEventListener("click", () => {
 });
 nameTheme();
 setUpRun(() => state.plan, complain);
-action(() => listProfiles())();
+addEventListener("hashchange", action(recall));
+action(recall)();

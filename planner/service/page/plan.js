@@ -32,7 +32,7 @@ function cards({ summary, timeline }) {
   return [
     ["one step", `${seconds(summary.step_seconds)} s`, summary.policy === "solver" ? `proven: at best ${seconds(summary.bound_seconds)} s` : `by the rule ${summary.policy}`],
     ["peak", `${mib(summary.peak_bytes)} MiB`, `of ${mib(summary.budget_bytes)} MiB`],
-    ["made again", `${seconds(train.recompute_seconds)} s`, `${percent(train.recompute_seconds / summary.step_seconds)} of the step`],
+    ["made again", `${seconds(train.recompute_seconds)} s`, `${percent(train.recompute_seconds / (summary.step_seconds || 1))} of the step`],
     ["disk", `${mib(train.read_bytes + train.write_bytes)} MiB`, `read and written per step; ${seconds(train.stall_seconds)} s waiting`],
   ];
 }
