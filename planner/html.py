@@ -29,7 +29,7 @@ from planner.policies import APPROXIMATE
 from planner.schema import Plan
 from planner.svg import LEFT, POLICY_SLOTS, RIGHT, WIDTH, curve_svg, timeline_svg
 from profiles.errors import InputError
-from profiles.units import format_seconds, format_size, unit_of
+from profiles.units import Unit, format_seconds, format_size, unit_of
 
 SLICES = 260
 """slices of a step in a drawn timeline: finer than the picture's columns would not show"""
@@ -234,13 +234,13 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     return rows if plan.policy == "solver" else [row for row in rows if not row[0].startswith(("no faster", "solved"))]
 
 
-def series_of(plan: Plan, shown: Sequence[Bucket]) -> dict[str, Any]:
-    """What the page's script reads out at the cursor, rounded to what it prints."""
+def series_of(plan: Plan, shown: Sequence[Bucket], unit: Unit | None = None) -> dict[str, Any]:
+    """What the page's script reads out at the cursor, rounded to what it prints; without `unit` in the one for the largest total."""
     assert plan.train is not None
     kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
     totals = [bucket.point.bytes for bucket in shown]
     used = [in_use(bucket.point) for bucket in shown]
-    unit = unit_of(max(totals))
+    unit = unit or unit_of(max(totals))
     return {
         "width": WIDTH,
         "left": LEFT,

@@ -20,8 +20,10 @@ from planner.plan import planner_of
 from planner.schema import Plan
 from planner.service.client import Client, connect
 from planner.service.settings import Settings
+from planner.service.view import plan_view
 from planner.simulate import simulate
 from planner.worth import STEP_BYTES, explained
+from profiles.bare import BareGraph, BareOperator, graph_profile
 from profiles.errors import InputError, RunError
 from profiles.exchange import canonical_json, load_profile
 from runtime import cli
@@ -523,3 +525,13 @@ def test_a_bare_graph_from_elsewhere(served):
     operators = [one["name"] for one in json.loads(graph)["operators"]]
     assert [layer["name"] for layer in view["layers"]] == operators
     assert {edge["source"] for edge in view["edges"]} <= set(operators)
+
+
+def test_a_small_graph_is_drawn_in_mib_like_all_else_there():
+    operators = [
+        BareOperator(name="a", seconds=1.0, output_bytes=256 << 10),
+        BareOperator(name="b", seconds=1.0, output_bytes=256 << 10, inputs=["a"]),
+    ]
+    made = solve_here(graph_profile(BareGraph(format="tightfit-graph", operators=operators)), 1 << 20)
+    timeline = plan_view(made).timeline
+    assert (max(timeline.total), max(map(max, timeline.mib))) == (0.5, 0.5)

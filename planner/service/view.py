@@ -28,6 +28,7 @@ from planner.service.shown import (
     TensorChange,
 )
 from planner.summary import plan_summary
+from profiles.units import MIB, unit_of
 
 NODES = 400
 """layers drawn; further ones are in the table alone"""
@@ -61,10 +62,11 @@ def plan_view(plan: Plan, known: dict[str, Any] | None = None, *, not_runnable: 
 
 
 def _timeline(plan: Plan, shown: list[Bucket]) -> Series:
-    series = series_of(plan, shown)
+    # The service's page is in MiB throughout.
+    series = series_of(plan, shown, unit_of(MIB))
     kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
-    figures = {name: series[name] for name in ("seconds", "starts", "ends", "total", "peak", "mib")}
-    return Series(**figures, kinds=[KindName(name=kind.name, label=kind.label) for kind in kinds])
+    figures = {name: series[name] for name in ("seconds", "starts", "ends", "total", "peak")}
+    return Series(**figures, mib=series["sizes"], kinds=[KindName(name=kind.name, label=kind.label) for kind in kinds])
 
 
 def _peak(plan: Plan) -> PeakShown:
