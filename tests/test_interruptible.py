@@ -126,3 +126,25 @@ def test_an_interruption_returns_the_best_schedule_so_far():
     interrupt_in(0.2)
     with pytest.raises(KeyboardInterrupt):
         planner.plan(planner.floor_bytes, time_limit=20)
+
+
+def test_an_interruption_of_a_search_made_again_keeps_what_was_found_before_it(monkeypatch):
+    planner = GraphPlanner(graph_profile(layered(60, seed=1)))
+    budget = int(0.8 * planner.found.peaks[frozenset()])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = planner.plan(budget, time_limit=10, progress=interrupt)
+    known = set(planner.found.peaks)
+    assert not planner.found.timely
+    monkeypatch.setattr(planner, "_solve", interrupt)
+    monkeypatch.setattr(planner, "_find_least", interrupt)
+    again = planner.plan(budget, time_limit=20)
+    assert (again.step_seconds, again.deterministic) == (before.step_seconds, False)
+    assert known <= set(planner.found.peaks)
+    for limit in (10, 20):
+        with pytest.raises(KeyboardInterrupt):
+            planner.minimum_bytes(time_limit=limit)
+    assert known <= set(planner.found.peaks)
+    assert not planner.found.timely

@@ -49,8 +49,8 @@ class Found:
         return min(self.peaks, key=lambda reruns: (self.peaks[reruns], sorted(reruns)))
 
     def best(self, dag: Dag, budget: int) -> Carried | None:
-        """The fastest schedule found that fits the budget."""
-        return _best(dag, budget, self.peaks, self.moved)
+        """The fastest schedule found that fits the budget, also of those that a search made again does not start from."""
+        return _best(dag, budget, self.late[0] | self.peaks, [*self.late[1], *self.moved])
 
     def no_slower(self, dag: Dag, budget: int, outcome: Outcome) -> Outcome:
         """The outcome of a search made again: or what had been found before it, where that is faster."""

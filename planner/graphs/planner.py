@@ -100,11 +100,11 @@ class GraphPlanner:
             try:
                 outcome = self._solve(budget_bytes, started, deadline, progress)
             except KeyboardInterrupt:
+                self._ended(False)
                 best = self.found.best(self.dag, budget_bytes)
                 if best is None:
                     self.found.end(budget_bytes, time_limit, timely=False)
                     raise
-                self._ended(False)
                 outcome = Outcome(carried=best, bound_seconds=any_bound.seconds, timely=False)
             outcome = self.found.no_slower(self.dag, budget_bytes, outcome)
             self.found.end(budget_bytes, time_limit, timely=outcome.timely)
@@ -383,7 +383,12 @@ class GraphPlanner:
         least = self._minimum
         if least is None or self.found.cut_before(None, limit):
             self.found.begin(None, limit)
-            least = self._find_least(deadline)
+            try:
+                least = self._find_least(deadline)
+            except KeyboardInterrupt:
+                self._ended(False)
+                self.found.end(None, limit, timely=False)
+                raise
             self.lowest_bytes = max(self.lowest_bytes, least.lowest_bytes)
             beaten = any(peak < least.carried.peak_bytes for peak in self.found.late[0].values())
             self._ended(not beaten)
