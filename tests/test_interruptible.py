@@ -148,3 +148,19 @@ def test_an_interruption_of_a_search_made_again_keeps_what_was_found_before_it(m
             planner.minimum_bytes(time_limit=limit)
     assert known <= set(planner.found.peaks)
     assert not planner.found.timely
+
+
+@pytest.mark.parametrize("policy", ["solver", "checkpoint-sqrt"])
+def test_an_interruption_while_a_bound_is_worked_out_returns_what_is_known_to_fit(monkeypatch, policy):
+    planner = GraphPlanner(graph_profile(layered(60, seed=1, training=True)))
+    budget = planner.plan(1 << 60, policy="checkpoint-sqrt").peak_bytes
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("planner.graphs.planner.any_schedule_bound", interrupt)
+    made = planner.plan(budget, policy=policy)
+    assert made.train is not None
+    assert (made.any_schedule_bound_seconds, made.deterministic) == (planner.dag.once_seconds, False)
+    with pytest.raises(KeyboardInterrupt):
+        planner.plan(planner.floor_bytes, policy=policy)

@@ -94,10 +94,11 @@ class GraphPlanner:
         self._exact_left = EXACT_SECONDS
         deadline = started + self._searching(time_limit)
         name = policy or "solver"
-        any_bound = self._any_bound(budget_bytes, ANY_SHARE * time_limit)
+        any_bound = Bound(seconds=self.dag.once_seconds, timely=False)
         if name == "solver":
             self.found.begin(budget_bytes, time_limit)
             try:
+                any_bound = self._any_bound(budget_bytes, ANY_SHARE * time_limit)
                 outcome = self._solve(budget_bytes, started, deadline, progress)
             except KeyboardInterrupt:
                 self._ended(False)
@@ -111,6 +112,11 @@ class GraphPlanner:
         else:
             carried = carry(self.dag, rule_reruns(self.dag, name))
             fits = carried.peak_bytes <= budget_bytes
+            try:
+                any_bound = self._any_bound(budget_bytes, ANY_SHARE * time_limit)
+            except KeyboardInterrupt:
+                if not fits:
+                    raise
             outcome = Outcome(carried=carried if fits else None, bound_seconds=any_bound.seconds)
         if outcome.carried is None:
             least = self._least(name, deadline, time_limit)
