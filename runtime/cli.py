@@ -583,9 +583,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     code = code if isinstance(code, int) else 0
     if interrupts.seen and threading.active_count() > 1:
         # A solver that Ctrl-C left alone goes on to its time limit, for nobody.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                # Closed, or with nobody left to read it.
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    stream.flush()
+        finally:
+            os._exit(code)
     sys.exit(code)
 
 

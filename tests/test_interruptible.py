@@ -92,13 +92,16 @@ def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
     assert program.solve(goal).objective == 0.0
 
 
-def test_the_command_line_does_not_wait_for_what_is_left_alone():
+@pytest.mark.parametrize("output", ["read", "broken", "closed"])
+def test_the_command_line_does_not_wait_for_what_is_left_alone(output):
     script = """
-import os, signal, threading, time
+import os, signal, sys, threading, time
 from planner.interruptible import interruptible
 from runtime import cli
 
 def app(**_):
+    if sys.stdout is not None:
+        sys.stdout.write("x")
     threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     try:
         interruptible(lambda: time.sleep(60))
@@ -108,8 +111,24 @@ def app(**_):
 cli.app = app
 cli.main(["plan"])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=50)
+    reader, writer = os.pipe()
+    if output == "broken":
+        os.close(reader)
+    redirected = ">&-" if output == "closed" else ""
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {redirected}', sys.executable, script],
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+    os.close(writer)
     assert (done.returncode, done.stderr) == (4, "tightfit: interrupted\n")
+    if output != "broken":
+        assert os.read(reader, 9) == (b"x" if output == "read" else b"")
+        os.close(reader)
 
 
 def test_an_interruption_returns_the_best_schedule_so_far():
