@@ -21,15 +21,18 @@ def interruptible(solve: Callable[[], Answer], stop: Callable[[], None] | None =
     answer: Future[Answer] = Future()
 
     def work() -> None:
+        if not answer.set_running_or_notify_cancel():
+            return
         try:
             answer.set_result(solve())
         except BaseException as error:
             answer.set_exception(error)
 
-    threading.Thread(target=work).start()
     try:
+        threading.Thread(target=work).start()
         return answer.result()
     except KeyboardInterrupt:
-        if stop is not None:
+        # What has not begun never will.
+        if not answer.cancel() and stop is not None:
             stop()
         raise

@@ -72,6 +72,43 @@ def test_ctrl_c_is_still_seen_after_cp_sat():
         time.sleep(5)
 
 
+def test_what_is_interrupted_before_it_begins_never_does(monkeypatch):
+    started = []
+
+    class Late(threading.Thread):
+        """It begins when it is too late."""
+
+        def start(self):
+            started.append(self.run)
+            raise KeyboardInterrupt
+
+    asked = []
+    monkeypatch.setattr(threading, "Thread", Late)
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(lambda: asked.append("solve"))
+    started[0]()
+    assert asked == []
+
+
+def test_what_is_interrupted_as_it_begins_is_stopped(monkeypatch):
+    class Begun(threading.Thread):
+        def start(self):
+            super().start()
+            begun.wait(20)
+            raise KeyboardInterrupt
+
+    begun, stopped = threading.Event(), threading.Event()
+
+    def solve():
+        begun.set()
+        assert stopped.wait(20)
+
+    monkeypatch.setattr(threading, "Thread", Begun)
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(solve, stopped.set)
+    assert stopped.is_set()
+
+
 def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
     """It came out as an AttributeError, which MathOpt's conversion also raises by itself, and the search went on."""
 
