@@ -238,8 +238,12 @@ class Growing(Program):
 
     def _forget(self) -> None:
         """Start from nothing. A model keeps what has changed for every solver it ever had: it is loaded anew."""
-        if self.__dict__.pop("_solver", None) is not None:
-            self.__dict__["_model"] = self._loaded(self._model.export_model())
+        if "_solver" in self.__dict__:
+            self._load_anew()
+
+    def _load_anew(self) -> None:
+        self.__dict__.pop("_solver", None)
+        self.__dict__["_model"] = self._loaded(self._model.export_model())
 
     def _from_basis(self, seconds: float, *, presolve: bool, warm: bool) -> mathopt.SolveResult | None:
         """None where Glop finds no optimum, or a warm start takes too many iterations."""
@@ -256,10 +260,12 @@ class Growing(Program):
         # As in `planner.quiet`: MathOpt's conversion fails by itself.
         with contextlib.suppress(RuntimeError, ValueError, AttributeError):
             try:
+                # The thread is left with a solver, and a model, that nobody else uses.
+                solver = self._solver
                 # In a thread also because Ctrl-C inside of the conversion would come out as one of these errors.
-                result = interruptible(lambda: self._solver.solve(params=parameters, model_params=NO_REDUCED_COSTS))
+                result = interruptible(lambda: solver.solve(params=parameters, model_params=NO_REDUCED_COSTS))
             except KeyboardInterrupt:
-                self._forget()
+                self._load_anew()
                 raise
             if result.termination.reason == mathopt.TerminationReason.OPTIMAL:
                 return result

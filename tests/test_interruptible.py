@@ -109,6 +109,22 @@ def test_what_is_interrupted_as_it_begins_is_stopped(monkeypatch):
     assert stopped.is_set()
 
 
+def test_an_interruption_while_a_solver_is_made_leaves_none_behind(monkeypatch):
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+
+    program = Growing()
+    goal = Linear().add(program.variable())
+    with monkeypatch.context() as patch:
+        patch.setattr("planner.linear.mathopt.IncrementalSolver", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            program.solve(goal)
+        time.sleep(0.6)
+    assert "_solver" not in program.__dict__
+    assert program.solve(goal).objective == 0.0
+
+
 def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
     """It came out as an AttributeError, which MathOpt's conversion also raises by itself, and the search went on."""
 
