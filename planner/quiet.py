@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from typing import TextIO
 
 from ortools.math_opt.python import mathopt
 from ortools.math_opt.solvers import highs_pb2
@@ -36,17 +37,35 @@ def solve_quietly(
         absolute_gap_tolerance=1e-9,
         highs=highs_pb2.HighsOptionsProto(int_options={"threads": 1}, string_options={"parallel": "off"}),
     )
-    with _nowhere:
-        try:
-            return interruptible(lambda: mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters))
-        except (RuntimeError, ValueError, AttributeError):  # MathOpt's conversion of HiGHS's status fails by itself
-            whole = any(variable.integer for variable in model.variables())
-            second = mathopt.SolverType.GSCIP if whole else mathopt.SolverType.GLOP
-            left = dt.timedelta(seconds=deadline - time.monotonic())
-            if left <= dt.timedelta():
-                raise TimeoutError from None
-            parameters = replace(parameters, time_limit=left) if whole else mathopt.SolveParameters(time_limit=left)
-            return interruptible(lambda: mathopt.solve(model, second, params=parameters))
+    try:
+        return _solved(model, mathopt.SolverType.HIGHS, parameters)
+    except (RuntimeError, ValueError, AttributeError):  # MathOpt's conversion of HiGHS's status fails by itself
+        whole = any(variable.integer for variable in model.variables())
+        second = mathopt.SolverType.GSCIP if whole else mathopt.SolverType.GLOP
+        left = dt.timedelta(seconds=deadline - time.monotonic())
+        if left <= dt.timedelta():
+            raise TimeoutError from None
+        parameters = replace(parameters, time_limit=left) if whole else mathopt.SolveParameters(time_limit=left)
+        return _solved(model, second, parameters)
+
+
+def _solved(
+    model: mathopt.Model, solver: mathopt.SolverType, parameters: mathopt.SolveParameters
+) -> mathopt.SolveResult:
+    left_alone = threading.Event()
+
+    def solve() -> mathopt.SolveResult:
+        with _nowhere:
+            if left_alone.is_set():
+                raise TimeoutError
+            return mathopt.solve(model, solver, params=parameters)
+
+    try:
+        return interruptible(solve)
+    except KeyboardInterrupt:
+        left_alone.set()
+        _nowhere.let_python_out()
+        raise
 
 
 MARGIN = 1e-5
@@ -55,7 +74,7 @@ MARGIN = 1e-5
 
 class _Nowhere:
     """The process's standard output, dropped while anything solves. There is one for all threads: the first to begin takes it away
-    and the last to end gives it back.
+    and the last to end gives it back. After Ctrl-C that may be long after: until then Python's `sys.stdout` goes around it.
     """
 
     def __init__(self) -> None:
@@ -63,6 +82,8 @@ class _Nowhere:
         self._solving = 0
         self._saved: int | None = None
         """None while nothing solves, or where nobody listens at all"""
+        self._around: tuple[TextIO, TextIO] | None = None
+        """`sys.stdout` as it was, and what stands in for it"""
 
     def __enter__(self) -> None:
         with self._lock:
@@ -77,6 +98,29 @@ class _Nowhere:
                 os.dup2(self._saved, 1)
                 os.close(self._saved)
                 self._saved = None
+                if self._around is not None:
+                    before, instead = self._around
+                    self._around = None
+                    if sys.stdout is instead:
+                        instead.close()
+                        sys.stdout = before
+
+    def let_python_out(self) -> None:
+        """What is solving has been left alone: what Python prints is no output of it."""
+        with self._lock:
+            if self._saved is None or self._around is not None or not _is_descriptor_1(sys.stdout):
+                return
+            before = sys.stdout
+            instead = os.fdopen(os.dup(self._saved), "w", encoding=before.encoding, errors=before.errors, buffering=1)
+            self._around = before, instead
+            sys.stdout = instead
+
+
+def _is_descriptor_1(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.fileno() == 1
+    except (OSError, ValueError):
+        return False
 
 
 def _taken_away() -> int | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -91,3 +93,30 @@ def test_a_second_opinion_gets_what_time_is_left(monkeypatch):
     with pytest.raises(TimeoutError):
         quiet.solve_quietly(mathopt.Model(), 2.0)
     assert granted == [5.0, 3.0, 2.0]
+
+
+def test_what_an_abandoned_solver_prints_is_dropped_and_what_python_prints_is_not():
+    script = """
+import os, signal, sys, threading, time
+from planner import quiet
+
+def solve(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+    interrupted.wait(20)
+    os.write(1, b"solver ")
+
+interrupted, before = threading.Event(), sys.stdout
+quiet.mathopt.solve = solve
+try:
+    quiet.solve_quietly(quiet.mathopt.Model())
+except KeyboardInterrupt:
+    print("interrupted", end=" ")
+interrupted.set()
+for thread in threading.enumerate():
+    if thread is not threading.current_thread():
+        thread.join()
+assert sys.stdout is before
+print("after")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=50)
+    assert (done.stdout, done.stderr, done.returncode) == ("interrupted after\n", "", 0)
