@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import FrameType
 from typing import TypeVar
 
 Answer = TypeVar("Answer")
@@ -36,3 +38,21 @@ def interruptible(solve: Callable[[], Answer], stop: Callable[[], None] | None =
         if not answer.cancel() and stop is not None:
             stop()
         raise
+
+
+def uninterrupted(solve: Callable[[], Answer]) -> Answer:
+    """What `solve`, which takes no time that anyone waits for, returns or raises; Ctrl-C meanwhile is seen after it.
+
+    For C++ that makes an error of its own of a KeyboardInterrupt in Python code that it calls.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        return solve()
+    seen: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: seen.append((number, frame)))
+    try:
+        return solve()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if seen:
+            before(*seen[0])

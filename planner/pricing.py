@@ -16,6 +16,7 @@ from ortools.math_opt.python import mathopt
 
 from planner.choices import choice_count
 from planner.formulation import KIB, MS, Block
+from planner.interruptible import uninterrupted
 from planner.layers import Layered, LayerType
 from planner.linear import INFINITY, OBJECTIVE_ONLY, Linear, Program
 from planner.windows import Column, Decision, measure
@@ -111,7 +112,7 @@ class Hull:
             mathopt.LinearSum([price * variable for price, variable in zip(prices.tolist(), self.figures) if price])
         )
         try:
-            result = self.solver.solve(model_params=OBJECTIVE_ONLY)
+            result = uninterrupted(lambda: self.solver.solve(model_params=OBJECTIVE_ONLY))
         except (
             RuntimeError,
             ValueError,

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 from synthetic import small_chain
@@ -42,3 +46,22 @@ def test_an_answer_from_before_new_columns_is_not_given_again(monkeypatch):
     with pytest.raises(TimeoutError):
         relaxation.solve(limit, 0.0)
     assert relaxation.solve(limit, 10.0).value < before.value
+
+
+def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
+    class Swallowing:
+        def solve(self, **_):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+            except KeyboardInterrupt:
+                raise AttributeError from None
+
+    hull = Hull(layered(small_chain(3, layers=2)).types[0])
+    before, solver = signal.getsignal(signal.SIGINT), hull.solver
+    hull.solver = Swallowing()
+    with pytest.raises(KeyboardInterrupt):
+        hull.bound(np.ones(len(FIELDS)))
+    assert signal.getsignal(signal.SIGINT) is before
+    hull.solver = solver
+    assert hull.bound(np.ones(len(FIELDS))) > 0
