@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from planner.beside import Beside, can_be_copied
 from planner.graphs.planner import GraphPlanner
 from planner.master import Progress
-from planner.plan import Planner, check_asked, planner_of, rebudgeted, sealed
+from planner.plan import Planner, checked_budget, checked_limit, planner_of, rebudgeted, sealed
 from planner.policies import APPROXIMATE
 from planner.schema import Plan
 from profiles.busy import our_cores
@@ -76,8 +76,7 @@ def compare(
     """
     if not budgets:
         raise InputError("no budgets to compare; name at least one, for example 600MiB")
-    for budget in budgets:
-        check_asked(budget, time_limit)
+    budgets, time_limit = [checked_budget(budget) for budget in budgets], checked_limit(time_limit)
     profiles = [profile if device is None else retarget(profile, device) for device in devices]
     planners = [planner_of(one) for one in profiles]
     known = (SOLVER, *planners[0].policies())

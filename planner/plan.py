@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import time
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from numbers import Real
+from typing import TYPE_CHECKING, SupportsIndex
 
 from planner.bounds import AnySchedule
 from planner.carry_out import Part, Schedule, carry_out_cycle, smallest_cycle
@@ -68,18 +70,25 @@ def minimum_budget(profile: Profile, *, policy: str | None = None, time_limit: f
     return planner_of(profile).minimum_bytes(policy=policy, time_limit=time_limit)
 
 
-def check_asked(budget_bytes: object, time_limit: object) -> None:
-    """Raises InputError for a budget that is no int of bytes above 0, or a time limit that is no number of seconds above 0."""
-    if not isinstance(budget_bytes, int) or isinstance(budget_bytes, bool):
+def checked_budget(budget_bytes: object) -> int:
+    """A budget as a plain int. Raises InputError where it is no int of bytes above 0."""
+    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, SupportsIndex):
         raise InputError(
             f"a budget is an int of bytes, not {budget_bytes!r}; `profiles.units.parse_size` makes one of '600MiB'"
         )
-    if budget_bytes <= 0:
+    size = operator.index(budget_bytes)
+    if size <= 0:
         raise InputError(f"a budget of {budget_bytes} bytes is no budget; name a positive size such as 600MiB")
-    if not isinstance(time_limit, int | float) or not 0 < time_limit <= LONGEST_LIMIT:
+    return size
+
+
+def checked_limit(time_limit: object) -> float:
+    """A time limit as a plain float. Raises InputError where it is no number of seconds above 0."""
+    if not isinstance(time_limit, Real) or not 0 < float(time_limit) <= LONGEST_LIMIT:
         raise InputError(
             f"a time limit of {time_limit!r} s is none; name a number of seconds above 0, at most {LONGEST_LIMIT:.0e}"
         )
+    return float(time_limit)
 
 
 def planner_of(profile: Profile) -> Planner | GraphPlanner:
@@ -113,7 +122,7 @@ class Planner:
         progress: Progress | None = None,
     ) -> Plan:
         """`plan` of this module, reusing what earlier budgets found."""
-        check_asked(budget_bytes, time_limit)
+        budget_bytes, time_limit = checked_budget(budget_bytes), checked_limit(time_limit)
         started = time.monotonic()
         deadline = started + time_limit - FINISH_SECONDS * len(self.problem.graph.steps)
         name = policy or "solver"
@@ -184,10 +193,11 @@ class Planner:
 
         Raises TimeoutError where the time limit strikes first.
         """
-        return self.solver.bound(budget_bytes, time.monotonic() + time_limit)
+        return self.solver.bound(budget_bytes, time.monotonic() + checked_limit(time_limit))
 
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
         """The plan of the smallest budget, in full."""
+        time_limit = checked_limit(time_limit)
         started = time.monotonic()
         least, timely = self._least(policy or "solver", started + time_limit)
         any_bound = self._any_bound(least.peak_bytes, policy or "solver", ANY_SHARE * time_limit)
@@ -207,7 +217,7 @@ class Planner:
 
     def minimum(self, *, policy: str | None = None, time_limit: float = 30.0) -> Schedule:
         """The schedule with the lowest peak that `plan` can find; one byte less has no plan."""
-        return self._least(policy or "solver", time.monotonic() + time_limit)[0]
+        return self._least(policy or "solver", time.monotonic() + checked_limit(time_limit))[0]
 
     def _least(self, policy: str, deadline: float) -> tuple[Schedule, bool]:
         if policy == "solver":

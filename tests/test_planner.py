@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from synthetic import MIB, PAGE, decoder_like, device, small_chain
 
 from planner.compare import compare
 from planner.graph import layer_graph, step_graph
-from planner.plan import Planner, minimum_budget, plan
+from planner.plan import Planner, minimum_budget, plan, planner_of
 from planner.policies import POLICIES
 from planner.simulate import simulate
 from profiles.bare import graph_profile
@@ -259,9 +260,27 @@ def test_the_cost_grows_with_layer_types_not_with_layers():
         (1 << 40, 0, "a time limit of 0 s is none; name a number of seconds above 0, at most 1e+09"),
         (1 << 40, float("inf"), "a time limit of inf s is none; name a number of seconds above 0, at most 1e+09"),
         (1 << 40, float("nan"), "a time limit of nan s is none; name a number of seconds above 0, at most 1e+09"),
+        (True, 3, "a budget is an int of bytes, not True; `profiles.units.parse_size` makes one of '600MiB'"),
     ],
 )
 def test_budgets_and_limits_that_are_none(make, budget, limit, message):
     for call in (lambda: plan(make(), budget, time_limit=limit), lambda: compare(make(), [budget], time_limit=limit)):
         with pytest.raises(InputError, match=re.escape(message)):
             call()
+
+
+@pytest.mark.parametrize("make", [lambda: small_chain(7, layers=3), lambda: graph_profile(layered(8))])
+def test_budgets_and_limits_may_be_numpy_s(make):
+    made = plan(make(), np.int64(1 << 40), time_limit=np.float32(3))
+    assert type(made.budget_bytes) is int
+    assert made.fingerprint == plan(make(), 1 << 40, time_limit=3).fingerprint
+    assert compare(make(), [np.int64(1 << 40)], ["keep-all"], time_limit=np.int64(3)).budgets == [1 << 40]
+
+
+@pytest.mark.parametrize("make", [lambda: small_chain(7, layers=3), lambda: graph_profile(layered(8))])
+@pytest.mark.parametrize("limit", [0, -1, float("inf"), "3"])
+def test_limits_of_smallest_budgets_and_bounds_that_are_none(make, limit):
+    planner = planner_of(make())
+    for call in (planner.minimum_bytes, planner.smallest_plan, lambda **limits: planner.bound(1 << 40, **limits)):
+        with pytest.raises(InputError, match=re.escape(f"a time limit of {limit!r} s is none")):
+            call(time_limit=limit)

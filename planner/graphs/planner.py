@@ -21,7 +21,7 @@ from planner.graphs.schedule import Rerun, peak_bytes, pruned, seconds
 from planner.graphs.search import Search
 from planner.graphs.stretch import Lowest
 from planner.master import Progress
-from planner.plan import FINISH_SECONDS, check_asked, gap_to
+from planner.plan import FINISH_SECONDS, checked_budget, checked_limit, gap_to
 from planner.schema import Plan
 from planner.solver import TOLERANCE
 from profiles.schema import Profile
@@ -89,7 +89,7 @@ class GraphPlanner:
         Two things are done whatever the limit: the schedule is written down and replayed, in about 0.1 ms per run, and a graph
         that can be solved exactly has `EXACT_SECONDS` for it. Raises KeyboardInterrupt only where nothing was found to fit yet.
         """
-        check_asked(budget_bytes, time_limit)
+        budget_bytes, time_limit = checked_budget(budget_bytes), checked_limit(time_limit)
         started = time.monotonic()
         self._exact_left = EXACT_SECONDS
         deadline = started + self._searching(time_limit)
@@ -137,6 +137,7 @@ class GraphPlanner:
 
     def bound(self, budget_bytes: int, *, time_limit: float = 30.0) -> float | None:
         """Seconds that no schedule of the class undercuts at a budget, by linear programs; None: none fits."""
+        time_limit = checked_limit(time_limit)
         if self.floor_bytes > budget_bytes:
             return None
         deadline = time.monotonic() + time_limit
@@ -146,6 +147,7 @@ class GraphPlanner:
 
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
         """The plan of the smallest budget, in full."""
+        time_limit = checked_limit(time_limit)
         started = time.monotonic()
         self._exact_left = EXACT_SECONDS
         deadline = started + (1 - ANY_SHARE) * self._searching(time_limit)
@@ -157,6 +159,7 @@ class GraphPlanner:
 
     def minimum_bytes(self, *, policy: str | None = None, time_limit: float = 30.0) -> int:
         """The smallest budget for which `plan` has a plan."""
+        time_limit = checked_limit(time_limit)
         self._exact_left = EXACT_SECONDS
         return self._least(policy or "solver", time.monotonic() + time_limit, time_limit).carried.peak_bytes
 
