@@ -213,11 +213,20 @@ class _Table:
             yield _Cell(plan=made, bound_seconds=bound)
 
     def monotone(self) -> list[Plan]:
-        """The plans in order, none slower than one of the same policy at a smaller budget. Where none fits, the smallest budget that is
-        enough is the smallest that any of the policy's plans knows of.
+        """The plans in order, none slower than one of the same policy at a smaller budget. Where none was found that fits, one of a larger
+        budget that does stands; where none does, the smallest budget that is enough is the smallest that any of the policy's plans knows of.
         """
         plans = {cell: found.plan for cell, found in self.found.items()}
         for policy in self.policies:
+            made = [plan for (_, name), plan in plans.items() if name == policy]
+            for budget in self.budgets:
+                here = plans.get((budget, policy))
+                fitting = [plan for plan in made if _enough(plan) <= budget and plan.status != "infeasible"]
+                if here is not None and here.status == "infeasible" and fitting:
+                    fastest = min(fitting, key=lambda plan: plan.step_seconds)
+                    # What holds at the larger budget holds here.
+                    any_bound = max(here.any_schedule_bound_seconds, fastest.any_schedule_bound_seconds)
+                    plans[budget, policy] = rebudgeted(fastest, budget_bytes=budget, any_bound=any_bound)
             best: Plan | None = None
             for budget in self.budgets:
                 here = plans.get((budget, policy))
@@ -231,12 +240,18 @@ class _Table:
                         any_bound=here.any_schedule_bound_seconds,
                     )
                 best = here
-            least = min((_enough(plan) for cell, plan in plans.items() if cell[1] == policy), default=0)
+            lowest = min((plan for cell, plan in plans.items() if cell[1] == policy), key=_enough, default=None)
             for budget in self.budgets:
                 here = plans.get((budget, policy))
-                if here is not None and here.status == "infeasible" and budget < least < _enough(here):
+                if lowest is None or here is None or here.status != "infeasible":
+                    continue
+                if budget < _enough(lowest) < _enough(here):
                     # The reason told of another smallest plan.
-                    update = {"minimum_budget_bytes": least, "minimum_budget_reason": None}
+                    update = {
+                        "minimum_budget_bytes": _enough(lowest),
+                        "minimum_budget_reason": None,
+                        "deterministic": False if lowest.deterministic is False else here.deterministic,
+                    }
                     plans[budget, policy] = sealed(here.model_copy(update=update))
         return [plans[cell] for cell in itertools.product(self.budgets, self.policies) if cell in plans]
 

@@ -180,6 +180,41 @@ def test_one_policy_needs_one_smallest_budget(planner, peak, least):
     assert told[500, "solver"].minimum_budget_bytes is None
 
 
+def table_of(planner, made):
+    return _Table(
+        planner=planner,
+        budgets=sorted({plan.budget_bytes for plan in made}),
+        policies=["solver"],
+        time_limit=1,
+        tell=print,
+        solving=None,
+        planned=None,
+        found={(plan.budget_bytes, plan.policy): _Cell(plan=plan, bound_seconds=0.0) for plan in made},
+    )
+
+
+def test_a_larger_budget_s_plan_stands_where_it_fits_and_none_was_found(planner):
+    made = [
+        infeasible_plan("solver", budget=400 * MIB, minimum=452 * MIB),
+        infeasible_plan("solver", budget=440 * MIB, minimum=452 * MIB),
+        sample_plan(budget=500 * MIB, peak=425 * MIB),
+    ]
+    short, fits, roomy = table_of(planner, made).monotone()
+    assert (short.status, short.minimum_budget_bytes) == ("infeasible", 425 * MIB)
+    assert (fits.budget_bytes, fits.peak_bytes, fits.step_seconds) == (440 * MIB, 425 * MIB, roomy.step_seconds)
+    assert fits.minimum_budget_bytes is None
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_smallest_budget_is_as_sure_as_the_plan_it_is_of(planner, deterministic):
+    made = [
+        infeasible_plan("solver", budget=400 * MIB, minimum=452 * MIB).model_copy(update={"deterministic": True}),
+        sample_plan(budget=500 * MIB, peak=425 * MIB, deterministic=deterministic),
+    ]
+    short = table_of(planner, made).monotone()[0]
+    assert (short.minimum_budget_bytes, short.deterministic) == (425 * MIB, deterministic)
+
+
 def test_compare_refuses(planner):
     with pytest.raises(InputError, match="no budgets"):
         compare(planner.profile, [])
