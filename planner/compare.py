@@ -211,6 +211,8 @@ class _Table:
                     made = rebudgeted(made, bound_seconds=solved)
                 bound = made.bound_seconds
             yield _Cell(plan=made, bound_seconds=bound)
+            if planner.interrupted:
+                raise KeyboardInterrupt
 
     def monotone(self) -> list[Plan]:
         """The plans in order, none slower than one of the same policy at a smaller budget. Where none was found that fits, one of a larger

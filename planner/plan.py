@@ -112,6 +112,8 @@ class Planner:
         self._parts: dict[str, tuple[Part, ...]] = {}
         self._relaxed: dict[str, tuple[AnySchedule, ...]] = {}
         """of policies with steps of their own: what no schedule of these steps can do without"""
+        self.interrupted = False
+        """whether Ctrl-C ended the search of the latest `plan`, which was made of what had been found"""
 
     def plan(
         self,
@@ -135,6 +137,7 @@ class Planner:
             not self.solver.tight(budget_bytes) or self.solver.reaches(budget_bytes, share_of(LEAST_SHARE, deadline))
         ):
             outcome = self.solver.solve(budget_bytes, deadline, progress, bound=any_bound)
+        self.interrupted = outcome.interrupted
         if outcome.schedule is None:
             least, timely = self._least(name, deadline)
             if least.peak_bytes > budget_bytes:

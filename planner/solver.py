@@ -61,6 +61,8 @@ class Outcome:
     """no plan of the class is faster; the class leaves out those under which layers go forward twice"""
     any_bound_seconds: float = 0.0
     """no schedule at all is faster"""
+    interrupted: bool = False
+    """whether Ctrl-C ended the search"""
     fallback: bool = False
     """the time limit ended the search before it had a plan: a greedy choice or a fixed rule stands in"""
     deterministic: bool = True
@@ -181,7 +183,7 @@ class Solver:
             progress=progress,
             bound=any_bound,
         )
-        fallback = False
+        fallback = interrupted = False
         try:
             self._by_rules(attempt, any_bound, most=any_bound * (1 + TOLERANCE))
             ruled = attempt.best
@@ -198,12 +200,14 @@ class Solver:
             if not attempt.found:
                 raise
             attempt.timely = False
+            interrupted = True
         attempt.deadline = deadline
         self._by_rules(attempt, any_bound)
         return Outcome(
             schedule=attempt.best,
             bound_seconds=attempt.bound,
             any_bound_seconds=any_bound,
+            interrupted=interrupted,
             fallback=fallback,
             deterministic=attempt.timely,
         )

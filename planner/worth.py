@@ -71,7 +71,8 @@ def what_if(
 ) -> tuple[Plan, list[Worth]]:
     """`neighbours`, checked by planning both budgets; `time_limit` seconds for each bound and each plan.
 
-    Where the search found a faster step in less memory, that plan takes the place of `plan`: it is returned first.
+    Where the search found a faster step in less memory, that plan takes the place of `plan`: it is returned first. After Ctrl-C no
+    further budget is planned.
     """
     step_bytes = step_bytes or step_of(plan)
     priced = {
@@ -79,12 +80,16 @@ def what_if(
     }
     found = []
     best = plan
+    interrupted = False
     for change in (-step_bytes, step_bytes):
         budget = plan.budget_bytes + change
         if budget <= plan.device.floor.resident_bytes:
             found.append(_nothing(change, budget))
             continue
+        if interrupted:
+            continue
         made = planner.plan(budget, time_limit=time_limit, progress=progress)
+        interrupted = planner.interrupted
         holds = made.status != "infeasible"
         if holds and change < 0 and made.step_seconds < best.step_seconds:
             best = rebudgeted(

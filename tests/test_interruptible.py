@@ -12,11 +12,16 @@ import time
 import pytest
 from layered_graph import layered
 from ortools.sat.python import cp_model
+from synthetic import small_chain
 
+from planner.compare import compare
 from planner.graphs.cp_sat import single_worker, solved
 from planner.graphs.planner import GraphPlanner
 from planner.interruptible import interruptible
 from planner.linear import Growing, Linear
+from planner.plan import minimum_budget
+from planner.solver import Solver
+from planner.worth import step_of, what_if
 from profiles.bare import graph_profile
 
 
@@ -236,3 +241,41 @@ def test_an_interruption_while_a_bound_is_worked_out_returns_what_is_known_to_fi
     assert (made.any_schedule_bound_seconds, made.deterministic) == (planner.dag.once_seconds, False)
     with pytest.raises(KeyboardInterrupt):
         planner.plan(planner.floor_bytes, policy=policy)
+
+
+def interrupt_once():
+    """Ctrl-C as soon as a plan is there, while a better one is searched for."""
+    seen = []
+
+    def progress(told):
+        if not seen and 0 < told["incumbent"] < float("inf"):
+            seen.append(told)
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_an_interrupted_comparison_of_graphs_makes_no_further_plan():
+    profile = graph_profile(layered(60, seed=1))
+    keep_all = GraphPlanner(profile).found.peaks[frozenset()]
+    budgets = [int(share * keep_all) for share in (0.8, 0.85)]
+    made = compare(profile, budgets, ["solver"], time_limit=5, solving=interrupt_once()).plans
+    assert [plan.budget_bytes for plan in made] == budgets[1:]
+
+
+def test_an_interrupted_comparison_of_layers_makes_no_further_plan(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    profile = small_chain(7, layers=3)
+    least = minimum_budget(profile, policy="mebp")
+    monkeypatch.setattr(Solver, "_by_segments", interrupt)
+    made = compare(profile, [least, least + 1], ["solver"], time_limit=5).plans
+    assert [plan.budget_bytes for plan in made] == [least + 1]
+
+
+def test_after_an_interruption_what_if_plans_no_further_budget():
+    planner = GraphPlanner(graph_profile(layered(60, seed=1)))
+    made = planner.plan(int(0.8 * planner.found.peaks[frozenset()]), time_limit=2)
+    _, beside = what_if(planner, made, time_limit=2, progress=interrupt_once())
+    assert [worth.change_bytes for worth in beside] == [-step_of(made)]

@@ -64,6 +64,8 @@ class GraphPlanner:
         """no schedule of the class has a lower peak, as far as that is proven"""
         self.found = Found()
         """schedules found so far: where the search at other budgets starts"""
+        self.interrupted = False
+        """whether Ctrl-C ended the search of the latest `plan`, which was made of what had been found"""
         self._minimum: Least | None = None
         self._lowest: Lowest | None = None
         self._any_bounds: dict[int, tuple[Bound, float]] = {}
@@ -94,6 +96,7 @@ class GraphPlanner:
         self._exact_left = EXACT_SECONDS
         deadline = started + self._searching(time_limit)
         name = policy or "solver"
+        self.interrupted = False
         any_bound = Bound(seconds=self.dag.once_seconds, timely=False)
         if name == "solver":
             self.found.begin(budget_bytes, time_limit)
@@ -106,6 +109,7 @@ class GraphPlanner:
                 if best is None:
                     self.found.end(budget_bytes, time_limit, timely=False)
                     raise
+                self.interrupted = True
                 outcome = Outcome(carried=best, bound_seconds=any_bound.seconds, timely=False)
             outcome = self.found.no_slower(self.dag, budget_bytes, outcome)
             self.found.end(budget_bytes, time_limit, timely=outcome.timely)
@@ -117,6 +121,7 @@ class GraphPlanner:
             except KeyboardInterrupt:
                 if not fits:
                     raise
+                self.interrupted = True
             outcome = Outcome(carried=carried if fits else None, bound_seconds=any_bound.seconds)
         if outcome.carried is None:
             least = self._least(name, deadline, time_limit)
