@@ -10,6 +10,7 @@ from types import FrameType
 from typing import TypeVar
 
 Answer = TypeVar("Answer")
+THREAD = "solver beside Ctrl-C"
 
 
 def interruptible(solve: Callable[[], Answer], stop: Callable[[], None] | None = None) -> Answer:
@@ -31,13 +32,18 @@ def interruptible(solve: Callable[[], Answer], stop: Callable[[], None] | None =
             answer.set_exception(error)
 
     try:
-        threading.Thread(target=work).start()
+        threading.Thread(target=work, name=THREAD).start()
         return answer.result()
     except KeyboardInterrupt:
         # What has not begun never will.
         if not answer.cancel() and stop is not None:
             stop()
         raise
+
+
+def left_alone() -> bool:
+    """Whether a solver goes on that Ctrl-C ended the waiting for."""
+    return any(thread.name == THREAD for thread in threading.enumerate())
 
 
 def uninterrupted(solve: Callable[[], Answer]) -> Answer:

@@ -11,7 +11,6 @@ import contextlib
 import os
 import shlex
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from planner.interruptible import left_alone
 from profiles.errors import InputError, RunError, TightfitError
 from profiles.units import parse_size
 from runtime import answers
@@ -581,8 +581,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         code = _failed(error, as_json="--json" in words)
     code = code if isinstance(code, int) else 0
-    if interrupts.seen and threading.active_count() > 1:
-        # A solver that Ctrl-C left alone goes on to its time limit, for nobody.
+    if interrupts.seen and left_alone():
+        # It goes on to its time limit, for nobody.
         try:
             for stream in (sys.stdout, sys.stderr):
                 # Closed, or with nobody left to read it.

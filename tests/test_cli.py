@@ -41,6 +41,8 @@ def planned(monkeypatch):
 
     def answer(plan, smallest=None):
         class Planner:
+            interrupted = False
+
             def __init__(self, profile):
                 pass
 
@@ -454,7 +456,6 @@ def test_ctrl_c_while_solving_gives_the_best_plan(tightfit, planned, monkeypatch
 
 @pytest.mark.parametrize("status", ["feasible", "infeasible"])
 def test_ctrl_c_after_the_answer_keeps_it(tightfit, planned, monkeypatch, tmp_path, status):
-    import planner.explanation
     import planner.worth
 
     def interrupted(*_, **__):
@@ -462,7 +463,7 @@ def test_ctrl_c_after_the_answer_keeps_it(tightfit, planned, monkeypatch, tmp_pa
 
     planned(sample_plan(status="feasible") if status == "feasible" else infeasible_plan("solver"))
     monkeypatch.setattr(planner.worth, "neighbours", interrupted)
-    monkeypatch.setattr(planner.explanation, "explanation_of", interrupted)
+    monkeypatch.setattr(planner.worth, "explanation_of", interrupted)
     code, out, _ = tightfit("plan", "profile.json", "--memory", "350MiB", "-o", tmp_path / "plan.json", "--json")
     told = json.loads(out)
     assert (code, told["status"], told["interrupted"]) == (0 if status == "feasible" else 3, status, True)
