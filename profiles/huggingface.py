@@ -102,12 +102,10 @@ def directory_vocabulary(path: Path) -> Vocabulary | None:
         return None
     try:
         tokenizer = Tokenizer.from_file(str(file))
-        options = _json(path / "tokenizer_config.json")
-        special = _special_tokens(path, options, tokenizer)
     except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(
-            f"{path}: unreadable tokenizer ({error}); download tokenizer.json and tokenizer_config.json again"
-        ) from error
+        raise InputError(f"{file}: unreadable tokenizer ({error}); download the file again") from error
+    options = _json(path / "tokenizer_config.json")
+    special = _special_tokens(path, options, tokenizer)
     template = options.get("chat_template")
     if isinstance(template, list):
         named = {item["name"]: item["template"] for item in template}
@@ -132,27 +130,34 @@ def directory_vocabulary(path: Path) -> Vocabulary | None:
 def _special_tokens(path: Path, options: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
     """Special tokens by name: as tokenizer_config.json has them, else special_tokens_map.json, else by the model's numbers.
 
-    A model without an end-of-text token would never learn to stop.
+    A model without an end-of-text token would never learn to stop; one whose tokenizer_config.json says null for the
+    token before a text was trained without it.
     """
     found: dict[str, str] = {}
-    for key, value in (_json(path / "special_tokens_map.json") | options).items():
+    said = {key: value for key, value in options.items() if value is not None or key == "bos_token"}
+    for key, value in (_json(path / "special_tokens_map.json") | said).items():
         text = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(text, str):
             found[key] = text
     for file in ("config.json", "generation_config.json"):
         numbers = _json(path / file)
-        for key in ("bos_token", "eos_token", "pad_token"):
+        for key in {"bos_token", "eos_token", "pad_token"} - ({"bos_token"} & options.keys()):
             number = numbers.get(f"{key}_id")
             number = number[0] if isinstance(number, list) and number else number
-            token = tokenizer.id_to_token(number) if isinstance(number, int) and number >= 0 else None
+            token = tokenizer.id_to_token(number) if isinstance(number, int) and 0 <= number < 1 << 32 else None
             if token is not None:
                 found.setdefault(key, token)
     return found
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """An object in a file, empty where there is no file."""
-    read: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+    """An object in a file, empty where there is no file. Raises InputError naming a damaged one."""
+    try:
+        read = json.loads(file.read_bytes()) if file.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: damaged ({error}); download the file again") from error
+    if not isinstance(read, dict):
+        raise InputError(f"{file}: damaged (no JSON object); download the file again")
     return read
 
 

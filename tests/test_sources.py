@@ -447,6 +447,10 @@ def test_directories_bring_their_tokenizer(tmp_path: Path) -> None:
         {"special_tokens_map.json": {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}},
         {"config.json": LLAMA | {"bos_token_id": 1, "eos_token_id": 2}},
         {"generation_config.json": {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": -1}},
+        {
+            "tokenizer_config.json": {"bos_token": "<|im_start|>", "eos_token": None},
+            "special_tokens_map.json": {"eos_token": "<|im_end|>"},
+        },
     ],
     ids=str,
 )
@@ -463,6 +467,26 @@ def test_the_end_of_text_is_found_wherever_it_is_told(files: dict[str, Any], tmp
     settings = {"eos_token": "<|endoftext|>"}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert resolve(str(path)).vocabulary().eos_token == "<|endoftext|>"  # type: ignore[union-attr]
+
+
+def test_a_token_before_the_text_that_is_denied_stays_away(tmp_path: Path) -> None:
+    """Qwen's configs number one that its templates must not print."""
+    path = write_directory(tmp_path / "model", LLAMA, random_weights(LLAMA), tokenizer=byte_level_tokenizer())
+    (path / "config.json").write_text(json.dumps(LLAMA | {"bos_token_id": 1, "eos_token_id": 2}))
+    (path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|im_start|>"}))
+    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": None}))
+    vocabulary = resolve(str(path)).vocabulary()
+    assert vocabulary is not None
+    assert (vocabulary.bos_token, vocabulary.eos_token) == (None, "<|im_end|>")
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_file_beside_the_tokenizer_is_named(name: str, content: str, tmp_path: Path) -> None:
+    path = write_directory(tmp_path / "model", LLAMA, random_weights(LLAMA), tokenizer=byte_level_tokenizer())
+    (path / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{name}: damaged .*; download the file again"):
+        resolve(str(path)).vocabulary()
 
 
 def break_directory(path: Path, how: str) -> None:
