@@ -21,6 +21,8 @@ from runtime.samples import Message, Tools
 
 DAY = dt.date(2024, 7, 26)
 """what templates take for today (the day that Llama's fall back to): a run that is resumed tomorrow sees the same data"""
+SPOKEN = ("reasoning_content", "reasoning", "thinking", "tool_calls")
+"""what an assistant's message may say beside its content, as templates of published models name it"""
 Segment = tuple[str, bool]
 """A stretch of text and whether it is to be predicted."""
 
@@ -61,10 +63,12 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise InputError(f"the model's chat template refuses these messages ({error})") from error
 
-    def completion(self, prompt: Sequence[Message], completion: str, tools: Tools | None = None) -> list[Segment]:
+    def completion(
+        self, prompt: Sequence[Message], completion: str | Message, tools: Tools | None = None
+    ) -> list[Segment]:
         """The prompt, and the completion with the template's own end of turn."""
-        turns = [*prompt, {"role": "assistant", "content": completion}]
-        return self.conversation(turns, last_only=True, tools=tools)
+        turn = {"role": "assistant", "content": completion} if isinstance(completion, str) else completion
+        return self.conversation([*prompt, turn], last_only=True, tools=tools)
 
     def conversation(
         self, messages: Sequence[Message], *, last_only: bool = False, tools: Tools | None = None
@@ -87,8 +91,11 @@ class ChatTemplate:
             if index:
                 head = render(messages[:index], generation_prompt=True)
             else:  # templates need not take no messages at all for a prompt
-                head = _common(turn, render([_with_other_words(message)], generation_prompt=False))
+                others = [render([_saying(words, message)], generation_prompt=False) for words in ("x", "y")]
+                head = min((_common(turn, other) for other in others), key=len)
             end = len(turn.rstrip())
+            if not index and len(head) >= end:  # what differs is not shown
+                head = ""
             if text.startswith(turn[:end]) and turn.startswith(head) and done <= len(head) < end:
                 segments += [(text[done : len(head)], False), (text[len(head) : end], True)]
                 done = end
@@ -99,9 +106,9 @@ class ChatTemplate:
         return [(part, wanted) for part, wanted in segments if part]
 
 
-def _with_other_words(message: Message) -> Message:
-    """The same turn, which differs from the first letter of its words on."""
-    return message | {"content": "y" if (message.get("content") or "").lstrip()[:1] == "x" else "x"}
+def _saying(words: str, message: Message) -> Message:
+    """The same turn with these words in place of all that the assistant says or calls."""
+    return {key: value for key, value in message.items() if key not in SPOKEN} | {"content": words}
 
 
 def _common(one: str, other: str) -> str:

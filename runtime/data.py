@@ -17,7 +17,18 @@ from profiles.errors import InputError
 from profiles.sources import Vocabulary
 from runtime.chat import ChatTemplate, Segment
 from runtime.records import IGNORED, RecordFile, RecordWriter
-from runtime.samples import Completion, Conversation, Prompt, Question, Sample, Text, Tools, data_files, read_samples
+from runtime.samples import (
+    Completion,
+    Conversation,
+    Message,
+    Prompt,
+    Question,
+    Sample,
+    Text,
+    Tools,
+    data_files,
+    read_samples,
+)
 
 Purpose = Literal["train", "evaluate"]
 TooLong = Literal["refuse", "truncate"]
@@ -107,15 +118,19 @@ class Encoder:
             )
         return ids, wanted
 
-    def completion(self, prompt: Prompt, completion: str, *, ended: bool, tools: Tools | None = None) -> Tokens:
+    def completion(
+        self, prompt: Prompt, completion: str | Message, *, ended: bool, tools: Tools | None = None
+    ) -> Tokens:
         """A prompt and what is to follow it, to the end of the turn if `ended`."""
         if isinstance(prompt, str):
+            assert isinstance(completion, str)
             ids, wanted = self.segments([(prompt, False), (completion, True)] if prompt else [(completion, True)])
             if ended and self.end is not None and ids[-1:] != [self.end]:
                 return [*ids, self.end], [*wanted, True]
             return ids, wanted
         if ended:
             return self.segments(self.chat.completion(prompt, completion, tools))
+        assert isinstance(completion, str)
         asked = self.chat.render(prompt, generation_prompt=True, tools=tools)
         return self.segments([(asked, False), (completion, True)])
 

@@ -35,7 +35,8 @@ class Text:
 @dataclass(frozen=True)
 class Completion:
     prompt: Prompt
-    completion: str
+    completion: str | Message
+    """a message follows a prompt of messages, with its tool calls and whatever else the template shows"""
     tools: Tools | None = None
 
 
@@ -113,6 +114,12 @@ def parse_sample(line: bytes) -> Sample:
             turns = _messages(completion, "completion")
             if len(turns) != 1 or turns[0]["role"] != "assistant":
                 raise InputError('"completion" as a list must be one message of role "assistant"')
+            if turns[0].get("tool_calls") and isinstance(value.get("prompt"), str):
+                raise InputError('"tool_calls" are shown by the chat template; write "prompt" as a list of messages')
+            if not turns[0].get("tool_calls"):
+                _string(turns[0]["content"], "completion")
+            if isinstance(value.get("prompt"), list):
+                return Completion(_prompt(value), turns[0], tools=_tools(value))
             completion = turns[0]["content"]
         return Completion(_prompt(value), _string(completion, "completion"), tools=_tools(value))
     if "text" in value:

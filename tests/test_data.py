@@ -238,6 +238,14 @@ def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
         ('{"prompt": "a", "choices": ["b", "c"]}', '"answer" is None'),
         ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "f"}', '"tools" must be a list of objects'),
         ('{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}', 'write "prompt" as a list of messages'),
+        (
+            '{"prompt": "a", "completion": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}',
+            '"tool_calls" are shown by the chat template; write "prompt" as a list of messages',
+        ),
+        (
+            '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": ""}]}',
+            '"completion" is empty',
+        ),
         ('{"messages": [{"role": "assistant", "tool_calls": []}]}', 'message 0 of "messages" must be an object with'),
     ],
 )
@@ -397,6 +405,35 @@ def test_what_stands_before_an_assistant_that_begins_is_not_predicted(vocabulary
     assert first == (f"{words}<|im_end|>", True)
 
 
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"content": "a", "tool_calls": [{"name": "f"}]}, "call f"),
+        ({"content": "", "tool_calls": [{"name": "xy"}]}, "call xy"),
+        ({"content": "a", "reasoning_content": "xyz"}, "think xyz, a"),
+        ({"content": "xa", "reasoning_content": "xyz"}, "think xyz, xa"),
+    ],
+    ids=str,
+)
+def test_an_assistant_that_begins_with_more_than_words_is_predicted(
+    vocabulary: Vocabulary, message: dict[str, Any], said: str
+) -> None:
+    template = """{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}call {{ m.tool_calls[0].name }}{% else %}\
+{% if m.reasoning_content %}think {{ m.reasoning_content }}, {% endif %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}\
+{% if add_generation_prompt %}<assistant>{% endif %}"""
+    chatty = ChatTemplate(Vocabulary(tokenizer=vocabulary.tokenizer, chat_template=template))
+    turn = {"role": "assistant"} | message
+    for talk in ([turn], [turn, *TALK]):
+        assert chatty.conversation(talk)[:2] == [("<assistant>", False), (f"{said}<|im_end|>", True)]
+
+
+def test_an_assistant_that_begins_with_what_no_words_change_is_predicted_whole(vocabulary: Vocabulary) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.audio }}<|im_end|>{% endfor %}"
+    chatty = ChatTemplate(Vocabulary(tokenizer=vocabulary.tokenizer, chat_template=template))
+    turn = {"role": "assistant", "content": "", "audio": "tune"}
+    assert chatty.conversation([turn]) == [("<assistant>tune<|im_end|>", True)]
+
+
 def test_the_template_shows_the_tools(vocabulary: Vocabulary, tmp_path: Path) -> None:
     template = "{% if tools is not none %}{{ tools | length }} tools. {% endif %}" + CHAT.replace(
         "message['content'] + ",
@@ -411,12 +448,16 @@ def test_the_template_shows_the_tools(vocabulary: Vocabulary, tmp_path: Path) ->
         {"prompt": TALK[:1], "choices": ["negative", "positive"], "answer": 0} | tools,
         {"messages": [call, *TALK]},
         {"messages": TALK, "tools": []},
+        {"prompt": TALK[:1], "completion": [call]},
+        {"prompt": TALK[:1], "completion": [call | {"content": "Well: "}]},
     ]
     file = made(lines(tmp_path / "a.jsonl", *samples), chatty, tmp_path, seq=200)
     texts = [vocabulary.tokenizer.decode(record(file, n)[0], skip_special_tokens=False) for n in range(len(samples))]
-    assert [text.startswith("2 tools. <|im_start|>") for text in texts] == [True, True, True, False, False]
+    assert [text.startswith("2 tools. <|im_start|>") for text in texts] == [True, True, True, *[False] * 4]
     assert answered(record(file, 0)[1], vocabulary).startswith("[{'name': 'f'}]<|im_end|>")
     assert answered(record(file, 3)[1], vocabulary).startswith("[{'name': 'f'}]<|im_end|>It's positive.")
+    assert answered(record(file, 5)[1], vocabulary) == "[{'name': 'f'}]<|im_end|>"
+    assert answered(record(file, 6)[1], vocabulary) == "Well: [{'name': 'f'}]<|im_end|>"
 
 
 def test_a_prompt_of_messages_goes_through_the_template(vocabulary: Vocabulary, tmp_path: Path) -> None:
