@@ -30,6 +30,8 @@ class InfeasibleError(TightfitError):
 
 class RunError(TightfitError):
     exit_code = 4
+    interrupted = False
+    """whether a signal asked the run to end: a loop over runs should end too"""
 
 
 class CapError(TightfitError):

@@ -38,32 +38,61 @@ class Interrupts:
         raise KeyboardInterrupt
 
 
-@contextmanager
-def passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """While entered, a signal to end becomes a SIGINT of the child, which saves and ends; a second Ctrl-C kills it."""
-    asked: float | None = None
+class GivenUp(KeyboardInterrupt):
+    """A third Ctrl-C: the child that the second could not kill is left to itself."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
+
+class PassedOn:
+    """Signals to end on their way to a child, and whether there were any (`asked`)."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._pressed: list[float] = []  # when Ctrl-C was, each time that counts
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def to(self, child: subprocess.Popen[bytes]) -> None:
+        """From now on; what came before is told to it now."""
+        self._child = child
+        if self.asked:
+            child.terminate()
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
         now = time.monotonic()
-        if number == signal.SIGINT and asked is not None and now - asked > IMPATIENT_SECONDS:
-            child.kill()
-        else:
-            asked = asked or now
-            child.send_signal(signal.SIGINT)
+        if number == signal.SIGINT and (not self._pressed or now - self._pressed[-1] > IMPATIENT_SECONDS):
+            self._pressed.append(now)
+        if self._child:
+            self._child.kill() if len(self._pressed) > 1 else self._child.terminate()
+        if len(self._pressed) > 2:
+            raise GivenUp
 
-    with _handling(ENDING, pass_on):
-        yield
+
+@contextmanager
+def passed_on() -> Iterator[PassedOn]:
+    """While entered, a signal to end becomes a SIGTERM of the child, which saves and ends: a shell's background jobs ignore Ctrl-C.
+
+    A second Ctrl-C kills the child, a third raises GivenUp.
+    """
+    passing = PassedOn()
+    with _handling(ENDING, passing.take):
+        yield passing
 
 
 @contextmanager
 def _handling(numbers: tuple[signal.Signals, ...], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Signals that are ignored stay so: a shell starts background jobs without Ctrl-C, and nohup without the terminal's end."""
+    """Signals that are ignored stay so: a shell starts background jobs without Ctrl-C, and nohup without the terminal's end.
+
+    So do those but Ctrl-C that the program handles itself.
+    """
     if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
         yield
         return
     before = {number: signal.getsignal(number) for number in numbers}
-    taken = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    taken = {
+        number: old
+        for number, old in before.items()
+        if old is signal.SIG_DFL or (number == signal.SIGINT and old not in (signal.SIG_IGN, None))
+    }
     try:
         for number in taken:
             signal.signal(number, handler)

@@ -29,7 +29,7 @@ from runtime.admission import Stages, check_machine, check_options, check_schedu
 from runtime.batches import open_batches, write_batches
 from runtime.cgroup import MemoryCgroup, in_memory
 from runtime.checkpoint import find_checkpoints, load_latest, partial_directories, way_on
-from runtime.interrupts import passed_on
+from runtime.interrupts import GivenUp, passed_on
 from runtime.optimizer import OPTIMIZERS
 from runtime.process import child_environment, command
 from runtime.report import Observed, build_report
@@ -74,6 +74,10 @@ def run(
     Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a schedule,
     CapError where the measured memory passes the budget, RunError where the disk fills up, the child dies or the run is
     interrupted; the message then says where the last checkpoint lies.
+
+    Called in the main thread, it is interrupted by Ctrl-C, and by SIGTERM and SIGHUP where nothing else handles them: the
+    step is finished and saved, and the RunError is `interrupted`, on which a program should end, as the signal is used up.
+    A handler of the program's own is left in place; the run saves and ends if that, `progress` or `stages` raises.
     """
     directory = Path(out).absolute()
     check_options(steps, schedule, lr)
@@ -117,13 +121,13 @@ def run(
         }
         if resume and (finished := _finished(directory, settings, train, data)):
             return finished
-        for old in replaced:  # only now: data that are refused must not cost an earlier run
+        compiled = jobs.compile_job(plan.model_dump(), settings)
+        for old in replaced:  # only now: data or a plan that are refused must not cost an earlier run
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         with _disk(directory):
             (directory / "data").mkdir(exist_ok=True)
             for file in staging.iterdir():
                 file.replace(directory / "data" / file.name)
-        compiled = jobs.compile_job(plan.model_dump(), settings)
         path = directory / "job"
         try:
             with _disk(directory):
@@ -193,31 +197,41 @@ def _watch(
     read, write = os.pipe()
     arguments = command(str(path), "--messages", str(write))
     observed = Observed()
-    with tempfile.TemporaryFile() as words:
-        child = subprocess.Popen(
-            group.enter(arguments) if group else arguments,
-            pass_fds=(write, lock),  # orphaned, it still saves: the directory stays locked until it has
-            stdin=subprocess.DEVNULL,
-            stdout=words,
-            stderr=words,
-            env=child_environment(plan.device.threads),
-            start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on
-        )
-        os.close(write)
-        with passed_on(child):
+    with tempfile.TemporaryFile() as words, passed_on() as passing:
+        try:
+            try:
+                child = subprocess.Popen(
+                    group.enter(arguments) if group else arguments,
+                    pass_fds=(write, lock),  # orphaned, it still saves: the directory stays locked until it has
+                    stdin=subprocess.DEVNULL,
+                    stdout=words,
+                    stderr=words,
+                    env=child_environment(plan.device.threads),
+                    start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on
+                )
+            finally:
+                os.close(write)
+            passing.to(child)
             try:
                 _follow(read, observed, progress, stages)
-            except BaseException:
-                child.send_signal(signal.SIGINT)  # progress that cannot be shown any more must not cost the steps made
+            except GivenUp:
                 raise
-            finally:
-                os.close(read)
-                code = child.wait()
+            except BaseException:
+                child.terminate()  # progress that cannot be shown any more must not cost the steps made
+                child.wait()
+                raise
+        finally:
+            os.close(read)
+        code = child.wait()
         words.seek(0)
         last = words.read().decode(errors="replace").strip().splitlines()
     if group:
         observed.cgroup_peak_bytes = group.peak_bytes()
-    _raise_for(code, observed, plan, group, last, path.parent)
+    try:
+        _raise_for(code, observed, plan, group, last, path.parent)
+    except RunError as error:
+        error.interrupted = passing.asked
+        raise
     return observed
 
 

@@ -19,6 +19,7 @@ from planner.schema import Plan
 from profiles.errors import CapError, InfeasibleError, InputError, RunError
 from runtime.cgroup import MemoryCgroup
 from runtime.checkpoint import find_checkpoints
+from runtime.interrupts import passed_on
 from runtime.launch import run
 
 MIB = 1 << 20
@@ -205,6 +206,122 @@ def test_what_is_ignored_from_the_start_stays_ignored(plan, tmp_path, monkeypatc
     assert steps == [1, 2]
 
 
+@pytest.fixture
+def dying(monkeypatch, tmp_path):
+    """Lets `script` take the child's place; returns the error of the run."""
+
+    def launch(plan, script, **options):
+        monkeypatch.setattr("runtime.launch.command", lambda *_: ["/bin/sh", "-c", script])
+        with pytest.raises((RunError, KeyboardInterrupt)) as caught:
+            run(plan, "random", steps=1, out=tmp_path / "run", cgroup=False, **options)
+        return caught.value
+
+    return launch
+
+
+def test_a_child_that_starts_with_ctrl_c_ignored_gets_the_signal_to_end(plan, dying, monkeypatch):
+    """As a shell's background jobs do, until the child has loaded enough to handle signals."""
+    monkeypatch.setattr("runtime.launch._follow", lambda *_: (time.sleep(0.3), signal.raise_signal(signal.SIGINT)))
+    error = dying(plan, "trap '' INT; exec sleep 20")
+    assert str(error).startswith("the training process was ended by SIGTERM")
+    assert error.interrupted
+
+
+def test_a_signal_before_the_child_is_there_reaches_it(plan, dying, monkeypatch):
+    start = subprocess.Popen
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr("runtime.launch.subprocess.Popen", interrupted)
+    assert str(dying(plan, "exec sleep 20")).startswith("the training process was ended by SIGTERM")
+
+
+def test_a_child_that_cannot_be_started_leaves_no_pipe_open(plan, dying, monkeypatch):
+    pipes = []
+    pipe = os.pipe
+    monkeypatch.setattr("runtime.launch.os.pipe", lambda: pipes.append(pipe()) or pipes[-1])
+
+    def refused(*arguments, **options):
+        raise RunError("no more processes")
+
+    monkeypatch.setattr("runtime.launch.subprocess.Popen", refused)
+    assert str(dying(plan, "")) == "no more processes"
+    for descriptor in pipes[0]:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+class Immortal:
+    """A child that no signal ends; notes those it gets."""
+
+    def __init__(self):
+        self.got = []
+        self.terminate, self.kill = (lambda: self.got.append("TERM")), (lambda: self.got.append("KILL"))
+
+
+def test_only_a_second_ctrl_c_kills_and_a_third_gives_up(monkeypatch):
+    child, clock = Immortal(), [100.0]
+    monkeypatch.setattr("runtime.interrupts.time.monotonic", lambda: clock[0])
+    with passed_on() as passing:
+        passing.to(child)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            clock[0] += 2
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup
+            signal.raise_signal(number)
+        assert child.got[-2:] == ["TERM", "KILL"]
+        assert "KILL" not in child.got[:-1]
+        clock[0] += 0.5
+        signal.raise_signal(signal.SIGINT)  # the same, sent twice
+        clock[0] += 2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_child_that_nothing_ends_is_not_waited_for(plan, dying, monkeypatch):
+    def waiting(*_):
+        for _ in range(3):
+            time.sleep(1.2)
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr("runtime.launch._follow", waiting)
+    spared = []
+
+    def spare(child):
+        spared.append(child)
+
+    monkeypatch.setattr("subprocess.Popen.kill", spare)
+    error = dying(plan, "trap '' TERM; while :; do sleep 1; done")
+    assert isinstance(error, KeyboardInterrupt)
+    assert spared[0].poll() is None
+    spared[0].send_signal(signal.SIGKILL)
+    spared[0].wait()
+
+
+def test_a_handler_of_the_program_s_own_is_called(plan, tmp_path):
+    def handle(number, frame):
+        raise SystemExit(7)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        with pytest.raises(SystemExit, match="7"):
+            run(
+                plan,
+                "random",
+                steps=100_000,
+                out=tmp_path,
+                checkpoint_every=0,
+                progress=lambda step, *_: os.kill(os.getpid(), signal.SIGTERM),
+            )
+        assert signal.getsignal(signal.SIGTERM) is handle
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert find_checkpoints(str(tmp_path))
+
+
 def test_progress_that_cannot_be_shown_costs_no_step(plan, tmp_path):
     def closed(step, *_):
         if step == 3:
@@ -290,6 +407,17 @@ def test_an_infeasible_plan_is_refused(plan, tmp_path):
     with pytest.raises(InfeasibleError, match=r"smallest budget is 200\.0 MiB") as caught:
         run(changed(plan, status="infeasible", minimum_budget_bytes=200 * MIB), "random", steps=1, out=tmp_path)
     assert caught.value.minimum_budget_bytes == 200 * MIB
+
+
+def test_a_damaged_plan_costs_no_earlier_run(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr("runtime.launch.check_schedule", lambda plan: None)  # it does not look at everything
+    (tmp_path / "metrics.jsonl").write_text("old\n")
+    (tmp_path / "data").mkdir()
+    train = plan.train.model_copy(update={"instructions": [["leap", 1]]})
+    with pytest.raises(InputError, match="unknown instruction"):
+        run(changed(plan, train=train), "random", steps=1, out=tmp_path, overwrite=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == "old\n"
+    assert not any((tmp_path / "data").iterdir())
 
 
 def test_an_earlier_run_is_not_overwritten_by_accident(plan, whole, tmp_path):
