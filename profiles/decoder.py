@@ -70,15 +70,12 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
         raise InputError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
 
     def need(key: str) -> int:
-        value = config.get(key)
-        if not isinstance(value, int) or value <= 0:
-            raise InputError(f"config field {key!r} must be a positive whole number, not {value!r}")
-        return value
+        return _whole(config, key)
 
     hidden, layers, heads = need("hidden_size"), need("num_hidden_layers"), need("num_attention_heads")
     gemma = family == "gemma3_text"
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or (256 if gemma else hidden // heads)
+    kv_heads = _whole(config, "num_key_value_heads", heads)
+    head_dim = _whole(config, "head_dim", 256 if gemma else hidden // heads)
     if heads % kv_heads:
         raise InputError(
             f"config field 'num_attention_heads' = {heads} is not a multiple of 'num_key_value_heads' = {kv_heads}"
@@ -127,9 +124,17 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
 
 def _number(config: dict[str, Any], key: str, default: float | None = None) -> float:
     value = config.get(key, default)
-    if not isinstance(value, (int, float)) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise InputError(f"config field {key!r} must be a positive number, not {value!r}")
     return float(value)
+
+
+def _whole(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A count; `default` where there is none, or null."""
+    value = config.get(key) or default
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise InputError(f"config field {key!r} must be a positive whole number, not {value!r}")
+    return value
 
 
 def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
@@ -149,14 +154,15 @@ def _rope(config: dict[str, Any], gemma: bool) -> tuple[dict[str, Any], float]:
         )
     full = _section(config, "rope_scaling") | parameters
     full.setdefault("rope_theta", config.get("rope_theta") or (1_000_000.0 if gemma else 10000.0))
-    return full, float(config.get("rope_local_base_freq") or 10000.0)
+    local = {"rope_local_base_freq": config.get("rope_local_base_freq") or 10000.0}
+    return full, _number(local, "rope_local_base_freq")
 
 
 def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
     types = config.get("layer_types")
     window = config.get("sliding_window", 4096 if family == "mistral" else None)  # transformers' default
     if types is None and family == "gemma3_text":
-        every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        every = _whole(config, "sliding_window_pattern", _whole(config, "_sliding_window_pattern", 6))
         types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
         window = window or 4096
     if types is None and family == "mistral" and window:
@@ -169,7 +175,8 @@ def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | No
         return (None,) * layers
     if len(types) != layers:
         raise InputError(f"config field 'layer_types' has {len(types)} entries for {layers} layers")
-    return tuple(int(window) if kind == "sliding_attention" and window else None for kind in types)
+    size = _whole({"sliding_window": window}, "sliding_window") if window and "sliding_attention" in types else None
+    return tuple(size if kind == "sliding_attention" else None for kind in types)
 
 
 class Norm(nn.Module):

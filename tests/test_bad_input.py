@@ -259,6 +259,28 @@ MODELS = {
     "negative layers": ({**CONFIG, "num_hidden_layers": -2}, "config field 'num_hidden_layers' must be a positive whole number, not -2"),
     "no model_type": (without("model_type"), "not a model config (no 'model_type')"),
     "a list": ([1], "not a model config"),
+    "local base in words": (
+        {**CONFIG, "model_type": "gemma3_text", "rope_local_base_freq": "x"},
+        "config field 'rope_local_base_freq' must be a positive number, not 'x'",
+    ),
+    "window in words": (
+        {**CONFIG, "model_type": "mistral", "sliding_window": "x"},
+        "config field 'sliding_window' must be a positive whole number, not 'x'",
+    ),
+    "every x layers": (
+        {**CONFIG, "model_type": "gemma3_text", "sliding_window_pattern": "x"},
+        "config field 'sliding_window_pattern' must be a positive whole number, not 'x'",
+    ),
+    "heads in words": (
+        {**CONFIG, "num_key_value_heads": "2"},
+        "config field 'num_key_value_heads' must be a positive whole number, not '2'",
+    ),
+    "a true number": (
+        {**CONFIG, "num_hidden_layers": True},
+        "config field 'num_hidden_layers' must be a positive whole number, not True",
+    ),
+    "a true epsilon": ({**CONFIG, "rms_norm_eps": True}, "config field 'rms_norm_eps' must be a positive number, not True"),
+    "not a number": ({**CONFIG, "rms_norm_eps": float("nan")}, "config field 'rms_norm_eps' must be a positive number, not nan"),
     "no epsilon": ({**CONFIG, "rms_norm_eps": None}, "config field 'rms_norm_eps' must be a positive number, not None"),
     "rope in words": ({**CONFIG, "rope_parameters": "long"}, "config field 'rope_parameters' must be an object, not 'long'"),
     "a list of ropes": ({**CONFIG, "rope_scaling": [1]}, "config field 'rope_scaling' must be an object, not [1]"),
