@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -19,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from profiles.errors import RunError
 from profiles.units import format_size
 from runtime.interrupts import Interrupts
 
@@ -26,11 +28,19 @@ QUIET_SECONDS = 10.0
 """between two lines of one display where stderr is no terminal"""
 
 
+class _Messages(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads stderr any more. Raises RunError, where rich would end the process with a code of its own."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # further words go nowhere
+        raise RunError("messages cannot be shown any more: what read stderr has ended")
+
+
 def messages() -> Console:
     """The console of messages and progress: stderr, so that stdout holds results alone. Text is printed as it is: paths hold
     brackets and colons.
     """
-    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    return _Messages(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 class Display:

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,6 +15,8 @@ from profiles.units import MIB
 from runtime import terminal
 from runtime.interrupts import Interrupts
 from runtime.terminal import Comparing, Solving, Stages, Training
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -27,6 +33,18 @@ def clock(monkeypatch):
 
 def lines(console):
     return console.file.getvalue().splitlines()
+
+
+def test_stderr_that_nobody_reads_ends_with_the_code_of_a_failed_run():
+    code = (
+        "from runtime import cli, terminal\n"
+        "cli.app = lambda **_: terminal.messages().print('a word')\ncli.main(['compare'])\n"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run([sys.executable, "-c", code], stderr=write, stdout=subprocess.PIPE, cwd=ROOT, check=False)
+    os.close(write)
+    assert ended.returncode == 4
 
 
 def test_each_stage_is_named_once_where_there_is_no_terminal(console):
