@@ -11,11 +11,13 @@ import tarfile
 import threading
 import time
 
+import pytest
 from damage import MEASURED
 from served import PATIENCE, Served
 
 from planner.service.client import connect
 from planner.service.running import _wait_for_orphan
+from profiles.errors import RunError
 
 
 def steps_of(service, run):
@@ -127,11 +129,25 @@ def test_a_model_of_the_hub_is_downloaded_and_measured(tmp_path, work, cache):
 def test_a_run_waits_for_what_a_killed_attempt_still_saves(tmp_path):
     orphan = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(orphan, fcntl.LOCK_EX)
-    waiting = threading.Thread(target=_wait_for_orphan, args=(tmp_path,))
+    asked, service = os.pipe()
+    waiting = threading.Thread(target=_wait_for_orphan, args=(tmp_path, asked))
     waiting.start()
     waiting.join(0.3)
     assert waiting.is_alive()
     os.close(orphan)
     waiting.join(PATIENCE)
     assert not waiting.is_alive()
-    _wait_for_orphan(tmp_path / "a first attempt has no folder")
+    _wait_for_orphan(tmp_path / "a first attempt has no folder", asked)
+    os.close(asked)
+    os.close(service)
+
+
+def test_a_run_that_waits_can_be_cancelled(tmp_path):
+    orphan = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(orphan, fcntl.LOCK_EX)
+    asked, service = os.pipe()
+    threading.Timer(0.3, os.close, (service,)).start()
+    with pytest.raises(RunError, match="ended while it waited"):
+        _wait_for_orphan(tmp_path, asked)
+    os.close(asked)
+    os.close(orphan)

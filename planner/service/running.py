@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -49,10 +50,12 @@ def run(order: Order, tell: Tell) -> Row:
     folder.mkdir(parents=True, exist_ok=True)
     tell.progress(always=True, stage="waiting for the device")
     with Path(order.lock).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait_for(lock.fileno(), sys.stdin.fileno())
         plan.write_bytes(objects.read(order.digests[order.request["plan"]]))
+        if out.exists():
+            tell.progress(always=True, stage="waiting for what an earlier attempt still saves")
+        _wait_for_orphan(out, sys.stdin.fileno())
         tell.progress(always=True, stage="preparing")
-        _wait_for_orphan(out)
         code, words, last = _follow(_command(order, plan, out), lock.fileno(), out, tell)
     try:
         answer = json.loads(words)
@@ -65,12 +68,22 @@ def run(order: Order, tell: Tell) -> Row:
     return _keep(objects, order, out, answer)
 
 
-def _wait_for_orphan(out: Path) -> None:
+def _wait_for(lock: int, asked: int) -> None:
+    """Take a lock. Raises RunError where `asked`, standard input, closes first: cancelled, or the service has ended."""
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if select.select([asked], [], [], LOOK_SECONDS)[0]:
+                raise RunError("the run was ended while it waited for another; resume it") from None
+
+
+def _wait_for_orphan(out: Path, asked: int) -> None:
     """Until the training process of a run that was killed has saved and ended: it holds the lock of its folder."""
     if out.exists():
         descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _wait_for(descriptor, asked)
         finally:
             os.close(descriptor)
 
