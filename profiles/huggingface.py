@@ -22,7 +22,7 @@ from torch import Tensor
 from profiles.describe import EmbeddingFormat, describe
 from profiles.errors import InputError
 from profiles.layout import VERSION, Entry
-from profiles.sources import Source, SourceTensor, Vocabulary, read_config
+from profiles.sources import Source, SourceTensor, Vocabulary, read_config, without_names
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -61,7 +61,8 @@ def directory_source(path: Path, *, embedding: EmbeddingFormat, name: str | None
         )
     files = _files(path)
     held: dict[str, tuple[Path, str]] = {}
-    digest = hashlib.sha256(json.dumps([VERSION, "huggingface", config, embedding], sort_keys=True).encode())
+    stored = without_names(config)
+    digest = hashlib.sha256(json.dumps([VERSION, "huggingface", stored, embedding], sort_keys=True).encode())
     for file in files:
         for key in _keys(file, digest):
             held[_text_name(key)] = (file, key)

@@ -12,17 +12,15 @@ import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from profiles.errors import InputError, RunError
 from profiles.layout import ALIGNMENT, MAGIC, PREAMBLE, RAW, VERSION, Entry, align
+from profiles.sources import Source, without_names
 from profiles.store import Store
-
-if TYPE_CHECKING:
-    from profiles.sources import Source
 
 BLOCK_BYTES = 8 << 20  # float32 bytes of the rows that are converted at a time
 Progress = Callable[[int, int, str], None]
@@ -245,7 +243,9 @@ def build_store(source: Source, directory: str | os.PathLike[str], progress: Pro
             path.unlink(missing_ok=True)
     done = 0
     described = {"kind": source.kind, "fingerprint": source.fingerprint, "note": source.note}
-    with StoreWriter(path, source.entries.values(), name=source.name, config=source.config, source=described) as writer:
+    with StoreWriter(
+        path, source.entries.values(), name=source.name, config=without_names(source.config), source=described
+    ) as writer:
         for tensor in source.tensors():
             entry = tensor.entry
             writer.write(entry.name, _blocks(entry, tensor.rows))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from profiles.describe import EmbeddingFormat, describe
 from profiles.layout import VERSION, Entry, group_bytes
-from profiles.sources import Source, SourceTensor
+from profiles.sources import Source, SourceTensor, without_names
 
 Q4_DEVIATION = (255 / 12) ** 0.5  # standard deviation of a code drawn evenly from 0..15: sqrt((16^2 - 1) / 12)
 Q8_DEVIATION = (65535 / 12) ** 0.5  # of -128..127
@@ -24,7 +24,7 @@ def random_source(config: dict[str, Any], path: Path, *, embedding: EmbeddingFor
     """A model of the config's sizes with weights of its `initializer_range` (0.02), drawn from `seed`."""
     entries = describe(config, embedding=embedding)
     deviation = float(config.get("initializer_range") or 0.02)
-    text = json.dumps([VERSION, "random", config, embedding, seed], sort_keys=True)
+    text = json.dumps([VERSION, "random", without_names(config), embedding, seed], sort_keys=True)
 
     def tensors() -> Iterable[SourceTensor]:
         pools = _Pools(deviation, seed)

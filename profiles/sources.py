@@ -132,6 +132,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def without_names(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config decides what is stored: a store does not change with the names of an adapter."""
+    return {key: value for key, value in config.items() if key != "adapter_body"}
+
+
 def load_factory(source: str) -> Callable[..., Any]:
     """Import ``package.module:factory``. Raises InputError naming what is missing."""
     module_name, _, attribute = source.partition(":")

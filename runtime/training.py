@@ -184,7 +184,8 @@ class Training:
             for key, trainable, place in wanted:
                 value = self._temporary(trainable)
                 done = 0
-                for chunk in reader.chunks(key):
+                plain = adapter.adapter_key(trainable.name)  # as plans without `adapter_body` name it
+                for chunk in reader.chunks(plain if plain in reader.header else key):
                     ctypes.memmove(value.data_ptr() + done, chunk, len(chunk))
                     done += len(chunk)
                 self._keep(place, value)

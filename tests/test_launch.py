@@ -112,6 +112,13 @@ def test_an_adapter_for_a_wrapped_model_has_its_names_and_is_resumed(plan, whole
     assert told["target_modules"].startswith("model")
 
 
+def test_a_run_of_a_wrapped_model_goes_on_from_the_names_it_had_before(plan, whole, tmp_path):
+    config = plan.model.config | {"adapter_body": "model.language_model."}
+    wrapped = plan.model_copy(update={"model": plan.model.model_copy(update={"config": config})})
+    run(plan, "random", steps=3, out=tmp_path, **SETTINGS)
+    assert run(wrapped, "random", steps=6, out=tmp_path, resume=True, **SETTINGS)["loss"] == whole[0]["loss"]
+
+
 def test_a_run_goes_on_only_where_products_are_made_alike(plan, tmp_path, monkeypatch):
     run(plan, "random", steps=1, out=tmp_path, **SETTINGS)
     monkeypatch.setattr("runtime.admission.BFLOAT16_PRODUCTS", "another type")

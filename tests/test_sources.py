@@ -397,7 +397,9 @@ def test_embeddings_take_8_bit_when_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_the_text_model_of_a_multimodal_gemma_is_taken(prefix: str, tmp_path: Path) -> None:
+def test_the_text_model_of_a_multimodal_gemma_is_taken(
+    prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, weights = CONFIGS["gemma3_text"], random_weights(CONFIGS["gemma3_text"])
     wrapped = {prefix + name.removeprefix("model."): weight for name, weight in weights.items()} | {
         "vision_tower.x.weight": torch.zeros(3)
@@ -414,6 +416,14 @@ def test_the_text_model_of_a_multimodal_gemma_is_taken(prefix: str, tmp_path: Pa
     assert source.config["model_type"] == "gemma3_text"
     assert source.config["adapter_body"] == "model.language_model."
     assert "adapter_body" not in resolve(str(tmp_path / "plain")).config
+    monkeypatch.setattr("profiles.sources.WRAPPED_BODY", "another.")
+    assert resolve(str(tmp_path / "wrapped")).fingerprint == source.fingerprint
+    file = str(tmp_path / "wrapped" / "config.json")
+    other = resolve(file)
+    monkeypatch.undo()
+    assert resolve(file).fingerprint == other.fingerprint
+    with Store.open(build_store(source, tmp_path)) as store:
+        assert "adapter_body" not in store.config
     plain = stored(resolve(str(tmp_path / "plain")), tmp_path)
     for name, tensor in stored(source, tmp_path).items():
         assert torch.equal(tensor, plain[name])
