@@ -37,7 +37,7 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
         training.load_state(found.path, found.state["checksums"])
         done, path = found.step, found.path
         send("resumed", step=done, checkpoint=found.path)
-        before = found.state.get("evaluated before", {})
+        before = _evaluated_before(found.state)
         if done and before and before["data"] == held_out:
             send("evaluated", when="before", **before["result"])
     else:
@@ -64,7 +64,7 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
             peaks[f"evaluate {when}"] = training.meter.check_peak()
             settle()
             if when == "before":
-                before.update(data=held_out, result=result)
+                before.update(data=held_out, result=result, answers="right")
             send("evaluated", when=when, **result, peak_bytes=peaks[f"evaluate {when}"])
 
     def save(step: int) -> str:
@@ -101,6 +101,13 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
     training.close()
     send("done", peak_bytes=training.meter.check_peak(), peaks=peaks)
     return 0
+
+
+def _evaluated_before(state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint has of the first evaluation, but for a loss of questions that older versions mixed with wrong answers."""
+    before: dict[str, Any] = state.get("evaluated before", {})
+    comparable = not before or before["result"]["accuracy"] is None or before.get("answers") == "right"
+    return before if comparable else {}
 
 
 def _fingerprint(header: dict[str, Any]) -> str | None:

@@ -21,6 +21,7 @@ from runtime.cgroup import MemoryCgroup
 from runtime.checkpoint import find_checkpoints
 from runtime.interrupts import passed_on
 from runtime.launch import run
+from runtime.loop import _evaluated_before
 
 MIB = 1 << 20
 SETTINGS = {"lr": 1e-2, "seed": 5}
@@ -79,6 +80,13 @@ def test_a_profiled_step_counts_every_call_and_second(whole, plan):
         if i[0] in {"run", "unpack", "update"}
     )
     assert {name: calls for name, (calls, _) in profiled["calls"].items()} == made
+
+
+def test_an_earlier_evaluation_is_kept_only_where_it_was_made_alike():
+    text, questions = {"loss": 1.0, "accuracy": None}, {"loss": 1.0, "accuracy": 0.5}
+    for told in ({"result": text}, {"result": questions, "answers": "right"}):
+        assert _evaluated_before({"evaluated before": told}) == told
+    assert _evaluated_before({"evaluated before": {"result": questions}}) == _evaluated_before({}) == {}
 
 
 def test_the_kernels_counter_is_the_measured_peak(whole):
