@@ -14,9 +14,14 @@ from synthetic import decoder_like, small_chain
 
 from planner.plan import minimum_budget
 from planner.service.app import create_app
+from planner.service.errors import StorageError
 from planner.service.events import Events
+from planner.service.metrics import Metrics
+from planner.service.objects import Objects
 from planner.service.schema import PLAN_JOB, Job
 from planner.service.settings import Settings
+from planner.service.store import Store
+from planner.service.supervisor import Supervisor
 
 PATIENCE = 60.0
 """seconds"""
@@ -123,6 +128,87 @@ def test_a_full_disk_is_told_and_costs_no_job(tmp_path, profile, minimum, monkey
         assert wait(http, job)["state"] == "succeeded"
         again = http.post("/v1/plans", json={"profile": identity, "memory": minimum + 4096}).json()
         assert wait(http, again)["state"] == "succeeded"
+
+
+def test_a_disk_without_room_for_what_a_worker_makes_costs_no_job(tmp_path, profile, minimum, monkeypatch):
+    monkeypatch.setattr("planner.service.supervisor.DISK_SECONDS", 0.1)
+    with service(tmp_path) as http:
+        identity = upload(http, profile)
+        folders = [tmp_path / "data" / "objects" / f"{number:02x}" for number in range(256)]
+        taken = [folder for folder in folders if not folder.exists()]
+        for folder in taken:
+            folder.touch()  # no plan's folder can be made
+        job = http.post("/v1/plans", json={"profile": identity, "memory": minimum}).json()
+        tries = http.app.state.service.metrics.registry
+        patience = time.monotonic() + PATIENCE
+        while (tries.get_sample_value("tightfit_worker_seconds_count", {"kind": "plan"}) or 0) < 2:
+            assert time.monotonic() < patience
+            time.sleep(0.05)
+        assert http.get(f"/v1/jobs/{job['id']}").json()["state"] in {"queued", "running"}
+        for folder in taken:
+            folder.unlink()
+        assert wait(http, job)["state"] == "succeeded"
+
+
+@pytest.fixture
+def full(tmp_path, monkeypatch):
+    """A supervisor and a run of its that is running, on a disk that is full until `full.room` is set."""
+    monkeypatch.setattr("planner.service.supervisor.DISK_SECONDS", 0.01)
+    settings = Settings(data_dir=tmp_path, command=())
+    store, events = Store(tmp_path / "s.sqlite"), Events()
+    supervisor = Supervisor(settings, store, Objects(tmp_path / "objects"), events, Metrics())
+    supervisor._wake["cpu"] = asyncio.Event()
+    supervisor.room = False
+    finish = store.finish
+
+    def finish_with_room(*words, **more):
+        if not supervisor.room:
+            raise StorageError("full")
+        return finish(*words, **more)
+
+    monkeypatch.setattr(store, "finish", finish_with_room)
+    job, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9)
+    yield supervisor, store, job
+    store.close()
+
+
+FAILED = {"event": "error", "code": "run_failed", "message": "no"}
+
+
+def test_a_run_that_is_cancelled_while_its_end_waits_for_room_can_go_on(full):
+    supervisor, store, job = full
+
+    async def end():
+        store.next("cpu")
+        ending = asyncio.create_task(supervisor._conclude(job, FAILED, 1, None))
+        await asyncio.sleep(0.05)
+        supervisor.cancel(job.id)
+        supervisor.room = True
+        await ending
+
+    asyncio.run(end())
+    assert store.job(job.id).state == "cancelled"
+    assert supervisor.resume(job.id).state == "queued"
+    assert supervisor._cancelled == set()  # else it would be ended as soon as it starts
+
+
+def test_a_service_that_stops_on_a_full_disk_leaves_the_job_to_the_next_start(full, monkeypatch):
+    supervisor, store, _ = full
+    failed = []
+
+    async def carry_out(job, lane):
+        supervisor._stopping = True
+        try:
+            await supervisor._conclude(job, {"result": {}, "files": []}, 0, None)
+        finally:
+            supervisor.room = True  # enough for a few words
+
+    monkeypatch.setattr(supervisor, "_carry_out", carry_out)
+    monkeypatch.setattr(supervisor, "_ended", failed.append)
+    with pytest.raises(StorageError):
+        asyncio.run(supervisor._serve("cpu"))
+    assert failed == []
+    assert store.recover() == (1, 0)
 
 
 def test_who_starts_to_listen_hears_the_end():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from profiles.errors import TightfitError
+from profiles.errors import RunError, TightfitError
 
 Code = Literal[
     "invalid_request",  # 422, or 400 where the body is no JSON
@@ -18,7 +18,7 @@ Code = Literal[
     "misdirected",  # 421: a Host that is not ours
     "busy",  # 429: the queue is full
     "internal",  # 500
-    "storage",  # 507: the data folder's disk is full, or cannot be written
+    "storage",  # 507: the data folder's disk is full, or cannot be written; a job waits for room instead
     # Of jobs, not of requests:
     "input",  # the library refused the input
     "infeasible",  # a run of a plan without a schedule
@@ -38,6 +38,10 @@ class ServiceError(TightfitError):
         self.status = status
         self.code: Code = code
         self.field = field
+
+
+class StorageError(RunError):
+    """The data folder's disk is full, or cannot be written: nothing was wrong with what was asked."""
 
 
 def not_found(what: str, name: str) -> ServiceError:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from profiles.errors import RunError
+from planner.service.errors import StorageError
 
 CHUNK = 1 << 18
 
@@ -42,7 +42,7 @@ class Objects:
         return self.folder / digest[:2] / digest[2:]
 
     def put(self, content: bytes) -> Written:
-        """Store `content`. Raises RunError where the disk refuses."""
+        """Store `content`. Raises StorageError where the disk refuses."""
         return self.put_chunks([content])
 
     def put_chunks(self, chunks: Iterable[bytes]) -> Written:
@@ -65,7 +65,7 @@ class Objects:
                 _sync(self.folder)
             stored = place.stat().st_size
         except OSError as error:
-            raise RunError(f"{self.folder}: {error.strerror}; free disk space and ask again") from error
+            raise StorageError(f"{self.folder}: {error.strerror}; free disk space and ask again") from error
         finally:
             with suppress(OSError):
                 part.unlink()

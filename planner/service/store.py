@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from planner.schema import PLAN_VERSION
-from planner.service.errors import ServiceError
+from planner.service.errors import ServiceError, StorageError
 from planner.service.migrations import migrate
 from planner.service.objects import Written
 from planner.service.schema import FINISHED, Error, Job, JobKind
-from profiles.errors import RunError
 from profiles.schema import PROFILE_VERSION
 
 ATTEMPTS = 5
@@ -50,7 +49,7 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of it or nothing. Raises RunError where the disk refuses."""
+        """All of it or nothing. Raises StorageError where the disk refuses."""
         try:
             self._database.execute("BEGIN IMMEDIATE")
             yield self._database
@@ -59,7 +58,7 @@ class Store:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF in DISK:
-                raise RunError(f"{self._path}: {error}; free disk space and ask again") from error
+                raise StorageError(f"{self._path}: {error}; free disk space and ask again") from error
             raise
 
     # --- jobs ------------------------------------------------------------------------------------------------------

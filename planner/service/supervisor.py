@@ -17,6 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
 
+from planner.service.errors import StorageError
 from planner.service.events import Events
 from planner.service.metrics import Metrics
 from planner.service.objects import Objects
@@ -25,7 +26,6 @@ from planner.service.schema import Error, Job
 from planner.service.settings import Settings
 from planner.service.store import ATTEMPTS, SOLVE, Store, folder_row
 from planner.service.worker import Order
-from profiles.errors import RunError
 
 T = TypeVar("T")
 LOCAL = "cpu"
@@ -121,7 +121,9 @@ class Supervisor:
                 if self.store.job(job.id).state == "running":  # about to start when the service stops
                     self.store.requeue(job.id, counted=False)
                 raise
-            except Exception:
+            except Exception as failure:
+                if self._stopping and isinstance(failure, StorageError):
+                    raise  # not stored: the next start takes the job up
                 log.exception("job failed inside the service", extra={"job": job.id})
                 message = "internal error; the service's log tells more"
                 error = Error(code="internal", message=message)
@@ -181,40 +183,42 @@ class Supervisor:
         return end
 
     async def _conclude(self, job: Job, end: dict[str, Any] | None, code: int, worker: Worker) -> None:
-        cancelled = job.id in self._cancelled
-        self._cancelled.discard(job.id)
+        if end is not None and end.get("code") == "storage":
+            log.error("not stored; done again until it is", extra={"job": job.id, "why": end["message"]})
+            await asyncio.sleep(DISK_SECONDS)
+        ended = await self._stored(lambda: self._write_end(job, end, code, worker))
+        if ended.state == "queued":
+            self.wake(SOLVE if job.kind in {"plan", "comparison"} else LOCAL)
+        self._ended(ended)
+
+    def _write_end(self, job: Job, end: dict[str, Any] | None, code: int, worker: Worker) -> Job:
         if end is not None and "result" in end:
-            write = partial(self.store.finish, job.id, "succeeded", result=end["result"], files=end["files"])
-        elif cancelled:
-            write = partial(self.store.finish, job.id, "cancelled", files=self._left(job))
-        elif self._stopping:
-            write = partial(self.store.requeue, job.id, counted=False)
-        elif end is not None:
+            return self.store.finish(job.id, "succeeded", result=end["result"], files=end["files"])
+        if job.id in self._cancelled:
+            return self.store.finish(job.id, "cancelled", files=self._left(job))
+        if self._stopping or (end is not None and end["code"] == "storage"):
+            return self.store.requeue(job.id, counted=False)
+        if end is not None:
             if end["code"] == "internal":
                 log.error("job failed inside", extra={"job": job.id, "said": worker.last_words()})
             error = Error(code=end["code"], message=end["message"])
-            write = partial(self.store.finish, job.id, "failed", error=error, files=self._left(job))
         elif code == -signal.SIGKILL and job.attempts < ATTEMPTS:
             # Killed from outside, perhaps by the kernel for want of memory: worth another try.
-            write = partial(self.store.requeue, job.id, counted=True)
+            return self.store.requeue(job.id, counted=True)
         else:
             how = signal.Signals(-code).name if code < 0 else f"status {code}"
             log.error("worker died", extra={"job": job.id, "how": how, "said": worker.last_words()})
             limit = self.settings.solve_bytes >> 20
             message = f"the process of this job died ({how}); its memory limit is {limit} MiB"
             error = Error(code="worker_died", message=message)
-            write = partial(self.store.finish, job.id, "failed", error=error, files=self._left(job))
-        ended = await self._stored(write)
-        if ended.state == "queued":
-            self.wake(SOLVE if job.kind in {"plan", "comparison"} else LOCAL)
-        self._ended(ended)
+        return self.store.finish(job.id, "failed", error=error, files=self._left(job))
 
     async def _stored(self, write: Callable[[], T]) -> T:
         """What `write` returns; where the disk is full, once there is room: nobody else would write it down."""
         while True:
             try:
                 return write()
-            except RunError as error:
+            except StorageError as error:
                 log.error("not stored; tried again until it is", extra={"why": str(error)})  # noqa: TRY400  no traceback
                 if self._stopping:
                     raise  # the next start takes the job up
@@ -229,6 +233,7 @@ class Supervisor:
         return [folder_row(job.id, size)] if size else []
 
     def _ended(self, job: Job) -> None:
+        self._cancelled.discard(job.id)  # only now: it may be cancelled while its end waits for room
         self.metrics.jobs.labels(job.kind, job.state).inc()
         log.info("job", extra={"job": job.id, "kind": job.kind, "state": job.state, "attempts": job.attempts})
         self.events.changed(job)

@@ -8,6 +8,7 @@ standard input closes. A job that dies takes nothing with it but itself.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from planner.service.errors import StorageError
 from profiles.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
 
 NICE = 5
@@ -33,6 +35,7 @@ CODES: dict[type[TightfitError], str] = {
     InfeasibleError: "infeasible",
     RunError: "run_failed",
     CapError: "cap_passed",
+    StorageError: "storage",
 }
 
 
@@ -109,6 +112,9 @@ def main(lane: str) -> int:
     except TightfitError as error:
         tell(event="error", code=CODES.get(type(error), "input"), message=str(error))
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            tell(event="error", code="storage", message=str(error))
+            return 0
         traceback.print_exc()
         tell(event="error", code="internal", message=f"internal error, {type(error).__name__}: {error}")
     else:
