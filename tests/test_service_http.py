@@ -203,6 +203,9 @@ def test_what_is_not_there(served):
         full, head = served.http.get(path), served.http.head(path)
         assert (head.status_code, head.content) == (200, b"")
         assert head.headers["content-length"] == full.headers["content-length"]
+    # A stream lasts as long as its job: without its body it would hold up the connection as long.
+    head = served.http.head("/v1/jobs/job-0123456789abcdef/events")
+    assert (head.status_code, head.headers["allow"]) == (405, "GET")
     refused(served.http.get("/v1/plans/short"), 422, "invalid_request", "path.identity")
 
 
@@ -377,8 +380,63 @@ def test_the_client_waits_for_a_service_that_is_started_again(monkeypatch):
     # Where it stays away, what becomes of the job is said.
     monkeypatch.setattr("planner.service.client.RESTART_SECONDS", 0.1)
     monkeypatch.setattr(Client, "_stream", lambda self, identity: (_ for _ in ()).throw(httpx.ConnectError("gone")))
-    with pytest.raises(RunError, match="job-0123456789abcdef goes on when `tightfit serve` is started there again"):
+    with pytest.raises(
+        RunError, match=r"goes on when .* there again: see http://127.0.0.1:9/v1/jobs/job-0123456789abcdef"
+    ):
         client.finish(job)
+
+
+def test_the_client_waits_however_long_a_job_was_silent_before(monkeypatch):
+    """A minute counts from where the stream broke, and a proxy without a service behind it is no answer."""
+    job = {"id": "job-0123456789abcdef", "state": "running"}
+    now = [0.0]
+    monkeypatch.setattr("planner.service.client.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("planner.service.client.time.sleep", lambda seconds: None)
+
+    class Silent(httpx.SyncByteStream):
+        def __iter__(self):
+            yield f"event: job\ndata: {json.dumps(job)}\n\n".encode()
+            now[0] += 3600.0
+            raise httpx.ReadTimeout("silent")
+
+    done = f"event: job\ndata: {json.dumps(job | {'state': 'succeeded'})}\n\n"
+    answers = iter(
+        [
+            httpx.Response(200, stream=Silent()),
+            *(httpx.Response(status, text="nothing behind this proxy") for status in (502, 503, 504)),
+            httpx.Response(200, text=done),
+        ]
+    )
+    client = Client("http://planner", token=None, timeout=1.0)
+    client._http = httpx.Client(base_url=client.url, transport=httpx.MockTransport(lambda _: next(answers)))
+    with client:
+        assert client.finish(job)["state"] == "succeeded"
+
+
+def test_a_run_that_goes_on_is_asked_for_by_its_key(monkeypatch):
+    """Cut off and sent again, the request has the same key; interrupted, the run's own address is named."""
+    asked = []
+
+    def answer(request):
+        asked.append((request.url.path, request.headers.get("Idempotency-Key")))
+        if len(asked) == 1:
+            raise httpx.ReadError("cut off")
+        return httpx.Response(202, json={"id": "job-0123456789abcdef", "kind": "run", "state": "queued"})
+
+    def stream(self, identity):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(Client, "_stream", stream)
+    client = Client("http://planner", token=None, timeout=1.0)
+    client._http = httpx.Client(base_url=client.url, transport=httpx.MockTransport(answer))
+    with (
+        client,
+        pytest.raises(KeyboardInterrupt, match=r"see http://planner/v1/jobs/job-0123456789abcdef, and .*/report once"),
+    ):
+        client.resume("job-0123456789abcdef")
+    assert asked[0] == asked[1] == ("/v1/runs/job-0123456789abcdef/resume", asked[0][1])
+    assert asked[0][1]
 
 
 def test_ctrl_c_says_what_goes_on_at_the_service(served, profile, minimum, tmp_path, monkeypatch, capfd):
@@ -400,13 +458,14 @@ def test_ctrl_c_says_what_goes_on_at_the_service(served, profile, minimum, tmp_p
 
 def test_addresses_and_tokens_as_people_give_them(served, tmp_path, monkeypatch):
     # As it is copied from a browser.
-    with connect(f"{served.url}/page/") as service:
-        assert service.get("/v1/jobs")
+    for copied in (f"{served.url}/page/", f"{served.url}/page/#profile={UNKNOWN}&budget=1", f"{served.url}/page?a=b"):
+        with connect(copied) as service:
+            assert service.get("/v1/jobs")
     monkeypatch.setenv("TIGHTFIT_TOKEN", "")
     with connect(served.url) as service:
         assert service.get("/v1/jobs")
     for token in ("a-secret-of-some-length ", "a-secret-of-söme-length"):
-        with pytest.raises(InputError, match="a blank or a character that no request can carry") as refusal:
+        with pytest.raises(InputError, match=r"^the token holds a blank or a character that no request") as refusal:
             connect(served.url, token=token)
         assert token not in str(refusal.value)
         with pytest.raises(InputError, match="a blank or a character that no request can carry"):
@@ -472,7 +531,7 @@ def test_a_token_is_asked_for_and_never_logged(tmp_path):
         bare.get(f"/v1/jobs?state={token}", headers={"Authorization": f"Bearer {token}"})
         with (
             connect(service.url, token="wrong") as wrong,
-            pytest.raises(InputError, match=r"send the service's token.*TIGHTFIT_TOKEN"),
+            pytest.raises(InputError, match=r"send the service's token.*; set TIGHTFIT_TOKEN to the service's token"),
         ):
             wrong.get("/v1/jobs")
         second = Served(service.data)

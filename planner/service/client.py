@@ -36,6 +36,8 @@ TRIES = 4
 RESTART_SECONDS = 60.0
 """how long events are asked for anew: a service that is started again takes its jobs up"""
 AGAIN_SECONDS = 0.5
+GONE = frozenset({502, 503, 504})
+"""a proxy's answers in the place of a service that is started again"""
 JOB_ERRORS: dict[str, type[TightfitError]] = {
     "input": InputError,
     "infeasible": InfeasibleError,
@@ -65,7 +67,8 @@ class Client:
     """
 
     def __init__(self, url: str, *, token: str | None, timeout: float) -> None:
-        self.url = url.rstrip("/").removesuffix("/page")  # as it is copied from a browser
+        address = url.partition("#")[0].partition("?")[0]  # as it is copied from a browser
+        self.url = address.rstrip("/").removesuffix("/page")
         if token is not None:
             check_token(token)
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -166,16 +169,14 @@ class Client:
         self, plan: str, data: str, *, steps: int, progress: Progress | None = None, **options: Any
     ) -> dict[str, Any]:
         """Carry out the stored plan of that id on the service's machine; returns the report."""
-        key = {"Idempotency-Key": os.urandom(16).hex()}
-        return self._report(
-            self.post("/v1/runs", {"plan": plan, "data": data, "steps": steps, **options}, headers=key), progress
-        )
+        return self._report("/v1/runs", {"plan": plan, "data": data, "steps": steps, **options}, progress)
 
     def resume(self, run: str, *, progress: Progress | None = None) -> dict[str, Any]:
         """Go on with a run that was cancelled, failed or interrupted, from its checkpoint; returns the report."""
-        return self._report(self.post(f"/v1/runs/{run}/resume", {}), progress)
+        return self._report(f"/v1/runs/{run}/resume", {}, progress)
 
-    def _report(self, job: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
+    def _report(self, path: str, request: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
+        job = self.post(path, request, headers={"Idempotency-Key": os.urandom(16).hex()})
         self.finish(job, progress)
         return self.get(f"/v1/runs/{job['id']}/report")
 
@@ -194,10 +195,14 @@ class Client:
                 elif name == "job":
                     job = data
         except KeyboardInterrupt:
-            # Others may wait for it too: an equal request is the same job.
+            # Others may wait for it too: an equal request is the same job, but for runs.
+            result = "ask the same again for its result"
+            if job["kind"] == "run":
+                result = (
+                    f"see {self.url}/v1/jobs/{job['id']}, and {self.url}/v1/runs/{job['id']}/report once it is done"
+                )
             raise KeyboardInterrupt(
-                f"{job['id']} goes on at {self.url}: ask the same again for its result, or end it by"
-                f" POST {self.url}/v1/jobs/{job['id']}/cancel"
+                f"{job['id']} goes on at {self.url}: {result}, or end it by POST {self.url}/v1/jobs/{job['id']}/cancel"
             ) from None
         if job["state"] == "succeeded":
             return job
@@ -206,24 +211,25 @@ class Client:
 
     def events(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """(name, data) of a job's events to its end; a stream that breaks is taken up again, for a minute of silence."""
-        heard = time.monotonic()
-        while time.monotonic() - heard < RESTART_SECONDS:
-            try:
+        broken: float | None = None
+        while broken is None or time.monotonic() - broken < RESTART_SECONDS:
+            with contextlib.suppress(httpx.TransportError):
                 for name, data in self._stream(identity):
+                    broken = None
                     yield name, data
-                    heard = time.monotonic()
                     if name == "job" and data["state"] not in {"queued", "running"}:
                         return
-            except httpx.TransportError:
-                pass
+            broken = broken or time.monotonic()
             time.sleep(AGAIN_SECONDS)
         raise RunError(
             f"{self.url}: no answer for {RESTART_SECONDS:.0f} s; {identity} goes on when `tightfit serve` is started there"
-            " again: ask the same again then"
+            f" again: see {self.url}/v1/jobs/{identity} then"
         )
 
     def _stream(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
         with self._http.stream("GET", f"/v1/jobs/{identity}/events") as answer:
+            if answer.status_code in GONE:
+                raise httpx.RemoteProtocolError(f"status {answer.status_code}")
             if answer.status_code != 200:
                 answer.read()
                 _raise(answer)
@@ -277,6 +283,6 @@ def _raise(answer: httpx.Response) -> None:
     except (ValueError, KeyError, TypeError):
         told = f"status {answer.status_code}; if no tightfit service answers there, check the address"
     if answer.status_code == 401:
-        told += "; the environment variable TIGHTFIT_TOKEN holds the one to send"
+        told += "; set TIGHTFIT_TOKEN to the service's token"
     kind = RunError if answer.status_code >= 500 or answer.status_code == 429 else InputError
     raise kind(f"{answer.url.host}: {told}")

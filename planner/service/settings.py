@@ -66,7 +66,7 @@ def check_token(token: str) -> None:
     """Raises InputError for a token that no request can carry."""
     if not all("!" <= character <= "~" for character in token):
         raise InputError(
-            "the token in TIGHTFIT_TOKEN holds a blank or a character that no request can carry; use letters, digits and"
+            "the token holds a blank or a character that no request can carry; use letters, digits and"
             " signs of ASCII, for example from `openssl rand -hex 16`"
         )
 
