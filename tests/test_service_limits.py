@@ -20,6 +20,7 @@ from planner.service.metrics import Metrics
 from planner.service.objects import Objects
 from planner.service.schema import PLAN_JOB, Job
 from planner.service.settings import Settings
+from planner.service.solving import keep_profile
 from planner.service.store import Store
 from planner.service.supervisor import Supervisor
 
@@ -148,6 +149,23 @@ def test_a_disk_without_room_for_what_a_worker_makes_costs_no_job(tmp_path, prof
         for folder in taken:
             folder.unlink()
         assert wait(http, job)["state"] == "succeeded"
+
+
+def test_a_run_goes_on_only_with_data_under_the_roots_of_today(tmp_path, profile):
+    (tmp_path / "root").mkdir()
+    data = tmp_path / "root" / "data.jsonl"
+    data.write_text('{"text": "a"}\n')
+    with service(tmp_path, roots=(tmp_path / "root",)) as http:
+        own = http.app.state.service
+        measured = profile.model_copy(update={"device": profile.device.model_copy(update={"measured": True})})
+        made = own.store.add(keep_profile(own.objects, measured, origin="made"))["id"]
+        plan = wait(http, http.post("/v1/plans", json={"profile": made, "memory": "1GiB"}).json())["result"]["plan"]
+        run = http.post("/v1/runs", json={"plan": plan, "data": str(data), "steps": 1}).json()
+        assert wait(http, run)["state"] == "failed"  # nothing is there to train
+    with service(tmp_path) as http:
+        answer = http.post(f"/v1/runs/{run['id']}/resume")
+        assert (answer.status_code, answer.json()["error"]["fields"][0]["field"]) == (422, "body.data")
+        assert http.get(f"/v1/jobs/{run['id']}").json()["state"] == "failed"
 
 
 @pytest.fixture

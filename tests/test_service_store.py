@@ -209,13 +209,23 @@ def test_a_run_that_ended_early_goes_on_and_its_checkpoints_are_its_own_again(st
     store.next(LANE)
     store.finish(run.id, "cancelled", files=[folder_row(run.id, 5000)])
     assert store.stored_bytes() == 5000
-    resumed = store.resume(run.id, waiting=1)
+    resumed, new = store.resume(run.id, key="k", waiting=1)
+    assert new
     assert (resumed.state, resumed.finished, resumed.attempts, store.stored_bytes()) == ("queued", None, 0, 0)
-    with pytest.raises(ServiceError, match="is queued: there is nothing to go on with") as refusal:
-        store.resume(run.id, waiting=2)
-    assert refusal.value.status == 409
+    # Asked twice under one key, it goes on once; a key is for one request.
+    assert store.resume(run.id, key="k", waiting=1) == (resumed, False)
+    with pytest.raises(ServiceError, match="the idempotency key 'k' was used for another request"):
+        ask(store, key="k", repeatable=True)
+    # What cannot go on is told so, with a full queue too.
+    for waiting in (1, 2):
+        with pytest.raises(ServiceError, match="is queued: there is nothing to go on with") as refusal:
+            store.resume(run.id, waiting=waiting)
+        assert refusal.value.status == 409
+    other, _ = ask(store, 2, repeatable=True)
+    store.finish(other.id, "cancelled")
     with pytest.raises(ServiceError, match="1 jobs are waiting already"):
-        store.resume(run.id, waiting=1)
+        store.resume(other.id, waiting=1)
+    assert store.job(other.id).state == "cancelled"
     assert store.next(LANE).id == run.id
 
 

@@ -17,6 +17,8 @@ from planner.summary import to_json
 
 OPEN = ("/healthz", "/page/")
 """answered without a token: nothing there belongs to anybody"""
+STREAMS = "/events"
+"""end of the paths whose answers last as long as their job: not told without their body"""
 POLICY = (
     b"default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self';"
     b" base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -101,8 +103,8 @@ class Guard:
                 await refuse(why)
             else:
                 # What is read is also told without its body, which the server leaves out.
-                method = "GET" if scope["method"] == "HEAD" else scope["method"]
-                asked = {**scope, "method": method}
+                told = scope["method"] == "HEAD" and not scope["path"].endswith(STREAMS)
+                asked = {**scope, "method": "GET" if told else scope["method"]}
                 await self.app(asked, receive_counted, send_guarded)
         finally:
             self._note(asked, scope["method"], int(state["status"]), time.perf_counter() - began)

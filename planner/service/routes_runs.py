@@ -44,16 +44,7 @@ RANDOM = "random"
 @router.post("", status_code=202, responses=JOB_ANSWERS, summary="Carry out a plan")
 async def make_run(request: Request, asked: RunRequest, key: IdempotencyKey = None) -> Response:
     """Every request is a run of its own, unless an idempotency key says that it is the same one."""
-    service = service_of(request)
-    row = stored(request, "plan", asked.plan, "plan")
-    refusal = not_runnable(request, row)
-    if refusal is not None:
-        raise invalid("plan", refusal)
-    roots = service.settings.roots
-    words = asked.model_dump() | {
-        "data": RANDOM if asked.data == RANDOM else confined(asked.data, roots, "data"),
-        "eval_data": None if asked.eval_data is None else confined(asked.eval_data, roots, "eval_data"),
-    }
+    words = asked.model_dump() | _allowed(request, asked)
     return ask(request, "run", words, key=key, uses=[("plan", asked.plan)], repeatable=True)
 
 
@@ -69,10 +60,13 @@ async def get_run(request: Request, identity: Identity) -> Job:
     responses=errors(404, 409, 429),
     summary="Go on with a run",
 )
-async def resume_run(request: Request, identity: Identity) -> Response:
-    """A run that was cancelled, failed or interrupted goes on from its checkpoint. 409 where it has not ended so."""
-    _run(request, identity)
-    return job_answer(service_of(request).supervisor.resume(identity))
+async def resume_run(request: Request, identity: Identity, key: IdempotencyKey = None) -> Response:
+    """A run that was cancelled, failed or interrupted goes on from its checkpoint. 409 where it has not ended so.
+
+    What it reads is allowed or refused as for a new run: the service may have been started with other roots since.
+    """
+    _allowed(request, RunRequest(**_run(request, identity).request))
+    return job_answer(service_of(request).supervisor.resume(identity, key))
 
 
 @router.get("/{identity}/metrics", response_model=RunMetrics, responses=errors(404), summary="Every step so far")
@@ -103,6 +97,18 @@ async def get_adapter(request: Request, identity: Identity) -> Response:
     """`adapter/` as `peft.PeftModel.from_pretrained` takes it."""
     row = _made(request, identity, "adapter")
     return file_answer(request, row, media_type="application/x-tar", name=f"adapter-{identity}.tar")
+
+
+def _allowed(request: Request, asked: RunRequest) -> Row:
+    """The real paths that a run reads. Raises ServiceError for what may not be run here, or lies outside the roots."""
+    refusal = not_runnable(request, stored(request, "plan", asked.plan, "plan"))
+    if refusal is not None:
+        raise invalid("plan", refusal)
+    roots = service_of(request).settings.roots
+    return {
+        "data": RANDOM if asked.data == RANDOM else confined(asked.data, roots, "data"),
+        "eval_data": None if asked.eval_data is None else confined(asked.eval_data, roots, "eval_data"),
+    }
 
 
 def _run(request: Request, identity: str) -> Job:

@@ -80,17 +80,9 @@ class Store:
         ServiceError where the key was used for another request, or `waiting` jobs are queued already.
         """
         asked = _hash(kind, request)
-        if key is not None:
-            row = self._one("SELECT content, job FROM idempotency WHERE key = ?", key)
-            if row is not None:
-                if row["content"] != asked:
-                    raise ServiceError(
-                        409,
-                        "conflict",
-                        f"the idempotency key {key!r} was used for another request; use a new key for a new request",
-                        "header.Idempotency-Key",
-                    )
-                return self.job(row["job"]), False
+        known = self._known(key, asked)
+        if known is not None:
+            return known, False
         found = self._same(content)
         if found is not None and key is None:
             self.touch("job", found.id)
@@ -110,6 +102,20 @@ class Store:
                     "INSERT INTO idempotency VALUES (?, ?, ?)", (key, asked, found.id if found else identity)
                 )
         return (found, False) if found else (self.job(identity), True)
+
+    def _known(self, key: str | None, asked: str) -> Job | None:
+        """The job that the idempotency key stands for. Raises ServiceError where it was used for another request."""
+        row = self._one("SELECT content, job FROM idempotency WHERE key = ?", key)
+        if row is None:
+            return None
+        if row["content"] != asked:
+            raise ServiceError(
+                409,
+                "conflict",
+                f"the idempotency key {key!r} was used for another request; use a new key for a new request",
+                "header.Idempotency-Key",
+            )
+        return self.job(row["job"])
 
     def _same(self, content: str | None) -> Job | None:
         if content is None:
@@ -188,24 +194,30 @@ class Store:
             )
         return self.job(identity)
 
-    def resume(self, identity: str, *, waiting: int) -> Job:
+    def resume(self, identity: str, *, key: str | None = None, waiting: int) -> tuple[Job, bool]:
         """Put a run that ended before its last step back into the queue; what it has saved is its own again.
 
-        Raises ServiceError where it has not ended so, or `waiting` jobs are queued already.
+        Returns it, and whether it goes on only now: not where `key` has asked for that already. Raises ServiceError where
+        the run has not ended so, or `waiting` jobs are queued already.
         """
+        asked = _hash("resume", {"run": identity})
+        known = self._known(key, asked)
+        if known is not None:
+            return known, False
+        job = self.job(identity)
+        if job.state not in FINISHED - {"succeeded"}:
+            raise ServiceError(409, "conflict", f"the run {identity} is {job.state}: there is nothing to go on with")
         with self._transaction() as database:
             self._room(waiting)
-            resumed = database.execute(
+            database.execute(
                 "UPDATE jobs SET state = 'queued', started = NULL, finished = NULL, error = NULL, attempts = 0"
-                " WHERE id = ? AND state IN ('cancelled', 'failed', 'interrupted')",
+                " WHERE id = ?",
                 (identity,),
             )
-            if resumed.rowcount:
-                database.execute("DELETE FROM files WHERE kind = 'folder' AND id = ?", (identity,))
-        job = self.job(identity)
-        if not resumed.rowcount:
-            raise ServiceError(409, "conflict", f"the run {identity} is {job.state}: there is nothing to go on with")
-        return job
+            database.execute("DELETE FROM files WHERE kind = 'folder' AND id = ?", (identity,))
+            if key is not None:
+                database.execute("INSERT INTO idempotency VALUES (?, ?, ?)", (key, asked, identity))
+        return self.job(identity), True
 
     def _room(self, waiting: int) -> None:
         (queued,) = _values(self._database.execute("SELECT count(*) AS n FROM jobs WHERE state = 'queued'").fetchone())

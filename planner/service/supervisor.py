@@ -85,12 +85,13 @@ class Supervisor:
                 self._end(job, self._workers[identity])
         return self.events.told(job)
 
-    def resume(self, identity: str) -> Job:
+    def resume(self, identity: str, key: str | None = None) -> Job:
         """A run that ended before its last step goes on from its checkpoint, or from the start where it has none."""
-        job = self.store.resume(identity, waiting=self.settings.waiting)
-        self._ended(job)
-        self.wake(LOCAL)
-        return job
+        job, new = self.store.resume(identity, key=key, waiting=self.settings.waiting)
+        if new:
+            self._ended(job)
+            self.wake(LOCAL)
+        return self.events.told(job)
 
     @staticmethod
     def _end(job: Job, worker: Worker) -> None:
@@ -121,9 +122,9 @@ class Supervisor:
                 if self.store.job(job.id).state == "running":  # about to start when the service stops
                     self.store.requeue(job.id, counted=False)
                 raise
-            except Exception as failure:
-                if self._stopping and isinstance(failure, StorageError):
-                    raise  # not stored: the next start takes the job up
+            except StorageError:
+                raise  # the service stops and nothing can be written: the next start takes the job up
+            except Exception:
                 log.exception("job failed inside the service", extra={"job": job.id})
                 message = "internal error; the service's log tells more"
                 error = Error(code="internal", message=message)
