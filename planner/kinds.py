@@ -33,6 +33,7 @@ KINDS = (
     Kind(name="gradient", label="gradients", light="#d65a94", dark="#e07aa9"),
     Kind(name="workspace", label="workspace", light="#12866b", dark="#2fa98a"),
     Kind(name="fragmentation", label="touched, free for reuse", light="#d8d2c4", dark="#6d675b"),
+    Kind(name="beyond", label="at other moments", light="#a89f92", dark="#8a8175"),
 )
 UNKNOWN = ("#77706a", "#9a938c")
 
@@ -115,7 +116,7 @@ def peak_parts(plan: Plan) -> list[tuple[Kind, int]]:
     beyond = max(0, plan.peak_bytes - point.bytes)
     workspace = point.by_kind.get("workspace", 0)
     largest = min(workspace + beyond, max(workspace, plan.workspace_bytes))
-    held = {**point.by_kind, "workspace": largest, "at other moments": beyond - (largest - workspace)}
+    held = {**point.by_kind, "workspace": largest, "beyond": beyond - (largest - workspace)}
     kinds = kinds_of([point.model_copy(update={"by_kind": held})], plan.device.kind)
     return [(kind, held[kind.name]) for kind in kinds]
 

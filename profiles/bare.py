@@ -97,7 +97,10 @@ def parse_graph(data: Any, source: str = "graph") -> Profile:
 
 
 def graph_profile(graph: BareGraph, source: str = "graph") -> Profile:
-    """The profile of a bare graph. Raises InputError as `parse_graph` does."""
+    """The profile of a bare graph, the same whatever `source` is: that only names it in messages.
+
+    Raises InputError as `parse_graph` does.
+    """
     if (graph.read is None) != (graph.write is None):
         lacking, given = ("read", "write") if graph.read is None else ("write", "read")
         raise InputError(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_plans import infeasible_plan, sample_plan, sample_plans
 
-from planner.kinds import KINDS, buckets, budgets_of, fullest, in_use, kinds_of, policies_of, ticks
+from planner.kinds import KINDS, buckets, budgets_of, fullest, in_use, kinds_of, peak_parts, policies_of, ticks
 from planner.schema import TimelinePoint
 from profiles.units import MIB
 
@@ -65,6 +65,13 @@ def test_a_card_has_no_python_in_it():
     point = TimelinePoint(instruction=0, seconds=1, bytes=3, by_kind={"floor": 2, "weight": 1})
     labels = {on: [kind.label for kind in kinds_of([point], on)] for on in ("cpu", "cuda")}
     assert labels == {"cpu": ["Python and PyTorch", "weights, unpacked"], "cuda": ["CUDA context", "weights, unpacked"]}
+
+
+def test_every_part_of_a_peak_has_a_colour():
+    parts = [kind for kind, size in peak_parts(sample_plan()) if size]
+    assert "at other moments" in [kind.label for kind in parts]
+    assert {kind.name for kind in parts} <= {kind.name for kind in KINDS}
+    assert all(kind.name.isalpha() for kind in KINDS)  # pages name their colours by them
 
 
 def test_kind_names_and_colours_are_distinct():
