@@ -247,6 +247,37 @@ def test_the_address_brings_back_what_is_looked_at(browser, page, served):
     expect(again.locator("#plan-title")).to_contain_text("mebp")
     assert again.input_value("#profile") == page.input_value("#profile")
     assert "uploaded" in again.locator("#profile option:checked").inner_text()
+    # Nothing is named any more, so nothing is shown; what was uploaded before that does not take its place.
+    held = []
+
+    def hold(route):
+        held.append(route)
+
+    again.route("**/v1/profiles/upload", hold)
+    with again.expect_request("**/v1/profiles/upload"):
+        again.set_input_files("#upload", Path(__file__).parent.parent / "examples" / "bare-graph.json")
+    again.evaluate("location.hash = ''")
+    expect(again.locator("#fit")).to_be_hidden()
+    expect(again.locator("#start")).to_be_visible()
+    known = again.locator("#profile option").count()
+    held[0].continue_()
+    expect(again.locator("#profile option")).to_have_count(known + 1)
+    assert again.input_value("#profile") == ""
+    expect(again.locator("#fit")).to_be_hidden()
+    # A measurement says why it says nothing, but not in the place of what was chosen meanwhile.
+    job = {"id": "job-0123456789abcdef", "kind": "profile", "state": "queued"}
+    again.route("**/v1/profiles", lambda route: route.fulfill(json=job))
+    again.route("**/events", lambda route: route.abort())
+    again.locator("#measure-box summary").click()
+    again.fill("#measure [name=path]", "model")
+    again.locator("#measure button").click()
+    about = again.locator("#about")
+    expect(about).to_have_text("measuring: the service does not answer, asked again until it does")
+    again.unroute("**/events")
+    again.select_option("#profile", page.input_value("#profile"))
+    expect(about).to_contain_text("layers of")
+    again.wait_for_timeout(1500)
+    expect(about).to_contain_text("layers of")
     again.close()
     page.select_option("#policy", "solver")
 
@@ -273,9 +304,16 @@ def test_a_service_that_is_gone_is_told_of(browser, tmp_path):
     page = browser.new_page()
     page.set_default_timeout(PATIENCE)
     page.goto(service.url)
+    page.route("**/view", lambda route: route.abort())
     page.select_option("#profile", index=1)
+    # The first plan cannot be shown; the curve goes on, and says so until it is there.
+    expect(page.locator("#problem")).to_contain_text("the service does not answer")
+    expect(page.locator("#curving")).not_to_be_empty()
+    expect(page.locator("#curving")).to_be_empty()
+    expect(page.locator("#curve-table tbody tr")).not_to_have_count(1)
+    page.unroute("**/view")
+    page.click("#solve")
     expect(page.locator("#plan-title")).to_contain_text("The plan: solver")
-    expect(page.locator("#curve")).not_to_have_attribute("aria-busy", "true")
     # Nothing can be started without a plan that runs here.
     expect(page.locator("#run-form")).to_be_hidden()
     service.kill()
@@ -369,6 +407,11 @@ def test_run(browser, served, pictures, work):
     expect(page.locator("#run-state")).to_contain_text("was cancelled")
     # It goes on from where it has saved.
     saved = len(rows(page, "#steps-table"))
+    refusal = {"error": {"code": "busy", "message": "1000 jobs are waiting already", "fields": []}}
+    page.route("**/resume", lambda route: route.fulfill(status=429, json=refusal))
+    page.click("#resume")
+    expect(page.locator("#run-state")).to_have_text("1000 jobs are waiting already")
+    page.unroute("**/resume")
     page.click("#resume")
     expect(page.locator("#run-state")).to_have_text(re.compile(r"^step \d+ of 1000000: loss"))
     reached = int(re.match(r"step (\d+)", page.locator("#run-state").inner_text())[1])

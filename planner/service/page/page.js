@@ -64,6 +64,14 @@ async function recall() {
   const { profile, ...kept } = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
   await listRuns();
   await listProfiles(profile, kept);
+  if (!profile && state.profile) await choose("");
+}
+
+// Look at a profile that is made or uploaded, unless another was chosen since: `chosen` is what `state.chosen` was.
+async function arrived(identity, chosen) {
+  if (chosen === state.chosen) return listProfiles(identity);
+  await listProfiles();
+  $("profile").value = state.profile;
 }
 
 // `kept`: the budget and policy that the address names.
@@ -135,7 +143,9 @@ async function explore(identity, kept, old) {
     if (!old()) keep(done.result.cells);
   };
   const first = solve();
-  await Promise.all([first, compare(POLICIES.slice(1), "the curve of fixed rules").then(() => compare(POLICIES.slice(0, 1), "the curve"))]);
+  const rest = compare(POLICIES.slice(1), "the curve of fixed rules").then(() => compare(POLICIES.slice(0, 1), "the curve"));
+  // It goes on where the first plan fails, and says so until it ends.
+  await Promise.all([first, rest.finally(() => { if (!old()) working("", "curving"); })]);
   if (old()) return;
   glide();
   const best = bestFor(state.budget, (point) => point.plan)?.plan ?? state.plan;
@@ -298,8 +308,8 @@ $("profile").addEventListener("change", action(() => choose($("profile").value))
 $("upload").addEventListener("change", action(async () => {
   const [file] = $("upload").files;
   if (!file) return;
-  const kept = await post("/v1/profiles/upload", await file.text());
-  await listProfiles(kept.id);
+  const { chosen } = state, kept = await post("/v1/profiles/upload", await file.text());
+  await arrived(kept.id, chosen);
 }));
 $("source").addEventListener("change", () => {
   for (const name of ["path", "config"]) $(`${name}-label`).hidden = $("source").value !== name;
@@ -309,9 +319,12 @@ $("measure").addEventListener("submit", action(async (event) => {
   if (form.get("source") === "path") request.path = form.get("path");
   else request.config = JSON.parse(await form.get("config").text());
   for (const name of ["seq", "batch", "lora_rank"]) request[name] = Number(form.get(name));
+  const { chosen } = state;
   $("about").textContent = "measuring …";
-  const done = await work("/v1/profiles", request, (progress) => { $("about").textContent = `measuring: ${progress.stage} ${progress.done} of ${progress.total}`; });
-  await listProfiles(done.result.profile);
+  const done = await work("/v1/profiles", request, ({ stage, done, total }) => {
+    if (chosen === state.chosen) $("about").textContent = `measuring: ${stage}${total ? ` ${done} of ${total}` : ""}`;
+  });
+  await arrived(done.result.profile, chosen);
 }));
 $("slider").addEventListener("input", () => { state.budget = Number($("slider").value) * 1024; glide(); });
 $("slider").addEventListener("change", action(moved));

@@ -44,8 +44,10 @@ export function setUpRun(plan, complain) {
     try { await post(`/v1/jobs/${current}/cancel`, ""); } catch (error) { $("cancel").disabled = false; throw error; }
   }));
   $("resume").addEventListener("click", guarded(async () => {
+    const mine = current;
     $("resume").hidden = true;
-    await follow(await post(`/v1/runs/${current}/resume`, ""));
+    const job = await post(`/v1/runs/${mine}/resume`, "").catch((error) => { $("resume").hidden = mine !== current; throw error; });
+    await follow(job);
   }));
   $("adapter-button").addEventListener("click", guarded(async () => {
     const link = html("a", { href: URL.createObjectURL(await blob(`/v1/runs/${current}/adapter`)), download: `adapter-${current}.tar` });
