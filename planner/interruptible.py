@@ -32,7 +32,11 @@ def interruptible(solve: Callable[[], Answer], stop: Callable[[], None] | None =
             answer.set_exception(error)
 
     try:
-        threading.Thread(target=work, name=THREAD).start()
+        try:
+            threading.Thread(target=work, name=THREAD).start()
+        except RuntimeError:
+            # No memory for a thread.
+            return solve()
         return answer.result()
     except KeyboardInterrupt:
         # What has not begun never will.

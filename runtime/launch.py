@@ -128,6 +128,7 @@ def run(
             (directory / "data").mkdir(exist_ok=True)
             for file in staging.iterdir():
                 file.replace(directory / "data" / file.name)
+            staging.rmdir()  # a run that is killed from here on leaves nothing behind
         path = directory / "job"
         try:
             with _disk(directory):
