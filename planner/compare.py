@@ -220,42 +220,57 @@ class _Table:
         """
         plans = {cell: found.plan for cell, found in self.found.items()}
         for policy in self.policies:
-            made = [plan for (_, name), plan in plans.items() if name == policy]
-            for budget in self.budgets:
-                here = plans.get((budget, policy))
-                fitting = [plan for plan in made if _enough(plan) <= budget and plan.status != "infeasible"]
-                if here is not None and here.status == "infeasible" and fitting:
-                    fastest = min(fitting, key=lambda plan: plan.step_seconds)
-                    # What holds at the larger budget holds here.
-                    any_bound = max(here.any_schedule_bound_seconds, fastest.any_schedule_bound_seconds)
-                    plans[budget, policy] = rebudgeted(fastest, budget_bytes=budget, any_bound=any_bound)
-            best: Plan | None = None
-            for budget in self.budgets:
-                here = plans.get((budget, policy))
-                if here is None or here.status == "infeasible":
-                    continue
-                if best is not None and best.step_seconds < here.step_seconds:
-                    here = plans[budget, policy] = rebudgeted(
-                        best,
-                        budget_bytes=budget,
-                        bound_seconds=self.found[budget, policy].bound_seconds,
-                        any_bound=here.any_schedule_bound_seconds,
-                    )
-                best = here
-            lowest = min((plan for cell, plan in plans.items() if cell[1] == policy), key=_enough, default=None)
-            for budget in self.budgets:
-                here = plans.get((budget, policy))
-                if lowest is None or here is None or here.status != "infeasible":
-                    continue
-                if budget < _enough(lowest) < _enough(here):
-                    # The reason told of another smallest plan.
-                    update = {
-                        "minimum_budget_bytes": _enough(lowest),
-                        "minimum_budget_reason": None,
-                        "deterministic": False if lowest.deterministic is False else here.deterministic,
-                    }
-                    plans[budget, policy] = sealed(here.model_copy(update=update))
+            mine = {budget: plan for (budget, name), plan in plans.items() if name == policy}
+            budgets = [budget for budget in self.budgets if budget in mine]
+            _fitting(mine, budgets)
+            self._none_slower(mine, budgets, policy)
+            _one_smallest(mine, budgets)
+            plans |= {(budget, policy): plan for budget, plan in mine.items()}
         return [plans[cell] for cell in itertools.product(self.budgets, self.policies) if cell in plans]
+
+    def _none_slower(self, mine: dict[int, Plan], budgets: Sequence[int], policy: str) -> None:
+        """Let the plan of a smaller budget stand where it is faster."""
+        best: Plan | None = None
+        for budget in budgets:
+            here = mine[budget]
+            if here.status == "infeasible":
+                continue
+            if best is not None and best.step_seconds < here.step_seconds:
+                here = mine[budget] = rebudgeted(
+                    best,
+                    budget_bytes=budget,
+                    bound_seconds=self.found[budget, policy].bound_seconds,
+                    any_bound=here.any_schedule_bound_seconds,
+                )
+            best = here
+
+
+def _fitting(mine: dict[int, Plan], budgets: Sequence[int]) -> None:
+    """Let the fastest of a policy's plans that fits stand where its search found none."""
+    made = [plan for plan in mine.values() if plan.status != "infeasible"]
+    for budget in budgets:
+        here = mine[budget]
+        fitting = [plan for plan in made if plan.peak_bytes <= budget]
+        if here.status == "infeasible" and fitting:
+            fastest = min(fitting, key=lambda plan: plan.step_seconds)
+            # What holds at the larger budget holds here.
+            any_bound = max(here.any_schedule_bound_seconds, fastest.any_schedule_bound_seconds)
+            mine[budget] = rebudgeted(fastest, budget_bytes=budget, any_bound=any_bound)
+
+
+def _one_smallest(mine: dict[int, Plan], budgets: Sequence[int]) -> None:
+    """Tell one smallest budget wherever none fits: the smallest that any of a policy's plans knows of."""
+    lowest = min(mine.values(), key=_enough, default=None)
+    for budget in budgets:
+        here = mine[budget]
+        if lowest is not None and here.status == "infeasible" and budget < _enough(lowest) < _enough(here):
+            # The reason told of another smallest plan.
+            update = {
+                "minimum_budget_bytes": _enough(lowest),
+                "minimum_budget_reason": None,
+                "deterministic": False if lowest.deterministic is False else here.deterministic,
+            }
+            mine[budget] = sealed(here.model_copy(update=update))
 
 
 def _enough(plan: Plan) -> int:

@@ -69,10 +69,7 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
     if family not in FAMILIES:
         raise InputError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
 
-    def need(key: str) -> int:
-        return _whole(config, key)
-
-    hidden, layers, heads = need("hidden_size"), need("num_hidden_layers"), need("num_attention_heads")
+    hidden, layers, heads = (_whole(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     gemma = family == "gemma3_text"
     kv_heads = _whole(config, "num_key_value_heads", heads)
     head_dim = _whole(config, "head_dim", 256 if gemma else hidden // heads)
@@ -98,9 +95,9 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
     windows = _windows(config, family, layers)
     return DecoderShape(
         family=family,
-        vocab=need("vocab_size"),
+        vocab=_whole(config, "vocab_size"),
         hidden=hidden,
-        intermediate=need("intermediate_size"),
+        intermediate=_whole(config, "intermediate_size"),
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,

@@ -6,7 +6,7 @@ import datetime as dt
 import json
 from collections.abc import Sequence
 from functools import partial
-from itertools import takewhile
+from os.path import commonprefix
 from typing import Any, NoReturn
 
 import jinja2
@@ -88,14 +88,13 @@ class ChatTemplate:
             if message["role"] != "assistant" or (last_only and index != last):
                 continue
             turn = text if index == last else render(messages[: index + 1], generation_prompt=False)
+            end = len(turn.rstrip())
             if index:
                 head = render(messages[:index], generation_prompt=True)
             else:  # templates need not take no messages at all for a prompt
                 others = [render([_saying(words, message)], generation_prompt=False) for words in ("x", "y")]
-                head = min((_common(turn, other) for other in others), key=len)
-            end = len(turn.rstrip())
-            if not index and len(head) >= end:  # what differs is not shown
-                head = ""
+                head = commonprefix([turn, *others])  # noqa: RUF071  characters are meant
+                head = head if len(head) < end else ""  # what differs is not shown
             if text.startswith(turn[:end]) and turn.startswith(head) and done <= len(head) < end:
                 segments += [(text[done : len(head)], False), (text[len(head) : end], True)]
                 done = end
@@ -109,11 +108,6 @@ class ChatTemplate:
 def _saying(words: str, message: Message) -> Message:
     """The same turn with these words in place of all that the assistant says or calls."""
     return {key: value for key, value in message.items() if key not in SPOKEN} | {"content": words}
-
-
-def _common(one: str, other: str) -> str:
-    """What both begin with."""
-    return "".join(mine for mine, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 class _Generation(Extension):

@@ -62,7 +62,8 @@ class PassedOn:
         if number == signal.SIGINT and (not self._pressed or now - self._pressed[-1] > IMPATIENT_SECONDS):
             self._pressed.append(now)
         if self._child:
-            self._child.kill() if len(self._pressed) > 1 else self._child.terminate()
+            end = self._child.kill if len(self._pressed) > 1 else self._child.terminate
+            end()
         if len(self._pressed) > 2:
             raise GivenUp
 

@@ -12,6 +12,7 @@ import time
 import pytest
 from layered_graph import layered
 from ortools.sat.python import cp_model
+from swallowing import Swallowing
 from synthetic import small_chain
 
 from planner.compare import compare
@@ -132,14 +133,6 @@ def test_an_interruption_while_a_solver_is_made_leaves_none_behind(monkeypatch):
 
 def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
     """It came out as an AttributeError, which MathOpt's conversion also raises by itself, and the search went on."""
-
-    class Swallowing:
-        def solve(self, **_):
-            try:
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.5)
-            except KeyboardInterrupt:
-                raise AttributeError from None
 
     program = Growing()
     goal = Linear().add(program.variable())

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import os
 import signal
-import time
 
 import numpy as np
 import pytest
+from swallowing import Swallowing
 from synthetic import small_chain
 
 from planner.pricing import FIELDS, Hull
@@ -49,14 +48,6 @@ def test_an_answer_from_before_new_columns_is_not_given_again(monkeypatch):
 
 
 def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
-    class Swallowing:
-        def solve(self, **_):
-            try:
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.1)
-            except KeyboardInterrupt:
-                raise AttributeError from None
-
     hull = Hull(layered(small_chain(3, layers=2)).types[0])
     before, solver = signal.getsignal(signal.SIGINT), hull.solver
     hull.solver = Swallowing()
