@@ -134,6 +134,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 def floor(threads: int) -> dict[str, int]:
     """What an idle runtime process holds, asked of one."""
+    # Pages of libraries that have just been installed are not released until they are on disk: up to 16 MiB that no run holds.
+    os.sync()
     done = subprocess.run(
         command("--floor"), capture_output=True, text=True, env=child_environment(threads), check=False
     )

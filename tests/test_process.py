@@ -43,6 +43,18 @@ def test_the_floor_is_a_constant(floor):
     assert abs(json.loads(done.stdout)["resident_bytes"] - floor["resident_bytes"]) < 0.01 * floor["resident_bytes"]
 
 
+def test_the_floor_is_measured_once_new_libraries_are_on_disk(monkeypatch):
+    """Just after an installation it was 16 MiB too high: pages that are not on disk yet stay resident."""
+    from runtime import measure
+
+    done: list[str] = []
+    answer = subprocess.CompletedProcess([], 0, stdout='{"resident_bytes": 1}')
+    monkeypatch.setattr(os, "sync", lambda: done.append("sync"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done.append("floor") or answer)
+    assert measure.floor(2) == {"resident_bytes": 1}
+    assert done == ["sync", "floor"]
+
+
 KERNELS = """
 import json, sys
 from runtime import lean_torch
