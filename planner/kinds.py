@@ -36,6 +36,7 @@ KINDS = (
     Kind(name="beyond", label="at other moments", light="#a89f92", dark="#8a8175"),
 )
 UNKNOWN = ("#77706a", "#9a938c")
+TICKS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +143,11 @@ def feasible(plan: Plan) -> bool:
     return plan.status != "infeasible"
 
 
-def ticks(span: float, *, start: float = 0.0, wanted: int = 6) -> list[float]:
-    """Round axis marks in [start, start + span], about `wanted` of them: steps of 1, 2, 2.5 or 5 times a power of ten."""
+def ticks(span: float, *, start: float = 0.0) -> list[float]:
+    """Round axis marks in [start, start + span], about `TICKS` of them: steps of 1, 2, 2.5 or 5 times a power of ten."""
     if span <= 0:
         return [start]
-    power = 10.0 ** math.floor(math.log10(span / wanted))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10, 20) if m * power >= span / wanted)
+    power = 10.0 ** math.floor(math.log10(span / TICKS))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10, 20) if m * power >= span / TICKS)
     first, last = math.ceil(start / step - 1e-9), math.floor((start + span) / step + 1e-9)
     return [i * step for i in range(first, last + 1)]

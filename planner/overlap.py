@@ -74,14 +74,13 @@ def overlap(
     resident: Iterable[str],
     sizes: Mapping[str, int],
     limit: int,
-    deadline: float = float("inf"),
 ) -> tuple[Entry, ...]:
     """`entries` with transfers issued earlier and spilled tensors freed later, within `limit` bytes resident.
 
-    `inputs`: tensors read by the operator (layer, operator). `deadline`: see `best_order`.
+    `inputs`: tensors read by the operator (layer, operator).
     """
     facts = facts_of(entries, frozenset(resident), sizes)
-    found = best_order(facts, inputs, lambda: Bytes(facts, limit), deadline)
+    found = best_order(facts, inputs, lambda: Bytes(facts, limit))
     return entries if found is None else tuple(entries[index] for index in found[0])
 
 

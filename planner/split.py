@@ -265,8 +265,8 @@ class _Splitter:
                 local[name] for name, at in self.whole_window.items() if at == backward_window and name in local
             ),
             owned=owned,
-            weights=self._weights(layer, local, forward, backward, events),
-            updates=self._updates(layer, local, backward, events),
+            weights=self._weights(layer, forward, backward, events),
+            updates=self._updates(layer, local, events),
             candidates=candidates,
             offloadable=frozenset(value for value in candidates if sizes[value] >= MINOR_SHARE * total),
             events=events,
@@ -328,7 +328,6 @@ class _Splitter:
     def _weights(
         self,
         layer: int,
-        local: dict[str, str],
         forward: tuple[Operation, ...],
         backward: tuple[Operation, ...],
         events: dict[int, tuple[int, ...]],
@@ -363,9 +362,7 @@ class _Splitter:
             )
         return result
 
-    def _updates(
-        self, layer: int, local: dict[str, str], backward: tuple[Operation, ...], events: dict[int, tuple[int, ...]]
-    ) -> tuple[Update, ...]:
+    def _updates(self, layer: int, local: dict[str, str], events: dict[int, tuple[int, ...]]) -> tuple[Update, ...]:
         window = 2 * self.count - 1 - layer
         facts = {tensor.name: tensor for tensor in self.profile.tensors}
         names = [name for name, at in self.updated.items() if at == window]

@@ -69,10 +69,6 @@ class Memory:
         at = len(used) if last else bisect_left(used, made[index + 1])
         return max(used[at - 1], made[index]) if at else made[index]
 
-    def readable(self, operator: int, key: int) -> bool:
-        """Whether the output of `operator` lives on to `key` as things are."""
-        return self.life_end(operator, self.run_before(operator, key)) >= key
-
     def add(self, stage: int, operator: int) -> None:
         """Run `operator` again in `stage`."""
         dag = self.dag
