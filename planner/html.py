@@ -224,7 +224,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
             f"{format_seconds(plan.any_schedule_bound_seconds)} (gap {plan.any_schedule_gap:.1%})",
         ),
         ("solved in", f"{plan.solve_seconds:.1f} s"),
-        ("forward and backward", format_seconds(train.compute_seconds - train.recompute_seconds)),
+        ("forward and backward", format_seconds(train.compute_seconds)),
         ("recomputation", format_seconds(train.recompute_seconds)),
         ("unpacking", format_seconds(train.unpack_seconds)),
         ("waiting for the disk", format_seconds(train.stall_seconds)),

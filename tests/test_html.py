@@ -6,9 +6,11 @@ from html.parser import HTMLParser
 
 import pytest
 from sample_plans import infeasible_plan, sample_plan, sample_plans
+from synthetic import decoder_like
 
 from planner.compare import compare
-from planner.html import comparison_page, verdicts
+from planner.html import comparison_page, facts, verdicts
+from planner.plan import plan as solve
 from profiles.bare import BareGraph, BareOperator, graph_profile
 from profiles.errors import InputError
 from profiles.units import MIB
@@ -142,6 +144,14 @@ def test_a_plan_explains_itself(page):
     assert words[0] == (
         "one step takes 1.280 s and peaks at 246.0 MiB of 250.0 MiB for the whole process, Python and PyTorch included (4.0 MiB spare)"
     )
+
+
+def test_the_times_of_a_step_add_up_to_it():
+    made = solve(decoder_like(2), 1 << 40, policy="mebp")
+    told = {name: float(value.removesuffix(" s")) for name, value in facts(made) if value.endswith(" s")}
+    parts = ("forward and backward", "recomputation", "unpacking", "waiting for the disk")
+    assert told["recomputation"] > 0
+    assert sum(told[name] for name in parts) == pytest.approx(told["step"], abs=0.003)
 
 
 def test_each_device_has_its_curve_table_and_plans():
