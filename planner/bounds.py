@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from planner.graph import StepGraph, state_names
+from planner.graph import StepGraph, state_count
 from planner.layers import ALWAYS, Layered, compute_seconds, transfer_seconds
 from planner.linear import INFINITY, Growing, Linear
 from planner.quiet import MARGIN
@@ -158,14 +158,14 @@ class AnySchedule:
 
     def _states(self) -> None:
         device = self.profile.device
-        count = int(self.profile.optimizer.get("state_tensors", 2))
+        count = state_count(self.profile.optimizer)
         alike: Counter[int] = Counter()
         for tensor in self.profile.tensors:
             if tensor.kind != "trainable":
                 continue
             gradient = self.graph.storages.get(f"grad:{tensor.name}")
             if gradient is not None and all(index in self.later for index in gradient.producers):
-                alike[tensor.bytes] += len(state_names(tensor.name, count))
+                alike[tensor.bytes] += count
         for size, states in alike.items():
             for held, channel in ((self.at_pivot, device.read), (self.at_boundary, device.write)):
                 kept, moved = self._share(), self._share()

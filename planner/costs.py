@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from planner.graph import state_names
+from planner.graph import state_count, state_names
 from planner.layers import transfer_seconds
 from planner.schema import Phase, Plan
 from profiles.schema import Layer, Operator
@@ -62,7 +62,7 @@ class Ledger:
         self.sizes: dict[str, int] = {}
         self.packed: dict[str, int] = {}
         self.unpack: dict[str, float] = {}
-        states = int(plan.optimizer.get("state_tensors", 2))
+        states = state_count(plan.optimizer)
         for tensor in plan.tensors:
             self._add(tensor.name, tensor.kind, tensor.bytes)
             self.packed[tensor.name] = tensor.packed_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.gradients import equal_passages, update_seconds
-from planner.graph import state_names
+from planner.graph import state_count, state_names
 from planner.schema import MEZO, Phase, Plan
 from profiles.errors import InputError
 from profiles.schema import Operator
@@ -66,7 +66,7 @@ class Declared:
             self.layers[layer.name] = (program.operators, names)
             self.inference[layer.name] = program.inference
         self.order = [layer.name for layer in plan.layers]
-        states = int(plan.optimizer.get("state_tensors", 2))
+        states = state_count(plan.optimizer)
         self.trainables: dict[str, list[str]] = {}
         for name in [n for n, t in self.tensors.items() if t.kind == "trainable"]:
             self.trainables[name] = list(state_names(name, states))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from planner.gradients import Passages
-from planner.graph import PACKED_ALIGNMENT, aligned
+from planner.graph import PACKED_ALIGNMENT, STATE_PREFIXES, STATES, aligned, state_names
 from planner.layers import ALWAYS, Layered, compute_seconds, transfer_seconds
 from planner.segments import Passes, Segments
 from planner.windows import Action, Column, Script, expand, resident_between_steps
@@ -94,9 +94,9 @@ class _Joiner:
             if storage.kind == "weight" and name in self.tensors:
                 self.sizes[f"packed:{name}"] = aligned(self.tensors[name].packed_bytes, PACKED_ALIGNMENT)
             if storage.kind == "trainable":
-                for state in ("adam_m", "adam_v"):
-                    self.sizes[f"{state}:{name}"] = aligned(storage.bytes)
-                    self.raw[f"{state}:{name}"] = storage.bytes
+                for state in state_names(name, len(STATES)):
+                    self.sizes[state] = self.sizes[name]
+                    self.raw[state] = storage.bytes
 
     def join(self, passages: Passages, perturbed: tuple[str, ...]) -> Draft:
         count = len(self.columns)
@@ -163,7 +163,7 @@ class _Joiner:
 
     def _global(self, layer: int, name: str) -> str:
         """``packed:in2`` -> ``packed:model.layers.0...``; a trainable that the layer does not bind is global already."""
-        for prefix in ("packed:", "adam_m:", "adam_v:"):
+        for prefix in ("packed:", *STATE_PREFIXES):
             if name.startswith(prefix):
                 return prefix + self.problem.name(layer, name[len(prefix) :])
         return self.problem.name(layer, name)
@@ -272,8 +272,7 @@ def kinds(problem: Layered, draft_: Draft, columns: tuple[Column, ...]) -> dict[
             if update.states:
                 name = problem.name(layer, update.trainable)
                 place = "offloaded" if update.trainable in column.decision.states else "kept"
-                for state in ("adam_m", "adam_v")[: update.states]:
-                    result[f"{state}:{name}"] = place
+                result.update(dict.fromkeys(state_names(name, update.states), place))
     for name in problem.forced:
         result[name] = "kept"
     result.update(dict.fromkeys(draft_.remade, "recomputed"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from planner.choices import LAST, MINOR, Choices, Slot
 from planner.layers import LayerType, Weight, compute_seconds, transfer_seconds, weight_uses
 from planner.linear import Linear, Program
-from planner.windows import Decision, measure
+from planner.windows import Decision, measure, state_names_of
 
 KIB = 1024.0
 MS = 1e3
@@ -385,7 +385,7 @@ class Block(Choices):
         for update in kind.updates:
             if update.states:
                 away = self.away[MINOR if update.minor else update.trainable]
-                size = kind.raw_bytes[f"adam_m:{update.trainable}"]
+                size = kind.raw_bytes[state_names_of(update)[0]]
                 both = compute_seconds(kind.read, size) + compute_seconds(kind.write, size)
                 self.backward_ms.add(away, MS * update.states * both)
                 self.states_fetched_ms.add(away, MS * update.states * transfer_seconds(kind.read, size))

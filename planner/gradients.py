@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from planner.graph import STATES, state_names
+from planner.graph import STATE_PREFIXES, state_count, state_names
 from planner.schema import MEZO, Plan
 from profiles.errors import InputError
 from profiles.inference import inference_only
@@ -59,7 +59,7 @@ def two_forwards(profile: Profile) -> PartialStep:
 
 def without_resting_states(profile: Profile) -> Profile:
     """A partial step without the optimizer states of layers at rest: a schedule might leave them on disk."""
-    free = [t for t in profile.tensors if t.kind != "constant" or not t.name.startswith(tuple(f"{s}:" for s in STATES))]
+    free = [t for t in profile.tensors if t.kind != "constant" or not t.name.startswith(STATE_PREFIXES)]
     return profile.model_copy(update={"tensors": free})
 
 
@@ -234,7 +234,7 @@ def _without_backward(profile: Profile, layers: Collection[str], forward: Callab
         bindings = {value: name for value, name in layer.bindings.items() if value in values}
         bound.append(layer.model_copy(update={"program": program.name, "bindings": bindings}))
     resting = _resting(profile, layers)
-    states = int(profile.optimizer.get("state_tensors", 2))
+    states = state_count(profile.optimizer)
     tensors: list[Tensor] = []
     for tensor in profile.tensors:
         if tensor.name not in resting:

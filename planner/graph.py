@@ -6,8 +6,9 @@ private values under ``layer/value``. `layer_graph` is the same at the grain of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 
@@ -21,6 +22,7 @@ PACKED_ALIGNMENT = 4096
 """packed staging is read with O_DIRECT"""
 STATES = ("adam_m", "adam_v")
 """optimizer states of a trainable ``p`` are called ``adam_m:p``, ``adam_v:p``"""
+STATE_PREFIXES = tuple(f"{state}:" for state in STATES)
 
 
 def aligned(size: int, alignment: int = ALIGNMENT) -> int:
@@ -154,6 +156,11 @@ def layer_graph(source: Profile | Plan) -> nx.DiGraph[str]:
             before = result.edges[edge]["bytes"] if result.has_edge(*edge) else 0
             result.add_edge(*edge, bytes=before + storage.bytes)
     return result
+
+
+def state_count(optimizer: Mapping[str, Any]) -> int:
+    """Optimizer states of each trainable, as a profile or a plan names the optimizer."""
+    return min(len(STATES), int(optimizer.get("state_tensors", len(STATES))))
 
 
 def state_names(trainable: str, count: int) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from planner.graph import PACKED_ALIGNMENT, Step, StepGraph, aligned, state_names, step_graph
+from planner.graph import PACKED_ALIGNMENT, Step, StepGraph, aligned, state_count, state_names, step_graph
 from planner.layers import (
     ALWAYS,
     Layered,
@@ -39,6 +39,7 @@ class _Splitter:
     def __init__(self, profile: Profile, graph: StepGraph) -> None:
         self.profile = profile
         self.graph = graph
+        self.states = state_count(profile.optimizer)
         self.count = len(graph.layers)
         self.own: list[dict[str, list[Step]]] = [
             {"forward": [], "backward": [], "inference": []} for _ in range(self.count)
@@ -307,11 +308,10 @@ class _Splitter:
         self, layer: int, local: dict[str, str], *, window: int, candidates: tuple[str, ...]
     ) -> dict[str, int]:
         result = {value: self.graph.storages[self.graph.names[layer][value]].bytes for value in candidates}
-        states = int(self.profile.optimizer.get("state_tensors", 2))
         for name, at in self.updated.items():
             if at == window:
                 result.update(
-                    dict.fromkeys(state_names(local.get(name, name), states), self.graph.storages[name].bytes)
+                    dict.fromkeys(state_names(local.get(name, name), self.states), self.graph.storages[name].bytes)
                 )
         return dict(sorted(result.items()))
 
@@ -367,7 +367,6 @@ class _Splitter:
         facts = {tensor.name: tensor for tensor in self.profile.tensors}
         names = [name for name, at in self.updated.items() if at == window]
         sizes = {name: aligned(self.graph.storages[name].bytes) for name in names}
-        states = int(self.profile.optimizer.get("state_tensors", 2))
         positions = {step.operator: t for t, step in enumerate(self.own[layer]["backward"])}
         result = []
         for name in names:
@@ -384,7 +383,7 @@ class _Splitter:
                     gradient=local.get(f"grad:{name}", f"grad:{name}"),
                     after=after,
                     state_bytes=sizes[name],
-                    states=len(state_names(name, states)),
+                    states=self.states,
                     seconds=facts[name].update_seconds if name in facts else 0.0,
                     minor=sizes[name] < sum(sizes.values()) / 4,
                 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from planner.graph import state_names
+from planner.graph import STATE_PREFIXES, state_names
 from planner.layers import LayerType, Mode, Update, compute_seconds, transfer_seconds, weight_uses
 
 Action = tuple[str, str]
@@ -74,11 +74,8 @@ def measure(kind: LayerType, decision: Decision) -> Column:
     """Bytes and seconds of a decision, counted on its own instructions."""
     script = expand(kind, decision)
     outside = resident_between_steps(kind, decision)
-    between = {
-        *(name for name in outside if name.startswith("adam_")),
-        *_in_gap({name: mode.backward_gap for name, mode in decision.weights}),
-        *script.kept,
-    }
+    weights = _in_gap({name: mode.backward_gap for name, mode in decision.weights})
+    between = _resident_states(kind, decision) | weights | script.kept
     forward = _seconds(kind, script.forward)
     backward = _seconds(kind, script.backward)
     return Column(
@@ -102,10 +99,13 @@ def measure(kind: LayerType, decision: Decision) -> Column:
 
 def resident_between_steps(kind: LayerType, decision: Decision) -> set[str]:
     """What the layer holds from its backward window to the next step's forward window."""
-    states = {
+    return _resident_states(kind, decision) | _in_gap({name: mode.step_gap for name, mode in decision.weights})
+
+
+def _resident_states(kind: LayerType, decision: Decision) -> set[str]:
+    return {
         name for update in kind.updates if update.trainable not in decision.states for name in state_names_of(update)
     }
-    return states | _in_gap({name: mode.step_gap for name, mode in decision.weights})
 
 
 def state_names_of(update: Update) -> tuple[str, ...]:
@@ -122,8 +122,8 @@ def size_of(kind: LayerType, name: str) -> int:
         return kind.weights[name[7:]].packed_bytes
     if name in kind.weights:
         return kind.weights[name].bytes
-    if name.startswith(("adam_m:", "adam_v:")):
-        trainable = name[7:]
+    if name.startswith(STATE_PREFIXES):
+        trainable = name.partition(":")[2]
         return next(update.state_bytes for update in kind.updates if update.trainable == trainable)
     return kind.bytes[name]
 
@@ -354,7 +354,7 @@ def _seconds(kind: LayerType, script: Iterable[Action]) -> _Seconds:
             channel = kind.write if verb == "spill" else kind.read
             seconds = transfer_seconds(channel, kind.raw_bytes[name])
             total.compute += compute_seconds(channel, kind.raw_bytes[name])
-            if name.startswith("adam_"):
+            if name.startswith(STATE_PREFIXES):
                 total.states_fetched += seconds if verb == "fetch" else 0.0
                 total.states_spilled += seconds if verb == "spill" else 0.0
             else:
