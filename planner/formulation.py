@@ -410,6 +410,6 @@ class Block(Choices):
         self.instructions.constant += counted - linear
 
     def field(self, name: str) -> Linear:
-        """One of the layer's figures, as `master.FIELDS` names them."""
+        """One of the layer's figures, as `pricing.FIELDS` names them."""
         figure = getattr(self, name)
         return figure if isinstance(figure, Linear) else Linear().add(figure)

@@ -54,11 +54,10 @@ def charged_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
 
 @dataclass(kw_only=True)
 class Rows:
-    """The step's rows in a model; `limit` is None where the bytes themselves are minimised."""
+    """The step's figures over its rows."""
 
-    program: Program
     bytes: int
-    """KiB over all windows, instructions included"""
+    """variable: KiB at the fullest window, instructions included"""
     spare: dict[str, list[Linear]]
     """"forward", "backward" and "evaluate", per layer: KiB of those that are left in its window, at least, beside what waits for
     the disk; of a layer that goes forward twice its second forward
@@ -147,7 +146,7 @@ def add_rows(
     traffic = [name for name in FIELDS if name.startswith(("reads", "spills", "fetches", "states"))]
     program.at_least(Linear().add(total), *(terms[name] for terms in layers for name in traffic))
     program.at_least(Linear().plus(clock[-1]).add(total, -1.0))
-    return Rows(program=program, bytes=used, spare=spare, total_ms=clock[-1], disk_ms=Linear().add(total))
+    return Rows(bytes=used, spare=spare, total_ms=clock[-1], disk_ms=Linear().add(total))
 
 
 def _add_disk(

@@ -56,7 +56,7 @@ def segmentations(problem: Layered) -> Iterator[Segments]:
     root = math.isqrt(count)
     seen: set[Segments] = set()
     for length in sorted({2, 3, 4, root, 2 * root}):
-        whole = equal_segments(problem, length) if length > 1 else ()
+        whole = equal_segments(problem, length)
         for segments in (whole, whole[: len(whole) // 2]):
             if segments and segments not in seen:
                 seen.add(segments)

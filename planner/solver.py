@@ -129,8 +129,7 @@ class Solver:
 
     def room(self, budget_bytes: int) -> int:
         """Bytes for the arena and the instructions."""
-        floor = self.problem.profile.device.floor.resident_bytes
-        return min(budget_bytes, MOST_BYTES) - floor - self.problem.workspace_bytes
+        return min(budget_bytes, MOST_BYTES) - self.problem.taken_bytes
 
     @cached_property
     def smallest(self) -> Schedule:

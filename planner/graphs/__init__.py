@@ -16,7 +16,10 @@
 | search | greedy eviction, then ruin and recreate, for graphs of any size |
 | stretch | a part of a schedule, or all, solved anew in whole numbers with memory at every run |
 | neighbourhoods | few places for re-runs, then stretch after stretch; the smallest peak |
-| windows, moments, bound | linear programs that no schedule undercuts, with what each answer shows to be missing |
+| windows, moments, climb | linear programs that no schedule undercuts, with what each answer shows to be missing |
+| whole | the same in whole numbers |
+| counted | programs of choices handed to CP-SAT: those of `whole` and `stretch` |
+| bound | both bounds of a plan: for its class, and for any schedule |
 | limit | the time that building and solving one program may take |
 | answer | a schedule written down as a plan |
 | planner | budgets in, plans out |
