@@ -106,11 +106,11 @@ class LayerType:
     read: Channel
     write: Channel
 
-    @property
+    @cached_property
     def producer(self) -> dict[str, Operation]:
         return {value: op for op in self.forward for value in op.outputs}
 
-    @property
+    @cached_property
     def operations(self) -> dict[int, Operation]:
         """By their positions in the program."""
         return {op.index: op for op in (*self.forward, *self.evaluate, *self.backward)}
