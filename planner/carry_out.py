@@ -95,11 +95,12 @@ def _carry_out(
 ) -> tuple[Schedule | None, int]:
     """`placed`: the draft's tensors in their places, where these are known."""
     room = limit - charged
-    live = _live(joined)
+    facts = facts_of(joined.train, frozenset(joined.resident), joined.sizes)
+    evaluating = live_profile(joined.evaluate, joined.resident, joined.sizes)
+    live = max(int(facts.live.max(initial=0)), max(evaluating, default=0))
     if live > room:
         return None, live - room
     inputs = part.problem.inputs
-    facts = facts_of(joined.train, frozenset(joined.resident), joined.sizes)
     tried: list[tuple[list[int], list[Stretch]]] = []
     """orders of the drafted entries, and where places were short for each"""
 
@@ -223,14 +224,6 @@ def _charged(problem: Layered, drafts: Sequence[Draft]) -> int:
     """Bytes of the instructions themselves: every training step and one evaluation."""
     count = sum(len(joined.train) for joined in drafts) + len(drafts[0].evaluate)
     return problem.profile.device.floor.instruction_bytes * count
-
-
-def _live(joined: Draft) -> int:
-    """Most bytes of live tensors in either schedule."""
-    return max(
-        max(live_profile(entries, joined.resident, joined.sizes), default=0)
-        for entries in (joined.train, joined.evaluate)
-    )
 
 
 def _schedule(part: Part, joined: Draft, train: tuple[Entry, ...], arena: Arena, charged: int) -> Schedule:

@@ -233,7 +233,7 @@ def instructions(
     return result
 
 
-def live_profile(entries: tuple[Entry, ...], resident: Iterable[str], sizes: dict[str, int]) -> list[int]:
+def live_profile(entries: tuple[Entry, ...], resident: Iterable[str], sizes: Mapping[str, int]) -> list[int]:
     """Bytes resident during each entry: after what it makes, before what it frees."""
     there = set(resident)
     live = sum(sizes[name] for name in there)

@@ -22,8 +22,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from planner.emit import Entry, made_by
-from planner.graph import STATES
+from planner.emit import Entry, live_profile
+from planner.graph import STATES, state_names
 
 LEADS = (1.05, 1.5, 3.0)
 """how much longer than measured a transfer may take, as the passes assume it, one after the other"""
@@ -121,19 +121,13 @@ def clock(entries: Sequence[Entry], inputs: Inputs) -> Timing:
     for entry in entries:
         verb = entry.verb
         done = now
-        if verb == "run":
-            if filled:
-                for name in inputs[entry.layer, entry.operator]:
-                    if name in filled:
-                        done = max(done, filled.pop(name))
-        elif verb == "unpack":
-            done = max(done, filled.pop(f"packed:{entry.name}", now))
-        elif verb == "update":
-            for state in STATES:
-                done = max(done, filled.pop(f"{state}:{entry.name}", now))
-        elif verb == "free":
+        if verb == "free":
             # A tensor that is being written may be read meanwhile, but not given back.
             done = max(done, written.pop(entry.name, now), filled.pop(entry.name, now))
+        elif filled:
+            for name in _read_by(entry, inputs):
+                if name in filled:
+                    done = max(done, filled.pop(name))
         stalls += done - now
         now = done
         if entry.transfer:
@@ -141,6 +135,17 @@ def clock(entries: Sequence[Entry], inputs: Inputs) -> Timing:
             (written if verb == "spill" else filled)[target_of(entry)] = disk
         now += entry.seconds
     return Timing(seconds=max(now, disk), stalls=stalls)
+
+
+def _read_by(entry: Entry, inputs: Inputs) -> tuple[str, ...]:
+    """What must have landed before the entry begins."""
+    if entry.verb == "run":
+        return inputs[entry.layer, entry.operator]
+    if entry.verb == "unpack":
+        return (f"packed:{entry.name}",)
+    if entry.verb == "update":
+        return state_names(entry.name, len(STATES))
+    return ()
 
 
 def target_of(entry: Entry) -> str:
@@ -166,10 +171,7 @@ class Facts:
 
 def facts_of(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[str, int]) -> Facts:
     """Facts of a draft that opens with the tensors `start` resident."""
-    there = set(start)
-    bytes_now = sum(sizes[name] for name in there)
     now = 0.0
-    live: list[int] = []
     begins: list[float] = []
     reads: list[int] = []
     earliest: list[int] = []
@@ -177,14 +179,7 @@ def facts_of(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[s
     for index, entry in enumerate(entries):
         begins.append(now)
         now += entry.seconds
-        for name in made_by(entry):
-            if name not in there:
-                there.add(name)
-                bytes_now += sizes[name]
-        live.append(bytes_now)
         if entry.verb == "free":
-            there.remove(entry.name)
-            bytes_now -= sizes[entry.name]
             freed[entry.name] = index + 1
         elif entry.verb in {"read", "fetch"}:
             reads.append(index)
@@ -192,7 +187,7 @@ def facts_of(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[s
     return Facts(
         entries=entries,
         sizes=sizes,
-        live=np.array(live, dtype=np.int64),
+        live=np.array(live_profile(entries, start, sizes), dtype=np.int64),
         begins=begins,
         reads=tuple(reads),
         earliest=tuple(earliest),
@@ -304,16 +299,9 @@ class _Disk:
     def _ready(self, entry: Entry) -> float:
         """When everything that the entry reads has landed."""
         ready = self.now
-        if not self.landing:
-            return ready
-        if entry.verb == "run":
-            for name in self.inputs[entry.layer, entry.operator]:
+        if self.landing:
+            for name in _read_by(entry, self.inputs):
                 ready = max(ready, self.landing.pop(name, 0.0))
-        elif entry.verb == "unpack":
-            ready = max(ready, self.landing.pop(f"packed:{entry.name}", 0.0))
-        elif entry.verb == "update":
-            for state in STATES:
-                ready = max(ready, self.landing.pop(f"{state}:{entry.name}", 0.0))
         return ready
 
     def _make_room(self, index: int, entry: Entry) -> None:
