@@ -250,18 +250,15 @@ def _remedies(plan: Plan, ledger: Ledger, peak: PeakAccount) -> list[Remedy]:
             by_rank += size
         elif kind in ("activation", "gradient", "batch"):
             by_tokens += size
-    found = []
-    if plan.batch > 1:
-        half = plan.batch // 2
-        saved = by_tokens * (plan.batch - half) // plan.batch
-        found.append(Remedy(change=f"a batch of {half} instead of {plan.batch}", saves_bytes=saved))
-    if plan.seq is not None and plan.seq > 1:
-        half = plan.seq // 2
-        saved = by_tokens * (plan.seq - half) // plan.seq
-        found.append(Remedy(change=f"a sequence of {half} tokens instead of {plan.seq}", saves_bytes=saved))
     rank = int((plan.model.lora or {}).get("rank", 1))
-    if rank > 1:
-        half = rank // 2
-        saved = by_rank * (rank - half) // rank
-        found.append(Remedy(change=f"a LoRA rank of {half} instead of {rank}", saves_bytes=saved))
-    return sorted((r for r in found if r.saves_bytes), key=lambda remedy: -remedy.saves_bytes)
+    found = []
+    for whole, size, words in (
+        (plan.batch, by_tokens, "a batch of {}"),
+        (plan.seq or 1, by_tokens, "a sequence of {} tokens"),
+        (rank, by_rank, "a LoRA rank of {}"),
+    ):
+        half = whole // 2
+        saved = size * (whole - half) // whole if whole > 1 else 0
+        if saved:
+            found.append(Remedy(change=f"{words.format(half)} instead of {whole}", saves_bytes=saved))
+    return sorted(found, key=lambda remedy: -remedy.saves_bytes)
