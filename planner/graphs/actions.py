@@ -88,12 +88,11 @@ def timed(dag: Dag, actions: Sequence[Action]) -> Carried:
 
 def instructions(dag: Dag, actions: Iterable[Action]) -> list[list[Any]]:
     """The plan's instruction list; nothing has an offset. The sink and what it frees are none of the plan's."""
-    count = len(dag) - dag.sink
-    kept = dag.inputs[count] if dag.sink else ()
+    kept = dag.inputs[-1] if dag.sink else ()
     result: list[list[Any]] = []
     ended = False
     for verb, i in actions:
-        if i >= count:
+        if i >= dag.operators:
             ended = ended or verb == "run"
         elif verb == "run":
             result.append(["run", LAYER, i, [None]])

@@ -155,7 +155,7 @@ def _decisions(dag: Dag, actions: Iterable[Action]) -> dict[str, str]:
         for source in dag.inputs[i]:
             last[source] = clock
     decisions = {}
-    for i in range(len(dag) - dag.sink):
+    for i in range(dag.operators):
         if i in decided:
             decisions[dag.names[i]] = decided[i]
         elif last.get(i, 0) > ran[i] + 1:

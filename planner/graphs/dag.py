@@ -54,6 +54,16 @@ class Dag:
         """Every operator run once: what no schedule undercuts at any budget."""
         return sum(self.seconds)
 
+    @property
+    def operators(self) -> int:
+        """How many are the graph's own."""
+        return len(self) - self.sink
+
+    @property
+    def floor_bytes(self) -> int:
+        """What the largest operator needs by itself, fixed bytes included: no schedule has a lower peak."""
+        return self.fixed_bytes + max(self.own_bytes(i) for i in range(len(self)))
+
     def own_bytes(self, operator: int) -> int:
         """Bytes that must be there while `operator` runs, whatever else is."""
         return self.bytes[operator] + self.workspace[operator] + sum(self.bytes[i] for i in self.inputs[operator])

@@ -47,8 +47,7 @@ def fastest(dag: Dag, budget_bytes: int, *, work: float, seconds: float) -> Exac
 def smallest(dag: Dag, *, work: float, seconds: float) -> Exact:
     """The schedule of the class with the lowest peak; limits as of `fastest`."""
     model = _Stages(dag)
-    least = max(dag.own_bytes(i) for i in range(len(dag)))
-    peak = model.model.new_int_var(least, sum(dag.bytes) + max(dag.workspace), "peak")
+    peak = model.model.new_int_var(dag.floor_bytes - dag.fixed_bytes, sum(dag.bytes) + max(dag.workspace), "peak")
     for row in model.rows:
         model.model.add(row <= peak)
     model.model.minimize(peak)

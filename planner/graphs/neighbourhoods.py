@@ -192,7 +192,7 @@ def chains(dag: Dag, budget: int, depth: int) -> set[Rerun]:
 def lowest_peak(dag: Dag, seconds: float) -> Lowest:
     """The schedule of lowest peak found within `seconds`, and bytes that no peak of the class undercuts."""
     count = len(dag)
-    least = dag.fixed_bytes + max(dag.own_bytes(i) for i in range(count))
+    least = dag.floor_bytes
     best: frozenset[Rerun] = frozenset()
     if peak_bytes(dag, best) <= least or count**3 // 2 > LARGEST_PROOF:
         return Lowest(reruns=None, bytes=least, ended=True)

@@ -21,7 +21,7 @@ from planner.graphs.schedule import Rerun, peak_bytes, pruned, seconds
 from planner.graphs.search import Search
 from planner.graphs.stretch import Lowest
 from planner.master import Progress
-from planner.plan import FINISH_SECONDS, checked_budget, checked_limit, gap_to
+from planner.plan import ANY_SHARE, FINISH_SECONDS, checked_budget, checked_limit, gap_to
 from planner.schema import Plan
 from planner.solver import TOLERANCE
 from profiles.schema import Profile
@@ -37,8 +37,6 @@ EXACT_WORK = 30.0
 EXACT_SECONDS = 0.5
 """that exact solutions may take by the clock in all, and a chain's checkpoints by the clock and the processor, whatever the
 time limit; most take a fifth of it"""
-ANY_SHARE = 0.1
-"""of the time limit, for the bound that holds for any schedule"""
 GRANTED = 0.1
 """of the time limit, in seconds of the processor, for a first schedule that fits"""
 LEAST_GRANTED = 1.0
@@ -58,8 +56,7 @@ class GraphPlanner:
         self.profile = profile
         self.dag = dag_of(profile)
         self.chain = as_chain(self.dag)
-        self.floor_bytes = self.dag.fixed_bytes + max(self.dag.own_bytes(i) for i in range(len(self.dag)))
-        """what the largest operator needs by itself: no schedule has a lower peak"""
+        self.floor_bytes = self.dag.floor_bytes
         self.lowest_bytes = self.floor_bytes
         """no schedule of the class has a lower peak, as far as that is proven"""
         self.found = Found()
@@ -212,7 +209,7 @@ class GraphPlanner:
             return Outcome(carried=None, bound_seconds=dag.once_seconds)
         if dag.read is not None:
             return self._solve_with_moves(budget, started, deadline, progress)
-        if len(dag) - dag.sink <= EXACT_OPERATORS:
+        if dag.operators <= EXACT_OPERATORS:
             with self._exact_seconds(deadline) as allowed:
                 solved = exact.fastest(dag, budget, work=EXACT_WORK, seconds=allowed)
             if solved.proven:
@@ -228,7 +225,7 @@ class GraphPlanner:
         dag = self.dag
         found: list[Carried] = []
         proven = dag.once_seconds
-        if len(dag) - dag.sink <= EXACT_MOVES:
+        if dag.operators <= EXACT_MOVES:
             with self._exact_seconds(deadline) as allowed:
                 solved = fastest_with_moves(dag, budget, work=EXACT_WORK, seconds=allowed)
             if solved.actions is not None:
@@ -266,7 +263,7 @@ class GraphPlanner:
 
     def _plain_seeds(self, budget: int, deadline: float) -> list[frozenset[Rerun]]:
         """Where a search that moves nothing starts: the optimum without a disk, where it is known."""
-        if len(self.dag) - self.dag.sink > EXACT_OPERATORS:
+        if self.dag.operators > EXACT_OPERATORS:
             return self._seeds(budget, deadline)
         with self._exact_seconds(deadline) as allowed:
             solved = exact.fastest(self.dag, budget, work=EXACT_WORK, seconds=allowed)
@@ -420,7 +417,7 @@ class GraphPlanner:
 
     def _find_least(self, deadline: float) -> Least:
         dag = self.dag
-        if len(dag) - dag.sink <= EXACT_OPERATORS:
+        if dag.operators <= EXACT_OPERATORS:
             with self._exact_seconds(deadline) as allowed:
                 solved = exact.smallest(dag, work=EXACT_WORK, seconds=allowed)
             if solved.proven and solved.reruns is not None:
