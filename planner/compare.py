@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict
 
+from planner.answer import rebudgeted, sealed
 from planner.beside import Beside, can_be_copied
 from planner.graphs.planner import GraphPlanner
 from planner.master import Progress
-from planner.plan import Planner, checked_budget, checked_limit, planner_of, rebudgeted, sealed
+from planner.plan import Planner, checked_budget, checked_limit, planner_of
 from planner.policies import APPROXIMATE
 from planner.schema import Plan
 from profiles.busy import our_cores

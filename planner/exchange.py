@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from planner.plan import fingerprint
+from planner.answer import fingerprint
 from planner.schema import PLAN_VERSION, Plan
 from profiles.errors import InputError
 from profiles.files import of_another_version, write_whole

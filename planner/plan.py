@@ -6,8 +6,6 @@ is replayed by `simulate` before it is returned; its figures are the simulator's
 
 from __future__ import annotations
 
-import hashlib
-import json
 import operator
 import time
 from dataclasses import replace
@@ -15,6 +13,7 @@ from functools import cached_property
 from numbers import Real
 from typing import TYPE_CHECKING, SupportsIndex
 
+from planner.answer import answered, too_small
 from planner.bounds import AnySchedule
 from planner.carry_out import Part, Schedule, carry_out_cycle, smallest_cycle
 from planner.collector import paused_collector
@@ -26,9 +25,8 @@ from planner.lowest import lowered
 from planner.master import Progress
 from planner.policies import POLICIES, policy_parts
 from planner.schema import Phase, Plan
-from planner.segments import rerun_layers
-from planner.simulate import Simulation, simulate
-from planner.solver import Outcome, Solver, share_of, status_of
+from planner.simulate import simulate
+from planner.solver import Outcome, Solver, share_of
 from planner.split import layered
 from profiles.errors import InputError
 from profiles.schema import Profile
@@ -266,31 +264,15 @@ class Planner:
                 f" and {least.peak_bytes - floor.resident_bytes - simulation.arena_bytes - simulation.workspace_bytes}"
                 " of schedule; a shorter sequence, a smaller batch or smaller head chunks lower it"
             )
-        empty = told.model_copy(
-            update={
-                "status": "infeasible",
-                "budget_bytes": budget,
-                "peak_bytes": 0,
-                "step_seconds": 0.0,
-                "bound_seconds": any_bound,
-                "any_schedule_bound_seconds": any_bound,
-                "gap": 0.0,
-                "any_schedule_gap": 0.0,
-                "solve_seconds": time.monotonic() - started,
-                "deterministic": timely,
-                "minimum_budget_bytes": least.peak_bytes,
-                "minimum_budget_reason": reason,
-                "decisions": {},
-                "resident": {},
-                "arena_bytes": 0,
-                "workspace_bytes": 0,
-                "train": None,
-                "cycle": [],
-                "evaluate": None,
-                "timeline": [],
-            }
+        return too_small(
+            told.model_copy(update={"resident": {}}),
+            budget,
+            minimum_bytes=least.peak_bytes,
+            reason=reason,
+            any_bound=any_bound,
+            started=started,
+            deterministic=timely,
         )
-        return sealed(empty)
 
     # --- the answer ------------------------------------------------------------------------------------------------
 
@@ -298,30 +280,14 @@ class Planner:
     def _finish(self, budget: int, policy: str, outcome: Outcome, started: float) -> Plan:
         assert outcome.schedule is not None
         raw = self._assemble(budget, policy, outcome.schedule)
-        simulation: Simulation = simulate(raw)
-        step = simulation.step_seconds
-        bound, any_bound = min(step, outcome.proven_seconds), min(step, outcome.any_bound_seconds)
-        # A rule claims no optimum, however near its bound it comes.
-        status = status_of(step, bound) if policy == "solver" else raw.status
-        return sealed(
-            raw.model_copy(
-                update={
-                    "status": "fallback" if outcome.fallback else status,
-                    "peak_bytes": simulation.peak_bytes,
-                    "step_seconds": step,
-                    "bound_seconds": bound,
-                    "any_schedule_bound_seconds": any_bound,
-                    "gap": gap_to(step, bound),
-                    "any_schedule_gap": gap_to(step, any_bound),
-                    "solve_seconds": time.monotonic() - started,
-                    "deterministic": outcome.deterministic,
-                    "workspace_bytes": simulation.workspace_bytes,
-                    "train": simulation.train,
-                    "cycle": simulation.cycle,
-                    "evaluate": simulation.evaluate,
-                    "timeline": simulation.timeline,
-                }
-            )
+        return answered(
+            raw,
+            simulate(raw),
+            bound_seconds=outcome.proven_seconds,
+            any_bound=outcome.any_bound_seconds,
+            started=started,
+            deterministic=outcome.deterministic,
+            fallback=outcome.fallback,
         )
 
     def _assemble(self, budget: int, policy: str, schedule: Schedule) -> Plan:
@@ -352,47 +318,3 @@ class Planner:
 
 def _phase(schedule: Schedule, entries: tuple[Entry, ...], offsets: dict[tuple[int, str], int]) -> Phase:
     return drafted_phase(instructions(schedule.problem, entries, schedule.arena.resident, offsets))
-
-
-def gap_to(step: float, bound: float) -> float:
-    """How much of the step's time a bound leaves open."""
-    return (step - bound) / step if step > 0 else 0.0
-
-
-def fingerprint(plan_: Plan) -> str:
-    """sha256 of everything a plan says but its own fingerprint and how long it took to make."""
-    content = plan_.model_dump(mode="json", exclude={"fingerprint", "solve_seconds"})
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def sealed(plan_: Plan) -> Plan:
-    """The plan with its fingerprint."""
-    return plan_.model_copy(update={"fingerprint": fingerprint(plan_)})
-
-
-def rebudgeted(
-    plan_: Plan, *, budget_bytes: int | None = None, bound_seconds: float | None = None, any_bound: float | None = None
-) -> Plan:
-    """The same schedule told at a larger budget, or against other proven bounds: of its class, and of any schedule.
-
-    Both have to hold at the budget; without them, the plan's own are taken to.
-    """
-    step = plan_.step_seconds
-    any_ = min(step, plan_.any_schedule_bound_seconds if any_bound is None else any_bound)
-    bound = min(step, max(any_, plan_.bound_seconds if bound_seconds is None else bound_seconds))
-    if rerun_layers(plan_):
-        # No bound of the class holds for a plan that goes forward twice.
-        bound = any_
-    solved = plan_.policy == "solver" and plan_.status in {"optimal", "feasible"}
-    return sealed(
-        plan_.model_copy(
-            update={
-                "status": status_of(step, bound) if solved else plan_.status,
-                "budget_bytes": plan_.budget_bytes if budget_bytes is None else budget_bytes,
-                "bound_seconds": bound,
-                "gap": gap_to(step, bound),
-                "any_schedule_bound_seconds": any_,
-                "any_schedule_gap": gap_to(step, any_),
-            }
-        )
-    )

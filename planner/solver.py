@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
+from planner.answer import TOLERANCE
 from planner.attempt import CARRY_SECONDS, GOOD, Attempt
 from planner.carry_out import Part, Schedule, smallest_arena
 from planner.collector import paused_collector
@@ -22,8 +22,6 @@ from planner.rows import charged_bytes
 from planner.segment_search import SLACK, promising, worthwhile
 from planner.windows import Column
 
-TOLERANCE = 1e-3
-"""a plan this near its bound is called optimal"""
 MINIMUM_STEP = 1e-3
 """share of the smallest budget so far by which it is lowered at first"""
 LOWEST_SHARE = 0.6
@@ -46,12 +44,6 @@ CAREFUL_TOLERANCE = 8e-3
 """of the search for columns that only guides the choice and proves nothing"""
 MOST_BYTES = 1 << 50
 """no process holds more; HiGHS gives up on right-hand sides that doubles cannot count exactly"""
-Status = Literal["optimal", "feasible", "fallback", "infeasible"]
-
-
-def status_of(step_seconds: float, bound_seconds: float) -> Status:
-    """What a bound that holds for a plan says of it."""
-    return "optimal" if step_seconds - bound_seconds <= TOLERANCE * step_seconds else "feasible"
 
 
 @dataclass(frozen=True, kw_only=True)

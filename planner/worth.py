@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from planner.answer import rebudgeted
 from planner.explanation import Explanation, Worth, explanation_of
 from planner.master import Progress
-from planner.plan import Planner, rebudgeted
+from planner.plan import Planner
 from planner.schema import Plan
 from profiles.units import MIB
 

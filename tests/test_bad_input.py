@@ -11,8 +11,8 @@ import pytest
 from damage import CONFIG, ROWS, SEQ, cut, files, flip, lines
 from tiny_models import byte_level_tokenizer, random_weights, write_directory, write_gguf
 
+from planner.answer import sealed
 from planner.exchange import load_plan, save_plan
-from planner.plan import sealed
 from profiles import api
 from profiles.api import load_profile, save_profile
 from profiles.errors import InputError, RunError

@@ -15,9 +15,9 @@ import pytest
 import torch
 from damage import MIB, files, fill, small_disk
 
+from planner.answer import rebudgeted, sealed
 from planner.exchange import save_plan
 from planner.plan import plan as solve
-from planner.plan import rebudgeted, sealed
 from runtime.cgroup import MemoryCgroup, in_memory
 
 ROOT = Path(__file__).parent.parent

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from sample_plans import infeasible_plan, sample_plan
 from synthetic import MIB, device, small_chain
 
+from planner.answer import fingerprint, rebudgeted
 from planner.compare import _Cell, _Table, compare
 from planner.exchange import load_plan, save_plan
 from planner.explain import explain
-from planner.plan import Planner, fingerprint, rebudgeted
+from planner.plan import Planner
 from planner.schema import PLAN_VERSION
 from profiles.errors import InputError
 from profiles.schema import PROFILE_VERSION
@@ -31,6 +34,12 @@ def test_there_and_back(made, tmp_path):
     path = save_plan(made, tmp_path / "plan.json")
     assert load_plan(path) == made
     assert fingerprint(made) == made.fingerprint
+
+
+def test_plans_are_read_without_the_solver():
+    code = "import sys, planner.exchange; print([m for m in ('ortools', 'torch', 'numpy') if m in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
 
 
 def damaged(made, tmp_path, edit):

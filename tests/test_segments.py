@@ -7,6 +7,7 @@ import itertools
 import pytest
 from synthetic import deep, device, small_chain
 
+from planner.answer import rebudgeted
 from planner.bounds import AnySchedule
 from planner.carry_out import Part, carry_out
 from planner.emit import live_profile
@@ -14,7 +15,7 @@ from planner.explain import explain
 from planner.explanation import account
 from planner.formulation import KIB
 from planner.linear import Linear, Program
-from planner.plan import Planner, rebudgeted
+from planner.plan import Planner
 from planner.policies import checkpoint_layers, keep_all, mebp, mesp, rule_columns
 from planner.pricing import figures
 from planner.rows import add_rows

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from synthetic import MIB, decoder_like, deep, device, small_chain
 
 from planner import linear, overlap, solver
+from planner.answer import rebudgeted
 from planner.attempt import Attempt
 from planner.carry_out import Part, carry_out
 from planner.collector import paused_collector
@@ -22,7 +23,7 @@ from planner.compare import compare
 from planner.linear import Growing, Linear, Program, Solution
 from planner.master import Search
 from planner.overlap import Bytes, best_order, facts_of
-from planner.plan import Planner, rebudgeted
+from planner.plan import Planner
 from planner.policies import POLICIES, all_streamed, keep_all, mebp, rule_columns
 from planner.pricing import Pool
 from planner.segments import rerun_layers

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from planner.answer import answered, too_small
 from planner.drafted import drafted, drafted_phase
 from planner.graphs.actions import Action, Carried, instructions
 from planner.graphs.bound import Bound
 from planner.graphs.dag import Dag
-from planner.plan import gap_to, sealed
 from planner.schema import Plan
 from planner.simulate import simulate
-from planner.solver import status_of
 from profiles.bare import FIXED
 from profiles.schema import Profile
 from profiles.units import format_size
@@ -59,22 +57,14 @@ def infeasible(
     largest = ", ".join(list(peak.tensors)[:3])
     known = _known(budget, policy, least, nothing=budget < floor or any_bound.seconds == float("inf"), floor=floor)
     reason = f"the smallest plan peaks at {peak.text} with {largest} live ({known}); a smaller batch lowers it"
-    return sealed(
-        told.model_copy(
-            update={
-                "status": "infeasible",
-                "budget_bytes": budget,
-                "peak_bytes": 0,
-                "bound_seconds": any_bound.seconds,
-                "any_schedule_bound_seconds": any_bound.seconds,
-                "solve_seconds": time.monotonic() - started,
-                "deterministic": timely and least.timely and any_bound.timely,
-                "minimum_budget_bytes": simulation.peak_bytes,
-                "minimum_budget_reason": reason,
-                "decisions": {},
-                "train": None,
-            }
-        )
+    return too_small(
+        told,
+        budget,
+        minimum_bytes=simulation.peak_bytes,
+        reason=reason,
+        any_bound=any_bound.seconds,
+        started=started,
+        deterministic=timely and least.timely and any_bound.timely,
     )
 
 
@@ -100,27 +90,14 @@ def finished(
     assert outcome.carried is not None
     raw = _assembled(profile, dag, budget, policy, outcome.carried)
     simulation = simulate(raw)
-    step = simulation.train.seconds
-    bound = min(step, max(outcome.bound_seconds, any_bound.seconds))
-    any_seconds = min(step, any_bound.seconds)
-    return sealed(
-        raw.model_copy(
-            update={
-                "status": status_of(step, bound) if policy == "solver" else raw.status,
-                "peak_bytes": simulation.peak_bytes,
-                "step_seconds": step,
-                "bound_seconds": bound,
-                "any_schedule_bound_seconds": any_seconds,
-                "gap": gap_to(step, bound),
-                "any_schedule_gap": gap_to(step, any_seconds),
-                "solve_seconds": time.monotonic() - started,
-                "deterministic": outcome.timely and any_bound.timely,
-                "arena_bytes": simulation.arena_bytes,
-                "workspace_bytes": simulation.workspace_bytes,
-                "train": simulation.train,
-                "timeline": simulation.timeline,
-            }
-        )
+    return answered(
+        # There are no offsets: the arena is what is live.
+        raw.model_copy(update={"arena_bytes": simulation.arena_bytes}),
+        simulation,
+        bound_seconds=max(outcome.bound_seconds, any_bound.seconds),
+        any_bound=any_bound.seconds,
+        started=started,
+        deterministic=outcome.timely and any_bound.timely,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from planner.answer import TOLERANCE, gap_to
 from planner.graphs import exact
 from planner.graphs.actions import Carried, carry, timed, touch_and_go, worth_moving
 from planner.graphs.answer import Least, Outcome, finished, infeasible
@@ -21,9 +22,8 @@ from planner.graphs.schedule import Rerun, peak_bytes, pruned, seconds
 from planner.graphs.search import Search
 from planner.graphs.stretch import Lowest
 from planner.master import Progress
-from planner.plan import ANY_SHARE, FINISH_SECONDS, checked_budget, checked_limit, gap_to
+from planner.plan import ANY_SHARE, FINISH_SECONDS, checked_budget, checked_limit
 from planner.schema import Plan
-from planner.solver import TOLERANCE
 from profiles.schema import Profile
 
 EXACT_OPERATORS = 20

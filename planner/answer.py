@@ -1,0 +1,141 @@
+"""A drafted plan made an answer: the simulator's figures, the proof and the fingerprint put in, or why nothing fits.
+
+Nothing here imports the solver: plans are read and checked without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from typing import TYPE_CHECKING, Literal
+
+from planner.schema import Plan
+from planner.segments import rerun_layers
+
+if TYPE_CHECKING:
+    from planner.simulate import Simulation
+
+TOLERANCE = 1e-3
+"""a plan this near its bound is called optimal"""
+
+
+def status_of(step_seconds: float, bound_seconds: float) -> Literal["optimal", "feasible"]:
+    """What a bound that holds for a plan says of it."""
+    return "optimal" if step_seconds - bound_seconds <= TOLERANCE * step_seconds else "feasible"
+
+
+def answered(
+    raw: Plan,
+    simulation: Simulation,
+    *,
+    bound_seconds: float,
+    any_bound: float,
+    started: float,
+    deterministic: bool,
+    fallback: bool = False,
+) -> Plan:
+    """`raw` with the simulator's figures, beside what no plan of its class and no schedule at all undercuts.
+
+    `started`: on the monotonic clock; `fallback`: whether it stands in for a plan that the search had no time to find.
+    """
+    step = simulation.step_seconds
+    bound, any_ = min(step, bound_seconds), min(step, any_bound)
+    # A rule claims no optimum, however near its bound it comes.
+    status = status_of(step, bound) if raw.policy == "solver" else raw.status
+    return sealed(
+        raw.model_copy(
+            update={
+                "status": "fallback" if fallback else status,
+                "peak_bytes": simulation.peak_bytes,
+                "step_seconds": step,
+                "bound_seconds": bound,
+                "any_schedule_bound_seconds": any_,
+                "gap": gap_to(step, bound),
+                "any_schedule_gap": gap_to(step, any_),
+                "solve_seconds": time.monotonic() - started,
+                "deterministic": deterministic,
+                "workspace_bytes": simulation.workspace_bytes,
+                "train": simulation.train,
+                "cycle": simulation.cycle,
+                "evaluate": simulation.evaluate,
+                "timeline": simulation.timeline,
+            }
+        )
+    )
+
+
+def too_small(
+    smallest: Plan,
+    budget_bytes: int,
+    *,
+    minimum_bytes: int,
+    reason: str,
+    any_bound: float,
+    started: float,
+    deterministic: bool,
+) -> Plan:
+    """The answer where nothing fits the budget; `smallest`: what fits `minimum_bytes`, as drafted. `reason` says what sets these."""
+    return sealed(
+        smallest.model_copy(
+            update={
+                "status": "infeasible",
+                "budget_bytes": budget_bytes,
+                "bound_seconds": any_bound,
+                "any_schedule_bound_seconds": any_bound,
+                "solve_seconds": time.monotonic() - started,
+                "deterministic": deterministic,
+                "minimum_budget_bytes": minimum_bytes,
+                "minimum_budget_reason": reason,
+                "decisions": {},
+                "arena_bytes": 0,
+                "train": None,
+                "cycle": [],
+                "evaluate": None,
+            }
+        )
+    )
+
+
+def gap_to(step: float, bound: float) -> float:
+    """How much of the step's time a bound leaves open."""
+    return (step - bound) / step if step > 0 else 0.0
+
+
+def fingerprint(plan_: Plan) -> str:
+    """sha256 of everything a plan says but its own fingerprint and how long it took to make."""
+    content = plan_.model_dump(mode="json", exclude={"fingerprint", "solve_seconds"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sealed(plan_: Plan) -> Plan:
+    """The plan with its fingerprint."""
+    return plan_.model_copy(update={"fingerprint": fingerprint(plan_)})
+
+
+def rebudgeted(
+    plan_: Plan, *, budget_bytes: int | None = None, bound_seconds: float | None = None, any_bound: float | None = None
+) -> Plan:
+    """The same schedule told at a larger budget, or against other proven bounds: of its class, and of any schedule.
+
+    Both have to hold at the budget; without them, the plan's own are taken to.
+    """
+    step = plan_.step_seconds
+    any_ = min(step, plan_.any_schedule_bound_seconds if any_bound is None else any_bound)
+    bound = min(step, max(any_, plan_.bound_seconds if bound_seconds is None else bound_seconds))
+    if rerun_layers(plan_):
+        # No bound of the class holds for a plan that goes forward twice.
+        bound = any_
+    solved = plan_.policy == "solver" and plan_.status in {"optimal", "feasible"}
+    return sealed(
+        plan_.model_copy(
+            update={
+                "status": status_of(step, bound) if solved else plan_.status,
+                "budget_bytes": plan_.budget_bytes if budget_bytes is None else budget_bytes,
+                "bound_seconds": bound,
+                "gap": gap_to(step, bound),
+                "any_schedule_bound_seconds": any_,
+                "any_schedule_gap": gap_to(step, any_),
+            }
+        )
+    )
