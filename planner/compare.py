@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict
 
 from planner.answer import rebudgeted, sealed
 from planner.beside import Beside, can_be_copied
+from planner.gradients import refuse_accumulation
 from planner.graphs.planner import GraphPlanner
 from planner.master import Progress
 from planner.plan import Planner, checked_budget, checked_limit, planner_of
-from planner.policies import APPROXIMATE
+from planner.policies import APPROXIMATE, approximate_of
 from planner.schema import Plan
 from profiles.busy import our_cores
 from profiles.devices import DeviceDescription
@@ -81,8 +82,10 @@ def compare(
     profiles = [profile if device is None else retarget(profile, device) for device in devices]
     planners = [planner_of(one) for one in profiles]
     known = (SOLVER, *planners[0].policies())
-    nameable = known if profile.model.kind == "graph" else (*known, *APPROXIMATE)
+    nameable = (*known, *approximate_of(profile))
     for policy in policies or ():
+        if policy in APPROXIMATE:
+            refuse_accumulation(profile, policy)
         if policy not in nameable:
             raise InputError(f"no policy is called {policy!r}; choose from {', '.join(nameable)}")
     names = [one.device.name for one in profiles]

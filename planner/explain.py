@@ -70,7 +70,7 @@ def _headline(plan: Plan) -> str:
 
 
 def _gradient(plan: Plan) -> list[str]:
-    """What the steps follow where that is not the exact gradient."""
+    """What the steps follow where that is not the exact gradient of each."""
     if plan.optimizer.get("name") == MEZO:
         return ["two forwards and no backward: the gradient is estimated along one random direction per step"]
     if plan.cycle:
@@ -80,6 +80,8 @@ def _gradient(plan: Plan) -> list[str]:
         return [
             f"{text} gradient passes the others by; times are means over the cycle, what follows is its first step's"
         ]
+    if plan.accumulate > 1:
+        return [f"the gradients of {plan.accumulate} steps make one update"]
     return []
 
 

@@ -46,6 +46,7 @@ def two_forwards(profile: Profile) -> PartialStep:
     they have for inference, and the process never meets the kernels of a backward. Raises InputError where nothing is
     trained.
     """
+    refuse_accumulation(profile, MEZO)
     optimizer = {"name": MEZO, "state_tensors": 0}
     perturbed = tuple(tensor.name for tensor in profile.tensors if tensor.kind == "trainable")
     if not perturbed:
@@ -80,6 +81,7 @@ def cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialStep, ..
     Raises InputError for a model with a trained layer that has no residual to pass a gradient through, or with one such
     layer only.
     """
+    refuse_accumulation(profile, "lcsb")
     passages, blocks = equal_passages(profile), trained_blocks(profile)
     bound = {layer.name: (program, layer.bindings) for layer, program in _bound_programs(profile)}
     if len(blocks) < 2:
@@ -101,6 +103,15 @@ def cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialStep, ..
     count = min(positions, len(blocks))
     cuts = [position * len(blocks) // count for position in range(count + 1)]
     return tuple(_leave_out(profile, set(blocks) - set(blocks[low:high])) for low, high in itertools.pairwise(cuts))
+
+
+def refuse_accumulation(profile: Profile, policy: str) -> None:
+    """Raises InputError where several steps make one update of `profile`."""
+    if profile.accumulate > 1:
+        raise InputError(
+            f"{policy} moves trained tensors after every step, and this profile sums the gradients of {profile.accumulate};"
+            " profile without --accumulate, or choose another policy"
+        )
 
 
 def trained_blocks(source: Profile | Plan) -> list[str]:

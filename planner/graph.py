@@ -20,8 +20,8 @@ ALIGNMENT = 64
 """arena offsets are multiples of this many bytes"""
 PACKED_ALIGNMENT = 4096
 """packed staging is read with O_DIRECT"""
-STATES = ("adam_m", "adam_v")
-"""optimizer states of a trainable ``p`` are called ``adam_m:p``, ``adam_v:p``"""
+STATES = ("adam_m", "adam_v", "grad_sum")
+"""optimizer states of a trainable ``p`` are called ``adam_m:p``, ``adam_v:p`` and, where an update takes several steps, ``grad_sum:p``"""
 STATE_PREFIXES = tuple(f"{state}:" for state in STATES)
 
 
@@ -160,7 +160,7 @@ def layer_graph(source: Profile | Plan) -> nx.DiGraph[str]:
 
 def state_count(optimizer: Mapping[str, Any]) -> int:
     """Optimizer states of each trainable, as a profile or a plan names the optimizer."""
-    return min(len(STATES), int(optimizer.get("state_tensors", len(STATES))))
+    return int(optimizer.get("state_tensors", 2))
 
 
 def state_names(trainable: str, count: int) -> tuple[str, ...]:

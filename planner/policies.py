@@ -94,6 +94,11 @@ def policies_of(profile: Profile) -> tuple[str, ...]:
     return rules_for(dag_of(profile))
 
 
+def approximate_of(profile: Profile) -> tuple[str, ...]:
+    """Names of those that follow another gradient: they move trained tensors after every step."""
+    return () if profile.model.kind == "graph" or profile.accumulate > 1 else tuple(APPROXIMATE)
+
+
 def policy_parts(problem: Layered, policy: str) -> tuple[Part, ...]:
     """The policy's steps, in turn, with its decision for every layer.
 

@@ -5,7 +5,8 @@ each tensor it allocates, so that nothing is left to decide at run time. Three r
 the simulator replays it and alone states peak and time, the runtime executes it.
 
 Tensor names: a weight ``w`` is resident as ``w`` (unpacked) and/or ``packed:w``; a trainable ``p`` has ``p``,
-``grad:p`` (as bound by its layer), ``adam_m:p`` and ``adam_v:p``; anything else is a global tensor or ``layer/value``.
+``grad:p`` (as bound by its layer), ``adam_m:p``, ``adam_v:p`` and, where an update takes several steps, ``grad_sum:p``;
+anything else is a global tensor or ``layer/value``.
 
 Instructions (JSON arrays; `at` are arena offsets in bytes):
 
@@ -17,7 +18,7 @@ Instructions (JSON arrays; `at` are arena offsets in bytes):
 | ["free", t] | give the bytes of t back (waits for a spill of t that is still being written) |
 | ["spill", t] | start writing t to the spill file; t stays resident until freed |
 | ["fetch", t, at] | start reading t back from the spill file; users of t wait for it |
-| ["update", p] | one optimizer update of trainable p in place from its gradient and state, all resident |
+| ["update", p] | one optimizer update of trainable p in place from its gradient and state, all resident; where several steps make one, the others add to ``grad_sum:p`` |
 | ["perturb", p, k] | add k epsilon z to trainable p, z ~ N(0, 1) drawn again from the seed of the step and p's name |
 | ["pass", g, h] | the gradient g becomes the gradient h of equal shape where it lies; g is gone |
 
@@ -133,6 +134,11 @@ class Plan(Record):
     def steps(self) -> list[Phase]:
         """The training schedules that steps run in turn: one, or those of a cycle; none where nothing fits."""
         return [] if self.train is None else [self.train, *self.cycle]
+
+    @property
+    def accumulate(self) -> int:
+        """Steps whose gradients make one update."""
+        return int(self.optimizer.get("accumulate", 1))
 
     @property
     def exact(self) -> bool:

@@ -62,6 +62,7 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
     """The profile in figures: bytes by kind of tensor, seconds of compute, floor and disk."""
     programs = {program.name: program for program in profile.programs}
     weights = _weights(profile)
+    trainable = sum(tensor.bytes for tensor in profile.tensors if tensor.kind == "trainable")
     seconds = {"forward": 0.0, "inference": 0.0, "backward": 0.0}
     for layer in profile.layers:
         for operator in programs[layer.program].operators:
@@ -71,12 +72,14 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "model": profile.model.name,
         "batch": profile.batch,
         "seq": profile.seq,
+        "accumulate": profile.accumulate,
         "compute_dtype": profile.compute_dtype,
         "layers": len(profile.layers),
         "programs": len(profile.programs),
         "weight_bytes": sum(weight.bytes for weight in weights),
         "packed_bytes": sum(weight.packed_bytes for weight in weights),
-        "trainable_bytes": sum(tensor.bytes for tensor in profile.tensors if tensor.kind == "trainable"),
+        "trainable_bytes": trainable,
+        "state_bytes": trainable * int(profile.optimizer.get("state_tensors", 2)),
         "forward_seconds": seconds["forward"],
         "backward_seconds": seconds["backward"],
         "floor_bytes": max(profile.device.floor.import_peak_bytes, profile.device.floor.resident_bytes),

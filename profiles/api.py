@@ -24,7 +24,7 @@ from profiles.measure import measure
 from profiles.pack import build_store
 from profiles.processor import cpu_name, features
 from profiles.register import DECOMPOSITIONS, INFERENCE
-from profiles.schema import PROFILE_VERSION, Channel, Device, Floor, Model, Profile, Program, Tensor
+from profiles.schema import PROFILE_VERSION, Channel, Device, Floor, Model, Profile, Program, Tensor, adamw
 from profiles.sources import Source, resolve
 from profiles.store import Entry, Store, find_extent
 from profiles.trace import Trace, trace
@@ -77,6 +77,7 @@ def profile(
     seq: int = 256,
     lora_rank: int = 8,
     lora_alpha: float | None = None,
+    accumulate: int = 1,
     dtype: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -86,7 +87,7 @@ def profile(
     """Trace and measure one training step of `source` (see `profiles.sources.resolve`) on this machine, or trace it and
     estimate its times on another `device` (see `profiles.devices.find_device`).
 
-    `batch` samples of `seq` tokens; `lora_alpha` defaults to twice the rank; `dtype` is what activations and unpacked
+    `batch` samples of `seq` tokens; `lora_alpha` defaults to twice the rank; the gradients of `accumulate` steps make one update; `dtype` is what activations and unpacked
     weights are computed in (bfloat16 for language models, float32 for a module of your own). A module:factory brings its own sample batch. Weights, where the source has them, are packed
     into the cache first, tensor by tensor. A fitting result in the cache is returned at once unless `force`, or unless it was
     measured while other programs kept the cores busy and these are idle now. An estimate
@@ -101,7 +102,7 @@ def profile(
         )
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
-    for name, value in (("batch", batch), ("seq", seq), ("lora-rank", lora_rank)):
+    for name, value in (("batch", batch), ("seq", seq), ("lora-rank", lora_rank), ("accumulate", accumulate)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
     cores = our_cores()
@@ -114,7 +115,7 @@ def profile(
     found = resolve(source)
     dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
     report = progress or (lambda stage, done, total: None)
-    key = _fingerprint(found, batch, seq, lora_rank, alpha, dtype, threads)
+    key = _fingerprint(found, batch, seq, lora_rank, alpha, accumulate, dtype, threads)
     cached = cache_directory() / "profiles" / f"{key[:32]}.json"
     earlier = None
     if elsewhere is None and cached.exists() and not force:
@@ -152,6 +153,7 @@ def profile(
             tensors,
             found.entries,
             compute_dtype=dtype,
+            accumulate=accumulate,
             threads=threads,
             scratch=cache_directory(),
             environment=dict(os.environ) | _python_path(),
@@ -172,6 +174,7 @@ def profile(
         batch=batch,
         seq=seq_or_none,
         compute_dtype=dtype,
+        optimizer=adamw(accumulate),
         device=Device(
             name=cpu_name(),
             kind="cpu",

@@ -37,6 +37,8 @@ UNPACK_PASSES = 3.5
 """unpacking 4-bit weights over an addition that touches as many bytes (measured as `PASSES`)"""
 UPDATE_PASSES = 7
 """AdamW: reads parameter, gradient and two states, writes three"""
+SUM_PASSES = 3
+"""gradients summed over steps: reads gradient and sum, writes the sum"""
 PRODUCTS = ("tightfit.projection", "tightfit.lora_")
 """operators that are matrix products and little else"""
 FLOAT32_INSIDE = {"tightfit.attention": 2, "tightfit.attention_backward": 3}
@@ -70,7 +72,7 @@ def estimate_profile(profile: Profile, on: DeviceDescription) -> Profile:
         update={
             "fingerprint": hashlib.sha256(digest.encode()).hexdigest(),
             "device": on.device(),
-            "tensors": [estimate_tensor(tensor, on) for tensor in profile.tensors],
+            "tensors": [estimate_tensor(tensor, on, profile.accumulate) for tensor in profile.tensors],
             "programs": [estimate_program(program, on, keep_workspace=known) for program in profile.programs],
         }
     )
@@ -123,14 +125,18 @@ def _with_scratch(program: Program, on: DeviceDescription) -> Program:
     return program.model_copy(update={"values": list(values.values()), "operators": operators})
 
 
-def estimate_tensor(tensor: Tensor, on: DeviceDescription) -> Tensor:
+def estimate_tensor(tensor: Tensor, on: DeviceDescription, accumulate: int = 1) -> Tensor:
     """`tensor` with its unpack time (weights: packed read, unpacked written) or update time (trainables) filled."""
     if tensor.kind == "weight" and tensor.packed_bytes:
         passes = UNPACK_PASSES if on.kind == "cpu" else 1.0
         seconds = passes * (tensor.packed_bytes + tensor.bytes) / on.bytes_per_second + on.call_seconds
         return tensor.model_copy(update={"unpack_seconds": seconds})
     if tensor.kind == "trainable":
-        seconds = UPDATE_PASSES * tensor.bytes / on.bytes_per_second + on.call_seconds
+        passes, calls = float(UPDATE_PASSES), 1.0
+        if accumulate > 1:
+            # Summed in every step; for the update the sum becomes a mean first and zero afterwards.
+            passes, calls = SUM_PASSES + (UPDATE_PASSES + 3) / accumulate, 1 + 3 / accumulate
+        seconds = passes * tensor.bytes / on.bytes_per_second + calls * on.call_seconds
         return tensor.model_copy(update={"update_seconds": seconds, "perturb_seconds": 0.0})
     return tensor
 

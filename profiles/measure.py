@@ -26,6 +26,7 @@ def measure(
     entries: dict[str, Entry],
     *,
     compute_dtype: str,
+    accumulate: int,
     threads: int,
     scratch: Path,
     environment: dict[str, str],
@@ -61,6 +62,7 @@ def measure(
         "weights": [list(key) for key in weights],
         "updates": list(updates),
         "compute_dtype": compute_dtype,
+        "accumulate": accumulate,
         "scratch": str(scratch),
         "threads": threads,
     }

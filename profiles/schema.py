@@ -18,6 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field
 PROFILE_VERSION = 5
 
 
+def adamw(accumulate: int = 1) -> dict[str, Any]:
+    """AdamW as the `optimizer` of a profile: two moments per trainable, and the gradients summed so far where an update takes several steps."""
+    moments = {"name": "adamw", "state_tensors": 2}
+    return moments if accumulate == 1 else {**moments, "state_tensors": 3, "accumulate": accumulate}
+
+
 class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -175,7 +181,8 @@ class Profile(Record):
     seq: int | None = None
     compute_dtype: str
     optimizer: dict[str, Any] = Field(
-        {"name": "adamw", "state_tensors": 2}, description="state_tensors float32 copies per trainable"
+        default_factory=adamw,
+        description="state_tensors float32 copies per trainable; accumulate: steps whose gradients make one update (1 where left out)",
     )
     device: Device
     tensors: list[Tensor]
@@ -185,3 +192,8 @@ class Profile(Record):
     token_losses: str | None = Field(
         None, description="decoders: float32 [tokens] negative log-likelihoods, 0 where unlabelled"
     )
+
+    @property
+    def accumulate(self) -> int:
+        """Steps whose gradients make one update."""
+        return int(self.optimizer.get("accumulate", 1))

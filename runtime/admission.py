@@ -22,9 +22,14 @@ Stages = Callable[[str, int, int], None]
 """stages(what, done, total) while something is prepared."""
 
 
-def check_options(steps: int, schedule: str, lr: float) -> None:
+def check_options(plan: Plan, steps: int, schedule: str, lr: float) -> None:
     if steps < 1:
         raise InputError(f"steps {steps}: give at least 1")
+    if left := steps % plan.accumulate:
+        nearest = steps - left or plan.accumulate
+        raise InputError(
+            f"steps {steps}: an update takes {plan.accumulate} steps, as profiled; give a multiple, for example {nearest}"
+        )
     if schedule not in SCHEDULES:
         raise InputError(f"schedule {schedule!r} is not known; choose one of {', '.join(SCHEDULES)}")
     if not 0 <= lr < float("inf"):
@@ -126,6 +131,7 @@ def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str,
         "lora": plan.model.lora,
         "optimizer": dict(optimizer),
         "seed": seed,
+        "steps of an update": plan.accumulate if plan.accumulate > 1 else None,
         "threads": plan.device.threads,
         "torch": torch.__version__,
         "products of bfloat16": BFLOAT16_PRODUCTS,

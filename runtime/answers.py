@@ -43,14 +43,18 @@ def profile_text(profile: Profile) -> RenderableType:
     rows = [
         ("device", f"{facts['device']}, {profile.device.threads} threads, {how}"),
         ("model", f"{facts['model']}, {facts['layers']} layers of {facts['programs']} kinds"),
-        ("step", f"{shape}, {facts['compute_dtype']}"),
+        (
+            "step",
+            f"{shape}, {facts['compute_dtype']}"
+            + (f"; {profile.accumulate} make an update" if profile.accumulate > 1 else ""),
+        ),
         (
             "frozen weights",
             f"{format_size(facts['packed_bytes'])} packed, {format_size(facts['weight_bytes'])} unpacked",
         ),
         (
             "trainables",
-            f"{format_size(facts['trainable_bytes'])}, with optimizer state {format_size(facts['trainable_bytes'] * 3)}",
+            f"{format_size(facts['trainable_bytes'])}, with optimizer state {format_size(facts['trainable_bytes'] + facts['state_bytes'])}",
         ),
         ("arithmetic", f"forward {facts['forward_seconds']:.3f} s, backward {facts['backward_seconds']:.3f} s"),
         (

@@ -95,6 +95,12 @@ def profile(
     lora_alpha: Annotated[
         float | None, typer.Option(help="LoRA scale is alpha / rank; default: twice the rank.")
     ] = None,
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            metavar="STEPS", help="Steps whose gradients make one update: a larger batch in the memory of a small one."
+        ),
+    ] = 1,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -119,7 +125,9 @@ def profile(
     """Measure one training step of MODEL (or estimate it, on a device that is not here): its tensors, operators, disk and
     process floor. No weights need fit in memory.
     """
-    _at_least(1, seq=seq, batch=batch, lora_rank=lora_rank, threads=1 if threads is None else threads)
+    _at_least(
+        1, seq=seq, batch=batch, lora_rank=lora_rank, accumulate=accumulate, threads=1 if threads is None else threads
+    )
     from profiles.api import profile as measure
     from profiles.api import save_profile
     from profiles.files import check_place
@@ -134,6 +142,7 @@ def profile(
             seq=seq,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
+            accumulate=accumulate,
             dtype=dtype,
             device=device,
             threads=threads,
@@ -315,7 +324,7 @@ def run(
     data: Annotated[
         str, typer.Option(metavar="DIR|FILE.jsonl|random", help="Training data, or random tokens for sizing.")
     ],
-    steps: Annotated[int, typer.Option(help="Optimizer steps in all.")],
+    steps: Annotated[int, typer.Option(help="Steps in all, each of one batch.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for adapter, report, metrics and checkpoints.")
     ],

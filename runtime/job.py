@@ -27,7 +27,7 @@ CODES = ("read", "unpack", "run", "free", "spill", "fetch", "update", "perturb",
 UNIT = 64
 BLOCK = 4096
 VERSION = 1
-STATES = ("adam_m", "adam_v")
+STATES = ("adam_m", "adam_v", "grad_sum")
 _ARRAYS = (("sizes", "q"), ("extents", "q"), ("tables", "i"), ("starts", "i"), ("train", "i"), ("evaluate", "i"))
 
 
@@ -97,7 +97,7 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
     weights = [t for t in plan["tensors"] if t["kind"] == "weight"]
     weight_index = {t["name"]: index for index, t in enumerate(weights)}
     trainables = [t for t in plan["tensors"] if t["kind"] == "trainable"]
-    roles = STATES[: int(plan["optimizer"].get("state_tensors", len(STATES)))]
+    roles = STATES[: int(plan["optimizer"].get("state_tensors", 2))]
     for t in trainables:
         for role in ("grad", *roles):
             numbers.add(f"{role}:{t['name']}", t["bytes"])
@@ -181,6 +181,7 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
         "spill_bytes": spill_bytes,
         "batch": plan["batch"],
         "seq": plan["seq"],
+        "accumulate": plan["optimizer"].get("accumulate", 1),
         "kind": plan["model"]["kind"],
         "lora": plan["model"]["lora"],
         "programs": [program_header(p) for p in plan["programs"]],

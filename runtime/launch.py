@@ -64,7 +64,7 @@ def run(
     progress: Progress | None = None,
     stages: Stages | None = None,
 ) -> dict[str, Any]:
-    """Train `steps` steps as planned, under the plan's budget, and return the report (also written to ``out/report.json``).
+    """Train `steps` steps (a multiple of those of an update) as planned, under the plan's budget, and return the report (also written to ``out/report.json``).
 
     `data` is a JSON-lines file, a directory of them, ``random``, or, for a module, an iterable of batches (tuples of
     tensors). With `eval_data`, the model is evaluated before and after. `cgroup=False` leaves enforcement to the meter.
@@ -80,7 +80,7 @@ def run(
     A handler of the program's own is left in place; the run saves and ends if that, `progress` or `stages` raises.
     """
     directory = Path(out).absolute()
-    check_options(steps, schedule, lr)
+    check_options(plan, steps, schedule, lr)
     check_machine(plan)
     check_schedule(plan)
     store = find_store(plan, stages)

@@ -34,7 +34,7 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
     done, path = 0, ""
     if header["resume"]:
         found = checkpoint.load_latest(out, conditions)
-        training.load_state(found.path, found.state["checksums"])
+        training.load_state(found.path, found.state)
         done, path = found.step, found.path
         send("resumed", step=done, checkpoint=found.path)
         before = _evaluated_before(found.state)

@@ -123,7 +123,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         step()
     result["update"], result["perturb"] = [], []
     for elements in request["updates"]:
-        result["update"].append(measure_update(elements))
+        result["update"].append(measure_update(elements, request["accumulate"]))
         step()
         result["perturb"].append(measure_perturb(elements))
         step()
@@ -277,15 +277,23 @@ def measure_unpack(kind: str, group: int, rows: int, columns: int, dtype: str) -
     return _median(lambda turn: unpack(entry, packed[turn % copies], outs[turn % copies]))
 
 
-def measure_update(elements: int) -> float:
+def measure_update(elements: int, accumulate: int) -> float:
+    """Seconds per step: the mean over the steps of one update."""
     import torch
 
     from runtime.optimizer import AdamW, Update
 
-    update = Update(AdamW())
+    update = Update(AdamW(), accumulate)
+    tensors = [torch.full((elements,), 1e-3) for _ in range(4 + (accumulate > 1))]
+
+    def last() -> float:
+        update.begin(accumulate)
+        return _median(lambda turn: update.apply(accumulate, *tensors))
+
+    if accumulate == 1:
+        return last()
     update.begin(1)
-    tensors = [torch.full((elements,), 1e-3) for _ in range(4)]
-    return _median(lambda turn: update.apply(1, *tensors))
+    return (last() + (accumulate - 1) * _median(lambda turn: update.apply(1, *tensors))) / accumulate
 
 
 def measure_perturb(elements: int) -> float:

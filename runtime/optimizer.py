@@ -65,29 +65,57 @@ def optimizer_of(settings: Mapping[str, Any]) -> AdamW | MeZO:
 
 
 class Update:
-    """AdamW. `apply` updates one trainable; the native fused kernel reads and writes each tensor once and makes no temporary."""
+    """AdamW. `apply` updates one trainable; the native fused kernel reads and writes each tensor once and makes no temporary.
 
-    def __init__(self, optimizer: AdamW) -> None:
+    With `accumulate` above 1 gradients of so many steps make one update: their mean, each weighted by what its own is a mean over.
+    """
+
+    def __init__(self, optimizer: AdamW, accumulate: int = 1) -> None:
         self.optimizer = optimizer
+        self.accumulate = accumulate
+        self.summed = 0.0
+        """weights of the steps whose gradients wait for their update"""
+        self._weight = 1.0
+        self._due = True
         self._kernel = torch._C._get_operation_overload("aten::_fused_adamw_", "")[0]
         self._step = torch.zeros((), dtype=torch.float32)
         self._rate = 0.0
 
-    def begin(self, step: int) -> None:
-        """Updates until the next `begin` belong to step `step`, counted from 1."""
+    def begin(self, step: int, weight: float = 1.0) -> None:
+        """Updates until the next `begin` belong to step `step`, counted from 1, whose gradients are means over `weight` labels."""
+        if step % self.accumulate == 1 % self.accumulate:
+            self.summed = 0.0
+        self.summed += weight
+        self._weight = weight
+        self._due = step % self.accumulate == 0
         self._rate = self.optimizer.rate(step)
 
-    def apply(self, count: int, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
-        """Update number `count` of a parameter, from 1. float32 tensors of one shape, contiguous; all but the gradient
-        change in place.
+    def apply(
+        self,
+        count: int,
+        parameter: Tensor,
+        gradient: Tensor,
+        first: Tensor,
+        second: Tensor,
+        total: Tensor | None = None,
+    ) -> None:
+        """Gradient number `count` of a parameter, from 1. float32 tensors of one shape, contiguous; all but the gradient
+        change in place. `total` are the gradients summed so far, where several make one update.
         """
         optimizer = self.optimizer
-        self._step.fill_(count)
+        if total is not None:
+            total.add_(gradient, alpha=self._weight)
+            if not self._due:
+                return
+            gradient = total.div_(max(1.0, self.summed))
+        self._step.fill_(count // self.accumulate)
         self._kernel(
             [parameter], [gradient], [first], [second], [], [self._step],
             lr=self._rate, beta1=optimizer.betas[0], beta2=optimizer.betas[1], weight_decay=optimizer.weight_decay,
             eps=optimizer.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
+        if total is not None:
+            total.zero_()
 
 
 class Perturbation:

@@ -59,7 +59,11 @@ class Training:
         self.channel = channel
         self.meter = Meter(header["budget_bytes"])
         optimizer = optimizer_of(header["optimizer"])
-        self.update = Perturbation(optimizer, header["seed"]) if isinstance(optimizer, MeZO) else Update(optimizer)
+        self.update = (
+            Perturbation(optimizer, header["seed"])
+            if isinstance(optimizer, MeZO)
+            else Update(optimizer, header["accumulate"])
+        )
         self.trainables = [
             Trainable(
                 name=name,
@@ -84,11 +88,18 @@ class Training:
 
         seed()
         self.executor.between_forwards = seed  # two forwards of one step draw the same
-        self.update.begin(number)
+        if isinstance(self.update, Update):
+            self.update.begin(number, self._averaged())
+        else:
+            self.update.begin(number)
         cycles, position = divmod(number - 1, len(self.header["cycle"]))
         begin, end = self.header["cycle"][position]
         self.executor.execute(self.job.train, begin, end, cycles)
         return self.executor.loss
+
+    def _averaged(self) -> int:
+        """What the loss of the batch is a mean over: a decoder's labelled tokens; what a module's is nobody knows, so its batches count alike."""
+        return int((self.inputs[1] >= 0).sum()) if self.header["kind"] == "decoder" else 1
 
     def evaluate(self, path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
         """Mean loss over labelled tokens and, where the records are answers to choose from, accuracy.
@@ -171,10 +182,14 @@ class Training:
         checksums["optimizer.safetensors"] = safetensors_file.write(
             os.path.join(directory, "optimizer.safetensors"), items, {}
         )
-        return {"checksums": checksums}
+        entries: dict[str, Any] = {"checksums": checksums}
+        return entries | ({"summed": self.update.summed} if isinstance(self.update, Update) else {})
 
-    def load_state(self, directory: str, checksums: dict[str, int]) -> None:
-        """Take the state of a checkpoint directory. Raises InputError where a file is damaged."""
+    def load_state(self, directory: str, state: dict[str, Any]) -> None:
+        """Take a checkpoint directory, whose entries `save_state` made. Raises InputError where a file is damaged."""
+        checksums = state["checksums"]
+        if isinstance(self.update, Update):
+            self.update.summed = state.get("summed", 0.0)
         file = adapter.WEIGHTS if self.header["lora"] else "model.safetensors"
         with_adapter = [(self._key(t.name), t, t.value) for t in self.trainables]
         states = [(f"{role}:{t.name}", t, place) for t in self.trainables for role, place in zip(STATES, t.states)]

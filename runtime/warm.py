@@ -72,9 +72,10 @@ def warm(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES, *,
     operator = {"target": "aten.mm.default", "args": [window, window], "outputs": ["x"]}
     compile_operator(operator, {"x": {}}).run({"x": torch.zeros(size, size)}, [torch.empty(size, size)])
     if backward:
-        update = Update(AdamW())
-        update.begin(1)
-        update.apply(1, *(torch.full((4096,), 0.1) for _ in range(4)))
+        update = Update(AdamW(), accumulate=2)
+        for step in (1, 2):
+            update.begin(step)
+            update.apply(step, *(torch.full((4096,), 0.1) for _ in range(5)))
     Perturbation(MeZO(), 0).shift("p", torch.zeros(4096), 1)
     spill = SpillFile(tempfile.gettempdir(), 1 << 20)
     data = torch.zeros(1 << 18)

@@ -52,7 +52,7 @@ UPLOAD: dict[str, Any] = {
 async def make_profile(request: Request, asked: ProfileRequest, key: IdempotencyKey = None) -> Response:
     """Waits for this machine's device: measurements and runs follow each other."""
     settings = service_of(request).settings
-    options = asked.model_dump(include={"seq", "batch", "lora_rank", "lora_alpha", "dtype"})
+    options = asked.model_dump(include={"seq", "batch", "lora_rank", "lora_alpha", "accumulate", "dtype"})
     return ask(request, "profile", options | {"source": _source(settings, asked)}, key=key)
 
 

@@ -101,6 +101,7 @@ class ProfileRequest(Request):
     batch: int = Field(1, ge=1, le=1 << 16)
     lora_rank: int = Field(8, ge=1, le=1 << 14)
     lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)
+    accumulate: int = Field(1, ge=1, le=1 << 16, description="steps whose gradients make one update")
     dtype: Literal["bfloat16", "float32"] | None = None
 
     @model_validator(mode="after")

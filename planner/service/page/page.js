@@ -105,7 +105,7 @@ async function choose(identity, kept = {}) {
 async function explore(identity, kept, old) {
   const { summary, name } = await get(`/v1/profiles/${identity}`);
   if (old()) return;
-  $("about").textContent = `${name}: ${summary.layers} layers of ${summary.programs} kinds; weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked; trainables ${mib(summary.trainable_bytes)} MiB; times ${summary.measured ? "measured" : "estimated"} on ${summary.device}`;
+  $("about").textContent = `${name}: ${summary.layers} layers of ${summary.programs} kinds; weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked; trainables ${mib(summary.trainable_bytes)} MiB${summary.accumulate > 1 ? `; ${summary.accumulate} steps make an update` : ""}; times ${summary.measured ? "measured" : "estimated"} on ${summary.device}`;
   POLICIES = summary.policies;
   $("policy").replaceChildren(...POLICIES.map((policy) => html("option", {}, policy)));
   if (POLICIES.includes(kept.policy)) $("policy").value = kept.policy;
@@ -318,7 +318,7 @@ $("measure").addEventListener("submit", action(async (event) => {
   const form = new FormData(event.target), request = {};
   if (form.get("source") === "path") request.path = form.get("path");
   else request.config = JSON.parse(await form.get("config").text());
-  for (const name of ["seq", "batch", "lora_rank"]) request[name] = Number(form.get(name));
+  for (const name of ["seq", "batch", "lora_rank", "accumulate"]) request[name] = Number(form.get(name));
   const { chosen } = state;
   $("about").textContent = "measuring …";
   const done = await work("/v1/profiles", request, ({ stage, done, total }) => {

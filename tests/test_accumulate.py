@@ -1,0 +1,225 @@
+"""Gradients of several steps that make one update: against one large batch under autograd, at any budget, across an interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import CONFIGS, peft_model, peft_name
+from safetensors.torch import load_file
+from tiny_models import byte_level_tokenizer, random_weights, write_directory
+
+from planner.compare import compare
+from planner.explain import explain
+from planner.plan import Planner, plan
+from planner.summary import profile_summary
+from profiles.api import profile
+from profiles.devices import find_device
+from profiles.errors import InputError
+from profiles.estimate import estimate_profile
+from profiles.schema import Profile
+from profiles.store import Store
+from runtime.adapter import initialise
+from runtime.batches import open_batches
+from runtime.launch import run
+from runtime.optimizer import AdamW, Update
+
+TOGETHER, STEPS, SEQ, RANK, LR = 3, 12, 29, 4, 5e-3
+CONFIG = CONFIGS["llama"]
+ROWS = [
+    {"prompt": "Is the fox quick? ", "completion": "positive"},
+    {"prompt": "lazy dog? ", "completion": "negative, it is not"},
+    {"prompt": "over ", "completion": "12"},
+    {"text": "The quick brown fox jumps over the lazy dog."},
+]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    folder = tmp_path_factory.mktemp("llama")
+    write_directory(folder, CONFIG, random_weights(CONFIG), tokenizer=byte_level_tokenizer())
+    return profile(str(folder), batch=1, seq=SEQ, lora_rank=RANK, lora_alpha=8.0, dtype="float32", accumulate=TOGETHER)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(decoder: Profile, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run at the smallest budget, with every checkpoint."""
+    out = tmp_path_factory.mktemp("whole")
+    smallest = plan(decoder, Planner(decoder).minimum().peak_bytes)
+    assert any(
+        place == "offloaded" for name, place in smallest.decisions.items() if name.startswith("grad_sum:")
+    )  # sums go to disk and come back like any other state
+    report = run(
+        smallest, data, steps=STEPS, out=out, lr=LR, schedule="linear", checkpoint_every=2, keep_checkpoints=STEPS
+    )
+    assert report["peak_bytes"]["measured"] <= smallest.peak_bytes
+    return out, report
+
+
+def saved(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    folder = out / f"checkpoint-{step}"
+    return load_file(folder / "adapter_model.safetensors") | load_file(folder / "optimizer.safetensors")
+
+
+def one_large_batch(made: Profile, out: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same updates by transformers + peft: the samples of an update in one batch, its loss a mean over all labelled tokens.
+    The loss of each sample, and the adapter."""
+    weights = {}
+    assert made.model.store is not None
+    with Store.open(made.model.store) as store:
+        for name, entry in store.entries.items():
+            weights[name] = torch.empty(entry.shape)
+            store.load(name, weights[name])
+    for tensor in made.tensors:
+        if tensor.kind == "trainable":
+            weights[tensor.name] = torch.empty(tensor.shape)
+            initialise(tensor.name, 0, weights[tensor.name])
+    model = peft_model(CONFIG, weights, RANK, 8.0, torch.float32)
+    parameters = dict(model.named_parameters())
+    trained = {n: parameters[peft_name(n, parameters)] for n in weights if "lora_" in n}
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
+    batches = open_batches(str(next((out / "data").glob("train*"))), 0)
+    losses = []
+    labelled = set()
+    for step in range(0, STEPS, TOGETHER):
+        inputs = [torch.empty(TOGETHER, SEQ, dtype=torch.int64) for _ in range(2)]
+        for row in range(TOGETHER):
+            batches.training(step + row, [part[row : row + 1] for part in inputs])
+        logits = model(input_ids=inputs[0]).logits
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), inputs[1], reduction="none")
+        counts = (inputs[1] >= 0).sum(1)
+        labelled.update(counts.tolist())
+        losses += (each.sum(1) / counts).tolist()
+        (each.sum() / counts.sum()).backward()
+        optimizer.param_groups[0]["lr"] = LR * (1 - (step + TOGETHER - 1) / STEPS)
+        optimizer.step()
+        optimizer.zero_grad()
+    batches.close()
+    assert len(labelled) > 1  # or a mean of means would do as well
+    return losses, {n: p.detach() for n, p in trained.items()}
+
+
+def test_updates_are_those_of_one_large_batch(decoder: Profile, whole: tuple[Path, dict[str, Any]]) -> None:
+    out, report = whole
+    losses, trained = one_large_batch(decoder, out)
+    assert report["loss"] == pytest.approx(losses, rel=2e-5)
+    found = saved(out)
+    for name, expected in trained.items():
+        own = found[f"base_model.model.{name}"]
+        assert float((own - expected).norm() / expected.norm()) < 1e-3, name
+        assert not found[f"grad_sum:{name}"].any(), name
+
+
+def test_the_sums_of_an_update_that_is_under_way_outlast_an_interruption(
+    decoder: Profile, data: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """From every checkpoint, most of them between updates, the run goes on to the bit; with all the memory that it can use."""
+    roomy = plan(decoder, 1 << 40)
+    for step in (2, 4, 6):
+        part = tmp_path / str(step)
+        shutil.copytree(whole[0], part)
+        for later in range(step + 2, STEPS + 1, 2):
+            shutil.rmtree(part / f"checkpoint-{later}")
+        assert any(tensor.any() for name, tensor in saved(part, step).items() if "grad_sum:" in name) == (step != 6)
+        report = run(roomy, data, steps=STEPS, out=part, lr=LR, schedule="linear", checkpoint_every=2, resume=True)
+        assert report["resumed_step"] == step
+        assert report["loss"] == whole[1]["loss"]
+        mine, theirs = saved(part), saved(whole[0])
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_does_not_go_on_with_another_number_of_steps_an_update(
+    decoder: Profile, data: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    part = tmp_path / "part"
+    shutil.copytree(whole[0], part)
+    other = plan(decoder.model_copy(update={"optimizer": {**decoder.optimizer, "accumulate": 4}}), 1 << 40)
+    with pytest.raises(InputError, match="with steps of an update 3, this run has 4"):
+        run(other, data, steps=16, out=part, lr=LR, schedule="linear", resume=True)
+
+
+def regression() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
+    torch.manual_seed(0)
+
+    class Regression(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.GELU(), torch.nn.Linear(24, 16))
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (self.layers(x) - y).square().mean()
+
+    return Regression(), (torch.randn(4, 16), torch.randn(4, 16))
+
+
+def test_batches_of_a_module_count_alike(tmp_path: Path) -> None:
+    made = profile(f"{__name__}:regression", accumulate=2)
+    batches = [(torch.randn(4, 16), torch.randn(4, 16)) for _ in range(6)]
+    report = run(plan(made, 1 << 40), batches, steps=6, out=tmp_path, lr=LR)
+    module, _ = regression()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LR, weight_decay=0.0)
+    losses = []
+    for first, second in zip(batches[::2], batches[1::2]):
+        optimizer.zero_grad()
+        both = [module(*first), module(*second)]
+        losses += [float(loss.detach()) for loss in both]
+        (sum(both) / 2).backward()
+        optimizer.step()
+    assert report["loss"] == pytest.approx(losses, rel=1e-5)
+    for name, value in load_file(tmp_path / "model" / "model.safetensors").items():
+        torch.testing.assert_close(value, module.state_dict()[name], rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_labelled_nowhere_changes_nothing_but_by_decay() -> None:
+    update = Update(AdamW(lr=LR), accumulate=2)
+    parameter, gradient, *states = (torch.ones(8), *(torch.zeros(8) for _ in range(4)))
+    for step in (1, 2):
+        update.begin(step, 0)
+        update.apply(step, parameter, gradient, *states)
+    assert torch.equal(parameter, torch.ones(8))
+
+
+def test_steps_that_leave_an_update_unfinished_are_refused(decoder: Profile, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match="steps 10: an update takes 3 steps, as profiled; give a multiple, for example 9"
+    ):
+        run(plan(decoder, 1 << 40), data, steps=10, out=tmp_path / "out")
+    with pytest.raises(InputError, match="for example 3"):
+        run(plan(decoder, 1 << 40), data, steps=2, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("policy", ["mezo", "lcsb"])
+def test_rules_that_move_tensors_after_every_step_are_refused(policy: str, decoder: Profile) -> None:
+    with pytest.raises(InputError, match=f"{policy} moves trained tensors after every step.*gradients of 3"):
+        plan(decoder, 1 << 40, policy=policy)
+    with pytest.raises(InputError, match=f"{policy} moves trained tensors after every step.*gradients of 3"):
+        compare(decoder, [1 << 40], policies=[policy])
+
+
+def test_it_is_said_and_costs_memory_and_time(decoder: Profile) -> None:
+    facts = profile_summary(decoder)
+    assert facts["accumulate"] == TOGETHER
+    assert facts["state_bytes"] == 3 * facts["trainable_bytes"]
+    made = plan(decoder, 1 << 40)
+    assert any(f"gradients of {TOGETHER} steps make one update" in line for line in explain(made))
+    alone = decoder.model_copy(update={"optimizer": {"name": "adamw", "state_tensors": 2}})
+    assert made.peak_bytes - plan(alone, 1 << 40).peak_bytes >= facts["trainable_bytes"]
+    seconds = {}
+    for profiled in (alone, decoder):
+        estimated = estimate_profile(profiled, find_device("phone"))
+        seconds[profiled.accumulate] = sum(t.update_seconds for t in estimated.tensors)
+    # Three passes for each sum, and ten of them for the update of three steps, where one alone has seven.
+    assert 0.6 < seconds[TOGETHER] / seconds[1] < 2.2
