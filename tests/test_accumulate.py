@@ -57,9 +57,6 @@ def whole(decoder: Profile, data: Path, tmp_path_factory: pytest.TempPathFactory
     """A run at the smallest budget, with every checkpoint."""
     out = tmp_path_factory.mktemp("whole")
     smallest = plan(decoder, Planner(decoder).minimum().peak_bytes)
-    assert any(
-        place == "offloaded" for name, place in smallest.decisions.items() if name.startswith("grad_sum:")
-    )  # sums go to disk and come back like any other state
     report = run(
         smallest, data, steps=STEPS, out=out, lr=LR, schedule="linear", checkpoint_every=2, keep_checkpoints=STEPS
     )
@@ -145,9 +142,9 @@ def test_a_run_does_not_go_on_with_another_number_of_steps_an_update(
 ) -> None:
     part = tmp_path / "part"
     shutil.copytree(whole[0], part)
-    other = plan(decoder.model_copy(update={"optimizer": {**decoder.optimizer, "accumulate": 4}}), 1 << 40)
-    with pytest.raises(InputError, match="with steps of an update 3, this run has 4"):
-        run(other, data, steps=16, out=part, lr=LR, schedule="linear", resume=True)
+    other = plan(decoder.model_copy(update={"optimizer": {**decoder.optimizer, "accumulate": 2}}), 1 << 40)
+    with pytest.raises(InputError, match="with steps of an update 3, this run has 2"):
+        run(other, data, steps=STEPS, out=part, lr=LR, schedule="linear", resume=True)
 
 
 def regression() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
@@ -156,18 +153,21 @@ def regression() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
     class Regression(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.GELU(), torch.nn.Linear(24, 16))
+            self.layers = torch.nn.Sequential(torch.nn.Linear(256, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 256))
 
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return (self.layers(x) - y).square().mean()
 
-    return Regression(), (torch.randn(4, 16), torch.randn(4, 16))
+    return Regression(), (torch.randn(4, 256), torch.randn(4, 256))
 
 
 def test_batches_of_a_module_count_alike(tmp_path: Path) -> None:
+    """At the smallest budget, where sums go to disk and come back like any other state."""
     made = profile(f"{__name__}:regression", accumulate=2)
-    batches = [(torch.randn(4, 16), torch.randn(4, 16)) for _ in range(6)]
-    report = run(plan(made, 1 << 40), batches, steps=6, out=tmp_path, lr=LR)
+    batches = [(torch.randn(4, 256), torch.randn(4, 256)) for _ in range(6)]
+    smallest = plan(made, Planner(made).minimum().peak_bytes)
+    assert "offloaded" in {place for name, place in smallest.decisions.items() if name.startswith("grad_sum:")}
+    report = run(smallest, batches, steps=6, out=tmp_path, lr=LR)
     module, _ = regression()
     optimizer = torch.optim.AdamW(module.parameters(), lr=LR, weight_decay=0.0)
     losses = []
@@ -216,7 +216,7 @@ def test_it_is_said_and_costs_memory_and_time(decoder: Profile) -> None:
     made = plan(decoder, 1 << 40)
     assert any(f"gradients of {TOGETHER} steps make one update" in line for line in explain(made))
     alone = decoder.model_copy(update={"optimizer": {"name": "adamw", "state_tensors": 2}})
-    assert made.peak_bytes - plan(alone, 1 << 40).peak_bytes >= facts["trainable_bytes"]
+    assert made.arena_bytes - plan(alone, 1 << 40).arena_bytes >= facts["trainable_bytes"]
     seconds = {}
     for profiled in (alone, decoder):
         estimated = estimate_profile(profiled, find_device("phone"))
