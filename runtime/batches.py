@@ -1,25 +1,28 @@
 """Batches for the lean process: token records of a decoder, or whole batches of any other module.
 
-A batch file of a module: a JSON header padded to 4096 bytes (`format`, `version`, `count`, `tensors`: [dtype, shape]
-each, `record_bytes`, `checksums`: crc32 of each batch), then the batches, each the bytes of its tensors in order.
+A batch file of a module: a JSON header padded to `HEADER_BYTES` (`format`, `version`, `count`, `tensors`: [dtype, shape]
+each, `record_bytes`, `fingerprint` of all batches), then the batches, each a crc32 and the bytes of its tensors in order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from profiles.errors import InputError
+from profiles.errors import InputError, RunError
 from runtime.records import Record, RecordFile
 
 FORMAT = "tightfit-batches"
+VERSION = 2
 HEADER_BYTES = 1 << 16
+CHECKSUM_BYTES = 4
 
 
 class Batches(Protocol):
@@ -89,6 +92,8 @@ class TensorBatches:
 
     def _fill(self, number: int, inputs: Sequence[Tensor]) -> None:
         offset, checksum = HEADER_BYTES + number * self._header["record_bytes"], 0
+        expected = int.from_bytes(os.pread(self._descriptor, CHECKSUM_BYTES, offset), "little")
+        offset += CHECKSUM_BYTES
         for tensor in inputs:
             size = tensor.numel() * tensor.element_size()
             view = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
@@ -96,7 +101,7 @@ class TensorBatches:
                 raise InputError(f"{self.path}: truncated in batch {number}; prepare the data again")
             checksum = zlib.crc32(view, checksum)
             offset += size
-        if checksum != self._header["checksums"][number]:
+        if checksum != expected:
             raise InputError(f"{self.path}: batch {number} is damaged (checksum differs); prepare the data again")
 
 
@@ -111,40 +116,61 @@ def open_batches(path: str, seed: int) -> Batches:
 
 
 def write_batches(path: str, batches: Iterable[Sequence[Tensor]]) -> str:
-    """Write a batch file; every batch has the same shapes and dtypes. Returns `path`."""
-    batches = [[t.detach().contiguous() for t in batch] for batch in batches]
-    if not batches:
-        raise InputError("no batch to train on; give at least one")
-    shapes = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in batches[0]]
-    for number, batch in enumerate(batches):
-        found = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in batch]
-        if found != shapes:
-            raise InputError(
-                f"batch {number} has tensors {found}, batch 0 has {shapes}; all batches must have one shape"
-            )
-    data = [[_bytes(t) for t in batch] for batch in batches]
-    checksums = [zlib.crc32(b"".join(parts)) for parts in data]
-    header: dict[str, Any] = {
-        "format": FORMAT,
-        "version": 1,
-        "count": len(batches),
-        "tensors": shapes,
-        "record_bytes": sum(len(part) for part in data[0]),
-        "checksums": checksums,
-        "fingerprint": f"{zlib.crc32(json.dumps([shapes, checksums]).encode()):08x}",
-    }
-    text = json.dumps(header).encode()
-    if len(text) >= HEADER_BYTES:
-        raise InputError(f"{len(batches)} batches do not fit one batch file; give fewer")
+    """Write a batch file; every batch has the same shapes and dtypes. Returns `path`.
+
+    One batch is in memory at a time. Raises InputError for batches that differ or where there are none, RunError where the disk refuses.
+    """
+    shapes: list[list[Any]] = []
+    checksums: list[int] = []
+    record_bytes = 0
     temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "wb") as file:
-        file.write(text.ljust(HEADER_BYTES))
-        for parts in data:
-            file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with _on_disk(path), open(temporary, "wb") as file:
+            file.write(b" " * HEADER_BYTES)
+        for number, batch in enumerate(batches):
+            tensors = [t.detach().contiguous() for t in batch]
+            found = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
+            if number and found != shapes:
+                raise InputError(
+                    f"batch {number} has tensors {found}, batch 0 has {shapes}; all batches must have one shape"
+                )
+            shapes = found
+            data = b"".join(map(_bytes, tensors))
+            checksums.append(zlib.crc32(data))
+            record_bytes = CHECKSUM_BYTES + len(data)
+            with _on_disk(path), open(temporary, "ab") as file:
+                file.write(checksums[-1].to_bytes(CHECKSUM_BYTES, "little") + data)
+        if not checksums:
+            raise InputError("no batch to train on; give at least one")
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "count": len(checksums),
+            "tensors": shapes,
+            "record_bytes": record_bytes,
+            "fingerprint": f"{zlib.crc32(json.dumps([shapes, checksums]).encode()):08x}",
+        }
+        text = json.dumps(header).encode()
+        if len(text) > HEADER_BYTES:
+            raise InputError(f"batches of {len(shapes)} tensors do not fit a batch file; give fewer in one batch")
+        with _on_disk(path), open(temporary, "r+b") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
     return path
+
+
+@contextlib.contextmanager
+def _on_disk(path: str) -> Iterator[None]:
+    """What the disk refuses is a RunError; what whoever makes the batches raises is not."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; free some space and start again") from error
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -157,6 +183,6 @@ def _header(path: str, data: bytes) -> dict[str, Any]:
         header = json.loads(data)
     except ValueError as error:
         raise InputError(f"{path}: damaged header; prepare the data again") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != 1:
+    if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
         raise InputError(f"{path}: not a batch file of this version; prepare the data again")
     return header

@@ -6,13 +6,14 @@ The parent may import what it likes; only the child is capped.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -67,7 +68,7 @@ def run(
     """Train `steps` steps (a multiple of those of an update) as planned, under the plan's budget, and return the report (also written to ``out/report.json``).
 
     `data` is a JSON-lines file, a directory of them, ``random``, or, for a module, an iterable of batches (tuples of
-    tensors). With `eval_data`, the model is evaluated before and after. `cgroup=False` leaves enforcement to the meter.
+    tensors): all of one that has a length, of another at most `steps`; they are written to the disk first. With `eval_data`, the model is evaluated before and after. `cgroup=False` leaves enforcement to the meter.
     With `resume`, a run that has taken all `steps` already answers with its report and changes nothing.
     `profile_step` adds to the report where the seconds of the third step went, operator by operator.
 
@@ -80,6 +81,8 @@ def run(
     A handler of the program's own is left in place; the run saves and ends if that, `progress` or `stages` raises.
     """
     directory = Path(out).absolute()
+    if not isinstance(data, str | os.PathLike | Sized):
+        data = itertools.islice(data, steps)
     check_options(plan, steps, schedule, lr)
     check_machine(plan)
     check_schedule(plan)
@@ -338,7 +341,7 @@ def _prepare(
 
     folder.mkdir(exist_ok=True)
     if plan.model.kind == "module":
-        return _prepare_module(plan, data, folder, purpose)
+        return _prepare_module(plan, data, folder, purpose, stages)
     if not isinstance(data, str | os.PathLike):
         raise InputError("a language model trains on a JSON-lines file, a directory of them, or 'random'")
     from profiles.sources import resolve
@@ -361,7 +364,7 @@ def _prepare(
     return records.path
 
 
-def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str) -> Path:
+def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str, stages: Stages | None) -> Path:
     """Batches of a module: those given, or its factory's sample batch."""
     from profiles.factory_source import as_trained, build_module
 
@@ -373,14 +376,18 @@ def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str) -> Path:
         data = [build_module(plan.model.source)[1]]
     # The plan has the tensors that are used, in the order of their first use.
     planned = {int(t.name.removeprefix("batch")): (t.dtype, t.shape) for t in plan.tensors if t.kind == "batch"}
-    batches = []
-    for number, given in enumerate(data):
-        batch = as_trained(given)
-        found = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in batch]
-        if max(planned, default=0) >= len(batch) or any(found[place] != wanted for place, wanted in planned.items()):
-            wanted = [planned[place] for place in sorted(planned)]
-            raise InputError(
-                f"batch {number} has tensors {found}, the plan was made for {wanted}; profile with a batch of that shape"
-            )
-        batches.append([batch[place] for place in planned])
-    return Path(write_batches(str(folder / f"{purpose}.batches"), batches))
+
+    def checked() -> Iterator[list[torch.Tensor]]:
+        for number, given in enumerate(data):
+            batch = as_trained(given)
+            found = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in batch]
+            if max(planned, default=0) >= len(batch) or any(found[at] != wanted for at, wanted in planned.items()):
+                wanted = [planned[at] for at in sorted(planned)]
+                raise InputError(
+                    f"batch {number} has tensors {found}, the plan was made for {wanted}; profile with a batch of that shape"
+                )
+            if stages:
+                stages("writing batches down", number + 1, len(data) if isinstance(data, Sized) else number + 1)
+            yield [batch[at] for at in planned]
+
+    return Path(write_batches(str(folder / f"{purpose}.batches"), checked()))

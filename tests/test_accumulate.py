@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ def test_batches_of_a_module_count_alike(tmp_path: Path) -> None:
     batches = [(torch.randn(4, 256), torch.randn(4, 256)) for _ in range(6)]
     smallest = plan(made, Planner(made).minimum().peak_bytes)
     assert "offloaded" in {place for name, place in smallest.decisions.items() if name.startswith("grad_sum:")}
-    report = run(smallest, batches, steps=6, out=tmp_path, lr=LR)
+    # What has no length is asked for as many as there are steps.
+    report = run(smallest, chain(batches, repeat(batches[0])), steps=6, out=tmp_path, lr=LR)
     module, _ = regression()
     optimizer = torch.optim.AdamW(module.parameters(), lr=LR, weight_decay=0.0)
     losses = []

@@ -1,7 +1,10 @@
+import resource
+import weakref
+
 import pytest
 import torch
 
-from profiles.errors import InputError
+from profiles.errors import InputError, RunError
 from runtime.batches import HEADER_BYTES, TensorBatches, open_batches, write_batches
 from runtime.records import RecordWriter
 
@@ -50,6 +53,47 @@ def test_batches_of_two_shapes_are_refused(tmp_path):
         write_batches(str(tmp_path / "x"), [batch(0), batch(1)[:1]])
     with pytest.raises(InputError, match="no batch to train on"):
         write_batches(str(tmp_path / "x"), [])
+
+
+def test_as_many_batches_as_there_are_one_at_a_time(tmp_path):
+    """More than a header could list; none is held once it is written."""
+    seen = []
+
+    def made():
+        for number in range(7000):
+            alive = sum(one() is not None for one in seen[-3:])
+            assert alive <= 1, number  # at most the one that has just been written
+            tensor = torch.full((2,), float(number))
+            seen.append(weakref.ref(tensor))
+            yield [tensor]
+
+    opened = open_batches(write_batches(str(tmp_path / "x"), made()), 0)
+    inputs = [torch.zeros(2)]
+    for step in (0, 6999, 7000):
+        opened.training(step, inputs)
+        assert inputs[0].tolist() == [float(step % 7000)] * 2
+    opened.close()
+
+
+def test_what_makes_batches_fails_in_its_own_words_and_leaves_nothing(tmp_path):
+    def made():
+        yield batch(0)
+        raise FileNotFoundError("no such image")
+
+    with pytest.raises(FileNotFoundError, match="no such image"):
+        write_batches(str(tmp_path / "x"), made())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_takes_no_more_is_named_and_nothing_is_left(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (HEADER_BYTES + 100, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"x: File too large; free some space"):
+            write_batches(str(tmp_path / "x"), [batch(0), batch(1)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_equal_batches_have_equal_fingerprints(tmp_path, path):
