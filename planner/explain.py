@@ -147,7 +147,7 @@ def _decisions(plan: Plan) -> list[str]:
                 "streamed": f"read from {away} in every step",
             },
         ),
-        ("optimizer states", {"optimizer"}, {"kept": "kept in memory", "offloaded": f"on {away} between updates"}),
+        ("optimizer states", {"optimizer"}, {"kept": "kept in memory", "offloaded": f"on {away} between steps"}),
     ]
     phrases = [(name, _phrase(_totals(costs, kinds), words)) for name, kinds, words in sorts]
     return [f"{name}: {phrase}" for name, phrase in phrases if phrase]

@@ -36,7 +36,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from profiles.schema import Device, Layer, Model, Program, Tensor
+from profiles.schema import Device, Layer, Model, Optimizer, Program, Tensor
 
 PLAN_VERSION = 4
 MEZO = "mezo"
@@ -112,7 +112,7 @@ class Plan(Record):
     batch: int
     seq: int | None = None
     compute_dtype: str
-    optimizer: dict[str, Any]
+    optimizer: Optimizer
     device: Device
     tensors: list[Tensor]
     programs: list[Program]

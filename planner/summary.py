@@ -26,6 +26,7 @@ PLAN_FIELDS = (
     "minimum_budget_reason",
     "arena_bytes",
     "workspace_bytes",
+    "accumulate",
     "fingerprint",
     "profile_fingerprint",
 )
@@ -106,6 +107,15 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     summary["train"], summary["evaluate"] = _phase(plan.train), _phase(plan.evaluate)
     summary["cycle"] = [_phase(step) for step in plan.cycle]
     return summary
+
+
+def unfinished_update(steps: int, accumulate: int) -> str | None:
+    """Why a run of so many steps is refused where an update takes `accumulate`; None where it is not."""
+    left = steps % accumulate
+    if not left:
+        return None
+    nearest = steps - left or accumulate
+    return f"an update takes {accumulate} steps, as profiled; give a multiple, for example {nearest}"
 
 
 def _phase(phase: Phase | None) -> dict[str, Any] | None:

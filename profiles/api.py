@@ -24,7 +24,18 @@ from profiles.measure import measure
 from profiles.pack import build_store
 from profiles.processor import cpu_name, features
 from profiles.register import DECOMPOSITIONS, INFERENCE
-from profiles.schema import PROFILE_VERSION, Channel, Device, Floor, Model, Profile, Program, Tensor, adamw
+from profiles.schema import (
+    MOST_ACCUMULATED,
+    PROFILE_VERSION,
+    Channel,
+    Device,
+    Floor,
+    Model,
+    Profile,
+    Program,
+    Tensor,
+    adamw,
+)
 from profiles.sources import Source, resolve
 from profiles.store import Entry, Store, find_extent
 from profiles.trace import Trace, trace
@@ -105,6 +116,8 @@ def profile(
     for name, value in (("batch", batch), ("seq", seq), ("lora-rank", lora_rank), ("accumulate", accumulate)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
+    if accumulate > MOST_ACCUMULATED:
+        raise InputError(f"accumulate {accumulate}: an update takes at most {MOST_ACCUMULATED} steps")
     cores = our_cores()
     threads = cores if threads is None else threads
     if not 1 <= threads <= cores:

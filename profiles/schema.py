@@ -11,17 +11,39 @@ Forward runs the layers in order; backward runs them in reverse. Where no backwa
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 PROFILE_VERSION = 5
+
+
+MOST_ACCUMULATED = 1 << 16
 
 
 def adamw(accumulate: int = 1) -> dict[str, Any]:
     """AdamW as the `optimizer` of a profile: two moments per trainable, and the gradients summed so far where an update takes several steps."""
     moments = {"name": "adamw", "state_tensors": 2}
     return moments if accumulate == 1 else {**moments, "state_tensors": 3, "accumulate": accumulate}
+
+
+def _checked_optimizer(optimizer: dict[str, Any]) -> dict[str, Any]:
+    steps = optimizer.get("accumulate", 1)
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_ACCUMULATED:
+        raise ValueError(f"accumulate is {steps!r}; it is a whole number of steps from 1 to {MOST_ACCUMULATED}")
+    states, most = optimizer.get("state_tensors", 2), 2 + (steps > 1)
+    if (
+        isinstance(states, bool)
+        or not isinstance(states, int)
+        or not 0 <= states <= most
+        or (steps > 1 and states < most)
+    ):
+        raise ValueError(f"state_tensors is {states!r}; with accumulate {steps} it is {most}")
+    return optimizer
+
+
+Optimizer = Annotated[dict[str, Any], AfterValidator(_checked_optimizer)]
+"""`name`, `state_tensors`: float32 copies per trainable; `accumulate`: steps whose gradients make one update, 1 where left out"""
 
 
 class Record(BaseModel):
@@ -48,7 +70,11 @@ class Tensor(Record):
     bytes: int = Field(ge=0, description="bytes when resident and unpacked")
     packed_bytes: int = Field(0, ge=0, description="weights: bytes of the packed form on disk and in memory")
     unpack_seconds: float = Field(0.0, ge=0, description="weights: seconds to unpack, compute cores busy")
-    update_seconds: float = Field(0.0, ge=0, description="trainables: seconds of one optimizer update")
+    update_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="trainables: seconds of one optimizer update; of several steps that make one, the mean over them",
+    )
     perturb_seconds: float = Field(
         0.0, ge=0, description="trainables: seconds to draw noise of its shape and add it; 0: not measured"
     )
@@ -180,10 +206,7 @@ class Profile(Record):
     batch: int
     seq: int | None = None
     compute_dtype: str
-    optimizer: dict[str, Any] = Field(
-        default_factory=adamw,
-        description="state_tensors float32 copies per trainable; accumulate: steps whose gradients make one update (1 where left out)",
-    )
+    optimizer: Optimizer = Field(default_factory=adamw)
     device: Device
     tensors: list[Tensor]
     programs: list[Program]

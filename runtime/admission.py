@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from planner.schema import Plan
+from planner.summary import unfinished_update
 from profiles.busy import our_cores
 from profiles.errors import InfeasibleError, InputError
 from profiles.products import BFLOAT16_PRODUCTS
@@ -25,11 +26,8 @@ Stages = Callable[[str, int, int], None]
 def check_options(plan: Plan, steps: int, schedule: str, lr: float) -> None:
     if steps < 1:
         raise InputError(f"steps {steps}: give at least 1")
-    if left := steps % plan.accumulate:
-        nearest = steps - left or plan.accumulate
-        raise InputError(
-            f"steps {steps}: an update takes {plan.accumulate} steps, as profiled; give a multiple, for example {nearest}"
-        )
+    if unfinished := unfinished_update(steps, plan.accumulate):
+        raise InputError(f"steps {steps}: {unfinished}")
     if schedule not in SCHEDULES:
         raise InputError(f"schedule {schedule!r} is not known; choose one of {', '.join(SCHEDULES)}")
     if not 0 <= lr < float("inf"):

@@ -1,8 +1,8 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
 ``checkpoint-N/`` holds the trained tensors (as an adapter that PEFT loads, or in a module's ``model.safetensors``),
-``optimizer.safetensors`` (Adam's two moments of each) and ``state.json`` (with the result of the evaluation before the
-first step). It is written under another name, forced to disk and renamed, so that a directory with this name is always
+``optimizer.safetensors`` (Adam's two moments of each, and the gradients summed so far where an update takes several steps)
+and ``state.json`` (with the result of the evaluation before the first step, and how many labels those sums are over). It is written under another name, forced to disk and renamed, so that a directory with this name is always
 whole. Training order is a function of the step number (`runtime.records`), so that no other state exists.
 """
 
@@ -77,6 +77,8 @@ def _difference(key: str, was: Any, now: Any) -> str:
         return "by another version of tightfit or for another model: the operators of its steps differ"
     if key == "weights":  # hashes
         return "with other weights"
+    if key == "steps of an update":  # none is said where each step is one
+        return f"with {was or 1} step{'s' * bool(was)} to an update, this run has {now or 1}"
     if isinstance(was, dict) and isinstance(now, dict):
         differ = [f"{name} {was[name]!r}, now {now[name]!r}" for name in was if name in now and was[name] != now[name]]
         return f"with another {key}: {'; '.join(differ)}"

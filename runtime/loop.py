@@ -78,7 +78,9 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
         return path
 
     saved, every = (done if header["resume"] else -1), header["checkpoint_every"]
-    watched = {done + 1: "first", min(header["steps"], done + 3): "later"}
+    # The first step that is like those after it, and of several that make an update the last.
+    later = -(-(done + 3) // header["accumulate"]) * header["accumulate"]
+    watched = {done + 1: "first", min(header["steps"], later): "later"}
     try:
         if not done:
             evaluate("before")

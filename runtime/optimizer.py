@@ -25,13 +25,16 @@ class Rates:
     total_steps: int = 0
     """Steps over which linear and cosine decay."""
 
-    def rate(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 1."""
+    def rate(self, step: int, steps: int = 1) -> float:
+        """Learning rate of the update that ends with step `step`, counted from 1, and takes `steps` of them: that of one step
+        with so large a batch, for everything that counts steps.
+        """
         import math
 
         if step <= self.warmup_steps:
             return self.lr * step / self.warmup_steps
-        done = min(1.0, (step - 1 - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        after = max(0, step - steps - self.warmup_steps)
+        done = min(1.0, after / max(1, self.total_steps - self.warmup_steps))
         if self.schedule == "linear":
             return self.lr * (1.0 - done)
         if self.schedule == "cosine":
@@ -88,7 +91,7 @@ class Update:
         self.summed += weight
         self._weight = weight
         self._due = step % self.accumulate == 0
-        self._rate = self.optimizer.rate(step)
+        self._rate = self.optimizer.rate(step, self.accumulate)
 
     def apply(
         self,

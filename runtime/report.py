@@ -62,11 +62,12 @@ class Observed:
 def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by: str) -> dict[str, Any]:
     """Bytes and seconds, predicted by the plan and measured in the run. `peak_bytes.measured` is the kernel's VmHWM.
 
-    Step times are medians without the first step, which also touches memory and builds kernels for the first time; of a
-    cycle the mean of its steps' medians.
+    Step times are medians without the first step, which also touches memory and builds kernels for the first time; of steps
+    that do not all do the same the mean of each sort's median.
     """
-    spent = observed.spent[1:] or observed.spent
-    measured = {name: statistics.median(s[name] for s in spent) for name in spent[0]} if spent else {}
+    sorts = _sorts(plan)
+    names = observed.spent[0] if observed.spent else ()
+    measured = {name: _typical([s[name] for s in observed.spent], observed.resumed_step, sorts) for name in names}
     lines = read_metrics(directory / "metrics.jsonl")
     seconds, first = observed.seconds, observed.resumed_step
     if not seconds:  # all steps were taken before
@@ -76,7 +77,7 @@ def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by
         "enforced_by": enforced_by,
         "floor_bytes": plan.floor_bytes,
         "peak_bytes": {"predicted": plan.peak_bytes, "measured": observed.peak_bytes},
-        "step_seconds": {"predicted": plan.step_seconds, "measured": _step_seconds(seconds, first, len(plan.steps))},
+        "step_seconds": {"predicted": plan.step_seconds, "measured": _typical(seconds, first, sorts)},
         "loss": [line["loss"] for line in lines],
         "adapter": observed.trained,
         "checkpoint": observed.checkpoint,
@@ -111,12 +112,19 @@ def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by
     return report
 
 
-def _step_seconds(taken: Sequence[float], first: int, positions: int) -> float | None:
-    by_position: dict[int, list[float]] = {}
+def _sorts(plan: Plan) -> list[int]:
+    """Which sort each step is of, over a cycle or the steps of an update, of which only the last one moves trained tensors."""
+    return list(range(len(plan.steps))) if plan.accumulate == 1 else [0] * (plan.accumulate - 1) + [1]
+
+
+def _typical(taken: Sequence[float], first: int, sorts: Sequence[int]) -> float | None:
+    """Mean over `sorts` of the medians of each; `taken` begin with step `first`, counted from 0."""
     steady = taken[1:] or taken
+    by_sort: dict[int, list[float]] = {}
     for step, seconds in enumerate(steady, first + len(taken) - len(steady)):
-        by_position.setdefault(step % positions, []).append(seconds)
-    return statistics.mean(statistics.median(own) for own in by_position.values()) if steady else None
+        by_sort.setdefault(sorts[step % len(sorts)], []).append(seconds)
+    medians = {sort: statistics.median(own) for sort, own in by_sort.items()}
+    return statistics.fmean(medians[sort] for sort in sorts if sort in medians) if medians else None
 
 
 PARTS = (

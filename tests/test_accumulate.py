@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from reference import CONFIGS, peft_model, peft_name
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
@@ -22,12 +23,13 @@ from profiles.api import profile
 from profiles.devices import find_device
 from profiles.errors import InputError
 from profiles.estimate import estimate_profile
-from profiles.schema import Profile
+from profiles.schema import Profile, adamw
 from profiles.store import Store
 from runtime.adapter import initialise
 from runtime.batches import open_batches
 from runtime.launch import run
 from runtime.optimizer import AdamW, Update
+from runtime.report import _sorts, _typical
 
 TOGETHER, STEPS, SEQ, RANK, LR = 3, 12, 29, 4, 5e-3
 CONFIG = CONFIGS["llama"]
@@ -90,7 +92,7 @@ def one_large_batch(made: Profile, out: Path) -> tuple[list[float], dict[str, to
     batches = open_batches(str(next((out / "data").glob("train*"))), 0)
     losses = []
     labelled = set()
-    for step in range(0, STEPS, TOGETHER):
+    for update, step in enumerate(range(0, STEPS, TOGETHER)):
         inputs = [torch.empty(TOGETHER, SEQ, dtype=torch.int64) for _ in range(2)]
         for row in range(TOGETHER):
             batches.training(step + row, [part[row : row + 1] for part in inputs])
@@ -100,7 +102,7 @@ def one_large_batch(made: Profile, out: Path) -> tuple[list[float], dict[str, to
         labelled.update(counts.tolist())
         losses += (each.sum(1) / counts).tolist()
         (each.sum() / counts.sum()).backward()
-        optimizer.param_groups[0]["lr"] = LR * (1 - (step + TOGETHER - 1) / STEPS)
+        optimizer.param_groups[0]["lr"] = LR * (1 - update / (STEPS // TOGETHER))  # linear decay, by updates
         optimizer.step()
         optimizer.zero_grad()
     batches.close()
@@ -144,7 +146,7 @@ def test_a_run_does_not_go_on_with_another_number_of_steps_an_update(
     part = tmp_path / "part"
     shutil.copytree(whole[0], part)
     other = plan(decoder.model_copy(update={"optimizer": {**decoder.optimizer, "accumulate": 2}}), 1 << 40)
-    with pytest.raises(InputError, match="with steps of an update 3, this run has 2"):
+    with pytest.raises(InputError, match="made with 3 steps to an update, this run has 2"):
         run(other, data, steps=STEPS, out=part, lr=LR, schedule="linear", resume=True)
 
 
@@ -184,7 +186,62 @@ def test_batches_of_a_module_count_alike(tmp_path: Path) -> None:
         torch.testing.assert_close(value, module.state_dict()[name], rtol=1e-3, atol=1e-5)
 
 
-def test_what_is_labelled_nowhere_changes_nothing_but_by_decay() -> None:
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_rates_are_those_of_one_large_batch(schedule: str, warmup: int) -> None:
+    """Everything that counts steps counts four times as many; what the rates of single steps are is told elsewhere."""
+    large = AdamW(lr=LR, schedule=schedule, warmup_steps=warmup, total_steps=10)
+    small = AdamW(lr=LR, schedule=schedule, warmup_steps=4 * warmup, total_steps=40)
+    for update in range(1, 11):
+        assert small.rate(4 * update, 4) == pytest.approx(large.rate(update), rel=1e-12)
+
+
+def test_a_warmup_that_ends_within_an_update_never_exceeds_the_rate() -> None:
+    uneven = AdamW(lr=LR, schedule="linear", warmup_steps=6, total_steps=40)
+    rates = [uneven.rate(step, 4) for step in range(4, 41, 4)]
+    assert rates[0] == pytest.approx(LR * 4 / 6)
+    assert rates[1] == LR
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_the_typical_step_is_the_mean_over_an_update(accumulate: int, decoder: Profile) -> None:
+    """One of several steps moves trained tensors, which takes longer; what is out of the ordinary does not count."""
+    planned = plan(decoder.model_copy(update={"optimizer": adamw(accumulate)}), 1 << 40)
+    taken = [3.0 if (step + 1) % accumulate == 0 else 1.0 for step in range(4 * accumulate)]
+    taken[0] = taken[accumulate] = 9.0
+    assert _typical(taken, 0, _sorts(planned)) == pytest.approx((accumulate + 2) / accumulate)
+    assert _typical(taken[3:], 3, _sorts(planned)) == pytest.approx((accumulate + 2) / accumulate)
+    assert _typical([], 0, _sorts(planned)) is None
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"state_tensors": 3, "accumulate": 0},
+        {"state_tensors": 3, "accumulate": -4},
+        {"state_tensors": 3, "accumulate": 2.5},
+        {"state_tensors": 3, "accumulate": "abc"},
+        {"state_tensors": 3, "accumulate": None},
+        {"state_tensors": 3, "accumulate": 10**12},
+        {"state_tensors": 2, "accumulate": 4},
+        {"accumulate": 4},
+        {"state_tensors": 3},
+        {"state_tensors": -1},
+    ],
+)
+def test_an_optimizer_that_is_none_is_refused_by_name(optimizer: dict[str, Any], decoder: Profile) -> None:
+    edited = decoder.model_dump() | {"optimizer": {"name": "adamw", **optimizer}}
+    with pytest.raises(ValidationError, match=r"optimizer[\s\S]*(accumulate|state_tensors) is"):
+        Profile.model_validate(edited)
+
+
+def test_more_steps_than_anyone_sums_are_refused() -> None:
+    with pytest.raises(InputError, match="accumulate 1000000000000: an update takes at most 65536 steps"):
+        profile(f"{__name__}:regression", accumulate=10**12)
+
+
+def test_what_is_labelled_nowhere_has_no_gradient() -> None:
     update = Update(AdamW(lr=LR), accumulate=2)
     parameter, gradient, *states = (torch.ones(8), *(torch.zeros(8) for _ in range(4)))
     for step in (1, 2):

@@ -23,6 +23,7 @@ from planner.service.errors import ServiceError, invalid, not_found
 from planner.service.paths import confined
 from planner.service.schema import Job, JobId, RunMetrics, RunRequest
 from planner.service.store import Row
+from planner.summary import unfinished_update
 
 router = APIRouter(prefix="/v1/runs", tags=["runs"])
 Identity = Annotated[JobId, Path(description="the run's job")]
@@ -101,9 +102,13 @@ async def get_adapter(request: Request, identity: Identity) -> Response:
 
 def _allowed(request: Request, asked: RunRequest) -> Row:
     """The real paths that a run reads. Raises ServiceError for what may not be run here, or lies outside the roots."""
-    refusal = not_runnable(request, stored(request, "plan", asked.plan, "plan"))
+    plan = stored(request, "plan", asked.plan, "plan")
+    refusal = not_runnable(request, plan)
     if refusal is not None:
         raise invalid("plan", refusal)
+    unfinished = unfinished_update(asked.steps, json.loads(plan["summary"]).get("accumulate", 1))
+    if unfinished is not None:
+        raise invalid("steps", unfinished)
     roots = service_of(request).settings.roots
     return {
         "data": RANDOM if asked.data == RANDOM else confined(asked.data, roots, "data"),

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from planner.service.errors import Code
+from profiles.schema import MOST_ACCUMULATED
 
 JobKind = Literal["profile", "plan", "comparison", "run"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
@@ -101,7 +102,7 @@ class ProfileRequest(Request):
     batch: int = Field(1, ge=1, le=1 << 16)
     lora_rank: int = Field(8, ge=1, le=1 << 14)
     lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)
-    accumulate: int = Field(1, ge=1, le=1 << 16, description="steps whose gradients make one update")
+    accumulate: int = Field(1, ge=1, le=MOST_ACCUMULATED, description="steps whose gradients make one update")
     dtype: Literal["bfloat16", "float32"] | None = None
 
     @model_validator(mode="after")

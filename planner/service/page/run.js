@@ -14,6 +14,9 @@ export function offerRun(view) {
   $("run-form").hidden = !view || Boolean(refused);
   $("run-refused").hidden = !refused;
   $("run-refused").textContent = refused ?? "";
+  const steps = $("run-form").elements.steps, unit = view?.summary.accumulate ?? 1;
+  steps.min = steps.step = unit;
+  steps.value = Math.ceil(steps.value / unit) * unit;
   $("run").hidden = (!view || view.summary.status === "infeasible") && $("runs").options.length < 2;
 }
 
