@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -18,9 +17,9 @@ from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 from planner.collector import paused_collector
+from profiles.parent import end_with_parent
 
 Answer = TypeVar("Answer")
-_DIES_WITH_PARENT = 1
 
 
 def can_be_copied() -> bool:
@@ -102,7 +101,7 @@ def _send(answers: Callable[[], Iterable[Answer]], sender: Connection, parent: i
     # Ctrl-C is for the process it was copied from, and whatever becomes of that, it does not outlive it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(Exception), sender:
-        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL, 0, 0, 0)
+        end_with_parent(signal.SIGKILL)
         if os.getppid() == parent:
             # In a thread: a pipe takes no large answer before the other process has time for it.
             with ThreadPoolExecutor(1) as sending:

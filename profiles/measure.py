@@ -78,7 +78,7 @@ def measure(
 
 
 def _run(request: dict[str, Any], environment: dict[str, str], progress: Progress | None) -> dict[str, Any]:
-    command = [sys.executable, "-X", "utf8", "-m", "runtime.measure"]
+    command = [sys.executable, "-X", "utf8", "-m", "runtime.measure", str(request["threads"])]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as child:

@@ -13,6 +13,7 @@ import signal
 import sys
 from typing import Any
 
+from profiles.parent import end_with_parent
 from runtime import lean_torch
 from runtime.process import memory
 
@@ -65,7 +66,7 @@ def run_job(path: str, send: Any, stop: _StopRequest) -> int:
     job = Job.read(path)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    _end_with_parent()
+    end_with_parent(signal.SIGTERM)  # a run that is killed takes this process with it, which saves
     return run(job, channel, send, stop.is_set)
 
 
@@ -80,15 +81,6 @@ class _StopRequest:
 
     def is_set(self) -> bool:
         return self._set
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed takes this process with it (Linux): it gets SIGTERM and saves."""
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(1, signal.SIGTERM, 0, 0, 0)
 
 
 if __name__ == "__main__":

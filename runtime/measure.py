@@ -1,4 +1,4 @@
-"""Measures operators, unpacking, updates and channels for a profile: ``python -m runtime.measure`` (JSON in, JSON lines out).
+"""Measures operators, unpacking, updates and channels for a profile: ``python -m runtime.measure THREADS`` (JSON in, JSON lines out).
 
 It runs in the environment of a run and calls operators through the runtime's own `compile_operator`. One program's
 tensors are in memory at a time; weights of equal shape share one buffer, since only their size matters.
@@ -10,6 +10,7 @@ import gc
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 
 from profiles.busy import Others
 from profiles.errors import RunError, TightfitError
-from runtime.bandwidth import measure_channels
+from profiles.parent import end_with_parent
 from runtime.floor import HOLES_PER_WORKSPACE
 from runtime.kernels import kernel_bytes
 from runtime.process import child_environment, command, memory, trim_heap
@@ -35,7 +36,6 @@ PASSES = 2  # over all programs: the lower figures count, since what else the ma
 WORKSPACE_CALLS = 4  # of an operator in each pass
 PROGRAM_SECONDS = 1.0  # time spent on a program in a pass, beyond the first rounds
 GATHERED_ROWS = 8192
-MARK = "TIGHTFIT_MEASURE"
 
 
 def say(**message: Any) -> None:
@@ -43,18 +43,11 @@ def say(**message: Any) -> None:
     sys.stdout.flush()
 
 
-def main() -> int:
-    if os.environ.get(MARK) is None:  # begin again in the environment of a run
-        text = sys.stdin.read()
-        threads = int(json.loads(text)["threads"])
-        done = subprocess.run(
-            [sys.executable, "-X", "utf8", "-m", "runtime.measure"],
-            input=text,
-            text=True,
-            env=child_environment(threads) | {MARK: "1"},
-            check=False,
-        )
-        return done.returncode
+def main(arguments: list[str]) -> int:
+    end_with_parent(signal.SIGKILL)
+    if arguments:  # the number of threads: begin again in the environment of a run
+        words = [sys.executable, "-X", "utf8", "-m", "runtime.measure"]
+        os.execve(words[0], words, child_environment(int(arguments[0])))  # noqa: S606  no shell is wanted
     request = json.load(sys.stdin)
     import torch
 
@@ -76,6 +69,8 @@ def main() -> int:
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
+    from runtime.bandwidth import measure_channels
+
     others = Others()
     programs = request["programs"]
     total = PASSES * len(programs) + len(request["weights"]) + 2 * len(request["updates"]) + 3
@@ -319,4 +314,4 @@ def _median(call: Callable[[int], None], seconds: float = 0.2) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

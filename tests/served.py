@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
 import psutil
 
+from profiles.parent import end_with_parent
+
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 120.0
 """seconds: machines that run tests are busy"""
-_libc = ctypes.CDLL(None)
-
-
-def _end_with_parent():
-    """A test that is killed leaves no service behind; workers end with their service."""
-    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
 class Served:
@@ -57,7 +53,8 @@ class Served:
                 stderr=log,
                 cwd=ROOT,
                 env=environment,
-                preexec_fn=_end_with_parent,  # noqa: PLW1509  no other thread runs here
+                # A test that is killed leaves no service behind. No other thread runs here.
+                preexec_fn=partial(end_with_parent, signal.SIGKILL),  # noqa: PLW1509
             )
         try:
             self.url = self._wait_for_url(begun)

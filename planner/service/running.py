@@ -5,7 +5,6 @@ The device's lock file is held by the run itself too, so that the next run waits
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import os
@@ -19,12 +18,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.service.objects import CHUNK, Objects
 from planner.service.store import file_row
 from profiles.errors import CapError, InfeasibleError, InputError, RunError
+from profiles.parent import end_with_parent
 
 if TYPE_CHECKING:
     from planner.service.worker import Order, Tell
@@ -37,7 +38,6 @@ ERRORS: dict[int, type[InputError | InfeasibleError | RunError | CapError]] = {
     4: RunError,
     5: CapError,
 }
-_libc = ctypes.CDLL(None)
 
 
 def run(order: Order, tell: Tell) -> Row:
@@ -110,7 +110,8 @@ def _follow(command: list[str], lock: int, out: Path, tell: Tell) -> tuple[int, 
             stdout=answer,
             stderr=errors,
             pass_fds=(lock,),
-            preexec_fn=_save_when_orphaned,  # noqa: PLW1509  no thread runs yet
+            # Told to save and end when this process is killed; no thread runs yet.
+            preexec_fn=partial(end_with_parent, signal.SIGINT),  # noqa: PLW1509
         )
         threading.Thread(target=_pass_on, args=(child,), daemon=True).start()
         steps = Steps(out / "metrics.jsonl")
@@ -124,11 +125,6 @@ def _follow(command: list[str], lock: int, out: Path, tell: Tell) -> tuple[int, 
         errors.seek(0)
         lines = errors.read().decode(errors="replace").strip().splitlines()
         return child.returncode, answer.read(), lines[-1] if lines else "it said nothing"
-
-
-def _save_when_orphaned() -> None:
-    """The run is told to save and end when this process is killed."""
-    _libc.prctl(1, signal.SIGINT, 0, 0, 0)
 
 
 def _pass_on(child: subprocess.Popen[bytes]) -> None:

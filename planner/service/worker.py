@@ -7,7 +7,6 @@ standard input closes. A job that dies takes nothing with it but itself.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any
 
 from planner.service.errors import StorageError
 from profiles.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
+from profiles.parent import end_with_parent
 
 NICE = 5
 """solving leaves the processor to whoever waits for an answer"""
@@ -125,7 +125,7 @@ def main(lane: str) -> int:
 def _to_the_background() -> None:
     """Leave the processor to whoever waits for an answer, and end with the service: there is nothing to save."""
     os.nice(NICE)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+    end_with_parent(signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""What works for a process ends with it, however that ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from damage import CONFIG
+
+PATIENCE = 120.0
+
+
+def measuring(process):
+    """The process that measures, once it has begun."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        assert process.poll() is None
+        for child in psutil.Process(process.pid).children():
+            begun = "libtorch" in Path(f"/proc/{child.pid}/maps").read_text()
+            if begun and child.cmdline()[-1] == "runtime.measure":
+                return child
+        time.sleep(0.01)
+    raise AssertionError("nothing is measured")
+
+
+def test_what_measures_ends_with_a_killed_profile(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runtime.cli", "profile", "config.json", "--seq", "16", "--force"],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+    )
+    child = measuring(process)
+    child.suspend()  # so that it cannot notice by itself that nobody reads what it says
+    process.kill()
+    process.wait()
+    _, left = psutil.wait_procs([child], timeout=20)
+    for one in left:
+        one.kill()
+    assert left == []
