@@ -7,6 +7,8 @@ import io
 import json
 import os
 import shutil
+import signal
+import sys
 import tarfile
 import threading
 import time
@@ -16,7 +18,7 @@ from damage import MEASURED
 from served import PATIENCE, Served
 
 from planner.service.client import connect
-from planner.service.running import _wait_for_orphan
+from planner.service.running import _follow, _wait_for_orphan
 from profiles.errors import RunError
 
 
@@ -124,6 +126,14 @@ def test_a_model_of_the_hub_is_downloaded_and_measured(tmp_path, work, cache):
         assert plan["summary"]["status"] == "feasible"
     finally:
         service.stop()
+
+
+def test_a_run_that_ignores_ctrl_c_is_asked_to_end(tmp_path, monkeypatch):
+    ignoring = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(100)"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))  # closed: the run is cancelled
+    with (tmp_path / "lock").open("w") as lock:
+        code, _, _ = _follow([sys.executable, "-c", ignoring], lock.fileno(), tmp_path, tell=None)
+    assert code == -signal.SIGTERM
 
 
 def test_a_run_waits_for_what_a_killed_attempt_still_saves(tmp_path):

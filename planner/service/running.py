@@ -111,7 +111,7 @@ def _follow(command: list[str], lock: int, out: Path, tell: Tell) -> tuple[int, 
             stderr=errors,
             pass_fds=(lock,),
             # Told to save and end when this process is killed; no thread runs yet.
-            preexec_fn=partial(end_with_parent, signal.SIGINT),  # noqa: PLW1509
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509
         )
         threading.Thread(target=_pass_on, args=(child,), daemon=True).start()
         steps = Steps(out / "metrics.jsonl")
@@ -130,7 +130,7 @@ def _follow(command: list[str], lock: int, out: Path, tell: Tell) -> tuple[int, 
 def _pass_on(child: subprocess.Popen[bytes]) -> None:
     """Cancelled or orphaned, the run saves a checkpoint and ends; a minute later it is ended."""
     sys.stdin.buffer.read()
-    child.send_signal(signal.SIGINT)
+    child.terminate()  # Ctrl-C may be ignored here, and what ignores it starts others that do
     time.sleep(60)
     child.kill()
 
