@@ -17,8 +17,6 @@ from profiles.parent import end_with_parent
 from runtime import lean_torch
 from runtime.process import memory
 
-EXIT = {"InputError": 2, "RunError": 4, "CapError": 5}
-
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="runtime.child")
