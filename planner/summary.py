@@ -22,6 +22,7 @@ PLAN_FIELDS = (
     "any_schedule_bound_seconds",
     "any_schedule_gap",
     "solve_seconds",
+    "deterministic",
     "minimum_budget_bytes",
     "minimum_budget_reason",
     "arena_bytes",

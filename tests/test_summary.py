@@ -6,8 +6,9 @@ import json
 
 import pytest
 from damage import CONFIG
+from sample_plans import sample_plan
 
-from planner.summary import profile_summary
+from planner.summary import plan_summary, profile_summary
 from profiles.api import profile
 
 
@@ -25,3 +26,8 @@ def test_no_weight_is_counted_twice(tmp_path, tied):
     told = profile_summary(made)
     assert told["weight_bytes"] == sum(t.bytes for t in whole)
     assert told["packed_bytes"] == sum(t.packed_bytes for t in whole)
+
+
+@pytest.mark.parametrize("deterministic", [True, False, None])
+def test_a_plan_says_whether_another_run_may_find_another(deterministic):
+    assert plan_summary(sample_plan(deterministic=deterministic))["deterministic"] is deterministic
