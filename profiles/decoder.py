@@ -20,6 +20,7 @@ from profiles.register import attention, embed_rows, gated, head_loss, lora_line
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ATTENTION = ("full_attention", "sliding_attention")
 ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -164,11 +165,14 @@ def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | No
     if types is None and family == "mistral" and window:
         types = ["sliding_attention"] * layers
     if types is None and family in ("qwen2", "qwen3") and config.get("use_sliding_window"):
-        types = [
-            "sliding_attention" if i >= config.get("max_window_layers", 28) else "full_attention" for i in range(layers)
-        ]
+        full = config.get("max_window_layers", 28)
+        if isinstance(full, bool) or not isinstance(full, int):
+            raise InputError(f"config field 'max_window_layers' must be a whole number, not {full!r}")
+        types = ["sliding_attention" if i >= full else "full_attention" for i in range(layers)]
     if types is None:
         return (None,) * layers
+    if not isinstance(types, list) or any(kind not in ATTENTION for kind in types):
+        raise InputError(f"config field 'layer_types' must be a list of {' and '.join(ATTENTION)}, not {types!r}")
     if len(types) != layers:
         raise InputError(f"config field 'layer_types' has {len(types)} entries for {layers} layers")
     size = _whole({"sliding_window": window}, "sliding_window") if window and "sliding_attention" in types else None

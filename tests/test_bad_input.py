@@ -271,6 +271,18 @@ MODELS = {
         {**CONFIG, "model_type": "gemma3_text", "sliding_window_pattern": "x"},
         "config field 'sliding_window_pattern' must be a positive whole number, not 'x'",
     ),
+    "windows in words": (
+        {**CONFIG, "layer_types": 5},
+        "config field 'layer_types' must be a list of full_attention and sliding_attention, not 5",
+    ),
+    "attention of another kind": (
+        {**CONFIG, "layer_types": ["chunked_attention"]},
+        "config field 'layer_types' must be a list of full_attention and sliding_attention, not ['chunked_attention']",
+    ),
+    "windows from layer x on": (
+        {**CONFIG, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "x"},
+        "config field 'max_window_layers' must be a whole number, not 'x'",
+    ),
     "heads in words": (
         {**CONFIG, "num_key_value_heads": "2"},
         "config field 'num_key_value_heads' must be a positive whole number, not '2'",
