@@ -18,7 +18,7 @@ from planner.plan import Planner, checked_budget, checked_limit, planner_of
 from planner.policies import APPROXIMATE, approximate_of
 from planner.schema import Plan
 from profiles.busy import our_cores
-from profiles.devices import DeviceDescription
+from profiles.devices import DeviceDescription, find_device
 from profiles.errors import InputError
 from profiles.estimate import retarget
 from profiles.schema import Profile
@@ -58,7 +58,7 @@ def compare(
     budgets: Sequence[int],
     policies: Sequence[str] | None = None,
     *,
-    devices: Sequence[DeviceDescription | None] = (None,),
+    devices: Sequence[DeviceDescription | str | None] = (None,),
     time_limit: float = 30.0,
     progress: Stage | None = None,
     solving: Progress | None = None,
@@ -66,7 +66,7 @@ def compare(
 ) -> Comparison:
     """Plan every policy at every budget, in bytes, on every device; `time_limit` seconds each.
 
-    A device is None, the profile's own, or what `profiles.devices.find_device` makes of a name or a file.
+    A device is None, the profile's own, or a description, or the name or file that `profiles.devices.find_device` finds one by.
 
     Without `policies`: the solver and every fixed rule that means something for the profile.
 
@@ -74,12 +74,13 @@ def compare(
     search found nothing better, the smaller budget's plan stands. `progress` is called with (what, done, total), `solving`
     as the planner's own, `planned` with each plan as it is made (a smaller budget's may take its place at the end).
     KeyboardInterrupt ends the comparison with the plans made so far, or passes where there are none.
-    Raises InputError for unknown policies, budgets and time limits that are none, two devices of one name, or a profile that cannot change device.
+    Raises InputError for unknown policies, budgets and time limits that are none, unknown devices, two devices of one name, or a profile that cannot change device.
     """
     if not budgets:
         raise InputError("no budgets to compare; name at least one, for example 600MiB")
     budgets, time_limit = [checked_budget(budget) for budget in budgets], checked_limit(time_limit)
-    profiles = [profile if device is None else retarget(profile, device) for device in devices]
+    described = [find_device(device) if isinstance(device, str) else device for device in devices]
+    profiles = [profile if device is None else retarget(profile, device) for device in described]
     planners = [planner_of(one) for one in profiles]
     known = (SOLVER, *planners[0].policies())
     nameable = (*known, *approximate_of(profile))

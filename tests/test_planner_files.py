@@ -135,6 +135,10 @@ def test_compare_over_devices(planner):
     assert result.plan(1 << 30, "keep-all", "rtx-4060") == there
     assert result.plan(1 << 30, "keep-all") == here
     assert (there.device.kind, there.device.measured) == ("cuda", False)
+    (named,) = compare(profile, [1 << 30], ["keep-all"], devices=["rtx-4060"]).plans
+    assert named.fingerprint == there.fingerprint
+    with pytest.raises(InputError, match="no device is called 'tpu9'; choose"):
+        compare(profile, [1 << 30], ["keep-all"], devices=["tpu9"])
     alone = Planner(retarget(profile, card)).plan(1 << 30, policy="keep-all")
     assert (there.step_seconds, there.peak_bytes) == (alone.step_seconds, alone.peak_bytes)
     assert told == [

@@ -13,7 +13,6 @@ from planner.schema import Plan
 from planner.service.objects import Objects
 from planner.service.store import file_row
 from planner.summary import plan_summary, profile_summary
-from profiles.devices import known_devices
 from profiles.exchange import canonical_json, parse_profile
 from profiles.schema import Profile
 
@@ -53,7 +52,6 @@ def comparison(order: Order, tell: Tell) -> Row:
 
     request = order.request
     objects = Objects(Path(order.objects))
-    devices = {device.name: device for device in known_devices()}
     done = 0
     total = len(request["memory"]) * len(request["policies"]) * len(request["devices"])
 
@@ -68,7 +66,7 @@ def comparison(order: Order, tell: Tell) -> Row:
         _profile(objects, order, request["profile"]),
         request["memory"],
         request["policies"],
-        devices=[None if name == OWN else devices[name] for name in request["devices"]],
+        devices=[None if name == OWN else name for name in request["devices"]],
         time_limit=request["time_limit"],
         planned=planned,
         solving=lambda told: tell.progress(**_finite(told), done=done, total=total),
