@@ -573,6 +573,7 @@ def _answering(result: dict[str, Any], human: Any, as_json: bool) -> Iterator[No
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code; every failure is a message on stderr, and JSON where that was asked for."""
+    _open_what_is_closed()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("TIGHTFIT_DEBUG", "") not in ("", "0")
     interrupts = Interrupts()
@@ -595,11 +596,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         try:
             for stream in (sys.stdout, sys.stderr):
                 # Closed, or with nobody left to read it.
-                with contextlib.suppress(OSError, ValueError, AttributeError):
+                with contextlib.suppress(OSError, ValueError):
                     stream.flush()
         finally:
             os._exit(code)
     sys.exit(code)
+
+
+def _open_what_is_closed() -> None:
+    """Where this process was started without a stream, what is said there goes nowhere, and into no file opened since."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115  for good
 
 
 def _expected(error: Exception) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from sample_plans import infeasible_plan, sample_plan, sample_plans
 from profiles.errors import CapError, InfeasibleError, InputError, RunError
 from profiles.units import MIB
 from runtime import answers, cli
+
+ROOT = Path(__file__).parent.parent
 
 FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
 
@@ -403,15 +406,13 @@ def run_process(*words, **environment):
         text=True,
         check=False,
         env=os.environ | environment,
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
     )
 
 
 def test_help_is_fast_because_it_imports_nothing_heavy():
     code = "import sys, runtime.cli; print([m for m in ('torch', 'ortools', 'pydantic', 'numpy', 'matplotlib') if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
 
 
@@ -482,6 +483,15 @@ def test_a_real_process_ends_with_the_code():
     assert done.returncode == 2
     assert json.loads(done.stdout)["error"]["exit_code"] == 2
     assert done.stderr == f"tightfit: 'lots' is not a size; {FORMS}\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_no_exit_code(closed):
+    command = shlex.join([sys.executable, "-m", "runtime.cli", "devices", "tpu9", "--json"])
+    done = subprocess.run(["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert bool(done.stdout) == (closed == "2>&-")
 
 
 def test_an_interruption_before_the_command_is_one(monkeypatch, capsys):
