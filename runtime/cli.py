@@ -212,9 +212,8 @@ def plan(
     with Interrupts() as interrupts, Solving(console, time_limit) as solving:
         if server is not None:
             with _service(server) as service:
-                planned, why = service.explained_plan(
-                    loaded, budget, policy=policy, time_limit=time_limit, progress=solving
-                )
+                planned = service.plan(loaded, budget, policy=policy, time_limit=time_limit, progress=solving)
+                why = service.explanation(planned)
         else:
             planned, why = _plan_here(loaded, budget, policy, time_limit, solving, interrupts, what_if=what_if)
     if why.shortfall is not None and why.shortfall.minimum_budget_bytes != planned.minimum_budget_bytes:
@@ -607,7 +606,7 @@ def _open_what_is_closed() -> None:
     """Where this process was started without a stream, what is said there goes nowhere, and into no file opened since."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115  for good
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  for good
 
 
 def _expected(error: Exception) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from served import ROOT, Served
 from synthetic import small_chain
 
+from planner.explanation import account
 from planner.plan import plan as solve_here
 from planner.plan import planner_of
 from planner.schema import Plan
@@ -303,6 +304,8 @@ def test_the_client_does_the_same_work(served, profile, minimum):
         assert service.plan(profile, minimum + 12288) == plan
         compared = service.compare(profile, [minimum, minimum + 12288])
         assert [one.budget_bytes for one in compared.plans] == [minimum, minimum + 12288]
+        (cell,) = service.compare(profile, [minimum + 45056]).plans
+        assert service.explanation(cell) == account(cell)
         with pytest.raises(InputError, match="no policy is called 'x'"):
             service.plan(profile, minimum, policy="x")
         with pytest.raises(InputError, match="was not made by this service"):
@@ -353,7 +356,8 @@ def test_a_plan_of_the_service_tells_what_the_command_line_tells(served, profile
     """What memory is worth beside it, too; what fills its peak adds up to the peak."""
     here = solve_here(profile, minimum + 20480)
     with connect(served.url) as service:
-        there, told = service.explained_plan(profile, minimum + 20480)
+        there = service.plan(profile, minimum + 20480)
+        told = service.explanation(there)
     assert there.peak_bytes == here.peak_bytes
     planner = planner_of(profile)
     assert told == explained(planner, planner.plan(minimum + 20480), time_limit=30.0, left=30.0)

@@ -23,7 +23,7 @@ import httpx
 
 from planner.compare import Comparison
 from planner.exchange import parse_plan
-from planner.explanation import Explanation
+from planner.explanation import Explanation, account
 from planner.schema import Plan
 from planner.service.settings import check_token
 from profiles.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
@@ -115,26 +115,19 @@ class Client:
         progress: Progress | None = None,
     ) -> Plan:
         """`planner.plan.plan`, solved by the service."""
-        return self.explained_plan(profile, budget_bytes, policy=policy, time_limit=time_limit, progress=progress)[0]
-
-    def explained_plan(
-        self,
-        profile: Profile,
-        budget_bytes: int,
-        *,
-        policy: str | None = None,
-        time_limit: float = 30.0,
-        progress: Progress | None = None,
-    ) -> tuple[Plan, Explanation]:
-        """`plan`, and why it is as it is, with what memory is worth beside it."""
         request = {
             "profile": self.upload(profile),
             "memory": budget_bytes,
             "policy": policy or "solver",
             "time_limit": time_limit,
         }
-        result = self.finish(self.post("/v1/plans", request), progress)["result"]
-        return self.stored_plan(result["plan"]), Explanation.model_validate(result["summary"]["explanation"])
+        job = self.finish(self.post("/v1/plans", request), progress)
+        return self.stored_plan(job["result"]["plan"])
+
+    def explanation(self, plan: Plan) -> Explanation:
+        """Why a plan that the service has made is as it is; with what memory is worth beside it, but for a comparison's."""
+        known = self.get(f"/v1/plans/{plan.fingerprint}")["summary"]["explanation"]
+        return account(plan) if known is None else Explanation.model_validate(known)
 
     def compare(
         self,
