@@ -25,8 +25,9 @@ from planner.compare import Comparison
 from planner.exchange import parse_plan
 from planner.explanation import Explanation, account
 from planner.schema import Plan
+from planner.service.errors import JOB_ERRORS
 from planner.service.settings import check_token
-from profiles.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
+from profiles.errors import InputError, RunError
 from profiles.exchange import canonical_json, parse_profile
 from profiles.schema import Profile
 
@@ -38,12 +39,7 @@ RESTART_SECONDS = 60.0
 AGAIN_SECONDS = 0.5
 GONE = frozenset({502, 503, 504})
 """a proxy's answers in the place of a service that is started again"""
-JOB_ERRORS: dict[str, type[TightfitError]] = {
-    "input": InputError,
-    "infeasible": InfeasibleError,
-    "run_failed": RunError,
-    "cap_passed": CapError,
-}
+KINDS = {code: kind for kind, code in JOB_ERRORS.items()}
 
 
 def connect(url: str, *, token: str | None = None, timeout: float = 60.0) -> Client:
@@ -200,7 +196,7 @@ class Client:
         if job["state"] == "succeeded":
             return job
         error = job["error"] or {"code": job["state"], "message": f"the job {job['id']} was {job['state']}"}
-        raise JOB_ERRORS.get(error["code"], RunError)(error["message"])
+        raise KINDS.get(error["code"], RunError)(error["message"])
 
     def events(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """(name, data) of a job's events to its end; a stream that breaks is taken up again, for a minute of silence."""

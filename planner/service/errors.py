@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from profiles.errors import RunError, TightfitError
+from profiles.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
 
 Code = Literal[
     "invalid_request",  # 422, or 400 where the body is no JSON
@@ -42,6 +42,16 @@ class ServiceError(TightfitError):
 
 class StorageError(RunError):
     """The data folder's disk is full, or cannot be written: nothing was wrong with what was asked."""
+
+
+JOB_ERRORS: dict[type[TightfitError], Code] = {
+    InputError: "input",
+    InfeasibleError: "infeasible",
+    RunError: "run_failed",
+    CapError: "cap_passed",
+    StorageError: "storage",
+}
+"""what makes a job fail -> how that is told; a client raises the same again"""
 
 
 def not_found(what: str, name: str) -> ServiceError:

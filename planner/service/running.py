@@ -32,12 +32,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 LOOK_SECONDS = 0.2
-ERRORS: dict[int, type[InputError | InfeasibleError | RunError | CapError]] = {
-    2: InputError,
-    3: InfeasibleError,
-    4: RunError,
-    5: CapError,
-}
+ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunError, CapError)}
 
 
 def run(order: Order, tell: Tell) -> Row:

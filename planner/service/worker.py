@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from planner.service.errors import StorageError
-from profiles.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
+from planner.service.errors import JOB_ERRORS
+from profiles.errors import TightfitError
 from profiles.parent import end_with_parent
 
 NICE = 5
@@ -30,13 +30,6 @@ NICE = 5
 FIRST_TO_GO = 500
 """oom_score_adj: where the machine is short of memory, a solve ends before the service does"""
 PROGRESS_SECONDS = 0.1
-CODES: dict[type[TightfitError], str] = {
-    InputError: "input",
-    InfeasibleError: "infeasible",
-    RunError: "run_failed",
-    CapError: "cap_passed",
-    StorageError: "storage",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +103,7 @@ def main(lane: str) -> int:
         limit = f" of {order.memory_bytes >> 20} MiB" if order.memory_bytes else ""
         tell(event="error", code="worker_died", message=f"the job needs more than the service's memory limit{limit}")
     except TightfitError as error:
-        tell(event="error", code=CODES.get(type(error), "input"), message=str(error))
+        tell(event="error", code=JOB_ERRORS.get(type(error), "input"), message=str(error))
     except Exception as error:
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
             tell(event="error", code="storage", message=str(error))
