@@ -20,7 +20,7 @@ import typer
 
 from planner.interruptible import left_alone
 from profiles.errors import InputError, RunError, TightfitError
-from profiles.units import parse_size
+from profiles.units import MIB, format_size, parse_size
 from runtime import answers
 from runtime.interrupts import Interrupts
 
@@ -43,6 +43,8 @@ app = typer.Typer(
 
 LARGEST_SEED = 10**12
 """each step's own seed is a million times as large, and 64 bits hold it"""
+LEAST_SOLVE_BYTES = 256 * MIB
+"""of which a process that has loaded the planner and solved nothing yet takes 230"""
 INTERRUPTED = 130
 """what Typer makes of Ctrl-C; older versions raise Abort"""
 
@@ -426,6 +428,11 @@ def serve(
     _at_least(0, port=port, keep_days=keep_days)
     _at_most((1 << 16) - 1, port=port)
     _at_least(1, workers=workers)
+    solve_bytes = parse_size(memory)
+    if solve_bytes < LEAST_SOLVE_BYTES:
+        raise InputError(
+            f"--memory {memory}: no plan is solved in less than {format_size(LEAST_SOLVE_BYTES)}; give as much"
+        )
     with _served():
         from planner.service.app import serve as answer
     from planner.service.settings import Settings
@@ -444,7 +451,7 @@ def serve(
             roots=tuple(path.absolute() for path in root or ()),
             hub=hub,
             workers=workers,
-            solve_bytes=parse_size(memory),
+            solve_bytes=solve_bytes,
             keep_days=keep_days,
             keep_bytes=parse_size(keep),
         )

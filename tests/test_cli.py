@@ -88,6 +88,7 @@ def planned(monkeypatch):
             "--seed 99999999999999999999: give a number of at most 1000000000000",
         ),
         (["serve", "--port", "99999"], "--port 99999: give a number of at most 65535"),
+        (["serve", "--memory", "1KiB"], "--memory 1KiB: no plan is solved in less than 256.0 MiB; give as much"),
         (
             ["run", "p.json", "--data", "random", "--steps", "1", "-o", "o", "--resume", "--overwrite"],
             "--resume goes on from what lies in the folder, --overwrite replaces it: give one of them",
