@@ -42,6 +42,15 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
     return path
 
 
+def sync_directory(directory: str | os.PathLike[str]) -> None:
+    """Force to disk which files a directory has."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def check_place(path: Path) -> None:
     """Raise InputError where no file can be written at `path`: better said before the work that the file is to hold."""
     try:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from profiles.errors import InputError, RunError
+from profiles.files import sync_directory
 from profiles.layout import ALIGNMENT, MAGIC, PREAMBLE, RAW, VERSION, Entry, align
 from profiles.sources import Source, without_names
 from profiles.store import Store
@@ -172,7 +173,7 @@ class StoreWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             self._temporary.replace(self.path)
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
         except OSError as error:
             raise self._failure(error) from error
         return self.path
@@ -271,11 +272,3 @@ def _remove_orphans(path: Path) -> None:
         writer = partial.name.rsplit(".", 2)[1]
         if writer.isdigit() and not Path(f"/proc/{writer}").exists() and Path("/proc/self").exists():
             partial.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

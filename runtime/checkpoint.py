@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from profiles.errors import InputError, RunError
+from profiles.files import sync_directory
 
 NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "state.json"
@@ -122,14 +123,6 @@ def write_json(path: str, content: Any) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_directory(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def partial_directories(directory: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from profiles.errors import InputError
+from profiles.files import sync_directory
 from runtime import checkpoint
 from runtime.batches import open_batches
 from runtime.channels import Channel
@@ -172,7 +173,7 @@ def _save_trained(training: Training, path: str) -> str:
         os.makedirs(partial)
         training.channel.drain()
         training.save_trained(partial)
-        checkpoint.sync_directory(partial)
+        sync_directory(partial)
         shutil.rmtree(path, ignore_errors=True)
         os.rename(partial, path)
     except OSError as error:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from planner.service.errors import StorageError
+from profiles.files import sync_directory
 
 CHUNK = 1 << 18
 
@@ -61,8 +62,8 @@ class Objects:
             if not place.exists():
                 place.parent.mkdir(exist_ok=True)
                 part.rename(place)
-                _sync(place.parent)
-                _sync(self.folder)
+                sync_directory(place.parent)
+                sync_directory(self.folder)
             stored = place.stat().st_size
         except OSError as error:
             raise StorageError(f"{self.folder}: {error.strerror}; free disk space and ask again") from error
@@ -111,11 +112,3 @@ def gunzip(packed: bytes, limit: int) -> bytes:
     if not unpacker.eof:
         raise ValueError("cut off")
     return content
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
