@@ -20,17 +20,16 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planner.service.objects import CHUNK, Objects
-from planner.service.store import file_row
+from planner.service.store import Row, file_row
 from profiles.errors import CapError, InfeasibleError, InputError, RunError
 from profiles.parent import end_with_parent
 
 if TYPE_CHECKING:
     from planner.service.worker import Order, Tell
 
-Row = dict[str, Any]
 LOOK_SECONDS = 0.2
 ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunError, CapError)}
 

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from planner.policies import approximate_of, policies_of
 from planner.schema import Plan
 from planner.service.objects import Objects
-from planner.service.store import file_row
+from planner.service.store import Row, file_row
 from planner.summary import plan_summary, profile_summary
 from profiles.exchange import canonical_json, parse_profile
 from profiles.schema import Profile
@@ -19,7 +19,6 @@ from profiles.schema import Profile
 if TYPE_CHECKING:
     from planner.service.worker import Order, Tell
 
-Row = dict[str, Any]
 SOLVER = "solver"
 OWN = "own"
 """the device that the profile was made for"""

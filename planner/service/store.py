@@ -34,13 +34,10 @@ class Store:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._database.row_factory = _row
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 10000"):
             self._database.execute(f"PRAGMA {pragma}")
-        plain = self._database
-        plain.row_factory = None
-        migrate(plain, str(path))
-        plain.row_factory = _row
+        migrate(self._database, str(path))
+        self._database.row_factory = _row
         self._touched: dict[tuple[str, str], float] = {}
 
     def close(self) -> None:
@@ -220,7 +217,7 @@ class Store:
         return self.job(identity), True
 
     def _room(self, waiting: int) -> None:
-        (queued,) = _values(self._database.execute("SELECT count(*) AS n FROM jobs WHERE state = 'queued'").fetchone())
+        queued = self._figure("SELECT count(*) AS n FROM jobs WHERE state = 'queued'")
         if queued >= waiting:
             raise ServiceError(429, "busy", f"{queued} jobs are waiting already; ask again in a minute")
 
@@ -247,8 +244,8 @@ class Store:
     def lane(self, lane: str) -> tuple[str | None, int]:
         """The job that runs in `lane`, and how many wait."""
         running = self._one("SELECT id FROM jobs WHERE state = 'running' AND lane = ? LIMIT 1", lane)
-        waiting = self._one("SELECT count(*) AS n FROM jobs WHERE state = 'queued' AND lane = ?", lane)
-        return (None if running is None else running["id"]), (0 if waiting is None else waiting["n"])
+        waiting = self._figure("SELECT count(*) AS n FROM jobs WHERE state = 'queued' AND lane = ?", lane)
+        return (None if running is None else running["id"]), waiting
 
     # --- files -----------------------------------------------------------------------------------------------------
 
@@ -297,8 +294,7 @@ class Store:
         return {row["digest"] for row in self._all("SELECT digest FROM files WHERE digest IS NOT NULL")}
 
     def stored_bytes(self) -> int:
-        row = self._one("SELECT coalesce(sum(stored_bytes), 0) AS n FROM files")
-        return 0 if row is None else int(row["n"])
+        return self._figure("SELECT coalesce(sum(stored_bytes), 0) AS n FROM files")
 
     # --- retention -------------------------------------------------------------------------------------------------
 
@@ -363,6 +359,11 @@ class Store:
         found: Row | None = self._database.execute(statement, values).fetchone()
         return found
 
+    def _figure(self, statement: str, *values: Any) -> int:
+        """What a statement that has one row names `n`."""
+        found: int = self._database.execute(statement, values).fetchone()["n"]
+        return found
+
     def _all(self, statement: str, *values: Any) -> list[Row]:
         return self._database.execute(statement, values).fetchall()
 
@@ -408,10 +409,6 @@ def _job(row: Row) -> Job:
 
 def _row(cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> Row:
     return {column[0]: value for column, value in zip(cursor.description, values)}
-
-
-def _values(row: Row) -> tuple[Any, ...]:
-    return tuple(row.values())
 
 
 def _marks(values: Sequence[str] | frozenset[str]) -> str:
