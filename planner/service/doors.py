@@ -11,8 +11,8 @@ from starlette.responses import StreamingResponse
 
 from planner.service.errors import Code, ServiceError, invalid, not_found
 from planner.service.schema import FINISHED, JOB, ErrorAnswer, Job, JobKind, StoredPlan, StoredProfile
-from planner.service.store import SOLVE, Row, content_key
-from planner.service.supervisor import LOCAL
+from planner.service.store import Row, content_key
+from planner.service.supervisor import lane_of
 from profiles.errors import InputError
 from profiles.units import LARGEST, parse_size
 
@@ -102,7 +102,7 @@ def ask(
 ) -> Response:
     """The answer to a request for a job. Unless `repeatable`, equal requests are one job."""
     service = service_of(request)
-    lane = SOLVE if kind in {"plan", "comparison"} else LOCAL
+    lane = lane_of(kind)
     job, new = service.store.ask(
         kind,
         lane,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from typing import Annotated, Any
 
@@ -66,8 +67,6 @@ def _source(settings: Settings, asked: ProfileRequest) -> str:
     text = json.dumps(asked.config, sort_keys=True)
     if "model_type" not in (asked.config or {}):
         raise invalid("config", "no model config (no 'model_type'); send the content of a config.json")
-    import hashlib
-
     place = settings.data_dir / "configs" / hashlib.sha256(text.encode()).hexdigest() / "config.json"
     if not place.exists():
         write_whole(place, text)

@@ -22,7 +22,7 @@ from planner.service.events import Events
 from planner.service.metrics import Metrics
 from planner.service.objects import Objects
 from planner.service.processes import Processes, Worker
-from planner.service.schema import Error, Job
+from planner.service.schema import Error, Job, JobKind
 from planner.service.settings import Settings
 from planner.service.store import ATTEMPTS, SOLVE, Store, folder_row
 from planner.service.worker import Order
@@ -35,6 +35,11 @@ DISK_SECONDS = 5.0
 """between tries to write where the disk is full"""
 
 log = logging.getLogger("tightfit.service")
+
+
+def lane_of(kind: JobKind) -> str:
+    """Where a job waits for its turn: those that measure or train need this machine's device to themselves."""
+    return LOCAL if kind in {"profile", "run"} else SOLVE
 
 
 class Supervisor:
@@ -154,16 +159,16 @@ class Supervisor:
             await worker.gone()
 
     def _order(self, job: Job) -> Order:
-        measures = job.kind in {"run", "profile"}
+        alone = lane_of(job.kind) == LOCAL
         return Order(
             kind=job.kind,
             request=job.request,
             objects=str(self.objects.folder),
             digests={row["id"]: row["digest"] for row in self.store.files_of(job.id)},
             folder=str(self.runs / job.id),
-            lock=str(self.settings.data_dir / f"{LOCAL}.lock") if measures else None,
+            lock=str(self.settings.data_dir / f"{LOCAL}.lock") if alone else None,
             command=list(self.settings.command),
-            memory_bytes=None if measures else self.settings.solve_bytes,
+            memory_bytes=None if alone else self.settings.solve_bytes,
         )
 
     async def _follow(self, job: Job, worker: Worker, order: Order) -> dict[str, Any] | None:
@@ -189,7 +194,7 @@ class Supervisor:
             await asyncio.sleep(DISK_SECONDS)
         ended = await self._stored(lambda: self._write_end(job, end, code, worker))
         if ended.state == "queued":
-            self.wake(SOLVE if job.kind in {"plan", "comparison"} else LOCAL)
+            self.wake(lane_of(job.kind))
         self._ended(ended)
 
     def _write_end(self, job: Job, end: dict[str, Any] | None, code: int, worker: Worker) -> Job:
