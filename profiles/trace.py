@@ -40,6 +40,15 @@ RESHAPES = {
     operator.getitem,
 }
 IGNORED = {aten._assert_tensor_metadata.default, aten.sym_size.int, aten._assert_scalar.default}
+EXPORT_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    AttributeError,
+    torch._dynamo.exc.TorchDynamoException,
+)
+"""what torch.export raises for a module that it cannot trace"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +118,7 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
         warnings.simplefilter("ignore")  # torch's own deprecations inside export
         try:
             program = torch.export.export(module, tuple(batch.values()), strict=False).run_decompositions({})
-        except TightTypes as error:
+        except EXPORT_ERRORS as error:
             raise InputError(
                 f"{type(module).__name__} cannot be traced by torch.export: {str(error).splitlines()[0]}; "
                 "its forward must be free of data-dependent control flow"
@@ -162,16 +171,6 @@ def _check_results(graph: fx.Graph) -> None:
         raise InputError(
             f"forward must return one scalar loss, not {len(results)} results; add up losses that belong together"
         )
-
-
-TightTypes = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    NotImplementedError,
-    AttributeError,
-    torch._dynamo.exc.TorchDynamoException,
-)
 
 
 def _layer_key(node: fx.Node) -> str | None:
