@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from profiles.errors import InputError
+from profiles.errors import InputError, RunError
 from profiles.files import sync_directory
 from runtime import checkpoint
 from runtime.batches import open_batches
@@ -163,10 +164,6 @@ def _step(
 
 def _save_trained(training: Training, path: str) -> str:
     """The result, under its own name, whole or not at all."""
-    import shutil
-
-    from profiles.errors import RunError
-
     partial = f"{path}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
