@@ -5,7 +5,6 @@ The parent may import what it likes; only the child is capped.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
@@ -14,7 +13,6 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,19 +25,18 @@ from profiles.units import format_size
 from runtime import adapter
 from runtime import job as jobs
 from runtime.admission import Stages, check_machine, check_options, check_schedule, conditions, find_store
-from runtime.batches import open_batches, write_batches
+from runtime.batches import write_batches
 from runtime.cgroup import MemoryCgroup, in_memory
-from runtime.checkpoint import find_checkpoints, load_latest, partial_directories, way_on
+from runtime.checkpoint import find_checkpoints
 from runtime.interrupts import GivenUp, passed_on
 from runtime.optimizer import OPTIMIZERS
+from runtime.output import finished_report, locked, staged, to_be_replaced, writing_to
 from runtime.process import child_environment, command
 from runtime.report import Observed, build_report
 
 Progress = Callable[[int, float, float, int, int], None]
 """progress(step, loss, seconds, resident bytes, peak bytes) after every step, counted from 1."""
 Data = str | os.PathLike[str] | Iterable[Sequence[torch.Tensor]]
-RESULTS = ("metrics.jsonl", "report.json", "adapter", "model")
-"""what a run leaves; the prepared ``data`` of a run that failed before its first step is no loss"""
 ERRORS: dict[str, type[TightfitError]] = {"InputError": InputError, "RunError": RunError, "CapError": CapError}
 
 
@@ -87,8 +84,8 @@ def run(
     check_machine(plan)
     check_schedule(plan)
     store = find_store(plan, stages)
-    with _locked(directory) as lock, _staging(directory) as staging:
-        replaced = _open_directory(directory, steps, resume=resume, overwrite=overwrite)
+    with locked(directory) as lock, staged(directory) as staging:
+        replaced = to_be_replaced(directory, steps, resume=resume, overwrite=overwrite)
         train = _prepare(plan, data, staging, "train", truncate=truncate, seed=seed, stages=stages)
         evaluation = (
             None
@@ -122,19 +119,19 @@ def run(
             "profile_step": profile_step,
             "conditions": conditions(plan, asdict(optimizer), seed),
         }
-        if resume and (finished := _finished(directory, settings, train, data)):
+        if resume and (finished := finished_report(directory, settings, train, data)):
             return finished
         compiled = jobs.compile_job(plan.model_dump(), settings)
         for old in replaced:  # only now: data or a plan that are refused must not cost an earlier run
             shutil.rmtree(old) if old.is_dir() else old.unlink()
-        with _disk(directory):
+        with writing_to(directory):
             (directory / "data").mkdir(exist_ok=True)
             for file in staging.iterdir():
                 file.replace(directory / "data" / file.name)
             staging.rmdir()  # a run that is killed from here on leaves nothing behind
         path = directory / "job"
         try:
-            with _disk(directory):
+            with writing_to(directory):
                 compiled.write(str(path))
             group = MemoryCgroup.create(plan.budget_bytes) if cgroup else None
             try:
@@ -145,53 +142,9 @@ def run(
         finally:
             path.unlink(missing_ok=True)
         report = build_report(plan, observed, directory, enforced_by="cgroup" if group else "meter")
-        with _disk(directory):
+        with writing_to(directory):
             (directory / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         return report
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[int]:
-    """Make the output directory and keep other runs out of it, as long as this descriptor is open in any process."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise InputError(f"{directory}: {error.strerror}; choose another output directory") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another run is under way in {directory}; wait for its end, or choose another output directory"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _staging(directory: Path) -> Iterator[Path]:
-    """A folder for data until the run has been found to fit them: then they replace those of an earlier run."""
-    staging = directory / ".data.partial"
-    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def _disk(directory: Path) -> Iterator[None]:
-    """What the disk refuses is a RunError."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"writing to {directory} failed: {error.strerror}; free disk space and {way_on(str(directory))}"
-        ) from error
 
 
 def _watch(
@@ -287,50 +240,6 @@ def _raise_for(
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     words = f": {last[-1]}" if last else ""
     raise RunError(f"the training process {how}{words}; {saved}")
-
-
-def _open_directory(directory: Path, steps: int, *, resume: bool, overwrite: bool) -> list[Path]:
-    """What an earlier run left in the output directory and is to be replaced. Raises InputError where that was not asked for."""
-    try:
-        found = [path for name in RESULTS if (path := directory / name).exists() and path.stat().st_size]
-        checkpoints = find_checkpoints(str(directory))
-        found += [Path(path) for _, path in checkpoints]
-        if found and not resume and not overwrite:
-            way = "continue it with --resume, " if checkpoints else "it has no checkpoint to go on from, "
-            raise InputError(
-                f"{directory} holds an earlier run ({found[0].name}); {way}replace it with --overwrite, or choose another directory"
-            )
-        if resume and not checkpoints:
-            way = "give --overwrite in place of" if found else "leave out"
-            raise InputError(
-                f"{directory} holds no checkpoint to resume from; {way} --resume to start from the beginning"
-            )
-        if resume and checkpoints and (reached := checkpoints[-1][0]) > steps:
-            raise InputError(
-                f"steps {steps}: the run in {directory} has reached step {reached}; give at least {reached}, or choose another directory"
-            )
-        for partial in list(partial_directories(str(directory))):
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"{directory}: {error.strerror}; choose another output directory") from error
-    return [] if resume else found
-
-
-def _finished(directory: Path, settings: dict[str, Any], train: Path, data: Data) -> dict[str, Any] | None:
-    """The report of a run that has taken all of its steps already. Raises InputError where it was another run."""
-    batches = open_batches(str(train), settings["seed"])
-    batches.close()
-    expected = {**settings["conditions"], "data": batches.fingerprint}
-    name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
-    found = load_latest(str(directory), json.loads(json.dumps(expected)), name)  # as the child reads it
-    try:
-        report = json.loads((directory / "report.json").read_text())
-        done = found.step == settings["steps"] == len(report["loss"])
-        evaluated = settings["evaluation"] is None or "after" in report["evaluation"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    trained = any((directory / name).is_dir() for name in ("adapter", "model"))
-    return report if done and evaluated and trained else None
 
 
 def _prepare(

@@ -1,0 +1,113 @@
+"""The folder of a run: locked while it is written, and what an earlier run left in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from profiles.errors import InputError, RunError
+from runtime.batches import open_batches
+from runtime.checkpoint import find_checkpoints, load_latest, partial_directories, way_on
+
+RESULTS = ("metrics.jsonl", "report.json", "adapter", "model")
+"""what a run leaves; the prepared ``data`` of a run that failed before its first step is no loss"""
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[int]:
+    """Make the output directory and keep other runs out of it, as long as this descriptor is open in any process."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(f"{directory}: {error.strerror}; choose another output directory") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another run is under way in {directory}; wait for its end, or choose another output directory"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A folder for data until the run has been found to fit them: then they replace those of an earlier run."""
+    staging = directory / ".data.partial"
+    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """What the disk refuses is a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"writing to {directory} failed: {error.strerror}; free disk space and {way_on(str(directory))}"
+        ) from error
+
+
+def to_be_replaced(directory: Path, steps: int, *, resume: bool, overwrite: bool) -> list[Path]:
+    """What an earlier run left in the output directory and this one replaces; half-written checkpoints are removed at once.
+
+    Raises InputError where an earlier run is neither to be resumed nor replaced, or cannot be resumed.
+    """
+    try:
+        found = [path for name in RESULTS if (path := directory / name).exists() and path.stat().st_size]
+        checkpoints = find_checkpoints(str(directory))
+        found += [Path(path) for _, path in checkpoints]
+        if found and not resume and not overwrite:
+            way = "continue it with --resume, " if checkpoints else "it has no checkpoint to go on from, "
+            raise InputError(
+                f"{directory} holds an earlier run ({found[0].name}); {way}replace it with --overwrite, or choose another directory"
+            )
+        if resume and not checkpoints:
+            way = "give --overwrite in place of" if found else "leave out"
+            raise InputError(
+                f"{directory} holds no checkpoint to resume from; {way} --resume to start from the beginning"
+            )
+        if resume and (reached := checkpoints[-1][0]) > steps:
+            raise InputError(
+                f"steps {steps}: the run in {directory} has reached step {reached}; give at least {reached}, or choose another directory"
+            )
+        for partial in partial_directories(str(directory)):
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"{directory}: {error.strerror}; choose another output directory") from error
+    return [] if resume else found
+
+
+def finished_report(directory: Path, settings: dict[str, Any], train: Path, data: object) -> dict[str, Any] | None:
+    """The report of a run that has taken all of its steps already; `data` is what was given, `train` what was made of it.
+
+    Raises InputError where it was another run.
+    """
+    batches = open_batches(str(train), settings["seed"])
+    batches.close()
+    expected = {**settings["conditions"], "data": batches.fingerprint}
+    name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
+    found = load_latest(str(directory), json.loads(json.dumps(expected)), name)  # as the child reads it
+    try:
+        report = json.loads((directory / "report.json").read_text())
+        done = found.step == settings["steps"] == len(report["loss"])
+        evaluated = settings["evaluation"] is None or "after" in report["evaluation"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    trained = any((directory / name).is_dir() for name in ("adapter", "model"))
+    return report if done and evaluated and trained else None
