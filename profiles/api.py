@@ -19,7 +19,7 @@ from profiles.devices import find_device
 from profiles.errors import InputError
 from profiles.estimate import estimate_profile
 from profiles.exchange import load_profile, save_profile
-from profiles.files import cache_directory
+from profiles.files import cache_directory, python_path
 from profiles.measure import measure
 from profiles.pack import build_store
 from profiles.processor import cpu_name, features
@@ -309,7 +309,5 @@ def _timed_program(program: Program, figures: list[list[float]]) -> Program:
 
 
 def _python_path() -> dict[str, str]:
-    """So that the measuring process finds these packages, installed or not."""
-    root = str(Path(__file__).resolve().parent.parent)
-    rest = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != root]
-    return {"PYTHONPATH": os.pathsep.join([root, *rest])}
+    """So that the measuring process finds these packages."""
+    return {"PYTHONPATH": python_path()}

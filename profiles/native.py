@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from profiles.files import python_path
 from profiles.processor import features
 
 VARIABLE = "TIGHTFIT_NATIVE"
@@ -96,14 +97,13 @@ def _key(compiler: str) -> str:
 def _judged(path: Path) -> list[str]:
     """What a fresh process makes of the library: one that crashes takes nothing with it."""
     command = [sys.executable, "-m", "profiles.native", str(path)]
-    root = str(Path(__file__).resolve().parent.parent)
     done = subprocess.run(
         command,
         check=True,
         capture_output=True,
         timeout=120,
         text=True,
-        env={**os.environ, VARIABLE: "", "PYTHONPATH": root},
+        env={**os.environ, VARIABLE: "", "PYTHONPATH": python_path()},
     )
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 

@@ -7,15 +7,13 @@ import os
 import sys
 from array import array
 from dataclasses import dataclass
-from pathlib import Path
 
 from profiles import native
-from profiles.files import cache_directory
+from profiles.files import cache_directory, python_path
 
 _MADV_DONTNEED, _MADV_DONTDUMP = 4, 16
 _LARGE_MAPPING = 1 << 20
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -43,7 +41,6 @@ def child_environment(threads: int) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE",
     )
     environment = {name: os.environ[name] for name in keep if name in os.environ}
-    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment.update(
         {native.VARIABLE: native.library(cache_directory())},
         GLIBC_TUNABLES="glibc.malloc.tcache_count=0",
@@ -56,7 +53,7 @@ def child_environment(threads: int) -> dict[str, str]:
         MKL_NUM_THREADS=str(threads),
         PYTHONHASHSEED="0",
         PYTHONNOUSERSITE="1",
-        PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)),
+        PYTHONPATH=python_path(),
     )
     return environment
 

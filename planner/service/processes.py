@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from planner.service.store import SOLVE
+from profiles.files import python_path
 
 LINE_BYTES = 64 << 20
 LAST_BYTES = 2000
-PACKAGES = Path(__file__).resolve().parent.parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,5 +87,4 @@ class Processes:
 def _environment() -> dict[str, str]:
     """The service's own, so that workers find these packages; without its token."""
     environment = {name: value for name, value in os.environ.items() if name != "TIGHTFIT_TOKEN"}
-    paths = [str(PACKAGES), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
-    return environment | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "OMP_NUM_THREADS": "1"}
+    return environment | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
