@@ -298,6 +298,35 @@ def test_names_of_any_length_and_with_markup_stay_text(browser, served):
     page.close()
 
 
+def test_a_small_graph_is_told_in_figures(browser, served):
+    """Forty KiB are 0.0391 MiB, not 0.0."""
+    operators = [
+        {"name": f"op{i}", "seconds": 0.1, "output_bytes": 10 << 10, "inputs": [f"op{i - 1}"] if i else []}
+        for i in range(8)
+    ]
+    identity = served.http.post(
+        "/v1/profiles/upload", json={"format": "tightfit-graph", "operators": operators}
+    ).json()["id"]
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    page.goto(f"{served.url}/page/#profile={identity}&budget={40 << 10}")
+    verdict = page.locator("#verdict")
+    expect(verdict).to_contain_text("Fits 0.0391 MiB")
+    assert page.input_value("#budget") == "0.0391"
+    expect(page.locator("#curve")).not_to_have_attribute("aria-busy", "true")
+    # The curve goes from the smallest budget to what keeps everything.
+    budgets = [number(row[0]) for row in rows(page, "#curve-table")]
+    assert 0 < budgets[0] < budgets[-1] <= 0.11
+    assert budgets == sorted(set(budgets))
+    assert "0.0" not in {row[2] for row in rows(page, "#peak")}
+    assert {row[-1] for row in rows(page, "#timeline-table")} == {"0.00977", "0.0195"}
+    set_budget(page, 0.0009)
+    expect(verdict).to_contain_text("Does not fit 0.000977 MiB")
+    set_budget(page, number(verdict.inner_text().split("enough is")[1]))
+    expect(page.locator("#plan-title")).to_contain_text("The plan: solver")
+    page.close()
+
+
 def test_a_service_that_is_gone_is_told_of(browser, tmp_path):
     service = Served(tmp_path / "data").start()
     service.upload(decoder_like(2))

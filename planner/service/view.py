@@ -62,11 +62,14 @@ def plan_view(plan: Plan, known: dict[str, Any] | None = None, *, not_runnable: 
 
 
 def _timeline(plan: Plan, shown: list[Bucket]) -> Series:
-    # The service's page is in MiB throughout.
-    series = series_of(plan, shown, unit_of(MIB))
+    # The service's page is in MiB throughout, to the byte, since graphs may be small.
+    series = series_of(plan, shown, unit_of(1))
+    total, *sizes = [[round(size / MIB, 6) for size in row] for row in (series["total"], *series["sizes"])]
     kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
-    figures = {name: series[name] for name in ("seconds", "starts", "ends", "total", "peak")}
-    return Series(**figures, mib=series["sizes"], kinds=[KindName(name=kind.name, label=kind.label) for kind in kinds])
+    figures = {name: series[name] for name in ("seconds", "starts", "ends", "peak")}
+    return Series(
+        **figures, total=total, mib=sizes, kinds=[KindName(name=kind.name, label=kind.label) for kind in kinds]
+    )
 
 
 def _peak(plan: Plan) -> PeakShown:

@@ -5,9 +5,16 @@ const NS = "http://www.w3.org/2000/svg";
 export const MIB = 1048576;
 export const LEFT = 58, RIGHT = 20, TOP = 26, BOTTOM = 44;
 
-export const mib = (bytes, digits = 1) => (bytes / MIB).toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+// Decimals of a figure in MiB: one, but below one MiB as many as show three digits, since graphs may be small.
+export const places = (value, digits = 1) => (value && Math.abs(value) < 1 ? 2 - Math.floor(Math.log10(Math.abs(value))) : digits);
+const fixed = (value, decimals) => value.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
+export const amount = (value, digits) => fixed(value, places(value, digits));
+export const mib = (bytes, digits) => amount(bytes / MIB, digits);
 // Rounded up, so that a smallest budget can be typed back as it is printed.
-export const atLeast = (bytes) => (Math.ceil((bytes / MIB) * 10) / 10).toLocaleString("en", { minimumFractionDigits: 1 });
+export const atLeast = (bytes) => {
+  const decimals = places(bytes / MIB);
+  return fixed(Math.ceil((bytes / MIB) * 10 ** decimals) / 10 ** decimals, decimals);
+};
 export const seconds = (value) => value.toLocaleString("en", { minimumSignificantDigits: 3, maximumSignificantDigits: 4 });
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 
@@ -55,7 +62,7 @@ const scale = (low, high, start, end) => {
   return map;
 };
 
-const round = (value) => Number(value.toPrecision(6)).toLocaleString("en");
+const round = (value) => value.toLocaleString("en", { maximumSignificantDigits: 6 });
 
 // A frame with axes. Returns the picture and its scales.
 export function frame(label, { x: [x0, x1], y: [y0, y1], xLabel, yLabel, width, height = 320, role = "img", whole = false }) {
@@ -75,7 +82,7 @@ export const path = (points, x, y) => points.map(([a, b], i) => `${i ? "L" : "M"
 
 export function capLine({ picture, y, width }, cap) {
   picture.append(svg("line", { class: "cap", x1: LEFT, x2: width - RIGHT, y1: y(cap), y2: y(cap) }));
-  picture.append(svg("text", { class: "cap-label", x: LEFT + 6, y: y(cap) - 6 }, `cap ${cap.toFixed(1)} MiB`));
+  picture.append(svg("text", { class: "cap-label", x: LEFT + 6, y: y(cap) - 6 }, `cap ${amount(cap)} MiB`));
 }
 
 // --- charts -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // Two plans side by side: memory over the step on one scale, figures, what changes in all and tensor by tensor.
 
-import { html, MIB, mib, percent, seconds, table } from "./charts.js";
+import { html, mib, percent, seconds, table } from "./charts.js";
 import { showBeside } from "./timeline.js";
 
 const $ = (id) => document.getElementById(id);
@@ -28,5 +28,5 @@ export function showDifference(told, views, names) {
   const step = (change) => `${change.before ?? "–"} → ${change.after ?? "–"}`;
   const totals = told.groups.map((group) => [`${group.kind}: ${step(group)}`, String(group.tensors), mib(group.bytes), spent(group.compute_seconds), spent(group.transfer_seconds)]);
   $("totals").replaceChildren(totals.length ? table("What changes, and the seconds per step that it costs (+) or saves (−)", ["kind and decision", "tensors", "MiB", "cores, s", "channels, s"], totals) : html("p", {}, "Every tensor is treated the same."));
-  $("changes").replaceChildren(table(told.left_out ? `Largest first; ${told.left_out} more are left out` : "Largest first", ["tensor", "layer", "MiB", "decision", "cores, s", "channels, s"], told.changes.map((change) => [change.name, change.layer, (change.bytes / MIB).toFixed(3), step(change), spent(change.compute_seconds), spent(change.transfer_seconds)])));
+  $("changes").replaceChildren(table(told.left_out ? `Largest first; ${told.left_out} more are left out` : "Largest first", ["tensor", "layer", "MiB", "decision", "cores, s", "channels, s"], told.changes.map((change) => [change.name, change.layer, mib(change.bytes, 3), step(change), spent(change.compute_seconds), spent(change.transfer_seconds)])));
 }

@@ -1,7 +1,7 @@
 // The page: choose a profile, drag the budget along the curve, look at the plan, compare two, run one.
 
 import { get, post, Refused, setToken, work } from "./api.js";
-import { atLeast, curve, html, legend, MIB, mib, percent, place, seconds, table } from "./charts.js";
+import { atLeast, curve, html, legend, MIB, mib, percent, place, places, seconds, table } from "./charts.js";
 import { showDifference } from "./compare.js";
 import { showPlan } from "./plan.js";
 import { listRuns, offerRun, setUpRun } from "./run.js";
@@ -121,7 +121,7 @@ async function explore(identity, kept, old) {
   const [least, most] = await Promise.all([ask("solver"), ask("keep-all")]);
   if (old()) return;
   state.least = Math.max(1, least.result.summary.minimum_budget_bytes);
-  state.most = Math.max(most.result.summary.minimum_budget_bytes, state.least + MIB);
+  state.most = Math.max(most.result.summary.minimum_budget_bytes, state.least + Math.min(MIB, state.least));
   const span = state.most - state.least;
   // Budgets as they are shown, in tenths of a MiB, unless the whole curve lies within one.
   const whole = (bytes) => Math.ceil(span > MIB ? (Math.ceil((10 * bytes) / MIB) * MIB) / 10 : bytes);
@@ -211,7 +211,7 @@ const bestFor = (budget, made = () => true) => points($("policy").value).filter(
 
 function mark() {
   const { budget } = state;
-  $("budget").value = (budget / MIB).toFixed(1);
+  $("budget").value = (budget / MIB).toFixed(places(budget / MIB));
   $("slider").value = Math.round(budget / 1024);
   $("slider").setAttribute("aria-valuetext", `${mib(budget)} MiB`);
   state.chart?.show(budget, bestFor(budget)?.step);

@@ -38,7 +38,7 @@ function cards({ summary, timeline }) {
 }
 
 function showPeak(peak) {
-  const rows = peak.parts.filter((part) => part.bytes >= 52429).map((part, index) => [part.label, bar(part.bytes / peak.bytes, `var(--kind-${part.name}, var(--kind-other))`), mib(part.bytes), percent(part.bytes / peak.bytes, 0)]);
+  const rows = peak.parts.filter((part) => part.bytes >= Math.min(52429, peak.bytes / 1000)).map((part, index) => [part.label, bar(part.bytes / peak.bytes, `var(--kind-${part.name}, var(--kind-other))`), mib(part.bytes), percent(part.bytes / peak.bytes, 0)]);
   rows.push(["together", "", mib(peak.bytes), ""]);
   $("peak").replaceChildren(table(`The fullest moment of training is instruction ${peak.instruction}, ${peak.text}`, ["what", "", "MiB", "share"], rows));
   $("largest").replaceChildren(table("Largest tensors there", ["tensor", "MiB"], peak.tensors.map(([name, size]) => [name, mib(size, 2)])));

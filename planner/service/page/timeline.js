@@ -1,6 +1,6 @@
 // Memory over one training step, stacked by kind under the cap, with the instruction that sets the peak.
 
-import { capLine, frame, html, legend, LEFT, place, RIGHT, seconds, svg, table, BOTTOM, TOP } from "./charts.js";
+import { amount, capLine, frame, html, legend, LEFT, MIB, place, RIGHT, seconds, svg, table, BOTTOM, TOP } from "./charts.js";
 
 const colour = (kind) => `var(--kind-${kind.name}, var(--kind-other))`;
 const ROWS = 40; // of the table
@@ -64,16 +64,16 @@ export function picture(series, { cap, peak, width, axis = sharedAxis([{ series,
 
 // The picture with a cursor that pointer and arrow keys move, what it reads, its legend and its table.
 export function showTimeline(view, { box, reading, key, numbers }) {
-  const { timeline: series, peak, summary } = view, cap = summary.budget_bytes / 1048576;
+  const { timeline: series, peak, summary } = view, cap = summary.budget_bytes / MIB;
   let at = series.peak, made = null;
   const show = (index) => {
     at = Math.max(0, Math.min(series.ends.length - 1, index));
     made.show(at);
-    const parts = series.kinds.map((kind, k) => [kind.label, series.mib[k][at]]).filter(([, value]) => value >= 0.05);
-    reading.textContent = `${seconds(series.ends[at])} s: ${series.total[at].toFixed(1)} MiB = ${parts.map(([kind, value]) => `${kind} ${value.toFixed(1)}`).join(" + ")}`;
+    const parts = series.kinds.map((kind, k) => [kind.label, series.mib[k][at]]).filter(([, value]) => value >= Math.min(0.05, series.total[at] / 1000));
+    reading.textContent = `${seconds(series.ends[at])} s: ${amount(series.total[at])} MiB = ${parts.map(([kind, value]) => `${kind} ${amount(value)}`).join(" + ")}`;
   };
   place(box, (width) => {
-    made = picture(series, { cap, peak, width, label: `Memory over one step of ${summary.policy} at ${cap.toFixed(1)} MiB; arrow keys move along the step, the table below has the numbers` });
+    made = picture(series, { cap, peak, width, label: `Memory over one step of ${summary.policy} at ${amount(cap)} MiB; arrow keys move along the step, the table below has the numbers` });
     const chart = made.picture;
     chart.addEventListener("pointermove", (event) => show(made.indexAt(event)));
     chart.addEventListener("focus", () => show(at));
@@ -93,13 +93,13 @@ export function showTimeline(view, { box, reading, key, numbers }) {
   const every = Math.max(1, Math.ceil(series.ends.length / ROWS));
   const rows = series.ends.map((_, i) => i).filter((i) => i % every === 0 || i === series.peak);
   numbers.replaceChildren(
-    table("MiB by kind", ["until, s", ...series.kinds.map((kind) => kind.label), "together"], rows.map((i) => [`${seconds(series.ends[i])}${i === series.peak ? " (fullest)" : ""}`, ...series.mib.map((kind) => kind[i].toFixed(1)), series.total[i].toFixed(1)])),
+    table("MiB by kind", ["until, s", ...series.kinds.map((kind) => kind.label), "together"], rows.map((i) => [`${seconds(series.ends[i])}${i === series.peak ? " (fullest)" : ""}`, ...series.mib.map((kind) => amount(kind[i])), amount(series.total[i])])),
   );
 }
 
 // Two plans beside each other, on one scale.
 export function showBeside(views, boxes, names) {
-  const shown = views.map((view) => ({ series: view.timeline, cap: view.summary.budget_bytes / 1048576 }));
+  const shown = views.map((view) => ({ series: view.timeline, cap: view.summary.budget_bytes / MIB }));
   const axis = sharedAxis(shown);
   views.forEach((view, i) => {
     place(boxes[i], (width) => {
