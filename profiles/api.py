@@ -169,7 +169,7 @@ def profile(
             accumulate=accumulate,
             threads=threads,
             scratch=cache_directory(),
-            environment=dict(os.environ) | _python_path(),
+            environment=dict(os.environ) | {"PYTHONPATH": python_path()},
             progress=progress,
         )
     )
@@ -306,8 +306,3 @@ def _timed_program(program: Program, figures: list[list[float]]) -> Program:
         for op, (seconds, workspace) in zip(program.operators, figures, strict=True)
     ]
     return program.model_copy(update={"operators": operators})
-
-
-def _python_path() -> dict[str, str]:
-    """So that the measuring process finds these packages."""
-    return {"PYTHONPATH": python_path()}
