@@ -106,8 +106,8 @@ def save(
         sync_directory(directory)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        before = [p for s, p in find_checkpoints(directory) if s != step]
-        last = f"the last good checkpoint is {before[-1]}" if before else "there is no earlier checkpoint"
+        found = find_checkpoints(directory)
+        last = f"the last good checkpoint is {found[-1][1]}" if found else "there is no earlier checkpoint"
         raise RunError(
             f"saving {path} failed: {error.strerror}; {last}; free disk space and {way_on(directory)}"
         ) from error

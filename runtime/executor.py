@@ -239,8 +239,6 @@ class Executor:
                 place += 3
             elif code == SPILL:
                 number = words[place + 1]
-                if number in arriving:
-                    self._arrive(number)
                 leaving[number] = self.channel.submit(
                     self.spill.write, self.arena.address + where[number], sizes[number], self.extents[number]
                 )
@@ -279,8 +277,6 @@ class Executor:
         for number in numbers:
             if number in self.arriving:
                 self._arrive(number)
-            if number in self.leaving:
-                self._wait(self.leaving.pop(number))
         tensors = (self.arena.tensor(self.where[number], shape, "float32") for number in numbers)
         self._call("update", self.update.apply, count, *tensors)
 

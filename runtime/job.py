@@ -146,12 +146,9 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
                 made.extend((UPDATE, trainable_index[instruction[1]], *updates[position, instruction[1]]))
             elif code == "perturb":
                 made.extend((PERTURB, trainable_index[instruction[1]], instruction[2]))
-            elif code == "pass":
-                made.extend((PASS, numbers.of[instruction[1]], numbers.of[instruction[2]]))
             else:
-                raise InputError(
-                    f"the plan holds an unknown instruction {instruction!r}; it was written by another version, plan again"
-                )
+                assert code == "pass", instruction  # the simulator, which has seen the plan, knows no others
+                made.extend((PASS, numbers.of[instruction[1]], numbers.of[instruction[2]]))
         return made
 
     train, bounds = array("i"), []
@@ -161,8 +158,7 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
         bounds.append([begin, len(train)])
     evaluate = words(plan["evaluate"])
     resident: dict[str, int] = plan["resident"]
-    lasting = [name for t in trainables for name in (t["name"], *(f"{role}:{t['name']}" for role in roles))]
-    extents, spill_bytes = _extents(numbers, train, evaluate, [name for name in lasting if name not in resident])
+    extents, spill_bytes = _extents(numbers, train, evaluate)
     gathered = {
         numbers.of[layer["bindings"][value]]: layer["bindings"][value]
         for layer in plan["layers"]
@@ -264,28 +260,21 @@ def program_values(program: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _extents(
-    numbers: _Numbers, train: array[int], evaluate: array[int], lasting: Sequence[str]
-) -> tuple[array[int], int]:
-    """A block-aligned extent for every tensor that is ever spilled or fetched, and for those of `lasting`, which live in the
-    spill file between steps.
-    """
+def _extents(numbers: _Numbers, train: array[int], evaluate: array[int]) -> tuple[array[int], int]:
+    """A block-aligned extent for every tensor that is ever spilled: only such are fetched, or live there between steps."""
     extents = array("q", [-1]) * len(numbers.of)
-    wanted = {number for words in (train, evaluate) for number in _moved(words)}
-    wanted.update(numbers.of[name] for name in lasting)
     end = 0
-    for number in sorted(wanted):
+    for number in sorted(_spilled(train) | _spilled(evaluate)):
         extents[number] = end
         end += -(-numbers.sizes[number] // BLOCK) * BLOCK
     return extents, end
 
 
-def _moved(words: array[int]) -> set[int]:
+def _spilled(words: array[int]) -> set[int]:
     found = set()
     place = 0
     while place < len(words):
-        code = words[place]
-        if code in (SPILL, FETCH):
+        if words[place] == SPILL:
             found.add(words[place + 1])
         place += width(words, place)
     return found

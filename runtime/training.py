@@ -305,5 +305,5 @@ def _holes(job: Job) -> list[tuple[int, int]]:
         low, high = -(-end // 4096) * 4096, start // 4096 * 4096
         if high > low:
             holes.append((low, high))
-        end = max(end, stop)
+        end = stop
     return sorted(holes, key=lambda hole: hole[0] - hole[1])

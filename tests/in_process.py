@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from planner.schema import Plan
 from runtime.channels import Channel
@@ -12,7 +15,30 @@ from runtime.optimizer import OPTIMIZERS
 from runtime.training import Training
 
 
-def make_training(plan: Plan, records: str, directory: Path, *, lr: float, seed: int = 7) -> Training:
+class LazyChannel(Channel):
+    """The slowest that keeps its word: a transfer is made when somebody waits for it, and not before."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[int, Callable[..., object], tuple[Any, ...]]] = deque()
+        self._issued = 0
+
+    def submit(self, transfer: Callable[..., object], *arguments: Any) -> int:
+        self._issued += 1
+        self._queue.append((self._issued, transfer, arguments))
+        return self._issued
+
+    def wait(self, ticket: int) -> None:
+        while self._queue and self._queue[0][0] <= ticket:
+            _, transfer, arguments = self._queue.popleft()
+            transfer(*arguments)
+
+    def close(self) -> None:
+        self.drain()
+
+
+def make_training(
+    plan: Plan, records: str, directory: Path, *, lr: float, seed: int = 7, channel: Channel | None = None
+) -> Training:
     """The job of a plan, loaded; `records` is a file of prepared data."""
     optimizer = OPTIMIZERS[plan.optimizer["name"]](lr=lr)
     settings = {
@@ -25,4 +51,4 @@ def make_training(plan: Plan, records: str, directory: Path, *, lr: float, seed:
         "base_model": "tiny",
         "optimizer": dataclasses.asdict(optimizer),
     }
-    return Training(compile_job(plan.model_dump(), settings), Channel(), str(directory))
+    return Training(compile_job(plan.model_dump(), settings), channel or Channel(), str(directory))

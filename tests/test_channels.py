@@ -1,9 +1,12 @@
 import ctypes
+import errno
+import mmap
 import os
 import re
 import struct
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -147,6 +150,79 @@ def test_a_disk_that_fills_up_is_an_error_not_a_short_write(tmp_path, monkeypatc
     with pytest.raises(RunError, match=r"No space left on device.*start again with --overwrite"):
         spill.write(ctypes.addressof(buffer), 100, 0)
     spill.close()
+
+
+@pytest.mark.parametrize("how", ["a little at a time", "past the page cache: no"])
+def test_a_file_system_of_few_talents_keeps_what_is_spilled(tmp_path, monkeypatch, how):
+    """One that moves less than it is asked to, and one that accepts O_DIRECT and refuses the transfers."""
+    size = 2 * STAGING_BYTES + 13
+    memory = mmap.mmap(-1, 2 * (size + BLOCK))
+    memory[:size] = data = os.urandom(size)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    spill = SpillFile(str(tmp_path), BLOCK + size)
+
+    def through(call):
+        def moved(descriptor, buffers, offset):
+            if how == "a little at a time":
+                return call(descriptor, [buffers[0][:BLOCK]], offset)
+            if spill.direct:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return call(descriptor, buffers, offset)
+
+        return moved
+
+    monkeypatch.setattr(os, "pwritev", through(os.pwritev))
+    monkeypatch.setattr(os, "preadv", through(os.preadv))
+    back = address + size + BLOCK
+    for source, target in ((address, back), (address + 1, back + 1)):  # in place, and through the staging buffer
+        ctypes.memmove(source, data, size)
+        spill.write(source, size, BLOCK)
+        ctypes.memset(target, 0, size)
+        spill.read(target, size, BLOCK)
+        assert ctypes.string_at(target, size) == data
+    spill.close()
+
+
+def test_a_spill_file_that_was_cut_is_an_error(tmp_path):
+    spill = SpillFile(str(tmp_path), 2 * BLOCK)
+    os.ftruncate(spill.descriptor, BLOCK)
+    buffer = ctypes.create_string_buffer(100)
+    with pytest.raises(RunError, match="ends early, at byte 4096 of 8192"):
+        spill.read(ctypes.addressof(buffer), 100, BLOCK)
+    spill.close()
+
+
+def test_without_nameless_files_and_without_reservations_there_is_a_spill_file(tmp_path, monkeypatch):
+    opened = os.open
+
+    def named_only(path, flags, *mode, **options):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return opened(path, flags, *mode, **options)
+
+    def unreserved(*arguments):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "open", named_only)
+    monkeypatch.setattr(os, "posix_fallocate", unreserved)
+    spill = SpillFile(str(tmp_path), 2 * BLOCK)
+    assert os.fstat(spill.descriptor).st_size == 2 * BLOCK
+    assert list(tmp_path.iterdir()) == []
+    spill.close()
+
+
+@pytest.mark.parametrize("told", ["by the figures", "by the reservation"])
+def test_a_disk_without_room_is_refused_and_nothing_stays_open(tmp_path, monkeypatch, told):
+    """The room may be gone between the two, and some file systems reserve nothing."""
+
+    def refused(*arguments):
+        raise OSError(errno.EOPNOTSUPP if told == "by the figures" else errno.ENOSPC, "")
+
+    monkeypatch.setattr(os, "posix_fallocate", refused)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(RunError, match=r"the plan spills .* MiB and .* has .* MiB free"):
+        SpillFile(str(tmp_path), 1 << (60 if told == "by the figures" else 20))
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
 
 
 def test_no_spill_file_in_a_missing_directory(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -25,6 +26,42 @@ def test_the_newest_checkpoint_is_found_and_old_ones_go(tmp_path):
     found = checkpoint.load_latest(str(tmp_path), CONDITIONS)
     assert found.step == 12
     assert found.state["checksums"] == {"adapter_model.safetensors": zlib.crc32(b"weights")}
+    checkpoint.save(str(tmp_path), 13, CONDITIONS, fill, keep=0)
+    (tmp_path / "checkpoint-14.bak").mkdir()
+    assert [step for step, _ in checkpoint.find_checkpoints(str(tmp_path))] == [13]
+
+
+def test_what_is_saved_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """The files and their folder, then the name, then the folder that holds it."""
+    done, fsync, rename = [], os.fsync, os.rename
+
+    def synced(descriptor):
+        done.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        fsync(descriptor)
+
+    def renamed(old, new):
+        done.append(f"{new} named")
+        rename(old, new)
+
+    def write(path):
+        safetensors_file.write(f"{path}/x.safetensors", items({"a": torch.ones(3)}), {})
+        return {}
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    path = checkpoint.save(str(tmp_path), 1, CONDITIONS, write, keep=1)
+    partial = f"{tmp_path}/.checkpoint-1.partial"
+    assert done == [f"{partial}/x.safetensors", f"{partial}/state.json", partial, f"{path} named", str(tmp_path)]
+
+
+def test_a_step_that_is_saved_again_replaces_what_was_saved(tmp_path):
+    """Nothing of a save that was killed gets in either."""
+    checkpoint.save(str(tmp_path), 1, {"seed": 2}, fill, keep=2)
+    (tmp_path / ".checkpoint-1.partial").mkdir()
+    (tmp_path / ".checkpoint-1.partial" / "half").touch()
+    path = checkpoint.save(str(tmp_path), 1, CONDITIONS, fill, keep=2)
+    assert checkpoint.load_latest(str(tmp_path), CONDITIONS).path == path
+    assert sorted(file.name for file in Path(path).iterdir()) == ["adapter_model.safetensors", "state.json"]
 
 
 def test_a_save_that_fails_leaves_the_one_before_intact(tmp_path):
@@ -44,6 +81,7 @@ def test_a_save_that_fails_leaves_the_one_before_intact(tmp_path):
 
 def test_a_killed_save_is_no_checkpoint(tmp_path):
     (tmp_path / ".checkpoint-9.partial").mkdir()
+    (tmp_path / ".checkpoint-9.notes").mkdir()
     assert checkpoint.find_checkpoints(str(tmp_path)) == []
     assert list(checkpoint.partial_directories(str(tmp_path))) == [str(tmp_path / ".checkpoint-9.partial")]
     with pytest.raises(InputError, match="no checkpoint to resume from"):
@@ -77,7 +115,7 @@ def test_another_graph_is_told_in_words(tmp_path):
     assert "aaaa" not in str(refused.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99, "step": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99, "step": 1}', '{"version": 1, "step": 2}'])
 def test_a_damaged_state_is_refused(tmp_path, content):
     path = checkpoint.save(str(tmp_path), 1, CONDITIONS, fill, keep=1)
     Path(path, checkpoint.STATE).write_text(content)

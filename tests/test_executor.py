@@ -1,13 +1,20 @@
 """The executor in this process: schedules of one program set give the same bits, and those of plain PyTorch."""
 
+from functools import partialmethod
+from types import SimpleNamespace
+
 import pytest
 import torch
-from in_process import make_training
+from hypothesis import given
+from hypothesis import strategies as st
+from in_process import LazyChannel, make_training
 from tiny_plans import decoder_profile, naive_plan
 
 from runtime.compiled import compile_operator
 from runtime.data import prepare
-from runtime.job import RUN, compile_job, width
+from runtime.job import BLOCK, RUN, compile_job, width
+from runtime.safetensors_file import Reader
+from runtime.training import CHUNK, _holes
 
 STEPS = 3
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,9 +32,9 @@ def records(tmp_path_factory, profile):
     return str(opened.path)
 
 
-def trained(plan, records, directory):
+def trained(plan, records, directory, channel=None):
     """Losses of a few steps and the bytes of adapter and optimizer state."""
-    training = make_training(plan, records, directory, lr=1e-2)
+    training = make_training(plan, records, directory, lr=1e-2, channel=channel)
     training.initialise()
     losses = [training.step(number) for number in range(1, STEPS + 1)]
     training.save_state(str(directory))
@@ -65,6 +72,27 @@ def plain(profile, records, tmp_path_factory):
 def test_bits_do_not_depend_on_the_schedule(kind, profile, records, plain, tmp_path):
     plan = naive_plan(profile, **PLANS[kind](profile))
     assert trained(plan, records, tmp_path) == plain
+
+
+def fetched_in_vain(plan):
+    """The plan with a state that is fetched to where an operator is about to write, and freed unused."""
+    instructions = list(plan.train.instructions)
+    sizes = {t.name: t.bytes for t in plan.tensors}
+    state = next(i[1] for i in instructions if i[0] == "fetch")
+    place = next(i for i, instruction in enumerate(instructions) if instruction[0] == "run")
+    instructions[place:place] = [["fetch", state, instructions[place][3][0]], ["free", state]]
+    assert sizes[state.partition(":")[2]] <= sizes[instructions[place + 2][1] + "/out0"]
+    return plan.model_copy(update={"train": plan.train.model_copy(update={"instructions": instructions})})
+
+
+@pytest.mark.parametrize("kind", [*PLANS, "fetched in vain"])
+def test_bits_do_not_depend_on_when_transfers_are_made(kind, profile, records, plain, tmp_path):
+    """Whoever needs what a transfer moves waits for it, and so does who takes its memory."""
+    if kind == "fetched in vain":
+        plan = fetched_in_vain(naive_plan(profile, **PLANS["states offloaded"](profile)))
+    else:
+        plan = naive_plan(profile, **PLANS[kind](profile))
+    assert trained(plan, records, tmp_path, LazyChannel()) == plain
 
 
 def test_training_lowers_the_loss_of_one_batch(profile, records, tmp_path):
@@ -107,6 +135,96 @@ def test_unaligned_offsets_are_refused(profile):
     run[3][0] += 4
     with pytest.raises(InputError, match="not a multiple of 64"):
         compile_job(plan, {})
+    plan = naive_plan(profile).model_dump()
+    read = next(i for i in plan["train"]["instructions"] if i[0] == "read")
+    read[2] += 64
+    with pytest.raises(InputError, match="not a multiple of 4096"):
+        compile_job(plan, {})
+
+
+def test_what_is_spilled_has_whole_blocks_of_its_own(profile):
+    spilled = PLANS["spilled"](profile)["spill"]
+    job = compile_job(naive_plan(profile, spill=spilled, offload=names(profile, "trainable")).model_dump(), {})
+    kept = [number for number, extent in enumerate(job.extents) if extent >= 0]
+    assert len(kept) == len(spilled) + 2 * len(names(profile, "trainable"))
+    blocks = [
+        block
+        for number in kept
+        for block in range(job.extents[number] // BLOCK, -(-(job.extents[number] + job.sizes[number]) // BLOCK))
+    ]
+    assert all(job.extents[number] % BLOCK == 0 for number in kept)
+    assert sorted(blocks) == list(range(job.header["spill_bytes"] // BLOCK))
+
+
+def test_tensors_larger_than_a_chunk_are_saved_and_loaded_whole(tmp_path, monkeypatch):
+    profile = decoder_profile(tmp_path / "store", rank=64)
+    opened = prepare("random", None, tmp_path / "data", seq=profile.seq, vocab_size=512)
+    opened.close()
+    plan = naive_plan(profile, offload=names(profile, "trainable")[::2])
+    saved = []
+    for chunk in (CHUNK, 2 * BLOCK):
+        monkeypatch.setattr("runtime.training.CHUNK", chunk)
+        monkeypatch.setattr(Reader, "chunks", partialmethod(Reader.chunks, size=chunk))
+        folders = [tmp_path / f"{chunk} {when}" for when in ("first", "again")]
+        for folder in folders:
+            folder.mkdir()
+        training = make_training(plan, str(opened.path), tmp_path, lr=1e-2)
+        training.initialise()
+        training.step(1)
+        checksums = training.save_state(str(folders[0]))["checksums"]
+        training.step(2)
+        training.load_state(str(folders[0]), checksums)
+        assert training.save_state(str(folders[1]))["checksums"] == checksums
+        training.close()
+        saved.append(checksums)
+    assert saved[0] == saved[1]
+    assert max(t.bytes for t in profile.tensors if t.kind == "trainable") > 3 * BLOCK
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(1, 300)), max_size=6), st.integers(0, 300), st.integers(0, 63)
+)
+def test_holes_hold_nothing_that_stays(residents, rest, odd):
+    """Gaps and sizes in units of 64 bytes; the last tensor's size need not be whole ones."""
+    taken, end = [], 0
+    for gap, size in residents:
+        taken.append((end + 64 * gap, end + 64 * (gap + size)))
+        end += 64 * (gap + size)
+    sizes = [stop - start for start, stop in taken]
+    if taken:
+        sizes[-1] -= odd
+    job = SimpleNamespace(
+        header={"resident": [[i, start // 64] for i, (start, _) in enumerate(taken)], "arena_bytes": end + 64 * rest},
+        sizes=sizes,
+    )
+    holes = _holes(job)
+    assert [stop - start for start, stop in holes] == sorted((stop - start for start, stop in holes), reverse=True)
+    free = set(range(0, end + 64 * rest - 4095, 4096))
+    for (start, _), size in zip(taken, sizes, strict=True):
+        free -= {page for page in free if page < start + size and start < page + 4096}
+    assert sorted(page for start, stop in holes for page in range(start, stop, 4096)) == sorted(free)
+
+
+def test_what_is_read_and_what_it_becomes_lie_apart_in_a_hole_or_on_the_heap(profile, records, tmp_path):
+    """A trainable's packed bytes may begin and end inside a page."""
+    training = make_training(naive_plan(profile), records, tmp_path, lr=1e-2)
+    trainable = training.trainables[0]
+    size = training.job.sizes[trainable.value.number]
+    packed = size + 2 * BLOCK
+    both = 0
+    for pages in range(2 * size // BLOCK + 6):
+        start, end = 2 * BLOCK, (2 + pages) * BLOCK
+        training._holes = [(start, end)]
+        places = [
+            (tensor.data_ptr() - training.arena.address, bytes_)
+            for tensor, bytes_ in ((training._room(packed), packed), (training._temporary(trainable), size))
+        ]
+        inside = [(at, at + bytes_) for at, bytes_ in places if 0 <= at < training.header["arena_bytes"]]
+        assert all(start <= at and stop <= end for at, stop in inside)
+        assert len(inside) < 2 or inside[0][1] <= inside[1][0]
+        both += len(inside) == 2
+    training.close()
+    assert both
 
 
 def test_job_file_survives_the_disk(profile, tmp_path):

@@ -2,13 +2,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from profiles.errors import CapError
 from runtime import process
-from runtime.meter import Meter
+from runtime.meter import SAMPLES, Meter
 
 MIB = 1 << 20
 
@@ -171,12 +172,29 @@ def test_the_meter_refuses_what_is_above_the_cap():
     meter.check(1)  # between two readings
     with pytest.raises(CapError):
         meter.check_peak()
-    generous = Meter(1 << 50)
-    generous.watch(1e-9)
-    for instruction in range(5):
-        generous.check(instruction)
-    samples = generous.stop()
-    assert [s[0] for s in samples] == [0, 1, 2, 3, 4]
-    assert all(s[2] > 1 * MIB for s in samples)
-    generous.check(16)
-    assert len(generous.stop()) == 5
+    just_below, well_above = Meter(process.memory().resident - MIB), Meter(process.memory().peak + 64 * MIB)
+    with pytest.raises(CapError):
+        just_below.check(0)
+    well_above.check(0)
+    with pytest.raises(CapError):
+        Meter(process.memory().peak - 1).check_peak()
+    assert process.memory().peak - 64 * MIB < well_above.check_peak() <= process.memory().peak
+
+
+def test_the_meter_keeps_a_timeline_of_the_step_that_is_watched():
+    meter = Meter(1 << 50)
+    for steps, kept in ((5, 5), (SAMPLES + 3, SAMPLES)):
+        began = time.perf_counter()
+        meter.watch(1e-9)
+        for instruction in range(steps):
+            time.sleep(1e-6)  # longer than the microsecond in which moments are told
+            meter.check(instruction)
+        samples = meter.stop()
+        took = time.perf_counter() - began
+        assert [instruction for instruction, _, _ in samples] == list(range(kept))
+        moments = [moment for _, moment, _ in samples]
+        assert sorted(set(moments)) == moments
+        assert took / 10 < moments[-1] <= took
+        assert all(resident > 1 * MIB for _, _, resident in samples)
+        meter.check(16)
+        assert len(meter.stop()) == kept
