@@ -94,7 +94,7 @@ class Store:
                         f"{path}: weight store of version {version}, this tightfit reads version {VERSION}; profile the model again to rebuild it"
                     )
                 body = file.read(length + 4 * segments)
-                if len(body) < length + 4 * segments or zlib.crc32(body) != checksum:
+                if zlib.crc32(body) != checksum:
                     raise InputError(
                         f"{path}: the header is truncated or damaged (checksum differs); delete the file and profile the model again"
                     )

@@ -46,6 +46,8 @@ VERSION = 1
 HEADER_BYTES = 4096
 PREFIX_WORDS = 5
 IGNORED = -100
+SOURCE_CHARACTERS = 256
+"""of what the data was made from, which JSON may write with twelve bytes each: the header has room for them"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +262,7 @@ class RecordWriter:
             "tokens": self._tokens,
             "labelled": self._labelled,
             "fingerprint": self._digest.hexdigest(),
-            "source": self.source[:1024],
+            "source": self.source[:SOURCE_CHARACTERS],
         }
         self._file.seek(0)
         self._file.write(json.dumps(header).encode().ljust(HEADER_BYTES - 1) + b"\n")

@@ -69,7 +69,7 @@ def test_rates():
     constant = AdamW(lr=1.0, warmup_steps=4)
     assert [constant.rate(s) for s in (1, 2, 4, 5, 100)] == [0.25, 0.5, 1.0, 1.0, 1.0]
     linear = AdamW(lr=1.0, schedule="linear", warmup_steps=2, total_steps=12)
-    assert [round(linear.rate(s), 6) for s in (1, 2, 3, 8, 13)] == [0.5, 1.0, 1.0, 0.5, 0.0]
+    assert [round(linear.rate(s), 6) for s in (1, 2, 3, 8, 13, 40)] == [0.5, 1.0, 1.0, 0.5, 0.0, 0.0]
     cosine = AdamW(lr=2.0, schedule="cosine", total_steps=10)
     assert cosine.rate(1) == 2.0
     assert abs(cosine.rate(6) - 1.0) < 1e-9

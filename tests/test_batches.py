@@ -32,7 +32,20 @@ def test_batches_come_back_in_turn(path):
         for found, expected in zip(inputs, batch(step % 2), strict=True):
             assert torch.equal(found, expected)
     assert opened.evaluation_count(empty()) == 2
+    for number in (1, 0):
+        inputs = empty()
+        assert opened.evaluation(number, inputs) == []
+        assert all(torch.equal(found, expected) for found, expected in zip(inputs, batch(number), strict=True))
     opened.close()
+
+
+def test_what_is_turned_is_written_as_it_reads(tmp_path):
+    turned = [torch.arange(12).view(3, 4).t(), torch.arange(8)[::2]]
+    opened = open_batches(write_batches(str(tmp_path / "x"), [turned]), 0)
+    inputs = [torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)]
+    opened.training(0, inputs)
+    opened.close()
+    assert all(torch.equal(found, expected) for found, expected in zip(inputs, turned, strict=True))
 
 
 def test_damage_and_truncation_are_found(path, tmp_path):
@@ -96,12 +109,21 @@ def test_a_disk_that_takes_no_more_is_named_and_nothing_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_batch_file_of_another_version_is_refused(path, tmp_path):
+    data = (tmp_path / "x.batches").read_bytes()
+    (tmp_path / "x.batches").write_bytes(data.replace(b'"version": 2', b'"version": 1', 1))
+    with pytest.raises(InputError, match="not a batch file of this version"):
+        open_batches(path, 0)
+
+
 def test_equal_batches_have_equal_fingerprints(tmp_path, path):
     again = open_batches(write_batches(str(tmp_path / "y"), [batch(0), batch(1)]), 0)
     other = open_batches(write_batches(str(tmp_path / "z"), [batch(0), batch(2)]), 0)
     first = open_batches(path, 0)
-    assert first.fingerprint == again.fingerprint != other.fingerprint
-    for opened in (again, other, first):
+    flat = open_batches(write_batches(str(tmp_path / "f"), [[x.view(-1), y] for x, y in (batch(0), batch(1))]), 0)
+    assert first.fingerprint == again.fingerprint
+    assert len({opened.fingerprint for opened in (first, other, flat)}) == 3
+    for opened in (again, other, first, flat):
         opened.close()
 
 

@@ -30,7 +30,7 @@ def test_a_process_within_the_limit_ends_well_and_is_counted(group):
 
 
 def test_the_kernel_ends_a_process_beyond_the_limit(group):
-    done = subprocess.run(group.enter([*PYTHON, "x = bytearray(200 << 20)"]), capture_output=True, check=False)
+    done = subprocess.run(group.enter([*PYTHON, "x = bytearray(72 << 20)"]), capture_output=True, check=False)
     assert done.returncode == -9
     assert group.oom_kills() >= 1
 
@@ -47,6 +47,30 @@ def test_arguments_reach_the_command_untouched(group):
 
 def test_no_cgroup_file_system_means_none(tmp_path):
     assert MemoryCgroup.create(64 * MIB, mount=tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "files"),
+    [
+        (1, {"memory.limit_in_bytes": f"{64 * MIB}", "memory.memsw.limit_in_bytes": f"{64 * MIB}"}),
+        (2, {"memory.max": f"{64 * MIB}", "memory.swap.max": "0"}),
+    ],
+)
+def test_the_limit_is_whole_pages_and_holds_with_swap(tmp_path, version, files):
+    for name in files:
+        (tmp_path / name).touch()
+    MemoryCgroup(tmp_path, version)._limit(64 * MIB + 1)
+    assert {name: (tmp_path / name).read_text() for name in files} == files
+
+
+def test_a_cgroup_that_takes_no_limit_is_given_back(tmp_path, monkeypatch):
+    def refused(self, limit):
+        raise PermissionError
+
+    (tmp_path / "cgroup.controllers").touch()
+    monkeypatch.setattr(MemoryCgroup, "_limit", refused)
+    assert MemoryCgroup.create(64 * MIB, mount=tmp_path) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["cgroup.controllers"]
 
 
 def test_removing_twice_is_harmless(tmp_path):

@@ -158,8 +158,17 @@ def test_the_last_evaluation_batch_is_filled_up_with_padding(tmp_path: Path) -> 
             file.fill([0, 1, 2, 3], ids, labels)
 
 
+def test_a_long_name_of_the_data_stays_in_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "x.records"
+    with RecordWriter(path, seq=4, pad_token=0, vocab_size=9, source="\U0001f600" * 1024) as writer:
+        writer.add([1, 2], [2, 3], example=0)
+    with RecordFile.open(path) as file:
+        assert record(file, 0) == ([1, 2], [2, 3])
+
+
 def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.records"
+    opened = len(list(Path("/proc/self/fd").iterdir()))
     with RecordWriter(path, seq=4, pad_token=0, vocab_size=9, source="") as writer:
         writer.add([1, 2], [2, 3], example=0)
         writer.add([1, 2], [2, 3], example=1)
@@ -189,6 +198,7 @@ def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"x\.records: No such file or directory") as caught:
         RecordFile.open(path)
     assert caught.value.exit_code == 2
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
 
 
 # Lines
@@ -234,6 +244,7 @@ def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
             '{"prompt": "a", "choices": ["b", "c"], "answer": 2}',
             '"answer" is 2; write one of the choices or its index from 0 to 1',
         ),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": -1}', '"answer" is -1'),
         ('{"prompt": "a", "choices": ["b", "c"], "answer": true}', '"answer" is True'),
         ('{"prompt": "a", "choices": ["b", "c"]}', '"answer" is None'),
         ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "f"}', '"tools" must be a list of objects'),

@@ -66,13 +66,36 @@ def test_an_idempotency_key_names_one_request(store):
     assert ask(store, key="k", repeatable=True)[0].state == "failed"
 
 
+def test_a_key_that_joins_a_job_stands_for_it(store):
+    first, _ = ask(store)
+    assert ask(store, key="k") == (first, False)
+    store.finish(first.id, "failed", error=Error(code="input", message="no"))
+    assert ask(store, key="k")[0].id == first.id
+
+
+def test_what_is_asked_for_again_counts_as_used(store, objects):
+    job, _ = ask(store)
+    store.finish(job.id, "succeeded", result={})
+    keep(store, objects, "plan")
+    store.flush()
+    moment = time.time()
+    assert ask(store)[0].id == job.id
+    assert store.file("plan", "plan") is not None
+    assert store.expire(before=moment, keep_bytes=1 << 40) == []
+    assert store.job(job.id).state == "succeeded"
+    assert store.expire(before=time.time(), keep_bytes=1 << 40) != []
+    assert not store._touched
+
+
 def test_jobs_are_taken_in_their_order_and_end_once(store):
     ids = [ask(store, number)[0].id for number in range(3)]
     assert [store.next(LANE).id for _ in ids] == ids
     assert store.next(LANE) is None
     assert store.next("cpu") is None
     assert store.finish(ids[0], "succeeded", result={"a": 1}).result == {"a": 1}
-    assert store.finish(ids[0], "failed").state == "succeeded"
+    assert store.finish(ids[0], "failed", files=[folder_row(ids[0], 5000)]).state == "succeeded"
+    assert store.requeue(ids[0], counted=True).state == "succeeded"
+    assert store.stored_bytes() == 0
     assert store.lane(LANE) == (ids[1], 0)
 
 
@@ -105,6 +128,7 @@ def test_what_was_acknowledged_is_there_for_another_connection(store, tmp_path):
     other = Store(tmp_path / "s.sqlite")
     assert other.job(job.id) == job
     other.close()
+    assert store._database.execute("PRAGMA synchronous").fetchone() == {"synchronous": 2}  # FULL
     assert sqlite3.connect(tmp_path / "s.sqlite").execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
@@ -193,6 +217,20 @@ def test_retention_by_bytes_takes_the_longest_unused_and_what_answers_with_it(st
     assert ask(store, 1)[1]
 
 
+def test_retention_takes_no_more_than_it_must(store):
+    """What age takes counts; of the rest that nobody waits for the longest unused go, one by one, until there is room."""
+    names = ("old", "needed", "first", "second", "third")
+    for name in names:
+        store.add(folder_row(name, 1000))
+    ask(store, uses=[("folder", "needed")])
+    store.flush()
+    now = time.time()
+    store._touched = {("folder", name): now + age for age, name in enumerate(names)}
+    removed = store.expire(before=now + 0.5, keep_bytes=2500)
+    assert [row["id"] for row in removed] == ["old", "first", "second"]
+    assert {row["id"] for row in store.files("folder")} == {"needed", "third"}
+
+
 def test_the_checkpoints_of_a_run_that_was_ended_count_and_go_with_it(store):
     job, _ = ask(store, 1)
     store.next(LANE)
@@ -227,6 +265,9 @@ def test_a_run_that_ended_early_goes_on_and_its_checkpoints_are_its_own_again(st
         store.resume(other.id, waiting=1)
     assert store.job(other.id).state == "cancelled"
     assert store.next(LANE).id == run.id
+    store.finish(run.id, "succeeded", result={})
+    with pytest.raises(ServiceError, match="is succeeded: there is nothing to go on with"):
+        store.resume(run.id, waiting=9)
 
 
 def test_a_file_told_again_is_told_as_now_but_keeps_its_explanation(store, objects):

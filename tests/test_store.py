@@ -284,6 +284,43 @@ def test_slices_check_the_segments_that_they_cover(path: Path, tmp_path: Path) -
             store.gather_rows("q8.weight", torch.tensor([383]), torch.empty(1, 64))
 
 
+def test_a_slice_that_begins_and_ends_anywhere_is_checked_where_it_has_whole_segments(
+    path: Path, tmp_path: Path
+) -> None:
+    """Segments of 128 rows, and a first row that lies inside a page."""
+    file, data = copy_of(path, tmp_path)
+    with Store.open(path) as store:
+        entry, whole = store.entries["q8.weight"], loaded(store, "q8.weight")
+    for start, stop in ((100, 640), (1, 1000), (384, 999)):
+        with Store.open(path) as store:  # which has checked nothing yet
+            assert torch.equal(loaded(store, f"q8.weight[{start}:{stop}]"), whole[start:stop])
+    data[entry.offset + 639 * entry.row_bytes] ^= 64
+    file.write_bytes(data)
+    with Store.open(file) as store, pytest.raises(InputError, match=r"'q8.weight' is damaged"):
+        loaded(store, "q8.weight[100:640]")
+
+
+@pytest.mark.parametrize("how", ["a page at a time", "not past the page cache"])
+def test_a_file_system_of_few_talents_is_read_all_the_same(
+    path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    whole, read = loaded(store, "q8.weight"), os.preadv
+    with Store.open(path) as other:
+
+        def moved(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+            if how == "a page at a time":
+                return read(descriptor, [buffers[0][:4096]], offset)
+            if descriptor == other._direct:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return read(descriptor, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", moved)
+        staging, out = aligned_buffer(other.packed_bytes("q8.weight")), torch.empty(whole.shape)
+        other.read_into("q8.weight", staging)
+        other.unpack("q8.weight", staging, out)
+    assert torch.equal(out, whole)
+
+
 @pytest.mark.parametrize("byte", [8, 20, 40, 200])
 def test_a_damaged_header_is_refused(path: Path, tmp_path: Path, byte: int) -> None:
     file, data = copy_of(path, tmp_path)
@@ -345,6 +382,19 @@ def test_q4_is_never_worse_than_rounding_to_the_range(seed: int, scale: float, s
     )
 
 
+@pytest.mark.parametrize(("power", "share"), [(1, 0.92), (3, 0.7)])
+def test_q4_takes_from_the_error_of_rounding_to_the_range(power: int, share: float) -> None:
+    """Of normal weights, and of such with a few far from the others, which are cut to the last code."""
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) ** power
+    out = torch.empty_like(x)
+    unpack(Entry(name="x", shape=(64, 96), format="q4", group=32), pack_q4(x, 32).view(-1), out)
+    groups = x.view(-1, 32)
+    low = groups.amin(1, keepdim=True)
+    step = (groups.amax(1, keepdim=True) - low) / 15
+    simple = ((groups - low) / step).round() * step + low
+    assert (out.view(-1, 32) - groups).square().sum() < share * (simple - groups).square().sum()
+
+
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_q4_keeps_values_that_are_4_bit_already(seed: int) -> None:
@@ -376,6 +426,14 @@ def test_constant_and_zero_groups_survive() -> None:
         out = torch.empty_like(x)
         unpack(Entry(name="x", shape=(3, 32), format=kind, group=32), pack(x, 32).view(-1), out)
         assert torch.allclose(out, x, rtol=1e-3)
+
+
+def test_values_below_what_a_scale_can_say_keep_their_sign() -> None:
+    """float16 rounds the scale of these to two thirds of itself: the codes end where a byte does."""
+    values = torch.linspace(-1, 1, 32)[None] * (1.4 * 127 * 2**-24)
+    out = torch.empty(1, 32)
+    unpack(Entry(name="w", shape=(1, 32), format="q8", group=32), pack_q8(values, 32).view(-1), out)
+    assert (out * values > 0).all()
 
 
 def test_nan_and_infinity_are_refused() -> None:
@@ -413,6 +471,8 @@ def test_fingerprints_follow_the_weights(tmp_path: Path) -> None:
     for directory, seed in (("a", 0), ("b", 0), ("c", 1)):
         prints.append(Store.open(build_store(source_of(TINY, tmp_path, seed), tmp_path / directory)).fingerprint)
     assert prints[0] == prints[1] != prints[2]
+    turned = source_of(TINY | {"rope_theta": 5000.0}, tmp_path)
+    assert Store.open(build_store(turned, tmp_path / "d")).fingerprint != prints[0]
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
