@@ -110,8 +110,6 @@ class Encoder:
                 whole = ids + list(self.vocabulary.tokenizer.encode(part, add_special_tokens=False).ids)
             wanted += [predicted] * (len(whole) - len(wanted))
             ids = whole
-        if self.begin is not None and wanted:
-            wanted[0] = False
         if ids and max(ids) >= self.vocab_size:
             raise InputError(
                 f"token {max(ids)} is outside the model's vocabulary of {self.vocab_size}; the tokenizer belongs to another model"

@@ -232,6 +232,10 @@ def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
             '{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}',
             '"completion" as a list must be one message of role "assistant"',
         ),
+        (
+            '{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]}',
+            '"completion" as a list must be one message of role "assistant"',
+        ),
         ('{"messages": "a"}', '"messages" must be a list'),
         (
             '{"messages": [{"role": "user"}]}',
@@ -325,6 +329,8 @@ def test_a_completion_is_predicted_and_its_prompt_is_not(vocabulary: Vocabulary,
     assert inputs == whole[:-1]
     assert labels == [IGNORED] * (len(prompt) - 1) + whole[len(prompt) :]
     assert file.pad_token == vocabulary.token_id("<|endoftext|>")
+    ended = Encoder(vocabulary, 420).completion("Is this good? Answer:", " positive<|im_end|>", ended=True)
+    assert ended[0] == whole
 
 
 def test_an_empty_prompt_predicts_all_but_the_first_token(
@@ -615,6 +621,10 @@ def test_a_tokenizer_of_another_model_is_refused(vocabulary: Vocabulary, tmp_pat
         match=r"a\.jsonl:1: token \d+ is outside the model's vocabulary of 50; the tokenizer belongs to another model",
     ):
         prepare(lines(tmp_path / "a.jsonl", {"text": "zebra"}), vocabulary, tmp_path / "work", seq=8, vocab_size=50)
+    ids = vocabulary.tokenizer.encode("zebra").ids
+    assert Encoder(vocabulary, max(ids) + 1).segments([("zebra", True)])[0] == ids
+    with pytest.raises(InputError, match=f"token {max(ids)} is outside the model's vocabulary of {max(ids)};"):
+        Encoder(vocabulary, max(ids)).segments([("zebra", True)])
 
 
 def test_progress_counts_samples(vocabulary: Vocabulary, tmp_path: Path) -> None:

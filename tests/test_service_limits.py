@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from starlette.testclient import TestClient
@@ -21,7 +23,7 @@ from planner.service.objects import Objects
 from planner.service.schema import PLAN_JOB, Job
 from planner.service.settings import Settings
 from planner.service.solving import keep_profile
-from planner.service.store import Store
+from planner.service.store import ATTEMPTS, Store
 from planner.service.supervisor import Supervisor
 
 PATIENCE = 60.0
@@ -208,6 +210,33 @@ def test_a_run_that_is_cancelled_while_its_end_waits_for_room_can_go_on(full):
     assert store.job(job.id).state == "cancelled"
     assert supervisor.resume(job.id).state == "queued"
     assert supervisor._cancelled == set()  # else it would be ended as soon as it starts
+
+
+@pytest.mark.parametrize(
+    ("told", "code", "before", "state", "attempts", "said"),
+    [
+        ({"event": "done", "result": {"a": 1}, "files": []}, 0, "cancelled", "succeeded", 1, None),
+        (FAILED, 0, None, "failed", 1, "run_failed"),
+        (FAILED, 0, "cancelled", "cancelled", 1, None),
+        (FAILED, 0, "stopping", "queued", 0, None),
+        (FAILED | {"code": "storage"}, 0, None, "queued", 0, None),
+        (None, -signal.SIGKILL, None, "queued", 1, None),
+        (None, -signal.SIGKILL, "cancelled", "cancelled", 1, None),
+        (None, -signal.SIGKILL, "the last attempt", "failed", ATTEMPTS, "worker_died"),
+        (None, -signal.SIGSEGV, None, "failed", 1, "worker_died"),
+    ],
+)
+def test_what_becomes_of_a_job_follows_from_its_end(full, told, code, before, state, attempts, said):
+    supervisor, store, _ = full
+    supervisor.room = True
+    for _ in range(ATTEMPTS - 1 if before == "the last attempt" else 0):
+        store.requeue(store.next("cpu").id, counted=True)
+    job = store.next("cpu")
+    if before == "cancelled":
+        supervisor._cancelled.add(job.id)
+    supervisor._stopping = before == "stopping"
+    ended = supervisor._write_end(job, told, code, SimpleNamespace(last_words=lambda: "its last words"))
+    assert (ended.state, ended.attempts, ended.error and ended.error.code) == (state, attempts, said)
 
 
 def test_a_service_that_stops_on_a_full_disk_leaves_the_job_to_the_next_start(full, monkeypatch):

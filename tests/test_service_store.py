@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from planner.service.errors import ServiceError
+from planner.service.errors import ServiceError, StorageError
 from planner.service.migrations import LATEST, STEPS
 from planner.service.objects import Objects, gunzip
 from planner.service.paths import confined
@@ -130,6 +130,28 @@ def test_what_was_acknowledged_is_there_for_another_connection(store, tmp_path):
     other.close()
     assert store._database.execute("PRAGMA synchronous").fetchone() == {"synchronous": 2}  # FULL
     assert sqlite3.connect(tmp_path / "s.sqlite").execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+@pytest.mark.parametrize(
+    ("code", "raised"),
+    [
+        (sqlite3.SQLITE_FULL, StorageError),
+        (sqlite3.SQLITE_IOERR_WRITE, StorageError),
+        (sqlite3.SQLITE_CONSTRAINT, sqlite3.OperationalError),
+    ],
+)
+def test_a_transaction_that_fails_changes_nothing_and_a_disk_that_refuses_is_told(store, code, raised):
+    error = sqlite3.OperationalError("no")
+    error.sqlite_errorcode = code
+
+    def fail():
+        with store._transaction():
+            store._add(folder_row("job-1", 1000), 0.0)
+            raise error
+
+    with pytest.raises(raised):
+        fail()
+    assert store.stored_bytes() == 0
 
 
 def test_the_schema_has_a_version(tmp_path):

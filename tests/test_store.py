@@ -466,6 +466,23 @@ def test_a_store_is_built_once_with_progress_and_built_again_when_damaged(tmp_pa
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [file.name]
 
 
+def test_a_store_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, fsync, replace = [], os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().suffix)
+        fsync(descriptor)
+
+    def replaced(self: Path, target: Path) -> Path:
+        done.append("named")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    build_store(source_of(TINY, tmp_path), tmp_path / "cache")
+    assert done == [".partial", "named", ""]  # the file, its name, the folder
+
+
 def test_fingerprints_follow_the_weights(tmp_path: Path) -> None:
     prints = []
     for directory, seed in (("a", 0), ("b", 0), ("c", 1)):
