@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from profiles.attention import LEAST_KEYS, QUERIES, SHARES, TOKENS, attention, attention_backward, attention_scratch
+from profiles.attention import (
+    LEAST_KEYS,
+    QUERIES,
+    SHARES,
+    TOKENS,
+    _rotate,
+    attention,
+    attention_backward,
+    attention_scratch,
+)
 from profiles.processor import features
 
 SHAPES = [  # samples, tokens, heads of queries, of keys, columns
@@ -70,6 +79,14 @@ def test_attention_and_its_gradients(samples, seq, heads, kv_heads, width, dtype
     for found, wanted in zip([y, *made], [due.detach(), *gradients]):
         # A single token's scores have no gradient: there is only dy to compare with.
         assert near(found, wanted, tolerance, 1e-6 * float(dy.double().norm()))
+
+
+def test_what_is_turned_a_few_tokens_at_a_time_is_turned_by_their_own_angles(monkeypatch):
+    x, angles = torch.randn(2, 3, 2, 37, 8), torch.rand(37, 4) * 6
+    due = rotated(x, angles.cos(), angles.sin())
+    monkeypatch.setattr("profiles.attention.TURNED_ELEMENTS", 5 * x[..., 0, :].numel())
+    _rotate(x, angles.cos(), angles.sin())
+    torch.testing.assert_close(x, due)
 
 
 def near(found, wanted, tolerance, least=0.0):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from profiles.errors import InputError
 from profiles.sources import Vocabulary
 from runtime.chat import ChatTemplate
-from runtime.data import RANDOM_RECORDS, Encoder, prepare
+from runtime.data import RANDOM_RECORDS, Encoder, _pad_token, _Preparation, prepare
 from runtime.records import HEADER_BYTES, IGNORED, RecordFile, RecordWriter, shuffled
 from runtime.samples import parse_sample
 from tests.tiny_models import CHAT, byte_level_tokenizer, sentence_piece_tokenizer
@@ -501,6 +501,26 @@ def test_a_template_that_rewrites_earlier_turns_predicts_the_last_one(vocabulary
         ).conversation(TALK)
 
 
+def test_a_token_that_the_model_lacks_is_nothing_to_its_template() -> None:
+    template = "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ unk_token }}"
+    own = Vocabulary(
+        tokenizer=byte_level_tokenizer(),
+        chat_template=template,
+        eos_token="<|im_end|>",
+        special_tokens={"unk_token": "<unk>"},
+    )
+    assert ChatTemplate(own).render(TALK[:1], generation_prompt=False) == "Is it good?<|im_end|><unk>"
+
+
+def test_no_stretch_of_a_conversation_is_learnt_twice() -> None:
+    """A template that shows the last turn alone, which begins as an earlier one did."""
+    template = "{{ messages[-1].content if messages[-1].role == 'assistant' else '' }}"
+    own = Vocabulary(tokenizer=byte_level_tokenizer(), chat_template=template)
+    turns = [TALK[0], {"role": "assistant", "content": "Yes"}, TALK[2], {"role": "assistant", "content": "Yes, sir"}]
+    with pytest.raises(InputError, match="does not continue its own generation prompt"):
+        ChatTemplate(own).conversation(turns)
+
+
 def test_chat_templates_that_fail_say_so(vocabulary: Vocabulary, tmp_path: Path) -> None:
     data = lines(tmp_path / "a.jsonl", {"messages": TALK})
     cases = {
@@ -603,6 +623,7 @@ def test_texts_are_packed_into_windows_without_loss(
     windows = [(stream[at : at + seq], labels[at : at + seq]) for at in range(0, len(stream), seq)]
     windows = [window for window in windows if set(window[1]) != {IGNORED}]
     assert [record(file, index) for index in range(file.count)] == windows
+    assert file.examples == file.count
 
 
 def test_random_data_need_no_tokenizer_and_follow_their_seed(tmp_path: Path) -> None:
@@ -625,6 +646,29 @@ def test_a_tokenizer_of_another_model_is_refused(vocabulary: Vocabulary, tmp_pat
     assert Encoder(vocabulary, max(ids) + 1).segments([("zebra", True)])[0] == ids
     with pytest.raises(InputError, match=f"token {max(ids)} is outside the model's vocabulary of {max(ids)};"):
         Encoder(vocabulary, max(ids)).segments([("zebra", True)])
+
+
+def test_a_text_that_brings_its_first_token_gets_no_second_one(beginning: Vocabulary) -> None:
+    encoder = Encoder(beginning, 420)
+    assert encoder.tokens("<s>good")[:2] == [encoder.begin, *beginning.tokenizer.encode("<s>good").ids[1:2]]
+
+
+def test_a_sample_without_a_token_to_predict_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    """As of a choice that a tokenizer makes nothing of."""
+    with RecordWriter(tmp_path / "x", seq=4, pad_token=0, vocab_size=9, source="") as writer:
+        preparation = _Preparation(writer, Encoder(vocabulary, 420), "train", "refuse")
+        for ids in ([1, 2, 3], [1], []):
+            with pytest.raises(InputError, match="nothing is left to predict"):
+                preparation.shift((ids, [False] * len(ids)))
+
+
+def test_a_padding_token_that_the_model_has_no_row_for_is_not_used(vocabulary: Vocabulary) -> None:
+    tokens = sorted(vocabulary.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    (low, _), (high, last) = tokens[5], tokens[-1]
+    for pad, end, found in ((high, low, 5), (high, high, 0), (low, high, 5)):
+        own = Vocabulary(tokenizer=vocabulary.tokenizer, pad_token=pad, eos_token=end)
+        assert _pad_token(own, last) == found
+        assert _pad_token(own, last + 1) == (5 if pad == low else last)
 
 
 def test_progress_counts_samples(vocabulary: Vocabulary, tmp_path: Path) -> None:

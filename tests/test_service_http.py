@@ -524,7 +524,8 @@ def test_a_token_is_asked_for_and_never_logged(tmp_path):
         # The scheme's name has no case.
         assert service.http.get("/v1/jobs", headers={"Authorization": f"bearer {token}"}).status_code == 200
         bare = stack.enter_context(httpx.Client(base_url=service.url, trust_env=False))
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": token}):
+        given = ("Bearer wrong", token, "Bearer", f"Bearer {token[:-1]}", f"Bearer {token}x", f"Basic {token}")
+        for headers in ({}, *({"Authorization": words} for words in given)):
             answer = bare.get("/v1/jobs", headers=headers)
             refused(answer, 401, "unauthorized", "header.Authorization")
             assert answer.headers["www-authenticate"] == "Bearer"

@@ -506,6 +506,16 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_tensor_with_rows_missing_is_no_store(tmp_path: Path) -> None:
+    entry = packed_entry("w", (3, 5), "float32")
+    with (
+        pytest.raises(ValueError, match="40 bytes written for 'w', which has 60"),
+        StoreWriter(tmp_path / "x.store", [entry], name="x", config={}, source={}) as writer,
+    ):
+        writer.write("w", [pack_rows(entry, torch.zeros(2, 5))])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_writer_left_is_removed_and_a_living_one_is_left_alone(tmp_path: Path) -> None:
     source = source_of(TINY, tmp_path)
     name = build_store(source, tmp_path / "cache").name
