@@ -146,9 +146,12 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
                 made.extend((UPDATE, trainable_index[instruction[1]], *updates[position, instruction[1]]))
             elif code == "perturb":
                 made.extend((PERTURB, trainable_index[instruction[1]], instruction[2]))
-            else:
-                assert code == "pass", instruction  # the simulator, which has seen the plan, knows no others
+            elif code == "pass":
                 made.extend((PASS, numbers.of[instruction[1]], numbers.of[instruction[2]]))
+            else:
+                raise InputError(
+                    f"the plan holds an unknown instruction {instruction!r}; it was written by another version, plan again"
+                )
         return made
 
     train, bounds = array("i"), []

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from tiny_plans import decoder_profile, naive_plan
 
 from planner.schema import Plan
 from profiles.errors import CapError, InfeasibleError, InputError, RunError
+from runtime.admission import conditions, find_store
 from runtime.cgroup import MemoryCgroup
 from runtime.checkpoint import find_checkpoints
 from runtime.interrupts import passed_on
@@ -404,6 +407,10 @@ REFUSED = {
         lambda p: changed(p, model=p.model.model_copy(update={"store_fingerprint": "0" * 64})),
         "holds other weights",
     ),
+    "estimated times": (
+        lambda p: changed(p, device=p.device.model_copy(update={"measured": False})),
+        "estimated for test, not measured on this machine",
+    ),
     "no store": (
         lambda p: changed(p, model=p.model.model_copy(update={"store": "/nowhere/x.store"})),
         "/nowhere/x.store",
@@ -416,6 +423,63 @@ def test_a_plan_for_something_else_is_refused_with_the_reason(plan, tmp_path, ca
     change, message = REFUSED[case]
     with pytest.raises(InputError, match=message):
         run(change(plan), "random", steps=1, out=tmp_path)
+
+
+def test_evaluation_by_a_plan_that_cannot_evaluate_is_refused(plan, tmp_path):
+    with pytest.raises(InputError, match="the plan has no evaluation phase; plan again, or leave out"):
+        run(changed(plan, evaluate=None), "random", steps=1, out=tmp_path, eval_data="random")
+
+
+def test_a_plan_of_larger_weights_than_the_store_s_is_refused(plan):
+    weight = next(t for t in plan.tensors if t.kind == "weight")
+    larger = weight.model_copy(update={"packed_bytes": weight.packed_bytes + 4096})
+    message = rf"{weight.name} is packed in {weight.packed_bytes} bytes and the plan expects {larger.packed_bytes};"
+    with pytest.raises(InputError, match=re.escape(message)):
+        find_store(changed(plan, tensors=[larger if t is weight else t for t in plan.tensors]), None)
+
+
+def test_all_that_changes_a_result_is_a_condition_of_going_on_and_nothing_else_is(plan):
+    def device(**update):
+        return changed(plan, device=plan.device.model_copy(update=update))
+
+    def model(**update):
+        return changed(plan, model=plan.model.model_copy(update=update))
+
+    def operators(**update):
+        programs = [
+            p.model_copy(update={"operators": [o.model_copy(update=update) for o in p.operators]})
+            for p in plan.programs
+        ]
+        return changed(plan, programs=programs)
+
+    def told(plan, optimizer=None, seed=5):
+        return conditions(plan, optimizer or {"lr": 1e-2}, seed)
+
+    first, *others = plan.tensors
+    cut = plan.train.model_copy(update={"skipped": [plan.layers[0].name]})
+    other = [
+        model(name="another"),
+        model(store_fingerprint="0" * 64),
+        model(lora={"rank": 4, "alpha": 1.0}),
+        changed(plan, batch=3),
+        changed(plan, seq=23),
+        changed(plan, train=cut, cycle=[plan.train]),
+        changed(plan, train=plan.train, cycle=[cut]),
+        changed(plan, tensors=[first.model_copy(update={"dtype": "float16"}), *others]),
+        changed(plan, layers=plan.layers[:-1]),
+        device(threads=1),
+        operators(target="aten.mm.default"),
+    ]
+    same = [
+        changed(plan, budget_bytes=1, train=plan.train.model_copy(update={"instructions": []})),
+        device(name="renamed"),
+        operators(seconds=1.0, workspace_bytes=1, flops=1.0),
+    ]
+    was = told(plan)
+    assert all(told(it) == was for it in same)
+    assert [index for index, it in enumerate(other) if told(it) == was] == []
+    assert told(plan, optimizer={"lr": 1e-3}) != was != told(plan, seed=6)
+    assert was["torch"] == torch.__version__
 
 
 def test_an_infeasible_plan_is_refused(plan, tmp_path):
@@ -474,6 +538,9 @@ def test_steps_below_one_and_unknown_schedules_are_refused(plan, tmp_path):
         run(plan, "random", steps=0, out=tmp_path)
     with pytest.raises(InputError, match="schedule 'step' is not known; choose one of constant, linear, cosine"):
         run(plan, "random", steps=1, out=tmp_path, schedule="step")
+    for lr in (-1e-9, math.inf, math.nan):
+        with pytest.raises(InputError, match=rf"lr {lr}: give a finite number of at least 0"):
+            run(plan, "random", steps=1, out=tmp_path, lr=lr)
 
 
 def test_a_full_disk_is_a_run_error_that_keeps_the_checkpoint(profile, tmp_path):

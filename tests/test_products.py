@@ -52,11 +52,12 @@ def test_terms_and_an_addend_are_summed(narrow, vector):
         random(70, 4, dtype=torch.float32, seed=3),
     )
     addend = random(70, seed=4) if vector else random(60, 70, seed=4)
-    exact = x.double() @ w.double().t() + 0.5 * low.double() @ b.double().t() + addend.double()
-    out = torch.empty(60, 70, dtype=torch.bfloat16)
-    multiply((x, w.t(), 1.0), (low, b.t(), 0.5), out=out, addend=addend)
-    off = (out.double() - exact).norm() / exact.norm()
-    assert off < (4e-3 if narrow else 2e-3)
+    for scale in (1.0, 0.25):
+        exact = scale * x.double() @ w.double().t() + 0.5 * low.double() @ b.double().t() + addend.double()
+        out = torch.empty(60, 70, dtype=torch.bfloat16)
+        multiply((x, w.t(), scale), (low, b.t(), 0.5), out=out, addend=addend)
+        off = (out.double() - exact).norm() / exact.norm()
+        assert off < (4e-3 if narrow else 2e-3)
 
 
 def test_what_is_made_wide_is_rounded_once(monkeypatch):
