@@ -92,8 +92,6 @@ def run(
             if eval_data is None
             else _prepare(plan, eval_data, staging, "evaluate", truncate=truncate, seed=seed, stages=stages)
         )
-        if evaluation and plan.evaluate is None:
-            raise InputError("the plan has no evaluation phase; plan again, or leave out the evaluation data")
         optimizer = OPTIMIZERS[plan.optimizer.get("name", "adamw")](
             lr=lr,
             weight_decay=weight_decay,

@@ -61,7 +61,7 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
             raise _Stopped
 
     def evaluate(when: str) -> None:
-        if header["evaluation"] and len(job.evaluate):
+        if header["evaluation"]:
             result = training.evaluate(header["evaluation"], partial(evaluating, when))
             peaks[f"evaluate {when}"] = training.meter.check_peak()
             settle()

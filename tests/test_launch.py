@@ -425,11 +425,6 @@ def test_a_plan_for_something_else_is_refused_with_the_reason(plan, tmp_path, ca
         run(change(plan), "random", steps=1, out=tmp_path)
 
 
-def test_evaluation_by_a_plan_that_cannot_evaluate_is_refused(plan, tmp_path):
-    with pytest.raises(InputError, match="the plan has no evaluation phase; plan again, or leave out"):
-        run(changed(plan, evaluate=None), "random", steps=1, out=tmp_path, eval_data="random")
-
-
 def test_a_plan_of_larger_weights_than_the_store_s_is_refused(plan):
     weight = next(t for t in plan.tensors if t.kind == "weight")
     larger = weight.model_copy(update={"packed_bytes": weight.packed_bytes + 4096})
