@@ -20,7 +20,7 @@ from tiny_plans import decoder_profile, naive_plan
 from planner.schema import Plan
 from profiles.errors import CapError, InfeasibleError, InputError, RunError
 from runtime.admission import conditions, find_store
-from runtime.cgroup import MemoryCgroup
+from runtime.cgroup import MOUNT, MemoryCgroup, _parents
 from runtime.checkpoint import find_checkpoints
 from runtime.interrupts import passed_on
 from runtime.launch import run
@@ -97,6 +97,7 @@ def test_the_kernels_counter_is_the_measured_peak(whole):
     if report["enforced_by"] != "cgroup":
         pytest.skip("no memory cgroup can be made here")
     assert report["cgroup_peak_bytes"] <= report["budget_bytes"]
+    assert [left for parent, _ in _parents(MOUNT) for left in parent.glob(f"tightfit-{os.getpid()}-*")] == []
 
 
 def test_steps_in_two_runs_are_the_steps_of_one(plan, profile, whole, tmp_path):
@@ -499,8 +500,14 @@ def test_an_earlier_run_is_not_overwritten_by_accident(plan, whole, tmp_path):
     with pytest.raises(InputError, match=r"holds an earlier run.*--resume.*--overwrite"):
         run(plan, "random", steps=1, out=out)
     (tmp_path / "metrics.jsonl").write_text("old\n")
+    for folder in ("checkpoint-9", "adapter"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "old").touch()
     report = run(plan, "random", steps=1, out=tmp_path, overwrite=True)
     assert len(report["loss"]) == 1
+    # Of the earlier run nothing is left: its checkpoint would be taken for the newest.
+    assert [step for step, _ in find_checkpoints(str(tmp_path))] == [1]
+    assert not list(tmp_path.glob("*/old"))
 
 
 def test_resume_without_a_checkpoint_is_refused(plan, tmp_path):
