@@ -204,7 +204,7 @@ class Replay:
 
     def _read(self, name: str, offset: Any) -> None:
         tensor = self._tensor(name)
-        if tensor.kind != "weight" or not tensor.packed_bytes:
+        if f"packed:{name}" not in self.world.tensors:
             raise self.fail("transfer", name, "is not a weight of the store")
         self._allocate(f"packed:{name}", offset)
         self.landing[f"packed:{name}"] = self._move(tensor.packed_bytes, out=False)

@@ -1,0 +1,384 @@
+"""The replay against schedules written out here, every figure of theirs counted by hand; and what each of their edits breaks."""
+
+from __future__ import annotations
+
+import pytest
+from broken_plans import changed, rejected
+from synthetic import PAGE, profile_of
+
+from planner.replay import LINE
+from planner.schema import MEZO, Peak, Phase, Plan
+from planner.simulate import simulate
+from profiles.schema import Channel, Device, Floor, Layer, Operator, Program, Tensor, Value
+
+MS = 1e-3
+READ = Channel(
+    bytes_per_second=PAGE / 4e-3,
+    latency_seconds=1 * MS,
+    compute_seconds_per_byte=0.125e-3 / PAGE,
+    compute_seconds_per_transfer=0.25 * MS,
+)
+"""a page: 5 ms of the disk, 0.375 ms of the cores"""
+WRITE = Channel(
+    bytes_per_second=PAGE / 8e-3,
+    latency_seconds=2 * MS,
+    compute_seconds_per_byte=0.5e-3 / PAGE,
+    compute_seconds_per_transfer=0.5 * MS,
+)
+"""a page: 10 ms of the disk, 1 ms of the cores"""
+FLOOR = Floor(import_peak_bytes=0, resident_bytes=1000, instruction_bytes=10)
+
+VALUES = {
+    "x": (PAGE, "batch"),
+    "t": (PAGE, "trainable"),
+    "w": (2 * PAGE, "weight"),
+    "table": (PAGE, "weight"),
+    "a": (2 * PAGE, "activation"),
+    "b": (4 * PAGE, "activation"),
+    "loss": (4, "activation"),
+    "grad:t": (PAGE, "gradient"),
+}
+BOUND = ("x", "t", "w", "table", "loss", "grad:t")
+TENSORS = [
+    Tensor(name="x", kind="batch", shape=[PAGE], dtype="uint8", bytes=PAGE),
+    Tensor(name="t", kind="trainable", shape=[PAGE], dtype="uint8", bytes=PAGE, update_seconds=0.5 * MS),
+    Tensor(
+        name="w", kind="weight", shape=[PAGE], dtype="uint8", bytes=2 * PAGE, packed_bytes=PAGE, unpack_seconds=1 * MS
+    ),
+    Tensor(name="table", kind="weight", shape=[PAGE], dtype="uint8", bytes=PAGE, packed_bytes=PAGE),
+]
+
+X, T = 0, PAGE
+RESIDENT = {"x": X, "t": T}
+
+
+def page(number):
+    return number * PAGE
+
+
+TRAIN = [
+    ["read", "w", page(2)],  # the disk until 5, the cores until 0.375
+    ["run", "l", 0, [page(3), None]],  # until 4.375
+    ["unpack", "w", page(5)],  # waits until 5, until 6
+    ["free", "packed:w"],
+    ["spill", "l/a"],  # two pages from 6: the disk until 24, the cores until 7.5
+    ["run", "l", 1, [page(7)]],  # reads what is being written; until 9.5
+    ["free", "l/a"],  # waits until 24
+    ["fetch", "l/a", page(3)],  # two pages: the disk until 33, the cores until 24.5
+    ["run", "l", 0, [page(3), None]],  # again, in the place that is being filled: waits until 33, until 37
+    ["run", "l", 3, [page(2)]],  # until 40
+    ["run", "l", 4, [page(2)]],  # adds to the same gradient; until 41
+    ["free", "w"],
+    ["free", "l/a"],
+    ["fetch", "adam_m:t", page(3)],  # the disk until 46, the cores until 41.375
+    ["fetch", "adam_v:t", page(4)],  # the disk until 51, the cores until 41.75
+    ["update", "t"],  # waits until 51, until 51.5
+    ["spill", "adam_m:t"],  # the disk until 61.5, the cores until 52.5
+    ["spill", "adam_v:t"],  # the disk until 71.5, the cores until 53.5
+    ["free", "grad:t"],
+    ["free", "adam_m:t"],  # waits until 61.5
+    ["free", "adam_v:t"],  # waits until 71.5
+    ["free", "loss"],
+    ["spill", "x"],  # the disk until 81.5, which ends the step; the cores until 72.5
+]
+EVALUATE = [
+    ["read", "w", page(6)],  # the disk until 5, the cores until 0.375
+    ["unpack", "w", page(8)],  # waits until 5, until 6
+    ["free", "packed:w"],
+    ["run", "l", 2, [page(10), page(2)]],  # until 13
+    ["free", "w"],
+    ["free", "l/b"],
+    ["free", "loss"],
+]
+
+
+def operator(target, inputs, outputs, milliseconds, *, phase="forward", workspace=0, gathers=()):
+    return Operator(
+        target=target,
+        phase=phase,
+        args=[],
+        inputs=inputs,
+        outputs=outputs,
+        seconds=milliseconds * MS,
+        workspace_bytes=workspace,
+        gathers=list(gathers),
+    )
+
+
+OPERATORS = [
+    operator("first", ["x", "t", "table"], ["a", None], 4, workspace=5000, gathers=["table"]),
+    operator("second", ["a", "w"], ["loss"], 2),
+    operator("whole", ["x", "t", "w"], ["loss", "b"], 7, phase="inference", workspace=6000),
+    operator("third", ["a", "w"], ["grad:t"], 3, phase="backward"),
+    operator("fourth", ["x", "grad:t"], ["grad:t"], 1, phase="backward"),
+]
+
+
+def phase(instructions):
+    return Phase(instructions=instructions, seconds=0.0, peak_bytes=0, peak=Peak(instruction=0, text="", tensors={}))
+
+
+def written(operators, train, evaluate, *, arena, optimizer):
+    program = Program(
+        name="p",
+        values=[
+            Value(name=name, shape=[size], stride=[1], dtype="uint8", bytes=size, kind=kind)
+            for name, (size, kind) in VALUES.items()
+        ],
+        operators=operators,
+    )
+    device = Device(name="by hand", kind="cpu", threads=1, floor=FLOOR, read=READ, write=WRITE)
+    layer = Layer(name="l", program="p", bindings={name: name for name in BOUND})
+    profile = profile_of([program], [layer], TENSORS, "loss", on=device)
+    return Plan(
+        fingerprint="by hand",
+        profile_fingerprint="by hand",
+        policy="by hand",
+        status="feasible",
+        budget_bytes=1 << 30,
+        floor_bytes=0,
+        peak_bytes=0,
+        step_seconds=0.0,
+        bound_seconds=0.0,
+        any_schedule_bound_seconds=0.0,
+        gap=0.0,
+        any_schedule_gap=0.0,
+        solve_seconds=0.0,
+        model=profile.model,
+        batch=1,
+        compute_dtype="float32",
+        optimizer=optimizer,
+        device=device,
+        tensors=TENSORS,
+        programs=[program],
+        layers=[layer],
+        loss="loss",
+        token_losses=None,
+        decisions={},
+        resident=RESIDENT,
+        arena_bytes=arena,
+        workspace_bytes=0,
+        train=phase(train),
+        evaluate=phase(evaluate),
+    )
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return written(OPERATORS, TRAIN, EVALUATE, arena=page(10) + LINE, optimizer={"name": "adamw", "state_tensors": 2})
+
+
+def test_time_by_hand(plan):
+    found = simulate(plan).train
+    assert found.seconds == pytest.approx(81.5 * MS)
+    waits = [5 - 4.375, 24 - 9.5, 33 - 24.5, 51 - 41.75, 61.5 - 53.5, 71.5 - 61.5, 81.5 - 72.5]
+    assert found.stall_seconds == pytest.approx(sum(waits) * MS)
+    transfers = [0.375, 1.5, 0.5, 0.375, 0.375, 1, 1, 1]
+    assert found.compute_seconds == pytest.approx((4 + 2 + 3 + 1 + 0.5 + sum(transfers)) * MS)
+    assert found.recompute_seconds == pytest.approx(4 * MS)
+    assert found.unpack_seconds == pytest.approx(1 * MS)
+    assert (found.read_bytes, found.write_bytes) == (page(5), page(5))
+
+
+def test_time_of_an_evaluation_by_hand(plan):
+    found = simulate(plan).evaluate
+    assert found.seconds == pytest.approx(13 * MS)
+    assert found.stall_seconds == pytest.approx((5 - 0.375) * MS)
+    assert (found.read_bytes, found.write_bytes) == (PAGE, 0)
+
+
+def test_what_is_being_fetched_is_freed_once_it_has_landed(plan):
+    """From 37 on: the disk until 42, and the backward only then, which ends at 46 instead of 41."""
+    place = at(["run", "l", 3])
+    edit = put(place, ["fetch", "adam_m:t", page(8)], ["free", "adam_m:t"])
+    assert simulate(changed(plan, edit)).train.seconds == pytest.approx((81.5 + 5) * MS)
+
+
+def test_memory_by_hand(plan):
+    found = simulate(plan)
+    instructions = 10 * (len(TRAIN) + len(EVALUATE))
+    assert found.arena_bytes == page(10) + LINE  # of the evaluation, to a whole line
+    assert found.workspace_bytes == 6000  # of the evaluation
+    assert found.peak_bytes == 1000 + instructions + page(10) + LINE + 6000
+    assert found.live_bytes == page(8) + 4  # x, t, w, b and loss of the evaluation
+    assert found.train.peak_bytes == 1000 + instructions + page(7) + 4 + 5000
+    assert found.evaluate.peak_bytes == 1000 + instructions + page(10) + 4 + 6000
+
+
+def test_a_peak_by_hand(plan):
+    """With its workspace the operator that runs again holds more than the unpacking, whose tensors take more."""
+    found = simulate(plan)
+    assert found.train.peak.instruction == 8
+    assert found.train.peak.text == "l: first (forward again)"
+    assert found.train.peak.tensors == {"l/a": page(2), "w": page(2), "t": PAGE, "x": PAGE, "loss": 4}
+    assert list(found.train.peak.tensors) == ["l/a", "w", "t", "x", "loss"]
+    point = next(point for point in found.timeline if point.instruction == 8)
+    floor = 1000 + 10 * (len(TRAIN) + len(EVALUATE))
+    assert point.bytes == floor + page(7) + 4 + 5000
+    assert point.by_kind == {
+        "floor": floor,
+        "batch": PAGE,
+        "trainable": PAGE,
+        "weight": page(2),
+        "activation": page(2) + 4,
+        "workspace": 5000,
+        "fragmentation": PAGE,  # below l/a
+    }
+    assert all(point.bytes == sum(point.by_kind.values()) for point in found.timeline)
+
+
+def test_importing_may_be_the_peak(plan):
+    """A process that has imported PyTorch has held as much as that takes."""
+    floor = FLOOR.model_copy(update={"import_peak_bytes": 1 << 20})
+    found = simulate(plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})}))
+    assert found.peak_bytes == found.train.peak_bytes == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("claim", "true"), [("arena_bytes", page(10) + LINE), ("workspace_bytes", 6000), ("peak_bytes", None)]
+)
+def test_a_plan_states_no_less_than_is_found(plan, claim, true):
+    true = true or simulate(plan).peak_bytes
+    simulate(plan.model_copy(update={claim: true}))
+    less = plan.model_copy(update={claim: true - 1})
+    assert rejected(less, "claims").tensor == claim
+
+
+def at(instruction, *, nth=0):
+    """Where the schedule has an instruction that begins so."""
+    return [index for index, entry in enumerate(TRAIN) if entry[: len(instruction)] == instruction][nth]
+
+
+def without(*gone):
+    def edit(instructions):
+        instructions[:] = [entry for entry in instructions if entry[:2] not in gone]
+
+    return edit
+
+
+def put(place, *added):
+    def edit(instructions):
+        instructions[place:place] = added
+
+    return edit
+
+
+def altered(place, operand, value):
+    def edit(instructions):
+        instructions[place][operand] = value
+
+    return edit
+
+
+UPDATE = at(["update"])
+END = len(TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("edit", "invariant", "tensor"),
+    [
+        pytest.param(put(END, ["run", "l", 5, []]), "form", "l", id="an operator after the last"),
+        pytest.param(put(END, ["run", "l", -1, []]), "form", "l", id="an operator before the first"),
+        pytest.param(altered(1, 3, [page(3), None, None]), "form", "l", id="more offsets than outputs"),
+        pytest.param(altered(1, 3, [page(3)]), "form", "l", id="fewer offsets than outputs"),
+        pytest.param(altered(1, 3, [page(3), page(8)]), "form", "l", id="an offset for what is unused"),
+        pytest.param(altered(1, 3, [None, None]), "form", "l/a", id="no offset"),
+        pytest.param(altered(8, 3, [page(8), None]), "already-resident", "l/a", id="made again in another place"),
+        pytest.param(altered(10, 3, [page(8)]), "already-resident", "grad:t", id="added to in another place"),
+        pytest.param(put(0, ["spill", "l/a"]), "use-before-resident", "l/a", id="written before it is made"),
+        pytest.param(put(END, ["free", "x"], ["fetch", "x", page(5)]), "leak", "x", id="back in another place"),
+        pytest.param(
+            without(["fetch", "adam_v:t"], ["spill", "adam_v:t"], ["free", "adam_v:t"]),
+            "use-before-resident",
+            "adam_v:t",
+            id="updated without its state",
+        ),
+        pytest.param(put(UPDATE, ["free", "grad:t"]), "use-before-resident", "grad:t", id="without its gradient"),
+        pytest.param(put(UPDATE, ["free", "t"]), "use-before-resident", "t", id="updated while it is away"),
+        pytest.param(
+            put(UPDATE, ["spill", "adam_m:t"]), "lost-state", "adam_m:t", id="updated while its state is written"
+        ),
+        pytest.param(
+            put(
+                at(["run", "l", 4]),
+                ["fetch", "adam_m:t", page(8)],
+                ["fetch", "adam_v:t", page(9)],
+                ["update", "t"],
+            ),
+            "update-once",
+            "t",
+            id="updated with half its gradient",
+        ),
+        pytest.param(
+            put(UPDATE + 1, ["spill", "adam_m:t"], ["free", "adam_m:t"], ["fetch", "adam_v:t", page(8)]),
+            "transfer",
+            "adam_v:t",
+            id="fetched as it was before its update",
+        ),
+        pytest.param(put(END, ["read", "t", page(2)]), "transfer", "t", id="a trainable read from the store"),
+    ],
+)
+def test_what_an_edit_breaks(plan, edit, invariant, tensor):
+    assert rejected(changed(plan, edit), invariant).tensor == tensor
+
+
+def test_the_arena_ends_where_it_ends(plan):
+    beyond = changed(plan, altered(3, 3, [page(10) + LINE, page(2)]), "evaluate")
+    assert rejected(beyond, "offset").tensor == "loss"
+
+
+@pytest.mark.parametrize(("place", "other"), [(page(4), "l/a"), (page(6), "w"), (page(7) - LINE, "w")])
+def test_overlap_with_what_lies_below(plan, place, other):
+    """The loss is made inside of what begins below it."""
+    error = rejected(changed(plan, altered(at(["run", "l", 1]), 3, [place])), "overlap")
+    assert error.tensor == "loss"
+    assert other in str(error)
+
+
+def test_overlap_with_what_lies_above(plan):
+    error = rejected(changed(plan, altered(at(["run", "l", 3]), 3, [page(3) - LINE])), "overlap")
+    assert error.tensor == "grad:t"
+    assert "l/a" in str(error)
+
+
+# --- two forwards --------------------------------------------------------------------------------------------------
+
+TWICE = [
+    operator("first", ["x", "t"], ["a"], 1),
+    operator("second", ["a"], ["b"], 1),
+    operator("third", ["b", "t"], ["loss"], 1, workspace=100),
+]
+FORWARD = [["run", "l", 0, [page(2)]], ["run", "l", 1, [page(4)]], ["run", "l", 2, [page(8)]]]
+FREED = [["free", "l/a"], ["free", "l/b"], ["free", "loss"]]
+TWO_FORWARDS = [["perturb", "t", 1], *FORWARD, ["perturb", "t", -2], *FORWARD, ["update", "t"], *FREED]
+
+
+@pytest.fixture(scope="module")
+def two_forwards():
+    optimizer = {"name": MEZO, "state_tensors": 0}
+    return written(TWICE, TWO_FORWARDS, [*FORWARD, *FREED], arena=page(8) + LINE, optimizer=optimizer)
+
+
+def test_two_forwards_by_hand(two_forwards):
+    """A trainable is drawn noise for three times: its bytes, for the time of an update each."""
+    found = simulate(two_forwards)
+    assert found.train.seconds == pytest.approx((2 * 3 + 3 * 0.5) * MS)
+    assert found.train.recompute_seconds == 0
+    assert found.workspace_bytes == PAGE
+    assert found.train.peak.instruction == 4
+    assert found.train.peak.text == "perturb t"
+
+
+@pytest.mark.parametrize(
+    ("edit", "invariant"),
+    [
+        pytest.param(put(8, ["perturb", "t", 1]), "perturbed", id="not taken back by the update"),
+        pytest.param(put(9, ["perturb", "t", 1]), "perturbed", id="after the update"),
+        pytest.param(altered(0, 2, 1.0), "form", id="by a fraction"),
+        pytest.param(put(0, ["free", "t"]), "use-before-resident", id="while it is away"),
+        pytest.param(put(6, FORWARD[2]), "operator-order", id="with what the first forward made"),
+        pytest.param(put(4, *FORWARD), "perturbed", id="the second forward without a perturbation"),
+    ],
+)
+def test_what_an_edit_of_two_forwards_breaks(two_forwards, edit, invariant):
+    rejected(changed(two_forwards, edit), invariant)
