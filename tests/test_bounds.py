@@ -19,9 +19,11 @@ from planner.carry_out import Part, carry_out
 from planner.emit import live_profile
 from planner.formulation import KIB, MS
 from planner.linear import Linear, Program
+from planner.plan import Planner
 from planner.policies import checkpoint_layers, keep_all, mebp, rule_columns, smallest
 from planner.pricing import figures
 from planner.rows import add_rows, charged_bytes, instruction_count
+from planner.solver import Outcome
 from planner.split import layered
 from planner.windows import measure
 from profiles.schema import Channel, Device, Floor, Layer, Tensor
@@ -184,6 +186,16 @@ def test_what_the_loss_does_not_wait_for_may_be_made_after_it():
     says(bound_ms(side, 0), 9)
 
 
+def test_what_is_made_anew_after_the_loss_need_not_be_there_before():
+    anew = [
+        ("forward", ["x"], ["s"], "4!"),
+        ("forward", ["s"], ["loss"], 2),
+        ("backward", ["loss"], ["s"], 3),
+        ("backward", ["s"], ["g"], 1),
+    ]
+    says(bound_ms(anew, 0), 10)
+
+
 def test_what_does_not_wait_for_the_loss_may_be_read_before_it():
     early = [
         ("forward", ["x"], ["a"], "4!"),
@@ -201,8 +213,8 @@ RULES = (keep_all, checkpoint_layers, mebp, smallest)
 
 
 def schedules(seed):
-    """Of a chain: its problem, and columns of rules and drawn at random with schedules in as little memory as they can do with,
-    and in more.
+    """Of a chain, by rules and by decisions drawn at random, in as little memory as they can do with and in more: its planner,
+    columns and their schedules.
     """
     rng = random.Random(seed)
     on = device(
@@ -213,7 +225,8 @@ def schedules(seed):
         import_peak=70_000,
         per_instruction=100,
     )
-    problem = layered(small_chain(seed, layers=4, on=on))
+    planner = Planner(small_chain(seed, layers=4, on=on))
+    problem = planner.problem
     drawn = [[measure(kind, random_decision(rng, kind)) for _ in range(3)] for kind in problem.types]
     combined = [tuple(rng.choice(drawn[kind]) for kind in problem.layer_type) for _ in range(3)]
     for columns in [*(rule_columns(problem, rule) for rule in RULES), *combined]:
@@ -221,7 +234,7 @@ def schedules(seed):
         for room in (least + least // 50, least + least // 4):
             schedule, _ = carry_out(problem, columns, room)
             if schedule is not None:
-                yield problem, columns, schedule
+                yield planner, columns, schedule
 
 
 def rows_of(problem, columns, *, careful=False):
@@ -280,7 +293,12 @@ def test_no_schedule_is_faster_than_its_columns_rows():
     """In the very bytes that it takes. By their compute alone the rows would say much less, and careful ones too much."""
     ratios, computing, more = [], [], 0
     for seed in range(8):
-        for problem, columns, schedule in schedules(seed):
+        for planner, columns, schedule in schedules(seed):
+            problem = planner.problem
+            made = planner._finish(1 << 40, "solver", Outcome(schedule=schedule, bound_seconds=0.0), 0.0)
+            # What it says of itself is what the simulator finds.
+            assert made.step_seconds == pytest.approx(schedule.seconds)
+            assert made.peak_bytes == schedule.peak_bytes
             limit = schedule.peak_bytes - problem.profile.device.floor.resident_bytes - problem.workspace_bytes
             bound = told(problem, columns, limit, careful=False)
             assert bound is not None, seed

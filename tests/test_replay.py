@@ -194,6 +194,16 @@ def test_what_is_being_fetched_is_freed_once_it_has_landed(plan):
     assert simulate(changed(plan, edit)).train.seconds == pytest.approx((81.5 + 5) * MS)
 
 
+def test_what_is_being_written_is_freed_once_that_is_through(plan):
+    """From 40 on: the disk until 58, and what is left of the backward only then, which ends at 59 instead of 41."""
+
+    def edit(instructions):
+        instructions.remove(["free", "w"])
+        instructions[at(["run", "l", 4]) : at(["run", "l", 4])] = [["spill", "w"], ["free", "w"]]
+
+    assert simulate(changed(plan, edit)).train.seconds == pytest.approx((81.5 + 18) * MS)
+
+
 def test_memory_by_hand(plan):
     found = simulate(plan)
     instructions = 10 * (len(TRAIN) + len(EVALUATE))
@@ -322,6 +332,24 @@ def test_what_an_edit_breaks(plan, edit, invariant, tensor):
     assert rejected(changed(plan, edit), invariant).tensor == tensor
 
 
+def test_states_that_stay_in_memory_are_on_disk_once_they_are_written(plan):
+    states = {"adam_m:t": page(8), "adam_v:t": page(9)}
+    moved = [entry for entry in TRAIN if entry[0] != "update" and entry[1] in states]
+    beside = [entry if entry[0] != "unpack" else ["unpack", "w", page(6)] for entry in EVALUATE]
+    beside[0] = ["read", "w", page(12)]
+    stays = plan.model_copy(
+        update={
+            "resident": RESIDENT | states,
+            "arena_bytes": page(13),
+            "train": phase([entry for entry in TRAIN if entry not in moved]),
+            "evaluate": phase(beside),
+        }
+    )
+    assert simulate(stays).train.read_bytes == page(3)
+    back = changed(stays, put(0, ["free", "adam_m:t"], ["fetch", "adam_m:t", page(8)]))
+    assert rejected(back, "transfer").tensor == "adam_m:t"
+
+
 def test_the_arena_ends_where_it_ends(plan):
     beyond = changed(plan, altered(3, 3, [page(10) + LINE, page(2)]), "evaluate")
     assert rejected(beyond, "offset").tensor == "loss"
@@ -382,3 +410,120 @@ def test_two_forwards_by_hand(two_forwards):
 )
 def test_what_an_edit_of_two_forwards_breaks(two_forwards, edit, invariant):
     rejected(changed(two_forwards, edit), invariant)
+
+
+def test_what_is_perturbed_is_resident(two_forwards):
+    error = rejected(changed(two_forwards, put(0, ["free", "t"])), "use-before-resident")
+    assert (error.tensor, error.instruction) == ("t", 1)
+
+
+# --- a backward left out -------------------------------------------------------------------------------------------
+
+PROGRAMS = {
+    "low": [
+        operator("forward", ["x", "t"], ["h"], 1),
+        operator("backward", ["gh", "x"], ["grad:t"], 1, phase="backward"),
+    ],
+    "middle": [
+        operator("forward", ["h", "u"], ["y"], 1),
+        operator("backward", ["gy", "h"], ["gh", "grad:u"], 1, phase="backward"),
+    ],
+    "top": [
+        operator("forward", ["y"], ["loss"], 1),
+        operator("backward", ["loss"], ["gy"], 1, phase="backward"),
+        operator("backward", ["gy", "y"], ["gy"], 1, phase="backward"),
+    ],
+}
+KINDS = {"x": "batch", "t": "trainable", "u": "trainable", "gy": "gradient", "gh": "gradient", "grad:t": "gradient"}
+KINDS |= {"grad:u": "gradient", "h": "activation", "y": "activation", "loss": "activation"}
+ONCE = [
+    ["run", "low", 0, [page(3)]],
+    ["run", "middle", 0, [page(4)]],
+    ["run", "top", 0, [page(5)]],
+    ["run", "top", 1, [page(6)]],
+    ["run", "top", 2, [page(6)]],
+]
+WHOLE = [
+    *ONCE,
+    ["run", "middle", 1, [page(7), page(8)]],
+    ["update", "u"],
+    ["run", "low", 1, [page(9)]],
+    ["update", "t"],
+    *(["free", name] for name in ("h", "y", "loss", "gy", "gh", "grad:u", "grad:t")),
+]
+PASSED = [
+    *ONCE,
+    ["pass", "gy", "gh"],
+    ["run", "low", 1, [page(9)]],
+    ["update", "t"],
+    *(["free", name] for name in ("h", "y", "loss", "gh", "grad:t")),
+]
+PASS = PASSED.index(["pass", "gy", "gh"])
+
+
+@pytest.fixture(scope="module")
+def cycle(plan):
+    """A step without the backward of the layer in the middle, and one with all."""
+    sizes = {name: 4 if name == "loss" else PAGE for name in KINDS}
+    programs = [
+        Program(
+            name=name,
+            values=[
+                Value(name=v, shape=[sizes[v]], stride=[1], dtype="uint8", bytes=sizes[v], kind=KINDS[v])
+                for v in dict.fromkeys(v for op in operators for v in [*op.inputs, *op.outputs])
+            ],
+            operators=operators,
+        )
+        for name, operators in PROGRAMS.items()
+    ]
+    layers = [
+        Layer(name=program.name, program=program.name, bindings={value.name: value.name for value in program.values})
+        for program in programs
+    ]
+    tensors = [
+        Tensor(name=name, kind=KINDS[name], shape=[PAGE], dtype="uint8", bytes=PAGE, update_seconds=0.5 * MS)
+        for name in ("x", "t", "u")
+    ]
+    return plan.model_copy(
+        update={
+            "programs": programs,
+            "layers": layers,
+            "tensors": tensors,
+            "optimizer": {"name": "sgd", "state_tensors": 0},
+            "resident": {"x": 0, "t": PAGE, "u": page(2)},
+            "train": phase(PASSED).model_copy(update={"skipped": ["middle"]}),
+            "cycle": [phase(WHOLE)],
+            "evaluate": phase([*ONCE[:3], ["free", "h"], ["free", "y"], ["free", "loss"]]),
+        }
+    )
+
+
+def test_a_cycle_by_hand(cycle):
+    found = simulate(cycle)
+    assert found.train.seconds == pytest.approx((5 + 1 + 0.5) * MS)
+    assert found.cycle[0].seconds == pytest.approx((5 + 2 + 2 * 0.5) * MS)
+    assert found.step_seconds == pytest.approx((6.5 + 8) / 2 * MS)
+
+
+def test_in_a_cycle_everything_is_trained(cycle):
+    alone = cycle.model_copy(update={"cycle": []})
+    assert rejected(alone, "update-once").tensor == "u"
+
+
+@pytest.mark.parametrize(
+    ("edit", "invariant"),
+    [
+        pytest.param(put(PASS - 1, PASSED[PASS]), "passed-once", id="half of it"),
+        pytest.param(put(PASS - 2, PASSED[PASS]), "use-before-resident", id="before it is made"),
+        pytest.param(put(PASS + 1, PASSED[PASS]), "passed-once", id="twice"),
+        pytest.param(altered(PASS, 2, "grad:t"), "passed-once", id="as another gradient"),
+        pytest.param(put(PASS, ["run", "middle", 1, [page(7), page(8)]]), "operator-order", id="a skipped backward"),
+    ],
+)
+def test_what_an_edit_of_a_passage_breaks(cycle, edit, invariant):
+    rejected(changed(cycle, edit), invariant)
+
+
+def test_a_gradient_passes_no_layer_whose_backward_runs(cycle):
+    step = cycle.cycle[0].model_copy(update={"instructions": [*ONCE, PASSED[PASS], *WHOLE[len(ONCE) :]]})
+    assert rejected(cycle.model_copy(update={"cycle": [step]}), "passed-once").tensor == "gy"
