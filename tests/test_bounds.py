@@ -20,7 +20,7 @@ from planner.emit import live_profile
 from planner.formulation import KIB, MS
 from planner.linear import Linear, Program
 from planner.plan import Planner
-from planner.policies import checkpoint_layers, keep_all, mebp, rule_columns, smallest
+from planner.policies import mebp, rule_columns, smallest
 from planner.pricing import figures
 from planner.rows import add_rows, charged_bytes, instruction_count
 from planner.solver import Outcome
@@ -209,7 +209,10 @@ def test_what_does_not_wait_for_the_loss_may_be_read_before_it():
 
 SPEEDS = (2e5, 1e6, 5e6)
 """bytes per second: an operator of some ms lets a page or two pass"""
-RULES = (keep_all, checkpoint_layers, mebp, smallest)
+SEEDS = (0, 1, 4, 10, 11, 23)
+"""with and without weights, trainables, and transfers that cost the cores time; those of the last three wait for the disk as long
+as a row that is a window off would not allow
+"""
 
 
 def schedules(seed):
@@ -217,6 +220,7 @@ def schedules(seed):
     columns and their schedules.
     """
     rng = random.Random(seed)
+    free = {} if seed % 4 == 0 else {"per_byte": 0.0, "per_transfer": 0.0}
     on = device(
         read=rng.choice(SPEEDS),
         write=rng.choice(SPEEDS),
@@ -224,14 +228,16 @@ def schedules(seed):
         resident=50_000,
         import_peak=70_000,
         per_instruction=100,
+        **free,
     )
-    planner = Planner(small_chain(seed, layers=4, on=on))
+    layers = rng.choice([2, 3, 4])
+    planner = Planner(small_chain(seed, layers=layers, on=on, weights=seed % 2 == 0, trainables=seed % 3 == 0))
     problem = planner.problem
     drawn = [[measure(kind, random_decision(rng, kind)) for _ in range(3)] for kind in problem.types]
     combined = [tuple(rng.choice(drawn[kind]) for kind in problem.layer_type) for _ in range(3)]
-    for columns in [*(rule_columns(problem, rule) for rule in RULES), *combined]:
+    for columns in [*(rule_columns(problem, rule) for rule in (mebp, smallest)), *combined]:
         least = charged_bytes(problem, columns)
-        for room in (least + least // 50, least + least // 4):
+        for room in (least, least + least // 50, least + least // 4):
             schedule, _ = carry_out(problem, columns, room)
             if schedule is not None:
                 yield planner, columns, schedule
@@ -289,10 +295,52 @@ def test_the_rows_hold_what_the_schedule_holds_and_its_instructions():
     assert evaluations >= 3
 
 
+class Figures:
+    """The rows over figures of two layers that are made up, 0 where they are not named."""
+
+    def __init__(self):
+        on = device(read=1e6, write=1e6, latency=5e-3)
+        self.problem = layered(small_chain(0, layers=2, on=on))
+        self.names = list(figures(measure(self.problem.types[0], smallest(self.problem.types[0], last=False))))
+        sizes = [k.raw_bytes[value] for k in self.problem.types for value in k.offloadable]
+        assert max(sizes) > min(sizes)
+        assert self.problem.across_forward == (0, 0)
+        self.slowest = min(size / KIB / (5 + size / 1e3) for size in sizes)
+        """KiB per ms: the least that moves, of what may"""
+
+    def least_ms(self, limit, *layers):
+        """Of the step, in `limit` KiB beside what is always there."""
+        program = Program()
+        terms = [{name: Linear(given.get(name, 0.0)) for name in self.names} for given in layers]
+        rows = add_rows(program, self.problem, terms)
+        program.bounds(rows.bytes, 0.0, limit + self.problem.constant_bytes / KIB)
+        return program.solve(rows.total_ms).objective
+
+
+def test_what_the_disk_does_may_wait_as_long_as_there_is_room():
+    made = Figures()
+    wide, slow = {"forward_peak": 1000.0, "forward_ms": 1.0}, {"backward_ms": 100.0}
+    # What the fullest window spills may be written once it is through, and what the slow one fetches be read in it.
+    assert made.least_ms(1000, wide | slow | {"spills_forward_ms": 10.0}, {}) == pytest.approx(101)
+    assert made.least_ms(1000, wide | slow | {"fetches_backward_ms": 10.0}, {}) == pytest.approx(101)
+    assert made.least_ms(1000, {"forward_ms": 1.0, "fetches_backward_ms": 10.0}, {}) == pytest.approx(10)
+
+
+def test_what_waits_for_the_disk_takes_memory():
+    made = Figures()
+    first = {"spills_forward_ms": 10.0, "backward_ms": 100.0}
+    then = {"forward_peak": 1000.0, "forward_ms": 1.0}
+    waiting = 10 * made.slowest
+    assert made.least_ms(1000 + waiting, first, then) == pytest.approx(101)
+    # Half of it has to be written before the second layer's window, or in it.
+    assert made.least_ms(1000 + waiting / 2, first, then) == pytest.approx(100 + 5)
+    assert made.least_ms(1000, first, then) == pytest.approx(100 + 10)
+
+
 def test_no_schedule_is_faster_than_its_columns_rows():
     """In the very bytes that it takes. By their compute alone the rows would say much less, and careful ones too much."""
     ratios, computing, more = [], [], 0
-    for seed in range(8):
+    for seed in SEEDS:
         for planner, columns, schedule in schedules(seed):
             problem = planner.problem
             made = planner._finish(1 << 40, "solver", Outcome(schedule=schedule, bound_seconds=0.0), 0.0)
@@ -308,6 +356,6 @@ def test_no_schedule_is_faster_than_its_columns_rows():
             computing.append(own / schedule.seconds)
             careful = told(problem, columns, limit, careful=True)
             more += careful is None or careful > schedule.seconds
-    assert sum(ratios) > 0.9 * len(ratios)
-    assert sum(ratios) > 1.2 * sum(computing)
+    assert sum(ratios) > 0.85 * len(ratios)
+    assert sum(ratios) > 1.1 * sum(computing)
     assert more > 10

@@ -130,6 +130,63 @@ def test_what_is_moved_is_written_freed_and_fetched_while_the_computation_goes_o
     assert made.decisions["a"] == "offloaded"
 
 
+def replayed(*instructions, **fields):
+    """What the simulator finds of these instructions, in short, over the operators of `chain`."""
+    words = {"run": lambda name: ["run", "graph", "abcd".index(name), [None]], "fetch": lambda name: ["fetch", name, 0]}
+    listed = [instruction.split() for instruction in instructions]
+    written = [words.get(verb, lambda name, verb=verb: [verb, name])(name) for verb, name in listed]
+    made = chain()
+    told = made.train.model_copy(update={"instructions": written})
+    return simulate(made.model_copy(update={"train": told, "peak_bytes": 0, "budget_bytes": 99} | fields))
+
+
+# a takes 2 s to be written and 1.5 to be read, of which half a second is the disk's latency.
+GONE = ("run a", "spill a", "run b", "free a")
+"""until 3, when a is written"""
+
+
+def test_moves_by_hand():
+    found = replayed(*GONE, "run c", "free b", "fetch a", "run d", "free a", "free c")
+    assert found.train.seconds == pytest.approx(3 + 4 + 1.5 + 1)
+    assert found.train.stall_seconds == pytest.approx(1 + 1.5)
+    assert (found.train.compute_seconds, found.train.recompute_seconds) == (7, 0)
+    assert (found.train.read_bytes, found.train.write_bytes) == (10, 10)
+    # While c runs there are b, c and the workspace; while d runs a, c and d, later and no more.
+    assert (found.peak_bytes, found.train.peak.text, found.workspace_bytes) == (13, "c (forward)", 9)
+    assert found.train.peak.tensors == {"b": 2, "c": 2}
+    assert (found.arena_bytes, found.live_bytes) == (4, 13)
+    assert found.timeline[-1].by_kind == {"activation": 13}
+
+
+def test_what_is_being_fetched_takes_memory_from_then_on():
+    found = replayed(*GONE, "run c", "fetch a", "free b", "run d", "free a", "free c")
+    assert (found.peak_bytes, found.train.peak.text) == (14, "a (fetched)")
+    with pytest.raises(InvalidSchedule, match=r"\(claims\).*states 13, the replay finds 14"):
+        replayed(*GONE, "run c", "fetch a", "free b", "run d", "free a", "free c", peak_bytes=13)
+
+
+def test_what_runs_again_waits_for_what_it_reads():
+    found = replayed(*GONE, "run c", "free b", "fetch a", "run b", "free b", "run d", "free a", "free c")
+    assert found.train.seconds == pytest.approx(3 + 4 + 1.5 + 1 + 1)
+    assert (found.train.compute_seconds, found.train.recompute_seconds) == (7, 1)
+    assert (found.peak_bytes, found.train.peak.text) == (14, "b (forward again)")
+
+
+def test_what_is_being_fetched_is_freed_once_it_has_landed():
+    found = replayed(*GONE, "fetch a", "free a", "run c", "free b", "fetch a", "run d", "free a", "free c")
+    assert found.train.seconds == pytest.approx(3 + 1.5 + 4 + 1.5 + 1)
+
+
+def test_a_step_lasts_until_the_disk_is_through():
+    found = replayed(*GONE, "run c", "free b", "fetch a", "run d", "free a", "free c", "spill d")
+    assert found.train.seconds == pytest.approx(9.5 + 0.2)
+
+
+def test_what_may_not_run_again_does_not():
+    with pytest.raises(InvalidSchedule, match=r"\(operator-order\).* a: may not run again"):
+        replayed("run a", "run b", "free a", "run a", "run c", "run d", "free a", "free b", "free c")
+
+
 @pytest.mark.parametrize(
     ("change", "invariant"),
     [

@@ -9,7 +9,7 @@ from brute_force import Chain
 from synthetic import decoder_like, device, small_chain
 from tiny_plans import CONFIG, decoder_profile
 
-from planner.emit import draft, live_profile
+from planner.emit import draft, kinds, live_profile
 from planner.formulation import KIB, Block
 from planner.linear import Linear, Program
 from planner.plan import Planner
@@ -136,3 +136,33 @@ def test_windows_add_up_to_the_whole_schedule(source, seed, tmp_path):
     live = max(max(live_profile(entries, joined.resident, joined.sizes)) for entries in (joined.train, joined.evaluate))
     assert live == live_bytes(problem, columns)
     assert KIB == 1024
+
+
+def done_with(name, joined, storages):
+    """The decision that a schedule shows: what it reads, unpacks, writes and frees of a tensor."""
+    verbs = [entry.verb for entry in joined.train if entry.name == name]
+    if name not in storages:
+        return "offloaded" if "spill" in verbs else "kept"
+    if storages[name].kind == "weight":
+        return "streamed" if "read" in verbs else "packed" if "unpack" in verbs else "unpacked"
+    if "spill" in verbs:
+        return "offloaded"
+    return "recomputed" if verbs.count("free") > 1 else "kept"
+
+
+def test_decisions_are_what_the_schedule_does():
+    told = set()
+    for seed in range(8):
+        rng = random.Random(seed)
+        for profile in (decoder_like(2, tokens=64, hidden=96, ffn=192, slices=3), small_chain(seed, layers=4)):
+            problem = layered(profile)
+            columns = tuple(
+                measure(problem.types[kind], random_decision(rng, problem.types[kind])) for kind in problem.layer_type
+            )
+            joined = draft(problem, columns)
+            decisions = kinds(problem, joined, columns)
+            assert decisions == {name: done_with(name, joined, problem.graph.storages) for name in decisions}
+            assert {name.removeprefix("packed:") for name in joined.resident} <= set(decisions)
+            told |= {(name.startswith("adam_"), decision) for name, decision in decisions.items()}
+    sorts = ("kept", "offloaded", "recomputed", "streamed", "packed", "unpacked")
+    assert told == {*((False, sort) for sort in sorts), (True, "kept"), (True, "offloaded")}

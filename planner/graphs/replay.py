@@ -174,7 +174,6 @@ class _Replay:
             raise self.fail("use-before-resident", name, "is written but not resident")
         if name in self.on_disk:
             raise self.fail("transfer", name, "was written before")
-        self._wait(self.landing.pop(name, self.now))
         self.on_disk.add(name)
         self.writing[name] = self._move("spill", name)
 
