@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from synthetic import decoder_like, device
+from synthetic import PAGE, decoder_like, device
+from test_costs import by_hand
 from test_html import Page
 
 from planner.costs import Ledger
-from planner.diff import diff, grouped
+from planner.diff import Change, diff, grouped
 from planner.html import comparison_page
 from planner.plan import Planner
 from profiles.errors import InputError
@@ -69,6 +70,35 @@ def test_groups_hold_every_change_once(plans):
     sorts = {(group.kind, group.before, group.after) for group in groups}
     assert len(sorts) == len(groups)
     assert ("weight", "unpacked", "streamed") in sorts
+
+
+def test_what_is_written_no_more_is_a_change():
+    before = by_hand()
+    shorter = before.train.model_copy(update={"instructions": before.train.instructions[:-1]})
+    (change,) = diff(before, before.model_copy(update={"train": shorter}))
+    assert (change.name, change.kind, change.moved_bytes) == ("x", "batch", -PAGE)
+    assert (change.compute_seconds, change.transfer_seconds) == (0, pytest.approx(-10e-3))
+
+
+def test_groups_come_by_their_bytes():
+    def change(name, kind, size):
+        return Change(
+            name=name,
+            kind=kind,
+            bytes=size,
+            before="kept",
+            after="recomputed",
+            compute_seconds=0.0,
+            transfer_seconds=0.0,
+            moved_bytes=0,
+        )
+
+    changes = [change("a", "activation", 5), change("t", "optimizer", 8), change("b", "activation", 4)]
+    assert [(group.kind, group.tensors, group.bytes) for group in grouped(changes)] == [
+        ("activation", 2, 9),
+        ("optimizer", 1, 8),
+    ]
+    assert [group.kind for group in grouped(changes[:2])] == ["optimizer", "activation"]
 
 
 def test_plans_of_two_models_are_refused(plans):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from layered_graph import layered
+from sample_plans import sample_plan
 from synthetic import decoder_like, device, small_chain
 
 from planner.costs import Ledger
@@ -171,6 +172,58 @@ def test_a_faster_plan_in_less_memory_takes_its_place(chain, monkeypatch):
     assert best.step_seconds == pytest.approx(roomy.step_seconds)
     assert best.budget_bytes == budget
     assert all(worth.step_seconds <= best.step_seconds * (1 + 1e-9) for worth in beside)
+
+
+class Told:
+    """A planner that answers from lists: budget -> (seconds of its plan, bound of the class there)."""
+
+    interrupted = False
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def plan(self, budget, *, time_limit, progress):
+        seconds, bound = self.answers[budget]
+        return planned_at(budget, seconds, bound)
+
+    def bound(self, budget, *, time_limit):
+        return self.answers[budget][1]
+
+
+def planned_at(budget, seconds, bound):
+    return sample_plan(
+        budget=budget, seconds=seconds, status="feasible", bound_seconds=bound, any_schedule_bound_seconds=bound / 2
+    )
+
+
+def test_a_plan_from_another_budget_is_told_against_the_bounds_of_this_one():
+    """In less memory the search was luckier: its plan is that of all three budgets, and only the first has its bound."""
+    low, here, high = 300 * MIB, 350 * MIB, 400 * MIB
+    planner = Told({low: (1.0, 0.9), here: (1.25, 0.8), high: (1.5, 0.7)})
+    best, beside = what_if(planner, planned_at(here, 1.25, 0.8), step_bytes=50 * MIB)
+    assert (best.budget_bytes, best.step_seconds) == (here, 1.0)
+    assert (best.bound_seconds, best.any_schedule_bound_seconds) == (0.8, 0.4)
+    assert best.gap == pytest.approx(0.2)
+    assert [(w.budget_bytes, w.step_seconds, w.bound_seconds) for w in beside] == [(low, 1.0, 0.9), (high, 1.0, 0.7)]
+    assert [w.price_seconds for w in beside] == [pytest.approx(0.1), pytest.approx(-0.1)]
+    assert [w.status for w in beside] == ["feasible", "feasible"]
+
+
+def test_a_plan_in_more_memory_does_not_take_its_place():
+    low, here, high = 300 * MIB, 350 * MIB, 400 * MIB
+    planner = Told({low: (1.5, 0.9), here: (1.25, 0.8), high: (1.0, 0.7)})
+    given = planned_at(here, 1.25, 0.8)
+    best, beside = what_if(planner, given, step_bytes=50 * MIB)
+    assert best is given
+    assert [w.step_seconds for w in beside] == [1.5, 1.0]
+
+
+def test_at_the_floor_nothing_fits():
+    given = planned_at(350 * MIB, 1.25, 0.8)
+    floor = given.device.floor.resident_bytes
+    planner = Told({given.budget_bytes: (1.25, 0.8), given.budget_bytes + (350 * MIB - floor): (1.0, 0.7)})
+    below, _ = neighbours(planner, given, step_bytes=350 * MIB - floor)
+    assert (below.budget_bytes, below.status, below.bound_seconds) == (floor, "infeasible", None)
 
 
 def test_why_nothing_fits(deep, smallest):
