@@ -62,6 +62,26 @@ def test_small_graphs_against_brute_force(block):
         check_small_graph(seed)
 
 
+def test_memory_by_hand():
+    """a is kept for the end, which is a run of its own; b is there until e, or runs again for it."""
+    operators = [
+        {"name": "a", "seconds": 1, "output_bytes": 3, "keep_until_end": True},
+        {"name": "b", "seconds": 2, "output_bytes": 5, "workspace_bytes": 7, "inputs": ["a"]},
+        {"name": "c", "seconds": 4, "output_bytes": 11, "inputs": ["b"]},
+        {"name": "d", "seconds": 8, "output_bytes": 13, "workspace_bytes": 17, "inputs": ["c"]},
+        {"name": "e", "seconds": 16, "output_bytes": 19, "inputs": ["b"]},
+    ]
+    dag = dag_of(profile_of(operators, fixed=100))
+    plain = [3, 3 + 5 + 7, 3 + 5 + 11, 3 + 5 + 11 + 13 + 17, 3 + 5 + 19, 3]
+    assert memory(dag, runs(dag, ())) == [100 + held for held in plain]
+    again = frozenset({(4, 1)})
+    assert runs(dag, again) == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 1), (4, 4), (5, 5)]
+    spared = [3, 3 + 5 + 7, 3 + 5 + 11, 3 + 11 + 13 + 17, 3 + 5 + 7, 3 + 5 + 19, 3]
+    assert memory(dag, runs(dag, again)) == [100 + held for held in spared]
+    assert peak_bytes(dag, again) == 100 + 44
+    assert (seconds(dag, ()), seconds(dag, again)) == (31, 33)
+
+
 def test_bounds_from_any_moments_hold_for_every_schedule_with_first_runs_in_order():
     reached = []
     for seed in range(120):

@@ -110,15 +110,17 @@ def test_a_disk_makes_a_larger_graph_faster_and_smaller():
     assert with_disk.plan(int(0.6 * top), time_limit=2).train.read_bytes > 0
 
 
+CHAIN = [
+    {"name": "a", "seconds": 1, "output_bytes": 10, "recomputable": False},
+    {"name": "b", "seconds": 1, "output_bytes": 2, "inputs": ["a"]},
+    {"name": "c", "seconds": 4, "output_bytes": 2, "workspace_bytes": 9, "inputs": ["b"]},
+    {"name": "d", "seconds": 1, "output_bytes": 1, "inputs": ["a", "c"], "keep_until_end": True},
+]
+"""a is read again at the end, b needs the room that a takes"""
+
+
 def chain():
-    """a is read again at the end, b needs the room that a takes."""
-    operators = [
-        {"name": "a", "seconds": 1, "output_bytes": 10, "recomputable": False},
-        {"name": "b", "seconds": 1, "output_bytes": 2, "inputs": ["a"]},
-        {"name": "c", "seconds": 4, "output_bytes": 2, "workspace_bytes": 9, "inputs": ["b"]},
-        {"name": "d", "seconds": 1, "output_bytes": 1, "inputs": ["a", "c"], "keep_until_end": True},
-    ]
-    return plan(profile_of(operators, DISK), 13)
+    return plan(profile_of(CHAIN, DISK), 13)
 
 
 def test_what_is_moved_is_written_freed_and_fetched_while_the_computation_goes_on():
@@ -128,6 +130,13 @@ def test_what_is_moved_is_written_freed_and_fetched_while_the_computation_goes_o
     assert made.step_seconds == pytest.approx(1 + 2 + 4 + 1.5 + 1)
     assert (made.train.read_bytes, made.train.write_bytes, made.train.stall_seconds) == (10, 10, pytest.approx(2.5))
     assert made.decisions["a"] == "offloaded"
+
+
+def test_no_schedule_is_through_before_the_disk():
+    """While c runs there is no byte for a: it is written in 2 s and read in 1.5, whatever else is done."""
+    quick = [op | {"seconds": 0.1} for op in CHAIN]
+    assert GraphPlanner(profile_of(quick, DISK)).any_bound(13, seconds=60) == pytest.approx(3.5)
+    assert GraphPlanner(profile_of(CHAIN, DISK)).any_bound(13, seconds=60) == pytest.approx(7)
 
 
 def replayed(*instructions, **fields):

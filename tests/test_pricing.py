@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import random
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from swallowing import Swallowing
 from synthetic import small_chain
+from test_planner_class import random_decision
 
-from planner.pricing import FIELDS, Hull
+from planner.pricing import FIELDS, Hull, Pool, figures_row
 from planner.relaxation import Relaxation
 from planner.solver import Solver
 from planner.split import layered
+from planner.windows import measure
 
 
 def test_a_solver_that_gives_up_proves_nothing_and_is_replaced(monkeypatch):
@@ -28,6 +32,40 @@ def test_a_solver_that_gives_up_proves_nothing_and_is_replaced(monkeypatch):
     assert hull.bound(2 * prices) == pytest.approx(2 * known)
     hull.prove(prices, 6.0)
     assert hull.bound(prices) >= 6.0 * (1 - 1e-6)
+
+
+def test_no_decision_is_cheaper_than_what_is_proven():
+    """At the prices that were asked for, at others, and where one figure alone has a price."""
+    chance, rng = np.random.default_rng(0), random.Random(0)
+    for profile in (small_chain(3, layers=2), small_chain(4, layers=3)):
+        pool = Pool(problem=layered(profile))
+        for number, kind in enumerate(pool.problem.types):
+            costs = np.stack([figures_row(measure(kind, random_decision(rng, kind))) for _ in range(20)])
+            asked = [chance.uniform(0.0, 1.0, len(FIELDS)) for _ in range(3)]
+            for prices in asked:
+                pool.price(number, prices, 0.05, 60.0)
+                assert pool.bound(number, prices) >= 0.94 * pool.known(number, prices)
+            others = [chance.uniform(0.0, 1.0, len(FIELDS)) for _ in range(10)]
+            for prices in [*asked, *others, *np.eye(len(FIELDS))]:
+                assert pool.bound(number, prices) <= (costs @ prices).min() + 1e-9
+                assert pool.bound(number, prices) <= (pool.figures[number] @ prices).min() + 1e-9
+
+
+def test_what_is_proven_is_the_solvers_bound_and_not_its_answer(monkeypatch):
+    """Where it stops at a gap, decisions may be cheaper than the one that it found."""
+    pool = Pool(problem=layered(small_chain(3, layers=2)))
+    prices = np.ones(len(FIELDS))
+    program = pool.block(0, 60.0).program
+    solve, found = program.solve, []
+
+    def stopped(*given):
+        result = solve(*given)
+        found.append(result.objective)
+        return replace(result, bound=0.9 * result.objective)
+
+    monkeypatch.setattr(program, "solve", stopped)
+    pool.price(0, prices, 0.1, 60.0)
+    assert pool.bound(0, prices) == pytest.approx(0.9 * found[0], rel=1e-6)
 
 
 def test_an_answer_from_before_new_columns_is_not_given_again(monkeypatch):
