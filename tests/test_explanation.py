@@ -209,6 +209,14 @@ def test_a_plan_from_another_budget_is_told_against_the_bounds_of_this_one():
     assert [w.status for w in beside] == ["feasible", "feasible"]
 
 
+def test_an_optimum_is_none_where_there_is_more_memory():
+    low, here, high = 300 * MIB, 350 * MIB, 400 * MIB
+    planner = Told({low: (0.8, 0.8), here: (1.25, 0.8), high: (1.5, 0.7)})
+    best, beside = what_if(planner, planned_at(here, 1.25, 0.8), step_bytes=50 * MIB)
+    assert best.status == "optimal"
+    assert [(w.step_seconds, w.status) for w in beside] == [(0.8, "feasible"), (0.8, "feasible")]
+
+
 def test_a_plan_in_more_memory_does_not_take_its_place():
     low, here, high = 300 * MIB, 350 * MIB, 400 * MIB
     planner = Told({low: (1.5, 0.9), here: (1.25, 0.8), high: (1.0, 0.7)})
