@@ -209,7 +209,7 @@ def test_what_does_not_wait_for_the_loss_may_be_read_before_it():
 
 SPEEDS = (2e5, 1e6, 5e6)
 """bytes per second: an operator of some ms lets a page or two pass"""
-SEEDS = (0, 1, 4, 10, 11, 23)
+SEEDS = (0, 1, 3, 4, 10, 11, 23)
 """with and without weights, trainables, and transfers that cost the cores time; those of the last three wait for the disk as long
 as a row that is a window off would not allow
 """
@@ -357,5 +357,5 @@ def test_no_schedule_is_faster_than_its_columns_rows():
             careful = told(problem, columns, limit, careful=True)
             more += careful is None or careful > schedule.seconds
     assert sum(ratios) > 0.85 * len(ratios)
-    assert sum(ratios) > 1.1 * sum(computing)
+    assert sum(ratios) > 1.05 * sum(computing)
     assert more > 10
