@@ -31,6 +31,8 @@ PREFIXES = (  # text model inside a multimodal wrapper, as transformers has name
     ("model.language_model.", "model."),
     ("language_model.lm_head.", "lm_head."),
 )
+BASE = re.compile(r"(?:language_model\.)?(?=(?:embed_tokens|layers|norm)\.)")
+"""where a model was saved without its head (AutoModel), names begin there"""
 
 
 def hub_source(name: str, *, embedding: EmbeddingFormat) -> Source:
@@ -71,7 +73,10 @@ def directory_source(path: Path, *, embedding: EmbeddingFormat, name: str | None
     entries = describe(config, embedding=embedding)
     for entry in entries.values():
         if entry.name not in held:
-            raise InputError(f"{path}: no tensor {entry.name!r} in its safetensors files; download the model again")
+            way = "download the model again"
+            if entry.name == "lm_head.weight":
+                way = f"it was saved without its head: save it from AutoModelForCausalLM, or {way}"
+            raise InputError(f"{path}: no tensor {entry.name!r} in its safetensors files; {way}")
     _check_known(path, config, held, entries)
 
     def tensors() -> Iterable[SourceTensor]:
@@ -206,7 +211,7 @@ def _text_name(key: str) -> str:
     for prefix, replacement in PREFIXES:
         if key.startswith(prefix):
             return replacement + key.removeprefix(prefix)
-    return key
+    return BASE.sub("model.", key, count=1) if BASE.match(key) else key
 
 
 def _check_known(path: Path, config: dict[str, Any], held: Iterable[str], entries: Mapping[str, Entry]) -> None:

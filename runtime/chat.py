@@ -33,12 +33,13 @@ class ChatTemplate:
     def __init__(self, vocabulary: Vocabulary) -> None:
         if not vocabulary.chat_template:
             raise InputError("the model has no chat template; write prompts as strings instead of messages")
+        self._source = vocabulary.chat_template
         extensions: list[str | type[Extension]] = [loopcontrols, _Generation]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_refuse, strftime_now=DAY.strftime)
         try:
-            self._template = environment.from_string(vocabulary.chat_template)
+            self._template = environment.from_string(self._source)
         except jinja2.TemplateError as error:
             raise InputError(
                 f"the model's chat template is not valid Jinja ({error}); write prompts as strings instead of messages"
@@ -52,6 +53,11 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool, tools: Tools | None = None) -> str:
         """The text of `messages`, up to where the assistant would begin if `generation_prompt`. Raises InputError."""
+        for key, given in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in messages))):
+            if given and key not in self._source:
+                raise InputError(
+                    f'the model\'s chat template does not show "{key}"; leave them out, or write them as text'
+                )
         try:
             return self._template.render(
                 messages=list(messages),

@@ -5,15 +5,17 @@
 | {"text": "..."} | plain text, packed into windows; every token is predicted |
 | {"prompt": ..., "completion": "..."} | the completion is predicted; a prompt is a string, or a list of messages for the chat template |
 | {"messages": [{"role": ..., "content": ...}, ...]} | a conversation; what the assistant says is predicted |
+| {"conversations": [{"from": ..., "value": ...}, ...]} | the same as ShareGPT has it: turns of human, gpt and system |
 | {"prompt": ..., "choices": ["...", ...], "answer": ...} | a question; `answer` is the right choice or its index |
 
 Beside messages, `tools` are what the chat template shows the assistant as functions to call; a message with `tool_calls` needs
-no `content`.
+no `content`. A content may be a list of parts, all of them {"type": "text", "text": ...}: they are joined.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,12 @@ Message = dict[str, Any]
 Tools = tuple[dict[str, Any], ...]
 Prompt = str | tuple[Message, ...]
 FORMS = '{"text"}, {"prompt", "completion"}, {"messages"} or {"prompt", "choices", "answer"}'
+SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
+CONVERSIONS = {
+    "json": "import json, sys; [print(json.dumps(line)) for line in json.load(open(sys.argv[1], encoding='utf-8-sig'))]",
+    "csv": "import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''))]",
+}
+"""programs for `python -c` that print a file of another kind as JSON lines"""
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,10 @@ def data_files(data: str) -> list[Path]:
             raise InputError(f"{path}: no *.jsonl file in this directory; data are JSON lines of {FORMS}")
         return files
     if path.is_file():
+        if path.suffix.lower() == ".csv":
+            raise InputError(
+                f"{path}: a table where JSON lines are due; {_converted(path, 'csv')}, its columns {FORMS}"
+            )
         return [path]
     if path.exists():
         raise InputError(f"{path}: a pipe or device, not a regular file; write the data to a file, {due}")
@@ -76,17 +88,32 @@ def data_files(data: str) -> list[Path]:
 
 
 def read_samples(file: Path) -> Iterator[tuple[int, Sample | InputError]]:
-    """(line number from 1, the sample or what is wrong with the line); blank lines are passed over."""
+    """(line number from 1, the sample or what is wrong with the line); blank lines are passed over.
+
+    A file that begins with a JSON list is not read on: none of its lines would be a sample.
+    """
     try:
         with file.open("rb") as lines:
+            first = True
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        yield number, parse_sample(line)
-                    except InputError as error:
-                        yield number, error
+                if not line.strip():
+                    continue
+                if first and line.lstrip().startswith(b"["):
+                    yield number, InputError(f"a JSON list where JSON lines are due; {_converted(file, 'json')}")
+                    return
+                first = False
+                try:
+                    yield number, parse_sample(line)
+                except InputError as error:
+                    yield number, error
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; check the path and its permissions") from error
+
+
+def _converted(file: Path, kind: str) -> str:
+    """The command that makes JSON lines of `file`, in words."""
+    target = file.with_suffix(".lines.jsonl" if file.suffix == ".jsonl" else ".jsonl")
+    return f'convert it: python3 -c "{CONVERSIONS[kind]}" {shlex.quote(str(file))} > {shlex.quote(str(target))}'
 
 
 def parse_sample(line: bytes) -> Sample:
@@ -101,11 +128,12 @@ def parse_sample(line: bytes) -> Sample:
         raise InputError(f"lists or objects nested too deeply; write {FORMS}") from error
     if not isinstance(value, dict):
         raise InputError(f"a JSON {_kind(value)} where an object is due; write {FORMS}")
-    if "messages" in value:
-        messages = _messages(value["messages"], "messages")
-        if not any(message["role"] == "assistant" for message in messages):
-            raise InputError('"messages" has no turn of role "assistant"; there is nothing to learn')
-        return Conversation(messages, tools=_tools(value))
+    for key in ("messages", "conversations"):
+        if key in value:
+            messages = _messages(value[key], key)
+            if not any(message["role"] == "assistant" for message in messages):
+                raise InputError(f'"{key}" has no turn of role "assistant"; there is nothing to learn')
+            return Conversation(messages, tools=_tools(value))
     if "choices" in value:
         return _question(value)
     if "completion" in value:
@@ -167,14 +195,42 @@ def _tools(value: dict[str, Any]) -> Tools | None:
 def _messages(value: Any, key: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise InputError(f'"{key}" must be a list of {{"role", "content"}} objects, not {_kind(value)}')
-    for index, message in enumerate(value):
-        content = message.get("content") if isinstance(message, dict) else None
-        if content is None and isinstance(message, dict) and message.get("tool_calls"):
-            content = ""
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(content, str):
-            raise InputError(f'message {index} of "{key}" must be an object with the strings "role" and "content"')
-        _whole(message["role"] + content, key)
-    return tuple(value)
+    messages = tuple(_message(message, f'message {index} of "{key}"') for index, message in enumerate(value))
+    for message in messages:
+        _whole(message["role"] + (message.get("content") or ""), key)
+    return messages
+
+
+def _message(message: Any, place: str) -> Message:
+    """The message with a string for its content, or none beside tool calls."""
+    if isinstance(message, dict) and "from" in message and "role" not in message:
+        role = SHAREGPT.get(str(message["from"]))
+        if role is None:
+            raise InputError(
+                f'{place} is from {message["from"]!r}; write {", ".join(SHAREGPT)}, or "role" and "content"'
+            )
+        message = {"role": role, "content": message.get("value")}
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list):
+        content = "".join(_part(part, place) for part in content)
+        message = message | {"content": content}
+    if content is None and isinstance(message, dict) and message.get("tool_calls"):
+        content = ""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(content, str):
+        raise InputError(f'{place} must be an object with the strings "role" and "content"')
+    return message
+
+
+def _part(part: Any, place: str) -> str:
+    """The words of one part of a content."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text":
+        found = f"of type {kind!r}" if isinstance(kind, str) else "without a type"
+        raise InputError(f'{place} has a part {found}; only text is trained on: {{"type": "text", "text": "..."}}')
+    if not isinstance(part.get("text"), str):
+        raise InputError(f'{place} has a text part whose "text" is {_kind(part.get("text"))}; write a string')
+    words: str = part["text"]
+    return words
 
 
 def _string(value: Any, key: str) -> str:

@@ -262,6 +262,25 @@ def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
             '"completion" is empty',
         ),
         ('{"messages": [{"role": "assistant", "tool_calls": []}]}', 'message 0 of "messages" must be an object with'),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "url": "b"}]}]}',
+            """message 0 of "messages" has a part of type 'image'; only text is trained on: {"type": "text", "text": "..."}""",
+        ),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}', 'message 0 of "messages" has a part without a type'),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+            'message 0 of "messages" has a text part whose "text" is missing or null; write a string',
+        ),
+        (
+            '{"conversations": [{"from": "human", "value": "a"}, {"from": "observation", "value": "b"}]}',
+            """message 1 of "conversations" is from 'observation'; write human, gpt, system, or "role" and "content\"""",
+        ),
+        ('{"conversations": [{"from": [], "value": "a"}]}', 'message 0 of "conversations" is from []'),
+        (
+            '{"conversations": [{"from": "gpt", "value": 3}]}',
+            'message 0 of "conversations" must be an object with the strings "role" and "content"',
+        ),
+        ('{"conversations": [{"from": "human", "value": "a"}]}', '"conversations" has no turn of role "assistant"'),
     ],
 )
 def test_a_bad_line_says_what_is_wrong(line: str, message: str) -> None:
@@ -487,6 +506,66 @@ def test_a_prompt_of_messages_goes_through_the_template(vocabulary: Vocabulary, 
     file = made(lines(tmp_path / "a.jsonl", *samples), vocabulary, tmp_path)
     assert record(file, 0) == record(file, 1) == record(file, 2)
     assert answered(record(file, 0)[1], vocabulary) == "negative<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {"messages": [message | {"content": [{"type": "text", "text": message["content"]}]} for message in TALK]},
+        {
+            "prompt": [
+                *TALK[:2],
+                TALK[2] | {"content": [{"type": "text", "text": part} for part in ("And 12", " more?")]},
+            ],
+            "completion": [TALK[3] | {"content": [{"type": "text", "text": "negative\n"}]}],
+        },
+        {
+            "conversations": [
+                {"from": "human" if message["role"] == "user" else "gpt", "value": message["content"]}
+                for message in TALK
+            ]
+        },
+        {"conversations": TALK},
+    ],
+)
+def test_conversations_may_be_written_in_other_forms(
+    sample: dict[str, Any], vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    plain: dict[str, Any] = {"messages": TALK}
+    if "prompt" in sample:
+        plain = {"prompt": TALK[:3], "completion": TALK[3:]}
+    file = made(lines(tmp_path / "a.jsonl", plain, sample), vocabulary, tmp_path)
+    assert record(file, 0) == record(file, 1)
+
+
+def test_what_the_template_does_not_show_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    for sample, key in (({"messages": [*TALK[:1], call]}, "tool_calls"), ({"messages": TALK, "tools": [{}]}, "tools")):
+        with pytest.raises(InputError, match=f'template does not show "{key}"; leave them out, or write them as text'):
+            made(lines(tmp_path / "a.jsonl", sample), vocabulary, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a list.json", '\n[\n  {"text": "fünf"},\n  {"text": "six"}\n]\n'),
+        ("list.jsonl", '[{"text": "fünf"}, {"text": "six"}]'),
+        ("table.csv", '\ufefftext\nfünf\n"six"\n'),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_with_the_command_that_converts_it(
+    name: str, content: str, vocabulary: Vocabulary, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match="JSON lines are due; convert it: python3 -c") as caught:
+        made(str(tmp_path / name), vocabulary, tmp_path)
+    command = str(caught.value).split("convert it: ")[1].split(", its columns")[0]
+    here = Path(sys.executable).parent
+    subprocess.run(command, shell=True, check=True, env={"PATH": f"{here}:/usr/bin:/bin"})
+    converted = next(path for path in tmp_path.glob("*.jsonl") if path.name != name)
+    assert [json.loads(line) for line in converted.read_text().splitlines()] == [{"text": "fünf"}, {"text": "six"}]
+    file = made(str(converted), vocabulary, tmp_path)
+    assert vocabulary.tokenizer.decode(record(file, 0)[0]).startswith("fünf")
 
 
 def test_a_template_that_rewrites_earlier_turns_predicts_the_last_one(vocabulary: Vocabulary) -> None:

@@ -429,6 +429,21 @@ def test_the_text_model_of_a_multimodal_gemma_is_taken(
         assert torch.equal(tensor, plain[name])
 
 
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_a_model_saved_without_its_head_is_taken_where_it_has_none_of_its_own(prefix: str, tmp_path: Path) -> None:
+    """As AutoModel names the tensors that it saves."""
+    config, weights = LLAMA | {"tie_word_embeddings": True}, random_weights(LLAMA)
+    weights.pop("lm_head.weight", None)
+    bare = {prefix + name.removeprefix("model."): weight for name, weight in weights.items()}
+    whole = stored(resolve(str(write_directory(tmp_path / "whole", config, weights))), tmp_path)
+    found = stored(resolve(str(write_directory(tmp_path / "bare", config, bare))), tmp_path)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in found.items())
+    path = write_directory(tmp_path / "untied", config | {"tie_word_embeddings": False}, bare)
+    with pytest.raises(InputError, match=r"no tensor 'lm_head.weight' .*; it was saved without its head: save it from"):
+        resolve(str(path))
+
+
 def test_directories_bring_their_tokenizer(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer()
     path = write_directory(tmp_path / "model", LLAMA, random_weights(LLAMA), tokenizer=tokenizer)
