@@ -117,7 +117,7 @@ def run(
             "profile_step": profile_step,
             "conditions": conditions(plan, asdict(optimizer), seed),
         }
-        if resume and (finished := finished_report(directory, settings, train, data)):
+        if resume and (finished := finished_report(directory, settings, train, evaluation, data)):
             return finished
         compiled = jobs.compile_job(plan.model_dump(), settings)
         for old in replaced:  # only now: data or a plan that are refused must not cost an earlier run

@@ -32,16 +32,17 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
     training = Training(job, channel, out)
     conditions = {**header["conditions"], "data": training.batches.fingerprint}
     held_out = _fingerprint(header)
-    before: dict[str, Any] = {}  # the result of the first evaluation, which a resumed run does not repeat
-    done, path = 0, ""
-    if header["resume"]:
-        found = checkpoint.load_latest(out, conditions)
-        training.load_state(found.path, found.state)
-        done, path = found.step, found.path
+    found = checkpoint.load_latest(out, conditions) if header["resume"] else None
+    done, path = (found.step, found.path) if found else (0, "")
+    before = _evaluated_before(found.state) if found else {}
+    # Data that were not evaluated before step 1 are, by a resumed run, with the model as it was then.
+    begun = done > 0 and (held_out is None or before.get("data") == held_out)
+    if found:
         send("resumed", step=done, checkpoint=found.path)
-        before = _evaluated_before(found.state)
-        if done and before and before["data"] == held_out:
-            send("evaluated", when="before", **before["result"])
+    if found and begun:
+        training.load_state(found.path, found.state)
+        if held_out is not None:
+            send("evaluated", when="before", data=held_out, **before["result"])
     else:
         training.initialise()
     metrics = Metrics(os.path.join(out, "metrics.jsonl"), done)
@@ -67,7 +68,7 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
             settle()
             if when == "before":
                 before.update(data=held_out, result=result, answers="right")
-            send("evaluated", when=when, **result, peak_bytes=peaks[f"evaluate {when}"])
+            send("evaluated", when=when, data=held_out, **result, peak_bytes=peaks[f"evaluate {when}"])
 
     def save(step: int) -> str:
         def fill(path: str) -> dict[str, Any]:
@@ -84,8 +85,10 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
     later = -(-(done + 3) // header["accumulate"]) * header["accumulate"]
     watched = {done + 1: "first", min(header["steps"], later): "later"}
     try:
-        if not done:
+        if not begun:
             evaluate("before")
+            if found:
+                training.load_state(found.path, found.state)
         for step in range(done + 1, header["steps"] + 1):
             _step(training, step, watched.get(step), metrics, peaks, send)
             done, last = step, step == header["steps"]

@@ -93,21 +93,30 @@ def to_be_replaced(directory: Path, steps: int, *, resume: bool, overwrite: bool
     return [] if resume else found
 
 
-def finished_report(directory: Path, settings: dict[str, Any], train: Path, data: object) -> dict[str, Any] | None:
-    """The report of a run that has taken all of its steps already; `data` is what was given, `train` what was made of it.
+def finished_report(
+    directory: Path, settings: dict[str, Any], train: Path, evaluation: Path | None, data: object
+) -> dict[str, Any] | None:
+    """The report of a run that has taken all of its steps already, and was evaluated on what is in `evaluation`; `data` is what
+    was given, `train` what was made of it.
 
     Raises InputError where it was another run.
     """
-    batches = open_batches(str(train), settings["seed"])
-    batches.close()
-    expected = {**settings["conditions"], "data": batches.fingerprint}
+    expected = {**settings["conditions"], "data": _fingerprint(train)}
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
     found = load_latest(str(directory), json.loads(json.dumps(expected)), name)  # as the child reads it
+    held_out = _fingerprint(evaluation) if evaluation else None
     try:
         report = json.loads((directory / "report.json").read_text())
         done = found.step == settings["steps"] == len(report["loss"])
-        evaluated = settings["evaluation"] is None or "after" in report["evaluation"]
+        known = {when for when, told in report["evaluation"].items() if told["data"] == held_out}
+        evaluated = held_out is None or known == {"before", "after"}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     trained = any((directory / name).is_dir() for name in ("adapter", "model"))
     return report if done and evaluated and trained else None
+
+
+def _fingerprint(prepared: Path) -> str:
+    batches = open_batches(str(prepared), seed=0)  # for training alone
+    batches.close()
+    return batches.fingerprint

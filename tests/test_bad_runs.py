@@ -98,12 +98,32 @@ def test_the_evaluation_before_the_first_step_is_reported_after_a_resumption(tig
     run = ("run", work / "plan.json", "--data", data, "-o", tmp_path / "out", "--steps")
     assert tightfit(*run, 1, "--eval", data)[0] == 0
     first = json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]["before"]
-    assert tightfit(*run, 2, "--eval", other, "--resume")[0] == 0
-    assert set(json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]) == {"after"}
-    assert tightfit(*run, 3, "--eval", data, "--resume")[0] == 0
+    assert tightfit(*run, 2, "--eval", data, "--resume")[0] == 0
     found = json.loads((tmp_path / "out" / "report.json").read_text())["evaluation"]
     assert found["before"] == {name: told for name, told in first.items() if name != "peak_bytes"}
     assert found["after"]["loss"] != first["loss"]
+
+
+def test_other_held_out_data_are_evaluated_as_before_the_first_step_too(tightfit, work, tmp_path):
+    data, other = work / "data.jsonl", tmp_path / "other.jsonl"
+    other.write_text(data.read_text().splitlines(keepends=True)[0])
+
+    def evaluated(folder, steps, evaluation, *words):
+        run = ("run", work / "plan.json", "--data", data, "-o", tmp_path / folder)
+        code = tightfit(*run, "--steps", steps, "--eval", evaluation, *words)[0]
+        assert code == 0
+        report = json.loads((tmp_path / folder / "report.json").read_text())
+        return {when: told["loss"] for when, told in report["evaluation"].items()}, report["loss"]
+
+    with_data, _ = evaluated("whole", 2, data)
+    with_other, losses = evaluated("another", 2, other)
+    evaluated("out", 1, data)
+    assert evaluated("out", 2, other, "--resume") == (with_other, losses)
+    # A run that has taken all of its steps does not answer with what it found for other data.
+    assert evaluated("out", 2, data, "--resume") == (with_data, losses)
+    before = files(tmp_path / "out")
+    assert evaluated("out", 2, data, "--resume") == (with_data, losses)
+    assert files(tmp_path / "out") == before
 
 
 def test_one_run_in_a_folder(refused, tightfit, work, tmp_path):
