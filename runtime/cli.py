@@ -116,7 +116,9 @@ def profile(
             help="cpu: this machine, measured. The name of a device (see `tightfit devices`) or a JSON file that describes one: its times are estimated.",
         ),
     ] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="Compute threads; default: every core that is ours.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Compute threads; default: every core that this process may use.")
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the profile is written.")] = Path(
         "profile.json"
     ),
@@ -125,7 +127,7 @@ def profile(
     debug: Debug = False,
 ) -> None:
     """Measure one training step of MODEL (or estimate it, on a device that is not here): its tensors, operators, disk and
-    process floor. No weights need fit in memory.
+    process floor. The weights need not fit in memory.
     """
     _at_least(
         1, seq=seq, batch=batch, lora_rank=lora_rank, accumulate=accumulate, threads=1 if threads is None else threads
@@ -182,7 +184,7 @@ def plan(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="A fixed rule instead of the solver: keep-all, checkpoint-layers, checkpoint-sqrt, mebp, mesp, or with another gradient than the exact one mezo, lcsb; for a bare graph keep-all, checkpoint-layers or checkpoint-sqrt."
+            help="A fixed rule instead of the solver: keep-all, checkpoint-layers, checkpoint-sqrt, mebp or mesp; mezo or lcsb, whose gradient is not the exact one; for a bare graph one of the first three."
         ),
     ] = None,
     time_limit: TimeLimit = 30.0,
@@ -244,7 +246,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="solver and fixed rules to compare; default: the solver and every rule that means something for the profile.",
+            help="solver and fixed rules to compare; default: the solver and every exact rule that applies to the profile.",
         ),
     ] = None,
     device: Annotated[
@@ -323,7 +325,11 @@ def compare(
 def run(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
     data: Annotated[
-        str, typer.Option(metavar="DIR|FILE.jsonl|random", help="Training data, or random tokens for sizing.")
+        str,
+        typer.Option(
+            metavar="DIR|FILE.jsonl|random",
+            help="Training data, as JSON lines; random: made-up tokens, for sizing, or a module's sample batch.",
+        ),
     ],
     steps: Annotated[int, typer.Option(help="Steps in all, each of one batch.")],
     output: Annotated[
