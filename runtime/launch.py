@@ -64,18 +64,20 @@ def run(
 ) -> dict[str, Any]:
     """Train `steps` steps (a multiple of those of an update) as planned, under the plan's budget, and return the report (also written to ``out/report.json``).
 
-    `data` is a JSON-lines file, a directory of them, ``random``, or, for a module, an iterable of batches (tuples of
-    tensors): all of one that has a length, of another at most `steps`; they are written to the disk first. With `eval_data`, the model is evaluated before and after. `cgroup=False` leaves enforcement to the meter.
-    With `resume`, a run that has taken all `steps` already answers with its report and changes nothing.
-    `profile_step` adds to the report where the seconds of the third step went, operator by operator.
+        `data` is a JSON-lines file, a directory of them, ``random``, or, for a module, an iterable of batches (tuples of
+        tensors), of which each step takes the next and begins again after the last: all of one that has a length, of another at most
+    `steps`; they are written to the disk first. With `eval_data`, the model is evaluated before and after. `cgroup=False` leaves
+    enforcement to the meter.
+        With `resume`, a run that has taken all `steps` already answers with its report and changes nothing.
+        `profile_step` adds to the report where the seconds of the third step went, operator by operator.
 
-    Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a schedule,
-    CapError where the measured memory passes the budget, RunError where the disk fills up, the child dies or the run is
-    interrupted; the message then says where the last checkpoint lies.
+        Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a schedule,
+        CapError where the measured memory passes the budget, RunError where the disk fills up, the child dies or the run is
+        interrupted; the message then says where the last checkpoint lies.
 
-    Called in the main thread, it is interrupted by Ctrl-C, and by SIGTERM and SIGHUP where nothing else handles them: the
-    step is finished and saved, and the RunError is `interrupted`, on which a program should end, as the signal is used up.
-    A handler of the program's own is left in place; the run saves and ends if that, `progress` or `stages` raises.
+        Called in the main thread, it is interrupted by Ctrl-C, and by SIGTERM and SIGHUP where nothing else handles them: the
+        step is finished and saved, and the RunError is `interrupted`, on which a program should end, as the signal is used up.
+        A handler of the program's own is left in place; the run saves and ends if that, `progress` or `stages` raises.
     """
     directory = Path(out).absolute()
     if not isinstance(data, str | os.PathLike | Sized):

@@ -79,7 +79,7 @@ def data_files(data: str) -> list[Path]:
     if path.is_file():
         if path.suffix.lower() == ".csv":
             raise InputError(
-                f"{path}: a table where JSON lines are due; {_converted(path, 'csv')}, its columns {FORMS}"
+                f"{path}: a table where JSON lines are due; name its columns text, or prompt and completion, and {_converted(path, 'csv')}"
             )
         return [path]
     if path.exists():

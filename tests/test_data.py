@@ -557,9 +557,9 @@ def test_a_file_of_another_kind_is_refused_with_the_command_that_converts_it(
     name: str, content: str, vocabulary: Vocabulary, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(InputError, match="JSON lines are due; convert it: python3 -c") as caught:
+    with pytest.raises(InputError, match=r"JSON lines are due; .*convert it: python3 -c") as caught:
         made(str(tmp_path / name), vocabulary, tmp_path)
-    command = str(caught.value).split("convert it: ")[1].split(", its columns")[0]
+    command = str(caught.value).split("convert it: ")[1]
     here = Path(sys.executable).parent
     subprocess.run(command, shell=True, check=True, env={"PATH": f"{here}:/usr/bin:/bin"})
     converted = next(path for path in tmp_path.glob("*.jsonl") if path.name != name)
