@@ -244,15 +244,15 @@ def schedules(seed):
 
 
 def rows_of(problem, columns, *, careful=False):
-    """The rows over these very columns."""
+    """A program of the rows over these very columns, and the rows."""
     terms = [{name: Linear(value) for name, value in figures(column).items()} for column in columns]
-    return add_rows(Program(), problem, terms, careful=careful)
+    program = Program()
+    return program, add_rows(program, problem, terms, careful=careful)
 
 
 def told(problem, columns, limit_bytes, *, careful):
     """Seconds by the rows; None where the columns do not fit."""
-    rows = rows_of(problem, columns, careful=careful)
-    program = rows.program
+    program, rows = rows_of(problem, columns, careful=careful)
     program.bounds(rows.bytes, 0.0, limit_bytes / KIB)
     result = program.solve(rows.total_ms)
     return None if result.infeasible else result.objective / MS
@@ -289,8 +289,8 @@ def test_the_rows_hold_what_the_schedule_holds_and_its_instructions():
                 evaluations += evaluate > train
                 held = max(train, evaluate) + 100 * count
                 assert charged_bytes(problem, columns) == held
-                rows = rows_of(problem, columns)
-                told = rows.program.solve(Linear().add(rows.bytes)).objective * KIB
+                program, rows = rows_of(problem, columns)
+                told = program.solve(Linear().add(rows.bytes)).objective * KIB
                 assert told == pytest.approx(held, abs=1)
     assert evaluations >= 3
 
