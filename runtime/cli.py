@@ -360,7 +360,8 @@ def run(
     profile_step: Annotated[
         bool,
         typer.Option(
-            "--profile-step", help="Report where the seconds of the third step went, or of the last of fewer."
+            "--profile-step",
+            help="Report where the seconds of the third step went (where several make an update, of the next that ends one), or of the last of fewer.",
         ),
     ] = False,
     as_json: Json = False,

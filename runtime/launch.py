@@ -69,7 +69,7 @@ def run(
     `steps`; they are written to the disk first. With `eval_data`, the model is evaluated before and after. `cgroup=False` leaves
     enforcement to the meter.
         With `resume`, a run that has taken all `steps` already answers with its report and changes nothing.
-        `profile_step` adds to the report where the seconds of the third step went, operator by operator.
+        `profile_step` adds to the report where the seconds of the third step went, or of the next that ends an update, operator by operator.
 
         Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a schedule,
         CapError where the measured memory passes the budget, RunError where the disk fills up, the child dies or the run is
