@@ -158,7 +158,8 @@ class AnySchedule:
 
     def _states(self) -> None:
         device = self.profile.device
-        count = state_count(self.profile.optimizer)
+        # Of the steps that make one update only the last needs the moments.
+        count = state_count(self.profile.optimizer) if self.profile.accumulate == 1 else 1
         alike: Counter[int] = Counter()
         for tensor in self.profile.tensors:
             if tensor.kind != "trainable":

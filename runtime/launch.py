@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,23 +64,25 @@ def run(
 ) -> dict[str, Any]:
     """Train `steps` steps (a multiple of those of an update) as planned, under the plan's budget, and return the report (also written to ``out/report.json``).
 
-        `data` is a JSON-lines file, a directory of them, ``random``, or, for a module, an iterable of batches (tuples of
-        tensors), of which each step takes the next and begins again after the last: all of one that has a length, of another at most
-    `steps`; they are written to the disk first. With `eval_data`, the model is evaluated before and after. `cgroup=False` leaves
-    enforcement to the meter.
-        With `resume`, a run that has taken all `steps` already answers with its report and changes nothing.
-        `profile_step` adds to the report where the seconds of the third step went, or of the next that ends an update, operator by operator.
+    `data` is a JSON-lines file, a directory of them, ``random``, or, for a module, an iterable of batches (tuples of tensors), of
+    which each step takes the next and begins again after the last: all of one that has a length, of another as many as there are
+    steps. They are written to the disk first. With `eval_data`, the model is evaluated before and after. `cgroup=False` leaves
+    enforcement to the meter. With `resume`, a run that has taken all `steps` already answers with its report and changes nothing.
+    `profile_step` adds to the report where the seconds of the third step went, or of the next that ends an update, operator by
+    operator.
 
-        Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a schedule,
-        CapError where the measured memory passes the budget, RunError where the disk fills up, the child dies or the run is
-        interrupted; the message then says where the last checkpoint lies.
+    Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a schedule,
+    CapError where the measured memory passes the budget, RunError where the disk fills up, the child dies or the run is
+    interrupted; the message then says where the last checkpoint lies.
 
-        Called in the main thread, it is interrupted by Ctrl-C, and by SIGTERM and SIGHUP where nothing else handles them: the
-        step is finished and saved, and the RunError is `interrupted`, on which a program should end, as the signal is used up.
-        A handler of the program's own is left in place; the run saves and ends if that, `progress` or `stages` raises.
+    Called in the main thread, it is interrupted by Ctrl-C, and by SIGTERM and SIGHUP where nothing else handles them: the
+    step is finished and saved, and the RunError is `interrupted`, on which a program should end, as the signal is used up.
+    A handler of the program's own is left in place; the run saves and ends if that, `progress` or `stages` raises.
     """
     directory = Path(out).absolute()
-    if not isinstance(data, str | os.PathLike | Sized):
+    name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
+    if not isinstance(data, str | os.PathLike) and _length(data) is None:
+        name += f" (the first {steps} of an iterator without a length; give a list to go on with more steps)"
         data = itertools.islice(data, steps)
     check_options(plan, steps, schedule, lr)
     check_machine(plan)
@@ -119,7 +121,7 @@ def run(
             "profile_step": profile_step,
             "conditions": conditions(plan, asdict(optimizer), seed),
         }
-        if resume and (finished := finished_report(directory, settings, train, evaluation, data)):
+        if resume and (finished := finished_report(directory, settings, train, evaluation, name)):
             return finished
         compiled = jobs.compile_job(plan.model_dump(), settings)
         for old in replaced:  # only now: data or a plan that are refused must not cost an earlier run
@@ -273,6 +275,14 @@ def _prepare(
     return records.path
 
 
+def _length(batches: Iterable[object]) -> int | None:
+    """None where there is none: a DataLoader has `__len__`, and no length where its data set has none."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
 def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str, stages: Stages | None) -> Path:
     """Batches of a module: those given, or its factory's sample batch."""
     from profiles.factory_source import as_trained, build_module
@@ -286,6 +296,8 @@ def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str, stages: 
     # The plan has the tensors that are used, in the order of their first use.
     planned = {int(t.name.removeprefix("batch")): (t.dtype, t.shape) for t in plan.tensors if t.kind == "batch"}
 
+    length = _length(data)
+
     def checked() -> Iterator[list[torch.Tensor]]:
         for number, given in enumerate(data):
             batch = as_trained(given)
@@ -296,7 +308,7 @@ def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str, stages: 
                     f"batch {number} has tensors {found}, the plan was made for {wanted}; profile with a batch of that shape"
                 )
             if stages:
-                stages("writing batches down", number + 1, len(data) if isinstance(data, Sized) else number + 1)
+                stages("writing batches down", number + 1, length or number + 1)
             yield [batch[at] for at in planned]
 
     return Path(write_batches(str(folder / f"{purpose}.batches"), checked()))

@@ -94,15 +94,14 @@ def to_be_replaced(directory: Path, steps: int, *, resume: bool, overwrite: bool
 
 
 def finished_report(
-    directory: Path, settings: dict[str, Any], train: Path, evaluation: Path | None, data: object
+    directory: Path, settings: dict[str, Any], train: Path, evaluation: Path | None, name: str
 ) -> dict[str, Any] | None:
-    """The report of a run that has taken all of its steps already, and was evaluated on what is in `evaluation`; `data` is what
-    was given, `train` what was made of it.
+    """The report of a run that has taken all of its steps already, and was evaluated on what is in `evaluation`; `train` is what was
+    made of the data called `name`.
 
     Raises InputError where it was another run.
     """
     expected = {**settings["conditions"], "data": _fingerprint(train)}
-    name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
     found = load_latest(str(directory), json.loads(json.dumps(expected)), name)  # as the child reads it
     held_out = _fingerprint(evaluation) if evaluation else None
     try:

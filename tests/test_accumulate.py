@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,33 @@ def test_what_is_labelled_nowhere_has_no_gradient() -> None:
         update.begin(step, 0)
         update.apply(step, parameter, gradient, *states)
     assert torch.equal(parameter, torch.ones(8))
+
+
+class Loader:
+    """As a DataLoader over a data set of unknown length: asked for one, it raises TypeError."""
+
+    def __len__(self) -> int:
+        raise TypeError("object of type 'Numbers' has no len()")
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        return repeat((torch.zeros(4, 256), torch.zeros(4, 256)))
+
+
+def test_what_has_no_length_is_cut_to_the_steps_and_says_so(tmp_path: Path) -> None:
+    planned = plan(profile(f"{__name__}:regression"), 1 << 40)
+    told: list[str] = []
+    run(
+        planned,
+        Loader(),
+        steps=2,
+        out=tmp_path,
+        stages=lambda what, done, total: told.append(f"{what} {done} of {total}"),
+    )
+    assert told == ["writing batches down 1 of 1", "writing batches down 2 of 2"]
+    with pytest.raises(
+        InputError, match=r"the batches given \(the first 4 of an iterator without a length; give a list"
+    ):
+        run(planned, Loader(), steps=4, out=tmp_path, resume=True)
 
 
 def test_steps_that_leave_an_update_unfinished_are_refused(decoder: Profile, data: Path, tmp_path: Path) -> None:

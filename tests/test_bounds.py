@@ -26,7 +26,7 @@ from planner.rows import add_rows, charged_bytes, instruction_count
 from planner.solver import Outcome
 from planner.split import layered
 from planner.windows import measure
-from profiles.schema import Channel, Device, Floor, Layer, Tensor
+from profiles.schema import Channel, Device, Floor, Layer, Tensor, adamw
 
 # --- any schedule, by hand -----------------------------------------------------------------------------------------
 
@@ -293,6 +293,18 @@ def test_the_rows_hold_what_the_schedule_holds_and_its_instructions():
                 told = program.solve(Linear().add(rows.bytes)).objective * KIB
                 assert told == pytest.approx(held, abs=1)
     assert evaluations >= 3
+
+
+def test_a_step_between_updates_needs_no_moments():
+    """Whether it moves them or not: of many steps that make an update only the last needs them."""
+    on = device(read=2e7, write=2e7)
+    one = decoder_like(2, tokens=128, rank=64, on=on).model_copy(
+        update={"optimizer": {"name": "adamw", "state_tensors": 1}}
+    )
+    many = one.model_copy(update={"optimizer": adamw(64)})
+    budget = Planner(many).minimum().peak_bytes * 11 // 10
+    bounds = [Planner(profile).plan(budget).any_schedule_bound_seconds for profile in (one, many)]
+    assert bounds[1] <= bounds[0] * (1 + 1e-9)
 
 
 class Figures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -20,9 +21,10 @@ def measuring(process):
     while time.monotonic() < until:
         assert process.poll() is None
         for child in psutil.Process(process.pid).children():
-            begun = "libtorch" in Path(f"/proc/{child.pid}/maps").read_text()
-            if begun and child.cmdline()[-1] == "runtime.measure":
-                return child
+            with contextlib.suppress(OSError, psutil.Error):  # others come and go
+                begun = "libtorch" in Path(f"/proc/{child.pid}/maps").read_text()
+                if begun and child.cmdline()[-1:] == ["runtime.measure"]:
+                    return child
         time.sleep(0.01)
     raise AssertionError("nothing is measured")
 

@@ -505,7 +505,6 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_tensor_with_rows_missing_is_no_store(tmp_path: Path) -> None:
     entry = packed_entry("w", (3, 5), "float32")
     with (
@@ -516,6 +515,7 @@ def test_a_tensor_with_rows_missing_is_no_store(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_what_a_killed_writer_left_is_removed_and_a_living_one_is_left_alone(tmp_path: Path) -> None:
     source = source_of(TINY, tmp_path)
     name = build_store(source, tmp_path / "cache").name

@@ -16,7 +16,7 @@ export function offerRun(view) {
   $("run-refused").textContent = refused ?? "";
   const steps = $("run-form").elements.steps, unit = view?.summary.accumulate ?? 1;
   steps.min = steps.step = unit;
-  steps.value = Math.ceil(steps.value / unit) * unit;
+  if (steps.value) steps.value = Math.ceil(steps.value / unit) * unit;
   $("run").hidden = (!view || view.summary.status === "infeasible") && $("runs").options.length < 2;
 }
 
