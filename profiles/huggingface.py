@@ -68,7 +68,9 @@ def directory_source(path: Path, *, embedding: EmbeddingFormat, name: str | None
     for file in files:
         for key in _keys(file, digest):
             held[_text_name(key)] = (file, key)
-    if "lm_head.weight" not in held and "tie_word_embeddings" not in config:
+    # Saved from the model without its head, only a family that ties by itself is known to need none.
+    bare = any(BASE.match(key) for _, key in held.values()) and not str(config.get("model_type")).startswith("gemma")
+    if "lm_head.weight" not in held and "tie_word_embeddings" not in config and not bare:
         config["tie_word_embeddings"] = True
     entries = describe(config, embedding=embedding)
     for entry in entries.values():

@@ -6,6 +6,7 @@ the call that the runtime makes, under its allocator settings and thread count. 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def measure(
     entries: dict[str, Entry],
     *,
     compute_dtype: str,
-    accumulate: int,
+    accumulate: int = 1,
     threads: int,
     scratch: Path,
     environment: dict[str, str],
@@ -86,8 +87,11 @@ def _run(request: dict[str, Any], environment: dict[str, str], progress: Progres
         assert child.stdout is not None
         assert child.stderr is not None
         try:
-            child.stdin.write(json.dumps(request))
-            child.stdin.close()
+            # Where it has ended already it has said why.
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(json.dumps(request))
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
             result = None
             for line in child.stdout:
                 message = json.loads(line)

@@ -66,8 +66,9 @@ def run(
 
     `data` is a JSON-lines file, a directory of them, ``random``, or, for a module, an iterable of batches (tuples of tensors), of
     which each step takes the next and begins again after the last: all of one that has a length, of another as many as there are
-    steps. They are written to the disk first. With `eval_data`, the model is evaluated before and after. `cgroup=False` leaves
-    enforcement to the meter. With `resume`, a run that has taken all `steps` already answers with its report and changes nothing.
+    steps. They are written to the disk first. With `eval_data`, which must end, the model is evaluated before and after.
+    `cgroup=False` leaves enforcement to the meter. With `resume`, a run that has taken all `steps` already answers with its report
+    and changes nothing but for what other `eval_data` bring.
     `profile_step` adds to the report where the seconds of the third step went, or of the next that ends an update, operator by
     operator.
 
@@ -80,11 +81,11 @@ def run(
     A handler of the program's own is left in place; the run saves and ends if that, `progress` or `stages` raises.
     """
     directory = Path(out).absolute()
+    check_options(plan, steps, schedule, lr)
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
     if not isinstance(data, str | os.PathLike) and _length(data) is None:
         name += f" (the first {steps} of an iterator without a length; give a list to go on with more steps)"
         data = itertools.islice(data, steps)
-    check_options(plan, steps, schedule, lr)
     check_machine(plan)
     check_schedule(plan)
     store = find_store(plan, stages)
@@ -121,7 +122,8 @@ def run(
             "profile_step": profile_step,
             "conditions": conditions(plan, asdict(optimizer), seed),
         }
-        if resume and (finished := finished_report(directory, settings, train, evaluation, name)):
+        finished, evaluated = finished_report(directory, settings, train, evaluation, name) if resume else (None, False)
+        if finished and evaluated:
             return finished
         compiled = jobs.compile_job(plan.model_dump(), settings)
         for old in replaced:  # only now: data or a plan that are refused must not cost an earlier run
@@ -144,6 +146,8 @@ def run(
         finally:
             path.unlink(missing_ok=True)
         report = build_report(plan, observed, directory, enforced_by="cgroup" if group else "meter")
+        if finished:  # what its steps measured stays
+            report = finished | {"evaluation": report["evaluation"]}
         with writing_to(directory):
             (directory / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         return report

@@ -95,9 +95,9 @@ def to_be_replaced(directory: Path, steps: int, *, resume: bool, overwrite: bool
 
 def finished_report(
     directory: Path, settings: dict[str, Any], train: Path, evaluation: Path | None, name: str
-) -> dict[str, Any] | None:
-    """The report of a run that has taken all of its steps already, and was evaluated on what is in `evaluation`; `train` is what was
-    made of the data called `name`.
+) -> tuple[dict[str, Any] | None, bool]:
+    """The report of a run that has taken all of its steps already, and whether it was evaluated on what is in `evaluation`; `train`
+    is what was made of the data called `name`.
 
     Raises InputError where it was another run.
     """
@@ -107,12 +107,12 @@ def finished_report(
     try:
         report = json.loads((directory / "report.json").read_text())
         done = found.step == settings["steps"] == len(report["loss"])
-        known = {when for when, told in report["evaluation"].items() if told["data"] == held_out}
-        evaluated = held_out is None or known == {"before", "after"}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        earlier = found.state.get("evaluated before", {}).get("data")  # reports of older versions do not say
+        known = {when for when, told in report["evaluation"].items() if told.get("data", earlier) == held_out}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, False
     trained = any((directory / name).is_dir() for name in ("adapter", "model"))
-    return report if done and evaluated and trained else None
+    return (report if done and trained else None), held_out is None or known == {"before", "after"}
 
 
 def _fingerprint(prepared: Path) -> str:

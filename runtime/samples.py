@@ -14,6 +14,7 @@ no `content`. A content may be a list of parts, all of them {"type": "text", "te
 
 from __future__ import annotations
 
+import codecs
 import json
 import shlex
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from profiles.errors import InputError
 Message = dict[str, Any]
 Tools = tuple[dict[str, Any], ...]
 Prompt = str | tuple[Message, ...]
-FORMS = '{"text"}, {"prompt", "completion"}, {"messages"} or {"prompt", "choices", "answer"}'
+FORMS = '{"text"}, {"prompt", "completion"}, {"messages"}, {"conversations"} or {"prompt", "choices", "answer"}'
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
 CONVERSIONS = {
     "json": "import json, sys; [print(json.dumps(line)) for line in json.load(open(sys.argv[1], encoding='utf-8-sig'))]",
@@ -98,7 +99,7 @@ def read_samples(file: Path) -> Iterator[tuple[int, Sample | InputError]]:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                if first and line.lstrip().startswith(b"["):
+                if first and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                     yield number, InputError(f"a JSON list where JSON lines are due; {_converted(file, 'json')}")
                     return
                 first = False
@@ -112,8 +113,12 @@ def read_samples(file: Path) -> Iterator[tuple[int, Sample | InputError]]:
 
 def _converted(file: Path, kind: str) -> str:
     """The command that makes JSON lines of `file`, in words."""
-    target = file.with_suffix(".lines.jsonl" if file.suffix == ".jsonl" else ".jsonl")
-    return f'convert it: python3 -c "{CONVERSIONS[kind]}" {shlex.quote(str(file))} > {shlex.quote(str(target))}'
+    target = file.with_suffix(".jsonl")
+    if target.exists():
+        target = file.with_suffix(".lines.jsonl")
+    leave = "take it out of a folder of data and " if file.suffix == ".jsonl" else ""
+    command = f'python3 -c "{CONVERSIONS[kind]}" {shlex.quote(str(file))} > {shlex.quote(str(target))}'
+    return f"{leave}convert it: {command}"
 
 
 def parse_sample(line: bytes) -> Sample:
@@ -128,12 +133,9 @@ def parse_sample(line: bytes) -> Sample:
         raise InputError(f"lists or objects nested too deeply; write {FORMS}") from error
     if not isinstance(value, dict):
         raise InputError(f"a JSON {_kind(value)} where an object is due; write {FORMS}")
-    for key in ("messages", "conversations"):
-        if key in value:
-            messages = _messages(value[key], key)
-            if not any(message["role"] == "assistant" for message in messages):
-                raise InputError(f'"{key}" has no turn of role "assistant"; there is nothing to learn')
-            return Conversation(messages, tools=_tools(value))
+    named = [key for key in ("messages", "conversations") if key in value]
+    if named:
+        return _conversation(value, next((key for key in named if value[key] is not None), named[0]))
     if "choices" in value:
         return _question(value)
     if "completion" in value:
@@ -154,6 +156,15 @@ def parse_sample(line: bytes) -> Sample:
         return Text(_string(value["text"], "text"))
     found = ", ".join(sorted(map(str, value))[:6]) or "none"
     raise InputError(f"unknown keys ({found}); write {FORMS}")
+
+
+def _conversation(value: dict[str, Any], key: str) -> Conversation:
+    messages = _messages(value[key], key)
+    if key == "conversations" and value.get("system"):  # as some write ShareGPT
+        messages = ({"role": "system", "content": _string(value["system"], "system")}, *messages)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError(f'"{key}" has no turn of role "assistant"; there is nothing to learn')
+    return Conversation(messages, tools=_tools(value))
 
 
 def _question(value: dict[str, Any]) -> Question:
@@ -203,13 +214,14 @@ def _messages(value: Any, key: str) -> tuple[Message, ...]:
 
 def _message(message: Any, place: str) -> Message:
     """The message with a string for its content, or none beside tool calls."""
+    due = '"role" and "content"'
     if isinstance(message, dict) and "from" in message and "role" not in message:
         role = SHAREGPT.get(str(message["from"]))
         if role is None:
             raise InputError(
                 f'{place} is from {message["from"]!r}; write {", ".join(SHAREGPT)}, or "role" and "content"'
             )
-        message = {"role": role, "content": message.get("value")}
+        message, due = {"role": role, "content": message.get("value")}, '"from" and "value"'
     content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, list):
         content = "".join(_part(part, place) for part in content)
@@ -217,7 +229,7 @@ def _message(message: Any, place: str) -> Message:
     if content is None and isinstance(message, dict) and message.get("tool_calls"):
         content = ""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(content, str):
-        raise InputError(f'{place} must be an object with the strings "role" and "content"')
+        raise InputError(f"{place} must be an object with the strings {due}")
     return message
 
 

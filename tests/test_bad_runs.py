@@ -119,11 +119,29 @@ def test_other_held_out_data_are_evaluated_as_before_the_first_step_too(tightfit
     with_other, losses = evaluated("another", 2, other)
     evaluated("out", 1, data)
     assert evaluated("out", 2, other, "--resume") == (with_other, losses)
-    # A run that has taken all of its steps does not answer with what it found for other data.
+    # A run that has taken all of its steps does not answer with what it found for other data, and keeps what they measured.
+    told = json.loads((tmp_path / "out" / "report.json").read_text())
     assert evaluated("out", 2, data, "--resume") == (with_data, losses)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {**report, "evaluation": None} == {**told, "evaluation": None}
     before = files(tmp_path / "out")
     assert evaluated("out", 2, data, "--resume") == (with_data, losses)
     assert files(tmp_path / "out") == before
+
+
+def test_a_report_that_does_not_say_what_was_evaluated_is_an_answer_too(tightfit, work, tmp_path):
+    """As earlier versions wrote it."""
+    data = work / "data.jsonl"
+    run = ("run", work / "plan.json", "--data", data, "-o", tmp_path, "--steps", 2)
+    assert tightfit(*run, "--eval", data)[0] == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    for told in report["evaluation"].values():
+        del told["data"]
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    before = files(tmp_path)
+    for words in (["--eval", data], []):
+        assert tightfit(*run, *words, "--resume")[0] == 0
+        assert files(tmp_path) == before
 
 
 def test_one_run_in_a_folder(refused, tightfit, work, tmp_path):

@@ -48,6 +48,14 @@ def test_what_is_turned_is_written_as_it_reads(tmp_path):
     assert all(torch.equal(found, expected) for found, expected in zip(inputs, turned, strict=True))
 
 
+def test_a_tensor_of_nothing_is_no_damage(tmp_path):
+    opened = open_batches(write_batches(str(tmp_path / "x"), [[torch.ones(2), torch.zeros(0, 3), torch.ones(2)]]), 0)
+    inputs = [torch.zeros(2), torch.zeros(0, 3), torch.zeros(2)]
+    opened.training(0, inputs)
+    assert inputs[2].tolist() == [1.0, 1.0]
+    opened.close()
+
+
 def test_damage_and_truncation_are_found(path, tmp_path):
     data = bytearray((tmp_path / "x.batches").read_bytes())
     data[HEADER_BYTES + 3] ^= 1

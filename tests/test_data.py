@@ -278,8 +278,10 @@ def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
         ('{"conversations": [{"from": [], "value": "a"}]}', 'message 0 of "conversations" is from []'),
         (
             '{"conversations": [{"from": "gpt", "value": 3}]}',
-            'message 0 of "conversations" must be an object with the strings "role" and "content"',
+            'message 0 of "conversations" must be an object with the strings "from" and "value"',
         ),
+        ('{"messages": null, "conversations": null}', '"messages" must be a list of'),
+        ('{"system": 3, "conversations": [{"from": "gpt", "value": "a"}]}', '"system" is number'),
         ('{"conversations": [{"from": "human", "value": "a"}]}', '"conversations" has no turn of role "assistant"'),
     ],
 )
@@ -526,6 +528,7 @@ def test_a_prompt_of_messages_goes_through_the_template(vocabulary: Vocabulary, 
             ]
         },
         {"conversations": TALK},
+        {"messages": None, "conversations": TALK},
     ],
 )
 def test_conversations_may_be_written_in_other_forms(
@@ -536,6 +539,14 @@ def test_conversations_may_be_written_in_other_forms(
         plain = {"prompt": TALK[:3], "completion": TALK[3:]}
     file = made(lines(tmp_path / "a.jsonl", plain, sample), vocabulary, tmp_path)
     assert record(file, 0) == record(file, 1)
+
+
+def test_a_system_beside_conversations_is_their_first_turn() -> None:
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    beside = parse_sample(json.dumps({"system": "Be brief.", "conversations": turns}).encode())
+    assert beside == parse_sample(
+        json.dumps({"conversations": [{"from": "system", "value": "Be brief."}, *turns]}).encode()
+    )
 
 
 def test_what_the_template_does_not_show_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
@@ -550,6 +561,7 @@ def test_what_the_template_does_not_show_is_refused(vocabulary: Vocabulary, tmp_
     [
         ("a list.json", '\n[\n  {"text": "fünf"},\n  {"text": "six"}\n]\n'),
         ("list.jsonl", '[{"text": "fünf"}, {"text": "six"}]'),
+        ("taken.json", '\ufeff[{"text": "fünf"}, {"text": "six"}]'),
         ("table.csv", '\ufefftext\nfünf\n"six"\n'),
     ],
 )
@@ -557,12 +569,14 @@ def test_a_file_of_another_kind_is_refused_with_the_command_that_converts_it(
     name: str, content: str, vocabulary: Vocabulary, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / "taken.jsonl").write_text("another's")
     with pytest.raises(InputError, match=r"JSON lines are due; .*convert it: python3 -c") as caught:
         made(str(tmp_path / name), vocabulary, tmp_path)
     command = str(caught.value).split("convert it: ")[1]
     here = Path(sys.executable).parent
     subprocess.run(command, shell=True, check=True, env={"PATH": f"{here}:/usr/bin:/bin"})
-    converted = next(path for path in tmp_path.glob("*.jsonl") if path.name != name)
+    converted = next(path for path in tmp_path.glob("*.jsonl") if path.name not in (name, "taken.jsonl"))
+    assert (tmp_path / "taken.jsonl").read_text() == "another's"
     assert [json.loads(line) for line in converted.read_text().splitlines()] == [{"text": "fünf"}, {"text": "six"}]
     file = made(str(converted), vocabulary, tmp_path)
     assert vocabulary.tokenizer.decode(record(file, 0)[0]).startswith("fünf")

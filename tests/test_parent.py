@@ -41,6 +41,8 @@ def test_what_measures_ends_with_a_killed_profile(tmp_path):
     process.kill()
     process.wait()
     _, left = psutil.wait_procs([child], timeout=20)
+    # What it was handed to may never ask what became of it, as in some containers.
+    left = [one for one in left if one.status() != psutil.STATUS_ZOMBIE]
     for one in left:
         one.kill()
     assert left == []

@@ -439,9 +439,11 @@ def test_a_model_saved_without_its_head_is_taken_where_it_has_none_of_its_own(pr
     found = stored(resolve(str(write_directory(tmp_path / "bare", config, bare))), tmp_path)
     assert found.keys() == whole.keys()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in found.items())
-    path = write_directory(tmp_path / "untied", config | {"tie_word_embeddings": False}, bare)
-    with pytest.raises(InputError, match=r"no tensor 'lm_head.weight' .*; it was saved without its head: save it from"):
-        resolve(str(path))
+    for name, said in (("untied", {"tie_word_embeddings": False}), ("unsaid", {})):
+        silent = {key: value for key, value in config.items() if key != "tie_word_embeddings"}
+        path = write_directory(tmp_path / name, silent | said, bare)
+        with pytest.raises(InputError, match=r"no tensor 'lm_head.weight' .*; it was saved without its head: save it"):
+            resolve(str(path))
 
 
 def test_directories_bring_their_tokenizer(tmp_path: Path) -> None:
