@@ -262,7 +262,7 @@ class Loader:
 
 
 def test_what_has_no_length_is_cut_to_the_steps_and_says_so(tmp_path: Path) -> None:
-    planned = plan(profile(f"{__name__}:regression"), 1 << 40)
+    planned = plan(profile(f"{__name__}:regression", accumulate=2), 1 << 40)
     told: list[str] = []
     run(
         planned,

@@ -169,7 +169,7 @@ def test_bad_data_names_every_line(refused, tightfit, work, tmp_path):
     data.write_bytes(b"\n".join([lines(ROWS).encode().strip(), *broken, json.dumps(long).encode()]) + b"\n")
     told = refused(2, *run).splitlines()
     assert told[0] == "8 bad lines of 11 in the data:"
-    forms = '{"text"}, {"prompt", "completion"}, {"messages"} or {"prompt", "choices", "answer"}'
+    forms = '{"text"}, {"prompt", "completion"}, {"messages"}, {"conversations"} or {"prompt", "choices", "answer"}'
     assert told[1] == f"{data}:4: a JSON list where an object is due; write {forms}"
     for number, words in enumerate(
         [
