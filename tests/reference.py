@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from profiles.schema import Profile
+from profiles.store import Store
+from runtime.adapter import initialise
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -56,6 +60,21 @@ def peft_model(
         for name, value in weights.items():
             theirs[peft_name(name, theirs)].copy_(value)
     return wrapped
+
+
+def starting_weights(made: Profile, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """What a run of a profile begins with, by our names: the dequantised base, matrices in `dtype`, and the adapter's first values."""
+    weights: dict[str, Tensor] = {}
+    assert made.model.store is not None
+    with Store.open(made.model.store) as store:
+        for name, entry in store.entries.items():
+            weights[name] = torch.empty(entry.shape, dtype=torch.float32 if len(entry.shape) == 1 else dtype)
+            store.load(name, weights[name])
+    for tensor in made.tensors:
+        if tensor.kind == "trainable":
+            weights[tensor.name] = torch.empty(tensor.shape)
+            initialise(tensor.name, 0, weights[tensor.name])
+    return weights
 
 
 def peft_name(name: str, theirs: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from reference import CONFIGS, peft_model, peft_name
+from reference import CONFIGS, peft_model, peft_name, starting_weights
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
@@ -25,8 +25,6 @@ from profiles.devices import find_device
 from profiles.errors import InputError
 from profiles.estimate import estimate_profile
 from profiles.schema import Profile, adamw
-from profiles.store import Store
-from runtime.adapter import initialise
 from runtime.batches import open_batches
 from runtime.launch import run
 from runtime.optimizer import AdamW, Update
@@ -76,16 +74,7 @@ def saved(out: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
 def one_large_batch(made: Profile, out: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same updates by transformers + peft: the samples of an update in one batch, its loss a mean over all labelled tokens.
     The loss of each sample, and the adapter."""
-    weights = {}
-    assert made.model.store is not None
-    with Store.open(made.model.store) as store:
-        for name, entry in store.entries.items():
-            weights[name] = torch.empty(entry.shape)
-            store.load(name, weights[name])
-    for tensor in made.tensors:
-        if tensor.kind == "trainable":
-            weights[tensor.name] = torch.empty(tensor.shape)
-            initialise(tensor.name, 0, weights[tensor.name])
+    weights = starting_weights(made)
     model = peft_model(CONFIG, weights, RANK, 8.0, torch.float32)
     parameters = dict(model.named_parameters())
     trained = {n: parameters[peft_name(n, parameters)] for n in weights if "lora_" in n}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import CONFIGS, peft_model, peft_name
+from reference import CONFIGS, peft_model, peft_name, starting_weights
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
@@ -25,7 +25,6 @@ from profiles.api import profile
 from profiles.errors import InputError
 from profiles.schema import Profile
 from profiles.store import Store
-from runtime.adapter import initialise
 from runtime.batches import open_batches
 from runtime.launch import run
 
@@ -86,16 +85,7 @@ def losses_and_moments(
     made: Profile, out: Path, config: dict[str, Any], dtype: torch.dtype
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The same steps by transformers + peft + torch.optim.AdamW on the dequantised weights, on the very batches of the run."""
-    assert made.model.store is not None
-    weights = {}
-    with Store.open(made.model.store) as store:
-        for name, entry in store.entries.items():
-            weights[name] = torch.empty(entry.shape, dtype=torch.float32 if len(entry.shape) == 1 else dtype)
-            store.load(name, weights[name])
-    for tensor in made.tensors:
-        if tensor.kind == "trainable":
-            weights[tensor.name] = torch.empty(tensor.shape)
-            initialise(tensor.name, 0, weights[tensor.name])
+    weights = starting_weights(made, dtype)
     model = peft_model(config, weights, RANK, 8.0, dtype)
     parameters = dict(model.named_parameters())
     trained = {n: parameters[peft_name(n, parameters)] for n in weights if "lora_" in n}

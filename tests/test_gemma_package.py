@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from gemma_package import PACKAGE, gemma_file
-from reference import peft_model
+from reference import peft_model, starting_weights
 
 from planner.plan import Planner
 from profiles.api import profile
-from profiles.store import Store
-from runtime.adapter import initialise
 from runtime.batches import open_batches
 from runtime.launch import run
 
@@ -36,17 +34,7 @@ def test_losses_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.Mo
     planned = Planner(made).smallest_plan()
     report = run(planned, data, steps=2, out=tmp_path / "out", lr=5e-4)
     assert planned.peak_bytes * 0.97 <= report["peak_bytes"]["measured"] <= planned.peak_bytes
-    assert made.model.store is not None
-    weights = {}
-    with Store.open(made.model.store) as store:
-        for name, entry in store.entries.items():
-            weights[name] = torch.empty(entry.shape)
-            store.load(name, weights[name])
-    for tensor in made.tensors:
-        if tensor.kind == "trainable":
-            weights[tensor.name] = torch.empty(tensor.shape)
-            initialise(tensor.name, 0, weights[tensor.name])
-    model = peft_model(made.model.config, weights, RANK, 16.0, torch.bfloat16)
+    model = peft_model(made.model.config, starting_weights(made), RANK, 16.0, torch.bfloat16)
     batches = open_batches(str(next((tmp_path / "out" / "data").glob("train*"))), 0)
     inputs, labels = (torch.empty(len(TEXTS), SEQ, dtype=torch.int64) for _ in range(2))
     batches.training(0, [inputs, labels])

@@ -6,8 +6,9 @@ import pytest
 from broken_plans import changed, rejected
 from synthetic import PAGE, profile_of
 
+from planner.drafted import drafted, drafted_phase
 from planner.replay import LINE
-from planner.schema import MEZO, Peak, Phase, Plan
+from planner.schema import MEZO
 from planner.simulate import simulate
 from profiles.schema import Channel, Device, Floor, Layer, Operator, Program, Tensor, Value
 
@@ -114,10 +115,6 @@ OPERATORS = [
 ]
 
 
-def phase(instructions):
-    return Phase(instructions=instructions, seconds=0.0, peak_bytes=0, peak=Peak(instruction=0, text="", tensors={}))
-
-
 def written(operators, train, evaluate, *, arena, optimizer):
     program = Program(
         name="p",
@@ -129,37 +126,17 @@ def written(operators, train, evaluate, *, arena, optimizer):
     )
     device = Device(name="by hand", kind="cpu", threads=1, floor=FLOOR, read=READ, write=WRITE)
     layer = Layer(name="l", program="p", bindings={name: name for name in BOUND})
-    profile = profile_of([program], [layer], TENSORS, "loss", on=device)
-    return Plan(
-        fingerprint="by hand",
-        profile_fingerprint="by hand",
+    profile = profile_of([program], [layer], TENSORS, "loss", on=device).model_copy(update={"optimizer": optimizer})
+    return drafted(
+        profile,
+        profile,
         policy="by hand",
-        status="feasible",
         budget_bytes=1 << 30,
-        floor_bytes=0,
-        peak_bytes=0,
-        step_seconds=0.0,
-        bound_seconds=0.0,
-        any_schedule_bound_seconds=0.0,
-        gap=0.0,
-        any_schedule_gap=0.0,
-        solve_seconds=0.0,
-        model=profile.model,
-        batch=1,
-        compute_dtype="float32",
-        optimizer=optimizer,
-        device=device,
-        tensors=TENSORS,
-        programs=[program],
-        layers=[layer],
-        loss="loss",
-        token_losses=None,
         decisions={},
         resident=RESIDENT,
+        train=[drafted_phase(train)],
+        evaluate=drafted_phase(evaluate),
         arena_bytes=arena,
-        workspace_bytes=0,
-        train=phase(train),
-        evaluate=phase(evaluate),
     )
 
 
@@ -341,8 +318,8 @@ def test_states_that_stay_in_memory_are_on_disk_once_they_are_written(plan):
         update={
             "resident": RESIDENT | states,
             "arena_bytes": page(13),
-            "train": phase([entry for entry in TRAIN if entry not in moved]),
-            "evaluate": phase(beside),
+            "train": drafted_phase([entry for entry in TRAIN if entry not in moved]),
+            "evaluate": drafted_phase(beside),
         }
     )
     assert simulate(stays).train.read_bytes == page(3)
@@ -491,9 +468,9 @@ def cycle(plan):
             "tensors": tensors,
             "optimizer": {"name": "sgd", "state_tensors": 0},
             "resident": {"x": 0, "t": PAGE, "u": page(2)},
-            "train": phase(PASSED).model_copy(update={"skipped": ["middle"]}),
-            "cycle": [phase(WHOLE)],
-            "evaluate": phase([*ONCE[:3], ["free", "h"], ["free", "y"], ["free", "loss"]]),
+            "train": drafted_phase(PASSED).model_copy(update={"skipped": ["middle"]}),
+            "cycle": [drafted_phase(WHOLE)],
+            "evaluate": drafted_phase([*ONCE[:3], ["free", "h"], ["free", "y"], ["free", "loss"]]),
         }
     )
 
