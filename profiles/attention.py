@@ -2,8 +2,9 @@
 
 A block of queries attends to all its keys at once: products of matrices as large as the cache allows, no running maximum, and
 most of what lies in the future of the whole block is left out. PyTorch's own kernel goes by 32 queries and 512 keys, and multiplies
-the future too (256 tokens of bfloat16, 12 heads of 128 columns and 2 of keys, on one Zen 5 core: forward 4.3 ms, backward 10.3;
-this 2.7 and 5.2, with MKL's products, as for float32, 3.3 and 7.5). All copies and scores lie in a scratch that the plan places.
+the future too (256 tokens of bfloat16, 12 heads of 128 columns and 2 of keys, on one Zen 5 core: forward 4.3 ms, backward 7.2;
+this 1.9 and 4.3, with MKL's products, as for float32, 3.3 and 8.3). Scores are in powers of two: `exp` is MKL's, which on other
+makers' processors takes four times as long as PyTorch's `exp2`, and twenty times for the scores of the future. All copies and scores lie in a scratch that the plan places.
 
 Shapes: n samples of T tokens, H heads of queries and K of keys of D columns each, H / K heads of queries to each of keys.
 """
@@ -18,10 +19,13 @@ from torch import Tensor
 
 from profiles.products import blocks, onednn
 
+LOG2_E = math.log2(math.e)
 TOKENS = 256
 """tokens of the samples that are worked on together, at least one sample"""
-QUERIES = 64
-"""tokens of each sample whose queries attend together"""
+QUERIES, LEAST_QUERIES = 128, 64
+"""tokens of each sample whose queries attend together, the fewer where the more make above `SCORES`"""
+SCORES = 1 << 20
+"""float32 scores of a block of queries"""
 SHARES, LEAST_KEYS = 4, 128
 """into which the keys are divided, and how many there are at least in each: a block of queries multiplies those shares whole that
 it sees any of. Each size of a product costs some 0.3 MB of machine code
@@ -46,7 +50,7 @@ def attention(
     """Rotary embedding (half-split pairs) and causal attention.
 
     q [n * T, H * D], k and v [n * T, K * D]; cos, sin float32 [T, D / 2]; mask float32 [T, T] is added to the scores instead of
-    the causal mask. out: y like q, log-sum-exp float32 [n, H, T], and `attention_scratch` that nobody reads: as an output it
+    the causal mask. out: y like q, the scores' binary log-sum-exp float32 [n, H, T], and `attention_scratch` that nobody reads: as an output it
     lies where the plan puts it. Rotated q and k are made again in backward rather than saved.
     """
     y, lse, scratch = out
@@ -56,15 +60,15 @@ def attention(
         queries, attended = step.block(), step.block()
         scores = step.scores()
         for part in step.parts():
-            own = step.copied(q[rows], queries, part, (cos, sin)).mul_(scale)
+            own = step.copied(q[rows], queries, part, (cos, sin)).mul_(scale * LOG2_E)
             made = step.scored(own, keys, scores, mask, part)
             maximum = made.amax(-1, keepdim=True)
-            total = made.sub_(maximum).exp_().sum(-1, keepdim=True)
+            total = made.sub_(maximum).exp2_().sum(-1, keepdim=True)
             result = step.of(attended, part)
             torch.bmm(made, values[:, : made.shape[2]], out=result)
             step.grouped(y[rows], part).copy_(step.apart(result.div_(total)))
             sums = step.sums(lse, part)
-            sums.copy_(maximum.add_(total.log_()).view_as(sums))
+            sums.copy_(maximum.add_(total.log2_()).view_as(sums))
 
 
 def attention_backward(
@@ -81,13 +85,13 @@ def attention_backward(
         buffers = [step.block() for _ in range(3)]
         first, second = step.scores(), step.scores()
         for part in step.parts():
-            own = step.copied(q[rows], buffers[0], part, (cos, sin)).mul_(scale)
+            own = step.copied(q[rows], buffers[0], part, (cos, sin)).mul_(scale * LOG2_E)
             upstream = step.copied(dy[rows], buffers[1], part)
             result = step.copied(y[rows], buffers[2], part)
             # Each row of softmax's gradient less its mean under the attention: Dao et al. 2022, "FlashAttention".
             mean = result.mul_(upstream).sum(-1, keepdim=True)
             made = step.scored(own, keys, first, mask, part)
-            made.sub_(step.sums(lse, part).reshape(mean.shape)).exp_()
+            made.sub_(step.sums(lse, part).reshape(mean.shape)).exp2_()
             seen = made.shape[2]
             value_gradients[:, :seen].baddbmm_(made.transpose(1, 2), upstream)
             weight = second[: made.numel()].view(made.shape)
@@ -98,6 +102,7 @@ def attention_backward(
             turned = step.apart(result.mul_(scale))
             _rotate(turned, cos[part], -sin[part])
             step.grouped(dq[rows], part).copy_(turned)
+        key_gradients.mul_(1 / LOG2_E)  # `own` was that much too large
         every = slice(0, seq)
         for target, gradient, turns in ((dk, key_gradients, True), (dv, value_gradients, False)):
             wide = gradient.view(-1, kv_heads, 1, seq, gradient.shape[-1])
@@ -112,7 +117,7 @@ def attention_scratch(
     """Rows and columns of the scratch of `attention`, or of its backward, for `queries` and `keys` columns of q and k: what
     `_Step` takes, one row per sample of a call.
     """
-    part = min(seq, QUERIES)
+    part = _queries(seq, heads)
     whole, block, scores = (4, 3, 2) if backward else (2, 2, 1)
     columns = whole * seq * keys + block * part * queries + scores * heads * part * seq
     return min(tokens // seq, _together(seq)), columns
@@ -121,6 +126,12 @@ def attention_scratch(
 def _together(seq: int) -> int:
     """Samples worked on at a time, few enough that the float32 copies stay small."""
     return max(1, TOKENS // seq)
+
+
+def _queries(seq: int, heads: int) -> int:
+    """Tokens of each sample whose queries attend together."""
+    fits = QUERIES * heads * seq * _together(seq) <= SCORES
+    return min(seq, QUERIES if fits else LEAST_QUERIES)
 
 
 def _steps(scratch: Tensor, q: Tensor, seq: int, heads: int, kv_heads: int) -> Iterator[_Step]:
@@ -139,12 +150,12 @@ class _Step:
         self.tokens = slice(samples.start * seq, samples.stop * seq)
         self.count, self.seq, self.width = samples.stop - samples.start, seq, width
         self.heads, self.kv_heads = heads, kv_heads
-        self.rows = min(seq, QUERIES)
+        self.rows = _queries(seq, heads)
         self.future = torch.full((self.rows, self.rows), -math.inf).triu_(1)
 
     def parts(self) -> Iterator[slice]:
         """Blocks of each sample's tokens."""
-        return blocks(self.seq, QUERIES)
+        return blocks(self.seq, self.rows)
 
     def _room(self, elements: int) -> Tensor:
         own, self.rest = self.rest[:elements], self.rest[elements:]
@@ -212,7 +223,7 @@ class _Step:
             heads[:, :, part].add_(self.future[:count, :count])
             heads[:, :, part.stop :].fill_(-math.inf)
         else:
-            heads.add_(mask[part])
+            heads.add_(mask[part], alpha=LOG2_E)
         return scores
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from profiles.attention import (
     LEAST_KEYS,
+    LEAST_QUERIES,
     QUERIES,
     SHARES,
     TOKENS,
@@ -75,10 +76,20 @@ def test_attention_and_its_gradients(samples, seq, heads, kv_heads, width, dtype
     due, sums = reference(exact, *tables, None if mask is None else mask.double(), heads, kv_heads, scale)
     gradients = torch.autograd.grad(due, exact, dy.double())
     rounded = dtype is torch.bfloat16 and not {"amx_bf16", "bf16", "svebf16"}.isdisjoint(features())
-    assert near(lse, sums.detach(), 2e-3 if rounded else 2e-6)
+    assert near(lse * math.log(2), sums.detach(), 2e-3 if rounded else 2e-6)
     for found, wanted in zip([y, *made], [due.detach(), *gradients]):
         # A single token's scores have no gradient: there is only dy to compare with.
         assert near(found, wanted, tolerance, 1e-6 * float(dy.double().norm()))
+
+
+def test_few_queries_attend_together_where_more_would_make_too_many_scores(monkeypatch):
+    seq, heads = 2 * QUERIES, 4
+    rooms = []
+    for scores in (QUERIES * heads * seq, QUERIES * heads * seq - 1):
+        monkeypatch.setattr("profiles.attention.SCORES", scores)
+        rooms.append(attention_scratch(seq, seq, heads, heads * 8, heads * 8)[1])
+        test_attention_and_its_gradients(1, seq, heads, heads, 8, torch.float32, 2e-6, masked=False)
+    assert rooms[0] - rooms[1] == (QUERIES - LEAST_QUERIES) * (heads * seq + 2 * heads * 8)
 
 
 def test_what_is_turned_a_few_tokens_at_a_time_is_turned_by_their_own_angles(monkeypatch):
