@@ -38,7 +38,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from profiles.schema import Device, Layer, Model, Optimizer, Program, Tensor
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 MEZO = "mezo"
 """the optimizer of a plan whose gradients are estimated from two forwards"""
 

@@ -18,21 +18,22 @@ from profiles.errors import InputError
 from profiles.schema import Operator, Profile, Program, Tensor, Value
 
 PASSES = {
-    "tightfit.rms_norm": 5.1,
-    "tightfit.rms_norm_backward": 5.4,
-    "tightfit.gated": 4.3,
-    "tightfit.gated_backward": 5.9,
-    "tightfit.attention": 18.0,
+    "tightfit.rms_norm": 3.9,
+    "tightfit.rms_norm_backward": 4.1,
+    "tightfit.gated": 3.7,
+    "tightfit.gated_backward": 5.0,
+    "tightfit.attention": 15.0,
     "tightfit.attention_backward": 15.0,
-    "tightfit.head_chunk": 4.0,
+    "tightfit.head_chunk": 2.6,
     "tightfit.lora_backward": 7.0,
     "tightfit.lora_down": 5.0,
 }
 """time of an operator, its matrix products left out unless they are narrow, over the time of an addition that touches as many
-bytes (measured: Zen 4, shapes of Qwen2.5-0.5B and SmolLM2-135M)"""
-EFFICIENCY = {"tightfit.attention": 0.75, "tightfit.attention_backward": 0.9, "tightfit.head_chunk": 1.0}
+bytes (measured: Zen 4, shapes of Qwen2.5-0.5B and SmolLM2-135M; norms, gates, attention and head by what their time became on Zen 5
+since)"""
+EFFICIENCY = {"tightfit.attention": 1.5, "tightfit.attention_backward": 1.45, "tightfit.head_chunk": 1.0}
 """operators that do their matrix products and their passes one after the other: rate of the products over that of one large
-product of the same number type (measured as `PASSES`; attention's by what its time became on Zen 5 since, where bfloat16 is multiplied)"""
+product of the same number type (measured as `PASSES`)"""
 UNPACK_PASSES = 3.5
 """unpacking 4-bit weights over an addition that touches as many bytes (measured as `PASSES`)"""
 UPDATE_PASSES = 7
@@ -160,7 +161,7 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
 
     Our operators walk blocks of fixed size (`profiles.operators`), convolutions lay their windows out, matrix products
     pack a panel. The largest operators are 0 to 70 % above what was measured for Qwen2.5-0.5B (1 × 256 and 1 × 1024 tokens),
-    Qwen2.5-3B and SmolLM2-135M (16 × 64); a residual CNN's largest 2 to 50 %. Attention's backward took 0.35 to 1.8 MiB there.
+    Qwen2.5-3B and SmolLM2-135M (16 × 64); a residual CNN's largest 2 to 50 %. Attention's backward took 0.35 to 2.0 MiB there.
     """
     from profiles.attention import TURNED_ELEMENTS, attention_scratch
     from profiles.operators import BLOCK_ELEMENTS, HEAD_ROWS, STATE_COLUMNS
@@ -168,16 +169,16 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     target, touched = operator.target, _touched(operator, values)
     if target in FLOAT32_INSIDE:
         if target.endswith("backward"):
-            return 9 * MIB // 5
+            return 9 * MIB // 4
         tokens, seq, heads, queries, keys = _attended(operator, values)
         samples, _ = attention_scratch(tokens, seq, heads, queries, keys)
         turned = samples * seq * keys
-        return 3 * MIB // 16 + 3 * min(turned, TURNED_ELEMENTS)
+        return 3 * MIB // 8 + 3 * min(turned, TURNED_ELEMENTS)
     if target == "tightfit.head_chunk":
         if values[operator.inputs[0]].shape[1] == STATE_COLUMNS:
             return min(touched, 2 * MIB // 5)
         item = 4 if values[operator.inputs[2]].dtype == "float32" else 2
-        return item * HEAD_ROWS * values[operator.inputs[1]].shape[1] + 5 * MIB // 4
+        return item * HEAD_ROWS * values[operator.inputs[1]].shape[1] + 3 * MIB // 2
     if target.startswith("tightfit.") and not target.startswith(PRODUCTS):
         return min(5 * 4 * BLOCK_ELEMENTS, 4 * touched)
     if "convolution" in target:

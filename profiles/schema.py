@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-PROFILE_VERSION = 5
+PROFILE_VERSION = 6
 
 
 MOST_ACCUMULATED = 1 << 16

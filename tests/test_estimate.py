@@ -84,15 +84,15 @@ MATRICES = {"x": ("bfloat16", 256, 896), "w": ("bfloat16", 4864, 896), "y": ("bf
             operator("aten.add.Tensor", "ab", "c"),
             1.376256e-4 + 1e-6,
         ),
-        # Our gated product makes 4.3 passes on a CPU and one on a card.
-        ("cpu", dict.fromkeys("guy", ("bfloat16", 100, 50)), operator("tightfit.gated", "gu", "y"), 4.3 * 3e-6 + 1e-6),
+        # Our gated product makes 3.7 passes on a CPU and one on a card.
+        ("cpu", dict.fromkeys("guy", ("bfloat16", 100, 50)), operator("tightfit.gated", "gu", "y"), 3.7 * 3e-6 + 1e-6),
         ("cuda", dict.fromkeys("guy", ("bfloat16", 100, 50)), operator("tightfit.gated", "gu", "y"), 3e-6 + 1e-6),
-        # Attention is float32 inside on a CPU, reaches 0.75 of its rate and makes 18 passes; on a card it runs in bfloat16.
+        # Attention is float32 inside on a CPU, reaches 1.5 times its rate (it leaves out most of the future) and makes 15 passes; on a card it runs in bfloat16.
         (
             "cpu",
             dict.fromkeys("qkvcy", ("bfloat16", 4, 4)),
-            operator("tightfit.attention", "qkvc", "y", 7.5e7),
-            1e-3 + 18 * 160 / 1e10 + 1e-6,
+            operator("tightfit.attention", "qkvc", "y", 1.5e8),
+            1e-3 + 15 * 160 / 1e10 + 1e-6,
         ),
         (
             "cuda",
@@ -100,12 +100,12 @@ MATRICES = {"x": ("bfloat16", 256, 896), "w": ("bfloat16", 4864, 896), "y": ("bf
             operator("tightfit.attention", "qkvc", "y", 3.8e7),
             3.8e-5 + 1e-6,
         ),
-        # The loss head's state is float32, its products are bfloat16; 4 passes over 84 bytes come after them.
+        # The loss head's state is float32, its products are bfloat16; 2.6 passes over 84 bytes come after them.
         (
             "cpu",
             {"s": ("float32", 2, 3), "h": ("bfloat16", 2, 3), "w": ("bfloat16", 4, 3), "n": ("float32", 2, 3)},
             operator("tightfit.head_chunk", "shw", "n", 1e9),
-            1e-3 + 4 * 84 / 1e10 + 1e-6,
+            1e-3 + 2.6 * 84 / 1e10 + 1e-6,
         ),
         # Rows come from the disk (1 GB/s), the table itself is not read: 8000 bytes in ids, 2000000 made.
         (
@@ -139,16 +139,16 @@ def test_unpacking_and_updates_by_hand():
 @pytest.mark.parametrize(
     ("given", "shapes", "measured"),
     [  # peak of the heap beyond inputs and outputs, as measured on two Zen 5 cores
-        ("tightfit.attention", {"q": (256, 896), "k": (256, 128), "v": (256, 128), "c": (256, 32), "y": (256, 896)}, 0.14),
+        ("tightfit.attention", {"q": (256, 896), "k": (256, 128), "v": (256, 128), "c": (256, 32), "y": (256, 896)}, 0.35),
         ("tightfit.attention", {"q": (1024, 576), "k": (1024, 192), "v": (1024, 192), "c": (64, 32), "y": (1024, 576)}, 0.32),
-        ("tightfit.attention_backward", {"d": (256, 896), "q": (256, 896), "k": (256, 128), "v": (256, 128), "a": (256, 896), "s": (1, 14, 256), "c": (256, 32), "y": (256, 896)}, 1.77),
-        ("tightfit.head_chunk", {"s": (256, 899), "h": (256, 896), "w": (2048, 896), "y": (256, 899)}, 1.33),
+        ("tightfit.attention_backward", {"d": (256, 896), "q": (256, 896), "k": (256, 128), "v": (256, 128), "a": (256, 896), "s": (1, 14, 256), "c": (256, 32), "y": (256, 896)}, 1.96),
+        ("tightfit.head_chunk", {"s": (256, 899), "h": (256, 896), "w": (2048, 896), "y": (256, 899)}, 1.70),
         ("tightfit.head_chunk", {"s": (1024, 579), "h": (1024, 576), "w": (4096, 576), "y": (1024, 579)}, 1.48),
         ("tightfit.head_chunk", {"s": (256, 3), "h": (256, 896), "w": (2048, 896), "y": (256, 3)}, 0.26),
         ("tightfit.head_chunk", {"s": (1024, 3), "h": (1024, 576), "w": (4096, 576), "y": (1024, 3)}, 0.26),
         ("tightfit.projection", {"x": (256, 4864), "w": (896, 4864), "l": (256, 8), "y": (256, 896)}, 0.41),
         ("tightfit.lora_backward", {"d": (256, 4864), "x": (256, 896), "l": (256, 8), "y": (256, 8)}, 0.43),
-        ("tightfit.rms_norm", {"x": (256, 896), "w": (896,), "y": (256, 896)}, 1.37),
+        ("tightfit.rms_norm", {"x": (256, 896), "w": (896,), "y": (256, 896)}, 1.74),
     ],
 )  # fmt: skip
 def test_workspace_is_above_what_was_measured(given, shapes, measured):
