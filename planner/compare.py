@@ -11,11 +11,10 @@ from pydantic import BaseModel, ConfigDict
 
 from planner.answer import rebudgeted, sealed
 from planner.beside import Beside, can_be_copied
-from planner.gradients import refuse_accumulation
 from planner.graphs.planner import GraphPlanner
 from planner.master import Progress
 from planner.plan import Planner, checked_budget, checked_limit, planner_of
-from planner.policies import APPROXIMATE, approximate_of
+from planner.policies import approximate_of, refused_of
 from planner.schema import Plan
 from profiles.busy import our_cores
 from profiles.devices import DeviceDescription, find_device
@@ -84,9 +83,10 @@ def compare(
     planners = [planner_of(one) for one in profiles]
     known = (SOLVER, *planners[0].policies())
     nameable = (*known, *approximate_of(profile))
+    refused = refused_of(profile)
     for policy in policies or ():
-        if policy in APPROXIMATE:
-            refuse_accumulation(profile, policy)
+        if policy in refused:
+            raise InputError(refused[policy])
         if policy not in nameable:
             raise InputError(f"no policy is called {policy!r}; choose from {', '.join(nameable)}")
     names = [one.device.name for one in profiles]

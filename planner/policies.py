@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from planner.carry_out import Part
-from planner.gradients import PartialStep, cycle, two_forwards
+from planner.gradients import PartialStep, cycle, refuse_accumulation, two_forwards
 from planner.layers import Layered, LayerType, Mode
 from planner.segments import Segments, sqrt_segments
 from planner.split import layered
@@ -97,6 +97,17 @@ def policies_of(profile: Profile) -> tuple[str, ...]:
 def approximate_of(profile: Profile) -> tuple[str, ...]:
     """Names of those that follow another gradient: they move trained tensors after every step."""
     return () if profile.model.kind == "graph" or profile.accumulate > 1 else tuple(APPROXIMATE)
+
+
+def refused_of(profile: Profile) -> dict[str, str]:
+    """The others of them, and why."""
+    found = {}
+    for policy in APPROXIMATE:
+        try:
+            refuse_accumulation(profile, policy)
+        except InputError as error:
+            found[policy] = str(error)
+    return found
 
 
 def policy_parts(problem: Layered, policy: str) -> tuple[Part, ...]:

@@ -57,6 +57,7 @@ def gguf_vocabulary(path: Path, metadata: dict[str, Any]) -> Vocabulary:
     return Vocabulary(
         tokenizer=tokenizer,
         chat_template=metadata.get("tokenizer.chat_template"),
+        tool_template=metadata.get("tokenizer.chat_template.tool_use"),
         bos_token=token("bos"),
         eos_token=token("eos"),
         pad_token=token("padding"),

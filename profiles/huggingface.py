@@ -114,25 +114,34 @@ def directory_vocabulary(path: Path) -> Vocabulary | None:
         raise InputError(f"{file}: unreadable tokenizer ({error}); download the file again") from error
     options = _json(path / "tokenizer_config.json")
     special = _special_tokens(path, options, tokenizer)
-    template = options.get("chat_template")
-    if isinstance(template, list):
-        named = {item["name"]: item["template"] for item in template}
-        template = named.get("default")
-    if (path / "chat_template.jinja").exists():
-        template = (path / "chat_template.jinja").read_text()
+    templates = _chat_templates(path, options)
     first = tokenizer.encode("a").ids[:1]
     bos = special.pop("bos_token", None)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return Vocabulary(
         tokenizer=tokenizer,
-        chat_template=template,
+        chat_template=templates.get("default"),
+        tool_template=templates.get("tool_use"),
         bos_token=bos,
         eos_token=special.pop("eos_token", None),
         pad_token=special.pop("pad_token", None),
         add_bos=bos is not None and first == [tokenizer.token_to_id(bos)],
         special_tokens=special,
     )
+
+
+def _chat_templates(path: Path, options: dict[str, Any]) -> dict[str, str]:
+    """Jinja sources by name, as transformers finds them: in files of their own, else in tokenizer_config.json."""
+    told = options.get("chat_template") or {}
+    if isinstance(told, list):
+        told = {item["name"]: item["template"] for item in told}
+    elif isinstance(told, str):
+        told = {"default": told}
+    files = {file.stem: file for file in (path / "additional_chat_templates").glob("*.jinja")}
+    if (path / "chat_template.jinja").exists():
+        files["default"] = path / "chat_template.jinja"
+    return told | {name: file.read_text() for name, file in files.items()}
 
 
 def _special_tokens(path: Path, options: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:

@@ -42,6 +42,8 @@ class Vocabulary:
     tokenizer: Tokenizer
     chat_template: str | None = None
     """Jinja source."""
+    tool_template: str | None = None
+    """Jinja source of a template of its own for conversations with tools."""
     bos_token: str | None = None
     eos_token: str | None = None
     pad_token: str | None = None

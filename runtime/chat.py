@@ -33,17 +33,12 @@ class ChatTemplate:
     def __init__(self, vocabulary: Vocabulary) -> None:
         if not vocabulary.chat_template:
             raise InputError("the model has no chat template; write prompts as strings instead of messages")
-        self._source = vocabulary.chat_template
         extensions: list[str | type[Extension]] = [loopcontrols, _Generation]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_refuse, strftime_now=DAY.strftime)
-        try:
-            self._template = environment.from_string(self._source)
-        except jinja2.TemplateError as error:
-            raise InputError(
-                f"the model's chat template is not valid Jinja ({error}); write prompts as strings instead of messages"
-            ) from error
+        self._plain = _compiled(environment, vocabulary.chat_template)
+        self._with_tools = _compiled(environment, vocabulary.tool_template or vocabulary.chat_template)
         tokens = {
             "bos_token": vocabulary.bos_token,
             "eos_token": vocabulary.eos_token,
@@ -53,13 +48,14 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool, tools: Tools | None = None) -> str:
         """The text of `messages`, up to where the assistant would begin if `generation_prompt`. Raises InputError."""
+        source, template = self._plain if tools is None else self._with_tools
         for key, given in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in messages))):
-            if given and key not in self._source:
+            if given and key not in source:
                 raise InputError(
                     f'the model\'s chat template does not show "{key}"; leave them out, or write them as text'
                 )
         try:
-            return self._template.render(
+            return template.render(
                 messages=list(messages),
                 tools=None if tools is None else list(tools),
                 documents=None,
@@ -109,6 +105,15 @@ class ChatTemplate:
                     "the model's chat template does not continue its own generation prompt; write prompts as strings instead of messages"
                 )
         return [(part, wanted) for part, wanted in segments if part]
+
+
+def _compiled(environment: jinja2.Environment, source: str) -> tuple[str, jinja2.Template]:
+    try:
+        return source, environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise InputError(
+            f"the model's chat template is not valid Jinja ({error}); write prompts as strings instead of messages"
+        ) from error
 
 
 def _saying(words: str, message: Message) -> Message:

@@ -54,7 +54,7 @@ def prepare(
 ) -> RecordFile:
     """Tokenise `data` into ``directory/<purpose>.records`` and open it.
 
-    `data` is a .jsonl file, a directory of them, or ``random`` (tokens drawn from `seed`, for sizing). To train, a
+    `data` is a .jsonl or .jsonl.gz file, a directory of them, or ``random`` (tokens drawn from `seed`, for sizing). To train, a
     question is its right answer; to evaluate, each choice is a record. A sample of more than `seq` positions is refused,
     or cut: first the front of what is not predicted, then the end. `progress(samples)` is called after each sample.
 

@@ -6,17 +6,21 @@
 | {"prompt": ..., "completion": "..."} | the completion is predicted; a prompt is a string, or a list of messages for the chat template |
 | {"messages": [{"role": ..., "content": ...}, ...]} | a conversation; what the assistant says is predicted |
 | {"conversations": [{"from": ..., "value": ...}, ...]} | the same as ShareGPT has it: turns of human, gpt and system |
+| {"instruction": "...", "input": "...", "output": "..."} | as Alpaca has it: a user's turn, the first two a line apart, and the assistant's |
 | {"prompt": ..., "choices": ["...", ...], "answer": ...} | a question; `answer` is the right choice or its index |
 
 Beside messages, `tools` are what the chat template shows the assistant as functions to call; a message with `tool_calls` needs
-no `content`. A content may be a list of parts, all of them {"type": "text", "text": ...}: they are joined.
+no `content`. A content may be a list of parts, all of them {"type": "text", "text": ...}: they are joined. Alpaca's `input` may be
+left out; `system` may stand beside it, and beside ShareGPT's turns. Files named .jsonl.gz are read as they are.
 """
 
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
 import shlex
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +31,11 @@ from profiles.errors import InputError
 Message = dict[str, Any]
 Tools = tuple[dict[str, Any], ...]
 Prompt = str | tuple[Message, ...]
-FORMS = '{"text"}, {"prompt", "completion"}, {"messages"}, {"conversations"} or {"prompt", "choices", "answer"}'
+FORMS = (
+    '{"text"}, {"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "input", "output"}'
+    ' or {"prompt", "choices", "answer"}'
+)
+LINES = ("*.jsonl", "*.jsonl.gz")
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
 CONVERSIONS = {
     "json": "import json, sys; [print(json.dumps(line)) for line in json.load(open(sys.argv[1], encoding='utf-8-sig'))]",
@@ -67,13 +75,13 @@ Sample = Text | Completion | Conversation | Question
 
 
 def data_files(data: str) -> list[Path]:
-    """The file itself, or all *.jsonl of a directory in order of name. Raises InputError where there are none."""
-    due = "data are a .jsonl file, a directory of them, or the word random"
+    """The file itself, or all `LINES` of a directory in order of name. Raises InputError where there are none."""
+    due = "data are a .jsonl or .jsonl.gz file, a directory of them, or the word random"
     if not data:
         raise InputError(f"'' names no data; {due}")
     path = Path(data)
     if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
+        files = sorted(file for pattern in LINES for file in path.glob(pattern))
         if not files:
             raise InputError(f"{path}: no *.jsonl file in this directory; data are JSON lines of {FORMS}")
         return files
@@ -94,7 +102,7 @@ def read_samples(file: Path) -> Iterator[tuple[int, Sample | InputError]]:
     A file that begins with a JSON list is not read on: none of its lines would be a sample.
     """
     try:
-        with file.open("rb") as lines:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
             first = True
             for number, line in enumerate(lines, 1):
                 if not line.strip():
@@ -107,12 +115,16 @@ def read_samples(file: Path) -> Iterator[tuple[int, Sample | InputError]]:
                     yield number, parse_sample(line)
                 except InputError as error:
                     yield number, error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{file}: not a whole gzip file ({error}); copy or download it again") from error
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; check the path and its permissions") from error
 
 
 def _converted(file: Path, kind: str) -> str:
     """The command that makes JSON lines of `file`, in words."""
+    if file.suffix == ".gz":
+        return "unpack it with gunzip, and the answer to that file says how it is converted"
     target = file.with_suffix(".jsonl")
     if target.exists():
         target = file.with_suffix(".lines.jsonl")
@@ -152,6 +164,8 @@ def parse_sample(line: bytes) -> Sample:
                 return Completion(_prompt(value), turns[0], tools=_tools(value))
             completion = turns[0]["content"]
         return Completion(_prompt(value), _string(completion, "completion"), tools=_tools(value))
+    if "instruction" in value:
+        return _instruction(value)
     if "text" in value:
         return Text(_string(value["text"], "text"))
     found = ", ".join(sorted(map(str, value))[:6]) or "none"
@@ -160,11 +174,25 @@ def parse_sample(line: bytes) -> Sample:
 
 def _conversation(value: dict[str, Any], key: str) -> Conversation:
     messages = _messages(value[key], key)
-    if key == "conversations" and value.get("system"):  # as some write ShareGPT
-        messages = ({"role": "system", "content": _string(value["system"], "system")}, *messages)
+    if key == "conversations":
+        messages = (*_system(value), *messages)
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError(f'"{key}" has no turn of role "assistant"; there is nothing to learn')
     return Conversation(messages, tools=_tools(value))
+
+
+def _instruction(value: dict[str, Any]) -> Completion:
+    if value.get("history"):
+        raise InputError('"history" is not read; write the turns as {"messages"}')
+    asked = _string(value["instruction"], "instruction")
+    if value.get("input"):
+        asked += "\n" + _string(value["input"], "input")
+    return Completion((*_system(value), {"role": "user", "content": asked}), _string(value.get("output"), "output"))
+
+
+def _system(value: dict[str, Any]) -> tuple[Message, ...]:
+    """The turn that some write beside the others."""
+    return ({"role": "system", "content": _string(value["system"], "system")},) if value.get("system") else ()
 
 
 def _question(value: dict[str, Any]) -> Question:

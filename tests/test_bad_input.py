@@ -21,6 +21,7 @@ from profiles.pack import build_store
 from profiles.schema import PROFILE_VERSION, Operand, Operator, Program, Value
 from profiles.sources import resolve
 from profiles.store import Store
+from runtime.samples import FORMS
 
 SIZES = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
 
@@ -163,14 +164,15 @@ def test_a_profile_where_a_plan_is_due_and_the_reverse(refused, work, tmp_path):
 def test_bad_data_names_every_line(refused, tightfit, work, tmp_path):
     data, out = tmp_path / "d.jsonl", tmp_path / "out"
     run = ("run", work / "plan.json", "--data", data, "--steps", 1, "-o", out)
-    assert refused(2, *run).startswith(f"{data}: no such file; data are a .jsonl file, a directory of them")
+    assert refused(2, *run).startswith(
+        f"{data}: no such file; data are a .jsonl or .jsonl.gz file, a directory of them"
+    )
     long = {"prompt": "over", "completion": "1234567890" * 4}
     broken = [b"[1, 2]", b'"text"', b"7", b"null", b'{"prompt": "cut o', b'{"text": "\xff"}', b'{"txt": "a"}']
     data.write_bytes(b"\n".join([lines(ROWS).encode().strip(), *broken, json.dumps(long).encode()]) + b"\n")
     told = refused(2, *run).splitlines()
     assert told[0] == "8 bad lines of 11 in the data:"
-    forms = '{"text"}, {"prompt", "completion"}, {"messages"}, {"conversations"} or {"prompt", "choices", "answer"}'
-    assert told[1] == f"{data}:4: a JSON list where an object is due; write {forms}"
+    assert told[1] == f"{data}:4: a JSON list where an object is due; write {FORMS}"
     for number, words in enumerate(
         [
             "a JSON list",

@@ -294,7 +294,10 @@ RUNS = {
         ["--data", "FOLDER"],
         "FOLDER: no *.jsonl file in this directory; data are JSON lines",
     ),
-    "missing held-out data": (["--eval", "FOLDER/e.jsonl"], "FOLDER/e.jsonl: no such file; data are a .jsonl file, "),
+    "missing held-out data": (
+        ["--eval", "FOLDER/e.jsonl"],
+        "FOLDER/e.jsonl: no such file; data are a .jsonl or .jsonl.gz file, ",
+    ),
     "nothing to resume": (["--resume"], "FOLDER/out holds no checkpoint to resume from; leave out --resume to start"),
     "no such schedule": (
         ["--schedule", "step"],

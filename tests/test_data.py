@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import resource
 import subprocess
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profiles.errors import InputError
+from profiles.huggingface import directory_vocabulary
 from profiles.sources import Vocabulary
 from runtime.chat import ChatTemplate
 from runtime.data import RANDOM_RECORDS, Encoder, _pad_token, _Preparation, prepare
@@ -236,6 +238,12 @@ def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
             '{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]}',
             '"completion" as a list must be one message of role "assistant"',
         ),
+        ('{"instruction": "a"}', '"output" is missing or null'),
+        ('{"instruction": 3, "output": "b"}', '"instruction" is number'),
+        (
+            '{"instruction": "a", "output": "b", "history": [["c", "d"]]}',
+            '"history" is not read; write the turns as {"messages"}',
+        ),
         ('{"messages": "a"}', '"messages" must be a list'),
         (
             '{"messages": [{"role": "user"}]}',
@@ -316,9 +324,9 @@ def test_a_flood_of_bad_lines_is_cut_short(vocabulary: Vocabulary, tmp_path: Pat
 
 
 def test_no_data_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"absent: no such file; data are a \.jsonl file"):
+    with pytest.raises(InputError, match=r"absent: no such file; data are a \.jsonl or \.jsonl\.gz file"):
         made(str(tmp_path / "absent"), vocabulary, tmp_path)
-    with pytest.raises(InputError, match=r"^'' names no data; data are a \.jsonl file"):
+    with pytest.raises(InputError, match=r"^'' names no data; data are a \.jsonl or \.jsonl\.gz file"):
         made("", vocabulary, tmp_path)
     with pytest.raises(InputError, match=r"^/dev/null: a pipe or device, not a regular file; write the data to a file"):
         made("/dev/null", vocabulary, tmp_path)
@@ -418,6 +426,22 @@ def test_what_transformers_adds_to_jinja_is_known(vocabulary: Vocabulary, templa
     own = ChatTemplate(Vocabulary(tokenizer=vocabulary.tokenizer, chat_template=template))
     expected = reference.apply_chat_template(TALK, tokenize=False)
     assert own.render(TALK, generation_prompt=False) == expected
+
+
+@pytest.mark.parametrize("files", [True, False])
+def test_a_model_may_have_a_template_of_its_own_for_tools(files: bool, vocabulary: Vocabulary, tmp_path: Path) -> None:
+    """In files or in tokenizer_config.json, as transformers writes and reads them."""
+    transformers = pytest.importorskip("transformers")
+    templates = {"default": CHAT, "tool_use": "{{ tools | tojson }} may be called. " + CHAT}
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_object=vocabulary.tokenizer, chat_template=templates)
+    reference.save_pretrained(tmp_path, save_jinja_files=files)
+    assert (tmp_path / "additional_chat_templates" / "tool_use.jinja").exists() == files
+    found = directory_vocabulary(tmp_path)
+    assert found is not None
+    own = ChatTemplate(found)
+    for tools in (None, [{"name": "f"}]):
+        expected = reference.apply_chat_template(TALK, tools=tools, tokenize=False)
+        assert own.render(TALK, generation_prompt=False, tools=tools and tuple(tools)) == expected
 
 
 def test_today_is_one_day_for_ever(vocabulary: Vocabulary) -> None:
@@ -547,6 +571,36 @@ def test_a_system_beside_conversations_is_their_first_turn() -> None:
     assert beside == parse_sample(
         json.dumps({"conversations": [{"from": "system", "value": "Be brief."}, *turns]}).encode()
     )
+
+
+@pytest.mark.parametrize("given", [{"input": "12"}, {"input": ""}, {"input": None}, {}])
+def test_an_instruction_is_a_turn_of_the_user(given: dict[str, Any]) -> None:
+    """As Alpaca has it; the prompt that some write out as "text" beside is not trained on."""
+    asked = {"role": "user", "content": "Double it.\n12" if given.get("input") else "Double it."}
+    sample = {"instruction": "Double it.", "output": "24", "text": "### Instruction: ..."} | given
+    for system in ((), ({"role": "system", "content": "Be brief."},)):
+        beside = {"system": system[0]["content"]} if system else {"history": [], "system": ""}
+        due = {"prompt": [*system, asked], "completion": "24"}
+        assert parse_sample(json.dumps(sample | beside).encode()) == parse_sample(json.dumps(due).encode())
+
+
+def test_packed_lines_are_read_as_they_are(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    samples = [{"prompt": f"{n}:", "completion": f" number {n}"} for n in range(40)]
+    plain = Path(lines(tmp_path / "a.jsonl", *samples[:20]))
+    packed = tmp_path / "folder" / "b.jsonl.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert made(str(packed), vocabulary, tmp_path).fingerprint == made(str(plain), vocabulary, tmp_path).fingerprint
+    lines(packed.parent / "c.jsonl", *samples[20:])
+    assert made(str(packed.parent), vocabulary, tmp_path).examples == 40
+    whole = packed.read_bytes()
+    for damaged in (whole[: len(whole) // 2], plain.read_bytes(), whole[:20] + b"\0\0\0\0" + whole[24:]):
+        packed.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"b\.jsonl\.gz: not a whole gzip file \(.*; copy or download it again"):
+            made(str(packed), vocabulary, tmp_path)
+    packed.write_bytes(gzip.compress(b'[{"text": "a"}]'))
+    with pytest.raises(InputError, match="a JSON list where JSON lines are due; unpack it with gunzip"):
+        made(str(packed), vocabulary, tmp_path)
 
 
 def test_what_the_template_does_not_show_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from planner.worth import STEP_BYTES, explained
 from profiles.bare import BareGraph, BareOperator, graph_profile
 from profiles.errors import InputError, RunError
 from profiles.exchange import canonical_json, load_profile
+from profiles.schema import adamw
 from runtime import cli
 
 UNKNOWN = "0" * 64
@@ -51,6 +52,17 @@ def profile():
 @pytest.fixture(scope="module")
 def uploaded(served, profile):
     return served.upload(profile)
+
+
+@pytest.mark.parametrize("policy", ["mezo", "lcsb"])
+def test_a_rule_that_sums_no_gradients_is_refused_with_its_reason(served, profile, policy):
+    summing = served.upload(profile.model_copy(update={"optimizer": adamw(4)}))
+    for path, body in (
+        ("plans", {"memory": "1GB", "policy": policy}),
+        ("comparisons", {"memory": ["1GB"], "policies": [policy]}),
+    ):
+        message = refused(served.http.post(f"/v1/{path}", json={"profile": summing} | body), 422, "invalid_request")
+        assert f"{policy} moves trained tensors after every step, and this profile sums the gradients of 4" in message
 
 
 @pytest.fixture(scope="module")

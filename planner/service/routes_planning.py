@@ -131,6 +131,8 @@ async def get_comparison(request: Request, identity: Annotated[JobId, Path()]) -
 
 def _check_policy(policy: str, profile: Row, field: str) -> None:
     summary = json.loads(profile["summary"])
+    if policy in summary.get("refused", ()):
+        raise invalid(field, summary["refused"][policy])
     known = [*summary["policies"], *summary.get("approximate", ())]
     if policy not in known:
         raise invalid(field, f"no policy is called {policy!r}; choose from {', '.join(known)}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planner.policies import approximate_of, policies_of
+from planner.policies import approximate_of, policies_of, refused_of
 from planner.schema import Plan
 from planner.service.objects import Objects
 from planner.service.store import Row, file_row
@@ -114,8 +114,8 @@ def keep_profile(objects: Objects, found: Profile, *, origin: str) -> Row:
     """Store a profile under its checksum. `origin` is made (on this machine, by this service) or uploaded."""
     written = objects.put(canonical_json(found).encode())
     # Those that follow another gradient are planned where they are named; nothing sets them beside the others.
-    approximate = list(approximate_of(found))
-    summary = profile_summary(found) | {"policies": [SOLVER, *policies_of(found)], "approximate": approximate}
+    policies = {"policies": [SOLVER, *policies_of(found)], "approximate": list(approximate_of(found))}
+    summary = profile_summary(found) | policies | {"refused": refused_of(found)}
     return file_row("profile", written.digest, written, name=found.model.name, origin=origin, summary=summary)
 
 
