@@ -38,7 +38,8 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals.update(raise_exception=_refuse, strftime_now=DAY.strftime)
         self._plain = _compiled(environment, vocabulary.chat_template)
-        self._with_tools = _compiled(environment, vocabulary.tool_template or vocabulary.chat_template)
+        own = vocabulary.tool_template
+        self._with_tools = _compiled(environment, own) if own else self._plain
         tokens = {
             "bos_token": vocabulary.bos_token,
             "eos_token": vocabulary.eos_token,
