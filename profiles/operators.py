@@ -123,7 +123,9 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, *, out
 
 
 def _gelu(x: Tensor, out: Tensor, gradient: Tensor | None = None) -> None:
-    """gelu_tanh(x) = x * s, s = sigmoid(z) = (1 + tanh(z / 2)) / 2, z = x * (GELU + GELU_CUBE * x * x); `gradient` becomes x's.
+    """out = gelu_tanh(x) = x * s, with s = sigmoid(z) = (1 + tanh(z / 2)) / 2 and z = x * (GELU + GELU_CUBE * x * x).
+
+    A `gradient`, which is that of out, becomes that of x.
 
     PyTorch's own goes by its hyperbolic tangent, which takes four times as long as its sigmoid.
     """
