@@ -16,6 +16,8 @@ from planner.windows import Column
 
 GOOD = 4e-3
 """a plan of whole columns this near its bound is not worth another choice; one farther away may be far from the best one too"""
+FAIR = 5e-3
+"""a plan this near its bound is not worth a third choice, where the second gave none that is faster"""
 RESERVE = 0.01
 """share of the limit left to gaps of the arena and to transfers, at first"""
 CHOICES = 5
@@ -62,6 +64,11 @@ class Attempt:
         """Whether the best schedule so far takes at most a `tolerance` of its time longer than `bound`."""
         best = self.best
         return best is not None and best.seconds - bound <= tolerance * best.seconds
+
+    def settled(self) -> bool:
+        """Whether the best schedule so far is not worth another choice."""
+        in_vain = bool(self.found) and self.best is not self.found[-1]
+        return self.near(self.bound, FAIR if in_vain else GOOD)
 
     def until(self, share: float) -> float:
         """The moment at which this share of the time is gone."""
@@ -152,9 +159,9 @@ class Attempt:
                         break
                     continue
                 search.report("carried out", schedule.seconds, self.bound)
-                lost = schedule.seconds - self.bound
-                if lost <= GOOD * schedule.seconds:
+                if self.settled():
                     break
+                lost = schedule.seconds - self.bound
                 most = reserve
                 if schedule.stalls > lost / 2:
                     between.waiting = reserve

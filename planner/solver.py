@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from planner.answer import TOLERANCE
-from planner.attempt import CARRY_SECONDS, GOOD, Attempt
+from planner.attempt import CARRY_SECONDS, Attempt
 from planner.carry_out import Part, Schedule, smallest_arena
 from planner.collector import paused_collector
 from planner.formulation import KIB
@@ -272,16 +272,16 @@ class Solver:
             early.bound = attempt.bound = max(attempt.bound, relaxed.bound(self.relaxed.proven(attempt.limit)))
             if self.found and not self._by_clock:
                 self._early(early, careful)
-            if not early.near(attempt.bound, GOOD):
+            if not early.settled():
                 lower, _, kept = relaxed.columns()
                 attempt.timely = attempt.timely and relaxed.timely
                 if not kept:
                     return
                 early.bound = attempt.bound = max(attempt.bound, relaxed.bound(lower))
                 for search in (careful, relaxed):
-                    if not early.near(attempt.bound, GOOD):
+                    if not early.settled():
                         chosen = self._early(early, search)
-            if not early.near(attempt.bound, GOOD):
+            if not early.settled():
                 careful.worth_seconds = min(
                     (one.seconds for one in (*attempt.found, *early.found)), default=float("inf")
                 )
@@ -310,7 +310,7 @@ class Solver:
             # Memory is short for looking ahead, and columns that save some are slow to find: first of all a plan.
             relaxed.deadline = attempt.deadline
             attempt.choose(relaxed)
-            if attempt.near(attempt.bound, GOOD):
+            if attempt.settled():
                 return
             if attempt.best is not None:
                 careful.worth_seconds = min(careful.worth_seconds, attempt.best.seconds)
@@ -320,7 +320,7 @@ class Solver:
         careful.deadline = relaxed.deadline = attempt.deadline
         if kept and careful.bound(lower) <= careful.worth_seconds:
             attempt.choose(careful)
-        if not short and not (kept and attempt.near(attempt.bound, GOOD)):
+        if not short and not (kept and attempt.settled()):
             attempt.choose_anew(relaxed)
 
     def _by_rules(self, attempt: Attempt, any_bound: float, most: float = float("inf")) -> None:

@@ -257,6 +257,35 @@ def test_choices_come_to_an_end_whatever_is_chosen(answers, waits, places, found
     attempt.choose(search)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "carried"),
+    [
+        ([1.004, 1.0], 1),  # near the bound at once
+        ([1.0046, 1.0045, 1.0049, 1.0], 3),  # not quite: as long as it gets faster
+        ([1.0046, 1.0046, 1.0], 2),
+        ([1.0046, 1.02, 1.0], 2),
+        ([1.006, 1.006, 1.003, 1.0], 3),  # farther away: whatever the last one was
+    ],
+)
+def test_what_is_near_the_bound_gets_another_choice_only_while_that_helps(seconds, carried):
+    left = iter(seconds)
+    attempt = Attempt(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
+
+    def carry(columns, segments):
+        schedule = SimpleNamespace(seconds=next(left), stalls=1.0)
+        attempt.found.append(schedule)
+        return schedule, 0
+
+    attempt.carries_in_time = lambda: True
+    attempt.carry, attempt._price = carry, lambda search, reserve: None
+    search = SimpleNamespace(
+        choose=lambda room: room, timely=True, relaxation=SimpleNamespace(segments=()), report=lambda *_: None
+    )
+    attempt.choose(search)
+    assert len(attempt.found) == carried
+    assert attempt.settled()
+
+
 def test_the_collector_comes_back_after_an_interruption(monkeypatch):
     disable = gc.disable
 
