@@ -25,17 +25,21 @@ HEADER_BYTES = 1 << 16
 CHECKSUM_BYTES = 4
 
 
-class Batches(Protocol):
+class TrainingBatches(Protocol):
+    """What steps are made of."""
+
     fingerprint: str
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> None:
         """Fill `inputs` with the batch of training step `step`, counted from 0."""
 
+    def close(self) -> None: ...
+
+
+class Batches(TrainingBatches, Protocol):
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int: ...
 
     def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[Record]: ...
-
-    def close(self) -> None: ...
 
 
 class TokenBatches:

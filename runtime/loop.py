@@ -7,8 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from profiles.errors import InputError, RunError
@@ -18,6 +17,7 @@ from runtime.batches import open_batches
 from runtime.channels import Channel
 from runtime.job import Job
 from runtime.process import memory
+from runtime.requests import EVALUATE, FINISH, STEP, Requests
 from runtime.training import Training
 from runtime.warm import settle, tidy
 
@@ -27,87 +27,143 @@ INTERRUPTED = 4
 
 def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) -> int:
     """Carry out a job; returns the exit code. `stopping` tells between steps whether to save and end."""
-    header = job.header
-    out: str = header["out"]
-    training = Training(job, channel, out)
-    conditions = {**header["conditions"], "data": training.batches.fingerprint}
-    held_out = _fingerprint(header)
-    found = checkpoint.load_latest(out, conditions) if header["resume"] else None
-    done, path = (found.step, found.path) if found else (0, "")
-    before = _evaluated_before(found.state) if found else {}
-    # Data that were not evaluated before step 1 are, by a resumed run, with the model as it was then.
-    begun = done > 0 and (held_out is None or before.get("data") == held_out)
-    if found:
-        send("resumed", step=done, checkpoint=found.path)
-    if found and begun:
-        training.load_state(found.path, found.state)
-        if held_out is not None:
-            send("evaluated", when="before", data=held_out, **before["result"])
-    else:
-        training.initialise()
-    metrics = Metrics(os.path.join(out, "metrics.jsonl"), done)
-    settle()
-    peaks = {"load": training.meter.check_peak()}
-    send(
-        "loaded",
-        step=done,
-        peak_bytes=peaks["load"],
-        resident_bytes=memory().resident,
-        spill_bytes=job.header["spill_bytes"],
-    )
-
-    def evaluating(when: str, batch: int, batches: int) -> None:
-        send("evaluating", when=when, done=batch, total=batches)
-        if stopping():
-            raise _Stopped
-
-    def evaluate(when: str) -> None:
-        if header["evaluation"]:
-            result = training.evaluate(header["evaluation"], partial(evaluating, when))
-            peaks[f"evaluate {when}"] = training.meter.check_peak()
-            settle()
-            if when == "before":
-                before.update(data=held_out, result=result, answers="right")
-            send("evaluated", when=when, data=held_out, **result, peak_bytes=peaks[f"evaluate {when}"])
-
-    def save(step: int) -> str:
-        def fill(path: str) -> dict[str, Any]:
-            return {"evaluated before": before, **training.save_state(path)}
-
-        path = checkpoint.save(out, step, conditions, fill, header["keep_checkpoints"])
-        peaks["checkpoint"] = training.meter.check_peak()
-        settle()  # code that only saving needs
-        send("checkpoint", step=step, path=path, peak_bytes=peaks["checkpoint"])
-        return path
-
-    saved, every = (done if header["resume"] else -1), header["checkpoint_every"]
-    # The first step that is like those after it, and of several that make an update the last.
-    later = -(-(done + 3) // header["accumulate"]) * header["accumulate"]
-    watched = {done + 1: "first", min(header["steps"], later): "later"}
+    one = _Run(job, channel, send, stopping)
     try:
+        one.begin()
+        for step in one.steps():
+            one.take(step)
+        one.evaluate("after")
+    except (_Stopped, EOFError):  # whoever asks is gone
+        one.interrupted()
+        return INTERRUPTED
+    one.finish()
+    return 0
+
+
+class _Run:
+    def __init__(self, job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) -> None:
+        header = job.header
+        self.header, self.send, self.stopping = header, send, stopping
+        self.out: str = header["out"]
+        self.training = Training(job, channel, self.out)
+        self.conditions = {**header["conditions"], "data": self.training.batches.fingerprint}
+        self.held_out = _fingerprint(header)
+        self.found = checkpoint.load_latest(self.out, self.conditions) if header["resume"] else None
+        self.done = self.found.step if self.found else 0
+        self.path = self.found.path if self.found else ""
+        """of the latest checkpoint"""
+        self.saved = self.done if self.found else -1
+        """the step that it was made after"""
+        self.before = _evaluated_before(self.found.state) if self.found else {}
+        """the first evaluation"""
+        self.peaks: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Load, go on where an earlier run was, and evaluate before the first step."""
+        training, found, send = self.training, self.found, self.send
+        # Data that were not evaluated before step 1 are, by a resumed run, with the model as it was then.
+        begun = self.done > 0 and (self.held_out is None or self.before.get("data") == self.held_out)
+        if found:
+            send("resumed", step=self.done, checkpoint=found.path)
+        if found and begun:
+            training.load_state(found.path, found.state)
+            if self.held_out is not None:
+                send("evaluated", when="before", data=self.held_out, **self.before["result"])
+        else:
+            training.initialise()
+        self.metrics = Metrics(os.path.join(self.out, "metrics.jsonl"), self.done)
+        settle()
+        self.peaks["load"] = training.meter.check_peak()
+        send(
+            "loaded",
+            step=self.done,
+            peak_bytes=self.peaks["load"],
+            resident_bytes=memory().resident,
+            spill_bytes=self.header["spill_bytes"],
+        )
         if not begun:
-            evaluate("before")
+            self.evaluate("before")
             if found:
                 training.load_state(found.path, found.state)
-        for step in range(done + 1, header["steps"] + 1):
-            _step(training, step, watched.get(step), metrics, peaks, send)
-            done, last = step, step == header["steps"]
-            if last or (every and step % every == 0):
-                path, saved = save(step), step
-            if stopping() and not last:
+        # The first step that is like those after it, and of several that make an update the last.
+        later = -(-(self.done + 3) // self.header["accumulate"]) * self.header["accumulate"]
+        self.watched = {self.done + 1: "first", min(self.header["steps"] or later, later): "later"}
+
+    def steps(self) -> Iterator[int]:
+        """Numbers of the steps to take."""
+        if isinstance(self.training.batches, Requests):
+            yield from self._asked(self.training.batches)
+            if self.saved != self.done:
+                self._save()
+        else:
+            yield from range(self.done + 1, self.header["steps"] + 1)
+
+    def _asked(self, requests: Requests) -> Iterator[int]:
+        """Steps as they are asked for, and what else is."""
+        while request := requests.next(self.stopping):
+            if request.kind == FINISH:
+                return
+            if request.kind == STEP:
+                self.training.set_rate(request.lr)
+                yield self.done + 1
+            elif request.kind == EVALUATE:
+                loss = self.training.loss()
+                tidy()
+                self.peaks["evaluate"] = self.training.meter.check_peak()
+                self.send("loss", loss=loss, peak_bytes=self.peaks["evaluate"])
+            elif self.saved == self.done:
+                self.send("checkpoint", step=self.done, path=self.path)
+            else:
+                self._save()
+        raise _Stopped
+
+    def take(self, step: int) -> None:
+        _step(self.training, step, self.watched.get(step), self.metrics, self.peaks, self.send)
+        every, last = self.header["checkpoint_every"], step == self.header["steps"]
+        self.done = step
+        if last or (every and step % every == 0):
+            self._save()
+        if self.stopping() and not last:
+            raise _Stopped
+
+    def evaluate(self, when: str) -> None:
+        """On the held-out data, where there are any."""
+        if not self.header["evaluation"]:
+            return
+
+        def evaluating(batch: int, batches: int) -> None:
+            self.send("evaluating", when=when, done=batch, total=batches)
+            if self.stopping():
                 raise _Stopped
-        evaluate("after")
-    except _Stopped:
-        if saved != done:
-            path = save(done)
-        send("interrupted", step=done, checkpoint=path)
-        training.close()
-        return INTERRUPTED
-    trained = os.path.join(out, "adapter" if header["lora"] else "model")
-    send("saved", path=_save_trained(training, trained))
-    training.close()
-    send("done", peak_bytes=training.meter.check_peak(), peaks=peaks)
-    return 0
+
+        result = self.training.evaluate(self.header["evaluation"], evaluating)
+        self.peaks[f"evaluate {when}"] = self.training.meter.check_peak()
+        settle()
+        if when == "before":
+            self.before.update(data=self.held_out, result=result, answers="right")
+        self.send("evaluated", when=when, data=self.held_out, **result, peak_bytes=self.peaks[f"evaluate {when}"])
+
+    def _save(self) -> None:
+        def fill(path: str) -> dict[str, Any]:
+            return {"evaluated before": self.before, **self.training.save_state(path)}
+
+        self.path = checkpoint.save(self.out, self.done, self.conditions, fill, self.header["keep_checkpoints"])
+        self.saved = self.done
+        self.peaks["checkpoint"] = self.training.meter.check_peak()
+        settle()  # code that only saving needs
+        self.send("checkpoint", step=self.done, path=self.path, peak_bytes=self.peaks["checkpoint"])
+
+    def interrupted(self) -> None:
+        if self.saved != self.done:
+            self._save()
+        self.send("interrupted", step=self.done, checkpoint=self.path)
+        self.training.close()
+
+    def finish(self) -> None:
+        trained = os.path.join(self.out, "adapter" if self.header["lora"] else "model")
+        self.send("saved", path=_save_trained(self.training, trained))
+        self.training.close()
+        self.send("done", peak_bytes=self.training.meter.check_peak(), peaks=self.peaks)
 
 
 def _evaluated_before(state: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +215,7 @@ def _step(
     metrics.add(step=step, **told)
     send("step", step=step, **told, spent=training.executor.seconds)
     if not math.isfinite(loss):
-        rate = training.header["optimizer"]["lr"]
+        rate = training.update.optimizer.lr
         raise InputError(
             f"the loss of step {step} is not a number; lower the learning rate (lr {rate}) or check the data"
         )

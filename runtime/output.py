@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,9 @@ def writing_to(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def to_be_replaced(directory: Path, steps: int, *, resume: bool, overwrite: bool) -> list[Path]:
+def to_be_replaced(directory: Path, steps: int | None, *, resume: bool, overwrite: bool) -> list[Path]:
     """What an earlier run left in the output directory and this one replaces; half-written checkpoints are removed at once.
+    `steps` are those of this run, where it has a number of them.
 
     Raises InputError where an earlier run is neither to be resumed nor replaced, or cannot be resumed.
     """
@@ -82,7 +83,7 @@ def to_be_replaced(directory: Path, steps: int, *, resume: bool, overwrite: bool
             raise InputError(
                 f"{directory} holds no checkpoint to resume from; {way} --resume to start from the beginning"
             )
-        if resume and (reached := checkpoints[-1][0]) > steps:
+        if resume and steps is not None and (reached := checkpoints[-1][0]) > steps:
             raise InputError(
                 f"steps {steps}: the run in {directory} has reached step {reached}; give at least {reached}, or choose another directory"
             )
@@ -91,6 +92,17 @@ def to_be_replaced(directory: Path, steps: int, *, resume: bool, overwrite: bool
     except OSError as error:
         raise InputError(f"{directory}: {error.strerror}; choose another output directory") from error
     return [] if resume else found
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Files and folders of an earlier run."""
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_report(directory: Path, report: dict[str, Any]) -> None:
+    with writing_to(directory):
+        (directory / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def finished_report(

@@ -6,7 +6,7 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from profiles.layout import Entry
 from profiles.store import Store
 from runtime import adapter, safetensors_file
 from runtime.arena import Arena
-from runtime.batches import Batches, open_batches
+from runtime.batches import TrainingBatches, open_batches
 from runtime.channels import Channel
 from runtime.checkpoint import write_json
 from runtime.executor import Executor
 from runtime.job import STATES, Job
 from runtime.meter import Meter
 from runtime.optimizer import MeZO, Perturbation, Update, optimizer_of
+from runtime.requests import Requests
 from runtime.safetensors_file import Item
 from runtime.spill import SpillFile
 
@@ -77,7 +78,15 @@ class Training:
         self._load_frozen()
         self.executor = Executor(job, self.arena, self.store, self.spill, self.channel, self.update, self.meter)
         self.inputs = [self.arena.tensor(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]
-        self.batches: Batches = open_batches(header["data"], header["seed"])
+        requests = header["requests"]
+        self.batches: TrainingBatches = (
+            open_batches(header["data"], header["seed"]) if requests is None else Requests(requests)
+        )
+
+    def set_rate(self, lr: float | None) -> None:
+        """The learning rate from the next step on; None: that of the run."""
+        lr = self.header["optimizer"]["lr"] if lr is None else lr
+        self.update.optimizer = replace(self.update.optimizer, lr=lr)
 
     def step(self, number: int) -> float:
         """Training step `number`, counted from 1; returns its loss."""
@@ -100,6 +109,12 @@ class Training:
     def _averaged(self) -> int:
         """What the loss of the batch is a mean over: a decoder's labelled tokens; what a module's is nobody knows, so its batches count alike."""
         return int((self.inputs[1] >= 0).sum()) if self.header["kind"] == "decoder" else 1
+
+    def loss(self) -> float:
+        """The loss of the next batch to train with, without a step: a decoder's mean over labelled tokens."""
+        self.batches.training(0, self.inputs)
+        self.executor.execute(self.job.evaluate)
+        return self.executor.loss
 
     def evaluate(self, path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
         """Mean loss over labelled tokens and, where the records are answers to choose from, accuracy.

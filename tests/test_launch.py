@@ -230,7 +230,7 @@ def dying(monkeypatch, tmp_path):
     """Lets `script` take the child's place; returns the error of the run."""
 
     def launch(plan, script, **options):
-        monkeypatch.setattr("runtime.launch.command", lambda *_: ["/bin/sh", "-c", script])
+        monkeypatch.setattr("runtime.lean_process.command", lambda *_: ["/bin/sh", "-c", script])
         with pytest.raises((RunError, KeyboardInterrupt)) as caught:
             run(plan, "random", steps=1, out=tmp_path / "run", cgroup=False, **options)
         return caught.value
@@ -253,19 +253,19 @@ def test_a_signal_before_the_child_is_there_reaches_it(plan, dying, monkeypatch)
         signal.raise_signal(signal.SIGINT)
         return start(*arguments, **options)
 
-    monkeypatch.setattr("runtime.launch.subprocess.Popen", interrupted)
+    monkeypatch.setattr("runtime.lean_process.subprocess.Popen", interrupted)
     assert str(dying(plan, "exec sleep 20")).startswith("the training process was ended by SIGTERM")
 
 
 def test_a_child_that_cannot_be_started_leaves_no_pipe_open(plan, dying, monkeypatch):
     pipes = []
     pipe = os.pipe
-    monkeypatch.setattr("runtime.launch.os.pipe", lambda: pipes.append(pipe()) or pipes[-1])
+    monkeypatch.setattr("runtime.lean_process.os.pipe", lambda: pipes.append(pipe()) or pipes[-1])
 
     def refused(*arguments, **options):
         raise RunError("no more processes")
 
-    monkeypatch.setattr("runtime.launch.subprocess.Popen", refused)
+    monkeypatch.setattr("runtime.lean_process.subprocess.Popen", refused)
     assert str(dying(plan, "")) == "no more processes"
     for descriptor in pipes[0]:
         with pytest.raises(OSError, match="Bad file descriptor"):
@@ -354,7 +354,7 @@ def test_progress_that_cannot_be_shown_costs_no_step(plan, tmp_path):
 
 def test_a_child_that_dies_at_once_does_not_deny_the_checkpoints_there(plan, tmp_path, monkeypatch):
     run(plan, "random", steps=1, out=tmp_path, **SETTINGS)
-    monkeypatch.setattr("runtime.launch.command", lambda *_: ["/bin/sh", "-c", "kill -9 $$"])
+    monkeypatch.setattr("runtime.lean_process.command", lambda *_: ["/bin/sh", "-c", "kill -9 $$"])
     with pytest.raises(RunError, match=r"SIGKILL; the last checkpoint is .*checkpoint-1, continue with --resume"):
         run(plan, "random", steps=2, out=tmp_path, resume=True, **SETTINGS)
 

@@ -1,0 +1,79 @@
+"""What a training loop of one's own asks of the lean process: a step, a loss, a checkpoint, one after the other.
+
+A request is its kind, the learning rate (nan: that of the run) and, for a step or a loss, the bytes of the batch's tensors in
+the order of the plan. Whoever asks closes the pipe without `FINISH` where the run is to be gone on with later.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import select
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+STEP, EVALUATE, SAVE, FINISH = b"s", b"e", b"c", b"f"
+_HEAD = struct.Struct("<cd")
+PATIENCE = 0.2
+"""seconds between two looks at whether to end, while nothing is asked"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    kind: bytes
+    lr: float | None
+
+
+class Requests:
+    """The end of the pipe in the lean process; as its batches it hands out the one that the latest request brought."""
+
+    fingerprint = "given step by step"
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def next(self, stopping: Callable[[], bool]) -> Request | None:
+        """What is asked next; None: nothing any more, or the run is to stop."""
+        while not stopping():
+            # A signal alone does not end a read.
+            if select.select([self._descriptor], [], [], PATIENCE)[0]:
+                head = bytearray(_HEAD.size)
+                if not self._read(memoryview(head)):
+                    return None
+                kind, lr = _HEAD.unpack(head)
+                return Request(kind=kind, lr=None if math.isnan(lr) else lr)
+        return None
+
+    def training(self, step: int, inputs: Sequence[Tensor]) -> None:
+        """Fill `inputs`. Raises EOFError where the batch ends in the middle."""
+        for tensor in inputs:
+            size = tensor.numel() * tensor.element_size()
+            if size and not self._read(memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")):
+                raise EOFError
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _read(self, view: memoryview) -> bool:
+        """Fill `view`; False where the pipe ends before that."""
+        while view and (count := os.readv(self._descriptor, [view])):
+            view = view[count:]
+        return not view
+
+
+def ask(descriptor: int, kind: bytes, lr: float | None = None, tensors: Sequence[Tensor] = ()) -> None:
+    """Write a request; `tensors` are contiguous. Raises BrokenPipeError where nobody reads it any more."""
+    _write(descriptor, memoryview(_HEAD.pack(kind, float("nan") if lr is None else lr)))
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if size:
+            _write(descriptor, memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B"))
+
+
+def _write(descriptor: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(descriptor, view) :]

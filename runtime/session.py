@@ -1,0 +1,184 @@
+"""A training loop of your own around the steps of a plan: they run in the lean process, under its cap, one at a time.
+
+The loop's own process may hold what it likes; only the lean one is capped.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from planner.schema import Plan
+from profiles.errors import RunError, TightfitError
+from runtime import job as jobs
+from runtime.admission import Stages, check_machine, check_options, check_schedule, find_store
+from runtime.given import as_planned
+from runtime.lean_process import started
+from runtime.output import locked, remove, to_be_replaced, write_report
+from runtime.report import build_report
+from runtime.requests import EVALUATE, FINISH, SAVE, STEP, ask
+from runtime.settings import settings_of
+
+
+class Session:
+    """Steps of a plan for a loop of your own::
+
+        with Session(planned, out="out", lr=1e-3) as session:
+            for inputs, labels in loader:
+                loss = session.step(inputs, labels)
+        module.load_state_dict(load_file("out/model/model.safetensors"))
+
+    A batch is a module's tensors as it was profiled, or a language model's input_ids and labels as transformers takes them
+    (integers [rows, tokens], -100 where nothing is asked, padding on the right; fewer rows or tokens than planned will do).
+    Learning rates, the order of the data and when to stop are the loop's. Forward, backward and update are one step of the plan: there
+    is no gradient to look at between them.
+
+    Left without an error, it leaves what `runtime.launch.run` does: the adapter or the model, a checkpoint and `report`. An error
+    in the loop, Ctrl-C among them, has the steps so far saved in a checkpoint; with `resume` another session goes on from it, bit for bit,
+    with step `taken` + 1. SIGTERM and `kill -9` of the loop's process save them too.
+
+    Raises InputError for a plan that does not fit model or machine, InfeasibleError for one without a schedule; and from
+    any call CapError where the measured memory passes the budget and RunError where the disk fills up or the process dies.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        out: str | os.PathLike[str],
+        resume: bool = False,
+        overwrite: bool = False,
+        lr: float = 2e-4,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        checkpoint_every: int = 50,
+        keep_checkpoints: int = 2,
+        cgroup: bool = True,
+        stages: Stages | None = None,
+    ) -> None:
+        """As for `run`; `lr` is the learning rate of steps that name none."""
+        check_options(plan, plan.accumulate, "constant", lr)
+        self.plan = plan
+        self.directory = Path(out).absolute()
+        self.taken = 0
+        """steps so far, those of the run that is resumed among them"""
+        self.report: dict[str, Any] | None = None
+        """what was predicted and measured, once the session has ended without an error"""
+        self._options: dict[str, Any] = {
+            "seed": seed,
+            "resume": resume,
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "checkpoint_every": checkpoint_every,
+            "keep_checkpoints": keep_checkpoints,
+        }
+        self._overwrite, self._cgroup, self._stages = overwrite, cgroup, stages
+        self._stack = ExitStack()
+        self._open = False
+        """whether steps may be asked for"""
+
+    def __enter__(self) -> Self:
+        plan, directory = self.plan, self.directory
+        check_machine(plan)
+        check_schedule(plan)
+        store = find_store(plan, self._stages)
+        with ExitStack() as stack:
+            lock = stack.enter_context(locked(directory))
+            replaced = to_be_replaced(directory, None, resume=self._options["resume"], overwrite=self._overwrite)
+            read, self._asking = os.pipe()
+            stack.callback(self._close)
+            with os.fdopen(read, "rb"):
+                compiled = jobs.compile_job(
+                    plan.model_dump(), settings_of(plan, directory, store, requests=read, **self._options)
+                )
+                remove(replaced)
+                self._child = stack.enter_context(
+                    started(plan, compiled, directory, lock, cgroup=self._cgroup, requests=read)
+                )
+            self._open = True
+            try:
+                self.taken = self._told("loaded")["step"]
+            except BaseException:
+                self._child.stop()
+                raise
+            self._stack = stack.pop_all()
+        return self
+
+    def step(self, *batch: Tensor, lr: float | None = None) -> float:
+        """Take the next step on a batch; returns its loss before the update. `lr`: its learning rate.
+
+        Raises InputError for a batch or a rate that cannot be; the session goes on.
+        """
+        if lr is not None:
+            check_options(self.plan, self.plan.accumulate, "constant", lr)
+        loss: float = self._answer(STEP, "step", batch, lr)["loss"]
+        self.taken += 1
+        return loss
+
+    def loss(self, *batch: Tensor) -> float:
+        """The loss of a batch without a step: without dropout, and a language model's by the mean over its labels."""
+        loss: float = self._answer(EVALUATE, "loss", batch)["loss"]
+        return loss
+
+    def save(self) -> Path:
+        """Make a checkpoint now, from which ``resume`` goes on; a module's holds ``model.safetensors``, another's the adapter."""
+        return Path(self._answer(SAVE, "checkpoint")["path"])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            if error is None and self._open:
+                self._ask(FINISH)
+                observed = self._child.end()
+                self.report = build_report(self.plan, observed, self.directory, enforced_by=self._child.enforced_by)
+                write_report(self.directory, self.report)
+                return
+            self._close()
+            try:
+                self._child.end()
+            except TightfitError as told:
+                if error is None:
+                    raise
+                if str(told) != str(error):
+                    error.add_note(str(told))
+
+    def _answer(
+        self, kind: bytes, event: str, batch: tuple[Tensor, ...] = (), lr: float | None = None
+    ) -> dict[str, Any]:
+        tensors = (
+            as_planned(self.plan, batch, f"the batch of step {self.taken + 1}")
+            if batch or event != "checkpoint"
+            else []
+        )
+        self._ask(kind, lr, tensors)
+        return self._told(event)
+
+    def _ask(self, kind: bytes, lr: float | None = None, tensors: list[Tensor] | None = None) -> None:
+        if not self._open:
+            raise RunError(
+                f"the session is not open, or was interrupted in the middle of step {self.taken + 1}; use it in a `with` block, and"
+                " go on with another one that resumes"
+            )
+        self._open = False  # until the answer is there: an interruption leaves half of a question behind
+        with suppress(BrokenPipeError):  # what its end means is told by `_told`
+            ask(self._asking, kind, lr, tensors or [])
+
+    def _told(self, event: str) -> dict[str, Any]:
+        for message in self._child.messages():
+            if message["event"] == event:
+                self._open = True
+                return message
+        self._open = False
+        self._child.end()
+        raise RunError("the training process has ended; go on with another session that resumes")
+
+    def _close(self) -> None:
+        if self._asking >= 0:
+            os.close(self._asking)
+            self._asking = -1

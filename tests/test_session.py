@@ -1,0 +1,378 @@
+"""Training loops of one's own: against autograd, against `run` to the bit, and what is left when they end in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from reference import CONFIGS, peft_model, peft_name, starting_weights
+from safetensors.torch import load_file
+from tiny_models import random_weights, write_directory
+from tiny_plans import decoder_profile, naive_plan
+from torch import Tensor
+
+from examples import own_module
+from planner.plan import Planner, plan
+from planner.schema import Plan
+from profiles.api import profile
+from profiles.errors import CapError, InputError, RunError
+from profiles.schema import Profile
+from runtime.cgroup import MemoryCgroup
+from runtime.checkpoint import find_checkpoints
+from runtime.launch import run
+from runtime.session import Session
+
+ROWS, SEQ, RANK = 3, 21, 4
+CONFIG = CONFIGS["llama"]
+MIB = 1 << 20
+Batch = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Profile:
+    folder = tmp_path_factory.mktemp("llama")
+    write_directory(folder, CONFIG, random_weights(CONFIG))
+    return profile(str(folder), batch=ROWS, seq=SEQ, lora_rank=RANK, lora_alpha=8.0, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def smallest(decoder: Profile) -> Plan:
+    return plan(decoder, Planner(decoder).minimum().peak_bytes)
+
+
+@pytest.fixture(scope="module")
+def module(cache: Path) -> Plan:
+    made = profile("examples.own_module:cnn")
+    return plan(made, Planner(made).minimum().peak_bytes + MIB)
+
+
+@pytest.fixture(scope="module")
+def naive(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    return naive_plan(decoder_profile(tmp_path_factory.mktemp("store")))
+
+
+def texts(count: int) -> list[Batch]:
+    """As transformers' collators make them: of other lengths, padded on the right, some words not asked for, some rows fewer."""
+    generator = torch.Generator().manual_seed(3)
+    batches = []
+    for number in range(count):
+        rows, length = ROWS - number % 2, SEQ - 5 * (number % 3)
+        ids = torch.randint(1, CONFIG["vocab_size"], (rows, length), generator=generator)
+        labels = ids.clone()
+        labels[:, : 1 + number % 4] = -100
+        ids[0, -3:], labels[0, -3:] = 0, -100
+        batches.append((ids, labels))
+    return batches
+
+
+def rate(step: int) -> float:
+    return 4e-3 / (1 + step)
+
+
+def by_autograd(made: Profile, batches: list[Batch]) -> tuple[list[float], dict[str, Tensor], float]:
+    """transformers + peft with labels as they are: losses, the adapter, and the loss of the first batch afterwards."""
+    weights = starting_weights(made)
+    model = peft_model(CONFIG, weights, RANK, 8.0, torch.float32)
+    parameters = dict(model.named_parameters())
+    trained = {n: parameters[peft_name(n, parameters)] for n in weights if "lora_" in n}
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.02)
+    losses = []
+    for step, (ids, labels) in enumerate(batches):
+        loss = model(input_ids=ids, labels=labels).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+    after = model(input_ids=batches[0][0], labels=batches[0][1]).loss.item()
+    return losses, {n: p.detach() for n, p in trained.items()}, after
+
+
+def bits(out: Path, step: int, file: str = "adapter_model.safetensors") -> tuple[bytes, bytes]:
+    folder = out / f"checkpoint-{step}"
+    return (folder / file).read_bytes(), (folder / "optimizer.safetensors").read_bytes()
+
+
+def test_a_loop_of_one_s_own_follows_the_exact_gradient(decoder: Profile, smallest: Plan, tmp_path: Path) -> None:
+    batches = texts(8)
+    losses, trained, after = by_autograd(decoder, batches)
+    with Session(smallest, out=tmp_path, weight_decay=0.02) as session:
+        found = [session.step(*batch, lr=rate(step)) for step, batch in enumerate(batches)]
+        assert session.taken == 8
+        assert session.report is None
+        assert session.loss(*batches[0]) == pytest.approx(after, rel=2e-5)
+    assert found == pytest.approx(losses, rel=2e-5)
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name, expected in trained.items():
+        own = adapter[f"base_model.model.{name}"]
+        assert float((own - expected).norm() / expected.norm()) < 1e-3, name
+    report = session.report
+    assert report is not None
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert report["loss"] == found
+    assert report["peak_bytes"]["measured"] <= smallest.peak_bytes
+    assert report["phases"]["evaluate"]["peak_bytes"]["measured"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "checkpoint-8", "metrics.jsonl", "report.json"]
+
+
+def test_it_is_the_run_of_the_same_batches_to_the_bit(module: Plan, tmp_path: Path) -> None:
+    """Whatever is asked between the steps."""
+    batches = list(own_module.images(5, 1))
+    run(module, batches, steps=5, out=tmp_path / "run", lr=3e-3)
+    with Session(module, out=tmp_path / "session", lr=3e-3, checkpoint_every=2) as session:
+        first = session.loss(*batches[0])
+        for number, batch in enumerate(batches):
+            session.step(*batch)
+            if number in {0, 1}:
+                session.loss(*batches[4])
+                saved = session.save()
+                assert saved == session.save() == tmp_path / "session" / f"checkpoint-{number + 1}"
+                assert (saved / "model.safetensors").exists()
+    assert session.report is not None
+    assert session.report["loss"][0] == first
+    assert bits(tmp_path / "session", 5, "model.safetensors") == bits(tmp_path / "run", 5, "model.safetensors")
+    mine, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("session", "run"))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("error", [ValueError("by the loop"), KeyboardInterrupt()])
+def test_an_error_in_the_loop_keeps_its_steps(
+    smallest: Plan, decoder: Profile, tmp_path: Path, error: BaseException
+) -> None:
+    batches = texts(6)
+    with Session(smallest, out=tmp_path / "whole") as session:
+        whole = [session.step(*batch) for batch in batches]
+    part = tmp_path / "part"
+    with pytest.raises(type(error)) as caught, Session(smallest, out=part) as session:  # noqa: PT012
+        losses = [session.step(*batch) for batch in batches[:4]]
+        raise error
+    assert caught.value.__notes__ == [
+        f"interrupted after step 4; everything is saved in {part / 'checkpoint-4'}, continue with --resume"
+    ]
+    assert session.report is None
+    assert not (part / "adapter").exists()
+    with pytest.raises(InputError, match="holds an earlier run"), Session(smallest, out=part):
+        pass
+    with Session(plan(decoder, 1 << 40), out=part, resume=True) as session:
+        assert session.taken == 4
+        losses += [session.step(*batch) for batch in batches[session.taken :]]
+    assert losses == whole
+    assert session.report is not None
+    assert session.report["loss"] == whole
+    assert bits(part, 6) == bits(tmp_path / "whole", 6)
+
+
+def test_what_cannot_be_a_batch_costs_nothing(smallest: Plan, tmp_path: Path) -> None:
+    good = texts(1)[0]
+    ids, labels = good
+    words = CONFIG["vocab_size"]
+    refused = [
+        ((), "has 0 tensors; give input_ids and labels, or input_ids alone"),
+        ((ids, labels, ids), "has 3 tensors"),
+        (([1, 2],), "item 0 is of type list"),
+        ((ids.float(), labels), "give integers of shape"),
+        ((ids[0], labels[0]), "give integers of shape"),
+        ((ids, labels[:, 1:]), rf"the plan was made for at most {ROWS} rows of {SEQ} tokens, labels like input_ids"),
+        ((ids.repeat(2, 1), labels.repeat(2, 1)), "at most 3 rows"),
+        ((ids.repeat(1, 2), labels.repeat(1, 2)), "cut the batch, or profile with another --batch and --seq"),
+        ((ids[:, :0], labels[:, :0]), "at most 3 rows"),
+        ((ids + words, labels), rf"input_ids has the token {int(ids.max()) + words}; the model has tokens 0 to {words - 1}"),
+        ((ids - words, labels), rf"input_ids has the token {int(ids.min()) - words};"),
+        ((ids, labels + words), "labels has the token"),
+        ((ids, torch.full_like(labels, -100)), "has no label after the first token"),
+        ((ids[:, :1],), "has no label after the first token"),
+    ]  # fmt: skip
+    with Session(smallest, out=tmp_path) as session:
+        for batch, told in refused:
+            with pytest.raises(InputError, match=told) as caught:
+                session.step(*batch)
+            assert str(caught.value).startswith("the batch of step 1")
+        for lr in (-1.0, float("inf"), float("nan")):
+            with pytest.raises(InputError, match=r"^lr "):
+                session.step(*good, lr=lr)
+        alone = session.loss(ids)
+        assert alone == session.loss(ids, ids)
+        session.step(*good)
+        assert session.taken == 1
+    assert session.report is not None
+    assert len(session.report["loss"]) == 1
+
+
+def test_a_module_gets_the_shapes_it_was_profiled_with(module: Plan, tmp_path: Path) -> None:
+    pixels, labels = next(own_module.images(1, 1))
+    with Session(module, out=tmp_path) as session:
+        with pytest.raises(
+            InputError, match=r"^the batch of step 1 has tensors .* profile with a batch of that shape$"
+        ):
+            session.step(pixels[:3], labels[:3])
+        with pytest.raises(InputError, match="has tensors"):
+            session.step()
+        turned = pixels.double().transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+        assert session.loss(turned, labels) == session.loss(pixels, labels)
+
+
+def test_a_session_is_of_use_in_its_block_alone(naive: Plan, tmp_path: Path) -> None:
+    ids = torch.ones(2, 24, dtype=torch.int64)
+    session = Session(naive, out=tmp_path / "out")
+    with pytest.raises(RunError, match="the session is not open"):
+        session.step(ids)
+    assert not (tmp_path / "out").exists()
+    before = list(Path("/proc/self/fd").iterdir())
+    with session:
+        with pytest.raises(InputError, match="another run is under way"), Session(naive, out=tmp_path / "out"):
+            pass
+        session.step(ids)
+    assert len(list(Path("/proc/self/fd").iterdir())) == len(before)
+    with pytest.raises(RunError, match="the session is not open"):
+        session.step(ids)
+
+
+def test_no_step_at_all_leaves_the_start(naive: Plan, tmp_path: Path) -> None:
+    with Session(naive, out=tmp_path) as session:
+        pass
+    assert session.report is not None
+    assert session.report["loss"] == []
+    assert session.report["step_seconds"]["measured"] is None
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("cgroup", [True, False])
+def test_the_cap_holds_for_a_loop_of_one_s_own(
+    naive: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cgroup: bool
+) -> None:
+    if cgroup and (group := MemoryCgroup.create(64 * MIB)) is None:
+        pytest.skip("no memory cgroup can be made here")
+    elif cgroup:
+        group.remove()
+    monkeypatch.setattr("runtime.session.check_schedule", lambda plan: None)  # the planner would never emit it
+    small = naive.model_copy(update={"budget_bytes": 60 * MIB})
+    with pytest.raises(CapError, match=r"60\.0 MiB"), Session(small, out=tmp_path, cgroup=cgroup) as session:
+        session.step(torch.ones(2, 24, dtype=torch.int64))
+    assert not (tmp_path / "job").exists()
+
+
+def test_a_loss_that_is_no_number_ends_it(naive: Plan, tmp_path: Path) -> None:
+    """The rate that is told is that of the step; who goes on all the same is told again."""
+    ids = torch.arange(48).view(2, 24)
+    with pytest.raises(InputError, match="is not a number") as last, Session(naive, out=tmp_path) as session:  # noqa: PT012
+        with pytest.raises(  # noqa: PT012
+            InputError, match=r"the loss of step \d+ is not a number; lower the learning rate \(lr 1e\+30\)"
+        ):
+            for _ in range(20):
+                session.step(ids, lr=1e30)
+        with pytest.raises(RunError, match="the session is not open"):
+            session.step(ids)
+    assert not hasattr(last.value, "__notes__")
+
+
+def test_one_that_was_interrupted_in_the_middle_is_over(
+    naive: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of a batch is in the pipe: nothing more can be asked, and the steps before are saved."""
+    ids = torch.ones(2, 24, dtype=torch.int64)
+    write = os.write
+
+    def half(descriptor: int, data: memoryview) -> int:
+        if len(data) > 100:
+            write(descriptor, data[:100])
+            raise KeyboardInterrupt
+        return write(descriptor, data)
+
+    with (  # noqa: PT012
+        pytest.raises(RunError, match=r"^interrupted after step 2; everything is saved in"),
+        Session(naive, out=tmp_path) as session,
+    ):
+        for _ in range(2):
+            session.step(ids)
+        monkeypatch.setattr("runtime.requests.os.write", half)
+        with pytest.raises(KeyboardInterrupt):
+            session.step(ids)
+        monkeypatch.undo()
+        with pytest.raises(RunError, match="was interrupted in the middle of step 3"):
+            session.step(ids)
+    assert find_checkpoints(str(tmp_path))[-1][0] == 2
+
+
+@contextlib.contextmanager
+def looping(made: Plan, folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A program that took three steps and now thinks: (its process, the lean one's number)."""
+    path = folder / "plan.json"
+    path.write_text(made.model_dump_json())
+    code = (
+        "import time, torch\nfrom planner.schema import Plan\nfrom runtime.session import Session\n"
+        f"with Session(Plan.model_validate_json(open({str(path)!r}).read()), out={str(folder / 'out')!r}) as session:\n"
+        "    for _ in range(3):\n        session.step(torch.ones(2, 24, dtype=torch.int64))\n"
+        "    print(session._child.process.pid, flush=True)\n    time.sleep(600)\n"
+    )
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)
+    try:
+        assert process.stdout is not None
+        yield process, int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_whatever_ends_the_program_its_steps_are_saved(naive: Plan, tmp_path: Path, number: signal.Signals) -> None:
+    with looping(naive, tmp_path) as (process, _):
+        process.send_signal(number)
+        process.wait(60)
+    deadline = time.monotonic() + 60
+    while not find_checkpoints(str(tmp_path / "out")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(InputError), Session(naive, out=tmp_path / "out", resume=True) as session:
+            assert session.taken == 3
+            break
+        assert time.monotonic() < deadline  # the folder is locked until all is saved
+        time.sleep(0.02)
+
+
+def test_a_lean_process_that_is_asked_to_end_while_it_waits_saves(naive: Plan, tmp_path: Path) -> None:
+    ids = torch.ones(2, 24, dtype=torch.int64)
+    with (  # noqa: PT012
+        pytest.raises(RunError, match=r"^interrupted after step 1; everything is saved in .*checkpoint-1"),
+        Session(naive, out=tmp_path) as session,
+    ):
+        session.step(ids)
+        os.kill(session._child.process.pid, signal.SIGTERM)
+        session._child.process.wait(60)
+        session.step(ids)
+
+
+def test_one_that_dies_is_told(naive: Plan, tmp_path: Path) -> None:
+    ids = torch.ones(2, 24, dtype=torch.int64)
+    with (  # noqa: PT012
+        pytest.raises(
+            RunError, match=r"the training process was ended by SIGKILL.*; the last checkpoint is .*checkpoint-1"
+        ),
+        Session(naive, out=tmp_path) as session,
+    ):
+        session.step(ids)
+        session.save()
+        os.kill(session._child.process.pid, signal.SIGKILL)
+        session.step(ids)
+
+
+def test_other_batches_than_given_ones_are_another_run(naive: Plan, tmp_path: Path) -> None:
+    run(naive, "random", steps=1, out=tmp_path)
+    with pytest.raises(InputError, match="with other data than"), Session(naive, out=tmp_path, resume=True):
+        pass
+    with Session(naive, out=tmp_path, overwrite=True) as session:
+        session.step(torch.ones(2, 24, dtype=torch.int64))
+    with pytest.raises(InputError, match="with other data than"):
+        run(naive, "random", steps=2, out=tmp_path, resume=True)
