@@ -92,6 +92,7 @@ class _Run:
     def steps(self) -> Iterator[int]:
         """Numbers of the steps to take."""
         if isinstance(self.training.batches, Requests):
+            self.training.batches.stopping = self.stopping
             yield from self._asked(self.training.batches)
             if self.saved != self.done:
                 self._save()
@@ -100,7 +101,7 @@ class _Run:
 
     def _asked(self, requests: Requests) -> Iterator[int]:
         """Steps as they are asked for, and what else is."""
-        while request := requests.next(self.stopping):
+        while request := requests.next():
             if request.kind == FINISH:
                 return
             if request.kind == STEP:

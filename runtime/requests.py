@@ -35,18 +35,16 @@ class Requests:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self.stopping: Callable[[], bool] = lambda: False
+        """whether to wait for nothing more: a signal alone ends no read, and a copy of the asking process may hold the pipe open"""
 
-    def next(self, stopping: Callable[[], bool]) -> Request | None:
+    def next(self) -> Request | None:
         """What is asked next; None: nothing any more, or the run is to stop."""
-        while not stopping():
-            # A signal alone does not end a read.
-            if select.select([self._descriptor], [], [], PATIENCE)[0]:
-                head = bytearray(_HEAD.size)
-                if not self._read(memoryview(head)):
-                    return None
-                kind, lr = _HEAD.unpack(head)
-                return Request(kind=kind, lr=None if math.isnan(lr) else lr)
-        return None
+        head = bytearray(_HEAD.size)
+        if not self._read(memoryview(head)):
+            return None
+        kind, lr = _HEAD.unpack(head)
+        return Request(kind=kind, lr=None if math.isnan(lr) else lr)
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> None:
         """Fill `inputs`. Raises EOFError where the batch ends in the middle."""
@@ -59,9 +57,13 @@ class Requests:
         os.close(self._descriptor)
 
     def _read(self, view: memoryview) -> bool:
-        """Fill `view`; False where the pipe ends before that."""
-        while view and (count := os.readv(self._descriptor, [view])):
-            view = view[count:]
+        """Fill `view`; False where the pipe or the run ends before that."""
+        while view and not self.stopping():
+            if select.select([self._descriptor], [], [], PATIENCE)[0]:
+                count = os.readv(self._descriptor, [view])
+                if not count:
+                    break
+                view = view[count:]
         return not view
 
 

@@ -140,6 +140,7 @@ class Session:
                 write_report(self.directory, self.report)
                 return
             self._close()
+            self._child.process.terminate()  # workers of a DataLoader may have copies of the pipe
             try:
                 self._child.end()
             except TightfitError as told:

@@ -376,3 +376,36 @@ def test_other_batches_than_given_ones_are_another_run(naive: Plan, tmp_path: Pa
         session.step(torch.ones(2, 24, dtype=torch.int64))
     with pytest.raises(InputError, match="with other data than"):
         run(naive, "random", steps=2, out=tmp_path, resume=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from Python 3.12 on, where there are threads
+@pytest.mark.parametrize("middle", [False, True])
+def test_a_copy_of_the_program_holds_nothing_up(
+    naive: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, middle: bool
+) -> None:
+    """A DataLoader's workers are copies, with the pipe open, and may outlive the loop; in the middle of a batch too."""
+    ids, write = torch.ones(2, 24, dtype=torch.int64), os.write
+
+    def half(descriptor: int, data: memoryview) -> int:
+        if len(data) > 100:
+            write(descriptor, data[:100])
+            raise KeyboardInterrupt
+        return write(descriptor, data)
+
+    before, copy = time.monotonic(), 0
+    try:
+        with pytest.raises(KeyboardInterrupt), Session(naive, out=tmp_path) as session:  # noqa: PT012
+            session.step(ids)
+            copy = os.fork()
+            if not copy:
+                time.sleep(300)
+                os._exit(0)
+            if middle:
+                monkeypatch.setattr("runtime.requests.os.write", half)
+                session.step(ids)
+            raise KeyboardInterrupt
+    finally:
+        os.kill(copy, signal.SIGKILL)
+        os.waitpid(copy, 0)
+    assert time.monotonic() - before < 100
+    assert find_checkpoints(str(tmp_path))[-1][0] == 1
