@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 PROFILE_VERSION = 6
-
+"""raised with every change of the file's form, and of what operators measure or compute: runs that others began do not go on"""
 
 MOST_ACCUMULATED = 1 << 16
 

@@ -15,8 +15,10 @@ from planner.summary import unfinished_update
 from profiles.busy import our_cores
 from profiles.errors import InfeasibleError, InputError
 from profiles.products import BFLOAT16_PRODUCTS
+from profiles.schema import PROFILE_VERSION
 from profiles.store import Store
 from profiles.units import format_size
+from runtime.checkpoint import OPERATORS
 from runtime.optimizer import SCHEDULES
 
 Stages = Callable[[str, int, int], None]
@@ -134,6 +136,7 @@ def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str,
         "torch": torch.__version__,
         "products of bfloat16": BFLOAT16_PRODUCTS,
         "layers without a backward": [phase.skipped for phase in plan.steps] if plan.cycle else None,
-        # Last: of what differs, the first is told, and this says nothing to a reader.
+        # Of what differs, the first is told: by another version the graph may differ too, whose hash says nothing to a reader.
+        OPERATORS: PROFILE_VERSION,
         "graph": hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest(),
     }

@@ -22,6 +22,10 @@ from profiles.files import sync_directory
 NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "state.json"
 VERSION = 1
+OPERATORS = "operators"
+"""the condition that names their version: with another one results differ in their last bits, whatever the shapes"""
+UNSAID_OPERATORS = 6
+"""the version that checkpoints are of which name none: the last before it was written down"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +68,20 @@ def load_latest(directory: str, expected: Mapping[str, Any], data: str = "this r
         raise InputError(
             f"{path}/{STATE} is missing or damaged; remove this checkpoint and resume from the one before"
         ) from error
+    made = {OPERATORS: UNSAID_OPERATORS} | state["conditions"]
     for key, value in expected.items():
-        if state["conditions"].get(key) != value:
-            told = _difference(key, state["conditions"].get(key), value)
+        if made.get(key) != value:
+            told = _difference(key, made.get(key), value)
+            same = "the tightfit that began the run" if key == OPERATORS else "the same"
             if key == "data":
                 told = f"with other data than {data}"
-            raise InputError(f"{path} was made {told}; resume with the same or start a new output directory")
+            raise InputError(f"{path} was made {told}; resume with {same} or start a new output directory")
     return Found(path=path, step=step, state=state)
 
 
 def _difference(key: str, was: Any, now: Any) -> str:
+    if key == OPERATORS:
+        return f"by another version of tightfit's operators ({was}, this one has {now}), which may round otherwise"
     if key == "graph":  # a hash
         return "by another version of tightfit or for another model: the operators of its steps differ"
     if key == "weights":  # hashes

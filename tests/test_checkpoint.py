@@ -115,6 +115,25 @@ def test_another_graph_is_told_in_words(tmp_path):
     assert "aaaa" not in str(refused.value)
 
 
+def test_operators_of_another_version_are_told_before_what_else_they_change(tmp_path):
+    checkpoint.save(str(tmp_path), 1, CONDITIONS | {"operators": 7, "graph": "a" * 64}, fill, keep=1)
+    assert checkpoint.load_latest(str(tmp_path), CONDITIONS | {"operators": 7, "graph": "a" * 64}).step == 1
+    with pytest.raises(InputError) as refused:
+        checkpoint.load_latest(str(tmp_path), CONDITIONS | {"operators": 8, "graph": "b" * 64})
+    assert str(refused.value) == (
+        f"{tmp_path}/checkpoint-1 was made by another version of tightfit's operators (7, this one has 8), which may round otherwise;"
+        " resume with the tightfit that began the run or start a new output directory"
+    )
+
+
+def test_a_checkpoint_that_names_no_version_of_the_operators_is_of_the_sixth(tmp_path):
+    """Those of versions 1 to 6 said nothing of it."""
+    checkpoint.save(str(tmp_path), 1, CONDITIONS, fill, keep=1)
+    assert checkpoint.load_latest(str(tmp_path), CONDITIONS | {"operators": 6}).step == 1
+    with pytest.raises(InputError, match=r"another version of tightfit's operators \(6, this one has 7\)"):
+        checkpoint.load_latest(str(tmp_path), CONDITIONS | {"operators": 7})
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 99, "step": 1}', '{"version": 1, "step": 2}'])
 def test_a_damaged_state_is_refused(tmp_path, content):
     path = checkpoint.save(str(tmp_path), 1, CONDITIONS, fill, keep=1)

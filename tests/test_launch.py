@@ -19,9 +19,10 @@ from tiny_plans import decoder_profile, naive_plan
 
 from planner.schema import Plan
 from profiles.errors import CapError, InfeasibleError, InputError, RunError
+from profiles.schema import PROFILE_VERSION
 from runtime.admission import conditions, find_store
 from runtime.cgroup import MOUNT, MemoryCgroup, _parents
-from runtime.checkpoint import find_checkpoints
+from runtime.checkpoint import UNSAID_OPERATORS, find_checkpoints
 from runtime.interrupts import passed_on
 from runtime.launch import run
 from runtime.loop import _evaluated_before
@@ -489,6 +490,8 @@ def test_all_that_changes_a_result_is_a_condition_of_going_on_and_nothing_else_i
     assert [index for index, it in enumerate(other) if told(it) == was] == []
     assert told(plan, optimizer={"lr": 1e-3}) != was != told(plan, seed=6)
     assert was["torch"] == torch.__version__
+    assert was["operators"] == PROFILE_VERSION
+    assert list(was)[-2:] == ["operators", "graph"]
 
 
 def test_an_infeasible_plan_is_refused(plan, tmp_path):
@@ -532,6 +535,22 @@ def test_resume_with_another_seed_is_refused(plan, whole):
     _, out = whole
     with pytest.raises(InputError, match=r"made with seed 5, this run has 6"):
         run(plan, "random", steps=8, out=out, resume=True, lr=1e-2, seed=6)
+
+
+def test_a_run_that_other_operators_began_is_not_gone_on_with(plan, tmp_path, monkeypatch):
+    """Of equal shapes nothing else tells it; a run begun before checkpoints named the version goes on."""
+    run(plan, "random", steps=1, out=tmp_path, **SETTINGS)
+    state = tmp_path / "checkpoint-1" / "state.json"
+    unsaid = json.loads(state.read_text())
+    assert unsaid["conditions"].pop("operators") == PROFILE_VERSION
+    monkeypatch.setattr("runtime.admission.PROFILE_VERSION", PROFILE_VERSION + 1)
+    with pytest.raises(
+        InputError, match=r"by another version of tightfit's operators .* resume with the tightfit that"
+    ):
+        run(plan, "random", steps=2, out=tmp_path, resume=True, **SETTINGS)
+    monkeypatch.setattr("runtime.admission.PROFILE_VERSION", UNSAID_OPERATORS)
+    state.write_text(json.dumps(unsaid))
+    assert len(run(plan, "random", steps=2, out=tmp_path, resume=True, **SETTINGS)["loss"]) == 2
 
 
 def test_a_damaged_weight_store_is_found_by_the_child(profile, plan, tmp_path):
