@@ -23,6 +23,7 @@ from profiles.errors import InputError, RunError, TightfitError
 from profiles.units import MIB, format_size, parse_size
 from runtime import answers
 from runtime.interrupts import Interrupts
+from runtime.limits import limited, way_out
 
 if TYPE_CHECKING:
     from planner.explanation import Explanation
@@ -79,7 +80,9 @@ def _tightfit(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    # Libraries that find no memory for a thread end the process, and nothing can be told then.
+    if limit := limited(hardly_enough=True):
+        typer.echo(f"tightfit: {limit}, hardly enough to load PyTorch and a solver", err=True)
 
 
 @app.command()
@@ -659,6 +662,8 @@ def _failure(error: Exception) -> dict[str, Any]:
         message, code = f"{place}{error.strerror or error}", 4
     else:
         message, code = f"internal error, {type(error).__name__}: {error}; run again with --debug for its traceback", 4
+    if way := way_out(f"{type(error).__name__}: {error}", unexpected=not _expected(error)):
+        message = f"{message if _expected(error) else f'memory could not be had ({type(error).__name__})'}; {way}"
     failure: dict[str, Any] = {"kind": type(error).__name__, "message": message, "exit_code": code}
     minimum = getattr(error, "minimum_budget_bytes", None)
     if minimum is not None:
