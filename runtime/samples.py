@@ -21,6 +21,7 @@ import gzip
 import json
 import shlex
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,13 @@ FORMS = (
     ' or {"prompt", "choices", "answer"}'
 )
 LINES = ("*.jsonl", "*.jsonl.gz")
+BEGINNING = 4096
+"""bytes of a .json file in which its first bracket lies"""
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
 CONVERSIONS = {
     "json": "import json, sys; [print(json.dumps(line)) for line in json.load(open(sys.argv[1], encoding='utf-8-sig'))]",
     "csv": "import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''))]",
+    "parquet": "import json, pyarrow.parquet, sys; [print(json.dumps(row, default=str)) for part in pyarrow.parquet.ParquetFile(sys.argv[1]).iter_batches() for row in part.to_pylist()]",
 }
 """programs for `python -c` that print a file of another kind as JSON lines"""
 
@@ -83,13 +87,11 @@ def data_files(data: str) -> list[Path]:
     if path.is_dir():
         files = sorted(file for pattern in LINES for file in path.glob(pattern))
         if not files:
-            raise InputError(f"{path}: no *.jsonl file in this directory; data are JSON lines of {FORMS}")
+            raise InputError(f"{path}: no .jsonl or .jsonl.gz file in this directory, {_lies_there(path)}")
         return files
     if path.is_file():
-        if path.suffix.lower() == ".csv":
-            raise InputError(
-                f"{path}: a table where JSON lines are due; name its columns text, or prompt and completion, and {_converted(path, 'csv')}"
-            )
+        if told := _table(path):
+            raise InputError(f"{path}: {told}")
         return [path]
     if path.exists():
         raise InputError(f"{path}: a pipe or device, not a regular file; write the data to a file, {due}")
@@ -107,8 +109,8 @@ def read_samples(file: Path) -> Iterator[tuple[int, Sample | InputError]]:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
-                if first and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-                    yield number, InputError(f"a JSON list where JSON lines are due; {_converted(file, 'json')}")
+                if first and _begins_a_list(line):
+                    yield number, InputError(_no_lines(file))
                     return
                 first = False
                 try:
@@ -118,7 +120,53 @@ def read_samples(file: Path) -> Iterator[tuple[int, Sample | InputError]]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{file}: not a whole gzip file ({error}); copy or download it again") from error
     except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; check the path and its permissions") from error
+        raise InputError(_unread(file, error)) from error
+
+
+def _lies_there(directory: Path) -> str:
+    """What a directory without JSON lines holds, and how the first of its files that can be converted is."""
+    due = f"data are files named .jsonl or .jsonl.gz, with lines of {FORMS}"
+    try:
+        found = sorted(directory.iterdir())
+        told = next((f"{it.name}: {told}" for it in found if it.is_file() and (told := _table(it) or _list(it))), due)
+    except OSError as error:
+        raise InputError(_unread(Path(error.filename or directory), error)) from error
+    if not found:
+        return f"which is empty; {due}"
+    counts = Counter("folder" if it.is_dir() else f"{it.suffix} file".lstrip() for it in found)
+    holds = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items())
+    return f"but {holds}; {told}"
+
+
+def _table(file: Path) -> str | None:
+    """What is wrong with a file whose name says that it is a table, and how it is converted; None: it does not."""
+    if file.suffix.lower() == ".csv":
+        return f"a table where JSON lines are due; name its columns text, or prompt and completion, and {_converted(file, 'csv')}"
+    if file.suffix.lower() == ".parquet":
+        return (
+            f"a table where JSON lines are due; install pyarrow (pip install pyarrow) and {_converted(file, 'parquet')}"
+        )
+    return None
+
+
+def _list(file: Path) -> str | None:
+    """The same of a .json file that begins with a list."""
+    if file.suffix.lower() != ".json":
+        return None
+    with file.open("rb") as content:
+        return _no_lines(file) if _begins_a_list(content.read(BEGINNING)) else None
+
+
+def _begins_a_list(content: bytes) -> bool:
+    return content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _no_lines(file: Path) -> str:
+    return f"a JSON list where JSON lines are due; {_converted(file, 'json')}"
+
+
+def _unread(path: Path, error: OSError) -> str:
+    return f"{path}: {error.strerror}; check the path and its permissions"
 
 
 def _converted(file: Path, kind: str) -> str:

@@ -292,7 +292,7 @@ def test_a_budget_lowered_by_hand(refused, planned, tmp_path):
 RUNS = {
     "no samples in the folder": (
         ["--data", "FOLDER"],
-        "FOLDER: no *.jsonl file in this directory; data are JSON lines",
+        "FOLDER: no .jsonl or .jsonl.gz file in this directory, but 1 file, 1 folder; data are files named .jsonl or .jsonl.gz, ",
     ),
     "missing held-out data": (
         ["--eval", "FOLDER/e.jsonl"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import resource
@@ -22,7 +23,7 @@ from profiles.sources import Vocabulary
 from runtime.chat import ChatTemplate
 from runtime.data import RANDOM_RECORDS, Encoder, _pad_token, _Preparation, prepare
 from runtime.records import HEADER_BYTES, IGNORED, RecordFile, RecordWriter, shuffled
-from runtime.samples import parse_sample
+from runtime.samples import CONVERSIONS, FORMS, data_files, parse_sample
 from tests.tiny_models import CHAT, byte_level_tokenizer, sentence_piece_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -331,7 +332,9 @@ def test_no_data_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^/dev/null: a pipe or device, not a regular file; write the data to a file"):
         made("/dev/null", vocabulary, tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty: no \*\.jsonl file in this directory"):
+    with pytest.raises(
+        InputError, match=r"empty: no \.jsonl or \.jsonl\.gz file in this directory, which is empty; data are"
+    ):
         made(str(tmp_path / "empty"), vocabulary, tmp_path)
     with pytest.raises(InputError, match=r"a\.jsonl: no samples; the data are empty"):
         made(lines(tmp_path / "a.jsonl", "", " "), vocabulary, tmp_path)
@@ -610,6 +613,21 @@ def test_what_the_template_does_not_show_is_refused(vocabulary: Vocabulary, tmp_
             made(lines(tmp_path / "a.jsonl", sample), vocabulary, tmp_path)
 
 
+PYARROW = """
+class Batch(list):
+    to_pylist = list.copy
+
+class ParquetFile:
+    def __init__(self, path):
+        self.path = path
+
+    def iter_batches(self):
+        for line in open(self.path, encoding="utf-8"):
+            yield Batch([{"text": line.rstrip()}])
+"""
+"""as much of it as the command calls, of lines instead of Parquet: it is large, and nothing else needs it"""
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -617,6 +635,7 @@ def test_what_the_template_does_not_show_is_refused(vocabulary: Vocabulary, tmp_
         ("list.jsonl", '[{"text": "fünf"}, {"text": "six"}]'),
         ("taken.json", '\ufeff[{"text": "fünf"}, {"text": "six"}]'),
         ("table.csv", '\ufefftext\nfünf\n"six"\n'),
+        ("table.parquet", "fünf\nsix\n"),
     ],
 )
 def test_a_file_of_another_kind_is_refused_with_the_command_that_converts_it(
@@ -628,12 +647,57 @@ def test_a_file_of_another_kind_is_refused_with_the_command_that_converts_it(
         made(str(tmp_path / name), vocabulary, tmp_path)
     command = str(caught.value).split("convert it: ")[1]
     here = Path(sys.executable).parent
-    subprocess.run(command, shell=True, check=True, env={"PATH": f"{here}:/usr/bin:/bin"})
+    (tmp_path / "pyarrow").mkdir()
+    (tmp_path / "pyarrow" / "__init__.py").touch()
+    (tmp_path / "pyarrow" / "parquet.py").write_text(PYARROW)
+    subprocess.run(command, shell=True, check=True, env={"PATH": f"{here}:/usr/bin:/bin", "PYTHONPATH": str(tmp_path)})
     converted = next(path for path in tmp_path.glob("*.jsonl") if path.name not in (name, "taken.jsonl"))
     assert (tmp_path / "taken.jsonl").read_text() == "another's"
     assert [json.loads(line) for line in converted.read_text().splitlines()] == [{"text": "fünf"}, {"text": "six"}]
     file = made(str(converted), vocabulary, tmp_path)
     assert vocabulary.tokenizer.decode(record(file, 0)[0]).startswith("fünf")
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({}, "which is empty; data are files named .jsonl or .jsonl.gz, with lines of {FORMS}"),
+        (
+            {"README": "", "b.txt": "", "c.txt": "", "lines.json": '{"text": "a"}'},
+            "but 1 file, 2 .txt files, 1 .json file; data are files named .jsonl or .jsonl.gz, with lines of {FORMS}",
+        ),
+        (
+            {"b.parquet": "", "a.md": "", "c.parquet": "", "d.parquet": "", "e/f.jsonl": ""},
+            'but 1 .md file, 3 .parquet files, 1 folder; b.parquet: a table where JSON lines are due; install pyarrow (pip install pyarrow) and convert it: python3 -c "{CONVERSIONS[parquet]}" {b.parquet} > {b.jsonl}',
+        ),
+        (
+            {"a.json": "{}", "b.json": "\n [1, 2]"},
+            'but 2 .json files; b.json: a JSON list where JSON lines are due; convert it: python3 -c "{CONVERSIONS[json]}" {b.json} > {b.jsonl}',
+        ),
+    ],
+    ids=lambda it: "" if isinstance(it, str) else "+".join(it) or "nothing",
+)
+def test_a_folder_without_lines_is_told_with_what_it_holds(files: dict[str, str], told: str, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    told = told.replace("{FORMS}", FORMS)
+    for kind, program in CONVERSIONS.items():
+        told = told.replace(f"{{CONVERSIONS[{kind}]}}", program)
+    for name in ("b.parquet", "b.jsonl", "b.json"):
+        told = told.replace(f"{{{name}}}", str(tmp_path / name))
+    with pytest.raises(InputError) as caught:
+        data_files(str(tmp_path))
+    assert str(caught.value) == f"{tmp_path}: no .jsonl or .jsonl.gz file in this directory, {told}"
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: Path) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", forbidden)
+    with pytest.raises(InputError, match="Permission denied; check the path and its permissions"):
+        data_files(str(tmp_path))
 
 
 def test_a_template_that_rewrites_earlier_turns_predicts_the_last_one(vocabulary: Vocabulary) -> None:
