@@ -96,7 +96,8 @@ def policies_of(profile: Profile) -> tuple[str, ...]:
 
 def approximate_of(profile: Profile) -> tuple[str, ...]:
     """Names of those that follow another gradient: they move trained tensors after every step."""
-    return () if profile.model.kind == "graph" or profile.accumulate > 1 else tuple(APPROXIMATE)
+    refused = refused_of(profile)
+    return () if profile.model.kind == "graph" else tuple(policy for policy in APPROXIMATE if policy not in refused)
 
 
 def refused_of(profile: Profile) -> dict[str, str]:

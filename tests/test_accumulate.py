@@ -19,6 +19,7 @@ from tiny_models import byte_level_tokenizer, random_weights, write_directory
 from planner.compare import compare
 from planner.explain import explain
 from planner.plan import Planner, plan
+from planner.policies import APPROXIMATE, approximate_of, refused_of
 from planner.summary import profile_summary
 from profiles.api import profile
 from profiles.devices import find_device
@@ -283,6 +284,12 @@ def test_rules_that_move_tensors_after_every_step_are_refused(policy: str, decod
         plan(decoder, 1 << 40, policy=policy)
     with pytest.raises(InputError, match=f"{policy} moves trained tensors after every step.*gradients of 3"):
         compare(decoder, [1 << 40], policies=[policy])
+
+
+def test_each_rule_of_another_gradient_is_either_offered_or_refused(decoder: Profile) -> None:
+    alone = decoder.model_copy(update={"optimizer": adamw()})
+    assert (approximate_of(alone), refused_of(alone)) == (tuple(APPROXIMATE), {})
+    assert (approximate_of(decoder), list(refused_of(decoder))) == ((), list(APPROXIMATE))
 
 
 def test_it_is_said_and_costs_memory_and_time(decoder: Profile) -> None:
