@@ -88,6 +88,7 @@ def too_small(
                 "minimum_budget_bytes": minimum_bytes,
                 "minimum_budget_reason": reason,
                 "decisions": {},
+                "resident": {},
                 "arena_bytes": 0,
                 "train": None,
                 "cycle": [],

@@ -265,7 +265,7 @@ class Planner:
                 " of schedule; a shorter sequence, a smaller batch or smaller head chunks lower it"
             )
         return too_small(
-            told.model_copy(update={"resident": {}}),
+            told,
             budget,
             minimum_bytes=least.peak_bytes,
             reason=reason,

@@ -13,7 +13,7 @@ from planner.explain import explain
 from planner.plan import plan
 from planner.simulate import InvalidSchedule, simulate
 from profiles.api import load_profile, save_profile
-from profiles.bare import BareGraph, parse_graph, save_graph
+from profiles.bare import FIXED, BareGraph, parse_graph, save_graph
 from profiles.errors import InputError
 from runtime.cli import main
 
@@ -90,6 +90,13 @@ def test_a_graph_of_ten_thousand_operators_is_read_planned_and_simulated():
     assert (planned.status, planned.step_seconds, planned.peak_bytes) == ("optimal", 10_000, 20)
     short = plan(parse_graph(graph(*operators)), 19)
     assert (short.status, short.minimum_budget_bytes) == ("infeasible", 20)
+
+
+def test_where_nothing_fits_nothing_is_said_to_stay():
+    fits, short = (plan(parse_graph(graph(op("a"), op("b", "a"), fixed_bytes=5)), budget) for budget in (25, 24))
+    assert (fits.status, list(fits.resident)) == ("optimal", [FIXED])
+    assert (short.status, short.minimum_budget_bytes) == ("infeasible", 25)
+    assert (short.resident, short.decisions, short.steps) == ({}, {}, [])
 
 
 def test_written_graphs_and_their_profiles_are_read_back(tmp_path):

@@ -71,6 +71,7 @@ def test_policies_are_plans_of_the_same_kind_and_never_faster(decoder, policy):
     assert decoder.plan(smallest, policy=policy).peak_bytes == smallest
     short = decoder.plan(smallest - 1, policy=policy)
     assert (short.status, short.minimum_budget_bytes) == ("infeasible", smallest)
+    assert (short.resident, short.decisions, short.steps) == ({}, {}, [])
 
 
 def test_what_the_policies_do(decoder):
