@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -84,16 +85,18 @@ class Beside(Generic[Answer]):
         if self._receiver is not None:
             self._receiver.close()
 
-    def arrived(self, patience: float | None = 0.0) -> Iterator[Answer]:
+    def arrived(self, patience: float | None = 0.0, *, until: float = float("inf")) -> Iterator[Answer]:
         """Answers that have come since this was asked last, and those that come within `patience` seconds of the one before; None:
-        until the copy has ended.
+        until the copy has ended. Those found after `until`, on the monotonic clock, do not count: the first is the end.
         """
         with contextlib.suppress(EOFError, OSError):
             while self._receiver is not None and self._whole and self._receiver.poll(patience):
                 self._whole = False
                 with paused_collector():
-                    answer = self._receiver.recv()
+                    found, answer = self._receiver.recv()
                 self._whole = True
+                if found > until:
+                    return
                 yield answer
 
 
@@ -106,4 +109,4 @@ def _send(answers: Callable[[], Iterable[Answer]], sender: Connection, parent: i
             # In a thread: a pipe takes no large answer before the other process has time for it.
             with ThreadPoolExecutor(1) as sending:
                 for answer in answers():
-                    sending.submit(sender.send, answer)
+                    sending.submit(sender.send, (time.monotonic(), answer))

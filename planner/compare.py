@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -117,12 +118,12 @@ def compare(
         )
         try:
             table.fill()
+            made = table.monotone()
         except KeyboardInterrupt:
             if not plans and not table.found:
                 raise
-            plans += table.monotone()
-            return Comparison(devices=names, budgets=ordered, policies=rules, plans=plans)
-        plans += table.monotone()
+            return Comparison(devices=names, budgets=ordered, policies=rules, plans=plans + table.monotone())
+        plans += made
     if progress is not None:
         progress(what, total, total)
     return Comparison(devices=names, budgets=ordered, policies=rules, plans=plans)
@@ -169,7 +170,8 @@ class _Table:
                 self._work(here, beside)
                 self._wait(beside)
             except KeyboardInterrupt:
-                for other in beside.arrived(SENDING):
+                # What is made from now on nobody waits for.
+                for other in beside.arrived(SENDING, until=time.monotonic()):
                     self._note(other)
                 raise
         # What failed there fails here again, and says why.

@@ -308,9 +308,10 @@ def compare(
     summary: dict[str, Any] = {
         "interrupted": interrupts.seen,
         "plans": [_told(one) for one in plans],
-        "changes": answers.changes(plans),
     }
     with _answering(summary, answers.comparison_text(plans), as_json):
+        if as_json:
+            summary["changes"] = answers.changes(plans)
         if html is not None:
             from planner.html import comparison_page
 
@@ -576,10 +577,10 @@ def _answering(result: dict[str, Any], human: Any, as_json: bool) -> Iterator[No
         _answer(result, human, as_json)
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if not as_json:
             raise
-        result["error"] = failure = _failure(error)
+        result["error"] = failure = _failure(error if isinstance(error, Exception) else typer.Abort())
         _answer(result, human, as_json)
         sys.stderr.write(f"tightfit: {failure['message']}\n")
         raise typer.Exit(failure["exit_code"]) from error

@@ -52,6 +52,28 @@ def test_nobody_waits_until_an_answer_is_taken(tmp_path):
         assert [answer[0] for answer in beside.arrived(patience=None)] == [0, 1, 2, 3, 4]
 
 
+def test_what_is_found_too_late_does_not_count(tmp_path):
+    """However soon it comes: each is there before the patience with the one before is over."""
+
+    def answers():
+        yield from "ab"
+        (tmp_path / "both").touch()
+        while not (tmp_path / "late").exists():
+            time.sleep(0.01)
+        for number in itertools.count():
+            time.sleep(0.01)
+            yield number
+
+    with Beside(answers) as beside:
+        until = time.monotonic() + PATIENCE
+        while not (tmp_path / "both").exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        due = time.monotonic()
+        (tmp_path / "late").touch()
+        assert list(beside.arrived(PATIENCE, until=due)) == ["a", "b"]
+
+
 def test_a_copy_is_as_this_process_was():
     there = {"before"}
     with Beside(lambda: [sorted(there)]) as beside:
@@ -328,6 +350,58 @@ def test_an_interrupted_comparison_keeps_what_the_other_process_sent(profile, bu
     assert waited == [2]
     # The two before, one here, and both of the other process.
     assert [plan.budget_bytes for plan in result.plans] == [*budgets[:2], *budgets[4:]]
+
+
+def test_an_interrupted_comparison_waits_for_nothing_that_the_other_process_goes_on_to_make(
+    profile, budgets, monkeypatch, tmp_path
+):
+    """Each of its plans comes before the patience with the one before is over."""
+    beside, planned = [], []
+
+    class Seen(Beside):
+        def __enter__(self):
+            beside.append(self)
+            return super().__enter__()
+
+    def answers(self, budget, **options):
+        for cell in cells(self, budget, **options):
+            yield cell
+            if beside and not beside[0]._process:
+                (tmp_path / "sent").touch()
+                for _ in range(100):
+                    time.sleep(0.02)
+                    yield cell
+
+    def interrupt(what, done, total):
+        if beside:
+            until = time.monotonic() + PATIENCE
+            while not (tmp_path / "sent").exists() and time.monotonic() < until:
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    cells = planner.compare._Table._cells
+    monkeypatch.setattr(planner.compare._Table, "_cells", answers)
+    monkeypatch.setattr(planner.compare, "Beside", Seen)
+    monkeypatch.setattr(planner.compare, "our_cores", lambda: 2)
+    result = compare(profile, budgets, ["solver"], progress=interrupt, planned=planned.append)
+    assert (tmp_path / "sent").exists()
+    assert [plan.budget_bytes for plan in result.plans] == [budgets[1], *budgets[-2:]]
+    assert len(planned) < 50
+
+
+def test_ctrl_c_while_plans_are_put_in_order_costs_none(profile, budgets, monkeypatch):
+    seen, monotone = [], planner.compare._Table.monotone
+
+    def interrupted(self):
+        if not seen:
+            seen.append(self)
+            raise KeyboardInterrupt
+        return monotone(self)
+
+    monkeypatch.setattr(planner.compare._Table, "monotone", interrupted)
+    result = compare(profile, budgets[-2:], ["mebp"])
+    assert len(seen) == 1
+    assert [plan.budget_bytes for plan in result.plans] == budgets[-2:]
 
 
 def test_ctrl_c_in_the_last_plan_here_does_not_wait_for_the_other_process(profile, budgets, monkeypatch):

@@ -393,6 +393,26 @@ def test_the_answer_is_told_where_files_cannot_be_written(tightfit, compared, pl
     assert "one step takes 1.250 s" in out
 
 
+def test_ctrl_c_after_planning_costs_no_plan(tightfit, compared, monkeypatch, tmp_path):
+    """What changes between plans takes longer than all else: who does not ask for it does not wait for it."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answers, "changes", interrupted)
+    code, out, _ = tightfit("compare", "p.json", "--memory", "1GB")
+    assert (code, "needs 640.0" in out) == (0, True)
+    monkeypatch.setattr("planner.html.comparison_page", interrupted)
+    page = tmp_path / "c.html"
+    code, out, err = tightfit("compare", "p.json", "--memory", "1GB", "--html", page)
+    assert (code, "needs 640.0" in out, err) == (4, True, "tightfit: interrupted\n")
+    code, out, err = tightfit("compare", "p.json", "--memory", "1GB", "--html", page, "--json")
+    told = json.loads(out)
+    assert (code, len(told["plans"]), err) == (4, len(sample_plans()), "tightfit: interrupted\n")
+    assert told["error"] == {"kind": "Abort", "message": "interrupted", "exit_code": 4}
+    assert not page.exists()
+
+
 def test_json_has_no_numbers_that_are_none():
     assert (
         answers.to_json({"a": [float("inf"), float("nan"), 1.5], "b": Path("x")})
