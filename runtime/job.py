@@ -83,138 +83,17 @@ class _Numbers:
 
 def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
     """`plan` is `planner.schema.Plan` as a dict; `settings` go into the header untouched."""
-    tensors = {t["name"]: t for t in plan["tensors"]}
-    numbers = _Numbers()
-    for name, tensor in tensors.items():
-        numbers.add(name, tensor["bytes"])
-    programs = {p["name"]: index for index, p in enumerate(plan["programs"])}
-    tables, starts = array("i"), array("i")
-    for layer in plan["layers"]:
-        starts.append(len(tables))
-        for value in plan["programs"][programs[layer["program"]]]["values"]:
-            bound = layer["bindings"].get(value["name"])
-            tables.append(numbers.add(bound or f"{layer['name']}/{value['name']}", value["bytes"]))
-    weights = [t for t in plan["tensors"] if t["kind"] == "weight"]
-    weight_index = {t["name"]: index for index, t in enumerate(weights)}
-    trainables = [t for t in plan["tensors"] if t["kind"] == "trainable"]
-    roles = STATES[: int(plan["optimizer"].get("state_tensors", 2))]
-    for t in trainables:
-        for role in ("grad", *roles):
-            numbers.add(f"{role}:{t['name']}", t["bytes"])
-    for t in weights:
-        numbers.add(f"packed:{t['name']}", t["packed_bytes"])
-
-    layer_index = {layer["name"]: index for index, layer in enumerate(plan["layers"])}
-    trainable_index = {t["name"]: index for index, t in enumerate(trainables)}
-    marks = {plan["loss"]: LOSS}
-    if plan["token_losses"]:
-        marks[plan["token_losses"]] = TOKEN_LOSSES
-
-    steps = [plan["train"], *plan["cycle"]] if plan["train"] else []
-    updates = _updates(steps)
-
-    def words(phase: Mapping[str, Any] | None, position: int = 0) -> array[int]:
-        made = array("i")
-        for instruction in phase["instructions"] if phase else ():
-            code = instruction[0]
-            if code == "run":
-                _, layer, operator, at = instruction
-                made.extend(
-                    (
-                        RUN,
-                        layer_index[layer],
-                        operator,
-                        len(at),
-                        *(-1 if a is None else _units(a, instruction) for a in at),
-                    )
-                )
-            elif code == "free":
-                if instruction[1] in marks:
-                    made.append(marks[instruction[1]])
-                made.extend((FREE, numbers.of[instruction[1]]))
-            elif code == "read":
-                packed = numbers.of[f"packed:{instruction[1]}"]
-                made.extend((READ, weight_index[instruction[1]], packed, _units(instruction[2], instruction, BLOCK)))
-            elif code == "unpack":
-                name, at = instruction[1], _units(instruction[2], instruction)
-                made.extend((UNPACK, weight_index[name], numbers.of[name], numbers.of[f"packed:{name}"], at))
-            elif code == "spill":
-                made.extend((SPILL, numbers.of[instruction[1]]))
-            elif code == "fetch":
-                made.extend((FETCH, numbers.of[instruction[1]], _units(instruction[2], instruction)))
-            elif code == "update":
-                made.extend((UPDATE, trainable_index[instruction[1]], *updates[position, instruction[1]]))
-            elif code == "perturb":
-                made.extend((PERTURB, trainable_index[instruction[1]], instruction[2]))
-            elif code == "pass":
-                made.extend((PASS, numbers.of[instruction[1]], numbers.of[instruction[2]]))
-            else:
-                raise InputError(
-                    f"the plan holds an unknown instruction {instruction!r}; it was written by another version, plan again"
-                )
-        return made
-
-    train, bounds = array("i"), []
-    for position, phase in enumerate(steps):
+    numbers, tables, starts = _numbered(plan)
+    writer = _Writer(plan, numbers.of)
+    train, cycle = array("i"), []
+    for position, phase in enumerate(_steps(plan)):
         begin = len(train)
-        train.extend(words(phase, position))
-        bounds.append([begin, len(train)])
-    evaluate = words(plan["evaluate"])
-    resident: dict[str, int] = plan["resident"]
+        train.extend(writer.words(phase, position))
+        cycle.append([begin, len(train)])
+    evaluate = writer.words(plan["evaluate"]) if plan["evaluate"] else array("i")
     extents, spill_bytes = _extents(numbers, train, evaluate)
-    gathered = {
-        numbers.of[layer["bindings"][value]]: layer["bindings"][value]
-        for layer in plan["layers"]
-        for operator in plan["programs"][programs[layer["program"]]]["operators"]
-        for value in operator["gathers"]
-    }
-
-    def place(name: str) -> int:
-        return resident.get(name, -1)
-
-    header = {
-        **settings,
-        "version": VERSION,
-        "budget_bytes": plan["budget_bytes"],
-        "arena_bytes": plan["arena_bytes"],
-        "spill_bytes": spill_bytes,
-        "batch": plan["batch"],
-        "seq": plan["seq"],
-        "accumulate": plan["optimizer"].get("accumulate", 1),
-        "kind": plan["model"]["kind"],
-        "lora": plan["model"]["lora"],
-        "programs": [program_header(p) for p in plan["programs"]],
-        "layer_programs": [programs[layer["program"]] for layer in plan["layers"]],
-        "weights": [
-            [t["name"], t["dtype"], t["shape"], t["packed_bytes"], place(t["name"]), place(f"packed:{t['name']}")]
-            for t in weights
-        ],
-        "cycle": bounds,
-        "trainables": [
-            [
-                t["name"],
-                t["shape"],
-                [numbers.of[t["name"]], place(t["name"])],
-                [[numbers.of[n], place(n)] for n in (f"{role}:{t['name']}" for role in roles)],
-                numbers.of[f"grad:{t['name']}"],
-            ]
-            for t in trainables
-        ],
-        "constants": [
-            [t["name"], t["dtype"], t["shape"], place(t["name"])] for t in plan["tensors"] if t["kind"] == "constant"
-        ],
-        "inputs": [
-            [t["name"], t["dtype"], t["shape"], place(t["name"])] for t in plan["tensors"] if t["kind"] == "batch"
-        ],
-        "resident": [[numbers.of[name], _units(at, ["resident", name])] for name, at in resident.items()],
-        "gathered": list(gathered.items()),
-        "loss": numbers.of[plan["loss"]],
-        "token_losses": [numbers.of[plan["token_losses"]], tensors[plan["token_losses"]]["shape"]]
-        if plan["token_losses"]
-        else None,
-    }
     return Job(
-        header=header,
+        header={**settings, **_header(plan, numbers.of, spill_bytes=spill_bytes, cycle=cycle)},
         sizes=numbers.sizes,
         extents=extents,
         tables=tables,
@@ -222,6 +101,98 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
         train=train,
         evaluate=evaluate,
     )
+
+
+def _of_kind(plan: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [tensor for tensor in plan["tensors"] if tensor["kind"] == kind]
+
+
+def _states(plan: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the optimizer keeps of each trainable."""
+    return STATES[: int(plan["optimizer"].get("state_tensors", 2))]
+
+
+def _steps(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [plan["train"], *plan["cycle"]] if plan["train"] else []
+
+
+def _places(listed: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    return {entry["name"]: place for place, entry in enumerate(listed)}
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _numbered(plan: Mapping[str, Any]) -> tuple[_Numbers, array[int], array[int]]:
+    """Every tensor of the plan, its layers and its optimizer, numbered; the layers' tables, and where each of these starts."""
+    numbers, tables, starts = _Numbers(), array("i"), array("i")
+    for tensor in plan["tensors"]:
+        numbers.add(tensor["name"], tensor["bytes"])
+    values = {program["name"]: program["values"] for program in plan["programs"]}
+    for layer in plan["layers"]:
+        starts.append(len(tables))
+        for value in values[layer["program"]]:
+            bound = layer["bindings"].get(value["name"])
+            tables.append(numbers.add(bound or f"{layer['name']}/{value['name']}", value["bytes"]))
+    for tensor in _of_kind(plan, "trainable"):
+        for role in ("grad", *_states(plan)):
+            numbers.add(f"{role}:{tensor['name']}", tensor["bytes"])
+    for tensor in _of_kind(plan, "weight"):
+        numbers.add(f"packed:{tensor['name']}", tensor["packed_bytes"])
+    return numbers, tables, starts
+
+
+# --- instructions -----------------------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Instructions to words."""
+
+    def __init__(self, plan: Mapping[str, Any], numbers: Mapping[str, int]) -> None:
+        self.numbers = numbers
+        self.layers = _places(plan["layers"])
+        self.weights = _places(_of_kind(plan, "weight"))
+        self.trainables = _places(_of_kind(plan, "trainable"))
+        self.updates = _updates(_steps(plan))
+        self.marks = {plan["loss"]: LOSS}
+        """what stands before the end of a tensor"""
+        if plan["token_losses"]:
+            self.marks[plan["token_losses"]] = TOKEN_LOSSES
+
+    def words(self, phase: Mapping[str, Any], position: int = 0) -> array[int]:
+        """A schedule, of training that at `position` in the cycle."""
+        made = array("i")
+        for instruction in phase["instructions"]:
+            made.extend(self._instruction(instruction, position))
+        return made
+
+    def _instruction(self, instruction: Sequence[Any], position: int) -> tuple[int, ...]:
+        number = self.numbers
+        match instruction:
+            case "read", weight, at:
+                return READ, self.weights[weight], number[f"packed:{weight}"], _units(at, instruction, BLOCK)
+            case "unpack", weight, at:
+                packed = number[f"packed:{weight}"]
+                return UNPACK, self.weights[weight], number[weight], packed, _units(at, instruction)
+            case "run", layer, operator, at:
+                offsets = (-1 if a is None else _units(a, instruction) for a in at)
+                return RUN, self.layers[layer], operator, len(at), *offsets
+            case "free", tensor:
+                mark = (self.marks[tensor],) if tensor in self.marks else ()
+                return *mark, FREE, number[tensor]
+            case "spill", tensor:
+                return SPILL, number[tensor]
+            case "fetch", tensor, at:
+                return FETCH, number[tensor], _units(at, instruction)
+            case "update", trainable:
+                return UPDATE, self.trainables[trainable], *self.updates[position, trainable]
+            case "perturb", trainable, times:
+                return PERTURB, self.trainables[trainable], times
+            case "pass", gradient, below:
+                return PASS, number[gradient], number[below]
+        raise InputError(
+            f"the plan holds an unknown instruction {instruction!r}; it was written by another version, plan again"
+        )
 
 
 def _updates(steps: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], tuple[int, int]]:
@@ -246,21 +217,7 @@ def _units(at: int, instruction: Sequence[Any], alignment: int = UNIT) -> int:
     return at // UNIT
 
 
-def program_header(program: Mapping[str, Any]) -> dict[str, Any]:
-    """What the child needs of a program."""
-    return {
-        "values": [[v["name"], v["dtype"], v["shape"], v["stride"]] for v in program["values"]],
-        "operators": [
-            {key: op[key] for key in ("target", "args", "kwargs", "outputs", "gathers")} for op in program["operators"]
-        ],
-    }
-
-
-def program_values(program: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The values of a program as the job holds it: name -> dtype, shape, stride."""
-    return {
-        name: {"dtype": dtype, "shape": shape, "stride": stride} for name, dtype, shape, stride in program["values"]
-    }
+# --- the spill file ---------------------------------------------------------------------------------------------------
 
 
 def _extents(numbers: _Numbers, train: array[int], evaluate: array[int]) -> tuple[array[int], int]:
@@ -281,6 +238,83 @@ def _spilled(words: array[int]) -> set[int]:
             found.add(words[place + 1])
         place += width(words, place)
     return found
+
+
+# --- header -----------------------------------------------------------------------------------------------------------
+
+
+def _header(
+    plan: Mapping[str, Any], numbers: Mapping[str, int], *, spill_bytes: int, cycle: list[list[int]]
+) -> dict[str, Any]:
+    """`cycle`: the first word of each training schedule, and that after its last."""
+    tensors, programs = {t["name"]: t for t in plan["tensors"]}, _places(plan["programs"])
+    resident: dict[str, int] = plan["resident"]
+
+    def place(name: str) -> int:
+        return resident.get(name, -1)
+
+    def placed(kind: str) -> list[list[Any]]:
+        return [[t["name"], t["dtype"], t["shape"], place(t["name"])] for t in _of_kind(plan, kind)]
+
+    gathered = {
+        numbers[layer["bindings"][value]]: layer["bindings"][value]
+        for layer in plan["layers"]
+        for operator in plan["programs"][programs[layer["program"]]]["operators"]
+        for value in operator["gathers"]
+    }
+    return {
+        "version": VERSION,
+        "budget_bytes": plan["budget_bytes"],
+        "arena_bytes": plan["arena_bytes"],
+        "spill_bytes": spill_bytes,
+        "batch": plan["batch"],
+        "seq": plan["seq"],
+        "accumulate": plan["optimizer"].get("accumulate", 1),
+        "kind": plan["model"]["kind"],
+        "lora": plan["model"]["lora"],
+        "programs": [program_header(p) for p in plan["programs"]],
+        "layer_programs": [programs[layer["program"]] for layer in plan["layers"]],
+        "weights": [
+            [t["name"], t["dtype"], t["shape"], t["packed_bytes"], place(t["name"]), place(f"packed:{t['name']}")]
+            for t in _of_kind(plan, "weight")
+        ],
+        "cycle": cycle,
+        "trainables": [
+            [
+                t["name"],
+                t["shape"],
+                [numbers[t["name"]], place(t["name"])],
+                [[numbers[n], place(n)] for n in (f"{role}:{t['name']}" for role in _states(plan))],
+                numbers[f"grad:{t['name']}"],
+            ]
+            for t in _of_kind(plan, "trainable")
+        ],
+        "constants": placed("constant"),
+        "inputs": placed("batch"),
+        "resident": [[numbers[name], _units(at, ["resident", name])] for name, at in resident.items()],
+        "gathered": list(gathered.items()),
+        "loss": numbers[plan["loss"]],
+        "token_losses": [numbers[plan["token_losses"]], tensors[plan["token_losses"]]["shape"]]
+        if plan["token_losses"]
+        else None,
+    }
+
+
+def program_header(program: Mapping[str, Any]) -> dict[str, Any]:
+    """What the child needs of a program."""
+    return {
+        "values": [[v["name"], v["dtype"], v["shape"], v["stride"]] for v in program["values"]],
+        "operators": [
+            {key: op[key] for key in ("target", "args", "kwargs", "outputs", "gathers")} for op in program["operators"]
+        ],
+    }
+
+
+def program_values(program: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The values of a program as the job holds it: name -> dtype, shape, stride."""
+    return {
+        name: {"dtype": dtype, "shape": shape, "stride": stride} for name, dtype, shape, stride in program["values"]
+    }
 
 
 def width(words: Sequence[int], place: int) -> int:
