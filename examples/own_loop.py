@@ -1,122 +1,55 @@
-"""Training loops of your own under a cap: a PyTorch one that stops when it no longer helps, and Hugging Face's Trainer.
+"""A PyTorch training loop of your own under a cap, which stops when it no longer helps.
 
     python examples/own_loop.py [--out DIRECTORY]
 
-Both ask a `Session` for the steps of a plan. The first trains the CNN of `own_module.py`, the second a small language model made up
-here, each under a cap 10 MiB above its smallest. The Trainer needs transformers and accelerate.
+It asks a `Session` for the steps of a plan and trains the CNN of `own_module.py` under a cap 10 MiB above its smallest.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import transformers
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from examples.own_module import images
+from examples.own_module import SAMPLES, images
 from planner.plan import minimum_budget, plan
-from planner.schema import Plan
 from profiles.api import profile
 from runtime.session import Session
 
-CONFIG = {
-    "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True,
-}  # fmt: skip
-ROWS, TOKENS = 8, 24
 
+def train(out: Path, patience: int = 3, enough: float = 0.02) -> tuple[Path, int, float]:
+    """Train until the held-out loss is small enough or has not fallen for a while, with half the rate after each pass that it does not.
 
-def near_the_smallest(model: str, **shape: Any) -> Plan:
-    measured = profile(model, **shape)
-    return plan(measured, minimum_budget(measured) + (10 << 20))
-
-
-def until_it_no_longer_helps(out: Path, patience: int = 3) -> tuple[int, float]:
-    """Train until the held-out loss is small or has not fallen for a while, with half the rate after each pass that it does not:
-    (steps, least held-out loss).
+    Returns the best checkpoint, the steps taken and the least held-out loss.
     """
     pixels, labels = (torch.cat(parts) for parts in zip(*images(40, 1), strict=True))
-    loader = DataLoader(TensorDataset(pixels, labels), batch_size=len(next(images(1, 1))[0]), shuffle=True)
-    held_out, rate, least, bad = list(images(5, 2)), 3e-3, float("inf"), 0
-    with Session(near_the_smallest("examples.own_module:cnn"), out=out, overwrite=True) as session:
-        while bad < patience and least > 0.02:
+    loader = DataLoader(TensorDataset(pixels, labels), batch_size=SAMPLES, shuffle=True)
+    held_out, rate, least, bad, best = list(images(5, 2)), 3e-3, float("inf"), 0, out
+    measured = profile("examples.own_module:cnn")
+    planned = plan(measured, minimum_budget(measured) + (10 << 20))
+    # No checkpoints but those asked for, of which the latest two are kept: the best and the last.
+    with Session(planned, out=out, overwrite=True, checkpoint_every=0) as session:
+        while bad < patience and least > enough:
             for batch in loader:
                 session.step(*batch, lr=rate)
             loss = sum(session.loss(*batch) for batch in held_out) / len(held_out)
             if loss < least:
-                least, bad = loss, 0
-                session.save()  # the best so far, as model.safetensors in checkpoint-N
+                least, bad, best = loss, 0, session.save()
             else:
                 rate, bad = rate / 2, bad + 1
-    return session.taken, least
-
-
-class PlannedTrainer(transformers.Trainer):
-    """Hugging Face's Trainer with the steps of a plan: data, learning rates, logging and callbacks are its own, and so are evaluations;
-    forward, backward, AdamW and checkpoints are the session's. Each of its batches is an update, so leave `gradient_accumulation_steps`
-    at 1 and profile with `accumulate` instead.
-    """
-
-    def __init__(self, session: Session, **options: Any) -> None:
-        # Nothing of it is trained: it gives the Trainer an optimizer, whose learning rate its scheduler moves.
-        super().__init__(model=nn.Linear(1, 1), **options)
-        self.session = session
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        rate = self.optimizer.param_groups[0]["lr"]
-        return torch.tensor(self.session.step(inputs["input_ids"], inputs["labels"], lr=rate))
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, None, None]:
-        return torch.tensor(self.session.loss(inputs["input_ids"], inputs["labels"])), None, None
-
-
-def counting(count: int, seed: int) -> list[dict[str, list[int]]]:
-    """Texts of numbers that rise by one, from anywhere; what comes next can be learned."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, CONFIG["vocab_size"], (count,), generator=generator).tolist()
-    texts = [[(start + at) % CONFIG["vocab_size"] for at in range(TOKENS)] for start in starts]
-    return [{"input_ids": text, "labels": text} for text in texts]
-
-
-def by_the_trainer(out: Path, steps: int = 200) -> tuple[float, float]:
-    """Held-out loss before and after."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(CONFIG))
-    planned = near_the_smallest(str(out / "config.json"), batch=ROWS, seq=TOKENS)
-    with Session(planned, out=out / "session", overwrite=True) as session:
-        options = transformers.TrainingArguments(
-            output_dir=str(out / "trainer"), per_device_train_batch_size=ROWS, per_device_eval_batch_size=ROWS, max_steps=steps,
-            learning_rate=2e-2, lr_scheduler_type="cosine", warmup_steps=10, logging_steps=50, save_strategy="no",
-            remove_unused_columns=False, report_to=[], use_cpu=True, seed=0,
-        )  # fmt: skip
-        trainer = PlannedTrainer(session, args=options, train_dataset=counting(400, 1), eval_dataset=counting(32, 2))
-        before = trainer.evaluate()["eval_loss"]
-        trainer.train()
-        return before, trainer.evaluate()["eval_loss"]
+    return best, session.taken, least
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train in loops of one's own, each under its cap.")
+    parser = argparse.ArgumentParser(description="Train in a loop of one's own, under its cap.")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "out" / "own_loop")
-    out = parser.parse_args().out
-    taken, loss = until_it_no_longer_helps(out / "cnn")
-    print(f"the CNN's held-out loss stopped falling after {taken} steps, at {loss:.4f}")
-    before, after = by_the_trainer(out / "llama")
-    print(f"the language model's held-out loss by the Trainer: {before:.3f} → {after:.3f}")
+    best, steps, loss = train(parser.parse_args().out)
+    print(f"ended after {steps} steps; the least held-out loss is {loss:.4f}, of {best / 'model.safetensors'}")
 
 
 if __name__ == "__main__":

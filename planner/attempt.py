@@ -67,7 +67,7 @@ class Attempt:
 
     def settled(self) -> bool:
         """Whether the best schedule so far is not worth another choice."""
-        in_vain = bool(self.found) and self.best is not self.found[-1]
+        in_vain = any(one.seconds <= self.found[-1].seconds for one in self.found[:-1])
         return self.near(self.bound, FAIR if in_vain else GOOD)
 
     def until(self, share: float) -> float:

@@ -11,7 +11,8 @@ _PR_SET_PDEATHSIG = 1
 def end_with_parent(number: signal.Signals) -> None:
     """Have the kernel send `number` to this process once its parent has ended, however that ends; Linux alone can.
 
-    A parent that has ended already is not noticed.
+    The thread of the parent that started this process counts as the parent, though the others may go on. One that has ended
+    already is not noticed.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):

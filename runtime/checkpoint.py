@@ -18,6 +18,7 @@ from typing import Any
 
 from profiles.errors import InputError, RunError
 from profiles.files import sync_directory
+from runtime.requests import STEP_BY_STEP
 
 NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "state.json"
@@ -75,6 +76,9 @@ def load_latest(directory: str, expected: Mapping[str, Any], data: str = "this r
             same = "the tightfit that began the run" if key == OPERATORS else "the same"
             if key == "data":
                 told = f"with other data than {data}"
+                if STEP_BY_STEP in (made.get(key), value):
+                    whose = "`run`" if value == STEP_BY_STEP else "a Session"
+                    told, same = f"by {whose}", f"{whose}, on the same data,"
             raise InputError(f"{path} was made {told}; resume with {same} or start a new output directory")
     return Found(path=path, step=step, state=state)
 

@@ -64,7 +64,10 @@ def run_job(path: str, send: Any, stop: _StopRequest) -> int:
     job = Job.read(path)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    end_with_parent(signal.SIGTERM)  # a run that is killed takes this process with it, which saves
+    parent = os.getppid()
+    # A run that is killed takes this process with it, which saves; that the thread that started it has ended is no end.
+    signal.signal(signal.SIGUSR1, lambda *_: None if os.getppid() == parent else stop())
+    end_with_parent(signal.SIGUSR1)
     return run(job, channel, send, stop.is_set)
 
 

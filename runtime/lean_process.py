@@ -88,6 +88,8 @@ class LeanProcess:
         observed = self.observed
         if observed.error:
             raise ERRORS.get(observed.error["kind"], RunError)(observed.error["message"])
+        if observed.interrupted and not observed.interrupted["checkpoint"]:
+            raise RunError("interrupted before the first step; start again")
         if observed.interrupted:
             raise RunError(
                 f"interrupted after step {observed.interrupted['step']}; everything is saved in {observed.interrupted['checkpoint']}, continue with --resume"

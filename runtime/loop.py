@@ -17,7 +17,7 @@ from runtime.batches import open_batches
 from runtime.channels import Channel
 from runtime.job import Job
 from runtime.process import memory
-from runtime.requests import EVALUATE, FINISH, STEP, Requests
+from runtime.requests import EVALUATE, FINISH, STEP, Gone, Requests
 from runtime.training import Training
 from runtime.warm import settle, tidy
 
@@ -33,7 +33,7 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
         for step in one.steps():
             one.take(step)
         one.evaluate("after")
-    except (_Stopped, EOFError):  # whoever asks is gone
+    except (_Stopped, Gone):
         one.interrupted()
         return INTERRUPTED
     one.finish()
@@ -116,7 +116,7 @@ class _Run:
                 self.send("checkpoint", step=self.done, path=self.path)
             else:
                 self._save()
-        raise _Stopped
+        raise Gone
 
     def take(self, step: int) -> None:
         _step(self.training, step, self.watched.get(step), self.metrics, self.peaks, self.send)
@@ -155,7 +155,8 @@ class _Run:
         self.send("checkpoint", step=self.done, path=self.path, peak_bytes=self.peaks["checkpoint"])
 
     def interrupted(self) -> None:
-        if self.saved != self.done:
+        asked = isinstance(self.training.batches, Requests)
+        if self.saved != self.done and not (asked and self.done == 0):  # a loop that ends at once is begun again
             self._save()
         self.send("interrupted", step=self.done, checkpoint=self.path)
         self.training.close()

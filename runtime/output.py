@@ -7,11 +7,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from profiles.errors import InputError, RunError
+from profiles.errors import InputError, RunError, TightfitError
 from runtime.batches import open_batches
 from runtime.checkpoint import find_checkpoints, load_latest, partial_directories, way_on
 
@@ -36,9 +36,20 @@ def locked(directory: Path) -> Iterator[int]:
             ) from error
         except OSError:
             pass  # a file system without locks
-        yield descriptor
+        try:
+            yield descriptor
+        except TightfitError:
+            _unlock(descriptor)
+            raise
+        _unlock(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _unlock(descriptor: int) -> None:
+    """Where the run has ended, whatever copies of this process hold the descriptor open, such as a DataLoader's workers."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 @contextmanager

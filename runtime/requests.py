@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 STEP, EVALUATE, SAVE, FINISH = b"s", b"e", b"c", b"f"
+STEP_BY_STEP = "given step by step"
+"""what a checkpoint says of its data"""
 _HEAD = struct.Struct("<cd")
 PATIENCE = 0.2
 """seconds between two looks at whether to end, while nothing is asked"""
@@ -28,13 +30,19 @@ class Request:
     lr: float | None
 
 
+class Gone(Exception):  # noqa: N818  not an error
+    """Nobody asks any more."""
+
+
 class Requests:
     """The end of the pipe in the lean process; as its batches it hands out the one that the latest request brought."""
 
-    fingerprint = "given step by step"
+    fingerprint = STEP_BY_STEP
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._readable = select.poll()
+        self._readable.register(descriptor, select.POLLIN)
         self.stopping: Callable[[], bool] = lambda: False
         """whether to wait for nothing more: a signal alone ends no read, and a copy of the asking process may hold the pipe open"""
 
@@ -47,11 +55,11 @@ class Requests:
         return Request(kind=kind, lr=None if math.isnan(lr) else lr)
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> None:
-        """Fill `inputs`. Raises EOFError where the batch ends in the middle."""
+        """Fill `inputs`. Raises Gone where the batch ends in the middle."""
         for tensor in inputs:
             size = tensor.numel() * tensor.element_size()
             if size and not self._read(memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")):
-                raise EOFError
+                raise Gone
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -59,7 +67,7 @@ class Requests:
     def _read(self, view: memoryview) -> bool:
         """Fill `view`; False where the pipe or the run ends before that."""
         while view and not self.stopping():
-            if select.select([self._descriptor], [], [], PATIENCE)[0]:
+            if self._readable.poll(PATIENCE * 1e3):
                 count = os.readv(self._descriptor, [view])
                 if not count:
                     break

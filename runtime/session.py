@@ -6,6 +6,8 @@ The loop's own process may hold what it likes; only the lean one is capped.
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +16,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from planner.schema import Plan
+from planner.summary import unfinished_update
 from profiles.errors import RunError, TightfitError
 from runtime import job as jobs
 from runtime.admission import Stages, check_machine, check_options, check_schedule, find_store
@@ -40,11 +43,15 @@ class Session:
 
     Left without an error, it leaves what `runtime.launch.run` does: the adapter or the model, a checkpoint and `report`. An error
     in the loop, Ctrl-C among them, has the steps so far saved in a checkpoint; with `resume` another session goes on from it, bit for bit,
-    with step `taken` + 1. SIGTERM and `kill -9` of the loop's process save them too.
+    with step `taken` + 1. SIGTERM and `kill -9` of the loop's process save them too. A Ctrl-C during a step ends the session, also
+    where the loop catches it.
 
     Raises InputError for a plan that does not fit model or machine, InfeasibleError for one without a schedule; and from
     any call CapError where the measured memory passes the budget and RunError where the disk fills up or the process dies.
     """
+
+    _asking = -1
+    """the pipe to the lean process"""
 
     def __init__(
         self,
@@ -79,8 +86,8 @@ class Session:
         }
         self._overwrite, self._cgroup, self._stages = overwrite, cgroup, stages
         self._stack = ExitStack()
-        self._open = False
-        """whether steps may be asked for"""
+        self._closed: str | None = "is not open; use it in a `with` block"
+        """why nothing can be asked"""
 
     def __enter__(self) -> Self:
         plan, directory = self.plan, self.directory
@@ -91,28 +98,31 @@ class Session:
             lock = stack.enter_context(locked(directory))
             replaced = to_be_replaced(directory, None, resume=self._options["resume"], overwrite=self._overwrite)
             read, self._asking = os.pipe()
-            stack.callback(self._close)
+            stack.callback(self._hang_up)
             with os.fdopen(read, "rb"):
                 compiled = jobs.compile_job(
                     plan.model_dump(), settings_of(plan, directory, store, requests=read, **self._options)
                 )
+                if not self._options["resume"]:
+                    replaced += [path for path in [directory / "data"] if path.exists()]
                 remove(replaced)
                 self._child = stack.enter_context(
                     started(plan, compiled, directory, lock, cgroup=self._cgroup, requests=read)
                 )
-            self._open = True
             try:
                 self.taken = self._told("loaded")["step"]
             except BaseException:
                 self._child.stop()
                 raise
-            self._stack = stack.pop_all()
+            self._stack, self._closed = stack.pop_all(), None
         return self
 
     def step(self, *batch: Tensor, lr: float | None = None) -> float:
-        """Take the next step on a batch; returns its loss before the update. `lr`: its learning rate.
+        """Take the next step on a batch; returns its loss before the update, of a `mezo` plan the mean of its two.
 
-        Raises InputError for a batch or a rate that cannot be; the session goes on.
+        `lr`: its learning rate; where several steps make an update, that of the last of them counts.
+
+        Raises InputError for a batch or a rate that cannot be, and the session goes on; and for a loss that is no number, which ends it.
         """
         if lr is not None:
             check_options(self.plan, self.plan.accumulate, "constant", lr)
@@ -133,13 +143,19 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._stack:
-            if error is None and self._open:
+            closed, self._closed = self._closed, "is over; go on with another one that resumes"
+            if error is None and closed is None:
+                if self.taken % self.plan.accumulate:
+                    told = unfinished_update(self.taken, self.plan.accumulate)
+                    warnings.warn(
+                        f"steps {self.taken}: {told}; what the last ones add waits in the checkpoint", stacklevel=2
+                    )
                 self._ask(FINISH)
                 observed = self._child.end()
                 self.report = build_report(self.plan, observed, self.directory, enforced_by=self._child.enforced_by)
                 write_report(self.directory, self.report)
                 return
-            self._close()
+            self._hang_up()
             self._child.process.terminate()  # workers of a DataLoader may have copies of the pipe
             try:
                 self._child.end()
@@ -152,34 +168,34 @@ class Session:
     def _answer(
         self, kind: bytes, event: str, batch: tuple[Tensor, ...] = (), lr: float | None = None
     ) -> dict[str, Any]:
-        tensors = (
-            as_planned(self.plan, batch, f"the batch of step {self.taken + 1}")
-            if batch or event != "checkpoint"
-            else []
-        )
+        if self._closed is not None:
+            raise RunError(f"the session {self._closed}")
+        name = f"the batch of step {self.taken + 1}" if kind == STEP else "the batch"
+        tensors = [] if kind == SAVE else as_planned(self.plan, batch, name)
+        # Until the answer is there: an interruption leaves half of a question behind.
+        self._closed = f"was interrupted after step {self.taken}, in the middle of what was asked; leave it, and go on with another one that resumes"
         self._ask(kind, lr, tensors)
-        return self._told(event)
+        message = self._told(event)
+        self._closed = None
+        return message
 
-    def _ask(self, kind: bytes, lr: float | None = None, tensors: list[Tensor] | None = None) -> None:
-        if not self._open:
-            raise RunError(
-                f"the session is not open, or was interrupted in the middle of step {self.taken + 1}; use it in a `with` block, and"
-                " go on with another one that resumes"
-            )
-        self._open = False  # until the answer is there: an interruption leaves half of a question behind
+    def _ask(self, kind: bytes, lr: float | None = None, tensors: Sequence[Tensor] = ()) -> None:
         with suppress(BrokenPipeError):  # what its end means is told by `_told`
-            ask(self._asking, kind, lr, tensors or [])
+            ask(self._asking, kind, lr, tensors)
 
     def _told(self, event: str) -> dict[str, Any]:
         for message in self._child.messages():
             if message["event"] == event:
-                self._open = True
                 return message
-        self._open = False
+        self._closed = "is over; go on with another one that resumes"
         self._child.end()
         raise RunError("the training process has ended; go on with another session that resumes")
 
-    def _close(self) -> None:
+    def _hang_up(self) -> None:
         if self._asking >= 0:
             os.close(self._asking)
             self._asking = -1
+
+    def __del__(self) -> None:
+        # The lean process of one that nobody left notices, saves and ends.
+        self._hang_up()

@@ -45,6 +45,7 @@ def make_training(
         "store": plan.model.store,
         "data": records,
         "evaluation": records,
+        "requests": None,
         "out": str(directory),
         "steps": 1,
         "seed": seed,

@@ -261,10 +261,10 @@ def test_a_signal_before_the_child_is_there_reaches_it(plan, dying, monkeypatch)
 def test_what_a_child_still_tells_is_taken_where_progress_fails(plan, monkeypatch, tmp_path):
     """More than a pipe holds: it could not end otherwise."""
     code = (
-        "import json, os, signal, sys\n"
+        "import json, os, signal, sys, time\n"
         "def tell(count, **message):\n    for _ in range(count):\n        os.write(int(sys.argv[1]), json.dumps(message).encode() + b'\\n')\n"
         "signal.signal(signal.SIGTERM, lambda *_: (tell(4000, event='more', text='of what the step held'), sys.exit(4)))\n"
-        "tell(1, event='step', step=1, loss=1.0, seconds=1.0, resident_bytes=1, peak_bytes=1, spent={})\nsignal.pause()\n"
+        "tell(1, event='step', step=1, loss=1.0, seconds=1.0, resident_bytes=1, peak_bytes=1, spent={})\ntime.sleep(60)\n"
     )
     monkeypatch.setattr("runtime.lean_process.command", lambda *words: [sys.executable, "-c", code, words[2]])
     with pytest.raises(ZeroDivisionError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from examples import own_loop, own_module
+from examples import own_loop, own_module, trainer
 
 
 @pytest.mark.parametrize("kind", ["cnn", "text_classifier"])
@@ -21,14 +22,20 @@ def test_the_example_learns_under_its_cap(kind: str, tmp_path: Path, capsys: pyt
     assert 100 < int(peak) <= int(cap)
 
 
-def test_loops_of_one_s_own_learn(tmp_path: Path) -> None:
-    taken, loss = own_loop.until_it_no_longer_helps(tmp_path / "cnn")
-    assert taken % 40 == 0
-    assert 0 < loss < 0.3
-    before, after = own_loop.by_the_trainer(tmp_path / "llama", steps=100)
+def test_a_loop_of_one_s_own_keeps_its_best(tmp_path: Path) -> None:
+    best, steps, loss = own_loop.train(tmp_path / "enough", enough=0.2)
+    assert steps % 40 == 0
+    assert 0 < loss <= 0.2
+    best, steps, loss = own_loop.train(tmp_path / "all", patience=1, enough=0.0)
+    assert best.name != f"checkpoint-{steps}"
+    module = own_module.Cnn()
+    module.load_state_dict(load_file(best / "model.safetensors"))
+    with torch.no_grad():
+        assert float(sum(module(*batch) for batch in own_module.images(5, 2))) / 5 == pytest.approx(loss, rel=1e-3)
+
+
+def test_the_trainer_takes_the_steps_of_a_plan(tmp_path: Path) -> None:
+    before, after = trainer.train(tmp_path, steps=100)
     assert before == pytest.approx(5.545, abs=0.2)  # of 256 words, none is known yet
     assert after < before - 0.3
-    lines = [
-        json.loads(line)["loss"] for line in (tmp_path / "llama" / "session" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert len(lines) == 100
+    assert len((tmp_path / "session" / "metrics.jsonl").read_text().splitlines()) == 100

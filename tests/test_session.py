@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,6 +200,9 @@ def test_what_cannot_be_a_batch_costs_nothing(smallest: Plan, tmp_path: Path) ->
             with pytest.raises(InputError, match=told) as caught:
                 session.step(*batch)
             assert str(caught.value).startswith("the batch of step 1")
+            with pytest.raises(InputError, match=told) as caught:
+                session.loss(*batch)
+            assert "step" not in str(caught.value)
         for lr in (-1.0, float("inf"), float("nan")):
             with pytest.raises(InputError, match=r"^lr "):
                 session.step(*good, lr=lr)
@@ -233,7 +239,7 @@ def test_a_session_is_of_use_in_its_block_alone(naive: Plan, tmp_path: Path) -> 
             pass
         session.step(ids)
     assert len(list(Path("/proc/self/fd").iterdir())) == len(before)
-    with pytest.raises(RunError, match="the session is not open"):
+    with pytest.raises(RunError, match="the session is over"):
         session.step(ids)
 
 
@@ -270,7 +276,7 @@ def test_a_loss_that_is_no_number_ends_it(naive: Plan, tmp_path: Path) -> None:
         ):
             for _ in range(20):
                 session.step(ids, lr=1e30)
-        with pytest.raises(RunError, match="the session is not open"):
+        with pytest.raises(RunError, match="the session is over"):
             session.step(ids)
     assert not hasattr(last.value, "__notes__")
 
@@ -298,7 +304,7 @@ def test_one_that_was_interrupted_in_the_middle_is_over(
         with pytest.raises(KeyboardInterrupt):
             session.step(ids)
         monkeypatch.undo()
-        with pytest.raises(RunError, match="was interrupted in the middle of step 3"):
+        with pytest.raises(RunError, match="was interrupted after step 2, in the middle of what was asked"):
             session.step(ids)
     assert find_checkpoints(str(tmp_path))[-1][0] == 2
 
@@ -370,11 +376,15 @@ def test_one_that_dies_is_told(naive: Plan, tmp_path: Path) -> None:
 
 def test_other_batches_than_given_ones_are_another_run(naive: Plan, tmp_path: Path) -> None:
     run(naive, "random", steps=1, out=tmp_path)
-    with pytest.raises(InputError, match="with other data than"), Session(naive, out=tmp_path, resume=True):
+    with (
+        pytest.raises(InputError, match="was made by `run`; resume with `run`, on the same data, or start"),
+        Session(naive, out=tmp_path, resume=True),
+    ):
         pass
     with Session(naive, out=tmp_path, overwrite=True) as session:
         session.step(torch.ones(2, 24, dtype=torch.int64))
-    with pytest.raises(InputError, match="with other data than"):
+    assert not (tmp_path / "data").exists()
+    with pytest.raises(InputError, match="was made by a Session; resume with a Session, on the same data, or start"):
         run(naive, "random", steps=2, out=tmp_path, resume=True)
 
 
@@ -398,14 +408,87 @@ def test_a_copy_of_the_program_holds_nothing_up(
             session.step(ids)
             copy = os.fork()
             if not copy:
-                time.sleep(300)
-                os._exit(0)
+                try:
+                    time.sleep(300)
+                finally:
+                    os._exit(0)
             if middle:
                 monkeypatch.setattr("runtime.requests.os.write", half)
                 session.step(ids)
             raise KeyboardInterrupt
+        # Nor does its copy of the lock.
+        with Session(naive, out=tmp_path, resume=True) as session:
+            assert session.taken == 1
     finally:
-        os.kill(copy, signal.SIGKILL)
-        os.waitpid(copy, 0)
+        if copy:
+            os.kill(copy, signal.SIGKILL)
+            os.waitpid(copy, 0)
     assert time.monotonic() - before < 100
-    assert find_checkpoints(str(tmp_path))[-1][0] == 1
+
+
+def test_the_thread_that_opens_a_session_may_end(naive: Plan, tmp_path: Path) -> None:
+    """Linux takes the end of the thread that started a process for that of its parent."""
+    session = Session(naive, out=tmp_path)
+    opening = threading.Thread(target=session.__enter__)
+    opening.start()
+    opening.join()
+    time.sleep(0.5)
+    with contextlib.ExitStack() as stack:
+        stack.push(session)
+        session.step(torch.ones(2, 24, dtype=torch.int64))
+    assert session.report is not None
+    assert len(session.report["loss"]) == 1
+
+
+def test_a_program_may_have_more_than_a_thousand_files_open(naive: Plan, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1200:
+        pytest.skip("no more files can be opened here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    try:
+        with contextlib.ExitStack() as files:
+            for _ in range(1100):
+                files.enter_context(Path("/dev/null").open())
+            with Session(naive, out=tmp_path) as session:
+                session.step(torch.ones(2, 24, dtype=torch.int64))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_mistake_in_the_first_batch_costs_nothing(naive: Plan, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the batch of step 1") as caught, Session(naive, out=tmp_path) as session:
+        session.step(torch.ones(2, 25, dtype=torch.int64))
+    assert caught.value.__notes__ == ["interrupted before the first step; start again"]
+    with Session(naive, out=tmp_path) as session:
+        session.step(torch.ones(2, 24, dtype=torch.int64))
+    assert session.taken == 1
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Python's own, of the process that still saves
+def test_one_that_nobody_leaves_ends_with_its_last_reference(naive: Plan, tmp_path: Path) -> None:
+    session = Session(naive, out=tmp_path).__enter__()
+    session.step(torch.ones(2, 24, dtype=torch.int64))
+    del session
+    gc.collect()
+    deadline = time.monotonic() + 60
+    while not find_checkpoints(str(tmp_path)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_an_update_that_is_not_finished_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_directory(folder, CONFIG, random_weights(CONFIG))
+    made = profile(str(folder), batch=1, seq=SEQ, lora_rank=RANK, accumulate=3)
+    planned, batches = plan(made, 1 << 40), [(ids[:1], labels[:1]) for ids, labels in texts(6)]
+    with Session(planned, out=tmp_path / "whole", lr=5e-3) as session:
+        whole = [session.step(*batch) for batch in batches]
+    with (
+        pytest.warns(UserWarning, match=r"^steps 4: an update takes 3 steps.* the last ones .* in the checkpoint"),
+        Session(planned, out=tmp_path / "part", lr=5e-3) as session,
+    ):
+        part = [session.step(*batch) for batch in batches[:4]]
+    with Session(planned, out=tmp_path / "part", lr=5e-3, resume=True) as session:
+        part += [session.step(*batch) for batch in batches[4:]]
+    assert part == whole
+    assert bits(tmp_path / "part", 6) == bits(tmp_path / "whole", 6)
