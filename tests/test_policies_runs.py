@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -69,15 +70,14 @@ def test_memory_does_not_grow_over_200_steps(policy, tmp_path):
 
 
 def spill_files(pid: int, directory: Path) -> list[int]:
-    """Bytes of the files without a name that a process holds open in a directory."""
+    """Bytes of the files without a name that a process holds open in a directory, once they have any."""
     found = []
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            target, facts = path.readlink(), path.stat()
-        except OSError:
-            continue
-        if target.is_relative_to(directory) and facts.st_nlink == 0:
-            found.append(facts.st_size)
+    with contextlib.suppress(OSError):  # a process that has ended meanwhile
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                target, facts = path.readlink(), path.stat()
+                if target.is_relative_to(directory) and facts.st_nlink == 0 and facts.st_size:
+                    found.append(facts.st_size)
     return found
 
 
@@ -108,7 +108,7 @@ def test_a_killed_run_leaves_no_spill_file(planner, moment, tmp_path):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 120
     child, seen = 0, []
-    while not (seen and MOMENTS[moment](out, seen)):
+    while not (child and seen and MOMENTS[moment](out, seen)):
         assert process.poll() is None
         assert time.monotonic() < deadline
         started = children.read_text().split()
