@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from reference import CONFIGS
 
+from runtime.cgroup import MOUNT, _parents
+
 MIB = 1 << 20
 CONFIG = {**CONFIGS["llama"], "num_hidden_layers": 1}
 SEQ = 24
@@ -53,6 +55,11 @@ def small_disk(path, size):
         yield path
     finally:
         subprocess.run(["umount", str(path)], check=True)
+
+
+def own_groups():
+    """Memory cgroups that this process has made. Looked for where it makes them: elsewhere folders vanish while they are walked."""
+    return [group for parent, _ in _parents(MOUNT) for group in parent.glob(f"tightfit-{os.getpid()}-*")]
 
 
 def fill(disk, leave):

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from damage import own_groups
 from tiny_plans import decoder_profile, naive_plan
 
 from planner.schema import Plan
 from profiles.errors import CapError, InfeasibleError, InputError, RunError
 from profiles.schema import PROFILE_VERSION
 from runtime.admission import conditions, find_store
-from runtime.cgroup import MOUNT, MemoryCgroup, _parents
+from runtime.cgroup import MemoryCgroup
 from runtime.checkpoint import UNSAID_OPERATORS, find_checkpoints
 from runtime.interrupts import passed_on
 from runtime.launch import run
@@ -98,7 +99,7 @@ def test_the_kernels_counter_is_the_measured_peak(whole):
     if report["enforced_by"] != "cgroup":
         pytest.skip("no memory cgroup can be made here")
     assert report["cgroup_peak_bytes"] <= report["budget_bytes"]
-    assert [left for parent, _ in _parents(MOUNT) for left in parent.glob(f"tightfit-{os.getpid()}-*")] == []
+    assert own_groups() == []
 
 
 def test_steps_in_two_runs_are_the_steps_of_one(plan, profile, whole, tmp_path):
