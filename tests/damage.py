@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,19 @@ def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
+def opened_below(folder):
+    """Descriptors of this process for files below a folder, of those that have no name any more too.
+
+    How many there are in all is no measure: what earlier tests left to the garbage collector is closed whenever that comes.
+    """
+    found = []
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the descriptor by which they are listed
+            if path.readlink().is_relative_to(folder):
+                found.append(int(path.name))
+    return found
+
+
 def flip(path, offset, bit=0):
     data = bytearray(path.read_bytes())
     data[offset] ^= 1 << bit
@@ -42,6 +55,11 @@ def flip(path, offset, bit=0):
 
 def cut(path, size):
     os.truncate(path, size)
+
+
+def own_groups():
+    """Memory cgroups that this process has made. Looked for where it makes them: elsewhere folders vanish while they are walked."""
+    return [group for parent, _ in _parents(MOUNT) for group in parent.glob(f"tightfit-{os.getpid()}-*")]
 
 
 @contextmanager
@@ -55,11 +73,6 @@ def small_disk(path, size):
         yield path
     finally:
         subprocess.run(["umount", str(path)], check=True)
-
-
-def own_groups():
-    """Memory cgroups that this process has made. Looked for where it makes them: elsewhere folders vanish while they are walked."""
-    return [group for parent, _ in _parents(MOUNT) for group in parent.glob(f"tightfit-{os.getpid()}-*")]
 
 
 def fill(disk, leave):
