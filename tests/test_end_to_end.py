@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from profiles.errors import InputError
 from profiles.schema import Profile
 from profiles.store import Store
 from runtime.batches import open_batches
+from runtime.checkpoint import find_checkpoints
 from runtime.launch import run
 
 BATCH, SEQ, RANK, STEPS = 3, 29, 4, 4
@@ -215,18 +217,17 @@ def test_wrong_choices_have_no_part_in_the_loss_of_an_evaluation(profiled: Any, 
 def test_a_killed_run_continues_bit_identically(profiled: Any, data: Path, tmp_path: Path) -> None:
     made = profiled("llama", "bfloat16")
     planned = plan(made, Planner(made).minimum().peak_bytes + (4 << 20))
-    steps = 40
-    whole = run(planned, data, steps=steps, out=tmp_path / "whole", lr=LR, checkpoint_every=4)
+    part = tmp_path / "part"
     (tmp_path / "plan.json").write_text(planned.model_dump_json())
     script = (
         "import sys; from planner.exchange import load_plan; from runtime.launch import run\n"
-        f"run(load_plan({str(tmp_path / 'plan.json')!r}), {str(data)!r}, steps={steps}, out={str(tmp_path / 'part')!r}, lr={LR}, checkpoint_every=4)\n"
+        f"run(load_plan({str(tmp_path / 'plan.json')!r}), {str(data)!r}, steps=1_000_000, out={str(part)!r}, lr={LR}, checkpoint_every=4)\n"
     )
     root = str(Path(__file__).parents[1])
     process = subprocess.Popen(
         [sys.executable, "-c", script], start_new_session=True, env={**os.environ, "PYTHONPATH": root}
     )
-    while not list((tmp_path / "part").glob("checkpoint-8")):
+    while not any(step >= 8 for step, _ in find_checkpoints(str(part))):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.02)
     children = subprocess.run(
@@ -235,10 +236,16 @@ def test_a_killed_run_continues_bit_identically(profiled: Any, data: Path, tmp_p
     for child in [*map(int, children), process.pid]:
         os.kill(child, signal.SIGKILL)
     process.wait()
-    resumed = run(planned, data, steps=steps, out=tmp_path / "part", lr=LR, checkpoint_every=4, resume=True)
-    assert 8 <= resumed["resumed_step"] < steps
+    lock = os.open(part, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # which the child has until the kernel has buried it
+    os.close(lock)
+    reached = find_checkpoints(str(part))[-1][0]
+    steps = reached + 12
+    resumed = run(planned, data, steps=steps, out=part, lr=LR, checkpoint_every=4, resume=True)
+    assert resumed["resumed_step"] == reached
+    whole = run(planned, data, steps=steps, out=tmp_path / "whole", lr=LR, checkpoint_every=4)
     assert resumed["loss"] == whole["loss"]
-    for mine, theirs in zip(state(tmp_path / "part"), state(tmp_path / "whole"), strict=True):
+    for mine, theirs in zip(state(part), state(tmp_path / "whole"), strict=True):
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
