@@ -1,6 +1,7 @@
 """Runs in the capped child: what is refused, what is reported, and what happens when something goes wrong."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from damage import own_groups
+from safetensors.torch import load_file
 from tiny_plans import decoder_profile, naive_plan
 
 from planner.schema import Plan
@@ -182,17 +183,28 @@ def test_a_signal_to_end_saves_and_says_where(plan, tmp_path, number):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == step
 
 
-def test_ctrl_c_during_evaluation_saves_the_start(plan, whole, tmp_path):
+def test_ctrl_c_during_evaluation_saves_the_start(plan, whole, tmp_path, monkeypatch):
+    """At its first batch; the pipe holds less than the child has to say of the others, so that it cannot be through before."""
     report, _ = whole
-    process = start(plan, tmp_path, 100_000, ", eval_data='random', stages=lambda *said: print(*said, flush=True)")
-    for line in process.stdout:
-        if line.startswith("evaluating before"):
-            break
-    process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 4
-    assert "RunError interrupted after step 0; everything is saved in" in said
-    resumed = run(plan, "random", steps=6, out=tmp_path / "run", resume=True, **SETTINGS)
+    pipe, told = os.pipe, []
+
+    def narrow():
+        read, write = pipe()
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+        return read, write
+
+    def interrupt(what, done, total):
+        if not told:
+            signal.raise_signal(signal.SIGINT)
+        told.append((what, done, total))
+
+    monkeypatch.setattr("runtime.launch.os.pipe", narrow)
+    with pytest.raises(RunError, match="interrupted after step 0; everything is saved in") as caught:
+        run(plan, "random", steps=100_000, out=tmp_path, eval_data="random", stages=interrupt, **SETTINGS)
+    assert (caught.value.interrupted, caught.value.exit_code) == (True, 4)
+    assert told[0][0] == "evaluating before"
+    assert told[-1][1] < told[-1][2]
+    resumed = run(plan, "random", steps=6, out=tmp_path, resume=True, **SETTINGS)
     assert resumed["loss"] == report["loss"]
 
 
