@@ -28,6 +28,8 @@ from planner.service.supervisor import Supervisor
 
 PATIENCE = 60.0
 """seconds"""
+PLANNED = ("tightfit_worker_seconds_count", {"kind": "plan"})
+"""how many plans workers have come to the end of, well or not"""
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +63,27 @@ def wait(http, job, until=("succeeded", "failed")):
     return told
 
 
-def test_jobs_wait_for_a_worker_and_end_when_their_time_is_over(tmp_path, profile, minimum):
-    with service(tmp_path, workers=1, job_seconds=1.0, waiting=1) as http:
-        identity = upload(http, profile)
-        ask = [
-            {"profile": identity, "memory": [minimum + 8192 * i + n for i in range(64)], "time_limit": 300}
-            for n in range(3)
-        ]
-        first = http.post("/v1/comparisons", json=ask[0]).json()
+def endless(http, number):
+    """A comparison that takes minutes, another for each number."""
+    budgets = [f"{1000 + 8 * step + number}MiB" for step in range(64)]
+    return http.post("/v1/comparisons", json={"profile": upload(http, decoder_like(24)), "memory": budgets})
+
+
+def test_jobs_wait_for_a_worker_and_as_many_as_may(tmp_path):
+    with service(tmp_path, workers=1, waiting=1) as http:
+        first = endless(http, 0).json()
         wait(http, first, until=("running",))
-        second = http.post("/v1/comparisons", json=ask[1]).json()
+        second = endless(http, 1).json()
         assert http.get(f"/v1/jobs/{second['id']}").json()["state"] == "queued"
-        full = http.post("/v1/comparisons", json=ask[2])
+        full = endless(http, 2)
         assert (full.status_code, full.headers["retry-after"]) == (429, "30")
+        http.post(f"/v1/jobs/{first['id']}/cancel")
+        wait(http, second, until=("running",))
+
+
+def test_jobs_end_one_after_the_other_when_their_time_is_over(tmp_path):
+    with service(tmp_path, workers=1, job_seconds=1.0) as http:
+        first, second = (endless(http, number).json() for number in range(2))
         for job in (first, second):
             ended = wait(http, job)
             assert (ended["state"], ended["error"]["code"]) == ("failed", "too_slow")
@@ -111,8 +121,14 @@ def test_a_full_disk_is_told_and_costs_no_job(tmp_path, profile, minimum, monkey
     with service(tmp_path) as http:
         database = http.app.state.service.store._database
         identity = upload(http, profile)
-        job = http.post("/v1/plans", json={"profile": identity, "memory": minimum}).json()
-        database.execute("PRAGMA max_page_count = 1")  # SQLite takes as many as there are
+        registry = http.app.state.service.metrics.registry
+        for memory in range(minimum, minimum + 100):
+            before = registry.get_sample_value(*PLANNED) or 0
+            job = http.post("/v1/plans", json={"profile": identity, "memory": memory}).json()
+            database.execute("PRAGMA max_page_count = 1")  # SQLite takes as many as there are
+            if http.get(f"/v1/jobs/{job['id']}").json()["state"] != "succeeded":
+                break
+            database.execute("PRAGMA max_page_count = 1000000")  # this one was planned and written down before
         path = tmp_path / "data" / "service.sqlite"
         other = small_chain(4).model_dump(mode="json")
         other["model"]["name"] = "long " * 20_000
@@ -120,9 +136,8 @@ def test_a_full_disk_is_told_and_costs_no_job(tmp_path, profile, minimum, monkey
         assert (refusal.status_code, refusal.json()["error"]["code"]) == (507, "storage")
         assert f"{path}: database or disk is full; free disk space" in refusal.json()["error"]["message"]
         # A plan that cannot be written down is written down once there is room, and the next is planned.
-        metrics = http.app.state.service.metrics
         patience = time.monotonic() + PATIENCE
-        while not metrics.registry.get_sample_value("tightfit_worker_seconds_count", {"kind": "plan"}):
+        while (registry.get_sample_value(*PLANNED) or 0) == before:
             assert time.monotonic() < patience
             time.sleep(0.05)
         time.sleep(0.5)
@@ -131,9 +146,6 @@ def test_a_full_disk_is_told_and_costs_no_job(tmp_path, profile, minimum, monkey
         assert wait(http, job)["state"] == "succeeded"
         again = http.post("/v1/plans", json={"profile": identity, "memory": minimum + 4096}).json()
         assert wait(http, again)["state"] == "succeeded"
-
-
-PLANNED = ("tightfit_worker_seconds_count", {"kind": "plan"})
 
 
 def test_a_disk_without_room_for_what_a_worker_makes_costs_no_job(tmp_path, profile, minimum, monkeypatch):
