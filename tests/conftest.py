@@ -7,6 +7,7 @@ import signal
 
 import pytest
 from damage import CONFIG, MEASURED, ROWS, SEQ, lines
+from hypothesis import HealthCheck, settings
 from served import Served
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
@@ -17,6 +18,10 @@ from runtime import cli
 
 # A shell that starts the suite in the background has SIGINT ignored, and children inherit that: Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Properties hold however long an example takes: a machine that runs tests may stand still for seconds in any of them.
+settings.register_profile("tightfit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tightfit")
 
 
 def pytest_collection_modifyitems(items):

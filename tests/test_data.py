@@ -76,7 +76,7 @@ def answered(labels: list[int], vocabulary: Vocabulary) -> str:
 # Records
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(count=st.integers(1, 300), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
 def test_an_epoch_is_a_permutation(count: int, seed: int, epoch: int) -> None:
     assert sorted(shuffled(place, count, seed, epoch) for place in range(count)) == list(range(count))
@@ -97,7 +97,7 @@ def test_epochs_and_seeds_differ_and_look_random() -> None:
 SAMPLES = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(samples=SAMPLES, batch=st.integers(1, 4), seed=st.integers(0, 100), start=st.integers(0, 30))
 def test_records_come_back_and_any_step_can_be_asked_for(
     tmp_path_factory: pytest.TempPathFactory, samples: list[list[int]], batch: int, seed: int, start: int
@@ -393,7 +393,7 @@ def test_a_token_never_straddles_prompt_and_completion(vocabulary: Vocabulary, t
 WORDS = st.text(alphabet="ab é\n'9日 positive", max_size=12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(prompt=WORDS, completion=WORDS.filter(bool))
 def test_inputs_and_labels_spell_the_sample(vocabulary: Vocabulary, prompt: str, completion: str) -> None:
     ids, wanted = Encoder(vocabulary, 420).completion(prompt, completion, ended=True)
@@ -816,7 +816,7 @@ def test_truncation_cuts_the_end_of_a_long_completion(vocabulary: Vocabulary, tm
     assert labels == ids[first : first + 10]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     texts=st.lists(st.text(alphabet="abc de.", min_size=1, max_size=30), min_size=1, max_size=8), seq=st.integers(2, 20)
 )

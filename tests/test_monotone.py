@@ -14,8 +14,8 @@ from planner.plan import Planner, plan
 from planner.simulate import simulate
 from profiles.bare import graph_profile, parse_graph
 
-SMALL = settings(max_examples=40, deadline=None, derandomize=True)
-FEW = settings(max_examples=3, deadline=None, derandomize=True)
+SMALL = settings(max_examples=40, derandomize=True)
+FEW = settings(max_examples=3, derandomize=True)
 
 
 def budgets_between(planner, shares):

@@ -26,7 +26,7 @@ def built(tmp_path_factory):
 
 @needs_compiler
 @pytest.mark.parametrize("name", native.FORMATS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     numbers=st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=1, max_size=4),
     rows=st.integers(1, 9),

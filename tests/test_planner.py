@@ -98,7 +98,7 @@ def test_the_same_input_gives_the_same_plan():
 
 @pytest.mark.slow
 @given(seed=st.integers(0, 100_000), layers=st.integers(2, 3), share=st.floats(0, 1))
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=5, derandomize=True)
 def test_any_chain_at_any_budget(seed, layers, share):
     planner = Planner(small_chain(seed, layers=layers))
     smallest = planner.minimum().peak_bytes
@@ -118,7 +118,7 @@ def test_any_chain_at_any_budget(seed, layers, share):
 
 @pytest.mark.slow
 @given(seed=st.integers(0, 100_000))
-@settings(max_examples=2, deadline=None, derandomize=True)
+@settings(max_examples=2, derandomize=True)
 def test_a_larger_budget_is_never_slower(seed):
     profile = small_chain(seed, layers=3)
     smallest = minimum_budget(profile)

@@ -175,7 +175,7 @@ def test_choices_are_counted_as_they_are_posted(decoder):
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_growing_program_ends_where_a_fresh_one_does(seed):
     chance = np.random.default_rng(seed)
     costs, needs = chance.integers(1, 20, 8).astype(float), chance.integers(1, 9, (8, 3)).astype(float)
@@ -209,7 +209,7 @@ def test_a_growing_program_ends_where_a_fresh_one_does(seed):
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 300), st.integers(0, 90), st.integers(1, 9)), max_size=25),
     st.tuples(st.integers(0, 400), st.integers(0, 300)),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_bytes_taken_at_any_time_of_a_span(stays, asked):
     """The tree says what looking at every stay says."""
     places = Places(701)
@@ -231,7 +231,7 @@ def test_bytes_taken_at_any_time_of_a_span(stays, asked):
     st.integers(1, 12),
     st.sampled_from([1, 4, 16]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_tightest_gap_of_many_ranges_at_once(ranges, base, size, alignment):
     low, high = np.array([(low, low + length) for low, length in ranges], dtype=np.int64).reshape(-1, 2).T
     one_by_one = gap(sorted(zip(low.tolist(), high.tolist())), base, size, alignment, tight=True)

@@ -282,7 +282,7 @@ def test_time_by_hand():
 
 
 @given(seed=st.integers(0, 10_000), field=st.sampled_from(["read", "write"]), factor=st.sampled_from([2.0, 10.0]))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_a_faster_device_is_never_slower(seed, field, factor):
     profile = small_chain(seed, on=device(read=1e6, write=1e6))
     smallest = Planner(profile).smallest_plan()

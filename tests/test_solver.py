@@ -229,7 +229,7 @@ def test_a_share_of_the_time_ends_no_more_than_that(chain):
     found=st.booleans(),
     limit=st.sampled_from([1, 50, 1 << 30]),
 )
-@settings(deadline=None, max_examples=300, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 def test_choices_come_to_an_end_whatever_is_chosen(answers, waits, places, found, limit):
     """Columns, the same ones or none, with places or not, for any share that is left free: again and again."""
     asked, carried = [], itertools.cycle(places)

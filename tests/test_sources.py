@@ -270,7 +270,7 @@ PIECES = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(pieces=PIECES)
 def test_byte_level_tokens_are_the_original_s(byte_level: tuple[Any, Any], pieces: list[str]) -> None:
     tokenizer, vocabulary = byte_level
@@ -280,7 +280,7 @@ def test_byte_level_tokens_are_the_original_s(byte_level: tuple[Any, Any], piece
     assert vocabulary.tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(pieces=PIECES)
 def test_sentence_piece_tokens_are_the_original_s(sentence_piece: tuple[Any, Any], pieces: list[str]) -> None:
     tokenizer, vocabulary = sentence_piece

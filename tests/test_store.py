@@ -154,7 +154,7 @@ def test_a_matrix_larger_than_a_chunk_unpacks_as_its_rows_do() -> None:
         assert torch.equal(whole[row], single[0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_slices_and_gathered_rows_are_rows_of_the_whole(path: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["q4.weight", "q8.weight", "narrow.weight", "odd.weight", "raw.weight"]))
@@ -364,7 +364,7 @@ def test_a_store_that_shrinks_under_its_reader_is_an_input_error(path: Path, tmp
 # Packing
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 2**32), scale=st.floats(1e-4, 100), shift=st.floats(-5, 5), group=st.sampled_from([8, 16, 32])
 )
@@ -395,7 +395,7 @@ def test_q4_takes_from_the_error_of_rounding_to_the_range(power: int, share: flo
     assert (out.view(-1, 32) - groups).square().sum() < share * (simple - groups).square().sum()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(seed=st.integers(0, 2**32))
 def test_q4_keeps_values_that_are_4_bit_already(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -410,7 +410,7 @@ def test_q4_keeps_values_that_are_4_bit_already(seed: int) -> None:
     assert torch.equal(values, again)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 2**32), scale=st.floats(1e-3, 1e3))
 def test_q8_is_within_half_a_step(seed: int, scale: float) -> None:
     x = torch.randn(16, 32, generator=torch.Generator().manual_seed(seed)) * scale
