@@ -394,7 +394,7 @@ def test_sizes_that_are_none(refused, work, tmp_path, size):
 
 def infeasible(tightfit, profile, budget, output):
     """The smallest feasible budget, as --json tells a program and stderr a person."""
-    code, out, err = tightfit("plan", profile, "--memory", budget, "-o", output, "--json")
+    code, out, err = tightfit("plan", profile, "--memory", budget, "-o", output, "--time-limit", 600, "--json")
     told = json.loads(out)
     assert (code, told["status"], told["train"]) == (3, "infeasible", None)
     assert f"({told['minimum_budget_bytes']} bytes)" in err
