@@ -34,7 +34,7 @@ def decoder():
 
 @pytest.mark.slow
 def test_from_the_minimum_to_keep_all(decoder):
-    smallest = decoder.minimum().peak_bytes
+    smallest = decoder.minimum(time_limit=600).peak_bytes
     largest = decoder.plan(1 << 40, policy="keep-all").peak_bytes
     assert smallest < largest
     before = None
@@ -90,7 +90,7 @@ def test_what_the_policies_do(decoder):
 def test_the_same_input_gives_the_same_plan():
     profile = decoder_like(3, tokens=128, slices=2, on=device(**REAL))
     budget = int(plan(profile, 1 << 40, policy="mebp").peak_bytes * 1.02)
-    first, second = plan(profile, budget), plan(profile, budget)
+    first, second = (plan(profile, budget, time_limit=600) for _ in range(2))
     assert first.deterministic
     assert first.fingerprint == second.fingerprint
     assert first.train == second.train
@@ -148,7 +148,7 @@ def test_below_the_floor_of_a_build_for_cuda(version, hint):
 
 
 def test_between_floor_and_feasible(decoder):
-    answer = decoder.plan(decoder.minimum().peak_bytes - 1)
+    answer = decoder.plan(decoder.minimum(time_limit=600).peak_bytes - 1)
     assert answer.status == "infeasible"
     reason = answer.minimum_budget_reason
     assert "the smallest plan peaks at" in reason
