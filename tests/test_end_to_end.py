@@ -411,8 +411,8 @@ def test_a_module_that_cannot_be_run_is_refused_before_it_is_measured(factory: A
 
 def test_a_larger_plan_than_the_budget_is_infeasible(profiled: Any) -> None:
     made = profiled("llama", "bfloat16")
-    smallest = Planner(made).minimum().peak_bytes
-    answer: Plan = plan(made, smallest - 1)
+    smallest = Planner(made).minimum(time_limit=600).peak_bytes
+    answer: Plan = plan(made, smallest - 1, time_limit=600)
     assert answer.status == "infeasible"
     assert answer.minimum_budget_bytes == smallest
-    assert plan(made, smallest).peak_bytes == smallest
+    assert plan(made, smallest, time_limit=600).peak_bytes == smallest
