@@ -23,7 +23,7 @@ from planner.plan import minimum_budget, plan
 from profiles.api import profile
 from runtime.session import Session
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True,
 }  # fmt: skip
@@ -42,6 +42,7 @@ class PlannedTrainer(transformers.Trainer):
         self.session = session
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        assert self.optimizer is not None
         rate = self.optimizer.param_groups[0]["lr"]
         return torch.tensor(self.session.step(inputs["input_ids"], inputs["labels"], lr=rate))
 
