@@ -22,14 +22,14 @@ from profiles.api import profile
 from runtime.session import Session
 
 
-def train(out: Path, patience: int = 3, enough: float = 0.02) -> tuple[Path, int, float]:
+def train(out: Path, rate: float = 3e-3, patience: int = 3, enough: float = 0.02) -> tuple[Path, int, float]:
     """Train until the held-out loss is small enough or has not fallen for a while, with half the rate after each pass that it does not.
 
     Returns the best checkpoint, the steps taken and the least held-out loss.
     """
     pixels, labels = (torch.cat(parts) for parts in zip(*images(40, 1), strict=True))
     loader = DataLoader(TensorDataset(pixels, labels), batch_size=SAMPLES, shuffle=True)
-    held_out, rate, least, bad, best = list(images(5, 2)), 3e-3, float("inf"), 0, out
+    held_out, least, bad, best = list(images(5, 2)), float("inf"), 0, out
     measured = profile("examples.own_module:cnn")
     planned = plan(measured, minimum_budget(measured) + (10 << 20))
     # No checkpoints but those asked for, of which the latest two are kept: the best and the last.
