@@ -15,6 +15,7 @@ from planner.exchange import load_plan
 from planner.plan import plan as solve
 from profiles.api import load_profile
 from runtime import cli
+from runtime.cgroup import MemoryCgroup
 
 # A shell that starts the suite in the background has SIGINT ignored, and children inherit that: Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,6 +59,17 @@ def refused(tightfit):
         return told["message"]
 
     return call
+
+
+@pytest.fixture(params=[True, False], ids=["cgroup", "meter"])
+def cgroup(request):
+    """Whether the kernel is to enforce a cap, where it can, or the meter alone."""
+    if request.param:
+        group = MemoryCgroup.create(64 << 20)
+        if group is None:
+            pytest.skip("no memory cgroup can be made here")
+        group.remove()
+    return request.param
 
 
 @pytest.fixture(scope="module")

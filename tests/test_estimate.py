@@ -230,9 +230,17 @@ def test_without_flops_nothing_can_be_told():
 def test_every_known_device_is_whole_and_found_by_its_name():
     devices = known_devices()
     assert [device.name for device in devices] == sorted(path.stem for path in FOLDER.glob("*.json"))
-    assert {"zen5-2core", "zen4-2core", "zen3-2core", "amx-2core", "phone", "raspberry-pi-5", "h100", "rtx-4090", "rtx-4060"} <= {
-        device.name for device in devices
-    }
+    assert {
+        "zen5-2core",
+        "zen4-2core",
+        "zen3-2core",
+        "amx-2core",
+        "phone",
+        "raspberry-pi-5",
+        "h100",
+        "rtx-4090",
+        "rtx-4060",
+    } <= {device.name for device in devices}
     for device in devices:
         assert find_device(device.name) == device
         assert device.floor.resident_bytes < device.memory_bytes
