@@ -46,7 +46,10 @@ class _Run:
         self.header, self.send, self.stopping = header, send, stopping
         self.out: str = header["out"]
         self.training = Training(job, channel, self.out)
-        self.conditions = {**header["conditions"], "data": self.training.batches.fingerprint}
+        batches = self.training.batches
+        self.requests = batches if isinstance(batches, Requests) else None
+        """whether steps are asked for one by one"""
+        self.conditions = {**header["conditions"], "data": batches.fingerprint}
         self.held_out = _fingerprint(header)
         self.found = checkpoint.load_latest(self.out, self.conditions) if header["resume"] else None
         self.done = self.found.step if self.found else 0
@@ -91,9 +94,9 @@ class _Run:
 
     def steps(self) -> Iterator[int]:
         """Numbers of the steps to take."""
-        if isinstance(self.training.batches, Requests):
-            self.training.batches.stopping = self.stopping
-            yield from self._asked(self.training.batches)
+        if self.requests:
+            self.requests.stopping = self.stopping
+            yield from self._asked(self.requests)
             if self.saved != self.done:
                 self._save()
         else:
@@ -155,8 +158,9 @@ class _Run:
         self.send("checkpoint", step=self.done, path=self.path, peak_bytes=self.peaks["checkpoint"])
 
     def interrupted(self) -> None:
-        asked = isinstance(self.training.batches, Requests)
-        if self.saved != self.done and not (asked and self.done == 0):  # a loop that ends at once is begun again
+        if self.saved != self.done and not (
+            self.requests and self.done == 0
+        ):  # a loop that ends at once is begun again
             self._save()
         self.send("interrupted", step=self.done, checkpoint=self.path)
         self.training.close()

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 STEP, EVALUATE, SAVE, FINISH = b"s", b"e", b"c", b"f"
+ANSWERS = {STEP: "step", EVALUATE: "loss", SAVE: "checkpoint"}
+"""the message that answers each"""
 STEP_BY_STEP = "given step by step"
 """what a checkpoint says of its data"""
 _HEAD = struct.Struct("<cd")

@@ -24,8 +24,10 @@ from runtime.given import as_planned
 from runtime.lean_process import started
 from runtime.output import locked, remove, to_be_replaced, write_report
 from runtime.report import build_report
-from runtime.requests import EVALUATE, FINISH, SAVE, STEP, ask
+from runtime.requests import ANSWERS, EVALUATE, FINISH, SAVE, STEP, ask
 from runtime.settings import settings_of
+
+OVER = "is over; go on with another one that resumes"
 
 
 class Session:
@@ -126,24 +128,24 @@ class Session:
         """
         if lr is not None:
             check_options(self.plan, self.plan.accumulate, "constant", lr)
-        loss: float = self._answer(STEP, "step", batch, lr)["loss"]
+        loss: float = self._answer(STEP, batch, lr)["loss"]
         self.taken += 1
         return loss
 
     def loss(self, *batch: Tensor) -> float:
         """The loss of a batch without a step: without dropout, and a language model's by the mean over its labels."""
-        loss: float = self._answer(EVALUATE, "loss", batch)["loss"]
+        loss: float = self._answer(EVALUATE, batch)["loss"]
         return loss
 
     def save(self) -> Path:
         """Make a checkpoint now, from which ``resume`` goes on; a module's holds ``model.safetensors``, another's the adapter."""
-        return Path(self._answer(SAVE, "checkpoint")["path"])
+        return Path(self._answer(SAVE)["path"])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._stack:
-            closed, self._closed = self._closed, "is over; go on with another one that resumes"
+            closed, self._closed = self._closed, OVER
             if error is None and closed is None:
                 if self.taken % self.plan.accumulate:
                     told = unfinished_update(self.taken, self.plan.accumulate)
@@ -165,9 +167,7 @@ class Session:
                 if str(told) != str(error):
                     error.add_note(str(told))
 
-    def _answer(
-        self, kind: bytes, event: str, batch: tuple[Tensor, ...] = (), lr: float | None = None
-    ) -> dict[str, Any]:
+    def _answer(self, kind: bytes, batch: tuple[Tensor, ...] = (), lr: float | None = None) -> dict[str, Any]:
         if self._closed is not None:
             raise RunError(f"the session {self._closed}")
         name = f"the batch of step {self.taken + 1}" if kind == STEP else "the batch"
@@ -175,7 +175,7 @@ class Session:
         # Until the answer is there: an interruption leaves half of a question behind.
         self._closed = f"was interrupted after step {self.taken}, in the middle of what was asked; leave it, and go on with another one that resumes"
         self._ask(kind, lr, tensors)
-        message = self._told(event)
+        message = self._told(ANSWERS[kind])
         self._closed = None
         return message
 
@@ -187,7 +187,7 @@ class Session:
         for message in self._child.messages():
             if message["event"] == event:
                 return message
-        self._closed = "is over; go on with another one that resumes"
+        self._closed = OVER
         self._child.end()
         raise RunError("the training process has ended; go on with another session that resumes")
 

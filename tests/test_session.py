@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,14 @@ def by_autograd(made: Profile, batches: list[Batch]) -> tuple[list[float], dict[
 def bits(out: Path, step: int, file: str = "adapter_model.safetensors") -> tuple[bytes, bytes]:
     folder = out / f"checkpoint-{step}"
     return (folder / file).read_bytes(), (folder / "optimizer.safetensors").read_bytes()
+
+
+def half_of_a_batch(write: Callable[[int, memoryview], int], descriptor: int, data: memoryview) -> int:
+    """Ctrl-C comes while it is written."""
+    if len(data) > 100:
+        write(descriptor, data[:100])
+        raise KeyboardInterrupt
+    return write(descriptor, data)
 
 
 def test_a_loop_of_one_s_own_follows_the_exact_gradient(decoder: Profile, smallest: Plan, tmp_path: Path) -> None:
@@ -282,21 +291,13 @@ def test_one_that_was_interrupted_in_the_middle_is_over(
 ) -> None:
     """Half of a batch is in the pipe: nothing more can be asked, and the steps before are saved."""
     ids = torch.ones(2, 24, dtype=torch.int64)
-    write = os.write
-
-    def half(descriptor: int, data: memoryview) -> int:
-        if len(data) > 100:
-            write(descriptor, data[:100])
-            raise KeyboardInterrupt
-        return write(descriptor, data)
-
     with (  # noqa: PT012
         pytest.raises(RunError, match=r"^interrupted after step 2; everything is saved in"),
         Session(naive, out=tmp_path) as session,
     ):
         for _ in range(2):
             session.step(ids)
-        monkeypatch.setattr("runtime.requests.os.write", half)
+        monkeypatch.setattr("runtime.requests.os.write", partial(half_of_a_batch, os.write))
         with pytest.raises(KeyboardInterrupt):
             session.step(ids)
         monkeypatch.undo()
@@ -390,14 +391,7 @@ def test_a_copy_of_the_program_holds_nothing_up(
     naive: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, middle: bool
 ) -> None:
     """A DataLoader's workers are copies, with the pipe open, and may outlive the loop; in the middle of a batch too."""
-    ids, write = torch.ones(2, 24, dtype=torch.int64), os.write
-
-    def half(descriptor: int, data: memoryview) -> int:
-        if len(data) > 100:
-            write(descriptor, data[:100])
-            raise KeyboardInterrupt
-        return write(descriptor, data)
-
+    ids = torch.ones(2, 24, dtype=torch.int64)
     before, copy = time.monotonic(), 0
     try:
         with pytest.raises(KeyboardInterrupt), Session(naive, out=tmp_path) as session:  # noqa: PT012
@@ -409,7 +403,7 @@ def test_a_copy_of_the_program_holds_nothing_up(
                 finally:
                     os._exit(0)
             if middle:
-                monkeypatch.setattr("runtime.requests.os.write", half)
+                monkeypatch.setattr("runtime.requests.os.write", partial(half_of_a_batch, os.write))
                 session.step(ids)
             raise KeyboardInterrupt
         # Nor does its copy of the lock.
