@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -27,7 +28,12 @@ from profiles.bare import graph_profile
 
 
 def interrupted(seconds, call):
-    """`call` ends by the Ctrl-C that comes after so many seconds. However late anything is, that is nowhere but where it is caught."""
+    """`call` ends by the Ctrl-C that comes after so many seconds. However late anything is, that is nowhere but where it is caught.
+
+    Python drops what is raised in the callback of a weak reference: no garbage of other tests may be collected meanwhile.
+    """
+    gc.collect()
+    gc.disable()
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
 
     def begun():
@@ -36,8 +42,11 @@ def interrupted(seconds, call):
         timer.cancel()
         timer.join()
 
-    with pytest.raises(KeyboardInterrupt):
-        begun()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            begun()
+    finally:
+        gc.enable()
 
 
 def test_answers_and_errors_pass():
