@@ -29,11 +29,23 @@ BLOCK_ELEMENTS = 1 << 18  # float32 elements per block: 1 MiB. In halves of it g
 HEAD_ROWS = 256  # tokens per block of the loss head: bounds its workspace whatever the batch
 GELU = 2 * math.sqrt(2 / math.pi)
 GELU_CUBE = 0.044715 * GELU
+GELU_BUFFERS = 3
 STATE_COLUMNS = 3  # running maximum, running sum, logit of the label
 
 
 def _blocks(rows: int, columns: int) -> Iterator[slice]:
     return blocks(rows, max(1, BLOCK_ELEMENTS // max(1, columns)))
+
+
+def _buffered(count: int, rows: int, columns: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Blocks of rows, each with `count` float32 buffers of its shape.
+
+    One allocation for all: buffers that come and go by turns leave holes in the heap that the next operator's do not find.
+    """
+    parts = list(_blocks(rows, columns))
+    buffers = torch.empty(count, parts[0].stop if parts else 0, columns, dtype=torch.float32)
+    for part in parts:
+        yield part, buffers[:, : part.stop - part.start].unbind()
 
 
 def copy(x: Tensor, *, out: Sequence[Tensor]) -> None:
@@ -45,14 +57,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, *, out: S
     """y = x / rms(x) * weight (or 1 + weight, as Gemma stores it). x [T, H], weight float32 [H]; out: y [T, H], rstd float32 [T, 1]."""
     y, rstd = out
     scale = weight.float() + 1.0 if unit_offset else weight.float()
-    for rows in _blocks(*x.shape):
-        wide = x[rows].float()
-        torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps), out=rstd[rows])
-        if x.dtype is torch.float32:
-            wide = wide * rstd[rows]
-        else:
-            wide.mul_(rstd[rows])
-        y[rows].copy_(wide.mul_(scale))
+    for rows, (wide, square) in _buffered(2, *x.shape):
+        wide.copy_(x[rows])
+        torch.rsqrt(torch.square(wide, out=square).mean(-1, keepdim=True).add_(eps), out=rstd[rows])
+        y[rows].copy_(wide.mul_(rstd[rows]).mul_(scale))
 
 
 def rms_norm_backward(
@@ -61,10 +69,10 @@ def rms_norm_backward(
     """dx = rstd * (g - n * mean(g * n)), with g = dy * weight and n = x * rstd. The weight is frozen."""
     (dx,) = out
     scale = weight.float() + 1.0 if unit_offset else weight.float()
-    for rows in _blocks(*x.shape):
-        normed = x[rows].to(torch.float32, copy=True).mul_(rstd[rows])
-        wide = dy[rows].to(torch.float32, copy=True).mul_(scale)
-        mean = (wide * normed).mean(-1, keepdim=True)
+    for rows, (normed, wide, product) in _buffered(3, *x.shape):
+        normed.copy_(x[rows]).mul_(rstd[rows])
+        wide.copy_(dy[rows]).mul_(scale)
+        mean = torch.mul(wide, normed, out=product).mean(-1, keepdim=True)
         dx[rows].copy_(wide.addcmul_(normed, mean, value=-1.0).mul_(rstd[rows]))
 
 
@@ -101,37 +109,37 @@ def projection_backward(
 def gated(gate: Tensor, up: Tensor, activation: str, *, out: Sequence[Tensor]) -> None:
     """y = activation(gate) * up; all [T, F]. activation: silu or gelu_tanh."""
     (y,) = out
-    for rows in _blocks(*gate.shape):
+    for rows, buffers in _buffered(0 if activation == "silu" else GELU_BUFFERS, *gate.shape):
         if activation == "silu":
             aten.silu.out(gate[rows], out=y[rows])
         else:
-            _gelu(gate[rows], y[rows])
+            _gelu(gate[rows], y[rows], None, *buffers)
         y[rows].mul_(up[rows])
 
 
 def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, *, out: Sequence[Tensor]) -> None:
     """out: d gate, d up; all [T, F]."""
     dgate, dup = out
-    for rows in _blocks(*gate.shape):
+    for rows, buffers in _buffered(0 if activation == "silu" else GELU_BUFFERS, *gate.shape):
         torch.mul(dy[rows], up[rows], out=dgate[rows])
         if activation == "silu":
             aten.silu.out(gate[rows], out=dup[rows])
             aten.silu_backward.grad_input(dgate[rows], gate[rows], grad_input=dgate[rows])
         else:
-            _gelu(gate[rows], dup[rows], dgate[rows])
+            _gelu(gate[rows], dup[rows], dgate[rows], *buffers)
         dup[rows].mul_(dy[rows])
 
 
-def _gelu(x: Tensor, out: Tensor, gradient: Tensor | None = None) -> None:
+def _gelu(x: Tensor, out: Tensor, gradient: Tensor | None, wide: Tensor, square: Tensor, share: Tensor) -> None:
     """out = gelu_tanh(x) = x * s, with s = sigmoid(z) = (1 + tanh(z / 2)) / 2 and z = x * (GELU + GELU_CUBE * x * x).
 
     A `gradient`, which is that of out, becomes that of x.
 
     PyTorch's own goes by its hyperbolic tangent, which takes four times as long as its sigmoid.
     """
-    wide = x.to(torch.float32, copy=True)
-    square = wide.square()
-    share = torch.mul(square, GELU_CUBE).add_(GELU).mul_(wide).sigmoid_()
+    wide.copy_(x)
+    torch.square(wide, out=square)
+    torch.mul(square, GELU_CUBE, out=share).add_(GELU).mul_(wide).sigmoid_()
     out.copy_(wide.mul_(share))
     if gradient is not None:
         # d (x s) = s + x s (1 - s) z', with z' = GELU + 3 * GELU_CUBE * x * x.
@@ -247,8 +255,8 @@ def head_finish(state: Tensor, rows: Tensor, labels: Tensor, *, out: Sequence[Te
     loss, token_losses, dhidden = out
     labelled, count = _mean_loss(state, labels, loss, token_losses)
     weight = labelled.float().div_(count)
-    for part in _blocks(*dhidden.shape):
-        block = state[part, STATE_COLUMNS:] / state[part, 1, None]
+    for part, (block,) in _buffered(1, *dhidden.shape):
+        torch.div(state[part, STATE_COLUMNS:], state[part, 1, None], out=block)
         dhidden[part].copy_(block.sub_(rows[part]).mul_(weight[part, None]))
 
 

@@ -9,13 +9,13 @@ from runtime.process import memory, trim_heap
 
 INSTRUCTION_BYTES = 50
 """int32 words of an average instruction, and the numbers and names of its tensors."""
-HEAP_SLACK_BYTES = 10 << 18
+HEAP_SLACK_BYTES = 9 << 18
 """What a run holds beyond this floor, its kernels and operators, its arena and the largest workspace: the job's own tables
-and holes in the heap between long-lived blocks; the same from the second step on, because free pages are given back after every step."""
+and small holes in the heap; the same from the second step on, because free pages are given back after every step. Runs of
+SmolLM2-135M, Qwen2.5-0.5B, 1.5B and 3B, Gemma3-1B and 4B needed 0.1 to 1.3 of these 2.25 MiB."""
 HOLES_PER_WORKSPACE = 0.3
-"""Further holes, as a part of the largest workspace: what forwards leave free is not always where a backward needs it. Both
-together are 3 MiB for a workspace of 1.5 to 2 MiB, where runs of SmolLM2-135M and Qwen2.5-0.5B needed 0.5 to 1.7, Qwen2.5-1.5B 1.4 to 1.9,
-and Qwen2.5-3B, whose tensors are larger, 1.6 to 2.3 and once more than that (with a fourth less it reached its cap)."""
+"""Further holes, as a part of the largest workspace of an operator that is not ours: what its buffers leave free is not always
+where the next one's need it. Ours take all of their workspace at once."""
 IMPORT_SLACK_BYTES = 2 << 20
 """How much the peak of the start varies with what the page cache holds."""
 

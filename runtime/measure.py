@@ -69,6 +69,7 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
+    from profiles.operators import OPERATORS
     from runtime.bandwidth import measure_channels
 
     others = Others()
@@ -108,9 +109,15 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     for program in programs:
         for operator, figures in zip(program["operators"], result["operators"][program["name"]], strict=True):
             figures[1] = least[_likeness(program, operator)]
-    workspaces = [[workspace for _, workspace in result["operators"][program["name"]]] for program in programs]
-    ahead = [[own[at] for at in positions] for own, positions in zip(workspaces, request["inference"], strict=True)]
-    for figure, counted in (("resident_bytes", workspaces), ("inference_resident_bytes", ahead)):
+    leaving = [
+        [
+            0.0 if operator["target"] in OPERATORS else workspace
+            for operator, (_, workspace) in zip(program["operators"], result["operators"][program["name"]], strict=True)
+        ]
+        for program in programs
+    ]
+    ahead = [[own[at] for at in positions] for own, positions in zip(leaving, request["inference"], strict=True)]
+    for figure, counted in (("resident_bytes", leaving), ("inference_resident_bytes", ahead)):
         result["floor"][figure] += round(HOLES_PER_WORKSPACE * max(itertools.chain(*counted), default=0))
     result["unpack"] = []
     for key in request["weights"]:
