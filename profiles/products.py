@@ -11,6 +11,7 @@ Also imported by the budgeted process, which runs these.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator
 
@@ -48,8 +49,7 @@ def multiply(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:
 
 
 def _multiply_narrow(terms: tuple[Term, ...], out: Tensor, addend: Tensor | None) -> None:
-    (left, right, scale), *others = terms
-    right = right.to(left.dtype)
+    (left, right, scale), *others = (_rounded(term) for term in terms)
     made = out
     if addend is not None:
         aten.addmm.out(addend.to(left.dtype), left, right, alpha=scale, out=out)
@@ -60,9 +60,25 @@ def _multiply_narrow(terms: tuple[Term, ...], out: Tensor, addend: Tensor | None
     if addend is None and scale != 1.0:
         made.mul_(scale)
     for left, right, scale in others:
-        made.addmm_(left, right.to(left.dtype), alpha=scale)
+        made.addmm_(left, right, alpha=scale)
     if made is not out:
         out.copy_(made)
+
+
+def _rounded(term: Term) -> Term:
+    """A term whose right side, a factor of a LoRA pair, is in its left's type: the long side contiguous, the scale inside where that is exact.
+
+    oneDNN makes a program of more than half a megabyte for every shape, layout and scale that it meets, and keeps it: so the
+    factors of a pair, and forward and backward, share theirs.
+    """
+    left, right, scale = term
+    if right.dtype is left.dtype:
+        return term
+    if scale != 1.0 and math.frexp(scale)[0] == 0.5:
+        right, scale = right * scale, 1.0
+    tall = right.shape[0] > right.shape[1]
+    rounded = (right.t() if tall else right).to(left.dtype, memory_format=torch.contiguous_format)
+    return left, rounded.t() if tall else rounded, scale
 
 
 @contextlib.contextmanager

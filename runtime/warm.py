@@ -86,13 +86,15 @@ def warm(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES, *,
 
 def _forward(size: int, dtype: torch.dtype) -> None:
     x, w, y = (torch.randn(size, size).to(dtype) for _ in range(3))
-    for right in (w.t(), w):
-        _products(x, right, y)
+    if narrow(dtype):
+        # One product is enough: oneDNN keeps a program of more than half a megabyte for each, and these are none of the model's.
+        aten.mm.out(x, w.t(), out=y)
+    else:
+        low = torch.empty(size, 8, dtype=dtype)
+        OPERATORS["tightfit.lora_down"](x, torch.zeros(8, size), out=(low,))
+        for bias in (None, torch.ones(size)):
+            OPERATORS["tightfit.projection"](x, w, bias, low, torch.zeros(size, 8), 2.0, out=(y,))
     OPERATORS["tightfit.rms_norm"](x, torch.ones(size), 1e-5, False, out=(y, torch.empty(size, 1)))
-    low = torch.empty(size, 8, dtype=dtype)
-    OPERATORS["tightfit.lora_down"](x, torch.zeros(8, size), out=(low,))
-    for bias in (None, torch.ones(size)):
-        OPERATORS["tightfit.projection"](x, w, bias, low, torch.zeros(size, 8), 2.0, out=(y,))
     heads, turn, sums = size // 64, torch.ones(64, 32), torch.empty(size // 64, size // 64, 64)
     scratch = torch.empty(attention_scratch(size, 64, heads, size, size))
     OPERATORS["tightfit.attention"](x, x, x, turn, turn, None, heads, heads, 0.125, out=(y, sums, scratch))
@@ -107,13 +109,13 @@ def _forward(size: int, dtype: torch.dtype) -> None:
 
 def _backward(size: int, dtype: torch.dtype) -> None:
     x, w, y = (torch.randn(size, size).to(dtype) for _ in range(3))
-    _products(x.t(), w, y)
     y2, rstd = torch.empty_like(x), torch.empty(size, 1)
     OPERATORS["tightfit.rms_norm"](x, torch.ones(size), 1e-5, False, out=(y2, rstd))
     OPERATORS["tightfit.rms_norm_backward"](x, x, torch.ones(size), rstd, False, out=(y2,))
-    a, b, low = torch.zeros(8, size), torch.zeros(size, 8), torch.zeros(size, 8, dtype=dtype)
-    OPERATORS["tightfit.lora_backward"](y, x, low, b, 2.0, out=(torch.empty_like(low), a, b))
-    OPERATORS["tightfit.projection_backward"](y, w, low, a, x, out=(y2,))
+    if not narrow(dtype):
+        a, b, low = torch.zeros(8, size), torch.zeros(size, 8), torch.zeros(size, 8, dtype=dtype)
+        OPERATORS["tightfit.lora_backward"](y, x, low, b, 2.0, out=(torch.empty_like(low), a, b))
+        OPERATORS["tightfit.projection_backward"](y, w, low, a, x, out=(y2,))
     heads, turn, sums = size // 64, torch.ones(64, 32), torch.zeros(size // 64, size // 64, 64)
     scratch = torch.empty(attention_scratch(size, 64, heads, size, size, backward=True))
     OPERATORS["tightfit.attention_backward"](
@@ -121,13 +123,6 @@ def _backward(size: int, dtype: torch.dtype) -> None:
     )
     OPERATORS["tightfit.gated_backward"](x, x, w, "silu", out=(y2, torch.empty_like(x)))
     _head(x, w, gradient=True)
-
-
-def _products(left: Tensor, right: Tensor, out: Tensor) -> None:
-    if not narrow(out.dtype):
-        return  # no fused operator calls these there; what they call instead runs in `lora_down` and `projection`
-    aten.mm.out(left, right, out=out)
-    aten.addmm.out(out, left, right, alpha=2.0, out=torch.empty_like(out))
 
 
 def _head(x: Tensor, w: Tensor, *, gradient: bool) -> None:

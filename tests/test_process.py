@@ -33,7 +33,7 @@ def floor():
 
 def test_the_floor_is_that_of_kernels_without_the_python_around_them(floor):
     assert floor["torch"] == "lean", "the lean start fell back to the full import"
-    assert 40 * MIB < floor["resident_bytes"] < 115 * MIB
+    assert 40 * MIB < floor["resident_bytes"] < 105 * MIB
     assert floor["resident_bytes"] < floor["import_peak_bytes"] < 160 * MIB
     assert floor["file_bytes"] < 20 * MIB
 

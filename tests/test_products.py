@@ -71,6 +71,33 @@ def test_what_is_made_wide_is_rounded_once(monkeypatch):
     assert off.double().mean() < 0.01
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0, 0.25, 1.5, -2.0, 0.0])
+def test_a_scale_changes_nothing_else(scale, monkeypatch):
+    """Where it goes into a factor it does so without an error of its own."""
+    monkeypatch.setattr(products, "NARROW", True)
+    low, b = random(60, 8), random(70, 8, dtype=torch.float32, seed=1)
+    out = torch.empty(60, 70, dtype=torch.bfloat16)
+    multiply((low, b.t(), scale), out=out)
+    unscaled = torch.mm(low, b.t().bfloat16())
+    assert torch.equal(out, unscaled * scale)
+
+
+def test_both_factors_of_a_pair_have_their_products_in_common(monkeypatch):
+    """oneDNN keeps a program for each layout and scale: 0.6 MB that every run holds."""
+    monkeypatch.setattr(products, "NARROW", True)
+    x, low = random(60, 70), random(60, 8)
+    a, b = random(8, 70, dtype=torch.float32), random(70, 8, dtype=torch.float32)
+
+    def programs(*terms):
+        return {(*right.shape, *right.stride(), scale) for _, right, scale in map(products._rounded, terms)}
+
+    # Down forward and backward, then up forward and backward, with the scale of the pair where it belongs.
+    assert len(programs((x, a.t(), 1.0), (x, b, 2.0))) == 1
+    assert len(programs((low, b.t(), 2.0), (low, a, 1.0))) == 1
+    weight = random(70, 70)
+    assert products._rounded((x, weight.t(), 2.0))[1].data_ptr() == weight.data_ptr()
+
+
 def test_a_sum_over_nothing_is_nothing(narrow):
     out = torch.full((4, 3), 7.0, dtype=torch.bfloat16)
     multiply((random(4, 5), random(5, 3), 1.0), out=out)
