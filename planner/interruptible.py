@@ -11,6 +11,7 @@ from typing import TypeVar
 
 Answer = TypeVar("Answer")
 THREAD = "solver beside Ctrl-C"
+ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 def interruptible(solve: Callable[[], Answer], stop: Callable[[], None] | None = None) -> Answer:
@@ -32,11 +33,16 @@ def interruptible(solve: Callable[[], Answer], stop: Callable[[], None] | None =
             answer.set_exception(error)
 
     try:
+        # A signal that the other thread got would leave this one, which waits, asleep: that begins without them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             threading.Thread(target=work, name=THREAD).start()
         except RuntimeError:
             # No memory for a thread.
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return solve()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return answer.result()
     except KeyboardInterrupt:
         # What has not begun never will.

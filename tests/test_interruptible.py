@@ -281,3 +281,10 @@ def test_after_an_interruption_what_if_plans_no_further_budget():
     made = planner.plan(int(0.8 * planner.found.peaks[frozenset()]), time_limit=2)
     _, beside = what_if(planner, made, time_limit=2, progress=interrupt_once())
     assert [worth.change_bytes for worth in beside] == [-step_of(made)]
+
+
+def test_a_signal_that_ends_a_program_is_never_the_solvers():
+    """The kernel gives it to any thread that takes it, and the one that waits for an answer would sleep on."""
+    blocked = interruptible(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    assert {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} <= blocked
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
