@@ -58,7 +58,8 @@ def kill_again_and_again(service, profile, budgets, *, rounds, seed=0, clients=4
             thread.start()
         time.sleep(rng.uniform(0.05, 1.0))
         running = workers_of(service.process.pid)
-        if number % 2 and running:
+        if number % 2:
+            running = running or _some_worker(service)
             with contextlib.suppress(ProcessLookupError):  # it may just have ended by itself
                 os.kill(rng.choice(running), signal.SIGKILL)
                 kills["worker"] += 1
@@ -79,6 +80,15 @@ def kill_again_and_again(service, profile, budgets, *, rounds, seed=0, clients=4
         else:
             finished[job] = service.wait(answer.json(), patience=PATIENCE * rounds)
     return {"acknowledged": finished, "lost": lost, "kills": kills}
+
+
+def _some_worker(service):
+    """Workers of a service that was started so late that it had none."""
+    until = time.monotonic() + PATIENCE
+    while not (found := workers_of(service.process.pid)):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return found
 
 
 def ended(pid):

@@ -146,6 +146,8 @@ def start(plan, out, steps, options="", every=2):
     path.write_text(plan.model_dump_json())
     code = (
         "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # nohup ignores it
+        # However long the tests are held up between two signals, the second is the same.
+        "from runtime import interrupts\ninterrupts.IMPATIENT_SECONDS = 600.0\n"
         "import sys\nfrom planner.schema import Plan\nfrom profiles.errors import TightfitError\nfrom runtime.launch import run\n"
         f"plan = Plan.model_validate_json(open({str(path)!r}).read())\n"
         f"try:\n    run(plan, 'random', steps={steps}, out={str(out / 'run')!r}, lr=1e-2, seed=5, checkpoint_every={every}{options})\n"
@@ -172,9 +174,12 @@ def child_of(pid):
 def test_a_signal_to_end_saves_and_says_where(plan, tmp_path, number):
     process = start(plan, tmp_path, 100_000)
     wait_for_checkpoint(tmp_path, process)
+    child = child_of(process.pid)
+    os.kill(child, signal.SIGSTOP)  # so that nothing ends before the second comes
     for _ in range(2):  # `timeout` sends it to the process and to its group
         process.send_signal(number)
         time.sleep(0.001)
+    os.kill(child, signal.SIGCONT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 4
     step, path = find_checkpoints(str(tmp_path / "run"))[-1]
@@ -251,10 +256,19 @@ def dying(monkeypatch, tmp_path):
     return launch
 
 
-def test_a_child_that_starts_with_ctrl_c_ignored_gets_the_signal_to_end(plan, dying, monkeypatch):
+def wait_for(path):
+    """Until a process has made the file, however busy the machine is."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_child_that_starts_with_ctrl_c_ignored_gets_the_signal_to_end(plan, dying, monkeypatch, tmp_path):
     """As a shell's background jobs do, until the child has loaded enough to handle signals."""
-    monkeypatch.setattr("runtime.launch._follow", lambda *_: (time.sleep(0.3), signal.raise_signal(signal.SIGINT)))
-    error = dying(plan, "trap '' INT; exec sleep 20")
+    deaf = tmp_path / "deaf"
+    monkeypatch.setattr("runtime.launch._follow", lambda *_: (wait_for(deaf), signal.raise_signal(signal.SIGINT)))
+    error = dying(plan, f"trap '' INT; touch '{deaf}'; exec sleep 120")
     assert str(error).startswith("the training process was ended by SIGTERM")
     assert error.interrupted
 
@@ -325,21 +339,24 @@ def test_only_a_second_ctrl_c_kills_and_a_third_gives_up(monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_child_that_nothing_ends_is_not_waited_for(plan, dying, monkeypatch):
+def test_a_child_that_nothing_ends_is_not_waited_for(plan, dying, monkeypatch, tmp_path):
+    deaf = tmp_path / "deaf"
+
     def waiting(*_):
+        wait_for(deaf)
         for _ in range(3):
-            time.sleep(1.2)
             signal.raise_signal(signal.SIGINT)
         time.sleep(60)
 
     monkeypatch.setattr("runtime.launch._follow", waiting)
+    monkeypatch.setattr("runtime.interrupts.IMPATIENT_SECONDS", 0.0)  # none is the same as the one before
     spared = []
 
     def spare(child):
         spared.append(child)
 
     monkeypatch.setattr("subprocess.Popen.kill", spare)
-    error = dying(plan, "trap '' TERM; while :; do sleep 1; done")
+    error = dying(plan, f"trap '' TERM; touch '{deaf}'; while :; do sleep 1; done")
     assert isinstance(error, KeyboardInterrupt)
     assert spared[0].poll() is None
     spared[0].send_signal(signal.SIGKILL)

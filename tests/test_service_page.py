@@ -21,6 +21,12 @@ from synthetic import decoder_like
 
 PATIENCE = 90_000
 """milliseconds: the machine may be busy"""
+NOTE_CURVING = """() => {
+  const curving = document.getElementById("curving");
+  const note = () => { if (curving.textContent) document.body.dataset.curving = curving.textContent; };
+  new MutationObserver(note).observe(curving, { childList: true, subtree: true, characterData: true });
+}"""
+"""keeps what is said of the curve, however short a time it is said"""
 
 
 @pytest.fixture(scope="module")
@@ -334,10 +340,19 @@ def test_a_service_that_is_gone_is_told_of(browser, tmp_path):
     page.set_default_timeout(PATIENCE)
     page.goto(service.url)
     page.route("**/view", lambda route: route.abort())
+    held = []
+
+    def hold(route):
+        held.append(route)
+
+    page.route("**/v1/comparisons", hold)
+    page.evaluate(NOTE_CURVING)
     page.select_option("#profile", index=1)
     # The first plan cannot be shown; the curve goes on, and says so until it is there.
     expect(page.locator("#problem")).to_contain_text("the service does not answer")
-    expect(page.locator("#curving")).not_to_be_empty()
+    page.unroute("**/v1/comparisons")
+    held[0].continue_()
+    expect(page.locator("body")).to_have_attribute("data-curving", re.compile("the curve"))
     expect(page.locator("#curving")).to_be_empty()
     expect(page.locator("#curve-table tbody tr")).not_to_have_count(1)
     page.unroute("**/view")
