@@ -261,7 +261,7 @@ def test_an_interrupted_comparison_of_graphs_makes_no_further_plan():
     profile = graph_profile(layered(60, seed=1))
     keep_all = GraphPlanner(profile).found.peaks[frozenset()]
     budgets = [int(share * keep_all) for share in (0.8, 0.85)]
-    made = compare(profile, budgets, ["solver"], time_limit=5, solving=interrupt_once()).plans
+    made = compare(profile, budgets, ["solver"], time_limit=600, solving=interrupt_once()).plans
     assert [plan.budget_bytes for plan in made] == budgets[1:]
 
 
@@ -279,7 +279,7 @@ def test_an_interrupted_comparison_of_layers_makes_no_further_plan(monkeypatch):
 def test_after_an_interruption_what_if_plans_no_further_budget():
     planner = GraphPlanner(graph_profile(layered(60, seed=1)))
     made = planner.plan(int(0.8 * planner.found.peaks[frozenset()]), time_limit=2)
-    _, beside = what_if(planner, made, time_limit=2, progress=interrupt_once())
+    _, beside = what_if(planner, made, time_limit=600, progress=interrupt_once())
     assert [worth.change_bytes for worth in beside] == [-step_of(made)]
 
 
