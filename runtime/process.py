@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from profiles import native
@@ -13,7 +14,10 @@ from profiles.files import cache_directory, python_path
 
 _MADV_DONTNEED, _MADV_DONTDUMP = 4, 16
 _LARGE_MAPPING = 1 << 20
+_LOOKED_AT = 32 << 20
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_FILE, _WRITTEN = 1 << 61, 1 << 62
+"""bits of a page in pagemap: it is a file's, it is swapped out; bit 63: it is in memory"""
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -105,27 +109,47 @@ def release_file_pages() -> int:
     """
     libc = ctypes.CDLL(None)
     released = 0
-    start = end = resident = dirty = 0
-    candidate = False
-    with open("/proc/self/smaps", "rb") as file:
-        for line in file:
-            head, _, rest = line.partition(b":" if line[:1].isupper() else b" ")
-            if not line[:1].isupper():
-                low, _, high = head.partition(b"-")
-                start, end = int(low, 16), int(high, 16)
-                parts = rest.split(None, 4)
-                candidate = (
-                    len(parts) == 5 and parts[4].startswith(b"/") and b"w" not in parts[0] and parts[0].endswith(b"p")
-                )
-                resident = dirty = 0
-            elif head == b"Rss":
-                resident = int(rest.split()[0])
-            elif head in (b"Private_Dirty", b"Anonymous"):
-                dirty += int(rest.split()[0])
-            elif head == b"VmFlags" and candidate and resident and not dirty:
-                refused = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
-                released += 0 if refused else resident * 1024
+    try:
+        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    for start, end in _read_only_files():
+        entries = array("Q", os.pread(pagemap, (end - start) // _PAGE * 8, start // _PAGE * 8))
+        entries.append(_WRITTEN)
+        first = resident = 0
+        # What has been written (by the dynamic linker, before it was read-only) is no copy of a file, and would be lost.
+        for page, entry in enumerate(entries):
+            if entry & _FILE:
+                resident += entry >> 63
+            elif entry >> 62:
+                if resident:
+                    place, size = start + first * _PAGE, (page - first) * _PAGE
+                    refused = libc.madvise(ctypes.c_void_p(place), ctypes.c_size_t(size), _MADV_DONTNEED)
+                    released += 0 if refused else resident * _PAGE
+                first, resident = page + 1, 0
+    os.close(pagemap)
     return released
+
+
+def _read_only_files() -> Iterator[tuple[int, int]]:
+    """Stretches of addresses that private, read-only mappings of files fill without a hole, in parts whose pages are soon looked at.
+
+    From /proc/self/maps: smaps, which also tells what was written, takes 0.1 s where there are ten thousand mappings.
+    """
+    start = end = 0
+    with open("/proc/self/maps", "rb") as file:
+        for line in file:
+            addresses, permissions, _, _, inode, *_ = line.split(None, 5)
+            if permissions[1:2] != b"-" or permissions[3:4] != b"p" or inode == b"0":
+                continue
+            low, high = (int(edge, 16) for edge in addresses.split(b"-"))
+            if low != end or high - start > _LOOKED_AT:
+                if end > start:
+                    yield start, end
+                start = low
+            end = high
+    if end > start:
+        yield start, end
 
 
 def narrow_file_mappings() -> int:
