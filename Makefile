@@ -9,7 +9,7 @@ ARGS ?=
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# Two files at a time, the slow ones first; ARGS='-n 0' for one after the other, as a debugger wants them.
+# Two files at a time, the longest first; ARGS='-n 0' for one after the other, as a debugger wants them.
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 

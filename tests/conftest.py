@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 from damage import CONFIG, MEASURED, ROWS, SEQ, lines
@@ -25,10 +26,19 @@ settings.register_profile("tightfit", deadline=None, suppress_health_check=[Heal
 settings.load_profile("tightfit")
 
 
+LONGEST = (
+    "test_end_to_end", "test_demo_model", "test_graphs", "test_service_page", "test_session", "test_policies_runs", "test_launch",
+    "test_bad_runs", "test_bad_input", "test_offload", "test_accumulate", "test_segments", "test_own_module", "test_busy",
+    "test_reuse", "test_service_runs", "test_stretch", "test_planner", "test_planner_class", "test_service_http",
+)  # fmt: skip
+"""files, by how long they take"""
+assert all((Path(__file__).parent / f"{name}.py").exists() for name in LONGEST)
+
+
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: one that starts last would keep a core of two idle."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """The longest files first: one that starts last would keep a core of two idle."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture

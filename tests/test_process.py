@@ -1,4 +1,6 @@
+import ctypes
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -143,6 +145,20 @@ print(json.dumps({"before": before.file, "after": after.file, "released": releas
     assert answer["sum"] == 512.0
     assert answer["after"] < answer["before"] / 2
     assert answer["released"] > 1 * MIB
+
+
+def test_what_was_written_before_it_was_read_only_stays(tmp_path):
+    """As the dynamic linker's relocations do, in a library's pages: they are no copies of the file."""
+    size, page = 8 * mmap.PAGESIZE, mmap.PAGESIZE
+    (tmp_path / "library").write_bytes(b"a" * size)
+    with (tmp_path / "library").open("rb") as file:
+        pages = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    assert pages[:] == b"a" * size
+    pages[3 * page] = ord("b")
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.PROT_READ) == 0
+    assert process.release_file_pages() >= 7 * page
+    assert pages[:] == b"a" * 3 * page + b"b" + b"a" * (size - 3 * page - 1)
 
 
 def test_memory_agrees_with_itself():
