@@ -19,21 +19,15 @@ from profiles.schema import PROFILE_VERSION
 from profiles.store import Store
 from profiles.units import format_size
 from runtime.checkpoint import OPERATORS
-from runtime.optimizer import SCHEDULES
 
 Stages = Callable[[str, int, int], None]
 """stages(what, done, total) while something is prepared."""
 
 
-def check_options(plan: Plan, steps: int, schedule: str, lr: float) -> None:
-    if steps < 1:
-        raise InputError(f"steps {steps}: give at least 1")
+def check_steps(plan: Plan, steps: int) -> None:
+    """Refuse steps that end in the middle of an update."""
     if unfinished := unfinished_update(steps, plan.accumulate):
         raise InputError(f"steps {steps}: {unfinished}")
-    if schedule not in SCHEDULES:
-        raise InputError(f"schedule {schedule!r} is not known; choose one of {', '.join(SCHEDULES)}")
-    if not 0 <= lr < float("inf"):
-        raise InputError(f"lr {lr}: give a finite number of at least 0")
 
 
 def check_machine(plan: Plan) -> None:

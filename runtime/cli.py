@@ -24,6 +24,7 @@ from profiles.units import MIB, format_size, parse_size
 from runtime import answers
 from runtime.interrupts import Interrupts
 from runtime.limits import limited, way_out
+from runtime.options import LARGEST_SEED
 
 if TYPE_CHECKING:
     from planner.explanation import Explanation
@@ -42,8 +43,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-LARGEST_SEED = 10**12
-"""each step's own seed is a million times as large, and 64 bits hold it"""
 LEAST_SOLVE_BYTES = 256 * MIB
 """of which a process that has loaded the planner and solved nothing yet takes 230"""
 INTERRUPTED = 130

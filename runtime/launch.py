@@ -16,11 +16,12 @@ import torch
 from planner.schema import Plan
 from profiles.errors import InputError, RunError
 from runtime import job as jobs
-from runtime.admission import Stages, check_machine, check_options, check_schedule, find_store
+from runtime.admission import Stages, check_machine, check_schedule, check_steps, find_store
 from runtime.batches import write_batches
 from runtime.given import as_planned
 from runtime.interrupts import GivenUp, passed_on
 from runtime.lean_process import LeanProcess, started
+from runtime.options import checked
 from runtime.output import finished_report, locked, remove, staged, to_be_replaced, write_report, writing_to
 from runtime.report import Observed, build_report
 from runtime.settings import settings_of
@@ -71,7 +72,18 @@ def run(
     A handler of the program's own is left in place; the run saves and ends if that, `progress` or `stages` raises.
     """
     directory = Path(out).absolute()
-    check_options(plan, steps, schedule, lr)
+    options = checked(
+        steps=steps,
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+        keep_checkpoints=keep_checkpoints,
+    )
+    steps, seed = options["steps"], options["seed"]
+    check_steps(plan, steps)
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
     if not isinstance(data, str | os.PathLike) and _length(data) is None:
         name += f" (the first {steps} of an iterator without a length; give a list to go on with more steps)"
@@ -93,16 +105,9 @@ def run(
             store,
             data=train.name,
             evaluation=evaluation.name if evaluation else None,
-            steps=steps,
-            lr=lr,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            warmup_steps=warmup_steps,
-            seed=seed,
             resume=resume,
-            checkpoint_every=checkpoint_every,
-            keep_checkpoints=keep_checkpoints,
             profile_step=profile_step,
+            **options,
         )
         finished, evaluated = finished_report(directory, settings, train, evaluation, name) if resume else (None, False)
         if finished and evaluated:

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCHEDULES = ("constant", "linear", "cosine")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:

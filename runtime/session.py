@@ -19,9 +19,10 @@ from planner.schema import Plan
 from planner.summary import unfinished_update
 from profiles.errors import RunError, TightfitError
 from runtime import job as jobs
-from runtime.admission import Stages, check_machine, check_options, check_schedule, find_store
+from runtime.admission import Stages, check_machine, check_schedule, find_store
 from runtime.given import as_planned
 from runtime.lean_process import started
+from runtime.options import checked, finite
 from runtime.output import locked, remove, to_be_replaced, write_report
 from runtime.report import build_report
 from runtime.requests import ANSWERS, EVALUATE, FINISH, SAVE, STEP, ask
@@ -71,22 +72,20 @@ class Session:
         stages: Stages | None = None,
     ) -> None:
         """As for `run`; `lr` is the learning rate of steps that name none."""
-        check_options(plan, plan.accumulate, "constant", lr)
         self.plan = plan
         self.directory = Path(out).absolute()
         self.taken = 0
         """steps so far, those of the run that is resumed among them"""
         self.report: dict[str, Any] | None = None
         """what was predicted and measured, once the session has ended without an error"""
-        self._options: dict[str, Any] = {
-            "seed": seed,
-            "resume": resume,
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "checkpoint_every": checkpoint_every,
-            "keep_checkpoints": keep_checkpoints,
-        }
-        self._overwrite, self._cgroup, self._stages = overwrite, cgroup, stages
+        self._options = checked(
+            seed=seed,
+            lr=lr,
+            weight_decay=weight_decay,
+            checkpoint_every=checkpoint_every,
+            keep_checkpoints=keep_checkpoints,
+        )
+        self._resume, self._overwrite, self._cgroup, self._stages = resume, overwrite, cgroup, stages
         self._stack = ExitStack()
         self._closed: str | None = "is not open; use it in a `with` block"
         """why nothing can be asked"""
@@ -98,14 +97,15 @@ class Session:
         store = find_store(plan, self._stages)
         with ExitStack() as stack:
             lock = stack.enter_context(locked(directory))
-            replaced = to_be_replaced(directory, None, resume=self._options["resume"], overwrite=self._overwrite)
+            replaced = to_be_replaced(directory, None, resume=self._resume, overwrite=self._overwrite)
             read, self._asking = os.pipe()
             stack.callback(self._hang_up)
             with os.fdopen(read, "rb"):
                 compiled = jobs.compile_job(
-                    plan.model_dump(), settings_of(plan, directory, store, requests=read, **self._options)
+                    plan.model_dump(),
+                    settings_of(plan, directory, store, requests=read, resume=self._resume, **self._options),
                 )
-                if not self._options["resume"]:
+                if not self._resume:
                     replaced += [path for path in [directory / "data"] if path.exists()]
                 remove(replaced)
                 self._child = stack.enter_context(
@@ -126,9 +126,7 @@ class Session:
 
         Raises InputError for a batch or a rate that cannot be, and the session goes on; and for a loss that is no number, which ends it.
         """
-        if lr is not None:
-            check_options(self.plan, self.plan.accumulate, "constant", lr)
-        loss: float = self._answer(STEP, batch, lr)["loss"]
+        loss: float = self._answer(STEP, batch, None if lr is None else finite("lr", lr))["loss"]
         self.taken += 1
         return loss
 

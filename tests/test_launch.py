@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from damage import own_groups
@@ -599,6 +600,45 @@ def test_steps_below_one_and_unknown_schedules_are_refused(plan, tmp_path):
     for lr in (-1e-9, math.inf, math.nan):
         with pytest.raises(InputError, match=rf"lr {lr}: give a finite number of at least 0"):
             run(plan, "random", steps=1, out=tmp_path, lr=lr)
+
+
+def test_options_that_no_run_can_have_cost_no_earlier_run(plan, tmp_path):
+    """The command line looks at them too, a program has `run` alone."""
+    (tmp_path / "metrics.jsonl").write_text("old\n")
+    for options, told in [
+        ({"steps": 1.5}, "steps 1.5: give a whole number"),
+        ({"lr": "1e-3"}, "lr 1e-3: give a finite number of at least 0"),
+        ({"weight_decay": math.nan}, "weight_decay nan: give a finite number of at least 0"),
+        ({"weight_decay": -0.1}, "weight_decay -0.1: give a finite number of at least 0"),
+        ({"seed": 10**30}, f"seed {10**30}: give at most {10**12}"),
+        ({"seed": -1}, "seed -1: give at least 0"),
+        ({"seed": 1.5}, "seed 1.5: give a whole number"),
+        ({"warmup_steps": -1}, "warmup_steps -1: give at least 0"),
+        ({"checkpoint_every": -1}, "checkpoint_every -1: give at least 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints 0: give at least 1"),
+    ]:
+        with pytest.raises(InputError) as caught:
+            run(plan, "random", **{"steps": 1, "out": tmp_path, "overwrite": True, **options})
+        assert str(caught.value) == told
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_numbers_of_numpy_and_torch_are_options_like_python_s(plan, tmp_path):
+    alike = [
+        {"steps": 2, "seed": 3, "lr": 0.25, "weight_decay": 0.5, "checkpoint_every": 1, "warmup_steps": 1},
+        {
+            "steps": np.int64(2),
+            "seed": np.uint8(3),
+            "lr": torch.tensor(0.25),
+            "weight_decay": np.float32(0.5),
+            "checkpoint_every": torch.tensor(1),
+            "warmup_steps": np.int32(1),
+        },
+    ]
+    for number, options in enumerate(alike):
+        run(plan, "random", out=tmp_path / str(number), **options)
+    assert bits(tmp_path / "0") == bits(tmp_path / "1")
+    run(plan, "random", out=tmp_path / "0", resume=True, **alike[1])
 
 
 def test_a_full_disk_is_a_run_error_that_keeps_the_checkpoint(profile, tmp_path):

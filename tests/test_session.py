@@ -212,15 +212,26 @@ def test_what_cannot_be_a_batch_costs_nothing(smallest: Plan, tmp_path: Path) ->
             with pytest.raises(InputError, match=told) as caught:
                 session.loss(*batch)
             assert "step" not in str(caught.value)
-        for lr in (-1.0, float("inf"), float("nan")):
+        for lr in (-1.0, float("inf"), float("nan"), "1e-3"):
             with pytest.raises(InputError, match=r"^lr "):
-                session.step(*good, lr=lr)
+                session.step(*good, lr=lr)  # type: ignore[arg-type]
         alone = session.loss(ids)
         assert alone == session.loss(ids, ids)
         session.step(*good)
         assert session.taken == 1
     assert session.report is not None
     assert len(session.report["loss"]) == 1
+
+
+def test_options_that_no_session_can_have(naive: Plan, tmp_path: Path) -> None:
+    for name, value in {
+        "seed": 10**13,
+        "weight_decay": float("nan"),
+        "checkpoint_every": -1,
+        "keep_checkpoints": 0,
+    }.items():
+        with pytest.raises(InputError, match=f"^{name} {value}: give "):
+            Session(naive, out=tmp_path, **{name: value})  # type: ignore[arg-type]
 
 
 def test_a_module_gets_the_shapes_it_was_profiled_with(module: Plan, tmp_path: Path) -> None:
