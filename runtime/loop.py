@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from profiles.errors import InputError, RunError
@@ -250,15 +251,30 @@ class Metrics:
     """``metrics.jsonl``: one line per step. Lines after the resumed step are dropped, those before are kept."""
 
     def __init__(self, path: str, done: int) -> None:
+        self._path = path
         kept = _lines_until(path, done) if done else b""
         temporary = f"{path}.{os.getpid()}"
-        with open(temporary, "wb") as file:
-            file.write(kept)
-        os.replace(temporary, path)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(kept)
+            os.replace(temporary, path)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise self._failed(error) from error
 
     def add(self, **line: Any) -> None:
-        os.write(self._descriptor, json.dumps(line).encode() + b"\n")
+        left = json.dumps(line).encode() + b"\n"
+        try:
+            while left:  # a disk that is nearly full takes a part
+                left = left[os.write(self._descriptor, left) :]
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> RunError:
+        way = checkpoint.way_on(os.path.dirname(self._path))
+        return RunError(f"writing {self._path} failed: {error.strerror}; free disk space and {way}")
 
 
 def _lines_until(path: str, step: int) -> bytes:

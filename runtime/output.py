@@ -28,6 +28,8 @@ def locked(directory: Path) -> Iterator[int]:
     except OSError as error:
         raise InputError(f"{directory}: {error.strerror}; choose another output directory") from error
     try:
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise InputError(f"{directory}: takes no files; make it writable, or choose another output directory")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -134,8 +136,12 @@ def finished_report(
         known = {when for when, told in report["evaluation"].items() if told.get("data", earlier) == held_out}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, False
-    trained = any((directory / name).is_dir() for name in ("adapter", "model"))
-    return (report if done and trained else None), held_out is None or known == {"before", "after"}
+    trained = next((path for name in ("adapter", "model") if (path := directory / name).is_dir()), None)
+    if not done or trained is None:
+        return None, False
+    # Where they are now: the folder may have been moved since.
+    report |= {"adapter": str(trained), "checkpoint": found.path}
+    return report, held_out is None or known == {"before", "after"}
 
 
 def _fingerprint(prepared: Path) -> str:

@@ -18,7 +18,9 @@ from damage import MIB, files, fill, own_groups, small_disk
 from planner.answer import rebudgeted, sealed
 from planner.exchange import save_plan
 from planner.plan import plan as solve
+from profiles.errors import InputError
 from runtime.cgroup import MemoryCgroup, in_memory
+from runtime.session import Session
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,6 +49,42 @@ def test_a_full_disk_while_saving(refused, tightfit, work, tmp_path):
         assert not (out / "job").exists()
         filler.unlink()
         assert tightfit(*run, "--steps", 3, "--resume")[0] == 0
+
+
+def test_a_disk_that_fills_up_between_checkpoints(refused, tightfit, work, tmp_path):
+    with small_disk(tmp_path / "disk", 2 * MIB) as disk:
+        out = disk / "out"
+        run = ("run", work / "plan.json", "--data", work / "data.jsonl", "-o", out, "--checkpoint-every", 0)
+        assert tightfit(*run, "--steps", 1)[0] == 0
+        metrics = (out / "metrics.jsonl").read_bytes()
+        fill(disk, leave=64 * 1024)  # room for the data, the job and some hundred lines of figures
+        said = refused(4, *run, "--steps", 3000, "--resume")
+        path = out / "metrics.jsonl"
+        assert said == f"writing {path} failed: No space left on device; free disk space and continue with --resume"
+        assert path.read_bytes().startswith(metrics)
+        (disk / "filler").unlink()
+        assert tightfit(*run, "--steps", 3, "--resume")[0] == 0
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_folder_that_takes_no_files(refused, work, planned, tmp_path):
+    with small_disk(tmp_path / "disk", MIB) as disk:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        said = refused(2, "run", work / "plan.json", "--data", work / "data.jsonl", "--steps", 1, "-o", disk)
+        assert said == f"{disk}: takes no files; make it writable, or choose another output directory"
+        with pytest.raises(InputError) as caught, Session(planned, out=disk):
+            pass
+        assert str(caught.value) == said
+
+
+def test_a_finished_run_whose_folder_was_moved_tells_where_its_results_are(tightfit, work, tmp_path):
+    run = ("run", work / "plan.json", "--data", work / "data.jsonl", "--steps", 1, "-o")
+    assert tightfit(*run, tmp_path / "out")[0] == 0
+    (tmp_path / "out").rename(tmp_path / "moved")
+    code, answer, _ = tightfit(*run, tmp_path / "moved", "--resume", "--json")
+    told = json.loads(answer)
+    assert (code, told["adapter"]) == (0, str(tmp_path / "moved" / "adapter"))
+    assert told["checkpoint"] == str(tmp_path / "moved" / "checkpoint-1")
 
 
 def test_a_finished_run_that_is_resumed_answers_with_its_report(refused, tightfit, work, tmp_path):
