@@ -43,7 +43,7 @@ def parse_plan(data: bytes, place: str) -> Plan:
     """
     try:
         content = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not whole JSON ({error}), perhaps cut off or damaged; {AGAIN}") from error
     if not isinstance(content, dict) or "version" not in content or "budget_bytes" not in content:
         kind = "a profile" if isinstance(content, dict) and "programs" in content else "something else"

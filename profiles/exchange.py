@@ -22,20 +22,23 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; make a profile with `tightfit profile MODEL -o {path}`") from error
+    return parse_profile(content, str(path))
+
+
+def parse_profile(content: bytes, name: str) -> Profile:
+    """The profile that `content` holds, in any of JSON's encodings; `name` is what messages call it.
+
+    Raises InputError where it is no whole profile.
+    """
+    try:
+        data = json.loads(content)
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path}: not a profile (byte {error.start} is not text); make it again with `tightfit profile`"
+            f"{name}: not a profile (byte {error.start} is not text); make it again with `tightfit profile`"
         ) from error
-    return parse_profile(text, str(path))
-
-
-def parse_profile(text: str | bytes, name: str) -> Profile:
-    """The profile that `text` holds; `name` is what messages call it. Raises InputError where it is no whole profile."""
-    try:
-        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{name}: not JSON, perhaps truncated ({error}); make it again with `tightfit profile`"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from broken_plans import changed, rejected
 
+from planner.compare import compare
 from planner.exchange import load_plan
 from planner.explain import explain
 from planner.plan import plan
@@ -82,6 +83,23 @@ def test_the_given_order_stays_but_for_inputs_that_come_later():
 def test_a_graph_is_the_same_profile_wherever_its_file_lies():
     data = graph(op("a"), op("b", "a"))
     assert parse_graph(data, "here.json") == parse_graph(data, "the upload")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_graphs_are_read_as_programs_for_windows_write_them(tmp_path, encoding):
+    data = graph(op("ä"), op("b", "ä"))
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(data, ensure_ascii=False), encoding=encoding)
+    assert load_profile(path) == parse_graph(data)
+
+
+def test_times_of_a_graph_are_those_of_its_device_alone():
+    with pytest.raises(InputError) as caught:
+        compare(load_profile(EXAMPLE), [1 << 30], devices=["phone"])
+    assert str(caught.value) == (
+        "the bare graph five convolutions, one training step states no FLOPs, so its times on phone cannot be estimated;"
+        " leave the device out, or write a graph with its operators' seconds on phone"
+    )  # it has no field for them
 
 
 def test_a_graph_of_ten_thousand_operators_is_read_planned_and_simulated():

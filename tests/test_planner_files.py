@@ -74,6 +74,11 @@ def test_flipped_bits(made, tmp_path):
     assert "not whole JSON" in damaged(made, tmp_path, lambda data: b"\xff" + data[1:])
 
 
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"1" * 5_000])
+def test_json_that_no_parser_takes_is_no_plan(made, tmp_path, content):
+    assert "not whole JSON" in damaged(made, tmp_path, lambda data: content)
+
+
 def test_another_version(made, tmp_path):
     now = f'"version":{PLAN_VERSION}'.encode()
     for version, age in ((1, "an older"), (7, "a newer")):
@@ -150,6 +155,10 @@ def test_compare_over_devices(planner):
         compare(profile, [1 << 30], ["keep-all"], devices=[card, card])
     with pytest.raises(InputError, match="states no FLOPs"):
         compare(planner.profile, [1 << 30], ["keep-all"], devices=[card])
+    with pytest.raises(InputError, match="no devices to compare; name at least one, or leave them out"):
+        compare(profile, [1 << 30], ["keep-all"], devices=[])
+    with pytest.raises(InputError, match="no policies to compare; name at least one, or leave them out"):
+        compare(profile, [1 << 30], [])
 
 
 def test_an_interrupted_comparison_keeps_what_it_has(planner):
