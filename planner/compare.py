@@ -78,6 +78,8 @@ def compare(
     """
     if not budgets:
         raise InputError("no budgets to compare; name at least one, for example 600MiB")
+    if not devices or (policies is not None and not policies):
+        raise InputError(f"no {'policies' if devices else 'devices'} to compare; name at least one, or leave them out")
     budgets, time_limit = [checked_budget(budget) for budget in budgets], checked_limit(time_limit)
     described = [find_device(device) if isinstance(device, str) else device for device in devices]
     profiles = [profile if device is None else retarget(profile, device) for device in described]

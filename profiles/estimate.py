@@ -55,9 +55,13 @@ def retarget(profile: Profile, on: DeviceDescription) -> Profile:
     Raises InputError for a profile whose operators state no FLOPs at all: their bytes alone say too little.
     """
     if not any(operator.flops for program in profile.programs for operator in program.operators):
+        what, way = (
+            ("bare graph", f"leave the device out, or write a graph with its operators' seconds on {on.name}")
+            if profile.model.kind == "graph"
+            else ("profile of", "fill in `flops` of its operators, or profile the model with tightfit")
+        )
         raise InputError(
-            f"the profile of {profile.model.name} states no FLOPs, so its times on {on.name} cannot be estimated;"
-            " fill in `flops` of its operators, or profile the model with tightfit"
+            f"the {what} {profile.model.name} states no FLOPs, so its times on {on.name} cannot be estimated; {way}"
         )
     return estimate_profile(profile, on)
 
