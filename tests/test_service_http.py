@@ -230,8 +230,12 @@ def test_what_is_not_there(served):
     refused(served.http.post("/v1/plans", json=asked), 404, "not_found", "body.profile")
     told = refused(served.http.get("/v1/nothing"), 404, "not_found")
     assert told == "there is nothing at /v1/nothing; /openapi.json tells what there is"
-    told = refused(served.http.delete("/v1/plans"), 405, "method_not_allowed")
-    assert told in {"DELETE is not for /v1/plans; send GET", "DELETE is not for /v1/plans; send POST"}
+    answer = served.http.delete("/v1/plans")
+    told = refused(answer, 405, "method_not_allowed")
+    assert (told, answer.headers["allow"]) == ("DELETE is not for /v1/plans; send GET or POST", "GET, POST")
+    broken = served.http.post("/v1/plans", content=b"{bad", headers={"Content-Type": "application/json"})
+    told = refused(broken, 400, "invalid_request", "body.1")
+    assert told == "body.1: not JSON (Expecting property name enclosed in double quotes)"
     for path in ("/healthz", "/page/", f"/v1/plans?profile={UNKNOWN}"):
         full, head = served.http.get(path), served.http.head(path)
         assert (head.status_code, head.content) == (200, b"")

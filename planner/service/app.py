@@ -15,6 +15,7 @@ from typing import IO, Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from planner.service import routes_jobs, routes_page, routes_planning, routes_profiles, routes_runs
 from planner.service.doors import EVERYWHERE
@@ -34,6 +35,7 @@ DESCRIPTION = """Fit training into the memory you have: profiles in, plans out, 
 Long work answers 202 with a job; its events are at `/v1/jobs/{id}/events`. A repeated request is the same job. A budget that is too
 small is a result (`status: infeasible`, with the smallest budget that is enough), not an error. Every error has one form."""
 CODES: dict[int, Code] = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+ROUTERS = tuple(routes.router for routes in (routes_profiles, routes_planning, routes_runs, routes_jobs, routes_page))
 log = logging.getLogger("tightfit.service")
 
 
@@ -88,8 +90,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
-    for routes in (routes_profiles, routes_planning, routes_runs, routes_jobs, routes_page):
-        app.include_router(routes.router)
+    for router in ROUTERS:
+        app.include_router(router)
     undescribed = app.openapi
     app.openapi = lambda: _with_token(undescribed())  # type: ignore[method-assign]  # FastAPI's documented way
     return app
@@ -213,7 +215,10 @@ async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     found: list[dict[str, Any]] = list(error.errors())
     fields = [
-        FieldError.model_construct(field=".".join(str(part) for part in one["loc"]), message=one["msg"])
+        FieldError.model_construct(
+            field=".".join(str(part) for part in one["loc"]),
+            message=f"not JSON ({one['ctx']['error']})" if one["type"] == "json_invalid" else one["msg"],
+        )
         for one in found[:20]
     ]
     malformed = any(one["type"] == "json_invalid" for one in found)
@@ -227,10 +232,20 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         told = f"there is nothing at {request.url.path}; /openapi.json tells what there is"
     elif error.status_code == 405:
-        told = f"{request.method} is not for {request.url.path}; send {(error.headers or {}).get('Allow', 'another method')}"
+        told = f"{request.method} is not for {request.url.path}; send {' or '.join(_methods(request))}"
     answer = error_response(error.status_code, CODES.get(error.status_code, "invalid_request"), told)
     answer.headers.update(error.headers or {})
+    if error.status_code == 405:
+        answer.headers["Allow"] = ", ".join(_methods(request))
     return answer
+
+
+def _methods(request: Request) -> list[str]:
+    """What may be sent to the path of a request, by all of its routes: Starlette tells those of the first alone."""
+    found = [
+        route for router in ROUTERS for route in router.routes if route.matches(request.scope)[0] is not Match.NONE
+    ]
+    return sorted({method for route in found for method in getattr(route, "methods", None) or ()})
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
