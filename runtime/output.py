@@ -17,6 +17,8 @@ from runtime.checkpoint import find_checkpoints, load_latest, partial_directorie
 
 RESULTS = ("metrics.jsonl", "report.json", "adapter", "model")
 """what a run leaves; the prepared ``data`` of a run that failed before its first step is no loss"""
+MODEL = "model.safetensors"
+"""all that it leaves in ``model``"""
 
 
 @contextmanager
@@ -76,13 +78,29 @@ def writing_to(directory: Path) -> Iterator[None]:
         ) from error
 
 
+def remove_prepared(directory: Path) -> None:
+    """The prepared data of an earlier run, and nothing else that somebody keeps in a folder of that name."""
+    folder = directory / "data"
+    for purpose in ("train", "evaluate"):
+        for kind in ("records", "batches"):
+            (folder / f"{purpose}.{kind}").unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or not empty
+        folder.rmdir()
+
+
 def to_be_replaced(directory: Path, steps: int | None, *, resume: bool, overwrite: bool) -> list[Path]:
     """What an earlier run left in the output directory and this one replaces; half-written checkpoints are removed at once.
     `steps` are those of this run, where it has a number of them.
 
-    Raises InputError where an earlier run is neither to be resumed nor replaced, or cannot be resumed.
+    Raises InputError where an earlier run is neither to be resumed nor replaced, or cannot be resumed, and where what has the
+    name of a result is somebody's model.
     """
     try:
+        model = directory / "model"
+        if model.is_dir() and (strange := sorted({path.name for path in model.iterdir()} - {MODEL})):
+            raise InputError(
+                f"{model} holds {strange[0]}, which no run leaves there and --overwrite would remove; move it away, or choose another output directory"
+            )
         found = [path for name in RESULTS if (path := directory / name).exists() and path.stat().st_size]
         checkpoints = find_checkpoints(str(directory))
         found += [Path(path) for _, path in checkpoints]

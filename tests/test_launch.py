@@ -551,6 +551,20 @@ def test_an_earlier_run_is_not_overwritten_by_accident(plan, whole, tmp_path):
     assert not list(tmp_path.glob("*/old"))
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_somebody_s_model_in_the_output_folder_is_no_earlier_result(plan, tmp_path, overwrite):
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("mine")
+    with pytest.raises(InputError) as caught:
+        run(plan, "random", steps=1, out=tmp_path, overwrite=overwrite)
+    assert str(caught.value) == (
+        f"{tmp_path / 'model'} holds config.json, which no run leaves there and --overwrite would remove;"
+        " move it away, or choose another output directory"
+    )
+    assert len(list(tmp_path.glob("model/*"))) == 2
+
+
 def test_resume_without_a_checkpoint_is_refused(plan, tmp_path):
     with pytest.raises(InputError, match="no checkpoint to resume from"):
         run(plan, "random", steps=1, out=tmp_path, resume=True)

@@ -264,6 +264,17 @@ def test_a_session_is_of_use_in_its_block_alone(naive: Plan, tmp_path: Path) -> 
         session.step(ids)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_somebody_s_data_in_the_output_folder_stay(naive: Plan, tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train.jsonl", "train.records", "evaluate.batches"):
+        (tmp_path / "data" / name).write_text("")
+    with Session(naive, out=tmp_path, overwrite=overwrite):
+        pass
+    # Of an earlier run nothing is left.
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["train.jsonl"]
+
+
 def test_no_step_at_all_leaves_the_start(naive: Plan, tmp_path: Path) -> None:
     with Session(naive, out=tmp_path) as session:
         pass
