@@ -14,7 +14,7 @@ from profiles.factory_source import as_trained
 from runtime.records import IGNORED
 
 
-def as_planned(plan: Plan, batch: Sequence[Tensor], name: str) -> list[Tensor]:
+def as_planned(plan: Plan, batch: Sequence[Tensor] | Tensor, name: str) -> list[Tensor]:
     """The tensors of a batch that the plan's inputs are, contiguous and in their order; messages call it `name`.
 
     Of a module: those that it uses, of the shapes it was profiled with. Of a language model: (input_ids, labels) or input_ids alone,
@@ -23,6 +23,8 @@ def as_planned(plan: Plan, batch: Sequence[Tensor], name: str) -> list[Tensor]:
 
     Raises InputError for other tensors.
     """
+    if isinstance(batch, Tensor):  # its rows would be taken for the tensors
+        raise InputError(f"{name} is a tensor; a batch is a tuple of tensors: give (tensor,)")
     for index, tensor in enumerate(batch):
         if not isinstance(tensor, Tensor):
             raise InputError(f"{name}: item {index} is of type {type(tensor).__name__}; a batch is a tuple of tensors")

@@ -223,6 +223,12 @@ def test_what_cannot_be_a_batch_costs_nothing(smallest: Plan, tmp_path: Path) ->
     assert len(session.report["loss"]) == 1
 
 
+def test_a_tensor_by_itself_is_no_batch(module: Plan, tmp_path: Path) -> None:
+    pixels, _ = next(own_module.images(1, 0))
+    with pytest.raises(InputError, match=r"^batch 0 is a tensor; a batch is a tuple of tensors: give \(tensor,\)$"):
+        run(module, [pixels], steps=1, out=tmp_path)  # type: ignore[list-item]
+
+
 def test_options_that_no_session_can_have(naive: Plan, tmp_path: Path) -> None:
     for name, value in {
         "seed": 10**13,
