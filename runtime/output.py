@@ -96,6 +96,10 @@ def to_be_replaced(directory: Path, steps: int | None, *, resume: bool, overwrit
     name of a result is somebody's model.
     """
     try:
+        if (data := directory / "data").exists() and not data.is_dir():
+            raise InputError(
+                f"{data} is a file, and a run keeps its prepared data in a folder of that name; move it away, or choose another output directory"
+            )
         model = directory / "model"
         if model.is_dir() and (strange := sorted({path.name for path in model.iterdir()} - {MODEL})):
             raise InputError(
@@ -126,9 +130,9 @@ def to_be_replaced(directory: Path, steps: int | None, *, resume: bool, overwrit
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Files and folders of an earlier run."""
+    """Files and folders of an earlier run, and links to them."""
     for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_report(directory: Path, report: dict[str, Any]) -> None:

@@ -565,6 +565,27 @@ def test_somebody_s_model_in_the_output_folder_is_no_earlier_result(plan, tmp_pa
     assert len(list(tmp_path.glob("model/*"))) == 2
 
 
+def test_a_file_in_the_place_of_the_prepared_data_is_told(plan, tmp_path):
+    (tmp_path / "data").write_text("mine")
+    with pytest.raises(InputError) as caught:
+        run(plan, "random", steps=1, out=tmp_path, overwrite=True)
+    assert str(caught.value) == (
+        f"{tmp_path / 'data'} is a file, and a run keeps its prepared data in a folder of that name;"
+        " move it away, or choose another output directory"
+    )
+
+
+def test_a_result_that_is_a_link_is_replaced_and_not_what_it_leads_to(plan, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "adapter").symlink_to(tmp_path / "elsewhere")
+    run(plan, "random", steps=1, out=out, overwrite=True)
+    assert not (out / "adapter").is_symlink()
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["kept"]
+
+
 def test_resume_without_a_checkpoint_is_refused(plan, tmp_path):
     with pytest.raises(InputError, match="no checkpoint to resume from"):
         run(plan, "random", steps=1, out=tmp_path, resume=True)
