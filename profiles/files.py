@@ -48,6 +48,13 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
     return path
 
 
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """All of it: what a disk has room for or a pipe has taken when a signal comes may be less."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
 def sync_directory(directory: str | os.PathLike[str]) -> None:
     """Force to disk which files a directory has."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

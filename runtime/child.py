@@ -31,12 +31,13 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(json.dumps(measure_floor()) + "\n")
         return 0
     from profiles.errors import CapError, TightfitError
+    from profiles.files import write_all
 
     stop = _StopRequest()
 
     def send(event: str, **content: Any) -> None:
         try:
-            os.write(options.messages, json.dumps({"event": event, **content}).encode() + b"\n")
+            write_all(options.messages, json.dumps({"event": event, **content}).encode() + b"\n")
         except BrokenPipeError:
             stop()  # the parent is gone, and nobody waits for more than a checkpoint
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from profiles.errors import InputError, RunError
-from profiles.files import sync_directory
+from profiles.files import sync_directory, write_all
 from runtime import checkpoint
 from runtime.batches import open_batches
 from runtime.channels import Channel
@@ -265,10 +265,9 @@ class Metrics:
             raise self._failed(error) from error
 
     def add(self, **line: Any) -> None:
-        left = json.dumps(line).encode() + b"\n"
         try:
-            while left:  # a disk that is nearly full takes a part
-                left = left[os.write(self._descriptor, left) :]
+            write_all(self._descriptor, json.dumps(line).encode() + b"
+")
         except OSError as error:
             raise self._failed(error) from error
 

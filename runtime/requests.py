@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from profiles.files import write_all
+
 STEP, EVALUATE, SAVE, FINISH = b"s", b"e", b"c", b"f"
 ANSWERS = {STEP: "step", EVALUATE: "loss", SAVE: "checkpoint"}
 """the message that answers each"""
@@ -79,13 +81,8 @@ class Requests:
 
 def ask(descriptor: int, kind: bytes, lr: float | None = None, tensors: Sequence[Tensor] = ()) -> None:
     """Write a request; `tensors` are contiguous. Raises BrokenPipeError where nobody reads it any more."""
-    _write(descriptor, memoryview(_HEAD.pack(kind, float("nan") if lr is None else lr)))
+    write_all(descriptor, _HEAD.pack(kind, float("nan") if lr is None else lr))
     for tensor in tensors:
         size = tensor.numel() * tensor.element_size()
         if size:
-            _write(descriptor, memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B"))
-
-
-def _write(descriptor: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(descriptor, view) :]
+            write_all(descriptor, memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B"))

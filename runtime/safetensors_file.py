@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from profiles.errors import InputError
+from profiles.files import write_all
 
 DTYPES = {
     "float32": "F32",
@@ -57,10 +58,10 @@ def write(path: str, items: Iterable[Item], metadata: Mapping[str, str]) -> int:
     checksum = zlib.crc32(head)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        _write_all(descriptor, head)
+        write_all(descriptor, head)
         for item in items:
             for chunk in item.chunks():
-                _write_all(descriptor, chunk)
+                write_all(descriptor, chunk)
                 checksum = zlib.crc32(chunk, checksum)
         os.fsync(descriptor)
         _forget(descriptor)
@@ -117,12 +118,6 @@ class Reader:
 
     def close(self) -> None:
         os.close(self._descriptor)
-
-
-def _write_all(descriptor: int, data: memoryview | bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 def _forget(descriptor: int) -> None:

@@ -7,8 +7,10 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections import Counter
 from pathlib import Path
@@ -296,6 +298,35 @@ def test_what_a_child_still_tells_is_taken_where_progress_fails(plan, monkeypatc
     monkeypatch.setattr("runtime.lean_process.command", lambda *words: [sys.executable, "-c", code, words[2]])
     with pytest.raises(ZeroDivisionError):
         run(plan, "random", steps=1, out=tmp_path / "run", cgroup=False, progress=lambda *_: 1 // 0)
+
+
+def test_a_signal_in_the_middle_of_what_a_child_tells_cuts_nothing_off(plan, tmp_path, monkeypatch):
+    """A pipe has taken a part of the third step's timeline then; nobody reads while progress is shown."""
+    pipe, told = os.pipe, []
+
+    def narrow():
+        read, write = pipe()
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+        told.append(read)
+        return read, write
+
+    def full():
+        return struct.unpack("i", fcntl.ioctl(told[0], termios.FIONREAD, bytes(4)))[0] == 4096
+
+    def progress(step, *_):
+        if step == 2:
+            deadline = time.monotonic() + 60
+            while not full():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            time.sleep(0.1)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.1)
+
+    monkeypatch.setattr("runtime.lean_process.os.pipe", narrow)
+    often = changed(plan, step_seconds=1e-6)
+    with pytest.raises(RunError, match=r"^interrupted after step 3; everything is saved in .*checkpoint-3"):
+        run(often, "random", steps=100_000, out=tmp_path, progress=progress, **SETTINGS)
 
 
 def test_a_child_that_cannot_be_started_leaves_no_pipe_open(plan, dying, monkeypatch):
