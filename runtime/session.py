@@ -145,15 +145,15 @@ class Session:
         with self._stack:
             closed, self._closed = self._closed, OVER
             if error is None and closed is None:
-                if self.taken % self.plan.accumulate:
-                    told = unfinished_update(self.taken, self.plan.accumulate)
-                    warnings.warn(
-                        f"steps {self.taken}: {told}; what the last ones add waits in the checkpoint", stacklevel=2
-                    )
                 self._ask(FINISH)
                 observed = self._child.end()
                 self.report = build_report(self.plan, observed, self.directory, enforced_by=self._child.enforced_by)
                 write_report(self.directory, self.report)
+                if self.taken % self.plan.accumulate:  # told last: a program may make errors of warnings
+                    told = unfinished_update(self.taken, self.plan.accumulate)
+                    warnings.warn(
+                        f"steps {self.taken}: {told}; what the last ones add waits in the checkpoint", stacklevel=2
+                    )
                 return
             self._hang_up()
             self._child.process.terminate()  # workers of a DataLoader may have copies of the pipe

@@ -594,6 +594,10 @@ def test_somebody_s_model_in_the_output_folder_is_no_earlier_result(plan, tmp_pa
         " move it away, or choose another output directory"
     )
     assert len(list(tmp_path.glob("model/*"))) == 2
+    (tmp_path / "model" / "config.json").unlink()
+    if overwrite:
+        run(plan, "random", steps=1, out=tmp_path, overwrite=True)
+        assert not (tmp_path / "model").exists()
 
 
 def test_a_file_in_the_place_of_the_prepared_data_is_told(plan, tmp_path):

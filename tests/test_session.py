@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -413,6 +414,21 @@ def test_other_batches_than_given_ones_are_another_run(naive: Plan, tmp_path: Pa
         run(naive, "random", steps=2, out=tmp_path, resume=True)
 
 
+def test_a_folder_of_data_of_one_s_own_stays(naive: Plan, tmp_path: Path) -> None:
+    """Beside what an earlier run had made of its data there."""
+    run(naive, "random", steps=1, out=tmp_path)
+    (tmp_path / "data" / "texts.jsonl").write_text("mine")
+    with Session(naive, out=tmp_path, overwrite=True) as session:
+        session.step(torch.ones(2, 24, dtype=torch.int64))
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["texts.jsonl"]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "data").symlink_to(tmp_path / "data")
+    with Session(naive, out=other):
+        pass
+    assert (other / "data" / "texts.jsonl").read_text() == "mine"
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from Python 3.12 on, where there are threads
 @pytest.mark.parametrize("middle", [False, True])
 def test_a_copy_of_the_program_holds_nothing_up(
@@ -509,4 +525,12 @@ def test_an_update_that_is_not_finished_is_told(tmp_path: Path) -> None:
     with Session(planned, out=tmp_path / "part", lr=5e-3, resume=True) as session:
         part += [session.step(*batch) for batch in batches[4:]]
     assert part == whole
+    # All is done where the program makes an error of the warning.
+    error = Session(planned, out=tmp_path / "error")
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match=r"^steps 1: an update takes 3 steps"):  # noqa: PT012
+        warnings.simplefilter("error")
+        with error:
+            error.step(*batches[0])
+    assert error.report is not None
+    assert (tmp_path / "error" / "adapter").exists()
     assert bits(tmp_path / "part", 6) == bits(tmp_path / "whole", 6)
