@@ -35,7 +35,7 @@ def as_planned(plan: Plan, batch: Sequence[Tensor] | Tensor, name: str) -> list[
     planned = {int(t.name.removeprefix("batch")): (t.dtype, t.shape) for t in plan.tensors if t.kind == "batch"}
     tensors = as_trained(batch)
     found = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in tensors]
-    if max(planned, default=0) >= len(tensors) or any(found[at] != wanted for at, wanted in planned.items()):
+    if max(planned, default=-1) >= len(tensors) or any(found[at] != wanted for at, wanted in planned.items()):
         wanted = [planned[at] for at in sorted(planned)]
         raise InputError(
             f"{name} has tensors {found}, the plan was made for {wanted}; profile with a batch of that shape"

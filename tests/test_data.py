@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -135,6 +136,27 @@ def test_records_come_back_and_any_step_can_be_asked_for(
         assert again == [example for _, example in seen[-batch:]]
 
 
+def test_an_order_is_that_of_every_version() -> None:
+    """A run may be gone on with by another one, and nothing in its checkpoint tells the order."""
+    assert [shuffled(place, 10, 5, 2) for place in range(10)] == [4, 8, 5, 0, 2, 9, 7, 1, 6, 3]
+    expected = [11, 5, 16, 18, 6, 13, 3, 12, 10, 9, 2, 7, 19, 4, 8, 17, 0, 14, 15, 1]
+    assert [shuffled(place, 20, 0, 0) for place in range(20)] == expected
+
+
+def test_records_are_on_disk_before_they_have_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append([path.read_bytes() for path in tmp_path.iterdir()])
+        assert not (tmp_path / "x").exists()
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with RecordWriter(tmp_path / "x", seq=4, pad_token=0, vocab_size=9, source="") as writer:
+        writer.add([1, 2], [2, 3], example=0)
+    assert synced == [[(tmp_path / "x").read_bytes()]]
+
+
 def test_each_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
     with RecordWriter(tmp_path / "x", seq=1, pad_token=0, vocab_size=99, source="") as writer:
         for example in range(60):
@@ -187,9 +209,16 @@ def test_damaged_record_files_are_refused(tmp_path: Path) -> None:
             ),
         ):
             file.read(0 if bit < 50 else 1)
-    path.write_bytes(data[:-1])
-    with pytest.raises(InputError, match=r"bytes where 2 records need .*truncated or damaged"):
-        RecordFile.open(path)
+    for other in (data[:-1], data + b"\0"):
+        path.write_bytes(other)
+        with pytest.raises(InputError, match=r"bytes where 2 records need .*truncated or damaged"):
+            RecordFile.open(path)
+    path.write_bytes(data)
+    with RecordFile.open(path) as file:
+        file.read(0)
+        os.truncate(path, HEADER_BYTES + file.record_bytes)
+        with pytest.raises(InputError, match="record 1 is damaged"):
+            file.read(1)
     for head in (b"", b"{}", b"[1]", b"\xff"):
         path.write_bytes(head + data[5:])
         with pytest.raises(InputError, match="not a record file"):

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from examples import own_module
 from planner.plan import Planner, plan
 from planner.schema import Plan
 from profiles.api import profile
-from profiles.errors import CapError, InputError, RunError
+from profiles.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
 from profiles.schema import Profile
 from runtime.checkpoint import find_checkpoints
 from runtime.launch import run
@@ -282,10 +283,27 @@ def test_somebody_s_data_in_the_output_folder_stay(naive: Plan, tmp_path: Path, 
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["train.jsonl"]
 
 
+def test_a_session_refuses_what_a_run_does(naive: Plan, tmp_path: Path) -> None:
+    """Before there is anything of it on the disk."""
+    other = naive.device.model_copy(update={"torch_version": "2.0.0"})
+    refused: list[tuple[dict[str, Any], type[TightfitError], str]] = [
+        ({"device": other}, InputError, r"made with torch 2\.0\.0"),
+        ({"status": "infeasible", "minimum_budget_bytes": 200 * MIB}, InfeasibleError, r"200\.0 MiB"),
+    ]
+    for changed, kind, told in refused:
+        with pytest.raises(kind, match=told), Session(naive.model_copy(update=changed), out=tmp_path / "out"):
+            pass
+    for lr in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match=r"^lr "):
+            Session(naive, out=tmp_path / "out", lr=lr)
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_step_at_all_leaves_the_start(naive: Plan, tmp_path: Path) -> None:
-    with Session(naive, out=tmp_path) as session:
+    with Session(naive, out=tmp_path, cgroup=False) as session:
         pass
     assert session.report is not None
+    assert session.report["enforced_by"] == "meter"
     assert session.report["loss"] == []
     assert session.report["step_seconds"]["measured"] is None
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
@@ -315,24 +333,52 @@ def test_a_loss_that_is_no_number_ends_it(naive: Plan, tmp_path: Path) -> None:
     assert not hasattr(last.value, "__notes__")
 
 
+@pytest.mark.parametrize(("part", "taken"), [("question", 2), ("answer", 3)])
 def test_one_that_was_interrupted_in_the_middle_is_over(
-    naive: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    naive: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, taken: int
 ) -> None:
-    """Half of a batch is in the pipe: nothing more can be asked, and the steps before are saved."""
+    """Half of a batch is in the pipe, or an answer that nobody took: nothing more can be asked, and the steps are saved."""
     ids = torch.ones(2, 24, dtype=torch.int64)
+
+    def unheard() -> Iterator[None]:
+        deadline = time.monotonic() + 60
+        while len((tmp_path / "metrics.jsonl").read_text().splitlines()) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
     with (  # noqa: PT012
-        pytest.raises(RunError, match=r"^interrupted after step 2; everything is saved in"),
+        pytest.raises(RunError, match=rf"^interrupted after step {taken}; everything is saved in"),
         Session(naive, out=tmp_path) as session,
     ):
         for _ in range(2):
             session.step(ids)
-        monkeypatch.setattr("runtime.requests.os.write", partial(half_of_a_batch, os.write))
+        if part == "question":
+            monkeypatch.setattr("runtime.requests.os.write", partial(half_of_a_batch, os.write))
+        else:
+            monkeypatch.setattr(session._child, "messages", unheard)
         with pytest.raises(KeyboardInterrupt):
             session.step(ids)
         monkeypatch.undo()
         with pytest.raises(RunError, match="was interrupted after step 2, in the middle of what was asked"):
             session.step(ids)
-    assert find_checkpoints(str(tmp_path))[-1][0] == 2
+    assert find_checkpoints(str(tmp_path))[-1][0] == taken
+
+
+def test_one_that_is_interrupted_before_it_is_open_leaves_nothing_running(
+    naive: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(naive, out=tmp_path)
+
+    def interrupted(event: str) -> dict[str, int]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "_told", interrupted)
+    with pytest.raises(KeyboardInterrupt), session:
+        pass
+    assert session._child.process.returncode is not None
+    assert opened_below(tmp_path) == []
+    assert own_groups() == []
 
 
 @contextlib.contextmanager
