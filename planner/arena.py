@@ -65,7 +65,7 @@ def placed_items(
     )
     for item, offset in zip(items, offsets):
         item.offset = offset
-    return every, aligned(max(base, height))
+    return every, aligned(height)
 
 
 def arena_of(items: Iterable[Item], height: int, split: int) -> Arena:

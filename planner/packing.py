@@ -117,8 +117,6 @@ def pack(
     ended: list[Stretch] = []
     for share, search in SEARCHES if most else LOWEST_SEARCHES:
         goal = live + int(share * spread) // ALIGNMENT * ALIGNMENT
-        if goal >= best[0]:
-            break
         if (search, goal) in tried:
             continue
         tried.add((search, goal))

@@ -8,7 +8,10 @@ import time
 import pytest
 
 from planner import packing
+from planner.arena import DIRECT_BYTES, arena_of, placed_items
+from planner.emit import Entry
 from planner.gaps import ENDLESS, top_gap
+from planner.graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
 from planner.packing import Item, _assign, _orders, by_groups, by_ranks, live_bytes, pack
 
 HEIGHT, LENGTH = 64 << 10, 64
@@ -127,6 +130,52 @@ def test_a_stack_and_its_mirror_image_leave_one_gap(count, kept, resident):
     assert apart(items, offsets)
 
 
+def entry(verb, name="", *outputs):
+    return Entry(verb=verb, name=name, layer=0, operator=0, outputs=outputs, seconds=0.0, transfer=0.0)
+
+
+def test_where_tensors_lie_by_what_makes_them():
+    """`kept` is there all the time, `state` leaves in training and comes back; of `nothing` there are no bytes to place."""
+    train = (
+        entry("spill", "state"),
+        entry("free", "state"),
+        entry("read", "w"),
+        entry("run", "", "a", None, "nothing"),
+        entry("free", "packed:w"),
+        entry("fetch", "state"),
+        entry("free", "a"),
+    )
+    evaluate = (entry("run", "", "b"), entry("fetch", "c"), entry("free", "b"))
+    sizes = {"kept": 100, "state": DIRECT_BYTES, "packed:w": 70, "a": DIRECT_BYTES, "nothing": 0, "b": 64}
+    sizes["c"] = DIRECT_BYTES - 64
+    every, height = placed_items(train, evaluate, ("kept", "state"), sizes)
+    assert {item.name: (item.spans, item.makers, item.alignment) for item in every} == {
+        "kept": ([(0, 6), (7, 9)], [-1], ALIGNMENT),
+        "state": ([(0, 1), (5, 6), (7, 9)], [-1, 5], PACKED_ALIGNMENT),
+        "packed:w": ([(2, 4)], [2], PACKED_ALIGNMENT),
+        "a": ([(3, 6)], [3], ALIGNMENT),
+        "b": ([(7, 9)], [7], ALIGNMENT),
+        "c": ([(8, 9)], [8], ALIGNMENT),
+    }
+    assert apart(every, [item.offset for item in every])
+    assert all(item.offset % item.alignment == 0 for item in every)
+    offsets = {item.name: item.offset for item in every}
+    assert offsets["kept"] == 0
+    assert height == aligned(max(item.offset + item.size for item in every))
+    arena = arena_of(every, height, len(train))
+    assert arena.resident == {name: offsets[name] for name in ("kept", "state")}
+    assert arena.train == {(at, name): offsets[name] for at, name in ((2, "packed:w"), (3, "a"), (5, "state"))}
+    assert arena.evaluate == {(at, name): offsets[name] for at, name in ((0, "b"), (1, "c"))}
+    # What stays lies at the bottom, the widest alignment first, and takes whole units.
+    both = {"packed:w": 4096, "a": 70}
+    every, height = placed_items((entry("spill", "a"),), (), ("a", "packed:w"), both)
+    assert {item.name: item.offset for item in every} == {"packed:w": 0, "a": 4096}
+    assert height == 4096 + 128
+    # What moves in an evaluation alone lies on pages too.
+    every, _ = placed_items((), (entry("fetch", "state"),), (), sizes)
+    assert [item.alignment for item in every] == [PACKED_ALIGNMENT]
+
+
 def test_the_highest_gap():
     taken = [(0, 100), (150, 200), (180, 300), (900, 1000)]
     assert top_gap(taken, 0, 1000, 500, 1) == 400
@@ -149,6 +198,44 @@ def test_a_search_is_the_same_every_time_and_ends_at_its_deadline(search):
     live = int(live_bytes(items, 4 * LENGTH).max())
     height, offsets = pack(items, 0, 4 * LENGTH, live, goal, time.monotonic() - 1.0)
     assert height > goal
+    assert apart(items, offsets)
+
+
+@pytest.mark.parametrize("search", [by_groups, by_ranks])
+def test_what_is_there_at_one_entry_alone_does_not_overlap_either(search):
+    """Lives that end where others begin, between groups too."""
+    for seed in range(3):
+        chance = random.Random(seed)
+        items = []
+        for number in range(200):
+            first = number // 2
+            last = first + chance.randrange(5)
+            size = 64 * chance.randrange(1, 20)
+            items.append(Item(name=f"{number}", size=size, alignment=64, spans=[(first, last)], makers=[first]))
+        goal = 3 * int(live_bytes(items, 640).max()) // 2
+        offsets = search(items, 0, 640, goal)
+        assert offsets is not None
+        assert apart(items, offsets)
+
+
+def test_what_a_rule_brings_down_far_enough_is_not_looked_for_elsewhere():
+    """The first rule that does, though others come lower."""
+    items, length = layers(3, 4), 4 * LENGTH
+    order, tight = next(iter(_orders(items)))
+    first, _ = _assign(items, order, 0, length, below=ENDLESS, tight=tight)
+    height = max(offset + item.size for offset, item in zip(first, items))
+    assert by_rule(items, length) < height
+    assert pack(items, 0, length, HEIGHT, height) == (height, first)
+
+
+def test_what_time_ends_leaves_what_the_rules_found(monkeypatch):
+    def late(*_):
+        raise TimeoutError
+
+    monkeypatch.setattr(packing, "SEARCHES", ((1.0, late),))
+    items, length = layers(3, 4), 4 * LENGTH
+    height, offsets = pack(items, 0, length, HEIGHT, HEIGHT)
+    assert height == by_rule(items, length)
     assert apart(items, offsets)
 
 

@@ -202,5 +202,13 @@ def test_metrics_keep_the_lines_before_the_resumed_step(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.5}, {"step": 4, "loss": 9.0},
     ]  # fmt: skip
+    # What a kill cut short is no line, be it all there but for its end; nor is what is no metric.
+    path.write_text('{"step": 1}\n[]\n{}\n7\n{"step"\n{"step": 2}')
+    Metrics(str(path), 9).add(step=2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    path.unlink()
+    Metrics(str(path), 9).add(step=10)
+    assert path.read_text() == '{"step": 10}\n'
     Metrics(str(path), 0)
     assert path.read_text() == ""
+    assert list(tmp_path.iterdir()) == [path]

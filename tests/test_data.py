@@ -154,6 +154,9 @@ def test_records_are_on_disk_before_they_have_their_name(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "fsync", noted)
     with RecordWriter(tmp_path / "x", seq=4, pad_token=0, vocab_size=9, source="") as writer:
         writer.add([1, 2], [2, 3], example=0)
+        for tokens, labels in (([1, 2], [2]), ([1] * 5, [2] * 5)):
+            with pytest.raises(ValueError, match="do not fit a record of 4"):
+                writer.add(tokens, labels, example=1)
     assert synced == [[(tmp_path / "x").read_bytes()]]
 
 

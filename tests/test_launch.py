@@ -76,6 +76,12 @@ def test_the_report_sets_predicted_beside_measured(whole, plan):
     assert not (out / "job").exists()
 
 
+def test_a_short_run_has_the_timeline_of_its_last_step(plan, tmp_path):
+    for steps, kept in ((1, ["later"]), (2, ["first", "later"])):
+        report = run(plan, "random", steps=steps, out=tmp_path / str(steps), **SETTINGS)
+        assert sorted(report["timeline"]) == kept
+
+
 def test_a_profiled_step_counts_every_call_and_second(whole, plan):
     profiled = whole[0]["profiled_step"]
     assert profiled["step"] == 3

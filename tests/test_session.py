@@ -150,7 +150,9 @@ def test_it_is_the_run_of_the_same_batches_to_the_bit(module: Plan, tmp_path: Pa
                 session.loss(*batches[4])
                 saved = session.save()
                 assert saved == session.save() == tmp_path / "session" / f"checkpoint-{number + 1}"
-                assert (saved / "model.safetensors").exists()
+                written = (saved / "model.safetensors").stat().st_mtime_ns
+                assert session.save() == saved
+                assert (saved / "model.safetensors").stat().st_mtime_ns == written
     assert session.report is not None
     assert session.report["loss"][0] == first
     assert bits(tmp_path / "session", 5, "model.safetensors") == bits(tmp_path / "run", 5, "model.safetensors")
@@ -437,13 +439,14 @@ def test_one_that_dies_is_told(naive: Plan, tmp_path: Path) -> None:
     with (  # noqa: PT012
         pytest.raises(
             RunError, match=r"the training process was ended by SIGKILL.*; the last checkpoint is .*checkpoint-1"
-        ),
+        ) as told,
         Session(naive, out=tmp_path) as session,
     ):
         session.step(ids)
         session.save()
         os.kill(session._child.process.pid, signal.SIGKILL)
         session.step(ids)
+    assert not hasattr(told.value, "__notes__")  # nothing is said twice
 
 
 def test_other_batches_than_given_ones_are_another_run(naive: Plan, tmp_path: Path) -> None:

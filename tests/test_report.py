@@ -1,0 +1,99 @@
+"""The report from what a run told: which figure stands where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tiny_plans import decoder_profile, naive_plan
+
+from runtime.report import Observed, _phase, _typical, build_report, profiled_step
+
+
+def test_the_seconds_of_a_step_stand_in_the_order_of_their_size() -> None:
+    calls = {
+        "aten.add.Tensor": [5, 0.05],
+        "aten.mm.default": [2, 0.25],
+        "update": [1, 0.3],
+        "tightfit.projection.default": [1, 0.1],
+    }
+    told = profiled_step({"step": 3, "seconds": 1.0, "stall": 0.1, "calls": calls})
+    assert list(told["parts"].items()) == [
+        ("matrix products", pytest.approx(0.35)),
+        ("optimizer updates", 0.3),
+        ("Python and dispatch", pytest.approx(0.2)),
+        ("waiting for the disk", 0.1),
+        ("elementwise", 0.05),
+    ]
+    assert list(told["calls"]) == ["update", "aten.mm.default", "tightfit.projection.default", "aten.add.Tensor"]
+
+
+def test_schedules_that_run_in_turn_have_the_largest_peak_and_the_mean_of_the_rest() -> None:
+    def phase(number: int) -> Any:
+        names = ("compute", "recompute", "unpack", "stall")
+        seconds = {f"{name}_seconds": float(number + at) for at, name in enumerate(names)}
+        return SimpleNamespace(
+            peak_bytes=100 * number, read_bytes=10 * number, write_bytes=number, instructions=[0] * number, **seconds
+        )
+
+    assert _phase([phase(1), phase(5), phase(3)], 7) == {
+        "peak_bytes": {"predicted": 500, "measured": 7},
+        "predicted_seconds": {"compute": 3.0, "recompute": 4.0, "unpack": 5.0, "stall": 6.0},
+        "instructions": 3,
+        "read_bytes": 30,
+        "write_bytes": 3,
+    }
+    assert _phase([], 7) == {}
+
+
+def test_the_first_step_counts_where_there_is_no_other() -> None:
+    assert _typical([9.0, 1.0, 2.0], 0, [0]) == 1.5
+    assert _typical([9.0], 0, [0]) == 9.0
+    # Of two sorts in turn: the steps after step 3, which is the first.
+    assert _typical([9.0, 1.0, 4.0, 1.0], 3, [0, 1]) == 2.5
+    assert _typical([9.0, 1.0], 2, [0, 1]) == 1.0
+
+
+def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
+    plan = naive_plan(decoder_profile(tmp_path / "store"))
+    lines = [{"step": step, "loss": 4.0 - step, "seconds": float(step)} for step in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = ("run", "unpack", "perturb", "update", "stall")
+    peaks = {"load": 1, "train": 2, "checkpoint": 3, "evaluate": 6, "evaluate before": 4, "evaluate after": 5}
+    told = [
+        {"event": "resumed", "step": 2, "checkpoint": "checkpoint-2"},
+        {"event": "loaded", "spill_bytes": 11, "peak_bytes": 5},
+        {"event": "evaluated", "when": "before", "loss": 3.0, "peak_bytes": 12},
+        {"event": "timeline", "which": "first", "samples": [[0, 0.1, 7]]},
+        {"event": "step", "seconds": 9.0, "spent": dict.fromkeys(names, 8.0)},
+        {"event": "step", "seconds": 1.0, "spent": {name: float(at) for at, name in enumerate(names)}},
+        {"event": "saved", "path": "adapter"},
+        {"event": "done", "peaks": peaks, "peak_bytes": 10},
+    ]
+    observed = Observed()
+    for message in told:
+        observed.take(message)
+    report = build_report(plan, observed, tmp_path, enforced_by="meter")
+    assert report["loss"] == [3.0, 2.0, 1.0, 0.0]
+    assert report["step_seconds"] == {"predicted": plan.step_seconds, "measured": 1.0}
+    assert report["peak_bytes"] == {"predicted": plan.peak_bytes, "measured": 12}
+    assert (report["adapter"], report["checkpoint"], report["resumed_step"]) == ("adapter", "checkpoint-2", 2)
+    assert (report["spill_bytes"], report["timeline"]) == (11, {"first": [[0, 0.1, 7]]})
+    assert report["evaluation"] == {"before": {"loss": 3.0, "peak_bytes": 12}}
+    phases = report["phases"]
+    assert phases["train"]["peak_bytes"] == {"predicted": plan.train.peak_bytes, "measured": 2}
+    seconds = {"compute": 0.0, "unpack": 1.0, "perturb": 2.0, "update": 3.0, "stall": 4.0}
+    assert phases["train"]["measured_seconds"] == seconds
+    assert phases["evaluate"]["peak_bytes"]["measured"] == 6
+    assert {name: phases[name] for name in ("load", "checkpoint")} == {
+        "load": {"peak_bytes": {"measured": 1}},
+        "checkpoint": {"peak_bytes": {"measured": 3}},
+    }
+    # All steps were taken before: those that the metrics have.
+    observed.seconds, observed.spent = [], []
+    report = build_report(plan, observed, tmp_path, enforced_by="cgroup")
+    assert report["step_seconds"]["measured"] == 3.0
+    assert (report["enforced_by"], report["phases"]["train"]["measured_seconds"]["compute"]) == ("cgroup", None)
