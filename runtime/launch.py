@@ -174,7 +174,6 @@ def _prepare(
     """Data as a file of fixed-shape records in `folder`."""
     from runtime.data import RANDOM, prepare
 
-    folder.mkdir(exist_ok=True)
     if plan.model.kind == "module":
         return _prepare_module(plan, data, folder, purpose, stages)
     if not isinstance(data, str | os.PathLike):

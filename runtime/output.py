@@ -61,6 +61,8 @@ def staged(directory: Path) -> Iterator[Path]:
     """A folder for data until the run has been found to fit them: then they replace those of an earlier run."""
     staging = directory / ".data.partial"
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    with writing_to(directory):
+        staging.mkdir()
     try:
         yield staging
     finally:

@@ -219,7 +219,10 @@ class RecordWriter:
         self._labelled = 0
         self._digest = hashlib.sha256()
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        self._file = self._temporary.open("wb")
+        try:
+            self._file = self._temporary.open("wb")
+        except OSError as error:
+            raise self._refused(error) from error
         self._file.write(b" " * HEADER_BYTES)
 
     def add(
@@ -288,11 +291,14 @@ class RecordWriter:
                 self.finish()
             except OSError as failure:
                 self.abandon()
-                raise RunError(f"{self.path}: {failure.strerror}; free some space and start again") from failure
+                raise self._refused(failure) from failure
         elif kind is not None:
             self.abandon()
             if isinstance(error, OSError):
-                raise RunError(f"{self.path}: {error.strerror}; free some space and start again") from error
+                raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> RunError:
+        return RunError(f"{self.path}: {error.strerror}; free some space and start again")
 
 
 def _checksum(data: bytearray) -> int:

@@ -717,6 +717,24 @@ def test_numbers_of_numpy_and_torch_are_options_like_python_s(plan, tmp_path):
     run(plan, "random", out=tmp_path / "0", resume=True, **alike[1])
 
 
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_disk_without_room_for_another_file_is_a_run_error(plan, tmp_path, files):
+    """For the folder of the data, or for the data in it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size=4m,nr_inodes={files + 1}", "tmpfs", str(disk)]
+    if subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        out = disk / "run"
+        out.mkdir()
+        with pytest.raises(RunError, match=r"No space left on device; free .*start again"):
+            run(plan, "random", steps=1, out=out)
+        assert list(out.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_a_full_disk_is_a_run_error_that_keeps_the_checkpoint(profile, tmp_path):
     """On a file system of 4 MiB: there is room to train and for one checkpoint, then something else fills it."""
     disk = tmp_path / "disk"

@@ -48,8 +48,7 @@ def test_what_a_killed_run_had_staged_is_not_this_ones(tmp_path: Path) -> None:
     left.mkdir()
     (left / "train.records").touch()
     with pytest.raises(ZeroDivisionError), staged(tmp_path) as staging:  # noqa: PT012
-        assert not staging.exists()
-        staging.mkdir()
+        assert not any(staging.iterdir())
         (staging / "train.records").touch()
         raise ZeroDivisionError
     assert not any(tmp_path.iterdir())
