@@ -97,3 +97,10 @@ def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
     report = build_report(plan, observed, tmp_path, enforced_by="cgroup")
     assert report["step_seconds"]["measured"] == 3.0
     assert (report["enforced_by"], report["phases"]["train"]["measured_seconds"]["compute"]) == ("cgroup", None)
+    # They begin with the first one, wherever the run was resumed: steps 3 and 6 make an update.
+    lines = [{"step": at, "loss": 1.0, "seconds": seconds} for at, seconds in enumerate((1.0, 2.0, 3.0, 10.0, 7.0), 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summing = plan.model_copy(update={"optimizer": plan.optimizer | {"accumulate": 3, "state_tensors": 3}})
+    observed.resumed_step = 1
+    report = build_report(summing, observed, tmp_path, enforced_by="cgroup")
+    assert report["step_seconds"]["measured"] == pytest.approx((2 * 7.0 + 3.0) / 3)
