@@ -233,9 +233,9 @@ def test_what_time_ends_leaves_what_the_rules_found(monkeypatch):
         raise TimeoutError
 
     monkeypatch.setattr(packing, "SEARCHES", ((1.0, late),))
-    items, length = layers(3, 4), 4 * LENGTH
+    items, length = layers(8, 8), 8 * LENGTH
     height, offsets = pack(items, 0, length, HEIGHT, HEIGHT)
-    assert height == by_rule(items, length)
+    assert height == by_rule(items, length) > HEIGHT
     assert apart(items, offsets)
 
 

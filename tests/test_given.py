@@ -53,6 +53,8 @@ def test_one_more_is_too_much(decoder: Plan) -> None:
         ((torch.full_like(ids, WORDS),), f"input_ids has the token {WORDS}; the model has tokens 0 to {WORDS - 1}"),
         ((ids, torch.full_like(ids, WORDS)), f"labels has the token {WORDS};"),
         ((ids, torch.full_like(ids, -1)), "labels has the token -1;"),
+        ((ids[:, :0],), "at most 2 rows of 24 tokens"),
+        ((ids[0], ids[0]), "give integers of shape"),
         ((ids.bool(), ids), "give integers of shape"),
         ((ids, ids.to(torch.complex64)), "give integers of shape"),
         ((ids[:, :1], ids[:, :1]), "no label after the first token"),

@@ -62,7 +62,7 @@ def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": 4.0 - step, "seconds": float(step)} for step in (1, 2, 3, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     names = ("run", "unpack", "perturb", "update", "stall")
-    peaks = {"load": 1, "train": 2, "checkpoint": 3, "evaluate": 6, "evaluate before": 4, "evaluate after": 5}
+    peaks = {"load": 1, "train": 2, "checkpoint": 3, "evaluate": 4, "evaluate before": 6, "evaluate after": 5}
     told = [
         {"event": "resumed", "step": 2, "checkpoint": "checkpoint-2"},
         {"event": "loaded", "spill_bytes": 11, "peak_bytes": 5},
