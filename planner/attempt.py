@@ -58,7 +58,7 @@ class Attempt:
     @property
     def reserve(self) -> int:
         """Bytes of the limit that the first choice leaves free."""
-        return max(1, int(RESERVE * max(0, self.limit)))
+        return max(1, int(RESERVE * self.limit))
 
     def near(self, bound: float, tolerance: float) -> bool:
         """Whether the best schedule so far takes at most a `tolerance` of its time longer than `bound`."""
