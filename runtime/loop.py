@@ -252,7 +252,7 @@ class Metrics:
 
     def __init__(self, path: str, done: int) -> None:
         self._path = path
-        kept = _lines_until(path, done) if done else b""
+        kept = _lines_until(path, done)
         temporary = f"{path}.{os.getpid()}"
         try:
             with open(temporary, "wb") as file:
@@ -266,8 +266,7 @@ class Metrics:
 
     def add(self, **line: Any) -> None:
         try:
-            write_all(self._descriptor, json.dumps(line).encode() + b"
-")
+            write_all(self._descriptor, json.dumps(line).encode() + b"\n")
         except OSError as error:
             raise self._failed(error) from error
 

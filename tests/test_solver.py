@@ -286,6 +286,32 @@ def test_what_is_near_the_bound_gets_another_choice_only_while_that_helps(second
     assert attempt.settled()
 
 
+def test_what_another_choice_found_and_that_time_ended_it_is_kept(monkeypatch):
+    attempt = Attempt(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
+
+    def choose(one, search, choices):
+        one.found.append("found")
+        one.timely = False
+        raise TimeoutError
+
+    monkeypatch.setattr(Attempt, "choose", choose)
+    with pytest.raises(TimeoutError):
+        attempt.choose_anew(None)
+    assert (attempt.found, attempt.timely) == (["found"], False)
+
+
+@pytest.mark.parametrize(
+    ("left", "searched", "timely"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_a_choice_that_time_cut_short_is_not_what_another_run_finds(left, searched, timely):
+    """Time ended the search, or there was none left to carry anything out."""
+    attempt = Attempt(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
+    attempt.carries_in_time = lambda: left
+    search = SimpleNamespace(choose=lambda room: None, timely=searched)
+    attempt.choose(search)
+    assert attempt.timely == timely
+
+
 def test_the_collector_comes_back_after_an_interruption(monkeypatch):
     disable = gc.disable
 
