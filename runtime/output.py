@@ -110,10 +110,6 @@ def to_be_replaced(directory: Path, steps: int | None, *, resume: bool, overwrit
         found = [path for name in RESULTS if (path := directory / name).exists() and path.stat().st_size]
         checkpoints = find_checkpoints(str(directory))
         found += [Path(path) for _, path in checkpoints]
-        if not resume and (other := _other_than_trained(directory / "model")):
-            raise InputError(
-                f"{directory / 'model'} holds {other}, which no run leaves there; choose another output directory"
-            )
         if found and not resume and not overwrite:
             way = "continue it with --resume, " if checkpoints else "it has no checkpoint to go on from, "
             raise InputError(

@@ -95,6 +95,10 @@ class Done:
         with RecordFile.open(path) as file:
             return file.fingerprint
 
+    def told(self, trained: str = "adapter") -> dict[str, Any]:
+        """The report, with where the results are now."""
+        return self.report | {"adapter": str(self.out / trained), "checkpoint": str(self.out / f"checkpoint-{STEPS}")}
+
     def answer(self, evaluation: Path | None = None, **settings: Any) -> tuple[dict[str, Any] | None, bool]:
         (self.out / "report.json").write_text(json.dumps(self.report))
         return finished_report(self.out, self.settings | settings, self.train, evaluation, "texts")
@@ -102,27 +106,27 @@ class Done:
 
 def test_what_is_done_answers_and_says_whether_it_was_evaluated_on_these_data(tmp_path: Path) -> None:
     done = Done(tmp_path)
-    assert done.answer() == (done.report, True)
-    assert done.answer(done.held_out) == (done.report, True)
-    assert done.answer(done.records("other", 3)) == (done.report, False)
+    assert done.answer() == (done.told(), True)
+    assert done.answer(done.held_out) == (done.told(), True)
+    assert done.answer(done.records("other", 3)) == (done.told(), False)
     del done.report["evaluation"]["after"]
-    assert done.answer(done.held_out) == (done.report, False)
+    assert done.answer(done.held_out) == (done.told(), False)
     done.report["evaluation"] = {when: {"loss": 2.0} for when in ("before", "after")}  # of an older version
-    assert done.answer(done.held_out) == (done.report, True)
+    assert done.answer(done.held_out) == (done.told(), True)
 
 
 def test_an_older_report_is_no_answer(tmp_path: Path) -> None:
     """That of fewer steps, of a run that was killed after its last checkpoint; or where what was trained has gone."""
     done = Done(tmp_path)
     done.report["loss"].pop()
-    assert done.answer() == (None, True)
+    assert done.answer() == (None, False)
     done.report["loss"] = [1.0] * (STEPS + 1)
     assert done.answer(steps=STEPS + 1)[0] is None
     done.report["loss"] = [1.0] * STEPS
     (done.out / "adapter").rmdir()
-    assert done.answer() == (None, True)
+    assert done.answer() == (None, False)
     (done.out / "model").mkdir()
-    assert done.answer() == (done.report, True)
+    assert done.answer() == (done.told("model"), True)
 
 
 @pytest.mark.parametrize(
