@@ -34,8 +34,9 @@ def interruptible(solve: Callable[[], Answer], stop: Callable[[], None] | None =
 
     try:
         # A signal that the other thread got would leave this one, which waits, asleep: that begins without them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # which may raise once it has blocked them
             threading.Thread(target=work, name=THREAD).start()
         except RuntimeError:
             # No memory for a thread.

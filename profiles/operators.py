@@ -238,6 +238,7 @@ def head_chunk(
             added = torch.mm(scores.copy_(logits) if apart else scores, weight)
             for part in _blocks(*added.shape):
                 accumulated[part].add_(added[part])
+            del added  # before the next is made
         else:
             product((logits, weight, 1.0), out=accumulated, addend=accumulated)
 

@@ -74,10 +74,10 @@ def _rounded(term: Term) -> Term:
     left, right, scale = term
     if right.dtype is left.dtype:
         return term
-    if scale != 1.0 and math.frexp(scale)[0] == 0.5:
-        right, scale = right * scale, 1.0
     tall = right.shape[0] > right.shape[1]
     rounded = (right.t() if tall else right).to(left.dtype, memory_format=torch.contiguous_format)
+    if scale != 1.0 and math.frexp(scale)[0] == 0.5:
+        rounded, scale = rounded.mul_(scale), 1.0
     return left, rounded.t() if tall else rounded, scale
 
 

@@ -15,7 +15,7 @@ and small holes in the heap; the same from the second step on, because free page
 SmolLM2-135M, Qwen2.5-0.5B, 1.5B and 3B, Gemma3-1B and 4B needed 0.1 to 1.3 of these 2.25 MiB."""
 HOLES_PER_WORKSPACE = 0.3
 """Further holes, as a part of the largest workspace of an operator that is not ours: what its buffers leave free is not always
-where the next one's need it. Ours take all of their workspace at once."""
+where the next one's need it. Ours take nearly all of their workspace at once."""
 IMPORT_SLACK_BYTES = 2 << 20
 """How much the peak of the start varies with what the page cache holds."""
 

@@ -237,6 +237,8 @@ def _save_trained(training: Training, path: str) -> str:
         training.channel.drain()
         training.save_trained(partial)
         sync_directory(partial)
+        if os.path.islink(path):
+            os.unlink(path)
         shutil.rmtree(path, ignore_errors=True)
         os.rename(partial, path)
     except OSError as error:
@@ -252,9 +254,9 @@ class Metrics:
 
     def __init__(self, path: str, done: int) -> None:
         self._path = path
-        kept = _lines_until(path, done)
         temporary = f"{path}.{os.getpid()}"
         try:
+            kept = _lines_until(path, done)
             with open(temporary, "wb") as file:
                 file.write(kept)
             os.replace(temporary, path)

@@ -253,7 +253,7 @@ def _workspace(call: Callable[[], None]) -> int:
     """Heap bytes that a call takes beyond its inputs and outputs: the rise of the kernel's peak counter, from a trimmed heap.
 
     The lowest of a few: a hole that one of its buffers does not find again adds as much as 40 % to some calls and not to
-    others. The floor counts such holes (`runtime.floor.HOLES_PER_WORKSPACE`).
+    others. The floor counts such holes (`runtime.floor.HEAP_SLACK_BYTES`, `HOLES_PER_WORKSPACE`).
     """
     rises = []
     for _ in range(WORKSPACE_CALLS):

@@ -25,8 +25,8 @@ def checked(**options: Any) -> dict[str, Any]:
 def finite(name: str, value: Any) -> float:
     """A learning rate or a weight decay. Raises InputError for what is none."""
     try:
-        number = float("nan") if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, RuntimeError):  # torch's, of a tensor with several elements
+        number = float("nan") if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # torch's, of a tensor with several elements
         number = float("nan")
     if not 0 <= number < float("inf"):
         raise InputError(f"{name} {value}: give a finite number of at least 0")
@@ -35,7 +35,7 @@ def finite(name: str, value: Any) -> float:
 
 def _checked(name: str, value: Any) -> Any:
     if name == "schedule":
-        if value not in SCHEDULES:
+        if not isinstance(value, str) or value not in SCHEDULES:
             raise InputError(f"schedule {value!r} is not known; choose one of {', '.join(SCHEDULES)}")
         return value
     return whole(name, value) if name in LEAST else finite(name, value)

@@ -83,6 +83,8 @@ def writing_to(directory: Path) -> Iterator[None]:
 def remove_prepared(directory: Path) -> None:
     """The prepared data of an earlier run, and nothing else that somebody keeps in a folder of that name."""
     folder = directory / "data"
+    if folder.is_symlink():
+        return
     for purpose in ("train", "evaluate"):
         for kind in ("records", "batches"):
             (folder / f"{purpose}.{kind}").unlink(missing_ok=True)
@@ -98,14 +100,14 @@ def to_be_replaced(directory: Path, steps: int | None, *, resume: bool, overwrit
     name of a result is somebody's model.
     """
     try:
-        if (data := directory / "data").exists() and not data.is_dir():
+        if os.path.lexists(data := directory / "data") and not data.is_dir():
             raise InputError(
-                f"{data} is a file, and a run keeps its prepared data in a folder of that name; move it away, or choose another output directory"
+                f"{data} is no folder, and a run keeps its prepared data in one of that name; move it away, or choose another output directory"
             )
         model = directory / "model"
-        if model.is_dir() and (strange := sorted({path.name for path in model.iterdir()} - {MODEL})):
+        if not resume and model.is_dir() and (strange := _strange(model)):
             raise InputError(
-                f"{model} holds {strange[0]}, which no run leaves there and --overwrite would remove; move it away, or choose another output directory"
+                f"{model} holds {strange}, which no run leaves there and --overwrite would remove; move it away, or choose another output directory"
             )
         found = [path for name in RESULTS if (path := directory / name).exists() and path.stat().st_size]
         checkpoints = find_checkpoints(str(directory))
@@ -129,6 +131,11 @@ def to_be_replaced(directory: Path, steps: int | None, *, resume: bool, overwrit
     except OSError as error:
         raise InputError(f"{directory}: {error.strerror}; choose another output directory") from error
     return [] if resume else found
+
+
+def _strange(model: Path) -> str | None:
+    """A name in what may be the folder of another model, such as the one that is trained; hidden files are nobody's."""
+    return min((path.name for path in model.iterdir() if path.name != MODEL and path.name[0] != "."), default=None)
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -160,7 +167,9 @@ def finished_report(
         known = {when for when, told in report["evaluation"].items() if told.get("data", earlier) == held_out}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, False
-    trained = next((path for name in ("adapter", "model") if (path := directory / name).is_dir()), None)
+    told = Path(str(report.get("adapter"))).name
+    names = sorted(("adapter", "model"), key=lambda name: name != told)
+    trained = next((path for name in names if (path := directory / name).is_dir()), None)
     if not done or trained is None:
         return None, False
     # Where they are now: the folder may have been moved since.

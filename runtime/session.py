@@ -23,7 +23,7 @@ from runtime.admission import Stages, check_machine, check_schedule, find_store
 from runtime.given import as_planned
 from runtime.lean_process import started
 from runtime.options import checked, finite
-from runtime.output import locked, remove, remove_prepared, to_be_replaced, write_report
+from runtime.output import locked, remove, remove_prepared, to_be_replaced, write_report, writing_to
 from runtime.report import build_report
 from runtime.requests import ANSWERS, EVALUATE, FINISH, SAVE, STEP, ask
 from runtime.settings import settings_of
@@ -105,9 +105,10 @@ class Session:
                     plan.model_dump(),
                     settings_of(plan, directory, store, requests=read, resume=self._resume, **self._options),
                 )
-                remove(replaced)
-                if not self._resume:
-                    remove_prepared(directory)
+                with writing_to(directory):
+                    remove(replaced)
+                    if not self._resume:
+                        remove_prepared(directory)
                 self._child = stack.enter_context(
                     started(plan, compiled, directory, lock, cgroup=self._cgroup, requests=read)
                 )

@@ -283,8 +283,33 @@ def test_after_an_interruption_what_if_plans_no_further_budget():
     assert [worth.change_bytes for worth in beside] == [-step_of(made)]
 
 
+@pytest.mark.parametrize("call", [0, 1, 2])
+@pytest.mark.parametrize("threads", [True, False])
+def test_no_interruption_leaves_signals_blocked(monkeypatch, call, threads):
+    """The call that blocks them may raise once it has."""
+    calls = []
+    real = signal.pthread_sigmask
+
+    def interrupting(how, numbers):
+        before = real(how, numbers)
+        calls.append(how)
+        if len(calls) == call + 1:
+            raise KeyboardInterrupt
+        return before
+
+    def none(*_, **__):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(signal, "pthread_sigmask", interrupting)
+    if not threads:
+        monkeypatch.setattr(threading, "Thread", none)
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(lambda: 3)
+    assert not real(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
+
 def test_a_signal_that_ends_a_program_is_never_the_solvers():
     """The kernel gives it to any thread that takes it, and the one that waits for an answer would sleep on."""
     blocked = interruptible(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()))
     assert {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} <= blocked
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}

@@ -611,7 +611,7 @@ def test_a_file_in_the_place_of_the_prepared_data_is_told(plan, tmp_path):
     with pytest.raises(InputError) as caught:
         run(plan, "random", steps=1, out=tmp_path, overwrite=True)
     assert str(caught.value) == (
-        f"{tmp_path / 'data'} is a file, and a run keeps its prepared data in a folder of that name;"
+        f"{tmp_path / 'data'} is no folder, and a run keeps its prepared data in one of that name;"
         " move it away, or choose another output directory"
     )
 

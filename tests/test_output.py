@@ -11,7 +11,7 @@ import pytest
 
 from profiles.errors import InputError, RunError
 from runtime import checkpoint
-from runtime.output import finished_report, locked, staged, to_be_replaced
+from runtime.output import finished_report, locked, remove_prepared, staged, to_be_replaced
 from runtime.records import RecordFile, RecordWriter
 
 STEPS = 3
@@ -144,3 +144,38 @@ def test_another_run_is_no_answer(tmp_path: Path) -> None:
     done.train = done.records("more", 4)
     with pytest.raises(InputError, match="made with other data than texts"):
         done.answer()
+
+
+def test_what_somebody_adds_to_a_result_is_in_nobodys_way_on_resume(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / "model" / name).touch()
+    (tmp_path / "checkpoint-2").mkdir()
+    assert to_be_replaced(tmp_path, 4, resume=True, overwrite=False) == []
+    with pytest.raises(InputError, match=r"model holds config\.json, which no run leaves there"):
+        to_be_replaced(tmp_path, 4, resume=False, overwrite=True)
+    (tmp_path / "model" / "config.json").rename(tmp_path / "model" / ".DS_Store")
+    assert tmp_path / "model" in to_be_replaced(tmp_path, 4, resume=False, overwrite=True)
+
+
+def test_data_that_are_a_link_are_anothers(tmp_path: Path) -> None:
+    other, out = tmp_path / "other", tmp_path / "out"
+    for folder in (other, out):
+        folder.mkdir()
+    (other / "train.records").touch()
+    (out / "data").symlink_to(other)
+    remove_prepared(out)
+    assert (other / "train.records").exists()
+    (out / "data").unlink()
+    (out / "data").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"data is no folder"):
+        to_be_replaced(out, 4, resume=False, overwrite=True)
+
+
+def test_the_results_of_a_finished_run_are_those_it_reported(tmp_path: Path) -> None:
+    done = Done(tmp_path)
+    (done.out / "model").mkdir()
+    done.report["adapter"] = "/where/it/was/model"
+    assert done.answer() == (done.told("model"), True)
+    (done.out / "model").rmdir()
+    assert done.answer() == (done.told(), True)

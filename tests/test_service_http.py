@@ -233,6 +233,9 @@ def test_what_is_not_there(served):
     answer = served.http.delete("/v1/plans")
     told = refused(answer, 405, "method_not_allowed")
     assert (told, answer.headers["allow"]) == ("DELETE is not for /v1/plans; send GET or POST", "GET, POST")
+    answer = served.http.post("/openapi.json")
+    told = refused(answer, 405, "method_not_allowed")
+    assert (told, answer.headers["allow"]) == ("POST is not for /openapi.json; send GET or HEAD", "GET, HEAD")
     broken = served.http.post("/v1/plans", content=b"{bad", headers={"Content-Type": "application/json"})
     told = refused(broken, 400, "invalid_request", "body.1")
     assert told == "body.1: not JSON (Expecting property name enclosed in double quotes)"

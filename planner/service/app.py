@@ -232,20 +232,23 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         told = f"there is nothing at {request.url.path}; /openapi.json tells what there is"
     elif error.status_code == 405:
-        told = f"{request.method} is not for {request.url.path}; send {' or '.join(_methods(request))}"
+        told = f"{request.method} is not for {request.url.path}; send {' or '.join(_methods(request, error))}"
     answer = error_response(error.status_code, CODES.get(error.status_code, "invalid_request"), told)
     answer.headers.update(error.headers or {})
     if error.status_code == 405:
-        answer.headers["Allow"] = ", ".join(_methods(request))
+        answer.headers["Allow"] = ", ".join(_methods(request, error))
     return answer
 
 
-def _methods(request: Request) -> list[str]:
-    """What may be sent to the path of a request, by all of its routes: Starlette tells those of the first alone."""
+def _methods(request: Request, error: HTTPException) -> list[str]:
+    """What may be sent to the path of a request, by all of its routes: Starlette's error tells those of the first alone."""
     found = [
         route for router in ROUTERS for route in router.routes if route.matches(request.scope)[0] is not Match.NONE
     ]
-    return sorted({method for route in found for method in getattr(route, "methods", None) or ()})
+    first = (error.headers or {}).get("Allow", "").split(", ")
+    return sorted(
+        {*filter(None, first), *(method for route in found for method in getattr(route, "methods", None) or ())}
+    )
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
