@@ -33,23 +33,28 @@ def interruptible(solve: Callable[[], Answer], stop: Callable[[], None] | None =
             answer.set_exception(error)
 
     try:
-        # A signal that the other thread got would leave this one, which waits, asleep: that begins without them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # which may raise once it has blocked them
-            threading.Thread(target=work, name=THREAD).start()
-        except RuntimeError:
-            # No memory for a thread.
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            return solve()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return answer.result()
+        return answer.result() if _begun(work) else solve()
     except KeyboardInterrupt:
         # What has not begun never will.
         if not answer.cancel() and stop is not None:
             stop()
         raise
+
+
+def _begun(work: Callable[[], None]) -> bool:
+    """Start a thread for it; False: there is no memory for one.
+
+    A signal that the thread got would leave the one that waits for it asleep: it begins without those that end a program.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # which may raise once it has blocked them
+        threading.Thread(target=work, name=THREAD).start()
+    except RuntimeError:
+        return False
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return True
 
 
 def left_alone() -> bool:

@@ -228,26 +228,28 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    told = str(error.detail)
+    told, headers = str(error.detail), dict(error.headers or {})
     if error.status_code == 404:
         told = f"there is nothing at {request.url.path}; /openapi.json tells what there is"
     elif error.status_code == 405:
-        told = f"{request.method} is not for {request.url.path}; send {' or '.join(_methods(request, error))}"
+        methods = _methods(request, headers.get("Allow", ""))
+        told = f"{request.method} is not for {request.url.path}; send {' or '.join(methods)}"
+        headers["Allow"] = ", ".join(methods)
     answer = error_response(error.status_code, CODES.get(error.status_code, "invalid_request"), told)
-    answer.headers.update(error.headers or {})
-    if error.status_code == 405:
-        answer.headers["Allow"] = ", ".join(_methods(request, error))
+    answer.headers.update(headers)
     return answer
 
 
-def _methods(request: Request, error: HTTPException) -> list[str]:
-    """What may be sent to the path of a request, by all of its routes: Starlette's error tells those of the first alone."""
+def _methods(request: Request, first: str) -> list[str]:
+    """What may be sent to the path of a request, by all of its routes: Starlette tells the `first` one's alone."""
     found = [
         route for router in ROUTERS for route in router.routes if route.matches(request.scope)[0] is not Match.NONE
     ]
-    first = (error.headers or {}).get("Allow", "").split(", ")
     return sorted(
-        {*filter(None, first), *(method for route in found for method in getattr(route, "methods", None) or ())}
+        {
+            *filter(None, first.split(", ")),
+            *(method for route in found for method in getattr(route, "methods", None) or ()),
+        }
     )
 
 
