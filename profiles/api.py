@@ -19,7 +19,7 @@ from profiles.devices import find_device
 from profiles.errors import InputError
 from profiles.estimate import estimate_profile
 from profiles.exchange import load_profile, save_profile
-from profiles.files import cache_directory, python_path
+from profiles.files import cache_directory, python_path, takes_files
 from profiles.measure import measure
 from profiles.pack import build_store
 from profiles.processor import cpu_name, features
@@ -60,6 +60,7 @@ CODE = (
     "products",
     "register",
     "layout",
+    "machine_code",
     "describe",
     "store",
     "trace",
@@ -69,6 +70,7 @@ CODE = (
 MEASURING_CODE = (
     "bandwidth",
     "channels",
+    "cold",
     "compiled",
     "floor",
     "kernels",
@@ -227,6 +229,7 @@ def _fingerprint(source: Source, *settings: Any) -> str:
             cpu_name(),
             sorted(features()),
             Path(native.library(cache_directory())).name,
+            takes_files(cache_directory()),
             code,
         ],
         default=str,

@@ -48,7 +48,38 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
     return path
 
 
-def write_all(descriptor: int, data: bytes | memoryview) -> None:
+def takes_files(folder: Path) -> bool:
+    """Whether files may be made in a folder, or where it will be, and lie on a disk."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return os.access(folder, os.W_OK | os.X_OK) and not in_memory(folder)
+
+
+def in_memory(path: Path) -> bool:
+    """Whether the files of this folder are memory, which a run's cap counts: those of tmpfs."""
+    try:
+        device = path.stat().st_dev
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return any(line.split()[2] == number and " - tmpfs " in line for line in lines)
+
+
+def nameless_file(directory: str) -> int:
+    """A descriptor of a file in `directory` that nobody else sees, and that is gone with its last user. Raises OSError."""
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except (OSError, AttributeError):
+        pass  # not every file system has them
+    import tempfile
+
+    descriptor, path = tempfile.mkstemp(prefix=".tightfit-", dir=directory)
+    os.unlink(path)  # noqa: PTH108  pathlib costs the lean process memory
+    return descriptor
+
+
+def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
     """All of it: what a disk has room for or a pipe has taken when a signal comes may be less."""
     view = memoryview(data)
     while view:

@@ -161,6 +161,9 @@ class Floor(Record):
     inference_resident_bytes: int | None = Field(
         None, description="`resident_bytes` of a process that runs no backward; None: not measured"
     )
+    tables_on_disk: bool = Field(
+        False, description="whether what PyTorch's start leaves lies in a file of the cache while the process runs"
+    )
 
     @property
     def inference(self) -> Floor:

@@ -14,10 +14,12 @@ from planner.schema import Plan
 from planner.summary import unfinished_update
 from profiles.busy import our_cores
 from profiles.errors import InfeasibleError, InputError
+from profiles.files import cache_directory
 from profiles.products import BFLOAT16_PRODUCTS
 from profiles.schema import PROFILE_VERSION
 from profiles.store import Store
 from profiles.units import format_size
+from runtime import cold
 from runtime.checkpoint import OPERATORS
 
 Stages = Callable[[str, int, int], None]
@@ -51,6 +53,11 @@ def check_machine(plan: Plan) -> None:
         raise InputError(
             f"the plan uses {device.threads} threads and this process may use {present}; profile and plan on this machine"
         )
+    if device.floor.tables_on_disk and not cold.library(cache_directory()):
+        raise InputError(
+            f"the plan counts on a file in {cache_directory()} that holds what PyTorch's start leaves, and none can be made there"
+            " (a folder on a disk that takes files is needed, and a C compiler); profile and plan again"
+        )
     if device.torch_version and device.torch_version != torch.__version__:
         raise InputError(
             f"the plan was made with torch {device.torch_version} and torch {torch.__version__} is installed; profile and plan again"
@@ -76,7 +83,6 @@ def check_schedule(plan: Plan) -> None:
 
 def find_store(plan: Plan, stages: Stages | None) -> Path | None:
     """The weight store of the plan, made now for a model without weights. Raises InputError where it is another model's."""
-    from profiles.files import cache_directory
     from profiles.pack import build_store
     from profiles.sources import resolve
 

@@ -82,17 +82,6 @@ class MemoryCgroup:
             (self.path / swap).write_text(str(limit // page * page) if self.version == 1 else "0")
 
 
-def in_memory(path: Path) -> bool:
-    """Whether the files of this folder are memory, which the limit counts: those of tmpfs."""
-    try:
-        device = path.stat().st_dev
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return False
-    number = f"{os.major(device)}:{os.minor(device)}"
-    return any(line.split()[2] == number and " - tmpfs " in line for line in lines)
-
-
 def _parents(mount: Path) -> Iterator[tuple[Path, int]]:
     """Directories to try: this process's own cgroup, then the root; v1 where it has the memory controller, else v2."""
     own: dict[int, str] = {}

@@ -13,9 +13,11 @@ import signal
 import sys
 from typing import Any
 
+from profiles.errors import CapError, RunError, TightfitError
+from profiles.files import write_all
 from profiles.parent import end_with_parent
 from runtime import lean_torch
-from runtime.process import memory
+from runtime.process import leave, memory
 
 
 def main(arguments: list[str]) -> int:
@@ -24,15 +26,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--messages", type=int, default=1)
     parser.add_argument("--floor", action="store_true")
     options = parser.parse_args(arguments)
-    lean_torch.load()
     if options.floor:
-        from runtime.floor import measure_floor
-
-        sys.stdout.write(json.dumps(measure_floor()) + "\n")
-        return 0
-    from profiles.errors import CapError, TightfitError
-    from profiles.files import write_all
-
+        return _tell_floor()
     stop = _StopRequest()
 
     def send(event: str, **content: Any) -> None:
@@ -42,6 +37,7 @@ def main(arguments: list[str]) -> int:
             stop()  # the parent is gone, and nobody waits for more than a checkpoint
 
     try:
+        lean_torch.load()
         return run_job(options.job, send, stop)
     except TightfitError as error:
         code, kind, text = error.exit_code, type(error).__name__, str(error)
@@ -54,6 +50,18 @@ def main(arguments: list[str]) -> int:
         code, kind, text = 4, "RunError", f"the run failed: {type(error).__name__}: {error}"
     send("error", kind=kind, message=text, peak_bytes=memory().peak)
     return code
+
+
+def _tell_floor() -> int:
+    try:
+        lean_torch.load()
+    except RunError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    from runtime.floor import measure_floor
+
+    sys.stdout.write(json.dumps(measure_floor()) + "\n")
+    return 0
 
 
 def run_job(path: str, send: Any, stop: _StopRequest) -> int:
@@ -86,4 +94,4 @@ class _StopRequest:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from runtime.job import (
 from runtime.meter import Meter
 from runtime.optimizer import Perturbation, Update
 from runtime.spill import SpillFile
+from runtime.tables import Trainable, Weight
 
 __all__ = ["CompiledOperator", "Executor", "compile_operator"]
 
@@ -114,6 +115,8 @@ class Executor:
         channel: Channel,
         update: Update | Perturbation,
         meter: Meter,
+        weights: Sequence[Weight],
+        trainables: Sequence[Trainable],
     ) -> None:
         header = job.header
         self.arena, self.store, self.spill, self.channel, self.update, self.meter = (
@@ -127,19 +130,15 @@ class Executor:
         self.sizes, self.extents = job.sizes, job.extents
         self.where = array("q", [0]) * len(job.sizes)
         """Byte offset of every resident tensor in the arena."""
-        for number, at in header["resident"]:
-            self.where[number] = at * UNIT
+        for place in range(0, len(job.resident), 2):
+            self.where[job.resident[place]] = job.resident[place + 1] * UNIT
         ends = [*job.starts[1:], len(job.tables)]
         self.tables = [job.tables[start:end] for start, end in zip(job.starts, ends)]
         # Bound, they are of no more use and as large as what is bound.
         programs = [bind(program, arena, store) for program in header.pop("programs")]
         self.layers = [programs[index] for index in header["layer_programs"]]
         self.gathered = dict(header["gathered"])
-        self.weights = [(name, dtype, tuple(shape), packed) for name, dtype, shape, packed, _, _ in header["weights"]]
-        self.trainables = [
-            (name, tuple(shape), (p[0], g, *(number for number, _ in states)))
-            for name, shape, p, states, g in header["trainables"]
-        ]
+        self.weights, self.trainables = weights, trainables
         self.loss_number, self.token_losses = header["loss"], header["token_losses"]
         self.arriving: dict[int, int] = {}
         self.leaving: dict[int, int] = {}
@@ -211,28 +210,30 @@ class Executor:
                     self._arrive(number)
                 place += 2
             elif code == READ:
-                name, _, _, packed = self.weights[words[place + 1]]
+                weight = self.weights[words[place + 1]]
                 number, at = words[place + 2], words[place + 3] * UNIT
                 where[number] = at
-                arriving[number] = self.channel.submit(self.store.read_into, name, self.arena.raw(at, packed))  # type: ignore[union-attr]
+                packed = self.arena.raw(at, weight.packed_bytes)
+                arriving[number] = self.channel.submit(self.store.read_into, weight.name, packed)  # type: ignore[union-attr]
                 place += 4
             elif code == UNPACK:
-                name, dtype, shape, bytes_ = self.weights[words[place + 1]]
+                weight = self.weights[words[place + 1]]
                 number, source, at = words[place + 2], words[place + 3], words[place + 4] * UNIT
                 if source in arriving:
                     self._arrive(source)
                 where[number] = at
-                made = (name, self.arena.raw(where[source], bytes_), self.arena.tensor(at, shape, dtype))
-                self._call("unpack", self.store.unpack, *made)  # type: ignore[union-attr]
+                packed = self.arena.raw(where[source], weight.packed_bytes)
+                made = self.arena.tensor(at, weight.shape, weight.dtype)
+                self._call("unpack", self.store.unpack, weight.name, packed, made)  # type: ignore[union-attr]
                 place += 5
             elif code == UPDATE:
                 self._update(words[place + 1], cycles * words[place + 2] + words[place + 3])
                 place += 4
             elif code == PERTURB:
-                name, shape, numbers = self.trainables[words[place + 1]]
-                parameter = self.arena.tensor(where[numbers[0]], shape, "float32")
+                trainable = self.trainables[words[place + 1]]
+                parameter = self.arena.tensor(where[trainable.value.number], trainable.shape, "float32")
                 assert isinstance(self.update, Perturbation)
-                self._call("perturb", self.update.shift, name, parameter, words[place + 2])
+                self._call("perturb", self.update.shift, trainable.name, parameter, words[place + 2])
                 place += 3
             elif code == PASS:
                 where[words[place + 2]] = where[words[place + 1]]
@@ -269,15 +270,15 @@ class Executor:
 
     def _update(self, trainable: int, count: int) -> None:
         """Update number `count` of a trainable, once everything that it reads has landed."""
-        name, shape, numbers = self.trainables[trainable]
+        one = self.trainables[trainable]
         if isinstance(self.update, Perturbation):
-            parameter = self.arena.tensor(self.where[numbers[0]], shape, "float32")
-            self._call("update", self.update.apply, name, parameter, *self.forwards)
+            parameter = self.arena.tensor(self.where[one.value.number], one.shape, "float32")
+            self._call("update", self.update.apply, one.name, parameter, *self.forwards)
             return
-        for number in numbers:
+        for number in one.numbers:
             if number in self.arriving:
                 self._arrive(number)
-        tensors = (self.arena.tensor(self.where[number], shape, "float32") for number in numbers)
+        tensors = (self.arena.tensor(self.where[number], one.shape, "float32") for number in one.numbers)
         self._call("update", self.update.apply, count, *tensors)
 
     def _call(self, name: str, call: Callable[..., object], *arguments: Any) -> None:

@@ -21,14 +21,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from profiles.errors import InputError
+from runtime.tables import SEPARATOR
 
 READ, UNPACK, RUN, FREE, SPILL, FETCH, UPDATE, PERTURB, PASS, LOSS, TOKEN_LOSSES = range(11)
 CODES = ("read", "unpack", "run", "free", "spill", "fetch", "update", "perturb", "pass", "loss", "token_losses")
 UNIT = 64
 BLOCK = 4096
-VERSION = 1
+VERSION = 2
 STATES = ("adam_m", "adam_v", "grad_sum")
-_ARRAYS = (("sizes", "q"), ("extents", "q"), ("tables", "i"), ("starts", "i"), ("train", "i"), ("evaluate", "i"))
+_ARRAYS = (
+    ("sizes", "q"),
+    ("extents", "q"),
+    ("tables", "i"),
+    ("starts", "i"),
+    ("resident", "q"),
+    ("weights", "q"),
+    ("trainables", "q"),
+    ("train", "i"),
+    ("evaluate", "i"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +55,14 @@ class Job:
     """Tensor number of every program value of every layer, layer after layer."""
     starts: array[int]
     """Where each layer's table starts."""
+    resident: array[int]
+    """Number and offset, in units, of each tensor that stays in the arena between steps."""
+    weights: array[int]
+    """What `runtime.tables.Weights` reads: dtype and shape of each weight of the header as places in lists there, its packed bytes, and
+    its byte offsets where it stays unpacked and packed; -1: it does not."""
+    trainables: array[int]
+    """What `runtime.tables.Trainables` reads: of each trainable of the header the place of its shape there, the number of its gradient, and
+    number and byte offset (-1: spilled) of its value and states."""
     train: array[int]
     evaluate: array[int]
 
@@ -92,12 +111,19 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
         cycle.append([begin, len(train)])
     evaluate = writer.words(plan["evaluate"]) if plan["evaluate"] else array("i")
     extents, spill_bytes = _extents(numbers, train, evaluate)
+    resident: dict[str, int] = plan["resident"]
     return Job(
         header={**settings, **_header(plan, numbers.of, spill_bytes=spill_bytes, cycle=cycle)},
         sizes=numbers.sizes,
         extents=extents,
         tables=tables,
         starts=starts,
+        resident=array(
+            "q",
+            (word for name, at in resident.items() for word in (numbers.of[name], _units(at, ["resident", name]))),
+        ),
+        weights=_weights(plan),
+        trainables=_trainables(plan, numbers.of),
         train=train,
         evaluate=evaluate,
     )
@@ -240,6 +266,37 @@ def _spilled(words: array[int]) -> set[int]:
     return found
 
 
+# --- what lasts ------------------------------------------------------------------------------------------------------
+
+
+def _said(tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    """Names, and the dtypes and shapes that occur."""
+    return {
+        "names": SEPARATOR.join(t["name"] for t in tensors),
+        "dtypes": list(dict.fromkeys(t["dtype"] for t in tensors)),
+        "shapes": [list(shape) for shape in dict.fromkeys(tuple(t["shape"]) for t in tensors)],
+    }
+
+
+def _weights(plan: Mapping[str, Any]) -> array[int]:
+    resident, made = plan["resident"], array("q")
+    said = _said(weights := _of_kind(plan, "weight"))
+    for t in weights:
+        made.extend((said["dtypes"].index(t["dtype"]), said["shapes"].index(list(t["shape"]))))
+        made.extend((t["packed_bytes"], resident.get(t["name"], -1), resident.get(f"packed:{t['name']}", -1)))
+    return made
+
+
+def _trainables(plan: Mapping[str, Any], numbers: Mapping[str, int]) -> array[int]:
+    resident, made = plan["resident"], array("q")
+    said = _said(trainables := _of_kind(plan, "trainable"))
+    for t in trainables:
+        made.extend((said["shapes"].index(list(t["shape"])), numbers[f"grad:{t['name']}"]))
+        for name in (t["name"], *(f"{role}:{t['name']}" for role in _states(plan))):
+            made.extend((numbers[name], resident.get(name, -1)))
+    return made
+
+
 # --- header -----------------------------------------------------------------------------------------------------------
 
 
@@ -274,24 +331,11 @@ def _header(
         "lora": plan["model"]["lora"],
         "programs": [program_header(p) for p in plan["programs"]],
         "layer_programs": [programs[layer["program"]] for layer in plan["layers"]],
-        "weights": [
-            [t["name"], t["dtype"], t["shape"], t["packed_bytes"], place(t["name"]), place(f"packed:{t['name']}")]
-            for t in _of_kind(plan, "weight")
-        ],
+        "weights": _said(_of_kind(plan, "weight")),
         "cycle": cycle,
-        "trainables": [
-            [
-                t["name"],
-                t["shape"],
-                [numbers[t["name"]], place(t["name"])],
-                [[numbers[n], place(n)] for n in (f"{role}:{t['name']}" for role in _states(plan))],
-                numbers[f"grad:{t['name']}"],
-            ]
-            for t in _of_kind(plan, "trainable")
-        ],
+        "trainables": _said(_of_kind(plan, "trainable")),
         "constants": placed("constant"),
         "inputs": placed("batch"),
-        "resident": [[numbers[name], _units(at, ["resident", name])] for name, at in resident.items()],
         "gathered": list(gathered.items()),
         "loss": numbers[plan["loss"]],
         "token_losses": [numbers[plan["token_losses"]], tensors[plan["token_losses"]]["shape"]]

@@ -17,7 +17,7 @@ from typing import Any
 from profiles.errors import InputError
 from runtime import lean_torch
 from runtime.job import program_header, program_values
-from runtime.process import child_environment, memory, trim_heap
+from runtime.process import child_environment, leave, memory, trim_heap
 
 INFERENCE = "--inference"
 
@@ -113,4 +113,4 @@ def _resident() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

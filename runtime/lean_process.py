@@ -15,8 +15,9 @@ from typing import IO, Any
 
 from planner.schema import Plan
 from profiles.errors import CapError, InputError, RunError, TightfitError
+from profiles.files import in_memory
 from profiles.units import format_size
-from runtime.cgroup import MemoryCgroup, in_memory
+from runtime.cgroup import MemoryCgroup
 from runtime.checkpoint import find_checkpoints
 from runtime.job import Job
 from runtime.output import writing_to

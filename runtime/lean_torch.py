@@ -24,6 +24,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from profiles.errors import RunError
+from runtime import cold
 from runtime.process import release_file_pages
 
 KNOWN = ("2.13",)  # versions tested; with others a forked process tries first
@@ -44,8 +46,11 @@ def load() -> str:
     try:
         if not _known() and not _survives():
             raise ImportError(f"torch {_version(_root())} does not start this way")
-        _load()
-        _check()
+        with cold.moving():
+            _load()
+            _check()
+    except RunError:
+        raise
     except Exception as error:
         restart_plain(error)
     return "lean"

@@ -8,9 +8,11 @@ import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 from profiles import native
 from profiles.files import cache_directory, python_path
+from runtime import cold
 
 _MADV_DONTNEED, _MADV_DONTDUMP = 4, 16
 _LARGE_MAPPING = 1 << 20
@@ -46,7 +48,10 @@ def child_environment(threads: int) -> dict[str, str]:
     )
     environment = {name: os.environ[name] for name in keep if name in os.environ}
     environment.update(
-        {native.VARIABLE: native.library(cache_directory())},
+        {
+            native.VARIABLE: native.library(cache_directory()),
+            cold.VARIABLE: cold.library(cache_directory()),
+        },
         GLIBC_TUNABLES="glibc.malloc.tcache_count=0",
         MALLOC_ARENA_MAX="1",
         MALLOC_MMAP_THRESHOLD_=str(32 << 20),
@@ -190,6 +195,13 @@ def trim_heap() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(ctypes.c_size_t(0))
+
+
+def leave(code: int) -> NoReturn:
+    """End a lean process at once: what else runs at the end would bring back all that lies in a file (`runtime.cold`)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def command(*arguments: str) -> list[str]:

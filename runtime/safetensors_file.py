@@ -24,6 +24,8 @@ DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+LARGEST_HEADER = 1 << 26
+"""a longer one is damage, which the checksum tells"""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
 
@@ -44,22 +46,20 @@ class Item:
         return size
 
 
-def write(path: str, items: Iterable[Item], metadata: Mapping[str, str]) -> int:
-    """Write and fsync `path`; returns the crc32 of the file. Raises OSError where the disk refuses."""
-    items = list(items)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for item in items:
-        header[item.name] = {"dtype": DTYPES[item.dtype], "shape": item.shape, "data_offsets": [end, end + item.bytes]}
-        end += item.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
-    checksum = zlib.crc32(head)
+def write(path: str, items: Callable[[], Iterable[Item]], metadata: Mapping[str, str]) -> int:
+    """Write and fsync `path`; returns the crc32 of the file. Raises OSError where the disk refuses.
+
+    `items()` is gone through twice: kept, those of a deep model would take megabytes.
+    """
+    text = _header(items(), metadata)
+    length = len(text).to_bytes(8, "little")
+    checksum = zlib.crc32(text, zlib.crc32(length))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
-        write_all(descriptor, head)
-        for item in items:
+        write_all(descriptor, length)
+        write_all(descriptor, text)
+        del text
+        for item in items():
             for chunk in item.chunks():
                 write_all(descriptor, chunk)
                 checksum = zlib.crc32(chunk, checksum)
@@ -70,8 +70,26 @@ def write(path: str, items: Iterable[Item], metadata: Mapping[str, str]) -> int:
     return checksum
 
 
+def _header(items: Iterable[Item], metadata: Mapping[str, str]) -> bytearray:
+    text, end = bytearray(b'{"__metadata__":' + _json(dict(metadata))), 0
+    for item in items:
+        entry = {"dtype": DTYPES[item.dtype], "shape": item.shape, "data_offsets": [end, end + item.bytes]}
+        text += b"," + _json(item.name) + b":" + _json(entry)
+        end += item.bytes
+    text += b"}"
+    text += b" " * (-len(text) % 8)
+    return text
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 class Reader:
-    """Reads one file; `crc` is checked by `verify`. Raises InputError where it is damaged."""
+    """Reads one file that `write` made; `crc` is checked by `verify`. Raises InputError where it is damaged.
+
+    The header stays text, in which names are looked up: read as JSON, that of a deep model would take megabytes.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -82,20 +100,34 @@ class Reader:
                 f"{path}: {error.strerror}; the checkpoint is incomplete, remove its directory and resume from the one before"
             ) from error
         length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
-        try:
-            self.header: dict[str, Any] = json.loads(os.pread(self._descriptor, length, 8)) if length < 1 << 26 else {}
-            self.metadata: dict[str, str] = self.header.pop("__metadata__", {})
-        except ValueError as error:
-            raise InputError(
-                f"{path}: damaged header; remove this checkpoint and resume from the one before"
-            ) from error
+        self._header = text = os.pread(self._descriptor, length, 8) if length < LARGEST_HEADER else b""
+        if length < LARGEST_HEADER and not (len(text) == length and text[:1] == b"{" and text.rstrip()[-1:] == b"}"):
+            os.close(self._descriptor)
+            raise InputError(f"{path}: damaged header; remove this checkpoint and resume from the one before")
         self._start = 8 + length
+        self._last = 0
+
+    def __contains__(self, name: str) -> bool:
+        return self._find(name) >= 0
+
+    def _find(self, name: str) -> int:
+        """Where the entry of a tensor begins, or -1. They are mostly asked for in their order."""
+        key = _json(name) + b":{"
+        for first in (self._last, 0):
+            at = self._header.find(key, first)
+            while at > 0 and self._header[at - 1] not in b"{,":  # the end of a longer name with a quotation mark
+                at = self._header.find(key, at + 1)
+            if at > 0:
+                self._last = at
+                return at + len(key) - 1
+        return -1
 
     def chunks(self, name: str, size: int = 1 << 20) -> Iterator[bytes]:
         """The bytes of a tensor."""
-        if name not in self.header:
+        at = self._find(name)
+        if at < 0:
             raise InputError(f"{self.path}: no tensor {name!r}; the checkpoint belongs to another model")
-        place, end = self.header[name]["data_offsets"]
+        place, end = json.loads(self._header[at : self._header.index(b"}", at) + 1])["data_offsets"]
         while place < end:
             data = os.pread(self._descriptor, min(size, end - place), self._start + place)
             if not data:

@@ -10,9 +10,9 @@ import ctypes
 import errno
 import mmap
 import os
-import tempfile
 
 from profiles.errors import RunError
+from profiles.files import nameless_file
 from runtime.checkpoint import way_on
 
 BLOCK = 4096
@@ -26,7 +26,12 @@ class SpillFile:
     def __init__(self, directory: str, size: int) -> None:
         self.directory = directory
         self.size = _blocks(size)
-        self.descriptor = _nameless(directory)
+        try:
+            self.descriptor = nameless_file(directory)
+        except OSError as error:
+            raise RunError(
+                f"no spill file can be made in {directory}: {error.strerror}; choose another output directory"
+            ) from error
         self.direct = _set_direct(self.descriptor)
         try:
             if self.size:
@@ -100,21 +105,6 @@ class SpillFile:
 def _blocks(size: int) -> int:
     """`size` rounded up to whole blocks."""
     return -(-size // BLOCK) * BLOCK
-
-
-def _nameless(directory: str) -> int:
-    try:
-        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except (OSError, AttributeError):
-        pass  # not every file system has them
-    try:
-        descriptor, path = tempfile.mkstemp(prefix=".spill-", dir=directory)
-    except OSError as error:
-        raise RunError(
-            f"no spill file can be made in {directory}: {error.strerror}; choose another output directory"
-        ) from error
-    os.unlink(path)
-    return descriptor
 
 
 def _set_direct(descriptor: int, *, on: bool = True) -> bool:

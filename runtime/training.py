@@ -6,7 +6,7 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,31 +21,15 @@ from runtime.batches import TrainingBatches, open_batches
 from runtime.channels import Channel
 from runtime.checkpoint import write_json
 from runtime.executor import Executor
-from runtime.job import STATES, Job
+from runtime.job import STATES, UNIT, Job
 from runtime.meter import Meter
 from runtime.optimizer import MeZO, Perturbation, Update, optimizer_of
 from runtime.requests import Requests
 from runtime.safetensors_file import Item
 from runtime.spill import SpillFile
+from runtime.tables import Place, Trainable, Trainables, Weights
 
 CHUNK = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a persistent tensor is between steps: at a byte offset of the arena or, if that is negative, in the spill file."""
-
-    number: int
-    at: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trainable:
-    name: str
-    shape: tuple[int, ...]
-    value: Place
-    states: tuple[Place, ...]
-    """Of the optimizer, in the order of `STATES`."""
 
 
 class Training:
@@ -65,18 +49,22 @@ class Training:
             if isinstance(optimizer, MeZO)
             else Update(optimizer, header["accumulate"])
         )
-        self.trainables = [
-            Trainable(
-                name=name,
-                shape=tuple(shape),
-                value=Place(number=p[0], at=p[1]),
-                states=tuple(Place(number=number, at=at) for number, at in states),
-            )
-            for name, shape, p, states, _ in header["trainables"]
-        ]
+        # As JSON has them they are of no more use, and many times as large.
+        self.weights = Weights(header.pop("weights"), job.weights)
+        self.trainables = Trainables(header.pop("trainables"), job.trainables)
         self._holes = _holes(job)
         self._load_frozen()
-        self.executor = Executor(job, self.arena, self.store, self.spill, self.channel, self.update, self.meter)
+        self.executor = Executor(
+            job,
+            self.arena,
+            self.store,
+            self.spill,
+            self.channel,
+            self.update,
+            self.meter,
+            self.weights,
+            self.trainables,
+        )
         self.inputs = [self.arena.tensor(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]
         requests = header["requests"]
         self.batches: TrainingBatches = (
@@ -173,29 +161,35 @@ class Training:
         """Write a PEFT adapter, or a module's state_dict as ``model.safetensors``. Returns checksums by file."""
         lora = self.header["lora"]
         file = adapter.WEIGHTS if lora else "model.safetensors"
-        items = [self._item(self._key(t.name), t, t.value) for t in self.trainables]
-        trained = {t.name: t for t in self.trainables}
-        for key, name in (self.header.get("state_dict") or {}).items():
-            if name not in trained:
-                items.append(self._stored_item(key, name))
-            elif key != name:  # shared by several modules
-                items.append(self._item(key, trained[name], trained[name].value))
-        checksum = safetensors_file.write(os.path.join(directory, file), items, {"format": "pt"})
+        checksum = safetensors_file.write(os.path.join(directory, file), self._trained_items, {"format": "pt"})
         if lora:
-            names = [t.name for t in self.trainables]
-            config = adapter.adapter_config(lora, names, self.header["base_model"], self._body)
+            config = adapter.adapter_config(lora, self.trainables.names, self.header["base_model"], self._body)
             write_json(os.path.join(directory, adapter.CONFIG), config)
         return {file: checksum}
+
+    def _trained_items(self) -> Iterator[Item]:
+        for trainable in self.trainables:
+            yield self._item(self._key(trainable.name), trainable, trainable.value)
+        state_dict = self.header.get("state_dict") or {}
+        places = {name: place for place, name in enumerate(self.trainables.names)} if state_dict else {}
+        for key, name in state_dict.items():
+            if name not in places:
+                yield self._stored_item(key, name)
+            elif key != name:  # shared by several modules
+                trainable = self.trainables[places[name]]
+                yield self._item(key, trainable, trainable.value)
+
+    def _state_items(self) -> Iterator[Item]:
+        for trainable in self.trainables:
+            for role, place in zip(STATES, trainable.states):
+                yield self._item(f"{role}:{trainable.name}", trainable, place)
 
     def save_state(self, directory: str) -> dict[str, Any]:
         """Fill a checkpoint directory; returns the entries of its state."""
         self.channel.drain()
         checksums = self.save_trained(directory)
-        items = [
-            self._item(f"{role}:{t.name}", t, place) for t in self.trainables for role, place in zip(STATES, t.states)
-        ]
         checksums["optimizer.safetensors"] = safetensors_file.write(
-            os.path.join(directory, "optimizer.safetensors"), items, {}
+            os.path.join(directory, "optimizer.safetensors"), self._state_items, {}
         )
         entries: dict[str, Any] = {"checksums": checksums}
         return entries | ({"summed": self.update.summed} if isinstance(self.update, Update) else {})
@@ -206,8 +200,8 @@ class Training:
         if isinstance(self.update, Update):
             self.update.summed = state.get("summed", 0.0)
         file = adapter.WEIGHTS if self.header["lora"] else "model.safetensors"
-        with_adapter = [(self._key(t.name), t, t.value) for t in self.trainables]
-        states = [(f"{role}:{t.name}", t, place) for t in self.trainables for role, place in zip(STATES, t.states)]
+        with_adapter = ((self._key(t.name), t, t.value) for t in self.trainables)
+        states = ((f"{role}:{t.name}", t, place) for t in self.trainables for role, place in zip(STATES, t.states))
         for name, wanted in ((file, with_adapter), ("optimizer.safetensors", states)):
             reader = safetensors_file.Reader(os.path.join(directory, name))
             reader.verify(checksums[name])
@@ -215,7 +209,7 @@ class Training:
                 value = self._temporary(trainable)
                 done = 0
                 plain = adapter.adapter_key(trainable.name)  # as plans without `adapter_body` name it
-                for chunk in reader.chunks(plain if plain in reader.header else key):
+                for chunk in reader.chunks(plain if plain in reader else key):
                     ctypes.memmove(value.data_ptr() + done, chunk, len(chunk))
                     done += len(chunk)
                 self._keep(place, value)
@@ -238,13 +232,13 @@ class Training:
 
     def _load_frozen(self) -> None:
         """Constants, and the weights that stay in memory, packed or unpacked."""
-        for name, dtype, shape, at in self.header["constants"]:
+        for name, dtype, shape, at in self.header.pop("constants"):
             self._load(name, self.arena.tensor(at, shape, dtype))
-        for name, dtype, shape, packed, at, packed_at in self.header["weights"]:
-            if packed_at >= 0:
-                self._store.read_into(name, self.arena.raw(packed_at, packed))
-            if at >= 0:
-                self._load(name, self.arena.tensor(at, shape, dtype))
+        for weight in self.weights:
+            if weight.packed_at >= 0:
+                self._store.read_into(weight.name, self.arena.raw(weight.packed_at, weight.packed_bytes))
+            if weight.at >= 0:
+                self._load(weight.name, self.arena.tensor(weight.at, weight.shape, weight.dtype))
 
     @property
     def _store(self) -> Store:
@@ -314,7 +308,8 @@ class Training:
 
 def _holes(job: Job) -> list[tuple[int, int]]:
     """Byte ranges of the arena without a resident tensor, largest first, at 4096-byte boundaries."""
-    taken = sorted((at * 64, at * 64 + job.sizes[number]) for number, at in job.header["resident"])
+    words = job.resident
+    taken = sorted((words[i + 1] * UNIT, words[i + 1] * UNIT + job.sizes[words[i]]) for i in range(0, len(words), 2))
     holes, end = [], 0
     for start, stop in [*taken, (job.header["arena_bytes"], 0)]:
         low, high = -(-end // 4096) * 4096, start // 4096 * 4096

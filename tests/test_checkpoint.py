@@ -44,7 +44,7 @@ def test_what_is_saved_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
         rename(old, new)
 
     def write(path):
-        safetensors_file.write(f"{path}/x.safetensors", items({"a": torch.ones(3)}), {})
+        safetensors_file.write(f"{path}/x.safetensors", lambda: items({"a": torch.ones(3)}), {})
         return {}
 
     monkeypatch.setattr(os, "fsync", synced)
@@ -157,7 +157,7 @@ def test_safetensors_reads_what_we_write(tmp_path, monkeypatch):
     path = str(tmp_path / "x.safetensors")
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:13]))  # as disks may
-    checksum = safetensors_file.write(path, items(tensors), {"format": "pt"})
+    checksum = safetensors_file.write(path, lambda: items(tensors), {"format": "pt"})
     monkeypatch.undo()
     assert checksum == zlib.crc32(Path(path).read_bytes())
     assert int.from_bytes(Path(path).read_bytes()[:8], "little") % 8 == 0  # so that tensors are aligned
@@ -173,9 +173,30 @@ def test_safetensors_reads_what_we_write(tmp_path, monkeypatch):
     reader.close()
 
 
+def test_tensors_are_found_whatever_they_are_called(tmp_path):
+    names = ["shape", "dtype", "a", 'x"a', "x\\", "é", "data_offsets", "b", "__metadata", "a.b", "b.a", "{", '"a":{']
+    tensors = {name: torch.full((1 + place,), float(place)) for place, name in enumerate(names)}
+    path = str(tmp_path / "x.safetensors")
+    safetensors_file.write(path, lambda: items(tensors), {"format": "pt"})
+    reader = Reader(path)
+    for name in [*names, *reversed(names), "b", "a", "b"]:
+        assert name in reader
+        assert b"".join(reader.chunks(name)) == tensors[name].numpy().tobytes()
+    for name in ("", ":", "pt", "F32", "c", "a.", '"', "format"):
+        assert name not in reader
+        with pytest.raises(InputError, match="no tensor"):
+            list(reader.chunks(name))
+    reader.close()
+    # Cut in the header, or not a header at all.
+    for damaged in (Path(path).read_bytes()[:100], (9).to_bytes(8, "little") + b"[1, 2, 3]", b""):
+        Path(path).write_bytes(damaged)
+        with pytest.raises(InputError, match="damaged header"):
+            Reader(path)
+
+
 def test_damage_is_found(tmp_path):
     path = tmp_path / "x.safetensors"
-    checksum = safetensors_file.write(str(path), items({"a": torch.ones(100)}), {})
+    checksum = safetensors_file.write(str(path), lambda: items({"a": torch.ones(100)}), {})
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)

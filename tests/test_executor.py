@@ -194,7 +194,8 @@ def test_holes_hold_nothing_that_stays(residents, rest, odd):
     if taken:
         sizes[-1] -= odd
     job = SimpleNamespace(
-        header={"resident": [[i, start // 64] for i, (start, _) in enumerate(taken)], "arena_bytes": end + 64 * rest},
+        header={"arena_bytes": end + 64 * rest},
+        resident=[word for i, (start, _) in enumerate(taken) for word in (i, start // 64)],
         sizes=sizes,
     )
     holes = _holes(job)
@@ -236,7 +237,9 @@ def test_job_file_survives_the_disk(profile, tmp_path):
     assert again.train == job.train
     assert again.extents == job.extents
     assert again.header["seed"] == 5
-    assert again.header["resident"] == [list(pair) for pair in job.header["resident"]]
+    assert again.resident == job.resident
+    assert again.weights == job.weights
+    assert again.trainables == job.trainables
 
 
 def test_job_words_are_walked_by_width(profile):

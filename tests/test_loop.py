@@ -73,7 +73,7 @@ def written(events: list[str], *, full: bool = False) -> Any:
             Path(path, "half").touch()
             raise OSError(28, "No space left on device")
         item = Item(name="a", dtype="float32", shape=[1], chunks=lambda: [bytes(4)])
-        safetensors_file.write(f"{path}/x.safetensors", [item], {})
+        safetensors_file.write(f"{path}/x.safetensors", lambda: [item], {})
 
     return SimpleNamespace(channel=SimpleNamespace(drain=lambda: events.append("drained")), save_trained=save)
 

@@ -20,7 +20,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C com
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     path = tmp_path_factory.mktemp("native") / "unpack.so"
-    subprocess.run(["cc", *native.FLAGS, "-Wall", "-Wextra", "-Werror", "-o", path, native.SOURCE], check=True)
+    subprocess.run(
+        ["cc", *native.FLAGS, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", path, native.SOURCE], check=True
+    )
     return native._load(str(path), list(native.FORMATS))
 
 

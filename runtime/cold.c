@@ -1,0 +1,177 @@
+/* Moves the heap of this process to a file while it has one thread: what PyTorch's start leaves there (names, schemas and tables of
+   every operator there is, 60 MiB) a step hardly reads. Compiled once per machine by runtime/cold.py.
+
+   The file is mapped over the heap's own addresses, private and writable. What is read comes back a page at a time from the file,
+   what is written becomes memory again, and nothing else notices. A page of the heap is written to the file and then given back to the
+   kernel, which has to happen in C: between the two nothing may write to the heap, and Python does so all the time. All of it runs in
+   the one thread there is, in a handler of SIGALRM while the libraries start, which otherwise take twice the memory that stays. */
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+#include <unistd.h>
+
+enum { PAGES = 512, TEXT = 3 * 4096, STEP = 8 << 20 };
+
+static char *heap, *end;  /* what the file is mapped over */
+static uintptr_t page;    /* bytes */
+static int file, failure; /* an errno */
+static long most, next;   /* resident bytes: wanted, and from which on the heap is moved again */
+static struct sigaction before;
+
+/* The start of a file of /proc, as text. */
+static long text_of(const char *path, char *text, long size) {
+    int descriptor = open(path, O_RDONLY | O_CLOEXEC);
+    long count = descriptor < 0 ? -1 : read(descriptor, text, size - 1);
+    if (descriptor >= 0) close(descriptor);
+    text[count > 0 ? count : 0] = 0;
+    return count;
+}
+
+static long resident(void) {
+    char text[128];
+    text_of("/proc/self/statm", text, sizeof text);
+    char *second = strchr(text, ' ');
+    return second ? strtol(second, 0, 10) * (long)page : 0;
+}
+
+/* A second thread could write to the heap while a page of it is on its way. */
+static int alone(void) {
+    char text[1024];
+    text_of("/proc/self/stat", text, sizeof text);
+    char *at = strrchr(text, ')');
+    for (int field = 2; at && field < 20; field++) at = strchr(at + 1, ' ');
+    return at && strtol(at, 0, 10) == 1;
+}
+
+static int write_out(const char *from, const char *to) {
+    while (from < to) {
+        long count = pwrite(file, from, to - from, from - heap);
+        if (count < 0 && errno == EINTR) continue;
+        if (count <= 0) return failure = count ? errno : ENOSPC;
+        from += count;
+    }
+    return 0;
+}
+
+/* Map the file over what the heap has grown by. */
+static void extend(void) {
+    char *now = (char *)((uintptr_t)sbrk(0) & ~(page - 1));
+    if (now <= end || write_out(end, now)) return;
+    if (mmap(end, now - end, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, end - heap) == MAP_FAILED) {
+        failure = errno;
+        return;
+    }
+    madvise(end, now - end, MADV_RANDOM);
+    end = now;
+}
+
+enum { ELSEWHERE, CLEAN, WRITTEN };
+
+static int state(uint64_t entry, int ours) {
+    int there = entry >> 63 & 1, swapped = entry >> 62 & 1, of_file = entry >> 61 & 1;
+    if (there && of_file) return CLEAN;
+    return ours && (there || swapped) ? WRITTEN : ELSEWHERE;
+}
+
+/* Give back the pages that a file has: all that are still as they were read, and of the heap the others too, once written. */
+static void give_back(int pagemap, char *from, char *to, int ours) {
+    static uint64_t entries[PAGES];
+    while (from < to && !failure) {
+        long count = (to - from) / (long)page;
+        if (count > PAGES) count = PAGES;
+        if (pread(pagemap, entries, count * 8, (uintptr_t)from / page * 8) != count * 8) return;
+        for (long first = 0, last; first < count; first = last) {
+            int kind = state(entries[first], ours);
+            for (last = first + 1; last < count && state(entries[last], ours) == kind;) last++;
+            char *low = from + first * page, *high = from + last * page;
+            if (kind == WRITTEN && write_out(low, high)) return;
+            if (kind != ELSEWHERE) madvise(low, high - low, MADV_DONTNEED);
+        }
+        from += count * page;
+    }
+}
+
+/* Pages of the private, read-only mappings of files: code and constants of libraries. What the dynamic linker wrote is no copy. */
+static void give_back_libraries(int pagemap) {
+    static char text[TEXT];
+    int maps = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+    long kept = 0, count;
+    while (maps >= 0 && (count = read(maps, text + kept, TEXT - 1 - kept)) > 0) {
+        text[kept + count] = 0;
+        char *line = text, *newline, *at;
+        for (; (newline = strchr(line, '\n')); line = newline + 1) {
+            char *low = (char *)strtoul(line, &at, 16), *high = (char *)strtoul(at + 1, &at, 16);
+            int copied = at[2] == '-' && at[4] == 'p';
+            strtoul(at + 6, &at, 16);          /* the offset */
+            at = strchr(at + 1, ' ');          /* behind the device */
+            if (copied && at && strtoul(at, 0, 10)) give_back(pagemap, low, high, 0);
+        }
+        kept += text + count - line;
+        if (kept >= TEXT - 1) break; /* no line is as long */
+        memmove(text, line, kept);
+    }
+    if (maps >= 0) close(maps);
+}
+
+static void move(void) {
+    extend();
+    int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (pagemap < 0) {
+        failure = failure ? failure : errno;
+        return;
+    }
+    give_back(pagemap, heap, end, 1);
+    give_back_libraries(pagemap);
+    close(pagemap);
+}
+
+static void tick(int number) {
+    int saved = errno;
+    (void)number;
+    if (!failure && resident() > next && alone()) {
+        move();
+        next = resident() + STEP;
+        if (next < most) next = most;
+    }
+    errno = saved;
+}
+
+/* Begin to move the heap, which starts at `start`, to the file whenever `bytes` are resident, looking every so many `microseconds`.
+   Returns 0 or an errno. */
+int tightfit_cold_begin(char *start, int descriptor, long bytes, long microseconds) {
+    struct itimerval every = {{0, microseconds}, {0, microseconds}};
+    struct sigaction action = {.sa_handler = tick, .sa_flags = SA_RESTART};
+    page = sysconf(_SC_PAGESIZE);
+    heap = end = start;
+    file = descriptor;
+    most = next = bytes;
+    failure = 0;
+    sigfillset(&action.sa_mask);
+    if (sigaction(SIGALRM, &action, &before)) return errno;
+    return setitimer(ITIMER_REAL, &every, 0) ? errno : 0;
+}
+
+/* The last time, and to the disk. Returns 0, an errno, or -1 where there is a second thread; the heap is whole in any case. */
+int tightfit_cold_end(void) {
+    struct itimerval never = {{0, 0}, {0, 0}};
+    struct sigaction nothing = {.sa_handler = SIG_IGN};
+    sigset_t all, masked;
+    sigfillset(&all);
+    sigprocmask(SIG_BLOCK, &all, &masked);
+    setitimer(ITIMER_REAL, &never, 0);
+    sigaction(SIGALRM, &nothing, 0); /* one that waits is forgotten */
+    sigaction(SIGALRM, &before, 0);
+    if (!failure && !alone()) failure = -1;
+    if (!failure) move();
+    sigprocmask(SIG_SETMASK, &masked, 0);
+    if (!failure && fdatasync(file)) failure = errno;
+    posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
+    return failure;
+}

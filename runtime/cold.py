@@ -1,0 +1,137 @@
+"""What PyTorch's start leaves in memory and a step hardly reads lies in a file while a lean process runs (``cold.c``): 55 MiB less.
+
+The file has no name and is given back when the process ends, however it does. Where there is no C compiler, or the cache is no
+folder on a disk that takes files, all stays in memory; the floor is measured in the same way, so that predictions hold either way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from profiles import machine_code
+from profiles.errors import RunError
+from profiles.files import nameless_file, takes_files
+
+VARIABLE = "TIGHTFIT_COLD"
+"""Path of the library, beside which the file is made; empty: all stays in memory."""
+SOURCE = Path(__file__).with_name("cold.c")
+FLAGS = ("-O2", "-Wl,-z,now")  # a signal's handler may not wait for the dynamic linker, which it may have interrupted
+START_BYTES = 60 << 20
+"""Resident, from which on the start's memory is moved: the less, the longer the start takes (0.3 s more with this, 1 s with 30 MiB);
+getting kernels ready takes as much afterwards."""
+LOOK_MICROSECONDS = 1000
+JUDGED_BLOCKS = 16384
+"""of 2 KB"""
+
+
+def library(cache: Path) -> str:
+    """Path of the judged library in `cache`, built now if need be; empty where it would not help or cannot be used."""
+    if os.environ.get(VARIABLE) is not None:
+        return os.environ[VARIABLE]
+    if not takes_files(cache):
+        return ""
+    return machine_code.library(SOURCE, FLAGS, cache, "runtime.cold", {VARIABLE: ""})
+
+
+def in_use() -> bool:
+    """Whether this process was told to."""
+    return bool(os.environ.get(VARIABLE))
+
+
+@contextmanager
+def moving() -> Iterator[None]:
+    """Move the heap while the block runs and once more at its end. The process must have one thread until then.
+
+    Raises RunError where the disk does not take it; the block's own errors come first.
+    """
+    path = os.environ.get(VARIABLE, "")
+    if not path:
+        yield
+        return
+    folder = os.path.dirname(path)
+    try:
+        descriptor = nameless_file(folder)
+    except OSError as error:
+        raise _refused(folder, error.errno or 0) from error
+    try:
+        mover = _load(path, folder)
+        mover.begin(_heap(), descriptor, START_BYTES)
+        try:
+            yield
+        finally:
+            failure = mover.end()
+        if failure:
+            raise _refused(folder, failure)
+    finally:
+        os.close(descriptor)
+
+
+class _Mover:
+    def __init__(self, path: str) -> None:
+        found = ctypes.CDLL(path, use_errno=False)
+        self._begin, self._end = found.tightfit_cold_begin, found.tightfit_cold_end
+        self._begin.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+
+    def begin(self, heap: int, descriptor: int, most: int) -> None:
+        self._begin(heap, descriptor, most, LOOK_MICROSECONDS)
+
+    def end(self) -> int:
+        """0, an errno, or -1 where the process has a second thread."""
+        return int(self._end())
+
+
+def _load(path: str, folder: str) -> _Mover:
+    try:
+        return _Mover(path)
+    except (OSError, AttributeError) as error:
+        raise RunError(f"{path} is gone or damaged; {folder} was cleaned meanwhile, try again") from error
+
+
+def _heap() -> int:
+    """The first address of the heap."""
+    with open("/proc/self/maps", "rb") as file:
+        return next(int(line.partition(b"-")[0], 16) for line in file if line.endswith(b"[heap]\n"))
+
+
+def _refused(folder: str, failure: int) -> RunError:
+    reason = "the process has a second thread" if failure < 0 else os.strerror(failure)
+    return RunError(
+        f"{folder} does not take the 65 MB that PyTorch's start leaves: {reason}; free space there, or name another cache with TIGHTFIT_CACHE"
+    )
+
+
+def judge(path: str) -> list[str]:
+    """Whether what lies in the heap stays as it was, is written while it moves, and is in memory no more."""
+    from runtime.process import memory
+
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    blocks: list[int] = []
+
+    def fill(turn: int, *, more: int = 0) -> None:
+        blocks.extend(libc.malloc(ctypes.c_size_t(2000)) for _ in range(more))
+        for number, block in enumerate(blocks):
+            ctypes.memmove(block, b"%6d,%6d" % (number, turn), 13)
+
+    before = memory().resident
+    fill(0, more=JUDGED_BLOCKS // 2)
+    mover = _Mover(path)
+    descriptor = nameless_file(os.path.dirname(path))
+    mover.begin(_heap(), descriptor, memory().resident - JUDGED_BLOCKS * 500)
+    fill(1)
+    fill(2, more=JUDGED_BLOCKS // 2)
+    failure = mover.end()
+    os.close(descriptor)
+    more = memory().resident - before
+    same = all(ctypes.string_at(block, 13) == b"%6d,%6d" % (number, 2) for number, block in enumerate(blocks))
+    return ["heap"] if not failure and same and more < JUDGED_BLOCKS * 500 else []
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(judge(sys.argv[1])))
