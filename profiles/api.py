@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensorMode
 
-from profiles import native
+from profiles import cold, native
 from profiles.busy import crowded, our_cores, taken_now
 from profiles.decoder import Decoder, decoder_shape
 from profiles.devices import find_device
 from profiles.errors import InputError
 from profiles.estimate import estimate_profile
 from profiles.exchange import load_profile, save_profile
-from profiles.files import cache_directory, python_path, takes_files
+from profiles.files import cache_directory, python_path
 from profiles.measure import measure
 from profiles.pack import build_store
 from profiles.processor import cpu_name, features
@@ -48,6 +48,7 @@ Progress = Callable[[str, int, int], None]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CODE = (
     "attention",
+    "cold",
     "decoder",
     "factory_source",
     "fold",
@@ -70,7 +71,6 @@ CODE = (
 MEASURING_CODE = (
     "bandwidth",
     "channels",
-    "cold",
     "compiled",
     "floor",
     "kernels",
@@ -229,7 +229,7 @@ def _fingerprint(source: Source, *settings: Any) -> str:
             cpu_name(),
             sorted(features()),
             Path(native.library(cache_directory())).name,
-            takes_files(cache_directory()),
+            Path(cold.library(cache_directory())).name,
             code,
         ],
         default=str,

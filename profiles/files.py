@@ -10,6 +10,9 @@ from typing import Any
 
 from profiles.errors import InputError, RunError
 
+IN_MEMORY = ("tmpfs", "ramfs")
+"""file systems without a disk"""
+
 
 def cache_directory() -> Path:
     """$TIGHTFIT_CACHE, or ~/.cache/tightfit."""
@@ -49,21 +52,30 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
 
 
 def takes_files(folder: Path) -> bool:
-    """Whether files may be made in a folder, or where it will be, and lie on a disk."""
+    """Whether files may be made in a folder, or where it will be, and lie on a disk of this machine."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
-    return os.access(folder, os.W_OK | os.X_OK) and not in_memory(folder)
+    system = _file_system(folder)
+    elsewhere = system.startswith(
+        ("nfs", "cifs", "smb", "fuse", "9p")
+    )  # whose errors would end a process without words
+    return os.access(folder, os.W_OK | os.X_OK) and system not in IN_MEMORY and not elsewhere
 
 
 def in_memory(path: Path) -> bool:
-    """Whether the files of this folder are memory, which a run's cap counts: those of tmpfs."""
+    """Whether the files of this folder are memory, which a run's cap counts."""
+    return _file_system(path) in IN_MEMORY
+
+
+def _file_system(path: Path) -> str:
+    """Its type, as the kernel calls it; empty where it cannot be told."""
     try:
         device = path.stat().st_dev
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
-        return False
+        return ""
     number = f"{os.major(device)}:{os.minor(device)}"
-    return any(line.split()[2] == number and " - tmpfs " in line for line in lines)
+    return next((line.partition(" - ")[2].split()[0] for line in lines if line.split()[2] == number), "")
 
 
 def nameless_file(directory: str) -> int:

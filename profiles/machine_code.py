@@ -27,13 +27,13 @@ def library(source: Path, flags: Sequence[str], cache: Path, judge: str, environ
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return ""
-    path = cache / "native" / f"{source.stem}-{_key(source, flags, compiler)}.so"
+    path = folder(cache) / f"{source.stem}-{_key(source, flags, compiler)}.so"
     judged = Path(verdict(str(path)))
     if not judged.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                built = Path(folder) / path.name
+            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+                built = Path(scratch) / path.name
                 command = [compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(source)]
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 found = Path(verdict(str(built)))
@@ -43,6 +43,11 @@ def library(source: Path, flags: Sequence[str], cache: Path, judge: str, environ
         except (OSError, ValueError, subprocess.SubprocessError):
             return ""  # no OpenMP, a read-only cache, a compiler that hangs: the work is done without
     return str(path) if chosen(str(path)) else ""
+
+
+def folder(cache: Path) -> Path:
+    """Where libraries are."""
+    return cache / "native"
 
 
 def chosen(path: str) -> list[str]:

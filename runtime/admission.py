@@ -12,6 +12,7 @@ import torch
 
 from planner.schema import Plan
 from planner.summary import unfinished_update
+from profiles import cold
 from profiles.busy import our_cores
 from profiles.errors import InfeasibleError, InputError
 from profiles.files import cache_directory
@@ -19,7 +20,6 @@ from profiles.products import BFLOAT16_PRODUCTS
 from profiles.schema import PROFILE_VERSION
 from profiles.store import Store
 from profiles.units import format_size
-from runtime import cold
 from runtime.checkpoint import OPERATORS
 
 Stages = Callable[[str, int, int], None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from runtime import cold
+from profiles import cold
 from runtime.process import memory, trim_heap
 
 INSTRUCTION_BYTES = 50
@@ -42,7 +42,7 @@ def measure_floor() -> dict[str, Any]:
         "resident_bytes": resident.resident + HEAP_SLACK_BYTES,
         "inference_resident_bytes": inference.resident + HEAP_SLACK_BYTES,
         "instruction_bytes": INSTRUCTION_BYTES,
-        "tables_on_disk": cold.in_use(),
+        "tables_on_disk": cold.in_use() and mode() == "lean",
         "anonymous_bytes": resident.anonymous,
         "file_bytes": resident.file,
         "torch": mode(),

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from typing import Any
 
-from profiles.errors import InputError
+from profiles.errors import InputError, RunError
 from runtime import lean_torch
 from runtime.job import program_header, program_values
 from runtime.process import child_environment, leave, memory, trim_heap
@@ -25,7 +25,7 @@ INFERENCE = "--inference"
 def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool = True) -> int:
     """Resident bytes that stay once every operator of `programs` (profile programs as dicts) has run, above the floor.
 
-    Without `backward` above that of a process which runs none. Raises InputError for an operator that cannot be run.
+    Without `backward` above that of a process which runs none. Raises InputError for an operator that cannot be run, RunError where the process does not start.
     """
     done = subprocess.run(
         [sys.executable, "-X", "utf8", "-m", "runtime.kernels", *([] if backward else [INFERENCE])],
@@ -39,12 +39,18 @@ def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         if done.returncode == InputError.exit_code:
             raise InputError(last)
+        if done.returncode == RunError.exit_code:
+            raise RunError(last)
         raise SystemExit(f"the operators do not run in the runtime process: {last}")
     return int(json.loads(done.stdout)["bytes"])
 
 
 def main() -> int:
-    lean_torch.load()
+    try:
+        lean_torch.load()
+    except RunError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
     from runtime.warm import SIZE, prepare, warm
 
     warm(prepare(), SIZE, backward=INFERENCE not in sys.argv)  # the state in which the floor is measured

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from planner.schema import Plan
+from profiles import cold
 from profiles.errors import CapError, InputError, RunError, TightfitError
 from profiles.files import in_memory
 from profiles.units import format_size
@@ -143,7 +144,8 @@ def started(
                             stdin=subprocess.DEVNULL,
                             stdout=words,
                             stderr=words,
-                            env=child_environment(plan.device.threads),
+                            env=child_environment(plan.device.threads)
+                            | ({} if plan.device.floor.tables_on_disk else {cold.VARIABLE: ""}),
                             start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on
                         )
                     finally:

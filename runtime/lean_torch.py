@@ -24,8 +24,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from profiles import cold
 from profiles.errors import RunError
-from runtime import cold
 from runtime.process import release_file_pages
 
 KNOWN = ("2.13",)  # versions tested; with others a forked process tries first
@@ -177,8 +177,9 @@ def _survives() -> bool:
     if pid == 0:
         status = 1
         try:
-            _load()
-            _check()
+            with cold.moving():
+                _load()
+                _check()
             status = 0
         finally:
             os._exit(status)

@@ -141,6 +141,8 @@ def floor(threads: int) -> dict[str, int]:
     done = subprocess.run(
         command("--floor"), capture_output=True, text=True, env=child_environment(threads), check=False
     )
+    if done.returncode == RunError.exit_code:
+        raise RunError(done.stderr.strip())
     if done.returncode:
         raise SystemExit(f"the runtime process does not start: {done.stderr.strip() or done.returncode}")
     return json.loads(done.stdout)  # type: ignore[no-any-return]

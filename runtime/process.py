@@ -7,12 +7,12 @@ import os
 import sys
 from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-from profiles import native
+from profiles import cold, native
 from profiles.files import cache_directory, python_path
-from runtime import cold
 
 _MADV_DONTNEED, _MADV_DONTDUMP = 4, 16
 _LARGE_MAPPING = 1 << 20
@@ -198,9 +198,10 @@ def trim_heap() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End a lean process at once: what else runs at the end would bring back all that lies in a file (`runtime.cold`)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End a lean process at once: what else runs at the end would bring back all that lies in a file (`profiles.cold`)."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed
+            stream.flush()
     os._exit(code)
 
 

@@ -13,8 +13,9 @@ import pytest
 from tiny_plans import decoder_profile, naive_plan
 
 from planner.schema import Plan
+from profiles import cold
 from profiles.errors import CapError, InputError, RunError, TightfitError
-from runtime.lean_process import LeanProcess
+from runtime.lean_process import LeanProcess, started
 
 MIB = 1 << 20
 
@@ -110,3 +111,24 @@ def test_what_it_says_of_itself_is_said(plan: Plan, tmp_path: Path) -> None:
     observed = done.end()
     os.close(done._read)
     assert (observed.trained, observed.cgroup_peak_bytes) == ("adapter", 5 * MIB)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_file_for_the_start_is_made_where_the_plan_counts_on_it(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: bool
+) -> None:
+    """Plans of before do not: they run with the cache's disk full, and hold what they say."""
+    floor = plan.device.floor.model_copy(update={"tables_on_disk": counted})
+    told = plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})})
+    found: dict[str, str] = {}
+
+    def begun(*_: Any, env: dict[str, str], **__: Any) -> None:
+        found.update(env)
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv(cold.VARIABLE, "a library")
+    monkeypatch.setattr("subprocess.Popen", begun)
+    job: Any = SimpleNamespace(write=lambda _: None)
+    with pytest.raises(KeyboardInterrupt), started(told, job, tmp_path, 0, cgroup=False):
+        pass
+    assert found[cold.VARIABLE] == ("a library" if counted else "")

@@ -1,5 +1,5 @@
 /* Moves the heap of this process to a file while it has one thread: what PyTorch's start leaves there (names, schemas and tables of
-   every operator there is, 60 MiB) a step hardly reads. Compiled once per machine by runtime/cold.py.
+   every operator there is, 60 MiB) a step hardly reads. Compiled once per machine by profiles/cold.py.
 
    The file is mapped over the heap's own addresses, private and writable. What is read comes back a page at a time from the file,
    what is written becomes memory again, and nothing else notices. A page of the heap is written to the file and then given back to the
@@ -60,16 +60,27 @@ static int write_out(const char *from, const char *to) {
     return 0;
 }
 
+/* The file has these bytes of the heap: it takes their place. */
+static void replace(char *from, char *to) {
+    if (mmap(from, to - from, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, from - heap) == MAP_FAILED)
+        failure = errno;
+    else
+        madvise(from, to - from, MADV_RANDOM);
+}
+
 /* Map the file over what the heap has grown by. */
 static void extend(void) {
     char *now = (char *)((uintptr_t)sbrk(0) & ~(page - 1));
-    if (now <= end || write_out(end, now)) return;
-    if (mmap(end, now - end, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, end - heap) == MAP_FAILED) {
+    if (now < end) end = now; /* it has shrunk */
+    if (now == end) return;
+    /* A full disk had better say so before anything is given back than when it is to write. */
+    if (fallocate(file, 0, end - heap, now - end) && (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) {
         failure = errno;
         return;
     }
-    madvise(end, now - end, MADV_RANDOM);
-    end = now;
+    if (write_out(end, now)) return;
+    replace(end, now);
+    if (!failure) end = now;
 }
 
 enum { ELSEWHERE, CLEAN, WRITTEN };
@@ -91,8 +102,11 @@ static void give_back(int pagemap, char *from, char *to, int ours) {
             int kind = state(entries[first], ours);
             for (last = first + 1; last < count && state(entries[last], ours) == kind;) last++;
             char *low = from + first * page, *high = from + last * page;
-            if (kind == WRITTEN && write_out(low, high)) return;
-            if (kind != ELSEWHERE) madvise(low, high - low, MADV_DONTNEED);
+            if (kind == CLEAN) madvise(low, high - low, MADV_DONTNEED);
+            if (kind != WRITTEN) continue;
+            if (write_out(low, high)) return;
+            replace(low, high); /* where the heap has shrunk and grown the file is not mapped yet */
+            if (failure) return;
         }
         from += count * page;
     }
@@ -158,7 +172,8 @@ int tightfit_cold_begin(char *start, int descriptor, long bytes, long microsecon
     return setitimer(ITIMER_REAL, &every, 0) ? errno : 0;
 }
 
-/* The last time, and to the disk. Returns 0, an errno, or -1 where there is a second thread; the heap is whole in any case. */
+/* The last time, and to the disk. Returns 0, an errno, or -1 where there is a second thread. After either the
+   heap is as it was, as long as the system keeps the pages that its disk refused. */
 int tightfit_cold_end(void) {
     struct itimerval never = {{0, 0}, {0, 0}};
     struct sigaction nothing = {.sa_handler = SIG_IGN};
@@ -172,6 +187,7 @@ int tightfit_cold_end(void) {
     if (!failure) move();
     sigprocmask(SIG_SETMASK, &masked, 0);
     if (!failure && fdatasync(file)) failure = errno;
-    posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
+    /* What the disk refused is in the page cache alone. */
+    if (!failure) posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
     return failure;
 }

@@ -7,6 +7,7 @@ folder on a disk that takes files, all stays in memory; the floor is measured in
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import sys
@@ -25,7 +26,7 @@ FLAGS = ("-O2", "-Wl,-z,now")  # a signal's handler may not wait for the dynamic
 START_BYTES = 60 << 20
 """Resident, from which on the start's memory is moved: the less, the longer the start takes (0.3 s more with this, 1 s with 30 MiB);
 getting kernels ready takes as much afterwards."""
-LOOK_MICROSECONDS = 1000
+LOOK_MICROSECONDS = 250
 JUDGED_BLOCKS = 16384
 """of 2 KB"""
 
@@ -34,9 +35,9 @@ def library(cache: Path) -> str:
     """Path of the judged library in `cache`, built now if need be; empty where it would not help or cannot be used."""
     if os.environ.get(VARIABLE) is not None:
         return os.environ[VARIABLE]
-    if not takes_files(cache):
+    if not takes_files(machine_code.folder(cache)):
         return ""
-    return machine_code.library(SOURCE, FLAGS, cache, "runtime.cold", {VARIABLE: ""})
+    return machine_code.library(SOURCE, FLAGS, cache, "profiles.cold", {VARIABLE: ""})
 
 
 def in_use() -> bool:
@@ -54,14 +55,15 @@ def moving() -> Iterator[None]:
     if not path:
         yield
         return
-    folder = os.path.dirname(path)
+    folder = str(Path(path).parent)
     try:
         descriptor = nameless_file(folder)
     except OSError as error:
         raise _refused(folder, error.errno or 0) from error
     try:
         mover = _load(path, folder)
-        mover.begin(_heap(), descriptor, START_BYTES)
+        if failure := mover.begin(_heap(), descriptor, START_BYTES):
+            raise _refused(folder, failure)
         try:
             yield
         finally:
@@ -78,8 +80,9 @@ class _Mover:
         self._begin, self._end = found.tightfit_cold_begin, found.tightfit_cold_end
         self._begin.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_long)
 
-    def begin(self, heap: int, descriptor: int, most: int) -> None:
-        self._begin(heap, descriptor, most, LOOK_MICROSECONDS)
+    def begin(self, heap: int, descriptor: int, most: int) -> int:
+        """0 or an errno."""
+        return int(self._begin(heap, descriptor, most, LOOK_MICROSECONDS))
 
     def end(self) -> int:
         """0, an errno, or -1 where the process has a second thread."""
@@ -95,21 +98,24 @@ def _load(path: str, folder: str) -> _Mover:
 
 def _heap() -> int:
     """The first address of the heap."""
-    with open("/proc/self/maps", "rb") as file:
+    with Path("/proc/self/maps").open("rb") as file:
         return next(int(line.partition(b"-")[0], 16) for line in file if line.endswith(b"[heap]\n"))
 
 
 def _refused(folder: str, failure: int) -> RunError:
-    reason = "the process has a second thread" if failure < 0 else os.strerror(failure)
-    return RunError(
-        f"{folder} does not take the 65 MB that PyTorch's start leaves: {reason}; free space there, or name another cache with TIGHTFIT_CACHE"
-    )
+    what = "what PyTorch's start leaves cannot be moved to a file"
+    if failure < 0:
+        return RunError(
+            f"{what}: the process has a second thread; set {VARIABLE}= and profile again to keep it in memory"
+        )
+    way = f"name another cache with TIGHTFIT_CACHE, or set {VARIABLE}= and profile again to keep it in memory"
+    if failure in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        way = f"free 65 MB there, or {way}"
+    return RunError(f"{what} in {folder}: {os.strerror(failure)}; {way}")
 
 
 def judge(path: str) -> list[str]:
     """Whether what lies in the heap stays as it was, is written while it moves, and is in memory no more."""
-    from runtime.process import memory
-
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     blocks: list[int] = []
@@ -119,19 +125,26 @@ def judge(path: str) -> list[str]:
         for number, block in enumerate(blocks):
             ctypes.memmove(block, b"%6d,%6d" % (number, turn), 13)
 
-    before = memory().resident
+    before = _resident()
     fill(0, more=JUDGED_BLOCKS // 2)
     mover = _Mover(path)
-    descriptor = nameless_file(os.path.dirname(path))
-    mover.begin(_heap(), descriptor, memory().resident - JUDGED_BLOCKS * 500)
+    descriptor = nameless_file(str(Path(path).parent))
+    failure = mover.begin(_heap(), descriptor, _resident() - JUDGED_BLOCKS * 500)
     fill(1)
     fill(2, more=JUDGED_BLOCKS // 2)
-    failure = mover.end()
+    failure = mover.end() or failure
     os.close(descriptor)
-    more = memory().resident - before
+    more = _resident() - before
     same = all(ctypes.string_at(block, 13) == b"%6d,%6d" % (number, 2) for number, block in enumerate(blocks))
     return ["heap"] if not failure and same and more < JUDGED_BLOCKS * 500 else []
 
 
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(judge(sys.argv[1])))
+    try:
+        sys.stdout.write(json.dumps(judge(sys.argv[1])))
+    except (OSError, StopIteration):  # a cache that nothing may be run from, an allocator without a heap
+        sys.stdout.write("[]")
