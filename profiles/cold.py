@@ -1,4 +1,4 @@
-"""What PyTorch's start leaves in memory and a step hardly reads lies in a file while a lean process runs (``cold.c``): 55 MiB less.
+"""What PyTorch's start leaves in memory and a step hardly reads lies in a file while a lean process runs (``cold.c``): 53 MiB less.
 
 The file has no name and is given back when the process ends, however it does. Where there is no C compiler, or the cache is no
 folder on a disk that takes files, all stays in memory; the floor is measured in the same way, so that predictions hold either way.
@@ -24,7 +24,7 @@ VARIABLE = "TIGHTFIT_COLD"
 SOURCE = Path(__file__).with_name("cold.c")
 FLAGS = ("-O2", "-Wl,-z,now")  # a signal's handler may not wait for the dynamic linker, which it may have interrupted
 START_BYTES = 60 << 20
-"""Resident, from which on the start's memory is moved: the less, the longer the start takes (0.3 s more with this, 1 s with 30 MiB);
+"""Resident, from which on the start's memory is moved: the less, the longer the start takes (0.4 s more with this, 1 s with 30 MiB);
 getting kernels ready takes as much afterwards."""
 LOOK_MICROSECONDS = 250
 JUDGED_BLOCKS = 16384
@@ -76,7 +76,7 @@ def moving() -> Iterator[None]:
 
 class _Mover:
     def __init__(self, path: str) -> None:
-        found = ctypes.CDLL(path, use_errno=False)
+        found = ctypes.CDLL(path)
         self._begin, self._end = found.tightfit_cold_begin, found.tightfit_cold_end
         self._begin.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_long)
 

@@ -11,9 +11,10 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from typing import Any
 
-from profiles.errors import CapError, RunError, TightfitError
+from profiles.errors import CapError, TightfitError
 from profiles.files import write_all
 from profiles.parent import end_with_parent
 from runtime import lean_torch
@@ -53,11 +54,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _tell_floor() -> int:
-    try:
-        lean_torch.load()
-    except RunError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    lean_torch.load()
     from runtime.floor import measure_floor
 
     sys.stdout.write(json.dumps(measure_floor()) + "\n")
@@ -94,4 +91,4 @@ class _StopRequest:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    leave(partial(main, sys.argv[1:]))

@@ -46,11 +46,7 @@ def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool
 
 
 def main() -> int:
-    try:
-        lean_torch.load()
-    except RunError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    lean_torch.load()
     from runtime.warm import SIZE, prepare, warm
 
     warm(prepare(), SIZE, backward=INFERENCE not in sys.argv)  # the state in which the floor is measured
@@ -61,12 +57,8 @@ def main() -> int:
     programs = json.load(sys.stdin)
     arena = Arena(1 << 20)
     kept = [bind(program, arena, None) for program in programs]
-    try:
-        while programs:
-            _run_once(programs.pop())
-    except InputError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
+    while programs:
+        _run_once(programs.pop())
     sys.stdout.write(json.dumps({"bytes": max(0, _resident() - before)}) + "\n")
     del kept
     return 0
@@ -119,4 +111,4 @@ def _resident() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(main)

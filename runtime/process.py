@@ -6,12 +6,13 @@ import ctypes
 import os
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
 from profiles import cold, native
+from profiles.errors import TightfitError
 from profiles.files import cache_directory, python_path
 
 _MADV_DONTNEED, _MADV_DONTDUMP = 4, 16
@@ -197,8 +198,13 @@ def trim_heap() -> None:
         libc.malloc_trim(ctypes.c_size_t(0))
 
 
-def leave(code: int) -> NoReturn:
-    """End a lean process at once: what else runs at the end would bring back all that lies in a file (`profiles.cold`)."""
+def leave(main: Callable[[], int]) -> NoReturn:
+    """Run `main` and end at once: what else runs at the end would bring back all that lies in a file (`profiles.cold`)."""
+    try:
+        code = main()
+    except TightfitError as error:
+        sys.stderr.write(f"{error}\n")
+        code = error.exit_code
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError):  # closed
             stream.flush()
