@@ -18,6 +18,7 @@ from damage import MIB, files, fill, own_groups, small_disk
 from planner.answer import rebudgeted, sealed
 from planner.exchange import save_plan
 from planner.plan import plan as solve
+from profiles import cold
 from profiles.errors import InputError
 from profiles.files import in_memory
 from runtime.cgroup import MemoryCgroup
@@ -392,6 +393,17 @@ def test_ctrl_c_while_profiling(work, tmp_path, stage):
     assert not (tmp_path / "p.json").exists()
     whole = ("cache/stores/model-", "cache/native/cold-", "cache/native/unpack-")  # what serves the next call
     assert [name for name in files(tmp_path) if not name.startswith(whole)] == []
+
+
+def test_a_plan_that_counts_on_a_file_that_cannot_be(refused, planned, tmp_path, monkeypatch):
+    monkeypatch.setenv(cold.VARIABLE, "")
+    floor = planned.device.floor.model_copy(update={"tables_on_disk": True})
+    device = planned.device.model_copy(update={"floor": floor})
+    save_plan(sealed(planned.model_copy(update={"device": device})), tmp_path / "plan.json")
+    said = refused(2, "run", tmp_path / "plan.json", "--data", "random", "--steps", 1, "-o", tmp_path / "out")
+    assert said.startswith("the plan counts on a file in ")
+    assert said.endswith("profile and plan again")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_for_another_torch(refused, planned, tmp_path):
