@@ -17,6 +17,10 @@
 #include <sys/time.h>
 #include <unistd.h>
 
+#ifndef MADV_PAGEOUT
+#define MADV_PAGEOUT 21
+#endif
+
 enum { PAGES = 512, TEXT = 3 * 4096, STEP = 8 << 20 };
 
 static char *heap, *end;  /* what the file is mapped over */
@@ -91,8 +95,8 @@ static int state(uint64_t entry, int ours) {
     return ours && (there || swapped) ? WRITTEN : ELSEWHERE;
 }
 
-/* Give back the pages that a file has: all that are still as they were read, and of the heap the others too, once written. */
-static void give_back(int pagemap, char *from, char *to, int ours) {
+/* Give back the pages that a file has: all that are still as they were read, by `advice`, and of the heap the others too, once written. */
+static void give_back(int pagemap, char *from, char *to, int ours, int advice) {
     static uint64_t entries[PAGES];
     while (from < to && !failure) {
         long count = (to - from) / (long)page;
@@ -102,7 +106,7 @@ static void give_back(int pagemap, char *from, char *to, int ours) {
             int kind = state(entries[first], ours);
             for (last = first + 1; last < count && state(entries[last], ours) == kind;) last++;
             char *low = from + first * page, *high = from + last * page;
-            if (kind == CLEAN) madvise(low, high - low, MADV_DONTNEED);
+            if (kind == CLEAN) madvise(low, high - low, advice);
             if (kind != WRITTEN) continue;
             if (write_out(low, high)) return;
             replace(low, high); /* where the heap has shrunk and grown the file is not mapped yet */
@@ -125,7 +129,7 @@ static void give_back_libraries(int pagemap) {
             int copied = at[2] == '-' && at[4] == 'p';
             strtoul(at + 6, &at, 16);          /* the offset */
             at = strchr(at + 1, ' ');          /* behind the device */
-            if (copied && at && strtoul(at, 0, 10)) give_back(pagemap, low, high, 0);
+            if (copied && at && strtoul(at, 0, 10)) give_back(pagemap, low, high, 0, MADV_DONTNEED);
         }
         kept += text + count - line;
         if (kept >= TEXT - 1) break; /* no line is as long */
@@ -141,7 +145,7 @@ static void move(void) {
         failure = failure ? failure : errno;
         return;
     }
-    give_back(pagemap, heap, end, 1);
+    give_back(pagemap, heap, end, 1, MADV_DONTNEED);
     give_back_libraries(pagemap);
     close(pagemap);
 }
@@ -190,4 +194,13 @@ int tightfit_cold_end(void) {
     /* What the disk refused is in the page cache alone. */
     if (!failure) posix_fadvise(file, 0, 0, POSIX_FADV_DONTNEED);
     return failure;
+}
+
+/* After the end, at any time: give back what has only been read since. Other threads may write to it meanwhile, so it is left to the
+   kernel (from Linux 5.4 on) to see what nobody has written. */
+void tightfit_cold_release(void) {
+    int pagemap = failure ? -1 : open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (pagemap < 0) return;
+    give_back(pagemap, heap, end, 0, MADV_PAGEOUT);
+    close(pagemap);
 }

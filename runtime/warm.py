@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from profiles import cold
 from profiles.attention import attention_scratch
 from profiles.operators import OPERATORS
 from profiles.products import narrow
@@ -45,12 +46,13 @@ def prepare() -> Channel:
 
 
 def settle() -> None:
-    """Give back free heap pages and clean file pages; what exists now is never searched for garbage again."""
+    """Give back free heap pages and clean file pages, of libraries and of what was moved to a file; what exists now is never searched for garbage again."""
     gc.collect()
     gc.freeze()
     gc.disable()
     trim_heap()
     release_file_pages()
+    cold.release()
 
 
 def tidy() -> None:

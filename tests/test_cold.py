@@ -83,6 +83,7 @@ def test_the_heap_is_the_same_while_it_moves_and_afterwards(tmp_path):
         ("if (kind != WRITTEN) continue;", "continue;"),  # what is written again stays
         ("if (write_out(end, now)) return;", ""),
         ("MAP_PRIVATE | MAP_FIXED, file, from - heap)", "MAP_PRIVATE | MAP_FIXED, file, 0)"),
+        ("give_back(pagemap, heap, end, 0, MADV_PAGEOUT)", "madvise(heap, end - heap, MADV_DONTNEED)"),
     ],
 )
 def test_a_library_that_does_otherwise_is_not_used(tmp_path, monkeypatch, right, wrong):
@@ -106,6 +107,28 @@ def test_a_lean_process_holds_fifty_megabytes_less():
     assert moved["import_peak_bytes"] < stays["import_peak_bytes"] - 50 * MIB
     # Nothing comes back when the process ends.
     assert most < moved["import_peak_bytes"]
+
+
+@needs_disk
+def test_what_has_only_been_read_is_given_back_later_too():
+    code = """
+import ctypes, pathlib, re
+from runtime import lean_torch
+lean_torch.load()
+from profiles import cold
+from runtime.process import memory
+maps = pathlib.Path("/proc/self/maps").read_text()
+low, high = (int(end, 16) for end in re.search(r"([0-9a-f]+)-([0-9a-f]+) rw-p .*native.*deleted", maps).groups())
+ctypes.string_at(low, high - low)
+before = memory().file
+cold.release()
+print(high - low, before - memory().file)
+"""
+    done = lean(code)
+    assert done.returncode == 0, done.stderr
+    moved, released = map(int, done.stdout.split())
+    assert moved > 40 * MIB
+    assert released > moved - 8 * MIB  # but for what has been written
 
 
 @needs_disk
