@@ -19,10 +19,13 @@ This module is imported by the budgeted process: torch and the standard library 
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from sys import intern
+from typing import Any
 
 import torch
 
@@ -44,6 +47,7 @@ RAW: dict[str, torch.dtype] = {
     "uint8": torch.uint8,
     "bool": torch.bool,
 }
+_JSON = json.JSONDecoder()
 _SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]")
 
 
@@ -56,7 +60,7 @@ def align(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)  # a budgeted process has thousands
 class Entry:
     """One tensor of a store. `describe` makes entries without a file: their `offset` and `segment` are 0."""
 
@@ -103,8 +107,35 @@ class Entry:
     def segments(self) -> int:
         return -(-self.rows // self.segment_rows)
 
+    def said(self) -> list[Any]:
+        """What the header says of it."""
+        return [self.shape, self.format, self.group, self.offset, self.segment]
 
-@dataclass(frozen=True, kw_only=True)
+
+def parse_header(text: str) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """What a header says of the store, and its tensors: one after the other, since all the lists that JSON makes of thousands would leave
+    holes where they were, several times as large as the entries.
+    """
+    head: dict[str, Any] = {}
+    entries: dict[str, Entry] = {}
+    at = 0
+    while text[at] in "{,":
+        key, at = _JSON.raw_decode(text, at + 1)
+        if key != "tensors":
+            head[key], at = _JSON.raw_decode(text, at + 1)
+            continue
+        at += 1
+        while text[at : at + 2] != "{}" and text[at] in "{,":
+            name, at = _JSON.raw_decode(text, at + 1)
+            (shape, kind, group, offset, segment), at = _JSON.raw_decode(text, at + 1)
+            entries[name] = Entry(
+                name=name, shape=tuple(shape), format=intern(kind), group=group, offset=offset, segment=segment
+            )
+        at = text.index("}", at) + 1
+    return head, entries
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)  # a budgeted process has thousands
 class Extent:
     """Rows [start, stop) of an entry and the aligned bytes of the file that hold them."""
 

@@ -40,6 +40,7 @@ from profiles.layout import (
     find_extent,
     group_bytes,
     packed_bytes,
+    parse_header,
 )
 
 __all__ = ["CHUNK_ELEMENTS", "WORKSPACE_BYTES", "Entry", "Extent", "Store", "find_extent", "packed_bytes", "unpack"]
@@ -58,20 +59,14 @@ _native = native.functions()
 class Store:
     """An open weight store. Reads are thread-safe and leave no page cache behind; every segment is checked when first read."""
 
-    def __init__(self, path: Path, header: dict[str, Any], checksums: array.array[int], fingerprint: str) -> None:
+    def __init__(self, path: Path, header: bytes, checksums: array.array[int]) -> None:
         self.path = path
-        self.name: str = header["name"]
-        self.config: dict[str, Any] = header["config"]
-        self.source: dict[str, Any] = header["source"]
-        self.fingerprint = fingerprint
-        """sha256 of names, shapes, formats, configuration and checksums of all tensors."""
-        self.entries: dict[str, Entry] = {
-            name: Entry(name=name, shape=tuple(shape), format=kind, group=group, offset=offset, segment=segment)
-            for name, (shape, kind, group, offset, segment) in header["tensors"].items()
-        }
+        head, self.entries = parse_header(header.decode())
+        self.name: str = head["name"]
+        self.config: dict[str, Any] = head["config"]
+        self.source: dict[str, Any] = head["source"]
         self._checksums = checksums
         self._checked = bytearray(len(checksums))
-        self._extents: dict[str, Extent] = {}
         self._buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         _advise(self._buffered, 0, 0, "RANDOM")  # no read-ahead around gathered rows
         self._direct = _open_direct(path)
@@ -103,12 +98,7 @@ class Store:
             raise InputError(
                 f"{path}: {error.strerror}; profile the model again to rebuild the weight store"
             ) from error
-        header = json.loads(body[:length])
-        checksums = array.array("I", body[length:])
-        fingerprint = hashlib.sha256(
-            json.dumps([header["tensors"], header["config"]], sort_keys=True).encode() + body[length:]
-        ).hexdigest()
-        store = cls(path, header, checksums, fingerprint)
+        store = cls(path, body[:length], array.array("I", body[length:]))
         for entry in store.entries.values():
             if entry.offset + align(entry.bytes) > size:
                 store.close()
@@ -116,6 +106,12 @@ class Store:
                     f"{path}: truncated, tensor {entry.name!r} ends at byte {entry.offset + entry.bytes} of {size}; delete the file and profile the model again"
                 )
         return store
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of names, shapes, formats, configuration and checksums of all tensors."""
+        said = [{name: entry.said() for name, entry in self.entries.items()}, self.config]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + self._checksums.tobytes()).hexdigest()
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, {len(self.entries)} tensors)"
@@ -135,10 +131,7 @@ class Store:
         self._buffered = self._direct = -1
 
     def extent(self, name: str) -> Extent:
-        extent = self._extents.get(name)
-        if extent is None:
-            extent = self._extents[name] = find_extent(self.entries, name)
-        return extent
+        return find_extent(self.entries, name)
 
     def packed_bytes(self, name: str) -> int:
         """Staging bytes that `read_into` needs for a tensor or slice ``name[a:b]``; a multiple of 4096."""

@@ -128,12 +128,11 @@ class Executor:
             meter,
         )
         self.sizes, self.extents = job.sizes, job.extents
-        self.where = array("q", [0]) * len(job.sizes)
-        """Byte offset of every resident tensor in the arena."""
-        for place in range(0, len(job.resident), 2):
-            self.where[job.resident[place]] = job.resident[place + 1] * UNIT
+        self.where = job.where
+        """Byte offset of every tensor in the arena, while it is there."""
         ends = [*job.starts[1:], len(job.tables)]
         self.tables = [job.tables[start:end] for start, end in zip(job.starts, ends)]
+        del job.tables[:]
         # Bound, they are of no more use and as large as what is bound.
         programs = [bind(program, arena, store) for program in header.pop("programs")]
         self.layers = [programs[index] for index in header["layer_programs"]]

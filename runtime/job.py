@@ -1,8 +1,8 @@
 """The job: a plan and the settings of a run, compiled for the lean process.
 
 The parent reads the plan with all its checks and writes this file; the child reads a short JSON header and flat integer
-arrays, so that a schedule of twenty thousand instructions costs it half a megabyte. Tensors are numbers, offsets are in
-units of 64 bytes, an instruction is a run of int32 words:
+arrays, so that a schedule of twenty thousand instructions costs it half a megabyte. Tensors are numbers, the lowest those of
+what stays between steps or is ever on the disk; offsets are in units of 64 bytes; an instruction is a run of int32 words:
 
     READ weight packed at | UNPACK weight tensor packed at | RUN layer operator count at... | FREE tensor
     SPILL tensor | FETCH tensor at | UPDATE trainable updates-per-cycle which-of-them | PERTURB trainable times
@@ -27,14 +27,13 @@ READ, UNPACK, RUN, FREE, SPILL, FETCH, UPDATE, PERTURB, PASS, LOSS, TOKEN_LOSSES
 CODES = ("read", "unpack", "run", "free", "spill", "fetch", "update", "perturb", "pass", "loss", "token_losses")
 UNIT = 64
 BLOCK = 4096
-VERSION = 2
 STATES = ("adam_m", "adam_v", "grad_sum")
 _ARRAYS = (
     ("sizes", "q"),
     ("extents", "q"),
+    ("where", "q"),
     ("tables", "i"),
     ("starts", "i"),
-    ("resident", "q"),
     ("weights", "q"),
     ("trainables", "q"),
     ("train", "i"),
@@ -44,19 +43,19 @@ _ARRAYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """`header` is JSON; the arrays are indexed by tensor number, or are lists of words."""
+    """`header` is JSON; the arrays are indexed by tensor number, or are lists of words. `where` and `tables` become the executor's."""
 
     header: dict[str, Any]
     sizes: array[int]
-    """Bytes of each tensor."""
+    """Bytes of each tensor that stays or is ever on the disk."""
     extents: array[int]
-    """Where each tensor lies in the spill file, bytes; -1: nowhere."""
+    """Where each of those lies in the spill file, bytes; -1: nowhere."""
+    where: array[int]
+    """Byte offset in the arena of every tensor that stays there between steps."""
     tables: array[int]
     """Tensor number of every program value of every layer, layer after layer."""
     starts: array[int]
     """Where each layer's table starts."""
-    resident: array[int]
-    """Number and offset, in units, of each tensor that stays in the arena between steps."""
     weights: array[int]
     """What `runtime.tables.Weights` reads: dtype and shape of each weight of the header as places in lists there, its packed bytes, and
     its byte offsets where it stays unpacked and packed; -1: it does not."""
@@ -86,44 +85,34 @@ class Job:
         return cls(header=header, **arrays)
 
 
-class _Numbers:
-    """Tensor names to numbers, with their bytes."""
-
-    def __init__(self) -> None:
-        self.of: dict[str, int] = {}
-        self.sizes = array("q")
-
-    def add(self, name: str, size: int) -> int:
-        number = self.of.setdefault(name, len(self.of))
-        if number == len(self.sizes):
-            self.sizes.append(size)
-        return number
-
-
 def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
     """`plan` is `planner.schema.Plan` as a dict; `settings` go into the header untouched."""
-    numbers, tables, starts = _numbered(plan)
-    writer = _Writer(plan, numbers.of)
+    numbers, sizes = _numbered(plan)
+    tables, starts = _tables(plan, numbers)
+    writer = _Writer(plan, numbers)
     train, cycle = array("i"), []
     for position, phase in enumerate(_steps(plan)):
         begin = len(train)
         train.extend(writer.words(phase, position))
         cycle.append([begin, len(train)])
     evaluate = writer.words(plan["evaluate"]) if plan["evaluate"] else array("i")
-    extents, spill_bytes = _extents(numbers, train, evaluate)
-    resident: dict[str, int] = plan["resident"]
+    extents, spill_bytes = _extents(sizes, train, evaluate)
+    where = array("q", [0]) * len(numbers)
+    for name, at in plan["resident"].items():
+        where[numbers[name]] = _units(at, ["resident", name]) * UNIT
     return Job(
-        header={**settings, **_header(plan, numbers.of, spill_bytes=spill_bytes, cycle=cycle)},
-        sizes=numbers.sizes,
+        header={
+            **settings,
+            **_header(plan, numbers, spill_bytes=spill_bytes, cycle=cycle),
+            "hole": hole(plan, numbers, sizes),
+        },
+        sizes=sizes,
         extents=extents,
+        where=where,
         tables=tables,
         starts=starts,
-        resident=array(
-            "q",
-            (word for name, at in resident.items() for word in (numbers.of[name], _units(at, ["resident", name]))),
-        ),
         weights=_weights(plan),
-        trainables=_trainables(plan, numbers.of),
+        trainables=_trainables(plan, numbers),
         train=train,
         evaluate=evaluate,
     )
@@ -149,23 +138,43 @@ def _places(listed: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _numbered(plan: Mapping[str, Any]) -> tuple[_Numbers, array[int], array[int]]:
-    """Every tensor of the plan, its layers and its optimizer, numbered; the layers' tables, and where each of these starts."""
-    numbers, tables, starts = _Numbers(), array("i"), array("i")
-    for tensor in plan["tensors"]:
-        numbers.add(tensor["name"], tensor["bytes"])
+def _numbered(plan: Mapping[str, Any]) -> tuple[dict[str, int], array[int]]:
+    """Every tensor of the plan, its layers and its optimizer, numbered; bytes of the first, which stay or are ever on the disk."""
+    sizes: dict[str, int] = {tensor["name"]: tensor["bytes"] for tensor in plan["tensors"]}
+    values = {program["name"]: program["values"] for program in plan["programs"]}
+    for layer in plan["layers"]:
+        for value in values[layer["program"]]:
+            sizes.setdefault(_bound(layer, value), value["bytes"])
+    for tensor in _of_kind(plan, "trainable"):
+        for role in ("grad", *_states(plan)):
+            sizes.setdefault(f"{role}:{tensor['name']}", tensor["bytes"])
+    for tensor in _of_kind(plan, "weight"):
+        sizes.setdefault(f"packed:{tensor['name']}", tensor["packed_bytes"])
+    moved = {
+        instruction[1]
+        for phase in (*_steps(plan), plan["evaluate"] or {"instructions": []})
+        for instruction in phase["instructions"]
+        if instruction[0] in ("spill", "fetch")
+    }
+    lasting = [name for name in sizes if name in moved or name in plan["resident"]]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys((*lasting, *sizes)))}
+    return numbers, array("q", [sizes[name] for name in lasting])
+
+
+def _bound(layer: Mapping[str, Any], value: Mapping[str, Any]) -> str:
+    """The tensor that a value of a layer's program is."""
+    name: str = layer["bindings"].get(value["name"]) or f"{layer['name']}/{value['name']}"
+    return name
+
+
+def _tables(plan: Mapping[str, Any], numbers: Mapping[str, int]) -> tuple[array[int], array[int]]:
+    """The layers' tables, and where each of these starts."""
+    tables, starts = array("i"), array("i")
     values = {program["name"]: program["values"] for program in plan["programs"]}
     for layer in plan["layers"]:
         starts.append(len(tables))
-        for value in values[layer["program"]]:
-            bound = layer["bindings"].get(value["name"])
-            tables.append(numbers.add(bound or f"{layer['name']}/{value['name']}", value["bytes"]))
-    for tensor in _of_kind(plan, "trainable"):
-        for role in ("grad", *_states(plan)):
-            numbers.add(f"{role}:{tensor['name']}", tensor["bytes"])
-    for tensor in _of_kind(plan, "weight"):
-        numbers.add(f"packed:{tensor['name']}", tensor["packed_bytes"])
-    return numbers, tables, starts
+        tables.extend(numbers[_bound(layer, value)] for value in values[layer["program"]])
+    return tables, starts
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
@@ -246,13 +255,13 @@ def _units(at: int, instruction: Sequence[Any], alignment: int = UNIT) -> int:
 # --- the spill file ---------------------------------------------------------------------------------------------------
 
 
-def _extents(numbers: _Numbers, train: array[int], evaluate: array[int]) -> tuple[array[int], int]:
+def _extents(sizes: array[int], train: array[int], evaluate: array[int]) -> tuple[array[int], int]:
     """A block-aligned extent for every tensor that is ever spilled: only such are fetched, or live there between steps."""
-    extents = array("q", [-1]) * len(numbers.of)
+    extents = array("q", [-1]) * len(sizes)
     end = 0
     for number in sorted(_spilled(train) | _spilled(evaluate)):
         extents[number] = end
-        end += -(-numbers.sizes[number] // BLOCK) * BLOCK
+        end += -(-sizes[number] // BLOCK) * BLOCK
     return extents, end
 
 
@@ -297,6 +306,17 @@ def _trainables(plan: Mapping[str, Any], numbers: Mapping[str, int]) -> array[in
     return made
 
 
+def hole(plan: Mapping[str, Any], numbers: Mapping[str, int], sizes: Sequence[int]) -> tuple[int, int]:
+    """The largest byte range of whole blocks of the arena in which nothing stays between steps."""
+    taken = sorted((at, at + sizes[numbers[name]]) for name, at in plan["resident"].items())
+    found, end = (0, 0), 0
+    for start, stop in [*taken, (plan["arena_bytes"], 0)]:
+        low, high = -(-end // BLOCK) * BLOCK, start // BLOCK * BLOCK
+        found = max(found, (low, high), key=lambda hole: hole[1] - hole[0])
+        end = stop
+    return found
+
+
 # --- header -----------------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +340,6 @@ def _header(
         for value in operator["gathers"]
     }
     return {
-        "version": VERSION,
         "budget_bytes": plan["budget_bytes"],
         "arena_bytes": plan["arena_bytes"],
         "spill_bytes": spill_bytes,

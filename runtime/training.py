@@ -21,7 +21,7 @@ from runtime.batches import TrainingBatches, open_batches
 from runtime.channels import Channel
 from runtime.checkpoint import write_json
 from runtime.executor import Executor
-from runtime.job import STATES, UNIT, Job
+from runtime.job import BLOCK, STATES, Job
 from runtime.meter import Meter
 from runtime.optimizer import MeZO, Perturbation, Update, optimizer_of
 from runtime.requests import Requests
@@ -52,7 +52,7 @@ class Training:
         # As JSON has them they are of no more use, and many times as large.
         self.weights = Weights(header.pop("weights"), job.weights)
         self.trainables = Trainables(header.pop("trainables"), job.trainables)
-        self._holes = _holes(job)
+        self._hole: tuple[int, int] = header["hole"]
         self._load_frozen()
         self.executor = Executor(
             job,
@@ -252,18 +252,16 @@ class Training:
         self._store.unpack(name, staging, out)
 
     def _room(self, size: int) -> Tensor:
-        """Bytes of the arena that hold nothing between steps, or of the heap where no hole is large enough."""
-        for start, end in self._holes:
-            if end - start >= size:
-                return self.arena.raw(start, size)
-        return torch.empty(size, dtype=torch.uint8)
+        """Bytes of the arena that hold nothing between steps, or of the heap where too few do."""
+        start, end = self._hole
+        return self.arena.raw(start, size) if end - start >= size else torch.empty(size, dtype=torch.uint8)
 
     def _temporary(self, trainable: Trainable) -> Tensor:
         """A float32 tensor of its shape to prepare a value in, at the other end of the hole that `_room` reads packed bytes into."""
         size = self.job.sizes[trainable.value.number]
-        for start, end in self._holes:
-            if end - start >= 2 * size + 3 * 4096:
-                return self.arena.tensor((end - size) // 4096 * 4096, trainable.shape, "float32")
+        start, end = self._hole
+        if end - start >= 2 * size + 3 * BLOCK:
+            return self.arena.tensor((end - size) // BLOCK * BLOCK, trainable.shape, "float32")
         return torch.empty(trainable.shape)
 
     def _keep(self, place: Place, value: Tensor) -> None:
@@ -304,16 +302,3 @@ class Training:
             else:
                 self.spill.read(ctypes.addressof(buffer), part, self.job.extents[place.number] + done)
                 yield memoryview(buffer).cast("B")[:part]
-
-
-def _holes(job: Job) -> list[tuple[int, int]]:
-    """Byte ranges of the arena without a resident tensor, largest first, at 4096-byte boundaries."""
-    words = job.resident
-    taken = sorted((words[i + 1] * UNIT, words[i + 1] * UNIT + job.sizes[words[i]]) for i in range(0, len(words), 2))
-    holes, end = [], 0
-    for start, stop in [*taken, (job.header["arena_bytes"], 0)]:
-        low, high = -(-end // 4096) * 4096, start // 4096 * 4096
-        if high > low:
-            holes.append((low, high))
-        end = stop
-    return sorted(holes, key=lambda hole: hole[0] - hole[1])

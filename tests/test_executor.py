@@ -1,7 +1,6 @@
 """The executor in this process: schedules of one program set give the same bits, and those of plain PyTorch."""
 
 from functools import partialmethod
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ from tiny_plans import decoder_profile, naive_plan
 
 from runtime.compiled import compile_operator
 from runtime.data import prepare
-from runtime.job import BLOCK, RUN, compile_job, width
+from runtime.job import BLOCK, RUN, compile_job, hole, width
 from runtime.safetensors_file import Reader
-from runtime.training import CHUNK, _holes
+from runtime.training import CHUNK
 
 STEPS = 3
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,7 +183,7 @@ def test_tensors_larger_than_a_chunk_are_saved_and_loaded_whole(tmp_path, monkey
 @given(
     st.lists(st.tuples(st.integers(0, 300), st.integers(1, 300)), max_size=6), st.integers(0, 300), st.integers(0, 63)
 )
-def test_holes_hold_nothing_that_stays(residents, rest, odd):
+def test_the_hole_holds_nothing_that_stays_and_is_the_largest(residents, rest, odd):
     """Gaps and sizes in units of 64 bytes; the last tensor's size need not be whole ones."""
     taken, end = [], 0
     for gap, size in residents:
@@ -193,17 +192,17 @@ def test_holes_hold_nothing_that_stays(residents, rest, odd):
     sizes = [stop - start for start, stop in taken]
     if taken:
         sizes[-1] -= odd
-    job = SimpleNamespace(
-        header={"arena_bytes": end + 64 * rest},
-        resident=[word for i, (start, _) in enumerate(taken) for word in (i, start // 64)],
-        sizes=sizes,
-    )
-    holes = _holes(job)
-    assert [stop - start for start, stop in holes] == sorted((stop - start for start, stop in holes), reverse=True)
-    free = set(range(0, end + 64 * rest - 4095, 4096))
-    for (start, _), size in zip(taken, sizes, strict=True):
-        free -= {page for page in free if page < start + size and start < page + 4096}
-    assert sorted(page for start, stop in holes for page in range(start, stop, 4096)) == sorted(free)
+    plan = {"arena_bytes": end + 64 * rest, "resident": {str(i): start for i, (start, _) in enumerate(taken)}}
+    start, stop = hole(plan, {str(i): i for i in range(len(taken))}, sizes)
+    free = set(range(0, end + 64 * rest - BLOCK + 1, BLOCK))
+    for (low, _), size in zip(taken, sizes, strict=True):
+        free -= {block for block in free if block < low + size and low < block + BLOCK}
+    assert set(range(start, stop, BLOCK)) <= free
+    longest = run = 0
+    for block in range(0, end + 64 * rest, BLOCK):
+        run = run + 1 if block in free else 0
+        longest = max(longest, run)
+    assert stop - start == longest * BLOCK
 
 
 def test_what_is_read_and_what_it_becomes_lie_apart_in_a_hole_or_on_the_heap(profile, records, tmp_path):
@@ -215,7 +214,7 @@ def test_what_is_read_and_what_it_becomes_lie_apart_in_a_hole_or_on_the_heap(pro
     both = 0
     for pages in range(2 * size // BLOCK + 6):
         start, end = 2 * BLOCK, (2 + pages) * BLOCK
-        training._holes = [(start, end)]
+        training._hole = (start, end)
         places = [
             (tensor.data_ptr() - training.arena.address, bytes_)
             for tensor, bytes_ in ((training._room(packed), packed), (training._temporary(trainable), size))
@@ -237,7 +236,7 @@ def test_job_file_survives_the_disk(profile, tmp_path):
     assert again.train == job.train
     assert again.extents == job.extents
     assert again.header["seed"] == 5
-    assert again.resident == job.resident
+    assert again.where == job.where
     assert again.weights == job.weights
     assert again.trainables == job.trainables
 
