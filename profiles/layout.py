@@ -3,7 +3,7 @@
 Layout, little-endian::
 
     [0, 32)        magic "TIGHTFIT", uint32 version, header bytes, segments, crc32 of header and table, zeros
-    [32, ..)       header: JSON with `name`, `config`, `source`, `tensors` {name: [shape, format, group, offset, segment]}
+    [32, ..)       header: JSON without spaces, with `name`, `config`, `source`, `tensors` {name: [shape, format, group, offset, segment]}
     [.., ..)       checksum table: uint32 crc32 of every segment of every tensor
     offset         the tensors, each 4096-aligned, padded with zeros to a multiple of 4096
 
@@ -114,17 +114,17 @@ class Entry:
 
 def parse_header(text: str) -> tuple[dict[str, Any], dict[str, Entry]]:
     """What a header says of the store, and its tensors: one after the other, since all the lists that JSON makes of thousands would leave
-    holes where they were, several times as large as the entries.
+    holes where they were, several times as large as the entries. Raises LookupError, TypeError or ValueError for another text.
     """
     head: dict[str, Any] = {}
-    entries: dict[str, Entry] = {}
+    entries: dict[str, Entry] | None = None
     at = 0
     while text[at] in "{,":
         key, at = _JSON.raw_decode(text, at + 1)
         if key != "tensors":
             head[key], at = _JSON.raw_decode(text, at + 1)
             continue
-        at += 1
+        at, entries = at + 1, {}
         while text[at : at + 2] != "{}" and text[at] in "{,":
             name, at = _JSON.raw_decode(text, at + 1)
             (shape, kind, group, offset, segment), at = _JSON.raw_decode(text, at + 1)
@@ -132,10 +132,12 @@ def parse_header(text: str) -> tuple[dict[str, Any], dict[str, Entry]]:
                 name=name, shape=tuple(shape), format=intern(kind), group=group, offset=offset, segment=segment
             )
         at = text.index("}", at) + 1
+    if entries is None or text[at:] != "}":
+        raise ValueError("no tensors" if entries is None else f"it goes on at byte {at}")
     return head, entries
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)  # a budgeted process has thousands
+@dataclass(frozen=True, kw_only=True)
 class Extent:
     """Rows [start, stop) of an entry and the aligned bytes of the file that hold them."""
 

@@ -98,7 +98,12 @@ class Store:
             raise InputError(
                 f"{path}: {error.strerror}; profile the model again to rebuild the weight store"
             ) from error
-        store = cls(path, body[:length], array.array("I", body[length:]))
+        try:
+            store = cls(path, body[:length], array.array("I", body[length:]))
+        except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise InputError(
+                f"{path}: the header is not that of a weight store ({error}); delete the file and profile the model again"
+            ) from error
         for entry in store.entries.values():
             if entry.offset + align(entry.bytes) > size:
                 store.close()

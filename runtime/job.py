@@ -43,15 +43,15 @@ _ARRAYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """`header` is JSON; the arrays are indexed by tensor number, or are lists of words. `where` and `tables` become the executor's."""
+    """`header` is JSON; the arrays are indexed by tensor number, or are lists of words. The executor takes `where` and `tables` over."""
 
     header: dict[str, Any]
     sizes: array[int]
-    """Bytes of each tensor that stays or is ever on the disk."""
+    """Bytes of the first tensors, which stay or are ever on the disk."""
     extents: array[int]
     """Where each of those lies in the spill file, bytes; -1: nowhere."""
     where: array[int]
-    """Byte offset in the arena of every tensor that stays there between steps."""
+    """Byte offset in the arena of every tensor; 0 for those that do not stay there between steps."""
     tables: array[int]
     """Tensor number of every program value of every layer, layer after layer."""
     starts: array[int]
@@ -101,11 +101,7 @@ def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
     for name, at in plan["resident"].items():
         where[numbers[name]] = _units(at, ["resident", name]) * UNIT
     return Job(
-        header={
-            **settings,
-            **_header(plan, numbers, spill_bytes=spill_bytes, cycle=cycle),
-            "hole": hole(plan, numbers, sizes),
-        },
+        header={**settings, **_header(plan, numbers, sizes, spill_bytes=spill_bytes, cycle=cycle)},
         sizes=sizes,
         extents=extents,
         where=where,
@@ -151,10 +147,11 @@ def _numbered(plan: Mapping[str, Any]) -> tuple[dict[str, int], array[int]]:
     for tensor in _of_kind(plan, "weight"):
         sizes.setdefault(f"packed:{tensor['name']}", tensor["packed_bytes"])
     moved = {
-        instruction[1]
+        name
         for phase in (*_steps(plan), plan["evaluate"] or {"instructions": []})
-        for instruction in phase["instructions"]
-        if instruction[0] in ("spill", "fetch")
+        for verb, *operands in phase["instructions"]
+        if verb in ("spill", "fetch")
+        for name in operands[:1]
     }
     lasting = [name for name in sizes if name in moved or name in plan["resident"]]
     numbers = {name: number for number, name in enumerate(dict.fromkeys((*lasting, *sizes)))}
@@ -312,8 +309,8 @@ def hole(plan: Mapping[str, Any], numbers: Mapping[str, int], sizes: Sequence[in
     found, end = (0, 0), 0
     for start, stop in [*taken, (plan["arena_bytes"], 0)]:
         low, high = -(-end // BLOCK) * BLOCK, start // BLOCK * BLOCK
-        found = max(found, (low, high), key=lambda hole: hole[1] - hole[0])
-        end = stop
+        found = max(found, (low, high), key=lambda one: one[1] - one[0])
+        end = max(end, stop)
     return found
 
 
@@ -321,7 +318,12 @@ def hole(plan: Mapping[str, Any], numbers: Mapping[str, int], sizes: Sequence[in
 
 
 def _header(
-    plan: Mapping[str, Any], numbers: Mapping[str, int], *, spill_bytes: int, cycle: list[list[int]]
+    plan: Mapping[str, Any],
+    numbers: Mapping[str, int],
+    sizes: Sequence[int],
+    *,
+    spill_bytes: int,
+    cycle: list[list[int]],
 ) -> dict[str, Any]:
     """`cycle`: the first word of each training schedule, and that after its last."""
     tensors, programs = {t["name"]: t for t in plan["tensors"]}, _places(plan["programs"])
@@ -342,6 +344,7 @@ def _header(
     return {
         "budget_bytes": plan["budget_bytes"],
         "arena_bytes": plan["arena_bytes"],
+        "hole": hole(plan, numbers, sizes),
         "spill_bytes": spill_bytes,
         "batch": plan["batch"],
         "seq": plan["seq"],

@@ -46,7 +46,7 @@ SEPARATOR = "\0"
 
 
 class Names(Sequence[str]):
-    """The parts of `text`: thousands of strings take three times as much."""
+    """The parts of `text`: thousands of strings take twice as much."""
 
     def __init__(self, text: str) -> None:
         self._text = text

@@ -52,7 +52,7 @@ class Training:
         # As JSON has them they are of no more use, and many times as large.
         self.weights = Weights(header.pop("weights"), job.weights)
         self.trainables = Trainables(header.pop("trainables"), job.trainables)
-        self._hole: tuple[int, int] = header["hole"]
+        self._hole: tuple[int, int] = tuple(header["hole"])
         self._load_frozen()
         self.executor = Executor(
             job,

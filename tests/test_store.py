@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
 import mmap
 import os
@@ -11,7 +12,8 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +25,7 @@ from hypothesis import strategies as st
 
 from profiles.describe import decoder_tensors, describe, packed_entry
 from profiles.errors import InputError, RunError
+from profiles.layout import MAGIC, PREAMBLE, VERSION
 from profiles.pack import StoreWriter, build_store, pack_q4, pack_q8, pack_rows, q4_blocks
 from profiles.random_source import random_source
 from profiles.sources import Source, SourceTensor
@@ -329,6 +332,52 @@ def test_a_damaged_header_is_refused(path: Path, tmp_path: Path, byte: int) -> N
     with pytest.raises(InputError, match=r"weight store of version 5|the header is truncated or damaged") as caught:
         Store.open(file)
     assert str(file) in str(caught.value)
+
+
+def test_the_fingerprint_is_of_the_header_and_the_checksums(path: Path) -> None:
+    """As it always was: plans hold it, and those made before go on to run."""
+    text, table = header_of(path)
+    header = json.loads(text)
+    said = json.dumps([header["tensors"], header["config"]], sort_keys=True).encode()
+    with Store.open(path) as store:
+        assert store.fingerprint == hashlib.sha256(said + table).hexdigest()
+        assert {"name": store.name, "config": store.config, "source": store.source} == {
+            key: value for key, value in header.items() if key != "tensors"
+        }
+        assert list(store.entries) == list(header["tensors"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: json.dumps(json.loads(text)).encode(),  # with spaces
+        lambda text: b"\n" + text,
+        lambda text: text + b"}",
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace(b'"tensors"', b'"others"'),
+        lambda text: text.replace(b'"config"', b'"others"'),
+        lambda text: text.replace(b'"q4"', b"4", 1),
+        lambda text: b"[]",
+        lambda text: b"",
+        lambda text: b"\xff" + text,
+    ],
+)
+def test_a_header_of_something_else_is_refused(path: Path, tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    """Its checksum is right."""
+    text, table = header_of(path)
+    other = change(text)
+    preamble = PREAMBLE.pack(MAGIC, VERSION, len(other), len(table) // 4, zlib.crc32(other + table))
+    (tmp_path / "x.store").write_bytes(preamble + other + table + bytes(1 << 20))
+    with pytest.raises(InputError, match=r"the header is not that of a weight store .*; delete the file"):
+        Store.open(tmp_path / "x.store")
+
+
+def header_of(path: Path) -> tuple[bytes, bytes]:
+    """Its text, and the table of checksums behind it."""
+    raw = path.read_bytes()
+    _, _, length, segments, _ = PREAMBLE.unpack(raw[: PREAMBLE.size])
+    body = raw[PREAMBLE.size :]
+    return body[:length], body[length : length + 4 * segments]
 
 
 @pytest.mark.parametrize(
