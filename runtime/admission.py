@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,14 @@ from runtime.checkpoint import OPERATORS
 
 Stages = Callable[[str, int, int], None]
 """stages(what, done, total) while something is prepared."""
+
+
+def check_kind(plan: object) -> None:
+    """Refuse what is no plan, such as the name of its file."""
+    if not isinstance(plan, Plan):
+        raise InputError(
+            f"{reprlib.repr(plan)} is no plan; give what `planner.plan.plan` returns, or `planner.exchange.load_plan` for a file's name"
+        )
 
 
 def check_steps(plan: Plan, steps: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from planner.schema import Plan
 from profiles.errors import InputError, RunError
 from runtime import job as jobs
-from runtime.admission import Stages, check_machine, check_schedule, check_steps, find_store
+from runtime.admission import Stages, check_kind, check_machine, check_schedule, check_steps, find_store
 from runtime.batches import write_batches
 from runtime.given import as_planned
 from runtime.interrupts import GivenUp, passed_on
@@ -71,6 +71,7 @@ def run(
     step is finished and saved, and the RunError is `interrupted`, on which a program should end, as the signal is used up.
     A handler of the program's own is left in place; the run saves and ends if that, `progress` or `stages` raises.
     """
+    check_kind(plan)
     directory = Path(out).absolute()
     options = checked(
         steps=steps,

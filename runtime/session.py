@@ -19,7 +19,7 @@ from planner.schema import Plan
 from planner.summary import unfinished_update
 from profiles.errors import RunError, TightfitError
 from runtime import job as jobs
-from runtime.admission import Stages, check_machine, check_schedule, find_store
+from runtime.admission import Stages, check_kind, check_machine, check_schedule, find_store
 from runtime.given import as_planned
 from runtime.lean_process import started
 from runtime.options import checked, finite
@@ -72,6 +72,7 @@ class Session:
         stages: Stages | None = None,
     ) -> None:
         """As for `run`; `lr` is the learning rate of steps that name none."""
+        check_kind(plan)
         self.plan = plan
         self.directory = Path(out).absolute()
         self.taken = 0

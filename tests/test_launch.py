@@ -30,6 +30,7 @@ from runtime.checkpoint import UNSAID_OPERATORS, find_checkpoints
 from runtime.interrupts import passed_on
 from runtime.launch import run
 from runtime.loop import _evaluated_before
+from runtime.session import Session
 
 MIB = 1 << 20
 SETTINGS = {"lr": 1e-2, "seed": 5}
@@ -554,6 +555,13 @@ def test_all_that_changes_a_result_is_a_condition_of_going_on_and_nothing_else_i
     assert was["torch"] == torch.__version__
     assert was["operators"] == PROFILE_VERSION
     assert list(was)[-2:] == ["operators", "graph"]
+
+
+@pytest.mark.parametrize("given", ["plan.json", None, {"train": {}}])
+def test_what_is_no_plan_is_refused(given, tmp_path):
+    for attempt in (lambda: run(given, "random", steps=1, out=tmp_path), lambda: Session(given, out=tmp_path)):
+        with pytest.raises(InputError, match=re.escape(f"{given!r} is no plan; give what")):
+            attempt()
 
 
 def test_an_infeasible_plan_is_refused(plan, tmp_path):
