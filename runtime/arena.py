@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable
 
 import torch
@@ -13,7 +14,7 @@ ALIGNMENT = 64
 
 
 class Arena:
-    """Anonymous memory, touched as the schedule first uses it and never given back. The plan counts all of it."""
+    """Anonymous memory, touched as the schedule first uses it and not given back while it runs. The plan counts all of it."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -44,3 +45,7 @@ class Arena:
     def raw(self, at: int, size: int) -> Tensor:
         """`size` bytes at offset `at`, uint8."""
         return self.bytes.narrow(0, at, size)
+
+    def release(self) -> None:
+        """Give all pages back; what was there is zero again."""
+        self._map.madvise(mmap.MADV_DONTNEED)

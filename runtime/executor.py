@@ -134,8 +134,8 @@ class Executor:
         self.tables = [job.tables[start:end] for start, end in zip(job.starts, ends)]
         del job.tables[:]
         # Bound, they are of no more use and as large as what is bound.
-        programs = [bind(program, arena, store) for program in header.pop("programs")]
-        self.layers = [programs[index] for index in header["layer_programs"]]
+        self.programs = [bind(program, arena, store) for program in header.pop("programs")]
+        self.layers = [self.programs[index] for index in header["layer_programs"]]
         self.gathered = dict(header["gathered"])
         self.weights, self.trainables = weights, trainables
         self.loss_number, self.token_losses = header["loss"], header["token_losses"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,13 +263,7 @@ def _extents(sizes: array[int], train: array[int], evaluate: array[int]) -> tupl
 
 
 def _spilled(words: array[int]) -> set[int]:
-    found = set()
-    place = 0
-    while place < len(words):
-        if words[place] == SPILL:
-            found.add(words[place + 1])
-        place += width(words, place)
-    return found
+    return {words[place + 1] for place in starts_of(words) if words[place] == SPILL}
 
 
 # --- what lasts ------------------------------------------------------------------------------------------------------
@@ -381,6 +375,25 @@ def program_values(program: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         name: {"dtype": dtype, "shape": shape, "stride": stride} for name, dtype, shape, stride in program["values"]
     }
+
+
+def operators_run(job: Job) -> set[tuple[int, int]]:
+    """What the schedules run: (program, operator)."""
+    programs = job.header["layer_programs"]
+    return {
+        (programs[words[place + 1]], words[place + 2])
+        for words in (job.train, job.evaluate)
+        for place in starts_of(words)
+        if words[place] == RUN
+    }
+
+
+def starts_of(words: Sequence[int]) -> Iterator[int]:
+    """Where each instruction starts."""
+    place = 0
+    while place < len(words):
+        yield place
+        place += width(words, place)
 
 
 def width(words: Sequence[int], place: int) -> int:

@@ -1,7 +1,7 @@
 """What the operators of a model leave behind in a lean process: ``python -m runtime.kernels`` (JSON programs in, bytes out).
 
 oneDNN builds a kernel for every shape of a matrix product and keeps it (about half a MiB each in bfloat16), and code is
-mapped when it first runs. Both stay for the life of the process whatever the plan, as do the operators made ready to be
+mapped when it runs. Both stay for the life of the process whatever the plan, as do the operators made ready to be
 called and the holes that reading them leaves in the heap, so they belong to its floor.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import subprocess
 import sys
-from collections import Counter
 from typing import Any
 
 from profiles.errors import InputError, RunError
@@ -47,61 +47,38 @@ def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool
 
 def main() -> int:
     lean_torch.load()
-    from runtime.warm import SIZE, prepare, warm
+    from runtime.warm import SIZE, prepare, settle, warm
 
-    warm(prepare(), SIZE, backward=INFERENCE not in sys.argv)  # the state in which the floor is measured
+    channel = prepare()
+    backward = INFERENCE not in sys.argv
+    warm(channel, SIZE, backward=backward)  # the state in which the floor is measured
     from runtime.arena import Arena
-    from runtime.executor import bind
+    from runtime.executor import BoundOperator, bind
+    from runtime.rehearsal import rehearse
 
     before = _resident()
     programs = json.load(sys.stdin)
-    arena = Arena(1 << 20)
-    kept = [bind(program, arena, None) for program in programs]
+    arena = Arena(max(map(_bytes, programs), default=0))
+    kept: list[BoundOperator] = []
     while programs:
-        _run_once(programs.pop())
-    sys.stdout.write(json.dumps({"bytes": max(0, _resident() - before)}) + "\n")
-    del kept
+        kept.extend(bind(programs.pop(), arena, None))
+    rehearse(kept, arena)
+    settle()
+    # What a step needs is mapped again, and what only making kernels needed is not.
+    warm(channel, SIZE, backward=backward)
+    rehearse(kept, arena)
+    sys.stdout.write(json.dumps({"bytes": _resident() - before}) + "\n")
     return 0
 
 
-def _run_once(program: dict[str, Any]) -> None:
+def _bytes(program: dict[str, Any]) -> int:
+    """Room for all tensors of a program at once; where none are made it takes no memory."""
     import torch
 
-    from runtime.compiled import compile_operator
-
-    values = program_values(program)
-    compiled = [compile_operator(operator, values) for operator in program["operators"]]
-    touched = [
-        [
-            *(operand["value"] for *_, operand in (*ready.slots, *ready.gathers)),
-            *(name for name in operator["outputs"] if name is not None),
-        ]
-        for ready, operator in zip(compiled, program["operators"])
-    ]
-    left = Counter(name for names in touched for name in set(names))
-    tensors: dict[str, Any] = {}
-    for operator, names in zip(program["operators"], touched):
-        ready = compiled.pop(0)  # it holds the tensors of its last call
-        if not ready.gathers:
-            for name in names:
-                if name not in tensors:
-                    value = values[name]
-                    tensors[name] = torch.empty_strided(
-                        value["shape"], value["stride"], dtype=getattr(torch, value["dtype"])
-                    ).zero_()
-            try:
-                ready.run(tensors, [None if name is None else tensors[name] for name in operator["outputs"]])
-            except (RuntimeError, TypeError) as error:
-                if "alloc" in str(error):  # torch has no MemoryError
-                    raise
-                first = str(error).splitlines()[0]
-                raise InputError(
-                    f"operator {ready.name} is not supported ({first}); use other layers in the model"
-                ) from error
-        for name in set(names):
-            left[name] -= 1
-            if not left[name]:
-                tensors.pop(name, None)
+    return sum(
+        math.prod(value["shape"]) * getattr(torch, value["dtype"]).itemsize + 64
+        for value in program_values(program).values()
+    )
 
 
 def _resident() -> int:

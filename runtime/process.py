@@ -7,7 +7,7 @@ import os
 import sys
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -21,6 +21,10 @@ _LOOKED_AT = 32 << 20
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _FILE, _WRITTEN = 1 << 61, 1 << 62
 """bits of a page in pagemap: it is a file's, it is swapped out; bit 63: it is in memory"""
+
+LARGEST = 32 << 20
+"""bytes from which on a buffer has pages of its own instead of a place in the heap; the most that glibc allows"""
+_M_MMAP_THRESHOLD = -3
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -55,7 +59,7 @@ def child_environment(threads: int) -> dict[str, str]:
         },
         GLIBC_TUNABLES="glibc.malloc.tcache_count=0",
         MALLOC_ARENA_MAX="1",
-        MALLOC_MMAP_THRESHOLD_=str(32 << 20),
+        MALLOC_MMAP_THRESHOLD_=str(LARGEST),
         MALLOC_TRIM_THRESHOLD_=str(1 << 30),
         MALLOC_TOP_PAD_=str(64 << 10),
         OMP_NUM_THREADS=str(threads),
@@ -196,6 +200,20 @@ def trim_heap() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(ctypes.c_size_t(0))
+
+
+@contextmanager
+def apart(size: int) -> Iterator[None]:
+    """While the block runs, buffers of `size` bytes and more have pages of their own: what is made between them leaves them no holes (glibc only)."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(_M_MMAP_THRESHOLD, size)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGEST)
 
 
 def leave(main: Callable[[], int]) -> NoReturn:

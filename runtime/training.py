@@ -21,9 +21,10 @@ from runtime.batches import TrainingBatches, open_batches
 from runtime.channels import Channel
 from runtime.checkpoint import write_json
 from runtime.executor import Executor
-from runtime.job import BLOCK, STATES, Job
+from runtime.job import BLOCK, STATES, Job, operators_run
 from runtime.meter import Meter
 from runtime.optimizer import MeZO, Perturbation, Update, optimizer_of
+from runtime.rehearsal import rehearse
 from runtime.requests import Requests
 from runtime.safetensors_file import Item
 from runtime.spill import SpillFile
@@ -53,7 +54,6 @@ class Training:
         self.weights = Weights(header.pop("weights"), job.weights)
         self.trainables = Trainables(header.pop("trainables"), job.trainables)
         self._hole: tuple[int, int] = tuple(header["hole"])
-        self._load_frozen()
         self.executor = Executor(
             job,
             self.arena,
@@ -65,6 +65,9 @@ class Training:
             self.weights,
             self.trainables,
         )
+        programs = self.executor.programs
+        rehearse((programs[program][operator] for program, operator in sorted(operators_run(job))), self.arena)
+        self._load_frozen()
         self.inputs = [self.arena.tensor(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]
         requests = header["requests"]
         self.batches: TrainingBatches = (
