@@ -62,6 +62,25 @@ def test_small_graphs_against_brute_force(block):
         check_small_graph(seed)
 
 
+def test_the_smallest_budget_where_sizes_are_near_their_limit():
+    """CP-SAT's presolve once called it infeasible."""
+    half = 1 << 49
+    operators = [
+        {"name": "n0", "seconds": 1.0, "output_bytes": half, "workspace_bytes": 2 * half - 1},
+        {
+            "name": "n1",
+            "seconds": 1e-9,
+            "output_bytes": 2 * half,
+            "inputs": ["n0"],
+            "workspace_bytes": 1,
+            "keep_until_end": True,
+        },
+        {"name": "n2", "seconds": 1e-9, "output_bytes": 2 * half - 1, "inputs": ["n1"], "keep_until_end": True},
+        {"name": "n3", "seconds": 1e-9, "output_bytes": 2 * half - 1, "inputs": ["n0", "n2"]},
+    ]
+    assert GraphPlanner(profile_of(operators)).minimum_bytes() == least(operators, "stages") == 2814749767106558
+
+
 def test_memory_by_hand():
     """a is kept for the end, which is a run of its own; b is there until e, or runs again for it."""
     operators = [
@@ -394,6 +413,28 @@ def test_the_smallest_budget_of_a_graph_too_large_to_be_exact():
     assert planner.lowest_bytes <= short.minimum_budget_bytes <= low
     assert planner.plan(short.minimum_budget_bytes, time_limit=1).peak_bytes <= short.minimum_budget_bytes
     assert "surely no schedule with first runs and re-runs in this order fits" in short.minimum_budget_reason
+
+
+def test_the_smallest_budget_is_proven_to_the_byte_where_no_exact_schedule_is_asked_for():
+    """Programs in parts of the budget take 7 bytes of 3 GB for none."""
+    large = 1_000_000_000
+    operators = [
+        {"name": "n0", "seconds": 0.0, "output_bytes": 7},
+        {"name": "n1", "seconds": 1.0, "output_bytes": 7, "inputs": ["n0"], "keep_until_end": True},
+        {
+            "name": "n2",
+            "seconds": 0.0,
+            "output_bytes": large,
+            "inputs": ["n1"],
+            "workspace_bytes": 7,
+            "recomputable": False,
+        },
+        {"name": "n3", "seconds": 0.0, "output_bytes": large, "inputs": ["n1", "n2"]},
+        {"name": "n4", "seconds": 1.0, "output_bytes": 0, "inputs": ["n0", "n3"]},
+    ]
+    others = [{"name": f"z{i}", "seconds": 0.0, "output_bytes": 0, "inputs": ["n2"]} for i in range(EXACT_OPERATORS)]
+    planner = GraphPlanner(profile_of([*operators, *others], fixed=large))
+    assert planner.minimum_bytes() == planner.lowest_bytes == least(operators, "stages", large) == 3_000_000_007
 
 
 def test_rules_that_need_a_backward_are_refused_without_one():

@@ -70,6 +70,23 @@ def test_small_graphs_against_brute_force(block):
     assert sum(check_small_graph(seed, most=5) for seed in range(60 * block, 60 * block + 60)) >= 2
 
 
+def test_sizes_far_apart():
+    """CP-SAT's presolve once made n3 run twice the optimum, at this budget alone."""
+    large = 1_000_000_000
+    operators = [
+        {"name": "n0", "seconds": 7.273549628809785, "output_bytes": 7},
+        {"name": "n1", "seconds": 1.0676882727409687, "output_bytes": large, "inputs": ["n0"], "keep_until_end": True},
+        {"name": "n2", "seconds": 9.58469724801611, "output_bytes": large, "inputs": ["n0"]},
+        {"name": "n3", "seconds": 5.668491707031926, "output_bytes": 1, "inputs": ["n0"]},
+        {"name": "n4", "seconds": 3.1341752810037455, "output_bytes": large, "inputs": ["n0"]},
+    ]
+    channels = {way: {"bytes_per_second": 1e9, "latency_seconds": 0} for way in ("read", "write")}
+    planner = GraphPlanner(profile_of(operators, channels))
+    for budget in (large + 7, large + 8):
+        made = planner.plan(budget)
+        assert made.step_seconds == pytest.approx(best(operators, channels, budget, "stages", 0), rel=1e-9)
+
+
 def test_the_search_alone_comes_near_the_optimum(monkeypatch):
     """As it works on graphs too large for the exact solver."""
     monkeypatch.setattr(graph_planner, "EXACT_MOVES", 0)

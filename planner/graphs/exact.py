@@ -7,6 +7,7 @@ freeing is a choice like any other; the number of variables grows with the third
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import floor
@@ -35,13 +36,17 @@ class Exact:
 
 
 def fastest(dag: Dag, budget_bytes: int, *, work: float, seconds: float) -> Exact:
-    """The fastest schedule of the class within the budget. `work` is CP-SAT's deterministic time, `seconds` are the clock's."""
+    """The fastest schedule of the class within the budget. `work` is CP-SAT's deterministic time, `seconds` are the clock's, with those
+    that building the program takes.
+    """
+    began = time.monotonic()
     model = _Stages(dag)
     for row in model.rows:
         model.model.add(row <= budget_bytes - dag.fixed_bytes)
     unit = max(dag.once_seconds, 1e-300) / RESOLUTION
     model.model.minimize(sum(floor(dag.seconds[i] / unit) * again for (_, i), again in model.again.items()))
-    return model.solve(work, seconds, lambda extra: dag.once_seconds + max(0.0, extra) * unit)
+    left = max(0.0, began + seconds - time.monotonic())
+    return model.solve(work, left, lambda extra: dag.once_seconds + max(0.0, extra) * unit)
 
 
 def smallest(dag: Dag, *, work: float, seconds: float) -> Exact:

@@ -32,6 +32,8 @@ EXACT_MOVES = 8
 """operators of a graph that names a disk, up to which it is solved so"""
 PRICES = (None, 0.05, 0.5, 1.0)
 """of a second of the disk, in seconds of computation, that searches are made with; None: nothing is moved"""
+LEAST_OPERATORS = 64
+"""up to here the exact solver is asked for one byte less than the smallest budget found"""
 EXACT_WORK = 30.0
 """deterministic seconds of CP-SAT; such graphs take a fraction of one"""
 EXACT_SECONDS = 0.5
@@ -425,16 +427,31 @@ class GraphPlanner:
                 return Least(carried=carried, lowest_bytes=carried.peak_bytes)
             self._ended(solved.timely)
             self._note(solved.reruns or ())
+        proving = dag.operators <= LEAST_OPERATORS
         left = max(0.0, deadline - time.monotonic())
-        self._evicted_least(deadline - 0.3 * left, min(LEAST_GRANTED, GRANTED * left))
-        least = self._lowest_peak(0.4 * max(0.0, deadline - time.monotonic()))
+        found_by = deadline - 0.5 * left if proving else deadline
+        self._evicted_least(found_by - 0.3 * left, min(LEAST_GRANTED, GRANTED * left))
+        low = self._lowest_peak(0.4 * max(0.0, found_by - time.monotonic())).bytes
         best = self.found.lowest()
-        if self.found.peaks[best] > least.bytes:
-            near = Neighbourhoods(dag, least.bytes)
-            best = self._note(near.deepened(best, deadline=deadline - 0.3 * (deadline - time.monotonic())))
-            best = self._note(near.polished(best, deadline=deadline))
+        if self.found.peaks[best] > low:
+            near = Neighbourhoods(dag, low)
+            best = self._note(near.deepened(best, deadline=found_by - 0.3 * (found_by - time.monotonic())))
+            best = self._note(near.polished(best, deadline=found_by))
             self._ended(near.timely)
-        return Least(carried=carry(dag, best), lowest_bytes=least.bytes, timely=self.found.timely)
+        if proving:
+            best, low = self._proven_least(best, low, deadline)
+        return Least(carried=carry(dag, best), lowest_bytes=low, timely=self.found.timely)
+
+    def _proven_least(self, best: frozenset[Rerun], low: int, deadline: float) -> tuple[frozenset[Rerun], int]:
+        """The schedule of lowest peak and what none undercuts: byte by byte, since programs of parts of a budget know no single bytes."""
+        while self.found.peaks[best] > low:
+            left = max(0.0, deadline - time.monotonic())
+            solved = exact.fastest(self.dag, self.found.peaks[best] - 1, work=EXACT_WORK, seconds=left)
+            if solved.reruns is None:
+                self._ended(solved.timely)
+                return best, self.found.peaks[best] if solved.proven else low
+            best = self._note(solved.reruns)
+        return best, low
 
     def _lowest_peak(self, seconds: float) -> Lowest:
         """`lowest_peak`, until it has come to its end once."""
