@@ -100,5 +100,6 @@ def test_chains_name_what_is_read_and_what_that_is_made_from():
     ]
     operators[5]["inputs"] = ["x1", "x4"]
     dag = dag_from(operators, 0)
-    assert chains(dag, 8, 1) == {(5, 1)}
-    assert chains(dag, 8, 2) == {(5, 1), (5, 0)}
+    assert chains(dag, 8, 1, 10) == {(5, 1)}
+    assert chains(dag, 8, 2, 10) == {(5, 1), (5, 0)}
+    assert chains(dag, 8, 2, 1) == set()

@@ -23,6 +23,8 @@ DEEPER = 2
 """times the seconds of one depth: what the next takes at least, where the schedule fits; where not, any answer may be a step"""
 LARGEST = 1_200_000
 """places times operators of a program that is tried"""
+LONGEST = 100_000
+"""places in chains that are listed, in a fraction of a second; where there are more, stretches have what is near"""
 LARGEST_PROOF = 2_000_000
 """the same for the proof of a smallest peak, which needs every place"""
 SHORT = 0.75
@@ -47,6 +49,7 @@ class Neighbourhoods:
         self.random = random.Random(0)
         self.timely = True
         self.chained: dict[int, list[Rerun]] = {}
+        """by depth; none where there are over `LONGEST`"""
         self.sizes = dict.fromkeys((0, *DEPTHS), PLACES)
         """places of the stretches to come, by depth of the chains; 0: all that is near"""
         self.solved: set[int] = set()
@@ -135,7 +138,7 @@ class Neighbourhoods:
 
     def _chains(self, depth: int) -> list[Rerun]:
         if depth not in self.chained:
-            self.chained[depth] = sorted(chains(self.dag, self.budget, depth))
+            self.chained[depth] = sorted(chains(self.dag, self.budget, depth, LONGEST))
         return self.chained[depth]
 
     def _solve(self, reruns: frozenset[Rerun], first: int, last: int, places: Iterable[Rerun], limit: float) -> Solved:
@@ -166,8 +169,8 @@ class Neighbourhoods:
         return [i for i, total in zip(wanted, totals) if total <= self.sizes[0]]
 
 
-def chains(dag: Dag, budget: int, depth: int) -> set[Rerun]:
-    """Places for re-runs: before each first run what it reads, what those read, and so on `depth` times.
+def chains(dag: Dag, budget: int, depth: int, most: int) -> set[Rerun]:
+    """Places for re-runs: before each first run what it reads, what those read, and so on `depth` times; none where there are over `most`.
 
     Left out: what has been read since memory was last short when nothing is made again.
     """
@@ -181,6 +184,8 @@ def chains(dag: Dag, budget: int, depth: int) -> set[Rerun]:
             for i in layer:
                 if dag.recomputable[i] and dag.bytes[i] and short[stage] > short[max(last_read[i], i) + 1]:
                     places.add((stage, i))
+            if len(places) > most:
+                return set()
             layer = {j for i in layer for j in dag.again_inputs[i]} - seen
             seen |= layer
         for i in dag.inputs[stage]:

@@ -34,6 +34,8 @@ PRICES = (None, 0.05, 0.5, 1.0)
 """of a second of the disk, in seconds of computation, that searches are made with; None: nothing is moved"""
 LEAST_OPERATORS = 64
 """up to here the exact solver is asked for one byte less than the smallest budget found"""
+SHARES = (0.97, 0.93, 0.85, 0.7, 0.5, 0.3)
+"""of what a budget has above the floor, within which the disk is planned for as well while the gap is not closed"""
 EXACT_WORK = 30.0
 """deterministic seconds of CP-SAT; such graphs take a fraction of one"""
 EXACT_SECONDS = 0.5
@@ -240,28 +242,51 @@ class GraphPlanner:
         found.extend(carried for carried in self.found.moved if carried.peak_bytes <= budget)
         plain: frozenset[Rerun] = frozenset()
         for number, price in enumerate(PRICES):
-            variant = dag if price is None else dag.moving(worth_moving(dag, price), price)
-            search = Search(
-                variant, budget, deadline=started + 0.7 * span * (number + 1) / len(PRICES), granted=GRANTED * span / 4
-            )
-            memory = search.first(self._plain_seeds(budget, deadline) if price is None else [(), touch_and_go(variant)])
-            if memory is None:
-                self._ended(search.timely)
-                continue
-            reruns = search.improve(memory, rounds=ROUNDS // len(PRICES))
-            self._ended(search.timely)
-            if price is None:
+            ends = started + 0.7 * span * (number + 1) / len(PRICES)
+            reruns = self._search_moves(budget, budget, price, ends, GRANTED * span / 4, found)
+            if reruns is not None:
+                self._report(progress, started, "carried out", found[-1].seconds, dag.once_seconds)
+            if price is None and reruns is not None:
                 plain = self._note(reruns)
+        # All is on the disk that can be: what `floor_bytes` is worth in full always fits.
+        found.append(self._smallest(budget))
+        best = min(found, key=lambda carried: carried.seconds)
+        bound = class_bound(dag, budget, plain, deadline=started + 0.85 * span, enough=best.seconds)
+        proven = max(proven, bound.seconds)
+        for share in SHARES:
+            for price in PRICES:
+                if gap_to(best.seconds, proven) <= TOLERANCE or time.monotonic() > started + 0.95 * span:
+                    break
+                lower = self.floor_bytes + int(share * (budget - self.floor_bytes))
+                self._search_moves(lower, budget, price, started + 0.95 * span, 0.0, found)
+                best = min(found, key=lambda carried: carried.seconds)
+        self.found.moved.append(best)
+        return Outcome(carried=best, bound_seconds=proven, timely=self.found.timely and bound.timely)
+
+    def _search_moves(
+        self,
+        within: int,
+        budget: int,
+        price: float | None,
+        deadline: float,
+        granted: float,
+        found: list[Carried],
+    ) -> frozenset[Rerun] | None:
+        """What a search at one price of the disk finds `within` so many bytes, carried out in the whole budget; its re-runs.
+
+        Transfers take memory beside what a search counts: what fits into less may be faster in all.
+        """
+        dag = self.dag
+        variant = dag if price is None else dag.moving(worth_moving(dag, price), price)
+        search = Search(variant, within, deadline=deadline, granted=granted)
+        memory = search.first(self._plain_seeds(within, deadline) if price is None else [(), touch_and_go(variant)])
+        reruns = None if memory is None else search.improve(memory, rounds=ROUNDS // len(PRICES))
+        self._ended(search.timely)
+        if reruns is not None:
             carried = carry(variant, reruns, budget)
             found.append(carried)
             self.found.moved.append(carried)
-            self._report(progress, started, "carried out", carried.seconds, dag.once_seconds)
-        # All is on the disk that can be: what `floor_bytes` is worth in full always fits.
-        best = min([*found, self._smallest(budget)], key=lambda carried: carried.seconds)
-        self.found.moved.append(best)
-        bound = class_bound(dag, budget, plain, deadline=started + 0.95 * span, enough=best.seconds)
-        timely = self.found.timely and bound.timely
-        return Outcome(carried=best, bound_seconds=max(proven, bound.seconds), timely=timely)
+        return reruns
 
     def _plain_seeds(self, budget: int, deadline: float) -> list[frozenset[Rerun]]:
         """Where a search that moves nothing starts: the optimum without a disk, where it is known."""
