@@ -105,6 +105,39 @@ def test_the_search_alone_comes_near_the_optimum(monkeypatch):
     assert sum(excess) / len(excess) < 0.03
 
 
+def training_graph(seed):
+    """Up to 31 operators of ordinary sizes and a disk."""
+    rng = random.Random(seed)
+    layers = rng.choice((5, 7, 11, 15))
+    sizes = (1 << 28, 1 << 27, 3 << 26, 2 * 10**8, 10**8, 5 * 10**8, 2048, 512)
+    operators = []
+    for i in range(layers):
+        inputs = [f"f{i - 1}"] if i else []
+        if i > 3 and rng.random() < 0.2:
+            inputs.append(f"f{rng.randrange(i - 3)}")
+        seconds, size, work = round(rng.uniform(0.01, 0.3), 3), rng.choice(sizes), rng.choice((0, 0, 4096, 10**7))
+        operators.append(
+            {"name": f"f{i}", "seconds": seconds, "output_bytes": size, "inputs": inputs, "workspace_bytes": work}
+        )
+    last = {"name": "loss", "seconds": 0.01, "output_bytes": 4, "inputs": [f"f{layers - 1}"], "keep_until_end": True}
+    operators.append(last)
+    for i in reversed(range(layers)):
+        seconds = round(rng.uniform(0.02, 0.6), 3)
+        below = [f"f{i - 1}"] if i and rng.random() < 0.6 else []
+        inputs = list(dict.fromkeys([operators[-1]["name"], f"f{i}", *below]))
+        operators.append(
+            {"name": f"b{i}", "seconds": seconds, "output_bytes": operators[i]["output_bytes"], "inputs": inputs}
+        )
+    channel = {"bytes_per_second": rng.choice((1e9, 3e9)), "latency_seconds": 1e-4}
+    return profile_of(operators, {"read": channel, "write": channel}, 12_345_678)
+
+
+@pytest.mark.parametrize(("seed", "budget"), [(31951, 809_869_362), (31920, 2_240_625_816)])
+def test_what_fits_into_less_may_be_faster_in_all(seed, budget):
+    """At this budget alone searches ended 2 to 5 % above what less memory gives."""
+    assert GraphPlanner(training_graph(seed)).plan(budget).gap <= 0.001
+
+
 def test_a_disk_makes_a_larger_graph_faster_and_smaller():
     graph = layered(40, training=True)
     quick = graph.model_copy(
