@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from layered_graph import layered
 from sample_plans import sample_plan
@@ -299,3 +302,16 @@ def test_a_step_of_a_small_graph_is_a_tenth_of_its_budget():
     assert top < 500 * MIB
     assert [worth.change_bytes for worth in neighbours(small, small.plan(top))] == [-(top // 10), top // 10]
     assert [worth.change_bytes for worth in neighbours(small, small.plan(1 << 40))] == [-50 * MIB, 50 * MIB]
+
+
+def test_what_memory_is_worth_to_a_graph_of_few_operators_is_what_plans_say():
+    """Bounds of linear programs, one less another, were a sixth of it."""
+    planner = planner_of(
+        parse_graph(json.loads((Path(__file__).parents[1] / "examples" / "bare-graph.json").read_text()))
+    )
+    made = planner.plan(740_000_000)
+    less, more = neighbours(planner, made)
+    for worth in (less, more):
+        planned = planner.plan(worth.budget_bytes).step_seconds
+        assert worth.price_seconds == pytest.approx(planned - made.step_seconds, abs=1e-3 * planned)
+    assert less.price_seconds > 0.05

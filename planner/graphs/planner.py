@@ -32,6 +32,8 @@ EXACT_MOVES = 8
 """operators of a graph that names a disk, up to which it is solved so"""
 PRICES = (None, 0.05, 0.5, 1.0)
 """of a second of the disk, in seconds of computation, that searches are made with; None: nothing is moved"""
+PRICED_OPERATORS = 32
+"""up to here what memory is worth is told exactly: about all of them are solved within a second or two"""
 LEAST_OPERATORS = 64
 """up to here the exact solver is asked for one byte less than the smallest budget found"""
 SHARES = (0.97, 0.93, 0.85, 0.7, 0.5, 0.3)
@@ -142,11 +144,18 @@ class GraphPlanner:
         return finished(self.profile, self.dag, budget_bytes, name, outcome, any_bound, started)
 
     def bound(self, budget_bytes: int, *, time_limit: float = 30.0) -> float | None:
-        """Seconds that no schedule of the class undercuts at a budget, by linear programs; None: none fits."""
+        """Seconds that no schedule of the class undercuts at a budget; None: none fits.
+
+        By linear programs, which say less than a plan's own bound but at every budget as much, or exactly for few operators.
+        """
         time_limit = checked_limit(time_limit)
         if self.floor_bytes > budget_bytes:
             return None
         deadline = time.monotonic() + time_limit
+        if self.dag.read is None and self.dag.operators <= PRICED_OPERATORS:
+            solved = exact.fastest(self.dag, budget_bytes, work=EXACT_WORK, seconds=0.5 * time_limit)
+            if solved.proven:
+                return None if solved.reruns is None else min(seconds(self.dag, solved.reruns), solved.bound)
         known = fastest(self.dag, budget_bytes, self.found.peaks)
         found = class_bound(self.dag, budget_bytes, known, deadline=deadline)
         return None if found.seconds == float("inf") else found.seconds
