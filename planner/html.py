@@ -147,7 +147,12 @@ def _beside_rules(solved: Plan, here: Mapping[str, Plan], missing: Sequence[str]
     left = f" ({', '.join(missing)} not planned)" if missing else ""
     if exact:
         best = min(exact, key=lambda plan: plan.step_seconds)
-        return f"; {best.policy}, the fastest fixed rule that fits{left}, needs {best.step_seconds / solved.step_seconds:.2f} × as long"
+        needs = (
+            f"{best.step_seconds / solved.step_seconds:.2f} × as long"
+            if solved.step_seconds
+            else format_seconds(best.step_seconds)
+        )
+        return f"; {best.policy}, the fastest fixed rule that fits{left}, needs {needs}"
     if fitting:
         names = " and ".join(plan.policy for plan in fitting)
         one = len(fitting) == 1

@@ -128,7 +128,7 @@ def timeline_svg(plan: Plan, shown: Sequence[Bucket], name: str) -> str:
 def axis_start(kinds: Sequence[Kind], shown: Sequence[Bucket], top: float, unit: Unit) -> float:
     """Where a memory axis in `unit` begins: zero, or just inside the floor where the floor would fill half of the picture."""
     floor = min(bucket.point.by_kind.get("floor", 0) for bucket in shown) / unit.size
-    if floor < 0.4 * top or kinds[0].name != "floor":
+    if floor < 0.4 * top or not kinds or kinds[0].name != "floor":
         return 0.0
     return max(0.0, floor - 0.12 * (top - floor)) // 10 * 10
 

@@ -23,6 +23,9 @@ from profiles.schema import Channel, Device, Floor, Layer, Model, Operator, Prof
 
 GRAPH_VERSION = 1
 MOST_OPERATORS = 10_000
+MOST_SECONDS = 1e12
+"""of one operator's run, and of a channel's latency: beyond them sums of times mean nothing"""
+LEAST_BYTES_PER_SECOND = 1e-3
 LAYER = "graph"
 """the one layer, and its program, that hold a bare graph's operators"""
 FIXED = "fixed bytes"
@@ -35,7 +38,7 @@ class BareOperator(Record):
     """One operator: it reads the outputs of its inputs and makes one output of its own."""
 
     name: str = Field(min_length=1)
-    seconds: float = Field(ge=0, allow_inf_nan=False, description="time of one run")
+    seconds: float = Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False, description="time of one run")
     output_bytes: int = Field(ge=0, le=1 << 50, description="bytes that stay while any later reader needs them")
     workspace_bytes: int = Field(0, ge=0, le=1 << 50, description="bytes needed only while it runs")
     inputs: list[str] = Field([], description="names of the operators whose outputs it reads")
@@ -49,8 +52,8 @@ class BareOperator(Record):
 class BareChannel(Record):
     """A way between memory and a disk, or a card's memory and its host's. One transfer at a time, reads and writes together."""
 
-    bytes_per_second: float = Field(gt=0, allow_inf_nan=False)
-    latency_seconds: float = Field(0.0, ge=0, allow_inf_nan=False)
+    bytes_per_second: float = Field(ge=LEAST_BYTES_PER_SECOND, allow_inf_nan=False)
+    latency_seconds: float = Field(0.0, ge=0, le=MOST_SECONDS, allow_inf_nan=False)
 
 
 class BareGraph(Record):
@@ -80,6 +83,10 @@ def parse_graph(data: Any, source: str = "graph") -> Profile:
     no operators, cycles, phases given to some operators only, a forward operator that reads a backward one, one channel
     without the other.
     """
+    if not isinstance(data, dict):
+        raise InputError(
+            f'{source}: {_kind(data)}, no graph; write {{"format": "tightfit-graph", "operators": [...]}} with the operators in it'
+        )
     if data.get("format") != "tightfit-graph":
         raise InputError(f'{source}: field format is {data.get("format")!r}; write "tightfit-graph"')
     if data.get("version", GRAPH_VERSION) != GRAPH_VERSION:
@@ -170,6 +177,13 @@ def save_graph(graph: BareGraph, path: str | os.PathLike[str]) -> Path:
     from profiles.files import write_whole
 
     return write_whole(path, json.dumps(graph.model_dump(mode="json", exclude_defaults=True), indent=1) + "\n")
+
+
+def _kind(data: Any) -> str:
+    """What parsed JSON is that is no object."""
+    if data is None:
+        return "null"
+    return f"a list of {len(data)}" if isinstance(data, list) else f"{data!r:.60}"
 
 
 def _place(loc: Sequence[int | str], data: dict[str, Any]) -> str:

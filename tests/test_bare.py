@@ -60,7 +60,19 @@ def op(name, *inputs, **fields):
         ),
         (
             graph(op("a"), op("b"), read={"bytes_per_second": 0}, write={"bytes_per_second": 1}),
-            "field read.bytes_per_second: Input should be greater than 0",
+            "field read.bytes_per_second: Input should be greater than or equal to 0.001",
+        ),
+        (
+            graph(op("a"), op("b"), write={"bytes_per_second": 1e-320}, read={"bytes_per_second": 1}),
+            "field write.bytes_per_second: Input should be greater than or equal to 0.001 (got",
+        ),
+        (
+            graph(op("a"), op("b"), read={"bytes_per_second": 1, "latency_seconds": 1e13}),
+            "field read.latency_seconds: Input should be less than or equal to 1000000000000 (got",
+        ),
+        (
+            graph(op("a"), op("b", seconds=1e308)),
+            "field operators.1.seconds (operator 'b'): Input should be less than or equal to 1000000000000 (got",
         ),
         (graph(op("a"), op("b"), format="dot"), "field format is 'dot'; write \"tightfit-graph\""),
         (graph(op("a"), op("b"), version=2), "graph version 2, this tightfit reads version 1"),
@@ -73,6 +85,13 @@ def test_what_is_wrong_is_named(data, said, tmp_path):
     with pytest.raises(InputError) as caught:
         load_profile(path)
     assert str(caught.value).startswith(f"{path}: {said}")
+
+
+@pytest.mark.parametrize(("data", "kind"), [(None, "null"), ([], "a list of 0"), ([op("a")], "a list of 1"), (3, "3")])
+def test_what_is_no_object_is_no_graph(data, kind):
+    with pytest.raises(InputError) as caught:
+        parse_graph(data)
+    assert str(caught.value).startswith(f'graph: {kind}, no graph; write {{"format": "tightfit-graph", "operators"')
 
 
 def test_the_given_order_stays_but_for_inputs_that_come_later():
@@ -154,6 +173,27 @@ def test_the_example_is_planned_compared_and_refused_to_run(capsys, tmp_path):
     code, _, err = run(capsys, "run", path, "--data", "random", "--steps", "1", "-o", tmp_path / "out")
     assert code == 2
     assert err.startswith("tightfit: the plan is of a bare graph (five convolutions, one training step)")
+
+
+def test_a_graph_that_takes_no_time_and_no_memory_is_compared(capsys, tmp_path):
+    path = tmp_path / "graph.json"
+    nothing = {"seconds": 0, "output_bytes": 0}
+    path.write_text(json.dumps(graph(op("a", **nothing), op("b", "a", **nothing))))
+    code, out, _ = run(capsys, "compare", path, "--memory", "10,20")
+    assert code == 0
+    assert "keep-all, the fastest fixed rule that fits, needs 0.000 s." in " ".join(out.split())
+    code, out, _ = run(capsys, "compare", path, "--memory", "10,20", "--json", "--html", tmp_path / "c.html")
+    assert code == 0
+    assert {plan["step_seconds"] for plan in json.loads(out)["plans"]} == {0.0}
+    assert "needs 0.000 s." in (tmp_path / "c.html").read_text()
+
+
+def test_a_graph_of_the_longest_operators_is_planned_in_figures(capsys, tmp_path):
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(graph(op("a", seconds=1e12), op("b", "a", seconds=1e12))))
+    code, out, _ = run(capsys, "plan", path, "--memory", "20", "-o", tmp_path / "plan.json", "--json")
+    assert (code, json.loads(out)["step_seconds"]) == (0, 2e12)
+    assert json.loads(out)["gap"] == 0.0
 
 
 @pytest.mark.parametrize(
