@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from profiles.bare import is_bare, parse_graph
+from profiles.bare import is_bare, parse_graph, refuse_repeated
 from profiles.errors import InputError
 from profiles.files import of_another_version, write_whole
 from profiles.schema import PROFILE_VERSION, Profile
@@ -44,6 +44,7 @@ def parse_profile(content: bytes, name: str) -> Profile:
             f"{name}: not JSON, perhaps truncated ({error}); make it again with `tightfit profile`"
         ) from error
     if is_bare(data):
+        refuse_repeated(content, name)
         return parse_graph(data, name)
     if not isinstance(data, dict) or "layers" not in data:
         raise InputError(f"{name}: not a profile (no 'layers'); make one with `tightfit profile`")

@@ -76,6 +76,41 @@ def op(name, *inputs, **fields):
         ),
         (graph(op("a"), op("b"), format="dot"), "field format is 'dot'; write \"tightfit-graph\""),
         (graph(op("a"), op("b"), version=2), "graph version 2, this tightfit reads version 1"),
+        (
+            graph(op("a"), op("b", seconds="1.0")),
+            "field operators.1.seconds (operator 'b'): Input should be a valid number (got '1.0')",
+        ),
+        (
+            graph(op("a"), op("b", seconds=True)),
+            "field operators.1.seconds (operator 'b'): Input should be a valid number (got True)",
+        ),
+        (
+            graph(op("a"), op("b", output_bytes="10")),
+            "field operators.1.output_bytes (operator 'b'): Input should be a valid integer (got '10')",
+        ),
+        (
+            graph(op("a"), op("b", workspace_bytes=True)),
+            "field operators.1.workspace_bytes (operator 'b'): Input should be a valid integer (got True)",
+        ),
+        (
+            graph(op("a"), op("b", output_bytes=10.5)),
+            "field operators.1.output_bytes (operator 'b'): Input should be a valid integer",
+        ),
+        (
+            graph(op("a"), op("b", recomputable="no")),
+            "field operators.1.recomputable (operator 'b'): Input should be a valid boolean (got 'no')",
+        ),
+        (
+            graph(op("a"), op("b", keep_until_end=1)),
+            "field operators.1.keep_until_end (operator 'b'): Input should be a valid boolean (got 1)",
+        ),
+        (graph(op("a"), op("b"), fixed_bytes="7"), "field fixed_bytes: Input should be a valid integer (got '7')"),
+        (graph(op("a"), op("b"), estimated="yes"), "field estimated: Input should be a valid boolean (got 'yes')"),
+        (graph(op("a"), op("b"), version=True), "field version: Input should be a valid integer (got True)"),
+        (
+            graph(op("a"), op("b"), read={"bytes_per_second": "1e9"}),
+            "field read.bytes_per_second: Input should be a valid number (got '1e9')",
+        ),
         (graph(op("a"), "b"), "field operators.1: Input should be a valid dictionary"),
     ],
 )
@@ -85,6 +120,32 @@ def test_what_is_wrong_is_named(data, said, tmp_path):
     with pytest.raises(InputError) as caught:
         load_profile(path)
     assert str(caught.value).startswith(f"{path}: {said}")
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    data = graph(op("a"), op("b", "a", workspace_bytes=4), fixed_bytes=7)
+    floats = graph(op("a", output_bytes=10.0), op("b", "a", workspace_bytes=4.0), fixed_bytes=7.0, version=1.0)
+    assert parse_graph(floats) == parse_graph(data)
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ('"seconds": 2', "field seconds (operator 'b'): given twice, 1 and 2; correct it"),
+        ('"name": "c"', "field name (operator 'c'): given twice, 'b' and 'c'; correct it"),
+    ],
+)
+def test_a_field_given_twice_is_refused(tmp_path, field, said):
+    path = tmp_path / "graph.json"
+    text = json.dumps(graph(op("a"), op("b")))
+    path.write_text(f"{text[:-3]}, {field}}}]}}")
+    with pytest.raises(InputError) as caught:
+        load_profile(path)
+    assert str(caught.value).startswith(f"{path}: {said}")
+    path.write_text(f'{text[:-1]}, "name": "x", "name": "y"}}')
+    with pytest.raises(InputError) as caught:
+        load_profile(path)
+    assert str(caught.value).startswith(f"{path}: field name: given twice, 'x' and 'y'; correct it")
 
 
 @pytest.mark.parametrize(("data", "kind"), [(None, "null"), ([], "a list of 0"), ([op("a")], "a list of 1"), (3, "3")])
