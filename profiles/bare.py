@@ -85,8 +85,12 @@ class BareGraph(Record):
 
 
 def is_bare(data: Any) -> bool:
-    """Whether parsed JSON means to be a bare graph."""
-    return isinstance(data, dict) and "operators" in data and "layers" not in data
+    """Whether parsed JSON means to be a bare graph: by its format, its operators, or because it is a list of such."""
+    if isinstance(data, list):
+        return bool(data) and isinstance(data[0], dict) and {"name", "seconds", "output_bytes"} <= data[0].keys()
+    if not isinstance(data, dict):
+        return False
+    return data.get("format") == "tightfit-graph" or ("operators" in data and "layers" not in data)
 
 
 def parse_graph(data: Any, source: str = "graph") -> Profile:
@@ -101,7 +105,8 @@ def parse_graph(data: Any, source: str = "graph") -> Profile:
             f'{source}: {_kind(data)}, no graph; write {{"format": "tightfit-graph", "operators": [...]}} with the operators in it'
         )
     if data.get("format") != "tightfit-graph":
-        raise InputError(f'{source}: field format is {data.get("format")!r}; write "tightfit-graph"')
+        found = repr(data["format"]) if "format" in data else "missing"
+        raise InputError(f'{source}: field format is {found}; write "tightfit-graph"')
     version = data.get("version", GRAPH_VERSION)
     if version != GRAPH_VERSION and not isinstance(version, bool):
         raise InputError(f"{source}: graph version {version!r}, this tightfit reads version {GRAPH_VERSION}; {AGAIN}")

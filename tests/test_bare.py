@@ -111,6 +111,11 @@ def op(name, *inputs, **fields):
             graph(op("a"), op("b"), read={"bytes_per_second": "1e9"}),
             "field read.bytes_per_second: Input should be a valid number (got '1e9')",
         ),
+        ({"format": "tightfit-graph"}, "field operators: Field required (got"),
+        ({"format": "tightfit-graph", "layers": []}, "field operators: Field required (got"),
+        ({"operators": [op("a"), op("b")]}, 'field format is missing; write "tightfit-graph"'),
+        ([op("a"), op("b")], 'a list of 2, no graph; write {"format": "tightfit-graph", "operators": [...]}'),
+        ([], "not a profile (no 'layers') and no graph (no 'operators')"),
         (graph(op("a"), "b"), "field operators.1: Input should be a valid dictionary"),
     ],
 )
@@ -146,6 +151,37 @@ def test_a_field_given_twice_is_refused(tmp_path, field, said):
     with pytest.raises(InputError) as caught:
         load_profile(path)
     assert str(caught.value).startswith(f"{path}: field name: given twice, 'x' and 'y'; correct it")
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_file_is_said_to_be_empty(tmp_path, content):
+    path = tmp_path / "graph.json"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        load_profile(path)
+    again = "make a profile again with `tightfit profile`, a graph with the tool that writes it"
+    assert str(caught.value) == f"{path}: empty; {again}"
+
+
+@pytest.mark.parametrize("size", [1, 8, 30, 43, 62, 69, 78, 132, -2, -1])
+def test_where_a_file_is_cut_is_told(tmp_path, size):
+    path = tmp_path / "graph.json"
+    content = json.dumps(graph(op("ä", recomputable=True), op("b")), ensure_ascii=False).encode()[:size]
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_profile(path)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: not JSON, perhaps truncated (cut at byte {len(content)}: ")
+    graphs = "; write it again with the tool that made the graph"
+    assert said.endswith(graphs if size not in (1, 8) else "`tightfit profile`, a graph with the tool that writes it")
+
+
+def test_what_is_no_json_in_its_middle_is_not_said_to_be_cut(tmp_path):
+    path = tmp_path / "graph.json"
+    path.write_text('{"format": "tightfit-graph", "operators": [nothing]}')
+    with pytest.raises(InputError) as caught:
+        load_profile(path)
+    assert str(caught.value).startswith(f"{path}: not JSON, perhaps truncated (Expecting value: line 1 column 44")
 
 
 @pytest.mark.parametrize(("data", "kind"), [(None, "null"), ([], "a list of 0"), ([op("a")], "a list of 1"), (3, "3")])
