@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -205,7 +206,7 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
         "facts": facts(plan),
         "words": explain(plan),
         "moments": [
-            [f"{bucket.start:.3f}", unit.amount(bucket.point.bytes)]
+            [f"{bucket.start:.{_decimals(plan.step_seconds)}f}", unit.amount(bucket.point.bytes)]
             + [unit.amount(bucket.point.by_kind.get(kind.name, 0)) for kind in kinds]
             for bucket in buckets(plan.timeline, MOMENTS)
         ],
@@ -214,6 +215,11 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
             for tensor, size in sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST]
         ],
     }
+
+
+def _decimals(step: float) -> int:
+    """Of seconds in a step that takes `step`: three, and more where these would not tell its moments apart."""
+    return max(3, 2 - math.floor(math.log10(step))) if 0 < step < 1 else 3
 
 
 def facts(plan: Plan) -> list[tuple[str, str]]:
@@ -246,13 +252,15 @@ def series_of(plan: Plan, shown: Sequence[Bucket], unit: Unit | None = None) -> 
     totals = [bucket.point.bytes for bucket in shown]
     used = [in_use(bucket.point) for bucket in shown]
     unit = unit or unit_of(max(totals))
+    decimals = _decimals(plan.train.seconds)
     return {
         "width": WIDTH,
         "left": LEFT,
         "right": WIDTH - RIGHT,
         "seconds": plan.train.seconds or shown[-1].end,
-        "starts": [round(bucket.start, 5) for bucket in shown],
-        "ends": [round(bucket.end, 5) for bucket in shown],
+        "decimals": decimals,
+        "starts": [round(bucket.start, decimals + 2) for bucket in shown],
+        "ends": [round(bucket.end, decimals + 2) for bucket in shown],
         "unit": unit.name,
         "places": unit.places(1),
         "total": [round(total / unit.size, 1) for total in totals],

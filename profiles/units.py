@@ -46,7 +46,9 @@ def parse_size(text: str) -> int:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds with three decimals, below 10 ms with five, ``0.00412 s``."""
+    """Seconds with three decimals, below 10 ms with five, ``0.00412 s``; below 1 ms microseconds of four digits, ``12.5 µs``."""
+    if 0 < seconds < 1e-3:
+        return f"{seconds * 1e6:.4g} µs"
     return f"{seconds:.5f} s" if 0 < seconds < 0.01 else f"{seconds:.3f} s"
 
 
