@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from planner.explain import explain
+from planner.explanation import peak_text
 from planner.html_diff import diff_section
 from planner.kinds import (
     KINDS,
@@ -191,7 +192,7 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
         "budget": format_size(plan.budget_bytes),
         "chart": timeline_svg(plan, shown, name),
         "kinds": kinds,
-        "peak_text": plan.train.peak.text,
+        "peak_text": peak_text(plan, plan.train),
         "unit": unit.name,
         "peak_size": unit.amount(plan.peak_bytes),
         "parts": [

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from planner.explanation import peak_text
 from planner.kinds import Bucket, Kind, budgets_of, feasible, in_use, kinds_of, policies_of, ticks
 from planner.schema import Plan
 from profiles.units import Unit, format_seconds, format_size, unit_of
@@ -110,7 +111,7 @@ def timeline_svg(plan: Plan, shown: Sequence[Bucket], name: str) -> str:
     middle, height = x((peak.start + peak.end) / 2), y(in_use(peak.point) / unit.size)
     anchor = "end" if middle > WIDTH * 0.6 else "start"
     parts.append(
-        f'<circle class="peak" cx="{middle:.1f}" cy="{height:.1f}" r="4.5"><title>{escape(plan.train.peak.text)}</title></circle>'
+        f'<circle class="peak" cx="{middle:.1f}" cy="{height:.1f}" r="4.5"><title>{escape(peak_text(plan, plan.train))}</title></circle>'
     )
     parts.append(
         _text(

@@ -20,6 +20,7 @@ from pydantic import BeforeValidator, Field, Strict, ValidationError
 
 from profiles.errors import InputError
 from profiles.schema import Channel, Device, Floor, Layer, Model, Operator, Profile, Program, Record, Tensor, Value
+from profiles.units import printable
 
 GRAPH_VERSION = 1
 MOST_OPERATORS = 10_000
@@ -284,5 +285,5 @@ def _sorted(operators: Sequence[BareOperator], position: dict[str, int], source:
         edges = [(name, op.name) for op in operators for name in op.inputs]
         cycle = [edge[0] for edge in nx.find_cycle(nx.DiGraph(edges))]
         shown = " → ".join([*cycle[:8], "…"] if len(cycle) > 8 else [*cycle, cycle[0]])
-        raise InputError(f"{source}: the operators' inputs form a cycle: {shown}; {AGAIN}")
+        raise InputError(f"{source}: the operators' inputs form a cycle: {printable(shown)}; {AGAIN}")
     return order

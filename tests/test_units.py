@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.errors import InputError
-from profiles.units import KIB, LARGEST, MIB, format_seconds, format_size, parse_size
+from profiles.units import KIB, LARGEST, MIB, format_seconds, format_size, parse_size, printable
 
 FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
 
@@ -123,3 +123,11 @@ def test_seconds(seconds, text):
 )
 def test_microseconds_are_told_apart(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a µ → b", "a µ → b"), ("\x1b[31mRED\x1b[2J", r"\x1b[31mRED\x1b[2J"), ("x\ny\u202e", r"x\ny\u202e")],
+)
+def test_what_a_terminal_would_obey_is_written_out(text, shown):
+    assert printable(text) == shown
