@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from planner.costs import Cost, Ledger
-from planner.explanation import Explanation, PeakAccount, Recomputation, Shortfall, Worth, account
+from planner.explanation import Explanation, PeakAccount, Recomputation, Shortfall, Worth, account, has_phases
 from planner.schema import MEZO, Plan
 from profiles.busy import crowded
-from profiles.units import format_seconds, format_size
+from profiles.units import format_seconds, format_size, printable
 
 LEAST_SHARE = 5e-4
 """of the step: smaller differences are none"""
 
 
 def explain(plan: Plan, explanation: Explanation | None = None) -> list[str]:
-    """Sentences, one per line of output; `explanation` where more is known than the plan itself tells."""
+    """Sentences, one per line of output; `explanation` where more is known than the plan itself tells.
+
+    Names of tensors and operators are the user's: what a terminal would obey in them is written out.
+    """
     told = account(plan) if explanation is None else explanation
+    return [printable(sentence) for sentence in _sentences(plan, told)]
+
+
+def _sentences(plan: Plan, told: Explanation) -> list[str]:
     if plan.status == "infeasible" or plan.train is None:
         return _infeasible(plan, told.shortfall)
     return [
@@ -24,7 +31,7 @@ def explain(plan: Plan, explanation: Explanation | None = None) -> list[str]:
         *_gradient(plan),
         _proof(plan),
         *_decisions(plan),
-        *_peak(told.peak),
+        *_peak(plan, told.peak),
         *_recomputation(plan, told.recomputation),
         *_busy(plan, told),
         *_worth(plan, told.neighbours),
@@ -38,12 +45,15 @@ def _infeasible(plan: Plan, why: Shortfall | None) -> list[str]:
         found = " found so far" if plan.deterministic is False else ""
         lines.append(f"the smallest feasible budget{found} is {format_size(smallest, round_up=True)}")
     if why is None:
-        return [*lines, plan.minimum_budget_reason] if plan.minimum_budget_reason else lines
+        reason = plan.minimum_budget_reason
+        if reason and not has_phases(plan):
+            reason = reason.replace(" (forward)", "", 1).replace(" (forward again)", " (run again)", 1)
+        return [*lines, reason] if reason else lines
     lines[-1] += f" ({smallest} bytes), {format_size(why.missing_bytes, round_up=True)} more"
     start = plan.device.floor.import_peak_bytes
     if plan.budget_bytes < start:
         lines.append(f"starting {_floor(plan)} alone reaches {format_size(start)}")
-    lines += _peak(why.peak)
+    lines += _peak(plan, why.peak)
     if why.remedies:
         changes = ", ".join(f"{remedy.change} up to {format_size(remedy.saves_bytes)}" for remedy in why.remedies)
         lines.append(f"what would lower it: {changes}")
@@ -99,10 +109,11 @@ def _proof(plan: Plan) -> str:
         caveat = (
             f"; times are too long, other programs took {plan.device.busy_cores:.1f} cores while they were measured"
         )
-    return (
-        f"{who}: at most {plan.gap:.2%} slower than the best plan of its kind,"
-        f" at most {plan.any_schedule_gap:.2%} slower than any schedule at this budget{caveat}"
-    )
+    kind = f"{who}: at most {plan.gap:.2%} slower than the best plan of its kind"
+    if plan.policy == "solver" and plan.status == "optimal":
+        shown = f"{plan.gap:.2%}"
+        kind = f"{who} among plans of its kind" if float(shown[:-1]) == 0 else f"optimal within {shown} of its kind"
+    return f"{kind}, at most {plan.any_schedule_gap:.2%} slower than any schedule at this budget{caveat}"
 
 
 def _totals(costs: Mapping[str, Cost], kinds: set[str]) -> dict[str, tuple[int, int]]:
@@ -128,13 +139,14 @@ def _decisions(plan: Plan) -> list[str]:
     """What became of activations, weights and optimizer states: a sentence for each sort that the plan has."""
     costs = Ledger(plan).costs()
     away = _elsewhere(plan)
+    phases = has_phases(plan)
     sorts: list[tuple[str, set[str], dict[str, str]]] = [
         (
-            "activations saved for the backward",
+            "activations saved for the backward" if phases else "outputs that are needed again later",
             {"activation", "gradient"},
             {
                 "kept": "kept in memory",
-                "recomputed": "made again in the backward",
+                "recomputed": "made again in the backward" if phases else "made again",
                 "offloaded": f"written to {away} and fetched",
             },
         ),
@@ -158,10 +170,11 @@ def _elsewhere(plan: Plan) -> str:
     return "disk" if plan.device.kind == "cpu" else "host memory"
 
 
-def _peak(peak: PeakAccount | None) -> list[str]:
+def _peak(plan: Plan, peak: PeakAccount | None) -> list[str]:
     if peak is None:
         return []
-    phase = "training" if peak.phase == "train" else "evaluation"
+    phase = "in training " if peak.phase == "train" else "in evaluation "
+    phase = phase if has_phases(plan) else ""
     largest = ", ".join(f"{tensor} {format_size(size)}" for tensor, size in list(peak.tensors.items())[:3])
     sizes = {
         "floor": peak.floor_bytes,
@@ -170,9 +183,7 @@ def _peak(peak: PeakAccount | None) -> list[str]:
         "schedule": peak.schedule_bytes,
     }
     parts = ", ".join(f"{format_size(size)} {name}" for name, size in sizes.items() if size)
-    text = (
-        f"the peak is set in {phase} by {peak.text} (instruction {peak.instruction}): {parts}; largest there: {largest}"
-    )
+    text = f"the peak is set {phase}by {peak.text} (instruction {peak.instruction}): {parts}; largest there: {largest}"
     return [text]
 
 
@@ -187,8 +198,8 @@ def _recomputation(plan: Plan, made_again: Recomputation | None) -> list[str]:
         for group in made_again.operators[:3]
     )
     text = (
-        f"making {made_again.tensors} activations again costs {format_seconds(made_again.seconds)}, {made_again.share:.1%} of the step,"
-        f" and spares {format_size(made_again.bytes)}; dearest: {dearest}"
+        f"making {_made(made_again)} again costs {format_seconds(made_again.seconds)}, {made_again.share:.1%} of the step;"
+        f" dearest: {dearest}"
     )
     if not made_again.layers_twice:
         return [text]
@@ -198,6 +209,13 @@ def _recomputation(plan: Plan, made_again: Recomputation | None) -> list[str]:
         f" {'input is' if inputs == 1 else 'inputs are'} made again instead of kept or moved"
     )
     return [text, twice]
+
+
+def _made(again: Recomputation) -> str:
+    """The bytes are those of the tensors: how much lower the peak is depends on which of them would lie there together."""
+    if again.tensors == 1:
+        return f"1 activation of {format_size(again.bytes)}"
+    return f"{again.tensors} activations of {format_size(again.bytes)} together"
 
 
 def _layers(count: int, example: str) -> str:

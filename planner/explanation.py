@@ -153,6 +153,21 @@ def shortfall(plan: Plan, smallest: Plan) -> Explanation:
     )
 
 
+def has_phases(plan: Plan) -> bool:
+    """Whether a plan is of a step with a forward and a backward, as all are but those of bare graphs that have none."""
+    return plan.model.kind != "graph" or any(
+        operator.phase == "backward" for program in plan.programs for operator in program.operators
+    )
+
+
+def peak_text(plan: Plan, phase: Phase) -> str:
+    """What runs at the peak of one of the plan's schedules, in words; without a phase where there is none."""
+    text = phase.peak.text
+    if has_phases(plan):
+        return text
+    return text.removesuffix(" (forward)").replace(" (forward again)", " (run again)")
+
+
 def peak_account(plan: Plan, ledger: Ledger) -> PeakAccount:
     """What sets the peak of a plan with a schedule."""
     name, phase = _fullest(plan)
@@ -167,7 +182,7 @@ def peak_account(plan: Plan, ledger: Ledger) -> PeakAccount:
     return PeakAccount(
         phase=name,
         instruction=at,
-        text=phase.peak.text,
+        text=peak_text(plan, phase),
         layer=layer,
         operator=operator,
         bytes=plan.peak_bytes,

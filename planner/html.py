@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from planner.explain import explain
+from planner.explanation import peak_text
 from planner.html_diff import diff_section
 from planner.kinds import (
     KINDS,
@@ -147,7 +149,12 @@ def _beside_rules(solved: Plan, here: Mapping[str, Plan], missing: Sequence[str]
     left = f" ({', '.join(missing)} not planned)" if missing else ""
     if exact:
         best = min(exact, key=lambda plan: plan.step_seconds)
-        return f"; {best.policy}, the fastest fixed rule that fits{left}, needs {best.step_seconds / solved.step_seconds:.2f} × as long"
+        needs = (
+            f"{best.step_seconds / solved.step_seconds:.2f} × as long"
+            if solved.step_seconds
+            else format_seconds(best.step_seconds)
+        )
+        return f"; {best.policy}, the fastest fixed rule that fits{left}, needs {needs}"
     if fitting:
         names = " and ".join(plan.policy for plan in fitting)
         one = len(fitting) == 1
@@ -185,7 +192,7 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
         "budget": format_size(plan.budget_bytes),
         "chart": timeline_svg(plan, shown, name),
         "kinds": kinds,
-        "peak_text": plan.train.peak.text,
+        "peak_text": peak_text(plan, plan.train),
         "unit": unit.name,
         "peak_size": unit.amount(plan.peak_bytes),
         "parts": [
@@ -200,7 +207,7 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
         "facts": facts(plan),
         "words": explain(plan),
         "moments": [
-            [f"{bucket.start:.3f}", unit.amount(bucket.point.bytes)]
+            [f"{bucket.start:.{_decimals(plan.step_seconds)}f}", unit.amount(bucket.point.bytes)]
             + [unit.amount(bucket.point.by_kind.get(kind.name, 0)) for kind in kinds]
             for bucket in buckets(plan.timeline, MOMENTS)
         ],
@@ -209,6 +216,11 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
             for tensor, size in sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST]
         ],
     }
+
+
+def _decimals(step: float) -> int:
+    """Of seconds in a step that takes `step`: three, and more where these would not tell its moments apart."""
+    return max(3, 2 - math.floor(math.log10(step))) if 0 < step < 1 else 3
 
 
 def facts(plan: Plan) -> list[tuple[str, str]]:
@@ -241,13 +253,15 @@ def series_of(plan: Plan, shown: Sequence[Bucket], unit: Unit | None = None) -> 
     totals = [bucket.point.bytes for bucket in shown]
     used = [in_use(bucket.point) for bucket in shown]
     unit = unit or unit_of(max(totals))
+    decimals = _decimals(plan.train.seconds)
     return {
         "width": WIDTH,
         "left": LEFT,
         "right": WIDTH - RIGHT,
         "seconds": plan.train.seconds or shown[-1].end,
-        "starts": [round(bucket.start, 5) for bucket in shown],
-        "ends": [round(bucket.end, 5) for bucket in shown],
+        "decimals": decimals,
+        "starts": [round(bucket.start, decimals + 2) for bucket in shown],
+        "ends": [round(bucket.end, decimals + 2) for bucket in shown],
         "unit": unit.name,
         "places": unit.places(1),
         "total": [round(total / unit.size, 1) for total in totals],

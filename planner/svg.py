@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from planner.explanation import peak_text
 from planner.kinds import Bucket, Kind, budgets_of, feasible, in_use, kinds_of, policies_of, ticks
 from planner.schema import Plan
 from profiles.units import Unit, format_seconds, format_size, unit_of
@@ -110,7 +111,7 @@ def timeline_svg(plan: Plan, shown: Sequence[Bucket], name: str) -> str:
     middle, height = x((peak.start + peak.end) / 2), y(in_use(peak.point) / unit.size)
     anchor = "end" if middle > WIDTH * 0.6 else "start"
     parts.append(
-        f'<circle class="peak" cx="{middle:.1f}" cy="{height:.1f}" r="4.5"><title>{escape(plan.train.peak.text)}</title></circle>'
+        f'<circle class="peak" cx="{middle:.1f}" cy="{height:.1f}" r="4.5"><title>{escape(peak_text(plan, plan.train))}</title></circle>'
     )
     parts.append(
         _text(
@@ -128,7 +129,7 @@ def timeline_svg(plan: Plan, shown: Sequence[Bucket], name: str) -> str:
 def axis_start(kinds: Sequence[Kind], shown: Sequence[Bucket], top: float, unit: Unit) -> float:
     """Where a memory axis in `unit` begins: zero, or just inside the floor where the floor would fill half of the picture."""
     floor = min(bucket.point.by_kind.get("floor", 0) for bucket in shown) / unit.size
-    if floor < 0.4 * top or kinds[0].name != "floor":
+    if floor < 0.4 * top or not kinds or kinds[0].name != "floor":
         return 0.0
     return max(0.0, floor - 0.12 * (top - floor)) // 10 * 10
 

@@ -13,16 +13,20 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import networkx as nx
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, Strict, ValidationError
 
 from profiles.errors import InputError
 from profiles.schema import Channel, Device, Floor, Layer, Model, Operator, Profile, Program, Record, Tensor, Value
+from profiles.units import printable
 
 GRAPH_VERSION = 1
 MOST_OPERATORS = 10_000
+MOST_SECONDS = 1e12
+"""of one operator's run, and of a channel's latency: beyond them sums of times mean nothing"""
+LEAST_BYTES_PER_SECOND = 1e-3
 LAYER = "graph"
 """the one layer, and its program, that hold a bare graph's operators"""
 FIXED = "fixed bytes"
@@ -31,46 +35,63 @@ NO_CHANNEL = Channel(bytes_per_second=1.0, latency_seconds=1e18)
 """of a graph that says nothing about a disk: its plans move nothing"""
 
 
+def _whole(value: Any) -> Any:
+    """A float without a fraction as the whole number that it is: some tools write 10 bytes as 10.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole), Strict()]
+Number = Annotated[float, Strict()]
+Flag = Annotated[bool, Strict()]
+"""as JSON has them: "1.0" is no number, true is none either, and "no" and 1 are neither true nor false"""
+ASIDE = ("operators", "format")
+"""fields that a graph has and its parts have not"""
+
+
 class BareOperator(Record):
     """One operator: it reads the outputs of its inputs and makes one output of its own."""
 
     name: str = Field(min_length=1)
-    seconds: float = Field(ge=0, allow_inf_nan=False, description="time of one run")
-    output_bytes: int = Field(ge=0, le=1 << 50, description="bytes that stay while any later reader needs them")
-    workspace_bytes: int = Field(0, ge=0, le=1 << 50, description="bytes needed only while it runs")
+    seconds: Number = Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False, description="time of one run")
+    output_bytes: Whole = Field(ge=0, le=1 << 50, description="bytes that stay while any later reader needs them")
+    workspace_bytes: Whole = Field(0, ge=0, le=1 << 50, description="bytes needed only while it runs")
     inputs: list[str] = Field([], description="names of the operators whose outputs it reads")
     phase: Literal["forward", "backward"] | None = Field(
         None, description="of a training step; all operators or none have one"
     )
-    recomputable: bool = Field(True, description="False: it runs once, its output stays until its last reader")
-    keep_until_end: bool = Field(False, description="True: its output must be there when the graph is done")
+    recomputable: Flag = Field(True, description="False: it runs once, its output stays until its last reader")
+    keep_until_end: Flag = Field(False, description="True: its output must be there when the graph is done")
 
 
 class BareChannel(Record):
     """A way between memory and a disk, or a card's memory and its host's. One transfer at a time, reads and writes together."""
 
-    bytes_per_second: float = Field(gt=0, allow_inf_nan=False)
-    latency_seconds: float = Field(0.0, ge=0, allow_inf_nan=False)
+    bytes_per_second: Number = Field(ge=LEAST_BYTES_PER_SECOND, allow_inf_nan=False)
+    latency_seconds: Number = Field(0.0, ge=0, le=MOST_SECONDS, allow_inf_nan=False)
 
 
 class BareGraph(Record):
     """What another tool writes; operators in the order in which they are to run, as far as their inputs allow it."""
 
     format: Literal["tightfit-graph"]
-    version: int = GRAPH_VERSION
+    version: Whole = GRAPH_VERSION
     name: str = "graph"
-    fixed_bytes: int = Field(
+    fixed_bytes: Whole = Field(
         0, ge=0, le=1 << 50, description="what no schedule avoids: parameters, their gradients, constants, the batch"
     )
-    estimated: bool = Field(False, description="True: seconds were computed from operations and bytes, not measured")
+    estimated: Flag = Field(False, description="True: seconds were computed from operations and bytes, not measured")
     write: BareChannel | None = Field(None, description="where outputs may be moved to; not given: none is moved")
     read: BareChannel | None = Field(None, description="back into memory; given if and only if `write` is")
     operators: list[BareOperator]
 
 
 def is_bare(data: Any) -> bool:
-    """Whether parsed JSON means to be a bare graph."""
-    return isinstance(data, dict) and "operators" in data and "layers" not in data
+    """Whether parsed JSON means to be a bare graph: by its format, its operators, or because it is a list of such."""
+    if isinstance(data, list):
+        return bool(data) and isinstance(data[0], dict) and {"name", "seconds", "output_bytes"} <= data[0].keys()
+    if not isinstance(data, dict):
+        return False
+    return data.get("format") == "tightfit-graph" or ("operators" in data and "layers" not in data)
 
 
 def parse_graph(data: Any, source: str = "graph") -> Profile:
@@ -80,20 +101,42 @@ def parse_graph(data: Any, source: str = "graph") -> Profile:
     no operators, cycles, phases given to some operators only, a forward operator that reads a backward one, one channel
     without the other.
     """
-    if data.get("format") != "tightfit-graph":
-        raise InputError(f'{source}: field format is {data.get("format")!r}; write "tightfit-graph"')
-    if data.get("version", GRAPH_VERSION) != GRAPH_VERSION:
+    if not isinstance(data, dict):
         raise InputError(
-            f"{source}: graph version {data['version']!r}, this tightfit reads version {GRAPH_VERSION}; {AGAIN}"
+            f'{source}: {_kind(data)}, no graph; write {{"format": "tightfit-graph", "operators": [...]}} with the operators in it'
         )
+    if data.get("format") != "tightfit-graph":
+        found = repr(data["format"]) if "format" in data else "missing"
+        raise InputError(f'{source}: field format is {found}; write "tightfit-graph"')
+    version = data.get("version", GRAPH_VERSION)
+    if version != GRAPH_VERSION and not isinstance(version, bool):
+        raise InputError(f"{source}: graph version {version!r}, this tightfit reads version {GRAPH_VERSION}; {AGAIN}")
     try:
         graph = BareGraph.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(
-            f"{source}: field {_place(first['loc'], data)}: {first['msg']} (got {str(first['input'])[:60]!r}); {AGAIN}"
+            f"{source}: field {_place(first['loc'], data)}: {first['msg']} (got {repr(first['input'])[:60]}); {AGAIN}"
         ) from error
     return graph_profile(graph, source)
+
+
+def refuse_repeated(content: bytes, source: str) -> None:
+    """Raise InputError where an object of a graph's JSON has a field twice: which of the two is meant cannot be told."""
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for field, value in pairs:
+            if field in fields:
+                name = None if any(key in ASIDE for key, _ in pairs) else dict(pairs).get("name")
+                whose = f" (operator {name!r})" if isinstance(name, str) else ""
+                raise InputError(
+                    f"{source}: field {field}{whose}: given twice, {fields[field]!r:.60} and {value!r:.60}; {AGAIN}"
+                )
+            fields[field] = value
+        return fields
+
+    json.loads(content, object_pairs_hook=checked)
 
 
 def graph_profile(graph: BareGraph, source: str = "graph") -> Profile:
@@ -172,6 +215,13 @@ def save_graph(graph: BareGraph, path: str | os.PathLike[str]) -> Path:
     return write_whole(path, json.dumps(graph.model_dump(mode="json", exclude_defaults=True), indent=1) + "\n")
 
 
+def _kind(data: Any) -> str:
+    """What parsed JSON is that is no object."""
+    if data is None:
+        return "null"
+    return f"a list of {len(data)}" if isinstance(data, list) else f"{data!r:.60}"
+
+
 def _place(loc: Sequence[int | str], data: dict[str, Any]) -> str:
     """Where an error lies; an operator also by its name."""
     place = ".".join(str(part) for part in loc)
@@ -235,5 +285,5 @@ def _sorted(operators: Sequence[BareOperator], position: dict[str, int], source:
         edges = [(name, op.name) for op in operators for name in op.inputs]
         cycle = [edge[0] for edge in nx.find_cycle(nx.DiGraph(edges))]
         shown = " → ".join([*cycle[:8], "…"] if len(cycle) > 8 else [*cycle, cycle[0]])
-        raise InputError(f"{source}: the operators' inputs form a cycle: {shown}; {AGAIN}")
+        raise InputError(f"{source}: the operators' inputs form a cycle: {printable(shown)}; {AGAIN}")
     return order

@@ -9,10 +9,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from profiles.bare import is_bare, parse_graph
+from profiles.bare import is_bare, parse_graph, refuse_repeated
 from profiles.errors import InputError
 from profiles.files import of_another_version, write_whole
 from profiles.schema import PROFILE_VERSION, Profile
+
+PROFILE_BEGINS = (b'{\n "checksum"', b'{"checksum"', b'{\n "version"', b'{"version"')
+WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+"""of JSON as Python reads it, that the end of a file may cut"""
 
 
 def load_profile(path: str | os.PathLike[str]) -> Profile:
@@ -36,17 +40,19 @@ def parse_profile(content: bytes, name: str) -> Profile:
     try:
         data = json.loads(content)
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name}: not a profile (byte {error.start} is not text); make it again with `tightfit profile`"
-        ) from error
+        raise InputError(f"{name}: not a profile (byte {error.start} is not text); {_again(content)}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{name}: not JSON, perhaps truncated ({error}); make it again with `tightfit profile`"
-        ) from error
+        if not content.strip():
+            raise InputError(f"{name}: empty; {_again(content)}") from error
+        where = f"cut at byte {len(content)}: {error}" if _ends_early(error) else str(error)
+        raise InputError(f"{name}: not JSON, perhaps truncated ({where}); {_again(content)}") from error
     if is_bare(data):
+        refuse_repeated(content, name)
         return parse_graph(data, name)
     if not isinstance(data, dict) or "layers" not in data:
-        raise InputError(f"{name}: not a profile (no 'layers'); make one with `tightfit profile`")
+        raise InputError(
+            f"{name}: not a profile (no 'layers') and no graph (no 'operators'); make a profile with `tightfit profile`"
+        )
     if "budget_bytes" in data:
         raise InputError(f"{name}: a plan, not a profile; make one with `tightfit profile`")
     if data.get("version") != PROFILE_VERSION:
@@ -67,6 +73,23 @@ def parse_profile(content: bytes, name: str) -> Profile:
             f"{name}: its content does not match its checksum {str(checksum)[:12]}…: changed or damaged; make it again with `tightfit profile` (without the checksum a profile changed on purpose is read)"
         )
     return found
+
+
+def _again(content: bytes) -> str:
+    """What to do about a file that cannot be read: profiles are ours, graphs are made by others."""
+    if b'"tightfit-graph"' in content:
+        return "write it again with the tool that made the graph"
+    if content.lstrip().startswith(PROFILE_BEGINS):
+        return "make it again with `tightfit profile`"
+    return "make a profile again with `tightfit profile`, a graph with the tool that writes it"
+
+
+def _ends_early(error: Exception) -> bool:
+    """Whether JSON was read without a fault up to its end, which came too soon."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    rest = error.doc[error.pos :].strip()
+    return error.msg.startswith("Unterminated string") or any(word.startswith(rest) for word in WORDS)
 
 
 def save_profile(profile: Profile, path: str | os.PathLike[str]) -> Path:

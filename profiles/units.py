@@ -1,4 +1,7 @@
-"""Sizes as people write them: ``600MB`` (10^6), ``600MiB`` (2^20), plain bytes; printed in MiB, small ones in KiB or bytes."""
+"""Sizes as people write them: ``600MB`` (10^6), ``600MiB`` (2^20), plain bytes; printed in MiB, small ones in KiB or bytes.
+
+Times and names as they are printed.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +49,15 @@ def parse_size(text: str) -> int:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds with three decimals, below 10 ms with five, ``0.00412 s``."""
+    """Seconds with three decimals, below 10 ms with five, ``0.00412 s``; below 1 ms microseconds of four digits, ``12.5 µs``."""
+    if 0 < seconds < 1e-3:
+        return f"{seconds * 1e6:.4g} µs"
     return f"{seconds:.5f} s" if 0 < seconds < 0.01 else f"{seconds:.3f} s"
+
+
+def printable(text: str) -> str:
+    r"""`text` with what a terminal would obey instead of showing, such as escape codes in a name, written out: ``\x1b[31m``."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 class Unit(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.summary import plan_summary, profile_summary, to_json
 from profiles.busy import crowded
-from profiles.units import MIB, format_size
+from profiles.units import MIB, format_seconds, format_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -56,7 +56,10 @@ def profile_text(profile: Profile) -> RenderableType:
             "trainables",
             f"{format_size(facts['trainable_bytes'])}, with optimizer state {format_size(facts['trainable_bytes'] + facts['state_bytes'])}",
         ),
-        ("arithmetic", f"forward {facts['forward_seconds']:.3f} s, backward {facts['backward_seconds']:.3f} s"),
+        (
+            "arithmetic",
+            f"forward {format_seconds(facts['forward_seconds'])}, backward {format_seconds(facts['backward_seconds'])}",
+        ),
         (
             "disk" if profile.device.kind == "cpu" else "host memory",
             f"reads {facts['read_bytes_per_second'] / 1e6:,.0f} MB/s, writes {facts['write_bytes_per_second'] / 1e6:,.0f} MB/s",

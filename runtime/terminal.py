@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 from profiles.errors import RunError
-from profiles.units import format_size
+from profiles.units import format_seconds, format_size
 from runtime.interrupts import Interrupts
 
 QUIET_SECONDS = 10.0
@@ -163,9 +163,9 @@ def solver_text(told: Mapping[str, float | str]) -> str:
     incumbent, bound = float(told["incumbent"]), float(told["bound"])
     parts = [f"({told['stage']})"]
     if 0 < incumbent < math.inf:
-        parts.append(f"step {incumbent:.3f} s")
+        parts.append(f"step {format_seconds(incumbent)}")
     if bound > 0:
-        parts.append(f"bound {bound:.3f} s")
+        parts.append(f"bound {format_seconds(bound)}")
     if len(parts) == 3:
         parts.append(f"gap {told['gap']:.2%}")
     return ", ".join(parts)

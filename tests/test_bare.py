@@ -60,10 +60,62 @@ def op(name, *inputs, **fields):
         ),
         (
             graph(op("a"), op("b"), read={"bytes_per_second": 0}, write={"bytes_per_second": 1}),
-            "field read.bytes_per_second: Input should be greater than 0",
+            "field read.bytes_per_second: Input should be greater than or equal to 0.001",
+        ),
+        (
+            graph(op("a"), op("b"), write={"bytes_per_second": 1e-320}, read={"bytes_per_second": 1}),
+            "field write.bytes_per_second: Input should be greater than or equal to 0.001 (got",
+        ),
+        (
+            graph(op("a"), op("b"), read={"bytes_per_second": 1, "latency_seconds": 1e13}),
+            "field read.latency_seconds: Input should be less than or equal to 1000000000000 (got",
+        ),
+        (
+            graph(op("a"), op("b", seconds=1e308)),
+            "field operators.1.seconds (operator 'b'): Input should be less than or equal to 1000000000000 (got",
         ),
         (graph(op("a"), op("b"), format="dot"), "field format is 'dot'; write \"tightfit-graph\""),
         (graph(op("a"), op("b"), version=2), "graph version 2, this tightfit reads version 1"),
+        (
+            graph(op("a"), op("b", seconds="1.0")),
+            "field operators.1.seconds (operator 'b'): Input should be a valid number (got '1.0')",
+        ),
+        (
+            graph(op("a"), op("b", seconds=True)),
+            "field operators.1.seconds (operator 'b'): Input should be a valid number (got True)",
+        ),
+        (
+            graph(op("a"), op("b", output_bytes="10")),
+            "field operators.1.output_bytes (operator 'b'): Input should be a valid integer (got '10')",
+        ),
+        (
+            graph(op("a"), op("b", workspace_bytes=True)),
+            "field operators.1.workspace_bytes (operator 'b'): Input should be a valid integer (got True)",
+        ),
+        (
+            graph(op("a"), op("b", output_bytes=10.5)),
+            "field operators.1.output_bytes (operator 'b'): Input should be a valid integer",
+        ),
+        (
+            graph(op("a"), op("b", recomputable="no")),
+            "field operators.1.recomputable (operator 'b'): Input should be a valid boolean (got 'no')",
+        ),
+        (
+            graph(op("a"), op("b", keep_until_end=1)),
+            "field operators.1.keep_until_end (operator 'b'): Input should be a valid boolean (got 1)",
+        ),
+        (graph(op("a"), op("b"), fixed_bytes="7"), "field fixed_bytes: Input should be a valid integer (got '7')"),
+        (graph(op("a"), op("b"), estimated="yes"), "field estimated: Input should be a valid boolean (got 'yes')"),
+        (graph(op("a"), op("b"), version=True), "field version: Input should be a valid integer (got True)"),
+        (
+            graph(op("a"), op("b"), read={"bytes_per_second": "1e9"}),
+            "field read.bytes_per_second: Input should be a valid number (got '1e9')",
+        ),
+        ({"format": "tightfit-graph"}, "field operators: Field required (got"),
+        ({"format": "tightfit-graph", "layers": []}, "field operators: Field required (got"),
+        ({"operators": [op("a"), op("b")]}, 'field format is missing; write "tightfit-graph"'),
+        ([op("a"), op("b")], 'a list of 2, no graph; write {"format": "tightfit-graph", "operators": [...]}'),
+        ([], "not a profile (no 'layers') and no graph (no 'operators')"),
         (graph(op("a"), "b"), "field operators.1: Input should be a valid dictionary"),
     ],
 )
@@ -73,6 +125,70 @@ def test_what_is_wrong_is_named(data, said, tmp_path):
     with pytest.raises(InputError) as caught:
         load_profile(path)
     assert str(caught.value).startswith(f"{path}: {said}")
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    data = graph(op("a"), op("b", "a", workspace_bytes=4), fixed_bytes=7)
+    floats = graph(op("a", output_bytes=10.0), op("b", "a", workspace_bytes=4.0), fixed_bytes=7.0, version=1.0)
+    assert parse_graph(floats) == parse_graph(data)
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ('"seconds": 2', "field seconds (operator 'b'): given twice, 1 and 2; correct it"),
+        ('"name": "c"', "field name (operator 'c'): given twice, 'b' and 'c'; correct it"),
+    ],
+)
+def test_a_field_given_twice_is_refused(tmp_path, field, said):
+    path = tmp_path / "graph.json"
+    text = json.dumps(graph(op("a"), op("b")))
+    path.write_text(f"{text[:-3]}, {field}}}]}}")
+    with pytest.raises(InputError) as caught:
+        load_profile(path)
+    assert str(caught.value).startswith(f"{path}: {said}")
+    path.write_text(f'{text[:-1]}, "name": "x", "name": "y"}}')
+    with pytest.raises(InputError) as caught:
+        load_profile(path)
+    assert str(caught.value).startswith(f"{path}: field name: given twice, 'x' and 'y'; correct it")
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_file_is_said_to_be_empty(tmp_path, content):
+    path = tmp_path / "graph.json"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        load_profile(path)
+    again = "make a profile again with `tightfit profile`, a graph with the tool that writes it"
+    assert str(caught.value) == f"{path}: empty; {again}"
+
+
+@pytest.mark.parametrize("size", [1, 8, 30, 43, 62, 69, 78, 132, -2, -1])
+def test_where_a_file_is_cut_is_told(tmp_path, size):
+    path = tmp_path / "graph.json"
+    content = json.dumps(graph(op("ä", recomputable=True), op("b")), ensure_ascii=False).encode()[:size]
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_profile(path)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: not JSON, perhaps truncated (cut at byte {len(content)}: ")
+    graphs = "; write it again with the tool that made the graph"
+    assert said.endswith(graphs if size not in (1, 8) else "`tightfit profile`, a graph with the tool that writes it")
+
+
+def test_what_is_no_json_in_its_middle_is_not_said_to_be_cut(tmp_path):
+    path = tmp_path / "graph.json"
+    path.write_text('{"format": "tightfit-graph", "operators": [nothing]}')
+    with pytest.raises(InputError) as caught:
+        load_profile(path)
+    assert str(caught.value).startswith(f"{path}: not JSON, perhaps truncated (Expecting value: line 1 column 44")
+
+
+@pytest.mark.parametrize(("data", "kind"), [(None, "null"), ([], "a list of 0"), ([op("a")], "a list of 1"), (3, "3")])
+def test_what_is_no_object_is_no_graph(data, kind):
+    with pytest.raises(InputError) as caught:
+        parse_graph(data)
+    assert str(caught.value).startswith(f'graph: {kind}, no graph; write {{"format": "tightfit-graph", "operators"')
 
 
 def test_the_given_order_stays_but_for_inputs_that_come_later():
@@ -154,6 +270,27 @@ def test_the_example_is_planned_compared_and_refused_to_run(capsys, tmp_path):
     code, _, err = run(capsys, "run", path, "--data", "random", "--steps", "1", "-o", tmp_path / "out")
     assert code == 2
     assert err.startswith("tightfit: the plan is of a bare graph (five convolutions, one training step)")
+
+
+def test_a_graph_that_takes_no_time_and_no_memory_is_compared(capsys, tmp_path):
+    path = tmp_path / "graph.json"
+    nothing = {"seconds": 0, "output_bytes": 0}
+    path.write_text(json.dumps(graph(op("a", **nothing), op("b", "a", **nothing))))
+    code, out, _ = run(capsys, "compare", path, "--memory", "10,20")
+    assert code == 0
+    assert "keep-all, the fastest fixed rule that fits, needs 0.000 s." in " ".join(out.split())
+    code, out, _ = run(capsys, "compare", path, "--memory", "10,20", "--json", "--html", tmp_path / "c.html")
+    assert code == 0
+    assert {plan["step_seconds"] for plan in json.loads(out)["plans"]} == {0.0}
+    assert "needs 0.000 s." in (tmp_path / "c.html").read_text()
+
+
+def test_a_graph_of_the_longest_operators_is_planned_in_figures(capsys, tmp_path):
+    path = tmp_path / "graph.json"
+    path.write_text(json.dumps(graph(op("a", seconds=1e12), op("b", "a", seconds=1e12))))
+    code, out, _ = run(capsys, "plan", path, "--memory", "20", "-o", tmp_path / "plan.json", "--json")
+    assert (code, json.loads(out)["step_seconds"]) == (0, 2e12)
+    assert json.loads(out)["gap"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ from synthetic import decoder_like, device, small_chain
 
 from planner.costs import Ledger
 from planner.explain import explain
-from planner.explanation import account, shortfall
+from planner.explanation import account, peak_text, shortfall
 from planner.graphs.planner import GraphPlanner
 from planner.kinds import fullest
 from planner.plan import Planner, planner_of
-from planner.worth import neighbours, what_if
+from planner.worth import explained, neighbours, what_if
 from profiles.bare import graph_profile, parse_graph
-from profiles.units import MIB
+from profiles.errors import InputError
+from profiles.units import MIB, format_size
 
 FLOOR = 100 * MIB
 
@@ -315,3 +316,59 @@ def test_what_memory_is_worth_to_a_graph_of_few_operators_is_what_plans_say():
         planned = planner.plan(worth.budget_bytes).step_seconds
         assert worth.price_seconds == pytest.approx(planned - made.step_seconds, abs=1e-3 * planned)
     assert less.price_seconds > 0.05
+
+
+def chain_of(*names, **fields):
+    """Each operator reads the one before it, the last the first as well."""
+    operators = [
+        {"name": name, "seconds": 1, "output_bytes": size, "inputs": [names[i - 1]] if i else []} | fields
+        for i, (name, size) in enumerate(zip(names, (100, 100, 300, 10)))
+    ]
+    operators[-1]["inputs"] = [names[-2], names[0]]
+    return GraphPlanner(parse_graph({"format": "tightfit-graph", "operators": operators}, "g"))
+
+
+def test_a_graph_without_phases_is_told_without_them():
+    planner = chain_of("a", "b", "c", "d")
+    made = planner.plan(planner.smallest_plan().peak_bytes)
+    assert made.decisions["a"] == "recomputed"
+    for told in (explain(made), explain(planner.plan(1 << 40)), explain(planner.plan(1))):
+        assert not {"backward", "forward", "training", "(forward", "(forward)"} & set(" ".join(told).split())
+    text = "\n".join(explain(made))
+    assert "\noutputs that are needed again later: " in text
+    assert "1 made again (100 B)\n" in text
+    assert "making 1 activation of 100 B again costs 1.000 s, 20.0% of the step; dearest: a 1.000 s" in text
+    why = explained(planner, planner.plan(1), time_limit=9, left=9)
+    assert "the peak is set by d (instruction " in "; ".join(explain(planner.plan(1), why))
+    again = made.train.model_copy(update={"peak": made.train.peak.model_copy(update={"text": "a (forward again)"})})
+    assert peak_text(made, again) == "a (run again)"
+
+
+def test_the_bytes_of_what_is_made_again_are_those_of_the_tensors(ruled):
+    text = "\n".join(explain(ruled))
+    assert "spares" not in text
+    made_again = account(ruled).recomputation
+    if made_again.tensors > 1:
+        assert (
+            f"making {made_again.tensors} activations of {format_size(made_again.bytes)} together again costs" in text
+        )
+
+
+def test_an_optimum_is_said_to_be_one_as_far_as_it_is_proven():
+    made = chain_of("a", "b", "c", "d").plan(1 << 40)
+    assert explain(made)[1].startswith("proven optimal among plans of its kind, at most 0.00% slower than any schedule")
+    near = made.model_copy(update={"gap": 0.001})
+    assert explain(near)[1].startswith("optimal within 0.10% of its kind, at most 0.00% slower than any schedule")
+    found = near.model_copy(update={"status": "feasible"})
+    assert explain(found)[1].startswith("not proven optimal: at most 0.10% slower than the best plan of its kind, at")
+
+
+def test_names_do_not_reach_a_terminal_as_codes():
+    planner = chain_of("\x1b[31mRED\x1b[2J", "x\ny\u202e", "c", "d")
+    for made in (planner.plan(1 << 40), planner.plan(planner.smallest_plan().peak_bytes), planner.plan(1)):
+        said = explain(made, explained(planner, made, time_limit=9, left=9))
+        assert "".join(said).isprintable()
+        assert r"\x1b[31mRED" in "".join(said)
+    cycle = [{"name": name, "seconds": 1, "output_bytes": 1, "inputs": [name]} for name in ("\x1b[2J", "b")]
+    with pytest.raises(InputError, match=r"form a cycle: \\x1b\[2J → "):
+        parse_graph({"format": "tightfit-graph", "operators": cycle})

@@ -232,6 +232,21 @@ def test_a_graph_of_a_few_bytes_is_told_in_bytes():
     assert {(one["unit"], one["places"]) for one in data.values()} == {("B", 0)}
 
 
+def test_the_moments_of_a_step_of_microseconds_are_told_apart():
+    made = [
+        BareOperator(name=name, seconds=1e-6 * (i + 1), output_bytes=size, inputs=inputs)
+        for i, (name, size, inputs) in enumerate(SMALL)
+    ]
+    plans = compare(graph_profile(BareGraph(format="tightfit-graph", operators=made)), [500, 600]).plans
+    page = Page(comparison_page(plans))
+    assert all(" µs per step" in sentence for sentence in verdicts(plans))
+    for one in json.loads(page.find("script", id="series")[0]["text"]).values():
+        shown = [f"{end:.{one['decimals']}f}" for end in one["ends"]]
+        assert len(set(shown)) == len(shown) > 1
+    text = page.find("div", **{"aria-label": "Memory over the step"})[0]["text"]
+    assert "0.00000275" in text
+
+
 def test_equal_plans_are_called_the_same():
     plan = sample_plan()
     other = plan.model_copy(update={"budget_bytes": plan.budget_bytes + MIB})

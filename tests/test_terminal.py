@@ -14,7 +14,7 @@ from rich.console import Console
 from profiles.units import MIB
 from runtime import terminal
 from runtime.interrupts import Interrupts
-from runtime.terminal import Comparing, Solving, Stages, Training
+from runtime.terminal import Comparing, Solving, Stages, Training, solver_text
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,6 +98,11 @@ def test_solving_tells_incumbent_bound_and_gap(console, clock):
             solving({"stage": "rounding", "incumbent": 1.25, "bound": 1.0, "gap": 0.2, "seconds": 2.0})
     said = [line.rsplit(", ", 1)[0] for line in lines(console)]
     assert set(said) == {"solving (rounding), step 1.250 s, bound 1.000 s, gap 20.00%"}
+
+
+def test_solving_a_step_of_microseconds_tells_them():
+    told = {"stage": "rounding", "incumbent": 41e-6, "bound": 40e-6, "gap": 0.025}
+    assert solver_text(told) == "(rounding), step 41 µs, bound 40 µs, gap 2.50%"
 
 
 def test_comparing_tells_which_plan_and_how_far(console, clock):

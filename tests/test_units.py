@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.errors import InputError
-from profiles.units import KIB, LARGEST, MIB, format_seconds, format_size, parse_size
+from profiles.units import KIB, LARGEST, MIB, format_seconds, format_size, parse_size, printable
 
 FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
 
@@ -110,7 +110,24 @@ def test_never_anything_but_a_size_or_an_input_error(text):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(2.65, "2.650 s"), (0.0123, "0.012 s"), (0.00412, "0.00412 s"), (0.0, "0.000 s")]
+    ("seconds", "text"),
+    [(2.65, "2.650 s"), (0.0123, "0.012 s"), (0.00412, "0.00412 s"), (0.001, "0.00100 s"), (0.0, "0.000 s")],
 )
 def test_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(40e-6, "40 µs"), (41e-6, "41 µs"), (1.25e-6, "1.25 µs"), (999.4e-6, "999.4 µs"), (3e-9, "0.003 µs")],
+)
+def test_microseconds_are_told_apart(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a µ → b", "a µ → b"), ("\x1b[31mRED\x1b[2J", r"\x1b[31mRED\x1b[2J"), ("x\ny\u202e", r"x\ny\u202e")],
+)
+def test_what_a_terminal_would_obey_is_written_out(text, shown):
+    assert printable(text) == shown
