@@ -356,6 +356,33 @@ def test_unit_chains_meet_the_closed_form(steps):
         assert made.step_seconds == griewank(steps, slots), slots
 
 
+def free_chain(steps, *, reads_own):
+    """A chain of operators all alike, none of which has to be held: the first one, too, is made from nothing."""
+    forward = [
+        {"name": f"f{i}", "seconds": 1, "output_bytes": 1, "inputs": [f"f{i - 1}"] if i else [], "phase": "forward"}
+        for i in range(steps)
+    ]
+    backward = []
+    for i in reversed(range(steps)):
+        state = i if reads_own else i - 1
+        inputs = [*([f"f{state}"] if state >= 0 else []), *([f"b{i + 1}"] if i < steps - 1 else [])]
+        backward.append({"name": f"b{i}", "seconds": 1, "output_bytes": 1, "inputs": inputs, "phase": "backward"})
+    return [*forward, *backward]
+
+
+@pytest.mark.parametrize("reads_own", [True, False])
+@pytest.mark.parametrize("steps", [20, 60, 100])
+def test_a_chain_need_not_hold_its_first_output(steps, reads_own):
+    planner = GraphPlanner(profile_of(free_chain(steps, reads_own=reads_own)))
+    # The closed form's start takes no memory here, and its first step makes f0.
+    reversed_steps = steps if reads_own else steps - 1
+    for budget in (3, 4, 5, 7):
+        made = planner.plan(budget, time_limit=0.5)
+        # The state at hand and the backward's two outputs take three bytes; the rest are slots, and the start is one more.
+        again = griewank(reversed_steps, budget - 2) - (reversed_steps - 1)
+        assert made.step_seconds == 2 * steps + again, budget
+
+
 def test_memory_kept_up_to_date_is_memory_counted_anew():
     for seed in range(100):
         dag = dag_of(profile_of(random_graph(3000 + seed, most=12)))

@@ -10,7 +10,7 @@ memory: hold a further output b in between, do what reads b to c - 1, then what 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 import numpy as np
@@ -56,7 +56,26 @@ def checkpoints(
 
     Raises TimeoutError where `late` says so before that is known.
     """
-    return _Program(dag, chain, budget_bytes - dag.fixed_bytes, late).reruns()
+    room = budget_bytes - dag.fixed_bytes
+    if dag.inputs[0] or not dag.recomputable[0]:
+        sequence = _Program(dag, chain, room, late).sequence()
+    else:
+        # Output 0 need not be held: it is made again from one before it, which takes no bytes and no time.
+        before = _Program(_after_nothing(dag), Chain(reads=tuple(turn + 1 for turn in chain.reads)), room, late)
+        held = before.sequence()
+        sequence = None if held is None else [operator - 1 for operator in held[1:]]
+    return None if sequence is None else _reruns(dag, sequence)
+
+
+def _after_nothing(dag: Dag) -> Dag:
+    """The chain with an operator before its first that makes nothing in no time: what `_Program` reads of it."""
+    return replace(
+        dag,
+        seconds=(0.0, *dag.seconds),
+        bytes=(0, *dag.bytes),
+        workspace=(0, *dag.workspace),
+        forward=dag.forward + 1,
+    )
 
 
 class _Program:
@@ -115,22 +134,13 @@ class _Program:
                 best[a, c - 1] = choice[index, np.arange(self.units + 1)]
                 self.split[a, c - 1] = index + a + 1
 
-    def reruns(self) -> frozenset[Rerun] | None:
+    def sequence(self) -> list[int] | None:
+        """The operators in the order of their runs; None: no choice of checkpoints fits."""
         if not np.isfinite(self.table[0, self.count - 1, self.units]):
             return None
         sequence: list[int] = [0]
         self._follow(sequence)
-        result: set[Rerun] = set()
-        done = 0
-        waiting: list[int] = []
-        for operator in sequence:
-            if operator == done:
-                result.update((operator, again) for again in waiting)
-                waiting = []
-                done += 1
-            else:
-                waiting.append(operator)
-        return pruned(self.dag, result)
+        return sequence
 
     def _follow(self, sequence: list[int]) -> None:
         """Append the runs of the whole chain, output 0 made."""
@@ -144,3 +154,18 @@ class _Program:
             sequence.extend(range(a + 1, b + 1))
             stack.append((a, b, memory))
             stack.append((b, c, memory - self.size[a]))
+
+
+def _reruns(dag: Dag, sequence: list[int]) -> frozenset[Rerun]:
+    """What of a sequence of runs is not an operator's first."""
+    result: set[Rerun] = set()
+    done = 0
+    waiting: list[int] = []
+    for operator in sequence:
+        if operator == done:
+            result.update((operator, again) for again in waiting)
+            waiting = []
+            done += 1
+        else:
+            waiting.append(operator)
+    return pruned(dag, result)

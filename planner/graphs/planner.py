@@ -21,6 +21,7 @@ from planner.graphs.rules import RULES, rule_reruns, rules_for
 from planner.graphs.schedule import Rerun, peak_bytes, pruned, seconds
 from planner.graphs.search import Search
 from planner.graphs.stretch import Lowest
+from planner.graphs.sweep import swept
 from planner.master import Progress
 from planner.plan import ANY_SHARE, FINISH_SECONDS, checked_budget, checked_limit
 from planner.schema import Plan
@@ -49,6 +50,8 @@ LEAST_GRANTED = 1.0
 """the same for each try at a smaller budget, at most"""
 LOWEST_SHARE = 0.3
 """of the time limit, for the lowest peak where no search finds what fits"""
+SWEPT = 0.5
+"""of the bytes over the budget, that a sweep may leave where a search starts from it: otherwise it helps little and takes time"""
 ROUNDS = 4000
 """of ruin and recreate"""
 STARTS = 4
@@ -76,6 +79,7 @@ class GraphPlanner:
         self._exact_left = EXACT_SECONDS
         for rule in rules_for(self.dag):
             self._note(RULES[rule](self.dag))
+        self._note(swept(self.dag, self.floor_bytes))
 
     def policies(self) -> tuple[str, ...]:
         """The fixed rules that mean something for this graph."""
@@ -399,8 +403,11 @@ class GraphPlanner:
         self.found.timely = self.found.timely and all(timely)
 
     def _seeds(self, budget: int, deadline: float) -> list[frozenset[Rerun]]:
-        """Schedules to start from: rules, checkpoints of a chain, and the fastest that fits among those found before."""
+        """Schedules to start from: rules, a sweep, checkpoints of a chain, and the fastest that fits of those found before."""
         seeds = [RULES[rule](self.dag) for rule in rules_for(self.dag)]
+        sweep = swept(self.dag, budget)
+        if peak_bytes(self.dag, sweep) - budget <= SWEPT * (self.found.peaks[frozenset()] - budget):
+            seeds.append(sweep)
         if self.chain is not None:
             with self._exact_seconds(deadline) as allowed:
                 # By the clock and by the processor: a process that was held up has them all the same.
