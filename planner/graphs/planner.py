@@ -468,7 +468,7 @@ class GraphPlanner:
                 return Least(carried=carried, lowest_bytes=carried.peak_bytes)
             self._ended(solved.timely)
             self._note(solved.reruns or ())
-        proving = dag.operators <= LEAST_OPERATORS
+        proving = EXACT_OPERATORS < dag.operators <= LEAST_OPERATORS
         left = max(0.0, deadline - time.monotonic())
         found_by = deadline - 0.5 * left if proving else deadline
         self._evicted_least(found_by - 0.3 * left, min(LEAST_GRANTED, GRANTED * left))
@@ -486,7 +486,10 @@ class GraphPlanner:
     def _proven_least(self, best: frozenset[Rerun], low: int, deadline: float) -> tuple[frozenset[Rerun], int]:
         """The schedule of lowest peak and what none undercuts: byte by byte, since programs of parts of a budget know no single bytes."""
         while self.found.peaks[best] > low:
-            left = max(0.0, deadline - time.monotonic())
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self._ended(False)
+                break
             solved = exact.fastest(self.dag, self.found.peaks[best] - 1, work=EXACT_WORK, seconds=left)
             if solved.reruns is None:
                 self._ended(solved.timely)
