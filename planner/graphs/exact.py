@@ -35,18 +35,18 @@ class Exact:
     """whether it was not the clock that ended it"""
 
 
-def fastest(dag: Dag, budget_bytes: int, *, work: float, seconds: float) -> Exact:
-    """The fastest schedule of the class within the budget. `work` is CP-SAT's deterministic time, `seconds` are the clock's, with those
-    that building the program takes.
+def fastest(dag: Dag, budget_bytes: int, *, work: float, seconds: float, until: float = float("inf")) -> Exact:
+    """The fastest schedule of the class within the budget. `work` is CP-SAT's deterministic time, `seconds` are the clock's; `until`: when,
+    by the clock, it has to end, however long the program took to build.
     """
-    began = time.monotonic()
     model = _Stages(dag)
     for row in model.rows:
         model.model.add(row <= budget_bytes - dag.fixed_bytes)
     unit = max(dag.once_seconds, 1e-300) / RESOLUTION
     model.model.minimize(sum(floor(dag.seconds[i] / unit) * again for (_, i), again in model.again.items()))
-    left = max(0.0, began + seconds - time.monotonic())
-    return model.solve(work, left, lambda extra: dag.once_seconds + max(0.0, extra) * unit)
+    if until < float("inf"):
+        seconds = min(seconds, max(0.0, until - time.monotonic()))
+    return model.solve(work, seconds, lambda extra: dag.once_seconds + max(0.0, extra) * unit)
 
 
 def smallest(dag: Dag, *, work: float, seconds: float) -> Exact:

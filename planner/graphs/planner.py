@@ -490,7 +490,8 @@ class GraphPlanner:
             if left <= 0:
                 self._ended(False)
                 break
-            solved = exact.fastest(self.dag, self.found.peaks[best] - 1, work=EXACT_WORK, seconds=left)
+            budget = self.found.peaks[best] - 1
+            solved = exact.fastest(self.dag, budget, work=EXACT_WORK, seconds=left, until=deadline)
             if solved.reruns is None:
                 self._ended(solved.timely)
                 return best, self.found.peaks[best] if solved.proven else low
