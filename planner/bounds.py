@@ -41,7 +41,7 @@ class AnySchedule:
         instructions = floor.instruction_bytes * (len(steps) + evaluation)
         always = sum(storage.bytes for storage in self.graph.storages.values() if storage.kind in ALWAYS)
         workspace = problem.workspace_bytes if workspace_bytes is None else workspace_bytes
-        self.taken = floor.resident_bytes + workspace + instructions + always
+        self.taken = floor.held_bytes + workspace + instructions + always
         """bytes of any budget that no choice touches"""
         self.fixed = sum(step.seconds for step in steps)
         self.fixed += sum(tensor.update_seconds for tensor in self.profile.tensors if tensor.kind == "trainable")

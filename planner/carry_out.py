@@ -230,7 +230,7 @@ def _schedule(part: Part, joined: Draft, train: tuple[Entry, ...], arena: Arena,
     problem = part.problem
     timing = clock(train, problem.inputs)
     floor = problem.profile.device.floor
-    peak = floor.resident_bytes + charged + arena.bytes + problem.workspace_bytes
+    peak = floor.held_bytes + charged + arena.bytes + problem.workspace_bytes
     return Schedule(
         problem=problem,
         columns=part.columns,
@@ -241,5 +241,5 @@ def _schedule(part: Part, joined: Draft, train: tuple[Entry, ...], arena: Arena,
         arena=arena,
         seconds=timing.seconds,
         stalls=timing.stalls,
-        peak_bytes=max(peak, floor.import_peak_bytes),
+        peak_bytes=max(peak, floor.start_peak_bytes),
     )

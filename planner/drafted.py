@@ -32,7 +32,7 @@ def drafted(
         policy=policy,
         status="feasible",
         budget_bytes=budget_bytes,
-        floor_bytes=ran.device.floor.resident_bytes,
+        floor_bytes=ran.device.floor.held_bytes,
         peak_bytes=0,
         step_seconds=0.0,
         bound_seconds=0.0,

@@ -50,7 +50,7 @@ def _infeasible(plan: Plan, why: Shortfall | None) -> list[str]:
             reason = reason.replace(" (forward)", "", 1).replace(" (forward again)", " (run again)", 1)
         return [*lines, reason] if reason else lines
     lines[-1] += f" ({smallest} bytes), {format_size(why.missing_bytes, round_up=True)} more"
-    start = plan.device.floor.import_peak_bytes
+    start = plan.device.floor.start_peak_bytes
     if plan.budget_bytes < start:
         lines.append(f"starting {_floor(plan)} alone reaches {format_size(start)}")
     lines += _peak(plan, why.peak)
@@ -252,7 +252,7 @@ def _worth(plan: Plan, neighbours: list[Worth]) -> list[str]:
         priced = "unknown" if worth.status else "no plan fits"
         if worth.price_seconds is not None:
             priced = _difference(worth.price_seconds, plan)
-        floor = plan.device.floor.resident_bytes
+        floor = plan.device.floor.held_bytes
         if worth.budget_bytes <= floor:
             alone = f", {_floor(plan)} alone take {format_size(floor)}" if floor else ""
             said.append(f"{change}: no plan fits{alone}")

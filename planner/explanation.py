@@ -178,7 +178,7 @@ def peak_account(plan: Plan, ledger: Ledger) -> PeakAccount:
     for tensor, size in resident.items():
         by_kind[ledger.kinds[tensor]] += size
     largest = sorted(resident.items(), key=lambda item: (-item[1], item[0]))[:LARGEST]
-    floor = plan.device.floor.resident_bytes
+    floor = plan.device.floor.held_bytes
     return PeakAccount(
         phase=name,
         instruction=at,

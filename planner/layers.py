@@ -144,7 +144,7 @@ class Layered:
     @property
     def taken_bytes(self) -> int:
         """Of the process, whatever its schedule: what is neither arena nor instructions."""
-        return self.profile.device.floor.resident_bytes + self.workspace_bytes
+        return self.profile.device.floor.held_bytes + self.workspace_bytes
 
     @cached_property
     def inputs(self) -> dict[tuple[int, int], tuple[str, ...]]:

@@ -128,7 +128,7 @@ class Planner:
         name = policy or "solver"
         any_bound = self._any_bound(budget_bytes, name, ANY_SHARE * time_limit)
         outcome = Outcome(schedule=None, bound_seconds=any_bound, any_bound_seconds=any_bound)
-        below = budget_bytes < self.profile.device.floor.import_peak_bytes
+        below = budget_bytes < self.profile.device.floor.start_peak_bytes
         if not below and name != "solver":
             outcome = self._follow(budget_bytes, name, any_bound, deadline)
         elif not below and (
@@ -234,7 +234,7 @@ class Planner:
                     raise TimeoutError
                 return self._carried_out(policy, lowest.peak_bytes - step)
 
-            least, ended = lowered(least, below, self.profile.device.floor.import_peak_bytes)
+            least, ended = lowered(least, below, self.profile.device.floor.start_peak_bytes)
             self._minimum[policy] = least, ended
         return least, ended
 
@@ -247,9 +247,9 @@ class Planner:
         phases = (simulation.train, *simulation.cycle, simulation.evaluate or simulation.train)
         worst = max(phases, key=lambda phase: phase.peak_bytes)
         largest = ", ".join(list(worst.peak.tensors)[:3])
-        if budget < floor.import_peak_bytes:
+        if budget < floor.start_peak_bytes:
             reason = (
-                f"importing Python and PyTorch alone reaches {floor.import_peak_bytes} bytes; the smallest plan needs"
+                f"importing Python and PyTorch alone reaches {floor.start_peak_bytes} bytes; the smallest plan needs"
                 f" {least.peak_bytes}"
             )
             if "+cu" in (told.device.torch_version or ""):
@@ -259,9 +259,9 @@ class Planner:
                 )
         else:
             reason = (
-                f"the smallest plan peaks at {worst.peak.text} with {largest} resident: {floor.resident_bytes} bytes of"
+                f"the smallest plan peaks at {worst.peak.text} with {largest} resident: {floor.held_bytes} bytes of"
                 f" Python and PyTorch, {simulation.arena_bytes} of tensors, {simulation.workspace_bytes} of workspace"
-                f" and {least.peak_bytes - floor.resident_bytes - simulation.arena_bytes - simulation.workspace_bytes}"
+                f" and {least.peak_bytes - floor.held_bytes - simulation.arena_bytes - simulation.workspace_bytes}"
                 " of schedule; a shorter sequence, a smaller batch or smaller head chunks lower it"
             )
         return too_small(

@@ -63,7 +63,7 @@ class Replay:
         self.timeline = Timeline(len(self.instructions) + 1)
         self.peak = ReplayPeak()
         self.expected = self._expected()
-        self.floor = world.device.floor.resident_bytes + world.device.floor.instruction_bytes * world.instructions
+        self.floor = world.device.floor.held_bytes + world.device.floor.instruction_bytes * world.instructions
 
     def _expected(self) -> list[tuple[str, int]]:
         """First runs in order: forward of all layers, then backward of the layers in reverse; or two forwards."""
@@ -404,7 +404,7 @@ class Replay:
             instructions=[list(instruction) for instruction in self.instructions],
             skipped=self.phase.skipped,
             seconds=self.now,
-            peak_bytes=max(self.world.device.floor.import_peak_bytes, reached),
+            peak_bytes=max(self.world.device.floor.start_peak_bytes, reached),
             peak=Peak(instruction=self.peak.instruction, text=self._text(self.peak.instruction), tensors=dict(largest)),
             compute_seconds=self.totals.compute,
             recompute_seconds=self.totals.recompute,

@@ -88,8 +88,8 @@ def simulate(plan: Plan) -> Simulation:
     fullest = max(replays, key=lambda one: one.top)
     arena = -(-fullest.top // LINE) * LINE
     workspace = max(one.workspace for one in replays)
-    charged = floor.resident_bytes + floor.instruction_bytes * declared.instructions
-    peak = max(floor.import_peak_bytes, charged + arena + workspace)
+    charged = floor.held_bytes + floor.instruction_bytes * declared.instructions
+    peak = max(floor.start_peak_bytes, charged + arena + workspace)
     if peak > plan.budget_bytes:
         raise InvalidSchedule(
             "budget", fullest.name, -1, "the arena", f"{peak} bytes at the peak, {plan.budget_bytes} allowed"

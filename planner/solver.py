@@ -451,7 +451,7 @@ class Solver:
             self._lowest = one.best or self._lowest
             return one.best
 
-        floor = self.problem.profile.device.floor.import_peak_bytes
+        floor = self.problem.profile.device.floor.start_peak_bytes
         _, ended = lowered(best, below, floor, step=max(1, int(MINIMUM_STEP * best.peak_bytes)))
         return ended and search.timely and timely
 

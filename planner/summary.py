@@ -84,7 +84,7 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "state_bytes": trainable * int(profile.optimizer.get("state_tensors", 2)),
         "forward_seconds": seconds["forward"],
         "backward_seconds": seconds["backward"],
-        "floor_bytes": max(profile.device.floor.import_peak_bytes, profile.device.floor.resident_bytes),
+        "floor_bytes": max(profile.device.floor.start_peak_bytes, profile.device.floor.held_bytes),
         "read_bytes_per_second": profile.device.read.bytes_per_second,
         "write_bytes_per_second": profile.device.write.bytes_per_second,
         "device": profile.device.name,

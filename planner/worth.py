@@ -48,7 +48,7 @@ def neighbours(
     found = []
     for change in (-step_bytes, step_bytes):
         budget = plan.budget_bytes + change
-        if budget <= plan.device.floor.resident_bytes:
+        if budget <= plan.device.floor.held_bytes:
             found.append(_nothing(change, budget))
             continue
         if here is None:
@@ -84,7 +84,7 @@ def what_if(
     interrupted = False
     for change in (-step_bytes, step_bytes):
         budget = plan.budget_bytes + change
-        if budget <= plan.device.floor.resident_bytes:
+        if budget <= plan.device.floor.held_bytes:
             found.append(_nothing(change, budget))
             continue
         if interrupted:

@@ -79,6 +79,7 @@ MEASURING_CODE = (
     "optimizer",
     "process",
     "spill",
+    "supervisor",
     "warm",
 )
 

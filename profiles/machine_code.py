@@ -1,22 +1,17 @@
 """C compiled on this machine, where there is a compiler: built once into the cache, used for what a fresh process finds right.
 
-Also imported by the budgeted process: the standard library only.
+Also imported by the budgeted process: the standard library only, and what building needs where it is done.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from profiles.files import python_path
-from profiles.processor import features
 
 
 def library(source: Path, flags: Sequence[str], cache: Path, judge: str, environment: dict[str, str]) -> str:
@@ -24,6 +19,10 @@ def library(source: Path, flags: Sequence[str], cache: Path, judge: str, environ
 
     The module `judge`, run with the library's path in `environment` and ours, prints as a JSON list what the library serves for.
     """
+    import shutil
+    import subprocess
+    import tempfile
+
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         return ""
@@ -64,6 +63,10 @@ def verdict(path: str) -> str:
 
 def _key(source: Path, flags: Sequence[str], compiler: str) -> str:
     """sha256 of the source, the flags, the compiler and the processor's features."""
+    import hashlib
+
+    from profiles.processor import features
+
     stamp = Path(compiler).stat()
     parts = [source.read_text(), *flags, compiler, str(stamp.st_mtime_ns), *sorted(features())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -71,6 +74,8 @@ def _key(source: Path, flags: Sequence[str], compiler: str) -> str:
 
 def _judged(path: Path, judge: str, environment: dict[str, str]) -> list[str]:
     """What a fresh process makes of the library: one that crashes takes nothing with it."""
+    import subprocess
+
     command = [sys.executable, "-m", judge, str(path)]
     done = subprocess.run(
         command,

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-PROFILE_VERSION = 6
+PROFILE_VERSION = 7
 """raised with every change of the file's form, and of what operators measure or compute: runs that others began do not go on"""
 
 MOST_ACCUMULATED = 1 << 16
@@ -153,10 +153,15 @@ class Channel(Record):
 
 
 class Floor(Record):
-    """The runtime process before any model is loaded."""
+    """What a run holds before any model is loaded: the training process, and the supervisor that starts it and shows its progress."""
 
-    import_peak_bytes: int = Field(description="VmHWM after the imports: no budget below it can hold")
-    resident_bytes: int = Field(description="resident set once kernels are warm and clean file pages are released")
+    import_peak_bytes: int = Field(description="VmHWM of the training process after its imports")
+    resident_bytes: int = Field(
+        description="resident set of the training process once kernels are warm and clean file pages are released"
+    )
+    supervisor_bytes: int = Field(
+        0, description="VmHWM of the process that starts the training process, shows its progress and reports"
+    )
     instruction_bytes: int = Field(description="resident bytes per schedule instruction in the runtime")
     inference_resident_bytes: int | None = Field(
         None, description="`resident_bytes` of a process that runs no backward; None: not measured"
@@ -164,6 +169,16 @@ class Floor(Record):
     tables_on_disk: bool = Field(
         False, description="whether what PyTorch's start leaves lies in a file of the cache while the process runs"
     )
+
+    @property
+    def start_peak_bytes(self) -> int:
+        """What a run reaches before any model is loaded: no smaller budget can hold."""
+        return self.import_peak_bytes + self.supervisor_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """What a run holds beside its model from the first step on."""
+        return self.resident_bytes + self.supervisor_bytes
 
     @property
     def inference(self) -> Floor:

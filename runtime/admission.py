@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,7 @@ from profiles.schema import PROFILE_VERSION
 from profiles.store import Store
 from profiles.units import format_size
 from runtime.checkpoint import OPERATORS
-
-Stages = Callable[[str, int, int], None]
-"""stages(what, done, total) while something is prepared."""
+from runtime.supervisor import Stages
 
 
 def check_kind(plan: object) -> None:

@@ -87,7 +87,7 @@ def devices_text(devices: Sequence[DeviceDescription]) -> RenderableType:
             f"{rates.get('bfloat16', rates['float32']) / 1e9:,.0f}",
             f"{one.bytes_per_second / 1e9:,.0f}",
             f"{one.read.bytes_per_second / 1e6:,.0f}",
-            f"{one.floor.import_peak_bytes / MIB:,.0f}",
+            f"{one.floor.start_peak_bytes / MIB:,.0f}",
             Text(one.label),
         )
     return table
@@ -107,7 +107,7 @@ def device_text(device: DeviceDescription) -> RenderableType:
         ),
         "bytes_per_second": f"{device.bytes_per_second / 1e9:,.1f} GB/s",
         "call_seconds": f"{device.call_seconds * 1e6:,.0f} µs",
-        "floor": f"{format_size(floor.resident_bytes)}, at the start {format_size(floor.import_peak_bytes)}",
+        "floor": f"{format_size(floor.held_bytes)}, at the start {format_size(floor.start_peak_bytes)}",
     }
     for name in ("read", "write"):
         channel = getattr(device, name)

@@ -42,6 +42,18 @@ class MemoryCgroup:
             return group
         return None
 
+    @staticmethod
+    def home() -> str | None:
+        """Path of the cgroup that this process is in and may come back to; None where it cannot be told."""
+        return next((str(parent) for parent, _ in _parents(MOUNT)), None)
+
+    def leave(self, home: str | None) -> None:
+        """Take this process back to the cgroup that it came from, and give this one back."""
+        if home is not None:
+            with contextlib.suppress(OSError):
+                (Path(home) / "cgroup.procs").write_text(str(os.getpid()))
+            self.remove()
+
     def enter(self, command: list[str]) -> list[str]:
         """The command line that runs `command` inside: a shell joins before it becomes the command, so that all of it counts."""
         return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.path / "cgroup.procs"), *command]

@@ -13,13 +13,15 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from profiles.errors import InputError, RunError
 from profiles.files import sync_directory
-from runtime.requests import STEP_BY_STEP
 
+STEP_BY_STEP = "given step by step"
+"""what a checkpoint says of its data where a training loop of one's own asked for the steps"""
 NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "state.json"
 VERSION = 1
@@ -47,6 +49,17 @@ def find_checkpoints(directory: str) -> list[tuple[int, str]]:
 def way_on(directory: str) -> str:
     """What to do after a failure: there may be no checkpoint yet."""
     return "continue with --resume" if find_checkpoints(directory) else "start again with --overwrite"
+
+
+@contextmanager
+def writing_to(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """What the disk refuses is a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"writing to {directory} failed: {error.strerror}; free disk space and {way_on(os.fspath(directory))}"
+        ) from error
 
 
 def load_latest(directory: str, expected: Mapping[str, Any], data: str = "this run has") -> Found:

@@ -22,9 +22,11 @@ from planner.interruptible import left_alone
 from profiles.errors import InputError, RunError, TightfitError
 from profiles.units import MIB, format_size, parse_size
 from runtime import answers
+from runtime.failure import failure_of, told
 from runtime.interrupts import Interrupts
-from runtime.limits import limited, way_out
+from runtime.limits import limited
 from runtime.options import LARGEST_SEED
+from runtime.printing import answer
 
 if TYPE_CHECKING:
     from planner.explanation import Explanation
@@ -157,7 +159,7 @@ def profile(
         )
     save_profile(measured, output)
     summary = answers.profile_summary(measured) | {"profile": str(output)}
-    _answer(summary, answers.profile_text(measured), as_json)
+    answer(summary, answers.profile_text(measured), as_json=as_json)
     console.print(f"profile written to {output}; next: tightfit plan {shlex.quote(str(output))} --memory SIZE")
 
 
@@ -174,7 +176,7 @@ def devices(
 
     found = known_devices() if name is None else [find_device(name)]
     summary = {"devices": [one.model_dump(mode="json") for one in found]}
-    _answer(summary, answers.devices_text(found) if name is None else answers.device_text(found[0]), as_json)
+    answer(summary, answers.devices_text(found) if name is None else answers.device_text(found[0]), as_json=as_json)
 
 
 @app.command()
@@ -228,7 +230,7 @@ def plan(
         planned = planned.model_copy(update={"minimum_budget_bytes": smallest, "minimum_budget_reason": None})
     summary = _told(planned) | {"interrupted": interrupts.seen, "explanation": why.model_dump(mode="json")}
     if planned.status == "infeasible":
-        _answer(summary, None, as_json)
+        answer(summary, None, as_json=as_json)
         console.print(f"tightfit: {answers.infeasible_text(planned, why)}")
         raise typer.Exit(3)
     if interrupts.seen:
@@ -379,14 +381,18 @@ def run(
     if resume and overwrite:
         raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
     from planner.exchange import load_plan
-    from runtime.launch import run as launch
-    from runtime.terminal import Training, messages
+    from runtime.cgroup import MemoryCgroup
+    from runtime.launch import prepared
+    from runtime.lean_process import Order
+    from runtime.process import memory
+    from runtime.progress import Training
+    from runtime.supervisor import Show, replace_by_supervisor
 
-    console = messages()
     loaded = load_plan(plan)
     tokens = loaded.batch * loaded.seq if loaded.seq else None
-    with Training(console, steps=steps, tokens_per_step=tokens, budget=loaded.budget_bytes) as training:
-        report = launch(
+    with (
+        Training(steps=steps, tokens_per_step=tokens, budget=loaded.budget_bytes) as training,
+        prepared(
             loaded,
             data,
             steps=steps,
@@ -403,12 +409,23 @@ def run(
             truncate=truncate,
             cgroup=cgroup,
             profile_step=profile_step,
-            progress=training,
             stages=training.stage,
-        )
-    if not training.stepped:
-        console.print(f"already done: {output} has all {steps} steps; give more --steps to go on", markup=False)
-    _answer(report, answers.report_text(report), as_json)
+        ) as ready,
+    ):
+        if isinstance(ready, Order):
+            group = MemoryCgroup.create(loaded.budget_bytes) if cgroup else None
+            show = Show(
+                steps=steps,
+                tokens_per_step=tokens,
+                as_json=as_json,
+                debug=debug,
+                preparation_bytes=memory().peak,
+                group=(str(group.path), group.version) if group else None,
+                home=MemoryCgroup.home() if group else None,
+            )
+            replace_by_supervisor(ready, show, group)
+    sys.stderr.write(f"already done: {output} has all {steps} steps; give more --steps to go on\n")
+    answer(ready, answers.report_text(ready), as_json=as_json)
 
 
 @app.command()
@@ -549,42 +566,24 @@ def _at_most(most: int, **options: int) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value}: give a number of at most {most}")
 
 
-def _answer(result: dict[str, Any], human: Any, as_json: bool) -> None:
-    """Print a command's result: JSON on stdout, or what a person reads."""
-    if as_json:
-        sys.stdout.write(answers.to_json(result) + "\n")
-    elif human is not None:
-        from rich.console import Console
-
-        console = Console(highlight=False, emoji=False)
-        if console.is_terminal or "COLUMNS" in os.environ:
-            console.print(human)
-            return
-        # A file or a pipe has no width: lines are as long as they are, without what fills tables up.
-        console.width = 1 << 16
-        with console.capture() as captured:
-            console.print(human)
-        sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
-
-
 @contextlib.contextmanager
 def _answering(result: dict[str, Any], human: Any, as_json: bool) -> Iterator[None]:
     """Print a command's result whatever becomes of the files written inside: to a person before them, as JSON after them,
     with the error where there was one.
     """
     if not as_json:
-        _answer(result, human, as_json)
+        answer(result, human, as_json=as_json)
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         if not as_json:
             raise
         result["error"] = failure = _failure(error if isinstance(error, Exception) else typer.Abort())
-        _answer(result, human, as_json)
+        answer(result, human, as_json=as_json)
         sys.stderr.write(f"tightfit: {failure['message']}\n")
         raise typer.Exit(failure["exit_code"]) from error
     if as_json:
-        _answer(result, human, as_json)
+        answer(result, human, as_json=as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -605,7 +604,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             error = typer.Abort()
         if debug and not _usage(error) and not isinstance(error, typer.Abort):
             raise
-        code = _failed(error, as_json="--json" in words)
+        code = told(_failure(error), as_json="--json" in words)
     code = code if isinstance(code, int) else 0
     if interrupts.seen and left_alone():
         # It goes on to its time limit, for nobody.
@@ -626,49 +625,23 @@ def _open_what_is_closed() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  for good
 
 
-def _expected(error: Exception) -> bool:
+def _expected(error: BaseException) -> bool:
     return isinstance(error, (TightfitError, typer.Abort, OSError)) or _usage(error)
 
 
-def _usage(error: Exception) -> bool:
+def _usage(error: BaseException) -> bool:
     """Whether the command line itself was wrong. Typer brings a Click of its own or takes the installed one, by version."""
     return hasattr(error, "format_message")
 
 
-def _failed(error: Exception, *, as_json: bool) -> int:
-    """Say what went wrong and return the exit code."""
-    failure = _failure(error)
-    sys.stderr.write(f"tightfit: {failure['message']}\n")
-    if as_json:
-        sys.stdout.write(answers.to_json({"error": failure}) + "\n")
-    code: int = failure["exit_code"]
-    return code
-
-
 def _failure(error: Exception) -> dict[str, Any]:
     """What went wrong, as --json tells it."""
-    if isinstance(error, TightfitError):
-        message, code = str(error), error.exit_code
-    elif _usage(error):
+    if _usage(error):
         context = getattr(error, "ctx", None)
-        message = (
-            f"{error.format_message().rstrip('.')}; try '{context.command_path if context else 'tightfit'} --help'"  # type: ignore[attr-defined]
-        )
-        code = 2
-    elif isinstance(error, typer.Abort):
-        message, code = "interrupted", 4
-    elif isinstance(error, OSError):
-        place = f"{error.filename}: " if error.filename else ""
-        message, code = f"{place}{error.strerror or error}", 4
-    else:
-        message, code = f"internal error, {type(error).__name__}: {error}; run again with --debug for its traceback", 4
-    if way := way_out(f"{type(error).__name__}: {error}", unexpected=not _expected(error)):
-        message = f"{message if _expected(error) else f'memory could not be had ({type(error).__name__})'}; {way}"
-    failure: dict[str, Any] = {"kind": type(error).__name__, "message": message, "exit_code": code}
-    minimum = getattr(error, "minimum_budget_bytes", None)
-    if minimum is not None:
-        failure["minimum_budget_bytes"] = minimum
-    return failure
+        command = context.command_path if context else "tightfit"
+        message = f"{error.format_message().rstrip('.')}; try '{command} --help'"  # type: ignore[attr-defined]
+        return {"kind": type(error).__name__, "message": message, "exit_code": 2}
+    return failure_of(KeyboardInterrupt() if isinstance(error, typer.Abort) else error)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,29 @@
-"""The parent of a run: checks the plan against model, data and machine, starts the lean child under the cap, and reports.
-
-The parent may import what it likes; only the child is capped.
-"""
+"""A run: checks the plan against model, data and machine, has the training process carry it out under the cap, and reports."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from planner.schema import Plan
-from profiles.errors import InputError, RunError
+from profiles.errors import InputError
 from runtime import job as jobs
-from runtime.admission import Stages, check_kind, check_machine, check_schedule, check_steps, find_store
-from runtime.batches import write_batches
-from runtime.given import as_planned
-from runtime.interrupts import GivenUp, passed_on
-from runtime.lean_process import LeanProcess, started
+from runtime.admission import check_kind, check_machine, check_schedule, check_steps, find_store
+from runtime.checkpoint import writing_to
+from runtime.lean_process import Order
 from runtime.options import checked
-from runtime.output import finished_report, locked, remove, staged, to_be_replaced, write_report, writing_to
-from runtime.report import Observed, build_report
-from runtime.settings import settings_of
+from runtime.output import finished_report, locked, remove, staged, to_be_replaced
+from runtime.settings import order_of, settings_of
+from runtime.supervisor import Progress, Stages, supervise
 
-Progress = Callable[[int, float, float, int, int], None]
-"""progress(step, loss, seconds, resident bytes, peak bytes) after every step, counted from 1."""
-Data = str | os.PathLike[str] | Iterable[Sequence[torch.Tensor]]
+if TYPE_CHECKING:
+    import torch
+
+Data: TypeAlias = "str | os.PathLike[str] | Iterable[Sequence[torch.Tensor]]"
 
 
 def run(
@@ -71,6 +66,54 @@ def run(
     step is finished and saved, and the RunError is `interrupted`, on which a program should end, as the signal is used up.
     A handler of the program's own is left in place; the run saves and ends if that, `progress` or `stages` raises.
     """
+    with prepared(
+        plan,
+        data,
+        steps=steps,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+        keep_checkpoints=keep_checkpoints,
+        eval_data=eval_data,
+        truncate=truncate,
+        cgroup=cgroup,
+        profile_step=profile_step,
+        stages=stages,
+    ) as ready:
+        return supervise(ready, progress, stages) if isinstance(ready, Order) else ready
+
+
+@contextmanager
+def prepared(
+    plan: Plan,
+    data: Data,
+    *,
+    steps: int,
+    out: str | os.PathLike[str],
+    resume: bool = False,
+    overwrite: bool = False,
+    lr: float = 2e-4,
+    weight_decay: float = 0.0,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    seed: int = 0,
+    checkpoint_every: int = 50,
+    keep_checkpoints: int = 2,
+    eval_data: Data | None = None,
+    truncate: bool = False,
+    cgroup: bool = True,
+    profile_step: bool = False,
+    stages: Stages | None = None,
+) -> Iterator[Order | dict[str, Any]]:
+    """All of a run (see `run`) before its training process starts: plan and machine are checked, data and job lie in `out`, which is
+    locked while the block runs. Gives the order to carry out, or the report of a run that has taken all of its steps already.
+    """
     check_kind(plan)
     directory = Path(out).absolute()
     options = checked(
@@ -112,7 +155,8 @@ def run(
         )
         finished, evaluated = finished_report(directory, settings, train, evaluation, name) if resume else (None, False)
         if finished and evaluated:
-            return finished
+            yield finished
+            return
         compiled = jobs.compile_job(plan.model_dump(), settings)
         remove(replaced)  # only now: data or a plan that are refused must not cost an earlier run
         with writing_to(directory):
@@ -120,53 +164,7 @@ def run(
             for file in staging.iterdir():
                 file.replace(directory / "data" / file.name)
             staging.rmdir()  # a run that is killed from here on leaves nothing behind
-        observed, enforced_by = _watch(plan, compiled, directory, lock, progress, stages, cgroup=cgroup)
-        report = build_report(plan, observed, directory, enforced_by=enforced_by)
-        if finished:  # what its steps measured stays
-            report = finished | {"evaluation": report["evaluation"]}
-        write_report(directory, report)
-        return report
-
-
-def _watch(
-    plan: Plan,
-    job: jobs.Job,
-    directory: Path,
-    lock: int,
-    progress: Progress | None,
-    stages: Stages | None,
-    *,
-    cgroup: bool,
-) -> tuple[Observed, str]:
-    """Run the child and follow its messages: (what it told, what kept the cap). Raises what its end means."""
-    with passed_on() as passing, started(plan, job, directory, lock, cgroup=cgroup) as child:
-        passing.to(child.process)
-        try:
-            _follow(child, progress, stages)
-        except GivenUp:
-            raise
-        except BaseException:
-            child.stop()  # progress that cannot be shown any more must not cost the steps made
-            raise
-        try:
-            return child.end(), child.enforced_by
-        except RunError as error:
-            error.interrupted = passing.asked
-            raise
-
-
-def _follow(child: LeanProcess, progress: Progress | None, stages: Stages | None) -> None:
-    for message in child.messages():
-        if message["event"] == "step" and progress:
-            progress(
-                message["step"],
-                message["loss"],
-                message["seconds"],
-                message["resident_bytes"],
-                message["peak_bytes"],
-            )
-        elif message["event"] == "evaluating" and stages:
-            stages(f"evaluating {message['when']}", message["done"], message["total"])
+        yield order_of(plan, compiled, directory, lock, cgroup=cgroup, finished=finished)
 
 
 def _prepare(
@@ -210,6 +208,8 @@ def _length(batches: Iterable[object]) -> int | None:
 def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str, stages: Stages | None) -> Path:
     """Batches of a module: those given, or its factory's sample batch."""
     from profiles.factory_source import build_module
+    from runtime.batches import write_batches
+    from runtime.given import as_planned
 
     if isinstance(data, str | os.PathLike):
         if os.fspath(data) != "random":

@@ -1,4 +1,7 @@
-"""The lean process as its parent sees it: started under the plan's cap, heard, and its end told in words."""
+"""The lean process as its parent sees it: started under the plan's cap, heard, and its end told in words.
+
+The standard library only: the supervisor of a run, which counts against the budget, starts it with this.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,65 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
-from planner.schema import Plan
-from profiles import cold
 from profiles.errors import CapError, InputError, RunError, TightfitError
-from profiles.files import in_memory
+from profiles.files import in_memory, nameless_file
 from profiles.units import format_size
 from runtime.cgroup import MemoryCgroup
-from runtime.checkpoint import find_checkpoints
-from runtime.job import Job
-from runtime.output import writing_to
-from runtime.process import child_environment, command
+from runtime.checkpoint import find_checkpoints, writing_to
 from runtime.report import Observed
 
 ERRORS: dict[str, type[TightfitError]] = {"InputError": InputError, "RunError": RunError, "CapError": CapError}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A run that is ready to begin: what its training process is started with, and what the plan says of it."""
+
+    directory: str
+    """of the run; `lock` keeps others out of it"""
+    lock: int
+    """a descriptor"""
+    environment: dict[str, str]
+    """of the training process"""
+    planned: dict[str, Any]
+    """`runtime.report.planned_figures`"""
+    cgroup: bool
+    """whether the kernel is to enforce the cap, where it can"""
+    finished: dict[str, Any] | None = None
+    """the report of the steps, where all were taken before and only an evaluation is missing"""
+
+    @property
+    def job(self) -> str:
+        """Path of the job (`runtime.job`)."""
+        return os.path.join(self.directory, "job")
+
+    @property
+    def cap_bytes(self) -> int:
+        """What the training process may hold."""
+        cap: int = self.planned["budget_bytes"] - self.planned["supervisor_bytes"]
+        return cap
+
+    def write(self, path: str) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file)
+
+    @classmethod
+    def read(cls, path: str) -> Self:
+        with open(path, encoding="utf-8") as file:
+            return cls(**json.load(file))
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of a lean process."""
+    return [sys.executable, "-X", "utf8", "-m", "runtime.child", *arguments]
 
 
 class LeanProcess:
@@ -33,15 +75,13 @@ class LeanProcess:
 
     def __init__(
         self,
-        plan: Plan,
-        directory: Path,
+        order: Order,
         group: MemoryCgroup | None,
         process: subprocess.Popen[bytes],
         read: int,
         words: IO[bytes],
     ) -> None:
-        self.plan = plan
-        self.directory = directory
+        self.order = order
         self.group = group
         self.process = process
         self.observed = Observed()
@@ -98,7 +138,7 @@ class LeanProcess:
             )
         if code == 0:
             return
-        checkpoints = find_checkpoints(str(self.directory))
+        checkpoints = find_checkpoints(self.order.directory)
         saved = (
             f"the last checkpoint is {checkpoints[-1][1]}, continue with --resume"
             if checkpoints
@@ -106,12 +146,13 @@ class LeanProcess:
         )
         if code == -signal.SIGKILL and self.group and self.group.oom_kills():
             way = "profile again on this machine and plan anew"
-            if in_memory(self.directory):
-                way = f"{self.directory} lies in memory (tmpfs), where all that a run writes counts against the cap: choose an output directory on a disk; or else {way}"
+            if in_memory(Path(self.order.directory)):
+                way = f"{self.order.directory} lies in memory (tmpfs), where all that a run writes counts against the cap: choose an output directory on a disk; or else {way}"
+            planned = self.order.planned
             peak = max((observed.peak_bytes, observed.cgroup_peak_bytes or 0))
             raise CapError(
-                f"the kernel ended the run at its cap of {format_size(self.plan.budget_bytes)}: the process had reached {format_size(peak)}, "
-                f"predicted were {format_size(self.plan.peak_bytes)}; {way}; {saved}"
+                f"the kernel ended the run at its cap of {format_size(planned['budget_bytes'])}: the process had reached {format_size(peak)}, "
+                f"predicted were {format_size(planned['peak_bytes'])}; {way}; {saved}"
             )
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         words = f": {last[-1]}" if last else ""
@@ -119,42 +160,37 @@ class LeanProcess:
 
 
 @contextmanager
-def started(
-    plan: Plan, job: Job, directory: Path, lock: int, *, cgroup: bool, requests: int | None = None
-) -> Iterator[LeanProcess]:
-    """The process that carries `job` out in `directory`, which `lock` keeps others out of. `requests` is a descriptor that it reads.
+def started(order: Order, *, requests: int | None = None, group: MemoryCgroup | None = None) -> Iterator[LeanProcess]:
+    """The training process of `order`, whose job is written. `requests` is a descriptor that it reads; `group` a cgroup that
+    this process is in already, with the whole budget as its limit.
 
     What ends this does not end the process.
     """
-    path = directory / "job"
+    own = MemoryCgroup.create(order.cap_bytes) if order.cgroup and group is None else None
     try:
-        with writing_to(directory):
-            job.write(str(path))
-        group = MemoryCgroup.create(plan.budget_bytes) if cgroup else None
+        read, write = os.pipe()
         try:
-            read, write = os.pipe()
-            try:
-                with tempfile.TemporaryFile() as words:
-                    arguments = command(str(path), "--messages", str(write))
-                    try:
-                        process = subprocess.Popen(
-                            group.enter(arguments) if group else arguments,
-                            # Orphaned, it still saves: the directory stays locked until it has.
-                            pass_fds=(write, lock, *([] if requests is None else [requests])),
-                            stdin=subprocess.DEVNULL,
-                            stdout=words,
-                            stderr=words,
-                            env=child_environment(plan.device.threads)
-                            | ({} if plan.device.floor.tables_on_disk else {cold.VARIABLE: ""}),
-                            start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on
-                        )
-                    finally:
-                        os.close(write)
-                    yield LeanProcess(plan, directory, group, process, read, words)
-            finally:
-                os.close(read)
+            with writing_to(order.directory):
+                words = os.fdopen(nameless_file(order.directory), "w+b")
+            with words:
+                arguments = command(order.job, "--messages", str(write))
+                try:
+                    process = subprocess.Popen(
+                        own.enter(arguments) if own else arguments,
+                        # Orphaned, it still saves: the directory stays locked until it has.
+                        pass_fds=(write, order.lock, *([] if requests is None else [requests])),
+                        stdin=subprocess.DEVNULL,
+                        stdout=words,
+                        stderr=words,
+                        env=order.environment,
+                        start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on
+                    )
+                finally:
+                    os.close(write)
+                yield LeanProcess(order, own or group, process, read, words)
         finally:
-            if group:
-                group.remove()
+            os.close(read)
     finally:
-        path.unlink(missing_ok=True)
+        if own:
+            own.remove()
+        Path(order.job).unlink(missing_ok=True)

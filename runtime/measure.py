@@ -26,7 +26,9 @@ from profiles.errors import RunError, TightfitError
 from profiles.parent import end_with_parent
 from runtime.floor import HOLES_PER_WORKSPACE
 from runtime.kernels import kernel_bytes
-from runtime.process import child_environment, command, memory, trim_heap
+from runtime.lean_process import command
+from runtime.process import child_environment, memory, trim_heap
+from runtime.supervisor import command as supervisor_command
 
 ROUNDS = (4, 40)
 WEIGHT_BUFFERS = 4  # buffers for weights of one shape
@@ -135,7 +137,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def floor(threads: int) -> dict[str, int]:
-    """What an idle runtime process holds, asked of one."""
+    """What an idle training process holds, and what a supervisor does, asked of one each."""
     # Pages of libraries that have just been installed are not released until they are on disk: up to 16 MiB that no run holds.
     os.sync()
     done = subprocess.run(
@@ -145,7 +147,11 @@ def floor(threads: int) -> dict[str, int]:
         raise RunError(done.stderr.strip())
     if done.returncode:
         raise SystemExit(f"the runtime process does not start: {done.stderr.strip() or done.returncode}")
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    measured: dict[str, int] = json.loads(done.stdout)
+    supervisor = subprocess.run(supervisor_command("--measure"), capture_output=True, text=True, check=False)
+    if supervisor.returncode:
+        raise SystemExit(f"the supervisor of runs does not start: {supervisor.stderr.strip() or supervisor.returncode}")
+    return measured | {"supervisor_bytes": int(supervisor.stdout)}
 
 
 def _likeness(program: dict[str, Any], operator: dict[str, Any]) -> str:

@@ -11,9 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from profiles.errors import InputError, RunError, TightfitError
+from profiles.errors import InputError, TightfitError
 from runtime.batches import open_batches
-from runtime.checkpoint import find_checkpoints, load_latest, partial_directories, way_on
+from runtime.checkpoint import find_checkpoints, load_latest, partial_directories, writing_to
 
 RESULTS = ("metrics.jsonl", "report.json", "adapter", "model")
 """what a run leaves; the prepared ``data`` of a run that failed before its first step is no loss"""
@@ -67,17 +67,6 @@ def staged(directory: Path) -> Iterator[Path]:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def writing_to(directory: Path) -> Iterator[None]:
-    """What the disk refuses is a RunError."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"writing to {directory} failed: {error.strerror}; free disk space and {way_on(str(directory))}"
-        ) from error
 
 
 def remove_prepared(directory: Path) -> None:
@@ -142,11 +131,6 @@ def remove(paths: Iterable[Path]) -> None:
     """Files and folders of an earlier run, and links to them."""
     for path in paths:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def write_report(directory: Path, report: dict[str, Any]) -> None:
-    with writing_to(directory):
-        (directory / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def finished_report(

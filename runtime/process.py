@@ -227,8 +227,3 @@ def leave(main: Callable[[], int]) -> NoReturn:
         with suppress(OSError, ValueError, AttributeError):  # closed
             stream.flush()
     os._exit(code)
-
-
-def command(*arguments: str) -> list[str]:
-    """The command line of a lean process."""
-    return [sys.executable, "-X", "utf8", "-m", "runtime.child", *arguments]

@@ -1,23 +1,31 @@
-"""The report of a run: predicted beside measured."""
+"""The report of a run: predicted beside measured. The standard library only: the process that writes it counts against the budget."""
 
 from __future__ import annotations
 
 import json
-import statistics
+import os
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from planner.schema import Phase, Plan
+from runtime.checkpoint import writing_to
+
+if TYPE_CHECKING:
+    from planner.schema import Phase, Plan
+
+LATEST_STEPS = 2000
+"""of which the seconds are remembered: a run of any length needs the same memory"""
 
 
 @dataclass
 class Observed:
-    """What the child told, message by message."""
+    """What the training process told, message by message; of its latest steps alone what each took."""
 
-    seconds: list[float] = field(default_factory=list)
-    spent: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    """taken so far"""
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
+    spent: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     peaks: dict[str, int] = field(default_factory=dict)
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     timelines: dict[str, list[list[float]]] = field(default_factory=dict)
@@ -35,6 +43,7 @@ class Observed:
         event = message["event"]
         self.peak_bytes = max(self.peak_bytes, message.get("peak_bytes", 0))
         if event == "step":
+            self.steps += 1
             self.seconds.append(message["seconds"])
             self.spent.append(message["spent"])
         elif event == "loaded":
@@ -59,39 +68,76 @@ class Observed:
             self.error = message
 
 
-def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by: str) -> dict[str, Any]:
-    """Bytes and seconds, predicted by the plan and measured in the run. `peak_bytes.measured` is the kernel's VmHWM.
+def planned_figures(plan: Plan) -> dict[str, Any]:
+    """What a plan says that its run is held against, as JSON."""
+    return {
+        "budget_bytes": plan.budget_bytes,
+        "floor_bytes": plan.floor_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "supervisor_bytes": plan.device.floor.supervisor_bytes,
+        "step_seconds": plan.step_seconds,
+        "sorts": _sorts(plan),
+        "train": _phase(plan.steps, plan.device.floor.supervisor_bytes),
+        "evaluate": _phase([plan.evaluate] if plan.evaluate else [], plan.device.floor.supervisor_bytes),
+        "policy": plan.policy,
+        "plan_fingerprint": plan.fingerprint,
+    }
 
-    Step times are medians without the first step, which also touches memory and builds kernels for the first time; of steps
-    that do not all do the same the mean of each sort's median.
+
+def build_report(
+    planned: dict[str, Any],
+    observed: Observed,
+    directory: str,
+    *,
+    enforced_by: str,
+    supervisor_bytes: int | None = None,
+    preparation_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Bytes and seconds, as `planned` (`planned_figures`) and measured in the run.
+
+    `peak_bytes` is of all processes that the run keeps alive: the sum of each one's own VmHWM, which counts what they share
+    (Python's code) in both. `processes` has each beside it: the training process, and the supervisor that started it and
+    shows its progress (`supervisor_bytes`, its VmHWM; None where a program runs the plan itself, whose memory is its own). The
+    cgroup's counter, which also counts the kernel's own tables and page cache that it can take back, is `cgroup_peak_bytes`.
+    `preparation_bytes` is the peak of the process that read the plan and the data before the training process was started.
+
+    Step times are medians of the latest `LATEST_STEPS` steps, without the first one, which also touches memory and builds kernels for the
+    first time; of steps that do not all do the same the mean of each sort's median.
     """
-    sorts = _sorts(plan)
+    sorts = planned["sorts"]
+    lines = read_metrics(os.path.join(directory, "metrics.jsonl"))
+    seconds: Sequence[float] = list(observed.seconds)
+    first = observed.resumed_step + observed.steps - len(seconds)
     names = observed.spent[0] if observed.spent else ()
-    measured = {name: _typical([s[name] for s in observed.spent], observed.resumed_step, sorts) for name in names}
-    lines = read_metrics(directory / "metrics.jsonl")
-    seconds, first = observed.seconds, observed.resumed_step
+    measured = {name: _typical([s[name] for s in observed.spent], first, sorts) for name in names}
     if not seconds:  # all steps were taken before
         seconds, first = [line["seconds"] for line in lines], 0
+    training = {"predicted": planned["peak_bytes"] - planned["supervisor_bytes"], "measured": observed.peak_bytes}
+    processes = {"training": training}
+    if supervisor_bytes is not None:
+        processes["supervisor"] = {"predicted": planned["supervisor_bytes"], "measured": supervisor_bytes}
     report: dict[str, Any] = {
-        "budget_bytes": plan.budget_bytes,
+        "budget_bytes": planned["budget_bytes"],
         "enforced_by": enforced_by,
-        "floor_bytes": plan.floor_bytes,
-        "peak_bytes": {"predicted": plan.peak_bytes, "measured": observed.peak_bytes},
-        "step_seconds": {"predicted": plan.step_seconds, "measured": _typical(seconds, first, sorts)},
+        "floor_bytes": planned["floor_bytes"],
+        "peak_bytes": {kind: sum(one[kind] for one in processes.values()) for kind in ("predicted", "measured")},
+        "processes": processes,
+        "preparation_bytes": preparation_bytes,
+        "step_seconds": {"predicted": planned["step_seconds"], "measured": _typical(seconds, first, sorts)},
         "loss": [line["loss"] for line in lines],
         "adapter": observed.trained,
         "checkpoint": observed.checkpoint,
         "resumed_step": observed.resumed_step,
         "phases": {
-            "train": _phase(plan.steps, observed.peaks.get("train"))
+            "train": _with_peak(planned["train"], observed.peaks.get("train"))
             | {
                 "measured_seconds": {
                     "compute": measured.get("run"),
                     **{k: measured.get(k) for k in ("unpack", "perturb", "update", "stall")},
                 }
             },
-            "evaluate": _phase(
-                [plan.evaluate] if plan.evaluate else [],
+            "evaluate": _with_peak(
+                planned["evaluate"],
                 max((v for k, v in observed.peaks.items() if k.startswith("evaluate")), default=None),
             ),
             **{
@@ -103,13 +149,18 @@ def build_report(plan: Plan, observed: Observed, directory: Path, *, enforced_by
         "evaluation": observed.evaluations,
         "spill_bytes": observed.spill_bytes,
         "cgroup_peak_bytes": observed.cgroup_peak_bytes,
-        "policy": plan.policy,
-        "plan_fingerprint": plan.fingerprint,
+        "policy": planned["policy"],
+        "plan_fingerprint": planned["plan_fingerprint"],
         "timeline": observed.timelines,
     }
     if observed.profiled:
         report["profiled_step"] = profiled_step(observed.profiled)
     return report
+
+
+def write_report(directory: str, report: dict[str, Any]) -> None:
+    with writing_to(directory), open(os.path.join(directory, "report.json"), "w", encoding="utf-8") as file:
+        file.write(json.dumps(report, indent=1) + "\n")
 
 
 def _sorts(plan: Plan) -> list[int]:
@@ -119,6 +170,8 @@ def _sorts(plan: Plan) -> list[int]:
 
 def _typical(taken: Sequence[float], first: int, sorts: Sequence[int]) -> float | None:
     """Mean over `sorts` of the medians of each; `taken` begin with step `first`, counted from 0."""
+    import statistics  # 2 MiB, needed only once the training process has ended
+
     steady = taken[1:] or taken
     by_sort: dict[int, list[float]] = {}
     for step, seconds in enumerate(steady, first + len(taken) - len(steady)):
@@ -157,27 +210,30 @@ def profiled_step(message: dict[str, Any]) -> dict[str, Any]:
     return {"step": message["step"], "seconds": message["seconds"], "parts": ordered, "calls": calls}
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: str) -> list[dict[str, Any]]:
     """The figures of every step so far, resumed runs included."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
-def _phase(steps: Sequence[Phase], measured_peak: int | None) -> dict[str, Any]:
-    """Of the schedules that run in turn: the largest predicted peak, and means of the rest.
-
-    `peak_bytes.measured` is VmHWM at the end of the phase: it never falls, so it includes the phases before.
-    """
+def _phase(steps: Sequence[Phase], supervisor_bytes: int) -> dict[str, Any]:
+    """Of the schedules that run in turn: the largest predicted peak of the training process by itself, and means of the rest."""
     if not steps:
         return {}
 
     def mean(name: str) -> float:
-        return statistics.fmean(getattr(step, name) for step in steps)
+        return sum(float(getattr(step, name)) for step in steps) / len(steps)
 
     names = ("compute_seconds", "recompute_seconds", "unpack_seconds", "stall_seconds")
     return {
-        "peak_bytes": {"predicted": max(step.peak_bytes for step in steps), "measured": measured_peak},
+        "peak_bytes": max(step.peak_bytes for step in steps) - supervisor_bytes,
         "predicted_seconds": {name.removesuffix("_seconds"): mean(name) for name in names},
-        "instructions": round(statistics.fmean(len(step.instructions) for step in steps)),
+        "instructions": round(sum(len(step.instructions) for step in steps) / len(steps)),
         "read_bytes": round(mean("read_bytes")),
         "write_bytes": round(mean("write_bytes")),
     }
+
+
+def _with_peak(phase: dict[str, Any], measured_peak: int | None) -> dict[str, Any]:
+    """A phase with what was measured; that is VmHWM at its end, which never falls, so that it includes the phases before."""
+    return phase and {**phase, "peak_bytes": {"predicted": phase["peak_bytes"], "measured": measured_peak}}

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from profiles.files import write_all
+from runtime.checkpoint import STEP_BY_STEP
 
 STEP, EVALUATE, SAVE, FINISH = b"s", b"e", b"c", b"f"
 ANSWERS = {STEP: "step", EVALUATE: "loss", SAVE: "checkpoint"}
 """the message that answers each"""
-STEP_BY_STEP = "given step by step"
-"""what a checkpoint says of its data"""
 _HEAD = struct.Struct("<cd")
 PATIENCE = 0.2
 """seconds between two looks at whether to end, while nothing is asked"""

@@ -19,14 +19,16 @@ from planner.schema import Plan
 from planner.summary import unfinished_update
 from profiles.errors import RunError, TightfitError
 from runtime import job as jobs
-from runtime.admission import Stages, check_kind, check_machine, check_schedule, find_store
+from runtime.admission import check_kind, check_machine, check_schedule, find_store
+from runtime.checkpoint import writing_to
 from runtime.given import as_planned
 from runtime.lean_process import started
 from runtime.options import checked, finite
-from runtime.output import locked, remove, remove_prepared, to_be_replaced, write_report, writing_to
-from runtime.report import build_report
+from runtime.output import locked, remove, remove_prepared, to_be_replaced
+from runtime.report import build_report, write_report
 from runtime.requests import ANSWERS, EVALUATE, FINISH, SAVE, STEP, ask
-from runtime.settings import settings_of
+from runtime.settings import order_of, settings_of
+from runtime.supervisor import Stages
 
 OVER = "is over; go on with another one that resumes"
 
@@ -110,9 +112,8 @@ class Session:
                     remove(replaced)
                     if not self._resume:
                         remove_prepared(directory)
-                self._child = stack.enter_context(
-                    started(plan, compiled, directory, lock, cgroup=self._cgroup, requests=read)
-                )
+                self._order = order_of(plan, compiled, directory, lock, cgroup=self._cgroup)
+                self._child = stack.enter_context(started(self._order, requests=read))
             try:
                 self.taken = self._told("loaded")["step"]
             except BaseException:
@@ -149,8 +150,11 @@ class Session:
             if error is None and closed is None:
                 self._ask(FINISH)
                 observed = self._child.end()
-                self.report = build_report(self.plan, observed, self.directory, enforced_by=self._child.enforced_by)
-                write_report(self.directory, self.report)
+                directory = self._order.directory
+                self.report = build_report(
+                    self._order.planned, observed, directory, enforced_by=self._child.enforced_by
+                )
+                write_report(directory, self.report)
                 if self.taken % self.plan.accumulate:  # told last: a program may make errors of warnings
                     told = unfinished_update(self.taken, self.plan.accumulate)
                     warnings.warn(

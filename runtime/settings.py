@@ -1,4 +1,4 @@
-"""What the lean process is told beside the plan."""
+"""What the lean process is told beside the plan, and what its parent is."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from planner.schema import Plan
+from profiles import cold
 from runtime import adapter
 from runtime.admission import conditions
+from runtime.checkpoint import writing_to
+from runtime.job import Job
+from runtime.lean_process import Order
 from runtime.optimizer import OPTIMIZERS
+from runtime.process import child_environment
+from runtime.report import planned_figures
 
 
 def settings_of(
@@ -60,3 +66,21 @@ def settings_of(
         "profile_step": profile_step,
         "conditions": conditions(plan, optimizer, seed),
     }
+
+
+def order_of(
+    plan: Plan, job: Job, directory: Path, lock: int, *, cgroup: bool, finished: dict[str, Any] | None = None
+) -> Order:
+    """What the training process of `job` is started with; the job is written into `directory`, which `lock` keeps others out of."""
+    without_tables = {} if plan.device.floor.tables_on_disk else {cold.VARIABLE: ""}
+    order = Order(
+        directory=str(directory),
+        lock=lock,
+        environment=child_environment(plan.device.threads) | without_tables,
+        planned=planned_figures(plan),
+        cgroup=cgroup,
+        finished=finished,
+    )
+    with writing_to(directory):
+        job.write(order.job)
+    return order

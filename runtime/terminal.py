@@ -21,11 +21,9 @@ from rich.progress import (
 )
 
 from profiles.errors import RunError
-from profiles.units import format_seconds, format_size
+from profiles.units import format_seconds
 from runtime.interrupts import Interrupts
-
-QUIET_SECONDS = 10.0
-"""between two lines of one display where stderr is no terminal"""
+from runtime.progress import QUIET_SECONDS
 
 
 class _Messages(Console):
@@ -169,57 +167,3 @@ def solver_text(told: Mapping[str, float | str]) -> str:
     if len(parts) == 3:
         parts.append(f"gap {told['gap']:.2%}")
     return ", ".join(parts)
-
-
-class Training(Display):
-    """A run: what is prepared or evaluated (`stage`), and each step's loss, tokens per second, time left and memory."""
-
-    def __init__(self, console: Console, *, steps: int, tokens_per_step: int | None, budget: int) -> None:
-        super().__init__(
-            console,
-            TextColumn("{task.description}", markup=False),
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}", markup=True),
-        )
-        self._steps, self._tokens, self._budget = steps, tokens_per_step, budget
-        self._stage: str | None = None
-        self._stage_task: TaskID | None = None
-        self._task: TaskID | None = None
-        self._pace: float | None = None
-
-    def stage(self, what: str, done: int, total: int) -> None:
-        """Something before, between or after the steps: `done` of `total`."""
-        if what != self._stage:
-            self._leave_stage()
-            self._stage, self._stage_task = what, self._bars.add_task(what, total=total, told="")
-            self._line(f"{what} …", now=True)
-        assert self._stage_task is not None
-        self._bars.update(self._stage_task, completed=done, total=total)
-        if done < total:
-            self._line(f"{what}: {done} of {total}")
-
-    def __call__(self, step: int, loss: float, seconds: float, resident: int, peak: int) -> None:
-        """One finished step, counted from 1; `seconds` it took, bytes resident now and at the peak so far."""
-        self._leave_stage()
-        if self._task is None:
-            self._task = self._bars.add_task("step", total=self._steps, told="")
-        # The first steps are slower (pages are touched for the first time): a moving mean forgets them.
-        self._pace = seconds if self._pace is None else 0.8 * self._pace + 0.2 * seconds
-        rate = f"{self._tokens / self._pace:,.0f} tokens/s" if self._tokens else f"{self._pace:.3f} s per step"
-        left = round(self._pace * (self._steps - step))
-        told = f"loss {loss:.4f}, {rate}, {left // 60}:{left % 60:02d} left"
-        memory = f"memory {format_size(resident)}, peak {format_size(peak)} of {format_size(self._budget)}"
-        colour = "red" if peak > 0.995 * self._budget else "green"
-        self._bars.update(self._task, completed=step, told=f"{told}\n[{colour}]{memory}[/]")
-        self._line(f"step {step}/{self._steps}: {told}, {memory}", now=step == self._steps)
-
-    @property
-    def stepped(self) -> bool:
-        """Whether any step was taken."""
-        return self._task is not None
-
-    def _leave_stage(self) -> None:
-        if self._stage_task is not None:
-            self._bars.remove_task(self._stage_task)
-        self._stage, self._stage_task = None, None

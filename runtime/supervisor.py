@@ -1,0 +1,198 @@
+"""The process that a run keeps alive beside its training process: it starts that one, shows its progress and writes the report.
+
+    python -m runtime.supervisor ORDER SHOW    a run: files in which JSON lies (`runtime.lean_process.Order`, `Show`)
+    python -m runtime.supervisor --measure     how much memory it takes: bytes on standard output
+
+What it holds counts against the run's budget, so it imports the standard library only, as long as the training process lives.
+`tightfit run` becomes this process once plan and data are prepared (`replace_by_supervisor`); a program that calls
+`runtime.launch.run` or opens a Session watches the training process itself, and its own memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from profiles.errors import RunError
+from profiles.files import python_path
+from runtime.cgroup import MemoryCgroup
+from runtime.failure import fail
+from runtime.interrupts import GivenUp, passed_on
+from runtime.lean_process import LeanProcess, Order, started
+from runtime.process import memory
+from runtime.progress import Training
+from runtime.report import LATEST_STEPS, Observed, build_report, write_report
+
+Progress = Callable[[int, float, float, int, int], None]
+"""progress(step, loss, seconds, resident bytes, peak bytes) after every step, counted from 1."""
+Stages = Callable[[str, int, int], None]
+"""stages(what, done, total) while something is prepared."""
+SLACK_BYTES = 1 << 20
+"""What a supervisor may hold beyond what was measured: its messages are longer in a long run, and paths are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """How a run that was started from the command line is shown."""
+
+    steps: int
+    tokens_per_step: int | None
+    as_json: bool
+    debug: bool
+    preparation_bytes: int
+    """VmHWM of the process that prepared the run"""
+    group: tuple[str, int] | None
+    """path and version of the cgroup that this process is in"""
+    home: str | None
+    """path of the cgroup that it came from"""
+
+
+def supervise(
+    order: Order,
+    progress: Progress | None = None,
+    stages: Stages | None = None,
+    *,
+    group: MemoryCgroup | None = None,
+    own_bytes: Callable[[], int] | None = None,
+    preparation_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Start the training process, follow it to its end and write the report, which is returned.
+
+    `group` and `own_bytes` are given where this process counts against the budget too. Raises what the end of the training process
+    means (CapError, RunError, InputError).
+    """
+    with passed_on() as passing, started(order, group=group) as child:
+        passing.to(child.process)
+        try:
+            _follow(child, progress, stages)
+        except GivenUp:
+            raise
+        except BaseException:
+            child.stop()  # progress that cannot be shown any more must not cost the steps made
+            raise
+        try:
+            observed = child.end()
+        except RunError as error:
+            error.interrupted = passing.asked
+            raise
+        supervisor_bytes = own_bytes() if own_bytes else None  # before the report is made
+    report = build_report(
+        order.planned,
+        observed,
+        order.directory,
+        enforced_by=child.enforced_by,
+        supervisor_bytes=supervisor_bytes,
+        preparation_bytes=preparation_bytes,
+    )
+    if order.finished:  # what its steps measured stays
+        report = order.finished | {"evaluation": report["evaluation"]}
+    write_report(order.directory, report)
+    return report
+
+
+def _follow(child: LeanProcess, progress: Progress | None, stages: Stages | None) -> None:
+    for message in child.messages():
+        if message["event"] == "step" and progress:
+            progress(
+                message["step"],
+                message["loss"],
+                message["seconds"],
+                message["resident_bytes"],
+                message["peak_bytes"],
+            )
+        elif message["event"] == "evaluating" and stages:
+            stages(f"evaluating {message['when']}", message["done"], message["total"])
+
+
+def replace_by_supervisor(order: Order, show: Show, group: MemoryCgroup | None) -> NoReturn:
+    """Become the supervisor: this process's own memory is given back, its number, terminal and lock stay."""
+    os.set_inheritable(order.lock, True)
+    paths = [os.path.join(order.directory, name) for name in ("order", "show")]
+    order.write(paths[0])
+    with open(paths[1], "w", encoding="utf-8") as file:
+        json.dump(asdict(show), file)
+    arguments = command(*paths)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    arguments = group.enter(arguments) if group else arguments
+    os.execve(arguments[0], arguments, os.environ | {"PYTHONPATH": python_path()})  # noqa: S606  our own command line
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of a supervisor."""
+    return [sys.executable, "-X", "utf8", "-m", "runtime.supervisor", *arguments]
+
+
+def main(arguments: Sequence[str]) -> int:
+    if list(arguments) == ["--measure"]:
+        sys.stdout.write(f"{measure()}\n")
+        return 0
+    order = Order.read(arguments[0])
+    with open(arguments[1], encoding="utf-8") as file:
+        show = Show(**json.load(file))
+    for path in arguments:
+        os.unlink(path)
+    group = MemoryCgroup(Path(show.group[0]), show.group[1]) if show.group else None
+    try:
+        with Training(
+            steps=show.steps,
+            tokens_per_step=show.tokens_per_step,
+            budget=order.planned["budget_bytes"],
+            other_bytes=order.planned["supervisor_bytes"],
+        ) as training:
+            report = supervise(
+                order,
+                training,
+                training.stage,
+                group=group,
+                own_bytes=lambda: memory().peak,
+                preparation_bytes=show.preparation_bytes,
+            )
+        if not training.stepped:
+            sys.stderr.write(
+                f"already done: {order.directory} has all {show.steps} steps; give more --steps to go on\n"
+            )
+        _answer(report, as_json=show.as_json)
+    except (Exception, KeyboardInterrupt) as error:
+        return fail(error, as_json=show.as_json, debug=show.debug)
+    finally:
+        if group:
+            group.leave(show.home)
+    return 0
+
+
+def _answer(report: dict[str, Any], *, as_json: bool) -> None:
+    # The training process has ended: what is imported now is held in its place.
+    from runtime.answers import report_text
+    from runtime.printing import answer
+
+    answer(report, None if as_json else report_text(report), as_json=as_json)
+
+
+def measure() -> int:
+    """Bytes that a supervisor holds at its peak: it follows a process that tells what a training process does."""
+    words = json.dumps({"event": "timeline", "which": "first", "samples": [[i, i / 7e3, i << 20] for i in range(2048)]})
+    step = {"event": "step", "step": 1, "loss": 1.0, "seconds": 0.5, "resident_bytes": 1, "peak_bytes": 1}
+    step["spent"] = dict.fromkeys(("run", "unpack", "perturb", "update", "stall"), 0.1)
+    observed = Observed()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        training = Training(steps=2, tokens_per_step=1, budget=1, file=nowhere)
+        for line in [words] * 2 + [json.dumps(step)] * LATEST_STEPS:
+            message = json.loads(line)
+            observed.take(message)
+            if message["event"] == "step":
+                training(1, 1.0, 0.5, 1, 1)
+        with passed_on():
+            import subprocess
+
+            subprocess.run(["/bin/true"], check=False)
+    return memory().peak + SLACK_BYTES
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
