@@ -12,11 +12,13 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from profiles.errors import RunError
-from profiles.units import format_size
+from profiles.units import MIB, format_size
 
 QUIET_SECONDS = 10.0
 """between two lines where stderr is no terminal"""
-BAR_CELLS = 20
+BAR_CELLS = 10
+COLUMNS = 80
+"""of a terminal that does not tell its width; what is shown of a step fits"""
 ERASE_LINE = "\r\x1b[2K"
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
 NEARLY_FULL = 0.995
@@ -75,7 +77,8 @@ class Training:
         self._line(f"step {step}/{self._steps}: {told}, {memory}", now=step == self._steps)
         if self.live:
             full = peak > NEARLY_FULL * self._budget
-            self._show(f"step {_bar(step, self._steps)} {step}/{self._steps} {told}, {memory}", red=full)
+            held = f"{peak / MIB:.1f} of {format_size(self._budget)}"
+            self._show(f"{_bar(step, self._steps)} {step}/{self._steps} {told}, {held}", red=full)
 
     @property
     def stepped(self) -> bool:
@@ -91,7 +94,7 @@ class Training:
 
     def _show(self, text: str, *, red: bool = False) -> None:
         """The line of a terminal, cut to its width."""
-        text = text[: os.get_terminal_size(self._file.fileno()).columns - 1]
+        text = text[: (os.get_terminal_size(self._file.fileno()).columns or COLUMNS) - 1]
         self._write(f"{ERASE_LINE}{RED}{text}{PLAIN}" if red else f"{ERASE_LINE}{text}")
 
     def _write(self, text: str) -> None:

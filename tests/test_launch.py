@@ -212,7 +212,7 @@ def test_ctrl_c_during_evaluation_saves_the_start(plan, whole, tmp_path, monkeyp
             signal.raise_signal(signal.SIGINT)
         told.append((what, done, total))
 
-    monkeypatch.setattr("runtime.launch.os.pipe", narrow)
+    monkeypatch.setattr("runtime.lean_process.os.pipe", narrow)
     with pytest.raises(RunError, match="interrupted after step 0; everything is saved in") as caught:
         run(plan, "random", steps=100_000, out=tmp_path, eval_data="random", stages=interrupt, **SETTINGS)
     assert (caught.value.interrupted, caught.value.exit_code) == (True, 4)
@@ -277,7 +277,7 @@ def wait_for(path):
 def test_a_child_that_starts_with_ctrl_c_ignored_gets_the_signal_to_end(plan, dying, monkeypatch, tmp_path):
     """As a shell's background jobs do, until the child has loaded enough to handle signals."""
     deaf = tmp_path / "deaf"
-    monkeypatch.setattr("runtime.launch._follow", lambda *_: (wait_for(deaf), signal.raise_signal(signal.SIGINT)))
+    monkeypatch.setattr("runtime.supervisor._follow", lambda *_: (wait_for(deaf), signal.raise_signal(signal.SIGINT)))
     error = dying(plan, f"trap '' INT; touch '{deaf}'; exec sleep 120")
     assert str(error).startswith("the training process was ended by SIGTERM")
     assert error.interrupted
@@ -387,7 +387,7 @@ def test_a_child_that_nothing_ends_is_not_waited_for(plan, dying, monkeypatch, t
             signal.raise_signal(signal.SIGINT)
         time.sleep(60)
 
-    monkeypatch.setattr("runtime.launch._follow", waiting)
+    monkeypatch.setattr("runtime.supervisor._follow", waiting)
     monkeypatch.setattr("runtime.interrupts.IMPATIENT_SECONDS", 0.0)  # none is the same as the one before
     spared = []
 

@@ -15,7 +15,9 @@ from tiny_plans import decoder_profile, naive_plan
 from planner.schema import Plan
 from profiles import cold
 from profiles.errors import CapError, InputError, RunError, TightfitError
-from runtime.lean_process import LeanProcess, started
+from runtime.lean_process import LeanProcess, Order
+from runtime.report import planned_figures
+from runtime.settings import order_of
 
 MIB = 1 << 20
 
@@ -36,7 +38,8 @@ def ended(
     process: Any = SimpleNamespace(wait=lambda: code)
     file = io.BytesIO()
     file.write(words)  # and stands at its end, as of the process that wrote it
-    return LeanProcess(plan, directory, group, process, read, file)
+    order = Order(directory=str(directory), lock=0, environment={}, planned=planned_figures(plan), cgroup=True)
+    return LeanProcess(order, group, process, read, file)
 
 
 def cgroup(kills: int, peak: int) -> Any:
@@ -120,15 +123,16 @@ def test_a_file_for_the_start_is_made_where_the_plan_counts_on_it(
     """Plans of before do not: they run with the cache's disk full, and hold what they say."""
     floor = plan.device.floor.model_copy(update={"tables_on_disk": counted})
     told = plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})})
-    found: dict[str, str] = {}
-
-    def begun(*_: Any, env: dict[str, str], **__: Any) -> None:
-        found.update(env)
-        raise KeyboardInterrupt
-
     monkeypatch.setenv(cold.VARIABLE, "a library")
-    monkeypatch.setattr("subprocess.Popen", begun)
     job: Any = SimpleNamespace(write=lambda _: None)
-    with pytest.raises(KeyboardInterrupt), started(told, job, tmp_path, 0, cgroup=False):
-        pass
-    assert found[cold.VARIABLE] == ("a library" if counted else "")
+    order = order_of(told, job, tmp_path, 0, cgroup=False)
+    assert order.environment[cold.VARIABLE] == ("a library" if counted else "")
+
+
+def test_the_training_process_has_what_its_supervisor_leaves_of_the_budget(plan: Plan, tmp_path: Path) -> None:
+    floor = plan.device.floor.model_copy(update={"supervisor_bytes": 12 * MIB})
+    told = plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})})
+    order = Order(directory=str(tmp_path), lock=3, environment={"A": "b"}, planned=planned_figures(told), cgroup=True)
+    assert order.cap_bytes == plan.budget_bytes - 12 * MIB
+    order.write(str(tmp_path / "order"))
+    assert Order.read(str(tmp_path / "order")) == order

@@ -53,12 +53,13 @@ def test_a_command_that_cannot_load_its_libraries_says_which_limit_keeps_it_from
 
 CHILD_FAILS = """
 import sys
+from profiles.errors import RunError
 from runtime import cli, launch
 
-def run(*arguments, **options):
-    raise launch.RunError("the training process was ended by SIGABRT: what(): std::bad_alloc; no checkpoint was saved yet")
+def prepared(*arguments, **options):
+    raise RunError("the training process was ended by SIGABRT: what(): std::bad_alloc; no checkpoint was saved yet")
 
-launch.run = run
+launch.prepared = prepared
 cli.main(sys.argv[1:])
 """
 

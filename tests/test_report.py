@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from tiny_plans import decoder_profile, naive_plan
 
-from runtime.report import Observed, _phase, _typical, build_report, profiled_step
+from runtime.report import (
+    LATEST_STEPS,
+    Observed,
+    _phase,
+    _typical,
+    _with_peak,
+    build_report,
+    planned_figures,
+    profiled_step,
+)
 
 
 def test_the_seconds_of_a_step_stand_in_the_order_of_their_size() -> None:
@@ -39,14 +48,14 @@ def test_schedules_that_run_in_turn_have_the_largest_peak_and_the_mean_of_the_re
             peak_bytes=100 * number, read_bytes=10 * number, write_bytes=number, instructions=[0] * number, **seconds
         )
 
-    assert _phase([phase(1), phase(5), phase(3)], 7) == {
-        "peak_bytes": {"predicted": 500, "measured": 7},
+    assert _with_peak(_phase([phase(1), phase(5), phase(3)], 40), 7) == {
+        "peak_bytes": {"predicted": 460, "measured": 7},
         "predicted_seconds": {"compute": 3.0, "recompute": 4.0, "unpack": 5.0, "stall": 6.0},
         "instructions": 3,
         "read_bytes": 30,
         "write_bytes": 3,
     }
-    assert _phase([], 7) == {}
+    assert _with_peak(_phase([], 40), 7) == {}
 
 
 def test_the_first_step_counts_where_there_is_no_other() -> None:
@@ -76,10 +85,11 @@ def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
     observed = Observed()
     for message in told:
         observed.take(message)
-    report = build_report(plan, observed, tmp_path, enforced_by="meter")
+    report = build_report(planned_figures(plan), observed, str(tmp_path), enforced_by="meter")
     assert report["loss"] == [3.0, 2.0, 1.0, 0.0]
     assert report["step_seconds"] == {"predicted": plan.step_seconds, "measured": 1.0}
     assert report["peak_bytes"] == {"predicted": plan.peak_bytes, "measured": 12}
+    assert report["processes"] == {"training": report["peak_bytes"]}  # a program ran the plan, whose memory is its own
     assert (report["adapter"], report["checkpoint"], report["resumed_step"]) == ("adapter", "checkpoint-2", 2)
     assert (report["spill_bytes"], report["timeline"]) == (11, {"first": [[0, 0.1, 7]]})
     assert report["evaluation"] == {"before": {"loss": 3.0, "peak_bytes": 12}}
@@ -94,7 +104,7 @@ def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
     }
     # All steps were taken before: those that the metrics have.
     observed.seconds, observed.spent = [], []
-    report = build_report(plan, observed, tmp_path, enforced_by="cgroup")
+    report = build_report(planned_figures(plan), observed, str(tmp_path), enforced_by="cgroup")
     assert report["step_seconds"]["measured"] == 3.0
     assert (report["enforced_by"], report["phases"]["train"]["measured_seconds"]["compute"]) == ("cgroup", None)
     # They begin with the first one, wherever the run was resumed: steps 3 and 6 make an update.
@@ -102,5 +112,40 @@ def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     summing = plan.model_copy(update={"optimizer": plan.optimizer | {"accumulate": 3, "state_tensors": 3}})
     observed.resumed_step = 1
-    report = build_report(summing, observed, tmp_path, enforced_by="cgroup")
+    report = build_report(planned_figures(summing), observed, str(tmp_path), enforced_by="cgroup")
     assert report["step_seconds"]["measured"] == pytest.approx((2 * 7.0 + 3.0) / 3)
+
+
+def test_the_peak_is_of_all_processes_that_the_run_keeps_alive(tmp_path: Path) -> None:
+    plan = naive_plan(decoder_profile(tmp_path / "store"))
+    floor = plan.device.floor.model_copy(update={"supervisor_bytes": 20})
+    plan = plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})})
+    (tmp_path / "metrics.jsonl").write_text("")
+    observed = Observed(peak_bytes=1000, cgroup_peak_bytes=1015)
+    planned = planned_figures(plan)
+    report = build_report(
+        planned, observed, str(tmp_path), enforced_by="cgroup", supervisor_bytes=19, preparation_bytes=70
+    )
+    assert report["processes"] == {
+        "training": {"predicted": plan.peak_bytes - 20, "measured": 1000},
+        "supervisor": {"predicted": 20, "measured": 19},
+    }
+    assert report["peak_bytes"] == {"predicted": plan.peak_bytes, "measured": 1019}
+    assert (report["cgroup_peak_bytes"], report["preparation_bytes"]) == (1015, 70)
+
+
+def test_a_long_run_is_remembered_in_the_memory_of_a_short_one(tmp_path: Path) -> None:
+    observed = Observed()
+    for step in range(3 * LATEST_STEPS):
+        seconds = 1.0 if step < LATEST_STEPS else 2.0 + step % 2
+        observed.take({"event": "step", "seconds": seconds, "spent": {"run": seconds}})
+    assert (observed.steps, len(observed.seconds), len(observed.spent)) == (
+        3 * LATEST_STEPS,
+        LATEST_STEPS,
+        LATEST_STEPS,
+    )
+    plan = naive_plan(decoder_profile(tmp_path / "store"))
+    (tmp_path / "metrics.jsonl").write_text("")
+    summing = plan.model_copy(update={"optimizer": plan.optimizer | {"accumulate": 2, "state_tensors": 3}})
+    report = build_report(planned_figures(summing), observed, str(tmp_path), enforced_by="meter")
+    assert report["step_seconds"]["measured"] == 2.5  # each sort by its place in the whole run

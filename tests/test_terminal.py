@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from profiles.units import MIB
 from runtime import terminal
 from runtime.interrupts import Interrupts
-from runtime.terminal import Comparing, Solving, Stages, Training, solver_text
+from runtime.terminal import Comparing, Solving, Stages, solver_text
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,30 +65,6 @@ def test_a_long_stage_is_heard_of_every_ten_seconds(console, clock):
     assert all(re.fullmatch(r"packing: \d+%", line) for line in said[1:])
 
 
-def test_training_lines_hold_what_a_person_wants_to_know(console, clock):
-    with Training(console, steps=3, tokens_per_step=1024, budget=350 * MIB) as training:
-        training.stage("evaluating before", 0, 25)
-        training(1, 0.7, 2.0, 300 * MIB, 301 * MIB)
-        training(3, 0.51234, 2.0, 338 * MIB, 339 * MIB)
-    assert lines(console) == [
-        "evaluating before …",
-        "step 3/3: loss 0.5123, 512 tokens/s, 0:00 left, memory 338.0 MiB, peak 339.0 MiB of 350.0 MiB",
-    ]
-
-
-def test_a_module_has_seconds_instead_of_tokens(console):
-    with Training(console, steps=120, tokens_per_step=None, budget=350 * MIB) as training:
-        training(120, 0.5, 1.5, MIB, MIB)
-    assert lines(console)[-1].startswith("step 120/120: loss 0.5000, 1.500 s per step, 0:00 left")
-
-
-def test_time_left_counts_the_steps_to_come(console):
-    with Training(console, steps=121, tokens_per_step=100, budget=MIB) as training:
-        training._said -= 100
-        training(1, 1.0, 1.0, 1, 1)
-    assert ", 2:00 left," in lines(console)[-1]
-
-
 def test_solving_tells_incumbent_bound_and_gap(console, clock):
     with Solving(console, 30) as solving:
         for _ in range(4):
@@ -119,15 +94,3 @@ def test_comparing_tells_which_plan_and_how_far(console, clock):
     assert said[0] == "planning for phone: 0 of 2"
     assert said[1] == "planning for phone (columns), step 1.250 s, bound 1.000 s, gap 20.00%"
     assert len(said) <= 4
-
-
-def test_a_terminal_gets_bars_that_are_wiped_and_no_lines():
-    console = Console(file=io.StringIO(), width=100, force_terminal=True, highlight=False)
-    with Training(console, steps=2, tokens_per_step=64, budget=350 * MIB) as training:
-        training.stage("evaluating before", 1, 2)
-        training(1, 0.7, 1.0, 300 * MIB, 301 * MIB)
-        training(2, 0.6, 1.0, 300 * MIB, 301 * MIB)
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
-    assert "loss 0.6000, 64 tokens/s" in shown
-    assert "peak 301.0 MiB of 350.0 MiB" in shown
-    assert "step 2/2:" not in shown
