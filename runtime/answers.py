@@ -193,18 +193,29 @@ def report_text(report: dict[str, Any]) -> RenderableType:
     for heading in ("", "predicted", "measured", "measured / predicted"):
         table.add_column(heading, justify="left" if not heading else "right")
     peak, step = report["peak_bytes"], report["step_seconds"]
-    table.add_row(
-        "peak of the process",
-        format_size(peak["predicted"]),
-        format_size(peak["measured"]),
-        f"{peak['measured'] / peak['predicted']:.4f}",
-    )
+    processes = report.get("processes", {})  # reports of older versions have none
+    several = len(processes) > 1
+    figures = [("peak of its processes" if several else "peak of the process", peak)]
+    figures += [(f"– {name}", one) for name, one in processes.items() if several]
+    for name, one in figures:
+        ratio = f"{one['measured'] / one['predicted']:.4f}"
+        table.add_row(name, format_size(one["predicted"]), format_size(one["measured"]), ratio)
     taken = step["measured"]  # None where the metrics of a resumed run are lost
     ratio = f"{taken / step['predicted']:.3f}" if taken else "–"
     table.add_row("step", f"{step['predicted']:.3f} s", f"{taken:.3f} s" if taken else "–", ratio)
     cap = "the kernel (memory cgroup)" if report["enforced_by"] == "cgroup" else "the process's own meter"
+    counted = report.get("cgroup_peak_bytes")
     rows = [
-        ("cap", f"{format_size(report['budget_bytes'])}, enforced by {cap}"),
+        (
+            "cap",
+            f"{format_size(report['budget_bytes'])}, enforced by {cap}"
+            + (f", which counted {format_size(counted)} with page cache and its own tables" if counted else ""),
+        ),
+        *(
+            [("prepared in", f"{format_size(report['preparation_bytes'])}: plan and data, before training began")]
+            if report.get("preparation_bytes")
+            else []
+        ),
         (
             "loss",
             f"{report['loss'][0]:.4f} → {report['loss'][-1]:.4f} in {len(report['loss'])} steps"

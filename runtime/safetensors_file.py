@@ -24,6 +24,7 @@ DTYPES = {
     "uint8": "U8",
     "bool": "BOOL",
 }
+WRITE_BEHIND_BYTES = 4 << 20
 LARGEST_HEADER = 1 << 26
 """a longer one is damage, which the checksum tells"""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
@@ -49,7 +50,8 @@ class Item:
 def write(path: str, items: Callable[[], Iterable[Item]], metadata: Mapping[str, str]) -> int:
     """Write and fsync `path`; returns the crc32 of the file. Raises OSError where the disk refuses.
 
-    `items()` is gone through twice: kept, those of a deep model would take megabytes.
+    `items()` is gone through twice: kept, those of a deep model would take megabytes. What is written goes to the disk and leaves the
+    page cache every `WRITE_BEHIND_BYTES`: a cgroup counts the cache of its processes too.
     """
     text = _header(items(), metadata)
     length = len(text).to_bytes(8, "little")
@@ -59,10 +61,16 @@ def write(path: str, items: Callable[[], Iterable[Item]], metadata: Mapping[str,
         write_all(descriptor, length)
         write_all(descriptor, text)
         del text
+        cached = 0
         for item in items():
             for chunk in item.chunks():
                 write_all(descriptor, chunk)
                 checksum = zlib.crc32(chunk, checksum)
+                cached += len(chunk)
+                if cached >= WRITE_BEHIND_BYTES:
+                    os.fdatasync(descriptor)
+                    _forget(descriptor)
+                    cached = 0
         os.fsync(descriptor)
         _forget(descriptor)
     finally:
