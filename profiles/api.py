@@ -78,6 +78,7 @@ MEASURING_CODE = (
     "measure",
     "optimizer",
     "process",
+    "resident",
     "spill",
     "supervisor",
     "warm",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,6 +117,8 @@ def save(
 
     Keeps the newest `keep`. Raises RunError where the disk refuses; the checkpoints before are then intact.
     """
+    import shutil  # with its compressors 1 MiB, which the supervisor of a run does without
+
     path = os.path.join(directory, f"checkpoint-{step}")
     partial = os.path.join(directory, f".checkpoint-{step}.partial")
     try:

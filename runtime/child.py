@@ -18,7 +18,8 @@ from profiles.errors import CapError, TightfitError
 from profiles.files import write_all
 from profiles.parent import end_with_parent
 from runtime import lean_torch
-from runtime.process import leave, memory
+from runtime.process import leave
+from runtime.resident import memory
 
 
 def main(arguments: list[str]) -> int:

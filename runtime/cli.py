@@ -328,6 +328,7 @@ def compare(
 
 @app.command()
 def run(
+    context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
     data: Annotated[
         str,
@@ -384,9 +385,9 @@ def run(
     from runtime.cgroup import MemoryCgroup
     from runtime.launch import prepared
     from runtime.lean_process import Order
-    from runtime.process import memory
     from runtime.progress import Training
-    from runtime.supervisor import Show, replace_by_supervisor
+    from runtime.resident import memory
+    from runtime.supervisor import Show, hand_over
 
     loaded = load_plan(plan)
     tokens = loaded.batch * loaded.seq if loaded.seq else None
@@ -423,7 +424,7 @@ def run(
                 group=(str(group.path), group.version) if group else None,
                 home=MemoryCgroup.home() if group else None,
             )
-            replace_by_supervisor(ready, show, group)
+            raise typer.Exit(hand_over(ready, show, group, replace=context.obj))
     sys.stderr.write(f"already done: {output} has all {steps} steps; give more --steps to go on\n")
     answer(ready, answers.report_text(ready), as_json=as_json)
 
@@ -594,7 +595,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     interrupts = Interrupts()
     try:
         with interrupts:
-            code = app(args=words, prog_name="tightfit", standalone_mode=False)
+            # What a program calls with `arguments` must not take that program's place.
+            code = app(args=words, prog_name="tightfit", standalone_mode=False, obj=arguments is None)
         if code == INTERRUPTED:
             raise typer.Abort
     except (Exception, KeyboardInterrupt) as caught:

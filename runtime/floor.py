@@ -6,7 +6,8 @@ import importlib
 from typing import Any
 
 from profiles import cold
-from runtime.process import memory, trim_heap
+from runtime.process import trim_heap
+from runtime.resident import memory
 
 INSTRUCTION_BYTES = 50
 """int32 words of an average instruction, and the numbers and names of its tensors."""

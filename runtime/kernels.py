@@ -17,7 +17,8 @@ from typing import Any
 from profiles.errors import InputError, RunError
 from runtime import lean_torch
 from runtime.job import program_header, program_values
-from runtime.process import child_environment, leave, memory, trim_heap
+from runtime.process import child_environment, leave, trim_heap
+from runtime.resident import memory
 
 INFERENCE = "--inference"
 

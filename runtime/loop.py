@@ -17,8 +17,8 @@ from runtime import checkpoint
 from runtime.batches import open_batches
 from runtime.channels import Channel
 from runtime.job import Job
-from runtime.process import memory
 from runtime.requests import EVALUATE, FINISH, STEP, Gone, Requests
+from runtime.resident import memory
 from runtime.training import Training
 from runtime.warm import settle, tidy
 

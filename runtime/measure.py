@@ -27,7 +27,8 @@ from profiles.parent import end_with_parent
 from runtime.floor import HOLES_PER_WORKSPACE
 from runtime.kernels import kernel_bytes
 from runtime.lean_process import command
-from runtime.process import child_environment, memory, trim_heap
+from runtime.process import child_environment, trim_heap
+from runtime.resident import memory
 from runtime.supervisor import command as supervisor_command
 
 ROUNDS = (4, 40)

@@ -6,7 +6,7 @@ import time
 from array import array
 
 from profiles.errors import CapError
-from runtime.process import ResidentReader, memory
+from runtime.resident import ResidentReader, memory
 
 EVERY = 16
 """Instructions between two readings; a reading takes about 2 microseconds."""

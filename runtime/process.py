@@ -8,7 +8,6 @@ import sys
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import NoReturn
 
 from profiles import cold, native
@@ -70,45 +69,6 @@ def child_environment(threads: int) -> dict[str, str]:
         PYTHONPATH=python_path(),
     )
     return environment
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes of one process: `peak` is VmHWM, the others are the parts of the resident set now."""
-
-    peak: int
-    resident: int
-    anonymous: int
-    file: int
-    shared: int
-
-
-_FIELDS = {b"VmHWM": "peak", b"VmRSS": "resident", b"RssAnon": "anonymous", b"RssFile": "file", b"RssShmem": "shared"}
-
-
-def memory(pid: int | str = "self") -> Memory:
-    """Read /proc/PID/status. Raises OSError where the process is gone."""
-    found = dict.fromkeys(_FIELDS.values(), 0)
-    with open(f"/proc/{pid}/status", "rb") as file:
-        for line in file:
-            name, _, rest = line.partition(b":")
-            field = _FIELDS.get(name)
-            if field is not None:
-                found[field] = int(rest.split()[0]) * 1024
-    return Memory(**found)
-
-
-class ResidentReader:
-    """The resident set of this process in bytes, read at about 2 microseconds a time (/proc/self/statm stays open)."""
-
-    def __init__(self) -> None:
-        self._descriptor = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-
-    def __call__(self) -> int:
-        return int(os.pread(self._descriptor, 64, 0).split()[1]) * _PAGE
-
-    def close(self) -> None:
-        os.close(self._descriptor)
 
 
 def release_file_pages() -> int:

@@ -14,7 +14,7 @@ from runtime.checkpoint import writing_to
 if TYPE_CHECKING:
     from planner.schema import Phase, Plan
 
-LATEST_STEPS = 2000
+LATEST_STEPS = 500
 """of which the seconds are remembered: a run of any length needs the same memory"""
 
 
@@ -91,13 +91,15 @@ def build_report(
     *,
     enforced_by: str,
     supervisor_bytes: int | None = None,
+    program_bytes: int | None = None,
     preparation_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Bytes and seconds, as `planned` (`planned_figures`) and measured in the run.
 
     `peak_bytes` is of all processes that the run keeps alive: the sum of each one's own VmHWM, which counts what they share
     (Python's code) in both. `processes` has each beside it: the training process, and the supervisor that started it and
-    shows its progress (`supervisor_bytes`, its VmHWM; None where a program runs the plan itself, whose memory is its own). The
+    shows its progress (`supervisor_bytes`, its VmHWM). Where a program of the user's runs the plan itself there is none: what that
+    program holds is its own, is not of the budget, and stands as `program_bytes`. The
     cgroup's counter, which also counts the kernel's own tables and page cache that it can take back, is `cgroup_peak_bytes`.
     `preparation_bytes` is the peak of the process that read the plan and the data before the training process was started.
 
@@ -122,6 +124,7 @@ def build_report(
         "floor_bytes": planned["floor_bytes"],
         "peak_bytes": {kind: sum(one[kind] for one in processes.values()) for kind in ("predicted", "measured")},
         "processes": processes,
+        "program_bytes": program_bytes,
         "preparation_bytes": preparation_bytes,
         "step_seconds": {"predicted": planned["step_seconds"], "measured": _typical(seconds, first, sorts)},
         "loss": [line["loss"] for line in lines],

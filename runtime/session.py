@@ -1,6 +1,6 @@
 """A training loop of your own around the steps of a plan: they run in the lean process, under its cap, one at a time.
 
-The loop's own process may hold what it likes; only the lean one is capped.
+The loop's own process may hold what it likes: the budget is the training process's, and the report says what the loop's held (`program_bytes`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from runtime.options import checked, finite
 from runtime.output import locked, remove, remove_prepared, to_be_replaced
 from runtime.report import build_report, write_report
 from runtime.requests import ANSWERS, EVALUATE, FINISH, SAVE, STEP, ask
+from runtime.resident import memory
 from runtime.settings import order_of, settings_of
 from runtime.supervisor import Stages
 
@@ -152,7 +153,11 @@ class Session:
                 observed = self._child.end()
                 directory = self._order.directory
                 self.report = build_report(
-                    self._order.planned, observed, directory, enforced_by=self._child.enforced_by
+                    self._order.planned,
+                    observed,
+                    directory,
+                    enforced_by=self._child.enforced_by,
+                    program_bytes=memory().peak,
                 )
                 write_report(directory, self.report)
                 if self.taken % self.plan.accumulate:  # told last: a program may make errors of warnings

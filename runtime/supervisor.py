@@ -4,7 +4,7 @@
     python -m runtime.supervisor --measure     how much memory it takes: bytes on standard output
 
 What it holds counts against the run's budget, so it imports the standard library only, as long as the training process lives.
-`tightfit run` becomes this process once plan and data are prepared (`replace_by_supervisor`); a program that calls
+`tightfit run` becomes this process once plan and data are prepared (`hand_over`); a program that calls
 `runtime.launch.run` or opens a Session watches the training process itself, and its own memory is its own.
 """
 
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from profiles.errors import RunError
 from profiles.files import python_path
@@ -24,9 +25,9 @@ from runtime.cgroup import MemoryCgroup
 from runtime.failure import fail
 from runtime.interrupts import GivenUp, passed_on
 from runtime.lean_process import LeanProcess, Order, started
-from runtime.process import memory
 from runtime.progress import Training
 from runtime.report import LATEST_STEPS, Observed, build_report, write_report
+from runtime.resident import memory
 
 Progress = Callable[[int, float, float, int, int], None]
 """progress(step, loss, seconds, resident bytes, peak bytes) after every step, counted from 1."""
@@ -58,12 +59,12 @@ def supervise(
     stages: Stages | None = None,
     *,
     group: MemoryCgroup | None = None,
-    own_bytes: Callable[[], int] | None = None,
+    counted: bool = False,
     preparation_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Start the training process, follow it to its end and write the report, which is returned.
 
-    `group` and `own_bytes` are given where this process counts against the budget too. Raises what the end of the training process
+    `counted`: whether this process counts against the budget, and is in `group` where there is one. Raises what the end of the training process
     means (CapError, RunError, InputError).
     """
     with passed_on() as passing, started(order, group=group) as child:
@@ -80,13 +81,14 @@ def supervise(
         except RunError as error:
             error.interrupted = passing.asked
             raise
-        supervisor_bytes = own_bytes() if own_bytes else None  # before the report is made
+        own_bytes = memory().peak  # before the report is made
     report = build_report(
         order.planned,
         observed,
         order.directory,
         enforced_by=child.enforced_by,
-        supervisor_bytes=supervisor_bytes,
+        supervisor_bytes=own_bytes if counted else None,
+        program_bytes=None if counted else own_bytes,
         preparation_bytes=preparation_bytes,
     )
     if order.finished:  # what its steps measured stays
@@ -109,18 +111,28 @@ def _follow(child: LeanProcess, progress: Progress | None, stages: Stages | None
             stages(f"evaluating {message['when']}", message["done"], message["total"])
 
 
-def replace_by_supervisor(order: Order, show: Show, group: MemoryCgroup | None) -> NoReturn:
-    """Become the supervisor: this process's own memory is given back, its number, terminal and lock stay."""
+def hand_over(order: Order, show: Show, group: MemoryCgroup | None, *, replace: bool) -> int:
+    """Have a supervisor carry out `order`; returns its exit code.
+
+    With `replace` this process becomes the supervisor and nothing returns: its own memory is given back, its number, terminal and
+    lock stay. Without, the supervisor is another process, and signals to end are passed on to it.
+    """
     os.set_inheritable(order.lock, True)
     paths = [os.path.join(order.directory, name) for name in ("order", "show")]
     order.write(paths[0])
     with open(paths[1], "w", encoding="utf-8") as file:
         json.dump(asdict(show), file)
     arguments = command(*paths)
+    arguments = group.enter(arguments) if group else arguments
+    environment = os.environ | {"PYTHONPATH": python_path()}
     sys.stdout.flush()
     sys.stderr.flush()
-    arguments = group.enter(arguments) if group else arguments
-    os.execve(arguments[0], arguments, os.environ | {"PYTHONPATH": python_path()})  # noqa: S606  our own command line
+    if replace:
+        os.execve(arguments[0], arguments, environment)  # noqa: S606  our own command line
+    with passed_on() as passing:
+        child = subprocess.Popen(arguments, env=environment, pass_fds=(order.lock,), start_new_session=True)
+        passing.to(child)
+        return child.wait()
 
 
 def command(*arguments: str) -> list[str]:
@@ -150,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
                 training,
                 training.stage,
                 group=group,
-                own_bytes=lambda: memory().peak,
+                counted=True,
                 preparation_bytes=show.preparation_bytes,
             )
         if not training.stepped:
@@ -188,8 +200,6 @@ def measure() -> int:
             if message["event"] == "step":
                 training(1, 1.0, 0.5, 1, 1)
         with passed_on():
-            import subprocess
-
             subprocess.run(["/bin/true"], check=False)
     return memory().peak + SLACK_BYTES
 

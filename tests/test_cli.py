@@ -16,7 +16,7 @@ from sample_plans import infeasible_plan, sample_plan, sample_plans
 
 from profiles.errors import CapError, InfeasibleError, InputError, RunError
 from profiles.units import MIB
-from runtime import answers, cli
+from runtime import answers, cli, printing
 
 ROOT = Path(__file__).parent.parent
 
@@ -178,7 +178,7 @@ def test_paths_are_printed_as_they_are(tightfit, planned, tmp_path):
 
 
 def test_facts_are_printed_as_they_are(capsys):
-    cli._answer({}, answers._facts_table([("adapter", "out [b]/a[/x] :bug:")]), as_json=False)
+    printing.answer({}, answers._facts_table([("adapter", "out [b]/a[/x] :bug:")]), as_json=False)
     assert "out [b]/a[/x] :bug:" in capsys.readouterr().out
 
 
@@ -330,7 +330,7 @@ def test_a_pipe_has_no_width(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     names = ("keep-all", "checkpoint-layers", "checkpoint-sqrt", "mebp", "mesp", "mezo", "lcsb", "and", "others")
     plans = [infeasible_plan(name) for name in names]
-    cli._answer({}, answers.comparison_text(plans), as_json=False)
+    printing.answer({}, answers.comparison_text(plans), as_json=False)
     out = capsys.readouterr().out
     assert next(line.split() for line in out.splitlines() if "  keep-all" in line) == ["budget", *names]
     assert f"250.0 MiB {' needs 412.4' * len(names)}".split() in [line.split() for line in out.splitlines()]

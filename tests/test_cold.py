@@ -14,7 +14,7 @@ import pytest
 
 from profiles import cold
 from profiles.files import cache_directory, takes_files
-from runtime import process
+from runtime import lean_process, process
 
 MIB = 1 << 20
 
@@ -61,7 +61,7 @@ def floor(**extra: str) -> tuple[dict[str, int], int]:
         "import json, resource, subprocess, sys; told = json.loads(subprocess.check_output(sys.argv[1:]))\n"
         "print(json.dumps([told, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024]))"
     )
-    words = [sys.executable, "-c", small, *process.command("--floor")]
+    words = [sys.executable, "-c", small, *lean_process.command("--floor")]
     told, most = json.loads(subprocess.check_output(words, env=process.child_environment(2) | extra))
     return told, most
 
@@ -116,7 +116,7 @@ import ctypes, pathlib, re
 from runtime import lean_torch
 lean_torch.load()
 from profiles import cold
-from runtime.process import memory
+from runtime.resident import memory
 maps = pathlib.Path("/proc/self/maps").read_text()
 low, high = (int(end, 16) for end in re.search(r"([0-9a-f]+)-([0-9a-f]+) rw-p .*native.*deleted", maps).groups())
 ctypes.string_at(low, high - low)
@@ -259,7 +259,7 @@ def test_a_run_that_finds_the_disk_full_ends_with_words(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, MIB))
 
     done = subprocess.run(
-        process.command("--floor"),
+        lean_process.command("--floor"),
         env=process.child_environment(2),
         capture_output=True,
         text=True,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from profiles.errors import CapError
-from runtime import process
+from runtime import lean_process, process, resident
 from runtime.meter import SAMPLES, Meter
 
 MIB = 1 << 20
@@ -28,7 +28,7 @@ def lean(code, **extra):
 @pytest.fixture(scope="module")
 def floor():
     done = subprocess.run(
-        process.command("--floor"), env=process.child_environment(2), capture_output=True, text=True, check=False
+        lean_process.command("--floor"), env=process.child_environment(2), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -44,7 +44,7 @@ def test_the_floor_is_that_of_kernels_without_the_python_around_them(floor):
 
 def test_the_floor_is_a_constant(floor):
     done = subprocess.run(
-        process.command("--floor"), env=process.child_environment(2), capture_output=True, text=True, check=True
+        lean_process.command("--floor"), env=process.child_environment(2), capture_output=True, text=True, check=True
     )
     assert abs(json.loads(done.stdout)["resident_bytes"] - floor["resident_bytes"]) < 0.01 * floor["resident_bytes"]
 
@@ -54,11 +54,17 @@ def test_the_floor_is_measured_once_new_libraries_are_on_disk(monkeypatch):
     from runtime import measure
 
     done: list[str] = []
-    answer = subprocess.CompletedProcess([], 0, stdout='{"resident_bytes": 1}')
+    answers = {"runtime.child": '{"resident_bytes": 1}', "runtime.supervisor": "7\n"}
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        module = next(name for name in answers if name in command)
+        done.append(module)
+        return subprocess.CompletedProcess(command, 0, stdout=answers[module])
+
     monkeypatch.setattr(os, "sync", lambda: done.append("sync"))
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done.append("floor") or answer)
-    assert measure.floor(2) == {"resident_bytes": 1}
-    assert done == ["sync", "floor"]
+    monkeypatch.setattr(subprocess, "run", run)
+    assert measure.floor(2) == {"resident_bytes": 1, "supervisor_bytes": 7}
+    assert done == ["sync", "runtime.child", "runtime.supervisor"]
 
 
 KERNELS = """
@@ -135,13 +141,13 @@ except AttributeError as error:
 def test_file_pages_are_released_and_come_back():
     answer = lean("""
 import json
-from runtime import lean_torch, process
+from runtime import lean_torch, process, resident
 lean_torch.load()
 import torch
 torch.mm(torch.ones(8, 8), torch.ones(8, 8))
-before = process.memory()
+before = resident.memory()
 released = process.release_file_pages()
-after = process.memory()
+after = resident.memory()
 print(json.dumps({"before": before.file, "after": after.file, "released": released, "sum": float(torch.mm(torch.ones(8, 8), torch.ones(8, 8)).sum())}))
 """)
     assert answer["sum"] == 512.0
@@ -168,14 +174,14 @@ def test_what_was_written_before_it_was_read_only_stays(tmp_path):
 
 
 def test_memory_agrees_with_itself():
-    found = process.memory()
+    found = resident.memory()
     assert found.resident <= found.peak
     assert abs(found.anonymous + found.file + found.shared - found.resident) < 1 * MIB
-    reader = process.ResidentReader()
-    assert abs(reader() - process.memory().resident) < 8 * MIB
+    reader = resident.ResidentReader()
+    assert abs(reader() - resident.memory().resident) < 8 * MIB
     reader.close()
     with pytest.raises(OSError):
-        process.memory(2**30)
+        resident.memory(2**30)
 
 
 def test_the_environment_is_the_same_for_every_child(monkeypatch):
@@ -194,13 +200,13 @@ def test_the_meter_refuses_what_is_above_the_cap():
     meter.check(1)  # between two readings
     with pytest.raises(CapError):
         meter.check_peak()
-    just_below, well_above = Meter(process.memory().resident - MIB), Meter(process.memory().peak + 64 * MIB)
+    just_below, well_above = Meter(resident.memory().resident - MIB), Meter(resident.memory().peak + 64 * MIB)
     with pytest.raises(CapError):
         just_below.check(0)
     well_above.check(0)
     with pytest.raises(CapError):
-        Meter(process.memory().peak - 1).check_peak()
-    assert process.memory().peak - 64 * MIB < well_above.check_peak() <= process.memory().peak
+        Meter(resident.memory().peak - 1).check_peak()
+    assert resident.memory().peak - 64 * MIB < well_above.check_peak() <= resident.memory().peak
 
 
 def test_the_meter_keeps_a_timeline_of_the_step_that_is_watched():

@@ -137,7 +137,8 @@ from runtime.warm import prepare
 prepare()
 from runtime.arena import Arena
 from runtime.executor import bind
-from runtime.process import memory, trim_heap
+from runtime.process import trim_heap
+from runtime.resident import memory
 from runtime.rehearsal import rehearse
 arena = Arena(1 << 28)
 operators = [operator for program in json.load(sys.stdin) for operator in bind(program, arena, None)]
