@@ -25,6 +25,7 @@ from planner.exchange import save_plan
 from planner.plan import Planner
 from planner.schema import Plan
 from profiles.api import profile
+from profiles.errors import TightfitError
 
 MIB = 1 << 20
 Row = dict[str, Any]
