@@ -20,6 +20,7 @@ from planner.plan import plan as solve_here
 from planner.plan import planner_of
 from planner.schema import Plan
 from planner.service.client import Client, connect
+from planner.service.migrations import LATEST
 from planner.service.settings import Settings
 from planner.service.view import plan_view
 from planner.simulate import simulate
@@ -541,7 +542,7 @@ def another_server():
 def test_it_tells_about_itself(served, uploaded, minimum):
     served.result("/v1/plans", profile=uploaded, memory=minimum)
     health = served.http.get("/healthz").json()
-    assert (health["status"], health["schema_version"]) == ("ok", 1)
+    assert (health["status"], health["schema_version"]) == ("ok", LATEST)
     device = served.http.get("/v1/devices").json()["devices"][0]
     assert (device["name"], device["local"]) == ("cpu", True)
     assert len(served.http.get("/v1/devices").json()["devices"]) > 3

@@ -16,6 +16,7 @@ from synthetic import decoder_like, small_chain
 
 from planner.plan import minimum_budget
 from planner.service.app import create_app
+from planner.service.clients import Client
 from planner.service.errors import StorageError
 from planner.service.events import Events
 from planner.service.metrics import Metrics
@@ -28,6 +29,7 @@ from planner.service.supervisor import Supervisor
 
 PATIENCE = 60.0
 """seconds"""
+HERE = Client(address="127.0.0.1")
 PLANNED = ("tightfit_worker_seconds_count", {"kind": "plan"})
 """how many plans workers have come to the end of, well or not"""
 
@@ -45,8 +47,13 @@ def minimum(profile):
 @contextlib.contextmanager
 def service(tmp_path, **limits):
     settings = Settings(data_dir=tmp_path / "data", command=(sys.executable, "-m", "runtime.cli"), **limits)
-    with TestClient(create_app(settings), base_url="http://127.0.0.1") as http:
+    with TestClient(create_app(settings), base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as http:
         yield http
+
+
+def elsewhere(http, address):
+    """The same service, asked from another address."""
+    return TestClient(http.app, base_url="http://127.0.0.1", client=(address, 1))
 
 
 def upload(http, profile):
@@ -79,6 +86,57 @@ def test_jobs_wait_for_a_worker_and_as_many_as_may(tmp_path):
         assert (full.status_code, full.headers["retry-after"]) == (429, "30")
         http.post(f"/v1/jobs/{first['id']}/cancel")
         wait(http, second, until=("running",))
+
+
+def test_one_client_leaves_places_in_the_queue_to_others(tmp_path):
+    with service(tmp_path, workers=1, waiting=5) as http:
+        running = endless(http, 0).json()
+        wait(http, running, until=("running",))
+        assert endless(http, 1).status_code == 202
+        full = endless(http, 2)
+        assert (full.status_code, full.headers["retry-after"]) == (429, "30")
+        assert "1 jobs that you asked for are waiting already" in full.json()["error"]["message"]
+        assert endless(elsewhere(http, "10.0.0.2"), 2).status_code == 202
+
+
+def test_a_job_ends_only_when_the_last_who_asked_for_it_lets_go(tmp_path):
+    with service(tmp_path, workers=1) as a:
+        b = elsewhere(a, "10.0.0.2")
+        job = endless(a, 0).json()
+        assert endless(b, 0).json()["id"] == job["id"]
+        wait(a, job, until=("running",))
+        cancel = f"/v1/jobs/{job['id']}/cancel"
+        stranger = elsewhere(a, "10.0.0.3").post(cancel)
+        assert (stranger.status_code, stranger.json()["error"]["code"]) == (403, "forbidden")
+        for _ in range(2):
+            told = a.post(cancel)
+            assert (told.status_code, told.json()["state"], told.json()["wanted_by"]) == (200, "running", 1)
+        # Two at one address tell themselves apart by their names.
+        names = [{"Client-Id": name} for name in ("first", "second")]
+        for headers in names:
+            assert a.post("/v1/comparisons", json=job["request"], headers=headers).json()["id"] == job["id"]
+        assert b.post(cancel).json()["wanted_by"] == 2
+        assert a.post(cancel, headers=names[0]).json()["wanted_by"] == 1
+        a.post(cancel, headers=names[1])
+        assert wait(a, job, until=("cancelled",))["wanted_by"] == 0
+        refused = a.post(cancel, headers={"Client-Id": "x" * 101})
+        assert (refused.status_code, refused.json()["error"]["fields"][0]["field"]) == (422, "header.Client-Id")
+
+
+def test_a_profile_that_was_uploaded_can_be_run_once_it_is_measured_here(tmp_path, profile, minimum):
+    measured = profile.model_copy(update={"device": profile.device.model_copy(update={"measured": True})})
+    with service(tmp_path) as http:
+        identity = upload(http, measured)
+        plan = wait(http, http.post("/v1/plans", json={"profile": identity, "memory": "1GiB"}).json())["result"]["plan"]
+        run = {"plan": plan, "data": "random", "steps": 1}
+        assert "was not made by this service" in http.post("/v1/runs", json=run).json()["error"]["message"]
+        own = http.app.state.service
+        job = own.store.ask("profile", "cpu", {}, content=None, key=None, waiting=9, client=HERE)[0]
+        made = keep_profile(own.objects, measured, origin="made")
+        own.store.finish(job.id, "succeeded", result={"profile": made["id"]}, files=[made])
+        assert http.get(f"/v1/profiles/{identity}").json()["origin"] == "made"
+        assert upload(http, measured) == identity  # which takes nothing away
+        assert http.post("/v1/runs", json=run).status_code == 202
 
 
 def test_jobs_end_one_after_the_other_when_their_time_is_over(tmp_path):
@@ -207,7 +265,7 @@ def full(tmp_path, monkeypatch):
         return finish(*words, **more)
 
     monkeypatch.setattr(store, "finish", finish_with_room)
-    job, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9)
+    job, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9, client=HERE)
     yield supervisor, store, job
     store.close()
 
@@ -222,13 +280,13 @@ def test_a_run_that_is_cancelled_while_its_end_waits_for_room_can_go_on(full):
         store.next("cpu")
         ending = asyncio.create_task(supervisor._conclude(job, FAILED, 1, None))
         await asyncio.sleep(0.05)
-        supervisor.cancel(job.id)
+        supervisor.cancel(job.id, HERE)
         supervisor.room = True
         await ending
 
     asyncio.run(end())
     assert store.job(job.id).state == "cancelled"
-    assert supervisor.resume(job.id).state == "queued"
+    assert supervisor.resume(job.id, HERE).state == "queued"
     assert supervisor._cancelled == set()  # else it would be ended as soon as it starts
 
 

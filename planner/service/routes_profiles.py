@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
+from planner.service.clients import Asker
 from planner.service.doors import (
     JOB_ANSWERS,
     IdempotencyKey,
@@ -50,11 +51,11 @@ UPLOAD: dict[str, Any] = {
 
 
 @router.post("", status_code=202, responses=JOB_ANSWERS, summary="Measure a model on this machine")
-async def make_profile(request: Request, asked: ProfileRequest, key: IdempotencyKey = None) -> Response:
+async def make_profile(request: Request, asked: ProfileRequest, client: Asker, key: IdempotencyKey = None) -> Response:
     """Waits for this machine's device: measurements and runs follow each other."""
     settings = service_of(request).settings
     options = asked.model_dump(include={"seq", "batch", "lora_rank", "lora_alpha", "accumulate", "dtype"})
-    return ask(request, "profile", options | {"source": _source(settings, asked)}, key=key)
+    return ask(request, "profile", options | {"source": _source(settings, asked)}, client, key=key)
 
 
 def _source(settings: Settings, asked: ProfileRequest) -> str:

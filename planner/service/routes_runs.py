@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 
+from planner.service.clients import Asker
 from planner.service.doors import (
     JOB_ANSWERS,
     IdempotencyKey,
@@ -43,10 +44,10 @@ RANDOM = "random"
 
 
 @router.post("", status_code=202, responses=JOB_ANSWERS, summary="Carry out a plan")
-async def make_run(request: Request, asked: RunRequest, key: IdempotencyKey = None) -> Response:
+async def make_run(request: Request, asked: RunRequest, client: Asker, key: IdempotencyKey = None) -> Response:
     """Every request is a run of its own, unless an idempotency key says that it is the same one."""
     words = asked.model_dump() | _allowed(request, asked)
-    return ask(request, "run", words, key=key, uses=[("plan", asked.plan)], repeatable=True)
+    return ask(request, "run", words, client, key=key, uses=[("plan", asked.plan)], repeatable=True)
 
 
 @router.get("/{identity}", response_model=Job, responses=errors(404), summary="A run")
@@ -61,13 +62,13 @@ async def get_run(request: Request, identity: Identity) -> Job:
     responses=errors(404, 409, 429),
     summary="Go on with a run",
 )
-async def resume_run(request: Request, identity: Identity, key: IdempotencyKey = None) -> Response:
+async def resume_run(request: Request, identity: Identity, client: Asker, key: IdempotencyKey = None) -> Response:
     """A run that was cancelled, failed or interrupted goes on from its checkpoint. 409 where it has not ended so.
 
     What it reads is allowed or refused as for a new run: the service may have been started with other roots since.
     """
     _allowed(request, RunRequest(**_run(request, identity).request))
-    return job_answer(service_of(request).supervisor.resume(identity, key))
+    return job_answer(service_of(request).supervisor.resume(identity, client, key))
 
 
 @router.get("/{identity}/metrics", response_model=RunMetrics, responses=errors(404), summary="Every step so far")

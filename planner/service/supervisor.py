@@ -17,6 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
 
+from planner.service.clients import Client
 from planner.service.errors import StorageError
 from planner.service.events import Events
 from planner.service.metrics import Metrics
@@ -78,9 +79,14 @@ class Supervisor:
         """There is a new job."""
         self._wake[lane].set()
 
-    def cancel(self, identity: str) -> Job:
-        """End a job: at once where it waits or solves, with a checkpoint where it trains."""
+    def cancel(self, identity: str, client: Client) -> Job:
+        """`client` lets a job go; who was the last to want it ends it: at once where it waits or solves, with a checkpoint
+        where it trains. Raises ServiceError where others have asked for it.
+        """
+        wanted = self.store.let_go(identity, client)
         job = self.store.job(identity)
+        if wanted:
+            return self.events.told(job)
         if job.state == "queued":
             job = self.store.finish(identity, "cancelled", files=self._left(job))
             self._ended(job)
@@ -90,9 +96,9 @@ class Supervisor:
                 self._end(job, self._workers[identity])
         return self.events.told(job)
 
-    def resume(self, identity: str, key: str | None = None) -> Job:
+    def resume(self, identity: str, client: Client, key: str | None = None) -> Job:
         """A run that ended before its last step goes on from its checkpoint, or from the start where it has none."""
-        job, new = self.store.resume(identity, key=key, waiting=self.settings.waiting)
+        job, new = self.store.resume(identity, key=key, waiting=self.settings.waiting, client=client)
         if new:
             self._ended(job)
             self.wake(LOCAL)
