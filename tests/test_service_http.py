@@ -39,6 +39,8 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("service")
     (folder / "root").mkdir()
     (folder / "root" / "data.jsonl").write_text('{"text": "a"}\n')
+    (folder / "root" / "led").mkdir()
+    (folder / "root" / "led" / "model.gguf").symlink_to("/etc/passwd")
     service = Served(folder / "data", "--root", str(folder / "root")).start()
     yield service
     assert service.stop() == 0
@@ -207,6 +209,7 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release
         ("comparisons", {"memory": ["1GB"], "policies": ["solver", "y"]}, "body.policies.1", "no policy is called 'y'"),
         ("comparisons", {"memory": ["1GB"], "devices": ["own", "/etc/passwd"]}, "body.devices.1", "no device is called"),
         ("profiles", {"path": "../data.log"}, "body.path", "is no file or folder under a folder that is open"),
+        ("profiles", {"path": "led"}, "body.path", "'led' holds the link 'model.gguf', which leads out"),
         ("profiles", {"hub": "a/b"}, "body.hub", "downloads nothing"),
         ("profiles", {"config": {"a": 1}}, "body.config", "no 'model_type'"),
         ("profiles", {"path": "a", "hub": "a/b"}, "body", "exactly one of path, hub and config"),

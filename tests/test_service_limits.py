@@ -240,6 +240,12 @@ def test_a_run_goes_on_only_with_data_under_the_roots_of_today(tmp_path, profile
         measured = profile.model_copy(update={"device": profile.device.model_copy(update={"measured": True})})
         made = own.store.add(keep_profile(own.objects, measured, origin="made"))["id"]
         plan = wait(http, http.post("/v1/plans", json={"profile": made, "memory": "1GiB"}).json())["result"]["plan"]
+        led = tmp_path / "root" / "led"
+        led.mkdir()
+        (led / "a.jsonl").symlink_to("/etc/passwd")
+        for field in ("data", "eval_data"):
+            answer = http.post("/v1/runs", json={"plan": plan, "data": str(data), "steps": 1} | {field: "led"})
+            assert (answer.status_code, answer.json()["error"]["fields"][0]["field"]) == (422, f"body.{field}")
         run = http.post("/v1/runs", json={"plan": plan, "data": str(data), "steps": 1}).json()
         assert wait(http, run)["state"] == "failed"  # nothing is there to train
     with service(tmp_path) as http:

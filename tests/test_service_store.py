@@ -422,6 +422,44 @@ def test_paths_stay_under_the_roots(tmp_path):
         confined("a", [], "path")
 
 
+def test_a_folder_is_open_only_where_no_link_in_it_leads_out(tmp_path, monkeypatch):
+    roots = [tmp_path / "models", tmp_path / "data"]
+    blobs, snapshot, data = roots[0] / "hub" / "blobs", roots[0] / "hub" / "snapshots" / "1", roots[1] / "reviews"
+    outside = tmp_path / "outside"
+    for folder in (blobs, snapshot, data, outside):
+        folder.mkdir(parents=True)
+    (blobs / "abc").write_text("{}")
+    (outside / "secret.jsonl").write_text("s")
+    # As the Hugging Face cache has it, and between two folders that are open.
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    (snapshot / "reviews").symlink_to(data)
+    (data / "round").symlink_to(data)
+    (data / "itself").symlink_to("itself")
+    assert confined("hub/snapshots/1", roots, "path") == str(snapshot.resolve())
+    assert confined("reviews", roots, "data") == str(data.resolve())
+
+    def refuse(link, target, named):
+        """`named` is refused while `link` is there, and not before."""
+        assert confined(named, roots, "data")
+        link.symlink_to(target)
+        with pytest.raises(ServiceError, match=f"'{named}' holds the link .*{link.name}', which leads out") as caught:
+            confined(named, roots, "data")
+        assert (caught.value.status, caught.value.field) == (422, "body.data")
+        assert str(tmp_path) not in str(caught.value)
+        link.unlink()
+
+    refuse(data / "a.jsonl", outside / "secret.jsonl", "reviews")
+    refuse(
+        data / "not-yet.jsonl", outside / "later.jsonl", "reviews"
+    )  # it would lead out as soon as something is there
+    (snapshot / "deeper").mkdir()
+    refuse(snapshot / "deeper" / "up", outside, "hub/snapshots/1")
+    refuse(data / "b.jsonl", "../../outside/secret.jsonl", "hub/snapshots/1")  # through the link to the other root
+    monkeypatch.setattr("planner.service.paths.MOST_ENTRIES", 1)
+    with pytest.raises(ServiceError, match="'reviews' holds more than 1 files"):
+        confined("reviews", roots, "data")
+
+
 def test_other_machines_need_a_token(tmp_path):
     made = {"data_dir": tmp_path, "command": ("tightfit",)}
     with pytest.raises(InputError, match=r"--host 0.0.0.0 can be reached from other machines: set a token"):

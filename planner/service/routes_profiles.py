@@ -55,7 +55,8 @@ async def make_profile(request: Request, asked: ProfileRequest, client: Asker, k
     """Waits for this machine's device: measurements and runs follow each other."""
     settings = service_of(request).settings
     options = asked.model_dump(include={"seq", "batch", "lora_rank", "lora_alpha", "accumulate", "dtype"})
-    return ask(request, "profile", options | {"source": _source(settings, asked)}, client, key=key)
+    source = await asyncio.to_thread(_source, settings, asked)
+    return ask(request, "profile", options | {"source": source}, client, key=key)
 
 
 def _source(settings: Settings, asked: ProfileRequest) -> str:
