@@ -286,6 +286,35 @@ def test_bodies_that_are_refused(served, profile):
     refused(broken, 400, "invalid_request")
 
 
+def test_an_upload_that_unfolds_is_refused_and_costs_the_service_no_memory(served, profile):
+    """A million layers in 3 KB; faults without number; JSON that is all brackets, or deep where anything may stand."""
+
+    def post(body):
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        return served.http.post("/v1/profiles/upload", content=gzip.compress(body, 9), headers=headers)
+
+    def peak():
+        status = Path(f"/proc/{served.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) << 10
+
+    served.upload(profile)  # the process that reads uploads is there
+    before = peak()
+    layers = b'{"version":6,"layers":['
+    told = refused(post(layers + b",".join([b"{}"] * 10**6) + b"]}"), 422, "invalid_request", "body.layers")
+    assert told == "the profile has 1000000 layers; this service plans at most 250000 operators"
+    refused(post(layers + b",".join([b"{}"] * 10**5) + b"]}"), 422, "invalid_request", "body")
+    told = refused(post(b"[" + b",".join([b"[]"] * (4 << 20)) + b"]"), 413, "too_large", "body")
+    assert told == "the upload has 4194305 objects and lists; this service reads at most 3000000"
+    deep = profile.model_dump(mode="json")
+    deep["programs"][0]["operators"][0]["args"] = json.loads("[" * 300 + "]" * 300)
+    told = refused(post(json.dumps(deep).encode()), 422, "invalid_request", "body")
+    assert told == "the upload has objects and lists more than 64 deep in each other"
+    assert peak() - before < 100 << 20
+    # Bodies at other doors are small, since they are read where all are answered.
+    many = {"profile": UNKNOWN, "memory": "1GB"} | {f"x{number}": 0 for number in range(50_000)}
+    assert "more than 262144 bytes" in refused(served.http.post("/v1/plans", json=many), 413, "too_large", "body")
+
+
 def test_other_sites_pages_are_kept_out(served):
     assert served.http.get("/healthz", headers={"Host": "localhost"}).status_code == 200
     refused(served.http.get("/healthz", headers={"Host": "evil.example"}), 421, "misdirected")

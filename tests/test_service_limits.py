@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import signal
 import sys
@@ -11,14 +12,16 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 from synthetic import decoder_like, small_chain
 
 from planner.plan import minimum_budget
 from planner.service.app import create_app
 from planner.service.clients import Client
-from planner.service.errors import StorageError
+from planner.service.errors import ServiceError, StorageError
 from planner.service.events import Events
+from planner.service.limits import check_size
 from planner.service.metrics import Metrics
 from planner.service.objects import Objects
 from planner.service.schema import PLAN_JOB, Job
@@ -26,6 +29,8 @@ from planner.service.settings import Settings
 from planner.service.solving import keep_profile
 from planner.service.store import ATTEMPTS, Store
 from planner.service.supervisor import Supervisor
+from profiles.exchange import canonical_json
+from profiles.schema import Profile
 
 PATIENCE = 60.0
 """seconds"""
@@ -157,6 +162,73 @@ def test_a_solve_over_its_memory_fails_alone(tmp_path):
         assert (ended["state"], ended["error"]["code"]) == ("failed", "worker_died"), ended
         assert "40 MiB" in ended["error"]["message"]
         assert http.get("/healthz").status_code == 200
+
+
+def test_an_upload_over_its_memory_or_its_time_fails_alone(tmp_path, profile):
+    for limits, told in (
+        ({"check_bytes": 64 << 20}, "the upload takes more than 64 MiB of memory to read; send a smaller profile"),
+        ({"check_seconds": 0.01}, "the upload took longer to read than 0.01 s; send a smaller profile"),
+    ):
+        with service(tmp_path, **limits) as http:
+            large = decoder_like(24).model_dump(mode="json")
+            large["tensors"] += [large["tensors"][0] | {"name": f"t{number}"} for number in range(50_000)]
+            answer = http.post("/v1/profiles/upload", json=large)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+            assert answer.json()["error"]["message"] == told
+            assert http.get("/healthz").status_code == 200
+            if "check_bytes" in limits:
+                upload(http, profile)
+            assert [path.name for path in (tmp_path / "data" / "objects" / "tmp").glob("upload-*")] == []
+
+
+def test_what_is_here_already_is_known_without_being_read_again(tmp_path, profile, monkeypatch):
+    with service(tmp_path) as http:
+        identity = upload(http, profile)
+        monkeypatch.setattr("planner.service.processes.Processes.take", None)
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        body = gzip.compress(canonical_json(profile).encode())
+        answer = http.post("/v1/profiles/upload", content=body, headers=headers)
+        assert (answer.status_code, answer.json()["id"]) == (200, identity)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"layers": 4}, None),
+        ({"layers": 5}, "the profile has 5 layers; this service plans at most 4 operators"),
+        ({"layers": 2, "operators": 2}, None),
+        ({"layers": 2, "operators": 3}, "the profile unrolls to 6 operators; this service plans at most 4"),
+        ({"operators": 5}, "the profile unrolls to 5 operators"),  # of a program that no layer runs, too
+        ({"layers": 2, "values": 2, "tensors": 2}, None),
+        ({"layers": 2, "values": 2, "tensors": 3}, "the profile unrolls to 7 tensors; this service plans at most 6"),
+        ({"graph": 4}, None),
+        ({"graph": 5}, "the profile unrolls to 5 operators"),
+        ({"depth": 62}, None),
+        ({"depth": 63}, "more than 64 deep in each other"),
+    ],
+)
+def test_a_graph_is_counted_before_it_is_made(change, told):
+    program = {"name": "p", "operators": [{}] * change.get("operators", 0), "values": [{}] * change.get("values", 0)}
+    data = {
+        "layers": [{"program": "p"}] * change.get("layers", 0),
+        "programs": [program, 3],
+        "tensors": [{}] * change.get("tensors", 0),
+        "operators": [{}] * change.get("graph", 0),
+        "config": json.loads("[" * change.get("depth", 0) + "]" * change.get("depth", 0) or "0"),
+    }
+    data["config"] = [data["config"]]
+    with pytest.raises(ServiceError, match=told) if told else contextlib.nullcontext():
+        check_size(data, steps=4, tensors=6)
+    # What is no profile at all is for those to tell who read it as one.
+    for other in ([], 3, None, {"layers": 3, "programs": {"a": 1}}, {"layers": [3], "programs": [{"name": []}]}):
+        check_size(other, steps=0, tensors=0)
+
+
+def test_of_a_list_s_faults_the_first_is_told(profile):
+    wrong = profile.model_dump(mode="json") | {"layers": [{}] * 1000, "tensors": [{"name": 3}] * 1000}
+    with pytest.raises(ValidationError) as caught:
+        Profile.model_validate(wrong)
+    assert {error["loc"][:2] for error in caught.value.errors()} == {("tensors", 0), ("layers", 0)}
 
 
 def test_what_is_too_old_or_too_much_goes_when_the_service_starts(tmp_path, profile, minimum):

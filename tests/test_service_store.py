@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
 import sqlite3
 import time
 
@@ -10,7 +12,7 @@ import pytest
 from planner.service.clients import Client, network_of
 from planner.service.errors import ServiceError, StorageError
 from planner.service.migrations import LATEST, STEPS
-from planner.service.objects import Objects, gunzip
+from planner.service.objects import Objects, unpacked
 from planner.service.paths import confined
 from planner.service.schema import Error
 from planner.service.settings import Settings, loopback
@@ -292,15 +294,28 @@ def test_objects_appear_whole_under_their_digest(objects):
 
 
 def test_bombs_are_refused_before_they_unfold():
+    def unpack(content, limit, encoding="gzip"):
+        return b"".join(unpacked(io.BytesIO(content), encoding, limit))
+
     bomb = gzip.compress(b"\0" * (64 << 20), 9)
     assert len(bomb) < 70_000
-    with pytest.raises(OverflowError):
-        gunzip(bomb, 1 << 20)
-    assert gunzip(gzip.compress(b"x" * 100), 100) == b"x" * 100
-    with pytest.raises(ValueError, match="cut off"):
-        gunzip(gzip.compress(b"x" * 10_000)[:-9], 1 << 20)
-    with pytest.raises(ValueError, match="not gzip"):
-        gunzip(b"hello", 1 << 20)
+    with pytest.raises(ServiceError, match="unpacks to more than 1048576 bytes") as caught:
+        unpack(bomb, 1 << 20)
+    assert caught.value.status == 413
+    long = os.urandom(3 << 20)
+    assert unpack(gzip.compress(long), len(long)) == unpack(long, len(long), "identity") == long
+    for content, told in (
+        (gzip.compress(b"x" * 10_000)[:-9], "cut off"),
+        (gzip.compress(b""), None),
+        (b"", "cut off"),
+        (b"hello", "not gzip"),
+    ):
+        if told is None:
+            assert unpack(content, 1 << 20) == b""
+            continue
+        with pytest.raises(ServiceError, match=told) as caught:
+            unpack(content, 1 << 20)
+        assert caught.value.status == 400
 
 
 def test_retention_by_age_spares_what_live_jobs_need(store, objects):

@@ -41,6 +41,12 @@ ERRORS: dict[int, tuple[str, Code, str, str | None]] = {
         None,
     ),
     404: ("There is none", "not_found", "there is no plan '3f1c0e9d'; it may have been removed by retention", None),
+    408: (
+        "The headers or the body did not come in time",
+        "request_timeout",
+        "the body did not come within 60 s",
+        "body",
+    ),
     409: ("The state of things forbids it", "conflict", f"the job {JOB} is succeeded already", None),
     413: ("Too large", "too_large", "the body unpacks to more than 67108864 bytes", "body"),
     415: (
@@ -84,7 +90,7 @@ EVERYWHERE = errors(401, 422) | {
 JOB_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": Job, "description": "The job of an earlier, equal request has its result already"},
     202: {"model": Job, "description": "A job that waits or runs"},
-    **errors(400, 404, 409, 413, 415, 429),
+    **errors(400, 404, 408, 409, 413, 415, 429),
 }
 
 
