@@ -87,7 +87,7 @@ class Connection(H11Protocol):
     @property
     def busy(self) -> bool:
         """Whether a request has come whose answer is not complete."""
-        return self.cycle is not None and not self.cycle.response_complete
+        return self.cycle is not None and not self.cycle.response_complete  # type: ignore[redundant-expr]  # None at first
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)

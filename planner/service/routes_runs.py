@@ -114,7 +114,7 @@ async def _allowed(request: Request, asked: RunRequest) -> Row:
     roots = service_of(request).settings.roots
     real: Row = {"data": RANDOM, "eval_data": None}
     for field, text in (("data", asked.data), ("eval_data", asked.eval_data)):
-        if text != real[field]:
+        if text is not None and text != real[field]:
             real[field] = await asyncio.to_thread(confined, text, roots, field)
     return real
 
