@@ -58,7 +58,9 @@ def service(tmp_path, **limits):
 
 def elsewhere(http, address):
     """The same service, asked from another address."""
-    return TestClient(http.app, base_url="http://127.0.0.1", client=(address, 1))
+    other = TestClient(http.app, base_url="http://127.0.0.1", client=(address, 1))
+    other.portal = http.portal  # the event loop that the service is in
+    return other
 
 
 def upload(http, profile):

@@ -116,7 +116,8 @@ class Store:
 
     def _wanted(self, job: Job, client: Client) -> Job:
         """The job, which goes on for `client` too where it has not ended."""
-        if job.state not in LIVE:
+        mine = "SELECT 1 FROM askers WHERE job = ? AND address = ? AND name = ? AND NOT let_go"
+        if job.state not in LIVE or self._one(mine, job.id, client.address, client.name):
             return job
         with self._transaction():
             self._want(job.id, client)
