@@ -19,7 +19,20 @@ import networkx as nx
 from pydantic import BeforeValidator, Field, Strict, ValidationError
 
 from profiles.errors import InputError
-from profiles.schema import Channel, Device, Floor, Layer, Model, Operator, Profile, Program, Record, Tensor, Value
+from profiles.schema import (
+    Channel,
+    Device,
+    Floor,
+    Layer,
+    Many,
+    Model,
+    Operator,
+    Profile,
+    Program,
+    Record,
+    Tensor,
+    Value,
+)
 from profiles.units import printable
 
 GRAPH_VERSION = 1
@@ -82,7 +95,7 @@ class BareGraph(Record):
     estimated: Flag = Field(False, description="True: seconds were computed from operations and bytes, not measured")
     write: BareChannel | None = Field(None, description="where outputs may be moved to; not given: none is moved")
     read: BareChannel | None = Field(None, description="back into memory; given if and only if `write` is")
-    operators: list[BareOperator]
+    operators: Many[BareOperator]
 
 
 def is_bare(data: Any) -> bool:

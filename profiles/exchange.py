@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -32,10 +34,11 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     return parse_profile(content, str(path))
 
 
-def parse_profile(content: bytes, name: str) -> Profile:
+def parse_profile(content: bytes, name: str, check: Callable[[Any], None] | None = None) -> Profile:
     """The profile that `content` holds, in any of JSON's encodings; `name` is what messages call it.
 
-    Raises InputError where it is no whole profile.
+    `check` is given the plain JSON before anything is made of it, and may refuse it by raising. Raises InputError where
+    `content` is no whole profile.
     """
     try:
         data = json.loads(content)
@@ -46,6 +49,8 @@ def parse_profile(content: bytes, name: str) -> Profile:
             raise InputError(f"{name}: empty; {_again(content)}") from error
         where = f"cut at byte {len(content)}: {error}" if _ends_early(error) else str(error)
         raise InputError(f"{name}: not JSON, perhaps truncated ({where}); {_again(content)}") from error
+    if check is not None:
+        check(data)
     if is_bare(data):
         refuse_repeated(content, name)
         return parse_graph(data, name)

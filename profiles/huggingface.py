@@ -183,8 +183,11 @@ def _files(path: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{index}: damaged ({error!r}); download the file again") from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise InputError(f"{index}: damaged ({name!r} is no file beside it); download the file again")
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise InputError(

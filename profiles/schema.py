@@ -11,9 +11,9 @@ Forward runs the layers in order; backward runs them in reverse. Where no backwa
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
 PROFILE_VERSION = 7
 """raised with every change of the file's form, and of what operators measure or compute: runs that others began do not go on"""
@@ -44,6 +44,11 @@ def _checked_optimizer(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 Optimizer = Annotated[dict[str, Any], AfterValidator(_checked_optimizer)]
 """`name`, `state_tensors`: float32 copies per trainable; `accumulate`: steps whose gradients make one update, 1 where left out"""
+
+
+T = TypeVar("T")
+Many = Annotated[list[T], FailFast()]
+"""A list that may be long: of its faults only the first is told, so that a wrong one takes no memory for each of its parts"""
 
 
 class Record(BaseModel):
@@ -121,8 +126,8 @@ class Operator(Record):
 
 class Program(Record):
     name: str
-    values: list[Value]
-    operators: list[Operator] = Field(
+    values: Many[Value]
+    operators: Many[Operator] = Field(
         description="forward operators first, then those for inference, then backward, each in execution order"
     )
 
@@ -226,9 +231,9 @@ class Profile(Record):
     compute_dtype: str
     optimizer: Optimizer = Field(default_factory=adamw)
     device: Device
-    tensors: list[Tensor]
-    programs: list[Program]
-    layers: list[Layer]
+    tensors: Many[Tensor]
+    programs: Many[Program]
+    layers: Many[Layer]
     loss: str = Field(description="global tensor name of the scalar loss")
     token_losses: str | None = Field(
         None, description="decoders: float32 [tokens] negative log-likelihoods, 0 where unlabelled"

@@ -20,6 +20,7 @@ from planner.plan import plan as solve_here
 from planner.plan import planner_of
 from planner.schema import Plan
 from planner.service.client import Client, connect
+from planner.service.migrations import LATEST
 from planner.service.settings import Settings
 from planner.service.view import plan_view
 from planner.simulate import simulate
@@ -38,6 +39,8 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("service")
     (folder / "root").mkdir()
     (folder / "root" / "data.jsonl").write_text('{"text": "a"}\n')
+    (folder / "root" / "led").mkdir()
+    (folder / "root" / "led" / "model.gguf").symlink_to("/etc/passwd")
     service = Served(folder / "data", "--root", str(folder / "root")).start()
     yield service
     assert service.stop() == 0
@@ -206,6 +209,7 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release
         ("comparisons", {"memory": ["1GB"], "policies": ["solver", "y"]}, "body.policies.1", "no policy is called 'y'"),
         ("comparisons", {"memory": ["1GB"], "devices": ["own", "/etc/passwd"]}, "body.devices.1", "no device is called"),
         ("profiles", {"path": "../data.log"}, "body.path", "is no file or folder under a folder that is open"),
+        ("profiles", {"path": "led"}, "body.path", "'led' holds the link 'model.gguf', which leads out"),
         ("profiles", {"hub": "a/b"}, "body.hub", "downloads nothing"),
         ("profiles", {"config": {"a": 1}}, "body.config", "no 'model_type'"),
         ("profiles", {"path": "a", "hub": "a/b"}, "body", "exactly one of path, hub and config"),
@@ -280,6 +284,35 @@ def test_bodies_that_are_refused(served, profile):
     assert "operators; this service plans at most" in refused(post(json.dumps(large)), 422, "invalid_request")
     broken = served.http.post("/v1/plans", content=b"{", headers={"Content-Type": "application/json"})
     refused(broken, 400, "invalid_request")
+
+
+def test_an_upload_that_unfolds_is_refused_and_costs_the_service_no_memory(served, profile):
+    """A million layers in 3 KB; faults without number; JSON that is all brackets, or deep where anything may stand."""
+
+    def post(body):
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        return served.http.post("/v1/profiles/upload", content=gzip.compress(body, 9), headers=headers)
+
+    def peak():
+        status = Path(f"/proc/{served.process.pid}/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) << 10
+
+    served.upload(profile)  # the process that reads uploads is there
+    before = peak()
+    layers = b'{"version":6,"layers":['
+    told = refused(post(layers + b",".join([b"{}"] * 10**6) + b"]}"), 422, "invalid_request", "body.layers")
+    assert told == "the profile has 1000000 layers; this service plans at most 250000 operators"
+    refused(post(layers + b",".join([b"{}"] * 10**5) + b"]}"), 422, "invalid_request", "body")
+    told = refused(post(b"[" + b",".join([b"[]"] * (4 << 20)) + b"]"), 413, "too_large", "body")
+    assert told == "the upload has 4194305 objects and lists; this service reads at most 3000000"
+    deep = profile.model_dump(mode="json")
+    deep["programs"][0]["operators"][0]["args"] = json.loads("[" * 300 + "]" * 300)
+    told = refused(post(json.dumps(deep).encode()), 422, "invalid_request", "body")
+    assert told == "the upload has objects and lists more than 64 deep in each other"
+    assert peak() - before < 100 << 20
+    # Bodies at other doors are small, since they are read where all are answered.
+    many = {"profile": UNKNOWN, "memory": "1GB"} | {f"x{number}": 0 for number in range(50_000)}
+    assert "more than 262144 bytes" in refused(served.http.post("/v1/plans", json=many), 413, "too_large", "body")
 
 
 def test_other_sites_pages_are_kept_out(served):
@@ -541,7 +574,7 @@ def another_server():
 def test_it_tells_about_itself(served, uploaded, minimum):
     served.result("/v1/plans", profile=uploaded, memory=minimum)
     health = served.http.get("/healthz").json()
-    assert (health["status"], health["schema_version"]) == ("ok", 1)
+    assert (health["status"], health["schema_version"]) == ("ok", LATEST)
     device = served.http.get("/v1/devices").json()["devices"][0]
     assert (device["name"], device["local"]) == ("cpu", True)
     assert len(served.http.get("/v1/devices").json()["devices"]) > 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import signal
 import sys
@@ -11,13 +12,16 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 from synthetic import decoder_like, small_chain
 
 from planner.plan import minimum_budget
 from planner.service.app import create_app
-from planner.service.errors import StorageError
+from planner.service.clients import Client
+from planner.service.errors import ServiceError, StorageError
 from planner.service.events import Events
+from planner.service.limits import check_size
 from planner.service.metrics import Metrics
 from planner.service.objects import Objects
 from planner.service.schema import PLAN_JOB, Job
@@ -25,9 +29,12 @@ from planner.service.settings import Settings
 from planner.service.solving import keep_profile
 from planner.service.store import ATTEMPTS, Store
 from planner.service.supervisor import Supervisor
+from profiles.exchange import canonical_json
+from profiles.schema import Profile
 
 PATIENCE = 60.0
 """seconds"""
+HERE = Client(address="127.0.0.1")
 PLANNED = ("tightfit_worker_seconds_count", {"kind": "plan"})
 """how many plans workers have come to the end of, well or not"""
 
@@ -45,8 +52,15 @@ def minimum(profile):
 @contextlib.contextmanager
 def service(tmp_path, **limits):
     settings = Settings(data_dir=tmp_path / "data", command=(sys.executable, "-m", "runtime.cli"), **limits)
-    with TestClient(create_app(settings), base_url="http://127.0.0.1") as http:
+    with TestClient(create_app(settings), base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as http:
         yield http
+
+
+def elsewhere(http, address):
+    """The same service, asked from another address."""
+    other = TestClient(http.app, base_url="http://127.0.0.1", client=(address, 1))
+    other.portal = http.portal  # the event loop that the service is in
+    return other
 
 
 def upload(http, profile):
@@ -81,6 +95,57 @@ def test_jobs_wait_for_a_worker_and_as_many_as_may(tmp_path):
         wait(http, second, until=("running",))
 
 
+def test_one_client_leaves_places_in_the_queue_to_others(tmp_path):
+    with service(tmp_path, workers=1, waiting=5) as http:
+        running = endless(http, 0).json()
+        wait(http, running, until=("running",))
+        assert endless(http, 1).status_code == 202
+        full = endless(http, 2)
+        assert (full.status_code, full.headers["retry-after"]) == (429, "30")
+        assert "1 jobs that you asked for are waiting already" in full.json()["error"]["message"]
+        assert endless(elsewhere(http, "10.0.0.2"), 2).status_code == 202
+
+
+def test_a_job_ends_only_when_the_last_who_asked_for_it_lets_go(tmp_path):
+    with service(tmp_path, workers=1) as a:
+        b = elsewhere(a, "10.0.0.2")
+        job = endless(a, 0).json()
+        assert endless(b, 0).json()["id"] == job["id"]
+        wait(a, job, until=("running",))
+        cancel = f"/v1/jobs/{job['id']}/cancel"
+        stranger = elsewhere(a, "10.0.0.3").post(cancel)
+        assert (stranger.status_code, stranger.json()["error"]["code"]) == (403, "forbidden")
+        for _ in range(2):
+            told = a.post(cancel)
+            assert (told.status_code, told.json()["state"], told.json()["wanted_by"]) == (200, "running", 1)
+        # Two at one address tell themselves apart by their names.
+        names = [{"Client-Id": name} for name in ("first", "second")]
+        for headers in names:
+            assert a.post("/v1/comparisons", json=job["request"], headers=headers).json()["id"] == job["id"]
+        assert b.post(cancel).json()["wanted_by"] == 2
+        assert a.post(cancel, headers=names[0]).json()["wanted_by"] == 1
+        a.post(cancel, headers=names[1])
+        assert wait(a, job, until=("cancelled",))["wanted_by"] == 0
+        refused = a.post(cancel, headers={"Client-Id": "x" * 101})
+        assert (refused.status_code, refused.json()["error"]["fields"][0]["field"]) == (422, "header.Client-Id")
+
+
+def test_a_profile_that_was_uploaded_can_be_run_once_it_is_measured_here(tmp_path, profile, minimum):
+    measured = profile.model_copy(update={"device": profile.device.model_copy(update={"measured": True})})
+    with service(tmp_path) as http:
+        identity = upload(http, measured)
+        plan = wait(http, http.post("/v1/plans", json={"profile": identity, "memory": "1GiB"}).json())["result"]["plan"]
+        run = {"plan": plan, "data": "random", "steps": 1}
+        assert "was not made by this service" in http.post("/v1/runs", json=run).json()["error"]["message"]
+        own = http.app.state.service
+        job = own.store.ask("profile", "cpu", {}, content=None, key=None, waiting=9, client=HERE)[0]
+        made = keep_profile(own.objects, measured, origin="made")
+        own.store.finish(job.id, "succeeded", result={"profile": made["id"]}, files=[made])
+        assert http.get(f"/v1/profiles/{identity}").json()["origin"] == "made"
+        assert upload(http, measured) == identity  # which takes nothing away
+        assert http.post("/v1/runs", json=run).status_code == 202
+
+
 def test_jobs_end_one_after_the_other_when_their_time_is_over(tmp_path):
     with service(tmp_path, workers=1, job_seconds=1.0) as http:
         first, second = (endless(http, number).json() for number in range(2))
@@ -99,6 +164,73 @@ def test_a_solve_over_its_memory_fails_alone(tmp_path):
         assert (ended["state"], ended["error"]["code"]) == ("failed", "worker_died"), ended
         assert "40 MiB" in ended["error"]["message"]
         assert http.get("/healthz").status_code == 200
+
+
+def test_an_upload_over_its_memory_or_its_time_fails_alone(tmp_path, profile):
+    for limits, told in (
+        ({"check_bytes": 64 << 20}, "the upload takes more than 64 MiB of memory to read; send a smaller profile"),
+        ({"check_seconds": 0.01}, "the upload took longer to read than 0.01 s; send a smaller profile"),
+    ):
+        with service(tmp_path, **limits) as http:
+            large = decoder_like(24).model_dump(mode="json")
+            large["tensors"] += [large["tensors"][0] | {"name": f"t{number}"} for number in range(50_000)]
+            answer = http.post("/v1/profiles/upload", json=large)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+            assert answer.json()["error"]["message"] == told
+            assert http.get("/healthz").status_code == 200
+            if "check_bytes" in limits:
+                upload(http, profile)
+            assert [path.name for path in (tmp_path / "data" / "objects" / "tmp").glob("upload-*")] == []
+
+
+def test_what_is_here_already_is_known_without_being_read_again(tmp_path, profile, monkeypatch):
+    with service(tmp_path) as http:
+        identity = upload(http, profile)
+        monkeypatch.setattr("planner.service.processes.Processes.take", None)
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        body = gzip.compress(canonical_json(profile).encode())
+        answer = http.post("/v1/profiles/upload", content=body, headers=headers)
+        assert (answer.status_code, answer.json()["id"]) == (200, identity)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"layers": 4}, None),
+        ({"layers": 5}, "the profile has 5 layers; this service plans at most 4 operators"),
+        ({"layers": 2, "operators": 2}, None),
+        ({"layers": 2, "operators": 3}, "the profile unrolls to 6 operators; this service plans at most 4"),
+        ({"operators": 5}, "the profile unrolls to 5 operators"),  # of a program that no layer runs, too
+        ({"layers": 2, "values": 2, "tensors": 2}, None),
+        ({"layers": 2, "values": 2, "tensors": 3}, "the profile unrolls to 7 tensors; this service plans at most 6"),
+        ({"graph": 4}, None),
+        ({"graph": 5}, "the profile unrolls to 5 operators"),
+        ({"depth": 62}, None),
+        ({"depth": 63}, "more than 64 deep in each other"),
+    ],
+)
+def test_a_graph_is_counted_before_it_is_made(change, told):
+    program = {"name": "p", "operators": [{}] * change.get("operators", 0), "values": [{}] * change.get("values", 0)}
+    data = {
+        "layers": [{"program": "p"}] * change.get("layers", 0),
+        "programs": [program, 3],
+        "tensors": [{}] * change.get("tensors", 0),
+        "operators": [{}] * change.get("graph", 0),
+        "config": json.loads("[" * change.get("depth", 0) + "]" * change.get("depth", 0) or "0"),
+    }
+    data["config"] = [data["config"]]
+    with pytest.raises(ServiceError, match=told) if told else contextlib.nullcontext():
+        check_size(data, steps=4, tensors=6)
+    # What is no profile at all is for those to tell who read it as one.
+    for other in ([], 3, None, {"layers": 3, "programs": {"a": 1}}, {"layers": [3], "programs": [{"name": []}]}):
+        check_size(other, steps=0, tensors=0)
+
+
+def test_of_a_list_s_faults_the_first_is_told(profile):
+    wrong = profile.model_dump(mode="json") | {"layers": [{}] * 1000, "tensors": [{"name": 3}] * 1000}
+    with pytest.raises(ValidationError) as caught:
+        Profile.model_validate(wrong)
+    assert {error["loc"][:2] for error in caught.value.errors()} == {("tensors", 0), ("layers", 0)}
 
 
 def test_what_is_too_old_or_too_much_goes_when_the_service_starts(tmp_path, profile, minimum):
@@ -182,6 +314,12 @@ def test_a_run_goes_on_only_with_data_under_the_roots_of_today(tmp_path, profile
         measured = profile.model_copy(update={"device": profile.device.model_copy(update={"measured": True})})
         made = own.store.add(keep_profile(own.objects, measured, origin="made"))["id"]
         plan = wait(http, http.post("/v1/plans", json={"profile": made, "memory": "1GiB"}).json())["result"]["plan"]
+        led = tmp_path / "root" / "led"
+        led.mkdir()
+        (led / "a.jsonl").symlink_to("/etc/passwd")
+        for field in ("data", "eval_data"):
+            answer = http.post("/v1/runs", json={"plan": plan, "data": str(data), "steps": 1} | {field: "led"})
+            assert (answer.status_code, answer.json()["error"]["fields"][0]["field"]) == (422, f"body.{field}")
         run = http.post("/v1/runs", json={"plan": plan, "data": str(data), "steps": 1}).json()
         assert wait(http, run)["state"] == "failed"  # nothing is there to train
     with service(tmp_path) as http:
@@ -207,7 +345,7 @@ def full(tmp_path, monkeypatch):
         return finish(*words, **more)
 
     monkeypatch.setattr(store, "finish", finish_with_room)
-    job, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9)
+    job, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9, client=HERE)
     yield supervisor, store, job
     store.close()
 
@@ -222,13 +360,13 @@ def test_a_run_that_is_cancelled_while_its_end_waits_for_room_can_go_on(full):
         store.next("cpu")
         ending = asyncio.create_task(supervisor._conclude(job, FAILED, 1, None))
         await asyncio.sleep(0.05)
-        supervisor.cancel(job.id)
+        supervisor.cancel(job.id, HERE)
         supervisor.room = True
         await ending
 
     asyncio.run(end())
     assert store.job(job.id).state == "cancelled"
-    assert supervisor.resume(job.id).state == "queued"
+    assert supervisor.resume(job.id, HERE).state == "queued"
     assert supervisor._cancelled == set()  # else it would be ended as soon as it starts
 
 

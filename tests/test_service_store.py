@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import os
 import sqlite3
 import time
 
 import pytest
 
+from planner.service.clients import Client, network_of
 from planner.service.errors import ServiceError, StorageError
 from planner.service.migrations import LATEST, STEPS
-from planner.service.objects import Objects, gunzip
+from planner.service.objects import Objects, unpacked
 from planner.service.paths import confined
 from planner.service.schema import Error
 from planner.service.settings import Settings, loopback
-from planner.service.store import ATTEMPTS, Store, content_key, file_row, folder_row
+from planner.service.store import ATTEMPTS, MOST_ASKERS, MOST_SERVED, Store, content_key, file_row, folder_row
 from profiles.errors import InputError
 
 LANE = "solve"
@@ -31,10 +34,15 @@ def objects(tmp_path):
     return Objects(tmp_path / "objects")
 
 
-def ask(store, number=1, *, key=None, repeatable=False, waiting=100, uses=()):
+HERE = Client(address="127.0.0.1")
+A, B, C = (Client(address="10.0.0.1", name=name) for name in ("a", "b", "c"))
+NEAR, FAR = Client(address="10.0.0.1"), Client(address="10.0.0.2")
+
+
+def ask(store, number=1, *, key=None, repeatable=False, waiting=100, client=HERE, uses=()):
     request = {"number": number}
     content = None if repeatable else content_key("plan", request)
-    return store.ask("plan", LANE, request, content=content, key=key, waiting=waiting, uses=uses)
+    return store.ask("plan", LANE, request, content=content, key=key, waiting=waiting, client=client, uses=uses)
 
 
 def keep(store, objects, identity, size=100, **more):
@@ -105,6 +113,97 @@ def test_a_full_queue_refuses(store):
         ask(store, 2, waiting=1)
     assert caught.value.status == 429
     assert ask(store, 1, waiting=1)[1] is False
+
+
+def test_what_one_party_may_have_waiting_is_bounded(store):
+    """A fifth of the queue for a client, half of it for all at one address; asking again for the same costs nothing."""
+    for number in range(2):
+        ask(store, number, waiting=10, client=A)
+    with pytest.raises(ServiceError, match="2 jobs that you asked for are waiting already, which is all") as caught:
+        ask(store, 2, waiting=10, client=A)
+    assert (caught.value.status, caught.value.code) == (429, "busy")
+    assert ask(store, 1, waiting=10, client=A)[1] is False
+    # Names are free to choose, addresses are not.
+    for number in range(2, 5):
+        ask(store, number, waiting=10, client=Client(address="10.0.0.1", name=f"n{number}"))
+    with pytest.raises(ServiceError, match="5 jobs from your address are waiting already") as caught:
+        ask(store, 5, waiting=10, client=B)
+    assert caught.value.status == 429
+    ended = store.job(ask(store, 0, client=A)[0].id)
+    store.finish(ended.id, "failed", error=Error(code="input", message="no"))
+    assert store.resume(ended.id, waiting=10, client=FAR)[1]
+    ask(store, 5, waiting=10, client=FAR)
+    with pytest.raises(ServiceError, match="2 jobs that you asked for are waiting already"):
+        store.resume(ask(store, 6, waiting=10, client=FAR)[0].id, waiting=10, client=FAR)
+    assert store.next(LANE) is not None  # what runs no longer waits
+    ask(store, 6, waiting=10, client=FAR)
+
+
+def test_an_address_counts_with_those_that_its_owner_may_choose_from():
+    assert network_of("127.0.0.1") == network_of("127.9.0.2") == network_of("::1") == network_of("::ffff:127.0.0.1")
+    assert network_of("2001:db8:0:1::5") == network_of("2001:db8:0:1:ffff::6%eth0") != network_of("2001:db8:0:2::5")
+    assert network_of("10.0.0.1") == network_of("::ffff:10.0.0.1") != network_of("10.0.0.2")
+    assert network_of("a proxy's socket") == "a proxy's socket"
+
+
+def test_networks_and_their_clients_take_turns(store):
+    asked = [(A, 1), (A, 2), (A, 3), (B, 4), (FAR, 5), (FAR, 6)]
+    ids = {ask(store, number, client=client)[0].id: number for client, number in asked}
+    assert [ids[store.next(LANE).id] for _ in asked] == [1, 5, 4, 6, 2, 3]
+    # Of what is remembered only the latest counts.
+    assert store.next(LANE) is None
+    store._served = {(LANE, str(number)): number for number in range(MOST_SERVED)}
+    ask(store, 7, client=A)
+    assert store.next(LANE) is not None
+    assert len(store._served) <= MOST_SERVED
+
+
+def test_a_job_is_wanted_until_the_last_who_asked_lets_go(store):
+    job, _ = ask(store, client=A)
+    assert ask(store, client=B)[0].wanted_by == 2
+    written = store._database.total_changes
+    assert ask(store, client=B)[0].wanted_by == 2
+    assert store._database.total_changes == written  # whoever asks every second costs the disk nothing
+    assert store.let_go(job.id, A) == 1
+    assert store.let_go(job.id, A) == 1  # twice is once
+    for stranger in (C, FAR):
+        with pytest.raises(ServiceError, match="was asked for by others; only who has asked") as caught:
+            store.let_go(job.id, stranger)
+        assert (caught.value.status, caught.value.code) == (403, "forbidden")
+    assert ask(store, client=A, key="again")[0].wanted_by == 2
+    assert [store.let_go(job.id, client) for client in (B, A)] == [1, 0]
+    assert ask(store, client=A, key="again")[0].wanted_by == 1  # the key stands for the job, which is wanted again
+    # Who gives no name speaks for the address, unless that has asked so itself.
+    ask(store, client=B)
+    assert store.let_go(job.id, NEAR) == 0
+    ask(store, client=NEAR)
+    ask(store, client=B)
+    assert store.let_go(job.id, NEAR) == 1
+    assert store.let_go(job.id, NEAR) == 1
+    # Who has asked under no name can be spoken for by a name at that address.
+    other, _ = ask(store, 2, client=NEAR)
+    assert store.let_go(other.id, C) == 0
+    # Nobody is remembered to have asked for what an earlier version began.
+    store._database.execute("DELETE FROM askers")
+    assert store.let_go(job.id, FAR) == 0
+    # However many ask, so many are remembered; what has ended is wanted by nobody.
+    for number in range(MOST_ASKERS + 1):
+        wanted = ask(store, client=Client(address="10.0.0.1", name=str(number)))[0].wanted_by
+    assert wanted == MOST_ASKERS
+    store.finish(job.id, "succeeded", result={})
+    store._database.execute("DELETE FROM askers")
+    assert ask(store, client=A)[0].wanted_by == 0
+
+
+def test_what_is_measured_here_counts_as_made_whoever_uploaded_it_before(store, objects):
+    written = objects.put(b"a profile")
+    for origin, kept in (("uploaded", "uploaded"), ("made", "made"), ("uploaded", "made")):
+        row = store.add(file_row("profile", "p", written, name="p", summary={}, origin=origin))
+        assert row["origin"] == kept
+    # A plan's origin is the profile that it was made from.
+    for origin in ("p", "made"):
+        row = store.add(file_row("plan", "p", written, name="p", summary={}, origin=origin))
+        assert row["origin"] == "p"
 
 
 def test_what_ran_waits_again_but_not_for_ever(store):
@@ -197,15 +296,28 @@ def test_objects_appear_whole_under_their_digest(objects):
 
 
 def test_bombs_are_refused_before_they_unfold():
+    def unpack(content, limit, encoding="gzip"):
+        return b"".join(unpacked(io.BytesIO(content), encoding, limit))
+
     bomb = gzip.compress(b"\0" * (64 << 20), 9)
     assert len(bomb) < 70_000
-    with pytest.raises(OverflowError):
-        gunzip(bomb, 1 << 20)
-    assert gunzip(gzip.compress(b"x" * 100), 100) == b"x" * 100
-    with pytest.raises(ValueError, match="cut off"):
-        gunzip(gzip.compress(b"x" * 10_000)[:-9], 1 << 20)
-    with pytest.raises(ValueError, match="not gzip"):
-        gunzip(b"hello", 1 << 20)
+    with pytest.raises(ServiceError, match="unpacks to more than 1048576 bytes") as caught:
+        unpack(bomb, 1 << 20)
+    assert caught.value.status == 413
+    long = os.urandom(3 << 20)
+    assert unpack(gzip.compress(long), len(long)) == unpack(long, len(long), "identity") == long
+    for content, told in (
+        (gzip.compress(b"x" * 10_000)[:-9], "cut off"),
+        (gzip.compress(b""), None),
+        (b"", "cut off"),
+        (b"hello", "not gzip"),
+    ):
+        if told is None:
+            assert unpack(content, 1 << 20) == b""
+            continue
+        with pytest.raises(ServiceError, match=told) as caught:
+            unpack(content, 1 << 20)
+        assert caught.value.status == 400
 
 
 def test_retention_by_age_spares_what_live_jobs_need(store, objects):
@@ -269,27 +381,27 @@ def test_a_run_that_ended_early_goes_on_and_its_checkpoints_are_its_own_again(st
     store.next(LANE)
     store.finish(run.id, "cancelled", files=[folder_row(run.id, 5000)])
     assert store.stored_bytes() == 5000
-    resumed, new = store.resume(run.id, key="k", waiting=1)
+    resumed, new = store.resume(run.id, key="k", waiting=1, client=HERE)
     assert new
     assert (resumed.state, resumed.finished, resumed.attempts, store.stored_bytes()) == ("queued", None, 0, 0)
     # Asked twice under one key, it goes on once; a key is for one request.
-    assert store.resume(run.id, key="k", waiting=1) == (resumed, False)
+    assert store.resume(run.id, key="k", waiting=1, client=HERE) == (resumed, False)
     with pytest.raises(ServiceError, match="the idempotency key 'k' was used for another request"):
         ask(store, key="k", repeatable=True)
     # What cannot go on is told so, with a full queue too.
     for waiting in (1, 2):
         with pytest.raises(ServiceError, match="is queued: there is nothing to go on with") as refusal:
-            store.resume(run.id, waiting=waiting)
+            store.resume(run.id, waiting=waiting, client=HERE)
         assert refusal.value.status == 409
     other, _ = ask(store, 2, repeatable=True)
     store.finish(other.id, "cancelled")
     with pytest.raises(ServiceError, match="1 jobs are waiting already"):
-        store.resume(other.id, waiting=1)
+        store.resume(other.id, waiting=1, client=HERE)
     assert store.job(other.id).state == "cancelled"
     assert store.next(LANE).id == run.id
     store.finish(run.id, "succeeded", result={})
     with pytest.raises(ServiceError, match="is succeeded: there is nothing to go on with"):
-        store.resume(run.id, waiting=9)
+        store.resume(run.id, waiting=9, client=HERE)
 
 
 def test_a_file_told_again_is_told_as_now_but_keeps_its_explanation(store, objects):
@@ -325,6 +437,44 @@ def test_paths_stay_under_the_roots(tmp_path):
         assert (caught.value.status, caught.value.field) == (422, "body.path")
     with pytest.raises(ServiceError, match="no folder is open to requests; start the service with --root FOLDER"):
         confined("a", [], "path")
+
+
+def test_a_folder_is_open_only_where_no_link_in_it_leads_out(tmp_path, monkeypatch):
+    roots = [tmp_path / "models", tmp_path / "data"]
+    blobs, snapshot, data = roots[0] / "hub" / "blobs", roots[0] / "hub" / "snapshots" / "1", roots[1] / "reviews"
+    outside = tmp_path / "outside"
+    for folder in (blobs, snapshot, data, outside):
+        folder.mkdir(parents=True)
+    (blobs / "abc").write_text("{}")
+    (outside / "secret.jsonl").write_text("s")
+    # As the Hugging Face cache has it, and between two folders that are open.
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    (snapshot / "reviews").symlink_to(data)
+    (data / "round").symlink_to(data)
+    (data / "itself").symlink_to("itself")
+    assert confined("hub/snapshots/1", roots, "path") == str(snapshot.resolve())
+    assert confined("reviews", roots, "data") == str(data.resolve())
+
+    def refuse(link, target, named):
+        """`named` is refused while `link` is there, and not before."""
+        assert confined(named, roots, "data")
+        link.symlink_to(target)
+        with pytest.raises(ServiceError, match=f"'{named}' holds the link .*{link.name}', which leads out") as caught:
+            confined(named, roots, "data")
+        assert (caught.value.status, caught.value.field) == (422, "body.data")
+        assert str(tmp_path) not in str(caught.value)
+        link.unlink()
+
+    refuse(data / "a.jsonl", outside / "secret.jsonl", "reviews")
+    refuse(
+        data / "not-yet.jsonl", outside / "later.jsonl", "reviews"
+    )  # it would lead out as soon as something is there
+    (snapshot / "deeper").mkdir()
+    refuse(snapshot / "deeper" / "up", outside, "hub/snapshots/1")
+    refuse(data / "b.jsonl", "../../outside/secret.jsonl", "hub/snapshots/1")  # through the link to the other root
+    monkeypatch.setattr("planner.service.paths.MOST_ENTRIES", 1)
+    with pytest.raises(ServiceError, match="'reviews' holds more than 1 files"):
+        confined("reviews", roots, "data")
 
 
 def test_other_machines_need_a_token(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import sys
 import types
@@ -589,6 +590,12 @@ def test_missing_and_damaged_shards_are_named(tmp_path: Path) -> None:
     (path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(InputError, match=r"index.json: damaged"):
         resolve(str(path))
+    # An index that others wrote names files beside it, never one that lies elsewhere.
+    shutil.copy(path / "model-00001-of-00003.safetensors", tmp_path / "other.safetensors")
+    for name in ("../other.safetensors", str(tmp_path / "other.safetensors"), 5, ["a"]):
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(InputError, match=r"index.json: damaged"):
+            resolve(str(path))
 
 
 def test_changed_weights_change_the_fingerprint(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -28,13 +29,29 @@ from planner.service.schema import Error, ErrorAnswer, FieldError
 from planner.service.settings import Settings
 from planner.service.store import Store
 from planner.service.supervisor import Supervisor
+from planner.service.uploads import Uploads
 from profiles.errors import InputError, RunError, TightfitError
 
 DESCRIPTION = """Fit training into the memory you have: profiles in, plans out, with a proven gap.
 
 Long work answers 202 with a job; its events are at `/v1/jobs/{id}/events`. A repeated request is the same job. A budget that is too
-small is a result (`status: infeasible`, with the smallest budget that is enough), not an error. Every error has one form."""
+small is a result (`status: infeasible`, with the smallest budget that is enough), not an error. Every error has one form.
+
+**Who asks.** A client is the address that it asks from, and the name that it gives itself in the header `Client-Id`, if any; the
+token is the same for all and tells nobody apart. A job that several clients asked for ends when the last of them cancels it. Jobs are
+taken from the queue by turns: of the networks, and of each network's clients. At most half of the queue's places, and of the
+connections, are one network's, a fifth of the places is one client's; what is more is answered by 429 (503 for connections). A
+network is an IPv4 address, 64 bits of an IPv6 address, or this machine. Behind a proxy all have its address, unless the service is
+started with the proxy's in the environment variable FORWARDED_ALLOW_IPS.
+
+**In time.** A request's headers must come within 10 s and its body within 60 s, else the answer is 408. A body has at most 256 KiB,
+an uploaded profile 64 MiB unpacked, with at most 250,000 operators and 1,000,000 tensors in all of its layers, else the answer is 413
+or 422."""
 CODES: dict[int, Code] = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+WAITING_CONNECTIONS = 1024
+"""that the kernel holds for us"""
+ACCEPTED_AT_ONCE = 32
+"""connections that are accepted before what the latest have sent is read: few, or they would look as if they had sent nothing"""
 ROUTERS = tuple(routes.router for routes in (routes_profiles, routes_planning, routes_runs, routes_jobs, routes_page))
 log = logging.getLogger("tightfit.service")
 
@@ -49,6 +66,7 @@ class Service:
     events: Events
     metrics: Metrics
     supervisor: Supervisor
+    uploads: Uploads
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -63,8 +81,15 @@ def create_app(settings: Settings) -> FastAPI:
         (settings.data_dir / "runs").mkdir(exist_ok=True)
         events = Events()
         supervisor = Supervisor(settings, store, objects, events, metrics)
+        uploads = Uploads(settings, store, objects, metrics, supervisor.processes)
         app.state.service = Service(
-            settings=settings, store=store, objects=objects, events=events, metrics=metrics, supervisor=supervisor
+            settings=settings,
+            store=store,
+            objects=objects,
+            events=events,
+            metrics=metrics,
+            supervisor=supervisor,
+            uploads=uploads,
         )
         metrics.watch(lambda: _gauges(store, events))
         await supervisor.start()
@@ -115,6 +140,7 @@ def serve(settings: Settings) -> None:
 
     import uvicorn
 
+    from planner.service.connections import Connections, most_connections, protocol_of
     from planner.service.logs import log_to_stderr
 
     log_to_stderr()
@@ -125,7 +151,7 @@ def serve(settings: Settings) -> None:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host.strip("[]"), settings.port))
-        listening.listen(1024)  # who comes before the application is up waits, instead of being refused
+        listening.listen(WAITING_CONNECTIONS)  # who comes before the application is up waits, instead of being refused
     except OSError as error:
         raise InputError(
             f"--host {settings.host} --port {settings.port}: {error.strerror or error}; name another --port"
@@ -142,14 +168,21 @@ def serve(settings: Settings) -> None:
             app.state.service.events.close()  # else it would wait for streams that wait for jobs
             super().handle_exit(sig, frame)
 
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            listening.listen(WAITING_CONNECTIONS)  # uvicorn has just made it as many as are accepted at once
+
     config = uvicorn.Config(
         app,
+        http=protocol_of(Connections(most_connections())),
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
-        limit_concurrency=1024,
+        backlog=ACCEPTED_AT_ONCE,
+        # Else whoever asks from this machine could call itself by any address: a proxy in front must be named.
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn ends on them, and raises them once more at the end

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Header, Request, Response
 from starlette.responses import StreamingResponse
 
+from planner.service.clients import Client
 from planner.service.errors import Code, ServiceError, invalid, not_found
 from planner.service.schema import FINISHED, JOB, ErrorAnswer, Job, JobKind, StoredPlan, StoredProfile
 from planner.service.store import Row, content_key
@@ -33,7 +34,19 @@ IdempotencyKey = Annotated[
 ERRORS: dict[int, tuple[str, Code, str, str | None]] = {
     400: ("The body is no JSON", "invalid_request", "body.11: JSON decode error", "body.11"),
     401: ("No token, or a wrong one", "unauthorized", "send the service's token", "header.Authorization"),
+    403: (
+        "Others have asked for it",
+        "forbidden",
+        f"the job {JOB} was asked for by others; only who has asked for a job can cancel it",
+        None,
+    ),
     404: ("There is none", "not_found", "there is no plan '3f1c0e9d'; it may have been removed by retention", None),
+    408: (
+        "The headers or the body did not come in time",
+        "request_timeout",
+        "the body did not come within 60 s",
+        "body",
+    ),
     409: ("The state of things forbids it", "conflict", f"the job {JOB} is succeeded already", None),
     413: ("Too large", "too_large", "the body unpacks to more than 67108864 bytes", "body"),
     415: (
@@ -48,7 +61,12 @@ ERRORS: dict[int, tuple[str, Code, str, str | None]] = {
         "'350M' is not a size; write plain bytes (367001600), 350MB or 350MiB",
         "body.memory",
     ),
-    429: ("Too many jobs are waiting", "busy", "1000 jobs are waiting already; ask again in a minute", None),
+    429: (
+        "Too many jobs are waiting, of all or of this client",
+        "busy",
+        "1000 jobs are waiting already; ask again in a minute",
+        None,
+    ),
 }
 """status -> what it means, and an example's code, message and field"""
 
@@ -72,7 +90,7 @@ EVERYWHERE = errors(401, 422) | {
 JOB_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": Job, "description": "The job of an earlier, equal request has its result already"},
     202: {"model": Job, "description": "A job that waits or runs"},
-    **errors(400, 404, 409, 413, 415, 429),
+    **errors(400, 404, 408, 409, 413, 415, 429),
 }
 
 
@@ -95,6 +113,7 @@ def ask(
     request: Request,
     kind: JobKind,
     asked: Row,
+    client: Client,
     *,
     key: str | None,
     uses: Sequence[tuple[str, str]] = (),
@@ -110,6 +129,7 @@ def ask(
         content=None if repeatable else content_key(kind, asked),
         key=key,
         waiting=service.settings.waiting,
+        client=client,
         uses=uses,
     )
     service.metrics.cached.labels(kind, "new" if new else "finished" if job.state in FINISHED else "joined").inc()

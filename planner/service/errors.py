@@ -12,11 +12,12 @@ Code = Literal[
     "forbidden",  # 403
     "not_found",  # 404
     "method_not_allowed",  # 405
+    "request_timeout",  # 408: the headers or the body did not come in time
     "conflict",  # 409: the state of the job, or an idempotency key used for something else
     "too_large",  # 413
     "unsupported_media_type",  # 415
     "misdirected",  # 421: a Host that is not ours
-    "busy",  # 429: the queue is full
+    "busy",  # 429: too many jobs wait, of all or of one client; 503: too many connections are open
     "internal",  # 500
     "storage",  # 507: the data folder's disk is full, or cannot be written; a job waits for room instead
     # Of jobs, not of requests:
@@ -59,4 +60,4 @@ def not_found(what: str, name: str) -> ServiceError:
 
 
 def invalid(field: str, message: str) -> ServiceError:
-    return ServiceError(422, "invalid_request", message, f"body.{field}")
+    return ServiceError(422, "invalid_request", message, f"body.{field}" if field else "body")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
@@ -17,6 +18,10 @@ from planner.summary import to_json
 
 OPEN = ("/healthz", "/page/")
 """answered without a token: nothing there belongs to anybody"""
+UPLOAD = "/v1/profiles/upload"
+"""the one path that takes large bodies"""
+BODY_SECONDS = 60.0
+"""that we wait for a request's body, from its headers to its end"""
 STREAMS = "/events"
 """end of the paths whose answers last as long as their job: not told without their body"""
 POLICY = (
@@ -40,6 +45,65 @@ class Refused(Exception):  # noqa: N818  an answer, not a fault
         self.status, self.code, self.message, self.field = status, code, message, field
 
 
+class _Exchange:
+    """A request's body as it comes and the answer as it goes: a body that is too large or too slow is answered by a refusal."""
+
+    def __init__(self, receive: Receive, send: Send, limit: int) -> None:
+        self._receive, self._send, self._limit = receive, send, limit
+        self._received, self._left, self._whole = 0, BODY_SECONDS, False
+        self._refusal: Refused | None = None
+        self._started = False
+        self.status = 500
+
+    async def receive(self) -> Message:
+        """Raises Refused for a body that is too large, or that keeps us waiting for too long."""
+        if self._whole:
+            return await self._receive()
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self._left):
+                message = await self._receive()
+        except TimeoutError:
+            told = f"the body did not come within {BODY_SECONDS:.0f} s"
+            self._refusal = Refused(408, "request_timeout", told, "body")
+            raise self._refusal from None
+        self._left -= time.monotonic() - began
+        self._received += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        if self._received > self._limit:
+            self._refusal = _too_large(self._limit)
+            raise self._refusal
+        return message
+
+    async def send(self, message: Message) -> None:
+        if self._refusal is not None:  # told instead of what the application makes of half a body
+            await self.refuse(self._refusal)
+            return
+        if message["type"] == "http.response.start":
+            self.status, self._started = message["status"], True
+            message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
+        await self._send(message)
+
+    async def refuse(self, why: Refused) -> None:
+        if self._started:
+            return
+        self.status, self._started = why.status, True
+        fields = [{"field": why.field, "message": why.message}]
+        body = to_json({"error": {"code": why.code, "message": why.message, "fields": fields}}).encode(
+            "utf-8", "replace"
+        )
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+            *HEADERS,
+        ]
+        if why.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        await self._send({"type": "http.response.start", "status": why.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
 class Guard:
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self.app, self.settings, self.metrics = app, settings, metrics
@@ -50,64 +114,20 @@ class Guard:
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
-        asked = scope
-        state = {"status": 500, "received": 0, "started": False, "too_large": False}
-        limit = self.settings.upload_bytes
-
-        async def receive_counted() -> Message:
-            message = await receive()
-            if message["type"] == "http.request":
-                state["received"] += len(message.get("body", b""))
-                if state["received"] > limit:
-                    state["too_large"] = True
-                    return {"type": "http.request", "body": b"", "more_body": False}
-            return message
-
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                if state["too_large"]:
-                    await refuse(_too_large(limit))
-                    return
-                state["status"], state["started"] = message["status"], True
-                message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
-            elif state["too_large"]:
-                return
-            await send(message)
-
-        async def refuse(why: Refused) -> None:
-            state["status"], state["started"] = why.status, True
-            body = to_json(
-                {
-                    "error": {
-                        "code": why.code,
-                        "message": why.message,
-                        "fields": [{"field": why.field, "message": why.message}],
-                    }
-                }
-            ).encode("utf-8", "replace")
-            headers = [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(body)).encode()),
-                (b"connection", b"close"),
-                *HEADERS,
-            ]
-            if why.status == 401:
-                headers.append((b"www-authenticate", b"Bearer"))
-            await send({"type": "http.response.start", "status": why.status, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
-
+        # What is read is also told without its body, which the server leaves out.
+        told = scope["method"] == "HEAD" and not scope["path"].endswith(STREAMS)
+        asked = {**scope, "method": "GET"} if told else scope
+        exchange = _Exchange(receive, send, self._limit(scope))
         try:
-            try:
-                self._check(scope)
-            except Refused as why:
-                await refuse(why)
-            else:
-                # What is read is also told without its body, which the server leaves out.
-                told = scope["method"] == "HEAD" and not scope["path"].endswith(STREAMS)
-                asked = {**scope, "method": "GET" if told else scope["method"]}
-                await self.app(asked, receive_counted, send_guarded)
+            self._check(scope)
+            await self.app(asked, exchange.receive, exchange.send)
+        except Refused as why:
+            await exchange.refuse(why)
         finally:
-            self._note(asked, scope["method"], int(state["status"]), time.perf_counter() - began)
+            self._note(asked, scope["method"], exchange.status, time.perf_counter() - began)
+
+    def _limit(self, scope: Scope) -> int:
+        return self.settings.upload_bytes if scope["path"] == UPLOAD else self.settings.request_bytes
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
@@ -128,12 +148,12 @@ class Guard:
                 message = "send the service's token in the header: Authorization: Bearer TOKEN"
                 raise Refused(401, "unauthorized", message, "header.Authorization")
         if scope["method"] in {"POST", "PUT", "PATCH"}:
-            self._check_body(headers)
+            self._check_body(headers, self._limit(scope))
 
-    def _check_body(self, headers: dict[bytes, bytes]) -> None:
+    def _check_body(self, headers: dict[bytes, bytes], limit: int) -> None:
         length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self.settings.upload_bytes:
-            raise _too_large(self.settings.upload_bytes)
+        if length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         empty = length in (b"", b"0") and b"transfer-encoding" not in headers
         if not empty and kind != b"application/json":

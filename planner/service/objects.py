@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from planner.service.errors import StorageError
+from planner.service.errors import ServiceError, StorageError
 from profiles.files import sync_directory
 
 CHUNK = 1 << 18
@@ -100,15 +101,27 @@ class Objects:
         return removed
 
 
-def gunzip(packed: bytes, limit: int) -> bytes:
-    """Unpack at most `limit` bytes. Raises ValueError for what is larger, cut off or no gzip."""
-    unpacker = zlib.decompressobj(wbits=31)
-    try:
-        content = unpacker.decompress(packed, limit + 1)
-    except zlib.error as error:
-        raise ValueError("not gzip, or damaged") from error
-    if len(content) > limit:
-        raise OverflowError
-    if not unpacker.eof:
-        raise ValueError("cut off")
-    return content
+def unpacked(file: IO[bytes], encoding: str, limit: int) -> Iterator[bytes]:
+    """What a file with the `encoding` identity or gzip holds, piece by piece, at most `limit` bytes.
+
+    Raises ServiceError for what is larger, cut off or no gzip.
+    """
+    unpacker = zlib.decompressobj(wbits=31) if encoding == "gzip" else None
+    size = 0
+    while chunk := file.read(CHUNK):
+        while chunk and not (unpacker is not None and unpacker.eof):
+            try:
+                piece = chunk if unpacker is None else unpacker.decompress(chunk, CHUNK)
+            except zlib.error as error:
+                raise _no_gzip("not gzip, or damaged") from error
+            chunk = b"" if unpacker is None else unpacker.unconsumed_tail
+            size += len(piece)
+            if size > limit:
+                raise ServiceError(413, "too_large", f"the body unpacks to more than {limit} bytes", "body")
+            yield piece
+    if unpacker is not None and not unpacker.eof:
+        raise _no_gzip("cut off")
+
+
+def _no_gzip(why: str) -> ServiceError:
+    return ServiceError(400, "invalid_request", f"the body is said to be gzip, but is {why}", "body")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from planner.service.store import SOLVE
+from planner.service.worker import Order
 from profiles.files import python_path
 
+UPLOAD = "upload"
+"""the lane of what reads uploads"""
 LINE_BYTES = 64 << 20
 LAST_BYTES = 2000
 
@@ -35,6 +40,23 @@ class Worker:
             return self.words.read_bytes()[-LAST_BYTES:].decode(errors="replace")
         return ""
 
+    async def carry_out(
+        self, order: Order, progress: Callable[[dict[str, Any]], None] = lambda event: None
+    ) -> dict[str, Any] | None:
+        """Give it an order and pass its progress on. Returns how it ends; None where the process died without a word."""
+        order_to, told_by = self.process.stdin, self.process.stdout
+        assert order_to is not None
+        assert told_by is not None
+        with contextlib.suppress(OSError):
+            order_to.write(json.dumps(asdict(order)).encode() + b"\n")
+            await order_to.drain()
+        async for line in told_by:
+            event: dict[str, Any] = json.loads(line)
+            if event.pop("event") != "progress":
+                return event
+            progress(event)
+        return None
+
     async def gone(self) -> int:
         """Its exit status, once it has ended."""
         self.kill()
@@ -43,31 +65,39 @@ class Worker:
 
 
 class Processes:
-    """Starts workers. To load the planner takes a second, so while nothing is to do one process does it beforehand."""
+    """Starts workers. To load the planner takes a second, so one process of a lane has done it before it is needed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._spare: asyncio.Task[Worker] | None = None
+        self._spare: dict[str, asyncio.Future[Worker]] = {}
 
     async def take(self, lane: str) -> Worker:
         """A process that waits for its order."""
-        if lane == SOLVE and self._spare is not None:
-            spare, self._spare = self._spare, None
+        spare = self._spare.pop(lane, None)
+        if spare is not None:
             worker = await spare
             if worker.process.returncode is None:
                 return worker
             await worker.gone()  # killed while it waited
         return await self._start(lane)
 
-    def prepare(self) -> None:
-        """There is time to have a spare process ready."""
-        if self._spare is None:
-            self._spare = asyncio.create_task(self._start(SOLVE))
+    def prepare(self, lane: str) -> None:
+        """There is time to have a spare process of a lane ready."""
+        if lane not in self._spare:
+            self._spare[lane] = asyncio.create_task(self._start(lane))
+
+    async def give_back(self, lane: str, worker: Worker) -> None:
+        """A process of `take` that waits for another order, where the lane's processes take more than one."""
+        if lane in self._spare:
+            await worker.gone()
+        else:
+            self._spare[lane] = asyncio.get_running_loop().create_future()
+            self._spare[lane].set_result(worker)
 
     async def close(self) -> None:
-        """End the spare process."""
-        if self._spare is not None:
-            await (await self._spare).gone()
+        """End the spare processes."""
+        for spare in self._spare.values():
+            await (await spare).gone()
 
     async def _start(self, lane: str) -> Worker:
         words = self._folder / f"worker-{os.urandom(6).hex()}.log"

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.responses import StreamingResponse
 
+from planner.service.clients import Asker
 from planner.service.doors import errors, service_of
 from planner.service.errors import ServiceError
 from planner.service.migrations import LATEST
@@ -89,15 +90,22 @@ async def get_events(request: Request, identity: Identity) -> StreamingResponse:
 
 
 @router.post(
-    "/v1/jobs/{identity}/cancel", response_model=Job, responses=errors(404, 409), tags=["jobs"], summary="Cancel a job"
+    "/v1/jobs/{identity}/cancel",
+    response_model=Job,
+    responses=errors(403, 404, 409),
+    tags=["jobs"],
+    summary="Let a job go",
 )
-async def cancel_job(request: Request, identity: Identity) -> Job:
-    """A run saves a checkpoint first. 409 where the job has ended already."""
+async def cancel_job(request: Request, identity: Identity, client: Asker) -> Job:
+    """The job ends when the last client that has asked for it lets go, a run with a checkpoint; `wanted_by` tells how many
+    still want it. Without a Client-Id you let go for all at your address who have asked, unless you have asked so yourself.
+    403 where only others have asked for it, 409 where it has ended already.
+    """
     service = service_of(request)
     job = service.store.job(identity)
     if job.state in FINISHED:
         raise ServiceError(409, "conflict", f"the job {identity} is {job.state} already")
-    return service.supervisor.cancel(identity)
+    return service.supervisor.cancel(identity, client)
 
 
 @router.get("/v1/devices", response_model=DeviceList, tags=["service"], summary="Devices")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
+from planner.service.clients import Asker
 from planner.service.doors import (
     JOB_ANSWERS,
     IdempotencyKey,
@@ -21,13 +22,9 @@ from planner.service.doors import (
     stored_profile,
 )
 from planner.service.errors import invalid
-from planner.service.limits import checked_profile, read_body
-from planner.service.objects import Objects
 from planner.service.paths import confined
 from planner.service.schema import Digest, ProfileList, ProfileRequest, StoredProfile
 from planner.service.settings import Settings
-from planner.service.solving import keep_profile
-from planner.service.store import Row
 from profiles.files import write_whole
 from profiles.schema import PROFILE_VERSION
 
@@ -50,11 +47,12 @@ UPLOAD: dict[str, Any] = {
 
 
 @router.post("", status_code=202, responses=JOB_ANSWERS, summary="Measure a model on this machine")
-async def make_profile(request: Request, asked: ProfileRequest, key: IdempotencyKey = None) -> Response:
+async def make_profile(request: Request, asked: ProfileRequest, client: Asker, key: IdempotencyKey = None) -> Response:
     """Waits for this machine's device: measurements and runs follow each other."""
     settings = service_of(request).settings
     options = asked.model_dump(include={"seq", "batch", "lora_rank", "lora_alpha", "accumulate", "dtype"})
-    return ask(request, "profile", options | {"source": _source(settings, asked)}, key=key)
+    source = await asyncio.to_thread(_source, settings, asked)
+    return ask(request, "profile", options | {"source": source}, client, key=key)
 
 
 def _source(settings: Settings, asked: ProfileRequest) -> str:
@@ -77,22 +75,15 @@ def _source(settings: Settings, asked: ProfileRequest) -> str:
     "/upload",
     status_code=201,
     response_model=StoredProfile,
-    responses={200: {"model": StoredProfile, "description": "It was here already"}, **errors(400, 413, 415)},
+    responses={200: {"model": StoredProfile, "description": "It was here already"}, **errors(400, 408, 413, 415)},
     openapi_extra=UPLOAD,
     summary="Upload a profile",
 )
 async def upload_profile(request: Request) -> Response:
     """The body is a profile.json, plain or gzip. It can be planned; only profiles made here can also be run here."""
-    service = service_of(request)
-    body = await read_body(request, service.settings.upload_bytes)
-    file = await asyncio.to_thread(_receive, body, service.settings, service.objects)
-    new = service.store.file("profile", file["id"]) is None
-    answer = stored_profile(service.store.add(file))
+    row, new = await service_of(request).uploads.receive(request)
+    answer = stored_profile(row)
     return Response(answer.model_dump_json(), status_code=201 if new else 200, media_type="application/json")
-
-
-def _receive(body: bytes, settings: Settings, objects: Objects) -> Row:
-    return keep_profile(objects, checked_profile(body, settings), origin="uploaded")
 
 
 @router.get("", response_model=ProfileList, summary="Profiles, newest first")

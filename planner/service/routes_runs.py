@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 
+from planner.service.clients import Asker
 from planner.service.doors import (
     JOB_ANSWERS,
     IdempotencyKey,
@@ -43,10 +45,10 @@ RANDOM = "random"
 
 
 @router.post("", status_code=202, responses=JOB_ANSWERS, summary="Carry out a plan")
-async def make_run(request: Request, asked: RunRequest, key: IdempotencyKey = None) -> Response:
+async def make_run(request: Request, asked: RunRequest, client: Asker, key: IdempotencyKey = None) -> Response:
     """Every request is a run of its own, unless an idempotency key says that it is the same one."""
-    words = asked.model_dump() | _allowed(request, asked)
-    return ask(request, "run", words, key=key, uses=[("plan", asked.plan)], repeatable=True)
+    words = asked.model_dump() | await _allowed(request, asked)
+    return ask(request, "run", words, client, key=key, uses=[("plan", asked.plan)], repeatable=True)
 
 
 @router.get("/{identity}", response_model=Job, responses=errors(404), summary="A run")
@@ -61,13 +63,13 @@ async def get_run(request: Request, identity: Identity) -> Job:
     responses=errors(404, 409, 429),
     summary="Go on with a run",
 )
-async def resume_run(request: Request, identity: Identity, key: IdempotencyKey = None) -> Response:
+async def resume_run(request: Request, identity: Identity, client: Asker, key: IdempotencyKey = None) -> Response:
     """A run that was cancelled, failed or interrupted goes on from its checkpoint. 409 where it has not ended so.
 
     What it reads is allowed or refused as for a new run: the service may have been started with other roots since.
     """
-    _allowed(request, RunRequest(**_run(request, identity).request))
-    return job_answer(service_of(request).supervisor.resume(identity, key))
+    await _allowed(request, RunRequest(**_run(request, identity).request))
+    return job_answer(service_of(request).supervisor.resume(identity, client, key))
 
 
 @router.get("/{identity}/metrics", response_model=RunMetrics, responses=errors(404), summary="Every step so far")
@@ -100,7 +102,7 @@ async def get_adapter(request: Request, identity: Identity) -> Response:
     return file_answer(request, row, media_type="application/x-tar", name=f"adapter-{identity}.tar")
 
 
-def _allowed(request: Request, asked: RunRequest) -> Row:
+async def _allowed(request: Request, asked: RunRequest) -> Row:
     """The real paths that a run reads. Raises ServiceError for what may not be run here, or lies outside the roots."""
     plan = stored(request, "plan", asked.plan, "plan")
     refusal = not_runnable(request, plan)
@@ -110,10 +112,11 @@ def _allowed(request: Request, asked: RunRequest) -> Row:
     if unfinished is not None:
         raise invalid("steps", unfinished)
     roots = service_of(request).settings.roots
-    return {
-        "data": RANDOM if asked.data == RANDOM else confined(asked.data, roots, "data"),
-        "eval_data": None if asked.eval_data is None else confined(asked.eval_data, roots, "eval_data"),
-    }
+    real: Row = {"data": RANDOM, "eval_data": None}
+    for field, text in (("data", asked.data), ("eval_data", asked.eval_data)):
+        if text is not None and text != real[field]:
+            real[field] = await asyncio.to_thread(confined, text, roots, field)
+    return real
 
 
 def _run(request: Request, identity: str) -> Job:

@@ -30,6 +30,7 @@ PLAN_JOB = {
     "started": 1790000000.1,
     "finished": 1790000004.2,
     "attempts": 1,
+    "wanted_by": 1,
     "request": {"profile": DIGEST, "memory": 629145600, "policy": "solver", "time_limit": 30.0},
     "progress": None,
     "result": {"plan": DIGEST, "summary": {"status": "optimal", "step_seconds": 2.65, "peak_bytes": 628097024}},
@@ -188,6 +189,7 @@ class Job(Answer):
     started: float | None = None
     finished: float | None = None
     attempts: int
+    wanted_by: int = Field(0, description="clients that have asked for it and have not let go by cancelling")
     request: dict[str, Any]
     progress: dict[str, Any] | None = Field(
         None,

@@ -32,13 +32,19 @@ class Settings:
     job_seconds: float = 3600.0
     """a plan, comparison or profile that takes longer is ended"""
     upload_bytes: int = 64 << 20
-    """of a request's body, as sent and as unpacked"""
+    """of an uploaded profile, as sent and as unpacked"""
+    request_bytes: int = 256 << 10
+    """of any other request's body"""
+    check_bytes: int = 1 << 30
+    """private memory of the process that reads an upload (RLIMIT_DATA)"""
+    check_seconds: float = 60.0
+    """an upload that takes longer to read is refused"""
     steps: int = 250_000
     """operators of a profile, counted once for every layer that runs them"""
     tensors: int = 1_000_000
     """tensors and values of a profile, counted the same way"""
     waiting: int = 1000
-    """jobs that may be queued"""
+    """jobs that may be queued; half of them by one network, a fifth by one client"""
     keep_days: float = 30.0
     """finished jobs and what nobody has asked for are removed after that"""
     keep_bytes: int = 20 << 30

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.schema import PLAN_VERSION
+from planner.service.clients import Client
 from planner.service.errors import ServiceError, StorageError
 from planner.service.migrations import migrate
 from planner.service.objects import Written
@@ -27,6 +28,14 @@ ATTEMPTS = 5
 SOLVE = "solve"
 DISK = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY})
 """results of SQLite that come from the disk"""
+MOST_ASKERS = 100
+"""clients that are remembered to want one job: it does not end before all of these have let go"""
+NETWORK_SHARE, CLIENT_SHARE = 2, 5
+"""of the jobs that may wait, half may be one network's and a fifth one client's"""
+MOST_SERVED = 10_000
+"""networks and clients of which is remembered when it was their turn"""
+JOBS = "SELECT jobs.*, (SELECT count(*) FROM askers WHERE job = jobs.id AND NOT let_go) AS wanted_by FROM jobs"
+LIVE = frozenset({"queued", "running"})
 Row = dict[str, Any]
 
 
@@ -39,6 +48,8 @@ class Store:
         migrate(self._database, str(path))
         self._database.row_factory = _row
         self._touched: dict[tuple[str, str], float] = {}
+        self._served: dict[tuple[str, ...], int] = {}
+        self._turns = 0
 
     def close(self) -> None:
         self.flush()
@@ -69,36 +80,76 @@ class Store:
         content: str | None,
         key: str | None,
         waiting: int,
+        client: Client,
         uses: Sequence[tuple[str, str]] = (),
     ) -> tuple[Job, bool]:
         """The job of a request, and whether it is new.
 
-        A live or succeeded job of the same `content` answers it, and so does the job that the idempotency `key` made. Raises
-        ServiceError where the key was used for another request, or `waiting` jobs are queued already.
+        A live or succeeded job of the same `content` answers it, and so does the job that the idempotency `key` made; a live
+        one goes on for `client` too then. Raises ServiceError where the key was used for another request, where `waiting`
+        jobs are queued already, or where the client has its share of them.
         """
         asked = _hash(kind, request)
         known = self._known(key, asked)
         if known is not None:
-            return known, False
+            return self._wanted(known, client), False
         found = self._same(content)
         if found is not None and key is None:
             self.touch("job", found.id)
-            return found, False
+            return self._wanted(found, client), False
         now = time.time()
         identity = f"job-{os.urandom(8).hex()}"
         with self._transaction() as database:
             if found is None:
-                self._room(waiting)
+                self._room(waiting, client)
                 database.execute(
                     "INSERT INTO jobs (id, kind, lane, state, content, request, created, used) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?)",
                     (identity, kind, lane, content, json.dumps(request), now, now),
                 )
                 database.executemany("INSERT INTO uses VALUES (?, ?, ?)", [(identity, *use) for use in set(uses)])
+                self._want(identity, client)
             if key is not None:
                 database.execute(
                     "INSERT INTO idempotency VALUES (?, ?, ?)", (key, asked, found.id if found else identity)
                 )
-        return (found, False) if found else (self.job(identity), True)
+        return (self._wanted(found, client), False) if found else (self.job(identity), True)
+
+    def _wanted(self, job: Job, client: Client) -> Job:
+        """The job, which goes on for `client` too where it has not ended."""
+        mine = "SELECT 1 FROM askers WHERE job = ? AND address = ? AND name = ? AND NOT let_go"
+        if job.state not in LIVE or self._one(mine, job.id, client.address, client.name):
+            return job
+        with self._transaction():
+            self._want(job.id, client)
+        return self.job(job.id)
+
+    def _want(self, job: str, client: Client) -> None:
+        self._database.execute(
+            "INSERT INTO askers (job, network, address, name) SELECT ?1, ?2, ?3, ?4"
+            " WHERE (SELECT count(*) FROM askers WHERE job = ?1 AND NOT (address = ?3 AND name = ?4)) < ?5"
+            " ON CONFLICT DO UPDATE SET let_go = 0",
+            (job, client.network, client.address, client.name, MOST_ASKERS),
+        )
+
+    def let_go(self, job: str, client: Client) -> int:
+        """`client` no longer wants a job; returns how many others still do.
+
+        Who has not asked for it under its own name speaks for those at its address who gave none; who gives none, for all at
+        its address. Raises ServiceError where these have not asked for it either.
+        """
+        rows = self._all("SELECT * FROM askers WHERE job = ?", job)
+        here = [row for row in rows if row["address"] == client.address]
+        own = [row for row in here if row["name"] == client.name]
+        meant = own or [row for row in here if not client.name or not row["name"]]
+        if rows and not meant:
+            told = f"the job {job} was asked for by others; only who has asked for a job can cancel it"
+            raise ServiceError(403, "forbidden", told)
+        with self._transaction() as database:
+            database.executemany(
+                "UPDATE askers SET let_go = 1 WHERE job = ? AND address = ? AND name = ?",
+                [(job, row["address"], row["name"]) for row in meant],
+            )
+        return self._figure("SELECT count(*) AS n FROM askers WHERE job = ? AND NOT let_go", job)
 
     def _known(self, key: str | None, asked: str) -> Job | None:
         """The job that the idempotency key stands for. Raises ServiceError where it was used for another request."""
@@ -117,12 +168,12 @@ class Store:
     def _same(self, content: str | None) -> Job | None:
         if content is None:
             return None
-        row = self._one("SELECT * FROM jobs WHERE content = ? AND state IN ('queued', 'running', 'succeeded')", content)
+        row = self._one(f"{JOBS} WHERE content = ? AND state IN ('queued', 'running', 'succeeded')", content)
         return None if row is None else _job(row)
 
     def job(self, identity: str) -> Job:
         """Raises ServiceError 404."""
-        row = self._one("SELECT * FROM jobs WHERE id = ?", identity)
+        row = self._one(f"{JOBS} WHERE id = ?", identity)
         if row is None:
             raise ServiceError(
                 404, "not_found", f"there is no job {identity!r}; finished jobs are removed after a while"
@@ -132,7 +183,7 @@ class Store:
     def jobs(self, *, kind: str | None = None, state: str | None = None, limit: int = 100) -> list[Job]:
         """Newest first."""
         rows = self._all(
-            "SELECT * FROM jobs WHERE (?1 IS NULL OR kind = ?1) AND (?2 IS NULL OR state = ?2) ORDER BY number DESC LIMIT ?3",
+            f"{JOBS} WHERE (?1 IS NULL OR kind = ?1) AND (?2 IS NULL OR state = ?2) ORDER BY number DESC LIMIT ?3",
             kind,
             state,
             limit,
@@ -140,15 +191,28 @@ class Store:
         return [_job(row) for row in rows]
 
     def next(self, lane: str) -> Job | None:
-        """Take the job that has waited longest in `lane`: it is running from now on."""
-        row = self._one("SELECT id FROM jobs WHERE state = 'queued' AND lane = ? ORDER BY number LIMIT 1", lane)
-        if row is None:
+        """Take a job that waits in `lane`: it is running from now on.
+
+        Networks take turns, so do the clients of one network, and a client's jobs keep their order.
+        """
+        rows = self._all(
+            "SELECT id, number, network, address, name FROM jobs LEFT JOIN askers ON job = id AND NOT let_go"
+            " WHERE state = 'queued' AND lane = ?",
+            lane,
+        )
+        if not rows:
             return None
+        row = min(rows, key=lambda row: (*(self._served.get(who, 0) for who in _takers(lane, row)), row["number"]))
         with self._transaction() as database:
             database.execute(
                 "UPDATE jobs SET state = 'running', started = ?, attempts = attempts + 1 WHERE id = ?",
                 (time.time(), row["id"]),
             )
+        self._turns += 1
+        self._served |= dict.fromkeys(_takers(lane, row), self._turns)
+        if len(self._served) > MOST_SERVED:
+            latest = sorted(self._served.items(), key=lambda served: served[1])[MOST_SERVED // 2 :]
+            self._served = dict(latest)
         return self.job(row["id"])
 
     def finish(
@@ -191,21 +255,23 @@ class Store:
             )
         return self.job(identity)
 
-    def resume(self, identity: str, *, key: str | None = None, waiting: int) -> tuple[Job, bool]:
-        """Put a run that ended before its last step back into the queue; what it has saved is its own again.
+    def resume(self, identity: str, *, key: str | None = None, waiting: int, client: Client) -> tuple[Job, bool]:
+        """Put a run that ended before its last step back into the queue, for `client`; what it has saved is its own again.
 
         Returns it, and whether it goes on only now: not where `key` has asked for that already. Raises ServiceError where
-        the run has not ended so, or `waiting` jobs are queued already.
+        the run has not ended so, where `waiting` jobs are queued already, or where the client has its share of them.
         """
         asked = _hash("resume", {"run": identity})
         known = self._known(key, asked)
         if known is not None:
-            return known, False
+            return self._wanted(known, client), False
         job = self.job(identity)
         if job.state not in FINISHED - {"succeeded"}:
             raise ServiceError(409, "conflict", f"the run {identity} is {job.state}: there is nothing to go on with")
         with self._transaction() as database:
-            self._room(waiting)
+            self._room(waiting, client)
+            database.execute("DELETE FROM askers WHERE job = ?", (identity,))
+            self._want(identity, client)
             database.execute(
                 "UPDATE jobs SET state = 'queued', started = NULL, finished = NULL, error = NULL, attempts = 0"
                 " WHERE id = ?",
@@ -216,10 +282,20 @@ class Store:
                 database.execute("INSERT INTO idempotency VALUES (?, ?, ?)", (key, asked, identity))
         return self.job(identity), True
 
-    def _room(self, waiting: int) -> None:
+    def _room(self, waiting: int, client: Client) -> None:
+        """Raises ServiceError where too many jobs wait: at all, for the client's network, or for the client."""
         queued = self._figure("SELECT count(*) AS n FROM jobs WHERE state = 'queued'")
         if queued >= waiting:
             raise ServiceError(429, "busy", f"{queued} jobs are waiting already; ask again in a minute")
+        mine = "SELECT count(DISTINCT job) AS n FROM askers JOIN jobs ON jobs.id = job WHERE state = 'queued' AND network = ?"
+        queued = self._figure(mine, client.network)
+        if queued >= -(-waiting // NETWORK_SHARE):
+            told = f"{queued} jobs from your address are waiting already, which is all that one address may have"
+            raise ServiceError(429, "busy", f"{told}; ask again once some of them are done")
+        queued = self._figure(f"{mine} AND address = ? AND name = ?", client.network, client.address, client.name)
+        if queued >= -(-waiting // CLIENT_SHARE):
+            told = f"{queued} jobs that you asked for are waiting already, which is all that one client may have"
+            raise ServiceError(429, "busy", f"{told}; ask again once some of them are done")
 
     def recover(self) -> tuple[int, int]:
         """After a start: jobs that were running wait again, or are interrupted where that happened too often."""
@@ -250,7 +326,10 @@ class Store:
     # --- files -----------------------------------------------------------------------------------------------------
 
     def add(self, file: Row) -> Row:
-        """Keep a file whose object is on disk; one of the same kind and id stays, told as now, with its explanation."""
+        """Keep a file whose object is on disk; one of the same kind and id stays, told as now, with its explanation.
+
+        A profile that was uploaded and is then made here counts as made, and stays so when it is uploaded again.
+        """
         with self._transaction():
             self._add(file, time.time())
         found = self.file(file["kind"], file["id"])
@@ -261,7 +340,8 @@ class Store:
         self._database.execute(
             "INSERT INTO files (kind, id, digest, bytes, stored_bytes, name, origin, summary, created, used)"
             " VALUES (:kind, :id, :digest, :bytes, :stored_bytes, :name, :origin, :summary, :now, :now)"
-            " ON CONFLICT DO UPDATE SET used = excluded.used, summary = CASE"
+            " ON CONFLICT DO UPDATE SET used = excluded.used,"
+            " origin = CASE WHEN kind = 'profile' AND excluded.origin = 'made' THEN 'made' ELSE origin END, summary = CASE"
             " WHEN json_extract(excluded.summary, '$.explanation') IS NULL"
             " AND json_extract(summary, '$.explanation') IS NOT NULL THEN summary"
             " ELSE excluded.summary END",
@@ -397,9 +477,16 @@ def _hash(kind: str, request: Row) -> str:
     return hashlib.sha256(json.dumps([kind, request], sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def _takers(lane: str, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Whose turn it is when the job of `row` is taken: a network's, and one of its clients'."""
+    network = row["network"] or ""
+    return (lane, network), (lane, network, row["address"] or "", row["name"] or "")
+
+
 def _job(row: Row) -> Job:
+    figures = ("id", "kind", "state", "created", "started", "finished", "attempts", "wanted_by")
     return Job(
-        **{name: row[name] for name in ("id", "kind", "state", "created", "started", "finished", "attempts")},
+        **{name: row[name] for name in figures},
         request=json.loads(row["request"]),
         progress=None,
         result=None if row["result"] is None else json.loads(row["result"]),

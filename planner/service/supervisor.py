@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar
 
+from planner.service.clients import Client
 from planner.service.errors import StorageError
 from planner.service.events import Events
 from planner.service.metrics import Metrics
@@ -48,7 +47,7 @@ class Supervisor:
         self.runs = settings.data_dir / "runs"
         self._wake: dict[str, asyncio.Event] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._processes = Processes(objects.temporary)
+        self.processes = Processes(objects.temporary)
         self._workers: dict[str, Worker] = {}
         self._cancelled: set[str] = set()
         self._stopping = False
@@ -72,15 +71,20 @@ class Supervisor:
             if task.get_name() not in self._workers:
                 task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._processes.close()
+        await self.processes.close()
 
     def wake(self, lane: str) -> None:
         """There is a new job."""
         self._wake[lane].set()
 
-    def cancel(self, identity: str) -> Job:
-        """End a job: at once where it waits or solves, with a checkpoint where it trains."""
+    def cancel(self, identity: str, client: Client) -> Job:
+        """`client` lets a job go; who was the last to want it ends it: at once where it waits or solves, with a checkpoint
+        where it trains. Raises ServiceError where others have asked for it.
+        """
+        wanted = self.store.let_go(identity, client)
         job = self.store.job(identity)
+        if wanted:
+            return self.events.told(job)
         if job.state == "queued":
             job = self.store.finish(identity, "cancelled", files=self._left(job))
             self._ended(job)
@@ -90,9 +94,9 @@ class Supervisor:
                 self._end(job, self._workers[identity])
         return self.events.told(job)
 
-    def resume(self, identity: str, key: str | None = None) -> Job:
+    def resume(self, identity: str, client: Client, key: str | None = None) -> Job:
         """A run that ended before its last step goes on from its checkpoint, or from the start where it has none."""
-        job, new = self.store.resume(identity, key=key, waiting=self.settings.waiting)
+        job, new = self.store.resume(identity, key=key, waiting=self.settings.waiting, client=client)
         if new:
             self._ended(job)
             self.wake(LOCAL)
@@ -114,7 +118,7 @@ class Supervisor:
             job = await self._stored(lambda: self.store.next(lane))
             if job is None:
                 if lane == SOLVE:
-                    self._processes.prepare()
+                    self.processes.prepare(SOLVE)
                 await self._wake[lane].wait()
                 continue
             task = asyncio.current_task()
@@ -138,7 +142,7 @@ class Supervisor:
                 task.set_name(lane)
 
     async def _carry_out(self, job: Job, lane: str) -> None:
-        worker = self._workers[job.id] = await self._processes.take(lane)
+        worker = self._workers[job.id] = await self.processes.take(lane)
         if job.id in self._cancelled:
             worker.kill()
         began = time.monotonic()
@@ -146,7 +150,7 @@ class Supervisor:
             limit = None if job.kind == "run" else self.settings.job_seconds
             try:
                 async with asyncio.timeout(limit):
-                    end = await self._follow(job, worker, self._order(job))
+                    end = await worker.carry_out(self._order(job), partial(self.events.progress, job.id))
             except TimeoutError:
                 worker.kill()
                 message = f"the job took longer than {self.settings.job_seconds:.0f} s; set a smaller time_limit"
@@ -170,23 +174,6 @@ class Supervisor:
             command=list(self.settings.command),
             memory_bytes=None if alone else self.settings.solve_bytes,
         )
-
-    async def _follow(self, job: Job, worker: Worker, order: Order) -> dict[str, Any] | None:
-        """The worker's last event; None where it died without one."""
-        order_to, told_by = worker.process.stdin, worker.process.stdout
-        assert order_to is not None
-        assert told_by is not None
-        with contextlib.suppress(OSError):
-            order_to.write(json.dumps(asdict(order)).encode() + b"\n")
-            await order_to.drain()
-        end: dict[str, Any] | None = None
-        async for line in told_by:
-            event = json.loads(line)
-            if event.pop("event") == "progress":
-                self.events.progress(job.id, event)
-            else:
-                end = event
-        return end
 
     async def _conclude(self, job: Job, end: dict[str, Any] | None, code: int, worker: Worker) -> None:
         if end is not None and end.get("code") == "storage":

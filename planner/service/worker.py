@@ -1,6 +1,6 @@
-"""One job in a process of its own: ``python -m planner.service.worker LANE``.
+"""One job in a process of its own, or one upload after the other: ``python -m planner.service.worker LANE``.
 
-The first line of standard input is the job (`Order`); standard output gets JSON lines: ``progress``, then ``done`` or
+The first line of standard input is the job (`Order`), every line an upload; standard output gets JSON lines: ``progress``, then ``done`` or
 ``error``. A solve or a measurement has nothing to save and ends with the service. A run is asked to save and end when
 standard input closes. A job that dies takes nothing with it but itself.
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from planner.service.errors import JOB_ERRORS
+from planner.service.errors import JOB_ERRORS, ServiceError
 from profiles.errors import TightfitError
 from profiles.parent import end_with_parent
 
@@ -77,42 +77,73 @@ class Tell:
 def main(lane: str) -> int:
     tell = Tell()
     Path("/proc/self/oom_score_adj").write_text(str(FIRST_TO_GO))
-    if lane == "solve":
+    if lane != "cpu":
         _to_the_background()
-        # Loaded before the order comes, and before its limit: that is for solving.
+    # Loaded before the order comes, and before its limit: that is for the work itself.
+    if lane == "solve":
         import planner.compare
-        import planner.worth  # noqa: F401
+        import planner.worth
+    elif lane == "upload":
+        import planner.service.limits  # noqa: F401
+
+        return _each_in_a_child(tell)
     words = sys.stdin.buffer.readline()
-    if not words:
-        return 0  # the service has ended and needs nothing
-    order = Order(**json.loads(words))
+    if words:  # else the service has ended and needs nothing
+        _carry_out(Order(**json.loads(words)), tell)
+    return 0
+
+
+def _each_in_a_child(tell: Tell) -> int:
+    """One upload after the other, each in a copy of this process, which has loaded what is needed and limits nothing."""
+    while words := sys.stdin.buffer.readline():
+        child = os.fork()
+        if not child:
+            try:
+                end_with_parent(signal.SIGKILL)
+                _carry_out(Order(**json.loads(words)), tell)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            how = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"status {status}"
+            tell(event="error", code="worker_died", message=f"the process of this upload died ({how})")
+    return 0
+
+
+def _carry_out(order: Order, tell: Tell) -> None:
+    """Do what is ordered and tell of its end."""
     carry_out: Callable[[Order, Tell], dict[str, Any]]
     if order.kind == "run":
         from planner.service.running import run as carry_out
+    elif order.kind == "upload":
+        from planner.service.limits import upload as carry_out
     else:
         from planner.service import solving
 
         if order.kind == "profile":
             _to_the_background()
         carry_out = getattr(solving, order.kind)
-        if order.memory_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_DATA, (order.memory_bytes, order.memory_bytes))
+    if order.memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (order.memory_bytes, order.memory_bytes))
     try:
         answer = carry_out(order, tell)
     except MemoryError:
         limit = f" of {order.memory_bytes >> 20} MiB" if order.memory_bytes else ""
         tell(event="error", code="worker_died", message=f"the job needs more than the service's memory limit{limit}")
+    except ServiceError as error:  # of what was uploaded: told to who waits for the answer
+        tell(
+            event="error", code="input", message=str(error), status=error.status, refusal=error.code, field=error.field
+        )
     except TightfitError as error:
         tell(event="error", code=JOB_ERRORS.get(type(error), "input"), message=str(error))
     except Exception as error:
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
             tell(event="error", code="storage", message=str(error))
-            return 0
+            return
         traceback.print_exc()
         tell(event="error", code="internal", message=f"internal error, {type(error).__name__}: {error}")
     else:
         tell(event="done", **answer)
-    return 0
 
 
 def _to_the_background() -> None:

@@ -44,7 +44,10 @@ export function setUpRun(plan, complain) {
   $("cancel").addEventListener("click", guarded(async () => {
     $("cancel").disabled = true;
     $("run-state").textContent = "asked to save and end …";
-    try { await post(`/v1/jobs/${current}/cancel`, ""); } catch (error) { $("cancel").disabled = false; throw error; }
+    try {
+      const job = await post(`/v1/jobs/${current}/cancel`, "");
+      if (job.wanted_by) throw new Error(`it goes on: ${job.wanted_by} other${job.wanted_by > 1 ? "s have" : " has"} asked for it too`);
+    } catch (error) { $("cancel").disabled = false; throw error; }
   }));
   $("resume").addEventListener("click", guarded(async () => {
     const mine = current;
