@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import signal
-import sys
 import time
 from types import SimpleNamespace
 
@@ -25,6 +24,7 @@ from planner.service.settings import Settings
 from planner.service.solving import keep_profile
 from planner.service.store import ATTEMPTS, Store
 from planner.service.supervisor import Supervisor
+from profiles.interpreter import command
 
 PATIENCE = 60.0
 """seconds"""
@@ -44,7 +44,7 @@ def minimum(profile):
 
 @contextlib.contextmanager
 def service(tmp_path, **limits):
-    settings = Settings(data_dir=tmp_path / "data", command=(sys.executable, "-m", "runtime.cli"), **limits)
+    settings = Settings(data_dir=tmp_path / "data", command=tuple(command("runtime.cli")), **limits)
     with TestClient(create_app(settings), base_url="http://127.0.0.1") as http:
         yield http
 

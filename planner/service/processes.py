@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 from asyncio.subprocess import PIPE, Process
 from dataclasses import dataclass
 from pathlib import Path
 
 from planner.service.store import SOLVE
-from profiles.files import python_path
+from profiles.interpreter import command, python_path
 
 LINE_BYTES = 64 << 20
 LAST_BYTES = 2000
@@ -73,7 +72,7 @@ class Processes:
         words = self._folder / f"worker-{os.urandom(6).hex()}.log"
         with words.open("wb") as errors:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "planner.service.worker", lane),
+                *command("planner.service.worker", lane),
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=errors,
