@@ -49,11 +49,16 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tightfit needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+# Tried once: what is installed later, or otherwise, stays.
+$(VENV)/.torch: | $(BIN)/python
+	@sh .ci/install-torch.sh $(BIN)/python
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/.torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/.torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,dev]'
 	@touch $@ $(VENV)/.installed
 

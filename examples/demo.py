@@ -34,7 +34,7 @@ from planner.plan import planner_of
 from planner.schema import Plan
 from profiles.api import profile, save_profile
 from profiles.errors import InfeasibleError, TightfitError
-from profiles.files import python_path
+from profiles.interpreter import command, python_path
 from profiles.units import format_size, parse_size
 from runtime.answers import infeasible_text, plan_text, profile_text
 from runtime.terminal import Solving, Stages, messages
@@ -96,7 +96,7 @@ def begin(budget: int, steps: int, picture: Path) -> NoReturn:
     console.print(plan_text(plan, why))
 
     console.print(Rule(f"4 · run: {steps} steps of {BATCH} sentences under the cap", align="left"))
-    tightfit = [sys.executable, "-m", "runtime.cli", "run", str(OUT / "plan.json"), "--data", str(reviews.train)]
+    tightfit = command("runtime.cli", "run", str(OUT / "plan.json"), "--data", str(reviews.train))
     tightfit += ["--eval", str(reviews.held_out), "--steps", str(steps), "--lr", str(LEARNING_RATE)]
     tightfit += ["--output", str(OUT / "run"), "--overwrite"]
     rest = [sys.executable, __file__, "--finish", str(begun), "--steps", str(steps), "--picture", str(picture)]

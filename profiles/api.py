@@ -19,7 +19,8 @@ from profiles.devices import find_device
 from profiles.errors import InputError
 from profiles.estimate import estimate_profile
 from profiles.exchange import load_profile, save_profile
-from profiles.files import cache_directory, python_path
+from profiles.files import cache_directory
+from profiles.interpreter import python_path
 from profiles.measure import measure
 from profiles.pack import build_store
 from profiles.processor import cpu_name, features

@@ -1,4 +1,4 @@
-"""Files: where the cache and these packages lie, results that are written whole or not at all, and what is said of another version."""
+"""Files: where the cache lies, results that are written whole or not at all, and what is said of another version."""
 
 from __future__ import annotations
 
@@ -17,12 +17,6 @@ IN_MEMORY = ("tmpfs", "ramfs")
 def cache_directory() -> Path:
     """$TIGHTFIT_CACHE, or ~/.cache/tightfit."""
     return Path(os.environ.get("TIGHTFIT_CACHE") or Path.home() / ".cache" / "tightfit")
-
-
-def python_path() -> str:
-    """PYTHONPATH for a process that is to find these packages too, installed or not."""
-    root = str(Path(__file__).resolve().parent.parent)
-    return os.pathsep.join(dict.fromkeys([root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from profiles.files import python_path
+from profiles.interpreter import command, python_path
 
 
 def library(source: Path, flags: Sequence[str], cache: Path, judge: str, environment: dict[str, str]) -> str:
@@ -33,8 +32,8 @@ def library(source: Path, flags: Sequence[str], cache: Path, judge: str, environ
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
                 built = Path(scratch) / path.name
-                command = [compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(source)]
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
+                compiling = [compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(source)]
+                subprocess.run(compiling, check=True, capture_output=True, timeout=120)
                 found = Path(verdict(str(built)))
                 found.write_text(json.dumps(_judged(built, judge, environment)))
                 built.replace(path)
@@ -76,9 +75,8 @@ def _judged(path: Path, judge: str, environment: dict[str, str]) -> list[str]:
     """What a fresh process makes of the library: one that crashes takes nothing with it."""
     import subprocess
 
-    command = [sys.executable, "-m", judge, str(path)]
     done = subprocess.run(
-        command,
+        command(judge, str(path)),
         check=True,
         capture_output=True,
         timeout=120,

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from profiles.errors import InputError, RunError
+from profiles.interpreter import command
 from profiles.schema import Program, Tensor
 from profiles.store import Entry, find_extent
 
@@ -79,9 +79,13 @@ def measure(
 
 
 def _run(request: dict[str, Any], environment: dict[str, str], progress: Progress | None) -> dict[str, Any]:
-    command = [sys.executable, "-X", "utf8", "-m", "runtime.measure", str(request["threads"])]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command("runtime.measure", str(request["threads"])),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -140,20 +142,55 @@ def without_names(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_factory(source: str) -> Callable[..., Any]:
-    """Import ``package.module:factory``. Raises InputError naming what is missing."""
+    """Import ``package.module:factory``. Raises InputError naming what is missing, and where it was looked for.
+
+    The working folder comes last on this process's path from now on, so that nothing in it stands in for a package that is
+    installed, or for one of ours; a module may import its neighbours when it is called, too.
+    """
     module_name, _, attribute = source.partition(":")
+    folder = _working_folder(source)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    importlib.invalidate_caches()  # it may have been written a moment ago
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"{source}: {error}; run from the directory that holds the module, or set PYTHONPATH"
-        ) from error
+        raise InputError(f"{source}: {_not_found(error, module_name, folder)}") from error
     except Exception as error:
         raise InputError(f"{source}: importing {module_name!r} raised {type(error).__name__}: {error}") from error
     factory: Callable[..., Any] | None = getattr(module, attribute, None)
     if factory is None or not callable(factory):
-        raise InputError(f"{source}: module {module_name!r} has no function {attribute!r}")
+        raise InputError(
+            f"{source}: module {module_name!r} has no function {attribute!r}; the module is {_place(module)}"
+        )
     return factory
+
+
+def _working_folder(source: str) -> str:
+    try:
+        return str(Path.cwd())
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{source}: the working folder, in which a module is looked for, was removed; enter another"
+        ) from error
+
+
+def _not_found(error: ModuleNotFoundError, module_name: str, folder: str) -> str:
+    """What to do about a module that was not found on the way to `module_name`."""
+    missing = error.name or ""
+    if not f"{module_name}.".startswith(f"{missing}."):
+        return f"importing {module_name!r} needs {missing!r}, which is not installed and not in {folder}; install it"
+    package = sys.modules.get(missing.rpartition(".")[0])
+    if package is not None and not Path(_place(package)).is_relative_to(folder):
+        return (
+            f"{error} in the package at {_place(package)}, which comes before the working folder {folder}; rename yours"
+        )
+    return f"{error}; it is not installed and not in the working folder {folder}; run from the folder that holds it"
+
+
+def _place(module: ModuleType) -> str:
+    """The file of a module, or the folder of a package that has none."""
+    return getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), "Python's own")
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

@@ -20,6 +20,7 @@ import typer
 
 from planner.interruptible import left_alone
 from profiles.errors import InputError, RunError, TightfitError
+from profiles.interpreter import command
 from profiles.units import MIB, format_size, parse_size
 from runtime import answers
 from runtime.failure import failure_of, told
@@ -472,7 +473,7 @@ def serve(
     answer(
         Settings(
             data_dir=data_dir.absolute(),
-            command=(sys.executable, "-m", "runtime.cli"),
+            command=tuple(command("runtime.cli")),
             host=host,
             port=port,
             token=os.environ.get("TIGHTFIT_TOKEN") or None,

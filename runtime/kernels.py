@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 from profiles.errors import InputError, RunError
+from profiles.interpreter import command
 from runtime import lean_torch
 from runtime.job import program_header, program_values
 from runtime.process import child_environment, leave, trim_heap
@@ -29,7 +30,7 @@ def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool
     Without `backward` above that of a process which runs none. Raises InputError for an operator that cannot be run, RunError where the process does not start.
     """
     done = subprocess.run(
-        [sys.executable, "-X", "utf8", "-m", "runtime.kernels", *([] if backward else [INFERENCE])],
+        command("runtime.kernels", *([] if backward else [INFERENCE])),
         input=json.dumps([program_header(program) for program in programs]),
         text=True,
         capture_output=True,

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+from profiles import interpreter
 from profiles.errors import CapError, InputError, RunError, TightfitError
 from profiles.files import in_memory, nameless_file
 from profiles.units import format_size
@@ -67,7 +67,7 @@ class Order:
 
 def command(*arguments: str) -> list[str]:
     """The command line of a lean process."""
-    return [sys.executable, "-X", "utf8", "-m", "runtime.child", *arguments]
+    return interpreter.command("runtime.child", *arguments)
 
 
 class LeanProcess:

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from profiles import interpreter
 from profiles.busy import Others
 from profiles.errors import RunError, TightfitError
 from profiles.parent import end_with_parent
@@ -49,7 +50,7 @@ def say(**message: Any) -> None:
 def main(arguments: list[str]) -> int:
     end_with_parent(signal.SIGKILL)
     if arguments:  # the number of threads: begin again in the environment of a run
-        words = [sys.executable, "-X", "utf8", "-m", "runtime.measure"]
+        words = interpreter.command("runtime.measure")
         os.execve(words[0], words, child_environment(int(arguments[0])))  # noqa: S606  no shell is wanted
     request = json.load(sys.stdin)
     import torch
@@ -149,7 +150,10 @@ def floor(threads: int) -> dict[str, int]:
     if done.returncode:
         raise SystemExit(f"the runtime process does not start: {done.stderr.strip() or done.returncode}")
     measured: dict[str, int] = json.loads(done.stdout)
-    supervisor = subprocess.run(supervisor_command("--measure"), capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+    supervisor = subprocess.run(
+        supervisor_command("--measure"), capture_output=True, text=True, env=environment, check=False
+    )
     if supervisor.returncode:
         raise SystemExit(f"the supervisor of runs does not start: {supervisor.stderr.strip() or supervisor.returncode}")
     return measured | {"supervisor_bytes": int(supervisor.stdout)}

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-from profiles import cold, native
+from profiles import cold, interpreter, native
 from profiles.errors import TightfitError
-from profiles.files import cache_directory, python_path
+from profiles.files import cache_directory
 
 _MADV_DONTNEED, _MADV_DONTDUMP = 4, 16
 _LARGE_MAPPING = 1 << 20
@@ -66,7 +66,7 @@ def child_environment(threads: int) -> dict[str, str]:
         MKL_NUM_THREADS=str(threads),
         PYTHONHASHSEED="0",
         PYTHONNOUSERSITE="1",
-        PYTHONPATH=python_path(),
+        PYTHONPATH=interpreter.python_path(),
     )
     return environment
 

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from profiles import interpreter
 from profiles.errors import RunError
-from profiles.files import python_path
 from runtime.cgroup import MemoryCgroup
 from runtime.failure import fail
 from runtime.interrupts import GivenUp, passed_on
@@ -124,7 +124,7 @@ def hand_over(order: Order, show: Show, group: MemoryCgroup | None, *, replace: 
         json.dump(asdict(show), file)
     arguments = command(*paths)
     arguments = group.enter(arguments) if group else arguments
-    environment = os.environ | {"PYTHONPATH": python_path()}
+    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
     sys.stdout.flush()
     sys.stderr.flush()
     if replace:
@@ -137,7 +137,7 @@ def hand_over(order: Order, show: Show, group: MemoryCgroup | None, *, replace: 
 
 def command(*arguments: str) -> list[str]:
     """The command line of a supervisor."""
-    return [sys.executable, "-X", "utf8", "-m", "runtime.supervisor", *arguments]
+    return interpreter.command("runtime.supervisor", *arguments)
 
 
 def main(arguments: Sequence[str]) -> int:

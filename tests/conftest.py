@@ -29,7 +29,7 @@ settings.load_profile("tightfit")
 LONGEST = (
     "test_end_to_end", "test_demo_model", "test_graphs", "test_service_page", "test_session", "test_policies_runs", "test_launch",
     "test_bad_runs", "test_bad_input", "test_offload", "test_accumulate", "test_segments", "test_own_module", "test_busy",
-    "test_reuse", "test_service_runs", "test_stretch", "test_planner", "test_planner_class", "test_service_http",
+    "test_reuse", "test_installed", "test_service_runs", "test_stretch", "test_planner", "test_planner_class", "test_service_http",
 )  # fmt: skip
 """files, by how long they take"""
 assert all((Path(__file__).parent / f"{name}.py").exists() for name in LONGEST)

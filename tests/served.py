@@ -6,14 +6,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import httpx
 import psutil
+from working_folder import working_folder
 
+from profiles.interpreter import command, python_path
 from profiles.parent import end_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,11 +23,17 @@ PATIENCE = 120.0
 
 
 class Served:
-    """`tightfit serve` over one data folder; can be killed and started again. `http` talks to it."""
+    """`tightfit serve` over one data folder, started beside it in a folder whose files are called like ours; can be killed and
+    started again. `http` talks to it. `tightfit` is the installed command; without it the service is this checkout's.
+    """
 
-    def __init__(self, data, *options, token=None, environment=None):
+    def __init__(self, data, *options, token=None, environment=None, tightfit=None):
         self.data, self.options, self.token = Path(data), options, token
         self.environment = environment or {}
+        self.command = [tightfit]
+        if tightfit is None:
+            self.command = command("runtime.cli")
+            self.environment = {"PYTHONPATH": python_path()} | self.environment
         self.log = self.data.parent / f"{self.data.name}.log"
         self.process, self.url, self.http = None, "", None
 
@@ -37,21 +44,11 @@ class Served:
         with self.log.open("ab") as log:
             begun = log.tell()
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "runtime.cli",
-                    "serve",
-                    "--port",
-                    "0",
-                    "--data-dir",
-                    str(self.data),
-                    *self.options,
-                ],
+                [*self.command, "serve", "--port", "0", "--data-dir", str(self.data), *self.options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=ROOT,
+                cwd=working_folder(self.data.with_name(f"{self.data.name}.working")),
                 env=environment,
                 # A test that is killed leaves no service behind. No other thread runs here.
                 preexec_fn=partial(end_with_parent, signal.SIGKILL),  # noqa: PLW1509

@@ -7,7 +7,6 @@ import contextlib
 import gzip
 import json
 import signal
-import sys
 import time
 from types import SimpleNamespace
 
@@ -30,6 +29,7 @@ from planner.service.solving import keep_profile
 from planner.service.store import ATTEMPTS, Store
 from planner.service.supervisor import Supervisor
 from profiles.exchange import canonical_json
+from profiles.interpreter import command
 from profiles.schema import Profile
 
 PATIENCE = 60.0
@@ -51,7 +51,7 @@ def minimum(profile):
 
 @contextlib.contextmanager
 def service(tmp_path, **limits):
-    settings = Settings(data_dir=tmp_path / "data", command=(sys.executable, "-m", "runtime.cli"), **limits)
+    settings = Settings(data_dir=tmp_path / "data", command=tuple(command("runtime.cli")), **limits)
     with TestClient(create_app(settings), base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as http:
         yield http
 

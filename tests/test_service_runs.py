@@ -15,7 +15,7 @@ import time
 
 import pytest
 from damage import MEASURED
-from served import PATIENCE, Served
+from served import PATIENCE, ROOT, Served
 
 from planner.service.client import connect
 from planner.service.running import _follow, _wait_for_orphan
@@ -116,7 +116,7 @@ def test_a_model_of_the_hub_is_downloaded_and_measured(tmp_path, work, cache):
         f"    Path({str(told)!r}).write_text(name)\n"
         f"    return {str(work / 'model')!r}\n"
     )
-    environment = {"TIGHTFIT_CACHE": str(cache), "PYTHONPATH": str(tmp_path)}
+    environment = {"TIGHTFIT_CACHE": str(cache), "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     service = Served(tmp_path / "data", "--hub", environment=environment).start()
     try:
         asked = {name: value for name, value in MEASURED.items() if name != "path"}

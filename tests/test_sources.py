@@ -8,6 +8,7 @@ import shutil
 import struct
 import sys
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -691,6 +692,16 @@ value = 3
 """
 
 
+@pytest.fixture
+def enter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Work in a folder of the test's; the path is put right afterwards, and what was imported from there is forgotten."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield monkeypatch.chdir
+    for name, module in list(sys.modules.items()):
+        if str(tmp_path) in repr(getattr(module, "__spec__", None)):
+            del sys.modules[name]
+
+
 def test_a_factory_s_initial_parameters_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny_factory.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(tmp_path)
@@ -720,7 +731,21 @@ def test_a_factory_s_initial_parameters_are_stored(tmp_path: Path, monkeypatch: 
     [
         (
             "no_such_module:make",
-            "No module named 'no_such_module'; run from the directory that holds the module, or set PYTHONPATH",
+            "No module named 'no_such_module'; it is not installed and not in the working folder {folder}; run from",
+        ),
+        (
+            "bare.absent:make",
+            "No module named 'bare.absent'; it is not installed and not in the working folder {folder}; run from",
+        ),
+        (
+            "profiles.tiny:make",
+            "No module named 'profiles.tiny' in the package at {root}/profiles/__init__.py, which comes before the working folder {folder}; rename yours",
+        ),
+        ("runtime:make", "module 'runtime' has no function 'make'; the module is {root}/runtime/__init__.py"),
+        ("bare:make", "module 'bare' has no function 'make'; the module is {folder}/bare"),
+        (
+            "needy_factory:make",
+            "importing 'needy_factory' needs 'no_such_package', which is not installed and not in {folder}; install it",
         ),
         ("tiny_factory:absent", "module 'tiny_factory' has no function 'absent'"),
         ("tiny_factory:value", "module 'tiny_factory' has no function 'value'"),
@@ -735,14 +760,46 @@ def test_a_factory_s_initial_parameters_are_stored(tmp_path: Path, monkeypatch: 
     ],
 )
 def test_a_factory_that_cannot_be_used_says_why(
-    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, message: str, tmp_path: Path, enter: Callable[[Path], None]
 ) -> None:
     (tmp_path / "tiny_factory.py").write_text(FACTORY)
     (tmp_path / "broken_factory.py").write_text("nowhere\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "needy_factory.py").write_text("import no_such_package.part\n")
+    for path in ("bare/tiny.py", "profiles/tiny.py", "runtime.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(FACTORY)
+    enter(tmp_path)
     with pytest.raises(InputError) as caught:
         resolve(source)
-    assert message in str(caught.value)
+    assert message.format(folder=tmp_path, root=Path(__file__).parents[1]) in str(caught.value)
+
+
+def test_a_factory_s_module_is_looked_for_in_the_working_folder_after_all_else(
+    tmp_path: Path, enter: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in ("here/bare/tiny.py", "here/json.py", "there/found_first.py", "here/found_first.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(FACTORY + f"place = {path!r}\n")
+    monkeypatch.syspath_prepend(tmp_path / "there")
+    enter(tmp_path / "here")
+    assert resolve("bare.tiny:make").kind == resolve("found_first:make").kind == "module"
+    import found_first
+
+    assert found_first.place == "there/found_first.py"
+    with pytest.raises(InputError, match="module 'json' has no function 'make'"):
+        resolve("json:make")
+    assert sys.path[-1] == str(tmp_path / "here")
+    assert sys.path.count(sys.path[-1]) == 1
+
+
+def test_a_working_folder_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(
+        InputError, match=r"^tiny:make: the working folder, in which a module is looked for, was removed"
+    ):
+        resolve("tiny:make")
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from profiles import interpreter
 from profiles.api import load_profile
 from runtime import supervisor
 from runtime.cgroup import MemoryCgroup
@@ -27,8 +28,8 @@ def begin(work, cache):
     """Start `tightfit run` of the tiny model as a person does: the process."""
 
     def start(out: Path, *words: str, plan: Path = work / "plan.json") -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "runtime.cli", "run", str(plan), "--data", "random", "-o", str(out), *words]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        command = interpreter.command("runtime.cli", "run", str(plan), "--data", "random", "-o", str(out), *words)
+        environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
         )

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.service.worker import Order
-from profiles.files import python_path
+from profiles.interpreter import command, python_path
 
 UPLOAD = "upload"
 """the lane of what reads uploads"""
@@ -103,7 +102,7 @@ class Processes:
         words = self._folder / f"worker-{os.urandom(6).hex()}.log"
         with words.open("wb") as errors:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "planner.service.worker", lane),
+                *command("planner.service.worker", lane),
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=errors,

@@ -8,6 +8,7 @@ full size: memory and time do not depend on their values. Prints a table, writes
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from planner.exchange import save_plan
 from planner.plan import Planner
 from planner.schema import Plan
+from profiles import interpreter
 from profiles.api import profile
 from profiles.errors import TightfitError
 
@@ -141,9 +143,12 @@ def _row(name: str, plan: Plan, what: str, steps: int, out: Path) -> Row:
     if plan.status == "infeasible":
         return row | {"minimum_budget_bytes": plan.minimum_budget_bytes}
     # As a person runs it: the command's own process counts against the cap too.
-    command = [sys.executable, "-m", "runtime.cli", "run", str(save_plan(plan, out / "plan.json")), "--data", "random"]
+    command = interpreter.command("runtime.cli", "run", str(save_plan(plan, out / "plan.json")), "--data", "random")
     command += ["--steps", str(steps), "--output", str(out / "run"), "--overwrite", "--checkpoint-every", "0"]
-    done = subprocess.run([*command, "--profile-step", "--json"], capture_output=True, text=True, check=False, cwd=ROOT)
+    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+    done = subprocess.run(
+        [*command, "--profile-step", "--json"], capture_output=True, text=True, check=False, env=environment
+    )
     report = json.loads(done.stdout)
     if done.returncode:
         return row | {"note": f": {report['error']['message']}"}
