@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from profiles.errors import InputError
+from profiles.inference import renamed
 from profiles.operators import STATE_COLUMNS
 from profiles.schema import Operand, Operator, Program, TensorKind, Value
 
@@ -273,34 +274,6 @@ class _Folder:
         self.values = {rename(v.name): v.model_copy(update={"name": rename(v.name)}) for v in self.values.values()}
         for group in (self.operators, backward):
             group[:] = [renamed(op, taken) for op in group]
-
-
-def renamed(op: Operator, names: Mapping[str, str]) -> Operator:
-    """The operator over other names of its storages; those that `names` lacks keep theirs."""
-
-    def rename(name: str) -> str:
-        return names.get(name, name)
-
-    return op.model_copy(
-        update={
-            "args": _renamed(op.args, names),
-            "kwargs": _renamed(op.kwargs, names),
-            "inputs": [rename(n) for n in op.inputs],
-            "outputs": [None if n is None else rename(n) for n in op.outputs],
-            "gathers": [rename(n) for n in op.gathers],
-        }
-    )
-
-
-def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(tree, list):
-        return [_renamed(item, names) for item in tree]
-    if isinstance(tree, dict) and "operand" in tree:
-        own = tree["operand"]
-        return {"operand": {**own, "value": names.get(own["value"], own["value"])}}
-    if isinstance(tree, dict):
-        return {key: _renamed(item, names) for key, item in tree.items()}
-    return tree
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from profiles.fold import renamed
-from profiles.schema import Program
+from profiles.schema import Operator, Program
 
 
 def with_inference(program: Program, alone: Program, results: Collection[str]) -> Program:
@@ -33,3 +33,31 @@ def inference_only(program: Program) -> Program:
     used = {name for operator in operators for name in [*operator.inputs, *operator.outputs]}
     values = [value for value in program.values if value.name in used]
     return Program(name=f"{program.name} inference", values=values, operators=operators)
+
+
+def renamed(op: Operator, names: Mapping[str, str]) -> Operator:
+    """The operator over other names of its storages; those that `names` lacks keep theirs."""
+
+    def rename(name: str) -> str:
+        return names.get(name, name)
+
+    return op.model_copy(
+        update={
+            "args": _renamed(op.args, names),
+            "kwargs": _renamed(op.kwargs, names),
+            "inputs": [rename(n) for n in op.inputs],
+            "outputs": [None if n is None else rename(n) for n in op.outputs],
+            "gathers": [rename(n) for n in op.gathers],
+        }
+    )
+
+
+def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(tree, list):
+        return [_renamed(item, names) for item in tree]
+    if isinstance(tree, dict) and "operand" in tree:
+        own = tree["operand"]
+        return {"operand": {**own, "value": names.get(own["value"], own["value"])}}
+    if isinstance(tree, dict):
+        return {key: _renamed(item, names) for key, item in tree.items()}
+    return tree

@@ -11,11 +11,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from profiles.errors import InputError
-from profiles.sources import Vocabulary
-from runtime.chat import ChatTemplate, Segment
+from profiles.vocabulary import Vocabulary
 from runtime.records import IGNORED, RecordFile, RecordWriter
 from runtime.samples import (
     Completion,
@@ -29,6 +28,9 @@ from runtime.samples import (
     data_files,
     read_samples,
 )
+
+if TYPE_CHECKING:
+    from runtime.chat import ChatTemplate, Segment
 
 Purpose = Literal["train", "evaluate"]
 TooLong = Literal["refuse", "truncate"]
@@ -88,6 +90,8 @@ class Encoder:
     @property
     def chat(self) -> ChatTemplate:
         if self._chat is None:
+            from runtime.chat import ChatTemplate  # and Jinja, which takes 6 MiB
+
             self._chat = ChatTemplate(self.vocabulary)
         return self._chat
 

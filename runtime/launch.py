@@ -177,11 +177,11 @@ def _prepare(
         return _prepare_module(plan, data, folder, purpose, stages)
     if not isinstance(data, str | os.PathLike):
         raise InputError("a language model trains on a JSON-lines file, a directory of them, or 'random'")
-    from profiles.sources import resolve
+    from profiles import sources
 
     assert plan.seq is not None
     text = os.fspath(data)
-    vocabulary = None if text == RANDOM else resolve(plan.model.source).vocabulary()
+    vocabulary = None if text == RANDOM else sources.vocabulary(plan.model.source)
     records = prepare(
         text,
         vocabulary,

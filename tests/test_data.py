@@ -19,9 +19,9 @@ from damage import opened_below
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from profiles.directory_tokenizer import directory_vocabulary
 from profiles.errors import InputError
-from profiles.huggingface import directory_vocabulary
-from profiles.sources import Vocabulary
+from profiles.vocabulary import Vocabulary
 from runtime.chat import ChatTemplate
 from runtime.data import RANDOM_RECORDS, Encoder, _pad_token, _Preparation, prepare
 from runtime.records import HEADER_BYTES, IGNORED, RecordFile, RecordWriter, shuffled

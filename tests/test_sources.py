@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from profiles import sources
 from profiles.describe import describe
 from profiles.errors import InputError
 from profiles.files import cache_directory
@@ -252,14 +253,14 @@ def test_gguf_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     tokenizer = byte_level_tokenizer()
     path = write_gguf(tmp_path_factory.mktemp("gguf") / "m.gguf", LLAMA, random_weights(LLAMA), tokenizer=tokenizer)
-    return tokenizer, resolve(str(path)).vocabulary()
+    return tokenizer, sources.vocabulary(str(path))
 
 
 @pytest.fixture(scope="module")
 def sentence_piece(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     tokenizer, config = sentence_piece_tokenizer(), LLAMA | {"vocab_size": 420}
     path = write_gguf(tmp_path_factory.mktemp("gguf") / "m.gguf", config, random_weights(config), tokenizer=tokenizer)
-    return tokenizer, resolve(str(path)).vocabulary()
+    return tokenizer, sources.vocabulary(str(path))
 
 
 PIECES = st.lists(
@@ -319,7 +320,7 @@ def test_implied_merges_are_those_of_transformers() -> None:
 def test_an_unknown_tokenizer_is_refused_when_it_is_needed(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", LLAMA, random_weights(LLAMA), metadata={"tokenizer.ggml.model": "rwkv"})
     with pytest.raises(InputError, match="tokenizer of kind 'rwkv' is not supported; supported: gpt2, llama"):
-        resolve(str(path)).vocabulary()
+        sources.vocabulary(str(path))
     metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "poro",
@@ -328,12 +329,12 @@ def test_an_unknown_tokenizer_is_refused_when_it_is_needed(tmp_path: Path) -> No
     }
     path = write_gguf(tmp_path / "n.gguf", LLAMA, random_weights(LLAMA), metadata=metadata)
     with pytest.raises(InputError, match="pre-tokenizer 'poro' is not supported"):
-        resolve(str(path)).vocabulary()
+        sources.vocabulary(str(path))
     path = write_gguf(
         tmp_path / "o.gguf", LLAMA, random_weights(LLAMA), metadata=metadata | {"tokenizer.ggml.merges": ["a b"]}
     )
     with pytest.raises(InputError, match="merge 'a b' names no token; the file is damaged"):
-        resolve(str(path)).vocabulary()
+        sources.vocabulary(str(path))
 
 
 @pytest.mark.parametrize(
@@ -354,7 +355,7 @@ def test_split_patterns_are_the_published_ones(pre: str, expected: str, tmp_path
         "tokenizer.ggml.merges": ["Ġ t"],
     }
     path = write_gguf(tmp_path / "m.gguf", LLAMA, random_weights(LLAMA), metadata=metadata)
-    vocabulary = resolve(str(path)).vocabulary()
+    vocabulary = sources.vocabulary(str(path))
     assert vocabulary is not None
     found = vocabulary.tokenizer.pre_tokenizer.pre_tokenize_str("it'S 12345 x\n\n  y!?")
     assert "|".join(word for word, _ in found) == expected
@@ -449,7 +450,7 @@ def test_a_model_saved_without_its_head_is_taken_where_it_has_none_of_its_own(pr
 def test_directories_bring_their_tokenizer(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer()
     path = write_directory(tmp_path / "model", LLAMA, random_weights(LLAMA), tokenizer=tokenizer)
-    vocabulary = resolve(str(path)).vocabulary()
+    vocabulary = sources.vocabulary(str(path))
     assert vocabulary is not None
     assert vocabulary.tokenizer.encode(TEXT[2]).ids == tokenizer.encode(TEXT[2]).ids
     assert (vocabulary.bos_token, vocabulary.eos_token, vocabulary.pad_token) == (
@@ -460,12 +461,12 @@ def test_directories_bring_their_tokenizer(tmp_path: Path) -> None:
     assert vocabulary.chat_template == CHAT
     assert not vocabulary.add_bos
     (path / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    assert resolve(str(path)).vocabulary().chat_template == "{{ messages[0].content }}"  # type: ignore[union-attr]
+    assert sources.vocabulary(str(path)).chat_template == "{{ messages[0].content }}"  # type: ignore[union-attr]
     (path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="unreadable tokenizer"):
-        resolve(str(path)).vocabulary()
+        sources.vocabulary(str(path))
     (path / "tokenizer.json").unlink()
-    assert resolve(str(path)).vocabulary() is None
+    assert sources.vocabulary(str(path)) is None
 
 
 @pytest.mark.parametrize(
@@ -487,13 +488,13 @@ def test_the_end_of_text_is_found_wherever_it_is_told(files: dict[str, Any], tmp
     (path / "tokenizer_config.json").write_text("{}")
     for name, content in files.items():
         (path / name).write_text(json.dumps(content))
-    vocabulary = resolve(str(path)).vocabulary()
+    vocabulary = sources.vocabulary(str(path))
     assert vocabulary is not None
     assert (vocabulary.bos_token, vocabulary.eos_token, vocabulary.pad_token) == ("<|im_start|>", "<|im_end|>", None)
     assert Encoder(vocabulary, 320).completion("Is it? ", "positive", ended=True)[0][-1] == 2
     settings = {"eos_token": "<|endoftext|>"}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert resolve(str(path)).vocabulary().eos_token == "<|endoftext|>"  # type: ignore[union-attr]
+    assert sources.vocabulary(str(path)).eos_token == "<|endoftext|>"  # type: ignore[union-attr]
 
 
 def test_a_token_before_the_text_that_is_denied_stays_away(tmp_path: Path) -> None:
@@ -502,7 +503,7 @@ def test_a_token_before_the_text_that_is_denied_stays_away(tmp_path: Path) -> No
     (path / "config.json").write_text(json.dumps(LLAMA | {"bos_token_id": 1, "eos_token_id": 2}))
     (path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|im_start|>"}))
     (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": None}))
-    vocabulary = resolve(str(path)).vocabulary()
+    vocabulary = sources.vocabulary(str(path))
     assert vocabulary is not None
     assert (vocabulary.bos_token, vocabulary.eos_token) == (None, "<|im_end|>")
 
@@ -513,7 +514,7 @@ def test_a_damaged_file_beside_the_tokenizer_is_named(name: str, content: str, t
     path = write_directory(tmp_path / "model", LLAMA, random_weights(LLAMA), tokenizer=byte_level_tokenizer())
     (path / name).write_text(content)
     with pytest.raises(InputError, match=rf"{name}: damaged .*; download the file again"):
-        resolve(str(path)).vocabulary()
+        sources.vocabulary(str(path))
 
 
 def break_directory(path: Path, how: str) -> None:
@@ -636,7 +637,12 @@ def test_a_bare_config_has_random_weights(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIGS["qwen2"]))
     source = resolve(str(path))
-    assert (source.kind, source.has_weights, source.vocabulary(), source.name) == ("random", False, None, tmp_path.name)
+    assert (source.kind, source.has_weights, sources.vocabulary(str(path)), source.name) == (
+        "random",
+        False,
+        None,
+        tmp_path.name,
+    )
     assert source.entries == describe(CONFIGS["qwen2"])
     assert resolve(str(path), seed=1).fingerprint != source.fingerprint
     assert all(torch.isfinite(tensor).all() for tensor in stored(source, tmp_path).values())
