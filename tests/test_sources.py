@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import struct
@@ -24,6 +25,7 @@ from profiles.describe import describe
 from profiles.errors import InputError
 from profiles.files import cache_directory
 from profiles.gguf_config import llama3_scaling
+from profiles.gguf_metadata import read_metadata
 from profiles.gguf_tokenizer import implied_merges
 from profiles.pack import build_store
 from profiles.sources import Source, resolve
@@ -244,6 +246,46 @@ def test_gguf_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
             resolve(str(path))
         assert message in str(caught.value)
         assert str(path) in str(caught.value)
+
+
+def test_metadata_are_those_that_the_gguf_package_reads(tmp_path: Path) -> None:
+    metadata = {"a.text": "naïve 日本語", "a.flag": True, "a.flags": [True, False], "a.words": ["", "x", "é"]}
+    metadata |= {"a.whole": [1, -2, 3], "a.real": [0.5, -1.5], "a.none": 0.25}
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, value in metadata.items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for kind in ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float64"):
+        getattr(writer, f"add_{kind}")(f"a.{kind}", 7)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = read_metadata(tmp_path / "m.gguf")
+    expected = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    assert {key: list(value) if isinstance(value, array.array) else value for key, value in found.items()} == {
+        key: value for key, value in expected.items() if not key.startswith("GGUF.")
+    }
+    assert len(found) == len(metadata) + 10  # and the architecture
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (struct.pack("<IQQ", 1, 0, 0), "version 1, versions 2 and 3 are known"),
+        (struct.pack("<IQQ", 3, 0, 1 << 40), "1099511627776 keys in its header"),
+        (struct.pack("<IQQQ", 3, 0, 1, 1 << 62), "it ends at byte 32, inside its header"),
+        (struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<I", 99), "a value of type 99"),
+        (struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 8, 1 << 50), "a list of 1125899906842624"),
+        (struct.pack("<IQQQ", 3, 0, 1, 1) + b"\xff" + struct.pack("<IB", 0, 0), "codec can't decode"),
+    ],
+)
+def test_damaged_metadata_are_refused(content: bytes, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + content)
+    for read in (resolve, sources.vocabulary):
+        with pytest.raises(InputError, match="it is truncated or damaged, download it again") as caught:
+            read(str(path))
+        assert told in str(caught.value)
 
 
 # Tokenizers inside GGUF
