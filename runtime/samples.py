@@ -24,8 +24,9 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from profiles.errors import InputError
 
@@ -133,7 +134,7 @@ def read_samples(file: Path, longest: int | None = None) -> Iterator[tuple[int, 
         raise InputError(_unread(file, error)) from error
 
 
-def _lines(file: IO[bytes], longest: int | None) -> Iterator[tuple[bytes, int]]:
+def _lines(file: gzip.GzipFile | BufferedReader, longest: int | None) -> Iterator[tuple[bytes, int]]:
     """Each line with its length in bytes; of one of more than `longest` only the beginning."""
     while line := file.readline(-1 if longest is None else longest):
         size, rest = len(line), line
