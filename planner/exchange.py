@@ -50,6 +50,7 @@ def parse_plan(data: bytes, place: str) -> Plan:
         raise InputError(f"{place}: {kind}, not a plan; {AGAIN}")
     if content["version"] != PLAN_VERSION:
         raise InputError(f"{place}: {of_another_version('plan', content['version'], PLAN_VERSION)}; {AGAIN}")
+    del content  # not held beside the plan itself
     try:
         plan = Plan.model_validate_json(data)
     except ValidationError as error:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import networkx as nx
+from typing import TYPE_CHECKING, Any
 
 from planner.schema import Plan
 from profiles.errors import InputError
 from profiles.schema import Layer, Profile, Program, Tensor
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 ALIGNMENT = 64
 """arena offsets are multiples of this many bytes"""
@@ -127,6 +128,8 @@ def layer_graph(source: Profile | Plan) -> nx.DiGraph[str]:
     """Layers as nodes with `forward_seconds`, `backward_seconds`, `weight_bytes`, `saved_bytes` (what a plain training
     step would hold for the backward); edges carry the `bytes` that flow forward between two layers.
     """
+    import networkx as nx
+
     graph = step_graph(source)
     result: nx.DiGraph[str] = nx.DiGraph()
     for index, name in enumerate(graph.layers):

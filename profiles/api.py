@@ -14,7 +14,8 @@ from torch._subclasses import FakeTensorMode
 
 from profiles import cold, native
 from profiles.busy import crowded, our_cores, taken_now
-from profiles.decoder import Decoder, decoder_shape
+from profiles.decoder import Decoder
+from profiles.decoder_shape import decoder_shape
 from profiles.devices import find_device
 from profiles.errors import InputError
 from profiles.estimate import estimate_profile

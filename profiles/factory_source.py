@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from profiles.errors import InputError
-from profiles.layout import RAW, VERSION, Entry
+from profiles.layout import VERSION, Entry
 from profiles.sources import Source, SourceTensor, load_factory
+from profiles.store import RAW
 
 KINDS = {dtype: name for name, dtype in RAW.items()}
 

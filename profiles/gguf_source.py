@@ -22,11 +22,11 @@ import torch
 from gguf.quants import Q4_K, dequantize
 from torch import Tensor
 
-from profiles.decoder import decoder_shape
+from profiles.decoder_shape import decoder_shape
 from profiles.describe import decoder_tensors, packed_entry
 from profiles.errors import InputError
 from profiles.gguf_config import config_from_metadata
-from profiles.gguf_tokenizer import gguf_vocabulary
+from profiles.gguf_metadata import read_metadata
 from profiles.layout import VERSION, Entry
 from profiles.pack import q4_blocks
 from profiles.sources import Source, SourceTensor
@@ -71,9 +71,9 @@ class _Reader(gguf.GGUFReader):
 
 def gguf_source(path: Path) -> Source:
     """A model in a GGUF file. Raises InputError where the file is damaged, split or of another architecture."""
+    metadata = read_metadata(path)
     try:
         reader = _Reader(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
     except Exception as error:  # the reader trips over a damaged file in many ways
         raise InputError(
             f"{path}: not a readable GGUF file ({error}); it is truncated or damaged, download it again"
@@ -114,7 +114,6 @@ def gguf_source(path: Path) -> Source:
         has_weights=True,
         entries={entry.name: entry for entry, _ in parts},
         tensors=tensors,
-        vocabulary=lambda: gguf_vocabulary(path, metadata),
         note=_note(tensor for _, tensor in parts),
     )
 

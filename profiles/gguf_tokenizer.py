@@ -6,6 +6,7 @@ Two kinds occur in the supported architectures: byte-level BPE (``gpt2``: merges
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from profiles.errors import InputError
-from profiles.sources import Vocabulary
+from profiles.gguf_metadata import read_metadata
+from profiles.vocabulary import Vocabulary
 
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 _QWEN = (
@@ -25,8 +27,9 @@ DIGITS = ("smollm", "refact", "starcoder", "command-r")
 PLAIN = ("default", "gpt-2", "gpt2")
 
 
-def gguf_vocabulary(path: Path, metadata: dict[str, Any]) -> Vocabulary:
-    """Build the tokenizer from ``tokenizer.*`` metadata. Raises InputError for a kind that is not supported."""
+def gguf_vocabulary(path: Path) -> Vocabulary:
+    """Build the tokenizer from ``tokenizer.*`` metadata. Raises InputError for a file that cannot be read and a kind that is not supported."""
+    metadata = read_metadata(path)
     kind = metadata.get("tokenizer.ggml.model")
     tokens: list[str] | None = metadata.get("tokenizer.ggml.tokens")
     if kind not in ("gpt2", "llama") or not tokens:
@@ -70,11 +73,11 @@ def _byte_level(path: Path, metadata: dict[str, Any], tokens: list[str]) -> Toke
     split = metadata.get("tokenizer.ggml.pre", "default")
     ids = {token: index for index, token in enumerate(tokens)}
     merges = []
-    for merge in metadata.get("tokenizer.ggml.merges", []):
+    for merge in metadata.pop("tokenizer.ggml.merges", []):
         left, _, right = merge.partition(" ")
         if not {left, right, left + right} <= ids.keys():  # tokenizers would panic
             raise InputError(f"{path}: merge {merge!r} names no token; the file is damaged, download it again")
-        merges.append((left, right))
+        merges.append((tokens[ids[left]], tokens[ids[right]]))  # the same objects again
     tokenizer = Tokenizer(BPE(ids, merges, ignore_merges=split in ("llama-bpe", "llama3", "llama-v3")))
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
     if split in SPLITS:
@@ -113,15 +116,15 @@ def _sentence_piece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def implied_merges(ids: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+def implied_merges(ids: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """The merges of a SentencePiece BPE: every split of a token into two tokens, best score first, then lowest ids."""
-    merges = []
+    tokens = {index: token for token, index in ids.items()}
+    found: list[Any] = []
     for token, index in ids.items():
+        rank = -scores[index]
         pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
-        merges += [
-            (-scores[index], ids[left], ids[right], left, right)
-            for left, right in pairs
-            if left in ids and right in ids
-        ]
-    merges.sort()
-    return [(left, right) for _, _, _, left, right in merges]
+        found += [(rank, ids[left], ids[right]) for left, right in pairs if left in ids and right in ids]
+    found.sort()
+    for place, (_, left, right) in enumerate(found):  # one by one: there may be half a million
+        found[place] = tokens[left], tokens[right]
+    return found

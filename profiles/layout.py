@@ -14,20 +14,23 @@ row range is one extent and a single row can be gathered. ``w[a:b]`` names rows 
     q8        per group: float16 scale, `group` int8; q * scale
     float32, bfloat16, float16, int64, int32, uint8, bool    the elements
 
-This module is imported by the budgeted process: torch and the standard library only.
+This module is imported by the budgeted process, and by the one that prepares a run: the standard library only.
 """
 
 from __future__ import annotations
 
+import array
+import hashlib
 import json
+import os
 import re
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from sys import intern
 from typing import Any
-
-import torch
 
 from profiles.errors import InputError
 
@@ -38,15 +41,16 @@ ALIGNMENT = 4096
 SEGMENT_BYTES = 128 * 1024
 """A checksum covers at most this much, or one row."""
 
-RAW: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
+ELEMENT_BYTES = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "uint8": 1,
+    "bool": 1,
 }
+"""Formats that are the elements themselves, as torch names their types."""
 _JSON = json.JSONDecoder()
 _SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]")
 
@@ -86,8 +90,8 @@ class Entry:
         columns = 1
         for size in self.shape[1:] if len(self.shape) > 1 else self.shape:
             columns *= size
-        if self.format in RAW:
-            row_bytes = columns * RAW[self.format].itemsize
+        if self.format in ELEMENT_BYTES:
+            row_bytes = columns * ELEMENT_BYTES[self.format]
         else:
             row_bytes = columns // self.group * group_bytes(self.format, self.group)
         segment_rows = 1
@@ -135,6 +139,84 @@ def parse_header(text: str) -> tuple[dict[str, Any], dict[str, Entry]]:
     if entries is None or text[at:] != "}":
         raise ValueError("no tensors" if entries is None else f"it goes on at byte {at}")
     return head, entries
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a store says of itself, ahead of its tensors."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    source: dict[str, Any]
+    entries: dict[str, Entry]
+    checksums: array.array[int]
+    """crc32 of every segment of every tensor"""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of names, shapes, formats, configuration and checksums of all tensors."""
+        said = [{name: entry.said() for name, entry in self.entries.items()}, self.config]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + self.checksums.tobytes()).hexdigest()
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The header of a store, whose length is checked against it. Raises InputError on a missing, truncated or damaged file."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            preamble = file.read(PREAMBLE.size)
+            if len(preamble) < PREAMBLE.size or preamble[:8] != MAGIC:
+                raise InputError(f"{path}: not a weight store; profile the model again to rebuild it")
+            _, version, length, segments, checksum = PREAMBLE.unpack(preamble)
+            if version != VERSION:
+                raise InputError(
+                    f"{path}: weight store of version {version}, this tightfit reads version {VERSION}; profile the model again to rebuild it"
+                )
+            body = file.read(length + 4 * segments)
+            if zlib.crc32(body) != checksum:
+                raise InputError(
+                    f"{path}: the header is truncated or damaged (checksum differs); delete the file and profile the model again"
+                )
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; profile the model again to rebuild the weight store") from error
+    try:
+        head, entries = parse_header(body[:length].decode())
+        header = Header(
+            path=path,
+            name=head["name"],
+            config=head["config"],
+            source=head["source"],
+            entries=entries,
+            checksums=array.array("I", body[length:]),
+        )
+    except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{path}: the header is not that of a weight store ({error}); delete the file and profile the model again"
+        ) from error
+    for entry in entries.values():
+        if entry.offset + align(entry.bytes) > size:
+            raise InputError(
+                f"{path}: truncated, tensor {entry.name!r} ends at byte {entry.offset + entry.bytes} of {size}; delete the file and profile the model again"
+            )
+    return header
+
+
+def store_path(directory: str | os.PathLike[str], name: str, fingerprint: str) -> Path:
+    """Where the store of a source lies in `directory`."""
+    return Path(directory) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{fingerprint[:16]}.store"
+
+
+def holds(path: Path, fingerprint: str) -> bool:
+    """Whether `path` is an intact store of the source with this fingerprint; one that is damaged is removed."""
+    if not path.exists():
+        return False
+    try:
+        return read_header(path).source.get("fingerprint") == fingerprint
+    except InputError:
+        path.unlink(missing_ok=True)
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

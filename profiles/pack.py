@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import json
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from profiles.errors import InputError, RunError
 from profiles.files import sync_directory
-from profiles.layout import ALIGNMENT, MAGIC, PREAMBLE, RAW, VERSION, Entry, align
+from profiles.layout import ALIGNMENT, MAGIC, PREAMBLE, VERSION, Entry, align, holds, store_path
 from profiles.sources import Source, without_names
-from profiles.store import Store
+from profiles.store import RAW
 
 BLOCK_BYTES = 8 << 20  # float32 bytes of the rows that are converted at a time
 Progress = Callable[[int, int, str], None]
@@ -229,17 +228,12 @@ def build_store(source: Source, directory: str | os.PathLike[str], progress: Pro
     Holds one block of rows in memory at a time. Raises InputError for weights that do not fit the model's config, RunError
     where the disk is full; nothing half-written is left under the store's name.
     """
-    path = Path(directory) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', source.name)}-{source.fingerprint[:16]}.store"
+    path = store_path(directory, source.name, source.fingerprint)
     total = sum(entry.bytes for entry in source.entries.values())
-    if path.exists():
-        try:
-            with Store.open(path) as store:
-                if store.source.get("fingerprint") == source.fingerprint:
-                    if progress:
-                        progress(total, total, "")
-                    return path
-        except InputError:
-            path.unlink(missing_ok=True)
+    if holds(path, source.fingerprint):
+        if progress:
+            progress(total, total, "")
+        return path
     done = 0
     described = {"kind": source.kind, "fingerprint": source.fingerprint, "note": source.note}
     with StoreWriter(

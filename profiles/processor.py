@@ -31,3 +31,9 @@ def _told(key: str) -> list[str]:
     except OSError:
         pass
     return []
+
+
+NARROW = not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(features())
+"""whether this processor multiplies bfloat16 (x86, x86, ARM, ARM)"""
+BFLOAT16_PRODUCTS = "bfloat16" if NARROW else "float32"
+"""what tensors of bfloat16 are multiplied in here (`profiles.products`); results differ with it"""

@@ -19,15 +19,11 @@ import torch
 from torch import Tensor
 
 from profiles.pages import make_pages
-from profiles.processor import features
+from profiles.processor import NARROW
 
 aten = torch.ops.aten
 
 WIDE_ELEMENTS = 1 << 19  # float32 elements of each operand's block and of their product's: 2 MiB
-NARROW = not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(features())
-"""whether this processor multiplies bfloat16 (x86, x86, ARM, ARM)"""
-BFLOAT16_PRODUCTS = "bfloat16" if NARROW else "float32"
-"""what tensors of bfloat16 are multiplied in here; results differ with it"""
 Term = tuple[Tensor, Tensor, float]
 """(left [M, K], right [K, N], scale): scale * left @ right"""
 

@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from profiles.describe import EmbeddingFormat, describe
 from profiles.layout import VERSION, Entry, group_bytes
 from profiles.sources import Source, SourceTensor, without_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Q4_DEVIATION = (255 / 12) ** 0.5  # standard deviation of a code drawn evenly from 0..15: sqrt((16^2 - 1) / 12)
 Q8_DEVIATION = (65535 / 12) ** 0.5  # of -128..127
@@ -55,6 +55,8 @@ class _RandomRows:
         self.mean = 1.0 if "norm" in entry.name and not centred else 0.0
 
     def __call__(self, start: int, stop: int) -> Tensor:
+        import torch
+
         entry, rows = self.entry, stop - start
         if entry.format not in ("q4", "q8"):
             generator = torch.Generator().manual_seed(self.start + start)
@@ -83,6 +85,8 @@ class _Pools:
         return pool
 
     def _draw(self, kind: str, group: int) -> Tensor:
+        import torch
+
         generator = torch.Generator().manual_seed(self.seed)
         packed = torch.randint(0, 256, (POOL_GROUPS, group_bytes(kind, group)), generator=generator, dtype=torch.uint8)
         if kind == "q4":

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from profiles.attention import attention_scratch
 from profiles.operators import OPERATORS, STATE_COLUMNS, head_scratch
-from profiles.products import NARROW
+from profiles.processor import NARROW
 
 _library = torch.library.Library("tightfit", "DEF")
 

@@ -1,4 +1,7 @@
-"""Where a model comes from: a Hugging Face directory or hub id, a GGUF file, a bare config.json, or `module:factory`."""
+"""Where a model comes from: a Hugging Face directory or hub id, a GGUF file, a bare config.json, or `module:factory`.
+
+PyTorch is imported by what reads or makes tensors only: the process that prepares a run asks for the `vocabulary` alone.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,22 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
-from profiles.describe import EmbeddingFormat
 from profiles.errors import InputError
 from profiles.layout import Entry
+from profiles.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from torch import Tensor
 
+    from profiles.describe import EmbeddingFormat
+
+Kind = Literal["directory", "gguf", "config", "factory", "hub"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 FORMS = "a Hugging Face directory or hub id, a GGUF file, a config.json, or package.module:factory"
 WRAPPED_BODY = "model.language_model."
 """of the text model inside a multimodal wrapper, as transformers' AutoModelForCausalLM makes it and PEFT adapts it"""
@@ -35,27 +40,6 @@ class SourceTensor:
     entry: Entry
     rows: Callable[[int, int], Tensor]
     """rows(start, stop): floats [stop - start, ...], or uint8 [stop - start, row bytes] that is packed already."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-    """Text to tokens and back."""
-
-    tokenizer: Tokenizer
-    chat_template: str | None = None
-    """Jinja source."""
-    tool_template: str | None = None
-    """Jinja source of a template of its own for conversations with tools."""
-    bos_token: str | None = None
-    eos_token: str | None = None
-    pad_token: str | None = None
-    add_bos: bool = False
-    """Whether the model expects `bos_token` before every text."""
-    special_tokens: dict[str, str] = field(default_factory=dict)
-    """Further names that the chat template may use, such as unk_token."""
-
-    def token_id(self, token: str | None) -> int | None:
-        return None if token is None else self.tokenizer.token_to_id(token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +61,6 @@ class Source:
     """Every tensor with its packed format; offsets are 0."""
     tensors: Callable[[], Iterable[SourceTensor]]
     """The same tensors in the same order, with their data."""
-    vocabulary: Callable[[], Vocabulary | None] = lambda: None
-    """The tokenizer, where there is one."""
     note: str = ""
     """In words: what packing does to the weights' values."""
 
@@ -88,29 +70,74 @@ def resolve(source: str, *, embedding: EmbeddingFormat = "q4", seed: int = 0) ->
 
     `embedding` is the format of embeddings that are not quantised yet; `seed` draws random weights of a bare config.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    kind, path = _named(source)
+    if kind == "directory":
         from profiles.huggingface import directory_source
 
-        return directory_source(path.resolve(), embedding=embedding)
+        return directory_source(path, embedding=embedding)
+    if kind == "hub":
+        from profiles.huggingface import directory_source
+
+        return directory_source(hub_directory(source), embedding=embedding, name=source)
+    if kind == "gguf":
+        from profiles.gguf_source import gguf_source
+
+        return gguf_source(path)
+    if kind == "config":
+        from profiles.random_source import random_source
+
+        return random_source(read_config(path), path, embedding=embedding, seed=seed)
+    from profiles.factory_source import factory_source
+
+    return factory_source(source)
+
+
+def vocabulary(source: str) -> Vocabulary | None:
+    """The tokenizer of what `source` names; None where it has none. Raises InputError where it names nothing or is damaged."""
+    kind, path = _named(source)
+    if kind == "gguf":
+        from profiles.gguf_tokenizer import gguf_vocabulary
+
+        return gguf_vocabulary(path)
+    if kind in ("directory", "hub"):
+        from profiles.directory_tokenizer import directory_vocabulary
+
+        return directory_vocabulary(path if kind == "directory" else hub_directory(source))
+    return None
+
+
+def hub_directory(name: str) -> Path:
+    """Download a model from the hub into its own cache. Raises InputError without huggingface_hub or the model."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(
+            f"{name}: no such directory; for a Hugging Face hub id run pip install 'tightfit[hub]'"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # network, authorisation, unknown name: the library's classes vary by version
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{name}: no such directory, and the Hugging Face hub answered: {reason}; check the name and the network"
+        ) from error
+
+
+def _named(source: str) -> tuple[Kind, Path]:
+    """What `source` names, and where that lies if it is here. Raises InputError where it names nothing usable."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return "directory", path.resolve()
     if path.is_file():
         if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
-            from profiles.gguf_source import gguf_source
-
-            return gguf_source(path.resolve())
+            return "gguf", path.resolve()
         if path.suffix == ".json":
-            from profiles.random_source import random_source
-
-            return random_source(read_config(path), path.resolve(), embedding=embedding, seed=seed)
+            return "config", path.resolve()
         raise InputError(f"{source}: neither a GGUF file nor a config.json; a model is {FORMS}")
     if _FACTORY.fullmatch(source):
-        from profiles.factory_source import factory_source
-
-        return factory_source(source)
+        return "factory", path
     if _HUB.fullmatch(source) and path.suffix != ".gguf":
-        from profiles.huggingface import hub_source
-
-        return hub_source(source, embedding=embedding)
+        return "hub", path
     raise InputError(f"{source}: no such file or directory; a model is {FORMS}")
 
 

@@ -10,10 +10,7 @@ This module is imported by the budgeted process: torch and the standard library 
 
 from __future__ import annotations
 
-import array
 import ctypes
-import hashlib
-import json
 import mmap
 import os
 import threading
@@ -21,7 +18,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,20 +27,28 @@ from profiles import native
 from profiles.errors import InputError
 from profiles.layout import (
     ALIGNMENT,
-    MAGIC,
-    PREAMBLE,
-    RAW,
-    VERSION,
+    ELEMENT_BYTES,
     Entry,
     Extent,
+    Header,
     align,
     find_extent,
     group_bytes,
     packed_bytes,
-    parse_header,
+    read_header,
 )
 
-__all__ = ["CHUNK_ELEMENTS", "WORKSPACE_BYTES", "Entry", "Extent", "Store", "find_extent", "packed_bytes", "unpack"]
+__all__ = [
+    "CHUNK_ELEMENTS",
+    "RAW",
+    "WORKSPACE_BYTES",
+    "Entry",
+    "Extent",
+    "Store",
+    "find_extent",
+    "packed_bytes",
+    "unpack",
+]
 
 CHUNK_ELEMENTS = 1 << 17
 """Elements unpacked at a time: 512 KiB of float32, which stays in a core's L2."""
@@ -54,22 +59,24 @@ WORKSPACE_BYTES = CHUNK_ELEMENTS * 4 + (CHUNK_ELEMENTS // 8) * 4
 SCRATCH_BYTES = 64 * 1024
 _unpack_q4 = torch.ops.quantized.embedding_bag_4bit_unpack.default
 _native = native.functions()
+RAW: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_BYTES}
+"""Formats that are the elements themselves."""
 
 
 class Store:
     """An open weight store. Reads are thread-safe and leave no page cache behind; every segment is checked when first read."""
 
-    def __init__(self, path: Path, header: bytes, checksums: array.array[int]) -> None:
-        self.path = path
-        head, self.entries = parse_header(header.decode())
-        self.name: str = head["name"]
-        self.config: dict[str, Any] = head["config"]
-        self.source: dict[str, Any] = head["source"]
-        self._checksums = checksums
-        self._checked = bytearray(len(checksums))
-        self._buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def __init__(self, header: Header) -> None:
+        self.path = header.path
+        self.header = header
+        self.name = header.name
+        self.config = header.config
+        self.source = header.source
+        self.entries = header.entries
+        self._checked = bytearray(len(header.checksums))
+        self._buffered = os.open(header.path, os.O_RDONLY | os.O_CLOEXEC)
         _advise(self._buffered, 0, 0, "RANDOM")  # no read-ahead around gathered rows
-        self._direct = _open_direct(path)
+        self._direct = _open_direct(header.path)
         self._scratch = mmap.mmap(-1, SCRATCH_BYTES)
         self._scratch_address = ctypes.addressof(ctypes.c_char.from_buffer(self._scratch))
         self._scratch_lock = threading.Lock()
@@ -77,46 +84,12 @@ class Store:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Store:
         """Open a store and check its header and length. Raises InputError on a missing, truncated or damaged file."""
-        path = Path(path)
-        try:
-            with path.open("rb") as file:
-                preamble = file.read(PREAMBLE.size)
-                if len(preamble) < PREAMBLE.size or preamble[:8] != MAGIC:
-                    raise InputError(f"{path}: not a weight store; profile the model again to rebuild it")
-                _, version, length, segments, checksum = PREAMBLE.unpack(preamble)
-                if version != VERSION:
-                    raise InputError(
-                        f"{path}: weight store of version {version}, this tightfit reads version {VERSION}; profile the model again to rebuild it"
-                    )
-                body = file.read(length + 4 * segments)
-                if zlib.crc32(body) != checksum:
-                    raise InputError(
-                        f"{path}: the header is truncated or damaged (checksum differs); delete the file and profile the model again"
-                    )
-                size = os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise InputError(
-                f"{path}: {error.strerror}; profile the model again to rebuild the weight store"
-            ) from error
-        try:
-            store = cls(path, body[:length], array.array("I", body[length:]))
-        except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise InputError(
-                f"{path}: the header is not that of a weight store ({error}); delete the file and profile the model again"
-            ) from error
-        for entry in store.entries.values():
-            if entry.offset + align(entry.bytes) > size:
-                store.close()
-                raise InputError(
-                    f"{path}: truncated, tensor {entry.name!r} ends at byte {entry.offset + entry.bytes} of {size}; delete the file and profile the model again"
-                )
-        return store
+        return cls(read_header(path))
 
     @property
     def fingerprint(self) -> str:
         """sha256 of names, shapes, formats, configuration and checksums of all tensors."""
-        said = [{name: entry.said() for name, entry in self.entries.items()}, self.config]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + self._checksums.tobytes()).hexdigest()
+        return self.header.fingerprint
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, {len(self.entries)} tensors)"
@@ -261,7 +234,7 @@ class Store:
         self._compare(entry, segment, checksum)
 
     def _compare(self, entry: Entry, segment: int, checksum: int) -> None:
-        if checksum != self._checksums[entry.segment + segment]:
+        if checksum != self.header.checksums[entry.segment + segment]:
             raise InputError(
                 f"{self.path}: tensor {entry.name!r} is damaged (checksum differs); delete the file and profile the model again"
             )

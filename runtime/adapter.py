@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -47,6 +47,8 @@ def adapter_config(lora: Mapping[str, Any], names: Iterable[str], base: str, bod
 
 def initialise(name: str, seed: int, out: Tensor) -> None:
     """PEFT's initial values, seeded per tensor: lora_A uniform in +-1/sqrt(columns) (Kaiming with a = sqrt(5)), lora_B zero."""
+    import torch
+
     if ".lora_B." in name:
         out.zero_()
         return

@@ -9,19 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from planner.schema import Plan
 from planner.summary import unfinished_update
 from profiles import cold
 from profiles.busy import our_cores
 from profiles.errors import InfeasibleError, InputError
 from profiles.files import cache_directory
-from profiles.products import BFLOAT16_PRODUCTS
+from profiles.layout import holds, packed_bytes, read_header, store_path
+from profiles.processor import BFLOAT16_PRODUCTS
 from profiles.schema import PROFILE_VERSION
-from profiles.store import Store
 from profiles.units import format_size
 from runtime.checkpoint import OPERATORS
+from runtime.lean_torch import installed_version
 from runtime.supervisor import Stages
 
 
@@ -65,9 +64,9 @@ def check_machine(plan: Plan) -> None:
             f"the plan counts on a file in {cache_directory()} that holds what PyTorch's start leaves, and none can be made there"
             " (a folder on a disk that takes files is needed, and a C compiler); profile and plan again"
         )
-    if device.torch_version and device.torch_version != torch.__version__:
+    if device.torch_version and device.torch_version != (present_torch := installed_version()):
         raise InputError(
-            f"the plan was made with torch {device.torch_version} and torch {torch.__version__} is installed; profile and plan again"
+            f"the plan was made with torch {device.torch_version} and torch {present_torch} is installed; profile and plan again"
         )
 
 
@@ -90,29 +89,31 @@ def check_schedule(plan: Plan) -> None:
 
 def find_store(plan: Plan, stages: Stages | None) -> Path | None:
     """The weight store of the plan, made now for a model without weights. Raises InputError where it is another model's."""
-    from profiles.pack import build_store
-    from profiles.sources import resolve
-
-    weights = [t for t in plan.tensors if t.kind in ("weight", "constant")]
     if plan.model.store is None:
-        source = resolve(plan.model.source)
-        path = build_store(
-            source,
-            cache_directory() / "stores",
-            lambda done, total, name: stages("packing random weights", done, total) if stages else None,
-        )
+        from profiles.sources import resolve
+
+        source, folder = resolve(plan.model.source), cache_directory() / "stores"
+        path = store_path(folder, source.name, source.fingerprint)
+        if not holds(path, source.fingerprint):
+            from profiles.pack import build_store
+
+            build_store(
+                source,
+                folder,
+                lambda done, total, name: stages("packing random weights", done, total) if stages else None,
+            )
     else:
         path = Path(plan.model.store)
-    with Store.open(path) as store:
-        if plan.model.store_fingerprint and store.fingerprint != plan.model.store_fingerprint:
+    store = read_header(path)
+    if plan.model.store_fingerprint and (found := store.fingerprint) != plan.model.store_fingerprint:
+        raise InputError(
+            f"{path} holds other weights than the plan was made for (fingerprint {found[:12]}, planned {plan.model.store_fingerprint[:12]}); profile and plan again"
+        )
+    for tensor in plan.tensors:
+        if tensor.kind == "weight" and (held := packed_bytes(store.entries, tensor.name)) != tensor.packed_bytes:
             raise InputError(
-                f"{path} holds other weights than the plan was made for (fingerprint {store.fingerprint[:12]}, planned {plan.model.store_fingerprint[:12]}); profile and plan again"
+                f"{path}: {tensor.name} is packed in {held} bytes and the plan expects {tensor.packed_bytes}; the plan is for another model, profile and plan again"
             )
-        for tensor in weights:
-            if tensor.kind == "weight" and store.packed_bytes(tensor.name) != tensor.packed_bytes:
-                raise InputError(
-                    f"{path}: {tensor.name} is packed in {store.packed_bytes(tensor.name)} bytes and the plan expects {tensor.packed_bytes}; the plan is for another model, profile and plan again"
-                )
     return path
 
 
@@ -140,7 +141,7 @@ def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str,
         "seed": seed,
         "steps of an update": plan.accumulate if plan.accumulate > 1 else None,
         "threads": plan.device.threads,
-        "torch": torch.__version__,
+        "torch": installed_version(),
         "products of bfloat16": BFLOAT16_PRODUCTS,
         "layers without a backward": [phase.skipped for phase in plan.steps] if plan.cycle else None,
         # Of what differs, the first is told: by another version the graph may differ too, whose hash says nothing to a reader.

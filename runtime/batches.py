@@ -12,12 +12,13 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from profiles.errors import InputError, RunError
 from runtime.records import Record, RecordFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = "tightfit-batches"
 VERSION = 2

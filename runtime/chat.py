@@ -16,7 +16,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from profiles.errors import InputError
-from profiles.sources import Vocabulary
+from profiles.vocabulary import Vocabulary
 from runtime.samples import Message, Tools
 
 DAY = dt.date(2024, 7, 26)

@@ -412,6 +412,7 @@ def run(
             cgroup=cgroup,
             profile_step=profile_step,
             stages=training.stage,
+            counted=bool(context.obj),
         ) as ready,
     ):
         if isinstance(ready, Order):

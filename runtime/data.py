@@ -11,11 +11,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from profiles.errors import InputError
-from profiles.sources import Vocabulary
-from runtime.chat import ChatTemplate, Segment
+from profiles.vocabulary import Vocabulary
+from runtime.preparation import LOOKED_AT, Preparation
 from runtime.records import IGNORED, RecordFile, RecordWriter
 from runtime.samples import (
     Completion,
@@ -29,6 +29,9 @@ from runtime.samples import (
     data_files,
     read_samples,
 )
+
+if TYPE_CHECKING:
+    from runtime.chat import ChatTemplate, Segment
 
 Purpose = Literal["train", "evaluate"]
 TooLong = Literal["refuse", "truncate"]
@@ -51,14 +54,16 @@ def prepare(
     too_long: TooLong = "refuse",
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    preparation: Preparation | None = None,
 ) -> RecordFile:
     """Tokenise `data` into ``directory/<purpose>.records`` and open it.
 
     `data` is a .jsonl or .jsonl.gz file, a directory of them, or ``random`` (tokens drawn from `seed`, for sizing). To train, a
     question is its right answer; to evaluate, each choice is a record. A sample of more than `seq` positions is refused,
-    or cut: first the front of what is not predicted, then the end. `progress(samples)` is called after each sample.
+    or cut: first the front of what is not predicted, then the end. `progress(samples)` is called after each sample. With
+    `preparation` a line may be as long as its budget allows.
 
-    Raises InputError that names every bad line, RunError where the disk is full.
+    Raises InputError that names every bad line, RunError where the disk is full, CapError where `preparation` does.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{purpose}.records"
@@ -71,7 +76,8 @@ def prepare(
                 f"{data}: the model has no tokenizer; put tokenizer.json beside its config.json, or use --data random"
             )
         else:
-            _Preparation(writer, Encoder(vocabulary, vocab_size), purpose, too_long).run(data_files(data), progress)
+            samples = _Samples(writer, Encoder(vocabulary, vocab_size), purpose, too_long)
+            samples.run(data_files(data), progress, preparation)
     return RecordFile.open(path)
 
 
@@ -88,6 +94,8 @@ class Encoder:
     @property
     def chat(self) -> ChatTemplate:
         if self._chat is None:
+            from runtime.chat import ChatTemplate  # and Jinja, which takes 6 MiB
+
             self._chat = ChatTemplate(self.vocabulary)
         return self._chat
 
@@ -133,7 +141,7 @@ class Encoder:
         return self.segments([(asked, False), (completion, True)])
 
 
-class _Preparation:
+class _Samples:
     """One pass over the data: every sample is tokenised and written, every bad line remembered."""
 
     def __init__(self, writer: RecordWriter, encoder: Encoder, purpose: Purpose, too_long: TooLong) -> None:
@@ -147,10 +155,11 @@ class _Preparation:
         self.longest = 0
         """positions of the longest sample that is not packed into windows"""
 
-    def run(self, files: list[Path], progress: Callable[[int], None] | None) -> None:
+    def run(self, files: list[Path], progress: Callable[[int], None] | None, preparation: Preparation | None) -> None:
         done = 0
+        longest = preparation.longest_line() if preparation else None
         for file in files:
-            for number, sample in read_samples(file):
+            for number, sample in read_samples(file, longest):
                 try:
                     if isinstance(sample, InputError):
                         raise sample
@@ -162,6 +171,8 @@ class _Preparation:
                 done += 1
                 if progress:
                     progress(done)
+                if preparation and done % LOOKED_AT == 0:
+                    preparation.check("tokenising the data")
         self.flush(everything=True)
         if self.bad:
             more = f"\nand {self.count_bad - len(self.bad)} more" if self.count_bad > len(self.bad) else ""

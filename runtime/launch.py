@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,6 +18,7 @@ from runtime.checkpoint import writing_to
 from runtime.lean_process import Order
 from runtime.options import checked
 from runtime.output import finished_report, locked, remove, staged, to_be_replaced
+from runtime.preparation import Preparation
 from runtime.settings import order_of, settings_of
 from runtime.supervisor import Progress, Stages, supervise
 
@@ -110,11 +112,15 @@ def prepared(
     cgroup: bool = True,
     profile_step: bool = False,
     stages: Stages | None = None,
+    counted: bool = False,
 ) -> Iterator[Order | dict[str, Any]]:
     """All of a run (see `run`) before its training process starts: plan and machine are checked, data and job lie in `out`, which is
     locked while the block runs. Gives the order to carry out, or the report of a run that has taken all of its steps already.
+
+    Where this process is `counted`, what it holds must fit the plan's budget too: CapError, before anything of an earlier run is replaced.
     """
     check_kind(plan)
+    preparation = Preparation(plan.budget_bytes) if counted else None
     directory = Path(out).absolute()
     options = checked(
         steps=steps,
@@ -135,14 +141,13 @@ def prepared(
     check_machine(plan)
     check_schedule(plan)
     store = find_store(plan, stages)
+    if preparation:
+        preparation.check("reading the plan")
     with locked(directory) as lock, staged(directory) as staging:
         replaced = to_be_replaced(directory, steps, resume=resume, overwrite=overwrite)
-        train = _prepare(plan, data, staging, "train", truncate=truncate, seed=seed, stages=stages)
-        evaluation = (
-            None
-            if eval_data is None
-            else _prepare(plan, eval_data, staging, "evaluate", truncate=truncate, seed=seed, stages=stages)
-        )
+        written = partial(_prepare, plan, truncate=truncate, seed=seed, stages=stages, preparation=preparation)
+        train = written(data, staging, "train")
+        evaluation = None if eval_data is None else written(eval_data, staging, "evaluate")
         settings = settings_of(
             plan,
             directory,
@@ -158,6 +163,8 @@ def prepared(
             yield finished
             return
         compiled = jobs.compile_job(plan.model_dump(), settings)
+        if preparation:
+            preparation.check("preparing the data")
         remove(replaced)  # only now: data or a plan that are refused must not cost an earlier run
         with writing_to(directory):
             (directory / "data").mkdir(exist_ok=True)
@@ -168,7 +175,15 @@ def prepared(
 
 
 def _prepare(
-    plan: Plan, data: Data, folder: Path, purpose: Any, *, truncate: bool, seed: int, stages: Stages | None
+    plan: Plan,
+    data: Data,
+    folder: Path,
+    purpose: Any,
+    *,
+    truncate: bool,
+    seed: int,
+    stages: Stages | None,
+    preparation: Preparation | None,
 ) -> Path:
     """Data as a file of fixed-shape records in `folder`."""
     from runtime.data import RANDOM, prepare
@@ -177,11 +192,13 @@ def _prepare(
         return _prepare_module(plan, data, folder, purpose, stages)
     if not isinstance(data, str | os.PathLike):
         raise InputError("a language model trains on a JSON-lines file, a directory of them, or 'random'")
-    from profiles.sources import resolve
+    from profiles import sources
 
     assert plan.seq is not None
     text = os.fspath(data)
-    vocabulary = None if text == RANDOM else resolve(plan.model.source).vocabulary()
+    vocabulary = None if text == RANDOM else sources.vocabulary(plan.model.source)
+    if preparation:
+        preparation.check("loading the tokenizer")
     records = prepare(
         text,
         vocabulary,
@@ -192,6 +209,7 @@ def _prepare(
         too_long="truncate" if truncate else "refuse",
         seed=seed,
         progress=(lambda done: stages(f"tokenising {text}", done, done)) if stages else None,
+        preparation=preparation,
     )
     records.close()
     return records.path

@@ -45,7 +45,7 @@ def load() -> str:
     _block()
     try:
         if not _known() and not _survives():
-            raise ImportError(f"torch {_version(_root())} does not start this way")
+            raise ImportError(f"torch {installed_version()} does not start this way")
         with cold.moving():
             _load()
             _check()
@@ -168,7 +168,7 @@ class _NoGrad:
 
 
 def _known() -> bool:
-    return ".".join(_version(_root()).split(".")[:2]) in KNOWN
+    return ".".join(installed_version().split(".")[:2]) in KNOWN
 
 
 def _survives() -> bool:
@@ -184,6 +184,11 @@ def _survives() -> bool:
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def installed_version() -> str:
+    """What `torch.__version__` is, without importing it. Raises ImportError where there is no torch."""
+    return _version(_root())
 
 
 def _root() -> str:

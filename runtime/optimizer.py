@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,8 @@ class Update:
     """
 
     def __init__(self, optimizer: AdamW, accumulate: int = 1) -> None:
+        import torch
+
         self.optimizer = optimizer
         self.accumulate = accumulate
         self.summed = 0.0
@@ -123,6 +125,8 @@ class Perturbation:
     """MeZO. The noise of a parameter is drawn anew from step, seed and name whenever it is needed, and never kept."""
 
     def __init__(self, optimizer: MeZO, seed: int) -> None:
+        import torch
+
         self.optimizer = optimizer
         self.seed = seed
         self._generator = torch.Generator()
@@ -149,6 +153,8 @@ class Perturbation:
 
     def noise(self, name: str, parameter: Tensor) -> Tensor:
         """z ~ N(0, 1) in the shape of `parameter`, float32: the same for every plan and every call within a step."""
+        import torch
+
         key = hashlib.sha256(f"{self.seed}:{self._step}:{name}".encode()).digest()
         self._generator.manual_seed(int.from_bytes(key[:8], "little") >> 1)
         return torch.empty_like(parameter).normal_(generator=self._generator)

@@ -34,12 +34,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Self
 
 from profiles.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = "tightfit-records"
 VERSION = 1
@@ -144,6 +144,8 @@ class RecordFile:
 
     def read(self, index: int) -> Record:
         """Record `index`. Its tensors are views of one buffer that the next `read` overwrites."""
+        import torch
+
         if not 0 <= index < self.count:
             raise ValueError(f"record {index} is outside [0, {self.count})")
         read = os.preadv(self._descriptor, [self._buffer], HEADER_BYTES + index * self.record_bytes)

@@ -13,11 +13,13 @@ import select
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from profiles.files import write_all
 from runtime.checkpoint import STEP_BY_STEP
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STEP, EVALUATE, SAVE, FINISH = b"s", b"e", b"c", b"f"
 ANSWERS = {STEP: "step", EVALUATE: "loss", SAVE: "checkpoint"}

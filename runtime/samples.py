@@ -24,6 +24,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ FORMS = (
     ' or {"prompt", "choices", "answer"}'
 )
 LINES = ("*.jsonl", "*.jsonl.gz")
+CHUNK = 1 << 16
 BEGINNING = 4096
 """bytes of a .json file in which its first bracket lies"""
 SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -98,21 +100,30 @@ def data_files(data: str) -> list[Path]:
     raise InputError(f"{path}: no such file; {due}")
 
 
-def read_samples(file: Path) -> Iterator[tuple[int, Sample | InputError]]:
+def read_samples(file: Path, longest: int | None = None) -> Iterator[tuple[int, Sample | InputError]]:
     """(line number from 1, the sample or what is wrong with the line); blank lines are passed over.
 
-    A file that begins with a JSON list is not read on: none of its lines would be a sample.
+    Of a line of more than `longest` bytes no more than that is ever in memory: it is one of the lines that are wrong. A file that begins with a JSON list is not read on: none of its lines would be a sample.
     """
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
             first = True
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
+            for number, (line, size) in enumerate(_lines(lines, longest), 1):
+                if size == len(line) and not line.strip():
                     continue
                 if first and _begins_a_list(line):
                     yield number, InputError(_no_lines(file))
                     return
                 first = False
+                if size > len(line):
+                    yield (
+                        number,
+                        InputError(
+                            f"a line of {size} bytes, and what the run's budget leaves is enough to tokenise one of {longest};"
+                            " write it as several lines, or plan with a larger budget"
+                        ),
+                    )
+                    continue
                 try:
                     yield number, parse_sample(line)
                 except InputError as error:
@@ -121,6 +132,15 @@ def read_samples(file: Path) -> Iterator[tuple[int, Sample | InputError]]:
         raise InputError(f"{file}: not a whole gzip file ({error}); copy or download it again") from error
     except OSError as error:
         raise InputError(_unread(file, error)) from error
+
+
+def _lines(file: gzip.GzipFile | BufferedReader, longest: int | None) -> Iterator[tuple[bytes, int]]:
+    """Each line with its length in bytes; of one of more than `longest` only the beginning."""
+    while line := file.readline(-1 if longest is None else longest):
+        size, rest = len(line), line
+        while longest is not None and not rest.endswith(b"\n") and (rest := file.readline(CHUNK)):
+            size += len(rest)
+        yield line, size
 
 
 def _lies_there(directory: Path) -> str:

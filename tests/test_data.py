@@ -19,11 +19,11 @@ from damage import opened_below
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from profiles.directory_tokenizer import directory_vocabulary
 from profiles.errors import InputError
-from profiles.huggingface import directory_vocabulary
-from profiles.sources import Vocabulary
+from profiles.vocabulary import Vocabulary
 from runtime.chat import ChatTemplate
-from runtime.data import RANDOM_RECORDS, Encoder, _pad_token, _Preparation, prepare
+from runtime.data import RANDOM_RECORDS, Encoder, _pad_token, _Samples, prepare
 from runtime.records import HEADER_BYTES, IGNORED, RecordFile, RecordWriter, shuffled
 from runtime.samples import CONVERSIONS, FORMS, data_files, parse_sample
 from tests.tiny_models import CHAT, byte_level_tokenizer, sentence_piece_tokenizer
@@ -899,10 +899,10 @@ def test_a_text_that_brings_its_first_token_gets_no_second_one(beginning: Vocabu
 def test_a_sample_without_a_token_to_predict_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
     """As of a choice that a tokenizer makes nothing of."""
     with RecordWriter(tmp_path / "x", seq=4, pad_token=0, vocab_size=9, source="") as writer:
-        preparation = _Preparation(writer, Encoder(vocabulary, 420), "train", "refuse")
+        samples = _Samples(writer, Encoder(vocabulary, 420), "train", "refuse")
         for ids in ([1, 2, 3], [1], []):
             with pytest.raises(InputError, match="nothing is left to predict"):
-                preparation.shift((ids, [False] * len(ids)))
+                samples.shift((ids, [False] * len(ids)))
 
 
 def test_a_padding_token_that_the_model_has_no_row_for_is_not_used(vocabulary: Vocabulary) -> None:

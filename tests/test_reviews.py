@@ -15,7 +15,7 @@ import pytest
 
 from examples import reviews
 from profiles.errors import InputError, RunError
-from profiles.sources import Vocabulary
+from profiles.vocabulary import Vocabulary
 from tests.reference import CONFIGS
 from tests.tiny_models import byte_level_tokenizer, random_weights, write_gguf
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import shutil
@@ -21,10 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from profiles import sources
 from profiles.describe import describe
 from profiles.errors import InputError
 from profiles.files import cache_directory
 from profiles.gguf_config import llama3_scaling
+from profiles.gguf_metadata import read_metadata
 from profiles.gguf_tokenizer import implied_merges
 from profiles.pack import build_store
 from profiles.sources import Source, resolve
@@ -247,6 +250,46 @@ def test_gguf_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
 
 
+def test_metadata_are_those_that_the_gguf_package_reads(tmp_path: Path) -> None:
+    metadata = {"a.text": "naïve 日本語", "a.flag": True, "a.flags": [True, False], "a.words": ["", "x", "é"]}
+    metadata |= {"a.whole": [1, -2, 3], "a.real": [0.5, -1.5], "a.none": 0.25}
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, value in metadata.items():
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    for kind in ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float64"):
+        getattr(writer, f"add_{kind}")(f"a.{kind}", 7)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = read_metadata(tmp_path / "m.gguf")
+    expected = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    assert {key: list(value) if isinstance(value, array.array) else value for key, value in found.items()} == {
+        key: value for key, value in expected.items() if not key.startswith("GGUF.")
+    }
+    assert len(found) == len(metadata) + 10  # and the architecture
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (struct.pack("<IQQ", 1, 0, 0), "version 1, versions 2 and 3 are known"),
+        (struct.pack("<IQQ", 3, 0, 1 << 40), "1099511627776 keys in its header"),
+        (struct.pack("<IQQQ", 3, 0, 1, 1 << 62), "it ends at byte 32, inside its header"),
+        (struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<I", 99), "a value of type 99"),
+        (struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 8, 1 << 50), "a list of 1125899906842624"),
+        (struct.pack("<IQQQ", 3, 0, 1, 1) + b"\xff" + struct.pack("<IB", 0, 0), "codec can't decode"),
+    ],
+)
+def test_damaged_metadata_are_refused(content: bytes, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + content)
+    for read in (resolve, sources.vocabulary):
+        with pytest.raises(InputError, match="it is truncated or damaged, download it again") as caught:
+            read(str(path))
+        assert told in str(caught.value)
+
+
 # Tokenizers inside GGUF
 
 
@@ -254,14 +297,14 @@ def test_gguf_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
 def byte_level(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     tokenizer = byte_level_tokenizer()
     path = write_gguf(tmp_path_factory.mktemp("gguf") / "m.gguf", LLAMA, random_weights(LLAMA), tokenizer=tokenizer)
-    return tokenizer, resolve(str(path)).vocabulary()
+    return tokenizer, sources.vocabulary(str(path))
 
 
 @pytest.fixture(scope="module")
 def sentence_piece(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     tokenizer, config = sentence_piece_tokenizer(), LLAMA | {"vocab_size": 420}
     path = write_gguf(tmp_path_factory.mktemp("gguf") / "m.gguf", config, random_weights(config), tokenizer=tokenizer)
-    return tokenizer, resolve(str(path)).vocabulary()
+    return tokenizer, sources.vocabulary(str(path))
 
 
 PIECES = st.lists(
@@ -321,7 +364,7 @@ def test_implied_merges_are_those_of_transformers() -> None:
 def test_an_unknown_tokenizer_is_refused_when_it_is_needed(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", LLAMA, random_weights(LLAMA), metadata={"tokenizer.ggml.model": "rwkv"})
     with pytest.raises(InputError, match="tokenizer of kind 'rwkv' is not supported; supported: gpt2, llama"):
-        resolve(str(path)).vocabulary()
+        sources.vocabulary(str(path))
     metadata = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "poro",
@@ -330,12 +373,12 @@ def test_an_unknown_tokenizer_is_refused_when_it_is_needed(tmp_path: Path) -> No
     }
     path = write_gguf(tmp_path / "n.gguf", LLAMA, random_weights(LLAMA), metadata=metadata)
     with pytest.raises(InputError, match="pre-tokenizer 'poro' is not supported"):
-        resolve(str(path)).vocabulary()
+        sources.vocabulary(str(path))
     path = write_gguf(
         tmp_path / "o.gguf", LLAMA, random_weights(LLAMA), metadata=metadata | {"tokenizer.ggml.merges": ["a b"]}
     )
     with pytest.raises(InputError, match="merge 'a b' names no token; the file is damaged"):
-        resolve(str(path)).vocabulary()
+        sources.vocabulary(str(path))
 
 
 @pytest.mark.parametrize(
@@ -356,7 +399,7 @@ def test_split_patterns_are_the_published_ones(pre: str, expected: str, tmp_path
         "tokenizer.ggml.merges": ["Ġ t"],
     }
     path = write_gguf(tmp_path / "m.gguf", LLAMA, random_weights(LLAMA), metadata=metadata)
-    vocabulary = resolve(str(path)).vocabulary()
+    vocabulary = sources.vocabulary(str(path))
     assert vocabulary is not None
     found = vocabulary.tokenizer.pre_tokenizer.pre_tokenize_str("it'S 12345 x\n\n  y!?")
     assert "|".join(word for word, _ in found) == expected
@@ -451,7 +494,7 @@ def test_a_model_saved_without_its_head_is_taken_where_it_has_none_of_its_own(pr
 def test_directories_bring_their_tokenizer(tmp_path: Path) -> None:
     tokenizer = byte_level_tokenizer()
     path = write_directory(tmp_path / "model", LLAMA, random_weights(LLAMA), tokenizer=tokenizer)
-    vocabulary = resolve(str(path)).vocabulary()
+    vocabulary = sources.vocabulary(str(path))
     assert vocabulary is not None
     assert vocabulary.tokenizer.encode(TEXT[2]).ids == tokenizer.encode(TEXT[2]).ids
     assert (vocabulary.bos_token, vocabulary.eos_token, vocabulary.pad_token) == (
@@ -462,12 +505,12 @@ def test_directories_bring_their_tokenizer(tmp_path: Path) -> None:
     assert vocabulary.chat_template == CHAT
     assert not vocabulary.add_bos
     (path / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    assert resolve(str(path)).vocabulary().chat_template == "{{ messages[0].content }}"  # type: ignore[union-attr]
+    assert sources.vocabulary(str(path)).chat_template == "{{ messages[0].content }}"  # type: ignore[union-attr]
     (path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="unreadable tokenizer"):
-        resolve(str(path)).vocabulary()
+        sources.vocabulary(str(path))
     (path / "tokenizer.json").unlink()
-    assert resolve(str(path)).vocabulary() is None
+    assert sources.vocabulary(str(path)) is None
 
 
 @pytest.mark.parametrize(
@@ -489,13 +532,13 @@ def test_the_end_of_text_is_found_wherever_it_is_told(files: dict[str, Any], tmp
     (path / "tokenizer_config.json").write_text("{}")
     for name, content in files.items():
         (path / name).write_text(json.dumps(content))
-    vocabulary = resolve(str(path)).vocabulary()
+    vocabulary = sources.vocabulary(str(path))
     assert vocabulary is not None
     assert (vocabulary.bos_token, vocabulary.eos_token, vocabulary.pad_token) == ("<|im_start|>", "<|im_end|>", None)
     assert Encoder(vocabulary, 320).completion("Is it? ", "positive", ended=True)[0][-1] == 2
     settings = {"eos_token": "<|endoftext|>"}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert resolve(str(path)).vocabulary().eos_token == "<|endoftext|>"  # type: ignore[union-attr]
+    assert sources.vocabulary(str(path)).eos_token == "<|endoftext|>"  # type: ignore[union-attr]
 
 
 def test_a_token_before_the_text_that_is_denied_stays_away(tmp_path: Path) -> None:
@@ -504,7 +547,7 @@ def test_a_token_before_the_text_that_is_denied_stays_away(tmp_path: Path) -> No
     (path / "config.json").write_text(json.dumps(LLAMA | {"bos_token_id": 1, "eos_token_id": 2}))
     (path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|im_start|>"}))
     (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": None}))
-    vocabulary = resolve(str(path)).vocabulary()
+    vocabulary = sources.vocabulary(str(path))
     assert vocabulary is not None
     assert (vocabulary.bos_token, vocabulary.eos_token) == (None, "<|im_end|>")
 
@@ -515,7 +558,7 @@ def test_a_damaged_file_beside_the_tokenizer_is_named(name: str, content: str, t
     path = write_directory(tmp_path / "model", LLAMA, random_weights(LLAMA), tokenizer=byte_level_tokenizer())
     (path / name).write_text(content)
     with pytest.raises(InputError, match=rf"{name}: damaged .*; download the file again"):
-        resolve(str(path)).vocabulary()
+        sources.vocabulary(str(path))
 
 
 def break_directory(path: Path, how: str) -> None:
@@ -644,7 +687,12 @@ def test_a_bare_config_has_random_weights(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(CONFIGS["qwen2"]))
     source = resolve(str(path))
-    assert (source.kind, source.has_weights, source.vocabulary(), source.name) == ("random", False, None, tmp_path.name)
+    assert (source.kind, source.has_weights, sources.vocabulary(str(path)), source.name) == (
+        "random",
+        False,
+        None,
+        tmp_path.name,
+    )
     assert source.entries == describe(CONFIGS["qwen2"])
     assert resolve(str(path), seed=1).fingerprint != source.fingerprint
     assert all(torch.isfinite(tensor).all() for tensor in stored(source, tmp_path).values())

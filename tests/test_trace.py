@@ -13,7 +13,8 @@ from reference import CONFIGS, VARIANTS, peft_model, peft_name
 from torch._subclasses import FakeTensorMode
 
 from examples.vision import residual_cnn, vision_transformer
-from profiles.decoder import Decoder, decoder_shape
+from profiles.decoder import Decoder
+from profiles.decoder_shape import decoder_shape
 from profiles.errors import InputError
 from profiles.register import DECOMPOSITIONS, INFERENCE
 from profiles.trace import Trace, trace

@@ -39,7 +39,7 @@ from planner.schema import Plan
 from profiles.api import profile
 from profiles.files import cache_directory
 from profiles.schema import Profile
-from profiles.sources import resolve
+from profiles.sources import vocabulary as vocabulary_of
 from profiles.store import Store
 from profiles.units import parse_size
 from runtime.adapter import initialise
@@ -116,7 +116,7 @@ def sources(wanted: list[str] | None) -> dict[str, Path]:
 
 def split_texts(path: Path, model: Path, seq: int, folder: Path) -> dict[str, Path]:
     """Whole texts go to one split each; their sentences are joined to samples of at most `seq` tokens."""
-    vocabulary = resolve(str(model)).vocabulary()
+    vocabulary = vocabulary_of(str(model))
     assert vocabulary is not None
     texts = [" ".join(line.split()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     ends = {"held_out": (0, HELD_OUT), "validation": (HELD_OUT, HELD_OUT + VALIDATION)}
@@ -227,7 +227,7 @@ class Judge:
         for name, parameter in self.trained.items():
             parameter.data.copy_(adapter[name])
         if data not in self.records:
-            vocabulary = resolve(self.made.model.source).vocabulary()
+            vocabulary = vocabulary_of(self.made.model.source)
             options: dict[str, Any] = {"seq": self.made.seq, "vocab_size": self.made.model.config["vocab_size"]}
             self.records[data] = prepare(str(data), vocabulary, self.folder, too_long="truncate", **options)
         records = self.records[data]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensorMode
 
-from profiles.decoder import Decoder, decoder_shape
+from profiles.decoder import Decoder
+from profiles.decoder_shape import decoder_shape
 from profiles.describe import describe
 from profiles.devices import find_device
 from profiles.estimate import estimate_profile
