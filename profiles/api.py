@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from profiles import cold, native
 from profiles.busy import crowded, our_cores, taken_now
 from profiles.decoder import Decoder
-from profiles.decoder_shape import decoder_shape
+from profiles.decoder_config import decoder_shape
 from profiles.devices import find_device
 from profiles.errors import InputError
 from profiles.estimate import estimate_profile
@@ -47,11 +47,14 @@ __all__ = ["Progress", "load_profile", "profile", "save_profile"]
 Progress = Callable[[str, int, int], None]
 """progress(stage, done, total); stages: pack, export, programs, measure."""
 
+MOST_ELEMENTS = 1 << 60
+"""of a tensor: PyTorch counts its bytes in 63 bits, and an element has up to 8"""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CODE = (
     "attention",
     "cold",
     "decoder",
+    "decoder_config",
     "factory_source",
     "fold",
     "native",
@@ -247,6 +250,11 @@ def _trace_decoder(
     shape = decoder_shape(source.config)
     if rank > shape.hidden:
         raise InputError(f"--lora-rank {rank}: the model is {shape.hidden} wide, and a rank above that gains nothing")
+    widest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
+    if batch * seq * widest > MOST_ELEMENTS:
+        raise InputError(
+            f"batch {batch} x seq {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller batch or seq"
+        )
     with FakeTensorMode():
         module = Decoder(shape, dtype=DTYPES[dtype], rank=rank, alpha=alpha)
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}

@@ -1,6 +1,6 @@
 """Decoder language models as one plain module, built from a Hugging Face config.
 
-Llama, Mistral, Qwen2, Qwen3 and Gemma3 (text) differ in a few switches (`profiles.decoder_shape`). Parameter names are Hugging
+Llama, Mistral, Qwen2, Qwen3 and Gemma3 (text) differ in a few switches (`profiles.decoder_config`). Parameter names are Hugging
 Face's, so that weights and adapters need no renaming. The base is frozen; every projection carries a LoRA pair in
 float32. Hidden states are flat, [batch * seq, hidden]: each projection is then one matrix product.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from profiles.decoder_shape import DecoderShape
+from profiles.decoder_config import DecoderShape
 from profiles.register import attention, embed_rows, gated, head_loss, lora_linear, rms_norm
 
 HEAD_SLICE_BYTES = 6 << 20  # unpacked bytes of one vocabulary slice of the loss head, at most

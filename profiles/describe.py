@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from profiles.decoder_shape import DecoderShape, decoder_shape
+from profiles.decoder_config import DecoderShape, decoder_shape
 from profiles.layout import Entry
 
 EmbeddingFormat = Literal["q4", "q8"]

@@ -22,7 +22,7 @@ import torch
 from gguf.quants import Q4_K, dequantize
 from torch import Tensor
 
-from profiles.decoder_shape import decoder_shape
+from profiles.decoder_config import decoder_shape
 from profiles.describe import decoder_tensors, packed_entry
 from profiles.errors import InputError
 from profiles.gguf_config import config_from_metadata

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from profiles.decoder_config import initial_deviation
 from profiles.describe import EmbeddingFormat, describe
 from profiles.layout import VERSION, Entry, group_bytes
 from profiles.sources import Source, SourceTensor, without_names
@@ -23,7 +24,7 @@ POOL_GROUPS = 65537  # a prime: no row length divides it, so that equal rows lie
 def random_source(config: dict[str, Any], path: Path, *, embedding: EmbeddingFormat = "q4", seed: int = 0) -> Source:
     """A model of the config's sizes with weights of its `initializer_range` (0.02), drawn from `seed`."""
     entries = describe(config, embedding=embedding)
-    deviation = float(config.get("initializer_range") or 0.02)
+    deviation = initial_deviation(config)
     text = json.dumps([VERSION, "random", without_names(config), embedding, seed], sort_keys=True)
 
     def tensors() -> Iterable[SourceTensor]:

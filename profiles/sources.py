@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from profiles.decoder_config import text_config
 from profiles.errors import InputError
 from profiles.layout import Entry
 from profiles.vocabulary import Vocabulary
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
 Kind = Literal["directory", "gguf", "config", "factory", "hub"]
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 FORMS = "a Hugging Face directory or hub id, a GGUF file, a config.json, or package.module:factory"
-WRAPPED_BODY = "model.language_model."
-"""of the text model inside a multimodal wrapper, as transformers' AutoModelForCausalLM makes it and PEFT adapts it"""
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -147,19 +146,11 @@ def read_config(path: Path) -> dict[str, Any]:
         read: Any = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; a model directory needs a config.json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); download the file again") from error
-    if not isinstance(read, dict) or not ("model_type" in read or "text_config" in read):
+    config = text_config(read)
+    if config is None:
         raise InputError(f"{path}: not a model config (no 'model_type'); a model is {FORMS}")
-    config: dict[str, Any] = read
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        outer: dict[str, Any] = {
-            key: config[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in config
-        }
-        config = outer | text | {"adapter_body": WRAPPED_BODY}
-    if config.get("model_type") == "gemma3":
-        config["model_type"] = "gemma3_text"
     return config
 
 

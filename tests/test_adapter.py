@@ -6,7 +6,7 @@ import torch
 from reference import CONFIGS
 from safetensors.torch import save_file
 
-from profiles.sources import WRAPPED_BODY
+from profiles.decoder_config import WRAPPED_BODY
 from runtime.adapter import WEIGHTS, adapter_config, adapter_key, initialise
 from runtime.optimizer import AdamW, Update
 

@@ -271,6 +271,7 @@ MODELS = {
     "no hidden_size": (without("hidden_size"), "config field 'hidden_size' must be a positive whole number, not None"),
     "no vocab_size": (without("vocab_size"), "config field 'vocab_size' must be a positive whole number, not None"),
     "negative layers": ({**CONFIG, "num_hidden_layers": -2}, "config field 'num_hidden_layers' must be a positive whole number, not -2"),
+    "a trillion wide": ({**CONFIG, "hidden_size": 10**12}, "config field 'hidden_size' is 1000000000000; at most 131072 is supported, check the config.json"),
     "no model_type": (without("model_type"), "not a model config (no 'model_type')"),
     "a list": ([1], "not a model config"),
     "local base in words": (
@@ -342,6 +343,10 @@ def test_a_config_that_cannot_be_used(refused, tmp_path, case):
         ),
         (["MODEL", "--dtype", "int3"], "dtype 'int3' is not supported; supported: bfloat16, float32"),
         (["MODEL", "--seq", "-5"], "--seq -5: give a number of at least 1"),
+        (
+            ["MODEL", "--batch", str(10**18), "--seq", "16"],
+            "batch 1000000000000000000 x seq 16 x 128, the model's widest layer, are more elements than a tensor can have; use a smaller batch or seq",
+        ),
         (["MODEL", "--batch", "-1"], "--batch -1: give a number of at least 1"),
         (["MODEL", "--threads", "-2"], "--threads -2: give a number of at least 1"),
         (["MODEL", "--threads", "0"], "--threads 0: give a number of at least 1"),

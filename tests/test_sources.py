@@ -461,7 +461,7 @@ def test_the_text_model_of_a_multimodal_gemma_is_taken(
     assert source.config["model_type"] == "gemma3_text"
     assert source.config["adapter_body"] == "model.language_model."
     assert "adapter_body" not in resolve(str(tmp_path / "plain")).config
-    monkeypatch.setattr("profiles.sources.WRAPPED_BODY", "another.")
+    monkeypatch.setattr("profiles.decoder_config.WRAPPED_BODY", "another.")
     assert resolve(str(tmp_path / "wrapped")).fingerprint == source.fingerprint
     file = str(tmp_path / "wrapped" / "config.json")
     other = resolve(file)

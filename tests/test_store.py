@@ -655,7 +655,7 @@ def test_described_tensors_are_those_of_transformers(config: dict[str, Any]) -> 
 
 
 def test_a_mistral_has_transformers_sliding_window_where_its_config_names_none() -> None:
-    from profiles.decoder_shape import decoder_shape
+    from profiles.decoder_config import decoder_shape
 
     transformers = pytest.importorskip("transformers")
     config = {key: value for key, value in VARIANTS["mistral"].items() if key != "sliding_window"}
@@ -683,7 +683,7 @@ def test_random_weights_have_the_config_s_spread_and_do_not_depend_on_order(tmp_
 
 
 def test_every_config_tensor_is_named_once() -> None:
-    from profiles.decoder_shape import decoder_shape
+    from profiles.decoder_config import decoder_shape
 
     names = [name for name, _ in decoder_tensors(decoder_shape(CONFIGS["gemma3_text"]))]
     assert len(names) == len(set(names))

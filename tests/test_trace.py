@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from examples.vision import residual_cnn, vision_transformer
 from profiles.decoder import Decoder
-from profiles.decoder_shape import decoder_shape
+from profiles.decoder_config import decoder_shape
 from profiles.errors import InputError
 from profiles.register import DECOMPOSITIONS, INFERENCE
 from profiles.trace import Trace, trace

@@ -46,7 +46,7 @@ def device(threads=2):
 def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dtype="bfloat16"):
     """Profile of a small decoder with random packed weights; times are not measured."""
     from profiles.decoder import Decoder
-    from profiles.decoder_shape import decoder_shape
+    from profiles.decoder_config import decoder_shape
     from profiles.pack import build_store
     from profiles.register import DECOMPOSITIONS, INFERENCE
     from profiles.sources import resolve

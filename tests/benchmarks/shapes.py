@@ -8,7 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from profiles.decoder import Decoder
-from profiles.decoder_shape import decoder_shape
+from profiles.decoder_config import decoder_shape
 from profiles.describe import describe
 from profiles.devices import find_device
 from profiles.estimate import estimate_profile

@@ -1,9 +1,13 @@
-"""The sizes and switches of a decoder language model, read from its Hugging Face config."""
+"""What a Hugging Face config.json says of a decoder: its sizes and the few switches in which the families differ.
+
+Nothing of PyTorch is imported here: a service checks what it is sent without it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 from profiles.errors import InputError
@@ -18,6 +22,21 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
 }
 PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False}
 """what transformers computes otherwise where it is set, by what leaves it off"""
+LARGEST = {
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 15,
+    "vocab_size": 1 << 20,
+}
+"""largest value that is accepted of a config's field, about ten times that of the largest published models: with larger
+ones a tensor's size passes 64 bits, or describing the model alone takes hours"""
+DEVIATION, MOST_DEVIATION = 0.02, 1000.0
+"""of random weights, where the config says nothing, and at most: their scales are stored in float16, which ends at 65504"""
+WRAPPED_BODY = "model.language_model."
+"""of the text model inside a multimodal wrapper, as transformers' AutoModelForCausalLM makes it and PEFT adapts it"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +71,22 @@ class DecoderShape:
     """Items of the config's rope scaling, for layers with full attention."""
 
 
+def text_config(read: Any) -> dict[str, Any] | None:
+    """The text model's config in what a config.json holds; None where that is no model's."""
+    if not isinstance(read, dict) or not ("model_type" in read or "text_config" in read):
+        return None
+    config: dict[str, Any] = dict(read)
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        outer: dict[str, Any] = {
+            key: config[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in config
+        }
+        config = outer | text | {"adapter_body": WRAPPED_BODY}
+    if config.get("model_type") == "gemma3":
+        config["model_type"] = "gemma3_text"
+    return config
+
+
 def decoder_shape(config: dict[str, Any]) -> DecoderShape:
     """Read a Hugging Face config. Raises InputError naming the field that is missing or not supported."""
     family = config.get("model_type")
@@ -69,7 +104,7 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
     if head_dim % 2:
         raise InputError(f"config field 'head_dim' = {head_dim} must be even for rotary embeddings")
     name = config.get("hidden_activation") or config.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise InputError(f"activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     for key, plain in PLAIN.items():
         if config.get(key) not in (None, plain):
@@ -77,7 +112,7 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
     full, local = _rope(config, gemma)
     scaling = {k: v for k, v in full.items() if k != "rope_theta"}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_NUMBERS or scaling.get("partial_rotary_factor") not in (None, 1):
+    if not isinstance(kind, str) or kind not in ROPE_NUMBERS or scaling.get("partial_rotary_factor") not in (None, 1):
         raise InputError(f"rope scaling {scaling!r} is not supported; supported: {', '.join(ROPE_NUMBERS)}")
     for key in ROPE_NUMBERS[kind]:
         _number(scaling, key)
@@ -108,9 +143,17 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
     )
 
 
+def initial_deviation(config: dict[str, Any]) -> float:
+    """Standard deviation of random weights. Raises InputError where the config asks for one that cannot be stored."""
+    deviation = _number(config, "initializer_range", DEVIATION) if config.get("initializer_range") else DEVIATION
+    if deviation > MOST_DEVIATION:
+        raise InputError(f"config field 'initializer_range' is {deviation}; at most {MOST_DEVIATION} is supported")
+    return deviation
+
+
 def _number(config: dict[str, Any], key: str, default: float | None = None) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise InputError(f"config field {key!r} must be a positive number, not {value!r}")
     return float(value)
 
@@ -120,6 +163,8 @@ def _whole(config: dict[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key) or default
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise InputError(f"config field {key!r} must be a positive whole number, not {value!r}")
+    if value > LARGEST.get(key, value):
+        raise InputError(f"config field {key!r} is {value}; at most {LARGEST[key]} is supported, check the config.json")
     return value
 
 
