@@ -39,11 +39,13 @@ def _sentences(plan: Plan, told: Explanation) -> list[str]:
 
 
 def _infeasible(plan: Plan, why: Shortfall | None) -> list[str]:
-    lines = [f"no plan fits {format_size(plan.budget_bytes)} for {_whole(plan)}"]
+    rule = None if plan.policy == "solver" else plan.policy
+    who, its = ("no plan fits", "the") if rule is None else (f"the rule {rule} does not fit", "its")
+    lines = [f"{who} {format_size(plan.budget_bytes)} for {_whole(plan)}"]
     smallest = plan.minimum_budget_bytes if why is None else why.minimum_budget_bytes
     if smallest is not None:
         found = " found so far" if plan.deterministic is False else ""
-        lines.append(f"the smallest feasible budget{found} is {format_size(smallest, round_up=True)}")
+        lines.append(f"{its} smallest feasible budget{found} is {format_size(smallest, round_up=True)}")
     if why is None:
         reason = plan.minimum_budget_reason
         if reason and not has_phases(plan):

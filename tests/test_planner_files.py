@@ -266,3 +266,14 @@ def test_infeasible_in_words():
     assert lines[0] == "no plan fits 100.0 MiB for the whole process, Python and PyTorch included"
     assert lines[1].startswith("the smallest feasible budget is ")
     assert "importing Python and PyTorch" in lines[2]
+
+
+def test_a_rule_that_does_not_fit_speaks_for_itself_alone():
+    """Plans of the solver do fit there."""
+    planner = Planner(small_chain(12))
+    least = planner.plan(1).minimum_budget_bytes
+    assert planner.plan(least + MIB).status != "infeasible"
+    lines = explain(planner.plan(least, policy="keep-all"))
+    assert lines[0].startswith("the rule keep-all does not fit ")
+    assert lines[1].startswith("its smallest feasible budget is ")
+    assert not any("no plan fits" in line for line in lines)

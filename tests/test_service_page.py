@@ -19,6 +19,8 @@ from playwright.sync_api import expect, sync_playwright
 from served import Served
 from synthetic import decoder_like
 
+from planner.service.schema import PLAN_JOB
+
 PATIENCE = 90_000
 """milliseconds: the machine may be busy"""
 NOTE_CURVING = """() => {
@@ -43,10 +45,10 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory, work, cache, measured):
+def served(tmp_path_factory, work, measured):
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(measured, folder / "data")
-    service = Served(folder / "data", "--root", str(work), environment={"TIGHTFIT_CACHE": str(cache)}).start()
+    service = Served(folder / "data", "--root", str(work)).start()
     yield service
     service.stop()
     assert not [line for line in service.lines() if line["level"] == "error"]
@@ -243,6 +245,77 @@ def test_what_is_no_budget_is_refused(page, served):
         set_budget(page, kept)
 
 
+def test_a_slip_of_the_keyboard_leaves_slider_and_curve_as_they_are(page, served):
+    slider = page.locator("#slider")
+    bounds = [slider.get_attribute(name) for name in ("min", "max", "step")]
+    kept, curve = page.input_value("#budget"), page.locator("#curve svg text").all_text_contents()
+    set_budget(page, float(kept) * 1e6)
+    expect(page.locator("#verdict")).to_contain_text("as at")
+    assert [slider.get_attribute(name) for name in ("min", "max", "step")] == bounds
+    assert slider.input_value() == bounds[1]
+    # Planned there all the same, it stands in the table, and the curve keeps its scale.
+    before = len(rows(page, "#curve-table"))
+    page.click("#solve")
+    expect(page.locator("#curve-table tbody tr")).to_have_count(before + 1)
+    assert page.locator("#curve svg text").all_text_contents() == curve
+    set_budget(page, kept)
+    expect(page.locator("#verdict")).to_contain_text(f"Fits {float(kept):,.1f} MiB")
+
+
+def test_the_verdict_is_of_the_budget_and_the_policy_that_are_chosen(browser, page, served):
+    """A plan that comes late says nothing of a budget that was left for another; a rule that does not fit speaks for itself."""
+    own = browser.new_page()
+    own.set_default_timeout(PATIENCE)
+    own.goto(page.url)
+    expect(own.locator("#curve-legend")).to_contain_text("mebp")
+    expect(own.locator("#curve")).not_to_have_attribute("aria-busy", "true")
+    expect(own.locator("#plan-title")).to_contain_text("The plan: solver")
+    verdict, table = own.locator("#verdict"), rows(own, "#curve-table")
+    smallest, roomy = number(table[0][0]), number(table[-1][0])
+    # The solver's plans fit there, and not all rules.
+    middle = next(number(row[0]) for row in table if row[1][0].isdigit() and row[2].startswith("needs"))
+    late, unsolved = [], []
+
+    def hold(route):
+        late.append(route)
+
+    def ignore(route):
+        unsolved.append(route)
+
+    own.route("**/view", hold)
+    own.route("**/v1/plans", ignore)
+    with own.expect_request("**/view"):
+        set_budget(own, roomy)
+    expect(verdict).to_contain_text(f"Fits {roomy:,.1f} MiB")
+    set_budget(own, round(smallest - 3, 1))
+    expect(verdict).to_contain_text("Does not fit")
+    with own.expect_response("**/view"):
+        late[0].continue_()
+    own.wait_for_timeout(300)
+    expect(verdict).to_have_text(
+        re.compile(rf"^Does not fit {smallest - 3:,.1f} MiB: the smallest budget that is enough is")
+    )
+    assert verdict.get_attribute("class") == "verdict not"
+    own.unroute("**/view")
+    own.unroute("**/v1/plans")
+    # Of a rule it is said that this rule does not fit, and from where on the solver's plans do.
+    set_budget(own, middle)
+    expect(verdict).to_contain_text(f"Fits {middle:,.1f} MiB")
+    own.select_option("#policy", "keep-all")
+    expect(verdict).to_have_text(
+        re.compile(
+            rf"^The rule keep-all does not fit {middle:,.1f} MiB, it needs [\d.,]+ MiB; plans of the solver fit from"
+        )
+    )
+    expect(own.locator("#plan-title")).to_have_text(f"3. Why the rule keep-all does not fit {middle:,.1f} MiB")
+    told = own.locator("#plan").inner_text()
+    assert "the rule keep-all does not fit" in told
+    assert "no plan fits" not in told
+    set_budget(own, round(smallest - 3, 1))
+    expect(verdict).to_contain_text("nor does any other plan: the smallest budget that is enough is")
+    own.close()
+
+
 def test_the_address_brings_back_what_is_looked_at(browser, page, served):
     page.select_option("#policy", "mebp")
     expect(page.locator("#plan-title")).to_contain_text("mebp")
@@ -277,15 +350,56 @@ def test_the_address_brings_back_what_is_looked_at(browser, page, served):
     again.locator("#measure-box summary").click()
     again.fill("#measure [name=path]", "model")
     again.locator("#measure button").click()
-    about = again.locator("#about")
-    expect(about).to_have_text("measuring: the service does not answer, asked again until it does")
+    about, measuring = again.locator("#about"), again.locator("#measuring")
+    expect(measuring).to_have_text("measuring: the service does not answer, asked again until it does")
     again.unroute("**/events")
     again.select_option("#profile", page.input_value("#profile"))
     expect(about).to_contain_text("layers of")
-    again.wait_for_timeout(1500)
+    # The job that is asked for again is not known to the service: it has failed, and nothing goes on any more.
+    expect(again.locator("#problem")).to_contain_text("there is no job")
+    expect(measuring).to_be_empty()
     expect(about).to_contain_text("layers of")
     again.close()
     page.select_option("#policy", "solver")
+
+
+def test_a_run_that_fails_says_nothing_beside_another(browser, served):
+    """Two runs of which the one that was left ends badly, while the other is looked at."""
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    left, other = (PLAN_JOB | {"id": f"job-{digit * 16}", "kind": "run", "request": {"steps": 3}} for digit in "ab")
+    left |= {"state": "running", "result": None}
+    failed = left | {"state": "failed", "error": {"code": "run_failed", "message": "the disk is full", "fields": []}}
+    figures = {"predicted": 1.0, "measured": 1.0}
+    report = {
+        "peak_bytes": figures,
+        "step_seconds": figures,
+        "evaluation": {},
+        "enforced_by": "meter",
+        "loss": [1.0] * 3,
+    }
+    held = []
+
+    def hold(route):
+        held.append(route)
+
+    page.route("**/v1/jobs?kind=run*", lambda route: route.fulfill(json={"jobs": [left, other]}))
+    page.route("**/metrics", lambda route: route.fulfill(json={"budget_bytes": 1 << 30, "steps": []}))
+    page.route("**/report", lambda route: route.fulfill(json=report))
+    page.route(f"**/v1/jobs/{left['id']}", lambda route: route.fulfill(json=left))
+    page.route(f"**/v1/jobs/{other['id']}", lambda route: route.fulfill(json=other))
+    page.route("**/events", hold)
+    page.goto(served.url)
+    with page.expect_request("**/events"):
+        page.select_option("#runs", left["id"])
+    page.select_option("#runs", other["id"])
+    state = page.locator("#run-state")
+    expect(state).to_contain_text("done: 3 steps")
+    held[0].fulfill(content_type="text/event-stream", body=f"event: job\ndata: {json.dumps(failed)}\n\n")
+    page.wait_for_timeout(500)
+    expect(page.locator("#problem")).to_be_hidden()
+    expect(state).to_contain_text("done: 3 steps")
+    page.close()
 
 
 def test_names_of_any_length_and_with_markup_stay_text(browser, served):
@@ -443,10 +557,16 @@ def test_run(browser, served, pictures, work):
         config = json.load(archive.extractfile("adapter/adapter_config.json"))
     assert config["r"] == 4
     page.locator("#run").screenshot(path=pictures / "run.png")
+    # What is refused is told, and not beside the next run.
+    page.fill("#run-form [name=data]", "none.jsonl")
+    page.locator("#run-form button").click()
+    expect(page.locator("#problem")).to_contain_text("'none.jsonl' is no file or folder")
+    page.fill("#run-form [name=data]", "data.jsonl")
     # Cancelled, a run saves and ends; whoever comes back to the page finds it.
     page.fill("#run-form [name=steps]", "1000000")
     page.locator("#run-form button").click()
     expect(page.locator("#run-state")).to_have_text(re.compile(r"^step \d+ of 1000000: loss"))
+    expect(page.locator("#problem")).to_be_hidden()
     page.route("**/cancel", lambda route: route.fulfill(json={"wanted_by": 2}))
     page.click("#cancel")
     expect(page.locator("#problem")).to_have_text("it goes on: 2 others have asked for it too")

@@ -60,11 +60,28 @@ function remember() {
   history.replaceState(null, "", profile ? `#${new URLSearchParams({ profile, budget, policy: $("policy").value })}` : "#");
 }
 
+// Measuring takes minutes, and others may be looked at meanwhile: it has a line of its own, which the latest one owns.
+let measurements = 0;
+async function measured(request) {
+  const mine = ++measurements, say = (text) => { if (mine === measurements) working(text, "measuring"); };
+  say("measuring …");
+  try {
+    return await work("/v1/profiles", request, ({ stage, done, total }) => say(`measuring: ${stage}${total ? ` ${done} of ${total}` : ""}`));
+  } finally {
+    say("");
+  }
+}
+
 async function recall() {
   const { profile, ...kept } = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
   await listRuns();
   await listProfiles(profile, kept);
   if (!profile && state.profile) await choose("");
+}
+
+async function configOf(file) {
+  if (!file.size) throw new Error("choose a config.json first");
+  try { return JSON.parse(await file.text()); } catch (error) { throw new Error(`${file.name} is no JSON (${error.message}); choose a model's config.json`); }
 }
 
 // Look at a profile that is made or uploaded, unless another was chosen since: `chosen` is what `state.chosen` was.
@@ -105,7 +122,8 @@ async function choose(identity, kept = {}) {
 async function explore(identity, kept, old) {
   const { summary, name } = await get(`/v1/profiles/${identity}`);
   if (old()) return;
-  $("about").textContent = `${name}: ${summary.layers} layers of ${summary.programs} kinds; weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked; trainables ${mib(summary.trainable_bytes)} MiB${summary.accumulate > 1 ? `; ${summary.accumulate} steps make an update` : ""}; times ${summary.measured ? "measured" : "estimated"} on ${summary.device}`;
+  const busy = summary.crowded ? ` while other programs took ${summary.busy_cores.toFixed(1)} cores, so they are too long: measure the model anew` : "";
+  $("about").textContent = `${name}: ${summary.layers} layers of ${summary.programs} kinds; weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked; trainables ${mib(summary.trainable_bytes)} MiB${summary.accumulate > 1 ? `; ${summary.accumulate} steps make an update` : ""}; times ${summary.measured ? "measured" : "estimated"} on ${summary.device}${busy}`;
   POLICIES = summary.policies;
   $("policy").replaceChildren(...POLICIES.map((policy) => html("option", {}, policy)));
   if (POLICIES.includes(kept.policy)) $("policy").value = kept.policy;
@@ -128,7 +146,7 @@ async function explore(identity, kept, old) {
   const budgets = Array.from({ length: POINTS }, (_, i) => whole(state.least + (span * 1.02 * i) / (POINTS - 1)));
   const asked = Number(kept.budget);
   state.budget = asked >= 1024 && asked <= MOST ? Math.round(asked) : budgets[Math.floor(POINTS / 2)];
-  setSlider(Math.min(state.least - span * 0.05, state.budget), Math.max(state.most + span * 0.05, state.budget));
+  setSlider(state.least - span * 0.05, state.most + span * 0.05);
   remember();
   $("slider").disabled = false;
   draw();
@@ -162,8 +180,10 @@ function keep(cells) {
     else if (cell.plan) state.cells[at] = cell;
   }
   if (!state.dragging) draw();
+  judge();
 }
 
+// The range is that of the profile: a budget beyond it, typed or in the address, stands at the slider's end.
 function setSlider(low, high) {
   const slider = $("slider"), step = Math.max(1, Math.round((high - low) / 1024 / SLIDER_STEPS));
   slider.min = Math.max(1, Math.floor(low / 1024 / step)) * step;
@@ -172,7 +192,9 @@ function setSlider(low, high) {
 }
 
 function draw() {
-  const slots = POLICIES.map((name, slot) => ({ name, slot, points: points(name) })).filter((one) => one.points.length);
+  // What was planned far beyond the curve, perhaps by a slip of the keyboard, is in the table alone: it would squeeze the rest.
+  const far = state.most + (state.most - state.least);
+  const slots = POLICIES.map((name, slot) => ({ name, slot, points: points(name).filter((point) => point.budget <= far) })).filter((one) => one.points.length);
   place($("curve"), (width) => {
     state.chart = curve(slots, state.least, state.most, width);
     const { picture } = state.chart;
@@ -204,7 +226,7 @@ function draw() {
   $("compare").hidden = made.length < 2;
 }
 
-const points = (policy) => state.cells.filter((one) => one.policy === policy && one.summary.status !== "infeasible").map((one) => ({ budget: one.budget_bytes, step: one.summary.step_seconds, bound: one.summary.bound_seconds, plan: one.plan })).sort((a, b) => a.budget - b.budget);
+const points = (policy) => state.cells.filter((one) => one.policy === policy && one.summary.status !== "infeasible").map((one) => ({ budget: one.budget_bytes, step: one.summary.step_seconds, bound: one.summary.bound_seconds, plan: one.plan, summary: one.summary })).sort((a, b) => a.budget - b.budget);
 
 // The best plan made already: one for less memory fits in more.
 const bestFor = (budget, made = () => true) => points($("policy").value).filter((point) => point.budget <= budget && made(point)).at(-1);
@@ -217,18 +239,39 @@ function mark() {
   state.chart?.show(budget, bestFor(budget)?.step);
 }
 
-function verdict(text, fits) {
-  $("verdict").className = `verdict ${fits ? "fits" : "not"}`;
-  $("verdict").textContent = text;
+// The smallest budget that is enough for a policy's plans, as far as it is known.
+function needs(policy) {
+  const known = state.cells.filter((one) => one.policy === policy && one.summary.status === "infeasible").map((one) => one.summary.minimum_budget_bytes).filter(Boolean);
+  return Math.min(...known, policy === "solver" ? state.least : Infinity);
+}
+
+// What is known of the budget and the policy that are chosen, and of nothing else: said anew whenever they or it change.
+function judge() {
+  const { budget } = state, policy = $("policy").value, asked = `${mib(budget)} MiB`, best = bestFor(budget);
+  const say = (text, fits) => {
+    $("verdict").className = `verdict ${fits ? "fits" : "not"}`;
+    $("verdict").textContent = text;
+  };
+  if (best) {
+    const { summary } = best;
+    if (!best.plan) return say(`Fits ${asked}: at most ${seconds(best.step)} s per step`, true);
+    const proof = summary.policy === "solver" ? `, within ${percent(summary.gap, 2)} of the best plan of its class` : `, by the rule ${summary.policy}`;
+    if (best.budget === budget) return say(`Fits ${asked}: ${seconds(summary.step_seconds)} s per step${proof}; peak ${mib(summary.peak_bytes)} MiB`, true);
+    return say(`Fits ${asked}: at most ${seconds(summary.step_seconds)} s per step, as at ${mib(best.budget)} MiB; plan at this budget to see what the rest is good for`, true);
+  }
+  const here = state.cells.find((one) => one.budget_bytes === budget && one.policy === policy);
+  const least = here?.summary.minimum_budget_bytes || needs(policy), enough = needs("solver");
+  if (!here && (budget >= least || least === Infinity)) return say(`${asked}: no plan made yet`, false);
+  if (policy === "solver") return say(`Does not fit ${asked}: the smallest budget that is enough is ${atLeast(least)} MiB`, false);
+  const others = budget >= enough ? `plans of the solver fit from ${atLeast(enough)} MiB on` : `nor does any other plan: the smallest budget that is enough is ${atLeast(enough)} MiB`;
+  say(`The rule ${policy} does not fit ${asked}, it needs ${atLeast(least)} MiB; ${others}`, false);
 }
 
 // While the budget moves, the plan moves along.
 function glide() {
-  const { budget } = state, best = bestFor(budget);
+  const best = bestFor(state.budget);
   mark();
-  if (best) verdict(`Fits ${mib(budget)} MiB: at most ${seconds(best.step)} s per step`, true);
-  else if (budget < state.least) verdict(`Does not fit ${mib(budget)} MiB: the smallest budget that is enough is ${atLeast(state.least)} MiB`, false);
-  else verdict(`${mib(budget)} MiB: no plan made yet`, false);
+  judge();
   if (best?.plan && best.plan !== state.plan) show(best.plan).catch(complain);
 }
 
@@ -279,14 +322,10 @@ async function show(identity) {
   state.plan = identity;
   const view = await viewOf(identity);
   if (state.plan !== identity) return;
-  const { summary } = view, { budget } = state;
-  const fits = summary.status !== "infeasible";
-  const proof = summary.policy === "solver" ? `, within ${percent(summary.gap, 2)} of the best plan of its class` : `, by the rule ${summary.policy}`;
-  if (!fits) verdict(`Does not fit ${mib(summary.budget_bytes)} MiB: the smallest budget that is enough is ${atLeast(summary.minimum_budget_bytes)} MiB`, false);
-  else if (summary.budget_bytes === budget) verdict(`Fits ${mib(budget)} MiB: ${seconds(summary.step_seconds)} s per step${proof}; peak ${mib(summary.peak_bytes)} MiB`, true);
-  else verdict(`Fits ${mib(budget)} MiB: at most ${seconds(summary.step_seconds)} s per step, as at ${mib(summary.budget_bytes)} MiB; plan at this budget to see what the rest is good for`, true);
+  const { summary } = view, at = `${mib(summary.budget_bytes)} MiB`;
+  const none = summary.policy === "solver" ? "3. Why nothing fits" : `3. Why the rule ${summary.policy} does not fit ${at}`;
   showPlan(view);
-  $("plan-title").textContent = fits ? `3. The plan: ${summary.policy} at ${mib(summary.budget_bytes)} MiB` : "3. Why nothing fits";
+  $("plan-title").textContent = summary.status === "infeasible" ? none : `3. The plan: ${summary.policy} at ${at}`;
   offerRun(view);
 }
 
@@ -315,15 +354,11 @@ $("source").addEventListener("change", () => {
   for (const name of ["path", "config"]) $(`${name}-label`).hidden = $("source").value !== name;
 });
 $("measure").addEventListener("submit", action(async (event) => {
-  const form = new FormData(event.target), request = {};
+  const form = new FormData(event.target), request = { force: form.has("force") };
   if (form.get("source") === "path") request.path = form.get("path");
-  else request.config = JSON.parse(await form.get("config").text());
+  else request.config = await configOf(form.get("config"));
   for (const name of ["seq", "batch", "lora_rank", "accumulate"]) request[name] = Number(form.get(name));
-  const { chosen } = state;
-  $("about").textContent = "measuring …";
-  const done = await work("/v1/profiles", request, ({ stage, done, total }) => {
-    if (chosen === state.chosen) $("about").textContent = `measuring: ${stage}${total ? ` ${done} of ${total}` : ""}`;
-  });
+  const { chosen } = state, done = await measured(request);
   await arrived(done.result.profile, chosen);
 }));
 $("slider").addEventListener("input", () => { state.budget = Number($("slider").value) * 1024; glide(); });
@@ -336,7 +371,6 @@ $("budget").addEventListener("change", action(async () => {
     throw new Error(`${value || "nothing"} is no budget; write MiB above 0, at most ${mib(MOST, 0)}`);
   }
   state.budget = Math.max(1024, Math.ceil(bytes / 1024) * 1024);
-  setSlider(Math.min($("slider").min * 1024, state.budget), Math.max($("slider").max * 1024, state.budget));
   await moved();
 }));
 $("solve").addEventListener("click", action(solve));
@@ -361,6 +395,6 @@ $("theme").addEventListener("click", () => {
   nameTheme();
 });
 nameTheme();
-setUpRun(() => state.plan, complain);
+setUpRun(() => state.plan, action);
 addEventListener("hashchange", action(recall));
 action(recall)();

@@ -25,7 +25,7 @@ function cards({ summary, timeline }) {
     const least = summary.minimum_budget_bytes;
     return [
       ["asked for", `${mib(summary.budget_bytes)} MiB`, "for the whole process"],
-      ["smallest that fits", least ? `${atLeast(least)} MiB` : "unknown", least ? `${atLeast(least - summary.budget_bytes)} MiB more` : ""],
+      [summary.policy === "solver" ? "smallest that fits" : `smallest for ${summary.policy}`, least ? `${atLeast(least)} MiB` : "unknown", least ? `${atLeast(least - summary.budget_bytes)} MiB more` : ""],
     ];
   }
   const { train } = summary;

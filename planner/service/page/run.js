@@ -6,7 +6,7 @@ import { html, MIB, mib, place, seconds, steps, table } from "./charts.js";
 const $ = (id) => document.getElementById(id);
 const REDRAW = 250; // ms
 const LISTED = 20;
-let current = null;
+let current = null, followed = 0;
 
 // Show the form where the plan can be run, else why not.
 export function offerRun(view) {
@@ -20,11 +20,16 @@ export function offerRun(view) {
   $("run").hidden = (!view || view.summary.status === "infeasible") && $("runs").options.length < 2;
 }
 
-export function setUpRun(plan, complain) {
-  const guarded = (run) => async (event) => {
-    event.preventDefault();
-    try { await run(event); } catch (error) { complain(error); $("run-state").textContent = error.message; }
-  };
+// `action` makes of a handler one that clears the last complaint and tells what goes wrong; beside the run it is told too.
+export function setUpRun(plan, action) {
+  const guarded = (run) => action(async (event) => {
+    try {
+      await run(event);
+    } catch (error) {
+      $("run-state").textContent = error.message;
+      throw error;
+    }
+  });
   $("run-form").addEventListener("submit", guarded(async (event) => {
     const form = new FormData(event.target), start = event.submitter;
     start.disabled = true;
@@ -78,8 +83,18 @@ function offerEnd(state) {
   $("resume").hidden = !["cancelled", "failed", "interrupted"].includes(state);
 }
 
+// Show a run to its end; what becomes of it once another is shown is told nowhere.
 async function follow(job) {
-  const mine = (current = job.id), left = () => current !== mine;
+  const mine = ++followed, left = () => mine !== followed;
+  current = job.id;
+  try {
+    await shown(job, left);
+  } catch (error) {
+    if (!left()) throw error;
+  }
+}
+
+async function shown(job, left) {
   offerEnd(job.state);
   for (const id of ["live", "report", "adapter"]) $(id).hidden = true;
   $("run-state").textContent = job.state === "queued" ? "waiting for the device …" : job.state;
