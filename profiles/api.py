@@ -142,11 +142,12 @@ def profile(
     earlier = None
     if elsewhere is None and cached.exists() and not force:
         try:
-            earlier = load_profile(cached)
-            if earlier.model.store is None or Path(earlier.model.store).exists():
-                # The same model may lie elsewhere by now.
-                here = earlier.model.model_copy(update={"name": found.name, "source": found.path})
-                earlier = earlier.model_copy(update={"model": here})
+            loaded = load_profile(cached)
+            store = _present(loaded.model.store)
+            if (store is None) == (loaded.model.store is None):
+                # The same model may lie elsewhere by now, and so may the cache.
+                here = loaded.model.model_copy(update={"name": found.name, "source": found.path, "store": store})
+                earlier = loaded.model_copy(update={"model": here})
                 if not crowded(earlier.device.busy_cores, threads) or crowded(taken_now(threads), threads):
                     return earlier
         except InputError:
@@ -219,6 +220,12 @@ def profile(
         return earlier
     save_profile(result, cached)
     return result
+
+
+def _present(store: str | None) -> str | None:
+    """Where a store of the cache lies now; None where it is gone, or there was none."""
+    places = () if store is None else (cache_directory() / "stores" / Path(store).name, Path(store))
+    return next((str(place) for place in places if place.exists()), None)
 
 
 def _fingerprint(source: Source, *settings: Any) -> str:

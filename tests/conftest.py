@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -119,9 +120,13 @@ def work(tmp_path_factory, cache):
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory, work, cache):
-    """Data folder of a service that has measured the tiny model, once for all tests that run it through a service."""
+    """Data folder of a service that has measured the tiny model, once for all tests that run it through a service.
+
+    What `work` has measured lies in the service's own cache already: to measure takes long.
+    """
     folder = tmp_path_factory.mktemp("measured") / "data"
-    service = Served(folder, "--root", str(work), environment={"TIGHTFIT_CACHE": str(cache)}).start()
+    shutil.copytree(cache, folder / "cache")
+    service = Served(folder, "--root", str(work)).start()
     try:
         service.result("/v1/profiles", **MEASURED)
     finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from damage import CONFIG
 from served import ROOT, Served
 from synthetic import decoder_like, small_chain
 
@@ -212,6 +213,8 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release
         ("profiles", {"path": "led"}, "body.path", "'led' holds the link 'model.gguf', which leads out"),
         ("profiles", {"hub": "a/b"}, "body.hub", "downloads nothing"),
         ("profiles", {"config": {"a": 1}}, "body.config", "no 'model_type'"),
+        ("profiles", {"config": CONFIG | {"hidden_size": 10**12}}, "body.config", "'hidden_size' is 1000000000000; at most"),
+        ("profiles", {"config": CONFIG | {"initializer_range": "x"}}, "body.config", "'initializer_range' must be a positive number"),
         ("profiles", {"path": "a", "hub": "a/b"}, "body", "exactly one of path, hub and config"),
         ("profiles", {"path": "os:system"}, "body.path", "is no file or folder"),
     ],
@@ -343,12 +346,11 @@ def test_cancel(served):
     served.http.post(f"/v1/jobs/{again['id']}/cancel")
 
 
-def test_a_bare_config_becomes_a_file_and_one_job(served):
-    config = {"model_type": "llama", "hidden_size": 64}
+def test_a_bare_config_is_one_job(served):
+    config = CONFIG
     job = served.ask("/v1/profiles", config=config, seq=16)
     assert served.ask("/v1/profiles", config=dict(reversed(config.items())), seq=16)["id"] == job["id"]
-    source = Path(job["request"]["source"])
-    assert (source.parent.parent, json.loads(source.read_text())) == (served.data / "configs", config)
+    assert job["request"]["config"] == config
     served.http.post(f"/v1/jobs/{job['id']}/cancel")
     assert served.wait(job)["state"] == "cancelled"
 

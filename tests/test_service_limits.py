@@ -7,11 +7,15 @@ import contextlib
 import gzip
 import json
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
+from damage import CONFIG, fill, small_disk
 from pydantic import ValidationError
+from served import ROOT
 from starlette.testclient import TestClient
 from synthetic import decoder_like, small_chain
 
@@ -248,6 +252,109 @@ def test_what_is_too_old_or_too_much_goes_when_the_service_starts(tmp_path, prof
     assert [path for path in (tmp_path / "data" / "objects").rglob("*") if path.is_file()] == []
 
 
+def test_packed_weights_and_configs_are_kept_no_longer_than_the_rest(tmp_path):
+    """What measurements and runs leave behind lies in the service's own cache, and counts."""
+    cache = tmp_path / "data" / "cache"
+    files = [cache / name for name in ("stores/a.store", "profiles/b.json", "configs/c/config.json")]
+    halves = [
+        cache / name for name in ("stores/.a.store.1.partial", "configs/c/.config.json.1.part", "measure-1.store")
+    ]
+    for path in (*files, *halves):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1000))
+    (cache / "native").mkdir()
+    (cache / "native" / "unpack.so").touch()
+
+    def counted(http):
+        http.app.state.service.supervisor.retain()
+        return next(line for line in http.get("/metrics").text.splitlines() if line.startswith("tightfit_stored"))
+
+    with service(tmp_path) as http:
+        assert counted(http) == "tightfit_stored_bytes 3000.0"
+        assert not any(path.exists() for path in halves)
+        files[0].unlink()
+        assert counted(http) == "tightfit_stored_bytes 2000.0"
+        later = cache / "stores" / "d.store"
+        later.write_bytes(bytes(1000))
+        store = http.app.state.service.store
+        run, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9, client=HERE)
+        store.next("cpu")
+        assert counted(http) == "tightfit_stored_bytes 2000.0"  # it may be at it
+        store.finish(run.id, "cancelled")
+        assert counted(http) == "tightfit_stored_bytes 3000.0"
+    with service(tmp_path, keep_bytes=1500) as http:
+        assert counted(http) == "tightfit_stored_bytes 1000.0"
+        assert later.exists()
+    with service(tmp_path, keep_bytes=1) as http:
+        assert counted(http) == "tightfit_stored_bytes 0.0"
+        assert [path for path in cache.rglob("*") if path.is_file()] == [cache / "native" / "unpack.so"]
+        assert list((cache / "configs").iterdir()) == []
+
+
+def test_a_run_keeps_the_packed_weights_that_it_needs(tmp_path, profile):
+    with service(tmp_path, roots=(tmp_path,)) as http:
+        own = http.app.state.service
+        measured = profile.model_copy(update={"device": profile.device.model_copy(update={"measured": True})})
+        row = keep_profile(own.objects, measured, origin="made", cached=["stores/a.store"])
+        made = own.store.add(row)["id"]
+        plan = wait(http, http.post("/v1/plans", json={"profile": made, "memory": "1GiB"}).json())["result"]["plan"]
+        run = http.post("/v1/runs", json={"plan": plan, "data": "random", "steps": 1}).json()
+        needed = own.store._all("SELECT kind, file FROM uses WHERE job = ?", run["id"])
+        assert {"kind": "cache", "file": "stores/a.store"} in needed
+        assert ("cache", "stores/a.store") in own.store._touched
+
+
+def test_a_profile_can_be_measured_anew(tmp_path):
+    """A request with `force` is a job of its own, whose worker is told so; the profile that is there answers the others."""
+    with service(tmp_path) as http:
+        asked, store = {"config": CONFIG, "seq": 16}, http.app.state.service.store
+        first = http.post("/v1/profiles", json=asked).json()
+        assert "force" not in first["request"]
+        store.finish(first["id"], "succeeded", result={"profile": "0" * 64})
+        assert http.post("/v1/profiles", json=asked).json()["id"] == first["id"]
+        anew = http.post("/v1/profiles", json=asked | {"force": True})
+        assert (anew.status_code, anew.json()["request"]["force"]) == (202, True)
+        assert anew.json()["id"] != first["id"]
+        assert http.post("/v1/profiles", json=asked | {"force": True}).json()["id"] == anew.json()["id"]
+        store.finish(anew.json()["id"], "succeeded", result={"profile": "1" * 64})
+        again = http.post("/v1/profiles", json=asked).json()
+        assert again["id"] not in {first["id"], anew.json()["id"]}
+
+
+def test_a_service_on_a_full_disk_says_so_when_it_is_started(tmp_path):
+    """No traceback: the exit code of what fails while running, the file, and what to do. With room it starts again."""
+    with small_disk(tmp_path / "disk", 4 << 20) as disk:
+        with service(disk) as http:
+            upload(http, small_chain(3, layers=2))
+        filler = fill(disk, 0)
+        words = [sys.executable, "-m", "runtime.cli", "serve", "--port", "0", "--data-dir", str(disk / "data")]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert done.returncode == 4, done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith(f"tightfit: {disk / 'data' / 'service.sqlite'}: ")
+        assert last.endswith("; free disk space and try again")
+        assert "Traceback" not in done.stderr
+        filler.unlink()
+        with service(disk) as http:
+            assert len(http.get("/v1/profiles").json()["profiles"]) == 1
+
+
+def test_an_error_tells_no_path_of_the_server(tmp_path):
+    root = tmp_path / "root"
+    (root / "llama").mkdir(parents=True)
+    (root / "llama" / "config.json").write_text("{")
+    with service(tmp_path, roots=(root,)) as http:
+        job = wait(http, http.post("/v1/profiles", json={"path": "llama"}).json())
+        assert (job["request"]["source"], job["error"]["code"]) == ("llama", "input")
+        assert job["error"]["message"].startswith("llama/config.json: not JSON (")
+        with http.stream("GET", f"/v1/jobs/{job['id']}/events") as events:
+            told = events.read().decode()
+        assert str(tmp_path) not in told
+        assert str(tmp_path) not in http.get("/v1/jobs").text
+        # The worker has had the whole path.
+        assert http.app.state.service.store.job(job["id"]).request["source"] == str(root / "llama")
+
+
 def test_a_full_disk_is_told_and_costs_no_job(tmp_path, profile, minimum, monkeypatch):
     monkeypatch.setattr("planner.service.supervisor.DISK_SECONDS", 0.1)
     with service(tmp_path) as http:
@@ -261,12 +368,13 @@ def test_a_full_disk_is_told_and_costs_no_job(tmp_path, profile, minimum, monkey
             if http.get(f"/v1/jobs/{job['id']}").json()["state"] != "succeeded":
                 break
             database.execute("PRAGMA max_page_count = 1000000")  # this one was planned and written down before
-        path = tmp_path / "data" / "service.sqlite"
         other = small_chain(4).model_dump(mode="json")
         other["model"]["name"] = "long " * 20_000
         refusal = http.post("/v1/profiles/upload", json=other)
         assert (refusal.status_code, refusal.json()["error"]["code"]) == (507, "storage")
-        assert f"{path}: database or disk is full; free disk space" in refusal.json()["error"]["message"]
+        assert refusal.json()["error"]["message"].startswith(
+            "service.sqlite: database or disk is full; free disk space"
+        )
         # A plan that cannot be written down is written down once there is room, and the next is planned.
         patience = time.monotonic() + PATIENCE
         while (registry.get_sample_value(*PLANNED) or 0) == before:

@@ -36,11 +36,15 @@ def wait_for_steps(service, run, count):
     return steps
 
 
-def test_runs_follow_each_other_survive_and_save(tmp_path, work, cache, measured):
+def test_runs_follow_each_other_survive_and_save(tmp_path, work, measured):
     shutil.copytree(measured, tmp_path / "data")
-    service = Served(tmp_path / "data", "--root", str(work), environment={"TIGHTFIT_CACHE": str(cache)}).start()
+    service = Served(tmp_path / "data", "--root", str(work)).start()
     try:
         made = service.result("/v1/profiles", **MEASURED)["profile"]
+        # What a run reads lies in the service's own cache, where it is counted.
+        (cached,) = service.http.get(f"/v1/profiles/{made}").json()["summary"]["cached"]
+        store = service.http.get(f"/v1/profiles/{made}/file").json()["model"]["store"]
+        assert store.endswith(f"/data/cache/{cached}")
         plan = service.result("/v1/plans", profile=made, memory="1GiB", policy="keep-all")["plan"]
         answer = service.http.post("/v1/runs", json={"plan": plan, "data": str(tmp_path), "steps": 1})
         assert (answer.status_code, answer.json()["error"]["fields"][0]["field"]) == (422, "body.data")
@@ -107,7 +111,7 @@ def test_runs_follow_each_other_survive_and_save(tmp_path, work, cache, measured
         service.stop()
 
 
-def test_a_model_of_the_hub_is_downloaded_and_measured(tmp_path, work, cache):
+def test_a_model_of_the_hub_is_downloaded_and_measured(tmp_path, work, measured):
     """The hub's library is a stand-in that finds the model in a folder; everything else is as it is."""
     told = tmp_path / "asked"
     (tmp_path / "huggingface_hub.py").write_text(
@@ -116,7 +120,8 @@ def test_a_model_of_the_hub_is_downloaded_and_measured(tmp_path, work, cache):
         f"    Path({str(told)!r}).write_text(name)\n"
         f"    return {str(work / 'model')!r}\n"
     )
-    environment = {"TIGHTFIT_CACHE": str(cache), "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    shutil.copytree(measured / "cache", tmp_path / "data" / "cache")
+    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     service = Served(tmp_path / "data", "--hub", environment=environment).start()
     try:
         asked = {name: value for name, value in MEASURED.items() if name != "path"}

@@ -16,7 +16,16 @@ from planner.service.objects import Objects, unpacked
 from planner.service.paths import confined
 from planner.service.schema import Error
 from planner.service.settings import Settings, loopback
-from planner.service.store import ATTEMPTS, MOST_ASKERS, MOST_SERVED, Store, content_key, file_row, folder_row
+from planner.service.store import (
+    ATTEMPTS,
+    MOST_ASKERS,
+    MOST_SERVED,
+    Store,
+    cache_row,
+    content_key,
+    file_row,
+    folder_row,
+)
 from profiles.errors import InputError
 
 LANE = "solve"
@@ -39,10 +48,13 @@ A, B, C = (Client(address="10.0.0.1", name=name) for name in ("a", "b", "c"))
 NEAR, FAR = Client(address="10.0.0.1"), Client(address="10.0.0.2")
 
 
-def ask(store, number=1, *, key=None, repeatable=False, waiting=100, client=HERE, uses=()):
+def ask(store, number=1, *, key=None, repeatable=False, waiting=100, client=HERE, uses=(), anew=False):
     request = {"number": number}
-    content = None if repeatable else content_key("plan", request)
-    return store.ask("plan", LANE, request, content=content, key=key, waiting=waiting, client=client, uses=uses)
+    content = None if repeatable else content_key("plan", request | ({"force": True} if anew else {}))
+    renews = content_key("plan", request) if anew else None
+    return store.ask(
+        "plan", LANE, request, content=content, key=key, waiting=waiting, client=client, uses=uses, renews=renews
+    )
 
 
 def keep(store, objects, identity, size=100, **more):
@@ -59,6 +71,29 @@ def test_equal_requests_are_one_job_until_it_fails(store):
     again, new = ask(store)
     assert new
     assert again.id != first.id
+
+
+def test_an_answer_that_is_made_anew_answers_from_then_on(store):
+    """Asked for twice while it is made it is one job; afterwards it can be made anew again."""
+    old, _ = ask(store)
+    store.finish(old.id, "succeeded", result={})
+    other, _ = ask(store, 2)
+    store.finish(other.id, "succeeded", result={})
+    renewed, new = ask(store, anew=True)
+    assert new
+    assert ask(store, anew=True)[0].id == renewed.id
+    # Who only asks waits for a job of its own behind it, which finds what was made last.
+    after, new = ask(store)
+    assert new
+    assert after.id not in {old.id, renewed.id}
+    for job in (renewed, after):
+        store.finish(job.id, "succeeded", result={})
+    assert ask(store)[0].id == after.id
+    again, new = ask(store, anew=True)
+    assert new
+    assert again.id != renewed.id
+    assert store.job(old.id).state == "succeeded"
+    assert ask(store, 2)[0].id == other.id
 
 
 def test_an_idempotency_key_names_one_request(store):
@@ -253,6 +288,13 @@ def test_a_transaction_that_fails_changes_nothing_and_a_disk_that_refuses_is_tol
     assert store.stored_bytes() == 0
 
 
+def test_a_database_that_is_none_is_told(tmp_path):
+    path = tmp_path / "s.sqlite"
+    path.write_bytes(b"no database at all, but long enough to be one" * 30)
+    with pytest.raises(InputError, match=r"s\.sqlite: damaged \(file is not a database\); restore it, or name another"):
+        Store(path)
+
+
 def test_the_schema_has_a_version(tmp_path):
     path = tmp_path / "s.sqlite"
     Store(path).close()
@@ -402,6 +444,33 @@ def test_a_run_that_ended_early_goes_on_and_its_checkpoints_are_its_own_again(st
     store.finish(run.id, "succeeded", result={})
     with pytest.raises(ServiceError, match="is succeeded: there is nothing to go on with"):
         store.resume(run.id, waiting=9, client=HERE)
+
+
+def test_what_lies_in_the_cache_counts_and_goes_first_of_what_was_used_last_at_once(store, objects):
+    measured, _ = ask(store, 1)
+    store.next(LANE)
+    made = file_row("profile", "made", objects.put(b"profile"), name="made", summary={})
+    store.finish(measured.id, "succeeded", result={}, files=[made, cache_row("stores/a.store", 5000)])
+    store.count_cache([cache_row("stores/a.store", 5000), cache_row("stores/b.store", 3000)])
+    small = store.stored_bytes() - 8000
+    assert 0 < small < 1000
+    # What a run needs that waits is spared.
+    uses = [("cache", "stores/b.store")]
+    run, _ = store.ask("run", "cpu", {}, content=None, key=None, waiting=9, client=HERE, uses=uses)
+    store._touched = {("cache", "stores/b.store"): 1.0}
+    removed = store.expire(before=0, keep_bytes=3000 + small)
+    assert [row["id"] for row in removed] == ["stores/a.store"]
+    assert [row["id"] for row in store.files("profile")] == ["made"]
+    # The model would have to be packed again, so the measurement no longer answers; the profile can be planned with.
+    assert ask(store, 1)[1]
+    # A run that has ended keeps its answer where its weights go.
+    store.finish(run.id, "succeeded", result={})
+    assert [row["id"] for row in store.expire(before=0, keep_bytes=small)] == ["stores/b.store"]
+    assert store.job(run.id).state == "succeeded"
+    # What somebody has removed counts no longer.
+    store.count_cache([cache_row("profiles/c.json", 7)])
+    store.count_cache([])
+    assert store.stored_bytes() == small
 
 
 def test_a_file_told_again_is_told_as_now_but_keeps_its_explanation(store, objects):

@@ -25,6 +25,7 @@ from planner.service.events import Events
 from planner.service.guard import OPEN, Guard
 from planner.service.metrics import Metrics
 from planner.service.objects import Objects
+from planner.service.redaction import Redaction
 from planner.service.schema import Error, ErrorAnswer, FieldError
 from planner.service.settings import Settings
 from planner.service.store import Store
@@ -65,40 +66,53 @@ class Service:
     objects: Objects
     events: Events
     metrics: Metrics
+    redaction: Redaction
     supervisor: Supervisor
     uploads: Uploads
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The application. Opens the data folder when it starts: raises InputError where another service has it."""
-    metrics = Metrics()
+@contextlib.contextmanager
+def opened(settings: Settings, metrics: Metrics) -> Iterator[Service]:
+    """The data folder, open for this service alone, with what was left unfinished there put back into the queue.
 
-    @contextlib.asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
-        lock = _lock(settings.data_dir)
+    Raises InputError where another service has it, or where it cannot be read, and StorageError where its disk is full.
+    """
+    redaction = Redaction([settings.data_dir / "cache", settings.data_dir, *settings.roots])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_lock(settings.data_dir))
         store = Store(settings.data_dir / "service.sqlite")
+        stack.callback(store.close)
         objects = Objects(settings.data_dir / "objects")
-        (settings.data_dir / "runs").mkdir(exist_ok=True)
-        events = Events()
+        events = Events(redaction.job)
         supervisor = Supervisor(settings, store, objects, events, metrics)
         uploads = Uploads(settings, store, objects, metrics, supervisor.processes)
-        app.state.service = Service(
+        supervisor.recover()
+        metrics.watch(lambda: _gauges(store, events))
+        yield Service(
             settings=settings,
             store=store,
             objects=objects,
             events=events,
             metrics=metrics,
+            redaction=redaction,
             supervisor=supervisor,
             uploads=uploads,
         )
-        metrics.watch(lambda: _gauges(store, events))
-        await supervisor.start()
-        try:
-            yield
-        finally:
-            await supervisor.stop()
-            store.close()
-            lock.close()
+
+
+def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
+    """The application, over a `service` that is open, or over that of `settings`, which is opened when it starts."""
+    metrics = Metrics() if service is None else service.metrics
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        with opened(settings, metrics) if service is None else contextlib.nullcontext(service) as found:
+            app.state.service = found
+            await found.supervisor.start()
+            try:
+                yield
+            finally:
+                await found.supervisor.stop()
 
     app = FastAPI(
         title="tightfit",
@@ -134,17 +148,26 @@ def _with_token(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve(settings: Settings) -> None:
-    """Answer until interrupted. Raises InputError where the data folder or the port cannot be had."""
+    """Answer until interrupted.
+
+    Raises InputError where the data folder or the port cannot be had, and StorageError where the folder's disk is full.
+    """
+    from planner.service.logs import log_to_stderr
+
+    log_to_stderr()
+    with opened(settings, Metrics()) as service:
+        _answer(settings, service)
+
+
+def _answer(settings: Settings, service: Service) -> None:
+    """Bind the port and answer there until interrupted. Raises InputError where the port cannot be had."""
     import signal
     import socket
 
     import uvicorn
 
     from planner.service.connections import Connections, most_connections, protocol_of
-    from planner.service.logs import log_to_stderr
 
-    log_to_stderr()
-    _lock(settings.data_dir).close()
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # With the protocol named, asyncio turns off Nagle's algorithm: else every answer waits 40 ms for an acknowledgement.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -161,11 +184,11 @@ def serve(settings: Settings) -> None:
         "serving",
         extra={"url": f"http://{f'[{host}]' if ':' in host else host}:{port}/", "data": str(settings.data_dir)},
     )
-    app = create_app(settings)
+    app = create_app(settings, service)
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            app.state.service.events.close()  # else it would wait for streams that wait for jobs
+            service.events.close()  # else it would wait for streams that wait for jobs
             super().handle_exit(sig, frame)
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -214,7 +237,12 @@ def _lock(folder: Path) -> IO[bytes]:
 def _gauges(store: Store, events: Events) -> Iterator[tuple[str, str, tuple[str, ...], dict[tuple[str, ...], float]]]:
     jobs: dict[tuple[str, ...], float] = {place: float(count) for place, count in store.counts().items()}
     yield "tightfit_jobs_now", "Jobs in the store.", ("kind", "state"), jobs
-    yield "tightfit_stored_bytes", "Bytes of stored profiles, plans and results.", (), {(): float(store.stored_bytes())}
+    yield (
+        "tightfit_stored_bytes",
+        "Bytes of stored profiles, plans, results and packed weights.",
+        (),
+        {(): float(store.stored_bytes())},
+    )
     yield "tightfit_listeners", "Open event streams.", (), {(): float(events.listeners)}
 
 
@@ -238,10 +266,11 @@ async def _service_error(request: Request, error: Exception) -> Response:
 
 
 async def _library_error(request: Request, error: Exception) -> Response:
+    told = request.app.state.service.redaction.text(str(error))
     if isinstance(error, RunError):  # nothing was wrong with the request
         log.error("not stored", extra={"why": str(error)})
-        return error_response(507, "storage", str(error))
-    return error_response(422, "invalid_request", str(error), [FieldError(field="body", message=str(error))])
+        return error_response(507, "storage", told)
+    return error_response(422, "invalid_request", told, [FieldError(field="body", message=told)])
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:

@@ -99,7 +99,7 @@ class Client:
         return self._json(self._send("POST", "/v1/profiles/upload", content=body, headers=headers))
 
     def profile(self, *, progress: Progress | None = None, **request: Any) -> Profile:
-        """Measure a model on the service's machine: `path`, `hub` or `config`, with seq, batch, lora_rank, ..."""
+        """Measure a model on the service's machine: `path`, `hub` or `config`, with seq, batch, lora_rank, ..., force."""
         job = self.finish(self.post("/v1/profiles", request), progress)
         identity = job["result"]["profile"]
         return parse_profile(self._send("GET", f"/v1/profiles/{identity}/file").content, f"{self.url}: {identity}")

@@ -118,8 +118,12 @@ def ask(
     key: str | None,
     uses: Sequence[tuple[str, str]] = (),
     repeatable: bool = False,
+    renews: Row | None = None,
 ) -> Response:
-    """The answer to a request for a job. Unless `repeatable`, equal requests are one job."""
+    """The answer to a request for a job. Unless `repeatable`, equal requests are one job.
+
+    With `renews`, the request whose answer is to be made anew, only a job that has not ended answers.
+    """
     service = service_of(request)
     lane = lane_of(kind)
     job, new = service.store.ask(
@@ -131,6 +135,7 @@ def ask(
         waiting=service.settings.waiting,
         client=client,
         uses=uses,
+        renews=None if renews is None else content_key(kind, renews),
     )
     service.metrics.cached.labels(kind, "new" if new else "finished" if job.state in FINISHED else "joined").inc()
     if new:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from profiles.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
@@ -31,6 +35,10 @@ Code = Literal[
 ]
 
 
+DISK = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN})
+"""results of SQLite that come from the disk"""
+
+
 class ServiceError(TightfitError):
     """An answer other than 2xx. `field` is the place in the request, such as ``body.memory``."""
 
@@ -43,6 +51,19 @@ class ServiceError(TightfitError):
 
 class StorageError(RunError):
     """The data folder's disk is full, or cannot be written: nothing was wrong with what was asked."""
+
+
+@contextlib.contextmanager
+def failing_disk(place: Path) -> Iterator[None]:
+    """Raises StorageError, naming `place`, where the disk or the rights there do not allow what is done inside."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{place}: {error.strerror or error}; free disk space and try again") from error
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in DISK:
+            raise
+        raise StorageError(f"{place}: {error}; free disk space and try again") from error
 
 
 JOB_ERRORS: dict[type[TightfitError], Code] = {

@@ -15,7 +15,9 @@ HEARTBEAT_SECONDS = 15.0
 
 
 class Events:
-    def __init__(self) -> None:
+    def __init__(self, shown: Callable[[Job], Job] = lambda job: job) -> None:
+        """`shown` makes of a job what clients are told of it."""
+        self._shown = shown
         self._progress: dict[str, dict[str, Any]] = {}
         self._listeners: dict[str, set[asyncio.Queue[tuple[str, str]]]] = {}
 
@@ -36,11 +38,11 @@ class Events:
         """The job's state is another."""
         if job.state != "running":
             self._progress.pop(job.id, None)
-        self._send(job.id, "job", job.model_dump_json())
+        self._send(job.id, "job", self._shown(job).model_dump_json())
 
     def told(self, job: Job) -> Job:
-        """The job with its latest progress."""
-        return job.model_copy(update={"progress": self._progress.get(job.id)})
+        """The job with its latest progress, as clients are told of it."""
+        return self._shown(job).model_copy(update={"progress": self._progress.get(job.id)})
 
     def _send(self, job: str, name: str, data: str) -> None:
         for queue in self._listeners.get(job, ()):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from planner.service.errors import ServiceError, StorageError
+from planner.service.errors import ServiceError, failing_disk
 from profiles.files import sync_directory
 
 CHUNK = 1 << 18
@@ -38,7 +38,8 @@ class Objects:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.temporary = folder / "tmp"
-        self.temporary.mkdir(parents=True, exist_ok=True)
+        with failing_disk(folder):
+            self.temporary.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: str) -> Path:
         return self.folder / digest[:2] / digest[2:]
@@ -50,27 +51,26 @@ class Objects:
     def put_chunks(self, chunks: Iterable[bytes]) -> Written:
         digest, size = hashlib.sha256(), 0
         part = self.temporary / f"{os.getpid()}-{os.urandom(6).hex()}"
-        try:
-            with part.open("wb") as raw, gzip.GzipFile("", "wb", 5, raw, mtime=0) as packed:
-                for chunk in chunks:
-                    digest.update(chunk)
-                    size += len(chunk)
-                    packed.write(chunk)
-                packed.close()
-                raw.flush()
-                os.fsync(raw.fileno())
-            place = self.path(digest.hexdigest())
-            if not place.exists():
-                place.parent.mkdir(exist_ok=True)
-                part.rename(place)
-                sync_directory(place.parent)
-                sync_directory(self.folder)
-            stored = place.stat().st_size
-        except OSError as error:
-            raise StorageError(f"{self.folder}: {error.strerror}; free disk space and ask again") from error
-        finally:
-            with suppress(OSError):
-                part.unlink()
+        with failing_disk(self.folder):
+            try:
+                with part.open("wb") as raw, gzip.GzipFile("", "wb", 5, raw, mtime=0) as packed:
+                    for chunk in chunks:
+                        digest.update(chunk)
+                        size += len(chunk)
+                        packed.write(chunk)
+                    packed.close()
+                    raw.flush()
+                    os.fsync(raw.fileno())
+                place = self.path(digest.hexdigest())
+                if not place.exists():
+                    place.parent.mkdir(exist_ok=True)
+                    part.rename(place)
+                    sync_directory(place.parent)
+                    sync_directory(self.folder)
+                stored = place.stat().st_size
+            finally:
+                with suppress(OSError):
+                    part.unlink()
         return Written(digest=digest.hexdigest(), bytes=size, stored_bytes=stored)
 
     def read(self, digest: str) -> bytes:

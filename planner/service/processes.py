@@ -66,8 +66,8 @@ class Worker:
 class Processes:
     """Starts workers. To load the planner takes a second, so one process of a lane has done it before it is needed."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self._folder, self._cache = folder, cache
         self._spare: dict[str, asyncio.Future[Worker]] = {}
 
     async def take(self, lane: str) -> Worker:
@@ -106,14 +106,14 @@ class Processes:
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=errors,
-                env=_environment(),
+                env=_environment(self._cache),
                 limit=LINE_BYTES,
                 start_new_session=True,
             )
         return Worker(process=process, words=words)
 
 
-def _environment() -> dict[str, str]:
-    """The service's own, so that workers find these packages; without its token."""
+def _environment(cache: Path) -> dict[str, str]:
+    """The service's own, so that workers find these packages; without its token, and with its own cache folder."""
     environment = {name: value for name, value in os.environ.items() if name != "TIGHTFIT_TOKEN"}
-    return environment | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
+    return environment | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "TIGHTFIT_CACHE": str(cache)}

@@ -122,14 +122,15 @@ async def make_comparison(
 @router.get("/comparisons/{identity}", response_model=Job, responses=errors(404, 409), summary="A comparison's cells")
 async def get_comparison(request: Request, identity: Annotated[JobId, Path()]) -> Job:
     """The job whose `result.cells` hold a summary and a plan id each. 409 while it is not finished."""
-    job = service_of(request).store.job(identity)
+    service = service_of(request)
+    job = service.store.job(identity)
     if job.kind != "comparison":
         raise not_found("comparison", identity)
     if job.state != "succeeded":
         raise ServiceError(
             409, "conflict", f"the comparison {identity} is {job.state}; follow /v1/jobs/{identity}/events"
         )
-    return job
+    return service.events.told(job)
 
 
 def _check_policy(policy: str, profile: Row, field: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -25,7 +23,9 @@ from planner.service.errors import invalid
 from planner.service.paths import confined
 from planner.service.schema import Digest, ProfileList, ProfileRequest, StoredProfile
 from planner.service.settings import Settings
-from profiles.files import write_whole
+from planner.service.store import Row
+from profiles.decoder_config import decoder_shape, initial_deviation, text_config
+from profiles.errors import InputError
 from profiles.schema import PROFILE_VERSION
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
@@ -48,27 +48,35 @@ UPLOAD: dict[str, Any] = {
 
 @router.post("", status_code=202, responses=JOB_ANSWERS, summary="Measure a model on this machine")
 async def make_profile(request: Request, asked: ProfileRequest, client: Asker, key: IdempotencyKey = None) -> Response:
-    """Waits for this machine's device: measurements and runs follow each other."""
+    """Waits for this machine's device: measurements and runs follow each other.
+
+    What was measured before is answered at once; `force` measures anew, and the new profile answers from then on.
+    """
     settings = service_of(request).settings
     options = asked.model_dump(include={"seq", "batch", "lora_rank", "lora_alpha", "accumulate", "dtype"})
-    source = await asyncio.to_thread(_source, settings, asked)
-    return ask(request, "profile", options | {"source": source}, client, key=key)
+    words = options | await asyncio.to_thread(_source, settings, asked)
+    if not asked.force:
+        return ask(request, "profile", words, client, key=key)
+    return ask(request, "profile", words | {"force": True}, client, key=key, renews=words)
 
 
-def _source(settings: Settings, asked: ProfileRequest) -> str:
+def _source(settings: Settings, asked: ProfileRequest) -> Row:
+    """The model, as a worker is told of it: a path or hub id as `source`, or a `config`. Raises ServiceError 422."""
     if asked.path is not None:
-        return confined(asked.path, settings.roots, "path")
+        return {"source": confined(asked.path, settings.roots, "path")}
     if asked.hub is not None:
         if not settings.hub:
             raise invalid("hub", "this service downloads nothing; start it with --hub, or name a path")
-        return asked.hub
-    text = json.dumps(asked.config, sort_keys=True)
-    if "model_type" not in (asked.config or {}):
+        return {"source": asked.hub}
+    config = text_config(asked.config)
+    if config is None:
         raise invalid("config", "no model config (no 'model_type'); send the content of a config.json")
-    place = settings.data_dir / "configs" / hashlib.sha256(text.encode()).hexdigest() / "config.json"
-    if not place.exists():
-        write_whole(place, text)
-    return str(place.resolve())
+    try:
+        decoder_shape(config)
+        initial_deviation(config)
+    except InputError as error:
+        raise invalid("config", str(error)) from error
+    return {"config": asked.config}
 
 
 @router.post(

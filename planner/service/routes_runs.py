@@ -48,7 +48,8 @@ RANDOM = "random"
 async def make_run(request: Request, asked: RunRequest, client: Asker, key: IdempotencyKey = None) -> Response:
     """Every request is a run of its own, unless an idempotency key says that it is the same one."""
     words = asked.model_dump() | await _allowed(request, asked)
-    return ask(request, "run", words, client, key=key, uses=[("plan", asked.plan)], repeatable=True)
+    uses = [("plan", asked.plan), *(("cache", name) for name in _cached(request, asked.plan))]
+    return ask(request, "run", words, client, key=key, uses=uses, repeatable=True)
 
 
 @router.get("/{identity}", response_model=Job, responses=errors(404), summary="A run")
@@ -117,6 +118,16 @@ async def _allowed(request: Request, asked: RunRequest) -> Row:
         if text is not None and text != real[field]:
             real[field] = await asyncio.to_thread(confined, text, roots, field)
     return real
+
+
+def _cached(request: Request, plan: str) -> list[str]:
+    """Files of the cache that a run of the plan reads: packed weights, a config that was sent. They are in use now."""
+    store = service_of(request).store
+    profile = store.file("profile", stored(request, "plan", plan)["origin"])
+    names: list[str] = [] if profile is None else json.loads(profile["summary"]).get("cached", [])
+    for name in names:
+        store.touch("cache", name)
+    return names
 
 
 def _run(request: Request, identity: str) -> Job:

@@ -105,6 +105,10 @@ class ProfileRequest(Request):
     lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)
     accumulate: int = Field(1, ge=1, le=MOST_ACCUMULATED, description="steps whose gradients make one update")
     dtype: Literal["bfloat16", "float32"] | None = None
+    force: bool = Field(
+        False,
+        description="measure anew where a profile is there already, for example one measured while the machine was busy",
+    )
 
     @model_validator(mode="after")
     def one_source(self) -> ProfileRequest:

@@ -48,7 +48,7 @@ class Settings:
     keep_days: float = 30.0
     """finished jobs and what nobody has asked for are removed after that"""
     keep_bytes: int = 20 << 30
-    """of stored profiles, plans and results; the longest unused go first"""
+    """of stored profiles, plans and results, packed weights among them; the longest unused go first"""
 
     def __post_init__(self) -> None:
         if self.token is None and not loopback(self.host):

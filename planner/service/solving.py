@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planner.policies import approximate_of, policies_of, refused_of
 from planner.schema import Plan
+from planner.service.cache import STORES, Cache
 from planner.service.objects import Objects
 from planner.service.store import Row, file_row
 from planner.summary import plan_summary, profile_summary
+from profiles.busy import crowded
 from profiles.exchange import canonical_json, parse_profile
+from profiles.files import cache_directory
 from profiles.schema import Profile
 
 if TYPE_CHECKING:
@@ -89,16 +92,28 @@ def profile(order: Order, tell: Tell) -> Row:
     import fcntl
 
     from profiles.api import profile as measure
+    from profiles.layout import store_path
+    from profiles.sources import resolve
 
     assert order.lock is not None
-    objects = Objects(Path(order.objects))
+    objects, cache = Objects(Path(order.objects)), Cache(cache_directory())
+    request = dict(order.request)
     with Path(order.lock).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if "config" in request:
+            request["source"] = str(cache.keep_config(request.pop("config")))
         found = measure(
-            **order.request, progress=lambda stage, done, total: tell.progress(stage=stage, done=done, total=total)
+            **request, progress=lambda stage, done, total: tell.progress(stage=stage, done=done, total=total)
         )
-    file = keep_profile(objects, found, origin="made")
-    return {"result": {"profile": file["id"], "summary": profile_summary(found)}, "files": [file]}
+    # A model without weights has a store as soon as one of its plans runs.
+    source = resolve(request["source"])
+    store = found.model.store or str(store_path(cache.folder / STORES, source.name, source.fingerprint))
+    cached = [name for name in map(cache.name, (store, found.model.source)) if name is not None]
+    file = keep_profile(objects, found, origin="made", cached=cached)
+    return {
+        "result": {"profile": file["id"], "summary": profile_summary(found)},
+        "files": [file, *cache.rows(cached)],
+    }
 
 
 def _finite(told: Mapping[str, float | str]) -> Row:
@@ -110,12 +125,15 @@ def _profile(objects: Objects, order: Order, identity: str) -> Profile:
     return parse_profile(objects.read(order.digests[identity]), "the stored profile")
 
 
-def keep_profile(objects: Objects, found: Profile, *, origin: str) -> Row:
-    """Store a profile under its checksum. `origin` is made (on this machine, by this service) or uploaded."""
+def keep_profile(objects: Objects, found: Profile, *, origin: str, cached: Sequence[str] = ()) -> Row:
+    """Store a profile under its checksum. `origin` is made (on this machine, by this service) or uploaded; `cached` are the
+    files of the cache that a run of its plans reads.
+    """
     written = objects.put(canonical_json(found).encode())
     # Those that follow another gradient are planned where they are named; nothing sets them beside the others.
     policies = {"policies": [SOLVER, *policies_of(found)], "approximate": list(approximate_of(found))}
-    summary = profile_summary(found) | policies | {"refused": refused_of(found)}
+    summary = profile_summary(found) | policies | {"refused": refused_of(found), "cached": list(cached)}
+    summary["crowded"] = found.device.measured and crowded(found.device.busy_cores, found.device.threads)
     return file_row("profile", written.digest, written, name=found.model.name, origin=origin, summary=summary)
 
 

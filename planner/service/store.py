@@ -11,23 +11,22 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from planner.schema import PLAN_VERSION
 from planner.service.clients import Client
-from planner.service.errors import ServiceError, StorageError
+from planner.service.errors import ServiceError, StorageError, failing_disk
 from planner.service.migrations import migrate
 from planner.service.objects import Written
 from planner.service.schema import FINISHED, Error, Job, JobKind
+from profiles.errors import InputError
 from profiles.schema import PROFILE_VERSION
 
 ATTEMPTS = 5
 """a job that was running when its service died this often is not tried again"""
 SOLVE = "solve"
-DISK = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY})
-"""results of SQLite that come from the disk"""
 MOST_ASKERS = 100
 """clients that are remembered to want one job: it does not end before all of these have let go"""
 NETWORK_SHARE, CLIENT_SHARE = 2, 5
@@ -41,33 +40,41 @@ Row = dict[str, Any]
 
 class Store:
     def __init__(self, path: Path) -> None:
+        """Raises StorageError where the disk is full, or does not let us write, and InputError for what we cannot read."""
         self._path = path
-        self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 10000"):
-            self._database.execute(f"PRAGMA {pragma}")
-        migrate(self._database, str(path))
+        with failing_disk(path):
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            try:
+                for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 10000"):
+                    self._database.execute(f"PRAGMA {pragma}")
+                migrate(self._database, str(path))
+            except BaseException as error:
+                self._database.close()
+                if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_NOTADB:
+                    raise InputError(f"{path}: damaged ({error}); restore it, or name another --data-dir") from error
+                raise
         self._database.row_factory = _row
         self._touched: dict[tuple[str, str], float] = {}
         self._served: dict[tuple[str, ...], int] = {}
         self._turns = 0
 
     def close(self) -> None:
-        self.flush()
+        with suppress(StorageError):  # that something was used is all that is lost
+            self.flush()
         self._database.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """All of it or nothing. Raises StorageError where the disk refuses."""
-        try:
-            self._database.execute("BEGIN IMMEDIATE")
-            yield self._database
-            self._database.execute("COMMIT")
-        except BaseException as error:
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
-            if isinstance(error, sqlite3.Error) and error.sqlite_errorcode & 0xFF in DISK:
-                raise StorageError(f"{self._path}: {error}; free disk space and ask again") from error
-            raise
+        with failing_disk(self._path):
+            try:
+                self._database.execute("BEGIN IMMEDIATE")
+                yield self._database
+                self._database.execute("COMMIT")
+            except BaseException:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                raise
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 
@@ -82,18 +89,24 @@ class Store:
         waiting: int,
         client: Client,
         uses: Sequence[tuple[str, str]] = (),
+        renews: str | None = None,
     ) -> tuple[Job, bool]:
         """The job of a request, and whether it is new.
 
         A live or succeeded job of the same `content` answers it, and so does the job that the idempotency `key` made; a live
         one goes on for `client` too then. Raises ServiceError where the key was used for another request, where `waiting`
         jobs are queued already, or where the client has its share of them.
+
+        Where the answer is to be made anew, `renews` is the content of the request for the answer that is there: a live job of
+        `content` answers, a succeeded one does not, and no job that has succeeded answers a request for either afterwards.
         """
         asked = _hash(kind, request)
         known = self._known(key, asked)
         if known is not None:
             return self._wanted(known, client), False
         found = self._same(content)
+        if renews is not None and found is not None and found.state not in LIVE:
+            found = None
         if found is not None and key is None:
             self.touch("job", found.id)
             return self._wanted(found, client), False
@@ -102,6 +115,11 @@ class Store:
         with self._transaction() as database:
             if found is None:
                 self._room(waiting, client)
+                if renews is not None:
+                    database.execute(
+                        "UPDATE jobs SET content = NULL WHERE content IN (?, ?) AND state = 'succeeded'",
+                        (content, renews),
+                    )
                 database.execute(
                     "INSERT INTO jobs (id, kind, lane, state, content, request, created, used) VALUES (?, ?, ?, 'queued', ?, ?, ?, ?)",
                     (identity, kind, lane, content, json.dumps(request), now, now),
@@ -376,6 +394,22 @@ class Store:
     def stored_bytes(self) -> int:
         return self._figure("SELECT coalesce(sum(stored_bytes), 0) AS n FROM files")
 
+    def count_cache(self, rows: Sequence[Row]) -> None:
+        """The files of the cache are these: those that are new count from now on, those that are gone no longer."""
+        known = {row["id"]: row["stored_bytes"] for row in self.files("cache", limit=1 << 30)}
+        present = {row["id"]: row["stored_bytes"] for row in rows}
+        if known == present:
+            return
+        now = time.time()
+        with self._transaction() as database:
+            database.executemany(
+                "DELETE FROM files WHERE kind = 'cache' AND id = ?",
+                [(name,) for name, size in known.items() if present.get(name) != size],
+            )
+            for row in rows:
+                if known.get(row["id"]) != row["stored_bytes"]:
+                    self._add(row, now)
+
     # --- retention -------------------------------------------------------------------------------------------------
 
     def touch(self, kind: str, identity: str) -> None:
@@ -415,7 +449,7 @@ class Store:
             excess = self.stored_bytes() - sum(row["stored_bytes"] for row in removed) - keep_bytes
             gone = {(row["kind"], row["id"]) for row in removed}
             candidates = database.execute(
-                f"SELECT * FROM files WHERE NOT EXISTS ({unfinished}) ORDER BY used",  # noqa: S608  constants
+                f"SELECT * FROM files WHERE NOT EXISTS ({unfinished}) ORDER BY used, stored_bytes DESC",  # noqa: S608  constants
             )
             for row in candidates.fetchall() if excess > 0 else []:
                 if (row["kind"], row["id"]) in gone:
@@ -426,9 +460,11 @@ class Store:
                     break
             for row in removed:
                 place = (row["kind"], row["id"])
-                # A job whose answer is gone can no longer answer.
+                # A job whose answer is gone can no longer answer; of what lies in the cache a run's answer has no need.
                 database.execute(
-                    "DELETE FROM jobs WHERE id IN (SELECT job FROM uses WHERE kind = ? AND file = ?)", place
+                    "DELETE FROM jobs WHERE id IN (SELECT job FROM uses WHERE kind = ?1 AND file = ?2)"
+                    " AND NOT (kind = 'run' AND ?1 = 'cache')",
+                    place,
                 )
                 database.execute("DELETE FROM files WHERE kind = ? AND id = ?", place)
         return removed
@@ -466,6 +502,12 @@ def folder_row(identity: str, size: int) -> Row:
     """What `Store.add` takes for a run's folder: no object, it lies beside them."""
     sizes = {"digest": None, "bytes": size, "stored_bytes": size}
     return {"kind": "folder", "id": identity, "name": f"folder of {identity}", "origin": None, "summary": "{}", **sizes}
+
+
+def cache_row(name: str, size: int) -> Row:
+    """What `Store.add` takes for a file of the cache that measurements and runs share: no object either."""
+    sizes = {"digest": None, "bytes": size, "stored_bytes": size}
+    return {"kind": "cache", "id": name, "name": name, "origin": None, "summary": "{}", **sizes}
 
 
 def content_key(kind: str, request: Row) -> str:

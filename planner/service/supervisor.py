@@ -15,8 +15,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from planner.service.cache import Cache
 from planner.service.clients import Client
-from planner.service.errors import StorageError
+from planner.service.errors import StorageError, failing_disk
 from planner.service.events import Events
 from planner.service.metrics import Metrics
 from planner.service.objects import Objects
@@ -47,15 +48,21 @@ class Supervisor:
         self.runs = settings.data_dir / "runs"
         self._wake: dict[str, asyncio.Event] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self.processes = Processes(objects.temporary)
+        self.cache = Cache(settings.data_dir / "cache")
+        self.processes = Processes(objects.temporary, self.cache.folder)
         self._workers: dict[str, Worker] = {}
         self._cancelled: set[str] = set()
         self._stopping = False
 
-    async def start(self) -> None:
+    def recover(self) -> None:
+        """Put back what ran when the service ended, and clear up after it. Raises StorageError where the disk is full."""
+        with failing_disk(self.settings.data_dir):
+            self.runs.mkdir(exist_ok=True)
         requeued, interrupted = self.store.recover()
-        swept = self.objects.sweep(self.store.digests())
+        swept = self.objects.sweep(self.store.digests()) + self.cache.sweep()
         log.info("store opened", extra={"requeued": requeued, "interrupted": interrupted, "swept": swept})
+
+    async def start(self) -> None:
         for lane, slots in ((SOLVE, self.settings.workers), (LOCAL, 1)):
             self._wake[lane] = asyncio.Event()
             self._tasks += [asyncio.create_task(self._serve(lane)) for _ in range(slots)]
@@ -168,7 +175,7 @@ class Supervisor:
             kind=job.kind,
             request=job.request,
             objects=str(self.objects.folder),
-            digests={row["id"]: row["digest"] for row in self.store.files_of(job.id)},
+            digests={row["id"]: row["digest"] for row in self.store.files_of(job.id) if row["digest"] is not None},
             folder=str(self.runs / job.id),
             lock=str(self.settings.data_dir / f"{LOCAL}.lock") if alone else None,
             command=list(self.settings.command),
@@ -243,10 +250,14 @@ class Supervisor:
 
     def retain(self) -> int:
         """Remove what is too old or too much; returns how many files went."""
+        if self.store.lane(LOCAL)[0] is None:  # else a job is about to use or to name what it finds or makes there
+            self.store.count_cache(self.cache.rows())
         before = time.time() - self.settings.keep_days * 86400
         removed = self.store.expire(before=before, keep_bytes=self.settings.keep_bytes)
         wanted = self.store.digests() if removed else set()
         for row in removed:
+            if row["kind"] == "cache":
+                self.cache.remove(row["id"])
             if row["digest"] is not None and row["digest"] not in wanted:
                 self.objects.remove(row["digest"])
         known = {job.id for job in self.store.jobs(kind="run", limit=1 << 30)}
