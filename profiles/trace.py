@@ -36,6 +36,7 @@ from profiles.inference import with_inference
 from profiles.own_code import line_of_error, line_of_node, own_traceback, quiet_torch
 from profiles.own_gradients import CustomFunctions, Detaching, hooks_refused, refuse_hooks
 from profiles.schema import Layer, Operand, Operator, Program, Tensor, TensorKind, Value
+from profiles.unchecked import unchecked
 
 aten = torch.ops.aten
 
@@ -160,7 +161,7 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
     with warnings.catch_warnings(), quiet_torch():
         warnings.simplefilter("ignore")  # torch's own deprecations inside export
         try:
-            with functions.recorded(), hooks_refused(), Detaching():
+            with functions.recorded(), hooks_refused(), unchecked(), Detaching():
                 program = torch.export.export(module, tuple(batch.values()), strict=False)
             program = program.run_decompositions({})
         except TightfitError:
