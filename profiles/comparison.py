@@ -110,7 +110,7 @@ def autograd_step(module: nn.Module, batch: Iterable[Tensor]) -> Step:
             torch.manual_seed(0)
             results = pytree.tree_leaves(module(*(tensor.clone() for tensor in batch)))
             loss = next(result for result in results if isinstance(result, Tensor))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     except Exception as error:
         raise InputError(
             f"{type(module).__name__} fails on the sample batch; correct it\n{own_traceback(error)}"

@@ -34,7 +34,7 @@ def quiet_torch() -> Iterator[None]:
     for logger in loggers:
         logger.disabled = True
     try:
-        with contextlib.redirect_stderr(_WithoutExport(sys.stderr)):  # type: ignore[type-var]
+        with contextlib.redirect_stderr(_WithoutExport(sys.stderr)):
             yield
     finally:
         for logger in loggers:

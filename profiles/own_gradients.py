@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
@@ -131,7 +132,7 @@ class CustomFunctions:
 
 def _apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
     """What `function.apply` comes to."""
-    return super(_SingleLevelFunction, function).apply(*args, **kwargs)
+    return super(_SingleLevelFunction, function).apply(*args, **kwargs)  # type: ignore[misc]
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -182,7 +183,9 @@ def hooks_refused() -> Iterator[None]:
 
     def refusing(kind: str) -> Callable[..., None]:
         def register(tensor: Tensor, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-            raise _hook_error(f"a tensor of shape {list(tensor.shape)} in forward", kind, hook)
+            caller = sys._getframe(1)
+            place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+            raise _hook_error(f"at {place} a tensor of shape {list(tensor.shape)}", kind, hook)
 
         return register
 
@@ -195,6 +198,6 @@ def hooks_refused() -> Iterator[None]:
 
 def _hook_error(where: str, kind: str, hook: Callable[..., Any]) -> InputError:
     return InputError(
-        f"{where} has a hook on its gradient ({kind}, {line_of_function(hook)}), which a traced step would leave out; remove it,"
+        f"{where} has a hook on its gradient ({kind} of {line_of_function(hook)}), which a traced step would leave out; remove it,"
         " or do the same in the backward of a torch.autograd.Function, which is run as it is"
     )

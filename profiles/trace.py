@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import operator
@@ -119,18 +118,13 @@ def trace(
         tracer = traced(segments, lambda segment: None)
     except Exception as error:
         line = line_of_error(error)
-        if line is None and (single := _single_operators(graph)):
-            # Traced one by one, the operator that cannot be is known.
-            at = single[0]
-
-            def reached(part: Segment) -> None:
-                nonlocal at
-                at = part
-
-            with contextlib.suppress(Exception):
-                traced(single, reached)
-                at = None
-            line = line_of_node(at.nodes[0]) if at is not None else None
+        if line is None:
+            # Traced one by one, the operator that cannot be is the last that was reached.
+            reached: list[Segment] = []
+            try:
+                traced(_single_operators(graph), reached.append)
+            except Exception:
+                line = line_of_node(reached[-1].nodes[0]) if reached else None
         if line is None and isinstance(error, TightfitError):
             raise
         raise InputError(f"{type(module).__name__} cannot be traced{_at(line)}: {_reason(error)}") from error

@@ -130,8 +130,10 @@ def _equal(made: Tensor | None, wanted: Tensor | None) -> bool:
         return made is wanted
     if made.shape != wanted.shape or made.stride() != wanted.stride():
         return False
+    if torch.equal(made, wanted):
+        return True
     if not made.dtype.is_floating_point:
-        return bool(torch.equal(made, wanted))
+        return False
     tolerance = TOLERANCE.get(made.dtype, 0.0)
     finite = wanted[wanted.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0

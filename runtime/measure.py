@@ -104,6 +104,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     scratch = Path(request["scratch"])
     for program in programs:
         contents[program["name"]] = watch(program, guard, scratch)
+        gc.collect()
+        trim_heap()
         step()
     if request.get("step"):
         compute(request["step"], programs)
@@ -220,8 +222,6 @@ def watch(program: dict[str, Any], guard: Guard, scratch: Path) -> str:
                 continue
         for operator, copied in zip(program["operators"], found, strict=True):
             operator["copied"] = copied
-        gc.collect()
-        trim_heap()
         return contents
     assert failure is not None
     raise failure
