@@ -40,7 +40,9 @@ Step = tuple[float, dict[str, Tensor]]
 
 
 class Comparison:
-    """`request` before the measuring process starts, `conclude` once it has run the step; `folder` is for the files."""
+    """`request` before the measuring process starts, since autograd would take its cores, and `conclude` once that has run the
+    step; `folder` is for the files.
+    """
 
     def __init__(self, name: str, module: nn.Module, batch: tuple[Tensor, ...], traced: Trace) -> None:
         self.name, self.module, self.batch, self.traced = name, module, batch, traced
@@ -54,7 +56,8 @@ class Comparison:
         return f"{NOT_COMPARED}: a step without a plan takes {format_size(needed)}, and {format_size(free)} are free"
 
     def request(self, folder: Path) -> dict[str, Any]:
-        """What the measuring process is asked for."""
+        """Run the step by autograd. Returns what the measuring process is asked for; raises InputError where the module fails."""
+        self.theirs = autograd_step(self.module, self.batch)
         held = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         tensors = {name: tensor.detach() for name, tensor in held.items()}
         torch.save(tensors | {f"batch{index}": tensor for index, tensor in enumerate(self.batch)}, folder / GIVEN)
@@ -71,7 +74,7 @@ class Comparison:
         made = torch.load(folder / MADE, weights_only=True)
         loss = float(made.pop(self.traced.loss))
         own = loss, {name.removeprefix("grad:"): gradient for name, gradient in made.items()}
-        theirs = autograd_step(self.module, self.batch)
+        theirs = self.theirs
         if not math.isfinite(theirs[0]) or not all(bool(g.isfinite().all()) for g in theirs[1].values()):
             return f"{NOT_COMPARED}: its loss on the sample batch is {theirs[0]:g}, or a gradient no number"
         apart = distances(own, theirs)
