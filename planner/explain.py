@@ -8,6 +8,7 @@ from planner.costs import Cost, Ledger
 from planner.explanation import Explanation, PeakAccount, Recomputation, Shortfall, Worth, account, has_phases
 from planner.schema import MEZO, Plan
 from profiles.busy import crowded
+from profiles.schema import NOT_COMPARED
 from profiles.units import format_seconds, format_size, printable
 
 LEAST_SHARE = 5e-4
@@ -29,6 +30,7 @@ def _sentences(plan: Plan, told: Explanation) -> list[str]:
     return [
         _headline(plan),
         *_gradient(plan),
+        *_comparison(plan),
         _proof(plan),
         *_decisions(plan),
         *_peak(plan, told.peak),
@@ -95,6 +97,12 @@ def _gradient(plan: Plan) -> list[str]:
     if plan.accumulate > 1:
         return [f"the gradients of {plan.accumulate} steps make one update"]
     return []
+
+
+def _comparison(plan: Plan) -> list[str]:
+    """What a module's gradients were not compared for."""
+    told = plan.model.compared or ""
+    return [f"gradients of the module: {told}"] if told.startswith(NOT_COMPARED) else []
 
 
 def _proof(plan: Plan) -> str:

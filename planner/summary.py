@@ -90,6 +90,7 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "device": profile.device.name,
         "measured": profile.device.measured,
         "busy_cores": profile.device.busy_cores,
+        "compared": profile.model.compared,
     }
 
 

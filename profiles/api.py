@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from profiles import cold, native
 from profiles.busy import crowded, our_cores, taken_now
+from profiles.comparison import Comparison
 from profiles.decoder import Decoder
 from profiles.decoder_config import decoder_shape
 from profiles.devices import find_device
@@ -53,10 +54,12 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CODE = (
     "attention",
     "cold",
+    "comparison",
     "decoder",
     "decoder_config",
     "factory_source",
     "fold",
+    "own_gradients",
     "native",
     "fuse",
     "inference",
@@ -70,6 +73,7 @@ CODE = (
     "describe",
     "store",
     "trace",
+    "unchecked",
     "schema",
     "api",
 )
@@ -78,6 +82,7 @@ MEASURING_CODE = (
     "channels",
     "compiled",
     "floor",
+    "guard",
     "kernels",
     "lean_torch",
     "measure",
@@ -87,6 +92,7 @@ MEASURING_CODE = (
     "spill",
     "supervisor",
     "warm",
+    "whole_step",
 )
 
 
@@ -157,11 +163,12 @@ def profile(
         path = build_store(found, cache_directory() / "stores", lambda done, total, name: report("pack", done, total))
         with Store.open(path) as opened:
             store, store_fingerprint = str(path), opened.fingerprint
-    traced = (
-        _trace_module(found, dtype, report)
-        if found.kind == "module"
-        else _trace_decoder(found, batch, seq, lora_rank, alpha, dtype, report)
-    )
+    comparison = None
+    if found.kind == "module":
+        traced, module, sample = _trace_module(found, dtype, report)
+        comparison = Comparison(found.name, module, sample, traced)
+    else:
+        traced = _trace_decoder(found, batch, seq, lora_rank, alpha, dtype, report)
     if found.kind == "module":
         batch, seq_or_none, kind, lora = _first_dimension(traced), None, "module", None
     else:
@@ -181,6 +188,7 @@ def profile(
             scratch=cache_directory(),
             environment=dict(os.environ) | {"PYTHONPATH": python_path()},
             progress=progress,
+            comparison=comparison,
         )
     )
     result = Profile(
@@ -193,6 +201,7 @@ def profile(
             lora=lora,
             store=store,
             store_fingerprint=store_fingerprint,
+            compared=measured["compared"],
         ),
         batch=batch,
         seq=seq_or_none,
@@ -209,7 +218,9 @@ def profile(
             write=Channel.model_validate(measured["write"]),
         ),
         tensors=[_timed_tensor(t, measured) for t in tensors],
-        programs=[_timed_program(p, measured["operators"][p.name]) for p in traced.programs],
+        programs=[
+            _timed_program(p, measured["operators"][p.name], measured["copied"][p.name]) for p in traced.programs
+        ],
         layers=traced.layers,
         loss=traced.loss,
         token_losses=traced.token_losses,
@@ -268,7 +279,9 @@ def _trace_decoder(
     return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
 
 
-def _trace_module(source: Source, dtype: str, report: Progress) -> Trace:
+def _trace_module(
+    source: Source, dtype: str, report: Progress
+) -> tuple[Trace, torch.nn.Module, tuple[torch.Tensor, ...]]:
     from profiles.factory_source import build_module
 
     if dtype != "float32":
@@ -285,7 +298,7 @@ def _trace_module(source: Source, dtype: str, report: Progress) -> Trace:
             raise InputError(
                 f"{source.name}: forward makes a constant of shape {tensor.shape} ({tensor.name}); register it as a buffer"
             )
-    return traced
+    return traced, module, sample
 
 
 def _first_dimension(traced: Trace) -> int:
@@ -310,7 +323,15 @@ def _unmeasured(traced: Trace, device: Device) -> dict[str, Any]:
     """What `measure` would tell, without times."""
     operators = {program.name: [[0.0, 0.0]] * len(program.operators) for program in traced.programs}
     channels = {"floor": device.floor.model_dump(), "read": device.read, "write": device.write}
-    return {"operators": operators, "unpack": {}, "update": {}, "busy_cores": 0.0} | channels
+    copied = {program.name: [False] * len(program.operators) for program in traced.programs}
+    return {
+        "operators": operators,
+        "copied": copied,
+        "unpack": {},
+        "update": {},
+        "busy_cores": 0.0,
+        "compared": None,
+    } | channels
 
 
 def _timed_tensor(tensor: Tensor, measured: Mapping[str, Any]) -> Tensor:
@@ -322,9 +343,9 @@ def _timed_tensor(tensor: Tensor, measured: Mapping[str, Any]) -> Tensor:
     return tensor
 
 
-def _timed_program(program: Program, figures: list[list[float]]) -> Program:
+def _timed_program(program: Program, figures: list[list[float]], copied: list[bool]) -> Program:
     operators = [
-        op.model_copy(update={"seconds": seconds, "workspace_bytes": int(workspace)})
-        for op, (seconds, workspace) in zip(program.operators, figures, strict=True)
+        op.model_copy(update={"seconds": seconds, "workspace_bytes": int(workspace), "copied": copies})
+        for op, (seconds, workspace), copies in zip(program.operators, figures, copied, strict=True)
     ]
     return program.model_copy(update={"operators": operators})

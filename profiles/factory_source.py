@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from profiles.errors import InputError
 from profiles.layout import VERSION, Entry
+from profiles.own_code import own_traceback
 from profiles.sources import Source, SourceTensor, load_factory
 from profiles.store import RAW
 
@@ -66,7 +67,9 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
         try:
             made = factory()
         except Exception as error:
-            raise InputError(f"{source} raised {type(error).__name__}: {error}; correct the factory") from error
+            raise InputError(
+                f"{source} raised {type(error).__name__}: {error}; correct the factory\n{own_traceback(error)}"
+            ) from error
     if not (
         isinstance(made, tuple)
         and len(made) == 2

@@ -133,6 +133,17 @@ class _Folder:
             raise InputError(
                 f"the traced graph holds {target}, which writes in place; use the out-of-place form in the model"
             )
+        if target.namespace not in ("aten", "tightfit"):
+            raise InputError(
+                f"operator {target} is not one of PyTorch, and the process that trains loads no other library; write it with"
+                " PyTorch's operators, or as a torch.autograd.Function of them"
+            )
+        for tensor in [value] if isinstance(value, torch.Tensor) else value:
+            if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
+                raise InputError(
+                    f"{target} makes a {str(tensor.layout).removeprefix('torch.')} tensor; use dense tensors and gradients (an"
+                    " embedding with sparse=False)"
+                )
         if isinstance(value, torch.Tensor):
             alias = self._alias(node, value)
             if alias is not None:

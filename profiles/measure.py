@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from profiles.errors import InputError, RunError
 from profiles.interpreter import command
 from profiles.schema import Program, Tensor
 from profiles.store import Entry, find_extent
 
+if TYPE_CHECKING:
+    from profiles.comparison import Comparison
+
 Progress = Callable[[str, int, int], None]
+LAST_WORDS_BYTES = 1 << 16
 
 
 def measure(
@@ -32,13 +39,14 @@ def measure(
     scratch: Path,
     environment: dict[str, str],
     progress: Progress | None = None,
+    comparison: Comparison | None = None,
 ) -> dict[str, Any]:
     """What one process measured: `operators` {program: [[seconds, workspace bytes], ...]}, `unpack` and `update`
-    {tensor: seconds}, `read` and `write` {bytes_per_second, latency_seconds, compute_seconds_per_byte}, `floor`.
+    {tensor: seconds}, `copied` {program: [whether an operator is run by its functional form, ...]}, `read` and `write` {bytes_per_second, latency_seconds, compute_seconds_per_byte}, `floor`; with a `comparison` also `compared`, what it concluded.
 
     Tensors of equal shape and format are measured once. Needs room for one layer's tensors, unpacked, or for the 400 MiB that
     unpacking is timed on, and for 64 MiB in `scratch`, on the disk that will hold the weights. Raises RunError with the
-    process's last words where it fails.
+    process's last words where it fails, and what the comparison raises before anything is timed.
     """
     programs, tensors = list(programs), list(tensors)
     weights: dict[tuple[Any, ...], list[str]] = {}
@@ -67,7 +75,18 @@ def measure(
         "scratch": str(scratch),
         "threads": threads,
     }
-    found = _run(request, environment, progress)
+    compared = [None if comparison is None else comparison.why_not()]
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        if comparison is not None and compared[0] is None:
+            request["step"] = comparison.request(Path(folder))
+
+        def computed() -> None:
+            assert comparison is not None
+            compared[0] = comparison.conclude(Path(folder))
+
+        found = _run(request, environment, progress, computed)
+    found["compared"] = compared[0]
     found["unpack"] = {
         name: seconds for seconds, names in zip(found["unpack"], weights.values(), strict=True) for name in names
     }
@@ -78,18 +97,26 @@ def measure(
     return found
 
 
-def _run(request: dict[str, Any], environment: dict[str, str], progress: Progress | None) -> dict[str, Any]:
-    with subprocess.Popen(
-        command("runtime.measure", str(request["threads"])),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as child:
+def _run(
+    request: dict[str, Any],
+    environment: dict[str, str],
+    progress: Progress | None,
+    computed: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    # Its words go into a file: nobody reads a pipe while results come, and a full one would hold it up for ever.
+    with (
+        tempfile.TemporaryFile() as words,
+        subprocess.Popen(
+            command("runtime.measure", str(request["threads"])),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            text=True,
+            env=environment,
+        ) as child,
+    ):
         assert child.stdin is not None
         assert child.stdout is not None
-        assert child.stderr is not None
         try:
             # Where it has ended already it has said why.
             with contextlib.suppress(BrokenPipeError):
@@ -101,18 +128,29 @@ def _run(request: dict[str, Any], environment: dict[str, str], progress: Progres
                 message = json.loads(line)
                 if "result" in message:
                     result = message["result"]
+                elif message["stage"] == "computed":
+                    computed()
                 elif progress:
                     progress(message["stage"], message["done"], message["total"])
-            words = child.stderr.read().strip().splitlines()
+            status = child.wait()
         except BaseException:
             child.kill()
             raise
-    if result is None:
-        last = words[-1] if words else f"exit status {child.returncode}"
-        for kind in (InputError, RunError):
-            if child.returncode == kind.exit_code:
-                raise kind(last)
+        if result is not None:
+            return result  # type: ignore[no-any-return]
+        last = _last_line(words)
+    for kind in (InputError, RunError):
+        if status == kind.exit_code and last:
+            raise kind(last)
+    if status == -signal.SIGKILL:
         raise RunError(
-            f"measuring stopped: {last}; a layer must fit into memory while it is measured, try a smaller batch or sequence"
+            "measuring was killed, most likely for want of memory; a layer must fit into memory while it is measured, try a"
+            " smaller batch or sequence"
         )
-    return result  # type: ignore[no-any-return]
+    raise RunError(f"measuring stopped: {last or f'exit status {status}'}")
+
+
+def _last_line(words: IO[bytes]) -> str:
+    words.seek(max(0, words.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
+    lines = words.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""

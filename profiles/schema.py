@@ -19,6 +19,8 @@ PROFILE_VERSION = 7
 """raised with every change of the file's form, and of what operators measure or compute: runs that others began do not go on"""
 
 MOST_ACCUMULATED = 1 << 16
+NOT_COMPARED = "not compared with autograd"
+"""how a model's `compared` begins where its gradients were not"""
 
 
 def adamw(accumulate: int = 1) -> dict[str, Any]:
@@ -120,6 +122,10 @@ class Operator(Record):
     seconds: float = Field(0.0, ge=0)
     workspace_bytes: int = Field(0, ge=0, description="transient heap bytes beyond inputs and outputs")
     recomputable: bool = Field(True, description="False for random operators: their outputs are kept or offloaded")
+    copied: bool = Field(
+        False,
+        description="run by its functional form, whose result is copied into its place: its out variant writes beside its output, or something else",
+    )
     gathers: list[str] = Field([], description="inputs of which only rows are read from disk, inside the operator")
     flops: float = Field(0.0, ge=0)
 
@@ -220,6 +226,10 @@ class Model(Record):
         None, description="path of the packed weight store; None: random weights, made at run time"
     )
     store_fingerprint: str | None = None
+    compared: str | None = Field(
+        None,
+        description="modules: in words, how loss and gradients of the programs on the sample batch came out beside autograd's, or why they were not compared",
+    )
 
 
 class Profile(Record):

@@ -19,14 +19,23 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from profiles.errors import InputError
+from profiles.errors import InputError, TightfitError
 from profiles.fold import Role, fold
 from profiles.fuse import fuse_products
 from profiles.inference import with_inference
+from profiles.own_code import line_of_error, line_of_node, own_traceback, quiet_torch
+from profiles.own_gradients import CustomFunctions, Detaching, hooks_refused, refuse_hooks
 from profiles.schema import Layer, Operand, Operator, Program, Tensor, TensorKind, Value
+from profiles.unchecked import unchecked
 
 aten = torch.ops.aten
 
@@ -40,15 +49,6 @@ RESHAPES = {
     operator.getitem,
 }
 IGNORED = {aten._assert_tensor_metadata.default, aten.sym_size.int, aten._assert_scalar.default}
-EXPORT_ERRORS = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    NotImplementedError,
-    AttributeError,
-    torch._dynamo.exc.TorchDynamoException,
-)
-"""what torch.export raises for a module that it cannot trace"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,37 +92,80 @@ def trace(
     report("export", 1, 1)
     _check_results(graph)
     segments = _segments(graph)
-    _connect(graph, segments)
-    tracer = _Tracer(
-        roles=roles,
-        fake_mode=FakeTensorMode(),
-        decompositions=decompositions or {},
-        inference=inference or {},
-        requires={},
-    )
-    for node, role in roles.items():
-        tracer.requires[node] = role.kind == "trainable"
-    for segment in segments:
-        tracer.forward(segment)
-    if not tracer.requires[graph.output_node().all_input_nodes[0]]:
-        raise InputError("the loss depends on no parameter that requires a gradient; there is nothing to train")
-    for done, segment in enumerate(reversed(segments)):
-        report("programs", done, len(segments))
-        tracer.backward(segment, graph)
+
+    def traced(parts: list[Segment], reached: Callable[[Segment], None]) -> _Tracer:
+        """`reached` is told of every segment before its forward and its backward are traced."""
+        _connect(graph, parts)
+        tracer = _Tracer(
+            roles=roles,
+            fake_mode=FakeTensorMode(),
+            decompositions=decompositions or {},
+            inference=inference or {},
+            requires={node: role.kind == "trainable" for node, role in roles.items()},
+        )
+        for part in parts:
+            reached(part)
+            tracer.forward(part)
+        if not tracer.requires[graph.output_node().all_input_nodes[0]]:
+            raise InputError("the loss depends on no parameter that requires a gradient; there is nothing to train")
+        for done, part in enumerate(reversed(parts)):
+            report("programs", done, len(parts))
+            reached(part)
+            tracer.backward(part, graph)
+        return tracer
+
+    try:
+        tracer = traced(segments, lambda segment: None)
+    except Exception as error:
+        line = line_of_error(error)
+        if line is None:
+            # Traced one by one, the operator that cannot be is the last that was reached.
+            reached: list[Segment] = []
+            try:
+                traced(_single_operators(graph), reached.append)
+            except Exception:
+                line = line_of_node(reached[-1].nodes[0]) if reached else None
+        if line is None and isinstance(error, TightfitError):
+            raise
+        raise InputError(f"{type(module).__name__} cannot be traced{_at(line)}: {_reason(error)}") from error
     report("programs", len(segments), len(segments))
     return tracer.finish(graph, segments)
 
 
+def _at(line: str | None) -> str:
+    return f" at {line}" if line else ""
+
+
+def _reason(error: Exception) -> str:
+    """Why something cannot be traced, in a line."""
+    if isinstance(error, TightfitError):
+        return str(error)
+    if isinstance(error, (DynamicOutputShapeException, DataDependentOutputException, GuardOnDataDependentSymNode)):
+        operator = getattr(error, "func", "a condition")
+        return f"what follows depends on the values of tensors ({operator}); a traced step has fixed shapes and no branches on values"
+    if isinstance(error, AssertionError) and "Please convert all Tensors to FakeTensors" in str(error):
+        return "it uses a tensor that it was not given; hand it over as an argument"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Graph, dict[fx.Node, Role]]:
-    with warnings.catch_warnings():
+    refuse_hooks(module)
+    functions = CustomFunctions()
+    with warnings.catch_warnings(), quiet_torch():
         warnings.simplefilter("ignore")  # torch's own deprecations inside export
         try:
-            program = torch.export.export(module, tuple(batch.values()), strict=False).run_decompositions({})
-        except EXPORT_ERRORS as error:
+            with functions.recorded(), hooks_refused(), unchecked(), Detaching():
+                program = torch.export.export(module, tuple(batch.values()), strict=False)
+            program = program.run_decompositions({})
+        except TightfitError:
+            raise
+        except Exception as error:
+            _raise_their_own(module, batch)
             raise InputError(
-                f"{type(module).__name__} cannot be traced by torch.export: {str(error).splitlines()[0]}; "
-                "its forward must be free of data-dependent control flow"
+                f"{type(module).__name__} cannot be traced by torch.export{_at(line_of_error(error))}: {_reason(error)}"
             ) from error
+    functions.restore(program.graph)
     signature = program.graph_signature
     if signature.buffers_to_mutate:
         names = ", ".join(signature.buffers_to_mutate.values())
@@ -147,6 +190,12 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
             )
         elif node.name in constants:
             name, kind = constants[node.name], "constant"
+            if name not in held and node.users:
+                shape = list(node.meta["val"].shape)
+                raise InputError(
+                    f"{type(module).__name__} cannot be traced{_at(line_of_node(next(iter(node.users))))}:"
+                    f" forward makes a constant of shape {shape} ({name}); register it as a buffer"
+                )
         else:
             name, kind = next(names_of_batch), "batch"
         if kind != "batch" and name in held:
@@ -156,6 +205,19 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
                 continue
         roles[node] = Role(name=name, kind=kind)
     return program.graph, roles
+
+
+def _raise_their_own(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
+    """Raises InputError with a person's own traceback where the module fails by itself, nothing traced."""
+    if any(isinstance(parameter, FakeTensor) for parameter in module.parameters()):
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            module(*(tensor.clone() for tensor in batch.values()))
+    except Exception as error:
+        raise InputError(
+            f"{type(module).__name__} fails on the sample batch; correct its forward\n{own_traceback(error)}"
+        ) from error
 
 
 def _check_results(graph: fx.Graph) -> None:
@@ -207,6 +269,11 @@ def _segments(graph: fx.Graph) -> list[Segment]:
         used[name] = used.get(name, 0) + 1
         segment.name = name if used[name] == 1 else f"{name}#{used[name]}"
     return segments
+
+
+def _single_operators(graph: fx.Graph) -> list[Segment]:
+    """Every operator as a segment of its own."""
+    return [Segment(name=node.name, key=None, nodes=[node]) for segment in _segments(graph) for node in segment.nodes]
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:

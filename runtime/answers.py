@@ -66,6 +66,8 @@ def profile_text(profile: Profile) -> RenderableType:
         ),
         ("floor", f"{format_size(facts['floor_bytes'])}: {FLOORS[profile.device.kind]} before any model is loaded"),
     ]
+    if profile.model.compared:
+        rows.append(("gradients", profile.model.compared))
     return _facts_table(rows)
 
 

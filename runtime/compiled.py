@@ -1,8 +1,9 @@
 """Operators of a program, compiled once into calls with slots for their tensors.
 
 A tensor argument is a strided window on a storage. An aten operator writes straight into its output's storage where it
-has an out variant with a CPU kernel of its own; otherwise its result is copied there, and the transient copy counts as
-workspace (the profile times and measures operators through this very module).
+has an out variant with a CPU kernel of its own which writes there alone (the profile says where `runtime.guard` found that
+it does not); otherwise its result is copied there, and the transient copy counts as workspace (the profile times and
+measures operators through this very module).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class CompiledOperator:
         ]
         self.partial = False
         """Whether `call` takes None for an output that nobody needs."""
-        self.call = self._resolve()
+        self.call = self._resolve(copied=bool(operator.get("copied")))
 
     def __repr__(self) -> str:
         return f"CompiledOperator({self.name}, {len(self.slots)} tensors)"
@@ -81,7 +82,7 @@ class CompiledOperator:
         else:
             container[key] = argument
 
-    def _resolve(self) -> Callable[[Outputs], None]:
+    def _resolve(self, *, copied: bool) -> Callable[[Outputs], None]:
         args, kwargs = self.args, self.kwargs
         if self.name in OPERATORS:
             fused = OPERATORS[self.name]
@@ -94,7 +95,7 @@ class CompiledOperator:
                 outputs[0].copy_(args[0])  # type: ignore[union-attr]
 
             return call_copy
-        out = None if None in self.outputs else _out_variant(qualified, overload, kwargs)
+        out = None if copied or None in self.outputs else _out_variant(qualified, overload, kwargs)
         if out is not None:
             native, names = out
             if len(names) == 1:

@@ -366,7 +366,9 @@ def program_header(program: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "values": [[v["name"], v["dtype"], v["shape"], v["stride"]] for v in program["values"]],
         "operators": [
-            {key: op[key] for key in ("target", "args", "kwargs", "outputs", "gathers")} for op in program["operators"]
+            {key: op[key] for key in ("target", "args", "kwargs", "outputs", "gathers")}
+            | ({"copied": True} if op.get("copied") else {})
+            for op in program["operators"]
         ],
     }
 

@@ -43,7 +43,7 @@ def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool
             raise InputError(last)
         if done.returncode == RunError.exit_code:
             raise RunError(last)
-        raise SystemExit(f"the operators do not run in the runtime process: {last}")
+        raise RunError(f"the operators do not run in the runtime process: {last}")
     return int(json.loads(done.stdout)["bytes"])
 
 

@@ -6,6 +6,7 @@ tensors are in memory at a time; weights of equal shape share one buffer, since 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import json
@@ -16,14 +17,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from profiles import interpreter
 from profiles.busy import Others
-from profiles.errors import RunError, TightfitError
+from profiles.errors import InputError, RunError, TightfitError
 from profiles.parent import end_with_parent
 from runtime.floor import HOLES_PER_WORKSPACE
 from runtime.kernels import kernel_bytes
@@ -31,6 +32,9 @@ from runtime.lean_process import command
 from runtime.process import child_environment, trim_heap
 from runtime.resident import memory
 from runtime.supervisor import command as supervisor_command
+
+if TYPE_CHECKING:
+    from runtime.guard import Guard
 
 ROUNDS = (4, 40)
 WEIGHT_BUFFERS = 4  # buffers for weights of one shape
@@ -40,6 +44,8 @@ PASSES = 2  # over all programs: the lower figures count, since what else the ma
 WORKSPACE_CALLS = 4  # of an operator in each pass
 PROGRAM_SECONDS = 1.0  # time spent on a program in a pass, beyond the first rounds
 GATHERED_ROWS = 8192
+CONTENTS = ("normal", "probabilities")
+"""what floating tensors hold while operators are measured: of some, those of binary cross entropy, all have to lie between 0 and 1"""
 
 
 def say(**message: Any) -> None:
@@ -62,6 +68,13 @@ def main(arguments: list[str]) -> int:
             return 0
         except TightfitError as error:
             failure = error
+        except (MemoryError, RuntimeError) as error:
+            if "alloc" not in str(error) and not isinstance(error, MemoryError):  # torch has no MemoryError
+                raise
+            failure = RunError(
+                f"measuring ran out of memory ({str(error).splitlines()[0]}); a layer must fit into memory while it is measured,"
+                " try a smaller batch or sequence"
+            )
         except OSError as error:
             if error.filename is None:
                 raise
@@ -75,10 +88,11 @@ def main(arguments: list[str]) -> int:
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     from profiles.operators import OPERATORS
     from runtime.bandwidth import measure_channels
+    from runtime.guard import Guard
 
     others = Others()
     programs = request["programs"]
-    total = PASSES * len(programs) + len(request["weights"]) + 2 * len(request["updates"]) + 3
+    total = (PASSES + 1) * len(programs) + len(request["weights"]) + 2 * len(request["updates"]) + 3
     done = 0
 
     def step() -> None:
@@ -86,18 +100,29 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         done += 1
         say(stage="measure", done=done, total=total)
 
+    guard, contents = Guard(), {}
+    scratch = Path(request["scratch"])
+    for program in programs:
+        contents[program["name"]] = watch(program, guard, scratch)
+        gc.collect()
+        trim_heap()
+        step()
+    if request.get("step"):
+        compute(request["step"], programs)
+        say(stage="computed")
+    copied = {program["name"]: [op["copied"] for op in program["operators"]] for program in programs}
     forwards = [
         {**program, "operators": [program["operators"][position] for position in positions]}
         for program, positions in zip(programs, request["inference"], strict=True)
     ]
-    result: dict[str, Any] = {"floor": floor(request["threads"])}
+    result: dict[str, Any] = {"copied": copied, "floor": floor(request["threads"])}
     result["floor"]["resident_bytes"] += kernel_bytes(programs, request["threads"])
     step()
     result["floor"]["inference_resident_bytes"] += kernel_bytes(forwards, request["threads"], backward=False)
     step()
     result["operators"] = {}
     for program in programs * PASSES:
-        measured = measure_program(program, Path(request["scratch"]))
+        measured = measure_program(program, scratch, contents[program["name"]])
         before = result["operators"].get(program["name"], measured)
         result["operators"][program["name"]] = [
             [min(old[0], new[0]), min(old[1], new[1])] for old, new in zip(before, measured, strict=True)
@@ -133,9 +158,23 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         step()
         result["perturb"].append(measure_perturb(elements))
         step()
-    result |= measure_channels(Path(request["scratch"]), request["compute_dtype"])
+    result |= measure_channels(scratch, request["compute_dtype"])
     step()
     return result | {"busy_cores": others.taken(request["threads"])}
+
+
+def compute(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
+    """Run a whole step on the tensors of a file and leave loss and gradients in another."""
+    import torch
+
+    from runtime.whole_step import run_step
+
+    tensors = torch.load(step["given"], weights_only=True)
+    made = run_step(step["layers"], {program["name"]: program for program in programs}, tensors, step["wanted"])
+    torch.save(made, step["made"])
+    del tensors, made
+    gc.collect()
+    trim_heap()
 
 
 def floor(threads: int) -> dict[str, int]:
@@ -167,22 +206,59 @@ def _likeness(program: dict[str, Any], operator: dict[str, Any]) -> str:
     return json.dumps([operator["target"], shapes])
 
 
-def measure_program(program: dict[str, Any], scratch: Path) -> list[list[float]]:
-    """[seconds, workspace bytes] per operator: operators run in order, round after round, as they do in a step."""
+def watch(program: dict[str, Any], guard: Guard, scratch: Path) -> str:
+    """Mark the operators of a program that have to be run by their functional forms (`copied`). Returns the first of CONTENTS
+    that all operators take. Raises InputError for an operator that takes none.
+    """
+    from runtime.guard import check_program
+
+    failure: InputError | None = None
+    for contents in CONTENTS:
+        with _filled(program, scratch, contents) as (tensors, store):
+            try:
+                found = check_program(program, tensors, guard, store)
+            except InputError as error:
+                failure = failure or error
+                continue
+        for operator, copied in zip(program["operators"], found, strict=True):
+            operator["copied"] = copied
+        return contents
+    assert failure is not None
+    raise failure
+
+
+@contextlib.contextmanager
+def _filled(program: dict[str, Any], scratch: Path, contents: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """The tensors of a program by name, and the store that those which are gathered from lie in."""
     from profiles.store import Store
+
+    values = {value["name"]: value for value in program["values"]}
+    gathered = {name for operator in program["operators"] for name in operator["gathers"]}
+    tensors = _make_tensors(values, program["operators"], contents)
+    if not gathered:
+        yield tensors, None
+        return
+    path = _scratch_store(scratch, {name: values[name] for name in gathered})
+    store = Store.open(path)
+    path.unlink()
+    try:
+        yield tensors | {name: name for name in gathered}, store
+    finally:
+        store.close()
+
+
+def measure_program(program: dict[str, Any], scratch: Path, contents: str = "normal") -> list[list[float]]:
+    """[seconds, workspace bytes] per operator: operators run in order, round after round, as they do in a step."""
+    if not program["operators"]:
+        return []
+    with _filled(program, scratch, contents) as (tensors, store):
+        return _measure_program(program, tensors, store)
+
+
+def _measure_program(program: dict[str, Any], tensors: dict[str, Any], store: Any) -> list[list[float]]:
     from runtime.compiled import compile_operator
 
     values = {value["name"]: value for value in program["values"]}
-    if not program["operators"]:
-        return []
-    tensors = _make_tensors(values, program["operators"])
-    gathered = {name for operator in program["operators"] for name in operator["gathers"]}
-    store = None
-    if gathered:
-        path = _scratch_store(scratch, {name: values[name] for name in gathered})
-        store = Store.open(path)
-        path.unlink()
-        tensors |= {name: name for name in gathered}
     calls: list[Callable[[], None]] = []
     for operator in program["operators"]:
         outputs = [None if name is None else tensors[name] for name in operator["outputs"]]
@@ -197,13 +273,13 @@ def measure_program(program: dict[str, Any], scratch: Path) -> list[list[float]]
         if turn >= ROUNDS[0] and time.perf_counter() - started > PROGRAM_SECONDS:
             break
     workspaces = [_workspace(call) for call in calls]
-    if store is not None:
-        store.close()
     # The first two rounds fault pages in and build kernels.
     return [[statistics.median(taken[2:]), workspace] for taken, workspace in zip(times, workspaces, strict=True)]
 
 
-def _make_tensors(values: dict[str, dict[str, Any]], operators: list[dict[str, Any]]) -> dict[str, Any]:
+def _make_tensors(
+    values: dict[str, dict[str, Any]], operators: list[dict[str, Any]], contents: str = "normal"
+) -> dict[str, Any]:
     """Plausible contents, so that no operator meets denormals, NaN or an index out of range."""
     import torch
 
@@ -234,8 +310,10 @@ def _make_tensors(values: dict[str, dict[str, Any]], operators: list[dict[str, A
             tensors[name] = shared[key][met[key] % turns]
             continue
         tensor = torch.empty_strided(shape, stride, dtype=dtype)
-        if dtype.is_floating_point:
+        if dtype.is_floating_point and contents == "normal":
             tensor.normal_(0.0, 0.05, generator=generator)
+        elif dtype.is_floating_point:
+            tensor.uniform_(0.05, 0.95, generator=generator)
         elif dtype is torch.bool:
             tensor.fill_(True)
         else:
