@@ -1,6 +1,6 @@
 """`make demo`: fine-tune a real language model on real text inside 350 MiB, Python and PyTorch included.
 
-    python examples/demo.py [--memory 350MiB] [--steps 48] [--picture FILE.png]
+    python examples/demo.py [--memory SIZE] [--steps 48] [--picture FILE.png]
 
 Downloads the model and the sentences once, measures, plans, trains, evaluates before and after, and draws the memory of
 one step, predicted and measured. Everything is left in examples/out/.
@@ -35,11 +35,15 @@ from planner.schema import Plan
 from profiles.api import profile, save_profile
 from profiles.errors import InfeasibleError, TightfitError
 from profiles.interpreter import command, python_path
+from profiles.schema import Device
 from profiles.units import format_size, parse_size
 from runtime.answers import infeasible_text, plan_text, profile_text
 from runtime.terminal import Solving, Stages, messages
 
 OUT = Path(__file__).resolve().parent / "out"
+BUDGET = 350 << 20
+FLOOR, FLOOR_IN_MEMORY = 64 << 20, 120 << 20
+"""what a process holds of Python and PyTorch at most where its start is lean, and where no file can take the start's tables either"""
 BATCH = 16
 LEARNING_RATE = 5e-4
 TIME_LIMIT = 30.0
@@ -47,7 +51,9 @@ TIME_LIMIT = 30.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fine-tune SmolLM2-135M-Instruct on film reviews inside a memory cap.")
-    parser.add_argument("--memory", default="350MiB", help="budget of the whole training process (350MiB)")
+    parser.add_argument(
+        "--memory", help="budget of the whole training process (350MiB, and more where PyTorch itself takes more)"
+    )
     parser.add_argument("--steps", type=int, default=48, help="training steps (48)")
     parser.add_argument(
         "--picture",
@@ -61,15 +67,15 @@ def main() -> int:
         if options.finish is not None:
             finish(options.steps, options.picture, options.finish)
         else:
-            begin(parse_size(options.memory), options.steps, options.picture)
+            begin(parse_size(options.memory) if options.memory else None, options.steps, options.picture)
     except TightfitError as error:
         print(f"demo: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def begin(budget: int, steps: int, picture: Path) -> NoReturn:
-    """Everything up to the run, which takes this process's place. Raises what its steps raise."""
+def begin(memory: int | None, steps: int, picture: Path) -> NoReturn:
+    """Everything up to the run, in `memory` bytes or in what suits the installed PyTorch; the run takes this process's place. Raises what its steps raise."""
     begun = time.time()
     console, progress = Console(highlight=False), messages()
     console.print(Rule("1 · model and sentences", align="left"))
@@ -84,6 +90,9 @@ def begin(budget: int, steps: int, picture: Path) -> NoReturn:
         measured = profile(str(reviews.model), batch=BATCH, seq=SEQ, lora_rank=8, progress=stages)
     save_profile(measured, OUT / "profile.json")
     console.print(profile_text(measured))
+    budget, why_more = (memory, "") if memory else choose_budget(measured.device)
+    if why_more:
+        console.print(why_more)
 
     console.print(Rule(f"3 · plan for {format_size(budget)}, Python and PyTorch included", align="left"))
     with Solving(progress, TIME_LIMIT) as solving:
@@ -116,6 +125,21 @@ def finish(steps: int, picture: Path, begun: float) -> None:
     )
     console.print(f"report: {OUT / 'run' / 'report.json'}\npicture: {draw(plan, report, picture)}")
     console.print(f"all of it took {(time.time() - begun) / 60:.1f} minutes")
+
+
+def choose_budget(device: Device) -> tuple[int, str]:
+    """Bytes: what 350 MiB leave the model, and what Python and PyTorch take here; and why, where that is more than 350 MiB."""
+    floor = device.floor
+    usual = FLOOR if floor.tables_on_disk else FLOOR_IN_MEMORY
+    needed = max(BUDGET + floor.resident_bytes - usual, floor.start_peak_bytes)
+    budget = max(BUDGET, -(-needed >> 20) << 20)
+    if budget == BUDGET:
+        return budget, ""
+    return budget, (
+        f"Python and torch {device.torch_version} hold {format_size(floor.resident_bytes)} here, and {format_size(floor.import_peak_bytes)}"
+        f" while they start, where {format_size(usual)} are usual: the budget is {format_size(budget)} instead of"
+        f" {format_size(BUDGET)}, to leave the model as much"
+    )
 
 
 def draw(plan: Plan, report: dict[str, Any], path: Path) -> Path:

@@ -252,7 +252,7 @@ class Planner:
                 f"importing Python and PyTorch alone reaches {floor.start_peak_bytes} bytes; the smallest plan needs"
                 f" {least.peak_bytes}"
             )
-            if "+cu" in (told.device.torch_version or ""):
+            if "+cu" in (told.device.torch_version or "") and not floor.cuda_stubs:
                 reason += (
                     f"; torch {told.device.torch_version} is built for CUDA, the build without takes a fraction of that:"
                     " pip install torch --index-url https://download.pytorch.org/whl/cpu"

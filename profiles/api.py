@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensorMode
 
-from profiles import cold, native
+from profiles import cold, cuda_stubs, native
 from profiles.busy import crowded, our_cores, taken_now
 from profiles.comparison import Comparison
 from profiles.decoder import Decoder
@@ -255,6 +255,8 @@ def _fingerprint(source: Source, *settings: Any) -> str:
             sorted(features()),
             Path(native.library(cache_directory())).name,
             Path(cold.library(cache_directory())).name,
+            Path(cuda_stubs.folder(cache_directory())).name,
+            os.environ.get("TIGHTFIT_TORCH"),  # "plain": the floor of a full import
             code,
         ],
         default=str,

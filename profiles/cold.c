@@ -116,7 +116,8 @@ static void give_back(int pagemap, char *from, char *to, int ours, int advice) {
     }
 }
 
-/* Pages of the private, read-only mappings of files: code and constants of libraries. What the dynamic linker wrote is no copy. */
+/* Pages of the private mappings of files: code, constants and symbols of libraries. What has been written is no copy, and nobody else
+   writes meanwhile. */
 static void give_back_libraries(int pagemap) {
     static char text[TEXT];
     int maps = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
@@ -126,7 +127,7 @@ static void give_back_libraries(int pagemap) {
         char *line = text, *newline, *at;
         for (; (newline = strchr(line, '\n')); line = newline + 1) {
             char *low = (char *)strtoul(line, &at, 16), *high = (char *)strtoul(at + 1, &at, 16);
-            int copied = at[2] == '-' && at[4] == 'p';
+            int copied = at[4] == 'p';
             strtoul(at + 6, &at, 16);          /* the offset */
             at = strchr(at + 1, ' ');          /* behind the device */
             if (copied && at && strtoul(at, 0, 10)) give_back(pagemap, low, high, 0, MADV_DONTNEED);

@@ -180,6 +180,9 @@ class Floor(Record):
     tables_on_disk: bool = Field(
         False, description="whether what PyTorch's start leaves lies in a file of the cache while the process runs"
     )
+    cuda_stubs: bool = Field(
+        False, description="whether stubs are loaded in the place of the CUDA libraries of a PyTorch built for CUDA"
+    )
 
     @property
     def start_peak_bytes(self) -> int:

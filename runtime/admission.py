@@ -11,7 +11,7 @@ from typing import Any
 
 from planner.schema import Plan
 from planner.summary import unfinished_update
-from profiles import cold
+from profiles import cold, cuda_stubs
 from profiles.busy import our_cores
 from profiles.errors import InfeasibleError, InputError
 from profiles.files import cache_directory
@@ -63,6 +63,11 @@ def check_machine(plan: Plan) -> None:
         raise InputError(
             f"the plan counts on a file in {cache_directory()} that holds what PyTorch's start leaves, and none can be made there"
             " (a folder on a disk that takes files is needed, and a C compiler); profile and plan again"
+        )
+    if device.floor.cuda_stubs and not cuda_stubs.folder(cache_directory()):
+        raise InputError(
+            f"the plan counts on stubs in {cache_directory()} that are loaded in the place of PyTorch's CUDA libraries, and none can be"
+            " made there (a folder is needed that takes files and lets libraries be loaded); profile and plan again"
         )
     if device.torch_version and device.torch_version != (present_torch := installed_version()):
         raise InputError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from profiles import cold
+from profiles import cold, cuda_stubs
 from runtime.process import trim_heap
 from runtime.resident import memory
 
@@ -46,6 +46,7 @@ def measure_floor() -> dict[str, Any]:
         "inference_resident_bytes": inference.resident + HEAP_SLACK_BYTES + INFERENCE_SLACK_BYTES,
         "instruction_bytes": INSTRUCTION_BYTES,
         "tables_on_disk": cold.in_use() and mode() == "lean",
+        "cuda_stubs": cuda_stubs.in_use() and mode() == "lean",
         "anonymous_bytes": resident.anonymous,
         "file_bytes": resident.file,
         "torch": mode(),

@@ -24,13 +24,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from profiles import cold
+from profiles import cold, cuda_stubs
 from profiles.errors import RunError
 from runtime.process import release_file_pages
 
-KNOWN = ("2.13",)  # versions tested; with others a forked process tries first
+KNOWN = ("2.9", "2.10", "2.11", "2.12", "2.13", "2.14")  # versions tested; with others a forked process tries first
 PLAIN = "TIGHTFIT_TORCH"  # set to "plain": import torch as usual
-REAL = ("torch._opaque_base",)  # a metaclass that native types are made with
 BLOCKED = ("numpy", "_hashlib")  # optional for torch and hashlib; 9 MiB and 1 MiB of resident memory
 
 
@@ -84,9 +83,7 @@ class _Stub(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = type(name, (), {"__module__": self.__name__})
-        setattr(self, name, value)
-        return value
+        return _made(self, name)
 
 
 class _Stubs:
@@ -95,7 +92,7 @@ class _Stubs:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if not name.startswith("torch.") or name.startswith("torch._C") or name in REAL:
+        if not name.startswith("torch.") or name.startswith("torch._C"):
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
 
@@ -209,6 +206,7 @@ def _load() -> None:
     finder: Any = _Stubs()
     sys.meta_path.insert(0, finder)
 
+    cuda_stubs.load()
     libraries = os.path.join(root, "lib")
     ctypes.CDLL(os.path.join(libraries, "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(os.path.join(libraries, "libtorch_cpu.so"))
@@ -274,7 +272,7 @@ def _load() -> None:
     if not native._autograd_init():
         raise ImportError("torch's autograd did not start")
     if hasattr(native, "_set_generator_metaclass"):
-        native._set_generator_metaclass(importlib.import_module("torch._opaque_base").OpaqueBaseMeta)
+        native._set_generator_metaclass(type("GeneratorMeta", (type,), {}))
     functions = native._VariableFunctions
     for name in dir(functions):
         if not name.startswith("__"):
@@ -291,7 +289,12 @@ def _load() -> None:
 def _missing(module: types.ModuleType, name: str) -> Any:
     if module.__name__ == "torch" or name.startswith("__"):
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r} in the lean process")
-    value = type(name, (), {"__module__": module.__name__})
+    return _made(module, name)
+
+
+def _made(module: types.ModuleType, name: str) -> type:
+    """A class of that name, put into the module; a metaclass where the name says so: native types are made with it."""
+    value = type(name, (type,) if name.endswith("Meta") else (), {"__module__": module.__name__})
     setattr(module, name, value)
     return value
 

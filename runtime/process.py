@@ -6,11 +6,12 @@ import ctypes
 import os
 import sys
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import NoReturn
 
-from profiles import cold, interpreter, native
+from profiles import cold, cuda_stubs, interpreter, native
 from profiles.errors import TightfitError
 from profiles.files import cache_directory
 
@@ -18,6 +19,10 @@ _MADV_DONTNEED, _MADV_DONTDUMP = 4, 16
 _LARGE_MAPPING = 1 << 20
 _LOOKED_AT = 32 << 20
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+SPARE_MAPPINGS = 16384
+"""mappings that `narrow_file_mappings` leaves to the program: its threads, libraries, large buffers and moved heap have about 300"""
+_GROUPS = (1, 2, 4, 8)
+"""pages; the kernel's own are of 16"""
 _FILE, _WRITTEN = 1 << 61, 1 << 62
 """bits of a page in pagemap: it is a file's, it is swapped out; bit 63: it is in memory"""
 
@@ -55,6 +60,7 @@ def child_environment(threads: int) -> dict[str, str]:
         {
             native.VARIABLE: native.library(cache_directory()),
             cold.VARIABLE: cold.library(cache_directory()),
+            cuda_stubs.VARIABLE: cuda_stubs.folder(cache_directory()),
         },
         GLIBC_TUNABLES="glibc.malloc.tcache_count=0",
         MALLOC_ARENA_MAX="1",
@@ -123,36 +129,62 @@ def _read_only_files() -> Iterator[tuple[int, int]]:
 
 
 def narrow_file_mappings() -> int:
-    """Let the kernel map only the pages of library code that are used, not their neighbours; returns the pages treated.
+    """Let the kernel map only the pages of library code that are used, not their neighbours; returns the mappings made.
 
     On a fault in a file mapping the kernel also maps the 15 pages around it that it has cached ("fault-around"), which
     triples the resident code of a process that uses a few hundred kernels out of a 300 MiB library. It never crosses
     from one mapping to the next; so wherever pages are mapped now, every second page gets a flag of its own (excluded
     from core dumps: no other effect) and becomes a mapping. Call it once the code that matters has run.
+
+    A process may have `vm.max_map_count` mappings, and one that has them all gets no more memory: where every second page would
+    leave fewer than `SPARE_MAPPINGS` of them, it is every second group of 2, 4 or 8 pages, everywhere alike, and of 8 as many as there may be.
     """
     libc = ctypes.CDLL(None)
-    treated = 0
     try:
         pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return 0
+    room = most_mappings() - SPARE_MAPPINGS
     large = []
     with open("/proc/self/maps", "rb") as file:
         for line in file:
+            room -= 1
             parts = line.split(None, 5)
             start, end = (int(edge, 16) for edge in parts[0].split(b"-"))
             if end - start >= _LARGE_MAPPING and len(parts) == 6 and parts[5].startswith(b"/") and b"w" not in parts[1]:
                 large.append((start, end))
+    mapped = array("Q")  # numbers of pages
     for start, end in large:
         entries = array("Q", os.pread(pagemap, (end - start) // _PAGE * 8, start // _PAGE * 8))
-        for page in range(1, len(entries), 2):
-            if (
-                entries[page] >> 63
-                and libc.madvise(ctypes.c_void_p(start + page * _PAGE), ctypes.c_size_t(_PAGE), _MADV_DONTDUMP) == 0
-            ):
-                treated += 1
+        mapped.extend(page for page, entry in enumerate(entries, start // _PAGE) if entry >> 63)
     os.close(pagemap)
-    return treated
+    most = max(room, 0) // 2  # groups: each flag makes two mappings, of the group and of what follows it
+    size = next((size for size in _GROUPS if sum(1 for _ in _every_second(mapped, size)) <= most), _GROUPS[-1])
+    made = 0
+    for group in islice(_every_second(mapped, size), most):
+        address, length = group * size * _PAGE, size * _PAGE
+        refused = libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_DONTDUMP)
+        made += 0 if refused else 2
+    return made
+
+
+def _every_second(pages: Iterable[int], size: int) -> Iterator[int]:
+    """Of the groups of `size` pages that these numbers, in ascending order, belong to: those with an odd number."""
+    last = -1
+    for page in pages:
+        group = page // size
+        if group % 2 and group != last:
+            last = group
+            yield group
+
+
+def most_mappings() -> int:
+    """How many a process may have: `vm.max_map_count`, or the kernel's default where that is not told."""
+    try:
+        with open("/proc/sys/vm/max_map_count", "rb") as file:
+            return int(file.read())
+    except OSError:
+        return 65530
 
 
 def trim_heap() -> None:

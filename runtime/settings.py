@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.schema import Plan
-from profiles import cold
+from profiles import cold, cuda_stubs
 from runtime import adapter
 from runtime.admission import conditions
 from runtime.checkpoint import writing_to
@@ -72,11 +72,13 @@ def order_of(
     plan: Plan, job: Job, directory: Path, lock: int, *, cgroup: bool, finished: dict[str, Any] | None = None
 ) -> Order:
     """What the training process of `job` is started with; the job is written into `directory`, which `lock` keeps others out of."""
-    without_tables = {} if plan.device.floor.tables_on_disk else {cold.VARIABLE: ""}
+    floor = plan.device.floor
+    uncounted = {} if floor.tables_on_disk else {cold.VARIABLE: ""}
+    uncounted |= {} if floor.cuda_stubs else {cuda_stubs.VARIABLE: ""}
     order = Order(
         directory=str(directory),
         lock=lock,
-        environment=child_environment(plan.device.threads) | without_tables,
+        environment=child_environment(plan.device.threads) | uncounted,
         planned=planned_figures(plan),
         cgroup=cgroup,
         finished=finished,

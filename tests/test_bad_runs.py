@@ -18,7 +18,7 @@ from damage import MIB, files, fill, own_groups, small_disk
 from planner.answer import rebudgeted, sealed
 from planner.exchange import save_plan
 from planner.plan import plan as solve
-from profiles import cold
+from profiles import cold, cuda_stubs
 from profiles.errors import InputError
 from profiles.files import in_memory
 from runtime.cgroup import MemoryCgroup
@@ -391,17 +391,29 @@ def test_ctrl_c_while_profiling(work, tmp_path, stage):
     said = process.communicate(timeout=60)[1]
     assert (process.returncode, said.splitlines()[-1]) == (4, "tightfit: interrupted")
     assert not (tmp_path / "p.json").exists()
-    whole = ("cache/stores/model-", "cache/native/cold-", "cache/native/unpack-")  # what serves the next call
+    whole = (
+        "cache/stores/model-",
+        "cache/native/cold-",
+        "cache/native/cuda-stubs-",
+        "cache/native/unpack-",
+    )  # what serves the next call
     assert [name for name in files(tmp_path) if not name.startswith(whole)] == []
 
 
-def test_a_plan_that_counts_on_a_file_that_cannot_be(refused, planned, tmp_path, monkeypatch):
-    monkeypatch.setenv(cold.VARIABLE, "")
-    floor = planned.device.floor.model_copy(update={"tables_on_disk": True})
+@pytest.mark.parametrize(
+    ("counted", "variable", "words"),
+    [
+        ("tables_on_disk", cold.VARIABLE, "the plan counts on a file in "),
+        ("cuda_stubs", cuda_stubs.VARIABLE, "the plan counts on stubs in "),
+    ],
+)
+def test_a_plan_that_counts_on_what_cannot_be(refused, planned, tmp_path, monkeypatch, counted, variable, words):
+    monkeypatch.setenv(variable, "")
+    floor = planned.device.floor.model_copy(update={counted: True})
     device = planned.device.model_copy(update={"floor": floor})
     save_plan(sealed(planned.model_copy(update={"device": device})), tmp_path / "plan.json")
     said = refused(2, "run", tmp_path / "plan.json", "--data", "random", "--steps", 1, "-o", tmp_path / "out")
-    assert said.startswith("the plan counts on a file in ")
+    assert said.startswith(words)
     assert said.endswith("profile and plan again")
     assert not (tmp_path / "out").exists()
 

@@ -185,6 +185,26 @@ def test_a_heap_that_shrinks_and_grows_is_kept():
     assert done.stdout == "True\n", done.stderr
 
 
+@needs_disk
+def test_what_is_still_a_copy_of_a_file_is_given_back_where_it_may_be_written_too(tmp_path):
+    """Symbol tables lie in writable mappings where a library was edited after it had been linked, as those of PyTorch for CUDA are."""
+    (tmp_path / "library").write_bytes(b"a" * 8 * 4096)
+    code = (
+        "import ctypes, mmap; from array import array; from profiles import cold\n"
+        f"with open({str(tmp_path / 'library')!r}, 'rb') as file:\n"
+        "    pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)\n"
+        "sum(pages[:])\n"
+        "pages[3 * 4096] = ord('b')\n"
+        "with cold.moving(): pass\n"
+        "at = ctypes.addressof(ctypes.c_char.from_buffer(pages))\n"
+        "with open('/proc/self/pagemap', 'rb') as file:\n"
+        "    file.seek(at // 4096 * 8); there = [entry >> 63 for entry in array('Q', file.read(64))]\n"
+        "print(there, pages[:] == b'a' * 3 * 4096 + b'b' + b'a' * (5 * 4096 - 1))"
+    )
+    done = lean(code)
+    assert done.stdout == "[0, 0, 0, 1, 0, 0, 0, 0] True\n", done.stderr
+
+
 @needs_compiler
 def test_a_disk_that_refuses_at_the_end_is_told_and_loses_nothing(tmp_path):
     """As one does that took the writes and has no room for them after all."""

@@ -13,7 +13,7 @@ import pytest
 from tiny_plans import decoder_profile, naive_plan
 
 from planner.schema import Plan
-from profiles import cold
+from profiles import cold, cuda_stubs
 from profiles.errors import CapError, InputError, RunError, TightfitError
 from runtime.lean_process import LeanProcess, Order
 from runtime.report import planned_figures
@@ -117,16 +117,18 @@ def test_what_it_says_of_itself_is_said(plan: Plan, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("counted", [False, True])
-def test_a_file_for_the_start_is_made_where_the_plan_counts_on_it(
+def test_a_start_is_as_light_as_the_plan_counts_on(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: bool
 ) -> None:
-    """Plans of before do not: they run with the cache's disk full, and hold what they say."""
-    floor = plan.device.floor.model_copy(update={"tables_on_disk": counted})
+    """Plans of before do not count on a file for the start: they run with the cache's disk full, and hold what they say."""
+    floor = plan.device.floor.model_copy(update={"tables_on_disk": counted, "cuda_stubs": counted})
     told = plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})})
     monkeypatch.setenv(cold.VARIABLE, "a library")
+    monkeypatch.setenv(cuda_stubs.VARIABLE, "a folder")
     job: Any = SimpleNamespace(write=lambda _: None)
     order = order_of(told, job, tmp_path, 0, cgroup=False)
     assert order.environment[cold.VARIABLE] == ("a library" if counted else "")
+    assert order.environment[cuda_stubs.VARIABLE] == ("a folder" if counted else "")
 
 
 def test_the_training_process_has_what_its_supervisor_leaves_of_the_budget(plan: Plan, tmp_path: Path) -> None:

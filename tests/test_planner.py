@@ -138,9 +138,14 @@ def test_below_the_floor():
     assert answer.minimum_budget_reason.startswith(f"importing Python and PyTorch alone reaches {108 * MIB} bytes")
 
 
-@pytest.mark.parametrize(("version", "hint"), [("2.14.1+cu130", True), ("2.13.0+cpu", False), (None, False)])
-def test_below_the_floor_of_a_build_for_cuda(version, hint):
-    built = device(**REAL).model_copy(update={"torch_version": version})
+@pytest.mark.parametrize(
+    ("version", "stubs", "hint"),
+    [("2.14.1+cu130", False, True), ("2.14.1+cu130", True, False), ("2.13.0+cpu", False, False), (None, False, False)],
+)
+def test_below_the_floor_of_a_build_for_cuda(version, stubs, hint):
+    on = device(**REAL)
+    floor = on.floor.model_copy(update={"cuda_stubs": stubs})
+    built = on.model_copy(update={"torch_version": version, "floor": floor})
     answer = plan(small_chain(1, on=built), 100 * MIB)
     assert answer.status == "infeasible"
     assert ("pip install torch --index-url" in answer.minimum_budget_reason) is hint

@@ -17,10 +17,11 @@ from runtime.meter import SAMPLES, Meter
 MIB = 1 << 20
 
 
-def lean(code, **extra):
+def lean(code, *arguments, **extra):
     """Run `code` in a process with the runtime's environment; returns its JSON answer."""
     environment = process.child_environment(2) | extra
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
 
@@ -124,6 +125,18 @@ print(json.dumps({{"mode": mode, "sum": float(torch.ones(3).sum())}}))
     assert answer["sum"] == 3.0
 
 
+def test_a_metaclass_that_native_code_asks_for_is_one():
+    """From 2.14 on native types are made with `torch._custom_class_base.CustomClassBaseMeta`."""
+    answer = lean("""
+import json
+from runtime import lean_torch
+lean_torch.load()
+from torch._a_module_of_tomorrow import Base, BaseMeta
+print(json.dumps({"kinds": [type(BaseMeta("Made", (), {})) is BaseMeta, isinstance(Base, type), issubclass(Base, type)]}))
+""")
+    assert answer["kinds"] == [True, True, False]
+
+
 def test_names_that_the_lean_torch_lacks_are_errors():
     answer = lean("""
 import json
@@ -171,6 +184,57 @@ def test_what_was_written_before_it_was_read_only_stays(tmp_path):
         there = [entry >> 63 for entry in array("Q", file.read(8 * 8))]
     assert there == [0, 0, 0, 1, 0, 0, 0, 0]
     assert pages[:] == b"a" * 3 * page + b"b" + b"a" * (size - 3 * page - 1)
+
+
+NARROW = """
+import json, os, sys
+from runtime import lean_torch, process
+from runtime.resident import memory
+lean_torch.load()
+import torch
+torch.set_num_threads(1)
+x = torch.ones(64, 64)
+def use():
+    return (x @ x).exp().sum().item()
+use()
+found = []
+for limit in sys.argv[1:]:
+    read, write = os.pipe()
+    if os.fork() == 0:  # with the same pages as the others
+        process.most_mappings = lambda: int(limit)
+        process.narrow_file_mappings()
+        process.release_file_pages()
+        use()
+        with open("/proc/self/maps") as file:
+            told = [sum(1 for _ in file), memory().file]
+        os.write(write, json.dumps(told).encode())
+        os._exit(0)
+    found.append(json.loads(os.read(read, 99)))
+    os.wait()
+print(json.dumps({"found": found}))
+"""
+
+
+def test_mappings_are_made_as_far_as_the_kernel_allows():
+    """Where a process has as many as it may, the next buffer ends in "cannot allocate memory"."""
+    spare = process.SPARE_MAPPINGS
+    limits = spare + 60000, spare + 1000, spare + 400, spare
+    (free, least), (tight, more), (few, _), (none, most) = lean(NARROW, *limits)["found"]
+    assert 1000 < free < spare
+    assert 400 < tight < 1000
+    assert none < few < 400 + 20  # Python's own make some more
+    assert none < 400
+    assert least < more < most  # what is left buys something
+
+
+@pytest.mark.parametrize(("size", "groups"), [(1, [3, 5, 17, 31]), (2, [1, 15]), (4, [1, 7]), (8, [3])])
+def test_every_second_group_of_pages(size, groups):
+    pages = [0, 2, 3, 5, 16, 17, 30, 31]
+    assert list(process._every_second(pages, size)) == groups
+
+
+def test_the_limit_of_mappings_is_the_kernels():
+    assert process.most_mappings() == int(Path("/proc/sys/vm/max_map_count").read_text())
 
 
 def test_memory_agrees_with_itself():

@@ -1,0 +1,184 @@
+"""Shared objects (ELF, 64 bits, little-endian) as far as stub libraries need them: what one asks for, and how a small one is written."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
+_SEGMENT = struct.Struct("<IIQQQQQQ")
+_SECTION = struct.Struct("<IIQQQQIIQQ")
+_SYMBOL = struct.Struct("<IBBHQQ")
+_PAIR = struct.Struct("<QQ")
+_RELOCATION = struct.Struct("<QQq")
+_SHT_DYNAMIC, _SHT_DYNSYM = 6, 11
+_DT_NULL, _DT_NEEDED, _DT_HASH, _DT_STRTAB, _DT_SYMTAB, _DT_RELA = 0, 1, 4, 5, 6, 7
+_DT_RELASZ, _DT_RELAENT, _DT_STRSZ, _DT_SYMENT, _DT_SONAME = 8, 9, 10, 11, 14
+_PT_LOAD, _PT_DYNAMIC, _PT_GNU_STACK = 1, 2, 0x6474E551
+_STB_GLOBAL = 1
+_EXECUTE, _WRITE, _READ = 1, 2, 4
+_ET_DYN, _SEGMENTS = 3, 4
+_TYPEINFO_BYTES = 16
+_PAGE = 4096
+_MAGIC = b"\x7fELF\x02\x01\x01"
+_X86_64 = 62
+_TO_SYMBOL, _TO_PLACE = 1, 8  # relocations of x86-64: the address of a symbol, an address in this file
+_CLASS = "_ZTVN10__cxxabiv117__class_type_infoE"
+_ZEROS = 1 << 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedObject:
+    """What the dynamic linker reads of one."""
+
+    machine: int
+    needed: tuple[str, ...]
+    undefined: frozenset[str]
+    """names that another library must define; those that may be missing (weak) are left out"""
+    defined: frozenset[str]
+
+
+def read_shared_object(path: Path) -> SharedObject:
+    """Raises OSError, and ValueError where the file is none."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:7] != _MAGIC:
+            raise ValueError(f"{path} is no shared object of 64 bits, little-endian")
+        try:
+            return _read(data)
+        except (struct.error, IndexError, OverflowError) as error:
+            raise ValueError(f"{path} is no whole shared object: {error}") from error
+
+
+def _read(data: mmap.mmap) -> SharedObject:
+    _, _, machine, _, _, _, place, _, _, _, _, size, count, _ = _HEADER.unpack_from(data)
+    sections = [_SECTION.unpack_from(data, place + number * size) for number in range(count)]
+
+    def content(section: tuple[int, ...]) -> bytes:
+        return data[section[4] : section[4] + section[5]]
+
+    def name(strings: bytes, at: int) -> str:
+        return strings[at : strings.index(b"\0", at)].decode()
+
+    needed: list[str] = []
+    undefined, defined = set(), set()
+    for section in sections:
+        if section[1] == _SHT_DYNAMIC:
+            strings = content(sections[section[6]])
+            for tag, value in _PAIR.iter_unpack(content(section)):
+                if tag == _DT_NULL:
+                    break
+                if tag == _DT_NEEDED:
+                    needed.append(name(strings, value))
+        elif section[1] == _SHT_DYNSYM:
+            strings = content(sections[section[6]])
+            for at, info, _, index, _, _ in _SYMBOL.iter_unpack(content(section)):
+                if index:
+                    defined.add(name(strings, at))
+                elif info >> 4 == _STB_GLOBAL:
+                    undefined.add(name(strings, at))
+    return SharedObject(
+        machine=machine, needed=tuple(needed), undefined=frozenset(undefined), defined=frozenset(defined)
+    )
+
+
+def stub_library(
+    soname: str, *, needed: Sequence[str] = (), symbols: Sequence[str] = (), references: Collection[str] = ()
+) -> bytes:
+    """A shared object for x86-64 that calls itself `soname`, needs others, and defines `symbols`.
+
+    A C++ typeinfo (``_ZTI...``) is one, of a class without bases; those of `references` are functions that return the address of
+    `_ZEROS` zero bytes; everything else is that address itself: data are zero, and a function ends the process (SIGSEGV) when called.
+    """
+    strings = bytearray(b"\0")
+
+    def put(text: str) -> int:
+        at = len(strings)
+        strings.extend(text.encode() + b"\0")
+        return at
+
+    types = [name for name in symbols if name.startswith("_ZTI")]
+    names = [*([_CLASS] if types else []), *symbols]
+    places = [put(name) for name in names]
+    dynamic = [(_DT_NEEDED, put(name)) for name in needed]
+    dynamic.append((_DT_SONAME, put(soname)))
+    hashes = _hash_table(names)
+
+    # Code and tables, read-only, then what the dynamic linker writes, in a page of its own.
+    headers = _HEADER.size + _SEGMENTS * _SEGMENT.size
+    at_code = _aligned(headers)
+    at_symbols = at_code + 8
+    at_hash = at_symbols + (len(names) + 1) * _SYMBOL.size
+    at_relocations = _aligned(at_hash + len(hashes))
+    at_strings = at_relocations + 2 * len(types) * _RELOCATION.size
+    read_only = _aligned(at_strings + len(strings))
+    at_dynamic = read_only + _PAGE
+    at_types = at_dynamic + (len(dynamic) + 9) * _PAIR.size
+    at_zeros = at_types + len(types) * _TYPEINFO_BYTES
+    size = at_zeros - _PAGE
+
+    dynamic += [
+        (_DT_HASH, at_hash),
+        (_DT_STRTAB, at_strings),
+        (_DT_SYMTAB, at_symbols),
+        (_DT_STRSZ, len(strings)),
+        (_DT_SYMENT, _SYMBOL.size),
+        (_DT_RELA, at_relocations),
+        (_DT_RELASZ, 2 * len(types) * _RELOCATION.size),
+        (_DT_RELAENT, _RELOCATION.size),
+        (_DT_NULL, 0),
+    ]
+    address = {name: at_types + number * _TYPEINFO_BYTES for number, name in enumerate(types)}
+    table, relocations = bytearray(_SYMBOL.size), bytearray()
+    for name, place in zip(names, places, strict=True):
+        here = name != _CLASS  # libstdc++'s
+        value = address.get(name, at_code if name in references else at_zeros) if here else 0
+        table += _SYMBOL.pack(place, _STB_GLOBAL << 4, 0, here, value, 0)
+        if name in address:
+            relocations += _RELOCATION.pack(value, 1 << 32 | _TO_SYMBOL, 16)
+            relocations += _RELOCATION.pack(value + 8, _TO_PLACE, at_strings + place + len("_ZTI"))
+
+    def segment(kind: int, flags: int, at: int, address: int, inside: int, more: int = 0) -> bytes:
+        return _SEGMENT.pack(kind, flags, at, address, address, inside, inside + more, _PAGE)
+
+    segments = (
+        segment(_PT_LOAD, _READ | _EXECUTE, 0, 0, read_only)
+        + segment(_PT_LOAD, _READ | _WRITE, read_only, at_dynamic, size - read_only, _ZEROS)
+        + segment(_PT_DYNAMIC, _READ | _WRITE, read_only, at_dynamic, len(dynamic) * _PAIR.size)
+        + segment(_PT_GNU_STACK, _READ | _WRITE, 0, 0, 0)
+    )
+    header = _HEADER.pack(
+        _MAGIC + bytes(9), _ET_DYN, _X86_64, 1, 0, _HEADER.size, 0, 0, _HEADER.size, _SEGMENT.size, _SEGMENTS, 0, 0, 0
+    )
+    code = b"\x48\x8d\x05" + (at_zeros - at_code - 7).to_bytes(4, "little") + b"\xc3"  # lea zeros(%rip), %rax; ret
+    content = bytearray(size)
+    for at, part in (
+        (0, header + segments),
+        (at_code, code),
+        (at_symbols, table),
+        (at_hash, hashes),
+        (at_relocations, relocations),
+        (at_strings, strings),
+        (read_only, b"".join(_PAIR.pack(*entry) for entry in dynamic)),
+    ):
+        content[at : at + len(part)] = part
+    return bytes(content)
+
+
+def _aligned(place: int) -> int:
+    return -(-place // 16) * 16
+
+
+def _hash_table(names: Sequence[str]) -> bytes:
+    """The System V table that finds a symbol by its name."""
+    buckets, chains = [0] * max(1, len(names)), [0] * (len(names) + 1)
+    for number, name in enumerate(names, 1):
+        value = 0
+        for byte in name.encode():
+            value = (value << 4) + byte
+            high = value & 0xF0000000
+            value = (value ^ high >> 24) & ~high & 0xFFFFFFFF
+        chains[number], buckets[value % len(buckets)] = buckets[value % len(buckets)], number
+    return struct.pack(f"<{2 + len(buckets) + len(chains)}I", len(buckets), len(chains), *buckets, *chains)
