@@ -183,8 +183,16 @@ def _peak(plan: Plan, peak: PeakAccount | None) -> list[str]:
         "schedule": peak.schedule_bytes,
     }
     parts = ", ".join(f"{format_size(size)} {name}" for name, size in sizes.items() if size)
-    text = f"the peak is set {phase}by {peak.text} (instruction {peak.instruction}): {parts}; largest there: {largest}"
-    return [text]
+    if peak.start_bytes:
+        start = (
+            f"the peak is set by the start of {_floor(plan)}: it reaches {format_size(peak.bytes)},"
+            f" {format_size(peak.start_bytes)} more than all that follows"
+        )
+        what = f"the peak after that, {format_size(peak.bytes - peak.start_bytes)},"
+    else:
+        start, what = None, "the peak"
+    text = f"{what} is set {phase}by {peak.text} (instruction {peak.instruction}): {parts}; largest there: {largest}"
+    return [text] if start is None else [start, text]
 
 
 def _recomputation(plan: Plan, made_again: Recomputation | None) -> list[str]:

@@ -141,6 +141,15 @@ class Plan(Record):
         return int(self.optimizer.get("accumulate", 1))
 
     @property
+    def start_bytes(self) -> int:
+        """By how much the start of the process, its imports, passes all that follows; 0 where something later sets the peak."""
+        floor = self.device.floor
+        schedules = [*self.steps, *([self.evaluate] if self.evaluate is not None else [])]
+        instructions = sum(len(phase.instructions) for phase in schedules)
+        later = floor.resident_bytes + floor.instruction_bytes * instructions + self.arena_bytes + self.workspace_bytes
+        return max(0, min(self.peak_bytes, floor.import_peak_bytes) - later)
+
+    @property
     def exact(self) -> bool:
         """Whether steps follow the exact gradient, so that another such plan gives the same results to the bit."""
         return self.optimizer.get("name") != MEZO and not any(phase.skipped for phase in self.steps)
