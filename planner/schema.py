@@ -38,7 +38,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from profiles.schema import Device, Layer, Model, Optimizer, Program, Tensor
 
-PLAN_VERSION = 5
+PLAN_VERSION = 6
 MEZO = "mezo"
 """the optimizer of a plan whose gradients are estimated from two forwards"""
 
@@ -105,6 +105,11 @@ class Plan(Record):
     solve_seconds: float
     deterministic: bool | None = Field(
         None, description="False: the time limit ended the search, another run may find another plan; None: not said"
+    )
+    ended_by: Literal["proof", "gap", "stalled", "time limit", "interrupt"] | None = Field(
+        None,
+        description="what ended the solver's search: the proof that no plan of this class is faster, to rounding; the gap that was asked"
+        " for; that it had stopped gaining; the time limit; or Ctrl-C. None: a fixed rule, or not said",
     )
     minimum_budget_bytes: int | None = None
     minimum_budget_reason: str | None = None

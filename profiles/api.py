@@ -20,6 +20,7 @@ from profiles.errors import InputError
 from profiles.estimate import estimate_profile
 from profiles.exchange import load_profile, save_profile
 from profiles.files import cache_directory, python_path
+from profiles.marks import marks
 from profiles.measure import measure
 from profiles.pack import build_store
 from profiles.processor import cpu_name, features
@@ -142,7 +143,7 @@ def profile(
                 # The same model may lie elsewhere by now.
                 here = earlier.model.model_copy(update={"name": found.name, "source": found.path})
                 earlier = earlier.model_copy(update={"model": here})
-                if not crowded(earlier.device.busy_cores, threads) or crowded(taken_now(threads), threads):
+                if not marks(earlier.device) or crowded(taken_now(threads), threads):
                     return earlier
         except InputError:
             cached.unlink(missing_ok=True)
@@ -210,10 +211,15 @@ def profile(
     )
     if elsewhere is not None:
         return estimate_profile(result, elsewhere)
-    if earlier is not None and earlier.device.busy_cores <= result.device.busy_cores:
+    if earlier is not None and _marked(earlier) <= _marked(result):
         return earlier
     save_profile(result, cached)
     return result
+
+
+def _marked(profile: Profile) -> tuple[int, float]:
+    """How doubtful a profile's figures are: the less, the smaller."""
+    return len(marks(profile.device)), profile.device.busy_cores
 
 
 def _fingerprint(source: Source, *settings: Any) -> str:

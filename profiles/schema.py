@@ -13,7 +13,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 PROFILE_VERSION = 7
 """raised with every change of the file's form, and of what operators measure or compute: runs that others began do not go on"""
@@ -150,6 +157,15 @@ class Channel(Record):
     compute_seconds_per_transfer: float = Field(
         0.0, ge=0, description="compute time lost per transfer, beside its bytes"
     )
+    doubt: str | None = Field(
+        None,
+        description="why the bandwidth is not the measured one, in words: what was measured, again and again, is not possible; None: it is",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_doubt(self, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A channel of which nothing is doubted is written as before there were doubts: profiles made then keep their checksum."""
+        return {name: value for name, value in told(self).items() if name != "doubt" or value is not None}
 
 
 class Floor(Record):

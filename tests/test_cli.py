@@ -139,7 +139,7 @@ def test_a_plan_is_written_and_told(tightfit, planned, tmp_path):
         "floor_bytes": 220 * MIB,
         "peak_bytes": 340 * MIB,
         "step_seconds": 1.25,
-        "gap": 0.002,
+        "gap": 0.0,
         "any_schedule_gap": 0.2,
         "solve_seconds": 1.5,
         "plan": str(path),

@@ -11,7 +11,7 @@ from sample_plans import sample_plan
 from synthetic import decoder_like, device, small_chain
 
 from planner.costs import Ledger
-from planner.explain import explain
+from planner.explain import explain, percent_within
 from planner.explanation import account, peak_text, shortfall
 from planner.graphs.planner import GraphPlanner
 from planner.kinds import fullest, peak_parts
@@ -211,7 +211,7 @@ class Told:
     def __init__(self, answers):
         self.answers = answers
 
-    def plan(self, budget, *, time_limit, progress):
+    def plan(self, budget, *, time_limit, gap, progress):
         seconds, bound = self.answers[budget]
         return planned_at(budget, seconds, bound)
 
@@ -381,11 +381,20 @@ def test_the_bytes_of_what_is_made_again_are_those_of_the_tensors(ruled):
 
 def test_an_optimum_is_said_to_be_one_as_far_as_it_is_proven():
     made = chain_of("a", "b", "c", "d").plan(1 << 40)
-    assert explain(made)[1].startswith("proven optimal among plans of its kind, at most 0.00% slower than any schedule")
-    near = made.model_copy(update={"gap": 0.001})
-    assert explain(near)[1].startswith("optimal within 0.10% of its kind, at most 0.00% slower than any schedule")
-    found = near.model_copy(update={"status": "feasible"})
-    assert explain(found)[1].startswith("not proven optimal: at most 0.10% slower than the best plan of its kind, at")
+    assert explain(made)[1].startswith("proven optimal among plans of its kind; at most 0.00% slower than any schedule")
+    for ended, said in (
+        ("gap", ", as near as was asked for"),
+        ("stalled", ", where the search gained no more"),
+        ("time limit", ", where the time limit ended the search"),
+        ("interrupt", ", where the search was interrupted"),
+        (None, ""),
+    ):
+        near = made.model_copy(update={"status": "feasible", "gap": 0.00093, "ended_by": ended})
+        assert explain(near)[1].startswith(
+            f"within 0.10% of the best plan of its kind{said}; at most 0.00% slower than"
+        )
+    # What is said to be within a gap is: it is rounded up.
+    assert [percent_within(gap) for gap in (0.0, 1e-6, 1e-3, 1.0001e-3)] == ["0.00%", "0.01%", "0.10%", "0.11%"]
 
 
 def test_names_do_not_reach_a_terminal_as_codes():

@@ -36,7 +36,11 @@ def plan(order: Order, tell: Tell) -> Row:
     planner = planner_of(_profile(objects, order, request["profile"]))
     began = time.monotonic()
     found = planner.plan(
-        request["memory"], policy=policy, time_limit=limit, progress=lambda told: tell.progress(**_finite(told))
+        request["memory"],
+        policy=policy,
+        time_limit=limit,
+        gap=request.get("gap", 0.0),
+        progress=lambda told: tell.progress(**_finite(told)),
     )
     left = limit - (time.monotonic() - began)
     explanation = explained(planner, found, time_limit=limit, left=left).model_dump(mode="json")
@@ -57,7 +61,15 @@ def comparison(order: Order, tell: Tell) -> Row:
     def planned(made: Plan) -> None:
         nonlocal done
         done += 1
-        figures = ("status", "budget_bytes", "policy", "step_seconds", "bound_seconds", "minimum_budget_bytes")
+        figures = (
+            "status",
+            "budget_bytes",
+            "policy",
+            "step_seconds",
+            "bound_seconds",
+            "ended_by",
+            "minimum_budget_bytes",
+        )
         cell: Row = {"device": made.device.name} | {name: getattr(made, name) for name in figures}
         tell.progress(always=True, stage="planning", done=done, total=total, cell=cell)
 
@@ -67,6 +79,7 @@ def comparison(order: Order, tell: Tell) -> Row:
         request["policies"],
         devices=[None if name == OWN else name for name in request["devices"]],
         time_limit=request["time_limit"],
+        gap=request.get("gap", 0.0),
         planned=planned,
         solving=lambda told: tell.progress(**_finite(told), done=done, total=total),
     )
