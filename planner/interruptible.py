@@ -63,7 +63,7 @@ def _begun(work: Callable[[], None]) -> bool:
 
 
 def left_alone() -> bool:
-    """Whether a solver goes on that Ctrl-C ended the waiting for."""
+    """Whether a solver goes on that Ctrl-C, or its time limit, ended the waiting for."""
     return any(thread.name == THREAD for thread in threading.enumerate())
 
 

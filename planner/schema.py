@@ -93,7 +93,10 @@ class Plan(Record):
     fingerprint: str
     profile_fingerprint: str
     policy: str = Field(description="solver, or the name of the fixed rule")
-    status: Literal["optimal", "feasible", "fallback", "infeasible"]
+    status: Literal["optimal", "feasible", "fallback", "infeasible"] = Field(
+        description="optimal: proven the best of its class, to rounding; feasible: within `gap` of the best; fallback: the time limit ended the"
+        " search before it had a plan; infeasible: nothing fits. A fixed rule is feasible where it fits"
+    )
     budget_bytes: int
     floor_bytes: int
     peak_bytes: int = Field(description="predicted VmHWM of the run, all phases")

@@ -625,8 +625,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         code = told(_failure(error), as_json="--json" in words)
     code = code if isinstance(code, int) else 0
-    if interrupts.seen and left_alone():
-        # It goes on to its time limit, for nobody.
+    if left_alone():
+        # A solver that Ctrl-C or its time limit ended the waiting for goes on, for nobody.
         try:
             for stream in (sys.stdout, sys.stderr):
                 # Closed, or with nobody left to read it.
