@@ -50,13 +50,13 @@ def solve_quietly(
         return _solved(model, second, parameters)
 
 
-LATE_SHARE, LATE_SECONDS = 0.5, 1.0
-"""of its time limit, and at most: how much longer a solver is waited for, which may have a late answer"""
+LATE_SHARE, LEAST_LATE, MOST_LATE = 0.5, 0.25, 1.0
+"""of its time limit, and seconds at least and at most: how much longer a solver is waited for, which may have a late answer"""
 
 
 def patience(seconds: float) -> float:
     """How long a solver with a time limit of so many seconds is waited for."""
-    return seconds + min(LATE_SHARE * seconds, LATE_SECONDS)
+    return seconds + min(max(LATE_SHARE * seconds, LEAST_LATE), MOST_LATE)
 
 
 def _solved(

@@ -170,9 +170,10 @@ class Stopwatch:
 
     def spend(self, seconds, solve):
         self.asked.append(seconds)
-        answer = solve()
-        self.now += seconds
-        return answer
+        try:
+            return solve()
+        finally:
+            self.now += seconds
 
 
 @pytest.mark.parametrize("what", ["plan", "smallest"])
