@@ -154,8 +154,8 @@ class Plan(Record):
         floor = self.device.floor
         schedules = [*self.steps, *([self.evaluate] if self.evaluate is not None else [])]
         instructions = sum(len(phase.instructions) for phase in schedules)
-        later = floor.resident_bytes + floor.instruction_bytes * instructions + self.arena_bytes + self.workspace_bytes
-        return max(0, min(self.peak_bytes, floor.import_peak_bytes) - later)
+        later = floor.held_bytes + floor.instruction_bytes * instructions + self.arena_bytes + self.workspace_bytes
+        return max(0, min(self.peak_bytes, floor.start_peak_bytes) - later)
 
     @property
     def exact(self) -> bool:

@@ -18,8 +18,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
 )
 
 PROFILE_VERSION = 7
@@ -161,11 +159,6 @@ class Channel(Record):
         None,
         description="why the bandwidth is not the measured one, in words: what was measured, again and again, is not possible; None: it is",
     )
-
-    @model_serializer(mode="wrap")
-    def _without_doubt(self, told: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A channel of which nothing is doubted is written as before there were doubts: profiles made then keep their checksum."""
-        return {name: value for name, value in told(self).items() if name != "doubt" or value is not None}
 
 
 class Floor(Record):
