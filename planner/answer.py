@@ -16,13 +16,39 @@ from planner.segments import rerun_layers
 if TYPE_CHECKING:
     from planner.simulate import Simulation
 
-TOLERANCE = 1e-3
-"""a plan this near its bound is called optimal"""
+EXACT = 1e-6
+"""share of the step: a bare graph's plan this near its bound is the best; programs in whole numbers prove no less"""
+ROUNDING = 2e-5
+"""the same of a model's plan: what is proven of programs in floating point is off by up to `planner.quiet.MARGIN` for their tolerances"""
+EndedBy = Literal["proof", "gap", "stalled", "time limit", "interrupt"]
 
 
-def status_of(step_seconds: float, bound_seconds: float) -> Literal["optimal", "feasible"]:
+def proof_tolerance(kind: str) -> float:
+    """The gap, as a share of the step, up to which a plan for a model of this kind is proven the best of its class, to rounding."""
+    return EXACT if kind == "graph" else ROUNDING
+
+
+def status_of(plan_: Plan, bound_seconds: float, step_seconds: float | None = None) -> Literal["optimal", "feasible"]:
     """What a bound that holds for a plan says of it."""
-    return "optimal" if step_seconds - bound_seconds <= TOLERANCE * step_seconds else "feasible"
+    step = plan_.step_seconds if step_seconds is None else step_seconds
+    return "optimal" if gap_to(step, bound_seconds) <= proof_tolerance(plan_.model.kind) else "feasible"
+
+
+def ended_by(
+    kind: str, gap: float, *, asked: float, timely: bool, stalled: bool = False, interrupted: bool = False
+) -> EndedBy:
+    """Why a search for a model of this `kind` went no further than `gap`.
+
+    `asked`: the gap that was enough; `timely`: whether no time limit ended it, or any search that it depends on; `stalled`: whether it gave
+    up before its limit because it had stopped gaining.
+    """
+    if gap <= proof_tolerance(kind):
+        return "proof"
+    if gap <= asked:
+        return "gap"
+    if interrupted:
+        return "interrupt"
+    return "stalled" if timely or stalled else "time limit"
 
 
 def answered(
@@ -33,20 +59,34 @@ def answered(
     any_bound: float,
     started: float,
     deterministic: bool,
+    asked: float = 0.0,
+    stalled: bool = False,
+    interrupted: bool = False,
     fallback: bool = False,
 ) -> Plan:
     """`raw` with the simulator's figures, beside what no plan of its class and no schedule at all undercuts.
 
-    `started`: on the monotonic clock; `fallback`: whether it stands in for a plan that the search had no time to find.
+    `started`: on the monotonic clock; `fallback`: whether it stands in for a plan that the search had no time to find; `asked`, `stalled` and
+    `interrupted` as of `ended_by`.
     """
     step = simulation.step_seconds
     bound, any_ = min(step, bound_seconds), min(step, any_bound)
     # A rule claims no optimum, however near its bound it comes.
-    status = status_of(step, bound) if raw.policy == "solver" else raw.status
+    searched = raw.policy == "solver"
+    status = status_of(raw, bound, step) if searched else raw.status
+    ended = ended_by(
+        raw.model.kind,
+        gap_to(step, bound),
+        asked=asked,
+        timely=deterministic,
+        stalled=stalled,
+        interrupted=interrupted,
+    )
     return sealed(
         raw.model_copy(
             update={
                 "status": "fallback" if fallback else status,
+                "ended_by": ended if searched else None,
                 "peak_bytes": simulation.peak_bytes,
                 "step_seconds": step,
                 "bound_seconds": bound,
@@ -85,6 +125,7 @@ def too_small(
                 "any_schedule_bound_seconds": any_bound,
                 "solve_seconds": time.monotonic() - started,
                 "deterministic": deterministic,
+                "ended_by": None if deterministic else "time limit",
                 "minimum_budget_bytes": minimum_bytes,
                 "minimum_budget_reason": reason,
                 "decisions": {},
@@ -128,10 +169,15 @@ def rebudgeted(
         # No bound of the class holds for a plan that goes forward twice.
         bound = any_
     solved = plan_.policy == "solver" and plan_.status in {"optimal", "feasible"}
+    status = status_of(plan_, bound) if solved else plan_.status
+    ended = plan_.ended_by
+    if solved and ended is not None and (status == "optimal") != (ended == "proof"):
+        ended = "proof" if status == "optimal" else "stalled"
     return sealed(
         plan_.model_copy(
             update={
-                "status": status_of(step, bound) if solved else plan_.status,
+                "status": status,
+                "ended_by": ended,
                 "budget_bytes": plan_.budget_bytes if budget_bytes is None else budget_bytes,
                 "bound_seconds": bound,
                 "gap": gap_to(step, bound),

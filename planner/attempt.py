@@ -43,6 +43,8 @@ class Attempt:
     """on the monotonic clock"""
     deadline: float
     progress: Progress | None = None
+    gap: float = 0.0
+    """share of its time by which a schedule may be slower than the best where that is enough"""
     bound: float = 0.0
     """seconds that none of the schedules looked for undercuts"""
     timely: bool = True
@@ -50,6 +52,8 @@ class Attempt:
     found: list[Schedule] = field(default_factory=list)
     carried: dict[Asked, tuple[Schedule | None, int]] = field(default_factory=dict)
     """what has been carried out so far, here and by attempts that were made from this one: the same has the same answer"""
+    taken: list[float] = field(default_factory=list)
+    """seconds that each took, and the attempts share it too"""
 
     @property
     def best(self) -> Schedule | None:
@@ -68,7 +72,7 @@ class Attempt:
     def settled(self) -> bool:
         """Whether the best schedule so far is not worth another choice."""
         in_vain = any(one.seconds <= self.found[-1].seconds for one in self.found[:-1])
-        return self.near(self.bound, FAIR if in_vain else GOOD)
+        return self.near(self.bound, max(self.gap, FAIR if in_vain else GOOD))
 
     def until(self, share: float) -> float:
         """The moment at which this share of the time is gone."""
@@ -88,14 +92,18 @@ class Attempt:
 
     def carries_in_time(self) -> bool:
         """Whether there is time left to carry columns out."""
-        return self.deadline - time.monotonic() > CARRY_SECONDS * len(self.problem.graph.steps)
+        # On a busy machine it takes longer than alone, as the latest told.
+        needed = max([CARRY_SECONDS * len(self.problem.graph.steps), *self.taken[-1:]])
+        return self.deadline - time.monotonic() > needed
 
     def carry(self, columns: tuple[Column, ...], segments: Segments = ()) -> tuple[Schedule | None, int]:
         """As `carry_out`; a schedule that fits is among those found."""
         asked = columns, segments, self.limit
         known = self.carried.get(asked)
         if known is None:
+            began = time.monotonic()
             known = carry_out(self.problem, columns, self.limit, deadline=self.deadline, segments=segments)
+            self.taken.append(time.monotonic() - began)
             if time.monotonic() <= self.deadline:
                 self.carried[asked] = known
             else:

@@ -14,7 +14,7 @@ from planner.answer import rebudgeted, sealed
 from planner.beside import Beside, can_be_copied
 from planner.graphs.planner import GraphPlanner
 from planner.master import Progress
-from planner.plan import Planner, checked_budget, checked_limit, planner_of
+from planner.plan import Planner, checked_budget, checked_gap, checked_limit, planner_of
 from planner.policies import approximate_of, refused_of
 from planner.schema import Plan
 from profiles.busy import our_cores
@@ -60,11 +60,13 @@ def compare(
     *,
     devices: Sequence[DeviceDescription | str | None] = (None,),
     time_limit: float = 30.0,
+    gap: float = 0.0,
     progress: Stage | None = None,
     solving: Progress | None = None,
     planned: Callable[[Plan], None] | None = None,
 ) -> Comparison:
-    """Plan every policy at every budget, in bytes, on every device; `time_limit` seconds each.
+    """Plan every policy at every budget, in bytes, on every device; `time_limit` seconds each, a search
+    ends at `gap` as `planner.plan.plan`'s.
 
     A device is None, the profile's own, or a description, or the name or file that `profiles.devices.find_device` finds one by.
 
@@ -81,6 +83,7 @@ def compare(
     if not devices or (policies is not None and not policies):
         raise InputError(f"no {'policies' if devices else 'devices'} to compare; name at least one, or leave them out")
     budgets, time_limit = [checked_budget(budget) for budget in budgets], checked_limit(time_limit)
+    gap = checked_gap(gap)
     described = [find_device(device) if isinstance(device, str) else device for device in devices]
     profiles = [profile if device is None else retarget(profile, device) for device in described]
     planners = [planner_of(one) for one in profiles]
@@ -114,6 +117,7 @@ def compare(
             budgets=ordered,
             policies=rules,
             time_limit=time_limit,
+            gap=gap,
             tell=tell,
             solving=solving,
             planned=planned,
@@ -147,6 +151,7 @@ class _Table:
     """smallest first"""
     policies: list[str]
     time_limit: float
+    gap: float
     tell: Callable[[int], None]
     """called with the number of plans there are"""
     solving: Progress | None
@@ -212,7 +217,7 @@ class _Table:
             if tell is not None:
                 tell(len(self.found))
             if policy == SOLVER:
-                made = planner.plan(budget, time_limit=limit, progress=solving)
+                made = planner.plan(budget, time_limit=limit, gap=self.gap, progress=solving)
                 bound = solved = planner.class_bound(made) if isinstance(planner, Planner) else made.bound_seconds
             else:
                 made = planner.plan(budget, policy=policy, time_limit=limit)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from planner.costs import Cost, Ledger
 from planner.explanation import Explanation, PeakAccount, Recomputation, Shortfall, Worth, account, has_phases
 from planner.schema import MEZO, Plan
-from profiles.busy import crowded
+from profiles.marks import caution
 from profiles.schema import NOT_COMPARED
 from profiles.units import format_seconds, format_size, printable
 
@@ -21,7 +22,7 @@ def explain(plan: Plan, explanation: Explanation | None = None) -> list[str]:
     Names of tensors and operators are the user's: what a terminal would obey in them is written out.
     """
     told = account(plan) if explanation is None else explanation
-    return [printable(sentence) for sentence in _sentences(plan, told)]
+    return [printable(sentence) for sentence in (*caution(plan.device), *_sentences(plan, told))]
 
 
 def _sentences(plan: Plan, told: Explanation) -> list[str]:
@@ -105,25 +106,37 @@ def _comparison(plan: Plan) -> list[str]:
     return [f"gradients of the module: {told}"] if told.startswith(NOT_COMPARED) else []
 
 
+ENDS = {
+    "gap": "as near as was asked for",
+    "stalled": "where the search gained no more",
+    "time limit": "where the time limit ended the search",
+    "interrupt": "where the search was interrupted",
+}
+
+
+def percent_within(gap: float) -> str:
+    """A gap as a percentage of two decimals, rounded up: what is said to be within it is."""
+    return f"{math.ceil(1e4 * gap - 1e-6) / 1e4:.2%}"
+
+
+def nearness(plan: Plan, kind: str = "kind") -> str:
+    """What is proven of a solver's plan, and what ended its search; `kind` is what the plans it is compared with are called by."""
+    if plan.status == "optimal":
+        return f"proven optimal among plans of its {kind}"
+    text = f"within {percent_within(plan.gap)} of the best plan of its {kind}"
+    if plan.status == "fallback":
+        return f"found without the solver, which ran out of time: {text}"
+    end = ENDS.get(plan.ended_by or "")
+    return f"{text}, {end}" if end else text
+
+
 def _proof(plan: Plan) -> str:
-    if plan.policy != "solver":
-        who = f"a fixed rule ({plan.policy}), no search"
-    else:
-        who = {
-            "optimal": "proven optimal",
-            "feasible": "not proven optimal",
-            "fallback": "found without the solver, which ran out of time",
-        }.get(plan.status, plan.status)
     caveat = "" if plan.device.measured else "; times are estimated, not measured"
-    if crowded(plan.device.busy_cores, plan.device.threads):
-        caveat = (
-            f"; times are too long, other programs took {plan.device.busy_cores:.1f} cores while they were measured"
-        )
-    kind = f"{who}: at most {plan.gap:.2%} slower than the best plan of its kind"
-    if plan.policy == "solver" and plan.status == "optimal":
-        shown = f"{plan.gap:.2%}"
-        kind = f"{who} among plans of its kind" if float(shown[:-1]) == 0 else f"optimal within {shown} of its kind"
-    return f"{kind}, at most {plan.any_schedule_gap:.2%} slower than any schedule at this budget{caveat}"
+    if plan.policy == "solver":
+        kind = nearness(plan)
+    else:
+        kind = f"a fixed rule ({plan.policy}), no search: at most {percent_within(plan.gap)} slower than the best plan of its kind"
+    return f"{kind}; at most {percent_within(plan.any_schedule_gap)} slower than any schedule at this budget{caveat}"
 
 
 def _totals(costs: Mapping[str, Cost], kinds: set[str]) -> dict[str, tuple[int, int]]:
@@ -193,8 +206,16 @@ def _peak(plan: Plan, peak: PeakAccount | None) -> list[str]:
         "schedule": peak.schedule_bytes,
     }
     parts = ", ".join(f"{format_size(size)} {name}" for name, size in sizes.items() if size)
-    text = f"the peak is set {phase}by {peak.text} (instruction {peak.instruction}): {parts}; largest there: {largest}"
-    return [text]
+    if peak.start_bytes:
+        start = (
+            f"the peak is set by the start of {_floor(plan)}: it reaches {format_size(peak.bytes)},"
+            f" {format_size(peak.start_bytes)} more than all that follows"
+        )
+        what = f"the peak after that, {format_size(peak.bytes - peak.start_bytes)},"
+    else:
+        start, what = None, "the peak"
+    text = f"{what} is set {phase}by {peak.text} (instruction {peak.instruction}): {parts}; largest there: {largest}"
+    return [text] if start is None else [start, text]
 
 
 def _recomputation(plan: Plan, made_again: Recomputation | None) -> list[str]:

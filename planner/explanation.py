@@ -27,7 +27,10 @@ class Record(BaseModel):
 
 
 class PeakAccount(Record):
-    """The instruction that sets the peak, and what the process holds then. The four parts add up to `bytes`."""
+    """The instruction that sets the peak, and what the process holds then. The five parts add up to `bytes`.
+
+    Where the start of the process sets the peak (`start_bytes`), the instruction is the one at which the schedules reach theirs.
+    """
 
     phase: Literal["train", "evaluate"]
     instruction: int
@@ -36,6 +39,10 @@ class PeakAccount(Record):
     operator: str | None
     bytes: int = Field(description="whole process: the plan's peak_bytes")
     floor_bytes: int = Field(description="Python and PyTorch; on a card its context")
+    start_bytes: int = Field(
+        0,
+        description="by how much importing Python and PyTorch passes all that follows; 0: something later sets the peak",
+    )
     schedule_bytes: int = Field(description="the plan's instructions in memory")
     tensor_bytes: int = Field(description="the arena: tensors resident at once, and gaps between them")
     workspace_bytes: int = Field(description="the largest transient use of any operator")
@@ -187,8 +194,8 @@ def peak_account(plan: Plan, ledger: Ledger) -> PeakAccount:
         operator=operator,
         bytes=plan.peak_bytes,
         floor_bytes=floor,
-        # Where the start of the process sets the peak, its imports are what the rest leaves.
-        schedule_bytes=plan.peak_bytes - floor - plan.arena_bytes - plan.workspace_bytes,
+        start_bytes=plan.start_bytes,
+        schedule_bytes=plan.peak_bytes - floor - plan.start_bytes - plan.arena_bytes - plan.workspace_bytes,
         tensor_bytes=plan.arena_bytes,
         workspace_bytes=plan.workspace_bytes,
         by_kind=dict(sorted(by_kind.items(), key=lambda item: -item[1])),

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from planner.explain import explain
+from planner.explain import explain, nearness
 from planner.explanation import peak_text
 from planner.html_diff import diff_section
 from planner.kinds import (
@@ -31,6 +31,7 @@ from planner.policies import APPROXIMATE
 from planner.schema import Plan
 from planner.svg import LEFT, POLICY_SLOTS, RIGHT, WIDTH, curve_svg, timeline_svg
 from profiles.errors import InputError
+from profiles.marks import caution
 from profiles.units import Unit, format_seconds, format_size, unit_of
 
 SLICES = 260
@@ -91,6 +92,7 @@ def _curve(plans: Sequence[Plan], names: Sequence[str]) -> dict[str, Any]:
         "device": device.name,
         "told": _device(plans[0]),
         "counted": _counted(plans),
+        "caution": caution(plans[0].device),
         "verdicts": verdicts(plans),
         "bounded": sum(plan.policy == "solver" and feasible(plan) for plan in plans) > 1,
         "misfits": not all(map(feasible, plans)),
@@ -135,7 +137,7 @@ def verdicts(plans: Sequence[Plan]) -> list[str]:
         solved = here.pop("solver", None)
         if solved is None or not feasible(solved):
             continue
-        text = f"{format_size(budget)}: {format_seconds(solved.step_seconds)} per step, within {solved.gap:.2%} of the best plan of its class"
+        text = f"{format_size(budget)}: {format_seconds(solved.step_seconds)} per step, {nearness(solved, 'class')}"
         said.append(f"{text}{_beside_rules(solved, here, [name for name in rules if name not in here])}.")
     return said
 
@@ -228,7 +230,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
     train = plan.train
     assert train is not None
     rows = [
-        ("status", plan.status),
+        ("status", plan.status if plan.policy != "solver" else nearness(plan, "class")),
         ("step", format_seconds(plan.step_seconds)),
         ("no faster in this class than", f"{format_seconds(plan.bound_seconds)} (gap {plan.gap:.2%})"),
         (

@@ -14,11 +14,14 @@ THREAD = "solver beside Ctrl-C"
 ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
-def interruptible(solve: Callable[[], Answer], stop: Callable[[], None] | None = None) -> Answer:
+def interruptible(
+    solve: Callable[[], Answer], stop: Callable[[], None] | None = None, seconds: float | None = None
+) -> Answer:
     """What `solve` returns or raises. It works in a thread, because only Python code of the main thread sees signals.
 
-    Raises KeyboardInterrupt at once. `stop` ends what `solve` does; without it, that goes on to its own time limit, and what it
-    comes to is dropped; a process that ends waits for it, unless it ends by `os._exit`.
+    Raises KeyboardInterrupt at once, and TimeoutError after `seconds`: solvers look at their clock now and then only, and on a busy machine
+    that may be many seconds apart. `stop` ends what `solve` does; without it, that goes on to its own time limit, and what it comes to is
+    dropped; a process that ends waits for it, unless it ends by `os._exit`.
     """
     if threading.current_thread() is not threading.main_thread():
         return solve()
@@ -33,8 +36,10 @@ def interruptible(solve: Callable[[], Answer], stop: Callable[[], None] | None =
             answer.set_exception(error)
 
     try:
-        return answer.result() if _begun(work) else solve()
-    except KeyboardInterrupt:
+        return answer.result(seconds) if _begun(work) else solve()
+    except (KeyboardInterrupt, TimeoutError):
+        if answer.done():
+            raise  # it is `solve` that raised it
         # What has not begun never will.
         if not answer.cancel() and stop is not None:
             stop()
@@ -58,7 +63,7 @@ def _begun(work: Callable[[], None]) -> bool:
 
 
 def left_alone() -> bool:
-    """Whether a solver goes on that Ctrl-C ended the waiting for."""
+    """Whether a solver goes on that Ctrl-C, or its time limit, ended the waiting for."""
     return any(thread.name == THREAD for thread in threading.enumerate())
 
 

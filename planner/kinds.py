@@ -33,6 +33,7 @@ KINDS = (
     Kind(name="gradient", label="gradients", light="#d65a94", dark="#e07aa9"),
     Kind(name="workspace", label="workspace", light="#12866b", dark="#2fa98a"),
     Kind(name="fragmentation", label="touched, free for reuse", light="#d8d2c4", dark="#6d675b"),
+    Kind(name="start", label="start of Python and PyTorch", light="#cfd3d9", dark="#454c55"),
     Kind(name="beyond", label="at other moments", light="#a89f92", dark="#8a8175"),
 )
 UNKNOWN = ("#77706a", "#9a938c")
@@ -56,7 +57,8 @@ def kinds_of(timeline: Iterable[TimelinePoint], on: str = "cpu") -> list[Kind]:
     present = {name for point in timeline for name, size in point.by_kind.items() if size > 0}
     known = [kind for kind in KINDS if kind.name in present]
     if on == "cuda":
-        known = [replace(kind, label="CUDA context") if kind.name == "floor" else kind for kind in known]
+        card = {"floor": "CUDA context", "start": "start of the CUDA context"}
+        known = [replace(kind, label=card.get(kind.name, kind.label)) for kind in known]
     names = sorted(present - {kind.name for kind in KINDS})
     return known + [Kind(name=name, label=name, light=UNKNOWN[0], dark=UNKNOWN[1]) for name in names]
 
@@ -108,16 +110,21 @@ def fullest(timeline: Iterable[TimelinePoint]) -> TimelinePoint | None:
 def peak_parts(plan: Plan) -> list[tuple[Kind, int]]:
     """Bytes of each kind at the peak of `plan`, in stacking order; together its `peak_bytes`.
 
-    What the fullest instruction holds, and what others make the process hold.
+    What the fullest instruction holds, what others make the process hold, and what its start holds beyond that.
     """
     point = fullest(plan.timeline)
     if point is None:
         return []
     # The process keeps room for the largest workspace, whichever operator needs it.
-    beyond = max(0, plan.peak_bytes - point.bytes)
+    beyond = max(0, plan.peak_bytes - plan.start_bytes - point.bytes)
     workspace = point.by_kind.get("workspace", 0)
     largest = min(workspace + beyond, max(workspace, plan.workspace_bytes))
-    held = {**point.by_kind, "workspace": largest, "beyond": beyond - (largest - workspace)}
+    held = {
+        **point.by_kind,
+        "workspace": largest,
+        "start": plan.start_bytes,
+        "beyond": beyond - (largest - workspace),
+    }
     kinds = kinds_of([point.model_copy(update={"by_kind": held})], plan.device.kind)
     return [(kind, held[kind.name]) for kind in kinds]
 

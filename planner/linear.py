@@ -20,7 +20,7 @@ from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
 
 from planner.interruptible import interruptible
-from planner.quiet import solve_quietly
+from planner.quiet import patience, solve_quietly
 
 INFINITY = float("inf")
 WARM_ITERATIONS = 0.25
@@ -263,8 +263,10 @@ class Growing(Program):
                 # The thread is left with a solver, and a model, that nobody else uses.
                 solver = self._solver
                 # In a thread also because Ctrl-C inside of the conversion would come out as one of these errors.
-                result = interruptible(lambda: solver.solve(params=parameters, model_params=NO_REDUCED_COSTS))
-            except KeyboardInterrupt:
+                result = interruptible(
+                    lambda: solver.solve(params=parameters, model_params=NO_REDUCED_COSTS), seconds=patience(seconds)
+                )
+            except (KeyboardInterrupt, TimeoutError):
                 self._load_anew()
                 raise
             if result.termination.reason == mathopt.TerminationReason.OPTIMAL:

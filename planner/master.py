@@ -112,8 +112,8 @@ class Search:
 
     # --- one program -----------------------------------------------------------------------------------------------
 
-    def joint(self) -> Answer | None:
-        """All blocks side by side: the optimum of the class. None where nothing fits.
+    def joint(self, *, priced: bool = True) -> Answer | None:
+        """All blocks side by side: the optimum of the class. None where nothing fits. Without a price on moves the bound of its time is tight.
 
         Raises TimeoutError where the deadline strikes before there are columns, or a proof that none fit.
         """
@@ -126,7 +126,7 @@ class Search:
         rows = self._rows(program, layers)
         if self.limit_bytes is not None:
             program.bounds(rows.bytes, 0.0, self.limit_bytes / KIB)
-        result = program.solve(goal(rows, fewest_bytes=self.limit_bytes is None), self.left())
+        result = program.solve(goal(rows, fewest_bytes=self.limit_bytes is None, priced=priced), self.left())
         if result.infeasible:
             return None
         if result.values is None:
@@ -135,11 +135,11 @@ class Search:
         columns = tuple(
             measure(problem.types[kind], block.decision(values)) for kind, block in zip(problem.layer_type, blocks)
         )
-        return Answer(columns=columns, bound_seconds=self.bound(result.bound), proven=result.optimal)
+        return Answer(columns=columns, bound_seconds=self.bound(result.bound, priced=priced), proven=result.optimal)
 
-    def bound(self, objective: float) -> float:
-        """Seconds that no plan undercuts, from a bound on time + MOVE_PRICE * disk time (disk time <= time)."""
-        return max(0.0, objective * (1 - MARGIN) / (1 + MOVE_PRICE) / MS)
+    def bound(self, objective: float, *, priced: bool = True) -> float:
+        """Seconds that no plan undercuts, from a bound on time + MOVE_PRICE * disk time (disk time <= time), or on time alone."""
+        return max(0.0, objective * (1 - MARGIN) / (1 + (MOVE_PRICE if priced else 0.0)) / MS)
 
     # --- columns ---------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from planner.master import Progress
 from planner.policies import POLICIES, policy_parts
 from planner.schema import Phase, Plan
 from planner.simulate import simulate
-from planner.solver import Outcome, Solver, share_of
+from planner.solver import HELD_UP, Outcome, Solver, share_of
 from planner.split import layered
 from profiles.errors import InputError
 from profiles.schema import Profile
@@ -44,6 +44,8 @@ LONGEST_LIMIT = 1e9
 """seconds of a time limit: thirty years, which every solver's clock can count"""
 FINISH_SECONDS = 6e-5
 """to write a plan down and replay it, per operator of the step: left out of what the search may take"""
+HELD_SHARE = 0.05
+"""of the time limit, at most, for as many times that as `HELD_UP` says: other programs may take most of the processor"""
 
 
 def plan(
@@ -52,15 +54,17 @@ def plan(
     *,
     policy: str | None = None,
     time_limit: float = 30.0,
+    gap: float = 0.0,
     progress: Progress | None = None,
 ) -> Plan:
     """The fastest step found whose peak stays within `budget_bytes` (whole process), with its proof.
 
-    `policy` names a fixed rule instead of the solver. A budget that cannot hold gives a plan with status infeasible, the
-    smallest budget that can and what sets it. `progress` is called with stage, incumbent, bound, gap and seconds.
-    Raises InputError for a profile or policy that cannot be used.
+    `policy` names a fixed rule instead of the solver. The search ends once a plan is proven to take at most the share `gap` of its time
+    longer than the best of its class; with 0 it goes on to the proof, until it has stopped gaining or `time_limit` seconds are over. A budget
+    that cannot hold gives a plan with status infeasible, the smallest budget that can and what sets it. `progress` is called with stage,
+    incumbent, bound, gap and seconds. Raises InputError for a profile or policy that cannot be used.
     """
-    return planner_of(profile).plan(budget_bytes, policy=policy, time_limit=time_limit, progress=progress)
+    return planner_of(profile).plan(budget_bytes, policy=policy, time_limit=time_limit, gap=gap, progress=progress)
 
 
 def minimum_budget(profile: Profile, *, policy: str | None = None, time_limit: float = 30.0) -> int:
@@ -89,6 +93,15 @@ def checked_limit(time_limit: object) -> float:
     return float(time_limit)
 
 
+def checked_gap(gap: object) -> float:
+    """A gap that is enough as a plain float. Raises InputError where it is no share of the step's time from 0 to below 1."""
+    if isinstance(gap, bool) or not isinstance(gap, Real) or not 0 <= float(gap) < 1:
+        raise InputError(
+            f"a gap of {gap!r} is none; name a share of the step's time from 0 to below 1, such as 0.001 for 0.1 %"
+        )
+    return float(gap)
+
+
 def planner_of(profile: Profile) -> Planner | GraphPlanner:
     """The planner for this kind of profile; its `plan` may be called for any number of budgets."""
     if profile.model.kind == "graph":
@@ -96,6 +109,12 @@ def planner_of(profile: Profile) -> Planner | GraphPlanner:
 
         return GraphPlanner(profile)
     return Planner(profile)
+
+
+def finish_seconds(operators: int, time_limit: float) -> float:
+    """Seconds of a time limit that are left to write a plan of so many operators down and replay it."""
+    alone = FINISH_SECONDS * operators
+    return max(alone, min(HELD_UP * alone, HELD_SHARE * time_limit))
 
 
 class Planner:
@@ -119,12 +138,13 @@ class Planner:
         *,
         policy: str | None = None,
         time_limit: float = 30.0,
+        gap: float = 0.0,
         progress: Progress | None = None,
     ) -> Plan:
         """`plan` of this module, reusing what earlier budgets found."""
-        budget_bytes, time_limit = checked_budget(budget_bytes), checked_limit(time_limit)
+        budget_bytes, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
         started = time.monotonic()
-        deadline = started + time_limit - FINISH_SECONDS * len(self.problem.graph.steps)
+        deadline = started + time_limit - finish_seconds(len(self.problem.graph.steps), time_limit)
         name = policy or "solver"
         any_bound = self._any_bound(budget_bytes, name, ANY_SHARE * time_limit)
         outcome = Outcome(schedule=None, bound_seconds=any_bound, any_bound_seconds=any_bound)
@@ -134,14 +154,14 @@ class Planner:
         elif not below and (
             not self.solver.tight(budget_bytes) or self.solver.reaches(budget_bytes, share_of(LEAST_SHARE, deadline))
         ):
-            outcome = self.solver.solve(budget_bytes, deadline, progress, bound=any_bound)
+            outcome = self.solver.solve(budget_bytes, deadline, progress, bound=any_bound, gap=gap)
         self.interrupted = outcome.interrupted
         if outcome.schedule is None:
             least, timely = self._least(name, deadline)
             if least.peak_bytes > budget_bytes:
                 return self._infeasible(budget_bytes, name, least, any_bound, started, timely=timely)
             outcome = replace(outcome, schedule=least, fallback=False, deterministic=timely and outcome.deterministic)
-        return self._finish(budget_bytes, name, outcome, started)
+        return self._finish(budget_bytes, name, outcome, started, asked=gap)
 
     def class_bound(self, solved: Plan) -> float:
         """Seconds that no plan of the class undercuts, as far as was proven for the solver's plan at its budget.
@@ -277,7 +297,7 @@ class Planner:
     # --- the answer ------------------------------------------------------------------------------------------------
 
     @paused_collector()
-    def _finish(self, budget: int, policy: str, outcome: Outcome, started: float) -> Plan:
+    def _finish(self, budget: int, policy: str, outcome: Outcome, started: float, *, asked: float = 0.0) -> Plan:
         assert outcome.schedule is not None
         raw = self._assemble(budget, policy, outcome.schedule)
         return answered(
@@ -287,6 +307,9 @@ class Planner:
             any_bound=outcome.any_bound_seconds,
             started=started,
             deterministic=outcome.deterministic,
+            asked=asked,
+            stalled=outcome.stalled,
+            interrupted=outcome.interrupted,
             fallback=outcome.fallback,
         )
 

@@ -25,7 +25,8 @@ def solve_quietly(
 
     Where HiGHS calls a point optimal that its own tolerances reject, MathOpt has no result; then Glop (linear) or SCIP
     (integers) gives a second opinion. On one thread, so that the answer does not depend on how many cores there are. Raises
-    KeyboardInterrupt at once: HiGHS listens to no interrupter, and is left to its time limit.
+    KeyboardInterrupt at once: HiGHS listens to no interrupter, and is left to its time limit. Where it goes on past
+    that it is left alone too, with a TimeoutError.
     """
     if seconds <= 0:
         raise TimeoutError
@@ -49,9 +50,20 @@ def solve_quietly(
         return _solved(model, second, parameters)
 
 
+LATE_SHARE, LEAST_LATE, MOST_LATE = 0.5, 0.25, 1.0
+"""of its time limit, and seconds at least and at most: how much longer a solver is waited for, which may have a late answer"""
+
+
+def patience(seconds: float) -> float:
+    """How long a solver with a time limit of so many seconds is waited for."""
+    return seconds + min(max(LATE_SHARE * seconds, LEAST_LATE), MOST_LATE)
+
+
 def _solved(
     model: mathopt.Model, solver: mathopt.SolverType, parameters: mathopt.SolveParameters
 ) -> mathopt.SolveResult:
+    assert parameters.time_limit is not None
+    seconds = parameters.time_limit.total_seconds()
     left_alone = threading.Event()
 
     def solve() -> mathopt.SolveResult:
@@ -61,8 +73,8 @@ def _solved(
             return mathopt.solve(model, solver, params=parameters)
 
     try:
-        return interruptible(solve)
-    except KeyboardInterrupt:
+        return interruptible(solve, seconds=patience(seconds))
+    except (KeyboardInterrupt, TimeoutError):
         left_alone.set()
         _nowhere.let_python_out()
         raise

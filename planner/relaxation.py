@@ -23,11 +23,11 @@ OVERFLOW_PRICE = 10.0
 """ms per KiB over the limit, while no fitting combination is known"""
 
 
-def goal(rows: Rows, *, fewest_bytes: bool) -> Linear:
-    """Objective of the step: its time with a small price on moves, or its bytes."""
+def goal(rows: Rows, *, fewest_bytes: bool, priced: bool = True) -> Linear:
+    """Objective of the step: its time, with a small price on moves where they are `priced`, or its bytes."""
     if fewest_bytes:
         return Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
-    return Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE)
+    return Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE if priced else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from planner.explain import percent_within
 from planner.kinds import Kind, budgets_of, feasible, peak_parts, policies_of
 from planner.schema import Plan
 from profiles.units import format_seconds, format_size, unit_of
@@ -97,10 +98,20 @@ def _cell(plan: Plan | None, best: float, bare: str | None) -> Text:
         needed = (
             f"needs {format_size(smallest, round_up=True).removesuffix(f' {bare}')}" if smallest else "does not fit"
         )
+        if plan.ended_by == "time limit" and plan.policy == "solver":
+            needed += " or less"
         return Text(needed, style="red")
-    mark = "" if plan.status == "optimal" or plan.policy != "solver" else f" ({plan.status})"
+    mark = f" ({_mark(plan)})" if plan.policy == "solver" and plan.status != "optimal" else ""
     text = f"{format_seconds(plan.step_seconds).removesuffix(' s')}{mark}"
     return Text(text, style="bold green" if plan.step_seconds <= 1.005 * best else "")
+
+
+def _mark(plan: Plan) -> str:
+    """What is known of a solver's plan that is not proven optimal."""
+    if plan.status == "fallback":
+        return "fallback"
+    cut = {"time limit": ", time limit", "interrupt": ", interrupted"}.get(plan.ended_by or "", "")
+    return f"gap {percent_within(plan.gap)}{cut}"
 
 
 def _bar(size: int, whole: int, kind: Kind) -> str:

@@ -38,7 +38,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from profiles.schema import Device, Layer, Model, Optimizer, Program, Tensor
 
-PLAN_VERSION = 5
+PLAN_VERSION = 6
 MEZO = "mezo"
 """the optimizer of a plan whose gradients are estimated from two forwards"""
 
@@ -93,7 +93,10 @@ class Plan(Record):
     fingerprint: str
     profile_fingerprint: str
     policy: str = Field(description="solver, or the name of the fixed rule")
-    status: Literal["optimal", "feasible", "fallback", "infeasible"]
+    status: Literal["optimal", "feasible", "fallback", "infeasible"] = Field(
+        description="optimal: proven the best of its class, to rounding; feasible: within `gap` of the best; fallback: the time limit ended the"
+        " search before it had a plan; infeasible: nothing fits. A fixed rule is feasible where it fits"
+    )
     budget_bytes: int
     floor_bytes: int
     peak_bytes: int = Field(description="predicted VmHWM of the run, all phases")
@@ -105,6 +108,11 @@ class Plan(Record):
     solve_seconds: float
     deterministic: bool | None = Field(
         None, description="False: the time limit ended the search, another run may find another plan; None: not said"
+    )
+    ended_by: Literal["proof", "gap", "stalled", "time limit", "interrupt"] | None = Field(
+        None,
+        description="what ended the solver's search: the proof that no plan of this class is faster, to rounding; the gap that was asked"
+        " for; that it had stopped gaining; the time limit; or Ctrl-C. None: a fixed rule, or not said",
     )
     minimum_budget_bytes: int | None = None
     minimum_budget_reason: str | None = None
@@ -139,6 +147,15 @@ class Plan(Record):
     def accumulate(self) -> int:
         """Steps whose gradients make one update."""
         return int(self.optimizer.get("accumulate", 1))
+
+    @property
+    def start_bytes(self) -> int:
+        """By how much the start of the process, its imports, passes all that follows; 0 where something later sets the peak."""
+        floor = self.device.floor
+        schedules = [*self.steps, *([self.evaluate] if self.evaluate is not None else [])]
+        instructions = sum(len(phase.instructions) for phase in schedules)
+        later = floor.held_bytes + floor.instruction_bytes * instructions + self.arena_bytes + self.workspace_bytes
+        return max(0, min(self.peak_bytes, floor.start_peak_bytes) - later)
 
     @property
     def exact(self) -> bool:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from planner.answer import TOLERANCE
+from planner.answer import ROUNDING
 from planner.attempt import CARRY_SECONDS, Attempt
 from planner.carry_out import Part, Schedule, smallest_arena
 from planner.collector import paused_collector
@@ -17,7 +17,7 @@ from planner.lowest import lowered
 from planner.master import JOINT_BINARIES, Progress, Search
 from planner.policies import POLICIES, all_streamed, rule_columns, rule_part, smallest
 from planner.pricing import Pool
-from planner.relaxation import Relaxation
+from planner.relaxation import MOVE_PRICE, Relaxation
 from planner.rows import charged_bytes
 from planner.segment_search import SLACK, promising, worthwhile
 from planner.windows import Column
@@ -34,8 +34,12 @@ RELAXED_SHARE, CAREFUL_SHARE = 0.5, 0.7
 """of the time for plans of the class, at which the search for columns ends"""
 SEGMENTS_SHARE, SEGMENTS_CHOICES = 0.4, 3
 """of the time limit, and of the shares left free: what the search for layers to run twice gets, on devices where there is one"""
-RULES_SHARE = 0.05
-"""of the time limit, at most: left to carry out a fixed rule that may be faster"""
+RULES_SHARE = 0.25
+"""of the time limit, at most: left to carry out fixed rules that may be faster; where they take more, they come first"""
+HELD_UP = 4.0
+"""times what they take on an idle machine: as much is left for them where it is within that share"""
+NEAR = 1e-3
+"""to a bound of any schedule, up to which the computation of a fixed rule may come: it is then carried out before anything is searched for"""
 EARLY_GAP = 3e-3
 """of a mixture to its bound, up to which whole columns near it may make a good plan"""
 EARLY_CHOICES = 4
@@ -55,6 +59,8 @@ class Outcome:
     """no schedule at all is faster"""
     interrupted: bool = False
     """whether Ctrl-C ended the search"""
+    stalled: bool = False
+    """whether it is the search for a proof alone that was given up before the time limit"""
     fallback: bool = False
     """the time limit ended the search before it had a plan: a greedy choice or a fixed rule stands in"""
     deterministic: bool = True
@@ -76,8 +82,8 @@ class Solver:
         """the best at budgets before, so that a larger one never gets a slower plan"""
         self.proven: dict[int, float] = {}
         """by budget, of every search: seconds that no plan of the class undercuts"""
-        self._outcomes: dict[int, Outcome] = {}
-        """by budget, of searches that came to their end: the same question has the same answer"""
+        self._outcomes: dict[tuple[int, float], Outcome] = {}
+        """by budget and gap, of searches that came to their end: the same question has the same answer"""
         self._lowest: Schedule | None = None
         self._lowest_proven = False
         """whether the search for it came to its end"""
@@ -136,18 +142,21 @@ class Solver:
     # --- at a budget -----------------------------------------------------------------------------------------------
 
     @paused_collector()
-    def solve(self, budget_bytes: int, deadline: float, progress: Progress | None, *, bound: float = 0.0) -> Outcome:
-        """The fastest schedule found; None where nothing was found to fit. `bound`: seconds that none undercuts.
+    def solve(
+        self, budget_bytes: int, deadline: float, progress: Progress | None, *, bound: float = 0.0, gap: float = 0.0
+    ) -> Outcome:
+        """The fastest schedule found; None where nothing was found to fit. `bound`: seconds that none undercuts; `gap`: the share of its
+        time by which a schedule may be slower than the best where that is enough.
 
         Raises KeyboardInterrupt only where nothing has been carried out yet.
         """
-        known = self._outcomes.get(budget_bytes)
+        known = self._outcomes.get((budget_bytes, gap))
         if known is None:
-            outcome = self._solve(budget_bytes, deadline, progress, bound)
+            outcome = self._solve(budget_bytes, deadline, progress, bound, gap)
         else:
             outcome = replace(known, any_bound_seconds=max(bound, known.any_bound_seconds))
         if outcome.deterministic:
-            self._outcomes[budget_bytes] = outcome
+            self._outcomes[budget_bytes, gap] = outcome
         self._by_clock = self._by_clock or not outcome.deterministic
         self.proven[budget_bytes] = max(self.proven.get(budget_bytes, 0.0), outcome.bound_seconds)
         fitting = [one for one in self.found if one.schedule is not None and one.schedule.peak_bytes <= budget_bytes]
@@ -163,22 +172,28 @@ class Solver:
             self.found.append(outcome)
         return outcome
 
-    def _solve(self, budget_bytes: int, deadline: float, progress: Progress | None, any_bound: float) -> Outcome:
+    def _solve(
+        self, budget_bytes: int, deadline: float, progress: Progress | None, any_bound: float, gap: float
+    ) -> Outcome:
         started = time.monotonic()
-        rule = min(RULES_SHARE * (deadline - started), CARRY_SECONDS * len(self.problem.graph.steps))
         attempt = Attempt(
             problem=self.problem,
             limit=self.room(budget_bytes),
-            deadline=deadline - max(0.0, rule),
+            deadline=deadline,
             started=started,
             progress=progress,
+            gap=max(ROUNDING, gap),
             bound=any_bound,
         )
+        rules, most = self._seconds_of_rules(attempt.limit), RULES_SHARE * (deadline - started)
+        first = rules > most
+        # On a busy machine they take a few times as long as alone.
+        attempt.deadline -= 0.0 if first else min(HELD_UP * rules, most)
         fallback = interrupted = False
         try:
-            self._by_rules(attempt, any_bound, most=any_bound * (1 + TOLERANCE))
+            self._by_rules(attempt, any_bound, most=float("inf") if first else any_bound * (1 + NEAR))
             ruled = attempt.best
-            if not attempt.near(any_bound, TOLERANCE):
+            if not attempt.near(any_bound, attempt.gap):
                 with attempt.within(1 - SEGMENTS_SHARE if self._reruns else 1.0):
                     self._in_the_class(attempt)
                 if attempt.best is ruled and not attempt.timely:
@@ -247,8 +262,17 @@ class Solver:
                     search.report("carried out", schedule.seconds, attempt.bound)
                     break
                 allowed -= excess
-            if attempt.near(attempt.bound, TOLERANCE):
-                break
+            if attempt.near(attempt.bound, attempt.gap):
+                return
+        if attempt.near(attempt.bound, 2 * MOVE_PRICE):
+            # The price of moves is all that stands in the way of a proof.
+            search = Search(relaxation=self.relaxed, limit_bytes=attempt.limit, deadline=attempt.deadline)
+            answer = search.joint(priced=False)
+            if answer is not None:
+                attempt.bound = max(attempt.bound, answer.bound_seconds)
+                attempt.timely = attempt.timely and answer.proven
+                if not attempt.near(attempt.bound, attempt.gap):
+                    attempt.carry(answer.columns)
 
     def _by_columns(self, attempt: Attempt) -> None:
         """A large model: the bound from relaxed rows, columns chosen under rows that plans can really keep."""
@@ -334,21 +358,30 @@ class Solver:
             computing = part.computing_seconds
             # The class leaves segments out, and so does its bound.
             bound = any_bound if part.segments else attempt.bound
-            if computing > most or (best is not None and computing >= best.seconds) or attempt.near(bound, TOLERANCE):
+            if computing > most or (best is not None and computing >= best.seconds) or attempt.near(bound, attempt.gap):
                 continue
-            # What a segment spares the columns' figures do not know.
-            if part.segments or charged_bytes(self.problem, columns) <= attempt.limit:
+            if self._may_fit(part, attempt.limit):
                 if best is not None and not attempt.carries_in_time():
                     attempt.timely = False
                     return
                 attempt.carry(columns, part.segments)
+
+    def _may_fit(self, part: Part, limit: int) -> bool:
+        """Whether a fixed rule may fit `limit` bytes of arena and instructions."""
+        # What a segment spares the columns' figures do not know.
+        return bool(part.segments) or charged_bytes(self.problem, part.columns) <= limit
+
+    def _seconds_of_rules(self, limit: int) -> float:
+        """To carry out all fixed rules that may fit, on an idle machine."""
+        fitting = sum(self._may_fit(part, limit) for part in self._rules)
+        return CARRY_SECONDS * len(self.problem.graph.steps) * fitting
 
     def _by_segments(self, attempt: Attempt, any_bound: float) -> None:
         """Where moving layer inputs costs more than running layers again: plans under which runs of them do.
 
         The bound of the class does not hold for these, so it ends no search for them.
         """
-        if not self._reruns or attempt.near(any_bound, TOLERANCE):
+        if not self._reruns or attempt.near(any_bound, attempt.gap):
             return
         with attempt.within():
             # Columns priced for the class promise more than plans of segments keep where the disk is slow.

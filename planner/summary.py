@@ -6,6 +6,8 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from profiles.marks import marks
+
 if TYPE_CHECKING:
     from planner.schema import Phase, Plan
     from profiles.schema import Profile, Tensor
@@ -23,6 +25,7 @@ PLAN_FIELDS = (
     "any_schedule_gap",
     "solve_seconds",
     "deterministic",
+    "ended_by",
     "minimum_budget_bytes",
     "minimum_budget_reason",
     "arena_bytes",
@@ -91,6 +94,7 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "measured": profile.device.measured,
         "busy_cores": profile.device.busy_cores,
         "compared": profile.model.compared,
+        "marks": marks(profile.device),
     }
 
 
@@ -105,6 +109,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     from planner.render import decision_counts
 
     summary: dict[str, Any] = {name: getattr(plan, name) for name in PLAN_FIELDS}
+    summary["marks"] = marks(plan.device)
     summary["decisions"] = decision_counts(plan)
     summary["train"], summary["evaluate"] = _phase(plan.train), _phase(plan.evaluate)
     summary["cycle"] = [_phase(step) for step in plan.cycle]

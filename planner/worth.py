@@ -68,9 +68,10 @@ def what_if(
     *,
     step_bytes: int | None = None,
     time_limit: float = 30.0,
+    gap: float = 0.0,
     progress: Progress | None = None,
 ) -> tuple[Plan, list[Worth]]:
-    """`neighbours`, checked by planning both budgets; `time_limit` seconds for each bound and each plan.
+    """`neighbours`, checked by planning both budgets to a `gap`; `time_limit` seconds for each bound and each plan.
 
     Where the search found a faster step in less memory, that plan takes the place of `plan`: it is returned first. After Ctrl-C no
     further budget is planned.
@@ -89,7 +90,7 @@ def what_if(
             continue
         if interrupted:
             continue
-        made = planner.plan(budget, time_limit=time_limit, progress=progress)
+        made = planner.plan(budget, time_limit=time_limit, gap=gap, progress=progress)
         interrupted = planner.interrupted
         holds = made.status != "infeasible"
         if holds and change < 0 and made.step_seconds < best.step_seconds:

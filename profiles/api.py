@@ -23,6 +23,7 @@ from profiles.estimate import estimate_profile
 from profiles.exchange import load_profile, save_profile
 from profiles.files import cache_directory
 from profiles.interpreter import python_path
+from profiles.marks import marks
 from profiles.measure import measure
 from profiles.pack import build_store
 from profiles.processor import cpu_name, features
@@ -154,7 +155,7 @@ def profile(
                 # The same model may lie elsewhere by now, and so may the cache.
                 here = loaded.model.model_copy(update={"name": found.name, "source": found.path, "store": store})
                 earlier = loaded.model_copy(update={"model": here})
-                if not crowded(earlier.device.busy_cores, threads) or crowded(taken_now(threads), threads):
+                if not marks(earlier.device) or crowded(taken_now(threads), threads):
                     return earlier
         except InputError:
             cached.unlink(missing_ok=True)
@@ -227,7 +228,7 @@ def profile(
     )
     if elsewhere is not None:
         return estimate_profile(result, elsewhere)
-    if earlier is not None and earlier.device.busy_cores <= result.device.busy_cores:
+    if earlier is not None and _marked(earlier) <= _marked(result):
         return earlier
     save_profile(result, cached)
     return result
@@ -237,6 +238,11 @@ def _present(store: str | None) -> str | None:
     """Where a store of the cache lies now; None where it is gone, or there was none."""
     places = () if store is None else (cache_directory() / "stores" / Path(store).name, Path(store))
     return next((str(place) for place in places if place.exists()), None)
+
+
+def _marked(profile: Profile) -> tuple[int, float]:
+    """How doubtful a profile's figures are: the less, the smaller."""
+    return len(marks(profile.device)), profile.device.busy_cores
 
 
 def _fingerprint(source: Source, *settings: Any) -> str:

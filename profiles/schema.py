@@ -161,6 +161,10 @@ class Channel(Record):
     compute_seconds_per_transfer: float = Field(
         0.0, ge=0, description="compute time lost per transfer, beside its bytes"
     )
+    doubt: str | None = Field(
+        None,
+        description="why the bandwidth is not the measured one, in words: what was measured, again and again, is not possible; None: it is",
+    )
 
 
 class Floor(Record):

@@ -93,3 +93,8 @@ def format_size(size: int, *, round_up: bool = False) -> str:
         return f"{size} B"
     rounding = ROUND_CEILING if round_up else ROUND_HALF_EVEN
     return f"{(Decimal(size) / unit).quantize(Decimal('0.1'), rounding=rounding)} {name}"
+
+
+def padding_text(share: float) -> str:
+    """How much of the rows of a batch is padding, in words."""
+    return f"rows {share:.0%} padding"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner.summary import plan_summary, profile_summary, to_json
-from profiles.busy import crowded
-from profiles.units import MIB, format_seconds, format_size
+from profiles.marks import caution, marks
+from profiles.units import MIB, format_seconds, format_size, padding_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,8 +38,6 @@ def profile_text(profile: Profile) -> RenderableType:
     facts = profile_summary(profile)
     shape = f"batch {profile.batch}" + (f" × sequence {profile.seq}" if profile.seq else "")
     how = "measured" if facts["measured"] else "estimated from FLOPs and bytes"
-    if crowded(facts["busy_cores"], profile.device.threads):
-        how += f" while other programs took {facts['busy_cores']:.1f} cores: times are too long; they are measured again once these are idle"
     rows = [
         ("device", f"{facts['device']}, {profile.device.threads} threads, {how}"),
         ("model", f"{facts['model']}, {facts['layers']} layers of {facts['programs']} kinds"),
@@ -68,7 +66,7 @@ def profile_text(profile: Profile) -> RenderableType:
     ]
     if profile.model.compared:
         rows.append(("gradients", profile.model.compared))
-    return _facts_table(rows)
+    return _facts_table([*(("caution", "; ".join(said)) for said in [marks(profile.device)] if said), *rows])
 
 
 def devices_text(devices: Sequence[DeviceDescription]) -> RenderableType:
@@ -158,7 +156,7 @@ def comparison_text(plans: Sequence[Plan]) -> RenderableType:
     parts: list[RenderableType] = []
     for device in devices_of(plans):
         here = [plan for plan in plans if plan.device.name == device]
-        parts += [comparison_table(here), *map(Text, verdicts(here)), ""]
+        parts += [*map(Text, caution(here[0].device)), comparison_table(here), *map(Text, verdicts(here)), ""]
     return Group(*parts[:-1])
 
 
@@ -205,6 +203,9 @@ def report_text(report: dict[str, Any]) -> RenderableType:
     taken = step["measured"]  # None where the metrics of a resumed run are lost
     ratio = f"{taken / step['predicted']:.3f}" if taken else "–"
     table.add_row("step", f"{step['predicted']:.3f} s", f"{taken:.3f} s" if taken else "–", ratio)
+    if tokens := report.get("tokens"):
+        rate = f"{tokens['per_second']:,.0f}"
+        table.add_row(f"tokens/s ({padding_text(tokens['padding_share'])})", "–", rate, "–")
     cap = "the kernel (memory cgroup)" if report["enforced_by"] == "cgroup" else "the process's own meter"
     counted = report.get("cgroup_peak_bytes")
     rows = [

@@ -31,8 +31,11 @@ class TrainingBatches(Protocol):
 
     fingerprint: str
 
-    def training(self, step: int, inputs: Sequence[Tensor]) -> None:
-        """Fill `inputs` with the batch of training step `step`, counted from 0."""
+    def training(self, step: int, inputs: Sequence[Tensor]) -> int | None:
+        """Fill `inputs` with the batch of training step `step`, counted from 0.
+
+        Returns how many tokens it has, padding left out; None where nobody knows.
+        """
 
     def close(self) -> None: ...
 
@@ -51,8 +54,8 @@ class TokenBatches:
         self._seed = seed
         self.fingerprint = self._records.fingerprint
 
-    def training(self, step: int, inputs: Sequence[Tensor]) -> None:
-        self._records.training_batch(step, self._seed, inputs[0], inputs[1])
+    def training(self, step: int, inputs: Sequence[Tensor]) -> int:
+        return sum(record.length for record in self._records.training_batch(step, self._seed, inputs[0], inputs[1]))
 
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
         return -(-len(self._records) // inputs[0].shape[0])

@@ -59,6 +59,13 @@ Force = Annotated[bool, typer.Option("--force", help="Measure again even where a
 TimeLimit = Annotated[
     float, typer.Option("--time-limit", metavar="SECONDS", help="Seconds the solver may take for one plan.")
 ]
+Gap = Annotated[
+    float,
+    typer.Option(
+        metavar="SHARE",
+        help="End a search once its plan is proven to be slower than the best of its kind by at most this share, for example 0.001 for 0.1 %; 0: go on to the proof, as long as that gains anything within the time limit.",
+    ),
+]
 Server = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Let a `tightfit serve` elsewhere solve; its token in TIGHTFIT_TOKEN."),
@@ -193,6 +200,7 @@ def plan(
         ),
     ] = None,
     time_limit: TimeLimit = 30.0,
+    gap: Gap = 0.0,
     what_if: Annotated[
         bool,
         typer.Option(
@@ -207,7 +215,7 @@ def plan(
 ) -> None:
     """Find the fastest training step whose peak never exceeds the budget, and prove how near it is to the best."""
     budget = parse_size(memory)
-    _at_least(0, time_limit=time_limit)
+    _at_least(0, time_limit=time_limit, gap=gap)
     from planner.exchange import save_plan
     from profiles.api import load_profile
     from profiles.files import check_place
@@ -221,10 +229,10 @@ def plan(
     with Interrupts() as interrupts, Solving(console, time_limit) as solving:
         if server is not None:
             with _service(server) as service:
-                planned = service.plan(loaded, budget, policy=policy, time_limit=time_limit, progress=solving)
+                planned = service.plan(loaded, budget, policy=policy, time_limit=time_limit, gap=gap, progress=solving)
                 why = service.explanation(planned)
         else:
-            planned, why = _plan_here(loaded, budget, policy, time_limit, solving, interrupts, what_if=what_if)
+            planned, why = _plan_here(loaded, budget, policy, time_limit, gap, solving, interrupts, what_if=what_if)
     if why.shortfall is not None and why.shortfall.minimum_budget_bytes != planned.minimum_budget_bytes:
         # The search went on after the answer and found less; the reason told of the plan before.
         smallest = why.shortfall.minimum_budget_bytes
@@ -264,6 +272,7 @@ def compare(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page.")] = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curve as .png or .svg.")] = None,
     time_limit: TimeLimit = 30.0,
+    gap: Gap = 0.0,
     server: Server = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -271,7 +280,7 @@ def compare(
     """Compare policies over budgets and devices: seconds per step, or the smallest budget that would be enough."""
     budgets = [parse_size(part) for part in memory.split(",")]
     policies = None if policy is None else [part.strip() for part in policy.split(",")]
-    _at_least(0, time_limit=time_limit)
+    _at_least(0, time_limit=time_limit, gap=gap)
     from planner.compare import compare as compare_plans
     from profiles.api import load_profile
     from profiles.devices import find_device
@@ -293,7 +302,13 @@ def compare(
         if server is not None:
             with _service(server) as service:
                 plans = service.compare(
-                    loaded, budgets, policies, devices=names, time_limit=time_limit, progress=comparing.elsewhere
+                    loaded,
+                    budgets,
+                    policies,
+                    devices=names,
+                    time_limit=time_limit,
+                    gap=gap,
+                    progress=comparing.elsewhere,
                 ).plans
         else:
             plans = compare_plans(
@@ -302,6 +317,7 @@ def compare(
                 policies,
                 devices=[None if name == "own" else find_device(name) for name in names],
                 time_limit=time_limit,
+                gap=gap,
                 progress=comparing,
                 solving=comparing.solving,
             ).plans
@@ -506,6 +522,7 @@ def _plan_here(
     budget: int,
     policy: str | None,
     time_limit: float,
+    gap: float,
     solving: Solving,
     interrupts: Interrupts,
     *,
@@ -519,11 +536,11 @@ def _plan_here(
 
     planner = planner_of(profile)
     started = time.monotonic()
-    planned = planner.plan(budget, policy=policy, time_limit=time_limit, progress=solving)
+    planned = planner.plan(budget, policy=policy, time_limit=time_limit, gap=gap, progress=solving)
     # Whatever Ctrl-C takes from here on, the answer is there.
     with contextlib.suppress(KeyboardInterrupt):
         if what_if and planned.status != "infeasible" and planned.policy == "solver" and not interrupts.seen:
-            planned, beside = check(planner, planned, time_limit=time_limit, progress=solving)
+            planned, beside = check(planner, planned, time_limit=time_limit, gap=gap, progress=solving)
             return planned, account(planned).model_copy(update={"neighbours": beside})
         left = 0.0 if interrupts.seen else time_limit - (time.monotonic() - started)
         return planned, explained(planner, planned, time_limit=time_limit, left=left)
@@ -610,8 +627,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         code = told(_failure(error), as_json="--json" in words)
     code = code if isinstance(code, int) else 0
-    if interrupts.seen and left_alone():
-        # It goes on to its time limit, for nobody.
+    if left_alone():
+        # A solver that Ctrl-C or its time limit ended the waiting for goes on, for nobody.
         try:
             for stream in (sys.stdout, sys.stderr):
                 # Closed, or with nobody left to read it.

@@ -219,6 +219,8 @@ def _step(
         training.executor.detail = None
     peaks["train"] = training.meter.check_peak()
     told = {"loss": loss, "seconds": seconds, "resident_bytes": memory().resident, "peak_bytes": peaks["train"]}
+    if training.tokens is not None:
+        told["tokens"] = training.tokens
     metrics.add(step=step, **told)
     send("step", step=step, **told, spent=training.executor.seconds)
     if not math.isfinite(loss):

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from profiles.errors import RunError
-from profiles.units import MIB, format_size
+from profiles.units import MIB, format_size, padding_text
 
 QUIET_SECONDS = 10.0
 """between two lines where stderr is no terminal"""
@@ -37,12 +37,16 @@ class Training:
         other_bytes: int = 0,
         file: TextIO | None = None,
     ) -> None:
-        """`other_bytes` are what other processes of the run hold beside the training process, of whose memory each step tells."""
+        """`tokens_per_step` are the places for tokens in a step's rows, padding included; None of a module. `other_bytes` are what other
+        processes of the run hold beside the training process, of whose memory each step tells.
+        """
         self._steps, self._tokens, self._budget, self._other = steps, tokens_per_step, budget, other_bytes
         self._file = file or sys.stderr
         self.live = self._file.isatty()
         self._stage: str | None = None
         self._pace: float | None = None
+        self._real: float | None = None
+        """tokens of a step that are no padding"""
         self._said = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -64,21 +68,32 @@ class Training:
         if self.live:
             self._show(f"{what} {_bar(done, total)} {done}/{total}")
 
-    def __call__(self, step: int, loss: float, seconds: float, resident: int, peak: int) -> None:
-        """One finished step, counted from 1; `seconds` it took, bytes that the training process holds now and held at its peak so far."""
+    def __call__(
+        self, step: int, loss: float, seconds: float, resident: int, peak: int, tokens: int | None = None
+    ) -> None:
+        """One finished step, counted from 1; `seconds` it took, bytes that the training process holds now and held at its peak so far, and its
+        `tokens`, padding left out.
+        """
         self._stage = None
         # The first steps are slower (pages are touched for the first time): a moving mean forgets them.
-        self._pace = seconds if self._pace is None else 0.8 * self._pace + 0.2 * seconds
-        rate = f"{self._tokens / self._pace:,.0f} tokens/s" if self._tokens else f"{self._pace:.3f} s per step"
+        self._pace = _moved(self._pace, seconds)
+        rate, padding = f"{self._pace:.3f} s per step", ""
+        if tokens is not None:
+            self._real = _moved(self._real, tokens)
+            rate = f"{self._real / self._pace:,.0f} tokens/s"
+            padding = f" ({padding_text(1 - self._real / self._tokens)})" if self._tokens else ""
         left = round(self._pace * (self._steps - step))
-        told = f"loss {loss:.4f}, {rate}, {left // 60}:{left % 60:02d} left"
+        loss_text, left_text = f"loss {loss:.4f}", f"{left // 60}:{left % 60:02d} left"
         resident, peak = resident + self._other, peak + self._other
         memory = f"memory {format_size(resident)}, peak {format_size(peak)} of {format_size(self._budget)}"
-        self._line(f"step {step}/{self._steps}: {told}, {memory}", now=step == self._steps)
+        told = f"step {step}/{self._steps}: {loss_text}, {rate}{padding}, {left_text}, {memory}"
+        self._line(told, now=step == self._steps)
         if self.live:
             full = peak > NEARLY_FULL * self._budget
             held = f"{peak / MIB:.1f} of {format_size(self._budget)}"
-            self._show(f"{_bar(step, self._steps)} {step}/{self._steps} {told}, {held}", red=full)
+            # Where a line has no room for it, the report alone tells how much is padding.
+            bar = _bar(step, self._steps)
+            self._show(f"{bar} {step}/{self._steps} {loss_text}, {rate}, {left_text}, {held}", red=full)
 
     @property
     def stepped(self) -> bool:
@@ -105,6 +120,11 @@ class Training:
         except BrokenPipeError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())  # further words go nowhere
             raise RunError("messages cannot be shown any more: what read stderr has ended") from error
+
+
+def _moved(mean: float | None, value: float) -> float:
+    """A moving mean with one more value."""
+    return value if mean is None else 0.8 * mean + 0.2 * value
 
 
 def _bar(done: int, total: int) -> str:

@@ -76,6 +76,7 @@ def planned_figures(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "supervisor_bytes": plan.device.floor.supervisor_bytes,
         "step_seconds": plan.step_seconds,
+        "places_per_step": plan.batch * plan.seq if plan.seq else None,
         "sorts": _sorts(plan),
         "train": _phase(plan.steps, plan.device.floor.supervisor_bytes),
         "evaluate": _phase([plan.evaluate] if plan.evaluate else [], plan.device.floor.supervisor_bytes),
@@ -127,6 +128,7 @@ def build_report(
         "program_bytes": program_bytes,
         "preparation_bytes": preparation_bytes,
         "step_seconds": {"predicted": planned["step_seconds"], "measured": _typical(seconds, first, sorts)},
+        "tokens": tokens_told(planned["places_per_step"], lines),
         "loss": [line["loss"] for line in lines],
         "adapter": observed.trained,
         "checkpoint": observed.checkpoint,
@@ -164,6 +166,25 @@ def build_report(
 def write_report(directory: str, report: dict[str, Any]) -> None:
     with writing_to(directory), open(os.path.join(directory, "report.json"), "w", encoding="utf-8") as file:
         file.write(json.dumps(report, indent=1) + "\n")
+
+
+def tokens_told(places: int | None, lines: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Tokens of the steps in `lines`, those of the metrics: `per_step` and `per_second` without padding, and the share of the rows'
+    places that is padding; a step's rows have so many `places` for tokens. None where nobody knows, as of a module.
+
+    The first step, which is slower, is left out of the rate where there are others.
+    """
+    known = [line for line in lines if "tokens" in line]
+    if not known or not places:
+        return None
+    steady = known[1:] or known
+    per_step = sum(line["tokens"] for line in known) / len(known)
+    seconds = sum(line["seconds"] for line in steady)
+    return {
+        "per_step": per_step,
+        "per_second": sum(line["tokens"] for line in steady) / seconds if seconds else 0.0,
+        "padding_share": 1 - per_step / places,
+    }
 
 
 def _sorts(plan: Plan) -> list[int]:

@@ -29,8 +29,9 @@ from runtime.progress import Training
 from runtime.report import LATEST_STEPS, Observed, build_report, write_report
 from runtime.resident import memory
 
-Progress = Callable[[int, float, float, int, int], None]
-"""progress(step, loss, seconds, resident bytes, peak bytes) after every step, counted from 1."""
+Progress = Callable[[int, float, float, int, int, int | None], None]
+"""progress(step, loss, seconds, resident bytes, peak bytes, tokens) after every step, counted from 1; tokens are the step's, padding left
+out, and None of a module."""
 Stages = Callable[[str, int, int], None]
 """stages(what, done, total) while something is prepared."""
 SLACK_BYTES = 1 << 20
@@ -106,6 +107,7 @@ def _follow(child: LeanProcess, progress: Progress | None, stages: Stages | None
                 message["seconds"],
                 message["resident_bytes"],
                 message["peak_bytes"],
+                message.get("tokens"),
             )
         elif message["event"] == "evaluating" and stages:
             stages(f"evaluating {message['when']}", message["done"], message["total"])
@@ -189,7 +191,7 @@ def _answer(report: dict[str, Any], *, as_json: bool) -> None:
 def measure() -> int:
     """Bytes that a supervisor holds at its peak: it follows a process that tells what a training process does."""
     words = json.dumps({"event": "timeline", "which": "first", "samples": [[i, i / 7e3, i << 20] for i in range(2048)]})
-    step = {"event": "step", "step": 1, "loss": 1.0, "seconds": 0.5, "resident_bytes": 1, "peak_bytes": 1}
+    step = {"event": "step", "step": 1, "loss": 1.0, "seconds": 0.5, "resident_bytes": 1, "peak_bytes": 1, "tokens": 1}
     step["spent"] = dict.fromkeys(("run", "unpack", "perturb", "update", "stall"), 0.1)
     observed = Observed()
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
@@ -198,7 +200,7 @@ def measure() -> int:
             message = json.loads(line)
             observed.take(message)
             if message["event"] == "step":
-                training(1, 1.0, 0.5, 1, 1)
+                training(1, 1.0, 0.5, 1, 1, 1)
         with passed_on():
             subprocess.run(["/bin/true"], check=False)
     return memory().peak + SLACK_BYTES

@@ -73,6 +73,8 @@ class Training:
         self.batches: TrainingBatches = (
             open_batches(header["data"], header["seed"]) if requests is None else Requests(requests)
         )
+        self.tokens: int | None = None
+        """of the latest step, padding left out; None where nobody knows"""
 
     def set_rate(self, lr: float | None) -> None:
         """The learning rate from the next step on; None: that of the run."""
@@ -81,7 +83,7 @@ class Training:
 
     def step(self, number: int) -> float:
         """Training step `number`, counted from 1; returns its loss."""
-        self.batches.training(number - 1, self.inputs)
+        self.tokens = self.batches.training(number - 1, self.inputs)
 
         def seed() -> None:
             torch.default_generator.manual_seed(self.header["seed"] * 1_000_003 + number)

@@ -1,10 +1,20 @@
+import html
+import io
 import time
 
 import pytest
 import torch
+from rich.console import Console
+from synthetic import device, small_chain
 
+from planner.explain import explain
+from planner.html import comparison_page
+from planner.plan import Planner
+from planner.summary import plan_summary, profile_summary
 from profiles.errors import RunError
+from profiles.schema import Channel as Channel_
 from runtime import bandwidth
+from runtime.answers import comparison_text, profile_text
 from runtime.bandwidth import Group, measure_channels, measure_transfers
 from runtime.channels import Channel
 
@@ -83,6 +93,64 @@ def test_what_computing_loses_is_told_by_transfer_and_by_byte(channel):
     figures = measure_transfers(channel, {"read": busy}, 0, Interpreted())["read"]
     assert LATENCY / 4 < figures["compute_seconds_per_transfer"] < LATENCY * 1.5
     assert 0.25 < figures["compute_seconds_per_byte"] * BANDWIDTH < 1.5
+
+
+class Crossed:
+    """A computation beside which large transfers end as soon as small ones in the first `turns` attempts: two medians that cross."""
+
+    def __init__(self, monkeypatch, attempts):
+        self.attempts, self.beside = attempts, False
+        measured, beside = bandwidth._measured, bandwidth._beside
+
+        def attempt(*args):
+            self.attempts -= 1
+            return measured(*args)
+
+        def one(*args):
+            self.beside = True
+            try:
+                return beside(*args)
+            finally:
+                self.beside = False
+
+        monkeypatch.setattr(bandwidth, "_measured", attempt)
+        monkeypatch.setattr(bandwidth, "_beside", one)
+
+    def transfer(self, address, size, offset):
+        crossed = self.beside and self.attempts >= 0
+        time.sleep(LATENCY if crossed else LATENCY + size / BANDWIDTH)
+
+    def run(self):
+        time.sleep(LATENCY / 10)
+
+
+@pytest.mark.parametrize("attempts", [1, 99])
+def test_what_is_not_possible_is_measured_again_and_marked_where_it_stays_so(channel, monkeypatch, attempts):
+    group = Crossed(monkeypatch, attempts)
+    figures = measure_transfers(channel, {"read": group.transfer}, 0, group)["read"]
+    assert BANDWIDTH / 2.5 < figures["bytes_per_second"] < BANDWIDTH * 1.5
+    assert attempts - group.attempts == (2 if attempts == 1 else bandwidth.ATTEMPTS)
+    read = Channel_.model_validate(figures)
+    if attempts == 1:
+        assert read.doubt is None
+        return
+    assert read.doubt.startswith("reads came out at ")
+    assert "in each of 3 attempts: the " in read.doubt
+    # The profile and each of its plans say it first, in one line.
+    on = device()
+    on = on.model_copy(update={"read": read})
+    planner = Planner(small_chain(1, on=on))
+    assert profile_summary(planner.profile)["marks"] == [read.doubt]
+    made = planner.plan(1 << 40)
+    assert explain(made)[0] == f"caution: {read.doubt}"
+    assert plan_summary(made)["marks"] == [read.doubt]
+    console = Console(file=io.StringIO(), width=1000)
+    console.print(profile_text(planner.profile))
+    console.print(comparison_text([made]))
+    first = console.file.getvalue().splitlines()
+    assert read.doubt in first[0]
+    assert sum(read.doubt in line for line in first) == 2
+    assert read.doubt in html.unescape(comparison_page([made]))
 
 
 def test_measured_on_a_disk(tmp_path):

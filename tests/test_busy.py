@@ -13,8 +13,9 @@ import pytest
 from damage import CONFIG
 from rich.console import Console
 
-from planner.explain import _proof
+from planner.explain import explain
 from planner.plan import Planner
+from planner.summary import plan_summary, profile_summary
 from profiles import api, busy
 from profiles.api import load_profile, profile, save_profile
 from runtime.answers import profile_text
@@ -96,13 +97,17 @@ def test_a_profile_of_a_busy_moment_is_measured_again_in_an_idle_one(tmp_path, m
     again = profile(str(there), seq=16, threads=1)
     assert (again.device, again.model.source, len(calls)) == (first.device, str(there), 1)
     assert "other programs took 2.0 cores" in told(again)
-    assert "other programs took 2.0 cores" in _proof(Planner(again).plan(1 << 40))
+    busy_ = Planner(again).plan(1 << 40)
+    # Of the plan too it is the first line.
+    assert explain(busy_)[0].startswith("caution: other programs took 2.0 cores")
+    assert plan_summary(busy_)["marks"] == profile_summary(again)["marks"] != []
+    assert told(again).lstrip().startswith("caution")
     monkeypatch.setattr(api, "taken_now", lambda threads: 0.0)
     calm = profile(str(there), seq=16, threads=1)
     assert (calm.device.busy_cores, len(calls)) == (0.0, 2)
     assert load_profile(cached) == calm
     assert "other programs" not in told(calm)
-    assert "other programs" not in _proof(Planner(calm).plan(1 << 40))
+    assert "caution" not in explain(Planner(calm).plan(1 << 40))[0]
     # One of an idle moment is returned as it is, and one that came out worse is not kept.
     assert profile(str(there), seq=16, threads=1) == calm
     assert len(calls) == 2

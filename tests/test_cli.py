@@ -50,6 +50,7 @@ def planned(monkeypatch):
                 pass
 
             def plan(self, budget, **options):
+                answer.asked = options
                 return plan
 
             def smallest_plan(self, **options):
@@ -75,6 +76,7 @@ def planned(monkeypatch):
         (["plan", "p.json", "--memory", "0"], f"'0' is no memory at all; {FORMS}"),
         (["compare", "p.json", "--memory", "1GB,,2GB"], f"'' is not a size; {FORMS}"),
         (["plan", "p.json", "--memory", "1GB", "--time-limit", "-1"], "--time-limit -1.0: give a number of at least 0"),
+        (["compare", "p.json", "--memory", "1GB", "--gap", "-1"], "--gap -1.0: give a number of at least 0"),
         (["profile", "m", "--seq", "0"], "--seq 0: give a number of at least 1"),
         (["profile", "m", "--batch", "-3"], "--batch -3: give a number of at least 1"),
         (["profile", "m", "--lora-rank", "0"], "--lora-rank 0: give a number of at least 1"),
@@ -133,13 +135,16 @@ def test_a_plan_is_written_and_told(tightfit, planned, tmp_path):
     assert code == 0
     told = json.loads(out)
     assert out.count("\n") == 1
+    assert (planned.asked["gap"], planned.asked["time_limit"]) == (0.0, 30.0)
+    tightfit("plan", "profile.json", "--memory", "350MiB", "-o", path, "--gap", 0.002)
+    assert planned.asked["gap"] == 0.002
     for name, value in {
         "status": "optimal",
         "budget_bytes": 350 * MIB,
         "floor_bytes": 220 * MIB,
         "peak_bytes": 340 * MIB,
         "step_seconds": 1.25,
-        "gap": 0.002,
+        "gap": 0.0,
         "any_schedule_gap": 0.2,
         "solve_seconds": 1.5,
         "plan": str(path),
@@ -293,6 +298,7 @@ def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
 
     def compare(profile, budgets, policies, **options):
         asked.update(budgets=budgets, policies=policies, devices=[d and d.name for d in options["devices"]])
+        asked.update(gap=options["gap"])
         return Answer
 
     monkeypatch.setattr(profiles.api, "load_profile", lambda path: None)
@@ -300,7 +306,7 @@ def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
     assert tightfit("compare", "p.json", "--memory", "1GB", "--device", "own,tpu9")[0] == 2
     page, picture = tmp_path / "c.html", tmp_path / "c.svg"
     code, out, _ = tightfit(
-        "compare", "p.json", "--memory", "250MiB,1GB", "--html", page, "--picture", picture, "--json"
+        "compare", "p.json", "--memory", "250MiB,1GB", "--gap", 0.001, "--html", page, "--picture", picture, "--json"
     )
     assert code == 0
     told = json.loads(out)
@@ -319,6 +325,7 @@ def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
         "budgets": [250 * MIB, 10**9],
         "policies": None,
         "devices": [None],
+        "gap": 0.001,
     }
     code, out, _ = tightfit("compare", "p.json", "--memory", "250MiB", "--device", "phone,own")
     assert asked["devices"] == ["phone", None]

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from profiles.directory_tokenizer import directory_vocabulary
 from profiles.errors import InputError
 from profiles.vocabulary import Vocabulary
+from runtime.batches import TokenBatches
 from runtime.chat import ChatTemplate
 from runtime.data import RANDOM_RECORDS, Encoder, _pad_token, _Samples, prepare
 from runtime.records import HEADER_BYTES, IGNORED, RecordFile, RecordWriter, shuffled
@@ -132,6 +133,9 @@ def test_records_come_back_and_any_step_can_be_asked_for(
         for epoch in {place // len(samples) for place, _ in seen}:
             within = [example for place, example in seen if place // len(samples) == epoch]
             assert len(within) == len(set(within))
+        batches = TokenBatches(str(path), seed)
+        assert batches.training(start + 4, (ids, labels)) == sum(len(samples[example]) for _, example in seen[-batch:])
+        batches.close()
         again = [file.read(file.index(start + 4, row, batch, seed)).example for row in range(batch)]
         assert again == [example for _, example in seen[-batch:]]
 

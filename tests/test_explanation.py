@@ -11,10 +11,10 @@ from sample_plans import sample_plan
 from synthetic import decoder_like, device, small_chain
 
 from planner.costs import Ledger
-from planner.explain import explain
+from planner.explain import explain, percent_within
 from planner.explanation import account, peak_text, shortfall
 from planner.graphs.planner import GraphPlanner
-from planner.kinds import fullest
+from planner.kinds import fullest, peak_parts
 from planner.plan import Planner, planner_of
 from planner.worth import explained, neighbours, what_if
 from profiles.bare import graph_profile, parse_graph
@@ -108,6 +108,7 @@ def test_the_peak_is_the_simulators(ruled):
     assert told.bytes == ruled.peak_bytes
     parts = (told.floor_bytes, told.schedule_bytes, told.tensor_bytes, told.workspace_bytes)
     assert sum(parts) == ruled.peak_bytes
+    assert told.start_bytes == ruled.start_bytes == 0
     count = len(ruled.train.instructions) + len(ruled.evaluate.instructions)
     assert told.schedule_bytes == 100 * count
     assert (told.text, told.instruction) == (ruled.train.peak.text, ruled.train.peak.instruction)
@@ -119,6 +120,30 @@ def test_the_peak_is_the_simulators(ruled):
     counted = {k: v for k, v in point.by_kind.items() if k not in ("floor", "workspace", "fragmentation")}
     assert {k: v for k, v in told.by_kind.items() if v} == counted
     assert list(told.tensors.items()) == list(ruled.train.peak.tensors.items())[: len(told.tensors)]
+
+
+def test_where_the_start_sets_the_peak_its_bytes_are_under_its_name():
+    """As with a PyTorch whose import alone holds more than the step: what it holds then is no schedule."""
+    start = 1 << 30
+    on = device(resident=FLOOR, import_peak=start, per_instruction=100)
+    made = Planner(decoder_like(4, tokens=256, slices=2, slice_rows=512, on=on)).plan(start, policy="mebp")
+    assert made.peak_bytes == start
+    told = account(made).peak
+    count = len(made.train.instructions) + len(made.evaluate.instructions)
+    assert told.schedule_bytes == 100 * count
+    later = FLOOR + told.schedule_bytes + told.tensor_bytes + told.workspace_bytes
+    assert told.start_bytes == made.start_bytes == start - later > start // 2
+    parts = {kind.label: size for kind, size in peak_parts(made)}
+    assert parts["start of Python and PyTorch"] == told.start_bytes
+    assert sum(parts.values()) == start
+    said = explain(made)
+    more = format_size(told.start_bytes)
+    assert (
+        f"the peak is set by the start of Python and PyTorch: it reaches 1024.0 MiB, {more} more than all that follows"
+        in said
+    )
+    (after,) = (sentence for sentence in said if sentence.startswith("the peak after that"))
+    assert f", {format_size(told.schedule_bytes)} schedule;" in after
 
 
 def test_the_neighbours_of_a_budget_are_what_planning_them_says(chain):
@@ -186,7 +211,7 @@ class Told:
     def __init__(self, answers):
         self.answers = answers
 
-    def plan(self, budget, *, time_limit, progress):
+    def plan(self, budget, *, time_limit, gap, progress):
         seconds, bound = self.answers[budget]
         return planned_at(budget, seconds, bound)
 
@@ -356,11 +381,20 @@ def test_the_bytes_of_what_is_made_again_are_those_of_the_tensors(ruled):
 
 def test_an_optimum_is_said_to_be_one_as_far_as_it_is_proven():
     made = chain_of("a", "b", "c", "d").plan(1 << 40)
-    assert explain(made)[1].startswith("proven optimal among plans of its kind, at most 0.00% slower than any schedule")
-    near = made.model_copy(update={"gap": 0.001})
-    assert explain(near)[1].startswith("optimal within 0.10% of its kind, at most 0.00% slower than any schedule")
-    found = near.model_copy(update={"status": "feasible"})
-    assert explain(found)[1].startswith("not proven optimal: at most 0.10% slower than the best plan of its kind, at")
+    assert explain(made)[1].startswith("proven optimal among plans of its kind; at most 0.00% slower than any schedule")
+    for ended, said in (
+        ("gap", ", as near as was asked for"),
+        ("stalled", ", where the search gained no more"),
+        ("time limit", ", where the time limit ended the search"),
+        ("interrupt", ", where the search was interrupted"),
+        (None, ""),
+    ):
+        near = made.model_copy(update={"status": "feasible", "gap": 0.00093, "ended_by": ended})
+        assert explain(near)[1].startswith(
+            f"within 0.10% of the best plan of its kind{said}; at most 0.00% slower than"
+        )
+    # What is said to be within a gap is: it is rounded up.
+    assert [percent_within(gap) for gap in (0.0, 1e-6, 1e-3, 1.0001e-3)] == ["0.00%", "0.01%", "0.10%", "0.11%"]
 
 
 def test_names_do_not_reach_a_terminal_as_codes():

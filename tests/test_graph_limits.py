@@ -116,6 +116,35 @@ def test_the_time_of_a_program_is_shared_by_building_and_solving():
         Limit(0.0).check()
 
 
+def test_seconds_of_the_processor_are_granted_no_longer_than_the_clock_allows():
+    """With both cores busy a second of the processor may be many of the clock: a search that has one by right ends with the limit all
+    the same.
+    """
+    dag = dag_of(graph_profile(layered(24)))
+    now = time.monotonic()
+    for latest, late in ((float("inf"), False), (now + 60, False), (now - 1, True)):
+        search = Search(dag, 1, deadline=now - 1, granted=1e9, latest=latest)
+        assert (search.late(), search.timely) == (late, not late)
+
+
+def test_past_its_limit_nothing_is_begun(monkeypatch):
+    """What takes long to set up is not set up: a graph of a thousand operators would take seconds for each on a busy machine."""
+    profile = graph_profile(layered(40))
+    planner = GraphPlanner(profile)
+    asked = []
+    for name in ("ClassBound", "Neighbourhoods"):
+        whole = getattr(graph_planner, name)
+        monkeypatch.setattr(
+            graph_planner, name, lambda *given, name=name, whole=whole: asked.append(name) or whole(*given)
+        )
+    monkeypatch.setattr(Search, "first", lambda self, seeds: None)
+    budget = int(0.5 * peak_bytes(planner.dag, ()))
+    ended = time.monotonic() - 10
+    outcome = planner._search(budget, ended - 1, ended, None)
+    assert (outcome.carried, outcome.timely) == (None, False)
+    assert "ClassBound" not in asked
+
+
 def test_checkpoints_of_a_chain_can_be_cut():
     dag = dag_of(profile_of(chain(12, training=True)))
     found = as_chain(dag)
@@ -141,9 +170,10 @@ class Stopwatch:
 
     def spend(self, seconds, solve):
         self.asked.append(seconds)
-        answer = solve()
-        self.now += seconds
-        return answer
+        try:
+            return solve()
+        finally:
+            self.now += seconds
 
 
 @pytest.mark.parametrize("what", ["plan", "smallest"])

@@ -187,17 +187,24 @@ def test_verdicts():
     said = verdicts(sample_plans())
     assert (
         said[0]
-        == "250.0 MiB: 1.280 s per step, within 0.20% of the best plan of its class; no fixed rule compared here fits."
+        == "250.0 MiB: 1.280 s per step, proven optimal among plans of its class; no fixed rule compared here fits."
     )
     assert said[1].endswith("mebp, the fastest fixed rule that fits, needs 1.49 × as long.")
     assert len(said) == 4
+    # What is not proven is said, and what ended the search.
+    for ended, why in (
+        ("time limit", ", where the time limit ended the search"),
+        ("gap", ", as near as was asked for"),
+    ):
+        cut = sample_plan(status="feasible", gap=0.0012, ended_by=ended)
+        assert verdicts([cut]) == [f"350.0 MiB: 1.250 s per step, within 0.12% of the best plan of its class{why}."]
     faster = sample_plan("mezo", 350 * MIB, seconds=0.1, optimizer={"name": "mezo", "state_tensors": 0})
     assert verdicts([*sample_plans(), faster]) == said  # it learns less in a step: no rule to be measured against
 
 
 def test_rules_that_fit_without_the_exact_gradient_are_not_said_to_fail():
     mezo = sample_plan("mezo", seconds=0.1, optimizer={"name": "mezo", "state_tensors": 0})
-    solved = "350.0 MiB: 1.250 s per step, within 0.20% of the best plan of its class"
+    solved = "350.0 MiB: 1.250 s per step, proven optimal among plans of its class"
     assert verdicts([sample_plan(), mezo, mezo.model_copy(update={"policy": "lcsb"})]) == [
         f"{solved}; mezo and lcsb fit but do not follow the exact gradient, so their times are no measure."
     ]

@@ -12,6 +12,7 @@ import time
 
 import pytest
 from layered_graph import layered
+from ortools.math_opt.python import mathopt
 from ortools.sat.python import cp_model
 from swallowing import Swallowing
 from synthetic import small_chain
@@ -22,6 +23,7 @@ from planner.graphs.planner import GraphPlanner
 from planner.interruptible import interruptible
 from planner.linear import Growing, Linear
 from planner.plan import minimum_budget
+from planner.quiet import solve_quietly
 from planner.solver import Solver
 from planner.worth import step_of, what_if
 from profiles.bare import graph_profile
@@ -60,6 +62,35 @@ def test_what_cannot_be_stopped_is_left_alone():
     interrupted(0.1, lambda: interruptible(lambda: released.wait(60)))
     assert not released.is_set()
     released.set()
+
+
+def test_a_solver_that_goes_on_past_its_seconds_is_left_alone():
+    """It looks at its clock now and then only, which on a busy machine may be long after."""
+    released, began = threading.Event(), time.monotonic()
+    try:
+        with pytest.raises(TimeoutError):
+            interruptible(lambda: released.wait(60), seconds=0.05)
+        assert time.monotonic() - began < 30
+    finally:
+        released.set()
+
+    def late() -> None:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        interruptible(late, seconds=60)
+
+
+def test_a_program_s_solver_is_waited_for_no_longer_than_its_limit_allows(monkeypatch):
+    released = threading.Event()
+    monkeypatch.setattr(mathopt, "solve", lambda *_, **__: released.wait(60))
+    began = time.monotonic()
+    try:
+        with pytest.raises(TimeoutError):
+            solve_quietly(mathopt.Model(), seconds=0.1)
+        assert time.monotonic() - began < 30
+    finally:
+        released.set()
 
 
 def test_cp_sat_is_stopped():

@@ -73,6 +73,9 @@ def test_the_report_sets_predicted_beside_measured(whole, plan):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in lines] == report["loss"]
+    # What is drawn at random fills its rows.
+    assert {line["tokens"] for line in lines} == {plan.batch * plan.seq}
+    assert report["tokens"]["padding_share"] == 0
     assert (out / "adapter" / "adapter_config.json").exists()
     assert not (out / "job").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,6 +57,7 @@ def test_a_loss_that_is_no_number_is_told_first(tmp_path: Path, loss: float) -> 
     training: Any = SimpleNamespace(
         header={"profile_step": False},
         step=lambda number: loss,
+        tokens=None,
         executor=SimpleNamespace(seconds={}),
         meter=SimpleNamespace(check_peak=lambda: 1),
         update=SimpleNamespace(optimizer=SimpleNamespace(lr=0.5)),
@@ -65,6 +67,25 @@ def test_a_loss_that_is_no_number_is_told_first(tmp_path: Path, loss: float) -> 
         _step(training, 7, None, Metrics(str(tmp_path / "m"), 0), {}, lambda event, **_: told.append(event))
     assert told == ["step"]
     assert (tmp_path / "m").read_text().startswith('{"step": 7, ')
+
+
+def test_a_step_is_told_with_its_tokens_where_they_are_known(tmp_path: Path) -> None:
+    def told_of(tokens: int | None) -> dict[str, Any]:
+        training: Any = SimpleNamespace(
+            header={"profile_step": False},
+            step=lambda number: 1.5,
+            tokens=tokens,
+            executor=SimpleNamespace(seconds={}),
+            meter=SimpleNamespace(check_peak=lambda: 1),
+        )
+        told: list[dict[str, Any]] = []
+        _step(training, 7, None, Metrics(str(tmp_path / "m"), 0), {}, lambda _, **figures: told.append(figures))
+        (line,) = map(json.loads, (tmp_path / "m").read_text().splitlines())
+        assert line == {name: value for name, value in told[0].items() if name != "spent"}
+        return told[0]
+
+    assert told_of(78)["tokens"] == 78
+    assert "tokens" not in told_of(None)
 
 
 def written(events: list[str], *, full: bool = False) -> Any:

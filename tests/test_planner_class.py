@@ -9,6 +9,7 @@ from brute_force import Chain
 from synthetic import decoder_like, device, small_chain
 from tiny_plans import CONFIG, decoder_profile
 
+from planner.answer import ROUNDING
 from planner.emit import draft, kinds, live_profile
 from planner.formulation import KIB, Block
 from planner.linear import Linear, Program
@@ -55,7 +56,7 @@ def test_the_optimum_is_the_best_of_all(tried):
         assert plan.bound_seconds == pytest.approx(best, rel=2e-4)
         assert plan.step_seconds >= best * (1 - 1e-9)
         if plan.status == "optimal":
-            assert plan.step_seconds == pytest.approx(best, rel=1e-3)
+            assert plan.step_seconds == pytest.approx(best, rel=ROUNDING)
 
 
 def test_most_small_plans_are_optimal():

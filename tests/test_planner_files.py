@@ -10,10 +10,10 @@ import pytest
 from sample_plans import infeasible_plan, sample_plan
 from synthetic import MIB, device, small_chain
 
-from planner.answer import fingerprint, rebudgeted
+from planner.answer import ROUNDING, fingerprint, rebudgeted
 from planner.compare import _Cell, _Table, compare
 from planner.exchange import load_plan, save_plan
-from planner.explain import explain
+from planner.explain import explain, percent_within
 from planner.plan import Planner
 from planner.schema import PLAN_VERSION
 from profiles.errors import InputError
@@ -190,6 +190,7 @@ def test_one_policy_needs_one_smallest_budget(planner, peak, least):
         budgets=[200 * MIB, 400 * MIB, 500 * MIB],
         policies=["solver", "keep-all"],
         time_limit=1,
+        gap=0.0,
         tell=print,
         solving=None,
         planned=None,
@@ -208,6 +209,7 @@ def table_of(planner, made):
         budgets=sorted({plan.budget_bytes for plan in made}),
         policies=["solver"],
         time_limit=1,
+        gap=0.0,
         tell=print,
         solving=None,
         planned=None,
@@ -253,8 +255,9 @@ def test_a_plan_told_at_a_larger_budget(made):
 def test_in_words(made):
     text = "\n".join(explain(made))
     assert f"one step takes {made.step_seconds:.3f} s" in text
-    assert ("optimal within 0." in text or "proven optimal" in text) == (made.status in ("optimal", "feasible"))
-    assert f"{made.any_schedule_gap:.2%} slower than any schedule" in text
+    assert ("proven optimal" in text) == (made.status == "optimal") == (made.gap <= ROUNDING)
+    assert ("of the best plan of its kind, where" in text) == (made.status == "feasible")
+    assert f"{percent_within(made.any_schedule_gap)} slower than any schedule" in text
     assert "times are estimated" in text
     assert made.train.peak.text in text
 

@@ -27,11 +27,11 @@ def test_training_lines_hold_what_a_person_wants_to_know(clock):
     file = io.StringIO()
     with Training(steps=3, tokens_per_step=1024, budget=350 * MIB, other_bytes=8 * MIB, file=file) as training:
         training.stage("evaluating before", 0, 25)
-        training(1, 0.7, 2.0, 300 * MIB, 301 * MIB)
-        training(3, 0.51234, 2.0, 330 * MIB, 331 * MIB)
+        training(1, 0.7, 2.0, 300 * MIB, 301 * MIB, 40)
+        training(3, 0.51234, 2.0, 330 * MIB, 331 * MIB, 40)
     assert file.getvalue().splitlines() == [
         "evaluating before …",
-        "step 3/3: loss 0.5123, 512 tokens/s, 0:00 left, memory 338.0 MiB, peak 339.0 MiB of 350.0 MiB",
+        "step 3/3: loss 0.5123, 20 tokens/s (rows 96% padding), 0:00 left, memory 338.0 MiB, peak 339.0 MiB of 350.0 MiB",
     ]
 
 
@@ -70,14 +70,14 @@ def test_a_terminal_gets_one_line_that_is_wiped_in_the_end():
         Training(steps=2, tokens_per_step=64, budget=350 * MIB, file=file) as training,
     ):
         training.stage("evaluating before", 1, 2)
-        training(1, 0.7, 1.0, 300 * MIB, 301 * MIB)
-        training(2, 0.6, 1.0, 349 * MIB, 349 * MIB)
+        training(1, 0.7, 1.0, 300 * MIB, 301 * MIB, 16)
+        training(2, 0.6, 1.0, 349 * MIB, 349 * MIB, 16)
         training._show("x" * 500)
     shown = os.read(parent, 1 << 16).decode()
     os.close(parent)
     assert "\n" not in shown
     assert "evaluating before ━━━━━┄┄┄┄┄ 1/2" in shown
-    assert "━━━━━┄┄┄┄┄ 1/2 loss 0.7000, 64 tokens/s, 0:01 left, 301.0 of 350.0 MiB" in shown
+    assert "━━━━━┄┄┄┄┄ 1/2 loss 0.7000, 16 tokens/s, 0:01 left, 301.0 of 350.0 MiB" in shown
     assert "\x1b[31m" in shown  # nearly full: in red
     assert "x" * 500 not in shown  # cut to the width
     assert shown.endswith(progress.ERASE_LINE)

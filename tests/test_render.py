@@ -35,12 +35,27 @@ def test_comparison_table():
 def test_a_narrow_terminal_cuts_nothing(width):
     rules = ["keep-all", "checkpoint-layers", "checkpoint-sqrt", "mebp", "mesp", "lcsb"]
     plans = [infeasible_plan(rule, minimum=int((1140.3 + i) * MIB)) for i, rule in enumerate(rules)]
-    text = printed(comparison_table([sample_plan(budget=250 * MIB, status="feasible"), *plans]), width)
+    solved = sample_plan(budget=250 * MIB, status="feasible", gap=0.031, ended_by="time limit")
+    text = printed(comparison_table([solved, *plans]), width)
     assert "…" not in text
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
     if width == 80:
-        assert {"checkpoint-", "layers", "1.250", "(feasible)", "1140.3", "1145.3"} <= set(text.split())
+        assert {"checkpoint-", "layers", "1.250", "(gap", "3.10%,", "time", "limit)", "1140.3", "1145.3"} <= set(
+            text.split()
+        )
         assert text.split().count("needs") == len(rules)
+
+
+def test_a_table_says_what_is_not_proven_and_where_the_time_limit_ended_a_search():
+    def cell(**changes):
+        return row(printed(comparison_table([sample_plan(budget=250 * MIB, **changes)]), 200), "250.0")[2:]
+
+    assert cell() == ["1.250"]
+    assert cell(status="feasible", gap=0.002, ended_by="stalled") == ["1.250", "(gap", "0.20%)"]
+    assert cell(status="feasible", gap=0.002, ended_by="time limit") == ["1.250", "(gap", "0.20%,", "time", "limit)"]
+    assert cell(status="fallback", gap=0.2, ended_by="time limit") == ["1.250", "(fallback)"]
+    short = infeasible_plan("solver").model_copy(update={"ended_by": "time limit"})
+    assert "needs 412.4 or less" in printed(comparison_table([short]), 200)
 
 
 def test_a_table_names_its_device():

@@ -19,6 +19,7 @@ from runtime.report import (
     build_report,
     planned_figures,
     profiled_step,
+    tokens_told,
 )
 
 
@@ -64,6 +65,17 @@ def test_the_first_step_counts_where_there_is_no_other() -> None:
     # Of two sorts in turn: the steps after step 3, which is the first.
     assert _typical([9.0, 1.0, 4.0, 1.0], 3, [0, 1]) == 2.5
     assert _typical([9.0, 1.0], 2, [0, 1]) == 1.0
+
+
+def test_tokens_a_second_leave_padding_out() -> None:
+    places = 32
+    lines: list[dict[str, Any]] = [{"step": 1, "seconds": 9.0}, {"step": 2, "seconds": 7.0, "tokens": 4}]
+    lines += [{"step": step, "seconds": 0.5, "tokens": 8} for step in (3, 4, 5)]
+    # The first of those that say it is slower than the others; older versions did not say it.
+    assert tokens_told(places, lines) == {"per_step": 7.0, "per_second": 16.0, "padding_share": 1 - 7 / places}
+    assert tokens_told(places, lines[:2]) == {"per_step": 4.0, "per_second": 4 / 7, "padding_share": 1 - 4 / places}
+    assert tokens_told(places, lines[:1]) is None
+    assert tokens_told(None, lines) is None
 
 
 def test_what_a_run_told_stands_where_it_belongs(tmp_path: Path) -> None:

@@ -204,6 +204,8 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release
         ("plans", {"memory": "1GB", "policy": "best"}, "body.policy", "no policy is called 'best'"),
         ("plans", {"memory": "1GB", "time_limit": 4000}, "body.time_limit", "this service allows at most 300 s"),
         ("plans", {"memory": "1GB", "time_limit": 0}, "body.time_limit", "greater than 0"),
+        ("plans", {"memory": "1GB", "gap": 1}, "body.gap", "less than 1"),
+        ("comparisons", {"memory": ["1GB"], "gap": -0.1}, "body.gap", "greater than or equal to 0"),
         ("plans", {"memory": "1GB", "speed": 1}, "body.speed", "Extra inputs"),
         ("plans", {}, "body.memory", "Field required"),
         ("comparisons", {"memory": ["1GB", "x"]}, "body.memory.1", "'x' is not a size"),

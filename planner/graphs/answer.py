@@ -25,6 +25,8 @@ class Outcome:
     bound_seconds: float
     timely: bool = True
     """whether no search that it depends on was ended by the clock"""
+    stalled: bool = False
+    """whether it is the search for a proof alone that was given up before the time limit"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +87,18 @@ def _known(budget: int, policy: str, least: Least, *, nothing: bool, floor: int)
 
 
 def finished(
-    profile: Profile, dag: Dag, budget: int, policy: str, outcome: Outcome, any_bound: Bound, started: float
+    profile: Profile,
+    dag: Dag,
+    budget: int,
+    policy: str,
+    outcome: Outcome,
+    any_bound: Bound,
+    started: float,
+    *,
+    asked: float = 0.0,
+    interrupted: bool = False,
 ) -> Plan:
+    """The plan of a schedule; `asked` and `interrupted` as of `planner.answer.ended_by`."""
     assert outcome.carried is not None
     raw = _assembled(profile, dag, budget, policy, outcome.carried)
     simulation = simulate(raw)
@@ -98,6 +110,9 @@ def finished(
         any_bound=any_bound.seconds,
         started=started,
         deterministic=outcome.timely and any_bound.timely,
+        asked=asked,
+        stalled=outcome.stalled,
+        interrupted=interrupted,
     )
 
 

@@ -17,7 +17,7 @@ from planner.graphs.dag import Dag
 from planner.graphs.exact import solve_within
 from planner.layers import transfer_seconds
 
-RESOLUTION = 10_000_000
+RESOLUTION = 1_000_000_000
 """seconds are counted in parts of the time that everything takes at most; the error is a few parts per action"""
 
 

@@ -59,6 +59,9 @@ class Neighbourhoods:
         """The best schedule found with re-runs in chains, from one that need not fit: of lower peak, or faster."""
         best = reruns
         count = len(self.dag)
+        if time.monotonic() > deadline:
+            self.timely = False
+            return best
         fitting = [depth for depth in DEPTHS if len(self._chains(depth)) * count <= LARGEST]
         wanted = [depth for depth in fitting if depth not in self.solved and self._chains(depth)]
         fits = peak_bytes(self.dag, best) <= self.budget
@@ -199,6 +202,8 @@ def lowest_peak(dag: Dag, seconds: float) -> Lowest:
     count = len(dag)
     least = dag.floor_bytes
     best: frozenset[Rerun] = frozenset()
+    if seconds <= 0.0:
+        return Lowest(reruns=None, bytes=least, ended=False)
     if peak_bytes(dag, best) <= least or count**3 // 2 > LARGEST_PROOF:
         return Lowest(reruns=None, bytes=least, ended=True)
     places = {(stage, i) for stage in range(count) for i in range(stage) if dag.recomputable[i]}

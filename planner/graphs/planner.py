@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from planner.answer import TOLERANCE, gap_to
+from planner.answer import EXACT, gap_to
 from planner.graphs import exact
 from planner.graphs.actions import Carried, carry, timed, touch_and_go, worth_moving
 from planner.graphs.answer import Least, Outcome, finished, infeasible
@@ -20,10 +20,10 @@ from planner.graphs.neighbourhoods import Neighbourhoods, lowest_peak
 from planner.graphs.rules import RULES, rule_reruns, rules_for
 from planner.graphs.schedule import Rerun, peak_bytes, pruned, seconds
 from planner.graphs.search import Search
-from planner.graphs.stretch import Lowest
+from planner.graphs.stretch import BETTER, Lowest, Stretch
 from planner.graphs.sweep import swept
 from planner.master import Progress
-from planner.plan import ANY_SHARE, FINISH_SECONDS, checked_budget, checked_limit
+from planner.plan import ANY_SHARE, checked_budget, checked_gap, checked_limit, finish_seconds
 from planner.schema import Plan
 from profiles.schema import Profile
 
@@ -52,6 +52,14 @@ LOWEST_SHARE = 0.3
 """of the time limit, for the lowest peak where no search finds what fits"""
 SWEPT = 0.5
 """of the bytes over the budget, that a sweep may leave where a search starts from it: otherwise it helps little and takes time"""
+NEAR = 1e-3
+"""a search that is so near its bound has little left to gain but the proof"""
+CLOSING_SHARE, CLOSING_SECONDS = 1.0, 2.0
+"""times the seconds that a search has taken so far, and at least: for another try to prove the best; one that gains little is the last"""
+GAINED = 0.5
+"""of a gap: what such a try leaves of it, at most, where another follows"""
+CLOSED_OPERATORS = 128
+"""up to here a program over all places for re-runs is tried first, which proves the best where it is solved to its end"""
 ROUNDS = 4000
 """of ruin and recreate"""
 STARTS = 4
@@ -72,6 +80,8 @@ class GraphPlanner:
         """schedules found so far: where the search at other budgets starts"""
         self.interrupted = False
         """whether Ctrl-C ended the search of the latest `plan`, which was made of what had been found"""
+        self._gap = EXACT
+        """share of its time by which a schedule may be slower than the best where that is enough; to rounding at least"""
         self._minimum: Least | None = None
         self._lowest: Lowest | None = None
         self._any_bounds: dict[int, tuple[Bound, float]] = {}
@@ -91,6 +101,7 @@ class GraphPlanner:
         *,
         policy: str | None = None,
         time_limit: float = 30.0,
+        gap: float = 0.0,
         progress: Progress | None = None,
     ) -> Plan:
         """As `planner.plan.plan`; the budget is on the bytes that are live, fixed ones included.
@@ -98,9 +109,10 @@ class GraphPlanner:
         Two things are done whatever the limit: the schedule is written down and replayed, in about 0.1 ms per run, and a graph
         that can be solved exactly has `EXACT_SECONDS` for it. Raises KeyboardInterrupt only where nothing was found to fit yet.
         """
-        budget_bytes, time_limit = checked_budget(budget_bytes), checked_limit(time_limit)
+        budget_bytes, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
         started = time.monotonic()
         self._exact_left = EXACT_SECONDS
+        self._gap = max(EXACT, gap)
         deadline = started + self._searching(time_limit)
         name = policy or "solver"
         self.interrupted = False
@@ -130,6 +142,11 @@ class GraphPlanner:
                     raise
                 self.interrupted = True
             outcome = Outcome(carried=carried if fits else None, bound_seconds=any_bound.seconds)
+        if name == "solver" and not outcome.timely:
+            # A search that was cut may not have come to what was known before it: the fixed rules, and schedules of other budgets.
+            known = self.found.best(self.dag, budget_bytes)
+            if known is not None and (outcome.carried is None or known.seconds < outcome.carried.seconds):
+                outcome = replace(outcome, carried=known)
         if outcome.carried is None:
             least = self._least(name, deadline, time_limit)
             if least.carried.peak_bytes > budget_bytes:
@@ -145,7 +162,17 @@ class GraphPlanner:
                     timely=outcome.timely,
                 )
             outcome = replace(outcome, carried=least.carried, timely=outcome.timely and least.timely)
-        return finished(self.profile, self.dag, budget_bytes, name, outcome, any_bound, started)
+        return finished(
+            self.profile,
+            self.dag,
+            budget_bytes,
+            name,
+            outcome,
+            any_bound,
+            started,
+            asked=gap,
+            interrupted=self.interrupted,
+        )
 
     def bound(self, budget_bytes: int, *, time_limit: float = 30.0) -> float | None:
         """Seconds that no schedule of the class undercuts at a budget; None: none fits.
@@ -202,7 +229,7 @@ class GraphPlanner:
 
     def _searching(self, time_limit: float) -> float:
         """Seconds of the limit that a search may take; in the rest the answer is written down."""
-        return max(0.5 * time_limit, time_limit - FINISH_SECONDS * len(self.dag))
+        return max(0.5 * time_limit, time_limit - finish_seconds(len(self.dag), time_limit))
 
     @contextmanager
     def _exact_seconds(self, deadline: float) -> Iterator[float]:
@@ -256,7 +283,7 @@ class GraphPlanner:
         plain: frozenset[Rerun] = frozenset()
         for number, price in enumerate(PRICES):
             ends = started + 0.7 * span * (number + 1) / len(PRICES)
-            reruns = self._search_moves(budget, budget, price, ends, GRANTED * span / 4, found)
+            reruns = self._search_moves(budget, budget, price, ends, GRANTED * span / 4, started + 0.8 * span, found)
             if reruns is not None:
                 self._report(progress, started, "carried out", found[-1].seconds, dag.once_seconds)
             if price is None and reruns is not None:
@@ -266,15 +293,21 @@ class GraphPlanner:
         best = min(found, key=lambda carried: carried.seconds)
         bound = class_bound(dag, budget, plain, deadline=started + 0.85 * span, enough=best.seconds)
         proven = max(proven, bound.seconds)
+        stalled = False
         for share in SHARES:
+            before = best.seconds
             for price in PRICES:
-                if gap_to(best.seconds, proven) <= TOLERANCE or time.monotonic() > started + 0.95 * span:
+                if gap_to(best.seconds, proven) <= self._gap or time.monotonic() > started + 0.95 * span:
                     break
                 lower = self.floor_bytes + int(share * (budget - self.floor_bytes))
-                self._search_moves(lower, budget, price, started + 0.95 * span, 0.0, found)
+                ends = started + 0.95 * span
+                self._search_moves(lower, budget, price, ends, 0.0, ends, found)
                 best = min(found, key=lambda carried: carried.seconds)
+            if best.seconds >= before and gap_to(best.seconds, proven) <= NEAR:
+                stalled = time.monotonic() <= started + 0.95 * span
+                break
         self.found.moved.append(best)
-        return Outcome(carried=best, bound_seconds=proven, timely=self.found.timely and bound.timely)
+        return Outcome(carried=best, bound_seconds=proven, timely=self.found.timely and bound.timely, stalled=stalled)
 
     def _search_moves(
         self,
@@ -283,6 +316,7 @@ class GraphPlanner:
         price: float | None,
         deadline: float,
         granted: float,
+        latest: float,
         found: list[Carried],
     ) -> frozenset[Rerun] | None:
         """What a search at one price of the disk finds `within` so many bytes, carried out in the whole budget; its re-runs.
@@ -291,7 +325,7 @@ class GraphPlanner:
         """
         dag = self.dag
         variant = dag if price is None else dag.moving(worth_moving(dag, price), price)
-        search = Search(variant, within, deadline=deadline, granted=granted)
+        search = Search(variant, within, deadline=deadline, granted=granted, latest=latest)
         memory = search.first(self._plain_seeds(within, deadline) if price is None else [(), touch_and_go(variant)])
         reruns = None if memory is None else search.improve(memory, rounds=ROUNDS // len(PRICES))
         self._ended(search.timely)
@@ -322,13 +356,15 @@ class GraphPlanner:
             progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": left, "seconds": spent})
 
     def _search(self, budget: int, started: float, deadline: float, progress: Progress | None) -> Outcome:
-        dag = self.dag
+        """First to `NEAR` of the bound, or to the gap that is asked for where that is more; then on to it."""
+        dag, near_enough = self.dag, max(self._gap, NEAR)
 
         def report(stage: str, incumbent: float, bound: float) -> None:
             self._report(progress, started, stage, incumbent, bound)
 
         span = deadline - started
-        search = Search(dag, budget, deadline=started + 0.3 * span, granted=GRANTED * span)
+        ends = started + 0.95 * span
+        search = Search(dag, budget, deadline=started + 0.3 * span, granted=GRANTED * span, latest=ends)
         near = Neighbourhoods(dag, budget)
         memory = search.first(self._seeds(budget, deadline))
         best = self.found.lowest()
@@ -338,7 +374,10 @@ class GraphPlanner:
             search.deadline, search.granted = started + 0.1 * span, 0.0
             best = self._note(search.improve(memory, rounds=ROUNDS // 4))
             report("improved", seconds(dag, best), dag.once_seconds)
-            enough = seconds(dag, best) * (1 - TOLERANCE)
+            enough = seconds(dag, best) * (1 - near_enough)
+        if memory is None and time.monotonic() > ends:
+            self._ended(False)
+            return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
         # Where nothing fits yet, less of the time: the rest is for the smallest budget.
         share = 0.55 if memory is not None else 0.3
         bound = ClassBound(dag, budget, best)
@@ -349,21 +388,21 @@ class GraphPlanner:
             self._ended(bound.timely, search.timely)
             return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
         # The bound's answers hold too much between moments; what eviction makes of them is often the best there is.
-        enough = bound.seconds / (1 - TOLERANCE)
-        search.deadline = time.monotonic() + (0.15 if bound.small else 0.2) * span
+        enough = bound.seconds / (1 - near_enough)
+        search.deadline = min(time.monotonic() + (0.15 if bound.small else 0.2) * span, ends)
         left = enough - dag.once_seconds
         # The last programs have the best answers.
         improved = search.improve_best([best, *reversed(bound.starts)], starts=STARTS, rounds=ROUNDS, enough=left)
         if improved is None:
             # Nothing fits that eviction finds: from the lowest peak, or what is least over the budget, on.
-            least = self._lowest_peak(LOWEST_SHARE * span)
+            least = self._lowest_peak(min(LOWEST_SHARE * span, max(0.0, ends - time.monotonic())))
             if least.bytes > budget:
                 self._ended(bound.timely, search.timely)
                 return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
             best = self.found.lowest()
-            ends = max(started + 0.53 * span, time.monotonic() + 0.05 * span)
-            best = self._note(near.deepened(best, deadline=ends))
-            best = self._note(near.polished(best, deadline=ends + 0.02 * span, enough=float("inf")))
+            until = min(max(started + 0.53 * span, time.monotonic() + 0.05 * span), ends)
+            best = self._note(near.deepened(best, deadline=until))
+            best = self._note(near.polished(best, deadline=min(until + 0.02 * span, ends), enough=float("inf")))
             if self.found.peaks[best] > budget:
                 self._ended(bound.timely, search.timely, near.timely)
                 return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
@@ -371,39 +410,102 @@ class GraphPlanner:
             improved = search.improve_best([best], starts=1, rounds=ROUNDS, enough=left)
         best = best if improved is None else self._note(improved)
         report("bounded and improved", seconds(dag, best), bound.seconds)
-        if seconds(dag, best) > enough:
-            best = self._note(self._polished(search, near, bound, best, started + 0.95 * span))
+        if dag.operators <= CLOSED_OPERATORS and gap_to(seconds(dag, best), bound.seconds) > self._gap:
+            best = self._note(self._proven(near, bound, best, started, ends))
+            report("proven as far as it goes", seconds(dag, best), bound.seconds)
+        if gap_to(seconds(dag, best), bound.seconds) > near_enough:
+            best = self._note(self._polished(search, near, bound, best, ends, near_enough))
             report("polished", seconds(dag, best), bound.seconds)
-        self._ended(bound.timely, search.timely, near.timely)
-        return Outcome(carried=carry(dag, best), bound_seconds=bound.seconds, timely=self.found.timely)
+        if gap_to(seconds(dag, best), bound.seconds) > EXACT:
+            self._ended(bound.timely, search.timely, near.timely)
+        stalled = False
+        if self._gap < gap_to(seconds(dag, best), bound.seconds) <= near_enough:
+            best, stalled = self._closed(search, near, bound, best, started, ends)
+            report("closed", seconds(dag, best), bound.seconds)
+        return Outcome(carried=carry(dag, best), bound_seconds=bound.seconds, timely=self.found.timely, stalled=stalled)
+
+    def _closed(
+        self,
+        search: Search,
+        near: Neighbourhoods,
+        bound: ClassBound,
+        best: frozenset[Rerun],
+        started: float,
+        ends: float,
+    ) -> tuple[frozenset[Rerun], bool]:
+        """What is left of the gap closed as far as that goes: the schedule, and whether trying was given up before its time was over.
+
+        A try has the time that everything before it took, and another follows only where it left half of the gap or less: where the last
+        bit cannot be proven, planning takes a little more than twice as long, and not all of its limit.
+        """
+        dag = self.dag
+
+        def left() -> float:
+            return gap_to(seconds(dag, best), bound.seconds)
+
+        while left() > self._gap:
+            before, now = left(), time.monotonic()
+            allowed = max(CLOSING_SECONDS, CLOSING_SHARE * (now - started))
+            if now + allowed > ends:
+                self._ended(False)
+                return best, False
+            best = self._note(self._polished(search, near, bound, best, now + allowed, self._gap))
+            if left() > GAINED * before:
+                self._ended(bound.timely, search.timely, near.timely)
+                return best, True
+        return best, False
+
+    def _proven(
+        self, near: Neighbourhoods, bound: ClassBound, best: frozenset[Rerun], started: float, ends: float
+    ) -> frozenset[Rerun]:
+        """The schedule, or a better one, with a bound that proves it the best of all, where the program of the whole class is solved in as
+        much time as everything before it took.
+        """
+        dag = self.dag
+        now = time.monotonic()
+        allowed = min(ends - now, max(CLOSING_SECONDS, CLOSING_SHARE * (now - started)))
+        places = {(stage, i) for stage in range(len(dag)) for i in range(stage) if dag.recomputable[i]}
+        with suppress(TimeoutError):
+            # Over all stages with all places a stretch is the whole class.
+            found = Stretch(dag, near.budget, best, 0, len(dag), places, seconds=allowed).solve()
+            best = found.reruns or best
+            if found.ended:
+                bound.seconds = max(bound.seconds, seconds(dag, best) - BETTER * dag.once_seconds)
+        return best
 
     def _polished(
-        self, search: Search, near: Neighbourhoods, bound: ClassBound, best: frozenset[Rerun], deadline: float
+        self,
+        search: Search,
+        near: Neighbourhoods,
+        bound: ClassBound,
+        best: frozenset[Rerun],
+        deadline: float,
+        gap: float,
     ) -> frozenset[Rerun]:
-        """The schedule improved in parts, and the bound in whole numbers: the better the schedule, the fewer it looks at, and its
-        answers are schedules to start from.
+        """The schedule improved in parts, and the bound in whole numbers, until they are within `gap`: the better the schedule, the fewer
+        the bound looks at, and its answers are schedules to start from.
         """
         began = time.monotonic()
         left = deadline - began
         best = near.deepened(best, deadline=began + (0.2 if bound.small else 0.6) * left)
         if bound.small:
-            best = near.polished(best, deadline=began + 0.2 * left, enough=bound.seconds / (1 - TOLERANCE))
+            best = near.polished(best, deadline=began + 0.2 * left, enough=bound.seconds / (1 - gap))
             known = len(bound.starts)
-            bound.whole(began + 0.75 * left, seconds(self.dag, best) * (1 - TOLERANCE))
+            bound.whole(began + 0.75 * left, seconds(self.dag, best) * (1 - gap))
             answers = bound.starts[known:]
             if answers:
                 search.deadline = began + 0.85 * left
-                enough = bound.seconds / (1 - TOLERANCE) - self.dag.once_seconds
+                enough = bound.seconds / (1 - gap) - self.dag.once_seconds
                 improved = search.improve_best([best, *reversed(answers)], starts=2, rounds=ROUNDS, enough=enough)
                 best = best if improved is None else improved
-        return near.polished(best, deadline=deadline, enough=bound.seconds / (1 - TOLERANCE))
+        return near.polished(best, deadline=deadline, enough=bound.seconds / (1 - gap))
 
     def _ended(self, *timely: bool) -> None:
         """Note of searches whether they ended by their own rules."""
         self.found.timely = self.found.timely and all(timely)
 
     def _seeds(self, budget: int, deadline: float) -> list[frozenset[Rerun]]:
-        """Schedules to start from: rules, a sweep, checkpoints of a chain, and the fastest that fits of those found before."""
+        """Schedules to start from: the fastest that fits of those found before, rules, a sweep, and checkpoints of a chain."""
         seeds = [RULES[rule](self.dag) for rule in rules_for(self.dag)]
         sweep = swept(self.dag, budget)
         if peak_bytes(self.dag, sweep) - budget <= SWEPT * (self.found.peaks[frozenset()] - budget):
@@ -423,7 +525,7 @@ class GraphPlanner:
                     placed = None
                     self._ended(False)
             seeds.extend([placed] if placed is not None else [])
-        return [*seeds, fastest(self.dag, budget, self.found.peaks)]
+        return [fastest(self.dag, budget, self.found.peaks), *seeds]
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
@@ -471,7 +573,7 @@ class GraphPlanner:
         proving = EXACT_OPERATORS < dag.operators <= LEAST_OPERATORS
         left = max(0.0, deadline - time.monotonic())
         found_by = deadline - 0.5 * left if proving else deadline
-        self._evicted_least(found_by - 0.3 * left, min(LEAST_GRANTED, GRANTED * left))
+        self._evicted_least(found_by - 0.3 * left, min(LEAST_GRANTED, GRANTED * left), found_by)
         low = self._lowest_peak(0.4 * max(0.0, found_by - time.monotonic())).bytes
         best = self.found.lowest()
         if self.found.peaks[best] > low:
@@ -507,7 +609,7 @@ class GraphPlanner:
         self._note(self._lowest.reruns or ())
         return self._lowest
 
-    def _evicted_least(self, deadline: float, granted: float) -> None:
+    def _evicted_least(self, deadline: float, granted: float, latest: float) -> None:
         """Note schedules of ever lower peaks, as far down as eviction finds them."""
         low = self.floor_bytes - 1
         best = self.found.lowest()
@@ -517,7 +619,7 @@ class GraphPlanner:
                 break
             # Halve what is left between what cannot be and what was found, then byte by byte.
             for budget in ((low + self.found.peaks[best]) // 2, self.found.peaks[best] - 1):
-                search = Search(self.dag, budget, deadline=deadline, granted=granted)
+                search = Search(self.dag, budget, deadline=deadline, granted=granted, latest=latest)
                 memory = search.first(self._seeds(budget, deadline))
                 self._ended(search.timely)
                 if memory is not None:

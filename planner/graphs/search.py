@@ -25,18 +25,30 @@ EVICTIONS = 20
 class Search:
     """Schedules of one graph within one budget."""
 
-    def __init__(self, dag: Dag, budget: int, *, deadline: float = float("inf"), granted: float = 0.0) -> None:
-        """`granted` seconds of the processor are spent whatever the clock says: a process that was held up has an answer."""
+    def __init__(
+        self,
+        dag: Dag,
+        budget: int,
+        *,
+        deadline: float = float("inf"),
+        granted: float = 0.0,
+        latest: float = float("inf"),
+    ) -> None:
+        """`granted` seconds of the processor are spent past the `deadline`, so that a process that was held up has an answer, but none past
+        `latest`.
+        """
         self.dag = dag
         self.budget = budget
         self.deadline = deadline
         self.granted = time.process_time() + granted
+        self.latest = latest
         self.random = random.Random(0)
         self.timely = True
         self.noise = 0.0
 
     def late(self) -> bool:
-        if time.monotonic() > self.deadline and time.process_time() > self.granted:
+        now = time.monotonic()
+        if now > self.deadline and (now > self.latest or time.process_time() > self.granted):
             self.timely = False
             return True
         return False
@@ -161,9 +173,13 @@ class Search:
     # --- ruin and recreate -----------------------------------------------------------------------------------------
 
     def first(self, seeds: Iterable[Iterable[Rerun]]) -> Memory | None:
-        """The fastest schedule that eviction makes of one of the `seeds`."""
+        """The fastest schedule that eviction makes of one of the `seeds`, of which the first is looked at whatever the clock says."""
         best: Memory | None = None
-        starts = [Memory(self.dag, self.budget, seed) for seed in dict.fromkeys(map(frozenset, seeds))]
+        starts: list[Memory] = []
+        for seed in dict.fromkeys(map(frozenset, seeds)):
+            if starts and self.late():
+                break
+            starts.append(Memory(self.dag, self.budget, seed))
         # Those that fit as they are first: the clock may stop the others.
         for memory in sorted(starts, key=lambda memory: not memory.fits):
             if not self.repair(memory):
@@ -184,7 +200,7 @@ class Search:
         repaired: dict[frozenset[Rerun], float] = {}
         self.deadline = began + 0.5 * (end - began)
         for seed in dict.fromkeys(map(frozenset, seeds)):
-            if repaired and self.late():
+            if self.late():
                 break
             memory = self.first([seed])
             if memory is not None:

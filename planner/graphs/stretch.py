@@ -30,7 +30,7 @@ SCALE = 1000.0
 """of the objective: one run of every operator"""
 OVER = 1e5
 """of the objective: what a budget's worth of bytes over the budget costs, more than any re-runs that are worth it"""
-BETTER = 1e-6
+BETTER = 5e-7
 """of one run of every operator: what a stretch must gain at least"""
 
 Term = tuple[int, int]

@@ -111,6 +111,7 @@ class Client:
         *,
         policy: str | None = None,
         time_limit: float = 30.0,
+        gap: float = 0.0,
         progress: Progress | None = None,
     ) -> Plan:
         """`planner.plan.plan`, solved by the service."""
@@ -119,6 +120,7 @@ class Client:
             "memory": budget_bytes,
             "policy": policy or "solver",
             "time_limit": time_limit,
+            "gap": gap,
         }
         job = self.finish(self.post("/v1/plans", request), progress)
         return self.stored_plan(job["result"]["plan"])
@@ -136,6 +138,7 @@ class Client:
         *,
         devices: Sequence[str] = ("own",),
         time_limit: float = 30.0,
+        gap: float = 0.0,
         progress: Progress | None = None,
     ) -> Comparison:
         """`planner.compare.compare`, solved by the service."""
@@ -147,6 +150,7 @@ class Client:
             "memory": list(budgets),
             "policies": list(policies),
             "time_limit": time_limit,
+            "gap": gap,
         }
         job = self.finish(self.post("/v1/comparisons", request), progress)
         cells = job["result"]["cells"]

@@ -153,7 +153,8 @@ class Steps:
 def _keep(objects: Objects, order: Order, out: Path, report: Row) -> Row:
     identity = Path(order.folder).name
     told = {
-        name: report.get(name) for name in ("budget_bytes", "enforced_by", "peak_bytes", "step_seconds", "evaluation")
+        name: report.get(name)
+        for name in ("budget_bytes", "enforced_by", "peak_bytes", "step_seconds", "tokens", "evaluation")
     }
     told["steps"] = len(report["loss"])
     told["loss"] = [report["loss"][0], report["loss"][-1]] if report["loss"] else []

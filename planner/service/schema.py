@@ -71,6 +71,15 @@ Memory = Annotated[
     ),
 ]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+Gap = Annotated[
+    float,
+    Field(
+        ge=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="a search ends once its plan is proven to be slower than the best by at most this share; 0: it goes on to the proof",
+    ),
+]
 
 
 class Request(BaseModel):
@@ -124,6 +133,7 @@ class PlanRequest(Request):
     memory: Memory
     policy: str = Field("solver", max_length=64, description="solver, or a fixed rule", examples=["solver", "mebp"])
     time_limit: Seconds = 30.0
+    gap: Gap = 0.0
 
 
 class ComparisonRequest(Request):
@@ -145,6 +155,7 @@ class ComparisonRequest(Request):
         description="own: the profile's; others are listed at /v1/devices, their times are estimated from FLOPs and bytes",
     )
     time_limit: Seconds = 30.0
+    gap: Gap = 0.0
 
 
 class RunRequest(Request):
@@ -272,7 +283,9 @@ class RunMetrics(Answer):
     )
 
     budget_bytes: int
-    steps: list[dict[str, float]] = Field(description="step, loss, seconds, resident_bytes, peak_bytes")
+    steps: list[dict[str, float]] = Field(
+        description="step, loss, seconds, resident_bytes, peak_bytes, and of a language model tokens, padding left out"
+    )
 
 
 class Health(Answer):

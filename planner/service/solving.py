@@ -14,7 +14,6 @@ from planner.service.cache import STORES, Cache
 from planner.service.objects import Objects
 from planner.service.store import Row, file_row
 from planner.summary import plan_summary, profile_summary
-from profiles.busy import crowded
 from profiles.exchange import canonical_json, parse_profile
 from profiles.files import cache_directory
 from profiles.schema import Profile
@@ -39,7 +38,11 @@ def plan(order: Order, tell: Tell) -> Row:
     planner = planner_of(_profile(objects, order, request["profile"]))
     began = time.monotonic()
     found = planner.plan(
-        request["memory"], policy=policy, time_limit=limit, progress=lambda told: tell.progress(**_finite(told))
+        request["memory"],
+        policy=policy,
+        time_limit=limit,
+        gap=request.get("gap", 0.0),
+        progress=lambda told: tell.progress(**_finite(told)),
     )
     left = limit - (time.monotonic() - began)
     explanation = explained(planner, found, time_limit=limit, left=left).model_dump(mode="json")
@@ -60,7 +63,15 @@ def comparison(order: Order, tell: Tell) -> Row:
     def planned(made: Plan) -> None:
         nonlocal done
         done += 1
-        figures = ("status", "budget_bytes", "policy", "step_seconds", "bound_seconds", "minimum_budget_bytes")
+        figures = (
+            "status",
+            "budget_bytes",
+            "policy",
+            "step_seconds",
+            "bound_seconds",
+            "ended_by",
+            "minimum_budget_bytes",
+        )
         cell: Row = {"device": made.device.name} | {name: getattr(made, name) for name in figures}
         tell.progress(always=True, stage="planning", done=done, total=total, cell=cell)
 
@@ -70,6 +81,7 @@ def comparison(order: Order, tell: Tell) -> Row:
         request["policies"],
         devices=[None if name == OWN else name for name in request["devices"]],
         time_limit=request["time_limit"],
+        gap=request.get("gap", 0.0),
         planned=planned,
         solving=lambda told: tell.progress(**_finite(told), done=done, total=total),
     )
@@ -133,7 +145,6 @@ def keep_profile(objects: Objects, found: Profile, *, origin: str, cached: Seque
     # Those that follow another gradient are planned where they are named; nothing sets them beside the others.
     policies = {"policies": [SOLVER, *policies_of(found)], "approximate": list(approximate_of(found))}
     summary = profile_summary(found) | policies | {"refused": refused_of(found), "cached": list(cached)}
-    summary["crowded"] = found.device.measured and crowded(found.device.busy_cores, found.device.threads)
     return file_row("profile", written.digest, written, name=found.model.name, origin=origin, summary=summary)
 
 

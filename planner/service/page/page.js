@@ -99,7 +99,7 @@ async function choose(identity, kept = {}) {
   for (const id of ["fit", "plan", "compare", "difference"]) $(id).hidden = true;
   offerRun(null);
   $("start").hidden = Boolean(identity);
-  $("about").textContent = "";
+  $("about").textContent = $("caution").textContent = "";
   working("");
   working("", "curving");
   $("curve").removeAttribute("aria-busy");
@@ -122,8 +122,8 @@ async function choose(identity, kept = {}) {
 async function explore(identity, kept, old) {
   const { summary, name } = await get(`/v1/profiles/${identity}`);
   if (old()) return;
-  const busy = summary.crowded ? ` while other programs took ${summary.busy_cores.toFixed(1)} cores, so they are too long: measure the model anew` : "";
-  $("about").textContent = `${name}: ${summary.layers} layers of ${summary.programs} kinds; weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked; trainables ${mib(summary.trainable_bytes)} MiB${summary.accumulate > 1 ? `; ${summary.accumulate} steps make an update` : ""}; times ${summary.measured ? "measured" : "estimated"} on ${summary.device}${busy}`;
+  $("about").textContent = `${name}: ${summary.layers} layers of ${summary.programs} kinds; weights ${mib(summary.packed_bytes)} MiB packed, ${mib(summary.weight_bytes)} unpacked; trainables ${mib(summary.trainable_bytes)} MiB${summary.accumulate > 1 ? `; ${summary.accumulate} steps make an update` : ""}; times ${summary.measured ? "measured" : "estimated"} on ${summary.device}`;
+  $("caution").textContent = summary.marks?.length ? `Caution: ${summary.marks.join("; ")}` : "";
   POLICIES = summary.policies;
   $("policy").replaceChildren(...POLICIES.map((policy) => html("option", {}, policy)));
   if (POLICIES.includes(kept.policy)) $("policy").value = kept.policy;
@@ -213,9 +213,11 @@ function draw() {
   const cell = (budget, policy) => {
     const found = state.cells.find((one) => one.budget_bytes === budget && one.policy === policy);
     if (!found) return "–";
-    return found.summary.status === "infeasible" ? `needs ${atLeast(found.summary.minimum_budget_bytes)}` : seconds(found.summary.step_seconds);
+    const cut = policy === "solver" && found.summary.ended_by === "time limit";
+    if (found.summary.status === "infeasible") return `needs ${atLeast(found.summary.minimum_budget_bytes)}${cut ? " or less" : ""}`;
+    return `${seconds(found.summary.step_seconds)}${cut ? " (time limit)" : ""}`;
   };
-  $("curve-table").replaceChildren(table("Seconds per step; where a budget is too small, the smallest that is enough, in MiB", ["budget, MiB", ...POLICIES], budgets.map((budget) => [mib(budget), ...POLICIES.map((policy) => cell(budget, policy))])));
+  $("curve-table").replaceChildren(table("Seconds per step, with a note where the time limit ended a search; where a budget is too small, the smallest that is enough, in MiB", ["budget, MiB", ...POLICIES], budgets.map((budget) => [mib(budget), ...POLICIES.map((policy) => cell(budget, policy))])));
   const made = state.cells.filter((one) => one.plan && one.summary.status !== "infeasible").sort((a, b) => POLICIES.indexOf(a.policy) - POLICIES.indexOf(b.policy) || a.budget_bytes - b.budget_bytes);
   const solved = points("solver").filter((point) => point.plan);
   for (const [id, first] of [["left", solved[0]], ["right", solved.at(-1)]]) {
@@ -230,6 +232,13 @@ const points = (policy) => state.cells.filter((one) => one.policy === policy && 
 
 // The best plan made already: one for less memory fits in more.
 const bestFor = (budget, made = () => true) => points($("policy").value).filter((point) => point.budget <= budget && made(point)).at(-1);
+
+// What is proven of a solver's plan, and what ended its search.
+const ENDS = { gap: ", as near as was asked for", stalled: ", where the search gained no more", "time limit": ", where the time limit ended the search", interrupt: ", where the search was interrupted" };
+function nearness({ status, gap, ended_by: end }) {
+  if (status === "optimal") return "proven optimal among plans of its class";
+  return `within ${percent(Math.ceil(1e4 * gap - 1e-6) / 1e4, 2)} of the best plan of its class${ENDS[end] ?? ""}`;
+}
 
 function mark() {
   const { budget } = state;
@@ -255,7 +264,7 @@ function judge() {
   if (best) {
     const { summary } = best;
     if (!best.plan) return say(`Fits ${asked}: at most ${seconds(best.step)} s per step`, true);
-    const proof = summary.policy === "solver" ? `, within ${percent(summary.gap, 2)} of the best plan of its class` : `, by the rule ${summary.policy}`;
+    const proof = summary.policy === "solver" ? `, ${nearness(summary)}` : `, by the rule ${summary.policy}`;
     if (best.budget === budget) return say(`Fits ${asked}: ${seconds(summary.step_seconds)} s per step${proof}; peak ${mib(summary.peak_bytes)} MiB`, true);
     return say(`Fits ${asked}: at most ${seconds(summary.step_seconds)} s per step, as at ${mib(best.budget)} MiB; plan at this budget to see what the rest is good for`, true);
   }

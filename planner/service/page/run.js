@@ -1,7 +1,7 @@
 // Runs, live: loss and memory step by step against the cap, then the report. A reloaded page finds them again.
 
 import { blob, finish, get, post } from "./api.js";
-import { html, MIB, mib, place, seconds, steps, table } from "./charts.js";
+import { html, MIB, mib, percent, place, seconds, steps, table } from "./charts.js";
 
 const $ = (id) => document.getElementById(id);
 const REDRAW = 250; // ms
@@ -109,7 +109,7 @@ async function shown(job, left) {
         return;
       }
       seen.set(told.step, told);
-      $("run-state").textContent = `${$("cancel").disabled ? "asked to save and end; " : ""}step ${told.step} of ${job.request.steps}: loss ${told.loss.toFixed(4)}, ${seconds(told.seconds)} s, peak ${mib(told.peak_bytes)} of ${mib(cap)} MiB`;
+      $("run-state").textContent = `${$("cancel").disabled ? "asked to save and end; " : ""}step ${told.step} of ${job.request.steps}: loss ${told.loss.toFixed(4)}, ${seconds(told.seconds)} s${told.tokens === undefined ? "" : `, ${rate(told)} tokens/s without padding`}, peak ${mib(told.peak_bytes)} of ${mib(cap)} MiB`;
       if (performance.now() - drawn > REDRAW) {
         drawn = performance.now();
         draw([...seen.values()], cap);
@@ -129,16 +129,20 @@ async function shown(job, left) {
   $("report").replaceChildren(table(`Predicted beside measured; the cap was enforced by ${report.enforced_by === "cgroup" ? "the kernel" : "the process's own meter"}`, ["figure", "predicted", "measured"], [
     ["peak of the process, MiB", mib(peak.predicted), mib(peak.measured)],
     ["step, s", seconds(step.predicted), seconds(step.measured)],
+    ...(report.tokens ? [[`tokens/s (rows ${percent(report.tokens.padding_share, 0)} padding)`, "–", Math.round(report.tokens.per_second).toLocaleString("en")]] : []),
     ...Object.entries(report.evaluation).map(([when, found]) => [`held-out loss ${when}${found.accuracy == null ? "" : ", accuracy"}`, "–", `${found.loss.toFixed(4)}${found.accuracy == null ? "" : `, ${found.accuracy.toFixed(3)}`}`]),
   ]));
   for (const id of ["report", "adapter"]) $(id).hidden = false;
   $("run-state").textContent = `done: ${report.loss.length} steps, peak ${mib(peak.measured)} of ${mib(cap)} MiB`;
 }
 
+// Tokens per second of a step, padding left out.
+const rate = (step) => Math.round(step.tokens / step.seconds).toLocaleString("en");
+
 function draw(list, cap) {
   const ordered = list.sort((a, b) => a.step - b.step);
   $("live").hidden = false;
   place($("loss"), (width) => steps("Loss by step; the table below has the numbers", ordered.map((s) => [s.step, s.loss]), { yLabel: "loss", width }));
   place($("memory"), (width) => steps("Peak memory by step, under the cap; the table below has the numbers", ordered.map((s) => [s.step, s.peak_bytes / MIB]), { yLabel: "MiB, peak so far", cap: cap / MIB, colour: "var(--policy-2)", zero: true, width }));
-  $("steps-table").replaceChildren(table("Every step", ["step", "loss", "seconds", "resident, MiB", "peak, MiB"], ordered.map((s) => [String(s.step), s.loss.toFixed(4), seconds(s.seconds), mib(s.resident_bytes), mib(s.peak_bytes)])));
+  $("steps-table").replaceChildren(table("Every step", ["step", "loss", "seconds", "tokens/s", "resident, MiB", "peak, MiB"], ordered.map((s) => [String(s.step), s.loss.toFixed(4), seconds(s.seconds), s.tokens === undefined ? "–" : rate(s), mib(s.resident_bytes), mib(s.peak_bytes)])));
 }
