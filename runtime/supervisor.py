@@ -34,7 +34,7 @@ Progress = Callable[[int, float, float, int, int, int | None], None]
 out, and None of a module."""
 Stages = Callable[[str, int, int], None]
 """stages(what, done, total) while something is prepared."""
-SLACK_BYTES = 1 << 20
+SLACK_BYTES = 1 << 18
 """What a supervisor may hold beyond what was measured: its messages are longer in a long run, and paths are."""
 
 
