@@ -177,7 +177,8 @@ class Search:
         best: Memory | None = None
         starts: list[Memory] = []
         for seed in dict.fromkeys(map(frozenset, seeds)):
-            if starts and self.late():
+            if starts and time.monotonic() > self.latest:  # one that fits as it is may be any of them
+                self.timely = False
                 break
             starts.append(Memory(self.dag, self.budget, seed))
         # Those that fit as they are first: the clock may stop the others.
