@@ -336,7 +336,8 @@ def _header(
         for value in operator["gathers"]
     }
     return {
-        # What is left of the budget for this process.
+        "budget_bytes": plan["budget_bytes"],
+        # What is left of it for this process.
         "cap_bytes": plan["budget_bytes"] - plan["device"]["floor"]["supervisor_bytes"],
         "arena_bytes": plan["arena_bytes"],
         "hole": hole(plan, numbers, sizes),

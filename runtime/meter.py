@@ -19,8 +19,10 @@ class Meter:
     Between readings only one operator runs, and VmHWM, read after every step, misses nothing.
     """
 
-    def __init__(self, cap_bytes: int) -> None:
+    def __init__(self, cap_bytes: int, budget_bytes: int | None = None) -> None:
+        """`cap_bytes` is what the other processes of the run leave this one of its budget."""
         self.cap_bytes = cap_bytes
+        self.budget_bytes = cap_bytes if budget_bytes is None else budget_bytes
         self._resident = ResidentReader()
         self._samples = array("q", [0]) * (3 * SAMPLES)
         self._count = 0
@@ -52,8 +54,10 @@ class Meter:
         return peak
 
     def refuse(self, measured: int) -> None:
+        others = self.budget_bytes - self.cap_bytes
+        beside = f", of which {others / 2**20:.1f} are the supervisor's" if others else ""
         raise CapError(
-            f"the process holds {measured / 2**20:.1f} MiB and the cap is {self.cap_bytes / 2**20:.1f} MiB; "
+            f"the process holds {measured / 2**20:.1f} MiB and the cap is {self.budget_bytes / 2**20:.1f} MiB{beside}; "
             "profile again on this machine (the floor may have changed) and plan anew"
         )
 

@@ -43,7 +43,7 @@ class Training:
         self.store = Store.open(header["store"]) if header["store"] else None
         self.spill = SpillFile(directory, header["spill_bytes"])
         self.channel = channel
-        self.meter = Meter(header["cap_bytes"])
+        self.meter = Meter(header["cap_bytes"], header["budget_bytes"])
         optimizer = optimizer_of(header["optimizer"])
         self.update = (
             Perturbation(optimizer, header["seed"])

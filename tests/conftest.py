@@ -151,5 +151,5 @@ def lean(work):
 @pytest.fixture(scope="session")
 def smallest(lean):
     """The schedule of the smallest budget, which spills. The search for it comes to its own end, so that another finds the same."""
-    floor = lean.device.floor.resident_bytes
+    floor = lean.device.floor.held_bytes
     return solve(lean, solve(lean, floor + 4096, time_limit=600).minimum_budget_bytes, time_limit=600)

@@ -282,6 +282,8 @@ def test_the_verdict_is_of_the_budget_and_the_policy_that_are_chosen(browser, pa
     def ignore(route):
         unsolved.append(route)
 
+    set_budget(own, middle)
+    expect(own.locator("#plan-title")).to_have_text(f"3. The plan: solver at {middle:,.1f} MiB")
     own.route("**/view", hold)
     own.route("**/v1/plans", ignore)
     with own.expect_request("**/view"):
@@ -546,7 +548,10 @@ def test_run(browser, served, pictures, work):
     steps = rows(page, "#steps-table")
     assert [int(row[0]) for row in steps] == list(range(1, 13))
     report = {row[0]: row[1:] for row in rows(page, "#report")}
-    assert number(report["peak of the process, MiB"][1]) == pytest.approx(max(number(row[4]) for row in steps), abs=1)
+    training = number(report["– training, MiB"][1])
+    assert training == pytest.approx(max(number(row[-1]) for row in steps), abs=1)
+    whole = number(report["peak of its processes, MiB"][1])
+    assert whole == pytest.approx(training + number(report["– supervisor, MiB"][1]), abs=0.2)
     assert page.locator("#memory svg .cap").count() == 1
     with page.expect_download() as caught:
         page.click("#adapter-button")

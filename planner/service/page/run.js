@@ -109,7 +109,7 @@ async function shown(job, left) {
         return;
       }
       seen.set(told.step, told);
-      $("run-state").textContent = `${$("cancel").disabled ? "asked to save and end; " : ""}step ${told.step} of ${job.request.steps}: loss ${told.loss.toFixed(4)}, ${seconds(told.seconds)} s${told.tokens === undefined ? "" : `, ${rate(told)} tokens/s without padding`}, peak ${mib(told.peak_bytes)} of ${mib(cap)} MiB`;
+      $("run-state").textContent = `${$("cancel").disabled ? "asked to save and end; " : ""}step ${told.step} of ${job.request.steps}: loss ${told.loss.toFixed(4)}, ${seconds(told.seconds)} s${told.tokens === undefined ? "" : `, ${rate(told)} tokens/s without padding`}, peak of the training process ${mib(told.peak_bytes)} of ${mib(cap)} MiB`;
       if (performance.now() - drawn > REDRAW) {
         drawn = performance.now();
         draw([...seen.values()], cap);
@@ -127,7 +127,8 @@ async function shown(job, left) {
   if (left()) return;
   const { peak_bytes: peak, step_seconds: step } = report;
   $("report").replaceChildren(table(`Predicted beside measured; the cap was enforced by ${report.enforced_by === "cgroup" ? "the kernel" : "the process's own meter"}`, ["figure", "predicted", "measured"], [
-    ["peak of the process, MiB", mib(peak.predicted), mib(peak.measured)],
+    ["peak of its processes, MiB", mib(peak.predicted), mib(peak.measured)],
+    ...Object.entries(report.processes ?? {}).map(([name, one]) => [`– ${name}, MiB`, mib(one.predicted), mib(one.measured)]),
     ["step, s", seconds(step.predicted), seconds(step.measured)],
     ...(report.tokens ? [[`tokens/s (rows ${percent(report.tokens.padding_share, 0)} padding)`, "–", Math.round(report.tokens.per_second).toLocaleString("en")]] : []),
     ...Object.entries(report.evaluation).map(([when, found]) => [`held-out loss ${when}${found.accuracy == null ? "" : ", accuracy"}`, "–", `${found.loss.toFixed(4)}${found.accuracy == null ? "" : `, ${found.accuracy.toFixed(3)}`}`]),
