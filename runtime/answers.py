@@ -201,7 +201,7 @@ def report_text(report: dict[str, Any]) -> RenderableType:
         ratio = f"{one['measured'] / one['predicted']:.4f}"
         table.add_row(name, format_size(one["predicted"]), format_size(one["measured"]), ratio)
     taken = step["measured"]  # None where the metrics of a resumed run are lost
-    ratio = f"{taken / step['predicted']:.3f}" if taken else "–"
+    ratio = f"{taken / step['predicted']:.3f}" if taken and step["predicted"] else "–"
     table.add_row("step", f"{step['predicted']:.3f} s", f"{taken:.3f} s" if taken else "–", ratio)
     if tokens := report.get("tokens"):
         rate = f"{tokens['per_second']:,.0f}"

@@ -138,3 +138,20 @@ def test_a_finished_run_says_so(begin, tmp_path):
     out, err = again.communicate(timeout=120)
     assert json.loads(out) == report
     assert err.endswith("already done: {} has all 2 steps; give more --steps to go on\n".format(tmp_path / "out"))
+
+
+def test_a_run_whose_supervisor_is_killed_is_saved(begin, tmp_path):
+    out = tmp_path / "out"
+    process = begin(out, "--steps", "100000")
+    training = training_began(process, out)
+    process.kill()
+    process.communicate()
+    begun = time.monotonic()
+    while Path(f"/proc/{training}/stat").exists() and time.monotonic() < begun + 60:
+        time.sleep(0.05)
+    [checkpoint] = out.glob("checkpoint-*")
+    reached = int(checkpoint.name.partition("-")[2])
+    again = begin(out, "--steps", str(reached + 1), "--resume", "--json")
+    answer, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert json.loads(answer)["resumed_step"] == reached
