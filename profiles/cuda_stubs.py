@@ -119,9 +119,31 @@ def stubs(libraries: Path) -> dict[str, bytes]:
     system = (ctypes.CDLL(None), ctypes.CDLL("libstdc++.so.6"))
     missing = set().union(*(library.undefined for library in ours.values()))
     missing -= set().union(*(library.defined for library in ours.values()))
-    symbols = sorted(name for name in missing if not any(hasattr(library, name) for library in system))
+    symbols = sorted(name for name in missing if not any(_defines(library, name) for library in system))
     symbol_stub = stub_library(SYMBOLS, needed=("libstdc++.so.6",), symbols=symbols, references=REFERENCES)
     return {SYMBOLS: symbol_stub, **{name: stub_library(name, needed=(SYMBOLS,)) for name in sorted(replaced)}}
+
+
+class _Place(ctypes.Structure):
+    """``Dl_info`` of dlfcn.h."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def _defines(library: ctypes.CDLL, name: str) -> bool:
+    """Whether a symbol is found there, and not in one of CUDA's libraries, which this process may have loaded with all of PyTorch."""
+    try:
+        address = ctypes.cast(getattr(library, name), ctypes.c_void_p)
+    except AttributeError:
+        return False
+    place = _Place()
+    known = ctypes.CDLL(None).dladdr(address, ctypes.byref(place))
+    return not (known and place.file and os.path.basename(os.fsdecode(place.file)).startswith(CUDA))  # noqa: PTH119
 
 
 def _serve(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import subprocess
@@ -65,6 +66,14 @@ def test_pytorch_starts_with_stubs_and_computes_the_same(stubs: Path) -> None:
     assert whole["libraries"] == [str(LIBRARIES / "libshm.so")]
     assert (stubbed["mode"], whole["mode"]) == ("lean", "lean")
     assert stubbed["y"] == whole["y"]
+
+
+def test_the_same_are_made_in_a_process_that_has_loaded_what_they_replace(stubs: Path) -> None:
+    """As `profile` has, which imports all of PyTorch: no symbol of CUDA's libraries is missing there."""
+    ctypes.CDLL(str(LIBRARIES / "libshm.so"), mode=ctypes.RTLD_GLOBAL)
+    assert hasattr(ctypes.CDLL(None), "_Z11libshm_initPKc")
+    made = cuda_stubs.stubs(LIBRARIES)
+    assert made == {path.name: path.read_bytes() for path in stubs.iterdir()}
 
 
 def test_they_are_made_once(stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
