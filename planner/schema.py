@@ -155,7 +155,7 @@ class Plan(Record):
         schedules = [*self.steps, *([self.evaluate] if self.evaluate is not None else [])]
         instructions = sum(len(phase.instructions) for phase in schedules)
         later = floor.held_bytes + floor.instruction_bytes * instructions + self.arena_bytes + self.workspace_bytes
-        return max(0, min(self.peak_bytes, floor.start_peak_bytes) - later)
+        return max(0, min(self.peak_bytes, floor.start_peak_bytes) - max(0, later))
 
     @property
     def exact(self) -> bool:

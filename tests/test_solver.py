@@ -392,7 +392,7 @@ def test_fixed_rules_are_held_against_the_bound_of_their_class(monkeypatch):
     # As of a plan under which layers go forward twice.
     plan = planner.plan
 
-    def weakly(budget, *, policy=None, time_limit=30.0, progress=None):
+    def weakly(budget, *, policy=None, time_limit=30.0, gap=0.0, progress=None):
         made = plan(budget, policy=policy, time_limit=time_limit)
         return made if policy else made.model_copy(update={"bound_seconds": weak})
 
