@@ -34,8 +34,6 @@ Progress = Callable[[int, float, float, int, int, int | None], None]
 out, and None of a module."""
 Stages = Callable[[str, int, int], None]
 """stages(what, done, total) while something is prepared."""
-SLACK_BYTES = 1 << 18
-"""What a supervisor may hold beyond what was measured: its messages are longer in a long run, and paths are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +187,7 @@ def _answer(report: dict[str, Any], *, as_json: bool) -> None:
 
 
 def measure() -> int:
-    """Bytes that a supervisor holds at its peak: it follows a process that tells what a training process does."""
+    """Bytes that a supervisor holds at its peak: what it remembers of a run of `LATEST_STEPS` steps and more, whose paths and messages are long."""
     words = json.dumps({"event": "timeline", "which": "first", "samples": [[i, i / 7e3, i << 20] for i in range(2048)]})
     step = {"event": "step", "step": 1, "loss": 1.0, "seconds": 0.5, "resident_bytes": 1, "peak_bytes": 1, "tokens": 1}
     step["spent"] = dict.fromkeys(("run", "unpack", "perturb", "update", "stall"), 0.1)
@@ -203,7 +201,7 @@ def measure() -> int:
                 training(1, 1.0, 0.5, 1, 1, 1)
         with passed_on():
             subprocess.run(["/bin/true"], check=False)
-    return memory().peak + SLACK_BYTES
+    return memory().peak
 
 
 if __name__ == "__main__":
