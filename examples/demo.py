@@ -27,18 +27,18 @@ from rich.console import Console
 from rich.rule import Rule
 
 from examples.reviews import HELD_OUT, SEQ, fetch
-from planner.exchange import load_plan, save_plan
-from planner.explanation import explanation_of
-from planner.figures import draw_timeline
-from planner.plan import planner_of
-from planner.schema import Plan
-from profiles.api import profile, save_profile
-from profiles.errors import InfeasibleError, TightfitError
-from profiles.interpreter import command, python_path
-from profiles.schema import Device
-from profiles.units import format_size, parse_size
-from runtime.answers import infeasible_text, plan_text, profile_text
-from runtime.terminal import Solving, Stages, messages
+from tightfit.planner.io import load_plan, save_plan
+from tightfit.planner.plan import planner_of
+from tightfit.planner.report.explanation import explanation_of
+from tightfit.planner.report.figures import draw_timeline
+from tightfit.planner.schema import Plan
+from tightfit.profiles.api import profile, save_profile
+from tightfit.profiles.schema import Device
+from tightfit.runtime.cli.answers import infeasible_text, plan_text, profile_text
+from tightfit.runtime.cli.terminal import Solving, Stages, messages
+from tightfit.runtime.common.errors import InfeasibleError, TightfitError
+from tightfit.runtime.common.interpreter import command, python_path
+from tightfit.runtime.common.units import format_size, parse_size
 
 OUT = Path(__file__).resolve().parent / "out"
 BUDGET = 350 << 20
@@ -105,7 +105,7 @@ def begin(memory: int | None, steps: int, picture: Path) -> NoReturn:
     console.print(plan_text(plan, why))
 
     console.print(Rule(f"4 · run: {steps} steps of {BATCH} sentences under the cap", align="left"))
-    tightfit = command("runtime.cli", "run", str(OUT / "plan.json"), "--data", str(reviews.train))
+    tightfit = command("tightfit.runtime.cli.main", "run", str(OUT / "plan.json"), "--data", str(reviews.train))
     tightfit += ["--eval", str(reviews.held_out), "--steps", str(steps), "--lr", str(LEARNING_RATE)]
     tightfit += ["--output", str(OUT / "run"), "--overwrite"]
     rest = [sys.executable, __file__, "--finish", str(begun), "--steps", str(steps), "--picture", str(picture)]

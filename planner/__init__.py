@@ -2,11 +2,11 @@
 
 Nothing is imported here: the budgeted process reads plans without the solver. The doors are
 
-- `planner.plan.plan(profile, budget_bytes)`, `planner.plan.minimum_budget(profile)`, `planner.plan.Planner`
-- `planner.simulate.simulate(plan)`
-- `planner.compare.compare(profile, budgets, policies)`
-- `planner.explain.explain(plan)`, `planner.explanation.account(plan)`, `planner.worth.neighbours(planner, plan)`
-- `planner.diff.diff(before, after)`
-- `planner.exchange.load_plan(path)`, `planner.exchange.save_plan(plan, path)`
-- `planner.graph.layer_graph(profile)`
+- `tightfit.planner.plan.plan(profile, budget_bytes)`, `tightfit.planner.plan.minimum_budget(profile)`, `tightfit.planner.plan.Planner`
+- `tightfit.planner.simulation.simulate.simulate(plan)`
+- `tightfit.planner.report.compare.compare(profile, budgets, policies)`
+- `tightfit.planner.report.explain.explain(plan)`, `tightfit.planner.report.explanation.account(plan)`, `tightfit.planner.report.marginal_value.neighbours(planner, plan)`
+- `tightfit.planner.report.diff.diff(before, after)`
+- `tightfit.planner.io.load_plan(path)`, `tightfit.planner.io.save_plan(plan, path)`
+- `tightfit.planner.problem.step_graph.layer_graph(profile)`
 """

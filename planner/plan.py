@@ -6,46 +6,38 @@ is replayed by `simulate` before it is returned; its figures are the simulator's
 
 from __future__ import annotations
 
-import operator
 import time
 from dataclasses import replace
 from functools import cached_property
-from numbers import Real
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING
 
-from planner.answer import answered, too_small
-from planner.bounds import AnySchedule
-from planner.carry_out import Part, Schedule, carry_out_cycle, smallest_cycle
-from planner.collector import paused_collector
-from planner.drafted import drafted, drafted_phase
-from planner.emit import Entry, instructions, kinds
-from planner.gradients import without_resting_states
-from planner.layers import Layered
-from planner.lowest import lowered
-from planner.master import Progress
-from planner.policies import POLICIES, policy_parts
-from planner.schema import Phase, Plan
-from planner.simulate import simulate
-from planner.solver import HELD_UP, Outcome, Solver, share_of
-from planner.split import layered
-from profiles.errors import InputError
-from profiles.schema import Profile
+from tightfit.planner.formulation.any_schedule_bound import AnySchedule
+from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.problem.gradients import without_resting_states
+from tightfit.planner.problem.layer_types import Layered
+from tightfit.planner.schedule.lowering import Entry, instructions, kinds
+from tightfit.planner.schedule.realize import Part, Schedule, carry_out_cycle, smallest_cycle
+from tightfit.planner.schema import Phase, Plan
+from tightfit.planner.search_options import (
+    ANY_SHARE,
+    LEAST_SHARE,
+    Progress,
+    checked_budget,
+    checked_gap,
+    checked_limit,
+    finish_seconds,
+)
+from tightfit.planner.simulation.drafted import drafted, drafted_phase
+from tightfit.planner.simulation.plan_result import answered, too_small
+from tightfit.planner.simulation.simulate import simulate
+from tightfit.planner.solve.minimum_budget import lowered
+from tightfit.planner.solve.policies import POLICIES, policy_parts
+from tightfit.planner.solve.search import Outcome, Solver, share_of
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.gc_pause import paused_collector
 
 if TYPE_CHECKING:
-    from planner.graphs.planner import GraphPlanner
-
-ANY_SHARE = 0.1
-"""of the time limit, for the bound that holds for any schedule"""
-LEAST_SHARE = 0.7
-"""of the time limit, for the smallest budget where the one asked for may be below it, unless it clearly is not: what fits comes
-before what is fast
-"""
-LONGEST_LIMIT = 1e9
-"""seconds of a time limit: thirty years, which every solver's clock can count"""
-FINISH_SECONDS = 6e-5
-"""to write a plan down and replay it, per operator of the step: left out of what the search may take"""
-HELD_SHARE = 0.05
-"""of the time limit, at most, for as many times that as `HELD_UP` says: other programs may take most of the processor"""
+    from tightfit.planner.graphs.planner import GraphPlanner
 
 
 def plan(
@@ -72,49 +64,13 @@ def minimum_budget(profile: Profile, *, policy: str | None = None, time_limit: f
     return planner_of(profile).minimum_bytes(policy=policy, time_limit=time_limit)
 
 
-def checked_budget(budget_bytes: object) -> int:
-    """A budget as a plain int. Raises InputError where it is no int of bytes above 0."""
-    if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, SupportsIndex):
-        raise InputError(
-            f"a budget is an int of bytes, not {budget_bytes!r}; `profiles.units.parse_size` makes one of '600MiB'"
-        )
-    size = operator.index(budget_bytes)
-    if size <= 0:
-        raise InputError(f"a budget of {budget_bytes} bytes is no budget; name a positive size such as 600MiB")
-    return size
-
-
-def checked_limit(time_limit: object) -> float:
-    """A time limit as a plain float. Raises InputError where it is no number of seconds above 0."""
-    if not isinstance(time_limit, Real) or not 0 < float(time_limit) <= LONGEST_LIMIT:
-        raise InputError(
-            f"a time limit of {time_limit!r} s is none; name a number of seconds above 0, at most {LONGEST_LIMIT:.0e}"
-        )
-    return float(time_limit)
-
-
-def checked_gap(gap: object) -> float:
-    """A gap that is enough as a plain float. Raises InputError where it is no share of the step's time from 0 to below 1."""
-    if isinstance(gap, bool) or not isinstance(gap, Real) or not 0 <= float(gap) < 1:
-        raise InputError(
-            f"a gap of {gap!r} is none; name a share of the step's time from 0 to below 1, such as 0.001 for 0.1 %"
-        )
-    return float(gap)
-
-
 def planner_of(profile: Profile) -> Planner | GraphPlanner:
     """The planner for this kind of profile; its `plan` may be called for any number of budgets."""
     if profile.model.kind == "graph":
-        from planner.graphs.planner import GraphPlanner
+        from tightfit.planner.graphs.planner import GraphPlanner
 
         return GraphPlanner(profile)
     return Planner(profile)
-
-
-def finish_seconds(operators: int, time_limit: float) -> float:
-    """Seconds of a time limit that are left to write a plan of so many operators down and replay it."""
-    alone = FINISH_SECONDS * operators
-    return max(alone, min(HELD_UP * alone, HELD_SHARE * time_limit))
 
 
 class Planner:
@@ -341,3 +297,13 @@ class Planner:
 
 def _phase(schedule: Schedule, entries: tuple[Entry, ...], offsets: dict[tuple[int, str], int]) -> Phase:
     return drafted_phase(instructions(schedule.problem, entries, schedule.arena.resident, offsets))
+
+
+def policies_of(profile: Profile) -> tuple[str, ...]:
+    """Names of the fixed rules that mean something for a profile and follow the exact gradient."""
+    if profile.model.kind != "graph":
+        return tuple(POLICIES)
+    from tightfit.planner.graphs.problem.dag import dag_of
+    from tightfit.planner.graphs.search.baselines import rules_for
+
+    return rules_for(dag_of(profile))

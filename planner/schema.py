@@ -36,7 +36,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from profiles.schema import Device, Layer, Model, Optimizer, Program, Tensor
+from tightfit.profiles.schema import Device, Layer, Model, Optimizer, Program, Tensor
 
 PLAN_VERSION = 6
 MEZO = "mezo"

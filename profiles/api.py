@@ -1,34 +1,26 @@
-"""`profile`: a model and a device in, a Profile out. Its file is `profiles.exchange`'s, offered here too."""
+"""`profile`: a model and a device in, a Profile out. Its file is `tightfit.profiles.io`'s, offered here too."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses import FakeTensorMode
 
-from profiles import cold, cuda_stubs, native
-from profiles.busy import crowded, our_cores, taken_now
-from profiles.comparison import Comparison
-from profiles.decoder import Decoder
-from profiles.decoder_config import decoder_shape
-from profiles.devices import find_device
-from profiles.errors import InputError
-from profiles.estimate import estimate_profile
-from profiles.exchange import load_profile, save_profile
-from profiles.files import cache_directory
-from profiles.interpreter import python_path
-from profiles.marks import marks
-from profiles.measure import measure
-from profiles.pack import build_store
-from profiles.processor import cpu_name, features
-from profiles.register import DECOMPOSITIONS, INFERENCE
-from profiles.schema import (
+from tightfit.profiles.devices.data_sheets import find_device
+from tightfit.profiles.devices.estimate import estimate_profile
+from tightfit.profiles.io import load_profile, save_profile
+from tightfit.profiles.measuring.cpu_load import crowded, our_cores, taken_now
+from tightfit.profiles.measuring.marks import marks
+from tightfit.profiles.measuring.measure import measure
+from tightfit.profiles.models.decoder import Decoder
+from tightfit.profiles.models.decoder_config import decoder_shape
+from tightfit.profiles.schema import (
     MOST_ACCUMULATED,
     PROFILE_VERSION,
     Channel,
@@ -40,9 +32,19 @@ from profiles.schema import (
     Tensor,
     adamw,
 )
-from profiles.sources import Source, resolve
-from profiles.store import Entry, Store, find_extent
-from profiles.trace import Trace, trace
+from tightfit.profiles.sources.lookup import resolve
+from tightfit.profiles.tracing.comparison import Comparison
+from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
+from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.profiles.weights.pack import build_store
+from tightfit.profiles.weights.source import Source
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.common.interpreter import PACKAGE, python_path
+from tightfit.runtime.common.processor import cpu_name, features
+from tightfit.runtime.engine.start import cuda_stubs, page_out
+from tightfit.runtime.engine.weights import native
+from tightfit.runtime.engine.weights.store import Entry, Store, find_extent
 
 __all__ = ["Progress", "load_profile", "profile", "save_profile"]
 
@@ -53,48 +55,18 @@ MOST_ELEMENTS = 1 << 60
 """of a tensor: PyTorch counts its bytes in 63 bits, and an element has up to 8"""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CODE = (
-    "attention",
-    "cold",
-    "comparison",
-    "decoder",
-    "decoder_config",
-    "factory_source",
-    "fold",
-    "own_gradients",
-    "native",
-    "fuse",
-    "inference",
-    "operators",
-    "pages",
-    "processor",
-    "products",
-    "register",
-    "layout",
-    "machine_code",
-    "describe",
-    "store",
-    "trace",
-    "unchecked",
-    "schema",
-    "api",
+    "runtime/common",
+    "runtime/engine",
+    "runtime/supervision",
+    "profiles/measuring",
+    "profiles/models",
+    "profiles/sources",
+    "profiles/tracing",
+    "profiles/weights",
+    "profiles/api.py",
+    "profiles/schema.py",
 )
-MEASURING_CODE = (
-    "bandwidth",
-    "channels",
-    "compiled",
-    "floor",
-    "guard",
-    "kernels",
-    "lean_torch",
-    "measure",
-    "optimizer",
-    "process",
-    "resident",
-    "spill",
-    "supervisor",
-    "warm",
-    "whole_step",
-)
+"""what decides the figures of a profile: with another version of it, what was measured is measured again"""
 
 
 def profile(
@@ -111,8 +83,8 @@ def profile(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Profile:
-    """Trace and measure one training step of `source` (see `profiles.sources.resolve`) on this machine, or trace it and
-    estimate its times on another `device` (see `profiles.devices.find_device`).
+    """Trace and measure one training step of `source` (see `tightfit.profiles.sources.lookup.resolve`) on this machine, or trace it and
+    estimate its times on another `device` (see `tightfit.profiles.devices.data_sheets.find_device`).
 
     `batch` samples of `seq` tokens; `lora_alpha` defaults to twice the rank; the gradients of `accumulate` steps make one update; `dtype` is what activations and unpacked
     weights are computed in (bfloat16 for language models, float32 for a module of your own). A module:factory brings its own sample batch. Weights, where the source has them, are packed
@@ -247,9 +219,7 @@ def _marked(profile: Profile) -> tuple[int, float]:
 
 def _fingerprint(source: Source, *settings: Any) -> str:
     """sha256 of everything that the profile depends on: model, shapes, torch, machine and the code that traces."""
-    folder = Path(__file__).parent
-    code = [hashlib.sha256((folder / f"{name}.py").read_bytes()).hexdigest() for name in CODE]
-    code += [hashlib.sha256((folder.parent / "runtime" / f"{n}.py").read_bytes()).hexdigest() for n in MEASURING_CODE]
+    code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in _code()]
     text = json.dumps(
         [
             PROFILE_VERSION,
@@ -260,7 +230,7 @@ def _fingerprint(source: Source, *settings: Any) -> str:
             cpu_name(),
             sorted(features()),
             Path(native.library(cache_directory())).name,
-            Path(cold.library(cache_directory())).name,
+            Path(page_out.library(cache_directory())).name,
             Path(cuda_stubs.folder(cache_directory())).name,
             os.environ.get("TIGHTFIT_TORCH"),  # "plain": the floor of a full import
             code,
@@ -268,6 +238,12 @@ def _fingerprint(source: Source, *settings: Any) -> str:
         default=str,
     )
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _code() -> Iterator[Path]:
+    for name in CODE:
+        place = PACKAGE / name
+        yield from [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in (".py", ".c"))
 
 
 def _trace_decoder(
@@ -290,7 +266,7 @@ def _trace_decoder(
 def _trace_module(
     source: Source, dtype: str, report: Progress
 ) -> tuple[Trace, torch.nn.Module, tuple[torch.Tensor, ...]]:
-    from profiles.factory_source import build_module
+    from tightfit.profiles.sources.factory import build_module
 
     if dtype != "float32":
         raise InputError(

@@ -225,7 +225,7 @@ class Model(Record):
     name: str
     source: str = Field(description="what the user named: a directory, GGUF file, config.json or module:factory")
     kind: Literal["decoder", "module", "graph"] = Field(
-        description="graph: bare operators from elsewhere (`profiles.bare`), to plan and not to run"
+        description="graph: bare operators from elsewhere (`tightfit.profiles.graph_input`), to plan and not to run"
     )
     config: dict[str, Any] = Field({}, description="what is needed to build the model again")
     lora: dict[str, Any] | None = None

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, settings
 from served import Served
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
-from planner.exchange import load_plan
-from planner.plan import plan as solve
-from profiles.api import load_profile
-from runtime import cli
-from runtime.cgroup import MemoryCgroup
+from tightfit.planner.io import load_plan
+from tightfit.planner.plan import plan as solve
+from tightfit.profiles.api import load_profile
+from tightfit.runtime.cli import main
+from tightfit.runtime.supervision.cgroup import MemoryCgroup
 
 # A shell that starts the suite in the background has SIGINT ignored, and children inherit that: Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,10 +28,28 @@ settings.load_profile("tightfit")
 
 
 LONGEST = (
-    "test_end_to_end", "test_demo_model", "test_graphs", "test_service_page", "test_session", "test_policies_runs", "test_launch",
-    "test_bad_runs", "test_bad_input", "test_offload", "test_accumulate", "test_segments", "test_own_module", "test_busy",
-    "test_reuse", "test_installed", "test_service_runs", "test_stretch", "test_planner", "test_planner_class", "test_service_http",
-)  # fmt: skip
+    "whole/test_end_to_end",
+    "whole/test_demo_model",
+    "planner/graphs/test_graphs",
+    "planner/service/test_page",
+    "runtime/session/test_session",
+    "whole/test_policies_runs",
+    "runtime/session/test_launch",
+    "whole/test_bad_runs",
+    "whole/test_bad_input",
+    "planner/graphs/test_offload",
+    "whole/test_accumulate",
+    "planner/solve/test_segments",
+    "whole/test_own_module",
+    "profiles/measuring/test_cpu_load",
+    "planner/solve/test_reuse",
+    "whole/test_installed",
+    "planner/service/test_runs",
+    "planner/graphs/test_subproblem",
+    "planner/test_planner",
+    "planner/formulation/test_planner_class",
+    "planner/service/test_http",
+)
 """files, by how long they take"""
 assert all((Path(__file__).parent / f"{name}.py").exists() for name in LONGEST)
 
@@ -39,7 +57,8 @@ assert all((Path(__file__).parent / f"{name}.py").exists() for name in LONGEST)
 def pytest_collection_modifyitems(items):
     """The longest files first: one that starts last would keep a core of two idle."""
     place = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+    here = Path(__file__).parent
+    items.sort(key=lambda item: place.get(item.path.relative_to(here).with_suffix("").as_posix(), len(LONGEST)))
 
 
 @pytest.fixture
@@ -49,7 +68,7 @@ def tightfit(capfd):
     def call(*words):
         capfd.readouterr()
         with pytest.raises(SystemExit) as caught:
-            cli.main([str(word) for word in words])
+            main.main([str(word) for word in words])
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         return caught.value.code, out, err
@@ -113,7 +132,7 @@ def work(tmp_path_factory, cache):
         ["plan", path / "profile.json", "--memory", (1 << 63) - 1, "-o", path / "plan.json"],
     ):
         with pytest.raises(SystemExit) as caught:
-            cli.main([str(word) for word in words])
+            main.main([str(word) for word in words])
         assert caught.value.code == 0
     return path
 

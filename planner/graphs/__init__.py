@@ -1,4 +1,4 @@
-"""The planner of bare graphs (`profiles.bare`): any DAG, anything computed again, or moved to a disk and back, wherever that pays.
+"""The planner of bare graphs (`tightfit.profiles.graph_input`): any DAG, anything computed again, or moved to a disk and back, wherever that pays.
 
 | file | concept |
 |---|---|

@@ -1,4 +1,4 @@
-"""Plans of a bare graph at any number of budgets; what `planner.plan.Planner` is for profiles of models."""
+"""Plans of a bare graph at any number of budgets; what `tightfit.planner.plan.Planner` is for profiles of models."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from planner.answer import EXACT, gap_to
-from planner.graphs import exact
-from planner.graphs.actions import Carried, carry, timed, touch_and_go, worth_moving
-from planner.graphs.answer import Least, Outcome, finished, infeasible
-from planner.graphs.bound import Bound, ClassBound, any_schedule_bound, class_bound
-from planner.graphs.chains import as_chain, checkpoints
-from planner.graphs.dag import dag_of
-from planner.graphs.exact_moves import fastest_with_moves
-from planner.graphs.found import Found, fastest
-from planner.graphs.neighbourhoods import Neighbourhoods, lowest_peak
-from planner.graphs.rules import RULES, rule_reruns, rules_for
-from planner.graphs.schedule import Rerun, peak_bytes, pruned, seconds
-from planner.graphs.search import Search
-from planner.graphs.stretch import BETTER, Lowest, Stretch
-from planner.graphs.sweep import swept
-from planner.master import Progress
-from planner.plan import ANY_SHARE, checked_budget, checked_gap, checked_limit, finish_seconds
-from planner.schema import Plan
-from profiles.schema import Profile
+from tightfit.planner.graphs.bounds.bound import Bound, ClassBound, any_schedule_bound, class_bound
+from tightfit.planner.graphs.incumbents import Found, fastest
+from tightfit.planner.graphs.plan_result import Least, Outcome, finished, infeasible
+from tightfit.planner.graphs.problem.actions import Carried, carry, timed, touch_and_go, worth_moving
+from tightfit.planner.graphs.problem.dag import dag_of
+from tightfit.planner.graphs.problem.schedule import Rerun, peak_bytes, pruned, seconds
+from tightfit.planner.graphs.search import exact
+from tightfit.planner.graphs.search.baselines import RULES, rule_reruns, rules_for
+from tightfit.planner.graphs.search.belady import swept
+from tightfit.planner.graphs.search.chain_dp import as_chain, checkpoints
+from tightfit.planner.graphs.search.eviction_search import Search
+from tightfit.planner.graphs.search.exact_moves import fastest_with_moves
+from tightfit.planner.graphs.search.large_neighbourhood import Neighbourhoods, lowest_peak
+from tightfit.planner.graphs.search.subproblem import BETTER, Lowest, Stretch
+from tightfit.planner.schema import Plan
+from tightfit.planner.search_options import (
+    ANY_SHARE,
+    Progress,
+    checked_budget,
+    checked_gap,
+    checked_limit,
+    finish_seconds,
+)
+from tightfit.planner.simulation.plan_result import EXACT, gap_to
+from tightfit.profiles.schema import Profile
 
 EXACT_OPERATORS = 20
 """graphs up to here are solved over all schedules of the class"""
@@ -104,7 +110,7 @@ class GraphPlanner:
         gap: float = 0.0,
         progress: Progress | None = None,
     ) -> Plan:
-        """As `planner.plan.plan`; the budget is on the bytes that are live, fixed ones included.
+        """As `tightfit.planner.plan.plan`; the budget is on the bytes that are live, fixed ones included.
 
         Two things are done whatever the limit: the schedule is written down and replayed, in about 0.1 ms per run, and a graph
         that can be solved exactly has `EXACT_SECONDS` for it. Raises KeyboardInterrupt only where nothing was found to fit yet.

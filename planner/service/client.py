@@ -1,7 +1,7 @@
 """The service from another machine: `connect`, then the same calls as in the library.
 
 ```python
-from planner.service.client import connect
+from tightfit.planner.service.client import connect
 
 with connect("http://planner.local:8000", token="...") as service:
     plan = service.plan(profile, 600 << 20, time_limit=30.0)
@@ -21,15 +21,15 @@ from typing import Any, Self
 
 import httpx
 
-from planner.compare import Comparison
-from planner.exchange import parse_plan
-from planner.explanation import Explanation, account
-from planner.schema import Plan
-from planner.service.errors import JOB_ERRORS
-from planner.service.settings import check_token
-from profiles.errors import InputError, RunError
-from profiles.exchange import canonical_json, parse_profile
-from profiles.schema import Profile
+from tightfit.planner.io import parse_plan
+from tightfit.planner.report.compare import Comparison
+from tightfit.planner.report.explanation import Explanation, account
+from tightfit.planner.schema import Plan
+from tightfit.planner.service.wire.errors import JOB_ERRORS
+from tightfit.planner.service.wire.settings import check_token
+from tightfit.profiles.io import canonical_json, parse_profile
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.errors import InputError, RunError
 
 Progress = Callable[[dict[str, Any]], None]
 """progress(what) with what the job tells: stage, incumbent, bound, gap, seconds; or step, loss, seconds, resident_bytes"""
@@ -114,7 +114,7 @@ class Client:
         gap: float = 0.0,
         progress: Progress | None = None,
     ) -> Plan:
-        """`planner.plan.plan`, solved by the service."""
+        """`tightfit.planner.plan.plan`, solved by the service."""
         request = {
             "profile": self.upload(profile),
             "memory": budget_bytes,
@@ -141,7 +141,7 @@ class Client:
         gap: float = 0.0,
         progress: Progress | None = None,
     ) -> Comparison:
-        """`planner.compare.compare`, solved by the service."""
+        """`tightfit.planner.report.compare.compare`, solved by the service."""
         stored = self._upload(profile)
         policies = stored["summary"]["policies"] if policies is None else policies
         request = {

@@ -27,25 +27,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 from gemma_package import PACKAGE, gemma_file
 from reference import peft_model, peft_name
 
 from examples.reviews import MODEL_FILE, MODEL_PACKAGE, extract, write_lines
-from planner.exchange import load_plan, save_plan
-from planner.plan import Planner
-from planner.schema import Plan
-from profiles.api import profile
-from profiles.files import cache_directory
-from profiles.schema import Profile
-from profiles.sources import vocabulary as vocabulary_of
-from profiles.store import Store
-from profiles.units import parse_size
-from runtime.adapter import initialise
-from runtime.data import prepare
-from runtime.launch import run
-from runtime.records import RecordFile
+from tightfit.planner.io import load_plan, save_plan
+from tightfit.planner.plan import Planner
+from tightfit.planner.schema import Plan
+from tightfit.profiles.api import profile
+from tightfit.profiles.schema import Profile
+from tightfit.profiles.sources.lookup import vocabulary as vocabulary_of
+from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.common.units import parse_size
+from tightfit.runtime.data.tokenization import prepare
+from tightfit.runtime.engine.training.adapter import initialise
+from tightfit.runtime.engine.training.records import RecordFile
+from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.session.launch import run
 
 MIB = 1 << 20
 TEXT_PACKAGE, TEXT_FILE = "gensim==4.4.0", "gensim/test/test_data/lee_background.cor"

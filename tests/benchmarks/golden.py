@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "benchmarks")]
 
 from graphs import GRAPHS
 
-from planner.graphs.dag import dag_of
-from planner.graphs.schedule import peak_bytes
-from planner.plan import planner_of
-from profiles.api import profile
-from profiles.bare import graph_profile
-from profiles.schema import Profile
+from tightfit.planner.graphs.problem.dag import dag_of
+from tightfit.planner.graphs.problem.schedule import peak_bytes
+from tightfit.planner.plan import planner_of
+from tightfit.profiles.api import profile
+from tightfit.profiles.graph_input import graph_profile
+from tightfit.profiles.schema import Profile
 
 MIB = 1 << 20
 DEVICE = "zen5-2core"

@@ -18,16 +18,16 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).parent)]
 
 from layered_graph import layered
 from networks import NETWORKS, network
 
-from planner.graphs.dag import dag_of
-from planner.graphs.planner import GraphPlanner
-from planner.graphs.rules import RULES, remade, rules_for
-from planner.graphs.schedule import peak_bytes, seconds
-from profiles.bare import graph_profile
+from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.graphs.problem.dag import dag_of
+from tightfit.planner.graphs.problem.schedule import peak_bytes, seconds
+from tightfit.planner.graphs.search.baselines import RULES, remade, rules_for
+from tightfit.profiles.graph_input import graph_profile
 
 MIB = 1 << 20
 GRAPHS = {name: (lambda name=name: network(name)) for name in NETWORKS}

@@ -22,12 +22,12 @@ import typer
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from planner.exchange import save_plan
-from planner.plan import Planner
-from planner.schema import Plan
-from profiles import interpreter
-from profiles.api import profile
-from profiles.errors import TightfitError
+from tightfit.planner.io import save_plan
+from tightfit.planner.plan import Planner
+from tightfit.planner.schema import Plan
+from tightfit.profiles.api import profile
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.errors import TightfitError
 
 MIB = 1 << 20
 Row = dict[str, Any]
@@ -143,7 +143,9 @@ def _row(name: str, plan: Plan, what: str, steps: int, out: Path) -> Row:
     if plan.status == "infeasible":
         return row | {"minimum_budget_bytes": plan.minimum_budget_bytes}
     # As a person runs it: the command's own process counts against the cap too.
-    command = interpreter.command("runtime.cli", "run", str(save_plan(plan, out / "plan.json")), "--data", "random")
+    command = interpreter.command(
+        "tightfit.runtime.cli.main", "run", str(save_plan(plan, out / "plan.json")), "--data", "random"
+    )
     command += ["--steps", str(steps), "--output", str(out / "run"), "--overwrite", "--checkpoint-every", "0"]
     environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
     done = subprocess.run(

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import flop_registry
 
-from profiles.bare import BareGraph, BareOperator
+from tightfit.profiles.graph_input import BareGraph, BareOperator
 
 FLOPS, BANDWIDTH, LAUNCH = 0.6 * 15.7e12, 0.8 * 900e9, 5e-6
 VIEWS = {"t", "view", "_unsafe_view", "detach", "transpose", "permute", "expand", "unsqueeze", "squeeze", "alias"}

@@ -20,19 +20,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).parent)]
 
 from shapes import decoder_profile
 
-from planner.carry_out import carry_out
-from planner.compare import compare
-from planner.layers import Layered
-from planner.plan import Planner
-from planner.policies import POLICIES, checkpoint_layers, mebp, rule_columns
-from planner.rows import charged_bytes
-from planner.schema import Plan
-from planner.windows import Column, Decision, measure
-from profiles.units import MIB, format_size
+from tightfit.planner.formulation.step_constraints import charged_bytes
+from tightfit.planner.plan import Planner
+from tightfit.planner.problem.layer_types import Layered
+from tightfit.planner.report.compare import compare
+from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
+from tightfit.planner.schedule.realize import carry_out
+from tightfit.planner.schema import Plan
+from tightfit.planner.solve.policies import POLICIES, checkpoint_layers, mebp, rule_columns
+from tightfit.runtime.common.units import MIB, format_size
 
 SHARES = (0.02, 0.1, 0.25, 0.5, 1.0)
 """budgets, from the smallest to keep-all"""

@@ -14,15 +14,16 @@ from typing import Annotated
 
 import typer
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "helpers"), str(TESTS / "planner" / "graphs")]
 
 import test_graphs
 import test_offload
 from brute_force import Chain
+from decisions import INSTANT
 from synthetic import device, small_chain
-from test_planner_class import INSTANT
 
-from planner.plan import Planner
+from tightfit.planner.plan import Planner
 
 FIRST = 100_000
 """seed of the first graph"""

@@ -11,14 +11,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).parent)]
 
 from shapes import decoder_profile
 
-from planner.segment_search import moved_and_rerun
-from planner.split import layered
-from profiles.devices import known_devices
-from profiles.estimate import retarget
+from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.solve.segment_search import moved_and_rerun
+from tightfit.profiles.devices.data_sheets import known_devices
+from tightfit.profiles.devices.estimate import retarget
 
 QWEN_05B = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14}
 SHAPES = {"0.5B, 1 × 256": (1, 256, QWEN_05B), "3B, 1 × 256": (1, 256, {}), "0.5B, 16 × 256": (16, 256, QWEN_05B)}

@@ -21,13 +21,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT.parent), str(ROOT)]
+sys.path[:0] = [str(ROOT / "helpers")]
 
 from killing import kill_again_and_again
 from served import Served
 from synthetic import decoder_like, small_chain
 
-from planner.plan import minimum_budget
+from tightfit.planner.plan import minimum_budget
 
 CACHED = 64
 """different questions that are answered from the store"""

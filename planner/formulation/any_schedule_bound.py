@@ -1,0 +1,182 @@
+"""A lower bound on the step's time that holds for any schedule at a budget, whatever it recomputes, moves or reorders.
+
+Take the moment at which the last forward operator (the loss) has first run. Everything that depends on it runs later, and
+what those operators read and was made before must be resident at that moment, or be made again, or come from disk. The
+same holds for weights and optimizer states at that moment and at the boundary between two steps. Memory at both moments
+is limited; a linear program trades it at its best.
+
+It asks only for what must happen at least once. To make a tensor again is charged one more run of its maker, not what the
+maker reads; so the bound also holds for schedules that make that again in turn: whole layers, layer inputs among them, any
+number of times. What runs again reads weights again, which is left out too; and every operator is at least one instruction.
+
+Makers whose tensors cost and free the same, as those of equal layers do, stand in the program once, with their number, and so do
+weights and states: of any answer the mean over such is another one, of the same time and the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tightfit.planner.milp.highs import MARGIN
+from tightfit.planner.milp.lp import INFINITY, Growing, Linear
+from tightfit.planner.problem.layer_types import ALWAYS, Layered, compute_seconds, transfer_seconds
+from tightfit.planner.problem.step_graph import StepGraph, state_count
+from tightfit.profiles.schema import Profile
+
+MS = 1e3
+KIB = 1024.0
+
+
+class AnySchedule:
+    """The bound for one step at any number of budgets. `workspace_bytes`: of a step that needs others than its profile says."""
+
+    def __init__(self, problem: Layered, *, workspace_bytes: int | None = None) -> None:
+        self.profile: Profile = problem.profile
+        self.graph: StepGraph = problem.graph
+        floor = self.profile.device.floor
+        steps = self.graph.steps
+        # Every operator is at least one instruction, and so is every operator of an evaluation.
+        apart = {step.layer for step in self.graph.inference}
+        evaluation = len(self.graph.inference) + sum(s.phase == "forward" and s.layer not in apart for s in steps)
+        instructions = floor.instruction_bytes * (len(steps) + evaluation)
+        always = sum(storage.bytes for storage in self.graph.storages.values() if storage.kind in ALWAYS)
+        workspace = problem.workspace_bytes if workspace_bytes is None else workspace_bytes
+        self.taken = floor.held_bytes + workspace + instructions + always
+        """bytes of any budget that no choice touches"""
+        self.fixed = sum(step.seconds for step in steps)
+        self.fixed += sum(tensor.update_seconds for tensor in self.profile.tensors if tensor.kind == "trainable")
+        pivot = max((step.index for step in steps if step.phase == "forward"), default=-1)
+        self.earlier = self._before(pivot)
+        self.later = self._after(pivot)
+        self.program = Growing()
+        self.compute: dict[int, float] = {}
+        """ms on the compute timeline per unit"""
+        self.disk: dict[int, float] = {}
+        self.at_pivot: dict[int, float] = {}
+        """KiB at the moment of the loss per unit"""
+        self.at_boundary: dict[int, float] = {}
+        self._activations()
+        self._weights()
+        self._states()
+        self.total = self.program.variable()
+        self.program.at_least(Linear().add(self.total), self.fixed * MS, _weighted(self.compute))
+        self.program.at_least(Linear().add(self.total), _weighted(self.disk))
+        self.rooms = [
+            self.program.at_least(Linear(), _weighted(moment)) for moment in (self.at_pivot, self.at_boundary)
+        ]
+
+    def step_seconds(self, budget_bytes: int, seconds: float = 60.0) -> float:
+        """Seconds per step that no schedule undercuts; what every operator run once takes where the solver needs more
+        than `seconds`.
+        """
+        for row in self.rooms:
+            self.program.row_bounds(row, -max(0.0, (budget_bytes - self.taken) / KIB), INFINITY)
+        try:
+            result = self.program.solve(Linear().add(self.total), seconds)
+        except TimeoutError:
+            return self.fixed
+        if not result.optimal:
+            return self.fixed
+        return max(self.fixed, result.objective / MS * (1 - MARGIN))
+
+    def _before(self, pivot: int) -> set[int]:
+        """Steps without which the pivot cannot run, itself included."""
+        earlier: set[int] = set()
+        wanted: set[str] = set()
+        for step in reversed(self.graph.steps[: pivot + 1]):
+            if step.index == pivot or wanted & set(filter(None, step.outputs)):
+                earlier.add(step.index)
+                wanted.update(step.inputs)
+        return earlier
+
+    def _after(self, pivot: int) -> set[int]:
+        """Steps that can only run once the pivot has."""
+        steps = self.graph.steps
+        later: set[int] = set()
+        made = set(filter(None, steps[pivot].outputs)) if pivot >= 0 else set()
+        for step in steps[pivot + 1 :]:
+            if made & set(step.inputs):
+                later.add(step.index)
+                made.update(filter(None, step.outputs))
+        return later
+
+    def _share(self) -> int:
+        return self.program.variable(0.0, 1.0)
+
+    def _one_of(self, shares: list[int]) -> None:
+        self.program.at_least(Linear.sum(shares), 1.0)
+
+    def _activations(self) -> None:
+        device = self.profile.device
+        made: dict[int, list[int]] = {}
+        """maker -> bytes of what it makes before the loss that is read after it"""
+        for storage in self.graph.storages.values():
+            if storage.kind in ALWAYS or storage.kind == "weight" or not storage.bytes:
+                continue
+            before = [index for index in storage.producers if index in self.earlier]
+            read = any(index in self.later for index in storage.consumers)
+            if before and read and len(before) == len(storage.producers):
+                made.setdefault(before[-1], []).append(storage.bytes)
+        alike: Counter[tuple[float | None, tuple[int, ...]]] = Counter()
+        for index, sizes in made.items():
+            maker = self.graph.steps[index]
+            alike[maker.seconds if maker.recomputable else None, tuple(sorted(sizes))] += 1
+        for (seconds, together), count in alike.items():
+            again = None
+            if seconds is not None:
+                again = self._share()
+                self.compute[again] = count * seconds * MS
+            for size in together:
+                kept, moved = self._share(), self._share()
+                self.at_pivot[kept] = count * size / KIB
+                trip = transfer_seconds(device.write, size) + transfer_seconds(device.read, size)
+                self.disk[moved] = count * trip * MS
+                cost = compute_seconds(device.write, size) + compute_seconds(device.read, size)
+                self.compute[moved] = count * cost * MS
+                self._one_of([kept, moved] if again is None else [kept, moved, again])
+
+    def _weights(self) -> None:
+        read = self.profile.device.read
+        alike: Counter[tuple[bool, int, int, float]] = Counter()
+        for tensor in self.profile.tensors:
+            if tensor.kind != "weight":
+                continue
+            uses = self.graph.storages[tensor.name].consumers
+            for pivot, moment in ((True, self.later), (False, self.earlier)):
+                if any(index in moment for index in uses):
+                    alike[pivot, tensor.bytes, tensor.packed_bytes, tensor.unpack_seconds] += 1
+        for (pivot, size, packed_size, unpack_seconds), count in alike.items():
+            held = self.at_pivot if pivot else self.at_boundary
+            unpacked, packed, unpacking, reading = (self._share() for _ in range(4))
+            held[unpacked] = count * size / KIB
+            held[packed] = count * packed_size / KIB
+            self.compute[unpacking] = count * unpack_seconds * MS
+            self.compute[reading] = count * compute_seconds(read, packed_size) * MS
+            self.disk[reading] = count * transfer_seconds(read, packed_size) * MS
+            self._one_of([unpacking, unpacked])
+            self._one_of([reading, unpacked, packed])
+
+    def _states(self) -> None:
+        device = self.profile.device
+        # Of the steps that make one update only the last needs the moments.
+        count = state_count(self.profile.optimizer) if self.profile.accumulate == 1 else 1
+        alike: Counter[int] = Counter()
+        for tensor in self.profile.tensors:
+            if tensor.kind != "trainable":
+                continue
+            gradient = self.graph.storages.get(f"grad:{tensor.name}")
+            if gradient is not None and all(index in self.later for index in gradient.producers):
+                alike[tensor.bytes] += count
+        for size, states in alike.items():
+            for held, channel in ((self.at_pivot, device.read), (self.at_boundary, device.write)):
+                kept, moved = self._share(), self._share()
+                held[kept] = states * size / KIB
+                self.disk[moved] = states * transfer_seconds(channel, size) * MS
+                self.compute[moved] = states * compute_seconds(channel, size) * MS
+                self._one_of([kept, moved])
+
+
+def _weighted(terms: dict[int, float]) -> Linear:
+    result = Linear()
+    result.terms.update(terms)
+    return result

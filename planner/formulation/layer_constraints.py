@@ -1,0 +1,433 @@
+"""The mixed-integer model of one layer: its bytes window by window and its seconds over its `choices`.
+
+`Block` adds a layer to a program; `master` either puts all blocks of a small model side by side, or prices one
+block at a time against the duals of the whole step. Units: KiB and milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tightfit.planner.formulation.layer_variables import LAST, MINOR, Choices, Slot
+from tightfit.planner.milp.lp import Linear, Program
+from tightfit.planner.problem.layer_types import LayerType, Weight, compute_seconds, transfer_seconds, weight_uses
+from tightfit.planner.schedule.layer_schedule import Decision, measure, state_names_of
+
+KIB = 1024.0
+MS = 1e3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """A weight at the operator that reads it; all but `weight` and `before` (KiB) are 0/1 expressions."""
+
+    weight: Weight
+    before: Linear
+    """what the weight holds until it is unpacked"""
+    runs: Linear
+    unpacks: Linear
+    retained: Linear
+    """whether the packed form stays beside the unpacked one"""
+
+
+class Block(Choices):
+    """One layer inside `program`, with its figures: bytes of its windows' peaks and between them, seconds, instructions."""
+
+    def __init__(self, program: Program, kind: LayerType) -> None:
+        super().__init__(program, kind)
+        self._rows: dict[tuple[int, frozenset[tuple[int, float]]], float] = {}
+        self._idle_cache: dict[tuple[str, tuple[int, ...]], tuple[Linear, Linear]] = {}
+        self.between = self._between()
+        self.outside = self._outside()
+        self.most_between, self.most_outside = self._peak(), self._peak()
+        self._at_least(Linear().add(self.most_between), self.between)
+        self._at_least(Linear().add(self.most_outside), self.outside)
+        self.forward_peak = self._peak()
+        self.evaluate_peak = self._peak()
+        self.backward_peak = self._peak()
+        self._forward_rows(self.forward_peak, evaluate=False)
+        self._forward_rows(self.evaluate_peak, evaluate=True)
+        self._backward_rows()
+        self._seconds()
+        self._instructions()
+
+    # --- bytes -----------------------------------------------------------------------------------------------------
+
+    def _size(self, value: str) -> float:
+        return self.kind.bytes[value] / KIB
+
+    def _states(self) -> Linear:
+        """KiB of optimizer state that stays resident."""
+        result = Linear()
+        for update in self.kind.updates:
+            if update.states:
+                size = update.states * update.state_bytes / KIB
+                result.constant += size
+                result.add(self.away[MINOR if update.minor else update.trainable], -size)
+        return result
+
+    def _gap(self, name: str, *, step: bool) -> Linear:
+        weight = self.kind.weights[name]
+        where = "ahead" if step else "behind"
+        result = Linear().plus(self._in_mode(name, **{where: "unpacked"}), weight.bytes / KIB)
+        return result.plus(self._in_mode(name, **{where: "packed"}), weight.packed_bytes / KIB)
+
+    def _between(self) -> Linear:
+        result = Linear().plus(self._states())
+        for value, variable in self.keep.items():
+            result.add(variable, self._size(value))
+        for name in self.kind.weights:
+            result.plus(self._gap(name, step=False))
+        return result
+
+    def _outside(self) -> Linear:
+        result = Linear().plus(self._states())
+        for name in self.kind.weights:
+            result.plus(self._gap(name, step=True))
+        return result
+
+    def _row(self, peak: int, row: Linear) -> None:
+        key = (peak, frozenset(row.terms.items()))
+        if row.constant > self._rows.get(key, -1.0):
+            self._rows[key] = row.constant
+            self._at_least(Linear().add(peak), row)
+
+    def _forward_rows(self, peak: int, *, evaluate: bool) -> None:
+        kind = self.kind
+        stays = kind.leaves_evaluate if evaluate else kind.leaves_forward
+        operations = kind.evaluate if evaluate else kind.forward
+        read = weight_uses(operations)
+        born = dict.fromkeys(kind.enters_forward, -1)
+        last: dict[str, int] = dict.fromkeys(kind.enters_forward, -1)
+        for position, op in enumerate(operations):
+            for value in [*op.inputs, *op.outputs]:
+                last[value] = position
+            for value in op.outputs:
+                born.setdefault(value, position)
+        for value in stays:
+            last[value] = LAST
+        self._row(peak, Linear(sum(self._size(v) for v in kind.enters_forward)).plus(self._outside()))
+        for position, op in enumerate(operations):
+            shared = Linear().plus(self._states())
+            made = 0.0
+            for value, start in born.items():
+                if start <= position <= last[value]:
+                    if start == position:
+                        made += self._size(value)
+                    else:
+                        shared.constant += self._size(value)
+                elif start < position and not evaluate and value in self.keep:
+                    shared.add(self.keep[value], self._size(value))
+            opened: list[str] = []
+            for name, weight in kind.weights.items():
+                first, final = read.get(name, (LAST, LAST))
+                if first > position:
+                    shared.plus(self._gap(name, step=True))
+                elif final < position:
+                    shared.plus(self._gap(name, step=evaluate))
+                elif first < position:
+                    shared.constant += weight.bytes / KIB
+                    shared.plus(self._retained_forward(name, evaluate=evaluate), weight.packed_bytes / KIB)
+                else:
+                    opened.append(name)
+            uses = [
+                Use(
+                    weight=kind.weights[name],
+                    before=self._gap(name, step=True),
+                    runs=Linear(1.0),
+                    unpacks=Linear(1.0).plus(self._in_mode(name, ahead="unpacked"), -1.0),
+                    retained=self._retained_forward(name, evaluate=evaluate),
+                )
+                for name in op.weights
+                if name in opened
+            ]
+            self._use_rows(peak, shared, Linear(made), uses)
+
+    def _retained_forward(self, name: str, *, evaluate: bool) -> Linear:
+        return self._in_mode(name, ahead="packed") if evaluate else self._in_mode(name, behind="packed")
+
+    def _use_rows(self, peak: int, shared: Linear, made: Linear, uses: list[Use]) -> None:
+        """Rows at each unpacking for an operator (packed and unpacked form together) and at its run."""
+        for index, use in enumerate(uses):
+            row = Linear().plus(shared)
+            for earlier in uses[:index]:
+                row.plus(earlier.runs, earlier.weight.bytes / KIB)
+                row.plus(earlier.retained, earlier.weight.packed_bytes / KIB)
+            for later in uses[index + 1 :]:
+                row.plus(later.before)
+            row.plus(use.runs, use.weight.bytes / KIB)
+            row.plus(self._most([use.unpacks, use.retained]), use.weight.packed_bytes / KIB)
+            self._row(peak, row)
+        row = Linear().plus(shared).plus(made)
+        for use in uses:
+            row.plus(use.runs, use.weight.bytes / KIB).plus(use.retained, use.weight.packed_bytes / KIB)
+        self._row(peak, row)
+
+    def _slots(self) -> list[Slot]:
+        slots = [(t, k) for k, events in self.kind.events.items() for t in events]
+        return sorted([*slots, *((t, LAST) for t in range(len(self.kind.backward)))])
+
+    def _backward_rows(self) -> None:
+        kind = self.kind
+        start = Linear(sum(self._size(v) for v in kind.enters_backward)).plus(self.between)
+        self._row(self.backward_peak, start)
+        born = dict.fromkeys(kind.enters_backward, -1)
+        last: dict[str, int] = dict.fromkeys(kind.enters_backward, -1)
+        for t, op in enumerate(kind.backward):
+            for value in op.outputs:
+                born.setdefault(value, t)
+            for value in [*op.inputs, *op.outputs]:
+                last[value] = t
+        for value in kind.leaves_backward | kind.closes_backward:
+            last[value] = LAST
+        for update in kind.updates:
+            last[update.gradient] = max(update.after, last.get(update.gradient, -1))
+        fixed = {value for value in born if value not in self.candidates}
+        for slot in self._slots():
+            t, k = slot
+            row = Linear().plus(self._states())
+            made = 0.0
+            for value in fixed:
+                if born[value] < t and last[value] >= t:
+                    row.constant += self._size(value)
+                elif born[value] == t and k == LAST:
+                    made += self._size(value)
+            output = Linear(made)
+            outputs = self.operations[k].outputs if k != LAST else ()
+            for value in kind.candidates:
+                live = self._live(value, slot)
+                if value in outputs:
+                    # The output itself is not there yet while weights are unpacked.
+                    output.plus(live, self._size(value))
+                else:
+                    row.plus(live, self._size(value))
+            if k != LAST:
+                run = self._runs_at(k, t)
+                for value in outputs:
+                    if value not in self.candidates and not (value in born and born[value] < t <= last[value]):
+                        output.plus(run, self._size(value))
+            self._weight_rows(slot, row, output)
+            if k == LAST:
+                self._update_rows(t, born, last, fixed)
+
+    def _runs_at(self, k: int, t: int) -> Linear:
+        index = self.kind.events[k].index(t)
+        result = Linear().add(self.again[k][index])
+        return result.add(self.again[k][index - 1], -1.0) if index else result
+
+    def _live(self, value: str, slot: Slot) -> Linear:
+        """Whether a candidate is resident at the slot: it is there by then, and something still reads it."""
+        t, k = slot
+        maker = self.producer.get(value)
+        direct = self.direct[value]
+        there = Linear().add(self.keep[value])
+        again = self._again(maker, slot)
+        if again.terms:
+            assert maker is not None
+            there = self._most([there, again]) if len(maker.outputs) > 1 else there.plus(again)
+        off = Linear().add(self.offload[value]) if value in self.offload else Linear()
+        if direct and direct[-1] >= t:
+            if not off.terms:
+                return there
+            if direct[0] < t or (direct[0] == t and k == LAST):
+                return there.plus(off)
+            asked = [self._both(off, self._again(self.operations[w], slot)) for w in self.readers[value]]
+            return there.plus(self._most(asked))
+        tails = []
+        for w in self.readers[value]:
+            tail = self._all_again(w).plus(self._again(self.operations[w], slot, strictly=True), -1.0)
+            if any((event, w) >= slot for event in self.kind.events[w]):
+                tails.append(tail)
+        if maker is not None and maker.index == k:
+            tails.append(self._runs_at(k, t))
+        if not tails:
+            return Linear()
+        parts = [self._both(there, tail) for tail in tails]
+        if off.terms:
+            early = bool(direct)
+            for tail in tails:
+                by = [Linear(1.0)] if early else [self._again(self.operations[w], slot) for w in self.readers[value]]
+                parts.extend(self._both(off, tail, asked) for asked in by)
+        return self._most(parts)
+
+    def _weight_rows(self, slot: Slot, row: Linear, output: Linear) -> None:
+        """Complete the slot's row with the weights and post it."""
+        t, k = slot
+        kind = self.kind
+        op = self.operations[k] if k != LAST else kind.backward[t]
+        uses: dict[str, Use] = {}
+        for name, weight in kind.weights.items():
+            unpacked, packed = self._idle(name, slot, strictly=True)
+            before = Linear().plus(unpacked, weight.bytes / KIB).plus(packed, weight.packed_bytes / KIB)
+            if name not in op.weights or (not weight.alone and k == LAST and weight.backward_first < t):
+                row.plus(before)
+                continue
+            resident = self._in_mode(name, behind="unpacked")
+            if k == LAST:
+                unpacks = Linear(1.0).plus(resident, -1.0)
+                if name in self.carried:
+                    unpacks.plus(self.carried[name], -1.0)
+                retained = self._in_mode(name, ahead="packed")
+                uses[name] = Use(weight=weight, before=before, runs=Linear(1.0), unpacks=unpacks, retained=retained)
+            else:
+                run = self._runs_at(k, t)
+                uses[name] = Use(
+                    weight=weight,
+                    before=before,
+                    runs=self._most([run, unpacked]),
+                    unpacks=Linear().plus(run).plus(resident, -1.0),
+                    retained=self._idle(name, slot, strictly=False)[1],
+                )
+        self._use_rows(self.backward_peak, row, output, [uses[name] for name in op.weights if name in uses])
+
+    def _idle(self, name: str, slot: Slot, *, strictly: bool) -> tuple[Linear, Linear]:
+        """Whether the weight lies unpacked, and packed, around the slot in the backward window."""
+        weight = self.kind.weights[name]
+        if weight.alone:
+            return self._in_mode(name, behind="unpacked"), self._in_mode(name, behind="packed")
+        if slot > (weight.backward_last, LAST):
+            return self._in_mode(name, ahead="unpacked"), self._in_mode(name, ahead="packed")
+        if slot > (weight.backward_first, LAST):
+            return Linear(1.0), self._in_mode(name, ahead="packed")
+        again = Linear()
+        if weight.recomputing:
+            again = self._again(self.kind.forward[weight.recomputing[0]], slot, strictly=strictly)
+        key = (name, tuple(again.terms))
+        if key not in self._idle_cache:
+            resident, held, fixed, given_up, staged = Linear(), Linear(), Linear(), Linear(), Linear()
+            for mode, variable in zip(weight.modes, self.mode[name]):
+                if mode.backward_gap == "unpacked":
+                    resident.add(variable)
+                elif mode.hold == "unpacked":
+                    held.add(variable)
+                if mode.backward_gap == "packed":
+                    (given_up if mode.hold == "unpacked" and mode.step_gap != "packed" else fixed).add(variable)
+                elif mode.backward_gap == "disk" and mode.hold == "packed":
+                    staged.add(variable)
+            unpacked = self._most([resident, self._both(held, again)])
+            packed = Linear().plus(fixed)
+            if again.terms:
+                packed.plus(self._at_least_positive(given_up, again)).plus(self._both(staged, again))
+            else:
+                packed.plus(given_up)
+            self._idle_cache[key] = (unpacked, packed)
+        unpacked, packed = self._idle_cache[key]
+        return Linear().plus(unpacked), Linear().plus(packed)
+
+    def _at_least_positive(self, left: Linear, right: Linear) -> Linear:
+        """A variable that is at least left - right, and 0."""
+        if not left.terms:
+            return Linear()
+        variable = self._variable()
+        self._at_least(Linear().add(variable), Linear().plus(left).plus(right, -1.0))
+        return Linear().add(variable)
+
+    def _update_rows(self, t: int, born: dict[str, int], last: dict[str, int], fixed: set[str]) -> None:
+        """Rows at the updates after backward operation t whose optimizer state may have to be fetched."""
+        kind = self.kind
+        due = [update for update in kind.updates if update.after == t]
+        after = (t + 1, -1)
+        gone: set[str] = set()
+        for update in due:
+            row = Linear().plus(self._states())
+            for value in fixed:
+                ends = last[value] > t or any(value == other.gradient for other in due)
+                if born[value] <= t and ends and value not in gone:
+                    row.constant += self._size(value)
+            for value in kind.candidates:
+                row.plus(self._live(value, after), self._size(value))
+            for name, weight in kind.weights.items():
+                unpacked, packed = self._idle(name, after, strictly=True)
+                row.plus(unpacked, weight.bytes / KIB).plus(packed, weight.packed_bytes / KIB)
+            if update.states:
+                away = self.away[MINOR if update.minor else update.trainable]
+                row.add(away, update.states * update.state_bytes / KIB)
+            self._row(self.backward_peak, row)
+            gone.add(update.gradient)
+
+    # --- seconds ---------------------------------------------------------------------------------------------------
+
+    def _seconds(self) -> None:
+        """Compute, disk and instruction counts of both windows, all linear in the choices."""
+        kind = self.kind
+        self.forward_ms, self.reads_forward_ms, self.spills_forward_ms = Linear(), Linear(), Linear()
+        self.backward_ms, self.reads_backward_ms, self.fetches_backward_ms = Linear(), Linear(), Linear()
+        self.states_fetched_ms, self.states_spilled_ms = Linear(), Linear()
+        count = Linear()
+        self.forward_ms.constant += MS * sum(op.seconds for op in kind.forward)
+        self.backward_ms.constant += MS * sum(op.seconds for op in kind.backward)
+        self.backward_ms.constant += MS * sum(update.seconds for update in kind.updates)
+        for k in kind.events:
+            op = self.operations[k]
+            self.backward_ms.plus(self._all_again(k), MS * op.seconds)
+            # Of several outputs one at least is made anew and freed; the others may lie there already.
+            count.plus(self._all_again(k), 2.0)
+        read = weight_uses(kind.forward)
+        for name, weight in kind.weights.items():
+            if name in read:
+                unpacks = Linear(1.0).plus(self._in_mode(name, ahead="unpacked"), -1.0)
+                reads = self._in_mode(name, ahead="disk")
+                self.forward_ms.plus(unpacks, MS * weight.unpack_seconds)
+                self.forward_ms.plus(reads, MS * weight.read_compute_seconds)
+                self.reads_forward_ms.plus(reads, MS * weight.read_seconds)
+                count.plus(unpacks, 4.0).plus(reads, 4.0)
+            self.backward_ms.plus(self.unpacks[name], MS * weight.unpack_seconds)
+            self.backward_ms.plus(self.reads[name], MS * weight.read_compute_seconds)
+            self.reads_backward_ms.plus(self.reads[name], MS * weight.read_seconds)
+            count.plus(self.unpacks[name], 2.0).plus(self.reads[name], 2.0)
+        for value, variable in self.offload.items():
+            size = kind.raw_bytes[value]
+            self.forward_ms.add(variable, MS * compute_seconds(kind.write, size))
+            self.backward_ms.add(variable, MS * compute_seconds(kind.read, size))
+            self.spills_forward_ms.add(variable, MS * transfer_seconds(kind.write, size))
+            self.fetches_backward_ms.add(variable, MS * transfer_seconds(kind.read, size))
+            count.add(variable, 3.0)
+        for update in kind.updates:
+            if update.states:
+                away = self.away[MINOR if update.minor else update.trainable]
+                size = kind.raw_bytes[state_names_of(update)[0]]
+                both = compute_seconds(kind.read, size) + compute_seconds(kind.write, size)
+                self.backward_ms.add(away, MS * update.states * both)
+                self.states_fetched_ms.add(away, MS * update.states * transfer_seconds(kind.read, size))
+                self.states_spilled_ms.add(away, MS * update.states * transfer_seconds(kind.write, size))
+                count.add(away, 3.0 * update.states)
+        self.instructions = count
+
+    def _instructions(self) -> None:
+        """Fix the constant part of the instruction count by counting one decision: everything kept, nothing again."""
+        kind = self.kind
+        decision = Decision(
+            keep=frozenset(kind.candidates),
+            offload=frozenset(),
+            weights=tuple((name, weight.modes[0]) for name, weight in kind.weights.items()),
+            states=frozenset(),
+        )
+        counted = measure(kind, decision).instructions
+        chosen = {variables[0] for variables in self.mode.values()}
+        linear = self.instructions.constant + sum(
+            coefficient for variable, coefficient in self.instructions.terms.items() if variable in chosen
+        )
+        self.instructions.constant += counted - linear
+
+    def field(self, name: str) -> Linear:
+        """One of the layer's figures, as `pricing.FIELDS` names them."""
+        figure = getattr(self, name)
+        return figure if isinstance(figure, Linear) else Linear().add(figure)
+
+
+FIELDS = (
+    "forward_peak",
+    "backward_peak",
+    "evaluate_peak",
+    "between",
+    "outside",
+    "forward_ms",
+    "backward_ms",
+    "reads_forward_ms",
+    "reads_backward_ms",
+    "spills_forward_ms",
+    "fetches_backward_ms",
+    "states_fetched_ms",
+    "states_spilled_ms",
+    "instructions",
+)

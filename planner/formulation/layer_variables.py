@@ -1,0 +1,229 @@
+"""The choices open in one layer as variables of a program, and what follows from them: what runs again, what is unpacked.
+
+``keep[v]`` and ``offload[v]`` for each forward storage the backward window needs, a residency mode per weight, ``away[u]`` for optimizer
+states on disk. ``again[k][e]`` says that forward operator k has run again by its event e: its values are forced by the choices (an
+operator runs again just before the first reader that needs it, and what that takes runs before), so it need not be declared
+integer.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Iterable, Sequence
+
+from tightfit.planner.milp.lp import Key, Linear, Program
+from tightfit.planner.problem.layer_types import LayerType, Operation
+from tightfit.planner.schedule.layer_schedule import Decision
+
+MINOR = "minor"
+"""the group of trainables too small for a choice each"""
+LAST = 1 << 30
+Slot = tuple[int, int]
+"""(backward position, forward operator that runs again just before it; LAST for the backward operator itself)"""
+
+
+def choice_count(kind: LayerType) -> int:
+    """Whole numbers in the program of one layer."""
+    states = {MINOR if update.minor else update.trainable for update in kind.updates if update.states}
+    modes = sum(len(weight.modes) for weight in kind.weights.values())
+    return len(kind.candidates) + len(set(kind.candidates) & kind.offloadable) + modes + len(states)
+
+
+class Choices:
+    """What is open in one layer, inside `program`."""
+
+    def __init__(self, program: Program, kind: LayerType) -> None:
+        self.program = program
+        self.kind = kind
+        self.operations = {op.index: op for op in kind.forward}
+        self.producer = kind.producer
+        self.candidates = set(kind.candidates)
+        self._products: dict[tuple[str, frozenset[Key]], int] = {}
+        self._choices()
+        self._recomputation()
+        self._weights()
+
+    # --- variables -------------------------------------------------------------------------------------------------
+
+    def _variable(self) -> int:
+        return self.program.variable(0.0, 1.0)
+
+    def _peak(self) -> int:
+        return self.program.variable()
+
+    def _at_least(self, left: Linear, right: Linear | float) -> None:
+        self.program.at_least(left, right)
+
+    def _choices(self) -> None:
+        kind = self.kind
+        self.keep = {value: self.program.choice() for value in kind.candidates}
+        self.offload = {value: self.program.choice() for value in kind.candidates if value in kind.offloadable}
+        self.mode = {name: [self.program.choice() for _ in weight.modes] for name, weight in kind.weights.items()}
+        for variables in self.mode.values():
+            self.program.exactly(Linear.sum(variables), 1.0)
+        self.away: dict[str, int] = {}
+        for update in kind.updates:
+            group = MINOR if update.minor else update.trainable
+            if update.states and group not in self.away:
+                self.away[group] = self.program.choice()
+
+    def _recomputation(self) -> None:
+        """again[k][e]: operator k has run again by its event e; what is needed and not there runs again."""
+        kind = self.kind
+        self.again = {k: [self._variable() for _ in events] for k, events in kind.events.items()}
+        self.readers: dict[str, list[int]] = {value: [] for value in kind.candidates}
+        for k in kind.events:
+            for value in self.operations[k].inputs:
+                if value in self.candidates:
+                    self.readers[value].append(k)
+        for variables in self.again.values():
+            for earlier, later in itertools.pairwise(variables):
+                self._at_least(Linear().add(later), Linear().add(earlier))
+        self.direct: dict[str, list[int]] = {value: kind.direct_uses(value) for value in kind.candidates}
+        for value in kind.candidates:
+            stored = Linear().add(self.keep[value])
+            if value in self.offload:
+                stored.add(self.offload[value])
+                self._at_least(Linear(1.0), Linear.sum([self.keep[value], self.offload[value]]))
+            maker = self.producer.get(value)
+            runs = self.again.get(maker.index) if maker is not None else None
+            if maker is not None and runs is not None and value in self.offload:
+                self._at_least(Linear(1.0), Linear.sum([self.offload[value], runs[-1]]))
+            if self.direct[value]:
+                there = Linear().plus(stored).plus(self._again(maker, (self.direct[value][0], LAST)))
+                self._at_least(there, 1.0)
+            for k in self.readers[value]:
+                for event, variable in zip(kind.events[k], self.again[k]):
+                    there = Linear().plus(stored).plus(self._again(maker, (event, k)))
+                    self._at_least(there, Linear().add(variable))
+
+    def _again(self, op: Operation | None, slot: Slot, *, strictly: bool = False) -> Linear:
+        """Whether the operator has run again by (or strictly before) the slot."""
+        if op is None or op.index not in self.again:
+            return Linear()
+        position, other = slot
+        events = self.kind.events[op.index]
+        here = op.index < other or (op.index == other and not strictly)
+        count = bisect.bisect_right(events, position) if here else bisect.bisect_left(events, position)
+        return Linear().add(self.again[op.index][count - 1]) if count else Linear()
+
+    def _all_again(self, k: int) -> Linear:
+        return Linear().add(self.again[k][-1])
+
+    def _both(self, *sides: Linear) -> Linear:
+        """A variable that is at least the product of 0/1 expressions."""
+        real = [side for side in sides if side.terms or side.constant < 1.0]
+        if any(not side.terms and side.constant <= 0.0 for side in real):
+            return Linear()
+        if not real:
+            return Linear(1.0)
+        if len(real) == 1:
+            return real[0]
+        key = ("both", frozenset(side.key() for side in real))
+        if key in self._products:
+            return Linear().add(self._products[key])
+        variable = self._products[key] = self._variable()
+        row = Linear(1.0 - len(real))
+        for side in real:
+            row.plus(side)
+        self._at_least(Linear().add(variable), row)
+        return Linear().add(variable)
+
+    def _most(self, sides: Iterable[Linear]) -> Linear:
+        """A variable that is at least each of the 0/1 expressions."""
+        real = [side for side in sides if side.terms or side.constant > 0.0]
+        if not real:
+            return Linear()
+        if len(real) == 1:
+            return real[0]
+        key = ("most", frozenset(side.key() for side in real))
+        if key in self._products:
+            return Linear().add(self._products[key])
+        variable = self._products[key] = self._variable()
+        for side in real:
+            self._at_least(Linear().add(variable), side)
+        return Linear().add(variable)
+
+    # --- weights ---------------------------------------------------------------------------------------------------
+
+    def _in_mode(self, name: str, *, behind: str = "", ahead: str = "", hold: str = "") -> Linear:
+        """Whether the weight's mode has these places in the backward gap, the step gap and inside the window."""
+        result = Linear()
+        for mode, variable in zip(self.kind.weights[name].modes, self.mode[name]):
+            if behind in {"", mode.backward_gap} and ahead in {"", mode.step_gap} and hold in {"", mode.hold}:
+                result.add(variable)
+        return result
+
+    def _weights(self) -> None:
+        """Unpackings and reads in the backward window."""
+        self.unpacks: dict[str, Linear] = {}
+        self.reads: dict[str, Linear] = {}
+        self.carried: dict[str, Linear] = {}
+        for name, weight in self.kind.weights.items():
+            on_disk = self._in_mode(name, behind="disk")
+            not_unpacked = Linear(1.0).plus(self._in_mode(name, behind="unpacked"), -1.0)
+            unpacks, reads = Linear(), Linear()
+            if weight.alone:
+                unpacks.plus(not_unpacked, weight.backward_uses)
+                reads.plus(on_disk, weight.backward_uses)
+                for position in weight.recomputing:
+                    again = self._all_again(self.kind.forward[position].index)
+                    unpacks.plus(self._both(again, not_unpacked))
+                    reads.plus(self._both(again, on_disk))
+            else:
+                unpacks.plus(not_unpacked)
+                reads.plus(on_disk)
+                if weight.recomputing:
+                    again = self._all_again(self.kind.forward[weight.recomputing[0]].index)
+                    # Unpacked by the recomputation and held until the backward's own use: no second unpacking.
+                    carried = self._variable()
+                    held = Linear()
+                    for mode, variable in zip(weight.modes, self.mode[name]):
+                        if mode.hold == "unpacked" and mode.backward_gap != "unpacked":
+                            held.add(variable)
+                    self._at_least(held, Linear().add(carried))
+                    self._at_least(again, Linear().add(carried))
+                    self.carried[name] = Linear().add(carried)
+                    unpacks.plus(self._both(again, not_unpacked)).add(carried, -1.0)
+                    reads.plus(self._both(again, self._in_mode(name, behind="disk", hold="disk")))
+            self.unpacks[name] = unpacks
+            self.reads[name] = reads
+
+    # --- answers ---------------------------------------------------------------------------------------------------
+
+    def decision(self, values: Sequence[float]) -> Decision:
+        """The layer's decision in a solution of the model."""
+        kind = self.kind
+        keep = {value for value, variable in self.keep.items() if values[variable] > 0.5}
+        offload = {value for value, variable in self.offload.items() if values[variable] > 0.5} - keep
+        weights = []
+        for name, variables in self.mode.items():
+            best = max(range(len(variables)), key=lambda index: values[variables[index]])
+            weights.append((name, kind.weights[name].modes[best]))
+        states = {
+            update.trainable
+            for update in kind.updates
+            if update.states and values[self.away[MINOR if update.minor else update.trainable]] > 0.5
+        }
+        return Decision(
+            keep=frozenset(keep), offload=frozenset(offload), weights=tuple(weights), states=frozenset(states)
+        )
+
+    def fix(self, decision: Decision) -> None:
+        """Pin every choice to `decision` (for checks)."""
+        for value, variable in self.keep.items():
+            self._pin(variable, value in decision.keep)
+        for value, variable in self.offload.items():
+            self._pin(variable, value in decision.offload)
+        modes = dict(decision.weights)
+        for name, variables in self.mode.items():
+            for mode, variable in zip(self.kind.weights[name].modes, variables):
+                self._pin(variable, mode == modes[name])
+        for update in self.kind.updates:
+            if update.states:
+                variable = self.away[MINOR if update.minor else update.trainable]
+                self._pin(variable, update.trainable in decision.states)
+
+    def _pin(self, variable: int, chosen: bool) -> None:
+        self.program.bounds(variable, float(chosen), float(chosen))

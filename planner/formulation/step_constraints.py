@@ -1,0 +1,229 @@
+"""The rows of the whole step over its layers' figures: bytes window by window, time, disk; and the same counted for columns.
+
+Time: the step lasts as long as its windows; a window at least its compute; and by the end of a window the disk has done
+what had to be done by then. Look-ahead is left unbounded, which makes the time a lower bound for the class; what a plan
+really takes the simulator says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, MS
+from tightfit.planner.milp.lp import Linear, Program
+from tightfit.planner.problem.layer_types import Layered, transfer_seconds
+from tightfit.planner.schedule.layer_schedule import Column
+from tightfit.planner.schedule.multi_layer_recompute import Segments, Window, held_by_segments, windows
+
+INSTANT = 1e5
+"""KiB per ms above which a disk's transfers are taken to need no time of their own"""
+Terms = dict[str, Linear]
+"""one of FIELDS -> its expression"""
+
+
+def live_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
+    """Most bytes of live tensors over all windows of the step and of evaluation, exactly."""
+    outside = sum(column.outside for column in columns)
+    held = outside
+    worst = 0
+    for layer, column in enumerate(columns):
+        held -= column.outside
+        worst = max(
+            worst,
+            held + column.forward_peak + problem.across_forward[layer],
+            held + column.backward_peak + problem.across_backward[layer],
+            outside - column.outside + column.evaluate_peak + problem.across_evaluate[layer],
+        )
+        held += column.between
+    return worst + problem.constant_bytes
+
+
+def instruction_count(problem: Layered, columns: tuple[Column, ...]) -> int:
+    """Of both schedules; the outcome (loss, token losses) is freed at the end of each."""
+    outcome = 1 + (problem.profile.token_losses is not None)
+    return sum(column.instructions for column in columns) + 2 * outcome
+
+
+def charged_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
+    """Live bytes plus what the instructions themselves occupy in the runtime."""
+    per_instruction = problem.profile.device.floor.instruction_bytes
+    return live_bytes(problem, columns) + per_instruction * instruction_count(problem, columns)
+
+
+@dataclass(kw_only=True)
+class Rows:
+    """The step's figures over its rows."""
+
+    bytes: int
+    """variable: KiB at the fullest window, instructions included"""
+    spare: dict[str, list[Linear]]
+    """"forward", "backward" and "evaluate", per layer: KiB of those that are left in its window, at least, beside what waits for
+    the disk; of a layer that goes forward twice its second forward
+    """
+    total_ms: Linear
+    disk_ms: Linear
+
+
+def add_rows(
+    program: Program, problem: Layered, layers: list[Terms], *, careful: bool = False, segments: Segments = ()
+) -> Rows:
+    """Post the rows of the whole step over the layers' figures.
+
+    With `segments` they count a second pass as a whole training forward, and what a segment reads from before it as
+    kept: a plan of these segments holds and takes at most as much.
+    """
+    count = len(layers)
+    used = program.variable()
+    instructions = program.variable()
+    outcome = 1 + (problem.profile.token_losses is not None)
+    extra = held_by_segments(problem, segments)
+    program.at_least(
+        Linear(-2.0 * outcome - extra.instructions).add(instructions), *(terms["instructions"] for terms in layers)
+    )
+    per_instruction = problem.profile.device.floor.instruction_bytes / KIB
+
+    def chain(order: Iterable[int], fields: Callable[[int], tuple[str, ...]]) -> list[Linear]:
+        """Running sums over the layers in `order`: entry i is the sum before the i-th."""
+        sums: list[Linear] = [Linear()]
+        for index in order:
+            step = program.variable()
+            program.at_least(Linear().add(step).plus(sums[-1], -1.0), *(layers[index][f] for f in fields(index)))
+            sums.append(Linear().add(step))
+        return sums
+
+    ahead, back = list(range(count)), list(reversed(range(count)))
+    first_of = {layer: first for first, last in segments for layer in range(first, last + 1)}
+    before = chain(ahead, lambda layer: ("outside",) if layer in first_of else ("between",))
+    after = chain(back, lambda layer: ("outside",))
+    inner = {first: chain(range(first, last + 1), lambda layer: ("between",)) for first, last in segments}
+    outside = after[count]
+    constant = problem.constant_bytes / KIB
+    order = windows(count, segments)
+    peaks: list[Linear] = []
+    """per window: KiB that are left for what waits for the disk"""
+    for window in order:
+        index, terms = window.layer, layers[window.layer]
+        others = Linear(constant)
+        if index in first_of and window.phase in {"again", "backward"}:
+            first = first_of[index]
+            others.plus(before[first]).plus(inner[first][index - first])
+        else:
+            others.plus(before[index])
+        others.plus(after[count - 1 - index]).add(instructions, per_instruction)
+        peak = {"first": "evaluate_peak", "backward": "backward_peak"}.get(window.phase, "forward_peak")
+        left = Linear(-extra.bytes[window] / KIB).add(used)
+        peaks.append(left.plus(others, -1.0).plus(terms[peak], -1.0))
+    spare: dict[str, list[Linear]] = {"forward": [], "backward": [], "evaluate": []}
+    for index, terms in enumerate(layers):
+        left = Linear(-constant - problem.across_evaluate[index] / KIB).add(used).add(instructions, -per_instruction)
+        left.plus(outside, -1.0).plus(terms["outside"]).plus(terms["evaluate_peak"], -1.0)
+        program.at_least(left)
+        spare["evaluate"].append(left)
+    clock = [Linear()]
+    for window in order:
+        now = program.variable()
+        phase = "backward" if window.phase == "backward" else "forward"
+        program.at_least(Linear().add(now).plus(clock[-1], -1.0), layers[window.layer][f"{phase}_ms"])
+        clock.append(Linear().add(now))
+    _add_disk(program, problem, layers, order, clock, peaks, careful=careful)
+    turns = {(window.layer, window.phase): moment for moment, window in enumerate(order)}
+    for index in ahead:
+        forward = turns[index, "again" if index in first_of else "forward"]
+        spare["forward"].append(peaks[forward])
+        spare["backward"].append(peaks[turns[index, "backward"]])
+    nested = chain(back, lambda layer: ("spills_forward_ms", "fetches_backward_ms"))
+    spilled = chain(ahead, lambda layer: ("states_spilled_ms",))
+    for index in ahead:
+        # A layer's first window is as early in a step as it is among the layers.
+        backward = turns[index, "backward"]
+        inside = Linear().plus(clock[backward + 1]).plus(clock[index], -1.0)
+        program.at_least(inside, nested[count - index])
+        tail = Linear().plus(clock[-1]).plus(clock[backward], -1.0)
+        program.at_least(tail, spilled[index + 1])
+    total = program.variable()
+    traffic = [name for name in FIELDS if name.startswith(("reads", "spills", "fetches", "states"))]
+    program.at_least(Linear().add(total), *(terms[name] for terms in layers for name in traffic))
+    program.at_least(Linear().plus(clock[-1]).add(total, -1.0))
+    return Rows(bytes=used, spare=spare, total_ms=clock[-1], disk_ms=Linear().add(total))
+
+
+def _add_disk(
+    program: Program,
+    problem: Layered,
+    layers: list[Terms],
+    order: Sequence[Window],
+    clock: list[Linear],
+    peaks: list[Linear],
+    *,
+    careful: bool,
+) -> None:
+    """What the disk does window by window, and the memory that waits for it.
+
+    A window lasts at least as long as the disk is busy in it. Reads and fetches that come before their window, and
+    spills that are not yet written, take memory meanwhile. The rows hold for any plan of the class; with `careful` they
+    ask for fetches one window ahead and count a spill to the end of its window, which plans can really keep.
+    """
+    rates = _kib_per_ms(problem)
+    needed = {name: Linear() for name in rates}
+    flown = {name: Linear() for name in rates}
+    for moment, window in enumerate(order):
+        forward = window.phase != "backward"
+        terms = layers[window.layer]
+        asks = {
+            "reads": terms["reads_forward_ms" if forward else "reads_backward_ms"],
+            "fetches": Linear() if forward else terms["fetches_backward_ms"],
+            "spills": terms["spills_forward_ms"] if forward and window.phase != "first" else Linear(),
+        }
+        busy = Linear().plus(clock[moment + 1]).plus(clock[moment], -1.0)
+        states = [] if forward or not careful else [terms["states_fetched_ms"], terms["states_spilled_ms"]]
+        waiting = Linear()
+        flows: list[Linear] = []
+        for name, rate in rates.items():
+            if not rate:
+                continue
+            before, due = flown[name], needed[name]
+            if asks[name].terms or asks[name].constant:
+                step = program.variable()
+                program.exactly(Linear().add(step), due, asks[name])
+                needed[name] = Linear().add(step)
+            now = program.variable()
+            flown[name] = Linear().add(now)
+            flows.append(Linear().add(now).plus(before, -1.0))
+            program.at_least(flows[-1])
+            if name == "spills":
+                # Only what is there can be written; what is not written stays in memory.
+                program.at_least(Linear().plus(needed[name]).add(now, -1.0))
+                left = Linear().plus(needed[name] if careful else due).add(now, -1.0)
+            else:
+                program.at_least(Linear().add(now).plus(needed[name], -1.0))
+                if careful and name == "fetches":
+                    program.at_least(Linear().plus(before).plus(needed[name], -1.0))
+                left = Linear().plus(flown[name] if careful else before).plus(needed[name], -1.0)
+            held = program.variable()
+            program.at_least(Linear().add(held), left)
+            waiting.add(held, rate)
+        program.at_least(busy, *flows, *states)
+        # The window's memory row gains what waits for the disk.
+        program.at_least(peaks[moment].plus(waiting, -1.0))
+    if rates["spills"]:
+        program.at_least(flown["spills"], needed["spills"])
+
+
+def _kib_per_ms(problem: Layered) -> dict[str, float]:
+    """The least that a millisecond of disk time moves, for each sort of transfer; 0 where there is none."""
+    reads: list[float] = []
+    spills: list[float] = []
+    fetches: list[float] = []
+    for kind in problem.types:
+        reads.extend(w.packed_bytes / w.read_seconds for w in kind.weights.values() if w.read_seconds)
+        for value in kind.offloadable:
+            size = kind.raw_bytes[value]
+            spills.append(size / transfer_seconds(kind.write, size))
+            fetches.append(size / transfer_seconds(kind.read, size))
+    result = {}
+    for name, rates in (("reads", reads), ("fetches", fetches), ("spills", spills)):
+        rate = min(rates, default=0.0) / KIB / MS
+        # Nothing ever waits for such a disk, and its rates would spoil the numbers of the program.
+        result[name] = rate if rate <= INSTANT else 0.0
+    return result

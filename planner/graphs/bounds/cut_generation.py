@@ -1,0 +1,106 @@
+"""What an answer of the linear program in a few moments (`windows`) leaves out: moments at which it would hold too much, and
+paths that it runs along in parts.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from tightfit.planner.graphs.bounds.lp_bound import Fractions, Parts, Path
+from tightfit.planner.graphs.problem.dag import Dag
+
+VIOLATED = 0.2
+"""of one run: what a path asks for and the answer has not"""
+NEGLIGIBLE = 1e-9
+"""part of a run or a life"""
+
+
+def violated(dag: Dag, pivots: Sequence[int], fractions: Fractions) -> list[Path]:
+    """Paths that the answer does not follow, the worst first, as many as there are operators at most; one for each operator and
+    window of readers.
+    """
+    opens = [0, *pivots, len(dag)]
+    made = np.concatenate([np.zeros((len(dag), 1)), np.cumsum(fractions.runs, axis=1)], axis=1)
+    found: list[tuple[float, int, int, int]] = []
+    following: dict[int, npt.NDArray[np.int32]] = {}
+    for last in range(2, len(pivots) + 1):
+        begin, end = opens[last], opens[last + 1]
+        # By operator and the window that the path begins in: the least that lives of a path to a reader, and who reads next.
+        length = np.full((len(dag), last), np.inf)
+        length[begin:end] = 0.0
+        reader = following[last] = np.full((len(dag), last), -1, dtype=np.int32)
+        for i in reversed(range(begin)):
+            users = [j for j in dag.users[i] if j < end]
+            # What first runs after the moment lies on no path from there.
+            first = bisect_right(opens, i)
+            if not users or first >= last:
+                continue
+            lengths = length[users, first:]
+            chosen = lengths.argmin(axis=0)
+            length[i, first:] = lengths.min(axis=0) + fractions.lives[i, first:last]
+            reader[i, first:] = np.array(users)[chosen]
+        missing = 1.0 - length[:begin] - (made[:begin, last + 1, None] - made[:begin, :last])
+        for i in np.flatnonzero(missing.max(axis=1) > VIOLATED).tolist():
+            window = int(missing[i].argmax())
+            found.append((-float(missing[i, window]), i, window, last))
+    paths = []
+    for _, i, window, last in sorted(found)[: len(dag)]:
+        operators = [i]
+        while (j := int(following[last][operators[-1], window])) < opens[last]:
+            operators.append(j)
+        paths.append(Path(pivot=opens[window], reader=j, operators=tuple(reversed(operators))))
+    return paths
+
+
+def bytes_over(dag: Dag, budget: int, pivots: Sequence[int], fractions: Fractions) -> Parts:
+    """Per stage: bytes over the budget at its first run, when all that runs again in a window does so just before it is read.
+
+    0 at the pivots. An estimate: it says where a further moment may be worth having.
+    """
+    over = np.zeros(len(dag))
+    opens = [0, *pivots, len(dag)]
+    for window, (begin, end) in enumerate(pairwise(opens)):
+        over[begin:end] = _held(dag, window, begin, end, fractions) - budget
+    over[list(pivots)] = 0.0
+    return over
+
+
+def _held(dag: Dag, window: int, begin: int, end: int, fractions: Fractions) -> Parts:
+    """Bytes at the first runs of the stages `begin` to `end` - 1, which are a window."""
+    change = np.zeros(end - begin + 1)
+    reads: list[list[tuple[int, float]]] = [[] for _ in range(end)]
+    """per operator: stages in which it is read, and how far"""
+    for stage in range(begin, end):
+        # Its own output is there while it runs.
+        for i in (stage, *dag.inputs[stage]):
+            reads[i].append((stage, 1.0))
+    final = window + 1 == fractions.lives.shape[1]
+    for i in reversed(range(end)):
+        left = float(dag.keep[i]) if final else float(fractions.lives[i, window + 1])
+        if left > NEGLIGIBLE:
+            reads[i].append((end - 1, left))
+        if not reads[i]:
+            continue
+        start, here = i, 0.0
+        if i < begin:
+            start, here = min(stage for stage, _ in reads[i]), float(fractions.lives[i, window])
+            if fractions.runs[i, window] > NEGLIGIBLE:
+                for j in dag.inputs[i]:
+                    reads[j].append((start, float(fractions.runs[i, window])))
+        needed = 0.0
+        for stage, part in sorted(reads[i], reverse=True):
+            if part > needed:
+                # So much is needed until this stage.
+                change[stage + 1 - begin] -= (part - needed) * dag.bytes[i]
+                needed = part
+        change[max(start - begin, 0)] += needed * dag.bytes[i]
+        if start > begin and i < begin:
+            # Until it is made again only what lived when the window began is there.
+            change[0] += min(here, needed) * dag.bytes[i]
+            change[start - begin] -= min(here, needed) * dag.bytes[i]
+    return dag.fixed_bytes + np.array(dag.workspace[begin:end]) + np.cumsum(change)[:-1]

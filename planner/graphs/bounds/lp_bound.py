@@ -1,0 +1,356 @@
+"""Seconds that no schedule undercuts: linear programs over a few moments of the schedule.
+
+A moment is the first run of a chosen operator, the pivot. Memory is limited at the moments; between two of them lies a window.
+For every operator: in which windows it runs, and at which moments its output lives. An operator that runs in a window
+reads outputs that lived at the window's start or were made in it; what lives at a moment lived at the one before or was
+made since. Over several windows more is known than each of them says (`Path`). This holds for any schedule in which the
+operators' first runs come in the given order (``any_order=False``: whatever it runs again, and when), and with
+``any_order=True``, where only what the graph's edges force is known of first runs and the pivots lie on one path, for any
+schedule at all. In whole numbers more moments make a better bound; without, it takes paths for that.
+
+Where the graph names a disk an output may also be fetched in a window, once it is written. The step then lasts as long as its
+runs or as the disk's work, whichever is longer; when transfers happen, and the memory they take meanwhile, is left open.
+
+The figure is computed from the solver's dual values by weak duality, so that it is a bound even where they are inexact.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tightfit.planner.graphs.problem.dag import Dag
+from tightfit.planner.graphs.problem.limit import Limit
+from tightfit.planner.graphs.problem.schedule import Rerun, pruned
+from tightfit.planner.milp.lp import Linear, Program, Solution
+from tightfit.planner.problem.layer_types import transfer_seconds
+
+ROUNDED = (0.3, 0.5, 0.7)
+"""what counts as a run, or as there, of an answer without whole numbers; none is always the best"""
+ROUNDING = 1e-9
+"""subtracted, relatively, for the rounding of our own sums"""
+
+Parts = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Path:
+    """`reader` first runs after the moment at `pivot`; it reads the first of `operators`, each of them reads the next, and all
+    of those first run before the moment.
+
+    Where none of their outputs lives at the moment, the last of them runs again between the moment and the reader. In whole
+    numbers the windows say so already; in parts, one half of an output may serve two halves of a run in two windows.
+    """
+
+    pivot: int
+    reader: int
+    operators: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fractions:
+    """A linear program's answer, by operator and window, and what its rows are worth."""
+
+    runs: Parts
+    """(operators, windows): how far it runs"""
+    lives: Parts
+    """(operators, windows): how far its output lives at the moment that opens the window"""
+    moments: Parts
+    """(moments,): the price of memory, 0 where there is enough"""
+    paths: Parts
+    """(paths,): the price of each"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    bound_seconds: float
+    """no schedule undercuts it; infinity: none fits"""
+    reruns: tuple[frozenset[Rerun], ...] = ()
+    """of the solver's best answer, a schedule but for the memory between moments; without whole numbers, of its roundings"""
+    fractions: Fractions | None = None
+    """without whole numbers, where the solver came to its end"""
+    solved: bool = True
+    """whether the solver came to its end"""
+
+
+def solve_windows(
+    dag: Dag,
+    budget_bytes: int,
+    pivots: Sequence[int],
+    *,
+    any_order: bool,
+    seconds: float,
+    paths: Sequence[Path] = (),
+) -> Answer:
+    """The bound from the moments at `pivots`, which are sorted, and from `paths` between them, for an order and no disk.
+
+    `seconds` limit the building and the solver; past them the bound is what each operator's one run takes.
+    """
+    try:
+        program = Windows(dag, budget_bytes, pivots, any_order=any_order, limit=Limit(seconds))
+        if program.impossible:
+            return Answer(bound_seconds=float("inf"))
+        for path in paths:
+            program.follow(path)
+        return program.solve()
+    except TimeoutError:
+        return Answer(bound_seconds=dag.once_seconds, solved=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Span:
+    """Windows of an operator's first run: surely not before `low`, surely not after `high`."""
+
+    low: int
+    high: int
+
+
+class Windows:
+    def __init__(self, dag: Dag, budget: int, pivots: Sequence[int], *, any_order: bool, limit: Limit) -> None:
+        """Raises TimeoutError where building takes too much of `limit`."""
+        self.dag = dag
+        self.any_order = any_order
+        self.limit = limit
+        self.pivots = list(pivots)
+        self.windows = len(pivots) + 1
+        self.program = Program()
+        self.cost: list[float] = []
+        """per variable: seconds of runs"""
+        self.disk: dict[int, float] = {}
+        """variable -> seconds of the disk"""
+        self.constant = 0.0
+        self.impossible = False
+        spans = _edge_spans(dag, pivots) if any_order else _order_spans(dag, pivots)
+        needed = _last_windows(dag, spans, self.windows)
+        self.runs: list[dict[int, int]] = [{} for _ in range(len(dag))]
+        """per operator: window -> variable; -1 where it surely runs"""
+        self.lives: list[dict[int, int]] = [{} for _ in range(len(dag))]
+        """per operator: moment (named by the window it opens) -> variable; -1 where it surely lives"""
+        self.fetches: list[dict[int, int]] = [{} for _ in range(len(dag))]
+        """per operator: window -> variable, where the graph names a disk"""
+        self.pinned = {(i, k + 1) for k, pivot in enumerate(pivots) for i in dag.inputs[pivot]}
+        for i, span in enumerate(spans):
+            limit.check()
+            self._operator(i, span, needed[i])
+        for j in range(len(dag)):
+            limit.check()
+            for i in dag.inputs[j]:
+                self._edge(i, j)
+        self.moments = len(self.program.least)
+        """the row of the first moment, after which come the others and then paths"""
+        for k, pivot in enumerate(pivots):
+            self._moment(k + 1, pivot, budget)
+
+    def _variable(self, cost: float) -> int:
+        self.cost.append(cost)
+        return self.program.variable(0.0, 1.0)
+
+    def _row(self, terms: Sequence[tuple[int, float]], least: float) -> None:
+        row = Linear()
+        for variable, coefficient in terms:
+            row.add(variable, coefficient)
+        self.program.at_least(row, least)
+
+    def _operator(self, i: int, span: _Span, last: int) -> None:
+        dag, runs, lives = self.dag, self.runs[i], self.lives[i]
+        sure = span.low == span.high
+        for window in range(span.low, max(last, span.high) + 1):
+            if sure and window == span.low:
+                runs[window] = -1
+                self.constant += dag.seconds[i]
+            elif window <= span.high or dag.recomputable[i]:
+                runs[window] = self._variable(dag.seconds[i])
+            if dag.read is not None and runs.get(window) != -1:
+                self.fetches[i][window] = self._variable(0.0)
+                self.disk[self.fetches[i][window]] = transfer_seconds(dag.read, dag.bytes[i])
+            if window > span.low:
+                lives[window] = -1 if (i, window) in self.pinned else self._variable(0.0)
+        if self.fetches[i]:
+            assert dag.write is not None
+            stored = self._variable(0.0)
+            self.disk[stored] = transfer_seconds(dag.write, dag.bytes[i])
+            for fetch in self.fetches[i].values():
+                self._row([(stored, 1.0), (fetch, -1.0)], 0.0)
+        if not sure:
+            self._row([(runs[w], 1.0) for w in range(span.low, span.high + 1)], 1.0)
+        for window in range(span.low + 1, max(last, span.high) + 1):
+            before = self._available(i, window - 1)
+            if before is not None:
+                # What lives at a moment lived at the one before, or was made since.
+                living = [(lives[window], -1.0)] if lives[window] >= 0 else []
+                self._row([*before, *living], 0.0 if living else 1.0)
+        if dag.keep[i]:
+            final = self._available(i, self.windows - 1)
+            if final is not None:
+                self._row(final, 1.0)
+
+    def _available(self, i: int, window: int) -> list[tuple[int, float]] | None:
+        """Terms that say how far output i is there in a window; None: surely."""
+        parts = [self.runs[i].get(window), self.lives[i].get(window), self.fetches[i].get(window)]
+        if -1 in parts:
+            return None
+        return [(part, 1.0) for part in parts if part is not None]
+
+    def _edge(self, i: int, j: int) -> None:
+        for window, run in self.runs[j].items():
+            there = self._available(i, window)
+            if there is None:
+                continue
+            if run == -1:
+                self._row(there, 1.0)
+            else:
+                self._row([*there, (run, -1.0)], 0.0)
+
+    def _moment(self, window: int, pivot: int, budget: int) -> None:
+        dag = self.dag
+        room = budget - dag.fixed_bytes - dag.own_bytes(pivot)
+        if room < 0:
+            self.impossible = True
+            return
+        terms = [
+            (lives[window], -dag.bytes[i] / max(1, budget))
+            for i, lives in enumerate(self.lives)
+            if lives.get(window, -1) >= 0 and dag.bytes[i] and i != pivot
+        ]
+        self._row(terms, -room / max(1, budget))
+
+    def follow(self, path: Path) -> None:
+        """The row of one path."""
+        # It holds neither for other orders nor where outputs may also be fetched.
+        assert not self.any_order
+        assert self.dag.read is None
+        begin, end = (bisect_right(self.pivots, stage) for stage in (path.pivot, path.reader))
+        runs = self.runs[path.operators[-1]]
+        made = [runs[window] for window in range(begin, end + 1) if window in runs]
+        lives = [self.lives[i][begin] for i in path.operators]
+        self._row([(part, 1.0) for part in (*made, *lives) if part >= 0], 0.0 if -1 in lives else 1.0)
+
+    # --- solving ---------------------------------------------------------------------------------------------------
+
+    def solve(self) -> Answer:
+        """Raises TimeoutError where no time is left for the solver."""
+        if not self.cost:
+            return Answer(bound_seconds=self.constant)
+        unit = max(self.cost) or 1.0
+        goal = Linear()
+        for variable, cost in enumerate(self.cost):
+            goal.add(variable, cost / unit)
+        if self.disk:
+            goal = self._longest(goal, unit)
+        result = self.program.solve(goal, self.limit.left())
+        if result.infeasible:
+            return Answer(bound_seconds=float("inf"))
+        if not result.optimal or result.duals is None:
+            return Answer(bound_seconds=self.constant, solved=False)
+        bound = (self.constant + self._dual_value(goal, result.duals) * unit) * (1 - ROUNDING)
+        return Answer(bound_seconds=bound, reruns=self._rounded(result), fractions=self._fractions(result))
+
+    def _rounded(self, result: Solution) -> tuple[frozenset[Rerun], ...]:
+        """Schedules of the class, of what reaches each of the shares `ROUNDED`; none where a disk takes part, or any order."""
+        if result.values is None or self.disk or self.any_order:
+            return ()
+        values = np.array(result.values)
+        return tuple(self.reruns((values > share).tolist()) for share in ROUNDED)
+
+    def _fractions(self, result: Solution) -> Fractions | None:
+        if result.values is None or result.duals is None:
+            return None
+        values, prices = [*result.values, 1.0], np.array(result.duals)
+        runs, lives = np.zeros((2, len(self.dag), self.windows))
+        for parts, variables in ((runs, self.runs), (lives, self.lives)):
+            for i, chosen in enumerate(variables):
+                for window, variable in chosen.items():
+                    # -1, sure, is the last of the values.
+                    parts[i, window] = values[variable]
+        of_moments, of_paths = np.split(prices[self.moments :], [len(self.pivots)])
+        return Fractions(runs=runs, lives=lives, moments=of_moments, paths=of_paths)
+
+    def _longest(self, runs: Linear, unit: float) -> Linear:
+        """What the step takes beyond one run of each operator that surely runs: all other runs, or the disk's work."""
+        beyond = Linear().add(self.program.variable())
+        work = Linear(-self.constant / unit)
+        for variable, disk in self.disk.items():
+            work.add(variable, disk / unit)
+        self.program.at_least(beyond, runs)
+        self.program.at_least(beyond, work)
+        return beyond
+
+    def _dual_value(self, goal: Linear, duals: list[float]) -> float:
+        """A bound of `goal` by weak duality."""
+        prices = np.maximum(np.array(duals, dtype=np.float64), 0.0)
+        if self.disk:
+            # The last variable has no upper bound: its two rows may not be worth more than it costs.
+            prices /= max(1.0, float(prices[-1] + prices[-2]))
+        left = np.zeros(len(self.program.lower))
+        for variable, cost in goal.terms.items():
+            left[variable] = cost
+        rows, columns, entries = self.program.matrix
+        np.subtract.at(left, columns, entries * prices[rows])
+        bounded = left[: len(self.cost)]
+        return max(0.0, float(prices @ np.array(self.program.least)) + float(np.minimum(bounded, 0.0).sum()))
+
+    def reruns(self, chosen: list[bool]) -> frozenset[Rerun]:
+        """Where operators run again that the answer runs in a window after their first: before the first run that needs them."""
+        dag = self.dag
+        again = [{window for window, run in runs.items() if run >= 0 and chosen[run]} for runs in self.runs]
+        opens = [*self.pivots, len(dag)]
+        result: set[Rerun] = set()
+        window = 0
+        there: set[int] = set()
+
+        def bring(stage: int, wanted: Iterable[int]) -> None:
+            waiting = list(wanted)
+            while waiting:
+                i = waiting.pop()
+                if i not in there and window in again[i]:
+                    there.add(i)
+                    result.add((stage, i))
+                    waiting.extend(dag.inputs[i])
+
+        for stage in range(len(dag)):
+            if stage == opens[window]:
+                # What is to live at this moment and is not there yet is made for it, while the window before is open.
+                lives = {
+                    i
+                    for i, life in enumerate(self.lives)
+                    if window + 1 in life and (life[window + 1] < 0 or chosen[life[window + 1]])
+                }
+                bring(stage, sorted(lives))
+                window += 1
+                there = lives
+            bring(stage, dag.inputs[stage])
+            there.add(stage)
+        return pruned(dag, result)
+
+
+def _order_spans(dag: Dag, pivots: Sequence[int]) -> list[_Span]:
+    at = np.searchsorted(np.array(pivots), np.arange(len(dag)), side="right").tolist()
+    return [_Span(low=window, high=window) for window in at]
+
+
+def _edge_spans(dag: Dag, pivots: Sequence[int]) -> list[_Span]:
+    """From ancestors and descendants of the pivots alone."""
+    count = len(dag)
+    low = [0] * count
+    high = [len(pivots)] * count
+    opens = {pivot: k + 1 for k, pivot in enumerate(pivots)}
+    for i in range(count):
+        low[i] = max([opens.get(i, 0), *(low[j] for j in dag.inputs[i])])
+    for i in reversed(range(count)):
+        for j in dag.users[i]:
+            high[i] = min(high[i], high[j], opens[j] - 1 if j in opens else high[i])
+        if i in opens:
+            high[i] = opens[i]
+    return [_Span(low=a, high=b) for a, b in zip(low, high)]
+
+
+def _last_windows(dag: Dag, spans: Sequence[_Span], windows: int) -> list[int]:
+    """Per operator the last window in which its output can be of use."""
+    last = [0] * len(dag)
+    for i in reversed(range(len(dag))):
+        last[i] = windows - 1 if dag.keep[i] else max([spans[i].high, *(last[j] for j in dag.users[i])])
+    return last

@@ -1,0 +1,103 @@
+"""Programs of `windows` in whole numbers: bytes counted exactly, and memory between two moments where that is asked for.
+
+A run is crowded whose window is asked about: outputs that live at both ends of a window and do not run in it stay
+throughout, so that they, the run's inputs and its own bytes fit together, whatever else happens in the window and in
+which order. Linear programs would not notice: half of an output at either end stays nowhere.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from ortools.sat.python import cp_model
+
+from tightfit.planner.graphs.bounds.cp_sat_model import Counted
+from tightfit.planner.graphs.bounds.lp_bound import ROUNDING, Answer, Path, Windows
+from tightfit.planner.graphs.problem.dag import Dag
+from tightfit.planner.graphs.problem.limit import Limit
+from tightfit.planner.graphs.problem.schedule import Rerun
+
+
+def solve_whole(
+    dag: Dag,
+    budget_bytes: int,
+    pivots: Sequence[int],
+    *,
+    seconds: float,
+    paths: Sequence[Path] = (),
+    crowded: Sequence[Rerun] = (),
+    most: float = float("inf"),
+) -> Answer:
+    """The bound from the moments at `pivots`, which are sorted, for schedules with first runs in the given order.
+
+    `paths` say nothing new, but sooner; `crowded` are re-runs. Schedules that take longer than `most` seconds are of no interest:
+    where there are no others the bound is that. `seconds` limit the building and the solver.
+    """
+    # An output that is fetched has no run that says so.
+    assert dag.read is None
+    limit = Limit(seconds)
+    try:
+        windows = Windows(dag, budget_bytes, pivots, any_order=False, limit=limit)
+        if windows.impossible:
+            return Answer(bound_seconds=float("inf"))
+        for path in paths:
+            windows.follow(path)
+        model = _Whole(windows, budget_bytes, limit)
+        for window, operator in sorted({(bisect_left(pivots, stage), operator) for stage, operator in crowded}):
+            model.crowd(window, operator)
+        return model.solve(most)
+    except TimeoutError:
+        return Answer(bound_seconds=dag.once_seconds, solved=False)
+
+
+class _Whole:
+    def __init__(self, windows: Windows, budget: int, limit: Limit) -> None:
+        """Raises TimeoutError where building takes too much of `limit`."""
+        self.windows = windows
+        self.budget = budget
+        # Rows of moments are in parts of the budget.
+        rows = range(windows.moments, windows.moments + len(windows.pivots))
+        self.counted = Counted(windows.program, dict.fromkeys(rows, budget), limit)
+        self.stays: dict[tuple[int, int], cp_model.IntVar | None] = {}
+        """(operator, window) -> whether its output surely stays; None: it surely does not"""
+
+    def crowd(self, window: int, operator: int) -> None:
+        """The row of an operator that runs in a window."""
+        windows, dag = self.windows, self.windows.dag
+        run = windows.runs[operator].get(window)
+        if run is None:
+            return
+        self.counted.limit.check()
+        there = {operator, *dag.inputs[operator]}
+        room = self.budget - dag.fixed_bytes - dag.workspace[operator] - sum(dag.bytes[i] for i in there)
+        others = [(i, self._stays(i, window)) for i in range(len(dag)) if i not in there and dag.bytes[i]]
+        staying = [(dag.bytes[i], stays) for i, stays in others if stays is not None]
+        held = cp_model.LinearExpr.weighted_sum([stays for _, stays in staying], [size for size, _ in staying])
+        row = self.counted.model.add(held <= room)
+        if run != -1:
+            row.only_enforce_if(self.counted.chosen[run])
+
+    def _stays(self, i: int, window: int) -> cp_model.IntVar | None:
+        if (i, window) not in self.stays:
+            lives, run = self.windows.lives[i], self.windows.runs[i].get(window)
+            ends = [lives.get(window), lives.get(window + 1)]
+            if None in ends or run == -1:
+                self.stays[i, window] = None
+            else:
+                stays = self.stays[i, window] = self.counted.model.new_bool_var("")
+                missing = [self.counted.chosen[end].negated() for end in ends if end is not None and end >= 0]
+                again = [self.counted.chosen[run]] if run is not None else []
+                self.counted.model.add_bool_or([stays, *missing, *again])
+        return self.stays[i, window]
+
+    def solve(self, most: float) -> Answer:
+        """Raises TimeoutError where no time is left for the solver."""
+        windows = self.windows
+        costs = {variable: cost for variable, cost in enumerate(windows.cost) if cost}
+        # Twice: what is then said of all of these holds for schedules of `most` seconds too.
+        extra = most * (1 + 2 * ROUNDING) - windows.constant
+        found = self.counted.solve(costs, once=windows.dag.once_seconds, most=extra)
+        bound = (windows.constant + max(0.0, found.bound_seconds)) * (1 - ROUNDING)
+        reruns = () if found.values is None else (windows.reruns(found.values),)
+        return Answer(bound_seconds=bound, reruns=reruns, solved=found.ended)

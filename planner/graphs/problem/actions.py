@@ -1,0 +1,141 @@
+"""A schedule in full: what runs, is freed, written to disk and fetched, in order; its seconds.
+
+`Carried` is what plans are made of. Schedules of re-runs (`schedule`) are carried out as they are; where outputs are moved, a
+write begins when its output is made, a fetch stands before its reader, and `tightfit.planner.schedule.prefetch` then moves both into free memory
+and the disk's idle time, as it does for decoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tightfit.planner.graphs.problem.dag import Dag
+from tightfit.planner.graphs.problem.schedule import Rerun, lifetimes, pruned, runs
+from tightfit.planner.problem.layer_types import transfer_seconds
+from tightfit.planner.schedule.lowering import Entry, live_profile
+from tightfit.planner.schedule.prefetch import clock, overlap
+from tightfit.profiles.graph_input import LAYER
+
+Action = tuple[str, int]
+"""(run, free, spill or fetch; operator)"""
+WORK = "workspace of "
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """A schedule carried out."""
+
+    actions: tuple[Action, ...]
+    seconds: float
+    peak_bytes: int
+    """fixed bytes included"""
+
+
+def carry(dag: Dag, reruns: Iterable[Rerun], budget_bytes: int = 1 << 62) -> Carried:
+    """Re-runs carried out; fetches take the place of those of moved outputs, early where the budget has room for them."""
+    actions = drafted(dag, reruns)
+    if not dag.moved:
+        return timed(dag, actions)
+    entries = _entries(dag, actions)
+    moved = overlap(tuple(entries), _inputs(dag), (), _sizes(dag), budget_bytes - dag.fixed_bytes)
+    position = {name: i for i, name in enumerate(dag.names)}
+    kept = [e for e in moved if not e.name.startswith(WORK)]
+    return timed(dag, [(e.verb, e.operator if e.verb == "run" else position[e.name]) for e in kept])
+
+
+def touch_and_go(dag: Dag) -> frozenset[Rerun]:
+    """Every input is had again for its reader unless it was there for the run before; `dag` has all outputs moved."""
+    result: set[Rerun] = set()
+    for i in range(1, len(dag)):
+        result.update((i, j) for j in dag.inputs[i] if j != i - 1 and j not in dag.inputs[i - 1])
+    return frozenset(result)
+
+
+def worth_moving(dag: Dag, price: float) -> list[int]:
+    """Outputs that are cheaper to fetch at `price` per second of the disk than to compute again, or can only be fetched."""
+    return [i for i in range(len(dag)) if not dag.recomputable[i] or price * dag.trip_seconds(i) < dag.seconds[i]]
+
+
+def drafted(dag: Dag, reruns: Iterable[Rerun]) -> list[Action]:
+    """Runs and fetches, each followed by what nothing reads any more; a write as soon as its output is made."""
+    sequence = runs(dag, pruned(dag, reruns))
+    gone: list[list[int]] = [[] for _ in sequence]
+    for life in lifetimes(dag, sequence):
+        if life.end < len(sequence) - 1 or not dag.keep[life.operator]:
+            gone[life.end].append(life.operator)
+    fetched = {i for stage, i in sequence if stage != i and i in dag.moved}
+    actions: list[Action] = []
+    for (stage, i), over in zip(sequence, gone):
+        actions.append(("fetch" if stage != i and i in dag.moved else "run", i))
+        if stage == i and i in fetched:
+            actions.append(("spill", i))
+        actions.extend(("free", other) for other in sorted(over))
+    return actions
+
+
+def timed(dag: Dag, actions: Sequence[Action]) -> Carried:
+    """Actions with their seconds, by the clock that all plans of the package share, and their peak."""
+    entries = _entries(dag, actions)
+    peak = dag.fixed_bytes + max(live_profile(tuple(entries), (), _sizes(dag)), default=0)
+    if dag.read is None:
+        seconds = sum(dag.seconds[i] for verb, i in actions if verb == "run")
+    else:
+        seconds = clock(entries, _inputs(dag)).seconds
+    return Carried(actions=tuple(actions), seconds=seconds, peak_bytes=peak)
+
+
+def instructions(dag: Dag, actions: Iterable[Action]) -> list[list[Any]]:
+    """The plan's instruction list; nothing has an offset. The sink and what it frees are none of the plan's."""
+    kept = dag.inputs[-1] if dag.sink else ()
+    result: list[list[Any]] = []
+    ended = False
+    for verb, i in actions:
+        if i >= dag.operators:
+            ended = ended or verb == "run"
+        elif verb == "run":
+            result.append(["run", LAYER, i, [None]])
+        elif verb == "fetch":
+            result.append(["fetch", dag.names[i], 0])
+        elif not (ended and verb == "free" and i in kept):
+            result.append([verb, dag.names[i]])
+    return result
+
+
+def _inputs(dag: Dag) -> dict[tuple[int, int], tuple[str, ...]]:
+    return {(0, i): tuple(dag.names[j] for j in inputs) for i, inputs in enumerate(dag.inputs)}
+
+
+def _sizes(dag: Dag) -> dict[str, int]:
+    sizes = dict(zip(dag.names, dag.bytes))
+    return sizes | {WORK + name: size for name, size in zip(dag.names, dag.workspace)}
+
+
+def _entries(dag: Dag, actions: Iterable[Action]) -> list[Entry]:
+    """For the clock and the passes that know entries: workspace is an output that is freed at once."""
+    entries = []
+    for verb, i in actions:
+        name, work = dag.names[i], dag.workspace[i]
+        transfer = 0.0
+        if verb in {"spill", "fetch"}:
+            channel = dag.write if verb == "spill" else dag.read
+            assert channel is not None
+            transfer = transfer_seconds(channel, dag.bytes[i])
+        outputs = () if verb != "run" else (name, WORK + name) if work else (name,)
+        entries.append(
+            Entry(
+                verb=verb,
+                name="" if verb == "run" else name,
+                layer=0,
+                operator=i,
+                outputs=outputs,
+                seconds=dag.seconds[i] if verb == "run" else 0.0,
+                transfer=transfer,
+            )
+        )
+        if verb == "run" and work:
+            entries.append(
+                Entry(verb="free", name=WORK + name, layer=0, operator=i, outputs=(), seconds=0.0, transfer=0.0)
+            )
+    return entries

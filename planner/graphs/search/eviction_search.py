@@ -1,0 +1,252 @@
+"""Schedules for graphs of any size: evict what frees most bytes per second where memory is over the budget, then ruin some of
+the schedule and evict again, keeping what got faster.
+
+Work is counted in rounds, not in seconds, so that the answer is the same on any machine unless the time limit strikes first.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable
+
+import numpy as np
+
+from tightfit.planner.graphs.problem.dag import Dag
+from tightfit.planner.graphs.problem.live_bytes import Bytes, Memory
+from tightfit.planner.graphs.problem.schedule import Rerun, seconds
+
+DEPTH = 64
+"""operators that one eviction may run again"""
+EVICTIONS = 20
+"""per operator, before a repair gives up"""
+
+
+class Search:
+    """Schedules of one graph within one budget."""
+
+    def __init__(
+        self,
+        dag: Dag,
+        budget: int,
+        *,
+        deadline: float = float("inf"),
+        granted: float = 0.0,
+        latest: float = float("inf"),
+    ) -> None:
+        """`granted` seconds of the processor are spent past the `deadline`, so that a process that was held up has an answer, but none past
+        `latest`.
+        """
+        self.dag = dag
+        self.budget = budget
+        self.deadline = deadline
+        self.granted = time.process_time() + granted
+        self.latest = latest
+        self.random = random.Random(0)
+        self.timely = True
+        self.noise = 0.0
+
+    def late(self) -> bool:
+        now = time.monotonic()
+        if now > self.deadline and (now > self.latest or time.process_time() > self.granted):
+            self.timely = False
+            return True
+        return False
+
+    # --- eviction --------------------------------------------------------------------------------------------------
+
+    def repair(self, memory: Memory, limit: float = float("inf")) -> bool:
+        """Evict until `memory` fits; False where that fails, takes too long or costs `limit` seconds of re-runs."""
+        for _ in range(EVICTIONS * len(self.dag)):
+            held = memory.bytes
+            at = int(np.argmax(held))
+            if held[at] <= self.budget:
+                return True
+            if memory.seconds >= limit or self.late():
+                return False
+            chosen = self._cheapest(memory, at)
+            if chosen is None:
+                return False
+            for rerun in chosen:
+                memory.add(*rerun)
+        return False
+
+    def _cheapest(self, memory: Memory, at: int) -> list[Rerun] | None:
+        """The re-runs that relieve position `at` at the least cost per byte over the budget."""
+        key = memory.keys[at]
+        over = np.maximum(memory.bytes - self.budget, 0)
+        seconds = self.dag.again_seconds
+        best: list[Rerun] | None = None
+        best_score = float("inf")
+        # At best an output relieves every position over the budget: those with the least cost by that measure first.
+        places, most = int(np.count_nonzero(over)), float(over.sum())
+        candidates = sorted(
+            (seconds[operator] / min(size * places, most), operator, touched, reader)
+            for operator, touched, reader in memory.idle(key)
+            if (size := self.dag.bytes[operator]) and self.dag.recomputable[operator]
+        )
+        for at_best, operator, touched, reader in candidates:
+            if at_best >= best_score:
+                break
+            size = self.dag.bytes[operator]
+            start = memory.position(touched) + 1
+            for stage in self._stages(memory, operator, key, reader):
+                end = memory.position(stage * memory.count + operator)
+                gain = float(np.minimum(over[start:end], size).sum())
+                if gain <= 0.0 or seconds[operator] / gain >= best_score:
+                    continue
+                reruns: list[Rerun] = []
+                harm = self._bring(memory, stage, operator, over, reruns, gain, best_score)
+                if harm is None:
+                    continue
+                score = sum(seconds[i] for _, i in reruns) / (gain - harm)
+                if self.noise:
+                    score *= self.random.lognormvariate(0.0, self.noise)
+                if score < best_score:
+                    best, best_score = reruns, score
+        return None if best is None else sorted(best)
+
+    def _stages(self, memory: Memory, operator: int, key: int, reader: int) -> list[int]:
+        """Where the operator may run again between `key` and its next reader: as late as can be, or while its inputs live."""
+        count = memory.count
+        late = count - 1 if reader == memory.end else reader // count
+        if late * count + operator <= key or late <= operator:
+            return []
+        again = late * count + operator
+        ends = [memory.life_end(i, memory.run_before(i, again)) for i in self.dag.again_inputs[operator]]
+        last = min(ends, default=again)
+        if last >= again:
+            return [late]
+        early = last // count if last // count * count + operator <= last else last // count - 1
+        return [late, early] if early * count + operator > key else [late]
+
+    def _bring(
+        self, memory: Memory, stage: int, operator: int, over: Bytes, reruns: list[Rerun], gain: float, dearest: float
+    ) -> float | None:
+        """Append what must run again in `stage` for `operator` to; bytes that this adds over the budget.
+
+        None: it takes more than it gives, or more than `dearest` seconds for each byte of the `gain`.
+        """
+        dag = self.dag
+        harm, cost = 0.0, 0.0
+        waiting = [operator]
+        planned = {operator}
+        while waiting:
+            i = waiting.pop()
+            reruns.append((stage, i))
+            cost += dag.again_seconds[i]
+            if len(reruns) > DEPTH or cost >= dearest * (gain - harm):
+                return None
+            key = stage * memory.count + i
+            for source in dag.again_inputs[i]:
+                if source in planned or (stage, source) in memory.reruns:
+                    continue
+                end = memory.life_end(source, memory.run_before(source, key))
+                if end >= key:
+                    continue
+                size = dag.bytes[source]
+                start, stop = memory.position(end) + 1, memory.position(key)
+                stretch = memory.bytes[start:stop]
+                if not dag.recomputable[source] or not size or int(np.max(stretch, initial=0)) + size <= self.budget:
+                    harm += float(np.minimum(over[start:stop], size).sum())
+                    if harm >= gain:
+                        return None
+                    continue
+                planned.add(source)
+                waiting.append(source)
+        return harm
+
+    # --- what is not needed after all -----------------------------------------------------------------------------
+
+    def prune(self, memory: Memory, candidates: Iterable[Rerun]) -> None:
+        """Take back re-runs, dearest first, while `memory` fits without them."""
+        seconds = self.dag.again_seconds
+        for rerun in sorted(candidates, key=lambda rerun: (-seconds[rerun[1]], rerun)):
+            if rerun not in memory.reruns:
+                continue
+            if self.late():
+                return
+            memory.remove(*rerun)
+            if int(np.max(memory.bytes)) > self.budget:
+                memory.add(*rerun)
+
+    # --- ruin and recreate -----------------------------------------------------------------------------------------
+
+    def first(self, seeds: Iterable[Iterable[Rerun]]) -> Memory | None:
+        """The fastest schedule that eviction makes of one of the `seeds`, of which the first is looked at whatever the clock says."""
+        best: Memory | None = None
+        starts: list[Memory] = []
+        for seed in dict.fromkeys(map(frozenset, seeds)):
+            if starts and time.monotonic() > self.latest:  # one that fits as it is may be any of them
+                self.timely = False
+                break
+            starts.append(Memory(self.dag, self.budget, seed))
+        # Those that fit as they are first: the clock may stop the others.
+        for memory in sorted(starts, key=lambda memory: not memory.fits):
+            if not self.repair(memory):
+                continue
+            self.prune(memory, set(memory.reruns))
+            if best is None or memory.seconds < best.seconds:
+                best = memory
+        return best
+
+    def improve_best(
+        self, seeds: Iterable[Iterable[Rerun]], *, starts: int, rounds: int, enough: float = 0.0
+    ) -> frozenset[Rerun] | None:
+        """The fastest of what `improve` makes of the best `starts` of the `seeds`, in `rounds` each; None: none fits.
+
+        Half of the time at most is for the seeds to be made to fit: the most promising come first.
+        """
+        began, end = time.monotonic(), self.deadline
+        repaired: dict[frozenset[Rerun], float] = {}
+        self.deadline = began + 0.5 * (end - began)
+        for seed in dict.fromkeys(map(frozenset, seeds)):
+            if self.late():
+                break
+            memory = self.first([seed])
+            if memory is not None:
+                repaired[frozenset(memory.reruns)] = memory.seconds
+        found = sorted(repaired, key=lambda reruns: repaired[reruns])[:starts]
+        for number, reruns in enumerate(found):
+            now = time.monotonic()
+            self.deadline = now + (end - now) / (len(found) - number)
+            found[number] = self.improve(Memory(self.dag, self.budget, reruns), rounds=rounds, enough=enough)
+            if seconds(self.dag, found[number]) - self.dag.once_seconds <= enough:
+                break
+        self.deadline = end
+        return min(found, key=lambda reruns: seconds(self.dag, reruns), default=None)
+
+    def improve(self, memory: Memory, *, rounds: int, enough: float = 0.0) -> frozenset[Rerun]:
+        """Ruin and recreate for `rounds`, or until re-runs cost at most `enough` seconds. `memory` must fit."""
+        best, best_seconds = frozenset(memory.reruns), memory.seconds
+        current, current_seconds = best, best_seconds
+        start = 0.02 * max(best_seconds, 1e-12)
+        for number in range(rounds):
+            if best_seconds <= enough or not memory.reruns or self.late():
+                break
+            heat = start * (1.0 - number / rounds) ** 2
+            self.noise = self.random.choice((0.0, 0.1, 0.3))
+            for rerun in self._ruin(memory):
+                memory.remove(*rerun)
+            kept = set(memory.reruns)
+            fits = self.repair(memory, current_seconds + heat)
+            if fits:
+                self.prune(memory, memory.reruns - kept if self.random.random() < 0.7 else set(memory.reruns))
+            if fits and memory.seconds <= current_seconds - heat * np.log(max(self.random.random(), 1e-12)) * 0.3:
+                current, current_seconds = frozenset(memory.reruns), memory.seconds
+                if current_seconds < best_seconds * (1 - 1e-12):
+                    best, best_seconds = current, current_seconds
+            else:
+                memory.change(current)
+        self.noise = 0.0
+        return best
+
+    def _ruin(self, memory: Memory) -> list[Rerun]:
+        """Re-runs to take back: neighbours in time, or at random."""
+        everything = sorted(memory.reruns)
+        count = min(len(everything), 1 + int(self.random.expovariate(1 / 6)))
+        if self.random.random() < 0.5:
+            return sorted(self.random.sample(everything, count), reverse=True)
+        at = self.random.randrange(len(everything))
+        start = max(0, min(at - count // 2, len(everything) - count))
+        return everything[start : start + count][::-1]

@@ -1,0 +1,125 @@
+"""All schedules of the class at once, for small graphs: CP-SAT on Checkmate's stages (Jain et al. 2020), with memory
+counted at every run.
+
+``lives[t, i, k]`` says that output i is live while operator k runs in stage t. It is carried from one run to the next, so that
+freeing is a choice like any other; the number of variables grows with the third power of the number of operators.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import floor
+
+from ortools.sat.python import cp_model
+
+from tightfit.planner.graphs.problem.dag import Dag
+from tightfit.planner.graphs.problem.schedule import Rerun, pruned
+from tightfit.planner.milp.cp_sat import RESOLUTION, single_worker, solved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exact:
+    """What the solver found within its work limit."""
+
+    reruns: frozenset[Rerun] | None
+    """None: no schedule of the class fits (if `proven`), or none was found"""
+    proven: bool
+    bound: float
+    """seconds, or bytes where the peak was minimised, that no schedule of the class undercuts"""
+    timely: bool = True
+    """whether it was not the clock that ended it"""
+
+
+def fastest(dag: Dag, budget_bytes: int, *, work: float, seconds: float, until: float = float("inf")) -> Exact:
+    """The fastest schedule of the class within the budget. `work` is CP-SAT's deterministic time, `seconds` are the clock's; `until`: when,
+    by the clock, it has to end, however long the program took to build.
+    """
+    model = _Stages(dag)
+    for row in model.rows:
+        model.model.add(row <= budget_bytes - dag.fixed_bytes)
+    unit = max(dag.once_seconds, 1e-300) / RESOLUTION
+    model.model.minimize(sum(floor(dag.seconds[i] / unit) * again for (_, i), again in model.again.items()))
+    if until < float("inf"):
+        seconds = min(seconds, max(0.0, until - time.monotonic()))
+    return model.solve(work, seconds, lambda extra: dag.once_seconds + max(0.0, extra) * unit)
+
+
+def smallest(dag: Dag, *, work: float, seconds: float) -> Exact:
+    """The schedule of the class with the lowest peak; limits as of `fastest`."""
+    model = _Stages(dag)
+    peak = model.model.new_int_var(dag.floor_bytes - dag.fixed_bytes, sum(dag.bytes) + max(dag.workspace), "peak")
+    for row in model.rows:
+        model.model.add(row <= peak)
+    model.model.minimize(peak)
+    return model.solve(work, seconds, lambda found: dag.fixed_bytes + found)
+
+
+def solve_within(
+    model: cp_model.CpModel, *, work: float, seconds: float
+) -> tuple[cp_model.CpSolver, cp_model.CpSolverStatus, bool]:
+    """The solver and its status, and whether it was not the clock that ended it; limits as of `fastest`."""
+    solver = single_worker()
+    solver.parameters.max_deterministic_time = work
+    solver.parameters.max_time_in_seconds = seconds
+    status = solved(solver, model)
+    proven = status in (cp_model.OPTIMAL, cp_model.INFEASIBLE)
+    # Read off its work: by the clock, a process that was held up may be late though the work had ended it, or the other way round.
+    return solver, status, proven or solver.deterministic_time >= work
+
+
+class _Stages:
+    def __init__(self, dag: Dag) -> None:
+        self.dag = dag
+        self.model = cp_model.CpModel()
+        self.again: dict[Rerun, cp_model.IntVar] = {}
+        self.rows: list[cp_model.LinearExprT] = []
+        """live bytes at every run, fixed ones left out"""
+        before: dict[int, cp_model.IntVar] = {}
+        for stage in range(len(dag)):
+            for operator in range(stage + 1):
+                before = self._run(stage, operator, before)
+        for operator in range(len(dag)):
+            if dag.keep[operator]:
+                self.model.add_bool_or(before[operator])
+
+    def _run(self, stage: int, operator: int, before: dict[int, cp_model.IntVar]) -> dict[int, cp_model.IntVar]:
+        """The place of `operator` in `stage`; `before` and the result: operator -> whether its output lives there."""
+        dag, model = self.dag, self.model
+        first = operator == stage
+        if not first and not dag.recomputable[operator]:
+            return before
+        lives = {i: model.new_bool_var("") for i in (*before, operator)}
+        again = None
+        if not first:
+            again = self.again[stage, operator] = model.new_bool_var("")
+        for i, here in lives.items():
+            if i != operator:
+                model.add_implication(here, before[i])
+        if again is None:
+            model.add_bool_or(lives[operator])
+            needed = [lives[i] for i in dag.inputs[operator]]
+            for here in needed:
+                model.add_bool_or(here)
+        else:
+            model.add_bool_or(before[operator], again, lives[operator].negated())
+            # Making what is there already is of no use.
+            model.add_implication(again, before[operator].negated())
+            for i in (*dag.inputs[operator], operator):
+                model.add_implication(again, lives[i])
+        workspace = dag.workspace[operator]
+        row = sum(dag.bytes[i] * here for i, here in lives.items())
+        self.rows.append(row + (workspace if again is None else workspace * again))
+        return lives
+
+    def solve(self, work: float, seconds: float, value: Callable[[float], float]) -> Exact:
+        solver, status, timely = solve_within(self.model, work=work, seconds=seconds)
+        if status == cp_model.INFEASIBLE:
+            return Exact(reruns=None, proven=True, bound=float("inf"))
+        bound = value(solver.best_objective_bound)
+        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            return Exact(reruns=None, proven=False, bound=bound, timely=timely)
+        chosen = (rerun for rerun, again in self.again.items() if solver.boolean_value(again))
+        proven = status == cp_model.OPTIMAL
+        return Exact(reruns=pruned(self.dag, chosen), proven=proven, bound=bound, timely=timely)

@@ -1,0 +1,156 @@
+"""HiGHS behind MathOpt, kept from printing: some of its messages go to standard output whatever its options say, and
+standard output belongs to whoever called (``--json`` prints one object there and nothing else).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import sys
+import threading
+import time
+from dataclasses import replace
+from typing import TextIO
+
+from ortools.math_opt.python import mathopt
+from ortools.math_opt.solvers import highs_pb2
+
+from tightfit.planner.milp.solver_interrupts import interruptible
+
+
+def solve_quietly(
+    model: mathopt.Model, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None
+) -> mathopt.SolveResult:
+    """Solve `model` within `seconds` and branch-and-bound `nodes` to a relative `gap`. Raises TimeoutError when no time is left.
+
+    Where HiGHS calls a point optimal that its own tolerances reject, MathOpt has no result; then Glop (linear) or SCIP
+    (integers) gives a second opinion. On one thread, so that the answer does not depend on how many cores there are. Raises
+    KeyboardInterrupt at once: HiGHS listens to no interrupter, and is left to its time limit. Where it goes on past
+    that it is left alone too, with a TimeoutError.
+    """
+    if seconds <= 0:
+        raise TimeoutError
+    deadline = time.monotonic() + seconds
+    parameters = mathopt.SolveParameters(
+        time_limit=dt.timedelta(seconds=seconds),
+        relative_gap_tolerance=gap,
+        node_limit=nodes,
+        absolute_gap_tolerance=1e-9,
+        highs=highs_pb2.HighsOptionsProto(int_options={"threads": 1}, string_options={"parallel": "off"}),
+    )
+    try:
+        return _solved(model, mathopt.SolverType.HIGHS, parameters)
+    except (RuntimeError, ValueError, AttributeError):  # MathOpt's conversion of HiGHS's status fails by itself
+        whole = any(variable.integer for variable in model.variables())
+        second = mathopt.SolverType.GSCIP if whole else mathopt.SolverType.GLOP
+        left = dt.timedelta(seconds=deadline - time.monotonic())
+        if left <= dt.timedelta():
+            raise TimeoutError from None
+        parameters = replace(parameters, time_limit=left) if whole else mathopt.SolveParameters(time_limit=left)
+        return _solved(model, second, parameters)
+
+
+LATE_SHARE, LEAST_LATE, MOST_LATE = 0.5, 0.25, 1.0
+"""of its time limit, and seconds at least and at most: how much longer a solver is waited for, which may have a late answer"""
+
+
+def patience(seconds: float) -> float:
+    """How long a solver with a time limit of so many seconds is waited for."""
+    return seconds + min(max(LATE_SHARE * seconds, LEAST_LATE), MOST_LATE)
+
+
+def _solved(
+    model: mathopt.Model, solver: mathopt.SolverType, parameters: mathopt.SolveParameters
+) -> mathopt.SolveResult:
+    assert parameters.time_limit is not None
+    seconds = parameters.time_limit.total_seconds()
+    left_alone = threading.Event()
+
+    def solve() -> mathopt.SolveResult:
+        with _nowhere:
+            if left_alone.is_set():
+                raise TimeoutError
+            return mathopt.solve(model, solver, params=parameters)
+
+    try:
+        return interruptible(solve, seconds=patience(seconds))
+    except (KeyboardInterrupt, TimeoutError):
+        left_alone.set()
+        _nowhere.let_python_out()
+        raise
+
+
+MARGIN = 1e-5
+"""relatively, how far what a solver proves of a program may be off, for its tolerances"""
+
+
+class _Nowhere:
+    """The process's standard output, dropped while anything solves. There is one for all threads: the first to begin takes it away
+    and the last to end gives it back. After Ctrl-C that may be long after: until then Python's `sys.stdout` goes around it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._solving = 0
+        self._saved: int | None = None
+        """None while nothing solves, or where nobody listens at all"""
+        self._around: tuple[TextIO, TextIO] | None = None
+        """`sys.stdout` as it was, and what stands in for it"""
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._solving:
+                self._saved = _taken_away()
+            self._solving += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._solving -= 1
+            if not self._solving and self._saved is not None:
+                os.dup2(self._saved, 1)
+                os.close(self._saved)
+                self._saved = None
+                if self._around is not None:
+                    before, instead = self._around
+                    self._around = None
+                    if sys.stdout is instead:
+                        instead.close()
+                        sys.stdout = before
+
+    def let_python_out(self) -> None:
+        """What is solving has been left alone: what Python prints is no output of it."""
+        with self._lock:
+            if self._saved is None or self._around is not None or not _is_descriptor_1(sys.stdout):
+                return
+            before = sys.stdout
+            instead = os.fdopen(os.dup(self._saved), "w", encoding=before.encoding, errors=before.errors, buffering=1)
+            self._around = before, instead
+            sys.stdout = instead
+
+
+def _is_descriptor_1(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.fileno() == 1
+    except (OSError, ValueError):
+        return False
+
+
+def _taken_away() -> int | None:
+    """Lead descriptor 1 to nowhere; a copy of what it was. None: it is closed."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    try:
+        saved = os.dup(1)
+    except OSError:
+        return None
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+    except OSError:
+        os.close(saved)
+        raise
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    return saved
+
+
+_nowhere = _Nowhere()

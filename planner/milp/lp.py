@@ -1,0 +1,292 @@
+"""Linear expressions and programs that are cheap to build: variables are numbers, rows are lists.
+
+MathOpt gets a program as a whole, in one message: built row by row through its own objects, the rows of a layer take as
+long as solving them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from ortools.glop import parameters_pb2
+from ortools.math_opt import model_pb2
+from ortools.math_opt.python import mathopt
+
+from tightfit.planner.milp.highs import patience, solve_quietly
+from tightfit.planner.milp.solver_interrupts import interruptible
+
+INFINITY = float("inf")
+WARM_ITERATIONS = 0.25
+"""simplex iterations per row after which a warm start is given up"""
+NO_REDUCED_COSTS = mathopt.ModelSolveParameters(reduced_costs_filter=mathopt.VariableFilter(filtered_items=[]))
+"""nobody asks for them, and MathOpt turns every single one into Python objects"""
+OBJECTIVE_ONLY = mathopt.ModelSolveParameters(
+    reduced_costs_filter=mathopt.VariableFilter(filtered_items=[]),
+    variable_values_filter=mathopt.VariableFilter(filtered_items=[]),
+    dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=[]),
+)
+Key = tuple[float, frozenset[tuple[int, float]]]
+
+
+class Linear:
+    """A linear expression over a program's variables."""
+
+    __slots__ = ("constant", "terms")
+
+    def __init__(self, constant: float = 0.0) -> None:
+        self.constant = constant
+        self.terms: dict[int, float] = {}
+
+    @classmethod
+    def sum(cls, variables: Iterable[int]) -> Linear:
+        result = cls()
+        result.terms = dict.fromkeys(variables, 1.0)
+        return result
+
+    def add(self, variable: int, coefficient: float = 1.0) -> Linear:
+        self.terms[variable] = self.terms.get(variable, 0.0) + coefficient
+        return self
+
+    def plus(self, other: Linear, scale: float = 1.0) -> Linear:
+        self.constant += scale * other.constant
+        terms = self.terms
+        if not terms and scale == 1.0:
+            self.terms = dict(other.terms)
+            return self
+        for variable, coefficient in other.terms.items():
+            terms[variable] = terms.get(variable, 0.0) + scale * coefficient
+        return self
+
+    def key(self) -> Key:
+        """Equal for equal expressions."""
+        return self.constant, frozenset(self.terms.items())
+
+    def value(self, values: Sequence[float]) -> float:
+        return self.constant + sum(c * values[v] for v, c in self.terms.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """What the solver says of a program, by the numbers of its variables and rows."""
+
+    values: list[float] | None
+    """of the best point found; None: none was found"""
+    duals: list[float] | None
+    """of a program without whole numbers, solved to its end"""
+    objective: float
+    bound: float
+    """no point has a lower objective"""
+    optimal: bool
+    infeasible: bool
+
+
+class Program:
+    """Minimise a linear expression under rows; grows until it is first solved."""
+
+    def __init__(self) -> None:
+        self.lower: list[float] = []
+        self.upper: list[float] = []
+        self.whole: list[bool] = []
+        self.least: list[float] = []
+        self.most: list[float] = []
+        """per row: what its terms come to at least, and at most"""
+        self._rows: list[int] = []
+        self._columns: list[int] = []
+        self._entries: list[float] = []
+
+    def variable(self, lower: float = 0.0, upper: float = INFINITY, *, whole: bool = False) -> int:
+        self.lower.append(lower)
+        self.upper.append(upper)
+        self.whole.append(whole)
+        return len(self.lower) - 1
+
+    def choice(self) -> int:
+        """A variable that is 0 or 1."""
+        return self.variable(0.0, 1.0, whole=True)
+
+    def at_least(self, left: Linear, *right: Linear | float) -> int:
+        """Row: `left` >= the sum of `right`; its number."""
+        row = _difference(left, right)
+        return self._row(row, -row.constant, INFINITY)
+
+    def exactly(self, left: Linear, *right: Linear | float) -> int:
+        """Row: `left` = the sum of `right`; its number."""
+        row = _difference(left, right)
+        return self._row(row, -row.constant, -row.constant)
+
+    def _row(self, row: Linear, least: float, most: float) -> int:
+        number = len(self.least)
+        self.least.append(least)
+        self.most.append(most)
+        for variable, coefficient in row.terms.items():
+            if coefficient:
+                self._rows.append(number)
+                self._columns.append(variable)
+                self._entries.append(coefficient)
+        return number
+
+    # --- solving ---------------------------------------------------------------------------------------------------
+
+    def solve(self, goal: Linear, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None) -> Solution:
+        """As `tightfit.planner.milp.highs.solve_quietly`; the objective is `goal`."""
+        self._aim(goal)
+        return self._told(solve_quietly(self._model, seconds, gap, nodes))
+
+    def _aim(self, goal: Linear) -> None:
+        model = self._model
+        model.objective.clear()
+        model.objective.offset = goal.constant
+        for variable, coefficient in goal.terms.items():
+            if coefficient:
+                model.objective.set_linear_coefficient(self._variables[variable], coefficient)
+
+    def _told(self, result: mathopt.SolveResult) -> Solution:
+        found = result.has_primal_feasible_solution()
+        reason = result.termination.reason
+        whole = any(self.whole)
+        return Solution(
+            values=result.variable_values(self._variables) if found else None,
+            duals=result.dual_values(self._constraints) if not whole and result.has_dual_feasible_solution() else None,
+            objective=result.objective_value() if found else INFINITY,
+            bound=float(result.termination.objective_bounds.dual_bound),
+            optimal=reason == mathopt.TerminationReason.OPTIMAL,
+            infeasible=reason == mathopt.TerminationReason.INFEASIBLE,
+        )
+
+    def bounds(self, variable: int, lower: float, upper: float) -> None:
+        """Move the bounds of a variable, also between two solutions."""
+        self.lower[variable], self.upper[variable] = lower, upper
+        if "_model" in self.__dict__:
+            self._variables[variable].lower_bound = lower
+            self._variables[variable].upper_bound = upper
+
+    @cached_property
+    def matrix(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+        """(rows, columns, entries), sorted by row, then by column."""
+        rows, columns = np.array(self._rows, dtype=np.int64), np.array(self._columns, dtype=np.int64)
+        order = np.lexsort((columns, rows))
+        return rows[order], columns[order], np.array(self._entries, dtype=np.float64)[order]
+
+    @cached_property
+    def _model(self) -> mathopt.Model:
+        proto = model_pb2.ModelProto()
+        count, count_rows = len(self.lower), len(self.least)
+        proto.variables.ids.extend(range(count))
+        proto.variables.lower_bounds.extend(self.lower)
+        proto.variables.upper_bounds.extend(self.upper)
+        proto.variables.integers.extend(self.whole)
+        proto.linear_constraints.ids.extend(range(count_rows))
+        proto.linear_constraints.lower_bounds.extend(self.least)
+        proto.linear_constraints.upper_bounds.extend(self.most)
+        rows, columns, entries = self.matrix
+        proto.linear_constraint_matrix.row_ids.extend(rows.tolist())
+        proto.linear_constraint_matrix.column_ids.extend(columns.tolist())
+        proto.linear_constraint_matrix.coefficients.extend(entries.tolist())
+        return self._loaded(proto)
+
+    def _loaded(self, proto: model_pb2.ModelProto) -> mathopt.Model:
+        model = mathopt.Model.from_model_proto(proto)
+        self._variables = list(model.variables())
+        self._constraints = list(model.linear_constraints())
+        return model
+
+
+class Growing(Program):
+    """A linear program that is solved again and again, each time from where it ended; it may gain columns in between."""
+
+    def column(self, entries: dict[int, float]) -> int:
+        """A further variable, at least 0, with its coefficients by row."""
+        model = self._model
+        variable = model.add_variable(lb=0.0)
+        for row, coefficient in entries.items():
+            self._constraints[row].set_coefficient(variable, coefficient)
+        self._variables.append(variable)
+        return self.variable()
+
+    def row_bounds(self, row: int, least: float, most: float) -> None:
+        """Move the bounds of a row, also between two solutions."""
+        self.least[row], self.most[row] = least, most
+        if "_model" in self.__dict__:
+            self._constraints[row].lower_bound = least
+            self._constraints[row].upper_bound = most
+
+    def solve(self, goal: Linear, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None) -> Solution:
+        """The optimum; raises TimeoutError when no time is left.
+
+        A start from the basis before that wanders is broken off: from nothing, large programs are solved sooner. Where
+        Glop loses itself all the same, presolve helps, and then another solver.
+        """
+        deadline = time.monotonic() + seconds
+        self._aim(goal)
+        for warm, presolve in ((True, False), (False, False), (False, True)):
+            if warm and "_solver" not in self.__dict__:
+                continue
+            if not warm:
+                self._forget()
+            result = self._from_basis(deadline - time.monotonic(), presolve=presolve, warm=warm)
+            if result is not None:
+                return self._told(result)
+        self._forget()
+        return super().solve(goal, deadline - time.monotonic(), gap, nodes)
+
+    def _forget(self) -> None:
+        """Start from nothing. A model keeps what has changed for every solver it ever had: it is loaded anew."""
+        if "_solver" in self.__dict__:
+            self._load_anew()
+
+    def _load_anew(self) -> None:
+        self.__dict__.pop("_solver", None)
+        self.__dict__["_model"] = self._loaded(self._model.export_model())
+
+    def _from_basis(self, seconds: float, *, presolve: bool, warm: bool) -> mathopt.SolveResult | None:
+        """None where Glop finds no optimum, or a warm start takes too many iterations."""
+        if seconds <= 0:
+            raise TimeoutError
+        parameters = mathopt.SolveParameters(
+            time_limit=dt.timedelta(seconds=seconds),
+            iteration_limit=int(len(self.least) * WARM_ITERATIONS) if warm else None,
+            # Without presolve the basis before fits.
+            presolve=None if presolve else mathopt.Emphasis.OFF,
+            # Chains of sums over a hundred layers leave residuals above Glop's 1e-6 once they are scaled.
+            glop=parameters_pb2.GlopParameters(use_scaling=False, solution_feasibility_tolerance=1e-5),
+        )
+        # As in `tightfit.planner.milp.highs`: MathOpt's conversion fails by itself.
+        with contextlib.suppress(RuntimeError, ValueError, AttributeError):
+            try:
+                # The thread is left with a solver, and a model, that nobody else uses.
+                solver = self._solver
+                # In a thread also because Ctrl-C inside of the conversion would come out as one of these errors.
+                result = interruptible(
+                    lambda: solver.solve(params=parameters, model_params=NO_REDUCED_COSTS), seconds=patience(seconds)
+                )
+            except (KeyboardInterrupt, TimeoutError):
+                self._load_anew()
+                raise
+            if result.termination.reason == mathopt.TerminationReason.OPTIMAL:
+                return result
+            if result.termination.limit == mathopt.Limit.TIME:
+                raise TimeoutError
+        return None
+
+    @cached_property
+    def _solver(self) -> mathopt.IncrementalSolver:
+        return mathopt.IncrementalSolver(self._model, mathopt.SolverType.GLOP)
+
+
+def _difference(left: Linear, right: tuple[Linear | float, ...]) -> Linear:
+    if not right:
+        return left
+    row = Linear().plus(left)
+    for term in right:
+        if isinstance(term, Linear):
+            row.plus(term, -1.0)
+        else:
+            row.constant -= term
+    return row

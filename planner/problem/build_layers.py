@@ -1,0 +1,467 @@
+"""A profile split into layers: what has a fixed lifetime, what is open to decision, and which layers are equal.
+
+A storage's fate inside its layer's own windows is the solver's to decide; what crosses layers is owned by one of them, or lives
+for as long in every plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from tightfit.planner.problem.layer_types import (
+    ALWAYS,
+    Layered,
+    LayerType,
+    Mode,
+    Operation,
+    Update,
+    Weight,
+    compute_seconds,
+    transfer_seconds,
+)
+from tightfit.planner.problem.step_graph import (
+    PACKED_ALIGNMENT,
+    Step,
+    StepGraph,
+    aligned,
+    state_count,
+    state_names,
+    step_graph,
+)
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.errors import InputError
+
+MINOR_SHARE = 1 / 50
+"""a tensor below this share of its layer's saved bytes is not worth a trip to the disk of its own"""
+
+
+def layered(profile: Profile) -> Layered:
+    """Split the step into layers, decide what has a fixed lifetime, and merge equal layers into types."""
+    graph = step_graph(profile)
+    return _Splitter(profile, graph).split()
+
+
+class _Splitter:
+    """Works out lifetimes across layers once, then describes each layer."""
+
+    def __init__(self, profile: Profile, graph: StepGraph) -> None:
+        self.profile = profile
+        self.graph = graph
+        self.states = state_count(profile.optimizer)
+        self.count = len(graph.layers)
+        self.own: list[dict[str, list[Step]]] = [
+            {"forward": [], "backward": [], "inference": []} for _ in range(self.count)
+        ]
+        for step in (*graph.steps, *graph.inference):
+            self.own[step.layer][step.phase].append(step)
+        self.outcome = {name for name in (profile.loss, profile.token_losses) if name is not None}
+        self.rewritten = {
+            name
+            for name, storage in graph.storages.items()
+            if len(storage.producers) > 1 and graph.steps[storage.producers[0]].phase == "forward"
+        }
+        self.carried = self._carried()
+        self.again = [self._recomputable(layer) for layer in range(self.count)]
+        self._lifetimes()
+
+    def kind(self, name: str) -> str:
+        return self.graph.storages[name].kind
+
+    def lives(self, name: str) -> bool:
+        """Whether the storage is an activation or gradient, with a lifetime inside the step."""
+        return self.kind(name) not in ALWAYS and self.kind(name) != "weight"
+
+    def _carried(self) -> set[str]:
+        """What the last layer's last forward operator makes and its first backward operator reads.
+
+        No other window lies between the two, so to drop it and make it again would hold as much and take longer.
+        """
+        last = self.own[self.count - 1]
+        if not last["forward"] or not last["backward"]:
+            return set()
+        made = {name for name in last["forward"][-1].outputs if name is not None}
+        return {
+            name for name in made & set(last["backward"][0].inputs) if self.graph.storages[name].kind == "activation"
+        }
+
+    def _recomputable(self, layer: int) -> dict[int, Step]:
+        """Forward steps of the layer that may run again in its backward window: operator -> step."""
+        forward = {name: step for step in self.own[layer]["forward"] for name in step.outputs if name is not None}
+        wanted = [name for step in self.own[layer]["backward"] for name in step.inputs if name not in self.carried]
+        again: dict[int, Step] = {}
+        while wanted:
+            step = forward.get(wanted.pop())
+            if step is None or step.operator in again or not step.recomputable:
+                continue
+            # An in-place result cannot be made again from what it overwrote.
+            if self.rewritten & {*step.inputs, *filter(None, step.outputs)}:
+                continue
+            again[step.operator] = step
+            wanted.extend(step.inputs)
+        return again
+
+    def _lifetimes(self) -> None:
+        """Window numbers: forward of layer l is l, backward is 2n - 1 - l."""
+        windows = 2 * self.count
+        self.first: dict[str, int] = {}
+        self.last: dict[str, int] = {}
+        self.last_forward: dict[str, int] = {}
+        backward_layers: dict[str, set[int]] = {}
+        possible: dict[str, set[int]] = {}
+        for step in self.graph.steps:
+            window = step.layer if step.phase == "forward" else windows - 1 - step.layer
+            for name in filter(None, step.outputs):
+                self.first.setdefault(name, window)
+            for name in [*step.inputs, *filter(None, step.outputs)]:
+                self.last[name] = window
+                if step.phase == "forward":
+                    self.last_forward[name] = window
+                elif name in self.first and self.first[name] < self.count:
+                    backward_layers.setdefault(name, set()).add(step.layer)
+        for layer, again in enumerate(self.again):
+            for step in again.values():
+                for name in step.inputs:
+                    backward_layers.setdefault(name, set()).add(layer)
+                    possible.setdefault(name, set()).add(layer)
+        self.owner: dict[str, int] = {}
+        self.forced: set[str] = set()
+        self.whole_window: dict[str, int] = {}
+        for name, layers in backward_layers.items():
+            if not self.lives(name) or name in self.outcome or name not in self.first:
+                continue
+            made = self.first[name]
+            if made >= self.count:
+                continue
+            only = min(layers)
+            if len(layers) == 1 and self.last_forward[name] == only and name not in self.carried:
+                self.owner[name] = only
+                continue
+            self.forced.add(name)
+            final = windows - 1 - min(layers)
+            self.last[name] = max(self.last[name], final)
+            if min(possible.get(name, {self.count})) == min(layers):
+                self.whole_window[name] = self.last[name]
+        for name in self.outcome:
+            self.last[name] = 2 * windows
+            self.last_forward[name] = 2 * windows
+        self.updated = self._updated()
+        for trainable, window in self.updated.items():
+            gradient = f"grad:{trainable}"
+            if gradient in self.first:
+                self.last[gradient] = window
+
+    def _updated(self) -> dict[str, int]:
+        """Trainable -> the window after whose last reader it is updated."""
+        result = {}
+        for name, storage in self.graph.storages.items():
+            gradient = self.graph.storages.get(f"grad:{name}")
+            if storage.kind != "trainable":
+                continue
+            if gradient is None or not gradient.producers:
+                raise InputError(
+                    f"trainable {name} has no gradient: no operator makes 'grad:{name}'; mark it constant or trace it again"
+                )
+            layers = {self.graph.steps[i].layer for i in [*gradient.producers, *storage.consumers]}
+            result[name] = 2 * self.count - 1 - min(layers)
+        return result
+
+    def split(self) -> Layered:
+        types: list[LayerType] = []
+        layer_type: list[int] = []
+        for layer in range(self.count):
+            described = self._describe(layer)
+            if described not in types:
+                types.append(described)
+            layer_type.append(types.index(described))
+        storages = self.graph.storages
+        always = [name for name, storage in storages.items() if storage.kind in ALWAYS]
+        return Layered(
+            profile=self.profile,
+            graph=self.graph,
+            types=tuple(types),
+            layer_type=tuple(layer_type),
+            constant_bytes=sum(aligned(storages[name].bytes) for name in always),
+            across_forward=tuple(self._across(layer, layer, self.last) for layer in range(self.count)),
+            across_backward=tuple(
+                self._across(layer, 2 * self.count - 1 - layer, self.last) for layer in range(self.count)
+            ),
+            across_evaluate=tuple(self._across(layer, layer, self.last_forward) for layer in range(self.count)),
+            always=tuple(always),
+            workspace_bytes=max(
+                (step.workspace_bytes for step in (*self.graph.steps, *self.graph.inference)), default=0
+            ),
+            forced=frozenset(self.forced),
+        )
+
+    def _touched(self, layer: int, window: int) -> set[str]:
+        steps = self.own[layer]["forward" if window < self.count else "backward"]
+        names = {name for step in steps for name in [*step.inputs, *filter(None, step.outputs)]}
+        if window >= self.count:
+            for step in self.again[layer].values():
+                names.update(step.inputs, filter(None, step.outputs))
+            names |= {f"grad:{name}" for name, at in self.updated.items() if at == window}
+        return names
+
+    def _last(self, name: str, last: dict[str, int]) -> int:
+        """The last window in which the storage is resident by rule, decisions of its owner left aside."""
+        return self.last_forward[name] if name in self.owner else last[name]
+
+    def _across(self, layer: int, window: int, last: dict[str, int]) -> int:
+        touched = self._touched(layer, window)
+        return sum(
+            aligned(self.graph.storages[name].bytes)
+            for name, made in self.first.items()
+            if self.lives(name)
+            and name not in touched
+            and made < window < self._last(name, last)
+            and (last is self.last or made < self.count)
+        )
+
+    def _describe(self, layer: int) -> LayerType:
+        local: dict[str, str] = {}
+        for value, name in self.graph.names[layer].items():
+            local.setdefault(name, value)
+        forward_window, backward_window = layer, 2 * self.count - 1 - layer
+        forward = tuple(self._operation(layer, step, local) for step in self.own[layer]["forward"])
+        backward = tuple(self._operation(layer, step, local) for step in self.own[layer]["backward"])
+        inference = tuple(self._operation(layer, step, local) for step in self.own[layer]["inference"])
+
+        def touched(window: int, there: Callable[[int, str], bool]) -> frozenset[str]:
+            """What lives, is touched in the window, and for which `there` holds of its first window and its name."""
+            return frozenset(
+                local[name]
+                for name in self._touched(layer, window)
+                if name in local and self.lives(name) and name in self.first and there(self.first[name], name)
+            )
+
+        def entering(window: int) -> frozenset[str]:
+            return touched(window, lambda first, name: first < window <= self._last(name, self.last))
+
+        def leaving(window: int, last: dict[str, int]) -> frozenset[str]:
+            return touched(window, lambda first, name: first <= window < self._last(name, last))
+
+        leaves_evaluate = leaving(forward_window, self.last_forward)
+        if inference:
+            weights = frozenset(weight for op in (*forward, *backward) for weight in op.weights)
+            self._check_inference(layer, forward, inference, leaves_evaluate, entering(forward_window), weights)
+        inside = {name for name, owner in self.owner.items() if owner == layer}
+        candidates = tuple(sorted(local[name] for name in inside))
+        owned = frozenset(local[name] for name in inside if self.first[name] != layer)
+        sizes = {
+            local[name]: aligned(self.graph.storages[name].bytes)
+            for window in (forward_window, backward_window)
+            for name in self._touched(layer, window)
+            if name in local and self.lives(name)
+        }
+        for op in [*forward, *inference]:
+            for value in op.outputs:
+                sizes[value] = aligned(self.graph.storages[self.graph.names[layer][value]].bytes)
+        events = _events(forward, backward, set(candidates), set(self.again[layer]))
+        total = sum(sizes[value] for value in candidates)
+        return LayerType(
+            program=self.profile.layers[layer].program,
+            forward=forward,
+            backward=backward,
+            evaluate=inference or forward,
+            bytes=dict(sorted(sizes.items())),
+            raw_bytes=self._raw_bytes(layer, local, window=backward_window, candidates=candidates),
+            enters_forward=entering(forward_window),
+            leaves_forward=leaving(forward_window, self.last),
+            enters_backward=entering(backward_window),
+            leaves_backward=leaving(backward_window, self.last),
+            leaves_evaluate=leaves_evaluate,
+            closes_backward=frozenset(
+                local[name] for name, at in self.whole_window.items() if at == backward_window and name in local
+            ),
+            owned=owned,
+            weights=self._weights(layer, forward, backward, events),
+            updates=self._updates(layer, local, events),
+            candidates=candidates,
+            offloadable=frozenset(value for value in candidates if sizes[value] >= MINOR_SHARE * total),
+            events=events,
+            read=self.profile.device.read,
+            write=self.profile.device.write,
+        )
+
+    def _check_inference(
+        self,
+        layer: int,
+        forward: tuple[Operation, ...],
+        inference: tuple[Operation, ...],
+        left: frozenset[str],
+        entering: frozenset[str],
+        weights: frozenset[str],
+    ) -> None:
+        """Raises InputError where an evaluation would leave what it shares with other layers, or a weight, unused, or reads
+        what is not there.
+        """
+        used = {value for op in inference for value in [*op.inputs, *op.outputs, *op.weights]}
+        wanted = (entering | left).union(*(op.weights for op in forward))
+        for value in sorted(wanted - used):
+            raise InputError(
+                f"layer {self.graph.layers[layer]}: its forward uses {value} and its operators for inference do not;"
+                " trace the model again"
+            )
+        there = set(entering | weights)
+        for op in inference:
+            for value in [*op.inputs, *op.weights]:
+                if value not in there and (value in op.weights or self.lives(self.graph.names[layer][value])):
+                    raise InputError(
+                        f"layer {self.graph.layers[layer]}: its operators for inference read {value}, which neither enters"
+                        " the layer nor is made before by them; trace the model again"
+                    )
+            there.update(op.outputs)
+
+    def _raw_bytes(
+        self, layer: int, local: dict[str, str], *, window: int, candidates: tuple[str, ...]
+    ) -> dict[str, int]:
+        result = {value: self.graph.storages[self.graph.names[layer][value]].bytes for value in candidates}
+        for name, at in self.updated.items():
+            if at == window:
+                result.update(
+                    dict.fromkeys(state_names(local.get(name, name), self.states), self.graph.storages[name].bytes)
+                )
+        return dict(sorted(result.items()))
+
+    def _operation(self, layer: int, step: Step, local: dict[str, str]) -> Operation:
+        return Operation(
+            index=step.operator,
+            inputs=tuple(local[name] for name in step.inputs if self.lives(name)),
+            weights=tuple(local[name] for name in step.inputs if self.kind(name) == "weight"),
+            outputs=tuple(local[name] for name in step.outputs if name is not None),
+            seconds=step.seconds,
+            recomputable=step.operator in self.again[layer],
+        )
+
+    def _weights(
+        self,
+        layer: int,
+        forward: tuple[Operation, ...],
+        backward: tuple[Operation, ...],
+        events: dict[int, tuple[int, ...]],
+    ) -> dict[str, Weight]:
+        result = {}
+        facts = {tensor.name: tensor for tensor in self.profile.tensors}
+        for value in sorted({w for op in [*forward, *backward] for w in op.weights}):
+            name = self.graph.names[layer][value]
+            tensor = facts.get(name)
+            if tensor is None:
+                raise InputError(f"weight {name} is used by layer {self.graph.layers[layer]} but is not in `tensors`")
+            ahead = [t for t, op in enumerate(forward) if value in op.weights]
+            behind = [t for t, op in enumerate(backward) if value in op.weights]
+            recomputing = tuple(t for t, op in enumerate(forward) if value in op.weights and events.get(op.index))
+            late = any(t > min(behind, default=-1) for k in recomputing for t in events[forward[k].index])
+            users = {self.graph.steps[i].layer for i in self.graph.storages[name].consumers}
+            modes = SHARED if len(users) > 1 else weight_modes(bool(ahead), bool(behind), len(recomputing), late=late)
+            alone = modes in {SHARED, UNIFORM}
+            packed = aligned(tensor.packed_bytes, PACKED_ALIGNMENT)
+            result[value] = Weight(
+                bytes=aligned(tensor.bytes),
+                packed_bytes=packed,
+                unpack_seconds=tensor.unpack_seconds,
+                read_seconds=transfer_seconds(self.profile.device.read, tensor.packed_bytes),
+                read_compute_seconds=compute_seconds(self.profile.device.read, tensor.packed_bytes),
+                backward_first=min(behind, default=-1),
+                backward_last=max(behind, default=-1),
+                backward_uses=len(behind),
+                recomputing=recomputing,
+                modes=modes,
+                alone=alone,
+            )
+        return result
+
+    def _updates(self, layer: int, local: dict[str, str], events: dict[int, tuple[int, ...]]) -> tuple[Update, ...]:
+        window = 2 * self.count - 1 - layer
+        facts = {tensor.name: tensor for tensor in self.profile.tensors}
+        names = [name for name, at in self.updated.items() if at == window]
+        sizes = {name: aligned(self.graph.storages[name].bytes) for name in names}
+        positions = {step.operator: t for t, step in enumerate(self.own[layer]["backward"])}
+        result = []
+        for name in names:
+            after = 0
+            for step in self.own[layer]["backward"]:
+                if name in step.inputs or f"grad:{name}" in step.outputs:
+                    after = max(after, positions[step.operator])
+            for step in self.again[layer].values():
+                if name in step.inputs:
+                    after = max([after, *events.get(step.operator, ())])
+            result.append(
+                Update(
+                    trainable=local.get(name, name),
+                    gradient=local.get(f"grad:{name}", f"grad:{name}"),
+                    after=after,
+                    state_bytes=sizes[name],
+                    states=self.states,
+                    seconds=facts[name].update_seconds if name in facts else 0.0,
+                    minor=sizes[name] < sum(sizes.values()) / 4,
+                )
+            )
+        return tuple(sorted(result, key=lambda update: (update.after, update.trainable)))
+
+
+def _events(
+    forward: Iterable[Operation], backward: Iterable[Operation], candidates: set[str], again: set[int]
+) -> dict[int, tuple[int, ...]]:
+    """When each forward operation may run again: just before the first backward reader of something that needs it."""
+    forward, backward = list(forward), list(backward)
+    need: dict[str, set[int]] = {}
+    first: dict[str, int] = {}
+    for t, op in enumerate(backward):
+        for value in op.inputs:
+            if value in candidates and value not in first:
+                first[value] = t
+                need[value] = {t}
+    events: dict[int, tuple[int, ...]] = {}
+    for op in reversed(forward):
+        if op.index not in again:
+            continue
+        times: set[int] = set()
+        for value in op.outputs:
+            if value in candidates:
+                # Once its first reader has run the value is there, however it came.
+                times |= {t for t in need.get(value, ()) if t <= first.get(value, len(backward))}
+        if not times:
+            continue
+        events[op.index] = tuple(sorted(times))
+        for value in op.inputs:
+            if value in candidates:
+                need.setdefault(value, set()).update(times)
+    return dict(sorted(events.items()))
+
+
+SHARED = (Mode("disk", "disk", "disk"),)
+UNIFORM = tuple(Mode(where, where, where) for where in ("disk", "packed", "unpacked"))
+FREE = (
+    Mode("disk", "disk", "disk"),
+    Mode("disk", "disk", "packed"),
+    Mode("disk", "disk", "unpacked"),
+    Mode("packed", "disk", "packed"),
+    Mode("packed", "disk", "unpacked"),
+    Mode("unpacked", "disk", "unpacked"),
+    Mode("disk", "packed", "disk"),
+    Mode("disk", "packed", "packed"),
+    Mode("packed", "packed", "packed"),
+    Mode("packed", "packed", "unpacked"),
+    Mode("disk", "unpacked", "disk"),
+    Mode("disk", "unpacked", "packed"),
+    Mode("disk", "unpacked", "unpacked"),
+    Mode("unpacked", "unpacked", "unpacked"),
+)
+
+
+def weight_modes(ahead: bool, behind: bool, recomputing: int, *, late: bool) -> tuple[Mode, ...]:
+    """The residencies that make sense for a weight with these uses.
+
+    With one recomputing reader before the backward's own use, every gap is free. Otherwise uses stand alone between
+    gaps of one kind.
+    """
+    if not ahead or not behind or recomputing > 1 or late:
+        return UNIFORM
+    if recomputing == 0:
+        seen: dict[tuple[str, str], Mode] = {}
+        for mode in FREE:
+            seen.setdefault(
+                (mode.backward_gap, mode.step_gap), Mode(mode.backward_gap, mode.step_gap, mode.backward_gap)
+            )
+        return tuple(seen.values())
+    return FREE

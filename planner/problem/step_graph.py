@@ -1,0 +1,230 @@
+"""A profile laid out flat: every operator of the step in execution order, every storage with its producers and consumers.
+
+Forward runs the layers in order, backward in reverse; the storages are the profile's global tensors and each layer's
+private values under ``layer/value``. `layer_graph` is the same at the grain of layers, as a networkx DiGraph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tightfit.planner.schema import Plan
+from tightfit.profiles.schema import Layer, Profile, Program, Tensor
+from tightfit.runtime.common.errors import InputError
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+ALIGNMENT = 64
+"""arena offsets are multiples of this many bytes"""
+PACKED_ALIGNMENT = 4096
+"""packed staging is read with O_DIRECT"""
+STATES = ("adam_m", "adam_v", "grad_sum")
+"""optimizer states of a trainable ``p`` are called ``adam_m:p``, ``adam_v:p`` and, where an update takes several steps, ``grad_sum:p``"""
+STATE_PREFIXES = tuple(f"{state}:" for state in STATES)
+
+
+def aligned(size: int, alignment: int = ALIGNMENT) -> int:
+    """`size` bytes rounded up to what the arena gives out."""
+    return -(-size // alignment) * alignment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One operator of one layer."""
+
+    index: int
+    layer: int
+    operator: int
+    """position in the layer's program"""
+    phase: str
+    target: str
+    inputs: tuple[str, ...]
+    """storages that must be resident, gathered ones left out"""
+    outputs: tuple[str | None, ...]
+    seconds: float
+    workspace_bytes: int
+    recomputable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """A tensor of the whole step."""
+
+    name: str
+    kind: str
+    bytes: int
+    layer: int | None
+    """the layer a private value belongs to; None for global tensors"""
+    producers: tuple[int, ...]
+    consumers: tuple[int, ...]
+    """step indices"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepGraph:
+    steps: tuple[Step, ...]
+    inference: tuple[Step, ...]
+    """what layers run instead of their forward where no backward follows, if anything; numbered on after `steps`"""
+    storages: dict[str, Storage]
+    layers: tuple[str, ...]
+    names: tuple[dict[str, str], ...]
+    """per layer: program value -> storage name"""
+
+
+def step_graph(source: Profile | Plan) -> StepGraph:
+    """Forward in layer order, then backward in reverse. Raises InputError where the profile contradicts itself."""
+    programs = {program.name: program for program in source.programs}
+    if len(programs) != len(source.programs):
+        raise InputError("two programs share a name; every program of a profile needs its own")
+    tensors = {tensor.name: tensor for tensor in source.tensors}
+    _check_layers(source.layers, programs)
+    names = tuple(_storage_names(layer, programs[layer.program]) for layer in source.layers)
+    steps: list[Step] = []
+    count = 0
+    for phase in ("forward", "backward", "inference"):
+        if phase == "inference":
+            count = len(steps)
+        order = range(len(source.layers))
+        for index in reversed(order) if phase == "backward" else order:
+            layer = source.layers[index]
+            for position, operator in enumerate(programs[layer.program].operators):
+                if operator.phase != phase:
+                    continue
+                local = names[index]
+                for value in [*operator.inputs, *filter(None, operator.outputs)]:
+                    if value not in local:
+                        raise InputError(
+                            f"program {layer.program}, operator {position} ({operator.target}) names the value {value!r},"
+                            " which the program does not declare; add it to `values`"
+                        )
+                steps.append(
+                    Step(
+                        index=len(steps),
+                        layer=index,
+                        operator=position,
+                        phase=phase,
+                        target=operator.target,
+                        inputs=tuple(local[v] for v in dict.fromkeys(operator.inputs) if v not in operator.gathers),
+                        outputs=tuple(None if v is None else local[v] for v in operator.outputs),
+                        seconds=operator.seconds,
+                        workspace_bytes=operator.workspace_bytes,
+                        recomputable=operator.recomputable,
+                    )
+                )
+    steps, inference = steps[:count], steps[count:]
+    return StepGraph(
+        steps=tuple(steps),
+        inference=tuple(inference),
+        storages=_storages(source.layers, programs, tensors, names, steps),
+        layers=tuple(layer.name for layer in source.layers),
+        names=names,
+    )
+
+
+def layer_graph(source: Profile | Plan) -> nx.DiGraph[str]:
+    """Layers as nodes with `forward_seconds`, `backward_seconds`, `weight_bytes`, `saved_bytes` (what a plain training
+    step would hold for the backward); edges carry the `bytes` that flow forward between two layers.
+    """
+    import networkx as nx
+
+    graph = step_graph(source)
+    result: nx.DiGraph[str] = nx.DiGraph()
+    for index, name in enumerate(graph.layers):
+        own = [step for step in graph.steps if step.layer == index]
+        result.add_node(
+            name,
+            forward_seconds=sum(step.seconds for step in own if step.phase == "forward"),
+            backward_seconds=sum(step.seconds for step in own if step.phase == "backward"),
+            weight_bytes=0,
+            saved_bytes=0,
+        )
+    for storage in graph.storages.values():
+        users = {graph.steps[i].layer for i in storage.consumers}
+        if storage.kind == "weight":
+            for user in users:
+                result.nodes[graph.layers[user]]["weight_bytes"] += storage.bytes
+        if storage.kind != "activation" or not storage.producers:
+            continue
+        maker = graph.steps[storage.producers[0]].layer
+        saving = {graph.steps[i].layer for i in storage.consumers if graph.steps[i].phase == "backward"}
+        if saving:
+            owner = maker if maker in saving else max(saving)
+            result.nodes[graph.layers[owner]]["saved_bytes"] += storage.bytes
+        forward = {graph.steps[i].layer for i in storage.consumers if graph.steps[i].phase == "forward"}
+        for user in sorted(forward - {maker}):
+            edge = (graph.layers[maker], graph.layers[user])
+            before = result.edges[edge]["bytes"] if result.has_edge(*edge) else 0
+            result.add_edge(*edge, bytes=before + storage.bytes)
+    return result
+
+
+def state_count(optimizer: Mapping[str, Any]) -> int:
+    """Optimizer states of each trainable, as a profile or a plan names the optimizer."""
+    return int(optimizer.get("state_tensors", 2))
+
+
+def state_names(trainable: str, count: int) -> tuple[str, ...]:
+    """Names of the optimizer states of a trainable."""
+    return tuple(f"{state}:{trainable}" for state in STATES[:count])
+
+
+def _check_layers(layers: Iterable[Layer], programs: dict[str, Program]) -> None:
+    seen: set[str] = set()
+    for layer in layers:
+        if layer.program not in programs:
+            raise InputError(f"layer {layer.name} names the program {layer.program!r}, which the profile lacks")
+        if layer.name in seen:
+            raise InputError(f"two layers are called {layer.name!r}; give every layer its own name")
+        seen.add(layer.name)
+
+
+def _storage_names(layer: Layer, program: Program) -> dict[str, str]:
+    return {value.name: layer.bindings.get(value.name, f"{layer.name}/{value.name}") for value in program.values}
+
+
+def _storages(
+    layers: list[Layer],
+    programs: dict[str, Program],
+    tensors: dict[str, Tensor],
+    names: tuple[dict[str, str], ...],
+    steps: list[Step],
+) -> dict[str, Storage]:
+    facts: dict[str, tuple[str, int, int | None]] = {
+        tensor.name: (tensor.kind, tensor.bytes, None) for tensor in tensors.values()
+    }
+    for index, layer in enumerate(layers):
+        for value in programs[layer.program].values:
+            name = names[index][value.name]
+            owner = None if value.name in layer.bindings else index
+            facts.setdefault(name, (value.kind, value.bytes, owner))
+    producers: dict[str, list[int]] = {name: [] for name in facts}
+    consumers: dict[str, list[int]] = {name: [] for name in facts}
+    for step in steps:
+        for name in step.inputs:
+            consumers[name].append(step.index)
+        for output in step.outputs:
+            if output is not None:
+                producers[output].append(step.index)
+    made: set[str] = set()
+    for step in steps:
+        for name in step.inputs:
+            if facts[name][0] in {"activation", "gradient"} and name not in made:
+                raise InputError(
+                    f"layer {layers[step.layer].name}, operator {step.operator} ({step.target}) reads {name}"
+                    " before any operator makes it; check the order of layers and operators"
+                )
+        made.update(filter(None, step.outputs))
+    return {
+        name: Storage(
+            name=name,
+            kind=kind,
+            bytes=size,
+            layer=owner,
+            producers=tuple(producers[name]),
+            consumers=tuple(consumers[name]),
+        )
+        for name, (kind, size, owner) in facts.items()
+    }

@@ -1,0 +1,103 @@
+"""Two plans of one model, tensor by tensor: what changes, how many bytes it concerns and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tightfit.planner.report.costs import Cost, Ledger
+from tightfit.planner.schema import Plan
+from tightfit.runtime.common.errors import InputError
+
+LEAST_SECONDS = 1e-9
+"""smaller differences are rounding"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One tensor that the two plans treat differently, or at another cost."""
+
+    name: str
+    kind: str
+    bytes: int
+    before: str | None
+    after: str | None
+    """decisions; None where there was nothing to decide"""
+    compute_seconds: float
+    """of the cores per step, after less before: made again or unpacked"""
+    transfer_seconds: float
+    """of the channels per step, after less before"""
+    moved_bytes: int
+    """read and written per step, after less before"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeGroup:
+    """All changes of one sort."""
+
+    kind: str
+    before: str | None
+    after: str | None
+    tensors: int
+    bytes: int
+    compute_seconds: float
+    transfer_seconds: float
+    moved_bytes: int
+
+
+def diff(before: Plan, after: Plan) -> list[Change]:
+    """What changes from one plan to another, largest tensors first; sums of seconds and bytes are the plans' differences.
+
+    Times are each plan's own, so that plans for two devices compare as well. Raises InputError for plans of two models.
+    """
+    if [layer.name for layer in before.layers] != [layer.name for layer in after.layers]:
+        raise InputError(
+            f"plans of {before.model.name} and {after.model.name} have other layers; compare plans of one profile"
+        )
+    old, new = Ledger(before).costs(), Ledger(after).costs()
+    nothing = {name: Cost(kind=cost.kind, bytes=cost.bytes, decision=None) for name, cost in (old | new).items()}
+    changes = []
+    for name, none in nothing.items():
+        a, b = old.get(name, none), new.get(name, none)
+        compute = b.compute_seconds - a.compute_seconds
+        transfer = transfer_seconds(b) - transfer_seconds(a)
+        if a.decision == b.decision and max(abs(compute), abs(transfer)) < LEAST_SECONDS:
+            continue
+        changes.append(
+            Change(
+                name=name,
+                kind=none.kind,
+                bytes=none.bytes,
+                before=a.decision,
+                after=b.decision,
+                compute_seconds=compute,
+                transfer_seconds=transfer,
+                moved_bytes=b.read_bytes + b.write_bytes - a.read_bytes - a.write_bytes,
+            )
+        )
+    return sorted(changes, key=lambda change: (-change.bytes, change.name))
+
+
+def transfer_seconds(cost: Cost) -> float:
+    return cost.read_seconds + cost.write_seconds
+
+
+def grouped(changes: Iterable[Change]) -> list[ChangeGroup]:
+    """Changes by sort, those that concern most bytes first."""
+    sorts: dict[tuple[str, str | None, str | None], list[Change]] = {}
+    for change in changes:
+        sorts.setdefault((change.kind, change.before, change.after), []).append(change)
+    groups = [
+        ChangeGroup(
+            kind=kind,
+            before=before,
+            after=after,
+            tensors=len(found),
+            bytes=sum(change.bytes for change in found),
+            compute_seconds=sum(change.compute_seconds for change in found),
+            transfer_seconds=sum(change.transfer_seconds for change in found),
+            moved_bytes=sum(change.moved_bytes for change in found),
+        )
+        for (kind, before, after), found in sorts.items()
+    ]
+    return sorted(groups, key=lambda group: -group.bytes)

@@ -1,0 +1,314 @@
+"""A plan in plain words: what is kept, made again, streamed and moved, what sets the peak, how near the optimum it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from tightfit.planner.report.costs import Cost, Ledger
+from tightfit.planner.report.explanation import (
+    Explanation,
+    PeakAccount,
+    Recomputation,
+    Shortfall,
+    Worth,
+    account,
+    has_phases,
+)
+from tightfit.planner.schema import MEZO, Plan
+from tightfit.profiles.measuring.marks import caution
+from tightfit.profiles.schema import NOT_COMPARED
+from tightfit.runtime.common.units import format_seconds, format_size, printable
+
+LEAST_SHARE = 5e-4
+"""of the step: smaller differences are none"""
+
+
+def explain(plan: Plan, explanation: Explanation | None = None) -> list[str]:
+    """Sentences, one per line of output; `explanation` where more is known than the plan itself tells.
+
+    Names of tensors and operators are the user's: what a terminal would obey in them is written out.
+    """
+    told = account(plan) if explanation is None else explanation
+    return [printable(sentence) for sentence in (*caution(plan.device), *_sentences(plan, told))]
+
+
+def _sentences(plan: Plan, told: Explanation) -> list[str]:
+    if plan.status == "infeasible" or plan.train is None:
+        return _infeasible(plan, told.shortfall)
+    return [
+        _headline(plan),
+        *_gradient(plan),
+        *_comparison(plan),
+        _proof(plan),
+        *_decisions(plan),
+        *_peak(plan, told.peak),
+        *_recomputation(plan, told.recomputation),
+        *_busy(plan, told),
+        *_worth(plan, told.neighbours),
+    ]
+
+
+def _infeasible(plan: Plan, why: Shortfall | None) -> list[str]:
+    rule = None if plan.policy == "solver" else plan.policy
+    who, its = ("no plan fits", "the") if rule is None else (f"the rule {rule} does not fit", "its")
+    lines = [f"{who} {format_size(plan.budget_bytes)} for {_whole(plan)}"]
+    smallest = plan.minimum_budget_bytes if why is None else why.minimum_budget_bytes
+    if smallest is not None:
+        found = " found so far" if plan.deterministic is False else ""
+        lines.append(f"{its} smallest feasible budget{found} is {format_size(smallest, round_up=True)}")
+    if why is None:
+        reason = plan.minimum_budget_reason
+        if reason and not has_phases(plan):
+            reason = reason.replace(" (forward)", "", 1).replace(" (forward again)", " (run again)", 1)
+        return [*lines, reason] if reason else lines
+    lines[-1] += f" ({smallest} bytes), {format_size(why.missing_bytes, round_up=True)} more"
+    start = plan.device.floor.start_peak_bytes
+    if plan.budget_bytes < start:
+        lines.append(f"starting {_floor(plan)} alone reaches {format_size(start)}")
+    lines += _peak(plan, why.peak)
+    if why.remedies:
+        changes = ", ".join(f"{remedy.change} up to {format_size(remedy.saves_bytes)}" for remedy in why.remedies)
+        lines.append(f"what would lower it: {changes}")
+    return lines
+
+
+def _floor(plan: Plan) -> str:
+    return "Python and PyTorch" if plan.device.kind == "cpu" else "CUDA context and libraries"
+
+
+def _whole(plan: Plan) -> str:
+    """What the budget covers."""
+    if plan.model.kind == "graph":
+        return "the bytes that are live"
+    return "the whole process, Python and PyTorch included" if plan.device.kind == "cpu" else "the card's memory"
+
+
+def _headline(plan: Plan) -> str:
+    spare = plan.budget_bytes - plan.peak_bytes
+    return (
+        f"one step takes {format_seconds(plan.step_seconds)} and peaks at {format_size(plan.peak_bytes)} of"
+        f" {format_size(plan.budget_bytes)} for {_whole(plan)} ({format_size(spare)} spare)"
+    )
+
+
+def _gradient(plan: Plan) -> list[str]:
+    """What the steps follow where that is not the exact gradient of each."""
+    if plan.optimizer.get("name") == MEZO:
+        return ["two forwards and no backward: the gradient is estimated along one random direction per step"]
+    if plan.cycle:
+        turns = {layer for step in plan.steps for layer in step.skipped}
+        trained = " / ".join(str(len(turns) - len(step.skipped)) for step in plan.steps)
+        text = f"a cycle of {len(plan.steps)} steps: a backward through {trained} of {len(turns)} layers in turn, the"
+        return [
+            f"{text} gradient passes the others by; times are means over the cycle, what follows is its first step's"
+        ]
+    if plan.accumulate > 1:
+        return [f"the gradients of {plan.accumulate} steps make one update"]
+    return []
+
+
+def _comparison(plan: Plan) -> list[str]:
+    """What a module's gradients were not compared for."""
+    told = plan.model.compared or ""
+    return [f"gradients of the module: {told}"] if told.startswith(NOT_COMPARED) else []
+
+
+ENDS = {
+    "gap": "as near as was asked for",
+    "stalled": "where the search gained no more",
+    "time limit": "where the time limit ended the search",
+    "interrupt": "where the search was interrupted",
+}
+
+
+def percent_within(gap: float) -> str:
+    """A gap as a percentage of two decimals, rounded up: what is said to be within it is."""
+    return f"{math.ceil(1e4 * gap - 1e-6) / 1e4:.2%}"
+
+
+def nearness(plan: Plan, kind: str = "kind") -> str:
+    """What is proven of a solver's plan, and what ended its search; `kind` is what the plans it is compared with are called by."""
+    if plan.status == "optimal":
+        return f"proven optimal among plans of its {kind}"
+    text = f"within {percent_within(plan.gap)} of the best plan of its {kind}"
+    if plan.status == "fallback":
+        return f"found without the solver, which ran out of time: {text}"
+    end = ENDS.get(plan.ended_by or "")
+    return f"{text}, {end}" if end else text
+
+
+def _proof(plan: Plan) -> str:
+    caveat = "" if plan.device.measured else "; times are estimated, not measured"
+    if plan.policy == "solver":
+        kind = nearness(plan)
+    else:
+        kind = f"a fixed rule ({plan.policy}), no search: at most {percent_within(plan.gap)} slower than the best plan of its kind"
+    return f"{kind}; at most {percent_within(plan.any_schedule_gap)} slower than any schedule at this budget{caveat}"
+
+
+def _totals(costs: Mapping[str, Cost], kinds: set[str]) -> dict[str, tuple[int, int]]:
+    """Decision -> (tensors, bytes) over tensors of these kinds."""
+    totals: dict[str, tuple[int, int]] = {}
+    for cost in costs.values():
+        if cost.decision is not None and cost.kind in kinds:
+            count, size = totals.get(cost.decision, (0, 0))
+            totals[cost.decision] = (count + 1, size + cost.bytes)
+    return totals
+
+
+def _phrase(totals: dict[str, tuple[int, int]], words: dict[str, str]) -> str:
+    parts = [
+        f"{totals[decision][0]} {text} ({format_size(totals[decision][1])})"
+        for decision, text in words.items()
+        if decision in totals
+    ]
+    return ", ".join(parts)
+
+
+def _decisions(plan: Plan) -> list[str]:
+    """What became of activations, weights and optimizer states: a sentence for each sort that the plan has."""
+    costs = Ledger(plan).costs()
+    away = _elsewhere(plan)
+    phases = has_phases(plan)
+    sorts: list[tuple[str, set[str], dict[str, str]]] = [
+        (
+            "activations saved for the backward" if phases else "outputs that are needed again later",
+            {"activation", "gradient"},
+            {
+                "kept": "kept in memory",
+                "recomputed": "made again in the backward" if phases else "made again",
+                "offloaded": f"written to {away} and fetched",
+            },
+        ),
+        (
+            "frozen weights",
+            {"weight"},
+            {
+                "unpacked": "unpacked in memory all the time",
+                "packed": "in memory as 4-bit and unpacked before each use",
+                "streamed": f"read from {away} in every step",
+            },
+        ),
+        ("optimizer states", {"optimizer"}, {"kept": "kept in memory", "offloaded": f"on {away} between steps"}),
+    ]
+    phrases = [(name, _phrase(_totals(costs, kinds), words)) for name, kinds, words in sorts]
+    return [f"{name}: {phrase}" for name, phrase in phrases if phrase]
+
+
+def _elsewhere(plan: Plan) -> str:
+    """Where what is not resident lies."""
+    return "disk" if plan.device.kind == "cpu" else "host memory"
+
+
+def _peak(plan: Plan, peak: PeakAccount | None) -> list[str]:
+    if peak is None:
+        return []
+    phase = "in training " if peak.phase == "train" else "in evaluation "
+    phase = phase if has_phases(plan) else ""
+    largest = ", ".join(f"{tensor} {format_size(size)}" for tensor, size in list(peak.tensors.items())[:3])
+    sizes = {
+        "floor": peak.floor_bytes,
+        "tensors": peak.tensor_bytes,
+        "workspace": peak.workspace_bytes,
+        "schedule": peak.schedule_bytes,
+    }
+    parts = ", ".join(f"{format_size(size)} {name}" for name, size in sizes.items() if size)
+    if peak.start_bytes:
+        start = (
+            f"the peak is set by the start of {_floor(plan)}: it reaches {format_size(peak.bytes)},"
+            f" {format_size(peak.start_bytes)} more than all that follows"
+        )
+        what = f"the peak after that, {format_size(peak.bytes - peak.start_bytes)},"
+    else:
+        start, what = None, "the peak"
+    text = f"{what} is set {phase}by {peak.text} (instruction {peak.instruction}): {parts}; largest there: {largest}"
+    return [text] if start is None else [start, text]
+
+
+def _recomputation(plan: Plan, made_again: Recomputation | None) -> list[str]:
+    if made_again is None or not made_again.operators:
+        return []
+    example: dict[str, str] = {}
+    for layer in plan.layers:
+        example.setdefault(layer.program, layer.name)
+    dearest = ", ".join(
+        f"{group.operator} {format_seconds(group.seconds)} ({group.runs} {'run' if group.runs == 1 else 'runs'} in {_layers(group.layers, example[group.program])})"
+        for group in made_again.operators[:3]
+    )
+    text = (
+        f"making {_made(made_again)} again costs {format_seconds(made_again.seconds)}, {made_again.share:.1%} of the step;"
+        f" dearest: {dearest}"
+    )
+    if not made_again.layers_twice:
+        return [text]
+    inputs = made_again.layer_inputs
+    twice = (
+        f"{made_again.layers_twice} layers go forward twice, in runs, the second time just before their backward: {inputs} layer"
+        f" {'input is' if inputs == 1 else 'inputs are'} made again instead of kept or moved"
+    )
+    return [text, twice]
+
+
+def _made(again: Recomputation) -> str:
+    """The bytes are those of the tensors: how much lower the peak is depends on which of them would lie there together."""
+    if again.tensors == 1:
+        return f"1 activation of {format_size(again.bytes)}"
+    return f"{again.tensors} activations of {format_size(again.bytes)} together"
+
+
+def _layers(count: int, example: str) -> str:
+    return example if count == 1 else f"{count} layers like {example}"
+
+
+def _busy(plan: Plan, told: Explanation) -> list[str]:
+    moves = plan.train is not None and plan.train.write_bytes > 0
+    if plan.model.kind == "graph" and not moves:
+        return []
+    where = _elsewhere(plan)
+    parts = [
+        f"{words} {use.share:.1%}" + (f" ({format_size(use.bytes)})" if use.name != "compute" else "")
+        for use in told.channels
+        for words in [
+            {"compute": "computing", "read": f"reading from {where}", "write": f"writing to {where}"}[use.name]
+        ]
+        if use.name == "compute" or use.bytes
+    ]
+    unpacking = f"{format_seconds(plan.train.unpack_seconds)} unpack weights, " if plan.train is not None else ""
+    unpacking = "" if plan.model.kind == "graph" else unpacking
+    return [
+        f"busy in the step: {', '.join(parts)}; {unpacking}{format_seconds(told.waiting_seconds)} wait for transfers"
+    ]
+
+
+def _worth(plan: Plan, neighbours: list[Worth]) -> list[str]:
+    said = []
+    for worth in sorted(neighbours, key=lambda worth: -worth.change_bytes):
+        size = format_size(abs(worth.change_bytes))
+        change = f"{size} {'more' if worth.change_bytes > 0 else 'less'}"
+        if worth.budget_bytes >= 0:
+            change += f" ({format_size(worth.budget_bytes)})"
+        priced = "unknown" if worth.status else "no plan fits"
+        if worth.price_seconds is not None:
+            priced = _difference(worth.price_seconds, plan)
+        floor = plan.device.floor.held_bytes
+        if worth.budget_bytes <= floor:
+            alone = f", {_floor(plan)} alone take {format_size(floor)}" if floor else ""
+            said.append(f"{change}: no plan fits{alone}")
+        elif worth.status is None:
+            said.append(f"{change}: {priced}, by the model's prices (--what-if plans it)")
+        elif worth.step_seconds is None:
+            said.append(f"{change}: no plan fits, as planning again shows")
+        else:
+            planned = _difference(worth.step_seconds - plan.step_seconds, plan)
+            said.append(
+                f"{change}: {format_seconds(worth.step_seconds)} per step, {planned}, as planning again shows (by the model's prices: {priced})"
+            )
+    return said
+
+
+def _difference(seconds: float, plan: Plan) -> str:
+    share = abs(seconds) / plan.step_seconds if plan.step_seconds else 0.0
+    if share < LEAST_SHARE:
+        return "no difference"
+    return f"{format_seconds(abs(seconds))} ({share:.1%}) {'slower' if seconds > 0 else 'faster'}"

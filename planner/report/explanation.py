@@ -1,0 +1,286 @@
+"""Why a plan is as it is, in figures: what sets its peak, what it makes again, how busy it is, what memory is worth.
+
+`account` counts on the schedule; `tightfit.planner.report.marginal_value` fills in the neighbouring budgets; `tightfit.planner.report.explain` puts it in words.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tightfit.planner.report.costs import Cost, Ledger
+from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
+from tightfit.planner.schema import Phase, Plan
+
+if TYPE_CHECKING:
+    from tightfit.planner.graphs.planner import GraphPlanner
+    from tightfit.planner.plan import Planner
+
+LARGEST = 8
+"""tensors named at the peak"""
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PeakAccount(Record):
+    """The instruction that sets the peak, and what the process holds then. The five parts add up to `bytes`.
+
+    Where the start of the process sets the peak (`start_bytes`), the instruction is the one at which the schedules reach theirs.
+    """
+
+    phase: Literal["train", "evaluate"]
+    instruction: int
+    text: str = Field(description="what runs there, in words")
+    layer: str | None = Field(description="None where a transfer or an update sets the peak")
+    operator: str | None
+    bytes: int = Field(description="whole process: the plan's peak_bytes")
+    floor_bytes: int = Field(description="Python and PyTorch; on a card its context")
+    start_bytes: int = Field(
+        0,
+        description="by how much importing Python and PyTorch passes all that follows; 0: something later sets the peak",
+    )
+    schedule_bytes: int = Field(description="the plan's instructions in memory")
+    tensor_bytes: int = Field(description="the arena: tensors resident at once, and gaps between them")
+    workspace_bytes: int = Field(description="the largest transient use of any operator")
+    by_kind: dict[str, int] = Field(description="kind of tensor -> bytes resident at the instruction, largest first")
+    tensors: dict[str, int] = Field(description="the largest tensors resident there, bytes")
+
+
+class Recomputed(Record):
+    """Operators of one kind that run again."""
+
+    layers: int = Field(description="how many layers they belong to")
+    program: str = Field(description="the kind of layer")
+    operator: str
+    runs: int
+    seconds: float
+
+
+class Recomputation(Record):
+    seconds: float = Field(description="per step; the plan's recompute_seconds")
+    share: float = Field(description="of the step")
+    tensors: int = Field(description="activations that are dropped and made again")
+    bytes: int = Field(description="of these: what keeping them all would take")
+    operators: list[Recomputed] = Field(description="by kind of layer and operator, dearest first")
+    by_layer: dict[str, float] = Field(description="layer -> seconds, in forward order")
+    layer_inputs: int = Field(0, description="of the tensors: those that one layer makes for another")
+    layers_twice: int = Field(0, description="layers that go forward again, in runs, before a later one's backward")
+
+
+class ChannelUse(Record):
+    name: Literal["compute", "read", "write"]
+    seconds: float = Field(description="busy, per step")
+    share: float = Field(description="of the step")
+    bytes: int = Field(0, description="moved per step")
+
+
+class Worth(Record):
+    """A neighbouring budget."""
+
+    change_bytes: int
+    budget_bytes: int
+    bound_seconds: float | None = Field(
+        description="proven by the model: no plan of the class is faster there; None: the model finds no plan there"
+    )
+    price_seconds: float | None = Field(
+        description="what the change costs (above 0) or saves (below) per step by the model's prices: the bound there less the bound here"
+    )
+    step_seconds: float | None = Field(
+        None, description="of the plan made there; None: not planned again, or infeasible"
+    )
+    status: str | None = Field(None, description="of the plan made there; None: not planned again")
+
+
+class Remedy(Record):
+    """A change that makes the smallest budget smaller."""
+
+    change: str
+    saves_bytes: int = Field(description="at the instruction that sets the smallest budget; another may take its place")
+
+
+class Shortfall(Record):
+    """Why no plan fits."""
+
+    minimum_budget_bytes: int
+    missing_bytes: int
+    peak: PeakAccount = Field(description="of the plan with the smallest budget")
+    remedies: list[Remedy] = Field(description="largest first")
+
+
+class Explanation(Record):
+    """What `plan --json` says under "explanation". Fields that do not apply are null or empty."""
+
+    peak: PeakAccount | None = None
+    recomputation: Recomputation | None = None
+    channels: list[ChannelUse] = []
+    waiting_seconds: float = Field(0.0, description="per step: the cores wait for a transfer")
+    neighbours: list[Worth] = Field([], description="the budgets beside this one")
+    shortfall: Shortfall | None = None
+
+
+def account(plan: Plan) -> Explanation:
+    """Peak, recomputation and channels of a plan that has a schedule; empty for one that has none."""
+    if plan.train is None:
+        return Explanation()
+    ledger = Ledger(plan)
+    costs = ledger.costs()
+    return Explanation(
+        peak=peak_account(plan, ledger),
+        recomputation=_recomputation(plan, plan.train, ledger, costs),
+        channels=_channels(plan.train, costs),
+        waiting_seconds=plan.train.stall_seconds,
+    )
+
+
+def explanation_of(planner: Planner | GraphPlanner, plan: Plan, *, time_limit: float) -> Explanation:
+    """What a plan that `planner` made says of itself; of an infeasible one, from the smallest plan of its policy.
+
+    `time_limit` is for that smallest plan, where it is not known yet.
+    """
+    if plan.status == "infeasible":
+        return shortfall(plan, planner.smallest_plan(policy=plan.policy, time_limit=time_limit))
+    return account(plan)
+
+
+def shortfall(plan: Plan, smallest: Plan) -> Explanation:
+    """Why `plan` is infeasible, from the plan of the smallest budget of the same profile and policy."""
+    ledger = Ledger(smallest)
+    peak = peak_account(smallest, ledger)
+    return Explanation(
+        shortfall=Shortfall(
+            minimum_budget_bytes=smallest.peak_bytes,
+            missing_bytes=smallest.peak_bytes - plan.budget_bytes,
+            peak=peak,
+            remedies=_remedies(smallest, ledger, peak),
+        )
+    )
+
+
+def has_phases(plan: Plan) -> bool:
+    """Whether a plan is of a step with a forward and a backward, as all are but those of bare graphs that have none."""
+    return plan.model.kind != "graph" or any(
+        operator.phase == "backward" for program in plan.programs for operator in program.operators
+    )
+
+
+def peak_text(plan: Plan, phase: Phase) -> str:
+    """What runs at the peak of one of the plan's schedules, in words; without a phase where there is none."""
+    text = phase.peak.text
+    if has_phases(plan):
+        return text
+    return text.removesuffix(" (forward)").replace(" (forward again)", " (run again)")
+
+
+def peak_account(plan: Plan, ledger: Ledger) -> PeakAccount:
+    """What sets the peak of a plan with a schedule."""
+    name, phase = _fullest(plan)
+    at = phase.peak.instruction
+    layer, operator = _runs(phase, at, ledger)
+    resident = ledger.resident_at(phase, at)
+    by_kind: dict[str, int] = defaultdict(int)
+    for tensor, size in resident.items():
+        by_kind[ledger.kinds[tensor]] += size
+    largest = sorted(resident.items(), key=lambda item: (-item[1], item[0]))[:LARGEST]
+    floor = plan.device.floor.held_bytes
+    return PeakAccount(
+        phase=name,
+        instruction=at,
+        text=peak_text(plan, phase),
+        layer=layer,
+        operator=operator,
+        bytes=plan.peak_bytes,
+        floor_bytes=floor,
+        start_bytes=plan.start_bytes,
+        schedule_bytes=plan.peak_bytes - floor - plan.start_bytes - plan.arena_bytes - plan.workspace_bytes,
+        tensor_bytes=plan.arena_bytes,
+        workspace_bytes=plan.workspace_bytes,
+        by_kind=dict(sorted(by_kind.items(), key=lambda item: -item[1])),
+        tensors=dict(largest),
+    )
+
+
+def _runs(phase: Phase, instruction: int, ledger: Ledger) -> tuple[str | None, str | None]:
+    """Layer and operator that run at the instruction, where it runs any."""
+    if not 0 <= instruction < len(phase.instructions) or phase.instructions[instruction][0] != "run":
+        return None, None
+    _, layer, position, _ = phase.instructions[instruction]
+    return layer, ledger.operators[layer][position].target
+
+
+def _recomputation(plan: Plan, train: Phase, ledger: Ledger, costs: dict[str, Cost]) -> Recomputation:
+    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    layers: dict[tuple[str, str], set[str]] = defaultdict(set)
+    by_layer: dict[str, float] = defaultdict(float)
+    for run in ledger.repeated():
+        key = (run.program, run.operator)
+        groups[key].append(run.seconds)
+        layers[key].add(run.layer)
+        by_layer[run.layer] += run.seconds
+    dropped = {name: cost.bytes for name, cost in costs.items() if cost.decision == "recomputed"}
+    shared = {name for layer in plan.layers for name in layer.bindings.values()}
+    operators = [
+        Recomputed(layers=len(layers[key]), program=key[0], operator=key[1], runs=len(times), seconds=sum(times))
+        for key, times in groups.items()
+    ]
+    return Recomputation(
+        seconds=train.recompute_seconds,
+        share=_share(train.recompute_seconds, train),
+        tensors=len(dropped),
+        bytes=sum(dropped.values()),
+        operators=sorted(operators, key=lambda group: -group.seconds),
+        by_layer={name: by_layer[name] for name in ledger.layers if name in by_layer},
+        layer_inputs=len(shared & dropped.keys()),
+        layers_twice=0 if plan.model.kind == "graph" else len(rerun_layers(plan)),
+    )
+
+
+def _channels(train: Phase, costs: dict[str, Cost]) -> list[ChannelUse]:
+    compute = train.compute_seconds + train.recompute_seconds + train.unpack_seconds
+    read = sum(cost.read_seconds for cost in costs.values())
+    write = sum(cost.write_seconds for cost in costs.values())
+    return [
+        ChannelUse(name="compute", seconds=compute, share=_share(compute, train)),
+        ChannelUse(name="read", seconds=read, share=_share(read, train), bytes=train.read_bytes),
+        ChannelUse(name="write", seconds=write, share=_share(write, train), bytes=train.write_bytes),
+    ]
+
+
+def _fullest(plan: Plan) -> tuple[Literal["train", "evaluate"], Phase]:
+    """The schedule that sets the peak of a plan that has one."""
+    step = max(plan.steps, key=lambda step: step.peak_bytes)
+    if plan.evaluate is not None and plan.evaluate.peak_bytes > step.peak_bytes:
+        return "evaluate", plan.evaluate
+    return "train", step
+
+
+def _share(seconds: float, train: Phase) -> float:
+    return seconds / train.seconds if train.seconds else 0.0
+
+
+def _remedies(plan: Plan, ledger: Ledger, peak: PeakAccount) -> list[Remedy]:
+    """What shrinks with the batch, the sequence and the rank of the adapter, halved each."""
+    _, phase = _fullest(plan)
+    trained = {name for name, kind in ledger.kinds.items() if kind == "trainable"}
+    by_tokens = by_rank = 0
+    for name, size in ledger.resident_at(phase, peak.instruction).items():
+        kind = ledger.kinds[name]
+        if kind in ("trainable", "optimizer") or name.removeprefix("grad:") in trained:
+            by_rank += size
+        elif kind in ("activation", "gradient", "batch"):
+            by_tokens += size
+    rank = int((plan.model.lora or {}).get("rank", 1))
+    found = []
+    for whole, size, words in (
+        (plan.batch, by_tokens, "a batch of {}"),
+        (plan.seq or 1, by_tokens, "a sequence of {} tokens"),
+        (rank, by_rank, "a LoRA rank of {}"),
+    ):
+        half = whole // 2
+        saved = size * (whole - half) // whole if whole > 1 else 0
+        if saved:
+            found.append(Remedy(change=f"{words.format(half)} instead of {whole}", saves_bytes=saved))
+    return sorted(found, key=lambda remedy: -remedy.saves_bytes)

@@ -1,0 +1,273 @@
+"""A comparison as one self-contained HTML page: nothing is fetched, every chart has its table beside it.
+
+`comparison_page` turns plans into text; the page's markup, style and script are ``page.html.jinja`` beside this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from tightfit.planner.report.charts import LEFT, POLICY_SLOTS, RIGHT, WIDTH, curve_svg, timeline_svg
+from tightfit.planner.report.explain import explain, nearness
+from tightfit.planner.report.explanation import peak_text
+from tightfit.planner.report.html_diff import diff_section
+from tightfit.planner.report.memory_categories import (
+    KINDS,
+    UNKNOWN,
+    Bucket,
+    buckets,
+    budgets_of,
+    devices_of,
+    feasible,
+    in_use,
+    kinds_of,
+    peak_parts,
+    policies_of,
+)
+from tightfit.planner.schema import Plan
+from tightfit.planner.solve.policies import APPROXIMATE
+from tightfit.profiles.measuring.marks import caution
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.units import Unit, format_seconds, format_size, unit_of
+
+SLICES = 260
+"""slices of a step in a drawn timeline: finer than the picture's columns would not show"""
+MOMENTS = 24
+"""slices of the table under a timeline"""
+LARGEST = 12
+"""tensors listed at the peak"""
+
+
+def comparison_page(plans: Sequence[Plan]) -> str:
+    """HTML of a comparison of `plans` of one model, on any devices, by any policies, at any budgets.
+
+    Raises InputError without plans.
+    """
+    if not plans:
+        raise InputError("there are no plans to compare; name at least one budget and one policy")
+    names, devices = policies_of(plans), devices_of(plans)
+    ordered = sorted(
+        plans, key=lambda plan: (devices.index(plan.device.name), names.index(plan.policy), plan.budget_bytes)
+    )
+    series: dict[str, Any] = {}
+    articles = []
+    for index, plan in enumerate(ordered):
+        shown = buckets(plan.timeline, SLICES)
+        if feasible(plan) and plan.train is not None and shown:
+            name = f"timeline-{index}"
+            series[name] = series_of(plan, shown)
+            articles.append(_article(plan, shown, name))
+    environment = Environment(
+        loader=PackageLoader("tightfit.planner.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    here = plans[0].device.name if len(devices) == 1 else f"{len(devices)} devices"
+    return environment.get_template("page.html.jinja").render(
+        title=f"{plans[0].model.name} on {here}",
+        subtitle=describe(plans[0]),
+        kinds=KINDS,
+        unknown=UNKNOWN,
+        policies=names,
+        policy_slots=POLICY_SLOTS,
+        devices=devices,
+        budgets=[{"bytes": budget, "text": format_size(budget)} for budget in budgets_of(plans)],
+        curves=[_curve([plan for plan in plans if plan.device.name == device], names) for device in devices],
+        plans=articles,
+        series=series,
+        diff=diff_section(ordered),
+    )
+
+
+def _curve(plans: Sequence[Plan], names: Sequence[str]) -> dict[str, Any]:
+    """Time against memory on one device: verdicts, chart and table."""
+    device = plans[0].device
+    return {
+        "device": device.name,
+        "told": _device(plans[0]),
+        "counted": _counted(plans),
+        "caution": caution(plans[0].device),
+        "verdicts": verdicts(plans),
+        "bounded": sum(plan.policy == "solver" and feasible(plan) for plan in plans) > 1,
+        "misfits": not all(map(feasible, plans)),
+        "chart": curve_svg(plans),
+        "rows": _rows(plans, names),
+    }
+
+
+def _counted(plans: Sequence[Plan]) -> str:
+    """What budgets are on."""
+    if plans[0].model.kind == "graph":
+        return "Budgets are on the bytes that are live; the graph's fixed bytes are inside."
+    floor = "Python and PyTorch" if plans[0].device.kind == "cpu" else "the CUDA context"
+    return f"Everything counts: {floor} ({format_size(max(plan.floor_bytes for plan in plans))}) is inside."
+
+
+def _device(plan: Plan) -> str:
+    device = plan.device
+    if plan.model.kind == "graph":
+        return f"{device.name}, times {'as given' if device.measured else 'estimated, not measured'}"
+    where = f"{device.threads} threads of {device.name}" if device.kind == "cpu" else device.name
+    return f"{where}, times {'measured' if device.measured else 'estimated, not measured'}"
+
+
+def describe(plan: Plan) -> str:
+    """What is trained, in a line: shapes, number type, LoRA rank."""
+    if plan.model.kind == "graph":
+        return f"a bare graph of {len(plan.programs[0].operators)} operators; budgets are on the bytes that are live"
+    shape = f"batch {plan.batch}" + (f", sequence {plan.seq}" if plan.seq else "")
+    adapted = (
+        f"LoRA rank {plan.model.lora['rank']}" if plan.model.lora and "rank" in plan.model.lora else "all parameters"
+    )
+    return f"{adapted}, {shape}, {plan.compute_dtype}"
+
+
+def verdicts(plans: Sequence[Plan]) -> list[str]:
+    """A sentence per budget of one device: the solver's step beside the best fixed rule that fits the same budget."""
+    said = []
+    rules = [name for name in policies_of(plans) if name != "solver" and name not in APPROXIMATE]
+    for budget in budgets_of(plans):
+        here = {plan.policy: plan for plan in plans if plan.budget_bytes == budget}
+        solved = here.pop("solver", None)
+        if solved is None or not feasible(solved):
+            continue
+        text = f"{format_size(budget)}: {format_seconds(solved.step_seconds)} per step, {nearness(solved, 'class')}"
+        said.append(f"{text}{_beside_rules(solved, here, [name for name in rules if name not in here])}.")
+    return said
+
+
+def _beside_rules(solved: Plan, here: Mapping[str, Plan], missing: Sequence[str]) -> str:
+    """How the solver's step compares with the fixed rules planned for the same budget; `missing` were not, being interrupted."""
+    if not here:
+        return f"; {', '.join(missing)} not planned" if missing else ""
+    fitting = [plan for plan in here.values() if feasible(plan)]
+    exact = [plan for plan in fitting if plan.exact]
+    left = f" ({', '.join(missing)} not planned)" if missing else ""
+    if exact:
+        best = min(exact, key=lambda plan: plan.step_seconds)
+        needs = (
+            f"{best.step_seconds / solved.step_seconds:.2f} × as long"
+            if solved.step_seconds
+            else format_seconds(best.step_seconds)
+        )
+        return f"; {best.policy}, the fastest fixed rule that fits{left}, needs {needs}"
+    if fitting:
+        names = " and ".join(plan.policy for plan in fitting)
+        one = len(fitting) == 1
+        return f"; {names} {'fits' if one else 'fit'} but {'does' if one else 'do'} not follow the exact gradient, so {'its time is' if one else 'their times are'} no measure{left}"
+    return f"; no fixed rule compared here fits{left}"
+
+
+def _rows(plans: Sequence[Plan], names: Sequence[str]) -> list[dict[str, Any]]:
+    by_place = {(plan.budget_bytes, plan.policy): plan for plan in plans}
+    rows = []
+    for budget in budgets_of(plans):
+        here = [by_place.get((budget, name)) for name in names]
+        times = [plan.step_seconds for plan in here if plan and feasible(plan)]
+        rows.append({"budget": format_size(budget), "cells": [_cell(plan, min(times, default=0.0)) for plan in here]})
+    return rows
+
+
+def _cell(plan: Plan | None, best: float) -> dict[str, str]:
+    if plan is None:
+        return {"text": "–", "role": ""}
+    if not feasible(plan):
+        smallest = plan.minimum_budget_bytes
+        return {"text": f"needs {format_size(smallest, round_up=True)}" if smallest else "does not fit", "role": "none"}
+    return {"text": format_seconds(plan.step_seconds), "role": "best" if plan.step_seconds <= 1.005 * best else ""}
+
+
+def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
+    assert plan.train is not None
+    kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
+    unit = unit_of(plan.peak_bytes)
+    return {
+        "policy": plan.policy,
+        "device": plan.device.name,
+        "budget_bytes": plan.budget_bytes,
+        "budget": format_size(plan.budget_bytes),
+        "chart": timeline_svg(plan, shown, name),
+        "kinds": kinds,
+        "peak_text": peak_text(plan, plan.train),
+        "unit": unit.name,
+        "peak_size": unit.amount(plan.peak_bytes),
+        "parts": [
+            {
+                "name": kind.name,
+                "label": kind.label,
+                "size": unit.amount(size),
+                "share": f"{size / plan.peak_bytes:.0%}",
+            }
+            for kind, size in peak_parts(plan)
+        ],
+        "facts": facts(plan),
+        "words": explain(plan),
+        "moments": [
+            [f"{bucket.start:.{_decimals(plan.step_seconds)}f}", unit.amount(bucket.point.bytes)]
+            + [unit.amount(bucket.point.by_kind.get(kind.name, 0)) for kind in kinds]
+            for bucket in buckets(plan.timeline, MOMENTS)
+        ],
+        "largest": [
+            (tensor, unit.amount(size, 2))
+            for tensor, size in sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST]
+        ],
+    }
+
+
+def _decimals(step: float) -> int:
+    """Of seconds in a step that takes `step`: three, and more where these would not tell its moments apart."""
+    return max(3, 2 - math.floor(math.log10(step))) if 0 < step < 1 else 3
+
+
+def facts(plan: Plan) -> list[tuple[str, str]]:
+    """The figures of one feasible plan in words."""
+    train = plan.train
+    assert train is not None
+    rows = [
+        ("status", plan.status if plan.policy != "solver" else nearness(plan, "class")),
+        ("step", format_seconds(plan.step_seconds)),
+        ("no faster in this class than", f"{format_seconds(plan.bound_seconds)} (gap {plan.gap:.2%})"),
+        (
+            "no schedule at all faster than",
+            f"{format_seconds(plan.any_schedule_bound_seconds)} (gap {plan.any_schedule_gap:.1%})",
+        ),
+        ("solved in", f"{plan.solve_seconds:.1f} s"),
+        ("forward and backward", format_seconds(train.compute_seconds)),
+        ("recomputation", format_seconds(train.recompute_seconds)),
+        ("unpacking", format_seconds(train.unpack_seconds)),
+        ("waiting for the disk", format_seconds(train.stall_seconds)),
+        ("read per step", format_size(train.read_bytes)),
+        ("written per step", format_size(train.write_bytes)),
+    ]
+    return rows if plan.policy == "solver" else [row for row in rows if not row[0].startswith(("no faster", "solved"))]
+
+
+def series_of(plan: Plan, shown: Sequence[Bucket], unit: Unit | None = None) -> dict[str, Any]:
+    """What the page's script reads out at the cursor, rounded to what it prints; without `unit` in the one for the largest total."""
+    assert plan.train is not None
+    kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
+    totals = [bucket.point.bytes for bucket in shown]
+    used = [in_use(bucket.point) for bucket in shown]
+    unit = unit or unit_of(max(totals))
+    decimals = _decimals(plan.train.seconds)
+    return {
+        "width": WIDTH,
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "seconds": plan.train.seconds or shown[-1].end,
+        "decimals": decimals,
+        "starts": [round(bucket.start, decimals + 2) for bucket in shown],
+        "ends": [round(bucket.end, decimals + 2) for bucket in shown],
+        "unit": unit.name,
+        "places": unit.places(1),
+        "total": [round(total / unit.size, 1) for total in totals],
+        "peak": used.index(max(used)),
+        "kinds": [kind.label for kind in kinds],
+        "sizes": [[round(bucket.point.by_kind.get(kind.name, 0) / unit.size, 1) for bucket in shown] for kind in kinds],
+    }

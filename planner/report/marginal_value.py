@@ -1,0 +1,126 @@
+"""What memory is worth at a budget: the model's proven bounds beside it, and plans made there to check them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tightfit.planner.plan import Planner
+from tightfit.planner.report.explanation import Explanation, Worth, explanation_of
+from tightfit.planner.schema import Plan
+from tightfit.planner.search_options import Progress
+from tightfit.planner.simulation.plan_result import rebudgeted
+from tightfit.runtime.common.units import MIB
+
+if TYPE_CHECKING:
+    from tightfit.planner.graphs.planner import GraphPlanner
+
+STEP_BYTES = 50 * MIB
+GRAPH_SHARE = 10
+"""of a bare graph's budget that is a step, where that is less: such graphs may hold bytes or GiB"""
+
+
+def step_of(plan: Plan) -> int:
+    """Bytes by which budgets beside that of `plan` differ from it."""
+    if plan.model.kind != "graph":
+        return STEP_BYTES
+    return min(STEP_BYTES, max(1, plan.budget_bytes // GRAPH_SHARE))
+
+
+def explained(planner: Planner | GraphPlanner, plan: Plan, *, time_limit: float, left: float) -> Explanation:
+    """`explanation_of`, with what memory is worth beside a solver's plan, as far as it is found in `left` seconds."""
+    told = explanation_of(planner, plan, time_limit=time_limit)
+    if plan.status == "infeasible" or plan.policy != "solver" or left <= 0:
+        return told
+    return told.model_copy(update={"neighbours": neighbours(planner, plan, time_limit=left / 3)})
+
+
+def neighbours(
+    planner: Planner | GraphPlanner, plan: Plan, *, step_bytes: int | None = None, time_limit: float = 30.0
+) -> list[Worth]:
+    """What the model says of `step_bytes` (by default, `step_of`) less and more than the budget of `plan`, a solver's plan of the
+    planner's profile.
+
+    A bound takes at most `time_limit` seconds; where it is not found by then, there is no answer. Nothing fits below the
+    floor.
+    """
+    step_bytes = step_bytes or step_of(plan)
+    here = _bound(planner, plan.budget_bytes, time_limit)
+    found = []
+    for change in (-step_bytes, step_bytes):
+        budget = plan.budget_bytes + change
+        if budget <= plan.device.floor.held_bytes:
+            found.append(_nothing(change, budget))
+            continue
+        if here is None:
+            continue
+        try:
+            bound = planner.bound(budget, time_limit=time_limit)
+        except TimeoutError:
+            continue
+        price = None if bound is None else bound - here
+        found.append(Worth(change_bytes=change, budget_bytes=budget, bound_seconds=bound, price_seconds=price))
+    return found
+
+
+def what_if(
+    planner: Planner | GraphPlanner,
+    plan: Plan,
+    *,
+    step_bytes: int | None = None,
+    time_limit: float = 30.0,
+    gap: float = 0.0,
+    progress: Progress | None = None,
+) -> tuple[Plan, list[Worth]]:
+    """`neighbours`, checked by planning both budgets to a `gap`; `time_limit` seconds for each bound and each plan.
+
+    Where the search found a faster step in less memory, that plan takes the place of `plan`: it is returned first. After Ctrl-C no
+    further budget is planned.
+    """
+    step_bytes = step_bytes or step_of(plan)
+    priced = {
+        worth.change_bytes: worth for worth in neighbours(planner, plan, step_bytes=step_bytes, time_limit=time_limit)
+    }
+    found = []
+    best = plan
+    interrupted = False
+    for change in (-step_bytes, step_bytes):
+        budget = plan.budget_bytes + change
+        if budget <= plan.device.floor.held_bytes:
+            found.append(_nothing(change, budget))
+            continue
+        if interrupted:
+            continue
+        made = planner.plan(budget, time_limit=time_limit, gap=gap, progress=progress)
+        interrupted = planner.interrupted
+        holds = made.status != "infeasible"
+        if holds and change < 0 and made.step_seconds < best.step_seconds:
+            best = rebudgeted(
+                made,
+                budget_bytes=plan.budget_bytes,
+                bound_seconds=plan.bound_seconds,
+                any_bound=plan.any_schedule_bound_seconds,
+            )
+        if holds and change > 0 and made.step_seconds > best.step_seconds:
+            made = rebudgeted(
+                best,
+                budget_bytes=budget,
+                bound_seconds=made.bound_seconds,
+                any_bound=made.any_schedule_bound_seconds,
+            )
+        known = priced.get(
+            change, Worth(change_bytes=change, budget_bytes=budget, bound_seconds=None, price_seconds=None)
+        )
+        step = made.step_seconds if holds else None
+        found.append(known.model_copy(update={"step_seconds": step, "status": made.status}))
+    return best, found
+
+
+def _nothing(change: int, budget: int) -> Worth:
+    return Worth(change_bytes=change, budget_bytes=budget, bound_seconds=None, price_seconds=None, status="infeasible")
+
+
+def _bound(planner: Planner | GraphPlanner, budget: int, time_limit: float) -> float | None:
+    try:
+        return planner.bound(budget, time_limit=time_limit)
+    except TimeoutError:
+        return None

@@ -1,0 +1,160 @@
+"""What memory is spent on: the order, words and colours that every table and picture shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from tightfit.planner.schema import Plan, TimelinePoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One band of the stacked memory timeline, bottom first."""
+
+    name: str
+    label: str
+    light: str
+    """colour on a light ground"""
+    dark: str
+    """colour on a dark ground"""
+
+
+KINDS = (
+    Kind(name="floor", label="Python and PyTorch", light="#b9bec6", dark="#59616b"),
+    Kind(name="constant", label="constants", light="#8a94a3", dark="#7d8897"),
+    Kind(name="batch", label="batch", light="#5f6b7c", dark="#a3aebd"),
+    Kind(name="trainable", label="trainables", light="#e3a008", dark="#e0a92e"),
+    Kind(name="optimizer", label="optimizer state", light="#e4692f", dark="#e57a45"),
+    Kind(name="packed", label="weights, packed", light="#2563c4", dark="#4b86e0"),
+    Kind(name="weight", label="weights, unpacked", light="#6cb2f0", dark="#8cc4f7"),
+    Kind(name="activation", label="activations", light="#5b3fb5", dark="#8f76e0"),
+    Kind(name="gradient", label="gradients", light="#d65a94", dark="#e07aa9"),
+    Kind(name="workspace", label="workspace", light="#12866b", dark="#2fa98a"),
+    Kind(name="fragmentation", label="touched, free for reuse", light="#d8d2c4", dark="#6d675b"),
+    Kind(name="start", label="start of Python and PyTorch", light="#cfd3d9", dark="#454c55"),
+    Kind(name="beyond", label="at other moments", light="#a89f92", dark="#8a8175"),
+)
+UNKNOWN = ("#77706a", "#9a938c")
+TICKS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """The fullest moment of one slice of the step."""
+
+    start: float
+    end: float
+    """seconds"""
+    point: TimelinePoint
+
+
+def kinds_of(timeline: Iterable[TimelinePoint], on: str = "cpu") -> list[Kind]:
+    """The kinds that take any memory in `timeline` of a plan for a device of kind `on`, in stacking order; kinds this
+    module does not know come last.
+    """
+    present = {name for point in timeline for name, size in point.by_kind.items() if size > 0}
+    known = [kind for kind in KINDS if kind.name in present]
+    if on == "cuda":
+        card = {"floor": "CUDA context", "start": "start of the CUDA context"}
+        known = [replace(kind, label=card.get(kind.name, kind.label)) for kind in known]
+    names = sorted(present - {kind.name for kind in KINDS})
+    return known + [Kind(name=name, label=name, light=UNKNOWN[0], dark=UNKNOWN[1]) for name in names]
+
+
+def buckets(timeline: Sequence[TimelinePoint], count: int) -> list[Bucket]:
+    """At most `count` slices of equal length; each shows its fullest point, so that no peak is lost.
+
+    A point holds from the end of the one before it to its own `seconds`. Slices that would repeat their neighbour are
+    merged into it.
+    """
+    if not timeline:
+        return []
+    length = timeline[-1].seconds / count
+    fullest: list[TimelinePoint | None] = [None] * count
+    before = 0.0
+    for point in timeline:
+        first = min(count - 1, int(before / length)) if length > 0 else 0
+        # A point that ends on a slice's edge does not reach into the next slice.
+        last = min(count - 1, max(first, int(point.seconds / length - 1e-9))) if length > 0 else 0
+        for index in range(first, last + 1):
+            held = fullest[index]
+            if held is None or in_use(point) > in_use(held):
+                fullest[index] = point
+        before = point.seconds
+    merged: list[Bucket] = []
+    for index, kept in enumerate(fullest):
+        if kept is None:
+            continue
+        end = (index + 1) * length
+        if merged and merged[-1].point.by_kind == kept.by_kind and merged[-1].point.bytes == kept.bytes:
+            merged[-1] = Bucket(start=merged[-1].start, end=end, point=merged[-1].point)
+        else:
+            merged.append(Bucket(start=index * length, end=end, point=kept))
+    # To the last bit, and where a slice is so short that its length rounds to nothing.
+    merged[-1] = replace(merged[-1], end=timeline[-1].seconds)
+    return merged
+
+
+def in_use(point: TimelinePoint) -> int:
+    """Bytes that something lives in: pages once touched stay with the process, whether or not anything is in them."""
+    return point.bytes - point.by_kind.get("fragmentation", 0)
+
+
+def fullest(timeline: Iterable[TimelinePoint]) -> TimelinePoint | None:
+    """The first point with the most bytes in use: what sets the peak."""
+    return max(timeline, key=in_use, default=None)
+
+
+def peak_parts(plan: Plan) -> list[tuple[Kind, int]]:
+    """Bytes of each kind at the peak of `plan`, in stacking order; together its `peak_bytes`.
+
+    What the fullest instruction holds, what others make the process hold, and what its start holds beyond that.
+    """
+    point = fullest(plan.timeline)
+    if point is None:
+        return []
+    # The process keeps room for the largest workspace, whichever operator needs it.
+    beyond = max(0, plan.peak_bytes - plan.start_bytes - point.bytes)
+    workspace = point.by_kind.get("workspace", 0)
+    largest = min(workspace + beyond, max(workspace, plan.workspace_bytes))
+    held = {
+        **point.by_kind,
+        "workspace": largest,
+        "start": plan.start_bytes,
+        "beyond": beyond - (largest - workspace),
+    }
+    kinds = kinds_of([point.model_copy(update={"by_kind": held})], plan.device.kind)
+    return [(kind, held[kind.name]) for kind in kinds]
+
+
+def policies_of(plans: Iterable[Plan]) -> list[str]:
+    """Policies in order of first appearance, the solver first."""
+    names = list(dict.fromkeys(plan.policy for plan in plans))
+    return sorted(names, key=lambda name: name != "solver")
+
+
+def devices_of(plans: Iterable[Plan]) -> list[str]:
+    """Names of the devices in order of first appearance."""
+    return list(dict.fromkeys(plan.device.name for plan in plans))
+
+
+def budgets_of(plans: Iterable[Plan]) -> list[int]:
+    """Budgets in bytes, smallest first."""
+    return sorted({plan.budget_bytes for plan in plans})
+
+
+def feasible(plan: Plan) -> bool:
+    """Whether the plan can be run at all."""
+    return plan.status != "infeasible"
+
+
+def ticks(span: float, *, start: float = 0.0) -> list[float]:
+    """Round axis marks in [start, start + span], about `TICKS` of them: steps of 1, 2, 2.5 or 5 times a power of ten."""
+    if span <= 0:
+        return [start]
+    power = 10.0 ** math.floor(math.log10(span / TICKS))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10, 20) if m * power >= span / TICKS)
+    first, last = math.ceil(start / step - 1e-9), math.floor((start + span) / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]

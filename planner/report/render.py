@@ -1,0 +1,119 @@
+"""A comparison and a plan as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tightfit.planner.report.explain import percent_within
+from tightfit.planner.report.memory_categories import Kind, budgets_of, feasible, peak_parts, policies_of
+from tightfit.planner.schema import Plan
+from tightfit.runtime.common.units import format_seconds, format_size, unit_of
+
+UNLIMITED = 1 << 16
+"""characters of a line that nothing cuts"""
+
+
+class _Comparison:
+    """A comparison's table; where it is wider than the terminal, cells and headings take several lines."""
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self._plans = plans
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        wide = self._table(narrow=False)
+        fits = console.measure(wide, options=options.update_width(UNLIMITED)).maximum <= options.max_width
+        yield wide if fits else self._table(narrow=True)
+
+    def _table(self, *, narrow: bool) -> Table:
+        plans, device = self._plans, self._plans[0].device
+        names = policies_of(plans)
+        needed = {
+            unit_of(plan.minimum_budget_bytes).name
+            for plan in plans
+            if not feasible(plan) and plan.minimum_budget_bytes
+        }
+        bare = needed.pop() if len(needed) == 1 else None if needed else "MiB"
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            title=Text(
+                f"{device.name}, {'measured' if device.measured else 'estimated'}: seconds per step; or the smallest budget that would be enough{'' if bare is None else f', in {bare}'}"
+            ),
+            title_justify="left",
+            pad_edge=False,
+        )
+        for name in ["budget", *names]:
+            table.add_column(name.replace("-", "-\n") if narrow else name, justify="right", overflow="fold")
+        by_place = {(plan.budget_bytes, plan.policy): plan for plan in plans}
+        for budget in budgets_of(plans):
+            here = [by_place.get((budget, name)) for name in names]
+            best = min((plan.step_seconds for plan in here if plan and feasible(plan)), default=0.0)
+            cells = [Text(format_size(budget)), *(_cell(plan, best, bare) for plan in here)]
+            table.add_row(*(Text("\n").join(cell.split(" ")) if narrow else cell for cell in cells))
+        return table
+
+
+def comparison_table(plans: Sequence[Plan]) -> RenderableType:
+    """Seconds per step on one device, by budget and policy; where a budget is too small, the smallest that is enough."""
+    return _Comparison(plans)
+
+
+def peak_table(plan: Plan) -> Table:
+    """What fills the memory at the plan's peak: what its fullest instruction holds, and what others make the process hold."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("at the peak")
+    table.add_column("", justify="right")
+    table.add_column("", justify="left")
+    parts = peak_parts(plan)
+    if not parts:
+        return table
+    for kind, size in parts:
+        table.add_row(Text(kind.label), format_size(size), _bar(size, plan.peak_bytes, kind))
+    table.add_row(
+        "[bold]together",
+        f"[bold]{format_size(sum(size for _, size in parts))}",
+        f"of {format_size(plan.budget_bytes)}",
+        end_section=True,
+    )
+    return table
+
+
+def decision_counts(plan: Plan) -> dict[str, int]:
+    """How many tensors each decision takes in, most frequent first."""
+    return dict(Counter(plan.decisions.values()).most_common())
+
+
+def _cell(plan: Plan | None, best: float, bare: str | None) -> Text:
+    """`bare`: the unit that the heading names for all of the table."""
+    if plan is None:
+        return Text("–")
+    if not feasible(plan):
+        smallest = plan.minimum_budget_bytes
+        needed = (
+            f"needs {format_size(smallest, round_up=True).removesuffix(f' {bare}')}" if smallest else "does not fit"
+        )
+        if plan.ended_by == "time limit" and plan.policy == "solver":
+            needed += " or less"
+        return Text(needed, style="red")
+    mark = f" ({_mark(plan)})" if plan.policy == "solver" and plan.status != "optimal" else ""
+    text = f"{format_seconds(plan.step_seconds).removesuffix(' s')}{mark}"
+    return Text(text, style="bold green" if plan.step_seconds <= 1.005 * best else "")
+
+
+def _mark(plan: Plan) -> str:
+    """What is known of a solver's plan that is not proven optimal."""
+    if plan.status == "fallback":
+        return "fallback"
+    cut = {"time limit": ", time limit", "interrupt": ", interrupted"}.get(plan.ended_by or "", "")
+    return f"gap {percent_within(plan.gap)}{cut}"
+
+
+def _bar(size: int, whole: int, kind: Kind) -> str:
+    width = round(40 * size / whole) if whole else 0
+    return f"[{kind.dark}]{'█' * max(1, width)}[/]"

@@ -1,0 +1,116 @@
+"""Profiles and plans in figures: what `--json` prints and the service answers, strict JSON with nothing heavy imported."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tightfit.profiles.measuring.marks import marks
+
+if TYPE_CHECKING:
+    from tightfit.planner.schema import Phase, Plan
+    from tightfit.profiles.schema import Profile, Tensor
+
+PLAN_FIELDS = (
+    "status",
+    "policy",
+    "budget_bytes",
+    "floor_bytes",
+    "peak_bytes",
+    "step_seconds",
+    "bound_seconds",
+    "gap",
+    "any_schedule_bound_seconds",
+    "any_schedule_gap",
+    "solve_seconds",
+    "deterministic",
+    "ended_by",
+    "minimum_budget_bytes",
+    "minimum_budget_reason",
+    "arena_bytes",
+    "workspace_bytes",
+    "accumulate",
+    "fingerprint",
+    "profile_fingerprint",
+)
+PHASE_FIELDS = (
+    "seconds",
+    "peak_bytes",
+    "compute_seconds",
+    "recompute_seconds",
+    "unpack_seconds",
+    "stall_seconds",
+    "read_bytes",
+    "write_bytes",
+)
+
+
+def profile_summary(profile: Profile) -> dict[str, Any]:
+    """The profile in figures: bytes by kind of tensor, seconds of compute, floor and disk."""
+    programs = {program.name: program for program in profile.programs}
+    weights = _weights(profile)
+    trainable = sum(tensor.bytes for tensor in profile.tensors if tensor.kind == "trainable")
+    seconds = {"forward": 0.0, "inference": 0.0, "backward": 0.0}
+    for layer in profile.layers:
+        for operator in programs[layer.program].operators:
+            seconds[operator.phase] += operator.seconds
+    return {
+        "fingerprint": profile.fingerprint,
+        "model": profile.model.name,
+        "batch": profile.batch,
+        "seq": profile.seq,
+        "accumulate": profile.accumulate,
+        "compute_dtype": profile.compute_dtype,
+        "layers": len(profile.layers),
+        "programs": len(profile.programs),
+        "weight_bytes": sum(weight.bytes for weight in weights),
+        "packed_bytes": sum(weight.packed_bytes for weight in weights),
+        "trainable_bytes": trainable,
+        "state_bytes": trainable * int(profile.optimizer.get("state_tensors", 2)),
+        "forward_seconds": seconds["forward"],
+        "backward_seconds": seconds["backward"],
+        "floor_bytes": max(profile.device.floor.start_peak_bytes, profile.device.floor.held_bytes),
+        "read_bytes_per_second": profile.device.read.bytes_per_second,
+        "write_bytes_per_second": profile.device.write.bytes_per_second,
+        "device": profile.device.name,
+        "measured": profile.device.measured,
+        "busy_cores": profile.device.busy_cores,
+        "compared": profile.model.compared,
+        "marks": marks(profile.device),
+    }
+
+
+def _weights(profile: Profile) -> list[Tensor]:
+    """The weights, each once: the slices ``w[a:b]`` of one that rows are gathered from as well lie in the whole."""
+    found = {tensor.name: tensor for tensor in profile.tensors if tensor.kind == "weight"}
+    return [tensor for name, tensor in found.items() if "[" not in name or name.partition("[")[0] not in found]
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """The plan without its schedule: decisions counted, phases in figures."""
+    from tightfit.planner.report.render import decision_counts
+
+    summary: dict[str, Any] = {name: getattr(plan, name) for name in PLAN_FIELDS}
+    summary["marks"] = marks(plan.device)
+    summary["decisions"] = decision_counts(plan)
+    summary["train"], summary["evaluate"] = _phase(plan.train), _phase(plan.evaluate)
+    summary["cycle"] = [_phase(step) for step in plan.cycle]
+    return summary
+
+
+def unfinished_update(steps: int, accumulate: int) -> str | None:
+    """Why a run of so many steps is refused where an update takes `accumulate`; None where it is not."""
+    left = steps % accumulate
+    if not left:
+        return None
+    nearest = steps - left or accumulate
+    return f"an update takes {accumulate} steps, as profiled; give a multiple, for example {nearest}"
+
+
+def _phase(phase: Phase | None) -> dict[str, Any] | None:
+    if phase is None:
+        return None
+    figures: dict[str, Any] = {name: getattr(phase, name) for name in PHASE_FIELDS}
+    return figures | {
+        "instructions": len(phase.instructions),
+        "peak": {"text": phase.peak.text, "tensors": phase.peak.tensors},
+    }

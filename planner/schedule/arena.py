@@ -1,0 +1,121 @@
+"""Offsets in one arena: every tensor gets a place for as long as it is resident, and no two overlap.
+
+Offline dynamic storage allocation: an item is a tensor with its intervals of residency (tensors that are resident across
+steps keep one place for all of theirs). What is resident all the time lies at the bottom; `tightfit.planner.schedule.arena_packing` places the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tightfit.planner.problem.step_graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
+from tightfit.planner.schedule.arena_packing import Item, Stretch, live_bytes, pack
+from tightfit.planner.schedule.lowering import Entry, made_by
+
+MOVES = {"spill", "fetch"}
+DIRECT_BYTES = 64 << 10
+"""Tensors from this size on that move between memory and disk lie on pages: the disk then reads and writes them in place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arena:
+    bytes: int
+    resident: dict[str, int]
+    """offsets of the tensors that are resident across steps"""
+    train: dict[tuple[int, str], int]
+    evaluate: dict[tuple[int, str], int]
+    """(index of the entry that makes it, tensor) -> offset"""
+
+
+Placed = tuple[list[Item], int]
+"""every tensor in its place, and the bytes that they take"""
+
+
+def placed_items(
+    train: tuple[Entry, ...],
+    evaluate: tuple[Entry, ...],
+    resident: Iterable[str],
+    sizes: dict[str, int],
+    target: int = 0,
+    deadline: float = math.inf,
+    short: list[Stretch] | None = None,
+) -> Placed:
+    """Every tensor in its place in an arena of at most `target` bytes if one is found; with 0 in the lowest that is.
+
+    Past `deadline`, on the monotonic clock, nothing is searched for. `short`: see `pack`; evaluate entries are counted on after
+    train's.
+    """
+    length = len(train) + len(evaluate)
+    every = _items(train, evaluate, tuple(resident), sizes)
+    # What is resident all the time lies at the bottom, the widest alignment first.
+    whole = [item for item in every if sum(last - first + 1 for first, last in item.spans) >= length]
+    whole.sort(key=lambda item: (-item.alignment, item.name))
+    base = 0
+    for item in whole:
+        item.offset = aligned(base, item.alignment)
+        base = item.offset + item.size
+    inside = {id(item) for item in whole}
+    items = [item for item in every if id(item) not in inside]
+    height, offsets = pack(
+        items, base, length, int(np.max(live_bytes(every, length), initial=0)), target, deadline, short
+    )
+    for item, offset in zip(items, offsets):
+        item.offset = offset
+    return every, aligned(height)
+
+
+def arena_of(items: Iterable[Item], height: int, split: int) -> Arena:
+    """Offsets by the entry that makes a tensor; `split` entries of training come first."""
+    fixed: dict[str, int] = {}
+    train: dict[tuple[int, str], int] = {}
+    evaluate: dict[tuple[int, str], int] = {}
+    for item in items:
+        for maker in item.makers:
+            if maker < 0:
+                fixed[item.name] = item.offset
+            elif maker < split:
+                train[maker, item.name] = item.offset
+            else:
+                evaluate[maker - split, item.name] = item.offset
+    return Arena(bytes=height, resident=fixed, train=train, evaluate=evaluate)
+
+
+def _items(
+    train: tuple[Entry, ...], evaluate: tuple[Entry, ...], resident: tuple[str, ...], sizes: dict[str, int]
+) -> list[Item]:
+    length = len(train) + len(evaluate)
+    moved = {e.name for e in (*train, *evaluate) if e.verb in MOVES and sizes[e.name] >= DIRECT_BYTES}
+
+    def item(name: str, spans: list[tuple[int, int]], maker: int) -> Item:
+        paged = name in moved or name.startswith("packed:")
+        alignment = PACKED_ALIGNMENT if paged else ALIGNMENT
+        return Item(name=name, size=sizes[name], alignment=alignment, spans=spans, makers=[maker])
+
+    always = {name: item(name, [], -1) for name in resident}
+    items = list(always.values())
+
+    def close(name: str, span: tuple[int, int], maker: int) -> None:
+        if name in always:
+            always[name].spans.append(span)
+            if maker >= 0:
+                always[name].makers.append(maker)
+        else:
+            items.append(item(name, [span], maker))
+
+    for entries, base in ((train, 0), (evaluate, len(train))):
+        since = dict.fromkeys(resident, (base, -1))
+        for index, entry in enumerate(entries, base):
+            for name in made_by(entry):
+                if name not in since:
+                    since[name] = (index, index)
+            if entry.verb == "free":
+                start, maker = since.pop(entry.name)
+                close(entry.name, (start, index), maker)
+        for name, (start, maker) in since.items():
+            close(name, (start, base + len(entries) - 1), maker)
+    assert all(item.spans[-1][1] < length or length == 0 for item in items if item.spans)
+    return [item for item in items if item.size]

@@ -1,0 +1,363 @@
+"""The decisions for one layer carried out: its forward, backward and evaluate windows as instructions in local names.
+
+Everything happens as late as it can (reads, fetches, recomputation) and ends as early as it can (frees). `measure`
+counts the bytes that each window holds and the time it takes; `overlap` later moves transfers into free memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tightfit.planner.problem.layer_types import LayerType, Mode, Update, compute_seconds, transfer_seconds, weight_uses
+from tightfit.planner.problem.step_graph import STATE_PREFIXES, state_names
+
+Action = tuple[str, str]
+"""(verb, local name); for "run" the name is the operator's position in the program"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What becomes of every tensor of one layer that is open to choice. Candidates in neither set are recomputed."""
+
+    keep: frozenset[str]
+    offload: frozenset[str]
+    weights: tuple[tuple[str, Mode], ...]
+    states: frozenset[str]
+    """trainables whose optimizer state lies on disk between steps"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    forward: tuple[Action, ...]
+    backward: tuple[Action, ...]
+    evaluate: tuple[Action, ...]
+    kept: frozenset[str]
+    """candidates that stay resident from forward to backward"""
+    offloaded: frozenset[str]
+    recomputed: tuple[int, ...]
+    """operators that run again, in execution order"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A layer's decision with its price: bytes and seconds."""
+
+    decision: Decision
+    forward_peak: int
+    backward_peak: int
+    evaluate_peak: int
+    between: int
+    """held from the end of the forward window to the start of the backward window"""
+    outside: int
+    """held from the end of the backward window to the next step's forward window"""
+    forward_seconds: float
+    backward_seconds: float
+    """compute: operators, recomputation, unpacking, updates, and what transfers cost the cores"""
+    reads_forward: float
+    reads_backward: float
+    spills_forward: float
+    fetches_backward: float
+    states_fetched: float
+    states_spilled: float
+    """seconds of the disk: weights read in either window, activations spilled and fetched, optimizer states moved"""
+    instructions: int
+    """of both schedules"""
+
+
+def expand(kind: LayerType, decision: Decision) -> Script:
+    """The three windows of a layer under `decision`."""
+    return _Expansion(kind, decision).script()
+
+
+def measure(kind: LayerType, decision: Decision) -> Column:
+    """Bytes and seconds of a decision, counted on its own instructions."""
+    script = expand(kind, decision)
+    outside = resident_between_steps(kind, decision)
+    weights = _in_gap({name: mode.backward_gap for name, mode in decision.weights})
+    between = _resident_states(kind, decision) | weights | script.kept
+    forward = _seconds(kind, script.forward)
+    backward = _seconds(kind, script.backward)
+    return Column(
+        decision=decision,
+        forward_peak=_peak(kind, script.forward, outside | kind.enters_forward),
+        backward_peak=_peak(kind, script.backward, between | kind.enters_backward),
+        evaluate_peak=_peak(kind, script.evaluate, outside | kind.enters_forward),
+        between=sum(size_of(kind, name) for name in between),
+        outside=sum(size_of(kind, name) for name in outside),
+        forward_seconds=forward.compute,
+        backward_seconds=backward.compute,
+        reads_forward=forward.reads,
+        reads_backward=backward.reads,
+        spills_forward=forward.spills,
+        fetches_backward=backward.fetches,
+        states_fetched=backward.states_fetched,
+        states_spilled=backward.states_spilled,
+        instructions=len(script.forward) + len(script.backward) + len(script.evaluate),
+    )
+
+
+def resident_between_steps(kind: LayerType, decision: Decision) -> set[str]:
+    """What the layer holds from its backward window to the next step's forward window."""
+    return _resident_states(kind, decision) | _in_gap({name: mode.step_gap for name, mode in decision.weights})
+
+
+def _resident_states(kind: LayerType, decision: Decision) -> set[str]:
+    return {
+        name for update in kind.updates if update.trainable not in decision.states for name in state_names_of(update)
+    }
+
+
+def state_names_of(update: Update) -> tuple[str, ...]:
+    return state_names(update.trainable, update.states)
+
+
+def _in_gap(places: dict[str, str]) -> set[str]:
+    return {name if place == "unpacked" else f"packed:{name}" for name, place in places.items() if place != "disk"}
+
+
+def size_of(kind: LayerType, name: str) -> int:
+    """Arena bytes of anything that a script allocates or frees."""
+    if name.startswith("packed:"):
+        return kind.weights[name[7:]].packed_bytes
+    if name in kind.weights:
+        return kind.weights[name].bytes
+    if name.startswith(STATE_PREFIXES):
+        trainable = name.partition(":")[2]
+        return next(update.state_bytes for update in kind.updates if update.trainable == trainable)
+    return kind.bytes[name]
+
+
+class _Expansion:
+    def __init__(self, kind: LayerType, decision: Decision) -> None:
+        self.kind = kind
+        self.decision = decision
+        self.modes = dict(decision.weights)
+        self.operations = kind.operations
+        self.producer = kind.producer
+        self.candidates = set(kind.candidates)
+        self._plan_backward()
+
+    def script(self) -> Script:
+        return Script(
+            forward=tuple(self._forward(evaluate=False)),
+            backward=tuple(self._backward()),
+            evaluate=tuple(self._forward(evaluate=True)),
+            kept=self.kept,
+            offloaded=self.offloaded,
+            recomputed=tuple(self.again),
+        )
+
+    def _plan_backward(self) -> None:
+        """Order of the backward window: each operator after the recomputation that its inputs call for."""
+        there = set(self.decision.keep) | set(self.decision.offload)
+        used: set[str] = set()
+        self.order: list[int] = []
+        self.again: list[int] = []
+        for op in self.kind.backward:
+            wanted = [value for value in op.inputs if value in self.candidates]
+            group: set[int] = set()
+            while wanted:
+                value = wanted.pop()
+                used.add(value)
+                if value in there:
+                    continue
+                maker = self.producer[value]
+                assert maker.recomputable, f"{value} can neither be kept nor made again"
+                if maker.index not in group:
+                    group.add(maker.index)
+                    wanted.extend(v for v in maker.inputs if v in self.candidates)
+            for index in sorted(group):
+                self.again.append(index)
+                self.order.append(index)
+                there.update(self.operations[index].outputs)
+            self.order.append(op.index)
+        self.kept = frozenset(self.decision.keep & used)
+        self.offloaded = frozenset(self.decision.offload & used)
+        self.last_use: dict[str, int] = {}
+        for position, index in enumerate(self.order):
+            op = self.operations[index]
+            for value in [*op.inputs, *op.outputs, *op.weights]:
+                self.last_use[value] = position
+
+    def _mode(self, weight: str) -> Mode:
+        return self.modes[weight]
+
+    def _forward(self, *, evaluate: bool) -> Iterable[Action]:
+        kind = self.kind
+        stays = kind.leaves_evaluate if evaluate else kind.leaves_forward | self.kept
+        operations = kind.evaluate if evaluate else kind.forward
+        uses = weight_uses(operations)
+        last: dict[str, int] = {}
+        for position, op in enumerate(operations):
+            for value in [*op.inputs, *op.outputs]:
+                last[value] = position
+        if not evaluate:
+            yield from (("spill", value) for value in sorted(kind.owned & self.offloaded))
+        for position, op in enumerate(operations):
+            for weight in op.weights:
+                if uses[weight][0] == position:
+                    yield from self._load_forward(weight, evaluate=evaluate)
+            yield ("run", str(op.index))
+            if not evaluate:
+                yield from (("spill", value) for value in dict.fromkeys(op.outputs) if value in self.offloaded)
+            for value in dict.fromkeys([*op.inputs, *op.outputs]):
+                if last[value] == position and value not in stays:
+                    yield ("free", value)
+            for weight in op.weights:
+                after = self._mode(weight).step_gap if evaluate else self._mode(weight).backward_gap
+                if uses[weight][1] == position and after != "unpacked":
+                    yield ("free", weight)
+
+    def _load_forward(self, weight: str, *, evaluate: bool) -> Iterable[Action]:
+        mode = self._mode(weight)
+        if mode.step_gap == "unpacked":
+            return
+        if mode.step_gap == "disk":
+            yield ("read", weight)
+        yield ("unpack", weight)
+        if (mode.step_gap if evaluate else mode.backward_gap) != "packed":
+            yield ("free", f"packed:{weight}")
+
+    def _backward(self) -> Iterable[Action]:
+        kind = self.kind
+        resident = set(self.kept) | set(kind.enters_backward)
+        updates: dict[int, list[Update]] = {}
+        for update in kind.updates:
+            updates.setdefault(update.after, []).append(update)
+        unpacked = {w for w, mode in self.modes.items() if mode.backward_gap == "unpacked"}
+        packed = {w for w, mode in self.modes.items() if mode.backward_gap == "packed"}
+        direct = -1
+        stays = kind.leaves_backward | kind.closes_backward | {update.gradient for update in kind.updates}
+        backward = {op.index for op in kind.backward}
+        for position, index in enumerate(self.order):
+            op = self.operations[index]
+            for value in op.inputs:
+                if value in self.offloaded and value not in resident:
+                    yield ("fetch", value)
+                    resident.add(value)
+            for weight in op.weights:
+                if weight in unpacked:
+                    continue
+                if weight not in packed:
+                    yield ("read", weight)
+                    packed.add(weight)
+                yield ("unpack", weight)
+                unpacked.add(weight)
+                if not self._keeps_packed(weight, position):
+                    packed.discard(weight)
+                    yield ("free", f"packed:{weight}")
+            yield ("run", str(index))
+            resident.update(op.outputs)
+            for value in dict.fromkeys([*op.inputs, *op.outputs]):
+                if self.last_use[value] == position and value not in stays:
+                    resident.discard(value)
+                    yield ("free", value)
+            for weight in op.weights:
+                if not self._keeps_unpacked(weight, position):
+                    unpacked.discard(weight)
+                    yield ("free", weight)
+            if index in backward:
+                direct += 1
+                for update in updates.get(direct, ()):
+                    yield from self._update(update)
+        yield from (("free", value) for value in sorted(kind.closes_backward))
+
+    def _update(self, update: Update) -> Iterable[Action]:
+        away = update.trainable in self.decision.states
+        if away:
+            yield from (("fetch", name) for name in state_names_of(update))
+        yield ("update", update.trainable)
+        if away:
+            yield from (("spill", name) for name in state_names_of(update))
+            yield from (("free", name) for name in state_names_of(update))
+        yield ("free", update.gradient)
+
+    def _after(self, weight: str, position: int) -> str:
+        """Where the weight is to be after its use at `position` of the backward window."""
+        mode = self._mode(weight)
+        if self.last_use[weight] == position:
+            return mode.step_gap
+        if self._inside_backward(weight, position):
+            return "unpacked"
+        return mode.hold
+
+    def _inside_backward(self, weight: str, position: int) -> bool:
+        """Between two direct uses, for weights whose uses do not stand alone."""
+        return not self.kind.weights[weight].alone and self.order[position] >= self.kind.backward[0].index
+
+    def _keeps_packed(self, weight: str, position: int) -> bool:
+        mode = self._mode(weight)
+        if mode.backward_gap == mode.step_gap == "packed":
+            return True
+        after = self._after(weight, position)
+        if after == "packed":
+            return True
+        # Unpacked until a later direct use after which the packed form stays.
+        return mode.step_gap == "packed" and self._inside_backward(weight, position)
+
+    def _keeps_unpacked(self, weight: str, position: int) -> bool:
+        return self._after(weight, position) == "unpacked"
+
+
+def _peak(kind: LayerType, script: Iterable[Action], start: Iterable[str]) -> int:
+    """Most bytes held during the script, which opens with the tensors `start` resident."""
+    resident = set(start)
+    outputs = {index: op.outputs for index, op in kind.operations.items()}
+    live = peak = sum(size_of(kind, name) for name in resident)
+    for verb, name in script:
+        if verb == "free":
+            resident.remove(name)
+            live -= size_of(kind, name)
+            continue
+        made: tuple[str, ...] = ()
+        if verb == "run":
+            made = outputs[int(name)]
+        elif verb == "read":
+            made = (f"packed:{name}",)
+        elif verb in {"unpack", "fetch"}:
+            made = (name,)
+        for value in made:
+            if value not in resident:
+                resident.add(value)
+                live += size_of(kind, value)
+        peak = max(peak, live)
+    return peak
+
+
+@dataclass(kw_only=True)
+class _Seconds:
+    compute: float = 0.0
+    reads: float = 0.0
+    spills: float = 0.0
+    fetches: float = 0.0
+    states_fetched: float = 0.0
+    states_spilled: float = 0.0
+
+
+def _seconds(kind: LayerType, script: Iterable[Action]) -> _Seconds:
+    """What the script keeps the cores and the disk busy with."""
+    total = _Seconds()
+    operators = {index: op.seconds for index, op in kind.operations.items()}
+    updates = {update.trainable: update.seconds for update in kind.updates}
+    for verb, name in script:
+        if verb == "run":
+            total.compute += operators[int(name)]
+        elif verb == "read":
+            total.compute += kind.weights[name].read_compute_seconds
+            total.reads += kind.weights[name].read_seconds
+        elif verb == "unpack":
+            total.compute += kind.weights[name].unpack_seconds
+        elif verb == "update":
+            total.compute += updates[name]
+        elif verb in {"spill", "fetch"}:
+            channel = kind.write if verb == "spill" else kind.read
+            seconds = transfer_seconds(channel, kind.raw_bytes[name])
+            total.compute += compute_seconds(channel, kind.raw_bytes[name])
+            if name.startswith(STATE_PREFIXES):
+                total.states_fetched += seconds if verb == "fetch" else 0.0
+                total.states_spilled += seconds if verb == "spill" else 0.0
+            else:
+                total.fetches += seconds if verb == "fetch" else 0.0
+                total.spills += seconds if verb == "spill" else 0.0
+    return total

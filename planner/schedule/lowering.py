@@ -1,0 +1,282 @@
+"""Decisions carried out over the whole step: the layers' windows joined, names made global, sizes and seconds attached.
+
+The result is a list of `Entry` per phase, still without arena offsets. Transfers stand where they are needed; `overlap`
+moves them ahead, `arena` gives everything a place, `instructions` writes the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tightfit.planner.problem.gradients import Passages
+from tightfit.planner.problem.layer_types import ALWAYS, Layered, compute_seconds, transfer_seconds
+from tightfit.planner.problem.step_graph import PACKED_ALIGNMENT, STATE_PREFIXES, STATES, aligned, state_names
+from tightfit.planner.schedule.layer_schedule import Action, Column, Script, expand, resident_between_steps
+from tightfit.planner.schedule.multi_layer_recompute import Passes, Segments
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One instruction to be."""
+
+    verb: str
+    name: str
+    """the tensor (read, unpack: the weight; update, perturb: the trainable); empty for run"""
+    layer: int
+    operator: int
+    """run: position in the program; perturb: times epsilon"""
+    outputs: tuple[str | None, ...]
+    """run: storages by output position; pass: what the gradient is called before and after"""
+    seconds: float
+    """compute, what a transfer costs the cores included"""
+    transfer: float
+    """seconds of the disk"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """Both schedules before anything has an offset."""
+
+    train: tuple[Entry, ...]
+    evaluate: tuple[Entry, ...]
+    resident: tuple[str, ...]
+    """tensors resident across steps"""
+    sizes: dict[str, int]
+    """arena bytes of everything that is ever resident"""
+    scripts: tuple[Script, ...]
+    """per layer"""
+    remade: frozenset[str] = frozenset()
+    """what layers in segments make again for their backwards, whatever their own decision is then"""
+
+
+def draft(
+    problem: Layered,
+    columns: tuple[Column, ...],
+    passages: Passages | None = None,
+    perturbed: Iterable[str] = (),
+    segments: Segments = (),
+) -> Draft:
+    """Join the windows of every layer under its column; `passages` and `perturbed` are those of a `PartialStep`."""
+    return _Joiner(problem, columns, segments).join(passages or {}, tuple(perturbed))
+
+
+def made_by(entry: Entry) -> tuple[str, ...]:
+    """Tensors that are resident once the entry has begun, new or not."""
+    if entry.verb == "run":
+        return tuple(name for name in entry.outputs if name is not None)
+    if entry.verb == "read":
+        return (f"packed:{entry.name}",)
+    if entry.verb in {"unpack", "fetch"}:
+        return (entry.name,)
+    return ()
+
+
+class _Joiner:
+    def __init__(self, problem: Layered, columns: tuple[Column, ...], segments: Segments) -> None:
+        self.problem = problem
+        self.columns = columns
+        self.passes = Passes(problem, segments)
+        expanded: dict[tuple[int, int], Script] = {}
+        for kind, column in zip(problem.layer_type, columns):
+            if (kind, id(column)) not in expanded:
+                expanded[kind, id(column)] = expand(problem.types[kind], column.decision)
+        self.scripts = tuple(expanded[kind, id(column)] for kind, column in zip(problem.layer_type, columns))
+        graph = problem.graph
+        self.steps = {(step.layer, step.operator): step for step in (*graph.steps, *graph.inference)}
+        self.tensors = {tensor.name: tensor for tensor in problem.profile.tensors}
+        self.sizes: dict[str, int] = {}
+        self.raw: dict[str, int] = {}
+        for name, storage in problem.graph.storages.items():
+            self.sizes[name] = aligned(storage.bytes)
+            self.raw[name] = storage.bytes
+            if storage.kind == "weight" and name in self.tensors:
+                self.sizes[f"packed:{name}"] = aligned(self.tensors[name].packed_bytes, PACKED_ALIGNMENT)
+            if storage.kind == "trainable":
+                for state in state_names(name, len(STATES)):
+                    self.sizes[state] = self.sizes[name]
+                    self.raw[state] = storage.bytes
+
+    def join(self, passages: Passages, perturbed: tuple[str, ...]) -> Draft:
+        count = len(self.columns)
+        forward = [entry for layer in range(count) for entry in self._ahead(layer)]
+        if perturbed:
+            train = self._twice([*forward, *self._outcome()], perturbed)
+        else:
+            marked = [(entry, -1) for entry in forward]
+            for layer in reversed(range(count)):
+                marked += self._second_pass(layer)
+                window = [*self._entries(layer, self.scripts[layer].backward), *self._passed(layer, passages)]
+                marked += [(entry, -1) for entry in window]
+            train = [*self.passes.settled(marked), *self._outcome()]
+        evaluate = [
+            *(entry for layer in range(count) for entry in self._entries(layer, self.scripts[layer].evaluate)),
+            *self._outcome(),
+        ]
+        resident = list(self.problem.always)
+        for layer, (kind, column) in enumerate(zip(self.problem.layer_type, self.columns)):
+            held = resident_between_steps(self.problem.types[kind], column.decision)
+            resident.extend(self._global(layer, name) for name in sorted(held))
+        names = {name for entry in [*train, *evaluate] for name in made_by(entry)} | set(resident)
+        return Draft(
+            train=tuple(train),
+            evaluate=tuple(evaluate),
+            resident=tuple(dict.fromkeys(resident)),
+            sizes={name: self.sizes[name] for name in sorted(names)},
+            scripts=self.scripts,
+            remade=self.passes.remade(train) if self.passes.layers else frozenset(),
+        )
+
+    def _ahead(self, layer: int) -> Iterable[Entry]:
+        """The layer's window in the step's forward."""
+        script = self.scripts[layer]
+        return self._entries(layer, self.passes.first(layer, script) if layer in self.passes.layers else script.forward)
+
+    def _second_pass(self, layer: int) -> Iterable[tuple[Entry, int]]:
+        """What runs again before the layer's backward, each entry with its own layer."""
+        first, last = self.passes.ends.get(layer, (0, -1))
+        for inner in range(first, last + 1):
+            yield from (
+                (entry, inner) for entry in self._entries(inner, self.passes.second(inner, self.scripts[inner]))
+            )
+
+    def _twice(self, forward: list[Entry], trainables: tuple[str, ...]) -> list[Entry]:
+        """MeZO: one forward on either side of the trainables, which the update then takes back and moves."""
+        joined = []
+        for shift in (1, -2):
+            joined += [replace(self._entry("perturb", name, -1), operator=shift) for name in trainables]
+            joined += forward
+        return [*joined, *(self._entry("update", name, -1) for name in trainables)]
+
+    def _passed(self, layer: int, passages: Passages) -> Iterable[Entry]:
+        """The gradient of a skipped layer's output, taken for that of its input."""
+        passage = passages.get(self.problem.graph.layers[layer])
+        if passage is not None:
+            yield replace(self._entry("pass", passage[0], layer), outputs=passage)
+
+    def _outcome(self) -> Iterable[Entry]:
+        profile = self.problem.profile
+        for name in (profile.token_losses, profile.loss):
+            if name is not None:
+                yield self._entry("free", name, -1)
+
+    def _global(self, layer: int, name: str) -> str:
+        """``packed:in2`` -> ``packed:model.layers.0...``; a trainable that the layer does not bind is global already."""
+        for prefix in ("packed:", *STATE_PREFIXES):
+            if name.startswith(prefix):
+                return prefix + self.problem.name(layer, name[len(prefix) :])
+        return self.problem.name(layer, name)
+
+    def _entries(self, layer: int, script: Iterable[Action]) -> Iterable[Entry]:
+        for verb, name in script:
+            if verb == "run":
+                step = self.steps[layer, int(name)]
+                yield Entry(
+                    verb=verb,
+                    name="",
+                    layer=layer,
+                    operator=step.operator,
+                    outputs=step.outputs,
+                    seconds=step.seconds,
+                    transfer=0.0,
+                )
+            else:
+                yield self._entry(verb, self._global(layer, name), layer)
+
+    def _entry(self, verb: str, name: str, layer: int) -> Entry:
+        seconds = transfer = 0.0
+        device = self.problem.profile.device
+        if verb == "read":
+            size = self.tensors[name].packed_bytes
+            seconds, transfer = compute_seconds(device.read, size), transfer_seconds(device.read, size)
+        elif verb in {"spill", "fetch"}:
+            channel = device.write if verb == "spill" else device.read
+            size = self.raw[name]
+            seconds, transfer = compute_seconds(channel, size), transfer_seconds(channel, size)
+        elif verb == "unpack":
+            seconds = self.tensors[name].unpack_seconds
+        elif verb in {"update", "perturb"}:
+            seconds = self.tensors[name].update_seconds
+        return Entry(verb=verb, name=name, layer=layer, operator=-1, outputs=(), seconds=seconds, transfer=transfer)
+
+
+def instructions(
+    problem: Layered, entries: Iterable[Entry], resident: Mapping[str, int], offsets: Mapping[tuple[int, str], int]
+) -> list[list[Any]]:
+    """The schedule as the plan file has it. `offsets`: (index of the entry, tensor it makes) -> arena offset."""
+    where = dict(resident)
+    passed: dict[str, str] = {}
+    """gradients that skipped layers have passed on: name when made -> name now"""
+    result: list[list[Any]] = []
+    for index, entry in enumerate(entries):
+        for name in made_by(entry):
+            # Tensors without bytes take no room; what is resident already is written again where it lies.
+            where[name] = offsets.get((index, name), where.get(name, 0))
+        if entry.verb == "run":
+            places = [None if name is None else where[name] for name in entry.outputs]
+            result.append(["run", problem.graph.layers[entry.layer], entry.operator, places])
+        elif entry.verb == "read":
+            result.append(["read", entry.name, where[f"packed:{entry.name}"]])
+        elif entry.verb in {"unpack", "fetch"}:
+            result.append([entry.verb, entry.name, where[entry.name]])
+        elif entry.verb == "perturb":
+            result.append(["perturb", entry.name, entry.operator])
+        elif entry.verb == "pass":
+            before, after = map(str, entry.outputs)
+            passed[next((made for made, now in passed.items() if now == before), before)] = after
+            result.append(["pass", before, after])
+        else:
+            result.append([entry.verb, passed.get(entry.name, entry.name)])
+        if entry.verb == "free":
+            del where[entry.name]
+    return result
+
+
+def live_profile(entries: tuple[Entry, ...], resident: Iterable[str], sizes: Mapping[str, int]) -> list[int]:
+    """Bytes resident during each entry: after what it makes, before what it frees."""
+    there = set(resident)
+    live = sum(sizes[name] for name in there)
+    result = []
+    for entry in entries:
+        for name in made_by(entry):
+            if name not in there:
+                there.add(name)
+                live += sizes[name]
+        result.append(live)
+        if entry.verb == "free":
+            there.remove(entry.name)
+            live -= sizes[entry.name]
+    return result
+
+
+def kinds(problem: Layered, draft_: Draft, columns: tuple[Column, ...]) -> dict[str, str]:
+    """Tensor -> kept, recomputed, offloaded (activations and states); streamed, packed, unpacked (weights)."""
+    result: dict[str, str] = {}
+    graph = problem.graph
+    for layer, (kind, column) in enumerate(zip(problem.layer_type, columns)):
+        described, script = problem.types[kind], draft_.scripts[layer]
+        for value in described.candidates:
+            name = problem.name(layer, value)
+            if value in script.kept:
+                result[name] = "kept"
+            elif value in script.offloaded:
+                result[name] = "offloaded"
+            elif value in described.producer and described.producer[value].index in script.recomputed:
+                result[name] = "recomputed"
+        for value, mode in column.decision.weights:
+            name = problem.name(layer, value)
+            places = {mode.backward_gap, mode.step_gap}
+            result[name] = "unpacked" if places == {"unpacked"} else "packed" if "disk" not in places else "streamed"
+        for update in described.updates:
+            if update.states:
+                name = problem.name(layer, update.trainable)
+                place = "offloaded" if update.trainable in column.decision.states else "kept"
+                result.update(dict.fromkeys(state_names(name, update.states), place))
+    for name in problem.forced:
+        result[name] = "kept"
+    result.update(dict.fromkeys(draft_.remade, "recomputed"))
+    for name, storage in graph.storages.items():
+        if storage.kind in ALWAYS:
+            result[name] = "kept"
+    return dict(sorted(result.items()))

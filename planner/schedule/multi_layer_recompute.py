@@ -1,0 +1,307 @@
+"""Runs of layers whose forward runs again as a whole: recomputation through several layers, and of layer inputs.
+
+The first pass through a segment leaves nothing behind but what the segment reads from before it, kept or offloaded. Just
+before the backward of the segment's last layer its forwards run again, now as the training forward under each layer's own
+decision; then the backwards follow as ever. √n layers per segment is the rule of Chen et al. (arXiv 1604.06174).
+
+Within both passes a tensor lives from its making to its last use before it is made again, and what the second pass would
+make for nobody it does not make: the output of the segment's last layer, and all that a layer makes again in its own
+backward window anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from tightfit.planner.problem.layer_types import ALWAYS, Layered
+from tightfit.planner.problem.step_graph import Step, aligned
+from tightfit.planner.schedule.layer_schedule import Action, Script
+
+if TYPE_CHECKING:
+    from tightfit.planner.schedule.lowering import Entry
+    from tightfit.planner.schema import Plan
+
+Segments = tuple[tuple[int, int], ...]
+"""(first, last) layer of each run, in forward order; a layer is in one at most"""
+
+
+def repeatable(problem: Layered) -> Segments:
+    """The longest runs of layers whose whole forward may run twice.
+
+    Not those with random operators or with the step's outcome, nor those that overwrite what another layer made or what
+    outlives the step. The last layer's backward follows its forward at once: to run it again would spare nothing.
+    """
+    profile, graph = problem.profile, problem.graph
+    count = len(problem.layer_type)
+    outcome = {profile.loss, profile.token_losses}
+
+    def twice(step: Step) -> bool:
+        if not step.recomputable:
+            return False
+        for name in filter(None, step.outputs):
+            storage = graph.storages[name]
+            makers = [graph.steps[i] for i in storage.producers]
+            elsewhere = any(maker.layer != step.layer for maker in makers if maker.phase == "forward")
+            if name in outcome or elsewhere or storage.kind in ALWAYS or storage.kind == "weight":
+                return False
+        return True
+
+    # Its first pass would be for inference alone.
+    split = {step.layer for step in graph.inference}
+    may = [layer not in split and all(map(twice, steps)) for layer, steps in enumerate(problem.forward_steps[:-1])]
+    runs: list[tuple[int, int]] = []
+    for layer in range(count - 1):
+        if may[layer] and runs and runs[-1][1] == layer - 1:
+            runs[-1] = (runs[-1][0], layer)
+        elif may[layer]:
+            runs.append((layer, layer))
+    return tuple(runs)
+
+
+def equal_segments(problem: Layered, length: int) -> Segments:
+    """Every repeatable run in pieces of `length` layers, counted from its end.
+
+    The piece whose backward comes right after the last layer's stays out: it holds no more than any other piece does
+    while its backward runs.
+    """
+    pieces: list[tuple[int, int]] = []
+    for first, last in repeatable(problem):
+        ends = list(range(last, first - 1, -length))
+        pieces += [(max(first, end - length + 1), end) for end in reversed(ends)]
+    if pieces and pieces[-1][1] == len(problem.layer_type) - 2:
+        del pieces[-1]
+    return tuple(piece for piece in pieces if piece[1] > piece[0])
+
+
+def sqrt_segments(problem: Layered) -> Segments:
+    """Segments of about √n of n layers (Chen et al. 2016)."""
+    return equal_segments(problem, max(2, round(math.sqrt(len(problem.layer_type) - 1))))
+
+
+def entering(problem: Layered, segment: tuple[int, int]) -> dict[str, int]:
+    """What the forwards of a segment read from before it: tensor -> layer that decides its fate, or -1."""
+    first, last = segment
+    inside = [step for layer in range(first, last + 1) for step in problem.forward_steps[layer]]
+    made = {name for step in inside for name in step.outputs}
+    read = {name for step in inside for name in step.inputs if _lives(problem, name)} - made
+    owner = dict.fromkeys(sorted(read), -1)
+    for layer in range(first, last + 1):
+        for value in problem.types[problem.layer_type[layer]].owned:
+            if problem.name(layer, value) in read:
+                owner[problem.name(layer, value)] = layer
+    return owner
+
+
+def _lives(problem: Layered, name: str) -> bool:
+    kind = problem.graph.storages[name].kind
+    return kind not in ALWAYS and kind != "weight"
+
+
+def rerun_layers(plan: Plan) -> list[str]:
+    """Layers of a plan's segments, in forward order: those whose forward runs again before a later layer's backward, up to
+    that layer. Empty for plans of the class whose recomputation stays inside a layer's own backward window.
+    """
+    order = {layer.name: index for index, layer in enumerate(plan.layers)}
+    programs = {program.name: program for program in plan.programs}
+    backward = {
+        layer.name: {i for i, op in enumerate(programs[layer.program].operators) if op.phase == "backward"}
+        for layer in plan.layers
+    }
+    found: set[int] = set()
+    for step in plan.steps:
+        ran: set[tuple[str, int]] = set()
+        lowest = len(order)
+        for verb, *operands in step.instructions:
+            if verb != "run":
+                continue
+            layer, position = operands[0], operands[1]
+            if position in backward[layer]:
+                found.update(range(lowest, order[layer] + 1) if lowest < order[layer] else ())
+                lowest = len(order)
+            elif (layer, position) in ran:
+                lowest = min(lowest, order[layer])
+            ran.add((layer, position))
+    return [layer.name for layer in plan.layers if order[layer.name] in found]
+
+
+@dataclass(frozen=True)
+class Window:
+    layer: int
+    phase: Literal["forward", "first", "again", "backward"]
+    """first, again: the two passes of a layer in a segment"""
+
+
+def windows(count: int, segments: Segments) -> list[Window]:
+    """The layers' windows of a training step, in order."""
+    inside = {layer for first, last in segments for layer in range(first, last + 1)}
+    ends = {last: first for first, last in segments}
+    result = [Window(layer, "first" if layer in inside else "forward") for layer in range(count)]
+    for layer in reversed(range(count)):
+        result += [Window(inner, "again") for inner in range(ends.get(layer, layer + 1), layer + 1)]
+        result.append(Window(layer, "backward"))
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What segments add to the bytes that the layers' figures tell."""
+
+    bytes: dict[Window, int]
+    """per window: of tensors whose lifetimes no layer decides, and of what segments have from before them"""
+    instructions: int
+    """of first passes, at most"""
+
+
+def held_by_segments(problem: Layered, segments: Segments) -> Held:
+    """See `Held`; without segments these are the bytes of fixed lifetimes alone."""
+    count = len(problem.layer_type)
+    owners = {segment: entering(problem, segment) for segment in segments}
+    around = {layer: segment for segment in segments for layer in range(segment[0], segment[1] + 1)}
+
+    def size(names: Iterable[str]) -> int:
+        return sum(aligned(problem.graph.storages[name].bytes) for name in names)
+
+    held: dict[Window, int] = {}
+    for window in windows(count, segments):
+        layer = window.layer
+        kind = problem.types[problem.layer_type[layer]]
+        if window.phase == "backward":
+            extra = problem.across_backward[layer]
+        elif window.phase == "again":
+            # What is there when the segment's last backward begins is there now, but for what this window brings along.
+            last = around[layer][1]
+            above = problem.types[problem.layer_type[last]]
+            there = {problem.name(last, value) for value in above.enters_backward}
+            own = {problem.name(layer, value) for value in kind.enters_forward}
+            extra = problem.across_backward[last] + size(there - own)
+        else:
+            extra = problem.across_forward[layer]
+        for segment, owner in owners.items():
+            if window.phase in {"forward", "first"}:
+                waits = [name for name in owner if segment[0] <= layer]
+            elif segment[1] < layer and segment != around.get(layer):
+                waits = list(owner)
+            elif window.phase == "again" and segment == around[layer]:
+                # Layers before this one have theirs in their own figures by now.
+                waits = [name for name, decides in owner.items() if decides < 0 or decides > layer]
+            else:
+                waits = []
+            extra += size(name for name in waits if name not in problem.forced)
+        held[window] = extra
+    extra_instructions = 0
+    for layer in around:
+        kind = problem.types[problem.layer_type[layer]]
+        extra_instructions += len(kind.forward) + len(kind.bytes) + 4 * len(kind.weights)
+    return Held(bytes=held, instructions=extra_instructions)
+
+
+class Passes:
+    """What the two passes through the segments do, as windows of layers and over the whole step."""
+
+    def __init__(self, problem: Layered, segments: Segments) -> None:
+        self.problem = problem
+        self.ends = {last: (first, last) for first, last in segments}
+        self.layers = {layer for first, last in segments for layer in range(first, last + 1)}
+        self.given: dict[int, frozenset[str]] = {}
+        """layer -> its inputs from before its segment, in local names"""
+        for segment in segments:
+            owner = entering(problem, segment)
+            for layer in range(segment[0], segment[1] + 1):
+                owned = problem.types[problem.layer_type[layer]].owned
+                self.given[layer] = frozenset(v for v in owned if owner.get(problem.name(layer, v)) == layer)
+        ran = [step for layer in sorted(self.layers) for step in problem.forward_steps[layer]]
+        every = {name for step in ran for name in [*step.inputs, *filter(None, step.outputs)]}
+        self.names = frozenset(name for name in every if _lives(problem, name))
+        """tensors whose lifetimes the passes change"""
+
+    def first(self, layer: int, script: Script) -> Iterator[Action]:
+        """Forward as in an evaluation; what is offloaded of the segment's inputs goes to disk now."""
+        yield from (("spill", value) for value in sorted(self.given[layer] & script.offloaded))
+        yield from script.evaluate
+
+    def second(self, layer: int, script: Script) -> Iterator[Action]:
+        """The training forward; offloaded inputs of the segment come back for it, their copies stay on disk."""
+        away = self.given[layer] & script.offloaded
+        yield from (("fetch", value) for value in sorted(away))
+        yield from (action for action in script.forward if action[0] != "spill" or action[1] not in away)
+
+    def settled(self, entries: Sequence[tuple[Entry, int]]) -> tuple[Entry, ...]:
+        """The step's entries (each with the layer whose second pass it belongs to, or -1), every tensor freed after its
+        last use before it is made again, and without what a second pass makes for nobody.
+        """
+        if not self.layers:
+            return tuple(entry for entry, _ in entries)
+        storages, steps = self.problem.graph.storages, self.problem.graph.steps
+        makers = {name: steps[storages[name].producers[0]] for name in self.names}
+        live: set[str] = set()
+        kept: list[tuple[Entry, int]] = []
+        for entry, again in reversed(entries):
+            if entry.verb == "free" and entry.name in self.names:
+                continue
+            made = self.names.intersection(filter(None, entry.outputs))
+            used, new = set(made), set()
+            if entry.verb == "run":
+                if again >= 0 and not made & live:
+                    continue
+                used.update(self.names.intersection(self.problem.inputs[entry.layer, entry.operator]))
+                # A tensor that is written in several goes is new with the first of them only.
+                place = entry.layer, entry.operator
+                new = {name for name in made if (makers[name].layer, makers[name].operator) == place}
+            elif entry.verb in {"spill", "fetch"} and entry.name in self.names:
+                used = {entry.name}
+                new = used if entry.verb == "fetch" else set()
+            kept.extend((_free(entry, name), again) for name in sorted(used - live, reverse=True))
+            kept.append((entry, again))
+            live |= used
+            live -= new
+        assert not live, f"{sorted(live)} are used before they are made"
+        return tuple(self._without_idle_weights(kept[::-1]))
+
+    def _without_idle_weights(self, entries: Sequence[tuple[Entry, int]]) -> Iterator[Entry]:
+        """Without the weights that a second pass would load and drop for operators that it does not run."""
+        busy: dict[int, set[str]] = {layer: set() for layer in self.layers}
+        verbs: dict[tuple[int, str], set[str]] = {}
+        for entry, again in entries:
+            if again >= 0:
+                if entry.verb == "run":
+                    busy[again].update(self.problem.inputs[entry.layer, entry.operator])
+                verbs.setdefault((again, entry.name), set()).add(entry.verb)
+
+        def idle(layer: int, weight: str) -> bool:
+            return weight not in busy[layer] and verbs.get((layer, weight), set()) >= {"unpack", "free"}
+
+        for entry, again in entries:
+            if again >= 0 and entry.verb in {"read", "unpack", "free"}:
+                weight = entry.name.removeprefix("packed:")
+                if idle(again, weight):
+                    packed = entry.verb == "read" or entry.name != weight
+                    passing = "read" in verbs[again, weight] and "free" in verbs.get((again, f"packed:{weight}"), set())
+                    if not packed or passing:
+                        continue
+            yield entry
+
+    def remade(self, entries: Iterable[Entry]) -> frozenset[str]:
+        """Tensors that layers in segments need for their backwards, made for them in the second pass.
+
+        `entries` are settled.
+        """
+        ran: set[tuple[int, int]] = set()
+        again: set[str] = set()
+        for entry in entries:
+            if entry.verb == "run":
+                place = entry.layer, entry.operator
+                if place in ran:
+                    again.update(filter(None, entry.outputs))
+                ran.add(place)
+        wanted = set(self.problem.forced)
+        for layer in self.layers:
+            candidates = self.problem.types[self.problem.layer_type[layer]].candidates
+            wanted.update(self.problem.name(layer, value) for value in candidates)
+        return frozenset(again & wanted)
+
+
+def _free(entry: Entry, name: str) -> Entry:
+    return replace(entry, verb="free", name=name, operator=-1, outputs=(), seconds=0.0, transfer=0.0)

@@ -1,0 +1,184 @@
+"""Transfers moved among tensors that have their places already: whatever moves still fits, to the byte.
+
+Close to the smallest budget every arrangement has gaps, and transfers that are moved by counting bytes alone find no
+arena. Here the drafted schedule is placed first, and a read is issued earlier only where a gap is free for all of its
+longer life; a spilled tensor stays longer only until something is made where it lies.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tightfit.planner.problem.step_graph import aligned
+from tightfit.planner.schedule.arena import Arena, Placed, arena_of, placed_items
+from tightfit.planner.schedule.arena_packing import Item
+from tightfit.planner.schedule.free_ranges import ENDLESS
+from tightfit.planner.schedule.lowering import Draft, Entry
+from tightfit.planner.schedule.prefetch import Bytes, Facts, Inputs, best_order, facts_of, target_of
+
+STRIDE = 8
+"""entries after which a read that found no gap is asked again"""
+STRETCH = 64
+"""entries after which what is over is left out of the spans that are looked over"""
+
+
+def overlap_in_place(
+    draft: Draft, inputs: Inputs, room: int, deadline: float = float("inf"), placed: Placed | None = None
+) -> tuple[tuple[Entry, ...], Arena]:
+    """The draft's training schedule with transfers moved in an arena of `room` bytes; one that is larger has none moved.
+
+    `placed`: its tensors in their places, where these are known. Past `deadline`, on the monotonic clock, the first arena and the first pass are what there is.
+    """
+    items, height = placed or placed_items(draft.train, draft.evaluate, draft.resident, draft.sizes, room, deadline)
+    if height > room:
+        return draft.train, arena_of(items, height, len(draft.train))
+    facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
+    found = best_order(facts, inputs, lambda: _Places(facts, items, room), deadline)
+    count = len(draft.train)
+    if found is None:
+        return draft.train, arena_of(items, height, count)
+    order, places = found
+    moved = {before: now for now, before in enumerate(order)}
+    for item in places.items:
+        item.makers = [moved.get(maker, maker) for maker in item.makers]
+    height = max((item.offset + item.size for item in places.items), default=0)
+    return tuple(draft.train[index] for index in order), arena_of(places.items, aligned(height), count)
+
+
+class _Places(Bytes):
+    """Room between tensors that lie in the arena; spans are counted in drafted entries."""
+
+    def __init__(self, facts: Facts, items: Sequence[Item], room: int) -> None:
+        super().__init__(facts, room)
+        self.room = room
+        self.items = [copy.copy(item) for item in items]
+        self.low = np.array([item.offset for item in items], dtype=np.int64)
+        self.high = self.low + np.array([item.size for item in items], dtype=np.int64)
+        spans = [(number, first, last) for number, item in enumerate(items) for first, last in item.spans]
+        self.owner = np.array([number for number, _, _ in spans], dtype=np.int64)
+        self.first = np.array([first for _, first, _ in spans], dtype=np.int64)
+        self.last = np.array([last for _, _, last in spans], dtype=np.int64)
+        self.made: dict[int, list[int]] = {}
+        """drafted entry -> the spans that open with it"""
+        self.freed: dict[int, int] = {}
+        """drafted entry -> the span that it ends"""
+        ends: dict[tuple[str, int], int] = {}
+        for span, (number, first, last) in enumerate(spans):
+            self.made.setdefault(first, []).append(span)
+            ends[items[number].name, last] = span
+        for index, entry in enumerate(facts.entries):
+            if entry.verb == "free" and (entry.name, index) in ends:
+                self.freed[index] = ends[entry.name, index]
+        always = np.array([max(item.makers) < 0 for item in items], dtype=bool)
+        self.base = int(self.high[always].max(initial=0))
+        """what is resident all the time lies below it"""
+        self.sorted = np.flatnonzero(~always[self.owner])
+        """the other spans by their first entry, as these were when what was over by then was last left out"""
+        self.begins = self.first[self.sorted]
+        """that first entry of each"""
+        self.looked = -1
+        """entry from which on that is done again"""
+        self.early: list[int] = []
+        """spans that have begun to begin earlier since"""
+        self.waiting: set[int] = set()
+        """spans of what waits to be freed"""
+        self.found: tuple[int, int] | None = None
+        """the read last asked for, and where it has room"""
+
+    def crowded(self, index: int) -> bool:
+        if not self.waiting:
+            return False
+        made = [self.owner[span] for span in self.made.get(index, ())]
+        held = [self.owner[span] for span in self.waiting]
+        return any(self.low[one] < self.high[two] and self.low[two] < self.high[one] for one in made for two in held)
+
+    def opens(self, at: int, index: int) -> int:
+        opens = super().opens(at, index)
+        if opens > index:
+            return opens
+        span = self._read(at)
+        if span is None:
+            self.found = at, 0
+            return index
+        number = self.owner[span]
+        item = self.items[number]
+        # What is resident across steps lies where the next step looks for it.
+        fixed = len(item.spans) > 1 or item.makers[0] < 0
+        until = at - 1 if fixed else self.last[span]
+        near = self._near(index, until)
+        near = near[near != span]
+        low, high = self.low[self.owner[near]], self.high[self.owner[near]]
+        if fixed:
+            free = not ((low < self.high[number]) & (high > self.low[number])).any()
+            offset = item.offset
+        else:
+            offset = _tightest_gap(low, high, self.base, item.size, item.alignment)
+            free = offset + item.size <= self.room
+        if not free:
+            # No gap opens before something goes that is there now, and soon after one is hardly larger.
+            return max(int(self.last[near].min()) + 1, index + STRIDE)
+        self.found = at, offset
+        return index
+
+    def take(self, at: int, index: int) -> None:
+        super().take(at, index)
+        span = self._read(at)
+        if span is None or index == at:
+            return
+        assert self.found is not None
+        assert self.found[0] == at
+        number = self.owner[span]
+        self.first[span] = index
+        self.early.append(span)
+        self.items[number].offset = self.found[1]
+        self.low[number] = self.found[1]
+        self.high[number] = self.found[1] + self.items[number].size
+        self.made[at].remove(span)
+
+    def hold(self, index: int) -> None:
+        super().hold(index)
+        span = self.freed.get(index)
+        if span is not None:
+            self.waiting.add(span)
+            self.last[span] = ENDLESS
+
+    def give(self, index: int, now: int) -> None:
+        super().give(index, now)
+        span = self.freed.get(index)
+        if span is not None:
+            self.waiting.discard(span)
+            self.last[span] = max(index, now - 1)
+
+    def _near(self, index: int, until: int) -> npt.NDArray[np.int64]:
+        """Spans that are there between the entries `index`, which never goes back, and `until`."""
+        if index >= self.looked:
+            self.looked = index + STRETCH
+            left = self.sorted[self.last[self.sorted] >= index]
+            self.sorted = left[np.argsort(self.first[left], kind="stable")]
+            self.begins = self.first[self.sorted]
+            self.early = []
+        near = self.sorted[: np.searchsorted(self.begins, until, side="right")]
+        near = np.concatenate([near, np.array(self.early, dtype=np.int64)])
+        return near[self.last[near] >= index]
+
+    def _read(self, at: int) -> int | None:
+        """The span that the read at `at` opens; None for a tensor without bytes."""
+        target = target_of(self.facts.entries[at])
+        return next((span for span in self.made.get(at, ()) if self.items[self.owner[span]].name == target), None)
+
+
+def _tightest_gap(low: npt.NDArray[np.int64], high: npt.NDArray[np.int64], base: int, size: int, alignment: int) -> int:
+    """Offset of the smallest gap of at least `size` from `base` up between the ranges taken, or of what is above them all.
+
+    As `tightfit.planner.schedule.free_ranges.gap`, for hundreds of ranges in any order.
+    """
+    order = np.argsort(low)
+    start = np.maximum.accumulate(np.concatenate([[base], high[order]]))
+    start += -start % alignment
+    free = low[order] - start[:-1]
+    fits = np.flatnonzero(free >= size)
+    return int(start[fits[np.argmin(free[fits])]] if fits.size else start[-1])

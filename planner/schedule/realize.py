@@ -1,0 +1,245 @@
+"""Columns carried out: every layer's window joined, transfers moved into free memory, every tensor in its place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+
+from tightfit.planner.problem.gradients import Passages
+from tightfit.planner.problem.layer_types import Layered
+from tightfit.planner.schedule.arena import Arena, Placed, arena_of, placed_items
+from tightfit.planner.schedule.arena_packing import Stretch
+from tightfit.planner.schedule.layer_schedule import Column
+from tightfit.planner.schedule.lowering import Draft, Entry, draft, live_profile
+from tightfit.planner.schedule.multi_layer_recompute import Segments
+from tightfit.planner.schedule.prefetch import Bytes, Counts, best_order, clock, facts_of
+from tightfit.planner.schedule.prefetch_in_place import overlap_in_place
+from tightfit.runtime.common.gc_pause import paused_collector
+
+LOCAL = 2
+"""orders of transfers that are as drafted where places were short for the one before, and else moved with all the room"""
+NEARLY = 1.005
+"""times the seconds of what was moved with all the room everywhere: no other way is tried where such an order takes no more"""
+FREE = (0.03, 0.07)
+"""shares of the arena that transfers moved by counting bytes leave to gaps, one after the other until all find a place"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Columns carried out, with every tensor in its place."""
+
+    problem: Layered
+    columns: tuple[Column, ...]
+    draft: Draft
+    train: tuple[Entry, ...]
+    arena: Arena
+    seconds: float
+    stalls: float
+    """seconds of them spent waiting for the disk"""
+    peak_bytes: int
+    """of the whole process"""
+    segments: Segments = ()
+    skipped: tuple[str, ...] = ()
+    """layers whose backward is left out"""
+    following: tuple[Schedule, ...] = ()
+    """the steps after this one in a cycle; seconds and stalls are then the cycle's means, the peak its largest"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One step of a policy: what is left of the whole step, and its layers' decisions."""
+
+    problem: Layered
+    columns: tuple[Column, ...]
+    segments: Segments = ()
+    skipped: tuple[str, ...] = ()
+    passages: Passages = field(default_factory=dict)
+    perturbed: tuple[str, ...] = ()
+
+    @property
+    def computing_seconds(self) -> float:
+        """Of the columns, and of what segments run again to make their layers' inputs."""
+        steps = self.problem.forward_steps
+        again = [step for first, last in self.segments for layer in range(first, last) for step in steps[layer]]
+        own = sum(column.forward_seconds + column.backward_seconds for column in self.columns)
+        return own + sum(step.seconds for step in again)
+
+    def draft(self) -> Draft:
+        return draft(self.problem, self.columns, self.passages, self.perturbed, self.segments)
+
+
+@paused_collector()
+def carry_out(
+    problem: Layered,
+    columns: tuple[Column, ...],
+    limit: int,
+    *,
+    deadline: float = float("inf"),
+    segments: Segments = (),
+) -> tuple[Schedule | None, int]:
+    """Schedule of the columns within `limit` bytes of arena and instructions, or the bytes by which it fails.
+
+    Past `deadline`, on the monotonic clock, the first order of the transfers and the first arena that fits do.
+    """
+    part = Part(problem=problem, columns=columns, segments=segments)
+    joined = part.draft()
+    return _carry_out(part, joined, limit, _charged(problem, [joined]), deadline)
+
+
+def _carry_out(
+    part: Part, joined: Draft, limit: int, charged: int, deadline: float, placed: Placed | None = None
+) -> tuple[Schedule | None, int]:
+    """`placed`: the draft's tensors in their places, where these are known."""
+    room = limit - charged
+    facts = facts_of(joined.train, frozenset(joined.resident), joined.sizes)
+    evaluating = live_profile(joined.evaluate, joined.resident, joined.sizes)
+    live = max(int(facts.live.max(initial=0)), max(evaluating, default=0))
+    if live > room:
+        return None, live - room
+    inputs = part.problem.inputs
+    tried: list[tuple[list[int], list[Stretch]]] = []
+    """orders of the drafted entries, and where places were short for each"""
+
+    def moved(most: int | Counts) -> list[int] | None:
+        """With transfers moved within `most` bytes; None where that comes to nothing new."""
+        found = best_order(facts, inputs, partial(Bytes, facts, most), deadline)
+        return None if found is None or any(found[0] == order for order, _ in tried) else found[0]
+
+    def seconds_of(order: list[int]) -> float:
+        return clock([joined.train[index] for index in order], inputs).seconds
+
+    def placed_in(order: list[int]) -> Schedule | None:
+        train = tuple(joined.train[index] for index in order)
+        short: list[Stretch] = []
+        items, height = placed_items(train, joined.evaluate, joined.resident, joined.sizes, room, deadline, short)
+        tried.append((order, short))
+        if height > room:
+            return None
+        return _schedule(part, joined, train, arena_of(items, height, len(train)), charged)
+
+    def late() -> bool:
+        return time.monotonic() > deadline
+
+    order = moved(room)
+    found = None if order is None else placed_in(order)
+    if found is not None:
+        return found, found.arena.bytes - room
+    # Moved wherever there is room, but for where places were short: what is drafted there has them.
+    allowed = np.full(len(joined.train), room)
+    while tried and len(tried) <= LOCAL and not late():
+        before, short = tried[-1]
+        # The search for places that came farthest needs the least to get through; an evaluation's transfers do not move.
+        first, last = max(short, default=(0, -1))
+        clipped = before[first : last + 1]
+        if not (allowed[clipped] > facts.live[clipped]).any():
+            break
+        allowed[clipped] = facts.live[clipped]
+        order = moved(allowed)
+        if order is None:
+            break
+        found = placed_in(order)
+        if found is not None:
+            break
+    if found is not None and found.seconds <= NEARLY * seconds_of(tried[0][0]):
+        return found, found.arena.bytes - room
+    for most in dict.fromkeys(max(live, int((1 - share) * room)) for share in FREE):
+        if tried and late():
+            break
+        order = moved(most)
+        if order is None or (found is not None and seconds_of(order) >= found.seconds):
+            continue
+        spread = placed_in(order)
+        if spread is not None:
+            return spread, spread.arena.bytes - room
+    # What moved has made gaps: as drafted, and moved as far as what is placed then allows.
+    if found is None or not late():
+        train, arena = overlap_in_place(joined, inputs, room, deadline, placed)
+        if arena.bytes > room:
+            return found, arena.bytes - room
+        in_place = _schedule(part, joined, train, arena, charged)
+        found = in_place if found is None or in_place.seconds < found.seconds else found
+    return found, found.arena.bytes - room
+
+
+def smallest_arena(problem: Layered, columns: tuple[Column, ...], deadline: float = float("inf")) -> Schedule:
+    """Schedule of the columns in the lowest arena found, with transfers moved as far as that allows."""
+    return smallest_cycle([Part(problem=problem, columns=columns)], deadline)
+
+
+@paused_collector()
+def carry_out_cycle(parts: Sequence[Part], limit: int, deadline: float = float("inf")) -> tuple[Schedule | None, int]:
+    """Schedules of a policy's steps within `limit` bytes of arena and all their instructions, or the bytes by which one
+    fails.
+    """
+    drafts = [part.draft() for part in parts]
+    charged = _charged(parts[0].problem, drafts)
+    found = []
+    for part, joined in zip(parts, drafts, strict=True):
+        schedule, excess = _carry_out(part, joined, limit, charged, deadline)
+        if schedule is None:
+            return None, excess
+        found.append(schedule)
+    return _in_turn(found), 0
+
+
+@paused_collector()
+def smallest_cycle(parts: Sequence[Part], deadline: float = float("inf")) -> Schedule:
+    """Schedules of a policy's steps in the lowest arena found, with transfers moved as far as that allows."""
+    drafts = [part.draft() for part in parts]
+    charged = _charged(parts[0].problem, drafts)
+    placed = [placed_items(one.train, one.evaluate, one.resident, one.sizes, deadline=deadline) for one in drafts]
+    limit = max(height for _, height in placed) + charged
+    found = []
+    for part, joined, items in zip(parts, drafts, placed, strict=True):
+        schedule, _ = _carry_out(part, joined, limit, charged, deadline, items)
+        assert schedule is not None
+        found.append(schedule)
+    return _in_turn(found)
+
+
+def _in_turn(steps: Sequence[Schedule]) -> Schedule:
+    """The steps of a cycle as one schedule, the first with the others following."""
+    first, *following = steps
+    if not following:
+        return first
+    # What outlives a step must lie where the next one looks for it.
+    assert all(one.arena.resident == first.arena.resident for one in following)
+    assert all(set(one.draft.resident) == set(first.draft.resident) for one in following)
+    height = max(one.arena.bytes for one in steps)
+    return replace(
+        first,
+        arena=replace(first.arena, bytes=height),
+        seconds=sum(one.seconds for one in steps) / len(steps),
+        stalls=sum(one.stalls for one in steps) / len(steps),
+        peak_bytes=max(one.peak_bytes for one in steps),
+        following=tuple(following),
+    )
+
+
+def _charged(problem: Layered, drafts: Sequence[Draft]) -> int:
+    """Bytes of the instructions themselves: every training step and one evaluation."""
+    count = sum(len(joined.train) for joined in drafts) + len(drafts[0].evaluate)
+    return problem.profile.device.floor.instruction_bytes * count
+
+
+def _schedule(part: Part, joined: Draft, train: tuple[Entry, ...], arena: Arena, charged: int) -> Schedule:
+    problem = part.problem
+    timing = clock(train, problem.inputs)
+    floor = problem.profile.device.floor
+    peak = floor.held_bytes + charged + arena.bytes + problem.workspace_bytes
+    return Schedule(
+        problem=problem,
+        columns=part.columns,
+        segments=part.segments,
+        skipped=part.skipped,
+        draft=joined,
+        train=train,
+        arena=arena,
+        seconds=timing.seconds,
+        stalls=timing.stalls,
+        peak_bytes=max(peak, floor.start_peak_bytes),
+    )

@@ -1,0 +1,4 @@
+"""The doors over HTTP: the application, its routes, connections, uploads and guards.
+
+May import: `service.wire`, `service.jobs`.
+"""

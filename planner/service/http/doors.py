@@ -1,0 +1,226 @@
+"""What the routes share: the service behind a request, answers of jobs and of stored files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Header, Request, Response
+from starlette.responses import StreamingResponse
+
+from tightfit.planner.service.jobs.store import Row, content_key
+from tightfit.planner.service.jobs.supervisor import lane_of
+from tightfit.planner.service.wire.clients import Client
+from tightfit.planner.service.wire.errors import Code, ServiceError, invalid, not_found
+from tightfit.planner.service.wire.schema import FINISHED, JOB, ErrorAnswer, Job, JobKind, StoredPlan, StoredProfile
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.units import LARGEST, parse_size
+
+if TYPE_CHECKING:
+    from tightfit.planner.service.http.app import Service
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        max_length=200,
+        pattern=r"^[\x21-\x7e]+$",
+        description="a name of your choice for this request: sent again, it is the same job",
+    ),
+]
+
+
+ERRORS: dict[int, tuple[str, Code, str, str | None]] = {
+    400: ("The body is no JSON", "invalid_request", "body.11: JSON decode error", "body.11"),
+    401: ("No token, or a wrong one", "unauthorized", "send the service's token", "header.Authorization"),
+    403: (
+        "Others have asked for it",
+        "forbidden",
+        f"the job {JOB} was asked for by others; only who has asked for a job can cancel it",
+        None,
+    ),
+    404: ("There is none", "not_found", "there is no plan '3f1c0e9d'; it may have been removed by retention", None),
+    408: (
+        "The headers or the body did not come in time",
+        "request_timeout",
+        "the body did not come within 60 s",
+        "body",
+    ),
+    409: ("The state of things forbids it", "conflict", f"the job {JOB} is succeeded already", None),
+    413: ("Too large", "too_large", "the body unpacks to more than 67108864 bytes", "body"),
+    415: (
+        "A content type or encoding that is not understood",
+        "unsupported_media_type",
+        "the content type 'text/plain' is not understood; send application/json",
+        "header.Content-Type",
+    ),
+    422: (
+        "A field is wrong; it is named",
+        "invalid_request",
+        "'350M' is not a size; write plain bytes (367001600), 350MB or 350MiB",
+        "body.memory",
+    ),
+    429: (
+        "Too many jobs are waiting, of all or of this client",
+        "busy",
+        "1000 jobs are waiting already; ask again in a minute",
+        None,
+    ),
+}
+"""status -> what it means, and an example's code, message and field"""
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Responses for the API description."""
+    return {status: _error(*ERRORS[status]) for status in statuses}
+
+
+def _error(words: str, code: Code, message: str, field: str | None) -> dict[str, Any]:
+    fields = [] if field is None else [{"field": field, "message": message}]
+    example = {"error": {"code": code, "message": message, "fields": fields}}
+    return {"model": ErrorAnswer, "description": words, "content": {"application/json": {"example": example}}}
+
+
+EVERYWHERE = errors(401, 422) | {
+    "default": _error(
+        "Any other error has the same form", "misdirected", "this service answers to localhost", "header.Host"
+    )
+}
+JOB_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"model": Job, "description": "The job of an earlier, equal request has its result already"},
+    202: {"model": Job, "description": "A job that waits or runs"},
+    **errors(400, 404, 408, 409, 413, 415, 429),
+}
+
+
+def file_responses(what: str, example: Any, *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Responses of a route that answers with a JSON file."""
+    content = {"application/json": {"schema": {"type": "object"}, "example": example}}
+    return {
+        200: {"description": what, "content": content},
+        304: {"description": "It is the one that If-None-Match names"},
+        **errors(404, *statuses),
+    }
+
+
+def service_of(request: Request) -> Service:
+    found: Service = request.app.state.service
+    return found
+
+
+def ask(
+    request: Request,
+    kind: JobKind,
+    asked: Row,
+    client: Client,
+    *,
+    key: str | None,
+    uses: Sequence[tuple[str, str]] = (),
+    repeatable: bool = False,
+    renews: Row | None = None,
+) -> Response:
+    """The answer to a request for a job. Unless `repeatable`, equal requests are one job.
+
+    With `renews`, the request whose answer is to be made anew, only a job that has not ended answers.
+    """
+    service = service_of(request)
+    lane = lane_of(kind)
+    job, new = service.store.ask(
+        kind,
+        lane,
+        asked,
+        content=None if repeatable else content_key(kind, asked),
+        key=key,
+        waiting=service.settings.waiting,
+        client=client,
+        uses=uses,
+        renews=None if renews is None else content_key(kind, renews),
+    )
+    service.metrics.cached.labels(kind, "new" if new else "finished" if job.state in FINISHED else "joined").inc()
+    if new:
+        service.supervisor.wake(lane)
+    return job_answer(service.events.told(job))
+
+
+def job_answer(job: Job) -> Response:
+    finished = job.state in FINISHED
+    return Response(
+        job.model_dump_json(),
+        status_code=200 if finished else 202,
+        media_type="application/json",
+        headers={"Location": f"/v1/jobs/{job.id}"} | ({} if finished else {"Retry-After": "1"}),
+    )
+
+
+def budget(memory: int | str, field: str) -> int:
+    """Bytes of a request's budget. Raises ServiceError 422 naming the field."""
+    if isinstance(memory, int):
+        if not 0 < memory <= LARGEST:
+            raise invalid(field, f"{memory} bytes are no budget; write plain bytes above 0, or a size such as 600MiB")
+        return memory
+    try:
+        return parse_size(memory)
+    except InputError as error:
+        raise invalid(field, str(error)) from error
+
+
+def stored(request: Request, kind: str, identity: str, field: str | None = None) -> Row:
+    """A stored file's row. Raises ServiceError 404, naming the field that asked for it."""
+    row = service_of(request).store.file(kind, identity)
+    if row is None:
+        error = not_found(kind, identity)
+        raise ServiceError(error.status, error.code, str(error), field and f"body.{field}")
+    return row
+
+
+def file_answer(
+    request: Request, row: Row, *, media_type: str = "application/json", name: str | None = None
+) -> Response:
+    """A stored file's content, as it lies there where the client takes gzip."""
+    objects = service_of(request).objects
+    headers = {"ETag": f'"{row["digest"]}"', "Vary": "Accept-Encoding"}
+    if name is not None:
+        headers["Content-Disposition"] = f'attachment; filename="{name}"'
+    if request.headers.get("if-none-match") == headers["ETag"]:
+        return Response(status_code=304, headers=headers)
+    if media_type == "application/json" and "gzip" in request.headers.get("accept-encoding", ""):
+        return Response(
+            objects.packed(row["digest"]), media_type=media_type, headers=headers | {"Content-Encoding": "gzip"}
+        )
+    return StreamingResponse(objects.unpack(row["digest"]), media_type=media_type, headers=headers)
+
+
+def not_runnable(request: Request, plan: Row) -> str | None:
+    """Why a stored plan cannot be run on this machine; None where it can."""
+    summary = json.loads(plan["summary"])
+    if summary["status"] == "infeasible":
+        return f"the plan {plan['id']} has no schedule: its budget is too small; plan again with more memory"
+    profile = service_of(request).store.file("profile", plan["origin"])
+    if profile is None or profile["origin"] != "made":
+        # An uploaded profile's operators and paths are a stranger's: they are planned with, never executed.
+        return "this plan's profile was not made by this service; measure the model on the service's machine, plan and run that"
+    if summary.get("elsewhere"):
+        return f"the plan {plan['id']} is for {summary['elsewhere']} with estimated times; plan for this machine and run that"
+    return None
+
+
+def stored_profile(row: Row) -> StoredProfile:
+    return StoredProfile(
+        id=row["id"],
+        created=row["created"],
+        bytes=row["bytes"],
+        summary=json.loads(row["summary"]),
+        name=row["name"],
+        origin=row["origin"],
+    )
+
+
+def stored_plan(row: Row) -> StoredPlan:
+    return StoredPlan(
+        id=row["id"],
+        created=row["created"],
+        bytes=row["bytes"],
+        summary=json.loads(row["summary"]),
+        profile=row["origin"],
+    )

@@ -1,0 +1,191 @@
+"""The gate before every route: who may ask, how much they may send, and a line in the log for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tightfit.planner.service.wire.errors import Code
+from tightfit.planner.service.wire.metrics import Metrics
+from tightfit.planner.service.wire.settings import Settings, loopback
+from tightfit.runtime.common.strict_json import to_json
+
+OPEN = ("/healthz", "/page/")
+"""answered without a token: nothing there belongs to anybody"""
+UPLOAD = "/v1/profiles/upload"
+"""the one path that takes large bodies"""
+BODY_SECONDS = 60.0
+"""that we wait for a request's body, from its headers to its end"""
+STREAMS = "/events"
+"""end of the paths whose answers last as long as their job: not told without their body"""
+POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self';"
+    b" base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"content-security-policy", POLICY),
+)
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+log = logging.getLogger("tightfit.requests")
+
+
+class Refused(Exception):  # noqa: N818  an answer, not a fault
+    def __init__(self, status: int, code: Code, message: str, field: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.field = status, code, message, field
+
+
+class _Exchange:
+    """A request's body as it comes and the answer as it goes: a body that is too large or too slow is answered by a refusal."""
+
+    def __init__(self, receive: Receive, send: Send, limit: int) -> None:
+        self._receive, self._send, self._limit = receive, send, limit
+        self._received, self._left, self._whole = 0, BODY_SECONDS, False
+        self._refusal: Refused | None = None
+        self._started = False
+        self.status = 500
+
+    async def receive(self) -> Message:
+        """Raises Refused for a body that is too large, or that keeps us waiting for too long."""
+        if self._whole:
+            return await self._receive()
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self._left):
+                message = await self._receive()
+        except TimeoutError:
+            told = f"the body did not come within {BODY_SECONDS:.0f} s"
+            self._refusal = Refused(408, "request_timeout", told, "body")
+            raise self._refusal from None
+        self._left -= time.monotonic() - began
+        self._received += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        if self._received > self._limit:
+            self._refusal = _too_large(self._limit)
+            raise self._refusal
+        return message
+
+    async def send(self, message: Message) -> None:
+        if self._refusal is not None:  # told instead of what the application makes of half a body
+            await self.refuse(self._refusal)
+            return
+        if message["type"] == "http.response.start":
+            self.status, self._started = message["status"], True
+            message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
+        await self._send(message)
+
+    async def refuse(self, why: Refused) -> None:
+        if self._started:
+            return
+        self.status, self._started = why.status, True
+        fields = [{"field": why.field, "message": why.message}]
+        body = to_json({"error": {"code": why.code, "message": why.message, "fields": fields}}).encode(
+            "utf-8", "replace"
+        )
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+            *HEADERS,
+        ]
+        if why.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        await self._send({"type": "http.response.start", "status": why.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+class Guard:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+        self.app, self.settings, self.metrics = app, settings, metrics
+        self._token = None if settings.token is None else settings.token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        # What is read is also told without its body, which the server leaves out.
+        told = scope["method"] == "HEAD" and not scope["path"].endswith(STREAMS)
+        asked = {**scope, "method": "GET"} if told else scope
+        exchange = _Exchange(receive, send, self._limit(scope))
+        try:
+            self._check(scope)
+            await self.app(asked, exchange.receive, exchange.send)
+        except Refused as why:
+            await exchange.refuse(why)
+        finally:
+            self._note(asked, scope["method"], exchange.status, time.perf_counter() - began)
+
+    def _limit(self, scope: Scope) -> int:
+        return self.settings.upload_bytes if scope["path"] == UPLOAD else self.settings.request_bytes
+
+    def _check(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        path: str = scope["path"]
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._token is None:
+            name = urlsplit(f"//{host}").hostname if _plain(host) else None
+            if name is None or not loopback(name):
+                # A page elsewhere could point its own name at this machine and ask in the user's stead.
+                message = f"this service answers to localhost, not to {host[:100]!r}; a token opens it to other names"
+                raise Refused(421, "misdirected", message, "header.Host")
+        origin = headers.get(b"origin")
+        if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:
+            raise Refused(403, "forbidden", "requests of other sites' pages are refused", "header.Origin")
+        if self._token is not None and path != "/" and not path.startswith(OPEN):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
+                message = "send the service's token in the header: Authorization: Bearer TOKEN"
+                raise Refused(401, "unauthorized", message, "header.Authorization")
+        if scope["method"] in {"POST", "PUT", "PATCH"}:
+            self._check_body(headers, self._limit(scope))
+
+    def _check_body(self, headers: dict[bytes, bytes], limit: int) -> None:
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
+        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        empty = length in (b"", b"0") and b"transfer-encoding" not in headers
+        if not empty and kind != b"application/json":
+            shown = kind.decode("latin-1")[:100]
+            message = f"the content type {shown!r} is not understood; send application/json"
+            raise Refused(415, "unsupported_media_type", message, "header.Content-Type")
+
+    def _note(self, scope: Scope, method: str, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", None) or ("refused" if status in {401, 403, 421} else "unmatched")
+        # Strangers choose the method: a label of their own for each would grow without end.
+        method = method if method in METHODS else "other"
+        self.metrics.requests.labels(method, route, str(status)).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
+        client: Any = scope.get("client")
+        log.info(
+            "request",
+            extra={
+                "method": method,
+                "route": route,
+                "status": status,
+                "seconds": round(seconds, 6),
+                "client": client[0] if client else None,
+            },
+        )
+
+
+def _too_large(limit: int) -> Refused:
+    return Refused(
+        413, "too_large", f"the body has more than {limit} bytes, which is the most this service takes", "body"
+    )
+
+
+def _plain(host: str) -> bool:
+    """Whether `host` can be split at all: brackets must match."""
+    return host.count("[") == host.count("]") <= 1 and "@" not in host

@@ -1,0 +1,143 @@
+"""``/v1/jobs`` and what tells about the service itself."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from starlette.responses import StreamingResponse
+
+from tightfit.planner.service.http.doors import errors, service_of
+from tightfit.planner.service.jobs.migrations import LATEST
+from tightfit.planner.service.jobs.supervisor import LOCAL
+from tightfit.planner.service.wire.clients import Asker
+from tightfit.planner.service.wire.errors import ServiceError
+from tightfit.planner.service.wire.schema import (
+    FINISHED,
+    DeviceAnswer,
+    DeviceList,
+    Health,
+    Job,
+    JobId,
+    JobKind,
+    JobList,
+    JobState,
+)
+from tightfit.profiles.devices.data_sheets import known_devices
+from tightfit.profiles.measuring.cpu_load import our_cores
+
+router = APIRouter()
+Identity = Annotated[JobId, Path()]
+EVENTS = {
+    200: {
+        "description": "`event: job` with the job, at first and at each change of its state; `event: progress` between",
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "string"},
+                "example": 'event: progress\ndata: {"stage": "pricing", "incumbent": 2.65, "bound": 2.64, "gap": 0.004, "seconds": 3.1}\n\n',
+            }
+        },
+    },
+    **errors(404),
+}
+
+METRICS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Prometheus' text format",
+        "content": {
+            "text/plain": {
+                "schema": {"type": "string"},
+                "example": 'tightfit_jobs_now{kind="plan",state="succeeded"} 12.0\n',
+            }
+        },
+    }
+}
+
+
+@router.get("/v1/jobs", response_model=JobList, tags=["jobs"], summary="Jobs, newest first")
+async def list_jobs(
+    request: Request,
+    kind: JobKind | None = None,
+    state: JobState | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> JobList:
+    service = service_of(request)
+    return JobList(jobs=[service.events.told(job) for job in service.store.jobs(kind=kind, state=state, limit=limit)])
+
+
+@router.get("/v1/jobs/{identity}", response_model=Job, responses=errors(404), tags=["jobs"], summary="A job")
+async def get_job(request: Request, identity: Identity) -> Job:
+    service = service_of(request)
+    return service.events.told(service.store.job(identity))
+
+
+@router.get(
+    "/v1/jobs/{identity}/events",
+    responses=EVENTS,
+    response_class=StreamingResponse,
+    tags=["jobs"],
+    summary="What happens to a job, as server-sent events",
+)
+async def get_events(request: Request, identity: Identity) -> StreamingResponse:
+    """Ends with the job."""
+    service = service_of(request)
+    service.store.job(identity)
+    return StreamingResponse(
+        service.events.stream(identity, service.store.job),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store"},
+    )
+
+
+@router.post(
+    "/v1/jobs/{identity}/cancel",
+    response_model=Job,
+    responses=errors(403, 404, 409),
+    tags=["jobs"],
+    summary="Let a job go",
+)
+async def cancel_job(request: Request, identity: Identity, client: Asker) -> Job:
+    """The job ends when the last client that has asked for it lets go, a run with a checkpoint; `wanted_by` tells how many
+    still want it. Without a Client-Id you let go for all at your address who have asked, unless you have asked so yourself.
+    403 where only others have asked for it, 409 where it has ended already.
+    """
+    service = service_of(request)
+    job = service.store.job(identity)
+    if job.state in FINISHED:
+        raise ServiceError(409, "conflict", f"the job {identity} is {job.state} already")
+    return service.supervisor.cancel(identity, client)
+
+
+@router.get("/v1/devices", response_model=DeviceList, tags=["service"], summary="Devices")
+async def list_devices(request: Request) -> DeviceList:
+    """What runs go to, and how long its queue is; then those that can be planned for."""
+    running, waiting = service_of(request).store.lane(LOCAL)
+    cores = our_cores()
+    here = DeviceAnswer(
+        name=LOCAL,
+        label="the service's machine",
+        kind="cpu",
+        threads=cores,
+        local=True,
+        running=running,
+        waiting=waiting,
+    )
+    others = [
+        DeviceAnswer(
+            **device.model_dump(include={"name", "label", "kind", "threads"}), local=False, running=None, waiting=0
+        )
+        for device in known_devices()
+    ]
+    return DeviceList(devices=[here, *others])
+
+
+@router.get("/healthz", response_model=Health, tags=["service"], summary="Whether the service answers")
+async def health(request: Request) -> Health:
+    """Needs no token."""
+    service_of(request).store.lane(LOCAL)
+    return Health(status="ok", version=request.app.version, schema_version=LATEST)
+
+
+@router.get("/metrics", tags=["service"], summary="Figures for Prometheus", response_class=Response, responses=METRICS)
+async def metrics(request: Request) -> Response:
+    return Response(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

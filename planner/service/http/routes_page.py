@@ -1,0 +1,58 @@
+"""The page: files of this package, nothing from elsewhere."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.responses import RedirectResponse
+
+from tightfit.planner.report.memory_categories import KINDS, UNKNOWN
+from tightfit.planner.service.wire.errors import not_found
+
+router = APIRouter(include_in_schema=False)
+TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+
+
+@router.get("/")
+async def root() -> Response:
+    return RedirectResponse("/page/")
+
+
+@router.get("/page/")
+async def index() -> Response:
+    return _file("index.html")
+
+
+@router.get("/page/{name}")
+async def part(name: str) -> Response:
+    return _file(name)
+
+
+def _file(name: str) -> Response:
+    found = _files()
+    if name not in found:
+        raise not_found("page", name)
+    kind = TYPES[name.rsplit(".", 1)[-1]]
+    return Response(found[name], media_type=f"{kind}; charset=utf-8", headers={"Cache-Control": "no-cache"})
+
+
+@cache
+def _files() -> dict[str, str]:
+    folder: Any = files("tightfit.planner.service") / "page"
+    found = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name.rsplit(".", 1)[-1] in TYPES}
+    return found | {"kinds.css": _kinds()}
+
+
+def _kinds() -> str:
+    """The colours of what memory is spent on, the same as in every other picture."""
+    light, dark = (
+        "".join(f"--kind-{kind.name}: {getattr(kind, ground)}; " for kind in KINDS) + f"--kind-other: {UNKNOWN[index]};"
+        for index, ground in enumerate(("light", "dark"))
+    )
+    return (
+        f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root:not([data-theme=light]) {{ {dark} }} }}\n"
+        f":root[data-theme=dark] {{ {dark} }}\n"
+    )

@@ -1,0 +1,167 @@
+"""``/v1/plans`` and ``/v1/comparisons``: will it fit, how fast, and what another budget, rule or device would change."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from functools import lru_cache
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Request, Response
+
+from tightfit.planner.schema import Plan
+from tightfit.planner.service.http.doors import (
+    JOB_ANSWERS,
+    IdempotencyKey,
+    ask,
+    budget,
+    errors,
+    file_answer,
+    file_responses,
+    not_runnable,
+    service_of,
+    stored,
+    stored_plan,
+)
+from tightfit.planner.service.jobs.solving import OWN
+from tightfit.planner.service.jobs.store import Row
+from tightfit.planner.service.jobs.view import difference, plan_view
+from tightfit.planner.service.wire.clients import Asker
+from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
+from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.schema import (
+    ComparisonRequest,
+    Digest,
+    Job,
+    JobId,
+    PlanList,
+    PlanRequest,
+    StoredPlan,
+)
+from tightfit.planner.service.wire.settings import Settings
+from tightfit.planner.service.wire.shown import Difference, PlanView
+from tightfit.profiles.devices.data_sheets import known_devices
+from tightfit.runtime.common.strict_json import to_json
+
+router = APIRouter(prefix="/v1", tags=["planning"])
+Identity = Annotated[Digest, Path(description="the plan's fingerprint")]
+FILE = file_responses("plan.json as `tightfit plan` writes it", {"status": "optimal", "peak_bytes": 366897152})
+
+
+@router.post("/plans", status_code=202, responses=JOB_ANSWERS, summary="Plan a profile at a budget")
+async def make_plan(request: Request, asked: PlanRequest, client: Asker, key: IdempotencyKey = None) -> Response:
+    """A budget that is too small is a result with status infeasible and the smallest budget that is enough."""
+    settings = service_of(request).settings
+    _check_time(asked.time_limit, settings)
+    _check_policy(asked.policy, stored(request, "profile", asked.profile, "profile"), "policy")
+    words = asked.model_dump() | {"memory": budget(asked.memory, "memory")}
+    return ask(request, "plan", words, client, key=key, uses=[("profile", asked.profile)])
+
+
+@router.get("/plans", response_model=PlanList, summary="Plans, newest first")
+async def list_plans(
+    request: Request, profile: Digest | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+) -> PlanList:
+    return PlanList(
+        plans=[stored_plan(row) for row in service_of(request).store.files("plan", origin=profile, limit=limit)]
+    )
+
+
+@router.get("/plans/{identity}", response_model=StoredPlan, responses=errors(404), summary="A plan in figures")
+async def get_plan(request: Request, identity: Identity) -> StoredPlan:
+    return stored_plan(stored(request, "plan", identity))
+
+
+@router.get("/plans/{identity}/file", responses=FILE, summary="The whole plan", response_class=Response)
+async def get_plan_file(request: Request, identity: Identity) -> Response:
+    """What `tightfit run` takes."""
+    return file_answer(request, stored(request, "plan", identity))
+
+
+@router.get("/plans/{identity}/view", response_model=PlanView, responses=errors(404), summary="A plan to look at")
+async def get_plan_view(request: Request, identity: Identity) -> Response:
+    """Sentences, memory over the step, what fills the peak, layers with their decisions, channels: what the page shows."""
+    row = stored(request, "plan", identity)
+    content = await asyncio.to_thread(
+        _view, service_of(request).objects, row["digest"], row["summary"], not_runnable(request, row)
+    )
+    return Response(content, media_type="application/json")
+
+
+@router.get(
+    "/plans/{identity}/changes/{other}",
+    response_model=Difference,
+    responses=errors(404),
+    summary="What another plan does otherwise",
+)
+async def get_changes(request: Request, identity: Identity, other: Digest) -> Response:
+    """Tensor by tensor: kept, recomputed, offloaded, streamed, packed, unpacked in this plan and in the other."""
+    rows = [stored(request, "plan", name) for name in (identity, other)]
+    objects = service_of(request).objects
+    content = await asyncio.to_thread(
+        lambda: to_json(difference(*(_plan(objects, row["digest"]) for row in rows)).model_dump())
+    )
+    return Response(content, media_type="application/json")
+
+
+@router.post("/comparisons", status_code=202, responses=JOB_ANSWERS, summary="Compare budgets, policies, devices")
+async def make_comparison(
+    request: Request, asked: ComparisonRequest, client: Asker, key: IdempotencyKey = None
+) -> Response:
+    """Budgets × policies × devices. Every cell's plan is kept under its fingerprint."""
+    settings = service_of(request).settings
+    _check_time(asked.time_limit, settings)
+    known = [OWN, *(device.name for device in known_devices())]
+    for index, device in enumerate(asked.devices):
+        if device not in known:
+            raise invalid(f"devices.{index}", f"no device is called {device!r}; choose from {', '.join(known)}")
+    row = stored(request, "profile", asked.profile, "profile")
+    for index, policy in enumerate(asked.policies):
+        _check_policy(policy, row, f"policies.{index}")
+    budgets = sorted({budget(memory, f"memory.{index}") for index, memory in enumerate(asked.memory)})
+    words = asked.model_dump() | {
+        "memory": budgets,
+        "policies": list(dict.fromkeys(asked.policies)),
+        "devices": list(dict.fromkeys(asked.devices)),
+    }
+    return ask(request, "comparison", words, client, key=key, uses=[("profile", asked.profile)])
+
+
+@router.get("/comparisons/{identity}", response_model=Job, responses=errors(404, 409), summary="A comparison's cells")
+async def get_comparison(request: Request, identity: Annotated[JobId, Path()]) -> Job:
+    """The job whose `result.cells` hold a summary and a plan id each. 409 while it is not finished."""
+    service = service_of(request)
+    job = service.store.job(identity)
+    if job.kind != "comparison":
+        raise not_found("comparison", identity)
+    if job.state != "succeeded":
+        raise ServiceError(
+            409, "conflict", f"the comparison {identity} is {job.state}; follow /v1/jobs/{identity}/events"
+        )
+    return service.events.told(job)
+
+
+def _check_policy(policy: str, profile: Row, field: str) -> None:
+    summary = json.loads(profile["summary"])
+    if policy in summary.get("refused", ()):
+        raise invalid(field, summary["refused"][policy])
+    known = [*summary["policies"], *summary.get("approximate", ())]
+    if policy not in known:
+        raise invalid(field, f"no policy is called {policy!r}; choose from {', '.join(known)}")
+
+
+def _check_time(seconds: float, settings: Settings) -> None:
+    if seconds > settings.time_limit_seconds:
+        limit = settings.time_limit_seconds
+        raise invalid("time_limit", f"{seconds} s for one plan; this service allows at most {limit:g} s")
+
+
+@lru_cache(maxsize=4)
+def _plan(objects: Objects, digest: str) -> Plan:
+    return Plan.model_validate_json(objects.read(digest))
+
+
+@lru_cache(maxsize=128)
+def _view(objects: Objects, digest: str, summary: str, refusal: str | None) -> str:
+    view = plan_view(_plan(objects, digest), json.loads(summary)["explanation"], not_runnable=refusal)
+    return to_json(view.model_dump())

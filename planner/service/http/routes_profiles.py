@@ -1,0 +1,111 @@
+"""``/v1/profiles``: what was measured; uploaded, or made on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query, Request, Response
+
+from tightfit.planner.service.http.doors import (
+    JOB_ANSWERS,
+    IdempotencyKey,
+    ask,
+    errors,
+    file_answer,
+    file_responses,
+    service_of,
+    stored,
+    stored_profile,
+)
+from tightfit.planner.service.http.paths import confined
+from tightfit.planner.service.jobs.store import Row
+from tightfit.planner.service.wire.clients import Asker
+from tightfit.planner.service.wire.errors import invalid
+from tightfit.planner.service.wire.schema import Digest, ProfileList, ProfileRequest, StoredProfile
+from tightfit.planner.service.wire.settings import Settings
+from tightfit.profiles.models.decoder_config import decoder_shape, initial_deviation, text_config
+from tightfit.profiles.schema import PROFILE_VERSION
+from tightfit.runtime.common.errors import InputError
+
+router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
+Identity = Annotated[Digest, Path(description="sha256 of the profile's content")]
+FILE = file_responses("profile.json as `tightfit profile` writes it", {"format": "tightfit-profile", "layers": []})
+UPLOAD: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"type": "object", "description": "a profile.json as `tightfit profile` writes it"},
+                "examples": {
+                    "cut": {"summary": "the first fields", "value": {"version": PROFILE_VERSION, "layers": []}}
+                },
+            }
+        },
+    }
+}
+
+
+@router.post("", status_code=202, responses=JOB_ANSWERS, summary="Measure a model on this machine")
+async def make_profile(request: Request, asked: ProfileRequest, client: Asker, key: IdempotencyKey = None) -> Response:
+    """Waits for this machine's device: measurements and runs follow each other.
+
+    What was measured before is answered at once; `force` measures anew, and the new profile answers from then on.
+    """
+    settings = service_of(request).settings
+    options = asked.model_dump(include={"seq", "batch", "lora_rank", "lora_alpha", "accumulate", "dtype"})
+    words = options | await asyncio.to_thread(_source, settings, asked)
+    if not asked.force:
+        return ask(request, "profile", words, client, key=key)
+    return ask(request, "profile", words | {"force": True}, client, key=key, renews=words)
+
+
+def _source(settings: Settings, asked: ProfileRequest) -> Row:
+    """The model, as a worker is told of it: a path or hub id as `source`, or a `config`. Raises ServiceError 422."""
+    if asked.path is not None:
+        return {"source": confined(asked.path, settings.roots, "path")}
+    if asked.hub is not None:
+        if not settings.hub:
+            raise invalid("hub", "this service downloads nothing; start it with --hub, or name a path")
+        return {"source": asked.hub}
+    config = text_config(asked.config)
+    if config is None:
+        raise invalid("config", "no model config (no 'model_type'); send the content of a config.json")
+    try:
+        decoder_shape(config)
+        initial_deviation(config)
+    except InputError as error:
+        raise invalid("config", str(error)) from error
+    return {"config": asked.config}
+
+
+@router.post(
+    "/upload",
+    status_code=201,
+    response_model=StoredProfile,
+    responses={200: {"model": StoredProfile, "description": "It was here already"}, **errors(400, 408, 413, 415)},
+    openapi_extra=UPLOAD,
+    summary="Upload a profile",
+)
+async def upload_profile(request: Request) -> Response:
+    """The body is a profile.json, plain or gzip. It can be planned; only profiles made here can also be run here."""
+    row, new = await service_of(request).uploads.receive(request)
+    answer = stored_profile(row)
+    return Response(answer.model_dump_json(), status_code=201 if new else 200, media_type="application/json")
+
+
+@router.get("", response_model=ProfileList, summary="Profiles, newest first")
+async def list_profiles(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> ProfileList:
+    return ProfileList(
+        profiles=[stored_profile(row) for row in service_of(request).store.files("profile", limit=limit)]
+    )
+
+
+@router.get("/{identity}", response_model=StoredProfile, responses=errors(404), summary="A profile in figures")
+async def get_profile(request: Request, identity: Identity) -> StoredProfile:
+    return stored_profile(stored(request, "profile", identity))
+
+
+@router.get("/{identity}/file", responses=FILE, summary="The whole profile", response_class=Response)
+async def get_profile_file(request: Request, identity: Identity) -> Response:
+    return file_answer(request, stored(request, "profile", identity))

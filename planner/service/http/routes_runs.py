@@ -1,0 +1,145 @@
+"""``/v1/runs``: plans carried out on this machine's device, one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request, Response
+
+from tightfit.planner.report.summary import unfinished_update
+from tightfit.planner.service.http.doors import (
+    JOB_ANSWERS,
+    IdempotencyKey,
+    ask,
+    errors,
+    file_answer,
+    file_responses,
+    job_answer,
+    not_runnable,
+    service_of,
+    stored,
+)
+from tightfit.planner.service.http.paths import confined
+from tightfit.planner.service.jobs.store import Row
+from tightfit.planner.service.wire.clients import Asker
+from tightfit.planner.service.wire.errors import ServiceError, invalid, not_found
+from tightfit.planner.service.wire.schema import Job, JobId, RunMetrics, RunRequest
+
+router = APIRouter(prefix="/v1/runs", tags=["runs"])
+Identity = Annotated[JobId, Path(description="the run's job")]
+REPORT = file_responses(
+    "report.json as `tightfit run` writes it",
+    {"peak_bytes": {"predicted": 365217587, "measured": 363646976}, "loss": [3.2, 2.9]},
+    409,
+)
+ADAPTER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A tar file of the folder adapter/",
+        "content": {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    **errors(404, 409),
+}
+RANDOM = "random"
+
+
+@router.post("", status_code=202, responses=JOB_ANSWERS, summary="Carry out a plan")
+async def make_run(request: Request, asked: RunRequest, client: Asker, key: IdempotencyKey = None) -> Response:
+    """Every request is a run of its own, unless an idempotency key says that it is the same one."""
+    words = asked.model_dump() | await _allowed(request, asked)
+    uses = [("plan", asked.plan), *(("cache", name) for name in _cached(request, asked.plan))]
+    return ask(request, "run", words, client, key=key, uses=uses, repeatable=True)
+
+
+@router.get("/{identity}", response_model=Job, responses=errors(404), summary="A run")
+async def get_run(request: Request, identity: Identity) -> Job:
+    return service_of(request).events.told(_run(request, identity))
+
+
+@router.post(
+    "/{identity}/resume",
+    status_code=202,
+    response_model=Job,
+    responses=errors(404, 409, 429),
+    summary="Go on with a run",
+)
+async def resume_run(request: Request, identity: Identity, client: Asker, key: IdempotencyKey = None) -> Response:
+    """A run that was cancelled, failed or interrupted goes on from its checkpoint. 409 where it has not ended so.
+
+    What it reads is allowed or refused as for a new run: the service may have been started with other roots since.
+    """
+    await _allowed(request, RunRequest(**_run(request, identity).request))
+    return job_answer(service_of(request).supervisor.resume(identity, client, key))
+
+
+@router.get("/{identity}/metrics", response_model=RunMetrics, responses=errors(404), summary="Every step so far")
+async def get_metrics(request: Request, identity: Identity) -> RunMetrics:
+    service = service_of(request)
+    job = _run(request, identity)
+    row = service.store.file("metrics", identity)
+    if row is not None:
+        lines = service.objects.read(row["digest"]).splitlines()
+    else:
+        live = service.supervisor.runs / identity / "out" / "metrics.jsonl"
+        lines = (
+            [line for line in live.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            if live.exists()
+            else []
+        )
+    plan = json.loads(stored(request, "plan", job.request["plan"])["summary"])
+    return RunMetrics(budget_bytes=plan["budget_bytes"], steps=[json.loads(line) for line in lines])
+
+
+@router.get("/{identity}/report", responses=REPORT, summary="Predicted beside measured", response_class=Response)
+async def get_report(request: Request, identity: Identity) -> Response:
+    return file_answer(request, _made(request, identity, "report"))
+
+
+@router.get("/{identity}/adapter", responses=ADAPTER, summary="The adapter as a tar file", response_class=Response)
+async def get_adapter(request: Request, identity: Identity) -> Response:
+    """`adapter/` as `peft.PeftModel.from_pretrained` takes it."""
+    row = _made(request, identity, "adapter")
+    return file_answer(request, row, media_type="application/x-tar", name=f"adapter-{identity}.tar")
+
+
+async def _allowed(request: Request, asked: RunRequest) -> Row:
+    """The real paths that a run reads. Raises ServiceError for what may not be run here, or lies outside the roots."""
+    plan = stored(request, "plan", asked.plan, "plan")
+    refusal = not_runnable(request, plan)
+    if refusal is not None:
+        raise invalid("plan", refusal)
+    unfinished = unfinished_update(asked.steps, json.loads(plan["summary"]).get("accumulate", 1))
+    if unfinished is not None:
+        raise invalid("steps", unfinished)
+    roots = service_of(request).settings.roots
+    real: Row = {"data": RANDOM, "eval_data": None}
+    for field, text in (("data", asked.data), ("eval_data", asked.eval_data)):
+        if text is not None and text != real[field]:
+            real[field] = await asyncio.to_thread(confined, text, roots, field)
+    return real
+
+
+def _cached(request: Request, plan: str) -> list[str]:
+    """Files of the cache that a run of the plan reads: packed weights, a config that was sent. They are in use now."""
+    store = service_of(request).store
+    profile = store.file("profile", stored(request, "plan", plan)["origin"])
+    names: list[str] = [] if profile is None else json.loads(profile["summary"]).get("cached", [])
+    for name in names:
+        store.touch("cache", name)
+    return names
+
+
+def _run(request: Request, identity: str) -> Job:
+    job = service_of(request).store.job(identity)
+    if job.kind != "run":
+        raise not_found("run", identity)
+    return job
+
+
+def _made(request: Request, identity: str, kind: str) -> Row:
+    job = _run(request, identity)
+    row = service_of(request).store.file(kind, identity)
+    if row is None:
+        raise ServiceError(409, "conflict", f"the run {identity} is {job.state} and has left no {kind}")
+    return row

@@ -1,0 +1,147 @@
+"""Uploads, from the socket to the store: the body goes to disk as it comes, and a process of its own makes sense of it.
+
+Reading what strangers send takes seconds and gigabytes where they want it to. In that process time and memory are limited
+(`limits`), and the service answers others meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from tightfit.planner.service.jobs.processes import UPLOAD, Processes
+from tightfit.planner.service.jobs.store import Row, Store
+from tightfit.planner.service.jobs.worker import Order
+from tightfit.planner.service.wire.clients import address_of, network_of
+from tightfit.planner.service.wire.errors import ServiceError, StorageError
+from tightfit.planner.service.wire.metrics import Metrics
+from tightfit.planner.service.wire.objects import Objects, unpacked
+from tightfit.planner.service.wire.settings import Settings
+
+OF_A_NETWORK = 4
+"""uploads that one network may have under way, from the first byte of the body; further ones wait before their body is read"""
+READ_AT_ONCE = 2
+"""processes that make sense of uploads"""
+log = logging.getLogger("tightfit.service")
+
+
+class Uploads:
+    def __init__(
+        self, settings: Settings, store: Store, objects: Objects, metrics: Metrics, processes: Processes
+    ) -> None:
+        self._settings, self._store, self._objects = settings, store, objects
+        self._metrics, self._processes = metrics, processes
+        self._networks: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._readers = asyncio.Semaphore(READ_AT_ONCE)
+
+    async def receive(self, request: Request) -> tuple[Row, bool]:
+        """The stored profile that the request's body holds, and whether it is new.
+
+        Raises ServiceError for a body that is none, contradicts itself or is too large, StorageError where the disk is full.
+        """
+        encoding = request.headers.get("content-encoding", "identity").lower()
+        if encoding not in {"identity", "gzip"}:
+            told = f"the content encoding {encoding!r} is not understood; send gzip or none"
+            raise ServiceError(415, "unsupported_media_type", told, "header.Content-Encoding")
+        async with self._turn(network_of(address_of(request))), self._body(request) as path:
+            # What is here already, as `canonical_json` has it, is known by its checksum alone.
+            checksum = await asyncio.to_thread(_checksum, path, encoding, self._settings.upload_bytes)
+            known = self._store.file("profile", checksum)
+            if known is not None:
+                return known, False
+            async with self._readers:
+                file = await self._read(path, encoding)
+        new = self._store.file("profile", file["id"]) is None
+        return self._store.add(file), new
+
+    def _turn(self, network: str) -> asyncio.Semaphore:
+        """Forgotten as soon as nobody of the network waits for it or has it."""
+        return self._networks.setdefault(network, asyncio.Semaphore(OF_A_NETWORK))
+
+    @contextlib.asynccontextmanager
+    async def _body(self, request: Request) -> AsyncIterator[Path]:
+        """The request's body in a file, which is gone afterwards."""
+        path = self._objects.temporary / f"upload-{os.urandom(6).hex()}"
+        try:
+            try:
+                with path.open("wb") as file:
+                    async for chunk in request.stream():
+                        file.write(chunk)
+            except OSError as error:
+                told = f"{self._objects.folder}: {error.strerror}; free disk space and ask again"
+                raise StorageError(told) from error
+            except ClientDisconnect as error:
+                raise ServiceError(
+                    400, "invalid_request", "the connection ended before the body did", "body"
+                ) from error
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def _read(self, path: Path, encoding: str) -> Row:
+        """The row of a profile whose object is on disk."""
+        settings = self._settings
+        limits = {"bytes": settings.upload_bytes, "steps": settings.steps, "tensors": settings.tensors}
+        order = Order(
+            kind="upload",
+            request={"path": str(path), "encoding": encoding} | limits,
+            objects=str(self._objects.folder),
+            digests={},
+            folder="",
+            lock=None,
+            command=[],
+            memory_bytes=settings.check_bytes,
+        )
+        began = time.monotonic()
+        worker, end = await self._processes.take(UPLOAD), None
+        try:
+            async with asyncio.timeout(settings.check_seconds):
+                end = await worker.carry_out(order)
+        except TimeoutError:
+            told = f"the upload took longer to read than {settings.check_seconds:g} s; send a smaller profile"
+            raise ServiceError(413, "too_large", told, "body") from None
+        finally:
+            said = worker.last_words()
+            await (self._processes.give_back(UPLOAD, worker) if end is not None else worker.gone())
+            self._metrics.worked.labels("upload").observe(time.monotonic() - began)
+        return self._file(end, said)
+
+    def _file(self, end: dict[str, Any] | None, said: str) -> Row:
+        if end is not None and "result" in end:
+            file: Row = end["files"][0]
+            return file
+        if end is None or end["code"] == "worker_died":
+            log.warning("an upload was too much for its process", extra={"said": said})
+            told = f"the upload takes more than {self._settings.check_bytes >> 20} MiB of memory to read; send a smaller profile"
+            raise ServiceError(413, "too_large", told, "body")
+        if end["code"] == "storage":
+            raise StorageError(f"{self._objects.folder}: {end['message']}; free disk space and ask again")
+        if end["code"] == "internal":
+            log.error("an upload failed inside", extra={"said": said})
+            raise ServiceError(500, "internal", "internal error; the service's log tells more")
+        raise ServiceError(
+            end.get("status") or 422,
+            end.get("refusal") or "invalid_request",
+            end["message"],
+            end.get("field") or "body",
+        )
+
+
+def _checksum(path: Path, encoding: str, limit: int) -> str:
+    """sha256 of a body as unpacked. Raises ServiceError for one that is too large then, or no gzip."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for chunk in unpacked(file, encoding, limit):
+            digest.update(chunk)
+    return digest.hexdigest()

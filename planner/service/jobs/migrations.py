@@ -1,0 +1,83 @@
+"""The database's schema, step by step. A step is never changed once released: add another."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from tightfit.runtime.common.errors import InputError
+
+STEPS = (
+    """
+    CREATE TABLE jobs (
+        number INTEGER PRIMARY KEY AUTOINCREMENT,   -- the order of the queue
+        id TEXT NOT NULL UNIQUE,
+        kind TEXT NOT NULL,
+        lane TEXT NOT NULL,                         -- solve, or the device's name
+        state TEXT NOT NULL,
+        content TEXT,                               -- fingerprint of what was asked; NULL: every request is a job
+        request TEXT NOT NULL,
+        result TEXT,
+        error TEXT,
+        created REAL NOT NULL,
+        started REAL,
+        finished REAL,
+        used REAL NOT NULL,
+        attempts INTEGER NOT NULL DEFAULT 0
+    );
+    CREATE UNIQUE INDEX one_job_for_one_content ON jobs (content) WHERE state IN ('queued', 'running', 'succeeded');
+    CREATE INDEX queue ON jobs (state, lane, number);
+    CREATE TABLE files (
+        kind TEXT NOT NULL,                         -- profile, plan, report, metrics, adapter, folder
+        id TEXT NOT NULL,
+        digest TEXT,                                -- of the object; NULL: a run's folder
+        bytes INTEGER NOT NULL,
+        stored_bytes INTEGER NOT NULL,
+        name TEXT NOT NULL,
+        origin TEXT,                                -- a plan's profile
+        summary TEXT NOT NULL,
+        created REAL NOT NULL,
+        used REAL NOT NULL,
+        PRIMARY KEY (kind, id)
+    ) WITHOUT ROWID;
+    CREATE INDEX longest_unused ON files (used);
+    CREATE TABLE uses (                             -- what a job needs or made
+        job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+        kind TEXT NOT NULL,
+        file TEXT NOT NULL,
+        PRIMARY KEY (job, kind, file)
+    ) WITHOUT ROWID;
+    CREATE INDEX used_by ON uses (kind, file);
+    CREATE TABLE idempotency (
+        key TEXT PRIMARY KEY,
+        content TEXT NOT NULL,
+        job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE
+    ) WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE askers (                           -- the clients that have asked for a job
+        job TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+        network TEXT NOT NULL,                      -- what one party is counted by
+        address TEXT NOT NULL,
+        name TEXT NOT NULL,                         -- what the client calls itself; empty: nothing
+        let_go INTEGER NOT NULL DEFAULT 0,          -- 1: it has cancelled, and others may still want the job
+        PRIMARY KEY (job, address, name)
+    ) WITHOUT ROWID;
+    CREATE INDEX asked_from ON askers (network);
+    """,
+)
+LATEST = len(STEPS)
+
+
+def migrate(database: sqlite3.Connection, place: str) -> None:
+    """Bring `database` to the newest schema, each step whole or not at all. Raises InputError for one from the future."""
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    if version > LATEST:
+        raise InputError(
+            f"{place}: written by a newer tightfit (schema {version}, this one knows {LATEST}); upgrade, or name another --data-dir"
+        )
+    for number in range(version, LATEST):
+        try:
+            database.executescript(f"BEGIN IMMEDIATE; {STEPS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
+        except sqlite3.Error:
+            database.rollback()
+            raise

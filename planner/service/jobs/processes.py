@@ -1,0 +1,119 @@
+"""Worker processes: how one is started and ended, and the spare one that has loaded the planner before it is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tightfit.planner.service.jobs.worker import Order
+from tightfit.runtime.common.interpreter import command, python_path
+
+UPLOAD = "upload"
+"""the lane of what reads uploads"""
+LINE_BYTES = 64 << 20
+LAST_BYTES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    process: Process
+    words: Path
+    """what it says on standard error"""
+
+    def kill(self) -> None:
+        """End it, and what it has started."""
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+    def last_words(self) -> str:
+        with contextlib.suppress(OSError):
+            return self.words.read_bytes()[-LAST_BYTES:].decode(errors="replace")
+        return ""
+
+    async def carry_out(
+        self, order: Order, progress: Callable[[dict[str, Any]], None] = lambda event: None
+    ) -> dict[str, Any] | None:
+        """Give it an order and pass its progress on. Returns how it ends; None where the process died without a word."""
+        order_to, told_by = self.process.stdin, self.process.stdout
+        assert order_to is not None
+        assert told_by is not None
+        with contextlib.suppress(OSError):
+            order_to.write(json.dumps(asdict(order)).encode() + b"\n")
+            await order_to.drain()
+        async for line in told_by:
+            event: dict[str, Any] = json.loads(line)
+            if event.pop("event") != "progress":
+                return event
+            progress(event)
+        return None
+
+    async def gone(self) -> int:
+        """Its exit status, once it has ended."""
+        self.kill()
+        self.words.unlink(missing_ok=True)
+        return await self.process.wait()
+
+
+class Processes:
+    """Starts workers. To load the planner takes a second, so one process of a lane has done it before it is needed."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self._folder, self._cache = folder, cache
+        self._spare: dict[str, asyncio.Future[Worker]] = {}
+
+    async def take(self, lane: str) -> Worker:
+        """A process that waits for its order."""
+        spare = self._spare.pop(lane, None)
+        if spare is not None:
+            worker = await spare
+            if worker.process.returncode is None:
+                return worker
+            await worker.gone()  # killed while it waited
+        return await self._start(lane)
+
+    def prepare(self, lane: str) -> None:
+        """There is time to have a spare process of a lane ready."""
+        if lane not in self._spare:
+            self._spare[lane] = asyncio.create_task(self._start(lane))
+
+    async def give_back(self, lane: str, worker: Worker) -> None:
+        """A process of `take` that waits for another order, where the lane's processes take more than one."""
+        if lane in self._spare:
+            await worker.gone()
+        else:
+            self._spare[lane] = asyncio.get_running_loop().create_future()
+            self._spare[lane].set_result(worker)
+
+    async def close(self) -> None:
+        """End the spare processes."""
+        for spare in self._spare.values():
+            await (await spare).gone()
+
+    async def _start(self, lane: str) -> Worker:
+        words = self._folder / f"worker-{os.urandom(6).hex()}.log"
+        with words.open("wb") as errors:
+            process = await asyncio.create_subprocess_exec(
+                *command("tightfit.planner.service.jobs.worker", lane),
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=errors,
+                env=_environment(self._cache),
+                limit=LINE_BYTES,
+                start_new_session=True,
+            )
+        return Worker(process=process, words=words)
+
+
+def _environment(cache: Path) -> dict[str, str]:
+    """The service's own, so that workers find these packages; without its token, and with its own cache folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "TIGHTFIT_TOKEN"}
+    return environment | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "TIGHTFIT_CACHE": str(cache)}

@@ -1,0 +1,177 @@
+"""A run of a plan: the command line in a process of its own, followed by the steps it writes down.
+
+The device's lock file is held by the run itself too, so that the next run waits even where this worker was killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tightfit.planner.service.jobs.store import Row, file_row
+from tightfit.planner.service.wire.objects import CHUNK, Objects
+from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
+from tightfit.runtime.common.parent import end_with_parent
+
+if TYPE_CHECKING:
+    from tightfit.planner.service.jobs.worker import Order, Tell
+
+LOOK_SECONDS = 0.2
+ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunError, CapError)}
+
+
+def run(order: Order, tell: Tell) -> Row:
+    """Carry out a plan and keep its report, its steps and its adapter; goes on from a checkpoint where there is one."""
+    assert order.lock is not None
+    objects = Objects(Path(order.objects))
+    folder = Path(order.folder)
+    out = folder / "out"
+    plan = folder / "plan.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    tell.progress(always=True, stage="waiting for the device")
+    with Path(order.lock).open("w") as lock:
+        _wait_for(lock.fileno(), sys.stdin.fileno())
+        plan.write_bytes(objects.read(order.digests[order.request["plan"]]))
+        if out.exists():
+            tell.progress(always=True, stage="waiting for what an earlier attempt still saves")
+        _wait_for_orphan(out, sys.stdin.fileno())
+        tell.progress(always=True, stage="preparing")
+        code, words, last = _follow(_command(order, plan, out), lock.fileno(), out, tell)
+    try:
+        answer = json.loads(words)
+    except ValueError:
+        answer = {}
+    if code or not answer:
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        message = answer.get("error", {}).get("message") or f"the run {how}: {last}"
+        raise ERRORS.get(code, RunError)(message)
+    return _keep(objects, order, out, answer)
+
+
+def _wait_for(lock: int, asked: int) -> None:
+    """Take a lock. Raises RunError where `asked`, standard input, closes first: cancelled, or the service has ended."""
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if select.select([asked], [], [], LOOK_SECONDS)[0]:
+                raise RunError("the run was ended while it waited for another; resume it") from None
+
+
+def _wait_for_orphan(out: Path, asked: int) -> None:
+    """Until the training process of a run that was killed has saved and ended: it holds the lock of its folder."""
+    if out.exists():
+        descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _wait_for(descriptor, asked)
+        finally:
+            os.close(descriptor)
+
+
+def _command(order: Order, plan: Path, out: Path) -> list[str]:
+    request = order.request
+    words = [*order.command, "run", str(plan), "--data", request["data"], "--output", str(out), "--json"]
+    for name in ("steps", "lr", "seed", "checkpoint_every"):
+        words += [f"--{name.replace('_', '-')}", str(request[name])]
+    if request["eval_data"] is not None:
+        words += ["--eval", request["eval_data"]]
+    if request["truncate"]:
+        words.append("--truncate")
+    words.append("--resume" if any(out.glob("checkpoint-*")) else "--overwrite")
+    return words
+
+
+def _follow(command: list[str], lock: int, out: Path, tell: Tell) -> tuple[int, bytes, str]:
+    """Exit code, standard output and last words of the run."""
+    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=answer,
+            stderr=errors,
+            pass_fds=(lock,),
+            # Told to save and end when this process is killed; no thread runs yet.
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509
+        )
+        threading.Thread(target=_pass_on, args=(child,), daemon=True).start()
+        steps = Steps(out / "metrics.jsonl")
+        while child.poll() is None:
+            time.sleep(LOOK_SECONDS)
+            for step in steps:
+                tell.progress(always=True, stage="training", **step)
+        for step in steps:
+            tell.progress(always=True, stage="training", **step)
+        answer.seek(0)
+        errors.seek(0)
+        lines = errors.read().decode(errors="replace").strip().splitlines()
+        return child.returncode, answer.read(), lines[-1] if lines else "it said nothing"
+
+
+def _pass_on(child: subprocess.Popen[bytes]) -> None:
+    """Cancelled or orphaned, the run saves a checkpoint and ends; a minute later it is ended."""
+    sys.stdin.buffer.read()
+    child.terminate()  # Ctrl-C may be ignored here, and what ignores it starts others that do
+    time.sleep(60)
+    child.kill()
+
+
+class Steps:
+    """The lines of ``metrics.jsonl`` that are new since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read = path.stat().st_size if path.exists() else 0
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            if self._path.stat().st_size < self._read:
+                self._read = 0  # a resumed run drops the steps after its checkpoint
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._read += len(line)
+                yield json.loads(line)
+
+
+def _keep(objects: Objects, order: Order, out: Path, report: Row) -> Row:
+    identity = Path(order.folder).name
+    told = {
+        name: report.get(name)
+        for name in ("budget_bytes", "enforced_by", "peak_bytes", "step_seconds", "tokens", "evaluation")
+    }
+    told["steps"] = len(report["loss"])
+    told["loss"] = [report["loss"][0], report["loss"][-1]] if report["loss"] else []
+    files = []
+    for kind, content in (
+        ("report", json.dumps(report).encode()),
+        ("metrics", (out / "metrics.jsonl").read_bytes()),
+    ):
+        files.append(file_row(kind, identity, objects.put(content), name=f"{kind} of {identity}", summary={}))
+    trained = out / "adapter"
+    if trained.is_dir():
+        with tempfile.TemporaryFile(dir=objects.temporary) as packed:
+            with tarfile.open(fileobj=packed, mode="w") as archive:
+                for path in sorted(trained.iterdir()):
+                    archive.add(path, arcname=f"adapter/{path.name}")
+            packed.seek(0)
+            written = objects.put_chunks(iter(lambda: packed.read(CHUNK), b""))
+        files.append(file_row("adapter", identity, written, name=f"adapter of {identity}", summary={}))
+    shutil.rmtree(out)
+    return {"result": {"report": told}, "files": files}

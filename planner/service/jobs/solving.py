@@ -1,0 +1,162 @@
+"""The jobs that work out something: profiles, plans, comparisons. Each returns its result and the files it made."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tightfit.planner.plan import policies_of
+from tightfit.planner.report.summary import plan_summary, profile_summary
+from tightfit.planner.schema import Plan
+from tightfit.planner.service.jobs.cache import STORES, Cache
+from tightfit.planner.service.jobs.store import Row, file_row
+from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.solve.policies import approximate_of, refused_of
+from tightfit.profiles.io import canonical_json, parse_profile
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.files import cache_directory
+
+if TYPE_CHECKING:
+    from tightfit.planner.service.jobs.worker import Order, Tell
+
+SOLVER = "solver"
+OWN = "own"
+"""the device that the profile was made for"""
+
+
+def plan(order: Order, tell: Tell) -> Row:
+    """One plan; one that does not fit is a result too."""
+    from tightfit.planner.plan import planner_of
+    from tightfit.planner.report.marginal_value import explained
+
+    request = order.request
+    objects = Objects(Path(order.objects))
+    policy = None if request["policy"] == "solver" else request["policy"]
+    limit = request["time_limit"]
+    planner = planner_of(_profile(objects, order, request["profile"]))
+    began = time.monotonic()
+    found = planner.plan(
+        request["memory"],
+        policy=policy,
+        time_limit=limit,
+        gap=request.get("gap", 0.0),
+        progress=lambda told: tell.progress(**_finite(told)),
+    )
+    left = limit - (time.monotonic() - began)
+    explanation = explained(planner, found, time_limit=limit, left=left).model_dump(mode="json")
+    file = keep_plan(objects, found, request["profile"], explanation=explanation)
+    summary = plan_summary(found) | {"explanation": explanation}
+    return {"result": {"plan": found.fingerprint, "summary": summary}, "files": [file]}
+
+
+def comparison(order: Order, tell: Tell) -> Row:
+    """Plans of a profile at every budget by every policy on every device."""
+    from tightfit.planner.report.compare import compare
+
+    request = order.request
+    objects = Objects(Path(order.objects))
+    done = 0
+    total = len(request["memory"]) * len(request["policies"]) * len(request["devices"])
+
+    def planned(made: Plan) -> None:
+        nonlocal done
+        done += 1
+        figures = (
+            "status",
+            "budget_bytes",
+            "policy",
+            "step_seconds",
+            "bound_seconds",
+            "ended_by",
+            "minimum_budget_bytes",
+        )
+        cell: Row = {"device": made.device.name} | {name: getattr(made, name) for name in figures}
+        tell.progress(always=True, stage="planning", done=done, total=total, cell=cell)
+
+    found = compare(
+        _profile(objects, order, request["profile"]),
+        request["memory"],
+        request["policies"],
+        devices=[None if name == OWN else name for name in request["devices"]],
+        time_limit=request["time_limit"],
+        gap=request.get("gap", 0.0),
+        planned=planned,
+        solving=lambda told: tell.progress(**_finite(told), done=done, total=total),
+    )
+    files = {one.fingerprint: keep_plan(objects, one, request["profile"]) for one in found.plans}
+    cells = [
+        {
+            "device": one.device.name,
+            "budget_bytes": one.budget_bytes,
+            "policy": one.policy,
+            "plan": one.fingerprint,
+            "summary": plan_summary(one),
+        }
+        for one in found.plans
+    ]
+    return {"result": {"cells": cells}, "files": list(files.values())}
+
+
+def profile(order: Order, tell: Tell) -> Row:
+    """Measure a model on this machine, alone on its device."""
+    import fcntl
+
+    from tightfit.profiles.api import profile as measure
+    from tightfit.profiles.sources.lookup import resolve
+    from tightfit.runtime.engine.weights.layout import store_path
+
+    assert order.lock is not None
+    objects, cache = Objects(Path(order.objects)), Cache(cache_directory())
+    request = dict(order.request)
+    with Path(order.lock).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if "config" in request:
+            request["source"] = str(cache.keep_config(request.pop("config")))
+        found = measure(
+            **request, progress=lambda stage, done, total: tell.progress(stage=stage, done=done, total=total)
+        )
+    # A model without weights has a store as soon as one of its plans runs.
+    source = resolve(request["source"])
+    store = found.model.store or str(store_path(cache.folder / STORES, source.name, source.fingerprint))
+    cached = [name for name in map(cache.name, (store, found.model.source)) if name is not None]
+    file = keep_profile(objects, found, origin="made", cached=cached)
+    return {
+        "result": {"profile": file["id"], "summary": profile_summary(found)},
+        "files": [file, *cache.rows(cached)],
+    }
+
+
+def _finite(told: Mapping[str, float | str]) -> Row:
+    """JSON has no infinity: 0 means that there is none yet."""
+    return {k: 0.0 if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
+
+
+def _profile(objects: Objects, order: Order, identity: str) -> Profile:
+    return parse_profile(objects.read(order.digests[identity]), "the stored profile")
+
+
+def keep_profile(objects: Objects, found: Profile, *, origin: str, cached: Sequence[str] = ()) -> Row:
+    """Store a profile under its checksum. `origin` is made (on this machine, by this service) or uploaded; `cached` are the
+    files of the cache that a run of its plans reads.
+    """
+    written = objects.put(canonical_json(found).encode())
+    # Those that follow another gradient are planned where they are named; nothing sets them beside the others.
+    policies = {"policies": [SOLVER, *policies_of(found)], "approximate": list(approximate_of(found))}
+    summary = profile_summary(found) | policies | {"refused": refused_of(found), "cached": list(cached)}
+    return file_row("profile", written.digest, written, name=found.model.name, origin=origin, summary=summary)
+
+
+def _elsewhere(plan: Plan) -> str | None:
+    """The device that a plan is for, where that is not one on which plans are run."""
+    return None if plan.device.measured and plan.device.kind == "cpu" else plan.device.name
+
+
+def keep_plan(objects: Objects, found: Plan, origin: str, explanation: Row | None = None) -> Row:
+    """Store a plan under its fingerprint."""
+    written = objects.put(found.model_dump_json().encode())
+    name = f"{found.model.name}, {found.policy}"
+    summary: Row = plan_summary(found) | {"explanation": explanation, "elsewhere": _elsewhere(found)}
+    return file_row("plan", found.fingerprint, written, name=name, origin=origin, summary=summary)

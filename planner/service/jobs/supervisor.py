@@ -1,0 +1,267 @@
+"""Looks after the worker processes: takes jobs from the store, lane by lane in their order, and brings their ends back.
+
+Lanes: ``solve`` has as many workers as the settings say; each device has one, for runs and for measurements.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from tightfit.planner.service.jobs.cache import Cache
+from tightfit.planner.service.jobs.processes import Processes, Worker
+from tightfit.planner.service.jobs.store import ATTEMPTS, SOLVE, Store, folder_row
+from tightfit.planner.service.jobs.worker import Order
+from tightfit.planner.service.wire.clients import Client
+from tightfit.planner.service.wire.errors import StorageError, failing_disk
+from tightfit.planner.service.wire.events import Events
+from tightfit.planner.service.wire.metrics import Metrics
+from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.schema import Error, Job, JobKind
+from tightfit.planner.service.wire.settings import Settings
+
+T = TypeVar("T")
+LOCAL = "cpu"
+"""this machine's device"""
+RETAIN_SECONDS = 60.0
+DISK_SECONDS = 5.0
+"""between tries to write where the disk is full"""
+
+log = logging.getLogger("tightfit.service")
+
+
+def lane_of(kind: JobKind) -> str:
+    """Where a job waits for its turn: those that measure or train need this machine's device to themselves."""
+    return LOCAL if kind in {"profile", "run"} else SOLVE
+
+
+class Supervisor:
+    def __init__(self, settings: Settings, store: Store, objects: Objects, events: Events, metrics: Metrics) -> None:
+        self.settings, self.store, self.objects, self.events, self.metrics = settings, store, objects, events, metrics
+        self.runs = settings.data_dir / "runs"
+        self._wake: dict[str, asyncio.Event] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self.cache = Cache(settings.data_dir / "cache")
+        self.processes = Processes(objects.temporary, self.cache.folder)
+        self._workers: dict[str, Worker] = {}
+        self._cancelled: set[str] = set()
+        self._stopping = False
+
+    def recover(self) -> None:
+        """Put back what ran when the service ended, and clear up after it. Raises StorageError where the disk is full."""
+        with failing_disk(self.settings.data_dir):
+            self.runs.mkdir(exist_ok=True)
+        requeued, interrupted = self.store.recover()
+        swept = self.objects.sweep(self.store.digests()) + self.cache.sweep()
+        log.info("store opened", extra={"requeued": requeued, "interrupted": interrupted, "swept": swept})
+
+    async def start(self) -> None:
+        for lane, slots in ((SOLVE, self.settings.workers), (LOCAL, 1)):
+            self._wake[lane] = asyncio.Event()
+            self._tasks += [asyncio.create_task(self._serve(lane)) for _ in range(slots)]
+        self._tasks.append(asyncio.create_task(self._retain()))
+
+    async def stop(self) -> None:
+        """End every worker; what was running waits for the next start. Runs save first."""
+        self._stopping = True
+        for identity, worker in list(self._workers.items()):
+            log.info("job put back", extra={"job": identity})
+            self._end(self.store.job(identity), worker)
+        for task in self._tasks:
+            if task.get_name() not in self._workers:
+                task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.processes.close()
+
+    def wake(self, lane: str) -> None:
+        """There is a new job."""
+        self._wake[lane].set()
+
+    def cancel(self, identity: str, client: Client) -> Job:
+        """`client` lets a job go; who was the last to want it ends it: at once where it waits or solves, with a checkpoint
+        where it trains. Raises ServiceError where others have asked for it.
+        """
+        wanted = self.store.let_go(identity, client)
+        job = self.store.job(identity)
+        if wanted:
+            return self.events.told(job)
+        if job.state == "queued":
+            job = self.store.finish(identity, "cancelled", files=self._left(job))
+            self._ended(job)
+        elif job.state == "running":
+            self._cancelled.add(identity)
+            if identity in self._workers:  # else it is about to start, and looks
+                self._end(job, self._workers[identity])
+        return self.events.told(job)
+
+    def resume(self, identity: str, client: Client, key: str | None = None) -> Job:
+        """A run that ended before its last step goes on from its checkpoint, or from the start where it has none."""
+        job, new = self.store.resume(identity, key=key, waiting=self.settings.waiting, client=client)
+        if new:
+            self._ended(job)
+            self.wake(LOCAL)
+        return self.events.told(job)
+
+    @staticmethod
+    def _end(job: Job, worker: Worker) -> None:
+        """A run is asked to save; what else runs has nothing to save."""
+        if job.kind != "run":
+            worker.kill()
+        elif worker.process.stdin is not None:
+            worker.process.stdin.close()
+
+    # --- one lane --------------------------------------------------------------------------------------------------
+
+    async def _serve(self, lane: str) -> None:
+        while not self._stopping:
+            self._wake[lane].clear()
+            job = await self._stored(lambda: self.store.next(lane))
+            if job is None:
+                if lane == SOLVE:
+                    self.processes.prepare(SOLVE)
+                await self._wake[lane].wait()
+                continue
+            task = asyncio.current_task()
+            assert task is not None
+            task.set_name(job.id)
+            self.events.changed(job)
+            try:
+                await self._carry_out(job, lane)
+            except asyncio.CancelledError:
+                if self.store.job(job.id).state == "running":  # about to start when the service stops
+                    self.store.requeue(job.id, counted=False)
+                raise
+            except StorageError:
+                raise  # the service stops and nothing can be written: the next start takes the job up
+            except Exception:
+                log.exception("job failed inside the service", extra={"job": job.id})
+                message = "internal error; the service's log tells more"
+                error = Error(code="internal", message=message)
+                self._ended(await self._stored(partial(self.store.finish, job.id, "failed", error=error)))
+            finally:
+                task.set_name(lane)
+
+    async def _carry_out(self, job: Job, lane: str) -> None:
+        worker = self._workers[job.id] = await self.processes.take(lane)
+        if job.id in self._cancelled:
+            worker.kill()
+        began = time.monotonic()
+        try:
+            limit = None if job.kind == "run" else self.settings.job_seconds
+            try:
+                async with asyncio.timeout(limit):
+                    end = await worker.carry_out(self._order(job), partial(self.events.progress, job.id))
+            except TimeoutError:
+                worker.kill()
+                message = f"the job took longer than {self.settings.job_seconds:.0f} s; set a smaller time_limit"
+                end = {"event": "error", "code": "too_slow", "message": message}
+            code = await worker.process.wait()
+            self.metrics.worked.labels(job.kind).observe(time.monotonic() - began)
+            await self._conclude(job, end, code, worker)
+        finally:
+            self._workers.pop(job.id, None)
+            await worker.gone()
+
+    def _order(self, job: Job) -> Order:
+        alone = lane_of(job.kind) == LOCAL
+        return Order(
+            kind=job.kind,
+            request=job.request,
+            objects=str(self.objects.folder),
+            digests={row["id"]: row["digest"] for row in self.store.files_of(job.id) if row["digest"] is not None},
+            folder=str(self.runs / job.id),
+            lock=str(self.settings.data_dir / f"{LOCAL}.lock") if alone else None,
+            command=list(self.settings.command),
+            memory_bytes=None if alone else self.settings.solve_bytes,
+        )
+
+    async def _conclude(self, job: Job, end: dict[str, Any] | None, code: int, worker: Worker) -> None:
+        if end is not None and end.get("code") == "storage":
+            log.error("not stored; done again until it is", extra={"job": job.id, "why": end["message"]})
+            await asyncio.sleep(DISK_SECONDS)
+        ended = await self._stored(lambda: self._write_end(job, end, code, worker))
+        if ended.state == "queued":
+            self.wake(lane_of(job.kind))
+        self._ended(ended)
+
+    def _write_end(self, job: Job, end: dict[str, Any] | None, code: int, worker: Worker) -> Job:
+        if end is not None and "result" in end:
+            return self.store.finish(job.id, "succeeded", result=end["result"], files=end["files"])
+        if job.id in self._cancelled:
+            return self.store.finish(job.id, "cancelled", files=self._left(job))
+        if self._stopping or (end is not None and end["code"] == "storage"):
+            return self.store.requeue(job.id, counted=False)
+        if end is not None:
+            if end["code"] == "internal":
+                log.error("job failed inside", extra={"job": job.id, "said": worker.last_words()})
+            error = Error(code=end["code"], message=end["message"])
+        elif code == -signal.SIGKILL and job.attempts < ATTEMPTS:
+            # Killed from outside, perhaps by the kernel for want of memory: worth another try.
+            return self.store.requeue(job.id, counted=True)
+        else:
+            how = signal.Signals(-code).name if code < 0 else f"status {code}"
+            log.error("worker died", extra={"job": job.id, "how": how, "said": worker.last_words()})
+            limit = self.settings.solve_bytes >> 20
+            message = f"the process of this job died ({how}); its memory limit is {limit} MiB"
+            error = Error(code="worker_died", message=message)
+        return self.store.finish(job.id, "failed", error=error, files=self._left(job))
+
+    async def _stored(self, write: Callable[[], T]) -> T:
+        """What `write` returns; where the disk is full, once there is room: nobody else would write it down."""
+        while True:
+            try:
+                return write()
+            except StorageError as error:
+                log.error("not stored; tried again until it is", extra={"why": str(error)})  # noqa: TRY400  no traceback
+                if self._stopping:
+                    raise  # the next start takes the job up
+            await asyncio.sleep(DISK_SECONDS)
+
+    def _left(self, job: Job) -> list[dict[str, Any]]:
+        """The folder of a run that did not get to its end: its checkpoints count among what is kept."""
+        size = 0
+        for path in (self.runs / job.id).rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # a run that lost its worker may still be clearing up
+                size += path.stat().st_size if path.is_file() else 0
+        return [folder_row(job.id, size)] if size else []
+
+    def _ended(self, job: Job) -> None:
+        self._cancelled.discard(job.id)  # only now: it may be cancelled while its end waits for room
+        self.metrics.jobs.labels(job.kind, job.state).inc()
+        log.info("job", extra={"job": job.id, "kind": job.kind, "state": job.state, "attempts": job.attempts})
+        self.events.changed(job)
+
+    # --- retention -------------------------------------------------------------------------------------------------
+
+    async def _retain(self) -> None:
+        while True:
+            try:
+                self.retain()
+            except Exception:
+                log.exception("retention failed")
+            await asyncio.sleep(RETAIN_SECONDS)
+
+    def retain(self) -> int:
+        """Remove what is too old or too much; returns how many files went."""
+        if self.store.lane(LOCAL)[0] is None:  # else a job is about to use or to name what it finds or makes there
+            self.store.count_cache(self.cache.rows())
+        before = time.time() - self.settings.keep_days * 86400
+        removed = self.store.expire(before=before, keep_bytes=self.settings.keep_bytes)
+        wanted = self.store.digests() if removed else set()
+        for row in removed:
+            if row["kind"] == "cache":
+                self.cache.remove(row["id"])
+            if row["digest"] is not None and row["digest"] not in wanted:
+                self.objects.remove(row["digest"])
+        known = {job.id for job in self.store.jobs(kind="run", limit=1 << 30)}
+        for folder in self.runs.iterdir():
+            if folder.name not in known:
+                shutil.rmtree(folder, ignore_errors=True)
+        return len(removed)

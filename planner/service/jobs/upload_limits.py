@@ -1,0 +1,89 @@
+"""What was uploaded, read in a worker process: how large it may be once unpacked, and how large the graph that it describes.
+
+Each limit is checked before what it limits is made: the size while unpacking, the number of JSON's objects and lists by
+their signs, depth and counts on plain JSON. What gets through takes at most the process's memory.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tightfit.planner.problem.step_graph import step_graph
+from tightfit.planner.service.jobs.solving import keep_profile
+from tightfit.planner.service.jobs.store import Row
+from tightfit.planner.service.wire.errors import ServiceError, invalid
+from tightfit.planner.service.wire.objects import Objects, unpacked
+from tightfit.profiles.io import parse_profile
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.errors import InputError
+
+if TYPE_CHECKING:
+    from tightfit.planner.service.jobs.worker import Order, Tell
+
+MOST_CONTAINERS = 3_000_000
+"""objects and lists of JSON in one upload"""
+DEEPEST = 64
+"""of these one within the other"""
+
+
+def upload(order: Order, tell: Tell) -> Row:
+    """Keep the profile in the file that the order names."""
+    request = order.request
+    with Path(request["path"]).open("rb") as file:
+        content = b"".join(unpacked(file, request["encoding"], request["bytes"]))
+    found = checked_profile(content, steps=request["steps"], tensors=request["tensors"])
+    file_row = keep_profile(Objects(Path(order.objects)), found, origin="uploaded")
+    return {"result": {"profile": file_row["id"]}, "files": [file_row]}
+
+
+def checked_profile(content: bytes, *, steps: int, tensors: int) -> Profile:
+    """The profile that was uploaded. Raises ServiceError for one that is none, contradicts itself or is too large."""
+    containers = content.count(b"{") + content.count(b"[")
+    if containers > MOST_CONTAINERS:
+        told = f"the upload has {containers} objects and lists; this service reads at most {MOST_CONTAINERS}"
+        raise ServiceError(413, "too_large", told, "body")
+    try:
+        found = parse_profile(content, "the upload", check=partial(check_size, steps=steps, tensors=tensors))
+        step_graph(found)
+    except InputError as error:
+        raise ServiceError(422, "invalid_request", str(error), "body") from error
+    return found
+
+
+def check_size(data: Any, *, steps: int, tensors: int) -> None:
+    """Raises ServiceError for JSON that is too deep, or whose graph is too large.
+
+    Layers share programs, so a small file can describe a large graph: what counts is what the planner unrolls. What is not
+    as a profile has it is left to those who read it as one.
+    """
+    level, depth = [data], 0
+    while level := [one for one in level if isinstance(one, (dict, list))]:
+        depth += 1
+        if depth > DEEPEST:
+            raise invalid("", f"the upload has objects and lists more than {DEEPEST} deep in each other")
+        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+    layers, programs = _records(data, "layers"), _records(data, "programs")
+    if len(layers) > steps:
+        raise invalid("layers", f"the profile has {len(layers)} layers; this service plans at most {steps} operators")
+    used = [str(layer.get("program")) for layer in layers]
+    for field, word, limit, more in (
+        ("operators", "operators", steps, _length(data, "operators")),
+        ("values", "tensors", tensors, _length(data, "tensors")),
+    ):
+        counts = {str(program.get("name")): _length(program, field) for program in programs}
+        unrolled = sum(counts.get(name, 0) for name in used)
+        total = more + max(unrolled, sum(_length(program, field) for program in programs))
+        if total > limit:
+            raise invalid("layers", f"the profile unrolls to {total} {word}; this service plans at most {limit}")
+
+
+def _records(data: Any, field: str) -> list[dict[str, Any]]:
+    found = data.get(field) if isinstance(data, dict) else None
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def _length(data: Any, field: str) -> int:
+    found = data.get(field) if isinstance(data, dict) else None
+    return len(found) if isinstance(found, list) else 0

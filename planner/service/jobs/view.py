@@ -1,0 +1,176 @@
+"""A plan as the page shows it: what `Plan` holds, folded to what a person looks at (`shown`)."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import asdict
+from typing import Any
+
+from tightfit.planner.problem.step_graph import STATES, layer_graph
+from tightfit.planner.report.costs import Ledger
+from tightfit.planner.report.diff import diff, grouped
+from tightfit.planner.report.explain import explain
+from tightfit.planner.report.explanation import Explanation, account
+from tightfit.planner.report.html import LARGEST, SLICES, describe, series_of
+from tightfit.planner.report.memory_categories import Bucket, buckets, feasible, kinds_of, peak_parts
+from tightfit.planner.report.summary import plan_summary
+from tightfit.planner.schema import Plan
+from tightfit.planner.service.wire.shown import (
+    ChangeSort,
+    ChannelShown,
+    Difference,
+    Edge,
+    KindName,
+    LayerShown,
+    Part,
+    PeakShown,
+    PlanView,
+    Series,
+    TensorChange,
+)
+from tightfit.runtime.common.units import MIB, unit_of
+
+NODES = 400
+"""layers drawn; further ones are in the table alone"""
+CHANGES = 2000
+"""tensors listed in a difference"""
+
+
+def plan_view(plan: Plan, known: dict[str, Any] | None = None, *, not_runnable: str | None = None) -> PlanView:
+    """`known` is the explanation that was made with the plan, where there is one."""
+    told = account(plan) if known is None else Explanation.model_validate(known)
+    view = PlanView(
+        plan=plan.fingerprint,
+        model=plan.model.name,
+        about=describe(plan),
+        summary=plan_summary(plan),
+        sentences=explain(plan, told),
+        not_runnable=not_runnable,
+    )
+    shown = buckets(plan.timeline, SLICES)
+    if not feasible(plan) or not shown:
+        return view
+    return view.model_copy(
+        update={
+            "timeline": _timeline(plan, shown),
+            "peak": _peak(plan),
+            "layers": _layers(plan),
+            "edges": _edges(plan),
+            "channels": _channels(plan, told),
+        }
+    )
+
+
+def _timeline(plan: Plan, shown: list[Bucket]) -> Series:
+    # The service's page is in MiB throughout, to the byte, since graphs may be small.
+    series = series_of(plan, shown, unit_of(1))
+    total, *sizes = [[round(size / MIB, 6) for size in row] for row in (series["total"], *series["sizes"])]
+    kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
+    figures = {name: series[name] for name in ("seconds", "starts", "ends", "peak")}
+    return Series(
+        **figures, total=total, mib=sizes, kinds=[KindName(name=kind.name, label=kind.label) for kind in kinds]
+    )
+
+
+def _peak(plan: Plan) -> PeakShown:
+    assert plan.train is not None
+    parts = peak_parts(plan)
+    return PeakShown(
+        text=plan.train.peak.text,
+        instruction=plan.train.peak.instruction,
+        bytes=sum(size for _, size in parts),
+        parts=[Part(name=kind.name, label=kind.label, bytes=size) for kind, size in parts],
+        tensors=sorted(plan.train.peak.tensors.items(), key=lambda item: -item[1])[:LARGEST],
+    )
+
+
+def _channels(plan: Plan, told: Explanation) -> list[ChannelShown]:
+    """How busy each is over the step: seconds at work, their share, bytes moved; and what the cores wait."""
+    share = told.waiting_seconds / plan.step_seconds if plan.step_seconds else 0.0
+    waiting = ChannelShown(name="waiting", seconds=told.waiting_seconds, share=share, bytes=0)
+    return [*(ChannelShown(**use.model_dump()) for use in told.channels), waiting]
+
+
+def owners(plan: Plan) -> dict[str, str]:
+    """Tensor -> the layer that it is shown with: the first that names it."""
+    found: dict[str, str] = {}
+    programs = {program.name: program for program in plan.programs}
+    for layer in plan.layers:
+        for value in programs[layer.program].values:
+            name = layer.bindings.get(value.name, f"{layer.name}/{value.name}")
+            found.setdefault(name, layer.name)
+            if value.kind == "trainable":
+                for state in STATES:
+                    found.setdefault(f"{state}:{name}", layer.name)
+    return found
+
+
+def _layers(plan: Plan) -> list[LayerShown]:
+    """Each layer with the bytes under each decision, activations, weights and optimizer states apart; seconds of its passes."""
+    if plan.model.kind == "graph":
+        return _operators(plan)
+    owner = owners(plan)
+    decided: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    for name, cost in Ledger(plan).costs().items():
+        if cost.decision is not None:
+            group = {"weight": "weights", "optimizer": "states"}.get(cost.kind, "activations")
+            decided[owner.get(name, "")][group][cost.decision] += cost.bytes
+    graph = layer_graph(plan)
+    return [
+        LayerShown(
+            name=layer.name,
+            program=layer.program,
+            forward_seconds=graph.nodes[layer.name]["forward_seconds"],
+            backward_seconds=graph.nodes[layer.name]["backward_seconds"],
+            decisions={group: dict(counts) for group, counts in decided[layer.name].items()},
+        )
+        for layer in plan.layers
+    ]
+
+
+def _operators(plan: Plan) -> list[LayerShown]:
+    """A bare graph's operators, as layers of their own."""
+    costs = Ledger(plan).costs()
+    rows = []
+    for operator in plan.programs[0].operators:
+        (name,) = (output for output in operator.outputs if output is not None)
+        cost = costs.get(name)
+        decided = {} if cost is None or cost.decision is None else {"activations": {cost.decision: cost.bytes}}
+        rows.append(
+            LayerShown(
+                name=name,
+                program=operator.target,
+                forward_seconds=operator.seconds if operator.phase == "forward" else 0.0,
+                backward_seconds=operator.seconds if operator.phase == "backward" else 0.0,
+                decisions=decided,
+            )
+        )
+    return rows
+
+
+def _edges(plan: Plan) -> list[Edge]:
+    if plan.model.kind == "graph":
+        sizes = {value.name: value.bytes for value in plan.programs[0].values}
+        return [
+            Edge(source=source, target=str(operator.outputs[0]), bytes=sizes[source])
+            for operator in plan.programs[0].operators[:NODES]
+            for source in operator.inputs
+        ]
+    drawn = {layer.name for layer in plan.layers[:NODES]}
+    return [
+        Edge(source=source, target=target, bytes=size)
+        for source, target, size in list[tuple[str, str, int]](layer_graph(plan).edges(data="bytes"))
+        if source in drawn and target in drawn
+    ]
+
+
+def difference(one: Plan, other: Plan) -> Difference:
+    """What `other` does otherwise: figures side by side, changes by sort, and tensor by tensor, largest first."""
+    changes = diff(one, other)
+    owner = owners(one)
+    return Difference(
+        plans=[plan_summary(one), plan_summary(other)],
+        groups=[ChangeSort(**asdict(group)) for group in grouped(changes)],
+        changes=[TensorChange(**asdict(change), layer=owner.get(change.name, "")) for change in changes[:CHANGES]],
+        left_out=max(0, len(changes) - CHANGES),
+    )

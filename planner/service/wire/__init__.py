@@ -1,0 +1,4 @@
+"""What goes over the wire and into the data folder: messages, errors, events, settings, content-addressed objects.
+
+May import: `planner.schema`, `profiles`.
+"""

@@ -1,0 +1,77 @@
+"""What happens to jobs, as it happens: the last word of each running job, and streams of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from tightfit.planner.service.wire.schema import FINISHED, Job
+
+QUEUE = 256
+"""events that a slow listener may be behind before it loses the oldest"""
+HEARTBEAT_SECONDS = 15.0
+
+
+class Events:
+    def __init__(self, shown: Callable[[Job], Job] = lambda job: job) -> None:
+        """`shown` makes of a job what clients are told of it."""
+        self._shown = shown
+        self._progress: dict[str, dict[str, Any]] = {}
+        self._listeners: dict[str, set[asyncio.Queue[tuple[str, str]]]] = {}
+
+    def close(self) -> None:
+        """End every stream: the service is about to stop."""
+        for job in self._listeners:
+            self._send(job, "end", "")
+
+    @property
+    def listeners(self) -> int:
+        return sum(map(len, self._listeners.values()))
+
+    def progress(self, job: str, what: dict[str, Any]) -> None:
+        self._progress[job] = what
+        self._send(job, "progress", json.dumps(what))
+
+    def changed(self, job: Job) -> None:
+        """The job's state is another."""
+        if job.state != "running":
+            self._progress.pop(job.id, None)
+        self._send(job.id, "job", self._shown(job).model_dump_json())
+
+    def told(self, job: Job) -> Job:
+        """The job with its latest progress, as clients are told of it."""
+        return self._shown(job).model_copy(update={"progress": self._progress.get(job.id)})
+
+    def _send(self, job: str, name: str, data: str) -> None:
+        for queue in self._listeners.get(job, ()):
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait((name, data))
+
+    async def stream(self, identity: str, read: Callable[[str], Job]) -> AsyncIterator[str]:
+        """Server-sent events: the job as it is, its progress, and the job again whenever its state changes, to its end.
+
+        The job is `read` once somebody listens: one that ended just before would never be heard of.
+        """
+        queue: asyncio.Queue[tuple[str, str]] = asyncio.Queue(QUEUE)
+        self._listeners.setdefault(identity, set()).add(queue)
+        try:
+            job = read(identity)
+            yield f"event: job\ndata: {self.told(job).model_dump_json()}\n\n"
+            finished = job.state in FINISHED
+            while not finished:
+                try:
+                    name, data = await asyncio.wait_for(queue.get(), HEARTBEAT_SECONDS)
+                except TimeoutError:
+                    yield ": still there\n\n"
+                    continue
+                if name == "end":
+                    return
+                yield f"event: {name}\ndata: {data}\n\n"
+                finished = name == "job" and json.loads(data)["state"] in FINISHED
+        finally:
+            self._listeners[identity].discard(queue)
+            if not self._listeners[identity]:
+                del self._listeners[identity]

@@ -1,0 +1,127 @@
+"""Content-addressed files: JSON and archives, compressed, each under the sha256 of what it holds.
+
+A file appears whole or not at all and is on disk before anything refers to it, so a kill at any moment leaves at most
+files that nothing refers to; `Objects.sweep` removes them when the service starts.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tightfit.planner.service.wire.errors import ServiceError, failing_disk
+from tightfit.runtime.common.files import sync_directory
+
+CHUNK = 1 << 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    digest: str
+    """sha256 of the content"""
+    bytes: int
+    """of the content"""
+    stored_bytes: int
+    """on disk"""
+
+
+class Objects:
+    """The files under one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.temporary = folder / "tmp"
+        with failing_disk(folder):
+            self.temporary.mkdir(parents=True, exist_ok=True)
+
+    def path(self, digest: str) -> Path:
+        return self.folder / digest[:2] / digest[2:]
+
+    def put(self, content: bytes) -> Written:
+        """Store `content`. Raises StorageError where the disk refuses."""
+        return self.put_chunks([content])
+
+    def put_chunks(self, chunks: Iterable[bytes]) -> Written:
+        digest, size = hashlib.sha256(), 0
+        part = self.temporary / f"{os.getpid()}-{os.urandom(6).hex()}"
+        with failing_disk(self.folder):
+            try:
+                with part.open("wb") as raw, gzip.GzipFile("", "wb", 5, raw, mtime=0) as packed:
+                    for chunk in chunks:
+                        digest.update(chunk)
+                        size += len(chunk)
+                        packed.write(chunk)
+                    packed.close()
+                    raw.flush()
+                    os.fsync(raw.fileno())
+                place = self.path(digest.hexdigest())
+                if not place.exists():
+                    place.parent.mkdir(exist_ok=True)
+                    part.rename(place)
+                    sync_directory(place.parent)
+                    sync_directory(self.folder)
+                stored = place.stat().st_size
+            finally:
+                with suppress(OSError):
+                    part.unlink()
+        return Written(digest=digest.hexdigest(), bytes=size, stored_bytes=stored)
+
+    def read(self, digest: str) -> bytes:
+        """The content. Raises FileNotFoundError where there is none."""
+        return gzip.decompress(self.path(digest).read_bytes())
+
+    def packed(self, digest: str) -> bytes:
+        """The content as it lies there: gzip."""
+        return self.path(digest).read_bytes()
+
+    def unpack(self, digest: str) -> Iterator[bytes]:
+        with gzip.open(self.path(digest)) as file:
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    def remove(self, digest: str) -> None:
+        with suppress(FileNotFoundError):
+            self.path(digest).unlink()
+
+    def sweep(self, wanted: set[str]) -> int:
+        """Remove what is not `wanted` and what was left half-written; returns how many files."""
+        removed = 0
+        for path in self.folder.glob("*/*"):
+            if path.parent == self.temporary or path.parent.name + path.name not in wanted:
+                with suppress(OSError):
+                    path.unlink()
+                    removed += 1
+        return removed
+
+
+def unpacked(file: IO[bytes], encoding: str, limit: int) -> Iterator[bytes]:
+    """What a file with the `encoding` identity or gzip holds, piece by piece, at most `limit` bytes.
+
+    Raises ServiceError for what is larger, cut off or no gzip.
+    """
+    unpacker = zlib.decompressobj(wbits=31) if encoding == "gzip" else None
+    size = 0
+    while chunk := file.read(CHUNK):
+        while chunk and not (unpacker is not None and unpacker.eof):
+            try:
+                piece = chunk if unpacker is None else unpacker.decompress(chunk, CHUNK)
+            except zlib.error as error:
+                raise _no_gzip("not gzip, or damaged") from error
+            chunk = b"" if unpacker is None else unpacker.unconsumed_tail
+            size += len(piece)
+            if size > limit:
+                raise ServiceError(413, "too_large", f"the body unpacks to more than {limit} bytes", "body")
+            yield piece
+    if unpacker is not None and not unpacker.eof:
+        raise _no_gzip("cut off")
+
+
+def _no_gzip(why: str) -> ServiceError:
+    return ServiceError(400, "invalid_request", f"the body is said to be gzip, but is {why}", "body")

@@ -1,0 +1,296 @@
+"""What goes over the wire. Sizes are bytes, times seconds, moments seconds since 1970 (UTC)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from tightfit.planner.service.wire.errors import Code
+from tightfit.profiles.schema import MOST_ACCUMULATED
+
+JobKind = Literal["profile", "plan", "comparison", "run"]
+JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
+FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
+
+DIGEST = "3f1c0e9d" * 8
+JOB = "job-0123456789abcdef"
+
+
+def example_of(**example: Any) -> ConfigDict:
+    """An answer's configuration, with an example of it."""
+    return ConfigDict(json_schema_extra={"examples": [example]})
+
+
+PLAN_JOB = {
+    "id": JOB,
+    "kind": "plan",
+    "state": "succeeded",
+    "created": 1790000000.0,
+    "started": 1790000000.1,
+    "finished": 1790000004.2,
+    "attempts": 1,
+    "wanted_by": 1,
+    "request": {"profile": DIGEST, "memory": 629145600, "policy": "solver", "time_limit": 30.0},
+    "progress": None,
+    "result": {"plan": DIGEST, "summary": {"status": "optimal", "step_seconds": 2.65, "peak_bytes": 628097024}},
+    "error": None,
+}
+KEPT = {"id": DIGEST, "created": 1790000000.0, "bytes": 131072}
+STORED_PROFILE = KEPT | {
+    "summary": {"layers": 32, "policies": ["solver", "mebp"]},
+    "name": "SmolLM2-135M",
+    "origin": "made",
+}
+STORED_PLAN = KEPT | {"summary": {"status": "optimal", "step_seconds": 2.65}, "profile": DIGEST}
+CPU = {
+    "name": "cpu",
+    "label": "the service's machine",
+    "kind": "cpu",
+    "threads": 2,
+    "local": True,
+    "running": JOB,
+    "waiting": 0,
+}
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=[DIGEST])]
+JobId = Annotated[str, Field(pattern="^job-[0-9a-f]{16}$", examples=[JOB])]
+
+
+def _no_flag(value: object) -> object:
+    if isinstance(value, bool):  # Python counts them as whole numbers
+        raise ValueError(f"{str(value).lower()} is no budget; write bytes, or a size such as 600MiB")  # noqa: TRY004  pydantic's
+    return value
+
+
+Memory = Annotated[
+    int | str,
+    BeforeValidator(_no_flag),
+    Field(
+        description="budget of the whole training process: bytes, or a size such as 600MiB or 600MB",
+        examples=["600MiB", 629145600],
+    ),
+]
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+Gap = Annotated[
+    float,
+    Field(
+        ge=0,
+        lt=1,
+        allow_inf_nan=False,
+        description="a search ends once its plan is proven to be slower than the best by at most this share; 0: it goes on to the proof",
+    ),
+]
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ProfileRequest(Request):
+    """Make a profile on this machine. Exactly one of `path`, `hub` and `config` names the model."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"path": "SmolLM2-135M-Instruct.Q4_1.gguf", "seq": 64, "batch": 16}],
+        }
+    )
+
+    path: str | None = Field(
+        None, max_length=4096, description="a Hugging Face folder, GGUF file or config.json under an allowed root"
+    )
+    hub: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$",
+        description="a hub id; refused unless the service was started with --hub",
+    )
+    config: dict[str, Any] | None = Field(None, description="a config.json as it is; the weights are random then")
+    seq: int = Field(256, ge=1, le=1 << 20)
+    batch: int = Field(1, ge=1, le=1 << 16)
+    lora_rank: int = Field(8, ge=1, le=1 << 14)
+    lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)
+    accumulate: int = Field(1, ge=1, le=MOST_ACCUMULATED, description="steps whose gradients make one update")
+    dtype: Literal["bfloat16", "float32"] | None = None
+    force: bool = Field(
+        False,
+        description="measure anew where a profile is there already, for example one measured while the machine was busy",
+    )
+
+    @model_validator(mode="after")
+    def one_source(self) -> ProfileRequest:
+        if sum(value is not None for value in (self.path, self.hub, self.config)) != 1:
+            raise ValueError("give exactly one of path, hub and config")
+        return self
+
+
+class PlanRequest(Request):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"profile": DIGEST, "memory": "600MiB"}]})
+
+    profile: Digest
+    memory: Memory
+    policy: str = Field("solver", max_length=64, description="solver, or a fixed rule", examples=["solver", "mebp"])
+    time_limit: Seconds = 30.0
+    gap: Gap = 0.0
+
+
+class ComparisonRequest(Request):
+    """Every policy at every budget on every device."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"profile": DIGEST, "memory": ["400MiB", "1GiB"], "policies": ["solver", "mebp"]}]
+        }
+    )
+
+    profile: Digest
+    memory: list[Memory] = Field(min_length=1, max_length=64)
+    policies: list[str] = Field(["solver"], min_length=1, max_length=32)
+    devices: list[str] = Field(
+        ["own"],
+        min_length=1,
+        max_length=8,
+        description="own: the profile's; others are listed at /v1/devices, their times are estimated from FLOPs and bytes",
+    )
+    time_limit: Seconds = 30.0
+    gap: Gap = 0.0
+
+
+class RunRequest(Request):
+    """Train on this machine as planned."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"plan": DIGEST, "data": "random", "steps": 20}]})
+
+    plan: Digest
+    data: str = Field(
+        min_length=1, max_length=4096, description="random, or a JSON-lines file or folder under an allowed root"
+    )
+    steps: int = Field(ge=1, le=10_000_000)
+    lr: float = Field(2e-4, ge=0, le=1e3, allow_inf_nan=False)
+    seed: int = Field(0, ge=0, le=(1 << 31) - 1)
+    checkpoint_every: int = Field(50, ge=0, le=10_000_000)
+    eval_data: str | None = Field(None, min_length=1, max_length=4096)
+    truncate: bool = False
+
+
+class FieldError(Answer):
+    field: str = Field(description="where in the request, as in body.memory", examples=["body.memory"])
+    message: str
+
+
+class Error(Answer):
+    """Why a request was refused or a job failed."""
+
+    code: Code
+    message: str = Field(examples=["'350M' is not a size; write plain bytes (367001600), 350MB or 350MiB"])
+    fields: list[FieldError] = []
+
+
+class ErrorAnswer(Answer):
+    error: Error
+
+
+class Job(Answer):
+    """Work that takes a while. Follow `/v1/jobs/{id}/events`, or ask again."""
+
+    model_config = example_of(**PLAN_JOB)
+
+    id: JobId
+    kind: JobKind
+    state: JobState
+    created: float
+    started: float | None = None
+    finished: float | None = None
+    attempts: int
+    wanted_by: int = Field(0, description="clients that have asked for it and have not let go by cancelling")
+    request: dict[str, Any]
+    progress: dict[str, Any] | None = Field(
+        None,
+        description="solving: stage, incumbent, bound, gap, seconds; running: step, loss, resident_bytes, peak_bytes",
+    )
+    result: dict[str, Any] | None = Field(
+        None, description="profile: {profile}; plan: {plan, summary}; comparison: {cells}; run: {report}"
+    )
+    error: Error | None = None
+
+
+class JobList(Answer):
+    model_config = example_of(jobs=[PLAN_JOB])
+
+    jobs: list[Job]
+
+
+class Stored(Answer):
+    """A profile or plan that the service keeps. The id is the content's."""
+
+    id: Digest
+    created: float
+    bytes: int = Field(description="of the JSON file")
+    summary: dict[str, Any]
+
+
+class StoredProfile(Stored):
+    model_config = example_of(**STORED_PROFILE)
+
+    name: str
+    origin: Literal["made", "uploaded"] = Field(
+        description="made: measured on this machine, so that its plans can be run"
+    )
+
+
+class StoredPlan(Stored):
+    model_config = example_of(**STORED_PLAN)
+
+    profile: Digest | None = Field(None, description="what it was made from")
+
+
+class ProfileList(Answer):
+    model_config = example_of(profiles=[STORED_PROFILE])
+
+    profiles: list[StoredProfile]
+
+
+class PlanList(Answer):
+    model_config = example_of(plans=[STORED_PLAN])
+
+    plans: list[StoredPlan]
+
+
+class DeviceAnswer(Answer):
+    name: str
+    label: str
+    kind: str
+    threads: int
+    local: bool = Field(description="whether it is this machine's: runs go there; others can be planned for")
+    running: JobId | None = None
+    waiting: int = Field(description="runs and measurements queued for it")
+
+
+class DeviceList(Answer):
+    model_config = example_of(devices=[CPU])
+
+    devices: list[DeviceAnswer]
+
+
+class RunMetrics(Answer):
+    """Every step so far."""
+
+    model_config = example_of(
+        budget_bytes=367001600,
+        steps=[{"step": 1, "loss": 3.2, "seconds": 2.89, "resident_bytes": 363000000, "peak_bytes": 363646976}],
+    )
+
+    budget_bytes: int
+    steps: list[dict[str, float]] = Field(
+        description="step, loss, seconds, resident_bytes, peak_bytes, and of a language model tokens, padding left out"
+    )
+
+
+class Health(Answer):
+    model_config = example_of(status="ok", version="0.1.0", schema_version=1)
+
+    status: Literal["ok"]
+    version: str
+    schema_version: int

@@ -1,0 +1,87 @@
+"""What whoever starts the service decides, and the limits that strangers meet."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tightfit.runtime.common.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data_dir: Path
+    """everything the service keeps lies here"""
+    command: tuple[str, ...]
+    """starts tightfit's command line: runs are processes of their own"""
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    """what clients must send as ``Authorization: Bearer``; None only where nobody but this machine can connect"""
+    roots: tuple[Path, ...] = ()
+    """folders from which requests may name models and data"""
+    hub: bool = False
+    """whether requests may name models on the hub, which are downloaded then"""
+    workers: int = 2
+    """plans and comparisons solved at once, a comparison by two processes"""
+    solve_bytes: int = 4 << 30
+    """private memory of one solving process (RLIMIT_DATA); a comparison has two"""
+    time_limit_seconds: float = 300.0
+    """the longest time limit that a request may set for one plan"""
+    job_seconds: float = 3600.0
+    """a plan, comparison or profile that takes longer is ended"""
+    upload_bytes: int = 64 << 20
+    """of an uploaded profile, as sent and as unpacked"""
+    request_bytes: int = 256 << 10
+    """of any other request's body"""
+    check_bytes: int = 1 << 30
+    """private memory of the process that reads an upload (RLIMIT_DATA)"""
+    check_seconds: float = 60.0
+    """an upload that takes longer to read is refused"""
+    steps: int = 250_000
+    """operators of a profile, counted once for every layer that runs them"""
+    tensors: int = 1_000_000
+    """tensors and values of a profile, counted the same way"""
+    waiting: int = 1000
+    """jobs that may be queued; half of them by one network, a fifth by one client"""
+    keep_days: float = 30.0
+    """finished jobs and what nobody has asked for are removed after that"""
+    keep_bytes: int = 20 << 30
+    """of stored profiles, plans and results, packed weights among them; the longest unused go first"""
+
+    def __post_init__(self) -> None:
+        if self.token is None and not loopback(self.host):
+            raise InputError(
+                f"--host {self.host} can be reached from other machines: set a token of your choice in the environment"
+                " variable TIGHTFIT_TOKEN, or leave the host at 127.0.0.1"
+            )
+        if self.token is not None and len(self.token) < 16:
+            raise InputError(
+                f"the token in TIGHTFIT_TOKEN has {len(self.token)} characters; choose one of at least 16,"
+                " for example from `openssl rand -hex 16`"
+            )
+        if self.token is not None:
+            check_token(self.token)
+        for root in self.roots:
+            if not root.is_dir():
+                raise InputError(f"--root {root}: no such folder; name folders that hold models and data")
+
+
+def check_token(token: str) -> None:
+    """Raises InputError for a token that no request can carry."""
+    if not all("!" <= character <= "~" for character in token):
+        raise InputError(
+            "the token holds a blank or a character that no request can carry; use letters, digits and"
+            " signs of ASCII, for example from `openssl rand -hex 16`"
+        )
+
+
+def loopback(host: str) -> bool:
+    """Whether only this machine can connect to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

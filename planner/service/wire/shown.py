@@ -1,0 +1,139 @@
+"""What the page is given of a plan, and of the difference between two. Bytes and seconds unless a name says MiB."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from tightfit.planner.service.wire.schema import DIGEST, Answer, Digest, example_of
+
+SORT = {
+    "kind": "activation",
+    "before": "recomputed",
+    "after": "kept",
+    "bytes": 3145728,
+    "compute_seconds": -0.004,
+    "transfer_seconds": 0.0,
+    "moved_bytes": 0,
+}
+
+
+class KindName(Answer):
+    name: str
+    label: str
+
+
+class Part(KindName):
+    bytes: int
+
+
+class Series(Answer):
+    """Memory over the step in slices: each shows its fullest moment."""
+
+    seconds: float = Field(description="of the step")
+    starts: list[float]
+    ends: list[float]
+    total: list[float] = Field(description="MiB in every slice")
+    peak: int = Field(description="the slice with the most in use")
+    mib: list[list[float]] = Field(description="MiB, a list over the slices for each of `kinds`")
+    kinds: list[KindName] = Field(description="in stacking order")
+
+
+class PeakShown(Answer):
+    """The fullest moment of the training step, and the instruction that sets it."""
+
+    text: str = Field(examples=["model.layers.11: mlp (backward)"])
+    instruction: int
+    bytes: int = Field(description="the process at that moment")
+    parts: list[Part] = Field(description="add up to `bytes`")
+    tensors: list[tuple[str, int]] = Field(description="the largest resident there")
+
+
+class LayerShown(Answer):
+    """A layer, or an operator of a bare graph."""
+
+    name: str
+    program: str
+    forward_seconds: float
+    backward_seconds: float
+    decisions: dict[str, dict[str, int]] = Field(
+        description="activations, weights, states -> decision -> bytes", examples=[{"weights": {"streamed": 4194304}}]
+    )
+
+
+class Edge(Answer):
+    source: str
+    target: str
+    bytes: int = Field(description="that flow along it")
+
+
+class ChannelShown(Answer):
+    name: str = Field(examples=["read"])
+    seconds: float
+    share: float = Field(description="of the step")
+    bytes: int
+
+
+class PlanView(Answer):
+    """A plan, folded to what a person looks at. What a plan without a schedule lacks is null or empty."""
+
+    model_config = example_of(
+        plan=DIGEST,
+        model="SmolLM2-135M",
+        about="LoRA rank 8, batch 16, sequence 64, bfloat16",
+        summary={"status": "infeasible", "budget_bytes": 104857600, "minimum_budget_bytes": 200540160},
+        sentences=["the smallest budget that fits is 191.3 MiB, 91.3 MiB more than 100.0 MiB"],
+        not_runnable="the plan has no schedule: its budget is too small; plan again with more memory",
+    )
+
+    plan: Digest
+    model: str
+    about: str
+    summary: dict[str, Any]
+    sentences: list[str]
+    not_runnable: str | None = Field(
+        None, description="why the plan cannot be run on the service's machine; null: it can"
+    )
+    timeline: Series | None = None
+    peak: PeakShown | None = None
+    layers: list[LayerShown] = []
+    edges: list[Edge] = []
+    channels: list[ChannelShown] = []
+
+
+class Change(Answer):
+    """Tensors that two plans treat differently; seconds are the second plan's less the first's, per step."""
+
+    kind: str
+    before: str | None = None
+    after: str | None = None
+    bytes: int
+    compute_seconds: float
+    transfer_seconds: float
+    moved_bytes: int
+
+
+class TensorChange(Change):
+    name: str
+    layer: str
+
+
+class ChangeSort(Change):
+    tensors: int
+
+
+class Difference(Answer):
+    """What the second plan does otherwise."""
+
+    model_config = example_of(
+        plans=[{"status": "optimal", "step_seconds": 2.77}, {"status": "optimal", "step_seconds": 2.65}],
+        groups=[SORT | {"tensors": 30}],
+        changes=[SORT | {"name": "model.layers.0/act", "layer": "model.layers.0"}],
+        left_out=29,
+    )
+
+    plans: list[dict[str, Any]] = Field(description="both plans in figures")
+    groups: list[ChangeSort]
+    changes: list[TensorChange] = Field(description="largest first")
+    left_out: int = Field(description="smaller changes that are not listed")

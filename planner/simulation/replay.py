@@ -1,0 +1,415 @@
+"""The replay of one schedule, instruction by instruction: what `simulate` asks it for every phase of a plan."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tightfit.planner.schema import Peak, Phase
+from tightfit.planner.simulation.plan_index import Declared, DeclaredTensor, InvalidSchedule
+from tightfit.planner.simulation.timeline import ReplayPeak, Timeline, Totals
+from tightfit.profiles.schema import Operator
+
+PAGE = 4096
+LINE = 64
+LARGEST = 12
+"""tensors named at the peak"""
+KINDS = (
+    "floor",
+    "constant",
+    "batch",
+    "trainable",
+    "optimizer",
+    "packed",
+    "weight",
+    "activation",
+    "gradient",
+    "workspace",
+    "fragmentation",
+)
+
+
+class Replay:
+    """One phase of a plan; after `run` it knows peak, time and what was updated."""
+
+    def __init__(self, world: Declared, phase: Phase, name: str, *, training: bool) -> None:
+        self.world = world
+        self.phase = phase
+        self.instructions: Sequence[Sequence[Any]] = phase.instructions
+        self.name = name
+        self.training = training
+        self.index = -1
+        self.now = self.disk = 0.0
+        self.totals = Totals()
+        self.places: dict[str, int] = {}
+        self.starts: list[int] = []
+        self.owners: list[str] = []
+        self.live = self.most_live = self.top = self.workspace = 0
+        self.kinds = dict.fromkeys(KINDS, 0)
+        self.landing: dict[str, float] = {}
+        self.writing: dict[str, float] = {}
+        self.on_disk: set[str] = set()
+        self.dirty: set[str] = set()
+        self.updated: set[str] = set()
+        self.makers = world.makers(phase)
+        self.gradient_runs: dict[str, int] = {}
+        self.passed: set[str] = set()
+        """layers whose output's gradient became their input's"""
+        self.shift = dict.fromkeys(world.trainables, 0)
+        """trainable -> how many epsilons it is off its value"""
+        self.ran: set[tuple[str, int]] = set()
+        self.cursor_index = self.forwards = 0
+        self.timeline = Timeline(len(self.instructions) + 1)
+        self.peak = ReplayPeak()
+        self.expected = self._expected()
+        self.floor = world.device.floor.held_bytes + world.device.floor.instruction_bytes * world.instructions
+
+    def _expected(self) -> list[tuple[str, int]]:
+        """First runs in order: forward of all layers, then backward of the layers in reverse; or two forwards."""
+
+        def turns(layer: str, phase: str) -> list[tuple[str, int]]:
+            operators = self.world.layers[layer][0]
+            return [(layer, position) for position, operator in enumerate(operators) if operator.phase == phase]
+
+        if not self.training:
+            return [(layer, position) for layer in self.world.order for position in self.world.inference[layer]]
+        forward = [turn for layer in self.world.order for turn in turns(layer, "forward")]
+        self.forwards = len(forward)
+        if self.world.two_forwards:
+            return forward * 2
+        backward = [layer for layer in reversed(self.world.order) if layer not in self.phase.skipped]
+        return forward + [turn for layer in backward for turn in turns(layer, "backward")]
+
+    def fail(self, invariant: str, tensor: str, text: str) -> InvalidSchedule:
+        return InvalidSchedule(invariant, self.name, self.index, tensor, text)
+
+    # --- the replay ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        for name, offset in self.world.plan.resident.items():
+            self._allocate(name, offset)
+        for states in self.world.trainables.values():
+            self.on_disk.update(state for state in states if state not in self.places)
+        self._record(0)
+        verbs: dict[str, Callable[..., int | None]] = {
+            "read": self._read,
+            "unpack": self._unpack,
+            "run": self._run,
+            "free": self._free,
+            "spill": self._spill,
+            "fetch": self._fetch,
+            "update": self._update,
+            "perturb": self._perturb,
+            "pass": self._pass,
+        }
+        for index, instruction in enumerate(self.instructions):
+            self.index = index
+            verb = verbs.get(instruction[0]) if instruction else None
+            if verb is None:
+                raise self.fail("form", str(list(instruction)), "no such instruction")
+            try:
+                extra = verb(*instruction[1:])
+            except TypeError as error:
+                raise self.fail("form", str(list(instruction)), f"wrong operands ({error})") from error
+            self._record(extra or 0)
+        self.index = len(self.instructions)
+        self._finish()
+
+    def _finish(self) -> None:
+        end = max([self.now, self.disk])
+        self.totals.stall += end - self.now
+        self.now = end
+        resident = self.world.plan.resident
+        for name in self.places:
+            if name not in resident:
+                raise self.fail("leak", name, "is still resident when the phase ends")
+        for name, offset in resident.items():
+            if self.places.get(name) != offset:
+                raise self.fail("leak", name, f"must be resident at offset {offset} when the phase ends")
+        if self.cursor_index != len(self.expected):
+            layer, operator = self.expected[self.cursor_index]
+            raise self.fail("operator-order", layer, f"operator {operator} never runs")
+        if self.training:
+            for name in self.world.trainables:
+                trained = self.world.two_forwards or f"grad:{name}" in self.makers or not self.phase.skipped
+                if trained and name not in self.updated:
+                    raise self.fail("update-once", name, "is never updated")
+
+    def _tensor(self, name: str) -> DeclaredTensor:
+        found = self.world.tensors.get(name)
+        if found is None:
+            raise self.fail("form", name, "no such tensor")
+        return found
+
+    def _need(self, name: str) -> None:
+        """The tensor must be resident; wait until it has landed."""
+        if name not in self.places:
+            raise self.fail("use-before-resident", name, "is read but not resident")
+        self._wait(self.landing.pop(name, self.now))
+
+    def _wait(self, until: float) -> None:
+        if until > self.now:
+            self.totals.stall += until - self.now
+            self.now = until
+
+    def _allocate(self, name: str, offset: Any) -> None:
+        tensor = self._tensor(name)
+        if name in self.places:
+            raise self.fail("already-resident", name, "is made while it is resident")
+        alignment = PAGE if name.startswith("packed:") else LINE
+        if not isinstance(offset, int) or offset < 0 or offset % alignment:
+            raise self.fail("offset", name, f"offset {offset!r} is not a multiple of {alignment}")
+        end = offset + tensor.bytes
+        arena = self.world.plan.arena_bytes
+        if end > arena:
+            raise self.fail("offset", name, f"ends at {end}, beyond the arena of {arena} bytes")
+        self.places[name] = offset
+        self.live += tensor.bytes
+        self.kinds[tensor.kind] += tensor.bytes
+        if tensor.bytes:
+            at = bisect.bisect_left(self.starts, offset)
+            for other in (at - 1, at):
+                if 0 <= other < len(self.starts):
+                    low = self.starts[other]
+                    high = low + self._tensor(self.owners[other]).bytes
+                    if low < end and offset < high:
+                        raise self.fail("overlap", name, f"shares bytes with {self.owners[other]}")
+            self.starts.insert(at, offset)
+            self.owners.insert(at, name)
+        self.top = max(self.top, end)
+
+    def _release(self, name: str) -> None:
+        tensor = self._tensor(name)
+        offset = self.places.pop(name)
+        self.live -= tensor.bytes
+        self.kinds[tensor.kind] -= tensor.bytes
+        if tensor.bytes:
+            at = bisect.bisect_left(self.starts, offset)
+            del self.starts[at], self.owners[at]
+
+    def _move(self, size: int, *, out: bool) -> float:
+        """Queue a transfer; when it is done."""
+        channel = self.world.device.write if out else self.world.device.read
+        self.disk = max(self.disk, self.now) + channel.latency_seconds + size / channel.bytes_per_second
+        done = self.disk
+        cost = channel.compute_seconds_per_transfer + size * channel.compute_seconds_per_byte
+        self.now += cost
+        self.totals.compute += cost
+        if out:
+            self.totals.write_bytes += size
+        else:
+            self.totals.read_bytes += size
+        return done
+
+    def _read(self, name: str, offset: Any) -> None:
+        tensor = self._tensor(name)
+        if f"packed:{name}" not in self.world.tensors:
+            raise self.fail("transfer", name, "is not a weight of the store")
+        self._allocate(f"packed:{name}", offset)
+        self.landing[f"packed:{name}"] = self._move(tensor.packed_bytes, out=False)
+
+    def _unpack(self, name: str, offset: Any) -> None:
+        tensor = self._tensor(name)
+        self._need(f"packed:{name}")
+        self._allocate(name, offset)
+        self.now += tensor.unpack_seconds
+        self.totals.unpack += tensor.unpack_seconds
+
+    def _run(self, layer: str, position: int, offsets: Sequence[Any]) -> int:
+        if layer not in self.world.layers or not 0 <= position < len(self.world.layers[layer][0]):
+            raise self.fail("form", str(layer), f"has no operator {position}")
+        operators, names = self.world.layers[layer]
+        operator = operators[position]
+        again = self._check_order(layer, position, operator)
+        for value in operator.inputs:
+            if value in operator.gathers:
+                continue
+            name = names[value]
+            if name in self.updated:
+                raise self.fail("update-once", name, "is read after its update")
+            if self.training and self.world.two_forwards and name in self.shift:
+                wanted = 1 if self.cursor_index <= self.forwards else -1
+                if self.shift[name] != wanted:
+                    raise self.fail("perturbed", name, f"is read at {self.shift[name]:+} epsilon, not at {wanted:+}")
+            self._need(name)
+        if len(offsets) != len(operator.outputs):
+            raise self.fail(
+                "form", layer, f"operator {position} has {len(operator.outputs)} outputs, {len(offsets)} offsets"
+            )
+        for output, offset in zip(operator.outputs, offsets):
+            if output is None:
+                if offset is not None:
+                    raise self.fail("form", layer, f"operator {position}: an unused output has an offset")
+                continue
+            name = names[output]
+            if offset is None:
+                raise self.fail("form", name, "has no offset")
+            if name in self.places:
+                if self.places[name] != offset:
+                    raise self.fail("already-resident", name, f"lies at {self.places[name]} and is made at {offset}")
+                self._wait(self.landing.pop(name, self.now))
+            else:
+                self._allocate(name, offset)
+            self.gradient_runs[name] = self.gradient_runs.get(name, 0) + 1
+        self.now += operator.seconds
+        if again:
+            self.totals.recompute += operator.seconds
+        else:
+            self.totals.compute += operator.seconds
+        self.workspace = max(self.workspace, operator.workspace_bytes)
+        return operator.workspace_bytes
+
+    def _check_order(self, layer: str, position: int, operator: Operator) -> bool:
+        """Whether the operator runs again; raises where it must not run now."""
+        if self.cursor_index < len(self.expected) and self.expected[self.cursor_index] == (layer, position):
+            if self.cursor_index == self.forwards and operator.phase == "forward":
+                self.ran.clear()  # the second forward makes everything anew
+            self.cursor_index += 1
+            self.ran.add((layer, position))
+            return False
+        if (layer, position) not in self.ran:
+            raise self.fail("operator-order", layer, f"operator {position} runs before its turn")
+        if operator.phase == "backward":
+            raise self.fail("operator-order", layer, f"backward operator {position} runs twice")
+        if not operator.recomputable:
+            raise self.fail("operator-order", layer, f"operator {position} is random and may not run again")
+        return True
+
+    def _free(self, name: str) -> None:
+        self._tensor(name)
+        if name not in self.places:
+            raise self.fail("double-free", name, "is not resident")
+        self._wait(self.writing.pop(name, self.now))
+        self._wait(self.landing.pop(name, self.now))
+        if name in self.dirty:
+            raise self.fail("lost-state", name, "was updated and is freed without a copy on disk")
+        self._release(name)
+
+    def _spill(self, name: str) -> None:
+        tensor = self._tensor(name)
+        self._need(name)
+        self.writing[name] = self._move(tensor.bytes, out=True)
+        self.on_disk.add(name)
+        self.dirty.discard(name)
+
+    def _fetch(self, name: str, offset: Any) -> None:
+        tensor = self._tensor(name)
+        if name not in self.on_disk:
+            raise self.fail("transfer", name, "is fetched but was never spilled")
+        self._allocate(name, offset)
+        self.landing[name] = self._move(tensor.bytes, out=False)
+
+    def _update(self, name: str) -> int:
+        states = self.world.trainables.get(name)
+        gradient = f"grad:{name}"
+        if states is None:
+            raise self.fail("update-once", name, "is not a trainable")
+        if not self.training:
+            raise self.fail("update-once", name, "is updated while evaluating")
+        if name in self.updated:
+            raise self.fail("update-once", name, "is updated twice")
+        if self.world.two_forwards:
+            self._need(name)
+            if self.shift[name] != -1 or self.cursor_index != len(self.expected):
+                raise self.fail("perturbed", name, "is updated before both forwards are through")
+            self.shift[name] = 0
+        else:
+            for needed in (name, gradient, *states):
+                self._need(needed)
+            if not self._complete(gradient):
+                raise self.fail("update-once", name, "is updated before its gradient is complete")
+        self.updated.add(name)
+        self.dirty.update(states)
+        for state in states:
+            if state in self.writing:
+                raise self.fail("lost-state", state, "is updated while it is being written")
+            self.on_disk.discard(state)
+        return self._touch(name)
+
+    def _perturb(self, name: str, times: Any) -> int:
+        if not self.training or not self.world.two_forwards or name not in self.shift:
+            raise self.fail("perturbed", name, "is not perturbed in this phase")
+        if not isinstance(times, int):
+            raise self.fail("form", name, f"is perturbed by {times!r}, not by a whole number of epsilons")
+        if name in self.updated:
+            raise self.fail("perturbed", name, "is perturbed after its update")
+        self._need(name)
+        self.shift[name] += times
+        return self._touch(name)
+
+    def _touch(self, name: str) -> int:
+        """Time of an update or a perturbation; the bytes of the noise that it draws."""
+        tensor = self._tensor(name)
+        self.now += tensor.update_seconds
+        self.totals.compute += tensor.update_seconds
+        noise = tensor.bytes if self.world.two_forwards else 0
+        self.workspace = max(self.workspace, noise)
+        return noise
+
+    def _pass(self, above: str, below: str) -> None:
+        layer, expected = self.world.passages.get(above, ("", ""))
+        if below != expected or layer not in self.phase.skipped:
+            raise self.fail("passed-once", above, f"is not the gradient of an output whose input's is {below}")
+        if layer in self.passed:
+            raise self.fail("passed-once", above, f"is passed through {layer} twice")
+        self._need(above)
+        if not self._complete(above):
+            raise self.fail("passed-once", above, "is passed on before it is complete")
+        self.passed.add(layer)
+        offset = self.places[above]
+        self._release(above)
+        self._allocate(below, offset)
+
+    def _complete(self, gradient: str) -> bool:
+        """Whether every operator that adds to the gradient has run; one that was passed on was complete before."""
+        return self.gradient_runs.get(gradient, 0) == self.makers.get(gradient, 0)
+
+    # --- the record ------------------------------------------------------------------------------------------------
+
+    def _record(self, workspace: int) -> None:
+        self.most_live = max(self.most_live, self.live)
+        used = self.live + workspace
+        if self.timeline.fuller(used):
+            fragmentation = max(0, self.top - self.live)
+            self.timeline.put(
+                used,
+                instruction=max(0, self.index),
+                seconds=self.now,
+                total=self.floor + self.top + workspace,
+                by_kind={**self.kinds, "floor": self.floor, "workspace": workspace, "fragmentation": fragmentation},
+            )
+        if used > self.peak.bytes:
+            self.peak = ReplayPeak(bytes=used, instruction=self.index, tensors=tuple(self.places))
+
+    def _text(self, index: int) -> str:
+        if not 0 <= index < len(self.instructions):
+            return "start of the step"
+        verb, *operands = self.instructions[index]
+        if verb == "run":
+            operator = self.world.layers[operands[0]][0][operands[1]]
+            again = " again" if (operands[0], operands[1]) in self.ran_before(index) else ""
+            return f"{operands[0]}: {operator.target} ({operator.phase}{again})"
+        return f"{verb} {operands[0]}"
+
+    def ran_before(self, index: int) -> set[tuple[str, int]]:
+        return {(i[1], i[2]) for i in self.instructions[:index] if i[0] == "run"}
+
+    def told(self) -> Phase:
+        """The phase with the figures found."""
+        tensors = {name: self._tensor(name).bytes for name in self.peak.tensors}
+        largest = sorted(tensors.items(), key=lambda item: (-item[1], item[0]))[:LARGEST]
+        reached = self.floor + self.top + self.workspace
+        return Phase(
+            instructions=[list(instruction) for instruction in self.instructions],
+            skipped=self.phase.skipped,
+            seconds=self.now,
+            peak_bytes=max(self.world.device.floor.start_peak_bytes, reached),
+            peak=Peak(instruction=self.peak.instruction, text=self._text(self.peak.instruction), tensors=dict(largest)),
+            compute_seconds=self.totals.compute,
+            recompute_seconds=self.totals.recompute,
+            unpack_seconds=self.totals.unpack,
+            stall_seconds=self.totals.stall,
+            read_bytes=self.totals.read_bytes,
+            write_bytes=self.totals.write_bytes,
+        )

@@ -1,0 +1,114 @@
+"""The independent judge: replays a plan's schedules instruction by instruction and alone states peak and time.
+
+It knows the plan file and nothing of how the plan was made. Every violated invariant raises `InvalidSchedule` with the
+invariant's name, the instruction and the tensor:
+
+| invariant | what must hold |
+|---|---|
+| form | an instruction has a known verb and names what the plan declares |
+| use-before-resident | whatever an instruction reads is resident |
+| already-resident | nothing is made twice, except that an operator may write the same value to the same place again |
+| offset | every tensor lies inside the arena, aligned |
+| overlap | no two resident tensors share a byte |
+| double-free | only resident tensors are freed |
+| leak | at the end exactly the `resident` tensors are there, each at its place |
+| operator-order | forward operators first run in order, backward operators run once, in order; an evaluation runs those for inference where a layer has them |
+| update-once | every trainable is updated once, with its gradient complete, and not read afterwards; in a cycle, at least once in all, and never where its layer's backward is left out |
+| passed-once | a layer whose backward is left out passes a complete gradient of its output on as that of its input, at most once |
+| perturbed | of two forwards the first reads every trainable at +1 epsilon, the second at -1, and the update follows both |
+| lost-state | updated optimizer state is not dropped without a copy on disk |
+| transfer | only weights are read, only what was spilled is fetched |
+| budget | the peak is within the budget |
+| claims | the plan's own figures are those found here |
+
+Time: one sequential compute timeline; one disk that serves requests in the order of issue (latency + bytes / bandwidth
+each); an instruction waits for the transfers it depends on; each byte moved costs the cores what the profile says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tightfit.planner.schema import Phase, Plan, TimelinePoint
+from tightfit.planner.simulation.plan_index import Declared, InvalidSchedule
+from tightfit.planner.simulation.replay import LARGEST, LINE, Replay
+from tightfit.planner.simulation.timeline import POINTS
+from tightfit.runtime.common.errors import InputError
+
+__all__ = ["LARGEST", "POINTS", "InvalidSchedule", "Simulation", "simulate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """What the plan does, as replayed."""
+
+    train: Phase
+    evaluate: Phase | None
+    """None for a bare graph"""
+    timeline: list[TimelinePoint]
+    """of the training step"""
+    peak_bytes: int
+    """predicted VmHWM of the run: import peak, or floor + instructions + arena + workspace"""
+    arena_bytes: int
+    workspace_bytes: int
+    live_bytes: int
+    """most bytes of resident tensors at once: what the arena could be at best"""
+    cycle: list[Phase] = field(default_factory=list)
+    """the training steps that follow `train` in a cycle"""
+
+    @property
+    def step_seconds(self) -> float:
+        """The mean over a cycle."""
+        return sum(phase.seconds for phase in (self.train, *self.cycle)) / (1 + len(self.cycle))
+
+
+def simulate(plan: Plan) -> Simulation:
+    """Replay `plan`. Raises InvalidSchedule where an invariant breaks, InputError where the plan has no schedule."""
+    if plan.model.kind == "graph":
+        from tightfit.planner.simulation.graph_replay import replay
+
+        return replay(plan)
+    if plan.train is None or plan.evaluate is None:
+        raise InputError(
+            f"the plan is {plan.status} and has no schedule; plan with at least {plan.minimum_budget_bytes} bytes"
+        )
+    declared = Declared(plan)
+    steps = [
+        Replay(declared, phase, f"train {position}" if plan.cycle else "train", training=True)
+        for position, phase in enumerate(plan.steps)
+    ]
+    evaluate = Replay(declared, plan.evaluate, "evaluate", training=False)
+    replays = [*steps, evaluate]
+    for replay_ in replays:
+        replay_.run()
+    for name in declared.trainables:
+        if not any(name in step.updated for step in steps):
+            raise InvalidSchedule("update-once", "plan", -1, name, "is never updated")
+    floor = plan.device.floor
+    fullest = max(replays, key=lambda one: one.top)
+    arena = -(-fullest.top // LINE) * LINE
+    workspace = max(one.workspace for one in replays)
+    charged = floor.held_bytes + floor.instruction_bytes * declared.instructions
+    peak = max(floor.start_peak_bytes, charged + arena + workspace)
+    if peak > plan.budget_bytes:
+        raise InvalidSchedule(
+            "budget", fullest.name, -1, "the arena", f"{peak} bytes at the peak, {plan.budget_bytes} allowed"
+        )
+    for claim, stated, found in (
+        ("arena_bytes", plan.arena_bytes, arena),
+        ("workspace_bytes", plan.workspace_bytes, workspace),
+        ("peak_bytes", plan.peak_bytes, peak),
+    ):
+        if stated and stated < found:
+            raise InvalidSchedule("claims", "plan", -1, claim, f"the plan states {stated}, the replay finds {found}")
+    train, *cycle = (step.told() for step in steps)
+    return Simulation(
+        train=train,
+        cycle=cycle,
+        evaluate=evaluate.told(),
+        timeline=steps[0].timeline.points,
+        peak_bytes=peak,
+        arena_bytes=arena,
+        workspace_bytes=workspace,
+        live_bytes=max(one.most_live for one in replays),
+    )

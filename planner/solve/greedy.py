@@ -1,0 +1,50 @@
+"""The answer when the time limit ends the search early: whole columns by steepest descent, no solver."""
+
+from __future__ import annotations
+
+from tightfit.planner.formulation.step_constraints import charged_bytes
+from tightfit.planner.problem.layer_types import Layered
+from tightfit.planner.schedule.layer_schedule import Column
+from tightfit.planner.solve.pricing import Pool
+
+
+def greedy(problem: Layered, pool: Pool, limit_bytes: int) -> tuple[Column, ...] | None:
+    """From the smallest columns on, take the exchange that saves most time per byte while the limit holds.
+
+    Time counts compute and disk, which may overlap: an upper estimate. None where even the smallest columns do not fit.
+    """
+    chosen = [min(pool.columns[kind], key=_size) for kind in problem.layer_type]
+    if charged_bytes(problem, tuple(chosen)) > limit_bytes:
+        return None
+    # Exchanges are tried by saving per byte; each layer keeps its latest that fits.
+    exchanges = sorted(
+        (
+            (-(_time(start) - _time(column)) / max(1, _size(column) - _size(start)), layer, index)
+            for layer, (kind, start) in enumerate(zip(problem.layer_type, chosen))
+            for index, column in enumerate(pool.columns[kind])
+            if _time(column) < _time(start)
+        ),
+    )
+    for _, layer, index in exchanges:
+        column = pool.columns[problem.layer_type[layer]][index]
+        if _time(column) >= _time(chosen[layer]):
+            continue
+        before, chosen[layer] = chosen[layer], column
+        if charged_bytes(problem, tuple(chosen)) > limit_bytes:
+            chosen[layer] = before
+    return tuple(chosen)
+
+
+def _size(column: Column) -> int:
+    return column.between + column.outside + max(column.forward_peak, column.backward_peak)
+
+
+def _time(column: Column) -> float:
+    return (
+        column.forward_seconds
+        + column.backward_seconds
+        + column.spills_forward
+        + column.fetches_backward
+        + column.states_fetched
+        + column.states_spilled
+    )

@@ -1,0 +1,137 @@
+"""The master as a linear program over the columns known so far, solved again and again from where it ended.
+
+From round to round there are a few columns more, from budget to budget another limit: the basis before is nearly
+the next one, so a solution costs a fraction of the first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tightfit.planner.formulation.layer_constraints import FIELDS, KIB
+from tightfit.planner.formulation.step_constraints import Rows, Terms, add_rows
+from tightfit.planner.milp.lp import INFINITY, Growing, Linear
+from tightfit.planner.schedule.multi_layer_recompute import Segments
+from tightfit.planner.solve.pricing import Pool, Prices
+
+MOVE_PRICE = 1e-4
+"""price of a second of disk time beside a second of the step: breaks ties in favour of moving less"""
+OVERFLOW_PRICE = 10.0
+"""ms per KiB over the limit, while no fitting combination is known"""
+
+
+def goal(rows: Rows, *, fewest_bytes: bool, priced: bool = True) -> Linear:
+    """Objective of the step: its time, with a small price on moves where they are `priced`, or its bytes."""
+    if fewest_bytes:
+        return Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
+    return Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE if priced else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relaxed:
+    """The master over the pool's columns, solved as a linear program."""
+
+    value: float
+    over: float
+    """KiB by which the limit is passed"""
+    prices: list[Prices]
+    """per layer"""
+    convexity: list[float]
+    """per layer: what the layer costs at its prices"""
+    shares: list[NDArray[np.float64]]
+    """per layer: share of each of its type's columns"""
+    limit_price: float
+    """ms per KiB of the limit"""
+    spare: NDArray[np.float64]
+    """(3, layers): KiB of the limit that are left, at least, in every layer's forward, backward and evaluation; nothing without a
+    limit
+    """
+
+
+class Relaxation:
+    """Any number of budgets over one pool, whose columns may become more in between.
+
+    With `careful` under rows that plans can really keep (see `tightfit.planner.formulation.step_constraints`); with `segments` layers go forward twice.
+    """
+
+    def __init__(self, pool: Pool, *, careful: bool, segments: Segments = ()) -> None:
+        self.pool = pool
+        self.careful = careful
+        self.segments = segments
+        self._program = program = Growing()
+        self._definitions: list[list[int]] = []
+        self._convexity: list[int] = []
+        self._shares: list[list[int]] = [[] for _ in pool.problem.layer_type]
+        layers: list[Terms] = []
+        for _ in pool.problem.layer_type:
+            figures = [program.variable() for _ in FIELDS]
+            self._definitions.append([program.at_least(Linear().add(figure)) for figure in figures])
+            self._convexity.append(program.exactly(Linear(-1.0)))
+            layers.append({name: Linear().add(figure) for name, figure in zip(FIELDS, figures)})
+        rows = add_rows(program, pool.problem, layers, careful=careful, segments=segments)
+        self._over = program.variable()
+        self._spare = list(rows.spare.values())
+        self._bytes = rows.bytes
+        self._limit = program.at_least(Linear().add(self._over).add(rows.bytes, -1.0))
+        self._fastest = goal(rows, fewest_bytes=False).add(self._over, OVERFLOW_PRICE)
+        self._fewest_bytes = goal(rows, fewest_bytes=True)
+        self._solved: tuple[int | None, Relaxed] | None = None
+        """the limit last solved for, and its answer as long as no columns come in"""
+        self._proven: list[tuple[int, float, float]] = []
+        """(limit in bytes, lower bound of the objective there, by how many ms it falls per KiB that the limit grows)"""
+
+    def solve(self, limit_bytes: int | None, seconds: float) -> Relaxed:
+        """The shortest step within `limit_bytes`, or, without one, the fewest bytes; duals as prices of each layer's figures.
+
+        Raises TimeoutError where `seconds` do not suffice.
+        """
+        if self._grow():
+            self._solved = None
+        if self._solved is not None and self._solved[0] == limit_bytes:
+            return self._solved[1]
+        limited = limit_bytes is not None
+        self._program.row_bounds(self._limit, -limit_bytes / KIB if limit_bytes is not None else -INFINITY, INFINITY)
+        result = self._program.solve(self._fastest if limited else self._fewest_bytes, seconds)
+        duals, values = result.duals, result.values
+        if duals is None or values is None:
+            raise TimeoutError
+        relaxed = Relaxed(
+            value=result.objective,
+            over=values[self._over] if limited else 0.0,
+            prices=[np.array([max(0.0, duals[row]) for row in rows]) for rows in self._definitions],
+            convexity=[duals[row] for row in self._convexity],
+            shares=[np.array([values[variable] for variable in variables]) for variables in self._shares],
+            limit_price=max(0.0, duals[self._limit]),
+            spare=self._free(values, limit_bytes),
+        )
+        self._solved = limit_bytes, relaxed
+        return relaxed
+
+    def _free(self, values: list[float], limit_bytes: int | None) -> NDArray[np.float64]:
+        if limit_bytes is None:
+            return np.zeros((3, 0))
+        unused = limit_bytes / KIB - values[self._bytes]
+        return unused + np.array([[left.value(values) for left in windows] for windows in self._spare])
+
+    def prove(self, limit_bytes: int, bound: float, limit_price: float) -> None:
+        """Remember a Lagrangian bound of the objective at a limit; at the same prices there is one at every limit."""
+        self._proven.append((limit_bytes, bound, limit_price))
+
+    def proven(self, limit_bytes: int) -> float:
+        """The highest bound of the objective at a limit that those remembered come to, and at least 0."""
+        bounds = (bound - price * (limit_bytes - limit) / KIB for limit, bound, price in self._proven)
+        return max(0.0, max(bounds, default=0.0))
+
+    def _grow(self) -> bool:
+        """Enter the columns that the pool has gained; whether there are any."""
+        grown = False
+        for layer, kind in enumerate(self.pool.problem.layer_type):
+            shares = self._shares[layer]
+            for values in self.pool.figures[kind][len(shares) :].tolist():
+                entries = {row: -value for row, value in zip(self._definitions[layer], values) if value}
+                shares.append(self._program.column(entries | {self._convexity[layer]: 1.0}))
+                grown = True
+        return grown

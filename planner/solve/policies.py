@@ -1,0 +1,177 @@
+"""Fixed rules that yield a plan without a solver: the baselines.
+
+They differ from the solver's plans in the decisions only; emission, read-ahead, arena and simulation are the same. Those
+in `POLICIES` follow the exact gradient, as the solver's plans do, and give the same results to the bit. Those in
+`APPROXIMATE` follow another one, take another time for it, and learn differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.problem.gradients import PartialStep, cycle, refuse_accumulation, two_forwards
+from tightfit.planner.problem.layer_types import Layered, LayerType, Mode
+from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
+from tightfit.planner.schedule.multi_layer_recompute import Segments, sqrt_segments
+from tightfit.planner.schedule.realize import Part
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.errors import InputError
+
+
+def keep_all(kind: LayerType, *, last: bool) -> Decision:
+    """Plain training: everything the backward reads stays, weights stay unpacked, optimizer states stay."""
+    return _decision(kind, _read_by_backward(kind), _unpacked)
+
+
+def checkpoint_layers(kind: LayerType, *, last: bool) -> Decision:
+    """Activation checkpointing per layer: only layer inputs stay, the layer's forward runs again in its backward.
+
+    The last layer's backward follows its forward at once, so it keeps what it has.
+    """
+    return _decision(kind, _read_by_backward(kind) if last else frozenset(), _unpacked)
+
+
+def mebp(kind: LayerType, *, last: bool) -> Decision:
+    """Memory-efficient backpropagation (Song and Tang, 2025): checkpoints per layer, and each weight is read and
+    unpacked just before its use in forward and again in backward.
+    """
+    return _decision(kind, _read_by_backward(kind) if last else frozenset(), _streamed)
+
+
+def mesp(kind: LayerType, *, last: bool) -> Decision:
+    """Memory-efficient structured backpropagation (Park et al., arXiv 2602.13069), by its abstract: layer inputs are
+    checkpointed, the backward is exact, and h = x A is made again in it instead of being stored.
+
+    What is taken as its rule: of a layer only the input outlives the forward. In its backward each tensor that the next
+    operator reads, h among them, is made again just before its first reader and dropped after its last one, and no
+    unpacked weight waits for its use: its 4-bit bytes are read once per window and unpacked at each use.
+    """
+    return _decision(kind, _read_by_backward(kind) if last else frozenset(), _unpacked_at_each_use)
+
+
+def smallest(kind: LayerType, *, last: bool) -> Decision:
+    """Everything on disk or made again; what the search starts from, no policy of its own."""
+    decision = _decision(kind, frozenset(), _streamed)
+    away = {value for value in decision.keep if value in kind.offloadable and value in kind.owned}
+    states = frozenset(update.trainable for update in kind.updates if update.states)
+    return Decision(keep=decision.keep - away, offload=frozenset(away), weights=decision.weights, states=states)
+
+
+def all_streamed(kind: LayerType, *, last: bool) -> Decision:
+    """Every activation kept, every weight streamed; no policy of its own, but near the fastest plan of many budgets."""
+    return _decision(kind, keep_all(kind, last=last).keep, _streamed)
+
+
+Rule = Callable[..., Decision]
+POLICIES: dict[str, Rule] = {
+    "keep-all": keep_all,
+    "checkpoint-layers": checkpoint_layers,
+    "checkpoint-sqrt": keep_all,
+    "mebp": mebp,
+    "mesp": mesp,
+}
+SEGMENTED: dict[str, Callable[[Layered], Segments]] = {"checkpoint-sqrt": sqrt_segments}
+"""Rules under which runs of layers go forward twice. checkpoint-sqrt (Chen et al., arXiv 1604.06174): of about √n layers
+the input stays; before their backward they run again and keep what it reads. The last ones, whose backward follows their
+forward, keep what they have.
+"""
+APPROXIMATE: dict[str, Callable[[Profile], tuple[PartialStep, ...]]] = {
+    "mezo": lambda profile: (two_forwards(profile),),
+    "lcsb": cycle,
+}
+"""mezo: two forwards, no backward. lcsb: the backward of a fourth of the layers in turn. Tensors are decided on by `mebp`."""
+
+
+def approximate_of(profile: Profile) -> tuple[str, ...]:
+    """Names of those that follow another gradient: they move trained tensors after every step."""
+    refused = refused_of(profile)
+    return () if profile.model.kind == "graph" else tuple(policy for policy in APPROXIMATE if policy not in refused)
+
+
+def refused_of(profile: Profile) -> dict[str, str]:
+    """The others of them, and why."""
+    found = {}
+    for policy in APPROXIMATE:
+        try:
+            refuse_accumulation(profile, policy)
+        except InputError as error:
+            found[policy] = str(error)
+    return found
+
+
+def policy_parts(problem: Layered, policy: str) -> tuple[Part, ...]:
+    """The policy's steps, in turn, with its decision for every layer.
+
+    Raises InputError for a name that is no policy, and where the policy means nothing for the model.
+    """
+    if policy in APPROXIMATE:
+        return tuple(_part(step) for step in APPROXIMATE[policy](problem.profile))
+    if policy not in POLICIES:
+        raise InputError(
+            f"no policy is called {policy!r}; choose one of solver, {', '.join([*POLICIES, *APPROXIMATE])}"
+        )
+    return (rule_part(problem, policy),)
+
+
+def rule_part(problem: Layered, policy: str) -> Part:
+    """The step of a policy that follows the exact gradient."""
+    segments = SEGMENTED[policy](problem) if policy in SEGMENTED else ()
+    return Part(problem=problem, columns=rule_columns(problem, POLICIES[policy]), segments=segments)
+
+
+def _part(step: PartialStep) -> Part:
+    problem = layered(step.profile)
+    sizes = {tensor.name: tensor.bytes for tensor in step.profile.tensors}
+    # The noise of one trainable at a time.
+    noise = max((sizes[name] for name in step.perturbed), default=0)
+    return Part(
+        problem=replace(problem, workspace_bytes=max(problem.workspace_bytes, noise)),
+        columns=rule_columns(problem, mebp),
+        skipped=step.skipped,
+        passages=step.passages,
+        perturbed=step.perturbed,
+    )
+
+
+def rule_columns(problem: Layered, rule: Rule) -> tuple[Column, ...]:
+    count = len(problem.layer_type)
+    measured: dict[tuple[int, bool], Column] = {}
+    for layer, kind in enumerate(problem.layer_type):
+        key = kind, layer == count - 1
+        if key not in measured:
+            measured[key] = measure(problem.types[kind], rule(problem.types[kind], last=key[1]))
+    return tuple(measured[kind, layer == count - 1] for layer, kind in enumerate(problem.layer_type))
+
+
+def _decision(kind: LayerType, keep: frozenset[str], mode: Callable[[tuple[Mode, ...]], Mode]) -> Decision:
+    producer = kind.producer
+    must = {value for value in kind.candidates if value in kind.owned or not producer[value].recomputable}
+    return Decision(
+        keep=keep | must,
+        offload=frozenset(),
+        weights=tuple((name, mode(weight.modes)) for name, weight in kind.weights.items()),
+        states=frozenset(),
+    )
+
+
+def _read_by_backward(kind: LayerType) -> frozenset[str]:
+    read = {value for op in kind.backward for value in op.inputs}
+    return frozenset(value for value in kind.candidates if value in read)
+
+
+def _unpacked(modes: tuple[Mode, ...]) -> Mode:
+    return modes[-1]
+
+
+def _streamed(modes: tuple[Mode, ...]) -> Mode:
+    """Read in each window, unpacked once there."""
+    once = Mode("disk", "disk", "unpacked")
+    return once if once in modes else modes[0]
+
+
+def _unpacked_at_each_use(modes: tuple[Mode, ...]) -> Mode:
+    """Read in each window, unpacked at each use there."""
+    each = Mode("disk", "disk", "packed")
+    return each if each in modes else modes[0]

@@ -1,0 +1,235 @@
+"""Columns of the master problem: one layer type's decisions with their figures, found by pricing.
+
+Pricing asks for the decision of a layer type that is cheapest at given prices of its figures (`FIELDS`): a mixed-integer
+program. Every answer also proves that no decision is cheaper, and such a proof says something about other prices: the
+cheapest cost is concave in the prices, figures are never negative, so all proofs together are an outer description
+of what the layer type can do (`Hull`). Layers, and budgets, at prices between those asked before need no program of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from ortools.math_opt.python import mathopt
+
+from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, MS, Block
+from tightfit.planner.formulation.layer_variables import choice_count
+from tightfit.planner.milp.lp import INFINITY, OBJECTIVE_ONLY, Linear, Program
+from tightfit.planner.milp.solver_interrupts import uninterrupted
+from tightfit.planner.problem.layer_types import Layered, LayerType
+from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
+
+HELD = ("between", "outside")
+"""those of FIELDS that a layer holds between its windows"""
+HOLDING = [FIELDS.index(name) for name in HELD]
+ROUNDING = 1e-6
+"""KiB"""
+Prices = NDArray[np.float64]
+"""ms per unit of each of FIELDS"""
+BLOCK_SECONDS = 3e-5
+"""to build the program of a layer type, per pair of its operators"""
+NOTHING = 1e-12
+"""prices below it are rounding"""
+
+
+def figures(column: Column) -> dict[str, float]:
+    """FIELDS of a column, in KiB and ms."""
+    return {
+        "forward_peak": column.forward_peak / KIB,
+        "backward_peak": column.backward_peak / KIB,
+        "evaluate_peak": column.evaluate_peak / KIB,
+        "between": column.between / KIB,
+        "outside": column.outside / KIB,
+        "forward_ms": column.forward_seconds * MS,
+        "backward_ms": column.backward_seconds * MS,
+        "reads_forward_ms": column.reads_forward * MS,
+        "reads_backward_ms": column.reads_backward * MS,
+        "spills_forward_ms": column.spills_forward * MS,
+        "fetches_backward_ms": column.fetches_backward * MS,
+        "states_fetched_ms": column.states_fetched * MS,
+        "states_spilled_ms": column.states_spilled * MS,
+        "instructions": float(column.instructions),
+    }
+
+
+def figures_row(column: Column) -> Prices:
+    """`figures` in the order of FIELDS."""
+    return np.array(list(figures(column).values()), dtype=np.float64)
+
+
+class Hull:
+    """Figures that no proof so far excludes: a linear program over FIELDS, one row per proof."""
+
+    def __init__(self, kind: LayerType) -> None:
+        self.model = mathopt.Model()
+        least = {
+            "forward_ms": MS * sum(op.seconds for op in kind.forward),
+            "backward_ms": MS * (sum(op.seconds for op in kind.backward) + sum(u.seconds for u in kind.updates)),
+        }
+        self.figures = [self.model.add_variable(lb=least.get(name, 0.0)) for name in FIELDS]
+        self.solver = mathopt.IncrementalSolver(self.model, mathopt.SolverType.GLOP)
+        self._told: dict[bytes, float] = {}
+        """by prices, since the last proof: equal layers are often at equal prices"""
+
+    def prove(self, prices: Prices, bound: float) -> None:
+        """No decision costs less than `bound` at `prices`."""
+        self._told.clear()
+        row = self.model.add_linear_constraint(lb=bound)
+        for price, variable in zip(prices.tolist(), self.figures):
+            if price > NOTHING:
+                row.set_coefficient(variable, price)
+
+    def bound(self, prices: Prices) -> float:
+        """What the proofs say about the cheapest cost at `prices`."""
+        key = prices.tobytes()
+        told = self._told.get(key)
+        if told is None:
+            told = self._bound(prices)
+            if told:
+                self._told[key] = told
+        return told
+
+    def _bound(self, prices: Prices) -> float:
+        self.model.minimize(
+            mathopt.LinearSum([price * variable for price, variable in zip(prices.tolist(), self.figures) if price])
+        )
+        try:
+            result = uninterrupted(lambda: self.solver.solve(model_params=OBJECTIVE_ONLY))
+        except (
+            RuntimeError,
+            ValueError,
+            AttributeError,
+        ):  # as in `tightfit.planner.milp.highs`: MathOpt's conversion fails by itself
+            # Glop now and then loses itself in its warm start; what it does not say is no bound.
+            self.solver = mathopt.IncrementalSolver(self.model, mathopt.SolverType.GLOP)
+            return 0.0
+        if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
+            return 0.0
+        # A hair below, for the solver's tolerance.
+        return float(result.objective_value()) * (1 - 1e-7)
+
+
+@dataclass(kw_only=True)
+class Pool:
+    """Columns found so far, per layer type, and what was proven; shared by every budget of one profile."""
+
+    problem: Layered
+    columns: list[list[Column]] = field(default_factory=list)
+    figures: list[NDArray[np.float64]] = field(default_factory=list)
+    """per layer type: a row of FIELDS per column"""
+    stand_in: list[int] = field(default_factory=list)
+    """per layer type: the type whose programs and proofs it shares"""
+    blocks: dict[int, Block] = field(default_factory=dict)
+    _tried: set[tuple[int, Decision]] = field(default_factory=set)
+    hulls: dict[int, Hull] = field(default_factory=dict)
+    """of the types that stand in"""
+    answers: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    """of the types that stand in: a row of FIELDS per program solved"""
+    programs: int = 0
+    """mixed-integer programs solved so far"""
+
+    def __post_init__(self) -> None:
+        self.columns = [[] for _ in self.problem.types]
+        types = self.problem.types
+        for kind in types:
+            self.figures.append(np.empty((0, len(FIELDS))))
+            sharing = [other for other in range(len(types)) if _undercuts(types[other], kind)]
+            self.stand_in.append(min(sharing, key=lambda other: len(types[other].leaves_evaluate)))
+        for number in sorted(set(self.stand_in)):
+            self.hulls[number] = Hull(types[number])
+            self.answers[number] = np.empty((0, len(FIELDS)))
+
+    @property
+    def binaries(self) -> int:
+        """Choices of the whole step."""
+        counts = [choice_count(kind) for kind in self.problem.types]
+        return sum(counts[kind] for kind in self.problem.layer_type)
+
+    def block(self, number: int, seconds: float) -> Block:
+        """The program of a type that stands in. Raises TimeoutError where `seconds` do not suffice to build it."""
+        if number not in self.blocks:
+            kind = self.problem.types[number]
+            if seconds < BLOCK_SECONDS * (len(kind.forward) + len(kind.backward)) ** 2:
+                raise TimeoutError
+            self.blocks[number] = Block(Program(), kind)
+        return self.blocks[number]
+
+    def bound(self, kind: int, prices: Prices) -> float:
+        """What the proofs say about the cheapest cost of a layer type at `prices`."""
+        return self.hulls[self.stand_in[kind]].bound(prices)
+
+    def add(self, kind: int, decision: Decision) -> bool:
+        """Whether the decision's column is new."""
+        if (kind, decision) in self._tried:
+            return False
+        self._tried.add((kind, decision))
+        column = measure(self.problem.types[kind], decision)
+        mine = figures_row(column)
+        if (self.figures[kind] <= mine).all(axis=1).any():
+            return False
+        self.columns[kind].append(column)
+        self.figures[kind] = np.vstack([self.figures[kind], mine])
+        return True
+
+    def known(self, kind: int, prices: Prices) -> float:
+        """What the cheapest answer of a layer type's programs so far costs at `prices`.
+
+        As the program counts, that is: it leaves out a few instructions of which it is not certain.
+        """
+        return float(np.min(self.answers[self.stand_in[kind]] @ prices, initial=INFINITY))
+
+    def price(self, kind: int, prices: Prices, gap: float, seconds: float) -> bool:
+        """Find the cheapest decision of a layer type at these prices, to a relative `gap`, and prove a bound of its cost.
+
+        Returns whether its column is new. Raises TimeoutError where `seconds` do not suffice.
+        """
+        stand_in = self.stand_in[kind]
+        block = self.block(stand_in, seconds)
+        goal = Linear()
+        for name, price in zip(FIELDS, prices.tolist()):
+            if price > NOTHING:
+                goal.plus(block.field(name), price)
+        self.programs += 1
+        result = block.program.solve(goal, seconds, gap)
+        if result.values is None:
+            raise TimeoutError
+        self.hulls[stand_in].prove(prices, min(result.bound, result.objective))
+        told = [block.field(name).value(result.values) for name in FIELDS]
+        self.answers[stand_in] = np.vstack([self.answers[stand_in], told])
+        decision = block.decision(result.values)
+        new = [other for other, shared in enumerate(self.stand_in) if shared == stand_in and self.add(other, decision)]
+        return kind in new
+
+    def cheapest_within(self, kind: int, prices: Prices, most: Prices) -> int | None:
+        """The cheapest column known that holds no more between its windows than the figures `most`."""
+        fits = (self.figures[kind][:, HOLDING] <= most[HOLDING] + ROUNDING).all(axis=1)
+        return int(np.argmin(np.where(fits, self.figures[kind] @ prices, INFINITY))) if fits.any() else None
+
+    def fill(self, kind: int, prices: Prices, most: Prices, gap: float, seconds: float) -> None:
+        """Add the cheapest decision at `prices` that holds no more between its windows than the figures `most`.
+
+        Pricing alone finds corners of what a layer can do; where the master mixes two of them, this is a whole one near.
+        Raises TimeoutError where `seconds` do not suffice to ask.
+        """
+        block = self.block(self.stand_in[kind], seconds)
+        held = (block.most_between, block.most_outside)
+        for variable, name in zip(held, HELD):
+            block.program.bounds(variable, 0.0, float(most[FIELDS.index(name)]) + ROUNDING)
+        try:
+            goal = Linear()
+            for name, price in zip(FIELDS, prices.tolist()):
+                goal.plus(block.field(name), max(price, NOTHING))
+            result = block.program.solve(goal, seconds, gap)
+            if result.values is not None:
+                self.add(kind, block.decision(result.values))
+        finally:
+            for variable in held:
+                block.program.bounds(variable, 0.0, INFINITY)
+
+
+def _undercuts(one: LayerType, other: LayerType) -> bool:
+    """Whether the same decisions are open to both and none costs `one` more: it may leave less behind in an evaluation."""
+    fewer = one.leaves_evaluate <= other.leaves_evaluate
+    return fewer and replace(one, leaves_evaluate=other.leaves_evaluate) == other

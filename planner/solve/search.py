@@ -1,0 +1,498 @@
+"""The search at one budget, and for the smallest one: what `master` finds, carried out within a limit of time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from tightfit.planner.formulation.layer_constraints import KIB
+from tightfit.planner.formulation.step_constraints import charged_bytes
+from tightfit.planner.problem.layer_types import Layered
+from tightfit.planner.schedule.layer_schedule import Column
+from tightfit.planner.schedule.realize import Part, Schedule, smallest_arena
+from tightfit.planner.search_options import HELD_UP, Progress
+from tightfit.planner.simulation.plan_result import ROUNDING
+from tightfit.planner.solve.budget_search import CARRY_SECONDS, Attempt
+from tightfit.planner.solve.column_generation import JOINT_BINARIES, Search
+from tightfit.planner.solve.greedy import greedy
+from tightfit.planner.solve.master_lp import MOVE_PRICE, Relaxation
+from tightfit.planner.solve.minimum_budget import lowered
+from tightfit.planner.solve.policies import POLICIES, all_streamed, rule_columns, rule_part, smallest
+from tightfit.planner.solve.pricing import Pool
+from tightfit.planner.solve.segment_search import SLACK, promising, worthwhile
+from tightfit.runtime.common.gc_pause import paused_collector
+
+MINIMUM_STEP = 1e-3
+"""share of the smallest budget so far by which it is lowered at first"""
+LOWEST_SHARE = 0.6
+"""of the time, at which the search for columns of the fewest bytes ends"""
+CLEARLY = 0.95
+"""of the room of a budget: where a mixture of columns takes so little, whole ones find their places in it"""
+JOINT_ROUNDS = 4
+GREEDY_ROUNDS = 6
+RELAXED_SHARE, CAREFUL_SHARE = 0.5, 0.7
+"""of the time for plans of the class, at which the search for columns ends"""
+SEGMENTS_SHARE, SEGMENTS_CHOICES = 0.4, 3
+"""of the time limit, and of the shares left free: what the search for layers to run twice gets, on devices where there is one"""
+RULES_SHARE = 0.25
+"""of the time limit, at most: left to carry out fixed rules that may be faster; where they take more, they come first"""
+NEAR = 1e-3
+"""to a bound of any schedule, up to which the computation of a fixed rule may come: it is then carried out before anything is searched for"""
+EARLY_GAP = 3e-3
+"""of a mixture to its bound, up to which whole columns near it may make a good plan"""
+EARLY_CHOICES = 4
+"""of what a local search makes of the columns known so far"""
+CAREFUL_TOLERANCE = 8e-3
+"""of the search for columns that only guides the choice and proves nothing"""
+MOST_BYTES = 1 << 50
+"""no process holds more; HiGHS gives up on right-hand sides that doubles cannot count exactly"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    schedule: Schedule | None
+    bound_seconds: float
+    """no plan of the class is faster; the class leaves out those under which layers go forward twice"""
+    any_bound_seconds: float = 0.0
+    """no schedule at all is faster"""
+    interrupted: bool = False
+    """whether Ctrl-C ended the search"""
+    stalled: bool = False
+    """whether it is the search for a proof alone that was given up before the time limit"""
+    fallback: bool = False
+    """the time limit ended the search before it had a plan: a greedy choice or a fixed rule stands in"""
+    deterministic: bool = True
+    """False where the time limit, or the user, ended the search"""
+
+    @property
+    def proven_seconds(self) -> float:
+        """The highest bound that holds for the schedule."""
+        twice = self.schedule is not None and self.schedule.segments
+        return self.any_bound_seconds if twice else max(self.bound_seconds, self.any_bound_seconds)
+
+
+class Solver:
+    """One problem, any number of budgets: columns and proofs are shared."""
+
+    def __init__(self, problem: Layered) -> None:
+        self.problem = problem
+        self.found: list[Outcome] = []
+        """the best at budgets before, so that a larger one never gets a slower plan"""
+        self.proven: dict[int, float] = {}
+        """by budget, of every search: seconds that no plan of the class undercuts"""
+        self._outcomes: dict[tuple[int, float], Outcome] = {}
+        """by budget and gap, of searches that came to their end: the same question has the same answer"""
+        self._lowest: Schedule | None = None
+        self._lowest_proven = False
+        """whether the search for it came to its end"""
+        self._by_clock = False
+        """whether the clock has ended any search: what it left behind is then not tried before a budget's own prices are"""
+
+    @cached_property
+    def pool(self) -> Pool:
+        """Columns found so far, opened with those of the fixed rules."""
+        return self._opened(Pool(problem=self.problem))
+
+    @cached_property
+    def plain(self) -> Pool:
+        """Columns of the fixed rules alone, and what was filled in between them for segments."""
+        return self._opened(Pool(problem=self.problem, blocks=self.pool.blocks))
+
+    def _opened(self, pool: Pool) -> Pool:
+        for rule in (*POLICIES.values(), smallest, all_streamed):
+            for kind, column in zip(self.problem.layer_type, rule_columns(self.problem, rule)):
+                pool.add(kind, column.decision)
+        return pool
+
+    @cached_property
+    def _rules(self) -> tuple[Part, ...]:
+        parts = [rule_part(self.problem, policy) for policy in POLICIES]
+        return tuple(sorted(parts, key=lambda part: part.computing_seconds))
+
+    @cached_property
+    def _reruns(self) -> bool:
+        return worthwhile(self.problem)
+
+    @cached_property
+    def relaxed(self) -> Relaxation:
+        """The master under rows that hold for any plan of the class: what proves."""
+        return Relaxation(self.pool, careful=False)
+
+    @cached_property
+    def careful(self) -> Relaxation:
+        """The master under rows that plans can really keep: what guides the choice."""
+        return Relaxation(self.pool, careful=True)
+
+    def room(self, budget_bytes: int) -> int:
+        """Bytes for the arena and the instructions."""
+        return min(budget_bytes, MOST_BYTES) - self.problem.taken_bytes
+
+    @cached_property
+    def smallest(self) -> Schedule:
+        """The smallest rule carried out: where the search for the smallest budget starts."""
+        return smallest_arena(self.problem, rule_columns(self.problem, smallest))
+
+    def tight(self, budget_bytes: int) -> bool:
+        """Whether the budget may be below the minimum: there the minimum is worked out first."""
+        charged = charged_bytes(self.problem, rule_columns(self.problem, smallest))
+        return self.room(budget_bytes) < 1.1 * charged and self.smallest.peak_bytes > budget_bytes
+
+    # --- at a budget -----------------------------------------------------------------------------------------------
+
+    @paused_collector()
+    def solve(
+        self, budget_bytes: int, deadline: float, progress: Progress | None, *, bound: float = 0.0, gap: float = 0.0
+    ) -> Outcome:
+        """The fastest schedule found; None where nothing was found to fit. `bound`: seconds that none undercuts; `gap`: the share of its
+        time by which a schedule may be slower than the best where that is enough.
+
+        Raises KeyboardInterrupt only where nothing has been carried out yet.
+        """
+        known = self._outcomes.get((budget_bytes, gap))
+        if known is None:
+            outcome = self._solve(budget_bytes, deadline, progress, bound, gap)
+        else:
+            outcome = replace(known, any_bound_seconds=max(bound, known.any_bound_seconds))
+        if outcome.deterministic:
+            self._outcomes[budget_bytes, gap] = outcome
+        self._by_clock = self._by_clock or not outcome.deterministic
+        self.proven[budget_bytes] = max(self.proven.get(budget_bytes, 0.0), outcome.bound_seconds)
+        fitting = [one for one in self.found if one.schedule is not None and one.schedule.peak_bytes <= budget_bytes]
+        before = min(fitting, key=_seconds, default=None)
+        if before is not None and _seconds(before) < _seconds(outcome):
+            return replace(
+                outcome,
+                schedule=before.schedule,
+                fallback=before.fallback,
+                deterministic=before.deterministic and outcome.deterministic,
+            )
+        if known is None and outcome.schedule is not None:
+            self.found.append(outcome)
+        return outcome
+
+    def _solve(
+        self, budget_bytes: int, deadline: float, progress: Progress | None, any_bound: float, gap: float
+    ) -> Outcome:
+        started = time.monotonic()
+        attempt = Attempt(
+            problem=self.problem,
+            limit=self.room(budget_bytes),
+            deadline=deadline,
+            started=started,
+            progress=progress,
+            gap=max(ROUNDING, gap),
+            bound=any_bound,
+        )
+        rules, most = self._seconds_of_rules(attempt.limit), RULES_SHARE * (deadline - started)
+        first = rules > most
+        # On a busy machine they take a few times as long as alone.
+        attempt.deadline -= 0.0 if first else min(HELD_UP * rules, most)
+        fallback = interrupted = False
+        try:
+            self._by_rules(attempt, any_bound, most=float("inf") if first else any_bound * (1 + NEAR))
+            ruled = attempt.best
+            if not attempt.near(any_bound, attempt.gap):
+                with attempt.within(1 - SEGMENTS_SHARE if self._reruns else 1.0):
+                    self._in_the_class(attempt)
+                if attempt.best is ruled and not attempt.timely:
+                    self._greedily(attempt)
+                    fallback = True
+                searched = attempt.best
+                self._by_segments(attempt, any_bound)
+                fallback = fallback and attempt.best is searched
+        except KeyboardInterrupt:
+            if not attempt.found:
+                raise
+            attempt.timely = False
+            interrupted = True
+        attempt.deadline = deadline
+        self._by_rules(attempt, any_bound)
+        return Outcome(
+            schedule=attempt.best,
+            bound_seconds=attempt.bound,
+            any_bound_seconds=any_bound,
+            interrupted=interrupted,
+            fallback=fallback,
+            deterministic=attempt.timely,
+        )
+
+    def bound(self, budget_bytes: int, deadline: float) -> float | None:
+        """Seconds per step that no plan of the class undercuts at a budget; None where the model finds none that fits.
+
+        Raises TimeoutError where the deadline strikes first.
+        """
+        search = Search(relaxation=self.relaxed, limit_bytes=self.room(budget_bytes), deadline=deadline)
+        if self.pool.binaries <= JOINT_BINARIES:
+            answer = search.joint()
+            return None if answer is None else answer.bound_seconds
+        lower, _, kept = search.columns()
+        if not search.timely:
+            self._by_clock = True
+            raise TimeoutError
+        return search.bound(lower) if kept else None
+
+    def _in_the_class(self, attempt: Attempt) -> None:
+        """Plans whose recomputation stays inside a layer's own backward window, and a bound for all of them."""
+        if self.pool.binaries <= JOINT_BINARIES:
+            self._jointly(attempt)
+        else:
+            self._by_columns(attempt)
+
+    def _jointly(self, attempt: Attempt) -> None:
+        """A small model as one program; where the arena has no place for its optimum, again with a little less."""
+        for careful in (False, True):
+            allowed = attempt.limit
+            for _ in range(JOINT_ROUNDS):
+                search = Search(
+                    relaxation=self.careful if careful else self.relaxed,
+                    limit_bytes=allowed,
+                    deadline=attempt.deadline,
+                    progress=attempt.progress,
+                )
+                answer = search.joint()
+                if answer is None:
+                    break
+                if allowed == attempt.limit and not careful:
+                    attempt.bound = max(attempt.bound, answer.bound_seconds)
+                attempt.timely = attempt.timely and answer.proven
+                schedule, excess = attempt.carry(answer.columns)
+                if schedule is not None:
+                    search.report("carried out", schedule.seconds, attempt.bound)
+                    break
+                allowed -= excess
+            if attempt.near(attempt.bound, attempt.gap):
+                return
+        if attempt.near(attempt.bound, 2 * MOVE_PRICE):
+            # The price of moves is all that stands in the way of a proof.
+            search = Search(relaxation=self.relaxed, limit_bytes=attempt.limit, deadline=attempt.deadline)
+            answer = search.joint(priced=False)
+            if answer is not None:
+                attempt.bound = max(attempt.bound, answer.bound_seconds)
+                attempt.timely = attempt.timely and answer.proven
+                if not attempt.near(attempt.bound, attempt.gap):
+                    attempt.carry(answer.columns)
+
+    def _by_columns(self, attempt: Attempt) -> None:
+        """A large model: the bound from relaxed rows, columns chosen under rows that plans can really keep."""
+        relaxed = Search(
+            relaxation=self.relaxed,
+            limit_bytes=attempt.limit,
+            deadline=attempt.until(RELAXED_SHARE),
+            progress=attempt.progress,
+        )
+        careful = Search(
+            relaxation=self.careful,
+            limit_bytes=attempt.limit,
+            deadline=attempt.until(CAREFUL_SHARE),
+            tolerance=CAREFUL_TOLERANCE,
+            progress=attempt.progress,
+        )
+        early = replace(attempt, found=[])
+        chosen = False
+        """whether whole columns near the relaxed mixture have been chosen"""
+        try:
+            early.bound = attempt.bound = max(attempt.bound, relaxed.bound(self.relaxed.proven(attempt.limit)))
+            if self.found and not self._by_clock:
+                self._early(early, careful)
+            if not early.settled():
+                lower, _, kept = relaxed.columns()
+                attempt.timely = attempt.timely and relaxed.timely
+                if not kept:
+                    return
+                early.bound = attempt.bound = max(attempt.bound, relaxed.bound(lower))
+                for search in (careful, relaxed):
+                    if not early.settled():
+                        chosen = self._early(early, search)
+            if not early.settled():
+                careful.worth_seconds = min(
+                    (one.seconds for one in (*attempt.found, *early.found)), default=float("inf")
+                )
+                self._carefully(attempt, relaxed, careful, chosen=chosen)
+        finally:
+            attempt.found += early.found
+            attempt.timely = attempt.timely and early.timely
+
+    def _early(self, attempt: Attempt, search: Search) -> bool:
+        """A few choices of the columns known so far by a local search alone, where a mixture of them comes near the bound; whether
+        there was one.
+        """
+        quick = replace(search, deadline=attempt.deadline, thorough=False)
+        seconds, fits = quick.relaxed_seconds(attempt.limit - attempt.reserve)
+        known = len(attempt.found)
+        if fits and seconds - attempt.bound <= EARLY_GAP * seconds:
+            attempt.choose_anew(quick, EARLY_CHOICES)
+        return len(attempt.found) > known
+
+    def _carefully(self, attempt: Attempt, relaxed: Search, careful: Search, *, chosen: bool) -> None:
+        """Columns priced under rows that plans can really keep, or where memory is short for these, under the others unless they are
+        `chosen` already.
+        """
+        short = chosen or not careful.holds()
+        if short and not chosen:
+            # Memory is short for looking ahead, and columns that save some are slow to find: first of all a plan.
+            relaxed.deadline = attempt.deadline
+            attempt.choose(relaxed)
+            if attempt.settled():
+                return
+            if attempt.best is not None:
+                careful.worth_seconds = min(careful.worth_seconds, attempt.best.seconds)
+        # Where memory is too tight to look ahead, the relaxed choice is what there is; where it is nearly so, another one.
+        lower, _, kept = careful.columns()
+        attempt.timely = attempt.timely and careful.timely
+        careful.deadline = relaxed.deadline = attempt.deadline
+        if kept and careful.bound(lower) <= careful.worth_seconds:
+            attempt.choose(careful)
+        if not short and not (kept and attempt.settled()):
+            attempt.choose_anew(relaxed)
+
+    def _by_rules(self, attempt: Attempt, any_bound: float, most: float = float("inf")) -> None:
+        """Where a fixed rule fits and may be faster, it is carried out too: while there is time for it, no plan is slower
+        than one of them.
+
+        `most`: seconds that its computation may take.
+        """
+        for part in self._rules:
+            best, columns = attempt.best, part.columns
+            computing = part.computing_seconds
+            # The class leaves segments out, and so does its bound.
+            bound = any_bound if part.segments else attempt.bound
+            if computing > most or (best is not None and computing >= best.seconds) or attempt.near(bound, attempt.gap):
+                continue
+            if self._may_fit(part, attempt.limit):
+                if best is not None and not attempt.carries_in_time():
+                    attempt.timely = False
+                    return
+                attempt.carry(columns, part.segments)
+
+    def _may_fit(self, part: Part, limit: int) -> bool:
+        """Whether a fixed rule may fit `limit` bytes of arena and instructions."""
+        # What a segment spares the columns' figures do not know.
+        return bool(part.segments) or charged_bytes(self.problem, part.columns) <= limit
+
+    def _seconds_of_rules(self, limit: int) -> float:
+        """To carry out all fixed rules that may fit, on an idle machine."""
+        fitting = sum(self._may_fit(part, limit) for part in self._rules)
+        return CARRY_SECONDS * len(self.problem.graph.steps) * fitting
+
+    def _by_segments(self, attempt: Attempt, any_bound: float) -> None:
+        """Where moving layer inputs costs more than running layers again: plans under which runs of them do.
+
+        The bound of the class does not hold for these, so it ends no search for them.
+        """
+        if not self._reruns or attempt.near(any_bound, attempt.gap):
+            return
+        with attempt.within():
+            # Columns priced for the class promise more than plans of segments keep where the disk is slow.
+            for pool in (self.plain, self.pool):
+                for seconds, search in promising(pool, attempt.limit, attempt.deadline, attempt.progress):
+                    best = attempt.best
+                    if best is not None and best.seconds <= (1 - SLACK) * seconds:
+                        break
+                    attempt.choose_anew(search, SEGMENTS_CHOICES, any_bound)
+
+    def _greedily(self, attempt: Attempt) -> None:
+        some = attempt.reserve
+        # What just fits seldom finds its places at once; where nothing else does, it is tried all the same.
+        allowed = attempt.limit - some
+        columns = greedy(self.problem, self.pool, allowed)
+        if columns is None:
+            allowed = attempt.limit
+            columns = greedy(self.problem, self.pool, allowed)
+        for turn in range(GREEDY_ROUNDS):
+            if columns is None or (turn and not attempt.carries_in_time()):
+                return
+            schedule, excess = attempt.carry(columns)
+            if schedule is not None:
+                return
+            allowed -= max(excess, some)
+            columns = greedy(self.problem, self.pool, allowed)
+
+    # --- the smallest budget ---------------------------------------------------------------------------------------
+
+    def reaches(self, budget_bytes: int, deadline: float) -> bool:
+        """Whether the budget is at least the smallest, as far as time tells: clearly so where a plan is known that fits, or a
+        mixture of columns takes much less; else as `least` says.
+        """
+        known = [one.schedule for one in self.found if one.schedule is not None]
+        if self._lowest is not None:
+            known.append(self._lowest)
+        if any(schedule.peak_bytes <= budget_bytes for schedule in known):
+            return True
+        if not self._lowest_proven and self.pool.binaries > JOINT_BINARIES:
+            clearly = CLEARLY * self.room(budget_bytes) / KIB
+            search = Search(relaxation=self.relaxed, limit_bytes=None, deadline=share_of(LOWEST_SHARE, deadline))
+            _, fewest, _ = search.columns(clearly)
+            self._by_clock = self._by_clock or not search.timely
+            if fewest <= clearly:
+                return True
+        least, timely = self.least(deadline)
+        return not timely or least.peak_bytes <= budget_bytes
+
+    def least(self, deadline: float) -> tuple[Schedule, bool]:
+        """The schedule with the lowest peak found, and whether the searches that found it came to their end."""
+        if not self._lowest_proven:
+            known = [one.schedule for one in self.found if one.schedule is not None]
+            before = [self.smallest, *known, *([self._lowest] if self._lowest is not None else [])]
+            self._lowest = min(before, key=lambda schedule: schedule.peak_bytes)
+            try:
+                timely = self._lower(deadline)
+            except TimeoutError:
+                timely = False
+            self._by_clock = self._by_clock or not timely
+            self._lowest_proven = timely and time.monotonic() < deadline
+        assert self._lowest is not None
+        by_chance = any(one.schedule is self._lowest and not one.deterministic for one in self.found)
+        return self._lowest, self._lowest_proven and not by_chance
+
+    def _lower(self, deadline: float) -> bool:
+        """Look for lower peaks than that of the lowest schedule so far; whether the search came to its end."""
+        assert self._lowest is not None
+        best = self._lowest
+        now = time.monotonic()
+        joint = self.pool.binaries <= JOINT_BINARIES
+        until = deadline if joint else share_of(LOWEST_SHARE, deadline)
+        search = Search(relaxation=self.relaxed, limit_bytes=None, deadline=until)
+        chosen: tuple[Column, ...] | None
+        if joint:
+            answer = search.joint()
+            chosen = None if answer is None else answer.columns
+        else:
+            search.columns()
+            search.deadline = deadline
+            chosen = search.choose(None)
+        attempt = Attempt(problem=self.problem, limit=self.room(best.peak_bytes), deadline=deadline, started=now)
+        if chosen is not None and attempt.carries_in_time():
+            lower = smallest_arena(self.problem, chosen, deadline)
+            best = self._lowest = lower if lower.peak_bytes < best.peak_bytes else best
+        timely = True
+
+        def below(lowest: Schedule, step: int) -> Schedule | None:
+            nonlocal timely
+            if not attempt.carries_in_time():
+                raise TimeoutError
+            one = replace(attempt, limit=self.room(lowest.peak_bytes - step), bound=0.0, found=[], carried={})
+            with one.within():
+                if joint:
+                    self._jointly(one)
+                else:
+                    found = search.choose(one.limit)
+                    if found is not None:
+                        one.carry(found)
+            timely = timely and one.timely
+            self._lowest = one.best or self._lowest
+            return one.best
+
+        floor = self.problem.profile.device.floor.start_peak_bytes
+        _, ended = lowered(best, below, floor, step=max(1, int(MINIMUM_STEP * best.peak_bytes)))
+        return ended and search.timely and timely
+
+
+def share_of(share: float, deadline: float) -> float:
+    """The moment at which this share of the time from now on is gone."""
+    now = time.monotonic()
+    return now + share * (deadline - now)
+
+
+def _seconds(outcome: Outcome) -> float:
+    return float("inf") if outcome.schedule is None else outcome.schedule.seconds

@@ -1,0 +1,109 @@
+"""Devices that are not here: what a roofline needs to know of them, each figure with where it comes from.
+
+The known ones are the JSON files of ``profiles/devices``; a file of one's own in the same form does as well. A profile
+made for such a device says that it is estimated (`Device.measured` is False), and so does every plan made from it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from tightfit.profiles.schema import Channel, Device, Floor, Record
+from tightfit.runtime.common.errors import InputError
+
+FOLDER = Path(__file__).parent
+FIGURES = ("memory_bytes", "flops_per_second", "bytes_per_second", "call_seconds", "floor", "read", "write")
+"""what needs a source"""
+KINDS_OF_SOURCE = ("measured: ", "data sheet: ", "derived: ", "assumed: ")
+
+
+class DeviceDescription(Record):
+    """One device. On a CPU or other unified memory the budget is the whole process and `read`, `write` are its disk; on a
+    CUDA card the budget is device memory, the floor is the CUDA context, and `read`, `write` are the bus to host memory.
+    """
+
+    version: Literal[1]
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="what --device takes")
+    label: str = Field(description="in words")
+    kind: Literal["cpu", "cuda"]
+    threads: int = Field(ge=1, description="compute threads that the figures are for; 1 on a card")
+    memory_bytes: int = Field(gt=0, description="all the memory it has, for orientation")
+    flops_per_second: dict[str, float] = Field(
+        description="torch dtype -> rate that large matrix products reach; types left out run at the rate of float32"
+    )
+    bytes_per_second: float = Field(
+        gt=0, description="bytes read and written by a plain pass over tensors of a layer's size"
+    )
+    call_seconds: float = Field(ge=0, description="least time of an operator")
+    floor: Floor
+    read: Channel
+    write: Channel
+    shared_disk: bool = Field(True, description="reads and writes share the bandwidth")
+    sources: dict[str, str] = Field(
+        description=f"figure -> where it comes from, opening with one of {', '.join(k.strip() for k in KINDS_OF_SOURCE)}"
+    )
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        if min(self.flops_per_second.values(), default=0.0) <= 0 or "float32" not in self.flops_per_second:
+            raise ValueError("flops_per_second needs float32, and every rate above 0")
+        unsaid = [name for name in FIGURES if not self.sources.get(name, "").startswith(KINDS_OF_SOURCE)]
+        if unsaid:
+            raise ValueError(f"sources does not say where {', '.join(unsaid)} come from")
+        return self
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it multiplies bfloat16: where it does not, such products are made in float32 and are no faster."""
+        return self.flops_per_second.get("bfloat16", 0.0) > self.flops_per_second["float32"]
+
+    def device(self) -> Device:
+        """As a profile states it."""
+        return Device(
+            name=self.name,
+            kind=self.kind,
+            threads=self.threads,
+            measured=False,
+            floor=self.floor,
+            read=self.read,
+            write=self.write,
+            shared_disk=self.shared_disk,
+        )
+
+
+def known_devices() -> list[DeviceDescription]:
+    """Every device that comes with the package, by name."""
+    return [_load(path) for path in sorted(FOLDER.glob("*.json"))]
+
+
+def find_device(name: str) -> DeviceDescription:
+    """The device called `name`, or described in the JSON file `name`.
+
+    Raises InputError, listing the known names, for any other name, and naming the field for a file that is no description.
+    """
+    names = sorted(path.stem for path in FOLDER.glob("*.json"))
+    if name in names:
+        return _load(FOLDER / f"{name}.json")
+    if name.endswith(".json"):
+        return _load(Path(name))
+    raise InputError(
+        f"no device is called {name!r}; choose cpu (this machine, measured), one of {', '.join(names)} (estimated), or a"
+        " JSON file that describes a device"
+    )
+
+
+def _load(path: Path) -> DeviceDescription:
+    try:
+        return DeviceDescription.model_validate(json.loads(path.read_text()))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; name a file that describes a device, or a known device") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: {f'field {place}: ' if place else ''}{first['msg']}; correct it") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); write it like those in {FOLDER}") from error

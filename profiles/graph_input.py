@@ -1,0 +1,302 @@
+"""Bare graphs: a DAG of operators with seconds and bytes, written by another tool, is enough to plan, compare and simulate.
+
+A bare graph has no layers, programs or tensors of ours, and nothing to execute. It becomes a `Profile` whose model kind is
+``graph``: one layer, one program, one value per operator. Its budget is on the bytes that are live: while an operator
+runs, its inputs, its output, its workspace, whatever else is retained, and the graph's fixed bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import networkx as nx
+from pydantic import BeforeValidator, Field, Strict, ValidationError
+
+from tightfit.profiles.schema import (
+    Channel,
+    Device,
+    Floor,
+    Layer,
+    Many,
+    Model,
+    Operator,
+    Profile,
+    Program,
+    Record,
+    Tensor,
+    Value,
+)
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.units import printable
+
+GRAPH_VERSION = 1
+MOST_OPERATORS = 10_000
+MOST_SECONDS = 1e12
+"""of one operator's run, and of a channel's latency: beyond them sums of times mean nothing"""
+LEAST_BYTES_PER_SECOND = 1e-3
+LAYER = "graph"
+"""the one layer, and its program, that hold a bare graph's operators"""
+FIXED = "fixed bytes"
+AGAIN = "correct it in the tool that writes the graph"
+NO_CHANNEL = Channel(bytes_per_second=1.0, latency_seconds=1e18)
+"""of a graph that says nothing about a disk: its plans move nothing"""
+
+
+def _whole(value: Any) -> Any:
+    """A float without a fraction as the whole number that it is: some tools write 10 bytes as 10.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole), Strict()]
+Number = Annotated[float, Strict()]
+Flag = Annotated[bool, Strict()]
+"""as JSON has them: "1.0" is no number, true is none either, and "no" and 1 are neither true nor false"""
+ASIDE = ("operators", "format")
+"""fields that a graph has and its parts have not"""
+
+
+class BareOperator(Record):
+    """One operator: it reads the outputs of its inputs and makes one output of its own."""
+
+    name: str = Field(min_length=1)
+    seconds: Number = Field(ge=0, le=MOST_SECONDS, allow_inf_nan=False, description="time of one run")
+    output_bytes: Whole = Field(ge=0, le=1 << 50, description="bytes that stay while any later reader needs them")
+    workspace_bytes: Whole = Field(0, ge=0, le=1 << 50, description="bytes needed only while it runs")
+    inputs: list[str] = Field([], description="names of the operators whose outputs it reads")
+    phase: Literal["forward", "backward"] | None = Field(
+        None, description="of a training step; all operators or none have one"
+    )
+    recomputable: Flag = Field(True, description="False: it runs once, its output stays until its last reader")
+    keep_until_end: Flag = Field(False, description="True: its output must be there when the graph is done")
+
+
+class BareChannel(Record):
+    """A way between memory and a disk, or a card's memory and its host's. One transfer at a time, reads and writes together."""
+
+    bytes_per_second: Number = Field(ge=LEAST_BYTES_PER_SECOND, allow_inf_nan=False)
+    latency_seconds: Number = Field(0.0, ge=0, le=MOST_SECONDS, allow_inf_nan=False)
+
+
+class BareGraph(Record):
+    """What another tool writes; operators in the order in which they are to run, as far as their inputs allow it."""
+
+    format: Literal["tightfit-graph"]
+    version: Whole = GRAPH_VERSION
+    name: str = "graph"
+    fixed_bytes: Whole = Field(
+        0, ge=0, le=1 << 50, description="what no schedule avoids: parameters, their gradients, constants, the batch"
+    )
+    estimated: Flag = Field(False, description="True: seconds were computed from operations and bytes, not measured")
+    write: BareChannel | None = Field(None, description="where outputs may be moved to; not given: none is moved")
+    read: BareChannel | None = Field(None, description="back into memory; given if and only if `write` is")
+    operators: Many[BareOperator]
+
+
+def is_bare(data: Any) -> bool:
+    """Whether parsed JSON means to be a bare graph: by its format, its operators, or because it is a list of such."""
+    if isinstance(data, list):
+        return bool(data) and isinstance(data[0], dict) and {"name", "seconds", "output_bytes"} <= data[0].keys()
+    if not isinstance(data, dict):
+        return False
+    return data.get("format") == "tightfit-graph" or ("operators" in data and "layers" not in data)
+
+
+def parse_graph(data: Any, source: str = "graph") -> Profile:
+    """The profile of a bare graph given as parsed JSON; `source` is named in messages.
+
+    Raises InputError that names the operator and the field: wrong types and values, names given twice, inputs that are
+    no operators, cycles, phases given to some operators only, a forward operator that reads a backward one, one channel
+    without the other.
+    """
+    if not isinstance(data, dict):
+        raise InputError(
+            f'{source}: {_kind(data)}, no graph; write {{"format": "tightfit-graph", "operators": [...]}} with the operators in it'
+        )
+    if data.get("format") != "tightfit-graph":
+        found = repr(data["format"]) if "format" in data else "missing"
+        raise InputError(f'{source}: field format is {found}; write "tightfit-graph"')
+    version = data.get("version", GRAPH_VERSION)
+    if version != GRAPH_VERSION and not isinstance(version, bool):
+        raise InputError(f"{source}: graph version {version!r}, this tightfit reads version {GRAPH_VERSION}; {AGAIN}")
+    try:
+        graph = BareGraph.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(
+            f"{source}: field {_place(first['loc'], data)}: {first['msg']} (got {repr(first['input'])[:60]}); {AGAIN}"
+        ) from error
+    return graph_profile(graph, source)
+
+
+def refuse_repeated(content: bytes, source: str) -> None:
+    """Raise InputError where an object of a graph's JSON has a field twice: which of the two is meant cannot be told."""
+
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for field, value in pairs:
+            if field in fields:
+                name = None if any(key in ASIDE for key, _ in pairs) else dict(pairs).get("name")
+                whose = f" (operator {name!r})" if isinstance(name, str) else ""
+                raise InputError(
+                    f"{source}: field {field}{whose}: given twice, {fields[field]!r:.60} and {value!r:.60}; {AGAIN}"
+                )
+            fields[field] = value
+        return fields
+
+    json.loads(content, object_pairs_hook=checked)
+
+
+def graph_profile(graph: BareGraph, source: str = "graph") -> Profile:
+    """The profile of a bare graph, the same whatever `source` is: that only names it in messages.
+
+    Raises InputError as `parse_graph` does.
+    """
+    if (graph.read is None) != (graph.write is None):
+        lacking, given = ("read", "write") if graph.read is None else ("write", "read")
+        raise InputError(
+            f"{source}: field {lacking}: missing, while {given} is given; give both, or neither where nothing is to be moved"
+        )
+    order = _order(graph.operators, source)
+    kinds: dict[str, Literal["activation", "gradient"]] = {
+        op.name: "gradient" if op.phase == "backward" else "activation" for op in order
+    }
+    values = [
+        Value(
+            name=op.name, shape=[op.output_bytes], stride=[1], dtype="uint8", bytes=op.output_bytes, kind=kinds[op.name]
+        )
+        for op in order
+    ]
+    operators = [
+        Operator(
+            target=op.name,
+            phase=op.phase or "forward",
+            args=[],
+            inputs=list(dict.fromkeys(op.inputs)),
+            outputs=[op.name],
+            seconds=op.seconds,
+            workspace_bytes=op.workspace_bytes,
+            recomputable=op.recomputable,
+        )
+        for op in order
+    ]
+    tensors = [
+        Tensor(name=op.name, kind=kinds[op.name], shape=[op.output_bytes], dtype="uint8", bytes=op.output_bytes)
+        for op in order
+        if op.keep_until_end
+    ]
+    if graph.fixed_bytes:
+        tensors.append(
+            Tensor(name=FIXED, kind="constant", shape=[graph.fixed_bytes], dtype="uint8", bytes=graph.fixed_bytes)
+        )
+    content = json.dumps(graph.model_dump(mode="json"), sort_keys=True)
+    return Profile(
+        fingerprint=hashlib.sha256(content.encode()).hexdigest(),
+        model=Model(name=graph.name, source=graph.name, kind="graph"),  # the same profile wherever the file lies
+        batch=1,
+        compute_dtype="as given",
+        optimizer={},
+        device=Device(
+            name="the device that the graph's figures are for",
+            kind="cpu",
+            threads=1,
+            measured=not graph.estimated,
+            floor=Floor(import_peak_bytes=0, resident_bytes=0, instruction_bytes=0),
+            read=_channel(graph.read),
+            write=_channel(graph.write),
+        ),
+        tensors=tensors,
+        programs=[Program(name=LAYER, values=values, operators=operators)],
+        layers=[Layer(name=LAYER, program=LAYER, bindings={op.name: op.name for op in order})],
+        loss=order[-1].name,
+    )
+
+
+def _channel(channel: BareChannel | None) -> Channel:
+    return NO_CHANNEL if channel is None else Channel(**channel.model_dump())
+
+
+def save_graph(graph: BareGraph, path: str | os.PathLike[str]) -> Path:
+    """Write `graph` as the JSON that `parse_graph` reads."""
+    from tightfit.runtime.common.files import write_whole
+
+    return write_whole(path, json.dumps(graph.model_dump(mode="json", exclude_defaults=True), indent=1) + "\n")
+
+
+def _kind(data: Any) -> str:
+    """What parsed JSON is that is no object."""
+    if data is None:
+        return "null"
+    return f"a list of {len(data)}" if isinstance(data, list) else f"{data!r:.60}"
+
+
+def _place(loc: Sequence[int | str], data: dict[str, Any]) -> str:
+    """Where an error lies; an operator also by its name."""
+    place = ".".join(str(part) for part in loc)
+    if len(loc) >= 2 and loc[0] == "operators" and isinstance(loc[1], int):
+        operator = data["operators"][loc[1]]
+        name = operator.get("name") if isinstance(operator, dict) else None
+        place += f" (operator {name!r})" if isinstance(name, str) else ""
+    return place
+
+
+def _order(operators: Sequence[BareOperator], source: str) -> list[BareOperator]:
+    """The operators in their given order, moved only where an input comes later."""
+    if not 2 <= len(operators) <= MOST_OPERATORS:
+        raise InputError(
+            f"{source}: field operators: {len(operators)} operators; a graph has 2 to {MOST_OPERATORS}, {AGAIN}"
+        )
+    position: dict[str, int] = {}
+    for index, op in enumerate(operators):
+        if op.name in position or op.name == FIXED:
+            raise InputError(
+                f"{source}: field operators.{index}.name: {op.name!r} is taken by"
+                f" {'the fixed bytes' if op.name == FIXED else f'operator {position[op.name]}'}; {AGAIN}"
+            )
+        position[op.name] = index
+    if len({op.phase is None for op in operators}) == 2:
+        index = next(i for i, op in enumerate(operators) if op.phase is None)
+        raise InputError(
+            f"{source}: field operators.{index}.phase (operator {operators[index].name!r}): missing, while other operators"
+            f" have one; give all operators a phase or none"
+        )
+    for index, op in enumerate(operators):
+        for name in op.inputs:
+            if name not in position:
+                raise InputError(
+                    f"{source}: field operators.{index}.inputs (operator {op.name!r}): {name!r} is no operator of the graph; {AGAIN}"
+                )
+            if op.phase == "forward" and operators[position[name]].phase == "backward":
+                raise InputError(
+                    f"{source}: field operators.{index}.inputs (operator {op.name!r}): a forward operator reads {name!r}, which is backward; {AGAIN}"
+                )
+    return _sorted(operators, position, source)
+
+
+def _sorted(operators: Sequence[BareOperator], position: dict[str, int], source: str) -> list[BareOperator]:
+    waiting = [len(set(op.inputs)) for op in operators]
+    readers: list[list[int]] = [[] for _ in operators]
+    for index, op in enumerate(operators):
+        for name in set(op.inputs):
+            readers[position[name]].append(index)
+    ready = [(op.phase == "backward", i) for i, op in enumerate(operators) if not waiting[i]]
+    heapq.heapify(ready)
+    order: list[BareOperator] = []
+    while ready:
+        _, index = heapq.heappop(ready)
+        order.append(operators[index])
+        for reader in readers[index]:
+            waiting[reader] -= 1
+            if not waiting[reader]:
+                heapq.heappush(ready, (operators[reader].phase == "backward", reader))
+    if len(order) < len(operators):
+        edges = [(name, op.name) for op in operators for name in op.inputs]
+        cycle = [edge[0] for edge in nx.find_cycle(nx.DiGraph(edges))]
+        shown = " → ".join([*cycle[:8], "…"] if len(cycle) > 8 else [*cycle, cycle[0]])
+        raise InputError(f"{source}: the operators' inputs form a cycle: {printable(shown)}; {AGAIN}")
+    return order

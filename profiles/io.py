@@ -1,0 +1,114 @@
+"""Profile files: versioned JSON with a checksum of their content, written whole or not at all. No torch is imported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from tightfit.profiles.graph_input import is_bare, parse_graph, refuse_repeated
+from tightfit.profiles.schema import PROFILE_VERSION, Profile
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import of_another_version, write_whole
+
+PROFILE_BEGINS = (b'{\n "checksum"', b'{"checksum"', b'{\n "version"', b'{"version"')
+WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+"""of JSON as Python reads it, that the end of a file may cut"""
+
+
+def load_profile(path: str | os.PathLike[str]) -> Profile:
+    """Read a profile, or a bare graph of operators (`tightfit.profiles.graph_input`) as one.
+
+    Raises InputError for a file that is missing, truncated, of another version or not a profile.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; make a profile with `tightfit profile MODEL -o {path}`") from error
+    return parse_profile(content, str(path))
+
+
+def parse_profile(content: bytes, name: str, check: Callable[[Any], None] | None = None) -> Profile:
+    """The profile that `content` holds, in any of JSON's encodings; `name` is what messages call it.
+
+    `check` is given the plain JSON before anything is made of it, and may refuse it by raising. Raises InputError where
+    `content` is no whole profile.
+    """
+    try:
+        data = json.loads(content)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not a profile (byte {error.start} is not text); {_again(content)}") from error
+    except (ValueError, RecursionError) as error:
+        if not content.strip():
+            raise InputError(f"{name}: empty; {_again(content)}") from error
+        where = f"cut at byte {len(content)}: {error}" if _ends_early(error) else str(error)
+        raise InputError(f"{name}: not JSON, perhaps truncated ({where}); {_again(content)}") from error
+    if check is not None:
+        check(data)
+    if is_bare(data):
+        refuse_repeated(content, name)
+        return parse_graph(data, name)
+    if not isinstance(data, dict) or "layers" not in data:
+        raise InputError(
+            f"{name}: not a profile (no 'layers') and no graph (no 'operators'); make a profile with `tightfit profile`"
+        )
+    if "budget_bytes" in data:
+        raise InputError(f"{name}: a plan, not a profile; make one with `tightfit profile`")
+    if data.get("version") != PROFILE_VERSION:
+        raise InputError(
+            f"{name}: {of_another_version('profile', data.get('version'), PROFILE_VERSION)}; make it again with `tightfit profile`"
+        )
+    checksum = data.pop("checksum", None)
+    try:
+        found = Profile.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(
+            f"{name}: field {place}: {first['msg']} (got {str(first['input'])[:60]!r}); make the profile again"
+        ) from error
+    if checksum is not None and checksum != _checksum(found):
+        raise InputError(
+            f"{name}: its content does not match its checksum {str(checksum)[:12]}…: changed or damaged; make it again with `tightfit profile` (without the checksum a profile changed on purpose is read)"
+        )
+    return found
+
+
+def _again(content: bytes) -> str:
+    """What to do about a file that cannot be read: profiles are ours, graphs are made by others."""
+    if b'"tightfit-graph"' in content:
+        return "write it again with the tool that made the graph"
+    if content.lstrip().startswith(PROFILE_BEGINS):
+        return "make it again with `tightfit profile`"
+    return "make a profile again with `tightfit profile`, a graph with the tool that writes it"
+
+
+def _ends_early(error: Exception) -> bool:
+    """Whether JSON was read without a fault up to its end, which came too soon."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    rest = error.doc[error.pos :].strip()
+    return error.msg.startswith("Unterminated string") or any(word.startswith(rest) for word in WORDS)
+
+
+def save_profile(profile: Profile, path: str | os.PathLike[str]) -> Path:
+    """Write a profile, whole or not at all. Raises InputError where the place cannot be written, RunError for a full disk."""
+    return write_whole(
+        path, json.dumps({"checksum": _checksum(profile), **profile.model_dump(mode="json")}, indent=1) + "\n"
+    )
+
+
+def canonical_json(profile: Profile) -> str:
+    """A profile as text that is the same for the same content."""
+    return json.dumps(profile.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+def _checksum(profile: Profile) -> str:
+    """sha256 of what a profile says: digits that flipped on disk would otherwise be believed."""
+    return hashlib.sha256(canonical_json(profile).encode()).hexdigest()

@@ -1,0 +1,161 @@
+"""What operators write: their outputs, whole, and nothing else. Asked once for each when they are measured.
+
+In the arena other tensors lie beside an output, and no kernel may resize it. Some of PyTorch's out variants take an output for
+room to work in, of the size of their inputs (the losses, where they reduce).
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.engine.kernels.compiled import CompiledOperator, compile_operator
+from tightfit.runtime.engine.kernels.operators import OPERATORS
+
+GUARD_BYTES = 4096
+PATTERN = 0xA5
+UNWRITTEN = 0xFF  # NaN as a floating number: what reads its output before it writes is found
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""relative, of an element beside the largest"""
+
+
+class Guard:
+    """`check` runs operators one after the other; equal ones are watched once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, bool] = {}
+
+    def check(
+        self,
+        operator: Mapping[str, Any],
+        values: Mapping[str, Mapping[str, Any]],
+        tensors: dict[str, Any],
+        store: Any = None,
+    ) -> bool:
+        """Run the operator, its results into `tensors`, and say whether it has to be run by its functional form.
+
+        Raises RunError where one of tightfit's own operators writes beside its outputs, and what the operator raises.
+        """
+        outputs = [None if name is None else tensors[name] for name in operator["outputs"]]
+        key = _key(operator, values)
+        direct = compile_operator(operator, values)
+        own = operator["target"] in OPERATORS
+        if key in self._known or direct.partial:
+            copied = self._known.get(key, False)
+            compile_operator({**operator, "copied": copied}, values).run(tensors, outputs, store)
+            return copied
+        if own:
+            direct.run(tensors, outputs, store)
+        else:
+            torch.manual_seed(0)
+            compile_operator({**operator, "copied": True}, values).run(tensors, outputs, store)
+        faithful = _faithful(direct, tensors, outputs, store, compare=not own)
+        if own and not faithful:
+            raise RunError(f"{operator['target']} writes beside its outputs; please report it, with the model's shapes")
+        self._known[key] = not faithful
+        return not faithful
+
+
+def check_program(program: Mapping[str, Any], tensors: dict[str, Any], guard: Guard, store: Any = None) -> list[bool]:
+    """`Guard.check` of every operator in order. Raises InputError for one that cannot be run."""
+    values = {value["name"]: value for value in program["values"]}
+    found = []
+    for operator in program["operators"]:
+        try:
+            found.append(guard.check(operator, values, tensors, store))
+        except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            if "alloc" in str(error):  # torch has no MemoryError
+                raise
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"operator {operator['target']} is not supported ({first}); use other layers in the model"
+            ) from error
+    return found
+
+
+def _faithful(
+    operator: CompiledOperator,
+    tensors: Mapping[str, Any],
+    wanted: Sequence[Tensor | None],
+    store: Any,
+    *,
+    compare: bool,
+) -> bool:
+    """Whether the operator writes `wanted` into outputs of that form, which cannot be resized, and nothing around them."""
+    room = max([_span(tensor) for tensor in tensors.values() if isinstance(tensor, Tensor)], default=0)
+    outputs: list[Tensor | None] = []
+    guards: list[Tensor] = []
+    for tensor in wanted:
+        if tensor is None:
+            outputs.append(None)
+            continue
+        end = GUARD_BYTES + _span(tensor)
+        # The storage ends with the output. Room behind it for what a kernel may write there: of pages that nobody touches no
+        # memory is made.
+        pages = mmap.mmap(-1, end + GUARD_BYTES + room)
+        storage = torch.frombuffer(pages, dtype=torch.uint8, count=end)
+        behind = torch.frombuffer(pages, dtype=torch.uint8, offset=end, count=GUARD_BYTES)
+        for part in (storage[:GUARD_BYTES], behind):
+            guards.append(part.fill_(PATTERN))
+        flat = storage[GUARD_BYTES:].fill_(UNWRITTEN).view(tensor.dtype)
+        outputs.append(flat.as_strided(tensor.size(), tensor.stride(), flat.storage_offset()))
+    torch.manual_seed(0)
+    try:
+        operator.run(tensors, outputs, store)
+    except RuntimeError as error:
+        if not compare or "alloc" in str(error):
+            raise
+        return False
+    if not all(bool((part == PATTERN).all()) for part in guards):
+        return False
+    return not compare or all(map(_equal, outputs, wanted))
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from its first element to behind its last."""
+    if not tensor.numel():
+        return 0
+    last = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride()))
+    return (1 + last) * tensor.element_size()
+
+
+def _equal(made: Tensor | None, wanted: Tensor | None) -> bool:
+    if made is None or wanted is None:
+        return made is wanted
+    if made.shape != wanted.shape or made.stride() != wanted.stride():
+        return False
+    if torch.equal(made, wanted):
+        return True
+    if not made.dtype.is_floating_point:
+        return False
+    tolerance = TOLERANCE.get(made.dtype, 0.0)
+    finite = wanted[wanted.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    return bool(torch.allclose(made, wanted, rtol=tolerance, atol=tolerance * largest, equal_nan=True))
+
+
+def _key(operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> str:
+    """The same for operators with the same arguments but for the tensors' names and contents."""
+    names: dict[str, int] = {}
+    described = []
+    for name in [*operator["inputs"], *operator["outputs"]]:
+        if name is not None and name not in names:
+            names[name] = len(names)
+            described.append([values[name]["dtype"], values[name]["shape"], values[name]["stride"]])
+
+    def renamed(tree: Any) -> Any:
+        if isinstance(tree, list):
+            return [renamed(item) for item in tree]
+        if isinstance(tree, dict) and "operand" in tree:
+            return {"operand": {**tree["operand"], "value": names[tree["operand"]["value"]]}}
+        return tree
+
+    outputs = [None if name is None else names[name] for name in operator["outputs"]]
+    args = renamed(operator["args"]), {key: renamed(value) for key, value in operator.get("kwargs", {}).items()}
+    return json.dumps([operator["target"], args, outputs, described])

@@ -1,0 +1,93 @@
+"""What the operators of a model leave behind in a lean process: ``python -m tightfit.profiles.measuring.kernels`` (JSON programs in, bytes out).
+
+oneDNN builds a kernel for every shape of a matrix product and keeps it (about half a MiB each in bfloat16), and code is
+mapped when it runs. Both stay for the life of the process whatever the plan, as do the operators made ready to be
+called and the holes that reading them leaves in the heap, so they belong to its floor.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import subprocess
+import sys
+from typing import Any
+
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.interpreter import command
+from tightfit.runtime.engine.device.resident import memory
+from tightfit.runtime.engine.start import lean_torch
+from tightfit.runtime.engine.start.process import child_environment, leave, trim_heap
+from tightfit.runtime.engine.training.job import program_header, program_values
+
+INFERENCE = "--inference"
+
+
+def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool = True) -> int:
+    """Resident bytes that stay once every operator of `programs` (profile programs as dicts) has run, above the floor.
+
+    Without `backward` above that of a process which runs none. Raises InputError for an operator that cannot be run, RunError where the process does not start.
+    """
+    done = subprocess.run(
+        command("tightfit.profiles.measuring.kernels", *([] if backward else [INFERENCE])),
+        input=json.dumps([program_header(program) for program in programs]),
+        text=True,
+        capture_output=True,
+        env=child_environment(threads),
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        if done.returncode == InputError.exit_code:
+            raise InputError(last)
+        if done.returncode == RunError.exit_code:
+            raise RunError(last)
+        raise RunError(f"the operators do not run in the runtime process: {last}")
+    return int(json.loads(done.stdout)["bytes"])
+
+
+def main() -> int:
+    lean_torch.load()
+    from tightfit.runtime.engine.start.kernel_warmup import SIZE, prepare, settle, warm
+
+    channel = prepare()
+    backward = INFERENCE not in sys.argv
+    warm(channel, SIZE, backward=backward)  # the state in which the floor is measured
+    from tightfit.runtime.engine.device.arena import Arena
+    from tightfit.runtime.engine.training.executor import BoundOperator, bind
+    from tightfit.runtime.engine.training.operator_warmup import rehearse
+
+    before = _resident()
+    programs = json.load(sys.stdin)
+    arena = Arena(max(map(_bytes, programs), default=0))
+    kept: list[BoundOperator] = []
+    while programs:
+        kept.extend(bind(programs.pop(), arena, None))
+    rehearse(kept, arena)
+    settle()
+    # What a step needs is mapped again, and what only making kernels needed is not.
+    warm(channel, SIZE, backward=backward)
+    rehearse(kept, arena)
+    sys.stdout.write(json.dumps({"bytes": _resident() - before}) + "\n")
+    return 0
+
+
+def _bytes(program: dict[str, Any]) -> int:
+    """Room for all tensors of a program at once; where none are made it takes no memory."""
+    import torch
+
+    return sum(
+        math.prod(value["shape"]) * getattr(torch, value["dtype"]).itemsize + 64
+        for value in program_values(program).values()
+    )
+
+
+def _resident() -> int:
+    gc.collect()
+    trim_heap()
+    return memory().resident
+
+
+if __name__ == "__main__":
+    leave(main)

@@ -1,0 +1,156 @@
+"""Measure operators, unpacking, updates, channels and the floor in a process like the one that will run the plan.
+
+The timing itself is done by ``python -m tightfit.profiles.measuring.worker``, started with the runtime's own environment: what is timed is
+the call that the runtime makes, under its allocator settings and thread count. Results are cached per machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from tightfit.profiles.schema import Program, Tensor
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.interpreter import command
+from tightfit.runtime.engine.weights.store import Entry, find_extent
+
+if TYPE_CHECKING:
+    from tightfit.profiles.tracing.comparison import Comparison
+
+Progress = Callable[[str, int, int], None]
+LAST_WORDS_BYTES = 1 << 16
+
+
+def measure(
+    programs: Iterable[Program],
+    tensors: Iterable[Tensor],
+    entries: dict[str, Entry],
+    *,
+    compute_dtype: str,
+    accumulate: int = 1,
+    threads: int,
+    scratch: Path,
+    environment: dict[str, str],
+    progress: Progress | None = None,
+    comparison: Comparison | None = None,
+) -> dict[str, Any]:
+    """What one process measured: `operators` {program: [[seconds, workspace bytes], ...]}, `unpack` and `update`
+    {tensor: seconds}, `copied` {program: [whether an operator is run by its functional form, ...]}, `read` and `write` {bytes_per_second, latency_seconds, compute_seconds_per_byte}, `floor`; with a `comparison` also `compared`, what it concluded.
+
+    Tensors of equal shape and format are measured once. Needs room for one layer's tensors, unpacked, or for the 400 MiB that
+    unpacking is timed on, and for 64 MiB in `scratch`, on the disk that will hold the weights. Raises RunError with the
+    process's last words where it fails, and what the comparison raises before anything is timed.
+    """
+    programs, tensors = list(programs), list(tensors)
+    weights: dict[tuple[Any, ...], list[str]] = {}
+    for tensor in tensors:
+        if tensor.kind == "weight" and tensor.packed_bytes:
+            extent = find_extent(entries, tensor.name)
+            key = (
+                extent.entry.format,
+                extent.entry.group,
+                extent.stop - extent.start,
+                extent.entry.columns,
+                tensor.dtype,
+            )
+            weights.setdefault(key, []).append(tensor.name)
+    updates: dict[int, list[str]] = {}
+    for tensor in tensors:
+        if tensor.kind == "trainable":
+            updates.setdefault(tensor.bytes // 4, []).append(tensor.name)
+    request = {
+        "programs": [p.model_dump() for p in programs],
+        "inference": [p.inference for p in programs],
+        "weights": [list(key) for key in weights],
+        "updates": list(updates),
+        "compute_dtype": compute_dtype,
+        "accumulate": accumulate,
+        "scratch": str(scratch),
+        "threads": threads,
+    }
+    compared = [None if comparison is None else comparison.why_not()]
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        if comparison is not None and compared[0] is None:
+            request["step"] = comparison.request(Path(folder))
+
+        def computed() -> None:
+            assert comparison is not None
+            compared[0] = comparison.conclude(Path(folder))
+
+        found = _run(request, environment, progress, computed)
+    found["compared"] = compared[0]
+    found["unpack"] = {
+        name: seconds for seconds, names in zip(found["unpack"], weights.values(), strict=True) for name in names
+    }
+    for kind in ("update", "perturb"):
+        found[kind] = {
+            name: seconds for seconds, names in zip(found[kind], updates.values(), strict=True) for name in names
+        }
+    return found
+
+
+def _run(
+    request: dict[str, Any],
+    environment: dict[str, str],
+    progress: Progress | None,
+    computed: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    # Its words go into a file: nobody reads a pipe while results come, and a full one would hold it up for ever.
+    with (
+        tempfile.TemporaryFile() as words,
+        subprocess.Popen(
+            command("tightfit.profiles.measuring.worker", str(request["threads"])),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            text=True,
+            env=environment,
+        ) as child,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            # Where it has ended already it has said why.
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(json.dumps(request))
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.close()
+            result = None
+            for line in child.stdout:
+                message = json.loads(line)
+                if "result" in message:
+                    result = message["result"]
+                elif message["stage"] == "computed":
+                    computed()
+                elif progress:
+                    progress(message["stage"], message["done"], message["total"])
+            status = child.wait()
+        except BaseException:
+            child.kill()
+            raise
+        if result is not None:
+            return result  # type: ignore[no-any-return]
+        last = _last_line(words)
+    for kind in (InputError, RunError):
+        if status == kind.exit_code and last:
+            raise kind(last)
+    if status == -signal.SIGKILL:
+        raise RunError(
+            "measuring was killed, most likely for want of memory; a layer must fit into memory while it is measured, try a"
+            " smaller batch or sequence"
+        )
+    raise RunError(f"measuring stopped: {last or f'exit status {status}'}")
+
+
+def _last_line(words: IO[bytes]) -> str:
+    words.seek(max(0, words.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
+    lines = words.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""

@@ -1,0 +1,60 @@
+"""A module's whole step, forward and backward, through the operators that a run calls, with nothing planned: for comparison with autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tightfit.runtime.engine.kernels.compiled import compile_operator
+
+
+def run_step(
+    layers: Sequence[Mapping[str, Any]],
+    programs: Mapping[str, Mapping[str, Any]],
+    tensors: dict[str, Tensor],
+    wanted: Sequence[str],
+) -> dict[str, Tensor]:
+    """Those of the global names in `wanted` that the step makes. Layers and programs are a profile's, as dicts.
+
+    `tensors` holds parameters, buffers and batch by name. What is made is freed after its last reader. PyTorch's generator
+    starts from 0.
+    """
+    torch.manual_seed(0)
+    steps = [
+        (layer, operator)
+        for phase, order in (("forward", layers), ("backward", layers[::-1]))
+        for layer in order
+        for operator in programs[layer["program"]]["operators"]
+        if operator["phase"] == phase
+    ]
+
+    def bound(layer: Mapping[str, Any], name: str) -> str:
+        return str(layer["bindings"].get(name) or f"{layer['name']}/{name}")
+
+    last: dict[str, int] = {}
+    for index, (layer, operator) in enumerate(steps):
+        for name in [*operator["inputs"], *filter(None, operator["outputs"])]:
+            last[bound(layer, name)] = index
+    ending: dict[int, list[str]] = {}
+    for name, index in last.items():
+        if name not in wanted:
+            ending.setdefault(index, []).append(name)
+    values = {name: {value["name"]: value for value in program["values"]} for name, program in programs.items()}
+    for index, (layer, operator) in enumerate(steps):
+        own = values[layer["program"]]
+        outputs: list[Tensor | None] = []
+        for name in operator["outputs"]:
+            made = None
+            if name is not None:
+                made = torch.empty_strided(
+                    own[name]["shape"], own[name]["stride"], dtype=getattr(torch, own[name]["dtype"])
+                )
+                tensors[bound(layer, name)] = made
+            outputs.append(made)
+        compile_operator(operator, own).run({n: tensors[bound(layer, n)] for n in operator["inputs"]}, outputs)
+        for name in ending.get(index, ()):
+            del tensors[name]
+    return {name: tensors[name] for name in wanted if name in tensors}

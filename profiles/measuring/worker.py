@@ -1,0 +1,415 @@
+"""Measures operators, unpacking, updates and channels for a profile: ``python -m tightfit.profiles.measuring.worker THREADS`` (JSON in, JSON lines out).
+
+It runs in the environment of a run and calls operators through the runtime's own `compile_operator`. One program's
+tensors are in memory at a time; weights of equal shape share one buffer, since only their size matters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tightfit.profiles.measuring.cpu_load import Others
+from tightfit.profiles.measuring.kernels import kernel_bytes
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.errors import InputError, RunError, TightfitError
+from tightfit.runtime.common.parent import end_with_parent
+from tightfit.runtime.engine.device.resident import memory
+from tightfit.runtime.engine.start.floor import HOLES_PER_WORKSPACE
+from tightfit.runtime.engine.start.process import child_environment, trim_heap
+from tightfit.runtime.supervision.supervisor import command as supervisor_command
+from tightfit.runtime.supervision.training_process import command
+
+if TYPE_CHECKING:
+    from tightfit.profiles.measuring.guard import Guard
+
+ROUNDS = (4, 40)
+WEIGHT_BUFFERS = 4  # buffers for weights of one shape
+UNPACKED_BYTES = 192 << 20  # outputs that unpacking is timed on, in turn: beyond most caches
+MOST_CALLS = 200  # that are timed for one figure
+PASSES = 2  # over all programs: the lower figures count, since what else the machine does comes in bursts of seconds
+WORKSPACE_CALLS = 4  # of an operator in each pass
+PROGRAM_SECONDS = 1.0  # time spent on a program in a pass, beyond the first rounds
+GATHERED_ROWS = 8192
+CONTENTS = ("normal", "probabilities")
+"""what floating tensors hold while operators are measured: of some, those of binary cross entropy, all have to lie between 0 and 1"""
+
+
+def say(**message: Any) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def main(arguments: list[str]) -> int:
+    end_with_parent(signal.SIGKILL)
+    if arguments:  # the number of threads: begin again in the environment of a run
+        words = interpreter.command("tightfit.profiles.measuring.worker")
+        os.execve(words[0], words, child_environment(int(arguments[0])))  # noqa: S606  no shell is wanted
+    request = json.load(sys.stdin)
+    import torch
+
+    torch.set_num_threads(request["threads"])
+    with torch.no_grad():
+        try:
+            say(result=measure(request))
+            return 0
+        except TightfitError as error:
+            failure = error
+        except (MemoryError, RuntimeError) as error:
+            if "alloc" not in str(error) and not isinstance(error, MemoryError):  # torch has no MemoryError
+                raise
+            failure = RunError(
+                f"measuring ran out of memory ({str(error).splitlines()[0]}); a layer must fit into memory while it is measured,"
+                " try a smaller batch or sequence"
+            )
+        except OSError as error:
+            if error.filename is None:
+                raise
+            failure = RunError(
+                f"{error.filename}: {error.strerror}; set TIGHTFIT_CACHE to a writable directory with free space"
+            )
+    sys.stderr.write(f"{failure}\n")
+    return failure.exit_code
+
+
+def measure(request: dict[str, Any]) -> dict[str, Any]:
+    from tightfit.profiles.measuring.bandwidth import measure_channels
+    from tightfit.profiles.measuring.guard import Guard
+    from tightfit.runtime.engine.kernels.operators import OPERATORS
+
+    others = Others()
+    programs = request["programs"]
+    total = (PASSES + 1) * len(programs) + len(request["weights"]) + 2 * len(request["updates"]) + 3
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        say(stage="measure", done=done, total=total)
+
+    guard, contents = Guard(), {}
+    scratch = Path(request["scratch"])
+    for program in programs:
+        contents[program["name"]] = watch(program, guard, scratch)
+        gc.collect()
+        trim_heap()
+        step()
+    if request.get("step"):
+        compute(request["step"], programs)
+        say(stage="computed")
+    copied = {program["name"]: [op["copied"] for op in program["operators"]] for program in programs}
+    forwards = [
+        {**program, "operators": [program["operators"][position] for position in positions]}
+        for program, positions in zip(programs, request["inference"], strict=True)
+    ]
+    result: dict[str, Any] = {"copied": copied, "floor": floor(request["threads"])}
+    result["floor"]["resident_bytes"] += kernel_bytes(programs, request["threads"])
+    step()
+    result["floor"]["inference_resident_bytes"] += kernel_bytes(forwards, request["threads"], backward=False)
+    step()
+    result["operators"] = {}
+    for program in programs * PASSES:
+        measured = measure_program(program, scratch, contents[program["name"]])
+        before = result["operators"].get(program["name"], measured)
+        result["operators"][program["name"]] = [
+            [min(old[0], new[0]), min(old[1], new[1])] for old, new in zip(before, measured, strict=True)
+        ]
+        gc.collect()
+        trim_heap()
+        step()
+    least: dict[str, float] = {}
+    for program in programs:
+        for operator, (_, workspace) in zip(program["operators"], result["operators"][program["name"]], strict=True):
+            key = _likeness(program, operator)
+            least[key] = min(workspace, least.get(key, workspace))
+    for program in programs:
+        for operator, figures in zip(program["operators"], result["operators"][program["name"]], strict=True):
+            figures[1] = least[_likeness(program, operator)]
+    leaving = [
+        [
+            0.0 if operator["target"] in OPERATORS else workspace
+            for operator, (_, workspace) in zip(program["operators"], result["operators"][program["name"]], strict=True)
+        ]
+        for program in programs
+    ]
+    ahead = [[own[at] for at in positions] for own, positions in zip(leaving, request["inference"], strict=True)]
+    for figure, counted in (("resident_bytes", leaving), ("inference_resident_bytes", ahead)):
+        result["floor"][figure] += round(HOLES_PER_WORKSPACE * max(itertools.chain(*counted), default=0))
+    result["unpack"] = []
+    for key in request["weights"]:
+        result["unpack"].append(measure_unpack(*key))
+        step()
+    result["update"], result["perturb"] = [], []
+    for elements in request["updates"]:
+        result["update"].append(measure_update(elements, request["accumulate"]))
+        step()
+        result["perturb"].append(measure_perturb(elements))
+        step()
+    result |= measure_channels(scratch, request["compute_dtype"])
+    step()
+    return result | {"busy_cores": others.taken(request["threads"])}
+
+
+def compute(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
+    """Run a whole step on the tensors of a file and leave loss and gradients in another."""
+    import torch
+
+    from tightfit.profiles.measuring.whole_step import run_step
+
+    tensors = torch.load(step["given"], weights_only=True)
+    made = run_step(step["layers"], {program["name"]: program for program in programs}, tensors, step["wanted"])
+    torch.save(made, step["made"])
+    del tensors, made
+    gc.collect()
+    trim_heap()
+
+
+def floor(threads: int) -> dict[str, int]:
+    """What an idle training process holds, and what a supervisor does, asked of one each."""
+    # Pages of libraries that have just been installed are not released until they are on disk: up to 16 MiB that no run holds.
+    os.sync()
+    done = subprocess.run(
+        command("--floor"), capture_output=True, text=True, env=child_environment(threads), check=False
+    )
+    if done.returncode == RunError.exit_code:
+        raise RunError(done.stderr.strip())
+    if done.returncode:
+        raise SystemExit(f"the runtime process does not start: {done.stderr.strip() or done.returncode}")
+    measured: dict[str, int] = json.loads(done.stdout)
+    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+    supervisor = subprocess.run(
+        supervisor_command("--measure"), capture_output=True, text=True, env=environment, check=False
+    )
+    if supervisor.returncode:
+        raise SystemExit(f"the supervisor of runs does not start: {supervisor.stderr.strip() or supervisor.returncode}")
+    return measured | {"supervisor_bytes": int(supervisor.stdout)}
+
+
+def _likeness(program: dict[str, Any], operator: dict[str, Any]) -> str:
+    """The same for operators that do the same to tensors of the same shapes: they have one workspace."""
+    values = {value["name"]: value for value in program["values"]}
+    names = [*operator["inputs"], None, *operator["outputs"]]
+    shapes = [None if name is None else (values[name]["dtype"], values[name]["shape"]) for name in names]
+    return json.dumps([operator["target"], shapes])
+
+
+def watch(program: dict[str, Any], guard: Guard, scratch: Path) -> str:
+    """Mark the operators of a program that have to be run by their functional forms (`copied`). Returns the first of CONTENTS
+    that all operators take. Raises InputError for an operator that takes none.
+    """
+    from tightfit.profiles.measuring.guard import check_program
+
+    failure: InputError | None = None
+    for contents in CONTENTS:
+        with _filled(program, scratch, contents) as (tensors, store):
+            try:
+                found = check_program(program, tensors, guard, store)
+            except InputError as error:
+                failure = failure or error
+                continue
+        for operator, copied in zip(program["operators"], found, strict=True):
+            operator["copied"] = copied
+        return contents
+    assert failure is not None
+    raise failure
+
+
+@contextlib.contextmanager
+def _filled(program: dict[str, Any], scratch: Path, contents: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """The tensors of a program by name, and the store that those which are gathered from lie in."""
+    from tightfit.runtime.engine.weights.store import Store
+
+    values = {value["name"]: value for value in program["values"]}
+    gathered = {name for operator in program["operators"] for name in operator["gathers"]}
+    tensors = _make_tensors(values, program["operators"], contents)
+    if not gathered:
+        yield tensors, None
+        return
+    path = _scratch_store(scratch, {name: values[name] for name in gathered})
+    store = Store.open(path)
+    path.unlink()
+    try:
+        yield tensors | {name: name for name in gathered}, store
+    finally:
+        store.close()
+
+
+def measure_program(program: dict[str, Any], scratch: Path, contents: str = "normal") -> list[list[float]]:
+    """[seconds, workspace bytes] per operator: operators run in order, round after round, as they do in a step."""
+    if not program["operators"]:
+        return []
+    with _filled(program, scratch, contents) as (tensors, store):
+        return _measure_program(program, tensors, store)
+
+
+def _measure_program(program: dict[str, Any], tensors: dict[str, Any], store: Any) -> list[list[float]]:
+    from tightfit.runtime.engine.kernels.compiled import compile_operator
+
+    values = {value["name"]: value for value in program["values"]}
+    calls: list[Callable[[], None]] = []
+    for operator in program["operators"]:
+        outputs = [None if name is None else tensors[name] for name in operator["outputs"]]
+        calls.append(partial(compile_operator(operator, values).run, tensors, outputs, store))
+    times: list[list[float]] = [[] for _ in calls]
+    started = time.perf_counter()
+    for turn in range(ROUNDS[1]):
+        for call, taken in zip(calls, times, strict=True):
+            begin = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - begin)
+        if turn >= ROUNDS[0] and time.perf_counter() - started > PROGRAM_SECONDS:
+            break
+    workspaces = [_workspace(call) for call in calls]
+    # The first two rounds fault pages in and build kernels.
+    return [[statistics.median(taken[2:]), workspace] for taken, workspace in zip(times, workspaces, strict=True)]
+
+
+def _make_tensors(
+    values: dict[str, dict[str, Any]], operators: list[dict[str, Any]], contents: str = "normal"
+) -> dict[str, Any]:
+    """Plausible contents, so that no operator meets denormals, NaN or an index out of range."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    gathered = {name for operator in operators for name in operator["gathers"]}
+    rows = GATHERED_ROWS if gathered else 2  # labels and indices are in range of anything
+    read = {name for operator in operators for name in operator["inputs"]}
+    unread = {
+        name: place
+        for operator in operators
+        for place, name in enumerate(operator["outputs"])
+        if name is not None and name not in read
+    }
+    shared: dict[tuple[Any, ...], list[Any]] = {}
+    met: Counter[tuple[Any, ...]] = Counter()
+    tensors = {}
+    for name, value in values.items():
+        if name in gathered:
+            continue
+        dtype, shape, stride = getattr(torch, value["dtype"]), value["shape"], value["stride"]
+        # Weights take turns on a few buffers, cold again when their turn comes; scratch that nobody reads lies where the
+        # last one lay, as in a step.
+        turns = WEIGHT_BUFFERS if value["kind"] == "weight" else 1
+        common = value["kind"] == "weight" or name in unread
+        key = (*shape, value["dtype"], unread.get(name))
+        met[key] += common
+        if common and met[key] > turns:
+            tensors[name] = shared[key][met[key] % turns]
+            continue
+        tensor = torch.empty_strided(shape, stride, dtype=dtype)
+        if dtype.is_floating_point and contents == "normal":
+            tensor.normal_(0.0, 0.05, generator=generator)
+        elif dtype.is_floating_point:
+            tensor.uniform_(0.05, 0.95, generator=generator)
+        elif dtype is torch.bool:
+            tensor.fill_(True)
+        else:
+            tensor.random_(0, rows, generator=generator)
+        if common:
+            shared.setdefault(key, []).append(tensor)
+        tensors[name] = tensor
+    return tensors
+
+
+def _scratch_store(folder: Path, tables: dict[str, dict[str, Any]]) -> Path:
+    """A store with short tables, so that gathering rows is timed with its reads."""
+    import torch
+
+    from tightfit.profiles.weights.describe import packed_entry
+    from tightfit.profiles.weights.pack import StoreWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"measure-{os.getpid()}.store"
+    entries = [packed_entry(name, (GATHERED_ROWS, table["shape"][1]), "q4") for name, table in tables.items()]
+    with StoreWriter(path, entries, name="measure", config={}, source={}) as writer:
+        for entry in entries:
+            writer.write(entry.name, [torch.zeros(entry.rows, entry.row_bytes, dtype=torch.uint8)])
+    return path
+
+
+def _workspace(call: Callable[[], None]) -> int:
+    """Heap bytes that a call takes beyond its inputs and outputs: the rise of the kernel's peak counter, from a trimmed heap.
+
+    The lowest of a few: a hole that one of its buffers does not find again adds as much as 40 % to some calls and not to
+    others. The floor counts such holes (`tightfit.runtime.engine.start.floor.HEAP_SLACK_BYTES`, `HOLES_PER_WORKSPACE`).
+    """
+    rises = []
+    for _ in range(WORKSPACE_CALLS):
+        trim_heap()
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the present
+        before = memory().resident
+        call()
+        rises.append(memory().peak - before)
+    return max(0, min(rises))
+
+
+def measure_unpack(kind: str, group: int, rows: int, columns: int, dtype: str) -> float:
+    """Seconds to unpack rows x columns, from and into buffers that have left the cache, as those of a step have."""
+    import torch
+
+    from tightfit.runtime.engine.weights.store import Entry, unpack
+
+    entry = Entry(name="weight", shape=(rows, columns), format=kind, group=group)
+    element = getattr(torch, dtype)
+    copies = max(1, min(MOST_CALLS, UNPACKED_BYTES // (rows * columns * element.itemsize)))
+    packed = torch.randint(0, 64, (entry.bytes,), dtype=torch.uint8).repeat(copies, 1)
+    outs = torch.zeros(copies, rows, columns, dtype=element)
+    return _median(lambda turn: unpack(entry, packed[turn % copies], outs[turn % copies]))
+
+
+def measure_update(elements: int, accumulate: int) -> float:
+    """Seconds per step: the mean over the steps of one update."""
+    import torch
+
+    from tightfit.runtime.engine.kernels.optimizer import AdamW, Update
+
+    update = Update(AdamW(), accumulate)
+    tensors = [torch.full((elements,), 1e-3) for _ in range(4 + (accumulate > 1))]
+
+    def last() -> float:
+        update.begin(accumulate)
+        return _median(lambda turn: update.apply(accumulate, *tensors))
+
+    if accumulate == 1:
+        return last()
+    update.begin(1)
+    return (last() + (accumulate - 1) * _median(lambda turn: update.apply(1, *tensors))) / accumulate
+
+
+def measure_perturb(elements: int) -> float:
+    import torch
+
+    from tightfit.runtime.engine.kernels.optimizer import MeZO, Perturbation
+
+    perturbation = Perturbation(MeZO(), 0)
+    parameter = torch.full((elements,), 1e-3)
+    return _median(lambda turn: perturbation.shift("p", parameter, 1))
+
+
+def _median(call: Callable[[int], None], seconds: float = 0.2) -> float:
+    times: list[float] = []
+    started = time.perf_counter()
+    turn = 0
+    while turn < 5 or (turn < MOST_CALLS and time.perf_counter() - started < seconds):
+        begin = time.perf_counter()
+        call(turn)
+        times.append(time.perf_counter() - begin)
+        turn += 1
+    return statistics.median(times[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,199 @@
+"""Decoder language models as one plain module, built from a Hugging Face config.
+
+Llama, Mistral, Qwen2, Qwen3 and Gemma3 (text) differ in a few switches (`tightfit.profiles.models.decoder_config`). Parameter names are Hugging
+Face's, so that weights and adapters need no renaming. The base is frozen; every projection carries a LoRA pair in
+float32. Hidden states are flat, [batch * seq, hidden]: each projection is then one matrix product.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tightfit.profiles.models.decoder_config import DecoderShape
+from tightfit.profiles.tracing.torch_ops import attention, embed_rows, gated, head_loss, lora_linear, rms_norm
+
+HEAD_SLICE_BYTES = 6 << 20  # unpacked bytes of one vocabulary slice of the loss head, at most
+
+
+class Norm(nn.Module):
+    def __init__(self, width: int, shape: DecoderShape) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, dtype=torch.float32), requires_grad=False)
+        self.eps, self.unit_offset = shape.eps, shape.unit_offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, self.unit_offset)[0]  # type: ignore[no-any-return]
+
+
+class Factor(nn.Module):
+    """One LoRA factor, float32."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, columns, dtype=torch.float32))
+
+
+class Projection(nn.Module):
+    """Frozen x @ W.T (+ bias) plus the trained scale * x @ A.T @ B.T."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(outputs, dtype=torch.float32), requires_grad=False) if bias else None
+        self.scale = alpha / rank if rank else 0.0
+        if rank:
+            self.lora_A, self.lora_B = Factor(rank, inputs), Factor(outputs, rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.scale:
+            return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+        pair = self.lora_A.weight, self.lora_B.weight
+        return lora_linear(x, self.weight, self.bias, *pair, self.scale)[0]  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: DecoderShape, index: int, dtype: torch.dtype, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.shape, self.window = shape, shape.windows[index]
+        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        self.q_proj = Projection(shape.hidden, q, shape.attention_bias, dtype, rank, alpha)
+        self.k_proj = Projection(shape.hidden, kv, shape.attention_bias, dtype, rank, alpha)
+        self.v_proj = Projection(shape.hidden, kv, shape.attention_bias, dtype, rank, alpha)
+        self.o_proj = Projection(q, shape.hidden, shape.output_bias, dtype, rank, alpha)
+        if shape.head_norm:
+            self.q_norm, self.k_norm = Norm(shape.head_dim, shape), Norm(shape.head_dim, shape)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        shape = self.shape
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if shape.head_norm:
+            q = self.q_norm(q.view(-1, shape.head_dim)).view(q.shape)
+            k = self.k_norm(k.view(-1, shape.head_dim)).view(k.shape)
+        y, *_ = attention(q, k, v, cos, sin, mask, shape.heads, shape.kv_heads, shape.attention_scale)
+        return self.o_proj(y)  # type: ignore[no-any-return]
+
+
+class Mlp(nn.Module):
+    def __init__(self, shape: DecoderShape, dtype: torch.dtype, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.activation = shape.activation
+        self.gate_proj = Projection(shape.hidden, shape.intermediate, shape.mlp_bias, dtype, rank, alpha)
+        self.up_proj = Projection(shape.hidden, shape.intermediate, shape.mlp_bias, dtype, rank, alpha)
+        self.down_proj = Projection(shape.intermediate, shape.hidden, shape.mlp_bias, dtype, rank, alpha)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, shape: DecoderShape, index: int, dtype: torch.dtype, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.post_norms = shape.post_norms
+        self.self_attn = Attention(shape, index, dtype, rank, alpha)
+        self.mlp = Mlp(shape, dtype, rank, alpha)
+        self.input_layernorm = Norm(shape.hidden, shape)
+        self.post_attention_layernorm = Norm(shape.hidden, shape)
+        if shape.post_norms:
+            self.pre_feedforward_layernorm = Norm(shape.hidden, shape)
+            self.post_feedforward_layernorm = Norm(shape.hidden, shape)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        if not self.post_norms:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))  # type: ignore[no-any-return]
+
+
+class Table(nn.Module):
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype), requires_grad=False)
+
+
+class Body(nn.Module):
+    def __init__(self, shape: DecoderShape, dtype: torch.dtype, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.embed_tokens = Table(shape.vocab, shape.hidden, dtype)
+        self.layers = nn.ModuleList(DecoderLayer(shape, i, dtype, rank, alpha) for i in range(shape.layers))
+        self.norm = Norm(shape.hidden, shape)
+
+
+class Decoder(nn.Module):
+    """forward(input_ids [batch, seq], labels [batch, seq]) -> (loss float32 [], token losses float32 [batch * seq]).
+
+    labels[b, t] is the token that position t is to predict, -100 where there is none. Right padding needs no mask:
+    attention is causal and padded positions carry no label.
+    """
+
+    def __init__(self, shape: DecoderShape, *, dtype: torch.dtype, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.shape = shape
+        self.dtype = dtype
+        self.model = Body(shape, dtype, rank, alpha)
+        if not shape.tied:
+            self.lm_head = Table(shape.vocab, shape.hidden, dtype)
+        element = torch.empty((), dtype=dtype).element_size()
+        self.slice_rows = head_slice_rows(shape, element)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        shape, seq = self.shape, input_ids.shape[1]
+        scale = float(torch.tensor(shape.embed_scale, dtype=self.dtype)) if shape.embed_scale != 1.0 else 1.0
+        x = embed_rows(self.model.embed_tokens.weight, input_ids, scale)
+        tables = {key: rotary_table(shape, seq, *key) for key in sorted(set(self._rope_keys()))}
+        masks = {w: window_mask(seq, w) for w in sorted({w for w in shape.windows if w is not None and w < seq})}
+        for layer, window, key in zip(self.model.layers, shape.windows, self._rope_keys(), strict=True):
+            x = layer(x, *tables[key], masks.get(window) if window is not None else None)
+        head = self.model.embed_tokens if shape.tied else self.lm_head
+        loss, token_losses, _ = head_loss(self.model.norm(x), head.weight, labels, self.slice_rows)
+        return loss, token_losses
+
+    def _rope_keys(self) -> list[tuple[float, bool]]:
+        """(theta, scaled) per layer; Gemma scales the full-attention layers only."""
+        gemma = self.shape.family == "gemma3_text"
+        return [
+            (theta, not (gemma and w is not None))
+            for theta, w in zip(self.shape.thetas, self.shape.windows, strict=True)
+        ]
+
+
+def head_slice_rows(shape: DecoderShape, element_bytes: int) -> int:
+    """Vocabulary rows per slice of the loss head: the power of two (as checksums need) next below `HEAD_SLICE_BYTES` unpacked."""
+    return min(shape.vocab, 1 << max(7, (HEAD_SLICE_BYTES // (shape.hidden * element_bytes)).bit_length() - 1))
+
+
+def rotary_table(shape: DecoderShape, seq: int, theta: float, scaled: bool) -> tuple[Tensor, Tensor]:
+    """cos, sin float32 [seq, head_dim / 2]. Scaling as in transformers' modeling_rope_utils (linear, llama3)."""
+    steps = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+    frequencies = 1.0 / (theta**steps)
+    scaling = dict(shape.rope_scaling) if scaled else {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "linear":
+        frequencies = frequencies / scaling["factor"]
+    elif kind == "llama3":
+        low, high, original = (
+            scaling["low_freq_factor"],
+            scaling["high_freq_factor"],
+            scaling["original_max_position_embeddings"],
+        )
+        wavelength = 2 * math.pi / frequencies
+        smooth = (original / wavelength - low) / (high - low)
+        blended = (1 - smooth) * frequencies / scaling["factor"] + smooth * frequencies
+        far = torch.where(wavelength > original / low, frequencies / scaling["factor"], frequencies)
+        middle = (wavelength <= original / low) & (wavelength >= original / high)
+        frequencies = torch.where(middle, blended, far)
+    angles = torch.arange(seq, dtype=torch.float32)[:, None] * frequencies[None, :]
+    return angles.cos(), angles.sin()
+
+
+def window_mask(seq: int, window: int) -> Tensor:
+    """Additive causal mask float32 [seq, seq] that lets each position see itself and window - 1 positions before it."""
+    positions = torch.arange(seq)
+    distance = positions[:, None] - positions[None, :]
+    hidden = (distance < 0) | (distance >= window)
+    return torch.zeros(seq, seq).masked_fill(hidden, -math.inf)

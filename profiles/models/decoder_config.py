@@ -1,0 +1,213 @@
+"""What a Hugging Face config.json says of a decoder: its sizes and the few switches in which the families differ.
+
+Nothing of PyTorch is imported here: a service checks what it is sent without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from typing import Any
+
+from tightfit.runtime.common.errors import InputError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ATTENTION = ("full_attention", "sliding_attention")
+ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False}
+"""what transformers computes otherwise where it is set, by what leaves it off"""
+LARGEST = {
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 15,
+    "vocab_size": 1 << 20,
+}
+"""largest value that is accepted of a config's field, about ten times that of the largest published models: with larger
+ones a tensor's size passes 64 bits, or describing the model alone takes hours"""
+DEVIATION, MOST_DEVIATION = 0.02, 1000.0
+"""of random weights, where the config says nothing, and at most: their scales are stored in float16, which ends at 65504"""
+WRAPPED_BODY = "model.language_model."
+"""of the text model inside a multimodal wrapper, as transformers' AutoModelForCausalLM makes it and PEFT adapts it"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderShape:
+    family: str
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    activation: str
+    tied: bool
+    attention_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    head_norm: bool
+    """RMSNorm over each head of q and k (Qwen3, Gemma3)."""
+    unit_offset: bool
+    """RMSNorm multiplies by 1 + weight (Gemma)."""
+    post_norms: bool
+    """RMSNorm on the output of attention and MLP as well (Gemma)."""
+    embed_scale: float
+    attention_scale: float
+    windows: tuple[int | None, ...]
+    """Per layer: the sliding window in tokens, or None for full attention."""
+    thetas: tuple[float, ...]
+    """Per layer: the base of the rotary frequencies."""
+    rope_scaling: tuple[tuple[str, Any], ...]
+    """Items of the config's rope scaling, for layers with full attention."""
+
+
+def text_config(read: Any) -> dict[str, Any] | None:
+    """The text model's config in what a config.json holds; None where that is no model's."""
+    if not isinstance(read, dict) or not ("model_type" in read or "text_config" in read):
+        return None
+    config: dict[str, Any] = dict(read)
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        outer: dict[str, Any] = {
+            key: config[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in config
+        }
+        config = outer | text | {"adapter_body": WRAPPED_BODY}
+    if config.get("model_type") == "gemma3":
+        config["model_type"] = "gemma3_text"
+    return config
+
+
+def decoder_shape(config: dict[str, Any]) -> DecoderShape:
+    """Read a Hugging Face config. Raises InputError naming the field that is missing or not supported."""
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise InputError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+
+    hidden, layers, heads = (_whole(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    gemma = family == "gemma3_text"
+    kv_heads = _whole(config, "num_key_value_heads", heads)
+    head_dim = _whole(config, "head_dim", 256 if gemma else hidden // heads)
+    if heads % kv_heads:
+        raise InputError(
+            f"config field 'num_attention_heads' = {heads} is not a multiple of 'num_key_value_heads' = {kv_heads}"
+        )
+    if head_dim % 2:
+        raise InputError(f"config field 'head_dim' = {head_dim} must be even for rotary embeddings")
+    name = config.get("hidden_activation") or config.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise InputError(f"activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    for key, plain in PLAIN.items():
+        if config.get(key) not in (None, plain):
+            raise InputError(f"config field {key!r} = {config[key]!r} is not supported; supported: {plain!r}")
+    full, local = _rope(config, gemma)
+    scaling = {k: v for k, v in full.items() if k != "rope_theta"}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_NUMBERS or scaling.get("partial_rotary_factor") not in (None, 1):
+        raise InputError(f"rope scaling {scaling!r} is not supported; supported: {', '.join(ROPE_NUMBERS)}")
+    for key in ROPE_NUMBERS[kind]:
+        _number(scaling, key)
+    windows = _windows(config, family, layers)
+    return DecoderShape(
+        family=family,
+        vocab=_whole(config, "vocab_size"),
+        hidden=hidden,
+        intermediate=_whole(config, "intermediate_size"),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        eps=_number(config, "rms_norm_eps", 1e-6),
+        activation=ACTIVATIONS[name],
+        tied=bool(config.get("tie_word_embeddings", gemma)),
+        attention_bias=bool(config.get("attention_bias", False)) or family == "qwen2",
+        output_bias=bool(config.get("attention_bias", False)) and family not in ("mistral", "qwen2"),
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        head_norm=family in ("qwen3", "gemma3_text"),
+        unit_offset=gemma,
+        post_norms=gemma,
+        embed_scale=math.sqrt(hidden) if gemma else 1.0,
+        attention_scale=_number(config, "query_pre_attn_scalar", 256) ** -0.5 if gemma else head_dim**-0.5,
+        windows=windows,
+        thetas=tuple(local if gemma and w is not None else _number(full, "rope_theta") for w in windows),
+        rope_scaling=tuple(sorted((k, v) for k, v in scaling.items() if isinstance(v, (int, float, str)))),
+    )
+
+
+def initial_deviation(config: dict[str, Any]) -> float:
+    """Standard deviation of random weights. Raises InputError where the config asks for one that cannot be stored."""
+    deviation = _number(config, "initializer_range", DEVIATION) if config.get("initializer_range") else DEVIATION
+    if deviation > MOST_DEVIATION:
+        raise InputError(f"config field 'initializer_range' is {deviation}; at most {MOST_DEVIATION} is supported")
+    return deviation
+
+
+def _number(config: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
+        raise InputError(f"config field {key!r} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _whole(config: dict[str, Any], key: str, default: int | None = None) -> int:
+    """A count; `default` where there is none, or null."""
+    value = config.get(key) or default
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise InputError(f"config field {key!r} must be a positive whole number, not {value!r}")
+    if value > LARGEST.get(key, value):
+        raise InputError(f"config field {key!r} is {value}; at most {LARGEST[key]} is supported, check the config.json")
+    return value
+
+
+def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"config field {key!r} must be an object, not {value!r}")
+    return dict(value)
+
+
+def _rope(config: dict[str, Any], gemma: bool) -> tuple[dict[str, Any], float]:
+    """(full-attention rope parameters, local theta), from the old flat fields or the new nested ones."""
+    parameters = _section(config, "rope_parameters")
+    if "full_attention" in parameters:
+        local = _section(parameters, "sliding_attention")
+        return {"rope_theta": 1_000_000.0 if gemma else 10000.0} | _section(parameters, "full_attention"), _number(
+            local, "rope_theta", 10000.0
+        )
+    full = _section(config, "rope_scaling") | parameters
+    full.setdefault("rope_theta", config.get("rope_theta") or (1_000_000.0 if gemma else 10000.0))
+    local = {"rope_local_base_freq": config.get("rope_local_base_freq") or 10000.0}
+    return full, _number(local, "rope_local_base_freq")
+
+
+def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+    types = config.get("layer_types")
+    window = config.get("sliding_window", 4096 if family == "mistral" else None)  # transformers' default
+    if types is None and family == "gemma3_text":
+        every = _whole(config, "sliding_window_pattern", _whole(config, "_sliding_window_pattern", 6))
+        types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+        window = window or 4096
+    if types is None and family == "mistral" and window:
+        types = ["sliding_attention"] * layers
+    if types is None and family in ("qwen2", "qwen3") and config.get("use_sliding_window"):
+        full = config.get("max_window_layers", 28)
+        if isinstance(full, bool) or not isinstance(full, int):
+            raise InputError(f"config field 'max_window_layers' must be a whole number, not {full!r}")
+        types = ["sliding_attention" if i >= full else "full_attention" for i in range(layers)]
+    if types is None:
+        return (None,) * layers
+    if not isinstance(types, list) or any(kind not in ATTENTION for kind in types):
+        raise InputError(f"config field 'layer_types' must be a list of {' and '.join(ATTENTION)}, not {types!r}")
+    if len(types) != layers:
+        raise InputError(f"config field 'layer_types' has {len(types)} entries for {layers} layers")
+    size = _whole({"sliding_window": window}, "sliding_window") if window and "sliding_attention" in types else None
+    return tuple(size if kind == "sliding_attention" else None for kind in types)

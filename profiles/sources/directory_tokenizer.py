@@ -1,0 +1,87 @@
+"""The tokenizer of a Hugging Face directory, with its special tokens and chat templates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.runtime.common.errors import InputError
+
+
+def directory_vocabulary(path: Path) -> Vocabulary | None:
+    """tokenizer.json with the special tokens and chat template beside it; None where there is no tokenizer.json."""
+    file = path / "tokenizer.json"
+    if not file.exists():
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(f"{file}: unreadable tokenizer ({error}); download the file again") from error
+    options = _json(path / "tokenizer_config.json")
+    special = _special_tokens(path, options, tokenizer)
+    templates = _chat_templates(path, options)
+    first = tokenizer.encode("a").ids[:1]
+    bos = special.pop("bos_token", None)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return Vocabulary(
+        tokenizer=tokenizer,
+        chat_template=templates.get("default"),
+        tool_template=templates.get("tool_use"),
+        bos_token=bos,
+        eos_token=special.pop("eos_token", None),
+        pad_token=special.pop("pad_token", None),
+        add_bos=bos is not None and first == [tokenizer.token_to_id(bos)],
+        special_tokens=special,
+    )
+
+
+def _chat_templates(path: Path, options: dict[str, Any]) -> dict[str, str]:
+    """Jinja sources by name, as transformers finds them: in files of their own, else in tokenizer_config.json."""
+    told = options.get("chat_template") or {}
+    if isinstance(told, list):
+        told = {item["name"]: item["template"] for item in told}
+    elif isinstance(told, str):
+        told = {"default": told}
+    files = {file.stem: file for file in (path / "additional_chat_templates").glob("*.jinja")}
+    if (path / "chat_template.jinja").exists():
+        files["default"] = path / "chat_template.jinja"
+    return told | {name: file.read_text() for name, file in files.items()}
+
+
+def _special_tokens(path: Path, options: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    """Special tokens by name: as tokenizer_config.json has them, else special_tokens_map.json, else by the model's numbers.
+
+    A model without an end-of-text token would never learn to stop; one whose tokenizer_config.json says null for the
+    token before a text was trained without it.
+    """
+    found: dict[str, str] = {}
+    said = {key: value for key, value in options.items() if value is not None or key == "bos_token"}
+    for key, value in (_json(path / "special_tokens_map.json") | said).items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            found[key] = text
+    for file in ("config.json", "generation_config.json"):
+        numbers = _json(path / file)
+        for key in {"bos_token", "eos_token", "pad_token"} - ({"bos_token"} & options.keys()):
+            number = numbers.get(f"{key}_id")
+            number = number[0] if isinstance(number, list) and number else number
+            token = tokenizer.id_to_token(number) if isinstance(number, int) and 0 <= number < 1 << 32 else None
+            if token is not None:
+                found.setdefault(key, token)
+    return found
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """An object in a file, empty where there is no file. Raises InputError naming a damaged one."""
+    try:
+        read = json.loads(file.read_bytes()) if file.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: damaged ({error}); download the file again") from error
+    if not isinstance(read, dict):
+        raise InputError(f"{file}: damaged (no JSON object); download the file again")
+    return read

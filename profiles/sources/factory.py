@@ -1,0 +1,162 @@
+"""Models from `package.module:factory`: any nn.Module, with the parameters and buffers it starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tightfit.profiles.tracing.own_code import own_traceback
+from tightfit.profiles.weights.source import Source, SourceTensor
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.weights.layout import VERSION, Entry
+from tightfit.runtime.engine.weights.store import RAW
+
+KINDS = {dtype: name for name, dtype in RAW.items()}
+
+
+def factory_source(source: str, *, seed: int = 0) -> Source:
+    """Call the factory, which returns (module, sample batch), with torch's generator at `seed`.
+
+    Floating parameters and buffers are float32, other buffers as they are.
+    """
+    module = build_module(source, seed)[0]
+    held = dict(module.named_parameters()) | dict(module.named_buffers())
+    entries, digest = {}, hashlib.sha256(json.dumps([VERSION, "module", source]).encode())
+    for name, tensor in held.items():
+        kind = "float32" if tensor.is_floating_point() else KINDS.get(tensor.dtype)
+        if kind is None:
+            raise InputError(
+                f"{source}: {name!r} has type {tensor.dtype}; parameters must be floating, buffers {', '.join(RAW)}"
+            )
+        entries[name] = Entry(name=name, shape=tuple(tensor.shape), format=kind)
+        data = _stored(tensor)
+        digest.update(f"{name} {kind} {list(tensor.shape)}".encode())
+        digest.update(bytes(data.view(-1).view(torch.uint8).untyped_storage()) if data.numel() else b"")
+
+    names = {id(tensor): name for name, tensor in held.items()}
+    state = module.state_dict(keep_vars=True)
+    keys = {key: names[id(tensor)] for key, tensor in state.items() if id(tensor) in names}
+
+    def tensors() -> Iterable[SourceTensor]:
+        for name, entry in entries.items():
+            matrix = _stored(held[name]).view(entry.rows, entry.columns)
+            yield SourceTensor(entry=entry, rows=lambda start, stop, matrix=matrix: matrix[start:stop])  # type: ignore[misc]
+
+    return Source(
+        name=source.replace(":", "."),
+        kind="module",
+        path=source,
+        config={"factory": source, "state_dict": keys},
+        fingerprint=digest.hexdigest(),
+        has_weights=True,
+        entries=entries,
+        tensors=tensors,
+        note="parameters kept as float32",
+    )
+
+
+def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """(module, sample batch) of a factory, in float32; the same initial parameters for the same seed. Raises InputError."""
+    factory = load_factory(source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            made = factory()
+        except Exception as error:
+            raise InputError(
+                f"{source} raised {type(error).__name__}: {error}; correct the factory\n{own_traceback(error)}"
+            ) from error
+    if not (
+        isinstance(made, tuple)
+        and len(made) == 2
+        and isinstance(made[0], nn.Module)
+        and isinstance(made[1], tuple | list)
+    ):
+        told = type(made).__name__
+        if isinstance(made, tuple):
+            told = f"({', '.join(type(part).__name__ for part in made)})"
+        raise InputError(f"{source}: returned {told}; a factory returns (nn.Module, tuple of sample batch tensors)")
+    module, batch = made
+    for index, tensor in enumerate(batch):
+        if not isinstance(tensor, Tensor):
+            raise InputError(
+                f"{source}: item {index} of the sample batch is of type {type(tensor).__name__}; a batch is a tuple of tensors"
+            )
+    if not any(True for _ in module.parameters()):
+        raise InputError(f"{source}: the module has no parameters; there is nothing to train")
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise InputError(f"{source}: no parameter of the module requires a gradient; there is nothing to train")
+    module.float()
+    for held in (*module.parameters(), *module.buffers()):
+        held.data = held.data.contiguous()  # as it is stored
+    return module, as_trained(batch)
+
+
+def as_trained(batch: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """The tensors of a batch as the run reads them: contiguous, floating ones in float32."""
+    return tuple((tensor.float() if tensor.is_floating_point() else tensor).contiguous() for tensor in batch)
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
+def load_factory(source: str) -> Callable[..., Any]:
+    """Import ``package.module:factory``. Raises InputError naming what is missing, and where it was looked for.
+
+    The working folder comes last on this process's path from now on, so that nothing in it stands in for a package that is
+    installed, or for one of ours; a module may import its neighbours when it is called, too.
+    """
+    module_name, _, attribute = source.partition(":")
+    folder = _working_folder(source)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    importlib.invalidate_caches()  # it may have been written a moment ago
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{source}: {_not_found(error, module_name, folder)}") from error
+    except Exception as error:
+        raise InputError(f"{source}: importing {module_name!r} raised {type(error).__name__}: {error}") from error
+    factory: Callable[..., Any] | None = getattr(module, attribute, None)
+    if factory is None or not callable(factory):
+        raise InputError(
+            f"{source}: module {module_name!r} has no function {attribute!r}; the module is {_place(module)}"
+        )
+    return factory
+
+
+def _working_folder(source: str) -> str:
+    try:
+        return str(Path.cwd())
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{source}: the working folder, in which a module is looked for, was removed; enter another"
+        ) from error
+
+
+def _not_found(error: ModuleNotFoundError, module_name: str, folder: str) -> str:
+    """What to do about a module that was not found on the way to `module_name`."""
+    missing = error.name or ""
+    if not f"{module_name}.".startswith(f"{missing}."):
+        return f"importing {module_name!r} needs {missing!r}, which is not installed and not in {folder}; install it"
+    package = sys.modules.get(missing.rpartition(".")[0])
+    if package is not None and not Path(_place(package)).is_relative_to(folder):
+        return (
+            f"{error} in the package at {_place(package)}, which comes before the working folder {folder}; rename yours"
+        )
+    return f"{error}; it is not installed and not in the working folder {folder}; run from the folder that holds it"
+
+
+def _place(module: ModuleType) -> str:
+    """The file of a module, or the folder of a package that has none."""
+    return getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", [])), "Python's own")

@@ -1,0 +1,93 @@
+"""GGUF metadata to a Hugging Face style config.
+
+Key names are those of the GGUF specification (``llama.block_count``, ...); what a GGUF leaves out is what llama.cpp's
+`convert_hf_to_gguf.py` drops on the way in, with the values that its architecture code puts back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tightfit.runtime.common.errors import InputError
+
+FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+
+
+def config_from_metadata(
+    metadata: dict[str, Any], *, vocabulary: int, tied: bool, rope_factors: torch.Tensor | None
+) -> dict[str, Any]:
+    """The config of a decoder. `rope_factors` is the file's rope_freqs tensor, float32 [head_dim / 2], if it has one.
+
+    Raises InputError for another architecture or a missing key.
+    """
+    architecture = metadata.get("general.architecture")
+    if architecture not in FAMILIES:
+        raise InputError(f"GGUF architecture {architecture!r} is not supported; supported: {', '.join(FAMILIES)}")
+
+    def need(key: str) -> Any:
+        if f"{architecture}.{key}" not in metadata:
+            raise InputError(f"GGUF metadata lacks {architecture}.{key}; convert the model again")
+        return metadata[f"{architecture}.{key}"]
+
+    def have(key: str, default: Any = None) -> Any:
+        return metadata.get(f"{architecture}.{key}", default)
+
+    heads, hidden, layers = need("attention.head_count"), need("embedding_length"), need("block_count")
+    head_dim = have("attention.key_length") or have("rope.dimension_count") or hidden // heads
+    config: dict[str, Any] = {
+        "model_type": FAMILIES[architecture],
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": need("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": have("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": round(float(need("attention.layer_norm_rms_epsilon")), 12),
+        "rope_theta": float(have("rope.freq_base", 1_000_000.0 if architecture == "gemma3" else 10000.0)),
+        "max_position_embeddings": have("context_length", 0),
+        "tie_word_embeddings": tied,
+        "hidden_act": "silu",
+    }
+    for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
+        if f"tokenizer.ggml.{name}_token_id" in metadata:
+            config[key] = metadata[f"tokenizer.ggml.{name}_token_id"]
+    if architecture == "gemma3":
+        config |= {
+            "hidden_act": "gelu_pytorch_tanh",
+            "sliding_window": have("attention.sliding_window", 512 if layers == 26 else 1024),
+            "sliding_window_pattern": 6,
+            "rope_local_base_freq": 10000.0,
+            "query_pre_attn_scalar": hidden // heads if layers == 62 else head_dim,  # 27B alone departs from head_dim
+        }
+    scaling = have("rope.scaling.type")
+    if rope_factors is not None:
+        config["rope_scaling"] = llama3_scaling(rope_factors, config["rope_theta"], head_dim)
+    elif scaling == "linear" or (scaling is None and have("rope.scaling.factor") not in (None, 1.0)):
+        config["rope_scaling"] = {"rope_type": "linear", "factor": float(need("rope.scaling.factor"))}
+    elif scaling not in (None, "none"):
+        raise InputError(f"GGUF rope scaling {scaling!r} is not supported; supported: none, linear, llama3")
+    return config
+
+
+def llama3_scaling(factors: torch.Tensor, theta: float, head_dim: int) -> dict[str, Any]:
+    """The llama3 rope scaling whose divisors are `factors`, float32 [head_dim / 2].
+
+    A GGUF keeps the divisors only. The largest is the factor; the bounds are the ones that every Llama 3 was published
+    with, and the divisors are computed again to make sure. Raises InputError where they differ.
+    """
+    scaling: dict[str, Any] = {
+        "rope_type": "llama3",
+        "factor": round(float(factors.max()), 3),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    wavelength = 2 * torch.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    smooth = ((8192 / wavelength - 1.0) / 3.0).clamp(0, 1)
+    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    if factors.numel() != expected.numel() or not torch.allclose(factors.double(), expected, rtol=1e-3):
+        raise InputError("the GGUF's rope_freqs are not Llama 3's rope scaling; use the model's Hugging Face directory")
+    return scaling

@@ -1,0 +1,244 @@
+"""Models from GGUF files.
+
+4-bit values that the file holds stay as they are: Q4_0, Q4_1 and Q8_0 are repacked without touching a value, Q4_K keeps
+its codes and rounds each group's scale and min to float16 (a relative 2^-11, below bfloat16's own 2^-9). Q5 and Q6 types
+are rounded to 8 bit, everything else to 4 bit. llama.cpp permutes the rows of Llama's q and k for its interleaved rotary
+embedding; they are put back into Hugging Face's half-split order. Gemma's norms are stored with 1 added; it is taken off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import Q4_K, dequantize
+from torch import Tensor
+
+from tightfit.profiles.models.decoder_config import decoder_shape
+from tightfit.profiles.sources.gguf_config import config_from_metadata
+from tightfit.profiles.sources.gguf_metadata import read_metadata
+from tightfit.profiles.weights.describe import decoder_tensors, packed_entry
+from tightfit.profiles.weights.pack import q4_blocks
+from tightfit.profiles.weights.source import Source, SourceTensor
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.weights.layout import VERSION, Entry
+
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GEMMA_NAMES = NAMES | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+EXACT = ("Q4_0", "Q4_1", "Q8_0")
+EIGHT_BIT = ("Q8_0", "Q8_1", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_K")
+_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+
+
+class _Reader(gguf.GGUFReader):
+    """gguf's reader on a plain array: slicing a memmap for each of 100,000 strings takes three times as long."""
+
+    @property
+    def data(self) -> Any:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: Any) -> None:
+        self._data = np.asarray(mapped)
+
+
+def gguf_source(path: Path) -> Source:
+    """A model in a GGUF file. Raises InputError where the file is damaged, split or of another architecture."""
+    metadata = read_metadata(path)
+    try:
+        reader = _Reader(path)
+    except Exception as error:  # the reader trips over a damaged file in many ways
+        raise InputError(
+            f"{path}: not a readable GGUF file ({error}); it is truncated or damaged, download it again"
+        ) from error
+    if metadata.get("split.count", 1) > 1:
+        raise InputError(
+            f"{path}: one of {metadata['split.count']} parts; join them with llama.cpp's gguf-split --merge"
+        )
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    try:
+        if "token_embd.weight" not in found:
+            raise InputError("no tensor 'token_embd.weight'; only language models can be used")
+        factors = found.pop("rope_freqs.weight", None)
+        config = config_from_metadata(
+            metadata,
+            vocabulary=int(found["token_embd.weight"].shape[1]),
+            tied="output.weight" not in found,
+            rope_factors=None if factors is None else torch.tensor(factors.data, dtype=torch.float32),
+        )
+        parts = _match(config, found)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    stat = path.stat()
+    with path.open("rb") as file:
+        head = hashlib.sha256(file.read(int(reader.data_offset)))
+    text = json.dumps([VERSION, "gguf", head.hexdigest(), stat.st_size, stat.st_mtime_ns])
+
+    def tensors() -> Iterable[SourceTensor]:
+        for entry, tensor in parts:
+            yield SourceTensor(entry=entry, rows=_row_reader(path, config, entry, tensor))
+
+    return Source(
+        name=path.stem,
+        kind="gguf",
+        path=str(path),
+        config=config,
+        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+        has_weights=True,
+        entries={entry.name: entry for entry, _ in parts},
+        tensors=tensors,
+        note=_note(tensor for _, tensor in parts),
+    )
+
+
+def unpermuted_rows(rows: int, heads: int) -> Tensor:
+    """Where in a GGUF each row of Hugging Face's q or k lies, int64 [rows].
+
+    llama.cpp stores row h * d + 2 i + p for Hugging Face's h * d + p * d / 2 + i (d rows per head, p in {0, 1}).
+    """
+    return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
+
+
+def _match(config: dict[str, Any], found: dict[str, Any]) -> list[tuple[Entry, Any]]:
+    """Every tensor of the decoder with its entry and its place in the file."""
+    named = {_hugging_face_name(config, name): tensor for name, tensor in found.items()}
+    shape = decoder_shape(_with_biases(config, named))
+    parts = []
+    for name, size in decoder_tensors(shape):
+        tensor = named.pop(name, None)
+        if tensor is None:
+            raise InputError(f"no tensor for {name!r}; the file is incomplete, convert the model again")
+        held = tuple(int(n) for n in reversed(tensor.shape))
+        if held != size:
+            raise InputError(
+                f"tensor {tensor.name!r} has shape {list(held)} where {list(size)} is due; the file's metadata does not fit its weights"
+            )
+        kind = "float32" if len(size) == 1 else "q8" if tensor.tensor_type.name in EIGHT_BIT else "q4"
+        parts.append((packed_entry(name, size, kind), tensor))
+    if named:
+        raise InputError(
+            f"tensor {next(iter(named.values())).name!r} belongs to no {config['model_type']} decoder; this variant is not supported"
+        )
+    return parts
+
+
+def _with_biases(config: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
+    """GGUF metadata do not say whether a Llama has biases; its tensors do."""
+    config["attention_bias"] = config["model_type"] != "qwen2" and "model.layers.0.self_attn.q_proj.bias" in named
+    config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in named
+    return config
+
+
+def _hugging_face_name(config: dict[str, Any], name: str) -> str:
+    names = GEMMA_NAMES if config["model_type"] == "gemma3_text" else NAMES
+    match = _LAYER.fullmatch(name)
+    if match and match[2] in names:
+        return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"
+    stem, _, suffix = name.rpartition(".")
+    return f"{names.get(stem, stem)}.{suffix}"
+
+
+def _row_reader(path: Path, config: dict[str, Any], entry: Entry, tensor: Any) -> Callable[[int, int], Tensor]:
+    kind, order = tensor.tensor_type, None
+    if (
+        config["model_type"] == "llama"
+        and ".self_attn." in entry.name
+        and ("q_proj" in entry.name or "k_proj" in entry.name)
+    ):
+        size = entry.shape[0]
+        order = unpermuted_rows(size, size // config["head_dim"]).numpy()
+    shift = 1.0 if config["model_type"] == "gemma3_text" and entry.name.endswith("norm.weight") else 0.0
+    shared = np.asarray(tensor.data)
+
+    def rows(start: int, stop: int) -> Tensor:
+        if len(entry.shape) == 1:
+            vector = torch.from_numpy(np.array(dequantize(shared, kind), dtype=np.float32))
+            return (vector if order is None else vector[torch.from_numpy(order)]) - shift
+        block = np.array(shared[start:stop] if order is None else shared[order[start:stop]])
+        try:
+            return _repack(entry, block, kind)
+        except NotImplementedError as error:
+            raise InputError(
+                f"{path}: tensor {tensor.name!r} is {kind.name}, which the gguf package cannot unpack; use a Q4_1, Q4_K_M or Q8_0 file"
+            ) from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+
+    return rows
+
+
+def _repack(entry: Entry, block: np.ndarray[Any, Any], kind: Any) -> Tensor:
+    """Rows of a quantised matrix: packed uint8 for the types whose codes are kept, floats for the others."""
+    count = block.shape[0]
+    if kind.name == "Q8_0" and entry.format == "q8":
+        data = torch.from_numpy(block).view(-1, 34)
+        _check_scales(entry, data[:, :2])
+        return data.view(count, -1)
+    if kind.name in EXACT and entry.format == "q4":
+        data = torch.from_numpy(block).view(-1, 18 if kind.name == "Q4_0" else 20)
+        scale = data[:, :2].contiguous().view(torch.float16)
+        codes = torch.cat([data[:, -16:] & 15, data[:, -16:] >> 4], dim=1)
+        # Q4_0 means (code - 8) * scale; -8 * scale is a shift of the exponent, so it is exact
+        minimum = -8 * scale if kind.name == "Q4_0" else data[:, 2:4].contiguous().view(torch.float16)
+        _check_scales(entry, scale, minimum)
+        return q4_blocks(codes, scale, minimum).view(count, -1)
+    if kind.name == "Q4_K" and entry.format == "q4":
+        raw = block.reshape(-1, 144)
+        head = torch.from_numpy(raw[:, :4].copy()).view(torch.float16).float()
+        sub_scale, sub_minimum = (
+            torch.from_numpy(part.astype(np.float32)) for part in Q4_K.get_scale_min(raw[:, 4:16].copy())
+        )
+        pairs = torch.from_numpy(raw[:, 16:].copy()).view(-1, 4, 1, 32)
+        codes = torch.cat([pairs & 15, pairs >> 4], dim=2).view(-1, 32)
+        scale = (head[:, :1] * sub_scale).half().view(-1, 1)
+        minimum = (head[:, 1:] * -sub_minimum).half().view(-1, 1)
+        _check_scales(entry, scale, minimum)
+        return q4_blocks(codes, scale, minimum).view(count, -1)
+    return torch.from_numpy(np.ascontiguousarray(dequantize(block, kind), dtype=np.float32))
+
+
+def _check_scales(entry: Entry, *scales: Tensor) -> None:
+    for scale in scales:
+        values = scale if scale.dtype == torch.float16 else scale.contiguous().view(torch.float16)
+        if not torch.isfinite(values).all():
+            raise InputError(f"tensor {entry.name!r} holds NaN or infinity; the file is damaged, download it again")
+
+
+def _note(tensors: Iterable[Any]) -> str:
+    kinds = Counter(tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1)
+    parts = []
+    for kind in kinds:
+        if kind in EXACT:
+            parts.append(f"{kind} values kept exactly")
+        elif kind == "Q4_K":
+            parts.append("Q4_K codes kept, scales rounded to float16")
+        else:
+            parts.append(f"{kind} rounded to {8 if kind in EIGHT_BIT else 4} bit")
+    return "; ".join(parts)

@@ -1,0 +1,106 @@
+"""Where a model comes from: a Hugging Face directory or hub id, a GGUF file, a bare config.json, or `module:factory`.
+
+PyTorch is imported by what reads or makes tensors only: the process that prepares a run asks for the `vocabulary` alone.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.profiles.weights.source import FORMS, Source, read_config
+from tightfit.runtime.common.errors import InputError
+
+if TYPE_CHECKING:
+    from tightfit.profiles.weights.describe import EmbeddingFormat
+
+Kind = Literal["directory", "gguf", "config", "factory", "hub"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve(source: str, *, embedding: EmbeddingFormat = "q4", seed: int = 0) -> Source:
+    """Find out what `source` names and read its headers. Raises InputError where it names nothing usable.
+
+    `embedding` is the format of embeddings that are not quantised yet; `seed` draws random weights of a bare config.
+    """
+    kind, path = _named(source)
+    if kind == "directory":
+        from tightfit.profiles.sources.huggingface import directory_source
+
+        return directory_source(path, embedding=embedding)
+    if kind == "hub":
+        from tightfit.profiles.sources.huggingface import directory_source
+
+        return directory_source(hub_directory(source), embedding=embedding, name=source)
+    if kind == "gguf":
+        from tightfit.profiles.sources.gguf_source import gguf_source
+
+        return gguf_source(path)
+    if kind == "config":
+        from tightfit.profiles.sources.random_weights import random_source
+
+        return random_source(read_config(path), path, embedding=embedding, seed=seed)
+    from tightfit.profiles.sources.factory import factory_source
+
+    return factory_source(source)
+
+
+def vocabulary(source: str) -> Vocabulary | None:
+    """The tokenizer of what `source` names; None where it has none. Raises InputError where it names nothing or is damaged."""
+    kind, path = _named(source)
+    if kind == "gguf":
+        from tightfit.profiles.sources.gguf_tokenizer import gguf_vocabulary
+
+        return gguf_vocabulary(path)
+    if kind in ("directory", "hub"):
+        from tightfit.profiles.sources.directory_tokenizer import directory_vocabulary
+
+        return directory_vocabulary(path if kind == "directory" else hub_directory(source))
+    return None
+
+
+def hub_directory(name: str) -> Path:
+    """Download a model from the hub into its own cache. Raises InputError without huggingface_hub or the model."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(
+            f"{name}: no such directory; for a Hugging Face hub id run pip install 'tightfit[hub]'"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:  # network, authorisation, unknown name: the library's classes vary by version
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{name}: no such directory, and the Hugging Face hub answered: {reason}; check the name and the network"
+        ) from error
+
+
+def _named(source: str) -> tuple[Kind, Path]:
+    """What `source` names, and where that lies if it is here. Raises InputError where it names nothing usable."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return "directory", path.resolve()
+    if path.is_file():
+        if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
+            return "gguf", path.resolve()
+        if path.suffix == ".json":
+            return "config", path.resolve()
+        raise InputError(f"{source}: neither a GGUF file nor a config.json; a model is {FORMS}")
+    if _FACTORY.fullmatch(source):
+        return "factory", path
+    if _HUB.fullmatch(source) and path.suffix != ".gguf":
+        return "hub", path
+    raise InputError(f"{source}: no such file or directory; a model is {FORMS}")
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(magic)) == magic
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; check its permissions") from error

@@ -1,0 +1,99 @@
+"""Random weights of a bare config, for sizing: packed groups out of a small random pool, written as fast as a copy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tightfit.profiles.models.decoder_config import initial_deviation
+from tightfit.profiles.weights.describe import EmbeddingFormat, describe
+from tightfit.profiles.weights.source import Source, SourceTensor, without_names
+from tightfit.runtime.engine.weights.layout import VERSION, Entry, group_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Q4_DEVIATION = (255 / 12) ** 0.5  # standard deviation of a code drawn evenly from 0..15: sqrt((16^2 - 1) / 12)
+Q8_DEVIATION = (65535 / 12) ** 0.5  # of -128..127
+POOL_GROUPS = 65537  # a prime: no row length divides it, so that equal rows lie as far apart
+
+
+def random_source(config: dict[str, Any], path: Path, *, embedding: EmbeddingFormat = "q4", seed: int = 0) -> Source:
+    """A model of the config's sizes with weights of its `initializer_range` (0.02), drawn from `seed`."""
+    entries = describe(config, embedding=embedding)
+    deviation = initial_deviation(config)
+    text = json.dumps([VERSION, "random", without_names(config), embedding, seed], sort_keys=True)
+
+    def tensors() -> Iterable[SourceTensor]:
+        pools = _Pools(deviation, seed)
+        for entry in entries.values():
+            yield SourceTensor(entry=entry, rows=_RandomRows(entry, config, pools, seed))
+
+    return Source(
+        name=path.parent.name if path.name == "config.json" and path.parent.name else path.stem,
+        kind="random",
+        path=str(path),
+        config=config,
+        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+        has_weights=False,
+        entries=entries,
+        tensors=tensors,
+        note="random weights, for sizing only",
+    )
+
+
+class _RandomRows:
+    """Rows of one tensor: vectors are drawn, matrices are windows of one pool of groups that starts elsewhere for each name."""
+
+    def __init__(self, entry: Entry, config: dict[str, Any], pools: _Pools, seed: int) -> None:
+        digest = hashlib.sha256(f"{seed}/{entry.name}".encode()).digest()
+        self.start = int.from_bytes(digest[:8], "little") >> 1
+        self.entry, self.pools = entry, pools
+        centred = str(config.get("model_type", "")).startswith("gemma")  # RMSNorm multiplies by 1 + weight
+        self.mean = 1.0 if "norm" in entry.name and not centred else 0.0
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        import torch
+
+        entry, rows = self.entry, stop - start
+        if entry.format not in ("q4", "q8"):
+            generator = torch.Generator().manual_seed(self.start + start)
+            return torch.randn(rows, entry.columns, generator=generator) * self.pools.deviation + self.mean
+        per_row = entry.columns // entry.group
+        place, count = (self.start + start * per_row) % POOL_GROUPS, rows * per_row
+        pool = self.pools.groups(entry.format, entry.group, place + count)
+        return pool[place : place + count].view(rows, entry.row_bytes)
+
+
+class _Pools:
+    """Random packed groups by format: `POOL_GROUPS` drawn ones, repeated as far as needed, so that windows need no copy."""
+
+    def __init__(self, deviation: float, seed: int) -> None:
+        self.deviation, self.seed = deviation, seed
+        self._groups: dict[tuple[str, int], Tensor] = {}
+
+    def groups(self, kind: str, group: int, count: int) -> Tensor:
+        """uint8 [at least `count`, bytes of a group]."""
+        pool = self._groups.get((kind, group))
+        if pool is None:
+            pool = self._draw(kind, group)
+        if len(pool) < count:
+            pool = pool[:POOL_GROUPS].repeat(-(-count // POOL_GROUPS), 1)
+        self._groups[kind, group] = pool
+        return pool
+
+    def _draw(self, kind: str, group: int) -> Tensor:
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed)
+        packed = torch.randint(0, 256, (POOL_GROUPS, group_bytes(kind, group)), generator=generator, dtype=torch.uint8)
+        if kind == "q4":
+            scale = torch.tensor([self.deviation / Q4_DEVIATION], dtype=torch.float16)
+            packed[:, -4:-2] = scale.view(torch.uint8)
+            packed[:, -2:] = (scale.float() * -7.5).half().view(torch.uint8)
+        else:
+            packed[:, :2] = torch.tensor([self.deviation / Q8_DEVIATION], dtype=torch.float16).view(torch.uint8)
+        return packed

@@ -1,0 +1,314 @@
+"""From a traced joint graph to a program: storages and operators, views folded into strided operands."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import flop_registry
+
+from tightfit.profiles.schema import Operand, Operator, Program, TensorKind, Value
+from tightfit.profiles.tracing.inference import renamed
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.kernels.operators import STATE_COLUMNS
+
+aten = torch.ops.aten
+
+HEAD_CHUNK = "tightfit.head_chunk"
+ATTENTION = {"tightfit.attention": 2, "tightfit.attention_backward": 5}  # products of the size seq x seq x head_dim
+GATHERS = ("tightfit.embed_rows", "tightfit.head_rows")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Role:
+    """What a placeholder of the whole graph is."""
+
+    name: str
+    kind: TensorKind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Window:
+    """A tensor of the graph as a strided window on a storage."""
+
+    storage: str
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def operand(self) -> dict[str, Any]:
+        return {
+            "operand": Operand(
+                value=self.storage, size=list(self.size), stride=list(self.stride), offset=self.offset
+            ).model_dump()
+        }
+
+
+def fold(
+    graph: fx.Graph,
+    *,
+    name: str,
+    inputs: Sequence[tuple[str, TensorKind]],
+    results: Sequence[tuple[str, Sequence[int]]],
+    forward: int,
+) -> Program:
+    """`inputs` name the placeholders in order; `results` the outputs in order, with the strides that other layers expect.
+
+    The first `forward` results are the forward's. Raises InputError for an operator that writes in place or reinterprets
+    a dtype.
+    """
+    return _Folder(graph, inputs, results, forward).program(name)
+
+
+class _Folder:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        inputs: Sequence[tuple[str, TensorKind]],
+        results: Sequence[tuple[str, Sequence[int]]],
+        forward: int,
+    ) -> None:
+        self.graph, self.inputs, self.results, self.forward = graph, inputs, results, forward
+        self.values: dict[str, Value] = {}
+        self.windows: dict[fx.Node, Window | list[Window | None]] = {}
+        self.by_storage: dict[int, str] = {}
+        self.operators: list[Operator] = []
+
+    def program(self, name: str) -> Program:
+        outputs = list(self.graph.output_node().args[0])  # type: ignore[arg-type]
+        in_forward = _ancestors([n for n in outputs[: self.forward] if isinstance(n, fx.Node)])
+        backward: list[Operator] = []
+        placeholders = iter(self.inputs)
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                given, kind = next(placeholders)
+                self._bind(node, node.meta["val"], given, kind)
+            elif node.op == "get_attr":
+                raise InputError(
+                    f"the model makes a tensor constant ({node.target}) while it runs; register it as a buffer"
+                )
+            elif node.target is operator.getitem:
+                items = self.windows[node.args[0]]
+                assert isinstance(items, list)
+                item = items[node.args[1]]
+                assert item is not None
+                self.windows[node] = item
+            elif node.op == "call_function":
+                phase = "forward" if node in in_forward else "backward"
+                made = self._call(node, phase)
+                if made is not None:
+                    (self.operators if phase == "forward" else backward).append(made)
+        self._rename(outputs, backward)
+        operators = [*self.operators, *backward]
+        used = {n for op in operators for n in (*op.inputs, *op.outputs) if n}
+        return Program(name=name, values=[v for v in self.values.values() if v.name in used], operators=operators)
+
+    def _bind(self, node: fx.Node, tensor: torch.Tensor, name: str, kind: TensorKind) -> Window:
+        storage = tensor.untyped_storage()
+        self.by_storage[storage._cdata] = name
+        self.values[name] = Value(
+            name=name,
+            shape=list(tensor.shape),
+            stride=list(tensor.stride()),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            bytes=storage.nbytes(),
+            kind=kind,
+        )
+        window = Window(
+            storage=name, size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=int(tensor.storage_offset())
+        )
+        self.windows[node] = window
+        return window
+
+    def _call(self, node: fx.Node, phase: Any) -> Operator | None:
+        """An operator, or None where the node is only a view of a storage that exists."""
+        value, target = node.meta["val"], node.target
+        assert isinstance(target, torch._ops.OpOverload)
+        if target._schema.is_mutable:
+            raise InputError(
+                f"the traced graph holds {target}, which writes in place; use the out-of-place form in the model"
+            )
+        if target.namespace not in ("aten", "tightfit"):
+            raise InputError(
+                f"operator {target} is not one of PyTorch, and the process that trains loads no other library; write it with"
+                " PyTorch's operators, or as a torch.autograd.Function of them"
+            )
+        for tensor in [value] if isinstance(value, torch.Tensor) else value:
+            if isinstance(tensor, torch.Tensor) and tensor.layout is not torch.strided:
+                raise InputError(
+                    f"{target} makes a {str(tensor.layout).removeprefix('torch.')} tensor; use dense tensors and gradients (an"
+                    " embedding with sparse=False)"
+                )
+        if isinstance(value, torch.Tensor):
+            alias = self._alias(node, value)
+            if alias is not None:
+                self.windows[node] = alias
+                return None
+        else:
+            aliases = [self._alias(node, item) for item in value if isinstance(item, torch.Tensor)]
+            if aliases and all(aliases):  # unbind, split, chunk
+                self.windows[node] = list(aliases)
+                return None
+        kind: TensorKind = "activation" if phase == "forward" else "gradient"
+        tensors = [value] if isinstance(value, torch.Tensor) else list(value)
+        fused = str(target).startswith("tightfit.")
+        wanted = (
+            set(range(len(tensors)))
+            if fused or isinstance(value, torch.Tensor)
+            else {u.args[1] for u in node.users if u.target is operator.getitem}
+        )
+        outputs: list[str | None] = []
+        windows: list[Window | None] = []
+        for index, tensor in enumerate(tensors):
+            if index not in wanted or not isinstance(tensor, torch.Tensor):
+                outputs.append(None)
+                windows.append(None)
+                continue
+            own = node.name if len(tensors) == 1 else f"{node.name}.{index}"
+            windows.append(self._bind(node, tensor, own, kind))
+            outputs.append(own)
+        self.windows[node] = windows[0] if isinstance(value, torch.Tensor) else windows  # type: ignore[assignment]
+        inputs: dict[str, None] = {}
+        name = str(target).removesuffix(".default") if fused else str(target)
+        args = [self._argument(a, inputs) for a in node.args]
+        if name == HEAD_CHUNK:
+            args[2] = self._slice(node.args[2], inputs)  # type: ignore[arg-type]
+        return Operator(
+            target=name,
+            phase=phase,
+            args=args,
+            kwargs={k: self._argument(v, inputs) for k, v in node.kwargs.items()},
+            inputs=list(inputs),
+            outputs=outputs,
+            recomputable=torch.Tag.nondeterministic_seeded not in target.tags,
+            gathers=[args[0]["operand"]["value"]] if name in GATHERS else [],
+            flops=_flops(node),
+        )
+
+    def _alias(self, node: fx.Node, tensor: torch.Tensor) -> Window | None:
+        """The window that `tensor` is on a storage that exists, if it is one."""
+        storage = self.by_storage.get(tensor.untyped_storage()._cdata)
+        if storage is None:
+            return None
+        if str(tensor.dtype) != f"torch.{self.values[storage].dtype}":
+            raise InputError(
+                f"{node.target} views {self.values[storage].dtype} as {tensor.dtype}; convert instead of reinterpreting"
+            )
+        return Window(
+            storage=storage,
+            size=tuple(tensor.shape),
+            stride=tuple(tensor.stride()),
+            offset=int(tensor.storage_offset()),
+        )
+
+    def _slice(self, node: fx.Node, inputs: dict[str, None]) -> dict[str, Any]:
+        """A row slice of the head weight becomes a weight of its own, ``name[a:b]``."""
+        window = self.windows[node]
+        assert isinstance(window, Window)
+        whole = self.values[window.storage]
+        start = window.offset // window.stride[0]
+        name = f"{window.storage}[{start}:{start + window.size[0]}]"
+        size = node.meta["val"].numel() * node.meta["val"].element_size()
+        self.values[name] = whole.model_copy(update={"name": name, "shape": list(window.size), "bytes": size})
+        order = [name if n == window.storage else n for n in inputs]
+        inputs.clear()
+        inputs.update(dict.fromkeys(order))
+        return Window(storage=name, size=window.size, stride=window.stride, offset=0).operand()
+
+    def _argument(self, argument: Any, inputs: dict[str, None]) -> Any:
+        if isinstance(argument, fx.Node):
+            window = self.windows[argument]
+            assert isinstance(window, Window)
+            inputs[window.storage] = None
+            return window.operand()
+        if isinstance(argument, (list, tuple)):
+            return [self._argument(a, inputs) for a in argument]
+        if isinstance(argument, float) and not math.isfinite(argument):
+            return {"float": str(argument)}
+        for key, kind in (("dtype", torch.dtype), ("memory_format", torch.memory_format), ("layout", torch.layout)):
+            if isinstance(argument, kind):
+                return {key: str(argument).removeprefix("torch.")}
+        if isinstance(argument, torch.device):
+            return {"device": str(argument)}
+        if argument is None or isinstance(argument, (bool, int, float, str)):
+            return argument
+        raise InputError(
+            f"an argument of type {type(argument).__name__} ({argument!r}) cannot be written into a profile"
+        )
+
+    def _rename(self, outputs: list[Any], backward: list[Operator]) -> None:
+        """Give results their agreed names; copy where a result is an input, a view, of another layout, or another result's storage."""
+        taken: dict[str, str] = {}
+        given = {name for name, _ in self.inputs}
+        for index, ((result, stride), node) in enumerate(zip(self.results, outputs, strict=True)):
+            if node is None:
+                continue
+            window = self.windows[node]
+            assert isinstance(window, Window)
+            value = self.values[window.storage]
+            whole = (
+                window.offset == 0
+                and list(window.size) == value.shape
+                and list(window.stride) == value.stride == list(stride)
+            )
+            if whole and window.storage not in given and window.storage not in taken:
+                taken[window.storage] = result
+                continue
+            tensor = node.meta["val"]
+            own = f"copy_of_{result}"
+            self.values[own] = Value(
+                name=own,
+                shape=list(tensor.shape),
+                stride=list(stride),
+                dtype=value.dtype,
+                bytes=tensor.numel() * tensor.element_size(),
+                kind="activation" if index < self.forward else "gradient",
+            )
+            copy = Operator(
+                target="tightfit.copy",
+                phase="forward" if index < self.forward else "backward",
+                args=[window.operand()],
+                inputs=[window.storage],
+                outputs=[own],
+            )
+            (self.operators if index < self.forward else backward).append(copy)
+            taken[own] = result
+
+        def rename(name: str) -> str:
+            return taken.get(name, name)
+
+        self.values = {rename(v.name): v.model_copy(update={"name": rename(v.name)}) for v in self.values.values()}
+        for group in (self.operators, backward):
+            group[:] = [renamed(op, taken) for op in group]
+
+
+def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+    return seen
+
+
+def _flops(node: fx.Node) -> float:
+    """Multiply-adds count two. Source: torch.utils.flop_counter; the loss head folds one slice with two products, without the gradient one, attention has two, its backward five."""
+    if str(node.target).startswith(HEAD_CHUNK):
+        state, hidden, weight = (argument.meta["val"] for argument in node.args[:3])  # type: ignore[union-attr]
+        return float((2 if state.shape[1] == STATE_COLUMNS else 4) * hidden.shape[0] * weight.numel())
+    products = ATTENTION.get(str(node.target).removesuffix(".default"))
+    if products is not None:
+        queries, seq = node.args[products // 5].meta["val"], node.args[6 if products == 5 else 3].meta["val"].shape[0]  # type: ignore[union-attr]
+        return float(2 * products * queries.numel() * seq) / 2  # half the scores lie behind the causal mask
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet not in flop_registry:
+        return 0.0
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return float(flop_registry[packet](*args, **kwargs, out_val=node.meta["val"]))

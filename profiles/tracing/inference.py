@@ -1,0 +1,63 @@
+"""What of a program runs where no backward follows: in an evaluation, and in a step of forwards alone. No torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tightfit.profiles.schema import Operator, Program
+
+
+def with_inference(program: Program, alone: Program, results: Collection[str]) -> Program:
+    """`program` with the operators of `alone`, the same module's forward traced by itself, as those for inference.
+
+    Inputs, slices of weights and `results` are the same values to both. What `alone` makes on the way is its own.
+    """
+    made = {name for operator in alone.operators for name in operator.outputs if name is not None}
+    own = {name: f"inference.{name}" for name in made.difference(results)}
+    operators = [renamed(operator, own).model_copy(update={"phase": "inference"}) for operator in alone.operators]
+    values = [value.model_copy(update={"name": own.get(value.name, value.name)}) for value in alone.values]
+    there = {value.name for value in program.values}
+    ahead = sum(operator.phase == "forward" for operator in program.operators)
+    return program.model_copy(
+        update={
+            "values": [*program.values, *(value for value in values if value.name not in there)],
+            "operators": [*program.operators[:ahead], *operators, *program.operators[ahead:]],
+        }
+    )
+
+
+def inference_only(program: Program) -> Program:
+    """The program of a step without a backward: what is for inference, or else the forward, as its forward."""
+    operators = [program.operators[position].model_copy(update={"phase": "forward"}) for position in program.inference]
+    used = {name for operator in operators for name in [*operator.inputs, *operator.outputs]}
+    values = [value for value in program.values if value.name in used]
+    return Program(name=f"{program.name} inference", values=values, operators=operators)
+
+
+def renamed(op: Operator, names: Mapping[str, str]) -> Operator:
+    """The operator over other names of its storages; those that `names` lacks keep theirs."""
+
+    def rename(name: str) -> str:
+        return names.get(name, name)
+
+    return op.model_copy(
+        update={
+            "args": _renamed(op.args, names),
+            "kwargs": _renamed(op.kwargs, names),
+            "inputs": [rename(n) for n in op.inputs],
+            "outputs": [None if n is None else rename(n) for n in op.outputs],
+            "gathers": [rename(n) for n in op.gathers],
+        }
+    )
+
+
+def _renamed(tree: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(tree, list):
+        return [_renamed(item, names) for item in tree]
+    if isinstance(tree, dict) and "operand" in tree:
+        own = tree["operand"]
+        return {"operand": {**own, "value": names.get(own["value"], own["value"])}}
+    if isinstance(tree, dict):
+        return {key: _renamed(item, names) for key, item in tree.items()}
+    return tree

@@ -1,0 +1,97 @@
+"""A person's own code: the lines of it that an error, a function or a traced operator comes from, and only its words on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from tightfit.runtime.common.interpreter import PACKAGE
+
+_OTHERS = (str(Path(torch.__file__).parent), str(PACKAGE))
+_RECORDED = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)\n\s+(?P<code>.+)')
+
+
+def _own(file: str) -> bool:
+    """Whether a file is neither PyTorch's, nor ours, nor made at run time."""
+    return not file.startswith(("<", *(f"{folder}/" for folder in _OTHERS)))
+
+
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Inside, PyTorch neither logs nor prints the graphs that it could not trace; what a person's own code says is said."""
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
+    loggers = [logger for logger in map(logging.getLogger, names) if not logger.disabled]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        with contextlib.redirect_stderr(_WithoutExport(sys.stderr)):
+            yield
+    finally:
+        for logger in loggers:
+            logger.disabled = False
+
+
+class _WithoutExport:
+    """A stream that leaves out what torch.export writes."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        if sys._getframe(1).f_globals.get("__name__") == "torch.export._trace":
+            return len(text)
+        return int(self._stream.write(text))
+
+
+def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """The frames of a traceback that are neither PyTorch's nor ours, outermost first."""
+    return [frame for frame in traceback.extract_tb(error.__traceback__) if _own(frame.filename)]
+
+
+def own_traceback(error: BaseException) -> str:
+    """What an error says and the frames of `own_frames` as Python prints them, over several lines."""
+    lines = traceback.StackSummary.from_list(own_frames(error)).format()
+    last = traceback.format_exception_only(error)
+    return "".join(["Traceback (most recent call last):\n", *lines, *last]).rstrip()
+
+
+def line_of_error(error: BaseException) -> str | None:
+    """``file:12 (`the code there`)`` of the innermost own frame; None where there is none."""
+    frames = own_frames(error)
+    return _line(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line) if frames else None
+
+
+def line_of_node(node: fx.Node) -> str | None:
+    """The same of an operator that torch.export traced."""
+    found = [match for match in _RECORDED.finditer(node.meta.get("stack_trace") or "") if _own(match["file"])]
+    return _line(found[-1]["file"], int(found[-1]["line"]), found[-1]["code"]) if found else None
+
+
+def line_of_function(function: Callable[..., Any] | type) -> str:
+    """``file:12``, where a function, a callable object or a class is written."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not isinstance(function, type) and not hasattr(function, "__code__") and not hasattr(function, "__func__"):
+        function = type(function)
+    try:
+        return f"{inspect.getsourcefile(function)}:{inspect.getsourcelines(function)[1]}"
+    except (OSError, TypeError):
+        return repr(function)
+
+
+def _line(file: str, number: int, code: str | None) -> str:
+    return f"{file}:{number}" + (f" (`{code.strip()}`)" if code else "")

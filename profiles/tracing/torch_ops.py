@@ -1,0 +1,288 @@
+"""Make the fused operators known to torch, with shapes for fake tensors and with their backward, for tracing.
+
+Only the tracing process imports this; the runtime calls `tightfit.runtime.engine.kernels.operators` directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from tightfit.runtime.common.processor import NARROW
+from tightfit.runtime.engine.kernels.attention import attention_scratch
+from tightfit.runtime.engine.kernels.operators import OPERATORS, STATE_COLUMNS, head_scratch
+
+_library = torch.library.Library("tightfit", "DEF")
+
+
+def _define(name: str, schema: str, shapes: Callable[..., Sequence[Tensor]]) -> Any:
+    """One operator: `shapes` makes its empty outputs, for fake tensors and before the kernel fills them."""
+    _library.define(f"{name}{schema}")
+    single = schema.rstrip().endswith("-> Tensor")
+
+    def fake(*args: Any) -> Any:
+        outputs = shapes(*args)
+        return outputs[0] if single else tuple(outputs)
+
+    def kernel(*args: Any) -> Any:
+        outputs = shapes(*args)
+        OPERATORS[f"tightfit.{name}"](*args, out=outputs)
+        return outputs[0] if single else tuple(outputs)
+
+    _library.impl(name, kernel, "CPU")
+    torch.library.register_fake(f"tightfit::{name}", fake, lib=_library)
+    return getattr(torch.ops.tightfit, name).default
+
+
+def _same(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _attention_scratch(q: Tensor, k: Tensor, cos: Tensor, heads: int, *, backward: bool) -> Tensor:
+    size = attention_scratch(q.shape[0], cos.shape[0], heads, q.shape[1], k.shape[1], backward=backward)
+    return q.new_empty(size, dtype=torch.float32)
+
+
+rms_norm = _define(
+    "rms_norm",
+    "(Tensor x, Tensor weight, float eps, bool unit_offset) -> (Tensor, Tensor)",
+    lambda x, w, eps, o: (_same(x), x.new_empty((x.shape[0], 1), dtype=torch.float32)),
+)
+rms_norm_backward = _define(
+    "rms_norm_backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool unit_offset) -> Tensor",
+    lambda dy, x, w, r, o: (_same(x),),
+)
+lora_down = _define(
+    "lora_down", "(Tensor x, Tensor a) -> Tensor", lambda x, a: (x.new_empty((x.shape[0], a.shape[0])),)
+)
+projection = _define(
+    "projection",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor low, Tensor b, float scale) -> Tensor",
+    lambda x, w, bias, low, b, s: (x.new_empty((x.shape[0], w.shape[0])),),
+)
+lora_backward = _define(
+    "lora_backward",
+    "(Tensor dy, Tensor x, Tensor low, Tensor b, float scale) -> (Tensor, Tensor, Tensor)",
+    lambda dy, x, low, b, s: (_same(low), b.new_empty((low.shape[1], x.shape[1])), _same(b)),
+)
+projection_backward = _define(
+    "projection_backward",
+    "(Tensor dy, Tensor weight, Tensor dlow, Tensor a, Tensor? addend) -> Tensor",
+    lambda dy, w, dlow, a, addend: (dy.new_empty((dy.shape[0], w.shape[1])),),
+)
+attention = _define(
+    "attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? mask, int heads, int kv_heads, float scale) -> (Tensor, Tensor, Tensor)",
+    lambda q, k, v, cos, sin, mask, heads, kv, scale: (
+        _same(q),
+        q.new_empty((q.shape[0] // cos.shape[0], heads, cos.shape[0]), dtype=torch.float32),
+        _attention_scratch(q, k, cos, heads, backward=False),
+    ),
+)
+attention_backward = _define(
+    "attention_backward",
+    "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor cos, Tensor sin, Tensor? mask,"
+    " int heads, int kv_heads, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, q, k, v, y, lse, cos, sin, mask, heads, kv, scale: (
+        *map(_same, (q, k, v)),
+        _attention_scratch(q, k, cos, heads, backward=True),
+    ),
+)
+gated = _define("gated", "(Tensor gate, Tensor up, str activation) -> Tensor", lambda g, u, a: (_same(g),))
+gated_backward = _define(
+    "gated_backward",
+    "(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
+    lambda dy, g, u, a: (_same(g), _same(u)),
+)
+embed_rows = _define(
+    "embed_rows",
+    "(Tensor weight, Tensor ids, float scale) -> Tensor",
+    lambda w, ids, s: (w.new_empty((ids.numel(), w.shape[1])),),
+)
+head_rows = _define(
+    "head_rows",
+    "(Tensor weight, Tensor labels) -> Tensor",
+    lambda w, labels: (w.new_empty((labels.numel(), w.shape[1])),),
+)
+head_begin = _define(
+    "head_begin",
+    "(Tensor hidden, bool gradient=True) -> Tensor",
+    lambda h, gradient=True: (
+        h.new_empty((h.shape[0], STATE_COLUMNS + (h.shape[1] if gradient else 0)), dtype=torch.float32),
+    ),
+)
+head_chunk = _define(
+    "head_chunk",
+    "(Tensor state, Tensor hidden, Tensor weight, Tensor labels, int start, bool rounded) -> (Tensor, Tensor, Tensor)",
+    lambda s, h, w, y, a, rounded: (
+        _same(s),
+        w.new_empty((head_scratch(h.shape[0]) if rounded else 1, w.shape[0])),
+        w.new_empty((head_scratch(h.shape[0]), w.shape[0]), dtype=torch.float32),
+    ),
+)
+head_finish = _define(
+    "head_finish",
+    "(Tensor state, Tensor rows, Tensor labels) -> (Tensor, Tensor, Tensor)",
+    lambda s, rows, y: (s.new_empty(()), s.new_empty((s.shape[0],)), _same(rows)),
+)
+head_mean = _define(
+    "head_mean",
+    "(Tensor state, Tensor labels) -> (Tensor, Tensor)",
+    lambda s, y: (s.new_empty(()), s.new_empty((s.shape[0],))),
+)
+
+
+Shape = Sequence[int]
+
+
+@register_flop_formula([torch.ops.tightfit.lora_down])
+def _down_flops(x: Shape, a: Shape, **_: Any) -> int:
+    return 2 * x[0] * x[1] * a[0]
+
+
+@register_flop_formula([torch.ops.tightfit.projection])
+def _projection_flops(x: Shape, weight: Shape, bias: Shape | None, low: Shape, b: Shape, scale: float, **_: Any) -> int:
+    return 2 * x[0] * weight[0] * (x[1] + low[1])
+
+
+@register_flop_formula([torch.ops.tightfit.lora_backward])
+def _lora_flops(dy: Shape, x: Shape, low: Shape, b: Shape, scale: float, **_: Any) -> int:
+    return 2 * low[0] * low[1] * (2 * dy[1] + x[1])
+
+
+@register_flop_formula([torch.ops.tightfit.projection_backward])
+def _back_flops(dy: Shape, weight: Shape, dlow: Shape, a: Shape, addend: Shape | None, **_: Any) -> int:
+    return 2 * dy[0] * weight[1] * (dy[1] + dlow[1])
+
+
+def _rms_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, _, unit_offset = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.unit_offset = unit_offset
+    ctx.mark_non_differentiable(output[1])
+
+
+def _rms_grad(ctx: Any, dy: Tensor, _: Any) -> Any:
+    x, weight, rstd = ctx.saved_tensors
+    return rms_norm_backward(dy, x, weight, rstd, ctx.unit_offset), None, None, None
+
+
+def _attention_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    q, k, v, cos, sin, mask, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output[:2], cos, sin, mask)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _attention_grad(ctx: Any, dy: Tensor, _: Any, __: Any) -> Any:
+    dq, dk, dv, _ = attention_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.rest)
+    return dq, dk, dv, None, None, None, None, None, None
+
+
+def _gated_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _gated_grad(ctx: Any, dy: Tensor) -> Any:
+    gate, up = ctx.saved_tensors
+    return *gated_backward(dy, gate, up, ctx.activation), None
+
+
+torch.library.register_autograd("tightfit::rms_norm", _rms_grad, setup_context=_rms_setup, lib=_library)
+torch.library.register_autograd("tightfit::attention", _attention_grad, setup_context=_attention_setup, lib=_library)
+torch.library.register_autograd("tightfit::gated", _gated_grad, setup_context=_gated_setup, lib=_library)
+
+# A projection with its LoRA pair is one differentiable operator for torch; a trace opens it, so that the narrow product
+# can be made again without the wide one, and a layer whose input needs no gradient does without `projection_backward`.
+_library.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"
+)
+
+
+def open_lora(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    low = lora_down(x, a)
+    return projection(x, weight, bias, low, b, scale), low
+
+
+def _lora_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
+
+
+def _lora_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, _, a, b, ctx.scale = inputs
+    ctx.save_for_backward(x, weight, a, b, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _lora_grad(ctx: Any, dy: Tensor, _: Any) -> Any:
+    x, weight, a, b, low = ctx.saved_tensors
+    dlow, da, db = lora_backward(dy, x, low, b, ctx.scale)
+    dx = projection_backward(dy, weight, dlow, a, None) if ctx.needs_input_grad[0] else None
+    return dx, None, None, da, db, None
+
+
+_library.impl("lora_linear", open_lora, "CPU")
+torch.library.register_fake("tightfit::lora_linear", _lora_fake, lib=_library)
+torch.library.register_autograd("tightfit::lora_linear", _lora_grad, setup_context=_lora_setup, lib=_library)
+lora_linear = torch.ops.tightfit.lora_linear.default
+
+# The whole loss head is one differentiable operator for torch; a trace opens it into begin, one chunk per vocabulary
+# slice, and finish (`open_head`), so that each slice is a weight of its own for the planner. The rows of the labels are
+# gathered as an embedding's are: carried along by every slice they would be half of the state.
+_library.define("head_loss(Tensor hidden, Tensor weight, Tensor labels, int slice_rows) -> (Tensor, Tensor, Tensor)")
+
+
+def open_head(hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    state = _fold_slices(head_begin(hidden), hidden, weight, labels, slice_rows)
+    return head_finish(state, head_rows(weight, labels), labels)  # type: ignore[no-any-return]
+
+
+def open_head_without_gradient(
+    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int
+) -> tuple[Tensor, Tensor, None]:
+    """The same losses to the bit with half the arithmetic: no gradient is made along with them."""
+    return *head_mean(_fold_slices(head_begin(hidden, False), hidden, weight, labels, slice_rows), labels), None
+
+
+def _fold_slices(state: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int) -> Tensor:
+    rounded = NARROW and weight.dtype is not torch.float32
+    for start in range(0, weight.shape[0], slice_rows):
+        state, *_ = head_chunk(state, hidden, weight[start : start + slice_rows], labels, start, rounded)
+    return state
+
+
+def _head_fake(hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty((hidden.shape[0],), dtype=torch.float32),
+        hidden.new_empty(hidden.shape),
+    )
+
+
+def _head_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(output[2])
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _head_grad(ctx: Any, dloss: Tensor, _: Any, __: Any) -> Any:
+    # The loss is where backward starts: its gradient is one, and the product would be a pass over memory for nothing.
+    return ctx.saved_tensors[0], None, None, None
+
+
+_library.impl("head_loss", open_head, "CPU")
+torch.library.register_fake("tightfit::head_loss", _head_fake, lib=_library)
+torch.library.register_autograd("tightfit::head_loss", _head_grad, setup_context=_head_setup, lib=_library)
+head_loss = torch.ops.tightfit.head_loss.default
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {head_loss: open_head, lora_linear: open_lora}
+"""of operators that a trace opens"""
+INFERENCE: dict[Any, Callable[..., Any]] = {head_loss: open_head_without_gradient}
+"""of those that are opened otherwise where no backward follows"""

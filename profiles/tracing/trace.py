@@ -1,0 +1,574 @@
+"""From a module and a sample batch to layers and programs.
+
+1. `torch.export` traces the whole forward under fake tensors: no weight is needed, and none is made.
+2. The graph is cut into segments by module stack: each repeated block is a layer, what lies between is a layer too.
+3. Segments that are equal up to names share one program: their forward and backward traced together by `make_fx`
+   through `torch.autograd.grad`, views folded into strided operands (`tightfit.profiles.tracing.fold`).
+4. Gradients that several layers contribute to are summed by small layers of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import operator
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from tightfit.profiles.schema import Layer, Operand, Operator, Program, Tensor, TensorKind, Value
+from tightfit.profiles.tracing.fold import Role, fold
+from tightfit.profiles.tracing.gradient_fusion import fuse_products
+from tightfit.profiles.tracing.inference import with_inference
+from tightfit.profiles.tracing.own_code import line_of_error, line_of_node, own_traceback, quiet_torch
+from tightfit.profiles.tracing.own_gradients import CustomFunctions, Detaching, hooks_refused, refuse_hooks
+from tightfit.profiles.tracing.unchecked import unchecked
+from tightfit.runtime.common.errors import InputError, TightfitError
+
+aten = torch.ops.aten
+
+# Cheap reshapes belong to whoever uses them: each segment repeats them, so that only real storages cross layers.
+RESHAPES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    operator.getitem,
+}
+IGNORED = {aten._assert_tensor_metadata.default, aten.sym_size.int, aten._assert_scalar.default}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+    tensors: list[Tensor]
+    programs: list[Program]
+    layers: list[Layer]
+    loss: str
+    token_losses: str | None
+
+
+@dataclasses.dataclass(kw_only=True)
+class Segment:
+    name: str
+    key: str | None
+    nodes: list[fx.Node]
+    inputs: list[fx.Node] = dataclasses.field(default_factory=list)
+    outputs: list[fx.Node] = dataclasses.field(default_factory=list)
+    module: fx.GraphModule | None = None
+    differentiable: list[bool] = dataclasses.field(default_factory=list)
+    """Per output: does it carry a gradient?"""
+
+
+def trace(
+    module: torch.nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    *,
+    decompositions: dict[Any, Callable[..., Any]] | None = None,
+    inference: dict[Any, Callable[..., Any]] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Trace:
+    """Trace `module(*batch)`, whose first result is the scalar loss and whose second, if any, the token losses.
+
+    `decompositions` open operators; where no backward follows, those of `inference` hold instead.
+    Parameters that require no gradient are frozen: matrices become weights, vectors constants.
+    Raises InputError where the module cannot be traced or mutates a buffer.
+    """
+    report = progress or (lambda stage, done, total: None)
+    report("export", 0, 1)
+    graph, roles = _export(module, batch)
+    report("export", 1, 1)
+    _check_results(graph)
+    segments = _segments(graph)
+
+    def traced(parts: list[Segment], reached: Callable[[Segment], None]) -> _Tracer:
+        """`reached` is told of every segment before its forward and its backward are traced."""
+        _connect(graph, parts)
+        tracer = _Tracer(
+            roles=roles,
+            fake_mode=FakeTensorMode(),
+            decompositions=decompositions or {},
+            inference=inference or {},
+            requires={node: role.kind == "trainable" for node, role in roles.items()},
+        )
+        for part in parts:
+            reached(part)
+            tracer.forward(part)
+        if not tracer.requires[graph.output_node().all_input_nodes[0]]:
+            raise InputError("the loss depends on no parameter that requires a gradient; there is nothing to train")
+        for done, part in enumerate(reversed(parts)):
+            report("programs", done, len(parts))
+            reached(part)
+            tracer.backward(part, graph)
+        return tracer
+
+    try:
+        tracer = traced(segments, lambda segment: None)
+    except Exception as error:
+        line = line_of_error(error)
+        if line is None:
+            # Traced one by one, the operator that cannot be is the last that was reached.
+            reached: list[Segment] = []
+            try:
+                traced(_single_operators(graph), reached.append)
+            except Exception:
+                line = line_of_node(reached[-1].nodes[0]) if reached else None
+        if line is None and isinstance(error, TightfitError):
+            raise
+        raise InputError(f"{type(module).__name__} cannot be traced{_at(line)}: {_reason(error)}") from error
+    report("programs", len(segments), len(segments))
+    return tracer.finish(graph, segments)
+
+
+def _at(line: str | None) -> str:
+    return f" at {line}" if line else ""
+
+
+def _reason(error: Exception) -> str:
+    """Why something cannot be traced, in a line."""
+    if isinstance(error, TightfitError):
+        return str(error)
+    if isinstance(error, (DynamicOutputShapeException, DataDependentOutputException, GuardOnDataDependentSymNode)):
+        operator = getattr(error, "func", "a condition")
+        return f"what follows depends on the values of tensors ({operator}); a traced step has fixed shapes and no branches on values"
+    if isinstance(error, AssertionError) and "Please convert all Tensors to FakeTensors" in str(error):
+        return "it uses a tensor that it was not given; hand it over as an argument"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Graph, dict[fx.Node, Role]]:
+    refuse_hooks(module)
+    functions = CustomFunctions()
+    with warnings.catch_warnings(), quiet_torch():
+        warnings.simplefilter("ignore")  # torch's own deprecations inside export
+        try:
+            with functions.recorded(), hooks_refused(), unchecked(), Detaching():
+                program = torch.export.export(module, tuple(batch.values()), strict=False)
+            program = program.run_decompositions({})
+        except TightfitError:
+            raise
+        except Exception as error:
+            _raise_their_own(module, batch)
+            raise InputError(
+                f"{type(module).__name__} cannot be traced by torch.export{_at(line_of_error(error))}: {_reason(error)}"
+            ) from error
+    functions.restore(program.graph)
+    signature = program.graph_signature
+    if signature.buffers_to_mutate:
+        names = ", ".join(signature.buffers_to_mutate.values())
+        raise InputError(
+            f"{type(module).__name__} changes the buffers {names} while training; use layers without running statistics (GroupNorm, LayerNorm)"
+        )
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    held = parameters | dict(module.named_buffers(remove_duplicate=False))
+    shared: dict[int, fx.Node] = {}
+    roles: dict[fx.Node, Role] = {}
+    names_of_batch = iter(batch)
+    constants = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in signature.inputs_to_parameters:
+            name = signature.inputs_to_parameters[node.name]
+            kind: TensorKind = (
+                "trainable"
+                if parameters[name].requires_grad
+                else "weight"
+                if parameters[name].dim() > 1
+                else "constant"
+            )
+        elif node.name in constants:
+            name, kind = constants[node.name], "constant"
+            if name not in held and node.users:
+                shape = list(node.meta["val"].shape)
+                raise InputError(
+                    f"{type(module).__name__} cannot be traced{_at(line_of_node(next(iter(node.users))))}:"
+                    f" forward makes a constant of shape {shape} ({name}); register it as a buffer"
+                )
+        else:
+            name, kind = next(names_of_batch), "batch"
+        if kind != "batch" and name in held:
+            first = shared.setdefault(id(held[name]), node)
+            if first is not node:  # a tensor that several modules share has its first name and one gradient
+                node.replace_all_uses_with(first)
+                continue
+        roles[node] = Role(name=name, kind=kind)
+    return program.graph, roles
+
+
+def _raise_their_own(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
+    """Raises InputError with a person's own traceback where the module fails by itself, nothing traced."""
+    if any(isinstance(parameter, FakeTensor) for parameter in module.parameters()):
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            module(*(tensor.clone() for tensor in batch.values()))
+    except Exception as error:
+        raise InputError(
+            f"{type(module).__name__} fails on the sample batch; correct its forward\n{own_traceback(error)}"
+        ) from error
+
+
+def _check_results(graph: fx.Graph) -> None:
+    """Raises InputError unless the loss is a scalar, and what follows it, if anything, the losses of tokens."""
+    results = [node.meta["val"] for node in graph.output_node().all_input_nodes]
+    if not results:
+        raise InputError("forward must return one scalar loss, and returns no tensor")
+    if results[0].numel() != 1:
+        raise InputError(
+            f"forward must return one scalar loss, not a tensor of shape {list(results[0].shape)}; take its mean or sum"
+        )
+    if len(results) > 2 or (len(results) == 2 and not results[1].dim()):
+        raise InputError(
+            f"forward must return one scalar loss, not {len(results)} results; add up losses that belong together"
+        )
+
+
+def _layer_key(node: fx.Node) -> str | None:
+    """The shortest module path that ends in an index: ``model.layers.3`` for anything inside that block."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    if not stack:
+        return None
+    found = re.match(r"((?:.*?\.)?\d+)(?:\.|$)", stack[-1][0])
+    return found.group(1) if found else None
+
+
+def _writes_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _repeated_here(node: fx.Node) -> bool:
+    return node.target in RESHAPES or (isinstance(node.target, torch._ops.OpOverload) and node.target.is_view)
+
+
+def _segments(graph: fx.Graph) -> list[Segment]:
+    """Cut the node list wherever the layer key changes."""
+    segments: list[Segment] = []
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target in IGNORED or _repeated_here(node):
+            continue
+        key = _layer_key(node)
+        if not segments or segments[-1].key != key:
+            segments.append(Segment(name="", key=key, nodes=[]))
+        segments[-1].nodes.append(node)
+    used: dict[str, int] = {}
+    for index, segment in enumerate(segments):
+        first, last = index == 0, index == len(segments) - 1
+        name = segment.key or ("stem" if first else "head" if last else f"between.{index}")
+        used[name] = used.get(name, 0) + 1
+        segment.name = name if used[name] == 1 else f"{name}#{used[name]}"
+    return segments
+
+
+def _single_operators(graph: fx.Graph) -> list[Segment]:
+    """Every operator as a segment of its own."""
+    return [Segment(name=node.name, key=None, nodes=[node]) for segment in _segments(graph) for node in segment.nodes]
+
+
+def _sources(node: fx.Node) -> Iterator[fx.Node]:
+    """The storages behind a node's arguments, reshapes looked through."""
+    for source in node.all_input_nodes:
+        if source.op == "call_function" and _repeated_here(source) and source.target is not operator.getitem:
+            yield from _sources(source)
+        else:
+            yield source
+
+
+def _connect(graph: fx.Graph, segments: list[Segment]) -> None:
+    """Fill inputs, outputs and the standalone forward module of each segment."""
+    owner = {node: segment for segment in segments for node in segment.nodes}
+
+    def owner_of(node: fx.Node) -> Segment | None:
+        while node.target is operator.getitem:
+            node = node.args[0]  # type: ignore[assignment]
+        return owner.get(node)
+
+    results = list(graph.output_node().all_input_nodes)
+    for segment in segments:
+        copy = fx.Graph()
+        mapped: dict[fx.Node, fx.Node] = {}
+
+        def bring(
+            node: fx.Node, segment: Segment = segment, copy: fx.Graph = copy, mapped: dict[fx.Node, fx.Node] = mapped
+        ) -> fx.Node:
+            if node in mapped:
+                return mapped[node]
+            outside = node.op == "placeholder" or (owner_of(node) not in (None, segment))
+            if outside and (node.target is operator.getitem or not _repeated_here(node)):
+                mapped[node] = copy.placeholder(f"in{len(segment.inputs)}")
+                mapped[node].meta["val"] = node.meta["val"]
+                segment.inputs.append(node)
+            else:
+                for source in node.all_input_nodes:
+                    bring(source)
+                mapped[node] = copy.node_copy(node, mapped.__getitem__)
+            return mapped[node]
+
+        for node in segment.nodes:
+            bring(node)
+        segment.module = fx.GraphModule({}, copy)
+        segment.module.meta["mapped"] = mapped
+    for segment in segments:
+        wanted = {
+            node for other in segments if other is not segment for node in other.inputs if owner_of(node) is segment
+        }
+        wanted |= {node for node in results if owner_of(node) is segment}
+        assert segment.module is not None
+        mapped = segment.module.meta["mapped"]
+        for node in graph.nodes:
+            if node in wanted:
+                if node not in mapped:  # an item of a multi-output operator that only others use
+                    mapped[node] = segment.module.graph.node_copy(node, mapped.__getitem__)
+                segment.outputs.append(node)
+        segment.module.graph.output(tuple(mapped[node] for node in segment.outputs))
+        segment.module.recompile()
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Tracer:
+    roles: dict[fx.Node, Role]
+    fake_mode: FakeTensorMode
+    decompositions: dict[Any, Callable[..., Any]]
+    inference: dict[Any, Callable[..., Any]]
+    requires: dict[fx.Node, bool]
+    programs: dict[str, Program] = dataclasses.field(default_factory=dict)
+    layers: dict[str, Layer] = dataclasses.field(default_factory=dict)
+    partials: dict[fx.Node, list[tuple[Segment, str]]] = dataclasses.field(default_factory=dict)
+    """Gradients that layers contribute to a node, in backward order: (consumer, global name)."""
+    names: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
+    flags: dict[str, list[bool]] = dataclasses.field(default_factory=dict)
+
+    def forward(self, segment: Segment) -> None:
+        """Name what the segment makes and find which of it carries a gradient."""
+        for index, node in enumerate(segment.outputs):
+            self.names[node] = f"{segment.name}/out{index}"
+        key = self._signature(segment, ())
+        if key not in self.flags:
+            assert segment.module is not None
+            with self.fake_mode, torch.enable_grad():
+                results = segment.module(*self._fakes(segment))
+            self.flags[key] = [r.requires_grad for r in results]
+        segment.differentiable = self.flags[key]
+        for node, flag in zip(segment.outputs, segment.differentiable, strict=True):
+            self.requires[node] = flag
+
+    def backward(self, segment: Segment, graph: fx.Graph) -> None:
+        """Trace the segment's program, unless an equal one is known, and bind the segment to it."""
+        loss = graph.output_node().all_input_nodes[0]
+        incoming = tuple(
+            flag and (node is loss or bool(self.partials.get(node)))
+            for node, flag in zip(segment.outputs, segment.differentiable, strict=True)
+        )
+        seeds = tuple(node is loss for node in segment.outputs)
+        key = self._signature(segment, (incoming, seeds))
+        if key not in self.programs:
+            self.programs[key] = self._program(segment, incoming, seeds, f"program{len(self.programs)}")
+        program = self.programs[key]
+        present = {value.name for value in program.values}
+        bindings: dict[str, str] = {}
+        for index, node in enumerate(segment.inputs):
+            bindings[f"in{index}"] = self._global(node)
+            if self.requires[node] and f"grad_in{index}" in present:
+                name = f"grad:{self._global(node)}"
+                self.partials.setdefault(node, []).append((segment, name))
+                bindings[f"grad_in{index}"] = name
+        for index, node in enumerate(segment.outputs):
+            bindings[f"out{index}"] = self._global(node)
+            if incoming[index] and node is not loss:
+                bindings[f"grad_out{index}"] = f"grad:{self._global(node)}"
+        for value in program.values:  # slices of a weight are tensors of their own
+            if "[" in value.name:
+                base, rows = value.name.split("[")
+                bindings[value.name] = f"{bindings[base]}[{rows}"
+        self.layers[segment.name] = Layer(
+            name=segment.name, program=program.name, bindings={k: v for k, v in bindings.items() if k in present}
+        )
+
+    def _program(self, segment: Segment, incoming: tuple[bool, ...], seeds: tuple[bool, ...], name: str) -> Program:
+        assert segment.module is not None
+        module = segment.module
+        inputs = self._fakes(segment)
+        wanted = [index for index, node in enumerate(segment.inputs) if self.requires[node]]
+        tangents = [index for index, flag in enumerate(incoming) if flag and not seeds[index]]
+        with self.fake_mode:
+            seeds_in = [_empty_like(segment.outputs[i].meta["val"]) for i in tangents]
+
+        def joint(*args: torch.Tensor) -> list[Any]:
+            primals, given = args[: len(inputs)], iter(args[len(inputs) :])
+            outputs = module(*primals)
+            roots = [(o, None if seeds[i] else next(given)) for i, o in enumerate(outputs) if incoming[i]]
+            gradients: tuple[Any, ...] = ()
+            if roots and wanted:
+                gradients = torch.autograd.grad(
+                    [r for r, _ in roots], [primals[i] for i in wanted], [g for _, g in roots], allow_unused=True
+                )
+            return [*outputs, *gradients]
+
+        traced = self._traced(joint, self.decompositions, [*inputs, *seeds_in])
+        fuse_products(traced)
+        outputs = [(f"out{i}", node.meta["val"].stride()) for i, node in enumerate(segment.outputs)]
+        results = list(outputs)
+        if any(incoming) and wanted:  # a gradient has its tensor's layout
+            results += [(f"grad_in{i}", segment.inputs[i].meta["val"].stride()) for i in wanted]
+        roles = [self.roles.get(node, Role(name="", kind="activation")).kind for node in segment.inputs]
+        primals = [(f"in{i}", kind) for i, kind in enumerate(roles)]
+        given = [*primals, *((f"grad_out{i}", "gradient") for i in tangents)]
+        program = fold(traced, name=name, inputs=given, results=results, forward=len(outputs))
+        if not any(node.target in self.inference for node in module.graph.nodes):
+            return program
+        with torch.no_grad():
+            alone = self._traced(module, self.decompositions | self.inference, inputs)
+        plain = fold(alone, name=name, inputs=primals, results=outputs, forward=len(outputs))
+        return with_inference(program, plain, [result for result, _ in outputs])
+
+    def _traced(
+        self, call: Callable[..., Any], decompositions: dict[Any, Callable[..., Any]], inputs: list[torch.Tensor]
+    ) -> fx.Graph:
+        with self.fake_mode, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced = make_fx(call, decomposition_table=decompositions, tracing_mode="real")(*inputs)
+            if any(node.target is aten.mkldnn_rnn_layer.default for node in traced.graph.nodes):
+                # Its backward leaves out results and needs a workspace whose size only a run tells.
+                with torch.backends.mkldnn.flags(enabled=False):
+                    traced = make_fx(call, decomposition_table=decompositions, tracing_mode="real")(*inputs)
+            if any(_writes_in_place(node) for node in traced.graph.nodes):  # out-of-place forms of the same
+                with torch.no_grad():
+                    traced = make_fx(torch.func.functionalize(traced))(*(tensor.detach() for tensor in inputs))
+        traced.graph.eliminate_dead_code()
+        return traced.graph
+
+    def _fakes(self, segment: Segment) -> list[torch.Tensor]:
+        with self.fake_mode:
+            made = []
+            for node in segment.inputs:
+                made.append(_empty_like(node.meta["val"]).requires_grad_(self.requires[node]))
+            return made
+
+    def _signature(self, segment: Segment, extra: tuple[Any, ...]) -> str:
+        """Equal for segments that differ in names only."""
+        assert segment.module is not None
+        order = {node: index for index, node in enumerate(segment.module.graph.nodes)}
+        lines = []
+        for node in segment.module.graph.nodes:
+            args = fx.map_arg((node.args, node.kwargs), lambda n: f"%{order[n]}")
+            lines.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {args}")
+        for node in segment.inputs:
+            value, role = node.meta["val"], self.roles.get(node)
+            lines.append(
+                f"{tuple(value.shape)} {value.stride()} {value.dtype} {self.requires[node]} {role.kind if role else 'activation'}"
+            )
+        lines.append(repr((extra, len(segment.outputs))))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def _global(self, node: fx.Node) -> str:
+        return self.roles[node].name if node in self.roles else self.names[node]
+
+    def finish(self, graph: fx.Graph, segments: list[Segment]) -> Trace:
+        programs = sorted(self.programs.values(), key=lambda p: int(p.name.removeprefix("program")))
+        by_name = {p.name: p for p in programs}
+        layers = [self.layers[segment.name] for segment in segments]
+        layers, sums = self._accumulate(layers, segments, by_name)
+        programs += sums
+        by_name |= {p.name: p for p in sums}
+        tensors = _tensors(layers, by_name)
+        results = [self._global(node) for node in graph.output_node().all_input_nodes]
+        return Trace(
+            tensors=tensors,
+            programs=programs,
+            layers=layers,
+            loss=results[0],
+            token_losses=results[1] if len(results) > 1 else None,
+        )
+
+    def _accumulate(
+        self, layers: list[Layer], segments: list[Segment], by_name: dict[str, Program]
+    ) -> tuple[list[Layer], list[Program]]:
+        """Where several layers contribute to one gradient: partial gradients, and a layer that adds them up.
+
+        It stands before the first consumer in forward order, hence runs right after that consumer's backward.
+        """
+        place = {segment.name: index for index, segment in enumerate(segments)}
+        before: dict[int, list[Layer]] = {}
+        sums: dict[tuple[Any, ...], Program] = {}
+        for partials in self.partials.values():
+            if len(partials) < 2:
+                continue
+            total = partials[0][1]
+            bindings = {"total": total}
+            like: Value | None = None
+            for index, (segment, _) in enumerate(partials):
+                layer = layers[place[segment.name]]
+                (local,) = [k for k, v in layer.bindings.items() if v == total and k.startswith("grad_in")]
+                like = next(v for v in by_name[layer.program].values if v.name == local)
+                bindings[f"part{index}"] = f"{total}@{segment.name}"
+                layers[place[segment.name]] = layer.model_copy(
+                    update={"bindings": {**layer.bindings, local: f"{total}@{segment.name}"}}
+                )
+            assert like is not None
+            shape = (len(partials), tuple(like.shape), tuple(like.stride), like.dtype)
+            if shape not in sums:
+                sums[shape] = _sum_program(f"sum{len(sums)}", len(partials), like)
+            first = min(place[segment.name] for segment, _ in partials)
+            before.setdefault(first, []).append(
+                Layer(name=f"sum({total})", program=sums[shape].name, bindings=bindings)
+            )
+        ordered = [layer for index, own in enumerate(layers) for layer in [*before.get(index, []), own]]
+        return ordered, list(sums.values())
+
+
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Also across fake modes, where `torch.empty_like` refuses."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _sum_program(name: str, count: int, like: Value) -> Program:
+    def operand(value: str) -> dict[str, Any]:
+        return {"operand": Operand(value=value, size=like.shape, stride=like.stride).model_dump()}
+
+    def value(own: str) -> Value:
+        return like.model_copy(update={"name": own, "kind": "gradient"})
+
+    values = (
+        [value(f"part{i}") for i in range(count)] + [value(f"partial{i}") for i in range(2, count)] + [value("total")]
+    )
+    operators = []
+    left = "part0"
+    for index in range(1, count):
+        made = "total" if index == count - 1 else f"partial{index + 1}"
+        operators.append(
+            Operator(
+                target="aten.add.Tensor",
+                phase="backward",
+                args=[operand(left), operand(f"part{index}")],
+                inputs=[left, f"part{index}"],
+                outputs=[made],
+            )
+        )
+        left = made
+    return Program(name=name, values=values, operators=operators)
+
+
+def _tensors(layers: list[Layer], by_name: dict[str, Program]) -> list[Tensor]:
+    """Every bound value once. A weight that is only read through its slices is a tensor only where something gathers from it."""
+    found: dict[str, Tensor] = {}
+    for layer in layers:
+        program = by_name[layer.program]
+        used = {name for op in program.operators for name in (*op.inputs, *op.outputs) if name}
+        for value in program.values:
+            name = layer.bindings.get(value.name)
+            if name is not None and name not in found and value.name in used:
+                found[name] = Tensor(
+                    name=name, kind=value.kind, shape=value.shape, dtype=value.dtype, bytes=value.bytes
+                )
+    return list(found.values())

@@ -1,0 +1,74 @@
+"""Which tensors a decoder has and how each is packed, from its config alone: no weights, no file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from tightfit.profiles.models.decoder_config import DecoderShape, decoder_shape
+from tightfit.runtime.engine.weights.layout import Entry
+
+EmbeddingFormat = Literal["q4", "q8"]
+GROUPS = (32, 16, 8)
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def decoder_tensors(shape: DecoderShape) -> Iterable[tuple[str, tuple[int, ...]]]:
+    """(Hugging Face name, shape) of every frozen tensor, in forward order."""
+    query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    yield "model.embed_tokens.weight", (shape.vocab, shape.hidden)
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}."
+        projections = (
+            ("self_attn.q_proj", query, shape.hidden, shape.attention_bias),
+            ("self_attn.k_proj", key_value, shape.hidden, shape.attention_bias),
+            ("self_attn.v_proj", key_value, shape.hidden, shape.attention_bias),
+            ("self_attn.o_proj", shape.hidden, query, shape.output_bias),
+            ("mlp.gate_proj", shape.intermediate, shape.hidden, shape.mlp_bias),
+            ("mlp.up_proj", shape.intermediate, shape.hidden, shape.mlp_bias),
+            ("mlp.down_proj", shape.hidden, shape.intermediate, shape.mlp_bias),
+        )
+        yield f"{prefix}input_layernorm.weight", (shape.hidden,)
+        for name, rows, columns, bias in projections:
+            yield f"{prefix}{name}.weight", (rows, columns)
+            if bias:
+                yield f"{prefix}{name}.bias", (rows,)
+        if shape.head_norm:
+            yield f"{prefix}self_attn.q_norm.weight", (shape.head_dim,)
+            yield f"{prefix}self_attn.k_norm.weight", (shape.head_dim,)
+        yield f"{prefix}post_attention_layernorm.weight", (shape.hidden,)
+        if shape.post_norms:
+            yield f"{prefix}pre_feedforward_layernorm.weight", (shape.hidden,)
+            yield f"{prefix}post_feedforward_layernorm.weight", (shape.hidden,)
+    yield "model.norm.weight", (shape.hidden,)
+    if not shape.tied:
+        yield "lm_head.weight", (shape.vocab, shape.hidden)
+
+
+def packed_entry(name: str, shape: tuple[int, ...], kind: str) -> Entry:
+    """The entry of a tensor in format `kind`; a matrix whose rows no group divides is kept as bfloat16."""
+    if kind not in ("q4", "q8"):
+        return Entry(name=name, shape=shape, format=kind)
+    columns = 1
+    for size in shape[1:]:
+        columns *= size
+    group = next((group for group in GROUPS if columns % group == 0), 0)
+    return Entry(name=name, shape=shape, format=kind if group else "bfloat16", group=group)
+
+
+def describe(
+    config: dict[str, Any],
+    *,
+    embedding: EmbeddingFormat = "q4",
+    formats: Mapping[str, str] | None = None,
+) -> dict[str, Entry]:
+    """Entries (name, shape, format, packed sizes) of every tensor of a decoder, in forward order.
+
+    Matrices are 4-bit in groups of 32, `embedding` and an untied head in their own format, vectors float32; `formats`
+    overrides single tensors. `tightfit.runtime.engine.weights.layout.packed_bytes(entries, "w[a:b]")` gives the bytes of a slice.
+    """
+    entries: dict[str, Entry] = {}
+    for name, shape in decoder_tensors(decoder_shape(config)):
+        default = "float32" if len(shape) == 1 else embedding if name in EMBEDDINGS else "q4"
+        entries[name] = packed_entry(name, shape, (formats or {}).get(name, default))
+    return entries

@@ -1,0 +1,70 @@
+"""A model before it is packed: every tensor with its format, and its rows when asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tightfit.profiles.models.decoder_config import text_config
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.weights.layout import Entry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceTensor:
+    """A tensor that is read when asked."""
+
+    entry: Entry
+    rows: Callable[[int, int], Tensor]
+    """rows(start, stop): floats [stop - start, ...], or uint8 [stop - start, row bytes] that is packed already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model before it is packed. Nothing but headers has been read."""
+
+    name: str
+    kind: str
+    """huggingface, gguf, random or module."""
+    path: str
+    """What the user named, made absolute where it is a path."""
+    config: dict[str, Any]
+    """Hugging Face style, with model_type; for a module: {"factory": "package.module:factory",
+    "state_dict": {key of its state_dict: name of the stored tensor}}."""
+    fingerprint: str
+    """sha256 that changes when the weights may have changed, or how they are packed."""
+    has_weights: bool
+    entries: dict[str, Entry]
+    """Every tensor with its packed format; offsets are 0."""
+    tensors: Callable[[], Iterable[SourceTensor]]
+    """The same tensors in the same order, with their data."""
+    note: str = ""
+    """In words: what packing does to the weights' values."""
+
+
+def without_names(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config decides what is stored: a store does not change with the names of an adapter."""
+    return {key: value for key, value in config.items() if key != "adapter_body"}
+
+
+FORMS = "a Hugging Face directory or hub id, a GGUF file, a config.json, or package.module:factory"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a config.json; a multimodal wrapper gives the text model's config."""
+    try:
+        read: Any = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; a model directory needs a config.json") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); download the file again") from error
+    config = text_config(read)
+    if config is None:
+        raise InputError(f"{path}: not a model config (no 'model_type'); a model is {FORMS}")
+    return config

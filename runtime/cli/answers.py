@@ -1,0 +1,183 @@
+"""What the commands answer: the same facts as JSON for programs and as text and tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tightfit.planner.report.summary import plan_summary, profile_summary
+from tightfit.profiles.measuring.marks import caution, marks
+from tightfit.runtime.common.strict_json import to_json
+from tightfit.runtime.common.units import MIB, format_seconds, format_size
+from tightfit.runtime.supervision.report_text import facts_table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from tightfit.planner.report.explanation import Explanation
+    from tightfit.planner.schema import Plan
+    from tightfit.profiles.devices.data_sheets import DeviceDescription
+    from tightfit.profiles.schema import Profile
+
+__all__ = [
+    "comparison_text",
+    "device_text",
+    "devices_text",
+    "infeasible_text",
+    "plan_summary",
+    "plan_text",
+    "profile_summary",
+    "profile_text",
+    "to_json",
+]
+FLOORS = {"cpu": "Python and PyTorch", "cuda": "the CUDA context"}
+
+
+def profile_text(profile: Profile) -> RenderableType:
+    """The summary as a table."""
+    facts = profile_summary(profile)
+    shape = f"batch {profile.batch}" + (f" × sequence {profile.seq}" if profile.seq else "")
+    how = "measured" if facts["measured"] else "estimated from FLOPs and bytes"
+    rows = [
+        ("device", f"{facts['device']}, {profile.device.threads} threads, {how}"),
+        ("model", f"{facts['model']}, {facts['layers']} layers of {facts['programs']} kinds"),
+        (
+            "step",
+            f"{shape}, {facts['compute_dtype']}"
+            + (f"; {profile.accumulate} make an update" if profile.accumulate > 1 else ""),
+        ),
+        (
+            "frozen weights",
+            f"{format_size(facts['packed_bytes'])} packed, {format_size(facts['weight_bytes'])} unpacked",
+        ),
+        (
+            "trainables",
+            f"{format_size(facts['trainable_bytes'])}, with optimizer state {format_size(facts['trainable_bytes'] + facts['state_bytes'])}",
+        ),
+        (
+            "arithmetic",
+            f"forward {format_seconds(facts['forward_seconds'])}, backward {format_seconds(facts['backward_seconds'])}",
+        ),
+        (
+            "disk" if profile.device.kind == "cpu" else "host memory",
+            f"reads {facts['read_bytes_per_second'] / 1e6:,.0f} MB/s, writes {facts['write_bytes_per_second'] / 1e6:,.0f} MB/s",
+        ),
+        ("floor", f"{format_size(facts['floor_bytes'])}: {FLOORS[profile.device.kind]} before any model is loaded"),
+    ]
+    if profile.model.compared:
+        rows.append(("gradients", profile.model.compared))
+    return facts_table([*(("caution", "; ".join(said)) for said in [marks(profile.device)] if said), *rows])
+
+
+def devices_text(devices: Sequence[DeviceDescription]) -> RenderableType:
+    """Known devices with the figures that decide most."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("device", no_wrap=True)
+    for heading in ("GFLOP/s", "memory, GB/s", "offload, MB/s", "floor, MiB"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for one in devices:
+        rates = one.flops_per_second
+        table.add_row(
+            Text(one.name),
+            f"{rates.get('bfloat16', rates['float32']) / 1e9:,.0f}",
+            f"{one.bytes_per_second / 1e9:,.0f}",
+            f"{one.read.bytes_per_second / 1e6:,.0f}",
+            f"{one.floor.start_peak_bytes / MIB:,.0f}",
+            Text(one.label),
+        )
+    return table
+
+
+def device_text(device: DeviceDescription) -> RenderableType:
+    """Every figure of a device with its source."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    floor = device.floor
+    figures = {
+        "memory_bytes": format_size(device.memory_bytes),
+        "flops_per_second": ", ".join(
+            f"{kind} {rate / 1e9:,.0f} GFLOP/s" for kind, rate in device.flops_per_second.items()
+        ),
+        "bytes_per_second": f"{device.bytes_per_second / 1e9:,.1f} GB/s",
+        "call_seconds": f"{device.call_seconds * 1e6:,.0f} µs",
+        "floor": f"{format_size(floor.held_bytes)}, at the start {format_size(floor.start_peak_bytes)}",
+    }
+    for name in ("read", "write"):
+        channel = getattr(device, name)
+        figures[name] = f"{channel.bytes_per_second / 1e6:,.0f} MB/s, latency {channel.latency_seconds * 1e6:,.0f} µs"
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title=Text(f"{device.name}: {device.label}"), title_justify="left"
+    )
+    for heading in ("figure", "value", "source"):
+        table.add_column(heading)
+    for name, value in figures.items():
+        table.add_row(name, Text(value), Text(device.sources[name]))
+    return table
+
+
+def plan_text(plan: Plan, explanation: Explanation) -> RenderableType:
+    """The plan in words, and what fills the memory at its peak."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from tightfit.planner.report.explain import explain
+    from tightfit.planner.report.render import peak_table
+
+    sentences = Table.grid(padding=(0, 1))
+    for sentence in explain(plan, explanation):
+        sentences.add_row("•", Text(sentence))
+    return Group(sentences, peak_table(plan))
+
+
+def infeasible_text(plan: Plan, explanation: Explanation) -> str:
+    """Why no plan fits, and the smallest budget that is enough; rounded up, so that it can be typed back."""
+    from tightfit.planner.report.explain import explain
+
+    return "; ".join(explain(plan, explanation))
+
+
+def comparison_text(plans: Sequence[Plan]) -> RenderableType:
+    """Step times by budget and policy, and a sentence for each budget; device after device."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from tightfit.planner.report.html import verdicts
+    from tightfit.planner.report.memory_categories import devices_of
+    from tightfit.planner.report.render import comparison_table
+
+    parts: list[RenderableType] = []
+    for device in devices_of(plans):
+        here = [plan for plan in plans if plan.device.name == device]
+        parts += [*map(Text, caution(here[0].device)), comparison_table(here), *map(Text, verdicts(here)), ""]
+    return Group(*parts[:-1])
+
+
+def changes(plans: Sequence[Plan]) -> list[dict[str, Any]]:
+    """What changes, tensor by tensor, from each budget to the next for the solver's plans on each device."""
+    from dataclasses import asdict
+    from itertools import pairwise
+
+    from tightfit.planner.report.diff import diff
+    from tightfit.planner.report.memory_categories import devices_of, feasible
+
+    told = []
+    for device in devices_of(plans):
+        mine = [p for p in plans if p.device.name == device and p.policy == "solver" and feasible(p)]
+        for before, after in pairwise(sorted(mine, key=lambda plan: plan.budget_bytes)):
+            told.append(
+                {
+                    "device": device,
+                    "from_budget_bytes": before.budget_bytes,
+                    "to_budget_bytes": after.budget_bytes,
+                    "tensors": [asdict(change) for change in diff(before, after)],
+                }
+            )
+    return told

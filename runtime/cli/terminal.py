@@ -1,0 +1,169 @@
+"""What a person sees while something long goes on: bars on a terminal, now and then a line elsewhere. Always on stderr."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from tightfit.runtime.common.errors import RunError
+from tightfit.runtime.common.interrupts import Interrupts
+from tightfit.runtime.common.units import format_seconds
+from tightfit.runtime.supervision.progress import QUIET_SECONDS
+
+
+class _Messages(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads stderr any more. Raises RunError, where rich would end the process with a code of its own."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # further words go nowhere
+        raise RunError("messages cannot be shown any more: what read stderr has ended")
+
+
+def messages() -> Console:
+    """The console of messages and progress: stderr, so that stdout holds results alone. Text is printed as it is: paths hold
+    brackets and colons.
+    """
+    return _Messages(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+class Display:
+    """A progress display over one piece of work; on a terminal a live bar, elsewhere sparse plain lines."""
+
+    def __init__(
+        self,
+        console: Console,
+        *columns: TextColumn | BarColumn | SpinnerColumn | MofNCompleteColumn | TimeElapsedColumn,
+    ) -> None:
+        self.console = console
+        self.live = console.is_terminal
+        self._bars = Progress(*columns, console=console, transient=True, disable=not self.live)
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def _line(self, text: str, *, now: bool = False) -> None:
+        """Print a plain line where there is no terminal and none was printed lately, or `now`."""
+        moment = time.monotonic()
+        if not self.live and (now or moment - self._said >= QUIET_SECONDS):
+            self.console.print(text, markup=False)
+            self._said = moment
+
+
+class Stages(Display):
+    """Stages that follow each other: tracing, packing, measuring. Called with (stage, done, total)."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            console,
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+        )
+        self._stage: str | None = None
+        self._task: TaskID | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            if self._task is not None:
+                self._bars.remove_task(self._task)
+            self._stage, self._task = stage, self._bars.add_task(stage, total=total)
+            self._line(f"{stage} …", now=True)
+        elif done < total:
+            self._line(f"{stage}: {done / total:.0%}")
+        assert self._task is not None
+        self._bars.update(self._task, completed=done, total=total)
+
+
+class Solving(Display):
+    """A solver at work: best step so far, proven bound, gap, seconds."""
+
+    def __init__(self, console: Console, time_limit: float) -> None:
+        super().__init__(
+            console, SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()
+        )
+        self._limit = time_limit
+        self._begun = time.monotonic()
+        self._task = self._bars.add_task("solving", total=time_limit)
+
+    def __call__(self, told: Mapping[str, float | str]) -> None:
+        """Show what the planner told: `stage`, `incumbent` and `bound` (seconds per step; 0: none yet) and `gap`."""
+        text = f"solving {solver_text(told)}"
+        spent = time.monotonic() - self._begun
+        self._bars.update(self._task, description=text, completed=min(spent, self._limit))
+        self._line(f"{text}, {spent:.0f} s")
+
+
+class Comparing(Display):
+    """Plan after plan: which one, how many are made, and how far the solver is with it."""
+
+    def __init__(self, console: Console, interrupts: Interrupts) -> None:
+        super().__init__(
+            console,
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        self._interrupts = interrupts
+        self._task = self._bars.add_task("planning", total=None)
+        self._what = "planning"
+        self._done = 0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """The next of `total` plans. Raises KeyboardInterrupt after Ctrl-C: the planner keeps the plan, we keep no next one."""
+        self._what = what
+        self._bars.update(self._task, description=what, completed=done, total=total)
+        self._line(f"{what}: {done} of {total}", now=done == 0)
+        if self._interrupts.seen and done < total:
+            raise KeyboardInterrupt
+
+    def solving(self, told: Mapping[str, float | str]) -> None:
+        """What the planner tells of the plan at work."""
+        text = f"{self._what} {solver_text(told)}"
+        self._bars.update(self._task, description=text)
+        self._line(text)
+
+    def elsewhere(self, told: Mapping[str, Any]) -> None:
+        """What a service tells of a comparison: a plan that is made, or the solver at work."""
+        if "cell" in told:
+            self(told["stage"], told["done"], told["total"])
+        else:
+            self.solving(told)
+
+
+def solver_text(told: Mapping[str, float | str]) -> str:
+    """Stage, best step so far, proven bound and gap, as far as they are known."""
+    incumbent, bound = float(told["incumbent"]), float(told["bound"])
+    parts = [f"({told['stage']})"]
+    if 0 < incumbent < math.inf:
+        parts.append(f"step {format_seconds(incumbent)}")
+    if bound > 0:
+        parts.append(f"bound {format_seconds(bound)}")
+    if len(parts) == 3:
+        parts.append(f"gap {told['gap']:.2%}")
+    return ", ".join(parts)

@@ -1,0 +1,39 @@
+"""What the processor is, as the kernel tells it.
+
+Also imported by the budgeted process: the standard library only.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+
+
+@functools.cache
+def features() -> frozenset[str]:
+    """Instruction sets by the kernel's names (avx2, avx512_bf16, asimd, ...); empty where it names none."""
+    return frozenset(_told("flags") or _told("Features"))
+
+
+def cpu_name() -> str:
+    """The processor as the kernel names it."""
+    return " ".join(_told("model name")) or platform.processor() or platform.machine()
+
+
+def _told(key: str) -> list[str]:
+    """The words after a key of /proc/cpuinfo, of the first processor there."""
+    try:
+        with open("/proc/cpuinfo", errors="replace") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if name.strip() == key:
+                    return value.split()
+    except OSError:
+        pass
+    return []
+
+
+NARROW = not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(features())
+"""whether this processor multiplies bfloat16 (x86, x86, ARM, ARM)"""
+BFLOAT16_PRODUCTS = "bfloat16" if NARROW else "float32"
+"""what tensors of bfloat16 are multiplied in here (`tightfit.runtime.engine.kernels.products`); results differ with it"""

@@ -1,0 +1,37 @@
+"""The folder of a run: its checkpoints by name, and what to do after a failure to write there."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tightfit.runtime.common.errors import RunError
+
+
+def find_checkpoints(directory: str) -> list[tuple[int, str]]:
+    """(step, path) of all complete checkpoints, oldest first."""
+    if not os.path.isdir(directory):
+        return []
+    matches = ((NAME.fullmatch(name), name) for name in os.listdir(directory))
+    return sorted((int(match[1]), os.path.join(directory, name)) for match, name in matches if match)
+
+
+def way_on(directory: str) -> str:
+    """What to do after a failure: there may be no checkpoint yet."""
+    return "continue with --resume" if find_checkpoints(directory) else "start again with --overwrite"
+
+
+@contextmanager
+def writing_to(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """What the disk refuses is a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"writing to {directory} failed: {error.strerror}; free disk space and {way_on(os.fspath(directory))}"
+        ) from error
+
+
+NAME = re.compile(r"checkpoint-(\d+)")

@@ -1,0 +1,100 @@
+"""Sizes as people write them: ``600MB`` (10^6), ``600MiB`` (2^20), plain bytes; printed in MiB, small ones in KiB or bytes.
+
+Times and names as they are printed.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Decimal
+from typing import NamedTuple
+
+from tightfit.runtime.common.errors import InputError
+
+KIB = 1 << 10
+MIB = 1 << 20
+LARGEST = (1 << 63) - 1
+FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+}
+_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``600MB``, ``1.5 GiB`` or ``367001600``; fractions of a byte are dropped.
+
+    Raises InputError, naming the value and the accepted forms, where `text` is anything else, zero or above 2^63 - 1.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or (unit == 1 and "." in match[1]):
+        raise InputError(f"{text!r} is not a size; {FORMS}")
+    size = int(Decimal(match[1]) * unit)
+    if size <= 0:
+        raise InputError(f"{text!r} is no memory at all; {FORMS}")
+    if size > LARGEST:
+        raise InputError(f"{text!r} is more than any machine can address; {FORMS}")
+    return size
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds with three decimals, below 10 ms with five, ``0.00412 s``; below 1 ms microseconds of four digits, ``12.5 µs``."""
+    if 0 < seconds < 1e-3:
+        return f"{seconds * 1e6:.4g} µs"
+    return f"{seconds:.5f} s" if 0 < seconds < 0.01 else f"{seconds:.3f} s"
+
+
+def printable(text: str) -> str:
+    r"""`text` with what a terminal would obey instead of showing, such as escape codes in a name, written out: ``\x1b[31m``."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+class Unit(NamedTuple):
+    """What the figures of one table or axis are in."""
+
+    size: int
+    """bytes"""
+    name: str
+
+    def places(self, decimals: int) -> int:
+        """Decimals of figures in this unit: none where it is the byte."""
+        return decimals if self.size > 1 else 0
+
+    def amount(self, size: int, decimals: int = 1, sign: str = "") -> str:
+        """`size` bytes in this unit; `sign` as of format strings."""
+        return f"{size / self.size:{sign}.{self.places(decimals)}f}"
+
+
+def unit_of(size: int) -> Unit:
+    """The unit for figures up to `size` bytes: MiB, below one of it KiB, below one of that bytes."""
+    if abs(size) < KIB:
+        return Unit(1, "B")
+    return Unit(MIB, "MiB") if abs(size) >= MIB else Unit(KIB, "KiB")
+
+
+def format_size(size: int, *, round_up: bool = False) -> str:
+    """`size` bytes in MiB with one decimal, ``350.0 MiB``; below one MiB in KiB, ``12.5 KiB``, below one KiB in bytes, ``12 B``.
+
+    With `round_up` the printed figure is never below `size`, so that a smallest budget can be typed back as it is printed.
+    """
+    unit, name = unit_of(size)
+    if unit == 1:
+        return f"{size} B"
+    rounding = ROUND_CEILING if round_up else ROUND_HALF_EVEN
+    return f"{(Decimal(size) / unit).quantize(Decimal('0.1'), rounding=rounding)} {name}"
+
+
+def padding_text(share: float) -> str:
+    """How much of the rows of a batch is padding, in words."""
+    return f"rows {share:.0%} padding"

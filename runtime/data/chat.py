@@ -1,0 +1,146 @@
+"""Conversations to text through the model's own chat template, and which of the text is the assistant's."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Sequence
+from functools import partial
+from os.path import commonprefix
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.data.samples import Message, Tools
+
+DAY = dt.date(2024, 7, 26)
+"""what templates take for today (the day that Llama's fall back to): a run that is resumed tomorrow sees the same data"""
+SPOKEN = ("reasoning_content", "reasoning", "thinking", "tool_calls")
+"""what an assistant's message may say beside its content, as templates of published models name it"""
+Segment = tuple[str, bool]
+"""A stretch of text and whether it is to be predicted."""
+
+
+class ChatTemplate:
+    """A compiled template. Templates are programs of strangers: they run sandboxed, with transformers' settings."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        if not vocabulary.chat_template:
+            raise InputError("the model has no chat template; write prompts as strings instead of messages")
+        extensions: list[str | type[Extension]] = [loopcontrols, _Generation]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment.filters["tojson"] = _to_json
+        environment.globals.update(raise_exception=_refuse, strftime_now=DAY.strftime)
+        self._plain = _compiled(environment, vocabulary.chat_template)
+        own = vocabulary.tool_template
+        self._with_tools = _compiled(environment, own) if own else self._plain
+        tokens = {
+            "bos_token": vocabulary.bos_token,
+            "eos_token": vocabulary.eos_token,
+            "pad_token": vocabulary.pad_token,
+        }
+        self._tokens: dict[str, Any] = {key: token or "" for key, token in tokens.items()} | vocabulary.special_tokens
+
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool, tools: Tools | None = None) -> str:
+        """The text of `messages`, up to where the assistant would begin if `generation_prompt`. Raises InputError."""
+        source, template = self._plain if tools is None else self._with_tools
+        for key, given in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in messages))):
+            if given and key not in source:
+                raise InputError(
+                    f'the model\'s chat template does not show "{key}"; leave them out, or write them as text'
+                )
+        try:
+            return template.render(
+                messages=list(messages),
+                tools=None if tools is None else list(tools),
+                documents=None,
+                add_generation_prompt=generation_prompt,
+                **self._tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise InputError(f"the model's chat template refuses these messages ({error})") from error
+
+    def completion(
+        self, prompt: Sequence[Message], completion: str | Message, tools: Tools | None = None
+    ) -> list[Segment]:
+        """The prompt, and the completion with the template's own end of turn."""
+        turn = {"role": "assistant", "content": completion} if isinstance(completion, str) else completion
+        return self.conversation([*prompt, turn], last_only=True, tools=tools)
+
+    def conversation(
+        self, messages: Sequence[Message], *, last_only: bool = False, tools: Tools | None = None
+    ) -> list[Segment]:
+        """The whole text in segments. Every turn of the assistant is predicted, to its end-of-turn token.
+
+        Templates may rewrite earlier turns once later ones follow (Qwen3 removes thoughts): a turn whose text is no
+        longer there is not predicted.
+        """
+        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        messages = messages[: last + 1]
+        render = partial(self.render, tools=tools)
+        text = render(messages, generation_prompt=False)
+        segments: list[Segment] = []
+        done = 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant" or (last_only and index != last):
+                continue
+            turn = text if index == last else render(messages[: index + 1], generation_prompt=False)
+            end = len(turn.rstrip())
+            if index:
+                head = render(messages[:index], generation_prompt=True)
+            else:  # templates need not take no messages at all for a prompt
+                others = [render([_saying(words, message)], generation_prompt=False) for words in ("x", "y")]
+                head = commonprefix([turn, *others])  # noqa: RUF071  characters are meant
+                head = head if len(head) < end else ""  # what differs is not shown
+            if text.startswith(turn[:end]) and turn.startswith(head) and done <= len(head) < end:
+                segments += [(text[done : len(head)], False), (text[len(head) : end], True)]
+                done = end
+            elif index == last:
+                raise InputError(
+                    "the model's chat template does not continue its own generation prompt; write prompts as strings instead of messages"
+                )
+        return [(part, wanted) for part, wanted in segments if part]
+
+
+def _compiled(environment: jinja2.Environment, source: str) -> tuple[str, jinja2.Template]:
+    try:
+        return source, environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise InputError(
+            f"the model's chat template is not valid Jinja ({error}); write prompts as strings instead of messages"
+        ) from error
+
+
+def _saying(words: str, message: Message) -> Message:
+    """The same turn with these words in place of all that the assistant says or calls."""
+    return {key: value for key, value in message.items() if key not in SPOKEN} | {"content": words}
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks for transformers what the assistant says; here its text is found by rendering."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

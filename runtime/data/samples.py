@@ -1,0 +1,362 @@
+"""Training and evaluation samples as people write them: JSON lines, checked line by line.
+
+| line | meaning |
+|---|---|
+| {"text": "..."} | plain text, packed into windows; every token is predicted |
+| {"prompt": ..., "completion": "..."} | the completion is predicted; a prompt is a string, or a list of messages for the chat template |
+| {"messages": [{"role": ..., "content": ...}, ...]} | a conversation; what the assistant says is predicted |
+| {"conversations": [{"from": ..., "value": ...}, ...]} | the same as ShareGPT has it: turns of human, gpt and system |
+| {"instruction": "...", "input": "...", "output": "..."} | as Alpaca has it: a user's turn, the first two a line apart, and the assistant's |
+| {"prompt": ..., "choices": ["...", ...], "answer": ...} | a question; `answer` is the right choice or its index |
+
+Beside messages, `tools` are what the chat template shows the assistant as functions to call; a message with `tool_calls` needs
+no `content`. A content may be a list of parts, all of them {"type": "text", "text": ...}: they are joined. Alpaca's `input` may be
+left out; `system` may stand beside it, and beside ShareGPT's turns. Files named .jsonl.gz are read as they are.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import shlex
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from tightfit.runtime.common.errors import InputError
+
+Message = dict[str, Any]
+Tools = tuple[dict[str, Any], ...]
+Prompt = str | tuple[Message, ...]
+FORMS = (
+    '{"text"}, {"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "input", "output"}'
+    ' or {"prompt", "choices", "answer"}'
+)
+LINES = ("*.jsonl", "*.jsonl.gz")
+CHUNK = 1 << 16
+BEGINNING = 4096
+"""bytes of a .json file in which its first bracket lies"""
+SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system"}
+CONVERSIONS = {
+    "json": "import json, sys; [print(json.dumps(line)) for line in json.load(open(sys.argv[1], encoding='utf-8-sig'))]",
+    "csv": "import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(open(sys.argv[1], encoding='utf-8-sig', newline=''))]",
+    "parquet": "import json, pyarrow.parquet, sys; [print(json.dumps(row, default=str)) for part in pyarrow.parquet.ParquetFile(sys.argv[1]).iter_batches() for row in part.to_pylist()]",
+}
+"""programs for `python -c` that print a file of another kind as JSON lines"""
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    prompt: Prompt
+    completion: str | Message
+    """a message follows a prompt of messages, with its tool calls and whatever else the template shows"""
+    tools: Tools | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]
+    tools: Tools | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    prompt: Prompt
+    choices: tuple[str, ...]
+    answer: int
+    tools: Tools | None = None
+
+
+Sample = Text | Completion | Conversation | Question
+
+
+def data_files(data: str) -> list[Path]:
+    """The file itself, or all `LINES` of a directory in order of name. Raises InputError where there are none."""
+    due = "data are a .jsonl or .jsonl.gz file, a directory of them, or the word random"
+    if not data:
+        raise InputError(f"'' names no data; {due}")
+    path = Path(data)
+    if path.is_dir():
+        files = sorted(file for pattern in LINES for file in path.glob(pattern))
+        if not files:
+            raise InputError(f"{path}: no .jsonl or .jsonl.gz file in this directory, {_lies_there(path)}")
+        return files
+    if path.is_file():
+        if told := _table(path):
+            raise InputError(f"{path}: {told}")
+        return [path]
+    if path.exists():
+        raise InputError(f"{path}: a pipe or device, not a regular file; write the data to a file, {due}")
+    raise InputError(f"{path}: no such file; {due}")
+
+
+def read_samples(file: Path, longest: int | None = None) -> Iterator[tuple[int, Sample | InputError]]:
+    """(line number from 1, the sample or what is wrong with the line); blank lines are passed over.
+
+    Of a line of more than `longest` bytes no more than that is ever in memory: it is one of the lines that are wrong. A file that begins with a JSON list is not read on: none of its lines would be a sample.
+    """
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
+            first = True
+            for number, (line, size) in enumerate(_lines(lines, longest), 1):
+                if size == len(line) and not line.strip():
+                    continue
+                if first and _begins_a_list(line):
+                    yield number, InputError(_no_lines(file))
+                    return
+                first = False
+                if size > len(line):
+                    yield (
+                        number,
+                        InputError(
+                            f"a line of {size} bytes, and what the run's budget leaves is enough to tokenise one of {longest};"
+                            " write it as several lines, or plan with a larger budget"
+                        ),
+                    )
+                    continue
+                try:
+                    yield number, parse_sample(line)
+                except InputError as error:
+                    yield number, error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{file}: not a whole gzip file ({error}); copy or download it again") from error
+    except OSError as error:
+        raise InputError(_unread(file, error)) from error
+
+
+def _lines(file: gzip.GzipFile | BufferedReader, longest: int | None) -> Iterator[tuple[bytes, int]]:
+    """Each line with its length in bytes; of one of more than `longest` only the beginning."""
+    while line := file.readline(-1 if longest is None else longest):
+        size, rest = len(line), line
+        while longest is not None and not rest.endswith(b"\n") and (rest := file.readline(CHUNK)):
+            size += len(rest)
+        yield line, size
+
+
+def _lies_there(directory: Path) -> str:
+    """What a directory without JSON lines holds, and how the first of its files that can be converted is."""
+    due = f"data are files named .jsonl or .jsonl.gz, with lines of {FORMS}"
+    try:
+        found = sorted(directory.iterdir())
+        told = next((f"{it.name}: {told}" for it in found if it.is_file() and (told := _table(it) or _list(it))), due)
+    except OSError as error:
+        raise InputError(_unread(Path(error.filename or directory), error)) from error
+    if not found:
+        return f"which is empty; {due}"
+    counts = Counter("folder" if it.is_dir() else f"{it.suffix} file".lstrip() for it in found)
+    holds = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in counts.items())
+    return f"but {holds}; {told}"
+
+
+def _table(file: Path) -> str | None:
+    """What is wrong with a file whose name says that it is a table, and how it is converted; None: it does not."""
+    if file.suffix.lower() == ".csv":
+        return f"a table where JSON lines are due; name its columns text, or prompt and completion, and {_converted(file, 'csv')}"
+    if file.suffix.lower() == ".parquet":
+        return (
+            f"a table where JSON lines are due; install pyarrow (pip install pyarrow) and {_converted(file, 'parquet')}"
+        )
+    return None
+
+
+def _list(file: Path) -> str | None:
+    """The same of a .json file that begins with a list."""
+    if file.suffix.lower() != ".json":
+        return None
+    with file.open("rb") as content:
+        return _no_lines(file) if _begins_a_list(content.read(BEGINNING)) else None
+
+
+def _begins_a_list(content: bytes) -> bool:
+    return content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _no_lines(file: Path) -> str:
+    return f"a JSON list where JSON lines are due; {_converted(file, 'json')}"
+
+
+def _unread(path: Path, error: OSError) -> str:
+    return f"{path}: {error.strerror}; check the path and its permissions"
+
+
+def _converted(file: Path, kind: str) -> str:
+    """The command that makes JSON lines of `file`, in words."""
+    if file.suffix == ".gz":
+        return "unpack it with gunzip, and the answer to that file says how it is converted"
+    target = file.with_suffix(".jsonl")
+    if target.exists():
+        target = file.with_suffix(".lines.jsonl")
+    leave = "take it out of a folder of data and " if file.suffix == ".jsonl" else ""
+    command = f'python3 -c "{CONVERSIONS[kind]}" {shlex.quote(str(file))} > {shlex.quote(str(target))}'
+    return f"{leave}convert it: {command}"
+
+
+def parse_sample(line: bytes) -> Sample:
+    """One JSON line. Raises InputError saying what is wrong with it."""
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 (byte {error.start} of the line)") from error
+    except ValueError as error:
+        raise InputError(f"not JSON ({error})") from error
+    except RecursionError as error:
+        raise InputError(f"lists or objects nested too deeply; write {FORMS}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"a JSON {_kind(value)} where an object is due; write {FORMS}")
+    named = [key for key in ("messages", "conversations") if key in value]
+    if named:
+        return _conversation(value, next((key for key in named if value[key] is not None), named[0]))
+    if "choices" in value:
+        return _question(value)
+    if "completion" in value:
+        completion = value["completion"]
+        if isinstance(completion, list):
+            turns = _messages(completion, "completion")
+            if len(turns) != 1 or turns[0]["role"] != "assistant":
+                raise InputError('"completion" as a list must be one message of role "assistant"')
+            if turns[0].get("tool_calls") and isinstance(value.get("prompt"), str):
+                raise InputError('"tool_calls" are shown by the chat template; write "prompt" as a list of messages')
+            if not turns[0].get("tool_calls"):
+                _string(turns[0]["content"], "completion")
+            if isinstance(value.get("prompt"), list):
+                return Completion(_prompt(value), turns[0], tools=_tools(value))
+            completion = turns[0]["content"]
+        return Completion(_prompt(value), _string(completion, "completion"), tools=_tools(value))
+    if "instruction" in value:
+        return _instruction(value)
+    if "text" in value:
+        return Text(_string(value["text"], "text"))
+    found = ", ".join(sorted(map(str, value))[:6]) or "none"
+    raise InputError(f"unknown keys ({found}); write {FORMS}")
+
+
+def _conversation(value: dict[str, Any], key: str) -> Conversation:
+    messages = _messages(value[key], key)
+    if key == "conversations":
+        messages = (*_system(value), *messages)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError(f'"{key}" has no turn of role "assistant"; there is nothing to learn')
+    return Conversation(messages, tools=_tools(value))
+
+
+def _instruction(value: dict[str, Any]) -> Completion:
+    if value.get("history"):
+        raise InputError('"history" is not read; write the turns as {"messages"}')
+    asked = _string(value["instruction"], "instruction")
+    if value.get("input"):
+        asked += "\n" + _string(value["input"], "input")
+    return Completion((*_system(value), {"role": "user", "content": asked}), _string(value.get("output"), "output"))
+
+
+def _system(value: dict[str, Any]) -> tuple[Message, ...]:
+    """The turn that some write beside the others."""
+    return ({"role": "system", "content": _string(value["system"], "system")},) if value.get("system") else ()
+
+
+def _question(value: dict[str, Any]) -> Question:
+    choices = value["choices"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise InputError('"choices" must be a list of at least two strings')
+    texts = tuple(_string(choice, "choices") for choice in choices)
+    if len(set(texts)) < len(texts):
+        raise InputError('"choices" names the same answer twice')
+    answer = value.get("answer")
+    if isinstance(answer, str) and answer in texts:
+        return Question(_prompt(value), texts, texts.index(answer), tools=_tools(value))
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(texts):
+        return Question(_prompt(value), texts, answer, tools=_tools(value))
+    raise InputError(f'"answer" is {answer!r}; write one of the choices or its index from 0 to {len(texts) - 1}')
+
+
+def _prompt(value: dict[str, Any]) -> Prompt:
+    prompt = value.get("prompt")
+    if isinstance(prompt, list):
+        return _messages(prompt, "prompt")
+    if not isinstance(prompt, str):
+        raise InputError(f'"prompt" is {_kind(prompt)}; write a string or a list of messages')
+    return _whole(prompt, "prompt")
+
+
+def _tools(value: dict[str, Any]) -> Tools | None:
+    """What the assistant may call, for the chat template; nothing where the list is empty."""
+    tools = value.get("tools")
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError('"tools" must be a list of objects, each the JSON schema of a function')
+    if isinstance(value.get("prompt"), str):
+        raise InputError('"tools" are shown by the chat template; write "prompt" as a list of messages')
+    return tuple(tools)
+
+
+def _messages(value: Any, key: str) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise InputError(f'"{key}" must be a list of {{"role", "content"}} objects, not {_kind(value)}')
+    messages = tuple(_message(message, f'message {index} of "{key}"') for index, message in enumerate(value))
+    for message in messages:
+        _whole(message["role"] + (message.get("content") or ""), key)
+    return messages
+
+
+def _message(message: Any, place: str) -> Message:
+    """The message with a string for its content, or none beside tool calls."""
+    due = '"role" and "content"'
+    if isinstance(message, dict) and "from" in message and "role" not in message:
+        role = SHAREGPT.get(str(message["from"]))
+        if role is None:
+            raise InputError(
+                f'{place} is from {message["from"]!r}; write {", ".join(SHAREGPT)}, or "role" and "content"'
+            )
+        message, due = {"role": role, "content": message.get("value")}, '"from" and "value"'
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list):
+        content = "".join(_part(part, place) for part in content)
+        message = message | {"content": content}
+    if content is None and isinstance(message, dict) and message.get("tool_calls"):
+        content = ""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not isinstance(content, str):
+        raise InputError(f"{place} must be an object with the strings {due}")
+    return message
+
+
+def _part(part: Any, place: str) -> str:
+    """The words of one part of a content."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind != "text":
+        found = f"of type {kind!r}" if isinstance(kind, str) else "without a type"
+        raise InputError(f'{place} has a part {found}; only text is trained on: {{"type": "text", "text": "..."}}')
+    if not isinstance(part.get("text"), str):
+        raise InputError(f'{place} has a text part whose "text" is {_kind(part.get("text"))}; write a string')
+    words: str = part["text"]
+    return words
+
+
+def _string(value: Any, key: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise InputError(f'"{key}" is {"empty" if value == "" else _kind(value)}; write a string with something in it')
+    return _whole(value, key)
+
+
+def _whole(text: str, key: str) -> str:
+    """The text, if UTF-8 can write it: JSON's escapes can spell half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise InputError(f'"{key}" has half a character ({half!a}, a lone surrogate); write the whole one') from error
+    return text
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "object", list: "list", str: "string", bool: "truth value", int: "number", float: "number"}
+    return "missing or null" if value is None else names.get(type(value), type(value).__name__)

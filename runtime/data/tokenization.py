@@ -1,0 +1,257 @@
+"""Data to record files: samples are tokenised here, in the parent, and read one by one by the capped child.
+
+The file format is `tightfit.runtime.engine.training.records`'. Labels are shifted: labels[t] is the token that position t must predict. Prompts,
+padding and the step from one text to the next are not predicted. Completions end with the model's end-of-text token,
+conversations with what the chat template ends a turn with; a choice of a question is scored without an end, so that
+choices differ in nothing but their words.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tightfit.profiles.sources.vocabulary import Vocabulary
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.data.preparation import LOOKED_AT, Preparation
+from tightfit.runtime.data.samples import (
+    Completion,
+    Conversation,
+    Message,
+    Prompt,
+    Question,
+    Sample,
+    Text,
+    Tools,
+    data_files,
+    read_samples,
+)
+from tightfit.runtime.engine.training.records import IGNORED, RecordFile, RecordWriter
+
+if TYPE_CHECKING:
+    from tightfit.runtime.data.chat import ChatTemplate, Segment
+
+Purpose = Literal["train", "evaluate"]
+TooLong = Literal["refuse", "truncate"]
+RANDOM = "random"
+RANDOM_RECORDS = 256
+REPORTED_LINES = 20
+
+Tokens = tuple[list[int], list[bool]]
+"""Token ids and, for each, whether it is to be predicted."""
+
+
+def prepare(
+    data: str,
+    vocabulary: Vocabulary | None,
+    directory: Path,
+    *,
+    seq: int,
+    vocab_size: int,
+    purpose: Purpose = "train",
+    too_long: TooLong = "refuse",
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    preparation: Preparation | None = None,
+) -> RecordFile:
+    """Tokenise `data` into ``directory/<purpose>.records`` and open it.
+
+    `data` is a .jsonl or .jsonl.gz file, a directory of them, or ``random`` (tokens drawn from `seed`, for sizing). To train, a
+    question is its right answer; to evaluate, each choice is a record. A sample of more than `seq` positions is refused,
+    or cut: first the front of what is not predicted, then the end. `progress(samples)` is called after each sample. With
+    `preparation` a line may be as long as its budget allows.
+
+    Raises InputError that names every bad line, RunError where the disk is full, CapError where `preparation` does.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{purpose}.records"
+    pad = _pad_token(vocabulary, vocab_size)
+    with RecordWriter(path, seq=seq, pad_token=pad, vocab_size=vocab_size, source=data) as writer:
+        if data == RANDOM:
+            _write_random(writer, seed)
+        elif vocabulary is None:
+            raise InputError(
+                f"{data}: the model has no tokenizer; put tokenizer.json beside its config.json, or use --data random"
+            )
+        else:
+            samples = _Samples(writer, Encoder(vocabulary, vocab_size), purpose, too_long)
+            samples.run(data_files(data), progress, preparation)
+    return RecordFile.open(path)
+
+
+class Encoder:
+    """Text to tokens, as the model was trained to see it."""
+
+    def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None:
+        self.vocabulary = vocabulary
+        self.vocab_size = vocab_size
+        self.begin = vocabulary.token_id(vocabulary.bos_token) if vocabulary.add_bos else None
+        self.end = vocabulary.token_id(vocabulary.eos_token)
+        self._chat: ChatTemplate | None = None
+
+    @property
+    def chat(self) -> ChatTemplate:
+        if self._chat is None:
+            from tightfit.runtime.data.chat import ChatTemplate  # and Jinja, which takes 6 MiB
+
+            self._chat = ChatTemplate(self.vocabulary)
+        return self._chat
+
+    def tokens(self, text: str) -> list[int]:
+        """Tokens of a text from its beginning."""
+        ids: list[int] = self.vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+        if self.begin is not None and ids[:1] != [self.begin]:
+            ids.insert(0, self.begin)
+        return ids
+
+    def segments(self, segments: Iterable[Segment]) -> Tokens:
+        """Tokens of consecutive segments. A token never straddles two: prompts are cut as they are when generating."""
+        text = ""
+        ids: list[int] = []
+        wanted: list[bool] = []
+        for part, predicted in segments:
+            text += part
+            whole = self.tokens(text)
+            if whole[: len(ids)] != ids:
+                whole = ids + list(self.vocabulary.tokenizer.encode(part, add_special_tokens=False).ids)
+            wanted += [predicted] * (len(whole) - len(wanted))
+            ids = whole
+        if ids and max(ids) >= self.vocab_size:
+            raise InputError(
+                f"token {max(ids)} is outside the model's vocabulary of {self.vocab_size}; the tokenizer belongs to another model"
+            )
+        return ids, wanted
+
+    def completion(
+        self, prompt: Prompt, completion: str | Message, *, ended: bool, tools: Tools | None = None
+    ) -> Tokens:
+        """A prompt and what is to follow it, to the end of the turn if `ended`."""
+        if isinstance(prompt, str):
+            assert isinstance(completion, str)
+            ids, wanted = self.segments([(prompt, False), (completion, True)] if prompt else [(completion, True)])
+            if ended and self.end is not None and ids[-1:] != [self.end]:
+                return [*ids, self.end], [*wanted, True]
+            return ids, wanted
+        if ended:
+            return self.segments(self.chat.completion(prompt, completion, tools))
+        assert isinstance(completion, str)
+        asked = self.chat.render(prompt, generation_prompt=True, tools=tools)
+        return self.segments([(asked, False), (completion, True)])
+
+
+class _Samples:
+    """One pass over the data: every sample is tokenised and written, every bad line remembered."""
+
+    def __init__(self, writer: RecordWriter, encoder: Encoder, purpose: Purpose, too_long: TooLong) -> None:
+        self.writer, self.encoder = writer, encoder
+        self.purpose, self.too_long = purpose, too_long
+        self.stream: list[int] = []
+        self.labels: list[int] = []
+        self.example = 0
+        self.bad: list[str] = []
+        self.count_bad = 0
+        self.longest = 0
+        """positions of the longest sample that is not packed into windows"""
+
+    def run(self, files: list[Path], progress: Callable[[int], None] | None, preparation: Preparation | None) -> None:
+        done = 0
+        longest = preparation.longest_line() if preparation else None
+        for file in files:
+            for number, sample in read_samples(file, longest):
+                try:
+                    if isinstance(sample, InputError):
+                        raise sample
+                    self.add(sample)
+                except InputError as error:
+                    self.count_bad += 1
+                    if len(self.bad) < REPORTED_LINES:
+                        self.bad.append(f"{file}:{number}: {error}")
+                done += 1
+                if progress:
+                    progress(done)
+                if preparation and done % LOOKED_AT == 0:
+                    preparation.check("tokenising the data")
+        self.flush(everything=True)
+        if self.bad:
+            more = f"\nand {self.count_bad - len(self.bad)} more" if self.count_bad > len(self.bad) else ""
+            plural = "line" if self.count_bad == 1 else "lines"
+            if self.too_long == "refuse" and self.longest > self.writer.seq:
+                more += f"\n`tightfit profile --seq {self.longest}`, and a plan of that profile, has room for every sample; or shorten them, or run with --truncate"
+            raise InputError(f"{self.count_bad} bad {plural} of {done} in the data:\n" + "\n".join(self.bad) + more)
+        if not self.writer.count:
+            raise InputError(f"{files[0] if len(files) == 1 else files[0].parent}: no samples; the data are empty")
+
+    def add(self, sample: Sample) -> None:
+        """Write one sample's records. Raises InputError saying what is wrong with it."""
+        encoder = self.encoder
+        if isinstance(sample, Text):
+            ids, _ = encoder.segments([(sample.text, True)])
+            self.stream += ids if encoder.end is None else [*ids, encoder.end]
+            self.labels += [*self.stream[len(self.labels) + 1 :], IGNORED]
+            self.flush(everything=False)
+            return
+        if isinstance(sample, Question) and self.purpose == "evaluate":
+            records = [
+                encoder.completion(sample.prompt, choice, ended=False, tools=sample.tools) for choice in sample.choices
+            ]
+            self.longest = max(self.longest, *(len(ids) - 1 for ids, _ in records))
+            shifted = [self.shift(tokens) for tokens in records]
+            for choice, (inputs, labels) in enumerate(shifted):
+                self.writer.add(inputs, labels, example=self.example, choice=choice, answer=choice == sample.answer)
+        else:
+            if isinstance(sample, Question):
+                tokens = encoder.completion(
+                    sample.prompt, sample.choices[sample.answer], ended=True, tools=sample.tools
+                )
+            elif isinstance(sample, Completion):
+                tokens = encoder.completion(sample.prompt, sample.completion, ended=True, tools=sample.tools)
+            else:
+                assert isinstance(sample, Conversation)
+                tokens = encoder.segments(encoder.chat.conversation(sample.messages, tools=sample.tools))
+            inputs, labels = self.shift(tokens)
+            self.writer.add(inputs, labels, example=self.example)
+        self.example += 1
+
+    def shift(self, tokens: Tokens) -> tuple[list[int], list[int]]:
+        """(inputs, labels) of at most `seq` positions. Raises InputError where they are too many and not to be cut."""
+        ids, wanted = tokens
+        seq = self.writer.seq
+        self.longest = max(self.longest, len(ids) - 1)
+        if len(ids) - 1 > seq:
+            if self.too_long == "refuse":
+                raise InputError(f"{len(ids) - 1} positions where the plan has {seq}")
+            front = min(len(ids) - 1 - seq, max(0, wanted.index(True) - 1) if True in wanted else 0)
+            ids, wanted = ids[front : front + seq + 1], wanted[front : front + seq + 1]
+        labels = [token if predicted else IGNORED for token, predicted in zip(ids[1:], wanted[1:], strict=True)]
+        if all(label == IGNORED for label in labels):
+            raise InputError("nothing is left to predict; the sample is empty or cut before its completion")
+        return ids[:-1], labels
+
+    def flush(self, *, everything: bool) -> None:
+        """Write full windows of the text stream, and at the end the rest."""
+        seq = self.writer.seq
+        while len(self.stream) >= seq or (everything and self.stream):
+            inputs, labels = self.stream[:seq], self.labels[:seq]
+            del self.stream[:seq], self.labels[:seq]
+            if any(label != IGNORED for label in labels):
+                self.writer.add(inputs, labels, example=self.example)
+                self.example += 1
+
+
+def _write_random(writer: RecordWriter, seed: int) -> None:
+    generator = random.Random(seed)
+    for example in range(RANDOM_RECORDS):
+        tokens = [generator.randrange(writer.vocab_size) for _ in range(writer.seq + 1)]
+        writer.add(tokens[:-1], tokens[1:], example=example)
+
+
+def _pad_token(vocabulary: Vocabulary | None, vocab_size: int) -> int:
+    """A token to fill rows with; it is never predicted and causal attention never looks at it."""
+    if vocabulary is not None:
+        for token in (vocabulary.pad_token, vocabulary.eos_token):
+            index = vocabulary.token_id(token)
+            if index is not None and index < vocab_size:
+                return index
+    return 0

@@ -1,0 +1,51 @@
+"""One block of memory in which every tensor of a plan lies, at offsets that the plan fixed."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from tightfit.runtime.engine.device.pages import make_pages
+
+ALIGNMENT = 64
+
+
+class Arena:
+    """Anonymous memory, touched as the schedule first uses it and not given back while it runs. The plan counts all of it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._map = make_pages(size, used=True)
+        self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.address = self.bytes.data_ptr()
+        self._flat: dict[str, tuple[Tensor, int]] = {}
+
+    def window(self, dtype: str) -> tuple[Callable[..., Tensor], int]:
+        """`as_strided(size, stride, elements)` of the whole arena as `dtype`, and log2 of the element's bytes."""
+        if dtype not in self._flat:
+            kind: torch.dtype = getattr(torch, dtype)
+            whole = self.bytes[: self.size // kind.itemsize * kind.itemsize]
+            self._flat[dtype] = (whole.view(kind), kind.itemsize.bit_length() - 1)
+        flat, shift = self._flat[dtype]
+        return flat.as_strided, shift
+
+    def tensor(self, at: int, shape: Iterable[int], dtype: str) -> Tensor:
+        """A contiguous tensor at byte offset `at`."""
+        window, shift = self.window(dtype)
+        size = tuple(shape)
+        stride, step = [], 1
+        for length in reversed(size):
+            stride.append(step)
+            step *= max(1, length)
+        return window(size, tuple(reversed(stride)), at >> shift)
+
+    def raw(self, at: int, size: int) -> Tensor:
+        """`size` bytes at offset `at`, uint8."""
+        return self.bytes.narrow(0, at, size)
+
+    def release(self) -> None:
+        """Give all pages back; what was there is zero again."""
+        self._map.madvise(mmap.MADV_DONTNEED)

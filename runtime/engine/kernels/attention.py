@@ -1,0 +1,240 @@
+"""Rotary embedding and causal attention, in float32 whatever the inputs' type, and their gradients.
+
+A block of queries attends to all its keys at once: products of matrices as large as the cache allows, no running maximum, and
+most of what lies in the future of the whole block is left out. PyTorch's own kernel goes by 32 queries and 512 keys, and multiplies
+the future too (256 tokens of bfloat16, 12 heads of 128 columns and 2 of keys, on one Zen 5 core: forward 4.3 ms, backward 7.2;
+this 1.9 and 4.3, with MKL's products, as for float32, 3.3 and 8.3). Scores are in powers of two: PyTorch's `exp` is MKL's, which
+took 4 times as long there as its `exp2`, and 19 times for what is masked. All copies and scores lie in a scratch that the plan
+places.
+
+Shapes: n samples of T tokens, H heads of queries and K of keys of D columns each, H / K heads of queries to each of keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tightfit.runtime.engine.kernels.products import blocks, onednn
+
+LOG2_E = math.log2(math.e)
+TOKENS = 256
+"""tokens of the samples that are worked on together, at least one sample"""
+QUERIES, LEAST_QUERIES = 128, 64
+"""tokens of each sample whose queries attend together, the fewer where the more make above `SCORES`"""
+SCORES = 1 << 20
+"""float32 scores of a block of queries"""
+SHARES, LEAST_KEYS = 4, 128
+"""into which the keys are divided, and how many there are at least in each: a block of queries multiplies those shares whole that
+it sees any of. Each size of a product costs some 0.3 MB of machine code
+"""
+TURNED_ELEMENTS = 1 << 17
+"""float32 elements that are rotated at a time"""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    *,
+    out: Sequence[Tensor],
+) -> None:
+    """Rotary embedding (half-split pairs) and causal attention.
+
+    q [n * T, H * D], k and v [n * T, K * D]; cos, sin float32 [T, D / 2]; mask float32 [T, T] is added to the scores instead of
+    the causal mask. out: y like q, the base-2 logarithms of the sums of softmax float32 [n, H, T], and `attention_scratch` that
+    nobody reads: as an output it lies where the plan puts it. Rotated q and k are made again in backward rather than saved.
+    """
+    y, lse, scratch = out
+    for step in _steps(scratch, q, cos.shape[0], heads, kv_heads):
+        rows = step.tokens
+        keys, values = step.whole(k[rows], (cos, sin)), step.whole(v[rows])
+        queries, attended = step.block(), step.block()
+        scores = step.scores()
+        for part in step.parts():
+            own = step.copied(q[rows], queries, part, (cos, sin)).mul_(scale * LOG2_E)
+            made = step.scored(own, keys, scores, mask, part)
+            maximum = made.amax(-1, keepdim=True)
+            total = made.sub_(maximum).exp2_().sum(-1, keepdim=True)
+            result = step.of(attended, part)
+            torch.bmm(made, values[:, : made.shape[2]], out=result)
+            step.grouped(y[rows], part).copy_(step.apart(result.div_(total)))
+            sums = step.sums(lse, part)
+            sums.copy_(maximum.add_(total.log2_()).view_as(sums))
+
+
+def attention_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
+    heads: int, kv_heads: int, scale: float, *, out: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """out: d q, d k, d v, shaped like q, k, v, and `attention_scratch`."""
+    dq, dk, dv, scratch = out
+    seq = cos.shape[0]
+    for step in _steps(scratch, q, seq, heads, kv_heads):
+        rows = step.tokens
+        keys, values = step.whole(k[rows], (cos, sin)), step.whole(v[rows])
+        key_gradients, value_gradients = step.whole(), step.whole()
+        buffers = [step.block() for _ in range(3)]
+        first, second = step.scores(), step.scores()
+        for part in step.parts():
+            own = step.copied(q[rows], buffers[0], part, (cos, sin)).mul_(scale * LOG2_E)
+            upstream = step.copied(dy[rows], buffers[1], part)
+            result = step.copied(y[rows], buffers[2], part)
+            # Each row of softmax's gradient less its mean under the attention: Dao et al. 2022, "FlashAttention".
+            mean = result.mul_(upstream).sum(-1, keepdim=True)
+            made = step.scored(own, keys, first, mask, part)
+            made.sub_(step.sums(lse, part).reshape(mean.shape)).exp2_()
+            seen = made.shape[2]
+            value_gradients[:, :seen].baddbmm_(made.transpose(1, 2), upstream)
+            weight = second[: made.numel()].view(made.shape)
+            torch.bmm(upstream, values[:, :seen].transpose(1, 2), out=weight)
+            weight.sub_(mean).mul_(made)
+            key_gradients[:, :seen].baddbmm_(weight.transpose(1, 2), own)
+            torch.bmm(weight, keys[:, :seen], out=result)
+            turned = step.apart(result.mul_(scale))
+            _rotate(turned, cos[part], -sin[part])
+            step.grouped(dq[rows], part).copy_(turned)
+        key_gradients.mul_(1 / LOG2_E)  # `own` was that much too large
+        every = slice(0, seq)
+        for target, gradient, turns in ((dk, key_gradients, True), (dv, value_gradients, False)):
+            wide = gradient.view(-1, kv_heads, 1, seq, gradient.shape[-1])
+            if turns:
+                _rotate(wide, cos, -sin)
+            step.grouped(target[rows], every, kv_heads).copy_(wide)
+
+
+def attention_scratch(
+    tokens: int, seq: int, heads: int, queries: int, keys: int, *, backward: bool = False
+) -> tuple[int, int]:
+    """Rows and columns of the scratch of `attention`, or of its backward, for `queries` and `keys` columns of q and k: what
+    `_Step` takes, one row per sample of a call.
+    """
+    part = _queries(seq, heads)
+    whole, block, scores = (4, 3, 2) if backward else (2, 2, 1)
+    columns = whole * seq * keys + block * part * queries + scores * heads * part * seq
+    return min(tokens // seq, _together(seq)), columns
+
+
+def _together(seq: int) -> int:
+    """Samples worked on at a time, few enough that the float32 copies stay small."""
+    return max(1, TOKENS // seq)
+
+
+def _queries(seq: int, heads: int) -> int:
+    """Tokens of each sample whose queries attend together."""
+    fits = QUERIES * heads * seq * _together(seq) <= SCORES
+    return min(seq, QUERIES if fits else LEAST_QUERIES)
+
+
+def _steps(scratch: Tensor, q: Tensor, seq: int, heads: int, kv_heads: int) -> Iterator[_Step]:
+    """A few samples at a time; products of narrow tensors by what is fastest."""
+    with onednn(q.dtype):
+        for samples in blocks(q.shape[0] // seq, _together(seq)):
+            yield _Step(scratch, samples, seq, heads, kv_heads, q.shape[1] // heads)
+
+
+class _Step:
+    """Some samples, their tensors head by head in a block of scratch."""
+
+    def __init__(self, scratch: Tensor, samples: slice, seq: int, heads: int, kv_heads: int, width: int) -> None:
+        self.rest = scratch.view(-1)
+        self.samples = samples
+        self.tokens = slice(samples.start * seq, samples.stop * seq)
+        self.count, self.seq, self.width = samples.stop - samples.start, seq, width
+        self.heads, self.kv_heads = heads, kv_heads
+        self.rows = _queries(seq, heads)
+        self.future = torch.full((self.rows, self.rows), -math.inf).triu_(1)
+
+    def parts(self) -> Iterator[slice]:
+        """Blocks of each sample's tokens."""
+        return blocks(self.seq, self.rows)
+
+    def _room(self, elements: int) -> Tensor:
+        own, self.rest = self.rest[:elements], self.rest[elements:]
+        return own
+
+    def whole(self, x: Tensor | None = None, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """float32 [n * K, T, D] of keys or values [n * T, K * D], rotated where tables are given; zeros of none."""
+        shape = self.count * self.kv_heads, self.seq, self.width
+        own = self._room(math.prod(shape)).view(shape)
+        if x is None:
+            return own.zero_()
+        wide = own.view(self.count, self.kv_heads, 1, self.seq, self.width)
+        wide.copy_(self.grouped(x, slice(0, self.seq), self.kv_heads))
+        if tables is not None:
+            _rotate(wide, *tables)
+        return own
+
+    def block(self) -> Tensor:
+        """Room for a block of queries, or of what is like them."""
+        return self._room(self.count * self.heads * self.rows * self.width)
+
+    def scores(self) -> Tensor:
+        """Room for a block's scores."""
+        return self._room(self.count * self.heads * self.rows * self.seq)
+
+    def of(self, room: Tensor, part: slice) -> Tensor:
+        """[n * K, H / K * part, D] in the room of a block."""
+        rows = self.heads // self.kv_heads * (part.stop - part.start)
+        shape = self.count * self.kv_heads, rows, self.width
+        return room[: math.prod(shape)].view(shape)
+
+    def apart(self, x: Tensor) -> Tensor:
+        """The same as [n, K, H / K, part, D]."""
+        group = self.heads // self.kv_heads
+        return x.view(self.count, self.kv_heads, group, x.shape[1] // group, self.width)
+
+    def copied(self, x: Tensor, room: Tensor, part: slice, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """float32 [n * K, H / K * part, D] of these tokens of [n * T, H * D], rotated where tables are given."""
+        own = self.of(room, part)
+        wide = self.apart(own).copy_(self.grouped(x, part))
+        if tables is not None:
+            _rotate(wide, tables[0][part], tables[1][part])
+        return own
+
+    def grouped(self, x: Tensor, part: slice, heads: int | None = None) -> Tensor:
+        """[n * T, heads * D] as [n, K, heads / K, part, D]."""
+        group = (heads or self.heads) // self.kv_heads
+        return x.view(self.count, self.seq, self.kv_heads, group, self.width)[:, part].permute(0, 2, 3, 1, 4)
+
+    def sums(self, lse: Tensor, part: slice) -> Tensor:
+        """Of [n, H, T], as [n, K, H / K, part]."""
+        grouped = lse[self.samples].view(self.count, self.kv_heads, self.heads // self.kv_heads, self.seq)
+        return grouped[..., part]
+
+    def scored(self, queries: Tensor, keys: Tensor, room: Tensor, mask: Tensor | None, part: slice) -> Tensor:
+        """Masked scores [n * K, H / K * part, keys] in `room`; with the causal mask of not many more keys than the part sees."""
+        step = max(LEAST_KEYS, -(-self.seq // SHARES)) if mask is None else self.seq
+        seen = min(self.seq, -(-part.stop // step) * step)
+        shape = *queries.shape[:2], seen
+        scores = room[: math.prod(shape)].view(shape)
+        torch.bmm(queries, keys[:, :seen].transpose(1, 2), out=scores)
+        count = part.stop - part.start
+        heads = scores.view(-1, count, seen)
+        if mask is None:
+            heads[:, :, part].add_(self.future[:count, :count])
+            heads[:, :, part.stop :].fill_(-math.inf)
+        else:
+            heads.add_(mask[part], alpha=LOG2_E)
+        return scores
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn the half-split pairs of float32 [n, K, H / K, t, D] by the tables' angles [t, D / 2], in place."""
+    half = cos.shape[1]
+    step = max(1, TURNED_ELEMENTS // max(1, x[..., :1, :].numel()))
+    for rows in blocks(x.shape[3], step):
+        first, second = x[..., rows, :half], x[..., rows, half:]
+        c, s = cos[rows], sin[rows]
+        before = first.clone()
+        first.mul_(c).addcmul_(second, s, value=-1.0)
+        second.mul_(c).addcmul_(before, s)

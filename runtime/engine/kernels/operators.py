@@ -1,0 +1,296 @@
+"""The fused operators of a decoder, as the runtime executes them: `OPERATORS[target](*args, out=(...))`.
+
+Every operator writes into the storages it is given and walks its rows in blocks that stay in cache, so that it touches
+memory once and needs a small, fixed workspace. float32 inside, rounded once on the way out; gates and the scale of
+embeddings, which multiply in the tensors' type, round twice. Matrix products are those of `tightfit.runtime.engine.kernels.products`.
+`tightfit.profiles.tracing.torch_ops` makes the same functions known to torch with their backward, so that a traced graph names them.
+
+Shapes: T = batch * seq flat tokens, H = hidden size, I and O = inputs and outputs of a projection, R = rank of its LoRA
+pair, V = rows of one slice of the loss head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.kernels import products
+from tightfit.runtime.engine.kernels.attention import LOG2_E, attention, attention_backward
+from tightfit.runtime.engine.kernels.products import blocks, multiply
+
+aten = torch.ops.aten
+
+BLOCK_ELEMENTS = 1 << 18  # float32 elements per block: 1 MiB. In halves of it gates and norms take a sixth longer.
+HEAD_ROWS = 256  # tokens per block of the loss head: bounds its workspace whatever the batch
+GELU = 2 * math.sqrt(2 / math.pi)
+GELU_CUBE = 0.044715 * GELU
+GELU_BUFFERS = 3
+STATE_COLUMNS = 3  # running maximum, running sum, logit of the label
+
+
+def _blocks(rows: int, columns: int) -> Iterator[slice]:
+    return blocks(rows, max(1, BLOCK_ELEMENTS // max(1, columns)))
+
+
+def _buffered(count: int, rows: int, columns: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Blocks of rows, each with `count` float32 buffers of its shape.
+
+    One allocation for all: buffers that come and go by turns leave holes in the heap that the next operator's do not find.
+    """
+    parts = list(_blocks(rows, columns))
+    buffers = torch.empty(count, parts[0].stop if parts else 0, columns, dtype=torch.float32)
+    for part in parts:
+        yield part, buffers[:, : part.stop - part.start].unbind()
+
+
+def copy(x: Tensor, *, out: Sequence[Tensor]) -> None:
+    """x in the layout of out."""
+    out[0].copy_(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, *, out: Sequence[Tensor]) -> None:
+    """y = x / rms(x) * weight (or 1 + weight, as Gemma stores it). x [T, H], weight float32 [H]; out: y [T, H], rstd float32 [T, 1]."""
+    y, rstd = out
+    scale = weight.float() + 1.0 if unit_offset else weight.float()
+    for rows, (wide, square) in _buffered(2, *x.shape):
+        wide.copy_(x[rows])
+        torch.rsqrt(torch.square(wide, out=square).mean(-1, keepdim=True).add_(eps), out=rstd[rows])
+        y[rows].copy_(wide.mul_(rstd[rows]).mul_(scale))
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool, *, out: Sequence[Tensor]
+) -> None:
+    """dx = rstd * (g - n * mean(g * n)), with g = dy * weight and n = x * rstd. The weight is frozen."""
+    (dx,) = out
+    scale = weight.float() + 1.0 if unit_offset else weight.float()
+    for rows, (normed, wide, product) in _buffered(3, *x.shape):
+        normed.copy_(x[rows]).mul_(rstd[rows])
+        wide.copy_(dy[rows]).mul_(scale)
+        mean = torch.mul(wide, normed, out=product).mean(-1, keepdim=True)
+        dx[rows].copy_(wide.addcmul_(normed, mean, value=-1.0).mul_(rstd[rows]))
+
+
+def lora_down(x: Tensor, a: Tensor, *, out: Sequence[Tensor]) -> None:
+    """low = x @ A.T. x [T, I], A float32 [R, I]; out [T, R]. Source of the pair: Hu et al. 2021, "LoRA"."""
+    multiply((x, a.t(), 1.0), out=out[0])
+
+
+def projection(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float, *, out: Sequence[Tensor]
+) -> None:
+    """y = x @ W.T (+ bias) + scale * low @ B.T. x [T, I], W [O, I], bias [O], low [T, R], B float32 [O, R]; out [T, O]."""
+    (y,) = out
+    multiply((x, weight.t(), 1.0), (low, b.t(), scale), out=y, addend=bias)
+
+
+def lora_backward(dy: Tensor, x: Tensor, low: Tensor, b: Tensor, scale: float, *, out: Sequence[Tensor]) -> None:
+    """out: d low [T, R], d A float32 [R, I], d B float32 [O, R] of `projection` and `lora_down`."""
+    dlow, da, db = out
+    multiply((dy, b, scale), out=dlow)
+    multiply((dlow.t(), x, 1.0), out=da)
+    # Half the time of dy.T @ low: the wide side is not turned.
+    multiply((low.t(), dy, scale), out=db.t())
+
+
+def projection_backward(
+    dy: Tensor, weight: Tensor, dlow: Tensor, a: Tensor, addend: Tensor | None, *, out: Sequence[Tensor]
+) -> None:
+    """dx = dy @ W + d low @ A (+ addend: what other uses of x add to its gradient). out [T, I]."""
+    (dx,) = out
+    multiply((dy, weight, 1.0), (dlow, a, 1.0), out=dx, addend=addend)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str, *, out: Sequence[Tensor]) -> None:
+    """y = activation(gate) * up; all [T, F]. activation: silu or gelu_tanh."""
+    (y,) = out
+    for rows, buffers in _buffered(0 if activation == "silu" else GELU_BUFFERS, *gate.shape):
+        if activation == "silu":
+            aten.silu.out(gate[rows], out=y[rows])
+        else:
+            _gelu(gate[rows], y[rows], None, *buffers)
+        y[rows].mul_(up[rows])
+
+
+def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, *, out: Sequence[Tensor]) -> None:
+    """out: d gate, d up; all [T, F]."""
+    dgate, dup = out
+    for rows, buffers in _buffered(0 if activation == "silu" else GELU_BUFFERS, *gate.shape):
+        torch.mul(dy[rows], up[rows], out=dgate[rows])
+        if activation == "silu":
+            aten.silu.out(gate[rows], out=dup[rows])
+            aten.silu_backward.grad_input(dgate[rows], gate[rows], grad_input=dgate[rows])
+        else:
+            _gelu(gate[rows], dup[rows], dgate[rows], *buffers)
+        dup[rows].mul_(dy[rows])
+
+
+def _gelu(x: Tensor, out: Tensor, gradient: Tensor | None, wide: Tensor, square: Tensor, share: Tensor) -> None:
+    """out = gelu_tanh(x) = x * s, with s = sigmoid(z) = (1 + tanh(z / 2)) / 2 and z = x * (GELU + GELU_CUBE * x * x).
+
+    A `gradient`, which is that of out, becomes that of x.
+
+    PyTorch's own goes by its hyperbolic tangent, which takes four times as long as its sigmoid.
+    """
+    wide.copy_(x)
+    torch.square(wide, out=square)
+    torch.mul(square, GELU_CUBE, out=share).add_(GELU).mul_(wide).sigmoid_()
+    out.copy_(wide.mul_(share))
+    if gradient is not None:
+        # d (x s) = s + x s (1 - s) z', with z' = GELU + 3 * GELU_CUBE * x * x.
+        slope = square.mul_(3 * GELU_CUBE).add_(GELU).mul_(wide)
+        slope.addcmul_(slope, share, value=-1.0).add_(share)
+        gradient.copy_(slope.mul_(wide.copy_(gradient)))
+
+
+def embed_rows(weight: Any, ids: Tensor, scale: float, *, out: Sequence[Tensor], store: Any = None) -> None:
+    """Rows of a table for ids [T], times scale. out [T, H]. Raises InputError for ids below 0.
+
+    With a store, `weight` is the tensor's name in it and rows are read from disk.
+    """
+    (y,) = out
+    wanted = ids.reshape(-1)
+    least = int(wanted.min()) if wanted.numel() else 0
+    if least < 0:
+        raise InputError(
+            f"the input ids hold {least}, and no token is below 0: what is to be ignored is marked in the labels, input is padded"
+            " with a token"
+        )
+    _gather(weight, wanted, y, store)
+    if scale != 1.0:
+        y.mul_(scale)
+
+
+def head_rows(weight: Any, labels: Tensor, *, out: Sequence[Tensor], store: Any = None) -> None:
+    """The head's row of every label, row 0 for those below 0, which ask for nothing. labels [T], out [T, H]; `store` as above."""
+    _gather(weight, labels.reshape(-1).clamp(min=0), out[0], store)
+
+
+def _gather(weight: Any, rows: Tensor, out: Tensor, store: Any) -> None:
+    if store is None:
+        torch.index_select(weight, 0, rows, out=out)
+    else:
+        store.gather_rows(weight, rows, out)
+
+
+def head_begin(hidden: Tensor, gradient: bool = True, *, out: Sequence[Tensor]) -> None:
+    """The empty state of the loss head: float32 [T, 3 + H] = maximum, sum, label's logit, sum of exp * row.
+
+    Without `gradient` [T, 3]: the last, which only the gradient is made of, is left out.
+    """
+    (state,) = out
+    state.zero_()
+    state[:, 0].fill_(-math.inf)
+
+
+def head_chunk(
+    state: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    start: int,
+    rounded: bool = True,
+    *,
+    out: Sequence[Tensor],
+) -> None:
+    """Fold one vocabulary slice into the state: softmax over a streamed vocabulary, as attention streams its keys.
+
+    state as `head_begin` makes it; where it has no room for the sum of exp * row, the product that adds to that sum is left
+    out, and the rest is the same to the bit. hidden [T, H], weight [V, H] = rows start .. start + V of the head, labels
+    int64 [T] or [batch, seq]. `rounded`: a bfloat16 weight is multiplied in bfloat16, where the processor does that.
+    out: the new state, and scratch for a block of tokens that nobody reads: `head_scratch(T)` x V in the weight's type (one
+    row unless `rounded`) and in float32. As outputs they lie where the plan puts them; on the heap they would stay resident
+    for the rest of the step. Source of the running rescale: Milakov and Gimelshein 2018, "Online normalizer calculation
+    for softmax".
+    """
+    new, narrow, wide = out
+    single = weight.dtype is torch.float32
+    apart = rounded and not single and products.narrow(weight.dtype)
+    product = multiply if apart or single else products.multiply_wide
+    flat = labels.reshape(-1)
+    for rows in blocks(hidden.shape[0], HEAD_ROWS):
+        count = rows.stop - rows.start
+        old, fresh, logits = state[rows], new[rows], wide[:count]
+        scores = narrow[:count] if apart else logits
+        product((hidden[rows], weight.t(), 1.0), out=scores)
+        if apart:
+            logits.copy_(scores)
+        index = flat[rows] - start
+        inside = (index >= 0) & (index < weight.shape[0])
+        index = index.clamp_(0, weight.shape[0] - 1)
+        fresh[:, 2] = torch.where(inside, logits.gather(1, index[:, None])[:, 0], old[:, 2])
+        maximum = torch.maximum(old[:, 0], logits.amax(1))
+        # Powers of two: see `tightfit.runtime.engine.kernels.attention`.
+        shrink = torch.exp2((old[:, 0] - maximum).mul_(LOG2_E))
+        logits.sub_(maximum[:, None]).mul_(LOG2_E).exp2_()
+        fresh[:, 0] = maximum
+        fresh[:, 1] = torch.addcmul(logits.sum(1), old[:, 1], shrink)
+        if state.shape[1] == STATE_COLUMNS:
+            continue
+        accumulated = fresh[:, STATE_COLUMNS:]
+        torch.mul(old[:, STATE_COLUMNS:], shrink[:, None], out=accumulated)
+        if apart or single:
+            added = torch.mm(scores.copy_(logits) if apart else scores, weight)
+            for part in _blocks(*added.shape):
+                accumulated[part].add_(added[part])
+            del added  # before the next is made
+        else:
+            product((logits, weight, 1.0), out=accumulated, addend=accumulated)
+
+
+def head_scratch(tokens: int) -> int:
+    """Rows of the scratch of `head_chunk`."""
+    return min(tokens, HEAD_ROWS)
+
+
+def head_finish(state: Tensor, rows: Tensor, labels: Tensor, *, out: Sequence[Tensor]) -> None:
+    """out: loss float32 [] (mean over labelled tokens), token losses float32 [T] (0 where unlabelled), d loss / d hidden [T, H].
+
+    rows [T, H] are of `head_rows`.
+    """
+    loss, token_losses, dhidden = out
+    labelled, count = _mean_loss(state, labels, loss, token_losses)
+    weight = labelled.float().div_(count)
+    for part, (block,) in _buffered(1, *dhidden.shape):
+        torch.div(state[part, STATE_COLUMNS:], state[part, 1, None], out=block)
+        dhidden[part].copy_(block.sub_(rows[part]).mul_(weight[part, None]))
+
+
+def head_mean(state: Tensor, labels: Tensor, *, out: Sequence[Tensor]) -> None:
+    """The first two results of `head_finish`, from a state with or without what the gradient is made of."""
+    _mean_loss(state, labels, *out)
+
+
+def _mean_loss(state: Tensor, labels: Tensor, loss: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Fills the losses; which tokens are labelled, and how many, at least one."""
+    labelled = labels.reshape(-1) >= 0
+    count = labelled.sum().clamp_(min=1)
+    token_losses.copy_(torch.where(labelled, state[:, 0] + state[:, 1].log() - state[:, 2], 0.0))
+    loss.copy_(token_losses.sum() / count)
+    return labelled, count
+
+
+OPERATORS: dict[str, Callable[..., None]] = {
+    "tightfit.copy": copy,
+    "tightfit.rms_norm": rms_norm,
+    "tightfit.rms_norm_backward": rms_norm_backward,
+    "tightfit.lora_down": lora_down,
+    "tightfit.projection": projection,
+    "tightfit.lora_backward": lora_backward,
+    "tightfit.projection_backward": projection_backward,
+    "tightfit.attention": attention,
+    "tightfit.attention_backward": attention_backward,
+    "tightfit.gated": gated,
+    "tightfit.gated_backward": gated_backward,
+    "tightfit.embed_rows": embed_rows,
+    "tightfit.head_rows": head_rows,
+    "tightfit.head_begin": head_begin,
+    "tightfit.head_chunk": head_chunk,
+    "tightfit.head_finish": head_finish,
+    "tightfit.head_mean": head_mean,
+}

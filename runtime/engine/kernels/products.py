@@ -1,0 +1,183 @@
+"""Matrix products of the fused operators: in the tensors' own type where the processor multiplies it, otherwise in float32.
+
+Without instructions for bfloat16, PyTorch's products of such tensors take five to 170 times as long as float32's (on two
+Zen 3 cores 256 x 896 x 4864 took 119 ms forward and 2.6 s backward; in float32 26 and 15 ms). There a block at a time is
+made wide, multiplied, and rounded once: about the speed of float32 in the memory of bfloat16. (Not measured: processors
+with AVX-512 and without its bfloat16.)
+
+Also imported by the budgeted process, which runs these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tightfit.runtime.common.processor import NARROW
+from tightfit.runtime.engine.device.pages import make_pages
+
+aten = torch.ops.aten
+
+WIDE_ELEMENTS = 1 << 19  # float32 elements of each operand's block and of their product's: 2 MiB
+Term = tuple[Tensor, Tensor, float]
+"""(left [M, K], right [K, N], scale): scale * left @ right"""
+
+
+def narrow(dtype: torch.dtype) -> bool:
+    """Whether products of tensors of this type are made in it."""
+    return dtype is torch.float32 or NARROW
+
+
+def multiply(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:
+    """out [M, N] = the sum of the terms (+ addend [M, N] or [N]).
+
+    In the tensors' own type an `addend` needs an out that is contiguous and of the first left operand's type.
+    """
+    if narrow(terms[0][0].dtype) and narrow(terms[0][1].dtype):
+        _multiply_narrow(terms, out, addend)
+    else:
+        multiply_wide(*terms, out=out, addend=addend)
+
+
+def _multiply_narrow(terms: tuple[Term, ...], out: Tensor, addend: Tensor | None) -> None:
+    (left, right, scale), *others = (_rounded(term) for term in terms)
+    made = out
+    if addend is not None:
+        aten.addmm.out(addend.to(left.dtype), left, right, alpha=scale, out=out)
+    elif out.dtype is left.dtype and out.is_contiguous():
+        torch.mm(left, right, out=out)
+    else:
+        made = torch.mm(left, right)
+    if addend is None and scale != 1.0:
+        made.mul_(scale)
+    for left, right, scale in others:
+        made.addmm_(left, right, alpha=scale)
+    if made is not out:
+        out.copy_(made)
+
+
+def _rounded(term: Term) -> Term:
+    """A term whose right side, a factor of a LoRA pair, is in its left's type: the long side contiguous, the scale inside where that is exact.
+
+    oneDNN makes a program of more than half a megabyte for every shape, layout and scale that it meets, and keeps it: so the
+    factors of a pair, and forward and backward, share theirs.
+    """
+    left, right, scale = term
+    if right.dtype is left.dtype:
+        return term
+    tall = right.shape[0] > right.shape[1]
+    rounded = (right.t() if tall else right).to(left.dtype, memory_format=torch.contiguous_format)
+    if scale != 1.0 and math.frexp(scale)[0] == 0.5:
+        rounded, scale = rounded.mul_(scale), 1.0
+    return left, rounded.t() if tall else rounded, scale
+
+
+@contextlib.contextmanager
+def onednn(dtype: torch.dtype) -> Iterator[None]:
+    """PyTorch's float32 products made by oneDNN, for operands that were made from tensors of `dtype`, if that is bfloat16 and this
+    processor multiplies it.
+
+    They may then be rounded to bfloat16, which oneDNN does where that is faster: with AMX, not without (errors of 1e-6 on Zen
+    5, at twice the speed of MKL, which knows the AVX-512 of other makers' processors not). The setting is the process's: one
+    thread at a time.
+    """
+    if dtype is not torch.bfloat16 or not NARROW:
+        yield
+        return
+    before = torch._C._get_fp32_precision_getter("mkldnn", "matmul")
+    # What `torch.backends.mkldnn.matmul.fp32_precision` sets: the lean process does without that module.
+    torch._C._set_fp32_precision_setter("mkldnn", "matmul", "bf16")
+    try:
+        yield
+    finally:
+        torch._C._set_fp32_precision_setter("mkldnn", "matmul", before)
+
+
+def multiply_wide(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:
+    """The same in float32 on any processor, rounded once where `out` is narrower."""
+    rows, columns = out.shape
+    row_step, column_step, inner_step = _steps(rows, terms[0][0].shape[1], columns)
+    operands = [(_Wide(f"left {number}"), _Wide(f"right {number}")) for number in range(len(terms))]
+    for r in blocks(rows, row_step):
+        for c in blocks(columns, column_step):
+            shape = r.stop - r.start, c.stop - c.start
+            total = _rooms.room("sum", shape[0] * shape[1]).view(shape)
+            if not terms[0][0].shape[1]:
+                total.zero_()
+            for number, (left, right, scale) in enumerate(terms):
+                for k in blocks(left.shape[1], inner_step):
+                    # One block of columns, or one of inner elements: either way a left block is made wide once.
+                    a = operands[number][0].block(left, r, k)
+                    b = operands[number][1].block(right, k, c)
+                    if number or k.start:
+                        total.addmm_(a, b, alpha=scale)
+                    else:
+                        torch.mm(a, b, out=total)
+                        if scale != 1.0:
+                            total.mul_(scale)
+            if addend is not None:
+                total.add_(addend[c] if addend.dim() == 1 else addend[r, c])
+            out[r, c].copy_(total)
+
+
+class _Rooms(threading.local):
+    """Memory for blocks, the same for every product of a thread: taken from the heap for each it would leave holes there."""
+
+    def __init__(self) -> None:
+        self.rooms: dict[str, Tensor] = {}
+
+    def room(self, name: str, elements: int) -> Tensor:
+        """Its first `elements`."""
+        if elements > WIDE_ELEMENTS:
+            return torch.empty(elements, dtype=torch.float32)
+        if name not in self.rooms or self.rooms[name].numel() < elements:
+            self.rooms[name] = torch.frombuffer(make_pages(4 * WIDE_ELEMENTS), dtype=torch.float32)
+        return self.rooms[name][:elements]
+
+
+_rooms = _Rooms()
+
+
+class _Wide:
+    """One block of an operand in float32."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.made: tuple[slice, slice] | None = None
+        self.tensor: Tensor
+
+    def block(self, tensor: Tensor, rows: slice, columns: slice) -> Tensor:
+        """That of these rows and columns, in the tensor's own order of elements."""
+        if self.made != (rows, columns):
+            self.made, self.tensor = (rows, columns), tensor[rows, columns]
+            if tensor.dtype is not torch.float32:
+                turned = self.tensor.stride(0) < self.tensor.stride(1)
+                narrow = self.tensor.t() if turned else self.tensor
+                wide = _rooms.room(self.name, narrow.numel()).view(narrow.shape).copy_(narrow)
+                self.tensor = wide.t() if turned else wide
+        return self.tensor
+
+
+def _steps(rows: int, inner: int, columns: int) -> tuple[int, int, int]:
+    """Rows, columns and inner elements of a block. The shorter of the last two stays whole."""
+    inner, columns = max(1, inner), max(1, columns)
+    whole = min(inner, columns)
+    row_step = _even(rows, max(1, WIDE_ELEMENTS // whole))
+    step = max(1, WIDE_ELEMENTS // max(whole, row_step))
+    return (row_step, _even(columns, step), inner) if inner <= columns else (row_step, columns, _even(inner, step))
+
+
+def _even(length: int, most: int) -> int:
+    """The length of equal blocks of at most `most`."""
+    return -(-length // -(-length // most)) if length > most else max(1, length)
+
+
+def blocks(length: int, step: int) -> Iterator[slice]:
+    """All of `length`, `step` at a time; the last may be shorter."""
+    for start in range(0, length, step):
+        yield slice(start, min(length, start + step))

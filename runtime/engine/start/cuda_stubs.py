@@ -1,0 +1,169 @@
+"""Stub libraries in the place of CUDA's: a lean process computes on the CPU, and loading what it never calls costs it 113 MiB.
+
+PyTorch's default builds for Linux link hundreds of megabytes of CUDA libraries into `torch._C`, whose relocated tables stay in memory. The
+dynamic linker takes a library that is loaded already for any of the same name (SONAME); so tiny libraries of those names are
+loaded first. What PyTorch's own libraries ask of CUDA's is defined by them too, as far as symbols go: data are zero, and a function that is
+called all the same ends the process. Made once per installed PyTorch into the cache; where that cannot be, CUDA's own are
+loaded. The floor is measured in the same way, so that predictions hold either way.
+
+Also imported by the budgeted process: the standard library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+from contextlib import suppress
+from pathlib import Path
+
+from tightfit.runtime.common import machine_code
+from tightfit.runtime.common.errors import RunError
+from tightfit.runtime.common.interpreter import command, python_path
+
+VARIABLE = "TIGHTFIT_CUDA_STUBS"
+"""Folder of the stub libraries; empty: do without."""
+SYMBOLS = "libtightfit_cuda_symbols.so"
+"""The stub that defines symbols; those of CUDA's names need it, so that every other library is searched first."""
+CUDA = ("libtorch_cuda", "libtorch_nvshmem", "libc10_cuda", "libcu", "libnv", "libnccl")
+"""How names of the libraries begin."""
+REFERENCES = ("_ZN4c10d15get_gil_checkerEv",)
+"""Functions that return a reference to a variable, and are called while PyTorch's libraries are loaded (the only one, from 2.9 to 2.14)."""
+LIBRARY = "libtorch_python.so"
+"""It needs all the others."""
+JUDGED_SECONDS = 120
+
+
+def load() -> None:
+    """Load the stubs that the environment names, before PyTorch. Raises RunError where they are gone."""
+    folder = os.environ.get(VARIABLE, "")
+    if not folder:
+        return
+    try:
+        for path in sorted(Path(folder).iterdir(), key=lambda path: path.name != SYMBOLS):
+            ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RunError(f"{folder} is gone or damaged; the cache was cleaned meanwhile, try again") from error
+
+
+def in_use() -> bool:
+    """Whether this process was told to use stubs."""
+    return bool(os.environ.get(VARIABLE))
+
+
+def folder(cache: Path) -> str:
+    """Where the stubs for the installed PyTorch are in `cache`, made now if need be; empty where none are needed or they do not serve."""
+    if os.environ.get(VARIABLE) is not None:
+        return os.environ[VARIABLE]
+    import subprocess
+
+    libraries = _libraries()
+    if libraries is None or not any(path.name.startswith(CUDA) for path in libraries.glob("lib*")):
+        return ""
+    if platform.machine() != "x86_64":
+        return ""  # stubs are made for x86-64 alone
+    place = machine_code.folder(cache) / f"cuda-stubs-{_key(libraries)}"
+    if not place.is_dir():
+        # A read-only cache, a process that hangs: the work is done without. Or another process was first.
+        with suppress(OSError, ValueError, subprocess.SubprocessError):
+            _build(libraries, place)
+    return str(place) if place.is_dir() and any(place.iterdir()) else ""
+
+
+def _libraries() -> Path | None:
+    spec = importlib.util.find_spec("torch")
+    return Path(spec.submodule_search_locations[0]) / "lib" if spec and spec.submodule_search_locations else None
+
+
+def _key(libraries: Path) -> str:
+    """sha256 of what is installed where, and of how stubs are made."""
+    import hashlib
+
+    parts = [str(libraries), *(Path(__file__).with_name(name).read_text() for name in ("cuda_stubs.py", "elf.py"))]
+    for path in sorted(libraries.glob("lib*.so*")):
+        parts += [path.name, str(path.stat().st_size), str(path.stat().st_mtime_ns)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _build(libraries: Path, place: Path) -> None:
+    """Make the stubs; where a fresh process cannot load PyTorch's libraries with them, an empty folder. Raises OSError, ValueError and SubprocessError."""
+    import tempfile
+
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+        made = Path(scratch) / place.name
+        made.mkdir()
+        for name, content in stubs(libraries).items():
+            (made / name).write_bytes(content)
+        if not _serve(made):
+            for path in made.iterdir():
+                path.unlink()
+        made.rename(place)
+
+
+def stubs(libraries: Path) -> dict[str, bytes]:
+    """File names and contents for the PyTorch in this folder. Raises OSError, and ValueError where they cannot be made."""
+    from tightfit.runtime.engine.start.elf import SharedObject, read_shared_object, stub_library
+
+    ours: dict[str, SharedObject] = {}
+    replaced: set[str] = set()
+    waiting = [LIBRARY, "libtorch_global_deps.so"]
+    while waiting:
+        name = waiting.pop()
+        if name.startswith(CUDA):
+            replaced.add(name)
+        elif name not in ours and (libraries / name).exists():
+            ours[name] = read_shared_object(libraries / name)
+            waiting += ours[name].needed
+    system = (ctypes.CDLL(None), ctypes.CDLL("libstdc++.so.6"))
+    missing = set().union(*(library.undefined for library in ours.values()))
+    missing -= set().union(*(library.defined for library in ours.values()))
+    symbols = sorted(name for name in missing if not any(_defines(library, name) for library in system))
+    symbol_stub = stub_library(SYMBOLS, needed=("libstdc++.so.6",), symbols=symbols, references=REFERENCES)
+    return {SYMBOLS: symbol_stub, **{name: stub_library(name, needed=(SYMBOLS,)) for name in sorted(replaced)}}
+
+
+class _Place(ctypes.Structure):
+    """``Dl_info`` of dlfcn.h."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def _defines(library: ctypes.CDLL, name: str) -> bool:
+    """Whether a symbol is found there, and not in one of CUDA's libraries, which this process may have loaded with all of PyTorch."""
+    try:
+        address = ctypes.cast(getattr(library, name), ctypes.c_void_p)
+    except AttributeError:
+        return False
+    place = _Place()
+    known = ctypes.CDLL(None).dladdr(address, ctypes.byref(place))
+    return not (known and place.file and os.path.basename(os.fsdecode(place.file)).startswith(CUDA))
+
+
+def _serve(folder: Path) -> bool:
+    """Whether a fresh process loads PyTorch's libraries with these stubs: one that crashes takes nothing with it."""
+    import subprocess
+
+    environment = {**os.environ, VARIABLE: str(folder), "PYTHONPATH": python_path()}
+    done = subprocess.run(
+        command("tightfit.runtime.engine.start.cuda_stubs"),
+        check=False,
+        capture_output=True,
+        timeout=JUDGED_SECONDS,
+        env=environment,
+    )
+    return done.returncode == 0
+
+
+if __name__ == "__main__":
+    load()
+    found = _libraries()
+    assert found is not None
+    ctypes.CDLL(str(found / LIBRARY))
+    os._exit(0)

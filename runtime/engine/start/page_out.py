@@ -1,0 +1,172 @@
+"""What PyTorch's start leaves in memory and a step hardly reads lies in a file while a lean process runs (``page_out.c``): 56 MiB less.
+
+The file has no name and is given back when the process ends, however it does. Where there is no C compiler, or the cache is no
+folder on a disk that takes files, all stays in memory; the floor is measured in the same way, so that predictions hold either way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tightfit.runtime.common import machine_code
+from tightfit.runtime.common.errors import RunError
+from tightfit.runtime.common.files import nameless_file, takes_files
+
+VARIABLE = "TIGHTFIT_COLD"
+"""Path of the library, beside which the file is made; empty: all stays in memory."""
+SOURCE = Path(__file__).with_name("page_out.c")
+FLAGS = ("-O2", "-Wl,-z,now")  # a signal's handler may not wait for the dynamic linker, which it may have interrupted
+START_BYTES = 60 << 20
+"""Resident, from which on the start's memory is moved: the less, the longer the start takes (0.4 s more with this, 1 s with 30 MiB);
+getting kernels ready takes as much afterwards."""
+LOOK_MICROSECONDS = 250
+JUDGED_BLOCKS = 16384
+"""of 2 KB"""
+
+
+def library(cache: Path) -> str:
+    """Path of the judged library in `cache`, built now if need be; empty where it would not help or cannot be used."""
+    if os.environ.get(VARIABLE) is not None:
+        return os.environ[VARIABLE]
+    if not takes_files(machine_code.folder(cache)):
+        return ""
+    return machine_code.library(SOURCE, FLAGS, cache, "tightfit.runtime.engine.start.page_out", {VARIABLE: ""})
+
+
+def in_use() -> bool:
+    """Whether this process was told to."""
+    return bool(os.environ.get(VARIABLE))
+
+
+@contextmanager
+def moving() -> Iterator[None]:
+    """Move the heap while the block runs and once more at its end. The process must have one thread until then.
+
+    Raises RunError where the disk does not take it; the block's own errors come first.
+    """
+    path = os.environ.get(VARIABLE, "")
+    if not path:
+        yield
+        return
+    folder = str(Path(path).parent)
+    try:
+        descriptor = nameless_file(folder)
+    except OSError as error:
+        raise _refused(folder, error.errno or 0) from error
+    try:
+        mover = _load(path, folder)
+        if failure := mover.begin(_heap(), descriptor, START_BYTES):
+            raise _refused(folder, failure)
+        try:
+            yield
+        finally:
+            failure = mover.end()
+        if failure:
+            raise _refused(folder, failure)
+        _moved.append(mover)
+    finally:
+        os.close(descriptor)
+
+
+def release() -> None:
+    """Give back pages of the file that have only been read since it was made. Where nothing was moved there are none."""
+    for mover in _moved:
+        mover.release()
+
+
+class _Mover:
+    def __init__(self, path: str) -> None:
+        found = ctypes.CDLL(path)
+        self._begin, self._end, self.release = (
+            found.tightfit_cold_begin,
+            found.tightfit_cold_end,
+            found.tightfit_cold_release,
+        )
+        self.release.restype = None
+        self._begin.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+
+    def begin(self, heap: int, descriptor: int, most: int) -> int:
+        """0 or an errno."""
+        return int(self._begin(heap, descriptor, most, LOOK_MICROSECONDS))
+
+    def end(self) -> int:
+        """0, an errno, or -1 where the process has a second thread."""
+        return int(self._end())
+
+
+_moved: list[_Mover] = []
+
+
+def _load(path: str, folder: str) -> _Mover:
+    try:
+        return _Mover(path)
+    except (OSError, AttributeError) as error:
+        raise RunError(f"{path} is gone or damaged; {folder} was cleaned meanwhile, try again") from error
+
+
+def _heap() -> int:
+    """The first address of the heap."""
+    with Path("/proc/self/maps").open("rb") as file:
+        return next(int(line.partition(b"-")[0], 16) for line in file if line.endswith(b"[heap]\n"))
+
+
+def _refused(folder: str, failure: int) -> RunError:
+    what = "what PyTorch's start leaves cannot be moved to a file"
+    if failure < 0:
+        return RunError(
+            f"{what}: the process has a second thread; set {VARIABLE}= and profile again to keep it in memory"
+        )
+    way = f"name another cache with TIGHTFIT_CACHE, or set {VARIABLE}= and profile again to keep it in memory"
+    if failure in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        way = f"free 65 MB there, or {way}"
+    return RunError(f"{what} in {folder}: {os.strerror(failure)}; {way}")
+
+
+def judge(path: str) -> list[str]:
+    """Whether what lies in the heap stays as it was, is written while it moves, and is in memory no more."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    blocks: list[int] = []
+    texts: list[bytes] = []
+
+    def fill(turn: int, *, more: int = 0, of: int = JUDGED_BLOCKS) -> None:
+        blocks.extend(libc.malloc(ctypes.c_size_t(2000)) for _ in range(more))
+        texts[:of] = [b"%6d,%6d" % (number, turn) for number in range(len(blocks[:of]))]
+        for block, text in zip(blocks, texts[:of]):
+            ctypes.memmove(block, text, 13)
+
+    def kept() -> bool:
+        return all(ctypes.string_at(block, 13) == text for block, text in zip(blocks, texts))
+
+    before = _resident()
+    fill(0, more=JUDGED_BLOCKS // 2)
+    mover = _Mover(path)
+    descriptor = nameless_file(str(Path(path).parent))
+    failure = mover.begin(_heap(), descriptor, _resident() - JUDGED_BLOCKS * 500)
+    fill(1)
+    fill(2, more=JUDGED_BLOCKS // 2)
+    failure = mover.end() or failure
+    os.close(descriptor)
+    more = _resident() - before
+    same = kept()
+    fill(3, of=JUDGED_BLOCKS // 2)  # the rest has only been read
+    mover.release()
+    return ["heap"] if not failure and same and kept() and more < JUDGED_BLOCKS * 500 else []
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(json.dumps(judge(sys.argv[1])))
+    except (OSError, StopIteration):  # a cache that nothing may be run from, an allocator without a heap
+        sys.stdout.write("[]")

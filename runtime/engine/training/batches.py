@@ -1,0 +1,198 @@
+"""Batches for the lean process: token records of a decoder, or whole batches of any other module.
+
+A batch file of a module: a JSON header padded to `HEADER_BYTES` (`format`, `version`, `count`, `tensors`: [dtype, shape]
+each, `record_bytes`, `fingerprint` of all batches), then the batches, each a crc32 and the bytes of its tensors in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.engine.training.records import Record, RecordFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "tightfit-batches"
+VERSION = 2
+HEADER_BYTES = 1 << 16
+CHECKSUM_BYTES = 4
+
+
+class TrainingBatches(Protocol):
+    """What steps are made of."""
+
+    fingerprint: str
+
+    def training(self, step: int, inputs: Sequence[Tensor]) -> int | None:
+        """Fill `inputs` with the batch of training step `step`, counted from 0.
+
+        Returns how many tokens it has, padding left out; None where nobody knows.
+        """
+
+    def close(self) -> None: ...
+
+
+class Batches(TrainingBatches, Protocol):
+    def evaluation_count(self, inputs: Sequence[Tensor]) -> int: ...
+
+    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[Record]: ...
+
+
+class TokenBatches:
+    """`tightfit.runtime.engine.training.records` as batches; `inputs` are input_ids and labels, int64 [batch, seq]."""
+
+    def __init__(self, path: str, seed: int) -> None:
+        self._records = RecordFile.open(path)
+        self._seed = seed
+        self.fingerprint = self._records.fingerprint
+
+    def training(self, step: int, inputs: Sequence[Tensor]) -> int:
+        return sum(record.length for record in self._records.training_batch(step, self._seed, inputs[0], inputs[1]))
+
+    def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
+        return -(-len(self._records) // inputs[0].shape[0])
+
+    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[Record]:
+        return self._records.evaluation_batch(number, inputs[0], inputs[1])
+
+    def close(self) -> None:
+        self._records.close()
+
+
+class TensorBatches:
+    """A batch file; training goes through it in order, again and again."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}; prepare the data again") from error
+        self._header = _header(path, os.pread(self._descriptor, HEADER_BYTES, 0))
+        self.count: int = self._header["count"]
+        self.fingerprint: str = self._header["fingerprint"]
+        expected = HEADER_BYTES + self.count * self._header["record_bytes"]
+        if os.fstat(self._descriptor).st_size != expected:
+            raise InputError(
+                f"{path}: {os.fstat(self._descriptor).st_size} bytes where {expected} are expected; prepare the data again"
+            )
+
+    def training(self, step: int, inputs: Sequence[Tensor]) -> None:
+        self._fill(step % self.count, inputs)
+
+    def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
+        return self.count
+
+    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[Record]:
+        self._fill(number, inputs)
+        return []
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _fill(self, number: int, inputs: Sequence[Tensor]) -> None:
+        offset, checksum = HEADER_BYTES + number * self._header["record_bytes"], 0
+        expected = int.from_bytes(os.pread(self._descriptor, CHECKSUM_BYTES, offset), "little")
+        offset += CHECKSUM_BYTES
+        for tensor in inputs:
+            size = tensor.numel() * tensor.element_size()
+            if not size:
+                continue  # at address 0, at which zlib begins anew
+            view = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
+            if os.preadv(self._descriptor, [view], offset) != size:
+                raise InputError(f"{self.path}: truncated in batch {number}; prepare the data again")
+            checksum = zlib.crc32(view, checksum)
+            offset += size
+        if checksum != expected:
+            raise InputError(f"{self.path}: batch {number} is damaged (checksum differs); prepare the data again")
+
+
+def open_batches(path: str, seed: int) -> Batches:
+    """Open a record file or a batch file. Raises InputError where it is neither."""
+    try:
+        with open(path, "rb") as file:
+            tensors = FORMAT.encode() in file.read(256)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; prepare the data again") from error
+    return TensorBatches(path) if tensors else TokenBatches(path, seed)
+
+
+def write_batches(path: str, batches: Iterable[Sequence[Tensor]]) -> str:
+    """Write a batch file; every batch has the same shapes and dtypes. Returns `path`.
+
+    One batch is in memory at a time. Raises InputError for batches that differ or where there are none, RunError where the disk refuses.
+    """
+    shapes: list[list[Any]] = []
+    checksums: list[int] = []
+    record_bytes = 0
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        with _on_disk(path), open(temporary, "wb") as file:
+            file.write(b" " * HEADER_BYTES)
+        for number, batch in enumerate(batches):
+            tensors = [t.detach().contiguous() for t in batch]
+            found = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
+            if number and found != shapes:
+                raise InputError(
+                    f"batch {number} has tensors {found}, batch 0 has {shapes}; all batches must have one shape"
+                )
+            shapes = found
+            data = b"".join(map(_bytes, tensors))
+            checksums.append(zlib.crc32(data))
+            record_bytes = CHECKSUM_BYTES + len(data)
+            with _on_disk(path), open(temporary, "ab") as file:
+                file.write(checksums[-1].to_bytes(CHECKSUM_BYTES, "little") + data)
+        if not checksums:
+            raise InputError("no batch to train on; give at least one")
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "count": len(checksums),
+            "tensors": shapes,
+            "record_bytes": record_bytes,
+            "fingerprint": f"{zlib.crc32(json.dumps([shapes, checksums]).encode()):08x}",
+        }
+        text = json.dumps(header).encode()
+        if len(text) > HEADER_BYTES:
+            raise InputError(f"batches of {len(shapes)} tensors do not fit a batch file; give fewer in one batch")
+        with _on_disk(path), open(temporary, "r+b") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return path
+
+
+@contextlib.contextmanager
+def _on_disk(path: str) -> Iterator[None]:
+    """What the disk refuses is a RunError; what whoever makes the batches raises is not."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; free some space and start again") from error
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    size = tensor.numel() * tensor.element_size()
+    return ctypes.string_at(tensor.data_ptr(), size) if size else b""
+
+
+def _header(path: str, data: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(data)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged header; prepare the data again") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT or header.get("version") != VERSION:
+        raise InputError(f"{path}: not a batch file of this version; prepare the data again")
+    return header

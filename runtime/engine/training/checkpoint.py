@@ -1,0 +1,132 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+``checkpoint-N/`` holds the trained tensors (as an adapter that PEFT loads, or in a module's ``model.safetensors``),
+``optimizer.safetensors`` (Adam's two moments of each, and the gradients summed so far where an update takes several steps)
+and ``state.json`` (with the result of the evaluation before the first step, and how many labels those sums are over). It is written under another name, forced to disk and renamed, so that a directory with this name is always
+whole. Training order is a function of the step number (`tightfit.runtime.engine.training.records`), so that no other state exists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.files import sync_directory
+from tightfit.runtime.common.run_folder import find_checkpoints, way_on
+
+STEP_BY_STEP = "given step by step"
+"""what a checkpoint says of its data where a training loop of one's own asked for the steps"""
+STATE = "state.json"
+VERSION = 1
+OPERATORS = "operators"
+"""the condition that names their version: with another one results differ in their last bits, whatever the shapes"""
+UNSAID_OPERATORS = 6
+"""the version that checkpoints are of which name none: the last before it was written down"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    path: str
+    step: int
+    state: dict[str, Any]
+
+
+def load_latest(directory: str, expected: Mapping[str, Any], data: str = "this run has") -> Found:
+    """The newest checkpoint in `directory`. Raises InputError where there is none or it was made under other conditions.
+
+    `data` names the data of this run.
+    """
+    found = find_checkpoints(directory)
+    if not found:
+        raise InputError(
+            f"{directory} holds no checkpoint to resume from; give --overwrite in place of --resume to start from the beginning"
+        )
+    step, path = found[-1]
+    try:
+        with open(os.path.join(path, STATE), encoding="utf-8") as file:
+            state = json.load(file)
+        if not isinstance(state, dict) or state["version"] != VERSION or state["step"] != step:
+            raise ValueError
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}/{STATE} is missing or damaged; remove this checkpoint and resume from the one before"
+        ) from error
+    made = {OPERATORS: UNSAID_OPERATORS} | state["conditions"]
+    for key, value in expected.items():
+        if made.get(key) != value:
+            told = _difference(key, made.get(key), value)
+            same = "the tightfit that began the run" if key == OPERATORS else "the same"
+            if key == "data":
+                told = f"with other data than {data}"
+                if STEP_BY_STEP in (made.get(key), value):
+                    whose = "`run`" if value == STEP_BY_STEP else "a Session"
+                    told, same = f"by {whose}", f"{whose}, on the same data,"
+            raise InputError(f"{path} was made {told}; resume with {same} or start a new output directory")
+    return Found(path=path, step=step, state=state)
+
+
+def _difference(key: str, was: Any, now: Any) -> str:
+    if key == OPERATORS:
+        return f"by another version of tightfit's operators ({was}, this one has {now}), which may round otherwise"
+    if key == "graph":  # a hash
+        return "by another version of tightfit or for another model: the operators of its steps differ"
+    if key == "weights":  # hashes
+        return "with other weights"
+    if key == "steps of an update":  # none is said where each step is one
+        return f"with {was or 1} step{'s' * bool(was)} to an update, this run has {now or 1}"
+    if isinstance(was, dict) and isinstance(now, dict):
+        differ = [f"{name} {was[name]!r}, now {now[name]!r}" for name in was if name in now and was[name] != now[name]]
+        return f"with another {key}: {'; '.join(differ)}"
+    return f"with {key} {was!r}, this run has {now!r}"
+
+
+def save(
+    directory: str, step: int, conditions: Mapping[str, Any], fill: Callable[[str], dict[str, Any]], keep: int
+) -> str:
+    """Write ``checkpoint-<step>``: `fill(path)` writes its files and returns entries of its state. Returns the path.
+
+    Keeps the newest `keep`. Raises RunError where the disk refuses; the checkpoints before are then intact.
+    """
+    import shutil  # with its compressors 1 MiB, which the supervisor of a run does without
+
+    path = os.path.join(directory, f"checkpoint-{step}")
+    partial = os.path.join(directory, f".checkpoint-{step}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+        state = {"version": VERSION, "step": step, "conditions": dict(conditions), **fill(partial)}
+        write_json(os.path.join(partial, STATE), state)
+        sync_directory(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+        sync_directory(directory)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        found = find_checkpoints(directory)
+        last = f"the last good checkpoint is {found[-1][1]}" if found else "there is no earlier checkpoint"
+        raise RunError(
+            f"saving {path} failed: {error.strerror}; {last}; free disk space and {way_on(directory)}"
+        ) from error
+    for _, old in find_checkpoints(directory)[: -max(1, keep)]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def write_json(path: str, content: Any) -> None:
+    """Write and fsync a JSON file."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def partial_directories(directory: str) -> Iterator[str]:
+    """Left behind by a killed process."""
+    for name in os.listdir(directory):
+        if name.startswith(".checkpoint-") and name.endswith(".partial"):
+            yield os.path.join(directory, name)

@@ -1,0 +1,303 @@
+"""Carries out a schedule over the arena, from top to bottom: nothing is decided here.
+
+Numbers do not depend on the plan: an operator sees the same shapes, strides and 64-byte alignment wherever its tensors
+lie, and transfers change no bits.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tightfit.runtime.engine.device.arena import Arena
+from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.meter import Meter
+from tightfit.runtime.engine.device.spill import SpillFile
+from tightfit.runtime.engine.kernels.compiled import CompiledOperator, compile_operator
+from tightfit.runtime.engine.kernels.optimizer import Perturbation, Update
+from tightfit.runtime.engine.training.job import (
+    CODES,
+    FETCH,
+    FREE,
+    LOSS,
+    PASS,
+    PERTURB,
+    READ,
+    RUN,
+    SPILL,
+    UNIT,
+    UNPACK,
+    UPDATE,
+    Job,
+    program_values,
+)
+from tightfit.runtime.engine.training.job_tables import Trainable, Weight
+from tightfit.runtime.engine.weights.store import Store
+
+__all__ = ["CompiledOperator", "Executor", "compile_operator"]
+
+
+class BoundOperator:
+    """A compiled operator with its windows on the arena precomputed; tensors are indices into a layer's table."""
+
+    __slots__ = ("call", "gathers", "inputs", "name", "partial", "reads", "writes")
+
+    def __init__(
+        self,
+        operator: dict[str, Any],
+        values: dict[str, dict[str, Any]],
+        local: dict[str, int],
+        arena: Arena,
+        store: Store | None,
+    ) -> None:
+        compiled = compile_operator(operator, values)
+        self.call = compiled.call
+        self.name = compiled.name
+        self.reads = []
+        for container, key, operand in compiled.slots:
+            window, shift = arena.window(values[operand["value"]]["dtype"])
+            where = (
+                local[operand["value"]],
+                window,
+                shift,
+                tuple(operand["size"]),
+                tuple(operand["stride"]),
+                operand.get("offset", 0),
+            )
+            self.reads.append((container, key, *where))
+        self.partial = compiled.partial
+        self.inputs = tuple(dict.fromkeys(read[2] for read in self.reads))
+        self.writes: list[
+            tuple[int, Callable[..., Tensor], int, tuple[int, ...], tuple[int, ...], torch.dtype] | None
+        ] = []
+        for name in operator["outputs"]:
+            if name is not None:
+                value = values[name]
+                window, shift = arena.window(value["dtype"])
+                self.writes.append(
+                    (
+                        local[name],
+                        window,
+                        shift,
+                        tuple(value["shape"]),
+                        tuple(value["stride"]),
+                        getattr(torch, value["dtype"]),
+                    )
+                )
+            else:
+                self.writes.append(None)
+        self.gathers = [(container, key, local[operand["value"]]) for container, key, operand in compiled.gathers]
+        if self.gathers:
+            compiled.kwargs["store"] = store
+
+
+def bind(program: dict[str, Any], arena: Arena, store: Store | None) -> list[BoundOperator]:
+    """The operators of a program as the job holds it."""
+    values = program_values(program)
+    local = {name: index for index, name in enumerate(values)}
+    return [BoundOperator(operator, values, local, arena, store) for operator in program["operators"]]
+
+
+class Executor:
+    """`execute` runs one phase. `seconds` sums wall time by instruction kind, plus "stall": waiting for the disk."""
+
+    def __init__(
+        self,
+        job: Job,
+        arena: Arena,
+        store: Store | None,
+        spill: SpillFile,
+        channel: Channel,
+        update: Update | Perturbation,
+        meter: Meter,
+        weights: Sequence[Weight],
+        trainables: Sequence[Trainable],
+    ) -> None:
+        header = job.header
+        self.arena, self.store, self.spill, self.channel, self.update, self.meter = (
+            arena,
+            store,
+            spill,
+            channel,
+            update,
+            meter,
+        )
+        self.sizes, self.extents = job.sizes, job.extents
+        self.where = job.where
+        """Byte offset of every tensor in the arena, while it is there."""
+        ends = [*job.starts[1:], len(job.tables)]
+        self.tables = [job.tables[start:end] for start, end in zip(job.starts, ends)]
+        del job.tables[:]
+        # Bound, they are of no more use and as large as what is bound.
+        self.programs = [bind(program, arena, store) for program in header.pop("programs")]
+        self.layers = [self.programs[index] for index in header["layer_programs"]]
+        self.gathered = dict(header["gathered"])
+        self.weights, self.trainables = weights, trainables
+        self.loss_number, self.token_losses = header["loss"], header["token_losses"]
+        self.arriving: dict[int, int] = {}
+        self.leaving: dict[int, int] = {}
+        """Tickets of tensors on their way in (reads and fetches) and out (spills)."""
+        self.seconds = dict.fromkeys((*CODES, "stall"), 0.0)
+        self.detail: dict[str, list[float]] | None = None
+        """Calls and seconds by operator, "unpack" and "update", of steps for which a dict stands here."""
+        self.forwards: list[float] = []
+        self.losses: Tensor | None = None
+        self.between_forwards: Callable[[], object] = lambda: None
+        """Called after every forward."""
+
+    @property
+    def loss(self) -> float:
+        """The mean over the forwards of the last step."""
+        return sum(self.forwards) / len(self.forwards)
+
+    def execute(self, words: array[int], begin: int = 0, end: int | None = None, cycles: int = 0) -> None:
+        """Run the step or evaluation batch in words [begin, end), after `cycles` whole cycles of steps.
+
+        Afterwards `forwards` holds the loss of every forward and `losses` a copy of the token losses. Raises what a
+        transfer raised (RunError, InputError) and CapError where the resident set passes the cap.
+        """
+        where, sizes, arriving, leaving = self.where, self.sizes, self.arriving, self.leaving
+        spent = [0.0] * len(CODES)
+        clock, check = time.perf_counter, self.meter.check
+        self.seconds["stall"] = 0.0
+        self.forwards.clear()
+        place, index, length = begin, 0, len(words) if end is None else end
+        before = clock()
+        while place < length:
+            code = words[place]
+            if code == RUN:
+                layer = words[place + 1]
+                operator, table = self.layers[layer][words[place + 2]], self.tables[layer]
+                if arriving:
+                    for local in operator.inputs:
+                        if table[local] in arriving:
+                            self._arrive(table[local])
+                for container, key, local, window, shift, size, stride, offset in operator.reads:
+                    container[key] = window(size, stride, (where[table[local]] >> shift) + offset)
+                for container, key, local in operator.gathers:
+                    container[key] = self.gathered[table[local]]
+                place += 4
+                outputs: list[Tensor | None] = []
+                for write in operator.writes:
+                    at = words[place] * UNIT
+                    place += 1
+                    if write is None:
+                        outputs.append(None)
+                    elif at < 0:  # unused here, but some kernels write it all the same
+                        outputs.append(
+                            None if operator.partial else torch.empty_strided(write[3], write[4], dtype=write[5])
+                        )
+                    else:
+                        local, window, shift, size, stride, _ = write
+                        where[table[local]] = at
+                        outputs.append(window(size, stride, at >> shift))
+                if self.detail is None:
+                    operator.call(outputs)
+                else:
+                    self._timed(operator.name, operator.call, outputs)
+                outputs.clear()
+            elif code == FREE:
+                number = words[place + 1]
+                if number in leaving:
+                    self._wait(leaving.pop(number))
+                if number in arriving:
+                    self._arrive(number)
+                place += 2
+            elif code == READ:
+                weight = self.weights[words[place + 1]]
+                number, at = words[place + 2], words[place + 3] * UNIT
+                where[number] = at
+                packed = self.arena.raw(at, weight.packed_bytes)
+                arriving[number] = self.channel.submit(self.store.read_into, weight.name, packed)  # type: ignore[union-attr]
+                place += 4
+            elif code == UNPACK:
+                weight = self.weights[words[place + 1]]
+                number, source, at = words[place + 2], words[place + 3], words[place + 4] * UNIT
+                if source in arriving:
+                    self._arrive(source)
+                where[number] = at
+                packed = self.arena.raw(where[source], weight.packed_bytes)
+                made = self.arena.tensor(at, weight.shape, weight.dtype)
+                self._call("unpack", self.store.unpack, weight.name, packed, made)  # type: ignore[union-attr]
+                place += 5
+            elif code == UPDATE:
+                self._update(words[place + 1], cycles * words[place + 2] + words[place + 3])
+                place += 4
+            elif code == PERTURB:
+                trainable = self.trainables[words[place + 1]]
+                parameter = self.arena.tensor(where[trainable.value.number], trainable.shape, "float32")
+                assert isinstance(self.update, Perturbation)
+                self._call("perturb", self.update.shift, trainable.name, parameter, words[place + 2])
+                place += 3
+            elif code == PASS:
+                where[words[place + 2]] = where[words[place + 1]]
+                place += 3
+            elif code == SPILL:
+                number = words[place + 1]
+                leaving[number] = self.channel.submit(
+                    self.spill.write, self.arena.address + where[number], sizes[number], self.extents[number]
+                )
+                place += 2
+            elif code == FETCH:
+                number, at = words[place + 1], words[place + 2] * UNIT
+                where[number] = at
+                arriving[number] = self.channel.submit(
+                    self.spill.read, self.arena.address + at, sizes[number], self.extents[number]
+                )
+                place += 3
+            elif code == LOSS:
+                self.forwards.append(self.arena.tensor(where[self.loss_number], (), "float32").item())
+                self.between_forwards()
+                place += 1
+            else:
+                number, shape = self.token_losses
+                self.losses = self.arena.tensor(where[number], shape, "float32").clone()
+                place += 1
+            after = clock()
+            spent[code] += after - before
+            before = after
+            check(index)
+            if code < LOSS:
+                index += 1
+        for name, value in zip(CODES, spent):
+            self.seconds[name] = value
+
+    def _update(self, trainable: int, count: int) -> None:
+        """Update number `count` of a trainable, once everything that it reads has landed."""
+        one = self.trainables[trainable]
+        if isinstance(self.update, Perturbation):
+            parameter = self.arena.tensor(self.where[one.value.number], one.shape, "float32")
+            self._call("update", self.update.apply, one.name, parameter, *self.forwards)
+            return
+        for number in one.numbers:
+            if number in self.arriving:
+                self._arrive(number)
+        tensors = (self.arena.tensor(self.where[number], one.shape, "float32") for number in one.numbers)
+        self._call("update", self.update.apply, count, *tensors)
+
+    def _call(self, name: str, call: Callable[..., object], *arguments: Any) -> None:
+        if self.detail is None:
+            call(*arguments)
+        else:
+            self._timed(name, call, *arguments)
+
+    def _timed(self, name: str, call: Callable[..., object], *arguments: Any) -> None:
+        assert self.detail is not None
+        before = time.perf_counter()
+        call(*arguments)
+        entry = self.detail.setdefault(name, [0, 0.0])
+        entry[0] += 1
+        entry[1] += time.perf_counter() - before
+
+    def _arrive(self, number: int) -> None:
+        self._wait(self.arriving.pop(number))
+
+    def _wait(self, ticket: int) -> None:
+        before = time.perf_counter()
+        self.channel.wait(ticket)
+        self.seconds["stall"] += time.perf_counter() - before

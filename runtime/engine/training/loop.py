@@ -1,0 +1,294 @@
+"""The loop of a run: evaluate, train, save, evaluate. Sends what happens to the parent and keeps ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.files import sync_directory, write_all
+from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.resident import memory
+from tightfit.runtime.engine.start.kernel_warmup import settle, tidy
+from tightfit.runtime.engine.training import checkpoint
+from tightfit.runtime.engine.training.batches import open_batches
+from tightfit.runtime.engine.training.job import Job
+from tightfit.runtime.engine.training.session_protocol import EVALUATE, FINISH, STEP, Gone, Requests
+from tightfit.runtime.engine.training.trainer import Training
+
+Send = Callable[..., None]
+INTERRUPTED = 4
+
+
+def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) -> int:
+    """Carry out a job; returns the exit code. `stopping` tells between steps whether to save and end."""
+    one = _Run(job, channel, send, stopping)
+    try:
+        one.begin()
+        for step in one.steps():
+            one.take(step)
+        one.evaluate("after")
+    except (_Stopped, Gone):
+        one.interrupted()
+        return INTERRUPTED
+    one.finish()
+    return 0
+
+
+class _Run:
+    def __init__(self, job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) -> None:
+        header = job.header
+        self.header, self.send, self.stopping = header, send, stopping
+        self.out: str = header["out"]
+        self.training = Training(job, channel, self.out)
+        batches = self.training.batches
+        self.requests = batches if isinstance(batches, Requests) else None
+        """whether steps are asked for one by one"""
+        self.conditions = {**header["conditions"], "data": batches.fingerprint}
+        self.held_out = _fingerprint(header)
+        self.found = checkpoint.load_latest(self.out, self.conditions) if header["resume"] else None
+        self.done = self.found.step if self.found else 0
+        self.path = self.found.path if self.found else ""
+        """of the latest checkpoint"""
+        self.saved = self.done if self.found else -1
+        """the step that it was made after"""
+        self.before = _evaluated_before(self.found.state) if self.found else {}
+        """the first evaluation"""
+        self.peaks: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Load, go on where an earlier run was, and evaluate before the first step."""
+        training, found, send = self.training, self.found, self.send
+        # Data that were not evaluated before step 1 are, by a resumed run, with the model as it was then.
+        begun = self.done > 0 and (self.held_out is None or self.before.get("data") == self.held_out)
+        if found:
+            send("resumed", step=self.done, checkpoint=found.path)
+        if found and begun:
+            training.load_state(found.path, found.state)
+            if self.held_out is not None:
+                send("evaluated", when="before", data=self.held_out, **self.before["result"])
+        else:
+            training.initialise()
+        self.metrics = Metrics(os.path.join(self.out, "metrics.jsonl"), self.done)
+        settle()
+        self.peaks["load"] = training.meter.check_peak()
+        send(
+            "loaded",
+            step=self.done,
+            peak_bytes=self.peaks["load"],
+            resident_bytes=memory().resident,
+            spill_bytes=self.header["spill_bytes"],
+        )
+        if not begun:
+            self.evaluate("before")
+            if found:
+                training.load_state(found.path, found.state)
+        # The first step that is like those after it, and of several that make an update the last.
+        later = -(-(self.done + 3) // self.header["accumulate"]) * self.header["accumulate"]
+        self.watched = {self.done + 1: "first", min(self.header["steps"] or later, later): "later"}
+
+    def steps(self) -> Iterator[int]:
+        """Numbers of the steps to take."""
+        if self.requests:
+            self.requests.stopping = self.stopping
+            yield from self._asked(self.requests)
+            if self.saved != self.done:
+                self._save()
+        else:
+            yield from range(self.done + 1, self.header["steps"] + 1)
+
+    def _asked(self, requests: Requests) -> Iterator[int]:
+        """Steps as they are asked for, and what else is."""
+        while request := requests.next():
+            if request.kind == FINISH:
+                return
+            if request.kind == STEP:
+                self.training.set_rate(request.lr)
+                yield self.done + 1
+            elif request.kind == EVALUATE:
+                loss = self.training.loss()
+                tidy()
+                self.peaks["evaluate"] = self.training.meter.check_peak()
+                self.send("loss", loss=loss, peak_bytes=self.peaks["evaluate"])
+            elif self.saved == self.done:
+                self.send("checkpoint", step=self.done, path=self.path)
+            else:
+                self._save()
+        raise Gone
+
+    def take(self, step: int) -> None:
+        _step(self.training, step, self.watched.get(step), self.metrics, self.peaks, self.send)
+        every, last = self.header["checkpoint_every"], step == self.header["steps"]
+        self.done = step
+        if last or (every and step % every == 0):
+            self._save()
+        if self.stopping() and not last:
+            raise _Stopped
+
+    def evaluate(self, when: str) -> None:
+        """On the held-out data, where there are any."""
+        if not self.header["evaluation"]:
+            return
+
+        def evaluating(batch: int, batches: int) -> None:
+            self.send("evaluating", when=when, done=batch, total=batches)
+            if self.stopping():
+                raise _Stopped
+
+        result = self.training.evaluate(self.header["evaluation"], evaluating)
+        self.peaks[f"evaluate {when}"] = self.training.meter.check_peak()
+        settle()
+        if when == "before":
+            self.before.update(data=self.held_out, result=result, answers="right")
+        self.send("evaluated", when=when, data=self.held_out, **result, peak_bytes=self.peaks[f"evaluate {when}"])
+
+    def _save(self) -> None:
+        def fill(path: str) -> dict[str, Any]:
+            return {"evaluated before": self.before, **self.training.save_state(path)}
+
+        self.path = checkpoint.save(self.out, self.done, self.conditions, fill, self.header["keep_checkpoints"])
+        self.saved = self.done
+        self.peaks["checkpoint"] = self.training.meter.check_peak()
+        settle()  # code that only saving needs
+        self.send("checkpoint", step=self.done, path=self.path, peak_bytes=self.peaks["checkpoint"])
+
+    def interrupted(self) -> None:
+        if self.saved != self.done and not (
+            self.requests and self.done == 0
+        ):  # a loop that ends at once is begun again
+            self._save()
+        self.send("interrupted", step=self.done, checkpoint=self.path)
+        self.training.close()
+
+    def finish(self) -> None:
+        trained = os.path.join(self.out, "adapter" if self.header["lora"] else "model")
+        self.send("saved", path=_save_trained(self.training, trained))
+        self.training.close()
+        self.send("done", peak_bytes=self.training.meter.check_peak(), peaks=self.peaks)
+
+
+def _evaluated_before(state: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint has of the first evaluation, but for a loss of questions that older versions mixed with wrong answers."""
+    before: dict[str, Any] = state.get("evaluated before", {})
+    comparable = not before or before["result"]["accuracy"] is None or before.get("answers") == "right"
+    return before if comparable else {}
+
+
+def _fingerprint(header: dict[str, Any]) -> str | None:
+    """Of the data to evaluate on."""
+    if not header["evaluation"]:
+        return None
+    batches = open_batches(header["evaluation"], header["seed"])
+    batches.close()
+    return batches.fingerprint
+
+
+class _Stopped(Exception):  # noqa: N818  not an error
+    """A signal asked to save and end."""
+
+
+def _step(
+    training: Training, step: int, watched: str | None, metrics: Metrics, peaks: dict[str, int], send: Send
+) -> None:
+    """One step, measured; with a timeline under the name `watched`."""
+    detailed = watched == "later" and training.header["profile_step"]
+    if watched:
+        training.meter.watch(training.header["expected_seconds"])
+    if detailed:
+        training.executor.detail = {}
+    before = time.perf_counter()
+    loss = training.step(step)
+    seconds = time.perf_counter() - before
+    tidy()
+    if watched:
+        send("timeline", which=watched, samples=training.meter.stop())
+    if detailed:
+        send(
+            "profiled",
+            step=step,
+            seconds=seconds,
+            calls=training.executor.detail,
+            stall=training.executor.seconds["stall"],
+        )
+        training.executor.detail = None
+    peaks["train"] = training.meter.check_peak()
+    told = {"loss": loss, "seconds": seconds, "resident_bytes": memory().resident, "peak_bytes": peaks["train"]}
+    if training.tokens is not None:
+        told["tokens"] = training.tokens
+    metrics.add(step=step, **told)
+    send("step", step=step, **told, spent=training.executor.seconds)
+    if not math.isfinite(loss):
+        rate = training.update.optimizer.lr
+        raise InputError(
+            f"the loss of step {step} is not a number; lower the learning rate (lr {rate}) or check the data"
+        )
+
+
+def _save_trained(training: Training, path: str) -> str:
+    """The result, under its own name, whole or not at all."""
+    partial = f"{path}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+        training.channel.drain()
+        training.save_trained(partial)
+        sync_directory(partial)
+        if os.path.islink(path):
+            os.unlink(path)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"saving {path} failed: {error.strerror}; the last checkpoint holds the same tensors; free disk space and continue with --resume"
+        ) from error
+    return path
+
+
+class Metrics:
+    """``metrics.jsonl``: one line per step. Lines after the resumed step are dropped, those before are kept."""
+
+    def __init__(self, path: str, done: int) -> None:
+        self._path = path
+        temporary = f"{path}.{os.getpid()}"
+        try:
+            kept = _lines_until(path, done)
+            with open(temporary, "wb") as file:
+                file.write(kept)
+            os.replace(temporary, path)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        except OSError as error:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise self._failed(error) from error
+
+    def add(self, **line: Any) -> None:
+        try:
+            write_all(self._descriptor, json.dumps(line).encode() + b"\n")
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> RunError:
+        way = checkpoint.way_on(os.path.dirname(self._path))
+        return RunError(f"writing {self._path} failed: {error.strerror}; free disk space and {way}")
+
+
+def _lines_until(path: str, step: int) -> bytes:
+    kept = []
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                try:
+                    if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line cut short by a kill
+    except FileNotFoundError:
+        pass
+    return b"".join(kept)

@@ -1,0 +1,310 @@
+"""Training inside the lean process: resident tensors, steps, evaluation, and what is saved between them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.device.arena import Arena
+from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.meter import Meter
+from tightfit.runtime.engine.device.spill import SpillFile
+from tightfit.runtime.engine.kernels.optimizer import MeZO, Perturbation, Update, optimizer_of
+from tightfit.runtime.engine.training import adapter
+from tightfit.runtime.engine.training.batches import TrainingBatches, open_batches
+from tightfit.runtime.engine.training.checkpoint import write_json
+from tightfit.runtime.engine.training.executor import Executor
+from tightfit.runtime.engine.training.job import BLOCK, STATES, Job, operators_run
+from tightfit.runtime.engine.training.job_tables import Place, Trainable, Trainables, Weights
+from tightfit.runtime.engine.training.operator_warmup import rehearse
+from tightfit.runtime.engine.training.session_protocol import Requests
+from tightfit.runtime.engine.weights import safetensors_file
+from tightfit.runtime.engine.weights.layout import Entry
+from tightfit.runtime.engine.weights.safetensors_file import Item
+from tightfit.runtime.engine.weights.store import Store
+
+CHUNK = 1 << 20
+
+
+class Training:
+    """One job, loaded: `step` and `evaluate` run its phases."""
+
+    def __init__(self, job: Job, channel: Channel, directory: str) -> None:
+        header = job.header
+        self.job, self.header = job, header
+        self.arena = Arena(header["arena_bytes"])
+        self.store = Store.open(header["store"]) if header["store"] else None
+        self.spill = SpillFile(directory, header["spill_bytes"])
+        self.channel = channel
+        self.meter = Meter(header["cap_bytes"], header["budget_bytes"])
+        optimizer = optimizer_of(header["optimizer"])
+        self.update = (
+            Perturbation(optimizer, header["seed"])
+            if isinstance(optimizer, MeZO)
+            else Update(optimizer, header["accumulate"])
+        )
+        # As JSON has them they are of no more use, and many times as large.
+        self.weights = Weights(header.pop("weights"), job.weights)
+        self.trainables = Trainables(header.pop("trainables"), job.trainables)
+        self._hole: tuple[int, int] = tuple(header["hole"])
+        self.executor = Executor(
+            job,
+            self.arena,
+            self.store,
+            self.spill,
+            self.channel,
+            self.update,
+            self.meter,
+            self.weights,
+            self.trainables,
+        )
+        programs = self.executor.programs
+        rehearse((programs[program][operator] for program, operator in sorted(operators_run(job))), self.arena)
+        self._load_frozen()
+        self.inputs = [self.arena.tensor(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]
+        requests = header["requests"]
+        self.batches: TrainingBatches = (
+            open_batches(header["data"], header["seed"]) if requests is None else Requests(requests)
+        )
+        self.tokens: int | None = None
+        """of the latest step, padding left out; None where nobody knows"""
+
+    def set_rate(self, lr: float | None) -> None:
+        """The learning rate from the next step on; None: that of the run."""
+        lr = self.header["optimizer"]["lr"] if lr is None else lr
+        self.update.optimizer = replace(self.update.optimizer, lr=lr)
+
+    def step(self, number: int) -> float:
+        """Training step `number`, counted from 1; returns its loss."""
+        self.tokens = self.batches.training(number - 1, self.inputs)
+
+        def seed() -> None:
+            torch.default_generator.manual_seed(self.header["seed"] * 1_000_003 + number)
+
+        seed()
+        self.executor.between_forwards = seed  # two forwards of one step draw the same
+        if isinstance(self.update, Update):
+            self.update.begin(number, self._averaged())
+        else:
+            self.update.begin(number)
+        cycles, position = divmod(number - 1, len(self.header["cycle"]))
+        begin, end = self.header["cycle"][position]
+        self.executor.execute(self.job.train, begin, end, cycles)
+        return self.executor.loss
+
+    def _averaged(self) -> int:
+        """What the loss of the batch is a mean over: a decoder's labelled tokens; what a module's is nobody knows, so its batches count alike."""
+        return int((self.inputs[1] >= 0).sum()) if self.header["kind"] == "decoder" else 1
+
+    def loss(self) -> float:
+        """The loss of the next batch to train with, without a step: a decoder's mean over labelled tokens."""
+        self.batches.training(0, self.inputs)
+        self.executor.execute(self.job.evaluate)
+        return self.executor.loss
+
+    def evaluate(self, path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
+        """Mean loss over labelled tokens and, where the records are answers to choose from, accuracy.
+
+        Wrong choices have no part in the loss, which falls as that of training does. A question counts as right when the
+        right choice has the highest summed log-likelihood.
+        """
+        with_records = open_batches(path, self.header["seed"])
+        best: dict[int, tuple[float, bool]] = {}
+        total, labelled, records = 0.0, 0, 0
+        before = time.perf_counter()
+        batches = with_records.evaluation_count(self.inputs)
+        for number in range(batches):
+            found = with_records.evaluation(number, self.inputs)
+            self.executor.execute(self.job.evaluate)
+            progress(number + 1, batches)
+            losses = self.executor.losses
+            if losses is None:
+                total, labelled = total + self.executor.loss, labelled + 1
+                continue
+            labels = self.inputs[1]
+            sums = losses.view(labels.shape).sum(1).tolist()
+            counts = (labels >= 0).sum(1).tolist()
+            for row, record in enumerate(found):
+                records += 1
+                if record.choice < 0 or record.answer:
+                    total, labelled = total + sums[row], labelled + counts[row]
+                if record.choice >= 0 and (record.example not in best or sums[row] < best[record.example][0]):
+                    best[record.example] = (sums[row], record.answer)
+        with_records.close()
+        accuracy = sum(answer for _, answer in best.values()) / len(best) if best else None
+        return {
+            "loss": total / max(1, labelled),
+            "accuracy": accuracy,
+            "questions": len(best),
+            "records": records,
+            "seconds": time.perf_counter() - before,
+        }
+
+    def initialise(self) -> None:
+        """The state before step 1: initial values, optimizer states zero."""
+        for trainable in self.trainables:
+            value = self._temporary(trainable)
+            if self.header["kind"] == "decoder":
+                adapter.initialise(trainable.name, self.header["seed"], value)
+            else:
+                self._load(trainable.name, value)
+            self._keep(trainable.value, value)
+            for place in trainable.states:
+                if place.at >= 0:
+                    self.arena.raw(place.at, self.job.sizes[place.number]).zero_()
+                else:
+                    self.spill.zero(self.job.sizes[place.number], self.job.extents[place.number])
+
+    def save_trained(self, directory: str) -> dict[str, int]:
+        """Write a PEFT adapter, or a module's state_dict as ``model.safetensors``. Returns checksums by file."""
+        lora = self.header["lora"]
+        file = adapter.WEIGHTS if lora else "model.safetensors"
+        checksum = safetensors_file.write(os.path.join(directory, file), self._trained_items, {"format": "pt"})
+        if lora:
+            config = adapter.adapter_config(lora, self.trainables.names, self.header["base_model"], self._body)
+            write_json(os.path.join(directory, adapter.CONFIG), config)
+        return {file: checksum}
+
+    def _trained_items(self) -> Iterator[Item]:
+        for trainable in self.trainables:
+            yield self._item(self._key(trainable.name), trainable, trainable.value)
+        state_dict = self.header.get("state_dict") or {}
+        places = {name: place for place, name in enumerate(self.trainables.names)} if state_dict else {}
+        for key, name in state_dict.items():
+            if name not in places:
+                yield self._stored_item(key, name)
+            elif key != name:  # shared by several modules
+                trainable = self.trainables[places[name]]
+                yield self._item(key, trainable, trainable.value)
+
+    def _state_items(self) -> Iterator[Item]:
+        for trainable in self.trainables:
+            for role, place in zip(STATES, trainable.states):
+                yield self._item(f"{role}:{trainable.name}", trainable, place)
+
+    def save_state(self, directory: str) -> dict[str, Any]:
+        """Fill a checkpoint directory; returns the entries of its state."""
+        self.channel.drain()
+        checksums = self.save_trained(directory)
+        checksums["optimizer.safetensors"] = safetensors_file.write(
+            os.path.join(directory, "optimizer.safetensors"), self._state_items, {}
+        )
+        entries: dict[str, Any] = {"checksums": checksums}
+        return entries | ({"summed": self.update.summed} if isinstance(self.update, Update) else {})
+
+    def load_state(self, directory: str, state: dict[str, Any]) -> None:
+        """Take a checkpoint directory, whose entries `save_state` made. Raises InputError where a file is damaged."""
+        checksums = state["checksums"]
+        if isinstance(self.update, Update):
+            self.update.summed = state.get("summed", 0.0)
+        file = adapter.WEIGHTS if self.header["lora"] else "model.safetensors"
+        with_adapter = ((self._key(t.name), t, t.value) for t in self.trainables)
+        states = ((f"{role}:{t.name}", t, place) for t in self.trainables for role, place in zip(STATES, t.states))
+        for name, wanted in ((file, with_adapter), ("optimizer.safetensors", states)):
+            reader = safetensors_file.Reader(os.path.join(directory, name))
+            reader.verify(checksums[name])
+            for key, trainable, place in wanted:
+                value = self._temporary(trainable)
+                done = 0
+                plain = adapter.adapter_key(trainable.name)  # as plans without `adapter_body` name it
+                for chunk in reader.chunks(plain if plain in reader else key):
+                    ctypes.memmove(value.data_ptr() + done, chunk, len(chunk))
+                    done += len(chunk)
+                self._keep(place, value)
+            reader.close()
+
+    @property
+    def _body(self) -> str:
+        body: str = self.header.get("adapter_body", adapter.BODY)
+        return body
+
+    def _key(self, name: str) -> str:
+        """What a trainable is called in the file of the result."""
+        return adapter.adapter_key(name, self._body) if self.header["lora"] else name
+
+    def close(self) -> None:
+        self.channel.close()
+        self.spill.close()
+        if self.store:
+            self.store.close()
+
+    def _load_frozen(self) -> None:
+        """Constants, and the weights that stay in memory, packed or unpacked."""
+        for name, dtype, shape, at in self.header.pop("constants"):
+            self._load(name, self.arena.tensor(at, shape, dtype))
+        for weight in self.weights:
+            if weight.packed_at >= 0:
+                self._store.read_into(weight.name, self.arena.raw(weight.packed_at, weight.packed_bytes))
+            if weight.at >= 0:
+                self._load(weight.name, self.arena.tensor(weight.at, weight.shape, weight.dtype))
+
+    @property
+    def _store(self) -> Store:
+        if self.store is None:
+            raise InputError("the plan reads weights and names no weight store; profile the model again")
+        return self.store
+
+    def _load(self, name: str, out: Tensor) -> None:
+        staging = self._room(self._store.packed_bytes(name))
+        self._store.read_into(name, staging)
+        self._store.unpack(name, staging, out)
+
+    def _room(self, size: int) -> Tensor:
+        """Bytes of the arena that hold nothing between steps, or of the heap where too few do."""
+        start, end = self._hole
+        return self.arena.raw(start, size) if end - start >= size else torch.empty(size, dtype=torch.uint8)
+
+    def _temporary(self, trainable: Trainable) -> Tensor:
+        """A float32 tensor of its shape to prepare a value in, at the other end of the hole that `_room` reads packed bytes into."""
+        size = self.job.sizes[trainable.value.number]
+        start, end = self._hole
+        if end - start >= 2 * size + 3 * BLOCK:
+            return self.arena.tensor((end - size) // BLOCK * BLOCK, trainable.shape, "float32")
+        return torch.empty(trainable.shape)
+
+    def _keep(self, place: Place, value: Tensor) -> None:
+        size = self.job.sizes[place.number]
+        if place.at >= 0:
+            ctypes.memmove(self.arena.address + place.at, value.data_ptr(), size)
+        else:
+            self.spill.write(value.data_ptr(), size, self.job.extents[place.number])
+
+    def _item(self, name: str, trainable: Trainable, place: Place) -> Item:
+        return Item(name=name, dtype="float32", shape=list(trainable.shape), chunks=lambda: self._chunks(place))
+
+    def _stored_item(self, key: str, name: str) -> Item:
+        """A frozen parameter or a buffer, as the store holds it."""
+        entry = self._store.entries[name]
+        return Item(name=key, dtype=entry.format, shape=list(entry.shape), chunks=lambda: self._stored_chunks(entry))
+
+    def _stored_chunks(self, entry: Entry) -> Iterator[memoryview]:
+        segments = max(1, CHUNK // max(1, entry.segment_rows * entry.row_bytes))
+        step = segments * entry.segment_rows
+        for start in range(0, entry.rows if entry.bytes else 0, step):
+            rows = f"[{start}:{min(start + step, entry.rows)}]" if len(entry.shape) > 1 else ""
+            extent = self._store.extent(entry.name + rows)
+            staging = self._room(extent.bytes)
+            self._store.read_into(entry.name + rows, staging)
+            yield memoryview((ctypes.c_char * extent.row_bytes).from_address(staging.data_ptr() + extent.skip)).cast(
+                "B"
+            )
+
+    def _chunks(self, place: Place) -> Iterator[memoryview | bytes]:
+        size = self.job.sizes[place.number]
+        buffer = (ctypes.c_char * min(CHUNK, size)).from_buffer(bytearray(min(CHUNK, size))) if place.at < 0 else None
+        for done in range(0, size, CHUNK):
+            part = min(CHUNK, size - done)
+            if buffer is None:
+                address = self.arena.address + place.at + done
+                yield memoryview((ctypes.c_char * part).from_address(address)).cast("B")
+            else:
+                self.spill.read(ctypes.addressof(buffer), part, self.job.extents[place.number] + done)
+                yield memoryview(buffer).cast("B")[:part]

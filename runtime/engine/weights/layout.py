@@ -1,0 +1,268 @@
+"""How a packed weight store lies on disk: its header, its tensors, and the bytes of every row range.
+
+Layout, little-endian::
+
+    [0, 32)        magic "TIGHTFIT", uint32 version, header bytes, segments, crc32 of header and table, zeros
+    [32, ..)       header: JSON without spaces, with `name`, `config`, `source`, `tensors` {name: [shape, format, group, offset, segment]}
+    [.., ..)       checksum table: uint32 crc32 of every segment of every tensor
+    offset         the tensors, each 4096-aligned, padded with zeros to a multiple of 4096
+
+A tensor is a matrix of `rows` records of `row_bytes` each (its first dimension by all others; a vector is one row), so a
+row range is one extent and a single row can be gathered. ``w[a:b]`` names rows a to b of w. Formats of a record:
+
+    q4        per group: ceil(group / 2) bytes (element 2j low nibble, 2j + 1 high), float16 scale, float16 min; q * scale + min
+    q8        per group: float16 scale, `group` int8; q * scale
+    float32, bfloat16, float16, int64, int32, uint8, bool    the elements
+
+This module is imported by the budgeted process, and by the one that prepares a run: the standard library only.
+"""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import json
+import os
+import re
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from sys import intern
+from typing import Any
+
+from tightfit.runtime.common.errors import InputError
+
+MAGIC = b"TIGHTFIT"
+VERSION = 1
+PREAMBLE = struct.Struct("<8sIIII8x")
+ALIGNMENT = 4096
+SEGMENT_BYTES = 128 * 1024
+"""A checksum covers at most this much, or one row."""
+
+ELEMENT_BYTES = {
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "uint8": 1,
+    "bool": 1,
+}
+"""Formats that are the elements themselves, as torch names their types."""
+_JSON = json.JSONDecoder()
+_SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]")
+
+
+def group_bytes(kind: str, group: int) -> int:
+    """Bytes of one quantised group of `group` elements."""
+    return (group + 1) // 2 + 4 if kind == "q4" else group + 2
+
+
+def align(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)  # a budgeted process has thousands
+class Entry:
+    """One tensor of a store. `describe` makes entries without a file: their `offset` and `segment` are 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    group: int = 0
+    """Elements per group; 0 for raw formats. Divides the row length."""
+    offset: int = 0
+    """Bytes from the start of the file, a multiple of 4096."""
+    segment: int = 0
+    """Index of the tensor's first checksum."""
+    rows: int = field(init=False)
+    columns: int = field(init=False)
+    row_bytes: int = field(init=False)
+    bytes: int = field(init=False)
+    """Bytes of all rows, without padding."""
+    segment_rows: int = field(init=False)
+    """Rows per checksum: a power of two, so that slices at powers of two are whole segments."""
+
+    def __post_init__(self) -> None:
+        rows = self.shape[0] if len(self.shape) > 1 else 1
+        columns = 1
+        for size in self.shape[1:] if len(self.shape) > 1 else self.shape:
+            columns *= size
+        if self.format in ELEMENT_BYTES:
+            row_bytes = columns * ELEMENT_BYTES[self.format]
+        else:
+            row_bytes = columns // self.group * group_bytes(self.format, self.group)
+        segment_rows = 1
+        while segment_rows * 2 * row_bytes <= SEGMENT_BYTES and segment_rows < 128:
+            segment_rows *= 2
+        derived = {
+            "rows": rows,
+            "columns": columns,
+            "row_bytes": row_bytes,
+            "bytes": rows * row_bytes,
+            "segment_rows": segment_rows,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def segments(self) -> int:
+        return -(-self.rows // self.segment_rows)
+
+    def said(self) -> list[Any]:
+        """What the header says of it."""
+        return [self.shape, self.format, self.group, self.offset, self.segment]
+
+
+def parse_header(text: str) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """What a header says of the store, and its tensors: one after the other, since all the lists that JSON makes of thousands would leave
+    holes where they were, several times as large as the entries. Raises LookupError, TypeError or ValueError for another text.
+    """
+    head: dict[str, Any] = {}
+    entries: dict[str, Entry] | None = None
+    at = 0
+    while text[at] in "{,":
+        key, at = _JSON.raw_decode(text, at + 1)
+        if key != "tensors":
+            head[key], at = _JSON.raw_decode(text, at + 1)
+            continue
+        at, entries = at + 1, {}
+        while text[at : at + 2] != "{}" and text[at] in "{,":
+            name, at = _JSON.raw_decode(text, at + 1)
+            (shape, kind, group, offset, segment), at = _JSON.raw_decode(text, at + 1)
+            entries[name] = Entry(
+                name=name, shape=tuple(shape), format=intern(kind), group=group, offset=offset, segment=segment
+            )
+        at = text.index("}", at) + 1
+    if entries is None or text[at:] != "}":
+        raise ValueError("no tensors" if entries is None else f"it goes on at byte {at}")
+    return head, entries
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a store says of itself, ahead of its tensors."""
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    source: dict[str, Any]
+    entries: dict[str, Entry]
+    checksums: array.array[int]
+    """crc32 of every segment of every tensor"""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of names, shapes, formats, configuration and checksums of all tensors."""
+        said = [{name: entry.said() for name, entry in self.entries.items()}, self.config]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + self.checksums.tobytes()).hexdigest()
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The header of a store, whose length is checked against it. Raises InputError on a missing, truncated or damaged file."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            preamble = file.read(PREAMBLE.size)
+            if len(preamble) < PREAMBLE.size or preamble[:8] != MAGIC:
+                raise InputError(f"{path}: not a weight store; profile the model again to rebuild it")
+            _, version, length, segments, checksum = PREAMBLE.unpack(preamble)
+            if version != VERSION:
+                raise InputError(
+                    f"{path}: weight store of version {version}, this tightfit reads version {VERSION}; profile the model again to rebuild it"
+                )
+            body = file.read(length + 4 * segments)
+            if zlib.crc32(body) != checksum:
+                raise InputError(
+                    f"{path}: the header is truncated or damaged (checksum differs); delete the file and profile the model again"
+                )
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; profile the model again to rebuild the weight store") from error
+    try:
+        head, entries = parse_header(body[:length].decode())
+        header = Header(
+            path=path,
+            name=head["name"],
+            config=head["config"],
+            source=head["source"],
+            entries=entries,
+            checksums=array.array("I", body[length:]),
+        )
+    except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{path}: the header is not that of a weight store ({error}); delete the file and profile the model again"
+        ) from error
+    for entry in entries.values():
+        if entry.offset + align(entry.bytes) > size:
+            raise InputError(
+                f"{path}: truncated, tensor {entry.name!r} ends at byte {entry.offset + entry.bytes} of {size}; delete the file and profile the model again"
+            )
+    return header
+
+
+def store_path(directory: str | os.PathLike[str], name: str, fingerprint: str) -> Path:
+    """Where the store of a source lies in `directory`."""
+    return Path(directory) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{fingerprint[:16]}.store"
+
+
+def holds(path: Path, fingerprint: str) -> bool:
+    """Whether `path` is an intact store of the source with this fingerprint; one that is damaged is removed."""
+    if not path.exists():
+        return False
+    try:
+        return read_header(path).source.get("fingerprint") == fingerprint
+    except InputError:
+        path.unlink(missing_ok=True)
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """Rows [start, stop) of an entry and the aligned bytes of the file that hold them."""
+
+    entry: Entry
+    start: int
+    stop: int
+    offset: int
+    """Aligned start, bytes from the start of the file."""
+    bytes: int
+    """Aligned length: what a staging buffer needs."""
+    skip: int
+    """Bytes in the staging buffer before the first row."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.entry.shape[1:]) if len(self.entry.shape) > 1 else self.entry.shape
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the rows themselves."""
+        return (self.stop - self.start) * self.entry.row_bytes
+
+
+def find_extent(entries: Mapping[str, Entry], name: str) -> Extent:
+    """The extent that `name` or the slice ``name[a:b]`` means. Raises InputError for an unknown name or rows outside."""
+    entry = entries.get(name)
+    start, stop = 0, entry.rows if entry else 0
+    if entry is None:
+        match = _SLICE.fullmatch(name)
+        entry = entries.get(match[1]) if match else None
+        if match is None or entry is None:
+            raise InputError(f"no tensor {name!r} among {len(entries)} tensors; the plan was made for another model")
+        start, stop = int(match[2]), int(match[3])
+        if not 0 <= start < stop <= entry.rows or len(entry.shape) < 2:
+            raise InputError(
+                f"{name!r} is outside its tensor of shape {list(entry.shape)}; the plan was made for another model"
+            )
+    first = entry.offset + start * entry.row_bytes
+    offset = first // ALIGNMENT * ALIGNMENT
+    end = align(entry.offset + stop * entry.row_bytes)
+    return Extent(entry=entry, start=start, stop=stop, offset=offset, bytes=end - offset, skip=first - offset)
+
+
+def packed_bytes(entries: Mapping[str, Entry], name: str) -> int:
+    """Staging bytes of a tensor or slice: a multiple of 4096, the same for `describe`'s entries and a real store's."""
+    return find_extent(entries, name).bytes

@@ -1,0 +1,165 @@
+"""Safetensors files, written and read in chunks: 8 bytes header length, JSON header, data.
+
+The format is https://github.com/huggingface/safetensors#format; the package itself is left out of the lean process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.files import write_all
+
+DTYPES = {
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int64": "I64",
+    "int32": "I32",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+WRITE_BEHIND_BYTES = 4 << 20
+LARGEST_HEADER = 1 << 26
+"""a longer one is damage, which the checksum tells"""
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One tensor to write; `chunks` yields its bytes in order."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    chunks: Callable[[], Iterable[memoryview | bytes]]
+
+    @property
+    def bytes(self) -> int:
+        size = ITEM_BYTES[self.dtype]
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def write(path: str, items: Callable[[], Iterable[Item]], metadata: Mapping[str, str]) -> int:
+    """Write and fsync `path`; returns the crc32 of the file. Raises OSError where the disk refuses.
+
+    `items()` is gone through twice: kept, those of a deep model would take megabytes. What is written goes to the disk and leaves the
+    page cache every `WRITE_BEHIND_BYTES`: a cgroup counts the cache of its processes too.
+    """
+    text = _header(items(), metadata)
+    length = len(text).to_bytes(8, "little")
+    checksum = zlib.crc32(text, zlib.crc32(length))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        write_all(descriptor, length)
+        write_all(descriptor, text)
+        del text
+        cached = 0
+        for item in items():
+            for chunk in item.chunks():
+                write_all(descriptor, chunk)
+                checksum = zlib.crc32(chunk, checksum)
+                cached += len(chunk)
+                if cached >= WRITE_BEHIND_BYTES:
+                    os.fdatasync(descriptor)
+                    _forget(descriptor)
+                    cached = 0
+        os.fsync(descriptor)
+        _forget(descriptor)
+    finally:
+        os.close(descriptor)
+    return checksum
+
+
+def _header(items: Iterable[Item], metadata: Mapping[str, str]) -> bytearray:
+    text, end = bytearray(b'{"__metadata__":' + _json(dict(metadata))), 0
+    for item in items:
+        entry = {"dtype": DTYPES[item.dtype], "shape": item.shape, "data_offsets": [end, end + item.bytes]}
+        text += b"," + _json(item.name) + b":" + _json(entry)
+        end += item.bytes
+    text += b"}"
+    text += b" " * (-len(text) % 8)
+    return text
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+class Reader:
+    """Reads one file that `write` made; `crc` is checked by `verify`. Raises InputError where it is damaged.
+
+    The header stays text, in which names are looked up: read as JSON, that of a deep model would take megabytes.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise InputError(
+                f"{path}: {error.strerror}; the checkpoint is incomplete, remove its directory and resume from the one before"
+            ) from error
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        self._header = text = os.pread(self._descriptor, length, 8) if length < LARGEST_HEADER else b""
+        if length < LARGEST_HEADER and not (len(text) == length and text[:1] == b"{" and text.rstrip()[-1:] == b"}"):
+            os.close(self._descriptor)
+            raise InputError(f"{path}: damaged header; remove this checkpoint and resume from the one before")
+        self._start = 8 + length
+        self._last = 0
+
+    def __contains__(self, name: str) -> bool:
+        return self._find(name) >= 0
+
+    def _find(self, name: str) -> int:
+        """Where the entry of a tensor begins, or -1. They are mostly asked for in their order."""
+        key = _json(name) + b":{"
+        for first in (self._last, 0):
+            at = self._header.find(key, first)
+            while at > 0 and self._header[at - 1] not in b"{,":  # the end of a longer name with a quotation mark
+                at = self._header.find(key, at + 1)
+            if at > 0:
+                self._last = at
+                return at + len(key) - 1
+        return -1
+
+    def chunks(self, name: str, size: int = 1 << 20) -> Iterator[bytes]:
+        """The bytes of a tensor."""
+        at = self._find(name)
+        if at < 0:
+            raise InputError(f"{self.path}: no tensor {name!r}; the checkpoint belongs to another model")
+        place, end = json.loads(self._header[at : self._header.index(b"}", at) + 1])["data_offsets"]
+        while place < end:
+            data = os.pread(self._descriptor, min(size, end - place), self._start + place)
+            if not data:
+                raise InputError(
+                    f"{self.path}: truncated in tensor {name!r}; remove this checkpoint and resume from the one before"
+                )
+            yield data
+            place += len(data)
+
+    def verify(self, crc: int) -> None:
+        found, place = 0, 0
+        while data := os.pread(self._descriptor, 1 << 18, place):
+            found = zlib.crc32(data, found)
+            place += len(data)
+        if found != crc:
+            raise InputError(
+                f"{self.path}: damaged (checksum {found:08x}, expected {crc:08x}); remove this checkpoint and resume from the one before"
+            )
+        _forget(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _forget(descriptor: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

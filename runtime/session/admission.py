@@ -1,0 +1,155 @@
+"""May this plan run here? Against the machine, the installed torch, the weights, and its own invariants."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tightfit.planner.report.summary import unfinished_update
+from tightfit.planner.schema import Plan
+from tightfit.profiles.measuring.cpu_load import our_cores
+from tightfit.profiles.schema import PROFILE_VERSION
+from tightfit.runtime.common.errors import InfeasibleError, InputError
+from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.common.processor import BFLOAT16_PRODUCTS
+from tightfit.runtime.common.units import format_size
+from tightfit.runtime.engine.start import cuda_stubs, page_out
+from tightfit.runtime.engine.start.lean_torch import installed_version
+from tightfit.runtime.engine.training.checkpoint import OPERATORS
+from tightfit.runtime.engine.weights.layout import holds, packed_bytes, read_header, store_path
+from tightfit.runtime.supervision.supervisor import Stages
+
+
+def check_kind(plan: object) -> None:
+    """Refuse what is no plan, such as the name of its file."""
+    if not isinstance(plan, Plan):
+        raise InputError(
+            f"{reprlib.repr(plan)} is no plan; give what `tightfit.planner.plan.plan` returns, or `tightfit.planner.io.load_plan` for a file's name"
+        )
+
+
+def check_steps(plan: Plan, steps: int) -> None:
+    """Refuse steps that end in the middle of an update."""
+    if unfinished := unfinished_update(steps, plan.accumulate):
+        raise InputError(f"steps {steps}: {unfinished}")
+
+
+def check_machine(plan: Plan) -> None:
+    """Refuse a plan of a bare graph, or for another device, thread count or torch."""
+    if plan.model.kind == "graph":
+        raise InputError(
+            f"the plan is of a bare graph ({plan.model.name}), which says how long operators take and not what they compute;"
+            " it can be planned, compared and simulated, run a plan of a model that `tightfit profile` measured"
+        )
+    device = plan.device
+    if device.kind != "cpu":
+        raise InputError(
+            f"the plan is for a {device.kind} device ({device.name}); this runtime executes plans for cpu, profile this machine"
+        )
+    if not device.measured:
+        raise InputError(
+            f"the plan's times and floor are estimated for {device.name}, not measured on this machine; run `tightfit profile` without --device here and plan again"
+        )
+    present = our_cores()
+    if device.threads > present:
+        raise InputError(
+            f"the plan uses {device.threads} threads and this process may use {present}; profile and plan on this machine"
+        )
+    if device.floor.tables_on_disk and not page_out.library(cache_directory()):
+        raise InputError(
+            f"the plan counts on a file in {cache_directory()} that holds what PyTorch's start leaves, and none can be made there"
+            " (a folder on a disk that takes files is needed, and a C compiler); profile and plan again"
+        )
+    if device.floor.cuda_stubs and not cuda_stubs.folder(cache_directory()):
+        raise InputError(
+            f"the plan counts on stubs in {cache_directory()} that are loaded in the place of PyTorch's CUDA libraries, and none can be"
+            " made there (a folder is needed that takes files and lets libraries be loaded); profile and plan again"
+        )
+    if device.torch_version and device.torch_version != (present_torch := installed_version()):
+        raise InputError(
+            f"the plan was made with torch {device.torch_version} and torch {present_torch} is installed; profile and plan again"
+        )
+
+
+def check_schedule(plan: Plan) -> None:
+    """Refuse a plan without a schedule, or with one that breaks an invariant."""
+    if plan.status == "infeasible" or plan.train is None:
+        raise InfeasibleError(
+            f"the plan is infeasible at {format_size(plan.budget_bytes)}"
+            + (
+                f"; the smallest budget is {format_size(plan.minimum_budget_bytes)}"
+                if plan.minimum_budget_bytes
+                else ""
+            ),
+            plan.minimum_budget_bytes,
+        )
+    from tightfit.planner.simulation.simulate import simulate
+
+    simulate(plan)
+
+
+def find_store(plan: Plan, stages: Stages | None) -> Path | None:
+    """The weight store of the plan, made now for a model without weights. Raises InputError where it is another model's."""
+    if plan.model.store is None:
+        from tightfit.profiles.sources.lookup import resolve
+
+        source, folder = resolve(plan.model.source), cache_directory() / "stores"
+        path = store_path(folder, source.name, source.fingerprint)
+        if not holds(path, source.fingerprint):
+            from tightfit.profiles.weights.pack import build_store
+
+            build_store(
+                source,
+                folder,
+                lambda done, total, name: stages("packing random weights", done, total) if stages else None,
+            )
+    else:
+        path = Path(plan.model.store)
+    store = read_header(path)
+    if plan.model.store_fingerprint and (found := store.fingerprint) != plan.model.store_fingerprint:
+        raise InputError(
+            f"{path} holds other weights than the plan was made for (fingerprint {found[:12]}, planned {plan.model.store_fingerprint[:12]}); profile and plan again"
+        )
+    for tensor in plan.tensors:
+        if tensor.kind == "weight" and (held := packed_bytes(store.entries, tensor.name)) != tensor.packed_bytes:
+            raise InputError(
+                f"{path}: {tensor.name} is packed in {held} bytes and the plan expects {tensor.packed_bytes}; the plan is for another model, profile and plan again"
+            )
+    return path
+
+
+def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What must be the same for a run to continue bit-identically. The budget and the schedule are not among it."""
+    untimed = [
+        {
+            "values": [v.model_dump() for v in p.values],
+            "operators": [o.model_dump(exclude={"seconds", "workspace_bytes", "flops"}) for o in p.operators],
+        }
+        for p in plan.programs
+    ]
+    graph = [
+        untimed,
+        [layer.model_dump() for layer in plan.layers],
+        [[t.name, t.kind, t.shape, t.dtype] for t in plan.tensors],
+    ]
+    return {
+        "model": plan.model.name,
+        "weights": plan.model.store_fingerprint,
+        "batch": plan.batch,
+        "seq": plan.seq,
+        "lora": plan.model.lora,
+        "optimizer": dict(optimizer),
+        "seed": seed,
+        "steps of an update": plan.accumulate if plan.accumulate > 1 else None,
+        "threads": plan.device.threads,
+        "torch": installed_version(),
+        "products of bfloat16": BFLOAT16_PRODUCTS,
+        "layers without a backward": [phase.skipped for phase in plan.steps] if plan.cycle else None,
+        # Of what differs, the first is told: by another version the graph may differ too, whose hash says nothing to a reader.
+        OPERATORS: PROFILE_VERSION,
+        "graph": hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest(),
+    }

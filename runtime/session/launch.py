@@ -1,0 +1,247 @@
+"""A run: checks the plan against model, data and machine, has the training process carry it out under the cap, and reports."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from tightfit.planner.schema import Plan
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.run_folder import writing_to
+from tightfit.runtime.data.preparation import Preparation
+from tightfit.runtime.engine.training import job as jobs
+from tightfit.runtime.session.admission import check_kind, check_machine, check_schedule, check_steps, find_store
+from tightfit.runtime.session.options import checked
+from tightfit.runtime.session.output import finished_report, locked, remove, staged, to_be_replaced
+from tightfit.runtime.session.settings import order_of, settings_of
+from tightfit.runtime.supervision.supervisor import Progress, Stages, supervise
+from tightfit.runtime.supervision.training_process import Order
+
+if TYPE_CHECKING:
+    import torch
+
+Data: TypeAlias = "str | os.PathLike[str] | Iterable[Sequence[torch.Tensor]]"
+
+
+def run(
+    plan: Plan,
+    data: Data,
+    *,
+    steps: int,
+    out: str | os.PathLike[str],
+    resume: bool = False,
+    overwrite: bool = False,
+    lr: float = 2e-4,
+    weight_decay: float = 0.0,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    seed: int = 0,
+    checkpoint_every: int = 50,
+    keep_checkpoints: int = 2,
+    eval_data: Data | None = None,
+    truncate: bool = False,
+    cgroup: bool = True,
+    profile_step: bool = False,
+    progress: Progress | None = None,
+    stages: Stages | None = None,
+) -> dict[str, Any]:
+    """Train `steps` steps (a multiple of those of an update) as planned, under the plan's budget, and return the report (also written to ``out/report.json``).
+
+    `data` is a JSON-lines file, a directory of them, ``random``, or, for a module, an iterable of batches (tuples of tensors), of
+    which each step takes the next and begins again after the last: all of one that has a length, of another as many as there are
+    steps. They are written to the disk first. With `eval_data`, which must end, the model is evaluated before and after.
+    `cgroup=False` leaves enforcement to the meter. With `resume`, a run that has taken all `steps` already answers with its report
+    and changes nothing but for what other `eval_data` bring.
+    `profile_step` adds to the report where the seconds of the third step went, or of the next that ends an update, operator by
+    operator.
+
+    Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a schedule,
+    CapError where the measured memory passes the budget, RunError where the disk fills up, the child dies or the run is
+    interrupted; the message then says where the last checkpoint lies.
+
+    Called in the main thread, it is interrupted by Ctrl-C, and by SIGTERM and SIGHUP where nothing else handles them: the
+    step is finished and saved, and the RunError is `interrupted`, on which a program should end, as the signal is used up.
+    A handler of the program's own is left in place; the run saves and ends if that, `progress` or `stages` raises.
+    """
+    with prepared(
+        plan,
+        data,
+        steps=steps,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+        keep_checkpoints=keep_checkpoints,
+        eval_data=eval_data,
+        truncate=truncate,
+        cgroup=cgroup,
+        profile_step=profile_step,
+        stages=stages,
+    ) as ready:
+        return supervise(ready, progress, stages) if isinstance(ready, Order) else ready
+
+
+@contextmanager
+def prepared(
+    plan: Plan,
+    data: Data,
+    *,
+    steps: int,
+    out: str | os.PathLike[str],
+    resume: bool = False,
+    overwrite: bool = False,
+    lr: float = 2e-4,
+    weight_decay: float = 0.0,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    seed: int = 0,
+    checkpoint_every: int = 50,
+    keep_checkpoints: int = 2,
+    eval_data: Data | None = None,
+    truncate: bool = False,
+    cgroup: bool = True,
+    profile_step: bool = False,
+    stages: Stages | None = None,
+    counted: bool = False,
+) -> Iterator[Order | dict[str, Any]]:
+    """All of a run (see `run`) before its training process starts: plan and machine are checked, data and job lie in `out`, which is
+    locked while the block runs. Gives the order to carry out, or the report of a run that has taken all of its steps already.
+
+    Where this process is `counted`, what it holds must fit the plan's budget too: CapError, before anything of an earlier run is replaced.
+    """
+    check_kind(plan)
+    preparation = Preparation(plan.budget_bytes) if counted else None
+    directory = Path(out).absolute()
+    options = checked(
+        steps=steps,
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+        keep_checkpoints=keep_checkpoints,
+    )
+    steps, seed = options["steps"], options["seed"]
+    check_steps(plan, steps)
+    name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
+    if not isinstance(data, str | os.PathLike) and _length(data) is None:
+        name += f" (the first {steps} of an iterator without a length; give a list to go on with more steps)"
+        data = itertools.islice(data, steps)
+    check_machine(plan)
+    check_schedule(plan)
+    store = find_store(plan, stages)
+    if preparation:
+        preparation.check("reading the plan")
+    with locked(directory) as lock, staged(directory) as staging:
+        replaced = to_be_replaced(directory, steps, resume=resume, overwrite=overwrite)
+        written = partial(_prepare, plan, truncate=truncate, seed=seed, stages=stages, preparation=preparation)
+        train = written(data, staging, "train")
+        evaluation = None if eval_data is None else written(eval_data, staging, "evaluate")
+        settings = settings_of(
+            plan,
+            directory,
+            store,
+            data=train.name,
+            evaluation=evaluation.name if evaluation else None,
+            resume=resume,
+            profile_step=profile_step,
+            **options,
+        )
+        finished, evaluated = finished_report(directory, settings, train, evaluation, name) if resume else (None, False)
+        if finished and evaluated:
+            yield finished
+            return
+        compiled = jobs.compile_job(plan.model_dump(), settings)
+        if preparation:
+            preparation.check("preparing the data")
+        remove(replaced)  # only now: data or a plan that are refused must not cost an earlier run
+        with writing_to(directory):
+            (directory / "data").mkdir(exist_ok=True)
+            for file in staging.iterdir():
+                file.replace(directory / "data" / file.name)
+            staging.rmdir()  # a run that is killed from here on leaves nothing behind
+        yield order_of(plan, compiled, directory, lock, cgroup=cgroup, finished=finished)
+
+
+def _prepare(
+    plan: Plan,
+    data: Data,
+    folder: Path,
+    purpose: Any,
+    *,
+    truncate: bool,
+    seed: int,
+    stages: Stages | None,
+    preparation: Preparation | None,
+) -> Path:
+    """Data as a file of fixed-shape records in `folder`."""
+    from tightfit.runtime.data.tokenization import RANDOM, prepare
+
+    if plan.model.kind == "module":
+        return _prepare_module(plan, data, folder, purpose, stages)
+    if not isinstance(data, str | os.PathLike):
+        raise InputError("a language model trains on a JSON-lines file, a directory of them, or 'random'")
+    from tightfit.profiles.sources import lookup
+
+    assert plan.seq is not None
+    text = os.fspath(data)
+    vocabulary = None if text == RANDOM else lookup.vocabulary(plan.model.source)
+    if preparation:
+        preparation.check("loading the tokenizer")
+    records = prepare(
+        text,
+        vocabulary,
+        folder,
+        seq=plan.seq,
+        vocab_size=plan.model.config["vocab_size"],
+        purpose=purpose,
+        too_long="truncate" if truncate else "refuse",
+        seed=seed,
+        progress=(lambda done: stages(f"tokenising {text}", done, done)) if stages else None,
+        preparation=preparation,
+    )
+    records.close()
+    return records.path
+
+
+def _length(batches: Iterable[object]) -> int | None:
+    """None where there is none: a DataLoader has `__len__`, and no length where its data set has none."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str, stages: Stages | None) -> Path:
+    """Batches of a module: those given, or its factory's sample batch."""
+    from tightfit.profiles.sources.factory import build_module
+    from tightfit.runtime.engine.training.batches import write_batches
+    from tightfit.runtime.session.python_batches import as_planned
+
+    if isinstance(data, str | os.PathLike):
+        if os.fspath(data) != "random":
+            raise InputError(
+                f"a module trains on batches of tensors (from Python) or on 'random', its sample batch; got {os.fspath(data)!r}"
+            )
+        data = [build_module(plan.model.source)[1]]
+    length = _length(data)
+
+    def checked() -> Iterator[list[torch.Tensor]]:
+        for number, given in enumerate(data):
+            batch = as_planned(plan, given, f"batch {number}")
+            if stages:
+                stages("writing batches down", number + 1, length or number + 1)
+            yield batch
+
+    return Path(write_batches(str(folder / f"{purpose}.batches"), checked()))

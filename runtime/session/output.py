@@ -1,0 +1,168 @@
+"""The folder of a run: locked while it is written, and what an earlier run left in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tightfit.runtime.common.errors import InputError, TightfitError
+from tightfit.runtime.common.run_folder import find_checkpoints, writing_to
+from tightfit.runtime.engine.training.batches import open_batches
+from tightfit.runtime.engine.training.checkpoint import load_latest, partial_directories
+
+RESULTS = ("metrics.jsonl", "report.json", "adapter", "model")
+"""what a run leaves; the prepared ``data`` of a run that failed before its first step is no loss"""
+MODEL = "model.safetensors"
+"""all that it leaves in ``model``"""
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[int]:
+    """Make the output directory and keep other runs out of it, as long as this descriptor is open in any process."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(f"{directory}: {error.strerror}; choose another output directory") from error
+    try:
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise InputError(f"{directory}: takes no files; make it writable, or choose another output directory")
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another run is under way in {directory}; wait for its end, or choose another output directory"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield descriptor
+        except TightfitError:
+            _unlock(descriptor)
+            raise
+        _unlock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unlock(descriptor: int) -> None:
+    """Where the run has ended, whatever copies of this process hold the descriptor open, such as a DataLoader's workers."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A folder for data until the run has been found to fit them: then they replace those of an earlier run."""
+    staging = directory / ".data.partial"
+    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    with writing_to(directory):
+        staging.mkdir()
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_prepared(directory: Path) -> None:
+    """The prepared data of an earlier run, and nothing else that somebody keeps in a folder of that name."""
+    folder = directory / "data"
+    if folder.is_symlink():
+        return
+    for purpose in ("train", "evaluate"):
+        for kind in ("records", "batches"):
+            (folder / f"{purpose}.{kind}").unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or not empty
+        folder.rmdir()
+
+
+def to_be_replaced(directory: Path, steps: int | None, *, resume: bool, overwrite: bool) -> list[Path]:
+    """What an earlier run left in the output directory and this one replaces; half-written checkpoints are removed at once.
+    `steps` are those of this run, where it has a number of them.
+
+    Raises InputError where an earlier run is neither to be resumed nor replaced, or cannot be resumed, and where what has the
+    name of a result is somebody's model.
+    """
+    try:
+        if os.path.lexists(data := directory / "data") and not data.is_dir():
+            raise InputError(
+                f"{data} is no folder, and a run keeps its prepared data in one of that name; move it away, or choose another output directory"
+            )
+        model = directory / "model"
+        if not resume and model.is_dir() and (strange := _strange(model)):
+            raise InputError(
+                f"{model} holds {strange}, which no run leaves there and --overwrite would remove; move it away, or choose another output directory"
+            )
+        found = [path for name in RESULTS if (path := directory / name).exists() and path.stat().st_size]
+        checkpoints = find_checkpoints(str(directory))
+        found += [Path(path) for _, path in checkpoints]
+        if found and not resume and not overwrite:
+            way = "continue it with --resume, " if checkpoints else "it has no checkpoint to go on from, "
+            raise InputError(
+                f"{directory} holds an earlier run ({found[0].name}); {way}replace it with --overwrite, or choose another directory"
+            )
+        if resume and not checkpoints:
+            way = "give --overwrite in place of" if found else "leave out"
+            raise InputError(
+                f"{directory} holds no checkpoint to resume from; {way} --resume to start from the beginning"
+            )
+        if resume and steps is not None and (reached := checkpoints[-1][0]) > steps:
+            raise InputError(
+                f"steps {steps}: the run in {directory} has reached step {reached}; give at least {reached}, or choose another directory"
+            )
+        for partial in partial_directories(str(directory)):
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"{directory}: {error.strerror}; choose another output directory") from error
+    return [] if resume else found
+
+
+def _strange(model: Path) -> str | None:
+    """A name in what may be the folder of another model, such as the one that is trained; hidden files are nobody's."""
+    return min((path.name for path in model.iterdir() if path.name != MODEL and path.name[0] != "."), default=None)
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Files and folders of an earlier run, and links to them."""
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def finished_report(
+    directory: Path, settings: dict[str, Any], train: Path, evaluation: Path | None, name: str
+) -> tuple[dict[str, Any] | None, bool]:
+    """The report of a run that has taken all of its steps already, and whether it was evaluated on what is in `evaluation`; `train`
+    is what was made of the data called `name`.
+
+    Raises InputError where it was another run.
+    """
+    expected = {**settings["conditions"], "data": _fingerprint(train)}
+    found = load_latest(str(directory), json.loads(json.dumps(expected)), name)  # as the child reads it
+    held_out = _fingerprint(evaluation) if evaluation else None
+    try:
+        report = json.loads((directory / "report.json").read_text())
+        done = found.step == settings["steps"] == len(report["loss"])
+        earlier = found.state.get("evaluated before", {}).get("data")  # reports of older versions do not say
+        known = {when for when, told in report["evaluation"].items() if told.get("data", earlier) == held_out}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, False
+    told = Path(str(report.get("adapter"))).name
+    names = sorted(("adapter", "model"), key=lambda name: name != told)
+    trained = next((path for name in names if (path := directory / name).is_dir()), None)
+    if not done or trained is None:
+        return None, False
+    # Where they are now: the folder may have been moved since.
+    report |= {"adapter": str(trained), "checkpoint": found.path}
+    return report, held_out is None or known == {"before", "after"}
+
+
+def _fingerprint(prepared: Path) -> str:
+    batches = open_batches(str(prepared), seed=0)  # for training alone
+    batches.close()
+    return batches.fingerprint

@@ -1,0 +1,70 @@
+"""Batches that are given from Python, as the plan has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tightfit.planner.schema import Plan
+from tightfit.profiles.sources.factory import as_trained
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.training.records import IGNORED
+
+
+def as_planned(plan: Plan, batch: Sequence[Tensor] | Tensor, name: str) -> list[Tensor]:
+    """The tensors of a batch that the plan's inputs are, contiguous and in their order; messages call it `name`.
+
+    Of a module: those that it uses, of the shapes it was profiled with. Of a language model: (input_ids, labels) or input_ids alone,
+    integers [rows, tokens] of at most the planned shape, as transformers takes them: labels are the tokens at the same
+    places, or -100 where nothing is asked, and padding is on the right.
+
+    Raises InputError for other tensors.
+    """
+    if isinstance(batch, Tensor):  # its rows would be taken for the tensors
+        raise InputError(f"{name} is a tensor; a batch is a tuple of tensors: give (tensor,)")
+    for index, tensor in enumerate(batch):
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{name}: item {index} is of type {type(tensor).__name__}; a batch is a tuple of tensors")
+    batch = [tensor.detach().cpu() for tensor in batch]
+    if plan.model.kind == "decoder":
+        return _tokens(plan, batch, name)
+    # The plan has the tensors that are used, in the order of their first use.
+    planned = {int(t.name.removeprefix("batch")): (t.dtype, t.shape) for t in plan.tensors if t.kind == "batch"}
+    tensors = as_trained(batch)
+    found = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in tensors]
+    if max(planned, default=-1) >= len(tensors) or any(found[at] != wanted for at, wanted in planned.items()):
+        wanted = [planned[at] for at in sorted(planned)]
+        raise InputError(
+            f"{name} has tensors {found}, the plan was made for {wanted}; profile with a batch of that shape"
+        )
+    return [tensors[at] for at in planned]
+
+
+def _tokens(plan: Plan, batch: Sequence[Tensor], name: str) -> list[Tensor]:
+    assert plan.seq is not None
+    rows, seq, words = plan.batch, plan.seq, plan.model.config["vocab_size"]
+    if not 1 <= len(batch) <= 2:
+        raise InputError(f"{name} has {len(batch)} tensors; give input_ids and labels, or input_ids alone")
+    ids, labels = batch[0], batch[-1]
+    found = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in batch]
+    if any(t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in batch) or ids.ndim != 2:
+        raise InputError(f"{name} has tensors {found}; give integers of shape [rows, tokens]")
+    if ids.shape != labels.shape or ids.shape[0] > rows or not 1 <= ids.shape[1] <= seq:
+        raise InputError(
+            f"{name} has tensors {found}, the plan was made for at most {rows} rows of {seq} tokens, labels like input_ids;"
+            " cut the batch, or profile with another --batch and --seq"
+        )
+    ids, labels = ids.long(), labels.long()
+    for what, values in (("input_ids", ids), ("labels", labels[labels != IGNORED])):
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < words:
+            other = int(values.min()) if int(values.min()) < 0 else int(values.max())
+            raise InputError(f"{name}: {what} has the token {other}; the model has tokens 0 to {words - 1}")
+    # Position t predicts what stands at t + 1.
+    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if not bool((labels >= 0).any()):
+        raise InputError(f"{name} has no label after the first token; give at least one token to predict")
+    beyond = (0, seq - ids.shape[1], 0, rows - ids.shape[0])
+    return [F.pad(ids, beyond).contiguous(), F.pad(labels, beyond, value=IGNORED).contiguous()]

@@ -1,0 +1,210 @@
+"""A training loop of your own around the steps of a plan: they run in the lean process, under its cap, one at a time.
+
+The loop's own process may hold what it likes: the budget is the training process's, and the report says what the loop's held (`program_bytes`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from tightfit.planner.report.summary import unfinished_update
+from tightfit.planner.schema import Plan
+from tightfit.runtime.common.errors import RunError, TightfitError
+from tightfit.runtime.common.run_folder import writing_to
+from tightfit.runtime.engine.device.resident import memory
+from tightfit.runtime.engine.training import job as jobs
+from tightfit.runtime.engine.training.session_protocol import ANSWERS, EVALUATE, FINISH, SAVE, STEP, ask
+from tightfit.runtime.session.admission import check_kind, check_machine, check_schedule, find_store
+from tightfit.runtime.session.options import checked, finite
+from tightfit.runtime.session.output import locked, remove, remove_prepared, to_be_replaced
+from tightfit.runtime.session.python_batches import as_planned
+from tightfit.runtime.session.settings import order_of, settings_of
+from tightfit.runtime.supervision.report import build_report, write_report
+from tightfit.runtime.supervision.supervisor import Stages
+from tightfit.runtime.supervision.training_process import started
+
+OVER = "is over; go on with another one that resumes"
+
+
+class Session:
+    """Steps of a plan for a loop of your own::
+
+        with Session(planned, out="out", lr=1e-3) as session:
+            for inputs, labels in loader:
+                loss = session.step(inputs, labels)
+        module.load_state_dict(load_file("out/model/model.safetensors"))
+
+    A batch is a module's tensors as it was profiled, or a language model's input_ids and labels as transformers takes them
+    (integers [rows, tokens], -100 where nothing is asked, padding on the right; fewer rows or tokens than planned will do).
+    Learning rates, the order of the data and when to stop are the loop's. Forward, backward and update are one step of the plan: there
+    is no gradient to look at between them.
+
+    Left without an error, it leaves what `tightfit.runtime.session.launch.run` does: the adapter or the model, a checkpoint and `report`. An error
+    in the loop, Ctrl-C among them, has the steps so far saved in a checkpoint; with `resume` another session goes on from it, bit for bit,
+    with step `taken` + 1. SIGTERM and `kill -9` of the loop's process save them too. A Ctrl-C during a step ends the session, also
+    where the loop catches it.
+
+    Raises InputError for a plan that does not fit model or machine, InfeasibleError for one without a schedule; and from
+    any call CapError where the measured memory passes the budget and RunError where the disk fills up or the process dies.
+    """
+
+    _asking = -1
+    """the pipe to the lean process"""
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        out: str | os.PathLike[str],
+        resume: bool = False,
+        overwrite: bool = False,
+        lr: float = 2e-4,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        checkpoint_every: int = 50,
+        keep_checkpoints: int = 2,
+        cgroup: bool = True,
+        stages: Stages | None = None,
+    ) -> None:
+        """As for `run`; `lr` is the learning rate of steps that name none."""
+        check_kind(plan)
+        self.plan = plan
+        self.directory = Path(out).absolute()
+        self.taken = 0
+        """steps so far, those of the run that is resumed among them"""
+        self.report: dict[str, Any] | None = None
+        """what was predicted and measured, once the session has ended without an error"""
+        self._options = checked(
+            seed=seed,
+            lr=lr,
+            weight_decay=weight_decay,
+            checkpoint_every=checkpoint_every,
+            keep_checkpoints=keep_checkpoints,
+        )
+        self._resume, self._overwrite, self._cgroup, self._stages = resume, overwrite, cgroup, stages
+        self._stack = ExitStack()
+        self._closed: str | None = "is not open; use it in a `with` block"
+        """why nothing can be asked"""
+
+    def __enter__(self) -> Self:
+        plan, directory = self.plan, self.directory
+        check_machine(plan)
+        check_schedule(plan)
+        store = find_store(plan, self._stages)
+        with ExitStack() as stack:
+            lock = stack.enter_context(locked(directory))
+            replaced = to_be_replaced(directory, None, resume=self._resume, overwrite=self._overwrite)
+            read, self._asking = os.pipe()
+            stack.callback(self._hang_up)
+            with os.fdopen(read, "rb"):
+                compiled = jobs.compile_job(
+                    plan.model_dump(),
+                    settings_of(plan, directory, store, requests=read, resume=self._resume, **self._options),
+                )
+                with writing_to(directory):
+                    remove(replaced)
+                    if not self._resume:
+                        remove_prepared(directory)
+                self._order = order_of(plan, compiled, directory, lock, cgroup=self._cgroup)
+                self._child = stack.enter_context(started(self._order, requests=read))
+            try:
+                self.taken = self._told("loaded")["step"]
+            except BaseException:
+                self._child.stop()
+                raise
+            self._stack, self._closed = stack.pop_all(), None
+        return self
+
+    def step(self, *batch: Tensor, lr: float | None = None) -> float:
+        """Take the next step on a batch; returns its loss before the update, of a `mezo` plan the mean of its two.
+
+        `lr`: its learning rate; where several steps make an update, that of the last of them counts.
+
+        Raises InputError for a batch or a rate that cannot be, and the session goes on; and for a loss that is no number, which ends it.
+        """
+        loss: float = self._answer(STEP, batch, None if lr is None else finite("lr", lr))["loss"]
+        self.taken += 1
+        return loss
+
+    def loss(self, *batch: Tensor) -> float:
+        """The loss of a batch without a step: without dropout, and a language model's by the mean over its labels."""
+        loss: float = self._answer(EVALUATE, batch)["loss"]
+        return loss
+
+    def save(self) -> Path:
+        """Make a checkpoint now, from which ``resume`` goes on; a module's holds ``model.safetensors``, another's the adapter."""
+        return Path(self._answer(SAVE)["path"])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            closed, self._closed = self._closed, OVER
+            if error is None and closed is None:
+                self._ask(FINISH)
+                observed = self._child.end()
+                directory = self._order.directory
+                self.report = build_report(
+                    self._order.planned,
+                    observed,
+                    directory,
+                    enforced_by=self._child.enforced_by,
+                    program_bytes=memory().peak,
+                )
+                write_report(directory, self.report)
+                if self.taken % self.plan.accumulate:  # told last: a program may make errors of warnings
+                    told = unfinished_update(self.taken, self.plan.accumulate)
+                    warnings.warn(
+                        f"steps {self.taken}: {told}; what the last ones add waits in the checkpoint", stacklevel=2
+                    )
+                return
+            self._hang_up()
+            self._child.process.terminate()  # workers of a DataLoader may have copies of the pipe
+            try:
+                self._child.end()
+            except TightfitError as told:
+                if error is None:
+                    raise
+                if str(told) != str(error):
+                    error.add_note(str(told))
+
+    def _answer(self, kind: bytes, batch: tuple[Tensor, ...] = (), lr: float | None = None) -> dict[str, Any]:
+        if self._closed is not None:
+            raise RunError(f"the session {self._closed}")
+        name = f"the batch of step {self.taken + 1}" if kind == STEP else "the batch"
+        tensors = [] if kind == SAVE else as_planned(self.plan, batch, name)
+        # Until the answer is there: an interruption leaves half of a question behind.
+        self._closed = f"was interrupted after step {self.taken}, in the middle of what was asked; leave it, and go on with another one that resumes"
+        self._ask(kind, lr, tensors)
+        message = self._told(ANSWERS[kind])
+        self._closed = None
+        return message
+
+    def _ask(self, kind: bytes, lr: float | None = None, tensors: Sequence[Tensor] = ()) -> None:
+        with suppress(BrokenPipeError):  # what its end means is told by `_told`
+            ask(self._asking, kind, lr, tensors)
+
+    def _told(self, event: str) -> dict[str, Any]:
+        for message in self._child.messages():
+            if message["event"] == event:
+                return message
+        self._closed = OVER
+        self._child.end()
+        raise RunError("the training process has ended; go on with another session that resumes")
+
+    def _hang_up(self) -> None:
+        if self._asking >= 0:
+            os.close(self._asking)
+            self._asking = -1
+
+    def __del__(self) -> None:
+        # The lean process of one that nobody left notices, saves and ends.
+        self._hang_up()

@@ -1,0 +1,53 @@
+"""How a failure is told: a sentence on stderr, as JSON where that was asked for, and an exit code. The standard library only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from tightfit.runtime.common.errors import TightfitError
+from tightfit.runtime.common.limits import way_out
+
+INTERRUPTED = 4
+"""exit code of what a signal ended"""
+
+
+def failure_of(error: BaseException) -> dict[str, Any]:
+    """`kind`, `message` and `exit_code` of an error, as --json tells it."""
+    expected = isinstance(error, (TightfitError, OSError, KeyboardInterrupt))
+    if isinstance(error, TightfitError):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        message, code = "interrupted", INTERRUPTED
+    elif isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        message, code = f"{place}{error.strerror or error}", 4
+    else:
+        message, code = f"internal error, {type(error).__name__}: {error}; run again with --debug for its traceback", 4
+    if way := way_out(f"{type(error).__name__}: {error}", unexpected=not expected):
+        message = f"{message if expected else f'memory could not be had ({type(error).__name__})'}; {way}"
+    kind = "Abort" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+    failure: dict[str, Any] = {"kind": kind, "message": message, "exit_code": code}
+    minimum = getattr(error, "minimum_budget_bytes", None)
+    if minimum is not None:
+        failure["minimum_budget_bytes"] = minimum
+    return failure
+
+
+def fail(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
+    """Say what went wrong and return the exit code; with `debug` the traceback of what was not expected."""
+    if debug and not isinstance(error, (TightfitError, KeyboardInterrupt)):
+        import traceback
+
+        traceback.print_exception(error)
+    return told(failure_of(error), as_json=as_json)
+
+
+def told(failure: dict[str, Any], *, as_json: bool) -> int:
+    """Print a failure and return its exit code."""
+    sys.stderr.write(f"tightfit: {failure['message']}\n")
+    if as_json:
+        sys.stdout.write(json.dumps({"error": failure}, ensure_ascii=False) + "\n")
+    code: int = failure["exit_code"]
+    return code

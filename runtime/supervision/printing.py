@@ -1,0 +1,27 @@
+"""A command's result on stdout: one JSON object, or what a person reads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from tightfit.runtime.common.strict_json import to_json
+
+
+def answer(result: dict[str, Any], human: Any, *, as_json: bool) -> None:
+    """Print `result` as JSON, or `human`, which rich draws; None prints nothing."""
+    if as_json:
+        sys.stdout.write(to_json(result) + "\n")
+    elif human is not None:
+        from rich.console import Console
+
+        console = Console(highlight=False, emoji=False)
+        if console.is_terminal or "COLUMNS" in os.environ:
+            console.print(human)
+            return
+        # A file or a pipe has no width: lines are as long as they are, without what fills tables up.
+        console.width = 1 << 16
+        with console.capture() as captured:
+            console.print(human)
+        sys.stdout.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))

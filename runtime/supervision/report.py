@@ -1,0 +1,223 @@
+"""The report of a run: predicted beside measured. The standard library only: the process that writes it counts against the budget."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tightfit.runtime.common.run_folder import writing_to
+
+if TYPE_CHECKING:
+    pass
+
+LATEST_STEPS = 500
+"""of which the seconds are remembered: a run of any length needs the same memory"""
+
+
+@dataclass
+class Observed:
+    """What the training process told, message by message; of its latest steps alone what each took."""
+
+    steps: int = 0
+    """taken so far"""
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
+    spent: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
+    peaks: dict[str, int] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    timelines: dict[str, list[list[float]]] = field(default_factory=dict)
+    profiled: dict[str, Any] | None = None
+    peak_bytes: int = 0
+    spill_bytes: int = 0
+    checkpoint: str | None = None
+    trained: str | None = None
+    resumed_step: int = 0
+    cgroup_peak_bytes: int | None = None
+    interrupted: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+
+    def take(self, message: dict[str, Any]) -> None:
+        event = message["event"]
+        self.peak_bytes = max(self.peak_bytes, message.get("peak_bytes", 0))
+        if event == "step":
+            self.steps += 1
+            self.seconds.append(message["seconds"])
+            self.spent.append(message["spent"])
+        elif event == "loaded":
+            self.spill_bytes = message["spill_bytes"]
+        elif event == "resumed":
+            self.resumed_step, self.checkpoint = message["step"], message["checkpoint"]
+        elif event == "evaluated":
+            self.evaluations[message["when"]] = {k: v for k, v in message.items() if k not in ("event", "when")}
+        elif event == "timeline":
+            self.timelines[message["which"]] = message["samples"]
+        elif event == "profiled":
+            self.profiled = message
+        elif event == "checkpoint":
+            self.checkpoint = message["path"]
+        elif event == "saved":
+            self.trained = message["path"]
+        elif event == "done":
+            self.peaks = message["peaks"]
+        elif event == "interrupted":
+            self.interrupted = message
+        elif event == "error":
+            self.error = message
+
+
+def build_report(
+    planned: dict[str, Any],
+    observed: Observed,
+    directory: str,
+    *,
+    enforced_by: str,
+    supervisor_bytes: int | None = None,
+    program_bytes: int | None = None,
+    preparation_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Bytes and seconds, as `planned` (`planned_figures`) and measured in the run.
+
+    `peak_bytes` is of all processes that the run keeps alive: the sum of each one's own VmHWM, which counts what they share
+    (Python's code) in both. `processes` has each beside it: the training process, and the supervisor that started it and
+    shows its progress (`supervisor_bytes`, its VmHWM). Where a program of the user's runs the plan itself there is none: what that
+    program holds is its own, is not of the budget, and stands as `program_bytes`. The
+    cgroup's counter, which also counts the kernel's own tables and page cache that it can take back, is `cgroup_peak_bytes`.
+    `preparation_bytes` is the peak of the process that read the plan and the data before the training process was started.
+
+    Step times are medians of the latest `LATEST_STEPS` steps, without the first one, which also touches memory and builds kernels for the
+    first time; of steps that do not all do the same the mean of each sort's median.
+    """
+    sorts = planned["sorts"]
+    lines = read_metrics(os.path.join(directory, "metrics.jsonl"))
+    seconds: Sequence[float] = list(observed.seconds)
+    first = observed.resumed_step + observed.steps - len(seconds)
+    names = observed.spent[0] if observed.spent else ()
+    measured = {name: _typical([s[name] for s in observed.spent], first, sorts) for name in names}
+    if not seconds:  # all steps were taken before
+        seconds, first = [line["seconds"] for line in lines], 0
+    training = {"predicted": planned["peak_bytes"] - planned["supervisor_bytes"], "measured": observed.peak_bytes}
+    processes = {"training": training}
+    if supervisor_bytes is not None:
+        processes["supervisor"] = {"predicted": planned["supervisor_bytes"], "measured": supervisor_bytes}
+    report: dict[str, Any] = {
+        "budget_bytes": planned["budget_bytes"],
+        "enforced_by": enforced_by,
+        "floor_bytes": planned["floor_bytes"],
+        "peak_bytes": {kind: sum(one[kind] for one in processes.values()) for kind in ("predicted", "measured")},
+        "processes": processes,
+        "program_bytes": program_bytes,
+        "preparation_bytes": preparation_bytes,
+        "step_seconds": {"predicted": planned["step_seconds"], "measured": _typical(seconds, first, sorts)},
+        "tokens": tokens_told(planned["places_per_step"], lines),
+        "loss": [line["loss"] for line in lines],
+        "adapter": observed.trained,
+        "checkpoint": observed.checkpoint,
+        "resumed_step": observed.resumed_step,
+        "phases": {
+            "train": _with_peak(planned["train"], observed.peaks.get("train"))
+            | {
+                "measured_seconds": {
+                    "compute": measured.get("run"),
+                    **{k: measured.get(k) for k in ("unpack", "perturb", "update", "stall")},
+                }
+            },
+            "evaluate": _with_peak(
+                planned["evaluate"],
+                max((v for k, v in observed.peaks.items() if k.startswith("evaluate")), default=None),
+            ),
+            **{
+                name: {"peak_bytes": {"measured": peak}}
+                for name, peak in observed.peaks.items()
+                if name in ("load", "checkpoint")
+            },
+        },
+        "evaluation": observed.evaluations,
+        "spill_bytes": observed.spill_bytes,
+        "cgroup_peak_bytes": observed.cgroup_peak_bytes,
+        "policy": planned["policy"],
+        "plan_fingerprint": planned["plan_fingerprint"],
+        "timeline": observed.timelines,
+    }
+    if observed.profiled:
+        report["profiled_step"] = profiled_step(observed.profiled)
+    return report
+
+
+def write_report(directory: str, report: dict[str, Any]) -> None:
+    with writing_to(directory), open(os.path.join(directory, "report.json"), "w", encoding="utf-8") as file:
+        file.write(json.dumps(report, indent=1) + "\n")
+
+
+def tokens_told(places: int | None, lines: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Tokens of the steps in `lines`, those of the metrics: `per_step` and `per_second` without padding, and the share of the rows'
+    places that is padding; a step's rows have so many `places` for tokens. None where nobody knows, as of a module.
+
+    The first step, which is slower, is left out of the rate where there are others.
+    """
+    known = [line for line in lines if "tokens" in line]
+    if not known or not places:
+        return None
+    steady = known[1:] or known
+    per_step = sum(line["tokens"] for line in known) / len(known)
+    seconds = sum(line["seconds"] for line in steady)
+    return {
+        "per_step": per_step,
+        "per_second": sum(line["tokens"] for line in steady) / seconds if seconds else 0.0,
+        "padding_share": 1 - per_step / places,
+    }
+
+
+def _typical(taken: Sequence[float], first: int, sorts: Sequence[int]) -> float | None:
+    """Mean over `sorts` of the medians of each; `taken` begin with step `first`, counted from 0."""
+    import statistics  # 2 MiB, needed only once the training process has ended
+
+    steady = taken[1:] or taken
+    by_sort: dict[int, list[float]] = {}
+    for step, seconds in enumerate(steady, first + len(taken) - len(steady)):
+        by_sort.setdefault(sorts[step % len(sorts)], []).append(seconds)
+    medians = {sort: statistics.median(own) for sort, own in by_sort.items()}
+    return statistics.fmean(medians[sort] for sort in sorts if sort in medians) if medians else None
+
+
+PARTS = (
+    ("aten.mm.", "matrix products"),
+    ("aten.addmm.", "matrix products"),
+    ("aten.bmm.", "matrix products"),
+    ("tightfit.projection", "matrix products"),
+    ("tightfit.lora_", "matrix products"),
+    ("aten.convolution", "convolutions"),
+    ("tightfit.attention", "attention"),
+    ("tightfit.head_", "loss head"),
+    ("tightfit.embed_rows", "embedding"),
+    ("unpack", "unpacking weights"),
+    ("update", "optimizer updates"),
+    ("perturb", "perturbing trainables"),
+)
+"""Prefixes of what the executor calls, and the part of a step that it belongs to; anything else is elementwise."""
+
+
+def profiled_step(message: dict[str, Any]) -> dict[str, Any]:
+    """Where the seconds of one step went: `parts` adds up to `seconds`, `calls` has [calls, seconds] by operator."""
+    parts: dict[str, float] = {}
+    for name, (_, seconds) in message["calls"].items():
+        part = next((part for prefix, part in PARTS if name.startswith(prefix)), "elementwise")
+        parts[part] = parts.get(part, 0.0) + seconds
+    parts["waiting for the disk"] = message["stall"]
+    parts["Python and dispatch"] = max(0.0, message["seconds"] - sum(parts.values()))
+    ordered = dict(sorted(parts.items(), key=lambda item: -item[1]))
+    calls = dict(sorted(message["calls"].items(), key=lambda item: -item[1][1]))
+    return {"step": message["step"], "seconds": message["seconds"], "parts": ordered, "calls": calls}
+
+
+def read_metrics(path: str) -> list[dict[str, Any]]:
+    """The figures of every step so far, resumed runs included."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _with_peak(phase: dict[str, Any], measured_peak: int | None) -> dict[str, Any]:
+    """A phase with what was measured; that is VmHWM at its end, which never falls, so that it includes the phases before."""
+    return phase and {**phase, "peak_bytes": {"predicted": phase["peak_bytes"], "measured": measured_peak}}

@@ -1,0 +1,208 @@
+"""The process that a run keeps alive beside its training process: it starts that one, shows its progress and writes the report.
+
+    python -m tightfit.runtime.supervision.supervisor ORDER SHOW    a run: files in which JSON lies (`tightfit.runtime.supervision.training_process.Order`, `Show`)
+    python -m tightfit.runtime.supervision.supervisor --measure     how much memory it takes: bytes on standard output
+
+What it holds counts against the run's budget, so it imports the standard library only, as long as the training process lives.
+`tightfit run` becomes this process once plan and data are prepared (`hand_over`); a program that calls
+`tightfit.runtime.session.launch.run` or opens a Session watches the training process itself, and its own memory is its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.errors import RunError
+from tightfit.runtime.common.interrupts import GivenUp, passed_on
+from tightfit.runtime.engine.device.resident import memory
+from tightfit.runtime.supervision.cgroup import MemoryCgroup
+from tightfit.runtime.supervision.failure import fail
+from tightfit.runtime.supervision.progress import Training
+from tightfit.runtime.supervision.report import LATEST_STEPS, Observed, build_report, write_report
+from tightfit.runtime.supervision.training_process import LeanProcess, Order, started
+
+Progress = Callable[[int, float, float, int, int, int | None], None]
+"""progress(step, loss, seconds, resident bytes, peak bytes, tokens) after every step, counted from 1; tokens are the step's, padding left
+out, and None of a module."""
+Stages = Callable[[str, int, int], None]
+"""stages(what, done, total) while something is prepared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """How a run that was started from the command line is shown."""
+
+    steps: int
+    tokens_per_step: int | None
+    as_json: bool
+    debug: bool
+    preparation_bytes: int
+    """VmHWM of the process that prepared the run"""
+    group: tuple[str, int] | None
+    """path and version of the cgroup that this process is in"""
+    home: str | None
+    """path of the cgroup that it came from"""
+
+
+def supervise(
+    order: Order,
+    progress: Progress | None = None,
+    stages: Stages | None = None,
+    *,
+    group: MemoryCgroup | None = None,
+    counted: bool = False,
+    preparation_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Start the training process, follow it to its end and write the report, which is returned.
+
+    `counted`: whether this process counts against the budget, and is in `group` where there is one. Raises what the end of the training process
+    means (CapError, RunError, InputError).
+    """
+    with passed_on() as passing, started(order, group=group) as child:
+        passing.to(child.process)
+        try:
+            _follow(child, progress, stages)
+        except GivenUp:
+            raise
+        except BaseException:
+            child.stop()  # progress that cannot be shown any more must not cost the steps made
+            raise
+        try:
+            observed = child.end()
+        except RunError as error:
+            error.interrupted = passing.asked
+            raise
+        own_bytes = memory().peak  # before the report is made
+    report = build_report(
+        order.planned,
+        observed,
+        order.directory,
+        enforced_by=child.enforced_by,
+        supervisor_bytes=own_bytes if counted else None,
+        program_bytes=None if counted else own_bytes,
+        preparation_bytes=preparation_bytes,
+    )
+    if order.finished:  # what its steps measured stays
+        report = order.finished | {"evaluation": report["evaluation"]}
+    write_report(order.directory, report)
+    return report
+
+
+def _follow(child: LeanProcess, progress: Progress | None, stages: Stages | None) -> None:
+    for message in child.messages():
+        if message["event"] == "step" and progress:
+            progress(
+                message["step"],
+                message["loss"],
+                message["seconds"],
+                message["resident_bytes"],
+                message["peak_bytes"],
+                message.get("tokens"),
+            )
+        elif message["event"] == "evaluating" and stages:
+            stages(f"evaluating {message['when']}", message["done"], message["total"])
+
+
+def hand_over(order: Order, show: Show, group: MemoryCgroup | None, *, replace: bool) -> int:
+    """Have a supervisor carry out `order`; returns its exit code.
+
+    With `replace` this process becomes the supervisor and nothing returns: its own memory is given back, its number, terminal and
+    lock stay. Without, the supervisor is another process, and signals to end are passed on to it.
+    """
+    os.set_inheritable(order.lock, True)
+    paths = [os.path.join(order.directory, name) for name in ("order", "show")]
+    order.write(paths[0])
+    with open(paths[1], "w", encoding="utf-8") as file:
+        json.dump(asdict(show), file)
+    arguments = command(*paths)
+    arguments = group.enter(arguments) if group else arguments
+    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if replace:
+        os.execve(arguments[0], arguments, environment)  # noqa: S606  our own command line
+    with passed_on() as passing:
+        child = subprocess.Popen(arguments, env=environment, pass_fds=(order.lock,), start_new_session=True)
+        passing.to(child)
+        return child.wait()
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of a supervisor."""
+    return interpreter.command("tightfit.runtime.supervision.supervisor", *arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    if list(arguments) == ["--measure"]:
+        sys.stdout.write(f"{measure()}\n")
+        return 0
+    order = Order.read(arguments[0])
+    with open(arguments[1], encoding="utf-8") as file:
+        show = Show(**json.load(file))
+    for path in arguments:
+        os.unlink(path)
+    group = MemoryCgroup(Path(show.group[0]), show.group[1]) if show.group else None
+    try:
+        with Training(
+            steps=show.steps,
+            tokens_per_step=show.tokens_per_step,
+            budget=order.planned["budget_bytes"],
+            other_bytes=order.planned["supervisor_bytes"],
+        ) as training:
+            report = supervise(
+                order,
+                training,
+                training.stage,
+                group=group,
+                counted=True,
+                preparation_bytes=show.preparation_bytes,
+            )
+        if not training.stepped:
+            sys.stderr.write(
+                f"already done: {order.directory} has all {show.steps} steps; give more --steps to go on\n"
+            )
+        _answer(report, as_json=show.as_json)
+    except (Exception, KeyboardInterrupt) as error:
+        return fail(error, as_json=show.as_json, debug=show.debug)
+    finally:
+        if group:
+            group.leave(show.home)
+    return 0
+
+
+def _answer(report: dict[str, Any], *, as_json: bool) -> None:
+    # The training process has ended: what is imported now is held in its place.
+    from tightfit.runtime.supervision.printing import answer
+    from tightfit.runtime.supervision.report_text import report_text
+
+    answer(report, None if as_json else report_text(report), as_json=as_json)
+
+
+def measure() -> int:
+    """Bytes that a supervisor holds at its peak: what it remembers of a run of `LATEST_STEPS` steps and more, whose paths and messages are long."""
+    words = json.dumps({"event": "timeline", "which": "first", "samples": [[i, i / 7e3, i << 20] for i in range(2048)]})
+    step = {"event": "step", "step": 1, "loss": 1.0, "seconds": 0.5, "resident_bytes": 1, "peak_bytes": 1, "tokens": 1}
+    step["spent"] = dict.fromkeys(("run", "unpack", "perturb", "update", "stall"), 0.1)
+    observed = Observed()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        training = Training(steps=2, tokens_per_step=1, budget=1, file=nowhere)
+        for line in [words] * 2 + [json.dumps(step)] * LATEST_STEPS:
+            message = json.loads(line)
+            observed.take(message)
+            if message["event"] == "step":
+                training(1, 1.0, 0.5, 1, 1, 1)
+        with passed_on():
+            subprocess.run(["/bin/true"], check=False)
+    return memory().peak
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

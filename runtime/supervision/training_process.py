@@ -1,0 +1,196 @@
+"""The lean process as its parent sees it: started under the plan's cap, heard, and its end told in words.
+
+The standard library only: the supervisor of a run, which counts against the budget, starts it with this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
+from tightfit.runtime.common.files import in_memory, nameless_file
+from tightfit.runtime.common.run_folder import find_checkpoints, writing_to
+from tightfit.runtime.common.units import format_size
+from tightfit.runtime.supervision.cgroup import MemoryCgroup
+from tightfit.runtime.supervision.report import Observed
+
+ERRORS: dict[str, type[TightfitError]] = {"InputError": InputError, "RunError": RunError, "CapError": CapError}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A run that is ready to begin: what its training process is started with, and what the plan says of it."""
+
+    directory: str
+    """of the run; `lock` keeps others out of it"""
+    lock: int
+    """a descriptor"""
+    environment: dict[str, str]
+    """of the training process"""
+    planned: dict[str, Any]
+    """`tightfit.runtime.session.settings.planned_figures`"""
+    cgroup: bool
+    """whether the kernel is to enforce the cap, where it can"""
+    finished: dict[str, Any] | None = None
+    """the report of the steps, where all were taken before and only an evaluation is missing"""
+
+    @property
+    def job(self) -> str:
+        """Path of the job (`tightfit.runtime.engine.training.job`)."""
+        return os.path.join(self.directory, "job")
+
+    @property
+    def cap_bytes(self) -> int:
+        """What the training process may hold."""
+        cap: int = self.planned["budget_bytes"] - self.planned["supervisor_bytes"]
+        return cap
+
+    def write(self, path: str) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file)
+
+    @classmethod
+    def read(cls, path: str) -> Self:
+        with open(path, encoding="utf-8") as file:
+            return cls(**json.load(file))
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of a lean process."""
+    return interpreter.command("tightfit.runtime.engine.training.child", *arguments)
+
+
+class LeanProcess:
+    """One under way. What it has told so far is `observed`."""
+
+    def __init__(
+        self,
+        order: Order,
+        group: MemoryCgroup | None,
+        process: subprocess.Popen[bytes],
+        read: int,
+        words: IO[bytes],
+    ) -> None:
+        self.order = order
+        self.group = group
+        self.process = process
+        self.observed = Observed()
+        self._read = read
+        self._words = words
+        self._buffer = b""
+        self._lines: deque[bytes] = deque()
+
+    @property
+    def enforced_by(self) -> str:
+        return "cgroup" if self.group else "meter"
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What it tells from now on, until it has ended; whoever is interrupted may go on with another iterator."""
+        while True:
+            while self._lines:
+                message: dict[str, Any] = json.loads(self._lines.popleft())
+                self.observed.take(message)
+                yield message
+            data = os.read(self._read, 1 << 16)
+            if not data:
+                return
+            *lines, self._buffer = (self._buffer + data).split(b"\n")
+            self._lines.extend(lines)
+
+    def stop(self) -> None:
+        """Have it finish its step, save and end, and wait for that."""
+        self.process.terminate()
+        for _ in self.messages():  # a full pipe would hold it up
+            pass
+        self.process.wait()
+
+    def end(self) -> Observed:
+        """All that it told, once it has ended. Raises what its end means."""
+        for _ in self.messages():
+            pass
+        code = self.process.wait()
+        self._words.seek(0)
+        last = self._words.read().decode(errors="replace").strip().splitlines()
+        if self.group:
+            self.observed.cgroup_peak_bytes = self.group.peak_bytes()
+        self._raise_for(code, last)
+        return self.observed
+
+    def _raise_for(self, code: int, last: list[str]) -> None:
+        observed = self.observed
+        if observed.error:
+            raise ERRORS.get(observed.error["kind"], RunError)(observed.error["message"])
+        if observed.interrupted and not observed.interrupted["checkpoint"]:
+            raise RunError("interrupted before the first step; start again")
+        if observed.interrupted:
+            raise RunError(
+                f"interrupted after step {observed.interrupted['step']}; everything is saved in {observed.interrupted['checkpoint']}, continue with --resume"
+            )
+        if code == 0:
+            return
+        checkpoints = find_checkpoints(self.order.directory)
+        saved = (
+            f"the last checkpoint is {checkpoints[-1][1]}, continue with --resume"
+            if checkpoints
+            else "no checkpoint was saved yet, start again with --overwrite"
+        )
+        if code == -signal.SIGKILL and self.group and self.group.oom_kills():
+            way = "profile again on this machine and plan anew"
+            if in_memory(Path(self.order.directory)):
+                way = f"{self.order.directory} lies in memory (tmpfs), where all that a run writes counts against the cap: choose an output directory on a disk; or else {way}"
+            planned = self.order.planned
+            peak = max((observed.peak_bytes, observed.cgroup_peak_bytes or 0))
+            raise CapError(
+                f"the kernel ended the run at its cap of {format_size(planned['budget_bytes'])}: the process had reached {format_size(peak)}, "
+                f"predicted were {format_size(planned['peak_bytes'])}; {way}; {saved}"
+            )
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        words = f": {last[-1]}" if last else ""
+        raise RunError(f"the training process {how}{words}; {saved}")
+
+
+@contextmanager
+def started(order: Order, *, requests: int | None = None, group: MemoryCgroup | None = None) -> Iterator[LeanProcess]:
+    """The training process of `order`, whose job is written. `requests` is a descriptor that it reads; `group` a cgroup that
+    this process is in already, with the whole budget as its limit.
+
+    What ends this does not end the process.
+    """
+    own = MemoryCgroup.create(order.cap_bytes) if order.cgroup and group is None else None
+    try:
+        read, write = os.pipe()
+        try:
+            with writing_to(order.directory):
+                words = os.fdopen(nameless_file(order.directory), "w+b")
+            with words:
+                arguments = command(order.job, "--messages", str(write))
+                try:
+                    process = subprocess.Popen(
+                        own.enter(arguments) if own else arguments,
+                        # Orphaned, it still saves: the directory stays locked until it has.
+                        pass_fds=(write, order.lock, *([] if requests is None else [requests])),
+                        stdin=subprocess.DEVNULL,
+                        stdout=words,
+                        stderr=words,
+                        env=order.environment,
+                        start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on
+                    )
+                finally:
+                    os.close(write)
+                yield LeanProcess(order, own or group, process, read, words)
+        finally:
+            os.close(read)
+    finally:
+        if own:
+            own.remove()
+        Path(order.job).unlink(missing_ok=True)

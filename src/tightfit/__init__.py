@@ -1,0 +1,1 @@
+"""tightfit: fit training into the memory you have."""

@@ -1,0 +1,12 @@
+"""What tensors of the schedule that is written out by hand cost."""
+
+from __future__ import annotations
+
+from hand_schedule import EVALUATE, OPERATORS, TRAIN, page, written
+
+from tightfit.planner.simulation.replay import LINE
+
+
+def by_hand(operators=OPERATORS, **decisions):
+    plan = written(operators, TRAIN, EVALUATE, arena=page(10) + LINE, optimizer={"name": "adamw", "state_tensors": 2})
+    return plan.model_copy(update={"decisions": decisions})

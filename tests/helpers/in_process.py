@@ -1,0 +1,55 @@
+"""A plan's training in the process of the tests: the executor as the capped child runs it, without the child."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tightfit.planner.schema import Plan
+from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
+from tightfit.runtime.engine.training.job import compile_job
+from tightfit.runtime.engine.training.trainer import Training
+
+
+class LazyChannel(Channel):
+    """The slowest that keeps its word: a transfer is made when somebody waits for it, and not before."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[int, Callable[..., object], tuple[Any, ...]]] = deque()
+        self._issued = 0
+
+    def submit(self, transfer: Callable[..., object], *arguments: Any) -> int:
+        self._issued += 1
+        self._queue.append((self._issued, transfer, arguments))
+        return self._issued
+
+    def wait(self, ticket: int) -> None:
+        while self._queue and self._queue[0][0] <= ticket:
+            _, transfer, arguments = self._queue.popleft()
+            transfer(*arguments)
+
+    def close(self) -> None:
+        self.drain()
+
+
+def make_training(
+    plan: Plan, records: str, directory: Path, *, lr: float, seed: int = 7, channel: Channel | None = None
+) -> Training:
+    """The job of a plan, loaded; `records` is a file of prepared data."""
+    optimizer = OPTIMIZERS[plan.optimizer["name"]](lr=lr)
+    settings = {
+        "store": plan.model.store,
+        "data": records,
+        "evaluation": records,
+        "requests": None,
+        "out": str(directory),
+        "steps": 1,
+        "seed": seed,
+        "base_model": "tiny",
+        "optimizer": dataclasses.asdict(optimizer),
+    }
+    return Training(compile_job(plan.model_dump(), settings), channel or Channel(), str(directory))

@@ -1,0 +1,102 @@
+"""Profiles of decoders of published shapes, traced without weights; seconds by roofline for a device that was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+
+from tightfit.profiles.devices.data_sheets import find_device
+from tightfit.profiles.devices.estimate import estimate_profile
+from tightfit.profiles.models.decoder import Decoder
+from tightfit.profiles.models.decoder_config import decoder_shape
+from tightfit.profiles.schema import Model, Profile
+from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
+from tightfit.profiles.tracing.trace import trace
+from tightfit.profiles.weights.describe import describe
+from tightfit.runtime.engine.weights.store import find_extent
+
+QWEN_3B = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+"""Qwen2.5-3B's config.json, its 36 layers left to choose"""
+ON = "zen4-2core"
+"""the device that the seconds, the disk and the floor are estimated for"""
+
+
+TRACED = 3
+"""layers that are traced; a deeper decoder repeats the last of them, whose program is every later layer's"""
+
+
+def decoder_profile(layers: int, *, batch: int = 1, seq: int = 256, **config: Any) -> Profile:
+    """LoRA of rank 8 on `layers` layers of Qwen2.5-3B (or what `config` changes), 4-bit base."""
+    settings = QWEN_3B | config | {"num_hidden_layers": min(layers, TRACED)}
+    with FakeTensorMode():
+        module = Decoder(decoder_shape(settings), dtype=torch.bfloat16, rank=8, alpha=16.0)
+        sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
+    traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
+    entries = describe(settings)
+    tensors = [
+        tensor.model_copy(update={"packed_bytes": find_extent(entries, tensor.name).bytes})
+        if tensor.kind == "weight"
+        else tensor
+        for tensor in traced.tensors
+    ]
+    on = find_device(ON)
+    unmeasured = Profile(
+        fingerprint=f"benchmark-{layers}",
+        model=Model(name=f"decoder-{layers}", source="benchmark", kind="decoder", config=settings),
+        batch=batch,
+        seq=seq,
+        compute_dtype="bfloat16",
+        device=on.device(),
+        tensors=tensors,
+        programs=traced.programs,
+        layers=traced.layers,
+        loss=traced.loss,
+        token_losses=traced.token_losses,
+    )
+    return estimate_profile(deepened(unmeasured, layers), on)
+
+
+def deepened(profile: Profile, layers: int) -> Profile:
+    """The decoder's last layer repeated until there are `layers` of them."""
+    *body, last, head = profile.layers
+    own = (f"{last.name}.", f"{last.name}/")
+    tensors, repeated, before = [], [last], last.name
+    for number in range(len(body), layers):
+        name = f"model.layers.{number}"
+        names = {last.name: name, body[-1].name: repeated[-1].name}
+        bindings = {value: _renamed(bound, names) for value, bound in last.bindings.items()}
+        repeated.append(last.model_copy(update={"name": name, "bindings": bindings}))
+        tensors += [
+            tensor.model_copy(update={"name": _renamed(tensor.name, names)})
+            for tensor in profile.tensors
+            if tensor.name.removeprefix("grad:").startswith(own)
+        ]
+    head = head.model_copy(
+        update={"bindings": {v: _renamed(bound, {before: repeated[-1].name}) for v, bound in head.bindings.items()}}
+    )
+    return profile.model_copy(update={"layers": [*body, *repeated, head], "tensors": [*profile.tensors, *tensors]})
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    """`name` with the layer that it belongs to exchanged: ``model.layers.2/out0``, ``grad:model.layers.2.mlp.weight``."""
+    for old, new in names.items():
+        for end in "./":
+            for prefix in ("", "grad:"):
+                if name.startswith(f"{prefix}{old}{end}"):
+                    return f"{prefix}{new}{name[len(prefix) + len(old) :]}"
+    return name

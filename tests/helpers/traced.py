@@ -1,0 +1,60 @@
+"""Traced decoders, and an interpreter of their programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from interpreter import run_step
+from torch._subclasses import FakeTensorMode
+
+from tightfit.profiles.models.decoder import Decoder
+from tightfit.profiles.models.decoder_config import decoder_shape
+from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
+from tightfit.profiles.tracing.trace import Trace, trace
+
+RANK, ALPHA = 4, 8.0
+
+
+def trace_decoder(config: dict[str, Any], dtype: torch.dtype, batch: int, seq: int) -> Trace:
+    with FakeTensorMode():
+        module = Decoder(decoder_shape(config), dtype=dtype, rank=RANK, alpha=ALPHA)
+        sample = {n: torch.zeros(batch, seq, dtype=torch.int64) for n in ("input_ids", "labels")}
+    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
+
+
+def random_weights(config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    module = Decoder(decoder_shape(config), dtype=dtype, rank=RANK, alpha=ALPHA)
+    return {
+        n: (torch.randn(p.shape) * (0.5 if p.dim() == 1 else 0.08)).to(dtype).to(p.dtype)
+        for n, p in module.named_parameters()
+    }
+
+
+def random_batch(config: dict[str, Any], batch: int, seq: int) -> dict[str, torch.Tensor]:
+    """Right-padded samples of different lengths, the first third of each unlabelled, as a prompt is."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, config["vocab_size"], (batch, seq), generator=generator)
+    labels = torch.full((batch, seq), -100)
+    for row in range(batch):
+        length = seq - 5 * (row % 5)
+        labels[row, length // 3 : length - 1] = tokens[row, length // 3 + 1 : length]
+        tokens[row, length:] = 0
+    return {"input_ids": tokens, "labels": labels}
+
+
+def interpret(
+    traced: Trace,
+    weights: dict[str, torch.Tensor],
+    batch: dict[str, torch.Tensor],
+    run: Callable[..., dict[str, torch.Tensor]] = run_step,
+) -> dict[str, torch.Tensor]:
+    tensors = dict(weights) | batch
+    for tensor in traced.tensors:
+        if "[" in tensor.name:
+            base, rows = tensor.name.rstrip("]").split("[")
+            start, stop = map(int, rows.split(":"))
+            tensors[tensor.name] = weights[base][start:stop]
+    return run(traced.layers, {p.name: p for p in traced.programs}, tensors)

@@ -1,0 +1,409 @@
+"""What a plan of a graph says of the clock, that small time limits are limits, and what is said of the smallest budget."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+from brute_graph import least, random_graph
+from layered_graph import layered
+from ortools.sat.python.cp_model import CpSolver
+
+from tightfit.planner.graphs import planner as graph_planner
+from tightfit.planner.graphs.bounds.bound import any_schedule_bound, class_bound
+from tightfit.planner.graphs.incumbents import Found
+from tightfit.planner.graphs.plan_result import Outcome
+from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.graphs.problem.actions import carry
+from tightfit.planner.graphs.problem.dag import dag_of
+from tightfit.planner.graphs.problem.limit import Limit
+from tightfit.planner.graphs.problem.schedule import memory, peak_bytes, runs
+from tightfit.planner.graphs.search import exact, exact_moves, large_neighbourhood
+from tightfit.planner.graphs.search.chain_dp import as_chain, checkpoints
+from tightfit.planner.graphs.search.eviction_search import Search
+from tightfit.planner.graphs.search.exact_moves import fastest_with_moves
+from tightfit.planner.graphs.search.large_neighbourhood import Neighbourhoods, lowest_peak
+from tightfit.planner.graphs.search.subproblem import Solved
+from tightfit.planner.milp import lp
+from tightfit.profiles.graph_input import BareChannel, graph_profile, parse_graph
+
+QUICK = dict.fromkeys(("read", "write"), BareChannel(bytes_per_second=1e10, latency_seconds=1e-6))
+
+
+def profile_of(operators, fixed=0):
+    return parse_graph({"format": "tightfit-graph", "operators": operators, "fixed_bytes": fixed})
+
+
+def chain(count, *, training=False):
+    """Outputs of one byte; with a backward that reads them from last to first, none."""
+    phase = {"phase": "forward"} if training else {}
+    operators = [
+        {"name": f"x{i}", "seconds": 1, "output_bytes": 1, "inputs": [f"x{i - 1}"] if i else [], **phase}
+        for i in range(count)
+    ]
+    for i in reversed(range(count if training else 0)):
+        inputs = [f"x{i}", *([f"b{i + 1}"] if i < count - 1 else [])]
+        operators.append({"name": f"b{i}", "seconds": 1, "output_bytes": 1, "inputs": inputs, "phase": "backward"})
+    return operators
+
+
+# --- the clock -----------------------------------------------------------------------------------------------------
+
+
+def test_bounds_and_peaks_say_where_the_clock_ended_them():
+    dag = dag_of(graph_profile(layered(40)))
+    budget = int(0.7 * peak_bytes(dag, ()))
+    assert not any_schedule_bound(dag, budget, seconds=0.0).timely
+    assert not any_schedule_bound(dag, budget, seconds=1e-6).timely
+    assert any_schedule_bound(dag, budget, seconds=60.0).timely
+    assert not class_bound(dag, budget, frozenset(), deadline=0.0).timely
+    assert not lowest_peak(dag, 0.0).ended
+    small = dag_of(profile_of(random_graph(1, most=8)))
+    assert lowest_peak(small, 60.0).ended
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_what_ended_an_exact_solution_is_read_off_its_work(monkeypatch, moves):
+    """A clock that is held up, or read before the solver is cut, is of no account."""
+    graph = layered(8 if moves else 20)
+    dag = dag_of(graph_profile(graph.model_copy(update=QUICK) if moves else graph))
+    budget = (max(dag.own_bytes(i) for i in range(len(dag))) + peak_bytes(dag, ())) // 2
+    solve = fastest_with_moves if moves else exact.fastest
+    for told, work, seconds in ((1e9, 1e-5, 60.0), (0.0, 30.0, 1e-4)):
+        monkeypatch.setattr(CpSolver, "wall_time", told)
+        cut = solve(dag, budget, work=work, seconds=seconds)
+        assert (cut.proven, cut.timely) == (False, work < 30.0)
+
+
+@pytest.mark.parametrize("end", ["solver", "building"])
+def test_a_stretch_that_the_clock_ended_is_told(monkeypatch, end):
+    class Ended:
+        def __init__(self, *_, **__):
+            if end == "building":
+                raise TimeoutError
+
+        def solve(self):
+            return Solved(reruns=None, ended=False)
+
+    monkeypatch.setattr(large_neighbourhood, "Stretch", Ended)
+    dag = dag_of(graph_profile(layered(24)))
+    near = Neighbourhoods(dag, int(0.7 * peak_bytes(dag, ())))
+    near.deepened(frozenset(), deadline=float("inf"))
+    assert not near.timely
+
+
+def test_a_plan_that_depends_on_a_search_that_was_cut_says_so():
+    """Each of them alone: without the cut the same plan is one that another run finds again."""
+    profile = graph_profile(layered(22))
+    dag = dag_of(profile)
+    budget = max(dag.own_bytes(i) for i in range(len(dag)))
+    whole = GraphPlanner(profile).plan(budget, time_limit=120)
+    assert (whole.status, whole.deterministic) == ("infeasible", True)
+    for name, cut in (
+        ("any_schedule_bound", lambda dag, budget, **_: any_schedule_bound(dag, budget, seconds=0.0)),
+        ("lowest_peak", lambda dag, _: lowest_peak(dag, 0.0)),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(graph_planner, name, cut)
+            made = GraphPlanner(profile).plan(budget, time_limit=120)
+        assert (made.status, made.deterministic) == ("infeasible", False), name
+
+
+def test_the_time_of_a_program_is_shared_by_building_and_solving():
+    assert 0 < Limit(60.0).left() <= 60.0
+    with pytest.raises(TimeoutError):
+        Limit(0.0).check()
+
+
+def test_seconds_of_the_processor_are_granted_no_longer_than_the_clock_allows():
+    """With both cores busy a second of the processor may be many of the clock: a search that has one by right ends with the limit all
+    the same.
+    """
+    dag = dag_of(graph_profile(layered(24)))
+    now = time.monotonic()
+    for latest, late in ((float("inf"), False), (now + 60, False), (now - 1, True)):
+        search = Search(dag, 1, deadline=now - 1, granted=1e9, latest=latest)
+        assert (search.late(), search.timely) == (late, not late)
+
+
+def test_past_its_limit_nothing_is_begun(monkeypatch):
+    """What takes long to set up is not set up: a graph of a thousand operators would take seconds for each on a busy machine."""
+    profile = graph_profile(layered(40))
+    planner = GraphPlanner(profile)
+    asked = []
+    for name in ("ClassBound", "Neighbourhoods"):
+        whole = getattr(graph_planner, name)
+        monkeypatch.setattr(
+            graph_planner, name, lambda *given, name=name, whole=whole: asked.append(name) or whole(*given)
+        )
+    monkeypatch.setattr(Search, "first", lambda self, seeds: None)
+    budget = int(0.5 * peak_bytes(planner.dag, ()))
+    ended = time.monotonic() - 10
+    outcome = planner._search(budget, ended - 1, ended, None)
+    assert (outcome.carried, outcome.timely) == (None, False)
+    assert "ClassBound" not in asked
+
+
+def test_checkpoints_of_a_chain_can_be_cut():
+    dag = dag_of(profile_of(chain(12, training=True)))
+    found = as_chain(dag)
+    assert found is not None
+    assert checkpoints(dag, found, 6) is not None
+    with pytest.raises(TimeoutError):
+        checkpoints(dag, found, 6, late=lambda: True)
+
+
+class Stopwatch:
+    """A clock by which every solver takes all the seconds that it is given, and what lies between two readings 10 µs, however
+    busy the machine is; `asked`: the seconds that solvers are given, one by one.
+    """
+
+    def __init__(self, monkeypatch):
+        self.asked = []
+        self.now = 0.0
+        monkeypatch.setattr(time, "monotonic", self.read)
+
+    def read(self):
+        self.now += 1e-5
+        return self.now
+
+    def spend(self, seconds, solve):
+        self.asked.append(seconds)
+        try:
+            return solve()
+        finally:
+            self.now += seconds
+
+
+@pytest.mark.parametrize("what", ["plan", "smallest"])
+@pytest.mark.parametrize("share", [0.05, 0.45, 0.8])
+def test_a_small_limit_asks_nobody_for_more(monkeypatch, share, what):
+    """The seconds that solvers are given in one call, added up; and of searches, the most that one is."""
+    profile, limit, granted = graph_profile(layered(60)), 0.4, []
+    planner, top = GraphPlanner(profile), peak_bytes(dag_of(profile), ())
+    solve = lp.solve_quietly
+
+    class Granted(Search):
+        def __init__(self, *args, **options):
+            granted.append(options["granted"])
+            super().__init__(*args, **options)
+
+    watch = Stopwatch(monkeypatch)
+    monkeypatch.setattr(
+        lp,
+        "solve_quietly",
+        lambda model, seconds, *rest: watch.spend(seconds, lambda: solve(model, seconds, *rest)),
+    )
+    monkeypatch.setattr(graph_planner, "Search", Granted)
+    if what == "plan":
+        planner.plan(int(share * top), time_limit=limit)
+    else:
+        planner.minimum_bytes(time_limit=limit)
+    assert watch.asked
+    assert sum(watch.asked) <= 2 * limit
+    assert max(granted) <= 0.1 * limit
+
+
+@pytest.mark.parametrize(("count", "disk"), [(20, False), (8, True)])
+def test_exact_solutions_have_one_allowance_for_all_of_a_call(monkeypatch, count, disk):
+    """The smallest budget is looked for after the fastest schedule, the optimum without a disk after that with one."""
+    graph = layered(count)
+    planner = GraphPlanner(graph_profile(graph.model_copy(update=QUICK) if disk else graph))
+    watch = Stopwatch(monkeypatch)
+
+    def spent(model, *, work, seconds):
+        return watch.spend(seconds, lambda: solve(model, work=1e-9, seconds=seconds))
+
+    solve = exact.solve_within
+    monkeypatch.setattr(exact, "solve_within", spent)
+    monkeypatch.setattr(exact_moves, "solve_within", spent)
+    top = peak_bytes(planner.dag, ())
+    for limit in (0.1, 0.2):
+        watch.asked.clear()
+        planner.plan((planner.floor_bytes + top) // 2 if disk else planner.floor_bytes, time_limit=limit)
+        assert len(watch.asked) == 2
+        assert graph_planner.EXACT_SECONDS <= sum(watch.asked) <= graph_planner.EXACT_SECONDS + limit
+
+
+def test_what_the_exact_solver_had_found_when_it_was_cut_is_used(monkeypatch):
+    def unproven(*args, **limits):
+        return replace(fastest_with_moves(*args, **limits), proven=False)
+
+    profile = graph_profile(layered(8).model_copy(update=QUICK))
+    planner = GraphPlanner(profile)
+    budget = (planner.floor_bytes + peak_bytes(planner.dag, ())) // 2
+    proven = planner.plan(budget)
+    assert proven.status == "optimal"
+    monkeypatch.setattr(graph_planner, "fastest_with_moves", unproven)
+    monkeypatch.setattr(graph_planner, "PRICES", ())
+    made = GraphPlanner(profile).plan(budget)
+    assert made.step_seconds == proven.step_seconds
+    assert made.bound_seconds == pytest.approx(proven.bound_seconds)
+
+
+# --- searched again ------------------------------------------------------------------------------------------------
+
+
+def test_what_was_cut_is_searched_again_under_a_larger_limit():
+    """And is then what a planner says that never was cut; under no larger one, what is known is said again."""
+    profile = graph_profile(layered(24))
+    dag = dag_of(profile)
+    budget = int(0.75 * peak_bytes(dag, ()))
+    planner, fresh = GraphPlanner(profile), GraphPlanner(profile)
+    assert not planner.plan(budget, time_limit=1e-4).deterministic
+    made, other = planner.plan(budget, time_limit=120), fresh.plan(budget, time_limit=120)
+    assert made.deterministic
+    assert made.fingerprint == other.fingerprint
+    planner = GraphPlanner(profile)
+    cut = planner.minimum_bytes(time_limit=1e-4)
+    assert not planner.smallest_plan(time_limit=1e-4).deterministic
+    whole = planner.smallest_plan(time_limit=120)
+    assert whole.deterministic
+    assert whole.budget_bytes == planner.minimum_bytes(time_limit=1e-4) == fresh.minimum_bytes(time_limit=120) < cut
+
+
+def test_a_bound_that_was_cut_is_worked_out_again_under_a_larger_limit(monkeypatch):
+    asked = []
+
+    def counted(dag, budget, *, seconds):
+        asked.append(seconds)
+        return any_schedule_bound(dag, budget, seconds=seconds)
+
+    monkeypatch.setattr(graph_planner, "any_schedule_bound", counted)
+    planner = GraphPlanner(graph_profile(layered(40, training=True)))
+    budget = int(0.6 * peak_bytes(planner.dag, ()))
+    cut = planner.any_bound(budget, seconds=1e-6)
+    assert planner.any_bound(budget, seconds=1e-7) == cut
+    whole = planner.any_bound(budget, seconds=60.0)
+    assert planner.any_bound(budget, seconds=120.0) == planner.any_bound(budget, seconds=1e-6) == whole > cut
+    assert asked == [1e-6, 60.0]
+
+
+def test_what_a_cut_search_had_found_is_taken_where_it_is_faster_and_the_plan_says_so():
+    dag = dag_of(graph_profile(layered(8)))
+    known = carry(dag, ())
+    budget = known.peak_bytes
+    found = Found()
+    found.peaks[frozenset()] = budget
+    found.begin(budget, 1.0)
+    found.moved.append(known)
+    found.timely = False
+    found.end(budget, 1.0, timely=False)
+    assert not found.timely
+    assert not found.cut_before(budget, 1.0)
+    found.begin(budget, 2.0)
+    assert (found.timely, found.moved) == (True, [])
+    slower = Outcome(carried=replace(known, seconds=2 * known.seconds), bound_seconds=0.0)
+    taken = found.no_slower(dag, budget, slower)
+    assert (taken.carried, taken.timely) == (known, False)
+    assert found.no_slower(dag, budget - 1, slower) == slower
+    found.end(budget, 2.0, timely=taken.timely)
+    assert (found.timely, found.moved) == (False, [known])
+    found.begin(budget, 3.0)
+    found.end(budget, 3.0, timely=True)
+    assert (found.timely, found.moved) == (True, [])
+
+
+# --- the smallest budget -------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_the_smallest_budget_is_said_of_what_it_holds_for():
+    met = set()
+    for seed in range(60):
+        operators, fixed = random_graph(seed), seed % 3
+        planner = GraphPlanner(profile_of(operators, fixed))
+        low = least(operators, "stages", fixed)
+        if low <= 1:
+            continue
+        anywhere = low <= planner.floor_bytes
+        met.add(anywhere)
+        said = planner.plan(low - 1).minimum_budget_reason
+        order = "" if anywhere else " with first runs and re-runs in this order"
+        assert f"(no schedule{order} has a lower peak)" in said, seed
+    assert met == {True, False}
+
+
+def test_re_runs_out_of_order_may_come_lower_and_nothing_is_said_of_them():
+    """Between o4 and o5 first o3 runs again and then o0: o0 o1 o2 -o0 o3 -o3 o4 o3 -o1 -o2 o0 o5 peaks at 10."""
+    sizes, inputs = [2, 3, 2, 5, 1, 1], [[], [], [0, 1], [1, 2], [1, 2], [0, 3]]
+    operators = [
+        {"name": f"o{i}", "seconds": 1, "output_bytes": size, "inputs": [f"o{j}" for j in read]}
+        for i, (size, read) in enumerate(zip(sizes, inputs, strict=True))
+    ]
+    assert least(operators, "first") == 10 < least(operators, "stages") == 11
+    made = GraphPlanner(profile_of(operators)).plan(10)
+    assert (made.status, made.minimum_budget_bytes) == ("infeasible", 11)
+    assert "(no schedule with first runs and re-runs in this order has a lower peak)" in made.minimum_budget_reason
+
+
+def test_a_rule_says_nothing_of_other_schedules():
+    planner = GraphPlanner(profile_of(chain(12, training=True)))
+    made = planner.plan(planner.floor_bytes, policy="keep-all")
+    assert made.status == "infeasible"
+    assert "(no lower peak under this rule)" in made.minimum_budget_reason
+
+
+def test_a_proven_peak_is_one_that_sizes_add_up_to():
+    """The solver's tolerances would leave the bound a little below what is found."""
+    unit = 1 << 24
+    operators = [
+        op | {"output_bytes": unit * op["output_bytes"], "workspace_bytes": unit * op.get("workspace_bytes", 0)}
+        for op in random_graph(6007, most=8)
+    ]
+    dag = dag_of(profile_of(operators))
+    assert lowest_peak(dag, 60).bytes == least(random_graph(6007, most=8), "stages") * unit
+
+
+# --- polishing -----------------------------------------------------------------------------------------------------
+
+
+def test_of_two_peaks_of_one_height_each_may_be_lowered_alone():
+    """Two equal parts, each with an output that lies through the two runs of its peak and may be made again after them."""
+
+    def part(name, start):
+        names = [f"{name}{i}" for i in range(6)]
+        sizes = [4, 1, 6, 1, 1, 1]
+        inputs = [[start] if start else [], [names[0]], [names[1]], [names[2]], [names[3]], [names[4], names[0]]]
+        return [
+            {"name": n, "seconds": 1, "output_bytes": size, "inputs": read}
+            for n, size, read in zip(names, sizes, inputs, strict=True)
+        ]
+
+    dag = dag_of(profile_of([*part("a", None), *part("b", "a5")]))
+    top = peak_bytes(dag, ())
+    held = memory(dag, runs(dag, ()))
+    assert held.count(top) == 4
+    once = frozenset({(5, 0)})
+    both = frozenset({(5, 0), (11, 6)})
+    near = Neighbourhoods(dag, peak_bytes(dag, both))
+    assert near.budget < top == peak_bytes(dag, once)
+    assert near._better(frozenset(), once) == once
+    assert near._better(once, both) == both
+    assert near._better(both, once) == both
+    assert near._better(once, frozenset()) == once
+
+
+def test_the_lowest_peak_is_looked_for_before_a_budget_is_given_up(monkeypatch):
+    """It had only what the search had left: what one call named as the smallest budget, another called too small."""
+    granted = []
+
+    def spied(dag, seconds):
+        granted.append(seconds)
+        return lowest_peak(dag, seconds)
+
+    monkeypatch.setattr(graph_planner, "lowest_peak", spied)
+    monkeypatch.setattr(Search, "first", lambda self, seeds: None)
+    profile = graph_profile(layered(24, seed=3))
+    least = GraphPlanner(profile).minimum_bytes(time_limit=60)
+    assert least < GraphPlanner(profile).found.peaks[frozenset()]
+    granted.clear()
+    made = GraphPlanner(profile).plan(least, time_limit=60)
+    assert made.peak_bytes == least
+    assert granted[0] > 15
+    # Once it came to its end, it is known.
+    planner = GraphPlanner(profile)
+    granted.clear()
+    assert planner.plan(least - 1, time_limit=60).minimum_budget_bytes == least
+    assert planner.plan(least, time_limit=60).peak_bytes == least
+    assert len(granted) == 1

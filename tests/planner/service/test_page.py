@@ -1,0 +1,606 @@
+"""The page in a real browser: the four jobs that it is for, by mouse and by keyboard, in light and dark, on a phone.
+
+Pictures are kept in the folder that TIGHTFIT_PICTURES names, or in the test's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from chromium import find_chromium
+from damage import SEQ
+from places import ROOT
+from playwright.sync_api import expect, sync_playwright
+from served import Served
+from synthetic import decoder_like
+
+from tightfit.planner.service.wire.schema import PLAN_JOB
+
+PATIENCE = 90_000
+"""milliseconds: the machine may be busy"""
+NOTE_CURVING = """() => {
+  const curving = document.getElementById("curving");
+  const note = () => { if (curving.textContent) document.body.dataset.curving = curving.textContent; };
+  new MutationObserver(note).observe(curving, { childList: true, subtree: true, characterData: true });
+}"""
+"""keeps what is said of the curve, however short a time it is said"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    try:
+        path = find_chromium()
+    except LookupError as error:
+        pytest.skip(str(error))
+    expect.set_options(timeout=PATIENCE)
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, work, measured):
+    folder = tmp_path_factory.mktemp("page")
+    shutil.copytree(measured, folder / "data")
+    service = Served(folder / "data", "--root", str(work)).start()
+    yield service
+    service.stop()
+    assert not [line for line in service.lines() if line["level"] == "error"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = Path(os.environ.get("TIGHTFIT_PICTURES") or tmp_path_factory.mktemp("pictures"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(browser, served, tmp_path_factory):
+    """The page with a profile uploaded and its curve drawn; anything that goes wrong in it fails the test."""
+    opened = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
+    opened.set_default_timeout(PATIENCE)
+    wrong, asked = [], []
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto(served.url)
+    profile = tmp_path_factory.mktemp("profile") / "profile.json"
+    profile.write_text(decoder_like(2).model_dump_json())
+    opened.set_input_files("#upload", profile)
+    # The plan in the middle is there before the curve is.
+    expect(opened.locator("#timeline svg")).to_be_visible()
+    expect(opened.locator("#curve")).not_to_have_attribute("aria-busy", "true")
+    expect(opened.locator("#curve-legend")).to_contain_text("mebp")
+    yield opened
+    assert wrong == []
+    elsewhere = [url for url in asked if not url.startswith((served.url, "data:", "blob:"))]
+    assert elsewhere == []
+    opened.close()
+
+
+def rows(page, selector):
+    return [
+        [cell.text_content() for cell in row.locator("th, td").all()]
+        for row in page.locator(f"{selector} tbody tr").all()
+    ]
+
+
+def solved(page):
+    """Seconds of the solver's plans on the curve, by budget."""
+    return [number(row[1]) for row in rows(page, "#curve-table") if not row[1].startswith(("needs", "–"))]
+
+
+def set_budget(page, mib):
+    page.fill("#budget", str(mib))
+    page.press("#budget", "Enter")
+
+
+def between(page, first, last):
+    """What of the page lies between two elements, for a picture."""
+    top, bottom = page.locator(first).bounding_box(), page.locator(last).bounding_box()
+    begun = top["y"] + page.evaluate("window.scrollY")
+    return {"x": 0, "y": begun - 16, "width": 1200, "height": bottom["y"] + bottom["height"] - top["y"] + 28}
+
+
+def number(text):
+    return float(re.search(r"[\d.]+", text.replace(",", ""))[0])
+
+
+def test_will_it_fit(page, served, pictures):
+    verdict = page.locator("#verdict")
+    expect(verdict).to_have_text(re.compile(r"^Fits [\d.]+ MiB: [\d.]+ s per step, within [\d.]+ % of the best plan"))
+    title = page.locator("#plan-title")
+    # By keyboard: the end of the slider is the largest budget, and as fast as it gets.
+    slow = number(verdict.inner_text().split(":")[1])
+    page.locator("#slider").focus()
+    page.keyboard.press("End")
+    expect(verdict).to_contain_text("as at")
+    assert number(verdict.inner_text().split(":")[1]) <= slow
+    # By mouse, along the curve: towards less memory, never faster.
+    roomy = title.inner_text()
+    box = page.locator("#curve svg").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] / 2, steps=5)
+    expect(title).not_to_have_text(roomy)  # the plan moves along, before the button is let go
+    page.mouse.up()
+    expect(verdict).to_contain_text("as at")
+    dragged = number(page.input_value("#budget"))
+    # A budget between two points of the curve is solved on demand, and stands on the curve afterwards.
+    before = solved(page)
+    set_budget(page, dragged + 0.3)
+    page.click("#solve")
+    expect(title).to_contain_text(f"{dragged + 0.3:.1f} MiB")
+    expect(verdict).to_contain_text("within")
+    after = solved(page)
+    assert len(after) == len(before) + 1
+    page.screenshot(path=pictures / "fit.png", full_page=True, clip=between(page, "#fit", "#timeline-legend"))
+
+
+def test_the_plan_is_told_and_drawn(page, served):
+    peak = rows(page, "#peak")
+    together = next(number(row[2]) for row in peak if row[0] == "together")
+    parts = [number(row[2]) for row in peak if row[0] != "together"]
+    assert sum(parts) == pytest.approx(together, abs=0.15 + 0.06 * len(parts))
+    # The chart reads itself out under the arrow keys.
+    page.locator("#timeline svg").focus()
+    reading = page.locator("#reading")
+    at_peak = reading.inner_text()
+    page.keyboard.press("Home")
+    assert reading.inner_text() != at_peak
+    page.keyboard.press("End")
+    assert re.fullmatch(r"[\d.]+ s: [\d.]+ MiB = .*", reading.inner_text())
+    assert page.locator("#timeline svg .cap-label").inner_html().startswith("cap ")
+    assert page.locator("#timeline svg .peak-label").inner_html().startswith("instruction ")
+    kinds = page.locator("#timeline svg path[data-kind]").count()
+    assert kinds == page.locator("#timeline-legend li").count() > 4
+    assert any("(fullest)" in row[0] for row in rows(page, "#timeline-table"))
+    assert [row[0] for row in rows(page, "#layers-table")] == ["stem", "layer0", "layer1", "head"]
+    assert page.locator("#layers svg rect").count() >= 12
+    channels = {row[0]: number(row[2]) for row in rows(page, "#channels-table")}
+    assert set(channels) == {"compute", "read", "write", "waiting"}
+    assert 0 < channels["compute"] <= 100.5
+
+
+def test_compare(page, served, pictures):
+    page.select_option("#left", index=0)
+    page.locator("#compare-form button").click()
+    expect(page.locator("#figures table")).to_be_visible()
+    for side in ("left", "right"):
+        assert page.locator(f"#{side}-memory svg path[data-kind]").count() > 4
+        assert page.locator(f"#{side}-name").inner_text().startswith("solver at ")
+    figures = {row[0]: row[1:] for row in rows(page, "#figures")}
+    budgets = [number(text) for text in figures["budget, MiB"]]
+    assert budgets[0] < budgets[1]
+    assert number(figures["step, s"][0]) > number(figures["step, s"][1])
+    totals = rows(page, "#totals")
+    assert any("kept" in row[0].split("→")[1] for row in totals)
+    changes = rows(page, "#changes")
+    assert sum(int(row[1]) for row in totals) == len(changes)
+    page.locator("#compare").screenshot(path=pictures / "compare.png")
+
+
+def test_why_nothing_fits(page, served, pictures):
+    smallest = number(rows(page, "#curve-table")[0][0])
+    set_budget(page, round(smallest - 1, 1))
+    verdict = page.locator("#verdict")
+    expect(verdict).to_contain_text("Does not fit")
+    expect(verdict).to_contain_text("the smallest budget that is enough is")
+    expect(page.locator("#plan-title")).to_have_text("3. Why nothing fits")
+    told = page.locator("#sentences").inner_text()
+    assert "smallest" in told
+    assert "peak" in told
+    expect(page.locator("#feasible")).to_be_hidden()
+    expect(page.locator("#run")).to_be_hidden()
+    page.locator("#plan").screenshot(path=pictures / "infeasible.png")
+    # What it names is enough.
+    set_budget(page, number(verdict.inner_text().split("enough is")[1]))
+    expect(page.locator("#plan-title")).to_contain_text("The plan: solver")
+
+
+def test_a_later_question_voids_an_earlier_one(page, served):
+    """The answer for a budget that was left meanwhile stands on the curve, and takes nobody's place."""
+    smallest = number(rows(page, "#curve-table")[0][0])
+    held = []
+
+    def hold(route):
+        held.append(route)
+
+    page.route("**/v1/plans", hold)
+    set_budget(page, round(smallest - 2, 1))
+    expect(page.locator("#working")).to_contain_text("planning at")
+    set_budget(page, 1000)
+    expect(page.locator("#working")).to_be_empty()
+    title = page.locator("#plan-title")
+    expect(title).to_contain_text("The plan: solver")
+    before = len(rows(page, "#curve-table"))
+    held[0].continue_()
+    expect(page.locator("#curve-table tbody tr")).to_have_count(before + 1)
+    page.unroute("**/v1/plans")
+    page.wait_for_timeout(300)
+    expect(title).to_contain_text("The plan: solver")
+    expect(page.locator("#verdict")).to_contain_text("Fits 1,000.0 MiB")
+
+
+def test_what_is_no_budget_is_refused(page, served):
+    problem, kept = page.locator("#problem"), page.input_value("#budget")
+    for text, told in (
+        ("0", "0 is no budget"),
+        ("-5", "-5 is no budget"),
+        ("", "nothing is no budget"),
+        ("1e300", "1e300 is no"),
+    ):
+        set_budget(page, text)
+        expect(problem).to_contain_text(told)
+        assert page.input_value("#budget") == kept
+        set_budget(page, float(kept) + 1)
+        expect(problem).to_be_hidden()
+        set_budget(page, kept)
+
+
+def test_a_slip_of_the_keyboard_leaves_slider_and_curve_as_they_are(page, served):
+    slider = page.locator("#slider")
+    bounds = [slider.get_attribute(name) for name in ("min", "max", "step")]
+    kept, curve = page.input_value("#budget"), page.locator("#curve svg text").all_text_contents()
+    set_budget(page, float(kept) * 1e6)
+    expect(page.locator("#verdict")).to_contain_text("as at")
+    assert [slider.get_attribute(name) for name in ("min", "max", "step")] == bounds
+    assert slider.input_value() == bounds[1]
+    # Planned there all the same, it stands in the table, and the curve keeps its scale.
+    before = len(rows(page, "#curve-table"))
+    page.click("#solve")
+    expect(page.locator("#curve-table tbody tr")).to_have_count(before + 1)
+    assert page.locator("#curve svg text").all_text_contents() == curve
+    set_budget(page, kept)
+    expect(page.locator("#verdict")).to_contain_text(f"Fits {float(kept):,.1f} MiB")
+
+
+def test_the_verdict_is_of_the_budget_and_the_policy_that_are_chosen(browser, page, served):
+    """A plan that comes late says nothing of a budget that was left for another; a rule that does not fit speaks for itself."""
+    own = browser.new_page()
+    own.set_default_timeout(PATIENCE)
+    own.goto(page.url)
+    expect(own.locator("#curve-legend")).to_contain_text("mebp")
+    expect(own.locator("#curve")).not_to_have_attribute("aria-busy", "true")
+    expect(own.locator("#plan-title")).to_contain_text("The plan: solver")
+    verdict, table = own.locator("#verdict"), rows(own, "#curve-table")
+    smallest, opened_at = number(table[0][0]), number(own.input_value("#budget"))
+    # A budget whose plan this page has not asked for yet: it opened at one, which may be the largest.
+    roomy = next(number(row[0]) for row in reversed(table) if number(row[0]) != opened_at)
+    # The solver's plans fit there, and not all rules.
+    middle = next(number(row[0]) for row in table if row[1][0].isdigit() and row[2].startswith("needs"))
+    late, unsolved = [], []
+
+    def hold(route):
+        late.append(route)
+
+    def ignore(route):
+        unsolved.append(route)
+
+    set_budget(own, middle)
+    expect(own.locator("#plan-title")).to_have_text(f"3. The plan: solver at {middle:,.1f} MiB")
+    own.route("**/view", hold)
+    own.route("**/v1/plans", ignore)
+    with own.expect_request("**/view"):
+        set_budget(own, roomy)
+    expect(verdict).to_contain_text(f"Fits {roomy:,.1f} MiB")
+    set_budget(own, round(smallest - 3, 1))
+    expect(verdict).to_contain_text("Does not fit")
+    with own.expect_response("**/view"):
+        late[0].continue_()
+    own.wait_for_timeout(300)
+    expect(verdict).to_have_text(
+        re.compile(rf"^Does not fit {smallest - 3:,.1f} MiB: the smallest budget that is enough is")
+    )
+    assert verdict.get_attribute("class") == "verdict not"
+    own.unroute("**/view")
+    own.unroute("**/v1/plans")
+    # Of a rule it is said that this rule does not fit, and from where on the solver's plans do.
+    set_budget(own, middle)
+    expect(verdict).to_contain_text(f"Fits {middle:,.1f} MiB")
+    own.select_option("#policy", "keep-all")
+    expect(verdict).to_have_text(
+        re.compile(
+            rf"^The rule keep-all does not fit {middle:,.1f} MiB, it needs [\d.,]+ MiB; plans of the solver fit from"
+        )
+    )
+    expect(own.locator("#plan-title")).to_have_text(f"3. Why the rule keep-all does not fit {middle:,.1f} MiB")
+    told = own.locator("#plan").inner_text()
+    assert "the rule keep-all does not fit" in told
+    assert "no plan fits" not in told
+    set_budget(own, round(smallest - 3, 1))
+    expect(verdict).to_contain_text("nor does any other plan: the smallest budget that is enough is")
+    own.close()
+
+
+def test_the_address_brings_back_what_is_looked_at(browser, page, served):
+    page.select_option("#policy", "mebp")
+    expect(page.locator("#plan-title")).to_contain_text("mebp")
+    again = browser.new_page()
+    again.set_default_timeout(PATIENCE)
+    again.goto(page.url)
+    expect(again.locator("#verdict")).to_contain_text(f"Fits {number(page.input_value('#budget')):,.1f} MiB")
+    expect(again.locator("#plan-title")).to_contain_text("mebp")
+    assert again.input_value("#profile") == page.input_value("#profile")
+    assert "uploaded" in again.locator("#profile option:checked").inner_text()
+    # Nothing is named any more, so nothing is shown; what was uploaded before that does not take its place.
+    held = []
+
+    def hold(route):
+        held.append(route)
+
+    again.route("**/v1/profiles/upload", hold)
+    with again.expect_request("**/v1/profiles/upload"):
+        again.set_input_files("#upload", ROOT / "examples" / "bare-graph.json")
+    again.evaluate("location.hash = ''")
+    expect(again.locator("#fit")).to_be_hidden()
+    expect(again.locator("#start")).to_be_visible()
+    known = again.locator("#profile option").count()
+    held[0].continue_()
+    expect(again.locator("#profile option")).to_have_count(known + 1)
+    assert again.input_value("#profile") == ""
+    expect(again.locator("#fit")).to_be_hidden()
+    # A measurement says why it says nothing, but not in the place of what was chosen meanwhile.
+    job = {"id": "job-0123456789abcdef", "kind": "profile", "state": "queued"}
+    again.route("**/v1/profiles", lambda route: route.fulfill(json=job))
+    again.route("**/events", lambda route: route.abort())
+    again.locator("#measure-box summary").click()
+    again.fill("#measure [name=path]", "model")
+    again.locator("#measure button").click()
+    about, measuring = again.locator("#about"), again.locator("#measuring")
+    expect(measuring).to_have_text("measuring: the service does not answer, asked again until it does")
+    again.unroute("**/events")
+    again.select_option("#profile", page.input_value("#profile"))
+    expect(about).to_contain_text("layers of")
+    # The job that is asked for again is not known to the service: it has failed, and nothing goes on any more.
+    expect(again.locator("#problem")).to_contain_text("there is no job")
+    expect(measuring).to_be_empty()
+    expect(about).to_contain_text("layers of")
+    again.close()
+    page.select_option("#policy", "solver")
+
+
+def test_a_run_that_fails_says_nothing_beside_another(browser, served):
+    """Two runs of which the one that was left ends badly, while the other is looked at."""
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    left, other = (PLAN_JOB | {"id": f"job-{digit * 16}", "kind": "run", "request": {"steps": 3}} for digit in "ab")
+    left |= {"state": "running", "result": None}
+    failed = left | {"state": "failed", "error": {"code": "run_failed", "message": "the disk is full", "fields": []}}
+    figures = {"predicted": 1.0, "measured": 1.0}
+    report = {
+        "peak_bytes": figures,
+        "step_seconds": figures,
+        "evaluation": {},
+        "enforced_by": "meter",
+        "loss": [1.0] * 3,
+    }
+    held = []
+
+    def hold(route):
+        held.append(route)
+
+    page.route("**/v1/jobs?kind=run*", lambda route: route.fulfill(json={"jobs": [left, other]}))
+    page.route("**/metrics", lambda route: route.fulfill(json={"budget_bytes": 1 << 30, "steps": []}))
+    page.route("**/report", lambda route: route.fulfill(json=report))
+    page.route(f"**/v1/jobs/{left['id']}", lambda route: route.fulfill(json=left))
+    page.route(f"**/v1/jobs/{other['id']}", lambda route: route.fulfill(json=other))
+    page.route("**/events", hold)
+    page.goto(served.url)
+    with page.expect_request("**/events"):
+        page.select_option("#runs", left["id"])
+    page.select_option("#runs", other["id"])
+    state = page.locator("#run-state")
+    expect(state).to_contain_text("done: 3 steps")
+    held[0].fulfill(content_type="text/event-stream", body=f"event: job\ndata: {json.dumps(failed)}\n\n")
+    page.wait_for_timeout(500)
+    expect(page.locator("#problem")).to_be_hidden()
+    expect(state).to_contain_text("done: 3 steps")
+    page.close()
+
+
+def test_names_of_any_length_and_with_markup_stay_text(browser, served):
+    graph = json.loads((ROOT / "examples" / "bare-graph.json").read_text())
+    long = {one["name"]: f"<script>{one['name']}</script>{'x' * 120}" for one in graph["operators"]}
+    for one in graph["operators"]:
+        one["name"], one["inputs"] = long[one["name"]], [long[name] for name in one.get("inputs", [])]
+    graph["name"] = "<img src=x onerror=alert(1)>" * 9
+    identity = served.http.post("/v1/profiles/upload", json=graph).json()["id"]
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    page.goto(f"{served.url}/page/#profile={identity}")
+    expect(page.locator("#sentences")).to_contain_text("</script>")
+    assert page.locator("main img, main script").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1200
+    page.close()
+
+
+def test_a_small_graph_is_told_in_figures(browser, served):
+    """Forty KiB are 0.0391 MiB, not 0.0."""
+    operators = [
+        {"name": f"op{i}", "seconds": 0.1, "output_bytes": 10 << 10, "inputs": [f"op{i - 1}"] if i else []}
+        for i in range(8)
+    ]
+    identity = served.http.post(
+        "/v1/profiles/upload", json={"format": "tightfit-graph", "operators": operators}
+    ).json()["id"]
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(PATIENCE)
+    page.goto(f"{served.url}/page/#profile={identity}&budget={40 << 10}")
+    verdict = page.locator("#verdict")
+    expect(verdict).to_contain_text("Fits 0.0391 MiB")
+    assert page.input_value("#budget") == "0.0391"
+    expect(page.locator("#curve")).not_to_have_attribute("aria-busy", "true")
+    # The curve goes from the smallest budget to what keeps everything.
+    budgets = [number(row[0]) for row in rows(page, "#curve-table")]
+    assert 0 < budgets[0] < budgets[-1] <= 0.11
+    assert budgets == sorted(set(budgets))
+    assert "0.0" not in {row[2] for row in rows(page, "#peak")}
+    assert {row[-1] for row in rows(page, "#timeline-table")} == {"0.00977", "0.0195"}
+    set_budget(page, 0.0009)
+    expect(verdict).to_contain_text("Does not fit 0.000977 MiB")
+    set_budget(page, number(verdict.inner_text().split("enough is")[1]))
+    expect(page.locator("#plan-title")).to_contain_text("The plan: solver")
+    page.close()
+
+
+def test_a_service_that_is_gone_is_told_of(browser, tmp_path):
+    service = Served(tmp_path / "data").start()
+    service.upload(decoder_like(2))
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto(service.url)
+    page.route("**/view", lambda route: route.abort())
+    held = []
+
+    def hold(route):
+        held.append(route)
+
+    page.route("**/v1/comparisons", hold)
+    page.evaluate(NOTE_CURVING)
+    page.select_option("#profile", index=1)
+    # The first plan cannot be shown; the curve goes on, and says so until it is there.
+    expect(page.locator("#problem")).to_contain_text("the service does not answer")
+    page.unroute("**/v1/comparisons")
+    held[0].continue_()
+    expect(page.locator("body")).to_have_attribute("data-curving", re.compile("the curve"))
+    expect(page.locator("#curving")).to_be_empty()
+    expect(page.locator("#curve-table tbody tr")).not_to_have_count(1)
+    page.unroute("**/view")
+    page.click("#solve")
+    expect(page.locator("#plan-title")).to_contain_text("The plan: solver")
+    # Nothing can be started without a plan that runs here.
+    expect(page.locator("#run-form")).to_be_hidden()
+    service.kill()
+    page.click("#solve")
+    expect(page.locator("#problem")).to_contain_text("the service does not answer")
+    expect(page.locator("#working")).to_be_empty()
+    assert page.is_enabled("#solve")
+    page.close()
+
+
+def test_nothing_hinders_people(page, served, pictures):
+    """axe-core finds no fault in light or dark; on a phone nothing is cut off."""
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+        assert [(one["id"], [node["html"][:100] for node in one["nodes"]]) for one in found] == [], scheme
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    # Charts are drawn anew for the width, so that their text stays as large as on a desk.
+    expect(page.locator("#curve svg")).to_have_attribute("viewBox", re.compile(r"^0 0 3\d\d "))
+    page.screenshot(path=pictures / "phone-dark.png", full_page=True)
+    page.emulate_media(color_scheme="light")
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
+    page.click("#theme")
+    page.set_viewport_size({"width": 1200, "height": 900})
+    # Every chart says what it shows, and a table stands beside it.
+    for chart in ("curve", "timeline", "layers"):
+        label = page.locator(f"#{chart} svg").get_attribute("aria-label")
+        assert label, chart
+        assert page.locator(f"#{chart}-table table").count() == 1
+
+
+def test_a_token_is_asked_for(browser, tmp_path):
+    service = Served(tmp_path / "data", token="a-secret-of-some-length").start()
+    try:
+        service.upload(decoder_like(2))
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(service.url)
+        expect(page.locator("#token")).to_be_focused()
+        page.keyboard.type("something-else-of-some-length")
+        page.keyboard.press("Enter")
+        expect(page.locator("#problem")).to_contain_text("this token is not the service's")
+        expect(page.locator("#token")).to_be_focused()
+        page.keyboard.type("a-secret-of-some-length")
+        page.keyboard.press("Enter")
+        expect(page.locator("#token-form")).to_be_hidden()
+        expect(page.locator("#profile option")).to_have_count(2)
+        page.close()
+    finally:
+        service.stop()
+
+
+def test_run(browser, served, pictures, work):
+    """Measure a model on the service's machine, plan it, train, and take the adapter: all on the page."""
+    page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme="light")
+    page.set_default_timeout(PATIENCE)
+    page.goto(served.url)
+    page.locator("#measure-box summary").click()
+    assert page.locator("#start").is_visible()
+    for name, value in (("path", "model"), ("seq", str(SEQ)), ("batch", "2"), ("lora_rank", "4")):
+        page.fill(f"#measure [name={name}]", value)
+    page.locator("#measure button").click()
+    expect(page.locator("#run")).to_be_visible()
+    page.locator("#slider").focus()
+    page.keyboard.press("End")
+    page.fill("#run-form [name=data]", "data.jsonl")
+    page.fill("#run-form [name=steps]", "12")
+    page.locator("#run-form button").click()
+    expect(page.locator("#run-state")).to_have_text(re.compile(r"done: 12 steps, peak [\d.]+ of [\d.]+ MiB"))
+    steps = rows(page, "#steps-table")
+    assert [int(row[0]) for row in steps] == list(range(1, 13))
+    report = {row[0]: row[1:] for row in rows(page, "#report")}
+    training = number(report["– training, MiB"][1])
+    assert training == pytest.approx(max(number(row[-1]) for row in steps), abs=1)
+    whole = number(report["peak of its processes, MiB"][1])
+    assert whole == pytest.approx(training + number(report["– supervisor, MiB"][1]), abs=0.2)
+    assert page.locator("#memory svg .cap").count() == 1
+    with page.expect_download() as caught:
+        page.click("#adapter-button")
+    import tarfile
+
+    with tarfile.open(caught.value.path()) as archive:
+        assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= set(archive.getnames())
+        config = json.load(archive.extractfile("adapter/adapter_config.json"))
+    assert config["r"] == 4
+    page.locator("#run").screenshot(path=pictures / "run.png")
+    # What is refused is told, and not beside the next run.
+    page.fill("#run-form [name=data]", "none.jsonl")
+    page.locator("#run-form button").click()
+    expect(page.locator("#problem")).to_contain_text("'none.jsonl' is no file or folder")
+    page.fill("#run-form [name=data]", "data.jsonl")
+    # Cancelled, a run saves and ends; whoever comes back to the page finds it.
+    page.fill("#run-form [name=steps]", "1000000")
+    page.locator("#run-form button").click()
+    expect(page.locator("#run-state")).to_have_text(re.compile(r"^step \d+ of 1000000: loss"))
+    expect(page.locator("#problem")).to_be_hidden()
+    page.route("**/cancel", lambda route: route.fulfill(json={"wanted_by": 2}))
+    page.click("#cancel")
+    expect(page.locator("#problem")).to_have_text("it goes on: 2 others have asked for it too")
+    page.unroute("**/cancel")
+    with page.expect_request("**/cancel") as asked:
+        page.click("#cancel")
+    expect(page.locator("#run-state")).to_contain_text("was cancelled")
+    # It goes on from where it has saved.
+    saved = len(rows(page, "#steps-table"))
+    refusal = {"error": {"code": "busy", "message": "1000 jobs are waiting already", "fields": []}}
+    page.route("**/resume", lambda route: route.fulfill(status=429, json=refusal))
+    page.click("#resume")
+    expect(page.locator("#run-state")).to_have_text("1000 jobs are waiting already")
+    page.unroute("**/resume")
+    page.click("#resume")
+    expect(page.locator("#run-state")).to_have_text(re.compile(r"^step \d+ of 1000000: loss"))
+    reached = int(re.match(r"step (\d+)", page.locator("#run-state").inner_text())[1])
+    assert reached > saved > 0
+    page.click("#cancel")
+    expect(page.locator("#run-state")).to_contain_text("was cancelled")
+    with page.expect_request("**/v1/jobs*") as again:
+        page.reload()
+    # A browser has a name of its own, by which it is known again.
+    assert re.fullmatch(r"[0-9a-f]{32}", asked.value.headers["client-id"])
+    assert again.value.headers["client-id"] == asked.value.headers["client-id"]
+    page.select_option("#runs", index=2)
+    expect(page.locator("#run-state")).to_contain_text("done: 12 steps")
+    assert len(rows(page, "#steps-table")) == 12
+    page.close()

@@ -1,0 +1,143 @@
+"""How near the best a plan is said to be, what ends a search, and that no plan is slower than a fixed rule that fits."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from layered_graph import layered
+from synthetic import decoder_like, device, small_chain
+
+from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.graphs.problem.dag import dag_of
+from tightfit.planner.graphs.problem.schedule import peak_bytes, seconds
+from tightfit.planner.graphs.search import exact
+from tightfit.planner.plan import Planner
+from tightfit.planner.report.compare import compare
+from tightfit.planner.schedule.realize import carry_out
+from tightfit.planner.simulation.plan_result import EXACT, ROUNDING, ended_by
+from tightfit.planner.solve import budget_search
+from tightfit.planner.solve.policies import POLICIES, rule_columns
+from tightfit.planner.solve.search import Solver
+from tightfit.profiles.graph_input import graph_profile
+from tightfit.runtime.common.errors import InputError
+
+REAL = {"read": 1e9, "write": 5e8, "latency": 1e-4}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_optimal_is_what_nothing_undercuts_and_a_gap_ends_the_search_before(seed):
+    """Too large to be solved exactly at once, and small enough that the optimum is known all the same."""
+    profile = graph_profile(layered(22, seed=seed))
+    dag = dag_of(profile)
+    budget = int(0.75 * peak_bytes(dag, ()))
+    known = exact.fastest(dag, budget, work=60.0, seconds=60.0)
+    assert known.proven
+    optimum = seconds(dag, known.reruns)
+    made = GraphPlanner(profile).plan(budget, time_limit=60)
+    assert (made.status, made.ended_by) == ("optimal", "proof")
+    assert made.gap <= EXACT
+    assert made.step_seconds == pytest.approx(optimum, rel=2 * EXACT)
+    near = GraphPlanner(profile).plan(budget, time_limit=60, gap=0.2)
+    assert near.gap <= 0.2
+    assert near.bound_seconds <= optimum * (1 + 1e-9)
+    if near.gap > EXACT:
+        assert (near.status, near.ended_by) == ("feasible", "gap")
+
+
+@pytest.mark.parametrize(
+    ("kind", "gap", "told", "expected"),
+    [
+        ("graph", EXACT, {}, "proof"),
+        ("graph", 9e-4, {}, "stalled"),
+        ("graph", 9e-4, {"asked": 1e-3}, "gap"),
+        ("graph", 9e-4, {"asked": 8e-4}, "stalled"),
+        ("graph", 9e-4, {"timely": False}, "time limit"),
+        ("graph", 9e-4, {"timely": False, "stalled": True}, "stalled"),
+        ("graph", 9e-4, {"timely": False, "interrupted": True}, "interrupt"),
+        ("decoder", ROUNDING, {"timely": False}, "proof"),
+        ("decoder", 1e-3, {}, "stalled"),
+    ],
+)
+def test_what_ended_a_search(kind, gap, told, expected):
+    assert ended_by(kind, gap, **{"asked": 0.0, "timely": True} | told) == expected
+
+
+@pytest.mark.parametrize("seed", [4, 12])
+def test_a_small_model_is_proven_to_rounding_though_moves_have_a_price(seed):
+    """With the price of moves in it the bound of its program would be a ten-thousandth too low."""
+    planner = Planner(small_chain(seed, on=device(read=1e12, write=1e12, latency=0.0, per_byte=2e-8)))
+    made = planner.plan(int(planner.minimum().peak_bytes * 1.2))
+    assert made.train.read_bytes
+    assert (made.status, made.ended_by) == ("optimal", "proof")
+    assert made.gap <= ROUNDING
+
+
+@pytest.mark.parametrize("gap", [-0.1, 1, float("nan"), True, "1%"])
+def test_a_gap_that_is_none_is_refused(gap):
+    profile = small_chain(0)
+    for planner in (Planner(profile), GraphPlanner(graph_profile(layered(8)))):
+        with pytest.raises(
+            InputError, match=r"name a share of the step's time from 0 to below 1, such as 0\.001 for 0\.1 %"
+        ):
+            planner.plan(1 << 40, gap=gap)
+    with pytest.raises(InputError, match="a gap of "):
+        compare(profile, [1 << 40], ["solver"], gap=gap)
+
+
+def test_a_model_s_search_ends_at_the_gap_that_is_asked_for():
+    profile = decoder_like(2, tokens=64, hidden=96, ffn=192, slices=3, on=device(**REAL))
+    budget = int(Planner(profile).solver.smallest.peak_bytes * 1.3)
+    far, near = Planner(profile).plan(budget, gap=0.3), Planner(profile).plan(budget)
+    assert far.gap <= 0.3
+    assert (far.status, far.ended_by) == ("feasible", "gap")
+    assert near.gap <= far.gap
+    assert compare(profile, [budget], ["solver"], gap=0.3).plans[0].step_seconds == far.step_seconds
+
+
+@pytest.mark.parametrize("limit", [3.0, 30.0])
+def test_a_search_that_finds_nothing_good_gives_at_least_the_best_rule_in_its_time(monkeypatch, limit):
+    """Until its time is over it has found the slowest rule alone, and everything takes twice as long as on an idle machine."""
+    profile = decoder_like(4, tokens=256, slices=3, on=device(**REAL))
+    rules = {policy: Planner(profile).plan(1 << 40, policy=policy) for policy in POLICIES}
+    budget = rules["checkpoint-layers"].peak_bytes
+    fitting = [made.step_seconds for made in rules.values() if made.peak_bytes <= budget]
+    assert min(fitting) < rules["mesp"].step_seconds
+    clock = 0.0
+
+    def carried(problem, *given, **options):
+        nonlocal clock
+        clock += 2 * budget_search.CARRY_SECONDS * len(problem.graph.steps)
+        return carry_out(problem, *given, **options)
+
+    def slow(self, under_way):
+        nonlocal clock
+        under_way.carry(rule_columns(self.problem, POLICIES["mesp"]))
+        clock = max(clock, under_way.deadline)
+        under_way.timely = False
+
+    planner = Planner(profile)
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    monkeypatch.setattr(budget_search, "carry_out", carried)
+    monkeypatch.setattr(Solver, "_in_the_class", slow)
+    made = planner.plan(budget, time_limit=limit)
+    assert made.step_seconds <= min(fitting)
+    assert made.ended_by == "time limit"
+    assert clock <= limit
+
+
+@pytest.mark.parametrize("limit", [1e-3, 0.2])
+def test_a_graph_s_search_gives_at_least_the_best_rule(limit):
+    profile = graph_profile(layered(60, training=True))
+    budget = GraphPlanner(profile).plan(1 << 50, policy="checkpoint-layers").peak_bytes
+    planner = GraphPlanner(profile)
+    made = planner.plan(budget, time_limit=limit)
+    rules = [planner.plan(budget, policy=policy) for policy in planner.policies()]
+    assert made.step_seconds <= min(rule.step_seconds for rule in rules if rule.status != "infeasible")
+
+
+def test_a_search_that_was_cut_says_so_in_a_comparison():
+    profile = graph_profile(layered(40, training=True))
+    budget = int(0.7 * GraphPlanner(profile).found.peaks[frozenset()])
+    made = compare(profile, [budget], ["solver"], time_limit=1e-3).plans[0]
+    assert (made.deterministic, made.ended_by) == (False, "time limit")

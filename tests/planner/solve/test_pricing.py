@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import random
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from decisions import random_decision
+from swallowing import Swallowing
+from synthetic import small_chain
+
+from tightfit.planner.formulation.layer_constraints import FIELDS
+from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.schedule.layer_schedule import measure
+from tightfit.planner.solve.master_lp import Relaxation
+from tightfit.planner.solve.pricing import Hull, Pool, figures_row
+from tightfit.planner.solve.search import Solver
+
+
+def test_a_solver_that_gives_up_proves_nothing_and_is_replaced(monkeypatch):
+    """Glop ends some programs as ABNORMAL, and MathOpt then fails to say so: zero is a bound that always holds."""
+    hull = Hull(layered(small_chain(3, layers=2)).types[0])
+    prices = np.ones(len(FIELDS))
+    least = hull.bound(prices)
+    hull.prove(prices, least + 5.0)
+    known = hull.bound(prices)
+    assert known == pytest.approx(least + 5.0, rel=1e-6)
+    failed = hull.solver
+    monkeypatch.setattr(failed, "solve", lambda **_: {}.canonical_code)
+    assert hull.bound(prices) == known  # is remembered
+    assert hull.bound(2 * prices) == 0.0
+    assert hull.solver is not failed
+    assert hull.bound(2 * prices) == pytest.approx(2 * known)
+    hull.prove(prices, least + 6.0)
+    assert hull.bound(prices) == pytest.approx(least + 6.0, rel=1e-6)
+
+
+def test_no_decision_is_cheaper_than_what_is_proven():
+    """At the prices that were asked for, at others, and where one figure alone has a price."""
+    chance, rng = np.random.default_rng(0), random.Random(0)
+    for profile in (small_chain(3, layers=2), small_chain(4, layers=3)):
+        pool = Pool(problem=layered(profile))
+        for number, kind in enumerate(pool.problem.types):
+            costs = np.stack([figures_row(measure(kind, random_decision(rng, kind))) for _ in range(20)])
+            asked = [chance.uniform(0.0, 1.0, len(FIELDS)) for _ in range(3)]
+            for prices in asked:
+                pool.price(number, prices, 0.05, 60.0)
+                assert pool.bound(number, prices) >= 0.94 * pool.known(number, prices)
+            others = [chance.uniform(0.0, 1.0, len(FIELDS)) for _ in range(10)]
+            for prices in [*asked, *others, *np.eye(len(FIELDS))]:
+                assert pool.bound(number, prices) <= (costs @ prices).min() + 1e-9
+                assert pool.bound(number, prices) <= (pool.figures[number] @ prices).min() + 1e-9
+
+
+def test_what_is_proven_is_the_solvers_bound_and_not_its_answer(monkeypatch):
+    """Where it stops at a gap, decisions may be cheaper than the one that it found."""
+    pool = Pool(problem=layered(small_chain(3, layers=2)))
+    prices = np.ones(len(FIELDS))
+    program = pool.block(0, 60.0).program
+    solve, found = program.solve, []
+
+    def stopped(*given):
+        result = solve(*given)
+        found.append(result.objective)
+        return replace(result, bound=0.9 * result.objective)
+
+    monkeypatch.setattr(program, "solve", stopped)
+    pool.price(0, prices, 0.1, 60.0)
+    assert pool.bound(0, prices) == pytest.approx(0.9 * found[0], rel=1e-6)
+
+
+def test_an_answer_from_before_new_columns_is_not_given_again(monkeypatch):
+    """Where time is up on the program with the new columns, the next call solves it."""
+    problem = layered(small_chain(3, layers=2))
+    pool = Solver(problem).pool
+    relaxation = Relaxation(pool, careful=False)
+    limit = Solver(problem).room(1 << 30)
+    before = relaxation.solve(limit, 10.0)
+    assert relaxation.solve(limit, 10.0) is before
+    number = problem.layer_type[0]
+    cheapest = pool.figures[number].min(axis=0) / 2
+    pool.columns[number].append(pool.columns[number][0])
+    pool.figures[number] = np.vstack([pool.figures[number], cheapest])
+    with pytest.raises(TimeoutError):
+        relaxation.solve(limit, 0.0)
+    assert relaxation.solve(limit, 10.0).value < before.value
+
+
+def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
+    hull = Hull(layered(small_chain(3, layers=2)).types[0])
+    before, solver = signal.getsignal(signal.SIGINT), hull.solver
+    hull.solver = Swallowing()
+    with pytest.raises(KeyboardInterrupt):
+        hull.bound(np.ones(len(FIELDS)))
+    assert signal.getsignal(signal.SIGINT) is before
+    hull.solver = solver
+    assert hull.bound(np.ones(len(FIELDS))) > 0

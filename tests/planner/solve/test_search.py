@@ -1,0 +1,488 @@
+"""The search at a budget: what it keeps when time or the user ends it, what it proves of which plans, what it uses again."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import MIB, decoder_like, deep, device, small_chain
+
+from tightfit.planner.milp import lp
+from tightfit.planner.milp.lp import Growing, Linear, Program, Solution
+from tightfit.planner.plan import Planner
+from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.report.compare import compare
+from tightfit.planner.schedule import prefetch
+from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
+from tightfit.planner.schedule.prefetch import Bytes, best_order, facts_of
+from tightfit.planner.schedule.realize import Part, carry_out
+from tightfit.planner.simulation.plan_result import rebudgeted
+from tightfit.planner.solve import search
+from tightfit.planner.solve.budget_search import Attempt
+from tightfit.planner.solve.column_generation import Search
+from tightfit.planner.solve.policies import POLICIES, all_streamed, keep_all, mebp, rule_columns
+from tightfit.planner.solve.pricing import Pool
+from tightfit.planner.solve.search import Outcome, Solver
+from tightfit.runtime.common.gc_pause import paused_collector
+
+REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
+TIGHT = 5734400
+"""bytes in which four deep layers do with a few of them run twice, or with a disk that is far too slow"""
+
+
+@pytest.fixture(scope="module")
+def chain():
+    """(planner of a small chain, budget between its smallest and what keeps everything)"""
+    planner = Planner(small_chain(12, layers=3))
+    return planner, int(planner.minimum().peak_bytes * 1.2)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return Planner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
+
+
+def attempt_of(planner, budget, **changes):
+    now = time.monotonic()
+    figures = {"limit": planner.solver.room(budget), "started": now, "deadline": now + 60} | changes
+    return Attempt(problem=planner.problem, **figures)
+
+
+def of_rule(planner, policy="mebp"):
+    """A rule carried out where there is room for anything."""
+    schedule, _ = carry_out(planner.problem, rule_columns(planner.problem, POLICIES[policy]), 1 << 40)
+    return schedule
+
+
+# --- limits --------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_below_what_is_fixed_has_no_bound_and_no_columns():
+    planner = Planner(small_chain(1, on=device(**REAL)))
+    assert planner.solver.room(1) < 0
+    assert planner.bound(1) is None
+    search = Search(relaxation=planner.solver.relaxed, limit_bytes=-1, deadline=math.inf)
+    every = [list(range(len(planner.solver.pool.columns[kind]))) for kind in planner.problem.layer_type]
+    assert search._whole(-1, every) is None
+    assert planner.solver.solve(1, time.monotonic() + 5, None).schedule is None
+
+
+@pytest.mark.parametrize("infeasible", [True, False])
+def test_no_columns_and_no_proof_that_none_fit(chain, monkeypatch, infeasible):
+    """Only a proof says that a budget is too small; the solver's silence does not."""
+    told = Solution(values=None, duals=None, objective=math.inf, bound=0.0, optimal=False, infeasible=infeasible)
+    monkeypatch.setattr(Program, "solve", lambda *_: told)
+    planner, budget = chain
+    if infeasible:
+        assert planner.bound(budget) is None
+    else:
+        with pytest.raises(TimeoutError):
+            planner.bound(budget)
+
+
+def test_a_search_without_time_to_fill_in_still_chooses(decoder, monkeypatch):
+    budget = int(decoder.plan(1 << 45, policy="mebp").peak_bytes * 1.3)
+    limit = decoder.solver.room(budget)
+    search = Search(relaxation=decoder.solver.relaxed, limit_bytes=limit, deadline=time.monotonic() + 60)
+    search.columns()
+    asked = []
+
+    def late(*_):
+        asked.append(1)
+        raise TimeoutError
+
+    monkeypatch.setattr(search, "_fitted", lambda *_: None)
+    monkeypatch.setattr(Pool, "cheapest_within", lambda *_: None)
+    monkeypatch.setattr(Pool, "fill", late)
+    assert search.timely
+    assert search.choose(limit) is not None
+    assert asked == [1]
+    assert not search.timely
+
+
+def test_a_choice_that_time_ends_is_the_best_so_far(decoder, monkeypatch):
+    limit = decoder.solver.room(int(decoder.plan(1 << 45, policy="mebp").peak_bytes * 1.3))
+    search = Search(relaxation=decoder.solver.relaxed, limit_bytes=limit, deadline=time.monotonic() + 60)
+    columns = rule_columns(decoder.problem, POLICIES["mebp"])
+    answers = iter([(math.inf, columns)])
+
+    def whole(*_):
+        try:
+            return next(answers)
+        except StopIteration:
+            raise TimeoutError from None
+
+    monkeypatch.setattr(search, "_whole", whole)
+    monkeypatch.setattr(Pool, "fill", lambda *_: None)
+    # The first answer is no good one, and there is no time for another.
+    assert search.choose(limit) is columns
+    with pytest.raises(TimeoutError):
+        search.choose(limit)
+
+
+def test_a_solver_that_cannot_be_made_is_done_without(monkeypatch):
+    growing = Growing()
+    variable = growing.variable()
+    growing.at_least(Linear().add(variable), 3.0)
+
+    def broken(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(lp.mathopt, "IncrementalSolver", broken)
+    assert growing.solve(Linear().add(variable)).objective == pytest.approx(3.0)
+
+
+def test_a_second_opinion_gets_what_time_is_left(monkeypatch):
+    growing = Growing()
+    variable = growing.variable()
+    granted = []
+    now = itertools.count(0, 1.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(lp.mathopt, "IncrementalSolver", lambda *_: {}.canonical)
+    monkeypatch.setattr(Program, "solve", lambda _self, _goal, seconds, *_: granted.append(seconds))
+    growing.solve(Linear().add(variable), 9.0)
+    assert granted == [9.0 - 3.0]
+
+
+def test_a_warm_start_that_wanders_is_broken_off(monkeypatch):
+    """The optimum is the same; the program starts from nothing instead."""
+    growing = Growing()
+    pairs = [(growing.variable(), growing.variable()) for _ in range(40)]
+    cheap, dear = Linear(), Linear()
+    for one, two in pairs:
+        growing.at_least(Linear().add(one).add(two), 1.0)
+        cheap.add(one, 1.0).add(two, 2.0)
+        dear.add(one, 4.0).add(two, 3.0)
+    assert growing.solve(cheap).objective == pytest.approx(40.0)
+    begun = growing._solver
+    # From one optimum to the other every pair changes.
+    assert growing.solve(dear).objective == pytest.approx(120.0)
+    assert growing._solver is not begun
+    monkeypatch.setattr(lp, "WARM_ITERATIONS", 2.0)
+    begun = growing._solver
+    assert growing.solve(cheap).objective == pytest.approx(40.0)
+    assert growing._solver is begun
+
+
+@pytest.mark.parametrize(("deadline", "passes"), [(math.inf, 2), (0.0, 1)])
+def test_transfers_past_the_deadline_are_ordered_once(monkeypatch, deadline, passes):
+    # The disk is so slow that every pass waits for it: none is the last by itself. The second gains nothing over the first.
+    problem = layered(decoder_like(2, tokens=256, slices=3, on=device(read=1e6)))
+    draft = Part(problem=problem, columns=rule_columns(problem, POLICIES["mebp"])).draft()
+    facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
+    made = []
+    one = prefetch._Disk
+    monkeypatch.setattr(prefetch, "_Disk", lambda *given: made.append(1) or one(*given))
+    best_order(facts, problem.inputs, lambda: Bytes(facts, 1 << 30), deadline)
+    assert len(made) == passes
+
+
+def test_past_the_deadline_rules_give_way_to_what_was_found(chain):
+    planner, _ = chain
+    found = replace(of_rule(planner), seconds=1e6)
+    late = attempt_of(planner, 1 << 40, deadline=time.monotonic() - 1, found=[found])
+    planner.solver._by_rules(late, 0.0)
+    assert late.found == [found]
+    assert not late.timely
+    # Where there is nothing yet, one rule is carried out all the same.
+    empty = attempt_of(planner, 1 << 40, deadline=time.monotonic() - 1)
+    planner.solver._by_rules(empty, 0.0)
+    assert len(empty.found) == 1
+    assert not empty.timely
+
+
+def test_columns_carried_out_late_are_not_what_another_run_finds(chain):
+    planner, _ = chain
+    late = attempt_of(planner, 1 << 40, deadline=time.monotonic() - 1)
+    schedule, _ = late.carry(rule_columns(planner.problem, POLICIES["mebp"]))
+    assert late.best is schedule
+    assert not late.timely
+
+
+def test_a_search_that_was_cut_once_stays_so(decoder):
+    late = attempt_of(decoder, 1 << 40, timely=False)
+    decoder.solver._by_columns(late)
+    assert late.found
+    assert not late.timely
+
+
+def test_a_share_of_the_time_ends_no_more_than_that(chain):
+    attempt = attempt_of(chain[0], 1 << 40, started=10.0, deadline=20.0)
+    with attempt.within(0.6):
+        assert attempt.deadline == pytest.approx(16.0)
+        raise TimeoutError
+    assert (attempt.deadline, attempt.timely) == (20.0, False)
+    with pytest.raises(KeyboardInterrupt), attempt.within(0.6):
+        raise KeyboardInterrupt
+    assert attempt.deadline == 20.0
+
+
+@given(
+    answers=st.lists(st.sampled_from([None, "a", "b"]), min_size=1, max_size=8),
+    waits=st.booleans(),
+    places=st.lists(st.booleans(), min_size=1, max_size=5),
+    found=st.booleans(),
+    limit=st.sampled_from([1, 50, 1 << 30]),
+)
+@settings(max_examples=300, derandomize=True)
+def test_choices_come_to_an_end_whatever_is_chosen(answers, waits, places, found, limit):
+    """Columns, the same ones or none, with places or not, for any share that is left free: again and again."""
+    asked, carried = [], itertools.cycle(places)
+
+    def choose(room):
+        asked.append(room)
+        assert len(asked) <= 250
+        return answers[len(asked) % len(answers)] if room >= 0 else None
+
+    def carry(columns, segments):
+        if not next(carried):
+            return None, 7
+        schedule = SimpleNamespace(seconds=2.0 + len(asked) % 3, stalls=2.0 if waits else 0.0)
+        attempt.found.append(schedule)
+        return schedule, 0
+
+    attempt = Attempt(problem=None, limit=limit, deadline=math.inf, started=0.0, bound=1.0)
+    attempt.carries_in_time = lambda: True
+    attempt.carry, attempt._price = carry, lambda search, reserve: None
+    if found:
+        attempt.found.append(SimpleNamespace(seconds=3.0, stalls=0.0))
+    search = SimpleNamespace(
+        choose=choose, timely=True, relaxation=SimpleNamespace(segments=()), report=lambda *_: None
+    )
+    attempt.choose(search)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "carried"),
+    [
+        ([1.004, 1.0], 1),  # near the bound at once
+        ([1.0046, 1.0045, 1.0049, 1.0], 3),  # not quite: as long as it gets faster
+        ([1.0046, 1.0046, 1.0], 2),
+        ([1.0046, 1.02, 1.0], 2),
+        ([1.006, 1.006, 1.003, 1.0], 3),  # farther away: whatever the last one was
+    ],
+)
+def test_what_is_near_the_bound_gets_another_choice_only_while_that_helps(seconds, carried):
+    left = iter(seconds)
+    attempt = Attempt(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
+
+    def carry(columns, segments):
+        schedule = SimpleNamespace(seconds=next(left), stalls=1.0)
+        attempt.found.append(schedule)
+        return schedule, 0
+
+    attempt.carries_in_time = lambda: True
+    attempt.carry, attempt._price = carry, lambda search, reserve: None
+    search = SimpleNamespace(
+        choose=lambda room: room, timely=True, relaxation=SimpleNamespace(segments=()), report=lambda *_: None
+    )
+    attempt.choose(search)
+    assert len(attempt.found) == carried
+    assert attempt.settled()
+
+
+def test_what_another_choice_found_and_that_time_ended_it_is_kept(monkeypatch):
+    attempt = Attempt(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
+
+    def choose(one, search, choices):
+        one.found.append("found")
+        one.timely = False
+        raise TimeoutError
+
+    monkeypatch.setattr(Attempt, "choose", choose)
+    with pytest.raises(TimeoutError):
+        attempt.choose_anew(None)
+    assert (attempt.found, attempt.timely) == (["found"], False)
+
+
+@pytest.mark.parametrize(
+    ("left", "searched", "timely"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_a_choice_that_time_cut_short_is_not_what_another_run_finds(left, searched, timely):
+    """Time ended the search, or there was none left to carry anything out."""
+    attempt = Attempt(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
+    attempt.carries_in_time = lambda: left
+    search = SimpleNamespace(choose=lambda room: None, timely=searched)
+    attempt.choose(search)
+    assert attempt.timely == timely
+
+
+def test_the_collector_comes_back_after_an_interruption(monkeypatch):
+    disable = gc.disable
+
+    def interrupted():
+        disable()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gc, "disable", interrupted)
+    with pytest.raises(KeyboardInterrupt), paused_collector():
+        pass
+    assert gc.isenabled()
+
+
+# --- layers that go forward twice ----------------------------------------------------------------------------------
+
+
+def test_what_segments_find_does_not_stand_for_the_class(monkeypatch):
+    """The class search came to nothing in time: a greedy choice is made whether or not there are segments."""
+    asked = []
+    greedy = search.greedy
+    monkeypatch.setattr(search, "greedy", lambda *given: asked.append(1) or greedy(*given))
+
+    def late(*_):
+        raise TimeoutError
+
+    monkeypatch.setattr(Solver, "_in_the_class", late)
+    made = Planner(deep(4)).plan(TIGHT, time_limit=20)
+    assert asked
+    # What is best is no greedy choice, so nothing stands in for it.
+    assert rerun_layers(made)
+    assert (made.status, made.deterministic) == ("feasible", False)
+
+
+def test_an_interruption_among_segments_keeps_what_they_found(monkeypatch):
+    def late(*_):
+        raise TimeoutError
+
+    def interrupt(state):
+        if state["stage"] == "carried out":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Solver, "_in_the_class", late)
+    made = Planner(deep(4)).plan(TIGHT, time_limit=20, progress=interrupt)
+    assert rerun_layers(made)
+    assert not made.deterministic
+
+
+def test_the_bound_of_the_class_ends_no_search_for_segments():
+    """A plan at the bound of its class may still be slower than a rule under which layers go forward twice."""
+    planner = Planner(deep(9))
+    best = replace(of_rule(planner, "keep-all"), seconds=10.0)
+    for any_bound, twice in ((0.0, True), (10.0, False)):
+        attempt = attempt_of(planner, 1 << 40, bound=10.0, found=[best])
+        planner.solver._by_rules(attempt, any_bound)
+        assert any(schedule.segments for schedule in attempt.found) == twice
+        assert len(attempt.found) == 1 + twice
+
+
+def test_a_plan_is_held_against_the_highest_bound_that_holds_for_it(chain):
+    once = of_rule(chain[0])
+    twice = replace(once, segments=((0, 1),))
+    for schedule, proven in ((once, 2.0), (twice, 1.0)):
+        assert Outcome(schedule=schedule, bound_seconds=2.0, any_bound_seconds=1.0).proven_seconds == proven
+    assert Outcome(schedule=once, bound_seconds=0.0, any_bound_seconds=1.0).proven_seconds == 1.0
+
+
+def test_fixed_rules_are_held_against_the_bound_of_their_class(monkeypatch):
+    """Though the solver's own plan, under which layers go forward twice, is held against one for any schedule."""
+    profile = deep(4)
+    planner = Planner(profile)
+    budget = planner.plan(1 << 40, policy="mebp").peak_bytes
+    told = planner.plan(budget, time_limit=600)
+    assert told.deterministic
+    weak = told.any_schedule_bound_seconds
+    proven = planner.solver.proven[budget]
+    assert weak < proven
+    monkeypatch.setattr("tightfit.planner.report.compare.planner_of", lambda _: planner)
+    # As of a plan under which layers go forward twice.
+    plan = planner.plan
+
+    def weakly(budget, *, policy=None, time_limit=30.0, gap=0.0, progress=None):
+        made = plan(budget, policy=policy, time_limit=time_limit)
+        return made if policy else made.model_copy(update={"bound_seconds": weak})
+
+    monkeypatch.setattr(planner, "plan", weakly)
+    both = compare(profile, [budget], ["solver", "mebp"], time_limit=600)
+    assert both.plan(budget, "solver").bound_seconds == weak
+    assert both.plan(budget, "mebp").bound_seconds == proven
+
+
+# --- from budget to budget -----------------------------------------------------------------------------------------
+
+
+def test_the_status_follows_the_bound(chain):
+    planner, _ = chain
+    made = planner.plan(1 << 40)
+    assert made.status == "optimal"
+    loose = rebudgeted(made, bound_seconds=made.step_seconds / 2, any_bound=made.step_seconds / 2)
+    assert (loose.status, loose.gap) == ("feasible", pytest.approx(0.5))
+    assert rebudgeted(loose, bound_seconds=made.step_seconds).status == "optimal"
+    # A rule claims no optimum, and an infeasible budget stays one.
+    rule = planner.plan(1 << 40, policy="keep-all")
+    assert rebudgeted(rule, bound_seconds=rule.step_seconds).status == "feasible"
+
+
+def test_a_plan_of_a_smaller_budget_is_held_against_its_own_bound(chain):
+    """Faster, but under which layers go forward twice: what was proven for the class says nothing of it."""
+    planner, budget = chain
+    solver_ = Solver(planner.problem)
+    alone = solver_.solve(budget, time.monotonic() + 30, None)
+    twice = replace(alone.schedule, segments=((0, 1),), seconds=0.9 * alone.schedule.seconds)
+    solver_.found.append(Outcome(schedule=twice, bound_seconds=0.0))
+    again = solver_.solve(budget, time.monotonic() + 30, None, bound=alone.schedule.seconds / 2)
+    assert again.schedule is twice
+    assert again.proven_seconds == alone.schedule.seconds / 2
+    assert again.bound_seconds == alone.bound_seconds
+    assert again.deterministic
+
+
+def test_a_plan_that_another_run_may_not_find_says_so_at_every_budget(chain):
+    planner, budget = chain
+    solver_ = Solver(planner.problem)
+    alone = solver_.solve(budget, time.monotonic() + 30, None)
+    assert alone.deterministic
+    chance = replace(alone.schedule, seconds=0.9 * alone.schedule.seconds, peak_bytes=1)
+    solver_.found.append(Outcome(schedule=chance, bound_seconds=0.0, deterministic=False))
+    assert not solver_.solve(budget, time.monotonic() + 30, None).deterministic
+    least, certain = solver_.least(time.monotonic() + 30)
+    assert least is chance
+    assert not certain
+
+
+def test_the_same_question_leaves_nothing_new_behind(chain):
+    planner, budget = chain
+    solver_ = Solver(planner.problem)
+    first = solver_.solve(budget, time.monotonic() + 30, None)
+    assert solver_.solve(budget, time.monotonic() + 30, None) == first
+    assert solver_.found == [first]
+
+
+def test_a_budget_clearly_above_the_smallest_is_one_before_that_is_known(monkeypatch):
+    """And of one little above the fewest bytes of a mixture the smallest itself says whether it is."""
+    problem = layered(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
+    later = time.monotonic() + 600
+    _, fewest, _ = Search(relaxation=Solver(problem).relaxed, limit_bytes=None, deadline=later).columns()
+    asked = []
+    monkeypatch.setattr(Solver, "least", lambda self, _: asked.append(self) or (self.smallest, True))
+    for above in (1.2, 1.05):
+        one = Solver(problem)
+        budget = int(above * fewest * 1024) - one.room(0)
+        assert one.room(budget) == int(above * fewest * 1024)
+        assert one.tight(budget)
+        priced = one.pool.programs
+        assert one.reaches(budget, later) == (above == 1.2)
+        assert one.pool.programs > priced
+        assert len(asked) == (above != 1.2)
+
+
+def test_a_search_starts_from_all_that_is_kept_beside_weights_that_are_streamed():
+    """No rule keeps activations and streams weights; near the fastest plans of many budgets, nothing is priced for it."""
+    problem = layered(decoder_like(6, tokens=256, slices=3, on=device(**REAL)))
+    pool = Solver(problem).pool
+    columns = (rule_columns(problem, rule) for rule in (all_streamed, keep_all, mebp))
+    for kind, streamed, kept, recipe in zip(problem.layer_type, *columns):
+        assert streamed.decision.keep == kept.decision.keep
+        assert streamed.decision.weights == recipe.decision.weights
+        assert streamed.backward_seconds <= recipe.backward_seconds
+        if streamed.decision.keep:
+            assert streamed.decision not in {kept.decision, recipe.decision}
+        assert any(column.decision == streamed.decision for column in pool.columns[kind])
+    assert any(streamed.decision.keep for streamed in rule_columns(problem, all_streamed))
+    assert not pool.programs

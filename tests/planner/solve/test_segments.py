@@ -1,0 +1,175 @@
+"""Runs of layers that go forward twice: what they hold and take, by the model and by the schedule, and when they pay."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from synthetic import deep, device, small_chain
+
+from tightfit.planner.formulation.any_schedule_bound import AnySchedule
+from tightfit.planner.formulation.layer_constraints import KIB
+from tightfit.planner.formulation.step_constraints import add_rows
+from tightfit.planner.milp.lp import Linear, Program
+from tightfit.planner.plan import Planner
+from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.report.explain import explain
+from tightfit.planner.report.explanation import account
+from tightfit.planner.schedule.lowering import live_profile
+from tightfit.planner.schedule.multi_layer_recompute import (
+    entering,
+    equal_segments,
+    repeatable,
+    rerun_layers,
+    sqrt_segments,
+)
+from tightfit.planner.schedule.realize import Part, carry_out
+from tightfit.planner.simulation.plan_result import rebudgeted
+from tightfit.planner.solve.policies import checkpoint_layers, keep_all, mebp, mesp, rule_columns
+from tightfit.planner.solve.pricing import figures
+from tightfit.planner.solve.search import Outcome
+from tightfit.planner.solve.segment_search import segmentations, worthwhile
+
+
+def with_random_operator(profile, program):
+    """The profile with the first operator of a program not to be run again."""
+    programs = [
+        one.model_copy(
+            update={"operators": [one.operators[0].model_copy(update={"recomputable": False}), *one.operators[1:]]}
+        )
+        if one.name == program
+        else one
+        for one in profile.programs
+    ]
+    return profile.model_copy(update={"programs": programs})
+
+
+def test_equal_segments_leave_out_the_layers_whose_backward_follows_at_once():
+    problem = layered(deep(9))
+    assert repeatable(problem) == ((0, 9),)  # stem and nine layers, not the head
+    assert equal_segments(problem, 3) == ((1, 3), (4, 6))
+    assert equal_segments(problem, 4) == ((0, 1), (2, 5))
+    assert sqrt_segments(problem) == equal_segments(problem, 3)
+    assert equal_segments(problem, 1) == ()
+
+
+def test_layers_with_random_operators_run_once():
+    problem = layered(with_random_operator(deep(4), "stem"))
+    assert repeatable(problem) == ((1, 4),)
+    assert repeatable(layered(with_random_operator(deep(4), "block"))) == ((0, 0),)
+
+
+def test_what_a_segment_needs_from_before_it():
+    problem = layered(deep(4))
+    # The rotary table is nobody's: many layers' backwards read it.
+    assert entering(problem, (2, 3)) == {"cos": -1, "h1": 2}
+    assert entering(problem, (0, 2)) == {}
+
+
+@pytest.mark.parametrize("rule", [keep_all, checkpoint_layers, mebp, mesp])
+def test_the_model_says_what_the_schedule_holds(rule):
+    problem = layered(deep(8))
+    columns = rule_columns(problem, rule)
+    peaks, times = [], []
+    for segments in [(), *segmentations(problem)]:
+        program = Program()
+        terms = [{name: Linear(value) for name, value in figures(column).items()} for column in columns]
+        rows = add_rows(program, problem, terms, segments=segments)
+        told = program.solve(Linear().add(rows.bytes)).objective
+        joined = Part(problem=problem, columns=columns, segments=segments).draft()
+        live = max(live_profile(joined.train, joined.resident, joined.sizes))
+        assert told == pytest.approx(live / KIB, rel=1e-6)
+        peaks.append(live)
+        times.append(sum(entry.seconds for entry in joined.train))
+    assert max(peaks[1:]) < peaks[0]
+    assert min(times[1:]) > times[0]
+
+
+def test_a_second_pass_makes_nothing_for_nobody():
+    """Under checkpoint-layers only what makes the next layer's input runs twice before the backward's own reruns."""
+    problem = layered(deep(5))
+    columns = rule_columns(problem, mebp)
+    plain, twice = (Part(problem=problem, columns=columns, segments=s).draft().train for s in ((), ((1, 3),)))
+    layers = [step.seconds for step in problem.forward_steps[1]]
+    reads = [sum(entry.verb == "read" for entry in entries) for entries in (plain, twice)]
+    runs = [sum(entry.seconds for entry in entries if entry.verb == "run") for entries in (plain, twice)]
+    assert runs[1] - runs[0] == pytest.approx(2 * sum(layers))  # layers 1 and 2; layer 3 is made again by itself
+    assert reads[1] - reads[0] == 2 * 7
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_chain_under_any_segments_passes_the_simulator(seed):
+    """Every rule's columns under every segmentation of a chain of random layers."""
+    profile = small_chain(seed, layers=5)
+    planner = Planner(profile)
+    problem = planner.problem
+    most = repeatable(problem)
+    assert most == ((0, 3),)
+    for segments in (((0, 1),), ((1, 2),), ((0, 1), (2, 3)), ((0, 3),), ((1, 3),)):
+        for rule in (keep_all, checkpoint_layers, mesp):
+            schedule, excess = carry_out(problem, rule_columns(problem, rule), 1 << 40, segments=segments)
+            assert schedule is not None
+            assert excess <= 0
+            told = Outcome(schedule=schedule, bound_seconds=0.0)
+            made = planner._finish(1 << 40, "solver", told, 0.0)
+            assert made.step_seconds == pytest.approx(schedule.seconds)
+            again = [f"l{layer}" for low, high in segments for layer in range(low, high + 1)]
+            assert rerun_layers(made) == again
+
+
+def test_a_useless_disk_makes_segments_pay():
+    """Inputs that cannot be moved in time are made again: faster than every plan that keeps or moves them. Every search comes to its own
+    end, in some 20 s of an idle processor.
+    """
+    planner = Planner(deep())
+    assert worthwhile(planner.problem)
+    assert not worthwhile(layered(deep(on=device())))
+    streamed = planner.minimum(policy="mebp")
+    smallest = planner.minimum(time_limit=600)
+    budget = int(smallest.peak_bytes + 0.8 * (streamed.peak_bytes - smallest.peak_bytes))
+    made = planner.plan(budget, time_limit=600)
+    assert made.deterministic
+    assert made.peak_bytes <= budget
+    # No plan of the class, whatever it moves, is as fast: its proven bound is above.
+    class_bound = planner.bound(budget, time_limit=600)
+    assert class_bound is not None
+    assert made.step_seconds < 0.9 * class_bound
+    assert made.any_schedule_bound_seconds <= made.bound_seconds <= made.step_seconds
+    # The gap is to a bound that holds for it.
+    assert made.bound_seconds == made.any_schedule_bound_seconds
+    assert rebudgeted(made, bound_seconds=class_bound).gap == made.gap
+    layers = rerun_layers(made)
+    assert len(layers) >= 2
+    inputs = [f"h{index}" for index in range(10)]
+    assert "recomputed" in {made.decisions[name] for name in inputs}
+    told = account(made)
+    assert told.recomputation.layer_inputs == sum(made.decisions[name] == "recomputed" for name in [*inputs, "cos"])
+    assert any("go forward twice" in line for line in explain(made))
+
+
+def test_sqrt_holds_less_than_keep_all_and_runs_less_than_twice():
+    planner = Planner(deep(9, on=device()))
+    plain, sqrt = (planner.plan(1 << 40, policy=policy) for policy in ("keep-all", "checkpoint-sqrt"))
+    assert sqrt.peak_bytes < plain.peak_bytes
+    forward = sum(step.seconds for step in planner.problem.graph.steps if step.phase == "forward")
+    assert 0 < sqrt.train.recompute_seconds < forward
+    assert sqrt.step_seconds == pytest.approx(plain.step_seconds + sqrt.train.recompute_seconds)
+    assert rerun_layers(sqrt) == [f"layer{index}" for index in range(6)]
+    recomputed = {name for name, decision in sqrt.decisions.items() if decision == "recomputed"}
+    assert {"h1", "h2", "h4", "h5"} <= recomputed
+    assert not {"h0", "h3", "h6", "cos"} & recomputed
+
+
+def test_brute_force_finds_no_segment_schedule_below_the_any_schedule_bound():
+    """Every combination of a rule's column per layer and every segmentation of a small chain, simulated."""
+    for seed in range(4):
+        problem = layered(small_chain(seed, layers=4, on=device(read=1e12, write=1e12, latency=0.0, per_byte=2e-8)))
+        by_layer = list(zip(*(rule_columns(problem, rule) for rule in (keep_all, checkpoint_layers, mesp))))
+        found = []
+        for columns in itertools.product(*by_layer):
+            for segments in (((0, 1),), ((1, 2),), ((0, 2),)):
+                schedule, _ = carry_out(problem, columns, 1 << 40, segments=segments)
+                found.append((schedule.peak_bytes, schedule.seconds))
+        for budget in sorted({peak for peak, _ in found})[::4]:
+            fastest = min(seconds for peak, seconds in found if peak <= budget)
+            assert AnySchedule(problem).step_seconds(budget) <= fastest * (1 + 1e-9)

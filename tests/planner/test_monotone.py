@@ -1,0 +1,125 @@
+"""More memory, bandwidth or speed never makes a step slower."""
+
+from __future__ import annotations
+
+import pytest
+from brute_graph import random_graph
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layered_graph import layered
+from synthetic import decoder_like, small_chain
+
+from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.plan import Planner, plan
+from tightfit.planner.simulation.simulate import simulate
+from tightfit.profiles.graph_input import graph_profile, parse_graph
+
+SMALL = settings(max_examples=40, derandomize=True)
+FEW = settings(max_examples=3, derandomize=True)
+
+
+def budgets_between(planner, shares):
+    smallest = planner.minimum_bytes()
+    largest = planner.plan(1 << 45, policy="keep-all").peak_bytes
+    return [int(smallest + share * max(0, largest - smallest)) for share in sorted(shares)]
+
+
+def check_larger_budgets(planner, profile, shares):
+    """One planner never gets slower; planners that know nothing of each other contradict no bound."""
+    made = [planner.plan(budget) for budget in budgets_between(planner, shares)]
+    seconds = [one.step_seconds for one in made]
+    assert seconds == sorted(seconds, reverse=True)
+    assert all(one.peak_bytes <= one.budget_bytes for one in made)
+    alone = plan(profile, made[-1].budget_bytes)
+    for one in made:
+        assert alone.bound_seconds <= one.step_seconds * (1 + 1e-9)
+        assert alone.any_schedule_bound_seconds <= one.step_seconds * (1 + 1e-9)
+
+
+@given(seed=st.integers(0, 1 << 30), shares=st.lists(st.floats(0, 1), min_size=2, max_size=4))
+@SMALL
+def test_graphs_at_larger_budgets(seed, shares):
+    profile = parse_graph({"format": "tightfit-graph", "operators": random_graph(seed)})
+    check_larger_budgets(GraphPlanner(profile), profile, shares)
+
+
+@given(seed=st.integers(0, 1 << 30), layers=st.integers(2, 3), shares=st.lists(st.floats(0, 1), min_size=2, max_size=3))
+@FEW
+def test_chains_of_layers_at_larger_budgets(seed, layers, shares):
+    profile = small_chain(seed, layers=layers)
+    check_larger_budgets(Planner(profile), profile, shares)
+
+
+@given(tokens=st.sampled_from([32, 64, 128]), slices=st.integers(2, 4), share=st.floats(0, 1))
+@FEW
+def test_tiny_decoders_at_larger_budgets(tokens, slices, share):
+    profile = decoder_like(1, tokens=tokens, hidden=96, ffn=192, slices=slices)
+    check_larger_budgets(Planner(profile), profile, [share, 1.0])
+
+
+@pytest.fixture(scope="module")
+def moving():
+    """A plan that reads, spills and computes again."""
+    planner = Planner(decoder_like(2, tokens=128, hidden=96, ffn=192, slices=2))
+    return planner.plan(int(planner.plan(1 << 40, policy="mebp").peak_bytes * 1.05))
+
+
+@given(
+    reads=st.floats(1, 100),
+    writes=st.floats(1, 100),
+    waits=st.floats(0, 1),
+    speed=st.floats(1, 100),
+    room=st.integers(0, 1 << 40),
+)
+@SMALL
+def test_a_plan_on_a_better_device_is_never_slower(moving, reads, writes, waits, speed, room):
+    assert moving.train.read_bytes
+    device = moving.device
+    better = {}
+    for name, factor in (("read", reads), ("write", writes)):
+        channel = getattr(device, name)
+        better[name] = channel.model_copy(
+            update={
+                "bytes_per_second": channel.bytes_per_second * factor,
+                "latency_seconds": channel.latency_seconds * waits,
+            }
+        )
+    programs = [
+        program.model_copy(
+            update={"operators": [op.model_copy(update={"seconds": op.seconds / speed}) for op in program.operators]}
+        )
+        for program in moving.programs
+    ]
+    told = moving.model_copy(
+        update={
+            "device": device.model_copy(update=better),
+            "programs": programs,
+            "budget_bytes": moving.budget_bytes + room,
+        }
+    )
+    assert simulate(told).step_seconds <= moving.step_seconds * (1 + 1e-9)
+
+
+@given(speed=st.lists(st.floats(1, 100), min_size=40, max_size=40), room=st.integers(0, 1 << 40))
+@SMALL
+def test_a_bare_plan_with_faster_operators_is_never_slower(layered_plan, speed, room):
+    program = layered_plan.programs[0]
+    operators = [
+        op.model_copy(update={"seconds": op.seconds / s}) for op, s in zip(program.operators, speed, strict=True)
+    ]
+    told = layered_plan.model_copy(
+        update={
+            "programs": [program.model_copy(update={"operators": operators})],
+            "budget_bytes": layered_plan.budget_bytes + room,
+        }
+    )
+    assert simulate(told).step_seconds <= layered_plan.step_seconds * (1 + 1e-9)
+
+
+@pytest.fixture(scope="module")
+def layered_plan():
+    """Forty operators, some of which run again."""
+    planner = GraphPlanner(graph_profile(layered(40, training=True)))
+    made = planner.plan(int(0.7 * planner.plan(1 << 45, policy="keep-all").peak_bytes), time_limit=3)
+    assert made.train.recompute_seconds > 0
+    return made

@@ -1,0 +1,128 @@
+"""A module's programs beside autograd on its sample batch: equal ones pass, others are refused, and what is not compared is said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from examples.vision import residual_cnn
+from tightfit.profiles import api
+from tightfit.profiles.measuring.worker import compute
+from tightfit.profiles.schema import NOT_COMPARED
+from tightfit.profiles.tracing import comparison
+from tightfit.profiles.tracing.comparison import TOLERANCE, Comparison, distances, step_bytes
+from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.runtime.common.errors import InputError
+
+
+class Pair(nn.Module):
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.call = nn.Linear(8, 8), nn.Linear(8, 8), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self, x)
+
+
+def dropped(module, x):
+    hidden = functional.dropout(module.a(x), 0.3)
+    return module.b(hidden + torch.randn_like(x)).square().mean()
+
+
+def doubled_behind_the_trace(module, x):
+    """No trace sees a hook on a node of autograd's graph."""
+    hidden = module.a(x)
+    if hidden.grad_fn is not None:
+        hidden.grad_fn.register_prehook(lambda gradients: (2 * gradients[0],))
+    return module.b(hidden).square().mean()
+
+
+def compared(module: nn.Module, batch: tuple[Tensor, ...], folder, change: Callable[[Trace], Any] = lambda _: None):
+    traced = trace(module, {f"batch{index}": tensor for index, tensor in enumerate(batch)})
+    change(traced)
+    beside = Comparison("own.module", module, batch, traced)
+    assert beside.why_not() is None
+    with torch.no_grad():
+        compute(beside.request(folder), [program.model_dump() for program in traced.programs])
+    return beside.conclude(folder)
+
+
+def test_equal_gradients_pass(tmp_path):
+    torch.manual_seed(0)
+    assert compared(*residual_cnn(), tmp_path).startswith("loss and gradients are autograd's on the sample batch, ")
+
+
+def test_what_is_drawn_at_random_is_drawn_alike(tmp_path):
+    told = compared(Pair(dropped), (torch.randn(16, 8),), tmp_path)
+    assert told == "loss and gradients are autograd's on the sample batch, exactly"
+
+
+def test_another_gradient_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"own\.module: the traced step does not compute what autograd does .*: the gradient of a\.(weight|bias) differs by 0\.5 times its size \(2 of 5 results differ\)"):  # fmt: skip
+        compared(Pair(doubled_behind_the_trace), (torch.randn(16, 8),), tmp_path)
+
+
+def test_another_loss_is_refused(tmp_path):
+    def halved(traced: Trace) -> None:
+        (mean,) = [op for p in traced.programs for op in p.operators if op.target == "aten.mean.default"]
+        mean.args[0]["operand"]["size"] = [8, 8]
+
+    with pytest.raises(InputError, match=r"the loss is \S+ for \S+ \("):
+        compared(Pair(lambda m, x: m.b(m.a(x)).square().mean()), (torch.randn(16, 8),), tmp_path, halved)
+
+
+def test_a_loss_that_is_no_number_is_not_compared(tmp_path):
+    told = compared(Pair(lambda m, x: m.b(m.a(x)).mean() * math.inf), (torch.randn(16, 8),), tmp_path)
+    assert told.startswith(f"{NOT_COMPARED}: its loss on the sample batch is ")
+
+
+def test_a_module_that_fails_by_itself_is_shown_with_its_own_traceback(tmp_path):
+    def picky(module, x):
+        if type(x) is Tensor and not torch.compiler.is_exporting():
+            raise KeyError("scale")
+        return module.b(module.a(x)).mean()
+
+    with pytest.raises(InputError, match=r"Pair fails on the sample batch; correct it\nTraceback .*\n(.*\n)*.*, in picky\n(.*\n)*KeyError: 'scale'$"):  # fmt: skip
+        compared(Pair(picky), (torch.randn(16, 8),), tmp_path)
+
+
+def test_what_does_not_fit_is_said(monkeypatch):
+    module, batch = residual_cnn()
+    traced = trace(module, {f"batch{index}": tensor for index, tensor in enumerate(batch)})
+    needed = step_bytes(traced.layers, traced.programs, module)
+    assert needed > 2 * sum(parameter.nbytes for parameter in module.parameters())
+    for free, told in ((2 * needed, None), (2 * needed - 1, f"{NOT_COMPARED}: a step without a plan takes ")):
+        monkeypatch.setattr(comparison, "free_bytes", lambda free=free: free)
+        why = Comparison("own.module", module, batch, traced).why_not()
+        assert why is None if told is None else why.startswith(told)
+
+
+def test_distances_are_parts_of_what_is_due():
+    one, other = torch.ones(4), torch.zeros(4)
+    due = 2.0, {"w": one, "noise": 1e-9 * one, "b": one}
+    own = 2.2, {"w": 1.01 * one, "noise": other}
+    apart = distances(own, due)
+    assert apart["loss"] == pytest.approx(0.1)
+    assert apart["w"] == pytest.approx(0.01, rel=1e-2)
+    assert apart["w"] > TOLERANCE
+    assert apart["noise"] == 0  # sums that cancel leave no more
+    assert apart["b"] == pytest.approx(1, rel=1e-4)  # missing is nothing
+    assert distances((2.0, {"w": one}), (2.0, {"w": other}))["w"] == math.inf
+
+
+def behind_the_trace():
+    return Pair(doubled_behind_the_trace), (torch.randn(16, 8),)
+
+
+def test_a_profile_is_refused_before_anything_is_timed(cache):
+    stages = []
+    with pytest.raises(InputError, match="does not compute what autograd does"):
+        api.profile(f"{__name__}:behind_the_trace", progress=lambda stage, done, total: stages.append((stage, done)))
+    assert max(done for stage, done in stages if stage == "measure") == 1  # the one program was watched
+    assert not [path for path in cache.iterdir() if path.is_dir() and path.name.startswith("tmp")]

@@ -1,0 +1,267 @@
+"""The traced step against transformers + peft under autograd, and what a trace must not do."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from interpreter import run_step
+from reference import CONFIGS, VARIANTS, peft_model, peft_name
+from traced import ALPHA, RANK, interpret, random_batch, random_weights, trace_decoder
+
+from examples.vision import residual_cnn, vision_transformer
+from tightfit.profiles.tracing.trace import trace
+from tightfit.runtime.common.errors import InputError
+
+SIZES = [(3, 29), (11, 29), (1, 300)]
+"""(batch, tokens): attention in one call, in two of which the last has fewer samples, and of one sample longer than usual"""
+
+
+def reference(
+    config: dict[str, Any], weights: dict[str, torch.Tensor], data: dict[str, torch.Tensor], dtype: torch.dtype
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and LoRA gradients by transformers + peft + autograd, computed in `dtype`."""
+    model = peft_model(config, weights, RANK, ALPHA, dtype)
+    logits = model(input_ids=data["input_ids"]).logits.float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data["labels"].flatten(), ignore_index=-100)
+    loss.backward()
+    theirs = dict(model.named_parameters())
+    return float(loss.detach()), {n: theirs[peft_name(n, theirs)].grad for n in weights if "lora_" in n}
+
+
+def relative_error(own: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((own - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(
+    ("family", "batch", "seq"),
+    [(family, *size) for family in CONFIGS for size in SIZES] + [(variant, *SIZES[0]) for variant in VARIANTS],
+)
+def test_float32_loss_and_lora_gradients_match_autograd(family: str, batch: int, seq: int) -> None:
+    config = (CONFIGS | VARIANTS)[family]
+    weights, data = random_weights(config, torch.float32), random_batch(config, batch, seq)
+    made = interpret(trace_decoder(config, torch.float32, batch, seq), weights, data)
+    loss, gradients = reference(config, weights, data, torch.float32)
+    assert float(made["head/out0"]) == pytest.approx(loss, rel=1e-5)
+    assert len(gradients) == 14 * config["num_hidden_layers"]
+    for name, exact in gradients.items():
+        assert relative_error(made[f"grad:{name}"], exact) < 1e-4, name
+
+
+@pytest.mark.parametrize(("batch", "seq"), SIZES)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(family: str, batch: int, seq: int) -> None:
+    """Exact: float32 autograd on the same bfloat16-rounded weights. The yardstick: autograd in bfloat16, over all tensors,
+    since gradients of q and k are small differences whose single errors are chance."""
+    config = CONFIGS[family]
+    weights, data = random_weights(config, torch.bfloat16), random_batch(config, batch, seq)
+    made = interpret(trace_decoder(config, torch.bfloat16, batch, seq), weights, data)
+    loss, exact = reference(config, {n: w.float() for n, w in weights.items()}, data, torch.float32)
+    _, theirs = reference(config, weights, data, torch.bfloat16)
+    assert float(made["head/out0"]) == pytest.approx(loss, rel=1e-2)
+    assert all(made[f"grad:{name}"].dtype == torch.float32 for name in exact)
+    own_errors = [relative_error(made[f"grad:{name}"], gradient) for name, gradient in exact.items()]
+    their_errors = [relative_error(theirs[name], gradient) for name, gradient in exact.items()]
+    assert statistics.median(own_errors) < 1.1 * statistics.median(their_errors)
+    assert max(own_errors) < 1.5 * max(their_errors)
+
+
+def test_equal_layers_share_a_program() -> None:
+    config = CONFIGS["llama"] | {"num_hidden_layers": 6}
+    traced = trace_decoder(config, torch.bfloat16, 1, 16)
+    programs = [layer.program for layer in traced.layers if layer.name.startswith("model.layers.")]
+    assert len(programs) == 6
+    assert len(set(programs[1:])) == 1  # the first needs no gradient for its input
+
+
+def test_the_head_weight_is_cut_into_slices() -> None:
+    config = CONFIGS["llama"] | {"vocab_size": 60_000}
+    traced = trace_decoder(config, torch.bfloat16, 1, 16)
+    slices = [t for t in traced.tensors if t.name.startswith("model.embed_tokens.weight[")]
+    assert sorted(t.shape[0] for t in slices) == [60_000 - 32_768, 32_768]
+    assert sum(t.bytes for t in slices) == 60_000 * 64 * 2
+
+
+class Branching(torch.nn.Module):
+    """A value with two consumers in different layers, and one parameter used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+        self.shared = torch.nn.Parameter(torch.randn(8))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        a = torch.relu(self.blocks[0](x)) * self.shared
+        b = torch.tanh(self.blocks[1](a))
+        c = self.blocks[2](b * self.shared)
+        return (a + b + c - y).square().mean()
+
+
+def test_gradients_of_branches_are_summed() -> None:
+    torch.manual_seed(0)
+    module = Branching()
+    x, y = torch.randn(5, 8), torch.randn(5, 8)
+    traced = trace(module, {"x": x, "y": y})
+    made = run_step(
+        traced.layers, {p.name: p for p in traced.programs}, dict(module.named_parameters()) | {"x": x, "y": y}
+    )
+    loss = module(x, y)
+    loss.backward()
+    torch.testing.assert_close(made[traced.loss], loss.detach())
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(made[f"grad:{name}"], parameter.grad)
+    assert any(layer.name.startswith("sum(") for layer in traced.layers)
+
+
+class Sharing(torch.nn.Module):
+    """One layer at four places, and an embedding that is the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(9, 8), torch.nn.Linear(8, 9)
+        self.head.weight = self.embed.weight
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(8, 8)] * 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.embed(x)
+        for block in self.blocks:
+            y = torch.tanh(block(y))
+        return torch.nn.functional.cross_entropy(self.head(y), x)
+
+
+def test_a_tensor_that_modules_share_has_one_gradient() -> None:
+    torch.manual_seed(0)
+    module, x = Sharing(), torch.randint(0, 9, (12,))
+    traced = trace(module, {"x": x})
+    parameters = dict(module.named_parameters())
+    assert {t.name for t in traced.tensors if t.kind == "trainable"} == set(parameters)
+    made = run_step(traced.layers, {p.name: p for p in traced.programs}, parameters | {"x": x})
+    module(x).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(made[f"grad:{name}"], parameter.grad)
+
+
+class Recurrent(torch.nn.Module):
+    def __init__(self, kind: type[torch.nn.RNNBase]) -> None:
+        super().__init__()
+        self.recurrent, self.head = kind(6, 8, 2, batch_first=True), torch.nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.head(self.recurrent(x)[0][:, -1]), y)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+def test_gradients_through_recurrent_layers_match_autograd(kind: type[torch.nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    module, batch = Recurrent(kind), {"x": torch.randn(3, 5, 6), "y": torch.randint(0, 4, (3,))}
+    traced = trace(module, batch)
+    parameters = dict(module.named_parameters())
+    made = run_step(traced.layers, {p.name: p for p in traced.programs}, parameters | batch)
+    loss = module(**batch)
+    loss.backward()
+    torch.testing.assert_close(made[traced.loss], loss.detach())
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(made[f"grad:{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.5, activation="gelu", batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.layer(x)[:, -1] - x[:, 0]).square().mean()
+
+
+def test_dropout_inside_attention_has_the_gradient_of_what_was_drawn() -> None:
+    """The slope of the loss along the gradient, everything drawn alike."""
+    torch.manual_seed(0)
+    module, batch = Encoder(), {"x": torch.randn(4, 5, 16)}
+    traced = trace(module, batch)
+    programs = {p.name: p for p in traced.programs}
+    drawn = [op for p in traced.programs for op in p.operators if op.target == "aten.bernoulli.p"]
+    assert drawn
+    assert not any(op.recomputable for op in drawn)
+
+    def step(shift: float) -> dict[str, torch.Tensor]:
+        torch.manual_seed(1)
+        moved = {n: p.detach() + shift * gradients.get(n, 0.0) for n, p in module.named_parameters()}
+        return run_step(traced.layers, programs, moved | batch)
+
+    gradients: dict[str, torch.Tensor] = {}
+    made = step(0.0)
+    gradients = {n: made[f"grad:{n}"] for n, _ in module.named_parameters()}
+    slope = (step(1e-2)[traced.loss] - step(-1e-2)[traced.loss]) / 2e-2
+    assert float(slope) == pytest.approx(sum(float(g.square().sum()) for g in gradients.values()), rel=1e-2)
+
+
+class Counting(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x).square().mean()
+
+
+def test_a_module_with_running_statistics_is_refused() -> None:
+    with pytest.raises(InputError, match=r"changes the buffers norm\.running_mean"):
+        trace(Counting(), {"x": torch.randn(6, 4)})
+
+
+class Answering(torch.nn.Module):
+    def __init__(self, answer: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.answer = torch.nn.Linear(4, 4), answer
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.answer(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            lambda y: y.square(),
+            r"forward must return one scalar loss, not a tensor of shape \[6, 4\]; take its mean or sum",
+        ),
+        (lambda y: (y.mean(), y.square().sum()), "forward must return one scalar loss, not 2 results"),
+        (lambda y: None, "forward must return one scalar loss, and returns no tensor"),
+        (lambda y: y.detach().mean(), "the loss depends on no parameter that requires a gradient"),
+    ],
+)
+def test_a_forward_that_returns_no_loss_is_refused(answer: Callable[[torch.Tensor], Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        trace(Answering(answer), {"x": torch.randn(6, 4)})
+
+
+class Dynamic(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum() if x.sum() > 0 else x.mean()
+
+
+def test_data_dependent_control_flow_is_refused() -> None:
+    with pytest.raises(InputError, match=r"Dynamic cannot be traced by torch\.export"):
+        trace(Dynamic(), {"x": torch.randn(6)})
+
+
+@pytest.mark.parametrize("factory", [residual_cnn, vision_transformer])
+def test_any_module_trains_in_full(factory: Any) -> None:
+    torch.manual_seed(0)
+    module, sample = factory()
+    batch = {f"batch{index}": tensor for index, tensor in enumerate(sample)}
+    traced = trace(module, batch)
+    made = run_step(
+        traced.layers,
+        {p.name: p for p in traced.programs},
+        dict(module.named_parameters()) | dict(module.named_buffers()) | batch,
+    )
+    loss = module(*sample)
+    loss.backward()
+    torch.testing.assert_close(made[traced.loss], loss.detach())
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(made[f"grad:{name}"], parameter.grad, rtol=1e-4, atol=1e-6)
+        assert made[f"grad:{name}"].stride() == parameter.stride()

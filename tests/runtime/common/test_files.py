@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.files import write_whole
+
+
+def test_writes_text_and_bytes_and_makes_folders(tmp_path):
+    assert write_whole(tmp_path / "a/b.txt", "é").read_bytes() == b"\xc3\xa9"
+    assert write_whole(tmp_path / "a/b.txt", b"\x00").read_bytes() == b"\x00"
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.txt"]
+
+
+def test_a_place_that_is_a_folder(tmp_path):
+    with pytest.raises(InputError) as caught:
+        write_whole(tmp_path, "x")
+    assert str(caught.value) == f"{tmp_path}: cannot be written (Is a directory); name another place with -o"
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
+    path = write_whole(tmp_path / "plan.json", "old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError) as caught:
+        write_whole(path, "new and longer")
+    assert str(caught.value) == f"{path}: the disk is full (14 bytes were to be written); free space and try again"
+    assert caught.value.exit_code == 4
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]

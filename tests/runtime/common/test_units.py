@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.units import KIB, LARGEST, MIB, format_seconds, format_size, parse_size, printable
+
+FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("367001600", 367_001_600),
+        ("600MB", 600_000_000),
+        ("600MiB", 600 * MIB),
+        ("600 mib", 600 * MIB),
+        (" 1.5GiB ", 3 << 29),
+        ("1.5GB", 1_500_000_000),
+        ("2TB", 2 * 10**12),
+        ("64kB", 64_000),
+        ("64KiB", 65_536),
+        ("7B", 7),
+        ("0.1MiB", 104_857),
+        (str(LARGEST), LARGEST),
+    ],
+)
+def test_parses(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "MiB",
+        "350M",
+        "350 MiBs",
+        "-1",
+        "+1",
+        "1e9",
+        "0x10",
+        "1,000MB",
+        "1.5",
+        "1.5B",
+        ".5GB",
+        "5.GB",
+        "nan",
+        "inf",
+        "３５０MiB",
+    ],
+)
+def test_rejects_other_forms(text):
+    with pytest.raises(InputError) as caught:
+        parse_size(text)
+    assert str(caught.value) == f"{text!r} is not a size; {FORMS}"
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["0", "0MiB", "0.0000001kB"])
+def test_rejects_nothing(text):
+    with pytest.raises(InputError) as caught:
+        parse_size(text)
+    assert str(caught.value) == f"{text!r} is no memory at all; {FORMS}"
+
+
+@pytest.mark.parametrize("text", [str(LARGEST + 1), "9000000000TiB", "9" * 30])
+def test_rejects_more_than_an_address_space(text):
+    with pytest.raises(InputError) as caught:
+        parse_size(text)
+    assert str(caught.value) == f"{text!r} is more than any machine can address; {FORMS}"
+
+
+@given(st.integers(1, LARGEST))
+def test_plain_bytes_round_trip(size):
+    assert parse_size(str(size)) == size
+
+
+@given(st.integers(1, 1 << 50))
+def test_printed_size_is_within_half_a_tenth(size):
+    number, unit = format_size(size).split()
+    whole = {"MiB": MIB, "KiB": KIB, "B": 1}[unit]
+    assert abs(float(number) - size / whole) <= 0.05 + size / whole * 1e-12
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (-12, "-12 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (MIB, "1.0 MiB")]
+)
+def test_small_sizes_are_not_nothing(size, text):
+    assert format_size(size) == text
+
+
+@given(st.integers(1, 1 << 50))
+def test_rounded_up_size_covers_and_parses_back(size):
+    printed = parse_size(format_size(size, round_up=True))
+    assert size <= printed
+    assert printed - size < MIB / 10 + 1
+
+
+@given(st.text(max_size=12))
+def test_never_anything_but_a_size_or_an_input_error(text):
+    try:
+        size = parse_size(text)
+    except InputError as error:
+        assert repr(text) in str(error)
+    else:
+        assert 0 < size <= LARGEST
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(2.65, "2.650 s"), (0.0123, "0.012 s"), (0.00412, "0.00412 s"), (0.001, "0.00100 s"), (0.0, "0.000 s")],
+)
+def test_seconds(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(40e-6, "40 µs"), (41e-6, "41 µs"), (1.25e-6, "1.25 µs"), (999.4e-6, "999.4 µs"), (3e-9, "0.003 µs")],
+)
+def test_microseconds_are_told_apart(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a µ → b", "a µ → b"), ("\x1b[31mRED\x1b[2J", r"\x1b[31mRED\x1b[2J"), ("x\ny\u202e", r"x\ny\u202e")],
+)
+def test_what_a_terminal_would_obey_is_written_out(text, shown):
+    assert printable(text) == shown

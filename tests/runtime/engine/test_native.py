@@ -1,0 +1,81 @@
+"""Compiled unpacking: the same bits as PyTorch's path, and a fallback to it whatever goes wrong."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tightfit.runtime.engine.weights import native
+from tightfit.runtime.engine.weights.layout import Entry, group_bytes
+from tightfit.runtime.engine.weights.store import unpack
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    path = tmp_path_factory.mktemp("native") / "unpack.so"
+    subprocess.run(
+        ["cc", *native.FLAGS, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", path, native.SOURCE], check=True
+    )
+    return native._load(str(path), list(native.FORMATS))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", native.FORMATS)
+@settings(max_examples=25)
+@given(
+    numbers=st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=1, max_size=4),
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 5),
+    half=st.integers(1, 35),
+)
+def test_the_same_bits_as_pytorch(built, name, numbers, rows, groups, half):
+    group = 2 * half
+    kind, dtype = name.split("_")
+    size = group_bytes(kind, group)
+    generator = torch.Generator().manual_seed(rows)
+    packed = torch.randint(0, 256, (rows * groups, size), dtype=torch.uint8, generator=generator)
+    for number, column in enumerate((0,) if kind == "q8" else (size - 4, size - 2)):
+        values = [numbers[(row + number) % len(numbers)] for row in range(len(packed))]
+        packed[:, column : column + 2] = torch.tensor(values, dtype=torch.float16).view(-1, 1).view(torch.uint8)
+    entry = Entry(name="w", shape=(rows, groups * group), format=kind, group=group)
+    expected, out = (torch.full(entry.shape, 7.0, dtype=getattr(torch, dtype)) for _ in range(2))
+    unpack(entry, packed.view(-1), expected)
+    built[name](packed.data_ptr(), out.data_ptr(), rows * groups, group, size)
+    assert torch.equal(out.view(torch.uint8), expected.view(torch.uint8))
+
+
+@needs_compiler
+def test_it_is_built_once_and_judged(tmp_path, monkeypatch):
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    path = native.library(tmp_path)
+    assert path
+    assert set(native.functions(path)) <= set(native.FORMATS)
+    monkeypatch.setattr(subprocess, "run", None)  # nothing is compiled again
+    assert native.library(tmp_path) == path
+
+
+def test_without_a_compiler_pytorch_does_the_work(tmp_path, monkeypatch):
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert native.library(tmp_path) == ""
+    assert native.functions("") == {}
+
+
+@needs_compiler
+def test_a_library_that_differs_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.delenv(native.VARIABLE, raising=False)
+    wrong = tmp_path / "unpack.c"
+    wrong.write_text(
+        native.SOURCE.read_text()
+        .replace("* scale + least", "* scale - least")
+        .replace("packed[2 + e] * scale", "packed[1 + e] * scale")
+    )
+    monkeypatch.setattr(native, "SOURCE", wrong)
+    assert native.library(tmp_path) == ""

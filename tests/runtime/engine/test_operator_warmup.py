@@ -1,0 +1,167 @@
+"""Kernels are made before anything is loaded: every operator of the schedules runs once, on zeros."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from in_process import make_training
+from tiny_plans import decoder_profile, naive_plan
+
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.data.tokenization import prepare
+from tightfit.runtime.engine.device.arena import Arena
+from tightfit.runtime.engine.start import process
+from tightfit.runtime.engine.training.executor import bind
+from tightfit.runtime.engine.training.job import operators_run, program_header
+from tightfit.runtime.engine.training.operator_warmup import rehearse
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    return decoder_profile(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def prepared(profile, tmp_path, monkeypatch):
+    """A training, and the operators and the arena that it rehearses with."""
+    records = prepare("random", None, tmp_path, seq=profile.seq, vocab_size=512, seed=3)
+    records.close()
+    given = []
+    monkeypatch.setattr(
+        "tightfit.runtime.engine.training.trainer.rehearse",
+        lambda operators, arena: given.extend((list(operators), arena)),
+    )
+    training = make_training(naive_plan(profile), str(records.path), tmp_path, lr=1e-2)
+    yield training, *given
+    training.close()
+
+
+def calls(operators):
+    """How often each is called from now on."""
+    counted = Counter()
+
+    def counting(operator, call):
+        def counted_call(outputs):
+            counted[id(operator)] += 1
+            call(outputs)
+
+        return counted_call
+
+    for operator in operators:
+        operator.call = counting(operator, operator.call)
+    return counted
+
+
+def test_every_operator_of_the_schedules_runs_once_on_zeros(profile, prepared):
+    training, operators, arena = prepared
+    plan = naive_plan(profile)
+    layers = {layer.name: layer.program for layer in plan.layers}
+    numbers = {program.name: number for number, program in enumerate(plan.programs)}
+    wanted = {
+        (numbers[layers[instruction[1]]], instruction[2])
+        for phase in (plan.train, plan.evaluate)
+        for instruction in phase.instructions
+        if instruction[0] == "run"
+    }
+    assert operators_run(training.job) == wanted
+    assert len(operators) == len(wanted)
+    counted = calls(operators)
+    reads = []
+    for operator in operators:
+        call = operator.call
+        operator.call = lambda outputs, call=call, operator=operator: (
+            reads.extend(bool(container[key].any()) for container, key, *_ in operator.reads),
+            call(outputs),
+        )
+    arena.release()
+    rehearse(operators, arena)
+    gathering = [operator for operator in operators if operator.gathers]
+    assert gathering
+    assert counted == {id(operator): 1 for operator in operators if not operator.gathers}
+    assert len(reads) > len(operators)
+    assert not any(reads)
+    assert not arena.bytes.any()
+
+
+def test_an_operator_that_the_arena_has_no_room_for_is_left_to_its_step(profile):
+    operators = [
+        operator
+        for program in profile.programs
+        for operator in bind(program_header(program.model_dump()), Arena(64), None)
+    ]
+    counted = calls(operators)
+    rehearse(operators, Arena(0))
+    assert not counted
+
+
+def test_an_operator_that_cannot_run_is_told():
+    window = {"operand": {"value": "x", "size": [2, 3], "stride": [3, 1]}}
+    value = {"name": "x", "dtype": "float32", "shape": [2, 3], "stride": [3, 1]}
+    operator = {"target": "aten.mm.default", "args": [window, window], "kwargs": {}, "outputs": ["x"], "gathers": []}
+    arena = Arena(1 << 12)
+    operators = bind(program_header({"values": [value], "operators": [operator]}), arena, None)
+    with pytest.raises(InputError, match=r"operator aten\.mm\.default is not supported \(mat1 and mat2 shapes"):
+        rehearse(operators, arena)
+
+
+def test_buffers_lie_apart_for_as_long_as_is_said():
+    code = """
+import ctypes, json, pathlib
+from tightfit.runtime.engine.start.process import apart
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+
+def in_heap(size):
+    line = next(line for line in pathlib.Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]"))
+    low, high = (int(end, 16) for end in line.split()[0].split("-"))
+    return low <= libc.malloc(ctypes.c_size_t(size)) < high
+
+with apart(320 << 10):
+    inside = [in_heap(size) for size in (300 << 10, 400 << 10)]
+print(json.dumps([*inside, in_heap(400 << 10)]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=process.child_environment(1), capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == [True, False, True]
+
+
+def test_a_second_rehearsal_leaves_nothing_behind(tmp_path):
+    """All that is kept is made by the first."""
+    code = """
+import gc, json, sys
+from tightfit.runtime.engine.start import lean_torch
+lean_torch.load()
+from tightfit.runtime.engine.start.kernel_warmup import prepare
+prepare()
+from tightfit.runtime.engine.device.arena import Arena
+from tightfit.runtime.engine.training.executor import bind
+from tightfit.runtime.engine.start.process import trim_heap
+from tightfit.runtime.engine.device.resident import memory
+from tightfit.runtime.engine.training.operator_warmup import rehearse
+arena = Arena(1 << 28)
+operators = [operator for program in json.load(sys.stdin) for operator in bind(program, arena, None)]
+held = []
+for _ in range(3):
+    rehearse(operators, arena)
+    gc.collect()
+    trim_heap()
+    held.append(memory().anonymous)
+print(json.dumps(held))
+"""
+    headers = [program_header(program.model_dump()) for program in decoder_profile(tmp_path).programs]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(headers),
+        env=process.child_environment(2),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, _, third = json.loads(done.stdout)
+    assert third - first < 100_000

