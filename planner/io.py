@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from tightfit.planner.plan_result import fingerprint
 from tightfit.planner.schema import PLAN_VERSION, Plan
-from tightfit.planner.simulation.plan_result import fingerprint
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import of_another_version, write_whole
 

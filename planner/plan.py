@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tightfit.planner.formulation.any_schedule_bound import AnySchedule
+from tightfit.planner.plan_result import answered, drafted, drafted_phase, too_small
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.gradients import without_resting_states
 from tightfit.planner.problem.layer_types import Layered
@@ -27,8 +28,6 @@ from tightfit.planner.search_options import (
     checked_limit,
     finish_seconds,
 )
-from tightfit.planner.simulation.drafted import drafted, drafted_phase
-from tightfit.planner.simulation.plan_result import answered, too_small
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.planner.solve.minimum_budget import lowered
 from tightfit.planner.solve.policies import POLICIES, policy_parts

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from tightfit.planner.graphs.bounds.bound import Bound
 from tightfit.planner.graphs.problem.actions import Action, Carried, instructions
 from tightfit.planner.graphs.problem.dag import Dag
+from tightfit.planner.plan_result import answered, drafted, drafted_phase, too_small
 from tightfit.planner.schema import Plan
-from tightfit.planner.simulation.drafted import drafted, drafted_phase
-from tightfit.planner.simulation.plan_result import answered, too_small
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.graph_input import FIXED
 from tightfit.profiles.schema import Profile
@@ -98,7 +97,7 @@ def finished(
     asked: float = 0.0,
     interrupted: bool = False,
 ) -> Plan:
-    """The plan of a schedule; `asked` and `interrupted` as of `tightfit.planner.simulation.plan_result.ended_by`."""
+    """The plan of a schedule; `asked` and `interrupted` as of `tightfit.planner.plan_result.ended_by`."""
     assert outcome.carried is not None
     raw = _assembled(profile, dag, budget, policy, outcome.carried)
     simulation = simulate(raw)

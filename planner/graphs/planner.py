@@ -21,6 +21,7 @@ from tightfit.planner.graphs.search.eviction_search import Search
 from tightfit.planner.graphs.search.exact_moves import fastest_with_moves
 from tightfit.planner.graphs.search.large_neighbourhood import Neighbourhoods, lowest_peak
 from tightfit.planner.graphs.search.subproblem import BETTER, Lowest, Stretch
+from tightfit.planner.plan_result import EXACT, gap_to
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import (
     ANY_SHARE,
@@ -30,7 +31,6 @@ from tightfit.planner.search_options import (
     checked_limit,
     finish_seconds,
 )
-from tightfit.planner.simulation.plan_result import EXACT, gap_to
 from tightfit.profiles.schema import Profile
 
 EXACT_OPERATORS = 20

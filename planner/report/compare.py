@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict
 
 from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.plan import Planner, planner_of
+from tightfit.planner.plan_result import rebudgeted, sealed
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_budget, checked_gap, checked_limit
-from tightfit.planner.simulation.plan_result import rebudgeted, sealed
 from tightfit.planner.solve.policies import approximate_of, refused_of
 from tightfit.profiles.devices.data_sheets import DeviceDescription, find_device
 from tightfit.profiles.devices.estimate import retarget

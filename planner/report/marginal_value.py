@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tightfit.planner.plan import Planner
+from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.report.explanation import Explanation, Worth, explanation_of
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress
-from tightfit.planner.simulation.plan_result import rebudgeted
 from tightfit.runtime.common.units import MIB
 
 if TYPE_CHECKING:

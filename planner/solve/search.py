@@ -8,11 +8,11 @@ from functools import cached_property
 
 from tightfit.planner.formulation.layer_constraints import KIB
 from tightfit.planner.formulation.step_constraints import charged_bytes
+from tightfit.planner.plan_result import ROUNDING
 from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.realize import Part, Schedule, smallest_arena
 from tightfit.planner.search_options import HELD_UP, Progress
-from tightfit.planner.simulation.plan_result import ROUNDING
 from tightfit.planner.solve.budget_search import CARRY_SECONDS, Attempt
 from tightfit.planner.solve.column_generation import JOINT_BINARIES, Search
 from tightfit.planner.solve.greedy import greedy

@@ -181,3 +181,8 @@ def changes(plans: Sequence[Plan]) -> list[dict[str, Any]]:
                 }
             )
     return told
+
+
+def facts(plan: Plan) -> dict[str, Any]:
+    """A plan's summary with the device that it is for."""
+    return plan_summary(plan) | {"device": plan.device.name, "measured": plan.device.measured}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from synthetic import PAGE, profile_of
 
-from tightfit.planner.simulation.drafted import drafted, drafted_phase
+from tightfit.planner.plan_result import drafted, drafted_phase
 from tightfit.profiles.schema import Channel, Device, Floor, Layer, Operator, Program, Tensor, Value
 
 MS = 1e-3

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-import pytest
-from sample_plans import sample_plans
-
-from tightfit.planner.report.html import comparison_page
-
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 
 
@@ -41,8 +36,3 @@ class Page(HTMLParser):
 
     def find(self, tag, **attributes):
         return [e for e in self.elements if e["tag"] == tag and all(e.get(k) == v for k, v in attributes.items())]
-
-
-@pytest.fixture(scope="module")
-def text():
-    return comparison_page(sample_plans())

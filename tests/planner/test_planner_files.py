@@ -12,10 +12,10 @@ from synthetic import MIB, device, small_chain
 
 from tightfit.planner.io import load_plan, save_plan
 from tightfit.planner.plan import Planner
+from tightfit.planner.plan_result import ROUNDING, fingerprint, rebudgeted
 from tightfit.planner.report.compare import _Cell, _Table, compare
 from tightfit.planner.report.explain import explain, percent_within
 from tightfit.planner.schema import PLAN_VERSION
-from tightfit.planner.simulation.plan_result import ROUNDING, fingerprint, rebudgeted
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.errors import InputError
 

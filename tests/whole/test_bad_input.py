@@ -12,7 +12,7 @@ from damage import CONFIG, ROWS, SEQ, cut, files, flip, lines
 from tiny_models import byte_level_tokenizer, random_weights, write_directory, write_gguf
 
 from tightfit.planner.io import load_plan, save_plan
-from tightfit.planner.simulation.plan_result import sealed
+from tightfit.planner.plan_result import sealed
 from tightfit.profiles import api
 from tightfit.profiles.api import load_profile, save_profile
 from tightfit.profiles.measuring.measure import _run, measure

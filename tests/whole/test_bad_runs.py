@@ -18,7 +18,7 @@ from places import ROOT
 
 from tightfit.planner.io import save_plan
 from tightfit.planner.plan import plan as solve
-from tightfit.planner.simulation.plan_result import rebudgeted, sealed
+from tightfit.planner.plan_result import rebudgeted, sealed
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import in_memory
 from tightfit.runtime.engine.start import cuda_stubs, page_out

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tightfit.planner.graphs.bounds.climb import Climb, apart
+from tightfit.planner.graphs.bounds.cut_generation import Climb, apart
 from tightfit.planner.graphs.bounds.lp_bound import Answer, Path, solve_windows
 from tightfit.planner.graphs.bounds.milp_bound import solve_whole
 from tightfit.planner.graphs.problem.dag import Dag

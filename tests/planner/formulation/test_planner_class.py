@@ -14,10 +14,10 @@ from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, Block
 from tightfit.planner.formulation.step_constraints import live_bytes
 from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.plan import Planner
+from tightfit.planner.plan_result import ROUNDING
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schedule.lowering import draft, kinds, live_profile
-from tightfit.planner.simulation.plan_result import ROUNDING
 from tightfit.planner.solve.pricing import figures
 
 SEEDS = [4, 12, 13, 20, 23, 25, 30, 40, 41, 60, 62, 65, 72, 76, 77, 79, 91, 95]

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 from damage import CONFIG, fill, small_disk
-from pydantic import ValidationError
 from places import ROOT
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 from synthetic import decoder_like, small_chain
 

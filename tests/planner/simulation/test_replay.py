@@ -7,8 +7,8 @@ from broken_plans import changed, rejected
 from hand_schedule import EVALUATE, FLOOR, MS, OPERATORS, RESIDENT, TRAIN, operator, page, written
 from synthetic import PAGE
 
+from tightfit.planner.plan_result import drafted_phase
 from tightfit.planner.schema import MEZO
-from tightfit.planner.simulation.drafted import drafted_phase
 from tightfit.planner.simulation.replay import LINE
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.schema import Layer, Program, Tensor, Value

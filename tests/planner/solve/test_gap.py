@@ -13,9 +13,9 @@ from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import peak_bytes, seconds
 from tightfit.planner.graphs.search import exact
 from tightfit.planner.plan import Planner
+from tightfit.planner.plan_result import EXACT, ROUNDING, ended_by
 from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule.realize import carry_out
-from tightfit.planner.simulation.plan_result import EXACT, ROUNDING, ended_by
 from tightfit.planner.solve import budget_search
 from tightfit.planner.solve.policies import POLICIES, rule_columns
 from tightfit.planner.solve.search import Solver

@@ -8,9 +8,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from shapes import decoder_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import decoder_profile
 from synthetic import MIB, decoder_like, device
 
 from tightfit.planner.formulation.any_schedule_bound import AnySchedule

@@ -17,13 +17,13 @@ from synthetic import MIB, decoder_like, deep, device, small_chain
 from tightfit.planner.milp import lp
 from tightfit.planner.milp.lp import Growing, Linear, Program, Solution
 from tightfit.planner.plan import Planner
+from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule import prefetch
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schedule.prefetch import Bytes, best_order, facts_of
 from tightfit.planner.schedule.realize import Part, carry_out
-from tightfit.planner.simulation.plan_result import rebudgeted
 from tightfit.planner.solve import search
 from tightfit.planner.solve.budget_search import Attempt
 from tightfit.planner.solve.column_generation import Search

@@ -12,6 +12,7 @@ from tightfit.planner.formulation.layer_constraints import KIB
 from tightfit.planner.formulation.step_constraints import add_rows
 from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.plan import Planner
+from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.explanation import account
@@ -24,7 +25,6 @@ from tightfit.planner.schedule.multi_layer_recompute import (
     sqrt_segments,
 )
 from tightfit.planner.schedule.realize import Part, carry_out
-from tightfit.planner.simulation.plan_result import rebudgeted
 from tightfit.planner.solve.policies import checkpoint_layers, keep_all, mebp, mesp, rule_columns
 from tightfit.planner.solve.pricing import figures
 from tightfit.planner.solve.search import Outcome

@@ -17,8 +17,8 @@ from tiny_models import byte_level_tokenizer, write_directory, write_gguf
 from tiny_plans import CONFIG, decoder_profile, naive_plan
 
 from tightfit.planner.io import save_plan
+from tightfit.planner.plan_result import sealed
 from tightfit.planner.schema import Plan
-from tightfit.planner.simulation.plan_result import sealed
 from tightfit.profiles.schema import Floor
 from tightfit.runtime.data.samples import Text, read_samples
 from tightfit.runtime.engine.start import page_out

@@ -1,4 +1,4 @@
-"""A drafted plan made an answer: the simulator's figures, the proof and the fingerprint put in, or why nothing fits.
+"""What planning answers: a plan drafted from a schedule, then the simulator's figures, the proof and the fingerprint, or why nothing fits.
 
 Nothing here imports the solver: plans are read and checked without it.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
-from tightfit.planner.schema import Plan
+from tightfit.planner.schema import Peak, Phase, Plan
+from tightfit.profiles.schema import Profile
 
 if TYPE_CHECKING:
     from tightfit.planner.simulation.simulate import Simulation
@@ -21,6 +22,59 @@ EXACT = 1e-6
 ROUNDING = 2e-5
 """the same of a model's plan: what is proven of programs in floating point is off by up to `tightfit.planner.milp.highs.MARGIN` for their tolerances"""
 EndedBy = Literal["proof", "gap", "stalled", "time limit", "interrupt"]
+
+
+def drafted_phase(listed: list[list[Any]]) -> Phase:
+    """A step of these instructions."""
+    return Phase(instructions=listed, seconds=0.0, peak_bytes=0, peak=Peak(instruction=0, text="", tensors={}))
+
+
+def drafted(
+    profile: Profile,
+    ran: Profile,
+    *,
+    policy: str,
+    budget_bytes: int,
+    decisions: dict[str, str],
+    resident: dict[str, int],
+    train: list[Phase],
+    evaluate: Phase | None = None,
+    arena_bytes: int = 0,
+) -> Plan:
+    """A plan with the steps `train`. `ran`: what of the profile they run."""
+    return Plan(
+        fingerprint="",
+        profile_fingerprint=profile.fingerprint,
+        policy=policy,
+        status="feasible",
+        budget_bytes=budget_bytes,
+        floor_bytes=ran.device.floor.held_bytes,
+        peak_bytes=0,
+        step_seconds=0.0,
+        bound_seconds=0.0,
+        any_schedule_bound_seconds=0.0,
+        gap=0.0,
+        any_schedule_gap=0.0,
+        solve_seconds=0.0,
+        model=profile.model,
+        batch=profile.batch,
+        seq=profile.seq,
+        compute_dtype=profile.compute_dtype,
+        optimizer=ran.optimizer,
+        device=ran.device,
+        tensors=profile.tensors,
+        programs=ran.programs,
+        layers=ran.layers,
+        loss=profile.loss,
+        token_losses=profile.token_losses,
+        decisions=decisions,
+        resident=resident,
+        arena_bytes=arena_bytes,
+        workspace_bytes=0,
+        train=train[0],
+        cycle=train[1:],
+        evaluate=evaluate,
+    )
 
 
 def proof_tolerance(kind: str) -> float:

@@ -1,0 +1,104 @@
+"""``tightfit compare``: policies over budgets and devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tightfit.runtime.cli import answers
+from tightfit.runtime.cli.options import Debug, Gap, Json, Server, TimeLimit, answering, at_least, service
+from tightfit.runtime.common.interrupts import Interrupts
+from tightfit.runtime.common.units import parse_size
+
+
+def compare(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json, or a bare graph of operators.")],
+    memory: Annotated[str, typer.Option(metavar="SIZE,...", help="Budgets, for example 400MiB,600MiB,1GiB.")],
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="solver and fixed rules to compare; default: the solver and every exact rule that applies to the profile.",
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="own: the profile's own device. Names of devices (see `tightfit devices`) or JSON files that describe them: times estimated from the profile's FLOPs and bytes.",
+        ),
+    ] = "own",
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page.")] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the curve as .png or .svg.")] = None,
+    time_limit: TimeLimit = 30.0,
+    gap: Gap = 0.0,
+    server: Server = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare policies over budgets and devices: seconds per step, or the smallest budget that would be enough."""
+    budgets = [parse_size(part) for part in memory.split(",")]
+    policies = None if policy is None else [part.strip() for part in policy.split(",")]
+    at_least(0, time_limit=time_limit, gap=gap)
+    from tightfit.planner.report.compare import compare as compare_plans
+    from tightfit.profiles.api import load_profile
+    from tightfit.profiles.devices.data_sheets import find_device
+    from tightfit.runtime.cli.terminal import Comparing, messages
+    from tightfit.runtime.common.files import check_place, write_whole
+
+    if html is not None:
+        check_place(html)
+    if picture is not None:
+        from tightfit.planner.report.figures import picture_kind
+
+        picture_kind(picture)
+        check_place(picture)
+
+    console = messages()
+    names = [part.strip() for part in device.split(",")]
+    loaded = load_profile(profile)
+    with Interrupts() as interrupts, Comparing(console, interrupts) as comparing:
+        if server is not None:
+            with service(server) as elsewhere:
+                plans = elsewhere.compare(
+                    loaded,
+                    budgets,
+                    policies,
+                    devices=names,
+                    time_limit=time_limit,
+                    gap=gap,
+                    progress=comparing.elsewhere,
+                ).plans
+        else:
+            plans = compare_plans(
+                loaded,
+                budgets,
+                policies,
+                devices=[None if name == "own" else find_device(name) for name in names],
+                time_limit=time_limit,
+                gap=gap,
+                progress=comparing,
+                solving=comparing.solving,
+            ).plans
+    if interrupts.seen:
+        console.print(f"interrupted: these are the {len(plans)} plans made so far, the last one with what it had found")
+    summary: dict[str, Any] = {
+        "interrupted": interrupts.seen,
+        "plans": [answers.facts(one) for one in plans],
+    }
+    with answering(summary, answers.comparison_text(plans), as_json):
+        if as_json:
+            summary["changes"] = answers.changes(plans)
+        if html is not None:
+            from tightfit.planner.report.html import comparison_page
+
+            summary["html"] = str(write_whole(html, comparison_page(plans)))
+        if picture is not None:
+            from tightfit.planner.report.figures import draw_curve
+
+            summary["picture"] = str(draw_curve(plans, picture))
+    for kind in ("html", "picture"):
+        if kind in summary:
+            console.print(f"{kind} written to {summary[kind]}")

@@ -1,0 +1,122 @@
+"""What several commands share: options, what they may be, the service elsewhere, and how a result is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.supervision.failure import failure_of
+from tightfit.runtime.supervision.printing import answer
+
+if TYPE_CHECKING:
+    from tightfit.planner.service.client import Client
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
+Debug = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an unexpected error (also: TIGHTFIT_DEBUG=1).")
+]
+
+
+Force = Annotated[bool, typer.Option("--force", help="Measure again even where a fitting result lies in the cache.")]
+
+
+TimeLimit = Annotated[
+    float, typer.Option("--time-limit", metavar="SECONDS", help="Seconds the solver may take for one plan.")
+]
+
+
+Gap = Annotated[
+    float,
+    typer.Option(
+        metavar="SHARE",
+        help="End a search once its plan is proven to be slower than the best of its kind by at most this share, for example 0.001 for 0.1 %; 0: go on to the proof, as long as that gains anything within the time limit.",
+    ),
+]
+
+
+Server = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Let a `tightfit serve` elsewhere solve; its token in TIGHTFIT_TOKEN."),
+]
+
+
+def at_least(least: float, **options: float) -> None:
+    """Refuse options below `least`, named as Python names them."""
+    for name, value in options.items():
+        if not value >= least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: give a number of at least {least}")
+
+
+def at_most(most: int, **options: int) -> None:
+    """Refuse options above `most`, named as Python names them."""
+    for name, value in options.items():
+        if value > most:
+            raise InputError(f"--{name.replace('_', '-')} {value}: give a number of at most {most}")
+
+
+@contextlib.contextmanager
+def service(url: str) -> Iterator[Client]:
+    """The service at `url`; what Ctrl-C leaves going on there is said."""
+    with served():
+        from tightfit.planner.service.client import connect
+    with connect(url) as service:
+        try:
+            yield service
+        except KeyboardInterrupt as stop:
+            raise RunError("; ".join(["interrupted", *map(str, stop.args)])) from stop
+
+
+@contextlib.contextmanager
+def served() -> Iterator[None]:
+    """What comes with the extra `serve` is missing: say how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "tightfit":
+            raise
+        raise InputError(
+            f"{error.name} is not installed; a service and its clients need it: pip install 'tightfit[serve]'"
+        ) from error
+
+
+@contextlib.contextmanager
+def answering(result: dict[str, Any], human: Any, as_json: bool) -> Iterator[None]:
+    """Print a command's result whatever becomes of the files written inside: to a person before them, as JSON after them,
+    with the error where there was one.
+    """
+    if not as_json:
+        answer(result, human, as_json=as_json)
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if not as_json:
+            raise
+        result["error"] = failed = failure(error if isinstance(error, Exception) else typer.Abort())
+        answer(result, human, as_json=as_json)
+        sys.stderr.write(f"tightfit: {failed['message']}\n")
+        raise typer.Exit(failed["exit_code"]) from error
+    if as_json:
+        answer(result, human, as_json=as_json)
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """What went wrong, as --json tells it."""
+    if usage(error):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "tightfit"
+        message = f"{error.format_message().rstrip('.')}; try '{command} --help'"  # type: ignore[attr-defined]
+        return {"kind": type(error).__name__, "message": message, "exit_code": 2}
+    return failure_of(KeyboardInterrupt() if isinstance(error, typer.Abort) else error)
+
+
+def usage(error: BaseException) -> bool:
+    """Whether the command line itself was wrong. Typer brings a Click of its own or takes the installed one, by version."""
+    return hasattr(error, "format_message")

@@ -1,0 +1,127 @@
+"""``tightfit plan``: the fastest training step in a budget."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tightfit.runtime.cli import answers
+from tightfit.runtime.cli.options import Debug, Gap, Json, Server, TimeLimit, answering, at_least, service
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.interrupts import Interrupts
+from tightfit.runtime.common.units import parse_size
+from tightfit.runtime.supervision.printing import answer
+
+if TYPE_CHECKING:
+    from tightfit.planner.report.explanation import Explanation
+    from tightfit.planner.schema import Plan
+    from tightfit.profiles.schema import Profile
+    from tightfit.runtime.cli.terminal import Solving
+
+
+def plan(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json, or a bare graph of operators.")],
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Budget of the whole training process: 600MiB, 600MB or plain bytes.")
+    ],
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="A fixed rule instead of the solver: keep-all, checkpoint-layers, checkpoint-sqrt, mebp or mesp; mezo or lcsb, whose gradient is not the exact one; for a bare graph one of the first three."
+        ),
+    ] = None,
+    time_limit: TimeLimit = 30.0,
+    gap: Gap = 0.0,
+    what_if: Annotated[
+        bool,
+        typer.Option(
+            "--what-if",
+            help="Also plan 50 MiB less and 50 MiB more, of a small bare graph a tenth of the budget, to see what memory is worth.",
+        ),
+    ] = False,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan is written.")] = Path("plan.json"),
+    server: Server = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the fastest training step whose peak never exceeds the budget, and prove how near it is to the best."""
+    budget = parse_size(memory)
+    at_least(0, time_limit=time_limit, gap=gap)
+    from tightfit.planner.io import save_plan
+    from tightfit.profiles.api import load_profile
+    from tightfit.runtime.cli.terminal import Solving, messages
+    from tightfit.runtime.common.files import check_place
+
+    check_place(output)
+    console = messages()
+    loaded = load_profile(profile)
+    if server is not None and what_if:
+        raise InputError("--what-if plans on this machine: leave out either it or --server")
+    with Interrupts() as interrupts, Solving(console, time_limit) as solving:
+        if server is not None:
+            with service(server) as elsewhere:
+                planned = elsewhere.plan(
+                    loaded, budget, policy=policy, time_limit=time_limit, gap=gap, progress=solving
+                )
+                why = elsewhere.explanation(planned)
+        else:
+            planned, why = _plan_here(loaded, budget, policy, time_limit, gap, solving, interrupts, what_if=what_if)
+    if why.shortfall is not None and why.shortfall.minimum_budget_bytes != planned.minimum_budget_bytes:
+        # The search went on after the answer and found less; the reason told of the plan before.
+        smallest = why.shortfall.minimum_budget_bytes
+        planned = planned.model_copy(update={"minimum_budget_bytes": smallest, "minimum_budget_reason": None})
+    summary = answers.facts(planned) | {"interrupted": interrupts.seen, "explanation": why.model_dump(mode="json")}
+    if planned.status == "infeasible":
+        answer(summary, None, as_json=as_json)
+        console.print(f"tightfit: {answers.infeasible_text(planned, why)}")
+        raise typer.Exit(3)
+    if interrupts.seen:
+        console.print(
+            f"interrupted: this is the best plan found so far, at most {planned.gap:.2%} from the best of its kind"
+        )
+    with answering(summary, answers.plan_text(planned, why), as_json):
+        summary["plan"] = str(save_plan(planned, output))
+    console.print(f"plan written to {output}{_run_next(planned, output)}")
+
+
+def _run_next(plan: Plan, path: Path) -> str:
+    """How a plan is run, where this runtime can: not of a bare graph, for a card or on estimated times."""
+    if plan.model.kind == "graph" or plan.device.kind != "cpu" or not plan.device.measured:
+        return ""
+    data = "random" if plan.model.kind == "module" else "FILE.jsonl"
+    return f"; next: tightfit run {shlex.quote(str(path))} --data {data} --steps N -o out"
+
+
+def _plan_here(
+    profile: Profile,
+    budget: int,
+    policy: str | None,
+    time_limit: float,
+    gap: float,
+    solving: Solving,
+    interrupts: Interrupts,
+    *,
+    what_if: bool,
+) -> tuple[Plan, Explanation]:
+    """The plan, and why it is as it is; with what memory is worth beside it."""
+    from tightfit.planner.plan import planner_of
+    from tightfit.planner.report.explanation import account
+    from tightfit.planner.report.marginal_value import explained
+    from tightfit.planner.report.marginal_value import what_if as check
+
+    planner = planner_of(profile)
+    started = time.monotonic()
+    planned = planner.plan(budget, policy=policy, time_limit=time_limit, gap=gap, progress=solving)
+    # Whatever Ctrl-C takes from here on, the answer is there.
+    with contextlib.suppress(KeyboardInterrupt):
+        if what_if and planned.status != "infeasible" and planned.policy == "solver" and not interrupts.seen:
+            planned, beside = check(planner, planned, time_limit=time_limit, gap=gap, progress=solving)
+            return planned, account(planned).model_copy(update={"neighbours": beside})
+        left = 0.0 if interrupts.seen else time_limit - (time.monotonic() - started)
+        return planned, explained(planner, planned, time_limit=time_limit, left=left)
+    return planned, account(planned)

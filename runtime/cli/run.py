@@ -1,0 +1,118 @@
+"""``tightfit run``: a plan carried out under its cap."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tightfit.runtime.cli.options import Debug, Json, at_least, at_most
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.session.options import LARGEST_SEED
+from tightfit.runtime.supervision.printing import answer
+from tightfit.runtime.supervision.report_text import report_text
+
+
+def run(
+    context: typer.Context,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="DIR|FILE.jsonl|random",
+            help="Training data, as JSON lines; random: made-up tokens, for sizing, or a module's sample batch.",
+        ),
+    ],
+    steps: Annotated[int, typer.Option(help="Steps in all, each of one batch.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for adapter, report, metrics and checkpoints.")
+    ],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier run left in the folder.")
+    ] = False,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW, or of a mezo plan's SGD.")] = 2e-4,
+    seed: Annotated[int, typer.Option(help="Seed of the adapter's start and the order of the data.")] = 0,
+    schedule: Annotated[
+        str, typer.Option(help="Course of the learning rate: constant, linear or cosine.")
+    ] = "constant",
+    warmup_steps: Annotated[int, typer.Option(help="Steps over which the learning rate rises from zero.")] = 0,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: only at the end.")] = 50,
+    evaluate: Annotated[
+        str | None, typer.Option("--eval", metavar="FILE.jsonl", help="Held-out data, evaluated before and after.")
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
+    ] = False,
+    cgroup: Annotated[
+        bool,
+        typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),
+    ] = True,
+    profile_step: Annotated[
+        bool,
+        typer.Option(
+            "--profile-step",
+            help="Report where the seconds of the third step went (where several make an update, of the next that ends one), or of the last of fewer.",
+        ),
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train under the cap as planned; leaves an adapter that PEFT loads and a report of predicted beside measured."""
+    at_least(1, steps=steps)
+    at_least(
+        0, checkpoint_every=checkpoint_every, lr=lr, seed=seed, warmup_steps=warmup_steps, weight_decay=weight_decay
+    )
+    at_most(LARGEST_SEED, seed=seed)
+    if resume and overwrite:
+        raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
+    from tightfit.planner.io import load_plan
+    from tightfit.runtime.engine.device.resident import memory
+    from tightfit.runtime.session.launch import prepared
+    from tightfit.runtime.supervision.cgroup import MemoryCgroup
+    from tightfit.runtime.supervision.progress import Training
+    from tightfit.runtime.supervision.supervisor import Show, hand_over
+    from tightfit.runtime.supervision.training_process import Order
+
+    loaded = load_plan(plan)
+    tokens = loaded.batch * loaded.seq if loaded.seq else None
+    with (
+        Training(steps=steps, tokens_per_step=tokens, budget=loaded.budget_bytes) as training,
+        prepared(
+            loaded,
+            data,
+            steps=steps,
+            out=output,
+            resume=resume,
+            overwrite=overwrite,
+            lr=lr,
+            schedule=schedule,
+            warmup_steps=warmup_steps,
+            weight_decay=weight_decay,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            eval_data=evaluate,
+            truncate=truncate,
+            cgroup=cgroup,
+            profile_step=profile_step,
+            stages=training.stage,
+            counted=bool(context.obj),
+        ) as ready,
+    ):
+        if isinstance(ready, Order):
+            group = MemoryCgroup.create(loaded.budget_bytes) if cgroup else None
+            show = Show(
+                steps=steps,
+                tokens_per_step=tokens,
+                as_json=as_json,
+                debug=debug,
+                preparation_bytes=memory().peak,
+                group=(str(group.path), group.version) if group else None,
+                home=MemoryCgroup.home() if group else None,
+            )
+            raise typer.Exit(hand_over(ready, show, group, replace=context.obj))
+    sys.stderr.write(f"already done: {output} has all {steps} steps; give more --steps to go on\n")
+    answer(ready, report_text(ready), as_json=as_json)

@@ -1,0 +1,73 @@
+"""``tightfit serve``: the same calls over HTTP, with a page."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tightfit.runtime.cli.options import Debug, at_least, at_most, served
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.interpreter import command
+from tightfit.runtime.common.units import MIB, format_size, parse_size
+
+LEAST_SOLVE_BYTES = 256 * MIB
+"""of which a process that has loaded the planner and solved nothing yet takes 230"""
+
+
+def serve(
+    host: Annotated[
+        str, typer.Option(help="Address to answer at; anything but this machine's own needs a token in TIGHTFIT_TOKEN.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to answer at; 0: a free one.")] = 8000,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What the service keeps; default: service in tightfit's cache folder."),
+    ] = None,
+    root: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="Folder from which requests may name models and data; may be repeated."),
+    ] = None,
+    hub: Annotated[bool, typer.Option("--hub", help="Let requests name models on the hub, to be downloaded.")] = False,
+    workers: Annotated[int, typer.Option(help="Plans solved at once.")] = 2,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Memory that one solving process may take; a comparison has two.")
+    ] = "4GiB",
+    keep_days: Annotated[float, typer.Option(help="Days after which unused results are removed.")] = 30.0,
+    keep: Annotated[str, typer.Option(metavar="SIZE", help="Disk that results and packed weights may take.")] = "20GiB",
+    debug: Debug = False,
+) -> None:
+    """Serve plans, comparisons and runs over HTTP, with a page at the same address."""
+    at_least(0, port=port, keep_days=keep_days)
+    at_most((1 << 16) - 1, port=port)
+    at_least(1, workers=workers)
+    solve_bytes = parse_size(memory)
+    if solve_bytes < LEAST_SOLVE_BYTES:
+        raise InputError(
+            f"--memory {memory}: no plan is solved in less than {format_size(LEAST_SOLVE_BYTES)}; give as much"
+        )
+    with served():
+        from tightfit.planner.service.http.app import serve as answer
+    from tightfit.planner.service.wire.settings import Settings
+
+    if data_dir is None:
+        from tightfit.runtime.common.files import cache_directory
+
+        data_dir = cache_directory() / "service"
+    answer(
+        Settings(
+            data_dir=data_dir.absolute(),
+            command=tuple(command("tightfit.runtime.cli.main")),
+            host=host,
+            port=port,
+            token=os.environ.get("TIGHTFIT_TOKEN") or None,
+            roots=tuple(path.absolute() for path in root or ()),
+            hub=hub,
+            workers=workers,
+            solve_bytes=solve_bytes,
+            keep_days=keep_days,
+            keep_bytes=parse_size(keep),
+        )
+    )
