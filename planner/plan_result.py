@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from tightfit.planner.instructions import Instruction
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schema import Peak, Phase, Plan
 from tightfit.profiles.schema import Profile
@@ -24,7 +25,7 @@ ROUNDING = 2e-5
 EndedBy = Literal["proof", "gap", "stalled", "time limit", "interrupt"]
 
 
-def drafted_phase(listed: list[list[Any]]) -> Phase:
+def drafted_phase(listed: list[Instruction]) -> Phase:
     """A step of these instructions."""
     return Phase(instructions=listed, seconds=0.0, peak_bytes=0, peak=Peak(instruction=0, text="", tensors={}))
 

@@ -8,19 +8,8 @@ Tensor names: a weight ``w`` is resident as ``w`` (unpacked) and/or ``packed:w``
 ``grad:p`` (as bound by its layer), ``adam_m:p``, ``adam_v:p`` and, where an update takes several steps, ``grad_sum:p``;
 anything else is a global tensor or ``layer/value``.
 
-Instructions (JSON arrays; `at` are arena offsets in bytes):
-
-| form | effect |
-|---|---|
-| ["read", w, at] | start reading the packed bytes of weight w from the store into ``packed:w`` |
-| ["unpack", w, at] | wait for the read; make ``w`` from ``packed:w`` |
-| ["run", layer, operator, [at, ...]] | run one operator of the layer's program; offsets of its outputs (null where unused) |
-| ["free", t] | give the bytes of t back (waits for a spill of t that is still being written) |
-| ["spill", t] | start writing t to the spill file; t stays resident until freed |
-| ["fetch", t, at] | start reading t back from the spill file; users of t wait for it |
-| ["update", p] | one optimizer update of trainable p in place from its gradient and state, all resident; where several steps make one, the others add to ``grad_sum:p`` |
-| ["perturb", p, k] | add k epsilon z to trainable p, z ~ N(0, 1) drawn again from the seed of the step and p's name |
-| ["pass", g, h] | the gradient g becomes the gradient h of equal shape where it lies; g is gone |
+The instructions and what each does: `tightfit.planner.instructions`. Where several steps make one update, those that do not add their
+gradients to ``grad_sum:p``.
 
 Where `optimizer` is called ``mezo`` a training step has two forwards and no backward: every trainable is perturbed by
 +1 before the first, by -2 before the second, and ``update`` adds epsilon z - rate (l+ - l-) / (2 epsilon) z, which restores
@@ -34,8 +23,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema
 
+from tightfit.planner.instructions import Instruction, read_all, write_all
 from tightfit.profiles.schema import Device, Layer, Model, Optimizer, Program, Tensor
 
 PLAN_VERSION = 6
@@ -53,6 +43,15 @@ def _unbounded(value: Any) -> Any:
 
 Bound = Annotated[float, BeforeValidator(_unbounded)]
 """Seconds; infinite where nothing fits, which JSON can only write as null."""
+
+
+Instructions = Annotated[
+    list[Instruction],
+    PlainValidator(read_all),
+    PlainSerializer(write_all, return_type=list[list[Any]]),
+    WithJsonSchema({"type": "array", "items": {"type": "array", "items": {}}}),
+]
+"""typed in memory, arrays in JSON"""
 
 
 class TimelinePoint(Record):
@@ -75,7 +74,7 @@ class Peak(Record):
 class Phase(Record):
     """One schedule with its predicted figures."""
 
-    instructions: list[list[Any]]
+    instructions: Instructions
     seconds: float
     peak_bytes: int
     peak: Peak

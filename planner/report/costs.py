@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from tightfit.planner.instructions import Fetch, Free, Instruction, Pass, Read, Run, Spill, Unpack
 from tightfit.planner.problem.layer_types import transfer_seconds
 from tightfit.planner.problem.step_graph import state_count, state_names
 from tightfit.planner.schema import Phase, Plan
@@ -102,15 +102,15 @@ class Ledger:
     def _again(self) -> list[tuple[str, int]]:
         ran: set[tuple[str, int]] = set()
         again = []
-        for verb, *operands in self._instructions():
-            if verb == "run":
-                place = (operands[0], operands[1])
+        for instruction in self._instructions():
+            if isinstance(instruction, Run):
+                place = (instruction.layer, instruction.operator)
                 if place in ran:
                     again.append(place)
                 ran.add(place)
         return again
 
-    def _instructions(self) -> Sequence[list[Any]]:
+    def _instructions(self) -> Sequence[Instruction]:
         return [] if self.plan.train is None else self.plan.train.instructions
 
     def costs(self) -> dict[str, Cost]:
@@ -132,31 +132,32 @@ class Ledger:
             wanted = [name for name in names if plan.decisions.get(name) == "recomputed"]
             charge((wanted or names)[0], recompute_seconds=operator.seconds)
         device = plan.device
-        for verb, *operands in self._instructions():
-            name = str(operands[0])
-            if verb == "unpack":
-                charge(name, unpack_seconds=self.unpack[name])
-            elif verb in ("read", "fetch"):
-                size = self.packed[name] if verb == "read" else self.sizes[name]
-                charge(name, read_bytes=size, read_seconds=transfer_seconds(device.read, size))
-            elif verb == "spill":
-                size = self.sizes[name]
-                charge(name, write_bytes=size, write_seconds=transfer_seconds(device.write, size))
+        for instruction in self._instructions():
+            match instruction:
+                case Unpack(weight):
+                    charge(weight, unpack_seconds=self.unpack[weight])
+                case Read(name) | Fetch(name):
+                    size = self.packed[name] if isinstance(instruction, Read) else self.sizes[name]
+                    charge(name, read_bytes=size, read_seconds=transfer_seconds(device.read, size))
+                case Spill(tensor):
+                    size = self.sizes[tensor]
+                    charge(tensor, write_bytes=size, write_seconds=transfer_seconds(device.write, size))
         return costs
 
     def resident_at(self, phase: Phase, instruction: int) -> dict[str, int]:
         """Bytes of every tensor resident while `instruction` runs: what it makes there already, what it frees still."""
         there = dict.fromkeys(self.plan.resident)
-        for index, (verb, *operands) in enumerate(phase.instructions[: instruction + 1]):
-            if verb == "run":
-                there |= dict.fromkeys(self.outputs(operands[0], self.operators[operands[0]][operands[1]]))
-            elif verb == "read":
-                there[f"packed:{operands[0]}"] = None
-            elif verb in ("unpack", "fetch"):
-                there[operands[0]] = None
-            elif verb == "pass":
-                del there[operands[0]]
-                there[operands[1]] = None
-            elif verb == "free" and index < instruction:
-                del there[operands[0]]
+        for index, one in enumerate(phase.instructions[: instruction + 1]):
+            match one:
+                case Run(layer, operator):
+                    there |= dict.fromkeys(self.outputs(layer, self.operators[layer][operator]))
+                case Read(weight):
+                    there[f"packed:{weight}"] = None
+                case Unpack(name) | Fetch(name):
+                    there[name] = None
+                case Pass(above, below):
+                    del there[above]
+                    there[below] = None
+                case Free(tensor) if index < instruction:
+                    del there[tensor]
         return {name: self.sizes[name] for name in there}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tightfit.planner.instructions import Run
 from tightfit.planner.report.costs import Cost, Ledger
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schema import Phase, Plan
@@ -205,10 +206,11 @@ def peak_account(plan: Plan, ledger: Ledger) -> PeakAccount:
 
 def _runs(phase: Phase, instruction: int, ledger: Ledger) -> tuple[str | None, str | None]:
     """Layer and operator that run at the instruction, where it runs any."""
-    if not 0 <= instruction < len(phase.instructions) or phase.instructions[instruction][0] != "run":
-        return None, None
-    _, layer, position, _ = phase.instructions[instruction]
-    return layer, ledger.operators[layer][position].target
+    if 0 <= instruction < len(phase.instructions):
+        match phase.instructions[instruction]:
+            case Run(layer, operator):
+                return layer, ledger.operators[layer][operator].target
+    return None, None
 
 
 def _recomputation(plan: Plan, train: Phase, ledger: Ledger, costs: dict[str, Cost]) -> Recomputation:

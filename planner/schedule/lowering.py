@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
+from tightfit.planner.instructions import Fetch, Free, Instruction, Pass, Perturb, Read, Run, Spill, Unpack, Update
 from tightfit.planner.problem.gradients import Passages
 from tightfit.planner.problem.layer_types import ALWAYS, Layered, compute_seconds, transfer_seconds
 from tightfit.planner.problem.step_graph import PACKED_ALIGNMENT, STATE_PREFIXES, STATES, aligned, state_names
 from tightfit.planner.schedule.layer_schedule import Action, Column, Script, expand, resident_between_steps
 from tightfit.planner.schedule.multi_layer_recompute import Passes, Segments
+
+NAMED: dict[str, type[Free | Spill | Update]] = {kind.verb: kind for kind in (Free, Spill, Update)}
+"""instructions that name a tensor and nothing else"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,31 +206,33 @@ class _Joiner:
 
 def instructions(
     problem: Layered, entries: Iterable[Entry], resident: Mapping[str, int], offsets: Mapping[tuple[int, str], int]
-) -> list[list[Any]]:
-    """The schedule as the plan file has it. `offsets`: (index of the entry, tensor it makes) -> arena offset."""
+) -> list[Instruction]:
+    """The schedule as the plan has it. `offsets`: (index of the entry, tensor it makes) -> arena offset."""
     where = dict(resident)
     passed: dict[str, str] = {}
     """gradients that skipped layers have passed on: name when made -> name now"""
-    result: list[list[Any]] = []
+    result: list[Instruction] = []
     for index, entry in enumerate(entries):
         for name in made_by(entry):
             # Tensors without bytes take no room; what is resident already is written again where it lies.
             where[name] = offsets.get((index, name), where.get(name, 0))
         if entry.verb == "run":
-            places = [None if name is None else where[name] for name in entry.outputs]
-            result.append(["run", problem.graph.layers[entry.layer], entry.operator, places])
+            places = tuple(None if name is None else where[name] for name in entry.outputs)
+            result.append(Run(problem.graph.layers[entry.layer], entry.operator, places))
         elif entry.verb == "read":
-            result.append(["read", entry.name, where[f"packed:{entry.name}"]])
-        elif entry.verb in {"unpack", "fetch"}:
-            result.append([entry.verb, entry.name, where[entry.name]])
+            result.append(Read(entry.name, where[f"packed:{entry.name}"]))
+        elif entry.verb == "unpack":
+            result.append(Unpack(entry.name, where[entry.name]))
+        elif entry.verb == "fetch":
+            result.append(Fetch(entry.name, where[entry.name]))
         elif entry.verb == "perturb":
-            result.append(["perturb", entry.name, entry.operator])
+            result.append(Perturb(entry.name, entry.operator))
         elif entry.verb == "pass":
             before, after = map(str, entry.outputs)
             passed[next((made for made, now in passed.items() if now == before), before)] = after
-            result.append(["pass", before, after])
+            result.append(Pass(before, after))
         else:
-            result.append([entry.verb, passed.get(entry.name, entry.name)])
+            result.append(NAMED[entry.verb](passed.get(entry.name, entry.name)))
         if entry.verb == "free":
             del where[entry.name]
     return result

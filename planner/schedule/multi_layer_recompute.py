@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from tightfit.planner.instructions import Run
 from tightfit.planner.problem.layer_types import ALWAYS, Layered
 from tightfit.planner.problem.step_graph import Step, aligned
 from tightfit.planner.schedule.layer_schedule import Action, Script
@@ -114,10 +115,10 @@ def rerun_layers(plan: Plan) -> list[str]:
     for step in plan.steps:
         ran: set[tuple[str, int]] = set()
         lowest = len(order)
-        for verb, *operands in step.instructions:
-            if verb != "run":
+        for instruction in step.instructions:
+            if not isinstance(instruction, Run):
                 continue
-            layer, position = operands[0], operands[1]
+            layer, position = instruction.layer, instruction.operator
             if position in backward[layer]:
                 found.update(range(lowest, order[layer] + 1) if lowest < order[layer] else ())
                 lowest = len(order)

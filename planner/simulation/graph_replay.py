@@ -7,8 +7,7 @@ a disk any output may be written there once and fetched back. Time is counted as
 
 from __future__ import annotations
 
-from typing import Any
-
+from tightfit.planner.instructions import Fetch, Free, Instruction, Run, Spill, to_json
 from tightfit.planner.schema import Peak, Phase, Plan
 from tightfit.planner.simulation.simulate import LARGEST, InvalidSchedule, Simulation
 from tightfit.planner.simulation.timeline import Timeline
@@ -26,7 +25,7 @@ def replay(plan: Plan) -> Simulation:
 
 
 class _Replay:
-    def __init__(self, plan: Plan, instructions: list[list[Any]]) -> None:
+    def __init__(self, plan: Plan, instructions: list[Instruction]) -> None:
         self.plan = plan
         self.instructions = instructions
         program = plan.programs[0]
@@ -58,7 +57,7 @@ class _Replay:
         self.peak_text = ""
         self.peak_live: tuple[str, ...] = ()
         # Moments are those at which bytes are added.
-        self.timeline = Timeline(sum(instruction[:1] in (["run"], ["fetch"]) for instruction in instructions))
+        self.timeline = Timeline(sum(isinstance(instruction, Run | Fetch) for instruction in instructions))
 
     def fail(self, invariant: str, tensor: str, text: str) -> InvalidSchedule:
         return InvalidSchedule(invariant, "train", self.index, tensor, text)
@@ -67,16 +66,16 @@ class _Replay:
         for index, instruction in enumerate(self.instructions):
             self.index = index
             match instruction:
-                case ["run", layer, int(operator), [None]] if layer == LAYER and 0 <= operator < len(self.operators):
+                case Run(layer, operator, (None,)) if layer == LAYER and 0 <= operator < len(self.operators):
                     self._run(operator)
-                case ["free", str(name)]:
+                case Free(name):
                     self._free(name)
-                case ["spill", str(name)] if name in self.bytes and self.plan.device.write != NO_CHANNEL:
+                case Spill(name) if name in self.bytes and self.plan.device.write != NO_CHANNEL:
                     self._spill(name)
-                case ["fetch", str(name), 0] if name in self.bytes and self.plan.device.read != NO_CHANNEL:
+                case Fetch(name, 0) if name in self.bytes and self.plan.device.read != NO_CHANNEL:
                     self._fetch(name)
                 case _:
-                    raise self.fail("form", str(instruction), "no such instruction")
+                    raise self.fail("form", str(to_json(instruction)), "no such instruction")
         self.index = len(self.instructions)
         self._wait(self.disk)
         if self.done < len(self.operators):

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from tightfit.planner.instructions import (
+    Fetch,
+    Free,
+    Instruction,
+    Pass,
+    Perturb,
+    Read,
+    Run,
+    Spill,
+    Unpack,
+    Update,
+    to_json,
+)
 from tightfit.planner.schema import Peak, Phase
 from tightfit.planner.simulation.plan_index import Declared, DeclaredTensor, InvalidSchedule
 from tightfit.planner.simulation.timeline import ReplayPeak, Timeline, Totals
@@ -36,7 +48,7 @@ class Replay:
     def __init__(self, world: Declared, phase: Phase, name: str, *, training: bool) -> None:
         self.world = world
         self.phase = phase
-        self.instructions: Sequence[Sequence[Any]] = phase.instructions
+        self.instructions: Sequence[Instruction] = phase.instructions
         self.name = name
         self.training = training
         self.index = -1
@@ -92,29 +104,33 @@ class Replay:
         for states in self.world.trainables.values():
             self.on_disk.update(state for state in states if state not in self.places)
         self._record(0)
-        verbs: dict[str, Callable[..., int | None]] = {
-            "read": self._read,
-            "unpack": self._unpack,
-            "run": self._run,
-            "free": self._free,
-            "spill": self._spill,
-            "fetch": self._fetch,
-            "update": self._update,
-            "perturb": self._perturb,
-            "pass": self._pass,
-        }
         for index, instruction in enumerate(self.instructions):
             self.index = index
-            verb = verbs.get(instruction[0]) if instruction else None
-            if verb is None:
-                raise self.fail("form", str(list(instruction)), "no such instruction")
-            try:
-                extra = verb(*instruction[1:])
-            except TypeError as error:
-                raise self.fail("form", str(list(instruction)), f"wrong operands ({error})") from error
-            self._record(extra or 0)
+            self._record(self._replay(instruction) or 0)
         self.index = len(self.instructions)
         self._finish()
+
+    def _replay(self, instruction: Instruction) -> int | None:
+        """Bytes of the heap that it takes while it runs, where it takes any."""
+        match instruction:
+            case Run(layer, operator, at):
+                return self._run(layer, operator, at)
+            case Free(tensor):
+                return self._free(tensor)
+            case Read(weight, at):
+                return self._read(weight, at)
+            case Unpack(weight, at):
+                return self._unpack(weight, at)
+            case Spill(tensor):
+                return self._spill(tensor)
+            case Fetch(tensor, at):
+                return self._fetch(tensor, at)
+            case Update(trainable):
+                return self._update(trainable)
+            case Perturb(trainable, times):
+                return self._perturb(trainable, times)
+            case Pass(above, below):
+                return self._pass(above, below)
 
     def _finish(self) -> None:
         end = max([self.now, self.disk])
@@ -153,13 +169,13 @@ class Replay:
             self.totals.stall += until - self.now
             self.now = until
 
-    def _allocate(self, name: str, offset: Any) -> None:
+    def _allocate(self, name: str, offset: int) -> None:
         tensor = self._tensor(name)
         if name in self.places:
             raise self.fail("already-resident", name, "is made while it is resident")
         alignment = PAGE if name.startswith("packed:") else LINE
-        if not isinstance(offset, int) or offset < 0 or offset % alignment:
-            raise self.fail("offset", name, f"offset {offset!r} is not a multiple of {alignment}")
+        if offset < 0 or offset % alignment:
+            raise self.fail("offset", name, f"offset {offset} is not a multiple of {alignment}")
         end = offset + tensor.bytes
         arena = self.world.plan.arena_bytes
         if end > arena:
@@ -202,21 +218,21 @@ class Replay:
             self.totals.read_bytes += size
         return done
 
-    def _read(self, name: str, offset: Any) -> None:
+    def _read(self, name: str, offset: int) -> None:
         tensor = self._tensor(name)
         if f"packed:{name}" not in self.world.tensors:
             raise self.fail("transfer", name, "is not a weight of the store")
         self._allocate(f"packed:{name}", offset)
         self.landing[f"packed:{name}"] = self._move(tensor.packed_bytes, out=False)
 
-    def _unpack(self, name: str, offset: Any) -> None:
+    def _unpack(self, name: str, offset: int) -> None:
         tensor = self._tensor(name)
         self._need(f"packed:{name}")
         self._allocate(name, offset)
         self.now += tensor.unpack_seconds
         self.totals.unpack += tensor.unpack_seconds
 
-    def _run(self, layer: str, position: int, offsets: Sequence[Any]) -> int:
+    def _run(self, layer: str, position: int, offsets: Sequence[int | None]) -> int:
         if layer not in self.world.layers or not 0 <= position < len(self.world.layers[layer][0]):
             raise self.fail("form", str(layer), f"has no operator {position}")
         operators, names = self.world.layers[layer]
@@ -293,7 +309,7 @@ class Replay:
         self.on_disk.add(name)
         self.dirty.discard(name)
 
-    def _fetch(self, name: str, offset: Any) -> None:
+    def _fetch(self, name: str, offset: int) -> None:
         tensor = self._tensor(name)
         if name not in self.on_disk:
             raise self.fail("transfer", name, "is fetched but was never spilled")
@@ -327,11 +343,9 @@ class Replay:
             self.on_disk.discard(state)
         return self._touch(name)
 
-    def _perturb(self, name: str, times: Any) -> int:
+    def _perturb(self, name: str, times: int) -> int:
         if not self.training or not self.world.two_forwards or name not in self.shift:
             raise self.fail("perturbed", name, "is not perturbed in this phase")
-        if not isinstance(times, int):
-            raise self.fail("form", name, f"is perturbed by {times!r}, not by a whole number of epsilons")
         if name in self.updated:
             raise self.fail("perturbed", name, "is perturbed after its update")
         self._need(name)
@@ -385,15 +399,17 @@ class Replay:
     def _text(self, index: int) -> str:
         if not 0 <= index < len(self.instructions):
             return "start of the step"
-        verb, *operands = self.instructions[index]
-        if verb == "run":
-            operator = self.world.layers[operands[0]][0][operands[1]]
-            again = " again" if (operands[0], operands[1]) in self.ran_before(index) else ""
-            return f"{operands[0]}: {operator.target} ({operator.phase}{again})"
-        return f"{verb} {operands[0]}"
+        match self.instructions[index]:
+            case Run(layer, position):
+                operator = self.world.layers[layer][0][position]
+                again = " again" if (layer, position) in self.ran_before(index) else ""
+                return f"{layer}: {operator.target} ({operator.phase}{again})"
+            case other:
+                verb, name, *_ = to_json(other)
+                return f"{verb} {name}"
 
     def ran_before(self, index: int) -> set[tuple[str, int]]:
-        return {(i[1], i[2]) for i in self.instructions[:index] if i[0] == "run"}
+        return {(i.layer, i.operator) for i in self.instructions[:index] if isinstance(i, Run)}
 
     def told(self) -> Phase:
         """The phase with the figures found."""
@@ -401,7 +417,7 @@ class Replay:
         largest = sorted(tensors.items(), key=lambda item: (-item[1], item[0]))[:LARGEST]
         reached = self.floor + self.top + self.workspace
         return Phase(
-            instructions=[list(instruction) for instruction in self.instructions],
+            instructions=list(self.instructions),
             skipped=self.phase.skipped,
             seconds=self.now,
             peak_bytes=max(self.world.device.floor.start_peak_bytes, reached),

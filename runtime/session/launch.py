@@ -14,8 +14,8 @@ from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.preparation import Preparation
-from tightfit.runtime.engine.training import job as jobs
 from tightfit.runtime.session.admission import check_kind, check_machine, check_schedule, check_steps, find_store
+from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.options import checked
 from tightfit.runtime.session.output import finished_report, locked, remove, staged, to_be_replaced
 from tightfit.runtime.session.settings import order_of, settings_of
@@ -162,7 +162,7 @@ def prepared(
         if finished and evaluated:
             yield finished
             return
-        compiled = jobs.compile_job(plan.model_dump(), settings)
+        compiled = compile_job(plan.model_dump(), settings)
         if preparation:
             preparation.check("preparing the data")
         remove(replaced)  # only now: data or a plan that are refused must not cost an earlier run

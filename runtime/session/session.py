@@ -20,9 +20,9 @@ from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.engine.device.resident import memory
-from tightfit.runtime.engine.training import job as jobs
 from tightfit.runtime.engine.training.session_protocol import ANSWERS, EVALUATE, FINISH, SAVE, STEP, ask
 from tightfit.runtime.session.admission import check_kind, check_machine, check_schedule, find_store
+from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.options import checked, finite
 from tightfit.runtime.session.output import locked, remove, remove_prepared, to_be_replaced
 from tightfit.runtime.session.python_batches import as_planned
@@ -105,7 +105,7 @@ class Session:
             read, self._asking = os.pipe()
             stack.callback(self._hang_up)
             with os.fdopen(read, "rb"):
-                compiled = jobs.compile_job(
+                compiled = compile_job(
                     plan.model_dump(),
                     settings_of(plan, directory, store, requests=read, resume=self._resume, **self._options),
                 )

@@ -11,8 +11,8 @@ from typing import Any
 from tightfit.planner.schema import Plan
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
-from tightfit.runtime.engine.training.job import compile_job
 from tightfit.runtime.engine.training.trainer import Training
+from tightfit.runtime.session.job_compiler import compile_job
 
 
 class LazyChannel(Channel):

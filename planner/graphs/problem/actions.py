@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, lifetimes, pruned, runs
+from tightfit.planner.instructions import Fetch, Instruction, Run
 from tightfit.planner.problem.layer_types import transfer_seconds
-from tightfit.planner.schedule.lowering import Entry, live_profile
+from tightfit.planner.schedule.lowering import NAMED, Entry, live_profile
 from tightfit.planner.schedule.prefetch import clock, overlap
 from tightfit.profiles.graph_input import LAYER
 
@@ -86,20 +86,20 @@ def timed(dag: Dag, actions: Sequence[Action]) -> Carried:
     return Carried(actions=tuple(actions), seconds=seconds, peak_bytes=peak)
 
 
-def instructions(dag: Dag, actions: Iterable[Action]) -> list[list[Any]]:
+def instructions(dag: Dag, actions: Iterable[Action]) -> list[Instruction]:
     """The plan's instruction list; nothing has an offset. The sink and what it frees are none of the plan's."""
     kept = dag.inputs[-1] if dag.sink else ()
-    result: list[list[Any]] = []
+    result: list[Instruction] = []
     ended = False
     for verb, i in actions:
         if i >= dag.operators:
             ended = ended or verb == "run"
         elif verb == "run":
-            result.append(["run", LAYER, i, [None]])
+            result.append(Run(LAYER, i, (None,)))
         elif verb == "fetch":
-            result.append(["fetch", dag.names[i], 0])
+            result.append(Fetch(dag.names[i], 0))
         elif not (ended and verb == "free" and i in kept):
-            result.append([verb, dag.names[i]])
+            result.append(NAMED[verb](dag.names[i]))
     return result
 
 

@@ -8,6 +8,7 @@ from math import comb
 
 import numpy as np
 import pytest
+from broken_plans import listed
 from brute_graph import INFINITY, best, least, random_graph
 from layered_graph import layered
 
@@ -482,7 +483,7 @@ def test_what_is_kept_until_the_end_may_be_made_again_at_the_end():
     assert planner.minimum_bytes() == least(operators, "any") == 146
     made = planner.plan(146)
     assert made.step_seconds == 4.0
-    assert [word[2] for word in made.train.instructions if word[0] == "run"] == [0, 1, 2, 0]
+    assert [word[2] for word in listed(made.train) if word[0] == "run"] == [0, 1, 2, 0]
     # A rule makes nothing again that is to be there at the end.
     assert planner.plan(153, policy="keep-all").step_seconds == 3.0
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 
 import pytest
-from broken_plans import changed, rejected
+from broken_plans import changed, listed, rejected
 from brute_graph import random_graph
 from brute_offload import INFINITY, best, least
 from layered_graph import layered
 
 from tightfit.planner.graphs import planner as graph_planner
 from tightfit.planner.graphs.planner import GraphPlanner
+from tightfit.planner.instructions import read_all
 from tightfit.planner.plan import plan
 from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
 from tightfit.profiles.graph_input import BareChannel, graph_profile, parse_graph
@@ -176,7 +177,7 @@ def chain():
 def test_what_is_moved_is_written_freed_and_fetched_while_the_computation_goes_on():
     made = chain()
     # a is written while b runs (2 s, of which one is waited for) and read back before d (1.5 s).
-    assert [i for i in made.train.instructions if i[0] in ("spill", "fetch")] == [["spill", "a"], ["fetch", "a", 0]]
+    assert [i for i in listed(made.train) if i[0] in ("spill", "fetch")] == [["spill", "a"], ["fetch", "a", 0]]
     assert made.step_seconds == pytest.approx(1 + 2 + 4 + 1.5 + 1)
     assert (made.train.read_bytes, made.train.write_bytes, made.train.stall_seconds) == (10, 10, pytest.approx(2.5))
     assert made.decisions["a"] == "offloaded"
@@ -195,7 +196,7 @@ def replayed(*instructions, **fields):
     listed = [instruction.split() for instruction in instructions]
     written = [words.get(verb, lambda name, verb=verb: [verb, name])(name) for verb, name in listed]
     made = chain()
-    told = made.train.model_copy(update={"instructions": written})
+    told = made.train.model_copy(update={"instructions": read_all(written)})
     return simulate(made.model_copy(update={"train": told, "peak_bytes": 0, "budget_bytes": 99} | fields))
 
 
@@ -265,6 +266,8 @@ def test_the_simulator_refuses_broken_moves(change, invariant):
 
 def test_the_simulator_refuses_moves_of_a_graph_without_a_disk():
     made = plan(parse_graph({"format": "tightfit-graph", "operators": random_graph(0)}), 1 << 40)
-    instructions = [made.train.instructions[0], ["spill", "op0"], *made.train.instructions[1:]]
+    instructions = [listed(made.train)[0], ["spill", "op0"], *listed(made.train)[1:]]
     with pytest.raises(InvalidSchedule, match="no such instruction"):
-        simulate(made.model_copy(update={"train": made.train.model_copy(update={"instructions": instructions})}))
+        simulate(
+            made.model_copy(update={"train": made.train.model_copy(update={"instructions": read_all(instructions)})})
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from broken_plans import listed
 from hand_costs import by_hand
 from html_page import Page
 from synthetic import PAGE, decoder_like, device
@@ -48,7 +49,7 @@ def test_changes_are_the_decisions_and_their_sums_the_plans_differences(plans, f
         return plan.train.read_bytes + plan.train.write_bytes
 
     def transfers(plan):
-        verbs = [instruction[0] for instruction in plan.train.instructions]
+        verbs = [instruction[0] for instruction in listed(plan.train)]
         count = sum(verb in ("read", "fetch", "spill") for verb in verbs)
         return count * plan.device.read.latency_seconds + moved(plan) / plan.device.read.bytes_per_second
 

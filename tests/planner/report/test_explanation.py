@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from broken_plans import listed
 from layered_graph import layered
 from places import ROOT
 from sample_plans import sample_plan
@@ -68,7 +69,7 @@ def test_a_plan_that_spills_counts_its_transfers(chain):
     made = chain.plan(chain.plan(floor + 1).minimum_budget_bytes)
     assert made.train.write_bytes
     costs = Ledger(made).costs()
-    verbs = [instruction[0] for instruction in made.train.instructions]
+    verbs = [instruction[0] for instruction in listed(made.train)]
     device_ = made.device
     by_hand = {
         "read": sum(verb in ("read", "fetch") for verb in verbs) * device_.read.latency_seconds
@@ -92,7 +93,7 @@ def test_what_is_recomputed_and_what_it_costs(ruled):
     assert told.share == pytest.approx(train.recompute_seconds / train.seconds)
     assert sum(group.seconds for group in told.operators) == pytest.approx(told.seconds)
     assert sum(told.by_layer.values()) == pytest.approx(told.seconds)
-    runs = [(i[1], i[2]) for i in train.instructions if i[0] == "run"]
+    runs = [(i[1], i[2]) for i in listed(train) if i[0] == "run"]
     assert sum(group.runs for group in told.operators) == len(runs) - len(set(runs))
     assert told.tensors == list(ruled.decisions.values()).count("recomputed")
     if ruled.policy == "keep-all":
@@ -112,7 +113,7 @@ def test_the_peak_is_the_simulators(ruled):
     count = len(ruled.train.instructions) + len(ruled.evaluate.instructions)
     assert told.schedule_bytes == 100 * count
     assert (told.text, told.instruction) == (ruled.train.peak.text, ruled.train.peak.instruction)
-    verb, layer, *_ = ruled.train.instructions[told.instruction]
+    verb, layer, *_ = listed(ruled.train)[told.instruction]
     assert (verb, told.layer) == ("run", layer)
     assert told.text.startswith(f"{layer}: {told.operator} (")
     # What lies there, kind by kind, is what the simulator's timeline has at its fullest point.

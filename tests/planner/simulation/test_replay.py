@@ -7,6 +7,7 @@ from broken_plans import changed, rejected
 from hand_schedule import EVALUATE, FLOOR, MS, OPERATORS, RESIDENT, TRAIN, operator, page, written
 from synthetic import PAGE
 
+from tightfit.planner.instructions import read_all
 from tightfit.planner.plan_result import drafted_phase
 from tightfit.planner.schema import MEZO
 from tightfit.planner.simulation.replay import LINE
@@ -253,7 +254,6 @@ def test_two_forwards_by_hand(two_forwards):
     [
         pytest.param(put(8, ["perturb", "t", 1]), "perturbed", id="not taken back by the update"),
         pytest.param(put(9, ["perturb", "t", 1]), "perturbed", id="after the update"),
-        pytest.param(altered(0, 2, 1.0), "form", id="by a fraction"),
         pytest.param(put(0, ["free", "t"]), "use-before-resident", id="while it is away"),
         pytest.param(put(6, FORWARD[2]), "operator-order", id="with what the first forward made"),
         pytest.param(put(4, *FORWARD), "perturbed", id="the second forward without a perturbation"),
@@ -376,5 +376,5 @@ def test_what_an_edit_of_a_passage_breaks(cycle, edit, invariant):
 
 
 def test_a_gradient_passes_no_layer_whose_backward_runs(cycle):
-    step = cycle.cycle[0].model_copy(update={"instructions": [*ONCE, PASSED[PASS], *WHOLE[len(ONCE) :]]})
+    step = cycle.cycle[0].model_copy(update={"instructions": read_all([*ONCE, PASSED[PASS], *WHOLE[len(ONCE) :]])})
     assert rejected(cycle.model_copy(update={"cycle": [step]}), "passed-once").tensor == "gy"

@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+from broken_plans import listed
 from in_process import make_training
 from reference import CONFIGS, peft_model, peft_name
 from safetensors.torch import load_file
@@ -149,7 +150,7 @@ def test_layers_that_go_forward_twice_give_the_same_bits(planner, records, tmp_p
 def test_what_mesp_decides(planner):
     """No more memory than mebp, bought with unpacking: the same reads and recomputation."""
     mesp, mebp = (planner.plan(UNLIMITED, policy=policy) for policy in ("mesp", "mebp"))
-    counted = [[i[0] for i in plan.train.instructions] for plan in (mesp, mebp)]
+    counted = [[i[0] for i in listed(plan.train)] for plan in (mesp, mebp)]
     assert mesp.arena_bytes <= mebp.arena_bytes
     assert counted[0].count("read") == counted[1].count("read")
     assert counted[0].count("unpack") > counted[1].count("unpack")
@@ -246,12 +247,12 @@ def test_lcsb_is_autograd_with_skipped_layers_as_identities(planner, records, re
 def test_lcsb_reads_no_weight_in_the_backward_of_a_skipped_layer(planner):
     plan = planner.plan(UNLIMITED, policy="lcsb")
     for step in plan.steps:
-        reads = [i[1] for i in step.instructions if i[0] == "read"]
+        reads = [i[1] for i in listed(step) if i[0] == "read"]
         for index in range(LAYERS):
             own = [name for name in reads if name.startswith(f"model.layers.{index}.")]
             again = len(own) - len(set(own))
             assert (again == 0) == (f"model.layers.{index}" in step.skipped)
-        backward = {i[1] for i in step.instructions if i[0] == "update"}
+        backward = {i[1] for i in listed(step) if i[0] == "update"}
         assert not any(name.startswith(f"{layer}.") for name in backward for layer in step.skipped)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from broken_plans import listed
 from in_process import make_training
 from interpreter import run_inference, run_step
 from safetensors.torch import load_file
@@ -93,7 +94,7 @@ def ran(phase, plan, layer):
     """Operators of a layer that the phase runs, in order."""
     programs = {program.name: program for program in plan.programs}
     operators = programs[next(one.program for one in plan.layers if one.name == layer)].operators
-    return [operators[i[2]] for i in phase.instructions if i[0] == "run" and i[1] == layer]
+    return [operators[i[2]] for i in listed(phase) if i[0] == "run" and i[1] == layer]
 
 
 def test_mezo_is_planned_with_half_the_heads_time(profile):

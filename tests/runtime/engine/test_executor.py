@@ -4,16 +4,19 @@ from functools import partialmethod
 
 import pytest
 import torch
+from broken_plans import listed
 from hypothesis import given
 from hypothesis import strategies as st
 from in_process import LazyChannel, make_training
 from tiny_plans import decoder_profile, naive_plan
 
+from tightfit.planner.instructions import read_all
 from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.kernels.compiled import compile_operator
-from tightfit.runtime.engine.training.job import BLOCK, RUN, compile_job, hole, width
+from tightfit.runtime.engine.training.job import BLOCK, RUN, width
 from tightfit.runtime.engine.training.trainer import CHUNK
 from tightfit.runtime.engine.weights.safetensors_file import Reader
+from tightfit.runtime.session.job_compiler import compile_job, hole
 
 STEPS = 3
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,13 +78,13 @@ def test_bits_do_not_depend_on_the_schedule(kind, profile, records, plain, tmp_p
 
 def fetched_in_vain(plan):
     """The plan with a state that is fetched to where an operator is about to write, and freed unused."""
-    instructions = list(plan.train.instructions)
+    instructions = listed(plan.train)
     sizes = {t.name: t.bytes for t in plan.tensors}
     state = next(i[1] for i in instructions if i[0] == "fetch")
     place = next(i for i, instruction in enumerate(instructions) if instruction[0] == "run")
     instructions[place:place] = [["fetch", state, instructions[place][3][0]], ["free", state]]
     assert sizes[state.partition(":")[2]] <= sizes[instructions[place + 2][1] + "/out0"]
-    return plan.model_copy(update={"train": plan.train.model_copy(update={"instructions": instructions})})
+    return plan.model_copy(update={"train": plan.train.model_copy(update={"instructions": read_all(instructions)})})
 
 
 @pytest.mark.parametrize("kind", [*PLANS, "fetched in vain"])

@@ -11,8 +11,9 @@ from in_process import make_training
 from tiny_plans import CONFIG, decoder_profile, naive_plan
 
 from tightfit.runtime.data.tokenization import prepare
-from tightfit.runtime.engine.training.job import Job, compile_job
+from tightfit.runtime.engine.training.job import Job
 from tightfit.runtime.engine.training.job_tables import SEPARATOR, Place, Trainable, Trainables, Weight, Weights
+from tightfit.runtime.session.job_compiler import compile_job
 
 LAYERS = (6, 30)
 KIB = 1 << 10

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 
 import pytest
+from broken_plans import listed
 from in_process import make_training
 from tiny_plans import decoder_profile, naive_plan
 
@@ -64,7 +65,7 @@ def test_every_operator_of_the_schedules_runs_once_on_zeros(profile, prepared):
     wanted = {
         (numbers[layers[instruction[1]]], instruction[2])
         for phase in (plan.train, plan.evaluate)
-        for instruction in phase.instructions
+        for instruction in listed(phase)
         if instruction[0] == "run"
     }
     assert operators_run(training.job) == wanted

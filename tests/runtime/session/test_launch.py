@@ -13,16 +13,19 @@ import sys
 import termios
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from broken_plans import listed
 from damage import own_groups
 from places import ROOT
 from safetensors.torch import load_file
 from tiny_plans import decoder_profile, naive_plan
 
+from tightfit.planner.instructions import Run
 from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
@@ -96,7 +99,7 @@ def test_a_profiled_step_counts_every_call_and_second(whole, plan):
     layers = {layer.name: programs[layer.program] for layer in plan.layers}
     made = Counter(
         layers[i[1]].operators[i[2]].target if i[0] == "run" else i[0]
-        for i in plan.train.instructions
+        for i in listed(plan.train)
         if i[0] in {"run", "unpack", "update"}
     )
     assert {name: calls for name, (calls, _) in profiled["calls"].items()} == made
@@ -594,8 +597,11 @@ def test_a_damaged_plan_costs_no_earlier_run(plan, tmp_path, monkeypatch):
     )  # it does not look at everything
     (tmp_path / "metrics.jsonl").write_text("old\n")
     (tmp_path / "data").mkdir()
-    train = plan.train.model_copy(update={"instructions": [["leap", 1]]})
-    with pytest.raises(InputError, match="unknown instruction"):
+    instructions = list(plan.train.instructions)
+    place = next(index for index, one in enumerate(instructions) if isinstance(one, Run))
+    instructions[place] = replace(instructions[place], at=(4, *instructions[place].at[1:]))
+    train = plan.train.model_copy(update={"instructions": instructions})
+    with pytest.raises(InputError, match="not a multiple of 64"):
         run(changed(plan, train=train), "random", steps=1, out=tmp_path, overwrite=True)
     assert (tmp_path / "metrics.jsonl").read_text() == "old\n"
     assert not any((tmp_path / "data").iterdir())

@@ -45,7 +45,11 @@ def test_schedules_that_run_in_turn_have_the_largest_peak_and_the_mean_of_the_re
         names = ("compute", "recompute", "unpack", "stall")
         seconds = {f"{name}_seconds": float(number + at) for at, name in enumerate(names)}
         return SimpleNamespace(
-            peak_bytes=100 * number, read_bytes=10 * number, write_bytes=number, instructions=[0] * number, **seconds
+            peak_bytes=100 * number,
+            read_bytes=10 * number,
+            write_bytes=number,
+            instructions=[["free", "x"]] * number,
+            **seconds,
         )
 
     assert _with_peak(_phase([phase(1), phase(5), phase(3)], 40), 7) == {

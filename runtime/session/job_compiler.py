@@ -1,0 +1,325 @@
+"""A plan and the settings of a run, compiled into the job that the training process reads.
+
+The training process reads a short JSON header and flat integer arrays (`tightfit.runtime.engine.training.job`), so that a
+schedule of twenty thousand instructions costs it half a megabyte; what makes these of the plan stays in the process that
+prepares the run. Tensors are numbered, the lowest numbers those of what stays between steps or is ever on the disk.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tightfit.planner.instructions import (
+    Fetch,
+    Free,
+    Instruction,
+    Pass,
+    Perturb,
+    Read,
+    Run,
+    Spill,
+    Unpack,
+    Update,
+    from_json,
+    to_json,
+)
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.training.job import (
+    BLOCK,
+    FETCH,
+    FREE,
+    LOSS,
+    PASS,
+    PERTURB,
+    READ,
+    RUN,
+    SPILL,
+    STATES,
+    TOKEN_LOSSES,
+    UNIT,
+    UNPACK,
+    UPDATE,
+    Job,
+    program_header,
+    starts_of,
+)
+from tightfit.runtime.engine.training.job_tables import SEPARATOR
+
+
+def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
+    """`plan` is `tightfit.planner.schema.Plan` as a dict; `settings` go into the header untouched."""
+    numbers, sizes = _numbered(plan)
+    tables, starts = _tables(plan, numbers)
+    writer = _Writer(plan, numbers)
+    train, cycle = array("i"), []
+    for position, phase in enumerate(_steps(plan)):
+        begin = len(train)
+        train.extend(writer.words(phase, position))
+        cycle.append([begin, len(train)])
+    evaluate = writer.words(plan["evaluate"]) if plan["evaluate"] else array("i")
+    extents, spill_bytes = _extents(sizes, train, evaluate)
+    where = array("q", [0]) * len(numbers)
+    for name, at in plan["resident"].items():
+        where[numbers[name]] = _units(at, ["resident", name]) * UNIT
+    return Job(
+        header={**settings, **_header(plan, numbers, sizes, spill_bytes=spill_bytes, cycle=cycle)},
+        sizes=sizes,
+        extents=extents,
+        where=where,
+        tables=tables,
+        starts=starts,
+        weights=_weights(plan),
+        trainables=_trainables(plan, numbers),
+        train=train,
+        evaluate=evaluate,
+    )
+
+
+def _of_kind(plan: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [tensor for tensor in plan["tensors"] if tensor["kind"] == kind]
+
+
+def _states(plan: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the optimizer keeps of each trainable."""
+    return STATES[: int(plan["optimizer"].get("state_tensors", 2))]
+
+
+def _steps(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [plan["train"], *plan["cycle"]] if plan["train"] else []
+
+
+def _places(listed: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    return {entry["name"]: place for place, entry in enumerate(listed)}
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _numbered(plan: Mapping[str, Any]) -> tuple[dict[str, int], array[int]]:
+    """Every tensor of the plan, its layers and its optimizer, numbered; bytes of the first, which stay or are ever on the disk."""
+    sizes: dict[str, int] = {tensor["name"]: tensor["bytes"] for tensor in plan["tensors"]}
+    values = {program["name"]: program["values"] for program in plan["programs"]}
+    for layer in plan["layers"]:
+        for value in values[layer["program"]]:
+            sizes.setdefault(_bound(layer, value), value["bytes"])
+    for tensor in _of_kind(plan, "trainable"):
+        for role in ("grad", *_states(plan)):
+            sizes.setdefault(f"{role}:{tensor['name']}", tensor["bytes"])
+    for tensor in _of_kind(plan, "weight"):
+        sizes.setdefault(f"packed:{tensor['name']}", tensor["packed_bytes"])
+    moved = {
+        name
+        for phase in (*_steps(plan), plan["evaluate"] or {"instructions": []})
+        for instruction in map(from_json, phase["instructions"])
+        if isinstance(instruction, Spill | Fetch)
+        for name in (instruction.tensor,)
+    }
+    lasting = [name for name in sizes if name in moved or name in plan["resident"]]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys((*lasting, *sizes)))}
+    return numbers, array("q", [sizes[name] for name in lasting])
+
+
+def _bound(layer: Mapping[str, Any], value: Mapping[str, Any]) -> str:
+    """The tensor that a value of a layer's program is."""
+    name: str = layer["bindings"].get(value["name"]) or f"{layer['name']}/{value['name']}"
+    return name
+
+
+def _tables(plan: Mapping[str, Any], numbers: Mapping[str, int]) -> tuple[array[int], array[int]]:
+    """The layers' tables, and where each of these starts."""
+    tables, starts = array("i"), array("i")
+    values = {program["name"]: program["values"] for program in plan["programs"]}
+    for layer in plan["layers"]:
+        starts.append(len(tables))
+        tables.extend(numbers[_bound(layer, value)] for value in values[layer["program"]])
+    return tables, starts
+
+
+# --- instructions -----------------------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Instructions to words."""
+
+    def __init__(self, plan: Mapping[str, Any], numbers: Mapping[str, int]) -> None:
+        self.numbers = numbers
+        self.layers = _places(plan["layers"])
+        self.weights = _places(_of_kind(plan, "weight"))
+        self.trainables = _places(_of_kind(plan, "trainable"))
+        self.updates = _updates(_steps(plan))
+        self.marks = {plan["loss"]: LOSS}
+        """what stands before the end of a tensor"""
+        if plan["token_losses"]:
+            self.marks[plan["token_losses"]] = TOKEN_LOSSES
+
+    def words(self, phase: Mapping[str, Any], position: int = 0) -> array[int]:
+        """A schedule, of training that at `position` in the cycle."""
+        made = array("i")
+        for instruction in map(from_json, phase["instructions"]):
+            made.extend(self._instruction(instruction, position))
+        return made
+
+    def _instruction(self, instruction: Instruction, position: int) -> tuple[int, ...]:
+        number = self.numbers
+
+        def units(at: int, alignment: int = UNIT) -> int:
+            return _units(at, to_json(instruction), alignment)
+
+        match instruction:
+            case Read(weight, at):
+                return READ, self.weights[weight], number[f"packed:{weight}"], units(at, BLOCK)
+            case Unpack(weight, at):
+                return UNPACK, self.weights[weight], number[weight], number[f"packed:{weight}"], units(at)
+            case Run(layer, operator, offsets):
+                places = (-1 if at is None else units(at) for at in offsets)
+                return RUN, self.layers[layer], operator, len(offsets), *places
+            case Free(tensor):
+                mark = (self.marks[tensor],) if tensor in self.marks else ()
+                return *mark, FREE, number[tensor]
+            case Spill(tensor):
+                return SPILL, number[tensor]
+            case Fetch(tensor, at):
+                return FETCH, number[tensor], units(at)
+            case Update(trainable):
+                return UPDATE, self.trainables[trainable], *self.updates[position, trainable]
+            case Perturb(trainable, times):
+                return PERTURB, self.trainables[trainable], times
+            case Pass(above, below):
+                return PASS, number[above], number[below]
+
+
+def _updates(steps: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], tuple[int, int]]:
+    """(position in the cycle, trainable) -> its updates per cycle, and which of them this is, counted from 1."""
+    at: dict[str, list[int]] = {}
+    for position, phase in enumerate(steps):
+        for instruction in map(from_json, phase["instructions"]):
+            if isinstance(instruction, Update):
+                at.setdefault(instruction.trainable, []).append(position)
+    return {
+        (position, name): (len(positions), which)
+        for name, positions in at.items()
+        for which, position in enumerate(positions, 1)
+    }
+
+
+def _units(at: int, instruction: Sequence[Any], alignment: int = UNIT) -> int:
+    if at % alignment:
+        raise InputError(
+            f"offset {at} of {instruction[:2]} is not a multiple of {alignment}; the plan is damaged, plan again"
+        )
+    return at // UNIT
+
+
+# --- the spill file ---------------------------------------------------------------------------------------------------
+
+
+def _extents(sizes: array[int], train: array[int], evaluate: array[int]) -> tuple[array[int], int]:
+    """A block-aligned extent for every tensor that is ever spilled: only such are fetched, or live there between steps."""
+    extents = array("q", [-1]) * len(sizes)
+    end = 0
+    for number in sorted(_spilled(train) | _spilled(evaluate)):
+        extents[number] = end
+        end += -(-sizes[number] // BLOCK) * BLOCK
+    return extents, end
+
+
+def _spilled(words: array[int]) -> set[int]:
+    return {words[place + 1] for place in starts_of(words) if words[place] == SPILL}
+
+
+# --- what lasts ------------------------------------------------------------------------------------------------------
+
+
+def _said(tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    """Names, and the dtypes and shapes that occur."""
+    return {
+        "names": SEPARATOR.join(t["name"] for t in tensors),
+        "dtypes": list(dict.fromkeys(t["dtype"] for t in tensors)),
+        "shapes": [list(shape) for shape in dict.fromkeys(tuple(t["shape"]) for t in tensors)],
+    }
+
+
+def _weights(plan: Mapping[str, Any]) -> array[int]:
+    resident, made = plan["resident"], array("q")
+    said = _said(weights := _of_kind(plan, "weight"))
+    for t in weights:
+        made.extend((said["dtypes"].index(t["dtype"]), said["shapes"].index(list(t["shape"]))))
+        made.extend((t["packed_bytes"], resident.get(t["name"], -1), resident.get(f"packed:{t['name']}", -1)))
+    return made
+
+
+def _trainables(plan: Mapping[str, Any], numbers: Mapping[str, int]) -> array[int]:
+    resident, made = plan["resident"], array("q")
+    said = _said(trainables := _of_kind(plan, "trainable"))
+    for t in trainables:
+        made.extend((said["shapes"].index(list(t["shape"])), numbers[f"grad:{t['name']}"]))
+        for name in (t["name"], *(f"{role}:{t['name']}" for role in _states(plan))):
+            made.extend((numbers[name], resident.get(name, -1)))
+    return made
+
+
+def hole(plan: Mapping[str, Any], numbers: Mapping[str, int], sizes: Sequence[int]) -> tuple[int, int]:
+    """The largest byte range of whole blocks of the arena in which nothing stays between steps."""
+    taken = sorted((at, at + sizes[numbers[name]]) for name, at in plan["resident"].items())
+    found, end = (0, 0), 0
+    for start, stop in [*taken, (plan["arena_bytes"], 0)]:
+        low, high = -(-end // BLOCK) * BLOCK, start // BLOCK * BLOCK
+        found = max(found, (low, high), key=lambda one: one[1] - one[0])
+        end = max(end, stop)
+    return found
+
+
+# --- header ----------------------------------------------------------------------------------------------------------
+
+
+def _header(
+    plan: Mapping[str, Any],
+    numbers: Mapping[str, int],
+    sizes: Sequence[int],
+    *,
+    spill_bytes: int,
+    cycle: list[list[int]],
+) -> dict[str, Any]:
+    """`cycle`: the first word of each training schedule, and that after its last."""
+    tensors, programs = {t["name"]: t for t in plan["tensors"]}, _places(plan["programs"])
+    resident: dict[str, int] = plan["resident"]
+
+    def place(name: str) -> int:
+        return resident.get(name, -1)
+
+    def placed(kind: str) -> list[list[Any]]:
+        return [[t["name"], t["dtype"], t["shape"], place(t["name"])] for t in _of_kind(plan, kind)]
+
+    gathered = {
+        numbers[layer["bindings"][value]]: layer["bindings"][value]
+        for layer in plan["layers"]
+        for operator in plan["programs"][programs[layer["program"]]]["operators"]
+        for value in operator["gathers"]
+    }
+    return {
+        "budget_bytes": plan["budget_bytes"],
+        # What is left of it for this process.
+        "cap_bytes": plan["budget_bytes"] - plan["device"]["floor"]["supervisor_bytes"],
+        "arena_bytes": plan["arena_bytes"],
+        "hole": hole(plan, numbers, sizes),
+        "spill_bytes": spill_bytes,
+        "batch": plan["batch"],
+        "seq": plan["seq"],
+        "accumulate": plan["optimizer"].get("accumulate", 1),
+        "kind": plan["model"]["kind"],
+        "lora": plan["model"]["lora"],
+        "programs": [program_header(p) for p in plan["programs"]],
+        "layer_programs": [programs[layer["program"]] for layer in plan["layers"]],
+        "weights": _said(_of_kind(plan, "weight")),
+        "cycle": cycle,
+        "trainables": _said(_of_kind(plan, "trainable")),
+        "constants": placed("constant"),
+        "inputs": placed("batch"),
+        "gathered": list(gathered.items()),
+        "loss": numbers[plan["loss"]],
+        "token_losses": [numbers[plan["token_losses"]], tensors[plan["token_losses"]]["shape"]]
+        if plan["token_losses"]
+        else None,
+    }
