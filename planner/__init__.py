@@ -2,7 +2,7 @@
 
 Nothing is imported here: the budgeted process reads plans without the solver. The doors are
 
-- `tightfit.planner.plan.plan(profile, budget_bytes)`, `tightfit.planner.plan.minimum_budget(profile)`, `tightfit.planner.plan.Planner`
+- `tightfit.planner.plan.plan(profile, budget_bytes)`, `tightfit.planner.plan.minimum_budget(profile)`, `tightfit.planner.plan.planner_of(profile)`
 - `tightfit.planner.simulation.simulate.simulate(plan)`
 - `tightfit.planner.report.compare.compare(profile, budgets, policies)`
 - `tightfit.planner.report.explain.explain(plan)`, `tightfit.planner.report.explanation.account(plan)`, `tightfit.planner.report.marginal_value.neighbours(planner, plan)`

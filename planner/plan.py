@@ -1,4 +1,4 @@
-"""Plan a profile at a budget: solve, carry out, place, simulate; the answer is a `Plan` whatever happens.
+"""Plan a profile at a budget: the door of the planner. The answer is a `Plan` whatever happens.
 
 `Planner` holds what budgets share (layers, blocks, columns), so that a curve costs little more than a point. Every plan
 is replayed by `simulate` before it is returned; its figures are the simulator's.
@@ -6,37 +6,14 @@ is replayed by `simulate` before it is returned; its figures are the simulator's
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
-from functools import cached_property
-from typing import TYPE_CHECKING
-
-from tightfit.planner.formulation.any_schedule_bound import AnySchedule
-from tightfit.planner.plan_result import answered, drafted, drafted_phase, too_small
-from tightfit.planner.problem.build_layers import layered
-from tightfit.planner.problem.gradients import without_resting_states
-from tightfit.planner.problem.layer_types import Layered
-from tightfit.planner.schedule.lowering import Entry, instructions, kinds
-from tightfit.planner.schedule.realize import Part, Schedule, carry_out_cycle, smallest_cycle
-from tightfit.planner.schema import Phase, Plan
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.protocol import Planner
+from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import (
-    ANY_SHARE,
-    LEAST_SHARE,
     Progress,
-    checked_budget,
-    checked_gap,
-    checked_limit,
-    finish_seconds,
 )
-from tightfit.planner.simulation.simulate import simulate
-from tightfit.planner.solve.minimum_budget import lowered
-from tightfit.planner.solve.policies import POLICIES, policy_parts
-from tightfit.planner.solve.search import Outcome, Solver, share_of
+from tightfit.planner.solve.policies import POLICIES
 from tightfit.profiles.schema import Profile
-from tightfit.runtime.common.gc_pause import paused_collector
-
-if TYPE_CHECKING:
-    from tightfit.planner.graphs.planner import GraphPlanner
 
 
 def plan(
@@ -63,239 +40,13 @@ def minimum_budget(profile: Profile, *, policy: str | None = None, time_limit: f
     return planner_of(profile).minimum_bytes(policy=policy, time_limit=time_limit)
 
 
-def planner_of(profile: Profile) -> Planner | GraphPlanner:
+def planner_of(profile: Profile) -> Planner:
     """The planner for this kind of profile; its `plan` may be called for any number of budgets."""
     if profile.model.kind == "graph":
         from tightfit.planner.graphs.planner import GraphPlanner
 
         return GraphPlanner(profile)
-    return Planner(profile)
-
-
-class Planner:
-    """One profile, any number of budgets."""
-
-    def __init__(self, profile: Profile) -> None:
-        self.profile = profile
-        self.problem: Layered = layered(profile)
-        self.solver = Solver(self.problem)
-        self._minimum: dict[str, tuple[Schedule, bool]] = {}
-        """by policy: the lowest schedule found, and whether one byte less has none"""
-        self._parts: dict[str, tuple[Part, ...]] = {}
-        self._relaxed: dict[str, tuple[AnySchedule, ...]] = {}
-        """of policies with steps of their own: what no schedule of these steps can do without"""
-        self.interrupted = False
-        """whether Ctrl-C ended the search of the latest `plan`, which was made of what had been found"""
-
-    def plan(
-        self,
-        budget_bytes: int,
-        *,
-        policy: str | None = None,
-        time_limit: float = 30.0,
-        gap: float = 0.0,
-        progress: Progress | None = None,
-    ) -> Plan:
-        """`plan` of this module, reusing what earlier budgets found."""
-        budget_bytes, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
-        started = time.monotonic()
-        deadline = started + time_limit - finish_seconds(len(self.problem.graph.steps), time_limit)
-        name = policy or "solver"
-        any_bound = self._any_bound(budget_bytes, name, ANY_SHARE * time_limit)
-        outcome = Outcome(schedule=None, bound_seconds=any_bound, any_bound_seconds=any_bound)
-        below = budget_bytes < self.profile.device.floor.start_peak_bytes
-        if not below and name != "solver":
-            outcome = self._follow(budget_bytes, name, any_bound, deadline)
-        elif not below and (
-            not self.solver.tight(budget_bytes) or self.solver.reaches(budget_bytes, share_of(LEAST_SHARE, deadline))
-        ):
-            outcome = self.solver.solve(budget_bytes, deadline, progress, bound=any_bound, gap=gap)
-        self.interrupted = outcome.interrupted
-        if outcome.schedule is None:
-            least, timely = self._least(name, deadline)
-            if least.peak_bytes > budget_bytes:
-                return self._infeasible(budget_bytes, name, least, any_bound, started, timely=timely)
-            outcome = replace(outcome, schedule=least, fallback=False, deterministic=timely and outcome.deterministic)
-        return self._finish(budget_bytes, name, outcome, started, asked=gap)
-
-    def class_bound(self, solved: Plan) -> float:
-        """Seconds that no plan of the class undercuts, as far as was proven for the solver's plan at its budget.
-
-        Its own bound says less where layers go forward twice: it is then one for any schedule.
-        """
-        return max(solved.bound_seconds, self.solver.proven.get(solved.budget_bytes, 0.0))
-
-    def _follow(self, budget_bytes: int, policy: str, bound: float, deadline: float) -> Outcome:
-        schedule = self._carried_out(policy, budget_bytes, deadline)
-        timely = time.monotonic() <= deadline
-        return Outcome(schedule=schedule, bound_seconds=bound, any_bound_seconds=bound, deterministic=timely)
-
-    def _carried_out(self, policy: str, budget_bytes: int, deadline: float = float("inf")) -> Schedule | None:
-        parts = self._policy(policy)
-        taken = max(part.problem.taken_bytes for part in parts)
-        room = self.solver.room(budget_bytes) + self.problem.taken_bytes - taken
-        return carry_out_cycle(parts, room, deadline)[0]
-
-    def _policy(self, policy: str) -> tuple[Part, ...]:
-        if policy not in self._parts:
-            self._parts[policy] = policy_parts(self.problem, policy)
-        return self._parts[policy]
-
-    @cached_property
-    def _any_schedule(self) -> AnySchedule:
-        return AnySchedule(self.problem)
-
-    def _any_bound(self, budget_bytes: int, policy: str, time_limit: float) -> float:
-        """Seconds that no schedule of the step undercuts; of a policy with steps of its own, of those."""
-        if policy == "solver" or policy in POLICIES:
-            return self._any_schedule.step_seconds(budget_bytes, time_limit)
-        parts = self._policy(policy)
-        if policy not in self._relaxed:
-            self._relaxed[policy] = tuple(
-                AnySchedule(
-                    layered(without_resting_states(part.problem.profile)), workspace_bytes=part.problem.workspace_bytes
-                )
-                for part in parts
-            )
-        each = time_limit / len(parts)
-        bounds = [step.step_seconds(budget_bytes, each) for step in self._relaxed[policy]]
-        seconds = sum(bounds) / len(parts)
-        return 2 * seconds if parts[0].perturbed else seconds
-
-    # --- beside the budget -----------------------------------------------------------------------------------------
-
-    def bound(self, budget_bytes: int, *, time_limit: float = 30.0) -> float | None:
-        """Seconds per step that no plan of the class undercuts at a budget; None where the model finds none that fits.
-
-        Raises TimeoutError where the time limit strikes first.
-        """
-        return self.solver.bound(budget_bytes, time.monotonic() + checked_limit(time_limit))
-
-    def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
-        """The plan of the smallest budget, in full."""
-        time_limit = checked_limit(time_limit)
-        started = time.monotonic()
-        least, timely = self._least(policy or "solver", started + time_limit)
-        any_bound = self._any_bound(least.peak_bytes, policy or "solver", ANY_SHARE * time_limit)
-        outcome = Outcome(schedule=least, bound_seconds=any_bound, any_bound_seconds=any_bound, deterministic=timely)
-        return self._finish(least.peak_bytes, policy or "solver", outcome, started)
-
-    # --- the smallest budget ---------------------------------------------------------------------------------------
-
-    def minimum_bytes(self, *, policy: str | None = None, time_limit: float = 30.0) -> int:
-        """The smallest budget in bytes for which `plan` has a plan."""
-        return self.minimum(policy=policy, time_limit=time_limit).peak_bytes
-
-    @staticmethod
-    def policies() -> tuple[str, ...]:
-        """The fixed rules that follow the exact gradient."""
-        return tuple(POLICIES)
-
-    def minimum(self, *, policy: str | None = None, time_limit: float = 30.0) -> Schedule:
-        """The schedule with the lowest peak that `plan` can find; one byte less has no plan."""
-        return self._least(policy or "solver", time.monotonic() + checked_limit(time_limit))[0]
-
-    def _least(self, policy: str, deadline: float) -> tuple[Schedule, bool]:
-        if policy == "solver":
-            return self.solver.least(deadline)
-        if policy not in self._minimum:
-            # Whatever the clock says: where the rule fits it has a plan.
-            self._minimum[policy] = smallest_cycle(self._policy(policy)), False
-        least, ended = self._minimum[policy]
-        if not ended:
-
-            def below(lowest: Schedule, step: int) -> Schedule | None:
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-                return self._carried_out(policy, lowest.peak_bytes - step)
-
-            least, ended = lowered(least, below, self.profile.device.floor.start_peak_bytes)
-            self._minimum[policy] = least, ended
-        return least, ended
-
-    def _infeasible(
-        self, budget: int, policy: str, least: Schedule, any_bound: float, started: float, *, timely: bool
-    ) -> Plan:
-        told = self._assemble(least.peak_bytes, policy, least)
-        floor = told.device.floor
-        simulation = simulate(told)
-        phases = (simulation.train, *simulation.cycle, simulation.evaluate or simulation.train)
-        worst = max(phases, key=lambda phase: phase.peak_bytes)
-        largest = ", ".join(list(worst.peak.tensors)[:3])
-        if budget < floor.start_peak_bytes:
-            reason = (
-                f"importing Python and PyTorch alone reaches {floor.start_peak_bytes} bytes; the smallest plan needs"
-                f" {least.peak_bytes}"
-            )
-            if "+cu" in (told.device.torch_version or "") and not floor.cuda_stubs:
-                reason += (
-                    f"; torch {told.device.torch_version} is built for CUDA, the build without takes a fraction of that:"
-                    " pip install torch --index-url https://download.pytorch.org/whl/cpu"
-                )
-        else:
-            reason = (
-                f"the smallest plan peaks at {worst.peak.text} with {largest} resident: {floor.held_bytes} bytes of"
-                f" Python and PyTorch, {simulation.arena_bytes} of tensors, {simulation.workspace_bytes} of workspace"
-                f" and {least.peak_bytes - floor.held_bytes - simulation.arena_bytes - simulation.workspace_bytes}"
-                " of schedule; a shorter sequence, a smaller batch or smaller head chunks lower it"
-            )
-        return too_small(
-            told,
-            budget,
-            minimum_bytes=least.peak_bytes,
-            reason=reason,
-            any_bound=any_bound,
-            started=started,
-            deterministic=timely,
-        )
-
-    # --- the answer ------------------------------------------------------------------------------------------------
-
-    @paused_collector()
-    def _finish(self, budget: int, policy: str, outcome: Outcome, started: float, *, asked: float = 0.0) -> Plan:
-        assert outcome.schedule is not None
-        raw = self._assemble(budget, policy, outcome.schedule)
-        return answered(
-            raw,
-            simulate(raw),
-            bound_seconds=outcome.proven_seconds,
-            any_bound=outcome.any_bound_seconds,
-            started=started,
-            deterministic=outcome.deterministic,
-            asked=asked,
-            stalled=outcome.stalled,
-            interrupted=outcome.interrupted,
-            fallback=outcome.fallback,
-        )
-
-    def _assemble(self, budget: int, policy: str, schedule: Schedule) -> Plan:
-        """The plan with its schedules, before the simulator has put its figures in."""
-        profile, arena = self.profile, schedule.arena
-        steps = (schedule, *schedule.following)
-        # Of a cycle each step runs another part of the profile.
-        ran = profile if schedule.following else schedule.problem.profile
-        train = [
-            _phase(one, one.train, one.arena.train).model_copy(update={"skipped": list(one.skipped)}) for one in steps
-        ]
-        decisions: dict[str, str] = {}
-        for one in reversed(steps):
-            decisions |= kinds(one.problem, one.draft, one.columns)
-        resident = {name: arena.resident.get(name, 0) for name in schedule.draft.resident}
-        return drafted(
-            profile,
-            ran,
-            policy=policy,
-            budget_bytes=budget,
-            decisions=dict(sorted(decisions.items())),
-            resident=resident,
-            arena_bytes=arena.bytes,
-            train=train,
-            evaluate=_phase(schedule, schedule.draft.evaluate, arena.evaluate),
-        )
-
-
-def _phase(schedule: Schedule, entries: tuple[Entry, ...], offsets: dict[tuple[int, str], int]) -> Phase:
-    return drafted_phase(instructions(schedule.problem, entries, schedule.arena.resident, offsets))
+    return ModelPlanner(profile)
 
 
 def policies_of(profile: Profile) -> tuple[str, ...]:

@@ -76,3 +76,7 @@ Progress = Callable[[dict[str, float | str]], None]
 
 HELD_UP = 4.0
 """times what they take on an idle machine: as much is left for them where it is within that share"""
+
+
+NEIGHBOUR_BYTES = 50 << 20
+"""by which the budgets differ at which it is asked what memory is worth"""

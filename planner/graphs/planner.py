@@ -25,6 +25,7 @@ from tightfit.planner.plan_result import EXACT, gap_to
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import (
     ANY_SHARE,
+    NEIGHBOUR_BYTES,
     Progress,
     checked_budget,
     checked_gap,
@@ -72,6 +73,9 @@ STARTS = 4
 """schedules, the best so far and of those that the bound gives, with so many rounds each"""
 
 
+NEIGHBOUR_SHARE = 10
+
+
 class GraphPlanner:
     """One bare graph, any number of budgets."""
 
@@ -100,6 +104,16 @@ class GraphPlanner:
     def policies(self) -> tuple[str, ...]:
         """The fixed rules that mean something for this graph."""
         return rules_for(self.dag)
+
+    @staticmethod
+    def class_bound(solved: Plan) -> float:
+        """Seconds that no schedule of the class undercuts, as far as was proven for this plan."""
+        return solved.bound_seconds
+
+    @staticmethod
+    def neighbour_bytes(budget_bytes: int) -> int:
+        """As of models, or a tenth of the budget where that is less: graphs may hold bytes or GiB."""
+        return min(NEIGHBOUR_BYTES, max(1, budget_bytes // NEIGHBOUR_SHARE))
 
     def plan(
         self,

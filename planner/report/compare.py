@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict
 
-from tightfit.planner.graphs.planner import GraphPlanner
-from tightfit.planner.plan import Planner, planner_of
+from tightfit.planner.plan import planner_of
 from tightfit.planner.plan_result import rebudgeted, sealed
+from tightfit.planner.protocol import Planner
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_budget, checked_gap, checked_limit
 from tightfit.planner.solve.policies import approximate_of, refused_of
@@ -146,7 +146,7 @@ class _Cell:
 class _Table:
     """The plans of one planner."""
 
-    planner: Planner | GraphPlanner
+    planner: Planner
     budgets: list[int]
     """smallest first"""
     policies: list[str]
@@ -218,7 +218,7 @@ class _Table:
                 tell(len(self.found))
             if policy == SOLVER:
                 made = planner.plan(budget, time_limit=limit, gap=self.gap, progress=solving)
-                bound = solved = planner.class_bound(made) if isinstance(planner, Planner) else made.bound_seconds
+                bound = solved = planner.class_bound(made)
             else:
                 made = planner.plan(budget, policy=policy, time_limit=limit)
                 if solved is not None and made.status != "infeasible" and made.exact:

@@ -16,8 +16,7 @@ from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schema import Phase, Plan
 
 if TYPE_CHECKING:
-    from tightfit.planner.graphs.planner import GraphPlanner
-    from tightfit.planner.plan import Planner
+    from tightfit.planner.protocol import Planner
 
 LARGEST = 8
 """tensors named at the peak"""
@@ -137,7 +136,7 @@ def account(plan: Plan) -> Explanation:
     )
 
 
-def explanation_of(planner: Planner | GraphPlanner, plan: Plan, *, time_limit: float) -> Explanation:
+def explanation_of(planner: Planner, plan: Plan, *, time_limit: float) -> Explanation:
     """What a plan that `planner` made says of itself; of an infeasible one, from the smallest plan of its policy.
 
     `time_limit` is for that smallest plan, where it is not known yet.

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from tightfit.planner.plan import Planner
 from tightfit.planner.plan_result import rebudgeted
+from tightfit.planner.protocol import Planner
 from tightfit.planner.report.explanation import Explanation, Worth, explanation_of
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress
-from tightfit.runtime.common.units import MIB
-
-if TYPE_CHECKING:
-    from tightfit.planner.graphs.planner import GraphPlanner
-
-STEP_BYTES = 50 * MIB
-GRAPH_SHARE = 10
-"""of a bare graph's budget that is a step, where that is less: such graphs may hold bytes or GiB"""
 
 
-def step_of(plan: Plan) -> int:
-    """Bytes by which budgets beside that of `plan` differ from it."""
-    if plan.model.kind != "graph":
-        return STEP_BYTES
-    return min(STEP_BYTES, max(1, plan.budget_bytes // GRAPH_SHARE))
-
-
-def explained(planner: Planner | GraphPlanner, plan: Plan, *, time_limit: float, left: float) -> Explanation:
+def explained(planner: Planner, plan: Plan, *, time_limit: float, left: float) -> Explanation:
     """`explanation_of`, with what memory is worth beside a solver's plan, as far as it is found in `left` seconds."""
     told = explanation_of(planner, plan, time_limit=time_limit)
     if plan.status == "infeasible" or plan.policy != "solver" or left <= 0:
@@ -34,16 +17,14 @@ def explained(planner: Planner | GraphPlanner, plan: Plan, *, time_limit: float,
     return told.model_copy(update={"neighbours": neighbours(planner, plan, time_limit=left / 3)})
 
 
-def neighbours(
-    planner: Planner | GraphPlanner, plan: Plan, *, step_bytes: int | None = None, time_limit: float = 30.0
-) -> list[Worth]:
-    """What the model says of `step_bytes` (by default, `step_of`) less and more than the budget of `plan`, a solver's plan of the
+def neighbours(planner: Planner, plan: Plan, *, step_bytes: int | None = None, time_limit: float = 30.0) -> list[Worth]:
+    """What the model says of `step_bytes` (by default, the planner's `neighbour_bytes`) less and more than the budget of `plan`, a solver's plan of the
     planner's profile.
 
     A bound takes at most `time_limit` seconds; where it is not found by then, there is no answer. Nothing fits below the
     floor.
     """
-    step_bytes = step_bytes or step_of(plan)
+    step_bytes = step_bytes or planner.neighbour_bytes(plan.budget_bytes)
     here = _bound(planner, plan.budget_bytes, time_limit)
     found = []
     for change in (-step_bytes, step_bytes):
@@ -63,7 +44,7 @@ def neighbours(
 
 
 def what_if(
-    planner: Planner | GraphPlanner,
+    planner: Planner,
     plan: Plan,
     *,
     step_bytes: int | None = None,
@@ -76,7 +57,7 @@ def what_if(
     Where the search found a faster step in less memory, that plan takes the place of `plan`: it is returned first. After Ctrl-C no
     further budget is planned.
     """
-    step_bytes = step_bytes or step_of(plan)
+    step_bytes = step_bytes or planner.neighbour_bytes(plan.budget_bytes)
     priced = {
         worth.change_bytes: worth for worth in neighbours(planner, plan, step_bytes=step_bytes, time_limit=time_limit)
     }
@@ -119,7 +100,7 @@ def _nothing(change: int, budget: int) -> Worth:
     return Worth(change_bytes=change, budget_bytes=budget, bound_seconds=None, price_seconds=None, status="infeasible")
 
 
-def _bound(planner: Planner | GraphPlanner, budget: int, time_limit: float) -> float | None:
+def _bound(planner: Planner, budget: int, time_limit: float) -> float | None:
     try:
         return planner.bound(budget, time_limit=time_limit)
     except TimeoutError:

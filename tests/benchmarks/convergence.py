@@ -34,7 +34,7 @@ from reference import peft_model, peft_name
 
 from examples.reviews import MODEL_FILE, MODEL_PACKAGE, extract, write_lines
 from tightfit.planner.io import load_plan, save_plan
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile
@@ -150,7 +150,7 @@ def planned(made: Profile, cap: int | None, folder: Path) -> dict[str, Plan]:
             for p in found.values()
         ):
             return found
-    planner = Planner(made)
+    planner = ModelPlanner(made)
     budget = cap or common_cap(planner)
     plans = {name: fitting(planner, budget, policy) for name, policy in METHODS.items()}
     for name, plan in plans.items():
@@ -158,13 +158,13 @@ def planned(made: Profile, cap: int | None, folder: Path) -> dict[str, Plan]:
     return plans
 
 
-def common_cap(planner: Planner) -> int:
+def common_cap(planner: ModelPlanner) -> int:
     """A tenth above the least in which every method has a plan, in whole MiB."""
     least = max(planner.minimum(policy=policy).peak_bytes for policy in METHODS.values())
     return round(ROOM * least / MIB) * MIB
 
 
-def fitting(planner: Planner, cap: int, policy: str | None) -> Plan:
+def fitting(planner: ModelPlanner, cap: int, policy: str | None) -> Plan:
     plan = planner.plan(cap, policy=policy)
     if plan.status == "infeasible":
         raise SystemExit(

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tightfit.planner.io import save_plan
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
 from tightfit.runtime.common import interpreter
@@ -84,7 +84,7 @@ def planned(
     name: str, seq: int, time_limit: float, *, curve: bool, rules: Sequence[str]
 ) -> tuple[Row, list[tuple[str, Plan]]]:
     """The smallest budget for one model, and what to run: ours and the fixed rules."""
-    planner = Planner(profile(str(ROOT / "examples" / "models" / name / "config.json"), batch=1, seq=seq))
+    planner = ModelPlanner(profile(str(ROOT / "examples" / "models" / name / "config.json"), batch=1, seq=seq))
     cap = CAPS[name] * MIB
     least = planner.minimum(time_limit=time_limit).peak_bytes
     plans = [
@@ -117,7 +117,7 @@ def _over_rounds(rows: Sequence[Row]) -> Row:
 
 def least_memory(name: str, seq: int, steps: int, time_limit: float, out: Path) -> Row:
     """The smallest plan at another sequence length, run, beside what was published."""
-    planner = Planner(profile(str(ROOT / "examples" / "models" / name / "config.json"), batch=1, seq=seq))
+    planner = ModelPlanner(profile(str(ROOT / "examples" / "models" / name / "config.json"), batch=1, seq=seq))
     mebp, mesp = PUBLISHED[seq]
     row = _row(name, planner.smallest_plan(time_limit=time_limit), f"smallest, {seq} tokens", steps, out)
     if "note" in row:

@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).p
 from shapes import decoder_profile
 
 from tightfit.planner.formulation.step_constraints import charged_bytes
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
@@ -78,7 +78,7 @@ def peak_bytes() -> int:
     return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
 
 
-def ends(planner: Planner) -> tuple[int, int]:
+def ends(planner: ModelPlanner) -> tuple[int, int]:
     """(the smallest budget, the peak of keep-all)"""
     return planner.minimum_bytes(time_limit=300.0), planner.plan(1 << 45, policy="keep-all").peak_bytes
 
@@ -120,7 +120,9 @@ def _saved(problem: Layered, kind: int, column: Column, solver: Any, share: floa
     )
 
 
-def fastest_saved(planner: Planner, points: list[tuple[float, int, tuple[Column, ...]]], budget: int) -> float | None:
+def fastest_saved(
+    planner: ModelPlanner, points: list[tuple[float, int, tuple[Column, ...]]], budget: int
+) -> float | None:
     """Seconds of the fastest of them that fits, carried out and clocked as every plan is."""
     room = planner.solver.room(budget)
     best: float | None = None
@@ -136,17 +138,17 @@ def fastest_saved(planner: Planner, points: list[tuple[float, int, tuple[Column,
 def at_budgets(layers: int, time_limit: float, console: Console) -> list[dict[str, Any]]:
     """Five budgets, each by a planner that knows nothing yet, beside the fixed rules at the same budget."""
     profile = decoder_profile(layers)
-    smallest, largest = ends(Planner(profile))
+    smallest, largest = ends(ModelPlanner(profile))
     names = [*POLICIES, "torch"]
     table = Table(
         "budget", "CPU s", "step s", "gap", "to any", "status", *names, title=f"{layers} layers, each budget alone"
     )
-    points = torch_knapsack(Planner(profile).problem)
+    points = torch_knapsack(ModelPlanner(profile).problem)
     rows = []
     for share in SHARES:
         budget = int(smallest + share * (largest - smallest))
         begun = time.process_time()
-        planner = Planner(profile)
+        planner = ModelPlanner(profile)
         made = planner.plan(budget, time_limit=time_limit)
         seconds = time.process_time() - begun
         rules = {name: planner.plan(budget, policy=name) for name in POLICIES}
@@ -187,7 +189,7 @@ def on_a_curve(layers: int, time_limit: float, console: Console) -> list[dict[st
     by the clock on the wall.
     """
     profile = decoder_profile(layers)
-    smallest, largest = ends(Planner(profile))
+    smallest, largest = ends(ModelPlanner(profile))
     budgets = [int(smallest + share * (largest - smallest)) for share in CURVE]
     cpu, begun = _cpu_seconds(), time.monotonic()
     told = compare(profile, budgets, ["solver"], time_limit=time_limit)
@@ -196,7 +198,7 @@ def on_a_curve(layers: int, time_limit: float, console: Console) -> list[dict[st
     rows = []
     for made in reversed(told.plans):
         begun = time.monotonic()
-        Planner(profile).plan(made.budget_bytes, time_limit=time_limit)
+        ModelPlanner(profile).plan(made.budget_bytes, time_limit=time_limit)
         alone = time.monotonic() - begun
         rows.append(
             {
@@ -234,8 +236,8 @@ def near_the_smallest(layers: int, time_limit: float, console: Console) -> list[
     roomier ones.
     """
     profile = decoder_profile(layers)
-    smallest, _ = ends(Planner(profile))
-    one = Planner(profile)
+    smallest, _ = ends(ModelPlanner(profile))
+    one = ModelPlanner(profile)
     for share in ROOMIER:
         one.plan(int(share * smallest), time_limit=time_limit)
     table = Table(
@@ -250,7 +252,7 @@ def near_the_smallest(layers: int, time_limit: float, console: Console) -> list[
     rows = []
     for share in reversed(NEAR):
         budget = int(share * smallest)
-        alone, alone_seconds = _timed(Planner(profile), budget, time_limit)
+        alone, alone_seconds = _timed(ModelPlanner(profile), budget, time_limit)
         made, seconds = _timed(one, budget, time_limit)
         rows.append(
             {
@@ -274,7 +276,7 @@ def near_the_smallest(layers: int, time_limit: float, console: Console) -> list[
     return rows
 
 
-def _timed(planner: Planner, budget: int, time_limit: float) -> tuple[Plan, float]:
+def _timed(planner: ModelPlanner, budget: int, time_limit: float) -> tuple[Plan, float]:
     """A plan, and the CPU seconds that it took."""
     begun = time.process_time()
     made = planner.plan(budget, time_limit=time_limit)
@@ -284,14 +286,14 @@ def _timed(planner: Planner, budget: int, time_limit: float) -> tuple[Plan, floa
 def within_limits(layers: int, console: Console) -> list[dict[str, Any]]:
     """Wall clock of searches that a limit ends, at a tenth of the way from the smallest budget to keep-all."""
     profile = decoder_profile(layers)
-    rules = Planner(profile)
+    rules = ModelPlanner(profile)
     smallest = rules.plan(1 << 45, policy="mebp").peak_bytes
     largest = rules.plan(1 << 45, policy="keep-all").peak_bytes
     budget = int(smallest + 0.1 * (largest - smallest))
     table = Table("limit s", "took s", "step s", "gap", "status", title=f"{layers} layers, cut short")
     rows = []
     for limit in LIMITS:
-        planner = Planner(profile)
+        planner = ModelPlanner(profile)
         begun = time.monotonic()
         made = planner.plan(budget, time_limit=limit)
         took = time.monotonic() - begun
@@ -306,7 +308,7 @@ def by_depth(depths: list[int], time_limit: float, console: Console) -> list[dic
     table = Table("layers", "CPU s", "programs priced", "columns", "gap", title="equal layers")
     rows = []
     for count in depths:
-        planner = Planner(decoder_profile(count))
+        planner = ModelPlanner(decoder_profile(count))
         budget = int(planner.plan(1 << 45, policy="mebp").peak_bytes * 1.5)
         begun = time.process_time()
         made = planner.plan(budget, time_limit=time_limit)

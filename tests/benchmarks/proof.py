@@ -23,7 +23,7 @@ from brute_force import Chain
 from decisions import INSTANT
 from synthetic import device, small_chain
 
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 
 FIRST = 100_000
 """seed of the first graph"""
@@ -67,7 +67,7 @@ def check_chain(seed: int) -> int:
     if chain.count() >= MOST_DECISIONS:
         return 0
     everything = list(chain.all())
-    planner = Planner(profile)
+    planner = ModelPlanner(profile)
     smallest = min(peak for peak, _ in everything)
     assert planner.minimum_bytes() == smallest, seed
     assert planner.plan(smallest - 1).status == "infeasible", seed

@@ -10,7 +10,8 @@ from layered_graph import layered
 from synthetic import decoder_like, small_chain
 
 from tightfit.planner.graphs.planner import GraphPlanner
-from tightfit.planner.plan import Planner, plan
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import plan
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.profiles.graph_input import graph_profile, parse_graph
 
@@ -47,20 +48,20 @@ def test_graphs_at_larger_budgets(seed, shares):
 @FEW
 def test_chains_of_layers_at_larger_budgets(seed, layers, shares):
     profile = small_chain(seed, layers=layers)
-    check_larger_budgets(Planner(profile), profile, shares)
+    check_larger_budgets(ModelPlanner(profile), profile, shares)
 
 
 @given(tokens=st.sampled_from([32, 64, 128]), slices=st.integers(2, 4), share=st.floats(0, 1))
 @FEW
 def test_tiny_decoders_at_larger_budgets(tokens, slices, share):
     profile = decoder_like(1, tokens=tokens, hidden=96, ffn=192, slices=slices)
-    check_larger_budgets(Planner(profile), profile, [share, 1.0])
+    check_larger_budgets(ModelPlanner(profile), profile, [share, 1.0])
 
 
 @pytest.fixture(scope="module")
 def moving():
     """A plan that reads, spills and computes again."""
-    planner = Planner(decoder_like(2, tokens=128, hidden=96, ffn=192, slices=2))
+    planner = ModelPlanner(decoder_like(2, tokens=128, hidden=96, ffn=192, slices=2))
     return planner.plan(int(planner.plan(1 << 40, policy="mebp").peak_bytes * 1.05))
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from layered_graph import layered
 from synthetic import MIB, PAGE, decoder_like, device, small_chain
 
-from tightfit.planner.plan import Planner, minimum_budget, plan, planner_of
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import minimum_budget, plan, planner_of
 from tightfit.planner.problem.step_graph import layer_graph, step_graph
 from tightfit.planner.report.compare import compare
 from tightfit.planner.simulation.simulate import simulate
@@ -29,7 +30,7 @@ REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
 @pytest.fixture(scope="module")
 def decoder():
     """Two layers on a device with a floor."""
-    return Planner(decoder_like(2, tokens=256, slices=3, on=device(**REAL)))
+    return ModelPlanner(decoder_like(2, tokens=256, slices=3, on=device(**REAL)))
 
 
 @pytest.mark.slow
@@ -100,7 +101,7 @@ def test_the_same_input_gives_the_same_plan():
 @given(seed=st.integers(0, 100_000), layers=st.integers(2, 3), share=st.floats(0, 1))
 @settings(max_examples=5, derandomize=True)
 def test_any_chain_at_any_budget(seed, layers, share):
-    planner = Planner(small_chain(seed, layers=layers))
+    planner = ModelPlanner(small_chain(seed, layers=layers))
     smallest = planner.minimum().peak_bytes
     largest = planner.plan(1 << 40, policy="keep-all").peak_bytes
     budget = int(smallest + share * max(0, largest - smallest))
@@ -173,7 +174,7 @@ def test_an_unknown_policy():
 
 
 def test_a_short_time_limit_still_gives_a_plan():
-    planner = Planner(decoder_like(6, tokens=256, slices=3, on=device(**REAL)))
+    planner = ModelPlanner(decoder_like(6, tokens=256, slices=3, on=device(**REAL)))
     simple = planner.plan(1 << 40, policy="mebp")
     budget = int(simple.peak_bytes * 1.2)
     made = planner.plan(budget, time_limit=0.01)
@@ -187,7 +188,7 @@ def test_the_time_limit_covers_everything(monkeypatch):
     """Whatever the search is at when time is up, it stops: by a clock that goes 10 ms ahead whenever it is read."""
     now = itertools.count(0, 0.01)
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    planner = Planner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
+    planner = ModelPlanner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
     made = planner.plan(140 * MIB, time_limit=0.4)
     assert made.solve_seconds <= 0.44 + 1e-9
     assert made.status in {"feasible", "fallback"}
@@ -195,7 +196,7 @@ def test_the_time_limit_covers_everything(monkeypatch):
 
 
 def test_an_interruption_returns_the_best_so_far():
-    planner = Planner(small_chain(7, layers=3))
+    planner = ModelPlanner(small_chain(7, layers=3))
     budget = int(planner.minimum().peak_bytes * 1.3)
     told = []
 
@@ -246,7 +247,7 @@ def test_the_cost_grows_with_layer_types_not_with_layers():
     """Few programs are priced however many equal layers there are, and the plan is near its bound."""
     programs = []
     for layers in (6, 24):
-        planner = Planner(decoder_like(layers, tokens=256, slices=3, on=device(**REAL)))
+        planner = ModelPlanner(decoder_like(layers, tokens=256, slices=3, on=device(**REAL)))
         assert len(planner.problem.types) <= 5
         budget = int(planner.plan(1 << 40, policy="mebp").peak_bytes * 1.3)
         made = planner.plan(budget, time_limit=600)

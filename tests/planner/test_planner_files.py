@@ -11,7 +11,7 @@ from sample_plans import infeasible_plan, sample_plan
 from synthetic import MIB, device, small_chain
 
 from tightfit.planner.io import load_plan, save_plan
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import ROUNDING, fingerprint, rebudgeted
 from tightfit.planner.report.compare import _Cell, _Table, compare
 from tightfit.planner.report.explain import explain, percent_within
@@ -22,7 +22,7 @@ from tightfit.runtime.common.errors import InputError
 
 @pytest.fixture(scope="module")
 def planner():
-    return Planner(small_chain(12, layers=3))
+    return ModelPlanner(small_chain(12, layers=3))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_compare_over_devices(planner):
     assert named.fingerprint == there.fingerprint
     with pytest.raises(InputError, match="no device is called 'tpu9'; choose"):
         compare(profile, [1 << 30], ["keep-all"], devices=["tpu9"])
-    alone = Planner(retarget(profile, card)).plan(1 << 30, policy="keep-all")
+    alone = ModelPlanner(retarget(profile, card)).plan(1 << 30, policy="keep-all")
     assert (there.step_seconds, there.peak_bytes) == (alone.step_seconds, alone.peak_bytes)
     assert told == [
         (f"planning for {profile.device.name}", 0, 2),
@@ -264,7 +264,7 @@ def test_in_words(made):
 
 def test_infeasible_in_words():
     floor = device(import_peak=122 * MIB, resident=106 * MIB)
-    planner = Planner(small_chain(12, on=floor))
+    planner = ModelPlanner(small_chain(12, on=floor))
     lines = explain(planner.plan(100 * MIB))
     assert lines[0] == "no plan fits 100.0 MiB for the whole process, Python and PyTorch included"
     assert lines[1].startswith("the smallest feasible budget is ")
@@ -273,7 +273,7 @@ def test_infeasible_in_words():
 
 def test_a_rule_that_does_not_fit_speaks_for_itself_alone():
     """Plans of the solver do fit there."""
-    planner = Planner(small_chain(12))
+    planner = ModelPlanner(small_chain(12))
     least = planner.plan(1).minimum_budget_bytes
     assert planner.plan(least + MIB).status != "infeasible"
     lines = explain(planner.plan(least, policy="keep-all"))

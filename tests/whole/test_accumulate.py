@@ -16,7 +16,8 @@ from reference import CONFIGS, peft_model, peft_name, starting_weights
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
-from tightfit.planner.plan import Planner, plan
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import plan
 from tightfit.planner.report.compare import compare
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.summary import profile_summary
@@ -60,7 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(decoder: Profile, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run at the smallest budget, with every checkpoint."""
     out = tmp_path_factory.mktemp("whole")
-    smallest = plan(decoder, Planner(decoder).minimum().peak_bytes)
+    smallest = plan(decoder, ModelPlanner(decoder).minimum().peak_bytes)
     report = run(
         smallest, data, steps=STEPS, out=out, lr=LR, schedule="linear", checkpoint_every=2, keep_checkpoints=STEPS
     )
@@ -160,7 +161,7 @@ def test_batches_of_a_module_count_alike(tmp_path: Path) -> None:
     """At the smallest budget, where sums go to disk and come back like any other state."""
     made = profile(f"{__name__}:regression", accumulate=2)
     batches = [(torch.randn(4, 256), torch.randn(4, 256)) for _ in range(6)]
-    smallest = plan(made, Planner(made).minimum().peak_bytes)
+    smallest = plan(made, ModelPlanner(made).minimum().peak_bytes)
     assert "offloaded" in {place for name, place in smallest.decisions.items() if name.startswith("grad_sum:")}
     # What has no length is asked for as many as there are steps.
     report = run(smallest, chain(batches, repeat(batches[0])), steps=6, out=tmp_path, lr=LR)

@@ -12,7 +12,7 @@ import pytest
 
 from examples.reviews import SEQ, fetch
 from tightfit.planner.io import save_plan
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile
@@ -38,8 +38,8 @@ def made(reviews: Any) -> Profile:
 
 
 @pytest.fixture(scope="module")
-def planner(made: Profile) -> Planner:
-    return Planner(made)
+def planner(made: Profile) -> ModelPlanner:
+    return ModelPlanner(made)
 
 
 def run_by_command(planned: Plan, data: Path, out: Path) -> Any:
@@ -55,7 +55,9 @@ def run_by_command(planned: Plan, data: Path, out: Path) -> Any:
     return json.loads(done.stdout)
 
 
-def test_measured_peak_is_the_predicted_one_at_five_budgets(planner: Planner, reviews: Any, tmp_path: Path) -> None:
+def test_measured_peak_is_the_predicted_one_at_five_budgets(
+    planner: ModelPlanner, reviews: Any, tmp_path: Path
+) -> None:
     smallest = planner.minimum().peak_bytes
     most = planner.plan(1 << 40, policy="keep-all").peak_bytes
     losses = []
@@ -72,7 +74,7 @@ def test_measured_peak_is_the_predicted_one_at_five_budgets(planner: Planner, re
     assert all(other == losses[0] for other in losses[1:])
 
 
-def test_training_learns_and_keeps_the_cap(planner: Planner, reviews: Any, tmp_path: Path) -> None:
+def test_training_learns_and_keeps_the_cap(planner: ModelPlanner, reviews: Any, tmp_path: Path) -> None:
     """Six steps at 350 MiB lower the held-out loss; the metrics name every step."""
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join(Path(reviews.held_out).read_text().splitlines(keepends=True)[:32]))

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
 from examples.vision import residual_cnn, vision_transformer
-from tightfit.planner.plan import Planner, plan
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import plan
 from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile
@@ -120,7 +121,7 @@ def test_steps_match_peft_and_autograd(family: str, profiled: Any, data: Path, t
     """float32: losses, Adam's first moment (a sum of gradients) and the trained factors, at the smallest budget."""
     made = profiled(family, "float32")
     config = {**CONFIGS[family], "vocab_size": made.model.config["vocab_size"]}
-    smallest = plan(made, Planner(made).minimum().peak_bytes)
+    smallest = plan(made, ModelPlanner(made).minimum().peak_bytes)
     report = run(smallest, data, steps=STEPS, out=tmp_path, lr=LR)
     losses, moments, trained = losses_and_moments(made, tmp_path, config, torch.float32)
     assert report["loss"] == pytest.approx(losses, rel=2e-5)
@@ -147,7 +148,7 @@ def test_results_do_not_depend_on_the_budget(tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIGS["llama"] | sizes))
     made = profile(str(config), batch=24, seq=64)  # activations enough to matter beside the process itself
-    planner = Planner(made)
+    planner = ModelPlanner(made)
     smallest = planner.minimum().peak_bytes
     most = planner.plan(1 << 40).peak_bytes
     assert most > smallest + (8 << 20)
@@ -217,7 +218,7 @@ def test_wrong_choices_have_no_part_in_the_loss_of_an_evaluation(profiled: Any, 
 
 def test_a_killed_run_continues_bit_identically(profiled: Any, data: Path, tmp_path: Path) -> None:
     made = profiled("llama", "bfloat16")
-    planned = plan(made, Planner(made).minimum().peak_bytes + (4 << 20))
+    planned = plan(made, ModelPlanner(made).minimum().peak_bytes + (4 << 20))
     part = tmp_path / "part"
     (tmp_path / "plan.json").write_text(planned.model_dump_json())
     script = (
@@ -269,7 +270,7 @@ def trained_by_adamw(
 def test_any_module_trains_in_full_inside_its_cap(factory: str, tmp_path: Path) -> None:
     """All parameters and Adam states, against the same steps by torch.optim.AdamW."""
     made = profile(f"examples.vision:{factory}")
-    smallest = Planner(made).minimum().peak_bytes
+    smallest = ModelPlanner(made).minimum().peak_bytes
     torch.manual_seed(0)
     module, sample = {"residual_cnn": residual_cnn, "vision_transformer": vision_transformer}[factory]()
     losses, optimizer = trained_by_adamw(module, sample, lr=1e-3)
@@ -372,7 +373,7 @@ def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> N
     module, sample = module.float(), [t.float() if t.is_floating_point() else t for t in sample]
     losses, _ = trained_by_adamw(module, sample, lr=LR)
     made = profile(f"{__name__}:{factory.__name__}")
-    report = run(plan(made, Planner(made).minimum().peak_bytes), "random", steps=STEPS, out=tmp_path, lr=LR)
+    report = run(plan(made, ModelPlanner(made).minimum().peak_bytes), "random", steps=STEPS, out=tmp_path, lr=LR)
     assert report["loss"] == pytest.approx(losses, rel=1e-4)
     saved = load_file(tmp_path / "model" / "model.safetensors")
     for name, expected in module.state_dict().items():
@@ -412,7 +413,7 @@ def test_a_module_that_cannot_be_run_is_refused_before_it_is_measured(factory: A
 
 def test_a_larger_plan_than_the_budget_is_infeasible(profiled: Any) -> None:
     made = profiled("llama", "bfloat16")
-    smallest = Planner(made).minimum(time_limit=600).peak_bytes
+    smallest = ModelPlanner(made).minimum(time_limit=600).peak_bytes
     answer: Plan = plan(made, smallest - 1, time_limit=600)
     assert answer.status == "infeasible"
     assert answer.minimum_budget_bytes == smallest

@@ -10,7 +10,7 @@ import torch
 from gemma_package import PACKAGE, gemma_file
 from reference import peft_model, starting_weights
 
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.profiles.api import profile
 from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.session.launch import run
@@ -31,7 +31,7 @@ def test_losses_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.Mo
     made = profile(str(source), batch=len(TEXTS), seq=SEQ, lora_rank=RANK)
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    planned = Planner(made).smallest_plan()
+    planned = ModelPlanner(made).smallest_plan()
     report = run(planned, data, steps=2, out=tmp_path / "out", lr=5e-4)
     assert planned.peak_bytes * 0.97 <= report["peak_bytes"]["measured"] <= planned.peak_bytes
     model = peft_model(made.model.config, starting_weights(made), RANK, 16.0, torch.bfloat16)

@@ -17,7 +17,7 @@ from places import ROOT
 from safetensors.torch import load_file
 from tiny_plans import CONFIG, decoder_profile, device, naive_plan
 
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.profiles.api import profile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.session.launch import run
@@ -30,7 +30,7 @@ UNLIMITED = 1 << 40
 def planner(tmp_path_factory):
     """Four layers; one thread, since operators this small only wait for a second one."""
     made = decoder_profile(tmp_path_factory.mktemp("store"), config=CONFIG | {"num_hidden_layers": 4}, batch=8, seq=12)
-    return Planner(made.model_copy(update={"device": device(threads=1)}))
+    return ModelPlanner(made.model_copy(update={"device": device(threads=1)}))
 
 
 @pytest.mark.parametrize("policy", ["mezo", "lcsb"])
@@ -62,7 +62,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(planner, policy, tmp_path):
 def test_memory_does_not_grow_over_200_steps(policy, tmp_path):
     """What the process holds after a step, from the tenth on."""
     shallow = decoder_profile(tmp_path / "store", batch=1, seq=12)
-    plan = Planner(shallow.model_copy(update={"device": device(threads=1)})).plan(UNLIMITED, policy=policy)
+    plan = ModelPlanner(shallow.model_copy(update={"device": device(threads=1)})).plan(UNLIMITED, policy=policy)
     run(plan, "random", steps=200, out=tmp_path / "run", checkpoint_every=40, **SETTINGS)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held = [line["resident_bytes"] for line in lines]
@@ -133,7 +133,7 @@ def test_the_measured_peak_of_mezo_is_the_predicted_one(tmp_path, monkeypatch):
     wide = CONFIG | {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(wide))
     made = profile(str(tmp_path / "config.json"), batch=24, seq=128, threads=1)
-    plan = Planner(made).plan(UNLIMITED, policy="mezo")
+    plan = ModelPlanner(made).plan(UNLIMITED, policy="mezo")
     assert plan.peak_bytes > made.device.floor.import_peak_bytes
     report = run(plan, "random", steps=3, out=tmp_path / "run", eval_data="random", **SETTINGS)
     predicted = plan.peak_bytes - plan.device.floor.supervisor_bytes  # no supervisor: this process runs the plan

@@ -18,7 +18,7 @@ from tightfit.planner.formulation.any_schedule_bound import AnySchedule
 from tightfit.planner.formulation.layer_constraints import KIB, MS
 from tightfit.planner.formulation.step_constraints import add_rows, charged_bytes, instruction_count
 from tightfit.planner.milp.lp import Linear, Program
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schedule.lowering import live_profile
@@ -231,7 +231,7 @@ def schedules(seed):
         **free,
     )
     layers = rng.choice([2, 3, 4])
-    planner = Planner(small_chain(seed, layers=layers, on=on, weights=seed % 2 == 0, trainables=seed % 3 == 0))
+    planner = ModelPlanner(small_chain(seed, layers=layers, on=on, weights=seed % 2 == 0, trainables=seed % 3 == 0))
     problem = planner.problem
     drawn = [[measure(kind, random_decision(rng, kind)) for _ in range(3)] for kind in problem.types]
     combined = [tuple(rng.choice(drawn[kind]) for kind in problem.layer_type) for _ in range(3)]

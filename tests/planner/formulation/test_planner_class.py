@@ -13,7 +13,7 @@ from tiny_plans import CONFIG, decoder_profile
 from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, Block
 from tightfit.planner.formulation.step_constraints import live_bytes
 from tightfit.planner.milp.lp import Linear, Program
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import ROUNDING
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.schedule.layer_schedule import measure
@@ -30,7 +30,7 @@ def tried(request):
     profile = small_chain(request.param, on=device(**INSTANT))
     chain = Chain(profile)
     assert chain.count() < 8000
-    return Planner(profile), list(chain.all())
+    return ModelPlanner(profile), list(chain.all())
 
 
 def test_the_minimum_budget_is_the_smallest_of_all_and_one_byte_less_is_infeasible(tried):
@@ -62,7 +62,7 @@ def test_the_optimum_is_the_best_of_all(tried):
 def test_most_small_plans_are_optimal():
     optimal = 0
     for seed in SEEDS:
-        planner = Planner(small_chain(seed, on=device(**INSTANT)))
+        planner = ModelPlanner(small_chain(seed, on=device(**INSTANT)))
         optimal += planner.plan(int(planner.minimum().peak_bytes * 1.2)).status == "optimal"
     assert optimal >= 0.9 * len(SEEDS)
 

@@ -10,7 +10,7 @@ from hand_costs import by_hand
 from html_page import Page
 from synthetic import PAGE, decoder_like, device
 
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.report.costs import Ledger
 from tightfit.planner.report.diff import Change, diff, grouped
 from tightfit.planner.report.html import comparison_page
@@ -22,7 +22,7 @@ from tightfit.runtime.common.units import MIB
 def plans():
     """One model by three rules: all kept, recomputed, and streamed as well."""
     on = device(resident=50 * MIB, import_peak=50 * MIB, per_instruction=100)
-    planner = Planner(decoder_like(3, tokens=128, slices=2, slice_rows=512, on=on))
+    planner = ModelPlanner(decoder_like(3, tokens=128, slices=2, slice_rows=512, on=on))
     return [planner.plan(1 << 30, policy=policy) for policy in ("keep-all", "checkpoint-layers", "mebp")]
 
 
@@ -103,7 +103,7 @@ def test_groups_come_by_their_bytes():
 
 
 def test_plans_of_two_models_are_refused(plans):
-    other = Planner(decoder_like(2, tokens=128, slices=2, slice_rows=512)).plan(1 << 30, policy="keep-all")
+    other = ModelPlanner(decoder_like(2, tokens=128, slices=2, slice_rows=512)).plan(1 << 30, policy="keep-all")
     with pytest.raises(InputError, match="plans of synthetic and synthetic have other layers"):
         diff(plans[0], other)
 

@@ -12,7 +12,8 @@ from sample_plans import sample_plan
 from synthetic import decoder_like, device, small_chain
 
 from tightfit.planner.graphs.planner import GraphPlanner
-from tightfit.planner.plan import Planner, planner_of
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import planner_of
 from tightfit.planner.report.costs import Ledger
 from tightfit.planner.report.explain import explain, percent_within
 from tightfit.planner.report.explanation import account, peak_text, shortfall
@@ -29,7 +30,7 @@ FLOOR = 100 * MIB
 def deep():
     """A decoder's planner; its policies are planned at once, no solver needed."""
     on = device(resident=FLOOR, import_peak=FLOOR, per_instruction=100)
-    return Planner(decoder_like(4, tokens=256, slices=2, slice_rows=512, on=on))
+    return ModelPlanner(decoder_like(4, tokens=256, slices=2, slice_rows=512, on=on))
 
 
 @pytest.fixture(scope="module", params=["keep-all", "checkpoint-layers", "mebp"])
@@ -45,7 +46,7 @@ def smallest(deep):
 
 @pytest.fixture(scope="module")
 def chain():
-    return Planner(small_chain(12, on=device(resident=MIB, import_peak=MIB)))
+    return ModelPlanner(small_chain(12, on=device(resident=MIB, import_peak=MIB)))
 
 
 def test_costs_add_up_to_the_simulators_figures(ruled):
@@ -127,7 +128,7 @@ def test_where_the_start_sets_the_peak_its_bytes_are_under_its_name():
     """As with a PyTorch whose import alone holds more than the step: what it holds then is no schedule."""
     start = 1 << 30
     on = device(resident=FLOOR, import_peak=start, per_instruction=100)
-    made = Planner(decoder_like(4, tokens=256, slices=2, slice_rows=512, on=on)).plan(start, policy="mebp")
+    made = ModelPlanner(decoder_like(4, tokens=256, slices=2, slice_rows=512, on=on)).plan(start, policy="mebp")
     assert made.peak_bytes == start
     told = account(made).peak
     count = len(made.train.instructions) + len(made.evaluate.instructions)
@@ -300,7 +301,7 @@ def test_what_would_lower_the_smallest_budget(deep, smallest):
 
 def test_below_the_start_of_the_process(chain):
     floor = device(resident=106 * MIB, import_peak=122 * MIB)
-    planner = Planner(small_chain(12, on=floor))
+    planner = ModelPlanner(small_chain(12, on=floor))
     plan = planner.plan(100 * MIB)
     lines = explain(plan, shortfall(plan, planner.smallest_plan()))
     assert "starting Python and PyTorch alone reaches 122.0 MiB" in lines

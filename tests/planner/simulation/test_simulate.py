@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import PAGE, ProgramBuilder, decoder_like, device, profile_of, small_chain
 
-from tightfit.planner.plan import Planner, plan
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import plan
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.runtime.common.errors import InputError
 
@@ -17,7 +18,7 @@ from tightfit.runtime.common.errors import InputError
 def streaming():
     """A plan that reads, spills, fetches and updates."""
     profile = decoder_like(1, tokens=64, hidden=96, ffn=192, slices=2, slice_rows=64)
-    return Planner(profile).smallest_plan()
+    return ModelPlanner(profile).smallest_plan()
 
 
 def first(instructions, verb, nth=0):
@@ -285,7 +286,7 @@ def test_time_by_hand():
 @settings(max_examples=12)
 def test_a_faster_device_is_never_slower(seed, field, factor):
     profile = small_chain(seed, on=device(read=1e6, write=1e6))
-    smallest = Planner(profile).smallest_plan()
+    smallest = ModelPlanner(profile).smallest_plan()
     channel = getattr(smallest.device, field)
     faster = channel.model_copy(update={"bytes_per_second": channel.bytes_per_second * factor})
     better = smallest.model_copy(update={"device": smallest.device.model_copy(update={field: faster})})
@@ -316,7 +317,7 @@ def chain():
         for seed in range(100)
         if all("t" in {v.name for v in p.values} for p in small_chain(seed, layers=4, equal=True).programs)
     )
-    return Planner(summed(small_chain(seed, layers=4, equal=True)))
+    return ModelPlanner(summed(small_chain(seed, layers=4, equal=True)))
 
 
 @pytest.fixture(scope="module")

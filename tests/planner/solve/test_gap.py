@@ -12,7 +12,7 @@ from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import peak_bytes, seconds
 from tightfit.planner.graphs.search import exact
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import EXACT, ROUNDING, ended_by
 from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule.realize import carry_out
@@ -66,7 +66,7 @@ def test_what_ended_a_search(kind, gap, told, expected):
 @pytest.mark.parametrize("seed", [4, 12])
 def test_a_small_model_is_proven_to_rounding_though_moves_have_a_price(seed):
     """With the price of moves in it the bound of its program would be a ten-thousandth too low."""
-    planner = Planner(small_chain(seed, on=device(read=1e12, write=1e12, latency=0.0, per_byte=2e-8)))
+    planner = ModelPlanner(small_chain(seed, on=device(read=1e12, write=1e12, latency=0.0, per_byte=2e-8)))
     made = planner.plan(int(planner.minimum().peak_bytes * 1.2))
     assert made.train.read_bytes
     assert (made.status, made.ended_by) == ("optimal", "proof")
@@ -76,7 +76,7 @@ def test_a_small_model_is_proven_to_rounding_though_moves_have_a_price(seed):
 @pytest.mark.parametrize("gap", [-0.1, 1, float("nan"), True, "1%"])
 def test_a_gap_that_is_none_is_refused(gap):
     profile = small_chain(0)
-    for planner in (Planner(profile), GraphPlanner(graph_profile(layered(8)))):
+    for planner in (ModelPlanner(profile), GraphPlanner(graph_profile(layered(8)))):
         with pytest.raises(
             InputError, match=r"name a share of the step's time from 0 to below 1, such as 0\.001 for 0\.1 %"
         ):
@@ -87,8 +87,8 @@ def test_a_gap_that_is_none_is_refused(gap):
 
 def test_a_model_s_search_ends_at_the_gap_that_is_asked_for():
     profile = decoder_like(2, tokens=64, hidden=96, ffn=192, slices=3, on=device(**REAL))
-    budget = int(Planner(profile).solver.smallest.peak_bytes * 1.3)
-    far, near = Planner(profile).plan(budget, gap=0.3), Planner(profile).plan(budget)
+    budget = int(ModelPlanner(profile).solver.smallest.peak_bytes * 1.3)
+    far, near = ModelPlanner(profile).plan(budget, gap=0.3), ModelPlanner(profile).plan(budget)
     assert far.gap <= 0.3
     assert (far.status, far.ended_by) == ("feasible", "gap")
     assert near.gap <= far.gap
@@ -99,7 +99,7 @@ def test_a_model_s_search_ends_at_the_gap_that_is_asked_for():
 def test_a_search_that_finds_nothing_good_gives_at_least_the_best_rule_in_its_time(monkeypatch, limit):
     """Until its time is over it has found the slowest rule alone, and everything takes twice as long as on an idle machine."""
     profile = decoder_like(4, tokens=256, slices=3, on=device(**REAL))
-    rules = {policy: Planner(profile).plan(1 << 40, policy=policy) for policy in POLICIES}
+    rules = {policy: ModelPlanner(profile).plan(1 << 40, policy=policy) for policy in POLICIES}
     budget = rules["checkpoint-layers"].peak_bytes
     fitting = [made.step_seconds for made in rules.values() if made.peak_bytes <= budget]
     assert min(fitting) < rules["mesp"].step_seconds
@@ -116,7 +116,7 @@ def test_a_search_that_finds_nothing_good_gives_at_least_the_best_rule_in_its_ti
         clock = max(clock, under_way.deadline)
         under_way.timely = False
 
-    planner = Planner(profile)
+    planner = ModelPlanner(profile)
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     monkeypatch.setattr(budget_search, "carry_out", carried)
     monkeypatch.setattr(Solver, "_in_the_class", slow)

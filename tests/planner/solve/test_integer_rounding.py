@@ -14,7 +14,7 @@ from synthetic import MIB, decoder_like, device
 
 from tightfit.planner.formulation.layer_constraints import FIELDS, KIB
 from tightfit.planner.formulation.step_constraints import charged_bytes, instruction_count
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.solve import column_generation
 from tightfit.planner.solve.column_generation import MARGINS, Search
 from tightfit.planner.solve.integer_rounding import BYTES, PEAKS, Rounding, Windows, rounded
@@ -25,7 +25,7 @@ REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
 
 @pytest.fixture(scope="module")
 def decoder():
-    return Planner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
+    return ModelPlanner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
 
 
 def searched(decoder, times):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_plans import CONFIG, decoder_profile
 
 from tightfit.planner.io import load_plan, save_plan
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.gradients import cycle, trained_blocks, two_forwards, without_resting_states
 from tightfit.planner.report.compare import compare
 from tightfit.planner.report.explain import explain
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def planner(tmp_path_factory):
     """float32, so that the references may be compared closely."""
-    return Planner(decoder_profile(tmp_path_factory.mktemp("store"), config=DEEP, rank=RANK, dtype="float32"))
+    return ModelPlanner(decoder_profile(tmp_path_factory.mktemp("store"), config=DEEP, rank=RANK, dtype="float32"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tightfit.planner.formulation.any_schedule_bound import AnySchedule
 from tightfit.planner.formulation.layer_constraints import Block
 from tightfit.planner.formulation.layer_variables import choice_count
 from tightfit.planner.milp.lp import Growing, Linear, Program
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.schedule.arena import arena_of, placed_items
@@ -37,7 +37,7 @@ REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
 
 @pytest.fixture(scope="module")
 def decoder():
-    return Planner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
+    return ModelPlanner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
 
 
 def test_a_curve_costs_less_than_its_budgets_alone(decoder):
@@ -45,7 +45,7 @@ def test_a_curve_costs_less_than_its_budgets_alone(decoder):
     smallest = decoder.plan(1 << 45, policy="mebp").peak_bytes
     largest = decoder.plan(1 << 45, policy="keep-all").peak_bytes
     budgets = [int(1.1 * smallest + step / 11 * (largest - 1.1 * smallest)) for step in range(12)]
-    alone = Planner(decoder.profile)
+    alone = ModelPlanner(decoder.profile)
     alone.plan(budgets[4])
     priced = alone.solver.pool.programs
     assert priced > 5
@@ -62,7 +62,7 @@ def test_a_curve_costs_less_than_its_budgets_alone(decoder):
 def test_what_one_budget_proves_holds_at_every_other(decoder):
     """A bound carried over is never above the master, priced from nothing; between two near budgets it is nearly that."""
     smallest = decoder.plan(1 << 45, policy="mebp").peak_bytes
-    carried = Planner(decoder.profile)
+    carried = ModelPlanner(decoder.profile)
     for share in (1.2, 1.5, 1.8):
         carried.plan(int(share * smallest))
     for share in (1.05, 1.2, 1.35, 1.6, 1.9, 3.0):
@@ -99,7 +99,7 @@ def test_equal_layers_stand_in_the_any_schedule_bound_once(decoder):
 
 def test_what_other_budgets_priced_is_tried_first():
     """Beside a budget that was planned, nothing is priced, and the plan is near its bound all the same."""
-    planner = Planner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
+    planner = ModelPlanner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
     budget = int(planner.plan(1 << 45, policy="mebp").peak_bytes * 1.5)
     planner.plan(budget)
     priced = planner.solver.pool.programs
@@ -107,14 +107,14 @@ def test_what_other_budgets_priced_is_tried_first():
     assert second.deterministic
     assert second.gap <= GOOD
     assert planner.solver.pool.programs == priced
-    alone = Planner(planner.profile)
+    alone = ModelPlanner(planner.profile)
     alone.plan(int(0.99 * budget))
     assert alone.solver.pool.programs > 5
 
 
 def test_what_the_clock_left_behind_guides_no_plan_that_is_called_deterministic(monkeypatch):
     """What other budgets priced is not tried before this one's own prices once the clock has had a hand in it."""
-    planner = Planner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
+    planner = ModelPlanner(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
     budget = int(planner.plan(1 << 45, policy="mebp").peak_bytes * 1.5)
     planner.plan(budget)
     asked = []
@@ -163,7 +163,7 @@ def test_while_the_limit_is_not_kept_no_seconds_are_told(decoder):
 
 def test_nothing_is_built_before_it_is_priced():
     """At a limit too short for any program, a rule's columns are carried out and no program is built."""
-    planner = Planner(decoder_like(6, tokens=256, slices=3, on=device(**REAL)))
+    planner = ModelPlanner(decoder_like(6, tokens=256, slices=3, on=device(**REAL)))
     budget = int(planner.plan(1 << 45, policy="mebp").peak_bytes * 1.2)
     made = planner.plan(budget, time_limit=0.02)
     assert made.peak_bytes <= budget
@@ -354,7 +354,7 @@ def test_what_stands_in_the_way_of_an_evaluation_moves_nothing(crowded):
 
 @pytest.mark.parametrize("share", [1.005, 1.01, 1.02, 1.04])
 def test_no_schedule_is_slower_than_transfers_moved_in_place(share):
-    planner = Planner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
+    planner = ModelPlanner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
     problem = planner.problem
     columns = rule_columns(problem, smallest)
     draft = Part(problem=problem, columns=columns).draft()
@@ -371,7 +371,7 @@ def test_no_schedule_is_slower_than_transfers_moved_in_place(share):
 def test_where_a_rule_fits_no_limit_says_that_nothing_does(decoder, policy):
     """At the very byte that a rule needs, within a limit that ends every search at once."""
     least = decoder.solver.smallest if policy == "smallest" else decoder.minimum(policy=policy)
-    made = Planner(decoder.profile).plan(least.peak_bytes, time_limit=0.01)
+    made = ModelPlanner(decoder.profile).plan(least.peak_bytes, time_limit=0.01)
     assert made.status != "infeasible"
     assert made.peak_bytes <= least.peak_bytes
     assert made.gap == pytest.approx(1 - made.bound_seconds / made.step_seconds)
@@ -382,7 +382,7 @@ def test_where_a_rule_fits_no_limit_says_that_nothing_does(decoder, policy):
 def test_near_the_smallest_budget_transfers_find_room(share):
     """Columns that leave some free are priced where a plan of the others waits for the disk for longer than is looked at."""
     profile = decoder_profile(16)
-    planner = Planner(profile)
-    made = Planner(profile).plan(int(share * planner.minimum_bytes(time_limit=100)), time_limit=60)
+    planner = ModelPlanner(profile)
+    made = ModelPlanner(profile).plan(int(share * planner.minimum_bytes(time_limit=100)), time_limit=60)
     assert made.gap < 0.005
     assert made.train.stall_seconds < GOOD * made.step_seconds

@@ -16,7 +16,7 @@ from synthetic import MIB, decoder_like, deep, device, small_chain
 
 from tightfit.planner.milp import lp
 from tightfit.planner.milp.lp import Growing, Linear, Program, Solution
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.report.compare import compare
@@ -40,13 +40,13 @@ TIGHT = 5734400
 @pytest.fixture(scope="module")
 def chain():
     """(planner of a small chain, budget between its smallest and what keeps everything)"""
-    planner = Planner(small_chain(12, layers=3))
+    planner = ModelPlanner(small_chain(12, layers=3))
     return planner, int(planner.minimum().peak_bytes * 1.2)
 
 
 @pytest.fixture(scope="module")
 def decoder():
-    return Planner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
+    return ModelPlanner(decoder_like(4, tokens=256, slices=3, on=device(**REAL)))
 
 
 def attempt_of(planner, budget, **changes):
@@ -65,7 +65,7 @@ def of_rule(planner, policy="mebp"):
 
 
 def test_a_budget_below_what_is_fixed_has_no_bound_and_no_columns():
-    planner = Planner(small_chain(1, on=device(**REAL)))
+    planner = ModelPlanner(small_chain(1, on=device(**REAL)))
     assert planner.solver.room(1) < 0
     assert planner.bound(1) is None
     search = Search(relaxation=planner.solver.relaxed, limit_bytes=-1, deadline=math.inf)
@@ -340,7 +340,7 @@ def test_what_segments_find_does_not_stand_for_the_class(monkeypatch):
         raise TimeoutError
 
     monkeypatch.setattr(Solver, "_in_the_class", late)
-    made = Planner(deep(4)).plan(TIGHT, time_limit=20)
+    made = ModelPlanner(deep(4)).plan(TIGHT, time_limit=20)
     assert asked
     # What is best is no greedy choice, so nothing stands in for it.
     assert rerun_layers(made)
@@ -356,14 +356,14 @@ def test_an_interruption_among_segments_keeps_what_they_found(monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Solver, "_in_the_class", late)
-    made = Planner(deep(4)).plan(TIGHT, time_limit=20, progress=interrupt)
+    made = ModelPlanner(deep(4)).plan(TIGHT, time_limit=20, progress=interrupt)
     assert rerun_layers(made)
     assert not made.deterministic
 
 
 def test_the_bound_of_the_class_ends_no_search_for_segments():
     """A plan at the bound of its class may still be slower than a rule under which layers go forward twice."""
-    planner = Planner(deep(9))
+    planner = ModelPlanner(deep(9))
     best = replace(of_rule(planner, "keep-all"), seconds=10.0)
     for any_bound, twice in ((0.0, True), (10.0, False)):
         attempt = attempt_of(planner, 1 << 40, bound=10.0, found=[best])
@@ -383,7 +383,7 @@ def test_a_plan_is_held_against_the_highest_bound_that_holds_for_it(chain):
 def test_fixed_rules_are_held_against_the_bound_of_their_class(monkeypatch):
     """Though the solver's own plan, under which layers go forward twice, is held against one for any schedule."""
     profile = deep(4)
-    planner = Planner(profile)
+    planner = ModelPlanner(profile)
     budget = planner.plan(1 << 40, policy="mebp").peak_bytes
     told = planner.plan(budget, time_limit=600)
     assert told.deterministic

@@ -11,7 +11,7 @@ from tightfit.planner.formulation.any_schedule_bound import AnySchedule
 from tightfit.planner.formulation.layer_constraints import KIB
 from tightfit.planner.formulation.step_constraints import add_rows
 from tightfit.planner.milp.lp import Linear, Program
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.report.explain import explain
@@ -101,7 +101,7 @@ def test_a_second_pass_makes_nothing_for_nobody():
 def test_any_chain_under_any_segments_passes_the_simulator(seed):
     """Every rule's columns under every segmentation of a chain of random layers."""
     profile = small_chain(seed, layers=5)
-    planner = Planner(profile)
+    planner = ModelPlanner(profile)
     problem = planner.problem
     most = repeatable(problem)
     assert most == ((0, 3),)
@@ -121,7 +121,7 @@ def test_a_useless_disk_makes_segments_pay():
     """Inputs that cannot be moved in time are made again: faster than every plan that keeps or moves them. Every search comes to its own
     end, in some 20 s of an idle processor.
     """
-    planner = Planner(deep())
+    planner = ModelPlanner(deep())
     assert worthwhile(planner.problem)
     assert not worthwhile(layered(deep(on=device())))
     streamed = planner.minimum(policy="mebp")
@@ -148,7 +148,7 @@ def test_a_useless_disk_makes_segments_pay():
 
 
 def test_sqrt_holds_less_than_keep_all_and_runs_less_than_twice():
-    planner = Planner(deep(9, on=device()))
+    planner = ModelPlanner(deep(9, on=device()))
     plain, sqrt = (planner.plan(1 << 40, policy=policy) for policy in ("keep-all", "checkpoint-sqrt"))
     assert sqrt.peak_bytes < plain.peak_bytes
     forward = sum(step.seconds for step in planner.problem.graph.steps if step.phase == "forward")

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from synthetic import device, small_chain
 
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.html import comparison_page
 from tightfit.planner.report.summary import plan_summary, profile_summary
@@ -139,7 +139,7 @@ def test_what_is_not_possible_is_measured_again_and_marked_where_it_stays_so(cha
     # The profile and each of its plans say it first, in one line.
     on = device()
     on = on.model_copy(update={"read": read})
-    planner = Planner(small_chain(1, on=on))
+    planner = ModelPlanner(small_chain(1, on=on))
     assert profile_summary(planner.profile)["marks"] == [read.doubt]
     made = planner.plan(1 << 40)
     assert explain(made)[0] == f"caution: {read.doubt}"

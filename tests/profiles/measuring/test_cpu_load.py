@@ -13,7 +13,7 @@ import pytest
 from damage import CONFIG
 from rich.console import Console
 
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.summary import plan_summary, profile_summary
 from tightfit.profiles import api
@@ -98,7 +98,7 @@ def test_a_profile_of_a_busy_moment_is_measured_again_in_an_idle_one(tmp_path, m
     again = profile(str(there), seq=16, threads=1)
     assert (again.device, again.model.source, len(calls)) == (first.device, str(there), 1)
     assert "other programs took 2.0 cores" in told(again)
-    busy_ = Planner(again).plan(1 << 40)
+    busy_ = ModelPlanner(again).plan(1 << 40)
     # Of the plan too it is the first line.
     assert explain(busy_)[0].startswith("caution: other programs took 2.0 cores")
     assert plan_summary(busy_)["marks"] == profile_summary(again)["marks"] != []
@@ -108,7 +108,7 @@ def test_a_profile_of_a_busy_moment_is_measured_again_in_an_idle_one(tmp_path, m
     assert (calm.device.busy_cores, len(calls)) == (0.0, 2)
     assert load_profile(cached) == calm
     assert "other programs" not in told(calm)
-    assert "caution" not in explain(Planner(calm).plan(1 << 40))[0]
+    assert "caution" not in explain(ModelPlanner(calm).plan(1 << 40))[0]
     # One of an idle moment is returned as it is, and one that came out worse is not kept.
     assert profile(str(there), seq=16, threads=1) == calm
     assert len(calls) == 2

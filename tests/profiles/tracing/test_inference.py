@@ -13,7 +13,7 @@ from traced import interpret, random_batch, random_weights, trace_decoder
 
 from tightfit.planner.formulation.layer_constraints import FIELDS, Block
 from tightfit.planner.milp.lp import Linear, Program
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.gradients import two_forwards
 from tightfit.planner.problem.layer_types import Mode
@@ -102,7 +102,7 @@ def test_mezo_is_planned_with_half_the_heads_time(profile):
     on = find_device("zen4-2core").model_copy(update={"bytes_per_second": 1e18, "call_seconds": 0.0})
     estimated = estimate_profile(profile, on)
     layer = profile.layers[-1].name
-    mezo, exact = (Planner(estimated).plan(UNLIMITED, policy=policy) for policy in ("mezo", "keep-all"))
+    mezo, exact = (ModelPlanner(estimated).plan(UNLIMITED, policy=policy) for policy in ("mezo", "keep-all"))
     full, forwards = (
         sum(
             operator.seconds
@@ -128,7 +128,7 @@ def test_results_do_not_depend_on_it(policy, profile, records, tmp_path):
     for number, made in enumerate((profile, without_inference(profile))):
         directory = tmp_path / str(number)
         directory.mkdir()
-        training = make_training(Planner(made).plan(UNLIMITED, policy=policy), records, directory, lr=1e-3)
+        training = make_training(ModelPlanner(made).plan(UNLIMITED, policy=policy), records, directory, lr=1e-3)
         training.initialise()
         losses = [training.step(step) for step in (1, 2, 3)]
         found = training.evaluate(records, lambda done, total: None)
@@ -141,10 +141,10 @@ def test_results_do_not_depend_on_it(policy, profile, records, tmp_path):
 
 
 def test_an_evaluation_runs_no_forward_that_a_backward_would_follow(profile):
-    plan = Planner(profile).plan(UNLIMITED, policy="keep-all")
+    plan = ModelPlanner(profile).plan(UNLIMITED, policy="keep-all")
     assert {o.phase for layer in plan.layers for o in ran(plan.train, plan, layer.name)} == {"forward", "backward"}
     assert {o.phase for o in ran(plan.evaluate, plan, plan.layers[-1].name)} == {"inference"}
-    before = Planner(without_inference(profile)).plan(UNLIMITED, policy="keep-all")
+    before = ModelPlanner(without_inference(profile)).plan(UNLIMITED, policy="keep-all")
     wrong = plan.model_copy(update={"evaluate": before.evaluate})
     with pytest.raises(InvalidSchedule, match=r"operator-order"):
         simulate(wrong)
@@ -166,7 +166,7 @@ def test_mezo_counts_neither_kernels_nor_workspace_of_a_backward(profile):
         for program in profile.programs
     ]
     device = profile.device.model_copy(update={"floor": floor})
-    planner = Planner(profile.model_copy(update={"device": device, "programs": programs}))
+    planner = ModelPlanner(profile.model_copy(update={"device": device, "programs": programs}))
     mezo, mebp = (planner.plan(UNLIMITED, policy=policy) for policy in ("mezo", "mebp"))
     assert (mezo.floor_bytes, mebp.floor_bytes) == (110 * MIB, 130 * MIB)
     assert (mezo.workspace_bytes, mebp.workspace_bytes) == (3 * MIB, 7 * MIB)

@@ -43,7 +43,7 @@ def planned(monkeypatch):
     import tightfit.profiles.api
 
     def answer(plan, smallest=None):
-        class Planner:
+        class ModelPlanner:
             interrupted = False
 
             def __init__(self, profile):
@@ -60,7 +60,7 @@ def planned(monkeypatch):
                 return plan.bound_seconds - (budget - plan.budget_bytes) / MIB / 1000
 
         monkeypatch.setattr(tightfit.profiles.api, "load_profile", lambda path: None)
-        monkeypatch.setattr(tightfit.planner.plan, "planner_of", Planner)
+        monkeypatch.setattr(tightfit.planner.plan, "planner_of", ModelPlanner)
 
     return answer
 

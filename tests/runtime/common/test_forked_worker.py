@@ -18,7 +18,7 @@ from killing import ended
 from synthetic import small_chain
 
 import tightfit.planner.report.compare
-from tightfit.planner.plan import Planner
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.report.compare import compare
 from tightfit.runtime.common.forked_worker import Beside, can_be_copied
 
@@ -223,7 +223,7 @@ def profile():
 @pytest.fixture(scope="module")
 def budgets(profile):
     """Smallest first; what is planned beside are the first two."""
-    smallest = Planner(profile).minimum_bytes()
+    smallest = ModelPlanner(profile).minimum_bytes()
     return [int(smallest * (1 + 0.04 * step)) for step in range(7)]
 
 
@@ -301,14 +301,14 @@ def test_a_comparison_without_another_process(profile, budgets, compared, monkey
 
 
 def test_an_error_of_the_other_process_is_raised_here(profile, budgets, monkeypatch):
-    original = Planner.plan
+    original = ModelPlanner.plan
 
     def plan(self, budget, **options):
         if budget == budgets[1]:
             raise ValueError("for the test")
         return original(self, budget, **options)
 
-    monkeypatch.setattr(Planner, "plan", plan)
+    monkeypatch.setattr(ModelPlanner, "plan", plan)
     with pytest.raises(ValueError, match="for the test"):
         compare(profile, budgets, ["solver"])
 
@@ -406,7 +406,7 @@ def test_ctrl_c_while_plans_are_put_in_order_costs_none(profile, budgets, monkey
 
 def test_ctrl_c_in_the_last_plan_here_does_not_wait_for_the_other_process(profile, budgets, monkeypatch):
     """The planner makes its best plan of it; the display raises it again."""
-    seen, plan = [], Planner.plan
+    seen, plan = [], ModelPlanner.plan
 
     def interrupted(self, budget, **options):
         if budget in budgets[:2]:
@@ -419,7 +419,7 @@ def test_ctrl_c_in_the_last_plan_here_does_not_wait_for_the_other_process(profil
         if seen:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Planner, "plan", interrupted)
+    monkeypatch.setattr(ModelPlanner, "plan", interrupted)
     monkeypatch.setattr(tightfit.planner.report.compare, "our_cores", lambda: 2)
     result = compare(profile, budgets, ["solver"], progress=interrupt)
     assert [plan.budget_bytes for plan in result.plans] == budgets[2:]

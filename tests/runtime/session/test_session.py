@@ -29,7 +29,8 @@ from tiny_plans import decoder_profile, naive_plan
 from torch import Tensor
 
 from examples import own_module
-from tightfit.planner.plan import Planner, plan
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import plan
 from tightfit.planner.schema import Plan
 from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile
@@ -53,13 +54,13 @@ def decoder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Profile:
 
 @pytest.fixture(scope="module")
 def smallest(decoder: Profile) -> Plan:
-    return plan(decoder, Planner(decoder).minimum().peak_bytes)
+    return plan(decoder, ModelPlanner(decoder).minimum().peak_bytes)
 
 
 @pytest.fixture(scope="module")
 def module(cache: Path) -> Plan:
     made = profile("examples.own_module:cnn")
-    return plan(made, Planner(made).minimum().peak_bytes + MIB)
+    return plan(made, ModelPlanner(made).minimum().peak_bytes + MIB)
 
 
 @pytest.fixture(scope="module")
