@@ -99,12 +99,12 @@ def estimate_program(program: Program, on: DeviceDescription, *, keep_workspace:
 
 
 def _with_scratch(program: Program, on: DeviceDescription) -> Program:
-    """`program` with the scratch of the loss head and of attention as a trace on the device plans it (`tightfit.runtime.engine.kernels.operators`,
-    `tightfit.runtime.engine.kernels.attention`).
+    """`program` with the scratch of the loss head and of attention as a trace on the device plans it (`tightfit.runtime.engine.cpu.operators`,
+    `tightfit.runtime.engine.cpu.attention`).
 
     A card attends in the tensors' own type: its scratch is one number.
     """
-    from tightfit.runtime.engine.kernels.attention import attention_scratch
+    from tightfit.runtime.engine.cpu.attention import attention_scratch
 
     values = {value.name: value for value in program.values}
     operators = []
@@ -163,12 +163,12 @@ def operator_seconds(operator: Operator, values: Mapping[str, Value], on: Device
 def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     """Transient heap bytes of an operator on a CPU, from its shapes.
 
-    Our operators walk blocks of fixed size (`tightfit.runtime.engine.kernels.operators`), convolutions lay their windows out, matrix products
+    Our operators walk blocks of fixed size (`tightfit.runtime.engine.cpu.operators`), convolutions lay their windows out, matrix products
     pack a panel. The largest operators are 0 to 70 % above what was measured for Qwen2.5-0.5B (1 × 256 and 1 × 1024 tokens),
     Qwen2.5-3B and SmolLM2-135M (16 × 64); a residual CNN's largest 2 to 50 %. Attention's backward took 0.35 to 2.0 MiB there.
     """
-    from tightfit.runtime.engine.kernels.attention import TURNED_ELEMENTS, attention_scratch
-    from tightfit.runtime.engine.kernels.operators import BLOCK_ELEMENTS, HEAD_ROWS, STATE_COLUMNS
+    from tightfit.runtime.engine.cpu.attention import TURNED_ELEMENTS, attention_scratch
+    from tightfit.runtime.engine.cpu.operators import BLOCK_ELEMENTS, HEAD_ROWS, STATE_COLUMNS
 
     target, touched = operator.target, _touched(operator, values)
     if target in FLOAT32_INSIDE:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tightfit.runtime.engine.cpu.pages import HUGE_BYTES, make_pages
+from tightfit.runtime.engine.cpu.products import multiply
 from tightfit.runtime.engine.device.channels import Channel
-from tightfit.runtime.engine.device.pages import HUGE_BYTES, make_pages
 from tightfit.runtime.engine.device.spill import SpillFile
-from tightfit.runtime.engine.kernels.products import multiply
 
 SIZES = (64 << 10, 2 << 20)
 SCRATCH_BYTES = 64 << 20

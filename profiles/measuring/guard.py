@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.engine.cpu.cpu import KERNELS
+from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.kernels.compiled import CompiledOperator, compile_operator
-from tightfit.runtime.engine.kernels.operators import OPERATORS
 
 GUARD_BYTES = 4096
 PATTERN = 0xA5
@@ -44,17 +45,17 @@ class Guard:
         """
         outputs = [None if name is None else tensors[name] for name in operator["outputs"]]
         key = _key(operator, values)
-        direct = compile_operator(operator, values)
+        direct = compile_operator(operator, values, KERNELS)
         own = operator["target"] in OPERATORS
         if key in self._known or direct.partial:
             copied = self._known.get(key, False)
-            compile_operator({**operator, "copied": copied}, values).run(tensors, outputs, store)
+            compile_operator({**operator, "copied": copied}, values, KERNELS).run(tensors, outputs, store)
             return copied
         if own:
             direct.run(tensors, outputs, store)
         else:
             torch.manual_seed(0)
-            compile_operator({**operator, "copied": True}, values).run(tensors, outputs, store)
+            compile_operator({**operator, "copied": True}, values, KERNELS).run(tensors, outputs, store)
         faithful = _faithful(direct, tensors, outputs, store, compare=not own)
         if own and not faithful:
             raise RunError(f"{operator['target']} writes beside its outputs; please report it, with the model's shapes")

@@ -54,21 +54,22 @@ def main() -> int:
     channel = prepare()
     backward = INFERENCE not in sys.argv
     warm(channel, SIZE, backward=backward)  # the state in which the floor is measured
-    from tightfit.runtime.engine.device.arena import Arena
+    from tightfit.runtime.engine.cpu.cpu import Cpu
+    from tightfit.runtime.engine.device.meter import Meter
     from tightfit.runtime.engine.training.executor import BoundOperator, bind
     from tightfit.runtime.engine.training.operator_warmup import rehearse
 
     before = _resident()
     programs = json.load(sys.stdin)
-    arena = Arena(max(map(_bytes, programs), default=0))
+    device = Cpu(max(map(_bytes, programs), default=0), Meter(sys.maxsize))
     kept: list[BoundOperator] = []
     while programs:
-        kept.extend(bind(programs.pop(), arena, None))
-    rehearse(kept, arena)
+        kept.extend(bind(programs.pop(), device, None))
+    rehearse(kept, device)
     settle()
     # What a step needs is mapped again, and what only making kernels needed is not.
     warm(channel, SIZE, backward=backward)
-    rehearse(kept, arena)
+    rehearse(kept, device)
     sys.stdout.write(json.dumps({"bytes": _resident() - before}) + "\n")
     return 0
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tightfit.runtime.engine.cpu.cpu import KERNELS
 from tightfit.runtime.engine.kernels.compiled import compile_operator
 
 
@@ -54,7 +55,7 @@ def run_step(
                 )
                 tensors[bound(layer, name)] = made
             outputs.append(made)
-        compile_operator(operator, own).run({n: tensors[bound(layer, n)] for n in operator["inputs"]}, outputs)
+        compile_operator(operator, own, KERNELS).run({n: tensors[bound(layer, n)] for n in operator["inputs"]}, outputs)
         for name in ending.get(index, ()):
             del tensors[name]
     return {name: tensors[name] for name in wanted if name in tensors}

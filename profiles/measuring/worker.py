@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> int:
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     from tightfit.profiles.measuring.bandwidth import measure_channels
     from tightfit.profiles.measuring.guard import Guard
-    from tightfit.runtime.engine.kernels.operators import OPERATORS
+    from tightfit.runtime.engine.cpu.operators import OPERATORS
 
     others = Others()
     programs = request["programs"]
@@ -256,13 +256,14 @@ def measure_program(program: dict[str, Any], scratch: Path, contents: str = "nor
 
 
 def _measure_program(program: dict[str, Any], tensors: dict[str, Any], store: Any) -> list[list[float]]:
+    from tightfit.runtime.engine.cpu.cpu import KERNELS
     from tightfit.runtime.engine.kernels.compiled import compile_operator
 
     values = {value["name"]: value for value in program["values"]}
     calls: list[Callable[[], None]] = []
     for operator in program["operators"]:
         outputs = [None if name is None else tensors[name] for name in operator["outputs"]]
-        calls.append(partial(compile_operator(operator, values).run, tensors, outputs, store))
+        calls.append(partial(compile_operator(operator, values, KERNELS).run, tensors, outputs, store))
     times: list[list[float]] = [[] for _ in calls]
     started = time.perf_counter()
     for turn in range(ROUNDS[1]):

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from tightfit.profiles.schema import Operand, Operator, Program, TensorKind, Value
 from tightfit.profiles.tracing.inference import renamed
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.kernels.operators import STATE_COLUMNS
+from tightfit.runtime.engine.cpu.operators import STATE_COLUMNS
 
 aten = torch.ops.aten
 

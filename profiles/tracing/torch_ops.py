@@ -1,6 +1,6 @@
 """Make the fused operators known to torch, with shapes for fake tensors and with their backward, for tracing.
 
-Only the tracing process imports this; the runtime calls `tightfit.runtime.engine.kernels.operators` directly.
+Only the tracing process imports this; the runtime calls `tightfit.runtime.engine.cpu.operators` directly.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from tightfit.runtime.common.processor import NARROW
-from tightfit.runtime.engine.kernels.attention import attention_scratch
-from tightfit.runtime.engine.kernels.operators import OPERATORS, STATE_COLUMNS, head_scratch
+from tightfit.runtime.engine.cpu.attention import attention_scratch
+from tightfit.runtime.engine.cpu.operators import OPERATORS, STATE_COLUMNS, head_scratch
 
 _library = torch.library.Library("tightfit", "DEF")
 

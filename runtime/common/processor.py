@@ -36,4 +36,4 @@ def _told(key: str) -> list[str]:
 NARROW = not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(features())
 """whether this processor multiplies bfloat16 (x86, x86, ARM, ARM)"""
 BFLOAT16_PRODUCTS = "bfloat16" if NARROW else "float32"
-"""what tensors of bfloat16 are multiplied in here (`tightfit.runtime.engine.kernels.products`); results differ with it"""
+"""what tensors of bfloat16 are multiplied in here (`tightfit.runtime.engine.cpu.products`); results differ with it"""

@@ -302,6 +302,7 @@ def _header(
         "budget_bytes": plan["budget_bytes"],
         # What is left of it for this process.
         "cap_bytes": plan["budget_bytes"] - plan["device"]["floor"]["supervisor_bytes"],
+        "device": plan["device"]["kind"],
         "arena_bytes": plan["arena_bytes"],
         "hole": hole(plan, numbers, sizes),
         "spill_bytes": spill_bytes,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tightfit.profiles.schema import Layer, Operator, Program, Value
-from tightfit.runtime.engine.kernels.operators import OPERATORS
+from tightfit.runtime.engine.cpu.operators import OPERATORS
 
 
 def run_step(layers: list[Layer], programs: Mapping[str, Program], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

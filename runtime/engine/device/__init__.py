@@ -1,4 +1,4 @@
-"""The memory that a plan is about: one arena, the channel to the disk, the file of offloaded tensors, the meter.
+"""What the engine asks of a device (`Device`), and what stands between it and the disk: channel, spill file, meter.
 
-May import: `runtime.common`.
+The devices themselves have rooms of their own, `engine.cpu` today. May import: `runtime.common`.
 """

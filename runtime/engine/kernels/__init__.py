@@ -1,4 +1,4 @@
-"""Operators as the engine executes them: fused ones of decoders, products, attention, optimizers, and programs compiled into calls.
+"""Programs compiled into calls, and optimizers: what a step computes, on whatever device.
 
 May import: `runtime.common`, `engine.device`.
 """

@@ -1,7 +1,7 @@
 """Operators of a program, compiled once into calls with slots for their tensors.
 
 A tensor argument is a strided window on a storage. An aten operator writes straight into its output's storage where it
-has an out variant with a CPU kernel of its own which writes there alone (the profile says where `tightfit.profiles.measuring.guard` found that
+has an out variant with a kernel of the device's own which writes there alone (the profile says where `tightfit.profiles.measuring.guard` found that
 it does not); otherwise its result is copied there, and the transient copy counts as workspace (the profile times and
 measures operators through this very module).
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tightfit.runtime.engine.kernels.operators import OPERATORS
+from tightfit.runtime.engine.device.device import Kernels
 
 COPIES = ("aten::clone", "aten::_to_copy")  # the output's dtype and strides say all that their options say
 Outputs = list[Tensor | None]
@@ -25,7 +25,7 @@ class CompiledOperator:
 
     __slots__ = ("args", "call", "gathers", "kwargs", "name", "outputs", "partial", "slots")
 
-    def __init__(self, operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], kernels: Kernels) -> None:
         self.name: str = operator["target"]
         self.args: list[Any] = []
         self.kwargs: dict[str, Any] = {}
@@ -45,7 +45,7 @@ class CompiledOperator:
         ]
         self.partial = False
         """Whether `call` takes None for an output that nobody needs."""
-        self.call = self._resolve(copied=bool(operator.get("copied")))
+        self.call = self._resolve(kernels, copied=bool(operator.get("copied")))
 
     def __repr__(self) -> str:
         return f"CompiledOperator({self.name}, {len(self.slots)} tensors)"
@@ -82,10 +82,10 @@ class CompiledOperator:
         else:
             container[key] = argument
 
-    def _resolve(self, *, copied: bool) -> Callable[[Outputs], None]:
+    def _resolve(self, kernels: Kernels, *, copied: bool) -> Callable[[Outputs], None]:
         args, kwargs = self.args, self.kwargs
-        if self.name in OPERATORS:
-            fused = OPERATORS[self.name]
+        if self.name in kernels.fused:
+            fused = kernels.fused[self.name]
             return lambda outputs: fused(*args, out=outputs, **kwargs)
         namespace, operator, overload = self.name.split(".")
         qualified, overload = f"{namespace}::{operator}", "" if overload == "default" else overload
@@ -95,7 +95,7 @@ class CompiledOperator:
                 outputs[0].copy_(args[0])  # type: ignore[union-attr]
 
             return call_copy
-        out = None if copied or None in self.outputs else _out_variant(qualified, overload, kwargs)
+        out = None if copied or None in self.outputs else _out_variant(qualified, overload, kernels.dispatch_key)
         if out is not None:
             native, names = out
             if len(names) == 1:
@@ -124,9 +124,11 @@ class CompiledOperator:
         return call_and_copy
 
 
-def compile_operator(operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> CompiledOperator:
+def compile_operator(
+    operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], kernels: Kernels
+) -> CompiledOperator:
     """Compile an operator of a profile (`tightfit.profiles.schema.Operator` as a dict); `values` are its program's, by name."""
-    return CompiledOperator(operator, values)
+    return CompiledOperator(operator, values, kernels)
 
 
 def _native(qualified: str, overload: str) -> Callable[..., Any]:
@@ -138,10 +140,8 @@ def _native(qualified: str, overload: str) -> Callable[..., Any]:
     return found[0]
 
 
-def _out_variant(
-    qualified: str, overload: str, kwargs: Mapping[str, Any]
-) -> tuple[Callable[..., Any], tuple[str, ...]] | None:
-    """The out variant with the same arguments and a CPU kernel, and the names of its outputs."""
+def _out_variant(qualified: str, overload: str, dispatch_key: str) -> tuple[Callable[..., Any], tuple[str, ...]] | None:
+    """The out variant with the same arguments and a kernel of the device's own, and the names of its outputs."""
     schemas = torch._C._jit_get_schemas_for_operator(qualified)
     own = next((s for s in schemas if s.overload_name == overload), None)
     if own is None:
@@ -156,7 +156,7 @@ def _out_variant(
         if (
             len(results) == len(own.returns)
             and plain == wanted
-            and torch._C._dispatch_has_kernel_for_dispatch_key(full, "CPU")
+            and torch._C._dispatch_has_kernel_for_dispatch_key(full, dispatch_key)
         ):
             return _native(qualified, schema.overload_name), tuple(results)
     return None

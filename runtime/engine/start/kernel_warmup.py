@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tightfit.runtime.engine.cpu.attention import attention_scratch
+from tightfit.runtime.engine.cpu.cpu import KERNELS
+from tightfit.runtime.engine.cpu.operators import OPERATORS
+from tightfit.runtime.engine.cpu.products import narrow
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.device.spill import SpillFile
-from tightfit.runtime.engine.kernels.attention import attention_scratch
 from tightfit.runtime.engine.kernels.compiled import compile_operator
-from tightfit.runtime.engine.kernels.operators import OPERATORS
 from tightfit.runtime.engine.kernels.optimizer import AdamW, MeZO, Perturbation, Update
-from tightfit.runtime.engine.kernels.products import narrow
 from tightfit.runtime.engine.start import lean_torch, page_out
 from tightfit.runtime.engine.start.process import narrow_file_mappings, release_file_pages, trim_heap
 from tightfit.runtime.engine.weights.store import Entry, unpack
@@ -71,7 +72,7 @@ def warm(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES, *,
             _backward(size, dtype)
     window = {"operand": {"value": "x", "size": [size, size], "stride": [size, 1]}}
     operator = {"target": "aten.mm.default", "args": [window, window], "outputs": ["x"]}
-    compile_operator(operator, {"x": {}}).run({"x": torch.zeros(size, size)}, [torch.empty(size, size)])
+    compile_operator(operator, {"x": {}}, KERNELS).run({"x": torch.zeros(size, size)}, [torch.empty(size, size)])
     if backward:
         update = Update(AdamW(), accumulate=2)
         for step in (1, 2):

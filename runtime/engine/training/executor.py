@@ -1,4 +1,4 @@
-"""Carries out a schedule over the arena, from top to bottom: nothing is decided here.
+"""Carries out a schedule over a device's arena, from top to bottom: nothing is decided here.
 
 Numbers do not depend on the plan: an operator sees the same shapes, strides and 64-byte alignment wherever its tensors
 lie, and transfers change no bits.
@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tightfit.runtime.engine.device.arena import Arena
 from tightfit.runtime.engine.device.channels import Channel
-from tightfit.runtime.engine.device.meter import Meter
+from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.kernels.compiled import CompiledOperator, compile_operator
 from tightfit.runtime.engine.kernels.optimizer import Perturbation, Update
@@ -52,15 +51,15 @@ class BoundOperator:
         operator: dict[str, Any],
         values: dict[str, dict[str, Any]],
         local: dict[str, int],
-        arena: Arena,
+        device: Device,
         store: Store | None,
     ) -> None:
-        compiled = compile_operator(operator, values)
+        compiled = compile_operator(operator, values, device.kernels)
         self.call = compiled.call
         self.name = compiled.name
         self.reads = []
         for container, key, operand in compiled.slots:
-            window, shift = arena.window(values[operand["value"]]["dtype"])
+            window, shift = device.window(values[operand["value"]]["dtype"])
             where = (
                 local[operand["value"]],
                 window,
@@ -78,7 +77,7 @@ class BoundOperator:
         for name in operator["outputs"]:
             if name is not None:
                 value = values[name]
-                window, shift = arena.window(value["dtype"])
+                window, shift = device.window(value["dtype"])
                 self.writes.append(
                     (
                         local[name],
@@ -96,11 +95,11 @@ class BoundOperator:
             compiled.kwargs["store"] = store
 
 
-def bind(program: dict[str, Any], arena: Arena, store: Store | None) -> list[BoundOperator]:
+def bind(program: dict[str, Any], device: Device, store: Store | None) -> list[BoundOperator]:
     """The operators of a program as the job holds it."""
     values = program_values(program)
     local = {name: index for index, name in enumerate(values)}
-    return [BoundOperator(operator, values, local, arena, store) for operator in program["operators"]]
+    return [BoundOperator(operator, values, local, device, store) for operator in program["operators"]]
 
 
 class Executor:
@@ -109,24 +108,16 @@ class Executor:
     def __init__(
         self,
         job: Job,
-        arena: Arena,
+        device: Device,
         store: Store | None,
         spill: SpillFile,
         channel: Channel,
         update: Update | Perturbation,
-        meter: Meter,
         weights: Sequence[Weight],
         trainables: Sequence[Trainable],
     ) -> None:
         header = job.header
-        self.arena, self.store, self.spill, self.channel, self.update, self.meter = (
-            arena,
-            store,
-            spill,
-            channel,
-            update,
-            meter,
-        )
+        self.device, self.store, self.spill, self.channel, self.update = device, store, spill, channel, update
         self.sizes, self.extents = job.sizes, job.extents
         self.where = job.where
         """Byte offset of every tensor in the arena, while it is there."""
@@ -134,7 +125,7 @@ class Executor:
         self.tables = [job.tables[start:end] for start, end in zip(job.starts, ends)]
         del job.tables[:]
         # Bound, they are of no more use and as large as what is bound.
-        self.programs = [bind(program, arena, store) for program in header.pop("programs")]
+        self.programs = [bind(program, device, store) for program in header.pop("programs")]
         self.layers = [self.programs[index] for index in header["layer_programs"]]
         self.gathered = dict(header["gathered"])
         self.weights, self.trainables = weights, trainables
@@ -163,7 +154,7 @@ class Executor:
         """
         where, sizes, arriving, leaving = self.where, self.sizes, self.arriving, self.leaving
         spent = [0.0] * len(CODES)
-        clock, check = time.perf_counter, self.meter.check
+        device, clock, check = self.device, time.perf_counter, self.device.meter.check
         self.seconds["stall"] = 0.0
         self.forwards.clear()
         place, index, length = begin, 0, len(words) if end is None else end
@@ -212,8 +203,8 @@ class Executor:
                 weight = self.weights[words[place + 1]]
                 number, at = words[place + 2], words[place + 3] * UNIT
                 where[number] = at
-                packed = self.arena.raw(at, weight.packed_bytes)
-                arriving[number] = self.channel.submit(self.store.read_into, weight.name, packed)  # type: ignore[union-attr]
+                host = device.host(at, (weight.packed_bytes,), "uint8")
+                arriving[number] = self.channel.submit(self._read, weight.name, at, host)
                 place += 4
             elif code == UNPACK:
                 weight = self.weights[words[place + 1]]
@@ -221,8 +212,8 @@ class Executor:
                 if source in arriving:
                     self._arrive(source)
                 where[number] = at
-                packed = self.arena.raw(where[source], weight.packed_bytes)
-                made = self.arena.tensor(at, weight.shape, weight.dtype)
+                packed = device.raw(where[source], weight.packed_bytes)
+                made = device.tensor(at, weight.shape, weight.dtype)
                 self._call("unpack", self.store.unpack, weight.name, packed, made)  # type: ignore[union-attr]
                 place += 5
             elif code == UPDATE:
@@ -230,7 +221,7 @@ class Executor:
                 place += 4
             elif code == PERTURB:
                 trainable = self.trainables[words[place + 1]]
-                parameter = self.arena.tensor(where[trainable.value.number], trainable.shape, "float32")
+                parameter = device.tensor(where[trainable.value.number], trainable.shape, "float32")
                 assert isinstance(self.update, Perturbation)
                 self._call("perturb", self.update.shift, trainable.name, parameter, words[place + 2])
                 place += 3
@@ -239,24 +230,23 @@ class Executor:
                 place += 3
             elif code == SPILL:
                 number = words[place + 1]
-                leaving[number] = self.channel.submit(
-                    self.spill.write, self.arena.address + where[number], sizes[number], self.extents[number]
-                )
+                device.fence()  # what makes the tensor may run still
+                host = device.host(where[number], (sizes[number],), "uint8")
+                leaving[number] = self.channel.submit(self._spill, where[number], host, self.extents[number])
                 place += 2
             elif code == FETCH:
                 number, at = words[place + 1], words[place + 2] * UNIT
                 where[number] = at
-                arriving[number] = self.channel.submit(
-                    self.spill.read, self.arena.address + at, sizes[number], self.extents[number]
-                )
+                host = device.host(at, (sizes[number],), "uint8")
+                arriving[number] = self.channel.submit(self._fetch, at, host, self.extents[number])
                 place += 3
             elif code == LOSS:
-                self.forwards.append(self.arena.tensor(where[self.loss_number], (), "float32").item())
+                self.forwards.append(device.tensor(where[self.loss_number], (), "float32").item())
                 self.between_forwards()
                 place += 1
             else:
                 number, shape = self.token_losses
-                self.losses = self.arena.tensor(where[number], shape, "float32").clone()
+                self.losses = device.tensor(where[number], shape, "float32").to("cpu", copy=True)
                 place += 1
             after = clock()
             spent[code] += after - before
@@ -267,17 +257,33 @@ class Executor:
         for name, value in zip(CODES, spent):
             self.seconds[name] = value
 
+    # --- transfers, in the channel's thread ------------------------------------------------------------------------
+
+    def _read(self, weight: str, at: int, host: Tensor) -> None:
+        self.store.read_into(weight, host)  # type: ignore[union-attr]
+        self.device.put(at, host)
+
+    def _fetch(self, at: int, host: Tensor, extent: int) -> None:
+        self.spill.read(host.data_ptr(), host.numel(), extent)
+        self.device.put(at, host)
+
+    def _spill(self, at: int, host: Tensor, extent: int) -> None:
+        self.device.get(at, host)
+        self.spill.write(host.data_ptr(), host.numel(), extent)
+
+    # --- the others ------------------------------------------------------------------------------------------------
+
     def _update(self, trainable: int, count: int) -> None:
         """Update number `count` of a trainable, once everything that it reads has landed."""
         one = self.trainables[trainable]
         if isinstance(self.update, Perturbation):
-            parameter = self.arena.tensor(self.where[one.value.number], one.shape, "float32")
+            parameter = self.device.tensor(self.where[one.value.number], one.shape, "float32")
             self._call("update", self.update.apply, one.name, parameter, *self.forwards)
             return
         for number in one.numbers:
             if number in self.arriving:
                 self._arrive(number)
-        tensors = (self.arena.tensor(self.where[number], one.shape, "float32") for number in one.numbers)
+        tensors = (self.device.tensor(self.where[number], one.shape, "float32") for number in one.numbers)
         self._call("update", self.update.apply, count, *tensors)
 
     def _call(self, name: str, call: Callable[..., object], *arguments: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.device.arena import ALIGNMENT, Arena
+from tightfit.runtime.engine.device.device import ALIGNMENT, Device
 from tightfit.runtime.engine.start.process import apart, trim_heap
 from tightfit.runtime.engine.training.executor import BoundOperator
 
@@ -17,7 +17,7 @@ LARGEST_LASTING = 320 << 10
 """bytes: what oneDNN keeps of a product is in smaller parts (the largest has 252 KiB), and most buffers of operators are larger"""
 
 
-def rehearse(operators: Iterable[BoundOperator], arena: Arena) -> None:
+def rehearse(operators: Iterable[BoundOperator], device: Device) -> None:
     """Run the operators on zeros, and give the arena's pages back.
 
     What gathers rows of weights is left out. Raises InputError for an operator that cannot be run.
@@ -25,12 +25,12 @@ def rehearse(operators: Iterable[BoundOperator], arena: Arena) -> None:
     with apart(LARGEST_LASTING):
         for operator in operators:
             if not operator.gathers:
-                _run(operator, arena)
-                arena.release()  # the next finds zeros as well: numbers that an operator takes for places have to be small
+                _run(operator, device)
+                device.release()  # the next finds zeros as well: numbers that an operator takes for places have to be small
                 trim_heap()
 
 
-def _run(operator: BoundOperator, arena: Arena) -> None:
+def _run(operator: BoundOperator, device: Device) -> None:
     """With its tensors one behind the other, of which a schedule has all in the arena at once."""
     needed = {
         local: (offset + _elements(size, stride)) << shift
@@ -44,7 +44,7 @@ def _run(operator: BoundOperator, arena: Arena) -> None:
     for local, size_bytes in needed.items():
         where[local] = end
         end += -(-size_bytes // ALIGNMENT) * ALIGNMENT
-    if end > arena.size:
+    if end > device.size:
         return
     for container, key, local, window, shift, size, stride, offset in operator.reads:
         container[key] = window(size, stride, (where[local] >> shift) + offset)

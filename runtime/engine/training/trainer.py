@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.device.arena import Arena
 from tightfit.runtime.engine.device.channels import Channel
-from tightfit.runtime.engine.device.meter import Meter
+from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.kernels.optimizer import MeZO, Perturbation, Update, optimizer_of
 from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.training.batches import TrainingBatches, open_batches
 from tightfit.runtime.engine.training.checkpoint import write_json
+from tightfit.runtime.engine.training.devices import open_device
 from tightfit.runtime.engine.training.executor import Executor
 from tightfit.runtime.engine.training.job import BLOCK, STATES, Job, operators_run
 from tightfit.runtime.engine.training.job_tables import Place, Trainable, Trainables, Weights
@@ -37,14 +37,15 @@ CHUNK = 1 << 20
 class Training:
     """One job, loaded: `step` and `evaluate` run its phases."""
 
-    def __init__(self, job: Job, channel: Channel, directory: str) -> None:
+    def __init__(self, job: Job, channel: Channel, directory: str, device: Device | None = None) -> None:
+        """`device`: by default the one that the job is for."""
         header = job.header
         self.job, self.header = job, header
-        self.arena = Arena(header["arena_bytes"])
+        self.device = device or open_device(header)
         self.store = Store.open(header["store"]) if header["store"] else None
         self.spill = SpillFile(directory, header["spill_bytes"])
         self.channel = channel
-        self.meter = Meter(header["cap_bytes"], header["budget_bytes"])
+        self.meter = self.device.meter
         optimizer = optimizer_of(header["optimizer"])
         self.update = (
             Perturbation(optimizer, header["seed"])
@@ -57,19 +58,20 @@ class Training:
         self._hole: tuple[int, int] = tuple(header["hole"])
         self.executor = Executor(
             job,
-            self.arena,
+            self.device,
             self.store,
             self.spill,
             self.channel,
             self.update,
-            self.meter,
             self.weights,
             self.trainables,
         )
         programs = self.executor.programs
-        rehearse((programs[program][operator] for program, operator in sorted(operators_run(job))), self.arena)
+        rehearse((programs[program][operator] for program, operator in sorted(operators_run(job))), self.device)
         self._load_frozen()
-        self.inputs = [self.arena.tensor(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]
+        self._input_places = [at for _, _, _, at in header["inputs"]]
+        self.inputs = [self.device.host(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]
+        """the batch, in host memory"""
         requests = header["requests"]
         self.batches: TrainingBatches = (
             open_batches(header["data"], header["seed"]) if requests is None else Requests(requests)
@@ -85,6 +87,7 @@ class Training:
     def step(self, number: int) -> float:
         """Training step `number`, counted from 1; returns its loss."""
         self.tokens = self.batches.training(number - 1, self.inputs)
+        self._deliver()
 
         def seed() -> None:
             torch.default_generator.manual_seed(self.header["seed"] * 1_000_003 + number)
@@ -100,6 +103,11 @@ class Training:
         self.executor.execute(self.job.train, begin, end, cycles)
         return self.executor.loss
 
+    def _deliver(self) -> None:
+        """Give the device the batch that `inputs` hold."""
+        for at, host in zip(self._input_places, self.inputs):
+            self.device.put(at, host)
+
     def _averaged(self) -> int:
         """What the loss of the batch is a mean over: a decoder's labelled tokens; what a module's is nobody knows, so its batches count alike."""
         return int((self.inputs[1] >= 0).sum()) if self.header["kind"] == "decoder" else 1
@@ -107,6 +115,7 @@ class Training:
     def loss(self) -> float:
         """The loss of the next batch to train with, without a step: a decoder's mean over labelled tokens."""
         self.batches.training(0, self.inputs)
+        self._deliver()
         self.executor.execute(self.job.evaluate)
         return self.executor.loss
 
@@ -123,6 +132,7 @@ class Training:
         batches = with_records.evaluation_count(self.inputs)
         for number in range(batches):
             found = with_records.evaluation(number, self.inputs)
+            self._deliver()
             self.executor.execute(self.job.evaluate)
             progress(number + 1, batches)
             losses = self.executor.losses
@@ -155,11 +165,11 @@ class Training:
             if self.header["kind"] == "decoder":
                 adapter.initialise(trainable.name, self.header["seed"], value)
             else:
-                self._load(trainable.name, value)
+                self._unpack(trainable.name, value)
             self._keep(trainable.value, value)
             for place in trainable.states:
                 if place.at >= 0:
-                    self.arena.raw(place.at, self.job.sizes[place.number]).zero_()
+                    self.device.raw(place.at, self.job.sizes[place.number]).zero_()
                 else:
                     self.spill.zero(self.job.sizes[place.number], self.job.extents[place.number])
 
@@ -239,12 +249,12 @@ class Training:
     def _load_frozen(self) -> None:
         """Constants, and the weights that stay in memory, packed or unpacked."""
         for name, dtype, shape, at in self.header.pop("constants"):
-            self._load(name, self.arena.tensor(at, shape, dtype))
+            self._load(name, at, shape, dtype)
         for weight in self.weights:
             if weight.packed_at >= 0:
-                self._store.read_into(weight.name, self.arena.raw(weight.packed_at, weight.packed_bytes))
+                self._place(weight.name, weight.packed_at, weight.packed_bytes)
             if weight.at >= 0:
-                self._load(weight.name, self.arena.tensor(weight.at, weight.shape, weight.dtype))
+                self._load(weight.name, weight.at, weight.shape, weight.dtype)
 
     @property
     def _store(self) -> Store:
@@ -252,28 +262,42 @@ class Training:
             raise InputError("the plan reads weights and names no weight store; profile the model again")
         return self.store
 
-    def _load(self, name: str, out: Tensor) -> None:
+    def _place(self, name: str, at: int, size: int) -> None:
+        """A weight's packed bytes, into the arena."""
+        host = self.device.host(at, (size,), "uint8")
+        self._store.read_into(name, host)
+        self.device.put(at, host)
+
+    def _load(self, name: str, at: int, shape: Iterable[int], dtype: str) -> None:
+        """A weight or constant, unpacked into the arena."""
+        host = self.device.host(at, shape, dtype)
+        self._unpack(name, host)
+        self.device.put(at, host)
+
+    def _unpack(self, name: str, out: Tensor) -> None:
         staging = self._room(self._store.packed_bytes(name))
         self._store.read_into(name, staging)
         self._store.unpack(name, staging, out)
 
     def _room(self, size: int) -> Tensor:
-        """Bytes of the arena that hold nothing between steps, or of the heap where too few do."""
+        """Host memory for what is read: that of the arena that holds nothing between steps, or the heap where too little does."""
         start, end = self._hole
-        return self.arena.raw(start, size) if end - start >= size else torch.empty(size, dtype=torch.uint8)
+        return (
+            self.device.host(start, (size,), "uint8") if end - start >= size else torch.empty(size, dtype=torch.uint8)
+        )
 
     def _temporary(self, trainable: Trainable) -> Tensor:
         """A float32 tensor of its shape to prepare a value in, at the other end of the hole that `_room` reads packed bytes into."""
         size = self.job.sizes[trainable.value.number]
         start, end = self._hole
         if end - start >= 2 * size + 3 * BLOCK:
-            return self.arena.tensor((end - size) // BLOCK * BLOCK, trainable.shape, "float32")
+            return self.device.host((end - size) // BLOCK * BLOCK, trainable.shape, "float32")
         return torch.empty(trainable.shape)
 
     def _keep(self, place: Place, value: Tensor) -> None:
         size = self.job.sizes[place.number]
         if place.at >= 0:
-            ctypes.memmove(self.arena.address + place.at, value.data_ptr(), size)
+            self.device.put(place.at, value)
         else:
             self.spill.write(value.data_ptr(), size, self.job.extents[place.number])
 
@@ -303,8 +327,9 @@ class Training:
         for done in range(0, size, CHUNK):
             part = min(CHUNK, size - done)
             if buffer is None:
-                address = self.arena.address + place.at + done
-                yield memoryview((ctypes.c_char * part).from_address(address)).cast("B")
+                host = self.device.host(place.at + done, (part,), "uint8")
+                self.device.get(place.at + done, host)
+                yield memoryview((ctypes.c_char * part).from_address(host.data_ptr())).cast("B")
             else:
                 self.spill.read(ctypes.addressof(buffer), part, self.job.extents[place.number] + done)
                 yield memoryview(buffer).cast("B")[:part]

@@ -17,8 +17,9 @@ from tightfit.profiles.measuring.worker import watch
 from tightfit.profiles.schema import Layer
 from tightfit.profiles.tracing.trace import trace
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.engine.device.arena import Arena
-from tightfit.runtime.engine.kernels.operators import OPERATORS
+from tightfit.runtime.engine.cpu.cpu import Cpu
+from tightfit.runtime.engine.cpu.operators import OPERATORS
+from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.training.executor import bind
 from tightfit.runtime.engine.training.job import program_header
 
@@ -105,7 +106,7 @@ def run_in_an_arena(
             program = headers[layer.program]
             values = {value["name"]: value for value in program["values"]}
             sizes = {n: -(-v["bytes"] // 64) * 64 for n, v in values.items()}
-            arena = Arena(sum(sizes.values()))
+            arena = Cpu(sum(sizes.values()), Meter(1 << 60))
             where, end = {}, 0
             for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):  # small ones last
                 where[name], end = end, end + sizes[name]

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tightfit.runtime.common.processor import features
-from tightfit.runtime.engine.kernels.attention import (
+from tightfit.runtime.engine.cpu.attention import (
     LEAST_KEYS,
     LEAST_QUERIES,
     QUERIES,
@@ -86,7 +86,7 @@ def test_few_queries_attend_together_where_more_would_make_too_many_scores(monke
     seq, heads = 2 * QUERIES, 4
     rooms = []
     for scores in (QUERIES * heads * seq, QUERIES * heads * seq - 1):
-        monkeypatch.setattr("tightfit.runtime.engine.kernels.attention.SCORES", scores)
+        monkeypatch.setattr("tightfit.runtime.engine.cpu.attention.SCORES", scores)
         rooms.append(attention_scratch(seq, seq, heads, heads * 8, heads * 8)[1])
         test_attention_and_its_gradients(1, seq, heads, heads, 8, torch.float32, 2e-6, masked=False)
     assert rooms[0] - rooms[1] == (QUERIES - LEAST_QUERIES) * (heads * seq + 2 * heads * 8)
@@ -95,7 +95,7 @@ def test_few_queries_attend_together_where_more_would_make_too_many_scores(monke
 def test_what_is_turned_a_few_tokens_at_a_time_is_turned_by_their_own_angles(monkeypatch):
     x, angles = torch.randn(2, 3, 2, 37, 8), torch.rand(37, 4) * 6
     due = rotated(x, angles.cos(), angles.sin())
-    monkeypatch.setattr("tightfit.runtime.engine.kernels.attention.TURNED_ELEMENTS", 5 * x[..., 0, :].numel())
+    monkeypatch.setattr("tightfit.runtime.engine.cpu.attention.TURNED_ELEMENTS", 5 * x[..., 0, :].numel())
     _rotate(x, angles.cos(), angles.sin())
     torch.testing.assert_close(x, due)
 

@@ -12,6 +12,7 @@ from tiny_plans import decoder_profile, naive_plan
 
 from tightfit.planner.instructions import read_all
 from tightfit.runtime.data.tokenization import prepare
+from tightfit.runtime.engine.cpu.cpu import KERNELS
 from tightfit.runtime.engine.kernels.compiled import compile_operator
 from tightfit.runtime.engine.training.job import BLOCK, RUN, width
 from tightfit.runtime.engine.training.trainer import CHUNK
@@ -226,7 +227,7 @@ def test_what_is_read_and_what_it_becomes_lie_apart_in_a_hole_or_on_the_heap(pro
         start, end = 2 * BLOCK, (2 + pages) * BLOCK
         training._hole = (start, end)
         places = [
-            (tensor.data_ptr() - training.arena.address, bytes_)
+            (tensor.data_ptr() - training.device.address, bytes_)
             for tensor, bytes_ in ((training._room(packed), packed), (training._temporary(trainable), size))
         ]
         inside = [(at, at + bytes_) for at, bytes_ in places if 0 <= at < training.header["arena_bytes"]]
@@ -323,7 +324,7 @@ def test_compiled_operators_equal_torch(target, args, kwargs):
         "outputs": outputs,
         "gathers": [],
     }
-    compiled = compile_operator(operator, values)
+    compiled = compile_operator(operator, values, KERNELS)
     compiled.run(tensors, found)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)

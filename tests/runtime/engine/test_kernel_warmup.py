@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tightfit.profiles.devices.estimate import PRODUCTS
+from tightfit.runtime.engine.cpu import products
+from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.device.channels import Channel
-from tightfit.runtime.engine.kernels import products
-from tightfit.runtime.engine.kernels.operators import OPERATORS
 from tightfit.runtime.engine.start.kernel_warmup import warm
 
 GATHERING = {"tightfit.embed_rows", "tightfit.head_rows"}

@@ -14,7 +14,8 @@ from tiny_plans import decoder_profile, naive_plan
 
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.tokenization import prepare
-from tightfit.runtime.engine.device.arena import Arena
+from tightfit.runtime.engine.cpu.cpu import Cpu
+from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.start import process
 from tightfit.runtime.engine.training.executor import bind
 from tightfit.runtime.engine.training.job import operators_run, program_header
@@ -92,10 +93,10 @@ def test_an_operator_that_the_arena_has_no_room_for_is_left_to_its_step(profile)
     operators = [
         operator
         for program in profile.programs
-        for operator in bind(program_header(program.model_dump()), Arena(64), None)
+        for operator in bind(program_header(program.model_dump()), Cpu(64, Meter(1 << 60)), None)
     ]
     counted = calls(operators)
-    rehearse(operators, Arena(0))
+    rehearse(operators, Cpu(0, Meter(1 << 60)))
     assert not counted
 
 
@@ -103,7 +104,7 @@ def test_an_operator_that_cannot_run_is_told():
     window = {"operand": {"value": "x", "size": [2, 3], "stride": [3, 1]}}
     value = {"name": "x", "dtype": "float32", "shape": [2, 3], "stride": [3, 1]}
     operator = {"target": "aten.mm.default", "args": [window, window], "kwargs": {}, "outputs": ["x"], "gathers": []}
-    arena = Arena(1 << 12)
+    arena = Cpu(1 << 12, Meter(1 << 60))
     operators = bind(program_header({"values": [value], "operators": [operator]}), arena, None)
     with pytest.raises(InputError, match=r"operator aten\.mm\.default is not supported \(mat1 and mat2 shapes"):
         rehearse(operators, arena)
@@ -139,12 +140,13 @@ from tightfit.runtime.engine.start import lean_torch
 lean_torch.load()
 from tightfit.runtime.engine.start.kernel_warmup import prepare
 prepare()
-from tightfit.runtime.engine.device.arena import Arena
+from tightfit.runtime.engine.cpu.cpu import Cpu
+from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.training.executor import bind
 from tightfit.runtime.engine.start.process import trim_heap
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.training.operator_warmup import rehearse
-arena = Arena(1 << 28)
+arena = Cpu(1 << 28, Meter(1 << 60))
 operators = [operator for program in json.load(sys.stdin) for operator in bind(program, arena, None)]
 held = []
 for _ in range(3):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tightfit.runtime.engine.device.arena import Arena
-from tightfit.runtime.engine.device.pages import HUGE_BYTES, make_pages
+from tightfit.runtime.engine.cpu.arena import Arena
+from tightfit.runtime.engine.cpu.pages import HUGE_BYTES, make_pages
 
 
 def flags(pages):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tightfit.runtime.engine.kernels import operators, products
-from tightfit.runtime.engine.kernels.products import multiply
+from tightfit.runtime.engine.cpu import operators, products
+from tightfit.runtime.engine.cpu.products import multiply
 
 SHAPES = [(7, 5, 3), (64, 48, 200), (64, 200, 48), (300, 8, 500), (8, 300, 500), (300, 500, 8), (1, 1, 1)]
 

@@ -2,7 +2,7 @@
 
 Every operator writes into the storages it is given and walks its rows in blocks that stay in cache, so that it touches
 memory once and needs a small, fixed workspace. float32 inside, rounded once on the way out; gates and the scale of
-embeddings, which multiply in the tensors' type, round twice. Matrix products are those of `tightfit.runtime.engine.kernels.products`.
+embeddings, which multiply in the tensors' type, round twice. Matrix products are those of `tightfit.runtime.engine.cpu.products`.
 `tightfit.profiles.tracing.torch_ops` makes the same functions known to torch with their backward, so that a traced graph names them.
 
 Shapes: T = batch * seq flat tokens, H = hidden size, I and O = inputs and outputs of a projection, R = rank of its LoRA
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.kernels import products
-from tightfit.runtime.engine.kernels.attention import LOG2_E, attention, attention_backward
-from tightfit.runtime.engine.kernels.products import blocks, multiply
+from tightfit.runtime.engine.cpu import products
+from tightfit.runtime.engine.cpu.attention import LOG2_E, attention, attention_backward
+from tightfit.runtime.engine.cpu.products import blocks, multiply
 
 aten = torch.ops.aten
 
@@ -225,7 +225,7 @@ def head_chunk(
         index = index.clamp_(0, weight.shape[0] - 1)
         fresh[:, 2] = torch.where(inside, logits.gather(1, index[:, None])[:, 0], old[:, 2])
         maximum = torch.maximum(old[:, 0], logits.amax(1))
-        # Powers of two: see `tightfit.runtime.engine.kernels.attention`.
+        # Powers of two: see `tightfit.runtime.engine.cpu.attention`.
         shrink = torch.exp2((old[:, 0] - maximum).mul_(LOG2_E))
         logits.sub_(maximum[:, None]).mul_(LOG2_E).exp2_()
         fresh[:, 0] = maximum

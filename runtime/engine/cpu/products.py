@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tightfit.runtime.common.processor import NARROW
-from tightfit.runtime.engine.device.pages import make_pages
+from tightfit.runtime.engine.cpu.pages import make_pages
 
 aten = torch.ops.aten
 

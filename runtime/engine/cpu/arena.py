@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from tightfit.runtime.engine.device.pages import make_pages
+from tightfit.runtime.engine.cpu.pages import make_pages
 
 ALIGNMENT = 64
 

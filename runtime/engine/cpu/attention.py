@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from tightfit.runtime.engine.kernels.products import blocks, onednn
+from tightfit.runtime.engine.cpu.products import blocks, onednn
 
 LOG2_E = math.log2(math.e)
 TOKENS = 256

@@ -1,0 +1,39 @@
+"""The CPU as a device: its arena is host memory, so that host tensors are the arena's own bytes and nothing is copied."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from tightfit.runtime.engine.cpu.arena import Arena
+from tightfit.runtime.engine.cpu.operators import OPERATORS
+from tightfit.runtime.engine.device.device import Kernels
+from tightfit.runtime.engine.device.meter import Meter
+
+KERNELS = Kernels(fused=OPERATORS, dispatch_key="CPU")
+
+
+class Cpu(Arena):
+    """An arena of `size` bytes; the meter compares the process's resident set with `cap_bytes`."""
+
+    kernels = KERNELS
+
+    def __init__(self, size: int, meter: Meter) -> None:
+        super().__init__(size)
+        self.meter = meter
+
+    def host(self, at: int, shape: Iterable[int], dtype: str) -> Tensor:
+        return self.tensor(at, shape, dtype)
+
+    def put(self, at: int, host: Tensor) -> None:
+        if host.data_ptr() != self.address + at:
+            ctypes.memmove(self.address + at, host.data_ptr(), host.numel() * host.itemsize)
+
+    def get(self, at: int, host: Tensor) -> None:
+        if host.data_ptr() != self.address + at:
+            ctypes.memmove(host.data_ptr(), self.address + at, host.numel() * host.itemsize)
+
+    def fence(self) -> None:
+        """Operators are through when they return."""
