@@ -10,6 +10,7 @@ from typing import Any
 
 from tightfit.planner.schema import Plan
 from tightfit.runtime.engine.device.channels import Channel
+from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
 from tightfit.runtime.engine.training.trainer import Training
 from tightfit.runtime.session.job_compiler import compile_job
@@ -37,7 +38,14 @@ class LazyChannel(Channel):
 
 
 def make_training(
-    plan: Plan, records: str, directory: Path, *, lr: float, seed: int = 7, channel: Channel | None = None
+    plan: Plan,
+    records: str,
+    directory: Path,
+    *,
+    lr: float,
+    seed: int = 7,
+    channel: Channel | None = None,
+    device: Device | None = None,
 ) -> Training:
     """The job of a plan, loaded; `records` is a file of prepared data."""
     optimizer = OPTIMIZERS[plan.optimizer["name"]](lr=lr)
@@ -52,4 +60,4 @@ def make_training(
         "base_model": "tiny",
         "optimizer": dataclasses.asdict(optimizer),
     }
-    return Training(compile_job(plan.model_dump(), settings), channel or Channel(), str(directory))
+    return Training(compile_job(plan.model_dump(), settings), channel or Channel(), str(directory), device)

@@ -65,7 +65,7 @@ class Device(Protocol):
         ...
 
     def fence(self) -> None:
-        """Wait for every operator that was started."""
+        """Wait for every operator that was started: a transfer in another thread follows, which must not overtake them."""
         ...
 
     def release(self) -> None:

@@ -203,6 +203,7 @@ class Executor:
                 weight = self.weights[words[place + 1]]
                 number, at = words[place + 2], words[place + 3] * UNIT
                 where[number] = at
+                device.fence()  # what is freed there may still be read
                 host = device.host(at, (weight.packed_bytes,), "uint8")
                 arriving[number] = self.channel.submit(self._read, weight.name, at, host)
                 place += 4
@@ -237,6 +238,7 @@ class Executor:
             elif code == FETCH:
                 number, at = words[place + 1], words[place + 2] * UNIT
                 where[number] = at
+                device.fence()
                 host = device.host(at, (sizes[number],), "uint8")
                 arriving[number] = self.channel.submit(self._fetch, at, host, self.extents[number])
                 place += 3

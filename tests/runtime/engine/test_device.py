@@ -1,0 +1,103 @@
+"""The seam for other devices: an engine on an arena apart from host memory computes the same bits, by copies that it asks for."""
+
+from __future__ import annotations
+
+import pytest
+from apart import Apart
+from in_process import make_training
+from tiny_plans import decoder_profile, naive_plan
+
+from tightfit.planner.instructions import Fetch, Read, Spill
+from tightfit.runtime.common.errors import CapError, InputError
+from tightfit.runtime.data.tokenization import prepare
+from tightfit.runtime.engine.cpu.cpu import Cpu
+from tightfit.runtime.engine.device.meter import Meter
+from tightfit.runtime.engine.training.devices import open_device
+
+STEPS = 3
+NO_CAP = Meter(1 << 60)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    return decoder_profile(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory, profile):
+    opened = prepare("random", None, tmp_path_factory.mktemp("data"), seq=profile.seq, vocab_size=512, seed=3)
+    opened.close()
+    return str(opened.path)
+
+
+@pytest.fixture(scope="module")
+def plan(profile):
+    """With everything that moves: streamed, packed and unpacked weights, a spilled activation, states that are away."""
+    of = {kind: [t.name for t in profile.tensors if t.kind == kind] for kind in ("activation", "trainable", "weight")}
+    spilled = [name for name in of["activation"] if name.endswith("/out0") and "layers" in name][:1]
+    return naive_plan(
+        profile, spill=spilled, offload=of["trainable"][::2], packed=of["weight"][1:4], unpacked=of["weight"][5:8]
+    )
+
+
+def trained(plan, records, folder, device):
+    """Losses, an evaluation, and the bytes of adapter and states; then the same again from the checkpoint."""
+    folder.mkdir()
+    training = make_training(plan, records, folder, lr=1e-2, device=device)
+    training.initialise()
+    losses = [training.step(number) for number in range(1, STEPS + 1)]
+    found = training.evaluate(records, lambda done, of: None)["loss"]
+    state = training.save_state(str(folder))
+    saved = [(folder / name).read_bytes() for name in ("adapter_model.safetensors", "optimizer.safetensors")]
+    training.load_state(str(folder), state)
+    losses.append(training.step(STEPS + 1))
+    training.close()
+    return losses, found, saved
+
+
+def test_an_arena_apart_from_host_memory_gives_the_same_bits(plan, records, tmp_path):
+    apart = Apart(plan.arena_bytes, NO_CAP)
+    expected = trained(plan, records, tmp_path / "cpu", None)
+    assert trained(plan, records, tmp_path / "apart", apart) == expected
+    assert apart.put_bytes
+    assert apart.got_bytes
+
+
+def test_what_a_step_copies_is_what_the_plan_says(plan, records, tmp_path):
+    apart = Apart(plan.arena_bytes, NO_CAP)
+    training = make_training(plan, records, tmp_path, lr=1e-2, device=apart)
+    training.initialise()
+    before = apart.put_bytes, apart.got_bytes, apart.fences
+    training.step(1)
+    training.channel.drain()
+    packed = {t.name: t.packed_bytes for t in plan.tensors}
+    numbers = training.job.sizes
+    batch = sum(host.numel() * host.itemsize for host in training.inputs)
+    moves = [one for one in plan.train.instructions if isinstance(one, Read | Fetch | Spill)]
+    read = sum(packed[one.weight] for one in moves if isinstance(one, Read))
+    sizes = {t.name: t.bytes for t in plan.tensors} | {v.name: v.bytes for p in plan.programs for v in p.values}
+
+    def size(name):
+        plain = name.partition(":")[2] if name.startswith("adam") else name.rpartition("/")[2]
+        return sizes.get(name) or sizes[plain]
+
+    fetched = sum(size(one.tensor) for one in moves if isinstance(one, Fetch))
+    spilled = sum(size(one.tensor) for one in moves if isinstance(one, Spill))
+    assert numbers
+    assert apart.put_bytes - before[0] == batch + read + fetched
+    assert apart.got_bytes - before[1] == spilled
+    assert apart.fences - before[2] == len(moves), "a transfer may overtake the operator that made what it moves"
+    training.close()
+
+
+def test_a_device_holds_no_more_than_it_has(plan):
+    with pytest.raises(CapError):
+        Apart(plan.arena_bytes, NO_CAP, most=plan.arena_bytes - 1)
+
+
+def test_the_device_is_the_one_that_the_job_is_for():
+    header = {"device": "cpu", "arena_bytes": 4096, "cap_bytes": 1 << 40, "budget_bytes": 1 << 40}
+    assert isinstance(open_device(header), Cpu)
+    with pytest.raises(InputError, match="'cuda' cannot be run here; devices that can: cpu"):
+        open_device(header | {"device": "cuda"})
