@@ -1,16 +1,17 @@
 """A lower bound on the step's time that holds for any schedule at a budget, whatever it recomputes, moves or reorders.
 
-Take the moment at which the last forward operator (the loss) has first run. Everything that depends on it runs later, and
-what those operators read and was made before must be resident at that moment, or be made again, or come from disk. The
-same holds for weights and optimizer states at that moment and at the boundary between two steps. Memory at both moments
-is limited; a linear program trades it at its best.
+Take the moment at which the last forward operator (the loss), the pivot, has first run. Every operator that depends on it runs
+later, and what those operators read and earlier ones made must be resident at that moment, or be made again, or come from disk.
+The same holds for weights and optimizer states at that moment and at the boundary between two steps. Memory at both moments is
+limited; a linear program uses it best.
 
-It asks only for what must happen at least once. To make a tensor again is charged one more run of its maker, not what the
-maker reads; so the bound also holds for schedules that make that again in turn: whole layers, layer inputs among them, any
-number of times. What runs again reads weights again, which is left out too; and every operator is at least one instruction.
+It asks only for what must happen at least once. Making a tensor again costs one more run of its maker, not of what makes the
+maker's inputs; so the bound also holds for schedules that recompute those in turn: whole layers, layer inputs among them, any
+number of times. That recomputation reads weights again is left out too; and every operator is at least one instruction.
 
 Makers whose tensors cost and free the same, as those of equal layers do, stand in the program once, with their number, and so do
-weights and states: of any answer the mean over such is another one, of the same time and the same bytes.
+weights and states: the mean over them of any solution is a solution, of the same time and bytes. Numbers in brackets are those
+of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ KIB = 1024.0
 
 
 class AnySchedule:
-    """The bound for one step at any number of budgets. `workspace_bytes`: of a step that needs others than its profile says."""
+    """The bound for one step at any number of budgets. `workspace_bytes`: where the step needs another workspace than its profile says."""
 
     def __init__(self, problem: Layered, *, workspace_bytes: int | None = None) -> None:
         self.profile: Profile = problem.profile
@@ -42,7 +43,7 @@ class AnySchedule:
         always = sum(storage.bytes for storage in self.graph.storages.values() if storage.kind in ALWAYS)
         workspace = problem.workspace_bytes if workspace_bytes is None else workspace_bytes
         self.taken = floor.held_bytes + workspace + instructions + always
-        """bytes of any budget that no choice touches"""
+        """(24) bytes of any budget that no decision touches"""
         self.fixed = sum(step.seconds for step in steps)
         self.fixed += sum(tensor.update_seconds for tensor in self.profile.tensors if tensor.kind == "trainable")
         pivot = max((step.index for step in steps if step.phase == "forward"), default=-1)
@@ -50,24 +51,28 @@ class AnySchedule:
         self.later = self._after(pivot)
         self.program = Growing()
         self.compute: dict[int, float] = {}
-        """ms on the compute timeline per unit"""
+        """ms on the compute timeline per unit of each variable"""
         self.disk: dict[int, float] = {}
+        """ms of the disk per unit"""
         self.at_pivot: dict[int, float] = {}
         """KiB at the moment of the loss per unit"""
         self.at_boundary: dict[int, float] = {}
+        """KiB between two steps per unit"""
         self._activations()
         self._weights()
         self._states()
+        # (28) the step lasts as long as its computation, and as long as what the disk does
         self.total = self.program.variable()
         self.program.at_least(Linear().add(self.total), self.fixed * MS, _weighted(self.compute))
         self.program.at_least(Linear().add(self.total), _weighted(self.disk))
+        # (24) memory at both moments; `step_seconds` says how much there is
         self.rooms = [
             self.program.at_least(Linear(), _weighted(moment)) for moment in (self.at_pivot, self.at_boundary)
         ]
 
     def step_seconds(self, budget_bytes: int, seconds: float = 60.0) -> float:
-        """Seconds per step that no schedule undercuts; what every operator run once takes where the solver needs more
-        than `seconds`.
+        """Seconds per step that no schedule undercuts; where the solver needs more than `seconds`, what one run of every operator
+        takes.
         """
         for row in self.rooms:
             self.program.row_bounds(row, -max(0.0, (budget_bytes - self.taken) / KIB), INFINITY)
@@ -107,9 +112,10 @@ class AnySchedule:
         self.program.at_least(Linear.sum(shares), 1.0)
 
     def _activations(self) -> None:
+        """(25) What is made before the loss and read after it."""
         device = self.profile.device
         made: dict[int, list[int]] = {}
-        """maker -> bytes of what it makes before the loss that is read after it"""
+        """maker -> bytes of each such tensor that it makes"""
         for storage in self.graph.storages.values():
             if storage.kind in ALWAYS or storage.kind == "weight" or not storage.bytes:
                 continue
@@ -136,6 +142,7 @@ class AnySchedule:
                 self._one_of([kept, moved] if again is None else [kept, moved, again])
 
     def _weights(self) -> None:
+        """(26) What is read after the loss, at that moment; what is read before it, between two steps."""
         read = self.profile.device.read
         alike: Counter[tuple[bool, int, int, float]] = Counter()
         for tensor in self.profile.tensors:
@@ -157,6 +164,7 @@ class AnySchedule:
             self._one_of([reading, unpacked, packed])
 
     def _states(self) -> None:
+        """(27) Optimizer states whose update comes after the loss, at both moments."""
         device = self.profile.device
         # Of the steps that make one update only the last needs the moments.
         count = state_count(self.profile.optimizer) if self.profile.accumulate == 1 else 1

@@ -1,7 +1,8 @@
-"""The mixed-integer model of one layer: its bytes window by window and its seconds over its `choices`.
+"""The mixed-integer model of one layer: its bytes window by window and its seconds, over the variables of `layer_variables`.
 
-`Block` adds a layer to a program; `master` either puts all blocks of a small model side by side, or prices one
-block at a time against the duals of the whole step. Units: KiB and milliseconds.
+`Block` adds a layer to a program; `column_generation` puts the blocks of all layers of a small model into one program, or prices
+the block of one layer type at a time at the dual prices of the step. Units: KiB and milliseconds. Numbers in brackets are those
+of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ MS = 1e3
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
-    """A weight at the operator that reads it; all but `weight` and `before` (KiB) are 0/1 expressions."""
+    """A weight at an operator that reads it; all but `weight` and `before` (KiB) are 0/1 expressions."""
 
     weight: Weight
     before: Linear
     """what the weight holds until it is unpacked"""
     runs: Linear
+    """whether it is there unpacked"""
     unpacks: Linear
+    """whether it is unpacked here"""
     retained: Linear
     """whether the packed form stays beside the unpacked one"""
 
 
 class Block(Choices):
-    """One layer inside `program`, with its figures: bytes of its windows' peaks and between them, seconds, instructions."""
+    """One layer inside `program`, with its figures (`FIELDS`): bytes at its windows' peaks and between them, seconds, instructions."""
 
     def __init__(self, program: Program, kind: LayerType) -> None:
         super().__init__(program, kind)
@@ -67,12 +70,14 @@ class Block(Choices):
         return result
 
     def _gap(self, name: str, *, step: bool) -> Linear:
+        """KiB that a weight holds in the step gap, or in the backward gap."""
         weight = self.kind.weights[name]
         where = "ahead" if step else "behind"
         result = Linear().plus(self._in_mode(name, **{where: "unpacked"}), weight.bytes / KIB)
         return result.plus(self._in_mode(name, **{where: "packed"}), weight.packed_bytes / KIB)
 
     def _between(self) -> Linear:
+        """(4) Bytes that the layer holds from its forward to its backward window."""
         result = Linear().plus(self._states())
         for value, variable in self.keep.items():
             result.add(variable, self._size(value))
@@ -81,18 +86,21 @@ class Block(Choices):
         return result
 
     def _outside(self) -> Linear:
+        """(4) Bytes that the layer holds from its backward to its next forward window."""
         result = Linear().plus(self._states())
         for name in self.kind.weights:
             result.plus(self._gap(name, step=True))
         return result
 
     def _row(self, peak: int, row: Linear) -> None:
+        """Row: `peak` >= `row`, unless one with the same terms says as much already."""
         key = (peak, frozenset(row.terms.items()))
         if row.constant > self._rows.get(key, -1.0):
             self._rows[key] = row.constant
             self._at_least(Linear().add(peak), row)
 
     def _forward_rows(self, peak: int, *, evaluate: bool) -> None:
+        """(5) Bytes in the forward window, or in an evaluation's: at its start and at each operator."""
         kind = self.kind
         stays = kind.leaves_evaluate if evaluate else kind.leaves_forward
         operations = kind.evaluate if evaluate else kind.forward
@@ -147,7 +155,10 @@ class Block(Choices):
         return self._in_mode(name, ahead="packed") if evaluate else self._in_mode(name, behind="packed")
 
     def _use_rows(self, peak: int, shared: Linear, made: Linear, uses: list[Use]) -> None:
-        """Rows at each unpacking for an operator (packed and unpacked form together) and at its run."""
+        """(7) Bytes at each unpacking for an operator (packed and unpacked form together) and at its run.
+
+        `shared`: KiB of everything but the weights of `uses` and the output; `made`: KiB of the output.
+        """
         for index, use in enumerate(uses):
             row = Linear().plus(shared)
             for earlier in uses[:index]:
@@ -168,6 +179,7 @@ class Block(Choices):
         return sorted([*slots, *((t, LAST) for t in range(len(self.kind.backward)))])
 
     def _backward_rows(self) -> None:
+        """(6) Bytes in the backward window: at its start and at each slot."""
         kind = self.kind
         start = Linear(sum(self._size(v) for v in kind.enters_backward)).plus(self.between)
         self._row(self.backward_peak, start)
@@ -211,12 +223,13 @@ class Block(Choices):
                 self._update_rows(t, born, last, fixed)
 
     def _runs_at(self, k: int, t: int) -> Linear:
+        """Whether operator k runs again at its event t."""
         index = self.kind.events[k].index(t)
         result = Linear().add(self.again[k][index])
         return result.add(self.again[k][index - 1], -1.0) if index else result
 
     def _live(self, value: str, slot: Slot) -> Linear:
-        """Whether a candidate is resident at the slot: it is there by then, and something still reads it."""
+        """(6) Whether a candidate is resident at the slot: it is there by then, and an operator at the slot or later reads it."""
         t, k = slot
         maker = self.producer.get(value)
         direct = self.direct[value]
@@ -251,7 +264,7 @@ class Block(Choices):
         return self._most(parts)
 
     def _weight_rows(self, slot: Slot, row: Linear, output: Linear) -> None:
-        """Complete the slot's row with the weights and post it."""
+        """(6) Complete the slot's row with the weights and post it, by way of (7)."""
         t, k = slot
         kind = self.kind
         op = self.operations[k] if k != LAST else kind.backward[t]
@@ -323,7 +336,7 @@ class Block(Choices):
         return Linear().add(variable)
 
     def _update_rows(self, t: int, born: dict[str, int], last: dict[str, int], fixed: set[str]) -> None:
-        """Rows at the updates after backward operation t whose optimizer state may have to be fetched."""
+        """(8) Bytes at the updates after backward operation t, whose optimizer states may have to be fetched."""
         kind = self.kind
         due = [update for update in kind.updates if update.after == t]
         after = (t + 1, -1)
@@ -348,7 +361,7 @@ class Block(Choices):
     # --- seconds ---------------------------------------------------------------------------------------------------
 
     def _seconds(self) -> None:
-        """Compute, disk and instruction counts of both windows, all linear in the choices."""
+        """(9) Seconds of computation and disk in both windows, and (10) instructions, but for their constant."""
         kind = self.kind
         self.forward_ms, self.reads_forward_ms, self.spills_forward_ms = Linear(), Linear(), Linear()
         self.backward_ms, self.reads_backward_ms, self.fetches_backward_ms = Linear(), Linear(), Linear()
@@ -360,7 +373,7 @@ class Block(Choices):
         for k in kind.events:
             op = self.operations[k]
             self.backward_ms.plus(self._all_again(k), MS * op.seconds)
-            # Of several outputs one at least is made anew and freed; the others may lie there already.
+            # (10) Of several outputs one at least is made anew and freed; the others may lie there already.
             count.plus(self._all_again(k), 2.0)
         read = weight_uses(kind.forward)
         for name, weight in kind.weights.items():
@@ -394,7 +407,7 @@ class Block(Choices):
         self.instructions = count
 
     def _instructions(self) -> None:
-        """Fix the constant part of the instruction count by counting one decision: everything kept, nothing again."""
+        """(10) The constant of the instruction count, by counting one decision: everything kept, nothing runs again."""
         kind = self.kind
         decision = Decision(
             keep=frozenset(kind.candidates),
@@ -410,7 +423,7 @@ class Block(Choices):
         self.instructions.constant += counted - linear
 
     def field(self, name: str) -> Linear:
-        """One of the layer's figures, as `pricing.FIELDS` names them."""
+        """One of the layer's figures, by its name in `FIELDS`."""
         figure = getattr(self, name)
         return figure if isinstance(figure, Linear) else Linear().add(figure)
 
@@ -431,3 +444,4 @@ FIELDS = (
     "states_spilled_ms",
     "instructions",
 )
+"""a layer's figures, which are all that the step knows of it"""

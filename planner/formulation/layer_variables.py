@@ -1,9 +1,9 @@
-"""The choices open in one layer as variables of a program, and what follows from them: what runs again, what is unpacked.
+"""The decisions of one layer as variables of a program, and what depends on them: what runs again, what is unpacked.
 
-``keep[v]`` and ``offload[v]`` for each forward storage the backward window needs, a residency mode per weight, ``away[u]`` for optimizer
-states on disk. ``again[k][e]`` says that forward operator k has run again by its event e: its values are forced by the choices (an
-operator runs again just before the first reader that needs it, and what that takes runs before), so it need not be declared
-integer.
+``keep[v]`` and ``offload[v]`` for each forward storage that the backward window needs, a residency mode per weight, ``away[u]``
+for optimizer states on disk. ``again[k][e]`` says that forward operator k has run again by its event e. The decisions bound it
+from below (an operator runs again before the first reader that needs it, and what that takes runs before), and it need not be
+declared integer. Numbers in brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from tightfit.planner.problem.layer_types import LayerType, Operation
 from tightfit.planner.schedule.layer_schedule import Decision
 
 MINOR = "minor"
-"""the group of trainables too small for a choice each"""
+"""the group of trainables too small for a decision each"""
 LAST = 1 << 30
 Slot = tuple[int, int]
 """(backward position, forward operator that runs again just before it; LAST for the backward operator itself)"""
 
 
 def choice_count(kind: LayerType) -> int:
-    """Whole numbers in the program of one layer."""
+    """Integer variables in the program of one layer."""
     states = {MINOR if update.minor else update.trainable for update in kind.updates if update.states}
     modes = sum(len(weight.modes) for weight in kind.weights.values())
     return len(kind.candidates) + len(set(kind.candidates) & kind.offloadable) + modes + len(states)
 
 
 class Choices:
-    """What is open in one layer, inside `program`."""
+    """The decision variables of one layer, and those that depend on them, inside `program`."""
 
     def __init__(self, program: Program, kind: LayerType) -> None:
         self.program = program
@@ -56,6 +56,7 @@ class Choices:
         self.program.at_least(left, right)
 
     def _choices(self) -> None:
+        """(1) One fate per tensor and one mode per weight; that a tensor is kept or offloaded, not both, is posted below."""
         kind = self.kind
         self.keep = {value: self.program.choice() for value in kind.candidates}
         self.offload = {value: self.program.choice() for value in kind.candidates if value in kind.offloadable}
@@ -69,7 +70,7 @@ class Choices:
                 self.away[group] = self.program.choice()
 
     def _recomputation(self) -> None:
-        """again[k][e]: operator k has run again by its event e; what is needed and not there runs again."""
+        """(2) again[k][e]: operator k has run again by its event e; what is needed and not there runs again."""
         kind = self.kind
         self.again = {k: [self._variable() for _ in events] for k, events in kind.events.items()}
         self.readers: dict[str, list[int]] = {value: [] for value in kind.candidates}
@@ -85,6 +86,7 @@ class Choices:
             stored = Linear().add(self.keep[value])
             if value in self.offload:
                 stored.add(self.offload[value])
+                # (1)
                 self._at_least(Linear(1.0), Linear.sum([self.keep[value], self.offload[value]]))
             maker = self.producer.get(value)
             runs = self.again.get(maker.index) if maker is not None else None
@@ -156,7 +158,7 @@ class Choices:
         return result
 
     def _weights(self) -> None:
-        """Unpackings and reads in the backward window."""
+        """(3) Unpackings and reads of each weight in the backward window."""
         self.unpacks: dict[str, Linear] = {}
         self.reads: dict[str, Linear] = {}
         self.carried: dict[str, Linear] = {}
@@ -211,7 +213,7 @@ class Choices:
         )
 
     def fix(self, decision: Decision) -> None:
-        """Pin every choice to `decision` (for checks)."""
+        """Pin every decision variable to `decision` (for checks)."""
         for value, variable in self.keep.items():
             self._pin(variable, value in decision.keep)
         for value, variable in self.offload.items():

@@ -1,8 +1,8 @@
-"""The rows of the whole step over its layers' figures: bytes window by window, time, disk; and the same counted for columns.
+"""The constraints of the whole step over its layers' figures: bytes window by window, time, disk; and bytes counted for columns.
 
-Time: the step lasts as long as its windows; a window at least its compute; and by the end of a window the disk has done
-what had to be done by then. Look-ahead is left unbounded, which makes the time a lower bound for the class; what a plan
-really takes the simulator says.
+Time: the step lasts as long as its windows together, a window at least as long as its computation, and by the end of a window the
+disk has done what was needed by then. How far ahead transfers begin is left open, which makes the time a lower bound for the
+class; the simulator says what a plan really takes. Numbers in brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.multi_layer_recompute import Segments, Window, held_by_segments, windows
 
 INSTANT = 1e5
-"""KiB per ms above which a disk's transfers are taken to need no time of their own"""
+"""KiB per ms above which a disk's transfers are taken to need no time of their own in a window"""
 Terms = dict[str, Linear]
 """one of FIELDS -> its expression"""
 
 
 def live_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
-    """Most bytes of live tensors over all windows of the step and of evaluation, exactly."""
+    """Most bytes of live tensors over all windows of the step and of evaluation, exactly: (11) and (12) without what waits."""
     outside = sum(column.outside for column in columns)
     held = outside
     worst = 0
@@ -40,7 +40,7 @@ def live_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
 
 
 def instruction_count(problem: Layered, columns: tuple[Column, ...]) -> int:
-    """Of both schedules; the outcome (loss, token losses) is freed at the end of each."""
+    """Instructions of both schedules; each frees the outcome (loss, token losses) at its end."""
     outcome = 1 + (problem.profile.token_losses is not None)
     return sum(column.instructions for column in columns) + 2 * outcome
 
@@ -53,13 +53,13 @@ def charged_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
 
 @dataclass(kw_only=True)
 class Rows:
-    """The step's figures over its rows."""
+    """The step's figures, as its constraints define them."""
 
     bytes: int
     """variable: KiB at the fullest window, instructions included"""
     spare: dict[str, list[Linear]]
-    """"forward", "backward" and "evaluate", per layer: KiB of those that are left in its window, at least, beside what waits for
-    the disk; of a layer that goes forward twice its second forward
+    """"forward", "backward" and "evaluate", per layer: KiB of `bytes` that are free in that window, at least, beside what waits for
+    the disk; for a layer that goes forward twice, in its second forward
     """
     total_ms: Linear
     disk_ms: Linear
@@ -68,16 +68,17 @@ class Rows:
 def add_rows(
     program: Program, problem: Layered, layers: list[Terms], *, careful: bool = False, segments: Segments = ()
 ) -> Rows:
-    """Post the rows of the whole step over the layers' figures.
+    """Post (11) to (16) over the layers' figures.
 
-    With `segments` they count a second pass as a whole training forward, and what a segment reads from before it as
-    kept: a plan of these segments holds and takes at most as much.
+    With `segments` a second pass counts as a whole training forward, and what a segment reads from before it as kept: a plan of
+    these segments holds and takes at most as much.
     """
     count = len(layers)
     used = program.variable()
     instructions = program.variable()
     outcome = 1 + (problem.profile.token_losses is not None)
     extra = held_by_segments(problem, segments)
+    # (11) the instructions of both schedules
     program.at_least(
         Linear(-2.0 * outcome - extra.instructions).add(instructions), *(terms["instructions"] for terms in layers)
     )
@@ -102,6 +103,7 @@ def add_rows(
     order = windows(count, segments)
     peaks: list[Linear] = []
     """per window: KiB that are left for what waits for the disk"""
+    # (11) bytes of each training window; the rows are posted with (15)
     for window in order:
         index, terms = window.layer, layers[window.layer]
         others = Linear(constant)
@@ -115,11 +117,13 @@ def add_rows(
         left = Linear(-extra.bytes[window] / KIB).add(used)
         peaks.append(left.plus(others, -1.0).plus(terms[peak], -1.0))
     spare: dict[str, list[Linear]] = {"forward": [], "backward": [], "evaluate": []}
+    # (12) bytes of each evaluation window
     for index, terms in enumerate(layers):
         left = Linear(-constant - problem.across_evaluate[index] / KIB).add(used).add(instructions, -per_instruction)
         left.plus(outside, -1.0).plus(terms["outside"]).plus(terms["evaluate_peak"], -1.0)
         program.at_least(left)
         spare["evaluate"].append(left)
+    # (13) a window lasts at least as long as its computation
     clock = [Linear()]
     for window in order:
         now = program.variable()
@@ -132,10 +136,11 @@ def add_rows(
         forward = turns[index, "again" if index in first_of else "forward"]
         spare["forward"].append(peaks[forward])
         spare["backward"].append(peaks[turns[index, "backward"]])
+    # (16) the disk over several windows
     nested = chain(back, lambda layer: ("spills_forward_ms", "fetches_backward_ms"))
     spilled = chain(ahead, lambda layer: ("states_spilled_ms",))
     for index in ahead:
-        # A layer's first window is as early in a step as it is among the layers.
+        # Layer i begins the step's i-th window, whether it goes forward once or twice.
         backward = turns[index, "backward"]
         inside = Linear().plus(clock[backward + 1]).plus(clock[index], -1.0)
         program.at_least(inside, nested[count - index])
@@ -158,11 +163,11 @@ def _add_disk(
     *,
     careful: bool,
 ) -> None:
-    """What the disk does window by window, and the memory that waits for it.
+    """(14) What the disk does window by window, and (15) the memory that waits for it.
 
-    A window lasts at least as long as the disk is busy in it. Reads and fetches that come before their window, and
-    spills that are not yet written, take memory meanwhile. The rows hold for any plan of the class; with `careful` they
-    ask for fetches one window ahead and count a spill to the end of its window, which plans can really keep.
+    A window lasts at least as long as the disk is busy in it. What is read or fetched before the window that needs it, and what is
+    spilled and not yet written, takes memory meanwhile. The constraints hold for any plan of the class; with `careful` they ask for
+    fetches one window ahead and count a spill to the end of its window, which plans can really keep.
     """
     rates = _kib_per_ms(problem)
     needed = {name: Linear() for name in rates}
@@ -175,6 +180,7 @@ def _add_disk(
             "fetches": Linear() if forward else terms["fetches_backward_ms"],
             "spills": terms["spills_forward_ms"] if forward and window.phase != "first" else Linear(),
         }
+        # (14) needed and flown: ms of each sort of transfer that windows so far ask for, and that the disk has done
         busy = Linear().plus(clock[moment + 1]).plus(clock[moment], -1.0)
         states = [] if forward or not careful else [terms["states_fetched_ms"], terms["states_spilled_ms"]]
         waiting = Linear()
@@ -200,18 +206,19 @@ def _add_disk(
                 if careful and name == "fetches":
                     program.at_least(Linear().plus(before).plus(needed[name], -1.0))
                 left = Linear().plus(flown[name] if careful else before).plus(needed[name], -1.0)
+            # (15) ms of this sort whose bytes wait throughout the window
             held = program.variable()
             program.at_least(Linear().add(held), left)
             waiting.add(held, rate)
         program.at_least(busy, *flows, *states)
-        # The window's memory row gains what waits for the disk.
+        # (11) with what waits for the disk
         program.at_least(peaks[moment].plus(waiting, -1.0))
     if rates["spills"]:
         program.at_least(flown["spills"], needed["spills"])
 
 
 def _kib_per_ms(problem: Layered) -> dict[str, float]:
-    """The least that a millisecond of disk time moves, for each sort of transfer; 0 where there is none."""
+    """(15) KiB that a millisecond of disk time moves at least, for each sort of transfer; 0 where there is none of it."""
     reads: list[float] = []
     spills: list[float] = []
     fetches: list[float] = []
@@ -224,6 +231,6 @@ def _kib_per_ms(problem: Layered) -> dict[str, float]:
     result = {}
     for name, rates in (("reads", reads), ("fetches", fetches), ("spills", spills)):
         rate = min(rates, default=0.0) / KIB / MS
-        # Nothing ever waits for such a disk, and its rates would spoil the numbers of the program.
+        # Nothing ever waits for a disk faster than that, and its rates would make the program ill-conditioned.
         result[name] = rate if rate <= INSTANT else 0.0
     return result

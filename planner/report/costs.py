@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 
 from tightfit.planner.instructions import Fetch, Free, Instruction, Pass, Read, Run, Spill, Unpack
 from tightfit.planner.problem.layer_types import transfer_seconds
-from tightfit.planner.problem.step_graph import state_count, state_names
+from tightfit.planner.problem.tensor_index import IndexedTensor, TensorIndex
 from tightfit.planner.schema import Phase, Plan
-from tightfit.profiles.schema import Layer, Operator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,50 +50,21 @@ class Repeated:
 
 
 class Ledger:
-    """A plan's tensors and programs, indexed."""
+    """A plan's tensors and programs, and what its decisions cost."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        programs = {program.name: program for program in plan.programs}
-        self.layers: dict[str, Layer] = {layer.name: layer for layer in plan.layers}
-        self.operators = {layer.name: programs[layer.program].operators for layer in plan.layers}
-        self.kinds: dict[str, str] = {}
-        self.sizes: dict[str, int] = {}
-        self.packed: dict[str, int] = {}
-        self.unpack: dict[str, float] = {}
-        states = state_count(plan.optimizer)
-        for tensor in plan.tensors:
-            self._add(tensor.name, tensor.kind, tensor.bytes)
-            self.packed[tensor.name] = tensor.packed_bytes
-            self.unpack[tensor.name] = tensor.unpack_seconds
-            if tensor.kind == "weight":
-                self._add(f"packed:{tensor.name}", "packed", tensor.packed_bytes)
-            if tensor.kind == "trainable":
-                for state in state_names(tensor.name, states):
-                    self._add(state, "optimizer", tensor.bytes)
-        for layer in plan.layers:
-            for value in programs[layer.program].values:
-                self._add(self.name(layer.name, value.name), value.kind, value.bytes)
-
-    def _add(self, name: str, kind: str, size: int) -> None:
-        self.kinds.setdefault(name, kind)
-        self.sizes.setdefault(name, size)
-
-    def name(self, layer: str, value: str) -> str:
-        """Storage name of a layer's value."""
-        return self.layers[layer].bindings.get(value, f"{layer}/{value}")
-
-    def outputs(self, layer: str, operator: Operator) -> list[str]:
-        return [self.name(layer, value) for value in operator.outputs if value is not None]
+        self.index = TensorIndex(plan)
+        self.programs = {layer.name: layer.program for layer in plan.layers}
 
     def repeated(self) -> list[Repeated]:
         """Operators of the training step that run again, in order."""
         return [
             Repeated(
                 layer=layer,
-                program=self.layers[layer].program,
-                operator=self.operators[layer][position].target,
-                seconds=self.operators[layer][position].seconds,
+                program=self.programs[layer],
+                operator=self.index.operators[layer][position].target,
+                seconds=self.index.operators[layer][position].seconds,
             )
             for layer, position in self._again()
         ]
@@ -115,32 +85,32 @@ class Ledger:
 
     def costs(self) -> dict[str, Cost]:
         """Every tensor that was decided on, or that costs anything in the training step."""
-        plan = self.plan
+        plan, tensors = self.plan, self.index.tensors
+        unknown = IndexedTensor(kind="activation", bytes=0)
         costs = {
-            name: Cost(kind=self.kinds.get(name, "activation"), bytes=self.sizes.get(name, 0), decision=decision)
+            name: Cost(kind=tensors.get(name, unknown).kind, bytes=tensors.get(name, unknown).bytes, decision=decision)
             for name, decision in plan.decisions.items()
         }
 
         def charge(name: str, **more: float) -> None:
-            before = costs.get(name) or Cost(kind=self.kinds[name], bytes=self.sizes[name], decision=None)
+            before = costs.get(name) or Cost(kind=tensors[name].kind, bytes=tensors[name].bytes, decision=None)
             costs[name] = replace(before, **{field: getattr(before, field) + extra for field, extra in more.items()})
 
         for layer, position in self._again():
-            operator = self.operators[layer][position]
-            names = self.outputs(layer, operator)
+            names = self.index.outputs(layer, position)
             # An operator of several outputs is charged to the one that had to be made again, or to its first.
             wanted = [name for name in names if plan.decisions.get(name) == "recomputed"]
-            charge((wanted or names)[0], recompute_seconds=operator.seconds)
+            charge((wanted or names)[0], recompute_seconds=self.index.operators[layer][position].seconds)
         device = plan.device
         for instruction in self._instructions():
             match instruction:
                 case Unpack(weight):
-                    charge(weight, unpack_seconds=self.unpack[weight])
+                    charge(weight, unpack_seconds=tensors[weight].unpack_seconds)
                 case Read(name) | Fetch(name):
-                    size = self.packed[name] if isinstance(instruction, Read) else self.sizes[name]
+                    size = tensors[name].packed_bytes if isinstance(instruction, Read) else tensors[name].bytes
                     charge(name, read_bytes=size, read_seconds=transfer_seconds(device.read, size))
                 case Spill(tensor):
-                    size = self.sizes[tensor]
+                    size = tensors[tensor].bytes
                     charge(tensor, write_bytes=size, write_seconds=transfer_seconds(device.write, size))
         return costs
 
@@ -150,7 +120,7 @@ class Ledger:
         for index, one in enumerate(phase.instructions[: instruction + 1]):
             match one:
                 case Run(layer, operator):
-                    there |= dict.fromkeys(self.outputs(layer, self.operators[layer][operator]))
+                    there |= dict.fromkeys(self.index.outputs(layer, operator))
                 case Read(weight):
                     there[f"packed:{weight}"] = None
                 case Unpack(name) | Fetch(name):
@@ -160,4 +130,4 @@ class Ledger:
                     there[below] = None
                 case Free(tensor) if index < instruction:
                     del there[tensor]
-        return {name: self.sizes[name] for name in there}
+        return {name: self.index.tensors[name].bytes for name in there}

@@ -183,7 +183,7 @@ def peak_account(plan: Plan, ledger: Ledger) -> PeakAccount:
     resident = ledger.resident_at(phase, at)
     by_kind: dict[str, int] = defaultdict(int)
     for tensor, size in resident.items():
-        by_kind[ledger.kinds[tensor]] += size
+        by_kind[ledger.index.tensors[tensor].kind] += size
     largest = sorted(resident.items(), key=lambda item: (-item[1], item[0]))[:LARGEST]
     floor = plan.device.floor.held_bytes
     return PeakAccount(
@@ -208,7 +208,7 @@ def _runs(phase: Phase, instruction: int, ledger: Ledger) -> tuple[str | None, s
     if 0 <= instruction < len(phase.instructions):
         match phase.instructions[instruction]:
             case Run(layer, operator):
-                return layer, ledger.operators[layer][operator].target
+                return layer, ledger.index.operators[layer][operator].target
     return None, None
 
 
@@ -233,7 +233,7 @@ def _recomputation(plan: Plan, train: Phase, ledger: Ledger, costs: dict[str, Co
         tensors=len(dropped),
         bytes=sum(dropped.values()),
         operators=sorted(operators, key=lambda group: -group.seconds),
-        by_layer={name: by_layer[name] for name in ledger.layers if name in by_layer},
+        by_layer={name: by_layer[name] for name in ledger.programs if name in by_layer},
         layer_inputs=len(shared & dropped.keys()),
         layers_twice=0 if plan.model.kind == "graph" else len(rerun_layers(plan)),
     )
@@ -265,10 +265,10 @@ def _share(seconds: float, train: Phase) -> float:
 def _remedies(plan: Plan, ledger: Ledger, peak: PeakAccount) -> list[Remedy]:
     """What shrinks with the batch, the sequence and the rank of the adapter, halved each."""
     _, phase = _fullest(plan)
-    trained = {name for name, kind in ledger.kinds.items() if kind == "trainable"}
+    trained = set(ledger.index.of_kind("trainable"))
     by_tokens = by_rank = 0
     for name, size in ledger.resident_at(phase, peak.instruction).items():
-        kind = ledger.kinds[name]
+        kind = ledger.index.tensors[name].kind
         if kind in ("trainable", "optimizer") or name.removeprefix("grad:") in trained:
             by_rank += size
         elif kind in ("activation", "gradient", "batch"):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tightfit.planner.problem.gradients import equal_passages, update_seconds
-from tightfit.planner.problem.step_graph import state_count, state_names
+from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.schema import MEZO, Phase, Plan
-from tightfit.profiles.schema import Operator
 from tightfit.runtime.common.errors import InputError
 
 
@@ -23,17 +20,8 @@ class InvalidSchedule(InputError):  # noqa: N818  named by what it is about, lik
         self.tensor = tensor
 
 
-@dataclass(kw_only=True)
-class DeclaredTensor:
-    kind: str
-    bytes: int
-    packed_bytes: int = 0
-    unpack_seconds: float = 0.0
-    update_seconds: float = 0.0
-
-
-class Declared:
-    """The plan's declarations, indexed."""
+class PlanIndex:
+    """The plan's declarations, indexed for its replay. Raises InvalidSchedule where they contradict each other."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -41,39 +29,17 @@ class Declared:
         phases = [*plan.steps, *([] if plan.evaluate is None else [plan.evaluate])]
         self.instructions = sum(len(phase.instructions) for phase in phases)
         self.two_forwards = plan.optimizer.get("name") == MEZO
-        self.tensors: dict[str, DeclaredTensor] = {}
-        for tensor in plan.tensors:
-            self.tensors[tensor.name] = DeclaredTensor(
-                kind=tensor.kind,
-                bytes=tensor.bytes,
-                packed_bytes=tensor.packed_bytes,
-                unpack_seconds=tensor.unpack_seconds,
-                update_seconds=update_seconds(tensor, plan.optimizer),
-            )
-        programs = {program.name: program for program in plan.programs}
-        self.layers: dict[str, tuple[list[Operator], dict[str, str]]] = {}
-        self.inference: dict[str, list[int]] = {}
-        """layer -> positions of what it runs where no backward follows"""
-        for layer in plan.layers:
-            if layer.program not in programs:
-                raise InvalidSchedule(
-                    "form", "plan", -1, layer.name, f"its program {layer.program!r} is not in the plan"
-                )
-            program = programs[layer.program]
-            names = {v.name: layer.bindings.get(v.name, f"{layer.name}/{v.name}") for v in program.values}
-            for value in program.values:
-                self.tensors.setdefault(names[value.name], DeclaredTensor(kind=value.kind, bytes=value.bytes))
-            self.layers[layer.name] = (program.operators, names)
-            self.inference[layer.name] = program.inference
-        self.order = [layer.name for layer in plan.layers]
-        states = state_count(plan.optimizer)
-        self.trainables: dict[str, list[str]] = {}
-        for name in [n for n, t in self.tensors.items() if t.kind == "trainable"]:
-            self.trainables[name] = list(state_names(name, states))
-            for state in self.trainables[name]:
-                self.tensors[state] = DeclaredTensor(kind="optimizer", bytes=self.tensors[name].bytes)
-        for name in [n for n, t in self.tensors.items() if t.kind == "weight" and t.packed_bytes]:
-            self.tensors[f"packed:{name}"] = DeclaredTensor(kind="packed", bytes=self.tensors[name].packed_bytes)
+        try:
+            index = TensorIndex(plan)
+        except InputError as error:
+            raise InvalidSchedule("form", "plan", -1, "layers", str(error)) from error
+        self.tensors, self.inference, self.trainables = index.tensors, index.inference, index.states
+        self.layers = {layer: (operators, index.names[layer]) for layer, operators in index.operators.items()}
+        """layer -> its operators, and what tensor each value of them is"""
+        self.order = list(self.layers)
+        self.update_seconds = {
+            tensor.name: update_seconds(tensor, plan.optimizer) for tensor in plan.tensors if tensor.kind == "trainable"
+        }
         self.passages = {above: (layer, below) for layer, (above, below) in equal_passages(plan).items() if below}
         """gradient of a layer's output -> the layer and the gradient of its input, where their shapes are equal"""
 

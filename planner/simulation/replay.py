@@ -18,8 +18,9 @@ from tightfit.planner.instructions import (
     Update,
     to_json,
 )
+from tightfit.planner.problem.tensor_index import IndexedTensor
 from tightfit.planner.schema import Peak, Phase
-from tightfit.planner.simulation.plan_index import Declared, DeclaredTensor, InvalidSchedule
+from tightfit.planner.simulation.plan_index import InvalidSchedule, PlanIndex
 from tightfit.planner.simulation.timeline import ReplayPeak, Timeline, Totals
 from tightfit.profiles.schema import Operator
 
@@ -45,7 +46,7 @@ KINDS = (
 class Replay:
     """One phase of a plan; after `run` it knows peak, time and what was updated."""
 
-    def __init__(self, world: Declared, phase: Phase, name: str, *, training: bool) -> None:
+    def __init__(self, world: PlanIndex, phase: Phase, name: str, *, training: bool) -> None:
         self.world = world
         self.phase = phase
         self.instructions: Sequence[Instruction] = phase.instructions
@@ -152,7 +153,7 @@ class Replay:
                 if trained and name not in self.updated:
                     raise self.fail("update-once", name, "is never updated")
 
-    def _tensor(self, name: str) -> DeclaredTensor:
+    def _tensor(self, name: str) -> IndexedTensor:
         found = self.world.tensors.get(name)
         if found is None:
             raise self.fail("form", name, "no such tensor")
@@ -354,9 +355,9 @@ class Replay:
 
     def _touch(self, name: str) -> int:
         """Time of an update or a perturbation; the bytes of the noise that it draws."""
-        tensor = self._tensor(name)
-        self.now += tensor.update_seconds
-        self.totals.compute += tensor.update_seconds
+        tensor, seconds = self._tensor(name), self.world.update_seconds[name]
+        self.now += seconds
+        self.totals.compute += seconds
         noise = tensor.bytes if self.world.two_forwards else 0
         self.workspace = max(self.workspace, noise)
         return noise

@@ -30,7 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tightfit.planner.schema import Phase, Plan, TimelinePoint
-from tightfit.planner.simulation.plan_index import Declared, InvalidSchedule
+from tightfit.planner.simulation.plan_index import InvalidSchedule, PlanIndex
 from tightfit.planner.simulation.replay import LARGEST, LINE, Replay
 from tightfit.planner.simulation.timeline import POINTS
 from tightfit.runtime.common.errors import InputError
@@ -72,7 +72,7 @@ def simulate(plan: Plan) -> Simulation:
         raise InputError(
             f"the plan is {plan.status} and has no schedule; plan with at least {plan.minimum_budget_bytes} bytes"
         )
-    declared = Declared(plan)
+    declared = PlanIndex(plan)
     steps = [
         Replay(declared, phase, f"train {position}" if plan.cycle else "train", training=True)
         for position, phase in enumerate(plan.steps)

@@ -8,7 +8,7 @@ prepares the run. Tensors are numbered, the lowest numbers those of what stays b
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tightfit.planner.instructions import (
@@ -22,9 +22,11 @@ from tightfit.planner.instructions import (
     Spill,
     Unpack,
     Update,
-    from_json,
     to_json,
 )
+from tightfit.planner.problem.tensor_index import TensorIndex
+from tightfit.planner.schema import Phase, Plan
+from tightfit.profiles.schema import Layer, Program, Tensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.job import (
     BLOCK,
@@ -36,7 +38,6 @@ from tightfit.runtime.engine.training.job import (
     READ,
     RUN,
     SPILL,
-    STATES,
     TOKEN_LOSSES,
     UNIT,
     UNPACK,
@@ -48,92 +49,65 @@ from tightfit.runtime.engine.training.job import (
 from tightfit.runtime.engine.training.job_tables import SEPARATOR
 
 
-def compile_job(plan: Mapping[str, Any], settings: Mapping[str, Any]) -> Job:
-    """`plan` is `tightfit.planner.schema.Plan` as a dict; `settings` go into the header untouched."""
-    numbers, sizes = _numbered(plan)
-    tables, starts = _tables(plan, numbers)
+def compile_job(plan: Plan, settings: Mapping[str, Any]) -> Job:
+    """The job of a plan that has a schedule; `settings` go into the header untouched.
+
+    Raises InputError for an offset that is not aligned.
+    """
+    index = TensorIndex(plan)
+    numbers, sizes = _numbered(plan, index)
+    tables, starts = _tables(plan, index, numbers)
     writer = _Writer(plan, numbers)
     train, cycle = array("i"), []
-    for position, phase in enumerate(_steps(plan)):
+    for position, phase in enumerate(plan.steps):
         begin = len(train)
         train.extend(writer.words(phase, position))
         cycle.append([begin, len(train)])
-    evaluate = writer.words(plan["evaluate"]) if plan["evaluate"] else array("i")
+    evaluate = writer.words(plan.evaluate) if plan.evaluate else array("i")
     extents, spill_bytes = _extents(sizes, train, evaluate)
     where = array("q", [0]) * len(numbers)
-    for name, at in plan["resident"].items():
+    for name, at in plan.resident.items():
         where[numbers[name]] = _units(at, ["resident", name]) * UNIT
     return Job(
-        header={**settings, **_header(plan, numbers, sizes, spill_bytes=spill_bytes, cycle=cycle)},
+        header={**settings, **_header(plan, index, numbers, sizes, spill_bytes=spill_bytes, cycle=cycle)},
         sizes=sizes,
         extents=extents,
         where=where,
         tables=tables,
         starts=starts,
         weights=_weights(plan),
-        trainables=_trainables(plan, numbers),
+        trainables=_trainables(plan, index, numbers),
         train=train,
         evaluate=evaluate,
     )
 
 
-def _of_kind(plan: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
-    return [tensor for tensor in plan["tensors"] if tensor["kind"] == kind]
+def _of_kind(plan: Plan, kind: str) -> list[Tensor]:
+    return [tensor for tensor in plan.tensors if tensor.kind == kind]
 
 
-def _states(plan: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the optimizer keeps of each trainable."""
-    return STATES[: int(plan["optimizer"].get("state_tensors", 2))]
-
-
-def _steps(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [plan["train"], *plan["cycle"]] if plan["train"] else []
-
-
-def _places(listed: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    return {entry["name"]: place for place, entry in enumerate(listed)}
+def _places(listed: Iterable[Tensor | Layer | Program]) -> dict[str, int]:
+    return {entry.name: place for place, entry in enumerate(listed)}
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _numbered(plan: Mapping[str, Any]) -> tuple[dict[str, int], array[int]]:
-    """Every tensor of the plan, its layers and its optimizer, numbered; bytes of the first, which stay or are ever on the disk."""
-    sizes: dict[str, int] = {tensor["name"]: tensor["bytes"] for tensor in plan["tensors"]}
-    values = {program["name"]: program["values"] for program in plan["programs"]}
-    for layer in plan["layers"]:
-        for value in values[layer["program"]]:
-            sizes.setdefault(_bound(layer, value), value["bytes"])
-    for tensor in _of_kind(plan, "trainable"):
-        for role in ("grad", *_states(plan)):
-            sizes.setdefault(f"{role}:{tensor['name']}", tensor["bytes"])
-    for tensor in _of_kind(plan, "weight"):
-        sizes.setdefault(f"packed:{tensor['name']}", tensor["packed_bytes"])
-    moved = {
-        name
-        for phase in (*_steps(plan), plan["evaluate"] or {"instructions": []})
-        for instruction in map(from_json, phase["instructions"])
-        if isinstance(instruction, Spill | Fetch)
-        for name in (instruction.tensor,)
-    }
-    lasting = [name for name in sizes if name in moved or name in plan["resident"]]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys((*lasting, *sizes)))}
-    return numbers, array("q", [sizes[name] for name in lasting])
+def _numbered(plan: Plan, index: TensorIndex) -> tuple[dict[str, int], array[int]]:
+    """Every tensor of the plan, numbered; bytes of the first, which stay between steps or are ever on the disk."""
+    phases = [*plan.steps, *([plan.evaluate] if plan.evaluate else [])]
+    moved = {one.tensor for phase in phases for one in phase.instructions if isinstance(one, Spill | Fetch)}
+    lasting = [name for name in index.tensors if name in moved or name in plan.resident]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys((*lasting, *index.tensors)))}
+    return numbers, array("q", [index.tensors[name].bytes for name in lasting])
 
 
-def _bound(layer: Mapping[str, Any], value: Mapping[str, Any]) -> str:
-    """The tensor that a value of a layer's program is."""
-    name: str = layer["bindings"].get(value["name"]) or f"{layer['name']}/{value['name']}"
-    return name
-
-
-def _tables(plan: Mapping[str, Any], numbers: Mapping[str, int]) -> tuple[array[int], array[int]]:
+def _tables(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> tuple[array[int], array[int]]:
     """The layers' tables, and where each of these starts."""
     tables, starts = array("i"), array("i")
-    values = {program["name"]: program["values"] for program in plan["programs"]}
-    for layer in plan["layers"]:
+    for layer in plan.layers:
         starts.append(len(tables))
-        tables.extend(numbers[_bound(layer, value)] for value in values[layer["program"]])
+        tables.extend(numbers[name] for name in index.names[layer.name].values())
     return tables, starts
 
 
@@ -143,21 +117,21 @@ def _tables(plan: Mapping[str, Any], numbers: Mapping[str, int]) -> tuple[array[
 class _Writer:
     """Instructions to words."""
 
-    def __init__(self, plan: Mapping[str, Any], numbers: Mapping[str, int]) -> None:
+    def __init__(self, plan: Plan, numbers: Mapping[str, int]) -> None:
         self.numbers = numbers
-        self.layers = _places(plan["layers"])
+        self.layers = _places(plan.layers)
         self.weights = _places(_of_kind(plan, "weight"))
         self.trainables = _places(_of_kind(plan, "trainable"))
-        self.updates = _updates(_steps(plan))
-        self.marks = {plan["loss"]: LOSS}
+        self.updates = _updates(plan.steps)
+        self.marks = {plan.loss: LOSS}
         """what stands before the end of a tensor"""
-        if plan["token_losses"]:
-            self.marks[plan["token_losses"]] = TOKEN_LOSSES
+        if plan.token_losses:
+            self.marks[plan.token_losses] = TOKEN_LOSSES
 
-    def words(self, phase: Mapping[str, Any], position: int = 0) -> array[int]:
+    def words(self, phase: Phase, position: int = 0) -> array[int]:
         """A schedule, of training that at `position` in the cycle."""
         made = array("i")
-        for instruction in map(from_json, phase["instructions"]):
+        for instruction in phase.instructions:
             made.extend(self._instruction(instruction, position))
         return made
 
@@ -190,11 +164,11 @@ class _Writer:
                 return PASS, number[above], number[below]
 
 
-def _updates(steps: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], tuple[int, int]]:
+def _updates(steps: Sequence[Phase]) -> dict[tuple[int, str], tuple[int, int]]:
     """(position in the cycle, trainable) -> its updates per cycle, and which of them this is, counted from 1."""
     at: dict[str, list[int]] = {}
     for position, phase in enumerate(steps):
-        for instruction in map(from_json, phase["instructions"]):
+        for instruction in phase.instructions:
             if isinstance(instruction, Update):
                 at.setdefault(instruction.trainable, []).append(position)
     return {
@@ -232,50 +206,52 @@ def _spilled(words: array[int]) -> set[int]:
 # --- what lasts ------------------------------------------------------------------------------------------------------
 
 
-def _said(tensors: list[dict[str, Any]]) -> dict[str, Any]:
+def _said(tensors: Sequence[Tensor]) -> dict[str, Any]:
     """Names, and the dtypes and shapes that occur."""
     return {
-        "names": SEPARATOR.join(t["name"] for t in tensors),
-        "dtypes": list(dict.fromkeys(t["dtype"] for t in tensors)),
-        "shapes": [list(shape) for shape in dict.fromkeys(tuple(t["shape"]) for t in tensors)],
+        "names": SEPARATOR.join(t.name for t in tensors),
+        "dtypes": list(dict.fromkeys(t.dtype for t in tensors)),
+        "shapes": [list(shape) for shape in dict.fromkeys(tuple(t.shape) for t in tensors)],
     }
 
 
-def _weights(plan: Mapping[str, Any]) -> array[int]:
-    resident, made = plan["resident"], array("q")
+def _weights(plan: Plan) -> array[int]:
+    resident, made = plan.resident, array("q")
     said = _said(weights := _of_kind(plan, "weight"))
     for t in weights:
-        made.extend((said["dtypes"].index(t["dtype"]), said["shapes"].index(list(t["shape"]))))
-        made.extend((t["packed_bytes"], resident.get(t["name"], -1), resident.get(f"packed:{t['name']}", -1)))
+        made.extend((said["dtypes"].index(t.dtype), said["shapes"].index(list(t.shape))))
+        made.extend((t.packed_bytes, resident.get(t.name, -1), resident.get(f"packed:{t.name}", -1)))
     return made
 
 
-def _trainables(plan: Mapping[str, Any], numbers: Mapping[str, int]) -> array[int]:
-    resident, made = plan["resident"], array("q")
+def _trainables(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> array[int]:
+    resident, made = plan.resident, array("q")
     said = _said(trainables := _of_kind(plan, "trainable"))
     for t in trainables:
-        made.extend((said["shapes"].index(list(t["shape"])), numbers[f"grad:{t['name']}"]))
-        for name in (t["name"], *(f"{role}:{t['name']}" for role in _states(plan))):
+        # Where no schedule has a backward nothing makes the gradient, and nothing reads its number.
+        made.extend((said["shapes"].index(list(t.shape)), numbers.get(f"grad:{t.name}", -1)))
+        for name in (t.name, *index.states[t.name]):
             made.extend((numbers[name], resident.get(name, -1)))
     return made
 
 
-def hole(plan: Mapping[str, Any], numbers: Mapping[str, int], sizes: Sequence[int]) -> tuple[int, int]:
+def hole(plan: Plan, numbers: Mapping[str, int], sizes: Sequence[int]) -> tuple[int, int]:
     """The largest byte range of whole blocks of the arena in which nothing stays between steps."""
-    taken = sorted((at, at + sizes[numbers[name]]) for name, at in plan["resident"].items())
+    taken = sorted((at, at + sizes[numbers[name]]) for name, at in plan.resident.items())
     found, end = (0, 0), 0
-    for start, stop in [*taken, (plan["arena_bytes"], 0)]:
+    for start, stop in [*taken, (plan.arena_bytes, 0)]:
         low, high = -(-end // BLOCK) * BLOCK, start // BLOCK * BLOCK
         found = max(found, (low, high), key=lambda one: one[1] - one[0])
         end = max(end, stop)
     return found
 
 
-# --- header ----------------------------------------------------------------------------------------------------------
+# --- header -----------------------------------------------------------------------------------------------------------
 
 
 def _header(
-    plan: Mapping[str, Any],
+    plan: Plan,
+    index: TensorIndex,
     numbers: Mapping[str, int],
     sizes: Sequence[int],
     *,
@@ -283,44 +259,39 @@ def _header(
     cycle: list[list[int]],
 ) -> dict[str, Any]:
     """`cycle`: the first word of each training schedule, and that after its last."""
-    tensors, programs = {t["name"]: t for t in plan["tensors"]}, _places(plan["programs"])
-    resident: dict[str, int] = plan["resident"]
-
-    def place(name: str) -> int:
-        return resident.get(name, -1)
+    programs = _places(plan.programs)
 
     def placed(kind: str) -> list[list[Any]]:
-        return [[t["name"], t["dtype"], t["shape"], place(t["name"])] for t in _of_kind(plan, kind)]
+        return [[t.name, t.dtype, t.shape, plan.resident.get(t.name, -1)] for t in _of_kind(plan, kind)]
 
     gathered = {
-        numbers[layer["bindings"][value]]: layer["bindings"][value]
-        for layer in plan["layers"]
-        for operator in plan["programs"][programs[layer["program"]]]["operators"]
-        for value in operator["gathers"]
+        numbers[name]: name
+        for layer, operators in index.operators.items()
+        for operator in operators
+        for name in (index.names[layer][value] for value in operator.gathers)
     }
+    shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     return {
-        "budget_bytes": plan["budget_bytes"],
+        "budget_bytes": plan.budget_bytes,
         # What is left of it for this process.
-        "cap_bytes": plan["budget_bytes"] - plan["device"]["floor"]["supervisor_bytes"],
-        "device": plan["device"]["kind"],
-        "arena_bytes": plan["arena_bytes"],
+        "cap_bytes": plan.budget_bytes - plan.device.floor.supervisor_bytes,
+        "device": plan.device.kind,
+        "arena_bytes": plan.arena_bytes,
         "hole": hole(plan, numbers, sizes),
         "spill_bytes": spill_bytes,
-        "batch": plan["batch"],
-        "seq": plan["seq"],
-        "accumulate": plan["optimizer"].get("accumulate", 1),
-        "kind": plan["model"]["kind"],
-        "lora": plan["model"]["lora"],
-        "programs": [program_header(p) for p in plan["programs"]],
-        "layer_programs": [programs[layer["program"]] for layer in plan["layers"]],
+        "batch": plan.batch,
+        "seq": plan.seq,
+        "accumulate": plan.accumulate,
+        "kind": plan.model.kind,
+        "lora": plan.model.lora,
+        "programs": [program_header(program.model_dump()) for program in plan.programs],
+        "layer_programs": [programs[layer.program] for layer in plan.layers],
         "weights": _said(_of_kind(plan, "weight")),
         "cycle": cycle,
         "trainables": _said(_of_kind(plan, "trainable")),
         "constants": placed("constant"),
         "inputs": placed("batch"),
         "gathered": list(gathered.items()),
-        "loss": numbers[plan["loss"]],
-        "token_losses": [numbers[plan["token_losses"]], tensors[plan["token_losses"]]["shape"]]
-        if plan["token_losses"]
-        else None,
+        "loss": numbers[plan.loss],
+        "token_losses": [numbers[plan.token_losses], shapes[plan.token_losses]] if plan.token_losses else None,
     }

@@ -162,7 +162,7 @@ def prepared(
         if finished and evaluated:
             yield finished
             return
-        compiled = compile_job(plan.model_dump(), settings)
+        compiled = compile_job(plan, settings)
         if preparation:
             preparation.check("preparing the data")
         remove(replaced)  # only now: data or a plan that are refused must not cost an earlier run

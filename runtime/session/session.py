@@ -106,7 +106,7 @@ class Session:
             stack.callback(self._hang_up)
             with os.fdopen(read, "rb"):
                 compiled = compile_job(
-                    plan.model_dump(),
+                    plan,
                     settings_of(plan, directory, store, requests=read, resume=self._resume, **self._options),
                 )
                 with writing_to(directory):

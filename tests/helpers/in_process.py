@@ -60,4 +60,4 @@ def make_training(
         "base_model": "tiny",
         "optimizer": dataclasses.asdict(optimizer),
     }
-    return Training(compile_job(plan.model_dump(), settings), channel or Channel(), str(directory), device)
+    return Training(compile_job(plan, settings), channel or Channel(), str(directory), device)

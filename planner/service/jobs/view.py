@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
-from tightfit.planner.problem.step_graph import STATES, layer_graph
+from tightfit.planner.problem.step_graph import layer_graph
+from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.report.costs import Ledger
 from tightfit.planner.report.diff import diff, grouped
 from tightfit.planner.report.explain import explain
@@ -94,14 +95,12 @@ def _channels(plan: Plan, told: Explanation) -> list[ChannelShown]:
 def owners(plan: Plan) -> dict[str, str]:
     """Tensor -> the layer that it is shown with: the first that names it."""
     found: dict[str, str] = {}
-    programs = {program.name: program for program in plan.programs}
-    for layer in plan.layers:
-        for value in programs[layer.program].values:
-            name = layer.bindings.get(value.name, f"{layer.name}/{value.name}")
-            found.setdefault(name, layer.name)
-            if value.kind == "trainable":
-                for state in STATES:
-                    found.setdefault(f"{state}:{name}", layer.name)
+    index = TensorIndex(plan)
+    for layer, names in index.names.items():
+        for name in names.values():
+            found.setdefault(name, layer)
+            for state in index.states.get(name, ()):
+                found.setdefault(state, layer)
     return found
 
 

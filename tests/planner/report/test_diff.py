@@ -40,7 +40,7 @@ def test_changes_are_the_decisions_and_their_sums_the_plans_differences(plans, f
     assert changed <= {change.name for change in changes}
     for change in changes:
         assert (change.before, change.after) == (before.decisions.get(change.name), after.decisions.get(change.name))
-        assert change.bytes == Ledger(before).sizes[change.name]
+        assert change.bytes == Ledger(before).index.tensors[change.name].bytes
 
     def compute(plan):
         return plan.train.recompute_seconds + plan.train.unpack_seconds

@@ -133,21 +133,22 @@ def test_every_lora_b_moves_and_starts_at_zero(profile, records, tmp_path):
 def test_unaligned_offsets_are_refused(profile):
     from tightfit.runtime.common.errors import InputError
 
-    plan = naive_plan(profile).model_dump()
-    run = next(i for i in plan["train"]["instructions"] if i[0] == "run" and i[3][0] is not None)
-    run[3][0] += 4
-    with pytest.raises(InputError, match="not a multiple of 64"):
-        compile_job(plan, {})
-    plan = naive_plan(profile).model_dump()
-    read = next(i for i in plan["train"]["instructions"] if i[0] == "read")
-    read[2] += 64
-    with pytest.raises(InputError, match="not a multiple of 4096"):
-        compile_job(plan, {})
+    for verb, operand, shift, wanted in (("run", 3, 4, 64), ("read", 2, 64, 4096)):
+        plan = naive_plan(profile)
+        instructions = listed(plan.train)
+        one = next(i for i in instructions if i[0] == verb and (verb == "read" or i[3][0] is not None))
+        if verb == "run":
+            one[operand][0] += shift
+        else:
+            one[operand] += shift
+        train = plan.train.model_copy(update={"instructions": read_all(instructions)})
+        with pytest.raises(InputError, match=f"not a multiple of {wanted}"):
+            compile_job(plan.model_copy(update={"train": train}), {})
 
 
 def test_what_is_spilled_has_whole_blocks_of_its_own(profile):
     spilled = PLANS["spilled"](profile)["spill"]
-    job = compile_job(naive_plan(profile, spill=spilled, offload=names(profile, "trainable")).model_dump(), {})
+    job = compile_job(naive_plan(profile, spill=spilled, offload=names(profile, "trainable")), {})
     kept = [number for number, extent in enumerate(job.extents) if extent >= 0]
     assert len(kept) == len(spilled) + 2 * len(names(profile, "trainable"))
     blocks = [
@@ -241,7 +242,7 @@ def test_what_is_read_and_what_it_becomes_lie_apart_in_a_hole_or_on_the_heap(pro
 def test_job_file_survives_the_disk(profile, tmp_path):
     from tightfit.runtime.engine.training.job import Job
 
-    job = compile_job(naive_plan(profile).model_dump(), {"seed": 5})
+    job = compile_job(naive_plan(profile), {"seed": 5})
     job.write(str(tmp_path / "job"))
     again = Job.read(str(tmp_path / "job"))
     assert again.train == job.train
@@ -253,7 +254,7 @@ def test_job_file_survives_the_disk(profile, tmp_path):
 
 
 def test_job_words_are_walked_by_width(profile):
-    job = compile_job(naive_plan(profile, offload=names(profile, "trainable")).model_dump(), {})
+    job = compile_job(naive_plan(profile, offload=names(profile, "trainable")), {})
     place, count = 0, {}
     while place < len(job.train):
         count[job.train[place]] = count.get(job.train[place], 0) + 1

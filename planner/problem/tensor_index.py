@@ -1,0 +1,73 @@
+"""Every tensor that a profile or a plan speaks of, by name: global tensors, values of layers, optimizer states, packed weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tightfit.planner.problem.step_graph import state_count, state_names
+from tightfit.planner.schema import Plan
+from tightfit.profiles.schema import Operator, Profile
+from tightfit.runtime.common.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexedTensor:
+    kind: str
+    """that of its first mention; ``optimizer`` of a state, ``packed`` of a weight's packed bytes"""
+    bytes: int
+    packed_bytes: int = 0
+    unpack_seconds: float = 0.0
+    update_seconds: float = 0.0
+    """as the profile measured it"""
+
+
+class TensorIndex:
+    """The tensors of a profile or plan, in the order in which it names them."""
+
+    def __init__(self, source: Profile | Plan) -> None:
+        """Raises InputError for a layer whose program is not there."""
+        self.tensors: dict[str, IndexedTensor] = {
+            tensor.name: IndexedTensor(
+                kind=tensor.kind,
+                bytes=tensor.bytes,
+                packed_bytes=tensor.packed_bytes,
+                unpack_seconds=tensor.unpack_seconds,
+                update_seconds=tensor.update_seconds,
+            )
+            for tensor in source.tensors
+        }
+        self.operators: dict[str, list[Operator]] = {}
+        """layer -> those of its program"""
+        self.inference: dict[str, list[int]] = {}
+        """layer -> positions of what it runs where no backward follows"""
+        self.names: dict[str, dict[str, str]] = {}
+        """layer -> value of its program -> tensor"""
+        programs = {program.name: program for program in source.programs}
+        for layer in source.layers:
+            program = programs.get(layer.program)
+            if program is None:
+                raise InputError(f"layer {layer.name}: its program {layer.program!r} is not there")
+            names = {
+                value.name: layer.bindings.get(value.name, f"{layer.name}/{value.name}") for value in program.values
+            }
+            for value in program.values:
+                self.tensors.setdefault(names[value.name], IndexedTensor(kind=value.kind, bytes=value.bytes))
+            self.operators[layer.name], self.inference[layer.name] = program.operators, program.inference
+            self.names[layer.name] = names
+        self.states: dict[str, tuple[str, ...]] = {
+            name: state_names(name, state_count(source.optimizer)) for name in self.of_kind("trainable")
+        }
+        """trainable -> what the optimizer keeps of it"""
+        for name, states in self.states.items():
+            for state in states:
+                self.tensors[state] = IndexedTensor(kind="optimizer", bytes=self.tensors[name].bytes)
+        for name in self.of_kind("weight"):
+            if packed := self.tensors[name].packed_bytes:
+                self.tensors[f"packed:{name}"] = IndexedTensor(kind="packed", bytes=packed)
+
+    def of_kind(self, kind: str) -> list[str]:
+        return [name for name, tensor in self.tensors.items() if tensor.kind == kind]
+
+    def outputs(self, layer: str, position: int) -> list[str]:
+        """Tensors that an operator of the layer makes, those left out that nobody needs."""
+        return [self.names[layer][value] for value in self.operators[layer][position].outputs if value is not None]
