@@ -56,7 +56,7 @@ class Choices:
         self.program.at_least(left, right)
 
     def _choices(self) -> None:
-        """(1) One fate per tensor and one mode per weight; that a tensor is kept or offloaded, not both, is posted below."""
+        """(1) The decision variables, and one mode per weight."""
         kind = self.kind
         self.keep = {value: self.program.choice() for value in kind.candidates}
         self.offload = {value: self.program.choice() for value in kind.candidates if value in kind.offloadable}
@@ -86,7 +86,7 @@ class Choices:
             stored = Linear().add(self.keep[value])
             if value in self.offload:
                 stored.add(self.offload[value])
-                # (1)
+                # (1) kept or offloaded, not both
                 self._at_least(Linear(1.0), Linear.sum([self.keep[value], self.offload[value]]))
             maker = self.producer.get(value)
             runs = self.again.get(maker.index) if maker is not None else None

@@ -140,7 +140,7 @@ def add_rows(
     nested = chain(back, lambda layer: ("spills_forward_ms", "fetches_backward_ms"))
     spilled = chain(ahead, lambda layer: ("states_spilled_ms",))
     for index in ahead:
-        # Layer i begins the step's i-th window, whether it goes forward once or twice.
+        # Window i of the step, counted from 0, is layer i's first, whether it goes forward once or twice.
         backward = turns[index, "backward"]
         inside = Linear().plus(clock[backward + 1]).plus(clock[index], -1.0)
         program.at_least(inside, nested[count - index])

@@ -1,12 +1,13 @@
-"""The whole step over its layers: bytes window by window, time, disk; small models as one program, large ones by columns.
+"""Decisions for all layers at one budget: small models as one mixed-integer program, large ones by column generation.
 
-Each layer enters through a few figures (`FIELDS`): bytes it holds between its windows and inside them, seconds of
-compute and disk. A window's bytes are what every layer holds at that time plus the layer's own peak there, so two rows
-per layer say the same as a row per instruction. Equal layers share columns (decisions with their figures) and pricing
-problems, so the cost grows with layer types.
+Each layer enters through a few figures (`FIELDS`): bytes it holds between its windows and inside them, seconds of computation and
+disk. A window's bytes are what every layer holds at that time plus the layer's own peak there, so two constraints per layer say the
+same as one per instruction. Equal layers share columns (decisions with their figures) and pricing problems, so the cost grows with
+the number of layer types.
 
-Bound: Lagrangian. With row duals of the master, sum of the cheapest priced column of each layer, by the pricing
-problem's own proven bound (Dantzig and Wolfe 1960; for its use as a bound see Lasdon 1970).
+The bound is Lagrangian (20): at the master's dual prices, the least cost of each layer, as far as its pricing problem's own bound
+proves it (Dantzig and Wolfe 1960; for its use as a bound see Lasdon 1970). Numbers in brackets are those of the blocks in
+docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -27,34 +28,35 @@ from tightfit.planner.solve.master_lp import MOVE_PRICE, Relaxation, Relaxed, go
 from tightfit.planner.solve.pricing import Pool, Prices
 
 JOINT_BINARIES = 150
-"""models with fewer choices are solved as one program, to optimality"""
+"""models with at most so many integer variables are solved as one program, to optimality"""
 WHOLE_NODES = 20
-"""of the search for whole columns: work is counted, not timed, so that the same input gives the same plan"""
+"""of branch and bound for whole columns: work is counted, not timed, so that the same input gives the same plan"""
 WHOLE = 0.999
-"""share of one column from which on a layer is not mixed"""
+"""share of one column from which on a layer counts as not mixed"""
 NEAR = 1e-3
-"""share of the step's time; columns whose reduced cost is less may be part of a good choice"""
+"""share of the step's time; only columns whose reduced cost is at most that are tried as whole columns near a mixture"""
 FEW = 5
-"""such columns per layer"""
+"""of these per layer, where every layer chooses among them"""
 FREE = 12
-"""layers at most, evenly among those that are mixed, that are not rounded where rounding all costs too much"""
+"""mixed layers at most, evenly spaced, that `_few_free` does not round"""
 CANDIDATES = 10
-"""columns of each of these"""
+"""columns that each of these chooses among"""
 FITTED = 30
-"""columns of each layer that are fitted into what the mixtures hold"""
+"""columns of each layer that the local search chooses among"""
 MARGINS = (0.0, 0.005, 0.02)
-"""shares of the limit, by which these hold less than the mixtures where their transfers need more"""
+"""shares of the limit by which what the local search chooses holds less than the mixtures, one after the other until it fits"""
 FILLED = 5
-"""mixed layers at most for which a column near the mixture is asked"""
+"""mixed layers at most for which a new column near the mixture is sought"""
 WHOLE_GAP = 2e-3
-"""of whole columns to the best ones"""
+"""relative gap to which the programs over whole columns are solved"""
 ENOUGH = 5e-5
-"""share of the step's time; a whole column that costs so little more than a mixture stands for it"""
+"""share of the step's time; a whole column that costs at most that much more than a mixture stands for it"""
 ROUNDS = 60
+"""of column generation at most"""
 SHARE = 0.25
 """of what pricing could gain, left to the next round once there are new columns"""
 Whole = tuple[float, tuple[Column, ...]]
-"""a column per layer, and what the master says that they cost"""
+"""(objective, a column per layer)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +75,19 @@ class Search:
     """One budget. `limit_bytes` None asks for the fewest bytes instead of the shortest step."""
 
     relaxation: Relaxation
-    """over the columns found so far; whether its rows are careful, and which layers go forward twice: a bound is then one
-    for these segments only"""
+    """the restricted master problem; it says whether constraints are careful and which layers go forward twice (a bound then holds
+    for these segments only)"""
     limit_bytes: int | None
     deadline: float
     tolerance: float = 2e-3
     progress: Progress | None = None
     started: float = field(default_factory=time.monotonic)
     timely: bool = True
-    """whether the search, for columns and for whole ones, came to its end before the deadline"""
+    """whether column generation, and the choice of whole columns, came to their end before the deadline"""
     worth_seconds: float = float("inf")
-    """a search for columns that shows that none of its plans is faster than this ends there"""
+    """column generation ends once its bound shows that none of its plans is faster than this"""
     thorough: bool = True
-    """whether whole columns that a local search does not find are looked for by programs in whole numbers"""
+    """whether integer programs look for whole columns where the local search finds none that are good enough"""
 
     @property
     def pool(self) -> Pool:
@@ -105,14 +107,15 @@ class Search:
             self.progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": gap, "seconds": seconds})
 
     def _priced(self, stage: str, relaxed: Relaxed, best: float) -> None:
-        """Where the limit is not kept, the value is one of bytes over it and says nothing of seconds."""
+        """Report progress; where the limit is passed, the value is mostly the price of that and says nothing of seconds."""
         kept = relaxed.over < 1e-4
         self.report(stage, relaxed.value / MS if kept else float("inf"), best / MS if kept else 0.0)
 
     # --- one program -----------------------------------------------------------------------------------------------
 
     def joint(self, *, priced: bool = True) -> Answer | None:
-        """All blocks side by side: the optimum of the class. None where nothing fits. Without a price on moves the bound of its time is tight.
+        """(1) to (17) as one program: the optimum of the class; None where nothing fits. Without a price on transfers (`priced`) the bound
+        of its time is tight.
 
         Raises TimeoutError where the deadline strikes before there are columns, or a proof that none fit.
         """
@@ -137,17 +140,17 @@ class Search:
         return Answer(columns=columns, bound_seconds=self.bound(result.bound, priced=priced), proven=result.optimal)
 
     def bound(self, objective: float, *, priced: bool = True) -> float:
-        """Seconds that no plan undercuts, from a bound on time + MOVE_PRICE * disk time (disk time <= time), or on time alone."""
+        """Seconds that no plan undercuts, from a bound of time + MOVE_PRICE * disk time (disk time <= time), or of time alone."""
         return max(0.0, objective * (1 - MARGIN) / (1 + (MOVE_PRICE if priced else 0.0)) / MS)
 
     # --- columns ---------------------------------------------------------------------------------------------------
 
     def columns(self, enough: float = 0.0) -> tuple[float, float, bool]:
-        """Price columns until the bound meets the master, or the master is down to `enough` (ms, without a limit KiB): (bound,
-        master value, whether the limit is kept).
+        """Column generation until the Lagrangian bound (20) meets the master's value, or that is at most `enough` (ms, without a limit
+        KiB): (bound, master's value, whether the limit is kept).
 
         Past the deadline the bound is the best so far, and `timely` is False. Nothing is priced where what other budgets have
-        proven shows that no plan is worth it.
+        proven (22) shows that no plan is worth it.
         """
         limit = self.limit_bytes
         best, value, kept = 0.0 if limit is None else self.relaxation.proven(limit), float("inf"), False
@@ -165,8 +168,9 @@ class Search:
                 # What other budgets have proven is good enough here.
                 break
             gain, new = self._price(relaxed, best, steady=steady)
-            # Where what is known from other budgets settles every layer, it is only now known how near that is.
+            # Proofs of other budgets may have settled every layer: then the bound has risen without a new column.
             better = value - gain > best + self.tolerance / 16 * value
+            # (20) the Lagrangian bound of this round is value - gain
             if limit is not None and self.timely and value - gain > best:
                 self.relaxation.prove(limit, value - gain, relaxed.limit_price)
             best = max(best, value - gain)
@@ -177,29 +181,30 @@ class Search:
         return best, value, kept
 
     def holds(self) -> bool:
-        """Whether the columns known so far, mixed, keep the limit."""
+        """Whether a mixture of the columns known so far keeps the limit."""
         return self.relaxed_seconds(self.limit_bytes)[1]
 
     def relaxed_seconds(self, limit_bytes: int | None) -> tuple[float, bool]:
-        """What a step takes by the columns known so far, mixed; and whether that keeps `limit_bytes`."""
+        """Seconds of a step by the best mixture of the columns known so far, and whether it keeps `limit_bytes`."""
         relaxed = self._relaxation(limit_bytes)
         return relaxed.value / MS, relaxed.over < 1e-4
 
     def _price(self, relaxed: Relaxed, best: float, *, steady: bool) -> tuple[float, bool]:
-        """Price layers until what could still be gained in the others is little: (most that could be gained, new columns).
+        """Price layers until little could be gained in the others: (most that could still be gained, whether there are new columns).
 
-        The most promising layer first; what its answer proves often settles layers at similar prices. Prices that still
-        move are not worth a proof: unless they are `steady`, new columns end the round early.
+        The layer with the most to gain comes first; what its solution proves often settles layers at similar prices. Prices that still
+        change much are not worth a full proof: unless they are `steady`, new columns end the round early.
         """
         pool, kinds, prices = self.pool, self.pool.problem.layer_type, relaxed.prices
         gap = min(1e-2, max(self.tolerance / 10, (relaxed.value - best) / relaxed.value / 10))
         least = [pool.bound(kind, prices[i]) for i, kind in enumerate(kinds)]
 
         def short(i: int) -> float:
+            """Most that pricing the layer could gain: its mixture's cost less the proven least cost."""
             return max(0.0, relaxed.convexity[i] - least[i])
 
         def settled(i: int) -> bool:
-            # A program is solved to `gap` of its cost: to ask again at such prices would prove no more.
+            # A pricing problem is solved to `gap` of its cost: solving it again at such prices would prove no more.
             return not short(i) or pool.known(kinds[i], prices[i]) - least[i] <= 1.5 * gap * least[i]
 
         little = self.tolerance / 8 * relaxed.value
@@ -236,12 +241,12 @@ class Search:
         return terms
 
     def choose(self, limit_bytes: int | None) -> tuple[Column, ...] | None:
-        """Good whole columns within `limit_bytes` over the pool; None where none fits.
+        """(23) Good whole columns within `limit_bytes` from the pool; None where none fits.
 
-        First those that a local search fits into what the mixtures hold. Where they cost too much, a few layers get a whole
-        column near their mixture, and a few of the mixed ones are free to choose; then all are among what costs little more,
-        or at last among any. Past the deadline the best so far is what there is, and `timely` is False; raises TimeoutError where
-        there is none.
+        First those that a local search fits into what the mixtures hold. Where they cost too much, a few layers get a new column near
+        their mixture, and integer programs choose: for a few of the mixed layers, then for all layers among columns that cost little
+        more than the mixture, at last among all columns. Past the deadline the best so far is returned, and `timely` is False; raises
+        TimeoutError where there is none.
         """
         relaxed = self._relaxation(limit_bytes)
         if limit_bytes is not None and relaxed.over > 1e-4:
@@ -255,7 +260,7 @@ class Search:
         )[: None if self.thorough else 1]
         try:
             for enough, combined in stages:
-                # What costs at most so much more than the mixture, as a share, is good enough.
+                # What costs at most this share more than the mixture is good enough.
                 if found is not None and found[0] <= (1 + enough) * relaxed.value:
                     break
                 whole = combined(limit_bytes, relaxed)
@@ -269,9 +274,9 @@ class Search:
         return None if found is None else found[1]
 
     def _fitted(self, limit_bytes: int | None, relaxed: Relaxed) -> Whole | None:
-        """Columns that hold no more in any window than the mixtures do; or a little less, where their transfers need more.
+        """Columns that hold no more in any window than the mixtures do, or a little less where their transfers need more memory.
 
-        Where memory has no price, the mixtures are whole but for ties; over segments' windows there is no such search.
+        Where memory has no price, the mixtures are whole but for ties; there is no local search over segments' windows.
         """
         if limit_bytes is None:
             return None
@@ -294,7 +299,9 @@ class Search:
         return None
 
     def _few_free(self, limit_bytes: int | None, relaxed: Relaxed) -> Whole | None:
-        """All rounded but for a few layers, which have candidates near their mixture and what costs least beyond."""
+        """Every layer rounded but a few, which choose among the columns of least reduced cost; first, new columns are sought near a few
+        of the mixtures.
+        """
         kinds = self.pool.problem.layer_type
         mixed = [layer for layer, shares in enumerate(relaxed.shares) if np.max(shares) < WHOLE]
         free = {mixed[len(mixed) * turn // FREE] for turn in range(min(FREE, len(mixed)))}
@@ -315,16 +322,16 @@ class Search:
         return self._whole(limit_bytes, candidates)
 
     def _all_near(self, limit_bytes: int | None, relaxed: Relaxed) -> Whole | None:
-        """Every layer among the columns that cost little more than its mixture."""
+        """Every layer chooses among the columns that cost little more than its mixture."""
         return self._whole(limit_bytes, self._near(relaxed, FEW))
 
     def _any(self, limit_bytes: int | None, _: Relaxed) -> Whole | None:
-        """Every layer among all columns of its type."""
+        """Every layer chooses among all columns of its type."""
         counts = [len(self.pool.columns[kind]) for kind in self.pool.problem.layer_type]
         return self._whole(limit_bytes, [list(range(count)) for count in counts])
 
     def _near(self, relaxed: Relaxed, most: int) -> list[list[int]]:
-        """Per layer: the columns, so many at most, that cost little more than its mixture; the best first."""
+        """Per layer: the columns, `most` of them at most, that cost little more than its mixture; the best first."""
         near = []
         for layer in range(len(self.pool.problem.layer_type)):
             reduced = self._reduced(relaxed, layer)
@@ -333,7 +340,7 @@ class Search:
         return near
 
     def _reduced(self, relaxed: Relaxed, layer: int) -> Prices:
-        """By column: what it costs more than the mixture; nothing for those in it."""
+        """Reduced cost of each column of the layer's type; 0 for those in its mixture."""
         used = relaxed.shares[layer]
         reduced = self.pool.figures[self.pool.problem.layer_type[layer]] @ relaxed.prices[layer]
         reduced -= relaxed.convexity[layer]
@@ -345,12 +352,12 @@ class Search:
         return min(WHOLE_GAP, self.tolerance / 2)
 
     def _mixture(self, relaxed: Relaxed, layer: int) -> Prices:
-        """FIELDS of what a layer mixes."""
+        """FIELDS of a layer's mixture."""
         shares = relaxed.shares[layer]
         return shares @ self.pool.figures[self.pool.problem.layer_type[layer]][: len(shares)]
 
     def _whole(self, limit_bytes: int | None, candidates: list[list[int]]) -> Whole | None:
-        """The best combination of one candidate per layer (indices into the pool's columns), with its objective.
+        """(23) The best combination of one candidate per layer (indices into the pool's columns), with its objective.
 
         Raises TimeoutError when no time is left.
         """

@@ -1,4 +1,4 @@
-"""The answer when the time limit ends the search early: whole columns by steepest descent, no solver."""
+"""Whole columns for when the time limit ends the search early: greedily, by time saved per byte, without a solver."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from tightfit.planner.solve.pricing import Pool
 
 
 def greedy(problem: Layered, pool: Pool, limit_bytes: int) -> tuple[Column, ...] | None:
-    """From the smallest columns on, take the exchange that saves most time per byte while the limit holds.
+    """From the smallest columns on, exchange columns in the order of time saved per byte, as far as the limit allows.
 
-    Time counts compute and disk, which may overlap: an upper estimate. None where even the smallest columns do not fit.
+    Time is that of computation and disk together, though they may overlap. None where even the smallest columns do not fit.
     """
     chosen = [min(pool.columns[kind], key=_size) for kind in problem.layer_type]
     if charged_bytes(problem, tuple(chosen)) > limit_bytes:
         return None
-    # Exchanges are tried by saving per byte; each layer keeps its latest that fits.
+    # Each layer keeps the latest exchange that fits and is faster than the one before.
     exchanges = sorted(
         (
             (-(_time(start) - _time(column)) / max(1, _size(column) - _size(start)), layer, index)

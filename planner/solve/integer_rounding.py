@@ -1,9 +1,10 @@
-"""Whole columns near a mixture, found without a program in whole numbers.
+"""Whole columns near a mixture, found without an integer program.
 
-The master's linear program mixes columns; a plan needs one per layer. What the mixtures hold in every window, and what they
-leave free there, is known: a combination that holds no more than that anywhere keeps the limit, unless its transfers come at
-worse times. Within that goes a local search (a knapsack of several constraints, one choice per layer): rounded shares, made to
-fit, then changes of one layer and of two that make the step shorter at the mixture's prices of time.
+The restricted master problem mixes columns; a plan needs one per layer. What the mixtures hold in every window, and what they leave
+free there, is known: a combination that holds no more than both together in any window keeps the limit, unless its transfers come
+at worse times. Within these capacities goes a local search (a multidimensional multiple-choice knapsack: one column per layer, one
+constraint per window): shares are rounded, columns exchanged until all fit, then one or two at a time so that the step gets
+shorter at the mixture's prices of time. It is the first stage of (23) in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ from tightfit.planner.formulation.layer_constraints import FIELDS
 from tightfit.planner.solve.pricing import ROUNDING, Prices
 
 EXCHANGES = 60
-"""changes for each of which the best one beside it is looked for"""
+"""changes of one layer for each of which the best second change is looked for"""
 REPAIRING = 8
-"""candidates of each layer that count while a combination is made to fit"""
+"""candidates of each layer that are tried while a combination is made to fit"""
 STEPS = 4
-"""changes per layer, at most, until all fits, and after that"""
+"""changes at most, per layer: until all columns fit, and as many after that"""
 LITTLE = 1e-3
-"""ms for which nothing is changed"""
+"""ms; what gains less is not changed"""
 Floats = NDArray[np.float64]
 Numbers = NDArray[np.int64]
 BETWEEN, OUTSIDE, INSTRUCTIONS = (FIELDS.index(name) for name in ("between", "outside", "instructions"))
 PEAKS = [FIELDS.index(name) for name in ("forward_peak", "backward_peak", "evaluate_peak")]
 BYTES = [BETWEEN, OUTSIDE, INSTRUCTIONS, *PEAKS]
-"""those of FIELDS that count in windows; the others are time"""
+"""those of FIELDS that count as bytes in windows; the others are time"""
 
 
 def rounded(kinds: Sequence[int], shares: Sequence[Floats]) -> list[int]:
-    """A column per layer, by its type and the shares of its type's columns: up to any layer each column is taken about as often
-    as the shares up to there say.
+    """A column per layer, from the shares of its type's columns, rounded so that up to any layer each column is taken about as often
+    as the shares up to there add up to.
     """
     owed: dict[int, Floats] = {}
     picks = []
@@ -48,15 +49,15 @@ def rounded(kinds: Sequence[int], shares: Sequence[Floats]) -> list[int]:
 
 
 class Windows:
-    """What combinations hold, in KiB, in every layer's forward, backward and evaluation."""
+    """What a combination of columns may hold, and holds, in KiB, in every layer's forward, backward and evaluation window."""
 
     def __init__(self, spare: Floats, mixtures: Floats, instruction_kib: float) -> None:
-        """`spare`: (3, layers), KiB at least that are free in every window beside what `mixtures`, (layers, FIELDS), hold."""
+        """`spare`: (3, layers), KiB at least that are free in each window beside what `mixtures`, (layers, FIELDS), hold."""
         self._instruction_kib = instruction_kib
         self.capacity = spare + self.held(mixtures)
 
     def held(self, figures: Floats) -> Floats:
-        """(3, layers): KiB in every window, without what all combinations have in common; `figures`: (layers, FIELDS)."""
+        """(3, layers): KiB in each window, without what all combinations have in common; `figures`: (layers, FIELDS)."""
         between, outside = figures[:, BETWEEN], figures[:, OUTSIDE]
         before = np.cumsum(between) - between
         after = outside.sum() - np.cumsum(outside)
@@ -66,11 +67,11 @@ class Windows:
         return held
 
     def free(self, figures: Floats) -> Floats:
-        """(3, layers): KiB that a combination leaves; below zero where it holds too much."""
+        """(3, layers): KiB of the capacity that a combination leaves; below zero where it holds too much."""
         return self.capacity - self.held(figures)
 
     def fits(self, free: Floats, change: Floats) -> NDArray[np.bool_]:
-        """Whether changes, (layers, candidates, FIELDS), of one layer each fit into what is `free`."""
+        """Whether each of the changes, (layers, candidates, FIELDS), of one layer each, fits into what is `free`."""
         grown = self._grown(change)
         before, after, elsewhere = _around(free)
         least = np.min(free.T[:, None, :] - grown[..., PEAKS], axis=-1)
@@ -80,7 +81,7 @@ class Windows:
         return fits
 
     def excess(self, free: Floats, layer: int, change: Floats) -> Floats:
-        """KiB over all windows that are too many after each change, (candidates, FIELDS), of one layer."""
+        """KiB over capacity, added up over all windows, after each change, (candidates, FIELDS), of one layer."""
         grown = self._grown(change)
         between, outside = grown[:, BETWEEN, None], grown[:, OUTSIDE, None]
         turn = np.arange(free.shape[1])
@@ -92,13 +93,15 @@ class Windows:
         return total
 
     def _grown(self, change: Floats) -> Floats:
-        """Changes, with what their instructions hold counted in every window."""
+        """Changes with the bytes of their instructions added to every figure, as they are held in every window."""
         grown: Floats = change + self._instruction_kib * change[..., INSTRUCTIONS, None]
         return grown
 
 
 def _around(free: Floats) -> tuple[Floats, Floats, Floats]:
-    """Per layer: the least that is free in training's windows of the layers before it, after it, and in the others' evaluations."""
+    """Per layer: the least that is free in training windows of the layers before it, of those after it, and in evaluation windows
+    of the others.
+    """
     training = free[:2].min(axis=0)
     before, after = np.full(len(training), np.inf), np.full(len(training), np.inf)
     before[1:] = np.minimum.accumulate(training)[:-1]
@@ -111,8 +114,9 @@ def _around(free: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 class Rounding:
-    """Combinations of one column per layer, of `candidates`: indices into its type's columns, best first, of which there are
-    `figures` by layer.
+    """The local search over combinations of one column per layer.
+
+    `candidates`: per layer, indices into its type's columns, best first; `figures`: per layer, FIELDS of all of these columns.
     """
 
     def __init__(
@@ -132,18 +136,18 @@ class Rounding:
         self._cost = np.einsum("lcf,lf->lc", self._figures, time_prices)
         self._layers = np.arange(len(candidates))
         count = 1 + int(self._candidates.max())
-        # A column of a type as one number.
+        # A layer type's column as one number.
         self._columns = np.array(kinds)[:, None] * count + self._candidates
         self._column_count = count * (1 + max(kinds))
 
     def fitted(self, windows: Windows, picks: Sequence[int], deadline: float) -> list[int] | None:
-        """A combination that fits, near `picks` (indices into the types' columns); None: none was found.
+        """A combination that fits, near `picks` (per layer, an index into its type's columns); None: none was found.
 
-        Raises TimeoutError where `deadline`, on the monotonic clock, strikes before one fits; past it the first one is the answer.
+        Raises TimeoutError where `deadline`, on the monotonic clock, strikes before one fits; after that, the one found so far is returned.
         """
         chosen = (self._candidates == np.array(picks)[:, None]).argmax(axis=1)
         if not self._repair(windows, chosen, deadline):
-            # From what holds least: most of that fits, and is improved from there.
+            # Start again from the columns that hold least: they are the likeliest to fit, and are improved from there.
             chosen = self._figures[..., BYTES].sum(axis=-1).argmin(axis=1)
             if not self._repair(windows, chosen, deadline):
                 return None
@@ -158,16 +162,16 @@ class Rounding:
         return figures
 
     def _changes(self, chosen: Numbers) -> Floats:
-        """(layers, candidates, FIELDS): by how much every other candidate differs."""
+        """(layers, candidates, FIELDS): each candidate's figures less those of the one chosen."""
         return self._figures - self._chosen(chosen)[:, None]
 
     def _costs(self, chosen: Numbers) -> Floats:
-        """(layers, candidates): by how many ms every other candidate differs."""
+        """(layers, candidates): each candidate's ms less those of the one chosen."""
         costs: Floats = self._cost - self._cost[self._layers, chosen][:, None]
         return costs
 
     def _repair(self, windows: Windows, chosen: Numbers, deadline: float) -> bool:
-        """Change one layer after the other, for the most bytes per ms, until all fits; whether it does."""
+        """Change one layer after the other, each time for the most bytes over capacity per ms, until all fit; whether they do."""
         for _ in range(STEPS * len(self._layers)):
             free = windows.free(self._chosen(chosen))
             if (free >= -ROUNDING).all():
@@ -178,7 +182,7 @@ class Rounding:
             changes = self._changes(chosen)[:, :REPAIRING]
             excess = np.stack([windows.excess(free, layer, change) for layer, change in enumerate(changes)])
             worth = (over - excess) / np.maximum(self._costs(chosen)[:, :REPAIRING], LITTLE)
-            # What hardly makes any difference would hide what does.
+            # Changes that relieve next to nothing, at next to no cost, would come before those that help.
             worth[excess >= (1 - 1e-3) * over] = -np.inf
             layer, candidate = divmod(int(np.argmax(worth)), worth.shape[1])
             if worth[layer, candidate] == -np.inf:
@@ -187,7 +191,7 @@ class Rounding:
         return False
 
     def _improve(self, windows: Windows, chosen: Numbers) -> bool:
-        """Make the change that fits and spares most; whether there is one."""
+        """Make the change that fits and saves most time; whether there is one."""
         layer, candidate, ms = self._best(windows, chosen)
         if ms >= -LITTLE:
             return False
@@ -202,7 +206,7 @@ class Rounding:
         return layer, candidate, float(costs[layer, candidate])
 
     def _exchange(self, windows: Windows, chosen: Numbers) -> bool:
-        """Make two changes that spare time together, of which one makes room for the other; whether there are any."""
+        """Make two changes that save time together, of which one makes room for the other; whether there are any."""
         costs = self._costs(chosen)
         for layer, candidate in self._single(chosen, costs):
             trial = chosen.copy()
@@ -215,8 +219,8 @@ class Rounding:
         return False
 
     def _single(self, chosen: Numbers, costs: Floats) -> list[tuple[int, int]]:
-        """(layer, candidate) of changes to begin with, those that make least difference in time first; of those that are alike, from
-        one column of a type to another, a first, a middle and a last layer.
+        """(layer, candidate) of first changes to try, those that make least difference in time first; of those that change the same column
+        of a type to the same other one, in a first, a middle and a last layer.
         """
         others = ~self._repeated
         others[self._layers, chosen] = False

@@ -1,7 +1,7 @@
-"""The master as a linear program over the columns known so far, solved again and again from where it ended.
+"""The restricted master problem: a linear program over the columns known so far, solved again and again from its last basis.
 
-From round to round there are a few columns more, from budget to budget another limit: the basis before is nearly
-the next one, so a solution costs a fraction of the first.
+From round to round there are a few columns more, from budget to budget another limit: the last basis is nearly the next one, so
+a solution costs a fraction of the first. Numbers in brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from tightfit.planner.schedule.multi_layer_recompute import Segments
 from tightfit.planner.solve.pricing import Pool, Prices
 
 MOVE_PRICE = 1e-4
-"""price of a second of disk time beside a second of the step: breaks ties in favour of moving less"""
+"""(17) cost of a second of disk time, where a second of the step costs 1: breaks ties in favour of moving less"""
 OVERFLOW_PRICE = 10.0
-"""ms per KiB over the limit, while no fitting combination is known"""
+"""(18) ms per KiB over the limit, while no combination that fits is known"""
 
 
 def goal(rows: Rows, *, fewest_bytes: bool, priced: bool = True) -> Linear:
-    """Objective of the step: its time, with a small price on moves where they are `priced`, or its bytes."""
+    """(17) Objective of the step: its time, with a small price on transfers where they are `priced`, or its bytes."""
     if fewest_bytes:
         return Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
     return Linear().plus(rows.total_ms).plus(rows.disk_ms, MOVE_PRICE if priced else 0.0)
@@ -32,29 +32,30 @@ def goal(rows: Rows, *, fewest_bytes: bool, priced: bool = True) -> Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Relaxed:
-    """The master over the pool's columns, solved as a linear program."""
+    """A solution of the restricted master problem: a mixture of columns for each layer, and dual prices."""
 
     value: float
     over: float
     """KiB by which the limit is passed"""
     prices: list[Prices]
-    """per layer"""
+    """per layer: dual prices of its figures"""
     convexity: list[float]
-    """per layer: what the layer costs at its prices"""
+    """per layer: dual price of its convexity row, which is what its mixture costs at its prices"""
     shares: list[NDArray[np.float64]]
     """per layer: share of each of its type's columns"""
     limit_price: float
-    """ms per KiB of the limit"""
+    """dual price of the limit: ms per KiB"""
     spare: NDArray[np.float64]
-    """(3, layers): KiB of the limit that are left, at least, in every layer's forward, backward and evaluation; nothing without a
+    """(3, layers): KiB of the limit that are free, at least, in every layer's forward, backward and evaluation; empty without a
     limit
     """
 
 
 class Relaxation:
-    """Any number of budgets over one pool, whose columns may become more in between.
+    """(18) The restricted master problem at any number of budgets, over one pool that may gain columns in between.
 
-    With `careful` under rows that plans can really keep (see `tightfit.planner.formulation.step_constraints`); with `segments` layers go forward twice.
+    With `careful` under constraints that plans can really keep (see `tightfit.planner.formulation.step_constraints`); with `segments`
+    layers go forward twice.
     """
 
     def __init__(self, pool: Pool, *, careful: bool, segments: Segments = ()) -> None:
@@ -67,11 +68,13 @@ class Relaxation:
         self._shares: list[list[int]] = [[] for _ in pool.problem.layer_type]
         layers: list[Terms] = []
         for _ in pool.problem.layer_type:
+            # (18) a layer's figures are those of its mixture, whose shares sum to 1; columns enter in `_grow`
             figures = [program.variable() for _ in FIELDS]
             self._definitions.append([program.at_least(Linear().add(figure)) for figure in figures])
             self._convexity.append(program.exactly(Linear(-1.0)))
             layers.append({name: Linear().add(figure) for name, figure in zip(FIELDS, figures)})
         rows = add_rows(program, pool.problem, layers, careful=careful, segments=segments)
+        # (18) bytes within the limit, or over it at a price
         self._over = program.variable()
         self._spare = list(rows.spare.values())
         self._bytes = rows.bytes
@@ -79,12 +82,12 @@ class Relaxation:
         self._fastest = goal(rows, fewest_bytes=False).add(self._over, OVERFLOW_PRICE)
         self._fewest_bytes = goal(rows, fewest_bytes=True)
         self._solved: tuple[int | None, Relaxed] | None = None
-        """the limit last solved for, and its answer as long as no columns come in"""
+        """the limit last solved for, and its solution as long as no columns come in"""
         self._proven: list[tuple[int, float, float]] = []
         """(limit in bytes, lower bound of the objective there, by how many ms it falls per KiB that the limit grows)"""
 
     def solve(self, limit_bytes: int | None, seconds: float) -> Relaxed:
-        """The shortest step within `limit_bytes`, or, without one, the fewest bytes; duals as prices of each layer's figures.
+        """The shortest step within `limit_bytes`, or, without a limit, the fewest bytes; with dual prices of each layer's figures.
 
         Raises TimeoutError where `seconds` do not suffice.
         """
@@ -117,11 +120,11 @@ class Relaxation:
         return unused + np.array([[left.value(values) for left in windows] for windows in self._spare])
 
     def prove(self, limit_bytes: int, bound: float, limit_price: float) -> None:
-        """Remember a Lagrangian bound of the objective at a limit; at the same prices there is one at every limit."""
+        """(22) Remember a Lagrangian bound of the objective at a limit; at the same prices it gives one at every limit."""
         self._proven.append((limit_bytes, bound, limit_price))
 
     def proven(self, limit_bytes: int) -> float:
-        """The highest bound of the objective at a limit that those remembered come to, and at least 0."""
+        """(22) The highest bound of the objective at a limit that those remembered give, and at least 0."""
         bounds = (bound - price * (limit_bytes - limit) / KIB for limit, bound, price in self._proven)
         return max(0.0, max(bounds, default=0.0))
 

@@ -1,4 +1,4 @@
-"""The smallest budget, once something is known to fit: lower and lower, until one byte less has no plan."""
+"""The smallest budget at which a plan is found, from a schedule that is known: lower and lower, until one byte less has none."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable
 from tightfit.planner.schedule.realize import Schedule
 
 ROUNDS = 50
-"""questions asked"""
+"""lower schedules asked for, at most"""
 SHRINK = 8
-"""what is too far below by this factor is tried again so much nearer"""
+"""where no schedule is found so far below, the distance is divided by this"""
 
 
 def lowered(
     best: Schedule, below: Callable[[Schedule, int], Schedule | None], floor_bytes: int, step: int = 1
 ) -> tuple[Schedule, bool]:
-    """The last of a row of ever lower schedules, and whether one byte less has none, or would be below `floor_bytes`.
+    """The lowest schedule found from `best` down, and whether none was found one byte lower, or that would be below `floor_bytes`.
 
-    `below`: a schedule that peaks that many bytes below another, or None where none is found; it may raise TimeoutError, and
-    the last one found is then what there is.
+    `below`: asked with a schedule and a number of bytes, a schedule whose peak is lower by at least these, or None where none is
+    found; where it raises TimeoutError, the lowest one so far is the answer. `step`: bytes to begin with.
     """
     for _ in range(ROUNDS):
         if best.peak_bytes <= floor_bytes:
@@ -29,7 +29,7 @@ def lowered(
         except TimeoutError:
             return best, False
         if found is not None:
-            # Farther below the end is sooner found.
+            # Larger steps after a success: fewer schedules are asked for.
             step = 2 * (best.peak_bytes - found.peak_bytes)
             best = found
         elif step > 1:

@@ -1,6 +1,6 @@
 """Fixed rules that yield a plan without a solver: the baselines.
 
-They differ from the solver's plans in the decisions only; emission, read-ahead, arena and simulation are the same. Those
+They differ from the solver's plans in the decisions only; lowering, prefetching, arena and simulation are the same. Those
 in `POLICIES` follow the exact gradient, as the solver's plans do, and give the same results to the bit. Those in
 `APPROXIMATE` follow another one, take another time for it, and learn differently.
 """

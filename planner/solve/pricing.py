@@ -1,9 +1,10 @@
 """Columns of the master problem: one layer type's decisions with their figures, found by pricing.
 
-Pricing asks for the decision of a layer type that is cheapest at given prices of its figures (`FIELDS`): a mixed-integer
-program. Every answer also proves that no decision is cheaper, and such a proof says something about other prices: the
-cheapest cost is concave in the prices, figures are never negative, so all proofs together are an outer description
-of what the layer type can do (`Hull`). Layers, and budgets, at prices between those asked before need no program of their own.
+The pricing problem asks for the decision of a layer type that is cheapest at given prices of its figures (`FIELDS`): a mixed-integer
+program. Each solution also proves that no decision is cheaper, and such a proof says something about other prices: the least cost
+is concave in the prices and figures are never negative, so all proofs together are an outer description of the figures that the
+layer type can have (`Hull`). Layers, and budgets, at prices between those asked before need no program of their own. Numbers in
+brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ROUNDING = 1e-6
 Prices = NDArray[np.float64]
 """ms per unit of each of FIELDS"""
 BLOCK_SECONDS = 3e-5
-"""to build the program of a layer type, per pair of its operators"""
+"""that building the program of a layer type takes, per pair of its operators"""
 NOTHING = 1e-12
 """prices below it are rounding"""
 
@@ -60,7 +61,7 @@ def figures_row(column: Column) -> Prices:
 
 
 class Hull:
-    """Figures that no proof so far excludes: a linear program over FIELDS, one row per proof."""
+    """(21) Figures that no proof so far excludes: a linear program over FIELDS, one row per proof."""
 
     def __init__(self, kind: LayerType) -> None:
         self.model = mathopt.Model()
@@ -71,7 +72,7 @@ class Hull:
         self.figures = [self.model.add_variable(lb=least.get(name, 0.0)) for name in FIELDS]
         self.solver = mathopt.IncrementalSolver(self.model, mathopt.SolverType.GLOP)
         self._told: dict[bytes, float] = {}
-        """by prices, since the last proof: equal layers are often at equal prices"""
+        """prices -> bound, since the last proof: equal layers are often at equal prices"""
 
     def prove(self, prices: Prices, bound: float) -> None:
         """No decision costs less than `bound` at `prices`."""
@@ -82,7 +83,7 @@ class Hull:
                 row.set_coefficient(variable, price)
 
     def bound(self, prices: Prices) -> float:
-        """What the proofs say about the cheapest cost at `prices`."""
+        """A lower bound of the least cost at `prices`, from the proofs."""
         key = prices.tobytes()
         told = self._told.get(key)
         if told is None:
@@ -102,7 +103,7 @@ class Hull:
             ValueError,
             AttributeError,
         ):  # as in `tightfit.planner.milp.highs`: MathOpt's conversion fails by itself
-            # Glop now and then loses itself in its warm start; what it does not say is no bound.
+            # Glop now and then fails in a warm start; without its answer there is no bound.
             self.solver = mathopt.IncrementalSolver(self.model, mathopt.SolverType.GLOP)
             return 0.0
         if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
@@ -113,20 +114,21 @@ class Hull:
 
 @dataclass(kw_only=True)
 class Pool:
-    """Columns found so far, per layer type, and what was proven; shared by every budget of one profile."""
+    """Columns found so far, per layer type, and what was proven of others; shared by every budget of one profile."""
 
     problem: Layered
     columns: list[list[Column]] = field(default_factory=list)
     figures: list[NDArray[np.float64]] = field(default_factory=list)
     """per layer type: a row of FIELDS per column"""
     stand_in: list[int] = field(default_factory=list)
-    """per layer type: the type whose programs and proofs it shares"""
+    """per layer type: the type, itself or another, whose programs and proofs stand for its own"""
     blocks: dict[int, Block] = field(default_factory=dict)
+    """programs built so far, of the types that stand in"""
     _tried: set[tuple[int, Decision]] = field(default_factory=set)
     hulls: dict[int, Hull] = field(default_factory=dict)
     """of the types that stand in"""
     answers: dict[int, NDArray[np.float64]] = field(default_factory=dict)
-    """of the types that stand in: a row of FIELDS per program solved"""
+    """of the types that stand in: a row of FIELDS, as the program counts them, per program solved"""
     programs: int = 0
     """mixed-integer programs solved so far"""
 
@@ -143,7 +145,7 @@ class Pool:
 
     @property
     def binaries(self) -> int:
-        """Choices of the whole step."""
+        """Integer variables of the whole step as one program."""
         counts = [choice_count(kind) for kind in self.problem.types]
         return sum(counts[kind] for kind in self.problem.layer_type)
 
@@ -157,11 +159,11 @@ class Pool:
         return self.blocks[number]
 
     def bound(self, kind: int, prices: Prices) -> float:
-        """What the proofs say about the cheapest cost of a layer type at `prices`."""
+        """(21) A lower bound of a layer type's least cost at `prices`, from its proofs."""
         return self.hulls[self.stand_in[kind]].bound(prices)
 
     def add(self, kind: int, decision: Decision) -> bool:
-        """Whether the decision's column is new."""
+        """Add the decision's column, with figures counted on its schedule; whether it is new and no column is as good in every figure."""
         if (kind, decision) in self._tried:
             return False
         self._tried.add((kind, decision))
@@ -174,14 +176,14 @@ class Pool:
         return True
 
     def known(self, kind: int, prices: Prices) -> float:
-        """What the cheapest answer of a layer type's programs so far costs at `prices`.
+        """What the cheapest solution of a layer type's programs so far costs at `prices`.
 
-        As the program counts, that is: it leaves out a few instructions of which it is not certain.
+        As the program counts, that is: it leaves out a few instructions of which it is not certain (10).
         """
         return float(np.min(self.answers[self.stand_in[kind]] @ prices, initial=INFINITY))
 
     def price(self, kind: int, prices: Prices, gap: float, seconds: float) -> bool:
-        """Find the cheapest decision of a layer type at these prices, to a relative `gap`, and prove a bound of its cost.
+        """(19) Find the cheapest decision of a layer type at these prices, to a relative `gap`, and prove a bound of its cost.
 
         Returns whether its column is new. Raises TimeoutError where `seconds` do not suffice.
         """
@@ -210,8 +212,8 @@ class Pool:
     def fill(self, kind: int, prices: Prices, most: Prices, gap: float, seconds: float) -> None:
         """Add the cheapest decision at `prices` that holds no more between its windows than the figures `most`.
 
-        Pricing alone finds corners of what a layer can do; where the master mixes two of them, this is a whole one near.
-        Raises TimeoutError where `seconds` do not suffice to ask.
+        Pricing alone finds vertices of the convex hull of a layer's figures; where the master mixes two of them, this is a whole
+        column near the mixture. Raises TimeoutError where `seconds` do not suffice.
         """
         block = self.block(self.stand_in[kind], seconds)
         held = (block.most_between, block.most_outside)
@@ -230,6 +232,6 @@ class Pool:
 
 
 def _undercuts(one: LayerType, other: LayerType) -> bool:
-    """Whether the same decisions are open to both and none costs `one` more: it may leave less behind in an evaluation."""
+    """Whether both have the same decisions and none costs `one` more: all that differs is that `one` leaves less behind in an evaluation."""
     fewer = one.leaves_evaluate <= other.leaves_evaluate
     return fewer and replace(one, leaves_evaluate=other.leaves_evaluate) == other

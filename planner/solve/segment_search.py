@@ -1,4 +1,4 @@
-"""Which layers to send forward twice: segmentations ranked by the model over the columns that are known already."""
+"""Which layers to run forward twice: segmentations, ranked by the restricted master problem over the columns known already."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tightfit.planner.solve.pricing import Pool
 MOST = 4
 """segmentations that are planned in full"""
 TOLERANCE = 8e-3
-"""of the choice of columns"""
+"""relative, of the search for columns"""
 SLACK = 0.05
 """share of a step by which the model may overstate it: it counts a second pass as a whole forward"""
 
@@ -43,16 +43,16 @@ def moved_and_rerun(problem: Layered) -> tuple[float, float]:
 def worthwhile(problem: Layered) -> bool:
     """Whether layers in a row are run again sooner, in the mean, than their inputs are moved to the disk and back.
 
-    Where they are not, segments seldom gain anything: one of k layers runs k - 1 of them again to spare the inputs of
-    k - 1. That says where to look for them, and proves nothing: single layers may differ from the mean, and a disk that
-    other transfers keep busy makes moving dearer than it is by itself.
+    Where they are not, segments seldom gain anything: a segment of k layers runs k - 1 of them again and spares the inputs of k - 1.
+    That says whether to look for segments, and proves nothing: single layers may differ from the mean, and a disk that other
+    transfers keep busy makes moving dearer than it is by itself.
     """
     moved, rerun = moved_and_rerun(problem)
     return moved > rerun
 
 
 def segmentations(problem: Layered) -> Iterator[Segments]:
-    """Runs of equal length, over all layers that may run twice or over the earlier half of them, whose inputs wait longest."""
+    """Segments of equal length, over all layers that may run twice or over the earlier half of them, whose inputs are held longest."""
     count = len(problem.layer_type)
     root = math.isqrt(count)
     seen: set[Segments] = set()
@@ -65,7 +65,7 @@ def segmentations(problem: Layered) -> Iterator[Segments]:
 
 
 def promising(pool: Pool, limit: int, deadline: float, progress: Progress | None = None) -> list[tuple[float, Search]]:
-    """(seconds, search under a segmentation): the shortest steps by the model within `limit` bytes, in that order.
+    """(seconds, search under a segmentation): those whose steps are the shortest by the model within `limit` bytes, in that order.
 
     Raises TimeoutError where the deadline strikes first.
     """

@@ -1,6 +1,6 @@
 """Decoder language models as one plain module, built from a Hugging Face config.
 
-Llama, Mistral, Qwen2, Qwen3 and Gemma3 (text) differ in a few switches (`tightfit.profiles.models.decoder_config`). Parameter names are Hugging
+Families differ in a few switches (`tightfit.profiles.models.family`). Parameter names are Hugging
 Face's, so that weights and adapters need no renaming. The base is frozen; every projection carries a LoRA pair in
 float32. Hidden states are flat, [batch * seq, hidden]: each projection is then one matrix product.
 """
@@ -154,12 +154,8 @@ class Decoder(nn.Module):
         return loss, token_losses
 
     def _rope_keys(self) -> list[tuple[float, bool]]:
-        """(theta, scaled) per layer; Gemma scales the full-attention layers only."""
-        gemma = self.shape.family == "gemma3_text"
-        return [
-            (theta, not (gemma and w is not None))
-            for theta, w in zip(self.shape.thetas, self.shape.windows, strict=True)
-        ]
+        """(theta, scaled) per layer."""
+        return list(zip(self.shape.thetas, self.shape.scaled, strict=True))
 
 
 def head_slice_rows(shape: DecoderShape, element_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says of a decoder: its sizes and the few switches in which the families differ.
+"""What a Hugging Face config.json says of a decoder: its sizes, and what its `Family` says where it says nothing.
 
 Nothing of PyTorch is imported here: a service checks what it is sent without it.
 """
@@ -10,11 +10,11 @@ import math
 import sys
 from typing import Any
 
+from tightfit.profiles.models.family import FULL, SLIDING, Family, families, family_of
 from tightfit.runtime.common.errors import InputError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-ATTENTION = ("full_attention", "sliding_attention")
+ATTENTION = (FULL, SLIDING)
 ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -56,11 +56,11 @@ class DecoderShape:
     output_bias: bool
     mlp_bias: bool
     head_norm: bool
-    """RMSNorm over each head of q and k (Qwen3, Gemma3)."""
+    """RMSNorm over each head of q and k."""
     unit_offset: bool
-    """RMSNorm multiplies by 1 + weight (Gemma)."""
+    """RMSNorm multiplies by 1 + weight."""
     post_norms: bool
-    """RMSNorm on the output of attention and MLP as well (Gemma)."""
+    """RMSNorm on the output of attention and MLP as well."""
     embed_scale: float
     attention_scale: float
     windows: tuple[int | None, ...]
@@ -68,7 +68,9 @@ class DecoderShape:
     thetas: tuple[float, ...]
     """Per layer: the base of the rotary frequencies."""
     rope_scaling: tuple[tuple[str, Any], ...]
-    """Items of the config's rope scaling, for layers with full attention."""
+    """Items of the config's rope scaling."""
+    scaled: tuple[bool, ...]
+    """Per layer: whether the rope scaling holds there."""
 
 
 def text_config(read: Any) -> dict[str, Any] | None:
@@ -82,34 +84,31 @@ def text_config(read: Any) -> dict[str, Any] | None:
             key: config[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in config
         }
         config = outer | text | {"adapter_body": WRAPPED_BODY}
-    if config.get("model_type") == "gemma3":
-        config["model_type"] = "gemma3_text"
+    for family in families().values():
+        if config.get("model_type") in family.wrapped_as:
+            config["model_type"] = family.model_type
     return config
 
 
 def decoder_shape(config: dict[str, Any]) -> DecoderShape:
     """Read a Hugging Face config. Raises InputError naming the field that is missing or not supported."""
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise InputError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-
+    family = family_of(config)
     hidden, layers, heads = (_whole(config, key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    gemma = family == "gemma3_text"
     kv_heads = _whole(config, "num_key_value_heads", heads)
-    head_dim = _whole(config, "head_dim", 256 if gemma else hidden // heads)
+    head_dim = _whole(config, "head_dim", family.head_dim or hidden // heads)
     if heads % kv_heads:
         raise InputError(
             f"config field 'num_attention_heads' = {heads} is not a multiple of 'num_key_value_heads' = {kv_heads}"
         )
     if head_dim % 2:
         raise InputError(f"config field 'head_dim' = {head_dim} must be even for rotary embeddings")
-    name = config.get("hidden_activation") or config.get("hidden_act") or ("gelu_pytorch_tanh" if gemma else "silu")
+    name = config.get("hidden_activation") or config.get("hidden_act") or family.activation
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise InputError(f"activation {name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     for key, plain in PLAIN.items():
         if config.get(key) not in (None, plain):
             raise InputError(f"config field {key!r} = {config[key]!r} is not supported; supported: {plain!r}")
-    full, local = _rope(config, gemma)
+    full, local = _rope(config, family)
     scaling = {k: v for k, v in full.items() if k != "rope_theta"}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_NUMBERS or scaling.get("partial_rotary_factor") not in (None, 1):
@@ -117,8 +116,13 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
     for key in ROPE_NUMBERS[kind]:
         _number(scaling, key)
     windows = _windows(config, family, layers)
+    scalar = (
+        head_dim
+        if family.attention_scalar is None
+        else _number(config, "query_pre_attn_scalar", family.attention_scalar)
+    )
     return DecoderShape(
-        family=family,
+        family=family.model_type,
         vocab=_whole(config, "vocab_size"),
         hidden=hidden,
         intermediate=_whole(config, "intermediate_size"),
@@ -128,18 +132,19 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
         head_dim=head_dim,
         eps=_number(config, "rms_norm_eps", 1e-6),
         activation=ACTIVATIONS[name],
-        tied=bool(config.get("tie_word_embeddings", gemma)),
-        attention_bias=bool(config.get("attention_bias", False)) or family == "qwen2",
-        output_bias=bool(config.get("attention_bias", False)) and family not in ("mistral", "qwen2"),
+        tied=bool(config.get("tie_word_embeddings", family.tied)),
+        attention_bias=bool(config.get("attention_bias", False)) or family.always_biased,
+        output_bias=bool(config.get("attention_bias", False)) and family.output_bias,
         mlp_bias=bool(config.get("mlp_bias", False)),
-        head_norm=family in ("qwen3", "gemma3_text"),
-        unit_offset=gemma,
-        post_norms=gemma,
-        embed_scale=math.sqrt(hidden) if gemma else 1.0,
-        attention_scale=_number(config, "query_pre_attn_scalar", 256) ** -0.5 if gemma else head_dim**-0.5,
+        head_norm=family.head_norm,
+        unit_offset=family.unit_offset,
+        post_norms=family.post_norms,
+        embed_scale=math.sqrt(hidden) if family.scaled_embedding else 1.0,
+        attention_scale=scalar**-0.5,
         windows=windows,
-        thetas=tuple(local if gemma and w is not None else _number(full, "rope_theta") for w in windows),
+        thetas=tuple(local if family.local_theta and w is not None else _number(full, "rope_theta") for w in windows),
         rope_scaling=tuple(sorted((k, v) for k, v in scaling.items() if isinstance(v, (int, float, str)))),
+        scaled=tuple(not (family.local_theta and w is not None) for w in windows),
     )
 
 
@@ -175,39 +180,30 @@ def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _rope(config: dict[str, Any], gemma: bool) -> tuple[dict[str, Any], float]:
+def _rope(config: dict[str, Any], family: Family) -> tuple[dict[str, Any], float]:
     """(full-attention rope parameters, local theta), from the old flat fields or the new nested ones."""
     parameters = _section(config, "rope_parameters")
     if "full_attention" in parameters:
         local = _section(parameters, "sliding_attention")
-        return {"rope_theta": 1_000_000.0 if gemma else 10000.0} | _section(parameters, "full_attention"), _number(
+        return {"rope_theta": family.theta} | _section(parameters, "full_attention"), _number(
             local, "rope_theta", 10000.0
         )
     full = _section(config, "rope_scaling") | parameters
-    full.setdefault("rope_theta", config.get("rope_theta") or (1_000_000.0 if gemma else 10000.0))
+    full.setdefault("rope_theta", config.get("rope_theta") or family.theta)
     local = {"rope_local_base_freq": config.get("rope_local_base_freq") or 10000.0}
     return full, _number(local, "rope_local_base_freq")
 
 
-def _windows(config: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+def _windows(config: dict[str, Any], family: Family, layers: int) -> tuple[int | None, ...]:
     types = config.get("layer_types")
-    window = config.get("sliding_window", 4096 if family == "mistral" else None)  # transformers' default
-    if types is None and family == "gemma3_text":
-        every = _whole(config, "sliding_window_pattern", _whole(config, "_sliding_window_pattern", 6))
-        types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
-        window = window or 4096
-    if types is None and family == "mistral" and window:
-        types = ["sliding_attention"] * layers
-    if types is None and family in ("qwen2", "qwen3") and config.get("use_sliding_window"):
-        full = config.get("max_window_layers", 28)
-        if isinstance(full, bool) or not isinstance(full, int):
-            raise InputError(f"config field 'max_window_layers' must be a whole number, not {full!r}")
-        types = ["sliding_attention" if i >= full else "full_attention" for i in range(layers)]
+    window = config.get("sliding_window", family.window)
+    if types is None:
+        types, window = family.layer_types(config, layers, window)
     if types is None:
         return (None,) * layers
     if not isinstance(types, list) or any(kind not in ATTENTION for kind in types):
         raise InputError(f"config field 'layer_types' must be a list of {' and '.join(ATTENTION)}, not {types!r}")
     if len(types) != layers:
         raise InputError(f"config field 'layer_types' has {len(types)} entries for {layers} layers")
-    size = _whole({"sliding_window": window}, "sliding_window") if window and "sliding_attention" in types else None
-    return tuple(size if kind == "sliding_attention" else None for kind in types)
+    size = _whole({"sliding_window": window}, "sliding_window") if window and SLIDING in types else None
+    return tuple(size if kind == SLIDING else None for kind in types)

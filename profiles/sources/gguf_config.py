@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
+from tightfit.profiles.models.family import family_of_gguf
 from tightfit.runtime.common.errors import InputError
-
-FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 
 
 def config_from_metadata(
@@ -23,8 +22,8 @@ def config_from_metadata(
     Raises InputError for another architecture or a missing key.
     """
     architecture = metadata.get("general.architecture")
-    if architecture not in FAMILIES:
-        raise InputError(f"GGUF architecture {architecture!r} is not supported; supported: {', '.join(FAMILIES)}")
+    family = family_of_gguf(architecture)
+    assert family.gguf is not None
 
     def need(key: str) -> Any:
         if f"{architecture}.{key}" not in metadata:
@@ -37,7 +36,7 @@ def config_from_metadata(
     heads, hidden, layers = need("attention.head_count"), need("embedding_length"), need("block_count")
     head_dim = have("attention.key_length") or have("rope.dimension_count") or hidden // heads
     config: dict[str, Any] = {
-        "model_type": FAMILIES[architecture],
+        "model_type": family.model_type,
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": need("feed_forward_length"),
@@ -46,7 +45,7 @@ def config_from_metadata(
         "num_key_value_heads": have("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "rms_norm_eps": round(float(need("attention.layer_norm_rms_epsilon")), 12),
-        "rope_theta": float(have("rope.freq_base", 1_000_000.0 if architecture == "gemma3" else 10000.0)),
+        "rope_theta": float(have("rope.freq_base", family.theta)),
         "max_position_embeddings": have("context_length", 0),
         "tie_word_embeddings": tied,
         "hidden_act": "silu",
@@ -54,14 +53,7 @@ def config_from_metadata(
     for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         if f"tokenizer.ggml.{name}_token_id" in metadata:
             config[key] = metadata[f"tokenizer.ggml.{name}_token_id"]
-    if architecture == "gemma3":
-        config |= {
-            "hidden_act": "gelu_pytorch_tanh",
-            "sliding_window": have("attention.sliding_window", 512 if layers == 26 else 1024),
-            "sliding_window_pattern": 6,
-            "rope_local_base_freq": 10000.0,
-            "query_pre_attn_scalar": hidden // heads if layers == 62 else head_dim,  # 27B alone departs from head_dim
-        }
+    config |= family.gguf.settings(have, layers, hidden // heads, head_dim)
     scaling = have("rope.scaling.type")
     if rope_factors is not None:
         config["rope_scaling"] = llama3_scaling(rope_factors, config["rope_theta"], head_dim)

@@ -23,6 +23,7 @@ from gguf.quants import Q4_K, dequantize
 from torch import Tensor
 
 from tightfit.profiles.models.decoder_config import decoder_shape
+from tightfit.profiles.models.family import GgufFacts, family_of
 from tightfit.profiles.sources.gguf_config import config_from_metadata
 from tightfit.profiles.sources.gguf_metadata import read_metadata
 from tightfit.profiles.weights.describe import decoder_tensors, packed_entry
@@ -31,27 +32,6 @@ from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
 
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-GEMMA_NAMES = NAMES | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
 EXACT = ("Q4_0", "Q4_1", "Q8_0")
 EIGHT_BIT = ("Q8_0", "Q8_1", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_K")
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
@@ -150,14 +130,21 @@ def _match(config: dict[str, Any], found: dict[str, Any]) -> list[tuple[Entry, A
 
 
 def _with_biases(config: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
-    """GGUF metadata do not say whether a Llama has biases; its tensors do."""
-    config["attention_bias"] = config["model_type"] != "qwen2" and "model.layers.0.self_attn.q_proj.bias" in named
+    """GGUF metadata do not say whether a model has biases; its tensors do."""
+    named_bias = "model.layers.0.self_attn.q_proj.bias" in named
+    config["attention_bias"] = named_bias and not family_of(config).always_biased
     config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in named
     return config
 
 
+def _facts(config: dict[str, Any]) -> GgufFacts:
+    facts = family_of(config).gguf
+    assert facts is not None  # the config was made of a GGUF file
+    return facts
+
+
 def _hugging_face_name(config: dict[str, Any], name: str) -> str:
-    names = GEMMA_NAMES if config["model_type"] == "gemma3_text" else NAMES
+    names = _facts(config).names
     match = _LAYER.fullmatch(name)
     if match and match[2] in names:
         return f"model.layers.{match[1]}.{names[match[2]]}.{match[3]}"
@@ -167,14 +154,11 @@ def _hugging_face_name(config: dict[str, Any], name: str) -> str:
 
 def _row_reader(path: Path, config: dict[str, Any], entry: Entry, tensor: Any) -> Callable[[int, int], Tensor]:
     kind, order = tensor.tensor_type, None
-    if (
-        config["model_type"] == "llama"
-        and ".self_attn." in entry.name
-        and ("q_proj" in entry.name or "k_proj" in entry.name)
-    ):
+    facts = _facts(config)
+    if facts.permuted and ".self_attn." in entry.name and ("q_proj" in entry.name or "k_proj" in entry.name):
         size = entry.shape[0]
         order = unpermuted_rows(size, size // config["head_dim"]).numpy()
-    shift = 1.0 if config["model_type"] == "gemma3_text" and entry.name.endswith("norm.weight") else 0.0
+    shift = facts.norm_offset if entry.name.endswith("norm.weight") else 0.0
     shared = np.asarray(tensor.data)
 
     def rows(start: int, stop: int) -> Tensor:

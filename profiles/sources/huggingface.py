@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tightfit.profiles.models.family import family_of
 from tightfit.profiles.weights.describe import EmbeddingFormat, describe
 from tightfit.profiles.weights.source import Source, SourceTensor, read_config, without_names
 from tightfit.runtime.common.errors import InputError
@@ -49,7 +50,7 @@ def directory_source(path: Path, *, embedding: EmbeddingFormat, name: str | None
         for key in _keys(file, digest):
             held[_text_name(key)] = (file, key)
     # Saved from the model without its head, only a family that ties by itself is known to need none.
-    bare = any(BASE.match(key) for _, key in held.values()) and not str(config.get("model_type")).startswith("gemma")
+    bare = any(BASE.match(key) for _, key in held.values()) and not family_of(config).tied
     if "lm_head.weight" not in held and "tie_word_embeddings" not in config and not bare:
         config["tie_word_embeddings"] = True
     entries = describe(config, embedding=embedding)

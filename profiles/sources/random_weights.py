@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.models.decoder_config import initial_deviation
+from tightfit.profiles.models.family import family_of
 from tightfit.profiles.weights.describe import EmbeddingFormat, describe
 from tightfit.profiles.weights.source import Source, SourceTensor, without_names
 from tightfit.runtime.engine.weights.layout import VERSION, Entry, group_bytes
@@ -52,7 +53,7 @@ class _RandomRows:
         digest = hashlib.sha256(f"{seed}/{entry.name}".encode()).digest()
         self.start = int.from_bytes(digest[:8], "little") >> 1
         self.entry, self.pools = entry, pools
-        centred = str(config.get("model_type", "")).startswith("gemma")  # RMSNorm multiplies by 1 + weight
+        centred = family_of(config).unit_offset
         self.mean = 1.0 if "norm" in entry.name and not centred else 0.0
 
     def __call__(self, start: int, stop: int) -> Tensor:

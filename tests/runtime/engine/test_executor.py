@@ -1,6 +1,7 @@
 """The executor in this process: schedules of one program set give the same bits, and those of plain PyTorch."""
 
 from functools import partialmethod
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,7 +205,7 @@ def test_the_hole_holds_nothing_that_stays_and_is_the_largest(residents, rest, o
     if taken:  # one without bytes, inside of another
         places.append((str(len(taken)), taken[0][0]))
     random.shuffle(places)
-    plan = {"arena_bytes": end + 64 * rest, "resident": dict(places)}
+    plan = SimpleNamespace(arena_bytes=end + 64 * rest, resident=dict(places))
     start, stop = hole(plan, {str(i): i for i in range(len(places))}, [*sizes, 0])
     free = set(range(0, end + 64 * rest - BLOCK + 1, BLOCK))
     for (low, _), size in zip(taken, sizes, strict=True):
