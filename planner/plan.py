@@ -25,7 +25,7 @@ def plan(
     gap: float = 0.0,
     progress: Progress | None = None,
 ) -> Plan:
-    """The fastest step found whose peak stays within `budget_bytes` (whole process), with its proof.
+    """The fastest step found whose peak stays within `budget_bytes` (all processes of the run), with its proof.
 
     `policy` names a fixed rule instead of the solver. The search ends once a plan is proven to take at most the share `gap` of its time
     longer than the best of its class; with 0 it goes on to the proof, until it has stopped gaining or `time_limit` seconds are over. A budget

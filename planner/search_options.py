@@ -39,7 +39,7 @@ def checked_budget(budget_bytes: object) -> int:
     """A budget as a plain int. Raises InputError where it is no int of bytes above 0."""
     if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, SupportsIndex):
         raise InputError(
-            f"a budget is an int of bytes, not {budget_bytes!r}; `tightfit.runtime.common.units.parse_size` makes one of '600MiB'"
+            f"a budget is an int of bytes, not {budget_bytes!r}; `tightfit.parse_size` makes one of '600MiB'"
         )
     size = operator.index(budget_bytes)
     if size <= 0:

@@ -28,7 +28,7 @@ def check_kind(plan: object) -> None:
     """Refuse what is no plan, such as the name of its file."""
     if not isinstance(plan, Plan):
         raise InputError(
-            f"{reprlib.repr(plan)} is no plan; give what `tightfit.planner.plan.plan` returns, or `tightfit.planner.io.load_plan` for a file's name"
+            f"{reprlib.repr(plan)} is no plan; give what `tightfit.plan` returns, or `tightfit.load_plan` for a file's name"
         )
 
 

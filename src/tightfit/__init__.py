@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tightfit.profiles.devices.data_sheets import find_device, known_devices
     from tightfit.profiles.schema import Profile
     from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError, TightfitError
+    from tightfit.runtime.common.units import parse_size
     from tightfit.runtime.session.launch import run
     from tightfit.runtime.session.session import Session
 
@@ -46,6 +47,7 @@ __all__ = [
     "load_plan",
     "load_profile",
     "minimum_budget",
+    "parse_size",
     "plan",
     "planner_of",
     "profile",
@@ -67,6 +69,7 @@ _PLACES = {
     "profiles.devices.data_sheets": ("find_device", "known_devices"),
     "profiles.schema": ("Profile",),
     "runtime.common.errors": ("CapError", "InfeasibleError", "InputError", "RunError", "TightfitError"),
+    "runtime.common.units": ("parse_size",),
     "runtime.session.launch": ("run",),
     "runtime.session.session": ("Session",),
 }

@@ -266,12 +266,12 @@ def test_the_cost_grows_with_layer_types_not_with_layers():
         (
             "600MiB",
             3,
-            "a budget is an int of bytes, not '600MiB'; `tightfit.runtime.common.units.parse_size` makes one of '600MiB'",
+            "a budget is an int of bytes, not '600MiB'; `tightfit.parse_size` makes one of '600MiB'",
         ),
         (
             520.5,
             3,
-            "a budget is an int of bytes, not 520.5; `tightfit.runtime.common.units.parse_size` makes one of '600MiB'",
+            "a budget is an int of bytes, not 520.5; `tightfit.parse_size` makes one of '600MiB'",
         ),
         (1 << 40, 0, "a time limit of 0 s is none; name a number of seconds above 0, at most 1e+09"),
         (1 << 40, float("inf"), "a time limit of inf s is none; name a number of seconds above 0, at most 1e+09"),
@@ -279,7 +279,7 @@ def test_the_cost_grows_with_layer_types_not_with_layers():
         (
             True,
             3,
-            "a budget is an int of bytes, not True; `tightfit.runtime.common.units.parse_size` makes one of '600MiB'",
+            "a budget is an int of bytes, not True; `tightfit.parse_size` makes one of '600MiB'",
         ),
     ],
 )

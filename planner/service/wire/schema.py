@@ -66,7 +66,7 @@ Memory = Annotated[
     int | str,
     BeforeValidator(_no_flag),
     Field(
-        description="budget of the whole training process: bytes, or a size such as 600MiB or 600MB",
+        description="budget of the whole run, its supervisor included: bytes, or a size such as 600MiB or 600MB",
         examples=["600MiB", 629145600],
     ),
 ]
