@@ -123,7 +123,7 @@ def add_rows(
         left.plus(outside, -1.0).plus(terms["outside"]).plus(terms["evaluate_peak"], -1.0)
         program.at_least(left)
         spare["evaluate"].append(left)
-    # (13) a window lasts at least as long as its computation
+    # (13) a window lasts at least as long as its computation, what its transfers cost the cores included
     clock = [Linear()]
     for window in order:
         now = program.variable()

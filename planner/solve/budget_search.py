@@ -1,4 +1,4 @@
-"""One budget under way: columns chosen and carried out within its limit of time, the best schedule so far and its bounds."""
+"""The search at one budget: columns chosen and realised as schedules within a time limit, the best schedule so far and its bound."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from tightfit.planner.search_options import Progress
 from tightfit.planner.solve.column_generation import Search
 
 GOOD = 4e-3
-"""a plan of whole columns this near its bound is not worth another choice; one farther away may be far from the best one too"""
+"""relative gap; where a schedule is this near its bound, columns are not chosen again; farther away, it may be far from the best"""
 FAIR = 5e-3
-"""a plan this near its bound is not worth a third choice, where the second gave none that is faster"""
+"""the same after a second choice of columns gave no faster schedule"""
 RESERVE = 0.01
-"""share of the limit left to gaps of the arena and to transfers, at first"""
+"""share of the limit that the first choice of columns leaves free, for gaps in the arena and for transfers"""
 CHOICES = 5
-"""such shares tried"""
+"""choices of columns, each with another reserve"""
 MORE, TWICE = 0.05, 2
-"""share of the limit left free, at least, where a plan waits for the disk, and how many times what it leaves free"""
+"""where a schedule waits for the disk, the next reserve: at least this share of the limit, and this many times the last reserve"""
 CLOSE = 1.2
-"""ratio of two shares between which no other is worth trying"""
+"""ratio of two reserves between which no other is worth trying"""
 CARRY_SECONDS = 2.2e-4
-"""to carry out columns, per operator of the step: a search this near its deadline stops"""
+"""that realising columns as a schedule takes, per operator of the step: a search this near its deadline stops"""
 Asked = tuple[tuple[Column, ...], Segments, int]
-"""columns, segments, and the bytes that they are to fit into"""
+"""columns, segments, and the bytes that their schedule is to fit into"""
 
 
 @dataclass(kw_only=True)
 class Attempt:
-    """Whatever ends the search at a budget, what it has come to is here."""
+    """The state of the search at a budget; it holds the result whatever ends the search."""
 
     problem: Layered
     limit: int
@@ -45,16 +45,17 @@ class Attempt:
     deadline: float
     progress: Progress | None = None
     gap: float = 0.0
-    """share of its time by which a schedule may be slower than the best where that is enough"""
+    """share of its time by which a schedule may be slower than the best and still end the search"""
     bound: float = 0.0
-    """seconds that none of the schedules looked for undercuts"""
+    """seconds that no schedule of the kind searched for undercuts"""
     timely: bool = True
     """whether every search so far came to its end before the deadline"""
     found: list[Schedule] = field(default_factory=list)
+    """schedules that fit"""
     carried: dict[Asked, tuple[Schedule | None, int]] = field(default_factory=dict)
-    """what has been carried out so far, here and by attempts that were made from this one: the same has the same answer"""
+    """what has been realised so far, here and in copies made by `replace`, which share this: the same question has the same answer"""
     taken: list[float] = field(default_factory=list)
-    """seconds that each took, and the attempts share it too"""
+    """seconds that each of these took; shared too"""
 
     @property
     def best(self) -> Schedule | None:
@@ -62,7 +63,7 @@ class Attempt:
 
     @property
     def reserve(self) -> int:
-        """Bytes of the limit that the first choice leaves free."""
+        """Bytes of the limit that the first choice of columns leaves free."""
         return max(1, int(RESERVE * self.limit))
 
     def near(self, bound: float, tolerance: float) -> bool:
@@ -71,17 +72,19 @@ class Attempt:
         return best is not None and best.seconds - bound <= tolerance * best.seconds
 
     def settled(self) -> bool:
-        """Whether the best schedule so far is not worth another choice."""
+        """Whether the best schedule so far is so good that columns need not be chosen again."""
         in_vain = any(one.seconds <= self.found[-1].seconds for one in self.found[:-1])
         return self.near(self.bound, max(self.gap, FAIR if in_vain else GOOD))
 
     def until(self, share: float) -> float:
-        """The moment at which this share of the time is gone."""
+        """The moment at which this share of the time is over."""
         return self.started + share * (self.deadline - self.started)
 
     @contextmanager
     def within(self, share: float = 1.0) -> Iterator[None]:
-        """Leave the rest of the time to others; TimeoutError ends no more than this share, and `timely` says so."""
+        """End after this share of the time, and leave the rest to what follows; a TimeoutError ends only what is inside, and `timely`
+        is then False.
+        """
         deadline = self.deadline
         self.deadline = self.until(share)
         try:
@@ -92,13 +95,13 @@ class Attempt:
             self.deadline = deadline
 
     def carries_in_time(self) -> bool:
-        """Whether there is time left to carry columns out."""
-        # On a busy machine it takes longer than alone, as the latest told.
+        """Whether there is time left to realise columns as a schedule."""
+        # On a busy machine that takes longer than on an idle one: as long as the last time, if that is more.
         needed = max([CARRY_SECONDS * len(self.problem.graph.steps), *self.taken[-1:]])
         return self.deadline - time.monotonic() > needed
 
     def carry(self, columns: tuple[Column, ...], segments: Segments = ()) -> tuple[Schedule | None, int]:
-        """As `carry_out`; a schedule that fits is among those found."""
+        """As `carry_out`, once for each question; a schedule that fits is added to `found`."""
         asked = columns, segments, self.limit
         known = self.carried.get(asked)
         if known is None:
@@ -108,7 +111,7 @@ class Attempt:
             if time.monotonic() <= self.deadline:
                 self.carried[asked] = known
             else:
-                # What is carried out past the deadline is carried out less thoroughly.
+                # Past the deadline `carry_out` tries less: another call may come to more.
                 self.timely = False
         schedule, excess = known
         if schedule is not None:
@@ -116,7 +119,7 @@ class Attempt:
         return schedule, excess
 
     def choose_anew(self, search: Search, choices: int = CHOICES, bound: float | None = None) -> None:
-        """As `choose`, as if nothing had been found yet; `bound`: another one for what it looks for."""
+        """As `choose`, as if nothing had been found yet; `bound`: that of the schedules searched for, where it is not this search's."""
         one = replace(self, bound=self.bound if bound is None else bound, found=[])
         try:
             one.choose(search, choices)
@@ -125,12 +128,13 @@ class Attempt:
             self.timely = self.timely and one.timely
 
     def choose(self, search: Search, choices: int = CHOICES) -> None:
-        """Choose whole columns and carry them out, leaving more of the limit free until they find their places.
+        """Choose whole columns within the limit less a reserve and realise them, with a larger reserve until all tensors find places.
 
-        Once they do, other choices leave more free as long as the plan waits for the disk for most of what it is slower than it could
-        be, and got faster but for once; or one leaves less, where it does not. What leaves so much free is priced anew: columns that
-        do without it are others. Between one that waits and one that does not, or what nothing leaves free, the others halve what lies
-        there. Raises TimeoutError where time is up before any columns are chosen.
+        Once they do, and waiting for the disk is most of what the schedule lacks to the bound, the reserve grows (prefetching uses it),
+        until that gains nothing twice in a row; where the schedule hardly waits, one smaller reserve is tried. Once schedules are known
+        to wait, columns are priced for each further reserve: other columns are good there. Once one reserve is known with which
+        schedules wait, and one with which they do not or that no columns leave, the next lies between the two. Raises TimeoutError
+        where time is up before any columns are chosen.
         """
         share = self.reserve
         most = reserve = share
@@ -188,7 +192,7 @@ class Attempt:
             reserve = following
 
     def _price(self, search: Search, reserve: int) -> None:
-        """Price columns for a limit that leaves `reserve` free, as far as plans of them may be faster than the best so far."""
+        """Price columns for a limit that leaves `reserve` free, unless its bound shows that no plan there is faster than the best so far."""
         worth = min((schedule.seconds for schedule in self.found), default=math.inf)
         within = replace(search, limit_bytes=self.limit - reserve, progress=None, worth_seconds=worth)
         within.columns()
@@ -197,15 +201,16 @@ class Attempt:
 
 @dataclass(kw_only=True)
 class _Between:
-    """Where the bytes to leave free lie: between what plans still wait with and what they do not wait with, or there are none."""
+    """The range in which the best reserve lies; 0: not known yet."""
 
     limit: int
     waiting: int = 0
+    """the latest reserve with which a schedule waits for the disk"""
     idle: int = 0
-    """0: not known yet"""
+    """a reserve with which schedules do not wait, or that no columns leave"""
 
     def following(self, reserve: int) -> int | None:
-        """What to leave free next after `reserve`; None: nothing else is worth trying."""
+        """The reserve to try next after `reserve`; None: nothing else is worth trying."""
         if self.waiting and self.idle:
             middle = math.isqrt(self.waiting * self.idle)
             return None if self.idle <= CLOSE * self.waiting or middle == self.waiting else middle

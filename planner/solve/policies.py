@@ -81,17 +81,17 @@ APPROXIMATE: dict[str, Callable[[Profile], tuple[PartialStep, ...]]] = {
     "mezo": lambda profile: (two_forwards(profile),),
     "lcsb": cycle,
 }
-"""mezo: two forwards, no backward. lcsb: the backward of a fourth of the layers in turn. Tensors are decided on by `mebp`."""
+"""mezo: two forwards, no backward. lcsb: the backward of a fourth of the layers in turn. Decisions are those of `mebp`."""
 
 
 def approximate_of(profile: Profile) -> tuple[str, ...]:
-    """Names of those that follow another gradient: they move trained tensors after every step."""
+    """Names of the rules in `APPROXIMATE` that can be planned for a profile; they move trained tensors after every step."""
     refused = refused_of(profile)
     return () if profile.model.kind == "graph" else tuple(policy for policy in APPROXIMATE if policy not in refused)
 
 
 def refused_of(profile: Profile) -> dict[str, str]:
-    """The others of them, and why."""
+    """Rules in `APPROXIMATE` that cannot, and why."""
     found = {}
     for policy in APPROXIMATE:
         try:

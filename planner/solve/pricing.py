@@ -232,6 +232,6 @@ class Pool:
 
 
 def _undercuts(one: LayerType, other: LayerType) -> bool:
-    """Whether both have the same decisions and none costs `one` more: all that differs is that `one` leaves less behind in an evaluation."""
+    """Whether both have the same decisions and none costs `one` more: they differ only in what an evaluation leaves, `one` no more."""
     fewer = one.leaves_evaluate <= other.leaves_evaluate
     return fewer and replace(one, leaves_evaluate=other.leaves_evaluate) == other

@@ -1,4 +1,4 @@
-"""The search at one budget, and for the smallest one: what `master` finds, carried out within a limit of time."""
+"""The search at any budget, and for the smallest one: columns that `column_generation` finds, realised as schedules in a time limit."""
 
 from __future__ import annotations
 
@@ -26,25 +26,27 @@ from tightfit.runtime.common.gc_pause import paused_collector
 MINIMUM_STEP = 1e-3
 """share of the smallest budget so far by which it is lowered at first"""
 LOWEST_SHARE = 0.6
-"""of the time, at which the search for columns of the fewest bytes ends"""
+"""of the time: then column generation for the fewest bytes ends"""
 CLEARLY = 0.95
-"""of the room of a budget: where a mixture of columns takes so little, whole ones find their places in it"""
+"""of a budget's room: where a mixture of columns takes at most that, a plan is taken to fit"""
 JOINT_ROUNDS = 4
+"""limits tried with one program, each lower by the bytes that the schedule before had too many"""
 GREEDY_ROUNDS = 6
+"""the same of greedy choices"""
 RELAXED_SHARE, CAREFUL_SHARE = 0.5, 0.7
-"""of the time for plans of the class, at which the search for columns ends"""
+"""of the time for plans of the class: then column generation ends, under relaxed and under careful constraints"""
 SEGMENTS_SHARE, SEGMENTS_CHOICES = 0.4, 3
-"""of the time limit, and of the shares left free: what the search for layers to run twice gets, on devices where there is one"""
+"""what plans under which layers run twice get, where these are searched for: share of the time limit, and reserves tried"""
 RULES_SHARE = 0.25
-"""of the time limit, at most: left to carry out fixed rules that may be faster; where they take more, they come first"""
+"""of the time limit, at most: left to realise fixed rules that may be faster; where they take more, they come first"""
 NEAR = 1e-3
-"""to a bound of any schedule, up to which the computation of a fixed rule may come: it is then carried out before anything is searched for"""
+"""a fixed rule whose computation takes at most this share longer than the bound of any schedule is realised before anything is searched for"""
 EARLY_GAP = 3e-3
-"""of a mixture to its bound, up to which whole columns near it may make a good plan"""
+"""relative, of a mixture to its bound: up to it whole columns near the mixture may make a good plan"""
 EARLY_CHOICES = 4
-"""of what a local search makes of the columns known so far"""
+"""choices of columns that the local search then makes"""
 CAREFUL_TOLERANCE = 8e-3
-"""of the search for columns that only guides the choice and proves nothing"""
+"""of column generation under careful constraints, which only guides the choice and proves nothing"""
 MOST_BYTES = 1 << 50
 """no process holds more; HiGHS gives up on right-hand sides that doubles cannot count exactly"""
 
@@ -53,13 +55,13 @@ MOST_BYTES = 1 << 50
 class Outcome:
     schedule: Schedule | None
     bound_seconds: float
-    """no plan of the class is faster; the class leaves out those under which layers go forward twice"""
+    """no plan of the class is faster; plans under which layers go forward twice are not in it"""
     any_bound_seconds: float = 0.0
     """no schedule at all is faster"""
     interrupted: bool = False
     """whether Ctrl-C ended the search"""
     stalled: bool = False
-    """whether it is the search for a proof alone that was given up before the time limit"""
+    """whether only the search for a proof was given up before the time limit"""
     fallback: bool = False
     """the time limit ended the search before it had a plan: a greedy choice or a fixed rule stands in"""
     deterministic: bool = True
@@ -78,25 +80,26 @@ class Solver:
     def __init__(self, problem: Layered) -> None:
         self.problem = problem
         self.found: list[Outcome] = []
-        """the best at budgets before, so that a larger one never gets a slower plan"""
+        """the best at earlier budgets, so that a larger budget never gets a slower plan"""
         self.proven: dict[int, float] = {}
-        """by budget, of every search: seconds that no plan of the class undercuts"""
+        """budget -> seconds that no plan of the class undercuts, of all searches there"""
         self._outcomes: dict[tuple[int, float], Outcome] = {}
         """by budget and gap, of searches that came to their end: the same question has the same answer"""
         self._lowest: Schedule | None = None
+        """of the lowest peak found"""
         self._lowest_proven = False
         """whether the search for it came to its end"""
         self._by_clock = False
-        """whether the clock has ended any search: what it left behind is then not tried before a budget's own prices are"""
+        """whether the clock has ended any search: columns that are there by chance are then not tried before a budget's own are priced"""
 
     @cached_property
     def pool(self) -> Pool:
-        """Columns found so far, opened with those of the fixed rules."""
+        """Columns found so far; the first are those of the fixed rules."""
         return self._opened(Pool(problem=self.problem))
 
     @cached_property
     def plain(self) -> Pool:
-        """Columns of the fixed rules alone, and what was filled in between them for segments."""
+        """Columns of the fixed rules alone, and those found while planning segments over them."""
         return self._opened(Pool(problem=self.problem, blocks=self.pool.blocks))
 
     def _opened(self, pool: Pool) -> Pool:
@@ -116,12 +119,12 @@ class Solver:
 
     @cached_property
     def relaxed(self) -> Relaxation:
-        """The master under rows that hold for any plan of the class: what proves."""
+        """The restricted master problem under constraints that hold for any plan of the class: it gives bounds."""
         return Relaxation(self.pool, careful=False)
 
     @cached_property
     def careful(self) -> Relaxation:
-        """The master under rows that plans can really keep: what guides the choice."""
+        """The restricted master problem under constraints that plans can really keep: it guides the choice of columns."""
         return Relaxation(self.pool, careful=True)
 
     def room(self, budget_bytes: int) -> int:
@@ -130,11 +133,11 @@ class Solver:
 
     @cached_property
     def smallest(self) -> Schedule:
-        """The smallest rule carried out: where the search for the smallest budget starts."""
+        """The schedule of the smallest fixed rule, where the search for the smallest budget starts."""
         return smallest_arena(self.problem, rule_columns(self.problem, smallest))
 
     def tight(self, budget_bytes: int) -> bool:
-        """Whether the budget may be below the minimum: there the minimum is worked out first."""
+        """Whether the budget may be below the smallest one: then that is found first."""
         charged = charged_bytes(self.problem, rule_columns(self.problem, smallest))
         return self.room(budget_bytes) < 1.1 * charged and self.smallest.peak_bytes > budget_bytes
 
@@ -144,10 +147,10 @@ class Solver:
     def solve(
         self, budget_bytes: int, deadline: float, progress: Progress | None, *, bound: float = 0.0, gap: float = 0.0
     ) -> Outcome:
-        """The fastest schedule found; None where nothing was found to fit. `bound`: seconds that none undercuts; `gap`: the share of its
-        time by which a schedule may be slower than the best where that is enough.
+        """The fastest schedule found; None where nothing was found to fit. `bound`: seconds that no schedule undercuts; `gap`: the share
+        of its time by which a schedule may be slower than the best and still end the search.
 
-        Raises KeyboardInterrupt only where nothing has been carried out yet.
+        Raises KeyboardInterrupt only where there is no schedule yet.
         """
         known = self._outcomes.get((budget_bytes, gap))
         if known is None:
@@ -186,7 +189,7 @@ class Solver:
         )
         rules, most = self._seconds_of_rules(attempt.limit), RULES_SHARE * (deadline - started)
         first = rules > most
-        # On a busy machine they take a few times as long as alone.
+        # On a busy machine the rules take a few times as long as on an idle one.
         attempt.deadline -= 0.0 if first else min(HELD_UP * rules, most)
         fallback = interrupted = False
         try:
@@ -233,14 +236,14 @@ class Solver:
         return search.bound(lower) if kept else None
 
     def _in_the_class(self, attempt: Attempt) -> None:
-        """Plans whose recomputation stays inside a layer's own backward window, and a bound for all of them."""
+        """Search plans of the class (recomputation inside a layer's own backward window), with a bound for all of them."""
         if self.pool.binaries <= JOINT_BINARIES:
             self._jointly(attempt)
         else:
             self._by_columns(attempt)
 
     def _jointly(self, attempt: Attempt) -> None:
-        """A small model as one program; where the arena has no place for its optimum, again with a little less."""
+        """A small model as one program; where its optimum finds no place in the arena, again with a lower limit."""
         for careful in (False, True):
             allowed = attempt.limit
             for _ in range(JOINT_ROUNDS):
@@ -264,7 +267,7 @@ class Solver:
             if attempt.near(attempt.bound, attempt.gap):
                 return
         if attempt.near(attempt.bound, 2 * MOVE_PRICE):
-            # The price of moves is all that stands in the way of a proof.
+            # Without its price on transfers the program may prove the schedule the best.
             search = Search(relaxation=self.relaxed, limit_bytes=attempt.limit, deadline=attempt.deadline)
             answer = search.joint(priced=False)
             if answer is not None:
@@ -274,7 +277,7 @@ class Solver:
                     attempt.carry(answer.columns)
 
     def _by_columns(self, attempt: Attempt) -> None:
-        """A large model: the bound from relaxed rows, columns chosen under rows that plans can really keep."""
+        """A large model: a bound under relaxed constraints, columns chosen under those that plans can really keep."""
         relaxed = Search(
             relaxation=self.relaxed,
             limit_bytes=attempt.limit,
@@ -290,7 +293,7 @@ class Solver:
         )
         early = replace(attempt, found=[])
         chosen = False
-        """whether whole columns near the relaxed mixture have been chosen"""
+        """whether columns chosen near the relaxed mixture have given a schedule"""
         try:
             early.bound = attempt.bound = max(attempt.bound, relaxed.bound(self.relaxed.proven(attempt.limit)))
             if self.found and not self._by_clock:
@@ -314,8 +317,8 @@ class Solver:
             attempt.timely = attempt.timely and early.timely
 
     def _early(self, attempt: Attempt, search: Search) -> bool:
-        """A few choices of the columns known so far by a local search alone, where a mixture of them comes near the bound; whether
-        there was one.
+        """A few choices among the columns known so far by the local search alone, where a mixture of them comes near the bound; whether
+        that gave a schedule.
         """
         quick = replace(search, deadline=attempt.deadline, thorough=False)
         seconds, fits = quick.relaxed_seconds(attempt.limit - attempt.reserve)
@@ -325,19 +328,19 @@ class Solver:
         return len(attempt.found) > known
 
     def _carefully(self, attempt: Attempt, relaxed: Search, careful: Search, *, chosen: bool) -> None:
-        """Columns priced under rows that plans can really keep, or where memory is short for these, under the others unless they are
-        `chosen` already.
+        """Choose columns priced under constraints that plans can really keep, or where memory is too short for these, under the relaxed
+        ones unless columns are `chosen` already.
         """
         short = chosen or not careful.holds()
         if short and not chosen:
-            # Memory is short for looking ahead, and columns that save some are slow to find: first of all a plan.
+            # No columns known leave memory for prefetching, and such columns are slow to find: first of all a plan.
             relaxed.deadline = attempt.deadline
             attempt.choose(relaxed)
             if attempt.settled():
                 return
             if attempt.best is not None:
                 careful.worth_seconds = min(careful.worth_seconds, attempt.best.seconds)
-        # Where memory is too tight to look ahead, the relaxed choice is what there is; where it is nearly so, another one.
+        # Where memory is too tight for prefetching, the relaxed choice is all there is; where it is nearly so, one more.
         lower, _, kept = careful.columns()
         attempt.timely = attempt.timely and careful.timely
         careful.deadline = relaxed.deadline = attempt.deadline
@@ -347,15 +350,14 @@ class Solver:
             attempt.choose_anew(relaxed)
 
     def _by_rules(self, attempt: Attempt, any_bound: float, most: float = float("inf")) -> None:
-        """Where a fixed rule fits and may be faster, it is carried out too: while there is time for it, no plan is slower
-        than one of them.
+        """Realise each fixed rule that fits and may be faster: as far as there is time for it, no plan is slower than one of them.
 
-        `most`: seconds that its computation may take.
+        `most`: seconds that a rule's computation may take at most.
         """
         for part in self._rules:
             best, columns = attempt.best, part.columns
             computing = part.computing_seconds
-            # The class leaves segments out, and so does its bound.
+            # Plans with segments are not in the class, and its bound does not hold for them.
             bound = any_bound if part.segments else attempt.bound
             if computing > most or (best is not None and computing >= best.seconds) or attempt.near(bound, attempt.gap):
                 continue
@@ -367,23 +369,23 @@ class Solver:
 
     def _may_fit(self, part: Part, limit: int) -> bool:
         """Whether a fixed rule may fit `limit` bytes of arena and instructions."""
-        # What a segment spares the columns' figures do not know.
+        # With segments a rule holds less than its columns' figures say.
         return bool(part.segments) or charged_bytes(self.problem, part.columns) <= limit
 
     def _seconds_of_rules(self, limit: int) -> float:
-        """To carry out all fixed rules that may fit, on an idle machine."""
+        """That realising all fixed rules that may fit takes on an idle machine."""
         fitting = sum(self._may_fit(part, limit) for part in self._rules)
         return CARRY_SECONDS * len(self.problem.graph.steps) * fitting
 
     def _by_segments(self, attempt: Attempt, any_bound: float) -> None:
-        """Where moving layer inputs costs more than running layers again: plans under which runs of them do.
+        """Where moving layer inputs takes longer than running layers again: plans under which segments of layers run twice.
 
         The bound of the class does not hold for these, so it ends no search for them.
         """
         if not self._reruns or attempt.near(any_bound, attempt.gap):
             return
         with attempt.within():
-            # Columns priced for the class promise more than plans of segments keep where the disk is slow.
+            # Where the disk is slow, columns priced for the class promise shorter steps than plans with segments then have.
             for pool in (self.plain, self.pool):
                 for seconds, search in promising(pool, attempt.limit, attempt.deadline, attempt.progress):
                     best = attempt.best
@@ -393,7 +395,7 @@ class Solver:
 
     def _greedily(self, attempt: Attempt) -> None:
         some = attempt.reserve
-        # What just fits seldom finds its places at once; where nothing else does, it is tried all the same.
+        # Columns that just fit seldom find places in the arena at once; where no others fit, they are tried all the same.
         allowed = attempt.limit - some
         columns = greedy(self.problem, self.pool, allowed)
         if columns is None:
@@ -411,8 +413,8 @@ class Solver:
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
     def reaches(self, budget_bytes: int, deadline: float) -> bool:
-        """Whether the budget is at least the smallest, as far as time tells: clearly so where a plan is known that fits, or a
-        mixture of columns takes much less; else as `least` says.
+        """Whether the budget is at least the smallest one, as far as can be told in time: surely where a plan is known that fits, most
+        likely where a mixture of columns takes clearly less; else as `least` says.
         """
         known = [one.schedule for one in self.found if one.schedule is not None]
         if self._lowest is not None:
@@ -430,7 +432,7 @@ class Solver:
         return not timely or least.peak_bytes <= budget_bytes
 
     def least(self, deadline: float) -> tuple[Schedule, bool]:
-        """The schedule with the lowest peak found, and whether the searches that found it came to their end."""
+        """The schedule of the lowest peak found, and whether the searches behind it came to their end."""
         if not self._lowest_proven:
             known = [one.schedule for one in self.found if one.schedule is not None]
             before = [self.smallest, *known, *([self._lowest] if self._lowest is not None else [])]
@@ -446,7 +448,7 @@ class Solver:
         return self._lowest, self._lowest_proven and not by_chance
 
     def _lower(self, deadline: float) -> bool:
-        """Look for lower peaks than that of the lowest schedule so far; whether the search came to its end."""
+        """Search for schedules of lower peaks than the lowest so far; whether the search came to its end."""
         assert self._lowest is not None
         best = self._lowest
         now = time.monotonic()
@@ -489,7 +491,7 @@ class Solver:
 
 
 def share_of(share: float, deadline: float) -> float:
-    """The moment at which this share of the time from now on is gone."""
+    """The moment at which this share of the time from now to the deadline is over."""
     now = time.monotonic()
     return now + share * (deadline - now)
 

@@ -1,9 +1,9 @@
-"""The two bounds of a plan: for its class, and for any schedule at all; moments chosen, programs solved (`windows`).
+"""The two bounds of a plan: for its class, and for any schedule at all; moments are chosen, programs solved (`lp_bound`).
 
 For the class moments are found step by step, and paths with them: those that the linear program's last answer does
-without (`climb`). What has no price for some rounds is dropped again. Then few moments and the best program are
-solved in whole numbers (`whole`), and again with moments and crowded runs at which the answer's schedule holds too
-much. All answers, made whole, are where a search may start.
+without (`cut_generation`). What has no price for some rounds is dropped again. Then few moments and the best program are
+solved in whole numbers (`milp_bound`), and again with moments and crowded runs at which the answer's schedule holds too
+much. All answers, made whole, are where a search may start. docs/formulation.md has the programs: (29) to (35).
 """
 
 from __future__ import annotations

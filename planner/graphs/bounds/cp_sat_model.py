@@ -1,6 +1,6 @@
 """Programs of choices for CP-SAT: bytes counted exactly, seconds in parts of one run of every operator.
 
-CP-SAT solves the programs of `whole` and `stretch` several times faster than HiGHS or SCIP do, with all of the costs in one of its
+CP-SAT solves the programs of `milp_bound` and `subproblem` several times faster than HiGHS or SCIP do, with all of the costs in one of its
 cuts and with linear programs at every node.
 """
 

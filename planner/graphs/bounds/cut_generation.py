@@ -1,5 +1,5 @@
-"""What an answer of the linear program in a few moments (`windows`) leaves out: moments at which it would hold too much, and
-paths that it runs along in parts.
+"""What an answer of the linear program over a few moments (`lp_bound`) leaves out: moments at which it would hold too much, and
+paths (33) that it runs along in parts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NEGLIGIBLE = 1e-9
 
 
 def violated(dag: Dag, pivots: Sequence[int], fractions: Fractions) -> list[Path]:
-    """Paths that the answer does not follow, the worst first, as many as there are operators at most; one for each operator and
+    """Paths whose rows (33) the answer violates, the worst first, as many as there are operators at most; one for each operator and
     window of readers.
     """
     opens = [0, *pivots, len(dag)]

@@ -11,7 +11,8 @@ schedule at all. In whole numbers more moments make a better bound; without, it 
 Where the graph names a disk an output may also be fetched in a window, once it is written. The step then lasts as long as its
 runs or as the disk's work, whichever is longer; when transfers happen, and the memory they take meanwhile, is left open.
 
-The figure is computed from the solver's dual values by weak duality, so that it is a bound even where they are inexact.
+The figure is computed from the solver's dual values by weak duality, so that it is a bound even where they are inexact. Numbers in
+brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -119,9 +120,9 @@ class Windows:
         self.windows = len(pivots) + 1
         self.program = Program()
         self.cost: list[float] = []
-        """per variable: seconds of runs"""
+        """(34) per variable: seconds of runs"""
         self.disk: dict[int, float] = {}
-        """variable -> seconds of the disk"""
+        """(34) variable -> seconds of the disk"""
         self.constant = 0.0
         self.impossible = False
         spans = _edge_spans(dag, pivots) if any_order else _order_spans(dag, pivots)
@@ -132,6 +133,7 @@ class Windows:
         """per operator: moment (named by the window it opens) -> variable; -1 where it surely lives"""
         self.fetches: list[dict[int, int]] = [{} for _ in range(len(dag))]
         """per operator: window -> variable, where the graph names a disk"""
+        # (30) a pivot's inputs live at its moment
         self.pinned = {(i, k + 1) for k, pivot in enumerate(pivots) for i in dag.inputs[pivot]}
         for i, span in enumerate(spans):
             limit.check()
@@ -142,6 +144,7 @@ class Windows:
                 self._edge(i, j)
         self.moments = len(self.program.least)
         """the row of the first moment, after which come the others and then paths"""
+        # (32) memory at each moment
         for k, pivot in enumerate(pivots):
             self._moment(k + 1, pivot, budget)
 
@@ -158,6 +161,7 @@ class Windows:
     def _operator(self, i: int, span: _Span, last: int) -> None:
         dag, runs, lives = self.dag, self.runs[i], self.lives[i]
         sure = span.low == span.high
+        # (29) windows in which it runs: surely, maybe for the first time, or again
         for window in range(span.low, max(last, span.high) + 1):
             if sure and window == span.low:
                 runs[window] = -1
@@ -176,13 +180,15 @@ class Windows:
             for fetch in self.fetches[i].values():
                 self._row([(stored, 1.0), (fetch, -1.0)], 0.0)
         if not sure:
+            # (29) the first run lies in one of these
             self._row([(runs[w], 1.0) for w in range(span.low, span.high + 1)], 1.0)
         for window in range(span.low + 1, max(last, span.high) + 1):
             before = self._available(i, window - 1)
             if before is not None:
-                # What lives at a moment lived at the one before, or was made since.
+                # (30) What lives at a moment lived at the one before, or was made or fetched since.
                 living = [(lives[window], -1.0)] if lives[window] >= 0 else []
                 self._row([*before, *living], 0.0 if living else 1.0)
+        # (30) what must be there at the end
         if dag.keep[i]:
             final = self._available(i, self.windows - 1)
             if final is not None:
@@ -196,6 +202,7 @@ class Windows:
         return [(part, 1.0) for part in parts if part is not None]
 
     def _edge(self, i: int, j: int) -> None:
+        """(31) Where j runs, output i lived when the window began, or is made or fetched in it."""
         for window, run in self.runs[j].items():
             there = self._available(i, window)
             if there is None:
@@ -206,6 +213,7 @@ class Windows:
                 self._row([*there, (run, -1.0)], 0.0)
 
     def _moment(self, window: int, pivot: int, budget: int) -> None:
+        """(32) Memory at the pivot's first run, in parts of the budget."""
         dag = self.dag
         room = budget - dag.fixed_bytes - dag.own_bytes(pivot)
         if room < 0:
@@ -219,7 +227,7 @@ class Windows:
         self._row(terms, -room / max(1, budget))
 
     def follow(self, path: Path) -> None:
-        """The row of one path."""
+        """(33) The row of one path."""
         # It holds neither for other orders nor where outputs may also be fetched.
         assert not self.any_order
         assert self.dag.read is None
@@ -270,7 +278,7 @@ class Windows:
         return Fractions(runs=runs, lives=lives, moments=of_moments, paths=of_paths)
 
     def _longest(self, runs: Linear, unit: float) -> Linear:
-        """What the step takes beyond one run of each operator that surely runs: all other runs, or the disk's work."""
+        """(34) What the step takes beyond one run of each operator that surely runs: all other runs, or the disk's work."""
         beyond = Linear().add(self.program.variable())
         work = Linear(-self.constant / unit)
         for variable, disk in self.disk.items():

@@ -1,4 +1,4 @@
-"""Programs of `windows` in whole numbers: bytes counted exactly, and memory between two moments where that is asked for.
+"""Programs of `lp_bound` in whole numbers: bytes counted exactly, and memory between two moments where that is asked for (35).
 
 A run is crowded whose window is asked about: outputs that live at both ends of a window and do not run in it stay
 throughout, so that they, the run's inputs and its own bytes fit together, whatever else happens in the window and in
@@ -63,7 +63,7 @@ class _Whole:
         """(operator, window) -> whether its output surely stays; None: it surely does not"""
 
     def crowd(self, window: int, operator: int) -> None:
-        """The row of an operator that runs in a window."""
+        """(35) The row of an operator that runs in a window: what surely stays throughout, its inputs and its own bytes fit together."""
         windows, dag = self.windows, self.windows.dag
         run = windows.runs[operator].get(window)
         if run is None:
