@@ -51,9 +51,7 @@ TIME_LIMIT = 30.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fine-tune SmolLM2-135M-Instruct on film reviews inside a memory cap.")
-    parser.add_argument(
-        "--memory", help="budget of the whole run (350MiB, and more where PyTorch itself takes more)"
-    )
+    parser.add_argument("--memory", help="budget of the whole run (350MiB, and more where PyTorch itself takes more)")
     parser.add_argument("--steps", type=int, default=48, help="training steps (48)")
     parser.add_argument(
         "--picture",

@@ -6,13 +6,13 @@ import time
 from dataclasses import replace
 from functools import cached_property
 
-from tightfit.planner.formulation.any_schedule_bound import AnySchedule
+from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.plan_result import answered, drafted, drafted_phase, too_small
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.gradients import without_resting_states
 from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.schedule.lowering import Entry, instructions, kinds
-from tightfit.planner.schedule.realize import Part, Schedule, carry_out_cycle, smallest_cycle
+from tightfit.planner.schedule.realize import Part, Schedule, realize_cycle, smallest_cycle
 from tightfit.planner.schema import Phase, Plan
 from tightfit.planner.search_options import (
     ANY_SHARE,
@@ -27,7 +27,7 @@ from tightfit.planner.search_options import (
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.planner.solve.minimum_budget import lowered
 from tightfit.planner.solve.policies import POLICIES, policy_parts
-from tightfit.planner.solve.search import Outcome, Solver, share_of
+from tightfit.planner.solve.search import SearchResult, Solver, share_of
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.gc_pause import paused_collector
 
@@ -42,7 +42,7 @@ class ModelPlanner:
         self._minimum: dict[str, tuple[Schedule, bool]] = {}
         """by policy: the lowest schedule found, and whether one byte less has none"""
         self._parts: dict[str, tuple[Part, ...]] = {}
-        self._relaxed: dict[str, tuple[AnySchedule, ...]] = {}
+        self._relaxed: dict[str, tuple[AnyScheduleBound, ...]] = {}
         """of policies with steps of their own: what no schedule of these steps can do without"""
         self.interrupted = False
         """whether Ctrl-C ended the search of the latest `plan`, which was made of what had been found"""
@@ -62,7 +62,7 @@ class ModelPlanner:
         deadline = started + time_limit - finish_seconds(len(self.problem.graph.steps), time_limit)
         name = policy or "solver"
         any_bound = self._any_bound(budget_bytes, name, ANY_SHARE * time_limit)
-        outcome = Outcome(schedule=None, bound_seconds=any_bound, any_bound_seconds=any_bound)
+        outcome = SearchResult(schedule=None, bound_seconds=any_bound, any_bound_seconds=any_bound)
         below = budget_bytes < self.profile.device.floor.start_peak_bytes
         if not below and name != "solver":
             outcome = self._follow(budget_bytes, name, any_bound, deadline)
@@ -85,16 +85,16 @@ class ModelPlanner:
         """
         return max(solved.bound_seconds, self.solver.proven.get(solved.budget_bytes, 0.0))
 
-    def _follow(self, budget_bytes: int, policy: str, bound: float, deadline: float) -> Outcome:
+    def _follow(self, budget_bytes: int, policy: str, bound: float, deadline: float) -> SearchResult:
         schedule = self._carried_out(policy, budget_bytes, deadline)
         timely = time.monotonic() <= deadline
-        return Outcome(schedule=schedule, bound_seconds=bound, any_bound_seconds=bound, deterministic=timely)
+        return SearchResult(schedule=schedule, bound_seconds=bound, any_bound_seconds=bound, deterministic=timely)
 
     def _carried_out(self, policy: str, budget_bytes: int, deadline: float = float("inf")) -> Schedule | None:
         parts = self._policy(policy)
         taken = max(part.problem.taken_bytes for part in parts)
         room = self.solver.room(budget_bytes) + self.problem.taken_bytes - taken
-        return carry_out_cycle(parts, room, deadline)[0]
+        return realize_cycle(parts, room, deadline)[0]
 
     def _policy(self, policy: str) -> tuple[Part, ...]:
         if policy not in self._parts:
@@ -102,8 +102,8 @@ class ModelPlanner:
         return self._parts[policy]
 
     @cached_property
-    def _any_schedule(self) -> AnySchedule:
-        return AnySchedule(self.problem)
+    def _any_schedule(self) -> AnyScheduleBound:
+        return AnyScheduleBound(self.problem)
 
     def _any_bound(self, budget_bytes: int, policy: str, time_limit: float) -> float:
         """Seconds that no schedule of the step undercuts; of a policy with steps of its own, of those."""
@@ -112,7 +112,7 @@ class ModelPlanner:
         parts = self._policy(policy)
         if policy not in self._relaxed:
             self._relaxed[policy] = tuple(
-                AnySchedule(
+                AnyScheduleBound(
                     layered(without_resting_states(part.problem.profile)), workspace_bytes=part.problem.workspace_bytes
                 )
                 for part in parts
@@ -137,7 +137,9 @@ class ModelPlanner:
         started = time.monotonic()
         least, timely = self._least(policy or "solver", started + time_limit)
         any_bound = self._any_bound(least.peak_bytes, policy or "solver", ANY_SHARE * time_limit)
-        outcome = Outcome(schedule=least, bound_seconds=any_bound, any_bound_seconds=any_bound, deterministic=timely)
+        outcome = SearchResult(
+            schedule=least, bound_seconds=any_bound, any_bound_seconds=any_bound, deterministic=timely
+        )
         return self._finish(least.peak_bytes, policy or "solver", outcome, started)
 
     # --- the smallest budget ---------------------------------------------------------------------------------------
@@ -217,7 +219,7 @@ class ModelPlanner:
     # --- the answer ------------------------------------------------------------------------------------------------
 
     @paused_collector()
-    def _finish(self, budget: int, policy: str, outcome: Outcome, started: float, *, asked: float = 0.0) -> Plan:
+    def _finish(self, budget: int, policy: str, outcome: SearchResult, started: float, *, asked: float = 0.0) -> Plan:
         assert outcome.schedule is not None
         raw = self._assemble(budget, policy, outcome.schedule)
         return answered(

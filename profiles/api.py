@@ -33,7 +33,7 @@ from tightfit.profiles.schema import (
     adamw,
 )
 from tightfit.profiles.sources.lookup import resolve
-from tightfit.profiles.tracing.comparison import Comparison
+from tightfit.profiles.tracing.comparison import GradientComparison
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
 from tightfit.profiles.tracing.trace import Trace, trace
 from tightfit.profiles.weights.pack import build_store
@@ -139,7 +139,7 @@ def profile(
     comparison = None
     if found.kind == "module":
         traced, module, sample = _trace_module(found, dtype, report)
-        comparison = Comparison(found.name, module, sample, traced)
+        comparison = GradientComparison(found.name, module, sample, traced)
     else:
         traced = _trace_decoder(found, batch, seq, lora_rank, alpha, dtype, report)
     if found.kind == "module":

@@ -28,7 +28,7 @@ MS = 1e3
 KIB = 1024.0
 
 
-class AnySchedule:
+class AnyScheduleBound:
     """The bound for one step at any number of budgets. `workspace_bytes`: where the step needs another workspace than its profile says."""
 
     def __init__(self, problem: Layered, *, workspace_bytes: int | None = None) -> None:

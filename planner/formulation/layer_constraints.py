@@ -1,6 +1,6 @@
 """The mixed-integer model of one layer: its bytes window by window and its seconds, over the variables of `layer_variables`.
 
-`Block` adds a layer to a program; `column_generation` puts the blocks of all layers of a small model into one program, or prices
+`LayerProgram` adds a layer to a program; `column_generation` puts the blocks of all layers of a small model into one program, or prices
 the block of one layer type at a time at the dual prices of the step. Units: KiB and milliseconds. Numbers in brackets are those
 of the blocks in docs/formulation.md.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tightfit.planner.formulation.layer_variables import LAST, MINOR, Choices, Slot
+from tightfit.planner.formulation.layer_variables import LAST, MINOR, LayerVariables, Slot
 from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.problem.layer_types import LayerType, Weight, compute_seconds, transfer_seconds, weight_uses
 from tightfit.planner.schedule.layer_schedule import Decision, measure, state_names_of
@@ -33,7 +33,7 @@ class Use:
     """whether the packed form stays beside the unpacked one"""
 
 
-class Block(Choices):
+class LayerProgram(LayerVariables):
     """One layer inside `program`, with its figures (`FIELDS`): bytes at its windows' peaks and between them, seconds, instructions."""
 
     def __init__(self, program: Program, kind: LayerType) -> None:

@@ -30,7 +30,7 @@ def choice_count(kind: LayerType) -> int:
     return len(kind.candidates) + len(set(kind.candidates) & kind.offloadable) + modes + len(states)
 
 
-class Choices:
+class LayerVariables:
     """The decision variables of one layer, and those that depend on them, inside `program`."""
 
     def __init__(self, program: Program, kind: LayerType) -> None:

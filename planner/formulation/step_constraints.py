@@ -52,7 +52,7 @@ def charged_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
 
 
 @dataclass(kw_only=True)
-class Rows:
+class StepConstraints:
     """The step's figures, as its constraints define them."""
 
     bytes: int
@@ -65,9 +65,9 @@ class Rows:
     disk_ms: Linear
 
 
-def add_rows(
+def add_step_constraints(
     program: Program, problem: Layered, layers: list[Terms], *, careful: bool = False, segments: Segments = ()
-) -> Rows:
+) -> StepConstraints:
     """Post (11) to (16) over the layers' figures.
 
     With `segments` a second pass counts as a whole training forward, and what a segment reads from before it as kept: a plan of
@@ -150,7 +150,7 @@ def add_rows(
     traffic = [name for name in FIELDS if name.startswith(("reads", "spills", "fetches", "states"))]
     program.at_least(Linear().add(total), *(terms[name] for terms in layers for name in traffic))
     program.at_least(Linear().plus(clock[-1]).add(total, -1.0))
-    return Rows(bytes=used, spare=spare, total_ms=clock[-1], disk_ms=Linear().add(total))
+    return StepConstraints(bytes=used, spare=spare, total_ms=clock[-1], disk_ms=Linear().add(total))
 
 
 def _add_disk(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from tightfit.planner.graphs.plan_result import Outcome
+from tightfit.planner.graphs.plan_result import GraphOutcome
 from tightfit.planner.graphs.problem.actions import Carried, carry
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, seconds
 
 
-class Found:
+class Incumbents:
     """Where the searches to come start. Each has an aim, a budget or None for the smallest, and a limit in seconds.
 
     What comes of a search that the clock ended, or of one that started from what such a search had found, is not found
@@ -52,7 +52,7 @@ class Found:
         """The fastest schedule found that fits the budget, also of those that a search made again does not start from."""
         return _best(dag, budget, self.late[0] | self.peaks, [*self.late[1], *self.moved])
 
-    def no_slower(self, dag: Dag, budget: int, outcome: Outcome) -> Outcome:
+    def no_slower(self, dag: Dag, budget: int, outcome: GraphOutcome) -> GraphOutcome:
         """The outcome of a search made again: or what had been found before it, where that is faster."""
         best = _best(dag, budget, *self.late)
         if best is None or (outcome.carried is not None and outcome.carried.seconds <= best.seconds):

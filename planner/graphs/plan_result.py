@@ -17,7 +17,7 @@ from tightfit.runtime.common.units import format_size
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class GraphOutcome:
     """What the search came to."""
 
     carried: Carried | None
@@ -36,7 +36,7 @@ class Least:
     lowest_bytes: int
     """of a rule its own peak, of the solver what no peak undercuts with first runs and re-runs in this order"""
     timely: bool = True
-    """as of `Outcome`"""
+    """as of `GraphOutcome`"""
 
 
 def infeasible(
@@ -90,7 +90,7 @@ def finished(
     dag: Dag,
     budget: int,
     policy: str,
-    outcome: Outcome,
+    outcome: GraphOutcome,
     any_bound: Bound,
     started: float,
     *,

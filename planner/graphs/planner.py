@@ -8,19 +8,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from tightfit.planner.graphs.bounds.bound import Bound, ClassBound, any_schedule_bound, class_bound
-from tightfit.planner.graphs.incumbents import Found, fastest
-from tightfit.planner.graphs.plan_result import Least, Outcome, finished, infeasible
+from tightfit.planner.graphs.incumbents import Incumbents, fastest
+from tightfit.planner.graphs.plan_result import GraphOutcome, Least, finished, infeasible
 from tightfit.planner.graphs.problem.actions import Carried, carry, timed, touch_and_go, worth_moving
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import Rerun, peak_bytes, pruned, seconds
 from tightfit.planner.graphs.search import exact
 from tightfit.planner.graphs.search.baselines import RULES, rule_reruns, rules_for
-from tightfit.planner.graphs.search.belady import swept
+from tightfit.planner.graphs.search.belady import belady_schedule
 from tightfit.planner.graphs.search.chain_dp import as_chain, checkpoints
-from tightfit.planner.graphs.search.eviction_search import Search
+from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.graphs.search.exact_moves import fastest_with_moves
-from tightfit.planner.graphs.search.large_neighbourhood import Neighbourhoods, lowest_peak
-from tightfit.planner.graphs.search.subproblem import BETTER, Lowest, Stretch
+from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood, lowest_peak
+from tightfit.planner.graphs.search.subproblem import BETTER, Lowest, Subproblem
 from tightfit.planner.plan_result import EXACT, gap_to
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import (
@@ -86,7 +86,7 @@ class GraphPlanner:
         self.floor_bytes = self.dag.floor_bytes
         self.lowest_bytes = self.floor_bytes
         """no schedule of the class has a lower peak, as far as that is proven"""
-        self.found = Found()
+        self.found = Incumbents()
         """schedules found so far: where the search at other budgets starts"""
         self.interrupted = False
         """whether Ctrl-C ended the search of the latest `plan`, which was made of what had been found"""
@@ -99,7 +99,7 @@ class GraphPlanner:
         self._exact_left = EXACT_SECONDS
         for rule in rules_for(self.dag):
             self._note(RULES[rule](self.dag))
-        self._note(swept(self.dag, self.floor_bytes))
+        self._note(belady_schedule(self.dag, self.floor_bytes))
 
     def policies(self) -> tuple[str, ...]:
         """The fixed rules that mean something for this graph."""
@@ -149,7 +149,7 @@ class GraphPlanner:
                     self.found.end(budget_bytes, time_limit, timely=False)
                     raise
                 self.interrupted = True
-                outcome = Outcome(carried=best, bound_seconds=any_bound.seconds, timely=False)
+                outcome = GraphOutcome(carried=best, bound_seconds=any_bound.seconds, timely=False)
             outcome = self.found.no_slower(self.dag, budget_bytes, outcome)
             self.found.end(budget_bytes, time_limit, timely=outcome.timely)
         else:
@@ -161,7 +161,7 @@ class GraphPlanner:
                 if not fits:
                     raise
                 self.interrupted = True
-            outcome = Outcome(carried=carried if fits else None, bound_seconds=any_bound.seconds)
+            outcome = GraphOutcome(carried=carried if fits else None, bound_seconds=any_bound.seconds)
         if name == "solver" and not outcome.timely:
             # A search that was cut may not have come to what was known before it: the fixed rules, and schedules of other budgets.
             known = self.found.best(self.dag, budget_bytes)
@@ -220,7 +220,7 @@ class GraphPlanner:
         least = self._least(policy or "solver", deadline, time_limit)
         budget = least.carried.peak_bytes
         any_bound = self._any_bound(budget, ANY_SHARE * time_limit)
-        outcome = Outcome(carried=least.carried, bound_seconds=any_bound.seconds, timely=least.timely)
+        outcome = GraphOutcome(carried=least.carried, bound_seconds=any_bound.seconds, timely=least.timely)
         return finished(self.profile, self.dag, budget, policy or "solver", outcome, any_bound, started)
 
     def minimum_bytes(self, *, policy: str | None = None, time_limit: float = 30.0) -> int:
@@ -265,12 +265,12 @@ class GraphPlanner:
         self.found.peaks[kept] = peak_bytes(self.dag, kept)
         return kept
 
-    def _solve(self, budget: int, started: float, deadline: float, progress: Progress | None) -> Outcome:
+    def _solve(self, budget: int, started: float, deadline: float, progress: Progress | None) -> GraphOutcome:
         dag = self.dag
         if self.found.peaks[frozenset()] <= budget:
-            return Outcome(carried=carry(dag, ()), bound_seconds=dag.once_seconds)
+            return GraphOutcome(carried=carry(dag, ()), bound_seconds=dag.once_seconds)
         if self.lowest_bytes > budget:
-            return Outcome(carried=None, bound_seconds=dag.once_seconds)
+            return GraphOutcome(carried=None, bound_seconds=dag.once_seconds)
         if dag.read is not None:
             return self._solve_with_moves(budget, started, deadline, progress)
         if dag.operators <= EXACT_OPERATORS:
@@ -279,12 +279,14 @@ class GraphPlanner:
             if solved.proven:
                 carried = None if solved.reruns is None else carry(dag, solved.reruns)
                 bound = dag.once_seconds if carried is None else min(carried.seconds, solved.bound)
-                return Outcome(carried=carried, bound_seconds=bound)
+                return GraphOutcome(carried=carried, bound_seconds=bound)
             self._ended(solved.timely)
             self._note(solved.reruns or ())
         return self._search(budget, started, deadline, progress)
 
-    def _solve_with_moves(self, budget: int, started: float, deadline: float, progress: Progress | None) -> Outcome:
+    def _solve_with_moves(
+        self, budget: int, started: float, deadline: float, progress: Progress | None
+    ) -> GraphOutcome:
         """The graph names a disk: the exact solver for few operators, otherwise a search for each price of the disk."""
         dag = self.dag
         found: list[Carried] = []
@@ -295,7 +297,7 @@ class GraphPlanner:
             if solved.actions is not None:
                 found.append(timed(dag, solved.actions))
             if solved.proven and found:
-                return Outcome(carried=found[-1], bound_seconds=min(found[-1].seconds, solved.bound))
+                return GraphOutcome(carried=found[-1], bound_seconds=min(found[-1].seconds, solved.bound))
             self._ended(solved.timely)
             proven = solved.bound
         span = deadline - started
@@ -327,7 +329,9 @@ class GraphPlanner:
                 stalled = time.monotonic() <= started + 0.95 * span
                 break
         self.found.moved.append(best)
-        return Outcome(carried=best, bound_seconds=proven, timely=self.found.timely and bound.timely, stalled=stalled)
+        return GraphOutcome(
+            carried=best, bound_seconds=proven, timely=self.found.timely and bound.timely, stalled=stalled
+        )
 
     def _search_moves(
         self,
@@ -345,7 +349,7 @@ class GraphPlanner:
         """
         dag = self.dag
         variant = dag if price is None else dag.moving(worth_moving(dag, price), price)
-        search = Search(variant, within, deadline=deadline, granted=granted, latest=latest)
+        search = EvictionSearch(variant, within, deadline=deadline, granted=granted, latest=latest)
         memory = search.first(self._plain_seeds(within, deadline) if price is None else [(), touch_and_go(variant)])
         reruns = None if memory is None else search.improve(memory, rounds=ROUNDS // len(PRICES))
         self._ended(search.timely)
@@ -375,7 +379,7 @@ class GraphPlanner:
             spent = time.monotonic() - started
             progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": left, "seconds": spent})
 
-    def _search(self, budget: int, started: float, deadline: float, progress: Progress | None) -> Outcome:
+    def _search(self, budget: int, started: float, deadline: float, progress: Progress | None) -> GraphOutcome:
         """First to `NEAR` of the bound, or to the gap that is asked for where that is more; then on to it."""
         dag, near_enough = self.dag, max(self._gap, NEAR)
 
@@ -384,8 +388,8 @@ class GraphPlanner:
 
         span = deadline - started
         ends = started + 0.95 * span
-        search = Search(dag, budget, deadline=started + 0.3 * span, granted=GRANTED * span, latest=ends)
-        near = Neighbourhoods(dag, budget)
+        search = EvictionSearch(dag, budget, deadline=started + 0.3 * span, granted=GRANTED * span, latest=ends)
+        near = LargeNeighbourhood(dag, budget)
         memory = search.first(self._seeds(budget, deadline))
         best = self.found.lowest()
         enough = float("inf")
@@ -397,7 +401,7 @@ class GraphPlanner:
             enough = seconds(dag, best) * (1 - near_enough)
         if memory is None and time.monotonic() > ends:
             self._ended(False)
-            return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
+            return GraphOutcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
         # Where nothing fits yet, less of the time: the rest is for the smallest budget.
         share = 0.55 if memory is not None else 0.3
         bound = ClassBound(dag, budget, best)
@@ -406,7 +410,7 @@ class GraphPlanner:
         if bound.seconds == float("inf") and memory is None:
             self.lowest_bytes = max(self.lowest_bytes, budget + 1)
             self._ended(bound.timely, search.timely)
-            return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
+            return GraphOutcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
         # The bound's answers hold too much between moments; what eviction makes of them is often the best there is.
         enough = bound.seconds / (1 - near_enough)
         search.deadline = min(time.monotonic() + (0.15 if bound.small else 0.2) * span, ends)
@@ -418,14 +422,14 @@ class GraphPlanner:
             least = self._lowest_peak(min(LOWEST_SHARE * span, max(0.0, ends - time.monotonic())))
             if least.bytes > budget:
                 self._ended(bound.timely, search.timely)
-                return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
+                return GraphOutcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
             best = self.found.lowest()
             until = min(max(started + 0.53 * span, time.monotonic() + 0.05 * span), ends)
             best = self._note(near.deepened(best, deadline=until))
             best = self._note(near.polished(best, deadline=min(until + 0.02 * span, ends), enough=float("inf")))
             if self.found.peaks[best] > budget:
                 self._ended(bound.timely, search.timely, near.timely)
-                return Outcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
+                return GraphOutcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
             search.deadline = started + 0.8 * span
             improved = search.improve_best([best], starts=1, rounds=ROUNDS, enough=left)
         best = best if improved is None else self._note(improved)
@@ -442,12 +446,14 @@ class GraphPlanner:
         if self._gap < gap_to(seconds(dag, best), bound.seconds) <= near_enough:
             best, stalled = self._closed(search, near, bound, best, started, ends)
             report("closed", seconds(dag, best), bound.seconds)
-        return Outcome(carried=carry(dag, best), bound_seconds=bound.seconds, timely=self.found.timely, stalled=stalled)
+        return GraphOutcome(
+            carried=carry(dag, best), bound_seconds=bound.seconds, timely=self.found.timely, stalled=stalled
+        )
 
     def _closed(
         self,
-        search: Search,
-        near: Neighbourhoods,
+        search: EvictionSearch,
+        near: LargeNeighbourhood,
         bound: ClassBound,
         best: frozenset[Rerun],
         started: float,
@@ -476,7 +482,7 @@ class GraphPlanner:
         return best, False
 
     def _proven(
-        self, near: Neighbourhoods, bound: ClassBound, best: frozenset[Rerun], started: float, ends: float
+        self, near: LargeNeighbourhood, bound: ClassBound, best: frozenset[Rerun], started: float, ends: float
     ) -> frozenset[Rerun]:
         """The schedule, or a better one, with a bound that proves it the best of all, where the program of the whole class is solved in as
         much time as everything before it took.
@@ -487,7 +493,7 @@ class GraphPlanner:
         places = {(stage, i) for stage in range(len(dag)) for i in range(stage) if dag.recomputable[i]}
         with suppress(TimeoutError):
             # Over all stages with all places a stretch is the whole class.
-            found = Stretch(dag, near.budget, best, 0, len(dag), places, seconds=allowed).solve()
+            found = Subproblem(dag, near.budget, best, 0, len(dag), places, seconds=allowed).solve()
             best = found.reruns or best
             if found.ended:
                 bound.seconds = max(bound.seconds, seconds(dag, best) - BETTER * dag.once_seconds)
@@ -495,8 +501,8 @@ class GraphPlanner:
 
     def _polished(
         self,
-        search: Search,
-        near: Neighbourhoods,
+        search: EvictionSearch,
+        near: LargeNeighbourhood,
         bound: ClassBound,
         best: frozenset[Rerun],
         deadline: float,
@@ -527,7 +533,7 @@ class GraphPlanner:
     def _seeds(self, budget: int, deadline: float) -> list[frozenset[Rerun]]:
         """Schedules to start from: the fastest that fits of those found before, rules, a sweep, and checkpoints of a chain."""
         seeds = [RULES[rule](self.dag) for rule in rules_for(self.dag)]
-        sweep = swept(self.dag, budget)
+        sweep = belady_schedule(self.dag, budget)
         if peak_bytes(self.dag, sweep) - budget <= SWEPT * (self.found.peaks[frozenset()] - budget):
             seeds.append(sweep)
         if self.chain is not None:
@@ -597,7 +603,7 @@ class GraphPlanner:
         low = self._lowest_peak(0.4 * max(0.0, found_by - time.monotonic())).bytes
         best = self.found.lowest()
         if self.found.peaks[best] > low:
-            near = Neighbourhoods(dag, low)
+            near = LargeNeighbourhood(dag, low)
             best = self._note(near.deepened(best, deadline=found_by - 0.3 * (found_by - time.monotonic())))
             best = self._note(near.polished(best, deadline=found_by))
             self._ended(near.timely)
@@ -639,7 +645,7 @@ class GraphPlanner:
                 break
             # Halve what is left between what cannot be and what was found, then byte by byte.
             for budget in ((low + self.found.peaks[best]) // 2, self.found.peaks[best] - 1):
-                search = Search(self.dag, budget, deadline=deadline, granted=granted, latest=latest)
+                search = EvictionSearch(self.dag, budget, deadline=deadline, granted=granted, latest=latest)
                 memory = search.first(self._seeds(budget, deadline))
                 self._ended(search.timely)
                 if memory is not None:

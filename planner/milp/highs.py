@@ -18,7 +18,7 @@ from ortools.math_opt.solvers import highs_pb2
 from tightfit.planner.milp.solver_interrupts import interruptible
 
 
-def solve_quietly(
+def solve_silently(
     model: mathopt.Model, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None
 ) -> mathopt.SolveResult:
     """Solve `model` within `seconds` and branch-and-bound `nodes` to a relative `gap`. Raises TimeoutError when no time is left.

@@ -19,7 +19,7 @@ from ortools.glop import parameters_pb2
 from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
 
-from tightfit.planner.milp.highs import patience, solve_quietly
+from tightfit.planner.milp.highs import patience, solve_silently
 from tightfit.planner.milp.solver_interrupts import interruptible
 
 INFINITY = float("inf")
@@ -135,9 +135,9 @@ class Program:
     # --- solving ---------------------------------------------------------------------------------------------------
 
     def solve(self, goal: Linear, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None) -> Solution:
-        """As `tightfit.planner.milp.highs.solve_quietly`; the objective is `goal`."""
+        """As `tightfit.planner.milp.highs.solve_silently`; the objective is `goal`."""
         self._aim(goal)
-        return self._told(solve_quietly(self._model, seconds, gap, nodes))
+        return self._told(solve_silently(self._model, seconds, gap, nodes))
 
     def _aim(self, goal: Linear) -> None:
         model = self._model

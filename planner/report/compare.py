@@ -21,7 +21,7 @@ from tightfit.profiles.devices.estimate import retarget
 from tightfit.profiles.measuring.cpu_load import our_cores
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.forked_worker import Beside, can_be_copied
+from tightfit.runtime.common.forked_worker import ForkedWorker, can_be_copied
 
 SOLVER = "solver"
 TOGETHER = 2
@@ -169,7 +169,7 @@ class _Table:
         if not there or SOLVER not in self.policies or not can_be_copied():
             self._work(downwards[TOGETHER:])
             return
-        with Beside(lambda: itertools.chain.from_iterable(map(self._cells, there))) as beside:
+        with ForkedWorker(lambda: itertools.chain.from_iterable(map(self._cells, there))) as beside:
             try:
                 if our_cores() == 1:
                     # One after the other, so that each has the core while its time runs.
@@ -184,14 +184,14 @@ class _Table:
         # What failed there fails here again, and says why.
         self._work(there)
 
-    def _work(self, budgets: Sequence[int], beside: Beside[_Cell] | None = None) -> None:
+    def _work(self, budgets: Sequence[int], beside: ForkedWorker[_Cell] | None = None) -> None:
         for budget in budgets:
             for cell in self._cells(budget, solving=self.solving, tell=self.tell):
                 self._note(cell)
                 for other in beside.arrived() if beside is not None else ():
                     self._note(other)
 
-    def _wait(self, beside: Beside[_Cell]) -> None:
+    def _wait(self, beside: ForkedWorker[_Cell]) -> None:
         self.tell(len(self.found))
         for other in beside.arrived(patience=None):
             self._note(other)

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from tightfit.planner.report.costs import Cost, Ledger
 from tightfit.planner.report.explanation import (
     Explanation,
+    MarginalValue,
     PeakAccount,
     Recomputation,
     Shortfall,
-    Worth,
     account,
     has_phases,
 )
@@ -281,7 +281,7 @@ def _busy(plan: Plan, told: Explanation) -> list[str]:
     ]
 
 
-def _worth(plan: Plan, neighbours: list[Worth]) -> list[str]:
+def _worth(plan: Plan, neighbours: list[MarginalValue]) -> list[str]:
     said = []
     for worth in sorted(neighbours, key=lambda worth: -worth.change_bytes):
         size = format_size(abs(worth.change_bytes))

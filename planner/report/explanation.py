@@ -78,7 +78,7 @@ class ChannelUse(Record):
     bytes: int = Field(0, description="moved per step")
 
 
-class Worth(Record):
+class MarginalValue(Record):
     """A neighbouring budget."""
 
     change_bytes: int
@@ -118,7 +118,7 @@ class Explanation(Record):
     recomputation: Recomputation | None = None
     channels: list[ChannelUse] = []
     waiting_seconds: float = Field(0.0, description="per step: the cores wait for a transfer")
-    neighbours: list[Worth] = Field([], description="the budgets beside this one")
+    neighbours: list[MarginalValue] = Field([], description="the budgets beside this one")
     shortfall: Shortfall | None = None
 
 

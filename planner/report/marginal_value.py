@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.protocol import Planner
-from tightfit.planner.report.explanation import Explanation, Worth, explanation_of
+from tightfit.planner.report.explanation import Explanation, MarginalValue, explanation_of
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress
 
@@ -17,7 +17,9 @@ def explained(planner: Planner, plan: Plan, *, time_limit: float, left: float) -
     return told.model_copy(update={"neighbours": neighbours(planner, plan, time_limit=left / 3)})
 
 
-def neighbours(planner: Planner, plan: Plan, *, step_bytes: int | None = None, time_limit: float = 30.0) -> list[Worth]:
+def neighbours(
+    planner: Planner, plan: Plan, *, step_bytes: int | None = None, time_limit: float = 30.0
+) -> list[MarginalValue]:
     """What the model says of `step_bytes` (by default, the planner's `neighbour_bytes`) less and more than the budget of `plan`, a solver's plan of the
     planner's profile.
 
@@ -39,7 +41,7 @@ def neighbours(planner: Planner, plan: Plan, *, step_bytes: int | None = None, t
         except TimeoutError:
             continue
         price = None if bound is None else bound - here
-        found.append(Worth(change_bytes=change, budget_bytes=budget, bound_seconds=bound, price_seconds=price))
+        found.append(MarginalValue(change_bytes=change, budget_bytes=budget, bound_seconds=bound, price_seconds=price))
     return found
 
 
@@ -51,7 +53,7 @@ def what_if(
     time_limit: float = 30.0,
     gap: float = 0.0,
     progress: Progress | None = None,
-) -> tuple[Plan, list[Worth]]:
+) -> tuple[Plan, list[MarginalValue]]:
     """`neighbours`, checked by planning both budgets to a `gap`; `time_limit` seconds for each bound and each plan.
 
     Where the search found a faster step in less memory, that plan takes the place of `plan`: it is returned first. After Ctrl-C no
@@ -89,15 +91,17 @@ def what_if(
                 any_bound=made.any_schedule_bound_seconds,
             )
         known = priced.get(
-            change, Worth(change_bytes=change, budget_bytes=budget, bound_seconds=None, price_seconds=None)
+            change, MarginalValue(change_bytes=change, budget_bytes=budget, bound_seconds=None, price_seconds=None)
         )
         step = made.step_seconds if holds else None
         found.append(known.model_copy(update={"step_seconds": step, "status": made.status}))
     return best, found
 
 
-def _nothing(change: int, budget: int) -> Worth:
-    return Worth(change_bytes=change, budget_bytes=budget, bound_seconds=None, price_seconds=None, status="infeasible")
+def _nothing(change: int, budget: int) -> MarginalValue:
+    return MarginalValue(
+        change_bytes=change, budget_bytes=budget, bound_seconds=None, price_seconds=None, status="infeasible"
+    )
 
 
 def _bound(planner: Planner, budget: int, time_limit: float) -> float | None:

@@ -22,7 +22,7 @@ DIRECT_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arena:
+class ArenaLayout:
     bytes: int
     resident: dict[str, int]
     """offsets of the tensors that are resident across steps"""
@@ -68,7 +68,7 @@ def placed_items(
     return every, aligned(height)
 
 
-def arena_of(items: Iterable[Item], height: int, split: int) -> Arena:
+def arena_of(items: Iterable[Item], height: int, split: int) -> ArenaLayout:
     """Offsets by the entry that makes a tensor; `split` entries of training come first."""
     fixed: dict[str, int] = {}
     train: dict[tuple[int, str], int] = {}
@@ -81,7 +81,7 @@ def arena_of(items: Iterable[Item], height: int, split: int) -> Arena:
                 train[maker, item.name] = item.offset
             else:
                 evaluate[maker - split, item.name] = item.offset
-    return Arena(bytes=height, resident=fixed, train=train, evaluate=evaluate)
+    return ArenaLayout(bytes=height, resident=fixed, train=train, evaluate=evaluate)
 
 
 def _items(

@@ -68,7 +68,7 @@ class Room(Protocol):
 AnyRoom = TypeVar("AnyRoom", bound=Room)
 
 
-def overlap(
+def prefetch(
     entries: tuple[Entry, ...],
     inputs: Inputs,
     resident: Iterable[str],

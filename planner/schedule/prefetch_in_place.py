@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tightfit.planner.problem.step_graph import aligned
-from tightfit.planner.schedule.arena import Arena, Placed, arena_of, placed_items
+from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, placed_items
 from tightfit.planner.schedule.arena_packing import Item
 from tightfit.planner.schedule.free_ranges import ENDLESS
 from tightfit.planner.schedule.lowering import Draft, Entry
@@ -26,9 +26,9 @@ STRETCH = 64
 """entries after which what is over is left out of the spans that are looked over"""
 
 
-def overlap_in_place(
+def prefetch_in_place(
     draft: Draft, inputs: Inputs, room: int, deadline: float = float("inf"), placed: Placed | None = None
-) -> tuple[tuple[Entry, ...], Arena]:
+) -> tuple[tuple[Entry, ...], ArenaLayout]:
     """The draft's training schedule with transfers moved in an arena of `room` bytes; one that is larger has none moved.
 
     `placed`: its tensors in their places, where these are known. Past `deadline`, on the monotonic clock, the first arena and the first pass are what there is.

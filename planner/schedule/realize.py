@@ -11,13 +11,13 @@ import numpy as np
 
 from tightfit.planner.problem.gradients import Passages
 from tightfit.planner.problem.layer_types import Layered
-from tightfit.planner.schedule.arena import Arena, Placed, arena_of, placed_items
+from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, placed_items
 from tightfit.planner.schedule.arena_packing import Stretch
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.lowering import Draft, Entry, draft, live_profile
 from tightfit.planner.schedule.multi_layer_recompute import Segments
 from tightfit.planner.schedule.prefetch import Bytes, Counts, best_order, clock, facts_of
-from tightfit.planner.schedule.prefetch_in_place import overlap_in_place
+from tightfit.planner.schedule.prefetch_in_place import prefetch_in_place
 from tightfit.runtime.common.gc_pause import paused_collector
 
 LOCAL = 2
@@ -36,7 +36,7 @@ class Schedule:
     columns: tuple[Column, ...]
     draft: Draft
     train: tuple[Entry, ...]
-    arena: Arena
+    arena: ArenaLayout
     seconds: float
     stalls: float
     """seconds of them spent waiting for the disk"""
@@ -73,7 +73,7 @@ class Part:
 
 
 @paused_collector()
-def carry_out(
+def realize(
     problem: Layered,
     columns: tuple[Column, ...],
     limit: int,
@@ -157,7 +157,7 @@ def _carry_out(
             return spread, spread.arena.bytes - room
     # What moved has made gaps: as drafted, and moved as far as what is placed then allows.
     if found is None or not late():
-        train, arena = overlap_in_place(joined, inputs, room, deadline, placed)
+        train, arena = prefetch_in_place(joined, inputs, room, deadline, placed)
         if arena.bytes > room:
             return found, arena.bytes - room
         in_place = _schedule(part, joined, train, arena, charged)
@@ -171,7 +171,7 @@ def smallest_arena(problem: Layered, columns: tuple[Column, ...], deadline: floa
 
 
 @paused_collector()
-def carry_out_cycle(parts: Sequence[Part], limit: int, deadline: float = float("inf")) -> tuple[Schedule | None, int]:
+def realize_cycle(parts: Sequence[Part], limit: int, deadline: float = float("inf")) -> tuple[Schedule | None, int]:
     """Schedules of a policy's steps within `limit` bytes of arena and all their instructions, or the bytes by which one
     fails.
     """
@@ -226,7 +226,7 @@ def _charged(problem: Layered, drafts: Sequence[Draft]) -> int:
     return problem.profile.device.floor.instruction_bytes * count
 
 
-def _schedule(part: Part, joined: Draft, train: tuple[Entry, ...], arena: Arena, charged: int) -> Schedule:
+def _schedule(part: Part, joined: Draft, train: tuple[Entry, ...], arena: ArenaLayout, charged: int) -> Schedule:
     problem = part.problem
     timing = clock(train, problem.inputs)
     floor = problem.profile.device.floor

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.multi_layer_recompute import Segments
-from tightfit.planner.schedule.realize import Schedule, carry_out
+from tightfit.planner.schedule.realize import Schedule, realize
 from tightfit.planner.search_options import Progress
-from tightfit.planner.solve.column_generation import Search
+from tightfit.planner.solve.column_generation import ColumnGeneration
 
 GOOD = 4e-3
 """relative gap; where a schedule is this near its bound, columns are not chosen again; farther away, it may be far from the best"""
@@ -34,7 +34,7 @@ Asked = tuple[tuple[Column, ...], Segments, int]
 
 
 @dataclass(kw_only=True)
-class Attempt:
+class BudgetSearch:
     """The state of the search at a budget; it holds the result whatever ends the search."""
 
     problem: Layered
@@ -101,24 +101,24 @@ class Attempt:
         return self.deadline - time.monotonic() > needed
 
     def carry(self, columns: tuple[Column, ...], segments: Segments = ()) -> tuple[Schedule | None, int]:
-        """As `carry_out`, once for each question; a schedule that fits is added to `found`."""
+        """As `realize`, once for each question; a schedule that fits is added to `found`."""
         asked = columns, segments, self.limit
         known = self.carried.get(asked)
         if known is None:
             began = time.monotonic()
-            known = carry_out(self.problem, columns, self.limit, deadline=self.deadline, segments=segments)
+            known = realize(self.problem, columns, self.limit, deadline=self.deadline, segments=segments)
             self.taken.append(time.monotonic() - began)
             if time.monotonic() <= self.deadline:
                 self.carried[asked] = known
             else:
-                # Past the deadline `carry_out` tries less: another call may come to more.
+                # Past the deadline `realize` tries less: another call may come to more.
                 self.timely = False
         schedule, excess = known
         if schedule is not None:
             self.found.append(schedule)
         return schedule, excess
 
-    def choose_anew(self, search: Search, choices: int = CHOICES, bound: float | None = None) -> None:
+    def choose_anew(self, search: ColumnGeneration, choices: int = CHOICES, bound: float | None = None) -> None:
         """As `choose`, as if nothing had been found yet; `bound`: that of the schedules searched for, where it is not this search's."""
         one = replace(self, bound=self.bound if bound is None else bound, found=[])
         try:
@@ -127,7 +127,7 @@ class Attempt:
             self.found += one.found
             self.timely = self.timely and one.timely
 
-    def choose(self, search: Search, choices: int = CHOICES) -> None:
+    def choose(self, search: ColumnGeneration, choices: int = CHOICES) -> None:
         """Choose whole columns within the limit less a reserve and realise them, with a larger reserve until all tensors find places.
 
         Once they do, and waiting for the disk is most of what the schedule lacks to the bound, the reserve grows (prefetching uses it),
@@ -191,7 +191,7 @@ class Attempt:
                 break
             reserve = following
 
-    def _price(self, search: Search, reserve: int) -> None:
+    def _price(self, search: ColumnGeneration, reserve: int) -> None:
         """Price columns for a limit that leaves `reserve` free, unless its bound shows that no plan there is faster than the best so far."""
         worth = min((schedule.seconds for schedule in self.found), default=math.inf)
         within = replace(search, limit_bytes=self.limit - reserve, progress=None, worth_seconds=worth)

@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, MS, Block
-from tightfit.planner.formulation.step_constraints import Rows, Terms, add_rows
+from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, MS, LayerProgram
+from tightfit.planner.formulation.step_constraints import StepConstraints, Terms, add_step_constraints
 from tightfit.planner.milp.highs import MARGIN
 from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.schedule.layer_schedule import Column, measure
 from tightfit.planner.search_options import Progress
-from tightfit.planner.solve.integer_rounding import Rounding, Windows, rounded
-from tightfit.planner.solve.master_lp import MOVE_PRICE, Relaxation, Relaxed, goal
+from tightfit.planner.solve.integer_rounding import Rounding, WindowBytes, rounded
+from tightfit.planner.solve.master_lp import MOVE_PRICE, MasterLp, MasterLpAnswer, goal
 from tightfit.planner.solve.pricing import Pool, Prices
 
 JOINT_BINARIES = 150
@@ -60,7 +60,7 @@ Whole = tuple[float, tuple[Column, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class MasterAnswer:
     """Columns chosen per layer, and the proof."""
 
     columns: tuple[Column, ...]
@@ -71,10 +71,10 @@ class Answer:
 
 
 @dataclass(kw_only=True)
-class Search:
+class ColumnGeneration:
     """One budget. `limit_bytes` None asks for the fewest bytes instead of the shortest step."""
 
-    relaxation: Relaxation
+    relaxation: MasterLp
     """the restricted master problem; it says whether constraints are careful and which layers go forward twice (a bound then holds
     for these segments only)"""
     limit_bytes: int | None
@@ -96,9 +96,9 @@ class Search:
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def _rows(self, program: Program, layers: list[Terms]) -> Rows:
+    def _rows(self, program: Program, layers: list[Terms]) -> StepConstraints:
         asked = self.relaxation
-        return add_rows(program, self.pool.problem, layers, careful=asked.careful, segments=asked.segments)
+        return add_step_constraints(program, self.pool.problem, layers, careful=asked.careful, segments=asked.segments)
 
     def report(self, stage: str, incumbent: float, bound: float) -> None:
         if self.progress is not None:
@@ -106,14 +106,14 @@ class Search:
             seconds = time.monotonic() - self.started
             self.progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": gap, "seconds": seconds})
 
-    def _priced(self, stage: str, relaxed: Relaxed, best: float) -> None:
+    def _priced(self, stage: str, relaxed: MasterLpAnswer, best: float) -> None:
         """Report progress; where the limit is passed, the value is mostly the price of that and says nothing of seconds."""
         kept = relaxed.over < 1e-4
         self.report(stage, relaxed.value / MS if kept else float("inf"), best / MS if kept else 0.0)
 
     # --- one program -----------------------------------------------------------------------------------------------
 
-    def joint(self, *, priced: bool = True) -> Answer | None:
+    def joint(self, *, priced: bool = True) -> MasterAnswer | None:
         """(1) to (17) as one program: the optimum of the class; None where nothing fits. Without a price on transfers (`priced`) the bound
         of its time is tight.
 
@@ -123,7 +123,7 @@ class Search:
             return None
         problem = self.pool.problem
         program = Program()
-        blocks = [Block(program, problem.types[kind]) for kind in problem.layer_type]
+        blocks = [LayerProgram(program, problem.types[kind]) for kind in problem.layer_type]
         layers = [{name: block.field(name) for name in FIELDS} for block in blocks]
         rows = self._rows(program, layers)
         if self.limit_bytes is not None:
@@ -137,7 +137,9 @@ class Search:
         columns = tuple(
             measure(problem.types[kind], block.decision(values)) for kind, block in zip(problem.layer_type, blocks)
         )
-        return Answer(columns=columns, bound_seconds=self.bound(result.bound, priced=priced), proven=result.optimal)
+        return MasterAnswer(
+            columns=columns, bound_seconds=self.bound(result.bound, priced=priced), proven=result.optimal
+        )
 
     def bound(self, objective: float, *, priced: bool = True) -> float:
         """Seconds that no plan undercuts, from a bound of time + MOVE_PRICE * disk time (disk time <= time), or of time alone."""
@@ -189,7 +191,7 @@ class Search:
         relaxed = self._relaxation(limit_bytes)
         return relaxed.value / MS, relaxed.over < 1e-4
 
-    def _price(self, relaxed: Relaxed, best: float, *, steady: bool) -> tuple[float, bool]:
+    def _price(self, relaxed: MasterLpAnswer, best: float, *, steady: bool) -> tuple[float, bool]:
         """Price layers until little could be gained in the others: (most that could still be gained, whether there are new columns).
 
         The layer with the most to gain comes first; what its solution proves often settles layers at similar prices. Prices that still
@@ -226,7 +228,7 @@ class Search:
             open_ = [i for i in open_ if not settled(i)]
         return sum(map(short, range(len(kinds)))), new
 
-    def _relaxation(self, limit_bytes: int | None) -> Relaxed:
+    def _relaxation(self, limit_bytes: int | None) -> MasterLpAnswer:
         return self.relaxation.solve(limit_bytes, self.left())
 
     def _terms(self, kind: int, variables: list[int], columns: list[int]) -> Terms:
@@ -273,7 +275,7 @@ class Search:
         self.timely = self.timely and self.left() > 0
         return None if found is None else found[1]
 
-    def _fitted(self, limit_bytes: int | None, relaxed: Relaxed) -> Whole | None:
+    def _fitted(self, limit_bytes: int | None, relaxed: MasterLpAnswer) -> Whole | None:
         """Columns that hold no more in any window than the mixtures do, or a little less where their transfers need more memory.
 
         Where memory has no price, the mixtures are whole but for ties; there is no local search over segments' windows.
@@ -289,7 +291,7 @@ class Search:
         rounding = Rounding(kinds, figures, relaxed.prices, self._near(relaxed, FITTED))
         per_instruction = problem.profile.device.floor.instruction_bytes / KIB
         for margin in MARGINS:
-            windows = Windows(relaxed.spare - margin * limit_bytes / KIB, mixtures, per_instruction)
+            windows = WindowBytes(relaxed.spare - margin * limit_bytes / KIB, mixtures, per_instruction)
             fitted = rounding.fitted(windows, picks, self.deadline)
             if fitted is None:
                 return None
@@ -298,7 +300,7 @@ class Search:
                 return whole
         return None
 
-    def _few_free(self, limit_bytes: int | None, relaxed: Relaxed) -> Whole | None:
+    def _few_free(self, limit_bytes: int | None, relaxed: MasterLpAnswer) -> Whole | None:
         """Every layer rounded but a few, which choose among the columns of least reduced cost; first, new columns are sought near a few
         of the mixtures.
         """
@@ -321,16 +323,16 @@ class Search:
             candidates[layer] = order[:CANDIDATES].tolist()
         return self._whole(limit_bytes, candidates)
 
-    def _all_near(self, limit_bytes: int | None, relaxed: Relaxed) -> Whole | None:
+    def _all_near(self, limit_bytes: int | None, relaxed: MasterLpAnswer) -> Whole | None:
         """Every layer chooses among the columns that cost little more than its mixture."""
         return self._whole(limit_bytes, self._near(relaxed, FEW))
 
-    def _any(self, limit_bytes: int | None, _: Relaxed) -> Whole | None:
+    def _any(self, limit_bytes: int | None, _: MasterLpAnswer) -> Whole | None:
         """Every layer chooses among all columns of its type."""
         counts = [len(self.pool.columns[kind]) for kind in self.pool.problem.layer_type]
         return self._whole(limit_bytes, [list(range(count)) for count in counts])
 
-    def _near(self, relaxed: Relaxed, most: int) -> list[list[int]]:
+    def _near(self, relaxed: MasterLpAnswer, most: int) -> list[list[int]]:
         """Per layer: the columns, `most` of them at most, that cost little more than its mixture; the best first."""
         near = []
         for layer in range(len(self.pool.problem.layer_type)):
@@ -339,7 +341,7 @@ class Search:
             near.append([i for i in best if reduced[i] <= NEAR * relaxed.value])
         return near
 
-    def _reduced(self, relaxed: Relaxed, layer: int) -> Prices:
+    def _reduced(self, relaxed: MasterLpAnswer, layer: int) -> Prices:
         """Reduced cost of each column of the layer's type; 0 for those in its mixture."""
         used = relaxed.shares[layer]
         reduced = self.pool.figures[self.pool.problem.layer_type[layer]] @ relaxed.prices[layer]
@@ -351,7 +353,7 @@ class Search:
     def _whole_gap(self) -> float:
         return min(WHOLE_GAP, self.tolerance / 2)
 
-    def _mixture(self, relaxed: Relaxed, layer: int) -> Prices:
+    def _mixture(self, relaxed: MasterLpAnswer, layer: int) -> Prices:
         """FIELDS of a layer's mixture."""
         shares = relaxed.shares[layer]
         return shares @ self.pool.figures[self.pool.problem.layer_type[layer]][: len(shares)]

@@ -48,7 +48,7 @@ def rounded(kinds: Sequence[int], shares: Sequence[Floats]) -> list[int]:
     return picks
 
 
-class Windows:
+class WindowBytes:
     """What a combination of columns may hold, and holds, in KiB, in every layer's forward, backward and evaluation window."""
 
     def __init__(self, spare: Floats, mixtures: Floats, instruction_kib: float) -> None:
@@ -140,7 +140,7 @@ class Rounding:
         self._columns = np.array(kinds)[:, None] * count + self._candidates
         self._column_count = count * (1 + max(kinds))
 
-    def fitted(self, windows: Windows, picks: Sequence[int], deadline: float) -> list[int] | None:
+    def fitted(self, windows: WindowBytes, picks: Sequence[int], deadline: float) -> list[int] | None:
         """A combination that fits, near `picks` (per layer, an index into its type's columns); None: none was found.
 
         Raises TimeoutError where `deadline`, on the monotonic clock, strikes before one fits; after that, the one found so far is returned.
@@ -170,7 +170,7 @@ class Rounding:
         costs: Floats = self._cost - self._cost[self._layers, chosen][:, None]
         return costs
 
-    def _repair(self, windows: Windows, chosen: Numbers, deadline: float) -> bool:
+    def _repair(self, windows: WindowBytes, chosen: Numbers, deadline: float) -> bool:
         """Change one layer after the other, each time for the most bytes over capacity per ms, until all fit; whether they do."""
         for _ in range(STEPS * len(self._layers)):
             free = windows.free(self._chosen(chosen))
@@ -190,7 +190,7 @@ class Rounding:
             chosen[layer] = candidate
         return False
 
-    def _improve(self, windows: Windows, chosen: Numbers) -> bool:
+    def _improve(self, windows: WindowBytes, chosen: Numbers) -> bool:
         """Make the change that fits and saves most time; whether there is one."""
         layer, candidate, ms = self._best(windows, chosen)
         if ms >= -LITTLE:
@@ -198,14 +198,14 @@ class Rounding:
         chosen[layer] = candidate
         return True
 
-    def _best(self, windows: Windows, chosen: Numbers) -> tuple[int, int, float]:
+    def _best(self, windows: WindowBytes, chosen: Numbers) -> tuple[int, int, float]:
         """(layer, candidate, ms) of the change that costs least among those that fit."""
         fits = windows.fits(windows.free(self._chosen(chosen)), self._changes(chosen))
         costs = np.where(fits, self._costs(chosen), np.inf)
         layer, candidate = divmod(int(np.argmin(costs)), costs.shape[1])
         return layer, candidate, float(costs[layer, candidate])
 
-    def _exchange(self, windows: Windows, chosen: Numbers) -> bool:
+    def _exchange(self, windows: WindowBytes, chosen: Numbers) -> bool:
         """Make two changes that save time together, of which one makes room for the other; whether there are any."""
         costs = self._costs(chosen)
         for layer, candidate in self._single(chosen, costs):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tightfit.planner.formulation.layer_constraints import FIELDS, KIB
-from tightfit.planner.formulation.step_constraints import Rows, Terms, add_rows
+from tightfit.planner.formulation.step_constraints import StepConstraints, Terms, add_step_constraints
 from tightfit.planner.milp.lp import INFINITY, Growing, Linear
 from tightfit.planner.schedule.multi_layer_recompute import Segments
 from tightfit.planner.solve.pricing import Pool, Prices
@@ -23,7 +23,7 @@ OVERFLOW_PRICE = 10.0
 """(18) ms per KiB over the limit, while no combination that fits is known"""
 
 
-def goal(rows: Rows, *, fewest_bytes: bool, priced: bool = True) -> Linear:
+def goal(rows: StepConstraints, *, fewest_bytes: bool, priced: bool = True) -> Linear:
     """(17) Objective of the step: its time, with a small price on transfers where they are `priced`, or its bytes."""
     if fewest_bytes:
         return Linear().add(rows.bytes).plus(rows.total_ms, 1e-6)
@@ -31,7 +31,7 @@ def goal(rows: Rows, *, fewest_bytes: bool, priced: bool = True) -> Linear:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Relaxed:
+class MasterLpAnswer:
     """A solution of the restricted master problem: a mixture of columns for each layer, and dual prices."""
 
     value: float
@@ -51,7 +51,7 @@ class Relaxed:
     """
 
 
-class Relaxation:
+class MasterLp:
     """(18) The restricted master problem at any number of budgets, over one pool that may gain columns in between.
 
     With `careful` under constraints that plans can really keep (see `tightfit.planner.formulation.step_constraints`); with `segments`
@@ -73,7 +73,7 @@ class Relaxation:
             self._definitions.append([program.at_least(Linear().add(figure)) for figure in figures])
             self._convexity.append(program.exactly(Linear(-1.0)))
             layers.append({name: Linear().add(figure) for name, figure in zip(FIELDS, figures)})
-        rows = add_rows(program, pool.problem, layers, careful=careful, segments=segments)
+        rows = add_step_constraints(program, pool.problem, layers, careful=careful, segments=segments)
         # (18) bytes within the limit, or over it at a price
         self._over = program.variable()
         self._spare = list(rows.spare.values())
@@ -81,12 +81,12 @@ class Relaxation:
         self._limit = program.at_least(Linear().add(self._over).add(rows.bytes, -1.0))
         self._fastest = goal(rows, fewest_bytes=False).add(self._over, OVERFLOW_PRICE)
         self._fewest_bytes = goal(rows, fewest_bytes=True)
-        self._solved: tuple[int | None, Relaxed] | None = None
+        self._solved: tuple[int | None, MasterLpAnswer] | None = None
         """the limit last solved for, and its solution as long as no columns come in"""
         self._proven: list[tuple[int, float, float]] = []
         """(limit in bytes, lower bound of the objective there, by how many ms it falls per KiB that the limit grows)"""
 
-    def solve(self, limit_bytes: int | None, seconds: float) -> Relaxed:
+    def solve(self, limit_bytes: int | None, seconds: float) -> MasterLpAnswer:
         """The shortest step within `limit_bytes`, or, without a limit, the fewest bytes; with dual prices of each layer's figures.
 
         Raises TimeoutError where `seconds` do not suffice.
@@ -101,7 +101,7 @@ class Relaxation:
         duals, values = result.duals, result.values
         if duals is None or values is None:
             raise TimeoutError
-        relaxed = Relaxed(
+        relaxed = MasterLpAnswer(
             value=result.objective,
             over=values[self._over] if limited else 0.0,
             prices=[np.array([max(0.0, duals[row]) for row in rows]) for rows in self._definitions],

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.math_opt.python import mathopt
 
-from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, MS, Block
+from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, MS, LayerProgram
 from tightfit.planner.formulation.layer_variables import choice_count
 from tightfit.planner.milp.lp import INFINITY, OBJECTIVE_ONLY, Linear, Program
 from tightfit.planner.milp.solver_interrupts import uninterrupted
@@ -122,7 +122,7 @@ class Pool:
     """per layer type: a row of FIELDS per column"""
     stand_in: list[int] = field(default_factory=list)
     """per layer type: the type, itself or another, whose programs and proofs stand for its own"""
-    blocks: dict[int, Block] = field(default_factory=dict)
+    blocks: dict[int, LayerProgram] = field(default_factory=dict)
     """programs built so far, of the types that stand in"""
     _tried: set[tuple[int, Decision]] = field(default_factory=set)
     hulls: dict[int, Hull] = field(default_factory=dict)
@@ -149,13 +149,13 @@ class Pool:
         counts = [choice_count(kind) for kind in self.problem.types]
         return sum(counts[kind] for kind in self.problem.layer_type)
 
-    def block(self, number: int, seconds: float) -> Block:
+    def block(self, number: int, seconds: float) -> LayerProgram:
         """The program of a type that stands in. Raises TimeoutError where `seconds` do not suffice to build it."""
         if number not in self.blocks:
             kind = self.problem.types[number]
             if seconds < BLOCK_SECONDS * (len(kind.forward) + len(kind.backward)) ** 2:
                 raise TimeoutError
-            self.blocks[number] = Block(Program(), kind)
+            self.blocks[number] = LayerProgram(Program(), kind)
         return self.blocks[number]
 
     def bound(self, kind: int, prices: Prices) -> float:

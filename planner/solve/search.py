@@ -13,10 +13,10 @@ from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.realize import Part, Schedule, smallest_arena
 from tightfit.planner.search_options import HELD_UP, Progress
-from tightfit.planner.solve.budget_search import CARRY_SECONDS, Attempt
-from tightfit.planner.solve.column_generation import JOINT_BINARIES, Search
+from tightfit.planner.solve.budget_search import CARRY_SECONDS, BudgetSearch
+from tightfit.planner.solve.column_generation import JOINT_BINARIES, ColumnGeneration
 from tightfit.planner.solve.greedy import greedy
-from tightfit.planner.solve.master_lp import MOVE_PRICE, Relaxation
+from tightfit.planner.solve.master_lp import MOVE_PRICE, MasterLp
 from tightfit.planner.solve.minimum_budget import lowered
 from tightfit.planner.solve.policies import POLICIES, all_streamed, rule_columns, rule_part, smallest
 from tightfit.planner.solve.pricing import Pool
@@ -52,7 +52,7 @@ MOST_BYTES = 1 << 50
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class SearchResult:
     schedule: Schedule | None
     bound_seconds: float
     """no plan of the class is faster; plans under which layers go forward twice are not in it"""
@@ -79,11 +79,11 @@ class Solver:
 
     def __init__(self, problem: Layered) -> None:
         self.problem = problem
-        self.found: list[Outcome] = []
+        self.found: list[SearchResult] = []
         """the best at earlier budgets, so that a larger budget never gets a slower plan"""
         self.proven: dict[int, float] = {}
         """budget -> seconds that no plan of the class undercuts, of all searches there"""
-        self._outcomes: dict[tuple[int, float], Outcome] = {}
+        self._outcomes: dict[tuple[int, float], SearchResult] = {}
         """by budget and gap, of searches that came to their end: the same question has the same answer"""
         self._lowest: Schedule | None = None
         """of the lowest peak found"""
@@ -118,14 +118,14 @@ class Solver:
         return worthwhile(self.problem)
 
     @cached_property
-    def relaxed(self) -> Relaxation:
+    def relaxed(self) -> MasterLp:
         """The restricted master problem under constraints that hold for any plan of the class: it gives bounds."""
-        return Relaxation(self.pool, careful=False)
+        return MasterLp(self.pool, careful=False)
 
     @cached_property
-    def careful(self) -> Relaxation:
+    def careful(self) -> MasterLp:
         """The restricted master problem under constraints that plans can really keep: it guides the choice of columns."""
-        return Relaxation(self.pool, careful=True)
+        return MasterLp(self.pool, careful=True)
 
     def room(self, budget_bytes: int) -> int:
         """Bytes for the arena and the instructions."""
@@ -146,7 +146,7 @@ class Solver:
     @paused_collector()
     def solve(
         self, budget_bytes: int, deadline: float, progress: Progress | None, *, bound: float = 0.0, gap: float = 0.0
-    ) -> Outcome:
+    ) -> SearchResult:
         """The fastest schedule found; None where nothing was found to fit. `bound`: seconds that no schedule undercuts; `gap`: the share
         of its time by which a schedule may be slower than the best and still end the search.
 
@@ -176,9 +176,9 @@ class Solver:
 
     def _solve(
         self, budget_bytes: int, deadline: float, progress: Progress | None, any_bound: float, gap: float
-    ) -> Outcome:
+    ) -> SearchResult:
         started = time.monotonic()
-        attempt = Attempt(
+        attempt = BudgetSearch(
             problem=self.problem,
             limit=self.room(budget_bytes),
             deadline=deadline,
@@ -211,7 +211,7 @@ class Solver:
             interrupted = True
         attempt.deadline = deadline
         self._by_rules(attempt, any_bound)
-        return Outcome(
+        return SearchResult(
             schedule=attempt.best,
             bound_seconds=attempt.bound,
             any_bound_seconds=any_bound,
@@ -225,7 +225,7 @@ class Solver:
 
         Raises TimeoutError where the deadline strikes first.
         """
-        search = Search(relaxation=self.relaxed, limit_bytes=self.room(budget_bytes), deadline=deadline)
+        search = ColumnGeneration(relaxation=self.relaxed, limit_bytes=self.room(budget_bytes), deadline=deadline)
         if self.pool.binaries <= JOINT_BINARIES:
             answer = search.joint()
             return None if answer is None else answer.bound_seconds
@@ -235,19 +235,19 @@ class Solver:
             raise TimeoutError
         return search.bound(lower) if kept else None
 
-    def _in_the_class(self, attempt: Attempt) -> None:
+    def _in_the_class(self, attempt: BudgetSearch) -> None:
         """Search plans of the class (recomputation inside a layer's own backward window), with a bound for all of them."""
         if self.pool.binaries <= JOINT_BINARIES:
             self._jointly(attempt)
         else:
             self._by_columns(attempt)
 
-    def _jointly(self, attempt: Attempt) -> None:
+    def _jointly(self, attempt: BudgetSearch) -> None:
         """A small model as one program; where its optimum finds no place in the arena, again with a lower limit."""
         for careful in (False, True):
             allowed = attempt.limit
             for _ in range(JOINT_ROUNDS):
-                search = Search(
+                search = ColumnGeneration(
                     relaxation=self.careful if careful else self.relaxed,
                     limit_bytes=allowed,
                     deadline=attempt.deadline,
@@ -268,7 +268,7 @@ class Solver:
                 return
         if attempt.near(attempt.bound, 2 * MOVE_PRICE):
             # Without its price on transfers the program may prove the schedule the best.
-            search = Search(relaxation=self.relaxed, limit_bytes=attempt.limit, deadline=attempt.deadline)
+            search = ColumnGeneration(relaxation=self.relaxed, limit_bytes=attempt.limit, deadline=attempt.deadline)
             answer = search.joint(priced=False)
             if answer is not None:
                 attempt.bound = max(attempt.bound, answer.bound_seconds)
@@ -276,15 +276,15 @@ class Solver:
                 if not attempt.near(attempt.bound, attempt.gap):
                     attempt.carry(answer.columns)
 
-    def _by_columns(self, attempt: Attempt) -> None:
+    def _by_columns(self, attempt: BudgetSearch) -> None:
         """A large model: a bound under relaxed constraints, columns chosen under those that plans can really keep."""
-        relaxed = Search(
+        relaxed = ColumnGeneration(
             relaxation=self.relaxed,
             limit_bytes=attempt.limit,
             deadline=attempt.until(RELAXED_SHARE),
             progress=attempt.progress,
         )
-        careful = Search(
+        careful = ColumnGeneration(
             relaxation=self.careful,
             limit_bytes=attempt.limit,
             deadline=attempt.until(CAREFUL_SHARE),
@@ -316,7 +316,7 @@ class Solver:
             attempt.found += early.found
             attempt.timely = attempt.timely and early.timely
 
-    def _early(self, attempt: Attempt, search: Search) -> bool:
+    def _early(self, attempt: BudgetSearch, search: ColumnGeneration) -> bool:
         """A few choices among the columns known so far by the local search alone, where a mixture of them comes near the bound; whether
         that gave a schedule.
         """
@@ -327,7 +327,9 @@ class Solver:
             attempt.choose_anew(quick, EARLY_CHOICES)
         return len(attempt.found) > known
 
-    def _carefully(self, attempt: Attempt, relaxed: Search, careful: Search, *, chosen: bool) -> None:
+    def _carefully(
+        self, attempt: BudgetSearch, relaxed: ColumnGeneration, careful: ColumnGeneration, *, chosen: bool
+    ) -> None:
         """Choose columns priced under constraints that plans can really keep, or where memory is too short for these, under the relaxed
         ones unless columns are `chosen` already.
         """
@@ -349,7 +351,7 @@ class Solver:
         if not short and not (kept and attempt.settled()):
             attempt.choose_anew(relaxed)
 
-    def _by_rules(self, attempt: Attempt, any_bound: float, most: float = float("inf")) -> None:
+    def _by_rules(self, attempt: BudgetSearch, any_bound: float, most: float = float("inf")) -> None:
         """Realise each fixed rule that fits and may be faster: as far as there is time for it, no plan is slower than one of them.
 
         `most`: seconds that a rule's computation may take at most.
@@ -377,7 +379,7 @@ class Solver:
         fitting = sum(self._may_fit(part, limit) for part in self._rules)
         return CARRY_SECONDS * len(self.problem.graph.steps) * fitting
 
-    def _by_segments(self, attempt: Attempt, any_bound: float) -> None:
+    def _by_segments(self, attempt: BudgetSearch, any_bound: float) -> None:
         """Where moving layer inputs takes longer than running layers again: plans under which segments of layers run twice.
 
         The bound of the class does not hold for these, so it ends no search for them.
@@ -393,7 +395,7 @@ class Solver:
                         break
                     attempt.choose_anew(search, SEGMENTS_CHOICES, any_bound)
 
-    def _greedily(self, attempt: Attempt) -> None:
+    def _greedily(self, attempt: BudgetSearch) -> None:
         some = attempt.reserve
         # Columns that just fit seldom find places in the arena at once; where no others fit, they are tried all the same.
         allowed = attempt.limit - some
@@ -423,7 +425,9 @@ class Solver:
             return True
         if not self._lowest_proven and self.pool.binaries > JOINT_BINARIES:
             clearly = CLEARLY * self.room(budget_bytes) / KIB
-            search = Search(relaxation=self.relaxed, limit_bytes=None, deadline=share_of(LOWEST_SHARE, deadline))
+            search = ColumnGeneration(
+                relaxation=self.relaxed, limit_bytes=None, deadline=share_of(LOWEST_SHARE, deadline)
+            )
             _, fewest, _ = search.columns(clearly)
             self._by_clock = self._by_clock or not search.timely
             if fewest <= clearly:
@@ -454,7 +458,7 @@ class Solver:
         now = time.monotonic()
         joint = self.pool.binaries <= JOINT_BINARIES
         until = deadline if joint else share_of(LOWEST_SHARE, deadline)
-        search = Search(relaxation=self.relaxed, limit_bytes=None, deadline=until)
+        search = ColumnGeneration(relaxation=self.relaxed, limit_bytes=None, deadline=until)
         chosen: tuple[Column, ...] | None
         if joint:
             answer = search.joint()
@@ -463,7 +467,7 @@ class Solver:
             search.columns()
             search.deadline = deadline
             chosen = search.choose(None)
-        attempt = Attempt(problem=self.problem, limit=self.room(best.peak_bytes), deadline=deadline, started=now)
+        attempt = BudgetSearch(problem=self.problem, limit=self.room(best.peak_bytes), deadline=deadline, started=now)
         if chosen is not None and attempt.carries_in_time():
             lower = smallest_arena(self.problem, chosen, deadline)
             best = self._lowest = lower if lower.peak_bytes < best.peak_bytes else best
@@ -496,5 +500,5 @@ def share_of(share: float, deadline: float) -> float:
     return now + share * (deadline - now)
 
 
-def _seconds(outcome: Outcome) -> float:
+def _seconds(outcome: SearchResult) -> float:
     return float("inf") if outcome.schedule is None else outcome.schedule.seconds

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from tightfit.planner.problem.layer_types import Layered, transfer_seconds
 from tightfit.planner.schedule.multi_layer_recompute import Segments, entering, equal_segments, repeatable
 from tightfit.planner.search_options import Progress
-from tightfit.planner.solve.column_generation import Search
-from tightfit.planner.solve.master_lp import Relaxation
+from tightfit.planner.solve.column_generation import ColumnGeneration
+from tightfit.planner.solve.master_lp import MasterLp
 from tightfit.planner.solve.pricing import Pool
 
 MOST = 4
@@ -64,15 +64,17 @@ def segmentations(problem: Layered) -> Iterator[Segments]:
                 yield segments
 
 
-def promising(pool: Pool, limit: int, deadline: float, progress: Progress | None = None) -> list[tuple[float, Search]]:
+def promising(
+    pool: Pool, limit: int, deadline: float, progress: Progress | None = None
+) -> list[tuple[float, ColumnGeneration]]:
     """(seconds, search under a segmentation): those whose steps are the shortest by the model within `limit` bytes, in that order.
 
     Raises TimeoutError where the deadline strikes first.
     """
-    found: list[tuple[float, Search]] = []
+    found: list[tuple[float, ColumnGeneration]] = []
     for segments in segmentations(pool.problem):
-        search = Search(
-            relaxation=Relaxation(pool, careful=True, segments=segments),
+        search = ColumnGeneration(
+            relaxation=MasterLp(pool, careful=True, segments=segments),
             limit_bytes=limit,
             deadline=deadline,
             tolerance=TOLERANCE,

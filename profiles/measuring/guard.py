@@ -26,7 +26,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, tor
 """relative, of an element beside the largest"""
 
 
-class Guard:
+class OutputGuard:
     """`check` runs operators one after the other; equal ones are watched once."""
 
     def __init__(self) -> None:
@@ -63,8 +63,10 @@ class Guard:
         return not faithful
 
 
-def check_program(program: Mapping[str, Any], tensors: dict[str, Any], guard: Guard, store: Any = None) -> list[bool]:
-    """`Guard.check` of every operator in order. Raises InputError for one that cannot be run."""
+def check_program(
+    program: Mapping[str, Any], tensors: dict[str, Any], guard: OutputGuard, store: Any = None
+) -> list[bool]:
+    """`OutputGuard.check` of every operator in order. Raises InputError for one that cannot be run."""
     values = {value["name"]: value for value in program["values"]}
     found = []
     for operator in program["operators"]:

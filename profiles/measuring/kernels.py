@@ -49,15 +49,15 @@ def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool
 
 def main() -> int:
     lean_torch.load()
-    from tightfit.runtime.engine.start.kernel_warmup import SIZE, prepare, settle, warm
+    from tightfit.runtime.engine.start.kernel_warmup import SIZE, prepare, settle, warm_up
 
     channel = prepare()
     backward = INFERENCE not in sys.argv
-    warm(channel, SIZE, backward=backward)  # the state in which the floor is measured
+    warm_up(channel, SIZE, backward=backward)  # the state in which the floor is measured
     from tightfit.runtime.engine.cpu.cpu import Cpu
     from tightfit.runtime.engine.device.meter import Meter
     from tightfit.runtime.engine.training.executor import BoundOperator, bind
-    from tightfit.runtime.engine.training.operator_warmup import rehearse
+    from tightfit.runtime.engine.training.operator_warmup import warm_up_operators
 
     before = _resident()
     programs = json.load(sys.stdin)
@@ -65,11 +65,11 @@ def main() -> int:
     kept: list[BoundOperator] = []
     while programs:
         kept.extend(bind(programs.pop(), device, None))
-    rehearse(kept, device)
+    warm_up_operators(kept, device)
     settle()
     # What a step needs is mapped again, and what only making kernels needed is not.
-    warm(channel, SIZE, backward=backward)
-    rehearse(kept, device)
+    warm_up(channel, SIZE, backward=backward)
+    warm_up_operators(kept, device)
     sys.stdout.write(json.dumps({"bytes": _resident() - before}) + "\n")
     return 0
 

@@ -22,7 +22,7 @@ from tightfit.runtime.common.interpreter import command
 from tightfit.runtime.engine.weights.store import Entry, find_extent
 
 if TYPE_CHECKING:
-    from tightfit.profiles.tracing.comparison import Comparison
+    from tightfit.profiles.tracing.comparison import GradientComparison
 
 Progress = Callable[[str, int, int], None]
 LAST_WORDS_BYTES = 1 << 16
@@ -39,7 +39,7 @@ def measure(
     scratch: Path,
     environment: dict[str, str],
     progress: Progress | None = None,
-    comparison: Comparison | None = None,
+    comparison: GradientComparison | None = None,
 ) -> dict[str, Any]:
     """What one process measured: `operators` {program: [[seconds, workspace bytes], ...]}, `unpack` and `update`
     {tensor: seconds}, `copied` {program: [whether an operator is run by its functional form, ...]}, `read` and `write` {bytes_per_second, latency_seconds, compute_seconds_per_byte}, `floor`; with a `comparison` also `compared`, what it concluded.

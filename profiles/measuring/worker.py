@@ -34,7 +34,7 @@ from tightfit.runtime.supervision.supervisor import command as supervisor_comman
 from tightfit.runtime.supervision.training_process import command
 
 if TYPE_CHECKING:
-    from tightfit.profiles.measuring.guard import Guard
+    from tightfit.profiles.measuring.guard import OutputGuard
 
 ROUNDS = (4, 40)
 WEIGHT_BUFFERS = 4  # buffers for weights of one shape
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
     from tightfit.profiles.measuring.bandwidth import measure_channels
-    from tightfit.profiles.measuring.guard import Guard
+    from tightfit.profiles.measuring.guard import OutputGuard
     from tightfit.runtime.engine.cpu.operators import OPERATORS
 
     others = Others()
@@ -100,7 +100,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         done += 1
         say(stage="measure", done=done, total=total)
 
-    guard, contents = Guard(), {}
+    guard, contents = OutputGuard(), {}
     scratch = Path(request["scratch"])
     for program in programs:
         contents[program["name"]] = watch(program, guard, scratch)
@@ -206,7 +206,7 @@ def _likeness(program: dict[str, Any], operator: dict[str, Any]) -> str:
     return json.dumps([operator["target"], shapes])
 
 
-def watch(program: dict[str, Any], guard: Guard, scratch: Path) -> str:
+def watch(program: dict[str, Any], guard: OutputGuard, scratch: Path) -> str:
     """Mark the operators of a program that have to be run by their functional forms (`copied`). Returns the first of CONTENTS
     that all operators take. Raises InputError for an operator that takes none.
     """

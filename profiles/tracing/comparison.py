@@ -39,7 +39,7 @@ Step = tuple[float, dict[str, Tensor]]
 """loss, and gradients by parameter"""
 
 
-class Comparison:
+class GradientComparison:
     """`request` before the measuring process starts, since autograd would take its cores, and `conclude` once that has run the
     step; `folder` is for the files.
     """

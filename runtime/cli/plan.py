@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 def plan(
     profile: Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile.json, or a bare graph of operators.")],
     memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Budget of the whole run, its supervisor included: 600MiB, 600MB or plain bytes.")
+        str,
+        typer.Option(
+            metavar="SIZE", help="Budget of the whole run, its supervisor included: 600MiB, 600MB or plain bytes."
+        ),
     ],
     policy: Annotated[
         str | None,

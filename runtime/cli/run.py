@@ -73,14 +73,14 @@ def run(
     from tightfit.runtime.engine.device.resident import memory
     from tightfit.runtime.session.launch import prepared
     from tightfit.runtime.supervision.cgroup import MemoryCgroup
-    from tightfit.runtime.supervision.progress import Training
+    from tightfit.runtime.supervision.progress import TrainingProgress
     from tightfit.runtime.supervision.supervisor import Show, hand_over
-    from tightfit.runtime.supervision.training_process import Order
+    from tightfit.runtime.supervision.training_process import RunOrder
 
     loaded = load_plan(plan)
     tokens = loaded.batch * loaded.seq if loaded.seq else None
     with (
-        Training(steps=steps, tokens_per_step=tokens, budget=loaded.budget_bytes) as training,
+        TrainingProgress(steps=steps, tokens_per_step=tokens, budget=loaded.budget_bytes) as training,
         prepared(
             loaded,
             data,
@@ -102,7 +102,7 @@ def run(
             counted=bool(context.obj),
         ) as ready,
     ):
-        if isinstance(ready, Order):
+        if isinstance(ready, RunOrder):
             group = MemoryCgroup.create(loaded.budget_bytes) if cgroup else None
             show = Show(
                 steps=steps,

@@ -34,7 +34,7 @@ def can_be_copied() -> bool:
     return sys.platform == "linux" and alone and not multiprocessing.current_process().daemon
 
 
-class Beside(Generic[Answer]):
+class ForkedWorker(Generic[Answer]):
     """While entered, a copy of this process works out `answers`; then it is ended, whatever it has come to.
 
     A copy that fails ends with the answers it has sent, and where there is no process or file more, none come. It says nothing

@@ -20,7 +20,7 @@ from tightfit.runtime.session.options import checked
 from tightfit.runtime.session.output import finished_report, locked, remove, staged, to_be_replaced
 from tightfit.runtime.session.settings import order_of, settings_of
 from tightfit.runtime.supervision.supervisor import Progress, Stages, supervise
-from tightfit.runtime.supervision.training_process import Order
+from tightfit.runtime.supervision.training_process import RunOrder
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ def run(
         profile_step=profile_step,
         stages=stages,
     ) as ready:
-        return supervise(ready, progress, stages) if isinstance(ready, Order) else ready
+        return supervise(ready, progress, stages) if isinstance(ready, RunOrder) else ready
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def prepared(
     profile_step: bool = False,
     stages: Stages | None = None,
     counted: bool = False,
-) -> Iterator[Order | dict[str, Any]]:
+) -> Iterator[RunOrder | dict[str, Any]]:
     """All of a run (see `run`) before its training process starts: plan and machine are checked, data and job lie in `out`, which is
     locked while the block runs. Gives the order to carry out, or the report of a run that has taken all of its steps already.
 

@@ -15,7 +15,7 @@ from tightfit.runtime.engine.start.process import child_environment
 from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.training.job import Job
 from tightfit.runtime.session.admission import conditions
-from tightfit.runtime.supervision.training_process import Order
+from tightfit.runtime.supervision.training_process import RunOrder
 
 
 def settings_of(
@@ -70,12 +70,12 @@ def settings_of(
 
 def order_of(
     plan: Plan, job: Job, directory: Path, lock: int, *, cgroup: bool, finished: dict[str, Any] | None = None
-) -> Order:
+) -> RunOrder:
     """What the training process of `job` is started with; the job is written into `directory`, which `lock` keeps others out of."""
     floor = plan.device.floor
     uncounted = {} if floor.tables_on_disk else {page_out.VARIABLE: ""}
     uncounted |= {} if floor.cuda_stubs else {cuda_stubs.VARIABLE: ""}
-    order = Order(
+    order = RunOrder(
         directory=str(directory),
         lock=lock,
         environment=child_environment(plan.device.threads) | uncounted,

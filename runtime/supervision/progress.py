@@ -25,7 +25,7 @@ NEARLY_FULL = 0.995
 """of the budget, from which on the peak is shown in red"""
 
 
-class Training:
+class TrainingProgress:
     """A run: what is prepared or evaluated (`stage`), and each step's loss, tokens per second, time left and memory."""
 
     def __init__(

@@ -1,6 +1,6 @@
 """The process that a run keeps alive beside its training process: it starts that one, shows its progress and writes the report.
 
-    python -m tightfit.runtime.supervision.supervisor ORDER SHOW    a run: files in which JSON lies (`tightfit.runtime.supervision.training_process.Order`, `Show`)
+    python -m tightfit.runtime.supervision.supervisor ORDER SHOW    a run: files in which JSON lies (`tightfit.runtime.supervision.training_process.RunOrder`, `Show`)
     python -m tightfit.runtime.supervision.supervisor --measure     how much memory it takes: bytes on standard output
 
 What it holds counts against the run's budget, so it imports the standard library only, as long as the training process lives.
@@ -25,9 +25,9 @@ from tightfit.runtime.common.interrupts import GivenUp, passed_on
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
 from tightfit.runtime.supervision.failure import fail
-from tightfit.runtime.supervision.progress import Training
+from tightfit.runtime.supervision.progress import TrainingProgress
 from tightfit.runtime.supervision.report import LATEST_STEPS, Observed, build_report, write_report
-from tightfit.runtime.supervision.training_process import LeanProcess, Order, started
+from tightfit.runtime.supervision.training_process import RunOrder, TrainingProcess, started
 
 Progress = Callable[[int, float, float, int, int, int | None], None]
 """progress(step, loss, seconds, resident bytes, peak bytes, tokens) after every step, counted from 1; tokens are the step's, padding left
@@ -53,7 +53,7 @@ class Show:
 
 
 def supervise(
-    order: Order,
+    order: RunOrder,
     progress: Progress | None = None,
     stages: Stages | None = None,
     *,
@@ -96,7 +96,7 @@ def supervise(
     return report
 
 
-def _follow(child: LeanProcess, progress: Progress | None, stages: Stages | None) -> None:
+def _follow(child: TrainingProcess, progress: Progress | None, stages: Stages | None) -> None:
     for message in child.messages():
         if message["event"] == "step" and progress:
             progress(
@@ -111,7 +111,7 @@ def _follow(child: LeanProcess, progress: Progress | None, stages: Stages | None
             stages(f"evaluating {message['when']}", message["done"], message["total"])
 
 
-def hand_over(order: Order, show: Show, group: MemoryCgroup | None, *, replace: bool) -> int:
+def hand_over(order: RunOrder, show: Show, group: MemoryCgroup | None, *, replace: bool) -> int:
     """Have a supervisor carry out `order`; returns its exit code.
 
     With `replace` this process becomes the supervisor and nothing returns: its own memory is given back, its number, terminal and
@@ -144,14 +144,14 @@ def main(arguments: Sequence[str]) -> int:
     if list(arguments) == ["--measure"]:
         sys.stdout.write(f"{measure()}\n")
         return 0
-    order = Order.read(arguments[0])
+    order = RunOrder.read(arguments[0])
     with open(arguments[1], encoding="utf-8") as file:
         show = Show(**json.load(file))
     for path in arguments:
         os.unlink(path)
     group = MemoryCgroup(Path(show.group[0]), show.group[1]) if show.group else None
     try:
-        with Training(
+        with TrainingProgress(
             steps=show.steps,
             tokens_per_step=show.tokens_per_step,
             budget=order.planned["budget_bytes"],
@@ -193,7 +193,7 @@ def measure() -> int:
     step["spent"] = dict.fromkeys(("run", "unpack", "perturb", "update", "stall"), 0.1)
     observed = Observed()
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        training = Training(steps=2, tokens_per_step=1, budget=1, file=nowhere)
+        training = TrainingProgress(steps=2, tokens_per_step=1, budget=1, file=nowhere)
         for line in [words] * 2 + [json.dumps(step)] * LATEST_STEPS:
             message = json.loads(line)
             observed.take(message)

@@ -28,7 +28,7 @@ ERRORS: dict[str, type[TightfitError]] = {"InputError": InputError, "RunError": 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class RunOrder:
     """A run that is ready to begin: what its training process is started with, and what the plan says of it."""
 
     directory: str
@@ -70,12 +70,12 @@ def command(*arguments: str) -> list[str]:
     return interpreter.command("tightfit.runtime.engine.training.child", *arguments)
 
 
-class LeanProcess:
+class TrainingProcess:
     """One under way. What it has told so far is `observed`."""
 
     def __init__(
         self,
-        order: Order,
+        order: RunOrder,
         group: MemoryCgroup | None,
         process: subprocess.Popen[bytes],
         read: int,
@@ -160,7 +160,9 @@ class LeanProcess:
 
 
 @contextmanager
-def started(order: Order, *, requests: int | None = None, group: MemoryCgroup | None = None) -> Iterator[LeanProcess]:
+def started(
+    order: RunOrder, *, requests: int | None = None, group: MemoryCgroup | None = None
+) -> Iterator[TrainingProcess]:
     """The training process of `order`, whose job is written. `requests` is a descriptor that it reads; `group` a cgroup that
     this process is in already, with the whole budget as its limit.
 
@@ -187,7 +189,7 @@ def started(order: Order, *, requests: int | None = None, group: MemoryCgroup | 
                     )
                 finally:
                     os.close(write)
-                yield LeanProcess(order, own or group, process, read, words)
+                yield TrainingProcess(order, own or group, process, read, words)
         finally:
             os.close(read)
     finally:

@@ -29,7 +29,7 @@ from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
-from tightfit.planner.schedule.realize import carry_out
+from tightfit.planner.schedule.realize import realize
 from tightfit.planner.schema import Plan
 from tightfit.planner.solve.policies import POLICIES, checkpoint_layers, mebp, rule_columns
 from tightfit.runtime.common.units import MIB, format_size
@@ -129,7 +129,7 @@ def fastest_saved(
     for computing, size, columns in points:
         if size > room or (best is not None and computing >= best):
             continue
-        schedule, _ = carry_out(planner.problem, columns, room)
+        schedule, _ = realize(planner.problem, columns, room)
         if schedule is not None:
             best = schedule.seconds if best is None else min(best, schedule.seconds)
     return best

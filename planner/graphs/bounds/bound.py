@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tightfit.planner.graphs.bounds.cut_generation import Climb, apart
-from tightfit.planner.graphs.bounds.lp_bound import Answer, Path, solve_windows
-from tightfit.planner.graphs.bounds.milp_bound import solve_whole
+from tightfit.planner.graphs.bounds.cut_generation import CutGeneration, apart
+from tightfit.planner.graphs.bounds.lp_bound import LpAnswer, Path, solve_lp
+from tightfit.planner.graphs.bounds.milp_bound import solve_milp
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, memory, runs
 
@@ -70,7 +70,7 @@ def any_schedule_bound(dag: Dag, budget_bytes: int, *, seconds: float) -> Bound:
             timely = False
             break
         pivots = path_pivots(dag, count)
-        answer = solve_windows(dag, budget_bytes, pivots, any_order=True, seconds=left)
+        answer = solve_lp(dag, budget_bytes, pivots, any_order=True, seconds=left)
         timely = timely and answer.solved
         best = max(best, answer.bound_seconds)
         if len(pivots) < count or best == float("inf"):
@@ -102,7 +102,7 @@ class ClassBound:
         """whether the clock left room for all that was to be tried"""
         self.starts: list[frozenset[Rerun]] = []
         """schedules but for the memory between moments: where a search may start; the last are the best"""
-        self._climb = Climb(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST))
+        self._climb = CutGeneration(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST))
         self._few = [_shortest(dag, budget_bytes, reruns, count) for count in FEW]
         self._pivots = self._climb.pivots
         self._crowded: frozenset[Rerun] = frozenset()
@@ -150,8 +150,8 @@ class ClassBound:
         *,
         paths: Sequence[Path] = (),
         crowded: Sequence[Rerun] = (),
-    ) -> Answer:
-        answer = solve_whole(self.dag, self.budget, pivots, seconds=seconds, paths=paths, crowded=crowded, most=enough)
+    ) -> LpAnswer:
+        answer = solve_milp(self.dag, self.budget, pivots, seconds=seconds, paths=paths, crowded=crowded, most=enough)
         self.seconds = max(self.seconds, answer.bound_seconds)
         self.starts.extend(answer.reruns)
         self.timely = self.timely and answer.solved

@@ -29,7 +29,7 @@ class Chosen:
     """whether the solver came to its end: with values, they are the best, and without, there are none"""
 
 
-class Counted:
+class CpSatModel:
     """A program whose variables are all 0 or 1; to be minimised once, with further rows before that."""
 
     def __init__(self, program: Program, units: Mapping[int, int], limit: Limit) -> None:

@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from tightfit.planner.graphs.bounds.lp_bound import Fractions, Parts, Path, solve_windows
+from tightfit.planner.graphs.bounds.lp_bound import Fractions, Parts, Path, solve_lp
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun
 
@@ -120,7 +120,7 @@ RISE = 0.01
 """...by this part of what it says of re-runs, or they end"""
 
 
-class Climb:
+class CutGeneration:
     """The bound of one graph and budget, from `pivots` up."""
 
     def __init__(self, dag: Dag, budget: int, pivots: tuple[int, ...]) -> None:
@@ -146,7 +146,7 @@ class Climb:
             if deadline - now <= spent:
                 # The next round is hardly shorter.
                 return False
-            answer = solve_windows(self.dag, self.budget, pivots, any_order=False, seconds=deadline - now, paths=paths)
+            answer = solve_lp(self.dag, self.budget, pivots, any_order=False, seconds=deadline - now, paths=paths)
             self.starts.extend(answer.reruns)
             if not answer.solved:
                 return False

@@ -67,7 +67,7 @@ class Fractions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class LpAnswer:
     bound_seconds: float
     """no schedule undercuts it; infinity: none fits"""
     reruns: tuple[frozenset[Rerun], ...] = ()
@@ -78,7 +78,7 @@ class Answer:
     """whether the solver came to its end"""
 
 
-def solve_windows(
+def solve_lp(
     dag: Dag,
     budget_bytes: int,
     pivots: Sequence[int],
@@ -86,20 +86,20 @@ def solve_windows(
     any_order: bool,
     seconds: float,
     paths: Sequence[Path] = (),
-) -> Answer:
+) -> LpAnswer:
     """The bound from the moments at `pivots`, which are sorted, and from `paths` between them, for an order and no disk.
 
     `seconds` limit the building and the solver; past them the bound is what each operator's one run takes.
     """
     try:
-        program = Windows(dag, budget_bytes, pivots, any_order=any_order, limit=Limit(seconds))
+        program = LpBound(dag, budget_bytes, pivots, any_order=any_order, limit=Limit(seconds))
         if program.impossible:
-            return Answer(bound_seconds=float("inf"))
+            return LpAnswer(bound_seconds=float("inf"))
         for path in paths:
             program.follow(path)
         return program.solve()
     except TimeoutError:
-        return Answer(bound_seconds=dag.once_seconds, solved=False)
+        return LpAnswer(bound_seconds=dag.once_seconds, solved=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class _Span:
     high: int
 
 
-class Windows:
+class LpBound:
     def __init__(self, dag: Dag, budget: int, pivots: Sequence[int], *, any_order: bool, limit: Limit) -> None:
         """Raises TimeoutError where building takes too much of `limit`."""
         self.dag = dag
@@ -239,10 +239,10 @@ class Windows:
 
     # --- solving ---------------------------------------------------------------------------------------------------
 
-    def solve(self) -> Answer:
+    def solve(self) -> LpAnswer:
         """Raises TimeoutError where no time is left for the solver."""
         if not self.cost:
-            return Answer(bound_seconds=self.constant)
+            return LpAnswer(bound_seconds=self.constant)
         unit = max(self.cost) or 1.0
         goal = Linear()
         for variable, cost in enumerate(self.cost):
@@ -251,11 +251,11 @@ class Windows:
             goal = self._longest(goal, unit)
         result = self.program.solve(goal, self.limit.left())
         if result.infeasible:
-            return Answer(bound_seconds=float("inf"))
+            return LpAnswer(bound_seconds=float("inf"))
         if not result.optimal or result.duals is None:
-            return Answer(bound_seconds=self.constant, solved=False)
+            return LpAnswer(bound_seconds=self.constant, solved=False)
         bound = (self.constant + self._dual_value(goal, result.duals) * unit) * (1 - ROUNDING)
-        return Answer(bound_seconds=bound, reruns=self._rounded(result), fractions=self._fractions(result))
+        return LpAnswer(bound_seconds=bound, reruns=self._rounded(result), fractions=self._fractions(result))
 
     def _rounded(self, result: Solution) -> tuple[frozenset[Rerun], ...]:
         """Schedules of the class, of what reaches each of the shares `ROUNDED`; none where a disk takes part, or any order."""

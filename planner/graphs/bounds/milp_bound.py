@@ -12,14 +12,14 @@ from collections.abc import Sequence
 
 from ortools.sat.python import cp_model
 
-from tightfit.planner.graphs.bounds.cp_sat_model import Counted
-from tightfit.planner.graphs.bounds.lp_bound import ROUNDING, Answer, Path, Windows
+from tightfit.planner.graphs.bounds.cp_sat_model import CpSatModel
+from tightfit.planner.graphs.bounds.lp_bound import ROUNDING, LpAnswer, LpBound, Path
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.graphs.problem.schedule import Rerun
 
 
-def solve_whole(
+def solve_milp(
     dag: Dag,
     budget_bytes: int,
     pivots: Sequence[int],
@@ -28,7 +28,7 @@ def solve_whole(
     paths: Sequence[Path] = (),
     crowded: Sequence[Rerun] = (),
     most: float = float("inf"),
-) -> Answer:
+) -> LpAnswer:
     """The bound from the moments at `pivots`, which are sorted, for schedules with first runs in the given order.
 
     `paths` say nothing new, but sooner; `crowded` are re-runs. Schedules that take longer than `most` seconds are of no interest:
@@ -38,9 +38,9 @@ def solve_whole(
     assert dag.read is None
     limit = Limit(seconds)
     try:
-        windows = Windows(dag, budget_bytes, pivots, any_order=False, limit=limit)
+        windows = LpBound(dag, budget_bytes, pivots, any_order=False, limit=limit)
         if windows.impossible:
-            return Answer(bound_seconds=float("inf"))
+            return LpAnswer(bound_seconds=float("inf"))
         for path in paths:
             windows.follow(path)
         model = _Whole(windows, budget_bytes, limit)
@@ -48,17 +48,17 @@ def solve_whole(
             model.crowd(window, operator)
         return model.solve(most)
     except TimeoutError:
-        return Answer(bound_seconds=dag.once_seconds, solved=False)
+        return LpAnswer(bound_seconds=dag.once_seconds, solved=False)
 
 
 class _Whole:
-    def __init__(self, windows: Windows, budget: int, limit: Limit) -> None:
+    def __init__(self, windows: LpBound, budget: int, limit: Limit) -> None:
         """Raises TimeoutError where building takes too much of `limit`."""
         self.windows = windows
         self.budget = budget
         # Rows of moments are in parts of the budget.
         rows = range(windows.moments, windows.moments + len(windows.pivots))
-        self.counted = Counted(windows.program, dict.fromkeys(rows, budget), limit)
+        self.counted = CpSatModel(windows.program, dict.fromkeys(rows, budget), limit)
         self.stays: dict[tuple[int, int], cp_model.IntVar | None] = {}
         """(operator, window) -> whether its output surely stays; None: it surely does not"""
 
@@ -91,7 +91,7 @@ class _Whole:
                 self.counted.model.add_bool_or([stays, *missing, *again])
         return self.stays[i, window]
 
-    def solve(self, most: float) -> Answer:
+    def solve(self, most: float) -> LpAnswer:
         """Raises TimeoutError where no time is left for the solver."""
         windows = self.windows
         costs = {variable: cost for variable, cost in enumerate(windows.cost) if cost}
@@ -100,4 +100,4 @@ class _Whole:
         found = self.counted.solve(costs, once=windows.dag.once_seconds, most=extra)
         bound = (windows.constant + max(0.0, found.bound_seconds)) * (1 - ROUNDING)
         reruns = () if found.values is None else (windows.reruns(found.values),)
-        return Answer(bound_seconds=bound, reruns=reruns, solved=found.ended)
+        return LpAnswer(bound_seconds=bound, reruns=reruns, solved=found.ended)

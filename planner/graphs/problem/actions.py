@@ -15,7 +15,7 @@ from tightfit.planner.graphs.problem.schedule import Rerun, lifetimes, pruned, r
 from tightfit.planner.instructions import Fetch, Instruction, Run
 from tightfit.planner.problem.layer_types import transfer_seconds
 from tightfit.planner.schedule.lowering import NAMED, Entry, live_profile
-from tightfit.planner.schedule.prefetch import clock, overlap
+from tightfit.planner.schedule.prefetch import clock, prefetch
 from tightfit.profiles.graph_input import LAYER
 
 Action = tuple[str, int]
@@ -39,7 +39,7 @@ def carry(dag: Dag, reruns: Iterable[Rerun], budget_bytes: int = 1 << 62) -> Car
     if not dag.moved:
         return timed(dag, actions)
     entries = _entries(dag, actions)
-    moved = overlap(tuple(entries), _inputs(dag), (), _sizes(dag), budget_bytes - dag.fixed_bytes)
+    moved = prefetch(tuple(entries), _inputs(dag), (), _sizes(dag), budget_bytes - dag.fixed_bytes)
     position = {name: i for i, name in enumerate(dag.names)}
     kept = [e for e in moved if not e.name.startswith(WORK)]
     return timed(dag, [(e.verb, e.operator if e.verb == "run" else position[e.name]) for e in kept])

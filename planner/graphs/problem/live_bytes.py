@@ -18,7 +18,7 @@ from tightfit.planner.graphs.problem.schedule import Rerun
 Bytes = npt.NDArray[np.int64]
 
 
-class Memory:
+class LiveBytes:
     """A schedule of `dag` under change, within `budget` or not."""
 
     def __init__(self, dag: Dag, budget: int, reruns: Iterable[Rerun] = ()) -> None:

@@ -19,7 +19,7 @@ MOST = 2
 """re-runs per operator: a schedule with more is none to start from"""
 
 
-def swept(dag: Dag, budget: int) -> frozenset[Rerun]:
+def belady_schedule(dag: Dag, budget: int) -> frozenset[Rerun]:
     """The re-runs of a sweep within `budget` bytes, as far as outputs can go; none where it would take too many."""
     sources = _sources(dag)
     # What cannot be made again stays for those that are made of it.

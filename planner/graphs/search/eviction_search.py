@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from tightfit.planner.graphs.problem.dag import Dag
-from tightfit.planner.graphs.problem.live_bytes import Bytes, Memory
+from tightfit.planner.graphs.problem.live_bytes import Bytes, LiveBytes
 from tightfit.planner.graphs.problem.schedule import Rerun, seconds
 
 DEPTH = 64
@@ -22,7 +22,7 @@ EVICTIONS = 20
 """per operator, before a repair gives up"""
 
 
-class Search:
+class EvictionSearch:
     """Schedules of one graph within one budget."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Search:
 
     # --- eviction --------------------------------------------------------------------------------------------------
 
-    def repair(self, memory: Memory, limit: float = float("inf")) -> bool:
+    def repair(self, memory: LiveBytes, limit: float = float("inf")) -> bool:
         """Evict until `memory` fits; False where that fails, takes too long or costs `limit` seconds of re-runs."""
         for _ in range(EVICTIONS * len(self.dag)):
             held = memory.bytes
@@ -71,7 +71,7 @@ class Search:
                 memory.add(*rerun)
         return False
 
-    def _cheapest(self, memory: Memory, at: int) -> list[Rerun] | None:
+    def _cheapest(self, memory: LiveBytes, at: int) -> list[Rerun] | None:
         """The re-runs that relieve position `at` at the least cost per byte over the budget."""
         key = memory.keys[at]
         over = np.maximum(memory.bytes - self.budget, 0)
@@ -106,7 +106,7 @@ class Search:
                     best, best_score = reruns, score
         return None if best is None else sorted(best)
 
-    def _stages(self, memory: Memory, operator: int, key: int, reader: int) -> list[int]:
+    def _stages(self, memory: LiveBytes, operator: int, key: int, reader: int) -> list[int]:
         """Where the operator may run again between `key` and its next reader: as late as can be, or while its inputs live."""
         count = memory.count
         late = count - 1 if reader == memory.end else reader // count
@@ -121,7 +121,14 @@ class Search:
         return [late, early] if early * count + operator > key else [late]
 
     def _bring(
-        self, memory: Memory, stage: int, operator: int, over: Bytes, reruns: list[Rerun], gain: float, dearest: float
+        self,
+        memory: LiveBytes,
+        stage: int,
+        operator: int,
+        over: Bytes,
+        reruns: list[Rerun],
+        gain: float,
+        dearest: float,
     ) -> float | None:
         """Append what must run again in `stage` for `operator` to; bytes that this adds over the budget.
 
@@ -158,7 +165,7 @@ class Search:
 
     # --- what is not needed after all -----------------------------------------------------------------------------
 
-    def prune(self, memory: Memory, candidates: Iterable[Rerun]) -> None:
+    def prune(self, memory: LiveBytes, candidates: Iterable[Rerun]) -> None:
         """Take back re-runs, dearest first, while `memory` fits without them."""
         seconds = self.dag.again_seconds
         for rerun in sorted(candidates, key=lambda rerun: (-seconds[rerun[1]], rerun)):
@@ -172,15 +179,15 @@ class Search:
 
     # --- ruin and recreate -----------------------------------------------------------------------------------------
 
-    def first(self, seeds: Iterable[Iterable[Rerun]]) -> Memory | None:
+    def first(self, seeds: Iterable[Iterable[Rerun]]) -> LiveBytes | None:
         """The fastest schedule that eviction makes of one of the `seeds`, of which the first is looked at whatever the clock says."""
-        best: Memory | None = None
-        starts: list[Memory] = []
+        best: LiveBytes | None = None
+        starts: list[LiveBytes] = []
         for seed in dict.fromkeys(map(frozenset, seeds)):
             if starts and time.monotonic() > self.latest:  # one that fits as it is may be any of them
                 self.timely = False
                 break
-            starts.append(Memory(self.dag, self.budget, seed))
+            starts.append(LiveBytes(self.dag, self.budget, seed))
         # Those that fit as they are first: the clock may stop the others.
         for memory in sorted(starts, key=lambda memory: not memory.fits):
             if not self.repair(memory):
@@ -210,13 +217,13 @@ class Search:
         for number, reruns in enumerate(found):
             now = time.monotonic()
             self.deadline = now + (end - now) / (len(found) - number)
-            found[number] = self.improve(Memory(self.dag, self.budget, reruns), rounds=rounds, enough=enough)
+            found[number] = self.improve(LiveBytes(self.dag, self.budget, reruns), rounds=rounds, enough=enough)
             if seconds(self.dag, found[number]) - self.dag.once_seconds <= enough:
                 break
         self.deadline = end
         return min(found, key=lambda reruns: seconds(self.dag, reruns), default=None)
 
-    def improve(self, memory: Memory, *, rounds: int, enough: float = 0.0) -> frozenset[Rerun]:
+    def improve(self, memory: LiveBytes, *, rounds: int, enough: float = 0.0) -> frozenset[Rerun]:
         """Ruin and recreate for `rounds`, or until re-runs cost at most `enough` seconds. `memory` must fit."""
         best, best_seconds = frozenset(memory.reruns), memory.seconds
         current, current_seconds = best, best_seconds
@@ -241,7 +248,7 @@ class Search:
         self.noise = 0.0
         return best
 
-    def _ruin(self, memory: Memory) -> list[Rerun]:
+    def _ruin(self, memory: LiveBytes) -> list[Rerun]:
         """Re-runs to take back: neighbours in time, or at random."""
         everything = sorted(memory.reruns)
         count = min(len(everything), 1 + int(self.random.expovariate(1 / 6)))

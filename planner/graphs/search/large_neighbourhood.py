@@ -16,7 +16,7 @@ from itertools import accumulate
 
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, memory, peak_bytes, runs, seconds
-from tightfit.planner.graphs.search.subproblem import Lowest, Solved, Stretch
+from tightfit.planner.graphs.search.subproblem import Lowest, Solved, Subproblem
 
 DEPTHS = (1, 2, 3)
 DEEPER = 2
@@ -40,7 +40,7 @@ STALLED = 60
 """stretches in a row that gained nothing, after which the search ends"""
 
 
-class Neighbourhoods:
+class LargeNeighbourhood:
     """The search for one graph and budget. `timely`: it and all that it solved ended by their own rules and not by the clock."""
 
     def __init__(self, dag: Dag, budget: int) -> None:
@@ -146,7 +146,7 @@ class Neighbourhoods:
 
     def _solve(self, reruns: frozenset[Rerun], first: int, last: int, places: Iterable[Rerun], limit: float) -> Solved:
         try:
-            solved = Stretch(self.dag, self.budget, reruns, first, last, places, seconds=limit).solve()
+            solved = Subproblem(self.dag, self.budget, reruns, first, last, places, seconds=limit).solve()
         except TimeoutError:
             solved = Solved(reruns=None, ended=False)
         self.timely = self.timely and solved.ended
@@ -208,7 +208,7 @@ def lowest_peak(dag: Dag, seconds: float) -> Lowest:
         return Lowest(reruns=None, bytes=least, ended=True)
     places = {(stage, i) for stage in range(count) for i in range(stage) if dag.recomputable[i]}
     try:
-        found = Stretch(dag, least, best, 0, count, places, seconds=seconds).lowest()
+        found = Subproblem(dag, least, best, 0, count, places, seconds=seconds).lowest()
     except TimeoutError:
         return Lowest(reruns=None, bytes=least, ended=False)
     return replace(found, bytes=max(least, found.bytes))

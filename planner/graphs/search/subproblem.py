@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, gcd, isfinite
 
-from tightfit.planner.graphs.bounds.cp_sat_model import Counted
+from tightfit.planner.graphs.bounds.cp_sat_model import CpSatModel
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.graphs.problem.schedule import Rerun, memory, pruned, runs
@@ -55,7 +55,7 @@ class Lowest:
     """whether the solver came to its end"""
 
 
-class Stretch:
+class Subproblem:
     """The program of one stretch: stages `first` to `last` - 1 of the schedule that `reruns` are, which may be over the budget.
 
     It is built and solved within `seconds`; raises TimeoutError, here or where it is solved, if that takes longer.
@@ -227,7 +227,7 @@ class Stretch:
         if self.over is None:
             spent = sum(dag.again_seconds[i] for _, i in self.inside)
             most = spent - BETTER * dag.once_seconds
-            chosen = Counted(self.program, self.in_bytes, self.limit).solve(costs, once=dag.once_seconds, most=most)
+            chosen = CpSatModel(self.program, self.in_bytes, self.limit).solve(costs, once=dag.once_seconds, most=most)
             return Solved(reruns=self._chosen(chosen.values), ended=chosen.ended)
         unit = (dag.once_seconds or 1.0) / SCALE
         goal = Linear().add(self.over, OVER)

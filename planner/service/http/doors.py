@@ -11,7 +11,7 @@ from starlette.responses import StreamingResponse
 
 from tightfit.planner.service.jobs.store import Row, content_key
 from tightfit.planner.service.jobs.supervisor import lane_of
-from tightfit.planner.service.wire.clients import Client
+from tightfit.planner.service.wire.clients import Requester
 from tightfit.planner.service.wire.errors import Code, ServiceError, invalid, not_found
 from tightfit.planner.service.wire.schema import FINISHED, JOB, ErrorAnswer, Job, JobKind, StoredPlan, StoredProfile
 from tightfit.runtime.common.errors import InputError
@@ -113,7 +113,7 @@ def ask(
     request: Request,
     kind: JobKind,
     asked: Row,
-    client: Client,
+    client: Requester,
     *,
     key: str | None,
     uses: Sequence[tuple[str, str]] = (),

@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 
 from tightfit.planner.service.jobs.processes import UPLOAD, Processes
 from tightfit.planner.service.jobs.store import Row, Store
-from tightfit.planner.service.jobs.worker import Order
+from tightfit.planner.service.jobs.worker import JobOrder
 from tightfit.planner.service.wire.clients import address_of, network_of
 from tightfit.planner.service.wire.errors import ServiceError, StorageError
 from tightfit.planner.service.wire.metrics import Metrics
@@ -93,7 +93,7 @@ class Uploads:
         """The row of a profile whose object is on disk."""
         settings = self._settings
         limits = {"bytes": settings.upload_bytes, "steps": settings.steps, "tensors": settings.tensors}
-        order = Order(
+        order = JobOrder(
             kind="upload",
             request={"path": str(path), "encoding": encoding} | limits,
             objects=str(self._objects.folder),

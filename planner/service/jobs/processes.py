@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tightfit.planner.service.jobs.worker import Order
+from tightfit.planner.service.jobs.worker import JobOrder
 from tightfit.runtime.common.interpreter import command, python_path
 
 UPLOAD = "upload"
@@ -40,7 +40,7 @@ class Worker:
         return ""
 
     async def carry_out(
-        self, order: Order, progress: Callable[[dict[str, Any]], None] = lambda event: None
+        self, order: JobOrder, progress: Callable[[dict[str, Any]], None] = lambda event: None
     ) -> dict[str, Any] | None:
         """Give it an order and pass its progress on. Returns how it ends; None where the process died without a word."""
         order_to, told_by = self.process.stdin, self.process.stdout

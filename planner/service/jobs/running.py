@@ -28,13 +28,13 @@ from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError
 from tightfit.runtime.common.parent import end_with_parent
 
 if TYPE_CHECKING:
-    from tightfit.planner.service.jobs.worker import Order, Tell
+    from tightfit.planner.service.jobs.worker import JobOrder, Tell
 
 LOOK_SECONDS = 0.2
 ERRORS = {kind.exit_code: kind for kind in (InputError, InfeasibleError, RunError, CapError)}
 
 
-def run(order: Order, tell: Tell) -> Row:
+def run(order: JobOrder, tell: Tell) -> Row:
     """Carry out a plan and keep its report, its steps and its adapter; goes on from a checkpoint where there is one."""
     assert order.lock is not None
     objects = Objects(Path(order.objects))
@@ -82,7 +82,7 @@ def _wait_for_orphan(out: Path, asked: int) -> None:
             os.close(descriptor)
 
 
-def _command(order: Order, plan: Path, out: Path) -> list[str]:
+def _command(order: JobOrder, plan: Path, out: Path) -> list[str]:
     request = order.request
     words = [*order.command, "run", str(plan), "--data", request["data"], "--output", str(out), "--json"]
     for name in ("steps", "lr", "seed", "checkpoint_every"):
@@ -150,7 +150,7 @@ class Steps:
                 yield json.loads(line)
 
 
-def _keep(objects: Objects, order: Order, out: Path, report: Row) -> Row:
+def _keep(objects: Objects, order: JobOrder, out: Path, report: Row) -> Row:
     identity = Path(order.folder).name
     told = {
         name: report.get(name)

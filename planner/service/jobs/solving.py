@@ -20,14 +20,14 @@ from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.files import cache_directory
 
 if TYPE_CHECKING:
-    from tightfit.planner.service.jobs.worker import Order, Tell
+    from tightfit.planner.service.jobs.worker import JobOrder, Tell
 
 SOLVER = "solver"
 OWN = "own"
 """the device that the profile was made for"""
 
 
-def plan(order: Order, tell: Tell) -> Row:
+def plan(order: JobOrder, tell: Tell) -> Row:
     """One plan; one that does not fit is a result too."""
     from tightfit.planner.plan import planner_of
     from tightfit.planner.report.marginal_value import explained
@@ -52,7 +52,7 @@ def plan(order: Order, tell: Tell) -> Row:
     return {"result": {"plan": found.fingerprint, "summary": summary}, "files": [file]}
 
 
-def comparison(order: Order, tell: Tell) -> Row:
+def comparison(order: JobOrder, tell: Tell) -> Row:
     """Plans of a profile at every budget by every policy on every device."""
     from tightfit.planner.report.compare import compare
 
@@ -100,7 +100,7 @@ def comparison(order: Order, tell: Tell) -> Row:
     return {"result": {"cells": cells}, "files": list(files.values())}
 
 
-def profile(order: Order, tell: Tell) -> Row:
+def profile(order: JobOrder, tell: Tell) -> Row:
     """Measure a model on this machine, alone on its device."""
     import fcntl
 
@@ -134,7 +134,7 @@ def _finite(told: Mapping[str, float | str]) -> Row:
     return {k: 0.0 if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
 
 
-def _profile(objects: Objects, order: Order, identity: str) -> Profile:
+def _profile(objects: Objects, order: JobOrder, identity: str) -> Profile:
     return parse_profile(objects.read(order.digests[identity]), "the stored profile")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tightfit.planner.schema import PLAN_VERSION
 from tightfit.planner.service.jobs.migrations import migrate
-from tightfit.planner.service.wire.clients import Client
+from tightfit.planner.service.wire.clients import Requester
 from tightfit.planner.service.wire.errors import ServiceError, StorageError, failing_disk
 from tightfit.planner.service.wire.objects import Written
 from tightfit.planner.service.wire.schema import FINISHED, Error, Job, JobKind
@@ -87,7 +87,7 @@ class Store:
         content: str | None,
         key: str | None,
         waiting: int,
-        client: Client,
+        client: Requester,
         uses: Sequence[tuple[str, str]] = (),
         renews: str | None = None,
     ) -> tuple[Job, bool]:
@@ -132,7 +132,7 @@ class Store:
                 )
         return (self._wanted(found, client), False) if found else (self.job(identity), True)
 
-    def _wanted(self, job: Job, client: Client) -> Job:
+    def _wanted(self, job: Job, client: Requester) -> Job:
         """The job, which goes on for `client` too where it has not ended."""
         mine = "SELECT 1 FROM askers WHERE job = ? AND address = ? AND name = ? AND NOT let_go"
         if job.state not in LIVE or self._one(mine, job.id, client.address, client.name):
@@ -141,7 +141,7 @@ class Store:
             self._want(job.id, client)
         return self.job(job.id)
 
-    def _want(self, job: str, client: Client) -> None:
+    def _want(self, job: str, client: Requester) -> None:
         self._database.execute(
             "INSERT INTO askers (job, network, address, name) SELECT ?1, ?2, ?3, ?4"
             " WHERE (SELECT count(*) FROM askers WHERE job = ?1 AND NOT (address = ?3 AND name = ?4)) < ?5"
@@ -149,7 +149,7 @@ class Store:
             (job, client.network, client.address, client.name, MOST_ASKERS),
         )
 
-    def let_go(self, job: str, client: Client) -> int:
+    def let_go(self, job: str, client: Requester) -> int:
         """`client` no longer wants a job; returns how many others still do.
 
         Who has not asked for it under its own name speaks for those at its address who gave none; who gives none, for all at
@@ -273,7 +273,7 @@ class Store:
             )
         return self.job(identity)
 
-    def resume(self, identity: str, *, key: str | None = None, waiting: int, client: Client) -> tuple[Job, bool]:
+    def resume(self, identity: str, *, key: str | None = None, waiting: int, client: Requester) -> tuple[Job, bool]:
         """Put a run that ended before its last step back into the queue, for `client`; what it has saved is its own again.
 
         Returns it, and whether it goes on only now: not where `key` has asked for that already. Raises ServiceError where
@@ -300,7 +300,7 @@ class Store:
                 database.execute("INSERT INTO idempotency VALUES (?, ?, ?)", (key, asked, identity))
         return self.job(identity), True
 
-    def _room(self, waiting: int, client: Client) -> None:
+    def _room(self, waiting: int, client: Requester) -> None:
         """Raises ServiceError where too many jobs wait: at all, for the client's network, or for the client."""
         queued = self._figure("SELECT count(*) AS n FROM jobs WHERE state = 'queued'")
         if queued >= waiting:

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from tightfit.planner.service.jobs.cache import Cache
 from tightfit.planner.service.jobs.processes import Processes, Worker
 from tightfit.planner.service.jobs.store import ATTEMPTS, SOLVE, Store, folder_row
-from tightfit.planner.service.jobs.worker import Order
-from tightfit.planner.service.wire.clients import Client
+from tightfit.planner.service.jobs.worker import JobOrder
+from tightfit.planner.service.wire.clients import Requester
 from tightfit.planner.service.wire.errors import StorageError, failing_disk
 from tightfit.planner.service.wire.events import Events
 from tightfit.planner.service.wire.metrics import Metrics
@@ -84,7 +84,7 @@ class Supervisor:
         """There is a new job."""
         self._wake[lane].set()
 
-    def cancel(self, identity: str, client: Client) -> Job:
+    def cancel(self, identity: str, client: Requester) -> Job:
         """`client` lets a job go; who was the last to want it ends it: at once where it waits or solves, with a checkpoint
         where it trains. Raises ServiceError where others have asked for it.
         """
@@ -101,7 +101,7 @@ class Supervisor:
                 self._end(job, self._workers[identity])
         return self.events.told(job)
 
-    def resume(self, identity: str, client: Client, key: str | None = None) -> Job:
+    def resume(self, identity: str, client: Requester, key: str | None = None) -> Job:
         """A run that ended before its last step goes on from its checkpoint, or from the start where it has none."""
         job, new = self.store.resume(identity, key=key, waiting=self.settings.waiting, client=client)
         if new:
@@ -169,9 +169,9 @@ class Supervisor:
             self._workers.pop(job.id, None)
             await worker.gone()
 
-    def _order(self, job: Job) -> Order:
+    def _order(self, job: Job) -> JobOrder:
         alone = lane_of(job.kind) == LOCAL
-        return Order(
+        return JobOrder(
             kind=job.kind,
             request=job.request,
             objects=str(self.objects.folder),

@@ -20,7 +20,7 @@ from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
 
 if TYPE_CHECKING:
-    from tightfit.planner.service.jobs.worker import Order, Tell
+    from tightfit.planner.service.jobs.worker import JobOrder, Tell
 
 MOST_CONTAINERS = 3_000_000
 """objects and lists of JSON in one upload"""
@@ -28,7 +28,7 @@ DEEPEST = 64
 """of these one within the other"""
 
 
-def upload(order: Order, tell: Tell) -> Row:
+def upload(order: JobOrder, tell: Tell) -> Row:
     """Keep the profile in the file that the order names."""
     request = order.request
     with Path(request["path"]).open("rb") as file:

@@ -1,6 +1,6 @@
 """One job in a process of its own, or one upload after the other: ``python -m tightfit.planner.service.jobs.worker LANE``.
 
-The first line of standard input is the job (`Order`), every line an upload; standard output gets JSON lines: ``progress``, then ``done`` or
+The first line of standard input is the job (`JobOrder`), every line an upload; standard output gets JSON lines: ``progress``, then ``done`` or
 ``error``. A solve or a measurement has nothing to save and ends with the service. A run is asked to save and end when
 standard input closes. A job that dies takes nothing with it but itself.
 """
@@ -33,7 +33,7 @@ PROGRESS_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class JobOrder:
     """What a worker is told."""
 
     kind: str
@@ -89,7 +89,7 @@ def main(lane: str) -> int:
         return _each_in_a_child(tell)
     words = sys.stdin.buffer.readline()
     if words:  # else the service has ended and needs nothing
-        _carry_out(Order(**json.loads(words)), tell)
+        _carry_out(JobOrder(**json.loads(words)), tell)
     return 0
 
 
@@ -100,7 +100,7 @@ def _each_in_a_child(tell: Tell) -> int:
         if not child:
             try:
                 end_with_parent(signal.SIGKILL)
-                _carry_out(Order(**json.loads(words)), tell)
+                _carry_out(JobOrder(**json.loads(words)), tell)
             finally:
                 os._exit(0)
         _, status = os.waitpid(child, 0)
@@ -110,9 +110,9 @@ def _each_in_a_child(tell: Tell) -> int:
     return 0
 
 
-def _carry_out(order: Order, tell: Tell) -> None:
+def _carry_out(order: JobOrder, tell: Tell) -> None:
     """Do what is ordered and tell of its end."""
-    carry_out: Callable[[Order, Tell], dict[str, Any]]
+    carry_out: Callable[[JobOrder, Tell], dict[str, Any]]
     if order.kind == "run":
         from tightfit.planner.service.jobs.running import run as carry_out
     elif order.kind == "upload":

@@ -27,7 +27,7 @@ ClientId = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Client:
+class Requester:
     address: str
     """the peer's"""
     name: str = ""
@@ -55,9 +55,9 @@ def address_of(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-def client_of(request: Request, name: ClientId = None) -> Client:
-    return Client(address=address_of(request), name=name or "")
+def client_of(request: Request, name: ClientId = None) -> Requester:
+    return Requester(address=address_of(request), name=name or "")
 
 
-Asker = Annotated[Client, Depends(client_of)]
+Asker = Annotated[Requester, Depends(client_of)]
 """of a route that asks for a job or lets one go"""

@@ -102,7 +102,7 @@ class PlanView(Answer):
     channels: list[ChannelShown] = []
 
 
-class Change(Answer):
+class ChangeShown(Answer):
     """Tensors that two plans treat differently; seconds are the second plan's less the first's, per step."""
 
     kind: str
@@ -114,12 +114,12 @@ class Change(Answer):
     moved_bytes: int
 
 
-class TensorChange(Change):
+class TensorChange(ChangeShown):
     name: str
     layer: str
 
 
-class ChangeSort(Change):
+class ChangeSort(ChangeShown):
     tensors: int
 
 

@@ -29,15 +29,15 @@ def measure_floor() -> dict[str, Any]:
     import torch
 
     importlib.import_module("tightfit.runtime.engine.training.loop")  # everything that a run imports
-    from tightfit.runtime.engine.start.kernel_warmup import SIZE, prepare, warm
+    from tightfit.runtime.engine.start.kernel_warmup import SIZE, prepare, warm_up
     from tightfit.runtime.engine.start.lean_torch import mode
 
     channel = prepare()
     start = memory()
-    warm(channel, SIZE, backward=False)
+    warm_up(channel, SIZE, backward=False)
     trim_heap()
     inference = memory()
-    warm(channel, SIZE)
+    warm_up(channel, SIZE)
     trim_heap()  # buffers of operators are their workspace, which plans count
     resident = memory()
     return {

@@ -34,7 +34,7 @@ def prepare() -> Channel:
     channel = Channel()
     try:
         for dtype in DTYPES:
-            warm(channel, SIZE, (dtype,))
+            warm_up(channel, SIZE, (dtype,))
             narrow_file_mappings()
             release_file_pages()
     except Exception as error:
@@ -61,7 +61,7 @@ def tidy() -> None:
     trim_heap()
 
 
-def warm(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES, *, backward: bool = True) -> None:
+def warm_up(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES, *, backward: bool = True) -> None:
     """Run what a step runs, on tensors of `size` (a multiple of 64) rows and columns: code gets mapped, kernels built, threads started.
 
     Without `backward` what a step of forwards alone runs.

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.engine.training.records import Record, RecordFile
+from tightfit.runtime.engine.training.records import RecordFile, TokenRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class TrainingBatches(Protocol):
 class Batches(TrainingBatches, Protocol):
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int: ...
 
-    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[Record]: ...
+    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]: ...
 
 
 class TokenBatches:
@@ -60,7 +60,7 @@ class TokenBatches:
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
         return -(-len(self._records) // inputs[0].shape[0])
 
-    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[Record]:
+    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
         return self._records.evaluation_batch(number, inputs[0], inputs[1])
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class TensorBatches:
     def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
         return self.count
 
-    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[Record]:
+    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
         self._fill(number, inputs)
         return []
 

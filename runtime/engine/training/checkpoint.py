@@ -29,13 +29,13 @@ UNSAID_OPERATORS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class FoundCheckpoint:
     path: str
     step: int
     state: dict[str, Any]
 
 
-def load_latest(directory: str, expected: Mapping[str, Any], data: str = "this run has") -> Found:
+def load_latest(directory: str, expected: Mapping[str, Any], data: str = "this run has") -> FoundCheckpoint:
     """The newest checkpoint in `directory`. Raises InputError where there is none or it was made under other conditions.
 
     `data` names the data of this run.
@@ -66,7 +66,7 @@ def load_latest(directory: str, expected: Mapping[str, Any], data: str = "this r
                     whose = "`run`" if value == STEP_BY_STEP else "a Session"
                     told, same = f"by {whose}", f"{whose}, on the same data,"
             raise InputError(f"{path} was made {told}; resume with {same} or start a new output directory")
-    return Found(path=path, step=step, state=state)
+    return FoundCheckpoint(path=path, step=step, state=state)
 
 
 def _difference(key: str, was: Any, now: Any) -> str:

@@ -35,7 +35,7 @@ from tightfit.runtime.engine.training.job import (
     Job,
     program_values,
 )
-from tightfit.runtime.engine.training.job_tables import Trainable, Weight
+from tightfit.runtime.engine.training.job_tables import StoredWeight, Trainable
 from tightfit.runtime.engine.weights.store import Store
 
 __all__ = ["CompiledOperator", "Executor", "compile_operator"]
@@ -113,7 +113,7 @@ class Executor:
         spill: SpillFile,
         channel: Channel,
         update: Update | Perturbation,
-        weights: Sequence[Weight],
+        weights: Sequence[StoredWeight],
         trainables: Sequence[Trainable],
     ) -> None:
         header = job.header

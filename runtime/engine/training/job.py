@@ -54,7 +54,7 @@ class Job:
     starts: array[int]
     """Where each layer's table starts."""
     weights: array[int]
-    """What `tightfit.runtime.engine.training.job_tables.Weights` reads: dtype and shape of each weight of the header as places in lists there, its packed bytes, and
+    """What `tightfit.runtime.engine.training.job_tables.StoredWeights` reads: dtype and shape of each weight of the header as places in lists there, its packed bytes, and
     its byte offsets where it stays unpacked and packed; -1: it does not."""
     trainables: array[int]
     """What `tightfit.runtime.engine.training.job_tables.Trainables` reads: of each trainable of the header the place of its shape there, the number of its gradient, and

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
-class Weight(NamedTuple):
+class StoredWeight(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class Names(Sequence[str]):
         return self._text[self._text.rfind(SEPARATOR, 0, end) + 1 : end]
 
 
-class Weights(Sequence[Weight]):
+class Weights(Sequence[StoredWeight]):
     """`said` has the names, and dtypes and shapes that occur; `numbers` of each weight the places of its dtype and shape there, its
     packed bytes and its two offsets.
     """
@@ -78,9 +78,9 @@ class Weights(Sequence[Weight]):
 
     def __getitem__(self, index: Any) -> Any:
         dtype, shape, *places = self._numbers[5 * index : 5 * index + 5]
-        return Weight(self._names[index], self._dtypes[dtype], self._shapes[shape], *places)
+        return StoredWeight(self._names[index], self._dtypes[dtype], self._shapes[shape], *places)
 
-    def __iter__(self) -> Iterator[Weight]:
+    def __iter__(self) -> Iterator[StoredWeight]:
         return (self[index] for index in range(len(self)))
 
 

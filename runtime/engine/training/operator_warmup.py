@@ -17,7 +17,7 @@ LARGEST_LASTING = 320 << 10
 """bytes: what oneDNN keeps of a product is in smaller parts (the largest has 252 KiB), and most buffers of operators are larger"""
 
 
-def rehearse(operators: Iterable[BoundOperator], device: Device) -> None:
+def warm_up_operators(operators: Iterable[BoundOperator], device: Device) -> None:
     """Run the operators on zeros, and give the arena's pages back.
 
     What gathers rows of weights is left out. Raises InputError for an operator that cannot be run.

@@ -51,7 +51,7 @@ SOURCE_CHARACTERS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
+class TokenRecord:
     """One sample. `input_ids` and `labels` are int32 [seq]."""
 
     example: int
@@ -142,7 +142,7 @@ class RecordFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def read(self, index: int) -> Record:
+    def read(self, index: int) -> TokenRecord:
         """Record `index`. Its tensors are views of one buffer that the next `read` overwrites."""
         import torch
 
@@ -153,7 +153,7 @@ class RecordFile:
         if read != self.record_bytes or checksum != _checksum(self._buffer):
             raise InputError(f"{self.path}: record {index} is damaged (checksum differs); prepare the data again")
         words = torch.frombuffer(self._buffer, dtype=torch.int32)[PREFIX_WORDS:]
-        return Record(
+        return TokenRecord(
             example=example,
             choice=choice,
             answer=bool(answer),
@@ -167,7 +167,7 @@ class RecordFile:
         epoch, place = divmod(step * batch + row, self.count)
         return shuffled(place, self.count, seed, epoch)
 
-    def fill(self, indices: Sequence[int], input_ids: Tensor, labels: Tensor) -> list[Record]:
+    def fill(self, indices: Sequence[int], input_ids: Tensor, labels: Tensor) -> list[TokenRecord]:
         """Write records into `input_ids` and `labels` (integer [batch, seq]); rows beyond `indices` are all padding.
 
         The returned records carry the prefix words only; their tensors are rows of the two arguments.
@@ -182,7 +182,7 @@ class RecordFile:
             input_ids[row].copy_(record.input_ids)
             labels[row].copy_(record.labels)
             records.append(
-                Record(
+                TokenRecord(
                     example=record.example,
                     choice=record.choice,
                     answer=record.answer,
@@ -195,12 +195,12 @@ class RecordFile:
         labels[len(indices) :].fill_(IGNORED)
         return records
 
-    def training_batch(self, step: int, seed: int, input_ids: Tensor, labels: Tensor) -> list[Record]:
+    def training_batch(self, step: int, seed: int, input_ids: Tensor, labels: Tensor) -> list[TokenRecord]:
         """Fill the batch of training step `step` (from 0): the same for every process that asks with the same seed."""
         batch = input_ids.shape[0]
         return self.fill([self.index(step, row, batch, seed) for row in range(batch)], input_ids, labels)
 
-    def evaluation_batch(self, number: int, input_ids: Tensor, labels: Tensor) -> list[Record]:
+    def evaluation_batch(self, number: int, input_ids: Tensor, labels: Tensor) -> list[TokenRecord]:
         """Fill batch `number` (from 0) in file order; the last one may hold fewer records than rows."""
         batch = input_ids.shape[0]
         return self.fill(range(number * batch, min((number + 1) * batch, self.count)), input_ids, labels)

@@ -24,7 +24,7 @@ from tightfit.runtime.engine.training.devices import open_device
 from tightfit.runtime.engine.training.executor import Executor
 from tightfit.runtime.engine.training.job import BLOCK, STATES, Job, operators_run
 from tightfit.runtime.engine.training.job_tables import Place, Trainable, Trainables, Weights
-from tightfit.runtime.engine.training.operator_warmup import rehearse
+from tightfit.runtime.engine.training.operator_warmup import warm_up_operators
 from tightfit.runtime.engine.training.session_protocol import Requests
 from tightfit.runtime.engine.weights import safetensors_file
 from tightfit.runtime.engine.weights.layout import Entry
@@ -67,7 +67,9 @@ class Training:
             self.trainables,
         )
         programs = self.executor.programs
-        rehearse((programs[program][operator] for program, operator in sorted(operators_run(job))), self.device)
+        warm_up_operators(
+            (programs[program][operator] for program, operator in sorted(operators_run(job))), self.device
+        )
         self._load_frozen()
         self._input_places = [at for _, _, _, at in header["inputs"]]
         self.inputs = [self.device.host(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]

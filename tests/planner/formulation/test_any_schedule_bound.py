@@ -14,18 +14,18 @@ import pytest
 from decisions import random_decision
 from synthetic import PAGE, ProgramBuilder, decoder_like, device, profile_of, small_chain
 
-from tightfit.planner.formulation.any_schedule_bound import AnySchedule
+from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.formulation.layer_constraints import KIB, MS
-from tightfit.planner.formulation.step_constraints import add_rows, charged_bytes, instruction_count
+from tightfit.planner.formulation.step_constraints import add_step_constraints, charged_bytes, instruction_count
 from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schedule.lowering import live_profile
-from tightfit.planner.schedule.realize import Part, carry_out
+from tightfit.planner.schedule.realize import Part, realize
 from tightfit.planner.solve.policies import mebp, rule_columns, smallest
 from tightfit.planner.solve.pricing import figures
-from tightfit.planner.solve.search import Outcome
+from tightfit.planner.solve.search import SearchResult
 from tightfit.profiles.schema import Channel, Device, Floor, Layer, Tensor, adamw
 
 # --- any schedule, by hand -----------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def bound_ms(operators, pages):
     forward = sum(phase == "forward" for phase, *_ in operators)
     always = sum(tensor.bytes for tensor in tensors if tensor.kind != "weight")
     taken = RESIDENT + WORKSPACE + INSTRUCTION * (len(operators) + forward) + always
-    return AnySchedule(problem).step_seconds(taken + 4 + pages * PAGE) * 1e3
+    return AnyScheduleBound(problem).step_seconds(taken + 4 + pages * PAGE) * 1e3
 
 
 def says(found, exact):
@@ -238,7 +238,7 @@ def schedules(seed):
     for columns in [*(rule_columns(problem, rule) for rule in (mebp, smallest)), *combined]:
         least = charged_bytes(problem, columns)
         for room in (least, least + least // 50, least + least // 4):
-            schedule, _ = carry_out(problem, columns, room)
+            schedule, _ = realize(problem, columns, room)
             if schedule is not None:
                 yield planner, columns, schedule
 
@@ -247,7 +247,7 @@ def rows_of(problem, columns, *, careful=False):
     """A program of the rows over these very columns, and the rows."""
     terms = [{name: Linear(value) for name, value in figures(column).items()} for column in columns]
     program = Program()
-    return program, add_rows(program, problem, terms, careful=careful)
+    return program, add_step_constraints(program, problem, terms, careful=careful)
 
 
 def told(problem, columns, limit_bytes, *, careful):
@@ -303,7 +303,7 @@ def test_a_step_between_updates_needs_no_moments():
     )
     bounds = []
     for profile in (one, one.model_copy(update={"optimizer": adamw(64)})):
-        any_schedule = AnySchedule(layered(profile))
+        any_schedule = AnyScheduleBound(layered(profile))
         bounds.append([any_schedule.step_seconds(any_schedule.taken + room) for room in (1 << 20, 4 << 20, 1 << 40)])
     assert bounds[0][0] > bounds[0][1] > bounds[0][2]
     assert bounds[1] == pytest.approx(bounds[0])
@@ -326,7 +326,7 @@ class Figures:
         """Of the step, in `limit` KiB beside what is always there."""
         program = Program()
         terms = [{name: Linear(given.get(name, 0.0)) for name in self.names} for given in layers]
-        rows = add_rows(program, self.problem, terms)
+        rows = add_step_constraints(program, self.problem, terms)
         program.bounds(rows.bytes, 0.0, limit + self.problem.constant_bytes / KIB)
         return program.solve(rows.total_ms).objective
 
@@ -357,7 +357,7 @@ def test_no_schedule_is_faster_than_its_columns_rows():
     for seed in SEEDS:
         for planner, columns, schedule in schedules(seed):
             problem = planner.problem
-            made = planner._finish(1 << 40, "solver", Outcome(schedule=schedule, bound_seconds=0.0), 0.0)
+            made = planner._finish(1 << 40, "solver", SearchResult(schedule=schedule, bound_seconds=0.0), 0.0)
             # What it says of itself is what the simulator finds.
             assert made.step_seconds == pytest.approx(schedule.seconds)
             assert made.peak_bytes == schedule.peak_bytes

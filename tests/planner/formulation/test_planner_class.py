@@ -10,7 +10,7 @@ from decisions import INSTANT, random_decision
 from synthetic import decoder_like, device, small_chain
 from tiny_plans import CONFIG, decoder_profile
 
-from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, Block
+from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, LayerProgram
 from tightfit.planner.formulation.step_constraints import live_bytes
 from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.model_planner import ModelPlanner
@@ -73,7 +73,7 @@ def test_the_layer_model_says_what_the_layers_schedule_does(source, seed):
     profile = decoder_like(1, tokens=64, hidden=96, ffn=192, slices=3) if source == "decoder" else small_chain(seed)
     rng = random.Random(seed)
     for kind in layered(profile).types:
-        block = Block(Program(), kind)
+        block = LayerProgram(Program(), kind)
         goal = Linear()
         for name in FIELDS:
             goal.plus(block.field(name))

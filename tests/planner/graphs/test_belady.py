@@ -8,7 +8,7 @@ from brute_graph import random_graph
 from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import peak_bytes, pruned
-from tightfit.planner.graphs.search.belady import FEW, swept
+from tightfit.planner.graphs.search.belady import FEW, belady_schedule
 from tightfit.profiles.graph_input import parse_graph
 
 MEGABYTE = 1_000_000
@@ -47,16 +47,16 @@ def chain(count):
 def test_a_sweep_fills_the_budget_and_makes_again_what_has_no_room(source):
     dag = dag_of(graph(pairs(300, source=source)))
     for held in (1, 2, 30, 299):
-        reruns = swept(dag, held * MEGABYTE + 11)
+        reruns = belady_schedule(dag, held * MEGABYTE + 11)
         assert peak_bytes(dag, reruns) <= held * MEGABYTE + 11
         # One output more is there when the first is read.
         assert len(reruns) in {300 - held, 301 - held}
-    assert swept(dag, 301 * MEGABYTE) == frozenset()
+    assert belady_schedule(dag, 301 * MEGABYTE) == frozenset()
 
 
 def test_a_sweep_runs_no_chain_from_its_start():
     dag = dag_of(graph(chain(1000)))
-    reruns = swept(dag, dag.floor_bytes)
+    reruns = belady_schedule(dag, dag.floor_bytes)
     assert reruns
     assert {i for _, i in reruns} <= set(range(FEW))
 
@@ -66,7 +66,7 @@ def test_sweeps_of_any_graph_are_schedules_without_needless_runs():
         dag = dag_of(graph(random_graph(5000 + seed, most=12)))
         most = peak_bytes(dag, ())
         for budget in range(dag.floor_bytes, most, max(1, (most - dag.floor_bytes) // 5)):
-            reruns = swept(dag, budget)
+            reruns = belady_schedule(dag, budget)
             assert reruns == pruned(dag, reruns)
             assert all(dag.recomputable[i] for _, i in reruns)
             assert peak_bytes(dag, reruns) >= dag.floor_bytes

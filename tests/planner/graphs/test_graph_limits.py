@@ -12,8 +12,8 @@ from ortools.sat.python.cp_model import CpSolver
 
 from tightfit.planner.graphs import planner as graph_planner
 from tightfit.planner.graphs.bounds.bound import any_schedule_bound, class_bound
-from tightfit.planner.graphs.incumbents import Found
-from tightfit.planner.graphs.plan_result import Outcome
+from tightfit.planner.graphs.incumbents import Incumbents
+from tightfit.planner.graphs.plan_result import GraphOutcome
 from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.graphs.problem.actions import carry
 from tightfit.planner.graphs.problem.dag import dag_of
@@ -21,9 +21,9 @@ from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.graphs.problem.schedule import memory, peak_bytes, runs
 from tightfit.planner.graphs.search import exact, exact_moves, large_neighbourhood
 from tightfit.planner.graphs.search.chain_dp import as_chain, checkpoints
-from tightfit.planner.graphs.search.eviction_search import Search
+from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.graphs.search.exact_moves import fastest_with_moves
-from tightfit.planner.graphs.search.large_neighbourhood import Neighbourhoods, lowest_peak
+from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood, lowest_peak
 from tightfit.planner.graphs.search.subproblem import Solved
 from tightfit.planner.milp import lp
 from tightfit.profiles.graph_input import BareChannel, graph_profile, parse_graph
@@ -88,7 +88,7 @@ def test_a_stretch_that_the_clock_ended_is_told(monkeypatch, end):
 
     monkeypatch.setattr(large_neighbourhood, "Stretch", Ended)
     dag = dag_of(graph_profile(layered(24)))
-    near = Neighbourhoods(dag, int(0.7 * peak_bytes(dag, ())))
+    near = LargeNeighbourhood(dag, int(0.7 * peak_bytes(dag, ())))
     near.deepened(frozenset(), deadline=float("inf"))
     assert not near.timely
 
@@ -123,7 +123,7 @@ def test_seconds_of_the_processor_are_granted_no_longer_than_the_clock_allows():
     dag = dag_of(graph_profile(layered(24)))
     now = time.monotonic()
     for latest, late in ((float("inf"), False), (now + 60, False), (now - 1, True)):
-        search = Search(dag, 1, deadline=now - 1, granted=1e9, latest=latest)
+        search = EvictionSearch(dag, 1, deadline=now - 1, granted=1e9, latest=latest)
         assert (search.late(), search.timely) == (late, not late)
 
 
@@ -137,7 +137,7 @@ def test_past_its_limit_nothing_is_begun(monkeypatch):
         monkeypatch.setattr(
             graph_planner, name, lambda *given, name=name, whole=whole: asked.append(name) or whole(*given)
         )
-    monkeypatch.setattr(Search, "first", lambda self, seeds: None)
+    monkeypatch.setattr(EvictionSearch, "first", lambda self, seeds: None)
     budget = int(0.5 * peak_bytes(planner.dag, ()))
     ended = time.monotonic() - 10
     outcome = planner._search(budget, ended - 1, ended, None)
@@ -184,7 +184,7 @@ def test_a_small_limit_asks_nobody_for_more(monkeypatch, share, what):
     planner, top = GraphPlanner(profile), peak_bytes(dag_of(profile), ())
     solve = lp.solve_quietly
 
-    class Granted(Search):
+    class Granted(EvictionSearch):
         def __init__(self, *args, **options):
             granted.append(options["granted"])
             super().__init__(*args, **options)
@@ -284,7 +284,7 @@ def test_what_a_cut_search_had_found_is_taken_where_it_is_faster_and_the_plan_sa
     dag = dag_of(graph_profile(layered(8)))
     known = carry(dag, ())
     budget = known.peak_bytes
-    found = Found()
+    found = Incumbents()
     found.peaks[frozenset()] = budget
     found.begin(budget, 1.0)
     found.moved.append(known)
@@ -294,7 +294,7 @@ def test_what_a_cut_search_had_found_is_taken_where_it_is_faster_and_the_plan_sa
     assert not found.cut_before(budget, 1.0)
     found.begin(budget, 2.0)
     assert (found.timely, found.moved) == (True, [])
-    slower = Outcome(carried=replace(known, seconds=2 * known.seconds), bound_seconds=0.0)
+    slower = GraphOutcome(carried=replace(known, seconds=2 * known.seconds), bound_seconds=0.0)
     taken = found.no_slower(dag, budget, slower)
     assert (taken.carried, taken.timely) == (known, False)
     assert found.no_slower(dag, budget - 1, slower) == slower
@@ -376,7 +376,7 @@ def test_of_two_peaks_of_one_height_each_may_be_lowered_alone():
     assert held.count(top) == 4
     once = frozenset({(5, 0)})
     both = frozenset({(5, 0), (11, 6)})
-    near = Neighbourhoods(dag, peak_bytes(dag, both))
+    near = LargeNeighbourhood(dag, peak_bytes(dag, both))
     assert near.budget < top == peak_bytes(dag, once)
     assert near._better(frozenset(), once) == once
     assert near._better(once, both) == both
@@ -393,7 +393,7 @@ def test_the_lowest_peak_is_looked_for_before_a_budget_is_given_up(monkeypatch):
         return lowest_peak(dag, seconds)
 
     monkeypatch.setattr(graph_planner, "lowest_peak", spied)
-    monkeypatch.setattr(Search, "first", lambda self, seeds: None)
+    monkeypatch.setattr(EvictionSearch, "first", lambda self, seeds: None)
     profile = graph_profile(layered(24, seed=3))
     least = GraphPlanner(profile).minimum_bytes(time_limit=60)
     assert least < GraphPlanner(profile).found.peaks[frozenset()]

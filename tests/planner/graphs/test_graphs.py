@@ -14,14 +14,14 @@ from layered_graph import layered
 
 from tightfit.planner.graphs.bounds.bound import FIRST, ClassBound, _shortest, class_bound
 from tightfit.planner.graphs.bounds.cut_generation import bytes_over, violated
-from tightfit.planner.graphs.bounds.lp_bound import Fractions, Path, solve_windows
-from tightfit.planner.graphs.bounds.milp_bound import solve_whole
+from tightfit.planner.graphs.bounds.lp_bound import Fractions, Path, solve_lp
+from tightfit.planner.graphs.bounds.milp_bound import solve_milp
 from tightfit.planner.graphs.planner import EXACT_OPERATORS, GraphPlanner
 from tightfit.planner.graphs.problem.dag import dag_of
-from tightfit.planner.graphs.problem.live_bytes import Memory
+from tightfit.planner.graphs.problem.live_bytes import LiveBytes
 from tightfit.planner.graphs.problem.schedule import memory, peak_bytes, runs, seconds
 from tightfit.planner.graphs.search.baselines import RULES
-from tightfit.planner.graphs.search.eviction_search import Search
+from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.plan import plan
 from tightfit.planner.report.compare import compare
 from tightfit.profiles.graph_input import graph_profile, parse_graph
@@ -112,7 +112,7 @@ def test_bounds_from_any_moments_hold_for_every_schedule_with_first_runs_in_orde
         for budget in {low, (low + peak_bytes(dag, ())) // 2}:
             fastest = best(operators, budget, "first")
             pivots = sorted(rng.sample(range(len(dag)), rng.randint(1, len(dag))))
-            found = solve_windows(dag, budget, pivots, any_order=False, seconds=60)
+            found = solve_lp(dag, budget, pivots, any_order=False, seconds=60)
             assert found.bound_seconds <= fastest * (1 + 1e-9), (seed, budget, pivots)
             bound = ClassBound(dag, budget, frozenset())
             bound.linear(time.monotonic() + 60, float("inf"))
@@ -147,10 +147,10 @@ def test_paths_hold_for_every_schedule():
         for budget in {low, (low + peak_bytes(dag, ())) // 2}:
             fastest = best(operators, budget, "first")
             for given in ((), paths):
-                found = solve_windows(dag, budget, pivots, any_order=False, seconds=60, paths=given)
+                found = solve_lp(dag, budget, pivots, any_order=False, seconds=60, paths=given)
                 assert found.bound_seconds <= fastest * (1 + 1e-9), (seed, budget)
             # In whole numbers they say nothing new.
-            plain, told = (solve_whole(dag, budget, pivots, seconds=60, paths=given) for given in ((), paths))
+            plain, told = (solve_milp(dag, budget, pivots, seconds=60, paths=given) for given in ((), paths))
             assert told.bound_seconds <= fastest * (1 + 1e-9), (seed, budget)
             assert told.bound_seconds == pytest.approx(plain.bound_seconds, rel=1e-6), (seed, budget)
 
@@ -166,15 +166,13 @@ def test_programs_in_whole_numbers_hold_for_every_schedule_and_crowded_runs_say_
         for budget in {low - 1, low, low + 1, (low + peak_bytes(dag, ())) // 2}:
             fastest = best(operators, budget, "first")
             pivots = sorted(rng.sample(range(len(dag)), rng.randint(1, len(dag))))
-            bounds = [
-                solve_whole(dag, budget, pivots, seconds=60, crowded=runs).bound_seconds for runs in ((), crowded)
-            ]
+            bounds = [solve_milp(dag, budget, pivots, seconds=60, crowded=runs).bound_seconds for runs in ((), crowded)]
             assert bounds[0] <= bounds[1] * (1 + 1e-9) <= fastest * (1 + 3e-9), (seed, budget, pivots)
             better += bounds[1] > bounds[0]
             if bounds[1] < float("inf"):
                 # Where only schedules are asked for that are faster than the fastest, no more is said.
                 for part in (0.9, 1.1):
-                    asked = solve_whole(dag, budget, pivots, seconds=60, crowded=crowded, most=part * bounds[1])
+                    asked = solve_milp(dag, budget, pivots, seconds=60, crowded=crowded, most=part * bounds[1])
                     most = max(part * bounds[1], dag.once_seconds)
                     assert asked.bound_seconds == pytest.approx(min(most, bounds[1]), rel=1e-6)
     assert better > 20
@@ -192,10 +190,10 @@ def test_bytes_are_counted_one_by_one_however_many_there_are():
         low = least(operators, "first")
         every = range(len(dag))
         crowded = [(stage, i) for stage in every for i in range(stage + 1)]
-        bounds = [solve_whole(dag, low - less, every, seconds=60, crowded=crowded).bound_seconds for less in (0, 1)]
+        bounds = [solve_milp(dag, low - less, every, seconds=60, crowded=crowded).bound_seconds for less in (0, 1)]
         assert bounds[0] <= best(operators, low, "first") * (1 + 3e-9), seed
         assert bounds[1] >= bounds[0]
-        fits = solve_whole(dag, peak_bytes(dag, ()), every, seconds=60, crowded=crowded)
+        fits = solve_milp(dag, peak_bytes(dag, ()), every, seconds=60, crowded=crowded)
         assert fits.bound_seconds == pytest.approx(dag.once_seconds)
 
 
@@ -210,14 +208,14 @@ def test_what_a_program_says_when_its_time_is_up_holds():
         pivots = sorted({(2 * turn + 1) * count // 24 for turn in range(12)})
         crowded = [(stage, i) for stage in range(1, count, 2) for i in range(stage)][::3]
         started = time.monotonic()
-        full = solve_whole(dag, budget, pivots, seconds=60, crowded=crowded)
+        full = solve_milp(dag, budget, pivots, seconds=60, crowded=crowded)
         seconds = time.monotonic() - started
         assert full.solved
         for most in (float("inf"), 1.05 * full.bound_seconds, 0.98 * full.bound_seconds):
             shortest, longest = 0.0, 2 * seconds
             for _ in range(8):
                 limit = (shortest + longest) / 2
-                asked = solve_whole(dag, budget, pivots, seconds=limit, crowded=crowded, most=most)
+                asked = solve_milp(dag, budget, pivots, seconds=limit, crowded=crowded, most=most)
                 assert asked.bound_seconds <= min(full.bound_seconds, max(most, dag.once_seconds)) * (1 + 3e-9)
                 if not asked.solved:
                     cut.add(bool(asked.reruns))
@@ -233,7 +231,7 @@ def test_paths_make_a_linear_program_of_many_moments_better():
     budget = int(0.6 * peak_bytes(dag, ()))
     pivots, paths, bounds = range(10, len(dag)), [], []
     for _ in range(4):
-        found = solve_windows(dag, budget, pivots, any_order=False, seconds=60, paths=paths)
+        found = solve_lp(dag, budget, pivots, any_order=False, seconds=60, paths=paths)
         bounds.append(found.bound_seconds - dag.once_seconds)
         paths += violated(dag, pivots, found.fractions)
     assert bounds == sorted(bounds)
@@ -256,7 +254,7 @@ def test_linear_programs_climb_with_the_moments_that_their_answers_leave_out():
         if fastest > small.once_seconds:
             reached.append((found.seconds - small.once_seconds) / (fastest - small.once_seconds))
     assert sum(reached) / len(reached) > 0.3
-    first = solve_windows(dag, budget, _shortest(dag, budget, frozenset(), FIRST), any_order=False, seconds=60)
+    first = solve_lp(dag, budget, _shortest(dag, budget, frozenset(), FIRST), any_order=False, seconds=60)
     climbed = class_bound(dag, budget, frozenset(), deadline=time.monotonic() + 60)
     assert climbed.seconds - dag.once_seconds > 1.2 * (first.bound_seconds - dag.once_seconds)
 
@@ -301,7 +299,7 @@ def test_the_search_alone_comes_near_the_optimum():
         dag = dag_of(profile_of(operators))
         low, top = least(operators, "stages"), peak_bytes(dag, ())
         budget = (low + top) // 2
-        search = Search(dag, budget)
+        search = EvictionSearch(dag, budget)
         found = search.first([()])
         if found is None:
             excess.append(1.0)
@@ -388,7 +386,7 @@ def test_memory_kept_up_to_date_is_memory_counted_anew():
     for seed in range(100):
         dag = dag_of(profile_of(random_graph(3000 + seed, most=12)))
         rng = random.Random(seed)
-        kept = Memory(dag, 10)
+        kept = LiveBytes(dag, 10)
         for _ in range(30):
             stage = rng.randrange(1, len(dag))
             rerun = (stage, rng.randrange(stage))

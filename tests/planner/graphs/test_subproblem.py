@@ -11,9 +11,9 @@ from layered_graph import layered
 
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import peak_bytes, pruned, seconds
-from tightfit.planner.graphs.search.eviction_search import Search
-from tightfit.planner.graphs.search.large_neighbourhood import Neighbourhoods, chains, lowest_peak
-from tightfit.planner.graphs.search.subproblem import Stretch
+from tightfit.planner.graphs.search.eviction_search import EvictionSearch
+from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood, chains, lowest_peak
+from tightfit.planner.graphs.search.subproblem import Subproblem
 from tightfit.profiles.graph_input import graph_profile, parse_graph
 
 
@@ -37,7 +37,7 @@ def small_graphs(start, count):
 def test_a_stretch_over_everything_is_the_whole_class():
     """From keep-all, which mostly is over the budget, to the optimum; where that is keep-all, nothing is better."""
     for seed, operators, fixed, dag, budget in small_graphs(4000, 120):
-        solved = Stretch(dag, budget, frozenset(), 0, len(dag), everywhere(dag, 0, len(dag)), seconds=60).solve()
+        solved = Subproblem(dag, budget, frozenset(), 0, len(dag), everywhere(dag, 0, len(dag)), seconds=60).solve()
         reruns = solved.reruns or frozenset()
         assert solved.ended, seed
         assert peak_bytes(dag, reruns) <= budget, seed
@@ -56,7 +56,7 @@ def test_any_stretch_of_a_schedule_that_fits_still_fits_and_is_not_slower():
             first = rng.randrange(len(dag))
             last = rng.randrange(first, len(dag)) + 1
             places = [place for place in everywhere(dag, first, last) if rng.random() < 0.8]
-            solved = Stretch(dag, budget, current, first, last, places, seconds=60).solve()
+            solved = Subproblem(dag, budget, current, first, last, places, seconds=60).solve()
             if solved.reruns is None:
                 continue
             assert peak_bytes(dag, solved.reruns) <= budget, (seed, first, last)
@@ -82,9 +82,9 @@ def test_chains_of_reruns_fit_and_speed_up_what_eviction_leaves():
     dag = dag_of(graph_profile(layered(60)))
     top = peak_bytes(dag, ())
     budget = int(0.7 * top)
-    evicted = Search(dag, budget).first([()])
+    evicted = EvictionSearch(dag, budget).first([()])
     assert evicted is not None
-    near = Neighbourhoods(dag, budget)
+    near = LargeNeighbourhood(dag, budget)
     found = near.deepened(frozenset(evicted.reruns), deadline=time.monotonic() + 600)
     assert near.timely
     assert peak_bytes(dag, found) <= budget

@@ -34,14 +34,14 @@ def test_standard_output_comes_back_after_threads_that_overlap(monkeypatch):
             inside.append(os.fstat(1))
 
     def first():
-        highs.solve_quietly(mathopt.Model())
+        highs.solve_silently(mathopt.Model())
         first_out.set()
 
     monkeypatch.setattr(highs.mathopt, "solve", solve)
     one = threading.Thread(target=first)
     one.start()
     assert first_in.wait(20)
-    other = threading.Thread(target=highs.solve_quietly, args=(mathopt.Model(),))
+    other = threading.Thread(target=highs.solve_silently, args=(mathopt.Model(),))
     other.start()
     one.join()
     other.join()
@@ -65,7 +65,7 @@ def test_many_threads_leave_no_descriptors_behind():
         for _ in range(20):
             model = mathopt.Model()
             model.maximize(model.add_variable(lb=0.0, ub=2.0))
-            assert highs.solve_quietly(model).objective_value() == 2.0
+            assert highs.solve_silently(model).objective_value() == 2.0
 
     before, opened = os.fstat(1), led_away()
     threads = [threading.Thread(target=solve) for _ in range(4)]
@@ -82,7 +82,7 @@ def test_a_closed_standard_output_is_left_closed():
     os.close(1)
     try:
         model = mathopt.Model()
-        assert highs.solve_quietly(model).termination.reason == mathopt.TerminationReason.OPTIMAL
+        assert highs.solve_silently(model).termination.reason == mathopt.TerminationReason.OPTIMAL
         assert not (DESCRIPTORS / "1").exists()
     finally:
         os.dup2(saved, 1)
@@ -100,9 +100,9 @@ def test_a_second_opinion_gets_what_time_is_left(monkeypatch):
     monkeypatch.setattr(highs.time, "monotonic", lambda: next(now))
     monkeypatch.setattr(highs.mathopt, "solve", solve)
     with pytest.raises(ValueError):
-        highs.solve_quietly(mathopt.Model(), 5.0)
+        highs.solve_silently(mathopt.Model(), 5.0)
     with pytest.raises(TimeoutError):
-        highs.solve_quietly(mathopt.Model(), 2.0)
+        highs.solve_silently(mathopt.Model(), 2.0)
     assert granted == [5.0, 3.0, 2.0]
 
 

@@ -19,7 +19,7 @@ from synthetic import small_chain
 
 from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.milp.cp_sat import single_worker, solved
-from tightfit.planner.milp.highs import solve_quietly
+from tightfit.planner.milp.highs import solve_silently
 from tightfit.planner.milp.lp import Growing, Linear
 from tightfit.planner.milp.solver_interrupts import interruptible
 from tightfit.planner.plan import minimum_budget
@@ -87,7 +87,7 @@ def test_a_program_s_solver_is_waited_for_no_longer_than_its_limit_allows(monkey
     began = time.monotonic()
     try:
         with pytest.raises(TimeoutError):
-            solve_quietly(mathopt.Model(), seconds=0.1)
+            solve_silently(mathopt.Model(), seconds=0.1)
         assert time.monotonic() - began < 30
     finally:
         released.set()

@@ -25,7 +25,7 @@ from tightfit.planner.service.jobs.solving import keep_profile
 from tightfit.planner.service.jobs.store import ATTEMPTS, Store
 from tightfit.planner.service.jobs.supervisor import Supervisor
 from tightfit.planner.service.jobs.upload_limits import check_size
-from tightfit.planner.service.wire.clients import Client
+from tightfit.planner.service.wire.clients import Requester
 from tightfit.planner.service.wire.errors import ServiceError, StorageError
 from tightfit.planner.service.wire.events import Events
 from tightfit.planner.service.wire.metrics import Metrics
@@ -38,7 +38,7 @@ from tightfit.runtime.common.interpreter import command
 
 PATIENCE = 60.0
 """seconds"""
-HERE = Client(address="127.0.0.1")
+HERE = Requester(address="127.0.0.1")
 PLANNED = ("tightfit_worker_seconds_count", {"kind": "plan"})
 """how many plans workers have come to the end of, well or not"""
 

@@ -21,7 +21,7 @@ from tightfit.planner.service.jobs.store import (
     file_row,
     folder_row,
 )
-from tightfit.planner.service.wire.clients import Client, network_of
+from tightfit.planner.service.wire.clients import Requester, network_of
 from tightfit.planner.service.wire.errors import ServiceError, StorageError
 from tightfit.planner.service.wire.objects import Objects, unpacked
 from tightfit.planner.service.wire.schema import Error
@@ -43,9 +43,9 @@ def objects(tmp_path):
     return Objects(tmp_path / "objects")
 
 
-HERE = Client(address="127.0.0.1")
-A, B, C = (Client(address="10.0.0.1", name=name) for name in ("a", "b", "c"))
-NEAR, FAR = Client(address="10.0.0.1"), Client(address="10.0.0.2")
+HERE = Requester(address="127.0.0.1")
+A, B, C = (Requester(address="10.0.0.1", name=name) for name in ("a", "b", "c"))
+NEAR, FAR = Requester(address="10.0.0.1"), Requester(address="10.0.0.2")
 
 
 def ask(store, number=1, *, key=None, repeatable=False, waiting=100, client=HERE, uses=(), anew=False):
@@ -160,7 +160,7 @@ def test_what_one_party_may_have_waiting_is_bounded(store):
     assert ask(store, 1, waiting=10, client=A)[1] is False
     # Names are free to choose, addresses are not.
     for number in range(2, 5):
-        ask(store, number, waiting=10, client=Client(address="10.0.0.1", name=f"n{number}"))
+        ask(store, number, waiting=10, client=Requester(address="10.0.0.1", name=f"n{number}"))
     with pytest.raises(ServiceError, match="5 jobs from your address are waiting already") as caught:
         ask(store, 5, waiting=10, client=B)
     assert caught.value.status == 429
@@ -223,7 +223,7 @@ def test_a_job_is_wanted_until_the_last_who_asked_lets_go(store):
     assert store.let_go(job.id, FAR) == 0
     # However many ask, so many are remembered; what has ended is wanted by nobody.
     for number in range(MOST_ASKERS + 1):
-        wanted = ask(store, client=Client(address="10.0.0.1", name=str(number)))[0].wanted_by
+        wanted = ask(store, client=Requester(address="10.0.0.1", name=str(number)))[0].wanted_by
     assert wanted == MOST_ASKERS
     store.finish(job.id, "succeeded", result={})
     store._database.execute("DELETE FROM askers")

@@ -15,7 +15,7 @@ from tightfit.planner.graphs.search import exact
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import EXACT, ROUNDING, ended_by
 from tightfit.planner.report.compare import compare
-from tightfit.planner.schedule.realize import carry_out
+from tightfit.planner.schedule.realize import realize
 from tightfit.planner.solve import budget_search
 from tightfit.planner.solve.policies import POLICIES, rule_columns
 from tightfit.planner.solve.search import Solver
@@ -108,7 +108,7 @@ def test_a_search_that_finds_nothing_good_gives_at_least_the_best_rule_in_its_ti
     def carried(problem, *given, **options):
         nonlocal clock
         clock += 2 * budget_search.CARRY_SECONDS * len(problem.graph.steps)
-        return carry_out(problem, *given, **options)
+        return realize(problem, *given, **options)
 
     def slow(self, under_way):
         nonlocal clock

@@ -16,8 +16,8 @@ from tightfit.planner.formulation.layer_constraints import FIELDS, KIB
 from tightfit.planner.formulation.step_constraints import charged_bytes, instruction_count
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.solve import column_generation
-from tightfit.planner.solve.column_generation import MARGINS, Search
-from tightfit.planner.solve.integer_rounding import BYTES, PEAKS, Rounding, Windows, rounded
+from tightfit.planner.solve.column_generation import MARGINS, ColumnGeneration
+from tightfit.planner.solve.integer_rounding import BYTES, PEAKS, Rounding, WindowBytes, rounded
 from tightfit.planner.solve.search import Solver
 
 REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
@@ -32,7 +32,7 @@ def searched(decoder, times):
     """A search whose columns are priced, at a budget of so many times what mebp takes."""
     solver = Solver(decoder.problem)
     room = solver.room(int(times * decoder.plan(1 << 45, policy="mebp").peak_bytes))
-    search = Search(relaxation=solver.careful, limit_bytes=room, deadline=time.monotonic() + 600)
+    search = ColumnGeneration(relaxation=solver.careful, limit_bytes=room, deadline=time.monotonic() + 600)
     search.columns()
     return search, solver.careful.solve(room, 60.0)
 
@@ -61,7 +61,7 @@ def test_windows_hold_what_the_planner_counts(decoder):
     chance = np.random.default_rng(1)
     count = len(problem.layer_type)
     per_instruction = problem.profile.device.floor.instruction_bytes
-    windows = Windows(np.zeros((3, count)), np.zeros((count, len(FIELDS))), per_instruction / KIB)
+    windows = WindowBytes(np.zeros((3, count)), np.zeros((count, len(FIELDS))), per_instruction / KIB)
     across = np.array([problem.across_forward, problem.across_backward, problem.across_evaluate]) / KIB
     for _ in range(50):
         picks = [int(chance.integers(len(pool.columns[kind]))) for kind in problem.layer_type]
@@ -123,7 +123,7 @@ def table(rows):
 def fitted(rows, mixture, picks, spare=0.0, deadline=math.inf):
     """Two layers of a type each, of the same columns, whose mixtures hold `mixture` KiB between their windows."""
     figures = [table(rows), table(rows)]
-    windows = Windows(np.full((3, 2), spare), np.stack([table([(mixture, 0.0)])[0]] * 2), 0.0)
+    windows = WindowBytes(np.full((3, 2), spare), np.stack([table([(mixture, 0.0)])[0]] * 2), 0.0)
     prices = [np.ones(len(FIELDS))] * 2
     return Rounding([0, 1], figures, prices, [list(range(len(rows)))] * 2).fitted(windows, picks, deadline)
 
@@ -142,7 +142,7 @@ def test_a_change_that_costs_nothing_makes_room_for_another():
     rows[0][2] = rows[0][1]
     rows[1][2, FIELDS.index("backward_peak")] = 40.0
     mixtures = np.stack([rows[0][0], rows[1][0]])
-    windows = Windows(np.zeros((3, 2)), mixtures, 0.0)
+    windows = WindowBytes(np.zeros((3, 2)), mixtures, 0.0)
     rounding = Rounding([0, 1], rows, [np.ones(len(FIELDS))] * 2, [[0, 1, 2]] * 2)
     assert rounding.fitted(windows, [0, 0], math.inf) == [1, 2]
 
@@ -167,7 +167,7 @@ def test_many_layers_are_fitted_in_time():
     kinds = [number % 2 for number in range(300)]
     figures = [other if kind else one for kind in kinds]
     mixtures = np.stack([rows.mean(axis=0) for rows in figures])
-    windows = Windows(np.zeros((3, 300)), mixtures, 0.2)
+    windows = WindowBytes(np.zeros((3, 300)), mixtures, 0.2)
     rounding = Rounding(kinds, figures, [np.ones(len(FIELDS))] * 300, [list(range(30))] * 300)
     begun = time.thread_time()
     try:
@@ -192,7 +192,7 @@ def drawn(seed, *, layers, width):
         figures.append(rows)
     mixtures = np.stack([chance.dirichlet(np.ones(width)) @ rows for rows in figures])
     prices = [np.ones(len(FIELDS)) for _ in range(layers)]
-    windows = Windows(chance.uniform(0.0, 30.0, (3, layers)), mixtures, 0.2)
+    windows = WindowBytes(chance.uniform(0.0, 30.0, (3, layers)), mixtures, 0.2)
     return windows, figures, prices, [list(range(width))] * layers
 
 
@@ -241,7 +241,7 @@ def test_where_transfers_need_more_a_little_less_is_held(decoder, monkeypatch):
         search, "_whole", lambda *given: asked.append(given) or ((1.0, ()) if len(asked) == 2 else None)
     )
     monkeypatch.setattr(
-        column_generation, "Windows", lambda spare, *rest: spared.append(spare) or Windows(spare, *rest)
+        column_generation, "Windows", lambda spare, *rest: spared.append(spare) or WindowBytes(spare, *rest)
     )
     assert search._fitted(search.limit_bytes, relaxed) == (1.0, ())
     assert len(asked) == 2

@@ -22,9 +22,9 @@ from tightfit.planner.problem.gradients import cycle, trained_blocks, two_forwar
 from tightfit.planner.report.compare import compare
 from tightfit.planner.report.explain import explain
 from tightfit.planner.schedule.multi_layer_recompute import equal_segments, rerun_layers
-from tightfit.planner.schedule.realize import carry_out
+from tightfit.planner.schedule.realize import realize
 from tightfit.planner.solve.policies import APPROXIMATE, POLICIES, mebp, rule_columns, smallest
-from tightfit.planner.solve.search import Outcome
+from tightfit.planner.solve.search import SearchResult
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.training.adapter import initialise
@@ -135,8 +135,8 @@ def test_layers_that_go_forward_twice_give_the_same_bits(planner, records, tmp_p
     assert len(segments) == 2
     losses, *tensors = trained(planner.plan(UNLIMITED, policy="keep-all"), records, tmp_path, 3)
     for rule in (mebp, smallest):
-        schedule, _ = carry_out(problem, rule_columns(problem, rule), UNLIMITED, segments=segments)
-        outcome = Outcome(schedule=schedule, bound_seconds=0.0)
+        schedule, _ = realize(problem, rule_columns(problem, rule), UNLIMITED, segments=segments)
+        outcome = SearchResult(schedule=schedule, bound_seconds=0.0)
         made = planner._finish(UNLIMITED, "solver", outcome, 0.0)
         assert len(rerun_layers(made)) == 4
         (tmp_path / rule.__name__).mkdir()

@@ -13,7 +13,7 @@ from synthetic import small_chain
 from tightfit.planner.formulation.layer_constraints import FIELDS
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.schedule.layer_schedule import measure
-from tightfit.planner.solve.master_lp import Relaxation
+from tightfit.planner.solve.master_lp import MasterLp
 from tightfit.planner.solve.pricing import Hull, Pool, figures_row
 from tightfit.planner.solve.search import Solver
 
@@ -74,7 +74,7 @@ def test_an_answer_from_before_new_columns_is_not_given_again(monkeypatch):
     """Where time is up on the program with the new columns, the next call solves it."""
     problem = layered(small_chain(3, layers=2))
     pool = Solver(problem).pool
-    relaxation = Relaxation(pool, careful=False)
+    relaxation = MasterLp(pool, careful=False)
     limit = Solver(problem).room(1 << 30)
     before = relaxation.solve(limit, 10.0)
     assert relaxation.solve(limit, 10.0) is before

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from shapes import decoder_profile
 from synthetic import MIB, decoder_like, device
 
-from tightfit.planner.formulation.any_schedule_bound import AnySchedule
-from tightfit.planner.formulation.layer_constraints import Block
+from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
+from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.layer_variables import choice_count
 from tightfit.planner.milp.lp import Growing, Linear, Program
 from tightfit.planner.model_planner import ModelPlanner
@@ -24,11 +24,11 @@ from tightfit.planner.schedule.arena import arena_of, placed_items
 from tightfit.planner.schedule.free_ranges import Places, gap
 from tightfit.planner.schedule.lowering import live_profile
 from tightfit.planner.schedule.prefetch import Bytes, best_order, clock, facts_of
-from tightfit.planner.schedule.prefetch_in_place import _tightest_gap, overlap_in_place
-from tightfit.planner.schedule.realize import Part, carry_out
+from tightfit.planner.schedule.prefetch_in_place import _tightest_gap, prefetch_in_place
+from tightfit.planner.schedule.realize import Part, realize
 from tightfit.planner.solve import budget_search
 from tightfit.planner.solve.budget_search import GOOD
-from tightfit.planner.solve.column_generation import Search
+from tightfit.planner.solve.column_generation import ColumnGeneration
 from tightfit.planner.solve.policies import POLICIES, rule_columns, smallest
 from tightfit.planner.solve.search import Solver
 
@@ -69,7 +69,7 @@ def test_what_one_budget_proves_holds_at_every_other(decoder):
         fresh = Solver(decoder.problem)
         room = fresh.room(int(share * smallest))
         later = time.monotonic() + 600
-        search = Search(relaxation=fresh.relaxed, limit_bytes=room, deadline=later, tolerance=1e-5)
+        search = ColumnGeneration(relaxation=fresh.relaxed, limit_bytes=room, deadline=later, tolerance=1e-5)
         _, master, kept = search.columns()
         assert kept
         proven = carried.solver.relaxed.proven(room)
@@ -85,9 +85,9 @@ def test_equal_layers_stand_in_the_any_schedule_bound_once(decoder):
         tensor.model_copy(update={"unpack_seconds": tensor.unpack_seconds * (1 + 1e-9 * number)})
         for number, tensor in enumerate(profile.tensors)
     ]
-    together = AnySchedule(decoder.problem)
-    each = AnySchedule(layered(profile.model_copy(update={"tensors": apart})))
-    deeper = AnySchedule(layered(decoder_like(24, tokens=256, slices=3, on=device(**REAL))))
+    together = AnyScheduleBound(decoder.problem)
+    each = AnyScheduleBound(layered(profile.model_copy(update={"tensors": apart})))
+    deeper = AnyScheduleBound(layered(decoder_like(24, tokens=256, slices=3, on=device(**REAL))))
     assert len(together.program.lower) == len(deeper.program.lower) < len(each.program.lower) / 4
     smallest = decoder.plan(1 << 45, policy="mebp").peak_bytes
     bounds = [together.step_seconds(int(factor * smallest)) for factor in (0.5, 0.8, 1.0, 1.5, 3.0, 10.0)]
@@ -118,7 +118,7 @@ def test_what_the_clock_left_behind_guides_no_plan_that_is_called_deterministic(
     budget = int(planner.plan(1 << 45, policy="mebp").peak_bytes * 1.5)
     planner.plan(budget)
     asked = []
-    for owner, name in ((Search, "columns"), (Solver, "_early")):
+    for owner, name in ((ColumnGeneration, "columns"), (Solver, "_early")):
         method = getattr(owner, name)
         noted = lambda *given, method=method, name=name, **named: asked.append(name) or method(*given, **named)  # noqa: E731
         monkeypatch.setattr(owner, name, noted)
@@ -140,7 +140,7 @@ def test_nothing_is_carried_out_twice(decoder, monkeypatch):
     monkeypatch.setattr(
         budget_search, "carry_out", lambda *given, **named: carried.append(given[2]) or real(*given, **named)
     )
-    one = budget_search.Attempt(problem=decoder.problem, limit=room, started=0.0, deadline=time.monotonic() + 600)
+    one = budget_search.BudgetSearch(problem=decoder.problem, limit=room, started=0.0, deadline=time.monotonic() + 600)
     first, _ = one.carry(columns)
     other = replace(one, found=[])
     again, _ = other.carry(columns)
@@ -155,7 +155,9 @@ def test_while_the_limit_is_not_kept_no_seconds_are_told(decoder):
     told = []
     solver = Solver(decoder.problem)
     limit = solver.room(solver.smallest.peak_bytes) // 2
-    search = Search(relaxation=solver.relaxed, limit_bytes=limit, deadline=time.monotonic() + 60, progress=told.append)
+    search = ColumnGeneration(
+        relaxation=solver.relaxed, limit_bytes=limit, deadline=time.monotonic() + 60, progress=told.append
+    )
     assert not search.columns()[2]
     assert told
     assert all((one["incumbent"], one["bound"], one["gap"]) == (float("inf"), 0.0, 1.0) for one in told)
@@ -173,7 +175,7 @@ def test_nothing_is_built_before_it_is_priced():
 
 def test_choices_are_counted_as_they_are_posted(decoder):
     for kind in decoder.problem.types:
-        assert choice_count(kind) == sum(Block(Program(), kind).program.whole)
+        assert choice_count(kind) == sum(LayerProgram(Program(), kind).program.whole)
 
 
 @given(st.integers(0, 10_000))
@@ -244,8 +246,8 @@ def test_transfers_move_among_tensors_in_their_places(decoder):
     """In the very bytes that the draft takes the step gets shorter, and nothing overlaps at any time."""
     problem: Layered = decoder.problem
     draft = Part(problem=problem, columns=rule_columns(problem, POLICIES["mebp"])).draft()
-    _, still = overlap_in_place(draft, problem.inputs, 0)
-    train, arena = overlap_in_place(draft, problem.inputs, still.bytes)
+    _, still = prefetch_in_place(draft, problem.inputs, 0)
+    train, arena = prefetch_in_place(draft, problem.inputs, still.bytes)
     assert arena.bytes <= still.bytes
     assert sorted(map(id, train)) == sorted(map(id, draft.train))
     assert clock(train, problem.inputs).seconds < 0.99 * clock(draft.train, problem.inputs).seconds
@@ -320,7 +322,7 @@ def crowded(decoder, monkeypatch):
             "tightfit.planner.schedule.realize.overlap_in_place",
             lambda *_: (draft.train, arena_of(still, height, len(draft.train))),
         )
-        return carry_out(problem, columns, room)[0], orders, limits
+        return realize(problem, columns, room)[0], orders, limits
 
     return carried, live, clock(draft.train, problem.inputs).seconds
 
@@ -360,9 +362,9 @@ def test_no_schedule_is_slower_than_transfers_moved_in_place(share):
     draft = Part(problem=problem, columns=columns).draft()
     charged = REAL["per_instruction"] * (len(draft.train) + len(draft.evaluate))
     room = int(share * max(max(live_profile(e, draft.resident, draft.sizes)) for e in (draft.train, draft.evaluate)))
-    train, arena = overlap_in_place(draft, problem.inputs, room)
+    train, arena = prefetch_in_place(draft, problem.inputs, room)
     assert arena.bytes <= room
-    found, _ = carry_out(problem, columns, room + charged)
+    found, _ = realize(problem, columns, room + charged)
     assert found.arena.bytes <= room
     assert found.seconds <= clock(train, problem.inputs).seconds
 

@@ -23,13 +23,13 @@ from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule import prefetch
 from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schedule.prefetch import Bytes, best_order, facts_of
-from tightfit.planner.schedule.realize import Part, carry_out
+from tightfit.planner.schedule.realize import Part, realize
 from tightfit.planner.solve import search
-from tightfit.planner.solve.budget_search import Attempt
-from tightfit.planner.solve.column_generation import Search
+from tightfit.planner.solve.budget_search import BudgetSearch
+from tightfit.planner.solve.column_generation import ColumnGeneration
 from tightfit.planner.solve.policies import POLICIES, all_streamed, keep_all, mebp, rule_columns
 from tightfit.planner.solve.pricing import Pool
-from tightfit.planner.solve.search import Outcome, Solver
+from tightfit.planner.solve.search import SearchResult, Solver
 from tightfit.runtime.common.gc_pause import paused_collector
 
 REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
@@ -52,12 +52,12 @@ def decoder():
 def attempt_of(planner, budget, **changes):
     now = time.monotonic()
     figures = {"limit": planner.solver.room(budget), "started": now, "deadline": now + 60} | changes
-    return Attempt(problem=planner.problem, **figures)
+    return BudgetSearch(problem=planner.problem, **figures)
 
 
 def of_rule(planner, policy="mebp"):
     """A rule carried out where there is room for anything."""
-    schedule, _ = carry_out(planner.problem, rule_columns(planner.problem, POLICIES[policy]), 1 << 40)
+    schedule, _ = realize(planner.problem, rule_columns(planner.problem, POLICIES[policy]), 1 << 40)
     return schedule
 
 
@@ -68,7 +68,7 @@ def test_a_budget_below_what_is_fixed_has_no_bound_and_no_columns():
     planner = ModelPlanner(small_chain(1, on=device(**REAL)))
     assert planner.solver.room(1) < 0
     assert planner.bound(1) is None
-    search = Search(relaxation=planner.solver.relaxed, limit_bytes=-1, deadline=math.inf)
+    search = ColumnGeneration(relaxation=planner.solver.relaxed, limit_bytes=-1, deadline=math.inf)
     every = [list(range(len(planner.solver.pool.columns[kind]))) for kind in planner.problem.layer_type]
     assert search._whole(-1, every) is None
     assert planner.solver.solve(1, time.monotonic() + 5, None).schedule is None
@@ -90,7 +90,7 @@ def test_no_columns_and_no_proof_that_none_fit(chain, monkeypatch, infeasible):
 def test_a_search_without_time_to_fill_in_still_chooses(decoder, monkeypatch):
     budget = int(decoder.plan(1 << 45, policy="mebp").peak_bytes * 1.3)
     limit = decoder.solver.room(budget)
-    search = Search(relaxation=decoder.solver.relaxed, limit_bytes=limit, deadline=time.monotonic() + 60)
+    search = ColumnGeneration(relaxation=decoder.solver.relaxed, limit_bytes=limit, deadline=time.monotonic() + 60)
     search.columns()
     asked = []
 
@@ -109,7 +109,7 @@ def test_a_search_without_time_to_fill_in_still_chooses(decoder, monkeypatch):
 
 def test_a_choice_that_time_ends_is_the_best_so_far(decoder, monkeypatch):
     limit = decoder.solver.room(int(decoder.plan(1 << 45, policy="mebp").peak_bytes * 1.3))
-    search = Search(relaxation=decoder.solver.relaxed, limit_bytes=limit, deadline=time.monotonic() + 60)
+    search = ColumnGeneration(relaxation=decoder.solver.relaxed, limit_bytes=limit, deadline=time.monotonic() + 60)
     columns = rule_columns(decoder.problem, POLICIES["mebp"])
     answers = iter([(math.inf, columns)])
 
@@ -248,7 +248,7 @@ def test_choices_come_to_an_end_whatever_is_chosen(answers, waits, places, found
         attempt.found.append(schedule)
         return schedule, 0
 
-    attempt = Attempt(problem=None, limit=limit, deadline=math.inf, started=0.0, bound=1.0)
+    attempt = BudgetSearch(problem=None, limit=limit, deadline=math.inf, started=0.0, bound=1.0)
     attempt.carries_in_time = lambda: True
     attempt.carry, attempt._price = carry, lambda search, reserve: None
     if found:
@@ -271,7 +271,7 @@ def test_choices_come_to_an_end_whatever_is_chosen(answers, waits, places, found
 )
 def test_what_is_near_the_bound_gets_another_choice_only_while_that_helps(seconds, carried):
     left = iter(seconds)
-    attempt = Attempt(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
+    attempt = BudgetSearch(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
 
     def carry(columns, segments):
         schedule = SimpleNamespace(seconds=next(left), stalls=1.0)
@@ -289,14 +289,14 @@ def test_what_is_near_the_bound_gets_another_choice_only_while_that_helps(second
 
 
 def test_what_another_choice_found_and_that_time_ended_it_is_kept(monkeypatch):
-    attempt = Attempt(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
+    attempt = BudgetSearch(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
 
     def choose(one, search, choices):
         one.found.append("found")
         one.timely = False
         raise TimeoutError
 
-    monkeypatch.setattr(Attempt, "choose", choose)
+    monkeypatch.setattr(BudgetSearch, "choose", choose)
     with pytest.raises(TimeoutError):
         attempt.choose_anew(None)
     assert (attempt.found, attempt.timely) == (["found"], False)
@@ -307,7 +307,7 @@ def test_what_another_choice_found_and_that_time_ended_it_is_kept(monkeypatch):
 )
 def test_a_choice_that_time_cut_short_is_not_what_another_run_finds(left, searched, timely):
     """Time ended the search, or there was none left to carry anything out."""
-    attempt = Attempt(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
+    attempt = BudgetSearch(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
     attempt.carries_in_time = lambda: left
     search = SimpleNamespace(choose=lambda room: None, timely=searched)
     attempt.choose(search)
@@ -376,8 +376,8 @@ def test_a_plan_is_held_against_the_highest_bound_that_holds_for_it(chain):
     once = of_rule(chain[0])
     twice = replace(once, segments=((0, 1),))
     for schedule, proven in ((once, 2.0), (twice, 1.0)):
-        assert Outcome(schedule=schedule, bound_seconds=2.0, any_bound_seconds=1.0).proven_seconds == proven
-    assert Outcome(schedule=once, bound_seconds=0.0, any_bound_seconds=1.0).proven_seconds == 1.0
+        assert SearchResult(schedule=schedule, bound_seconds=2.0, any_bound_seconds=1.0).proven_seconds == proven
+    assert SearchResult(schedule=once, bound_seconds=0.0, any_bound_seconds=1.0).proven_seconds == 1.0
 
 
 def test_fixed_rules_are_held_against_the_bound_of_their_class(monkeypatch):
@@ -425,7 +425,7 @@ def test_a_plan_of_a_smaller_budget_is_held_against_its_own_bound(chain):
     solver_ = Solver(planner.problem)
     alone = solver_.solve(budget, time.monotonic() + 30, None)
     twice = replace(alone.schedule, segments=((0, 1),), seconds=0.9 * alone.schedule.seconds)
-    solver_.found.append(Outcome(schedule=twice, bound_seconds=0.0))
+    solver_.found.append(SearchResult(schedule=twice, bound_seconds=0.0))
     again = solver_.solve(budget, time.monotonic() + 30, None, bound=alone.schedule.seconds / 2)
     assert again.schedule is twice
     assert again.proven_seconds == alone.schedule.seconds / 2
@@ -439,7 +439,7 @@ def test_a_plan_that_another_run_may_not_find_says_so_at_every_budget(chain):
     alone = solver_.solve(budget, time.monotonic() + 30, None)
     assert alone.deterministic
     chance = replace(alone.schedule, seconds=0.9 * alone.schedule.seconds, peak_bytes=1)
-    solver_.found.append(Outcome(schedule=chance, bound_seconds=0.0, deterministic=False))
+    solver_.found.append(SearchResult(schedule=chance, bound_seconds=0.0, deterministic=False))
     assert not solver_.solve(budget, time.monotonic() + 30, None).deterministic
     least, certain = solver_.least(time.monotonic() + 30)
     assert least is chance
@@ -458,7 +458,7 @@ def test_a_budget_clearly_above_the_smallest_is_one_before_that_is_known(monkeyp
     """And of one little above the fewest bytes of a mixture the smallest itself says whether it is."""
     problem = layered(decoder_like(12, tokens=256, slices=3, on=device(**REAL)))
     later = time.monotonic() + 600
-    _, fewest, _ = Search(relaxation=Solver(problem).relaxed, limit_bytes=None, deadline=later).columns()
+    _, fewest, _ = ColumnGeneration(relaxation=Solver(problem).relaxed, limit_bytes=None, deadline=later).columns()
     asked = []
     monkeypatch.setattr(Solver, "least", lambda self, _: asked.append(self) or (self.smallest, True))
     for above in (1.2, 1.05):

@@ -7,9 +7,9 @@ import itertools
 import pytest
 from synthetic import deep, device, small_chain
 
-from tightfit.planner.formulation.any_schedule_bound import AnySchedule
+from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.formulation.layer_constraints import KIB
-from tightfit.planner.formulation.step_constraints import add_rows
+from tightfit.planner.formulation.step_constraints import add_step_constraints
 from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import rebudgeted
@@ -24,10 +24,10 @@ from tightfit.planner.schedule.multi_layer_recompute import (
     rerun_layers,
     sqrt_segments,
 )
-from tightfit.planner.schedule.realize import Part, carry_out
+from tightfit.planner.schedule.realize import Part, realize
 from tightfit.planner.solve.policies import checkpoint_layers, keep_all, mebp, mesp, rule_columns
 from tightfit.planner.solve.pricing import figures
-from tightfit.planner.solve.search import Outcome
+from tightfit.planner.solve.search import SearchResult
 from tightfit.planner.solve.segment_search import segmentations, worthwhile
 
 
@@ -74,7 +74,7 @@ def test_the_model_says_what_the_schedule_holds(rule):
     for segments in [(), *segmentations(problem)]:
         program = Program()
         terms = [{name: Linear(value) for name, value in figures(column).items()} for column in columns]
-        rows = add_rows(program, problem, terms, segments=segments)
+        rows = add_step_constraints(program, problem, terms, segments=segments)
         told = program.solve(Linear().add(rows.bytes)).objective
         joined = Part(problem=problem, columns=columns, segments=segments).draft()
         live = max(live_profile(joined.train, joined.resident, joined.sizes))
@@ -107,10 +107,10 @@ def test_any_chain_under_any_segments_passes_the_simulator(seed):
     assert most == ((0, 3),)
     for segments in (((0, 1),), ((1, 2),), ((0, 1), (2, 3)), ((0, 3),), ((1, 3),)):
         for rule in (keep_all, checkpoint_layers, mesp):
-            schedule, excess = carry_out(problem, rule_columns(problem, rule), 1 << 40, segments=segments)
+            schedule, excess = realize(problem, rule_columns(problem, rule), 1 << 40, segments=segments)
             assert schedule is not None
             assert excess <= 0
-            told = Outcome(schedule=schedule, bound_seconds=0.0)
+            told = SearchResult(schedule=schedule, bound_seconds=0.0)
             made = planner._finish(1 << 40, "solver", told, 0.0)
             assert made.step_seconds == pytest.approx(schedule.seconds)
             again = [f"l{layer}" for low, high in segments for layer in range(low, high + 1)]
@@ -168,8 +168,8 @@ def test_brute_force_finds_no_segment_schedule_below_the_any_schedule_bound():
         found = []
         for columns in itertools.product(*by_layer):
             for segments in (((0, 1),), ((1, 2),), ((0, 2),)):
-                schedule, _ = carry_out(problem, columns, 1 << 40, segments=segments)
+                schedule, _ = realize(problem, columns, 1 << 40, segments=segments)
                 found.append((schedule.peak_bytes, schedule.seconds))
         for budget in sorted({peak for peak, _ in found})[::4]:
             fastest = min(seconds for peak, seconds in found if peak <= budget)
-            assert AnySchedule(problem).step_seconds(budget) <= fastest * (1 + 1e-9)
+            assert AnyScheduleBound(problem).step_seconds(budget) <= fastest * (1 + 1e-9)

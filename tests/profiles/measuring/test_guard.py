@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tightfit.profiles.measuring.guard import Guard
+from tightfit.profiles.measuring.guard import OutputGuard
 from tightfit.profiles.measuring.worker import watch
 from tightfit.profiles.schema import Layer
 from tightfit.profiles.tracing.trace import trace
@@ -162,7 +162,7 @@ def check_losses(losses: list[nn.Module], makers: list[Any], tmp_path: Path) -> 
     batch = {"x": features()} | {f"y{i}": make() for i, make in enumerate(makers)}
     traced = trace(module, batch)
     programs = [program.model_dump() for program in traced.programs]
-    guard = Guard()
+    guard = OutputGuard()
     with torch.no_grad():
         for program in programs:
             watch(program, guard, tmp_path)
@@ -203,10 +203,10 @@ def test_an_out_variant_that_needs_room_is_found(elements):
     values = {"x": value("x", elements), "y": value("y", elements), "out": value("out")}
     x, y = torch.rand(elements), torch.rand(elements)
     tensors = {"x": x, "y": y, "out": torch.tensor(0.0)}
-    assert Guard().check(operator("aten.binary_cross_entropy.default", values, "x", "y"), values, tensors)
+    assert OutputGuard().check(operator("aten.binary_cross_entropy.default", values, "x", "y"), values, tensors)
     torch.testing.assert_close(tensors["out"], nn.functional.binary_cross_entropy(x, y))
     values["out"], tensors["out"] = value("out", elements), torch.empty(elements)
-    assert not Guard().check(operator("aten.mul.Tensor", values, "x", "y"), values, tensors)
+    assert not OutputGuard().check(operator("aten.mul.Tensor", values, "x", "y"), values, tensors)
     assert torch.equal(tensors["out"], x * y)
 
 
@@ -222,11 +222,11 @@ def test_an_operator_of_ours_that_writes_beside_its_output_stops(offset, monkeyp
     if offset < 0:
         tensors["out"] = torch.empty(64)[8:12]
     with pytest.raises(RunError, match=r"tightfit\.copy writes beside its outputs"):
-        Guard().check(operator("tightfit.copy", values, "x"), values, tensors)
+        OutputGuard().check(operator("tightfit.copy", values, "x"), values, tensors)
 
 
 def test_an_operator_that_takes_no_contents_is_named(tmp_path):
     values = {"x": value("x", 4, 4), "y": value("y", 3), "out": value("out", 4)}
     program = {"name": "p", "values": [*values.values()], "operators": [operator("aten.mv.default", values, "x", "y")]}
     with pytest.raises(InputError, match=r"operator aten\.mv\.default is not supported \(size mismatch"):
-        watch(program, Guard(), tmp_path)
+        watch(program, OutputGuard(), tmp_path)

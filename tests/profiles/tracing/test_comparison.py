@@ -16,7 +16,7 @@ from tightfit.profiles import api
 from tightfit.profiles.measuring.worker import compute
 from tightfit.profiles.schema import NOT_COMPARED
 from tightfit.profiles.tracing import comparison
-from tightfit.profiles.tracing.comparison import TOLERANCE, Comparison, distances, step_bytes
+from tightfit.profiles.tracing.comparison import TOLERANCE, GradientComparison, distances, step_bytes
 from tightfit.profiles.tracing.trace import Trace, trace
 from tightfit.runtime.common.errors import InputError
 
@@ -46,7 +46,7 @@ def doubled_behind_the_trace(module, x):
 def compared(module: nn.Module, batch: tuple[Tensor, ...], folder, change: Callable[[Trace], Any] = lambda _: None):
     traced = trace(module, {f"batch{index}": tensor for index, tensor in enumerate(batch)})
     change(traced)
-    beside = Comparison("own.module", module, batch, traced)
+    beside = GradientComparison("own.module", module, batch, traced)
     assert beside.why_not() is None
     with torch.no_grad():
         compute(beside.request(folder), [program.model_dump() for program in traced.programs])
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_said(monkeypatch):
     assert needed > 2 * sum(parameter.nbytes for parameter in module.parameters())
     for free, told in ((2 * needed, None), (2 * needed - 1, f"{NOT_COMPARED}: a step without a plan takes ")):
         monkeypatch.setattr(comparison, "free_bytes", lambda free=free: free)
-        why = Comparison("own.module", module, batch, traced).why_not()
+        why = GradientComparison("own.module", module, batch, traced).why_not()
         assert why is None if told is None else why.startswith(told)
 
 

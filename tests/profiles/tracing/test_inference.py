@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_plans import CONFIG, decoder_profile
 from traced import interpret, random_batch, random_weights, trace_decoder
 
-from tightfit.planner.formulation.layer_constraints import FIELDS, Block
+from tightfit.planner.formulation.layer_constraints import FIELDS, LayerProgram
 from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
@@ -188,7 +188,7 @@ def test_the_layer_model_tells_the_peak_of_the_evaluation(profile):
     for mode in ("disk", "packed", "unpacked"):
         weights = tuple((name, Mode(mode, mode, mode)) for name in kind.weights)
         decision = Decision(keep=frozenset(kind.candidates), offload=frozenset(), weights=weights, states=frozenset())
-        block = Block(Program(), kind)
+        block = LayerProgram(Program(), kind)
         block.fix(decision)
         goal = Linear()
         for name in FIELDS:

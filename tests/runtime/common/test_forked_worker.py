@@ -20,7 +20,7 @@ from synthetic import small_chain
 import tightfit.planner.report.compare
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.report.compare import compare
-from tightfit.runtime.common.forked_worker import Beside, can_be_copied
+from tightfit.runtime.common.forked_worker import ForkedWorker, can_be_copied
 
 PATIENCE = 20.0
 
@@ -31,7 +31,7 @@ def gone(pid):
 
 
 def test_answers_come_in_order():
-    with Beside(lambda: map(str, range(100))) as beside:
+    with ForkedWorker(lambda: map(str, range(100))) as beside:
         assert list(beside.arrived(patience=None)) == [str(number) for number in range(100)]
         assert list(beside.arrived()) == []
         assert list(beside.arrived(patience=None)) == []
@@ -45,7 +45,7 @@ def test_nobody_waits_until_an_answer_is_taken(tmp_path):
             yield bytes([number]) * (1 << 20)
         (tmp_path / "all").touch()
 
-    with Beside(answers) as beside:
+    with ForkedWorker(answers) as beside:
         until = time.monotonic() + PATIENCE
         while not (tmp_path / "all").exists():
             assert time.monotonic() < until
@@ -65,7 +65,7 @@ def test_what_is_found_too_late_does_not_count(tmp_path):
             time.sleep(0.01)
             yield number
 
-    with Beside(answers) as beside:
+    with ForkedWorker(answers) as beside:
         until = time.monotonic() + PATIENCE
         while not (tmp_path / "both").exists():
             assert time.monotonic() < until
@@ -77,7 +77,7 @@ def test_what_is_found_too_late_does_not_count(tmp_path):
 
 def test_a_copy_is_as_this_process_was():
     there = {"before"}
-    with Beside(lambda: [sorted(there)]) as beside:
+    with ForkedWorker(lambda: [sorted(there)]) as beside:
         there.add("since")
         assert list(beside.arrived(patience=None)) == [["before"]]
 
@@ -88,7 +88,7 @@ def test_a_copy_that_fails_ends_with_what_it_has_sent(error, capfd):
         yield 1
         raise error("for the test")
 
-    with Beside(answers) as beside:
+    with ForkedWorker(answers) as beside:
         assert list(beside.arrived(patience=None)) == [1]
     assert capfd.readouterr().err == ""
 
@@ -99,7 +99,7 @@ def test_a_copy_that_is_killed_ends_too():
         time.sleep(600)
         yield 0
 
-    with Beside(answers) as beside:
+    with ForkedWorker(answers) as beside:
         arrived = beside.arrived(patience=None)
         os.kill(next(arrived), signal.SIGKILL)
         assert list(arrived) == []
@@ -114,7 +114,7 @@ def test_it_is_gone_afterwards_whatever_it_was_doing():
         pass
 
     def fail():
-        with Beside(answers) as beside:
+        with ForkedWorker(answers) as beside:
             pids.append(next(beside.arrived(patience=None)))
             assert not gone(pids[0])
             raise ForTheTest
@@ -131,7 +131,7 @@ def test_where_there_is_no_process_or_file_more_no_answers_come(monkeypatch, cal
         raise OSError(errno.EAGAIN if call == "fork" else errno.EMFILE, "none left, for the test")
 
     monkeypatch.setattr(os, call, used_up)
-    with Beside(lambda: [1]) as beside:
+    with ForkedWorker(lambda: [1]) as beside:
         assert list(beside.arrived(patience=None)) == []
 
 
@@ -141,7 +141,7 @@ def test_ctrl_c_is_not_for_the_copy():
         yield "goes on"
 
     before = signal.getsignal(signal.SIGINT)
-    with Beside(answers) as beside:
+    with ForkedWorker(answers) as beside:
         assert list(beside.arrived(patience=None)) == ["goes on"]
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -158,7 +158,7 @@ def test_ctrl_c_while_it_is_copied_ends_the_copy(monkeypatch):
         return pid
 
     def enter():
-        with Beside(lambda: itertools.repeat(time.sleep(600))):
+        with ForkedWorker(lambda: itertools.repeat(time.sleep(600))):
             raise AssertionError("it was not raised")
 
     monkeypatch.setattr(os, "fork", interrupted)
@@ -169,7 +169,7 @@ def test_ctrl_c_while_it_is_copied_ends_the_copy(monkeypatch):
 
 
 def test_an_answer_that_was_cut_short_is_the_last():
-    with Beside(lambda: ["one", "two"]) as beside:
+    with ForkedWorker(lambda: ["one", "two"]) as beside:
         assert beside._receiver.poll(PATIENCE)
         receive = beside._receiver.recv
         beside._receiver.recv = lambda: signal.raise_signal(signal.SIGINT)
@@ -240,7 +240,7 @@ def told(comparison):
 def test_a_comparison_is_complete_and_each_plan_told_once(profile, budgets, compared, monkeypatch):
     pids, planned, done = [], [], []
 
-    class Seen(Beside):
+    class Seen(ForkedWorker):
         def __enter__(self):
             entered = super().__enter__()
             pids.append(self._process.pid)
@@ -276,7 +276,7 @@ def test_a_comparison_without_another_process(profile, budgets, compared, monkey
     def work():
         results.append(compare(profile, budgets, ["solver", "mebp"], planned=planned.append))
 
-    class Killed(Beside):
+    class Killed(ForkedWorker):
         def arrived(self, patience=0.0):
             first = itertools.islice(super().arrived(None), int(alone != "killed at once"))
             yield from () if not self._process.is_alive() else first
@@ -317,7 +317,7 @@ def test_an_interrupted_comparison_keeps_what_the_other_process_sent(profile, bu
     """All of it, though a pipe holds no more than one of its plans."""
     beside = []
 
-    class Seen(Beside):
+    class Seen(ForkedWorker):
         def __enter__(self):
             beside.append(self)
             return super().__enter__()
@@ -358,7 +358,7 @@ def test_an_interrupted_comparison_waits_for_nothing_that_the_other_process_goes
     """Each of its plans comes before the patience with the one before is over."""
     beside, planned = [], []
 
-    class Seen(Beside):
+    class Seen(ForkedWorker):
         def __enter__(self):
             beside.append(self)
             return super().__enter__()

@@ -12,7 +12,7 @@ from tiny_plans import CONFIG, decoder_profile, naive_plan
 
 from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.training.job import Job
-from tightfit.runtime.engine.training.job_tables import SEPARATOR, Place, Trainable, Trainables, Weight, Weights
+from tightfit.runtime.engine.training.job_tables import SEPARATOR, Place, StoredWeight, Trainable, Trainables, Weights
 from tightfit.runtime.session.job_compiler import compile_job
 
 LAYERS = (6, 30)
@@ -23,7 +23,10 @@ def test_weights_are_told_one_at_a_time():
     said = {"names": SEPARATOR.join(("a", "b c")), "dtypes": ["bfloat16", "float32"], "shapes": [[3, 4], [5]]}
     weights = Weights(said, array("q", [0, 1, 40, -1, 4096, 1, 0, 50, 64, -1]))
     assert len(weights) == 2
-    assert list(weights) == [Weight("a", "bfloat16", (5,), 40, -1, 4096), Weight("b c", "float32", (3, 4), 50, 64, -1)]
+    assert list(weights) == [
+        StoredWeight("a", "bfloat16", (5,), 40, -1, 4096),
+        StoredWeight("b c", "float32", (3, 4), 50, 64, -1),
+    ]
     assert weights[1].packed_bytes == 50
 
 

@@ -9,7 +9,7 @@ from tightfit.profiles.devices.estimate import PRODUCTS
 from tightfit.runtime.engine.cpu import products
 from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.device.channels import Channel
-from tightfit.runtime.engine.start.kernel_warmup import warm
+from tightfit.runtime.engine.start.kernel_warmup import warm_up
 
 GATHERING = {"tightfit.embed_rows", "tightfit.head_rows"}
 """they read rows and copy them"""
@@ -31,7 +31,7 @@ def test_every_fused_operator_is_warmed_but_products_only_where_they_leave_nothi
         monkeypatch.setitem(OPERATORS, name, recording(name, call))
     monkeypatch.setattr(products, "NARROW", narrow)
     channel = Channel()
-    warm(channel, 64, (torch.bfloat16,))
+    warm_up(channel, 64, (torch.bfloat16,))
     channel.close()
     left_out = {name for name in OPERATORS if name.startswith(PRODUCTS)} if narrow else set()
     assert {name for name, _ in ran} == OPERATORS.keys() - GATHERING - {"tightfit.copy"} - left_out

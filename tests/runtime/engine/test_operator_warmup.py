@@ -19,7 +19,7 @@ from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.start import process
 from tightfit.runtime.engine.training.executor import bind
 from tightfit.runtime.engine.training.job import operators_run, program_header
-from tightfit.runtime.engine.training.operator_warmup import rehearse
+from tightfit.runtime.engine.training.operator_warmup import warm_up_operators
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_every_operator_of_the_schedules_runs_once_on_zeros(profile, prepared):
             call(outputs),
         )
     arena.release()
-    rehearse(operators, arena)
+    warm_up_operators(operators, arena)
     gathering = [operator for operator in operators if operator.gathers]
     assert gathering
     assert counted == {id(operator): 1 for operator in operators if not operator.gathers}
@@ -96,7 +96,7 @@ def test_an_operator_that_the_arena_has_no_room_for_is_left_to_its_step(profile)
         for operator in bind(program_header(program.model_dump()), Cpu(64, Meter(1 << 60)), None)
     ]
     counted = calls(operators)
-    rehearse(operators, Cpu(0, Meter(1 << 60)))
+    warm_up_operators(operators, Cpu(0, Meter(1 << 60)))
     assert not counted
 
 
@@ -107,7 +107,7 @@ def test_an_operator_that_cannot_run_is_told():
     arena = Cpu(1 << 12, Meter(1 << 60))
     operators = bind(program_header({"values": [value], "operators": [operator]}), arena, None)
     with pytest.raises(InputError, match=r"operator aten\.mm\.default is not supported \(mat1 and mat2 shapes"):
-        rehearse(operators, arena)
+        warm_up_operators(operators, arena)
 
 
 def test_buffers_lie_apart_for_as_long_as_is_said():

@@ -13,7 +13,7 @@ import pytest
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.units import MIB
 from tightfit.runtime.supervision import progress
-from tightfit.runtime.supervision.progress import Training
+from tightfit.runtime.supervision.progress import TrainingProgress
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def clock(monkeypatch):
 
 def test_training_lines_hold_what_a_person_wants_to_know(clock):
     file = io.StringIO()
-    with Training(steps=3, tokens_per_step=1024, budget=350 * MIB, other_bytes=8 * MIB, file=file) as training:
+    with TrainingProgress(steps=3, tokens_per_step=1024, budget=350 * MIB, other_bytes=8 * MIB, file=file) as training:
         training.stage("evaluating before", 0, 25)
         training(1, 0.7, 2.0, 300 * MIB, 301 * MIB, 40)
         training(3, 0.51234, 2.0, 330 * MIB, 331 * MIB, 40)
@@ -37,7 +37,7 @@ def test_training_lines_hold_what_a_person_wants_to_know(clock):
 
 def test_a_long_evaluation_is_heard_of_every_ten_seconds(clock):
     file = io.StringIO()
-    with Training(steps=3, tokens_per_step=1024, budget=MIB, file=file) as training:
+    with TrainingProgress(steps=3, tokens_per_step=1024, budget=MIB, file=file) as training:
         for done in range(40):
             training.stage("evaluating before", done, 40)
     said = file.getvalue().splitlines()
@@ -49,7 +49,7 @@ def test_a_long_evaluation_is_heard_of_every_ten_seconds(clock):
 
 def test_a_module_has_seconds_instead_of_tokens():
     file = io.StringIO()
-    with Training(steps=120, tokens_per_step=None, budget=350 * MIB, file=file) as training:
+    with TrainingProgress(steps=120, tokens_per_step=None, budget=350 * MIB, file=file) as training:
         training(120, 0.5, 1.5, MIB, MIB)
     assert file.getvalue().startswith("step 120/120: loss 0.5000, 1.500 s per step, 0:00 left")
     assert training.stepped
@@ -57,7 +57,7 @@ def test_a_module_has_seconds_instead_of_tokens():
 
 def test_time_left_counts_the_steps_to_come():
     file = io.StringIO()
-    with Training(steps=121, tokens_per_step=100, budget=MIB, file=file) as training:
+    with TrainingProgress(steps=121, tokens_per_step=100, budget=MIB, file=file) as training:
         training._said -= 100
         training(1, 1.0, 1.0, 1, 1)
     assert ", 2:00 left," in file.getvalue()
@@ -67,7 +67,7 @@ def test_a_terminal_gets_one_line_that_is_wiped_in_the_end():
     parent, child = pty.openpty()
     with (
         os.fdopen(child, "w") as file,
-        Training(steps=2, tokens_per_step=64, budget=350 * MIB, file=file) as training,
+        TrainingProgress(steps=2, tokens_per_step=64, budget=350 * MIB, file=file) as training,
     ):
         training.stage("evaluating before", 1, 2)
         training(1, 0.7, 1.0, 300 * MIB, 301 * MIB, 16)
@@ -86,7 +86,7 @@ def test_a_terminal_gets_one_line_that_is_wiped_in_the_end():
 def test_a_pipe_that_nobody_reads_ends_the_run_with_words():
     read, write = os.pipe()
     os.close(read)
-    with os.fdopen(write, "w") as file, Training(steps=2, tokens_per_step=64, budget=1, file=file) as training:
+    with os.fdopen(write, "w") as file, TrainingProgress(steps=2, tokens_per_step=64, budget=1, file=file) as training:
         with pytest.raises(RunError, match="what read stderr has ended"):
             training(2, 0.7, 1.0, 1, 1)
         training(2, 0.7, 1.0, 1, 1)  # further words go nowhere

@@ -16,7 +16,7 @@ from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import CapError, InputError, RunError, TightfitError
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.session.settings import order_of, planned_figures
-from tightfit.runtime.supervision.training_process import LeanProcess, Order
+from tightfit.runtime.supervision.training_process import RunOrder, TrainingProcess
 
 MIB = 1 << 20
 
@@ -28,7 +28,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 def ended(
     plan: Plan, directory: Path, told: list[bytes], code: int, words: bytes = b"", group: Any = None
-) -> LeanProcess:
+) -> TrainingProcess:
     """One that wrote `told` piece by piece, said `words` and ended with `code`."""
     read, write = os.pipe()
     for piece in told:
@@ -37,15 +37,15 @@ def ended(
     process: Any = SimpleNamespace(wait=lambda: code)
     file = io.BytesIO()
     file.write(words)  # and stands at its end, as of the process that wrote it
-    order = Order(directory=str(directory), lock=0, environment={}, planned=planned_figures(plan), cgroup=True)
-    return LeanProcess(order, group, process, read, file)
+    order = RunOrder(directory=str(directory), lock=0, environment={}, planned=planned_figures(plan), cgroup=True)
+    return TrainingProcess(order, group, process, read, file)
 
 
 def cgroup(kills: int, peak: int) -> Any:
     return SimpleNamespace(oom_kills=lambda: kills, peak_bytes=lambda: peak)
 
 
-def error(child: LeanProcess) -> TightfitError:
+def error(child: TrainingProcess) -> TightfitError:
     with pytest.raises(TightfitError) as caught:
         child.end()
     os.close(child._read)
@@ -133,7 +133,9 @@ def test_a_start_is_as_light_as_the_plan_counts_on(
 def test_the_training_process_has_what_its_supervisor_leaves_of_the_budget(plan: Plan, tmp_path: Path) -> None:
     floor = plan.device.floor.model_copy(update={"supervisor_bytes": 12 * MIB})
     told = plan.model_copy(update={"device": plan.device.model_copy(update={"floor": floor})})
-    order = Order(directory=str(tmp_path), lock=3, environment={"A": "b"}, planned=planned_figures(told), cgroup=True)
+    order = RunOrder(
+        directory=str(tmp_path), lock=3, environment={"A": "b"}, planned=planned_figures(told), cgroup=True
+    )
     assert order.cap_bytes == plan.budget_bytes - 12 * MIB
     order.write(str(tmp_path / "order"))
-    assert Order.read(str(tmp_path / "order")) == order
+    assert RunOrder.read(str(tmp_path / "order")) == order
