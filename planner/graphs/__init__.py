@@ -2,26 +2,26 @@
 
 | file | concept |
 |---|---|
-| dag | the graph as arrays |
-| schedule | a schedule as its re-runs; lifetimes, peak, seconds |
-| actions | a schedule in full: runs, frees, moves; its seconds and instructions |
-| replay | the simulator's half for plans without an arena: bytes that are live |
-| rules | fixed rules: keep-all, checkpoint-layers, checkpoint-sqrt |
-| cp_sat | CP-SAT on one thread, ended by Ctrl-C |
-| exact | CP-SAT over all schedules of the class, for small graphs |
-| exact_moves | the same with moves to a disk, and time counted with the memory |
-| chains | dynamic programming over checkpoints, for chains |
-| memory | bytes at every run, updated as runs come and go |
-| found | what searches found, and whether the clock had a hand in it |
-| search | greedy eviction, then ruin and recreate, for graphs of any size |
-| stretch | a part of a schedule, or all, solved anew in whole numbers with memory at every run |
-| neighbourhoods | few places for re-runs, then stretch after stretch; the smallest peak |
-| windows, moments, climb | linear programs that no schedule undercuts, with what each answer shows to be missing |
-| whole | the same in whole numbers |
-| counted | programs of choices handed to CP-SAT: those of `whole` and `stretch` |
-| bound | both bounds of a plan: for its class, and for any schedule |
-| limit | the time that building and solving one program may take |
-| answer | a schedule written down as a plan |
+| problem/dag | the graph as arrays |
+| problem/schedule | a schedule as its re-runs; lifetimes, peak, seconds |
+| problem/actions | a schedule in full: runs, frees, moves; its seconds and instructions |
+| problem/live_bytes | bytes at every run, updated as re-runs come and go |
+| problem/limit | the time that building and solving one program may take |
+| bounds/lp_bound | a linear program over a few moments, which no schedule undercuts |
+| bounds/cut_generation | such programs one after the other, each with the moments and paths that the one before lacked |
+| bounds/milp_bound | the same in whole numbers |
+| bounds/cp_sat_model | programs of 0/1 choices handed to CP-SAT |
+| bounds/bound | both bounds of a plan: for its class, and for any schedule |
+| search/baselines | fixed rules: keep-all, checkpoint-layers, checkpoint-sqrt |
+| search/chain_dp | dynamic programming over checkpoints, for chains |
+| search/belady | one sweep over the graph that evicts what is read farthest ahead |
+| search/eviction_search | greedy eviction, then ruin and recreate, for graphs of any size |
+| search/subproblem | a stretch of a schedule, or all of it, solved anew in whole numbers |
+| search/large_neighbourhood | stretch after stretch solved anew; the smallest peak |
+| search/exact | CP-SAT over all schedules of the class, for small graphs |
+| search/exact_moves | the same with moves to a disk, and time counted with the memory |
+| incumbents | the schedules found so far, and whether the clock had a hand in them |
+| plan_result | a schedule written down as a plan |
 | planner | budgets in, plans out |
 
 The class of schedules: operators first run in the graph's order; before each first run, and after the last, any earlier operators may

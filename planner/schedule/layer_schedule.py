@@ -1,7 +1,7 @@
 """The decisions for one layer carried out: its forward, backward and evaluate windows as instructions in local names.
 
 Everything happens as late as it can (reads, fetches, recomputation) and ends as early as it can (frees). `measure`
-counts the bytes that each window holds and the time it takes; `overlap` later moves transfers into free memory.
+counts the bytes that each window holds and the time it takes; `prefetch` later moves transfers into free memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Decisions carried out over the whole step: the layers' windows joined, names made global, sizes and seconds attached.
 
-The result is a list of `Entry` per phase, still without arena offsets. Transfers stand where they are needed; `overlap`
+The result is a list of `Entry` per phase, still without arena offsets. Transfers stand where they are needed; `prefetch`
 moves them ahead, `arena` gives everything a place, `instructions` writes the schedule.
 """
 

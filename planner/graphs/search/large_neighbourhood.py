@@ -1,4 +1,4 @@
-"""Large-neighbourhood search: stretch after stretch of a schedule is solved anew (`stretch`) and kept where that is better.
+"""Large-neighbourhood search: stretch after stretch of a schedule is solved anew (`subproblem`) and kept where that is better.
 
 First the whole schedule with few places for re-runs: just before an operator whatever it reads may run again, and what that
 reads, and so on to a depth that grows. Then stretches, of many stages with such chains or of few with whatever is near, with as many
