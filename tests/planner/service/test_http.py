@@ -20,8 +20,8 @@ from synthetic import decoder_like, small_chain
 from tightfit.planner.plan import plan as solve_here
 from tightfit.planner.plan import planner_of
 from tightfit.planner.report.explanation import account
-from tightfit.planner.report.marginal_value import STEP_BYTES, explained
 from tightfit.planner.schema import Plan
+from tightfit.planner.search_options import NEIGHBOUR_BYTES, explained
 from tightfit.planner.service.client import Client, connect
 from tightfit.planner.service.jobs.migrations import LATEST
 from tightfit.planner.service.jobs.view import plan_view
@@ -442,7 +442,7 @@ def test_a_plan_of_the_service_tells_what_the_command_line_tells(served, profile
     assert there.peak_bytes == here.peak_bytes
     planner = planner_of(profile)
     assert told == explained(planner, planner.plan(minimum + 20480), time_limit=30.0, left=30.0)
-    assert [worth.change_bytes for worth in told.neighbours] == [-STEP_BYTES, STEP_BYTES]
+    assert [worth.change_bytes for worth in told.neighbours] == [-NEIGHBOUR_BYTES, NEIGHBOUR_BYTES]
     view = served.http.get(f"/v1/plans/{there.fingerprint}/view").json()
     assert any("MiB more" in sentence for sentence in view["sentences"])
     assert view["peak"]["bytes"] == sum(part["bytes"] for part in view["peak"]["parts"]) == there.peak_bytes
