@@ -20,7 +20,9 @@ from typing import Annotated, Any
 import typer
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import tables
 
 from tightfit.planner.io import save_plan
 from tightfit.planner.model_planner import ModelPlanner
@@ -62,6 +64,7 @@ def main(
     curve: Annotated[bool, typer.Option(help="Also plan and run above the cap.")] = True,
     lengths: Annotated[bool, typer.Option(help="Also Qwen2.5-0.5B at 128 to 1024 tokens in the least memory.")] = True,
     out: Annotated[Path, typer.Option(help="Folder for the figures.")] = ROOT / "examples" / "out" / "headline",
+    write: Annotated[bool, typer.Option(help="Write the table to docs/benchmarks/headline.md.")] = False,
 ) -> None:
     """Measure every model and print one table."""
     out.mkdir(parents=True, exist_ok=True)
@@ -78,6 +81,8 @@ def main(
         (out / "headline.json").write_text(json.dumps(rows, indent=1) + "\n")
     show(rows)
     draw(rows, out / "headline.png")
+    if write:
+        write_tables(rows, seq)
 
 
 def planned(
@@ -222,6 +227,42 @@ def show(rows: list[Row]) -> None:
             _number(row.get("gap") if step else None, ".2%"),
         )
     Console(width=150).print(table)
+
+
+def write_tables(rows: list[Row], seq: int) -> None:
+    """The table as a page of docs/benchmarks/."""
+    references = {r["model"]: r["step_seconds"]["measured"] for r in rows if r["what"] == USUAL and "step_seconds" in r}
+    lines = []
+    for row in rows:
+        peak, step = row.get("peak_bytes", {}), row.get("step_seconds", {})
+        usual = references.get(row["model"]) if "note" not in row else None
+        lines.append(
+            [
+                row["model"],
+                row["what"] + row.get("note", ""),
+                _mib(row.get("budget_bytes")) if row.get("budget_bytes", 0) < UNLIMITED else "",
+                _mib(peak.get("predicted")),
+                _mib(peak.get("measured")),
+                _number(step.get("predicted"), ".2f"),
+                _number(step.get("measured"), ".2f"),
+                _number(step["measured"] / usual if step and usual else None, ".2f"),
+            ]
+        )
+    headings = [
+        "model",
+        "",
+        "cap, MiB",
+        "peak: predicted",
+        "measured",
+        "step, s: predicted",
+        "measured",
+        "to transformers + peft",
+    ]
+    notes = (
+        f"Published shapes with random 4-bit weights, LoRA rank 8 on all seven projections, 1 × {seq} tokens. Peaks are of all that a run"
+        " keeps alive (training process and supervisor); the kernel enforces the caps. The caps are what MeBP reports for a phone."
+    )
+    tables.write("headline", "Published models in the memory of a phone", notes, tables.markdown(headings, lines))
 
 
 def _mib(size: int | None) -> str:
