@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 import platform
 import sys
@@ -34,6 +34,6 @@ def write(name: str, title: str, notes: str, table: str, command: str | None = N
     words = command or " ".join(["python", f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     path = FOLDER / f"{name}.md"
     path.write_text(
-        f"# {title}\n\n{notes}\n\n`{words}`, {datetime.datetime.now(datetime.UTC).date().isoformat()}, {machine()}.\n\n{table}"
+        f"# {title}\n\n{notes}\n\n`{words}`, {dt.datetime.now(dt.UTC).date().isoformat()}, {machine()}.\n\n{table}"
     )
     return path
