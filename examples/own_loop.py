@@ -17,9 +17,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from examples.own_module import SAMPLES, images
-from tightfit.planner.plan import minimum_budget, plan
-from tightfit.profiles.api import profile
-from tightfit.runtime.session.session import Session
+from tightfit import Session, minimum_budget, plan, profile
 
 
 def train(out: Path, rate: float = 3e-3, patience: int = 3, enough: float = 0.02) -> tuple[Path, int, float]:

@@ -19,9 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tightfit.planner.plan import minimum_budget, plan
-from tightfit.profiles.api import profile
-from tightfit.runtime.session.launch import run
+from tightfit import minimum_budget, plan, profile, run
 
 SAMPLES, CLASSES, WORDS, LENGTH = 16, 4, 50, 12
 Batch = tuple[Tensor, Tensor]

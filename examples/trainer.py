@@ -19,9 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tightfit.planner.plan import minimum_budget, plan
-from tightfit.profiles.api import profile
-from tightfit.runtime.session.session import Session
+from tightfit import Session, minimum_budget, plan, profile
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
