@@ -107,31 +107,32 @@ class Replay:
         self._record(0)
         for index, instruction in enumerate(self.instructions):
             self.index = index
-            self._record(self._replay(instruction) or 0)
+            self._record(self._replay(instruction))
         self.index = len(self.instructions)
         self._finish()
 
-    def _replay(self, instruction: Instruction) -> int | None:
-        """Bytes of the heap that it takes while it runs, where it takes any."""
+    def _replay(self, instruction: Instruction) -> int:
+        """Bytes of the heap that it takes while it runs."""
         match instruction:
             case Run(layer, operator, at):
                 return self._run(layer, operator, at)
             case Free(tensor):
-                return self._free(tensor)
+                self._free(tensor)
             case Read(weight, at):
-                return self._read(weight, at)
+                self._read(weight, at)
             case Unpack(weight, at):
-                return self._unpack(weight, at)
+                self._unpack(weight, at)
             case Spill(tensor):
-                return self._spill(tensor)
+                self._spill(tensor)
             case Fetch(tensor, at):
-                return self._fetch(tensor, at)
+                self._fetch(tensor, at)
             case Update(trainable):
                 return self._update(trainable)
             case Perturb(trainable, times):
                 return self._perturb(trainable, times)
             case Pass(above, below):
-                return self._pass(above, below)
+                self._pass(above, below)
+        return 0
 
     def _finish(self) -> None:
         end = max([self.now, self.disk])

@@ -13,6 +13,7 @@ from typing import Any
 
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import sync_directory, write_all
+from tightfit.runtime.common.run_folder import way_on
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start.kernel_warmup import settle, tidy
@@ -275,7 +276,7 @@ class Metrics:
             raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> RunError:
-        way = checkpoint.way_on(os.path.dirname(self._path))
+        way = way_on(os.path.dirname(self._path))
         return RunError(f"writing {self._path} failed: {error.strerror}; free disk space and {way}")
 
 
