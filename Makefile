@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format clean bench-headline bench-service bench-planner bench-proof bench-convergence
+.PHONY: demo test lint format docs clean bench-headline bench-service bench-planner bench-proof bench-convergence
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -46,6 +46,10 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# docs/files.md: a line for every file, out of its docstring.
+docs: $(VENV)/.installed
+	$(BIN)/python tests/whole/test_docs.py
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tightfit needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
@@ -64,4 +68,4 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/.torch
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache examples/out
+	rm -rf $(VENV) build *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache examples/out

@@ -1,0 +1,60 @@
+"""docs/files.md has a line for every file, which is the first of its docstring; links in the documentation lead somewhere.
+
+``python tests/whole/test_docs.py`` (``make docs``) writes the page anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("profiles", "planner", "runtime")
+PAGE = ROOT / "docs" / "files.md"
+
+
+def first_sentence(path):
+    """The first paragraph of a file's docstring, on one line."""
+    doc = ast.get_docstring(ast.parse(path.read_text()), clean=True) or ""
+    return " ".join(doc.split("\n\n")[0].split())
+
+
+def page():
+    lines = [
+        "# Every file, one line",
+        "",
+        "The first lines of the docstrings, written by `make docs`. [architecture.md](architecture.md) has the rooms' order.",
+    ]
+    for top in FOLDERS:
+        for folder in sorted(path.parent for path in (ROOT / top).rglob("__init__.py")):
+            lines += ["", f"## {folder.relative_to(ROOT).as_posix()}/", "", first_sentence(folder / "__init__.py"), ""]
+            files = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+            if files:
+                lines += ["| file | what it is |", "|---|---|"]
+                lines += [f"| `{path.name}` | {first_sentence(path).replace('|', chr(92) + '|')} |" for path in files]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_of_files_is_what_the_files_say():
+    assert PAGE.read_text() == page(), "run `make docs`"
+
+
+def test_every_file_says_what_it_is():
+    silent = [path for top in FOLDERS for path in (ROOT / top).rglob("*.py") if not first_sentence(path)]
+    assert not silent
+
+
+def test_links_lead_somewhere():
+    broken = []
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
+            if not link.startswith(("http:", "https:")) and not (path.parent / link).exists():
+                broken.append(f"{path.relative_to(ROOT)}: {link}")
+    assert not broken
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    sys.stdout.write(f"{PAGE}\n")
