@@ -8,11 +8,9 @@ decide at run time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
-
-from tightfit.runtime.common.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +95,15 @@ class Pass:
 Instruction = Read | Unpack | Run | Free | Spill | Fetch | Update | Perturb | Pass
 TYPES: tuple[type[Instruction], ...] = (Read, Unpack, Run, Free, Spill, Fetch, Update, Perturb, Pass)
 BY_VERB: dict[str, type[Instruction]] = {kind.verb: kind for kind in TYPES}
-_TEXTS = {kind.verb: tuple(field.type == "str" for field in fields(kind)) for kind in TYPES}
-"""verb -> of each field, whether it is a name; the others are whole numbers, or the outputs of a run"""
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda operand: isinstance(operand, str),
+    "int": lambda operand: type(operand) is int,
+    "tuple[int | None, ...]": lambda operand: (
+        isinstance(operand, tuple) and all(at is None or type(at) is int for at in operand)
+    ),
+}
+"""by the type of a field: whether an operand of an array is of it"""
+_OPERANDS = {kind.verb: tuple(_CHECKS[str(field.type)] for field in fields(kind)) for kind in TYPES}
 
 
 def to_json(instruction: Instruction) -> list[Any]:
@@ -109,24 +114,14 @@ def to_json(instruction: Instruction) -> list[Any]:
 
 
 def from_json(array: Sequence[Any]) -> Instruction:
-    """The instruction that an array of a plan file says. Raises InputError where it says none."""
+    """The instruction that an array of a plan file says. Raises ValueError where it says none."""
     kind = BY_VERB.get(array[0]) if array and isinstance(array[0], str) else None
     if kind is None:
-        raise InputError(f"{array!r} is no instruction; the plan is damaged or of another version, plan again")
-    operands, texts = array[1:], _TEXTS[kind.verb]
-    if kind is Run and len(operands) == len(texts) and isinstance(operands[2], list | tuple):
-        operands = (*operands[:2], tuple(operands[2]))
-    if len(operands) != len(texts) or not all(map(_fits, operands, texts)):
-        raise InputError(f"{array!r}: wrong operands; the plan is damaged or of another version, plan again")
+        raise ValueError(f"{array!r} is no instruction")
+    operands, checks = [tuple(one) if isinstance(one, list) else one for one in array[1:]], _OPERANDS[kind.verb]
+    if len(operands) != len(checks) or not all(check(one) for check, one in zip(checks, operands)):
+        raise ValueError(f"{array!r} has other operands than the instruction takes")
     return kind(*operands)
-
-
-def _fits(operand: Any, text: bool) -> bool:
-    if text:
-        return isinstance(operand, str)
-    if isinstance(operand, tuple):
-        return all(at is None or type(at) is int for at in operand)
-    return type(operand) is int
 
 
 def read_all(arrays: Iterable[Any]) -> list[Instruction]:

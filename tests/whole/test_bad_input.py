@@ -267,7 +267,7 @@ def without(key):
 
 
 MODELS = {
-    "unknown architecture": ({**CONFIG, "model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, "),
+    "unknown architecture": ({**CONFIG, "model_type": "mamba"}, "model_type 'mamba' is not supported; supported: gemma3_text, llama, "),
     "no hidden_size": (without("hidden_size"), "config field 'hidden_size' must be a positive whole number, not None"),
     "no vocab_size": (without("vocab_size"), "config field 'vocab_size' must be a positive whole number, not None"),
     "negative layers": ({**CONFIG, "num_hidden_layers": -2}, "config field 'num_hidden_layers' must be a positive whole number, not -2"),

@@ -392,7 +392,7 @@ def test_ctrl_c_while_profiling(work, tmp_path, stage):
     assert not (tmp_path / "p.json").exists()
     whole = (
         "cache/stores/model-",
-        "cache/native/cold-",
+        "cache/native/page_out-",
         "cache/native/cuda-stubs-",
         "cache/native/unpack-",
     )  # what serves the next call

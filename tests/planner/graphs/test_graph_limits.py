@@ -86,7 +86,7 @@ def test_a_stretch_that_the_clock_ended_is_told(monkeypatch, end):
         def solve(self):
             return Solved(reruns=None, ended=False)
 
-    monkeypatch.setattr(large_neighbourhood, "Stretch", Ended)
+    monkeypatch.setattr(large_neighbourhood, "Subproblem", Ended)
     dag = dag_of(graph_profile(layered(24)))
     near = LargeNeighbourhood(dag, int(0.7 * peak_bytes(dag, ())))
     near.deepened(frozenset(), deadline=float("inf"))
@@ -132,7 +132,7 @@ def test_past_its_limit_nothing_is_begun(monkeypatch):
     profile = graph_profile(layered(40))
     planner = GraphPlanner(profile)
     asked = []
-    for name in ("ClassBound", "Neighbourhoods"):
+    for name in ("ClassBound", "LargeNeighbourhood"):
         whole = getattr(graph_planner, name)
         monkeypatch.setattr(
             graph_planner, name, lambda *given, name=name, whole=whole: asked.append(name) or whole(*given)
@@ -182,7 +182,7 @@ def test_a_small_limit_asks_nobody_for_more(monkeypatch, share, what):
     """The seconds that solvers are given in one call, added up; and of searches, the most that one is."""
     profile, limit, granted = graph_profile(layered(60)), 0.4, []
     planner, top = GraphPlanner(profile), peak_bytes(dag_of(profile), ())
-    solve = lp.solve_quietly
+    solve = lp.solve_silently
 
     class Granted(EvictionSearch):
         def __init__(self, *args, **options):
@@ -192,10 +192,10 @@ def test_a_small_limit_asks_nobody_for_more(monkeypatch, share, what):
     watch = Stopwatch(monkeypatch)
     monkeypatch.setattr(
         lp,
-        "solve_quietly",
+        "solve_silently",
         lambda model, seconds, *rest: watch.spend(seconds, lambda: solve(model, seconds, *rest)),
     )
-    monkeypatch.setattr(graph_planner, "Search", Granted)
+    monkeypatch.setattr(graph_planner, "EvictionSearch", Granted)
     if what == "plan":
         planner.plan(int(share * top), time_limit=limit)
     else:

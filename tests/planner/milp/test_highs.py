@@ -119,7 +119,7 @@ def solve(*_, **__):
 interrupted, before = threading.Event(), sys.stdout
 highs.mathopt.solve = solve
 try:
-    highs.solve_quietly(highs.mathopt.Model())
+    highs.solve_silently(highs.mathopt.Model())
 except KeyboardInterrupt:
     print("interrupted", end=" ")
 interrupted.set()

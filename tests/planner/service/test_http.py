@@ -20,8 +20,9 @@ from synthetic import decoder_like, small_chain
 from tightfit.planner.plan import plan as solve_here
 from tightfit.planner.plan import planner_of
 from tightfit.planner.report.explanation import account
+from tightfit.planner.report.marginal_value import explained
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import NEIGHBOUR_BYTES, explained
+from tightfit.planner.search_options import NEIGHBOUR_BYTES
 from tightfit.planner.service.client import Client, connect
 from tightfit.planner.service.jobs.migrations import LATEST
 from tightfit.planner.service.jobs.view import plan_view

@@ -118,7 +118,7 @@ def test_a_search_that_finds_nothing_good_gives_at_least_the_best_rule_in_its_ti
 
     planner = ModelPlanner(profile)
     monkeypatch.setattr(time, "monotonic", lambda: clock)
-    monkeypatch.setattr(budget_search, "carry_out", carried)
+    monkeypatch.setattr(budget_search, "realize", carried)
     monkeypatch.setattr(Solver, "_in_the_class", slow)
     made = planner.plan(budget, time_limit=limit)
     assert made.step_seconds <= min(fitting)

@@ -241,7 +241,7 @@ def test_where_transfers_need_more_a_little_less_is_held(decoder, monkeypatch):
         search, "_whole", lambda *given: asked.append(given) or ((1.0, ()) if len(asked) == 2 else None)
     )
     monkeypatch.setattr(
-        column_generation, "Windows", lambda spare, *rest: spared.append(spare) or WindowBytes(spare, *rest)
+        column_generation, "WindowBytes", lambda spare, *rest: spared.append(spare) or WindowBytes(spare, *rest)
     )
     assert search._fitted(search.limit_bytes, relaxed) == (1.0, ())
     assert len(asked) == 2

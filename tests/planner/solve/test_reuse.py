@@ -136,9 +136,9 @@ def test_nothing_is_carried_out_twice(decoder, monkeypatch):
     columns = rule_columns(decoder.problem, POLICIES["mebp"])
     room = decoder.solver.room(decoder.plan(1 << 45, policy="mebp").peak_bytes)
     carried = []
-    real = budget_search.carry_out
+    real = budget_search.realize
     monkeypatch.setattr(
-        budget_search, "carry_out", lambda *given, **named: carried.append(given[2]) or real(*given, **named)
+        budget_search, "realize", lambda *given, **named: carried.append(given[2]) or real(*given, **named)
     )
     one = budget_search.BudgetSearch(problem=decoder.problem, limit=room, started=0.0, deadline=time.monotonic() + 600)
     first, _ = one.carry(columns)
@@ -319,7 +319,7 @@ def crowded(decoder, monkeypatch):
         monkeypatch.setattr("tightfit.planner.schedule.realize.placed_items", placed)
         monkeypatch.setattr("tightfit.planner.schedule.realize.best_order", order)
         monkeypatch.setattr(
-            "tightfit.planner.schedule.realize.overlap_in_place",
+            "tightfit.planner.schedule.realize.prefetch_in_place",
             lambda *_: (draft.train, arena_of(still, height, len(draft.train))),
         )
         return realize(problem, columns, room)[0], orders, limits

@@ -215,7 +215,7 @@ def test_gguf_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
             LLAMA | {"model_type": "mamba"},
             weights,
             {},
-            "GGUF architecture 'mamba' is not supported; supported: llama, qwen2, qwen3, gemma3",
+            "GGUF architecture 'mamba' is not supported; supported: gemma3, llama, qwen2, qwen3",
         ),
         (LLAMA, weights, {"leave_out": ("block_count",)}, "GGUF metadata lacks llama.block_count"),
         (

@@ -18,7 +18,7 @@ from sample_plans import infeasible_plan, sample_plan, sample_plans
 from tightfit.runtime.cli import answers, main
 from tightfit.runtime.common.errors import CapError, InfeasibleError, InputError, RunError
 from tightfit.runtime.common.units import MIB
-from tightfit.runtime.supervision import printing
+from tightfit.runtime.supervision import printing, report_text
 
 FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
 
@@ -39,11 +39,11 @@ def tightfit(capfd):
 @pytest.fixture
 def planned(monkeypatch):
     """Let `plan` load any profile and answer with a given plan; the solver itself has its own tests."""
-    import tightfit.planner.plan
-    import tightfit.profiles.api
+    from tightfit.planner import plan as planner_plan
+    from tightfit.profiles import api as profiles_api
 
     def answer(plan, smallest=None):
-        class ModelPlanner:
+        class Planner:
             interrupted = False
 
             def __init__(self, profile):
@@ -53,14 +53,17 @@ def planned(monkeypatch):
                 answer.asked = options
                 return plan
 
+            def neighbour_bytes(self, budget):
+                return 50 * MIB
+
             def smallest_plan(self, **options):
                 return sample_plan(peak=plan.minimum_budget_bytes if smallest is None else smallest)
 
             def bound(self, budget, **options):
                 return plan.bound_seconds - (budget - plan.budget_bytes) / MIB / 1000
 
-        monkeypatch.setattr(tightfit.profiles.api, "load_profile", lambda path: None)
-        monkeypatch.setattr(tightfit.planner.plan, "planner_of", ModelPlanner)
+        monkeypatch.setattr(profiles_api, "load_profile", lambda path: None)
+        monkeypatch.setattr(planner_plan, "planner_of", Planner)
 
     return answer
 
@@ -183,7 +186,7 @@ def test_paths_are_printed_as_they_are(tightfit, planned, tmp_path):
 
 
 def test_facts_are_printed_as_they_are(capsys):
-    printing.answer({}, answers._facts_table([("adapter", "out [b]/a[/x] :bug:")]), as_json=False)
+    printing.answer({}, report_text.facts_table([("adapter", "out [b]/a[/x] :bug:")]), as_json=False)
     assert "out [b]/a[/x] :bug:" in capsys.readouterr().out
 
 
@@ -245,12 +248,12 @@ def test_a_smallest_budget_that_was_lowered_since_is_one_figure(tightfit, planne
     ],
 )
 def test_every_error_has_its_exit_code(tightfit, monkeypatch, error, code):
-    import tightfit.profiles.api
+    from tightfit.profiles import api as profiles_api
 
     def fail(path):
         raise error
 
-    monkeypatch.setattr(tightfit.profiles.api, "load_profile", fail)
+    monkeypatch.setattr(profiles_api, "load_profile", fail)
     assert tightfit("plan", "p.json", "--memory", "1GB") == (code, "", f"tightfit: {error}\n")
     found, out, err = tightfit("plan", "p.json", "--memory", "1GB", "--json")
     told = json.loads(out)["error"]
@@ -260,12 +263,12 @@ def test_every_error_has_its_exit_code(tightfit, monkeypatch, error, code):
 
 
 def test_an_unexpected_error_is_a_line_unless_debugged(tightfit, monkeypatch):
-    import tightfit.profiles.api
+    from tightfit.profiles import api as profiles_api
 
     def fail(path):
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr(tightfit.profiles.api, "load_profile", fail)
+    monkeypatch.setattr(profiles_api, "load_profile", fail)
     code, out, err = tightfit("plan", "p.json", "--memory", "1GB")
     message = "internal error, ZeroDivisionError: by zero; run again with --debug for its traceback"
     assert (code, out, err) == (4, "", f"tightfit: {message}\n")
@@ -277,19 +280,19 @@ def test_an_unexpected_error_is_a_line_unless_debugged(tightfit, monkeypatch):
 
 
 def test_ctrl_c_outside_a_run(tightfit, monkeypatch):
-    import tightfit.profiles.api
+    from tightfit.profiles import api as profiles_api
 
     def interrupt(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tightfit.profiles.api, "load_profile", interrupt)
+    monkeypatch.setattr(profiles_api, "load_profile", interrupt)
     code, out, err = tightfit("plan", "p.json", "--memory", "1GB")
     assert (code, out, err.strip()) == (4, "", "tightfit: interrupted")
 
 
 def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
-    import tightfit.planner.report.compare
-    import tightfit.profiles.api
+    from tightfit.planner.report import compare as report_compare
+    from tightfit.profiles import api as profiles_api
 
     class Answer:
         plans = sample_plans()
@@ -301,8 +304,8 @@ def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
         asked.update(gap=options["gap"])
         return Answer
 
-    monkeypatch.setattr(tightfit.profiles.api, "load_profile", lambda path: None)
-    monkeypatch.setattr(tightfit.planner.report.compare, "compare", compare)
+    monkeypatch.setattr(profiles_api, "load_profile", lambda path: None)
+    monkeypatch.setattr(report_compare, "compare", compare)
     assert tightfit("compare", "p.json", "--memory", "1GB", "--device", "own,tpu9")[0] == 2
     page, picture = tmp_path / "c.html", tmp_path / "c.svg"
     code, out, _ = tightfit(
@@ -347,8 +350,8 @@ def test_a_pipe_has_no_width(capsys, monkeypatch):
 @pytest.fixture
 def compared(monkeypatch):
     """Let `compare` answer with the sample plans; how often it was asked."""
-    import tightfit.planner.report.compare
-    import tightfit.profiles.api
+    from tightfit.planner.report import compare as report_compare
+    from tightfit.profiles import api as profiles_api
 
     asked = []
 
@@ -356,8 +359,8 @@ def compared(monkeypatch):
         asked.append(words)
         return type("Answer", (), {"plans": sample_plans()})
 
-    monkeypatch.setattr(tightfit.profiles.api, "load_profile", lambda path: None)
-    monkeypatch.setattr(tightfit.planner.report.compare, "compare", compare)
+    monkeypatch.setattr(profiles_api, "load_profile", lambda path: None)
+    monkeypatch.setattr(report_compare, "compare", compare)
     return asked
 
 
@@ -377,14 +380,14 @@ def test_where_files_are_to_go_is_looked_at_before_planning(tightfit, compared, 
 
 
 def test_the_answer_is_told_where_files_cannot_be_written(tightfit, compared, planned, monkeypatch, tmp_path):
-    import tightfit.planner.io
-    import tightfit.runtime.common.files
+    from tightfit.planner import io as planner_io
+    from tightfit.runtime.common import files as common_files
 
     def full(path, content):
         raise RunError(f"{path}: the disk is full")
 
-    monkeypatch.setattr(tightfit.runtime.common.files, "write_whole", full)
-    monkeypatch.setattr(tightfit.planner.io, "write_whole", full)
+    monkeypatch.setattr(common_files, "write_whole", full)
+    monkeypatch.setattr(planner_io, "write_whole", full)
     page, path = tmp_path / "c.html", tmp_path / "plan.json"
     code, out, err = tightfit("compare", "p.json", "--memory", "1GB", "--html", page)
     assert (code, err) == (4, f"tightfit: {page}: the disk is full\n")
@@ -460,10 +463,10 @@ def test_known_devices(tightfit):
 def test_ctrl_c_while_solving_gives_the_best_plan(tightfit, planned, monkeypatch, tmp_path):
     import signal
 
-    import tightfit.planner.plan
+    from tightfit.planner import plan as planner_plan
 
     planned(sample_plan(status="feasible", gap=0.03))
-    fake = tightfit.planner.plan.planner_of
+    fake = planner_plan.planner_of
     whole = fake.plan
 
     def interrupted(self, budget, **options):
@@ -485,14 +488,14 @@ def test_ctrl_c_while_solving_gives_the_best_plan(tightfit, planned, monkeypatch
 
 @pytest.mark.parametrize("status", ["feasible", "infeasible"])
 def test_ctrl_c_after_the_answer_keeps_it(tightfit, planned, monkeypatch, tmp_path, status):
-    import tightfit.planner.report.marginal_value
+    from tightfit.planner.report import marginal_value
 
     def interrupted(*_, **__):
         signal.raise_signal(signal.SIGINT)
 
     planned(sample_plan(status="feasible") if status == "feasible" else infeasible_plan("solver"))
-    monkeypatch.setattr(tightfit.planner.report.marginal_value, "neighbours", interrupted)
-    monkeypatch.setattr(tightfit.planner.report.marginal_value, "explanation_of", interrupted)
+    monkeypatch.setattr(marginal_value, "neighbours", interrupted)
+    monkeypatch.setattr(marginal_value, "explanation_of", interrupted)
     code, out, _ = tightfit("plan", "profile.json", "--memory", "350MiB", "-o", tmp_path / "plan.json", "--json")
     told = json.loads(out)
     assert (code, told["status"], told["interrupted"]) == (0 if status == "feasible" else 3, status, True)

@@ -194,9 +194,9 @@ def test_only_daemons_may_be_there(daemon):
 
 def test_it_does_not_outlive_this_process():
     script = (
-        "import os, time\nfrom tightfit.runtime.common.forked_worker import Beside\n"
+        "import os, time\nfrom tightfit.runtime.common.forked_worker import ForkedWorker\n"
         "def answers():\n    yield os.getpid()\n    time.sleep(600)\n"
-        "with Beside(answers) as beside:\n    print(next(beside.arrived(patience=None)), flush=True)\n    time.sleep(600)\n"
+        "with ForkedWorker(answers) as beside:\n    print(next(beside.arrived(patience=None)), flush=True)\n    time.sleep(600)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
@@ -246,7 +246,7 @@ def test_a_comparison_is_complete_and_each_plan_told_once(profile, budgets, comp
             pids.append(self._process.pid)
             return entered
 
-    monkeypatch.setattr(tightfit.planner.report.compare, "Beside", Seen)
+    monkeypatch.setattr(tightfit.planner.report.compare, "ForkedWorker", Seen)
     again = compare(
         profile, budgets, ["solver", "mebp"], planned=planned.append, progress=lambda *state: done.append(state[1])
     )
@@ -284,12 +284,12 @@ def test_a_comparison_without_another_process(profile, budgets, compared, monkey
             self._process.join()
 
     if alone == "in a thread":
-        monkeypatch.setattr(tightfit.planner.report.compare, "Beside", None)
+        monkeypatch.setattr(tightfit.planner.report.compare, "ForkedWorker", None)
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
     else:
-        monkeypatch.setattr(tightfit.planner.report.compare, "Beside", Killed)
+        monkeypatch.setattr(tightfit.planner.report.compare, "ForkedWorker", Killed)
         work()
     (result,) = results
     assert len(planned) == len(result.plans) == 2 * len(budgets)
@@ -343,7 +343,7 @@ def test_an_interrupted_comparison_keeps_what_the_other_process_sent(profile, bu
     with tempfile.TemporaryDirectory() as folder:
         sent = Path(folder) / "sent"
         monkeypatch.setattr(tightfit.planner.report.compare._Table, "_cells", answers)
-        monkeypatch.setattr(tightfit.planner.report.compare, "Beside", Seen)
+        monkeypatch.setattr(tightfit.planner.report.compare, "ForkedWorker", Seen)
         monkeypatch.setattr(tightfit.planner.report.compare, "our_cores", lambda: 2)
         result = compare(profile, budgets, ["solver"], progress=interrupt)
         assert sent.exists()
@@ -381,7 +381,7 @@ def test_an_interrupted_comparison_waits_for_nothing_that_the_other_process_goes
 
     cells = tightfit.planner.report.compare._Table._cells
     monkeypatch.setattr(tightfit.planner.report.compare._Table, "_cells", answers)
-    monkeypatch.setattr(tightfit.planner.report.compare, "Beside", Seen)
+    monkeypatch.setattr(tightfit.planner.report.compare, "ForkedWorker", Seen)
     monkeypatch.setattr(tightfit.planner.report.compare, "our_cores", lambda: 2)
     result = compare(profile, budgets, ["solver"], progress=interrupt, planned=planned.append)
     assert (tmp_path / "sent").exists()

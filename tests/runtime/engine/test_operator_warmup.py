@@ -34,7 +34,7 @@ def prepared(profile, tmp_path, monkeypatch):
     records.close()
     given = []
     monkeypatch.setattr(
-        "tightfit.runtime.engine.training.trainer.rehearse",
+        "tightfit.runtime.engine.training.trainer.warm_up_operators",
         lambda operators, arena: given.extend((list(operators), arena)),
     )
     training = make_training(naive_plan(profile), str(records.path), tmp_path, lr=1e-2)
@@ -145,12 +145,12 @@ from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.training.executor import bind
 from tightfit.runtime.engine.start.process import trim_heap
 from tightfit.runtime.engine.device.resident import memory
-from tightfit.runtime.engine.training.operator_warmup import rehearse
-arena = Cpu(1 << 28, Meter(1 << 60))
-operators = [operator for program in json.load(sys.stdin) for operator in bind(program, arena, None)]
+from tightfit.runtime.engine.training.operator_warmup import warm_up_operators
+device = Cpu(1 << 28, Meter(1 << 60))
+operators = [operator for program in json.load(sys.stdin) for operator in bind(program, device, None)]
 held = []
 for _ in range(3):
-    rehearse(operators, arena)
+    warm_up_operators(operators, device)
     gc.collect()
     trim_heap()
     held.append(memory().anonymous)
