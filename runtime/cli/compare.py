@@ -10,6 +10,7 @@ import typer
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import Debug, Gap, Json, Server, TimeLimit, answering, at_least, service
 from tightfit.runtime.common.interrupts import Interrupts
+from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.common.units import parse_size
 
 
@@ -42,6 +43,7 @@ def compare(
     budgets = [parse_size(part) for part in memory.split(",")]
     policies = None if policy is None else [part.strip() for part in policy.split(",")]
     at_least(0, time_limit=time_limit, gap=gap)
+    enough_for_a_solver()
     from tightfit.planner.report.compare import compare as compare_plans
     from tightfit.profiles.api import load_profile
     from tightfit.profiles.devices.data_sheets import find_device

@@ -14,6 +14,7 @@ from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import Debug, Gap, Json, Server, TimeLimit, answering, at_least, service
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interrupts import Interrupts
+from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.common.units import parse_size
 from tightfit.runtime.supervision.printing import answer
 
@@ -55,6 +56,7 @@ def plan(
     """Find the fastest training step whose peak never exceeds the budget, and prove how near it is to the best."""
     budget = parse_size(memory)
     at_least(0, time_limit=time_limit, gap=gap)
+    enough_for_a_solver()
     from tightfit.planner.io import save_plan
     from tightfit.profiles.api import load_profile
     from tightfit.runtime.cli.terminal import Solving, messages

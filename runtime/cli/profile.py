@@ -10,6 +10,7 @@ import typer
 
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import Debug, Force, Json, at_least
+from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.supervision.printing import answer
 
 
@@ -62,6 +63,7 @@ def profile(
     at_least(
         1, seq=seq, batch=batch, lora_rank=lora_rank, accumulate=accumulate, threads=1 if threads is None else threads
     )
+    enough_for_a_solver()
     from tightfit.profiles.api import profile as measure
     from tightfit.profiles.api import save_profile
     from tightfit.runtime.cli.terminal import Stages, messages

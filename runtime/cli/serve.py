@@ -11,10 +11,8 @@ import typer
 from tightfit.runtime.cli.options import Debug, at_least, at_most, served
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.interpreter import command
-from tightfit.runtime.common.units import MIB, format_size, parse_size
-
-LEAST_SOLVE_BYTES = 256 * MIB
-"""of which a process that has loaded the planner and solved nothing yet takes 230"""
+from tightfit.runtime.common.limits import LEAST_BYTES
+from tightfit.runtime.common.units import format_size, parse_size
 
 
 def serve(
@@ -44,10 +42,8 @@ def serve(
     at_most((1 << 16) - 1, port=port)
     at_least(1, workers=workers)
     solve_bytes = parse_size(memory)
-    if solve_bytes < LEAST_SOLVE_BYTES:
-        raise InputError(
-            f"--memory {memory}: no plan is solved in less than {format_size(LEAST_SOLVE_BYTES)}; give as much"
-        )
+    if solve_bytes < LEAST_BYTES:
+        raise InputError(f"--memory {memory}: no plan is solved in less than {format_size(LEAST_BYTES)}; give as much")
     with served():
         from tightfit.planner.service.http.app import serve as answer
     from tightfit.planner.service.wire.settings import Settings

@@ -11,6 +11,8 @@ LIMITS = (
     (resource.RLIMIT_DATA, "data segment", "d", 256 * MIB),
 )
 """with what is hardly enough of each: on two cores a small decoder is planned in 900 and 230 MiB"""
+LEAST_BYTES = 256 * MIB
+"""of which a process that has loaded the planner and solved nothing yet takes 230"""
 SIGNS = ("allocate memory", "bad_alloc", "memoryerror", "memory could not be had", "failed to map", "start new thread")
 """of what Python, PyTorch, libraries and the loader say, lower case"""
 NEARLY = 0.9
@@ -23,6 +25,13 @@ def limited(*, hardly_enough: bool = False) -> str | None:
         if limit != resource.RLIM_INFINITY and (limit < least or not hardly_enough):
             return f"the {what} of this process is limited to {format_size(limit)} (ulimit -{letter} {limit >> 10})"
     return None
+
+
+def enough_for_a_solver() -> None:
+    """Raise MemoryError where the shell's limit is below what loading alone takes: libraries that find none may end the process."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < LEAST_BYTES:
+        raise MemoryError
 
 
 def way_out(words: str, *, unexpected: bool) -> str | None:
