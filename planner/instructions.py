@@ -118,7 +118,8 @@ def from_json(array: Sequence[Any]) -> Instruction:
     kind = BY_VERB.get(array[0]) if array and isinstance(array[0], str) else None
     if kind is None:
         raise ValueError(f"{array!r} is no instruction")
-    operands, checks = [tuple(one) if isinstance(one, list) else one for one in array[1:]], _OPERANDS[kind.verb]
+    operands: list[Any] = [tuple(one) if isinstance(one, list) else one for one in array[1:]]
+    checks = _OPERANDS[kind.verb]
     if len(operands) != len(checks) or not all(check(one) for check, one in zip(checks, operands)):
         raise ValueError(f"{array!r} has other operands than the instruction takes")
     return kind(*operands)
