@@ -20,12 +20,10 @@ from collections import Counter
 
 from tightfit.planner.milp.highs import MARGIN
 from tightfit.planner.milp.lp import INFINITY, Growing, Linear
+from tightfit.planner.problem.layer_figures import KIB, MS
 from tightfit.planner.problem.layer_types import ALWAYS, Layered, compute_seconds, transfer_seconds
 from tightfit.planner.problem.step_graph import StepGraph, state_count
 from tightfit.profiles.schema import Profile
-
-MS = 1e3
-KIB = 1024.0
 
 
 class AnyScheduleBound:

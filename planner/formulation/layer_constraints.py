@@ -11,11 +11,9 @@ from dataclasses import dataclass
 
 from tightfit.planner.formulation.layer_variables import LAST, MINOR, LayerVariables, Slot
 from tightfit.planner.milp.lp import Linear, Program
+from tightfit.planner.problem.layer_figures import KIB, MS, LayerFigures
 from tightfit.planner.problem.layer_types import LayerType, Weight, compute_seconds, transfer_seconds, weight_uses
 from tightfit.planner.schedule.layer_schedule import Decision, measure, state_names_of
-
-KIB = 1024.0
-MS = 1e3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,7 @@ class Use:
 
 
 class LayerProgram(LayerVariables):
-    """One layer inside `program`, with its figures (`FIELDS`): bytes at its windows' peaks and between them, seconds, instructions."""
+    """One layer inside `program`, with its figures: bytes at its windows' peaks and between them, seconds, instructions."""
 
     def __init__(self, program: Program, kind: LayerType) -> None:
         super().__init__(program, kind)
@@ -363,16 +361,17 @@ class LayerProgram(LayerVariables):
     def _seconds(self) -> None:
         """(9) Seconds of computation and disk in both windows, and (10) instructions, but for their constant."""
         kind = self.kind
-        self.forward_ms, self.reads_forward_ms, self.spills_forward_ms = Linear(), Linear(), Linear()
-        self.backward_ms, self.reads_backward_ms, self.fetches_backward_ms = Linear(), Linear(), Linear()
-        self.states_fetched_ms, self.states_spilled_ms = Linear(), Linear()
+        self.forward_seconds, self.reads_forward, self.spills_forward = Linear(), Linear(), Linear()
+        self.backward_seconds, self.reads_backward, self.fetches_backward = Linear(), Linear(), Linear()
+        self.states_fetched, self.states_spilled = Linear(), Linear()
+        self.arriving_forward, self.arriving_backward, self.leaving = Linear(), Linear(), Linear()
         count = Linear()
-        self.forward_ms.constant += MS * sum(op.seconds for op in kind.forward)
-        self.backward_ms.constant += MS * sum(op.seconds for op in kind.backward)
-        self.backward_ms.constant += MS * sum(update.seconds for update in kind.updates)
+        self.forward_seconds.constant += MS * sum(op.seconds for op in kind.forward)
+        self.backward_seconds.constant += MS * sum(op.seconds for op in kind.backward)
+        self.backward_seconds.constant += MS * sum(update.seconds for update in kind.updates)
         for k in kind.events:
             op = self.operations[k]
-            self.backward_ms.plus(self._all_again(k), MS * op.seconds)
+            self.backward_seconds.plus(self._all_again(k), MS * op.seconds)
             # (10) Of several outputs one at least is made anew and freed; the others may lie there already.
             count.plus(self._all_again(k), 2.0)
         read = weight_uses(kind.forward)
@@ -380,29 +379,29 @@ class LayerProgram(LayerVariables):
             if name in read:
                 unpacks = Linear(1.0).plus(self._in_mode(name, ahead="unpacked"), -1.0)
                 reads = self._in_mode(name, ahead="disk")
-                self.forward_ms.plus(unpacks, MS * weight.unpack_seconds)
-                self.forward_ms.plus(reads, MS * weight.read_compute_seconds)
-                self.reads_forward_ms.plus(reads, MS * weight.read_seconds)
+                self.forward_seconds.plus(unpacks, MS * weight.unpack_seconds)
+                self.arriving_forward.plus(reads, MS * weight.read_compute_seconds)
+                self.reads_forward.plus(reads, MS * weight.read_seconds)
                 count.plus(unpacks, 4.0).plus(reads, 4.0)
-            self.backward_ms.plus(self.unpacks[name], MS * weight.unpack_seconds)
-            self.backward_ms.plus(self.reads[name], MS * weight.read_compute_seconds)
-            self.reads_backward_ms.plus(self.reads[name], MS * weight.read_seconds)
+            self.backward_seconds.plus(self.unpacks[name], MS * weight.unpack_seconds)
+            self.arriving_backward.plus(self.reads[name], MS * weight.read_compute_seconds)
+            self.reads_backward.plus(self.reads[name], MS * weight.read_seconds)
             count.plus(self.unpacks[name], 2.0).plus(self.reads[name], 2.0)
         for value, variable in self.offload.items():
             size = kind.raw_bytes[value]
-            self.forward_ms.add(variable, MS * compute_seconds(kind.write, size))
-            self.backward_ms.add(variable, MS * compute_seconds(kind.read, size))
-            self.spills_forward_ms.add(variable, MS * transfer_seconds(kind.write, size))
-            self.fetches_backward_ms.add(variable, MS * transfer_seconds(kind.read, size))
+            self.leaving.add(variable, MS * compute_seconds(kind.write, size))
+            self.arriving_backward.add(variable, MS * compute_seconds(kind.read, size))
+            self.spills_forward.add(variable, MS * transfer_seconds(kind.write, size))
+            self.fetches_backward.add(variable, MS * transfer_seconds(kind.read, size))
             count.add(variable, 3.0)
         for update in kind.updates:
             if update.states:
                 away = self.away[MINOR if update.minor else update.trainable]
                 size = kind.raw_bytes[state_names_of(update)[0]]
-                both = compute_seconds(kind.read, size) + compute_seconds(kind.write, size)
-                self.backward_ms.add(away, MS * update.states * both)
-                self.states_fetched_ms.add(away, MS * update.states * transfer_seconds(kind.read, size))
-                self.states_spilled_ms.add(away, MS * update.states * transfer_seconds(kind.write, size))
+                self.arriving_backward.add(away, MS * update.states * compute_seconds(kind.read, size))
+                self.leaving.add(away, MS * update.states * compute_seconds(kind.write, size))
+                self.states_fetched.add(away, MS * update.states * transfer_seconds(kind.read, size))
+                self.states_spilled.add(away, MS * update.states * transfer_seconds(kind.write, size))
                 count.add(away, 3.0 * update.states)
         self.instructions = count
 
@@ -422,26 +421,11 @@ class LayerProgram(LayerVariables):
         )
         self.instructions.constant += counted - linear
 
-    def field(self, name: str) -> Linear:
-        """One of the layer's figures, by its name in `FIELDS`."""
-        figure = getattr(self, name)
-        return figure if isinstance(figure, Linear) else Linear().add(figure)
+    def figures(self) -> LayerFigures[Linear]:
+        """The layer's figures as expressions, in KiB and ms."""
 
+        def expression(name: str) -> Linear:
+            figure = getattr(self, name)
+            return figure if isinstance(figure, Linear) else Linear().add(figure)
 
-FIELDS = (
-    "forward_peak",
-    "backward_peak",
-    "evaluate_peak",
-    "between",
-    "outside",
-    "forward_ms",
-    "backward_ms",
-    "reads_forward_ms",
-    "reads_backward_ms",
-    "spills_forward_ms",
-    "fetches_backward_ms",
-    "states_fetched_ms",
-    "states_spilled_ms",
-    "instructions",
-)
-"""a layer's figures, which are all that the step knows of it"""
+        return LayerFigures.made(expression)

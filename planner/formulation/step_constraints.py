@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, MS
 from tightfit.planner.milp.lp import Linear, Program
+from tightfit.planner.problem.layer_figures import DISK, KIB, MS, LayerFigures
 from tightfit.planner.problem.layer_types import Layered, transfer_seconds
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.multi_layer_recompute import Segments, Window, held_by_segments, windows
 
 INSTANT = 1e5
 """KiB per ms above which a disk's transfers are taken to need no time of their own in a window"""
-Terms = dict[str, Linear]
-"""one of FIELDS -> its expression"""
+Terms = LayerFigures[Linear]
+"""a layer's figures as expressions, in KiB and ms"""
 
 
 def live_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
@@ -80,7 +80,7 @@ def add_step_constraints(
     extra = held_by_segments(problem, segments)
     # (11) the instructions of both schedules
     program.at_least(
-        Linear(-2.0 * outcome - extra.instructions).add(instructions), *(terms["instructions"] for terms in layers)
+        Linear(-2.0 * outcome - extra.instructions).add(instructions), *(terms.instructions for terms in layers)
     )
     per_instruction = problem.profile.device.floor.instruction_bytes / KIB
 
@@ -89,7 +89,9 @@ def add_step_constraints(
         sums: list[Linear] = [Linear()]
         for index in order:
             step = program.variable()
-            program.at_least(Linear().add(step).plus(sums[-1], -1.0), *(layers[index][f] for f in fields(index)))
+            program.at_least(
+                Linear().add(step).plus(sums[-1], -1.0), *(getattr(layers[index], name) for name in fields(index))
+            )
             sums.append(Linear().add(step))
         return sums
 
@@ -115,21 +117,28 @@ def add_step_constraints(
         others.plus(after[count - 1 - index]).add(instructions, per_instruction)
         peak = {"first": "evaluate_peak", "backward": "backward_peak"}.get(window.phase, "forward_peak")
         left = Linear(-extra.bytes[window] / KIB).add(used)
-        peaks.append(left.plus(others, -1.0).plus(terms[peak], -1.0))
+        peaks.append(left.plus(others, -1.0).plus(getattr(terms, peak), -1.0))
     spare: dict[str, list[Linear]] = {"forward": [], "backward": [], "evaluate": []}
     # (12) bytes of each evaluation window
     for index, terms in enumerate(layers):
         left = Linear(-constant - problem.across_evaluate[index] / KIB).add(used).add(instructions, -per_instruction)
-        left.plus(outside, -1.0).plus(terms["outside"]).plus(terms["evaluate_peak"], -1.0)
+        left.plus(outside, -1.0).plus(terms.outside).plus(terms.evaluate_peak, -1.0)
         program.at_least(left)
         spare["evaluate"].append(left)
-    # (13) a window lasts at least as long as its computation, what its transfers cost the cores included
-    clock = [Linear()]
+    # (13) a window lasts at least as long as its computation; and by its end the cores have done, since the step began, all computation
+    # so far and all that it costs them to have what was needed so far read and fetched
+    clock, worked = [Linear()], Linear()
     for window in order:
-        now = program.variable()
-        phase = "backward" if window.phase == "backward" else "forward"
-        program.at_least(Linear().add(now).plus(clock[-1], -1.0), layers[window.layer][f"{phase}_ms"])
+        terms, now, work = layers[window.layer], program.variable(), program.variable()
+        backward = window.phase == "backward"
+        computation = terms.backward_seconds if backward else terms.forward_seconds
+        arriving = terms.arriving_backward if backward else terms.arriving_forward
+        program.at_least(Linear().add(now).plus(clock[-1], -1.0), computation)
+        program.exactly(Linear().add(work), worked, computation, arriving)
+        worked = Linear().add(work)
+        program.at_least(Linear().add(now).add(work, -1.0))
         clock.append(Linear().add(now))
+    program.at_least(Linear().plus(clock[-1]).plus(worked, -1.0), *(terms.leaving for terms in layers))
     _add_disk(program, problem, layers, order, clock, peaks, careful=careful)
     turns = {(window.layer, window.phase): moment for moment, window in enumerate(order)}
     for index in ahead:
@@ -137,8 +146,8 @@ def add_step_constraints(
         spare["forward"].append(peaks[forward])
         spare["backward"].append(peaks[turns[index, "backward"]])
     # (16) the disk over several windows
-    nested = chain(back, lambda layer: ("spills_forward_ms", "fetches_backward_ms"))
-    spilled = chain(ahead, lambda layer: ("states_spilled_ms",))
+    nested = chain(back, lambda layer: ("spills_forward", "fetches_backward"))
+    spilled = chain(ahead, lambda layer: ("states_spilled",))
     for index in ahead:
         # Window i of the step, counted from 0, is layer i's first, whether it goes forward once or twice.
         backward = turns[index, "backward"]
@@ -147,8 +156,7 @@ def add_step_constraints(
         tail = Linear().plus(clock[-1]).plus(clock[backward], -1.0)
         program.at_least(tail, spilled[index + 1])
     total = program.variable()
-    traffic = [name for name in FIELDS if name.startswith(("reads", "spills", "fetches", "states"))]
-    program.at_least(Linear().add(total), *(terms[name] for terms in layers for name in traffic))
+    program.at_least(Linear().add(total), *(getattr(terms, name) for terms in layers for name in DISK))
     program.at_least(Linear().plus(clock[-1]).add(total, -1.0))
     return StepConstraints(bytes=used, spare=spare, total_ms=clock[-1], disk_ms=Linear().add(total))
 
@@ -176,13 +184,13 @@ def _add_disk(
         forward = window.phase != "backward"
         terms = layers[window.layer]
         asks = {
-            "reads": terms["reads_forward_ms" if forward else "reads_backward_ms"],
-            "fetches": Linear() if forward else terms["fetches_backward_ms"],
-            "spills": terms["spills_forward_ms"] if forward and window.phase != "first" else Linear(),
+            "reads": terms.reads_forward if forward else terms.reads_backward,
+            "fetches": Linear() if forward else terms.fetches_backward,
+            "spills": terms.spills_forward if forward and window.phase != "first" else Linear(),
         }
         # (14) needed and flown: ms of each sort of transfer that windows so far ask for, and that the disk has done
         busy = Linear().plus(clock[moment + 1]).plus(clock[moment], -1.0)
-        states = [] if forward or not careful else [terms["states_fetched_ms"], terms["states_spilled_ms"]]
+        states = [] if forward or not careful else [terms.states_fetched, terms.states_spilled]
         waiting = Linear()
         flows: list[Linear] = []
         for name, rate in rates.items():

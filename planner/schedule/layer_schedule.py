@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tightfit.planner.problem.layer_figures import SCALE, LayerFigures
 from tightfit.planner.problem.layer_types import LayerType, Mode, Update, compute_seconds, transfer_seconds, weight_uses
 from tightfit.planner.problem.step_graph import STATE_PREFIXES, state_names
 
@@ -40,29 +41,22 @@ class Script:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Column:
-    """A layer's decision with its price: bytes and seconds."""
+class Column(LayerFigures[float]):
+    """A layer's decision with its figures, counted on its own instructions: bytes and seconds."""
 
     decision: Decision
-    forward_peak: int
-    backward_peak: int
-    evaluate_peak: int
-    between: int
-    """held from the end of the forward window to the start of the backward window"""
-    outside: int
-    """held from the end of the backward window to the next step's forward window"""
-    forward_seconds: float
-    backward_seconds: float
-    """compute: operators, recomputation, unpacking, updates, and what transfers cost the cores"""
-    reads_forward: float
-    reads_backward: float
-    spills_forward: float
-    fetches_backward: float
-    states_fetched: float
-    states_spilled: float
-    """seconds of the disk: weights read in either window, activations spilled and fetched, optimizer states moved"""
-    instructions: int
-    """of both schedules"""
+
+    @property
+    def core_seconds(self) -> float:
+        """What the layer keeps the cores busy with, transfers included."""
+        return (
+            self.forward_seconds + self.backward_seconds + self.arriving_forward + self.arriving_backward + self.leaving
+        )
+
+    @property
+    def row(self) -> list[float]:
+        """The figures in the order of FIELDS, in KiB and ms."""
+        return [value * scale for value, scale in zip(self.values(), SCALE)]
 
 
 def expand(kind: LayerType, decision: Decision) -> Script:
@@ -87,6 +81,9 @@ def measure(kind: LayerType, decision: Decision) -> Column:
         outside=sum(size_of(kind, name) for name in outside),
         forward_seconds=forward.compute,
         backward_seconds=backward.compute,
+        arriving_forward=forward.arriving,
+        arriving_backward=backward.arriving,
+        leaving=forward.leaving + backward.leaving,
         reads_forward=forward.reads,
         reads_backward=backward.reads,
         spills_forward=forward.spills,
@@ -328,6 +325,8 @@ def _peak(kind: LayerType, script: Iterable[Action], start: Iterable[str]) -> in
 @dataclass(kw_only=True)
 class _Seconds:
     compute: float = 0.0
+    arriving: float = 0.0
+    leaving: float = 0.0
     reads: float = 0.0
     spills: float = 0.0
     fetches: float = 0.0
@@ -344,7 +343,7 @@ def _seconds(kind: LayerType, script: Iterable[Action]) -> _Seconds:
         if verb == "run":
             total.compute += operators[int(name)]
         elif verb == "read":
-            total.compute += kind.weights[name].read_compute_seconds
+            total.arriving += kind.weights[name].read_compute_seconds
             total.reads += kind.weights[name].read_seconds
         elif verb == "unpack":
             total.compute += kind.weights[name].unpack_seconds
@@ -353,7 +352,9 @@ def _seconds(kind: LayerType, script: Iterable[Action]) -> _Seconds:
         elif verb in {"spill", "fetch"}:
             channel = kind.write if verb == "spill" else kind.read
             seconds = transfer_seconds(channel, kind.raw_bytes[name])
-            total.compute += compute_seconds(channel, kind.raw_bytes[name])
+            cost = compute_seconds(channel, kind.raw_bytes[name])
+            total.arriving += cost if verb == "fetch" else 0.0
+            total.leaving += cost if verb == "spill" else 0.0
             if name.startswith(STATE_PREFIXES):
                 total.states_fetched += seconds if verb == "fetch" else 0.0
                 total.states_spilled += seconds if verb == "spill" else 0.0

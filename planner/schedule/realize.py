@@ -65,7 +65,7 @@ class Part:
         """Of the columns, and of what segments run again to make their layers' inputs."""
         steps = self.problem.forward_steps
         again = [step for first, last in self.segments for layer in range(first, last) for step in steps[layer]]
-        own = sum(column.forward_seconds + column.backward_seconds for column in self.columns)
+        own = sum(column.core_seconds for column in self.columns)
         return own + sum(step.seconds for step in again)
 
     def draft(self) -> Draft:

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, MS, LayerProgram
+from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.step_constraints import StepConstraints, Terms, add_step_constraints
 from tightfit.planner.milp.highs import MARGIN
 from tightfit.planner.milp.lp import Linear, Program
+from tightfit.planner.problem.layer_figures import FIELDS, KIB, MS, LayerFigures
 from tightfit.planner.schedule.layer_schedule import Column, measure
 from tightfit.planner.search_options import Progress
 from tightfit.planner.solve.integer_rounding import Rounding, WindowBytes, rounded
@@ -124,7 +125,7 @@ class ColumnGeneration:
         problem = self.pool.problem
         program = Program()
         blocks = [LayerProgram(program, problem.types[kind]) for kind in problem.layer_type]
-        layers = [{name: block.field(name) for name in FIELDS} for block in blocks]
+        layers = [block.figures() for block in blocks]
         rows = self._rows(program, layers)
         if self.limit_bytes is not None:
             program.bounds(rows.bytes, 0.0, self.limit_bytes / KIB)
@@ -233,14 +234,16 @@ class ColumnGeneration:
 
     def _terms(self, kind: int, variables: list[int], columns: list[int]) -> Terms:
         """A layer's figures over the variables of some of its columns."""
-        terms: Terms = {}
-        for name, values in zip(FIELDS, self.pool.figures[kind][columns].T.tolist()):
+        by_figure = dict(zip(FIELDS, self.pool.figures[kind][columns].T.tolist()))
+
+        def mixed(name: str) -> Linear:
             total = Linear()
-            for variable, value in zip(variables, values):
+            for variable, value in zip(variables, by_figure[name]):
                 if value:
                     total.add(variable, value)
-            terms[name] = total
-        return terms
+            return total
+
+        return LayerFigures.made(mixed)
 
     def choose(self, limit_bytes: int | None) -> tuple[Column, ...] | None:
         """(23) Good whole columns within `limit_bytes` from the pool; None where none fits.

@@ -41,8 +41,7 @@ def _size(column: Column) -> int:
 
 def _time(column: Column) -> float:
     return (
-        column.forward_seconds
-        + column.backward_seconds
+        column.core_seconds
         + column.spills_forward
         + column.fetches_backward
         + column.states_fetched

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tightfit.planner.formulation.layer_constraints import FIELDS
+from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.solve.pricing import ROUNDING, Prices
 
 EXCHANGES = 60

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tightfit.planner.formulation.layer_constraints import FIELDS, KIB
 from tightfit.planner.formulation.step_constraints import StepConstraints, Terms, add_step_constraints
 from tightfit.planner.milp.lp import INFINITY, Growing, Linear
+from tightfit.planner.problem.layer_figures import FIELDS, KIB, LayerFigures
 from tightfit.planner.schedule.multi_layer_recompute import Segments
 from tightfit.planner.solve.pricing import Pool, Prices
 
@@ -72,7 +72,7 @@ class MasterLp:
             figures = [program.variable() for _ in FIELDS]
             self._definitions.append([program.at_least(Linear().add(figure)) for figure in figures])
             self._convexity.append(program.exactly(Linear(-1.0)))
-            layers.append({name: Linear().add(figure) for name, figure in zip(FIELDS, figures)})
+            layers.append(LayerFigures(**{name: Linear().add(figure) for name, figure in zip(FIELDS, figures)}))
         rows = add_step_constraints(program, pool.problem, layers, careful=careful, segments=segments)
         # (18) bytes within the limit, or over it at a price
         self._over = program.variable()

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.math_opt.python import mathopt
 
-from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, MS, LayerProgram
+from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.layer_variables import choice_count
 from tightfit.planner.milp.lp import INFINITY, OBJECTIVE_ONLY, Linear, Program
 from tightfit.planner.milp.solver_interrupts import uninterrupted
+from tightfit.planner.problem.layer_figures import FIELDS, MS
 from tightfit.planner.problem.layer_types import Layered, LayerType
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
 
@@ -35,29 +36,9 @@ NOTHING = 1e-12
 """prices below it are rounding"""
 
 
-def figures(column: Column) -> dict[str, float]:
-    """FIELDS of a column, in KiB and ms."""
-    return {
-        "forward_peak": column.forward_peak / KIB,
-        "backward_peak": column.backward_peak / KIB,
-        "evaluate_peak": column.evaluate_peak / KIB,
-        "between": column.between / KIB,
-        "outside": column.outside / KIB,
-        "forward_ms": column.forward_seconds * MS,
-        "backward_ms": column.backward_seconds * MS,
-        "reads_forward_ms": column.reads_forward * MS,
-        "reads_backward_ms": column.reads_backward * MS,
-        "spills_forward_ms": column.spills_forward * MS,
-        "fetches_backward_ms": column.fetches_backward * MS,
-        "states_fetched_ms": column.states_fetched * MS,
-        "states_spilled_ms": column.states_spilled * MS,
-        "instructions": float(column.instructions),
-    }
-
-
 def figures_row(column: Column) -> Prices:
-    """`figures` in the order of FIELDS."""
-    return np.array(list(figures(column).values()), dtype=np.float64)
+    """A column's figures in the order of FIELDS, in KiB and ms."""
+    return np.array(column.row, dtype=np.float64)
 
 
 class Hull:
@@ -66,8 +47,8 @@ class Hull:
     def __init__(self, kind: LayerType) -> None:
         self.model = mathopt.Model()
         least = {
-            "forward_ms": MS * sum(op.seconds for op in kind.forward),
-            "backward_ms": MS * (sum(op.seconds for op in kind.backward) + sum(u.seconds for u in kind.updates)),
+            "forward_seconds": MS * sum(op.seconds for op in kind.forward),
+            "backward_seconds": MS * (sum(op.seconds for op in kind.backward) + sum(u.seconds for u in kind.updates)),
         }
         self.figures = [self.model.add_variable(lb=least.get(name, 0.0)) for name in FIELDS]
         self.solver = mathopt.IncrementalSolver(self.model, mathopt.SolverType.GLOP)
@@ -190,15 +171,16 @@ class Pool:
         stand_in = self.stand_in[kind]
         block = self.block(stand_in, seconds)
         goal = Linear()
-        for name, price in zip(FIELDS, prices.tolist()):
+        figures = block.figures().values()
+        for figure, price in zip(figures, prices.tolist()):
             if price > NOTHING:
-                goal.plus(block.field(name), price)
+                goal.plus(figure, price)
         self.programs += 1
         result = block.program.solve(goal, seconds, gap)
         if result.values is None:
             raise TimeoutError
         self.hulls[stand_in].prove(prices, min(result.bound, result.objective))
-        told = [block.field(name).value(result.values) for name in FIELDS]
+        told = [figure.value(result.values) for figure in figures]
         self.answers[stand_in] = np.vstack([self.answers[stand_in], told])
         decision = block.decision(result.values)
         new = [other for other, shared in enumerate(self.stand_in) if shared == stand_in and self.add(other, decision)]
@@ -221,8 +203,8 @@ class Pool:
             block.program.bounds(variable, 0.0, float(most[FIELDS.index(name)]) + ROUNDING)
         try:
             goal = Linear()
-            for name, price in zip(FIELDS, prices.tolist()):
-                goal.plus(block.field(name), max(price, NOTHING))
+            for figure, price in zip(block.figures().values(), prices.tolist()):
+                goal.plus(figure, max(price, NOTHING))
             result = block.program.solve(goal, seconds, gap)
             if result.values is not None:
                 self.add(kind, block.decision(result.values))

@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from tightfit.planner.formulation.layer_constraints import KIB
 from tightfit.planner.formulation.step_constraints import charged_bytes
 from tightfit.planner.plan_result import ROUNDING
+from tightfit.planner.problem.layer_figures import KIB
 from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.realize import Part, Schedule, smallest_arena

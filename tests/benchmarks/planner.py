@@ -99,7 +99,7 @@ def torch_knapsack(problem: Layered) -> list[tuple[float, int, tuple[Column, ...
                     if key not in made:
                         made[key] = _saved(problem, kind, column, solver, step / 20)
                     columns.append(made[key])
-                computing = sum(column.forward_seconds + column.backward_seconds for column in columns)
+                computing = sum(column.core_seconds for column in columns)
                 found[tuple(columns)] = computing, charged_bytes(problem, tuple(columns))
     return sorted(((*figures, columns) for columns, figures in found.items()), key=lambda point: point[:2])
 

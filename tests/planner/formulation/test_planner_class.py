@@ -10,15 +10,15 @@ from decisions import INSTANT, random_decision
 from synthetic import decoder_like, device, small_chain
 from tiny_plans import CONFIG, decoder_profile
 
-from tightfit.planner.formulation.layer_constraints import FIELDS, KIB, LayerProgram
+from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.step_constraints import live_bytes
 from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import ROUNDING
 from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.problem.layer_figures import FIELDS, KIB
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schedule.lowering import draft, kinds, live_profile
-from tightfit.planner.solve.pricing import figures
 
 SEEDS = [4, 12, 13, 20, 23, 25, 30, 40, 41, 60, 62, 65, 72, 76, 77, 79, 91, 95]
 """chains with at most some thousand combinations"""
@@ -75,16 +75,16 @@ def test_the_layer_model_says_what_the_layers_schedule_does(source, seed):
     for kind in layered(profile).types:
         block = LayerProgram(Program(), kind)
         goal = Linear()
-        for name in FIELDS:
-            goal.plus(block.field(name))
+        for figure in block.figures().values():
+            goal.plus(figure)
         for _ in range(6):
             decision = random_decision(rng, kind)
             block.fix(decision)
             result = block.program.solve(goal)
             assert result.optimal
-            counted = figures(measure(kind, decision))
+            counted = dict(zip(FIELDS, measure(kind, decision).row))
             for name in FIELDS:
-                told = block.field(name).value(result.values)
+                told = getattr(block.figures(), name).value(result.values)
                 if name == "instructions":
                     # The model counts what is certain; a rerun's further outputs may cost a free more.
                     assert told <= counted[name] + 1e-6

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import MIB, decoder_like, device
 
-from tightfit.planner.formulation.layer_constraints import FIELDS, KIB
 from tightfit.planner.formulation.step_constraints import charged_bytes, instruction_count
 from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.problem.layer_figures import FIELDS, KIB
 from tightfit.planner.solve import column_generation
 from tightfit.planner.solve.column_generation import MARGINS, ColumnGeneration
 from tightfit.planner.solve.integer_rounding import BYTES, PEAKS, Rounding, WindowBytes, rounded
@@ -116,7 +116,7 @@ def table(rows):
     """Figures of columns told by (KiB between windows, ms of the forward)."""
     figures = np.zeros((len(rows), len(FIELDS)))
     for row, (between, ms) in zip(figures, rows):
-        row[FIELDS.index("between")], row[FIELDS.index("forward_ms")] = between, ms
+        row[FIELDS.index("between")], row[FIELDS.index("forward_seconds")] = between, ms
     return figures
 
 
@@ -188,7 +188,7 @@ def drawn(seed, *, layers, width):
         held = chance.uniform(0.0, 100.0, (width, 2))
         rows[:, [FIELDS.index("between"), FIELDS.index("outside")]] = held
         rows[:, PEAKS] = held.max(axis=1)[:, None] + chance.uniform(0.0, 20.0, (width, 3))
-        rows[:, FIELDS.index("forward_ms")] = 200.0 - held.sum(axis=1) * chance.uniform(0.8, 1.0, width)
+        rows[:, FIELDS.index("forward_seconds")] = 200.0 - held.sum(axis=1) * chance.uniform(0.8, 1.0, width)
         figures.append(rows)
     mixtures = np.stack([chance.dirichlet(np.ones(width)) @ rows for rows in figures])
     prices = [np.ones(len(FIELDS)) for _ in range(layers)]

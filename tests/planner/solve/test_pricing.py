@@ -10,8 +10,8 @@ from decisions import random_decision
 from swallowing import Swallowing
 from synthetic import small_chain
 
-from tightfit.planner.formulation.layer_constraints import FIELDS
 from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.solve.master_lp import MasterLp
 from tightfit.planner.solve.pricing import Hull, Pool, figures_row

@@ -8,12 +8,12 @@ import pytest
 from synthetic import deep, device, small_chain
 
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
-from tightfit.planner.formulation.layer_constraints import KIB
 from tightfit.planner.formulation.step_constraints import add_step_constraints
 from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.problem.layer_figures import FIELDS, KIB, LayerFigures
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.explanation import account
 from tightfit.planner.schedule.lowering import live_profile
@@ -26,7 +26,6 @@ from tightfit.planner.schedule.multi_layer_recompute import (
 )
 from tightfit.planner.schedule.realize import Part, realize
 from tightfit.planner.solve.policies import checkpoint_layers, keep_all, mebp, mesp, rule_columns
-from tightfit.planner.solve.pricing import figures
 from tightfit.planner.solve.search import SearchResult
 from tightfit.planner.solve.segment_search import segmentations, worthwhile
 
@@ -73,7 +72,7 @@ def test_the_model_says_what_the_schedule_holds(rule):
     peaks, times = [], []
     for segments in [(), *segmentations(problem)]:
         program = Program()
-        terms = [{name: Linear(value) for name, value in figures(column).items()} for column in columns]
+        terms = [LayerFigures(**{name: Linear(value) for name, value in zip(FIELDS, column.row)}) for column in columns]
         rows = add_step_constraints(program, problem, terms, segments=segments)
         told = program.solve(Linear().add(rows.bytes)).objective
         joined = Part(problem=problem, columns=columns, segments=segments).draft()

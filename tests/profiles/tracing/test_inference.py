@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 from tiny_plans import CONFIG, decoder_profile
 from traced import interpret, random_batch, random_weights, trace_decoder
 
-from tightfit.planner.formulation.layer_constraints import FIELDS, LayerProgram
+from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.gradients import two_forwards
+from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.problem.layer_types import Mode
 from tightfit.planner.schedule.layer_schedule import Decision, measure
 from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
-from tightfit.planner.solve.pricing import figures
 from tightfit.profiles.devices.data_sheets import find_device
 from tightfit.profiles.devices.estimate import estimate_profile
 from tightfit.runtime.common.errors import InputError
@@ -191,13 +191,13 @@ def test_the_layer_model_tells_the_peak_of_the_evaluation(profile):
         block = LayerProgram(Program(), kind)
         block.fix(decision)
         goal = Linear()
-        for name in FIELDS:
-            goal.plus(block.field(name))
+        for figure in block.figures().values():
+            goal.plus(figure)
         result = block.program.solve(goal)
-        counted = figures(measure(kind, decision))
+        counted = dict(zip(FIELDS, measure(kind, decision).row))
         assert counted["evaluate_peak"] < counted["forward_peak"]
         for name in ("evaluate_peak", "forward_peak", "instructions"):
-            assert block.field(name).value(result.values) == pytest.approx(counted[name], rel=1e-6), name
+            assert getattr(block.figures(), name).value(result.values) == pytest.approx(counted[name], rel=1e-6), name
 
 
 def test_operators_for_inference_must_use_what_the_forward_uses(profile):
