@@ -5,8 +5,8 @@
 Downloads the model and the sentences once, measures, plans, trains, evaluates before and after, and draws the memory of
 one step, predicted and measured. Everything is left in examples/out/.
 
-The budget is for all that is alive while the model trains. So this program ends once the plan is made: a shell runs `tightfit run`,
-and this program again with --finish.
+The budget covers every process that is alive while the model trains. Therefore this program replaces itself, once the
+plan is made, by a shell that runs `tightfit run` and then this program again with --finish.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ from tightfit.runtime.common.units import format_size, parse_size
 OUT = Path(__file__).resolve().parent / "out"
 BUDGET = 350 << 20
 FLOOR, FLOOR_IN_MEMORY = 64 << 20, 120 << 20
-"""what a process holds of Python and PyTorch at most where its start is lean, and where no file can take the start's tables either"""
+"""Bytes that Python and PyTorch hold at most in a training process with a lean start: with the tables that PyTorch's
+start leaves moved to a file of the cache, and where no such file can be made."""
 BATCH = 16
 LEARNING_RATE = 5e-4
 TIME_LIMIT = 30.0
@@ -73,7 +74,10 @@ def main() -> int:
 
 
 def begin(memory: int | None, steps: int, picture: Path) -> NoReturn:
-    """Everything up to the run, in `memory` bytes or in what suits the installed PyTorch; the run takes this process's place. Raises what its steps raise."""
+    """Do everything up to the run, then replace this process by the run.
+
+    `memory` is the budget in bytes; None chooses one that suits the installed PyTorch. Raises what the steps raise.
+    """
     begun = time.time()
     console, progress = Console(highlight=False), messages()
     console.print(Rule("1 · model and sentences", align="left"))
@@ -113,7 +117,7 @@ def begin(memory: int | None, steps: int, picture: Path) -> NoReturn:
 
 
 def finish(steps: int, picture: Path, begun: float) -> None:
-    """What the run has reached."""
+    """Evaluate and draw what the run has reached; `begun` is when the demo began (seconds since 1970)."""
     console = Console(highlight=False)
     plan, report = load_plan(OUT / "plan.json"), json.loads((OUT / "run" / "report.json").read_text())
     before, after = (report["evaluation"][when]["accuracy"] for when in ("before", "after"))
@@ -126,7 +130,11 @@ def finish(steps: int, picture: Path, begun: float) -> None:
 
 
 def choose_budget(device: Device) -> tuple[int, str]:
-    """Bytes: what 350 MiB leave the model, and what Python and PyTorch take here; and why, where that is more than 350 MiB."""
+    """(budget in bytes, why it is more than 350 MiB, in words, or "").
+
+    It is 350 MiB, raised if Python and PyTorch take more memory here than usual, so that the model has as much as
+    usual.
+    """
     floor = device.floor
     usual = FLOOR if floor.tables_on_disk else FLOOR_IN_MEMORY
     needed = max(BUDGET + floor.resident_bytes - usual, floor.start_peak_bytes)
@@ -141,7 +149,10 @@ def choose_budget(device: Device) -> tuple[int, str]:
 
 
 def draw(plan: Plan, report: dict[str, Any], path: Path) -> Path:
-    """One step's memory: predicted by kind, measured, cap. What was measured in the step is the training process; the supervisor is added."""
+    """Draw one step's memory to `path`: predicted by kind of tensor, measured, and the cap.
+
+    The measurements within the step are of the training process; the supervisor's memory is added to them.
+    """
     beside = report["processes"]["supervisor"]["measured"]
     samples = [(instruction, resident + beside) for instruction, _, resident in report["timeline"].get("first", [])]
     return draw_timeline(plan, path, measured=samples, measured_peak=report["peak_bytes"]["measured"])

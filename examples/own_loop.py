@@ -1,8 +1,9 @@
-"""A PyTorch training loop of your own under a cap, which stops when it no longer helps.
+"""Shows a PyTorch training loop of your own under a memory cap, with early stopping.
 
     python examples/own_loop.py [--out DIRECTORY]
 
-It asks a `Session` for the steps of a plan and trains the CNN of `own_module.py` under a cap 10 MiB above its smallest.
+The loop runs the steps of a plan through a `Session`. It trains the CNN of `own_module.py` with a budget 10 MiB above
+the smallest possible one.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from tightfit import Session, minimum_budget, plan, profile
 
 
 def train(out: Path, rate: float = 3e-3, patience: int = 3, enough: float = 0.02) -> tuple[Path, int, float]:
-    """Train until the held-out loss is small enough or has not fallen for a while, with half the rate after each pass that it does not.
+    """Train until the held-out loss is at most `enough`, or has failed to reach a new minimum in `patience` passes.
 
-    Returns the best checkpoint, the steps taken and the least held-out loss.
+    Each pass without a new minimum halves the learning rate. Returns (best checkpoint, steps taken, least held-out
+    loss).
     """
     pixels, labels = (torch.cat(parts) for parts in zip(*images(40, 1), strict=True))
     loader = DataLoader(TensorDataset(pixels, labels), batch_size=SAMPLES, shuffle=True)
     held_out, least, bad, best = list(images(5, 2)), float("inf"), 0, out
     measured = profile("examples.own_module:cnn")
     planned = plan(measured, minimum_budget(measured) + (10 << 20))
-    # No checkpoints but those asked for, of which the latest two are kept: the best and the last.
+    # checkpoint_every=0: only `session.save` makes checkpoints, and the latest two of them are kept.
     with Session(planned, out=out, overwrite=True, checkpoint_every=0) as session:
         while bad < patience and least > enough:
             for batch in loader:

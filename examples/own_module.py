@@ -1,8 +1,9 @@
-"""Modules of your own from Python, start to finish: factory, batches, profile, plan, run, and the result loaded again.
+"""Shows how to train modules of your own from Python: factory, batches, profile, plan, run, and loading the result.
 
     python examples/own_module.py [--out DIRECTORY]
 
-Trains a small CNN and a small transformer on made-up data, each under a cap 10 MiB above its smallest.
+Trains a small CNN and a small transformer on made-up data, each with a budget 10 MiB above the
+smallest possible one.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class TextClassifier(nn.Module):
 
 
 def images(count: int, seed: int) -> Iterator[Batch]:
-    """Noise with a bright square whose quarter of the image is the class."""
+    """Yield `count` batches of noise images with a bright square in one corner; the square's size shows the class."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         pixels = torch.randn(SAMPLES, 1, 16, 16, generator=generator) * 0.3
@@ -73,7 +74,7 @@ def images(count: int, seed: int) -> Iterator[Batch]:
 
 
 def texts(count: int, seed: int) -> Iterator[Batch]:
-    """Random words; one of the first four, somewhere among the others, is the class."""
+    """Yield `count` batches of random words, of which the fourth to sixth are the number of the class."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         words = torch.randint(CLASSES, WORDS, (SAMPLES, LENGTH), generator=generator)
@@ -83,7 +84,9 @@ def texts(count: int, seed: int) -> Iterator[Batch]:
 
 
 def cnn() -> tuple[nn.Module, Batch]:
-    """What `profile` takes: no arguments, a module whose forward returns the loss, and a batch of the shape to train with."""
+    """A factory as `profile` takes it: no arguments; returns a module whose forward returns the loss, and a sample
+    batch.
+    """
     return Cnn(), next(images(1, seed=0))
 
 
@@ -94,12 +97,12 @@ def text_classifier() -> tuple[nn.Module, Batch]:
 def train(
     factory: str, module: Cnn | TextClassifier, batches: Callable[[int, int], Iterator[Batch]], out: Path
 ) -> float:
-    """Train under a cap and return the accuracy of the result, loaded into `module`, on data that it has not seen."""
+    """Train under a cap, load the result into `module` and return its accuracy on held-out data."""
     measured = profile(factory)
     planned = plan(measured, minimum_budget(measured) + (10 << 20))
     report = run(
         planned, batches(60, 1), steps=180, out=out, overwrite=True, lr=3e-3, eval_data=batches(5, 2)
-    )  # three times through the 60 batches, in their order
+    )  # three passes over the 60 batches, in order
     module.load_state_dict(load_file(out / "model" / "model.safetensors"))
     module.eval()
     with torch.no_grad():

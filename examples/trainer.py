@@ -1,8 +1,9 @@
-"""Hugging Face's Trainer under a cap: the steps are those of a plan, all the rest is the Trainer's.
+"""Shows Hugging Face's Trainer under a memory cap: the steps are those of a plan, everything else is the Trainer's.
 
     python examples/trainer.py [--out DIRECTORY]
 
-Trains a small language model made up here under a cap 10 MiB above its smallest. Needs transformers and accelerate.
+Trains a small language model made up here with a budget 10 MiB above the smallest possible one. Needs transformers and
+accelerate.
 """
 
 from __future__ import annotations
@@ -29,13 +30,17 @@ ROWS, TOKENS = 8, 24
 
 
 class PlannedTrainer(transformers.Trainer):
-    """Hugging Face's Trainer with the steps of a plan: data, learning rates, logging and callbacks are its own, and so are evaluations;
-    forward, backward, AdamW, weight decay and checkpoints are the session's. Each of its batches is an update, so leave
-    `gradient_accumulation_steps` at 1 and profile with `accumulate` instead; gradients are not clipped, whatever `max_grad_norm` says.
+    """Hugging Face's Trainer, with steps that a `Session` runs.
+
+    The Trainer does data, learning rates, logging, callbacks and the schedule of evaluations; the session does forward,
+    backward, AdamW, weight decay and checkpoints. The Trainer must take each batch for an update, so leave
+    `gradient_accumulation_steps` at 1 and profile with `accumulate` instead. `max_grad_norm` has no effect: gradients
+    are not clipped.
     """
 
     def __init__(self, session: Session, **options: Any) -> None:
-        # Nothing of it is trained: it gives the Trainer an optimizer, whose learning rate its scheduler moves.
+        # A dummy module that is not trained: the Trainer needs one to make an optimizer, whose learning rate it
+        # schedules.
         super().__init__(model=nn.Linear(1, 1), **options)
         self.session = session
 
@@ -55,7 +60,7 @@ class PlannedTrainer(transformers.Trainer):
 
 
 def counting(count: int, seed: int) -> list[dict[str, list[int]]]:
-    """Texts of numbers that rise by one, from anywhere; what comes next can be learned."""
+    """`count` samples of token ids that rise by one from a random start, so that the next one can be learned."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, CONFIG["vocab_size"], (count,), generator=generator).tolist()
     texts = [[(start + at) % CONFIG["vocab_size"] for at in range(TOKENS)] for start in starts]
@@ -63,7 +68,7 @@ def counting(count: int, seed: int) -> list[dict[str, list[int]]]:
 
 
 def train(out: Path, steps: int = 200) -> tuple[float, float]:
-    """Held-out loss before and after."""
+    """Train for `steps` steps; returns the held-out loss before and after."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(CONFIG))
     measured = profile(str(out / "config.json"), batch=ROWS, seq=TOKENS)

@@ -1,8 +1,8 @@
 """Two small image models for `tightfit profile examples.vision:residual_cnn` and `...:vision_transformer`.
 
-A factory takes nothing and returns a module and a sample batch. The module's forward takes the batch and returns the
-scalar loss; all its parameters are trained. Normalisation is by groups or layers: running statistics cannot be
-recomputed exactly.
+A factory takes no arguments and returns a module and a sample batch. The module's forward takes the batch and returns
+the scalar loss; all its parameters are trained. The models use group and layer normalisation, because batch
+normalisation updates running statistics, which a recomputation would update again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualCnn(nn.Module):
-    """A ResNet of the CIFAR kind: three stages of two blocks."""
+    """A ResNet as used for CIFAR: three stages of two blocks each."""
 
     def __init__(self, width: int = 16, classes: int = 10) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class EncoderBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Dosovitskiy et al. 2020, in small."""
+    """A small vision transformer (Dosovitskiy et al. 2020)."""
 
     def __init__(
         self, image: int = 32, patch: int = 4, width: int = 96, depth: int = 4, heads: int = 4, classes: int = 10

@@ -1,9 +1,10 @@
-"""The instructions of a schedule, one type each: what the planner writes, the simulator replays and the runtime executes.
+"""The instructions of a schedule, one type each: what the planner writes, the simulator replays and the runtime
+executes.
 
-They have two encodings. A plan file holds JSON arrays, the verb first and the fields in the order in which they stand here
-(`to_json`, `from_json`); the training process reads runs of int32 words (`tightfit.runtime.session.job_compiler`). A field `at`
-is an offset in the arena, in bytes: every instruction that makes a tensor resident says where, so that nothing is left to
-decide at run time.
+They have two encodings. A plan file holds JSON arrays, the verb first and the fields in the order in which they stand
+here (`to_json`, `from_json`); the training process reads runs of int32 words (`tightfit.runtime.session.job_compiler`).
+A field `at` is an offset in the arena, in bytes: every instruction that makes a tensor resident says where, so that
+nothing is left to decide at run time.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Perturb:
-    """Add `times` epsilon z to a trainable; z ~ N(0, 1) is drawn again from the step's seed and the trainable's name."""
+    """Add `times` epsilon z to a trainable; z ~ N(0, 1) is drawn again from the step's seed and the
+    trainable's name.
+    """
 
     verb: ClassVar[str] = "perturb"
     trainable: str
@@ -102,19 +105,19 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
         isinstance(operand, tuple) and all(at is None or type(at) is int for at in operand)
     ),
 }
-"""by the type of a field: whether an operand of an array is of it"""
+"""type of a field -> test whether an operand in a JSON array is of that type"""
 _OPERANDS = {kind.verb: tuple(_CHECKS[str(field.type)] for field in fields(kind)) for kind in TYPES}
 
 
 def to_json(instruction: Instruction) -> list[Any]:
-    """The array of a plan file."""
+    """The instruction as a plan file's array: the verb, then the fields."""
     if isinstance(instruction, Run):
         return ["run", instruction.layer, instruction.operator, list(instruction.at)]
     return [instruction.verb, *(getattr(instruction, name) for name in instruction.__slots__)]
 
 
 def from_json(array: Sequence[Any]) -> Instruction:
-    """The instruction that an array of a plan file says. Raises ValueError where it says none."""
+    """The instruction that an array of a plan file encodes. Raises ValueError where it encodes none."""
     kind = BY_VERB.get(array[0]) if array and isinstance(array[0], str) else None
     if kind is None:
         raise ValueError(f"{array!r} is no instruction")
@@ -126,10 +129,12 @@ def from_json(array: Sequence[Any]) -> Instruction:
 
 
 def read_all(arrays: Iterable[Any]) -> list[Instruction]:
-    """Instructions as they are, or as a plan file has them."""
+    """Instructions from a list of instructions, or of a plan file's arrays. Raises ValueError for an array that encodes
+    none.
+    """
     return [one if isinstance(one, TYPES) else from_json(one) for one in arrays]
 
 
 def write_all(instructions: Iterable[Instruction]) -> list[list[Any]]:
-    """As a plan file has them."""
+    """The instructions as a plan file's arrays."""
     return [to_json(one) for one in instructions]

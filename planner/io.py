@@ -1,4 +1,4 @@
-"""Plan files: versioned JSON with a fingerprint of their content, written whole or not at all."""
+"""Reads and writes plan files: versioned JSON with a fingerprint of its content, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AGAIN = "make it again with `tightfit plan`"
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
-    """Write `plan` to `path`. Raises InputError where the place cannot be written, RunError where the disk is full."""
+    """Write `plan` to `path`. Raises InputError where it cannot be written there, RunError where the disk is full."""
     return write_whole(path, plan.model_dump_json())
 
 
@@ -39,7 +39,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 def parse_plan(data: bytes, place: str) -> Plan:
     """The plan that `data` holds, checked against its fingerprint; `place` is where it comes from.
 
-    Raises InputError for what is cut off, changed, of another version or no plan at all.
+    Raises InputError for data that are cut off, changed, of another version or no plan at all.
     """
     try:
         content = json.loads(data)
@@ -50,7 +50,7 @@ def parse_plan(data: bytes, place: str) -> Plan:
         raise InputError(f"{place}: {kind}, not a plan; {AGAIN}")
     if content["version"] != PLAN_VERSION:
         raise InputError(f"{place}: {of_another_version('plan', content['version'], PLAN_VERSION)}; {AGAIN}")
-    del content  # not held beside the plan itself
+    del content  # so that it does not take memory beside the plan itself
     try:
         plan = Plan.model_validate_json(data)
     except ValidationError as error:

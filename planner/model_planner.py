@@ -1,4 +1,6 @@
-"""The planner of models: one profile, any number of budgets; solve, realize, place, simulate."""
+"""`ModelPlanner`, which plans a model's training step at any number of budgets: search, schedule, placement,
+simulation.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +35,19 @@ from tightfit.runtime.common.gc_pause import paused_collector
 
 
 class ModelPlanner:
-    """The planner of one model's step, at any number of budgets."""
+    """Plans one model's step at any number of budgets; later searches reuse what earlier ones found and proved."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
         self.problem: Layered = layered(profile)
         self.solver = Solver(self.problem)
         self._minimum: dict[str, tuple[Schedule, bool]] = {}
-        """by policy: the lowest schedule found, and whether one byte less has none"""
+        """policy -> (schedule of the lowest peak found, whether the search for a lower one has ended)"""
         self._parts: dict[str, tuple[Part, ...]] = {}
         self._relaxed: dict[str, tuple[AnyScheduleBound, ...]] = {}
-        """of policies with steps of their own: what no schedule of these steps can do without"""
+        """policy with steps of its own (MeZO, LCSB) -> programs of the bound for any schedule of each of these steps"""
         self.interrupted = False
-        """whether Ctrl-C ended the search of the latest `plan`, which was made of what had been found"""
+        """whether Ctrl-C ended the search of the latest `plan`, whose plan is then the best found until then"""
 
     def plan(
         self,
@@ -56,7 +58,7 @@ class ModelPlanner:
         gap: float = 0.0,
         progress: Progress | None = None,
     ) -> Plan:
-        """`plan` of this module, reusing what earlier budgets found."""
+        """As `tightfit.planner.plan.plan`, reusing what was found at earlier budgets."""
         budget_bytes, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
         started = time.monotonic()
         deadline = started + time_limit - finish_seconds(len(self.problem.graph.steps), time_limit)
@@ -79,9 +81,10 @@ class ModelPlanner:
         return self._finish(budget_bytes, name, outcome, started, asked=gap)
 
     def class_bound(self, solved: Plan) -> float:
-        """Seconds that no plan of the class undercuts, as far as was proven for the solver's plan at its budget.
+        """The best lower bound, in seconds, on every plan of the class that was proven for the budget of `solved`, a
+        plan of the solver.
 
-        Its own bound says less where layers go forward twice: it is then one for any schedule.
+        The plan's own bound may be weaker: with segments, which are outside the class, it is the one for any schedule.
         """
         return max(solved.bound_seconds, self.solver.proven.get(solved.budget_bytes, 0.0))
 
@@ -106,7 +109,9 @@ class ModelPlanner:
         return AnyScheduleBound(self.problem)
 
     def _any_bound(self, budget_bytes: int, policy: str, time_limit: float) -> float:
-        """Seconds that no schedule of the step undercuts; of a policy with steps of its own, of those."""
+        """A lower bound in seconds on any schedule of the step within the budget; for a policy with steps of its own
+        (MeZO, LCSB), on their mean.
+        """
         if policy == "solver" or policy in POLICIES:
             return self._any_schedule.step_seconds(budget_bytes, time_limit)
         parts = self._policy(policy)
@@ -125,14 +130,15 @@ class ModelPlanner:
     # --- beside the budget -----------------------------------------------------------------------------------------
 
     def bound(self, budget_bytes: int, *, time_limit: float = 30.0) -> float | None:
-        """Seconds per step that no plan of the class undercuts at a budget; None where the model finds none that fits.
+        """A lower bound on the seconds per step of every plan of the class within `budget_bytes`; None: the MILP has no
+        solution there.
 
-        Raises TimeoutError where the time limit strikes first.
+        `time_limit` is in seconds. Raises TimeoutError where it is over before there is a bound.
         """
         return self.solver.bound(budget_bytes, time.monotonic() + checked_limit(time_limit))
 
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
-        """The plan of the smallest budget, in full."""
+        """The plan at the smallest budget found, with its bounds."""
         time_limit = checked_limit(time_limit)
         started = time.monotonic()
         least, timely = self._least(policy or "solver", started + time_limit)
@@ -145,7 +151,7 @@ class ModelPlanner:
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
     def minimum_bytes(self, *, policy: str | None = None, time_limit: float = 30.0) -> int:
-        """The smallest budget in bytes for which `plan` has a plan."""
+        """The smallest budget, in bytes, for which `plan` finds a plan."""
         return self.minimum(policy=policy, time_limit=time_limit).peak_bytes
 
     @staticmethod
@@ -155,18 +161,22 @@ class ModelPlanner:
 
     @staticmethod
     def neighbour_bytes(budget_bytes: int) -> int:
-        """By how much budgets differ from this one that show what memory is worth there: `NEIGHBOUR_BYTES`."""
+        """Distance in bytes to the neighbouring budgets that are used to value memory:
+        `NEIGHBOUR_BYTES` at any budget.
+        """
         return NEIGHBOUR_BYTES
 
     def minimum(self, *, policy: str | None = None, time_limit: float = 30.0) -> Schedule:
-        """The schedule with the lowest peak that `plan` can find; one byte less has no plan."""
+        """The schedule with the lowest peak that `plan` can find. Unless time ran out, it finds
+        none for one byte less.
+        """
         return self._least(policy or "solver", time.monotonic() + checked_limit(time_limit))[0]
 
     def _least(self, policy: str, deadline: float) -> tuple[Schedule, bool]:
         if policy == "solver":
             return self.solver.least(deadline)
         if policy not in self._minimum:
-            # Whatever the clock says: where the rule fits it has a plan.
+            # Computed even if the deadline has passed, so that a fixed rule always has a plan where it fits.
             self._minimum[policy] = smallest_cycle(self._policy(policy)), False
         least, ended = self._minimum[policy]
         if not ended:
@@ -236,10 +246,10 @@ class ModelPlanner:
         )
 
     def _assemble(self, budget: int, policy: str, schedule: Schedule) -> Plan:
-        """The plan with its schedules, before the simulator has put its figures in."""
+        """The plan with its schedules, before the simulator's figures are entered."""
         profile, arena = self.profile, schedule.arena
         steps = (schedule, *schedule.following)
-        # Of a cycle each step runs another part of the profile.
+        # The steps of a cycle run different parts of the profile, so the plan names the whole of it.
         ran = profile if schedule.following else schedule.problem.profile
         train = [
             _phase(one, one.train, one.arena.train).model_copy(update={"skipped": list(one.skipped)}) for one in steps

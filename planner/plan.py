@@ -1,7 +1,8 @@
-"""Plan a profile at a budget: the door of the planner. The answer is a `Plan` whatever happens.
+"""The planner's entry points: plan a profile at a budget, find the smallest budget, list the policies.
 
-`Planner` holds what budgets share (layers, blocks, columns), so that a curve costs little more than a point. Every plan
-is replayed by `simulate` before it is returned; its figures are the simulator's.
+The answer is a `Plan` even where nothing fits (status infeasible). A `Planner` keeps what budgets share (layer types,
+columns, bounds), so that many budgets cost little more than one. Every plan is replayed by `simulate` before it is
+returned; its figures are the simulator's.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ def plan(
 ) -> Plan:
     """The fastest step found whose peak stays within `budget_bytes` (all processes of the run), with its proof.
 
-    `policy` names a fixed rule instead of the solver. The search ends once a plan is proven to take at most the share `gap` of its time
-    longer than the best of its class; with 0 it goes on to the proof, until it has stopped gaining or `time_limit` seconds are over. A budget
-    that cannot hold gives a plan with status infeasible, the smallest budget that can and what sets it. `progress` is called with stage,
-    incumbent, bound, gap and seconds. Raises InputError for a profile or policy that cannot be used.
+    `policy` names a fixed rule to use instead of the solver. The search ends once the plan's gap, (step - bound) /
+    step, is proven to be at most `gap`; with 0 it goes on until the plan is proven optimal, it has stopped gaining, or
+    `time_limit` seconds are over. For a budget that is too small the plan has status infeasible and states the smallest
+    budget found and what sets it. `progress` is called with stage, incumbent, bound, gap and seconds. Raises InputError
+    for a profile, a policy or a number that cannot be used.
     """
     return planner_of(profile).plan(budget_bytes, policy=policy, time_limit=time_limit, gap=gap, progress=progress)
 
 
 def minimum_budget(profile: Profile, *, policy: str | None = None, time_limit: float = 30.0) -> int:
-    """The smallest budget in bytes for which `plan` has a plan."""
+    """The smallest budget, in bytes, for which `plan` finds a plan. Raises InputError as `plan`."""
     return planner_of(profile).minimum_bytes(policy=policy, time_limit=time_limit)
 
 
@@ -50,7 +52,7 @@ def planner_of(profile: Profile) -> Planner:
 
 
 def policies_of(profile: Profile) -> tuple[str, ...]:
-    """Names of the fixed rules that mean something for a profile and follow the exact gradient."""
+    """Names of the fixed rules that apply to a profile and follow the exact gradient."""
     if profile.model.kind != "graph":
         return tuple(POLICIES)
     from tightfit.planner.graphs.problem.dag import dag_of

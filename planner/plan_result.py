@@ -1,6 +1,7 @@
-"""What planning answers: a plan drafted from a schedule, then the simulator's figures, the proof and the fingerprint, or why nothing fits.
+"""Builds the plan that planning answers with: the schedule, the simulator's figures, proof and fingerprint, or why
+nothing fits.
 
-Nothing here imports the solver: plans are read and checked without it.
+Nothing here imports the solver, so that plans can be read and checked without it.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ if TYPE_CHECKING:
     from tightfit.planner.simulation.simulate import Simulation
 
 EXACT = 1e-6
-"""share of the step: a bare graph's plan this near its bound is the best; programs in whole numbers prove no less"""
+"""gap up to which a bare graph's plan counts as proven optimal; integer programs prove no smaller one"""
 ROUNDING = 2e-5
-"""the same of a model's plan: what is proven of programs in floating point is off by up to `tightfit.planner.milp.highs.MARGIN` for their tolerances"""
+"""the same for a model's plan, whose floating-point programs have bounds that may be off by
+`tightfit.planner.milp.highs.MARGIN`
+"""
 EndedBy = Literal["proof", "gap", "stalled", "time limit", "interrupt"]
 
 
 def drafted_phase(listed: list[Instruction]) -> Phase:
-    """A step of these instructions."""
+    """A phase of these instructions, its figures not yet filled in."""
     return Phase(instructions=listed, seconds=0.0, peak_bytes=0, peak=Peak(instruction=0, text="", tensors={}))
 
 
@@ -42,7 +45,9 @@ def drafted(
     evaluate: Phase | None = None,
     arena_bytes: int = 0,
 ) -> Plan:
-    """A plan with the steps `train`. `ran`: what of the profile they run."""
+    """A plan with the training schedules `train`, before figures, proof and fingerprint are filled in. `ran`: the
+    profile of the part of the step that they run, which for a partial step differs from `profile`.
+    """
     return Plan(
         fingerprint="",
         profile_fingerprint=profile.fingerprint,
@@ -79,12 +84,14 @@ def drafted(
 
 
 def proof_tolerance(kind: str) -> float:
-    """The gap, as a share of the step, up to which a plan for a model of this kind is proven the best of its class, to rounding."""
+    """The gap, as a share of the step, up to which a plan for a model of this kind counts as proven optimal in its
+    class.
+    """
     return EXACT if kind == "graph" else ROUNDING
 
 
 def status_of(plan_: Plan, bound_seconds: float, step_seconds: float | None = None) -> Literal["optimal", "feasible"]:
-    """What a bound that holds for a plan says of it."""
+    """Whether a valid lower bound proves a plan optimal, to rounding. `step_seconds`: instead of the plan's own."""
     step = plan_.step_seconds if step_seconds is None else step_seconds
     return "optimal" if gap_to(step, bound_seconds) <= proof_tolerance(plan_.model.kind) else "feasible"
 
@@ -92,10 +99,10 @@ def status_of(plan_: Plan, bound_seconds: float, step_seconds: float | None = No
 def ended_by(
     kind: str, gap: float, *, asked: float, timely: bool, stalled: bool = False, interrupted: bool = False
 ) -> EndedBy:
-    """Why a search for a model of this `kind` went no further than `gap`.
+    """Why a search for a model of this `kind` ended at `gap`.
 
-    `asked`: the gap that was enough; `timely`: whether no time limit ended it, or any search that it depends on; `stalled`: whether it gave
-    up before its limit because it had stopped gaining.
+    `asked`: the gap at which it could stop; `timely`: no time limit ended it or any search that it depends on;
+    `stalled`: it gave up before its time limit because it had stopped gaining.
     """
     if gap <= proof_tolerance(kind):
         return "proof"
@@ -119,14 +126,15 @@ def answered(
     interrupted: bool = False,
     fallback: bool = False,
 ) -> Plan:
-    """`raw` with the simulator's figures, beside what no plan of its class and no schedule at all undercuts.
+    """`raw` with the simulator's figures, its bounds in seconds (`bound_seconds` for its class, `any_bound` for any
+    schedule), its status and its fingerprint.
 
-    `started`: on the monotonic clock; `fallback`: whether it stands in for a plan that the search had no time to find; `asked`, `stalled` and
-    `interrupted` as of `ended_by`.
+    `started`: on the monotonic clock; `fallback`: whether it stands in for a plan that the search had no time to find;
+    `asked`, `stalled` and `interrupted` as of `ended_by`.
     """
     step = simulation.step_seconds
     bound, any_ = min(step, bound_seconds), min(step, any_bound)
-    # A rule claims no optimum, however near its bound it comes.
+    # A fixed rule's plan is never called optimal, however near its bound it is.
     searched = raw.policy == "solver"
     status = status_of(raw, bound, step) if searched else raw.status
     ended = ended_by(
@@ -170,7 +178,9 @@ def too_small(
     started: float,
     deterministic: bool,
 ) -> Plan:
-    """The answer where nothing fits the budget; `smallest`: what fits `minimum_bytes`, as drafted. `reason` says what sets these."""
+    """The answer where nothing fits the budget. `smallest`: the plan of `minimum_bytes`, the smallest budget found;
+    `reason`: what sets that budget, in words.
+    """
     return sealed(
         smallest.model_copy(
             update={
@@ -195,12 +205,12 @@ def too_small(
 
 
 def gap_to(step: float, bound: float) -> float:
-    """How much of the step's time a bound leaves open."""
+    """The gap, (step - bound) / step: the share of the step's time that the bound leaves open."""
     return (step - bound) / step if step > 0 else 0.0
 
 
 def fingerprint(plan_: Plan) -> str:
-    """sha256 of everything a plan says but its own fingerprint and how long it took to make."""
+    """sha256 of a plan's content, without its own fingerprint and the seconds that it took to make."""
     content = plan_.model_dump(mode="json", exclude={"fingerprint", "solve_seconds"})
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -213,15 +223,15 @@ def sealed(plan_: Plan) -> Plan:
 def rebudgeted(
     plan_: Plan, *, budget_bytes: int | None = None, bound_seconds: float | None = None, any_bound: float | None = None
 ) -> Plan:
-    """The same schedule told at a larger budget, or against other proven bounds: of its class, and of any schedule.
+    """The same schedule as a plan at a larger budget, or with other proven bounds, for its class and for any schedule.
 
-    Both have to hold at the budget; without them, the plan's own are taken to.
+    Bounds have to be valid at the budget; where one is not given, the plan's own is assumed to be.
     """
     step = plan_.step_seconds
     any_ = min(step, plan_.any_schedule_bound_seconds if any_bound is None else any_bound)
     bound = min(step, max(any_, plan_.bound_seconds if bound_seconds is None else bound_seconds))
     if rerun_layers(plan_):
-        # No bound of the class holds for a plan that goes forward twice.
+        # A plan with segments is outside the class: only the bound for any schedule applies to it.
         bound = any_
     solved = plan_.policy == "solver" and plan_.status in {"optimal", "feasible"}
     status = status_of(plan_, bound) if solved else plan_.status

@@ -1,4 +1,6 @@
-"""What every planner can be asked, whatever it plans: `tightfit.planner.plan.planner_of` makes the one for a profile."""
+"""The interface that planners of models and of bare graphs share; `tightfit.planner.plan.planner_of` makes the one for
+a profile.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from tightfit.profiles.schema import Profile
 
 
 class Planner(Protocol):
-    """One profile, any number of budgets: what is found and proven at one budget helps at the next."""
+    """Plans one profile at any number of budgets; what is found and proven at one budget is reused at the next."""
 
     profile: Profile
     interrupted: bool
@@ -29,22 +31,24 @@ class Planner(Protocol):
         ...
 
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
-        """The plan of the smallest budget, in full."""
+        """The plan at the smallest budget found, with its bounds."""
         ...
 
     def minimum_bytes(self, *, policy: str | None = None, time_limit: float = 30.0) -> int:
-        """The smallest budget in bytes for which `plan` has a plan."""
+        """The smallest budget, in bytes, for which `plan` finds a plan."""
         ...
 
     def bound(self, budget_bytes: int, *, time_limit: float = 30.0) -> float | None:
-        """Seconds per step that no plan of the class undercuts at a budget; None: none fits there.
+        """A lower bound on the seconds per step of every plan of the class within `budget_bytes`; None: none fits.
 
-        Raises TimeoutError where the time limit strikes first.
+        `time_limit` is in seconds; a planner may raise TimeoutError where it is over before there is a bound.
         """
         ...
 
     def class_bound(self, solved: Plan) -> float:
-        """Seconds that no plan of the class undercuts, as far as was proven when the solver planned at the budget of `solved`."""
+        """The best lower bound, in seconds, on every plan of the class that was proven when the solver planned at the
+        budget of `solved`.
+        """
         ...
 
     def policies(self) -> tuple[str, ...]:
@@ -52,5 +56,5 @@ class Planner(Protocol):
         ...
 
     def neighbour_bytes(self, budget_bytes: int) -> int:
-        """By how many bytes budgets differ from this one that show what memory is worth there."""
+        """Distance in bytes from this budget to the neighbouring ones that are used to value memory."""
         ...

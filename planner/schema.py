@@ -1,21 +1,22 @@
-"""The plan: the decisions for every tensor, the schedule that carries them out, and the proof.
+"""The plan's data model and JSON form: the decisions for every tensor, the schedule that carries them out, and the
+proof.
 
 A schedule is a flat list of instructions. Every instruction that makes a tensor resident carries the arena offset of
-each tensor it allocates, so that nothing is left to decide at run time. Three readers share it: the planner emits it,
-the simulator replays it and alone states peak and time, the runtime executes it.
+each tensor it allocates, so that nothing is left to decide at run time. The planner writes the list, the simulator
+replays it and alone states peak and seconds, the runtime executes it.
 
 Tensor names: a weight ``w`` is resident as ``w`` (unpacked) and/or ``packed:w``; a trainable ``p`` has ``p``,
 ``grad:p`` (as bound by its layer), ``adam_m:p``, ``adam_v:p`` and, where an update takes several steps, ``grad_sum:p``;
 anything else is a global tensor or ``layer/value``.
 
-The instructions and what each does: `tightfit.planner.instructions`. Where several steps make one update, those that do not add their
-gradients to ``grad_sum:p``.
+`tightfit.planner.instructions` says what each instruction does. Where several steps make one update (gradient
+accumulation), the steps before the last add their gradients to ``grad_sum:p`` instead of updating.
 
 Where `optimizer` is called ``mezo`` a training step has two forwards and no backward: every trainable is perturbed by
-+1 before the first, by -2 before the second, and ``update`` adds epsilon z - rate (l+ - l-) / (2 epsilon) z, which restores
-and moves it at once. A cycle has one training schedule per position; step n, counted from 1, runs the schedule at
-(n - 1) mod length. A layer in a schedule's `skipped` has no backward operators in it, its trainables no update, and its
-output's gradient is passed on as its input's.
++1 before the first, by -2 before the second, and ``update`` adds epsilon z - rate (l+ - l-) / (2 epsilon) z, which
+restores and moves it at once. A cycle has one training schedule per position; step n, counted from 1, runs the schedule
+at (n - 1) mod length. A layer in a schedule's `skipped` has no backward operators in it, its trainables no update, and
+its output's gradient is passed on as its input's.
 """
 
 from __future__ import annotations
@@ -139,17 +140,21 @@ class Plan(Record):
 
     @property
     def steps(self) -> list[Phase]:
-        """The training schedules that steps run in turn: one, or those of a cycle; none where nothing fits."""
+        """The training schedules that successive steps run in turn: one, or those of a cycle; none
+        where nothing fits.
+        """
         return [] if self.train is None else [self.train, *self.cycle]
 
     @property
     def accumulate(self) -> int:
-        """Steps whose gradients make one update."""
+        """Number of steps whose gradients make one update."""
         return int(self.optimizer.get("accumulate", 1))
 
     @property
     def start_bytes(self) -> int:
-        """By how much the start of the process, its imports, passes all that follows; 0 where something later sets the peak."""
+        """By how many bytes the imports at the process's start exceed the most it holds later; 0 where something later
+        sets the peak.
+        """
         floor = self.device.floor
         schedules = [*self.steps, *([self.evaluate] if self.evaluate is not None else [])]
         instructions = sum(len(phase.instructions) for phase in schedules)
@@ -158,5 +163,7 @@ class Plan(Record):
 
     @property
     def exact(self) -> bool:
-        """Whether steps follow the exact gradient, so that another such plan gives the same results to the bit."""
+        """Whether steps follow the exact gradient, so that every such plan of a profile gives the same results to the
+        bit.
+        """
         return self.optimizer.get("name") != MEZO and not any(phase.skipped for phase in self.steps)

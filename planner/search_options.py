@@ -1,4 +1,4 @@
-"""What a search is given: a budget, a limit of time, a gap; checked, and how the time is shared out."""
+"""The options of a search: checks of budget, time limit and gap, and the shares into which a time limit is divided."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ if TYPE_CHECKING:
 
 
 ANY_SHARE = 0.1
-"""of the time limit, for the bound that holds for any schedule"""
+"""share of the time limit for the bound that holds for any schedule"""
 
 
 LEAST_SHARE = 0.7
-"""of the time limit, for the smallest budget where the one asked for may be below it, unless it clearly is not: what fits comes
-before what is fast
+"""share of the time limit for the smallest budget, where the requested budget may be below it: finding a plan that fits
+comes before finding a fast one
 """
 
 
 LONGEST_LIMIT = 1e9
-"""seconds of a time limit: thirty years, which every solver's clock can count"""
+"""largest time limit in seconds: thirty years, which every solver can represent"""
 
 
 FINISH_SECONDS = 6e-5
-"""to write a plan down and replay it, per operator of the step: left out of what the search may take"""
+"""seconds per operator of the step for writing a plan down and replaying it; the search leaves them free"""
 
 
 HELD_SHARE = 0.05
-"""of the time limit, at most, for as many times that as `HELD_UP` says: other programs may take most of the processor"""
+"""share of the time limit up to which the search leaves `HELD_UP` times as many seconds free, as other programs may use
+the processor
+"""
 
 
 def checked_budget(budget_bytes: object) -> int:
-    """A budget as a plain int. Raises InputError where it is no int of bytes above 0."""
+    """A budget in bytes as a plain int. Raises InputError where it is not an int above 0."""
     if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, SupportsIndex):
         raise InputError(
             f"a budget is an int of bytes, not {budget_bytes!r}; `tightfit.parse_size` makes one of '600MiB'"
@@ -48,7 +50,9 @@ def checked_budget(budget_bytes: object) -> int:
 
 
 def checked_limit(time_limit: object) -> float:
-    """A time limit as a plain float. Raises InputError where it is no number of seconds above 0."""
+    """A time limit in seconds as a plain float. Raises InputError where it is not a number above 0, or above
+    `LONGEST_LIMIT`.
+    """
     if not isinstance(time_limit, Real) or not 0 < float(time_limit) <= LONGEST_LIMIT:
         raise InputError(
             f"a time limit of {time_limit!r} s is none; name a number of seconds above 0, at most {LONGEST_LIMIT:.0e}"
@@ -57,7 +61,9 @@ def checked_limit(time_limit: object) -> float:
 
 
 def checked_gap(gap: object) -> float:
-    """A gap that is enough as a plain float. Raises InputError where it is no share of the step's time from 0 to below 1."""
+    """The gap at which a search may stop, as a plain float. Raises InputError where it is not a number from 0 to below
+    1.
+    """
     if isinstance(gap, bool) or not isinstance(gap, Real) or not 0 <= float(gap) < 1:
         raise InputError(
             f"a gap of {gap!r} is none; name a share of the step's time from 0 to below 1, such as 0.001 for 0.1 %"
@@ -66,7 +72,9 @@ def checked_gap(gap: object) -> float:
 
 
 def finish_seconds(operators: int, time_limit: float) -> float:
-    """Seconds of a time limit that are left to write a plan of so many operators down and replay it."""
+    """Seconds of a time limit that the search leaves free for writing down and replaying a plan of
+    so many operators.
+    """
     alone = FINISH_SECONDS * operators
     return max(alone, min(HELD_UP * alone, HELD_SHARE * time_limit))
 
@@ -75,8 +83,10 @@ Progress = Callable[[dict[str, float | str]], None]
 
 
 HELD_UP = 4.0
-"""times what they take on an idle machine: as much is left for them where it is within that share"""
+"""factor on the seconds that writing down and replaying take on an idle machine, applied within `HELD_SHARE` of the
+time limit
+"""
 
 
 NEIGHBOUR_BYTES = 50 << 20
-"""by which the budgets differ at which it is asked what memory is worth"""
+"""distance in bytes between the budgets whose bounds are compared to value memory"""

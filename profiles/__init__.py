@@ -1,5 +1,7 @@
-"""What a training step is made of, measured: from a model and a sample batch to a `Profile`.
+"""The profiler: turns a model and a sample batch into a `Profile`, the measured operators and tensors of one training
+step.
 
-Rooms: `models`, `tracing`, `weights`, `sources`, `devices`, `measuring`; `schema` is the result, `io` its file, `api` the door.
+Rooms: `models`, `tracing`, `weights`, `sources`, `devices`, `measuring`. `api` is the entry point, `schema` defines the
+profile, `io` reads and writes its file.
 May import: `runtime.common`, `runtime.engine`, `runtime.supervision`.
 """

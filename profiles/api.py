@@ -1,4 +1,7 @@
-"""`profile`: a model and a device in, a Profile out. Its file is `tightfit.profiles.io`'s, offered here too."""
+"""The profiler's entry point: `profile` traces and measures a model on a device and returns a `Profile`.
+
+`load_profile` and `save_profile` of `tightfit.profiles.io` are re-exported here.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +52,11 @@ from tightfit.runtime.engine.weights.store import Entry, Store, find_extent
 __all__ = ["Progress", "load_profile", "profile", "save_profile"]
 
 Progress = Callable[[str, int, int], None]
-"""progress(stage, done, total); stages: pack, export, programs, measure."""
+"""Called as progress(stage, done, total), where stage is one of pack, export, programs and measure."""
 
 MOST_ELEMENTS = 1 << 60
-"""of a tensor: PyTorch counts its bytes in 63 bits, and an element has up to 8"""
+"""Largest number of elements accepted for one tensor: PyTorch counts its bytes in 63 bits, and an element has up to 8
+bytes."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CODE = (
     "runtime/common",
@@ -66,7 +70,7 @@ CODE = (
     "profiles/api.py",
     "profiles/schema.py",
 )
-"""what decides the figures of a profile: with another version of it, what was measured is measured again"""
+"""Source files that determine a profile's figures: a change in any of them invalidates the cached profiles."""
 
 
 def profile(
@@ -83,16 +87,21 @@ def profile(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Profile:
-    """Trace and measure one training step of `source` (see `tightfit.profiles.sources.lookup.resolve`) on this machine, or trace it and
-    estimate its times on another `device` (see `tightfit.profiles.devices.data_sheets.find_device`).
+    """Trace and measure one training step of `source` on this machine, or trace it and estimate its times for another
+    `device`.
 
-    `batch` samples of `seq` tokens; `lora_alpha` defaults to twice the rank; the gradients of `accumulate` steps make one update; `dtype` is what activations and unpacked
-    weights are computed in (bfloat16 for language models, float32 for a module of your own). A module:factory brings its own sample batch. Weights, where the source has them, are packed
-    into the cache first, tensor by tensor. A fitting result in the cache is returned at once unless `force`, or unless it was
-    measured while other programs kept the cores busy and these are idle now. An estimate
-    touches no weights, measures nothing and is not cached.
+    `source` is anything that `tightfit.profiles.sources.lookup.resolve` takes; `device` is "cpu" (this machine) or
+    anything that `tightfit.profiles.devices.data_sheets.find_device` takes. The step has `batch` samples of `seq`
+    tokens; a module:factory brings its own sample batch instead. `lora_alpha` defaults to twice `lora_rank`. The
+    gradients of `accumulate` steps make one optimizer update. `dtype` is the type of activations and unpacked weights
+    (default: bfloat16 for language models, float32 for a module of your own). `threads` defaults to all cores that
+    this process may use.
 
-    Raises InputError for a source, shape or device that cannot be used, RunError where packing or measuring fails.
+    Weights, where the source has them, are first packed into a store in the cache, tensor by tensor. A cached profile
+    with the same fingerprint is returned at once, except with `force`, or if it was measured while other programs kept
+    the cores busy and the cores are idle now. An estimate touches no weights, measures nothing and is not cached.
+
+    Raises InputError for a source, shape or device that cannot be used, RunError if packing or measuring fails.
     """
     elsewhere = None if device == "cpu" else find_device(device)
     if elsewhere is not None and threads is not None:
@@ -124,7 +133,7 @@ def profile(
             loaded = load_profile(cached)
             store = _present(loaded.model.store)
             if (store is None) == (loaded.model.store is None):
-                # The same model may lie elsewhere by now, and so may the cache.
+                # The model, or the cache, may have been moved since; record their present paths.
                 here = loaded.model.model_copy(update={"name": found.name, "source": found.path, "store": store})
                 earlier = loaded.model_copy(update={"model": here})
                 if not marks(earlier.device) or crowded(taken_now(threads), threads):
@@ -207,18 +216,22 @@ def profile(
 
 
 def _present(store: str | None) -> str | None:
-    """Where a store of the cache lies now; None where it is gone, or there was none."""
+    """Present path of a cached weight store, which may have moved with the cache; None if there is none."""
     places = () if store is None else (cache_directory() / "stores" / Path(store).name, Path(store))
     return next((str(place) for place in places if place.exists()), None)
 
 
 def _marked(profile: Profile) -> tuple[int, float]:
-    """How doubtful a profile's figures are: the less, the smaller."""
+    """Sort key for how doubtful a profile's figures are, smallest first: (number of marks, cores that other programs
+    took).
+    """
     return len(marks(profile.device)), profile.device.busy_cores
 
 
 def _fingerprint(source: Source, *settings: Any) -> str:
-    """sha256 of everything that the profile depends on: model, shapes, torch, machine and the code that traces."""
+    """sha256 of everything that the profile depends on: model, shapes, torch, machine, and the code that traces and
+    measures.
+    """
     code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in _code()]
     text = json.dumps(
         [
@@ -232,7 +245,7 @@ def _fingerprint(source: Source, *settings: Any) -> str:
             Path(native.library(cache_directory())).name,
             Path(page_out.library(cache_directory())).name,
             Path(cuda_stubs.folder(cache_directory())).name,
-            os.environ.get("TIGHTFIT_TORCH"),  # "plain": the floor of a full import
+            os.environ.get("TIGHTFIT_TORCH"),  # "plain" starts PyTorch in full, which has another floor
             code,
         ],
         default=str,
@@ -304,7 +317,7 @@ def _packed(tensor: Tensor, entries: Mapping[str, Entry]) -> Tensor:
 
 
 def _unmeasured(traced: Trace, device: Device) -> dict[str, Any]:
-    """What `measure` would tell, without times."""
+    """A stand-in for the result of `measure`, with all times 0 and the floor and channels of the described device."""
     operators = {program.name: [[0.0, 0.0]] * len(program.operators) for program in traced.programs}
     channels = {"floor": device.floor.model_dump(), "read": device.read, "write": device.write}
     copied = {program.name: [False] * len(program.operators) for program in traced.programs}

@@ -1,8 +1,9 @@
-"""Bare graphs: a DAG of operators with seconds and bytes, written by another tool, is enough to plan, compare and simulate.
+"""Reads bare graphs: DAGs of operators with seconds and bytes, written by other tools, to plan, compare and simulate.
 
-A bare graph has no layers, programs or tensors of ours, and nothing to execute. It becomes a `Profile` whose model kind is
-``graph``: one layer, one program, one value per operator. Its budget is on the bytes that are live: while an operator
-runs, its inputs, its output, its workspace, whatever else is retained, and the graph's fixed bytes.
+A bare graph has no layers, programs or tensors of tightfit's, and nothing to execute. It becomes a `Profile` whose
+model kind is ``graph``: one layer, one program, one value per operator. Its budget limits the live bytes: while an
+operator runs, its inputs, its output, its workspace, every other output that is still in memory, and the graph's fixed
+bytes.
 """
 
 from __future__ import annotations
@@ -38,27 +39,28 @@ from tightfit.runtime.common.units import printable
 GRAPH_VERSION = 1
 MOST_OPERATORS = 10_000
 MOST_SECONDS = 1e12
-"""of one operator's run, and of a channel's latency: beyond them sums of times mean nothing"""
+"""Largest seconds accepted for an operator or a channel's latency: beyond it, sums of times lose all precision."""
 LEAST_BYTES_PER_SECOND = 1e-3
 LAYER = "graph"
-"""the one layer, and its program, that hold a bare graph's operators"""
+"""Name of the single layer, and of its program, that hold a bare graph's operators."""
 FIXED = "fixed bytes"
 AGAIN = "correct it in the tool that writes the graph"
 NO_CHANNEL = Channel(bytes_per_second=1.0, latency_seconds=1e18)
-"""of a graph that says nothing about a disk: its plans move nothing"""
+"""Channel of a graph that describes no disk: so slow that its plans offload nothing."""
 
 
 def _whole(value: Any) -> Any:
-    """A float without a fraction as the whole number that it is: some tools write 10 bytes as 10.0."""
+    """Turn a float without a fraction into an int: some tools write 10 bytes as 10.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Whole = Annotated[int, BeforeValidator(_whole), Strict()]
 Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
-"""as JSON has them: "1.0" is no number, true is none either, and "no" and 1 are neither true nor false"""
+"""These types accept JSON's own kinds only: neither the string "1.0" nor true is a number, and neither "no" nor 1 is a
+boolean."""
 ASIDE = ("operators", "format")
-"""fields that a graph has and its parts have not"""
+"""Fields that only the graph itself has, not its operators or channels."""
 
 
 class BareOperator(Record):
@@ -77,14 +79,20 @@ class BareOperator(Record):
 
 
 class BareChannel(Record):
-    """A way between memory and a disk, or a card's memory and its host's. One transfer at a time, reads and writes together."""
+    """A path between memory and disk, or between a card's memory and its host's.
+
+    Reads and writes share it, one transfer at a time.
+    """
 
     bytes_per_second: Number = Field(ge=LEAST_BYTES_PER_SECOND, allow_inf_nan=False)
     latency_seconds: Number = Field(0.0, ge=0, le=MOST_SECONDS, allow_inf_nan=False)
 
 
 class BareGraph(Record):
-    """What another tool writes; operators in the order in which they are to run, as far as their inputs allow it."""
+    """A graph as another tool writes it.
+
+    Operators run in the order given, except where an input is listed after its reader.
+    """
 
     format: Literal["tightfit-graph"]
     version: Whole = GRAPH_VERSION
@@ -99,7 +107,7 @@ class BareGraph(Record):
 
 
 def is_bare(data: Any) -> bool:
-    """Whether parsed JSON means to be a bare graph: by its format, its operators, or because it is a list of such."""
+    """Whether parsed JSON is meant as a bare graph, by its field `format` or `operators`, or as a list of operators."""
     if isinstance(data, list):
         return bool(data) and isinstance(data[0], dict) and {"name", "seconds", "output_bytes"} <= data[0].keys()
     if not isinstance(data, dict):
@@ -110,9 +118,9 @@ def is_bare(data: Any) -> bool:
 def parse_graph(data: Any, source: str = "graph") -> Profile:
     """The profile of a bare graph given as parsed JSON; `source` is named in messages.
 
-    Raises InputError that names the operator and the field: wrong types and values, names given twice, inputs that are
-    no operators, cycles, phases given to some operators only, a forward operator that reads a backward one, one channel
-    without the other.
+    Raises InputError, naming the operator and the field, for: wrong types and values, a name given twice, an input that
+    names no operator, a cycle, phases given to some operators only, a forward operator that reads a backward one, one
+    channel without the other.
     """
     if not isinstance(data, dict):
         raise InputError(
@@ -135,7 +143,9 @@ def parse_graph(data: Any, source: str = "graph") -> Profile:
 
 
 def refuse_repeated(content: bytes, source: str) -> None:
-    """Raise InputError where an object of a graph's JSON has a field twice: which of the two is meant cannot be told."""
+    """Raise InputError if any object in a graph's JSON has the same field twice, since it is unclear which one is
+    meant.
+    """
 
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
@@ -153,7 +163,7 @@ def refuse_repeated(content: bytes, source: str) -> None:
 
 
 def graph_profile(graph: BareGraph, source: str = "graph") -> Profile:
-    """The profile of a bare graph, the same whatever `source` is: that only names it in messages.
+    """The profile of a bare graph. `source` only names the graph in error messages and leaves the profile unchanged.
 
     Raises InputError as `parse_graph` does.
     """
@@ -197,7 +207,7 @@ def graph_profile(graph: BareGraph, source: str = "graph") -> Profile:
     content = json.dumps(graph.model_dump(mode="json"), sort_keys=True)
     return Profile(
         fingerprint=hashlib.sha256(content.encode()).hexdigest(),
-        model=Model(name=graph.name, source=graph.name, kind="graph"),  # the same profile wherever the file lies
+        model=Model(name=graph.name, source=graph.name, kind="graph"),  # no path: profiles do not depend on it
         batch=1,
         compute_dtype="as given",
         optimizer={},
@@ -229,14 +239,14 @@ def save_graph(graph: BareGraph, path: str | os.PathLike[str]) -> Path:
 
 
 def _kind(data: Any) -> str:
-    """What parsed JSON is that is no object."""
+    """In words, the type of parsed JSON that is not an object, for an error message."""
     if data is None:
         return "null"
     return f"a list of {len(data)}" if isinstance(data, list) else f"{data!r:.60}"
 
 
 def _place(loc: Sequence[int | str], data: dict[str, Any]) -> str:
-    """Where an error lies; an operator also by its name."""
+    """The place of a validation error in words: the path of fields, with the operator's name if it lies in one."""
     place = ".".join(str(part) for part in loc)
     if len(loc) >= 2 and loc[0] == "operators" and isinstance(loc[1], int):
         operator = data["operators"][loc[1]]
@@ -246,7 +256,9 @@ def _place(loc: Sequence[int | str], data: dict[str, Any]) -> str:
 
 
 def _order(operators: Sequence[BareOperator], source: str) -> list[BareOperator]:
-    """The operators in their given order, moved only where an input comes later."""
+    """The operators, checked, in an order that runs inputs first: forward before backward where it can be, else as
+    given.
+    """
     if not 2 <= len(operators) <= MOST_OPERATORS:
         raise InputError(
             f"{source}: field operators: {len(operators)} operators; a graph has 2 to {MOST_OPERATORS}, {AGAIN}"

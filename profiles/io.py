@@ -1,4 +1,7 @@
-"""Profile files: versioned JSON with a checksum of their content, written whole or not at all. No torch is imported."""
+"""Reads and writes profile files: versioned JSON with a checksum of its content, written atomically.
+
+Imports no PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ from tightfit.runtime.common.files import of_another_version, write_whole
 
 PROFILE_BEGINS = (b'{\n "checksum"', b'{"checksum"', b'{\n "version"', b'{"version"')
 WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
-"""of JSON as Python reads it, that the end of a file may cut"""
+"""JSON's literals as Python's parser takes them; a truncated file may end in the middle of one."""
 
 
 def load_profile(path: str | os.PathLike[str]) -> Profile:
     """Read a profile, or a bare graph of operators (`tightfit.profiles.graph_input`) as one.
 
-    Raises InputError for a file that is missing, truncated, of another version or not a profile.
+    Raises InputError if the file is missing, truncated, of another version or not a profile.
     """
     path = Path(path)
     try:
@@ -37,8 +40,8 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
 def parse_profile(content: bytes, name: str, check: Callable[[Any], None] | None = None) -> Profile:
     """The profile that `content` holds, in any of JSON's encodings; `name` is what messages call it.
 
-    `check` is given the plain JSON before anything is made of it, and may refuse it by raising. Raises InputError where
-    `content` is no whole profile.
+    `check` is called with the parsed JSON before a profile is built from it, and may refuse it by raising. Raises
+    InputError if `content` is not a complete profile.
     """
     try:
         data = json.loads(content)
@@ -81,7 +84,7 @@ def parse_profile(content: bytes, name: str, check: Callable[[Any], None] | None
 
 
 def _again(content: bytes) -> str:
-    """What to do about a file that cannot be read: profiles are ours, graphs are made by others."""
+    """Advice on how to write an unreadable file again, as far as its content tells a profile from a graph."""
     if b'"tightfit-graph"' in content:
         return "write it again with the tool that made the graph"
     if content.lstrip().startswith(PROFILE_BEGINS):
@@ -90,7 +93,7 @@ def _again(content: bytes) -> str:
 
 
 def _ends_early(error: Exception) -> bool:
-    """Whether JSON was read without a fault up to its end, which came too soon."""
+    """Whether a JSON error means that the text is valid up to its end but truncated."""
     if not isinstance(error, json.JSONDecodeError):
         return False
     rest = error.doc[error.pos :].strip()
@@ -98,17 +101,20 @@ def _ends_early(error: Exception) -> bool:
 
 
 def save_profile(profile: Profile, path: str | os.PathLike[str]) -> Path:
-    """Write a profile, whole or not at all. Raises InputError where the place cannot be written, RunError for a full disk."""
+    """Write a profile atomically and return its path.
+
+    Raises InputError if `path` is not writable, RunError if the disk is full.
+    """
     return write_whole(
         path, json.dumps({"checksum": _checksum(profile), **profile.model_dump(mode="json")}, indent=1) + "\n"
     )
 
 
 def canonical_json(profile: Profile) -> str:
-    """A profile as text that is the same for the same content."""
+    """A profile as JSON text that is identical for equal profiles."""
     return json.dumps(profile.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
 
 
 def _checksum(profile: Profile) -> str:
-    """sha256 of what a profile says: digits that flipped on disk would otherwise be believed."""
+    """sha256 of a profile's content, so that figures corrupted on disk are noticed."""
     return hashlib.sha256(canonical_json(profile).encode()).hexdigest()

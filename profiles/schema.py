@@ -1,12 +1,14 @@
-"""The profile: everything that was measured about one training step, and nothing that was decided.
+"""The profile's data model: everything that is known about one training step before anything is decided.
 
-A model is a list of `Layer`s in forward order. Equal layers share one `Program`: the forward and backward of the layer as
-a flat list of operators over *storages*. Views do not exist here: an operand names a storage and, where it is not the
-storage's own contiguous shape, the strided window it reads (`Operand`), so that the planner sees bytes and lifetimes only.
+A model is a list of `Layer`s in forward order. Equal layers share one `Program`: the forward and backward of the layer
+as a flat list of operators over *storages*. Views do not exist here: an operand names a storage and, where it is not
+the storage's own contiguous shape, the strided window it reads (`Operand`), so that the planner sees bytes and
+lifetimes only.
 
-Forward runs the layers in order; backward runs them in reverse. Where no backward follows, a layer that has operators for
-`inference` runs these instead of its forward: the same results to the bit without what only a backward reads. A layer's local values become global tensors through its
-`bindings`; a value without a binding is private to its layer and is called ``layer_name/value_name``.
+Forward runs the layers in order; backward runs them in reverse. Where no backward follows, a layer with operators of
+phase `inference` runs those instead of its forward: they give the same results to the bit, without the tensors that
+only a backward reads. A layer's local values become global tensors through its `bindings`; a value without a binding is
+private to its layer and is called ``layer_name/value_name``.
 """
 
 from __future__ import annotations
@@ -16,15 +18,18 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field
 
 PROFILE_VERSION = 7
-"""raised with every change of the file's form, and of what operators measure or compute: runs that others began do not go on"""
+"""Raised with every change of the file's form, and of what operators compute or how they are measured. A run that was
+started under another version is not resumed."""
 
 MOST_ACCUMULATED = 1 << 16
 NOT_COMPARED = "not compared with autograd"
-"""how a model's `compared` begins where its gradients were not"""
+"""How `Model.compared` begins if the gradients were not compared."""
 
 
 def adamw(accumulate: int = 1) -> dict[str, Any]:
-    """AdamW as the `optimizer` of a profile: two moments per trainable, and the gradients summed so far where an update takes several steps."""
+    """The `optimizer` field of a profile for AdamW: two states per trainable (its moments), and with `accumulate` > 1
+    steps per update a third, the sum of gradients so far.
+    """
     moments = {"name": "adamw", "state_tensors": 2}
     return moments if accumulate == 1 else {**moments, "state_tensors": 3, "accumulate": accumulate}
 
@@ -45,12 +50,14 @@ def _checked_optimizer(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 
 Optimizer = Annotated[dict[str, Any], AfterValidator(_checked_optimizer)]
-"""`name`, `state_tensors`: float32 copies per trainable; `accumulate`: steps whose gradients make one update, 1 where left out"""
+"""Keys: `name`; `state_tensors`, the number of float32 states per trainable; `accumulate`, steps per update (default
+1)."""
 
 
 T = TypeVar("T")
 Many = Annotated[list[T], FailFast()]
-"""A list that may be long: of its faults only the first is told, so that a wrong one takes no memory for each of its parts"""
+"""A list that may be long: validation stops at its first fault, so that a wrong list does not fill memory with
+errors."""
 
 
 class Record(BaseModel):
@@ -68,7 +75,7 @@ TensorKind = Literal[
 
 
 class Tensor(Record):
-    """A tensor that more than one layer sees, or that outlives the step."""
+    """A tensor that more than one layer uses, or that outlives the step."""
 
     name: str
     kind: TensorKind
@@ -88,7 +95,10 @@ class Tensor(Record):
 
 
 class Operand(Record):
-    """A tensor argument: a storage, read through a strided window (elements, not bytes)."""
+    """A tensor argument: a storage, read through a strided window.
+
+    `size`, `stride` and `offset` count elements, not bytes.
+    """
 
     value: str
     size: list[int]
@@ -108,9 +118,11 @@ class Value(Record):
 
 
 class Operator(Record):
-    """One call. `args` and `kwargs` are JSON; what JSON lacks is an object of one key: ``{"operand": {...}}``,
-    ``{"dtype": "float32"}``, ``{"device": "cpu"}``, ``{"layout": "strided"}``, ``{"memory_format": "contiguous_format"}``,
-    ``{"float": "-inf"}``. A list may hold any of these.
+    """One call of an operator.
+
+    `args` and `kwargs` are JSON; what JSON lacks is written as an object of one key: ``{"operand": {...}}``,
+    ``{"dtype": "float32"}``, ``{"device": "cpu"}``, ``{"layout": "strided"}``, ``{"memory_format":
+    "contiguous_format"}``, ``{"float": "-inf"}``. A list may hold any of these.
     """
 
     target: str = Field(description="aten.mm.default, tightfit.rms_norm, ...")
@@ -139,7 +151,9 @@ class Program(Record):
 
     @property
     def inference(self) -> list[int]:
-        """Positions of what runs where no backward follows: the operators for inference, or else the forward ones."""
+        """Positions of the operators that run if no backward follows: those of phase inference, or if there are none
+        the forward's.
+        """
         phase = "inference" if any(operator.phase == "inference" for operator in self.operators) else "forward"
         return [position for position, operator in enumerate(self.operators) if operator.phase == phase]
 
@@ -151,7 +165,7 @@ class Layer(Record):
 
 
 class Channel(Record):
-    """A path that bytes take between memory and disk; a profile measures it by transfers as the runtime makes them, beside a computation."""
+    """One direction between memory and disk, measured with transfers like the runtime's while operators compute."""
 
     bytes_per_second: float = Field(gt=0)
     latency_seconds: float = Field(ge=0)
@@ -168,7 +182,9 @@ class Channel(Record):
 
 
 class Floor(Record):
-    """What a run holds before any model is loaded: the training process, and the supervisor that starts it and shows its progress."""
+    """Memory that a run takes before any model is loaded: its training process, and the supervisor that starts it and
+    shows progress.
+    """
 
     import_peak_bytes: int = Field(description="VmHWM of the training process after its imports")
     resident_bytes: int = Field(
@@ -190,12 +206,12 @@ class Floor(Record):
 
     @property
     def start_peak_bytes(self) -> int:
-        """What a run reaches before any model is loaded: no smaller budget can hold."""
+        """Peak bytes of a run before any model is loaded; no budget below it is feasible."""
         return self.import_peak_bytes + self.supervisor_bytes
 
     @property
     def held_bytes(self) -> int:
-        """What a run holds beside its model from the first step on."""
+        """Bytes that a run holds in addition to its arena from the first step on."""
         return self.resident_bytes + self.supervisor_bytes
 
     @property

@@ -1,4 +1,6 @@
-"""What carries a plan out: the engine in the budgeted process, its supervisor, sessions, data and the command line.
+"""The runtime, which carries plans out: the engine of the training process, its supervisor, data, sessions, command
+line.
 
-Rooms, each importing only what stands before it: `common`, `engine`, `supervision`; then, above the profiles and the planner, `data`, `session`, `cli`.
+Rooms, each of which imports only those before it: `common`, `engine`, `supervision`; then, above the profiles and the
+planner, `data`, `session`, `cli`.
 """

@@ -1,4 +1,6 @@
-"""What the searches of one graph have found, at whatever budget, and what of it the clock had a hand in."""
+"""The pool of schedules that the searches of one graph have found at any budget, kept so that answers stay
+reproducible.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +14,31 @@ from tightfit.planner.graphs.problem.schedule import Rerun, seconds
 
 
 class Incumbents:
-    """Where the searches to come start. Each has an aim, a budget or None for the smallest, and a limit in seconds.
+    """The schedules that later searches start from. Each search has an aim (a budget, or None for the smallest) and a
+    time limit in seconds.
 
-    What comes of a search that the clock ended, or of one that started from what such a search had found, is not found
-    again for sure. It is where others start all the same, but for its own aim under a larger limit: that search is made as if
-    nothing had been cut, and what had been found is taken only where it is better.
+    A search is cut if the time limit ended it. What it found, and what was found by searches that started from that,
+    depends on the machine's speed. Later searches start from it all the same, with one exception: a search for the same
+    aim under a larger limit starts from the pool as it was before any search was cut, and takes the cut search's
+    schedules only where these are better.
     """
 
     def __init__(self) -> None:
         self.peaks: dict[frozenset[Rerun], int] = {}
         """schedules and their peaks in bytes"""
         self.moved: list[Carried] = []
-        """schedules with moves"""
+        """schedules with moves to the disk"""
         self.timely = True
-        """whether no search that any of them comes from was ended by the clock"""
+        """whether no time limit ended any search that the schedules come from"""
         self.late: tuple[dict[frozenset[Rerun], int], list[Carried]] = {}, []
-        """while one searches again: what it does not start from"""
+        """during a search that is repeated under a larger limit: the schedules that it does not start from"""
         self._sure: tuple[dict[frozenset[Rerun], int], list[Carried]] = {}, []
+        """the pool as it was before any search was cut"""
         self._cut: dict[int | None, float] = {}
+        """aims whose search was cut -> the largest limit at which it was"""
 
     def cut_before(self, aim: int | None, limit: float) -> bool:
-        """Whether a search for `aim` was cut, each time under a limit below `limit`."""
+        """Whether a search for `aim` was cut before, and always under a limit below `limit`."""
         return limit > self._cut.get(aim, limit)
 
     def begin(self, aim: int | None, limit: float) -> None:
@@ -45,15 +51,15 @@ class Incumbents:
             self._sure = dict(self.peaks), list(self.moved)
 
     def lowest(self) -> frozenset[Rerun]:
-        """The schedule whose peak is lowest."""
+        """The re-runs of the schedule with the lowest peak."""
         return min(self.peaks, key=lambda reruns: (self.peaks[reruns], sorted(reruns)))
 
     def best(self, dag: Dag, budget: int) -> Carried | None:
-        """The fastest schedule found that fits the budget, also of those that a search made again does not start from."""
+        """The fastest schedule found that fits the budget, those in `late` included; None: none does."""
         return _best(dag, budget, self.late[0] | self.peaks, [*self.late[1], *self.moved])
 
     def no_slower(self, dag: Dag, budget: int, outcome: GraphOutcome) -> GraphOutcome:
-        """The outcome of a search made again: or what had been found before it, where that is faster."""
+        """The outcome of a repeated search, or the schedule in `late` that fits the budget, where that is faster."""
         best = _best(dag, budget, *self.late)
         if best is None or (outcome.carried is not None and outcome.carried.seconds <= best.seconds):
             return outcome
@@ -61,7 +67,9 @@ class Incumbents:
         return replace(outcome, carried=best, timely=False)
 
     def end(self, aim: int | None, limit: float, *, timely: bool) -> None:
-        """It has ended; `timely`: with an answer that the clock had no hand in. A bound that was cut is none of this pool's."""
+        """A search for `aim` has ended. `timely`: no time limit influenced its schedule. Bounds that a time limit cut
+        do not count here.
+        """
         if timely or self.timely:
             self._cut.pop(aim, None)
             if self.late[0] and self.timely:
@@ -84,6 +92,8 @@ def _best(dag: Dag, budget: int, peaks: Mapping[frozenset[Rerun], int], moved: I
 
 
 def fastest(dag: Dag, budget: int, peaks: Mapping[frozenset[Rerun], int]) -> frozenset[Rerun]:
-    """The fastest of schedules that fits, or no re-runs."""
+    """The fastest of the schedules that fit the budget; the empty set (keep-all), which need not
+    fit, where none does.
+    """
     fitting = [reruns for reruns, peak in peaks.items() if peak <= budget]
     return min(fitting, key=lambda reruns: (seconds(dag, reruns), sorted(reruns)), default=frozenset())

@@ -1,4 +1,6 @@
-"""A graph planner's answer as a plan: the schedule written down and replayed, or the smallest budget and what sets it."""
+"""Writes a graph planner's answer as a plan: the schedule replayed by the simulator, or the smallest budget and what
+sets it.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +20,29 @@ from tightfit.runtime.common.units import format_size
 
 @dataclass(frozen=True, kw_only=True)
 class GraphOutcome:
-    """What the search came to."""
+    """Result of the search at one budget."""
 
     carried: Carried | None
+    """the schedule; None: none was found that fits"""
     bound_seconds: float
+    """lower bound on the seconds of every schedule of the class"""
     timely: bool = True
-    """whether no search that it depends on was ended by the clock"""
+    """whether no time limit ended any search that it depends on"""
     stalled: bool = False
-    """whether it is the search for a proof alone that was given up before the time limit"""
+    """whether the search for a proof of optimality was given up before the time limit, since it made too little
+    progress
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Least:
-    """The smallest budget."""
+    """The schedule with the lowest peak found: that peak is the smallest budget."""
 
     carried: Carried
     lowest_bytes: int
-    """of a rule its own peak, of the solver what no peak undercuts with first runs and re-runs in this order"""
+    """of a rule its own peak; of the solver a lower bound on the peak of schedules with first runs and re-runs in this
+    order
+    """
     timely: bool = True
     """as of `GraphOutcome`"""
 
@@ -51,7 +59,11 @@ def infeasible(
     floor: int,
     timely: bool,
 ) -> Plan:
-    """The answer where nothing was found to fit. `floor`: bytes that no schedule's peak undercuts, whatever its order."""
+    """The answer where no schedule was found that fits `budget`: it states the smallest plan's peak, and why it is not
+    lower.
+
+    `floor`: a lower bound in bytes on the peak of any schedule, whatever its order; `started`: on the monotonic clock.
+    """
     told = _assembled(profile, dag, least.carried.peak_bytes, policy, least.carried)
     simulation = simulate(told)
     peak = simulation.train.peak
@@ -70,7 +82,9 @@ def infeasible(
 
 
 def _known(budget: int, policy: str, least: Least, *, nothing: bool, floor: int) -> str:
-    """What is known of peaks below the smallest plan's. `nothing`: no schedule at all fits the budget."""
+    """In words, what is known about peaks below the smallest plan's. `nothing`: it is proven that no schedule at all
+    fits the budget.
+    """
     if policy != "solver":
         return "no lower peak under this rule"
     if least.carried.peak_bytes <= floor:
@@ -102,7 +116,7 @@ def finished(
     raw = _assembled(profile, dag, budget, policy, outcome.carried)
     simulation = simulate(raw)
     return answered(
-        # There are no offsets: the arena is what is live.
+        # Bare graphs have no arena offsets: the arena's size is the most bytes live at once.
         raw.model_copy(update={"arena_bytes": simulation.arena_bytes}),
         simulation,
         bound_seconds=max(outcome.bound_seconds, any_bound.seconds),
@@ -116,7 +130,7 @@ def finished(
 
 
 def _assembled(profile: Profile, dag: Dag, budget: int, policy: str, carried: Carried) -> Plan:
-    """The plan with its schedule, before the simulator has put its figures in."""
+    """The plan with its schedule, before the simulator's figures are entered."""
     return drafted(
         profile,
         profile,
@@ -129,7 +143,9 @@ def _assembled(profile: Profile, dag: Dag, budget: int, policy: str, carried: Ca
 
 
 def _decisions(dag: Dag, actions: Iterable[Action]) -> dict[str, str]:
-    """For outputs that outlive the run after their own: kept, offloaded, or recomputed at least once."""
+    """Output -> ``offloaded``, ``recomputed`` (at least once) or ``kept``; outputs read by the very next run only are
+    left out.
+    """
     ran: dict[int, int] = {}
     last: dict[int, int] = {}
     decided: dict[int, str] = {}

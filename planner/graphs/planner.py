@@ -1,4 +1,6 @@
-"""Plans of a bare graph at any number of budgets; what `tightfit.planner.plan.Planner` is for profiles of models."""
+"""`GraphPlanner`, which plans a bare graph at any number of budgets, as `tightfit.planner.plan.Planner` does for
+models.
+"""
 
 from __future__ import annotations
 
@@ -35,49 +37,62 @@ from tightfit.planner.search_options import (
 from tightfit.profiles.schema import Profile
 
 EXACT_OPERATORS = 20
-"""graphs up to here are solved over all schedules of the class"""
+"""number of operators up to which a graph is solved exactly over all schedules of the class"""
 EXACT_MOVES = 8
-"""operators of a graph that names a disk, up to which it is solved so"""
+"""the same for a graph that names a disk"""
 PRICES = (None, 0.05, 0.5, 1.0)
-"""of a second of the disk, in seconds of computation, that searches are made with; None: nothing is moved"""
+"""prices of a second of the disk, in seconds of computation, with which searches are made; None: nothing is moved"""
 PRICED_OPERATORS = 32
-"""up to here what memory is worth is told exactly: about all of them are solved within a second or two"""
+"""number of operators up to which `GraphPlanner.bound`, from which the value of memory is computed, is exact: nearly
+all such graphs are solved within a second or two
+"""
 LEAST_OPERATORS = 64
-"""up to here the exact solver is asked for one byte less than the smallest budget found"""
+"""number of operators up to which the exact solver is asked for a schedule one byte below the smallest budget found"""
 SHARES = (0.97, 0.93, 0.85, 0.7, 0.5, 0.3)
-"""of what a budget has above the floor, within which the disk is planned for as well while the gap is not closed"""
+"""while the gap is open, schedules with moves are also searched for within these shares of the budget above the floor;
+transfers then use the rest
+"""
 EXACT_WORK = 30.0
-"""deterministic seconds of CP-SAT; such graphs take a fraction of one"""
+"""limit of CP-SAT's deterministic seconds; such graphs take a fraction of one"""
 EXACT_SECONDS = 0.5
-"""that exact solutions may take by the clock in all, and a chain's checkpoints by the clock and the processor, whatever the
-time limit; most take a fifth of it"""
+"""seconds that all exact solutions may take together by the clock, and a chain's checkpoints by the clock and the
+processor, whatever the time limit; most take a fifth of it
+"""
 GRANTED = 0.1
-"""of the time limit, in seconds of the processor, for a first schedule that fits"""
+"""processor time for a first schedule that fits, as a share of the time limit"""
 LEAST_GRANTED = 1.0
-"""the same for each try at a smaller budget, at most"""
+"""the same for each try at a smaller budget, in seconds at most"""
 LOWEST_SHARE = 0.3
-"""of the time limit, for the lowest peak where no search finds what fits"""
+"""share of the time limit for the lowest peak, where no search finds a schedule that fits"""
 SWEPT = 0.5
-"""of the bytes over the budget, that a sweep may leave where a search starts from it: otherwise it helps little and takes time"""
+"""a search starts from a sweep (`belady`) only if that leaves at most this share of keep-all's excess over the budget:
+otherwise it helps little and takes time
+"""
 NEAR = 1e-3
-"""a search that is so near its bound has little left to gain but the proof"""
+"""gap below which a search has little left to gain but the proof of optimality"""
 CLOSING_SHARE, CLOSING_SECONDS = 1.0, 2.0
-"""times the seconds that a search has taken so far, and at least: for another try to prove the best; one that gains little is the last"""
+"""time for one more attempt to close the gap: this multiple of the seconds taken so far, and so
+many seconds at least
+"""
 GAINED = 0.5
-"""of a gap: what such a try leaves of it, at most, where another follows"""
+"""another attempt follows only if the last one left at most this share of the gap"""
 CLOSED_OPERATORS = 128
-"""up to here a program over all places for re-runs is tried first, which proves the best where it is solved to its end"""
+"""number of operators up to which one program over all places for re-runs is tried first; solved to optimality, it is a
+proof for the class
+"""
 ROUNDS = 4000
-"""of ruin and recreate"""
+"""rounds of ruin and recreate"""
 STARTS = 4
-"""schedules, the best so far and of those that the bound gives, with so many rounds each"""
+"""schedules that ruin and recreate starts from, of the best so far and those rounded from the bound's answers, with
+`ROUNDS` each
+"""
 
 
 NEIGHBOUR_SHARE = 10
 
 
 class GraphPlanner:
-    """One bare graph, any number of budgets."""
+    """Plans one bare graph at any number of budgets; later searches start from the schedules of earlier ones."""
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
@@ -85,17 +100,17 @@ class GraphPlanner:
         self.chain = as_chain(self.dag)
         self.floor_bytes = self.dag.floor_bytes
         self.lowest_bytes = self.floor_bytes
-        """no schedule of the class has a lower peak, as far as that is proven"""
+        """proven lower bound on the peak of every schedule of the class"""
         self.found = Incumbents()
-        """schedules found so far: where the search at other budgets starts"""
+        """schedules found so far, from which searches at other budgets start"""
         self.interrupted = False
-        """whether Ctrl-C ended the search of the latest `plan`, which was made of what had been found"""
+        """whether Ctrl-C ended the search of the latest `plan`, whose plan is then the best found until then"""
         self._gap = EXACT
-        """share of its time by which a schedule may be slower than the best where that is enough; to rounding at least"""
+        """gap at which the search may stop: what the caller asked for, or `EXACT` where that is more"""
         self._minimum: Least | None = None
         self._lowest: Lowest | None = None
         self._any_bounds: dict[int, tuple[Bound, float]] = {}
-        """by budget, and the seconds that they were given"""
+        """budget -> (bound, seconds that its computation was given)"""
         self._exact_left = EXACT_SECONDS
         for rule in rules_for(self.dag):
             self._note(RULES[rule](self.dag))
@@ -107,12 +122,14 @@ class GraphPlanner:
 
     @staticmethod
     def class_bound(solved: Plan) -> float:
-        """Seconds that no schedule of the class undercuts, as far as was proven for this plan."""
+        """The lower bound, in seconds, proven for this plan's class of schedules."""
         return solved.bound_seconds
 
     @staticmethod
     def neighbour_bytes(budget_bytes: int) -> int:
-        """As of models, or a tenth of the budget where that is less: graphs may hold bytes or GiB."""
+        """Distance in bytes to the neighbouring budget that is planned to value memory: as for models, or a tenth of
+        the budget where that is less, since graphs may hold bytes or GiB.
+        """
         return min(NEIGHBOUR_BYTES, max(1, budget_bytes // NEIGHBOUR_SHARE))
 
     def plan(
@@ -124,10 +141,12 @@ class GraphPlanner:
         gap: float = 0.0,
         progress: Progress | None = None,
     ) -> Plan:
-        """As `tightfit.planner.plan.plan`; the budget is on the bytes that are live, fixed ones included.
+        """As `tightfit.planner.plan.plan`; `budget_bytes` limits the live bytes, fixed ones included, and `time_limit`
+        is in seconds.
 
-        Two things are done whatever the limit: the schedule is written down and replayed, in about 0.1 ms per run, and a graph
-        that can be solved exactly has `EXACT_SECONDS` for it. Raises KeyboardInterrupt only where nothing was found to fit yet.
+        Two things are done whatever the time limit: the schedule is written down and replayed, in about 0.1 ms per run,
+        and a graph small enough for the exact solver gets `EXACT_SECONDS` for it. Raises InputError for impossible
+        arguments, and KeyboardInterrupt only where no schedule that fits was found yet.
         """
         budget_bytes, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
         started = time.monotonic()
@@ -163,7 +182,8 @@ class GraphPlanner:
                 self.interrupted = True
             outcome = GraphOutcome(carried=carried if fits else None, bound_seconds=any_bound.seconds)
         if name == "solver" and not outcome.timely:
-            # A search that was cut may not have come to what was known before it: the fixed rules, and schedules of other budgets.
+            # A search that a time limit cut may be worse than what was known before it: the fixed rules, and schedules
+            # of other budgets.
             known = self.found.best(self.dag, budget_bytes)
             if known is not None and (outcome.carried is None or known.seconds < outcome.carried.seconds):
                 outcome = replace(outcome, carried=known)
@@ -195,9 +215,11 @@ class GraphPlanner:
         )
 
     def bound(self, budget_bytes: int, *, time_limit: float = 30.0) -> float | None:
-        """Seconds that no schedule of the class undercuts at a budget; None: none fits.
+        """A lower bound on the seconds of every schedule of the class within `budget_bytes`; None: none fits.
 
-        By linear programs, which say less than a plan's own bound but at every budget as much, or exactly for few operators.
+        It is exact for up to `PRICED_OPERATORS` operators without a disk, where the solver finishes. Otherwise it comes
+        from linear programs: weaker than a plan's own bound, but of the same kind at every budget, so that budgets can
+        be compared. `time_limit` is in seconds.
         """
         time_limit = checked_limit(time_limit)
         if self.floor_bytes > budget_bytes:
@@ -212,7 +234,7 @@ class GraphPlanner:
         return None if found.seconds == float("inf") else found.seconds
 
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
-        """The plan of the smallest budget, in full."""
+        """The plan at the smallest budget found, with its bounds."""
         time_limit = checked_limit(time_limit)
         started = time.monotonic()
         self._exact_left = EXACT_SECONDS
@@ -224,13 +246,15 @@ class GraphPlanner:
         return finished(self.profile, self.dag, budget, policy or "solver", outcome, any_bound, started)
 
     def minimum_bytes(self, *, policy: str | None = None, time_limit: float = 30.0) -> int:
-        """The smallest budget for which `plan` has a plan."""
+        """The smallest budget, in bytes, for which `plan` finds a plan."""
         time_limit = checked_limit(time_limit)
         self._exact_left = EXACT_SECONDS
         return self._least(policy or "solver", time.monotonic() + time_limit, time_limit).carried.peak_bytes
 
     def any_bound(self, budget: int, *, seconds: float) -> float:
-        """Seconds that no schedule at all undercuts at a budget, worked out within `seconds`; infinity: none fits."""
+        """A lower bound on the seconds of any schedule at all within `budget` bytes, computed within `seconds`;
+        infinity: none fits.
+        """
         return self._any_bound(budget, seconds).seconds
 
     def _any_bound(self, budget: int, seconds: float) -> Bound:
@@ -248,12 +272,14 @@ class GraphPlanner:
         return known
 
     def _searching(self, time_limit: float) -> float:
-        """Seconds of the limit that a search may take; in the rest the answer is written down."""
+        """Seconds of the time limit that a search may take; the rest is for writing the answer down."""
         return max(0.5 * time_limit, time_limit - finish_seconds(len(self.dag), time_limit))
 
     @contextmanager
     def _exact_seconds(self, deadline: float) -> Iterator[float]:
-        """For one exact solution: half of the time to the deadline, so that a search can follow, or what is left of the allowance."""
+        """Time for one exact solution: half of the time to `deadline`, so that a search can follow, or what is left of
+        `EXACT_SECONDS`, whichever is more.
+        """
         started = time.monotonic()
         yield max(0.0, self._exact_left, 0.5 * (deadline - started))
         self._exact_left -= time.monotonic() - started
@@ -287,7 +313,9 @@ class GraphPlanner:
     def _solve_with_moves(
         self, budget: int, started: float, deadline: float, progress: Progress | None
     ) -> GraphOutcome:
-        """The graph names a disk: the exact solver for few operators, otherwise a search for each price of the disk."""
+        """The search for a graph that names a disk: the exact solver for few operators, otherwise a search for each
+        price of the disk.
+        """
         dag = self.dag
         found: list[Carried] = []
         proven = dag.once_seconds
@@ -310,7 +338,7 @@ class GraphPlanner:
                 self._report(progress, started, "carried out", found[-1].seconds, dag.once_seconds)
             if price is None and reruns is not None:
                 plain = self._note(reruns)
-        # All is on the disk that can be: what `floor_bytes` is worth in full always fits.
+        # With everything on the disk that can be, the peak is `floor_bytes`, so this schedule always fits.
         found.append(self._smallest(budget))
         best = min(found, key=lambda carried: carried.seconds)
         bound = class_bound(dag, budget, plain, deadline=started + 0.85 * span, enough=best.seconds)
@@ -343,9 +371,11 @@ class GraphPlanner:
         latest: float,
         found: list[Carried],
     ) -> frozenset[Rerun] | None:
-        """What a search at one price of the disk finds `within` so many bytes, carried out in the whole budget; its re-runs.
+        """Search at one `price` of the disk for re-runs that fit `within` bytes; None: none were found. Their full
+        schedule, with transfers moved within the whole `budget`, is appended to `found`.
 
-        Transfers take memory beside what a search counts: what fits into less may be faster in all.
+        The search does not count the memory that early fetches and late frees take: re-runs for fewer bytes leave more
+        of it, and the schedule may be faster.
         """
         dag = self.dag
         variant = dag if price is None else dag.moving(worth_moving(dag, price), price)
@@ -360,7 +390,9 @@ class GraphPlanner:
         return reruns
 
     def _plain_seeds(self, budget: int, deadline: float) -> list[frozenset[Rerun]]:
-        """Where a search that moves nothing starts: the optimum without a disk, where it is known."""
+        """Starting points of a search that moves nothing, with the exact optimum without a disk where the graph is
+        small enough.
+        """
         if self.dag.operators > EXACT_OPERATORS:
             return self._seeds(budget, deadline)
         with self._exact_seconds(deadline) as allowed:
@@ -369,7 +401,9 @@ class GraphPlanner:
         return [*self._seeds(budget, deadline), *([solved.reruns] if solved.reruns is not None else [])]
 
     def _smallest(self, budget: int) -> Carried:
-        """Everything on the disk but what runs needs: `floor_bytes`."""
+        """The schedule of lowest peak, `floor_bytes`: every output is on disk unless the current operator needs it. Its
+        transfers may use `budget` bytes.
+        """
         variant = self.dag.moving(range(len(self.dag)), 1.0)
         return carry(variant, touch_and_go(variant), budget)
 
@@ -380,7 +414,9 @@ class GraphPlanner:
             progress({"stage": stage, "incumbent": incumbent, "bound": bound, "gap": left, "seconds": spent})
 
     def _search(self, budget: int, started: float, deadline: float, progress: Progress | None) -> GraphOutcome:
-        """First to `NEAR` of the bound, or to the gap that is asked for where that is more; then on to it."""
+        """The search without a disk: first until the gap is `NEAR`, or the gap that was asked for where that is more,
+        then on to the latter.
+        """
         dag, near_enough = self.dag, max(self._gap, NEAR)
 
         def report(stage: str, incumbent: float, bound: float) -> None:
@@ -394,7 +430,7 @@ class GraphPlanner:
         best = self.found.lowest()
         enough = float("inf")
         if memory is not None:
-            # A schedule that fits is there: from here on by the clock alone.
+            # A schedule that fits has been found: from here on only the clock counts, not processor time.
             search.deadline, search.granted = started + 0.1 * span, 0.0
             best = self._note(search.improve(memory, rounds=ROUNDS // 4))
             report("improved", seconds(dag, best), dag.once_seconds)
@@ -402,7 +438,7 @@ class GraphPlanner:
         if memory is None and time.monotonic() > ends:
             self._ended(False)
             return GraphOutcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
-        # Where nothing fits yet, less of the time: the rest is for the smallest budget.
+        # The bound gets less time where nothing fits yet: the rest is for the smallest budget.
         share = 0.55 if memory is not None else 0.3
         bound = ClassBound(dag, budget, best)
         bound.linear(started + share * span, enough)
@@ -411,14 +447,15 @@ class GraphPlanner:
             self.lowest_bytes = max(self.lowest_bytes, budget + 1)
             self._ended(bound.timely, search.timely)
             return GraphOutcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
-        # The bound's answers hold too much between moments; what eviction makes of them is often the best there is.
+        # The bound's answers exceed the budget between moments; repaired by eviction they are often the best schedules
+        # found.
         enough = bound.seconds / (1 - near_enough)
         search.deadline = min(time.monotonic() + (0.15 if bound.small else 0.2) * span, ends)
         left = enough - dag.once_seconds
-        # The last programs have the best answers.
+        # Later programs give better answers, so these come first.
         improved = search.improve_best([best, *reversed(bound.starts)], starts=STARTS, rounds=ROUNDS, enough=left)
         if improved is None:
-            # Nothing fits that eviction finds: from the lowest peak, or what is least over the budget, on.
+            # Eviction finds nothing that fits: go on from the schedule of lowest peak.
             least = self._lowest_peak(min(LOWEST_SHARE * span, max(0.0, ends - time.monotonic())))
             if least.bytes > budget:
                 self._ended(bound.timely, search.timely)
@@ -459,10 +496,12 @@ class GraphPlanner:
         started: float,
         ends: float,
     ) -> tuple[frozenset[Rerun], bool]:
-        """What is left of the gap closed as far as that goes: the schedule, and whether trying was given up before its time was over.
+        """Close what is left of the gap as far as possible: the schedule, and whether this was given up before the time
+        was over.
 
-        A try has the time that everything before it took, and another follows only where it left half of the gap or less: where the last
-        bit cannot be proven, planning takes a little more than twice as long, and not all of its limit.
+        One attempt has as much time as everything before it took, and another follows only if it halved the gap at
+        least. So where the last bit cannot be proven, planning takes a little more than twice as long, and not all of
+        its time limit.
         """
         dag = self.dag
 
@@ -484,15 +523,15 @@ class GraphPlanner:
     def _proven(
         self, near: LargeNeighbourhood, bound: ClassBound, best: frozenset[Rerun], started: float, ends: float
     ) -> frozenset[Rerun]:
-        """The schedule, or a better one, with a bound that proves it the best of all, where the program of the whole class is solved in as
-        much time as everything before it took.
+        """Try to solve one program over the whole class, in as much time as everything before it took: `best` or a
+        better schedule. Where the solver finishes, `bound` is raised so that it proves the schedule optimal.
         """
         dag = self.dag
         now = time.monotonic()
         allowed = min(ends - now, max(CLOSING_SECONDS, CLOSING_SHARE * (now - started)))
         places = {(stage, i) for stage in range(len(dag)) for i in range(stage) if dag.recomputable[i]}
         with suppress(TimeoutError):
-            # Over all stages with all places a stretch is the whole class.
+            # A stretch over all stages with all places covers the whole class.
             found = Subproblem(dag, near.budget, best, 0, len(dag), places, seconds=allowed).solve()
             best = found.reruns or best
             if found.ended:
@@ -508,8 +547,11 @@ class GraphPlanner:
         deadline: float,
         gap: float,
     ) -> frozenset[Rerun]:
-        """The schedule improved in parts, and the bound in whole numbers, until they are within `gap`: the better the schedule, the fewer
-        the bound looks at, and its answers are schedules to start from.
+        """Improve the schedule by large-neighbourhood search and the bound by integer programs, until they are within
+        `gap`.
+
+        The two help each other: a better schedule cuts down the integer programs, and their answers are schedules to
+        start from.
         """
         began = time.monotonic()
         left = deadline - began
@@ -527,18 +569,21 @@ class GraphPlanner:
         return near.polished(best, deadline=deadline, enough=bound.seconds / (1 - gap))
 
     def _ended(self, *timely: bool) -> None:
-        """Note of searches whether they ended by their own rules."""
+        """Record for some searches whether they ended by their own rules and not by a time limit."""
         self.found.timely = self.found.timely and all(timely)
 
     def _seeds(self, budget: int, deadline: float) -> list[frozenset[Rerun]]:
-        """Schedules to start from: the fastest that fits of those found before, rules, a sweep, and checkpoints of a chain."""
+        """Schedules to start from: the fastest found before that fits, fixed rules, a sweep (`belady`), and a chain's
+        optimal checkpoints.
+        """
         seeds = [RULES[rule](self.dag) for rule in rules_for(self.dag)]
         sweep = belady_schedule(self.dag, budget)
         if peak_bytes(self.dag, sweep) - budget <= SWEPT * (self.found.peaks[frozenset()] - budget):
             seeds.append(sweep)
         if self.chain is not None:
             with self._exact_seconds(deadline) as allowed:
-                # By the clock and by the processor: a process that was held up has them all the same.
+                # Late only if both clock and processor time are used up, so that a process that was held up gets them
+                # all the same.
                 ends, granted = time.monotonic() + allowed, time.process_time() + allowed
                 try:
                     placed = checkpoints(
@@ -556,7 +601,9 @@ class GraphPlanner:
     # --- the smallest budget ---------------------------------------------------------------------------------------
 
     def _least(self, policy: str, deadline: float, limit: float) -> Least:
-        """The schedule with the lowest peak that `plan` can find; once found, searched again under a larger limit where it was cut."""
+        """The schedule with the lowest peak that `plan` can find. It is remembered; a search that the time limit cut is
+        repeated under a larger `limit`.
+        """
         if policy != "solver":
             carried = carry(self.dag, rule_reruns(self.dag, policy))
             return Least(carried=carried, lowest_bytes=carried.peak_bytes)
@@ -577,7 +624,7 @@ class GraphPlanner:
             least = replace(least, lowest_bytes=self.lowest_bytes, timely=least.timely and not beaten)
             self.found.end(None, limit, timely=least.timely)
         if min(self.found.peaks.values()) < least.carried.peak_bytes:
-            # Another search came lower.
+            # Another search has found a lower peak since.
             least = replace(
                 least, carried=carry(self.dag, self.found.lowest()), timely=least.timely and self.found.timely
             )
@@ -612,7 +659,9 @@ class GraphPlanner:
         return Least(carried=carry(dag, best), lowest_bytes=low, timely=self.found.timely)
 
     def _proven_least(self, best: frozenset[Rerun], low: int, deadline: float) -> tuple[frozenset[Rerun], int]:
-        """The schedule of lowest peak and what none undercuts: byte by byte, since programs of parts of a budget know no single bytes."""
+        """The schedule of lowest peak and a lower bound on every peak, in bytes, by asking the exact solver again and
+        again for one byte less: the other programs count memory in units of the budget, too coarsely for single bytes.
+        """
         while self.found.peaks[best] > low:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -627,7 +676,7 @@ class GraphPlanner:
         return best, low
 
     def _lowest_peak(self, seconds: float) -> Lowest:
-        """`lowest_peak`, until it has come to its end once."""
+        """`lowest_peak`, called again each time until its solver has finished once; the answer is remembered."""
         if self._lowest is None or not self._lowest.ended:
             self._lowest = lowest_peak(self.dag, seconds)
             self.lowest_bytes = max(self.lowest_bytes, self._lowest.bytes)
@@ -636,14 +685,15 @@ class GraphPlanner:
         return self._lowest
 
     def _evicted_least(self, deadline: float, granted: float, latest: float) -> None:
-        """Note schedules of ever lower peaks, as far down as eviction finds them."""
+        """Note schedules of ever lower peaks, as low as eviction finds them."""
         low = self.floor_bytes - 1
         best = self.found.lowest()
         while self.found.peaks[best] - low > 1:
             if time.monotonic() > deadline:
                 self._ended(False)
                 break
-            # Halve what is left between what cannot be and what was found, then byte by byte.
+            # First bisect between the peak that eviction did not reach and the lowest one found, then go down by single
+            # bytes.
             for budget in ((low + self.found.peaks[best]) // 2, self.found.peaks[best] - 1):
                 search = EvictionSearch(self.dag, budget, deadline=deadline, granted=granted, latest=latest)
                 memory = search.first(self._seeds(budget, deadline))

@@ -1,4 +1,4 @@
-"""Linear and integer programs, and the solvers behind them: HiGHS, CP-SAT, and Ctrl-C beside both.
+"""Linear and integer programs, and the solvers behind them: HiGHS and CP-SAT, both with Ctrl-C handled.
 
 May import: `runtime.common`.
 """

@@ -1,5 +1,7 @@
-"""HiGHS behind MathOpt, kept from printing: some of its messages go to standard output whatever its options say, and
-standard output belongs to whoever called (``--json`` prints one object there and nothing else).
+"""Runs HiGHS through MathOpt without letting it print.
+
+Some of its messages go to standard output whatever its options say, and standard output belongs to the caller
+(``--json`` prints one object there and nothing else).
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from tightfit.planner.milp.solver_interrupts import interruptible
 def solve_silently(
     model: mathopt.Model, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None
 ) -> mathopt.SolveResult:
-    """Solve `model` within `seconds` and branch-and-bound `nodes` to a relative `gap`. Raises TimeoutError when no time is left.
+    """Solve `model` to a relative `gap`, within `seconds` and at most `nodes` of branch and bound.
 
-    Where HiGHS calls a point optimal that its own tolerances reject, MathOpt has no result; then Glop (linear) or SCIP
-    (integers) gives a second opinion. On one thread, so that the answer does not depend on how many cores there are. Raises
-    KeyboardInterrupt at once: HiGHS listens to no interrupter, and is left to its time limit. Where it goes on past
-    that it is left alone too, with a TimeoutError.
+    On one thread, so that the answer does not depend on the number of cores. If HiGHS reports as optimal a point that
+    its own tolerances reject, MathOpt raises an error instead of a result; then Glop (linear programs) or SCIP (integer
+    programs) solves the model in the time left. Raises TimeoutError where no time is left, and KeyboardInterrupt at
+    once on Ctrl-C. HiGHS cannot be interrupted: after Ctrl-C, or where it overruns its time limit (TimeoutError), its
+    thread is abandoned and runs to its end.
     """
     if seconds <= 0:
         raise TimeoutError
@@ -51,11 +54,13 @@ def solve_silently(
 
 
 LATE_SHARE, LEAST_LATE, MOST_LATE = 0.5, 0.25, 1.0
-"""of its time limit, and seconds at least and at most: how much longer a solver is waited for, which may have a late answer"""
+"""how long to wait for a solver beyond its time limit, as it may answer late: a share of the limit, in seconds at
+least, and at most
+"""
 
 
 def patience(seconds: float) -> float:
-    """How long a solver with a time limit of so many seconds is waited for."""
+    """Seconds to wait for a solver whose time limit is `seconds`."""
     return seconds + min(max(LATE_SHARE * seconds, LEAST_LATE), MOST_LATE)
 
 
@@ -81,21 +86,24 @@ def _solved(
 
 
 MARGIN = 1e-5
-"""relatively, how far what a solver proves of a program may be off, for its tolerances"""
+"""relative error that a solver's proven bound may have, because of its tolerances"""
 
 
 class _Nowhere:
-    """The process's standard output, dropped while anything solves. There is one for all threads: the first to begin takes it away
-    and the last to end gives it back. After Ctrl-C that may be long after: until then Python's `sys.stdout` goes around it.
+    """A context in which file descriptor 1, the process's standard output, leads to /dev/null.
+
+    There is one for all threads: the first solver to begin redirects the descriptor, and the last to end restores it.
+    After Ctrl-C an abandoned solver may hold it for long; until then `sys.stdout` writes to a copy of the original
+    descriptor.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._solving = 0
         self._saved: int | None = None
-        """None while nothing solves, or where nobody listens at all"""
+        """copy of the original descriptor 1; None while no solver runs, or where descriptor 1 is closed"""
         self._around: tuple[TextIO, TextIO] | None = None
-        """`sys.stdout` as it was, and what stands in for it"""
+        """(original `sys.stdout`, its stand-in) while a stand-in is in use"""
 
     def __enter__(self) -> None:
         with self._lock:
@@ -118,7 +126,7 @@ class _Nowhere:
                         sys.stdout = before
 
     def let_python_out(self) -> None:
-        """What is solving has been left alone: what Python prints is no output of it."""
+        """Let Python print again, through a copy of the original descriptor, while an abandoned solver still runs."""
         with self._lock:
             if self._saved is None or self._around is not None or not _is_descriptor_1(sys.stdout):
                 return
@@ -136,7 +144,7 @@ def _is_descriptor_1(stream: TextIO | None) -> bool:
 
 
 def _taken_away() -> int | None:
-    """Lead descriptor 1 to nowhere; a copy of what it was. None: it is closed."""
+    """Redirect descriptor 1 to /dev/null and return a copy of what it was; None: it is closed."""
     if sys.stdout is not None:
         sys.stdout.flush()
     try:

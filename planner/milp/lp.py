@@ -1,6 +1,6 @@
-"""Linear expressions and programs that are cheap to build: variables are numbers, rows are lists.
+"""Linear expressions and linear or integer programs that are cheap to build: variables are numbers, rows are lists.
 
-MathOpt gets a program as a whole, in one message: built row by row through its own objects, the rows of a layer take as
+MathOpt gets a program as a whole, in one message: building a layer's rows one by one through MathOpt's objects takes as
 long as solving them.
 """
 
@@ -24,9 +24,9 @@ from tightfit.planner.milp.solver_interrupts import interruptible
 
 INFINITY = float("inf")
 WARM_ITERATIONS = 0.25
-"""simplex iterations per row after which a warm start is given up"""
+"""simplex iterations per row after which a warm start is abandoned"""
 NO_REDUCED_COSTS = mathopt.ModelSolveParameters(reduced_costs_filter=mathopt.VariableFilter(filtered_items=[]))
-"""nobody asks for them, and MathOpt turns every single one into Python objects"""
+"""reduced costs are not used, and MathOpt would turn each into a Python object"""
 OBJECTIVE_ONLY = mathopt.ModelSolveParameters(
     reduced_costs_filter=mathopt.VariableFilter(filtered_items=[]),
     variable_values_filter=mathopt.VariableFilter(filtered_items=[]),
@@ -65,7 +65,7 @@ class Linear:
         return self
 
     def key(self) -> Key:
-        """Equal for equal expressions."""
+        """A hashable value that is equal for equal expressions."""
         return self.constant, frozenset(self.terms.items())
 
     def value(self, values: Sequence[float]) -> float:
@@ -74,21 +74,21 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """What the solver says of a program, by the numbers of its variables and rows."""
+    """A solver's answer to a program; lists are indexed by the numbers of variables and rows."""
 
     values: list[float] | None
-    """of the best point found; None: none was found"""
+    """of the best feasible point found; None: none was found"""
     duals: list[float] | None
-    """of a program without whole numbers, solved to its end"""
+    """dual values of the rows; None for an integer program, or where the solver has no dual solution"""
     objective: float
     bound: float
-    """no point has a lower objective"""
+    """lower bound on the objective of every feasible point"""
     optimal: bool
     infeasible: bool
 
 
 class Program:
-    """Minimise a linear expression under rows; grows until it is first solved."""
+    """A linear or integer program to be minimised; variables and rows can be added until it is first solved."""
 
     def __init__(self) -> None:
         self.lower: list[float] = []
@@ -96,7 +96,7 @@ class Program:
         self.whole: list[bool] = []
         self.least: list[float] = []
         self.most: list[float] = []
-        """per row: what its terms come to at least, and at most"""
+        """both per row: least and greatest value of the sum of its terms"""
         self._rows: list[int] = []
         self._columns: list[int] = []
         self._entries: list[float] = []
@@ -112,12 +112,12 @@ class Program:
         return self.variable(0.0, 1.0, whole=True)
 
     def at_least(self, left: Linear, *right: Linear | float) -> int:
-        """Row: `left` >= the sum of `right`; its number."""
+        """Add the row `left` >= the sum of `right`; returns its number."""
         row = _difference(left, right)
         return self._row(row, -row.constant, INFINITY)
 
     def exactly(self, left: Linear, *right: Linear | float) -> int:
-        """Row: `left` = the sum of `right`; its number."""
+        """Add the row `left` = the sum of `right`; returns its number."""
         row = _difference(left, right)
         return self._row(row, -row.constant, -row.constant)
 
@@ -135,7 +135,7 @@ class Program:
     # --- solving ---------------------------------------------------------------------------------------------------
 
     def solve(self, goal: Linear, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None) -> Solution:
-        """As `tightfit.planner.milp.highs.solve_silently`; the objective is `goal`."""
+        """Minimise `goal`; limits and errors as of `tightfit.planner.milp.highs.solve_silently`."""
         self._aim(goal)
         return self._told(solve_silently(self._model, seconds, gap, nodes))
 
@@ -161,7 +161,7 @@ class Program:
         )
 
     def bounds(self, variable: int, lower: float, upper: float) -> None:
-        """Move the bounds of a variable, also between two solutions."""
+        """Change the bounds of a variable; allowed between two solutions too."""
         self.lower[variable], self.upper[variable] = lower, upper
         if "_model" in self.__dict__:
             self._variables[variable].lower_bound = lower
@@ -199,10 +199,12 @@ class Program:
 
 
 class Growing(Program):
-    """A linear program that is solved again and again, each time from where it ended; it may gain columns in between."""
+    """A linear program that is solved repeatedly by Glop, each time from its last basis; columns may be added in
+    between.
+    """
 
     def column(self, entries: dict[int, float]) -> int:
-        """A further variable, at least 0, with its coefficients by row."""
+        """Add a variable, at least 0, with its coefficients by row; returns its number."""
         model = self._model
         variable = model.add_variable(lb=0.0)
         for row, coefficient in entries.items():
@@ -211,17 +213,17 @@ class Growing(Program):
         return self.variable()
 
     def row_bounds(self, row: int, least: float, most: float) -> None:
-        """Move the bounds of a row, also between two solutions."""
+        """Change the bounds of a row; allowed between two solutions too."""
         self.least[row], self.most[row] = least, most
         if "_model" in self.__dict__:
             self._constraints[row].lower_bound = least
             self._constraints[row].upper_bound = most
 
     def solve(self, goal: Linear, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None) -> Solution:
-        """The optimum; raises TimeoutError when no time is left.
+        """Minimise `goal`. Raises TimeoutError when no time is left, and KeyboardInterrupt on Ctrl-C.
 
-        A start from the basis before that wanders is broken off: from nothing, large programs are solved sooner. Where
-        Glop loses itself all the same, presolve helps, and then another solver.
+        A warm start that takes too many iterations is broken off, as large programs are then solved sooner from
+        scratch. Where Glop fails from scratch too, it tries again with presolve, and then HiGHS solves the program.
         """
         deadline = time.monotonic() + seconds
         self._aim(goal)
@@ -237,7 +239,9 @@ class Growing(Program):
         return super().solve(goal, deadline - time.monotonic(), gap, nodes)
 
     def _forget(self) -> None:
-        """Start from nothing. A model keeps what has changed for every solver it ever had: it is loaded anew."""
+        """Drop solver and basis. The model is loaded anew too, since MathOpt's keeps track of changes for every solver
+        it ever had.
+        """
         if "_solver" in self.__dict__:
             self._load_anew()
 
@@ -246,23 +250,25 @@ class Growing(Program):
         self.__dict__["_model"] = self._loaded(self._model.export_model())
 
     def _from_basis(self, seconds: float, *, presolve: bool, warm: bool) -> mathopt.SolveResult | None:
-        """None where Glop finds no optimum, or a warm start takes too many iterations."""
+        """Solve with Glop, from the last basis if there is one. None where Glop finds no optimum, or a warm start takes
+        too many iterations. Raises TimeoutError where time is over.
+        """
         if seconds <= 0:
             raise TimeoutError
         parameters = mathopt.SolveParameters(
             time_limit=dt.timedelta(seconds=seconds),
             iteration_limit=int(len(self.least) * WARM_ITERATIONS) if warm else None,
-            # Without presolve the basis before fits.
+            # The last basis is valid for the program without presolve only.
             presolve=None if presolve else mathopt.Emphasis.OFF,
-            # Chains of sums over a hundred layers leave residuals above Glop's 1e-6 once they are scaled.
+            # Scaled, the chained sums over a hundred layers leave residuals above Glop's default tolerance of 1e-6.
             glop=parameters_pb2.GlopParameters(use_scaling=False, solution_feasibility_tolerance=1e-5),
         )
-        # As in `tightfit.planner.milp.highs`: MathOpt's conversion fails by itself.
+        # As in `tightfit.planner.milp.highs`: MathOpt's conversion of a result may raise these errors.
         with contextlib.suppress(RuntimeError, ValueError, AttributeError):
             try:
-                # The thread is left with a solver, and a model, that nobody else uses.
+                # If the thread is abandoned, it keeps this solver and model, and `_load_anew` makes others.
                 solver = self._solver
-                # In a thread also because Ctrl-C inside of the conversion would come out as one of these errors.
+                # Another reason for a thread: Ctrl-C within the conversion would come out as one of these errors.
                 result = interruptible(
                     lambda: solver.solve(params=parameters, model_params=NO_REDUCED_COSTS), seconds=patience(seconds)
                 )

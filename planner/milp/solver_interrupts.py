@@ -1,4 +1,4 @@
-"""Ctrl-C beside solvers written in C++: seen at once, not when they come back to Python."""
+"""Makes Ctrl-C work at once while a solver written in C++ runs, not only when it returns to Python."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 def interruptible(
     solve: Callable[[], Answer], stop: Callable[[], None] | None = None, seconds: float | None = None
 ) -> Answer:
-    """What `solve` returns or raises. It works in a thread, because only Python code of the main thread sees signals.
+    """Call `solve` in a thread of its own and return or raise what it does; only the main thread, in Python code, sees
+    signals.
 
-    Raises KeyboardInterrupt at once, and TimeoutError after `seconds`: solvers look at their clock now and then only, and on a busy machine
-    that may be many seconds apart. `stop` ends what `solve` does; without it, that goes on to its own time limit, and what it comes to is
-    dropped; a process that ends waits for it, unless it ends by `os._exit`.
+    Raises KeyboardInterrupt at once on Ctrl-C, and TimeoutError after `seconds`, since solvers look at their clock only
+    now and then, which on a busy machine may be many seconds apart. Then `stop` is called to end `solve`; without it
+    `solve` goes on to its own time limit and its result is dropped. A process that ends waits for that thread, unless
+    it ends by `os._exit`. Called from another thread than the main one, this just calls `solve`.
     """
     if threading.current_thread() is not threading.main_thread():
         return solve()
@@ -40,16 +42,17 @@ def interruptible(
     except (KeyboardInterrupt, TimeoutError):
         if answer.done():
             raise  # it is `solve` that raised it
-        # What has not begun never will.
+        # If the thread has not begun yet, cancelling keeps it from calling `solve`; otherwise `solve` is stopped.
         if not answer.cancel() and stop is not None:
             stop()
         raise
 
 
 def _begun(work: Callable[[], None]) -> bool:
-    """Start a thread for it; False: there is no memory for one.
+    """Start a thread for `work`; False: there is no memory for one.
 
-    A signal that the thread got would leave the one that waits for it asleep: it begins without those that end a program.
+    The thread starts with the signals that end a program blocked: if it received one, the main thread would go on
+    sleeping.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
@@ -63,14 +66,14 @@ def _begun(work: Callable[[], None]) -> bool:
 
 
 def left_alone() -> bool:
-    """Whether a solver goes on that Ctrl-C, or its time limit, ended the waiting for."""
+    """Whether an abandoned solver is still running: one that Ctrl-C or its time limit ended the waiting for."""
     return any(thread.name == THREAD for thread in threading.enumerate())
 
 
 def uninterrupted(solve: Callable[[], Answer]) -> Answer:
-    """What `solve`, which takes no time that anyone waits for, returns or raises; Ctrl-C meanwhile is seen after it.
+    """Call `solve`, which must be short, with Ctrl-C held back until it has returned or raised.
 
-    For C++ that makes an error of its own of a KeyboardInterrupt in Python code that it calls.
+    For C++ code that calls back into Python and turns a KeyboardInterrupt there into an error of its own.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):

@@ -1,7 +1,8 @@
-"""A profile split into layers: what has a fixed lifetime, what is open to decision, and which layers are equal.
+"""Splits a profile into layers: which storages have a fixed lifetime, which the solver decides on, and which layers are
+equal.
 
-A storage's fate inside its layer's own windows is the solver's to decide; what crosses layers is owned by one of them, or lives
-for as long in every plan.
+The solver decides on storages within one layer's own windows. A storage that crosses layers is either owned by one
+layer, whose decision covers it, or has a fixed lifetime that is the same in every plan.
 """
 
 from __future__ import annotations
@@ -32,17 +33,22 @@ from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
 
 MINOR_SHARE = 1 / 50
-"""a tensor below this share of its layer's saved bytes is not worth a trip to the disk of its own"""
+"""a tensor below this share of the bytes of all its layer's candidates is never offloaded: it is not worth a transfer
+of its own
+"""
 
 
 def layered(profile: Profile) -> Layered:
-    """Split the step into layers, decide what has a fixed lifetime, and merge equal layers into types."""
+    """Split the step into layers, find what has a fixed lifetime, and merge equal layers into types.
+
+    Raises InputError where the profile contradicts itself.
+    """
     graph = step_graph(profile)
     return _Splitter(profile, graph).split()
 
 
 class _Splitter:
-    """Works out lifetimes across layers once, then describes each layer."""
+    """Computes lifetimes across layers once, then describes each layer."""
 
     def __init__(self, profile: Profile, graph: StepGraph) -> None:
         self.profile = profile
@@ -72,9 +78,9 @@ class _Splitter:
         return self.kind(name) not in ALWAYS and self.kind(name) != "weight"
 
     def _carried(self) -> set[str]:
-        """What the last layer's last forward operator makes and its first backward operator reads.
+        """Activations that the last layer's last forward operator makes and its first backward operator reads.
 
-        No other window lies between the two, so to drop it and make it again would hold as much and take longer.
+        Nothing runs between the two, so recomputing such a tensor would take time and save no memory.
         """
         last = self.own[self.count - 1]
         if not last["forward"] or not last["backward"]:
@@ -93,7 +99,7 @@ class _Splitter:
             step = forward.get(wanted.pop())
             if step is None or step.operator in again or not step.recomputable:
                 continue
-            # An in-place result cannot be made again from what it overwrote.
+            # The result of an in-place operator cannot be recomputed: its input has been overwritten.
             if self.rewritten & {*step.inputs, *filter(None, step.outputs)}:
                 continue
             again[step.operator] = step
@@ -101,7 +107,9 @@ class _Splitter:
         return again
 
     def _lifetimes(self) -> None:
-        """Window numbers: forward of layer l is l, backward is 2n - 1 - l."""
+        """Find each storage's first and last window, its owner or that it is `forced`. Of n layers, the forward of
+        layer l is window l and its backward window 2n - 1 - l.
+        """
         windows = 2 * self.count
         self.first: dict[str, int] = {}
         self.last: dict[str, int] = {}
@@ -151,7 +159,9 @@ class _Splitter:
                 self.last[gradient] = window
 
     def _updated(self) -> dict[str, int]:
-        """Trainable -> the window after whose last reader it is updated."""
+        """Trainable -> the backward window in which it is updated: the last one that reads it or
+        adds to its gradient.
+        """
         result = {}
         for name, storage in self.graph.storages.items():
             gradient = self.graph.storages.get(f"grad:{name}")
@@ -203,7 +213,7 @@ class _Splitter:
         return names
 
     def _last(self, name: str, last: dict[str, int]) -> int:
-        """The last window in which the storage is resident by rule, decisions of its owner left aside."""
+        """The last window in which the storage is resident in every plan, without what its owner decides."""
         return self.last_forward[name] if name in self.owner else last[name]
 
     def _across(self, layer: int, window: int, last: dict[str, int]) -> int:
@@ -227,7 +237,9 @@ class _Splitter:
         inference = tuple(self._operation(layer, step, local) for step in self.own[layer]["inference"])
 
         def touched(window: int, there: Callable[[int, str], bool]) -> frozenset[str]:
-            """What lives, is touched in the window, and for which `there` holds of its first window and its name."""
+            """Storages with a lifetime that the window touches and for which `there`, called with first window and
+            name, is true.
+            """
             return frozenset(
                 local[name]
                 for name in self._touched(layer, window)
@@ -292,8 +304,8 @@ class _Splitter:
         entering: frozenset[str],
         weights: frozenset[str],
     ) -> None:
-        """Raises InputError where an evaluation would leave what it shares with other layers, or a weight, unused, or reads
-        what is not there.
+        """Raises InputError where a layer's operators for inference do not use a weight, or a storage shared with other
+        layers, that its forward uses, or read one that does not exist in an evaluation.
         """
         used = {value for op in inference for value in [*op.inputs, *op.outputs, *op.weights]}
         wanted = (entering | left).union(*(op.weights for op in forward))
@@ -402,7 +414,9 @@ class _Splitter:
 def _events(
     forward: Iterable[Operation], backward: Iterable[Operation], candidates: set[str], again: set[int]
 ) -> dict[int, tuple[int, ...]]:
-    """When each forward operation may run again: just before the first backward reader of something that needs it."""
+    """Forward operation -> backward positions before which it may run again: those of the first backward reader of each
+    candidate that it makes, or that is recomputed from what it makes.
+    """
     forward, backward = list(forward), list(backward)
     need: dict[str, set[int]] = {}
     first: dict[str, int] = {}
@@ -418,7 +432,7 @@ def _events(
         times: set[int] = set()
         for value in op.outputs:
             if value in candidates:
-                # Once its first reader has run the value is there, however it came.
+                # Once its first backward reader has run the value is resident, whether kept, fetched or recomputed.
                 times |= {t for t in need.get(value, ()) if t <= first.get(value, len(backward))}
         if not times:
             continue
@@ -450,10 +464,12 @@ FREE = (
 
 
 def weight_modes(ahead: bool, behind: bool, recomputing: int, *, late: bool) -> tuple[Mode, ...]:
-    """The residencies that make sense for a weight with these uses.
+    """The modes that make sense for a weight: `ahead` and `behind` say whether forward and backward operators read it,
+    `recomputing` how many operators that may run again do, `late` whether such a re-run may come after the first
+    backward use.
 
-    With one recomputing reader before the backward's own use, every gap is free. Otherwise uses stand alone between
-    gaps of one kind.
+    If both do, and at most one such operator, never after the first backward use, the gaps are chosen independently.
+    Otherwise every use unpacks the weight for itself, and it is in the same place in all gaps.
     """
     if not ahead or not behind or recomputing > 1 or late:
         return UNIFORM

@@ -1,7 +1,8 @@
-"""Steps that do without the whole backward: two forwards (MeZO), or a backward through a subset of layers (LCSB).
+"""Steps without a complete backward: two forwards only (MeZO), or a backward through a subset of layers (LCSB).
 
-Each is the profile of what is left of the step, so that everything the planner knows of a step holds for it as well. What
-such a step does not train rests: its values, and its optimizer states, are constants of the step.
+Each such step is described by a profile of its own that holds only what is left of the full step, so that all of the
+planner works on it unchanged. A trainable that the step does not train is at rest: its value and its optimizer states
+are constants of that profile.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from tightfit.profiles.tracing.inference import inference_only
 from tightfit.runtime.common.errors import InputError
 
 POSITIONS = 4
-"""blocks of layers that LCSB's cycle goes through"""
+"""number of runs of neighbouring layers that LCSB's cycle trains in turn"""
 ADDENDS = {"aten.addmm": 0, "tightfit.projection_backward": 4}
-"""products that add up on one of their arguments -> which"""
+"""operators that add a product to one of their arguments -> position of that argument"""
 Passages = dict[str, tuple[str, str]]
 """layer -> (gradient of its output, gradient of its input), of equal shape"""
 
@@ -30,21 +31,23 @@ class PartialStep:
     """One step of a cycle, or the only one."""
 
     profile: Profile
-    """of what is left of the step; layers keep their names, and where `skipped` are some operators their positions"""
+    """of what is left of the step; layers keep their names. Where there are `skipped` layers, operators keep their
+    positions too
+    """
     skipped: tuple[str, ...] = ()
     """layers whose backward is left out"""
     passages: Passages = field(default_factory=dict)
-    """of those skipped layers below which a backward follows"""
+    """of the skipped layers that have a trained layer below them, which needs the gradient"""
     perturbed: tuple[str, ...] = ()
-    """trainables of a step of two forwards"""
+    """trainables that MeZO's step perturbs; empty for other steps"""
 
 
 def two_forwards(profile: Profile) -> PartialStep:
     """MeZO's step (Malladi et al. 2023, algorithm 1): forwards only; every trainable is a constant to both of them.
 
-    No gradient and no optimizer state exist, so an activation lives until its last use in the forward, layers run what
-    they have for inference, and the process never meets the kernels of a backward. Raises InputError where nothing is
-    trained.
+    There are no gradients and no optimizer states: an activation lives until its last use in the forward, layers run
+    their operators for inference, and the process never loads the kernels of a backward. Raises InputError where
+    nothing is trained, or where gradients are accumulated over several steps.
     """
     refuse_accumulation(profile, MEZO)
     optimizer = {"name": MEZO, "state_tensors": 0}
@@ -59,27 +62,33 @@ def two_forwards(profile: Profile) -> PartialStep:
 
 
 def without_resting_states(profile: Profile) -> Profile:
-    """A partial step without the optimizer states of layers at rest: a schedule might leave them on disk."""
+    """The profile of a partial step without the optimizer states of layers at rest, which some schedule could leave on
+    disk: for bounds on any schedule.
+    """
     free = [t for t in profile.tensors if t.kind != "constant" or not t.name.startswith(STATE_PREFIXES)]
     return profile.model_copy(update={"tensors": free})
 
 
 def update_seconds(tensor: Tensor, optimizer: Mapping[str, Any]) -> float:
-    """Of one update of a trainable; of MeZO's also of one perturbation, which takes as long: both draw its noise.
+    """Seconds of one update of a trainable; with MeZO also those of one perturbation, which takes as long, as both draw
+    the same noise.
 
-    Where drawing was not measured it counts as much as an update by AdamW.
+    Where drawing noise was not measured, the seconds are those of an update by the profile's own optimizer.
     """
     return (optimizer.get("name") == MEZO and tensor.perturb_seconds) or tensor.update_seconds
 
 
 def cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialStep, ...]:
-    """LCSB's steps (arXiv 2602.13073): the trained blocks in `positions` runs of neighbours, lowest first; each step has
-    a backward through one run, the gradient passes the blocks above it through their residual, and none below is needed.
-    (The lowest block of a run still makes a gradient of its input, which nobody reads.) A block at rest is not updated, as
-    torch.optim leaves alone what has no gradient; the paper counts on momentum to move it on.
+    """LCSB's steps (arXiv 2602.13073), one for each of `positions` runs of neighbouring trained blocks, lowest run
+    first.
 
-    Raises InputError for a model with a trained layer that has no residual to pass a gradient through, or with one such
-    layer only.
+    A step has a backward through the blocks of its run only. Past the blocks above, the gradient is handed down through
+    their residual connections; blocks below need none. (The lowest block of a run still computes a gradient of its
+    input, which nothing reads.) A block at rest is not updated, as torch.optim leaves parameters without a gradient
+    alone; the paper relies on momentum to move it on.
+
+    Raises InputError for a model with a trained layer that has no residual to pass a gradient through, or with fewer
+    than two trained layers that take a gradient from above, and where gradients are accumulated over several steps.
     """
     refuse_accumulation(profile, "lcsb")
     passages, blocks = equal_passages(profile), trained_blocks(profile)
@@ -106,7 +115,7 @@ def cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialStep, ..
 
 
 def refuse_accumulation(profile: Profile, policy: str) -> None:
-    """Raises InputError where several steps make one update of `profile`."""
+    """Raises InputError where `profile` accumulates the gradients of several steps for one update."""
     if profile.accumulate > 1:
         raise InputError(
             f"{policy} moves trained tensors after every step, and this profile sums the gradients of {profile.accumulate};"
@@ -115,16 +124,19 @@ def refuse_accumulation(profile: Profile, policy: str) -> None:
 
 
 def trained_blocks(source: Profile | Plan) -> list[str]:
-    """Layers with trainables that take a gradient from above, in forward order: those LCSB goes round."""
+    """Layers with trainables that take a gradient from the layer above, in forward order: those that LCSB's cycle
+    trains in turn.
+    """
     trained = {tensor.name for tensor in source.tensors if tensor.kind == "trainable"}
     from_above, _ = _gradients(source)
     return [layer.name for layer in source.layers if from_above[layer.name] and trained & set(layer.bindings.values())]
 
 
 def equal_passages(source: Profile | Plan) -> Passages:
-    """The layers that take one gradient from above and hand at most one of equal shape and type down.
+    """Layers that take exactly one gradient from above and hand at most one down, of equal shape and type, each with
+    the two gradients.
 
-    Where a layer hands none down, because nothing below is trained, its input has no gradient: the second name is empty.
+    Where a layer hands none down, because nothing below it is trained, the second name is empty.
     """
     facts = _bound_gradients(source)
     from_above, handed_down = _gradients(source)
@@ -141,7 +153,9 @@ def equal_passages(source: Profile | Plan) -> Passages:
 
 
 def _has_residual(program: Program, bindings: Mapping[str, str], above: str, below: str) -> bool:
-    """Whether sums alone lead from one gradient to the other: where y = x + f(x), the gradient of x is that of y plus more."""
+    """Whether the layer has a residual connection: for y = x + f(x) the gradient of x (`below`) is that of y (`above`)
+    plus other terms, so sums and copies alone lead from one to the other.
+    """
     reached = {value for value, name in bindings.items() if name == above}
     for operator in program.operators:
         if operator.phase == "backward" and reached & _carried_over(operator):
@@ -150,7 +164,7 @@ def _has_residual(program: Program, bindings: Mapping[str, str], above: str, bel
 
 
 def _carried_over(operator: Operator) -> set[str]:
-    """Inputs that the operator's result is the sum of, or a copy of."""
+    """Inputs that the operator's result is a copy of, or a sum with."""
     for prefix, place in ADDENDS.items():
         if operator.target.startswith(prefix):
             addend = operator.args[place]
@@ -165,7 +179,9 @@ def _bound_programs(source: Profile | Plan) -> list[tuple[Layer, Program]]:
 
 
 def _gradients(source: Profile | Plan) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Per layer: gradients that it reads and another layer makes, and that it makes and another layer reads."""
+    """Per layer: the gradients that it reads and another layer makes; and those that it makes and
+    another layer reads.
+    """
     made: dict[str, set[str]] = {}
     read: dict[str, set[str]] = {}
     for layer, program in _bound_programs(source):
@@ -192,7 +208,7 @@ def _gradients(source: Profile | Plan) -> tuple[dict[str, list[str]], dict[str, 
 
 
 def _bound_gradients(source: Profile | Plan) -> dict[str, tuple[list[int], str, int]]:
-    """Gradients that layers share: name -> shape, type, bytes."""
+    """Gradients that cross layers: name -> (shape, type, bytes)."""
     return {
         layer.bindings[value.name]: (value.shape, value.dtype, value.bytes)
         for layer, program in _bound_programs(source)
@@ -202,7 +218,9 @@ def _bound_gradients(source: Profile | Plan) -> dict[str, tuple[list[int], str, 
 
 
 def _leave_out(profile: Profile, skipped: set[str]) -> PartialStep:
-    """Without the backward of `skipped`, and without any below the lowest layer that still trains something."""
+    """The step without the backward of the layers in `skipped` and of all layers below the lowest that still trains
+    something.
+    """
     passages = equal_passages(profile)
     trained = {t.name for t in profile.tensors if t.kind == "trainable"}
     training = [layer.name not in skipped and bool(trained & set(layer.bindings.values())) for layer in profile.layers]
@@ -210,7 +228,8 @@ def _leave_out(profile: Profile, skipped: set[str]) -> PartialStep:
     idle = {layer.name for layer in profile.layers[:lowest]} | skipped
     above_lowest = [layer.name for layer in profile.layers[lowest + 1 :] if layer.name in skipped]
     passed = {name: passages[name] for name in above_lowest if passages[name][1]}
-    # One tensor to the planner, with the name it was made under: a gradient that is passed on does not move.
+    # A gradient that is passed on stays in place: to the planner it is one tensor, under the name of the gradient first
+    # made.
     made_as: dict[str, str] = {}
     for above, below in (passed[layer.name] for layer in reversed(profile.layers) if layer.name in passed):
         made_as[below] = made_as.get(above, above)
@@ -228,9 +247,9 @@ def _leave_out(profile: Profile, skipped: set[str]) -> PartialStep:
 
 
 def _without_backward(profile: Profile, layers: Collection[str], forward: Callable[[Program], Program]) -> Profile:
-    """The profile with the backward operators of `layers` gone and what only they train at rest.
+    """The profile with the backward operators of `layers` removed, and with the trainables that only they use at rest.
 
-    `forward` makes their programs from those they had.
+    `forward` makes the layers' new programs of their old ones. Raises InputError as `_resting`.
     """
     programs = {program.name: program for program in profile.programs}
     stripped: dict[str, Program] = {}
@@ -261,7 +280,7 @@ def _without_backward(profile: Profile, layers: Collection[str], forward: Callab
 
 
 def _forward(program: Program) -> Program:
-    """Without its backward; what is left keeps its position."""
+    """The program without its backward operators; the forward's keep their positions."""
     operators = [operator for operator in program.operators if operator.phase != "backward"]
     used = {name for operator in operators for name in [*operator.inputs, *operator.outputs]}
     values = [value for value in program.values if value.name in used]

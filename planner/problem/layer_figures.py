@@ -1,7 +1,8 @@
-"""What the step knows of a layer under a decision: the bytes that it holds and the seconds that it takes, and nothing else.
+"""The figures (bytes, seconds, instructions) through which a layer under a decision enters the model of the step, and
+nothing else.
 
-One record for the three who need it: columns have numbers in it (bytes and seconds), a layer's program expressions, and the master
-problem variables (both KiB and ms, by `SCALE`).
+The record has three uses, which differ in the type of a figure: numbers in a column (bytes and seconds), linear
+expressions in the MILP of a layer, and variables in the master problem (both in KiB and ms, see `SCALE`).
 """
 
 from __future__ import annotations
@@ -12,45 +13,49 @@ from typing import Generic, TypeVar
 
 KIB = 1024.0
 MS = 1e3
-"""programs count in KiB and ms, whose numbers are of the same size"""
+"""linear and integer programs count in KiB and ms, so that their numbers are of similar magnitude"""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFigures(Generic[T]):
+    """The figures of one layer; docs/formulation.md has their symbols."""
+
     forward_peak: T
     backward_peak: T
     evaluate_peak: T
-    """held at most in each window by what the layer decides on"""
+    """most bytes that the layer holds in each window, of tensors that its decision covers or that the window touches"""
     between: T
-    """held from the end of the forward window to the start of the backward window"""
+    """bytes held from the end of the forward window to the start of the backward window"""
     outside: T
-    """held from the end of the backward window to the next step's forward window"""
+    """bytes held from the end of the backward window to the next step's forward window"""
     forward_seconds: T
     backward_seconds: T
-    """of the cores, what transfers cost them left aside: operators, recomputation, unpacking, updates"""
+    """seconds of computation without the cores' part of transfers: operators, recomputation, unpacking, updates"""
     arriving_forward: T
     arriving_backward: T
-    """of the cores, for reads and fetches of what each window needs: paid before that window ends, in whichever it is"""
+    """seconds of the cores for reads and fetches of what each window needs; spent in that window or an earlier one"""
     leaving: T
-    """of the cores, for what is spilled: paid before the step ends"""
+    """seconds of the cores for spills; spent any time before the step ends"""
     reads_forward: T
     reads_backward: T
     spills_forward: T
     fetches_backward: T
     states_fetched: T
     states_spilled: T
-    """of the disk: weights read in either window, activations spilled and fetched, optimizer states moved"""
+    """seconds of the disk: for weights read in either window, activations spilled and fetched,
+    optimizer states moved
+    """
     instructions: T
-    """of both schedules, counted"""
+    """number of instructions in the schedules of training and evaluation"""
 
     @classmethod
     def made(cls, make: Callable[[str], T]) -> LayerFigures[T]:
-        """Each figure made of its name."""
+        """A record whose figures are `make(name)`."""
         return LayerFigures(**{name: make(name) for name in FIELDS})
 
     def values(self) -> list[T]:
-        """In the order of `FIELDS`."""
+        """The figures in the order of `FIELDS`."""
         return [getattr(self, name) for name in FIELDS]
 
 
@@ -58,4 +63,4 @@ FIELDS = tuple(field.name for field in fields(LayerFigures))
 BYTES = ("forward_peak", "backward_peak", "evaluate_peak", "between", "outside")
 DISK = ("reads_forward", "reads_backward", "spills_forward", "fetches_backward", "states_fetched", "states_spilled")
 SCALE = tuple(1 / KIB if name in BYTES else 1.0 if name == "instructions" else MS for name in FIELDS)
-"""bytes and seconds to what programs count in"""
+"""factors from bytes and seconds to KiB and ms, in the order of `FIELDS`"""

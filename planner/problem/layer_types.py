@@ -1,8 +1,8 @@
-"""What the solver sees of one layer: its operators over the storages that are open to decision, in local names.
+"""The solver's description of one layer: its operators and the storages to decide on, in local names.
 
 Layers whose `LayerType` is equal share every computation of the planner; only names differ between them. A storage that
-crosses layers is either a layer input whose fate between forward and backward this layer decides (`owned`), or it has a
-fixed lifetime that is the same in every plan and enters here as facts (`enters_forward`, ...).
+crosses layers is either an input of this layer that this layer decides to keep or offload (`owned`), or it has a fixed
+lifetime, the same in every plan, that is stated by `enters_forward` and the like.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from tightfit.profiles.schema import Channel, Profile
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
+    """One operator of the layer."""
+
     index: int
     """position in the program"""
     inputs: tuple[str, ...]
@@ -29,23 +31,27 @@ class Operation:
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
+    """A frozen weight of the layer: sizes in bytes, and its uses."""
+
     bytes: int
     packed_bytes: int
     unpack_seconds: float
     read_seconds: float
-    """of the disk"""
+    """seconds of the disk for one read"""
     read_compute_seconds: float
-    """compute time that the read costs beside"""
+    """seconds that one read costs the cores"""
     backward_first: int
     backward_last: int
-    """positions among the backward operations; -1 without a direct use there"""
+    """positions of the first and last backward operation that reads it; -1: none does"""
     backward_uses: int
     recomputing: tuple[int, ...]
     """forward operations that read the weight and may run again"""
     modes: tuple[Mode, ...]
-    """allowed residencies"""
+    """modes that the solver may choose"""
     alone: bool
-    """every use in the backward window stands alone: the weight is back in its gap's place between them"""
+    """whether each use in the backward window unpacks (and reads) the weight for itself, so that between uses it is
+    where it is in its gaps
+    """
 
 
 @dataclass(frozen=True, order=True)
@@ -53,49 +59,53 @@ class Mode:
     """Where a weight is between its uses: each of disk, packed, unpacked."""
 
     backward_gap: str
-    """from its last forward use to its first use in the backward window"""
+    """from its last use in the forward window to its first in the backward window"""
     step_gap: str
-    """from its last use in the step to its first use in the next"""
+    """from its last use in the step to its first in the next step"""
     hold: str
-    """inside the backward window, from a recomputation that reads it to its use in the backward"""
+    """inside the backward window, from a recomputation that reads it to its use by a backward operator"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """A trainable that is updated once its last reader in the backward window is through."""
+    """The update of a trainable, which takes place once its gradient is complete and its last reader in the backward
+    window has run.
+    """
 
     trainable: str
     gradient: str
     after: int
-    """position among the backward operations"""
+    """position of the backward operation after which it takes place"""
     state_bytes: int
-    """of one optimizer state"""
+    """bytes of one optimizer state"""
     states: int
     seconds: float
     minor: bool
-    """shares one decision with the layer's other minor trainables"""
+    """whether its states share one decision with those of the layer's other minor trainables"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerType:
+    """The description that equal layers share. Storages are given by local names."""
+
     program: str
     forward: tuple[Operation, ...]
     backward: tuple[Operation, ...]
     evaluate: tuple[Operation, ...]
-    """the forward where no backward follows"""
+    """the forward of an evaluation, where no backward follows"""
     bytes: dict[str, int]
-    """storages with a lifetime: aligned bytes"""
+    """storage with a lifetime -> its bytes in the arena, rounded up to the alignment"""
     raw_bytes: dict[str, int]
-    """of everything that may go to the spill file: bytes moved"""
+    """tensor that may go to the spill file -> bytes moved, not rounded up"""
     enters_forward: frozenset[str]
     leaves_forward: frozenset[str]
     enters_backward: frozenset[str]
     leaves_backward: frozenset[str]
     leaves_evaluate: frozenset[str]
     closes_backward: frozenset[str]
-    """freed when the backward window ends, whatever is recomputed in it"""
+    """storages freed at the end of the backward window, not earlier, whatever is recomputed in it"""
     owned: frozenset[str]
-    """layer inputs kept or offloaded for the backward by this layer's decision"""
+    """inputs from other layers that this layer's decision keeps or offloads for its backward"""
     weights: dict[str, Weight]
     updates: tuple[Update, ...]
     candidates: tuple[str, ...]
@@ -112,7 +122,7 @@ class LayerType:
 
     @cached_property
     def operations(self) -> dict[int, Operation]:
-        """By their positions in the program."""
+        """Position in the program -> operation, of all three windows."""
         return {op.index: op for op in (*self.forward, *self.evaluate, *self.backward)}
 
     def direct_uses(self, value: str) -> list[int]:
@@ -122,7 +132,7 @@ class LayerType:
 
 @dataclass(frozen=True, kw_only=True)
 class Layered:
-    """The whole step as layers of few types, and what every plan holds whatever it decides."""
+    """The whole step as layers of few types, with the bytes that every plan holds whatever it decides."""
 
     profile: Profile
     graph: StepGraph
@@ -130,20 +140,24 @@ class Layered:
     layer_type: tuple[int, ...]
     """per layer: index into types"""
     constant_bytes: int
-    """parameters, constants and batch: resident all the time"""
+    """bytes resident all the time: trainables, constants and batch"""
     across_forward: tuple[int, ...]
     across_backward: tuple[int, ...]
     across_evaluate: tuple[int, ...]
-    """per layer: bytes of storages of fixed lifetime that the window neither makes, reads nor frees"""
+    """per layer: bytes of storages of fixed lifetime that live throughout the window without being touched in it"""
     always: tuple[str, ...]
-    """names of what is resident all the time"""
+    """names of the storages that are resident all the time"""
     workspace_bytes: int
     forced: frozenset[str] = field(default_factory=frozenset)
-    """storages of several layers' backward windows: kept from their making to their last possible use"""
+    """storages that several layers' backward windows need, or that leave no choice: kept from when they are made to
+    their last possible use
+    """
 
     @property
     def taken_bytes(self) -> int:
-        """Of the process, whatever its schedule: what is neither arena nor instructions."""
+        """Bytes of the process that are neither arena nor instructions, so the same for every schedule: floor and
+        workspace.
+        """
         return self.profile.device.floor.held_bytes + self.workspace_bytes
 
     @cached_property
@@ -153,7 +167,7 @@ class Layered:
 
     @cached_property
     def forward_steps(self) -> tuple[tuple[Step, ...], ...]:
-        """Per layer."""
+        """The forward steps of each layer."""
         ahead = [step for step in self.graph.steps if step.phase == "forward"]
         return tuple(tuple(step for step in ahead if step.layer == layer) for layer in range(len(self.layer_type)))
 
@@ -175,9 +189,10 @@ ALWAYS = frozenset({"constant", "batch", "trainable"})
 
 
 def transfer_seconds(channel: Channel, size: int) -> float:
+    """Seconds for which a transfer of `size` bytes occupies the channel."""
     return channel.latency_seconds + size / channel.bytes_per_second
 
 
 def compute_seconds(channel: Channel, size: int) -> float:
-    """What one transfer beside the computation costs the cores."""
+    """Seconds that a transfer of `size` bytes costs the cores, while it overlaps with computation."""
     return channel.compute_seconds_per_transfer + size * channel.compute_seconds_per_byte

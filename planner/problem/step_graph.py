@@ -1,7 +1,9 @@
-"""A profile laid out flat: every operator of the step in execution order, every storage with its producers and consumers.
+"""Flattens a profile into one graph: every operator of the step in execution order, every storage with its producers
+and consumers.
 
-Forward runs the layers in order, backward in reverse; the storages are the profile's global tensors and each layer's
-private values under ``layer/value``. `layer_graph` is the same at the grain of layers, as a networkx DiGraph.
+Forward runs the layers in order, backward in reverse. Storages are the profile's global tensors and each layer's
+private values, which are called ``layer/value``. `layer_graph` gives the same with layers as nodes, as a networkx
+DiGraph.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ if TYPE_CHECKING:
 ALIGNMENT = 64
 """arena offsets are multiples of this many bytes"""
 PACKED_ALIGNMENT = 4096
-"""packed staging is read with O_DIRECT"""
+"""the same for packed weights, which are read with O_DIRECT, and other tensors that are to lie on pages"""
 STATES = ("adam_m", "adam_v", "grad_sum")
-"""optimizer states of a trainable ``p`` are called ``adam_m:p``, ``adam_v:p`` and, where an update takes several steps, ``grad_sum:p``"""
+"""optimizer states of a trainable ``p`` are called ``adam_m:p``, ``adam_v:p`` and, where an update takes several steps,
+``grad_sum:p``
+"""
 STATE_PREFIXES = tuple(f"{state}:" for state in STATES)
 
 
 def aligned(size: int, alignment: int = ALIGNMENT) -> int:
-    """`size` bytes rounded up to what the arena gives out."""
+    """`size` bytes rounded up to a multiple of `alignment`."""
     return -(-size // alignment) * alignment
 
 
@@ -42,7 +46,7 @@ class Step:
     phase: str
     target: str
     inputs: tuple[str, ...]
-    """storages that must be resident, gathered ones left out"""
+    """storages that must be resident; gathered inputs, read from the store, are left out"""
     outputs: tuple[str | None, ...]
     seconds: float
     workspace_bytes: int
@@ -67,7 +71,9 @@ class Storage:
 class StepGraph:
     steps: tuple[Step, ...]
     inference: tuple[Step, ...]
-    """what layers run instead of their forward where no backward follows, if anything; numbered on after `steps`"""
+    """operators that layers run in an evaluation instead of their forward, if they have such;
+    numbered on after `steps`
+    """
     storages: dict[str, Storage]
     layers: tuple[str, ...]
     names: tuple[dict[str, str], ...]
@@ -75,7 +81,10 @@ class StepGraph:
 
 
 def step_graph(source: Profile | Plan) -> StepGraph:
-    """Forward in layer order, then backward in reverse. Raises InputError where the profile contradicts itself."""
+    """The graph of a profile's or plan's step: forward in layer order, then backward in reverse.
+
+    Raises InputError where the source contradicts itself: names given twice or missing, a value read before it is made.
+    """
     programs = {program.name: program for program in source.programs}
     if len(programs) != len(source.programs):
         raise InputError("two programs share a name; every program of a profile needs its own")
@@ -125,8 +134,11 @@ def step_graph(source: Profile | Plan) -> StepGraph:
 
 
 def layer_graph(source: Profile | Plan) -> nx.DiGraph[str]:
-    """Layers as nodes with `forward_seconds`, `backward_seconds`, `weight_bytes`, `saved_bytes` (what a plain training
-    step would hold for the backward); edges carry the `bytes` that flow forward between two layers.
+    """A graph with layers as nodes. They carry `forward_seconds`, `backward_seconds`, `weight_bytes` and `saved_bytes`
+    (what a step without recomputation holds for their backward); edges carry the `bytes` that one layer's forward hands
+    to another's.
+
+    Raises InputError as `step_graph`.
     """
     import networkx as nx
 
@@ -162,7 +174,7 @@ def layer_graph(source: Profile | Plan) -> nx.DiGraph[str]:
 
 
 def state_count(optimizer: Mapping[str, Any]) -> int:
-    """Optimizer states of each trainable, as a profile or a plan names the optimizer."""
+    """Number of optimizer states of each trainable, of a profile's or plan's `optimizer`."""
     return int(optimizer.get("state_tensors", 2))
 
 

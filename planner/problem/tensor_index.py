@@ -1,4 +1,6 @@
-"""Every tensor that a profile or a plan speaks of, by name: global tensors, values of layers, optimizer states, packed weights."""
+"""An index by name of all tensors of a profile or plan: global tensors, values of layers, optimizer states, packed
+weights.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,10 @@ from tightfit.runtime.common.errors import InputError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexedTensor:
+    """One tensor, with its sizes in bytes and its seconds."""
+
     kind: str
-    """that of its first mention; ``optimizer`` of a state, ``packed`` of a weight's packed bytes"""
+    """as where the tensor is first named; ``optimizer`` for a state, ``packed`` for a weight's packed bytes"""
     bytes: int
     packed_bytes: int = 0
     unpack_seconds: float = 0.0
@@ -25,7 +29,7 @@ class TensorIndex:
     """The tensors of a profile or plan, in the order in which it names them."""
 
     def __init__(self, source: Profile | Plan) -> None:
-        """Raises InputError for a layer whose program is not there."""
+        """Raises InputError for a layer whose program is missing."""
         self.tensors: dict[str, IndexedTensor] = {
             tensor.name: IndexedTensor(
                 kind=tensor.kind,
@@ -37,11 +41,11 @@ class TensorIndex:
             for tensor in source.tensors
         }
         self.operators: dict[str, list[Operator]] = {}
-        """layer -> those of its program"""
+        """layer -> operators of its program"""
         self.inference: dict[str, list[int]] = {}
-        """layer -> positions of what it runs where no backward follows"""
+        """layer -> positions of the operators that it runs in an evaluation"""
         self.names: dict[str, dict[str, str]] = {}
-        """layer -> value of its program -> tensor"""
+        """layer -> value of its program -> name of the tensor"""
         programs = {program.name: program for program in source.programs}
         for layer in source.layers:
             program = programs.get(layer.program)
@@ -57,7 +61,7 @@ class TensorIndex:
         self.states: dict[str, tuple[str, ...]] = {
             name: state_names(name, state_count(source.optimizer)) for name in self.of_kind("trainable")
         }
-        """trainable -> what the optimizer keeps of it"""
+        """trainable -> names of its optimizer states"""
         for name, states in self.states.items():
             for state in states:
                 self.tensors[state] = IndexedTensor(kind="optimizer", bytes=self.tensors[name].bytes)
@@ -69,5 +73,5 @@ class TensorIndex:
         return [name for name, tensor in self.tensors.items() if tensor.kind == kind]
 
     def outputs(self, layer: str, position: int) -> list[str]:
-        """Tensors that an operator of the layer makes, those left out that nobody needs."""
+        """Tensors that an operator of the layer makes, without outputs that nothing needs."""
         return [self.names[layer][value] for value in self.operators[layer][position].outputs if value is not None]

@@ -1,4 +1,4 @@
-"""What is said of plans: explanations, comparisons, differences, tables, charts, HTML.
+"""Reports about plans: explanations, comparisons, differences, tables, charts, HTML.
 
 May import: every room of the planner but the service.
 """

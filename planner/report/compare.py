@@ -1,4 +1,4 @@
-"""Plans over budgets, policies and devices, as one comparison."""
+"""`compare`: plans one profile at several budgets, by several policies, on several devices."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from tightfit.runtime.common.forked_worker import ForkedWorker, can_be_copied
 
 SOLVER = "solver"
 TOGETHER = 2
-"""budgets that are planned one after the other before two processes share the others: keep-all, and one at which columns are priced"""
+"""number of budgets that are planned before a second process is forked: one where keep-all fits, and one at which
+columns are priced
+"""
 SENDING = 0.3
-"""seconds in which the next of several plans that are there is sent"""
+"""seconds within which the next plan arrives, where the second process has more than one ready"""
 Stage = Callable[[str, int, int], None]
 
 
@@ -68,15 +70,17 @@ def compare(
     """Plan every policy at every budget, in bytes, on every device; `time_limit` seconds each, a search
     ends at `gap` as `tightfit.planner.plan.plan`'s.
 
-    A device is None, the profile's own, or a description, or the name or file that `tightfit.profiles.devices.data_sheets.find_device` finds one by.
+    A device is None, the profile's own, or a description, or the name or file that
+    `tightfit.profiles.devices.data_sheets.find_device` finds one by.
 
     Without `policies`: the solver and every fixed rule that means something for the profile.
 
     A fixed rule's gap is to the solver's bound at the same budget. A larger budget never gets a slower plan: where the
-    search found nothing better, the smaller budget's plan stands. `progress` is called with (what, done, total), `solving`
-    as the planner's own, `planned` with each plan as it is made (a smaller budget's may take its place at the end).
-    KeyboardInterrupt ends the comparison with the plans made so far, or passes where there are none.
-    Raises InputError for unknown policies, budgets and time limits that are none, unknown devices, two devices of one name, or a profile that cannot change device.
+    search found nothing better, the smaller budget's plan stands. `progress` is called with (what, done, total),
+    `solving` as the planner's own, `planned` with each plan as it is made (a smaller budget's may take its place at the
+    end). KeyboardInterrupt ends the comparison with the plans made so far, or passes where there are none. Raises
+    InputError for unknown policies, budgets and time limits that are none, unknown devices, two devices of one name, or
+    a profile that cannot change device.
     """
     if not budgets:
         raise InputError("no budgets to compare; name at least one, for example 600MiB")
@@ -139,12 +143,12 @@ def compare(
 class _Cell:
     plan: Plan
     bound_seconds: float
-    """no plan of the class undercuts it at the budget, as far as was proven when the solver planned there"""
+    """lower bound on every plan of the class at the budget, as proven when the solver planned there"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Table:
-    """The plans of one planner."""
+    """The plans of one planner, that is, of one device: a cell for each budget and policy."""
 
     planner: Planner
     budgets: list[int]
@@ -153,14 +157,14 @@ class _Table:
     time_limit: float
     gap: float
     tell: Callable[[int], None]
-    """called with the number of plans there are"""
+    """called with the number of plans made so far"""
     solving: Progress | None
     planned: Callable[[Plan], None] | None
     found: dict[tuple[int, str], _Cell] = field(default_factory=dict)
 
     def fill(self) -> None:
-        """From the largest budget down, so that columns of roomy plans are there for tight ones; after the first `TOGETHER`, the
-        tighter half of the others in a process beside this one.
+        """Plan from the largest budget down, so that the columns of large budgets are known at small ones. After the
+        first `TOGETHER` budgets a second process, forked from this one, plans the smaller half of the others.
         """
         downwards = self.budgets[::-1]
         self._work(downwards[:TOGETHER])
@@ -205,8 +209,8 @@ class _Table:
     def _cells(
         self, budget: int, *, solving: Progress | None = None, tell: Callable[[int], None] | None = None
     ) -> Iterator[_Cell]:
-        """The plans at one budget that are not there yet, the solver's first: what it proves is what the gaps of fixed rules are to.
-        `tell` comes before each.
+        """The plans at one budget that are not there yet, the solver's first: what it proves is what the gaps of fixed
+        rules are to. `tell` comes before each.
         """
         planner, limit = self.planner, self.time_limit
         known = self.found.get((budget, SOLVER))
@@ -229,8 +233,9 @@ class _Table:
                 raise KeyboardInterrupt
 
     def monotone(self) -> list[Plan]:
-        """The plans in order, none slower than one of the same policy at a smaller budget. Where none was found that fits, one of a larger
-        budget that does stands; where none does, the smallest budget that is enough is the smallest that any of the policy's plans knows of.
+        """The plans in order, made consistent across the budgets of each policy: none is slower than one at a smaller
+        budget. Where none was found that fits, a larger budget's plan that does fit takes its place; where none does,
+        the smallest budget stated is the smallest that any of the policy's plans knows of.
         """
         plans = {cell: found.plan for cell, found in self.found.items()}
         for policy in self.policies:
@@ -243,7 +248,7 @@ class _Table:
         return [plans[cell] for cell in itertools.product(self.budgets, self.policies) if cell in plans]
 
     def _none_slower(self, mine: dict[int, Plan], budgets: Sequence[int], policy: str) -> None:
-        """Let the plan of a smaller budget stand where it is faster."""
+        """Replace a plan by that of a smaller budget where the latter is faster."""
         best: Plan | None = None
         for budget in budgets:
             here = mine[budget]
@@ -260,25 +265,27 @@ class _Table:
 
 
 def _fitting(mine: dict[int, Plan], budgets: Sequence[int]) -> None:
-    """Let the fastest of a policy's plans that fits stand where its search found none."""
+    """Where a policy's search found no plan, take the fastest of its plans at other budgets that fits."""
     made = [plan for plan in mine.values() if plan.status != "infeasible"]
     for budget in budgets:
         here = mine[budget]
         fitting = [plan for plan in made if plan.peak_bytes <= budget]
         if here.status == "infeasible" and fitting:
             fastest = min(fitting, key=lambda plan: plan.step_seconds)
-            # What holds at the larger budget holds here.
+            # A lower bound at a larger budget is one at this budget too.
             any_bound = max(here.any_schedule_bound_seconds, fastest.any_schedule_bound_seconds)
             mine[budget] = rebudgeted(fastest, budget_bytes=budget, any_bound=any_bound)
 
 
 def _one_smallest(mine: dict[int, Plan], budgets: Sequence[int]) -> None:
-    """Tell one smallest budget wherever none fits: the smallest that any of a policy's plans knows of."""
+    """State the same smallest budget in all infeasible plans of a policy: the smallest that any of
+    its plans knows of.
+    """
     lowest = min(mine.values(), key=_enough, default=None)
     for budget in budgets:
         here = mine[budget]
         if lowest is not None and here.status == "infeasible" and budget < _enough(lowest) < _enough(here):
-            # The reason told of another smallest plan.
+            # The reason in this plan was about another smallest plan.
             update = {
                 "minimum_budget_bytes": _enough(lowest),
                 "minimum_budget_reason": None,
@@ -288,7 +295,7 @@ def _one_smallest(mine: dict[int, Plan], budgets: Sequence[int]) -> None:
 
 
 def _enough(plan: Plan) -> int:
-    """A budget for which a plan of the policy is known."""
+    """A budget in bytes that is known to be large enough for the policy, from this plan."""
     if plan.status != "infeasible":
         return plan.peak_bytes
     return sys.maxsize if plan.minimum_budget_bytes is None else plan.minimum_budget_bytes

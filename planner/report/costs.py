@@ -1,6 +1,8 @@
-"""What each tensor's decision costs in a training step, and what is resident at an instruction: counted on the schedule.
+"""Counts on a plan's schedule what each tensor's decision costs per training step, and which tensors are resident at an
+instruction.
 
-The figures add up to the simulator's: recomputed operators to `recompute_seconds`, reads and writes to its bytes.
+The figures add up to the simulator's: seconds of recomputed operators to `recompute_seconds`, reads and writes to its
+bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from tightfit.planner.schema import Phase, Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One tensor."""
+    """What one tensor costs per training step."""
 
     kind: str
     """weight, trainable, optimizer, activation, gradient, constant or batch"""
@@ -24,17 +26,17 @@ class Cost:
     decision: str | None
     """kept, recomputed, offloaded, streamed, packed, unpacked; None where nothing was to be decided"""
     recompute_seconds: float = 0.0
-    """operators that run again to make it"""
+    """seconds of operators that run again to make it"""
     unpack_seconds: float = 0.0
     read_bytes: int = 0
     read_seconds: float = 0.0
-    """of the channel"""
+    """seconds that the reads occupy the channel; likewise `write_seconds`"""
     write_bytes: int = 0
     write_seconds: float = 0.0
 
     @property
     def compute_seconds(self) -> float:
-        """Of the cores, for making it again or unpacking it."""
+        """Seconds of the cores for recomputing or unpacking it."""
         return self.recompute_seconds + self.unpack_seconds
 
 
@@ -98,7 +100,8 @@ class Ledger:
 
         for layer, position in self._again():
             names = self.index.outputs(layer, position)
-            # An operator of several outputs is charged to the one that had to be made again, or to its first.
+            # The seconds of an operator with several outputs are charged to the first one decided to be recomputed, or
+            # else to its first.
             wanted = [name for name in names if plan.decisions.get(name) == "recomputed"]
             charge((wanted or names)[0], recompute_seconds=self.index.operators[layer][position].seconds)
         device = plan.device
@@ -115,7 +118,9 @@ class Ledger:
         return costs
 
     def resident_at(self, phase: Phase, instruction: int) -> dict[str, int]:
-        """Bytes of every tensor resident while `instruction` runs: what it makes there already, what it frees still."""
+        """Bytes of every tensor resident while `instruction` runs, those that it makes and those that it frees
+        included.
+        """
         there = dict.fromkeys(self.plan.resident)
         for index, one in enumerate(phase.instructions[: instruction + 1]):
             match one:

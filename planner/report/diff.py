@@ -1,4 +1,6 @@
-"""Two plans of one model, tensor by tensor: what changes, how many bytes it concerns and what it costs."""
+"""Compares two plans of one model tensor by tensor: which decisions differ, how many bytes that concerns, what it
+costs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
 
 LEAST_SECONDS = 1e-9
-"""smaller differences are rounding"""
+"""differences in seconds below this are taken for rounding"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +24,18 @@ class Change:
     bytes: int
     before: str | None
     after: str | None
-    """decisions; None where there was nothing to decide"""
+    """both: the plan's decision; None where there was nothing to decide"""
     compute_seconds: float
-    """of the cores per step, after less before: made again or unpacked"""
+    """seconds of the cores per step for recomputing or unpacking it, `after` minus `before`"""
     transfer_seconds: float
-    """of the channels per step, after less before"""
+    """seconds of the channels per step, `after` minus `before`"""
     moved_bytes: int
-    """read and written per step, after less before"""
+    """bytes read and written per step, `after` minus `before`"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeGroup:
-    """All changes of one sort."""
+    """All changes with the same kind of tensor and the same two decisions."""
 
     kind: str
     before: str | None
@@ -46,7 +48,8 @@ class ChangeGroup:
 
 
 def diff(before: Plan, after: Plan) -> list[Change]:
-    """What changes from one plan to another, largest tensors first; sums of seconds and bytes are the plans' differences.
+    """What changes from one plan to another, largest tensors first; sums of seconds and bytes are the plans'
+    differences.
 
     Times are each plan's own, so that plans for two devices compare as well. Raises InputError for plans of two models.
     """
@@ -83,7 +86,7 @@ def transfer_seconds(cost: Cost) -> float:
 
 
 def grouped(changes: Iterable[Change]) -> list[ChangeGroup]:
-    """Changes by sort, those that concern most bytes first."""
+    """Changes grouped by kind and decisions, the groups that concern most bytes first."""
     sorts: dict[tuple[str, str | None, str | None], list[Change]] = {}
     for change in changes:
         sorts.setdefault((change.kind, change.before, change.after), []).append(change)

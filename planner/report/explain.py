@@ -1,4 +1,6 @@
-"""A plan in plain words: what is kept, made again, streamed and moved, what sets the peak, how near the optimum it is."""
+"""Explains a plan in sentences: what is kept, recomputed, streamed and offloaded, what sets the peak, how near the
+optimum it is.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,13 @@ from tightfit.profiles.schema import NOT_COMPARED
 from tightfit.runtime.common.units import format_seconds, format_size, printable
 
 LEAST_SHARE = 5e-4
-"""of the step: smaller differences are none"""
+"""differences below this share of the step's seconds are not mentioned"""
 
 
 def explain(plan: Plan, explanation: Explanation | None = None) -> list[str]:
     """Sentences, one per line of output; `explanation` where more is known than the plan itself tells.
 
-    Names of tensors and operators are the user's: what a terminal would obey in them is written out.
+    Names of tensors and operators come from the user: control characters in them are escaped for the terminal.
     """
     told = account(plan) if explanation is None else explanation
     return [printable(sentence) for sentence in (*caution(plan.device), *_sentences(plan, told))]
@@ -93,7 +95,7 @@ def _headline(plan: Plan) -> str:
 
 
 def _gradient(plan: Plan) -> list[str]:
-    """What the steps follow where that is not the exact gradient of each."""
+    """Which estimate of the gradient the steps follow, where it is not the exact one."""
     if plan.optimizer.get("name") == MEZO:
         return ["two forwards and no backward: the gradient is estimated along one random direction per step"]
     if plan.cycle:
@@ -109,7 +111,7 @@ def _gradient(plan: Plan) -> list[str]:
 
 
 def _comparison(plan: Plan) -> list[str]:
-    """What a module's gradients were not compared for."""
+    """Which comparisons of a module's gradients with autograd were not made."""
     told = plan.model.compared or ""
     return [f"gradients of the module: {told}"] if told.startswith(NOT_COMPARED) else []
 
@@ -123,12 +125,14 @@ ENDS = {
 
 
 def percent_within(gap: float) -> str:
-    """A gap as a percentage of two decimals, rounded up: what is said to be within it is."""
+    """A gap as a percentage with two decimals, rounded up, so that "within" it is true."""
     return f"{math.ceil(1e4 * gap - 1e-6) / 1e4:.2%}"
 
 
 def nearness(plan: Plan, kind: str = "kind") -> str:
-    """What is proven of a solver's plan, and what ended its search; `kind` is what the plans it is compared with are called by."""
+    """What is proven of a solver's plan, and what ended its search; `kind` is what the plans it is compared with are
+    called by.
+    """
     if plan.status == "optimal":
         return f"proven optimal among plans of its {kind}"
     text = f"within {percent_within(plan.gap)} of the best plan of its {kind}"
@@ -197,7 +201,7 @@ def _decisions(plan: Plan) -> list[str]:
 
 
 def _elsewhere(plan: Plan) -> str:
-    """Where what is not resident lies."""
+    """Where tensors lie that are not resident."""
     return "disk" if plan.device.kind == "cpu" else "host memory"
 
 
@@ -251,7 +255,9 @@ def _recomputation(plan: Plan, made_again: Recomputation | None) -> list[str]:
 
 
 def _made(again: Recomputation) -> str:
-    """The bytes are those of the tensors: how much lower the peak is depends on which of them would lie there together."""
+    """The bytes are those of the tensors: how much lower the peak is depends on which of them would
+    lie there together.
+    """
     if again.tensors == 1:
         return f"1 activation of {format_size(again.bytes)}"
     return f"{again.tensors} activations of {format_size(again.bytes)} together"

@@ -1,6 +1,8 @@
-"""Why a plan is as it is, in figures: what sets its peak, what it makes again, how busy it is, what memory is worth.
+"""Explains a plan in figures: what sets its peak, what it recomputes, how busy cores and disk are, what memory is
+worth.
 
-`account` counts on the schedule; `tightfit.planner.report.marginal_value` fills in the neighbouring budgets; `tightfit.planner.report.explain` puts it in words.
+`account` counts on the schedule, `tightfit.planner.report.marginal_value` adds the neighbouring budgets, and
+`tightfit.planner.report.explain` turns the figures into sentences.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Record(BaseModel):
 class PeakAccount(Record):
     """The instruction that sets the peak, and what the process holds then. The five parts add up to `bytes`.
 
-    Where the start of the process sets the peak (`start_bytes`), the instruction is the one at which the schedules reach theirs.
+    Where the start of the process sets the peak (`start_bytes`), the instruction is the one at which the schedules
+    reach theirs.
     """
 
     phase: Literal["train", "evaluate"]
@@ -137,9 +140,8 @@ def account(plan: Plan) -> Explanation:
 
 
 def explanation_of(planner: Planner, plan: Plan, *, time_limit: float) -> Explanation:
-    """What a plan that `planner` made says of itself; of an infeasible one, from the smallest plan of its policy.
-
-    `time_limit` is for that smallest plan, where it is not known yet.
+    """The explanation of a plan that `planner` made. That of an infeasible plan comes from the smallest plan of its
+    policy, which may take `time_limit` seconds to find.
     """
     if plan.status == "infeasible":
         return shortfall(plan, planner.smallest_plan(policy=plan.policy, time_limit=time_limit))
@@ -161,14 +163,16 @@ def shortfall(plan: Plan, smallest: Plan) -> Explanation:
 
 
 def has_phases(plan: Plan) -> bool:
-    """Whether a plan is of a step with a forward and a backward, as all are but those of bare graphs that have none."""
+    """Whether the plan's step has a forward and a backward; only bare graphs may have no such division."""
     return plan.model.kind != "graph" or any(
         operator.phase == "backward" for program in plan.programs for operator in program.operators
     )
 
 
 def peak_text(plan: Plan, phase: Phase) -> str:
-    """What runs at the peak of one of the plan's schedules, in words; without a phase where there is none."""
+    """What runs at the peak of one of the plan's schedules, in words; operators of steps without phases are named
+    without one.
+    """
     text = phase.peak.text
     if has_phases(plan):
         return text
@@ -263,7 +267,7 @@ def _share(seconds: float, train: Phase) -> float:
 
 
 def _remedies(plan: Plan, ledger: Ledger, peak: PeakAccount) -> list[Remedy]:
-    """What shrinks with the batch, the sequence and the rank of the adapter, halved each."""
+    """Estimates of what half the batch, half the sequence or half the adapter's rank would save at the peak."""
     _, phase = _fullest(plan)
     trained = set(ledger.index.of_kind("trainable"))
     by_tokens = by_rank = 0

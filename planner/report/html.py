@@ -102,7 +102,7 @@ def _curve(plans: Sequence[Plan], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _counted(plans: Sequence[Plan]) -> str:
-    """What budgets are on."""
+    """What the budgets limit, in words."""
     if plans[0].model.kind == "graph":
         return "Budgets are on the bytes that are live; the graph's fixed bytes are inside."
     floor = "Python and PyTorch" if plans[0].device.kind == "cpu" else "the CUDA context"
@@ -143,7 +143,9 @@ def verdicts(plans: Sequence[Plan]) -> list[str]:
 
 
 def _beside_rules(solved: Plan, here: Mapping[str, Plan], missing: Sequence[str]) -> str:
-    """How the solver's step compares with the fixed rules planned for the same budget; `missing` were not, being interrupted."""
+    """How the solver's step compares with the fixed rules planned for the same budget; `missing` were not, being
+    interrupted.
+    """
     if not here:
         return f"; {', '.join(missing)} not planned" if missing else ""
     fitting = [plan for plan in here.values() if feasible(plan)]
@@ -249,7 +251,9 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
 
 
 def series_of(plan: Plan, shown: Sequence[Bucket], unit: Unit | None = None) -> dict[str, Any]:
-    """What the page's script reads out at the cursor, rounded to what it prints; without `unit` in the one for the largest total."""
+    """The data that the page's script shows at the cursor, rounded as printed, in `unit`; without it in the unit that
+    suits the largest total.
+    """
     assert plan.train is not None
     kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
     totals = [bucket.point.bytes for bucket in shown]

@@ -1,4 +1,6 @@
-"""The comparison page's diff of two plans: its data for any two of them, and one diff drawn at once."""
+"""The comparison page's section on the difference of two plans: the data for any pair, and one pair
+already rendered.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from tightfit.planner.schema import Plan
 from tightfit.runtime.common.units import Unit, format_size, unit_of
 
 DECISIONS = ("kept", "recomputed", "offloaded", "unpacked", "packed", "streamed")
-"""by their place in the page's data; -1 where nothing was to be decided"""
+"""decisions, which the page's data give by their index here; -1 where there was nothing to decide"""
 ROWS = 300
 """changes listed; the rest are in the sums above them"""
 

@@ -1,4 +1,6 @@
-"""What memory is worth at a budget: the model's proven bounds beside it, and plans made there to check them."""
+"""The value of memory at a budget: by how much proven bounds, and plans made to check them, change at neighbouring
+budgets.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from tightfit.planner.search_options import Progress
 
 
 def explained(planner: Planner, plan: Plan, *, time_limit: float, left: float) -> Explanation:
-    """`explanation_of`, with what memory is worth beside a solver's plan, as far as it is found in `left` seconds."""
+    """`explanation_of`; for a solver's plan also with the value of memory (`neighbours`), as far as `left` seconds
+    allow.
+    """
     told = explanation_of(planner, plan, time_limit=time_limit)
     if plan.status == "infeasible" or plan.policy != "solver" or left <= 0:
         return told
@@ -20,11 +24,11 @@ def explained(planner: Planner, plan: Plan, *, time_limit: float, left: float) -
 def neighbours(
     planner: Planner, plan: Plan, *, step_bytes: int | None = None, time_limit: float = 30.0
 ) -> list[MarginalValue]:
-    """What the model says of `step_bytes` (by default, the planner's `neighbour_bytes`) less and more than the budget of `plan`, a solver's plan of the
-    planner's profile.
+    """The class's lower bounds at the budgets `step_bytes` (by default the planner's `neighbour_bytes`) below and above
+    that of `plan`, a solver's plan of the planner's profile, and how much they differ from the bound at its own.
 
-    A bound takes at most `time_limit` seconds; where it is not found by then, there is no answer. Nothing fits below the
-    floor.
+    Each bound takes at most `time_limit` seconds; a budget whose bound is not found by then is left out. A budget below
+    the floor is reported as infeasible.
     """
     step_bytes = step_bytes or planner.neighbour_bytes(plan.budget_bytes)
     here = _bound(planner, plan.budget_bytes, time_limit)
@@ -54,9 +58,9 @@ def what_if(
     gap: float = 0.0,
     progress: Progress | None = None,
 ) -> tuple[Plan, list[MarginalValue]]:
-    """`neighbours`, checked by planning both budgets to a `gap`; `time_limit` seconds for each bound and each plan.
+    """`neighbours`, checked by planning at both budgets to a `gap`; `time_limit` seconds for each bound and each plan.
 
-    Where the search found a faster step in less memory, that plan takes the place of `plan`: it is returned first. After Ctrl-C no
+    The first result is `plan`, or the smaller budget's plan where the search found a faster step there. After Ctrl-C no
     further budget is planned.
     """
     step_bytes = step_bytes or planner.neighbour_bytes(plan.budget_bytes)

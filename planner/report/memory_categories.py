@@ -1,4 +1,4 @@
-"""What memory is spent on: the order, words and colours that every table and picture shares."""
+"""The kinds of memory use: their order, labels and colours, shared by every table and picture, and sums by kind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TICKS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """The fullest moment of one slice of the step."""
+    """One slice of the step, represented by its point with most bytes in use."""
 
     start: float
     end: float
@@ -92,13 +92,13 @@ def buckets(timeline: Sequence[TimelinePoint], count: int) -> list[Bucket]:
             merged[-1] = Bucket(start=merged[-1].start, end=end, point=merged[-1].point)
         else:
             merged.append(Bucket(start=index * length, end=end, point=kept))
-    # To the last bit, and where a slice is so short that its length rounds to nothing.
+    # Exactly the step's end, despite rounding and where slices are so short that their length rounds to 0.
     merged[-1] = replace(merged[-1], end=timeline[-1].seconds)
     return merged
 
 
 def in_use(point: TimelinePoint) -> int:
-    """Bytes that something lives in: pages once touched stay with the process, whether or not anything is in them."""
+    """Bytes in use at a point: those of the process less pages that it once touched and that hold nothing now."""
     return point.bytes - point.by_kind.get("fragmentation", 0)
 
 
@@ -110,7 +110,8 @@ def fullest(timeline: Iterable[TimelinePoint]) -> TimelinePoint | None:
 def peak_parts(plan: Plan) -> list[tuple[Kind, int]]:
     """Bytes of each kind at the peak of `plan`, in stacking order; together its `peak_bytes`.
 
-    What the fullest instruction holds, what others make the process hold, and what its start holds beyond that.
+    They are what the instruction with most bytes in use holds, what other instructions make the process hold beyond
+    that, and by how much the start of the process exceeds both.
     """
     point = fullest(plan.timeline)
     if point is None:
@@ -151,7 +152,9 @@ def feasible(plan: Plan) -> bool:
 
 
 def ticks(span: float, *, start: float = 0.0) -> list[float]:
-    """Round axis marks in [start, start + span], about `TICKS` of them: steps of 1, 2, 2.5 or 5 times a power of ten."""
+    """Round axis marks in [start, start + span], about `TICKS` of them: steps of 1, 2, 2.5 or 5
+    times a power of ten.
+    """
     if span <= 0:
         return [start]
     power = 10.0 ** math.floor(math.log10(span / TICKS))

@@ -1,4 +1,4 @@
-"""Profiles and plans in figures: what `--json` prints and the service answers, strict JSON with nothing heavy imported."""
+"""Summaries of profiles and plans as strict JSON, for `--json` and the service's answers; imports nothing heavy."""
 
 from __future__ import annotations
 

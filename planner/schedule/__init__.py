@@ -1,4 +1,5 @@
-"""Decisions carried out: instructions of every layer, joined over the step, transfers moved ahead, tensors placed in the arena.
+"""Turns decisions into a schedule: each layer's instructions, joined over the step, transfers moved, tensors placed in
+one arena.
 
 May import: `planner.problem`, `planner.schema`.
 """

@@ -1,7 +1,8 @@
-"""Offsets in one arena: every tensor gets a place for as long as it is resident, and no two overlap.
+"""Assigns arena offsets: every tensor gets a fixed place for as long as it is resident, and no two overlap.
 
-Offline dynamic storage allocation: an item is a tensor with its intervals of residency (tensors that are resident across
-steps keep one place for all of theirs). What is resident all the time lies at the bottom; `tightfit.planner.schedule.arena_packing` places the rest.
+This is offline dynamic storage allocation: an item is a tensor with its intervals of residency (a tensor that is
+resident across steps keeps one place for all of its intervals). Tensors resident all the time lie at the bottom;
+`tightfit.planner.schedule.arena_packing` places the others.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from tightfit.planner.schedule.lowering import Entry, made_by
 
 MOVES = {"spill", "fetch"}
 DIRECT_BYTES = 64 << 10
-"""Tensors from this size on that move between memory and disk lie on pages: the disk then reads and writes them in place."""
+"""Tensors of at least so many bytes that move between memory and disk are page-aligned, so that the disk reads and
+writes them in place.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArenaLayout:
+    """The arena's size and where each tensor lies in it."""
+
     bytes: int
     resident: dict[str, int]
     """offsets of the tensors that are resident across steps"""
@@ -32,7 +37,7 @@ class ArenaLayout:
 
 
 Placed = tuple[list[Item], int]
-"""every tensor in its place, and the bytes that they take"""
+"""(every tensor with its offset, bytes of arena that they take)"""
 
 
 def placed_items(
@@ -44,14 +49,16 @@ def placed_items(
     deadline: float = math.inf,
     short: list[Stretch] | None = None,
 ) -> Placed:
-    """Every tensor in its place in an arena of at most `target` bytes if one is found; with 0 in the lowest that is.
+    """Place every tensor in an arena of at most `target` bytes if such a layout is found; `target` 0: in the smallest
+    found.
 
-    Past `deadline`, on the monotonic clock, nothing is searched for. `short`: see `pack`; evaluate entries are counted on after
-    train's.
+    The result may be larger than `target`: the caller has to check. Past `deadline`, on the monotonic clock, placement
+    is by rule and nothing is searched for. `short`: see `pack`; entries are numbered through `train` and then
+    `evaluate`.
     """
     length = len(train) + len(evaluate)
     every = _items(train, evaluate, tuple(resident), sizes)
-    # What is resident all the time lies at the bottom, the widest alignment first.
+    # Tensors that are resident all the time lie at the bottom, those of the widest alignment first.
     whole = [item for item in every if sum(last - first + 1 for first, last in item.spans) >= length]
     whole.sort(key=lambda item: (-item.alignment, item.name))
     base = 0
@@ -69,7 +76,7 @@ def placed_items(
 
 
 def arena_of(items: Iterable[Item], height: int, split: int) -> ArenaLayout:
-    """Offsets by the entry that makes a tensor; `split` entries of training come first."""
+    """The items' offsets, indexed by the entry that makes each tensor. The first `split` entries are training's."""
     fixed: dict[str, int] = {}
     train: dict[tuple[int, str], int] = {}
     evaluate: dict[tuple[int, str], int] = {}

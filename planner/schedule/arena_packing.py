@@ -1,14 +1,16 @@
-"""Where tensors lie: by rules, and where these leave too much unused, in an order that is searched for.
+"""Packs tensors into the arena: by fixed rules first, and where these leave too much unused, by searching for a better
+order.
 
-A step is a stack and its mirror image. What lives long is either made on the way forward and freed on the way back, or
-stays from the way back to the next way forward; the one grows as the other shrinks. So the first is stacked from the
-bottom up and the second from the top down, the longest-lived first, and what is free at any time is one gap between them.
-What lives for a layer or so goes into that gap, a few dozen tensors at a time in the order of the step. Where one finds
-no place, it moves ahead in their order, with all that is like it, and chance moves a few others ("squeaky wheel"
-optimization, Joslin and Clements 1999); when that does not help, what was placed just before is taken up again too.
+A step is a stack and its mirror image. A long-lived tensor is either made in the forward and freed in the backward, or
+stays from the backward to the next forward; as the bytes of the first sort grow, those of the second shrink. So the
+first sort is stacked from the bottom up and the second from the top down, the longest-lived first, and the free bytes
+at any time are one gap between them. Short-lived tensors, of a layer or so, go into that gap, a few dozen at a time (a
+group) in the order of the step. If one finds no place, it moves ahead in the order in which its group is placed, with
+all that are alike, and chance moves a few others ("squeaky wheel" optimization, Joslin and Clements 1999). If that does
+not help, groups placed just before are placed again together with it (`by_groups`).
 
-Where there is nothing to spare, the large ones have to come first whatever their lives, and the small ones fill what is
-left of the same places in every layer: then everything is placed in one such order.
+Where hardly any byte is to spare, large tensors have to come first whatever their lifetimes, and small ones fill what
+is left, at the same places in every layer: then all tensors are placed in one such order (`by_ranks`).
 """
 
 from __future__ import annotations
@@ -29,48 +31,53 @@ from tightfit.planner.problem.step_graph import ALIGNMENT
 from tightfit.planner.schedule.free_ranges import ENDLESS, Places, Range, gap, top_gap, united
 
 LONG = (1 / 64, 1 / 8, math.inf)
-"""shares of the step from which on a life is long, one after the other until everything finds a place"""
+"""a lifetime is long from this share of the step on; the shares are tried in turn until every tensor finds a place"""
 GROUP = (24, 96)
-"""tensors of short lives placed together: from a moment at which few bytes go on to live to the next one"""
+"""least and most short-lived tensors in a group, which is cut off where few bytes live on"""
 TRIES = 400
-"""orders tried, of a group or of everything"""
+"""orders tried at most, of a group or of all tensors"""
 AROUND = 64
-"""entries before and after one where places are short that are looked at together"""
+"""entries on either side of a shortage of places within which `by_ranks` tries an order first"""
 SPANS = 4
-"""of a tensor without a place that are looked at"""
+"""intervals of residency of a tensor without a place around which `by_ranks` looks, at most"""
 BACK = 60
-"""tries after which another group before it is placed anew with it"""
+"""tries after which one more group before the failing one is placed again together with it"""
 WORK = (20_000, 5)
-"""tensors placed in the search at one height, at least, and per tensor: counted, not timed, so that the same input gives the
-same arena"""
+"""limit of a search at one height, in tensors placed: so many at least, or so many per tensor. Work is counted, not
+timed, so that the same input gives the same arena
+"""
 AHEAD = (0.3, 2.0)
-"""by how much the logarithm of a size is raised for a tensor that found no place"""
+"""range of what is added to the rank (the logarithm of the size) of a tensor that found no place"""
 CHANCE, SPREAD = 0.2, 1.0
-"""share of the other ranks that chance moves at the same time, and by how much"""
+"""share of ranks that chance changes at the same time, and the standard deviation of the change"""
 RESTART = 20
-"""tries after which all ranks are again as the sizes say"""
+"""tries after which all ranks are set back to the logarithms of the sizes"""
 FEW = 80
-"""tensors of short lives at most that have a rank each in every other such stretch"""
+"""number of tensors up to which every other such round of tries gives each tensor a rank of its own"""
 NUMBER = re.compile(r"\d+")
-"""what the names of equal tensors of different layers differ in; within a layer some that are merged too are not alike"""
+"""digits, in which alone the names of corresponding tensors of different layers differ. Without them some tensors of
+one layer also share a name, though they are not alike
+"""
 
 
 @dataclass(kw_only=True)
 class Item:
-    """A tensor from when it is made until it is freed."""
+    """A tensor with its lifetime; one that is resident across steps may have several intervals."""
 
     name: str
     size: int
     alignment: int
     spans: list[tuple[int, int]]
-    """[first, last] entry, both inclusive, evaluate entries counted on after train's"""
+    """(first, last) entry of each interval of residency, both included; evaluation's entries are numbered after
+    training's
+    """
     makers: list[int]
-    """entries that make it; -1: it is there from the start"""
+    """entries that make it; -1: it is resident from the start"""
     offset: int = 0
 
 
 def live_bytes(items: Iterable[Item], length: int) -> npt.NDArray[np.int64]:
-    """Bytes by entry."""
+    """Bytes of the items that are resident during each of `length` entries."""
     change = np.zeros(length + 1, dtype=np.int64)
     for item in items:
         for first, last in item.spans:
@@ -80,9 +87,9 @@ def live_bytes(items: Iterable[Item], length: int) -> npt.NDArray[np.int64]:
 
 
 Packed = tuple[int, list[int]]
-"""height, and offsets by item"""
+"""(height, offset of each item)"""
 Stretch = tuple[int, int]
-"""[first, last] entry at which tensors begin that found no places together"""
+"""(first, last) entry at which the tensors of a group begin for which no places were found together"""
 
 
 def pack(
@@ -94,11 +101,12 @@ def pack(
     deadline: float = math.inf,
     short: list[Stretch] | None = None,
 ) -> Packed:
-    """Offsets from `base` up with a height of at most `most`, if that is found; with 0 the lowest that is.
+    """Offsets from `base` up such that the items end at byte `most` or lower, if such a packing is found; `most` 0: as
+    low as possible.
 
-    `length`: entries of the step; `live`: most bytes at a time, which nothing is below. Past `deadline`, on the monotonic
-    clock, the first rule is all there is. Where nothing comes down to `most`, `short` gains the stretches at which the searches
-    for it ended.
+    If none is found the result is the lowest packing of the rules, and the stretches at which the searches failed are
+    appended to `short`. `length`: number of entries; `live`: most bytes live at once, a lower bound on any height. Past
+    `deadline`, on the monotonic clock, only the first rule is applied.
     """
     best: Packed | None = None
     for order, tight in _orders(items):
@@ -120,7 +128,7 @@ def pack(
         if (search, goal) in tried:
             continue
         tried.add((search, goal))
-        # By ranks, what stands in the way may be anywhere.
+        # Only `by_groups` says where places are short; `by_ranks` may fail anywhere.
         seek = partial(by_groups, short=ended) if search is by_groups and goal == asked else search
         try:
             found = seek(items, base, length, goal, deadline)
@@ -142,7 +150,9 @@ def _life(item: Item) -> int:
 
 
 def _orders(items: list[Item]) -> Iterable[tuple[list[int], bool]]:
-    """Orders to try, with lowest or tightest fit: by size, by rough size and lifetime, by lifetime, by both weighed."""
+    """Orders to try, each with lowest fit or (true) tightest fit: by size, by rough size and lifetime, by lifetime, by
+    rough size and start, by size times the root of the lifetime.
+    """
     every = range(len(items))
     life = [_life(item) for item in items]
     size = [item.size for item in items]
@@ -161,8 +171,9 @@ def _orders(items: list[Item]) -> Iterable[tuple[list[int], bool]]:
 def _assign(
     items: list[Item], order: list[int], base: int, length: int, *, below: int, tight: bool
 ) -> tuple[list[int], int | None]:
-    """Offsets from `base` up, placed in `order` in the lowest (or tightest) gap that is free over an item's spans; and the
-    first item that would end at `below` or higher, None where all are placed.
+    """Place the items in `order`, each in the lowest (or, if `tight`, the smallest) gap that is free over all of its
+    spans. Returns the offsets, and the first item that would end at `below` or higher, at which placement stopped;
+    None: all are placed.
     """
     places = Places(length)
     offsets = [0] * len(items)
@@ -178,10 +189,11 @@ def _assign(
 
 
 class _Ranks:
-    """Tensors in the order of their ranks: the logarithm of their size, raised for what found no place, and a little by chance.
+    """The order in which tensors are placed: by rank, the logarithm of the size, raised for tensors that found no place
+    and changed a little by chance.
 
-    What is alike in different layers shares a rank; in every other stretch of tries, if `few`, each tensor has its own.
-    Chance is the same every time.
+    Corresponding tensors of different layers share a rank; if `few`, each tensor has its own in every other round of
+    `RESTART` tries. The random numbers are seeded, so the order is reproducible.
     """
 
     def __init__(self, items: list[Item], *, few: bool) -> None:
@@ -199,7 +211,9 @@ class _Ranks:
         return sorted(numbers, key=lambda i: (-self.log_size[i] - self.raised.get(self.kind[i], 0.0), -self.life[i], i))
 
     def blame(self, failed: int, numbers: Iterable[int]) -> None:
-        """The next ranks, of what was tried in vain because of one."""
+        """Change the ranks after a failed try: raise that of `failed`, which found no place, and by chance those of
+        others in `numbers`, the tensors that were tried.
+        """
         self.turn += 1
         if self.turn % RESTART == 0:
             self.kind = self.single if self.few and self.turn // RESTART % 2 else self.alike
@@ -217,11 +231,12 @@ def _work(items: list[Item]) -> int:
 
 
 def by_ranks(items: list[Item], base: int, length: int, goal: int, deadline: float = math.inf) -> list[int] | None:
-    """Offsets with a height of at most `goal`, every tensor placed in the order of its rank; None where none are found.
+    """Offsets with a height of at most `goal`, by placing all tensors in the order of their ranks; None where none are
+    found.
 
-    Raises TimeoutError at the deadline, on the monotonic clock.
-
-    An order is tried on what is there while most is live, then on everything, and where that fails on what is there then too.
+    An order is tried first on the tensors that live around the entry with most live bytes, then on all. Where the
+    second fails, the tensors that live around the failing one join the first test. Raises TimeoutError past `deadline`,
+    on the monotonic clock.
     """
     watched = np.zeros(length + 1, dtype=np.int64)
 
@@ -261,10 +276,10 @@ def by_groups(
     deadline: float = math.inf,
     short: list[Stretch] | None = None,
 ) -> list[int] | None:
-    """Offsets with a height of at most `goal`, group by group between what lives long; None where none are found, and `short`
-    then gains the stretches of groups without places.
+    """Offsets with a height of at most `goal`: long-lived tensors first, then the others group by group. None where
+    none are found; the stretches of the groups that found no places are then appended to `short`.
 
-    Raises TimeoutError at the deadline, on the monotonic clock.
+    Raises TimeoutError past `deadline`, on the monotonic clock.
     """
     work, before = _work(items), -1
     for share in LONG:
@@ -280,7 +295,7 @@ def by_groups(
 
 
 class _Groups:
-    """One height, with lives from `longest` entries on taken as long."""
+    """The packing at one height, where a lifetime of `longest` entries or more counts as long."""
 
     def __init__(
         self, items: list[Item], base: int, length: int, goal: int, longest: float, work: int, deadline: float
@@ -300,20 +315,20 @@ class _Groups:
         self.starts = [items[i].spans[0][0] for i in self.brief]
         self.longest_brief = max((life[i] for i in self.brief), default=0)
         self.places = Places(length)
-        """of what lives long"""
+        """bytes taken by long-lived tensors"""
         self.ranks = _Ranks(items, few=len(self.brief) <= FEW)
         self.failed: list[Stretch] = []
-        """of the group that was tried in vain"""
+        """the stretch of the group that found no places"""
 
     def succeed(self) -> bool:
-        """Whether everything finds a place; `offsets` then say where."""
+        """Whether every tensor finds a place; `offsets` then say where."""
         if not self._stack():
             return False
         self.cuts = self._cut()
         return all(self._fill(number) for number in range(len(self.cuts) - 1))
 
     def _stack(self) -> bool:
-        """Place what lives long."""
+        """Place the long-lived tensors, those with several intervals from the top down; whether all find a place."""
         for index in self.long:
             item = self.items[index]
             taken = self.places.taken(item.spans)
@@ -329,7 +344,9 @@ class _Groups:
         return True
 
     def _cut(self) -> list[int]:
-        """Positions of `brief` at which its groups begin, and its end. Equal layers come apart at equal places."""
+        """Positions in `brief` at which groups begin, and its end. Each group ends where fewest bytes live on, so equal
+        layers are cut at corresponding tensors.
+        """
         ends = sorted((self.items[i].spans[0][1], self.items[i].size) for i in self.brief)
         crossing: list[float] = []
         live, ended, before = 0, 0, -1
@@ -337,7 +354,7 @@ class _Groups:
             while ends[ended][0] < start:
                 live -= ends[ended][1]
                 ended += 1
-            # What begins at the same moment stays together.
+            # Tensors that begin at the same entry stay in one group.
             crossing.append(live if start > before else math.inf)
             live += self.items[index].size
             before = start
@@ -348,7 +365,7 @@ class _Groups:
         return [*cuts, len(self.brief)] if self.brief else cuts
 
     def _fill(self, number: int) -> bool:
-        """Place a group, if need be with some before it."""
+        """Place a group, if need be together with some of the groups before it; whether that succeeds."""
         begin, end = self.cuts[number : number + 2]
         taken = self._taken(begin, end)
         for turn in range(1, TRIES + 1):
@@ -370,7 +387,9 @@ class _Groups:
         return False
 
     def _taken(self, begin: int, end: int) -> dict[int, list[Range]]:
-        """Per tensor of a stretch of `brief`: bytes that are taken during its life by what lives long or was placed before."""
+        """For each tensor of a stretch of `brief`: the bytes that long-lived tensors, and those placed before, take
+        during its life.
+        """
         group = self.brief[begin:end]
         first = bisect.bisect_left(self.starts, self.starts[begin] - self.longest_brief)
         before = [(*self.items[i].spans[0], self.offsets[i], self.items[i].size) for i in self.brief[first:begin]]
@@ -382,7 +401,7 @@ class _Groups:
         return taken
 
     def _tried(self, taken: dict[int, list[Range]]) -> tuple[dict[int, int], int | None]:
-        """Offsets of a group in the order of its ranks, and the first that found no place."""
+        """Place a group in the order of its ranks: the offsets, and the tensor at which that failed, or None."""
         placed: dict[int, int] = {}
         lie: list[tuple[int, int, int, int]] = []
         for index in self.ranks.order(taken):
@@ -401,6 +420,6 @@ class _Groups:
 
 SEARCHES = ((0.25, by_groups), (1.0, by_groups), (1.0, by_ranks))
 LOWEST_SEARCHES = ((0.0, by_ranks), (0.0, by_groups), (0.125, by_groups), (0.25, by_groups), (0.5, by_groups))
-"""one after the other: heights as shares of what is between the live bytes and the most that is allowed, or, for the lowest,
-what the rules come to
+"""searches in the order in which they are tried, each with the height it aims for: a share of the range from the live
+bytes up to the allowed height or, where the lowest is asked for, up to the height that the rules reach
 """

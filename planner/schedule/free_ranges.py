@@ -1,4 +1,4 @@
-"""Which bytes of an arena are taken when, and the gaps between them."""
+"""Interval bookkeeping for the arena: which bytes are taken during which entries, and the gaps between them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from collections.abc import Iterable
 import numpy as np
 
 LEAF = 64
-"""entries"""
+"""entries per leaf of the tree"""
 ENDLESS = int(np.iinfo(np.int64).max)
 Range = tuple[int, int]
 """[low, high) of bytes"""
 
 
 class Places:
-    """Which bytes are taken when: a binary tree over the entries, so that looking up costs little however long the step is.
+    """Which bytes are taken when: a binary tree (a segment tree) over the entries, so that a query is cheap however
+    long the step.
 
-    A node stands for a stretch of entries, the leaves for stretches of LEAF. It knows the bytes taken during all of its
-    stretch and those taken at any time of it, as ranges in order that do not touch; a leaf also knows who takes what is not
-    taken all the time.
+    A node stands for a stretch of entries, a leaf for `LEAF` of them. It stores the bytes taken during all of its
+    stretch (`always`) and those taken at any time of it (`ever`), as sorted ranges that do not touch; a leaf also lists
+    the ranges taken during a part of its stretch only, each with its entries (`parts`).
     """
 
     def __init__(self, length: int) -> None:
@@ -28,7 +29,7 @@ class Places:
         self.always: list[list[Range]] = [[] for _ in range(2 * self.first_leaf)]
         self.ever: list[list[Range]] = [[] for _ in range(2 * self.first_leaf)]
         self.parts: list[list[tuple[int, int, int, int]]] = [[] for _ in range(self.first_leaf)]
-        """per leaf: (low, high, first, last)"""
+        """per leaf: (low byte, end byte, first entry, last entry)"""
 
     def taken(self, spans: list[tuple[int, int]]) -> list[Range]:
         """Ranges of bytes that are taken at any time of `spans`, sorted by their low end; they may overlap."""
@@ -51,20 +52,20 @@ class Places:
         return found
 
     def add(self, low: int, high: int, first: int, last: int) -> None:
-        """Take bytes from entry `first` to entry `last`."""
+        """Take the bytes [low, high) from entry `first` to entry `last`, both included."""
         nodes, leaves = self._cover(first, last)
         for node in nodes:
             _join(self.always[node], low, high)
         for leaf in leaves:
             self.parts[leaf].append((low, high, first, last))
         for node in (*nodes, *(leaf + self.first_leaf for leaf in leaves)):
-            # Where the bytes are known to be taken at some time, they are known above too.
+            # A node that already has these bytes in `ever` has passed them on to its ancestors before.
             upward = node
             while upward and _join(self.ever[upward], low, high):
                 upward >>= 1
 
     def _cover(self, first: int, last: int) -> tuple[list[int], list[int]]:
-        """The largest nodes within the span, and the leaves that it covers in part."""
+        """The largest nodes that lie wholly within the span, and the leaves that it covers in part."""
         leaves = []
         left, right = first // LEAF, last // LEAF
         if first % LEAF:
@@ -89,7 +90,7 @@ class Places:
 
 
 def _join(ranges: list[Range], low: int, high: int) -> bool:
-    """Unite a range with others that do not touch each other; whether it adds anything."""
+    """Merge a range into sorted ranges that do not touch each other; whether it adds any bytes."""
     at = bisect.bisect_right(ranges, (low, ENDLESS))
     if at and ranges[at - 1][1] >= low:
         at -= 1
@@ -105,7 +106,7 @@ def _join(ranges: list[Range], low: int, high: int) -> bool:
 
 
 def united(ranges: Iterable[Range]) -> list[Range]:
-    """The same bytes as ranges in order that do not touch."""
+    """The union of the ranges, as sorted ranges that do not touch."""
     result: list[Range] = []
     for low, high in sorted(ranges):
         if result and low <= result[-1][1]:
@@ -116,9 +117,10 @@ def united(ranges: Iterable[Range]) -> list[Range]:
 
 
 def gap(taken: list[Range], base: int, size: int, alignment: int, *, tight: bool) -> int:
-    """Lowest offset of a gap of at least `size` from `base` up between the ranges `taken`, or of the smallest such gap.
+    """Offset, from `base` up, of a gap of at least `size` bytes between the ranges `taken`: the lowest such gap, or, if
+    `tight`, the smallest; above all ranges where there is none.
 
-    The ranges are sorted by their low end.
+    The ranges are sorted by their low end and may overlap; the offset is a multiple of `alignment`.
     """
     start = base + -base % alignment
     best, least = -1, ENDLESS
@@ -133,7 +135,9 @@ def gap(taken: list[Range], base: int, size: int, alignment: int, *, tight: bool
 
 
 def top_gap(taken: Iterable[Range], base: int, top: int, size: int, alignment: int) -> int | None:
-    """Highest offset from `base` up at which `size` bytes end at `top` or lower between the ranges `taken`."""
+    """Highest aligned offset, not below `base`, at which `size` bytes lie clear of the ranges `taken` and end at `top`
+    or lower; None: there is none.
+    """
     end = top
     for low, high in sorted(taken, key=lambda taken: -taken[1]):
         offset = (end - size) // alignment * alignment

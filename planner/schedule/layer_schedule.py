@@ -1,7 +1,9 @@
-"""The decisions for one layer carried out: its forward, backward and evaluate windows as instructions in local names.
+"""Expands one layer's decision into the instructions of its forward, backward and evaluation windows, and counts its
+figures.
 
-Everything happens as late as it can (reads, fetches, recomputation) and ends as early as it can (frees). `measure`
-counts the bytes that each window holds and the time it takes; `prefetch` later moves transfers into free memory.
+Instructions use the layer's local names. Reads, fetches and recomputation come as late as possible, frees as early as
+possible. `measure` counts the bytes that each window holds and the seconds it takes; `prefetch` later moves transfers
+into free memory.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ Action = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What becomes of every tensor of one layer that is open to choice. Candidates in neither set are recomputed."""
+    """What becomes of one layer's tensors: candidates are kept, offloaded or, if in neither set, recomputed; each
+    weight has a mode.
+    """
 
     keep: frozenset[str]
     offload: frozenset[str]
@@ -30,6 +34,8 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
+    """The instructions of one layer under a decision, window by window."""
+
     forward: tuple[Action, ...]
     backward: tuple[Action, ...]
     evaluate: tuple[Action, ...]
@@ -42,13 +48,13 @@ class Script:
 
 @dataclass(frozen=True, kw_only=True)
 class Column(LayerFigures[float]):
-    """A layer's decision with its figures, counted on its own instructions: bytes and seconds."""
+    """A layer's decision with its figures, in bytes and seconds, counted on the instructions it expands to."""
 
     decision: Decision
 
     @property
     def core_seconds(self) -> float:
-        """What the layer keeps the cores busy with, transfers included."""
+        """Seconds for which the layer keeps the cores busy, the cores' part of transfers included."""
         return (
             self.forward_seconds + self.backward_seconds + self.arriving_forward + self.arriving_backward + self.leaving
         )
@@ -60,12 +66,14 @@ class Column(LayerFigures[float]):
 
 
 def expand(kind: LayerType, decision: Decision) -> Script:
-    """The three windows of a layer under `decision`."""
+    """The instructions of a layer's three windows under `decision`. Raises AssertionError where a tensor that is needed
+    is neither kept, offloaded nor recomputable.
+    """
     return _Expansion(kind, decision).script()
 
 
 def measure(kind: LayerType, decision: Decision) -> Column:
-    """Bytes and seconds of a decision, counted on its own instructions."""
+    """The column of a decision: its figures, in bytes and seconds, counted on the instructions it expands to."""
     script = expand(kind, decision)
     outside = resident_between_steps(kind, decision)
     weights = _in_gap({name: mode.backward_gap for name, mode in decision.weights})
@@ -95,7 +103,9 @@ def measure(kind: LayerType, decision: Decision) -> Column:
 
 
 def resident_between_steps(kind: LayerType, decision: Decision) -> set[str]:
-    """What the layer holds from its backward window to the next step's forward window."""
+    """Local names of what the layer holds from its backward window to the next step's forward window: weights and
+    optimizer states.
+    """
     return _resident_states(kind, decision) | _in_gap({name: mode.step_gap for name, mode in decision.weights})
 
 
@@ -146,7 +156,7 @@ class _Expansion:
         )
 
     def _plan_backward(self) -> None:
-        """Order of the backward window: each operator after the recomputation that its inputs call for."""
+        """Set the order of the backward window: each operator comes after the re-runs that its inputs need."""
         there = set(self.decision.keep) | set(self.decision.offload)
         used: set[str] = set()
         self.order: list[int] = []
@@ -271,7 +281,7 @@ class _Expansion:
         yield ("free", update.gradient)
 
     def _after(self, weight: str, position: int) -> str:
-        """Where the weight is to be after its use at `position` of the backward window."""
+        """Where the weight is to be (disk, packed or unpacked) after its use at `position` of the backward window."""
         mode = self._mode(weight)
         if self.last_use[weight] == position:
             return mode.step_gap
@@ -280,7 +290,9 @@ class _Expansion:
         return mode.hold
 
     def _inside_backward(self, weight: str, position: int) -> bool:
-        """Between two direct uses, for weights whose uses do not stand alone."""
+        """Whether `position` lies from the first direct use on, for weights whose uses share one unpacking (not
+        `alone`).
+        """
         return not self.kind.weights[weight].alone and self.order[position] >= self.kind.backward[0].index
 
     def _keeps_packed(self, weight: str, position: int) -> bool:
@@ -290,7 +302,7 @@ class _Expansion:
         after = self._after(weight, position)
         if after == "packed":
             return True
-        # Unpacked until a later direct use after which the packed form stays.
+        # The weight stays unpacked until a later direct use, and its packed form has to be there after that one.
         return mode.step_gap == "packed" and self._inside_backward(weight, position)
 
     def _keeps_unpacked(self, weight: str, position: int) -> bool:
@@ -298,7 +310,7 @@ class _Expansion:
 
 
 def _peak(kind: LayerType, script: Iterable[Action], start: Iterable[str]) -> int:
-    """Most bytes held during the script, which opens with the tensors `start` resident."""
+    """Most bytes held during the script, which begins with the tensors `start` resident."""
     resident = set(start)
     outputs = {index: op.outputs for index, op in kind.operations.items()}
     live = peak = sum(size_of(kind, name) for name in resident)
@@ -335,7 +347,7 @@ class _Seconds:
 
 
 def _seconds(kind: LayerType, script: Iterable[Action]) -> _Seconds:
-    """What the script keeps the cores and the disk busy with."""
+    """Seconds for which the script keeps the cores and the disk busy, by kind of work."""
     total = _Seconds()
     operators = {index: op.seconds for index, op in kind.operations.items()}
     updates = {update.trainable: update.seconds for update in kind.updates}

@@ -1,7 +1,9 @@
-"""Decisions carried out over the whole step: the layers' windows joined, names made global, sizes and seconds attached.
+"""Lowers the layers' decisions to one schedule of the step: windows joined, names made global, sizes and seconds
+attached.
 
-The result is a list of `Entry` per phase, still without arena offsets. Transfers stand where they are needed; `prefetch`
-moves them ahead, `arena` gives everything a place, `instructions` writes the schedule.
+The result is a list of `Entry` per phase, still without arena offsets. Each transfer stands where its tensor is needed
+or made; `prefetch` moves transfers, `arena` gives every tensor its offset, and `instructions` writes the plan's
+instruction list.
 """
 
 from __future__ import annotations
@@ -17,41 +19,43 @@ from tightfit.planner.schedule.layer_schedule import Action, Column, Script, exp
 from tightfit.planner.schedule.multi_layer_recompute import Passes, Segments
 
 NAMED: dict[str, type[Free | Spill | Update]] = {kind.verb: kind for kind in (Free, Spill, Update)}
-"""instructions that name a tensor and nothing else"""
+"""verb -> instruction, for those that name a tensor and nothing else"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One instruction to be."""
+    """One instruction of a schedule whose tensors have no arena offsets yet."""
 
     verb: str
     name: str
     """the tensor (read, unpack: the weight; update, perturb: the trainable); empty for run"""
     layer: int
     operator: int
-    """run: position in the program; perturb: times epsilon"""
+    """run: position in the program; perturb: the multiple of epsilon"""
     outputs: tuple[str | None, ...]
-    """run: storages by output position; pass: what the gradient is called before and after"""
+    """run: storages by output position; pass: the gradient's name before and after"""
     seconds: float
-    """compute, what a transfer costs the cores included"""
+    """of computation; of a transfer, what it costs the cores"""
     transfer: float
-    """seconds of the disk"""
+    """seconds for which a transfer occupies the disk"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """Both schedules before anything has an offset."""
+    """The schedules of a training step and of an evaluation, before tensors have arena offsets."""
 
     train: tuple[Entry, ...]
     evaluate: tuple[Entry, ...]
     resident: tuple[str, ...]
     """tensors resident across steps"""
     sizes: dict[str, int]
-    """arena bytes of everything that is ever resident"""
+    """arena bytes of every tensor that is ever resident"""
     scripts: tuple[Script, ...]
     """per layer"""
     remade: frozenset[str] = frozenset()
-    """what layers in segments make again for their backwards, whatever their own decision is then"""
+    """tensors that layers in segments recompute in the second pass for their backwards, whatever their own decisions
+    say
+    """
 
 
 def draft(
@@ -61,12 +65,14 @@ def draft(
     perturbed: Iterable[str] = (),
     segments: Segments = (),
 ) -> Draft:
-    """Join the windows of every layer under its column; `passages` and `perturbed` are those of a `PartialStep`."""
+    """Join the windows of all layers, each as its column decides; `passages` and `perturbed` are those of a
+    `PartialStep`.
+    """
     return _Joiner(problem, columns, segments).join(passages or {}, tuple(perturbed))
 
 
 def made_by(entry: Entry) -> tuple[str, ...]:
-    """Tensors that are resident once the entry has begun, new or not."""
+    """Tensors that the entry makes resident, or writes to again if they are resident already."""
     if entry.verb == "run":
         return tuple(name for name in entry.outputs if name is not None)
     if entry.verb == "read":
@@ -132,12 +138,14 @@ class _Joiner:
         )
 
     def _ahead(self, layer: int) -> Iterable[Entry]:
-        """The layer's window in the step's forward."""
+        """The layer's forward window; in a segment, its first pass."""
         script = self.scripts[layer]
         return self._entries(layer, self.passes.first(layer, script) if layer in self.passes.layers else script.forward)
 
     def _second_pass(self, layer: int) -> Iterable[tuple[Entry, int]]:
-        """What runs again before the layer's backward, each entry with its own layer."""
+        """The second pass of the segment that ends with this layer, each entry with the layer it belongs to; empty for
+        other layers.
+        """
         first, last = self.passes.ends.get(layer, (0, -1))
         for inner in range(first, last + 1):
             yield from (
@@ -145,7 +153,9 @@ class _Joiner:
             )
 
     def _twice(self, forward: list[Entry], trainables: tuple[str, ...]) -> list[Entry]:
-        """MeZO: one forward on either side of the trainables, which the update then takes back and moves."""
+        """The step of MeZO: a forward with the trainables shifted by +epsilon, one by -epsilon (a shift of -2), and the
+        updates, which undo the shift and move the trainables.
+        """
         joined = []
         for shift in (1, -2):
             joined += [replace(self._entry("perturb", name, -1), operator=shift) for name in trainables]
@@ -153,7 +163,9 @@ class _Joiner:
         return [*joined, *(self._entry("update", name, -1) for name in trainables)]
 
     def _passed(self, layer: int, passages: Passages) -> Iterable[Entry]:
-        """The gradient of a skipped layer's output, taken for that of its input."""
+        """For a skipped layer: the gradient of its output, taken for that of its input (see
+        `passage` in the glossary).
+        """
         passage = passages.get(self.problem.graph.layers[layer])
         if passage is not None:
             yield replace(self._entry("pass", passage[0], layer), outputs=passage)
@@ -165,7 +177,9 @@ class _Joiner:
                 yield self._entry("free", name, -1)
 
     def _global(self, layer: int, name: str) -> str:
-        """``packed:in2`` -> ``packed:model.layers.0...``; a trainable that the layer does not bind is global already."""
+        """``packed:in2`` -> ``packed:model.layers.0...``; a trainable that the layer does not bind
+        is global already.
+        """
         for prefix in ("packed:", *STATE_PREFIXES):
             if name.startswith(prefix):
                 return prefix + self.problem.name(layer, name[len(prefix) :])
@@ -207,14 +221,17 @@ class _Joiner:
 def instructions(
     problem: Layered, entries: Iterable[Entry], resident: Mapping[str, int], offsets: Mapping[tuple[int, str], int]
 ) -> list[Instruction]:
-    """The schedule as the plan has it. `offsets`: (index of the entry, tensor it makes) -> arena offset."""
+    """The plan's instruction list. `resident`: tensor resident across steps -> arena offset; `offsets`: (index of the
+    entry, tensor that it makes) -> arena offset.
+    """
     where = dict(resident)
     passed: dict[str, str] = {}
-    """gradients that skipped layers have passed on: name when made -> name now"""
+    """gradients that skipped layers have passed on: name when made -> current name"""
     result: list[Instruction] = []
     for index, entry in enumerate(entries):
         for name in made_by(entry):
-            # Tensors without bytes take no room; what is resident already is written again where it lies.
+            # A tensor of no bytes has no offset (0 will do); one that is resident already is written again at its old
+            # offset.
             where[name] = offsets.get((index, name), where.get(name, 0))
         if entry.verb == "run":
             places = tuple(None if name is None else where[name] for name in entry.outputs)
@@ -239,7 +256,7 @@ def instructions(
 
 
 def live_profile(entries: tuple[Entry, ...], resident: Iterable[str], sizes: Mapping[str, int]) -> list[int]:
-    """Bytes resident during each entry: after what it makes, before what it frees."""
+    """Bytes resident during each entry: with the tensors that it makes and those that it frees."""
     there = set(resident)
     live = sum(sizes[name] for name in there)
     result = []
@@ -256,7 +273,9 @@ def live_profile(entries: tuple[Entry, ...], resident: Iterable[str], sizes: Map
 
 
 def kinds(problem: Layered, draft_: Draft, columns: tuple[Column, ...]) -> dict[str, str]:
-    """Tensor -> kept, recomputed, offloaded (activations and states); streamed, packed, unpacked (weights)."""
+    """What the columns decide for each tensor: kept, recomputed or offloaded (activations, optimizer states); streamed,
+    packed or unpacked (weights).
+    """
     result: dict[str, str] = {}
     graph = problem.graph
     for layer, (kind, column) in enumerate(zip(problem.layer_type, columns)):

@@ -1,12 +1,13 @@
-"""Runs of layers whose forward runs again as a whole: recomputation through several layers, and of layer inputs.
+"""Rematerialisation across layers: segments, runs of layers whose forward runs a second time as a whole.
 
-The first pass through a segment leaves nothing behind but what the segment reads from before it, kept or offloaded. Just
-before the backward of the segment's last layer its forwards run again, now as the training forward under each layer's own
-decision; then the backwards follow as ever. √n layers per segment is the rule of Chen et al. (arXiv 1604.06174).
+After the first pass through a segment only the tensors stay that the segment reads from before it, kept or offloaded.
+Just before the backward of the segment's last layer, all its forwards run again, now as the training forward under each
+layer's own decision; then the backwards follow as usual. √n layers per segment is the rule of Chen et al. (arXiv
+1604.06174).
 
-Within both passes a tensor lives from its making to its last use before it is made again, and what the second pass would
-make for nobody it does not make: the output of the segment's last layer, and all that a layer makes again in its own
-backward window anyway.
+Within both passes a tensor lives from when it is made to its last use before it is made again. The second pass leaves
+out operators whose outputs nothing would read: those for the output of the segment's last layer, and those that a layer
+recomputes in its own backward window anyway.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ if TYPE_CHECKING:
     from tightfit.planner.schema import Plan
 
 Segments = tuple[tuple[int, int], ...]
-"""(first, last) layer of each run, in forward order; a layer is in one at most"""
+"""(first, last) layer of each segment, in forward order; a layer is in one at most"""
 
 
 def repeatable(problem: Layered) -> Segments:
     """The longest runs of layers whose whole forward may run twice.
 
-    Not those with random operators or with the step's outcome, nor those that overwrite what another layer made or what
-    outlives the step. The last layer's backward follows its forward at once: to run it again would spare nothing.
+    Left out are layers with random operators or with the step's loss, and layers that overwrite a tensor that another
+    layer made or that outlives the step; also the last layer, whose backward follows its forward at once, so that
+    running it again would save nothing.
     """
     profile, graph = problem.profile, problem.graph
     count = len(problem.layer_type)
@@ -50,7 +52,8 @@ def repeatable(problem: Layered) -> Segments:
                 return False
         return True
 
-    # Its first pass would be for inference alone.
+    # Layers that have operators of their own for inference are left out: their first pass, run as in an evaluation,
+    # would use those.
     split = {step.layer for step in graph.inference}
     may = [layer not in split and all(map(twice, steps)) for layer, steps in enumerate(problem.forward_steps[:-1])]
     runs: list[tuple[int, int]] = []
@@ -63,10 +66,10 @@ def repeatable(problem: Layered) -> Segments:
 
 
 def equal_segments(problem: Layered, length: int) -> Segments:
-    """Every repeatable run in pieces of `length` layers, counted from its end.
+    """Segments of `length` layers, cut from every repeatable run starting at its end.
 
-    The piece whose backward comes right after the last layer's stays out: it holds no more than any other piece does
-    while its backward runs.
+    The segment just before the model's last layer is left out: its backward comes first, so keeping its tensors takes
+    no more memory than any other segment does during its own backward.
     """
     pieces: list[tuple[int, int]] = []
     for first, last in repeatable(problem):
@@ -83,7 +86,9 @@ def sqrt_segments(problem: Layered) -> Segments:
 
 
 def entering(problem: Layered, segment: tuple[int, int]) -> dict[str, int]:
-    """What the forwards of a segment read from before it: tensor -> layer that decides its fate, or -1."""
+    """Tensors that the forwards of a segment read and that were made before it: tensor -> the segment's layer whose
+    decision covers it, or -1.
+    """
     first, last = segment
     inside = [step for layer in range(first, last + 1) for step in problem.forward_steps[layer]]
     made = {name for step in inside for name in step.outputs}
@@ -102,8 +107,9 @@ def _lives(problem: Layered, name: str) -> bool:
 
 
 def rerun_layers(plan: Plan) -> list[str]:
-    """Layers of a plan's segments, in forward order: those whose forward runs again before a later layer's backward, up to
-    that layer. Empty for plans of the class whose recomputation stays inside a layer's own backward window.
+    """Names of the layers in a plan's segments, in forward order, found in its instructions: those whose forward runs
+    again before a later layer's backward, up to that layer. Empty for plans that recompute inside a layer's own
+    backward window only.
     """
     order = {layer.name: index for index, layer in enumerate(plan.layers)}
     programs = {program.name: program for program in plan.programs}
@@ -130,13 +136,15 @@ def rerun_layers(plan: Plan) -> list[str]:
 
 @dataclass(frozen=True)
 class Window:
+    """A stretch of the training step that belongs to one layer."""
+
     layer: int
     phase: Literal["forward", "first", "again", "backward"]
-    """first, again: the two passes of a layer in a segment"""
+    """first, again: the two forward passes of a layer in a segment, in place of forward"""
 
 
 def windows(count: int, segments: Segments) -> list[Window]:
-    """The layers' windows of a training step, in order."""
+    """The windows of a training step of `count` layers, in order."""
     inside = {layer for first, last in segments for layer in range(first, last + 1)}
     ends = {last: first for first, last in segments}
     result = [Window(layer, "first" if layer in inside else "forward") for layer in range(count)]
@@ -148,12 +156,14 @@ def windows(count: int, segments: Segments) -> list[Window]:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What segments add to the bytes that the layers' figures tell."""
+    """What has to be added to the layers' own figures where there are segments."""
 
     bytes: dict[Window, int]
-    """per window: of tensors whose lifetimes no layer decides, and of what segments have from before them"""
+    """per window: bytes of tensors whose lifetimes no layer decides, and of tensors that segments
+    read from before them
+    """
     instructions: int
-    """of first passes, at most"""
+    """upper bound on the instructions of all first passes"""
 
 
 def held_by_segments(problem: Layered, segments: Segments) -> Held:
@@ -172,7 +182,8 @@ def held_by_segments(problem: Layered, segments: Segments) -> Held:
         if window.phase == "backward":
             extra = problem.across_backward[layer]
         elif window.phase == "again":
-            # What is there when the segment's last backward begins is there now, but for what this window brings along.
+            # Live now is what is live when the backward of the segment's last layer begins, less what this window
+            # itself enters with.
             last = around[layer][1]
             above = problem.types[problem.layer_type[last]]
             there = {problem.name(last, value) for value in above.enters_backward}
@@ -186,7 +197,8 @@ def held_by_segments(problem: Layered, segments: Segments) -> Held:
             elif segment[1] < layer and segment != around.get(layer):
                 waits = list(owner)
             elif window.phase == "again" and segment == around[layer]:
-                # Layers before this one have theirs in their own figures by now.
+                # Inputs of earlier layers of the segment, whose second pass is over, are counted in those layers' own
+                # figures by now.
                 waits = [name for name, decides in owner.items() if decides < 0 or decides > layer]
             else:
                 waits = []
@@ -200,14 +212,16 @@ def held_by_segments(problem: Layered, segments: Segments) -> Held:
 
 
 class Passes:
-    """What the two passes through the segments do, as windows of layers and over the whole step."""
+    """The instructions of the two passes through the segments: for each layer's window, and cleaned up over the whole
+    step.
+    """
 
     def __init__(self, problem: Layered, segments: Segments) -> None:
         self.problem = problem
         self.ends = {last: (first, last) for first, last in segments}
         self.layers = {layer for first, last in segments for layer in range(first, last + 1)}
         self.given: dict[int, frozenset[str]] = {}
-        """layer -> its inputs from before its segment, in local names"""
+        """layer -> tensors made before its segment that its decision covers, in local names"""
         for segment in segments:
             owner = entering(problem, segment)
             for layer in range(segment[0], segment[1] + 1):
@@ -219,19 +233,24 @@ class Passes:
         """tensors whose lifetimes the passes change"""
 
     def first(self, layer: int, script: Script) -> Iterator[Action]:
-        """Forward as in an evaluation; what is offloaded of the segment's inputs goes to disk now."""
+        """The first pass: the forward as in an evaluation, after spilling the segment's inputs that are to be
+        offloaded.
+        """
         yield from (("spill", value) for value in sorted(self.given[layer] & script.offloaded))
         yield from script.evaluate
 
     def second(self, layer: int, script: Script) -> Iterator[Action]:
-        """The training forward; offloaded inputs of the segment come back for it, their copies stay on disk."""
+        """The second pass: the training forward, after fetching the segment's offloaded inputs, which need not be
+        spilled again.
+        """
         away = self.given[layer] & script.offloaded
         yield from (("fetch", value) for value in sorted(away))
         yield from (action for action in script.forward if action[0] != "spill" or action[1] not in away)
 
     def settled(self, entries: Sequence[tuple[Entry, int]]) -> tuple[Entry, ...]:
-        """The step's entries (each with the layer whose second pass it belongs to, or -1), every tensor freed after its
-        last use before it is made again, and without what a second pass makes for nobody.
+        """The step's entries with their frees placed anew, each after the tensor's last use before it is made again,
+        and without operators of a second pass whose outputs nothing reads. `entries`: (entry, layer whose second pass
+        it belongs to, or -1).
         """
         if not self.layers:
             return tuple(entry for entry, _ in entries)
@@ -248,7 +267,7 @@ class Passes:
                 if again >= 0 and not made & live:
                     continue
                 used.update(self.names.intersection(self.problem.inputs[entry.layer, entry.operator]))
-                # A tensor that is written in several goes is new with the first of them only.
+                # Several operators may write parts of one tensor: its lifetime begins with the first of them.
                 place = entry.layer, entry.operator
                 new = {name for name in made if (makers[name].layer, makers[name].operator) == place}
             elif entry.verb in {"spill", "fetch"} and entry.name in self.names:
@@ -262,7 +281,7 @@ class Passes:
         return tuple(self._without_idle_weights(kept[::-1]))
 
     def _without_idle_weights(self, entries: Sequence[tuple[Entry, int]]) -> Iterator[Entry]:
-        """Without the weights that a second pass would load and drop for operators that it does not run."""
+        """Leave out reads, unpackings and frees of weights in a second pass whose operators were left out."""
         busy: dict[int, set[str]] = {layer: set() for layer in self.layers}
         verbs: dict[tuple[int, str], set[str]] = {}
         for entry, again in entries:
@@ -285,9 +304,9 @@ class Passes:
             yield entry
 
     def remade(self, entries: Iterable[Entry]) -> frozenset[str]:
-        """Tensors that layers in segments need for their backwards, made for them in the second pass.
+        """Tensors that layers in segments need for their backwards and that some operator makes a second time.
 
-        `entries` are settled.
+        `entries` are those that `settled` returned.
         """
         ran: set[tuple[int, int]] = set()
         again: set[str] = set()

@@ -1,14 +1,18 @@
-"""Transfers moved into free memory: reads and fetches ahead of their users, spills into the disk's idle time.
+"""Overlaps transfers with computation: issues reads and fetches ahead of their users, and spills in the disk's idle
+time.
 
-The schedule as drafted reads everything when it is needed and spills everything when it is made, so the step waits for the
-disk. One pass forward in time decides what the disk does next whenever it falls idle:
+The drafted schedule reads each tensor when it is needed and spills it when it is made, so the step waits for the disk.
+One pass forward in time decides, whenever the disk falls idle, what it does next ("read" stands for fetches too):
 
 - a read has a latest start at which it, and every read after it, still lands in time; until then spills go first;
-- it is issued earlier than needed only where it fits beside everything that is resident until its user runs;
-- a spilled tensor is freed once it is written, or when its bytes are needed, whichever is first.
+- a read is issued earlier than needed only if its tensor fits beside everything else that is resident until its user
+  runs;
+- the free of a spilled tensor is held back until its write is done; if its bytes are needed before, the step waits for
+  the write.
 
-Nothing else changes place, so the bytes resident never exceed the limit if they did not before. What there is room for a
-`Room` says: by default bytes are counted; `tightfit.planner.schedule.prefetch_in_place` knows where everything lies.
+All other entries keep their order, so the resident bytes never exceed the limit if they did not before. A `Room`
+decides what fits: `Bytes` counts bytes, `tightfit.planner.schedule.prefetch_in_place` also knows where each tensor lies
+in the arena.
 """
 
 from __future__ import annotations
@@ -26,9 +30,11 @@ from tightfit.planner.problem.step_graph import STATES, state_names
 from tightfit.planner.schedule.lowering import Entry, live_profile
 
 LEADS = (1.05, 1.5, 3.0)
-"""how much longer than measured a transfer may take, as the passes assume it, one after the other"""
+"""factors by which the passes, one after the other, assume transfers to take longer than measured: the larger, the
+earlier reads start
+"""
 LITTLE = 1e-4
-"""share of a step's time that is not worth another pass, or a fuller arena"""
+"""share of a step's time whose gain is not worth another pass, or a fuller arena"""
 Inputs = Mapping[tuple[int, int], tuple[str, ...]]
 Counts = npt.NDArray[np.int64]
 """bytes by drafted entry"""
@@ -36,32 +42,36 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
+    """Seconds of a schedule."""
+
     seconds: float
     stalls: float
-    """seconds spent waiting for the disk"""
+    """seconds of them in which computation waits for the disk"""
 
 
 class Room(Protocol):
-    """What a pass may ask of memory. Positions are those of the drafted entries."""
+    """The free memory, as a pass asks for it and uses it. Positions are those of the drafted entries."""
 
     def crowded(self, index: int) -> bool:
-        """Whether what the entry makes has no room beside what waits to be freed."""
+        """Whether the tensors that the entry makes do not fit beside those whose frees are held back."""
         ...
 
     def opens(self, at: int, index: int) -> int:
-        """The first position, not before `index`, at which the read at `at` may have room until its user runs."""
+        """The first position, not before `index`, at which the read drafted at `at` may fit until its user runs:
+        `index` if it does there, otherwise where to ask again.
+        """
         ...
 
     def take(self, at: int, index: int) -> None:
-        """The read at `at` is issued before the entry at `index`."""
+        """Issue the read drafted at `at` before the entry at `index`."""
         ...
 
     def hold(self, index: int) -> None:
-        """The tensor that the entry frees stays for now."""
+        """Hold back the free at `index`: its tensor stays for now."""
         ...
 
     def give(self, index: int, now: int) -> None:
-        """What the entry at `index` frees, and held back, goes before the entry at `now`."""
+        """Carry out the free at `index`, which was held back, before the entry at `now`."""
         ...
 
 
@@ -87,10 +97,11 @@ def prefetch(
 def best_order(
     facts: Facts, inputs: Inputs, room: Callable[[], AnyRoom], deadline: float = float("inf")
 ) -> tuple[list[int], AnyRoom] | None:
-    """The fastest of a few passes, of which the last is the first that leaves little to wait for, or gains
-    nothing over one before: positions of the entries in their new order, and the room as the pass has left it.
+    """The fastest of a few passes, one for each of `LEADS`: positions of the entries in their new order, and the room
+    as the pass left it.
 
-    None where the draft is as fast. Past `deadline`, on the monotonic clock, there is only the first pass.
+    Passes end with the first that leaves hardly any stalls, or that is not faster than one before. None where no pass
+    is faster than the draft. Past `deadline`, on the monotonic clock, only the first pass is made.
     """
     entries = facts.entries
     drafted = clock(entries, inputs)
@@ -104,7 +115,7 @@ def best_order(
         there = room()
         order = _Disk(facts, inputs, there, lead).schedule()
         timing = clock([entries[index] for index in order], inputs)
-        # A longer lead fills more memory, and a full arena is harder to pack: it has to earn that.
+        # A longer lead fills more memory, and a full arena is harder to pack: it has to gain something in return.
         faster = timing.seconds < shortest * (1 - LITTLE)
         if faster:
             best, shortest = (order, there), timing.seconds
@@ -114,7 +125,9 @@ def best_order(
 
 
 def clock(entries: Sequence[Entry], inputs: Inputs) -> Timing:
-    """One sequential compute timeline, one disk that serves requests in the order they are issued."""
+    """Seconds and stalls of the entries, on one sequential compute timeline and one disk that serves requests in the
+    order of issue.
+    """
     now = disk = stalls = 0.0
     filled: dict[str, float] = {}
     written: dict[str, float] = {}
@@ -122,7 +135,7 @@ def clock(entries: Sequence[Entry], inputs: Inputs) -> Timing:
         verb = entry.verb
         done = now
         if verb == "free":
-            # A tensor that is being written may be read meanwhile, but not given back.
+            # A tensor that is being written may be read meanwhile, but not freed.
             done = max(done, written.pop(entry.name, now), filled.pop(entry.name, now))
         elif filled:
             for name in _read_by(entry, inputs):
@@ -138,7 +151,7 @@ def clock(entries: Sequence[Entry], inputs: Inputs) -> Timing:
 
 
 def _read_by(entry: Entry, inputs: Inputs) -> tuple[str, ...]:
-    """What must have landed before the entry begins."""
+    """Tensors whose transfers must have landed before the entry begins."""
     if entry.verb == "run":
         return inputs[entry.layer, entry.operator]
     if entry.verb == "unpack":
@@ -149,28 +162,28 @@ def _read_by(entry: Entry, inputs: Inputs) -> tuple[str, ...]:
 
 
 def target_of(entry: Entry) -> str:
-    """The tensor that the transfer fills or copies."""
+    """The tensor that the transfer fills (read, fetch) or copies (spill)."""
     return f"packed:{entry.name}" if entry.verb == "read" else entry.name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the drafted schedule says, whatever moves."""
+    """Facts about the drafted schedule that all passes share."""
 
     entries: tuple[Entry, ...]
     sizes: Mapping[str, int]
     live: Counts
-    """bytes resident during each entry: after what it makes, before what it frees"""
+    """bytes resident during each entry: with the tensors that it makes and those that it frees"""
     begins: list[float]
-    """seconds at which each entry would begin if nothing ever waited"""
+    """seconds at which each entry would begin if computation never waited for the disk"""
     reads: tuple[int, ...]
     """positions of reads and fetches, in order"""
     earliest: tuple[int, ...]
-    """per read: the first position at which what it fills is no longer resident from before"""
+    """per read: the first position at which an earlier copy of its tensor is no longer resident"""
 
 
 def facts_of(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[str, int]) -> Facts:
-    """Facts of a draft that opens with the tensors `start` resident."""
+    """Facts of a draft that begins with the tensors `start` resident; `sizes` in bytes."""
     now = 0.0
     begins: list[float] = []
     reads: list[int] = []
@@ -195,13 +208,15 @@ def facts_of(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[s
 
 
 class Bytes:
-    """Room as bytes are counted: whatever fits below the limit, one for all drafted entries or each its own, has a place."""
+    """`Room` by counting bytes: a tensor fits if the resident bytes stay within `limit`, which is one number for all
+    drafted entries or one for each.
+    """
 
     def __init__(self, facts: Facts, limit: int | Counts) -> None:
         self.facts = facts
         self.free = limit - facts.live
         self.held = 0
-        """bytes of what waits to be freed"""
+        """bytes of the tensors whose frees are held back"""
 
     def crowded(self, index: int) -> bool:
         return bool(self.held > self.free[index])
@@ -227,7 +242,7 @@ class Bytes:
 
 
 class _Disk:
-    """One pass over the entries: what is issued when."""
+    """One pass over the entries, which simulates computation and disk and decides when each transfer is issued."""
 
     def __init__(self, facts: Facts, inputs: Inputs, room: Room, lead: float) -> None:
         self.facts = facts
@@ -237,21 +252,25 @@ class _Disk:
         self.result: list[int] = []
         self.now = self.disk = 0.0
         self.waited = 0.0
+        """seconds of stalls so far"""
         self.next_read = 0
         self.landing: dict[str, float] = {}
+        """tensor being read or fetched -> when it has landed"""
         self.spills: deque[int] = deque()
-        """made, not yet issued"""
+        """positions of spills that were reached and are not yet issued"""
         self.unwritten: dict[str, float] = {}
-        """spilled tensor -> when its write is done; infinite while it is not issued"""
+        """spilled tensor -> when its write is done; infinite while the spill is not issued"""
         self.waiting: deque[int] = deque()
-        """frees of spilled tensors that nothing reads any more"""
+        """positions of frees that are held back until their tensors are written"""
         self.names: set[str] = set()
-        """what `waiting` frees"""
+        """tensors that those would free"""
         self.blocked = 0
-        """position before which the next read has no room"""
+        """position before which the next read does not fit"""
 
     def _latest_starts(self, lead: float) -> list[float]:
-        """Per read, in the entries' undisturbed time: when it must start so that it and all later ones land in time."""
+        """Per read: when it must start at the latest so that it and all later ones land in time, in seconds of a step
+        without stalls.
+        """
         starts = [0.0] * len(self.facts.reads)
         following = float("inf")
         for number in range(len(starts) - 1, -1, -1):
@@ -297,7 +316,7 @@ class _Disk:
         self.now = max(self.now, until)
 
     def _ready(self, entry: Entry) -> float:
-        """When everything that the entry reads has landed."""
+        """When all tensors that the entry reads have landed."""
         ready = self.now
         if self.landing:
             for name in _read_by(entry, self.inputs):
@@ -305,12 +324,14 @@ class _Disk:
         return ready
 
     def _make_room(self, index: int, entry: Entry) -> None:
-        """Wait for writes until the entry's bytes fit; a tensor is not fetched while its old copy is there."""
+        """Wait for writes, and carry out the frees that are held back, until the entry's tensors fit and no old copy of
+        the tensor it fetches is left.
+        """
         while self.waiting and (entry.name in self.names or self.room.crowded(index)):
             self._give_back(index)
 
     def _fill_disk(self, index: int, until: float) -> None:
-        """Issue what the disk is to begin before `until`, when the entry at `index` is through."""
+        """Issue the transfers that the disk is to begin before `until`, the time at which the entry at `index` ends."""
         while True:
             begin = max(self.disk, self.now)
             if begin >= until and self.disk > self.now:
@@ -325,7 +346,7 @@ class _Disk:
                 return
 
     def _read_is_due(self, index: int, urgent: float) -> bool:
-        """Whether the next read must start before `urgent`, and has room from here to its user."""
+        """Whether the next read has to start by `urgent`, and fits from here to its user."""
         if self.next_read >= len(self.facts.reads) or index < self.blocked:
             return False
         facts = self.facts
@@ -358,7 +379,7 @@ class _Disk:
         self.result.append(index)
 
     def _give_back(self, now: int) -> None:
-        """Free the spilled tensor that has waited longest, once it is written."""
+        """Carry out the free that has been held back longest, after waiting for its tensor's write."""
         index = self.waiting.popleft()
         name = self.facts.entries[index].name
         while self.unwritten[name] == float("inf"):

@@ -1,8 +1,9 @@
-"""Transfers moved among tensors that have their places already: whatever moves still fits, to the byte.
+"""Prefetching after placement: transfers are moved only as far as tensors that already have arena offsets leave gaps.
 
-Close to the smallest budget every arrangement has gaps, and transfers that are moved by counting bytes alone find no
-arena. Here the drafted schedule is placed first, and a read is issued earlier only where a gap is free for all of its
-longer life; a spilled tensor stays longer only until something is made where it lies.
+Close to the smallest budget every layout is fragmented, and a schedule whose transfers were moved by counting bytes
+alone (`prefetch`) may have no layout that fits. Here the drafted schedule is placed first. A read is then issued
+earlier only if some gap is free for the whole of its longer lifetime, and a spilled tensor stays longer only until
+something else is made where it lies.
 """
 
 from __future__ import annotations
@@ -21,17 +22,19 @@ from tightfit.planner.schedule.lowering import Draft, Entry
 from tightfit.planner.schedule.prefetch import Bytes, Facts, Inputs, best_order, facts_of, target_of
 
 STRIDE = 8
-"""entries after which a read that found no gap is asked again"""
+"""entries to skip, at least, before a read that found no gap is tried again"""
 STRETCH = 64
-"""entries after which what is over is left out of the spans that are looked over"""
+"""entries after which spans that have ended are dropped from the list that is searched"""
 
 
 def prefetch_in_place(
     draft: Draft, inputs: Inputs, room: int, deadline: float = float("inf"), placed: Placed | None = None
 ) -> tuple[tuple[Entry, ...], ArenaLayout]:
-    """The draft's training schedule with transfers moved in an arena of `room` bytes; one that is larger has none moved.
+    """The draft's training schedule with transfers moved, and its layout, in an arena of `room` bytes. If the draft
+    finds no layout within `room`, no transfer is moved and the layout is larger.
 
-    `placed`: its tensors in their places, where these are known. Past `deadline`, on the monotonic clock, the first arena and the first pass are what there is.
+    `placed`: the draft's layout, where it is known. Past `deadline`, on the monotonic clock, the first layout and the
+    first pass are taken.
     """
     items, height = placed or placed_items(draft.train, draft.evaluate, draft.resident, draft.sizes, room, deadline)
     if height > room:
@@ -50,7 +53,9 @@ def prefetch_in_place(
 
 
 class _Places(Bytes):
-    """Room between tensors that lie in the arena; spans are counted in drafted entries."""
+    """`Room` in terms of gaps between tensors placed in the arena. A span is one interval of residency, in drafted
+    entries.
+    """
 
     def __init__(self, facts: Facts, items: Sequence[Item], room: int) -> None:
         super().__init__(facts, room)
@@ -63,9 +68,9 @@ class _Places(Bytes):
         self.first = np.array([first for _, first, _ in spans], dtype=np.int64)
         self.last = np.array([last for _, _, last in spans], dtype=np.int64)
         self.made: dict[int, list[int]] = {}
-        """drafted entry -> the spans that open with it"""
+        """drafted entry -> the spans that begin with it"""
         self.freed: dict[int, int] = {}
-        """drafted entry -> the span that it ends"""
+        """drafted entry that frees a tensor -> the span that ends with it"""
         ends: dict[tuple[str, int], int] = {}
         for span, (number, first, last) in enumerate(spans):
             self.made.setdefault(first, []).append(span)
@@ -75,19 +80,19 @@ class _Places(Bytes):
                 self.freed[index] = ends[entry.name, index]
         always = np.array([max(item.makers) < 0 for item in items], dtype=bool)
         self.base = int(self.high[always].max(initial=0))
-        """what is resident all the time lies below it"""
+        """tensors that are resident across steps and made by no entry lie below it"""
         self.sorted = np.flatnonzero(~always[self.owner])
-        """the other spans by their first entry, as these were when what was over by then was last left out"""
+        """the other spans, sorted by first entry; refreshed, without those that have ended, every `STRETCH` entries"""
         self.begins = self.first[self.sorted]
-        """that first entry of each"""
+        """first entry of each of them at that time"""
         self.looked = -1
-        """entry from which on that is done again"""
+        """entry from which on `sorted` is refreshed again"""
         self.early: list[int] = []
-        """spans that have begun to begin earlier since"""
+        """spans moved to an earlier first entry since `sorted` was refreshed"""
         self.waiting: set[int] = set()
-        """spans of what waits to be freed"""
+        """spans of spilled tensors whose free is held back until they are written"""
         self.found: tuple[int, int] | None = None
-        """the read last asked for, and where it has room"""
+        """(the read last asked for, the offset at which it has room)"""
 
     def crowded(self, index: int) -> bool:
         if not self.waiting:
@@ -106,7 +111,7 @@ class _Places(Bytes):
             return index
         number = self.owner[span]
         item = self.items[number]
-        # What is resident across steps lies where the next step looks for it.
+        # A tensor that is resident across steps keeps its offset, where the next step looks for it.
         fixed = len(item.spans) > 1 or item.makers[0] < 0
         until = at - 1 if fixed else self.last[span]
         near = self._near(index, until)
@@ -119,7 +124,8 @@ class _Places(Bytes):
             offset = _tightest_gap(low, high, self.base, item.size, item.alignment)
             free = offset + item.size <= self.room
         if not free:
-            # No gap opens before something goes that is there now, and soon after one is hardly larger.
+            # No gap opens before the first of these spans ends; and trying again within `STRIDE` entries is hardly
+            # worth it.
             return max(int(self.last[near].min()) + 1, index + STRIDE)
         self.found = at, offset
         return index
@@ -154,7 +160,7 @@ class _Places(Bytes):
             self.last[span] = max(index, now - 1)
 
     def _near(self, index: int, until: int) -> npt.NDArray[np.int64]:
-        """Spans that are there between the entries `index`, which never goes back, and `until`."""
+        """Spans that overlap the entries from `index` to `until`. From call to call `index` never decreases."""
         if index >= self.looked:
             self.looked = index + STRETCH
             left = self.sorted[self.last[self.sorted] >= index]
@@ -166,15 +172,16 @@ class _Places(Bytes):
         return near[self.last[near] >= index]
 
     def _read(self, at: int) -> int | None:
-        """The span that the read at `at` opens; None for a tensor without bytes."""
+        """The span that begins with the read at `at`; None for a tensor of no bytes."""
         target = target_of(self.facts.entries[at])
         return next((span for span in self.made.get(at, ()) if self.items[self.owner[span]].name == target), None)
 
 
 def _tightest_gap(low: npt.NDArray[np.int64], high: npt.NDArray[np.int64], base: int, size: int, alignment: int) -> int:
-    """Offset of the smallest gap of at least `size` from `base` up between the ranges taken, or of what is above them all.
+    """Offset of the smallest gap of at least `size` bytes, from `base` up, between the ranges [low, high), or above
+    them all.
 
-    As `tightfit.planner.schedule.free_ranges.gap`, for hundreds of ranges in any order.
+    As `tightfit.planner.schedule.free_ranges.gap` with `tight`, vectorised for hundreds of ranges in any order.
     """
     order = np.argsort(low)
     start = np.maximum.accumulate(np.concatenate([[base], high[order]]))

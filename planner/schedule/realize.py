@@ -1,4 +1,4 @@
-"""Columns carried out: every layer's window joined, transfers moved into free memory, every tensor in its place."""
+"""Turns chosen columns into a schedule that fits: windows joined, transfers moved, every tensor placed in the arena."""
 
 from __future__ import annotations
 
@@ -21,16 +21,22 @@ from tightfit.planner.schedule.prefetch_in_place import prefetch_in_place
 from tightfit.runtime.common.gc_pause import paused_collector
 
 LOCAL = 2
-"""orders of transfers that are as drafted where places were short for the one before, and else moved with all the room"""
+"""attempts to mend a schedule that finds no arena by leaving transfers as drafted where places were short, and moved
+elsewhere
+"""
 NEARLY = 1.005
-"""times the seconds of what was moved with all the room everywhere: no other way is tried where such an order takes no more"""
+"""such a mended schedule is taken at once if it takes at most this many times the seconds of the one that found no
+arena
+"""
 FREE = (0.03, 0.07)
-"""shares of the arena that transfers moved by counting bytes leave to gaps, one after the other until all find a place"""
+"""shares of the arena that moved transfers must leave free for gaps; tried one after the other until all tensors find a
+place
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Columns carried out, with every tensor in its place."""
+    """A schedule with every tensor in its place in the arena, and its figures."""
 
     problem: Layered
     columns: tuple[Column, ...]
@@ -39,7 +45,7 @@ class Schedule:
     arena: ArenaLayout
     seconds: float
     stalls: float
-    """seconds of them spent waiting for the disk"""
+    """seconds of them in which computation waits for the disk"""
     peak_bytes: int
     """of the whole process"""
     segments: Segments = ()
@@ -51,7 +57,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One step of a policy: what is left of the whole step, and its layers' decisions."""
+    """One step of a policy's cycle: the part of the whole step that it computes, and its layers' decisions."""
 
     problem: Layered
     columns: tuple[Column, ...]
@@ -62,7 +68,9 @@ class Part:
 
     @property
     def computing_seconds(self) -> float:
-        """Of the columns, and of what segments run again to make their layers' inputs."""
+        """Seconds for which the cores are busy: those of the columns, and those of operators that segments run again to
+        recompute their layers' inputs.
+        """
         steps = self.problem.forward_steps
         again = [step for first, last in self.segments for layer in range(first, last) for step in steps[layer]]
         own = sum(column.core_seconds for column in self.columns)
@@ -81,9 +89,10 @@ def realize(
     deadline: float = float("inf"),
     segments: Segments = (),
 ) -> tuple[Schedule | None, int]:
-    """Schedule of the columns within `limit` bytes of arena and instructions, or the bytes by which it fails.
+    """A schedule of the columns within `limit` bytes of arena and instructions, or None and the bytes by which that
+    fails.
 
-    Past `deadline`, on the monotonic clock, the first order of the transfers and the first arena that fits do.
+    Past `deadline`, on the monotonic clock, the first order of transfers and the first arena that fits are taken.
     """
     part = Part(problem=problem, columns=columns, segments=segments)
     joined = part.draft()
@@ -93,7 +102,11 @@ def realize(
 def _carry_out(
     part: Part, joined: Draft, limit: int, charged: int, deadline: float, placed: Placed | None = None
 ) -> tuple[Schedule | None, int]:
-    """`placed`: the draft's tensors in their places, where these are known."""
+    """The fastest schedule found of a draft within `limit`, of which `charged` bytes are for instructions: transfers
+    are first moved with all the room; where that finds no arena, with less room (`LOCAL`, `FREE`), and last within the
+    draft's own layout. The second result is the arena's bytes above (below: negative) the room for it. `placed`: the
+    draft's layout, where it is known.
+    """
     room = limit - charged
     facts = facts_of(joined.train, frozenset(joined.resident), joined.sizes)
     evaluating = live_profile(joined.evaluate, joined.resident, joined.sizes)
@@ -102,10 +115,12 @@ def _carry_out(
         return None, live - room
     inputs = part.problem.inputs
     tried: list[tuple[list[int], list[Stretch]]] = []
-    """orders of the drafted entries, and where places were short for each"""
+    """(order of the drafted entries, where places were short for it) of each attempt"""
 
     def moved(most: int | Counts) -> list[int] | None:
-        """With transfers moved within `most` bytes; None where that comes to nothing new."""
+        """The order of entries with transfers moved within `most` bytes; None where that is no faster than the draft,
+        or was tried.
+        """
         found = best_order(facts, inputs, partial(Bytes, facts, most), deadline)
         return None if found is None or any(found[0] == order for order, _ in tried) else found[0]
 
@@ -128,11 +143,12 @@ def _carry_out(
     found = None if order is None else placed_in(order)
     if found is not None:
         return found, found.arena.bytes - room
-    # Moved wherever there is room, but for where places were short: what is drafted there has them.
+    # Keep transfers as drafted where places were short, and move them elsewhere with all the room.
     allowed = np.full(len(joined.train), room)
     while tried and len(tried) <= LOCAL and not late():
         before, short = tried[-1]
-        # The search for places that came farthest needs the least to get through; an evaluation's transfers do not move.
+        # Of several searches take the one that came farthest in the step: it lacks least. Transfers of an evaluation
+        # are not moved.
         first, last = max(short, default=(0, -1))
         clipped = before[first : last + 1]
         if not (allowed[clipped] > facts.live[clipped]).any():
@@ -155,7 +171,7 @@ def _carry_out(
         spread = placed_in(order)
         if spread is not None:
             return spread, spread.arena.bytes - room
-    # What moved has made gaps: as drafted, and moved as far as what is placed then allows.
+    # Moving transfers first has fragmented the arena: place the draft, and move transfers as far as its layout allows.
     if found is None or not late():
         train, arena = prefetch_in_place(joined, inputs, room, deadline, placed)
         if arena.bytes > room:
@@ -166,14 +182,14 @@ def _carry_out(
 
 
 def smallest_arena(problem: Layered, columns: tuple[Column, ...], deadline: float = float("inf")) -> Schedule:
-    """Schedule of the columns in the lowest arena found, with transfers moved as far as that allows."""
+    """A schedule of the columns in the smallest arena found, with transfers moved as far as its size allows."""
     return smallest_cycle([Part(problem=problem, columns=columns)], deadline)
 
 
 @paused_collector()
 def realize_cycle(parts: Sequence[Part], limit: int, deadline: float = float("inf")) -> tuple[Schedule | None, int]:
-    """Schedules of a policy's steps within `limit` bytes of arena and all their instructions, or the bytes by which one
-    fails.
+    """Schedules of all steps of a policy's cycle within `limit` bytes of arena and all their instructions, or None and
+    the bytes by which one of them fails. Past `deadline`, on the monotonic clock, as `realize`.
     """
     drafts = [part.draft() for part in parts]
     charged = _charged(parts[0].problem, drafts)
@@ -188,7 +204,9 @@ def realize_cycle(parts: Sequence[Part], limit: int, deadline: float = float("in
 
 @paused_collector()
 def smallest_cycle(parts: Sequence[Part], deadline: float = float("inf")) -> Schedule:
-    """Schedules of a policy's steps in the lowest arena found, with transfers moved as far as that allows."""
+    """Schedules of all steps of a policy's cycle in the smallest arena found, with transfers moved as far as its size
+    allows.
+    """
     drafts = [part.draft() for part in parts]
     charged = _charged(parts[0].problem, drafts)
     placed = [placed_items(one.train, one.evaluate, one.resident, one.sizes, deadline=deadline) for one in drafts]
@@ -202,11 +220,11 @@ def smallest_cycle(parts: Sequence[Part], deadline: float = float("inf")) -> Sch
 
 
 def _in_turn(steps: Sequence[Schedule]) -> Schedule:
-    """The steps of a cycle as one schedule, the first with the others following."""
+    """The steps of a cycle as one `Schedule`: the first, with the others in `following`."""
     first, *following = steps
     if not following:
         return first
-    # What outlives a step must lie where the next one looks for it.
+    # Tensors that outlive a step must lie where the next step looks for them.
     assert all(one.arena.resident == first.arena.resident for one in following)
     assert all(set(one.draft.resident) == set(first.draft.resident) for one in following)
     height = max(one.arena.bytes for one in steps)
@@ -221,7 +239,7 @@ def _in_turn(steps: Sequence[Schedule]) -> Schedule:
 
 
 def _charged(problem: Layered, drafts: Sequence[Draft]) -> int:
-    """Bytes of the instructions themselves: every training step and one evaluation."""
+    """Bytes of the instructions themselves: those of every training step and of one evaluation."""
     count = sum(len(joined.train) for joined in drafts) + len(drafts[0].evaluate)
     return problem.profile.device.floor.instruction_bytes * count
 

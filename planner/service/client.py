@@ -1,4 +1,4 @@
-"""The service from another machine: `connect`, then the same calls as in the library.
+"""A client of the service: `connect` from another machine, then make the same calls as in the library.
 
 ```python
 from tightfit.planner.service.client import connect
@@ -32,21 +32,23 @@ from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError, RunError
 
 Progress = Callable[[dict[str, Any]], None]
-"""progress(what) with what the job tells: stage, incumbent, bound, gap, seconds; or step, loss, seconds, resident_bytes"""
+"""progress(what) with what the job tells: stage, incumbent, bound, gap, seconds; or step, loss,
+seconds, resident_bytes
+"""
 TRIES = 4
 RESTART_SECONDS = 60.0
-"""how long events are asked for anew: a service that is started again takes its jobs up"""
+"""seconds for which a broken event stream is requested again: a restarted service goes on with its jobs"""
 AGAIN_SECONDS = 0.5
 GONE = frozenset({502, 503, 504})
-"""a proxy's answers in the place of a service that is started again"""
+"""statuses that a proxy answers while the service restarts"""
 KINDS = {code: kind for kind, code in JOB_ERRORS.items()}
 
 
 def connect(url: str, *, token: str | None = None, timeout: float = 60.0, name: str | None = None) -> Client:
     """A client of the service at `url`; `token` defaults to the environment variable TIGHTFIT_TOKEN.
 
-    A `name` tells it apart from others at its address: a job ends when the last who asked for it cancels. Raises InputError
-    where nothing answers there, or what answers is no tightfit.
+    A `name` tells it apart from others at its address: a job ends when the last who asked for it cancels. Raises
+    InputError where nothing answers there, or what answers is no tightfit.
     """
     client = Client(url, token=token or os.environ.get("TIGHTFIT_TOKEN") or None, timeout=timeout, name=name)
     with contextlib.ExitStack() as stack:
@@ -58,9 +60,10 @@ def connect(url: str, *, token: str | None = None, timeout: float = 60.0, name: 
 
 
 class Client:
-    """Every method raises InputError for what the service refuses, with its message, and RunError where it is gone.
+    """A connection to a service. Every method raises InputError for what the service refuses, with its message, and
+    RunError where the service does not answer any more.
 
-    A request that is cut off is sent again: the service knows it by its key, so nothing is done twice.
+    A request that is cut off is sent again with the same idempotency key, so that nothing is done twice.
     """
 
     def __init__(self, url: str, *, token: str | None, timeout: float, name: str | None = None) -> None:
@@ -99,7 +102,9 @@ class Client:
         return self._json(self._send("POST", "/v1/profiles/upload", content=body, headers=headers))
 
     def profile(self, *, progress: Progress | None = None, **request: Any) -> Profile:
-        """Measure a model on the service's machine: `path`, `hub` or `config`, with seq, batch, lora_rank, ..., force."""
+        """Measure a model on the service's machine: `path`, `hub` or `config`, with seq, batch,
+        lora_rank, ..., force.
+        """
         job = self.finish(self.post("/v1/profiles", request), progress)
         identity = job["result"]["profile"]
         return parse_profile(self._send("GET", f"/v1/profiles/{identity}/file").content, f"{self.url}: {identity}")
@@ -126,7 +131,9 @@ class Client:
         return self.stored_plan(job["result"]["plan"])
 
     def explanation(self, plan: Plan) -> Explanation:
-        """Why a plan that the service has made is as it is; with what memory is worth beside it, but for a comparison's."""
+        """Why a plan that the service has made is as it is; with what memory is worth beside it, but for a
+        comparison's.
+        """
         known = self.get(f"/v1/plans/{plan.fingerprint}")["summary"]["explanation"]
         return account(plan) if known is None else Explanation.model_validate(known)
 
@@ -182,7 +189,9 @@ class Client:
     # --- jobs ------------------------------------------------------------------------------------------------------
 
     def finish(self, job: dict[str, Any], progress: Progress | None = None) -> dict[str, Any]:
-        """Follow a job to its end. Raises what made it fail; on KeyboardInterrupt, whose words say so, the job goes on."""
+        """Follow a job to its end. Raises what made it fail; on KeyboardInterrupt, whose words say
+        so, the job goes on.
+        """
         told = iter(()) if job["state"] == "succeeded" else self.events(job["id"])
         try:
             for name, data in told:
@@ -206,7 +215,9 @@ class Client:
         raise KINDS.get(error["code"], RunError)(error["message"])
 
     def events(self, identity: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(name, data) of a job's events to its end; a stream that breaks is taken up again, for a minute of silence."""
+        """(name, data) of a job's events to its end; a stream that breaks is taken up again, for a
+        minute of silence.
+        """
         broken: float | None = None
         while broken is None or time.monotonic() - broken < RESTART_SECONDS:
             with contextlib.suppress(httpx.TransportError):

@@ -1,4 +1,4 @@
-"""The independent judge: a plan's schedules replayed instruction by instruction; it alone states peak and seconds.
+"""The simulator: replays a plan's schedules instruction by instruction; peak and seconds of a plan come from it alone.
 
 May import: `planner.problem`, `planner.schema`. It knows nothing of the search.
 """

@@ -1,8 +1,9 @@
-"""Replays a plan without an arena: the budget is on the bytes that are live, as a bare graph's profile gives them.
+"""Replays a bare graph's plan, which has no arena: the budget limits the live bytes.
 
-The simulator's half for model kind ``graph``; `tightfit.planner.simulation.simulate.simulate` is the door. Invariants and their names are those of
-`tightfit.planner.simulation.simulate`; here any operator that may run again may do so at any time after its first run, and where the graph names
-a disk any output may be written there once and fetched back. Time is counted as `tightfit.planner.simulation.simulate` counts it.
+`tightfit.planner.simulation.simulate.simulate` calls it for plans of model kind ``graph``. Invariants and their names,
+and the way time is counted, are those of `tightfit.planner.simulation.simulate`. Any recomputable operator may run
+again at any time after its first run; where the graph names a disk, any output may be written there once and fetched
+back.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from tightfit.runtime.common.errors import InputError
 
 
 def replay(plan: Plan) -> Simulation:
-    """Raises InvalidSchedule where an invariant breaks, InputError where the plan has no schedule."""
+    """Replay a bare graph's plan. Raises InvalidSchedule where an invariant breaks, InputError where the plan has no
+    schedule.
+    """
     if plan.train is None:
         raise InputError(
             f"the plan is {plan.status} and has no schedule; plan with at least {plan.minimum_budget_bytes} bytes"
@@ -37,7 +40,7 @@ class _Replay:
         self.live: dict[str, int] = {}
         self.live_bytes = self.fixed
         self.done = 0
-        """operators that ran for the first time"""
+        """number of operators that have had their first run"""
         self.channels = {"spill": plan.device.write, "fetch": plan.device.read}
         self.now = self.disk = 0.0
         self.compute = self.recompute = self.stall = 0.0
@@ -46,17 +49,17 @@ class _Replay:
         self.on_disk: set[str] = set()
         self.writing: dict[str, float] = {}
         self.landing: dict[str, float] = {}
-        """output -> when its write, its fetch is through"""
+        """both: output -> time at which its transfer is done"""
         self.most_live = self.fixed
         self.workspace = 0
-        """of the run that sets the peak"""
+        """workspace of the run that sets the peak"""
         self.index = -1
         self.held = {"constant": self.fixed, "activation": 0, "gradient": 0}
         self.peak_bytes = -1
         self.peak_index = 0
         self.peak_text = ""
         self.peak_live: tuple[str, ...] = ()
-        # Moments are those at which bytes are added.
+        # The timeline has a moment for each instruction that adds bytes.
         self.timeline = Timeline(sum(isinstance(instruction, Run | Fetch) for instruction in instructions))
 
     def fail(self, invariant: str, tensor: str, text: str) -> InvalidSchedule:
@@ -125,7 +128,7 @@ class _Replay:
         for name in operator.inputs:
             if name not in self.live:
                 raise self.fail("use-before-resident", name, "is read but not resident")
-        # What is being written may be read meanwhile; what is being fetched may not.
+        # An output that is being written may be read meanwhile; one that is being fetched may not.
         for name in operator.inputs:
             self._wait(self.landing.pop(name, self.now))
         output = operator.outputs[0]
@@ -162,7 +165,7 @@ class _Replay:
         self.now = max(self.now, until)
 
     def _move(self, verb: str, name: str) -> float:
-        """Queue a transfer; when it is through."""
+        """Queue a transfer on the disk; the time at which it is done."""
         channel, size = self.channels[verb], self.bytes[name]
         self.disk = max(self.disk, self.now) + channel.latency_seconds + size / channel.bytes_per_second
         self.moved[verb] += size

@@ -1,4 +1,4 @@
-"""What a plan declares, indexed for its replay: tensors, operators under their layers' names, who makes and updates what."""
+"""An index of a plan's declarations for its replay: tensors, operators by layer, and how often each tensor is made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tightfit.runtime.common.errors import InputError
 
 
 class InvalidSchedule(InputError):  # noqa: N818  named by what it is about, like the rest of the tree
-    """A plan that must not run."""
+    """A plan that breaks an invariant and must not run; says which invariant, at which instruction, of which tensor."""
 
     def __init__(self, invariant: str, phase: str, instruction: int, tensor: str, text: str) -> None:
         where = f"{phase} instruction {instruction}" if instruction >= 0 else phase
@@ -35,16 +35,16 @@ class PlanIndex:
             raise InvalidSchedule("form", "plan", -1, "layers", str(error)) from error
         self.tensors, self.inference, self.trainables = index.tensors, index.inference, index.states
         self.layers = {layer: (operators, index.names[layer]) for layer, operators in index.operators.items()}
-        """layer -> its operators, and what tensor each value of them is"""
+        """layer -> (its operators, {value of its program: tensor})"""
         self.order = list(self.layers)
         self.update_seconds = {
             tensor.name: update_seconds(tensor, plan.optimizer) for tensor in plan.tensors if tensor.kind == "trainable"
         }
         self.passages = {above: (layer, below) for layer, (above, below) in equal_passages(plan).items() if below}
-        """gradient of a layer's output -> the layer and the gradient of its input, where their shapes are equal"""
+        """gradient of a layer's output -> (layer, gradient of its input), where the two have equal shapes"""
 
     def makers(self, phase: Phase) -> dict[str, int]:
-        """Tensor -> how often an operator makes it in a phase, recomputation left aside."""
+        """Tensor -> how many operators make it, or add to it, in a phase, without recomputation."""
         result: dict[str, int] = {}
         for layer, (operators, names) in self.layers.items():
             for operator in operators:

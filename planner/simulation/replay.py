@@ -1,4 +1,6 @@
-"""The replay of one schedule, instruction by instruction: what `simulate` asks it for every phase of a plan."""
+"""Replays one schedule of a plan, instruction by instruction: counts bytes and seconds and checks invariants, for
+`simulate`.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ KINDS = (
 
 
 class Replay:
-    """One phase of a plan; after `run` it knows peak, time and what was updated."""
+    """The replay of one phase of a plan; after `run` it holds peak, seconds and the set of updated trainables."""
 
     def __init__(self, world: PlanIndex, phase: Phase, name: str, *, training: bool) -> None:
         self.world = world
@@ -68,9 +70,9 @@ class Replay:
         self.makers = world.makers(phase)
         self.gradient_runs: dict[str, int] = {}
         self.passed: set[str] = set()
-        """layers whose output's gradient became their input's"""
+        """skipped layers whose output's gradient was passed on as their input's"""
         self.shift = dict.fromkeys(world.trainables, 0)
-        """trainable -> how many epsilons it is off its value"""
+        """trainable -> its current perturbation, in multiples of epsilon"""
         self.ran: set[tuple[str, int]] = set()
         self.cursor_index = self.forwards = 0
         self.timeline = Timeline(len(self.instructions) + 1)
@@ -79,7 +81,9 @@ class Replay:
         self.floor = world.device.floor.held_bytes + world.device.floor.instruction_bytes * world.instructions
 
     def _expected(self) -> list[tuple[str, int]]:
-        """First runs in order: forward of all layers, then backward of the layers in reverse; or two forwards."""
+        """The first runs in the order they must take: the forward of all layers, then the backward of the layers in
+        reverse; with MeZO two forwards; in an evaluation the operators for inference.
+        """
 
         def turns(layer: str, phase: str) -> list[tuple[str, int]]:
             operators = self.world.layers[layer][0]
@@ -112,7 +116,7 @@ class Replay:
         self._finish()
 
     def _replay(self, instruction: Instruction) -> int:
-        """Bytes of the heap that it takes while it runs."""
+        """Carry out one instruction; the heap bytes (workspace) that it needs while it runs."""
         match instruction:
             case Run(layer, operator, at):
                 return self._run(layer, operator, at)
@@ -161,7 +165,7 @@ class Replay:
         return found
 
     def _need(self, name: str) -> None:
-        """The tensor must be resident; wait until it has landed."""
+        """Check that the tensor is resident, and wait until its transfer has landed."""
         if name not in self.places:
             raise self.fail("use-before-resident", name, "is read but not resident")
         self._wait(self.landing.pop(name, self.now))
@@ -207,7 +211,7 @@ class Replay:
             del self.starts[at], self.owners[at]
 
     def _move(self, size: int, *, out: bool) -> float:
-        """Queue a transfer; when it is done."""
+        """Queue a transfer on the disk; the time at which it is done."""
         channel = self.world.device.write if out else self.world.device.read
         self.disk = max(self.disk, self.now) + channel.latency_seconds + size / channel.bytes_per_second
         done = self.disk
@@ -279,10 +283,10 @@ class Replay:
         return operator.workspace_bytes
 
     def _check_order(self, layer: str, position: int, operator: Operator) -> bool:
-        """Whether the operator runs again; raises where it must not run now."""
+        """Whether this run is a recomputation. Raises InvalidSchedule where the operator must not run now."""
         if self.cursor_index < len(self.expected) and self.expected[self.cursor_index] == (layer, position):
             if self.cursor_index == self.forwards and operator.phase == "forward":
-                self.ran.clear()  # the second forward makes everything anew
+                self.ran.clear()  # the second forward's runs are first runs again
             self.cursor_index += 1
             self.ran.add((layer, position))
             return False
@@ -355,7 +359,9 @@ class Replay:
         return self._touch(name)
 
     def _touch(self, name: str) -> int:
-        """Time of an update or a perturbation; the bytes of the noise that it draws."""
+        """Count the seconds of an update or a perturbation; the heap bytes of the noise that it
+        draws (MeZO), else 0.
+        """
         tensor, seconds = self._tensor(name), self.world.update_seconds[name]
         self.now += seconds
         self.totals.compute += seconds
@@ -378,7 +384,9 @@ class Replay:
         self._allocate(below, offset)
 
     def _complete(self, gradient: str) -> bool:
-        """Whether every operator that adds to the gradient has run; one that was passed on was complete before."""
+        """Whether every operator that adds to the gradient has run; true of one that was passed on, which no operator
+        makes.
+        """
         return self.gradient_runs.get(gradient, 0) == self.makers.get(gradient, 0)
 
     # --- the record ------------------------------------------------------------------------------------------------
@@ -414,7 +422,7 @@ class Replay:
         return {(i.layer, i.operator) for i in self.instructions[:index] if isinstance(i, Run)}
 
     def told(self) -> Phase:
-        """The phase with the figures found."""
+        """The phase with the figures that the replay found."""
         tensors = {name: self._tensor(name).bytes for name in self.peak.tensors}
         largest = sorted(tensors.items(), key=lambda item: (-item[1], item[0]))[:LARGEST]
         reached = self.floor + self.top + self.workspace

@@ -1,7 +1,8 @@
-"""The independent judge: replays a plan's schedules instruction by instruction and alone states peak and time.
+"""The simulator's entry: replays a plan's schedules instruction by instruction, checks invariants, states peak and
+seconds.
 
-It knows the plan file and nothing of how the plan was made. Every violated invariant raises `InvalidSchedule` with the
-invariant's name, the instruction and the tensor:
+It reads the plan file alone and shares no code with the search, so that it can check it. Every violated invariant
+raises `InvalidSchedule` with the invariant's name, the instruction and the tensor:
 
 | invariant | what must hold |
 |---|---|
@@ -40,25 +41,25 @@ __all__ = ["LARGEST", "POINTS", "InvalidSchedule", "Simulation", "simulate"]
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """What the plan does, as replayed."""
+    """The figures of a plan, as its replay finds them."""
 
     train: Phase
     evaluate: Phase | None
     """None for a bare graph"""
     timeline: list[TimelinePoint]
-    """of the training step"""
+    """memory over the (first) training step"""
     peak_bytes: int
     """predicted VmHWM of the run: import peak, or floor + instructions + arena + workspace"""
     arena_bytes: int
     workspace_bytes: int
     live_bytes: int
-    """most bytes of resident tensors at once: what the arena could be at best"""
+    """most bytes of resident tensors at once, below which no arena could be"""
     cycle: list[Phase] = field(default_factory=list)
     """the training steps that follow `train` in a cycle"""
 
     @property
     def step_seconds(self) -> float:
-        """The mean over a cycle."""
+        """Seconds of a training step; of a cycle, their mean."""
         return sum(phase.seconds for phase in (self.train, *self.cycle)) / (1 + len(self.cycle))
 
 

@@ -1,4 +1,4 @@
-"""What a replay writes down as it goes: time spent, memory after each instruction, the peak."""
+"""Records that a replay keeps: seconds and bytes by kind of work, memory over time, the peak."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ class ReplayPeak:
 
 
 class Timeline:
-    """At most POINTS of a replay's `moments`, the fullest of each stretch of them."""
+    """Memory over time in at most `POINTS` points: of each stretch of a replay's `moments` the one with most bytes in
+    use.
+    """
 
     def __init__(self, moments: int) -> None:
         self.stride = -(-moments // POINTS)
         self.left = 0
-        """moments until the next stretch"""
+        """moments until the next stretch begins"""
         self.most = -1
         """bytes in use at the fullest moment of this stretch"""
         self._kept: list[tuple[int, float, int, dict[str, int]]] = []
@@ -51,14 +53,16 @@ class Timeline:
         ]
 
     def fuller(self, used: int) -> bool:
-        """Count a moment at which `used` bytes are in use; whether it is to be `put` down: the fullest of its stretch so far."""
+        """Count a moment at which `used` bytes are in use; whether it is the fullest of its stretch so far, and so has
+        to be `put`.
+        """
         if not self.left:
             self.left, self.most = self.stride, -1
         self.left -= 1
         return used > self.most
 
     def put(self, used: int, *, instruction: int, seconds: float, total: int, by_kind: dict[str, int]) -> None:
-        """In the place of the last one of this stretch; `total`: bytes of the whole process."""
+        """Record a moment in place of the one recorded last in this stretch; `total`: bytes of the whole process."""
         if self.most >= 0:
             self._kept.pop()
         self.most = used

@@ -1,4 +1,5 @@
-"""Devices that are not here: their data sheets (`*.json`), and a roofline for the seconds of operators on them.
+"""Devices other than this machine: their data sheets (`*.json`), and a roofline model that estimates operators' seconds
+on them.
 
 May import: `profiles.schema`, `runtime.engine`.
 """

@@ -1,7 +1,8 @@
-"""Devices that are not here: what a roofline needs to know of them, each figure with where it comes from.
+"""Descriptions of devices other than this machine: the figures that the roofline estimate needs, each with its source.
 
-The known ones are the JSON files of ``profiles/devices``; a file of one's own in the same form does as well. A profile
-made for such a device says that it is estimated (`Device.measured` is False), and so does every plan made from it.
+The known devices are the JSON files in ``profiles/devices``; users can pass a file of their own in the same form. A
+profile made for such a device says that it is estimated (`Device.measured` is False), and so does every plan made from
+it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from tightfit.runtime.common.errors import InputError
 
 FOLDER = Path(__file__).parent
 FIGURES = ("memory_bytes", "flops_per_second", "bytes_per_second", "call_seconds", "floor", "read", "write")
-"""what needs a source"""
+"""Fields for which `sources` must say where the figure comes from."""
 KINDS_OF_SOURCE = ("measured: ", "data sheet: ", "derived: ", "assumed: ")
 
 
 class DeviceDescription(Record):
-    """One device. On a CPU or other unified memory the budget is the whole process and `read`, `write` are its disk; on a
-    CUDA card the budget is device memory, the floor is the CUDA context, and `read`, `write` are the bus to host memory.
+    """One device, with its figures and where they come from.
+
+    On a CPU or other unified memory the budget covers all processes of a run, and `read` and `write` describe the disk.
+    On a CUDA card the budget covers device memory, the floor is the CUDA context, and `read` and `write` describe the
+    bus to host memory.
     """
 
     version: Literal[1]
@@ -58,11 +62,13 @@ class DeviceDescription(Record):
 
     @property
     def narrow(self) -> bool:
-        """Whether it multiplies bfloat16: where it does not, such products are made in float32 and are no faster."""
+        """Whether the device multiplies bfloat16 faster than float32; if not, bfloat16 products are computed in
+        float32.
+        """
         return self.flops_per_second.get("bfloat16", 0.0) > self.flops_per_second["float32"]
 
     def device(self) -> Device:
-        """As a profile states it."""
+        """The `Device` record that a profile for this device contains, with `measured` False."""
         return Device(
             name=self.name,
             kind=self.kind,
@@ -76,14 +82,15 @@ class DeviceDescription(Record):
 
 
 def known_devices() -> list[DeviceDescription]:
-    """Every device that comes with the package, by name."""
+    """Every device that comes with the package, sorted by name."""
     return [_load(path) for path in sorted(FOLDER.glob("*.json"))]
 
 
 def find_device(name: str) -> DeviceDescription:
     """The device called `name`, or described in the JSON file `name`.
 
-    Raises InputError, listing the known names, for any other name, and naming the field for a file that is no description.
+    Raises InputError for any other name, listing the known ones, and for a file that is not a valid description, naming
+    the field at fault.
     """
     names = sorted(path.stem for path in FOLDER.glob("*.json"))
     if name in names:

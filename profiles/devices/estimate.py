@@ -1,9 +1,10 @@
-"""Operator times where nothing can be measured: a roofline of floating-point operations and bytes moved.
+"""Estimates operators' seconds and workspace on devices where nothing can be measured, by a roofline of FLOPs and
+bytes.
 
-Source of the model: Williams, Waterman and Patterson 2009, "Roofline". Used for devices that are not at hand; a profile
-made this way says so (`Device.measured` is False). An operator takes the longer of its arithmetic and its memory
-traffic, plus the fixed cost of a call. Our fused operators do more than one pass over their tensors on a CPU; how many
-was measured once (`PASSES`, `EFFICIENCY`) and is taken to be the same on every CPU.
+Source of the model: Williams, Waterman and Patterson 2009, "Roofline". A profile made this way says so
+(`Device.measured` is False). An operator takes the longer of its arithmetic and its memory traffic, plus the fixed cost
+of a call. On a CPU, tightfit's fused operators pass over their tensors more than once; how often was measured once
+(`PASSES`, `EFFICIENCY`) and is assumed to be the same on every CPU.
 """
 
 from __future__ import annotations
@@ -28,31 +29,32 @@ PASSES = {
     "tightfit.lora_backward": 7.0,
     "tightfit.lora_down": 5.0,
 }
-"""time of an operator, its matrix products left out unless they are narrow, over the time of an addition that touches as many
-bytes (measured: Zen 4, shapes of Qwen2.5-0.5B and SmolLM2-135M; norms, gates, attention and head by what their time became on Zen 5
-since)"""
+"""Passes over memory per fused operator: its time, without its matrix products unless they are narrow, divided by the
+time of an addition that touches as many bytes. Measured on Zen 4 with the shapes of Qwen2.5-0.5B and SmolLM2-135M;
+norms, gates, attention and head were later scaled by how their times changed on Zen 5."""
 EFFICIENCY = {"tightfit.attention": 1.5, "tightfit.attention_backward": 1.45, "tightfit.head_chunk": 1.0}
-"""operators that do their matrix products and their passes one after the other: rate of the products over that of one large
-product of the same number type (measured as `PASSES`)"""
+"""For operators whose matrix products and passes over memory do not overlap: the FLOP rate of their products divided by
+that of one large product of the same dtype (measured like `PASSES`)."""
 UNPACK_PASSES = 3.5
-"""unpacking 4-bit weights over an addition that touches as many bytes (measured as `PASSES`)"""
+"""Time to unpack 4-bit weights divided by that of an addition that touches as many bytes (measured like `PASSES`)."""
 UPDATE_PASSES = 7
-"""AdamW: reads parameter, gradient and two states, writes three"""
+"""Tensor-sized reads and writes of one AdamW update: reads parameter, gradient and two states; writes the parameter and
+both states."""
 SUM_PASSES = 3
-"""gradients summed over steps: reads gradient and sum, writes the sum"""
+"""Tensor-sized reads and writes to add a gradient to the sum over steps: reads gradient and sum, writes the sum."""
 PRODUCTS = ("tightfit.projection", "tightfit.lora_")
-"""operators that are matrix products and little else"""
+"""Prefixes of operators that are matrix products and little else."""
 FLOAT32_INSIDE = {"tightfit.attention": 2, "tightfit.attention_backward": 3}
-"""compute in float32 on a CPU whatever their inputs' type; their output of this number is scratch for that, which `PASSES`
-knows of"""
+"""Operators that compute in float32 on a CPU whatever their inputs' dtype, with the index of the output that is their
+float32 scratch. Traffic to the scratch is left out of the bytes they touch, because `PASSES` already includes it."""
 MIB = 1 << 20
 NARROW = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64")
 
 
 def retarget(profile: Profile, on: DeviceDescription) -> Profile:
-    """`profile`, measured or estimated anywhere, as it would be on another device.
+    """A copy of `profile`, itself measured or estimated on any device, re-estimated for the device `on`.
 
-    Raises InputError for a profile whose operators state no FLOPs at all: their bytes alone say too little.
+    Raises InputError if no operator of the profile states FLOPs: bytes alone do not determine the times.
     """
     if not any(operator.flops for program in profile.programs for operator in program.operators):
         what, way = (
@@ -67,9 +69,9 @@ def retarget(profile: Profile, on: DeviceDescription) -> Profile:
 
 
 def estimate_profile(profile: Profile, on: DeviceDescription) -> Profile:
-    """`profile` with the times, workspace, floor and channels of another device.
+    """A copy of `profile` with the times, workspace, floor and channels of the device `on`.
 
-    Workspace that was measured on a CPU stays what it was for another CPU; a card's is part of its floor.
+    Workspace that was measured on a CPU is kept for another CPU; on a card workspace is 0, being part of the floor.
     """
     known = profile.device.kind == "cpu" and any(o.workspace_bytes for p in profile.programs for o in p.operators)
     digest = json.dumps([profile.fingerprint, on.model_dump(mode="json")], sort_keys=True)
@@ -84,7 +86,7 @@ def estimate_profile(profile: Profile, on: DeviceDescription) -> Profile:
 
 
 def estimate_program(program: Program, on: DeviceDescription, *, keep_workspace: bool = False) -> Program:
-    """`program` with the seconds, and unless told otherwise the workspace bytes, of its operators filled."""
+    """A copy of `program` with estimated seconds, and unless `keep_workspace` estimated workspace bytes."""
     program = _with_scratch(program, on)
     values = {value.name: value for value in program.values}
     operators = []
@@ -99,10 +101,12 @@ def estimate_program(program: Program, on: DeviceDescription, *, keep_workspace:
 
 
 def _with_scratch(program: Program, on: DeviceDescription) -> Program:
-    """`program` with the scratch of the loss head and of attention as a trace on the device plans it (`tightfit.runtime.engine.cpu.operators`,
-    `tightfit.runtime.engine.cpu.attention`).
+    """A copy of `program` in which the scratch tensors of loss head and attention have the sizes that they have on the
+    device.
 
-    A card attends in the tensors' own type: its scratch is one number.
+    A trace made on that device would give the same sizes (`tightfit.runtime.engine.cpu.operators`,
+    `tightfit.runtime.engine.cpu.attention`). On a card attention computes in the tensors' own dtype and needs no
+    scratch, so that output shrinks to a single element.
     """
     from tightfit.runtime.engine.cpu.attention import attention_scratch
 
@@ -131,7 +135,12 @@ def _with_scratch(program: Program, on: DeviceDescription) -> Program:
 
 
 def estimate_tensor(tensor: Tensor, on: DeviceDescription, accumulate: int = 1) -> Tensor:
-    """`tensor` with its unpack time (weights: packed read, unpacked written) or update time (trainables) filled."""
+    """A copy of `tensor` with its time estimated: a weight's to unpack (packed bytes read, unpacked written), a
+    trainable's to update.
+
+    `accumulate` is the number of steps per update; the update time is the mean over them. Other kinds are returned as
+    is.
+    """
     if tensor.kind == "weight" and tensor.packed_bytes:
         passes = UNPACK_PASSES if on.kind == "cpu" else 1.0
         seconds = passes * (tensor.packed_bytes + tensor.bytes) / on.bytes_per_second + on.call_seconds
@@ -139,7 +148,8 @@ def estimate_tensor(tensor: Tensor, on: DeviceDescription, accumulate: int = 1) 
     if tensor.kind == "trainable":
         passes, calls = float(UPDATE_PASSES), 1.0
         if accumulate > 1:
-            # Summed in every step; for the update the sum becomes a mean first and zero afterwards.
+            # Each step adds to the sum of gradients; an update also divides the sum by the steps before and zeroes it
+            # afterwards.
             passes, calls = SUM_PASSES + (UPDATE_PASSES + 3) / accumulate, 1 + 3 / accumulate
         seconds = passes * tensor.bytes / on.bytes_per_second + calls * on.call_seconds
         return tensor.model_copy(update={"update_seconds": seconds, "perturb_seconds": 0.0})
@@ -147,7 +157,10 @@ def estimate_tensor(tensor: Tensor, on: DeviceDescription, accumulate: int = 1) 
 
 
 def operator_seconds(operator: Operator, values: Mapping[str, Value], on: DeviceDescription) -> float:
-    """Roofline of one operator. Rows gathered from the store count as a read of what they make."""
+    """Estimated seconds of one operator on the device `on`; `values` are its program's, by name.
+
+    An operator that gathers rows from the store also pays for reading as many bytes as it outputs.
+    """
     touched = _touched(operator, values)
     rate = on.flops_per_second.get(_type(operator, values, on.kind), on.flops_per_second["float32"])
     gathered = _made(operator, values) / on.read.bytes_per_second if operator.gathers else 0.0
@@ -163,9 +176,10 @@ def operator_seconds(operator: Operator, values: Mapping[str, Value], on: Device
 def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     """Transient heap bytes of an operator on a CPU, from its shapes.
 
-    Our operators walk blocks of fixed size (`tightfit.runtime.engine.cpu.operators`), convolutions lay their windows out, matrix products
-    pack a panel. The largest operators are 0 to 70 % above what was measured for Qwen2.5-0.5B (1 × 256 and 1 × 1024 tokens),
-    Qwen2.5-3B and SmolLM2-135M (16 × 64); a residual CNN's largest 2 to 50 %. Attention's backward took 0.35 to 2.0 MiB there.
+    tightfit's operators work in blocks of fixed size (`tightfit.runtime.engine.cpu.operators`), convolutions copy their
+    windows into a matrix (im2col), and matrix products pack a panel. For the largest operators the estimate is 0 to
+    70 % above what was measured for Qwen2.5-0.5B (1 × 256 and 1 × 1024 tokens), Qwen2.5-3B and SmolLM2-135M (16 × 64),
+    and 2 to 50 % for those of a residual CNN. Attention's backward took 0.35 to 2.0 MiB there.
     """
     from tightfit.runtime.engine.cpu.attention import TURNED_ELEMENTS, attention_scratch
     from tightfit.runtime.engine.cpu.operators import BLOCK_ELEMENTS, HEAD_ROWS, STATE_COLUMNS
@@ -191,14 +205,16 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
 
 
 def _attended(operator: Operator, values: Mapping[str, Value]) -> tuple[int, int, int, int, int]:
-    """Of attention or its backward: tokens, tokens of a sample, heads, columns of the queries and of the keys."""
+    """Sizes of an attention operator or its backward: (tokens, tokens per sample, heads, columns of queries, columns of
+    keys).
+    """
     backward = operator.target.endswith("backward")
     made = operator.outputs[0]
     if made is None or len(values[made].shape) != 2:
         raise InputError(
             f"operator {operator.target} of the profile makes no matrix like its queries; make the profile again"
         )
-    # The queries themselves may lie head by head in their storage.
+    # The output tells the queries' shape: the storage of the queries themselves may be laid out head by head.
     tokens, queries = values[made].shape
     keys = math.prod(values[operator.inputs[2 if backward else 1]].shape) // tokens
     seq = values[operator.inputs[6 if backward else 3]].shape[0]
@@ -206,7 +222,7 @@ def _attended(operator: Operator, values: Mapping[str, Value]) -> tuple[int, int
 
 
 def _touched(operator: Operator, values: Mapping[str, Value]) -> int:
-    """Bytes read and written, each storage once; a table that rows are gathered from is not read as a whole."""
+    """Bytes that the operator reads and writes, each storage once, without tables that it only gathers rows from."""
     names = [*operator.inputs, *filter(None, operator.outputs[: FLOAT32_INSIDE.get(operator.target)])]
     return sum(values[name].bytes for name in names if name not in operator.gathers)
 
@@ -216,7 +232,7 @@ def _made(operator: Operator, values: Mapping[str, Value]) -> int:
 
 
 def _type(operator: Operator, values: Mapping[str, Value], kind: str) -> str:
-    """The number type of the arithmetic: the narrowest floating-point type that goes in or comes out."""
+    """The dtype that the operator computes in: the narrowest floating-point dtype among its inputs and outputs."""
     if kind == "cpu" and operator.target in FLOAT32_INSIDE:
         return "float32"
     types = {values[name].dtype for name in [*operator.inputs, *filter(None, operator.outputs)]}

@@ -1,4 +1,6 @@
-"""What is measured on this machine: operators, unpacking, the disk, what a process holds, how busy the machine is.
+"""Measures this machine: seconds of operators and unpacking, the disk, the memory of idle processes, load by other
+programs.
 
-`measure` asks, `worker` is the process that answers. May import: `profiles.tracing`, `profiles.weights`, `runtime.engine`, `runtime.supervision`.
+`measure` starts the process `worker`, which does the timing. May import: `profiles.tracing`, `profiles.weights`,
+`runtime.engine`, `runtime.supervision`.
 """

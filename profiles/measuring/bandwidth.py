@@ -1,6 +1,7 @@
-"""The channels between memory and disk: bandwidth, latency, and what a transfer costs the computation beside it.
+"""Measures the channels between memory and disk: bandwidth, latency, and by how much a transfer slows down computation.
 
-Transfers are those of a run: direct reads and writes in place, carried out by the thread of `tightfit.runtime.engine.device.channels`.
+Transfers are made as in a run: direct reads and writes in place, carried out by the thread of
+`tightfit.runtime.engine.device.channels`.
 """
 
 from __future__ import annotations
@@ -26,20 +27,25 @@ from tightfit.runtime.engine.device.spill import SpillFile
 SIZES = (64 << 10, 2 << 20)
 SCRATCH_BYTES = 64 << 20
 LEAST_TURNS, MOST_TURNS = 10, 100
-"""transfers of each kind and size, one of each in turn: a shared disk is slow for a second and then fast again"""
+"""Transfers of each kind and size. Kinds and sizes alternate, so that a shared disk that is slow for a second affects
+all alike."""
 MOST_SECONDS = 4.0
-"""for all turns, unless fewer than the least are done by then"""
+"""Time for all turns together; `LEAST_TURNS` are made even if they take longer."""
 GROUP_SECONDS = 4e-3
 ATTEMPTS = 3
-"""to measure anew what came out impossible"""
+"""Times that a measurement is made before an impossible result is given up on."""
 FASTER = 1.5
-"""times the bytes per second of the same transfers alone, at their fastest: above that no measurement can be right"""
+"""A bandwidth above this many times that of the fastest such transfers alone cannot be right."""
 Transfer = Callable[[int, int, int], None]
-"""(address, bytes, offset in the file)"""
+"""Called as transfer(address, bytes, offset in the file)."""
 
 
 def measure_channels(folder: Path, dtype: str) -> dict[str, dict[str, Any]]:
-    """`read` and `write` as `tightfit.profiles.schema.Channel` fields; `dtype` is the one that operators compute in."""
+    """Measure the disk that holds `folder`: {"read": …, "write": …}, each the fields of a
+    `tightfit.profiles.schema.Channel`.
+
+    `dtype` is the name of the torch dtype that operators compute in meanwhile.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = SpillFile(str(folder), SCRATCH_BYTES)
     channel = Channel()
@@ -62,15 +68,17 @@ def measure_channels(folder: Path, dtype: str) -> dict[str, dict[str, Any]]:
 def measure_transfers(
     channel: Channel, transfers: Mapping[str, Transfer], address: int, group: Group
 ) -> dict[str, dict[str, Any]]:
-    """Figures of each kind of transfer: lines through the medians of small and of large ones, each beside `group`.
+    """`Channel` fields for each kind of transfer, measured while `group` computes.
 
-    A transfer takes longer beside a computation than alone: its thread waits for a core and for Python's lock. And it takes
-    from it: system calls and copies need a core, and an operator waits for its slowest one. Lost is what groups take
-    longer than the one alone just before.
+    Latency and seconds per byte are those of the line through the median times of small and of large transfers. A
+    transfer takes longer during a computation than alone, because its thread waits for a core and for Python's lock. It
+    also slows the computation down: system calls and copies need a core, and an operator waits for its slowest thread.
+    The compute time lost is the time of the groups that run during the transfer minus that of as many groups at the
+    speed of one that ran alone just before.
 
-    On a busy machine the medians of small and of large transfers may come so near each other that the line between them says
-    more bytes a second than any disk moves. No transfer is faster beside a computation than alone: what is, is measured again, and where
-    it stays so the figure of the transfers alone takes its place, and `doubt` says so.
+    On a busy machine the medians of small and large transfers may be so close that the line between them gives more
+    bytes per second than any disk moves. No transfer is faster during a computation than alone, so such a result is
+    measured again; if it persists, the figure of the transfers alone replaces it and `doubt` says so.
     """
     figures: dict[str, dict[str, Any]] = {}
     fastest: dict[str, float] = {}
@@ -92,7 +100,9 @@ def measure_transfers(
 def _measured(
     channel: Channel, transfers: Mapping[str, Transfer], address: int, group: Group
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """The figures of `measure_transfers` by one attempt, and the bytes per second of each kind alone, at its fastest."""
+    """One attempt at `measure_transfers`: its result, and for each kind the bytes per second of the fastest transfers
+    alone.
+    """
     kinds = list(itertools.product(transfers, SIZES))
     taken: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
     lost: dict[tuple[str, int], list[float]] = {kind: [] for kind in kinds}
@@ -104,7 +114,7 @@ def _measured(
         if turn >= LEAST_TURNS and time.perf_counter() - started > MOST_SECONDS:
             break
         for name, size in kinds:
-            # Not what was written last, which a disk may still hold in its memory: kinds are far from each other.
+            # Kinds use distant parts of the file: a disk may still hold in its own memory what was written last.
             place = turn * size + apart[name]
             offset = place % (SCRATCH_BYTES - size) // SIZES[0] * SIZES[0]
             least[name, size] = min(least[name, size], _alone(channel, transfers[name], address, size, offset))
@@ -125,21 +135,21 @@ def _measured(
             "compute_seconds_per_byte": lost_per_byte,
             "compute_seconds_per_transfer": lost_per_transfer,
         }
-        # What holds a transfer up only makes it longer: the shortest ones tell most of the disk.
+        # Disturbances only ever lengthen a transfer, so the shortest ones tell most about the disk.
         _, least_per_byte = _line([least[name, size] for size in SIZES])
         fastest[name] = 1.0 / (least_per_byte or least[name, SIZES[-1]] / SIZES[-1])
     return figures, fastest
 
 
 def _line(seconds: Sequence[float]) -> tuple[float, float]:
-    """What a transfer of no bytes takes, and what each byte adds, from the seconds at `SIZES`."""
+    """(seconds of a transfer of no bytes, seconds per byte), by the line through the `seconds` at the two `SIZES`."""
     (small, large), (small_seconds, large_seconds) = SIZES, seconds
     per_byte = max(0.0, (large_seconds - small_seconds) / (large - small))
     return max(0.0, small_seconds - per_byte * small), per_byte
 
 
 def _alone(channel: Channel, transfer: Transfer, address: int, size: int, offset: int) -> float:
-    """Seconds from a request until its transfer is done, with nothing beside it."""
+    """Seconds from requesting a transfer until it is done, with no computation running."""
     begin = time.perf_counter()
     channel.wait(channel.submit(lambda: transfer(address, size, offset)))
     return time.perf_counter() - begin
@@ -148,7 +158,7 @@ def _alone(channel: Channel, transfer: Transfer, address: int, size: int, offset
 def _beside(
     channel: Channel, group: Group, transfer: Transfer, address: int, size: int, offset: int
 ) -> tuple[float, float, int]:
-    """Seconds from a request until its transfer is done, and those of the groups meanwhile, with their number."""
+    """(seconds from request to end of a transfer, seconds of the groups that ran meanwhile, number of those groups)."""
     done: list[float] = []
 
     def timed() -> None:
@@ -169,7 +179,9 @@ def _beside(
 
 
 class Group:
-    """A layer's mix, about as long as the largest transfer: a product, a pass over memory, narrow products."""
+    """A computation like a layer's, about as long as the largest transfer: a wide matrix product, narrow ones, an
+    addition.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.products = [_operands(1024, 576, 1536, dtype), *[_operands(1024, 576, 8, dtype)] * 3]

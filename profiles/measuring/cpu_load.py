@@ -1,4 +1,4 @@
-"""How much of the processor other programs use: what is measured beside them comes out slower than it is."""
+"""Measures how much of the processor other programs use, since times measured meanwhile come out too long."""
 
 from __future__ import annotations
 
@@ -7,48 +7,53 @@ import time
 from pathlib import Path
 
 BUSY_SHARE = 1 / 8
-"""of our threads' cores: where others take more, times are not those of an idle machine"""
+"""Share of the cores of our threads; if other programs take more, times are not those of an idle machine."""
 LOOK_SECONDS = 0.3
 STAT = Path("/proc/stat")
 
 
 class Others:
-    """Cores that other programs use from now on, of those that this process may use. Its own children count as its own once they have ended."""
+    """Counts the cores that other programs use from now on, among those that this process may use.
+
+    Child processes of this one count as other programs until they have ended and been waited for.
+    """
 
     def __init__(self) -> None:
         self.began, self.used = time.monotonic(), _used_by_others()
 
     def cores(self) -> float:
-        """The mean since the beginning; 0 where the system does not tell."""
+        """Cores used by others, averaged since this object was made; 0 if the system does not tell."""
         used = _used_by_others()
         if used is None or self.used is None:
             return 0.0
         return max(0.0, used - self.used) / max(time.monotonic() - self.began, 1e-9)
 
     def taken(self, threads: int) -> float:
-        """The part of it that computing with `threads` would go without."""
+        """Of these, how many cores a computation with `threads` threads has to go without."""
         return max(0.0, self.cores() - max(0, our_cores() - threads))
 
 
 def crowded(taken_cores: float, threads: int) -> bool:
-    """Whether others take so much of `threads` cores that it tells in what is measured."""
+    """Whether others take so many of the cores for `threads` threads (over `BUSY_SHARE`) that measured times suffer."""
     return taken_cores > BUSY_SHARE * threads
 
 
 def taken_now(threads: int) -> float:
-    """What computing with `threads` would go without, looked at for a moment."""
+    """Cores that other programs take from `threads` threads at present, watched for `LOOK_SECONDS`."""
     others = Others()
     time.sleep(LOOK_SECONDS)
     return others.taken(threads)
 
 
 def our_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _used_by_others() -> float | None:
-    """Seconds that our cores have been busy with anything else, what the host took away included; None: not known."""
+    """CPU seconds that other programs have used on our cores since boot, time stolen by a host included; None if
+    unknown.
+    """
     try:
         lines = STAT.read_text().splitlines()
         own = {f"cpu{number}" for number in os.sched_getaffinity(0)}

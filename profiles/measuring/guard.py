@@ -1,7 +1,7 @@
-"""What operators write: their outputs, whole, and nothing else. Asked once for each when they are measured.
+"""Checks, when operators are measured, that each one writes its whole outputs and nothing else.
 
-In the arena other tensors lie beside an output, and no kernel may resize it. Some of PyTorch's out variants take an output for
-room to work in, of the size of their inputs (the losses, where they reduce).
+In the arena other tensors lie next to an output, and no kernel may resize it. Some of PyTorch's out variants, such as
+those of reducing losses, use the output as scratch space of the size of their inputs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tightfit.runtime.engine.kernels.compiled import CompiledOperator, compile_o
 
 GUARD_BYTES = 4096
 PATTERN = 0xA5
-UNWRITTEN = 0xFF  # NaN as a floating number: what reads its output before it writes is found
+UNWRITTEN = 0xFF  # NaN as a float, so that an operator that reads its output before writing it is noticed
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""relative, of an element beside the largest"""
+"""Largest difference of an element, relative to the largest element of the tensor."""
 
 
 class OutputGuard:
-    """`check` runs operators one after the other; equal ones are watched once."""
+    """Runs operators and checks what they write; operators with equal arguments are checked once."""
 
     def __init__(self) -> None:
         self._known: dict[str, bool] = {}
@@ -39,9 +39,11 @@ class OutputGuard:
         tensors: dict[str, Any],
         store: Any = None,
     ) -> bool:
-        """Run the operator, its results into `tensors`, and say whether it has to be run by its functional form.
+        """Run an operator of a profile (as a dict) on `tensors`, by name, leaving its results there.
 
-        Raises RunError where one of tightfit's own operators writes beside its outputs, and what the operator raises.
+        Returns whether it has to be run by its functional form, with the result copied into place, because its out
+        variant writes outside its outputs or fails. `store` is what gathering operators read rows from. Raises RunError
+        if one of tightfit's own operators writes outside its outputs, and whatever the operator raises.
         """
         outputs = [None if name is None else tensors[name] for name in operator["outputs"]]
         key = _key(operator, values)
@@ -66,7 +68,7 @@ class OutputGuard:
 def check_program(
     program: Mapping[str, Any], tensors: dict[str, Any], guard: OutputGuard, store: Any = None
 ) -> list[bool]:
-    """`OutputGuard.check` of every operator in order. Raises InputError for one that cannot be run."""
+    """`OutputGuard.check` of every operator of a program, in order. Raises InputError for one that cannot be run."""
     values = {value["name"]: value for value in program["values"]}
     found = []
     for operator in program["operators"]:
@@ -90,7 +92,11 @@ def _faithful(
     *,
     compare: bool,
 ) -> bool:
-    """Whether the operator writes `wanted` into outputs of that form, which cannot be resized, and nothing around them."""
+    """Whether the operator, given outputs that cannot be resized, fills them with `wanted` and leaves the bytes around
+    them alone.
+
+    Without `compare` only the bytes around the outputs are checked.
+    """
     room = max([_span(tensor) for tensor in tensors.values() if isinstance(tensor, Tensor)], default=0)
     outputs: list[Tensor | None] = []
     guards: list[Tensor] = []
@@ -99,8 +105,8 @@ def _faithful(
             outputs.append(None)
             continue
         end = GUARD_BYTES + _span(tensor)
-        # The storage ends with the output. Room behind it for what a kernel may write there: of pages that nobody touches no
-        # memory is made.
+        # The storage ends with the output, and the mapping goes on behind it for whatever a kernel may write there;
+        # pages that are never touched take no memory.
         pages = mmap.mmap(-1, end + GUARD_BYTES + room)
         storage = torch.frombuffer(pages, dtype=torch.uint8, count=end)
         behind = torch.frombuffer(pages, dtype=torch.uint8, offset=end, count=GUARD_BYTES)
@@ -121,7 +127,7 @@ def _faithful(
 
 
 def _span(tensor: Tensor) -> int:
-    """Bytes from its first element to behind its last."""
+    """Bytes from the first element of a tensor to the end of its last."""
     if not tensor.numel():
         return 0
     last = sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride()))
@@ -144,7 +150,7 @@ def _equal(made: Tensor | None, wanted: Tensor | None) -> bool:
 
 
 def _key(operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]]) -> str:
-    """The same for operators with the same arguments but for the tensors' names and contents."""
+    """A key that is equal for operators whose arguments differ only in the names and contents of tensors."""
     names: dict[str, int] = {}
     described = []
     for name in [*operator["inputs"], *operator["outputs"]]:

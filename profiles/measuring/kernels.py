@@ -1,8 +1,10 @@
-"""What the operators of a model leave behind in a lean process: ``python -m tightfit.profiles.measuring.kernels`` (JSON programs in, bytes out).
+"""Measures the memory that a model's operators leave behind in a process once they have run: kernels, code, heap holes.
 
-oneDNN builds a kernel for every shape of a matrix product and keeps it (about half a MiB each in bfloat16), and code is
-mapped when it runs. Both stay for the life of the process whatever the plan, as do the operators made ready to be
-called and the holes that reading them leaves in the heap, so they belong to its floor.
+Its process is ``python -m tightfit.profiles.measuring.kernels``: programs in as JSON, a number of bytes out.
+
+oneDNN builds a kernel for every shape of a matrix product and keeps it (about half a MiB each in bfloat16), and library
+code is mapped when it first runs. Both stay for the life of the process whatever the plan, as do the compiled calls of
+operators and the heap holes left by reading the job, so all of them count towards the floor.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ INFERENCE = "--inference"
 
 
 def kernel_bytes(programs: list[dict[str, Any]], threads: int, *, backward: bool = True) -> int:
-    """Resident bytes that stay once every operator of `programs` (profile programs as dicts) has run, above the floor.
+    """Resident bytes above the floor that stay once every operator of `programs` (profile programs as dicts) has run.
 
-    Without `backward` above that of a process which runs none. Raises InputError for an operator that cannot be run, RunError where the process does not start.
+    Without `backward`, the floor is that of a process that runs no backward. Raises InputError for an operator that
+    cannot be run, RunError if the process does not start.
     """
     done = subprocess.run(
         command("tightfit.profiles.measuring.kernels", *([] if backward else [INFERENCE])),
@@ -53,7 +56,7 @@ def main() -> int:
 
     channel = prepare()
     backward = INFERENCE not in sys.argv
-    warm_up(channel, SIZE, backward=backward)  # the state in which the floor is measured
+    warm_up(channel, SIZE, backward=backward)  # brings the process into the state in which the floor is measured
     from tightfit.runtime.engine.cpu.cpu import Cpu
     from tightfit.runtime.engine.device.meter import Meter
     from tightfit.runtime.engine.training.executor import BoundOperator, bind
@@ -67,7 +70,7 @@ def main() -> int:
         kept.extend(bind(programs.pop(), device, None))
     warm_up_operators(kept, device)
     settle()
-    # What a step needs is mapped again, and what only making kernels needed is not.
+    # Maps again the pages that a step needs, but not those that only building kernels needed.
     warm_up(channel, SIZE, backward=backward)
     warm_up_operators(kept, device)
     sys.stdout.write(json.dumps({"bytes": _resident() - before}) + "\n")
@@ -75,7 +78,7 @@ def main() -> int:
 
 
 def _bytes(program: dict[str, Any]) -> int:
-    """Room for all tensors of a program at once; where none are made it takes no memory."""
+    """Bytes of address space for all tensors of a program at once; it takes memory only where tensors are written."""
     import torch
 
     return sum(

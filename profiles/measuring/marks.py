@@ -1,4 +1,4 @@
-"""What is to be known of a device's figures before anything is made of them: a line at the top of a profile and of its plans."""
+"""Warnings about a device's measured figures, shown in one line above a profile and above the plans made from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def marks(device: Device) -> list[str]:
-    """Why its figures are not those of the device alone, one reason each; nothing where there is none."""
+    """Reasons to doubt the figures, in words: other programs kept the cores busy, a bandwidth could not be measured."""
     said = []
     if crowded(device.busy_cores, device.threads):
         said.append(
@@ -23,6 +23,6 @@ def marks(device: Device) -> list[str]:
 
 
 def caution(device: Device) -> list[str]:
-    """All of them in one line; none where there are none."""
+    """All `marks` of the device as a list of one line; an empty list if there are none."""
     said = marks(device)
     return [f"caution: {'; '.join(said)}"] if said else []

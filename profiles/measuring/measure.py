@@ -1,7 +1,7 @@
-"""Measure operators, unpacking, updates, channels and the floor in a process like the one that will run the plan.
+"""Measures operators, unpacking, updates, channels and the floor in a process like the one that will run the plan.
 
-The timing itself is done by ``python -m tightfit.profiles.measuring.worker``, started with the runtime's own environment: what is timed is
-the call that the runtime makes, under its allocator settings and thread count. Results are cached per machine.
+The timing itself is done by ``python -m tightfit.profiles.measuring.worker``, started with the runtime's own
+environment, so that what is timed is the call that the runtime makes, under its allocator settings and thread count.
 """
 
 from __future__ import annotations
@@ -41,12 +41,19 @@ def measure(
     progress: Progress | None = None,
     comparison: GradientComparison | None = None,
 ) -> dict[str, Any]:
-    """What one process measured: `operators` {program: [[seconds, workspace bytes], ...]}, `unpack` and `update`
-    {tensor: seconds}, `copied` {program: [whether an operator is run by its functional form, ...]}, `read` and `write` {bytes_per_second, latency_seconds, compute_seconds_per_byte}, `floor`; with a `comparison` also `compared`, what it concluded.
+    """Start the worker process and return what it measures, as a dict:
 
-    Tensors of equal shape and format are measured once. Needs room for one layer's tensors, unpacked, or for the 400 MiB that
-    unpacking is timed on, and for 64 MiB in `scratch`, on the disk that will hold the weights. Raises RunError with the
-    process's last words where it fails, and what the comparison raises before anything is timed.
+    - `operators`: {program: [[seconds, workspace bytes], ...]}
+    - `copied`: {program: [whether an operator has to be run by its functional form, ...]}
+    - `unpack`, `update`, `perturb`: {tensor: seconds}
+    - `read`, `write`: fields of a `Channel`; `floor`: fields of a `Floor`
+    - `busy_cores`: cores that other programs took meanwhile
+    - `compared`: what the `comparison` concluded, or why it was not made; None without one
+
+    Tensors of equal shape and format are measured once. Needs memory for one layer's tensors, unpacked, or for the
+    400 MiB that unpacking is timed on, and 64 MiB of disk in `scratch`, which must lie on the disk that will hold the
+    weights. Raises RunError with the last line of the process's stderr if it fails, and whatever the comparison raises,
+    before anything is timed.
     """
     programs, tensors = list(programs), list(tensors)
     weights: dict[tuple[Any, ...], list[str]] = {}
@@ -103,7 +110,8 @@ def _run(
     progress: Progress | None,
     computed: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    # Its words go into a file: nobody reads a pipe while results come, and a full one would hold it up for ever.
+    # stderr goes into a file: nobody reads a pipe while results come in, and a full pipe would block the process for
+    # ever.
     with (
         tempfile.TemporaryFile() as words,
         subprocess.Popen(
@@ -118,7 +126,7 @@ def _run(
         assert child.stdin is not None
         assert child.stdout is not None
         try:
-            # Where it has ended already it has said why.
+            # If the process has ended already, its stderr says why.
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(json.dumps(request))
             with contextlib.suppress(BrokenPipeError):

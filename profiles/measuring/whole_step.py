@@ -1,4 +1,4 @@
-"""A module's whole step, forward and backward, through the operators that a run calls, with nothing planned: for comparison with autograd."""
+"""Runs a module's whole step through the operators that a run calls, without a plan, for comparison with autograd."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def run_step(
     tensors: dict[str, Tensor],
     wanted: Sequence[str],
 ) -> dict[str, Tensor]:
-    """Those of the global names in `wanted` that the step makes. Layers and programs are a profile's, as dicts.
+    """Run forward and backward once; returns the tensors among `wanted` (global names) that the step makes.
 
-    `tensors` holds parameters, buffers and batch by name. What is made is freed after its last reader. PyTorch's generator
-    starts from 0.
+    `layers` and `programs` are a profile's, as dicts; `tensors` holds parameters, buffers and the batch by name. Each
+    tensor that the step makes is freed after its last reader. PyTorch's generator is seeded with 0.
     """
     torch.manual_seed(0)
     steps = [

@@ -1,7 +1,8 @@
-"""Measures operators, unpacking, updates and channels for a profile: ``python -m tightfit.profiles.measuring.worker THREADS`` (JSON in, JSON lines out).
+"""The process that measures operators, unpacking, updates and channels for a profile.
 
-It runs in the environment of a run and calls operators through the runtime's own `compile_operator`. One program's
-tensors are in memory at a time; weights of equal shape share one buffer, since only their size matters.
+Called as ``python -m tightfit.profiles.measuring.worker THREADS``: a request in as JSON, messages and the result out as
+JSON lines. It runs in the environment of a run and calls operators through the runtime's own `compile_operator`. One
+program's tensors are in memory at a time; weights of equal shape share a few buffers, since only their size matters.
 """
 
 from __future__ import annotations
@@ -37,15 +38,16 @@ if TYPE_CHECKING:
     from tightfit.profiles.measuring.guard import OutputGuard
 
 ROUNDS = (4, 40)
-WEIGHT_BUFFERS = 4  # buffers for weights of one shape
-UNPACKED_BYTES = 192 << 20  # outputs that unpacking is timed on, in turn: beyond most caches
-MOST_CALLS = 200  # that are timed for one figure
-PASSES = 2  # over all programs: the lower figures count, since what else the machine does comes in bursts of seconds
-WORKSPACE_CALLS = 4  # of an operator in each pass
+WEIGHT_BUFFERS = 4  # buffers that all weights of one shape share
+UNPACKED_BYTES = 192 << 20  # total size of the outputs that unpacking is timed on in turn: larger than most caches
+MOST_CALLS = 200  # calls timed for one figure, at most
+PASSES = 2  # over all programs; the lower figure counts, since disturbances by other work come in bursts of seconds
+WORKSPACE_CALLS = 4  # calls per operator and pass of which the lowest workspace counts
 PROGRAM_SECONDS = 1.0  # time spent on a program in a pass, beyond the first rounds
 GATHERED_ROWS = 8192
 CONTENTS = ("normal", "probabilities")
-"""what floating tensors hold while operators are measured: of some, those of binary cross entropy, all have to lie between 0 and 1"""
+"""Contents of floating-point tensors while operators are measured, tried in this order. Some operators, such as binary
+cross entropy, need values between 0 and 1: "probabilities"."""
 
 
 def say(**message: Any) -> None:
@@ -55,7 +57,7 @@ def say(**message: Any) -> None:
 
 def main(arguments: list[str]) -> int:
     end_with_parent(signal.SIGKILL)
-    if arguments:  # the number of threads: begin again in the environment of a run
+    if arguments:  # started by `measure`: restart this process in the environment of a run
         words = interpreter.command("tightfit.profiles.measuring.worker")
         os.execve(words[0], words, child_environment(int(arguments[0])))  # noqa: S606  no shell is wanted
     request = json.load(sys.stdin)
@@ -164,7 +166,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def compute(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
-    """Run a whole step on the tensors of a file and leave loss and gradients in another."""
+    """Run a whole step on the tensors in the file `step["given"]` and save loss and gradients to `step["made"]`."""
     import torch
 
     from tightfit.profiles.measuring.whole_step import run_step
@@ -178,8 +180,12 @@ def compute(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
 
 
 def floor(threads: int) -> dict[str, int]:
-    """What an idle training process holds, and what a supervisor does, asked of one each."""
-    # Pages of libraries that have just been installed are not released until they are on disk: up to 16 MiB that no run holds.
+    """`Floor` fields in bytes, reported by an idle training process and an idle supervisor started for this.
+
+    Raises RunError.
+    """
+    # Pages of freshly installed libraries cannot be released until they are written to disk, and would add up to 16 MiB
+    # that no later run holds.
     os.sync()
     done = subprocess.run(
         command("--floor"), capture_output=True, text=True, env=child_environment(threads), check=False
@@ -199,7 +205,7 @@ def floor(threads: int) -> dict[str, int]:
 
 
 def _likeness(program: dict[str, Any], operator: dict[str, Any]) -> str:
-    """The same for operators that do the same to tensors of the same shapes: they have one workspace."""
+    """A key that is equal for operators with the same target and shapes, whose workspace is therefore the same."""
     values = {value["name"]: value for value in program["values"]}
     names = [*operator["inputs"], None, *operator["outputs"]]
     shapes = [None if name is None else (values[name]["dtype"], values[name]["shape"]) for name in names]
@@ -207,8 +213,9 @@ def _likeness(program: dict[str, Any], operator: dict[str, Any]) -> str:
 
 
 def watch(program: dict[str, Any], guard: OutputGuard, scratch: Path) -> str:
-    """Mark the operators of a program that have to be run by their functional forms (`copied`). Returns the first of CONTENTS
-    that all operators take. Raises InputError for an operator that takes none.
+    """Set `copied` on the operators of a program, for those that have to be run by their functional form.
+
+    Returns the first of `CONTENTS` with which all operators run. Raises InputError if they run with none of them.
     """
     from tightfit.profiles.measuring.guard import check_program
 
@@ -229,7 +236,9 @@ def watch(program: dict[str, Any], guard: OutputGuard, scratch: Path) -> str:
 
 @contextlib.contextmanager
 def _filled(program: dict[str, Any], scratch: Path, contents: str) -> Iterator[tuple[dict[str, Any], Any]]:
-    """The tensors of a program by name, and the store that those which are gathered from lie in."""
+    """Yields (tensors of a program by name, a temporary store with the tables that operators gather rows from, or
+    None).
+    """
     from tightfit.runtime.engine.weights.store import Store
 
     values = {value["name"]: value for value in program["values"]}
@@ -248,7 +257,7 @@ def _filled(program: dict[str, Any], scratch: Path, contents: str) -> Iterator[t
 
 
 def measure_program(program: dict[str, Any], scratch: Path, contents: str = "normal") -> list[list[float]]:
-    """[seconds, workspace bytes] per operator: operators run in order, round after round, as they do in a step."""
+    """[seconds, workspace bytes] per operator. All operators run in order, round after round, as in a step."""
     if not program["operators"]:
         return []
     with _filled(program, scratch, contents) as (tensors, store):
@@ -274,19 +283,19 @@ def _measure_program(program: dict[str, Any], tensors: dict[str, Any], store: An
         if turn >= ROUNDS[0] and time.perf_counter() - started > PROGRAM_SECONDS:
             break
     workspaces = [_workspace(call) for call in calls]
-    # The first two rounds fault pages in and build kernels.
+    # The first two rounds are left out: they fault pages in and build kernels.
     return [[statistics.median(taken[2:]), workspace] for taken, workspace in zip(times, workspaces, strict=True)]
 
 
 def _make_tensors(
     values: dict[str, dict[str, Any]], operators: list[dict[str, Any]], contents: str = "normal"
 ) -> dict[str, Any]:
-    """Plausible contents, so that no operator meets denormals, NaN or an index out of range."""
+    """The tensors of a program by name, filled so that no operator meets denormals, NaN or an index out of range."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     gathered = {name for operator in operators for name in operator["gathers"]}
-    rows = GATHERED_ROWS if gathered else 2  # labels and indices are in range of anything
+    rows = GATHERED_ROWS if gathered else 2  # 0 and 1 are valid labels and indices everywhere
     read = {name for operator in operators for name in operator["inputs"]}
     unread = {
         name: place
@@ -301,8 +310,8 @@ def _make_tensors(
         if name in gathered:
             continue
         dtype, shape, stride = getattr(torch, value["dtype"]), value["shape"], value["stride"]
-        # Weights take turns on a few buffers, cold again when their turn comes; scratch that nobody reads lies where the
-        # last one lay, as in a step.
+        # Weights of one shape take turns on a few buffers, each of which has left the cache when its turn comes.
+        # Scratch outputs that no operator reads reuse one buffer, as in a step.
         turns = WEIGHT_BUFFERS if value["kind"] == "weight" else 1
         common = value["kind"] == "weight" or name in unread
         key = (*shape, value["dtype"], unread.get(name))
@@ -326,7 +335,9 @@ def _make_tensors(
 
 
 def _scratch_store(folder: Path, tables: dict[str, dict[str, Any]]) -> Path:
-    """A store with short tables, so that gathering rows is timed with its reads."""
+    """Write a store with tables of `GATHERED_ROWS` rows, so that gathering rows is timed including its reads; returns
+    its path.
+    """
     import torch
 
     from tightfit.profiles.weights.describe import packed_entry
@@ -342,15 +353,17 @@ def _scratch_store(folder: Path, tables: dict[str, dict[str, Any]]) -> Path:
 
 
 def _workspace(call: Callable[[], None]) -> int:
-    """Heap bytes that a call takes beyond its inputs and outputs: the rise of the kernel's peak counter, from a trimmed heap.
+    """Heap bytes that a call takes beyond its inputs and outputs: the rise of VmHWM above the resident set of a trimmed
+    heap.
 
-    The lowest of a few: a hole that one of its buffers does not find again adds as much as 40 % to some calls and not to
-    others. The floor counts such holes (`tightfit.runtime.engine.start.floor.HEAP_SLACK_BYTES`, `HOLES_PER_WORKSPACE`).
+    Of `WORKSPACE_CALLS` calls the lowest counts: in some, a buffer does not fit into the heap hole of the call before,
+    which adds as much as 40 %. The floor accounts for such holes
+    (`tightfit.runtime.engine.start.floor.HEAP_SLACK_BYTES`, `HOLES_PER_WORKSPACE`).
     """
     rises = []
     for _ in range(WORKSPACE_CALLS):
         trim_heap()
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the present
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the present resident set
         before = memory().resident
         call()
         rises.append(memory().peak - before)
@@ -358,7 +371,7 @@ def _workspace(call: Callable[[], None]) -> int:
 
 
 def measure_unpack(kind: str, group: int, rows: int, columns: int, dtype: str) -> float:
-    """Seconds to unpack rows x columns, from and into buffers that have left the cache, as those of a step have."""
+    """Seconds to unpack a weight [rows, columns], from and into buffers that are not in the cache, as in a step."""
     import torch
 
     from tightfit.runtime.engine.weights.store import Entry, unpack
@@ -372,7 +385,9 @@ def measure_unpack(kind: str, group: int, rows: int, columns: int, dtype: str) -
 
 
 def measure_update(elements: int, accumulate: int) -> float:
-    """Seconds per step: the mean over the steps of one update."""
+    """Seconds per step for a trainable of `elements`: those of one optimizer update, averaged over its `accumulate`
+    steps.
+    """
     import torch
 
     from tightfit.runtime.engine.kernels.optimizer import AdamW, Update

@@ -1,4 +1,4 @@
-"""Decoder language models as one plain module, and what a config.json says of them.
+"""Decoder language models as one plain `nn.Module`, and reading their config.json.
 
 May import: `profiles.tracing` (its operators), `runtime.engine`.
 """

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tightfit.profiles.models.decoder_config import DecoderShape
 from tightfit.profiles.tracing.torch_ops import attention, embed_rows, gated, head_loss, lora_linear, rms_norm
 
-HEAD_SLICE_BYTES = 6 << 20  # unpacked bytes of one vocabulary slice of the loss head, at most
+HEAD_SLICE_BYTES = 6 << 20  # largest unpacked size of one vocabulary slice of the loss head
 
 
 class Norm(nn.Module):
@@ -127,7 +127,7 @@ class Body(nn.Module):
 class Decoder(nn.Module):
     """forward(input_ids [batch, seq], labels [batch, seq]) -> (loss float32 [], token losses float32 [batch * seq]).
 
-    labels[b, t] is the token that position t is to predict, -100 where there is none. Right padding needs no mask:
+    labels[b, t] is the token that position t has to predict, or -100 for none. Right padding needs no mask:
     attention is causal and padded positions carry no label.
     """
 
@@ -154,12 +154,14 @@ class Decoder(nn.Module):
         return loss, token_losses
 
     def _rope_keys(self) -> list[tuple[float, bool]]:
-        """(theta, scaled) per layer."""
+        """Per layer: (base of the rotary frequencies, whether rope scaling applies)."""
         return list(zip(self.shape.thetas, self.shape.scaled, strict=True))
 
 
 def head_slice_rows(shape: DecoderShape, element_bytes: int) -> int:
-    """Vocabulary rows per slice of the loss head: the power of two (as checksums need) next below `HEAD_SLICE_BYTES` unpacked."""
+    """Vocabulary rows per slice of the loss head: the largest power of two (checksums need one) within
+    `HEAD_SLICE_BYTES`, unpacked.
+    """
     return min(shape.vocab, 1 << max(7, (HEAD_SLICE_BYTES // (shape.hidden * element_bytes)).bit_length() - 1))
 
 

@@ -1,6 +1,7 @@
-"""What a Hugging Face config.json says of a decoder: its sizes, and what its `Family` says where it says nothing.
+"""Reads a decoder's sizes and switches from a Hugging Face config.json, with its `Family`'s defaults for what is
+missing.
 
-Nothing of PyTorch is imported here: a service checks what it is sent without it.
+PyTorch is not imported here, since the service checks configs that clients send without it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 PLAIN = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False}
-"""what transformers computes otherwise where it is set, by what leaves it off"""
+"""Config fields that change what transformers computes and that are not supported, with the value that means off."""
 LARGEST = {
     "hidden_size": 1 << 17,
     "intermediate_size": 1 << 20,
@@ -31,12 +32,13 @@ LARGEST = {
     "head_dim": 1 << 15,
     "vocab_size": 1 << 20,
 }
-"""largest value that is accepted of a config's field, about ten times that of the largest published models: with larger
-ones a tensor's size passes 64 bits, or describing the model alone takes hours"""
+"""Largest accepted value of a config field, about ten times that of the largest published models. With larger values a
+tensor's size would exceed 64 bits, or merely describing the model would take hours."""
 DEVIATION, MOST_DEVIATION = 0.02, 1000.0
-"""of random weights, where the config says nothing, and at most: their scales are stored in float16, which ends at 65504"""
+"""Standard deviation of random weights: the default, and the largest accepted, because scales are stored in float16,
+whose largest value is 65504."""
 WRAPPED_BODY = "model.language_model."
-"""of the text model inside a multimodal wrapper, as transformers' AutoModelForCausalLM makes it and PEFT adapts it"""
+"""Name prefix of the text model inside a multimodal wrapper, as transformers' AutoModelForCausalLM and PEFT have it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,13 +70,15 @@ class DecoderShape:
     thetas: tuple[float, ...]
     """Per layer: the base of the rotary frequencies."""
     rope_scaling: tuple[tuple[str, Any], ...]
-    """Items of the config's rope scaling."""
+    """(key, value) pairs of the config's rope scaling."""
     scaled: tuple[bool, ...]
-    """Per layer: whether the rope scaling holds there."""
+    """Per layer: whether the rope scaling applies to it."""
 
 
 def text_config(read: Any) -> dict[str, Any] | None:
-    """The text model's config in what a config.json holds; None where that is no model's."""
+    """The text model's config within a parsed config.json, unwrapped if it is multimodal; None if it is no model's
+    config.
+    """
     if not isinstance(read, dict) or not ("model_type" in read or "text_config" in read):
         return None
     config: dict[str, Any] = dict(read)
@@ -149,7 +153,7 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
 
 
 def initial_deviation(config: dict[str, Any]) -> float:
-    """Standard deviation of random weights. Raises InputError where the config asks for one that cannot be stored."""
+    """Standard deviation of random weights. Raises InputError if the config asks for one that cannot be stored."""
     deviation = _number(config, "initializer_range", DEVIATION) if config.get("initializer_range") else DEVIATION
     if deviation > MOST_DEVIATION:
         raise InputError(f"config field 'initializer_range' is {deviation}; at most {MOST_DEVIATION} is supported")
@@ -164,7 +168,7 @@ def _number(config: dict[str, Any], key: str, default: float | None = None) -> f
 
 
 def _whole(config: dict[str, Any], key: str, default: int | None = None) -> int:
-    """A count; `default` where there is none, or null."""
+    """A config field that is a count; `default` if it is missing or null."""
     value = config.get(key) or default
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise InputError(f"config field {key!r} must be a positive whole number, not {value!r}")
@@ -181,7 +185,9 @@ def _section(config: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _rope(config: dict[str, Any], family: Family) -> tuple[dict[str, Any], float]:
-    """(full-attention rope parameters, local theta), from the old flat fields or the new nested ones."""
+    """(rope parameters of full attention, base for sliding-window layers), from the old flat fields or the new nested
+    ones.
+    """
     parameters = _section(config, "rope_parameters")
     if "full_attention" in parameters:
         local = _section(parameters, "sliding_attention")

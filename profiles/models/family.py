@@ -1,7 +1,7 @@
-"""What a family of decoders has that others have not: one `Family` each, in a file of `profiles.models.families`.
+"""Defines `Family`, the record of how a family of decoders differs from Llama, and looks families up.
 
-What is left at its default is as in Llama. A new family is a new file; `family_of` finds it by the ``model_type`` of a config.json,
-`family_of_gguf` by the architecture that a GGUF file names.
+Each family is a file in `profiles.models.families`; fields left at their defaults mean "as in Llama". `family_of` finds
+a family by the ``model_type`` of a config.json, `family_of_gguf` by the architecture that a GGUF file names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tightfit.runtime.common.errors import InputError
 Config = Mapping[str, Any]
 FULL, SLIDING = "full_attention", "sliding_attention"
 LayerTypes = tuple[list[str] | None, int | None]
-"""`FULL` or `SLIDING` of each layer, None: all full; and the sliding window in tokens"""
+"""(`FULL` or `SLIDING` for each layer, or None if all are full; the sliding window in tokens, or None)."""
 GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -35,11 +35,11 @@ GGUF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""tensors of a GGUF file -> Hugging Face's names"""
+"""Names of tensors in a GGUF file -> Hugging Face's names."""
 
 
 def all_full(config: Config, layers: int, window: int | None) -> LayerTypes:
-    """No layer of the family has a sliding window unless the config says so."""
+    """The default of `Family.layer_types`: no layer has a sliding window unless the config lists layer types."""
     return None, window
 
 
@@ -48,35 +48,36 @@ class GgufFacts:
     """How llama.cpp writes the family."""
 
     architecture: str
-    """``general.architecture``"""
+    """Value of ``general.architecture``."""
     names: Mapping[str, str] = field(default_factory=lambda: GGUF_NAMES)
     permuted: bool = False
-    """whether rows of q and k stand in the order of its interleaved rotary embedding"""
+    """Whether llama.cpp permutes the rows of q and k for its interleaved rotary embedding."""
     norm_offset: float = 0.0
-    """added to the weights of norms"""
+    """What llama.cpp adds to the weights of norms."""
     settings: Callable[[Callable[..., Any], int, int, int], dict[str, Any]] = lambda have, layers, width, head_dim: {}
-    """(have(key, default) of the metadata, layers, hidden size / heads, head_dim) -> fields of the config that metadata leave out"""
+    """(have, layers, hidden size / heads, head_dim) -> config fields that the metadata leave out; have(key, default)
+    reads the metadata."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     model_type: str
-    """of its config.json"""
+    """``model_type`` in the family's config.json."""
     wrapped_as: tuple[str, ...] = ()
-    """other names of it: those of multimodal wrappers' text models"""
+    """Other values of ``model_type`` for the same family: those of text models in multimodal wrappers."""
     head_dim: int | None = None
-    """where the config says nothing; None: hidden size / heads"""
+    """Default if the config has none; None means hidden size / heads."""
     activation: str = "silu"
     tied: bool = False
-    """whether head and embedding are one where the config says nothing"""
+    """Default for whether head and embedding share one weight."""
     theta: float = 10_000.0
-    """base of the rotary frequencies where the config says nothing"""
+    """Default base of the rotary frequencies."""
     local_theta: bool = False
-    """whether layers with a sliding window have a base of their own, and no rope scaling"""
+    """Whether layers with a sliding window have a rotary base of their own and no rope scaling."""
     always_biased: bool = False
-    """whether q, k and v have biases whatever the config says"""
+    """Whether q, k and v have biases regardless of the config."""
     output_bias: bool = True
-    """whether ``attention_bias`` goes for the output projection too"""
+    """Whether ``attention_bias`` applies to the output projection too."""
     head_norm: bool = False
     """RMSNorm over each head of q and k"""
     unit_offset: bool = False
@@ -84,19 +85,19 @@ class Family:
     post_norms: bool = False
     """RMSNorm on the output of attention and MLP as well"""
     scaled_embedding: bool = False
-    """whether embeddings are multiplied by the root of the hidden size"""
+    """Whether embeddings are multiplied by the square root of the hidden size."""
     attention_scalar: float | None = None
-    """of ``query_pre_attn_scalar`` where the config says nothing; None: attention is scaled by head_dim"""
+    """Default of ``query_pre_attn_scalar``; None means that attention is scaled by head_dim."""
     window: int | None = None
-    """the sliding window where the config has no field of it"""
+    """Default sliding window in tokens if the config has no such field."""
     layer_types: Callable[[Config, int, int | None], LayerTypes] = all_full
-    """(config, layers, sliding window) -> kinds of the layers where the config does not list them"""
+    """(config, layers, sliding window) -> the layers' attention types, for configs that do not list them."""
     gguf: GgufFacts | None = None
 
 
 @cache
 def families() -> dict[str, Family]:
-    """By model_type."""
+    """Every family by its ``model_type``."""
     from tightfit.profiles.models import families as folder
 
     modules = [import_module(f"{folder.__name__}.{found.name}") for found in pkgutil.iter_modules(folder.__path__)]
@@ -105,7 +106,7 @@ def families() -> dict[str, Family]:
 
 
 def family_of(config: Config) -> Family:
-    """Raises InputError where the config's model_type is of no family."""
+    """The family of a config. Raises InputError if no family has its ``model_type``."""
     name = config.get("model_type")
     family = families().get(name) if isinstance(name, str) else None
     if family is None:
@@ -114,7 +115,7 @@ def family_of(config: Config) -> Family:
 
 
 def family_of_gguf(architecture: object) -> Family:
-    """Raises InputError for an architecture of no family."""
+    """The family of a GGUF file's architecture. Raises InputError if none has it."""
     known = {family.gguf.architecture: family for family in families().values() if family.gguf is not None}
     family = known.get(architecture) if isinstance(architecture, str) else None
     if family is None:

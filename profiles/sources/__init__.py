@@ -1,4 +1,4 @@
-"""Where models come from: Hugging Face directories, GGUF files, bare configs, factories; and their tokenizers.
+"""Opens models: Hugging Face directories, GGUF files, bare configs and factories; and the tokenizers of the first two.
 
-Each yields the same `Source`. May import: `profiles.weights`, `profiles.models`, `profiles.tracing`.
+Each kind is opened as the same `Source`. May import: `profiles.weights`, `profiles.models`, `profiles.tracing`.
 """

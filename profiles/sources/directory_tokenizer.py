@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face directory, with its special tokens and chat templates."""
+"""Reads the tokenizer of a Hugging Face directory, with its special tokens and chat templates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from tightfit.runtime.common.errors import InputError
 
 
 def directory_vocabulary(path: Path) -> Vocabulary | None:
-    """tokenizer.json with the special tokens and chat template beside it; None where there is no tokenizer.json."""
+    """The tokenizer in `path`, with special tokens and chat templates; None if there is no tokenizer.json.
+
+    Raises InputError.
+    """
     file = path / "tokenizer.json"
     if not file.exists():
         return None
@@ -41,7 +44,7 @@ def directory_vocabulary(path: Path) -> Vocabulary | None:
 
 
 def _chat_templates(path: Path, options: dict[str, Any]) -> dict[str, str]:
-    """Jinja sources by name, as transformers finds them: in files of their own, else in tokenizer_config.json."""
+    """Jinja sources by name, found as transformers does: in files of their own, else in tokenizer_config.json."""
     told = options.get("chat_template") or {}
     if isinstance(told, list):
         told = {item["name"]: item["template"] for item in told}
@@ -54,10 +57,12 @@ def _chat_templates(path: Path, options: dict[str, Any]) -> dict[str, str]:
 
 
 def _special_tokens(path: Path, options: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
-    """Special tokens by name: as tokenizer_config.json has them, else special_tokens_map.json, else by the model's numbers.
+    """Special tokens by name, from tokenizer_config.json, else special_tokens_map.json, else the token ids in the
+    model's config.
 
-    A model without an end-of-text token would never learn to stop; one whose tokenizer_config.json says null for the
-    token before a text was trained without it.
+    The fallbacks matter because a model without an end-of-text token would never learn to stop. If
+    tokenizer_config.json says null for the beginning-of-text token, the model was trained without one, and no fallback
+    is used.
     """
     found: dict[str, str] = {}
     said = {key: value for key, value in options.items() if value is not None or key == "bos_token"}
@@ -77,7 +82,7 @@ def _special_tokens(path: Path, options: dict[str, Any], tokenizer: Tokenizer) -
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """An object in a file, empty where there is no file. Raises InputError naming a damaged one."""
+    """The JSON object in a file; empty if there is no file. Raises InputError, naming the file, if it is damaged."""
     try:
         read = json.loads(file.read_bytes()) if file.exists() else {}
     except (OSError, ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Models from `package.module:factory`: any nn.Module, with the parameters and buffers it starts from."""
+"""Opens models given as `package.module:factory`: any nn.Module, with its initial parameters and buffers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ KINDS = {dtype: name for name, dtype in RAW.items()}
 
 
 def factory_source(source: str, *, seed: int = 0) -> Source:
-    """Call the factory, which returns (module, sample batch), with torch's generator at `seed`.
+    """A source for the module that a factory makes; it is called with torch's generator seeded with `seed`.
 
-    Floating parameters and buffers are float32, other buffers as they are.
+    The factory returns (module, sample batch). Floating-point parameters and buffers are stored in float32, other
+    buffers unchanged. Raises InputError as `build_module` does.
     """
     module = build_module(source, seed)[0]
     held = dict(module.named_parameters()) | dict(module.named_buffers())
@@ -65,7 +66,10 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
 
 
 def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """(module, sample batch) of a factory, in float32; the same initial parameters for the same seed. Raises InputError."""
+    """(module, sample batch) of a factory, in float32, with the same initial parameters for the same seed.
+
+    Raises InputError if the factory cannot be imported, fails, or returns something else.
+    """
     factory = load_factory(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -97,12 +101,12 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
         raise InputError(f"{source}: no parameter of the module requires a gradient; there is nothing to train")
     module.float()
     for held in (*module.parameters(), *module.buffers()):
-        held.data = held.data.contiguous()  # as it is stored
+        held.data = held.data.contiguous()  # the layout in which it is stored
     return module, as_trained(batch)
 
 
 def as_trained(batch: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors of a batch as the run reads them: contiguous, floating ones in float32."""
+    """A batch's tensors as a run reads them: contiguous, floating-point ones in float32."""
     return tuple((tensor.float() if tensor.is_floating_point() else tensor).contiguous() for tensor in batch)
 
 
@@ -111,16 +115,16 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 def load_factory(source: str) -> Callable[..., Any]:
-    """Import ``package.module:factory``. Raises InputError naming what is missing, and where it was looked for.
+    """Import ``package.module:factory``. Raises InputError, naming what is missing and where it was looked for.
 
-    The working folder comes last on this process's path from now on, so that nothing in it stands in for a package that is
-    installed, or for one of ours; a module may import its neighbours when it is called, too.
+    Appends the working folder to `sys.path` and leaves it there, since a module may import its neighbours when it is
+    called too. It comes last, so that no file in it shadows an installed package or one of tightfit's.
     """
     module_name, _, attribute = source.partition(":")
     folder = _working_folder(source)
     if folder not in sys.path:
         sys.path.append(folder)
-    importlib.invalidate_caches()  # it may have been written a moment ago
+    importlib.invalidate_caches()  # the module may have been written a moment ago
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -145,7 +149,7 @@ def _working_folder(source: str) -> str:
 
 
 def _not_found(error: ModuleNotFoundError, module_name: str, folder: str) -> str:
-    """What to do about a module that was not found on the way to `module_name`."""
+    """Advice for a module that was not found while importing `module_name`."""
     missing = error.name or ""
     if not f"{module_name}.".startswith(f"{missing}."):
         return f"importing {module_name!r} needs {missing!r}, which is not installed and not in {folder}; install it"

@@ -1,7 +1,7 @@
-"""GGUF metadata to a Hugging Face style config.
+"""Turns GGUF metadata into a Hugging Face style config.
 
-Key names are those of the GGUF specification (``llama.block_count``, ...); what a GGUF leaves out is what llama.cpp's
-`convert_hf_to_gguf.py` drops on the way in, with the values that its architecture code puts back.
+Key names are those of the GGUF specification (``llama.block_count``, ...). Fields that llama.cpp's
+`convert_hf_to_gguf.py` drops are filled with the values that llama.cpp's code for the architecture assumes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def config_from_metadata(
 ) -> dict[str, Any]:
     """The config of a decoder. `rope_factors` is the file's rope_freqs tensor, float32 [head_dim / 2], if it has one.
 
-    Raises InputError for another architecture or a missing key.
+    `vocabulary` is the number of tokens; `tied` says whether the file has no head of its own. Raises InputError for an
+    unsupported architecture or a missing key.
     """
     architecture = metadata.get("general.architecture")
     family = family_of_gguf(architecture)
@@ -67,8 +68,9 @@ def config_from_metadata(
 def llama3_scaling(factors: torch.Tensor, theta: float, head_dim: int) -> dict[str, Any]:
     """The llama3 rope scaling whose divisors are `factors`, float32 [head_dim / 2].
 
-    A GGUF keeps the divisors only. The largest is the factor; the bounds are the ones that every Llama 3 was published
-    with, and the divisors are computed again to make sure. Raises InputError where they differ.
+    A GGUF file holds only the divisors of the rotary frequencies. The largest one is taken as the factor, and the
+    bounds are assumed to be those of every published Llama 3; the divisors are then recomputed as a check. Raises
+    InputError if they differ.
     """
     scaling: dict[str, Any] = {
         "rope_type": "llama3",

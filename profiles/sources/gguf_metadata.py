@@ -1,7 +1,8 @@
-"""What a GGUF file says ahead of its tensors: the key-value pairs of its header, read one after the other.
+"""Reads the metadata of a GGUF file: the key-value pairs in its header.
 
-The gguf package's reader keeps several arrays for each string, 1.6 KB: 160 MiB for the 98,000 of SmolLM2's tokenizer, where
-this takes 10. The standard library only, since the process that prepares a run reads tokenizers with it.
+The gguf package's reader keeps several arrays for each string, about 1.6 KB: 160 MiB for the 98,000 strings of
+SmolLM2's tokenizer, of which this reader takes 10. It uses the standard library only, because the process that prepares
+a run reads tokenizers with it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tightfit.runtime.common.errors import InputError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""GGUF's number of a value type -> struct's letter, little-endian"""
+"""GGUF's number of a value type -> format letter of `struct` (values are little-endian)."""
 STRING, ARRAY = 8, 9
 MOST_PAIRS = 1 << 16
 
@@ -26,7 +27,7 @@ MOST_PAIRS = 1 << 16
 def read_metadata(path: Path) -> dict[str, Any]:
     """Every key of the header with its value: numbers, strings, lists of strings and lists of numbers (as arrays).
 
-    Raises InputError where the file cannot be read, is cut off, or is no GGUF file of a known version.
+    Raises InputError if the file cannot be read, is truncated, or is not a GGUF file of a known version.
     """
     try:
         with path.open("rb") as file:
@@ -62,7 +63,7 @@ class _Pairs:
         return self._number(_letter(kind))
 
     def _list(self, kind: int, count: int) -> Any:
-        if count > self._size:  # an element is at least a byte
+        if count > self._size:  # an element takes at least a byte
             raise ValueError(f"a list of {count} elements in {self._size} bytes")
         if kind == STRING:
             return [self._string() for _ in range(count)]
@@ -81,7 +82,7 @@ class _Pairs:
         return str(self._bytes(self._number("Q")), "utf-8")
 
     def _bytes(self, count: int) -> bytes:
-        """The next `count` bytes. Raises ValueError where the file ends before them."""
+        """The next `count` bytes. Raises ValueError if the file ends before that."""
         if count > self._size - self._file.tell():
             raise ValueError(f"it ends at byte {self._size}, inside its header")
         return self._file.read(count)

@@ -1,9 +1,10 @@
-"""Models from GGUF files.
+"""Opens models in GGUF files.
 
-4-bit values that the file holds stay as they are: Q4_0, Q4_1 and Q8_0 are repacked without touching a value, Q4_K keeps
-its codes and rounds each group's scale and min to float16 (a relative 2^-11, below bfloat16's own 2^-9). Q5 and Q6 types
-are rounded to 8 bit, everything else to 4 bit. llama.cpp permutes the rows of Llama's q and k for its interleaved rotary
-embedding; they are put back into Hugging Face's half-split order. Gemma's norms are stored with 1 added; it is taken off.
+Values that the file already holds in the store's precision are kept: Q4_0, Q4_1 and Q8_0 are repacked without changing
+a value; Q4_K keeps its codes, and each group's scale and min are rounded to float16 (a relative error of 2^-11, below
+bfloat16's own 2^-9). Q5 and Q6 types are rounded to 8 bits, everything else to 4 bits. llama.cpp permutes the rows of
+Llama's q and k for its interleaved rotary embedding; they are put back into Hugging Face's half-split order. GGUF files
+hold Gemma's norm weights with 1 added; it is subtracted again.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ class _Reader(gguf.GGUFReader):
 
 
 def gguf_source(path: Path) -> Source:
-    """A model in a GGUF file. Raises InputError where the file is damaged, split or of another architecture."""
+    """The model in a GGUF file. Raises InputError if the file is damaged, split, or of an unsupported architecture."""
     metadata = read_metadata(path)
     try:
         reader = _Reader(path)
-    except Exception as error:  # the reader trips over a damaged file in many ways
+    except Exception as error:  # a damaged file makes the reader raise all kinds of errors
         raise InputError(
             f"{path}: not a readable GGUF file ({error}); it is truncated or damaged, download it again"
         ) from error
@@ -99,7 +100,7 @@ def gguf_source(path: Path) -> Source:
 
 
 def unpermuted_rows(rows: int, heads: int) -> Tensor:
-    """Where in a GGUF each row of Hugging Face's q or k lies, int64 [rows].
+    """For each row of Hugging Face's q or k, its row number in a GGUF file, int64 [rows].
 
     llama.cpp stores row h * d + 2 i + p for Hugging Face's h * d + p * d / 2 + i (d rows per head, p in {0, 1}).
     """
@@ -107,7 +108,7 @@ def unpermuted_rows(rows: int, heads: int) -> Tensor:
 
 
 def _match(config: dict[str, Any], found: dict[str, Any]) -> list[tuple[Entry, Any]]:
-    """Every tensor of the decoder with its entry and its place in the file."""
+    """(entry, tensor in the file) for every tensor of the decoder. Raises InputError for missing or unexpected ones."""
     named = {_hugging_face_name(config, name): tensor for name, tensor in found.items()}
     shape = decoder_shape(_with_biases(config, named))
     parts = []
@@ -130,7 +131,7 @@ def _match(config: dict[str, Any], found: dict[str, Any]) -> list[tuple[Entry, A
 
 
 def _with_biases(config: dict[str, Any], named: dict[str, Any]) -> dict[str, Any]:
-    """GGUF metadata do not say whether a model has biases; its tensors do."""
+    """The config, completed by whether the model has biases: GGUF metadata do not say so, but the tensors show it."""
     named_bias = "model.layers.0.self_attn.q_proj.bias" in named
     config["attention_bias"] = named_bias and not family_of(config).always_biased
     config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in named
@@ -139,7 +140,7 @@ def _with_biases(config: dict[str, Any], named: dict[str, Any]) -> dict[str, Any
 
 def _facts(config: dict[str, Any]) -> GgufFacts:
     facts = family_of(config).gguf
-    assert facts is not None  # the config was made of a GGUF file
+    assert facts is not None  # the config was made from a GGUF file, so its family has them
     return facts
 
 
@@ -189,7 +190,7 @@ def _repack(entry: Entry, block: np.ndarray[Any, Any], kind: Any) -> Tensor:
         data = torch.from_numpy(block).view(-1, 18 if kind.name == "Q4_0" else 20)
         scale = data[:, :2].contiguous().view(torch.float16)
         codes = torch.cat([data[:, -16:] & 15, data[:, -16:] >> 4], dim=1)
-        # Q4_0 means (code - 8) * scale; -8 * scale is a shift of the exponent, so it is exact
+        # Q4_0 means (code - 8) * scale; -8 * scale only changes sign and exponent, so it is exact
         minimum = -8 * scale if kind.name == "Q4_0" else data[:, 2:4].contiguous().view(torch.float16)
         _check_scales(entry, scale, minimum)
         return q4_blocks(codes, scale, minimum).view(count, -1)

@@ -1,7 +1,7 @@
-"""The tokenizer inside a GGUF file, as a `tokenizers.Tokenizer`.
+"""Reads the tokenizer inside a GGUF file as a `tokenizers.Tokenizer`.
 
 Two kinds occur in the supported architectures: byte-level BPE (``gpt2``: merges in the file, the split pattern named by
-``tokenizer.ggml.pre``) and SentencePiece BPE (``llama``: scores in the file; the merges are what the scores imply).
+``tokenizer.ggml.pre``) and SentencePiece BPE (``llama``: scores in the file; the merges follow from the scores).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tightfit.profiles.sources.gguf_metadata import read_metadata
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.runtime.common.errors import InputError
 
-CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+CONTROL, USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -28,7 +28,10 @@ PLAIN = ("default", "gpt-2", "gpt2")
 
 
 def gguf_vocabulary(path: Path) -> Vocabulary:
-    """Build the tokenizer from ``tokenizer.*`` metadata. Raises InputError for a file that cannot be read and a kind that is not supported."""
+    """Build the tokenizer from ``tokenizer.*`` metadata.
+
+    Raises InputError if the file is unreadable or the kind unsupported.
+    """
     metadata = read_metadata(path)
     kind = metadata.get("tokenizer.ggml.model")
     tokens: list[str] | None = metadata.get("tokenizer.ggml.tokens")
@@ -75,9 +78,9 @@ def _byte_level(path: Path, metadata: dict[str, Any], tokens: list[str]) -> Toke
     merges = []
     for merge in metadata.pop("tokenizer.ggml.merges", []):
         left, _, right = merge.partition(" ")
-        if not {left, right, left + right} <= ids.keys():  # tokenizers would panic
+        if not {left, right, left + right} <= ids.keys():  # the tokenizers library would abort on it
             raise InputError(f"{path}: merge {merge!r} names no token; the file is damaged, download it again")
-        merges.append((tokens[ids[left]], tokens[ids[right]]))  # the same objects again
+        merges.append((tokens[ids[left]], tokens[ids[right]]))  # reuses the strings, which saves memory
     tokenizer = Tokenizer(BPE(ids, merges, ignore_merges=split in ("llama-bpe", "llama3", "llama-v3")))
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
     if split in SPLITS:
@@ -125,6 +128,6 @@ def implied_merges(ids: dict[str, int], scores: Sequence[float]) -> list[tuple[s
         pairs = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
         found += [(rank, ids[left], ids[right]) for left, right in pairs if left in ids and right in ids]
     found.sort()
-    for place, (_, left, right) in enumerate(found):  # one by one: there may be half a million
+    for place, (_, left, right) in enumerate(found):  # replaced in place: there may be half a million
         found[place] = tokens[left], tokens[right]
     return found

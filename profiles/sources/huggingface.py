@@ -1,7 +1,7 @@
-"""Models from Hugging Face directories (safetensors, one file or shards).
+"""Opens models in Hugging Face directories (safetensors, one file or shards).
 
-Matrices are rounded to the store's 4-bit (or 8-bit) groups on the way in; vectors stay float32. Of a multimodal Gemma 3
-the text model is taken. Only the rows that are being packed are read.
+Matrices are rounded to the store's 4-bit (or 8-bit) groups when they are packed; vectors stay float32. Of a multimodal
+Gemma 3 only the text model is used. Only the rows that are being packed are in memory.
 """
 
 from __future__ import annotations
@@ -25,17 +25,21 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-PREFIXES = (  # text model inside a multimodal wrapper, as transformers has named it over time
+PREFIXES = (  # names of the text model inside a multimodal wrapper in transformers' versions -> its own names
     ("language_model.model.", "model."),
     ("model.language_model.", "model."),
     ("language_model.lm_head.", "lm_head."),
 )
 BASE = re.compile(r"(?:language_model\.)?(?=(?:embed_tokens|layers|norm)\.)")
-"""where a model was saved without its head (AutoModel), names begin there"""
+"""Beginning of names in a model that was saved without its head (AutoModel)."""
 
 
 def directory_source(path: Path, *, embedding: EmbeddingFormat, name: str | None = None) -> Source:
-    """A model directory with config.json and safetensors. Raises InputError naming the file or tensor at fault."""
+    """The model in a directory with config.json and safetensors.
+
+    `embedding` is the format of the embedding and of an untied head; `name` replaces the directory's name. Raises
+    InputError, naming the file or tensor at fault.
+    """
     config = read_config(path / "config.json")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
@@ -49,7 +53,7 @@ def directory_source(path: Path, *, embedding: EmbeddingFormat, name: str | None
     for file in files:
         for key in _keys(file, digest):
             held[_text_name(key)] = (file, key)
-    # Saved from the model without its head, only a family that ties by itself is known to need none.
+    # A model saved without its head is complete only if its family ties the head to the embedding by default.
     bare = any(BASE.match(key) for _, key in held.values()) and not family_of(config).tied
     if "lm_head.weight" not in held and "tie_word_embeddings" not in config and not bare:
         config["tie_word_embeddings"] = True
@@ -111,7 +115,10 @@ def _files(path: Path) -> list[Path]:
 
 
 def _keys(file: Path, digest: Any) -> list[str]:
-    """Names in a safetensors file; its header, size and time go into the fingerprint."""
+    """Names of the tensors in a safetensors file.
+
+    Adds its header, size and modification time to the fingerprint `digest`.
+    """
     try:
         with file.open("rb") as raw:
             (length,) = struct.unpack("<Q", raw.read(8))
@@ -134,7 +141,9 @@ def _text_name(key: str) -> str:
 
 
 def _check_known(path: Path, config: dict[str, Any], held: Iterable[str], entries: Mapping[str, Entry]) -> None:
-    """Refuse layers that hold more than the decoder computes with: a bias or a scale left out changes every result."""
+    """Raise InputError for tensors in layers that the decoder does not use: leaving out a bias or scale changes every
+    result.
+    """
     for name in held:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer is None or name in entries or name.endswith(".rotary_emb.inv_freq"):

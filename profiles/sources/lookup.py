@@ -1,6 +1,8 @@
-"""Where a model comes from: a Hugging Face directory or hub id, a GGUF file, a bare config.json, or `module:factory`.
+"""Recognises what a user's MODEL argument names (directory, hub id, GGUF file, config.json, `module:factory`) and opens
+it.
 
-PyTorch is imported by what reads or makes tensors only: the process that prepares a run asks for the `vocabulary` alone.
+PyTorch is imported only by functions that read or make tensors: the process that prepares a run asks for the
+`vocabulary` alone and does without.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve(source: str, *, embedding: EmbeddingFormat = "q4", seed: int = 0) -> Source:
-    """Find out what `source` names and read its headers. Raises InputError where it names nothing usable.
+    """Find out what `source` names and read its headers. Raises InputError if it names nothing usable.
 
-    `embedding` is the format of embeddings that are not quantised yet; `seed` draws random weights of a bare config.
+    `embedding` is the format of embeddings that are not quantised yet; `seed` is that of a bare config's random weights
+    and of a factory's initial ones.
     """
     kind, path = _named(source)
     if kind == "directory":
@@ -50,7 +53,10 @@ def resolve(source: str, *, embedding: EmbeddingFormat = "q4", seed: int = 0) ->
 
 
 def vocabulary(source: str) -> Vocabulary | None:
-    """The tokenizer of what `source` names; None where it has none. Raises InputError where it names nothing or is damaged."""
+    """The tokenizer of what `source` names; None if it has none.
+
+    Raises InputError if it names nothing or is damaged.
+    """
     kind, path = _named(source)
     if kind == "gguf":
         from tightfit.profiles.sources.gguf_tokenizer import gguf_vocabulary
@@ -64,7 +70,10 @@ def vocabulary(source: str) -> Vocabulary | None:
 
 
 def hub_directory(name: str) -> Path:
-    """Download a model from the hub into its own cache. Raises InputError without huggingface_hub or the model."""
+    """Download a model into huggingface_hub's own cache and return its directory.
+
+    Raises InputError if huggingface_hub is not installed or the model cannot be downloaded.
+    """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -73,7 +82,7 @@ def hub_directory(name: str) -> Path:
         ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as error:  # network, authorisation, unknown name: the library's classes vary by version
+    except Exception as error:  # network, authorisation, unknown name: the classes vary by version
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{name}: no such directory, and the Hugging Face hub answered: {reason}; check the name and the network"
@@ -81,7 +90,10 @@ def hub_directory(name: str) -> Path:
 
 
 def _named(source: str) -> tuple[Kind, Path]:
-    """What `source` names, and where that lies if it is here. Raises InputError where it names nothing usable."""
+    """(kind of model that `source` names, its path if it is a local file).
+
+    Raises InputError if it names nothing usable.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return "directory", path.resolve()

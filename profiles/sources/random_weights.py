@@ -1,4 +1,6 @@
-"""Random weights of a bare config, for sizing: packed groups out of a small random pool, written as fast as a copy."""
+"""Makes random weights for a bare config, for sizing: packed groups from a small random pool, written as fast as a
+copy.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Q4_DEVIATION = (255 / 12) ** 0.5  # standard deviation of a code drawn evenly from 0..15: sqrt((16^2 - 1) / 12)
-Q8_DEVIATION = (65535 / 12) ** 0.5  # of -128..127
-POOL_GROUPS = 65537  # a prime: no row length divides it, so that equal rows lie as far apart
+Q8_DEVIATION = (65535 / 12) ** 0.5  # the same for a code drawn evenly from -128..127
+POOL_GROUPS = 65537  # a prime, which no row length divides, so that rows repeat as late as possible
 
 
 def random_source(config: dict[str, Any], path: Path, *, embedding: EmbeddingFormat = "q4", seed: int = 0) -> Source:
-    """A model of the config's sizes with weights of its `initializer_range` (0.02), drawn from `seed`."""
+    """A model of the config's sizes with random weights, drawn from `seed`.
+
+    Their standard deviation is the config's `initializer_range` (default 0.02). Raises InputError for an unusable
+    config.
+    """
     entries = describe(config, embedding=embedding)
     deviation = initial_deviation(config)
     text = json.dumps([VERSION, "random", without_names(config), embedding, seed], sort_keys=True)
@@ -47,7 +53,10 @@ def random_source(config: dict[str, Any], path: Path, *, embedding: EmbeddingFor
 
 
 class _RandomRows:
-    """Rows of one tensor: vectors are drawn, matrices are windows of one pool of groups that starts elsewhere for each name."""
+    """Rows of one tensor.
+
+    Vectors are drawn; matrices are windows on the pool of groups, with a start that depends on the name.
+    """
 
     def __init__(self, entry: Entry, config: dict[str, Any], pools: _Pools, seed: int) -> None:
         digest = hashlib.sha256(f"{seed}/{entry.name}".encode()).digest()
@@ -70,14 +79,16 @@ class _RandomRows:
 
 
 class _Pools:
-    """Random packed groups by format: `POOL_GROUPS` drawn ones, repeated as far as needed, so that windows need no copy."""
+    """Random packed groups by format: `POOL_GROUPS` are drawn and repeated as often as needed, so that windows need no
+    copy.
+    """
 
     def __init__(self, deviation: float, seed: int) -> None:
         self.deviation, self.seed = deviation, seed
         self._groups: dict[tuple[str, int], Tensor] = {}
 
     def groups(self, kind: str, group: int, count: int) -> Tensor:
-        """uint8 [at least `count`, bytes of a group]."""
+        """Random groups in a store format, uint8 [at least `count`, bytes per group]."""
         pool = self._groups.get((kind, group))
         if pool is None:
             pool = self._draw(kind, group)

@@ -1,4 +1,4 @@
-"""Text to tokens and back, whatever file the tokenizer was read from."""
+"""Defines `Vocabulary`: a model's tokenizer, chat templates and special tokens, whatever file they were read from."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """A tokenizer, and what its model was trained to see around a text."""
+    """A tokenizer with the special tokens and templates that its model was trained with."""
 
     tokenizer: Tokenizer
     chat_template: str | None = None
     """Jinja source."""
     tool_template: str | None = None
-    """Jinja source of a template of its own for conversations with tools."""
+    """Jinja source of the separate template for conversations with tools, if there is one."""
     bos_token: str | None = None
     eos_token: str | None = None
     pad_token: str | None = None

@@ -1,4 +1,4 @@
-"""From an `nn.Module` and a sample batch to layers and programs of operators, and whether they compute what autograd does.
+"""Traces an `nn.Module` on a sample batch into layers and programs of operators, and compares these with autograd.
 
 May import: `profiles.schema`, `runtime.engine`.
 """

@@ -1,7 +1,7 @@
-"""Loss and gradients of a module's traced programs beside those of autograd, on the sample batch.
+"""Compares the loss and gradients of a module's traced programs with those of autograd, on the sample batch.
 
-Autograd runs here; the programs run in the process that measures, through the operators that a run calls
-(`tightfit.profiles.measuring.whole_step`). Tensors go there and back by files.
+Autograd runs in this process. The programs run in the measuring process, through the operators that a run calls
+(`tightfit.profiles.measuring.whole_step`). Tensors are exchanged in files.
 """
 
 from __future__ import annotations
@@ -26,22 +26,27 @@ if TYPE_CHECKING:
     from tightfit.profiles.tracing.trace import Trace
 
 TOLERANCE = 1e-3
-"""how far the gradient of a parameter may lie from autograd's, by their norms: float32 sums in another order"""
+"""Largest norm of the difference from autograd's gradient of a parameter, relative to the norm of the latter. float32
+sums in another order differ this much."""
 NOISE = 1e-6
-"""the same of the norm of all gradients: what one is that should be nothing, and comes of sums that cancel"""
+"""Part of a difference that is ignored, relative to the norm of all gradients together: a gradient that should be zero
+is of this size if it comes from sums that cancel."""
 LOSS_TOLERANCE = 1e-4
 UNSTEADY = 10.0
-"""times the error of autograd itself, beside double precision, that is allowed where the other tolerances are not enough"""
+"""If the tolerances are exceeded, a difference of up to this many times autograd's own error in float32, against double
+precision, is accepted."""
 ROOM = 2.0
-"""times the bytes of the step that have to be free"""
+"""How many times the bytes of the step have to be free for it to be compared."""
 GIVEN, MADE = "given.pt", "made.pt"
 Step = tuple[float, dict[str, Tensor]]
-"""loss, and gradients by parameter"""
+"""(loss, gradients by name of the parameter)."""
 
 
 class GradientComparison:
-    """`request` before the measuring process starts, since autograd would take its cores, and `conclude` once that has run the
-    step; `folder` is for the files.
+    """One comparison of a traced module with autograd, in two calls.
+
+    `request` runs autograd, before the measuring process starts, so that the two do not compete for cores; `conclude`
+    compares, once that process has run the step. Both exchange tensors through files in `folder`.
     """
 
     def __init__(self, name: str, module: nn.Module, batch: tuple[Tensor, ...], traced: Trace) -> None:
@@ -49,14 +54,17 @@ class GradientComparison:
         self.random = sorted({op.target for p in traced.programs for op in p.operators if not op.recomputable})
 
     def why_not(self) -> str | None:
-        """In words, where memory is too short to compare."""
+        """Why there is no comparison, in words, if memory is too short for it; else None."""
         needed, free = step_bytes(self.traced.layers, self.traced.programs, self.module), free_bytes()
         if ROOM * needed <= free:
             return None
         return f"{NOT_COMPARED}: a step without a plan takes {format_size(needed)}, and {format_size(free)} are free"
 
     def request(self, folder: Path) -> dict[str, Any]:
-        """Run the step by autograd. Returns what the measuring process is asked for; raises InputError where the module fails."""
+        """Run the step under autograd and return the request to the measuring process.
+
+        Raises InputError if the module fails.
+        """
         self.theirs = autograd_step(self.module, self.batch)
         held = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         tensors = {name: tensor.detach() for name, tensor in held.items()}
@@ -70,7 +78,10 @@ class GradientComparison:
         }
 
     def conclude(self, folder: Path) -> str:
-        """How near they are, in words. Raises InputError where they are not equal."""
+        """Compare the two results; returns in words how close they are.
+
+        Raises InputError if they differ beyond the tolerances.
+        """
         made = torch.load(folder / MADE, weights_only=True)
         loss = float(made.pop(self.traced.loss))
         own = loss, {name.removeprefix("grad:"): gradient for name, gradient in made.items()}
@@ -105,11 +116,14 @@ class GradientComparison:
 
 
 def autograd_step(module: nn.Module, batch: Iterable[Tensor]) -> Step:
-    """Loss and gradients of one step of the module, PyTorch's generator started from 0. Raises InputError where it fails."""
+    """Loss and gradients of one step of the module under autograd, with torch's generator seeded with 0.
+
+    Raises InputError, with the user's own traceback, if the module fails.
+    """
     module.zero_grad(set_to_none=True)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
-            warnings.simplefilter("ignore")  # those of a person's own are said when they train
+            warnings.simplefilter("ignore")  # warnings of the user's own code are shown when they train
             torch.manual_seed(0)
             results = pytree.tree_leaves(module(*(tensor.clone() for tensor in batch)))
             loss = next(result for result in results if isinstance(result, Tensor))
@@ -124,7 +138,9 @@ def autograd_step(module: nn.Module, batch: Iterable[Tensor]) -> Step:
 
 
 def distances(own: Step, theirs: Step) -> dict[str, float]:
-    """How far the loss and the gradient of each parameter lie from theirs, as parts of theirs; what one lacks is nothing."""
+    """Relative differences of loss ("loss") and gradients (by parameter) from `theirs`; a missing gradient counts as
+    zero.
+    """
     norms = {name: float(gradient.double().norm()) for name, gradient in theirs[1].items()}
     whole = math.sqrt(sum(norm**2 for norm in norms.values()))
     apart = {"loss": abs(own[0] - theirs[0]) / max(abs(theirs[0]), NOISE)}
@@ -142,7 +158,7 @@ def distances(own: Step, theirs: Step) -> dict[str, float]:
 
 
 def _in_double_precision(module: nn.Module, batch: tuple[Tensor, ...]) -> Step | None:
-    """None where the module cannot be run so."""
+    """`autograd_step` in float64; None if the module cannot be run in it."""
     try:
         wide = copy.deepcopy(module).double()
         return autograd_step(wide, [t.double() if t.is_floating_point() else t for t in batch])
@@ -151,7 +167,7 @@ def _in_double_precision(module: nn.Module, batch: tuple[Tensor, ...]) -> Step |
 
 
 def step_bytes(layers: Iterable[Layer], programs: Iterable[Program], module: nn.Module) -> int:
-    """Memory that a step takes with all that it makes kept."""
+    """Bytes of a step that keeps all it makes: twice parameters and buffers, plus activations and gradients."""
     made = {
         program.name: sum(value.bytes for value in program.values if value.kind in ("activation", "gradient"))
         for program in programs
@@ -161,7 +177,9 @@ def step_bytes(layers: Iterable[Layer], programs: Iterable[Program], module: nn.
 
 
 def free_bytes() -> int:
-    """Memory that programs may still take: the machine's, or what its cgroup leaves where that is less."""
+    """Bytes of memory that this process may still take: the machine's available memory, or what its cgroup leaves if
+    less.
+    """
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -171,7 +189,7 @@ def free_bytes() -> int:
     ):
         try:
             limit, taken = (int((Path(folder) / name).read_text()) for name in (most, now))
-        except (OSError, ValueError):  # there is none, or "max"
+        except (OSError, ValueError):  # no such cgroup, or no limit ("max")
             continue
         free = min(free, max(0, limit - taken))
     return free

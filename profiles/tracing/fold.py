@@ -1,4 +1,6 @@
-"""From a traced joint graph to a program: storages and operators, views folded into strided operands."""
+"""Turns a traced joint graph (forward and backward) into a program: storages and operators, with views folded into
+operands.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,13 @@ from tightfit.runtime.engine.cpu.operators import STATE_COLUMNS
 aten = torch.ops.aten
 
 HEAD_CHUNK = "tightfit.head_chunk"
-ATTENTION = {"tightfit.attention": 2, "tightfit.attention_backward": 5}  # products of the size seq x seq x head_dim
+ATTENTION = {"tightfit.attention": 2, "tightfit.attention_backward": 5}  # products of seq x seq x head_dim each
 GATHERS = ("tightfit.embed_rows", "tightfit.head_rows")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Role:
-    """What a placeholder of the whole graph is."""
+    """What a placeholder of the whole module's graph stands for."""
 
     name: str
     kind: TensorKind
@@ -34,7 +36,7 @@ class Role:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Window:
-    """A tensor of the graph as a strided window on a storage."""
+    """A tensor of the graph, described as a strided window on a storage."""
 
     storage: str
     size: tuple[int, ...]
@@ -57,10 +59,11 @@ def fold(
     results: Sequence[tuple[str, Sequence[int]]],
     forward: int,
 ) -> Program:
-    """`inputs` name the placeholders in order; `results` the outputs in order, with the strides that other layers expect.
+    """The program that `graph` computes.
 
-    The first `forward` results are the forward's. Raises InputError for an operator that writes in place or reinterprets
-    a dtype.
+    `inputs` are the names and kinds of the placeholders, in order; `results` are the names of the outputs, in order,
+    with the strides that other layers expect. The first `forward` results belong to the forward, the others to the
+    backward. Raises InputError for an operator that writes in place or reinterprets a dtype.
     """
     return _Folder(graph, inputs, results, forward).program(name)
 
@@ -126,7 +129,7 @@ class _Folder:
         return window
 
     def _call(self, node: fx.Node, phase: Any) -> Operator | None:
-        """An operator, or None where the node is only a view of a storage that exists."""
+        """The operator of a node, or None if the node is only a view of an existing storage."""
         value, target = node.meta["val"], node.target
         assert isinstance(target, torch._ops.OpOverload)
         if target._schema.is_mutable:
@@ -151,7 +154,7 @@ class _Folder:
                 return None
         else:
             aliases = [self._alias(node, item) for item in value if isinstance(item, torch.Tensor)]
-            if aliases and all(aliases):  # unbind, split, chunk
+            if aliases and all(aliases):  # unbind, split and chunk return lists of views
                 self.windows[node] = list(aliases)
                 return None
         kind: TensorKind = "activation" if phase == "forward" else "gradient"
@@ -191,7 +194,7 @@ class _Folder:
         )
 
     def _alias(self, node: fx.Node, tensor: torch.Tensor) -> Window | None:
-        """The window that `tensor` is on a storage that exists, if it is one."""
+        """The window on an existing storage that `tensor` is a view of; None if it has a storage of its own."""
         storage = self.by_storage.get(tensor.untyped_storage()._cdata)
         if storage is None:
             return None
@@ -207,7 +210,7 @@ class _Folder:
         )
 
     def _slice(self, node: fx.Node, inputs: dict[str, None]) -> dict[str, Any]:
-        """A row slice of the head weight becomes a weight of its own, ``name[a:b]``."""
+        """The operand for a row slice of the head's weight, which becomes a weight of its own, ``name[a:b]``."""
         window = self.windows[node]
         assert isinstance(window, Window)
         whole = self.values[window.storage]
@@ -242,7 +245,10 @@ class _Folder:
         )
 
     def _rename(self, outputs: list[Any], backward: list[Operator]) -> None:
-        """Give results their agreed names; copy where a result is an input, a view, of another layout, or another result's storage."""
+        """Give results their agreed names.
+
+        A result that is an input, a view, of another layout, or shares another result's storage is copied.
+        """
         taken: dict[str, str] = {}
         given = {name for name, _ in self.inputs}
         for index, ((result, stride), node) in enumerate(zip(self.results, outputs, strict=True)):
@@ -299,14 +305,17 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def _flops(node: fx.Node) -> float:
-    """Multiply-adds count two. Source: torch.utils.flop_counter; the loss head folds one slice with two products, without the gradient one, attention has two, its backward five."""
+    """FLOPs of a node, two per multiply-add. Source: torch.utils.flop_counter, except for tightfit's own operators.
+
+    The loss head takes two products per slice, one without the gradient; attention takes two, its backward five.
+    """
     if str(node.target).startswith(HEAD_CHUNK):
         state, hidden, weight = (argument.meta["val"] for argument in node.args[:3])  # type: ignore[union-attr]
         return float((2 if state.shape[1] == STATE_COLUMNS else 4) * hidden.shape[0] * weight.numel())
     products = ATTENTION.get(str(node.target).removesuffix(".default"))
     if products is not None:
         queries, seq = node.args[products // 5].meta["val"], node.args[6 if products == 5 else 3].meta["val"].shape[0]  # type: ignore[union-attr]
-        return float(2 * products * queries.numel() * seq) / 2  # half the scores lie behind the causal mask
+        return float(2 * products * queries.numel() * seq) / 2  # the causal mask leaves half of the scores out
     packet = getattr(node.target, "overloadpacket", None)
     if packet not in flop_registry:
         return 0.0

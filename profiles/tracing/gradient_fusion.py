@@ -1,7 +1,8 @@
-"""What is left to fuse in a layer's joint graph before it becomes a program: gradients added up by the products that make them.
+"""Fuses additions of gradients into the matrix products that make them, in a layer's joint graph.
 
-A decoder's projections, norms, attention and gates are operators of their own already (`tightfit.profiles.tracing.torch_ops`). What autograd
-adds between them is sums: what several projections read (q, k, v; gate, up) has a gradient that is the sum of theirs.
+A decoder's projections, norms, attention and gates are fused operators already (`tightfit.profiles.tracing.torch_ops`).
+What autograd adds between them are sums: the gradient of a tensor that several projections read (q, k and v; gate and
+up) is the sum of their gradients.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ aten = torch.ops.aten
 
 
 PRODUCTS: dict[Any, int | None] = {aten.mm.default: None, torch.ops.tightfit.projection_backward.default: 4}
-"""products that can add up on what is there already -> the argument for it, where the operator has one"""
+"""Products that can be fused with an addition -> position of their argument for the addend, None if there is none."""
 
 
 def fuse_products(graph: fx.Graph) -> None:
-    """``x + product`` becomes the product with x as its addend, where it has no other use and x exists before it.
+    """Replace ``x + product`` by the product with x as its addend, if the product has no other use and x is made before
+    it.
 
-    ``a @ b`` (of modules that are not decoders) becomes ``addmm(x, a, b)``, `tightfit.projection_backward` takes the addend
-    as an argument. Each saves a tensor of the product's size and two passes over memory.
+    ``a @ b`` (in modules that are not decoders) becomes ``addmm(x, a, b)``; `tightfit.projection_backward` takes the
+    addend as an argument. Each fusion saves a tensor of the product's size and two passes over memory.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -60,6 +62,6 @@ def fuse_products(graph: fx.Graph) -> None:
 
 
 def _free(product: fx.Node) -> bool:
-    """Whether it does not add up on something yet."""
+    """Whether the product has no addend yet."""
     place = PRODUCTS[product.target]
     return place is None or product.args[place] is None

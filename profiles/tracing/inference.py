@@ -1,4 +1,4 @@
-"""What of a program runs where no backward follows: in an evaluation, and in a step of forwards alone. No torch is imported."""
+"""Programs for forwards without a backward, as in an evaluation or in steps of forwards alone. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from tightfit.profiles.schema import Operator, Program
 
 
 def with_inference(program: Program, alone: Program, results: Collection[str]) -> Program:
-    """`program` with the operators of `alone`, the same module's forward traced by itself, as those for inference.
+    """`program` with the operators of `alone` added as those of phase inference.
 
-    Inputs, slices of weights and `results` are the same values to both. What `alone` makes on the way is its own.
+    `alone` is the forward of the same module, traced by itself. Inputs, slices of weights and `results` are the same
+    values in both; intermediate values of `alone` become further values of the program.
     """
     made = {name for operator in alone.operators for name in operator.outputs if name is not None}
     own = {name: f"inference.{name}" for name in made.difference(results)}
@@ -28,7 +29,9 @@ def with_inference(program: Program, alone: Program, results: Collection[str]) -
 
 
 def inference_only(program: Program) -> Program:
-    """The program of a step without a backward: what is for inference, or else the forward, as its forward."""
+    """The program for a step without a backward: its forward is the inference operators, or if there are none the
+    forward.
+    """
     operators = [program.operators[position].model_copy(update={"phase": "forward"}) for position in program.inference]
     used = {name for operator in operators for name in [*operator.inputs, *operator.outputs]}
     values = [value for value in program.values if value.name in used]
@@ -36,7 +39,7 @@ def inference_only(program: Program) -> Program:
 
 
 def renamed(op: Operator, names: Mapping[str, str]) -> Operator:
-    """The operator over other names of its storages; those that `names` lacks keep theirs."""
+    """A copy of the operator with its storages renamed by `names`; storages not in `names` keep their names."""
 
     def rename(name: str) -> str:
         return names.get(name, name)

@@ -1,4 +1,6 @@
-"""A person's own code: the lines of it that an error, a function or a traced operator comes from, and only its words on stderr."""
+"""Finds the lines of the user's own code that an error, function or traced operator comes from; silences PyTorch's
+messages.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,15 @@ _RECORDED = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<func
 
 
 def _own(file: str) -> bool:
-    """Whether a file is neither PyTorch's, nor ours, nor made at run time."""
+    """Whether a file is the user's: not PyTorch's, not tightfit's, and not generated at run time."""
     return not file.startswith(("<", *(f"{folder}/" for folder in _OTHERS)))
 
 
 @contextlib.contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Inside, PyTorch neither logs nor prints the graphs that it could not trace; what a person's own code says is said."""
+    """Within this context PyTorch does not log or print graphs that it failed to trace; output of the user's code
+    passes.
+    """
     names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
     loggers = [logger for logger in map(logging.getLogger, names) if not logger.disabled]
     for logger in loggers:
@@ -43,7 +47,7 @@ def quiet_torch() -> Iterator[None]:
 
 
 class _WithoutExport:
-    """A stream that leaves out what torch.export writes."""
+    """Wraps a stream and drops what torch.export writes to it."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -58,31 +62,31 @@ class _WithoutExport:
 
 
 def own_frames(error: BaseException) -> list[traceback.FrameSummary]:
-    """The frames of a traceback that are neither PyTorch's nor ours, outermost first."""
+    """The frames of an error's traceback that lie in the user's own code, outermost first."""
     return [frame for frame in traceback.extract_tb(error.__traceback__) if _own(frame.filename)]
 
 
 def own_traceback(error: BaseException) -> str:
-    """What an error says and the frames of `own_frames` as Python prints them, over several lines."""
+    """The error's message and its `own_frames`, formatted over several lines as Python prints a traceback."""
     lines = traceback.StackSummary.from_list(own_frames(error)).format()
     last = traceback.format_exception_only(error)
     return "".join(["Traceback (most recent call last):\n", *lines, *last]).rstrip()
 
 
 def line_of_error(error: BaseException) -> str | None:
-    """``file:12 (`the code there`)`` of the innermost own frame; None where there is none."""
+    """``file:12 (`the code there`)`` of the innermost of `own_frames`; None if there is none."""
     frames = own_frames(error)
     return _line(frames[-1].filename, frames[-1].lineno or 0, frames[-1].line) if frames else None
 
 
 def line_of_node(node: fx.Node) -> str | None:
-    """The same of an operator that torch.export traced."""
+    """Like `line_of_error`, for a node of a graph that torch.export traced."""
     found = [match for match in _RECORDED.finditer(node.meta.get("stack_trace") or "") if _own(match["file"])]
     return _line(found[-1]["file"], int(found[-1]["line"]), found[-1]["code"]) if found else None
 
 
 def line_of_function(function: Callable[..., Any] | type) -> str:
-    """``file:12``, where a function, a callable object or a class is written."""
+    """``file:12`` where a function, a callable object or a class is defined."""
     while isinstance(function, functools.partial):
         function = function.func
     if not isinstance(function, type) and not hasattr(function, "__code__") and not hasattr(function, "__func__"):

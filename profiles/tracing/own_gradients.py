@@ -1,8 +1,10 @@
-"""A module's own gradients in a trace: custom `torch.autograd.Function`s run as they are, hooks are refused.
+"""Keeps custom `torch.autograd.Function`s of a module, with their own backwards, in a trace, and refuses gradient
+hooks.
 
-torch.export looks through a Function: it records the operators of its forward, of which autograd would later take the
-derivative, and not its backward. Here each use of one is recorded as an operator of its own, which `restore` turns into a
-call of the Function itself, so that the joint trace of forward and backward goes through its own backward.
+torch.export looks inside a Function: it records the operators of its forward, which autograd would later differentiate
+instead of calling the Function's backward. Therefore each use of a Function is recorded as an operator of its own,
+which `restore` turns back into a call of the Function, so that the joint trace of forward and backward uses its own
+backward.
 """
 
 from __future__ import annotations
@@ -31,16 +33,18 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torc
 
 
 class _Tensor:
-    """Stands for a tensor among arguments and results."""
+    """Placeholder for a tensor among recorded arguments and results."""
 
 
 class _Use:
-    """A Function with all its arguments but the tensors, as an operator for torch.export and as a call of the Function."""
+    """A Function with its arguments other than tensors: `operator` is what torch.export records, `call` calls the
+    Function.
+    """
 
     def __init__(self, function: type[torch.autograd.Function], arguments: list[Any], form: pytree.TreeSpec) -> None:
         self.function, self.arguments, self.form = function, arguments, form
         self.results: list[Any] = []
-        """what the Function returned last, flat, `_Tensor` in the place of tensors"""
+        """What the Function last returned, flattened, with `_Tensor` in the place of tensors."""
         self.results_form = form
         name = f"function{next(_numbers)}"
 
@@ -50,7 +54,7 @@ class _Use:
         call.__name__ = name
         self.call = call
         _library.define(f"{name}(Tensor[] tensors) -> Tensor[]")
-        # Of an operator for torch no result may be an input, or a view of one.
+        # New tensors, since torch lets no result of an operator be an input or a view of one.
         torch.library.register_fake(
             f"{_NAMESPACE}::{name}", lambda tensors: [torch.empty_like(made) for made in call(tensors)], lib=_library
         )
@@ -65,7 +69,7 @@ class _Use:
         return [one for one in made if isinstance(one, Tensor)]
 
     def shaped(self, tensors: Sequence[Tensor]) -> Any:
-        """Tensors in the form in which the Function returned its own."""
+        """`tensors` put into the structure (tuple, dict, …) that the Function returned."""
         made = iter(tensors)
         leaves = [next(made) if one is _Tensor else one for one in self.results]
         return pytree.tree_unflatten(leaves, self.results_form)
@@ -80,21 +84,24 @@ class _Use:
 
 
 class CustomFunctions:
-    """`recorded()` while torch.export traces, then `restore(graph)`."""
+    """Records the uses of custom Functions: call torch.export inside `recorded()`, then `restore(graph)`."""
 
     def __init__(self) -> None:
         self.uses: list[_Use] = []
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
-        """Raises InputError for a Function that changes its input."""
+        """Within this context each use of a custom Function is traced as one operator.
+
+        Raises InputError for a Function that changes its input in place.
+        """
         inside = False
 
         def apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
             nonlocal inside
-            if function is CheckpointFunction:  # what is kept and what is computed again the plan decides
+            if function is CheckpointFunction:  # checkpointing is dropped: the plan decides what is recomputed
                 return args[0](*args[2:])
-            # PyTorch's own have the derivative of their forward.
+            # Functions of PyTorch itself are traced through: their backward is the derivative of their forward.
             if inside or function.__module__.partition(".")[0] == "torch":
                 return _apply(function, *args, **kwargs)
             leaves, form = pytree.tree_flatten((args, kwargs))
@@ -116,7 +123,7 @@ class CustomFunctions:
                 f"the autograd Function {name} changes its input in place (mark_dirty); let it return a new tensor"
             )
 
-        # All uses come here, those too of somebody who took `apply` off the class before.
+        # Patched in the base class, so that references to `apply` taken earlier are recorded too.
         with (
             mock.patch.object(_SingleLevelFunction, "apply", classmethod(apply), create=True),
             mock.patch.object(FunctionCtx, "mark_dirty", mark_dirty),
@@ -124,14 +131,14 @@ class CustomFunctions:
             yield
 
     def restore(self, graph: fx.Graph) -> None:
-        """Every recorded operator of the graph becomes a call of its Function."""
+        """Replace every recorded operator in the graph by a call of its Function."""
         for use in self.uses:
             for node in graph.find_nodes(op="call_function", target=use.operator):
                 node.target = use.call
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-    """What `function.apply` comes to."""
+    """What the unpatched `function.apply` does."""
     return super(_SingleLevelFunction, function).apply(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -140,7 +147,9 @@ def _same(one: Any, other: Any) -> bool:
 
 
 class Detaching(TorchFunctionMode):
-    """Detaches what is made under `torch.no_grad()`: in what torch.export makes of it, gradients would flow through."""
+    """Detaches results computed under `torch.no_grad()`, because graphs of torch.export lose it and gradients would
+    flow.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -151,14 +160,14 @@ class Detaching(TorchFunctionMode):
         given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
 
         def detached(tensor: Tensor) -> Tensor:
-            # What works in place returns what it was given.
+            # An in-place operation returns its input, which is not detached.
             return tensor if id(tensor) in given else tensor.detach()
 
         return pytree.tree_map_only(Tensor, detached, made)
 
 
 def refuse_hooks(module: nn.Module) -> None:
-    """Raises InputError for a hook on the gradient of a parameter or on the backward of a module: no trace runs it."""
+    """Raise InputError if a parameter has a gradient hook or a module a backward hook: traces run no hooks."""
     for name, parameter in module.named_parameters():
         for kind, hooks in (
             ("register_hook", parameter._backward_hooks),
@@ -179,7 +188,7 @@ def refuse_hooks(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def hooks_refused() -> Iterator[None]:
-    """Inside, whoever registers a hook on a tensor's gradient meets an InputError."""
+    """Within this context, registering a hook on a tensor's gradient raises InputError."""
 
     def refusing(kind: str) -> Callable[..., None]:
         def register(tensor: Tensor, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,6 @@
-"""Make the fused operators known to torch, with shapes for fake tensors and with their backward, for tracing.
+"""Registers tightfit's fused operators with torch for tracing, with shapes for fake tensors, backwards and FLOPs.
 
-Only the tracing process imports this; the runtime calls `tightfit.runtime.engine.cpu.operators` directly.
+Only the process that traces imports this; the runtime calls `tightfit.runtime.engine.cpu.operators` directly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _library = torch.library.Library("tightfit", "DEF")
 
 
 def _define(name: str, schema: str, shapes: Callable[..., Sequence[Tensor]]) -> Any:
-    """One operator: `shapes` makes its empty outputs, for fake tensors and before the kernel fills them."""
+    """Register one operator. `shapes` makes its empty outputs, which fake tensors use and the kernel fills."""
     _library.define(f"{name}{schema}")
     single = schema.rstrip().endswith("-> Tensor")
 
@@ -197,8 +197,9 @@ torch.library.register_autograd("tightfit::rms_norm", _rms_grad, setup_context=_
 torch.library.register_autograd("tightfit::attention", _attention_grad, setup_context=_attention_setup, lib=_library)
 torch.library.register_autograd("tightfit::gated", _gated_grad, setup_context=_gated_setup, lib=_library)
 
-# A projection with its LoRA pair is one differentiable operator for torch; a trace opens it, so that the narrow product
-# can be made again without the wide one, and a layer whose input needs no gradient does without `projection_backward`.
+# A projection with its LoRA pair is one differentiable operator for torch. A trace decomposes it, so that the narrow
+# LoRA product can be recomputed without the wide one, and a layer whose input needs no gradient skips
+# `projection_backward`.
 _library.define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale) -> (Tensor, Tensor)"
 )
@@ -235,9 +236,9 @@ torch.library.register_fake("tightfit::lora_linear", _lora_fake, lib=_library)
 torch.library.register_autograd("tightfit::lora_linear", _lora_grad, setup_context=_lora_setup, lib=_library)
 lora_linear = torch.ops.tightfit.lora_linear.default
 
-# The whole loss head is one differentiable operator for torch; a trace opens it into begin, one chunk per vocabulary
-# slice, and finish (`open_head`), so that each slice is a weight of its own for the planner. The rows of the labels are
-# gathered as an embedding's are: carried along by every slice they would be half of the state.
+# The whole loss head is one differentiable operator for torch. A trace decomposes it into begin, one chunk per
+# vocabulary slice, and finish (`open_head`), so that the planner sees each slice as a weight of its own. The weight
+# rows of the labels are gathered like an embedding's: if every slice passed them on, they would be half of the state.
 _library.define("head_loss(Tensor hidden, Tensor weight, Tensor labels, int slice_rows) -> (Tensor, Tensor, Tensor)")
 
 
@@ -249,7 +250,9 @@ def open_head(hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int) -
 def open_head_without_gradient(
     hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int
 ) -> tuple[Tensor, Tensor, None]:
-    """The same losses to the bit with half the arithmetic: no gradient is made along with them."""
+    """The same losses as `open_head`, to the bit, with half the arithmetic, since no gradient is computed along with
+    them.
+    """
     return *head_mean(_fold_slices(head_begin(hidden, False), hidden, weight, labels, slice_rows), labels), None
 
 
@@ -274,7 +277,7 @@ def _head_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _head_grad(ctx: Any, dloss: Tensor, _: Any, __: Any) -> Any:
-    # The loss is where backward starts: its gradient is one, and the product would be a pass over memory for nothing.
+    # Backward starts at the loss, so dloss is 1, and multiplying by it would be a useless pass over memory.
     return ctx.saved_tensors[0], None, None, None
 
 
@@ -283,6 +286,6 @@ torch.library.register_fake("tightfit::head_loss", _head_fake, lib=_library)
 torch.library.register_autograd("tightfit::head_loss", _head_grad, setup_context=_head_setup, lib=_library)
 head_loss = torch.ops.tightfit.head_loss.default
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {head_loss: open_head, lora_linear: open_lora}
-"""of operators that a trace opens"""
+"""Decompositions that a trace applies, by operator."""
 INFERENCE: dict[Any, Callable[..., Any]] = {head_loss: open_head_without_gradient}
-"""of those that are opened otherwise where no backward follows"""
+"""Decompositions that replace them where no backward follows."""

@@ -1,7 +1,8 @@
-"""From a module and a sample batch to layers and programs.
+"""Traces a module on a sample batch into layers and programs of operators.
 
 1. `torch.export` traces the whole forward under fake tensors: no weight is needed, and none is made.
-2. The graph is cut into segments by module stack: each repeated block is a layer, what lies between is a layer too.
+2. The graph is cut into segments by module stack: each repeated block is a layer, and so is each stretch between
+   blocks.
 3. Segments that are equal up to names share one program: their forward and backward traced together by `make_fx`
    through `torch.autograd.grad`, views folded into strided operands (`tightfit.profiles.tracing.fold`).
 4. Gradients that several layers contribute to are summed by small layers of their own.
@@ -39,7 +40,8 @@ from tightfit.runtime.common.errors import InputError, TightfitError
 
 aten = torch.ops.aten
 
-# Cheap reshapes belong to whoever uses them: each segment repeats them, so that only real storages cross layers.
+# Cheap reshapes are repeated in each segment that uses their result, so that only real storages are passed between
+# layers.
 RESHAPES = {
     aten.view.default,
     aten.reshape.default,
@@ -69,7 +71,7 @@ class Segment:
     outputs: list[fx.Node] = dataclasses.field(default_factory=list)
     module: fx.GraphModule | None = None
     differentiable: list[bool] = dataclasses.field(default_factory=list)
-    """Per output: does it carry a gradient?"""
+    """Per output: whether it carries a gradient."""
 
 
 def trace(
@@ -82,9 +84,9 @@ def trace(
 ) -> Trace:
     """Trace `module(*batch)`, whose first result is the scalar loss and whose second, if any, the token losses.
 
-    `decompositions` open operators; where no backward follows, those of `inference` hold instead.
-    Parameters that require no gradient are frozen: matrices become weights, vectors constants.
-    Raises InputError where the module cannot be traced or mutates a buffer.
+    Operators in `decompositions` are decomposed; where no backward follows, `inference` takes precedence. Parameters
+    that require no gradient are frozen: matrices become weights, vectors constants. Raises InputError if the module
+    cannot be traced or mutates a buffer.
     """
     report = progress or (lambda stage, done, total: None)
     report("export", 0, 1)
@@ -94,7 +96,9 @@ def trace(
     segments = _segments(graph)
 
     def traced(parts: list[Segment], reached: Callable[[Segment], None]) -> _Tracer:
-        """`reached` is told of every segment before its forward and its backward are traced."""
+        """Trace the segments `parts`, calling `reached` with each one before its forward and before its backward is
+        traced.
+        """
         _connect(graph, parts)
         tracer = _Tracer(
             roles=roles,
@@ -119,7 +123,7 @@ def trace(
     except Exception as error:
         line = line_of_error(error)
         if line is None:
-            # Traced one by one, the operator that cannot be is the last that was reached.
+            # Trace operator by operator: the last one reached is the one that cannot be traced.
             reached: list[Segment] = []
             try:
                 traced(_single_operators(graph), reached.append)
@@ -137,7 +141,7 @@ def _at(line: str | None) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Why something cannot be traced, in a line."""
+    """Why something cannot be traced, in one line."""
     if isinstance(error, TightfitError):
         return str(error)
     if isinstance(error, (DynamicOutputShapeException, DataDependentOutputException, GuardOnDataDependentSymNode)):
@@ -153,7 +157,7 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
     refuse_hooks(module)
     functions = CustomFunctions()
     with warnings.catch_warnings(), quiet_torch():
-        warnings.simplefilter("ignore")  # torch's own deprecations inside export
+        warnings.simplefilter("ignore")  # deprecation warnings of torch about its own export
         try:
             with functions.recorded(), hooks_refused(), unchecked(), Detaching():
                 program = torch.export.export(module, tuple(batch.values()), strict=False)
@@ -200,7 +204,7 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
             name, kind = next(names_of_batch), "batch"
         if kind != "batch" and name in held:
             first = shared.setdefault(id(held[name]), node)
-            if first is not node:  # a tensor that several modules share has its first name and one gradient
+            if first is not node:  # a tensor that several modules share keeps its first name and has one gradient
                 node.replace_all_uses_with(first)
                 continue
         roles[node] = Role(name=name, kind=kind)
@@ -208,7 +212,7 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
 
 
 def _raise_their_own(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
-    """Raises InputError with a person's own traceback where the module fails by itself, nothing traced."""
+    """Run the module untraced; raises InputError with the user's own traceback if it fails that way too."""
     if any(isinstance(parameter, FakeTensor) for parameter in module.parameters()):
         return
     try:
@@ -221,7 +225,7 @@ def _raise_their_own(module: torch.nn.Module, batch: Mapping[str, torch.Tensor])
 
 
 def _check_results(graph: fx.Graph) -> None:
-    """Raises InputError unless the loss is a scalar, and what follows it, if anything, the losses of tokens."""
+    """Raise InputError unless the first result is a scalar loss and the second, if any, holds the token losses."""
     results = [node.meta["val"] for node in graph.output_node().all_input_nodes]
     if not results:
         raise InputError("forward must return one scalar loss, and returns no tensor")
@@ -253,7 +257,7 @@ def _repeated_here(node: fx.Node) -> bool:
 
 
 def _segments(graph: fx.Graph) -> list[Segment]:
-    """Cut the node list wherever the layer key changes."""
+    """The graph cut into segments wherever `_layer_key` changes from one node to the next."""
     segments: list[Segment] = []
     for node in graph.nodes:
         if node.op != "call_function" or node.target in IGNORED or _repeated_here(node):
@@ -277,7 +281,7 @@ def _single_operators(graph: fx.Graph) -> list[Segment]:
 
 
 def _sources(node: fx.Node) -> Iterator[fx.Node]:
-    """The storages behind a node's arguments, reshapes looked through."""
+    """The nodes whose storages a node's arguments lie in: reshapes are followed back to what they reshape."""
     for source in node.all_input_nodes:
         if source.op == "call_function" and _repeated_here(source) and source.target is not operator.getitem:
             yield from _sources(source)
@@ -328,7 +332,7 @@ def _connect(graph: fx.Graph, segments: list[Segment]) -> None:
         mapped = segment.module.meta["mapped"]
         for node in graph.nodes:
             if node in wanted:
-                if node not in mapped:  # an item of a multi-output operator that only others use
+                if node not in mapped:  # an output of a multi-output operator that only other segments use
                     mapped[node] = segment.module.graph.node_copy(node, mapped.__getitem__)
                 segment.outputs.append(node)
         segment.module.graph.output(tuple(mapped[node] for node in segment.outputs))
@@ -345,12 +349,13 @@ class _Tracer:
     programs: dict[str, Program] = dataclasses.field(default_factory=dict)
     layers: dict[str, Layer] = dataclasses.field(default_factory=dict)
     partials: dict[fx.Node, list[tuple[Segment, str]]] = dataclasses.field(default_factory=dict)
-    """Gradients that layers contribute to a node, in backward order: (consumer, global name)."""
+    """Gradients that segments contribute to a node's result, in backward order: (segment that reads it, global
+    name)."""
     names: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
     flags: dict[str, list[bool]] = dataclasses.field(default_factory=dict)
 
     def forward(self, segment: Segment) -> None:
-        """Name what the segment makes and find which of it carries a gradient."""
+        """Name the segment's outputs and find out which of them carry a gradient."""
         for index, node in enumerate(segment.outputs):
             self.names[node] = f"{segment.name}/out{index}"
         key = self._signature(segment, ())
@@ -387,7 +392,7 @@ class _Tracer:
             bindings[f"out{index}"] = self._global(node)
             if incoming[index] and node is not loss:
                 bindings[f"grad_out{index}"] = f"grad:{self._global(node)}"
-        for value in program.values:  # slices of a weight are tensors of their own
+        for value in program.values:  # slices of a weight are global tensors of their own
             if "[" in value.name:
                 base, rows = value.name.split("[")
                 bindings[value.name] = f"{bindings[base]}[{rows}"
@@ -419,7 +424,7 @@ class _Tracer:
         fuse_products(traced)
         outputs = [(f"out{i}", node.meta["val"].stride()) for i, node in enumerate(segment.outputs)]
         results = list(outputs)
-        if any(incoming) and wanted:  # a gradient has its tensor's layout
+        if any(incoming) and wanted:  # a gradient has the layout of its tensor
             results += [(f"grad_in{i}", segment.inputs[i].meta["val"].stride()) for i in wanted]
         roles = [self.roles.get(node, Role(name="", kind="activation")).kind for node in segment.inputs]
         primals = [(f"in{i}", kind) for i, kind in enumerate(roles)]
@@ -439,10 +444,10 @@ class _Tracer:
             warnings.simplefilter("ignore")
             traced = make_fx(call, decomposition_table=decompositions, tracing_mode="real")(*inputs)
             if any(node.target is aten.mkldnn_rnn_layer.default for node in traced.graph.nodes):
-                # Its backward leaves out results and needs a workspace whose size only a run tells.
+                # mkldnn's backward leaves out results and needs a workspace whose size is known only at run time.
                 with torch.backends.mkldnn.flags(enabled=False):
                     traced = make_fx(call, decomposition_table=decompositions, tracing_mode="real")(*inputs)
-            if any(_writes_in_place(node) for node in traced.graph.nodes):  # out-of-place forms of the same
+            if any(_writes_in_place(node) for node in traced.graph.nodes):  # make them functional
                 with torch.no_grad():
                     traced = make_fx(torch.func.functionalize(traced))(*(tensor.detach() for tensor in inputs))
         traced.graph.eliminate_dead_code()
@@ -456,7 +461,7 @@ class _Tracer:
             return made
 
     def _signature(self, segment: Segment, extra: tuple[Any, ...]) -> str:
-        """Equal for segments that differ in names only."""
+        """A key that is equal for segments that differ only in names."""
         assert segment.module is not None
         order = {node: index for index, node in enumerate(segment.module.graph.nodes)}
         lines = []
@@ -494,9 +499,10 @@ class _Tracer:
     def _accumulate(
         self, layers: list[Layer], segments: list[Segment], by_name: dict[str, Program]
     ) -> tuple[list[Layer], list[Program]]:
-        """Where several layers contribute to one gradient: partial gradients, and a layer that adds them up.
+        """For each gradient that several layers contribute to: rename the contributions and add a layer that sums them.
 
-        It stands before the first consumer in forward order, hence runs right after that consumer's backward.
+        The new layer precedes, in forward order, the first layer that reads the tensor, so it runs right after that
+        layer's backward.
         """
         place = {segment.name: index for index, segment in enumerate(segments)}
         before: dict[int, list[Layer]] = {}
@@ -528,7 +534,7 @@ class _Tracer:
 
 
 def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Also across fake modes, where `torch.empty_like` refuses."""
+    """`torch.empty_like` that also works on tensors of another fake mode, which torch's refuses."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
@@ -560,7 +566,10 @@ def _sum_program(name: str, count: int, like: Value) -> Program:
 
 
 def _tensors(layers: list[Layer], by_name: dict[str, Program]) -> list[Tensor]:
-    """Every bound value once. A weight that is only read through its slices is a tensor only where something gathers from it."""
+    """The global tensors, each once.
+
+    A weight that is read only through slices is left out, unless rows are gathered from it.
+    """
     found: dict[str, Tensor] = {}
     for layer in layers:
         program = by_name[layer.program]

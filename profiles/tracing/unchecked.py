@@ -1,4 +1,6 @@
-"""PyTorch's losses and distributions without their look at the values they are given, for a trace, which has no values."""
+"""Switches off PyTorch's checks of argument values in losses and distributions for tracing, where tensors have no
+values.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from torch.nn.functional import gaussian_nll_loss
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Inside, distributions do not validate their arguments, and `gaussian_nll_loss` takes its variances to be positive."""
+    """Within this context distributions validate no arguments, and `gaussian_nll_loss` assumes positive variances."""
     tested = torch.any
 
     def any_of(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which tensors a model has, how each is packed, and packing them into a store file.
+"""Lists a model's tensors and the packed format of each, and packs them into a store file.
 
 May import: `profiles.models`, `runtime.engine`.
 """

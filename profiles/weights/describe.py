@@ -1,4 +1,4 @@
-"""Which tensors a decoder has and how each is packed, from its config alone: no weights, no file."""
+"""Lists a decoder's tensors and the packed format of each, from its config alone, without weights or files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def decoder_tensors(shape: DecoderShape) -> Iterable[tuple[str, tuple[int, ...]]
 
 
 def packed_entry(name: str, shape: tuple[int, ...], kind: str) -> Entry:
-    """The entry of a tensor in format `kind`; a matrix whose rows no group divides is kept as bfloat16."""
+    """The store entry of a tensor in format `kind`, or in bfloat16 if no group size divides a matrix's rows evenly."""
     if kind not in ("q4", "q8"):
         return Entry(name=name, shape=shape, format=kind)
     columns = 1
@@ -64,8 +64,9 @@ def describe(
 ) -> dict[str, Entry]:
     """Entries (name, shape, format, packed sizes) of every tensor of a decoder, in forward order.
 
-    Matrices are 4-bit in groups of 32, `embedding` and an untied head in their own format, vectors float32; `formats`
-    overrides single tensors. `tightfit.runtime.engine.weights.layout.packed_bytes(entries, "w[a:b]")` gives the bytes of a slice.
+    Matrices are 4-bit in groups of 32, the embedding and an untied head in the format `embedding`, vectors float32;
+    `formats` overrides single tensors, by name. `tightfit.runtime.engine.weights.layout.packed_bytes(entries,
+    "w[a:b]")` gives the bytes of a slice.
     """
     entries: dict[str, Entry] = {}
     for name, shape in decoder_tensors(decoder_shape(config)):

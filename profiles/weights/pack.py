@@ -1,4 +1,6 @@
-"""Packing weights: float matrices to the store's formats, and a source to a store file, a few MiB at a time."""
+"""Packs weights: converts float matrices to the store's formats, and writes a source into a store file, a few MiB at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,17 @@ from tightfit.runtime.common.files import sync_directory
 from tightfit.runtime.engine.weights.layout import ALIGNMENT, MAGIC, PREAMBLE, VERSION, Entry, align, holds, store_path
 from tightfit.runtime.engine.weights.store import RAW
 
-BLOCK_BYTES = 8 << 20  # float32 bytes of the rows that are converted at a time
+BLOCK_BYTES = 8 << 20  # size in float32 of the rows that are converted at a time
 Progress = Callable[[int, int, str], None]
-"""progress(done_bytes, total_bytes, tensor name), bytes of the packed form."""
+"""Called as progress(bytes done, bytes in all, tensor name); bytes are those of the packed form."""
 
 
 def pack_q4(values: Tensor, group: int) -> Tensor:
-    """Round float rows [n, columns] to affine 4 bit: uint8 [n, row bytes]. Scale and min are chosen per group by least squares.
+    """Round float rows [n, columns] to affine 4 bit: uint8 [n, row bytes]. Scale and min are chosen per group by least
+    squares.
 
-    Starts at the range of the group and twice refits scale and min to the codes (the alternation of k-means on a line),
-    keeping per group what leaves the smaller squared error after rounding both to float16.
+    Starts from the range of the group and refits scale and min to the codes twice (the alternation of k-means in one
+    dimension). Per group, the pair with the least squared error after rounding both to float16 is kept.
     """
     x = values.float().view(-1, group)
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
@@ -54,7 +57,7 @@ def pack_q4(values: Tensor, group: int) -> Tensor:
 
 
 def q4_blocks(codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-    """Blocks of the store's q4 format from codes uint8 [n, group] and float16 [n, 1] scales and minima."""
+    """Blocks of the store's q4 format, uint8, from codes uint8 [n, group] and scales and minima float16 [n, 1]."""
     nibbles = codes[:, 0::2] | (codes[:, 1::2] << 4)
     return torch.cat([nibbles, scale.contiguous().view(torch.uint8), minimum.contiguous().view(torch.uint8)], dim=1)
 
@@ -93,7 +96,7 @@ def _error(x: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
 class StoreWriter:
     """Writes a store under a temporary name, tensor by tensor in the order of `entries`; `finish` gives it its name.
 
-    As a context manager it finishes on success and removes the temporary file on failure. A full disk is a RunError.
+    As a context manager it finishes on success and removes the temporary file on failure. A full disk raises RunError.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class StoreWriter:
         self._head = {"name": name, "config": config, "source": source}
         self._segments = sum(entry.segments for entry in entries)
         placed = self._place(entries, 0)
-        for _ in range(2):  # offsets have more digits once the header's own length is known
+        for _ in range(2):  # the second time with the header's length known, since offsets may have more digits then
             placed = self._place(
                 entries, align(PREAMBLE.size + len(self._header(placed)) + 4 * self._segments + 64 * len(entries))
             )
@@ -160,7 +163,7 @@ class StoreWriter:
             raise self._failure(error) from error
 
     def finish(self) -> Path:
-        """Write the header, sync, and move the file to its name."""
+        """Write the header, sync the file to disk and rename it to its final name; returns its path."""
         header = self._header(list(self.entries.values()))
         table = self._checksums
         body = header + table.tobytes()
@@ -179,7 +182,7 @@ class StoreWriter:
 
     def abandon(self) -> None:
         """Remove the temporary file."""
-        with contextlib.suppress(OSError):  # the buffered rest found no space either
+        with contextlib.suppress(OSError):  # closing writes the buffered rest, which may fail on a full disk
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -223,10 +226,10 @@ class StoreWriter:
 
 
 def build_store(source: Source, directory: str | os.PathLike[str], progress: Progress | None = None) -> Path:
-    """The packed store of `source` in `directory`; made now unless an intact one of the same source is there.
+    """Path of the packed store of `source` in `directory`, written now unless an intact one is there already.
 
-    Holds one block of rows in memory at a time. Raises InputError for weights that do not fit the model's config, RunError
-    where the disk is full; nothing half-written is left under the store's name.
+    Holds one block of rows in memory at a time. Raises InputError for weights that do not fit the model's config,
+    RunError if the disk is full; no partial file is ever left under the store's name.
     """
     path = store_path(directory, source.name, source.fingerprint)
     total = sum(entry.bytes for entry in source.entries.values())
@@ -249,7 +252,7 @@ def build_store(source: Source, directory: str | os.PathLike[str], progress: Pro
 
 
 def _blocks(entry: Entry, rows: Callable[[int, int], Tensor]) -> Iterable[Tensor]:
-    """Packed blocks of whole rows. `rows(start, stop)` gives floats, or uint8 that is packed already."""
+    """Packed blocks of whole rows. `rows(start, stop)` returns floats, or uint8 that is already packed."""
     step = max(1, BLOCK_BYTES // (4 * entry.columns))
     for start in range(0, entry.rows, step):
         stop = min(start + step, entry.rows)
@@ -259,7 +262,7 @@ def _blocks(entry: Entry, rows: Callable[[int, int], Tensor]) -> Iterable[Tensor
 
 
 def _remove_orphans(path: Path) -> None:
-    """Delete partial files of writers that were killed."""
+    """Delete temporary files of this store that killed writers left behind."""
     for partial in path.parent.glob(f".{path.name}.*.partial"):
         writer = partial.name.rsplit(".", 2)[1]
         if writer.isdigit() and not Path(f"/proc/{writer}").exists() and Path("/proc/self").exists():

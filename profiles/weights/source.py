@@ -1,4 +1,6 @@
-"""A model before it is packed: every tensor with its format, and its rows when asked."""
+"""Defines `Source`, an opened model before it is packed: its tensors with their packed formats, and their rows on
+demand.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +20,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceTensor:
-    """A tensor that is read when asked."""
+    """A tensor whose rows are read on demand."""
 
     entry: Entry
     rows: Callable[[int, int], Tensor]
-    """rows(start, stop): floats [stop - start, ...], or uint8 [stop - start, row bytes] that is packed already."""
+    """rows(start, stop) returns floats [stop - start, ...], or uint8 [stop - start, row bytes] if already packed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model before it is packed. Nothing but headers has been read."""
+    """A model before it is packed, of which only headers have been read."""
 
     name: str
     kind: str
-    """huggingface, gguf, random or module."""
+    """One of huggingface, gguf, random and module."""
     path: str
     """What the user named, made absolute where it is a path."""
     config: dict[str, Any]
@@ -49,7 +51,7 @@ class Source:
 
 
 def without_names(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a config decides what is stored: a store does not change with the names of an adapter."""
+    """The config without fields that do not affect the store, such as those that name an adapter's tensors."""
     return {key: value for key, value in config.items() if key != "adapter_body"}
 
 

@@ -1,4 +1,4 @@
-"""The command line: what people type, and what they are told.
+"""The command line: a file for each command, and what the commands print.
 
-On top of everything; nothing imports it.
+It may import everything; nothing imports it.
 """

@@ -1,4 +1,4 @@
-"""What the commands answer: the same facts as JSON for programs and as text and tables for people."""
+"""Formats the commands' results: as JSON for programs, and the same facts as text and tables for people."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FLOORS = {"cpu": "Python and PyTorch", "cuda": "the CUDA context"}
 
 
 def profile_text(profile: Profile) -> RenderableType:
-    """The summary as a table."""
+    """The summary of a profile as a table."""
     facts = profile_summary(profile)
     shape = f"batch {profile.batch}" + (f" × sequence {profile.seq}" if profile.seq else "")
     how = "measured" if facts["measured"] else "estimated from FLOPs and bytes"
@@ -70,7 +70,7 @@ def profile_text(profile: Profile) -> RenderableType:
 
 
 def devices_text(devices: Sequence[DeviceDescription]) -> RenderableType:
-    """Known devices with the figures that decide most."""
+    """A table of the known devices with their most important figures."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -94,7 +94,7 @@ def devices_text(devices: Sequence[DeviceDescription]) -> RenderableType:
 
 
 def device_text(device: DeviceDescription) -> RenderableType:
-    """Every figure of a device with its source."""
+    """A table with every figure of a device and its source."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -123,7 +123,7 @@ def device_text(device: DeviceDescription) -> RenderableType:
 
 
 def plan_text(plan: Plan, explanation: Explanation) -> RenderableType:
-    """The plan in words, and what fills the memory at its peak."""
+    """A plan in words, and a table of what fills the memory at its peak."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -138,7 +138,9 @@ def plan_text(plan: Plan, explanation: Explanation) -> RenderableType:
 
 
 def infeasible_text(plan: Plan, explanation: Explanation) -> str:
-    """Why no plan fits, and the smallest budget that is enough; rounded up, so that it can be typed back."""
+    """Why no plan fits, and the smallest budget that is enough; rounded up, so that it works when it is typed
+    back in.
+    """
     from tightfit.planner.report.explain import explain
 
     return "; ".join(explain(plan, explanation))
@@ -184,5 +186,5 @@ def changes(plans: Sequence[Plan]) -> list[dict[str, Any]]:
 
 
 def facts(plan: Plan) -> dict[str, Any]:
-    """A plan's summary with the device that it is for."""
+    """A plan's summary as JSON, with the device that it is for."""
     return plan_summary(plan) | {"device": plan.device.name, "measured": plan.device.measured}

@@ -1,4 +1,4 @@
-"""``tightfit compare``: policies over budgets and devices."""
+"""The command ``tightfit compare``: compares policies over budgets and devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``tightfit devices``: what can be planned for without being here."""
+"""The command ``tightfit devices``: lists the devices for which a step can be planned on another machine."""
 
 from __future__ import annotations
 

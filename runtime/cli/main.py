@@ -1,8 +1,8 @@
 """The command line: `main` runs one command, each of which has a file of its own beside this one.
 
-Results go to stdout (with ``--json``, one JSON object and nothing else), messages and progress to stderr. Exit codes: 0 done,
-2 bad input, 3 infeasible budget, 4 failed while running, 5 cap passed. What is heavy is imported inside the commands, so
-that ``--help`` answers at once.
+Results go to stdout (with ``--json``, one JSON object and nothing else), messages and progress to stderr. Exit codes: 0
+done, 2 bad input, 3 infeasible budget, 4 failed while running, 5 cap passed. What is heavy is imported inside the
+commands, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ app = typer.Typer(
 
 
 INTERRUPTED = 130
-"""what Typer makes of Ctrl-C; older versions raise Abort"""
+"""exit code that Typer makes of Ctrl-C; its older versions raise Abort instead"""
 
 
 def _version(asked: bool) -> None:
@@ -60,7 +60,7 @@ def _tightfit(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    # Libraries that find no memory for a thread end the process, and nothing can be told then.
+    # Warn now: a library that gets no memory for a thread may end the process without a message.
     if limit := limited(hardly_enough=True):
         typer.echo(f"tightfit: {limit}, hardly enough to load PyTorch and a solver", err=True)
 
@@ -70,31 +70,34 @@ for command in (profile, devices, plan, compare, run, serve):
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command and exit with its code; every failure is a message on stderr, and JSON where that was asked for."""
+    """Run one command and exit with its code. A failure is reported on stderr, and as JSON if asked for.
+
+    `arguments` are by default those of the process.
+    """
     _open_what_is_closed()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("TIGHTFIT_DEBUG", "") not in ("", "0")
     interrupts = Interrupts()
     try:
         with interrupts:
-            # What a program calls with `arguments` must not take that program's place.
+            # `obj` tells `tightfit run` whether it may replace this process: not if a program calls with `arguments`.
             code = app(args=words, prog_name="tightfit", standalone_mode=False, obj=arguments is None)
         if code == INTERRUPTED:
             raise typer.Abort
     except (Exception, KeyboardInterrupt) as caught:
         error = caught if isinstance(caught, Exception) else typer.Abort()
         if interrupts.seen and not _expected(error):
-            # C code that Ctrl-C ends may tell of an error of its own instead.
+            # C code that Ctrl-C interrupts may raise an error of its own instead of KeyboardInterrupt.
             error = typer.Abort()
         if debug and not usage(error) and not isinstance(error, typer.Abort):
             raise
         code = told(failure(error), as_json="--json" in words)
     code = code if isinstance(code, int) else 0
     if left_alone():
-        # A solver that Ctrl-C or its time limit ended the waiting for goes on, for nobody.
+        # A solver's thread may still be running after Ctrl-C or its time limit; do not wait for it.
         try:
             for stream in (sys.stdout, sys.stderr):
-                # Closed, or with nobody left to read it.
+                # The stream may be closed, or its reader gone.
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()
         finally:
@@ -103,7 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _open_what_is_closed() -> None:
-    """Where this process was started without a stream, what is said there goes nowhere, and into no file opened since."""
+    """Open /dev/null for each standard stream that this process was started without.
+
+    Otherwise a file opened later would get the stream's descriptor, and what is printed would go into it.
+    """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  for good

@@ -1,4 +1,4 @@
-"""What several commands share: options, what they may be, the service elsewhere, and how a result is printed."""
+"""What several commands share: options and their checks, access to a service elsewhere, printing of results."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ Server = Annotated[
 
 
 def at_least(least: float, **options: float) -> None:
-    """Refuse options below `least`, named as Python names them."""
+    """Raise InputError for options below `least`; keywords are the options' Python names."""
     for name, value in options.items():
         if not value >= least:
             raise InputError(f"--{name.replace('_', '-')} {value}: give a number of at least {least}")
 
 
 def at_most(most: int, **options: int) -> None:
-    """Refuse options above `most`, named as Python names them."""
+    """Raise InputError for options above `most`; keywords are the options' Python names."""
     for name, value in options.items():
         if value > most:
             raise InputError(f"--{name.replace('_', '-')} {value}: give a number of at most {most}")
@@ -64,7 +64,7 @@ def at_most(most: int, **options: int) -> None:
 
 @contextlib.contextmanager
 def service(url: str) -> Iterator[Client]:
-    """The service at `url`; what Ctrl-C leaves going on there is said."""
+    """A client of the service at `url`. A Ctrl-C becomes a RunError whose message says what goes on there."""
     with served():
         from tightfit.planner.service.client import connect
     with connect(url) as service:
@@ -76,7 +76,7 @@ def service(url: str) -> Iterator[Client]:
 
 @contextlib.contextmanager
 def served() -> Iterator[None]:
-    """What comes with the extra `serve` is missing: say how to get it."""
+    """While entered, a missing package of the extra `serve` becomes an error that says how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -89,8 +89,9 @@ def served() -> Iterator[None]:
 
 @contextlib.contextmanager
 def answering(result: dict[str, Any], human: Any, as_json: bool) -> Iterator[None]:
-    """Print a command's result whatever becomes of the files written inside: to a person before them, as JSON after them,
-    with the error where there was one.
+    """Print a command's result even if writing its files, which the block does, fails.
+
+    Text for people is printed before the block, JSON after it, together with the error if there was one.
     """
     if not as_json:
         answer(result, human, as_json=as_json)
@@ -108,7 +109,7 @@ def answering(result: dict[str, Any], human: Any, as_json: bool) -> Iterator[Non
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """What went wrong, as --json tells it."""
+    """The error in the form of --json."""
     if usage(error):
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "tightfit"
@@ -118,5 +119,8 @@ def failure(error: Exception) -> dict[str, Any]:
 
 
 def usage(error: BaseException) -> bool:
-    """Whether the command line itself was wrong. Typer brings a Click of its own or takes the installed one, by version."""
+    """Whether the error is one of the command line itself.
+
+    Depending on its version, Typer brings a Click of its own or uses the installed one.
+    """
     return hasattr(error, "format_message")

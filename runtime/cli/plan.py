@@ -1,4 +1,4 @@
-"""``tightfit plan``: the fastest training step in a budget."""
+"""The command ``tightfit plan``: finds the fastest training step within a budget."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def plan(
         else:
             planned, why = _plan_here(loaded, budget, policy, time_limit, gap, solving, interrupts, what_if=what_if)
     if why.shortfall is not None and why.shortfall.minimum_budget_bytes != planned.minimum_budget_bytes:
-        # The search went on after the answer and found less; the reason told of the plan before.
+        # After its first answer the search went on and found that a smaller budget is enough: take that figure.
         smallest = why.shortfall.minimum_budget_bytes
         planned = planned.model_copy(update={"minimum_budget_bytes": smallest, "minimum_budget_reason": None})
     summary = answers.facts(planned) | {"interrupted": interrupts.seen, "explanation": why.model_dump(mode="json")}
@@ -95,7 +95,7 @@ def plan(
 
 
 def _run_next(plan: Plan, path: Path) -> str:
-    """How a plan is run, where this runtime can: not of a bare graph, for a card or on estimated times."""
+    """A line that says how to run the plan; empty if this runtime cannot (bare graphs, cards, estimated times)."""
     if plan.model.kind == "graph" or plan.device.kind != "cpu" or not plan.device.measured:
         return ""
     data = "random" if plan.model.kind == "module" else "FILE.jsonl"
@@ -113,7 +113,7 @@ def _plan_here(
     *,
     what_if: bool,
 ) -> tuple[Plan, Explanation]:
-    """The plan, and why it is as it is; with what memory is worth beside it."""
+    """Make the plan and its explanation; with `what_if`, the latter says what more or less memory is worth."""
     from tightfit.planner.plan import planner_of
     from tightfit.planner.report.explanation import account
     from tightfit.planner.report.marginal_value import explained
@@ -122,7 +122,7 @@ def _plan_here(
     planner = planner_of(profile)
     started = time.monotonic()
     planned = planner.plan(budget, policy=policy, time_limit=time_limit, gap=gap, progress=solving)
-    # Whatever Ctrl-C takes from here on, the answer is there.
+    # The plan is there already: a Ctrl-C from here on only leaves out what would be added to its explanation.
     with contextlib.suppress(KeyboardInterrupt):
         if what_if and planned.status != "infeasible" and planned.policy == "solver" and not interrupts.seen:
             planned, beside = check(planner, planned, time_limit=time_limit, gap=gap, progress=solving)

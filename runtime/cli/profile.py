@@ -1,4 +1,4 @@
-"""``tightfit profile``: a model measured on this machine, or estimated for another device."""
+"""The command ``tightfit profile``: measures a model on this machine, or estimates it for another device."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def profile(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure one training step of MODEL (or estimate it, on a device that is not here): its tensors, operators, disk and
-    process floor. The weights need not fit in memory.
+    """Measure one training step of MODEL (or estimate it, on a device that is not here): its tensors, operators, disk
+    and process floor. The weights need not fit in memory.
     """
     at_least(
         1, seq=seq, batch=batch, lora_rank=lora_rank, accumulate=accumulate, threads=1 if threads is None else threads

@@ -1,4 +1,4 @@
-"""``tightfit run``: a plan carried out under its cap."""
+"""The command ``tightfit run``: trains as a plan says, under its cap."""
 
 from __future__ import annotations
 

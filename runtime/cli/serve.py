@@ -1,4 +1,4 @@
-"""``tightfit serve``: the same calls over HTTP, with a page."""
+"""The command ``tightfit serve``: offers plans, comparisons and runs over HTTP, with a web page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees while something long goes on: bars on a terminal, now and then a line elsewhere. Always on stderr."""
+"""Shows the progress of long work on stderr: live bars on a terminal, an occasional plain line elsewhere."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ from tightfit.runtime.supervision.progress import QUIET_SECONDS
 
 class _Messages(Console):
     def on_broken_pipe(self) -> None:
-        """Nobody reads stderr any more. Raises RunError, where rich would end the process with a code of its own."""
+        """Raise RunError if the reader of stderr has closed it; rich would end the process with a code of its own."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())  # further words go nowhere
         raise RunError("messages cannot be shown any more: what read stderr has ended")
 
 
 def messages() -> Console:
-    """The console of messages and progress: stderr, so that stdout holds results alone. Text is printed as it is: paths hold
-    brackets and colons.
+    """The console for messages and progress, on stderr, so that stdout holds results alone.
+
+    Text is printed as it is, without rich's markup, since paths may have brackets and colons.
     """
     return _Messages(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
@@ -64,7 +65,7 @@ class Display:
         self._bars.stop()
 
     def _line(self, text: str, *, now: bool = False) -> None:
-        """Print a plain line where there is no terminal and none was printed lately, or `now`."""
+        """Print a plain line if stderr is not a terminal and none was printed lately, or if `now`."""
         moment = time.monotonic()
         if not self.live and (now or moment - self._said >= QUIET_SECONDS):
             self.console.print(text, markup=False)
@@ -110,7 +111,7 @@ class Solving(Display):
         self._task = self._bars.add_task("solving", total=time_limit)
 
     def __call__(self, told: Mapping[str, float | str]) -> None:
-        """Show what the planner told: `stage`, `incumbent` and `bound` (seconds per step; 0: none yet) and `gap`."""
+        """Show what the planner reports: `stage`, `incumbent` and `bound` (seconds per step; 0: none yet) and `gap`."""
         text = f"solving {solver_text(told)}"
         spent = time.monotonic() - self._begun
         self._bars.update(self._task, description=text, completed=min(spent, self._limit))
@@ -135,7 +136,10 @@ class Comparing(Display):
         self._done = 0
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """The next of `total` plans. Raises KeyboardInterrupt after Ctrl-C: the planner keeps the plan, we keep no next one."""
+        """Show the next of `total` plans. Raises KeyboardInterrupt if Ctrl-C was pressed during the plan before.
+
+        The planner takes a Ctrl-C as the end of its search and returns the best plan so far; no further plan is begun.
+        """
         self._what = what
         self._bars.update(self._task, description=what, completed=done, total=total)
         self._line(f"{what}: {done} of {total}", now=done == 0)
@@ -143,13 +147,13 @@ class Comparing(Display):
             raise KeyboardInterrupt
 
     def solving(self, told: Mapping[str, float | str]) -> None:
-        """What the planner tells of the plan at work."""
+        """Show what the planner reports of the plan that it is working on."""
         text = f"{self._what} {solver_text(told)}"
         self._bars.update(self._task, description=text)
         self._line(text)
 
     def elsewhere(self, told: Mapping[str, Any]) -> None:
-        """What a service tells of a comparison: a plan that is made, or the solver at work."""
+        """Show what a service reports of a comparison: that a plan is made, or how far the solver is."""
         if "cell" in told:
             self(told["stage"], told["done"], told["total"])
         else:

@@ -1,4 +1,4 @@
-"""Words that every room shares: errors, sizes, files, processes. Nothing of what tightfit is about.
+"""Helpers that every room uses: errors, sizes, files, processes; nothing about models, plans or training.
 
-May import: the standard library alone, so that the budgeted processes can read all of it.
+May import: the standard library alone, so that the budgeted processes can import all of it.
 """

@@ -1,4 +1,4 @@
-"""The one exception tree.
+"""The exceptions that tightfit raises, and the exit code that the command line makes of each.
 
 TightfitError            exit code 2: bad input, unless a subclass says otherwise
 ├── InputError           2  a file, option or value that cannot be used
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 
 class TightfitError(Exception):
-    """What was wrong, with the value, and what to do. `exit_code` is the command line's."""
+    """Its message says what was wrong, with the value, and what to do. `exit_code` is the command line's."""
 
     exit_code = 2
 
@@ -31,7 +31,7 @@ class InfeasibleError(TightfitError):
 class RunError(TightfitError):
     exit_code = 4
     interrupted = False
-    """whether a signal asked the run to end: a loop over runs should end too"""
+    """whether a signal asked the run to end; a program that runs several should then end too"""
 
 
 class CapError(TightfitError):

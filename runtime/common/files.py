@@ -1,4 +1,4 @@
-"""Files: where the cache lies, results that are written whole or not at all, and what is said of another version."""
+"""Helpers for files: the cache folder, atomic and complete writes, unnamed files, and messages about file versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from tightfit.runtime.common.errors import InputError, RunError
 
 IN_MEMORY = ("tmpfs", "ramfs")
-"""file systems without a disk"""
+"""file systems that keep files in memory"""
 
 
 def cache_directory() -> Path:
@@ -20,9 +20,10 @@ def cache_directory() -> Path:
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write `content` beside `path`, flush it to disk and rename it: a reader finds the old file or the new, never a part.
+    """Write `content` atomically: a reader of `path` finds the old file or the new one, never a part. Returns `path`.
 
-    Raises InputError where the place cannot be written and RunError where the disk is full; nothing is left behind then.
+    It is written beside `path`, flushed to disk and renamed. Raises InputError if the place cannot be written, RunError
+    if the disk is full; nothing is left behind then.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -46,23 +47,26 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
 
 
 def takes_files(folder: Path) -> bool:
-    """Whether files may be made in a folder, or where it will be, and lie on a disk of this machine."""
+    """Whether files can be made in `folder`, and would lie on a disk of this machine.
+
+    A folder that does not exist is judged by the nearest parent that does.
+    """
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     system = _file_system(folder)
     elsewhere = system.startswith(
         ("nfs", "cifs", "smb", "fuse", "9p")
-    )  # whose errors would end a process without words
+    )  # an I/O error there, in memory mapped from a file, would kill the process without a message
     return os.access(folder, os.W_OK | os.X_OK) and system not in IN_MEMORY and not elsewhere
 
 
 def in_memory(path: Path) -> bool:
-    """Whether the files of this folder are memory, which a run's cap counts."""
+    """Whether the files of this folder are kept in memory, which a cgroup counts as the run's."""
     return _file_system(path) in IN_MEMORY
 
 
 def _file_system(path: Path) -> str:
-    """Its type, as the kernel calls it; empty where it cannot be told."""
+    """The kernel's name for the type of the file system that holds `path`; empty if unknown."""
     try:
         device = path.stat().st_dev
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
@@ -73,11 +77,14 @@ def _file_system(path: Path) -> str:
 
 
 def nameless_file(directory: str) -> int:
-    """A descriptor of a file in `directory` that nobody else sees, and that is gone with its last user. Raises OSError."""
+    """Open a file without a name on the disk of `directory`; returns its descriptor.
+
+    The file is gone once the last process has closed it. Raises OSError if it cannot be made.
+    """
     try:
         return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except (OSError, AttributeError):
-        pass  # not every file system has them
+        pass  # not every file system has O_TMPFILE
     import tempfile
 
     descriptor, path = tempfile.mkstemp(prefix=".tightfit-", dir=directory)
@@ -86,14 +93,16 @@ def nameless_file(directory: str) -> int:
 
 
 def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
-    """All of it: what a disk has room for or a pipe has taken when a signal comes may be less."""
+    """Write all of `data`. A single write may take less: when the disk is nearly full, or a signal interrupts a
+    pipe.
+    """
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def sync_directory(directory: str | os.PathLike[str]) -> None:
-    """Force to disk which files a directory has."""
+    """Flush a directory's list of files to disk, so that a rename in it survives a crash."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -102,7 +111,7 @@ def sync_directory(directory: str | os.PathLike[str]) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raise InputError where no file can be written at `path`: better said before the work that the file is to hold."""
+    """Raise InputError if no file can be written at `path`; called before the work whose result it is to hold."""
     try:
         if path.is_dir():
             raise InputError(f"{path}: a directory; name a file")
@@ -114,7 +123,7 @@ def check_place(path: Path) -> None:
 
 
 def of_another_version(kind: str, found: Any, read: int) -> str:
-    """What is wrong with a profile or plan of version `found` where version `read` is read."""
+    """Message for a file of version `found` when this tightfit reads version `read`; `kind` is "profile" or "plan"."""
     if isinstance(found, int) and not isinstance(found, bool):
         age = "an older" if found < read else "a newer"
         return f"written by {age} version of tightfit ({kind} version {found}, this one reads version {read})"

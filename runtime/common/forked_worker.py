@@ -1,4 +1,4 @@
-"""A second process for a part of the work: a copy of this one as it is, which sends each answer as soon as it has it."""
+"""Computes a part of the work in a forked copy of this process, which sends each answer as soon as it has it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ Answer = TypeVar("Answer")
 
 
 def can_be_copied() -> bool:
-    """Whether this process can: where the kernel is Linux, it may have children, and no other thread may be planning.
+    """Whether this process can be forked: on Linux, from the main thread, not in a daemonic process.
 
-    What another thread holds at that moment nobody gives back in the copy. Displays and notebooks have threads that plan nothing: daemons.
+    Threads other than daemons must not exist: a lock that another thread holds at the fork is never released in the
+    copy. Daemon threads are let pass, because they are those of displays and notebooks, which do no planning.
     """
     main = threading.main_thread()
     others = [thread for thread in threading.enumerate() if thread is not main]
@@ -35,10 +36,10 @@ def can_be_copied() -> bool:
 
 
 class ForkedWorker(Generic[Answer]):
-    """While entered, a copy of this process works out `answers`; then it is ended, whatever it has come to.
+    """While entered, a forked copy of this process iterates over `answers()` and sends each; on exit it is killed.
 
-    A copy that fails ends with the answers it has sent, and where there is no process or file more, none come. It says nothing
-    of why: whoever needs the others works them out, and fails likewise.
+    If the copy fails, the answers that it has sent are all there are; if it cannot be started, there are none. Its
+    error is not reported: the caller computes the missing answers itself, and meets the same error.
     """
 
     def __init__(self, answers: Callable[[], Iterable[Answer]]) -> None:
@@ -46,10 +47,11 @@ class ForkedWorker(Generic[Answer]):
         self._process: ForkProcess | None = None
         self._receiver: Connection | None = None
         self._whole = True
-        """whether nothing has stopped the receiver in the middle of an answer"""
+        """False if an exception interrupted receiving in the middle of an answer; then no more can be received"""
 
     def __enter__(self) -> Self:
-        # Ctrl-C is noted for now: raised at the fork it would be lost there, with a lock held, or leave the copy to itself.
+        # During the fork Ctrl-C is only noted, and raised again afterwards: raised within, it could be lost, leave a
+        # lock held, or leave the copy running without an owner.
         noted: list[int] = []
         before = signal.getsignal(signal.SIGINT)
         if callable(before):
@@ -70,7 +72,7 @@ class ForkedWorker(Generic[Answer]):
         context = multiprocessing.get_context("fork")
         self._receiver, sender = context.Pipe(duplex=False)
         with sender, warnings.catch_warnings():
-            # From Python 3.12 on, where there are daemons.
+            # Python 3.12 and newer warn of a fork in a process with threads.
             warnings.simplefilter("ignore", DeprecationWarning)
             process = context.Process(target=_send, args=(self._answers, sender, os.getpid()), daemon=True)
             process.start()
@@ -86,8 +88,10 @@ class ForkedWorker(Generic[Answer]):
             self._receiver.close()
 
     def arrived(self, patience: float | None = 0.0, *, until: float = float("inf")) -> Iterator[Answer]:
-        """Answers that have come since this was asked last, and those that come within `patience` seconds of the one before; None:
-        until the copy has ended. Those found after `until`, on the monotonic clock, do not count: the first is the end.
+        """Yield the answers that have not been received yet, until none comes for `patience` seconds.
+
+        With `patience` None, wait until the copy has ended. The iteration also ends at the first answer that was found
+        after `until`, a time of `time.monotonic`.
         """
         with contextlib.suppress(EOFError, OSError):
             while self._receiver is not None and self._whole and self._receiver.poll(patience):
@@ -101,12 +105,12 @@ class ForkedWorker(Generic[Answer]):
 
 
 def _send(answers: Callable[[], Iterable[Answer]], sender: Connection, parent: int) -> None:
-    # Ctrl-C is for the process it was copied from, and whatever becomes of that, it does not outlive it.
+    # Ctrl-C is left to the parent process; and when the parent ends, however it does, the kernel kills this copy.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(Exception), sender:
         end_with_parent(signal.SIGKILL)
         if os.getppid() == parent:
-            # In a thread: a pipe takes no large answer before the other process has time for it.
+            # Sent by a thread: writing a large answer blocks until the other process reads the pipe.
             with ThreadPoolExecutor(1) as sending:
                 for answer in answers():
                     sending.submit(sender.send, (time.monotonic(), answer))

@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collector, kept from looking in vain: columns and instructions by the ten thousand hold no cycles."""
+"""Pauses Python's cyclic garbage collector while tens of thousands of objects without cycles are made."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def paused_collector() -> Iterator[None]:
-    """Leave cycles for later. Reference counts free everything else as before."""
+    """Pause the collector while the block runs. Reference counting frees objects without cycles as before."""
     if not gc.isenabled():
         yield
         return

@@ -1,4 +1,4 @@
-"""How processes of our own are started: as a module of these very packages, whatever lies in the working folder.
+"""Command line and PYTHONPATH of the processes that tightfit starts, so that they run these very packages.
 
 Also imported by the budgeted process: the standard library only.
 """
@@ -15,18 +15,20 @@ PACKAGE = Path(__file__).parents[2]
 
 
 def command(module: str, *arguments: str) -> list[str]:
-    """The command line of a process that runs `module`; its environment needs `python_path`.
+    """The command line of a process that runs `module`; its environment needs PYTHONPATH from `python_path`.
 
-    ``-P`` keeps the working folder off its path, where a ``runtime.py`` or a ``json.py`` of the user's may lie.
+    ``-P`` keeps the working folder off its module path: a ``runtime.py`` or ``json.py`` of the user's may lie there.
     """
     return [sys.executable, "-P", "-X", "utf8", "-m", module, *arguments]
 
 
 def python_path() -> str:
-    """PYTHONPATH with which such a process finds these packages too: they come first where they are not installed.
+    """PYTHONPATH for such a process: the folder of these packages, unless they are installed, then the inherited
+    entries.
 
-    Installed, they are found without it. Their folder then holds all that is installed, which must not come before the standard
-    library: ``argparse`` and ``asyncio`` are packages on PyPI as well. Empty entries, which mean the working folder, are left out.
+    Installed packages are found without it. Their folder must not be added, since it holds all that is installed and
+    would come before the standard library: ``argparse`` and ``asyncio`` are packages on PyPI as well. Empty entries of
+    the inherited path, which mean the working folder, are left out.
     """
     root = PACKAGE.parent
     installed = any(Path(place).resolve() == root.resolve() for place in site.getsitepackages())

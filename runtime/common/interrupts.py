@@ -1,4 +1,6 @@
-"""Signals that ask to end: Ctrl-C is remembered by the planner, and all of them are passed on by a run, which saves first."""
+"""Handles signals that ask the program to end: records Ctrl-C for the planner, and passes signals on to a run's
+child.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,14 @@ from types import FrameType, TracebackType
 from typing import Self
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, what containers and batch systems send, and a terminal that is closed"""
+"""Ctrl-C; what containers and batch systems send; what the kernel sends when a terminal is closed"""
 IMPATIENT_SECONDS = 1.0
-"""between a Ctrl-C and the next: sooner it is the same one, which `timeout` and some shells send to each process and to its group"""
+"""A SIGINT within this time after another counts as the same Ctrl-C: `timeout` and some shells send it to each process
+and again to its group."""
 
 
 class Interrupts:
-    """While entered, Ctrl-C is `seen`, whatever becomes of the KeyboardInterrupt that it raises."""
+    """While entered, Ctrl-C sets `seen` before it raises KeyboardInterrupt, which other code may swallow."""
 
     def __init__(self) -> None:
         self.seen = False
@@ -39,19 +42,19 @@ class Interrupts:
 
 
 class GivenUp(KeyboardInterrupt):
-    """A third Ctrl-C: the child that the second could not kill is left to itself."""
+    """A third Ctrl-C was pressed: stop waiting for the child, which the second could not kill."""
 
 
 class PassedOn:
-    """Signals to end on their way to a child, and whether there were any (`asked`)."""
+    """Passes signals that ask to end on to a child process; `asked` says whether there were any."""
 
     def __init__(self) -> None:
         self.asked = False
-        self._pressed: list[float] = []  # when Ctrl-C was, each time that counts
+        self._pressed: list[float] = []  # times of each separate Ctrl-C
         self._child: subprocess.Popen[bytes] | None = None
 
     def to(self, child: subprocess.Popen[bytes]) -> None:
-        """From now on; what came before is told to it now."""
+        """Pass signals on to `child` from now on; one that came before is passed on now."""
         self._child = child
         if self.asked:
             child.terminate()
@@ -70,9 +73,10 @@ class PassedOn:
 
 @contextmanager
 def passed_on() -> Iterator[PassedOn]:
-    """While entered, a signal to end becomes a SIGTERM of the child, which saves and ends: a shell's background jobs ignore Ctrl-C.
+    """While entered, a signal that asks to end is passed on to the child as SIGTERM, on which it saves and ends.
 
-    A second Ctrl-C kills the child, a third raises GivenUp.
+    SIGTERM is used because background jobs of a shell ignore SIGINT. A second Ctrl-C kills the child, a third raises
+    GivenUp.
     """
     passing = PassedOn()
     with _handling(ENDING, passing.take):
@@ -81,11 +85,13 @@ def passed_on() -> Iterator[PassedOn]:
 
 @contextmanager
 def _handling(numbers: tuple[signal.Signals, ...], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Signals that are ignored stay so: a shell starts background jobs without Ctrl-C, and nohup without the terminal's end.
+    """Set `handler` for these signals while entered, except for signals that are ignored or that the program handles
+    itself.
 
-    So do those but Ctrl-C that the program handles itself.
+    Shells start background jobs with SIGINT ignored, and nohup ignores SIGHUP; that stays so. For SIGINT a handler of
+    the program, such as Python's own, is replaced all the same.
     """
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = {number: signal.getsignal(number) for number in numbers}

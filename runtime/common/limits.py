@@ -1,4 +1,4 @@
-"""What the shell lets a process reserve (`ulimit -v`, `ulimit -d`), told where memory cannot be had."""
+"""Explains memory errors that come of the shell's limits on what a process may reserve (`ulimit -v`, `ulimit -d`)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ LIMITS = (
     (resource.RLIMIT_AS, "address space", "v", 1024 * MIB),
     (resource.RLIMIT_DATA, "data segment", "d", 256 * MIB),
 )
-"""with what is hardly enough of each: on two cores a small decoder is planned in 900 and 230 MiB"""
+"""(limit, name, ulimit's letter, bytes that are hardly enough): on two cores, planning a small decoder takes 900 MiB of
+address space and 230 MiB of data segment"""
 LEAST_BYTES = 256 * MIB
-"""of which a process that has loaded the planner and solved nothing yet takes 230"""
+"""of address space, below which no solver is loaded: a process that has loaded the planner and solved nothing takes 230
+MiB"""
 SIGNS = ("allocate memory", "bad_alloc", "memoryerror", "memory could not be had", "failed to map", "start new thread")
-"""of what Python, PyTorch, libraries and the loader say, lower case"""
+"""parts of the messages with which Python, PyTorch, libraries and the loader report that they got no memory, in lower
+case"""
 NEARLY = 0.9
+"""share of the limit from which on it counts as nearly reached"""
 
 
 def limited(*, hardly_enough: bool = False) -> str | None:
-    """What limits the memory of this process and, each by itself, of those that it starts, in words; None: nothing does."""
+    """Describe the limit on what this process, and each process that it starts, may reserve; None if there is none.
+
+    With `hardly_enough`, only a limit below the least that planning needs counts.
+    """
     for number, what, letter, least in LIMITS:
         limit = resource.getrlimit(number)[0]
         if limit != resource.RLIM_INFINITY and (limit < least or not hardly_enough):
@@ -28,17 +35,19 @@ def limited(*, hardly_enough: bool = False) -> str | None:
 
 
 def enough_for_a_solver() -> None:
-    """Raise MemoryError where the shell's limit is below what loading alone takes: libraries that find none may end the process."""
+    """Raise MemoryError if the limit is below what loading a solver takes: without memory, libraries may end the
+    process.
+    """
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < LEAST_BYTES:
         raise MemoryError
 
 
 def way_out(words: str, *, unexpected: bool) -> str | None:
-    """What to do about an error that says `words`, where it comes of such a limit.
+    """Advice on an error with the message `words`, if it comes of such a limit; else None.
 
-    Without memory libraries fail in words of all kinds: an `unexpected` error is taken for one of these where the limit was
-    nearly reached.
+    Libraries that get no memory fail with messages of all kinds. So an `unexpected` error is attributed to the limit if
+    the limit was nearly reached, whatever the message.
     """
     limit = limited()
     if limit is None or not (any(sign in words.lower() for sign in SIGNS) or (unexpected and _nearly_reached())):

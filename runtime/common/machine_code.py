@@ -1,4 +1,4 @@
-"""C compiled on this machine, where there is a compiler: built once into the cache, used for what a fresh process finds right.
+"""Compiles C code on this machine, once, into the cache, and has a fresh process test what the library is good for.
 
 Also imported by the budgeted process: the standard library only, and what building needs where it is done.
 """
@@ -14,9 +14,11 @@ from tightfit.runtime.common.interpreter import command, python_path
 
 
 def library(source: Path, flags: Sequence[str], cache: Path, judge: str, environment: dict[str, str]) -> str:
-    """Path of the judged library of `source` in `cache`, built now if need be; empty where it cannot be built or serves nothing.
+    """Path of the library of `source` in `cache`, built and tested now if need be.
 
-    The module `judge`, run with the library's path in `environment` and ours, prints as a JSON list what the library serves for.
+    Empty if there is no compiler, it cannot be built, or the test finds it good for nothing. The module `judge` is the
+    test: run with the library's path as its argument and `environment` added to ours, it prints a JSON list of what
+    works.
     """
     import shutil
     import subprocess
@@ -39,29 +41,29 @@ def library(source: Path, flags: Sequence[str], cache: Path, judge: str, environ
                 built.replace(path)
                 found.replace(judged)
         except (OSError, ValueError, subprocess.SubprocessError):
-            return ""  # no OpenMP, a read-only cache, a compiler that hangs: the work is done without
+            return ""  # e.g. no OpenMP, a read-only cache, a compiler that hangs: callers do without the library
     return str(path) if chosen(str(path)) else ""
 
 
 def folder(cache: Path) -> Path:
-    """Where libraries are."""
+    """Folder of the compiled libraries in `cache`."""
     return cache / "native"
 
 
 def chosen(path: str) -> list[str]:
-    """What the library at `path` serves for. Raises OSError where it is gone."""
+    """What the test found that the library at `path` is good for. Raises OSError if that file is gone."""
     with open(verdict(path), "rb") as file:
         found: list[str] = json.load(file)
     return found
 
 
 def verdict(path: str) -> str:
-    """Where it is written what a library serves for."""
+    """Path of the file with the result of a library's test."""
     return f"{path}.json"
 
 
 def _key(source: Path, flags: Sequence[str], compiler: str) -> str:
-    """sha256 of the source, the flags, the compiler and the processor's features."""
+    """Beginning of a sha256 of the source, the flags, the compiler and the processor's features."""
     import hashlib
 
     from tightfit.runtime.common.processor import features
@@ -72,7 +74,9 @@ def _key(source: Path, flags: Sequence[str], compiler: str) -> str:
 
 
 def _judged(path: Path, judge: str, environment: dict[str, str]) -> list[str]:
-    """What a fresh process makes of the library: one that crashes takes nothing with it."""
+    """Run the test `judge` in a process of its own, because the library may crash it; returns the list that it
+    prints.
+    """
     import subprocess
 
     done = subprocess.run(

@@ -1,4 +1,7 @@
-"""A process that does not outlive the one it works for. Also imported by the budgeted process: the standard library only."""
+"""Has the kernel signal a process when its parent ends, so that it does not outlive it.
+
+Also imported by the budgeted process: the standard library only.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(number: signal.Signals) -> None:
-    """Have the kernel send `number` to this process once its parent has ended, however that ends; Linux alone can.
+    """Have the kernel send signal `number` to this process when its parent ends, however it does; a no-op outside
+    Linux.
 
-    The thread of the parent that started this process counts as the parent, though the others may go on. One that has ended
-    already is not noticed.
+    The kernel sends it already when the parent's thread that started this process ends, even if the parent goes on. If
+    the parent has ended before this call, no signal comes.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):

@@ -1,4 +1,4 @@
-"""What the processor is, as the kernel tells it.
+"""The processor's name and instruction sets as the kernel reports them, and whether it multiplies bfloat16.
 
 Also imported by the budgeted process: the standard library only.
 """
@@ -21,7 +21,7 @@ def cpu_name() -> str:
 
 
 def _told(key: str) -> list[str]:
-    """The words after a key of /proc/cpuinfo, of the first processor there."""
+    """The words after `key` in /proc/cpuinfo, for the first processor listed there."""
     try:
         with open("/proc/cpuinfo", errors="replace") as file:
             for line in file:
@@ -34,6 +34,7 @@ def _told(key: str) -> list[str]:
 
 
 NARROW = not {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}.isdisjoint(features())
-"""whether this processor multiplies bfloat16 (x86, x86, ARM, ARM)"""
+"""whether this processor has instructions that multiply bfloat16 (two names are x86's, two ARM's)"""
 BFLOAT16_PRODUCTS = "bfloat16" if NARROW else "float32"
-"""what tensors of bfloat16 are multiplied in here (`tightfit.runtime.engine.cpu.products`); results differ with it"""
+"""the type in which bfloat16 tensors are multiplied here (`tightfit.runtime.engine.cpu.products`); results depend on
+it"""

@@ -1,4 +1,4 @@
-"""The folder of a run: its checkpoints by name, and what to do after a failure to write there."""
+"""The output folder of a run: finds its checkpoints, and turns failures to write there into messages with advice."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def find_checkpoints(directory: str) -> list[tuple[int, str]]:
 
 
 def way_on(directory: str) -> str:
-    """What to do after a failure: there may be no checkpoint yet."""
+    """Advice after a failure: resume if there is a checkpoint, else start again."""
     return "continue with --resume" if find_checkpoints(directory) else "start again with --overwrite"
 
 
 @contextmanager
 def writing_to(directory: str | os.PathLike[str]) -> Iterator[None]:
-    """What the disk refuses is a RunError."""
+    """While entered, an OSError becomes a RunError about writing to `directory`."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""One line of JSON that every reader takes."""
+"""Writes strict JSON, which every parser accepts: no NaN and no infinity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def to_json(value: Any) -> str:
-    """One line of strict JSON; what is no number (an infeasible plan's step time) becomes null."""
+    """`value` as one line of strict JSON; NaN and infinity (an infeasible plan's step time) become null."""
     return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
 
 

@@ -1,6 +1,7 @@
-"""Sizes as people write them: ``600MB`` (10^6), ``600MiB`` (2^20), plain bytes; printed in MiB, small ones in KiB or bytes.
+"""Parses sizes as people write them (``600MB``, ``600MiB``, plain bytes), and formats sizes, times and names for
+printing.
 
-Times and names as they are printed.
+MB are 10^6 bytes, MiB 2^20. Sizes are printed in MiB, small ones in KiB or bytes.
 """
 
 from __future__ import annotations
@@ -49,44 +50,50 @@ def parse_size(text: str) -> int:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds with three decimals, below 10 ms with five, ``0.00412 s``; below 1 ms microseconds of four digits, ``12.5 µs``."""
+    """Format seconds: three decimals, below 10 ms five (``0.00412 s``), below 1 ms microseconds with four digits
+    (``12.5 µs``).
+    """
     if 0 < seconds < 1e-3:
         return f"{seconds * 1e6:.4g} µs"
     return f"{seconds:.5f} s" if 0 < seconds < 0.01 else f"{seconds:.3f} s"
 
 
 def printable(text: str) -> str:
-    r"""`text` with what a terminal would obey instead of showing, such as escape codes in a name, written out: ``\x1b[31m``."""
+    r"""`text` with characters that a terminal would obey, such as escape codes in a name, written as escapes:
+    ``\x1b[31m``.
+    """
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 class Unit(NamedTuple):
-    """What the figures of one table or axis are in."""
+    """The unit of sizes in one table or axis."""
 
     size: int
     """bytes"""
     name: str
 
     def places(self, decimals: int) -> int:
-        """Decimals of figures in this unit: none where it is the byte."""
+        """The number of decimals for figures in this unit: `decimals`, but none for bytes."""
         return decimals if self.size > 1 else 0
 
     def amount(self, size: int, decimals: int = 1, sign: str = "") -> str:
-        """`size` bytes in this unit; `sign` as of format strings."""
+        """Format `size` bytes in this unit, without its name; `sign` is that of a format specification."""
         return f"{size / self.size:{sign}.{self.places(decimals)}f}"
 
 
 def unit_of(size: int) -> Unit:
-    """The unit for figures up to `size` bytes: MiB, below one of it KiB, below one of that bytes."""
+    """The unit for figures up to `size` bytes: MiB from 1 MiB on, KiB from 1 KiB on, else bytes."""
     if abs(size) < KIB:
         return Unit(1, "B")
     return Unit(MIB, "MiB") if abs(size) >= MIB else Unit(KIB, "KiB")
 
 
 def format_size(size: int, *, round_up: bool = False) -> str:
-    """`size` bytes in MiB with one decimal, ``350.0 MiB``; below one MiB in KiB, ``12.5 KiB``, below one KiB in bytes, ``12 B``.
+    """`size` bytes in MiB with one decimal, ``350.0 MiB``; below one MiB in KiB, ``12.5 KiB``, below one KiB in bytes,
+    ``12 B``.
 
-    With `round_up` the printed figure is never below `size`, so that a smallest budget can be typed back as it is printed.
+    With `round_up` the printed figure is never below `size`, so that a smallest budget can be typed back as it is
+    printed.
     """
     unit, name = unit_of(size)
     if unit == 1:

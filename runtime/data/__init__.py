@@ -1,4 +1,5 @@
-"""Training data: samples as people write them, chat templates, and record files of tokens.
+"""Prepares training data: reads samples from JSON lines, applies chat templates, and writes record files of tokens.
 
-May import: `runtime.engine`, `profiles` (tokenizers). Preparing counts against the budget, so PyTorch is not imported.
+May import: `runtime.engine`, `profiles` (tokenizers). The memory of preparing counts against the budget; so PyTorch is
+not imported.
 """

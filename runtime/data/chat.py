@@ -1,4 +1,4 @@
-"""Conversations to text through the model's own chat template, and which of the text is the assistant's."""
+"""Renders conversations to text with the model's own chat template, and finds which parts the assistant says."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.data.samples import Message, Tools
 
 DAY = dt.date(2024, 7, 26)
-"""what templates take for today (the day that Llama's fall back to): a run that is resumed tomorrow sees the same data"""
+"""The date that templates get as today, always the same (the one Llama's templates default to), so that a run that is
+resumed on another day sees the same data."""
 SPOKEN = ("reasoning_content", "reasoning", "thinking", "tool_calls")
-"""what an assistant's message may say beside its content, as templates of published models name it"""
+"""keys under which templates of published models find what an assistant's message says beside its content"""
 Segment = tuple[str, bool]
-"""A stretch of text and whether it is to be predicted."""
+"""A piece of text, and whether it is to be predicted."""
 
 
 class ChatTemplate:
-    """A compiled template. Templates are programs of strangers: they run sandboxed, with transformers' settings."""
+    """A model's chat template, compiled. Templates are untrusted programs, so they run in Jinja's sandbox.
+
+    The settings are those of transformers. Raises InputError if the model has no template or it is not valid Jinja.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         if not vocabulary.chat_template:
@@ -48,7 +52,10 @@ class ChatTemplate:
         self._tokens: dict[str, Any] = {key: token or "" for key, token in tokens.items()} | vocabulary.special_tokens
 
     def render(self, messages: Sequence[Message], *, generation_prompt: bool, tools: Tools | None = None) -> str:
-        """The text of `messages`, up to where the assistant would begin if `generation_prompt`. Raises InputError."""
+        """The text of `messages`; with `generation_prompt`, followed by what precedes the assistant's next turn.
+
+        Raises InputError if the template does not show tools that are given, or refuses the messages.
+        """
         source, template = self._plain if tools is None else self._with_tools
         for key, given in (("tools", tools), ("tool_calls", any(message.get("tool_calls") for message in messages))):
             if given and key not in source:
@@ -69,17 +76,19 @@ class ChatTemplate:
     def completion(
         self, prompt: Sequence[Message], completion: str | Message, tools: Tools | None = None
     ) -> list[Segment]:
-        """The prompt, and the completion with the template's own end of turn."""
+        """Segments of the prompt and of the completion, which ends with the template's end of turn."""
         turn = {"role": "assistant", "content": completion} if isinstance(completion, str) else completion
         return self.conversation([*prompt, turn], last_only=True, tools=tools)
 
     def conversation(
         self, messages: Sequence[Message], *, last_only: bool = False, tools: Tools | None = None
     ) -> list[Segment]:
-        """The whole text in segments. Every turn of the assistant is predicted, to its end-of-turn token.
+        """Segments of the text up to the assistant's last turn. Each of its turns is predicted, end-of-turn token
+        included.
 
-        Templates may rewrite earlier turns once later ones follow (Qwen3 removes thoughts): a turn whose text is no
-        longer there is not predicted.
+        With `last_only`, only the last one is. Templates may rewrite earlier turns once later ones follow (Qwen3
+        removes thoughts): a turn whose own rendering is not in the whole text is not predicted. Raises InputError if
+        that happens to the last turn, or the template refuses the messages.
         """
         last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
         messages = messages[: last + 1]
@@ -94,10 +103,10 @@ class ChatTemplate:
             end = len(turn.rstrip())
             if index:
                 head = render(messages[:index], generation_prompt=True)
-            else:  # templates need not take no messages at all for a prompt
+            else:  # a template may refuse an empty list: compare renderings with other words to find where they begin
                 others = [render([_saying(words, message)], generation_prompt=False) for words in ("x", "y")]
                 head = commonprefix([turn, *others])  # noqa: RUF071  characters are meant
-                head = head if len(head) < end else ""  # what differs is not shown
+                head = head if len(head) < end else ""  # the template does not show the words at all
             if text.startswith(turn[:end]) and turn.startswith(head) and done <= len(head) < end:
                 segments += [(text[done : len(head)], False), (text[len(head) : end], True)]
                 done = end
@@ -118,12 +127,14 @@ def _compiled(environment: jinja2.Environment, source: str) -> tuple[str, jinja2
 
 
 def _saying(words: str, message: Message) -> Message:
-    """The same turn with these words in place of all that the assistant says or calls."""
+    """The same message with `words` as its content and without all else that the assistant says or calls."""
     return {key: value for key, value in message.items() if key not in SPOKEN} | {"content": words}
 
 
 class _Generation(Extension):
-    """``{% generation %}`` marks for transformers what the assistant says; here its text is found by rendering."""
+    """Lets templates use ``{% generation %}``, with which transformers marks the assistant's text; it has no effect
+    here.
+    """
 
     tags = {"generation"}
 

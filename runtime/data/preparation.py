@@ -1,7 +1,7 @@
-"""What the process that prepares a run may hold: tokenising has a peak of its own, which the run's budget bounds too.
+"""Limits the memory of the process that prepares a run (tokenising has a peak of its own) to the run's budget.
 
-It is stated in the report (`preparation_bytes`). What imports PyTorch before the run is stated there and not refused: building
-a module of one's own, and packing the random weights of a bare config for the first time.
+The report states this peak (`preparation_bytes`). A process that has imported PyTorch, to build a user's module or to
+pack random weights for a bare config the first time, is not held to the budget; its peak is stated all the same.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start.process import trim_heap
 
 BYTES_PER_BYTE = 448
-"""The most that is held for each byte of a line while it is tokenised: measured 433 where every digit is a token (a megabyte of
-digits with SmolLM2's tokenizer), 70 to 185 for texts in English, Japanese and JSON's escapes."""
+"""Most bytes of memory that tokenising takes for each byte of a line: measured 433 where every digit is a token (a
+megabyte of digits with SmolLM2's tokenizer), 70 to 185 for texts in English, Japanese and JSON's escapes."""
 LOOKED_AT = 64
-"""samples between two looks at the memory"""
+"""samples between two checks of the memory"""
 
 
 class Preparation:
-    """Watches this process against `budget_bytes`."""
+    """Checks the memory of this process against `budget_bytes`."""
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
 
     def check(self, what: str) -> None:
-        """Raises CapError where this process has held more than the budget; `what` was done last."""
+        """Raise CapError if this process's peak is above the budget; `what` names the work done last, for the message.
+
+        Does nothing once PyTorch is imported.
+        """
         if "torch" in sys.modules:
             return
         peak = memory().peak
@@ -39,6 +42,6 @@ class Preparation:
             )
 
     def longest_line(self) -> int:
-        """Bytes of the longest line that can be tokenised within what the budget leaves now."""
+        """Length in bytes of the longest line that can be tokenised in what is left of the budget now."""
         trim_heap()
         return max(0, self.budget_bytes - memory().resident) // BYTES_PER_BYTE

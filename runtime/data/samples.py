@@ -1,4 +1,4 @@
-"""Training and evaluation samples as people write them: JSON lines, checked line by line.
+"""Reads training and evaluation samples from files of JSON lines, and checks them line by line.
 
 | line | meaning |
 |---|---|
@@ -9,9 +9,10 @@
 | {"instruction": "...", "input": "...", "output": "..."} | as Alpaca has it: a user's turn, the first two a line apart, and the assistant's |
 | {"prompt": ..., "choices": ["...", ...], "answer": ...} | a question; `answer` is the right choice or its index |
 
-Beside messages, `tools` are what the chat template shows the assistant as functions to call; a message with `tool_calls` needs
-no `content`. A content may be a list of parts, all of them {"type": "text", "text": ...}: they are joined. Alpaca's `input` may be
-left out; `system` may stand beside it, and beside ShareGPT's turns. Files named .jsonl.gz are read as they are.
+Beside messages, `tools` are what the chat template shows the assistant as functions to call; a message with
+`tool_calls` needs no `content`. A content may be a list of parts, all of them {"type": "text", "text": ...}: they are
+joined. Alpaca's `input` may be left out; `system` may stand beside it, and beside ShareGPT's turns. Files named
+.jsonl.gz are read as they are.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Text:
 class Completion:
     prompt: Prompt
     completion: str | Message
-    """a message follows a prompt of messages, with its tool calls and whatever else the template shows"""
+    """a message only after a prompt of messages: it may have tool calls and whatever else the template shows"""
     tools: Tools | None = None
 
 
@@ -81,7 +82,10 @@ Sample = Text | Completion | Conversation | Question
 
 
 def data_files(data: str) -> list[Path]:
-    """The file itself, or all `LINES` of a directory in order of name. Raises InputError where there are none."""
+    """The file `data` itself, or if it is a directory its files that match `LINES`, in order of name.
+
+    Raises InputError if there are none, or the file is not one of JSON lines by its name.
+    """
     due = "data are a .jsonl or .jsonl.gz file, a directory of them, or the word random"
     if not data:
         raise InputError(f"'' names no data; {due}")
@@ -101,9 +105,12 @@ def data_files(data: str) -> list[Path]:
 
 
 def read_samples(file: Path, longest: int | None = None) -> Iterator[tuple[int, Sample | InputError]]:
-    """(line number from 1, the sample or what is wrong with the line); blank lines are passed over.
+    """Yield (line number from 1, the sample or an error that says what is wrong with the line); blank lines are
+    skipped.
 
-    Of a line of more than `longest` bytes no more than that is ever in memory: it is one of the lines that are wrong. A file that begins with a JSON list is not read on: none of its lines would be a sample.
+    A line of more than `longest` bytes is an error, and no more than that of it is ever in memory. A file that begins
+    with a JSON list yields one error and is not read on, since none of its lines would be a sample. Raises InputError
+    if the file cannot be read.
     """
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
@@ -135,7 +142,7 @@ def read_samples(file: Path, longest: int | None = None) -> Iterator[tuple[int, 
 
 
 def _lines(file: gzip.GzipFile | BufferedReader, longest: int | None) -> Iterator[tuple[bytes, int]]:
-    """Each line with its length in bytes; of one of more than `longest` only the beginning."""
+    """Yield each line with its length in bytes; of a line longer than `longest` bytes only the beginning."""
     while line := file.readline(-1 if longest is None else longest):
         size, rest = len(line), line
         while longest is not None and not rest.endswith(b"\n") and (rest := file.readline(CHUNK)):
@@ -144,7 +151,7 @@ def _lines(file: gzip.GzipFile | BufferedReader, longest: int | None) -> Iterato
 
 
 def _lies_there(directory: Path) -> str:
-    """What a directory without JSON lines holds, and how the first of its files that can be converted is."""
+    """What a directory without JSON lines holds, and how to convert the first file there that can be, in words."""
     due = f"data are files named .jsonl or .jsonl.gz, with lines of {FORMS}"
     try:
         found = sorted(directory.iterdir())
@@ -159,7 +166,7 @@ def _lies_there(directory: Path) -> str:
 
 
 def _table(file: Path) -> str | None:
-    """What is wrong with a file whose name says that it is a table, and how it is converted; None: it does not."""
+    """For a file named .csv or .parquet: that it is a table, and how to convert it, in words; None for other names."""
     if file.suffix.lower() == ".csv":
         return f"a table where JSON lines are due; name its columns text, or prompt and completion, and {_converted(file, 'csv')}"
     if file.suffix.lower() == ".parquet":
@@ -170,7 +177,7 @@ def _table(file: Path) -> str | None:
 
 
 def _list(file: Path) -> str | None:
-    """The same of a .json file that begins with a list."""
+    """For a .json file that begins with a list: that it is one, and how to convert it; None for other files."""
     if file.suffix.lower() != ".json":
         return None
     with file.open("rb") as content:
@@ -190,7 +197,7 @@ def _unread(path: Path, error: OSError) -> str:
 
 
 def _converted(file: Path, kind: str) -> str:
-    """The command that makes JSON lines of `file`, in words."""
+    """Advice that contains the command which converts `file` to JSON lines."""
     if file.suffix == ".gz":
         return "unpack it with gunzip, and the answer to that file says how it is converted"
     target = file.with_suffix(".jsonl")
@@ -202,7 +209,7 @@ def _converted(file: Path, kind: str) -> str:
 
 
 def parse_sample(line: bytes) -> Sample:
-    """One JSON line. Raises InputError saying what is wrong with it."""
+    """Parse one JSON line. Raises InputError, which says what is wrong with it."""
     try:
         value = json.loads(line)
     except UnicodeDecodeError as error:
@@ -259,7 +266,7 @@ def _instruction(value: dict[str, Any]) -> Completion:
 
 
 def _system(value: dict[str, Any]) -> tuple[Message, ...]:
-    """The turn that some write beside the others."""
+    """The system turn of a sample that has it under a key of its own; () if there is none."""
     return ({"role": "system", "content": _string(value["system"], "system")},) if value.get("system") else ()
 
 
@@ -288,7 +295,7 @@ def _prompt(value: dict[str, Any]) -> Prompt:
 
 
 def _tools(value: dict[str, Any]) -> Tools | None:
-    """What the assistant may call, for the chat template; nothing where the list is empty."""
+    """The functions that the assistant may call, for the chat template; None if there are none."""
     tools = value.get("tools")
     if tools is None or tools == []:
         return None
@@ -309,7 +316,9 @@ def _messages(value: Any, key: str) -> tuple[Message, ...]:
 
 
 def _message(message: Any, place: str) -> Message:
-    """The message with a string for its content, or none beside tool calls."""
+    """Check a message and convert ShareGPT's keys. Its content becomes a string, and may be missing beside tool
+    calls.
+    """
     due = '"role" and "content"'
     if isinstance(message, dict) and "from" in message and "role" not in message:
         role = SHAREGPT.get(str(message["from"]))
@@ -330,7 +339,7 @@ def _message(message: Any, place: str) -> Message:
 
 
 def _part(part: Any, place: str) -> str:
-    """The words of one part of a content."""
+    """The text of one part of a content that is a list."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind != "text":
         found = f"of type {kind!r}" if isinstance(kind, str) else "without a type"
@@ -348,7 +357,10 @@ def _string(value: Any, key: str) -> str:
 
 
 def _whole(text: str, key: str) -> str:
-    """The text, if UTF-8 can write it: JSON's escapes can spell half a character, which no tokenizer takes."""
+    """Return the text if UTF-8 can encode it. JSON's escapes can spell a lone surrogate, which no tokenizer takes.
+
+    Raises InputError in that case.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,9 +1,9 @@
-"""Data to record files: samples are tokenised here, in the parent, and read one by one by the capped child.
+"""Tokenises samples into a record file, from which the training process reads them one by one.
 
-The file format is `tightfit.runtime.engine.training.records`'. Labels are shifted: labels[t] is the token that position t must predict. Prompts,
-padding and the step from one text to the next are not predicted. Completions end with the model's end-of-text token,
-conversations with what the chat template ends a turn with; a choice of a question is scored without an end, so that
-choices differ in nothing but their words.
+`tightfit.runtime.engine.training.records` describes the file. Labels are shifted: labels[t] is the token that position
+t must predict. Prompts, padding and the step from one text to the next are not predicted. Completions end with the
+model's end-of-text token, conversations with the chat template's end of turn. A choice of a question is scored without
+such an end, so that choices differ in nothing but their words.
 """
 
 from __future__ import annotations
@@ -58,12 +58,14 @@ def prepare(
 ) -> RecordFile:
     """Tokenise `data` into ``directory/<purpose>.records`` and open it.
 
-    `data` is a .jsonl or .jsonl.gz file, a directory of them, or ``random`` (tokens drawn from `seed`, for sizing). To train, a
-    question is its right answer; to evaluate, each choice is a record. A sample of more than `seq` positions is refused,
-    or cut: first the front of what is not predicted, then the end. `progress(samples)` is called after each sample. With
-    `preparation` a line may be as long as its budget allows.
+    `data` is a .jsonl or .jsonl.gz file, a directory of them, or ``random`` (tokens drawn with `seed`, for sizing).
+    With the purpose "train" a question becomes one record with its right answer, with "evaluate" a record for each
+    choice. A sample of more than `seq` positions is refused or, if `too_long` is "truncate", cut: first at the front,
+    as far as nothing there is predicted, then at the end. `progress(samples)` is called after each sample with their
+    number so far. `preparation` limits the length of lines and checks this process's memory.
 
-    Raises InputError that names every bad line, RunError where the disk is full, CapError where `preparation` does.
+    Raises InputError, which names the bad lines (at most `REPORTED_LINES`) and counts the rest, RunError if the disk is
+    full, and CapError if `preparation` does.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{purpose}.records"
@@ -82,7 +84,7 @@ def prepare(
 
 
 class Encoder:
-    """Text to tokens, as the model was trained to see it."""
+    """Turns text into tokens, with the special tokens that the model was trained with."""
 
     def __init__(self, vocabulary: Vocabulary, vocab_size: int) -> None:
         self.vocabulary = vocabulary
@@ -94,20 +96,23 @@ class Encoder:
     @property
     def chat(self) -> ChatTemplate:
         if self._chat is None:
-            from tightfit.runtime.data.chat import ChatTemplate  # and Jinja, which takes 6 MiB
+            from tightfit.runtime.data.chat import ChatTemplate  # imports Jinja, which takes 6 MiB
 
             self._chat = ChatTemplate(self.vocabulary)
         return self._chat
 
     def tokens(self, text: str) -> list[int]:
-        """Tokens of a text from its beginning."""
+        """Tokens of a whole text, which begin with the beginning-of-text token if the model has one."""
         ids: list[int] = self.vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
         if self.begin is not None and ids[:1] != [self.begin]:
             ids.insert(0, self.begin)
         return ids
 
     def segments(self, segments: Iterable[Segment]) -> Tokens:
-        """Tokens of consecutive segments. A token never straddles two: prompts are cut as they are when generating."""
+        """Tokens of consecutive segments. None spans two, so that a prompt has the tokens that it has when generating.
+
+        Raises InputError for a token outside the model's vocabulary.
+        """
         text = ""
         ids: list[int] = []
         wanted: list[bool] = []
@@ -127,7 +132,7 @@ class Encoder:
     def completion(
         self, prompt: Prompt, completion: str | Message, *, ended: bool, tools: Tools | None = None
     ) -> Tokens:
-        """A prompt and what is to follow it, to the end of the turn if `ended`."""
+        """Tokens of a prompt and its completion; with `ended`, an end-of-text or end-of-turn token follows."""
         if isinstance(prompt, str):
             assert isinstance(completion, str)
             ids, wanted = self.segments([(prompt, False), (completion, True)] if prompt else [(completion, True)])
@@ -142,7 +147,7 @@ class Encoder:
 
 
 class _Samples:
-    """One pass over the data: every sample is tokenised and written, every bad line remembered."""
+    """One pass over the data, which tokenises and writes every sample and collects what is wrong with bad lines."""
 
     def __init__(self, writer: RecordWriter, encoder: Encoder, purpose: Purpose, too_long: TooLong) -> None:
         self.writer, self.encoder = writer, encoder
@@ -153,7 +158,7 @@ class _Samples:
         self.bad: list[str] = []
         self.count_bad = 0
         self.longest = 0
-        """positions of the longest sample that is not packed into windows"""
+        """positions of the longest sample so far; texts, which are packed into windows, do not count"""
 
     def run(self, files: list[Path], progress: Callable[[int], None] | None, preparation: Preparation | None) -> None:
         done = 0
@@ -184,7 +189,7 @@ class _Samples:
             raise InputError(f"{files[0] if len(files) == 1 else files[0].parent}: no samples; the data are empty")
 
     def add(self, sample: Sample) -> None:
-        """Write one sample's records. Raises InputError saying what is wrong with it."""
+        """Write the records of one sample. Raises InputError, which says what is wrong with it."""
         encoder = self.encoder
         if isinstance(sample, Text):
             ids, _ = encoder.segments([(sample.text, True)])
@@ -215,7 +220,10 @@ class _Samples:
         self.example += 1
 
     def shift(self, tokens: Tokens) -> tuple[list[int], list[int]]:
-        """(inputs, labels) of at most `seq` positions. Raises InputError where they are too many and not to be cut."""
+        """(inputs, shifted labels) of at most `seq` positions.
+
+        Raises InputError if there are more and they are not to be cut, or if no label is left.
+        """
         ids, wanted = tokens
         seq = self.writer.seq
         self.longest = max(self.longest, len(ids) - 1)
@@ -230,7 +238,7 @@ class _Samples:
         return ids[:-1], labels
 
     def flush(self, *, everything: bool) -> None:
-        """Write full windows of the text stream, and at the end the rest."""
+        """Write full windows of the packed texts; with `everything` also what is left, as a shorter record."""
         seq = self.writer.seq
         while len(self.stream) >= seq or (everything and self.stream):
             inputs, labels = self.stream[:seq], self.labels[:seq]
@@ -248,7 +256,7 @@ def _write_random(writer: RecordWriter, seed: int) -> None:
 
 
 def _pad_token(vocabulary: Vocabulary | None, vocab_size: int) -> int:
-    """A token to fill rows with; it is never predicted and causal attention never looks at it."""
+    """A token to pad rows with; it is never predicted, and causal attention never reads it from an earlier position."""
     if vocabulary is not None:
         for token in (vocabulary.pad_token, vocabulary.eos_token):
             index = vocabulary.token_id(token)

@@ -1,4 +1,4 @@
-"""A run as a caller sees it: the plan is admitted, the folder locked, the training process started, the result saved.
+"""Runs a plan for a caller: checks it, locks the output folder, prepares the job and starts the training process.
 
-`launch` runs a plan to its end, `session` step by step. May import everything but `cli` and the service.
+`launch` runs a plan to its end, `session` one step at a time. May import everything but `cli` and the service.
 """

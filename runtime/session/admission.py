@@ -1,4 +1,4 @@
-"""May this plan run here? Against the machine, the installed torch, the weights, and its own invariants."""
+"""Checks whether a plan may run here: its invariants, the machine, the installed PyTorch, the weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tightfit.runtime.supervision.supervisor import Stages
 
 
 def check_kind(plan: object) -> None:
-    """Refuse what is no plan, such as the name of its file."""
+    """Raise InputError if `plan` is not a Plan but, for example, the name of its file."""
     if not isinstance(plan, Plan):
         raise InputError(
             f"{reprlib.repr(plan)} is no plan; give what `tightfit.plan` returns, or `tightfit.load_plan` for a file's name"
@@ -33,13 +33,15 @@ def check_kind(plan: object) -> None:
 
 
 def check_steps(plan: Plan, steps: int) -> None:
-    """Refuse steps that end in the middle of an update."""
+    """Raise InputError if so many steps would end in the middle of an update."""
     if unfinished := unfinished_update(steps, plan.accumulate):
         raise InputError(f"steps {steps}: {unfinished}")
 
 
 def check_machine(plan: Plan) -> None:
-    """Refuse a plan of a bare graph, or for another device, thread count or torch."""
+    """Raise InputError for a plan of a bare graph, with estimated times, or for another device, thread count or
+    PyTorch.
+    """
     if plan.model.kind == "graph":
         raise InputError(
             f"the plan is of a bare graph ({plan.model.name}), which says how long operators take and not what they compute;"
@@ -76,7 +78,9 @@ def check_machine(plan: Plan) -> None:
 
 
 def check_schedule(plan: Plan) -> None:
-    """Refuse a plan without a schedule, or with one that breaks an invariant."""
+    """Raise InfeasibleError for a plan without a schedule, and simulate the schedule, which raises if it breaks an
+    invariant.
+    """
     if plan.status == "infeasible" or plan.train is None:
         raise InfeasibleError(
             f"the plan is infeasible at {format_size(plan.budget_bytes)}"
@@ -93,7 +97,10 @@ def check_schedule(plan: Plan) -> None:
 
 
 def find_store(plan: Plan, stages: Stages | None) -> Path | None:
-    """The weight store of the plan, made now for a model without weights. Raises InputError where it is another model's."""
+    """Path of the plan's weight store; for a model without weights it is made now, with random ones.
+
+    Raises InputError if the store is missing or damaged, or holds other weights than the plan was made for.
+    """
     if plan.model.store is None:
         from tightfit.profiles.sources.lookup import resolve
 
@@ -123,7 +130,7 @@ def find_store(plan: Plan, stages: Stages | None) -> Path | None:
 
 
 def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """What must be the same for a run to continue bit-identically. The budget and the schedule are not among it."""
+    """Everything that must be the same for a resumed run to continue bit for bit; budget and schedule may differ."""
     untimed = [
         {
             "values": [v.model_dump() for v in p.values],
@@ -149,7 +156,8 @@ def conditions(plan: Plan, optimizer: Mapping[str, Any], seed: int) -> dict[str,
         "torch": installed_version(),
         "products of bfloat16": BFLOAT16_PRODUCTS,
         "layers without a backward": [phase.skipped for phase in plan.steps] if plan.cycle else None,
-        # Of what differs, the first is told: by another version the graph may differ too, whose hash says nothing to a reader.
+        # The first difference is reported. The operators' version stands before the graph, which may differ along with
+        # it and whose hash would tell a reader nothing.
         OPERATORS: PROFILE_VERSION,
         "graph": hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest(),
     }

@@ -1,8 +1,8 @@
-"""A plan and the settings of a run, compiled into the job that the training process reads.
+"""Compiles a plan and the settings of a run into the job that the training process reads.
 
-The training process reads a short JSON header and flat integer arrays (`tightfit.runtime.engine.training.job`), so that a
-schedule of twenty thousand instructions costs it half a megabyte; what makes these of the plan stays in the process that
-prepares the run. Tensors are numbered, the lowest numbers those of what stays between steps or is ever on the disk.
+A job is a JSON header and flat integer arrays (`tightfit.runtime.engine.training.job`), so that a schedule of twenty
+thousand instructions takes half a megabyte there; the plan itself stays in the process that prepares the run. Tensors
+become numbers, the lowest ones those of tensors that stay between steps or are ever in the spill file.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from tightfit.runtime.engine.training.job_tables import SEPARATOR
 
 
 def compile_job(plan: Plan, settings: Mapping[str, Any]) -> Job:
-    """The job of a plan that has a schedule; `settings` go into the header untouched.
+    """Compile a plan that has a schedule; `settings` (`settings_of`) are copied into the header.
 
     Raises InputError for an offset that is not aligned.
     """
@@ -94,7 +94,10 @@ def _places(listed: Iterable[Tensor | Layer | Program]) -> dict[str, int]:
 
 
 def _numbered(plan: Plan, index: TensorIndex) -> tuple[dict[str, int], array[int]]:
-    """Every tensor of the plan, numbered; bytes of the first, which stay between steps or are ever on the disk."""
+    """The number of every tensor by name, and the bytes of those that stay between steps or are ever spilled.
+
+    The latter have the lowest numbers.
+    """
     phases = [*plan.steps, *([plan.evaluate] if plan.evaluate else [])]
     moved = {one.tensor for phase in phases for one in phase.instructions if isinstance(one, Spill | Fetch)}
     lasting = [name for name in index.tensors if name in moved or name in plan.resident]
@@ -103,7 +106,7 @@ def _numbered(plan: Plan, index: TensorIndex) -> tuple[dict[str, int], array[int
 
 
 def _tables(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> tuple[array[int], array[int]]:
-    """The layers' tables, and where each of these starts."""
+    """The layers' tables, one after the other, and the index at which each starts."""
     tables, starts = array("i"), array("i")
     for layer in plan.layers:
         starts.append(len(tables))
@@ -115,7 +118,7 @@ def _tables(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> tuple
 
 
 class _Writer:
-    """Instructions to words."""
+    """Translates instructions to words."""
 
     def __init__(self, plan: Plan, numbers: Mapping[str, int]) -> None:
         self.numbers = numbers
@@ -124,12 +127,12 @@ class _Writer:
         self.trainables = _places(_of_kind(plan, "trainable"))
         self.updates = _updates(plan.steps)
         self.marks = {plan.loss: LOSS}
-        """what stands before the end of a tensor"""
+        """code to write just before the instruction that frees a tensor"""
         if plan.token_losses:
             self.marks[plan.token_losses] = TOKEN_LOSSES
 
     def words(self, phase: Phase, position: int = 0) -> array[int]:
-        """A schedule, of training that at `position` in the cycle."""
+        """The words of a schedule; a training schedule is the one at `position` in the cycle."""
         made = array("i")
         for instruction in phase.instructions:
             made.extend(self._instruction(instruction, position))
@@ -165,7 +168,7 @@ class _Writer:
 
 
 def _updates(steps: Sequence[Phase]) -> dict[tuple[int, str], tuple[int, int]]:
-    """(position in the cycle, trainable) -> its updates per cycle, and which of them this is, counted from 1."""
+    """(position in the cycle, trainable) -> (its updates per cycle, which of them is made there, counted from 1)."""
     at: dict[str, list[int]] = {}
     for position, phase in enumerate(steps):
         for instruction in phase.instructions:
@@ -190,7 +193,10 @@ def _units(at: int, instruction: Sequence[Any], alignment: int = UNIT) -> int:
 
 
 def _extents(sizes: array[int], train: array[int], evaluate: array[int]) -> tuple[array[int], int]:
-    """A block-aligned extent for every tensor that is ever spilled: only such are fetched, or live there between steps."""
+    """The offset in the spill file of every tensor that is ever spilled (-1 for others), and the file's size in bytes.
+
+    Only spilled tensors are ever fetched or stay there between steps. Offsets are multiples of `BLOCK`.
+    """
     extents = array("q", [-1]) * len(sizes)
     end = 0
     for number in sorted(_spilled(train) | _spilled(evaluate)):
@@ -203,11 +209,11 @@ def _spilled(words: array[int]) -> set[int]:
     return {words[place + 1] for place in starts_of(words) if words[place] == SPILL}
 
 
-# --- what lasts ------------------------------------------------------------------------------------------------------
+# --- weights, trainables, the hole -----------------------------------------------------------------------------------
 
 
 def _said(tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """Names, and the dtypes and shapes that occur."""
+    """The header's entry for weights or trainables: their names, and lists of the dtypes and shapes that occur."""
     return {
         "names": SEPARATOR.join(t.name for t in tensors),
         "dtypes": list(dict.fromkeys(t.dtype for t in tensors)),
@@ -228,7 +234,7 @@ def _trainables(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> a
     resident, made = plan.resident, array("q")
     said = _said(trainables := _of_kind(plan, "trainable"))
     for t in trainables:
-        # Where no schedule has a backward nothing makes the gradient, and nothing reads its number.
+        # If no schedule has a backward, there is no gradient, and nothing reads its number.
         made.extend((said["shapes"].index(list(t.shape)), numbers.get(f"grad:{t.name}", -1)))
         for name in (t.name, *index.states[t.name]):
             made.extend((numbers[name], resident.get(name, -1)))
@@ -236,7 +242,7 @@ def _trainables(plan: Plan, index: TensorIndex, numbers: Mapping[str, int]) -> a
 
 
 def hole(plan: Plan, numbers: Mapping[str, int], sizes: Sequence[int]) -> tuple[int, int]:
-    """The largest byte range of whole blocks of the arena in which nothing stays between steps."""
+    """The largest byte range [start, end) of the arena, in whole blocks, in which no tensor stays between steps."""
     taken = sorted((at, at + sizes[numbers[name]]) for name, at in plan.resident.items())
     found, end = (0, 0), 0
     for start, stop in [*taken, (plan.arena_bytes, 0)]:
@@ -258,7 +264,7 @@ def _header(
     spill_bytes: int,
     cycle: list[list[int]],
 ) -> dict[str, Any]:
-    """`cycle`: the first word of each training schedule, and that after its last."""
+    """The job's header but for the settings; `cycle` has the word range [begin, end) of each training schedule."""
     programs = _places(plan.programs)
 
     def placed(kind: str) -> list[list[Any]]:
@@ -273,7 +279,7 @@ def _header(
     shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     return {
         "budget_bytes": plan.budget_bytes,
-        # What is left of it for this process.
+        # The training process's share of the budget.
         "cap_bytes": plan.budget_bytes - plan.device.floor.supervisor_bytes,
         "device": plan.device.kind,
         "arena_bytes": plan.arena_bytes,

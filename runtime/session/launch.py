@@ -1,4 +1,6 @@
-"""A run: checks the plan against model, data and machine, has the training process carry it out under the cap, and reports."""
+"""Runs a plan to its end: checks it, prepares data and job, has the training process carry it out under the cap,
+reports.
+"""
 
 from __future__ import annotations
 
@@ -50,23 +52,25 @@ def run(
     progress: Progress | None = None,
     stages: Stages | None = None,
 ) -> dict[str, Any]:
-    """Train `steps` steps (a multiple of those of an update) as planned, under the plan's budget, and return the report (also written to ``out/report.json``).
+    """Train `steps` steps as planned, under the plan's budget; returns the report, also written to ``out/report.json``.
 
-    `data` is a JSON-lines file, a directory of them, ``random``, or, for a module, an iterable of batches (tuples of tensors), of
-    which each step takes the next and begins again after the last: all of one that has a length, of another as many as there are
-    steps. They are written to the disk first. With `eval_data`, which must end, the model is evaluated before and after.
-    `cgroup=False` leaves enforcement to the meter. With `resume`, a run that has taken all `steps` already answers with its report
-    and changes nothing but for what other `eval_data` bring.
-    `profile_step` adds to the report where the seconds of the third step went, or of the next that ends an update, operator by
-    operator.
+    `steps` must be a multiple of the steps of an update. `data` is a JSON-lines file, a directory of them, ``random``,
+    or, for a module, an iterable of batches (tuples of tensors). Batches are written to disk before training: all of an
+    iterable that has a length, the first `steps` of one that has none. Each step takes the next batch, starting again
+    after the last. With `eval_data`, which must end, the model is evaluated before and after training. `cgroup=False`
+    leaves enforcing the cap to the training process's own meter. With `resume`, a run that has taken all `steps`
+    already returns its report and changes nothing, except that it evaluates on other `eval_data`. `profile_step` adds
+    to the report, operator by operator, where the seconds of the third step went (or of the next one that ends an
+    update).
 
-    Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a schedule,
-    CapError where the measured memory passes the budget, RunError where the disk fills up, the child dies or the run is
-    interrupted; the message then says where the last checkpoint lies.
+    Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a
+    schedule, CapError if the measured memory is above the budget, RunError if the disk fills up, the training process
+    dies or the run is interrupted; the message then says where the last checkpoint lies.
 
-    Called in the main thread, it is interrupted by Ctrl-C, and by SIGTERM and SIGHUP where nothing else handles them: the
-    step is finished and saved, and the RunError is `interrupted`, on which a program should end, as the signal is used up.
-    A handler of the program's own is left in place; the run saves and ends if that, `progress` or `stages` raises.
+    In the main thread, Ctrl-C interrupts it, and so do SIGTERM and SIGHUP unless the program handles them: the step is
+    finished and saved, and RunError is raised with `interrupted` set. The program should then end, since nothing else
+    sees the signal. A signal handler of the program's own stays in place; if it, `progress` or `stages` raises, the run
+    saves and ends.
     """
     with prepared(
         plan,
@@ -114,10 +118,12 @@ def prepared(
     stages: Stages | None = None,
     counted: bool = False,
 ) -> Iterator[RunOrder | dict[str, Any]]:
-    """All of a run (see `run`) before its training process starts: plan and machine are checked, data and job lie in `out`, which is
-    locked while the block runs. Gives the order to carry out, or the report of a run that has taken all of its steps already.
+    """Prepare a run (see `run`) up to starting its training process: check plan and machine, write data and job to
+    `out`.
 
-    Where this process is `counted`, what it holds must fit the plan's budget too: CapError, before anything of an earlier run is replaced.
+    Yields the order to carry out, or the report of a run that has taken all its steps already. `out` is locked while
+    the block runs. With `counted`, the memory of this process must fit the plan's budget too; otherwise CapError is
+    raised before anything of an earlier run is replaced.
     """
     check_kind(plan)
     preparation = Preparation(plan.budget_bytes) if counted else None
@@ -165,12 +171,12 @@ def prepared(
         compiled = compile_job(plan, settings)
         if preparation:
             preparation.check("preparing the data")
-        remove(replaced)  # only now: data or a plan that are refused must not cost an earlier run
+        remove(replaced)  # only now, so that an earlier run is kept if the plan or the data are refused
         with writing_to(directory):
             (directory / "data").mkdir(exist_ok=True)
             for file in staging.iterdir():
                 file.replace(directory / "data" / file.name)
-            staging.rmdir()  # a run that is killed from here on leaves nothing behind
+            staging.rmdir()  # already here, so that a run that is killed later does not leave the empty folder behind
         yield order_of(plan, compiled, directory, lock, cgroup=cgroup, finished=finished)
 
 
@@ -185,7 +191,7 @@ def _prepare(
     stages: Stages | None,
     preparation: Preparation | None,
 ) -> Path:
-    """Data as a file of fixed-shape records in `folder`."""
+    """Write the data as a record or batch file in `folder`; returns its path. `purpose` is "train" or "evaluate"."""
     from tightfit.runtime.data.tokenization import RANDOM, prepare
 
     if plan.model.kind == "module":
@@ -216,7 +222,9 @@ def _prepare(
 
 
 def _length(batches: Iterable[object]) -> int | None:
-    """None where there is none: a DataLoader has `__len__`, and no length where its data set has none."""
+    """Number of batches; None if unknown. A DataLoader always has `__len__`, which raises if its data set has no
+    length.
+    """
     try:
         return len(batches)  # type: ignore[arg-type]
     except TypeError:
@@ -224,7 +232,7 @@ def _length(batches: Iterable[object]) -> int | None:
 
 
 def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str, stages: Stages | None) -> Path:
-    """Batches of a module: those given, or its factory's sample batch."""
+    """Write the batches of a module, those given or its factory's sample batch, as a batch file; returns its path."""
     from tightfit.profiles.sources.factory import build_module
     from tightfit.runtime.engine.training.batches import write_batches
     from tightfit.runtime.session.python_batches import as_planned

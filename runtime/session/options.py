@@ -1,4 +1,4 @@
-"""The options of a run: what each may be, whichever door they come through."""
+"""Checks the values of a run's options, for the command line and Python callers alike."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from tightfit.runtime.common.errors import InputError
 
 SCHEDULES = ("constant", "linear", "cosine")
 LARGEST_SEED = 10**12
-"""each step's own seed is a million times as large, and 64 bits hold it"""
+"""a step's own seed is about a million times as large, which must fit into 64 bits"""
 LEAST = {"steps": 1, "warmup_steps": 0, "seed": 0, "checkpoint_every": 0, "keep_checkpoints": 1}
-"""of the options that are whole numbers"""
+"""smallest value of each option that is a whole number"""
 
 
 def checked(**options: Any) -> dict[str, Any]:
-    """`options` as Python's own numbers, whatever of numpy or torch they were: they are written down as JSON.
+    """The options with numbers of numpy and torch converted to Python's own, since they are written as JSON.
 
-    Raises InputError that names the option, its value and what it may be.
+    Raises InputError, which names the option, its value and what it may be, for a value that is not allowed.
     """
     return {name: _checked(name, value) for name, value in options.items()}
 
 
 def finite(name: str, value: Any) -> float:
-    """A learning rate or a weight decay. Raises InputError for what is none."""
+    """`value` as a float, for a learning rate or weight decay. Raises InputError unless it is finite and at least 0."""
     try:
         number = float("nan") if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # torch's, of a tensor with several elements
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last from a torch tensor of several elements
         number = float("nan")
     if not 0 <= number < float("inf"):
         raise InputError(f"{name} {value}: give a finite number of at least 0")
@@ -42,7 +42,7 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def whole(name: str, value: Any) -> int:
-    """Raises InputError for what is no whole number, or not in the range of the option."""
+    """`value` as an int. Raises InputError if it is not a whole number, or not in the range of the option `name`."""
     try:
         number = int(operator.index(value))
     except TypeError as error:

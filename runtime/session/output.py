@@ -1,4 +1,6 @@
-"""The folder of a run: locked while it is written, and what an earlier run left in it."""
+"""The output folder of a run: locks it while a run writes to it, and finds or removes what an earlier run left
+there.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,20 @@ from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.engine.training.checkpoint import load_latest, partial_directories
 
 RESULTS = ("metrics.jsonl", "report.json", "adapter", "model")
-"""what a run leaves; the prepared ``data`` of a run that failed before its first step is no loss"""
+"""what a run leaves that must not be overwritten unasked; its prepared ``data`` can be made again and are not among
+it"""
 MODEL = "model.safetensors"
-"""all that it leaves in ``model``"""
+"""the only file that a run leaves in ``model``"""
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[int]:
-    """Make the output directory and keep other runs out of it, as long as this descriptor is open in any process."""
+    """Make the output directory and lock it against other runs; yields the descriptor that holds the lock.
+
+    The lock is released when the block ends, or ends with a TightfitError. After any other exception it lasts until the
+    processes that inherited the descriptor have closed it. Raises InputError if the directory cannot be made or
+    written, or another run has it.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -52,14 +60,19 @@ def locked(directory: Path) -> Iterator[int]:
 
 
 def _unlock(descriptor: int) -> None:
-    """Where the run has ended, whatever copies of this process hold the descriptor open, such as a DataLoader's workers."""
+    """Release the lock explicitly: forks of this process, such as a DataLoader's workers, may hold the
+    descriptor open.
+    """
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 @contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """A folder for data until the run has been found to fit them: then they replace those of an earlier run."""
+    """Make a temporary folder in which data are prepared; it is removed at the end, with what is still in it.
+
+    The caller moves the data out once they are found to fit, and only then replaces those of an earlier run.
+    """
     staging = directory / ".data.partial"
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
     with writing_to(directory):
@@ -71,23 +84,23 @@ def staged(directory: Path) -> Iterator[Path]:
 
 
 def remove_prepared(directory: Path) -> None:
-    """The prepared data of an earlier run, and nothing else that somebody keeps in a folder of that name."""
+    """Remove the prepared data of an earlier run, and nothing else that somebody may keep in a folder ``data``."""
     folder = directory / "data"
     if folder.is_symlink():
         return
     for purpose in ("train", "evaluate"):
         for kind in ("records", "batches"):
             (folder / f"{purpose}.{kind}").unlink(missing_ok=True)
-    with suppress(OSError):  # not there, or not empty
+    with suppress(OSError):  # it is not there, or not empty
         folder.rmdir()
 
 
 def to_be_replaced(directory: Path, steps: int | None, *, resume: bool, overwrite: bool) -> list[Path]:
-    """What an earlier run left in the output directory and this one replaces; half-written checkpoints are removed at once.
-    `steps` are those of this run, where it has a number of them.
+    """Paths that an earlier run left in the output directory and that this run is to replace; none if it resumes.
 
-    Raises InputError where an earlier run is neither to be resumed nor replaced, or cannot be resumed, and where what has the
-    name of a result is somebody's model.
+    Half-written checkpoints are removed here. `steps` is the number of steps of this run; None in a Session. Raises
+    InputError if there is an earlier run and neither `resume` nor `overwrite` is set, if it cannot be resumed, and if a
+    folder ``model`` holds files that no run made.
     """
     try:
         if os.path.lexists(data := directory / "data") and not data.is_dir():
@@ -124,12 +137,15 @@ def to_be_replaced(directory: Path, steps: int | None, *, resume: bool, overwrit
 
 
 def _strange(model: Path) -> str | None:
-    """A name in what may be the folder of another model, such as the one that is trained; hidden files are nobody's."""
+    """A file name in the folder `model` that no run makes, so that it may be somebody's model; None if there is none.
+
+    Hidden files do not count.
+    """
     return min((path.name for path in model.iterdir() if path.name != MODEL and path.name[0] != "."), default=None)
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Files and folders of an earlier run, and links to them."""
+    """Remove files and folders; of a symbolic link only the link."""
     for path in paths:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -137,13 +153,15 @@ def remove(paths: Iterable[Path]) -> None:
 def finished_report(
     directory: Path, settings: dict[str, Any], train: Path, evaluation: Path | None, name: str
 ) -> tuple[dict[str, Any] | None, bool]:
-    """The report of a run that has taken all of its steps already, and whether it was evaluated on what is in `evaluation`; `train`
-    is what was made of the data called `name`.
+    """The report of the run in `directory` if it has taken all its steps already, and whether it was evaluated.
 
-    Raises InputError where it was another run.
+    `train` and `evaluation` are this run's prepared data files; `name` names the training data in messages. The second
+    value says whether both evaluations, before and after, were made on the data in `evaluation`, or none is wanted.
+    (None, False) if steps or results are missing. Raises InputError if the run was made under other conditions or on
+    other data.
     """
     expected = {**settings["conditions"], "data": _fingerprint(train)}
-    found = load_latest(str(directory), json.loads(json.dumps(expected)), name)  # as the child reads it
+    found = load_latest(str(directory), json.loads(json.dumps(expected)), name)  # as JSON, to compare equal
     held_out = _fingerprint(evaluation) if evaluation else None
     try:
         report = json.loads((directory / "report.json").read_text())
@@ -157,12 +175,12 @@ def finished_report(
     trained = next((path for name in names if (path := directory / name).is_dir()), None)
     if not done or trained is None:
         return None, False
-    # Where they are now: the folder may have been moved since.
+    # The present paths, since the folder may have been moved.
     report |= {"adapter": str(trained), "checkpoint": found.path}
     return report, held_out is None or known == {"before", "after"}
 
 
 def _fingerprint(prepared: Path) -> str:
-    batches = open_batches(str(prepared), seed=0)  # for training alone
+    batches = open_batches(str(prepared), seed=0)  # the seed matters for training alone
     batches.close()
     return batches.fingerprint

@@ -1,4 +1,4 @@
-"""Batches that are given from Python, as the plan has them."""
+"""Checks batches that a Python program gives, and converts them to the tensors that the plan's inputs are."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from tightfit.runtime.engine.training.records import IGNORED
 
 
 def as_planned(plan: Plan, batch: Sequence[Tensor] | Tensor, name: str) -> list[Tensor]:
-    """The tensors of a batch that the plan's inputs are, contiguous and in their order; messages call it `name`.
+    """The tensors of a batch that are the plan's inputs, contiguous and in the plan's order; messages call the batch
+    `name`.
 
-    Of a module: those that it uses, of the shapes it was profiled with. Of a language model: (input_ids, labels) or input_ids alone,
-    integers [rows, tokens] of at most the planned shape, as transformers takes them: labels are the tokens at the same
-    places, or -100 where nothing is asked, and padding is on the right.
+    For a module, `batch` has the shapes and dtypes that it was profiled with; tensors that it does not use are left
+    out. For a language model, `batch` is (input_ids, labels) or input_ids alone, as transformers takes them: integers
+    [rows, tokens] of at most the planned shape, padded on the right; labels[t] is the token at position t, or -100 to
+    predict nothing there. The result is int64 [batch, seq], and its labels are shifted to the position that predicts
+    them.
 
     Raises InputError for other tensors.
     """
-    if isinstance(batch, Tensor):  # its rows would be taken for the tensors
+    if isinstance(batch, Tensor):  # iterating over it would take its rows for the batch's tensors
         raise InputError(f"{name} is a tensor; a batch is a tuple of tensors: give (tensor,)")
     for index, tensor in enumerate(batch):
         if not isinstance(tensor, Tensor):
@@ -31,7 +34,7 @@ def as_planned(plan: Plan, batch: Sequence[Tensor] | Tensor, name: str) -> list[
     batch = [tensor.detach().cpu() for tensor in batch]
     if plan.model.kind == "decoder":
         return _tokens(plan, batch, name)
-    # The plan has the tensors that are used, in the order of their first use.
+    # The plan lists the tensors that the module uses, in the order of their first use.
     planned = {int(t.name.removeprefix("batch")): (t.dtype, t.shape) for t in plan.tensors if t.kind == "batch"}
     tensors = as_trained(batch)
     found = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in tensors]
@@ -62,7 +65,7 @@ def _tokens(plan: Plan, batch: Sequence[Tensor], name: str) -> list[Tensor]:
         if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < words:
             other = int(values.min()) if int(values.min()) < 0 else int(values.max())
             raise InputError(f"{name}: {what} has the token {other}; the model has tokens 0 to {words - 1}")
-    # Position t predicts what stands at t + 1.
+    # Position t predicts the token at position t + 1.
     labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     if not bool((labels >= 0).any()):
         raise InputError(f"{name} has no label after the first token; give at least one token to predict")

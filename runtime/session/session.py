@@ -1,6 +1,6 @@
-"""A training loop of your own around the steps of a plan: they run in the lean process, under its cap, one at a time.
+"""`Session`: lets a Python program's own training loop take the steps of a plan one at a time, in a training process.
 
-The loop's own process may hold what it likes: the budget is the training process's, and the report says what the loop's held (`program_bytes`).
+The budget is the training process's. The program's own memory is not limited; the report states it (`program_bytes`).
 """
 
 from __future__ import annotations
@@ -42,22 +42,24 @@ class Session:
                 loss = session.step(inputs, labels)
         module.load_state_dict(load_file("out/model/model.safetensors"))
 
-    A batch is a module's tensors as it was profiled, or a language model's input_ids and labels as transformers takes them
-    (integers [rows, tokens], -100 where nothing is asked, padding on the right; fewer rows or tokens than planned will do).
-    Learning rates, the order of the data and when to stop are the loop's. Forward, backward and update are one step of the plan: there
-    is no gradient to look at between them.
+    A batch is a module's tensors as it was profiled, or a language model's input_ids and labels as transformers takes
+    them (integers [rows, tokens], -100 where nothing is asked, padding on the right; fewer rows or tokens than planned
+    will do). Learning rates, the order of the data and when to stop are the loop's. Forward, backward and update are
+    one step of the plan: there is no gradient to look at between them.
 
-    Left without an error, it leaves what `tightfit.runtime.session.launch.run` does: the adapter or the model, a checkpoint and `report`. An error
-    in the loop, Ctrl-C among them, has the steps so far saved in a checkpoint; with `resume` another session goes on from it, bit for bit,
-    with step `taken` + 1. SIGTERM and `kill -9` of the loop's process save them too. A Ctrl-C during a step ends the session, also
-    where the loop catches it.
+    When the block ends without an error, the output folder holds what `tightfit.runtime.session.launch.run` leaves (the
+    adapter or the model, a checkpoint, the report), and `report` is set. After an error in the loop, Ctrl-C included,
+    the steps so far are saved in a checkpoint; another session with `resume` goes on from it, bit for bit, with step
+    `taken` + 1. They are also saved if the loop's process gets SIGTERM or SIGKILL. A Ctrl-C during a step ends the
+    session, even if the loop catches it.
 
-    Raises InputError for a plan that does not fit model or machine, InfeasibleError for one without a schedule; and from
-    any call CapError where the measured memory passes the budget and RunError where the disk fills up or the process dies.
+    Entering raises InputError for a plan that does not fit model or machine, and InfeasibleError for one without a
+    schedule. Any call raises CapError if the measured memory is above the budget, and RunError if the disk fills up or
+    the training process dies.
     """
 
     _asking = -1
-    """the pipe to the lean process"""
+    """descriptor of the pipe for requests to the training process; -1: closed"""
 
     def __init__(
         self,
@@ -74,14 +76,14 @@ class Session:
         cgroup: bool = True,
         stages: Stages | None = None,
     ) -> None:
-        """As for `run`; `lr` is the learning rate of steps that name none."""
+        """Options as of `run`; `lr` is the learning rate of steps that are given none."""
         check_kind(plan)
         self.plan = plan
         self.directory = Path(out).absolute()
         self.taken = 0
-        """steps so far, those of the run that is resumed among them"""
+        """number of steps taken so far, including those of the run that is resumed"""
         self.report: dict[str, Any] | None = None
-        """what was predicted and measured, once the session has ended without an error"""
+        """predicted and measured figures, once the session has ended without an error"""
         self._options = checked(
             seed=seed,
             lr=lr,
@@ -92,7 +94,7 @@ class Session:
         self._resume, self._overwrite, self._cgroup, self._stages = resume, overwrite, cgroup, stages
         self._stack = ExitStack()
         self._closed: str | None = "is not open; use it in a `with` block"
-        """why nothing can be asked"""
+        """why no request can be made now, for messages; None: one can"""
 
     def __enter__(self) -> Self:
         plan, directory = self.plan, self.directory
@@ -124,23 +126,27 @@ class Session:
         return self
 
     def step(self, *batch: Tensor, lr: float | None = None) -> float:
-        """Take the next step on a batch; returns its loss before the update, of a `mezo` plan the mean of its two.
+        """Take the next step on a batch; returns its loss before the update, for a `mezo` plan the mean of its two
+        losses.
 
-        `lr`: its learning rate; where several steps make an update, that of the last of them counts.
-
-        Raises InputError for a batch or a rate that cannot be, and the session goes on; and for a loss that is no number, which ends it.
+        `lr` is the step's learning rate; if several steps make an update, that of the last one counts. Raises
+        InputError for a batch or rate that is not allowed, after which the session can go on, and for a loss that is
+        not finite, which ends it.
         """
         loss: float = self._answer(STEP, batch, None if lr is None else finite("lr", lr))["loss"]
         self.taken += 1
         return loss
 
     def loss(self, *batch: Tensor) -> float:
-        """The loss of a batch without a step: without dropout, and a language model's by the mean over its labels."""
+        """The loss of a batch without a step and without dropout; for a language model the mean over its labels."""
         loss: float = self._answer(EVALUATE, batch)["loss"]
         return loss
 
     def save(self) -> Path:
-        """Make a checkpoint now, from which ``resume`` goes on; a module's holds ``model.safetensors``, another's the adapter."""
+        """Make a checkpoint, from which ``resume`` goes on; returns its path.
+
+        It holds ``model.safetensors`` for a module and the adapter for a language model.
+        """
         return Path(self._answer(SAVE)["path"])
 
     def __exit__(
@@ -160,14 +166,14 @@ class Session:
                     program_bytes=memory().peak,
                 )
                 write_report(directory, self.report)
-                if self.taken % self.plan.accumulate:  # told last: a program may make errors of warnings
+                if self.taken % self.plan.accumulate:  # warned of last, since warnings may be turned into exceptions
                     told = unfinished_update(self.taken, self.plan.accumulate)
                     warnings.warn(
                         f"steps {self.taken}: {told}; what the last ones add waits in the checkpoint", stacklevel=2
                     )
                 return
             self._hang_up()
-            self._child.process.terminate()  # workers of a DataLoader may have copies of the pipe
+            self._child.process.terminate()  # closing the pipe may not do: DataLoader workers may hold copies of it
             try:
                 self._child.end()
             except TightfitError as told:
@@ -181,7 +187,7 @@ class Session:
             raise RunError(f"the session {self._closed}")
         name = f"the batch of step {self.taken + 1}" if kind == STEP else "the batch"
         tensors = [] if kind == SAVE else as_planned(self.plan, batch, name)
-        # Until the answer is there: an interruption leaves half of a question behind.
+        # Stays set until the answer has come: an interruption may leave half a request in the pipe.
         self._closed = f"was interrupted after step {self.taken}, in the middle of what was asked; leave it, and go on with another one that resumes"
         self._ask(kind, lr, tensors)
         message = self._told(ANSWERS[kind])
@@ -189,7 +195,7 @@ class Session:
         return message
 
     def _ask(self, kind: bytes, lr: float | None = None, tensors: Sequence[Tensor] = ()) -> None:
-        with suppress(BrokenPipeError):  # what its end means is told by `_told`
+        with suppress(BrokenPipeError):  # the training process has ended; `_told` raises what its end means
             ask(self._asking, kind, lr, tensors)
 
     def _told(self, event: str) -> dict[str, Any]:
@@ -206,5 +212,5 @@ class Session:
             self._asking = -1
 
     def __del__(self) -> None:
-        # The lean process of one that nobody left notices, saves and ends.
+        # If the block was never left, closing the pipe makes the training process save and end.
         self._hang_up()

@@ -1,4 +1,4 @@
-"""What the lean process is told beside the plan, and what its parent is."""
+"""Makes the settings in a job's header, and the order with which the training process is started."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ def settings_of(
     requests: int | None = None,
     profile_step: bool = False,
 ) -> dict[str, Any]:
-    """Of a run in `directory`: through `steps` batches of the file `data` in its folder, or as `requests` ask."""
+    """The settings of a run in `directory`, for the job's header.
+
+    A run takes `steps` steps over the file `data` in the folder's ``data``, and evaluates on `evaluation` there; a
+    Session has neither, but a descriptor `requests` from which the training process reads.
+    """
     optimizer = asdict(
         OPTIMIZERS[plan.optimizer.get("name", "adamw")](
             lr=lr,
@@ -71,7 +75,10 @@ def settings_of(
 def order_of(
     plan: Plan, job: Job, directory: Path, lock: int, *, cgroup: bool, finished: dict[str, Any] | None = None
 ) -> RunOrder:
-    """What the training process of `job` is started with; the job is written into `directory`, which `lock` keeps others out of."""
+    """Write the job into `directory` and return the order to start its training process.
+
+    `lock` is the descriptor that locks `directory`. Raises RunError if the disk refuses.
+    """
     floor = plan.device.floor
     uncounted = {} if floor.tables_on_disk else {page_out.VARIABLE: ""}
     uncounted |= {} if floor.cuda_stubs else {cuda_stubs.VARIABLE: ""}
@@ -89,7 +96,7 @@ def order_of(
 
 
 def planned_figures(plan: Plan) -> dict[str, Any]:
-    """What a plan says that its run is held against, as JSON."""
+    """The plan's figures with which the report compares the run, in the form of JSON: bytes and seconds."""
     return {
         "budget_bytes": plan.budget_bytes,
         "floor_bytes": plan.floor_bytes,
@@ -106,12 +113,19 @@ def planned_figures(plan: Plan) -> dict[str, Any]:
 
 
 def _sorts(plan: Plan) -> list[int]:
-    """Which sort each step is of, over a cycle or the steps of an update, of which only the last one moves trained tensors."""
+    """A number for the sort of each step in a cycle: steps of one sort do the same, so that their seconds can be
+    compared.
+
+    In a cycle of several schedules each is a sort. If several steps make an update, the last one, which alone changes
+    the trainables, is a sort of its own.
+    """
     return list(range(len(plan.steps))) if plan.accumulate == 1 else [0] * (plan.accumulate - 1) + [1]
 
 
 def _phase(steps: Sequence[Phase], supervisor_bytes: int) -> dict[str, Any]:
-    """Of the schedules that run in turn: the largest predicted peak of the training process by itself, and means of the rest."""
+    """Predicted figures of schedules that run in turn: the largest peak of the training process alone, means of the
+    others.
+    """
     if not steps:
         return {}
 

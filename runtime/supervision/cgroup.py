@@ -1,4 +1,4 @@
-"""A memory cgroup around the child: the kernel itself then enforces the cap (Linux, v1 or v2, where one can be made)."""
+"""Memory cgroups (Linux, v1 or v2): where one can be made around a run, the kernel itself enforces the cap."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ MOUNT = Path("/sys/fs/cgroup")
 
 
 class MemoryCgroup:
-    """A directory of the cgroup file system. Its limit counts anonymous memory and the page cache that its processes
-    read in; the kernel reclaims page cache before it kills.
+    """A cgroup, which is a directory `path` of the cgroup file system.
+
+    Its limit counts anonymous memory, and the page cache that its processes read in; the kernel reclaims page cache
+    before it kills a process.
     """
 
     def __init__(self, path: Path, version: int) -> None:
@@ -25,7 +27,7 @@ class MemoryCgroup:
 
     @classmethod
     def create(cls, limit_bytes: int, mount: Path = MOUNT) -> MemoryCgroup | None:
-        """A new cgroup with this limit, or None where this process may not make one."""
+        """Make a cgroup with this limit in bytes; None if this process may not make one."""
         for parent, version in _parents(mount):
             _sweep(parent)
             path = parent / f"tightfit-{os.getpid()}-{time.monotonic_ns()}"
@@ -44,26 +46,29 @@ class MemoryCgroup:
 
     @staticmethod
     def home() -> str | None:
-        """Path of the cgroup that this process is in and may come back to; None where it cannot be told."""
+        """Path of the cgroup that this process is in, for `leave`; None if unknown."""
         return next((str(parent) for parent, _ in _parents(MOUNT)), None)
 
     def leave(self, home: str | None) -> None:
-        """Take this process back to the cgroup that it came from, and give this one back."""
+        """Move this process back to the cgroup `home` and remove this one; does nothing if `home` is None."""
         if home is not None:
             with contextlib.suppress(OSError):
                 (Path(home) / "cgroup.procs").write_text(str(os.getpid()))
             self.remove()
 
     def enter(self, command: list[str]) -> list[str]:
-        """The command line that runs `command` inside: a shell joins before it becomes the command, so that all of it counts."""
+        """The command line that runs `command` in this cgroup.
+
+        A shell joins the cgroup and then becomes the command (exec), so that all of the command's memory counts.
+        """
         return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.path / "cgroup.procs"), *command]
 
     def peak_bytes(self) -> int | None:
-        """Highest charge so far, page cache included; None where the kernel keeps none."""
+        """Highest number of bytes charged so far, page cache included; None if the kernel does not keep it."""
         return _number(self.path / ("memory.max_usage_in_bytes" if self.version == 1 else "memory.peak"))
 
     def oom_kills(self) -> int:
-        """Processes that the kernel ended because of the limit."""
+        """How many processes the kernel has killed because of the limit."""
         try:
             text = (self.path / ("memory.oom_control" if self.version == 1 else "memory.events")).read_text()
         except OSError:
@@ -72,7 +77,7 @@ class MemoryCgroup:
         return int(counts.get("oom_kill", 0))
 
     def remove(self) -> None:
-        """Give the cgroup back; its processes must have ended."""
+        """Remove the cgroup, whose processes must have ended; gives up after a second."""
         for _ in range(50):
             try:
                 self.path.rmdir()
@@ -80,7 +85,7 @@ class MemoryCgroup:
             except FileNotFoundError:
                 return
             except OSError:
-                time.sleep(0.02)  # the kernel takes a moment to bury the last process
+                time.sleep(0.02)  # the kernel needs a moment until the last process has left
 
     def _limit(self, limit: int) -> None:
         page = os.sysconf("SC_PAGE_SIZE")
@@ -95,7 +100,7 @@ class MemoryCgroup:
 
 
 def _parents(mount: Path) -> Iterator[tuple[Path, int]]:
-    """Directories to try: this process's own cgroup, then the root; v1 where it has the memory controller, else v2."""
+    """(directory, version) of cgroups in which to make a new one: this process's own, then the root; v1 before v2."""
     own: dict[int, str] = {}
     try:
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -117,11 +122,11 @@ def _parents(mount: Path) -> Iterator[tuple[Path, int]]:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what killed parents left: empty cgroups of ours whose maker is gone."""
+    """Remove empty cgroups of tightfit whose maker was killed."""
     for path in parent.glob("tightfit-*"):
         pid = path.name.split("-")[1]
         if not Path(f"/proc/{pid}").exists():
-            with contextlib.suppress(OSError):  # still in use, or another's
+            with contextlib.suppress(OSError):  # it is still in use, or another user's
                 path.rmdir()
 
 

@@ -1,4 +1,7 @@
-"""How a failure is told: a sentence on stderr, as JSON where that was asked for, and an exit code. The standard library only."""
+"""Reports an exception to the user: a sentence on stderr, JSON on stdout if asked for, and an exit code.
+
+The standard library only.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from tightfit.runtime.common.errors import TightfitError
 from tightfit.runtime.common.limits import way_out
 
 INTERRUPTED = 4
-"""exit code of what a signal ended"""
+"""exit code after an interruption by a signal"""
 
 
 def failure_of(error: BaseException) -> dict[str, Any]:
-    """`kind`, `message` and `exit_code` of an error, as --json tells it."""
+    """An error in the form of --json: `kind`, `message`, `exit_code`, and `minimum_budget_bytes` if it has one."""
     expected = isinstance(error, (TightfitError, OSError, KeyboardInterrupt))
     if isinstance(error, TightfitError):
         message, code = str(error), error.exit_code
@@ -36,7 +39,7 @@ def failure_of(error: BaseException) -> dict[str, Any]:
 
 
 def fail(error: BaseException, *, as_json: bool, debug: bool = False) -> int:
-    """Say what went wrong and return the exit code; with `debug` the traceback of what was not expected."""
+    """Report an error and return its exit code; with `debug` also print its traceback, unless it is an expected one."""
     if debug and not isinstance(error, (TightfitError, KeyboardInterrupt)):
         import traceback
 

@@ -1,4 +1,4 @@
-"""A command's result on stdout: one JSON object, or what a person reads."""
+"""Prints a command's result on stdout: one JSON object, or text and tables for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tightfit.runtime.common.strict_json import to_json
 
 
 def answer(result: dict[str, Any], human: Any, *, as_json: bool) -> None:
-    """Print `result` as JSON, or `human`, which rich draws; None prints nothing."""
+    """Print `result` as JSON, or else `human`, text or a table that rich prints; None prints nothing."""
     if as_json:
         sys.stdout.write(to_json(result) + "\n")
     elif human is not None:
@@ -20,7 +20,7 @@ def answer(result: dict[str, Any], human: Any, *, as_json: bool) -> None:
         if console.is_terminal or "COLUMNS" in os.environ:
             console.print(human)
             return
-        # A file or a pipe has no width: lines are as long as they are, without what fills tables up.
+        # A file or a pipe has no width: do not wrap lines, and cut the spaces with which rich fills tables up.
         console.width = 1 << 16
         with console.capture() as captured:
             console.print(human)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: one line that changes on a terminal, now and then a line elsewhere. Always on stderr.
+"""Shows the progress of a run on stderr: one line that is redrawn on a terminal, an occasional plain line elsewhere.
 
 The standard library only: the process that shows it counts against the budget of the run.
 """
@@ -15,18 +15,20 @@ from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.units import MIB, format_size, padding_text
 
 QUIET_SECONDS = 10.0
-"""between two lines where stderr is no terminal"""
+"""least time between two lines if stderr is not a terminal"""
 BAR_CELLS = 10
 COLUMNS = 80
-"""of a terminal that does not tell its width; what is shown of a step fits"""
+"""width of a terminal that does not report one; the line of a step fits into it"""
 ERASE_LINE = "\r\x1b[2K"
 RED, PLAIN = "\x1b[31m", "\x1b[0m"
 NEARLY_FULL = 0.995
-"""of the budget, from which on the peak is shown in red"""
+"""share of the budget from which on the line is red"""
 
 
 class TrainingProgress:
-    """A run: what is prepared or evaluated (`stage`), and each step's loss, tokens per second, time left and memory."""
+    """Shows a run: what is prepared or evaluated (`stage`), and after each step loss, tokens per second, time left,
+    memory.
+    """
 
     def __init__(
         self,
@@ -37,8 +39,10 @@ class TrainingProgress:
         other_bytes: int = 0,
         file: TextIO | None = None,
     ) -> None:
-        """`tokens_per_step` are the places for tokens in a step's rows, padding included; None of a module. `other_bytes` are what other
-        processes of the run hold beside the training process, of whose memory each step tells.
+        """`tokens_per_step` counts the positions in a step's rows, padding included; None for a module.
+
+        `other_bytes` is what the run's other processes hold; it is added to the training process's memory that each
+        step reports. `file` is stderr by default.
         """
         self._steps, self._tokens, self._budget, self._other = steps, tokens_per_step, budget, other_bytes
         self._file = file or sys.stderr
@@ -46,7 +50,7 @@ class TrainingProgress:
         self._stage: str | None = None
         self._pace: float | None = None
         self._real: float | None = None
-        """tokens of a step that are no padding"""
+        """moving mean of a step's tokens without padding"""
         self._said = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -59,7 +63,7 @@ class TrainingProgress:
             self._write(ERASE_LINE)
 
     def stage(self, what: str, done: int, total: int) -> None:
-        """Something before, between or after the steps: `done` of `total`."""
+        """Show that `done` of `total` are done of something beside the steps: preparing, evaluating."""
         if what != self._stage:
             self._stage = what
             self._line(f"{what} …", now=True)
@@ -71,8 +75,10 @@ class TrainingProgress:
     def __call__(
         self, step: int, loss: float, seconds: float, resident: int, peak: int, tokens: int | None = None
     ) -> None:
-        """One finished step, counted from 1; `seconds` it took, bytes that the training process holds now and held at its peak so far, and its
-        `tokens`, padding left out.
+        """Show a finished step, counted from 1: its loss and seconds, and its `tokens` without padding, None if
+        unknown.
+
+        `resident` and `peak` are bytes of the training process, now and at its peak so far.
         """
         self._stage = None
         # The first steps are slower (pages are touched for the first time): a moving mean forgets them.
@@ -91,7 +97,7 @@ class TrainingProgress:
         if self.live:
             full = peak > NEARLY_FULL * self._budget
             held = f"{peak / MIB:.1f} of {format_size(self._budget)}"
-            # Where a line has no room for it, the report alone tells how much is padding.
+            # The terminal's line has no room for the share of padding; the report has it.
             bar = _bar(step, self._steps)
             self._show(f"{bar} {step}/{self._steps} {loss_text}, {rate}, {left_text}, {held}", red=full)
 
@@ -101,19 +107,19 @@ class TrainingProgress:
         return self._pace is not None
 
     def _line(self, text: str, *, now: bool = False) -> None:
-        """A plain line where there is no terminal and none was written lately, or `now`."""
+        """Write a plain line if stderr is not a terminal and none was written lately, or if `now`."""
         moment = time.monotonic()
         if not self.live and (now or moment - self._said >= QUIET_SECONDS):
             self._write(f"{text}\n")
             self._said = moment
 
     def _show(self, text: str, *, red: bool = False) -> None:
-        """The line of a terminal, cut to its width."""
+        """Redraw the terminal's line with `text`, cut to the terminal's width."""
         text = text[: (os.get_terminal_size(self._file.fileno()).columns or COLUMNS) - 1]
         self._write(f"{ERASE_LINE}{RED}{text}{PLAIN}" if red else f"{ERASE_LINE}{text}")
 
     def _write(self, text: str) -> None:
-        """Raises RunError where nobody reads it any more."""
+        """Write to the file. Raises RunError if its reader has closed the pipe."""
         try:
             self._file.write(text)
             self._file.flush()

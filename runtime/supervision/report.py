@@ -1,4 +1,7 @@
-"""The report of a run: predicted beside measured. The standard library only: the process that writes it counts against the budget."""
+"""Builds and writes the report of a run: what the plan predicted beside what the run measured.
+
+The standard library only: the process that writes it counts against the budget.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ if TYPE_CHECKING:
     pass
 
 LATEST_STEPS = 500
-"""of which the seconds are remembered: a run of any length needs the same memory"""
+"""so many latest steps are remembered with their seconds, so that a run of any length needs the same memory"""
 
 
 @dataclass
 class Observed:
-    """What the training process told, message by message; of its latest steps alone what each took."""
+    """What the training process's messages said so far; seconds are kept for the latest `LATEST_STEPS` steps only."""
 
     steps: int = 0
-    """taken so far"""
+    """number of steps taken so far, without those of a run that was resumed"""
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     spent: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
     peaks: dict[str, int] = field(default_factory=dict)
@@ -78,17 +81,17 @@ def build_report(
     program_bytes: int | None = None,
     preparation_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Bytes and seconds, as `planned` (`planned_figures`) and measured in the run.
+    """The report: bytes and seconds as `planned` (by `planned_figures`) and as measured in the run.
 
-    `peak_bytes` is of all processes that the run keeps alive: the sum of each one's own VmHWM, which counts what they share
-    (Python's code) in both. `processes` has each beside it: the training process, and the supervisor that started it and
-    shows its progress (`supervisor_bytes`, its VmHWM). Where a program of the user's runs the plan itself there is none: what that
-    program holds is its own, is not of the budget, and stands as `program_bytes`. The
-    cgroup's counter, which also counts the kernel's own tables and page cache that it can take back, is `cgroup_peak_bytes`.
-    `preparation_bytes` is the peak of the process that read the plan and the data before the training process was started.
+    `peak_bytes` covers the processes that live during training: the sum of each one's VmHWM, in which memory that they
+    share (Python's code) counts twice. `processes` lists them: the training process, and the supervisor
+    (`supervisor_bytes`, its VmHWM). If a program of the user's runs the plan itself, there is no supervisor; the
+    program's memory does not count against the budget and is reported as `program_bytes`. `cgroup_peak_bytes` is the
+    cgroup's own counter, which includes kernel tables and reclaimable page cache. `preparation_bytes` is the peak of
+    the process that read plan and data before the training process was started.
 
-    Step times are medians of the latest `LATEST_STEPS` steps, without the first one, which also touches memory and builds kernels for the
-    first time; of steps that do not all do the same the mean of each sort's median.
+    Step times are medians over the latest `LATEST_STEPS` steps, without the first one, which touches memory and builds
+    kernels for the first time. If steps are of different sorts, the time is the mean of each sort's median.
     """
     sorts = planned["sorts"]
     lines = read_metrics(os.path.join(directory, "metrics.jsonl"))
@@ -96,7 +99,7 @@ def build_report(
     first = observed.resumed_step + observed.steps - len(seconds)
     names = observed.spent[0] if observed.spent else ()
     measured = {name: _typical([s[name] for s in observed.spent], first, sorts) for name in names}
-    if not seconds:  # all steps were taken before
+    if not seconds:  # an earlier run took all the steps
         seconds, first = [line["seconds"] for line in lines], 0
     training = {"predicted": planned["peak_bytes"] - planned["supervisor_bytes"], "measured": observed.peak_bytes}
     processes = {"training": training}
@@ -152,10 +155,10 @@ def write_report(directory: str, report: dict[str, Any]) -> None:
 
 
 def tokens_told(places: int | None, lines: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """Tokens of the steps in `lines`, those of the metrics: `per_step` and `per_second` without padding, and the share of the rows'
-    places that is padding; a step's rows have so many `places` for tokens. None where nobody knows, as of a module.
+    """Token figures from the metrics' `lines`: `per_step` and `per_second` without padding, and `padding_share`.
 
-    The first step, which is slower, is left out of the rate where there are others.
+    `places` is the number of positions in a step's rows, padding included. None if tokens are unknown, as for a module.
+    The first step, which is slower, is left out of the rate if there are others.
     """
     known = [line for line in lines if "tokens" in line]
     if not known or not places:
@@ -171,8 +174,12 @@ def tokens_told(places: int | None, lines: Sequence[dict[str, Any]]) -> dict[str
 
 
 def _typical(taken: Sequence[float], first: int, sorts: Sequence[int]) -> float | None:
-    """Mean over `sorts` of the medians of each; `taken` begin with step `first`, counted from 0."""
-    import statistics  # 2 MiB, needed only once the training process has ended
+    """The mean of the median seconds of each sort of step; None if no step was taken.
+
+    `taken` are the seconds of consecutive steps from step `first` on, counted from 0; `sorts` gives the sort of each
+    step of a cycle.
+    """
+    import statistics  # imported here: it takes 2 MiB, which are needed only once the training process has ended
 
     steady = taken[1:] or taken
     by_sort: dict[int, list[float]] = {}
@@ -196,11 +203,12 @@ PARTS = (
     ("update", "optimizer updates"),
     ("perturb", "perturbing trainables"),
 )
-"""Prefixes of what the executor calls, and the part of a step that it belongs to; anything else is elementwise."""
+"""(prefix of a name that the executor times, part of a step that it belongs to); all other operators are
+elementwise."""
 
 
 def profiled_step(message: dict[str, Any]) -> dict[str, Any]:
-    """Where the seconds of one step went: `parts` adds up to `seconds`, `calls` has [calls, seconds] by operator."""
+    """Where the seconds of one step went: `parts` add up to `seconds`, `calls` has [calls, seconds] by operator."""
     parts: dict[str, float] = {}
     for name, (_, seconds) in message["calls"].items():
         part = next((part for prefix, part in PARTS if name.startswith(prefix)), "elementwise")
@@ -213,11 +221,11 @@ def profiled_step(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
-    """The figures of every step so far, resumed runs included."""
+    """The lines of ``metrics.jsonl``: the figures of every step so far, with those before the run was resumed."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def _with_peak(phase: dict[str, Any], measured_peak: int | None) -> dict[str, Any]:
-    """A phase with what was measured; that is VmHWM at its end, which never falls, so that it includes the phases before."""
+    """A phase with its measured peak: VmHWM at its end, which never falls and therefore includes earlier phases."""
     return phase and {**phase, "peak_bytes": {"predicted": phase["peak_bytes"], "measured": measured_peak}}

@@ -1,4 +1,4 @@
-"""The report of a run as text and tables for a person."""
+"""Formats the report of a run as tables for people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def report_text(report: dict[str, Any]) -> RenderableType:
-    """Predicted beside measured, and where the adapter, or a module's model, lies."""
+    """Tables with predicted and measured figures, and where the adapter (of a module: the model) was saved."""
     from rich import box
     from rich.console import Group
     from rich.table import Table

@@ -1,11 +1,13 @@
-"""The process that a run keeps alive beside its training process: it starts that one, shows its progress and writes the report.
+"""The supervisor: the process that starts a run's training process, shows its progress and writes the report.
 
-    python -m tightfit.runtime.supervision.supervisor ORDER SHOW    a run: files in which JSON lies (`tightfit.runtime.supervision.training_process.RunOrder`, `Show`)
-    python -m tightfit.runtime.supervision.supervisor --measure     how much memory it takes: bytes on standard output
+    python -m tightfit.runtime.supervision.supervisor ORDER SHOW    supervises a run; two JSON files, a RunOrder and a
+    Show python -m tightfit.runtime.supervision.supervisor --measure     prints the bytes of memory that a supervisor
+    takes
 
-What it holds counts against the run's budget, so it imports the standard library only, as long as the training process lives.
-`tightfit run` becomes this process once plan and data are prepared (`hand_over`); a program that calls
-`tightfit.runtime.session.launch.run` or opens a Session watches the training process itself, and its own memory is its own.
+Its memory counts against the run's budget; so, while the training process lives, it imports the standard library only.
+`tightfit run` becomes this process once plan and data are prepared (`hand_over`). A program that calls
+`tightfit.runtime.session.launch.run` or opens a Session supervises the training process itself, and that program's
+memory does not count.
 """
 
 from __future__ import annotations
@@ -30,15 +32,15 @@ from tightfit.runtime.supervision.report import LATEST_STEPS, Observed, build_re
 from tightfit.runtime.supervision.training_process import RunOrder, TrainingProcess, started
 
 Progress = Callable[[int, float, float, int, int, int | None], None]
-"""progress(step, loss, seconds, resident bytes, peak bytes, tokens) after every step, counted from 1; tokens are the step's, padding left
-out, and None of a module."""
+"""progress(step, loss, seconds, resident bytes, peak bytes, tokens), called after every step. Steps count from 1;
+resident and peak bytes are the training process's; tokens are those of the step without padding, None for a module."""
 Stages = Callable[[str, int, int], None]
-"""stages(what, done, total) while something is prepared."""
+"""stages(what, done, total), called while something is prepared or evaluated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Show:
-    """How a run that was started from the command line is shown."""
+    """What the supervisor of `tightfit run` needs beside the order: how to show the run, and its cgroup."""
 
     steps: int
     tokens_per_step: int | None
@@ -47,9 +49,9 @@ class Show:
     preparation_bytes: int
     """VmHWM of the process that prepared the run"""
     group: tuple[str, int] | None
-    """path and version of the cgroup that this process is in"""
+    """path and version (1 or 2) of the cgroup that this process was put into"""
     home: str | None
-    """path of the cgroup that it came from"""
+    """path of the cgroup that it was in before, to which it returns at the end"""
 
 
 def supervise(
@@ -61,10 +63,11 @@ def supervise(
     counted: bool = False,
     preparation_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Start the training process, follow it to its end and write the report, which is returned.
+    """Start the training process, follow it to its end and write the report; returns the report.
 
-    `counted`: whether this process counts against the budget, and is in `group` where there is one. Raises what the end of the training process
-    means (CapError, RunError, InputError).
+    `counted`: whether this process's memory counts against the budget; it is then in `group`, if there is one.
+    `preparation_bytes` goes into the report. Raises CapError, RunError or InputError if the training process ended with
+    one.
     """
     with passed_on() as passing, started(order, group=group) as child:
         passing.to(child.process)
@@ -73,14 +76,14 @@ def supervise(
         except GivenUp:
             raise
         except BaseException:
-            child.stop()  # progress that cannot be shown any more must not cost the steps made
+            child.stop()  # if progress cannot be shown any more, the steps so far are still saved
             raise
         try:
             observed = child.end()
         except RunError as error:
             error.interrupted = passing.asked
             raise
-        own_bytes = memory().peak  # before the report is made
+        own_bytes = memory().peak  # read before the report is built, when the training process has ended
     report = build_report(
         order.planned,
         observed,
@@ -90,7 +93,7 @@ def supervise(
         program_bytes=None if counted else own_bytes,
         preparation_bytes=preparation_bytes,
     )
-    if order.finished:  # what its steps measured stays
+    if order.finished:  # no step was taken now: keep the earlier report but for the evaluation
         report = order.finished | {"evaluation": report["evaluation"]}
     write_report(order.directory, report)
     return report
@@ -114,8 +117,9 @@ def _follow(child: TrainingProcess, progress: Progress | None, stages: Stages | 
 def hand_over(order: RunOrder, show: Show, group: MemoryCgroup | None, *, replace: bool) -> int:
     """Have a supervisor carry out `order`; returns its exit code.
 
-    With `replace` this process becomes the supervisor and nothing returns: its own memory is given back, its number, terminal and
-    lock stay. Without, the supervisor is another process, and signals to end are passed on to it.
+    With `replace` this process becomes the supervisor (exec), and the call does not return: the memory of preparing is
+    freed; process id, terminal and lock stay. Otherwise the supervisor is a child process, and signals that ask to end
+    are passed on to it.
     """
     os.set_inheritable(order.lock, True)
     paths = [os.path.join(order.directory, name) for name in ("order", "show")]
@@ -179,7 +183,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _answer(report: dict[str, Any], *, as_json: bool) -> None:
-    # The training process has ended: what is imported now is held in its place.
+    # The training process has ended, so that imports no longer add to the run's peak.
     from tightfit.runtime.supervision.printing import answer
     from tightfit.runtime.supervision.report_text import report_text
 
@@ -187,7 +191,9 @@ def _answer(report: dict[str, Any], *, as_json: bool) -> None:
 
 
 def measure() -> int:
-    """Bytes that a supervisor holds at its peak: what it remembers of a run of `LATEST_STEPS` steps and more, whose paths and messages are long."""
+    """Peak bytes of a supervisor, measured in this process, which plays a run of `LATEST_STEPS` steps with long
+    messages.
+    """
     words = json.dumps({"event": "timeline", "which": "first", "samples": [[i, i / 7e3, i << 20] for i in range(2048)]})
     step = {"event": "step", "step": 1, "loss": 1.0, "seconds": 0.5, "resident_bytes": 1, "peak_bytes": 1, "tokens": 1}
     step["spent"] = dict.fromkeys(("run", "unpack", "perturb", "update", "stall"), 0.1)

@@ -1,6 +1,7 @@
-"""The lean process as its parent sees it: started under the plan's cap, heard, and its end told in words.
+"""Starts the training process under the plan's cap, reads its messages, and turns its end into a result or an
+exception.
 
-The standard library only: the supervisor of a run, which counts against the budget, starts it with this.
+The standard library only: the supervisor of a run, which counts against the budget, uses this.
 """
 
 from __future__ import annotations
@@ -29,20 +30,22 @@ ERRORS: dict[str, type[TightfitError]] = {"InputError": InputError, "RunError": 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOrder:
-    """A run that is ready to begin: what its training process is started with, and what the plan says of it."""
+    """A run that is ready to start: what its training process is started with, and the plan's figures for the
+    report.
+    """
 
     directory: str
-    """of the run; `lock` keeps others out of it"""
+    """output directory of the run"""
     lock: int
-    """a descriptor"""
+    """descriptor of `directory` that holds the lock on it; the training process inherits it"""
     environment: dict[str, str]
-    """of the training process"""
+    """environment variables of the training process"""
     planned: dict[str, Any]
-    """`tightfit.runtime.session.settings.planned_figures`"""
+    """what `tightfit.runtime.session.settings.planned_figures` returns"""
     cgroup: bool
-    """whether the kernel is to enforce the cap, where it can"""
+    """whether to have the kernel enforce the cap, if a memory cgroup can be made"""
     finished: dict[str, Any] | None = None
-    """the report of the steps, where all were taken before and only an evaluation is missing"""
+    """the earlier report, if all steps were taken by an earlier run and only an evaluation is missing"""
 
     @property
     def job(self) -> str:
@@ -51,7 +54,7 @@ class RunOrder:
 
     @property
     def cap_bytes(self) -> int:
-        """What the training process may hold."""
+        """Bytes that the training process may hold: the budget less the supervisor's share."""
         cap: int = self.planned["budget_bytes"] - self.planned["supervisor_bytes"]
         return cap
 
@@ -66,12 +69,12 @@ class RunOrder:
 
 
 def command(*arguments: str) -> list[str]:
-    """The command line of a lean process."""
+    """The command line of a training process."""
     return interpreter.command("tightfit.runtime.engine.training.child", *arguments)
 
 
 class TrainingProcess:
-    """One under way. What it has told so far is `observed`."""
+    """A training process that was started. `observed` collects what its messages said so far."""
 
     def __init__(
         self,
@@ -95,7 +98,9 @@ class TrainingProcess:
         return "cgroup" if self.group else "meter"
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """What it tells from now on, until it has ended; whoever is interrupted may go on with another iterator."""
+        """Yield its messages until it has ended. After an interruption another iterator goes on where this one
+        stopped.
+        """
         while True:
             while self._lines:
                 message: dict[str, Any] = json.loads(self._lines.popleft())
@@ -108,14 +113,14 @@ class TrainingProcess:
             self._lines.extend(lines)
 
     def stop(self) -> None:
-        """Have it finish its step, save and end, and wait for that."""
+        """Have it finish its step, save a checkpoint and end; returns when it has."""
         self.process.terminate()
-        for _ in self.messages():  # a full pipe would hold it up
+        for _ in self.messages():  # keep reading: it would block on a full pipe
             pass
         self.process.wait()
 
     def end(self) -> Observed:
-        """All that it told, once it has ended. Raises what its end means."""
+        """Wait for its end; returns all that it said. Raises CapError, RunError or InputError unless it ended well."""
         for _ in self.messages():
             pass
         code = self.process.wait()
@@ -163,10 +168,13 @@ class TrainingProcess:
 def started(
     order: RunOrder, *, requests: int | None = None, group: MemoryCgroup | None = None
 ) -> Iterator[TrainingProcess]:
-    """The training process of `order`, whose job is written. `requests` is a descriptor that it reads; `group` a cgroup that
-    this process is in already, with the whole budget as its limit.
+    """Start the training process of `order`, whose job file is written; on exit the job file and its cgroup are
+    removed.
 
-    What ends this does not end the process.
+    `requests` is a descriptor from which it reads a Session's requests. `group` is a cgroup, limited to the whole
+    budget, that this process is in already; without one, a cgroup for the training process alone is made, if the order
+    asks for it and it can be. Leaving the block does not end the process. Raises RunError if the directory cannot be
+    written.
     """
     own = MemoryCgroup.create(order.cap_bytes) if order.cgroup and group is None else None
     try:
@@ -179,13 +187,14 @@ def started(
                 try:
                     process = subprocess.Popen(
                         own.enter(arguments) if own else arguments,
-                        # Orphaned, it still saves: the directory stays locked until it has.
+                        # It inherits the lock: if this process is killed, the directory stays locked until it has
+                        # saved.
                         pass_fds=(write, order.lock, *([] if requests is None else [requests])),
                         stdin=subprocess.DEVNULL,
                         stdout=words,
                         stderr=words,
                         env=order.environment,
-                        start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on
+                        start_new_session=True,  # so that Ctrl-C reaches the parent alone, which passes it on
                     )
                 finally:
                     os.close(write)

@@ -1,4 +1,6 @@
-"""A device whose arena lies apart from host memory: what the engine forgets to copy is garbage, and every copy is counted."""
+"""A test device whose arena is separate from host memory: bytes that the engine forgets to copy are garbage; copies are
+counted.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ GARBAGE = 0xA5
 
 
 class Apart:
-    """Its memory holds at most `most` bytes. The operators are the CPU's, so that results can be compared to the bit."""
+    """The device, with at most `most` bytes of memory.
+
+    Its operators are the CPU's, so that results are equal to the bit.
+    """
 
     kernels = KERNELS
 
@@ -40,7 +45,7 @@ class Apart:
 
     def host(self, at: int, shape: Iterable[int], dtype: str) -> Tensor:
         shape, kind = tuple(shape), getattr(torch, dtype)
-        # Page-aligned, as what is read past the page cache wants it.
+        # Page-aligned, as direct I/O needs it.
         heap = torch.full((math.prod(shape) * kind.itemsize + 4096,), GARBAGE, dtype=torch.uint8)
         skip = -heap.data_ptr() % 4096
         return heap[skip : skip + math.prod(shape) * kind.itemsize].view(kind).view(shape)

@@ -1,4 +1,4 @@
-"""Plans whose schedules were changed by hand, and the simulator's refusal of them."""
+"""Helpers that break a plan's schedule by an edit and assert which invariant the simulator finds violated."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
 
 
 def listed(phase):
-    """Its instructions as a plan file has them."""
+    """The instructions of a phase as JSON arrays, as in a plan file."""
     return write_all(phase.instructions)
 
 
 def changed(plan, edit, phase="train", **fields):
-    """The plan with `edit` made to a copy of its instructions, as a plan file has them, and other fields replaced."""
+    """A copy of the plan with `edit` applied to the instructions of a phase (JSON arrays as in a plan file) and
+    `fields` replaced.
+    """
     instructions = listed(getattr(plan, phase))
     edit(instructions)
     told = getattr(plan, phase).model_copy(update={"instructions": read_all(instructions)})

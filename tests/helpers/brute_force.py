@@ -1,6 +1,7 @@
-"""Every decision of the planner's class on a small chain, tried one by one: written from the rules, not from the planner.
+"""Tries every decision of the planner's class on a small chain: a reference written from the rules, not from the
+planner.
 
-The disk is taken to be instant (no latency, endless bandwidth); a transfer costs compute time only.
+The disk is assumed to be instant (no latency, infinite bandwidth); a transfer costs compute time only.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ PLACES = ("disk", "packed", "unpacked")
 
 
 def modes(two_gaps: bool) -> list[tuple[str, str, str]]:
-    """(from forward to backward, from backward to the next forward, inside the backward window after a recomputation)."""
+    """The modes of a weight that the class allows, each as three places ("disk", "packed" or "unpacked").
+
+    The places are: from forward to backward, from backward to the next forward, and inside the backward window after a
+    recomputation. Without `two_gaps`, for a weight that no backward operator reads, the three are the same.
+    """
     if not two_gaps:
         return [(place, place, place) for place in PLACES]
     result = []
@@ -39,7 +44,7 @@ def round_up(size: int, unit: int) -> int:
 
 @dataclass
 class Chain:
-    """The profile's facts, looked up by hand."""
+    """A profile's layers, operators and sizes as plain dicts, and the decisions that they leave open."""
 
     profile: object
 
@@ -69,7 +74,7 @@ class Chain:
         self.kind = {n: k for layer in self.layers for n, k in layer["kinds"].items()}
 
     def choices(self, index: int) -> Iterator[dict]:
-        """Everything open in one layer."""
+        """Every decision for one layer: fates of activations, modes of weights, places of optimizer states."""
         layer = self.layers[index]
         made = {name: op for op in layer["forward"] for name in op[2]}
         read = {name for op in layer["backward"] for name in op[1]}
@@ -103,7 +108,7 @@ class Chain:
         return total
 
     def all(self) -> Iterator[tuple[int, float]]:
-        """(peak bytes, seconds) of every combination that can be carried out."""
+        """(peak bytes, seconds) of every feasible combination of the layers' decisions."""
         listed = [
             [(choice, order) for choice in self.choices(i) if (order := self._order(i, choice)) is not None]
             for i in range(len(self.layers))
@@ -112,7 +117,9 @@ class Chain:
             yield Run(self, combination).result()
 
     def _order(self, index: int, choice: dict) -> list | None:
-        """Backward operators with what runs again before each; None where a dropped tensor cannot come back."""
+        """The backward operators in order, with recomputed operators before the ones that need them; None if
+        infeasible.
+        """
         layer = self.layers[index]
         made = {name: op for op in layer["forward"] for name in op[2]}
         there = {name for name, fate in choice["fate"].items() if fate != "drop"}
@@ -142,7 +149,7 @@ class Chain:
 
 
 class Run:
-    """One combination, carried out with memory and time counted."""
+    """One combination of decisions, executed step by step while counting memory and time."""
 
     def __init__(self, chain: Chain, combination) -> None:
         self.chain = chain

@@ -1,7 +1,8 @@
-"""The best schedules of small bare graphs, by search over states: written from the rules of a bare graph alone.
+"""Finds the best schedules of small bare graphs by exhaustive search over states, written from the graph's rules alone.
 
-A state is what is in memory and what has run. An operator runs if its inputs are there and its output is not; while it runs,
-its inputs, its output, its workspace, all that is retained and the fixed bytes count. Freeing costs nothing.
+A state is the set of outputs in memory and the set of operators that have run. An operator can run if its inputs are in
+memory and its output is not; while it runs, its inputs, its output, its workspace, every other output in memory and the
+fixed bytes count. Freeing costs nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ INFINITY = float("inf")
 
 
 def best(operators, budget, order="any", fixed=0):
-    """Seconds of the fastest schedule within `budget` bytes, infinity where there is none.
+    """Seconds of the fastest schedule within `budget` bytes; infinity if there is none.
 
-    `operators`: dicts as in the graph's JSON. `order`: ``any`` runs anything at any time; ``first`` makes first runs follow
-    the list; ``stages`` also makes runs between two first runs follow the list.
+    `operators`: dicts as in the graph's JSON. `order`: ``any`` allows every order; ``first`` makes the first runs of
+    operators follow the list; with ``stages`` the recomputations between two first runs follow the list too.
     """
     return _search(operators, order, lambda seconds, _: seconds, budget - fixed)
 

@@ -1,10 +1,10 @@
-"""The best schedules of tiny bare graphs that may move outputs to a disk and back, by search over states: written from the
-rules of a bare graph alone.
+"""Finds the best schedules of tiny bare graphs with offloading by exhaustive search over states, from the rules alone.
 
-Besides running and freeing: a resident output may be written to the disk (once), and one that was written and is no longer
-resident may be fetched, which takes its memory at once. The disk does one transfer at a time, in the order in which they
-are issued; a transfer takes latency + bytes / bandwidth. A run waits for the fetches of its inputs, a free waits for the
-write of what it frees (and for a fetch of it). The graph is done when the last run and the last transfer are.
+Besides running and freeing, a schedule may write a resident output to the disk (once), and fetch one that was written
+and is no longer resident; its memory is taken when the fetch is issued. The disk does one transfer at a time, in the
+order in which they are issued; a transfer takes latency + bytes / bandwidth. A run waits for the fetches of its inputs,
+a free waits for the write of what it frees (and for a fetch of it). The graph is done when the last run and the last
+transfer are.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ INFINITY = float("inf")
 
 
 def best(operators, channels, budget, order="any", fixed=0):
-    """Seconds of the fastest schedule within `budget` bytes, infinity where there is none.
+    """Seconds of the fastest schedule within `budget` bytes; infinity if there is none.
 
-    `order`: ``any`` does anything at any time; ``first`` makes first runs follow the list; ``stages`` also makes runs between
-    two first runs, or after the last, follow the list, with moves only before a run or at the end: writes, then frees, then
-    fetches, each in the list's order.
+    `order`: ``any`` allows every order; ``first`` makes the first runs of operators follow the list; with ``stages``
+    the recomputations between two first runs, or after the last, follow the list too, and moves happen only before a
+    run or at the end: writes, then frees, then fetches, each in the list's order.
     """
     return _search(operators, channels, order, budget - fixed)
 
 
 def least(operators, channels, order="any", fixed=0):
-    """The smallest budget in bytes at which `best` finds a schedule: time does not matter, so moves take none."""
+    """The smallest budget in bytes at which `best` finds a schedule.
+
+    Moves take no time in this search: only bytes matter.
+    """
     instant = {way: {"bytes_per_second": INFINITY, "latency_seconds": 0} for way in channels}
     timeless = [op | {"seconds": 0} for op in operators]
     high = sum(op["output_bytes"] + op.get("workspace_bytes", 0) for op in operators)
@@ -53,8 +56,9 @@ def _search(operators, channels, order, budget):
     reading = [transfer("read", i) for i in range(count)]
     everything = (1 << count) - 1
     keep = sum(1 << i for i, op in enumerate(operators) if op.get("keep_until_end"))
-    # In memory, has run, on disk, when the disk falls idle from now, transfers under way (way, operator, end from now),
-    # last run of this stage, last move of this gap (kind and operator).
+    # A state: outputs in memory, operators that have run, outputs on disk, seconds until the disk is idle, transfers
+    # under way as (direction, operator, seconds until it ends), last run of this stage, last move before the next run
+    # (kind and operator).
     start = (0, 0, 0, 0, (), -1, (0, -1))
     heap = [(0, 0, start)]
     settled = set()
@@ -71,7 +75,7 @@ def _search(operators, channels, order, budget):
         following = []
 
         def moved(kind, i, gap=gap):
-            """The gap's marker after a move, None where the order forbids it."""
+            """The state's new `gap` (last move before the next run) after a move; None if the order forbids it."""
             if order != "stages":
                 return (0, -1)
             return (kind, i) if (kind, i) > gap else None
@@ -80,7 +84,7 @@ def _search(operators, channels, order, budget):
             return tuple(sorted([*under_way, (way, i, seconds)])) if seconds else under_way
 
         def later(delay, idle=idle, under_way=under_way):
-            """What is left of the disk's work in `delay` seconds."""
+            """(seconds until the disk is idle, transfers still under way), `delay` seconds from now."""
             return max(0, idle - delay), tuple((way, i, end - delay) for way, i, end in under_way if end > delay)
 
         if done == everything and live & keep == keep:

@@ -1,4 +1,4 @@
-"""Debian's Chromium for the browser tests: found, or installed where that is possible, or a reason to skip."""
+"""Finds Chromium for the browser tests, or installs Debian's, or says why the tests have to be skipped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 PACKAGES = ("chromium-headless-shell", "chromium")
-"""the first that the distribution has; the shell is Chromium without a desktop's libraries"""
+"""Packages tried in this order; the headless shell is Chromium without desktop libraries."""
 OPTIONS = (
     "-q",
     "-o=Acquire::http::Timeout=15",
@@ -17,7 +17,7 @@ OPTIONS = (
     "-o=APT::Update::Error-Mode=any",
 )
 SECONDS = 180
-"""that apt-get may take: installing takes 15 s where the network is there"""
+"""Time limit for apt-get; with a working network an installation takes 15 s."""
 
 
 def find_chromium():
@@ -43,7 +43,7 @@ def _found():
 
 
 def _apt(*words):
-    """What went wrong; empty where nothing did."""
+    """Run apt-get with `words`; returns an error message, or an empty string on success."""
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A tiny model's data and configuration, and the ways in which files and disks fail."""
+"""Helpers for failure tests: a tiny model's data and settings, damaged files, full disks, leftovers of runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIB = 1 << 20
 CONFIG = {**CONFIGS["llama"], "num_hidden_layers": 1}
 SEQ = 24
 MEASURED = {"path": "model", "seq": SEQ, "batch": 2, "lora_rank": 4}
-"""what `measured` asks a service for: asked again, it is answered at once"""
+"""Request for the profile that the fixture `measured` made a service measure; a second such request hits the cache."""
 ROWS = [
     {"prompt": "Is the fox quick? ", "completion": "positive"},
     {"prompt": "lazy dog? ", "completion": "negative"},
@@ -30,18 +30,19 @@ def lines(rows):
 
 
 def files(folder):
-    """Everything below a folder with its bytes."""
+    """Every file below a folder with its content."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
 
 def opened_below(folder):
-    """Descriptors of this process for files below a folder, of those that have no name any more too.
+    """This process's open descriptors for files below a folder, deleted files included.
 
-    How many there are in all is no measure: what earlier tests left to the garbage collector is closed whenever that comes.
+    Tests count these rather than all descriptors, because files that earlier tests left to the garbage collector may be
+    closed at any time.
     """
     found = []
     for path in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):  # the descriptor by which they are listed
+        with suppress(OSError):  # the descriptor used for this listing is closed by now
             if path.readlink().is_relative_to(folder):
                 found.append(int(path.name))
     return found
@@ -58,13 +59,16 @@ def cut(path, size):
 
 
 def own_groups():
-    """Memory cgroups that this process has made. Looked for where it makes them: elsewhere folders vanish while they are walked."""
+    """Memory cgroups that this process has made.
+
+    Searches only where it makes them: elsewhere folders may vanish meanwhile.
+    """
     return [group for parent, _ in _parents(MOUNT) for group in parent.glob(f"tightfit-{os.getpid()}-*")]
 
 
 @contextmanager
 def small_disk(path, size):
-    """A file system of its own at `path`, `size` bytes large."""
+    """Mount a file system of `size` bytes at `path`."""
     path.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
     if subprocess.run(words, capture_output=True, check=False).returncode:

@@ -1,4 +1,4 @@
-"""Decisions of a layer drawn at random, and a machine on which nothing takes time."""
+"""Random decisions for a layer, and settings of an almost instant disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ INSTANT = {"read": 1e12, "write": 1e12, "latency": 0.0, "per_byte": 2e-8}
 
 
 def random_decision(rng, kind) -> Decision:
-    """Any decision of the class."""
+    """A decision of the planner's class for the layer type `kind`, drawn with `rng`."""
     share = rng.random()
     keep, offload = set(), set()
     for value in kind.candidates:
@@ -30,6 +30,6 @@ def random_decision(rng, kind) -> Decision:
         again = {v for v in offload if v in kind.producer and kind.producer[v].index in script.recomputed}
         if not again:
             return Decision(keep=script.kept, offload=script.offloaded, weights=weights, states=frozenset(states))
-        # What runs again for a sibling output is not fetched as well.
+        # An output whose operator is recomputed for another output is not fetched as well, so it may not be offloaded.
         offload -= again
         keep |= again

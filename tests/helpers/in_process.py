@@ -1,4 +1,6 @@
-"""A plan's training in the process of the tests: the executor as the capped child runs it, without the child."""
+"""Trains a plan inside the test process, with the executor that the training process of a run uses and no child
+process.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from tightfit.runtime.session.job_compiler import compile_job
 
 
 class LazyChannel(Channel):
-    """The slowest that keeps its word: a transfer is made when somebody waits for it, and not before."""
+    """The slowest correct channel: a transfer happens only when somebody waits for it (or for a later one)."""
 
     def __init__(self) -> None:
         self._queue: deque[tuple[int, Callable[..., object], tuple[Any, ...]]] = deque()
@@ -47,7 +49,7 @@ def make_training(
     channel: Channel | None = None,
     device: Device | None = None,
 ) -> Training:
-    """The job of a plan, loaded; `records` is a file of prepared data."""
+    """Compile a plan into a job and load it. `records` is a file of prepared data; `device` replaces the plan's own."""
     optimizer = OPTIMIZERS[plan.optimizer["name"]](lr=lr)
     settings = {
         "store": plan.model.store,

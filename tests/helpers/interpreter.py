@@ -1,6 +1,6 @@
-"""A plain interpreter of a traced step: every operator called functionally, nothing freed, nothing planned.
+"""Interprets a traced step plainly: every operator called in its functional form, nothing freed, no plan.
 
-It is what the trace means. Tests compare it with autograd, and the runtime with it.
+It defines what a trace means: tests compare it with autograd, and the runtime with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tightfit.runtime.engine.cpu.operators import OPERATORS
 
 
 def run_step(layers: list[Layer], programs: Mapping[str, Program], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One forward and backward; returns every tensor that was made, under its global name."""
+    """Run one forward and backward; returns every tensor made, by global name."""
     env = dict(tensors)
     for phase, order in (("forward", layers), ("backward", list(reversed(layers)))):
         for layer in order:
@@ -28,7 +28,7 @@ def run_step(layers: list[Layer], programs: Mapping[str, Program], tensors: Mapp
 def run_inference(
     layers: list[Layer], programs: Mapping[str, Program], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """One forward that no backward follows; returns every tensor that was made, under its global name."""
+    """Run one forward that no backward follows; returns every tensor made, by global name."""
     env = dict(tensors)
     for layer in layers:
         program = programs[layer.program]

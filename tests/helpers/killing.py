@@ -1,4 +1,4 @@
-"""kill -9 of a service and of its workers, again and again, while clients ask; afterwards every acknowledged job is called to account."""
+"""Kills a service and its workers again and again while clients send requests, then checks every acknowledged job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from served import PATIENCE
 
 
 def workers_of(pid):
-    """Processes that a service has started."""
+    """Process ids of the workers that the service `pid` has started."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -28,9 +28,10 @@ def workers_of(pid):
 
 
 def kill_again_and_again(service, profile, budgets, *, rounds, seed=0, clients=4, per_client=3):
-    """Kills `rounds` times, in turn the service (then started again) and one of its workers; returns what became of what.
+    """Kill (SIGKILL) `rounds` times, alternately the service, which is then restarted, and one of its workers.
 
-    The answer has `acknowledged` (job id -> final job), `lost` (acknowledged ids that nobody knows any more) and `kills`.
+    Returns a dict with `acknowledged` (job id -> final job), `lost` (acknowledged ids that nobody knows any more) and
+    `kills`.
     """
     rng = random.Random(seed)
     identity = service.upload(profile)
@@ -47,7 +48,7 @@ def kill_again_and_again(service, profile, budgets, *, rounds, seed=0, clients=4
                 try:
                     answer = http.post("/v1/plans", json={"profile": identity, "memory": budget})
                 except httpx.TransportError:
-                    return  # never acknowledged: nobody was promised anything
+                    return  # never acknowledged, so the service owes nothing
                 assert answer.status_code in {200, 202}, answer.text
                 with lock:
                     acknowledged.add(answer.json()["id"])
@@ -60,7 +61,7 @@ def kill_again_and_again(service, profile, budgets, *, rounds, seed=0, clients=4
         running = workers_of(service.process.pid)
         if number % 2:
             running = running or _some_worker(service)
-            with contextlib.suppress(ProcessLookupError):  # it may just have ended by itself
+            with contextlib.suppress(ProcessLookupError):  # the worker may have ended by itself
                 os.kill(rng.choice(running), signal.SIGKILL)
                 kills["worker"] += 1
         else:
@@ -70,7 +71,7 @@ def kill_again_and_again(service, profile, budgets, *, rounds, seed=0, clients=4
             thread.join()
         if service.process.poll() is not None:
             service.start()
-            # Workers end with their service.
+            # Workers must end with their service.
             assert not [pid for pid in running if not _gone(pid)]
     finished, lost = {}, []
     for job in sorted(acknowledged):
@@ -83,7 +84,7 @@ def kill_again_and_again(service, profile, budgets, *, rounds, seed=0, clients=4
 
 
 def _some_worker(service):
-    """Workers of a service that was started so late that it had none."""
+    """The service's workers, waiting until it has at least one."""
     until = time.monotonic() + PATIENCE
     while not (found := workers_of(service.process.pid)):
         assert time.monotonic() < until
@@ -92,7 +93,7 @@ def _some_worker(service):
 
 
 def ended(pid):
-    """Whether a process has ended; whoever adopts it may never ask what became of it."""
+    """Whether a process has ended. A zombie counts too, since the process that adopted it may never wait for it."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -100,7 +101,7 @@ def ended(pid):
 
 
 def _gone(pid):
-    """Whether a process has ended, or does within some seconds."""
+    """Whether a process has ended or ends within 20 seconds."""
     until = time.monotonic() + 20
     while time.monotonic() < until:
         if ended(pid):

@@ -1,4 +1,4 @@
-"""Random layered graphs, as the papers on rematerialisation and operator order use them (Gagrani et al. 2022)."""
+"""Makes random layered graphs as used in papers on rematerialisation and operator order (Gagrani et al. 2022)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tightfit.profiles.graph_input import BareGraph, BareOperator
 
 
 def layered(count, seed=0, training=False):
-    """`count` operators in layers of about the square root of that; a third of the inputs skip layers.
+    """`count` operators in layers of about sqrt(count) each; a third of the inputs skip layers.
 
-    Bytes and seconds are log-normal and independent. With `training`, half of the operators are a backward that mirrors the
-    forward: operator i's backward reads the backward of its readers, its inputs and its output.
+    Bytes and seconds are log-normal and independent. With `training`, half of the operators form a backward that
+    mirrors the forward: the backward of operator i reads the backwards of its readers, its inputs and its output.
     """
     rng = random.Random(seed)
     forward = count // 2 if training else count

@@ -1,8 +1,8 @@
-"""Where the checkout's files lie."""
+"""Paths of the checkout's folders."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "src"
-"""the folder from which `tightfit` is imported"""
+"""The folder from which `tightfit` is imported."""
 EXAMPLES = ROOT / "examples"

@@ -37,14 +37,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama with biases": CONFIGS["llama"] | {"attention_bias": True, "mlp_bias": True},
     "mistral": CONFIGS["llama"] | {"model_type": "mistral", "sliding_window": 8},
 }
-"""switches that the families' own configs leave off"""
+"""Configs with switches on that the families' configs above leave off."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def peft_model(
     config: dict[str, Any], weights: dict[str, Tensor], rank: int, alpha: float, dtype: torch.dtype
 ) -> torch.nn.Module:
-    """transformers + peft with our weights (base and LoRA, by Hugging Face name) in place."""
+    """A transformers + peft model with the given weights (base and LoRA, by Hugging Face name) loaded."""
     import peft
     import transformers
 
@@ -63,7 +63,9 @@ def peft_model(
 
 
 def starting_weights(made: Profile, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """What a run of a profile begins with, by our names: the dequantised base, matrices in `dtype`, and the adapter's first values."""
+    """The weights that a run of a profile starts from, by tightfit's names: the dequantised base, with matrices in
+    `dtype`, and the adapter's initial values.
+    """
     weights: dict[str, Tensor] = {}
     assert made.model.store is not None
     with Store.open(made.model.store) as store:

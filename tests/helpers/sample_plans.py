@@ -1,4 +1,4 @@
-"""Plans made by hand, for the tests of tables, pictures and pages: no solver, no model."""
+"""Makes plans without solver or model, for tests of tables, pictures and pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FLOOR = 220 * MIB
 
 
 def sample_plan(policy="solver", budget=350 * MIB, *, peak=340 * MIB, seconds=1.25, layers=6, **changes):
-    """A feasible plan whose activations rise and fall once; the peak is reached in the middle of the step."""
+    """A feasible plan whose activations rise and fall once, with the peak in the middle of the step."""
     timeline = []
     steps = 8 * layers
     room = peak - FLOOR - 20 * MIB
@@ -88,7 +88,7 @@ def sample_plan(policy="solver", budget=350 * MIB, *, peak=340 * MIB, seconds=1.
 
 
 def infeasible_plan(policy="keep-all", budget=250 * MIB, minimum=int(412.34 * MIB)):
-    """The answer to a budget that is too small."""
+    """The infeasible plan that answers a budget below `minimum` bytes."""
     return sample_plan(
         policy,
         budget,
@@ -107,7 +107,7 @@ def sample_device():
 
 
 def sample_plans():
-    """Three policies at four budgets, of which some do not fit."""
+    """Plans of three policies at four budgets, some of them infeasible."""
     budgets = [250 * MIB, 350 * MIB, 500 * MIB, 800 * MIB]
     plans = [
         sample_plan("solver", budget, peak=min(budget - 4 * MIB, 640 * MIB), seconds=0.8 + 120 / (budget / MIB))

@@ -1,4 +1,4 @@
-"""A service in a process of its own, on a free port, for tests and benchmarks."""
+"""Runs a tightfit service in a process of its own, on a free port, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from tightfit.runtime.common.interpreter import command, python_path
 from tightfit.runtime.common.parent import end_with_parent
 
 PATIENCE = 120.0
-"""seconds: machines that run tests are busy"""
+"""Seconds to wait for an answer or a job; long, because machines that run tests are busy."""
 
 
 class Served:
-    """`tightfit serve` over one data folder, started beside it in a folder whose files are called like ours; can be killed and
-    started again. `http` talks to it. `tightfit` is the installed command; without it the service is this checkout's.
+    """`tightfit serve` on one data folder; it can be killed and started again.
+
+    Its working folder contains files named like tightfit's modules, which must not be imported. `http` is a client for
+    it. The argument `tightfit` is the path of an installed command; without it the service runs from this checkout.
     """
 
     def __init__(self, data, *options, token=None, environment=None, tightfit=None):
@@ -49,7 +51,7 @@ class Served:
                 stderr=log,
                 cwd=working_folder(self.data.with_name(f"{self.data.name}.working")),
                 env=environment,
-                # A test that is killed leaves no service behind. No other thread runs here.
+                # Ends the service if the test is killed. preexec_fn is safe, because no other thread runs here.
                 preexec_fn=partial(end_with_parent, signal.SIGKILL),  # noqa: PLW1509
             )
         try:
@@ -76,7 +78,7 @@ class Served:
         raise AssertionError("the service did not start")
 
     def stop(self):
-        """Ask the service to end; returns its exit code. Nothing that it started may be left."""
+        """Ask the service to end; returns its exit code and asserts that none of its processes is left."""
         self.http.close()
         started = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
         self.process.send_signal(signal.SIGTERM)
@@ -95,7 +97,7 @@ class Served:
     def lines(self):
         return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
 
-    # --- what tests do all the time --------------------------------------------------------------------------------
+    # --- requests that tests make often ------------------------------------------------------------------------------
 
     def upload(self, profile):
         answer = self.http.post("/v1/profiles/upload", json=profile.model_dump(mode="json"))
@@ -103,7 +105,7 @@ class Served:
         return answer.json()["id"]
 
     def wait(self, job, patience=PATIENCE):
-        """The finished job."""
+        """Poll until a job has finished; returns it."""
         until = time.monotonic() + patience
         while job["state"] in {"queued", "running"}:
             assert time.monotonic() < until, job

@@ -1,4 +1,6 @@
-"""Profiles of decoders of published shapes, traced without weights; seconds by roofline for a device that was measured."""
+"""Makes profiles of decoders with published shapes, traced without weights, with seconds estimated for a described
+device.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +33,19 @@ QWEN_3B = {
     "tie_word_embeddings": True,
     "hidden_act": "silu",
 }
-"""Qwen2.5-3B's config.json, its 36 layers left to choose"""
+"""Qwen2.5-3B's config.json without its number of layers (36)."""
 ON = "zen4-2core"
-"""the device that the seconds, the disk and the floor are estimated for"""
+"""The described device whose seconds, disk and floor the profiles have."""
 
 
 TRACED = 3
-"""layers that are traced; a deeper decoder repeats the last of them, whose program is every later layer's"""
+"""Number of layers that are traced; deeper decoders repeat the last one, since all later layers share its program."""
 
 
 def decoder_profile(layers: int, *, batch: int = 1, seq: int = 256, **config: Any) -> Profile:
-    """LoRA of rank 8 on `layers` layers of Qwen2.5-3B (or what `config` changes), 4-bit base."""
+    """A profile of LoRA with rank 8 on `layers` layers of Qwen2.5-3B, 4-bit base; `config` overrides fields of the
+    config.
+    """
     settings = QWEN_3B | config | {"num_hidden_layers": min(layers, TRACED)}
     with FakeTensorMode():
         module = Decoder(decoder_shape(settings), dtype=torch.bfloat16, rank=8, alpha=16.0)
@@ -72,7 +76,7 @@ def decoder_profile(layers: int, *, batch: int = 1, seq: int = 256, **config: An
 
 
 def deepened(profile: Profile, layers: int) -> Profile:
-    """The decoder's last layer repeated until there are `layers` of them."""
+    """A copy of the profile with the decoder's last layer repeated until there are `layers` layers."""
     *body, last, head = profile.layers
     own = (f"{last.name}.", f"{last.name}/")
     tensors, repeated, before = [], [last], last.name
@@ -93,7 +97,9 @@ def deepened(profile: Profile, layers: int) -> Profile:
 
 
 def _renamed(name: str, names: dict[str, str]) -> str:
-    """`name` with the layer that it belongs to exchanged: ``model.layers.2/out0``, ``grad:model.layers.2.mlp.weight``."""
+    """The tensor name with its layer's name replaced by way of `names`: ``model.layers.2/out0``,
+    ``grad:model.layers.2.mlp.weight``.
+    """
     for old, new in names.items():
         for end in "./":
             for prefix in ("", "grad:"):

@@ -1,4 +1,6 @@
-"""A solver in the place of MathOpt's that Ctrl-C meets in the conversion of an answer: an AttributeError comes out of it."""
+"""A stand-in for MathOpt's solver that turns Ctrl-C into an AttributeError, as MathOpt does while it converts an
+answer.
+"""
 
 from __future__ import annotations
 

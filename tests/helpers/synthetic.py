@@ -1,4 +1,4 @@
-"""Profiles without a model: decoder-like ones of any depth, and small random chains for exhaustive search."""
+"""Makes profiles without a model: decoder-like ones of any depth, and small random chains for exhaustive search."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def device(
 
 
 class ProgramBuilder:
-    """Forward and backward operators over values named as they come."""
+    """Builds a program: `value` adds a storage, `run` an operator."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -84,7 +84,9 @@ def profile_of(programs, layers, tensors, loss, *, on=None, states=2, token_loss
 def decoder_like(
     layers: int, *, tokens=1024, hidden=576, ffn=1536, rank=8, slices=8, slice_rows=4096, flops=4e11, on=None
 ) -> Profile:
-    """A LoRA decoder: seven adapted weights per layer, attention with a second output, a head in row slices."""
+    """A profile like a LoRA decoder's: seven adapted weights per layer, attention with a second output, a head in row
+    slices.
+    """
     block = _block(tokens, hidden, ffn, rank, flops)
     head = ProgramBuilder("head")
     wide = tokens * hidden * 2
@@ -134,11 +136,11 @@ def decoder_like(
 
 
 USELESS = device().model_copy(update={"write": Channel(bytes_per_second=1e6, latency_seconds=0.05)})
-"""a disk that takes longer to write anything than a layer takes to run"""
+"""A device whose disk takes longer for any write than a layer takes to run, so that offloading never pays."""
 
 
 def deep(layers=10, *, on=USELESS, **changes):
-    """A decoder whose layer inputs add up to more than any of its windows holds beside them."""
+    """A decoder-like profile whose layer inputs together are larger than all else that any layer's window holds."""
     return decoder_like(layers, **{"tokens": 256, "hidden": 96, "ffn": 192, "rank": 1, "slices": 2, "on": on} | changes)
 
 
@@ -252,7 +254,10 @@ def _block(tokens, hidden, ffn, rank, flops) -> Program:
 
 
 def small_chain(seed: int, *, layers=2, weights=True, trainables=True, on=None, equal=False) -> Profile:
-    """Two or three random layers of two or three operators each, in pages, with a weight and a trainable here and there."""
+    """A profile of a few random layers of two or three operators each.
+
+    Sizes are whole pages; some layers have a weight or a trainable. The same `seed` gives the same profile.
+    """
     rng = random.Random(seed)
     programs, placed, tensors = [], [], []
     flow = [rng.randint(1, 3) * PAGE for _ in range(layers + 1)]
@@ -293,7 +298,7 @@ def small_chain(seed: int, *, layers=2, weights=True, trainables=True, on=None, 
 
 
 def _small_layer(rng, name, wide_in, wide_out, *, first, last, weights, trainables) -> Program:
-    """y = f2(f1(x, w), x?), with backward operators that read some of what forward made."""
+    """A layer y = f2(f1(x, w), x), where f2 may not read x, with backward operators that read some forward results."""
     made = ProgramBuilder(name)
 
     def pages(most=4):

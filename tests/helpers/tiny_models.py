@@ -1,4 +1,4 @@
-"""Small models and tokenizers on disk, made from nothing: GGUF files and Hugging Face directories."""
+"""Writes small random models and tokenizers to disk: GGUF files and Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Q4_K_BLOCK = 144
 
 
 def byte_level_tokenizer(size: int = 320) -> Tokenizer:
-    """Byte-level BPE as in SmolLM2: digits apart, then GPT-2's split."""
+    """Byte-level BPE as in SmolLM2: digits split off one by one, then GPT-2's pattern."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -62,7 +62,7 @@ def sentence_piece_tokenizer(size: int = 420) -> Tokenizer:
 
 
 def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
-    """float32 weights by Hugging Face name, norms and biases included, none of them trivial."""
+    """Random float32 weights by Hugging Face name; norms and biases are not all 1 or 0 either."""
     import transformers
 
     with torch.device("meta"):
@@ -76,7 +76,7 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
 
 
 def llama_cpp_permute(weights: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """`permute` of llama.cpp's convert_hf_to_gguf.py."""
+    """The rows of q or k as `permute` of llama.cpp's convert_hf_to_gguf.py reorders them."""
     return (
         weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
         .swapaxes(1, 2)
@@ -107,7 +107,7 @@ def gguf_name(name: str, gemma: bool) -> str:
 
 
 def q4_k(shape: tuple[int, ...], seed: int) -> np.ndarray[Any, Any]:
-    """Random Q4_K blocks with tame scales; gguf's Python package cannot quantise to this type."""
+    """Random Q4_K blocks with moderate scales, needed because gguf's Python package cannot quantise to this type."""
     generator = np.random.default_rng(seed)
     blocks = generator.integers(0, 256, (shape[0], shape[1] // 256, Q4_K_BLOCK), dtype=np.uint8)
     scales = generator.uniform(0.0001, 0.001, (shape[0], shape[1] // 256, 2)).astype(np.float16)

@@ -1,6 +1,7 @@
-"""Plans without a planner: every layer in order, activations kept until their last use, weights read before each use.
+"""Makes simple plans without the planner: layers in order, activations kept until their last use, weights read for each
+use.
 
-Small models traced for real, so that the runtime is tested with the operators that it will meet.
+The profiles are real traces of small models, so that the runtime is tested with the operators that real runs use.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def device(threads=2):
 
 
 def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dtype="bfloat16"):
-    """Profile of a small decoder with random packed weights; times are not measured."""
+    """A profile, without measured times, of a small decoder with random weights packed in `directory`."""
     from tightfit.profiles.models.decoder import Decoder
     from tightfit.profiles.models.decoder_config import decoder_shape
     from tightfit.profiles.sources.lookup import resolve
@@ -72,7 +73,7 @@ def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dt
 
 
 def module_profile(directory: Path, factory: str):
-    """Profile of a module:factory, trained in full."""
+    """A profile, without measured times, of a module:factory, all of whose parameters are trained."""
     from tightfit.profiles.sources.factory import build_module
     from tightfit.profiles.sources.lookup import resolve
     from tightfit.profiles.tracing.trace import trace
@@ -112,9 +113,10 @@ def naive_plan(
 ):
     """A valid schedule by simple rules.
 
-    `spill`: activations (global names) that go to the spill file between forward and backward. `offload`: trainables
-    whose Adam states live in the spill file. `packed`, `unpacked`: weights resident in that form. `recompute`: private
-    activations of a layer are freed after its forward and made again before its backward. `shift` moves every offset.
+    `spill`: activations (global names) that are in the spill file between forward and backward. `offload`: trainables
+    whose Adam states are in the spill file between steps. `packed`, `unpacked`: weights that stay resident in that
+    form. `recompute`: a layer's private activations are freed after its forward and recomputed before its backward.
+    `shift`: bytes added to every offset.
     """
     return _Naive(profile, set(spill), set(offload), recompute, set(packed), set(unpacked), shift).plan(budget)
 
@@ -142,7 +144,7 @@ class _Naive:
                 self.resident[t.name] = self._take(t.name, t.bytes)
 
     def _take(self, name, size):
-        """First fit, at 4096 bytes for packed weights and 64 for others."""
+        """Allocate by first fit, aligned to 4096 bytes for packed weights and 64 for others."""
         step = 4096 if name.startswith("packed:") else 64
         at = 0
         for start, stop in sorted(self.live.values()):

@@ -1,4 +1,4 @@
-"""Traced decoders, and an interpreter of their programs."""
+"""Traces small decoders and runs their programs with the plain interpreter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def random_weights(config: dict[str, Any], dtype: torch.dtype) -> dict[str, torc
 
 
 def random_batch(config: dict[str, Any], batch: int, seq: int) -> dict[str, torch.Tensor]:
-    """Right-padded samples of different lengths, the first third of each unlabelled, as a prompt is."""
+    """Right-padded samples of different lengths; the first third of each has no labels, like a prompt."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, config["vocab_size"], (batch, seq), generator=generator)
     labels = torch.full((batch, seq), -100)

@@ -1,4 +1,4 @@
-"""A folder of a user's whose files are called like modules that our processes import."""
+"""Makes a working folder with files named like modules that tightfit imports, which must not be picked up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TAKEN = (
 
 
 def working_folder(path):
-    """Make `path` such a folder: whoever imports one of its files fails."""
+    """Fill `path` with such files, each of which raises when imported; returns `path`."""
     for name in TAKEN:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text("raise RuntimeError(f'a file of the working folder was imported: {__file__}')\n")

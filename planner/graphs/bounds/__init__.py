@@ -1,4 +1,4 @@
-"""Seconds that no schedule of a graph undercuts: linear programs, programs in whole numbers, and the cuts that tighten them.
+"""Lower bounds on the seconds of a bare graph's schedules: linear and integer programs, and the cuts that tighten them.
 
 May import: `graphs.problem`, `planner.milp`.
 """

@@ -1,9 +1,11 @@
-"""The two bounds of a plan: for its class, and for any schedule at all; moments are chosen, programs solved (`lp_bound`).
+"""The two lower bounds of a bare graph's plan: one for schedules of its class, one for any schedule at all.
 
-For the class moments are found step by step, and paths with them: those that the linear program's last answer does
-without (`cut_generation`). What has no price for some rounds is dropped again. Then few moments and the best program are
-solved in whole numbers (`milp_bound`), and again with moments and crowded runs at which the answer's schedule holds too
-much. All answers, made whole, are where a search may start. docs/formulation.md has the programs: (29) to (35).
+Both come from the programs of `lp_bound` over a few moments of the schedule. For the class, linear programs are solved
+in sequence, and each gets the moments and paths that the previous answer violates (`cut_generation`); those whose dual
+price stays 0 for some rounds are dropped. Then a program with few moments and the best linear program are solved with
+0/1 variables (`milp_bound`), and again with the moments and crowded runs (35) at which the answer's schedule exceeds
+the budget. All answers, rounded to schedules, are starting points for the search. docs/formulation.md has the programs:
+(29) to (35).
 """
 
 from __future__ import annotations
@@ -19,20 +21,23 @@ from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, memory, runs
 
 ANY_MOMENTS = (1, 2, 4, 8)
+"""moments of the programs for any schedule, solved one after the other"""
 FIRST = 8
-"""moments to begin with"""
+"""moments of the first linear program for the class"""
 SHORT = 0.95
-"""they lie where the best schedule known holds this share of the budget"""
+"""the first moments are chosen among first runs at which the best schedule known holds at least this share of the
+budget
+"""
 FEW = (4, 8)
-"""moments of programs in whole numbers that are tried first: such are often solved to their end..."""
+"""moments of the integer programs that are tried first: so few that they are often solved to optimality..."""
 FEW_SHARE = 0.1
-"""...in this share of the time"""
+"""...in this share of the remaining time, which is the limit of each"""
 SOLVED = 4000
-"""operators times moments of programs in whole numbers that end within a minute"""
+"""operators times moments up to which an integer program ends within a minute"""
 HARDER = 2
-"""times the seconds of a program in whole numbers: what the next takes at least, with more moments"""
+"""an integer program with more moments takes at least this many times as long as the one before it"""
 REFINED = 1
-"""moments added to a program in whole numbers: each makes it harder"""
+"""moments added to an integer program in one round: each makes it harder"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +48,9 @@ class Bound:
 
 
 def path_pivots(dag: Dag, count: int) -> list[int]:
-    """At most `count` operators on the path of the graph that takes in most of the memory's rise and fall."""
+    """At most `count` operators, evenly spaced on the graph's longest path (in operators): along it memory rises and
+    falls most.
+    """
     length = [0.0] * len(dag)
     source = [-1] * len(dag)
     for i in range(len(dag)):
@@ -60,7 +67,11 @@ def path_pivots(dag: Dag, count: int) -> list[int]:
 
 
 def any_schedule_bound(dag: Dag, budget_bytes: int, *, seconds: float) -> Bound:
-    """Seconds that no schedule at all undercuts, whatever it reorders; infinity where none fits."""
+    """A lower bound on the seconds of any schedule within `budget_bytes`, whatever it reorders; infinity where none
+    fits.
+
+    `seconds` limit the work.
+    """
     deadline = time.monotonic() + seconds
     best = dag.once_seconds
     timely = True
@@ -81,17 +92,20 @@ def any_schedule_bound(dag: Dag, budget_bytes: int, *, seconds: float) -> Bound:
 def class_bound(
     dag: Dag, budget_bytes: int, reruns: frozenset[Rerun], *, deadline: float, enough: float = float("inf")
 ) -> Bound:
-    """Seconds that no schedule of the class undercuts, by linear programs alone."""
+    """A lower bound on the seconds of every schedule of the class within `budget_bytes`, by linear programs alone;
+    infinity where none fits. `reruns`, `enough`: see `ClassBound`. `deadline` is on the monotonic clock.
+    """
     bound = ClassBound(dag, budget_bytes, reruns)
     bound.linear(deadline, enough)
     return Bound(seconds=bound.seconds, timely=bound.timely)
 
 
 class ClassBound:
-    """Seconds that no schedule of the class undercuts; infinity where none fits. `reruns` is the best schedule known: the first
-    moments are laid where its memory is short.
+    """A lower bound on the seconds of every schedule of the class, which `linear` and `whole` raise; infinity where
+    none fits.
 
-    Work ends early where the bound is `enough`; slower schedules are not looked at.
+    `reruns` is the best schedule known: the first moments are chosen where it nearly fills the budget. Work stops once
+    the bound reaches `enough` seconds, and the integer programs leave out schedules that take longer than that.
     """
 
     def __init__(self, dag: Dag, budget_bytes: int, reruns: frozenset[Rerun]) -> None:
@@ -101,30 +115,36 @@ class ClassBound:
         self.timely = True
         """whether the clock left room for all that was to be tried"""
         self.starts: list[frozenset[Rerun]] = []
-        """schedules but for the memory between moments: where a search may start; the last are the best"""
+        """the programs' answers as schedules, which may exceed the budget between moments: starting points for a
+        search; the last are the best
+        """
         self._climb = CutGeneration(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST))
         self._few = [_shortest(dag, budget_bytes, reruns, count) for count in FEW]
         self._pivots = self._climb.pivots
         self._crowded: frozenset[Rerun] = frozenset()
         self._ended = False
-        """whether the program in whole numbers has nothing to be refined by: moments, or runs that are not crowded yet"""
+        """whether no integer program is to be solved any more: the last one's schedule suggests no further moment or
+        crowded run, or the linear programs ran out of time
+        """
 
     @property
     def small(self) -> bool:
-        """Whether the best program is small enough for whole numbers."""
+        """Whether the best linear program is small enough to be solved with 0/1 variables."""
         return len(self.dag) * len(self._pivots) <= SOLVED
 
     def linear(self, deadline: float, enough: float) -> None:
-        """Solve linear programs as long as that raises the bound."""
+        """Solve linear programs as long as they raise the bound, until `deadline` at most."""
         self.timely = self._climb.climb(deadline, enough)
-        # As long as they raise the bound they do so in less time than programs in whole numbers.
+        # While linear programs still raise the bound, they do so faster than integer programs: these are skipped then.
         self._ended = not self.timely
         self.seconds = self._climb.best
         self.starts.extend(self._climb.starts)
         self._pivots = self._climb.pivots
 
     def whole(self, deadline: float, enough: float) -> None:
-        """Solve few moments in whole numbers, then the best linear program, or go on where that was left."""
+        """Solve integer programs: first those of few moments, then the best linear program's, refined round by round. A
+        later call goes on where the one before stopped.
+        """
         while self._few and self.seconds < enough and not self._ended:
             self._solve(self._few.pop(0), enough, FEW_SHARE * (deadline - time.monotonic()))
         spent = 0.0
@@ -161,7 +181,9 @@ class ClassBound:
 def _refined(
     dag: Dag, budget_bytes: int, pivots: tuple[int, ...], crowded: frozenset[Rerun], reruns: frozenset[Rerun]
 ) -> tuple[tuple[int, ...], frozenset[Rerun]]:
-    """The moments and the crowded runs, with all re-runs at which the schedule is over the budget, and the moment where it is furthest."""
+    """`pivots` and `crowded`, plus what the schedule `reruns` violates: the first run at which it exceeds the budget
+    most as a moment, and every re-run at which it exceeds the budget as a crowded run.
+    """
     sequence = runs(dag, reruns)
     over = sorted((-held, run) for run, held in zip(sequence, memory(dag, sequence)) if held > budget_bytes)
     added = apart([stage for _, (stage, _) in over if stage not in pivots], REFINED)
@@ -169,10 +191,12 @@ def _refined(
 
 
 def _shortest(dag: Dag, budget_bytes: int, reruns: frozenset[Rerun], most: int) -> tuple[int, ...]:
-    """Up to `most` moments, evenly laid among those where the schedule's memory is short."""
+    """Up to `most` moments, evenly spaced among the first runs at which the schedule nearly fills
+    the budget (`SHORT`).
+    """
     sequence = runs(dag, reruns)
     held = {operator: size for (stage, operator), size in zip(sequence, memory(dag, sequence)) if stage == operator}
     least = min(SHORT * budget_bytes, max(held.values()))
-    # At the first operator's run nothing is there that could have been dropped.
+    # When the first operator runs there is no output yet that could have been freed.
     short = [operator for operator in range(1, len(dag)) if held[operator] >= least] or [len(dag) - 1]
     return tuple(sorted({short[(2 * k + 1) * len(short) // (2 * most)] for k in range(most)}))

@@ -1,7 +1,8 @@
-"""Programs of choices for CP-SAT: bytes counted exactly, seconds in parts of one run of every operator.
+"""Translates 0/1 programs into integers for CP-SAT: bytes exactly, seconds in fixed fractions of one run of every
+operator.
 
-CP-SAT solves the programs of `milp_bound` and `subproblem` several times faster than HiGHS or SCIP do, with all of the costs in one of its
-cuts and with linear programs at every node.
+CP-SAT solves the programs of `milp_bound` and `subproblem` several times faster than HiGHS or SCIP do, with its
+objective cut (`add_objective_cut`) and with linear relaxations at every node (`linearization_level` 2).
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from tightfit.planner.milp.lp import Program
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """What the solver says of a program."""
+    """CP-SAT's answer to a program."""
 
     values: list[bool] | None
-    """of the best answer, by variable; None: none was found"""
+    """the best solution found, by variable; None: none was found"""
     bound_seconds: float
-    """no answer costs less"""
+    """lower bound on the cost of every solution"""
     ended: bool
-    """whether the solver came to its end: with values, they are the best, and without, there are none"""
+    """whether the solver finished: `values` are then optimal, or, if None, the program is proven infeasible"""
 
 
 class CpSatModel:
     """A program whose variables are all 0 or 1; to be minimised once, with further rows before that."""
 
     def __init__(self, program: Program, units: Mapping[int, int], limit: Limit) -> None:
-        """`units`: row -> what its coefficients are whole parts of, other than 1. Rows have no upper ends. Raises TimeoutError past
-        the limit.
+        """`units`: row -> the factor that turns its coefficients into integers (a row in parts of the budget: the
+        budget in bytes); 1 for other rows. Rows have lower bounds only. Raises TimeoutError past the limit.
         """
         assert all(most == float("inf") for most in program.most)
         self.model = cp_model.CpModel()
@@ -52,7 +53,8 @@ class CpSatModel:
             self.model.add(cp_model.LinearExpr.weighted_sum(variables, entries) >= round(least * units.get(row, 1)))
 
     def solve(self, seconds: Mapping[int, float], *, once: float, most: float) -> Chosen:
-        """The answer that costs least, of those that cost at most `most`. `seconds`: variable -> cost; `once`: of every operator.
+        """The cheapest solution, of those that cost at most `most` seconds. `seconds`: variable -> cost; `once`:
+        seconds of one run of every operator, which set the resolution.
 
         Raises TimeoutError where no time is left for the solver.
         """
@@ -67,7 +69,7 @@ class CpSatModel:
         solver.parameters.add_objective_cut = True
         solver.parameters.max_time_in_seconds = self.limit.left()
         status = solved(solver, self.model)
-        # Sums of bytes near 2^63 would be none that CP-SAT counts.
+        # CP-SAT rejects a model whose sums of bytes may come near 2^63.
         assert status != cp_model.MODEL_INVALID
         if status == cp_model.INFEASIBLE:
             return Chosen(values=None, bound_seconds=most, ended=True)

@@ -1,5 +1,7 @@
-"""What an answer of the linear program over a few moments (`lp_bound`) leaves out: moments at which it would hold too much, and
-paths (33) that it runs along in parts.
+"""Cutting planes for the linear programs of `lp_bound`: the moments and the path rows (33) that an answer violates.
+
+A moment is violated where a schedule with the answer's fractions would exceed the budget; a path row where the answer
+runs and holds its operators only in parts, in a way that no whole schedule does.
 """
 
 from __future__ import annotations
@@ -17,14 +19,14 @@ from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun
 
 VIOLATED = 0.2
-"""of one run: what a path asks for and the answer has not"""
+"""by how much an answer must fall short of a path's row, whose right-hand side is one run, for the path to be added"""
 NEGLIGIBLE = 1e-9
-"""part of a run or a life"""
+"""fractions of a run or of a live output up to here count as 0"""
 
 
 def violated(dag: Dag, pivots: Sequence[int], fractions: Fractions) -> list[Path]:
-    """Paths whose rows (33) the answer violates, the worst first, as many as there are operators at most; one for each operator and
-    window of readers.
+    """Paths whose rows (33) the answer violates, the worst first: one at most for each pair of the operator it begins
+    with and the window its reader first runs in, and no more than there are operators.
     """
     opens = [0, *pivots, len(dag)]
     made = np.concatenate([np.zeros((len(dag), 1)), np.cumsum(fractions.runs, axis=1)], axis=1)
@@ -32,13 +34,14 @@ def violated(dag: Dag, pivots: Sequence[int], fractions: Fractions) -> list[Path
     following: dict[int, npt.NDArray[np.int32]] = {}
     for last in range(2, len(pivots) + 1):
         begin, end = opens[last], opens[last + 1]
-        # By operator and the window that the path begins in: the least that lives of a path to a reader, and who reads next.
+        # By operator and by the window of the path's moment: the smallest sum of live fractions on a path from the
+        # operator to a reader (a shortest path), and the operator that comes next on it.
         length = np.full((len(dag), last), np.inf)
         length[begin:end] = 0.0
         reader = following[last] = np.full((len(dag), last), -1, dtype=np.int32)
         for i in reversed(range(begin)):
             users = [j for j in dag.users[i] if j < end]
-            # What first runs after the moment lies on no path from there.
+            # An operator that first runs after the moment lies on no path of it.
             first = bisect_right(opens, i)
             if not users or first >= last:
                 continue
@@ -60,9 +63,10 @@ def violated(dag: Dag, pivots: Sequence[int], fractions: Fractions) -> list[Path
 
 
 def bytes_over(dag: Dag, budget: int, pivots: Sequence[int], fractions: Fractions) -> Parts:
-    """Per stage: bytes over the budget at its first run, when all that runs again in a window does so just before it is read.
+    """Per stage: by how many bytes the answer exceeds the budget at the stage's first run, if every re-run of a window
+    takes place just before its output is read.
 
-    0 at the pivots. An estimate: it says where a further moment may be worth having.
+    0 at the pivots. An estimate: it says where a further moment may raise the bound.
     """
     over = np.zeros(len(dag))
     opens = [0, *pivots, len(dag)]
@@ -73,12 +77,12 @@ def bytes_over(dag: Dag, budget: int, pivots: Sequence[int], fractions: Fraction
 
 
 def _held(dag: Dag, window: int, begin: int, end: int, fractions: Fractions) -> Parts:
-    """Bytes at the first runs of the stages `begin` to `end` - 1, which are a window."""
+    """Bytes held at the first runs of the stages `begin` to `end` - 1, which make up the window."""
     change = np.zeros(end - begin + 1)
     reads: list[list[tuple[int, float]]] = [[] for _ in range(end)]
-    """per operator: stages in which it is read, and how far"""
+    """per operator: (stage in which its output is read, fraction of the output that is needed there)"""
     for stage in range(begin, end):
-        # Its own output is there while it runs.
+        # An operator needs its own output and its inputs while it runs.
         for i in (stage, *dag.inputs[stage]):
             reads[i].append((stage, 1.0))
     final = window + 1 == fractions.lives.shape[1]
@@ -97,31 +101,31 @@ def _held(dag: Dag, window: int, begin: int, end: int, fractions: Fractions) -> 
         needed = 0.0
         for stage, part in sorted(reads[i], reverse=True):
             if part > needed:
-                # So much is needed until this stage.
+                # This fraction is needed up to here, and no longer.
                 change[stage + 1 - begin] -= (part - needed) * dag.bytes[i]
                 needed = part
         change[max(start - begin, 0)] += needed * dag.bytes[i]
         if start > begin and i < begin:
-            # Until it is made again only what lived when the window began is there.
+            # Before the re-run only the fraction that lived when the window began is held.
             change[0] += min(here, needed) * dag.bytes[i]
             change[start - begin] -= min(here, needed) * dag.bytes[i]
     return dag.fixed_bytes + np.array(dag.workspace[begin:end]) + np.cumsum(change)[:-1]
 
 
 OVER = 0.01
-"""of the budget: what a moment must be over it to be added"""
+"""by which share of the budget a stage must exceed it to become a moment"""
 ADDED = 3
-"""moments added to a linear program"""
+"""moments added in a round, at most"""
 IDLE = 2
-"""rounds without a price after which a moment is dropped"""
+"""rounds with a dual price of 0 after which a moment is dropped"""
 STALLED = 12
-"""rounds in which a linear program's bound must rise..."""
+"""rounds within which the bound must rise..."""
 RISE = 0.01
-"""...by this part of what it says of re-runs, or they end"""
+"""...by this share of its excess over one run of every operator; otherwise cut generation ends"""
 
 
 class CutGeneration:
-    """The bound of one graph and budget, from `pivots` up."""
+    """The lower bound of one graph at one budget by linear programs, the first of which has its moments at `pivots`."""
 
     def __init__(self, dag: Dag, budget: int, pivots: tuple[int, ...]) -> None:
         self.dag = dag
@@ -130,12 +134,14 @@ class CutGeneration:
         self.pivots = pivots
         """moments of the best program"""
         self.paths: tuple[Path, ...] = ()
-        """its paths that have a price"""
+        """its paths whose dual price is above 0"""
         self.starts: list[frozenset[Rerun]] = []
-        """the answers of all programs, rounded"""
+        """the answers of all programs, rounded to schedules"""
 
     def climb(self, deadline: float, enough: float) -> bool:
-        """Solve programs until the bound is `enough` or rises no more; False where the clock ended that."""
+        """Solve programs until the bound reaches `enough` seconds or stops rising; False where
+        `deadline` ended that.
+        """
         pivots, paths = self.pivots, self.paths
         idle = dict.fromkeys(pivots, 0)
         began = time.monotonic()
@@ -144,7 +150,7 @@ class CutGeneration:
             now = time.monotonic()
             spent, began = now - began, now
             if deadline - now <= spent:
-                # The next round is hardly shorter.
+                # The next round is expected to take about as long.
                 return False
             answer = solve_lp(self.dag, self.budget, pivots, any_order=False, seconds=deadline - now, paths=paths)
             self.starts.extend(answer.reruns)
@@ -152,7 +158,7 @@ class CutGeneration:
                 return False
             fractions = answer.fractions
             if fractions is None:
-                # It is infeasible, or there was nothing to solve.
+                # The program is infeasible, or has no variables.
                 self.best = max(self.best, answer.bound_seconds)
                 break
             priced = [path for path, price in zip(paths, fractions.paths) if price > 0.0]
@@ -176,7 +182,7 @@ class CutGeneration:
 
 
 def apart(stages: Iterable[int], most: int) -> list[int]:
-    """The first of `stages` that are not next to each other."""
+    """Up to `most` of `stages`, in their order, each more than 2 stages from those chosen before it."""
     chosen: list[int] = []
     for stage in stages:
         if len(chosen) < most and all(abs(stage - other) > 2 for other in chosen):

@@ -1,18 +1,22 @@
-"""Seconds that no schedule undercuts: linear programs over a few moments of the schedule.
+"""Lower bounds on a schedule's seconds: linear programs that enforce the budget at a few moments of the schedule only.
 
-A moment is the first run of a chosen operator, the pivot. Memory is limited at the moments; between two of them lies a window.
-For every operator: in which windows it runs, and at which moments its output lives. An operator that runs in a window
-reads outputs that lived at the window's start or were made in it; what lives at a moment lived at the one before or was
-made since. Over several windows more is known than each of them says (`Path`). This holds for any schedule in which the
-operators' first runs come in the given order (``any_order=False``: whatever it runs again, and when), and with
-``any_order=True``, where only what the graph's edges force is known of first runs and the pivots lie on one path, for any
-schedule at all. In whole numbers more moments make a better bound; without, it takes paths for that.
+A moment is the first run of a chosen operator, the pivot. Memory is limited at the moments; between two of them lies a
+window. Variables say, for every operator, in which windows it runs and at which moments its output lives. An operator
+that runs in a window reads outputs that lived at the window's start or were made in it; an output that lives at a
+moment lived at the previous one or was made since. Rows over several windows tighten that (`Path`). The bound holds
 
-Where the graph names a disk an output may also be fetched in a window, once it is written. The step then lasts as long as its
-runs or as the disk's work, whichever is longer; when transfers happen, and the memory they take meanwhile, is left open.
+- with ``any_order=False`` for every schedule whose first runs come in the given order, whatever it runs again, and
+  when;
+- with ``any_order=True`` for any schedule at all: only what the graph's edges imply is used of first runs, and the
+  pivots lie on one path.
 
-The figure is computed from the solver's dual values by weak duality, so that it is a bound even where they are inexact. Numbers in
-brackets are those of the blocks in docs/formulation.md.
+With 0/1 variables more moments suffice for a better bound; in the linear relaxation that takes path rows.
+
+Where the graph names a disk an output may also be fetched in a window, once it is written. The step then lasts at least
+as long as its runs and as the disk's work; when transfers happen, and the memory they take meanwhile, is left open.
+
+The figure is computed from the solver's dual values by weak duality, so that it is a valid bound even where they are
+inexact. Numbers in brackets are those of the blocks in docs/formulation.md.
 """
 
 from __future__ import annotations
@@ -31,20 +35,23 @@ from tightfit.planner.milp.lp import Linear, Program, Solution
 from tightfit.planner.problem.layer_types import transfer_seconds
 
 ROUNDED = (0.3, 0.5, 0.7)
-"""what counts as a run, or as there, of an answer without whole numbers; none is always the best"""
+"""thresholds above which a fraction of a run, or of a live output, is rounded up to 1; none of them
+is always the best
+"""
 ROUNDING = 1e-9
-"""subtracted, relatively, for the rounding of our own sums"""
+"""relative margin subtracted from bounds for floating-point errors of this module's own sums"""
 
 Parts = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Path:
-    """`reader` first runs after the moment at `pivot`; it reads the first of `operators`, each of them reads the next, and all
-    of those first run before the moment.
+    """A path of the graph across a moment, for a row (33): `reader` reads the first of `operators` and each of them
+    reads the next. All `operators` first run before the moment at `pivot`; `reader` first runs after it.
 
-    Where none of their outputs lives at the moment, the last of them runs again between the moment and the reader. In whole
-    numbers the windows say so already; in parts, one half of an output may serve two halves of a run in two windows.
+    If none of their outputs lives at the moment, the last of them must run again between the moment and the reader.
+    With 0/1 variables the other rows imply that; in the linear relaxation they do not, since half of an output may
+    serve half of a run in each of two windows.
     """
 
     pivot: int
@@ -54,28 +61,30 @@ class Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Fractions:
-    """A linear program's answer, by operator and window, and what its rows are worth."""
+    """A linear program's optimal solution, by operator and window, and the dual prices of its rows."""
 
     runs: Parts
-    """(operators, windows): how far it runs"""
+    """(operators, windows): fraction of the operator that runs in the window"""
     lives: Parts
-    """(operators, windows): how far its output lives at the moment that opens the window"""
+    """(operators, windows): fraction of its output that lives at the moment that opens the window"""
     moments: Parts
-    """(moments,): the price of memory, 0 where there is enough"""
+    """(moments,): dual price of memory, 0 where the budget does not bind"""
     paths: Parts
-    """(paths,): the price of each"""
+    """(paths,): dual price of each path's row"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LpAnswer:
     bound_seconds: float
-    """no schedule undercuts it; infinity: none fits"""
+    """lower bound on seconds; infinity: no schedule fits"""
     reruns: tuple[frozenset[Rerun], ...] = ()
-    """of the solver's best answer, a schedule but for the memory between moments; without whole numbers, of its roundings"""
+    """schedules made of the solver's best solution, which may exceed the budget between moments; of a linear program's,
+    one for each threshold in `ROUNDED`
+    """
     fractions: Fractions | None = None
-    """without whole numbers, where the solver came to its end"""
+    """the solution of a linear program that was solved to optimality"""
     solved: bool = True
-    """whether the solver came to its end"""
+    """whether the solver finished"""
 
 
 def solve_lp(
@@ -87,9 +96,10 @@ def solve_lp(
     seconds: float,
     paths: Sequence[Path] = (),
 ) -> LpAnswer:
-    """The bound from the moments at `pivots`, which are sorted, and from `paths` between them, for an order and no disk.
+    """The linear program's bound, with moments at `pivots`, which are sorted. `paths` may be given only for a fixed
+    order (`any_order` false) and a graph without a disk.
 
-    `seconds` limit the building and the solver; past them the bound is what each operator's one run takes.
+    `seconds` limit building and solving; past them the bound is that of every operator run once.
     """
     try:
         program = LpBound(dag, budget_bytes, pivots, any_order=any_order, limit=Limit(seconds))
@@ -104,13 +114,17 @@ def solve_lp(
 
 @dataclass(frozen=True, kw_only=True)
 class _Span:
-    """Windows of an operator's first run: surely not before `low`, surely not after `high`."""
+    """The range of windows that an operator's first run may lie in, `low` and `high` included."""
 
     low: int
     high: int
 
 
 class LpBound:
+    """The program over the moments at `pivots`: variables and rows (29) to (34). `solve` solves its
+    linear relaxation.
+    """
+
     def __init__(self, dag: Dag, budget: int, pivots: Sequence[int], *, any_order: bool, limit: Limit) -> None:
         """Raises TimeoutError where building takes too much of `limit`."""
         self.dag = dag
@@ -128,9 +142,9 @@ class LpBound:
         spans = _edge_spans(dag, pivots) if any_order else _order_spans(dag, pivots)
         needed = _last_windows(dag, spans, self.windows)
         self.runs: list[dict[int, int]] = [{} for _ in range(len(dag))]
-        """per operator: window -> variable; -1 where it surely runs"""
+        """per operator: window -> variable; -1 where it is known to run"""
         self.lives: list[dict[int, int]] = [{} for _ in range(len(dag))]
-        """per operator: moment (named by the window it opens) -> variable; -1 where it surely lives"""
+        """per operator: moment (named by the window it opens) -> variable; -1 where the output is known to live"""
         self.fetches: list[dict[int, int]] = [{} for _ in range(len(dag))]
         """per operator: window -> variable, where the graph names a disk"""
         # (30) a pivot's inputs live at its moment
@@ -143,7 +157,7 @@ class LpBound:
             for i in dag.inputs[j]:
                 self._edge(i, j)
         self.moments = len(self.program.least)
-        """the row of the first moment, after which come the others and then paths"""
+        """index of the first moment's row; the other moments' rows and then those of paths follow"""
         # (32) memory at each moment
         for k, pivot in enumerate(pivots):
             self._moment(k + 1, pivot, budget)
@@ -161,7 +175,8 @@ class LpBound:
     def _operator(self, i: int, span: _Span, last: int) -> None:
         dag, runs, lives = self.dag, self.runs[i], self.lives[i]
         sure = span.low == span.high
-        # (29) windows in which it runs: surely, maybe for the first time, or again
+        # (29) windows in which it runs: the known one of its first run, those the first run may lie in, those of
+        # re-runs
         for window in range(span.low, max(last, span.high) + 1):
             if sure and window == span.low:
                 runs[window] = -1
@@ -185,24 +200,26 @@ class LpBound:
         for window in range(span.low + 1, max(last, span.high) + 1):
             before = self._available(i, window - 1)
             if before is not None:
-                # (30) What lives at a moment lived at the one before, or was made or fetched since.
+                # (30) An output that lives at a moment lived at the previous one, or was made or fetched since.
                 living = [(lives[window], -1.0)] if lives[window] >= 0 else []
                 self._row([*before, *living], 0.0 if living else 1.0)
-        # (30) what must be there at the end
+        # (30) outputs that must be there at the end
         if dag.keep[i]:
             final = self._available(i, self.windows - 1)
             if final is not None:
                 self._row(final, 1.0)
 
     def _available(self, i: int, window: int) -> list[tuple[int, float]] | None:
-        """Terms that say how far output i is there in a window; None: surely."""
+        """Terms whose sum is the fraction of output i available in a window (lived, made or fetched); None: it is known
+        to be.
+        """
         parts = [self.runs[i].get(window), self.lives[i].get(window), self.fetches[i].get(window)]
         if -1 in parts:
             return None
         return [(part, 1.0) for part in parts if part is not None]
 
     def _edge(self, i: int, j: int) -> None:
-        """(31) Where j runs, output i lived when the window began, or is made or fetched in it."""
+        """(31) In a window in which j runs, output i lived when the window began, or is made or fetched in it."""
         for window, run in self.runs[j].items():
             there = self._available(i, window)
             if there is None:
@@ -213,7 +230,7 @@ class LpBound:
                 self._row([*there, (run, -1.0)], 0.0)
 
     def _moment(self, window: int, pivot: int, budget: int) -> None:
-        """(32) Memory at the pivot's first run, in parts of the budget."""
+        """(32) The row of memory at the pivot's first run, in units of the budget."""
         dag = self.dag
         room = budget - dag.fixed_bytes - dag.own_bytes(pivot)
         if room < 0:
@@ -227,8 +244,8 @@ class LpBound:
         self._row(terms, -room / max(1, budget))
 
     def follow(self, path: Path) -> None:
-        """(33) The row of one path."""
-        # It holds neither for other orders nor where outputs may also be fetched.
+        """(33) Add the row of one path."""
+        # The row is valid neither for other orders of first runs nor where outputs may also be fetched.
         assert not self.any_order
         assert self.dag.read is None
         begin, end = (bisect_right(self.pivots, stage) for stage in (path.pivot, path.reader))
@@ -240,7 +257,7 @@ class LpBound:
     # --- solving ---------------------------------------------------------------------------------------------------
 
     def solve(self) -> LpAnswer:
-        """Raises TimeoutError where no time is left for the solver."""
+        """Solve the linear relaxation. Raises TimeoutError where no time is left for the solver."""
         if not self.cost:
             return LpAnswer(bound_seconds=self.constant)
         unit = max(self.cost) or 1.0
@@ -258,7 +275,7 @@ class LpBound:
         return LpAnswer(bound_seconds=bound, reruns=self._rounded(result), fractions=self._fractions(result))
 
     def _rounded(self, result: Solution) -> tuple[frozenset[Rerun], ...]:
-        """Schedules of the class, of what reaches each of the shares `ROUNDED`; none where a disk takes part, or any order."""
+        """Schedules of the class, one for each threshold in `ROUNDED`; none with a disk or in any order."""
         if result.values is None or self.disk or self.any_order:
             return ()
         values = np.array(result.values)
@@ -272,13 +289,15 @@ class LpBound:
         for parts, variables in ((runs, self.runs), (lives, self.lives)):
             for i, chosen in enumerate(variables):
                 for window, variable in chosen.items():
-                    # -1, sure, is the last of the values.
+                    # -1, known to be 1, indexes the 1.0 appended to the values.
                     parts[i, window] = values[variable]
         of_moments, of_paths = np.split(prices[self.moments :], [len(self.pivots)])
         return Fractions(runs=runs, lives=lives, moments=of_moments, paths=of_paths)
 
     def _longest(self, runs: Linear, unit: float) -> Linear:
-        """(34) What the step takes beyond one run of each operator that surely runs: all other runs, or the disk's work."""
+        """(34) A variable for the step's time beyond `constant` (runs that are known): at least all other runs, and at
+        least the disk's time less `constant`. In units of `unit` seconds.
+        """
         beyond = Linear().add(self.program.variable())
         work = Linear(-self.constant / unit)
         for variable, disk in self.disk.items():
@@ -288,10 +307,11 @@ class LpBound:
         return beyond
 
     def _dual_value(self, goal: Linear, duals: list[float]) -> float:
-        """A bound of `goal` by weak duality."""
+        """A lower bound of `goal` by weak duality."""
         prices = np.maximum(np.array(duals, dtype=np.float64), 0.0)
         if self.disk:
-            # The last variable has no upper bound: its two rows may not be worth more than it costs.
+            # The variable of `_longest` has no upper bound: for dual feasibility its two rows' prices may not exceed
+            # its cost, 1.
             prices /= max(1.0, float(prices[-1] + prices[-2]))
         left = np.zeros(len(self.program.lower))
         for variable, cost in goal.terms.items():
@@ -302,7 +322,9 @@ class LpBound:
         return max(0.0, float(prices @ np.array(self.program.least)) + float(np.minimum(bounded, 0.0).sum()))
 
     def reruns(self, chosen: list[bool]) -> frozenset[Rerun]:
-        """Where operators run again that the answer runs in a window after their first: before the first run that needs them."""
+        """A schedule made of a rounded answer: where the answer runs an operator in a window after its first run, the
+        operator runs again in that window's first stage that needs its output. `chosen`: by variable, whether it is 1.
+        """
         dag = self.dag
         again = [{window for window, run in runs.items() if run >= 0 and chosen[run]} for runs in self.runs]
         opens = [*self.pivots, len(dag)]
@@ -321,7 +343,8 @@ class LpBound:
 
         for stage in range(len(dag)):
             if stage == opens[window]:
-                # What is to live at this moment and is not there yet is made for it, while the window before is open.
+                # Outputs that are to live at this moment and are not there yet are made for it as re-runs of the window
+                # that ends here.
                 lives = {
                     i
                     for i, life in enumerate(self.lives)
@@ -341,7 +364,9 @@ def _order_spans(dag: Dag, pivots: Sequence[int]) -> list[_Span]:
 
 
 def _edge_spans(dag: Dag, pivots: Sequence[int]) -> list[_Span]:
-    """From ancestors and descendants of the pivots alone."""
+    """The windows of first runs in any order: an operator runs after the pivots it depends on and before those that
+    depend on it.
+    """
     count = len(dag)
     low = [0] * count
     high = [len(pivots)] * count
@@ -357,7 +382,7 @@ def _edge_spans(dag: Dag, pivots: Sequence[int]) -> list[_Span]:
 
 
 def _last_windows(dag: Dag, spans: Sequence[_Span], windows: int) -> list[int]:
-    """Per operator the last window in which its output can be of use."""
+    """Per operator the last window in which its output can be of use to anything."""
     last = [0] * len(dag)
     for i in reversed(range(len(dag))):
         last[i] = windows - 1 if dag.keep[i] else max([spans[i].high, *(last[j] for j in dag.users[i])])

@@ -1,8 +1,9 @@
-"""Programs of `lp_bound` in whole numbers: bytes counted exactly, and memory between two moments where that is asked for (35).
+"""The programs of `lp_bound` with 0/1 variables, bytes counted exactly, and rows for memory between two moments (35).
 
-A run is crowded whose window is asked about: outputs that live at both ends of a window and do not run in it stay
-throughout, so that they, the run's inputs and its own bytes fit together, whatever else happens in the window and in
-which order. Linear programs would not notice: half of an output at either end stays nowhere.
+Row (35) is added for a re-run that is called crowded: an output that lives at both ends of a window and is not made in
+it stays throughout, so all such outputs, the run's inputs and its own bytes must fit together, whatever else happens in
+the window and in which order. In a linear relaxation the row would be void: of an output that is half live at either
+end, nothing need stay throughout.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ def solve_milp(
 ) -> LpAnswer:
     """The bound from the moments at `pivots`, which are sorted, for schedules with first runs in the given order.
 
-    `paths` say nothing new, but sooner; `crowded` are re-runs. Schedules that take longer than `most` seconds are of no interest:
-    where there are no others the bound is that. `seconds` limit the building and the solver.
+    The rows of `paths` are implied, but shorten the solver's work; `crowded` are the re-runs with a row (35). Schedules
+    that take longer than `most` seconds are left out: where there are no others the bound is about `most`. `seconds`
+    limit building and solving; past them the bound is that of every operator run once.
     """
-    # An output that is fetched has no run that says so.
+    # (35) takes an output without a run in the window to be unchanged in it; a fetch would break that.
     assert dag.read is None
     limit = Limit(seconds)
     try:
@@ -56,14 +58,18 @@ class _Whole:
         """Raises TimeoutError where building takes too much of `limit`."""
         self.windows = windows
         self.budget = budget
-        # Rows of moments are in parts of the budget.
+        # Rows of moments are in units of the budget; times the budget their coefficients are whole bytes.
         rows = range(windows.moments, windows.moments + len(windows.pivots))
         self.counted = CpSatModel(windows.program, dict.fromkeys(rows, budget), limit)
         self.stays: dict[tuple[int, int], cp_model.IntVar | None] = {}
-        """(operator, window) -> whether its output surely stays; None: it surely does not"""
+        """(operator, window) -> a variable that is 1 where its output stays throughout the window; None: it is known
+        not to
+        """
 
     def crowd(self, window: int, operator: int) -> None:
-        """(35) The row of an operator that runs in a window: what surely stays throughout, its inputs and its own bytes fit together."""
+        """(35) Add the row of an operator that runs in a window: outputs that stay throughout, its inputs, output and
+        workspace fit together.
+        """
         windows, dag = self.windows, self.windows.dag
         run = windows.runs[operator].get(window)
         if run is None:
@@ -92,10 +98,12 @@ class _Whole:
         return self.stays[i, window]
 
     def solve(self, most: float) -> LpAnswer:
-        """Raises TimeoutError where no time is left for the solver."""
+        """The bound, with schedules of at most `most` seconds. Raises TimeoutError where no time is left for the
+        solver.
+        """
         windows = self.windows
         costs = {variable: cost for variable, cost in enumerate(windows.cost) if cost}
-        # Twice: what is then said of all of these holds for schedules of `most` seconds too.
+        # Twice `ROUNDING`, so that after the bound's own margin it still covers schedules of exactly `most` seconds.
         extra = most * (1 + 2 * ROUNDING) - windows.constant
         found = self.counted.solve(costs, once=windows.dag.once_seconds, most=extra)
         bound = (windows.constant + max(0.0, found.bound_seconds)) * (1 - ROUNDING)

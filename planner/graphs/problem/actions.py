@@ -1,8 +1,8 @@
-"""A schedule in full: what runs, is freed, written to disk and fetched, in order; its seconds.
+"""A schedule in full: the ordered list of runs, frees, disk writes and fetches, with its seconds and its peak.
 
-`Carried` is what plans are made of. Schedules of re-runs (`schedule`) are carried out as they are; where outputs are moved, a
-write begins when its output is made, a fetch stands before its reader, and `tightfit.planner.schedule.prefetch` then moves both into free memory
-and the disk's idle time, as it does for decoders.
+Plans are made of `Carried`. Without a disk the re-runs of `schedule` determine the list. Where outputs are moved, a
+write is first placed right after its output is made and a fetch right before its reader;
+`tightfit.planner.schedule.prefetch` then moves both into free memory and the disk's idle time, as it does for decoders.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WORK = "workspace of "
 
 @dataclass(frozen=True, kw_only=True)
 class Carried:
-    """A schedule carried out."""
+    """A schedule as its full list of actions, with the figures that follow from it."""
 
     actions: tuple[Action, ...]
     seconds: float
@@ -34,7 +34,9 @@ class Carried:
 
 
 def carry(dag: Dag, reruns: Iterable[Rerun], budget_bytes: int = 1 << 62) -> Carried:
-    """Re-runs carried out; fetches take the place of those of moved outputs, early where the budget has room for them."""
+    """The full schedule of `reruns`. Re-runs of outputs in `dag.moved` become fetches, issued early where
+    `budget_bytes` has room for them.
+    """
     actions = drafted(dag, reruns)
     if not dag.moved:
         return timed(dag, actions)
@@ -46,7 +48,9 @@ def carry(dag: Dag, reruns: Iterable[Rerun], budget_bytes: int = 1 << 62) -> Car
 
 
 def touch_and_go(dag: Dag) -> frozenset[Rerun]:
-    """Every input is had again for its reader unless it was there for the run before; `dag` has all outputs moved."""
+    """The schedule of least memory: each input is fetched just before its reader, unless the previous operator made or
+    read it. `dag` has all outputs moved, so each re-run is a fetch.
+    """
     result: set[Rerun] = set()
     for i in range(1, len(dag)):
         result.update((i, j) for j in dag.inputs[i] if j != i - 1 and j not in dag.inputs[i - 1])
@@ -54,12 +58,16 @@ def touch_and_go(dag: Dag) -> frozenset[Rerun]:
 
 
 def worth_moving(dag: Dag, price: float) -> list[int]:
-    """Outputs that are cheaper to fetch at `price` per second of the disk than to compute again, or can only be fetched."""
+    """Outputs that cannot be recomputed, or whose recomputation takes more seconds than `price` times their write and
+    fetch.
+    """
     return [i for i in range(len(dag)) if not dag.recomputable[i] or price * dag.trip_seconds(i) < dag.seconds[i]]
 
 
 def drafted(dag: Dag, reruns: Iterable[Rerun]) -> list[Action]:
-    """Runs and fetches, each followed by what nothing reads any more; a write as soon as its output is made."""
+    """The actions before any transfer is moved: runs and fetches, each followed by the frees of outputs it was the last
+    to need; a write right after the run that makes its output.
+    """
     sequence = runs(dag, pruned(dag, reruns))
     gone: list[list[int]] = [[] for _ in sequence]
     for life in lifetimes(dag, sequence):
@@ -76,7 +84,9 @@ def drafted(dag: Dag, reruns: Iterable[Rerun]) -> list[Action]:
 
 
 def timed(dag: Dag, actions: Sequence[Action]) -> Carried:
-    """Actions with their seconds, by the clock that all plans of the package share, and their peak."""
+    """Actions with their seconds and peak bytes. With a disk the seconds are those of
+    `tightfit.planner.schedule.prefetch.clock`.
+    """
     entries = _entries(dag, actions)
     peak = dag.fixed_bytes + max(live_profile(tuple(entries), (), _sizes(dag)), default=0)
     if dag.read is None:
@@ -87,7 +97,9 @@ def timed(dag: Dag, actions: Sequence[Action]) -> Carried:
 
 
 def instructions(dag: Dag, actions: Iterable[Action]) -> list[Instruction]:
-    """The plan's instruction list; nothing has an offset. The sink and what it frees are none of the plan's."""
+    """The plan's instruction list, without arena offsets. Left out: the artificial sink, and the frees after it of
+    outputs that must be there at the end.
+    """
     kept = dag.inputs[-1] if dag.sink else ()
     result: list[Instruction] = []
     ended = False
@@ -113,7 +125,9 @@ def _sizes(dag: Dag) -> dict[str, int]:
 
 
 def _entries(dag: Dag, actions: Iterable[Action]) -> list[Entry]:
-    """For the clock and the passes that know entries: workspace is an output that is freed at once."""
+    """The actions as entries of `tightfit.planner.schedule`; an operator's workspace becomes an output that is freed at
+    once.
+    """
     entries = []
     for verb, i in actions:
         name, work = dag.names[i], dag.workspace[i]

@@ -1,7 +1,8 @@
 """A bare graph as arrays: operator i runs for `seconds[i]` and makes one output of `bytes[i]`.
 
-Where the graph names a disk, an output may be moved there and fetched back. `moving` is the graph as a search sees it that
-has settled which outputs are moved and what a fetch costs: there, to run such an operator again means to fetch its output.
+Where the graph names a disk, an output may be moved there and fetched back. A search that only knows re-runs gets the
+graph that `Dag.moving` returns: for a fixed set of moved outputs, "run operator i again" there means "fetch output i",
+at a given price.
 """
 
 from __future__ import annotations
@@ -37,39 +38,45 @@ class Dag:
     again_seconds: tuple[float, ...]
     again_inputs: tuple[tuple[int, ...], ...]
     again_workspace: tuple[int, ...]
-    """of an operator that runs again: what it is for its first run, unless its output is moved"""
+    """`again_…`: seconds, inputs and workspace of a re-run; the same as for the first run, unless
+    the output is moved
+    """
     moved: frozenset[int] = frozenset()
-    """operators whose outputs are fetched where they would run again"""
+    """operators whose re-runs stand for fetches of their outputs"""
     read: Channel | None = None
     write: Channel | None = None
     """the disk; None: the graph names none"""
     sink: bool = False
-    """the last operator only holds what is to be there at the end, and is none of the graph's"""
+    """whether the last operator is artificial: it takes no time and reads every output that must be there at the end"""
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
     def once_seconds(self) -> float:
-        """Every operator run once: what no schedule undercuts at any budget."""
+        """Seconds of every operator run once: a lower bound at any budget."""
         return sum(self.seconds)
 
     @property
     def operators(self) -> int:
-        """How many are the graph's own."""
+        """How many operators the graph has, without the artificial sink."""
         return len(self) - self.sink
 
     @property
     def floor_bytes(self) -> int:
-        """What the largest operator needs by itself, fixed bytes included: no schedule has a lower peak."""
+        """Bytes that the most demanding operator needs by itself, fixed bytes included: no schedule
+        has a lower peak.
+        """
         return self.fixed_bytes + max(self.own_bytes(i) for i in range(len(self)))
 
     def own_bytes(self, operator: int) -> int:
-        """Bytes that must be there while `operator` runs, whatever else is."""
+        """Bytes that `operator` alone needs while it runs: its output, workspace and inputs."""
         return self.bytes[operator] + self.workspace[operator] + sum(self.bytes[i] for i in self.inputs[operator])
 
     def moving(self, outputs: Iterable[int], price: float) -> Dag:
-        """The graph with `outputs` moved: to have one again costs `price` times the seconds of its transfers."""
+        """The graph with `outputs` moved: a re-run of one is a fetch, and costs `price` times the seconds of its write
+        and fetch.
+        """
         assert self.read is not None
         moved = frozenset(outputs)
 
@@ -87,7 +94,7 @@ class Dag:
         )
 
     def trip_seconds(self, operator: int) -> float:
-        """To write an output and read it back once."""
+        """Seconds of the disk to write an output and read it back once."""
         assert self.read is not None
         assert self.write is not None
         size = self.bytes[operator]
@@ -109,7 +116,7 @@ def dag_of(source: Profile | Plan) -> Dag:
     disk = source.device.read != NO_CHANNEL
     sink = bool(kept - {names[-1]}) or (disk and bool(kept))
     if sink:
-        # What was moved or freed must be back at the end: as if a last operator read it.
+        # Outputs that must be there at the end may be moved or freed before: a last operator reads them all.
         inputs.append(tuple(sorted(position[name] for name in kept)))
         names.append("")
         seconds.append(0.0)

@@ -1,11 +1,15 @@
-"""The time limit of one program: its building has a share, and so has what the solver does outside of its own clock."""
+"""The time limit of building and solving one program, which also allows for what the solver does outside of its own
+time limit.
+"""
 
 from __future__ import annotations
 
 import time
 
 HANDED_OVER = 0.6
-"""of the seconds that building takes: until the solver has the program, and from the end of its clock to its answer"""
+"""seconds, per second of building, that are set aside for handing the program to the solver and for what the solver
+does after its own time limit has ended
+"""
 
 
 class Limit:
@@ -16,11 +20,13 @@ class Limit:
         self._started = time.monotonic()
 
     def check(self) -> None:
-        """While building. Raises TimeoutError where no time would be left to solve what is built."""
+        """To be called while building. Raises TimeoutError where no time would be left to solve the program."""
         self.left()
 
     def left(self) -> float:
-        """Seconds for the solver's clock, once all is built. Raises TimeoutError where there are none."""
+        """Seconds for the solver's own time limit once the program is built. Raises TimeoutError
+        where none are left.
+        """
         left = self.seconds - (1.0 + HANDED_OVER) * (time.monotonic() - self._started)
         if left <= 0.0:
             raise TimeoutError

@@ -1,7 +1,7 @@
-"""Bytes that are live at every run of a schedule, kept up to date as re-runs come and go.
+"""Bytes that are live at every run of a schedule, updated incrementally as re-runs are added and removed.
 
-A run is named by its key, stage × operators + operator: keys are in the order of the runs. Adding or removing a re-run changes
-a few lifetimes, each a range of the array; nothing is counted from the start again.
+A run is named by its key, stage × (number of operators) + operator: sorted keys are the order of the runs. Adding or
+removing a re-run changes a few lifetimes, each a range of the array; nothing is recounted from the start.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Bytes = npt.NDArray[np.int64]
 
 
 class LiveBytes:
-    """A schedule of `dag` under change, within `budget` or not."""
+    """A schedule of `dag` that a search edits; it may exceed `budget`."""
 
     def __init__(self, dag: Dag, budget: int, reruns: Iterable[Rerun] = ()) -> None:
         self.dag = dag
@@ -27,7 +27,7 @@ class LiveBytes:
         self.count = len(dag)
         self.reruns: set[Rerun] = set()
         self.seconds = 0.0
-        """of the re-runs"""
+        """seconds of all re-runs; first runs are not counted"""
         first = [i * self.count + i for i in range(self.count)]
         self.keys = first
         self.end = self.count * self.count
@@ -35,7 +35,7 @@ class LiveBytes:
         self.runs: list[list[int]] = [[key] for key in first]
         self.uses: list[list[int]] = [[user * self.count + user for user in dag.users[i]] for i in range(self.count)]
         self._bytes: Bytes = np.zeros(2 * self.count, dtype=np.int64)
-        """live bytes and workspace at each run, the first len(keys) entries"""
+        """live bytes and workspace at each run in the first len(keys) entries; the others are spare capacity"""
         for i in range(self.count):
             last = self.count - 1 if dag.keep[i] else max([i, *dag.users[i]])
             self._bytes[i : last + 1] += dag.bytes[i]
@@ -60,7 +60,9 @@ class LiveBytes:
         return bisect_left(self.runs[operator], key) - 1
 
     def life_end(self, operator: int, index: int) -> int:
-        """Key of the last reader of a run of `operator`, the run's own where there is none, `end` where it is kept."""
+        """Key of the run that last reads the output of run `index` of `operator`: the run's own key where nothing reads
+        it, `end` where it is the last run and the output must be there at the end.
+        """
         made = self.runs[operator]
         last = index + 1 == len(made)
         if last and self.dag.keep[operator]:
@@ -80,7 +82,8 @@ class LiveBytes:
             self._bytes = np.concatenate([self._bytes, np.zeros(length, dtype=np.int64)])
         b = self._bytes
         b[at + 1 : length + 1] = b[at:length].copy()
-        # What crosses the gap: all that lives at the following run but what that run makes.
+        # The new run starts from the following run's bytes less that run's own output and workspace: what lives across
+        # the gap.
         first = self.keys[at] == following * (self.count + 1)
         after = (dag.workspace if first else dag.again_workspace)[following]
         b[at] += dag.again_workspace[operator] - after - dag.bytes[following]
@@ -101,7 +104,9 @@ class LiveBytes:
         self.seconds += dag.again_seconds[operator]
 
     def remove(self, stage: int, operator: int) -> None:
-        """Do not run `operator` again in `stage`; its earlier run lives on to this one's readers."""
+        """Take back the re-run of `operator` in `stage`; the output of the run before it then lives until the readers
+        of this one.
+        """
         dag = self.dag
         key = stage * self.count + operator
         at = self.position(key)
@@ -125,13 +130,15 @@ class LiveBytes:
         self.seconds -= dag.again_seconds[operator]
 
     def _used_before(self, operator: int, index: int, key: int) -> int:
-        """Key of the last reader before `key` of a run, or of the run itself."""
+        """Key of the last run before `key` that reads the output of run `index`, or of that run
+        itself where none does.
+        """
         used = self.uses[operator]
         at = bisect_left(used, key)
         return max(used[at - 1], self.runs[operator][index]) if at else self.runs[operator][index]
 
     def change(self, wanted: Iterable[Rerun]) -> None:
-        """Make the re-runs those `wanted`."""
+        """Add and remove re-runs until they are exactly those `wanted`."""
         goal = set(wanted)
         for rerun in sorted(self.reruns - goal, reverse=True):
             self.remove(*rerun)
@@ -139,9 +146,10 @@ class LiveBytes:
             self.add(*rerun)
 
     def idle(self, key: int) -> list[tuple[int, int, int]]:
-        """Outputs that live at `key` without being read or made there: (operator, last touched, next read), as keys.
+        """Outputs that live at the run `key` without being read or made by it: (operator, last touched, next read).
 
-        The next read of what is kept for the end is `end`.
+        The last two are keys. `end` is the next read of an output that nothing reads any more but that must be there at
+        the end.
         """
         result = []
         running = key % self.count

@@ -1,7 +1,8 @@
-"""A schedule is its re-runs: which operators run again before which first run.
+"""A schedule as the set of its re-runs: which operators run again before which first run.
 
-Everything else follows. Within a stage (the runs that end with the first run of its operator) runs follow the graph's
-order, and an output is live from its run to the last run that reads it before it is made again.
+Order, lifetimes, peak and seconds follow from that set. Stage t is the runs that end with the first run of operator t.
+Within a stage runs follow the graph's order, and an output is live from its run to the last run that reads it before it
+is made again.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ class Lifetime:
 
 
 def runs(dag: Dag, reruns: Iterable[Rerun]) -> list[Rerun]:
-    """All runs in order as (stage, operator); first runs are those where both are the same."""
+    """All runs in order as (stage, operator); a first run has stage == operator."""
     return sorted({*reruns, *((i, i) for i in range(len(dag)))})
 
 
 def lifetimes(dag: Dag, sequence: list[Rerun]) -> Iterator[Lifetime]:
-    """Every lifetime of a sequence of runs. Raises AssertionError where a run reads what was never made."""
+    """Every lifetime of a sequence of runs. Raises AssertionError where a run reads an output that
+    no earlier run made.
+    """
     start = [-1] * len(dag)
     end = [-1] * len(dag)
     for position, (stage, operator) in enumerate(sequence):
@@ -60,17 +63,19 @@ def memory(dag: Dag, sequence: list[Rerun]) -> list[int]:
 
 
 def peak_bytes(dag: Dag, reruns: Iterable[Rerun]) -> int:
-    """The most bytes live at once."""
+    """The most bytes live at once, workspace and fixed bytes included."""
     return max(memory(dag, runs(dag, reruns)))
 
 
 def seconds(dag: Dag, reruns: Iterable[Rerun]) -> float:
-    """Time of all runs, one after the other; added up in one order whatever the order of `reruns`."""
+    """Seconds of all runs, one after the other. They are summed in schedule order, so equal sets give equal floats."""
     return sum((dag.seconds if stage == i else dag.again_seconds)[i] for stage, i in runs(dag, reruns))
 
 
 def pruned(dag: Dag, reruns: Iterable[Rerun]) -> frozenset[Rerun]:
-    """The re-runs that are needed: those whose output a later run reads before it is made again, or that are kept."""
+    """The re-runs that are needed: those whose output a later run reads before it is made again, or must be there at
+    the end.
+    """
     wanted = {operator for operator in range(len(dag)) if dag.keep[operator]}
     needed = []
     for stage, operator in reversed(runs(dag, reruns)):

@@ -1,4 +1,5 @@
-"""Schedules of a graph: fixed rules, dynamic programs, eviction, neighbourhoods, and CP-SAT where the graph is small.
+"""Searches for schedules of a bare graph: fixed rules, dynamic programs, eviction, neighbourhoods, and CP-SAT for small
+graphs.
 
 May import: `graphs.problem`, `graphs.bounds`, `planner.milp`.
 """

@@ -1,5 +1,7 @@
-"""Fixed rules for training graphs: what of the forward stays, and the rest made again once, just before the backward first
-reads it. The baselines, and where the search starts from.
+"""Fixed rules for training graphs: which forward outputs stay; the others are recomputed just before the backward needs
+them.
+
+Each is recomputed at most once. The rules serve as baselines and as starting points of the search.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from tightfit.runtime.common.errors import InputError
 
 
 def keep_all(dag: Dag) -> frozenset[Rerun]:
-    """Nothing is made again; every output stays until its last reader."""
+    """Nothing is recomputed; every output stays until its last reader."""
     return frozenset()
 
 
 def checkpoint_layers(dag: Dag) -> frozenset[Rerun]:
-    """Only the outputs that all later forward operators depend on stay: the articulation points of the forward graph."""
+    """Only outputs at the forward graph's articulation points stay: later operators depend on earlier ones through
+    these alone.
+    """
     return remade(dag, _articulation_points(dag))
 
 
@@ -36,7 +40,7 @@ RULES: dict[str, Callable[[Dag], frozenset[Rerun]]] = {
 
 
 def rules_for(dag: Dag) -> tuple[str, ...]:
-    """Names of the rules that mean something for a graph: without a backward there is nothing to keep for."""
+    """Names of the rules that mean something for a graph; without a backward that is ``keep-all`` alone."""
     return tuple(RULES) if dag.forward < len(dag) else ("keep-all",)
 
 
@@ -52,10 +56,12 @@ def rule_reruns(dag: Dag, policy: str) -> frozenset[Rerun]:
 
 
 def remade(dag: Dag, kept: Iterable[int]) -> frozenset[Rerun]:
-    """Forward outputs in `kept` stay; the backward makes each of the others again at most once, with what that takes."""
+    """The re-runs when the forward outputs in `kept` stay and the backward recomputes each other one that it needs,
+    once, with the forward outputs that this in turn needs.
+    """
     there = {*kept, *(i for i in range(dag.forward) if not dag.recomputable[i] or dag.keep[i])}
     there.update(dag.inputs[-1] if dag.sink else ())
-    # What the forward's last operator reads or makes is there when the backward begins.
+    # The inputs and the output of the forward's last operator are still there when the backward begins.
     there.update(dag.inputs[dag.forward - 1], (dag.forward - 1,))
     reruns: set[Rerun] = set()
     for stage in range(dag.forward, len(dag)):
@@ -70,7 +76,7 @@ def remade(dag: Dag, kept: Iterable[int]) -> frozenset[Rerun]:
 
 
 def _articulation_points(dag: Dag) -> list[int]:
-    """Forward operators whose output is the only one that later forward operators read from before."""
+    """Forward operators i whose output is the only one of operators up to i that later forward operators read."""
     points = []
     open_until = -1
     for i in range(dag.forward - 1):

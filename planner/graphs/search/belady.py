@@ -1,8 +1,9 @@
-"""A schedule in one sweep over the graph: where the budget is full, the output that is read farthest ahead goes (Belady 1966), and
-is made again just before that reader.
+"""Belady's rule for re-runs: one sweep that, where the budget is full, evicts the output whose next reader is farthest
+ahead.
 
-Only outputs that take few operators to make again go, so that no chain is run from its start for each of its readers. The sweep
-takes time in proportion to the graph, however far the budget is from what all outputs take.
+The evicted output is recomputed just before that reader (Belady 1966). Only outputs that few operators can recompute
+are evicted, so that no chain runs from its start for each of its readers. The sweep takes time in proportion to the
+graph's size, however small the budget.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, pruned
 
 FEW = 8
-"""operators that it takes at most to make an output again from nothing, or from what cannot be made again"""
+"""an output may be evicted only if at most so many operators recompute it, from nothing or from outputs that cannot be
+recomputed
+"""
 MOST = 2
-"""re-runs per operator: a schedule with more is none to start from"""
+"""re-runs per operator beyond which the sweep gives up: such a schedule is no use as a starting point"""
 
 
 def belady_schedule(dag: Dag, budget: int) -> frozenset[Rerun]:
-    """The re-runs of a sweep within `budget` bytes, as far as outputs can go; none where it would take too many."""
+    """The re-runs of a sweep. It keeps to `budget` bytes as far as outputs can be evicted, so the schedule may exceed
+    it; no re-runs at all where the sweep would take more than `MOST` per operator.
+    """
     sources = _sources(dag)
-    # What cannot be made again stays for those that are made of it.
+    # Outputs that cannot be recomputed stay to the end if an evictable output is recomputed from them.
     stays = {i for found in sources if found for j in found for i in dag.again_inputs[j] if not dag.recomputable[i]}
     live: set[int] = set()
     held = dag.fixed_bytes
@@ -40,7 +45,7 @@ def belady_schedule(dag: Dag, budget: int) -> frozenset[Rerun]:
         result.update((stage, i) for i in missing)
         if len(result) > MOST * len(dag):
             return frozenset()
-        # What is made again needs what it is made of until it is there.
+        # The inputs of what is recomputed in this stage must not be evicted before.
         needed = {*inputs, *(j for i in missing for j in dag.again_inputs[i])}
         room = budget - dag.bytes[stage] - dag.workspace[stage] - sum(dag.bytes[i] for i in missing)
         spared = []
@@ -78,7 +83,9 @@ def _reader(dag: Dag, operator: int, stage: int) -> int:
 
 
 def _sources(dag: Dag) -> list[frozenset[int] | None]:
-    """For each operator what must run at most to have its output again, None where that is too much or cannot be."""
+    """For each operator the operators that must run, at most, to recompute its output; None where that are more than
+    `FEW` or the operator may not run again.
+    """
     result: list[frozenset[int] | None] = []
     for i in range(len(dag)):
         found: set[int] | None = {i} if dag.recomputable[i] else None

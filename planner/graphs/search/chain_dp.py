@@ -1,10 +1,11 @@
-"""Checkpoints of a chain by dynamic programming: a forward in which each operator reads the one before, and a backward that
-reads the forward's outputs from last to first.
+"""Optimal checkpoints of a chain by dynamic programming.
 
-With output a held, ``best[a][c]`` is the least time of forward re-runs for the backward operators that read outputs a to c - 1, by
-memory: hold a further output b in between, do what reads b to c - 1, then what reads a to b - 1. For equal operators this is the optimum
-(Griewank and Walther 2000, Algorithm 799); for unequal ones the best schedule that holds what it once stores (Beaumont et al.
-2019, Rotor).
+In a chain each forward operator reads the one before it, and the backward reads the forward's outputs from last to
+first. With output a held, ``best[a][c]`` is the least time of forward re-runs for the backward operators that read
+outputs a to c - 1, as a function of memory: also hold an output b in between, run the backward operators that read b to
+c - 1, then those that read a to b - 1. For equal operators this is the optimum (Griewank and Walther 2000, Algorithm
+799); for unequal ones it is the best schedule that holds a checkpoint from when it is stored until its last use
+(Beaumont et al. 2019, Rotor).
 """
 
 from __future__ import annotations
@@ -20,19 +21,23 @@ from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, pruned
 
 MOST_UNITS = 512
-"""memory is counted in at most so many units; sizes are rounded up to them"""
+"""the budget is divided into at most so many units of memory; sizes are rounded up to whole units"""
 LONGEST = 160
-"""forward operators; the work grows with their third power"""
+"""forward operators of a chain at most; the work grows with their third power"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
+    """A graph's backward as turns, one for each forward output."""
+
     reads: tuple[int, ...]
-    """per backward operator the forward output in whose turn it runs, from last to first"""
+    """per backward operator: the forward output that it reads, or else that the last one before it to read any did;
+    these never rise
+    """
 
 
 def as_chain(dag: Dag) -> Chain | None:
-    """The graph as a chain, None where it is none."""
+    """The graph as a chain, None where it is not one or has more than `LONGEST` forward operators."""
     forward = dag.forward
     if not 2 <= forward <= min(LONGEST, len(dag) - 1) or any(dag.keep[:-1]) or not all(dag.recomputable[1:forward]):
         return None
@@ -54,13 +59,14 @@ def checkpoints(
 ) -> frozenset[Rerun] | None:
     """The re-runs of the best checkpoints within the budget, None where no choice of checkpoints fits.
 
-    Raises TimeoutError where `late` says so before that is known.
+    Raises TimeoutError where `late`, which is asked as the tables are filled, returns true.
     """
     room = budget_bytes - dag.fixed_bytes
     if dag.inputs[0] or not dag.recomputable[0]:
         sequence = _Program(dag, chain, room, late).sequence()
     else:
-        # Output 0 need not be held: it is made again from one before it, which takes no bytes and no time.
+        # Output 0 need not be held: the program sees one more operator before it, of no bytes and no time, as the one
+        # that is.
         before = _Program(_after_nothing(dag), Chain(reads=tuple(turn + 1 for turn in chain.reads)), room, late)
         held = before.sequence()
         sequence = None if held is None else [operator - 1 for operator in held[1:]]
@@ -68,7 +74,9 @@ def checkpoints(
 
 
 def _after_nothing(dag: Dag) -> Dag:
-    """The chain with an operator before its first that makes nothing in no time: what `_Program` reads of it."""
+    """The chain with an operator of no bytes and no time before its first. Only the fields that `_Program` reads are
+    right.
+    """
     return replace(
         dag,
         seconds=(0.0, *dag.seconds),
@@ -79,6 +87,8 @@ def _after_nothing(dag: Dag) -> Dag:
 
 
 class _Program:
+    """The dynamic program's tables for `room` bytes, in units of memory."""
+
     def __init__(self, dag: Dag, chain: Chain, room: int, late: Callable[[], bool]) -> None:
         self.dag = dag
         count = self.count = dag.forward
@@ -91,10 +101,10 @@ class _Program:
         for q, turn in enumerate(chain.reads, start=count):
             self.turns[turn].append(q)
         pending = [0] * (count + 1)
-        """what the backward has left behind when output c is next to be read no more"""
+        """by c: units of the backward output that is held when the turns of outputs c and later are over"""
         for c in reversed(range(count)):
             pending[c] = size[self.turns[c][-1]] if self.turns[c] else pending[c + 1]
-        # at_turn[a]: memory while the backward operators of turn a run.
+        # at_turn[a]: peak of memory while the backward operators of turn a run, output a included.
         at_turn = []
         for a in range(count):
             before, most = pending[a + 1], size[a] + pending[a + 1]
@@ -116,7 +126,7 @@ class _Program:
         for a in reversed(range(count - 1)):
             if late():
                 raise TimeoutError
-            # Seconds and memory of the runs from a to b, for every b.
+            # Seconds and peak memory of running a + 1 to b, for every b.
             seconds = np.cumsum(self.dag.seconds[a + 1 : count])
             held = [size[a] + (size[b - 1] if b > a + 1 else 0) + size[b] + work[b] for b in range(a + 1, count)]
             needed = np.maximum.accumulate(held)
@@ -143,7 +153,7 @@ class _Program:
         return sequence
 
     def _follow(self, sequence: list[int]) -> None:
-        """Append the runs of the whole chain, output 0 made."""
+        """Append the runs of the whole chain that follow the first run of operator 0."""
         stack = [(0, self.count, self.units)]
         while stack:
             a, c, memory = stack.pop()
@@ -157,7 +167,7 @@ class _Program:
 
 
 def _reruns(dag: Dag, sequence: list[int]) -> frozenset[Rerun]:
-    """What of a sequence of runs is not an operator's first."""
+    """The re-runs of a sequence of runs: every run that is not its operator's first."""
     result: set[Rerun] = set()
     done = 0
     waiting: list[int] = []

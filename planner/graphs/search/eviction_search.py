@@ -1,7 +1,8 @@
-"""Schedules for graphs of any size: evict what frees most bytes per second where memory is over the budget, then ruin some of
-the schedule and evict again, keeping what got faster.
+"""Local search for graphs of any size: greedy eviction until the schedule fits the budget, then ruin and recreate.
 
-Work is counted in rounds, not in seconds, so that the answer is the same on any machine unless the time limit strikes first.
+Eviction frees the output that relieves most bytes per second of re-runs where memory exceeds the budget. Ruin takes
+some re-runs back and evicts again; faster schedules are kept. Work is counted in rounds, not in seconds, so that the
+answer is the same on any machine unless the time limit ends the search first.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from tightfit.planner.graphs.problem.live_bytes import Bytes, LiveBytes
 from tightfit.planner.graphs.problem.schedule import Rerun, seconds
 
 DEPTH = 64
-"""operators that one eviction may run again"""
+"""re-runs that one eviction may cause, at most"""
 EVICTIONS = 20
-"""per operator, before a repair gives up"""
+"""evictions per operator of the graph after which a repair gives up"""
 
 
 class EvictionSearch:
@@ -34,8 +35,9 @@ class EvictionSearch:
         granted: float = 0.0,
         latest: float = float("inf"),
     ) -> None:
-        """`granted` seconds of the processor are spent past the `deadline`, so that a process that was held up has an answer, but none past
-        `latest`.
+        """The search goes on past `deadline` until it has used `granted` seconds of processor time, so that a process
+        that other programs held up still finds an answer, but never past `latest`. `deadline` and `latest` are on the
+        monotonic clock.
         """
         self.dag = dag
         self.budget = budget
@@ -47,6 +49,7 @@ class EvictionSearch:
         self.noise = 0.0
 
     def late(self) -> bool:
+        """Whether the time is over; `timely` is then false."""
         now = time.monotonic()
         if now > self.deadline and (now > self.latest or time.process_time() > self.granted):
             self.timely = False
@@ -56,7 +59,9 @@ class EvictionSearch:
     # --- eviction --------------------------------------------------------------------------------------------------
 
     def repair(self, memory: LiveBytes, limit: float = float("inf")) -> bool:
-        """Evict until `memory` fits; False where that fails, takes too long or costs `limit` seconds of re-runs."""
+        """Evict until `memory` fits the budget; False where that fails, takes too long or costs `limit` seconds of
+        re-runs.
+        """
         for _ in range(EVICTIONS * len(self.dag)):
             held = memory.bytes
             at = int(np.argmax(held))
@@ -72,13 +77,18 @@ class EvictionSearch:
         return False
 
     def _cheapest(self, memory: LiveBytes, at: int) -> list[Rerun] | None:
-        """The re-runs that relieve position `at` at the least cost per byte over the budget."""
+        """The eviction that relieves position `at` at the fewest seconds per byte of excess it removes, as its re-runs;
+        None: none does.
+
+        The gain is counted over all positions that exceed the budget.
+        """
         key = memory.keys[at]
         over = np.maximum(memory.bytes - self.budget, 0)
         seconds = self.dag.again_seconds
         best: list[Rerun] | None = None
         best_score = float("inf")
-        # At best an output relieves every position over the budget: those with the least cost by that measure first.
+        # Candidates in the order of an optimistic score, as if evicting one relieved every position that exceeds the
+        # budget: the loop ends once that score is no better than the best found.
         places, most = int(np.count_nonzero(over)), float(over.sum())
         candidates = sorted(
             (seconds[operator] / min(size * places, most), operator, touched, reader)
@@ -107,7 +117,9 @@ class EvictionSearch:
         return None if best is None else sorted(best)
 
     def _stages(self, memory: LiveBytes, operator: int, key: int, reader: int) -> list[int]:
-        """Where the operator may run again between `key` and its next reader: as late as can be, or while its inputs live."""
+        """Stages in which the operator may run again between `key` and its next reader: the latest possible, and, where
+        an input has been freed by then, the last one in which all inputs still live.
+        """
         count = memory.count
         late = count - 1 if reader == memory.end else reader // count
         if late * count + operator <= key or late <= operator:
@@ -130,9 +142,11 @@ class EvictionSearch:
         gain: float,
         dearest: float,
     ) -> float | None:
-        """Append what must run again in `stage` for `operator` to; bytes that this adds over the budget.
+        """Append to `reruns` the re-run of `operator` in `stage` and those that it needs. Returns the bytes of excess
+        over the budget that this adds, where inputs are kept longer instead of being recomputed.
 
-        None: it takes more than it gives, or more than `dearest` seconds for each byte of the `gain`.
+        None: that is at least the `gain`, or the re-runs cost at least `dearest` seconds per byte of what is left of
+        it, or there are more than `DEPTH`.
         """
         dag = self.dag
         harm, cost = 0.0, 0.0
@@ -163,10 +177,10 @@ class EvictionSearch:
                 waiting.append(source)
         return harm
 
-    # --- what is not needed after all -----------------------------------------------------------------------------
+    # --- re-runs that are not needed after all ---------------------------------------------------------------------
 
     def prune(self, memory: LiveBytes, candidates: Iterable[Rerun]) -> None:
-        """Take back re-runs, dearest first, while `memory` fits without them."""
+        """Take back each re-run, the most expensive first, without which `memory` still fits."""
         seconds = self.dag.again_seconds
         for rerun in sorted(candidates, key=lambda rerun: (-seconds[rerun[1]], rerun)):
             if rerun not in memory.reruns:
@@ -180,15 +194,17 @@ class EvictionSearch:
     # --- ruin and recreate -----------------------------------------------------------------------------------------
 
     def first(self, seeds: Iterable[Iterable[Rerun]]) -> LiveBytes | None:
-        """The fastest schedule that eviction makes of one of the `seeds`, of which the first is looked at whatever the clock says."""
+        """The fastest schedule within the budget that eviction makes of one of the `seeds`; None: of none. The first
+        seed is tried even if time is over.
+        """
         best: LiveBytes | None = None
         starts: list[LiveBytes] = []
         for seed in dict.fromkeys(map(frozenset, seeds)):
-            if starts and time.monotonic() > self.latest:  # one that fits as it is may be any of them
+            if starts and time.monotonic() > self.latest:  # all are looked at otherwise: any of them may fit as it is
                 self.timely = False
                 break
             starts.append(LiveBytes(self.dag, self.budget, seed))
-        # Those that fit as they are first: the clock may stop the others.
+        # First those that fit as they are: time may run out on the others.
         for memory in sorted(starts, key=lambda memory: not memory.fits):
             if not self.repair(memory):
                 continue
@@ -200,9 +216,10 @@ class EvictionSearch:
     def improve_best(
         self, seeds: Iterable[Iterable[Rerun]], *, starts: int, rounds: int, enough: float = 0.0
     ) -> frozenset[Rerun] | None:
-        """The fastest of what `improve` makes of the best `starts` of the `seeds`, in `rounds` each; None: none fits.
+        """Make the `seeds` fit by eviction, `improve` the fastest `starts` of them in `rounds` each, and return the
+        fastest; None: none fits. Stops where re-runs cost at most `enough` seconds.
 
-        Half of the time at most is for the seeds to be made to fit: the most promising come first.
+        Making seeds fit takes half of the time at most, so the most promising should come first.
         """
         began, end = time.monotonic(), self.deadline
         repaired: dict[frozenset[Rerun], float] = {}
@@ -224,7 +241,9 @@ class EvictionSearch:
         return min(found, key=lambda reruns: seconds(self.dag, reruns), default=None)
 
     def improve(self, memory: LiveBytes, *, rounds: int, enough: float = 0.0) -> frozenset[Rerun]:
-        """Ruin and recreate for `rounds`, or until re-runs cost at most `enough` seconds. `memory` must fit."""
+        """Ruin and recreate for `rounds`, or until re-runs cost at most `enough` seconds; the best schedule found.
+        `memory` must fit.
+        """
         best, best_seconds = frozenset(memory.reruns), memory.seconds
         current, current_seconds = best, best_seconds
         start = 0.02 * max(best_seconds, 1e-12)
@@ -249,7 +268,7 @@ class EvictionSearch:
         return best
 
     def _ruin(self, memory: LiveBytes) -> list[Rerun]:
-        """Re-runs to take back: neighbours in time, or at random."""
+        """Re-runs to take back: neighbours in time, or a random sample, with equal chance."""
         everything = sorted(memory.reruns)
         count = min(len(everything), 1 + int(self.random.expovariate(1 / 6)))
         if self.random.random() < 0.5:

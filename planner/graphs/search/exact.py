@@ -1,8 +1,8 @@
-"""All schedules of the class at once, for small graphs: CP-SAT on Checkmate's stages (Jain et al. 2020), with memory
-counted at every run.
+"""The exact solver for small graphs: CP-SAT over all schedules of the class, with memory counted at every run.
 
-``lives[t, i, k]`` says that output i is live while operator k runs in stage t. It is carried from one run to the next, so that
-freeing is a choice like any other; the number of variables grows with the third power of the number of operators.
+The stages are Checkmate's (Jain et al. 2020). ``lives[t, i, k]`` says that output i is live while operator k runs in
+stage t. It is linked from each run to the next, so that freeing is a decision of its own; the number of variables grows
+with the third power of the number of operators.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ class Exact:
     """None: no schedule of the class fits (if `proven`), or none was found"""
     proven: bool
     bound: float
-    """seconds, or bytes where the peak was minimised, that no schedule of the class undercuts"""
+    """lower bound for every schedule of the class: seconds, or bytes where the peak was minimised"""
     timely: bool = True
-    """whether it was not the clock that ended it"""
+    """whether it ended by itself or by its work limit, not by the time limit"""
 
 
 def fastest(dag: Dag, budget_bytes: int, *, work: float, seconds: float, until: float = float("inf")) -> Exact:
-    """The fastest schedule of the class within the budget. `work` is CP-SAT's deterministic time, `seconds` are the clock's; `until`: when,
-    by the clock, it has to end, however long the program took to build.
+    """The fastest schedule of the class within the budget.
+
+    Limits: `work` in CP-SAT's deterministic time, `seconds` of solving by the clock, and `until`, on the monotonic
+    clock, when it has to end however long the program took to build.
     """
     model = _Stages(dag)
     for row in model.rows:
@@ -59,23 +61,28 @@ def smallest(dag: Dag, *, work: float, seconds: float) -> Exact:
 def solve_within(
     model: cp_model.CpModel, *, work: float, seconds: float
 ) -> tuple[cp_model.CpSolver, cp_model.CpSolverStatus, bool]:
-    """The solver and its status, and whether it was not the clock that ended it; limits as of `fastest`."""
+    """The solver, its status, and whether it ended by itself or by its work limit, not by the time limit; limits as of
+    `fastest`.
+    """
     solver = single_worker()
     solver.parameters.max_deterministic_time = work
     solver.parameters.max_time_in_seconds = seconds
     status = solved(solver, model)
     proven = status in (cp_model.OPTIMAL, cp_model.INFEASIBLE)
-    # Read off its work: by the clock, a process that was held up may be late though the work had ended it, or the other way round.
+    # Decided by the work done, not by the time taken: a process that other programs held up may be past its time limit
+    # although the work limit ended the solver.
     return solver, status, proven or solver.deterministic_time >= work
 
 
 class _Stages:
+    """The model: a variable for each possible re-run, and for each output at each run it may live at."""
+
     def __init__(self, dag: Dag) -> None:
         self.dag = dag
         self.model = cp_model.CpModel()
         self.again: dict[Rerun, cp_model.IntVar] = {}
         self.rows: list[cp_model.LinearExprT] = []
-        """live bytes at every run, fixed ones left out"""
+        """live bytes and workspace at every run, without the fixed bytes"""
         before: dict[int, cp_model.IntVar] = {}
         for stage in range(len(dag)):
             for operator in range(stage + 1):
@@ -85,7 +92,9 @@ class _Stages:
                 self.model.add_bool_or(before[operator])
 
     def _run(self, stage: int, operator: int, before: dict[int, cp_model.IntVar]) -> dict[int, cp_model.IntVar]:
-        """The place of `operator` in `stage`; `before` and the result: operator -> whether its output lives there."""
+        """Add the (possible) run of `operator` in `stage`. `before` and the result: operator -> whether its output
+        lives at the previous run, and at this one.
+        """
         dag, model = self.dag, self.model
         first = operator == stage
         if not first and not dag.recomputable[operator]:
@@ -104,7 +113,7 @@ class _Stages:
                 model.add_bool_or(here)
         else:
             model.add_bool_or(before[operator], again, lives[operator].negated())
-            # Making what is there already is of no use.
+            # Recomputing an output that is still live is of no use.
             model.add_implication(again, before[operator].negated())
             for i in (*dag.inputs[operator], operator):
                 model.add_implication(again, lives[i])

@@ -1,8 +1,9 @@
-"""All schedules of the class with moves to a disk and back, for small graphs: CP-SAT, with memory and time counted at every run.
+"""The exact solver for small graphs with a disk: CP-SAT over re-runs and moves, with memory and time counted at every
+run.
 
-As `exact`, and before each run, in this order: resident outputs are written to the disk (each once), outputs are freed, outputs on the
-disk are fetched, each in the graph's order. The disk does one transfer at a time in the order of issue. A run waits for the
-fetches of its inputs, a free for the write of what it frees.
+As in `exact`, and before each run, in this order: resident outputs are written to the disk (each once), outputs are
+freed, outputs on the disk are fetched, each in the graph's order. The disk does one transfer at a time in the order of
+issue. A run waits for the fetches of its inputs, a free for the write of the output that it frees.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from tightfit.planner.graphs.search.exact import solve_within
 from tightfit.planner.problem.layer_types import transfer_seconds
 
 RESOLUTION = 1_000_000_000
-"""seconds are counted in parts of the time that everything takes at most; the error is a few parts per action"""
+"""ticks into which an upper bound on a stage's time is divided; times are rounded to ticks, at an error of a few per
+action
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +32,9 @@ class ExactMoves:
     """None: no schedule of the class fits (if `proven`), or none was found"""
     proven: bool
     bound: float
-    """seconds that no schedule of the class undercuts"""
+    """lower bound on the seconds of every schedule of the class"""
     timely: bool = True
-    """whether it was not the clock that ended it"""
+    """whether it ended by itself or by its work limit, not by the time limit"""
 
 
 def fastest_with_moves(dag: Dag, budget_bytes: int, *, work: float, seconds: float) -> ExactMoves:
@@ -40,13 +43,16 @@ def fastest_with_moves(dag: Dag, budget_bytes: int, *, work: float, seconds: flo
 
 
 class _Moves:
+    """The model: as `exact`'s, with writes, fetches, and the moments at which runs and transfers end."""
+
     def __init__(self, dag: Dag, budget: int) -> None:
         assert dag.read is not None
         assert dag.write is not None
         self.dag = dag
         self.model = model = cp_model.CpModel()
         count = len(dag)
-        # No schedule worth its time computes everything twice and moves everything once in each stage.
+        # Upper bound on the time of one stage: no schedule worth having computes everything twice and moves everything
+        # once in it.
         longest = 2 * dag.once_seconds + sum(dag.trip_seconds(i) for i in range(count))
         self.unit = max(longest, 1e-300) / RESOLUTION
         self.writes = [self._ticks(transfer_seconds(dag.write, size)) for size in dag.bytes]
@@ -85,7 +91,9 @@ class _Moves:
     def _slot(
         self, stage: int, operator: int, before: dict[int, cp_model.IntVar], room: int
     ) -> dict[int, cp_model.IntVar]:
-        """The moves before a run and the run; `before` and the result: operator -> whether its output lives there."""
+        """Add the (possible) run of `operator` in `stage` and the moves before it. `before` and the result: operator ->
+        whether its output lives at the previous run, and at this one.
+        """
         dag, model = self.dag, self.model
         run = None if operator == stage else model.new_bool_var("")
         self.slots.append((stage, operator, run))
@@ -157,7 +165,7 @@ class _Moves:
             model.add_implication(run, before[operator].negated())
             model.add_implication(run, lives[operator])
             model.add_bool_or(before[operator], run, lives[operator].negated())
-            # Without the run nothing changes.
+            # Without the run its output stays as it was: nothing is freed in a slot that is not used.
             model.add_bool_or(run, before[operator].negated(), lives[operator])
         workspace = dag.workspace[operator]
         row = sum(dag.bytes[i] * here for i, here in lives.items())
@@ -183,7 +191,7 @@ class _Moves:
         return ExactMoves(actions=self._actions(solver), proven=proven, bound=bound, timely=timely)
 
     def _slack(self) -> int:
-        """Ticks by which rounding may have lengthened a schedule: half of one for each run and transfer."""
+        """Ticks by which rounding may have lengthened a schedule: at most half a tick for each run, write and fetch."""
         return sum(1 + len(spills) for spills in self.spills)
 
     def _actions(self, solver: cp_model.CpSolver) -> tuple[Action, ...]:

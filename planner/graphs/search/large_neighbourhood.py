@@ -1,8 +1,10 @@
-"""Large-neighbourhood search: stretch after stretch of a schedule is solved anew (`subproblem`) and kept where that is better.
+"""Large-neighbourhood search: stretch after stretch of a schedule is re-optimised (`subproblem`) and kept where that is
+better.
 
-First the whole schedule with few places for re-runs: just before an operator whatever it reads may run again, and what that
-reads, and so on to a depth that grows. Then stretches, of many stages with such chains or of few with whatever is near, with as many
-places as the solver has lately come to the end of.
+`deepened` first takes the whole schedule with few places for re-runs, called chains: just before an operator its inputs
+may run again, and the inputs of those, and so on to a depth that grows. `polished` then takes stretches, either of many
+stages with such chains or of few stages with all operators nearby. The number of places adapts to what the solver has
+lately solved to optimality.
 """
 
 from __future__ import annotations
@@ -20,28 +22,35 @@ from tightfit.planner.graphs.search.subproblem import Lowest, Solved, Subproblem
 
 DEPTHS = (1, 2, 3)
 DEEPER = 2
-"""times the seconds of one depth: what the next takes at least, where the schedule fits; where not, any answer may be a step"""
+"""a depth is expected to take at least so many times as long as the one before; if less time is left it is skipped,
+unless the schedule does not fit yet, when even a partial answer helps
+"""
 LARGEST = 1_200_000
-"""places times operators of a program that is tried"""
+"""places times operators up to which a program over the whole schedule is tried"""
 LONGEST = 100_000
-"""places in chains that are listed, in a fraction of a second; where there are more, stretches have what is near"""
+"""places up to which chains are listed, in a fraction of a second; where there are more, stretches use operators nearby
+instead
+"""
 LARGEST_PROOF = 2_000_000
-"""the same for the proof of a smallest peak, which needs every place"""
+"""places times operators up to which the smallest peak is proven, which needs every place"""
 SHORT = 0.75
-"""a re-run is of use only where its output would otherwise lie through a moment at which keep-all holds this share of the budget"""
+"""memory is short where keep-all holds more than this share of the budget; a re-run is of use only if its output would
+otherwise be held through such a moment
+"""
 PLACES = 400.0
-"""of re-runs in a stretch, at first"""
+"""places for re-runs in a stretch, at first..."""
 FEWEST, MOST = 100.0, 4000.0
+"""...and the range in which that number adapts"""
 WIDTH = 20
-"""stages of a stretch, on average"""
+"""stages of a stretch, roughly on average"""
 STRETCH = 0.1
-"""of the time there is: for one stretch at most"""
+"""share of the available time that one stretch may take"""
 STALLED = 60
 """stretches in a row that gained nothing, after which the search ends"""
 
 
 class LargeNeighbourhood:
-    """The search for one graph and budget. `timely`: it and all that it solved ended by their own rules and not by the clock."""
+    """The search for one graph and budget. `timely`: no time limit ended it or any program that it solved."""
 
     def __init__(self, dag: Dag, budget: int) -> None:
         self.dag = dag
@@ -49,14 +58,18 @@ class LargeNeighbourhood:
         self.random = random.Random(0)
         self.timely = True
         self.chained: dict[int, list[Rerun]] = {}
-        """by depth; none where there are over `LONGEST`"""
+        """places in chains, by depth; empty where there are more than `LONGEST`"""
         self.sizes = dict.fromkeys((0, *DEPTHS), PLACES)
-        """places of the stretches to come, by depth of the chains; 0: all that is near"""
+        """number of places for the next stretch, by depth of its chains; depth 0: operators nearby"""
         self.solved: set[int] = set()
-        """depths that the solver came to the end of"""
+        """depths whose program over the whole schedule was solved to optimality"""
 
     def deepened(self, reruns: frozenset[Rerun], *, deadline: float) -> frozenset[Rerun]:
-        """The best schedule found with re-runs in chains, from one that need not fit: of lower peak, or faster."""
+        """The best schedule found by re-optimising all of `reruns` with chains as places: less over the budget, or
+        faster.
+
+        `reruns` may exceed the budget. `deadline` is on the monotonic clock.
+        """
         best = reruns
         count = len(self.dag)
         if time.monotonic() > deadline:
@@ -80,7 +93,9 @@ class LargeNeighbourhood:
         return best
 
     def polished(self, reruns: frozenset[Rerun], *, deadline: float, enough: float = 0.0) -> frozenset[Rerun]:
-        """The best schedule found by stretches, until it fits and takes at most `enough` seconds."""
+        """The best schedule found by re-optimising stretches, until it fits and takes at most `enough` seconds, or
+        until `deadline`.
+        """
         best = reruns
         longest = max(1.5, STRETCH * (deadline - time.monotonic()))
         stalled = 0
@@ -105,19 +120,23 @@ class LargeNeighbourhood:
         return best
 
     def _better(self, one: frozenset[Rerun], other: frozenset[Rerun] | None) -> frozenset[Rerun]:
-        """`one`, unless the other is less over the budget at its peak, or then by all of its runs, or then faster."""
+        """`other` if it is better than `one`, which means, in this order: a smaller excess over the budget at the peak,
+        a smaller sum of excesses over all runs, fewer seconds.
+        """
         if other is None:
             return one
 
         def worth(reruns: frozenset[Rerun]) -> tuple[int, int, float]:
-            # Peaks of one height are lowered one after the other: the highest stays as it is until the last of them is.
+            # Several runs may share the highest peak, and a stretch lowers one of them: the sum shows that as progress.
             over = [max(0, held - self.budget) for held in memory(self.dag, runs(self.dag, reruns))]
             return max(over), sum(over), seconds(self.dag, reruns)
 
         return other if worth(other) < worth(one) else one
 
     def _stretch(self, reruns: frozenset[Rerun], stage: int, limit: float) -> Solved:
-        """A stretch around `stage` solved anew, with as many places as there is hope for: few stages and all that is near, or many and chains."""
+        """Re-optimise a stretch around `stage`, either few stages with all operators nearby or many stages with chains,
+        with as many places as `sizes` says.
+        """
         count = len(self.dag)
         depth = self.random.choice((0, 0, *(depth for depth in DEPTHS if self._chains(depth))))
         width = round(WIDTH * self.random.lognormvariate(0.0, 0.5))
@@ -153,7 +172,9 @@ class LargeNeighbourhood:
         return solved
 
     def _candidates(self, reruns: frozenset[Rerun], first: int, last: int) -> list[int]:
-        """Operators near to what the stretch reads, as many as there are places for."""
+        """Operators for depth 0: the nearest, in the graph and with some randomness, to what the stretch recomputes and
+        reads, as many as `sizes` has places for.
+        """
         dag = self.dag
         distance = {i: 0 for stage, i in reruns if first <= stage < last}
         distance |= {i: 1 for stage in range(first, last) for i in (stage, *dag.inputs[stage]) if i not in distance}
@@ -173,9 +194,11 @@ class LargeNeighbourhood:
 
 
 def chains(dag: Dag, budget: int, depth: int, most: int) -> set[Rerun]:
-    """Places for re-runs: before each first run what it reads, what those read, and so on `depth` times; none where there are over `most`.
+    """Places for re-runs: before each first run its inputs, their inputs, and so on `depth` times; none where there are
+    more than `most`.
 
-    Left out: what has been read since memory was last short when nothing is made again.
+    Left out are outputs that under keep-all were last read, or made, after the last moment at which memory is short
+    (`SHORT`): evicting them in between relieves nothing.
     """
     sequence = runs(dag, ())
     short = [0, *accumulate(int(size > SHORT * budget) for size in memory(dag, sequence))]
@@ -198,7 +221,7 @@ def chains(dag: Dag, budget: int, depth: int, most: int) -> set[Rerun]:
 
 
 def lowest_peak(dag: Dag, seconds: float) -> Lowest:
-    """The schedule of lowest peak found within `seconds`, and bytes that no peak of the class undercuts."""
+    """The schedule of lowest peak found within `seconds`, and a lower bound in bytes on every peak of the class."""
     count = len(dag)
     least = dag.floor_bytes
     best: frozenset[Rerun] = frozenset()

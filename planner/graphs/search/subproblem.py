@@ -1,14 +1,16 @@
-"""A stretch of a schedule solved anew in whole numbers, with memory counted at every run, while the rest stays as it is.
+"""Re-optimises a stretch of a schedule by an integer program, with memory counted at every run, while the rest stays as
+it is.
 
-Within the stretch (a range of stages) operators may run again at the places given. For each output there is one variable for each gap
-between the places where it may be made or read: how far it lives there. With whole runs these are whole by themselves. Toward the rest
-of the schedule:
+A stretch is a range of stages. Within it operators may run again at the given places. Each output has one variable, in
+[0, 1], for each interval between the places where it may be made or read: whether it lives there. Once runs are integer
+these need not be declared so. At the borders of the stretch:
 
-- an output may be carried into the stretch that was freed before it, where the runs before have room for it;
-- what later runs read before it is made again must be there at the end;
-- an output may be carried out until a later run of it, which is then spared, where the runs until then have room for it.
+- an output that was freed before the stretch may be carried into it instead, if it fits beside the runs in between;
+- an output that a later run reads before it is made again must live at the end;
+- an output may be carried out of the stretch up to its next re-run, which is then spared, if it fits beside the runs in
+  between.
 
-A stretch over all stages with all places is the whole class: then what it proves holds for the class.
+A stretch over all stages with all places covers the whole class: what it proves then holds for the class.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from tightfit.planner.milp.highs import MARGIN
 from tightfit.planner.milp.lp import Linear, Program
 
 SCALE = 1000.0
-"""of the objective: one run of every operator"""
+"""value in the objective of the seconds of one run of every operator"""
 OVER = 1e5
-"""of the objective: what a budget's worth of bytes over the budget costs, more than any re-runs that are worth it"""
+"""value in the objective of exceeding the budget by as much again: more than any re-runs that are worth having"""
 BETTER = 5e-7
-"""of one run of every operator: what a stretch must gain at least"""
+"""by which share of one run of every operator the new stretch must be faster, at least"""
 
 Term = tuple[int, int]
 """(variable, bytes)"""
@@ -39,26 +41,32 @@ Term = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
+    """Answer of `Subproblem.solve`."""
+
     reruns: frozenset[Rerun] | None
-    """the whole schedule with the stretch solved anew; None: nothing better was found"""
+    """the whole schedule with the stretch re-optimised; None: nothing better was found"""
     ended: bool
-    """whether the solver came to its end: nothing better is to be had from these places"""
+    """whether the solver finished: no better stretch exists with these places"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lowest:
+    """Answer of `Subproblem.lowest`."""
+
     reruns: frozenset[Rerun] | None
     """the schedule of lowest peak found; None: none was found"""
     bytes: int
-    """no peak with these places undercuts them"""
+    """lower bound on the peak of every schedule with these places"""
     ended: bool
-    """whether the solver came to its end"""
+    """whether the solver finished"""
 
 
 class Subproblem:
-    """The program of one stretch: stages `first` to `last` - 1 of the schedule that `reruns` are, which may be over the budget.
+    """The integer program of one stretch: stages `first` to `last` - 1 of the schedule `reruns`, which may exceed the
+    budget.
 
-    It is built and solved within `seconds`; raises TimeoutError, here or where it is solved, if that takes longer.
+    `places` are where operators may run again, beside those where they do in `reruns`. Building and solving may take
+    `seconds` in all; `__init__`, `solve` and `lowest` raise TimeoutError if no time is left.
     """
 
     def __init__(
@@ -79,15 +87,15 @@ class Subproblem:
         self.first, self.last = first, last
         self.program = Program()
         self.in_bytes: dict[int, int] = {}
-        """rows in parts of the budget -> the budget"""
+        """rows whose coefficients are in units of the budget -> the budget in bytes"""
         self.inside = {rerun for rerun in reruns if first <= rerun[0] < last}
         again = {*places, *self.inside}
         self.places = sorted({*again, *((stage, stage) for stage in range(first, last))})
         self.again: dict[Rerun, int] = {}
         self.spared: dict[Rerun, int] = {}
-        """later re-runs -> whether they are not needed any more"""
+        """re-runs after the stretch -> variable: whether the re-run is spared"""
         self.live: dict[int, int] = {}
-        """outputs that may live at the place the program has come to"""
+        """output -> variable: whether it lives at the place that building has reached"""
         count = len(dag)
         self.sequence = runs(dag, reruns)
         self.held = memory(dag, self.sequence)
@@ -104,7 +112,7 @@ class Subproblem:
                 self.used[j].append(key)
         self.touched = {i for _, i in self.places} | {j for place in self.places for j in self._inputs(*place)}
         self.idle_bytes = dag.fixed_bytes
-        """live throughout the stretch, whatever it does"""
+        """fixed bytes, and outputs that live throughout the stretch whatever it decides"""
         self._enter()
         for stage, i in self.places:
             self.limit.check()
@@ -117,14 +125,14 @@ class Subproblem:
     # --- the border ------------------------------------------------------------------------------------------------
 
     def _lives_over(self, i: int, border: int) -> tuple[bool, int | None]:
-        """Whether output i lives at the key `border`, and the key of its next run after."""
+        """Whether output i lives across the key `border`, and the key of its next run from there on."""
         made, used = bisect_left(self.made[i], border), bisect_left(self.used[i], border)
         again = self.made[i][made] if made < len(self.made[i]) else None
         reader = self.used[i][used] if used < len(self.used[i]) else None
         return (reader is not None and (again is None or reader < again)) or (self.dag.keep[i] and again is None), again
 
     def _enter(self) -> None:
-        """What may live when the stretch begins."""
+        """Variables for the outputs that may live when the stretch begins."""
         extended: list[tuple[int, int, Term]] = []
         border = self.first * len(self.dag)
         for i in range(self.first):
@@ -144,7 +152,7 @@ class Subproblem:
         self._room(extended)
 
     def _leave(self) -> None:
-        """What must live when the stretch is over, and what may."""
+        """Rows for the outputs that must live when the stretch ends, and variables for those that may."""
         extended: list[tuple[int, int, Term]] = []
         for i in self.live:
             needed, again = self._lives_over(i, self.last * len(self.dag))
@@ -162,10 +170,12 @@ class Subproblem:
         return max(self.held[begin:end], default=0) + size <= self.budget
 
     def _room(self, extended: Sequence[tuple[int, int, Term]]) -> None:
-        """Rows for outputs that live longer outside of the stretch: (begin, end, (whether, bytes)), by positions."""
+        """Memory rows outside of the stretch, for outputs that may live longer there: (begin, end, (variable, bytes)),
+        where begin and end are positions in the sequence of runs.
+        """
         edges = sorted({begin for begin, _, _ in extended} | {end for _, end, _ in extended})
         for begin, end in itertools.pairwise(edges):
-            # Between two of these the same outputs live: the fullest position decides.
+            # Between two edges the same outputs may live longer, so the position with most live bytes decides.
             room = self.budget - max(self.held[begin:end])
             terms = [term for b, e, term in extended if b <= begin and end <= e]
             if sum(size for _, size in terms) > room:
@@ -174,7 +184,7 @@ class Subproblem:
     # --- the stretch -----------------------------------------------------------------------------------------------
 
     def _place(self, stage: int, operator: int) -> None:
-        """The place of a run, first or again."""
+        """Add variables and rows of one place: a first run, or a possible re-run."""
         dag, program, live = self.dag, self.program, self.live
         first = operator == stage
         inputs = self._inputs(stage, operator)
@@ -196,13 +206,13 @@ class Subproblem:
             room = Linear((self.budget - self.idle_bytes) / self.budget)
             there = Linear().add(run)
             if operator in live:
-                # Making what is there already is of no use.
+                # Recomputing an output that is still live is of no use.
                 program.at_least(Linear(1.0).add(run, -1.0).add(live[operator], -1.0))
                 there.add(live[operator])
             program.at_least(there, Linear().add(after))
         self._fits(room if self.over is None else room.add(self.over), terms)
         live[operator] = after
-        # What was read may be freed now.
+        # The inputs may be freed now.
         for i in inputs:
             before, live[i] = live[i], program.variable(0.0, 1.0)
             self._at_most(live[i], before)
@@ -211,7 +221,7 @@ class Subproblem:
         self.program.at_least(Linear().add(more).add(less, -1.0))
 
     def _fits(self, room: Linear, terms: Iterable[Term]) -> None:
-        """Row: live bytes at most `room`, in parts of the budget."""
+        """Row: live bytes are at most `room`, which is in units of the budget."""
         row = Linear()
         for variable, size in terms:
             row.add(variable, size / self.budget)
@@ -220,7 +230,7 @@ class Subproblem:
     # --- solving ---------------------------------------------------------------------------------------------------
 
     def solve(self) -> Solved:
-        """The best stretch found: the one least over the budget, and the fastest of those."""
+        """The best stretch found: the one that exceeds the budget least, and the fastest of those."""
         dag = self.dag
         costs = {run: dag.again_seconds[i] for (_, i), run in self.again.items()}
         costs |= {spared: -dag.again_seconds[i] for (_, i), spared in self.spared.items()}
@@ -237,13 +247,14 @@ class Subproblem:
         return Solved(reruns=self._chosen(found.values), ended=found.infeasible or found.optimal)
 
     def lowest(self) -> Lowest:
-        """The lowest peak. The program is over the budget."""
+        """The lowest peak. The given schedule must exceed the budget within the stretch."""
         assert self.over is not None
         dag = self.dag
         found = self.program.solve(Linear().add(self.over), self.limit.left())
         proven = max(0.0, found.bound) if isfinite(found.bound) else 0.0
         least = ceil(self.budget * (1.0 + proven) * (1.0 - MARGIN))
-        # A peak is made of outputs and workspace: between two of their common multiples there is none.
+        # A peak is fixed bytes plus a sum of outputs and workspace, so it is fixed bytes plus a multiple of their
+        # greatest common divisor.
         unit = gcd(*dag.bytes, *dag.workspace) or 1
         least += (dag.fixed_bytes - least) % unit
         return Lowest(reruns=self._chosen(found.values), bytes=least, ended=found.optimal)

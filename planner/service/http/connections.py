@@ -1,8 +1,9 @@
-"""Connections: how many a party may have, how long a request may take to come, and how long an answer to be read.
+"""Limits on connections: how many one network may have, how long a request may take to arrive, how long an answer to be
+read.
 
-uvicorn counts connections for all alike and waits for a request for ever: who opens a thousand and sends nothing would keep
-out everybody else. Here a connection without a request makes room where too many are open, oldest first, and ends where its
-request does not come. The time that a request's body takes is `Guard`'s.
+uvicorn only limits the total and waits for a request for ever, so a client that opens a thousand connections and sends
+nothing would keep out everybody else. Here, where too many are open, the oldest connection without a request is closed,
+and each is closed if its request does not arrive in time. `Guard` limits the time that a request's body takes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from tightfit.planner.service.wire.clients import network_of
 from tightfit.planner.service.wire.errors import Code
 
 HEAD_SECONDS = 10.0
-"""from the start of a connection, or from the first byte of a further request on it, to the end of the request's headers"""
+"""from the start of a connection, or from the first byte of a further request on it, to the end of the request's
+headers
+"""
 READ_SECONDS = 60.0
 """in which a client must take some of an answer that does not fit into the kernel's buffer"""
 MOST = 1024
@@ -59,7 +62,9 @@ class Connections:
             self._open.pop(gone.network, None)
 
     def _end_one(self, candidates: set[Connection]) -> bool:
-        """End the one that has been without a request for longest, of those that have never had one if there are any."""
+        """End the one that has been without a request for longest, of those that have never had one
+        if there are any.
+        """
         idle = [one for one in candidates if not one.busy]
         if not idle:
             return False

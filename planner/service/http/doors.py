@@ -1,4 +1,4 @@
-"""What the routes share: the service behind a request, answers of jobs and of stored files."""
+"""Helpers that the routes share: the service behind a request, answers about jobs, answers with stored files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate before every route: who may ask, how much they may send, and a line in the log for each request."""
+"""The middleware before every route: checks who may ask and how much they may send, and logs each request."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class Refused(Exception):  # noqa: N818  an answer, not a fault
 
 
 class _Exchange:
-    """A request's body as it comes and the answer as it goes: a body that is too large or too slow is answered by a refusal."""
+    """A request's body as it comes and the answer as it goes: a body that is too large or too slow is answered by a
+    refusal.
+    """
 
     def __init__(self, receive: Receive, send: Send, limit: int) -> None:
         self._receive, self._send, self._limit = receive, send, limit

@@ -1,4 +1,4 @@
-"""Paths that requests name: only what lies under a folder that whoever started the service has opened."""
+"""Confines the paths that requests name to the folders that whoever started the service has opened."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ MOST_ENTRIES = 100_000
 def confined(text: str, roots: Sequence[Path], field: str) -> str:
     """The real path of `text`, absolute or relative to a root.
 
-    Raises ServiceError 422 for what lies outside, links followed, and for a folder that holds a link to what lies outside.
+    Raises ServiceError 422 for what lies outside, links followed, and for a folder that holds a link to what lies
+    outside.
     """
     if not roots:
         raise invalid(field, f"{text!r}: no folder is open to requests; start the service with --root FOLDER")

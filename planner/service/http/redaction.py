@@ -1,4 +1,5 @@
-"""What clients are told of this machine's paths: those of files they may name relative to the open folder, of others the name.
+"""Redacts this machine's paths in answers: a file in an opened folder is named relative to it, any other by its last
+part alone.
 
 Workers and libraries name files in full, as whoever started the service needs them: its log keeps them so.
 """
@@ -19,7 +20,9 @@ PATHS = ("source", "data", "eval_data")
 
 
 class Redaction:
-    """Takes the folders that a client knows, or that are the service's own, out of paths; of any other it leaves the name."""
+    """Takes the folders that a client knows, or that are the service's own, out of paths; of any other it leaves the
+    name.
+    """
 
     def __init__(self, folders: Iterable[Path]) -> None:
         known = {path for folder in folders for path in (folder, folder.absolute(), folder.resolve())}

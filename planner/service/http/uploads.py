@@ -1,7 +1,8 @@
-"""Uploads, from the socket to the store: the body goes to disk as it comes, and a process of its own makes sense of it.
+"""Receives uploads: the body is written to disk as it arrives, and a process of its own parses it and stores the
+profile.
 
-Reading what strangers send takes seconds and gigabytes where they want it to. In that process time and memory are limited
-(`limits`), and the service answers others meanwhile.
+A malicious upload can take seconds and gigabytes to parse. In that process time and memory are limited
+(`service.jobs.upload_limits`), and the service answers others meanwhile.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from tightfit.planner.service.wire.objects import Objects, unpacked
 from tightfit.planner.service.wire.settings import Settings
 
 OF_A_NETWORK = 4
-"""uploads that one network may have under way, from the first byte of the body; further ones wait before their body is read"""
+"""uploads that one network may have under way, from the first byte of the body; further ones wait before their body is
+read
+"""
 READ_AT_ONCE = 2
-"""processes that make sense of uploads"""
+"""processes that parse uploads"""
 log = logging.getLogger("tightfit.service")
 
 
@@ -48,7 +51,8 @@ class Uploads:
     async def receive(self, request: Request) -> tuple[Row, bool]:
         """The stored profile that the request's body holds, and whether it is new.
 
-        Raises ServiceError for a body that is none, contradicts itself or is too large, StorageError where the disk is full.
+        Raises ServiceError for a body that is none, contradicts itself or is too large, StorageError where the disk is
+        full.
         """
         encoding = request.headers.get("content-encoding", "identity").lower()
         if encoding not in {"identity", "gzip"}:

@@ -1,4 +1,5 @@
-"""Work that is acknowledged, kept and carried out: the store, the processes that solve, measure and run, and their supervisor.
+"""The service's jobs: the store that keeps them, the worker processes that solve, measure and run, and their
+supervisor.
 
 May import: `service.wire`, every room of the planner, `profiles`.
 """

@@ -1,4 +1,5 @@
-"""What measurements and runs leave in the service's own cache folder: packed weights, measured profiles, configs sent as JSON.
+"""The service's own cache folder, where measurements and runs leave packed weights, measured profiles and configs sent
+as JSON.
 
 It lies in the data folder, so that all of it counts among what the service keeps; `tightfit` on the command line has
 another one. What was left half-written by a process that was killed is removed when the service starts.
@@ -30,7 +31,7 @@ class Cache:
         self.folder = folder.resolve()  # as the sources of models are named
 
     def rows(self, names: Iterable[str] | None = None) -> list[Row]:
-        """What `Store.add` takes, of the files that are there; of these `names` only, where they are given."""
+        """Rows for `Store.add` of the files that exist, or of those among them that `names` lists."""
         from tightfit.planner.service.jobs.store import cache_row
 
         wanted = None if names is None else set(names)
@@ -64,7 +65,7 @@ class Cache:
                 path.parent.rmdir()
 
     def sweep(self) -> int:
-        """Remove what was left half-written; returns how many files. Nothing may be at work."""
+        """Remove half-written files; returns how many. No job may be running."""
         removed = 0
         for pattern in HALF_WRITTEN:
             for path in self.folder.glob(pattern):

@@ -1,4 +1,4 @@
-"""Worker processes: how one is started and ended, and the spare one that has loaded the planner before it is needed."""
+"""Starts and ends worker processes, and keeps a spare one that has loaded the planner before it is needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tightfit.planner.service.jobs.worker import JobOrder
 from tightfit.runtime.common.interpreter import command, python_path
 
 UPLOAD = "upload"
-"""the lane of what reads uploads"""
+"""the lane of the processes that read uploads"""
 LINE_BYTES = 64 << 20
 LAST_BYTES = 2000
 
@@ -26,7 +26,7 @@ LAST_BYTES = 2000
 class Worker:
     process: Process
     words: Path
-    """what it says on standard error"""
+    """file with what it writes on standard error"""
 
     def kill(self) -> None:
         """End it, and what it has started."""
@@ -42,7 +42,9 @@ class Worker:
     async def carry_out(
         self, order: JobOrder, progress: Callable[[dict[str, Any]], None] = lambda event: None
     ) -> dict[str, Any] | None:
-        """Give it an order and pass its progress on. Returns how it ends; None where the process died without a word."""
+        """Send it an order and pass its progress on. Returns its final message; None where the process died without
+        one.
+        """
         order_to, told_by = self.process.stdin, self.process.stdout
         assert order_to is not None
         assert told_by is not None
@@ -81,7 +83,7 @@ class Processes:
         return await self._start(lane)
 
     def prepare(self, lane: str) -> None:
-        """There is time to have a spare process of a lane ready."""
+        """Start a spare process of a lane, now that there is time for it."""
         if lane not in self._spare:
             self._spare[lane] = asyncio.create_task(self._start(lane))
 

@@ -1,4 +1,4 @@
-"""A run of a plan: the command line in a process of its own, followed by the steps it writes down.
+"""Carries out a run of a plan: starts tightfit's command line as a process and reports the steps that it writes down.
 
 The device's lock file is held by the run itself too, so that the next run waits even where this worker was killed.
 """
@@ -73,7 +73,9 @@ def _wait_for(lock: int, asked: int) -> None:
 
 
 def _wait_for_orphan(out: Path, asked: int) -> None:
-    """Until the training process of a run that was killed has saved and ended: it holds the lock of its folder."""
+    """Wait until the training process of a run that was killed has saved and ended; until then it holds the lock of its
+    folder.
+    """
     if out.exists():
         descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -122,7 +124,7 @@ def _follow(command: list[str], lock: int, out: Path, tell: Tell) -> tuple[int, 
 
 
 def _pass_on(child: subprocess.Popen[bytes]) -> None:
-    """Cancelled or orphaned, the run saves a checkpoint and ends; a minute later it is ended."""
+    """Ask a cancelled or orphaned run to save a checkpoint and end; kill it a minute later."""
     sys.stdin.buffer.read()
     child.terminate()  # Ctrl-C may be ignored here, and what ignores it starts others that do
     time.sleep(60)

@@ -1,4 +1,4 @@
-"""The jobs that work out something: profiles, plans, comparisons. Each returns its result and the files it made."""
+"""The jobs that make profiles, plans and comparisons; each returns its result and the files it made."""
 
 from __future__ import annotations
 
@@ -139,11 +139,12 @@ def _profile(objects: Objects, order: JobOrder, identity: str) -> Profile:
 
 
 def keep_profile(objects: Objects, found: Profile, *, origin: str, cached: Sequence[str] = ()) -> Row:
-    """Store a profile under its checksum. `origin` is made (on this machine, by this service) or uploaded; `cached` are the
-    files of the cache that a run of its plans reads.
+    """Store a profile under its checksum. `origin` is made (on this machine, by this service) or uploaded; `cached` are
+    the files of the cache that a run of its plans reads.
     """
     written = objects.put(canonical_json(found).encode())
-    # Those that follow another gradient are planned where they are named; nothing sets them beside the others.
+    # Policies that follow another gradient are planned only where a request names them, and not compared with the
+    # others by default.
     policies = {"policies": [SOLVER, *policies_of(found)], "approximate": list(approximate_of(found))}
     summary = profile_summary(found) | policies | {"refused": refused_of(found), "cached": list(cached)}
     return file_row("profile", written.digest, written, name=found.model.name, origin=origin, summary=summary)

@@ -1,4 +1,5 @@
-"""Jobs, profiles and plans in SQLite: what was acknowledged is on disk (write-ahead log, synced at every commit).
+"""The database of jobs, profiles and plans in SQLite; what was acknowledged is on disk (write-ahead log, synced at
+every commit).
 
 One connection, used by one thread. The files themselves are `Objects`.
 """
@@ -25,14 +26,14 @@ from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.errors import InputError
 
 ATTEMPTS = 5
-"""a job that was running when its service died this often is not tried again"""
+"""a job is not tried again once it was running this many times when the service died"""
 SOLVE = "solve"
 MOST_ASKERS = 100
-"""clients that are remembered to want one job: it does not end before all of these have let go"""
+"""number of clients remembered per job: a job that is cancelled goes on until all of them have cancelled it"""
 NETWORK_SHARE, CLIENT_SHARE = 2, 5
-"""of the jobs that may wait, half may be one network's and a fifth one client's"""
+"""divisors: of the jobs that may wait, one network may have half and one client a fifth"""
 MOST_SERVED = 10_000
-"""networks and clients of which is remembered when it was their turn"""
+"""number of networks and clients whose last turn is remembered"""
 JOBS = "SELECT jobs.*, (SELECT count(*) FROM askers WHERE job = jobs.id AND NOT let_go) AS wanted_by FROM jobs"
 LIVE = frozenset({"queued", "running"})
 Row = dict[str, Any]
@@ -40,7 +41,9 @@ Row = dict[str, Any]
 
 class Store:
     def __init__(self, path: Path) -> None:
-        """Raises StorageError where the disk is full, or does not let us write, and InputError for what we cannot read."""
+        """Raises StorageError where the disk is full, or does not let us write, and InputError for
+        what we cannot read.
+        """
         self._path = path
         with failing_disk(path):
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -93,12 +96,13 @@ class Store:
     ) -> tuple[Job, bool]:
         """The job of a request, and whether it is new.
 
-        A live or succeeded job of the same `content` answers it, and so does the job that the idempotency `key` made; a live
-        one goes on for `client` too then. Raises ServiceError where the key was used for another request, where `waiting`
-        jobs are queued already, or where the client has its share of them.
+        A live or succeeded job of the same `content` answers it, and so does the job that the idempotency `key` made; a
+        live one goes on for `client` too then. Raises ServiceError where the key was used for another request, where
+        `waiting` jobs are queued already, or where the client has its share of them.
 
-        Where the answer is to be made anew, `renews` is the content of the request for the answer that is there: a live job of
-        `content` answers, a succeeded one does not, and no job that has succeeded answers a request for either afterwards.
+        Where the answer is to be made anew, `renews` is the content of the request for the answer that is there: a live
+        job of `content` answers, a succeeded one does not, and no job that has succeeded answers a request for either
+        afterwards.
         """
         asked = _hash(kind, request)
         known = self._known(key, asked)
@@ -133,7 +137,7 @@ class Store:
         return (self._wanted(found, client), False) if found else (self.job(identity), True)
 
     def _wanted(self, job: Job, client: Requester) -> Job:
-        """The job, which goes on for `client` too where it has not ended."""
+        """The job, with `client` recorded as wanting it too, unless it has ended."""
         mine = "SELECT 1 FROM askers WHERE job = ? AND address = ? AND name = ? AND NOT let_go"
         if job.state not in LIVE or self._one(mine, job.id, client.address, client.name):
             return job
@@ -150,10 +154,11 @@ class Store:
         )
 
     def let_go(self, job: str, client: Requester) -> int:
-        """`client` no longer wants a job; returns how many others still do.
+        """Record that `client` no longer wants a job; returns how many others still do.
 
-        Who has not asked for it under its own name speaks for those at its address who gave none; who gives none, for all at
-        its address. Raises ServiceError where these have not asked for it either.
+        A client that has not asked for the job under its name lets go for those at its address that gave no name; one
+        that gives no name, for all at its address. Raises ServiceError where none of these has asked for the job
+        either.
         """
         rows = self._all("SELECT * FROM askers WHERE job = ?", job)
         here = [row for row in rows if row["address"] == client.address]
@@ -274,10 +279,12 @@ class Store:
         return self.job(identity)
 
     def resume(self, identity: str, *, key: str | None = None, waiting: int, client: Requester) -> tuple[Job, bool]:
-        """Put a run that ended before its last step back into the queue, for `client`; what it has saved is its own again.
+        """Put a run that ended before its last step back into the queue, for `client`; what it has saved is its own
+        again.
 
-        Returns it, and whether it goes on only now: not where `key` has asked for that already. Raises ServiceError where
-        the run has not ended so, where `waiting` jobs are queued already, or where the client has its share of them.
+        Returns it, and whether it goes on only now: not where `key` has asked for that already. Raises ServiceError
+        where the run has not ended so, where `waiting` jobs are queued already, or where the client has its share of
+        them.
         """
         asked = _hash("resume", {"run": identity})
         known = self._known(key, asked)
@@ -382,7 +389,7 @@ class Store:
         )
 
     def files_of(self, job: str) -> list[Row]:
-        """What a job needs and what it made."""
+        """The files that a job needs and those that it made."""
         return self._all(
             "SELECT files.* FROM files JOIN uses ON uses.kind = files.kind AND uses.file = files.id WHERE uses.job = ?",
             job,
@@ -427,7 +434,8 @@ class Store:
                         database.execute("UPDATE files SET used = ? WHERE kind = ? AND id = ?", (now, kind, identity))
 
     def expire(self, *, before: float, keep_bytes: int) -> list[Row]:
-        """Forget finished jobs and unused files older than `before`, then the longest unused until `keep_bytes` are left.
+        """Forget finished jobs and unused files older than `before`, then the longest unused until `keep_bytes` are
+        left.
 
         What a queued or running job needs stays. Returns the files that are no longer wanted.
         """
@@ -476,7 +484,7 @@ class Store:
         return found
 
     def _figure(self, statement: str, *values: Any) -> int:
-        """What a statement that has one row names `n`."""
+        """The column `n` of a statement's single row."""
         found: int = self._database.execute(statement, values).fetchone()["n"]
         return found
 
@@ -485,7 +493,7 @@ class Store:
 
 
 def file_row(kind: str, identity: str, written: Written, *, name: str, summary: Row, origin: str | None = None) -> Row:
-    """What `Store.add` takes."""
+    """The row of a stored object for `Store.add`."""
     return {
         "kind": kind,
         "id": identity,
@@ -499,19 +507,21 @@ def file_row(kind: str, identity: str, written: Written, *, name: str, summary: 
 
 
 def folder_row(identity: str, size: int) -> Row:
-    """What `Store.add` takes for a run's folder: no object, it lies beside them."""
+    """The row of a run's folder for `Store.add`; it has no object, as the folder lies beside the objects."""
     sizes = {"digest": None, "bytes": size, "stored_bytes": size}
     return {"kind": "folder", "id": identity, "name": f"folder of {identity}", "origin": None, "summary": "{}", **sizes}
 
 
 def cache_row(name: str, size: int) -> Row:
-    """What `Store.add` takes for a file of the cache that measurements and runs share: no object either."""
+    """The row of a file of the service's cache for `Store.add`; it has no object either."""
     sizes = {"digest": None, "bytes": size, "stored_bytes": size}
     return {"kind": "cache", "id": name, "name": name, "origin": None, "summary": "{}", **sizes}
 
 
 def content_key(kind: str, request: Row) -> str:
-    """Fingerprint of what is asked: equal requests are one job, but where the answer is a file that is no longer read."""
+    """Fingerprint of a request: equal requests share one job, unless its answer is a file of a version that is no
+    longer read.
+    """
     return _hash(kind, request | {"versions": [PROFILE_VERSION, PLAN_VERSION]})
 
 

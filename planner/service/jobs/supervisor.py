@@ -1,4 +1,4 @@
-"""Looks after the worker processes: takes jobs from the store, lane by lane in their order, and brings their ends back.
+"""The supervisor of worker processes: takes jobs from the store, lane by lane in order, and stores their results.
 
 Lanes: ``solve`` has as many workers as the settings say; each device has one, for runs and for measurements.
 """
@@ -55,7 +55,9 @@ class Supervisor:
         self._stopping = False
 
     def recover(self) -> None:
-        """Put back what ran when the service ended, and clear up after it. Raises StorageError where the disk is full."""
+        """Put back what ran when the service ended, and clear up after it. Raises StorageError
+        where the disk is full.
+        """
         with failing_disk(self.settings.data_dir):
             self.runs.mkdir(exist_ok=True)
         requeued, interrupted = self.store.recover()
@@ -81,12 +83,12 @@ class Supervisor:
         await self.processes.close()
 
     def wake(self, lane: str) -> None:
-        """There is a new job."""
+        """Tell a lane that it has a new job."""
         self._wake[lane].set()
 
     def cancel(self, identity: str, client: Requester) -> Job:
-        """`client` lets a job go; who was the last to want it ends it: at once where it waits or solves, with a checkpoint
-        where it trains. Raises ServiceError where others have asked for it.
+        """`client` lets a job go; who was the last to want it ends it: at once where it waits or solves, with a
+        checkpoint where it trains. Raises ServiceError where others have asked for it.
         """
         wanted = self.store.let_go(identity, client)
         job = self.store.job(identity)
@@ -214,7 +216,9 @@ class Supervisor:
         return self.store.finish(job.id, "failed", error=error, files=self._left(job))
 
     async def _stored(self, write: Callable[[], T]) -> T:
-        """What `write` returns; where the disk is full, once there is room: nobody else would write it down."""
+        """Call `write`, again and again while the disk is full, and return its result: a job's end
+        must not get lost.
+        """
         while True:
             try:
                 return write()

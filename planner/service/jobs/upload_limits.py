@@ -1,7 +1,8 @@
-"""What was uploaded, read in a worker process: how large it may be once unpacked, and how large the graph that it describes.
+"""Reads uploaded profiles in a worker process, within limits on their unpacked size and on the graph that they
+describe.
 
-Each limit is checked before what it limits is made: the size while unpacking, the number of JSON's objects and lists by
-their signs, depth and counts on plain JSON. What gets through takes at most the process's memory.
+Each limit is checked before the memory that it limits is used: the size while unpacking, the number of JSON objects and
+lists by counting brackets, depth and counts on the parsed JSON. The process's memory limit covers what gets through.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 MOST_CONTAINERS = 3_000_000
 """objects and lists of JSON in one upload"""
 DEEPEST = 64
-"""of these one within the other"""
+"""levels of JSON objects and lists nested in one another"""
 
 
 def upload(order: JobOrder, tell: Tell) -> Row:
@@ -55,8 +56,9 @@ def checked_profile(content: bytes, *, steps: int, tensors: int) -> Profile:
 def check_size(data: Any, *, steps: int, tensors: int) -> None:
     """Raises ServiceError for JSON that is too deep, or whose graph is too large.
 
-    Layers share programs, so a small file can describe a large graph: what counts is what the planner unrolls. What is not
-    as a profile has it is left to those who read it as one.
+    Layers share programs, so a small file can describe a large graph: counted are the operators and tensors that the
+    planner unrolls it to. JSON that does not have a profile's form passes here and is refused where it is read as a
+    profile.
     """
     level, depth = [data], 0
     while level := [one for one in level if isinstance(one, (dict, list))]:

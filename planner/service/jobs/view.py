@@ -1,4 +1,4 @@
-"""A plan as the page shows it: what `Plan` holds, folded to what a person looks at (`shown`)."""
+"""Condenses a plan, or the difference of two, to what the page shows (`service.wire.shown`)."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ def owners(plan: Plan) -> dict[str, str]:
 
 
 def _layers(plan: Plan) -> list[LayerShown]:
-    """Each layer with the bytes under each decision, activations, weights and optimizer states apart; seconds of its passes."""
+    """Each layer with the bytes under each decision, activations, weights and optimizer states apart; seconds of its
+    passes.
+    """
     if plan.model.kind == "graph":
         return _operators(plan)
     owner = owners(plan)

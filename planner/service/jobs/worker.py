@@ -1,8 +1,9 @@
-"""One job in a process of its own, or one upload after the other: ``python -m tightfit.planner.service.jobs.worker LANE``.
+"""A worker process, which does one job or reads one upload after the other: ``python -m
+tightfit.planner.service.jobs.worker LANE``.
 
-The first line of standard input is the job (`JobOrder`), every line an upload; standard output gets JSON lines: ``progress``, then ``done`` or
-``error``. A solve or a measurement has nothing to save and ends with the service. A run is asked to save and end when
-standard input closes. A job that dies takes nothing with it but itself.
+The first line of standard input is the job (`JobOrder`), every line an upload; standard output gets JSON lines:
+``progress``, then ``done`` or ``error``. A solve or a measurement has nothing to save and ends with the service. A run
+is asked to save and end when standard input closes. A job that dies takes nothing with it but itself.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ def main(lane: str) -> int:
 
 
 def _each_in_a_child(tell: Tell) -> int:
-    """One upload after the other, each in a copy of this process, which has loaded what is needed and limits nothing."""
+    """One upload after the other, each in a copy of this process, which has loaded what is needed
+    and limits nothing.
+    """
     while words := sys.stdin.buffer.readline():
         child = os.fork()
         if not child:
@@ -111,7 +114,7 @@ def _each_in_a_child(tell: Tell) -> int:
 
 
 def _carry_out(order: JobOrder, tell: Tell) -> None:
-    """Do what is ordered and tell of its end."""
+    """Carry out an order and report its result or error."""
     carry_out: Callable[[JobOrder, Tell], dict[str, Any]]
     if order.kind == "run":
         from tightfit.planner.service.jobs.running import run as carry_out

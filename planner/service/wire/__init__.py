@@ -1,4 +1,4 @@
-"""What goes over the wire and into the data folder: messages, errors, events, settings, content-addressed objects.
+"""The service's data: messages over HTTP, errors, events, settings, and content-addressed objects in the data folder.
 
 May import: `planner.schema`, `profiles`.
 """

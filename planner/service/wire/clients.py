@@ -1,8 +1,8 @@
-"""Who asks. A client is an address, and the name that it gives itself there in the header ``Client-Id``.
+"""Identifies clients: a client is an address, with the name that it gives itself there in the header ``Client-Id``.
 
-An address cannot be chosen freely, so what one party may have at most is counted by network: an IPv4 address, the 64 bits
-of an IPv6 network, or this machine for all of its own addresses. A name tells apart those who share an address: people of
-one machine, or of one office. The token is the same for all and tells nobody apart.
+An address cannot be chosen freely, so what one party may have at most is counted by network: an IPv4 address, the 64
+bits of an IPv6 network, or this machine for all of its own addresses. A name tells apart those who share an address:
+people of one machine, or of one office. The token is the same for all and tells nobody apart.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Requester:
 
 
 def network_of(address: str) -> str:
-    """What one party is counted by."""
+    """The network by which the connections and jobs of an address are counted."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

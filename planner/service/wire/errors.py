@@ -1,4 +1,6 @@
-"""What goes wrong over HTTP: one form of answer, a code for programs, a sentence for people, the fields that were wrong."""
+"""Errors over HTTP: one form of answer, with a code for programs, a sentence for people, and the fields that were
+wrong.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to jobs, as it happens: the last word of each running job, and streams of server-sent events."""
+"""Live events of jobs: the latest progress of each running job, and streams of server-sent events."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Events:
         self._send(job, "progress", json.dumps(what))
 
     def changed(self, job: Job) -> None:
-        """The job's state is another."""
+        """Announce that the job's state has changed."""
         if job.state != "running":
             self._progress.pop(job.id, None)
         self._send(job.id, "job", self._shown(job).model_dump_json())

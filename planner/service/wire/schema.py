@@ -1,4 +1,4 @@
-"""What goes over the wire. Sizes are bytes, times seconds, moments seconds since 1970 (UTC)."""
+"""The requests and answers of the HTTP API. Sizes are bytes, times seconds, moments seconds since 1970 (UTC)."""
 
 from __future__ import annotations
 

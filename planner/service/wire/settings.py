@@ -1,4 +1,4 @@
-"""What whoever starts the service decides, and the limits that strangers meet."""
+"""The service's settings: what whoever starts it decides, and the limits on what clients may ask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What the page is given of a plan, and of the difference between two. Bytes and seconds unless a name says MiB."""
+"""The data that the page gets about a plan, and about the difference between two. Bytes and seconds unless a name says
+MiB.
+"""
 
 from __future__ import annotations
 

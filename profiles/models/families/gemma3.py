@@ -1,4 +1,6 @@
-"""Gemma 3 (text): four norms a layer that multiply by 1 + weight, scaled embeddings, and a full layer after five sliding ones."""
+"""Gemma 3 (text): four norms per layer that multiply by 1 + weight, scaled embeddings, every sixth layer with full
+attention.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +29,7 @@ def _gguf_settings(have: Callable[..., Any], layers: int, width: int, head_dim: 
         "sliding_window": have("attention.sliding_window", 512 if layers == 26 else 1024),
         "sliding_window_pattern": PERIOD,
         "rope_local_base_freq": 10_000.0,
-        "query_pre_attn_scalar": width if layers == 62 else head_dim,  # 27B alone departs from head_dim
+        "query_pre_attn_scalar": width if layers == 62 else head_dim,  # 62 layers: the 27B model
     }
 
 

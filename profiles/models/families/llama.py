@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and all that is built like them (SmolLM2, TinyLlama, ...)."""
+"""Llama 2 and 3, and models of the same architecture (SmolLM2, TinyLlama, ...)."""
 
 from tightfit.profiles.models.family import Family, GgufFacts
 

@@ -1,4 +1,7 @@
-"""Mistral: a sliding window on every layer, unless the config has none. Its GGUF files call themselves Llama's."""
+"""Mistral: a sliding window on every layer, unless the config has none.
+
+GGUF files of Mistral name the llama architecture.
+"""
 
 from tightfit.profiles.models.family import SLIDING, Config, Family, LayerTypes
 

@@ -1,11 +1,11 @@
-"""Qwen 2 and 2.5: biases on q, k and v; with ``use_sliding_window`` the upper layers have a window."""
+"""Qwen 2 and 2.5: biases on q, k and v; with ``use_sliding_window`` the upper layers have a sliding window."""
 
 from tightfit.profiles.models.family import FULL, SLIDING, Config, Family, GgufFacts, LayerTypes
 from tightfit.runtime.common.errors import InputError
 
 
 def upper_layers_slide(config: Config, layers: int, window: int | None) -> LayerTypes:
-    """Those from ``max_window_layers`` on."""
+    """With ``use_sliding_window``, layers from number ``max_window_layers`` on have a sliding window."""
     if not config.get("use_sliding_window"):
         return None, window
     full = config.get("max_window_layers", 28)

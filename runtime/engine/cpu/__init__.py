@@ -1,4 +1,4 @@
-"""The CPU behind `engine.device.Device`: an arena of host memory, and the fused operators that run on it.
+"""The CPU as an `engine.device.Device`: an arena of host memory, and the fused operators that run on it.
 
 A second back end is a folder like this one. May import: `runtime.common`, `engine.device`.
 """

@@ -1,4 +1,4 @@
-"""One block of memory in which every tensor of a plan lies, at offsets that the plan fixed."""
+"""The arena in host memory: one block in which every tensor of a plan lies, at offsets that the plan fixed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ ALIGNMENT = 64
 
 
 class Arena:
-    """Anonymous memory, touched as the schedule first uses it and not given back while it runs. The plan counts all of it."""
+    """`size` bytes of anonymous memory. Pages become resident when the schedule first uses them, and stay so.
+
+    The plan counts the whole arena as resident.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -24,7 +27,10 @@ class Arena:
         self._flat: dict[str, tuple[Tensor, int]] = {}
 
     def window(self, dtype: str) -> tuple[Callable[..., Tensor], int]:
-        """`as_strided(size, stride, elements)` of the whole arena as `dtype`, and log2 of the element's bytes."""
+        """The function that makes views of `dtype`, and log2 of an element's bytes.
+
+        The function is `as_strided(size, stride, offset)` of the whole arena; its offset is in elements.
+        """
         if dtype not in self._flat:
             kind: torch.dtype = getattr(torch, dtype)
             whole = self.bytes[: self.size // kind.itemsize * kind.itemsize]
@@ -33,7 +39,7 @@ class Arena:
         return flat.as_strided, shift
 
     def tensor(self, at: int, shape: Iterable[int], dtype: str) -> Tensor:
-        """A contiguous tensor at byte offset `at`."""
+        """A contiguous view of the arena at byte offset `at`."""
         window, shift = self.window(dtype)
         size = tuple(shape)
         stride, step = [], 1
@@ -47,5 +53,5 @@ class Arena:
         return self.bytes.narrow(0, at, size)
 
     def release(self) -> None:
-        """Give all pages back; what was there is zero again."""
+        """Give all pages back to the kernel; their contents are zero afterwards."""
         self._map.madvise(mmap.MADV_DONTNEED)

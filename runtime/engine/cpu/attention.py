@@ -1,13 +1,14 @@
 """Rotary embedding and causal attention, in float32 whatever the inputs' type, and their gradients.
 
-A block of queries attends to all its keys at once: products of matrices as large as the cache allows, no running maximum, and
-most of what lies in the future of the whole block is left out. PyTorch's own kernel goes by 32 queries and 512 keys, and multiplies
-the future too (256 tokens of bfloat16, 12 heads of 128 columns and 2 of keys, on one Zen 5 core: forward 4.3 ms, backward 7.2;
-this 1.9 and 4.3, with MKL's products, as for float32, 3.3 and 8.3). Scores are in powers of two: PyTorch's `exp` is MKL's, which
-took 4 times as long there as its `exp2`, and 19 times for what is masked. All copies and scores lie in a scratch that the plan
-places.
+A block of queries is multiplied with all the keys that it attends to at once. The matrices are as large as the cache
+allows, softmax needs no running maximum, and most keys that are in the future of every query of the block are left out.
+PyTorch's own kernel works on 32 queries and 512 keys at a time and multiplies future keys too: for 256 tokens of
+bfloat16, 12 query heads of 128 columns and 2 key heads, on one Zen 5 core, it takes 4.3 ms forward and 7.2 backward;
+this takes 1.9 and 4.3, and with MKL's products, which float32 tensors use, 3.3 and 8.3. Softmax is computed with powers
+of two: PyTorch's `exp` is MKL's, which took 4 times as long there as its `exp2`, and 19 times for masked scores. All
+copies and scores lie in a scratch tensor that the plan places.
 
-Shapes: n samples of T tokens, H heads of queries and K of keys of D columns each, H / K heads of queries to each of keys.
+Shapes: n samples of T tokens, H query heads and K key heads of D columns each, H / K query heads to each key head.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from tightfit.runtime.engine.cpu.products import blocks, onednn
 
 LOG2_E = math.log2(math.e)
 TOKENS = 256
-"""tokens of the samples that are worked on together, at least one sample"""
+"""so many tokens are worked on together, in whole samples; at least one sample"""
 QUERIES, LEAST_QUERIES = 128, 64
-"""tokens of each sample whose queries attend together, the fewer where the more make above `SCORES`"""
+"""tokens of each sample that make a block of queries; the smaller number where the larger makes more than `SCORES`
+scores"""
 SCORES = 1 << 20
-"""float32 scores of a block of queries"""
+"""most float32 scores for which blocks have `QUERIES` tokens"""
 SHARES, LEAST_KEYS = 4, 128
-"""into which the keys are divided, and how many there are at least in each: a block of queries multiplies those shares whole that
-it sees any of. Each size of a product costs some 0.3 MB of machine code
-"""
+"""Keys are divided into at most `SHARES` shares of at least `LEAST_KEYS`, and a block of queries is multiplied with
+every share that has a key it may see. Shares keep the number of different products small: each costs some 0.3 MB of
+machine code."""
 TURNED_ELEMENTS = 1 << 17
 """float32 elements that are rotated at a time"""
 
@@ -50,9 +52,10 @@ def attention(
 ) -> None:
     """Rotary embedding (half-split pairs) and causal attention.
 
-    q [n * T, H * D], k and v [n * T, K * D]; cos, sin float32 [T, D / 2]; mask float32 [T, T] is added to the scores instead of
-    the causal mask. out: y like q, the base-2 logarithms of the sums of softmax float32 [n, H, T], and `attention_scratch` that
-    nobody reads: as an output it lies where the plan puts it. Rotated q and k are made again in backward rather than saved.
+    q [n * T, H * D], k and v [n * T, K * D]; cos, sin float32 [T, D / 2]; mask float32 [T, T] is added to the scores
+    instead of the causal mask. out: y like q; float32 [n, H, T], the base-2 logarithms of the softmax's sums, which the
+    backward needs; and scratch of the shape `attention_scratch`, an output only so that the plan places it. The
+    backward rotates q and k again, so that the rotated ones need not be saved.
     """
     y, lse, scratch = out
     for step in _steps(scratch, q, cos.shape[0], heads, kv_heads):
@@ -76,7 +79,10 @@ def attention_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, lse: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
     heads: int, kv_heads: int, scale: float, *, out: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """out: d q, d k, d v, shaped like q, k, v, and `attention_scratch`."""
+    """Gradients of `attention`. dy and y are like q, lse is its second output.
+
+    out: dq, dk, dv, shaped like q, k, v, and scratch of the shape `attention_scratch(..., backward=True)`.
+    """
     dq, dk, dv, scratch = out
     seq = cos.shape[0]
     for step in _steps(scratch, q, seq, heads, kv_heads):
@@ -89,7 +95,8 @@ def attention_backward(
             own = step.copied(q[rows], buffers[0], part, (cos, sin)).mul_(scale * LOG2_E)
             upstream = step.copied(dy[rows], buffers[1], part)
             result = step.copied(y[rows], buffers[2], part)
-            # Each row of softmax's gradient less its mean under the attention: Dao et al. 2022, "FlashAttention".
+            # Softmax's backward subtracts from each row its mean weighted by the attention, which is the sum of y * dy:
+            # Dao et al. 2022, "FlashAttention".
             mean = result.mul_(upstream).sum(-1, keepdim=True)
             made = step.scored(own, keys, first, mask, part)
             made.sub_(step.sums(lse, part).reshape(mean.shape)).exp2_()
@@ -103,7 +110,7 @@ def attention_backward(
             turned = step.apart(result.mul_(scale))
             _rotate(turned, cos[part], -sin[part])
             step.grouped(dq[rows], part).copy_(turned)
-        key_gradients.mul_(1 / LOG2_E)  # `own` was that much too large
+        key_gradients.mul_(1 / LOG2_E)  # `own` has the factor LOG2_E, which belongs to exp2 and not to the scores
         every = slice(0, seq)
         for target, gradient, turns in ((dk, key_gradients, True), (dv, value_gradients, False)):
             wide = gradient.view(-1, kv_heads, 1, seq, gradient.shape[-1])
@@ -115,8 +122,10 @@ def attention_backward(
 def attention_scratch(
     tokens: int, seq: int, heads: int, queries: int, keys: int, *, backward: bool = False
 ) -> tuple[int, int]:
-    """Rows and columns of the scratch of `attention`, or of its backward, for `queries` and `keys` columns of q and k: what
-    `_Step` takes, one row per sample of a call.
+    """Shape of the scratch of `attention`, or of its backward: float32, a row for each sample that is worked on at a
+    time.
+
+    `tokens` are all rows of q, `seq` those of a sample; `queries` and `keys` are the columns of q and of k.
     """
     part = _queries(seq, heads)
     whole, block, scores = (4, 3, 2) if backward else (2, 2, 1)
@@ -125,25 +134,27 @@ def attention_scratch(
 
 
 def _together(seq: int) -> int:
-    """Samples worked on at a time, few enough that the float32 copies stay small."""
+    """Samples worked on at a time; few, so that their float32 copies stay small."""
     return max(1, TOKENS // seq)
 
 
 def _queries(seq: int, heads: int) -> int:
-    """Tokens of each sample whose queries attend together."""
+    """Tokens of each sample that make a block of queries."""
     fits = QUERIES * heads * seq * _together(seq) <= SCORES
     return min(seq, QUERIES if fits else LEAST_QUERIES)
 
 
 def _steps(scratch: Tensor, q: Tensor, seq: int, heads: int, kv_heads: int) -> Iterator[_Step]:
-    """A few samples at a time; products of narrow tensors by what is fastest."""
+    """Go through the samples, a few at a time; where q is bfloat16, with oneDNN's products if they are faster
+    (`onednn`).
+    """
     with onednn(q.dtype):
         for samples in blocks(q.shape[0] // seq, _together(seq)):
             yield _Step(scratch, samples, seq, heads, kv_heads, q.shape[1] // heads)
 
 
 class _Step:
-    """Some samples, their tensors head by head in a block of scratch."""
+    """The samples of one pass: copies their tensors into the scratch, grouped by head."""
 
     def __init__(self, scratch: Tensor, samples: slice, seq: int, heads: int, kv_heads: int, width: int) -> None:
         self.rest = scratch.view(-1)
@@ -155,7 +166,7 @@ class _Step:
         self.future = torch.full((self.rows, self.rows), -math.inf).triu_(1)
 
     def parts(self) -> Iterator[slice]:
-        """Blocks of each sample's tokens."""
+        """The ranges of tokens, the same in each sample, that make the blocks of queries."""
         return blocks(self.seq, self.rows)
 
     def _room(self, elements: int) -> Tensor:
@@ -163,7 +174,10 @@ class _Step:
         return own
 
     def whole(self, x: Tensor | None = None, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """float32 [n * K, T, D] of keys or values [n * T, K * D], rotated where tables are given; zeros of none."""
+        """A float32 copy [n * K, T, D] of keys or values [n * T, K * D]; zeros if `x` is None.
+
+        Rotated if `tables` (cos, sin) are given.
+        """
         shape = self.count * self.kv_heads, self.seq, self.width
         own = self._room(math.prod(shape)).view(shape)
         if x is None:
@@ -175,26 +189,29 @@ class _Step:
         return own
 
     def block(self) -> Tensor:
-        """Room for a block of queries, or of what is like them."""
+        """A flat part of the scratch for a block of queries, or of tensors shaped like them."""
         return self._room(self.count * self.heads * self.rows * self.width)
 
     def scores(self) -> Tensor:
-        """Room for a block's scores."""
+        """A flat part of the scratch for the scores of a block of queries."""
         return self._room(self.count * self.heads * self.rows * self.seq)
 
     def of(self, room: Tensor, part: slice) -> Tensor:
-        """[n * K, H / K * part, D] in the room of a block."""
+        """The beginning of `room` as the tensor [n * K, H / K * tokens of the part, D]."""
         rows = self.heads // self.kv_heads * (part.stop - part.start)
         shape = self.count * self.kv_heads, rows, self.width
         return room[: math.prod(shape)].view(shape)
 
     def apart(self, x: Tensor) -> Tensor:
-        """The same as [n, K, H / K, part, D]."""
+        """View such a tensor as [n, K, H / K, part, D]."""
         group = self.heads // self.kv_heads
         return x.view(self.count, self.kv_heads, group, x.shape[1] // group, self.width)
 
     def copied(self, x: Tensor, room: Tensor, part: slice, tables: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """float32 [n * K, H / K * part, D] of these tokens of [n * T, H * D], rotated where tables are given."""
+        """Copy the tokens `part` of `x` [n * T, H * D] into `room`, as float32 [n * K, H / K * part, D].
+
+        Rotated if `tables` (cos, sin) are given.
+        """
         own = self.of(room, part)
         wide = self.apart(own).copy_(self.grouped(x, part))
         if tables is not None:
@@ -202,17 +219,20 @@ class _Step:
         return own
 
     def grouped(self, x: Tensor, part: slice, heads: int | None = None) -> Tensor:
-        """[n * T, heads * D] as [n, K, heads / K, part, D]."""
+        """View the tokens `part` of `x` [n * T, heads * D] as [n, K, heads / K, part, D]."""
         group = (heads or self.heads) // self.kv_heads
         return x.view(self.count, self.seq, self.kv_heads, group, self.width)[:, part].permute(0, 2, 3, 1, 4)
 
     def sums(self, lse: Tensor, part: slice) -> Tensor:
-        """Of [n, H, T], as [n, K, H / K, part]."""
+        """View these samples' tokens `part` of `lse` [n, H, T] as [n, K, H / K, part]."""
         grouped = lse[self.samples].view(self.count, self.kv_heads, self.heads // self.kv_heads, self.seq)
         return grouped[..., part]
 
     def scored(self, queries: Tensor, keys: Tensor, room: Tensor, mask: Tensor | None, part: slice) -> Tensor:
-        """Masked scores [n * K, H / K * part, keys] in `room`; with the causal mask of not many more keys than the part sees."""
+        """Compute masked scores [n * K, H / K * part, seen] into `room`.
+
+        With the causal mask only the shares of keys are multiplied that the block may see (`SHARES`): `seen` keys.
+        """
         step = max(LEAST_KEYS, -(-self.seq // SHARES)) if mask is None else self.seq
         seen = min(self.seq, -(-part.stop // step) * step)
         shape = *queries.shape[:2], seen

@@ -1,4 +1,6 @@
-"""The CPU as a device: its arena is host memory, so that host tensors are the arena's own bytes and nothing is copied."""
+"""The CPU as a device: its arena is host memory, so that host tensors are the arena's own bytes and nothing is
+copied.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ KERNELS = Kernels(fused=OPERATORS, dispatch_key="CPU")
 
 
 class Cpu(Arena):
-    """An arena of `size` bytes; the meter compares the process's resident set with `cap_bytes`."""
+    """A `Device` whose arena has `size` bytes; its meter compares the process's resident set with the cap."""
 
     kernels = KERNELS
 
@@ -36,4 +38,4 @@ class Cpu(Arena):
             ctypes.memmove(host.data_ptr(), self.address + at, host.numel() * host.itemsize)
 
     def fence(self) -> None:
-        """Operators are through when they return."""
+        """Does nothing: the CPU's operators have finished when their calls return."""

@@ -1,9 +1,10 @@
-"""The fused operators of a decoder, as the runtime executes them: `OPERATORS[target](*args, out=(...))`.
+"""The fused operators of a decoder on the CPU, as the runtime executes them: `OPERATORS[target](*args, out=(...))`.
 
-Every operator writes into the storages it is given and walks its rows in blocks that stay in cache, so that it touches
-memory once and needs a small, fixed workspace. float32 inside, rounded once on the way out; gates and the scale of
-embeddings, which multiply in the tensors' type, round twice. Matrix products are those of `tightfit.runtime.engine.cpu.products`.
-`tightfit.profiles.tracing.torch_ops` makes the same functions known to torch with their backward, so that a traced graph names them.
+Every operator writes into the tensors that it is given and goes through its rows in blocks that stay in cache, so that
+it touches memory once and needs a small, fixed workspace. It computes in float32 and rounds once, at the end; gates and
+the scale of embeddings, which are multiplied in the tensors' type, round twice. Matrix products are those of
+`tightfit.runtime.engine.cpu.products`. `tightfit.profiles.tracing.torch_ops` registers the same functions with torch,
+together with their backward, so that a traced graph names them.
 
 Shapes: T = batch * seq flat tokens, H = hidden size, I and O = inputs and outputs of a projection, R = rank of its LoRA
 pair, V = rows of one slice of the loss head.
@@ -25,7 +26,7 @@ from tightfit.runtime.engine.cpu.products import blocks, multiply
 
 aten = torch.ops.aten
 
-BLOCK_ELEMENTS = 1 << 18  # float32 elements per block: 1 MiB. In halves of it gates and norms take a sixth longer.
+BLOCK_ELEMENTS = 1 << 18  # float32 elements per block: 1 MiB. With half of it gates and norms take a sixth longer.
 HEAD_ROWS = 256  # tokens per block of the loss head: bounds its workspace whatever the batch
 GELU = 2 * math.sqrt(2 / math.pi)
 GELU_CUBE = 0.044715 * GELU
@@ -40,7 +41,8 @@ def _blocks(rows: int, columns: int) -> Iterator[slice]:
 def _buffered(count: int, rows: int, columns: int) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
     """Blocks of rows, each with `count` float32 buffers of its shape.
 
-    One allocation for all: buffers that come and go by turns leave holes in the heap that the next operator's do not find.
+    All buffers are one allocation, reused by every block: buffers that are allocated and freed in turn leave holes in
+    the heap, into which the next operator's buffers do not fit.
     """
     parts = list(_blocks(rows, columns))
     buffers = torch.empty(count, parts[0].stop if parts else 0, columns, dtype=torch.float32)
@@ -49,12 +51,14 @@ def _buffered(count: int, rows: int, columns: int) -> Iterator[tuple[slice, tupl
 
 
 def copy(x: Tensor, *, out: Sequence[Tensor]) -> None:
-    """x in the layout of out."""
+    """Copy x into out, whose strides and dtype may differ."""
     out[0].copy_(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool, *, out: Sequence[Tensor]) -> None:
-    """y = x / rms(x) * weight (or 1 + weight, as Gemma stores it). x [T, H], weight float32 [H]; out: y [T, H], rstd float32 [T, 1]."""
+    """y = x / rms(x) * weight (or 1 + weight, as Gemma stores it). x [T, H], weight float32 [H]; out: y [T, H], rstd
+    float32 [T, 1].
+    """
     y, rstd = out
     scale = weight.float() + 1.0 if unit_offset else weight.float()
     for rows, (wide, square) in _buffered(2, *x.shape):
@@ -84,7 +88,9 @@ def lora_down(x: Tensor, a: Tensor, *, out: Sequence[Tensor]) -> None:
 def projection(
     x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float, *, out: Sequence[Tensor]
 ) -> None:
-    """y = x @ W.T (+ bias) + scale * low @ B.T. x [T, I], W [O, I], bias [O], low [T, R], B float32 [O, R]; out [T, O]."""
+    """y = x @ W.T (+ bias) + scale * low @ B.T. x [T, I], W [O, I], bias [O], low [T, R], B float32 [O, R]; out
+    [T, O].
+    """
     (y,) = out
     multiply((x, weight.t(), 1.0), (low, b.t(), scale), out=y, addend=bias)
 
@@ -94,7 +100,7 @@ def lora_backward(dy: Tensor, x: Tensor, low: Tensor, b: Tensor, scale: float, *
     dlow, da, db = out
     multiply((dy, b, scale), out=dlow)
     multiply((dlow.t(), x, 1.0), out=da)
-    # Half the time of dy.T @ low: the wide side is not turned.
+    # Takes half the time of dy.T @ low, because the wide operand is not transposed.
     multiply((low.t(), dy, scale), out=db.t())
 
 
@@ -133,9 +139,8 @@ def gated_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str, *, out
 def _gelu(x: Tensor, out: Tensor, gradient: Tensor | None, wide: Tensor, square: Tensor, share: Tensor) -> None:
     """out = gelu_tanh(x) = x * s, with s = sigmoid(z) = (1 + tanh(z / 2)) / 2 and z = x * (GELU + GELU_CUBE * x * x).
 
-    A `gradient`, which is that of out, becomes that of x.
-
-    PyTorch's own goes by its hyperbolic tangent, which takes four times as long as its sigmoid.
+    `gradient`, if given, holds the gradient of out and is overwritten with that of x. PyTorch's own GELU computes a
+    hyperbolic tangent, which takes four times as long as a sigmoid.
     """
     wide.copy_(x)
     torch.square(wide, out=square)
@@ -167,7 +172,10 @@ def embed_rows(weight: Any, ids: Tensor, scale: float, *, out: Sequence[Tensor],
 
 
 def head_rows(weight: Any, labels: Tensor, *, out: Sequence[Tensor], store: Any = None) -> None:
-    """The head's row of every label, row 0 for those below 0, which ask for nothing. labels [T], out [T, H]; `store` as above."""
+    """The head's row of every label; row 0 for labels below 0, which mark tokens without a label.
+
+    labels [T], out [T, H]; `weight` and `store` as in `embed_rows`.
+    """
     _gather(weight, labels.reshape(-1).clamp(min=0), out[0], store)
 
 
@@ -179,9 +187,9 @@ def _gather(weight: Any, rows: Tensor, out: Tensor, store: Any) -> None:
 
 
 def head_begin(hidden: Tensor, gradient: bool = True, *, out: Sequence[Tensor]) -> None:
-    """The empty state of the loss head: float32 [T, 3 + H] = maximum, sum, label's logit, sum of exp * row.
+    """The loss head's state before the first slice: float32 [T, 3 + H] = maximum, sum, label's logit, sum of exp * row.
 
-    Without `gradient` [T, 3]: the last, which only the gradient is made of, is left out.
+    Without `gradient` it is [T, 3]: the last part, which only the gradient needs, is left out.
     """
     (state,) = out
     state.zero_()
@@ -198,15 +206,17 @@ def head_chunk(
     *,
     out: Sequence[Tensor],
 ) -> None:
-    """Fold one vocabulary slice into the state: softmax over a streamed vocabulary, as attention streams its keys.
+    """Fold one slice of the vocabulary into the state: softmax over the logits of all slices, one slice at a time.
 
-    state as `head_begin` makes it; where it has no room for the sum of exp * row, the product that adds to that sum is left
-    out, and the rest is the same to the bit. hidden [T, H], weight [V, H] = rows start .. start + V of the head, labels
-    int64 [T] or [batch, seq]. `rounded`: a bfloat16 weight is multiplied in bfloat16, where the processor does that.
-    out: the new state, and scratch for a block of tokens that nobody reads: `head_scratch(T)` x V in the weight's type (one
-    row unless `rounded`) and in float32. As outputs they lie where the plan puts them; on the heap they would stay resident
-    for the rest of the step. Source of the running rescale: Milakov and Gimelshein 2018, "Online normalizer calculation
-    for softmax".
+    `state` is as `head_begin` makes it. If it has no columns for the sum of exp * row, the product that adds to that
+    sum is left out; the rest is the same to the bit. hidden [T, H]; weight [V, H] = rows start .. start + V of the
+    head; labels int64 [T] or [batch, seq]. With `rounded`, a bfloat16 weight is multiplied in bfloat16 if the processor
+    does that.
+
+    out: the new state, and two scratch tensors for the logits of a block of tokens: `head_scratch(T)` x V in the
+    weight's type (one row unless `rounded`) and in float32. Scratch is an output so that the plan places it; on the
+    heap it would stay resident for the rest of the step. Source of the running rescale: Milakov and Gimelshein 2018,
+    "Online normalizer calculation for softmax".
     """
     new, narrow, wide = out
     single = weight.dtype is torch.float32
@@ -225,7 +235,7 @@ def head_chunk(
         index = index.clamp_(0, weight.shape[0] - 1)
         fresh[:, 2] = torch.where(inside, logits.gather(1, index[:, None])[:, 0], old[:, 2])
         maximum = torch.maximum(old[:, 0], logits.amax(1))
-        # Powers of two: see `tightfit.runtime.engine.cpu.attention`.
+        # exp2, as it is faster than exp: see `tightfit.runtime.engine.cpu.attention`.
         shrink = torch.exp2((old[:, 0] - maximum).mul_(LOG2_E))
         logits.sub_(maximum[:, None]).mul_(LOG2_E).exp2_()
         fresh[:, 0] = maximum
@@ -238,20 +248,21 @@ def head_chunk(
             added = torch.mm(scores.copy_(logits) if apart else scores, weight)
             for part in _blocks(*added.shape):
                 accumulated[part].add_(added[part])
-            del added  # before the next is made
+            del added  # so that it and the next block's are not in memory together
         else:
             product((logits, weight, 1.0), out=accumulated, addend=accumulated)
 
 
 def head_scratch(tokens: int) -> int:
-    """Rows of the scratch of `head_chunk`."""
+    """Rows of the scratch of `head_chunk` for a batch of `tokens`."""
     return min(tokens, HEAD_ROWS)
 
 
 def head_finish(state: Tensor, rows: Tensor, labels: Tensor, *, out: Sequence[Tensor]) -> None:
-    """out: loss float32 [] (mean over labelled tokens), token losses float32 [T] (0 where unlabelled), d loss / d hidden [T, H].
+    """The loss and its gradient from the state after the last slice; rows [T, H] are the output of `head_rows`.
 
-    rows [T, H] are of `head_rows`.
+    out: loss float32 [] (mean over labelled tokens), token losses float32 [T] (0 where unlabelled), d loss / d hidden
+    [T, H].
     """
     loss, token_losses, dhidden = out
     labelled, count = _mean_loss(state, labels, loss, token_losses)
@@ -262,12 +273,12 @@ def head_finish(state: Tensor, rows: Tensor, labels: Tensor, *, out: Sequence[Te
 
 
 def head_mean(state: Tensor, labels: Tensor, *, out: Sequence[Tensor]) -> None:
-    """The first two results of `head_finish`, from a state with or without what the gradient is made of."""
+    """The loss and token losses alone, as in `head_finish`, from a state with or without the gradient's columns."""
     _mean_loss(state, labels, *out)
 
 
 def _mean_loss(state: Tensor, labels: Tensor, loss: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Fills the losses; which tokens are labelled, and how many, at least one."""
+    """Fill the losses; returns which tokens are labelled (bool [T]), and their number as a tensor, at least 1."""
     labelled = labels.reshape(-1) >= 0
     count = labelled.sum().clamp_(min=1)
     token_losses.copy_(torch.where(labelled, state[:, 0] + state[:, 1].log() - state[:, 2], 0.0))

@@ -1,9 +1,10 @@
-"""Matrix products of the fused operators: in the tensors' own type where the processor multiplies it, otherwise in float32.
+"""Matrix products of the fused operators: in the tensors' own type where the processor multiplies it, otherwise in
+float32.
 
-Without instructions for bfloat16, PyTorch's products of such tensors take five to 170 times as long as float32's (on two
-Zen 3 cores 256 x 896 x 4864 took 119 ms forward and 2.6 s backward; in float32 26 and 15 ms). There a block at a time is
-made wide, multiplied, and rounded once: about the speed of float32 in the memory of bfloat16. (Not measured: processors
-with AVX-512 and without its bfloat16.)
+On processors without instructions for bfloat16, PyTorch's products of such tensors take five to 170 times as long as
+float32's (on two Zen 3 cores 256 x 896 x 4864 took 119 ms forward and 2.6 s backward; in float32 26 and 15 ms). There
+operands are converted to float32 a block at a time, multiplied, and the result rounded once: about the speed of float32
+in the memory of bfloat16. (Not measured: processors with AVX-512 and without its bfloat16.)
 
 Also imported by the budgeted process, which runs these.
 """
@@ -23,20 +24,23 @@ from tightfit.runtime.engine.cpu.pages import make_pages
 
 aten = torch.ops.aten
 
-WIDE_ELEMENTS = 1 << 19  # float32 elements of each operand's block and of their product's: 2 MiB
+WIDE_ELEMENTS = 1 << 19  # most float32 elements of a block, of either operand or of the product: 2 MiB
 Term = tuple[Tensor, Tensor, float]
 """(left [M, K], right [K, N], scale): scale * left @ right"""
 
 
 def narrow(dtype: torch.dtype) -> bool:
-    """Whether products of tensors of this type are made in it."""
+    """Whether tensors of this type are multiplied in it here: float32, and bfloat16 if the processor has
+    instructions.
+    """
     return dtype is torch.float32 or NARROW
 
 
 def multiply(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:
     """out [M, N] = the sum of the terms (+ addend [M, N] or [N]).
 
-    In the tensors' own type an `addend` needs an out that is contiguous and of the first left operand's type.
+    If the product is made in the tensors' own type, an `addend` requires `out` to be contiguous and of the type of the
+    first term's left side.
     """
     if narrow(terms[0][0].dtype) and narrow(terms[0][1].dtype):
         _multiply_narrow(terms, out, addend)
@@ -62,10 +66,12 @@ def _multiply_narrow(terms: tuple[Term, ...], out: Tensor, addend: Tensor | None
 
 
 def _rounded(term: Term) -> Term:
-    """A term whose right side, a factor of a LoRA pair, is in its left's type: the long side contiguous, the scale inside where that is exact.
+    """The term with its right side converted to the left side's type; unchanged if it has that type already.
 
-    oneDNN makes a program of more than half a megabyte for every shape, layout and scale that it meets, and keeps it: so the
-    factors of a pair, and forward and backward, share theirs.
+    A right side of another type is a factor of a LoRA pair. Its longer dimension is made the contiguous one, and a
+    scale that is a power of two, for which that is exact, is multiplied into it. oneDNN generates code for each
+    combination of shape, layout and scale, and keeps it, more than half a megabyte each: in this form both factors of a
+    pair, forward and backward, share theirs.
     """
     left, right, scale = term
     if right.dtype is left.dtype:
@@ -79,18 +85,19 @@ def _rounded(term: Term) -> Term:
 
 @contextlib.contextmanager
 def onednn(dtype: torch.dtype) -> Iterator[None]:
-    """PyTorch's float32 products made by oneDNN, for operands that were made from tensors of `dtype`, if that is bfloat16 and this
-    processor multiplies it.
+    """While entered, oneDNN makes PyTorch's float32 products, if `dtype` is bfloat16 and this processor multiplies
+    that.
 
-    They may then be rounded to bfloat16, which oneDNN does where that is faster: with AMX, not without (errors of 1e-6 on Zen
-    5, at twice the speed of MKL, which knows the AVX-512 of other makers' processors not). The setting is the process's: one
-    thread at a time.
+    `dtype` is the type of the tensors that the float32 operands were converted from. oneDNN may then round the operands
+    to bfloat16, which it does where that is faster: with AMX, not without. (On Zen 5 errors are 1e-6, at twice the
+    speed of MKL, which does not use AVX-512 on other makers' processors.) The setting is global to the process, so only
+    one thread may be in such a block at a time.
     """
     if dtype is not torch.bfloat16 or not NARROW:
         yield
         return
     before = torch._C._get_fp32_precision_getter("mkldnn", "matmul")
-    # What `torch.backends.mkldnn.matmul.fp32_precision` sets: the lean process does without that module.
+    # The setting `torch.backends.mkldnn.matmul.fp32_precision`; the lean process does not have that module.
     torch._C._set_fp32_precision_setter("mkldnn", "matmul", "bf16")
     try:
         yield
@@ -99,7 +106,7 @@ def onednn(dtype: torch.dtype) -> Iterator[None]:
 
 
 def multiply_wide(*terms: Term, out: Tensor, addend: Tensor | None = None) -> None:
-    """The same in float32 on any processor, rounded once where `out` is narrower."""
+    """Like `multiply`, but computed in float32 on any processor and rounded once if `out` is narrower."""
     rows, columns = out.shape
     row_step, column_step, inner_step = _steps(rows, terms[0][0].shape[1], columns)
     operands = [(_Wide(f"left {number}"), _Wide(f"right {number}")) for number in range(len(terms))]
@@ -111,7 +118,7 @@ def multiply_wide(*terms: Term, out: Tensor, addend: Tensor | None = None) -> No
                 total.zero_()
             for number, (left, right, scale) in enumerate(terms):
                 for k in blocks(left.shape[1], inner_step):
-                    # One block of columns, or one of inner elements: either way a left block is made wide once.
+                    # There is only one block of columns or one of inner elements; so each left block is converted once.
                     a = operands[number][0].block(left, r, k)
                     b = operands[number][1].block(right, k, c)
                     if number or k.start:
@@ -126,13 +133,15 @@ def multiply_wide(*terms: Term, out: Tensor, addend: Tensor | None = None) -> No
 
 
 class _Rooms(threading.local):
-    """Memory for blocks, the same for every product of a thread: taken from the heap for each it would leave holes there."""
+    """Buffers for blocks, one set per thread and reused by every product: new ones from the heap would leave holes
+    there.
+    """
 
     def __init__(self) -> None:
         self.rooms: dict[str, Tensor] = {}
 
     def room(self, name: str, elements: int) -> Tensor:
-        """Its first `elements`."""
+        """The first `elements` of the buffer `name`, float32."""
         if elements > WIDE_ELEMENTS:
             return torch.empty(elements, dtype=torch.float32)
         if name not in self.rooms or self.rooms[name].numel() < elements:
@@ -144,7 +153,7 @@ _rooms = _Rooms()
 
 
 class _Wide:
-    """One block of an operand in float32."""
+    """Converts an operand to float32 block by block, and keeps the latest block."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -152,7 +161,7 @@ class _Wide:
         self.tensor: Tensor
 
     def block(self, tensor: Tensor, rows: slice, columns: slice) -> Tensor:
-        """That of these rows and columns, in the tensor's own order of elements."""
+        """The block of these rows and columns in float32, with the memory order (rows or columns first) of `tensor`."""
         if self.made != (rows, columns):
             self.made, self.tensor = (rows, columns), tensor[rows, columns]
             if tensor.dtype is not torch.float32:
@@ -164,7 +173,7 @@ class _Wide:
 
 
 def _steps(rows: int, inner: int, columns: int) -> tuple[int, int, int]:
-    """Rows, columns and inner elements of a block. The shorter of the last two stays whole."""
+    """Rows, columns and inner elements per block. The shorter of columns and inner dimension is not divided."""
     inner, columns = max(1, inner), max(1, columns)
     whole = min(inner, columns)
     row_step = _even(rows, max(1, WIDE_ELEMENTS // whole))
@@ -173,11 +182,11 @@ def _steps(rows: int, inner: int, columns: int) -> tuple[int, int, int]:
 
 
 def _even(length: int, most: int) -> int:
-    """The length of equal blocks of at most `most`."""
+    """The size of the blocks if `length` is divided into as few as possible, about equal ones of at most `most`."""
     return -(-length // -(-length // most)) if length > most else max(1, length)
 
 
 def blocks(length: int, step: int) -> Iterator[slice]:
-    """All of `length`, `step` at a time; the last may be shorter."""
+    """Slices of `step` elements that together cover [0, `length`); the last may be shorter."""
     for start in range(0, length, step):
         yield slice(start, min(length, start + step))

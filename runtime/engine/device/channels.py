@@ -1,4 +1,4 @@
-"""The channel between memory and disk: one thread that carries out transfers in order, beside the computation."""
+"""The channel between memory and disk: a thread that carries out transfers in order while the main thread computes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from typing import Any
 
 Transfer = Callable[..., None]
 SLICE_NANOSECONDS = 100_000
-"""of a core, for which the thread asks at a time: the least that Linux grants"""
+"""time slice on a core that the thread asks the scheduler for; the shortest that Linux grants"""
 SWITCH_SECONDS = 2e-4
-"""after which a thread that waits for Python's lock asks for it; Python's own figure is 5 ms"""
+"""time after which a thread that waits for the GIL makes its holder release it (`sys.setswitchinterval`); Python's
+default is 5 ms"""
 SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 """number of the system call by machine; glibc has had a function of this name since 2.41 only"""
 
 
 class Channel:
-    """First in, first out. A ticket is a number that grows; when it is done, all before it are done too.
+    """A first-in, first-out queue of transfers and the thread that carries them out.
 
-    An error in a transfer is raised by the next `wait`, in the thread that waits; transfers after it are not started. For
-    requests of one thread; until `close` the process's threads hand Python's lock on sooner (`SWITCH_SECONDS`).
+    Each transfer has a ticket, and tickets count up: when one is done, so are all before it. If a transfer raises,
+    later ones are not started, and the error is raised by the next `wait`. Only one thread may submit and wait. Until
+    `close`, all threads of the process release the GIL sooner (`SWITCH_SECONDS`).
     """
 
     def __init__(self) -> None:
@@ -34,7 +36,7 @@ class Channel:
         )
         self._answers: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
         self._served = 0
-        """The last ticket that the thread is through with."""
+        """The last ticket that the thread has finished or skipped."""
         self._issued = 0
         self._done = 0
         self._failure: BaseException | None = None
@@ -44,11 +46,12 @@ class Channel:
         self._thread.start()
 
     def submit(self, transfer: Transfer, *arguments: Any) -> int:
-        """Queue ``transfer(*arguments)``; returns its ticket, where the channel was idle once its thread has taken it up.
+        """Queue ``transfer(*arguments)`` and return its ticket.
 
-        A thread that is only told to begin may get neither a core nor Python's lock until the operators beside it are
-        through, which may be those that need what it brings: at times every fourth read began 2 ms after its request, where
-        0.05 ms are usual (two Zen 5 cores).
+        If the channel is idle, this first waits until its thread has taken the transfer up. Otherwise that thread might
+        get neither a core nor the GIL until the operators that run beside it have finished, and the next operator may
+        need what it reads: at times every fourth read began 2 ms after its request, where 0.05 ms are usual (two Zen 5
+        cores).
         """
         taken_up = None
         if self._served == self._issued:
@@ -61,7 +64,7 @@ class Channel:
         return self._issued
 
     def wait(self, ticket: int) -> None:
-        """Return once `ticket` is done. Raises what the transfer, or one before it, raised."""
+        """Wait until `ticket` is done. Raises what its transfer, or one before it, raised."""
         while self._done < ticket:
             if self._failure is not None:
                 raise self._failure
@@ -72,11 +75,11 @@ class Channel:
                 self._done = answer
 
     def drain(self) -> None:
-        """Wait for everything."""
+        """Wait until all submitted transfers are done. Raises what one of them raised."""
         self.wait(self._issued)
 
     def close(self) -> None:
-        """Finish what is queued and end the thread; errors are dropped."""
+        """Carry out the queued transfers and end the thread; errors are dropped."""
         self._requests.put(None)
         self._thread.join()
         sys.setswitchinterval(self._switch_seconds)
@@ -102,15 +105,19 @@ class Channel:
 
 
 def _ask_for_short_slices() -> None:
-    """Go before threads that compute for longer at a time (Linux 6.12; a request that needs no privilege, and is all that it is).
+    """Ask the scheduler for short time slices, so that this thread runs before threads that compute for longer at a
+    time.
 
-    Of reads of 2 MiB beside products on two Zen 5 cores, 1.3 ms each by the median, one in twenty took 1.44 to 3.5 ms with Python's
-    and Linux's own figures, and 1.35 to 1.46 with these two; the products lost 0.25 ms to a read, and 0.19.
+    Needs Linux 6.12 and no privilege; elsewhere the request has no effect. Measured with reads of 2 MiB beside matrix
+    products on two Zen 5 cores, 1.3 ms each by the median: with Python's and Linux's defaults one read in twenty took
+    1.44 to 3.5 ms and a read cost the products 0.25 ms; with `SLICE_NANOSECONDS` and `SWITCH_SECONDS` it was 1.35 to
+    1.46 ms and 0.19 ms.
     """
     number = SCHED_SETATTR.get(os.uname().machine) if sys.platform == "linux" else None
     with contextlib.suppress(OSError):
         if number is not None and os.sched_getscheduler(0) == os.SCHED_OTHER:
             nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-            # size, policy, flags, nice, priority, slice, deadline, period; older kernels do not look at the slice
+            # struct sched_attr: size, policy, flags, nice, priority, slice, deadline, period; older kernels ignore the
+            # slice
             attributes = struct.pack("IIQiIQQQ", 48, os.SCHED_OTHER, 0, nice, 0, SLICE_NANOSECONDS, 0, 0)
             ctypes.CDLL(None).syscall(ctypes.c_long(number), 0, ctypes.c_char_p(attributes), 0)

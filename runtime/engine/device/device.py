@@ -1,7 +1,7 @@
-"""What the engine asks of a device: memory for a plan's arena, copies in and out, operators, and whether the cap is kept.
+"""The protocol `Device`: what the engine asks of a device (an arena, copies in and out, operators, a check of the cap).
 
-The engine names no device. `tightfit.runtime.engine.training.devices` opens the one that a plan is for; a back end is a class that
-meets `Device`, and its kernels.
+The engine's code names no device; `tightfit.runtime.engine.training.devices` opens the one that a plan is for. A back
+end is a class that meets `Device`, with its kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from tightfit.runtime.engine.device.meter import Meter
 
 ALIGNMENT = 64
-"""bytes: of every tensor's offset in the arena"""
+"""bytes; every tensor's offset in the arena is a multiple of it"""
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,15 @@ class Kernels:
     """The operators of a device."""
 
     fused: Mapping[str, Callable[..., Any]]
-    """by target: called as ``fused(*args, out=[...], **kwargs)``; outputs that are not used are None"""
+    """fused operators by target, called as ``fused(*args, out=[...], **kwargs)``; unused outputs are None"""
     dispatch_key: str
-    """under which PyTorch keeps its own kernels for the device"""
+    """PyTorch's dispatch key of its own kernels for the device"""
 
 
 class Device(Protocol):
-    """One arena on one device. Offsets and sizes are bytes; a tensor at an offset is a view of the arena, not a copy."""
+    """One arena on one device. Offsets and sizes are bytes; a tensor at an offset is a view of the arena, not a
+    copy.
+    """
 
     size: int
     """bytes of the arena"""
@@ -37,7 +39,10 @@ class Device(Protocol):
     meter: Meter
 
     def window(self, dtype: str) -> tuple[Callable[..., Tensor], int]:
-        """`as_strided(size, stride, elements)` of the whole arena as `dtype`, and log2 of the element's bytes."""
+        """The function that makes views of `dtype`, and log2 of an element's bytes.
+
+        The function is `as_strided(size, stride, offset)` of the whole arena; its offset is in elements.
+        """
         ...
 
     def tensor(self, at: int, shape: Iterable[int], dtype: str) -> Tensor:
@@ -49,25 +54,28 @@ class Device(Protocol):
         ...
 
     def host(self, at: int, shape: Iterable[int], dtype: str) -> Tensor:
-        """A contiguous tensor in host memory in which these bytes of the arena are prepared for `put`, or taken by `get`.
+        """A contiguous tensor in host memory that stands for the arena's bytes from `at` on: source of `put`, target of
+        `get`.
 
-        What it holds before is undefined. A device whose arena is host memory gives the arena's own bytes, so that nothing is
-        copied; it stays valid as long as the device.
+        Its contents are undefined until they are written. If the arena is in host memory, it is a view of the arena, so
+        that nothing is copied. It stays valid as long as the device.
         """
         ...
 
     def put(self, at: int, host: Tensor) -> None:
-        """Bytes of the arena from `at` on become those of a contiguous tensor in host memory; done when it returns."""
+        """Copy the contiguous tensor `host` to offset `at` of the arena; finished when it returns."""
         ...
 
     def get(self, at: int, host: Tensor) -> None:
-        """A contiguous tensor in host memory gets bytes of the arena from `at` on; done when it returns."""
+        """Copy bytes of the arena from offset `at` on into the contiguous tensor `host`; finished when it returns."""
         ...
 
     def fence(self) -> None:
-        """Wait for every operator that was started: a transfer in another thread follows, which must not overtake them."""
+        """Wait until every operator that was started has finished, because a transfer in another thread must not
+        overtake it.
+        """
         ...
 
     def release(self) -> None:
-        """Give the arena's pages back; what was there is zero again."""
+        """Give the arena's memory back; its contents are zero afterwards."""
         ...

@@ -1,4 +1,4 @@
-"""The meter: the resident set against the cap, read between instructions."""
+"""The meter: compares the process's resident set with the cap between instructions, and records timelines of it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from tightfit.runtime.engine.device.resident import ResidentReader, memory
 EVERY = 16
 """Instructions between two readings; a reading takes about 2 microseconds."""
 SAMPLES = 2048
+"""most samples of a timeline"""
 
 
 class Meter:
-    """Raises CapError once the resident set is above `cap_bytes`. During a watched step it also keeps a timeline.
+    """Raises CapError once the resident set is above `cap_bytes`. During a watched step it also records a timeline.
 
-    Between readings only one operator runs, and VmHWM, read after every step, misses nothing.
+    A peak between two readings is found after the step: `check_peak` reads VmHWM, which misses nothing.
     """
 
     def __init__(self, cap_bytes: int, budget_bytes: int | None = None) -> None:
-        """`cap_bytes` is what the other processes of the run leave this one of its budget."""
+        """`cap_bytes` is this process's share of the budget; `budget_bytes`, by default the same, is that of the whole
+        run.
+        """
         self.cap_bytes = cap_bytes
         self.budget_bytes = cap_bytes if budget_bytes is None else budget_bytes
         self._resident = ResidentReader()
@@ -31,7 +34,9 @@ class Meter:
         self._last = 0.0
 
     def check(self, instruction: int) -> None:
-        """Called after every instruction of the schedule."""
+        """Compare with the cap if it is time for a reading; called after every instruction. Raises CapError above the
+        cap.
+        """
         if self._start is not None:
             now = time.perf_counter() - self._start
             if now - self._last >= self._gap and self._count < SAMPLES:
@@ -47,7 +52,7 @@ class Meter:
             self.refuse(self._resident())
 
     def check_peak(self) -> int:
-        """VmHWM in bytes. Raises CapError where it is above the cap."""
+        """VmHWM in bytes. Raises CapError if it is above the cap."""
         peak = memory().peak
         if peak > self.cap_bytes:
             self.refuse(peak)
@@ -62,12 +67,12 @@ class Meter:
         )
 
     def watch(self, expected_seconds: float) -> None:
-        """Keep a timeline of the step that starts now, about evenly over `expected_seconds`."""
+        """Record a timeline of the step that starts now, its samples spread evenly over about `expected_seconds`."""
         self._count, self._last, self._gap = 0, -1.0, expected_seconds / (SAMPLES * 0.8)
         self._start = time.perf_counter()
 
     def stop(self) -> list[tuple[int, float, int]]:
-        """(instruction, seconds since the step's start, resident bytes) of the watched step."""
+        """End the timeline; returns its samples: (instruction, seconds since the step's start, resident bytes)."""
         self._start = None
         s = self._samples
         return [(s[i], s[i + 1] / 1e6, s[i + 2]) for i in range(0, 3 * self._count, 3)]

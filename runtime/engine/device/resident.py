@@ -1,4 +1,4 @@
-"""What the kernel says that a process holds. Standard library only."""
+"""Reads from /proc how much memory a process holds. Standard library only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FIELDS = {b"VmHWM": "peak", b"VmRSS": "resident", b"RssAnon": "anonymous", b"Rs
 
 
 def memory(pid: int | str = "self") -> Memory:
-    """Read /proc/PID/status. Raises OSError where the process is gone."""
+    """Read the memory of a process from /proc/PID/status. Raises OSError if it has ended."""
     found = dict.fromkeys(_FIELDS.values(), 0)
     with open(f"/proc/{pid}/status", "rb") as file:
         for line in file:

@@ -1,7 +1,7 @@
-"""The spill file: tensors that are offloaded lie here, each in an extent of its own.
+"""The spill file on disk: holds the tensors that a plan offloads, each in an extent of its own.
 
-The file has no name on disk, so that nothing is left behind however the process ends. Its space is taken when it is
-made: a full disk is an error before the first step, not in the middle of one.
+The file has no name, so that nothing is left behind however the process ends. Its space is reserved when it is made: a
+full disk is an error before the first step, not in the middle of one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tightfit.runtime.common.run_folder import way_on
 
 BLOCK = 4096
 STAGING_BYTES = 64 << 10
-"""What does not lie on whole pages goes through one aligned buffer of this size; direct I/O needs the alignment."""
+"""Direct I/O needs aligned memory: what is not whole pages is copied through one aligned buffer of this size."""
 
 
 class SpillFile:
-    """`size` bytes in `directory`. Raises RunError where they do not fit."""
+    """A file of `size` bytes in `directory`. Raises RunError if it cannot be made there or the disk lacks the space."""
 
     def __init__(self, directory: str, size: int) -> None:
         self.directory = directory
@@ -44,7 +44,7 @@ class SpillFile:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._staging))
 
     def write(self, address: int, size: int, offset: int) -> None:
-        """Write `size` bytes of memory at `address` to the file. Raises RunError where the disk refuses."""
+        """Write `size` bytes of memory at `address` to the file at `offset`. Raises RunError if the disk refuses."""
         done = self._in_place(os.pwritev, address, size, offset)
         while done < size:
             part = min(STAGING_BYTES, size - done)
@@ -54,7 +54,7 @@ class SpillFile:
         self._forget(offset, size)
 
     def read(self, address: int, size: int, offset: int) -> None:
-        """Read `size` bytes of the file into memory at `address`."""
+        """Read `size` bytes of the file at `offset` into memory at `address`. Raises RunError if the disk refuses."""
         done = self._in_place(os.preadv, address, size, offset)
         while done < size:
             part = min(STAGING_BYTES, size - done)
@@ -64,7 +64,7 @@ class SpillFile:
         self._forget(offset, size)
 
     def zero(self, size: int, offset: int) -> None:
-        """Fill an extent with zeros."""
+        """Write `size` zero bytes to the file at `offset`. Raises RunError if the disk refuses."""
         ctypes.memset(self._address, 0, STAGING_BYTES)
         for done in range(0, size, STAGING_BYTES):
             part = min(STAGING_BYTES, size - done)
@@ -75,7 +75,9 @@ class SpillFile:
         os.close(self.descriptor)
 
     def _in_place(self, call: object, address: int, size: int, offset: int) -> int:
-        """Move whole blocks of page-aligned memory without a copy; returns their bytes."""
+        """Transfer the whole blocks of page-aligned memory directly, without the staging buffer; returns their
+        bytes.
+        """
         whole = size // BLOCK * BLOCK if address % BLOCK == 0 else 0
         if whole:
             self._transfer(call, memoryview((ctypes.c_char * whole).from_address(address)).cast("B"), offset)
@@ -87,7 +89,7 @@ class SpillFile:
             try:
                 moved = call(self.descriptor, [memory[done:]], offset + done)  # type: ignore[operator]
             except OSError as error:
-                if error.errno == errno.EINVAL and self.direct:  # a file system that accepts the flag and not the call
+                if error.errno == errno.EINVAL and self.direct:  # O_DIRECT was accepted, but not this transfer
                     self.direct = _set_direct(self.descriptor, on=False)
                     continue
                 raise RunError(

@@ -1,4 +1,4 @@
-"""Programs compiled into calls, and optimizers: what a step computes, on whatever device.
+"""Operators compiled into calls, and optimizers: what a step computes, the same for every device.
 
 May import: `runtime.common`, `engine.device`.
 """

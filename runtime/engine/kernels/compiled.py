@@ -1,9 +1,10 @@
-"""Operators of a program, compiled once into calls with slots for their tensors.
+"""Compiles the operators of a program into calls with slots for their tensors.
 
-A tensor argument is a strided window on a storage. An aten operator writes straight into its output's storage where it
-has an out variant with a kernel of the device's own which writes there alone (the profile says where `tightfit.profiles.measuring.guard` found that
-it does not); otherwise its result is copied there, and the transient copy counts as workspace (the profile times and
-measures operators through this very module).
+A tensor argument is a strided view of a storage. An aten operator writes straight into its output's storage if it has
+an out variant with a kernel of the device's own, and if that kernel writes nowhere else;
+`tightfit.profiles.measuring.guard` tests that, and the profile marks operators that fail (`copied`). Otherwise the
+result is copied into the output, and the transient result counts as workspace: the profile times and measures operators
+through this very module.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from tightfit.runtime.engine.device.device import Kernels
 
-COPIES = ("aten::clone", "aten::_to_copy")  # the output's dtype and strides say all that their options say
+COPIES = ("aten::clone", "aten::_to_copy")  # run as `copy_`: the output's dtype and strides replace their options
 Outputs = list[Tensor | None]
 
 
 class CompiledOperator:
-    """One operator; `call(outputs)` runs it on the tensors that stand in its slots."""
+    """One operator; `call(outputs)` runs it on the tensors that were put into its slots."""
 
     __slots__ = ("args", "call", "gathers", "kwargs", "name", "outputs", "partial", "slots")
 
@@ -38,22 +39,22 @@ class CompiledOperator:
             self._place(argument, self.kwargs, key)
         gathered = set(operator.get("gathers", ()))
         self.gathers = [slot for slot in self.slots if slot[2]["value"] in gathered]
-        """Slots that take the tensor's name in the weight store, which is then the keyword argument `store`."""
+        """Slots of gathered inputs: they take the name of a tensor in the weight store, given as keyword `store`."""
         self.slots = [slot for slot in self.slots if slot[2]["value"] not in gathered]
         self.outputs: list[Mapping[str, Any] | None] = [
             None if name is None else values[name] for name in operator["outputs"]
         ]
         self.partial = False
-        """Whether `call` takes None for an output that nobody needs."""
+        """Whether `call` takes None for an output that is not used."""
         self.call = self._resolve(kernels, copied=bool(operator.get("copied")))
 
     def __repr__(self) -> str:
         return f"CompiledOperator({self.name}, {len(self.slots)} tensors)"
 
     def run(self, tensors: Mapping[str, Any], outputs: Sequence[Tensor | None], store: Any = None) -> None:
-        """Run on whole storages: `tensors` by value name, `outputs` by position, None where unused.
+        """Run on `tensors`, whole storages by value name, and `outputs` by position, None where unused.
 
-        With a `store`, a gathered input is the tensor's name in it; without, the tensor itself.
+        With a `store`, the entry of a gathered input is its name in the store; without, the tensor itself.
         """
         for container, key, operand in self.slots:
             base = tensors[operand["value"]]
@@ -127,7 +128,10 @@ class CompiledOperator:
 def compile_operator(
     operator: Mapping[str, Any], values: Mapping[str, Mapping[str, Any]], kernels: Kernels
 ) -> CompiledOperator:
-    """Compile an operator of a profile (`tightfit.profiles.schema.Operator` as a dict); `values` are its program's, by name."""
+    """Compile an operator (`tightfit.profiles.schema.Operator` as a dict); `values` are those of its program, by name.
+
+    Raises ValueError if the installed PyTorch does not have the operator.
+    """
     return CompiledOperator(operator, values, kernels)
 
 
@@ -141,7 +145,10 @@ def _native(qualified: str, overload: str) -> Callable[..., Any]:
 
 
 def _out_variant(qualified: str, overload: str, dispatch_key: str) -> tuple[Callable[..., Any], tuple[str, ...]] | None:
-    """The out variant with the same arguments and a kernel of the device's own, and the names of its outputs."""
+    """The out variant with the same arguments and a kernel of the device's own, and the names of its out arguments.
+
+    None if there is none.
+    """
     schemas = torch._C._jit_get_schemas_for_operator(qualified)
     own = next((s for s in schemas if s.overload_name == overload), None)
     if own is None:
@@ -163,7 +170,7 @@ def _out_variant(qualified: str, overload: str, dispatch_key: str) -> tuple[Call
 
 
 def _constant(argument: Mapping[str, Any]) -> Any:
-    """``{"dtype": "float32"}`` and its like."""
+    """The Python object of an argument such as ``{"dtype": "float32"}``. Raises ValueError for an unknown kind."""
     ((kind, value),) = argument.items()
     if kind == "float":
         return float(value)

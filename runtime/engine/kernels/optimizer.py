@@ -1,4 +1,4 @@
-"""What moves the trainables, one tensor at a time and in place: AdamW from a gradient, MeZO from two losses."""
+"""Optimizers that update one trainable at a time, in place: AdamW from its gradient, MeZO from two losses."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Learning rates by step, and decoupled weight decay."""
+    """The settings that both optimizers share: learning rates by step, and decoupled weight decay."""
 
     lr: float = 2e-4
     weight_decay: float = 0.0
     schedule: str = "constant"
-    """constant, linear or cosine decay to zero, after the warmup."""
+    """After the warmup: constant, or linear or cosine decay to zero."""
     warmup_steps: int = 0
+    """Steps over which the rate rises linearly from 0 to `lr`."""
     total_steps: int = 0
-    """Steps over which linear and cosine decay."""
+    """Steps of the run, warmup included, over which linear and cosine decay."""
 
     def rate(self, step: int, steps: int = 1) -> float:
-        """Learning rate of the update that ends with step `step`, counted from 1, and takes `steps` of them: that of one step
-        with so large a batch, for everything that counts steps.
+        """Learning rate of the update that ends with step `step`, counted from 1, and accumulates `steps` steps.
+
+        Warmup and decay count steps, not updates.
         """
         import math
 
@@ -61,14 +63,16 @@ OPTIMIZERS: dict[str, type[AdamW | MeZO]] = {"adamw": AdamW, "mezo": MeZO}
 
 
 def optimizer_of(settings: Mapping[str, Any]) -> AdamW | MeZO:
-    """The optimizer whose fields, `name` among them, are `settings`."""
+    """The optimizer with the fields `settings`, among which `name` chooses its class."""
     return OPTIMIZERS[settings["name"]](**settings)
 
 
 class Update:
-    """AdamW. `apply` updates one trainable; the native fused kernel reads and writes each tensor once and makes no temporary.
+    """AdamW. `apply` updates one trainable; PyTorch's fused kernel reads and writes each tensor once and needs no
+    temporary.
 
-    With `accumulate` above 1 gradients of so many steps make one update: their mean, each weighted by what its own is a mean over.
+    With `accumulate` above 1 the gradients of that many steps make one update. Each is a mean over the labels of its
+    batch; the update uses their mean weighted by those numbers of labels, as for one batch of all the steps' samples.
     """
 
     def __init__(self, optimizer: AdamW, accumulate: int = 1) -> None:
@@ -77,7 +81,7 @@ class Update:
         self.optimizer = optimizer
         self.accumulate = accumulate
         self.summed = 0.0
-        """weights of the steps whose gradients wait for their update"""
+        """sum of the weights of the steps whose gradients are accumulated so far"""
         self._weight = 1.0
         self._due = True
         self._kernel = torch._C._get_operation_overload("aten::_fused_adamw_", "")[0]
@@ -85,7 +89,9 @@ class Update:
         self._rate = 0.0
 
     def begin(self, step: int, weight: float = 1.0) -> None:
-        """Updates until the next `begin` belong to step `step`, counted from 1, whose gradients are means over `weight` labels."""
+        """Begin step `step`, counted from 1, whose gradients are means over `weight` labels; `apply` then belongs to
+        it.
+        """
         if step % self.accumulate == 1 % self.accumulate:
             self.summed = 0.0
         self.summed += weight
@@ -102,8 +108,11 @@ class Update:
         second: Tensor,
         total: Tensor | None = None,
     ) -> None:
-        """Gradient number `count` of a parameter, from 1. float32 tensors of one shape, contiguous; all but the gradient
-        change in place. `total` are the gradients summed so far, where several make one update.
+        """Apply gradient number `count` of a parameter, counted from 1.
+
+        All tensors are float32, contiguous and of one shape; all but `gradient` change in place. `first` and `second`
+        are Adam's moments. `total`, given where several steps make an update, is the weighted sum of the gradients so
+        far: the parameter changes only in the last of those steps.
         """
         optimizer = self.optimizer
         if total is not None:
@@ -122,7 +131,9 @@ class Update:
 
 
 class Perturbation:
-    """MeZO. The noise of a parameter is drawn anew from step, seed and name whenever it is needed, and never kept."""
+    """MeZO. The noise z of a parameter is not stored: it is drawn again from seed, step and name each time it is
+    needed.
+    """
 
     def __init__(self, optimizer: MeZO, seed: int) -> None:
         import torch
@@ -133,15 +144,19 @@ class Perturbation:
         self._step = 0
 
     def begin(self, step: int) -> None:
-        """What follows until the next `begin` belongs to step `step`, counted from 1."""
+        """Begin step `step`, counted from 1; the calls until the next `begin` belong to it."""
         self._step = step
 
     def shift(self, name: str, parameter: Tensor, times: int) -> None:
-        """Add `times` epsilon z in place."""
+        """Add `times` * epsilon * z to the parameter in place."""
         parameter.add_(self.noise(name, parameter), alpha=times * self.optimizer.epsilon)
 
     def apply(self, name: str, parameter: Tensor, upper: float, lower: float) -> None:
-        """From one epsilon below its value, with the losses `upper` and `lower` on either side: back, then one step of SGD."""
+        """Return the parameter from value - epsilon * z to its value, and take one step of SGD along z, in place.
+
+        `upper` and `lower` are the losses at value + epsilon * z and value - epsilon * z, whose difference gives the
+        slope.
+        """
         epsilon, rate = self.optimizer.epsilon, self.optimizer.rate(self._step)
         z = self.noise(name, parameter)
         slope = (upper - lower) / (2 * epsilon)

@@ -1,10 +1,11 @@
-"""Stub libraries in the place of CUDA's: a lean process computes on the CPU, and loading what it never calls costs it 113 MiB.
+"""Makes and loads stub libraries in the place of CUDA's, which a training process on the CPU never calls: 113 MiB less.
 
-PyTorch's default builds for Linux link hundreds of megabytes of CUDA libraries into `torch._C`, whose relocated tables stay in memory. The
-dynamic linker takes a library that is loaded already for any of the same name (SONAME); so tiny libraries of those names are
-loaded first. What PyTorch's own libraries ask of CUDA's is defined by them too, as far as symbols go: data are zero, and a function that is
-called all the same ends the process. Made once per installed PyTorch into the cache; where that cannot be, CUDA's own are
-loaded. The floor is measured in the same way, so that predictions hold either way.
+PyTorch's default builds for Linux link `torch._C` against hundreds of megabytes of CUDA libraries, whose relocated
+tables stay in memory. If a library of the same name (SONAME) is loaded already, the dynamic linker takes that one; so
+tiny libraries with those names are loaded first. They define the symbols that PyTorch's own libraries want of CUDA's:
+data are zero, and a function ends the process if it is called after all. The stubs are made once per installed PyTorch,
+into the cache; where they cannot be made, CUDA's own libraries are loaded. The floor is measured in the same way, so
+that predictions hold either way.
 
 Also imported by the budgeted process: the standard library only.
 """
@@ -23,20 +24,23 @@ from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.interpreter import command, python_path
 
 VARIABLE = "TIGHTFIT_CUDA_STUBS"
-"""Folder of the stub libraries; empty: do without."""
+"""Environment variable with the folder of the stub libraries; empty: use none."""
 SYMBOLS = "libtightfit_cuda_symbols.so"
-"""The stub that defines symbols; those of CUDA's names need it, so that every other library is searched first."""
+"""The stub that defines symbols. The stubs with CUDA's names depend on it, so that the linker searches it last."""
 CUDA = ("libtorch_cuda", "libtorch_nvshmem", "libc10_cuda", "libcu", "libnv", "libnccl")
-"""How names of the libraries begin."""
+"""Prefixes of the names of the libraries that are replaced."""
 REFERENCES = ("_ZN4c10d15get_gil_checkerEv",)
-"""Functions that return a reference to a variable, and are called while PyTorch's libraries are loaded (the only one, from 2.9 to 2.14)."""
+"""Functions that are called while PyTorch's libraries load and return a reference to a variable (the only one, 2.9 to
+2.14)."""
 LIBRARY = "libtorch_python.so"
-"""It needs all the others."""
+"""The PyTorch library that depends on all the others."""
 JUDGED_SECONDS = 120
 
 
 def load() -> None:
-    """Load the stubs that the environment names, before PyTorch. Raises RunError where they are gone."""
+    """Load the stubs from the folder in `VARIABLE`; call it before loading PyTorch. Raises RunError if they are
+    gone.
+    """
     folder = os.environ.get(VARIABLE, "")
     if not folder:
         return
@@ -53,7 +57,9 @@ def in_use() -> bool:
 
 
 def folder(cache: Path) -> str:
-    """Where the stubs for the installed PyTorch are in `cache`, made now if need be; empty where none are needed or they do not serve."""
+    """Folder in `cache` of the stubs for the installed PyTorch, made now if need be; empty if none are needed
+    or work.
+    """
     if os.environ.get(VARIABLE) is not None:
         return os.environ[VARIABLE]
     import subprocess
@@ -65,7 +71,8 @@ def folder(cache: Path) -> str:
         return ""  # stubs are made for x86-64 alone
     place = machine_code.folder(cache) / f"cuda-stubs-{_key(libraries)}"
     if not place.is_dir():
-        # A read-only cache, a process that hangs: the work is done without. Or another process was first.
+        # On a read-only cache or a test process that hangs, go on without stubs. Another process may also have been
+        # first.
         with suppress(OSError, ValueError, subprocess.SubprocessError):
             _build(libraries, place)
     return str(place) if place.is_dir() and any(place.iterdir()) else ""
@@ -77,7 +84,7 @@ def _libraries() -> Path | None:
 
 
 def _key(libraries: Path) -> str:
-    """sha256 of what is installed where, and of how stubs are made."""
+    """Beginning of a sha256 of the installed libraries' names, sizes and times, and of the code that makes stubs."""
     import hashlib
 
     parts = [str(libraries), *(Path(__file__).with_name(name).read_text() for name in ("cuda_stubs.py", "elf.py"))]
@@ -87,7 +94,10 @@ def _key(libraries: Path) -> str:
 
 
 def _build(libraries: Path, place: Path) -> None:
-    """Make the stubs; where a fresh process cannot load PyTorch's libraries with them, an empty folder. Raises OSError, ValueError and SubprocessError."""
+    """Make the folder `place` with the stubs, or empty if a fresh process cannot load PyTorch's libraries with them.
+
+    Raises OSError, ValueError and SubprocessError.
+    """
     import tempfile
 
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +113,10 @@ def _build(libraries: Path, place: Path) -> None:
 
 
 def stubs(libraries: Path) -> dict[str, bytes]:
-    """File names and contents for the PyTorch in this folder. Raises OSError, and ValueError where they cannot be made."""
+    """Contents of the stub libraries by file name, for the PyTorch in the folder `libraries`.
+
+    Raises OSError, and ValueError if one of PyTorch's libraries cannot be read.
+    """
     from tightfit.runtime.engine.start.elf import SharedObject, read_shared_object, stub_library
 
     ours: dict[str, SharedObject] = {}
@@ -136,7 +149,10 @@ class _Place(ctypes.Structure):
 
 
 def _defines(library: ctypes.CDLL, name: str) -> bool:
-    """Whether a symbol is found there, and not in one of CUDA's libraries, which this process may have loaded with all of PyTorch."""
+    """Whether a symbol is found through `library`, but not in a CUDA library.
+
+    This process may have loaded those with all of PyTorch, and the global search then finds their symbols too.
+    """
     try:
         address = ctypes.cast(getattr(library, name), ctypes.c_void_p)
     except AttributeError:
@@ -147,7 +163,7 @@ def _defines(library: ctypes.CDLL, name: str) -> bool:
 
 
 def _serve(folder: Path) -> bool:
-    """Whether a fresh process loads PyTorch's libraries with these stubs: one that crashes takes nothing with it."""
+    """Whether PyTorch's libraries load with these stubs, tried in a process of its own because it may crash."""
     import subprocess
 
     environment = {**os.environ, VARIABLE: str(folder), "PYTHONPATH": python_path()}

@@ -1,4 +1,6 @@
-"""Shared objects (ELF, 64 bits, little-endian) as far as stub libraries need them: what one asks for, and how a small one is written."""
+"""Reads which symbols a shared object (ELF, 64 bits, little-endian) needs and defines, and writes small stub
+libraries.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +34,22 @@ _ZEROS = 1 << 12
 
 @dataclass(frozen=True, kw_only=True)
 class SharedObject:
-    """What the dynamic linker reads of one."""
+    """What the dynamic linker reads of a shared object."""
 
     machine: int
+    """ELF's number of the processor architecture"""
     needed: tuple[str, ...]
+    """names (SONAME) of the libraries that it loads"""
     undefined: frozenset[str]
-    """names that another library must define; those that may be missing (weak) are left out"""
+    """symbols that another library must define; weak ones, which may be missing, are left out"""
     defined: frozenset[str]
+    """symbols that it defines itself"""
 
 
 def read_shared_object(path: Path) -> SharedObject:
-    """Raises OSError, and ValueError where the file is none."""
+    """Read the shared object at `path`. Raises OSError, and ValueError if the file is not a shared object, or not
+    whole.
+    """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:7] != _MAGIC:
             raise ValueError(f"{path} is no shared object of 64 bits, little-endian")
@@ -87,10 +94,11 @@ def _read(data: mmap.mmap) -> SharedObject:
 def stub_library(
     soname: str, *, needed: Sequence[str] = (), symbols: Sequence[str] = (), references: Collection[str] = ()
 ) -> bytes:
-    """A shared object for x86-64 that calls itself `soname`, needs others, and defines `symbols`.
+    """The bytes of an x86-64 shared object named `soname` that loads the libraries `needed` and defines `symbols`.
 
-    A C++ typeinfo (``_ZTI...``) is one, of a class without bases; those of `references` are functions that return the address of
-    `_ZEROS` zero bytes; everything else is that address itself: data are zero, and a function ends the process (SIGSEGV) when called.
+    A C++ typeinfo (``_ZTI...``) becomes the typeinfo of a class without bases. A symbol of `references` becomes a
+    function that returns the address of `_ZEROS` zero bytes. Every other symbol has that address itself: read as data
+    it is zero; called as a function it ends the process (SIGSEGV).
     """
     strings = bytearray(b"\0")
 
@@ -106,7 +114,7 @@ def stub_library(
     dynamic.append((_DT_SONAME, put(soname)))
     hashes = _hash_table(names)
 
-    # Code and tables, read-only, then what the dynamic linker writes, in a page of its own.
+    # Layout: code and tables, mapped read-only; then what the dynamic linker writes, in a page of its own.
     headers = _HEADER.size + _SEGMENTS * _SEGMENT.size
     at_code = _aligned(headers)
     at_symbols = at_code + 8
@@ -133,7 +141,7 @@ def stub_library(
     address = {name: at_types + number * _TYPEINFO_BYTES for number, name in enumerate(types)}
     table, relocations = bytearray(_SYMBOL.size), bytearray()
     for name, place in zip(names, places, strict=True):
-        here = name != _CLASS  # libstdc++'s
+        here = name != _CLASS  # which libstdc++ defines
         value = address.get(name, at_code if name in references else at_zeros) if here else 0
         table += _SYMBOL.pack(place, _STB_GLOBAL << 4, 0, here, value, 0)
         if name in address:
@@ -172,7 +180,7 @@ def _aligned(place: int) -> int:
 
 
 def _hash_table(names: Sequence[str]) -> bytes:
-    """The System V table that finds a symbol by its name."""
+    """The System V hash table by which the dynamic linker finds a symbol."""
     buckets, chains = [0] * max(1, len(names)), [0] * (len(names) + 1)
     for number, name in enumerate(names, 1):
         value = 0

@@ -1,4 +1,4 @@
-"""What the lean process itself occupies, measured in one: the constant of every prediction."""
+"""Measures the floor: the memory that an idle training process holds, which every predicted peak includes."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.process import trim_heap
 
 INSTRUCTION_BYTES = 50
-"""int32 words of an average instruction, and the numbers and names of its tensors."""
+"""Bytes that a job's tables take for each instruction on average: its int32 words, and numbers and names of its
+tensors."""
 HEAP_SLACK_BYTES = 5 << 18
-"""What a run holds beyond this floor, its kernels and operators, its arena and the largest workspace: the job's own tables
-and small holes in the heap; the same from the second step on, because free pages are given back after every step. Runs of
-Qwen2.5-0.5B, 1.5B and 3B and Gemma3-4B (24 to 36 layers) needed up to 0.4 of these 1.25 MiB, a small model of 80 layers 0.9."""
+"""Allowance for what a run holds beyond the idle process, its kernels and operators, its arena and the largest
+workspace: the job's own tables and small holes in the heap. It does not grow after the second step, because free pages
+are given back after every step. Runs of Qwen2.5-0.5B, 1.5B and 3B and Gemma3-4B (24 to 36 layers) needed up to 0.4 of
+these 1.25 MiB, a small model of 80 layers 0.9."""
 INFERENCE_SLACK_BYTES = 1 << 20
-"""The same once more for a step of forwards alone: its floor has less code that a run can do without, and it evaluates as well."""
+"""Further allowance for steps without a backward: their floor includes less code that a run can do without, and the run
+evaluates too."""
 HOLES_PER_WORKSPACE = 0.3
-"""Further holes, as a part of the largest workspace of an operator that is not ours: what its buffers leave free is not always
-where the next one's need it. Ours take nearly all of their workspace at once."""
+"""Further holes in the heap, as a fraction of the largest workspace of an operator of PyTorch's own: the space that its
+freed buffers leave is not always where the next operator's buffers need it. tightfit's own operators allocate nearly
+all of their workspace at once."""
 IMPORT_SLACK_BYTES = 2 << 20
-"""How much the peak of the start varies with what the page cache holds."""
+"""By how much the peak of the start varies, depending on which files are in the page cache."""
 
 
 def measure_floor() -> dict[str, Any]:
-    """Bytes: `import_peak_bytes` VmHWM after the start, `resident_bytes` with kernels warm, clean file pages released and those that a step needs mapped again, `inference_resident_bytes` with those that a step without a backward needs."""
+    """Measure the floor in this process, which must be a fresh lean process; all sizes are in bytes.
+
+    `import_peak_bytes` is VmHWM after the start. `resident_bytes` is the resident set once kernels are warm, clean file
+    pages are released, and the pages that a step needs are mapped again; `inference_resident_bytes` the same with the
+    pages that a step without a backward needs. The allowances above are included.
+    """
     import torch
 
     importlib.import_module("tightfit.runtime.engine.training.loop")  # everything that a run imports
@@ -38,7 +47,7 @@ def measure_floor() -> dict[str, Any]:
     trim_heap()
     inference = memory()
     warm_up(channel, SIZE)
-    trim_heap()  # buffers of operators are their workspace, which plans count
+    trim_heap()  # gives back the operators' buffers, which plans count as workspace
     resident = memory()
     return {
         "import_peak_bytes": start.peak + IMPORT_SLACK_BYTES,

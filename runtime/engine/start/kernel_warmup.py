@@ -1,4 +1,4 @@
-"""Makes a lean process ready: everything that a step needs has run once, and only that stays resident."""
+"""Warms a training process up: runs each kernel that a step needs once, then releases the memory of everything else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 
 def prepare() -> Channel:
-    """Start the threads, run the kernels, and let go of what only the start needed. Before anything large is loaded."""
+    """Start the threads, run the kernels, and release what only the start needed; call it before loading anything
+    large.
+
+    Returns the channel for transfers. If the lean PyTorch fails here, the process starts again with a plain import.
+    """
     torch._C._set_grad_enabled(False)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     channel = Channel()
@@ -46,7 +50,11 @@ def prepare() -> Channel:
 
 
 def settle() -> None:
-    """Give back free heap pages and clean file pages, of libraries and of what was moved to a file; what exists now is never searched for garbage again."""
+    """Release free heap pages and clean file pages (libraries, moved memory), and switch automatic garbage collection
+    off.
+
+    Objects that exist now are exempt from later collections (`gc.freeze`).
+    """
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -56,15 +64,17 @@ def settle() -> None:
 
 
 def tidy() -> None:
-    """Between steps: no garbage, and free heap pages given back, so that step after step starts from the same heap (1 to 2 ms)."""
+    """Collect garbage and release free heap pages between steps, so that each step starts from the same heap (1 to 2
+    ms).
+    """
     gc.collect()
     trim_heap()
 
 
 def warm_up(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES, *, backward: bool = True) -> None:
-    """Run what a step runs, on tensors of `size` (a multiple of 64) rows and columns: code gets mapped, kernels built, threads started.
+    """Run what a step runs, on tensors of `size` (a multiple of 64) rows and columns.
 
-    Without `backward` what a step of forwards alone runs.
+    This maps the code, builds kernels and starts threads. Without `backward`, only what a step without a backward runs.
     """
     for dtype in dtypes:
         _forward(size, dtype)
@@ -89,7 +99,8 @@ def warm_up(channel: Channel, size: int, dtypes: Sequence[torch.dtype] = DTYPES,
 def _forward(size: int, dtype: torch.dtype) -> None:
     x, w, y = (torch.randn(size, size).to(dtype) for _ in range(3))
     if narrow(dtype):
-        # One product is enough: oneDNN keeps a program of more than half a megabyte for each, and these are none of the model's.
+        # One product only: oneDNN keeps more than half a megabyte of code for each shape, and the model's shapes are
+        # others.
         aten.mm.out(x, w.t(), out=y)
     else:
         low = torch.empty(size, 8, dtype=dtype)

@@ -1,11 +1,11 @@
-"""PyTorch's kernels without PyTorch's Python: `import torch` costs 147 MiB of resident memory, this costs 72.
+"""Loads PyTorch's kernels without PyTorch's Python: `import torch` takes 147 MiB of resident memory, this takes 72.
 
 `torch/__init__.py` imports eleven hundred modules (compiler, export, distributed, decompositions, NumPy) that a process
 which only calls kernels never uses. `load` puts a small stand-in for the package in `sys.modules`, loads the native
 libraries, and completes it with what lives in them: tensors, dtypes, functions and operators. The kernels are the very
 same, so the numbers are the same. Python modules of torch that the native code asks for by name become empty stubs.
 
-Where this fails (a torch built otherwise), the process starts again with ``TIGHTFIT_TORCH=plain`` and pays the full
+If this fails (a torch built in another way), the process starts again with ``TIGHTFIT_TORCH=plain`` and does the full
 import; the floor is measured in the same way, so that predictions hold either way.
 
 Must run before anything imports torch.
@@ -28,7 +28,7 @@ from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.process import release_file_pages
 
-KNOWN = ("2.9", "2.10", "2.11", "2.12", "2.13", "2.14")  # versions tested; with others a forked process tries first
+KNOWN = ("2.9", "2.10", "2.11", "2.12", "2.13", "2.14")  # tested versions; others are first tried in a forked process
 PLAIN = "TIGHTFIT_TORCH"  # set to "plain": import torch as usual
 BLOCKED = ("numpy", "_hashlib")  # optional for torch and hashlib; 9 MiB and 1 MiB of resident memory
 
@@ -76,7 +76,7 @@ def _block() -> None:
 
 
 class _Stub(types.ModuleType):
-    """A module in which every public name is a class of its own."""
+    """A stand-in module: each public name that is asked for becomes an empty class."""
 
     __path__: list[str] = []
 
@@ -87,7 +87,7 @@ class _Stub(types.ModuleType):
 
 
 class _Stubs:
-    """Finder and loader of every ``torch.*`` module that has no native code."""
+    """Finder and loader that answers imports of ``torch.*`` with stubs, except ``torch._C``."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -104,7 +104,7 @@ class _Stubs:
 
 
 class _Overloads:
-    """``torch.ops.aten.mm``: its overloads as attributes, each the native operator itself."""
+    """An operator such as ``torch.ops.aten.mm``: its overloads are attributes, each the native function itself."""
 
     def __init__(self, native: Any, name: str) -> None:
         self._native, self._name = native, name
@@ -169,7 +169,9 @@ def _known() -> bool:
 
 
 def _survives() -> bool:
-    """Try it in a forked process: native code that misses a Python module may crash rather than raise."""
+    """Whether the lean start works, tried in a forked process: native code may crash where it misses a Python
+    module.
+    """
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -184,7 +186,7 @@ def _survives() -> bool:
 
 
 def installed_version() -> str:
-    """What `torch.__version__` is, without importing it. Raises ImportError where there is no torch."""
+    """`torch.__version__`, read without importing torch. Raises ImportError if torch is not installed."""
     return _version(_root())
 
 
@@ -218,7 +220,7 @@ def _load() -> None:
     base: Any = native.TensorBase
 
     class Tensor(base):  # type: ignore[misc]
-        """The operators that torch defines in Python."""
+        """`torch.Tensor` with the methods that torch itself defines in Python, as far as they are needed."""
 
         __module__ = "torch"
 
@@ -282,7 +284,7 @@ def _load() -> None:
     torch.set_num_threads, torch.get_num_threads = native.set_num_threads, native.get_num_threads
     for name in ("SymInt", "SymFloat", "SymBool"):  # asked for by the argument parsers
         getattr(torch, name)
-    _Stub.__getattr__ = _missing  # type: ignore[method-assign]  # from here on a name that is not there is an error again
+    _Stub.__getattr__ = _missing  # type: ignore[method-assign]  # from now on a missing name of torch raises again
     release_file_pages()
 
 
@@ -293,7 +295,9 @@ def _missing(module: types.ModuleType, name: str) -> Any:
 
 
 def _made(module: types.ModuleType, name: str) -> type:
-    """A class of that name, put into the module; a metaclass where the name says so: native types are made with it."""
+    """Put an empty class of that name into the module; a metaclass if the name ends so, with which native types are
+    made.
+    """
     value = type(name, (type,) if name.endswith("Meta") else (), {"__module__": module.__name__})
     setattr(module, name, value)
     return value
@@ -314,7 +318,7 @@ def _version(root: str) -> str:
 
 
 def _check() -> None:
-    """Call a few kernels as the runtime does."""
+    """Call a few kernels as the runtime does. Raises ImportError if they give other results than they should."""
     import torch
 
     x = torch.arange(6, dtype=torch.float32).view(2, 3)

@@ -1,7 +1,8 @@
-"""What PyTorch's start leaves in memory and a step hardly reads lies in a file while a lean process runs (``page_out.c``): 56 MiB less.
+"""Moves memory that PyTorch's start allocates and a step hardly reads to a file (``page_out.c``): 56 MiB less resident.
 
-The file has no name and is given back when the process ends, however it does. Where there is no C compiler, or the cache is no
-folder on a disk that takes files, all stays in memory; the floor is measured in the same way, so that predictions hold either way.
+The file has no name, so that it is gone when the process ends, however it does. All stays in memory where there is no C
+compiler, or where the cache does not lie on a disk that takes files; the floor is measured in the same way, so that
+predictions hold either way.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.common.files import nameless_file, takes_files
 
 VARIABLE = "TIGHTFIT_COLD"
-"""Path of the library, beside which the file is made; empty: all stays in memory."""
+"""Environment variable with the library's path, beside which the file is made; empty: all stays in memory."""
 SOURCE = Path(__file__).with_name("page_out.c")
-FLAGS = ("-O2", "-Wl,-z,now")  # a signal's handler may not wait for the dynamic linker, which it may have interrupted
+FLAGS = ("-O2", "-Wl,-z,now")  # symbols bound at loading: the signal handler may have interrupted the dynamic linker
 START_BYTES = 60 << 20
-"""Resident, from which on the start's memory is moved: the less, the longer the start takes (0.4 s more with this, 1 s with 30 MiB);
-getting kernels ready takes as much afterwards."""
+"""Resident bytes above which memory is moved while PyTorch loads. The lower, the longer the start takes (0.4 s more
+with this one, 1 s with 30 MiB); less gains nothing, because warming up the kernels takes as much afterwards."""
 LOOK_MICROSECONDS = 250
+"""between two looks at the resident bytes"""
 JUDGED_BLOCKS = 16384
-"""of 2 KB"""
+"""heap blocks of 2 KB with which `judge` tests the library"""
 
 
 def library(cache: Path) -> str:
-    """Path of the judged library in `cache`, built now if need be; empty where it would not help or cannot be used."""
+    """Path of the tested library in `cache`, built now if need be; empty if it cannot be built or used, or fails the
+    test.
+    """
     if os.environ.get(VARIABLE) is not None:
         return os.environ[VARIABLE]
     if not takes_files(machine_code.folder(cache)):
@@ -41,15 +45,16 @@ def library(cache: Path) -> str:
 
 
 def in_use() -> bool:
-    """Whether this process was told to."""
+    """Whether this process was told to move memory (`VARIABLE` names a library)."""
     return bool(os.environ.get(VARIABLE))
 
 
 @contextmanager
 def moving() -> Iterator[None]:
-    """Move the heap while the block runs and once more at its end. The process must have one thread until then.
+    """Move heap memory to the file while the block runs, and once more at its end.
 
-    Raises RunError where the disk does not take it; the block's own errors come first.
+    The process must have a single thread until then. Raises RunError if the disk refuses; an error that the block
+    itself raises goes first.
     """
     path = os.environ.get(VARIABLE, "")
     if not path:
@@ -76,7 +81,9 @@ def moving() -> Iterator[None]:
 
 
 def release() -> None:
-    """Give back pages of the file that have only been read since it was made. Where nothing was moved there are none."""
+    """Release the file's pages that are in memory but have not been written since it was made; no-op if nothing was
+    moved.
+    """
     for mover in _moved:
         mover.release()
 
@@ -93,11 +100,11 @@ class _Mover:
         self._begin.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_long)
 
     def begin(self, heap: int, descriptor: int, most: int) -> int:
-        """0 or an errno."""
+        """Start moving; returns 0 or an errno."""
         return int(self._begin(heap, descriptor, most, LOOK_MICROSECONDS))
 
     def end(self) -> int:
-        """0, an errno, or -1 where the process has a second thread."""
+        """Move once more and stop; returns 0, an errno, or -1 if the process has a second thread."""
         return int(self._end())
 
 
@@ -112,7 +119,7 @@ def _load(path: str, folder: str) -> _Mover:
 
 
 def _heap() -> int:
-    """The first address of the heap."""
+    """The heap's first address. Raises StopIteration if the process has none."""
     with Path("/proc/self/maps").open("rb") as file:
         return next(int(line.partition(b"-")[0], 16) for line in file if line.endswith(b"[heap]\n"))
 
@@ -130,7 +137,9 @@ def _refused(folder: str, failure: int) -> RunError:
 
 
 def judge(path: str) -> list[str]:
-    """Whether what lies in the heap stays as it was, is written while it moves, and is in memory no more."""
+    """["heap"] if the library works here, else []: moved heap memory keeps its contents, takes writes, and is not
+    resident.
+    """
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     blocks: list[int] = []
@@ -168,5 +177,5 @@ def _resident() -> int:
 if __name__ == "__main__":
     try:
         sys.stdout.write(json.dumps(judge(sys.argv[1])))
-    except (OSError, StopIteration):  # a cache that nothing may be run from, an allocator without a heap
+    except (OSError, StopIteration):  # a cache mounted noexec, or an allocator without a heap
         sys.stdout.write("[]")

@@ -1,4 +1,8 @@
-"""What the kernel says about this process, and how it is kept small. Standard library only."""
+"""Keeps a training process small: its environment, and the pages of libraries and heap that it gives back to the
+kernel.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -22,29 +26,33 @@ _LARGE_MAPPING = 1 << 20
 _LOOKED_AT = 32 << 20
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 SPARE_MAPPINGS = 16384
-"""mappings that `narrow_file_mappings` leaves to the program: its threads, libraries, large buffers and moved heap have about 300"""
+"""mappings that `narrow_file_mappings` leaves free; threads, libraries, large buffers and the moved heap take about
+300"""
 _GROUPS = (1, 2, 4, 8)
-"""pages; the kernel's own are of 16"""
+"""sizes in pages of the groups that `narrow_file_mappings` may make; the kernel's fault-around maps 16 pages at a
+time"""
 _FILE, _WRITTEN = 1 << 61, 1 << 62
-"""bits of a page in pagemap: it is a file's, it is swapped out; bit 63: it is in memory"""
+"""bits of a page's entry in /proc/self/pagemap: it belongs to a file; it is swapped out (bit 63: it is in memory)"""
 
 LARGEST = 32 << 20
-"""bytes from which on a buffer has pages of its own instead of a place in the heap; the most that glibc allows"""
+"""bytes from which on malloc gives a buffer a mapping of its own instead of a place in the heap; the most that glibc
+allows"""
 _M_MMAP_THRESHOLD = -3
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """The environment of every lean process: runs, the floor's measurement and the timing of operators.
+    """The environment of every lean process: of runs, of measuring the floor, and of timing operators.
 
-    One malloc arena, because threads would otherwise keep an arena each. A fixed mmap threshold (32 MiB is glibc's
-    highest) and no trimming: transient buffers of operators come from the same heap pages again and again. With
-    glibc's own moving threshold a step faults its workspace in anew each time. No cache of freed small blocks per
-    thread: one that lies behind an operator's freed buffers keeps them from joining the free end of the heap, and the next
-    larger buffer is made behind it (without it runs of one plan differ by 0.2 MB in their peak, with it by up to 2 MB;
-    no difference in time was measured). OpenMP threads spin for about 0.1 ms, then sleep:
-    the transfer thread and other processes need the cores too (measured with the cores shared: a 1024 x 576 x 8
-    product in 0.19 ms, and in 16 ms with the default of spinning for milliseconds), but between two short operators they
-    do not sleep (a step of SmolLM2-135M on two Zen 3 cores, weights streamed, took 4 to 30 % longer with a fourth of it).
+    - One malloc arena (MALLOC_ARENA_MAX): otherwise threads would keep an arena each.
+    - A fixed mmap threshold (32 MiB is glibc's highest) and no trimming: the transient buffers of operators reuse the
+      same heap pages. With glibc's own moving threshold each step would fault its workspace in anew.
+    - No per-thread cache of freed small blocks (tcache): a cached block behind an operator's freed buffers keeps them
+      from merging with the free end of the heap, so that the next larger buffer is placed behind it. Without the cache
+      the peaks of runs of one plan differ by 0.2 MB, with it by up to 2 MB; no difference in time was measured.
+    - OpenMP threads spin for about 0.1 ms, then sleep (GOMP_SPINCOUNT), because the transfer thread and other processes
+      need the cores too: with the cores shared, a 1024 x 576 x 8 product took 0.19 ms, and 16 ms with the default of
+      spinning for milliseconds. That is long enough not to sleep between two short operators: with a fourth of it a
+      step of SmolLM2-135M on two Zen 3 cores, weights streamed, took 4 to 30 % longer.
     """
     keep = (
         "PATH",
@@ -80,10 +88,11 @@ def child_environment(threads: int) -> dict[str, str]:
 
 
 def release_file_pages() -> int:
-    """Unmap the pages of read-only, never written file mappings (code and constants of libraries); returns their bytes.
+    """Unmap the resident pages of read-only file mappings (code and constants of libraries); returns their bytes.
 
-    They are clean copies of files: the kernel maps them again from its page cache when they are next touched. Without
-    this an idle PyTorch process holds about 50 MiB of code that only ran while it started.
+    They are clean copies of files: the kernel maps them again from its page cache when they are next touched. Pages
+    that were ever written are left. Without this an idle PyTorch process holds about 50 MiB of code that only ran while
+    it started. Returns 0 where /proc/self/pagemap cannot be read.
     """
     libc = ctypes.CDLL(None)
     released = 0
@@ -95,7 +104,8 @@ def release_file_pages() -> int:
         entries = array("Q", os.pread(pagemap, (end - start) // _PAGE * 8, start // _PAGE * 8))
         entries.append(_WRITTEN)
         first = resident = 0
-        # What has been written (by the dynamic linker, before it was read-only) is no copy of a file, and would be lost.
+        # A page that was written (by the dynamic linker, before it was made read-only) is no copy of the file:
+        # unmapping it would lose what was written.
         for page, entry in enumerate(entries):
             if entry & _FILE:
                 resident += entry >> 63
@@ -110,9 +120,11 @@ def release_file_pages() -> int:
 
 
 def _read_only_files() -> Iterator[tuple[int, int]]:
-    """Stretches of addresses that private, read-only mappings of files fill without a hole, in parts whose pages are soon looked at.
+    """Address ranges [start, end) of adjacent private, read-only file mappings, split so that a range is about 32 MiB
+    at most.
 
-    From /proc/self/maps: smaps, which also tells what was written, takes 0.1 s where there are ten thousand mappings.
+    Read from /proc/self/maps: smaps, which also tells what was written, takes 0.1 s where there are ten thousand
+    mappings.
     """
     start = end = 0
     with open("/proc/self/maps", "rb") as file:
@@ -138,8 +150,9 @@ def narrow_file_mappings() -> int:
     from one mapping to the next; so wherever pages are mapped now, every second page gets a flag of its own (excluded
     from core dumps: no other effect) and becomes a mapping. Call it once the code that matters has run.
 
-    A process may have `vm.max_map_count` mappings, and one that has them all gets no more memory: where every second page would
-    leave fewer than `SPARE_MAPPINGS` of them, it is every second group of 2, 4 or 8 pages, everywhere alike, and of 8 as many as there may be.
+    A process may have `vm.max_map_count` mappings, and one that has them all gets no more memory. If flagging every
+    second page would leave fewer than `SPARE_MAPPINGS` free, every second group of 2, 4 or 8 pages is flagged instead,
+    the same size everywhere; of groups of 8 as many as still leave that number free.
     """
     libc = ctypes.CDLL(None)
     try:
@@ -171,7 +184,9 @@ def narrow_file_mappings() -> int:
 
 
 def _every_second(pages: Iterable[int], size: int) -> Iterator[int]:
-    """Of the groups of `size` pages that these numbers, in ascending order, belong to: those with an odd number."""
+    """The odd-numbered groups of `size` pages that contain one of `pages`, which are page numbers in ascending
+    order.
+    """
     last = -1
     for page in pages:
         group = page // size
@@ -181,7 +196,7 @@ def _every_second(pages: Iterable[int], size: int) -> Iterator[int]:
 
 
 def most_mappings() -> int:
-    """How many a process may have: `vm.max_map_count`, or the kernel's default where that is not told."""
+    """How many mappings a process may have: `vm.max_map_count`, or the kernel's default if that cannot be read."""
     try:
         with open("/proc/sys/vm/max_map_count", "rb") as file:
             return int(file.read())
@@ -198,7 +213,10 @@ def trim_heap() -> None:
 
 @contextmanager
 def apart(size: int) -> Iterator[None]:
-    """While the block runs, buffers of `size` bytes and more have pages of their own: what is made between them leaves them no holes (glibc only)."""
+    """While the block runs, malloc gives buffers of `size` bytes and more mappings of their own (glibc only).
+
+    Small blocks that outlive them are then not scattered between them over the heap, where they would leave holes.
+    """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         yield
@@ -211,7 +229,10 @@ def apart(size: int) -> Iterator[None]:
 
 
 def leave(main: Callable[[], int]) -> NoReturn:
-    """Run `main` and end at once: what else runs at the end would bring back all that lies in a file (`tightfit.runtime.engine.start.page_out`)."""
+    """Run `main`, print a TightfitError that it raises, and end the process with its exit code by `os._exit`.
+
+    Python's and PyTorch's own clean-up would touch all the memory that `page_out` moved to a file, and bring it back.
+    """
     try:
         code = main()
     except TightfitError as error:

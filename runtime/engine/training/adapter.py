@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format, and their initial values."""
+"""LoRA adapters in PEFT's format: names of their tensors, ``adapter_config.json``, and initial values."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 BODY = "model."
-"""what the names of a decoder's layers begin with; inside a multimodal wrapper it is another"""
+"""prefix of the names of a decoder's layers; a decoder inside a multimodal wrapper has another"""
 
 
 def adapter_key(name: str, body: str = BODY) -> str:
-    """The name in a PEFT adapter of the trainable `name`, for a base model whose decoder is `body`."""
+    """The key in a PEFT adapter of the trainable `name`; `body` is the prefix of the decoder's names in the
+    base model.
+    """
     return PREFIX + body + name.removeprefix(BODY)
 
 
 def adapter_config(lora: Mapping[str, Any], names: Iterable[str], base: str, body: str = BODY) -> dict[str, Any]:
-    """``adapter_config.json``; `lora` has `rank` and `alpha`, `names` are the trainables, `base` the base model's name."""
+    """``adapter_config.json``; `lora` has `rank` and `alpha`, `names` are the trainables, `base` the base
+    model's name.
+    """
     targets: list[str] | str = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names})
-    if body != BODY:  # an expression: by their bare names PEFT would adapt the wrapper's vision tower as well
+    if body != BODY:  # a regular expression: given bare names, PEFT would adapt the wrapper's vision tower as well
         targets = f"{re.escape(body)}.*\\.({'|'.join(targets)})"
     return {
         "peft_type": "LORA",
@@ -46,7 +50,9 @@ def adapter_config(lora: Mapping[str, Any], names: Iterable[str], base: str, bod
 
 
 def initialise(name: str, seed: int, out: Tensor) -> None:
-    """PEFT's initial values, seeded per tensor: lora_A uniform in +-1/sqrt(columns) (Kaiming with a = sqrt(5)), lora_B zero."""
+    """PEFT's initial values, seeded per tensor: lora_A uniform in +-1/sqrt(columns) (Kaiming with a = sqrt(5)), lora_B
+    zero.
+    """
     import torch
 
     if ".lora_B." in name:

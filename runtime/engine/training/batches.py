@@ -1,7 +1,7 @@
-"""Batches for the lean process: token records of a decoder, or whole batches of any other module.
+"""Batches for the training process: from a decoder's record file, or from a file of whole batches of any other module.
 
-A batch file of a module: a JSON header padded to `HEADER_BYTES` (`format`, `version`, `count`, `tensors`: [dtype, shape]
-each, `record_bytes`, `fingerprint` of all batches), then the batches, each a crc32 and the bytes of its tensors in order.
+A batch file is a JSON header padded to `HEADER_BYTES` (`format`, `version`, `count`, `tensors`: [dtype, shape] of each,
+`record_bytes`, `fingerprint` of all batches), then the batches, each a crc32 and the bytes of its tensors in order.
 """
 
 from __future__ import annotations
@@ -27,27 +27,36 @@ CHECKSUM_BYTES = 4
 
 
 class TrainingBatches(Protocol):
-    """What steps are made of."""
+    """A source of training batches."""
 
     fingerprint: str
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> int | None:
         """Fill `inputs` with the batch of training step `step`, counted from 0.
 
-        Returns how many tokens it has, padding left out; None where nobody knows.
+        Returns how many tokens it has without padding, or None if that is unknown.
         """
 
     def close(self) -> None: ...
 
 
 class Batches(TrainingBatches, Protocol):
-    def evaluation_count(self, inputs: Sequence[Tensor]) -> int: ...
+    """A data file, of whose batches one can train or evaluate."""
 
-    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]: ...
+    def evaluation_count(self, inputs: Sequence[Tensor]) -> int:
+        """Number of evaluation batches."""
+        ...
+
+    def evaluation(self, number: int, inputs: Sequence[Tensor]) -> list[TokenRecord]:
+        """Fill `inputs` with evaluation batch `number`, from 0; returns its token records, none for a module."""
+        ...
 
 
 class TokenBatches:
-    """`tightfit.runtime.engine.training.records` as batches; `inputs` are input_ids and labels, int64 [batch, seq]."""
+    """Batches from a record file of `tightfit.runtime.engine.training.records`.
+
+    `inputs` are input_ids and labels, int64 [batch, seq].
+    """
 
     def __init__(self, path: str, seed: int) -> None:
         self._records = RecordFile.open(path)
@@ -68,7 +77,7 @@ class TokenBatches:
 
 
 class TensorBatches:
-    """A batch file; training goes through it in order, again and again."""
+    """Batches from a batch file; training takes them in file order and starts again after the last."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -105,7 +114,7 @@ class TensorBatches:
         for tensor in inputs:
             size = tensor.numel() * tensor.element_size()
             if not size:
-                continue  # at address 0, at which zlib begins anew
+                continue  # an empty tensor's data is a null pointer, for which zlib's crc32 starts over
             view = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
             if os.preadv(self._descriptor, [view], offset) != size:
                 raise InputError(f"{self.path}: truncated in batch {number}; prepare the data again")
@@ -116,7 +125,7 @@ class TensorBatches:
 
 
 def open_batches(path: str, seed: int) -> Batches:
-    """Open a record file or a batch file. Raises InputError where it is neither."""
+    """Open a record file or a batch file; `seed` shuffles records. Raises InputError if it is neither."""
     try:
         with open(path, "rb") as file:
             tensors = FORMAT.encode() in file.read(256)
@@ -126,9 +135,9 @@ def open_batches(path: str, seed: int) -> Batches:
 
 
 def write_batches(path: str, batches: Iterable[Sequence[Tensor]]) -> str:
-    """Write a batch file; every batch has the same shapes and dtypes. Returns `path`.
+    """Write a batch file, one batch in memory at a time. Returns `path`.
 
-    One batch is in memory at a time. Raises InputError for batches that differ or where there are none, RunError where the disk refuses.
+    Raises InputError if there is no batch or two differ in shapes or dtypes, RunError if the disk refuses.
     """
     shapes: list[list[Any]] = []
     checksums: list[int] = []
@@ -176,7 +185,9 @@ def write_batches(path: str, batches: Iterable[Sequence[Tensor]]) -> str:
 
 @contextlib.contextmanager
 def _on_disk(path: str) -> Iterator[None]:
-    """What the disk refuses is a RunError; what whoever makes the batches raises is not."""
+    """Turn the disk's OSError into a RunError. Entered around writing alone: errors of the caller's iterator stay as
+    they are.
+    """
     try:
         yield
     except OSError as error:

@@ -1,9 +1,11 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped.
+"""Checkpoints: directories with everything that a run needs to go on as if it had never stopped.
 
-``checkpoint-N/`` holds the trained tensors (as an adapter that PEFT loads, or in a module's ``model.safetensors``),
-``optimizer.safetensors`` (Adam's two moments of each, and the gradients summed so far where an update takes several steps)
-and ``state.json`` (with the result of the evaluation before the first step, and how many labels those sums are over). It is written under another name, forced to disk and renamed, so that a directory with this name is always
-whole. Training order is a function of the step number (`tightfit.runtime.engine.training.records`), so that no other state exists.
+``checkpoint-N/``, made after step N, holds the trained tensors (as an adapter that PEFT loads, or in a module's
+``model.safetensors``), ``optimizer.safetensors`` (Adam's two moments of each, and the gradients summed so far where an
+update takes several steps) and ``state.json`` (the run's conditions, the files' checksums, the result of the evaluation
+before the first step, and how many labels the summed gradients are over). It is written under another name, forced to
+disk and renamed, so that a directory with this name is always whole. The order of the data is a function of the step
+number (`tightfit.runtime.engine.training.records`), so that no other state exists.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from tightfit.runtime.common.files import sync_directory
 from tightfit.runtime.common.run_folder import find_checkpoints, way_on
 
 STEP_BY_STEP = "given step by step"
-"""what a checkpoint says of its data where a training loop of one's own asked for the steps"""
+"""stands in the place of the data's fingerprint in checkpoints of a Session, whose batches come from the user's loop"""
 STATE = "state.json"
 VERSION = 1
 OPERATORS = "operators"
-"""the condition that names their version: with another one results differ in their last bits, whatever the shapes"""
+"""key of the condition that holds the version of tightfit's operators: another version may round differently, so that
+results differ in their last bits even for equal shapes"""
 UNSAID_OPERATORS = 6
-"""the version that checkpoints are of which name none: the last before it was written down"""
+"""the operators' version of checkpoints that state none: the last one before it was recorded"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +39,10 @@ class FoundCheckpoint:
 
 
 def load_latest(directory: str, expected: Mapping[str, Any], data: str = "this run has") -> FoundCheckpoint:
-    """The newest checkpoint in `directory`. Raises InputError where there is none or it was made under other conditions.
+    """The newest checkpoint in `directory`, which must have been made under the conditions `expected`.
 
-    `data` names the data of this run.
+    Raises InputError if there is none, it is damaged, or a condition differs. `data` names this run's data in that
+    message.
     """
     found = find_checkpoints(directory)
     if not found:
@@ -76,7 +80,7 @@ def _difference(key: str, was: Any, now: Any) -> str:
         return "by another version of tightfit or for another model: the operators of its steps differ"
     if key == "weights":  # hashes
         return "with other weights"
-    if key == "steps of an update":  # none is said where each step is one
+    if key == "steps of an update":  # None where every step makes an update
         return f"with {was or 1} step{'s' * bool(was)} to an update, this run has {now or 1}"
     if isinstance(was, dict) and isinstance(now, dict):
         differ = [f"{name} {was[name]!r}, now {now[name]!r}" for name in was if name in now and was[name] != now[name]]
@@ -87,11 +91,12 @@ def _difference(key: str, was: Any, now: Any) -> str:
 def save(
     directory: str, step: int, conditions: Mapping[str, Any], fill: Callable[[str], dict[str, Any]], keep: int
 ) -> str:
-    """Write ``checkpoint-<step>``: `fill(path)` writes its files and returns entries of its state. Returns the path.
+    """Write ``checkpoint-<step>``: `fill(path)` writes its files and returns further entries of ``state.json``.
 
-    Keeps the newest `keep`. Raises RunError where the disk refuses; the checkpoints before are then intact.
+    Returns the path. Removes all but the newest `keep` checkpoints, at least one. Raises RunError if the disk refuses;
+    earlier checkpoints are then intact.
     """
-    import shutil  # with its compressors 1 MiB, which the supervisor of a run does without
+    import shutil  # imported here: with its compressors it takes 1 MiB, which a run's supervisor need not hold
 
     path = os.path.join(directory, f"checkpoint-{step}")
     partial = os.path.join(directory, f".checkpoint-{step}.partial")
@@ -126,7 +131,7 @@ def write_json(path: str, content: Any) -> None:
 
 
 def partial_directories(directory: str) -> Iterator[str]:
-    """Left behind by a killed process."""
+    """Half-written checkpoints in `directory`, left by a process that was killed."""
     for name in os.listdir(directory):
         if name.startswith(".checkpoint-") and name.endswith(".partial"):
             yield os.path.join(directory, name)

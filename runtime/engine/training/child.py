@@ -1,7 +1,10 @@
-"""The lean process: ``python -m tightfit.runtime.engine.training.child JOB --messages FD`` runs a job, ``--floor`` measures the process itself.
+"""Entry point of the training process, also called the lean process: runs a job under the cap, or measures the floor.
 
-It imports torch's kernels and nothing heavier, loads what stays resident, and repeats the plan's schedule. To its parent
-it sends JSON lines on a descriptor of its own. SIGINT and SIGTERM end it after the step, with a checkpoint.
+    python -m tightfit.runtime.engine.training.child JOB --messages FD    runs a job
+    python -m tightfit.runtime.engine.training.child --floor              prints what an idle process holds, as JSON
+
+It imports PyTorch's kernels and nothing heavier, loads what stays resident, and repeats the plan's schedule. It sends
+JSON lines to its parent on descriptor FD. On SIGINT and SIGTERM it finishes the step, saves a checkpoint and ends.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def main(arguments: list[str]) -> int:
         try:
             write_all(options.messages, json.dumps({"event": event, **content}).encode() + b"\n")
         except BrokenPipeError:
-            stop()  # the parent is gone, and nobody waits for more than a checkpoint
+            stop()  # the parent has ended: finish the step, save a checkpoint and end too
 
     try:
         lean_torch.load()
@@ -72,14 +75,15 @@ def run_job(path: str, send: Any, stop: _StopRequest) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     parent = os.getppid()
-    # A run that is killed takes this process with it, which saves; that the thread that started it has ended is no end.
+    # If the parent is killed, the kernel sends SIGUSR1, and this process saves and ends. The kernel also sends it when
+    # only the parent's thread that started this process ends; then the parent's id is unchanged, and the run goes on.
     signal.signal(signal.SIGUSR1, lambda *_: None if os.getppid() == parent else stop())
     end_with_parent(signal.SIGUSR1)
     return run(job, channel, send, stop.is_set)
 
 
 class _StopRequest:
-    """A signal handler that remembers, and may be called without a signal."""
+    """A signal handler that records that the run is to stop; may also be called directly."""
 
     def __init__(self) -> None:
         self._set = False

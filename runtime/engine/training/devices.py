@@ -1,4 +1,4 @@
-"""The device that a job is for, opened: the one place of the engine that knows devices by name."""
+"""Opens the device that a job names: the one place of the engine that knows devices by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEVICES: dict[str, Callable[[int, Meter], Device]] = {"cpu": Cpu}
 
 
 def open_device(header: dict[str, Any]) -> Device:
-    """With the job's arena, under its cap. Raises InputError for a kind of device that nothing runs on."""
+    """Open the device with the job's arena and cap. Raises InputError for a kind of device that has no back end."""
     kind = header["device"]
     if kind not in DEVICES:
         raise InputError(f"a plan for {kind!r} cannot be run here; devices that can: {', '.join(DEVICES)}")

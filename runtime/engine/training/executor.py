@@ -1,7 +1,7 @@
-"""Carries out a schedule over a device's arena, from top to bottom: nothing is decided here.
+"""The executor: carries out a plan's instructions one after the other on tensors in the device's arena.
 
-Numbers do not depend on the plan: an operator sees the same shapes, strides and 64-byte alignment wherever its tensors
-lie, and transfers change no bits.
+Every decision is the plan's. Results do not depend on it: an operator gets the same shapes, strides and 64-byte
+alignment wherever its tensors lie in the arena, and transfers change no bits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ __all__ = ["CompiledOperator", "Executor", "compile_operator"]
 
 
 class BoundOperator:
-    """A compiled operator with its windows on the arena precomputed; tensors are indices into a layer's table."""
+    """A compiled operator whose views of the arena are prepared but for their offsets.
+
+    It belongs to a program, which equal layers share; so it names tensors by their index in a layer's table, which
+    gives the tensor's number.
+    """
 
     __slots__ = ("call", "gathers", "inputs", "name", "partial", "reads", "writes")
 
@@ -96,14 +100,17 @@ class BoundOperator:
 
 
 def bind(program: dict[str, Any], device: Device, store: Store | None) -> list[BoundOperator]:
-    """The operators of a program as the job holds it."""
+    """Bind the operators of a program, which is in the form of the job's header (`program_header`)."""
     values = program_values(program)
     local = {name: index for index, name in enumerate(values)}
     return [BoundOperator(operator, values, local, device, store) for operator in program["operators"]]
 
 
 class Executor:
-    """`execute` runs one phase. `seconds` sums wall time by instruction kind, plus "stall": waiting for the disk."""
+    """`execute` runs one step or one evaluation batch.
+
+    `seconds` then holds its wall time by kind of instruction, and as "stall" the part of it spent waiting for the disk.
+    """
 
     def __init__(
         self,
@@ -120,11 +127,11 @@ class Executor:
         self.device, self.store, self.spill, self.channel, self.update = device, store, spill, channel, update
         self.sizes, self.extents = job.sizes, job.extents
         self.where = job.where
-        """Byte offset of every tensor in the arena, while it is there."""
+        """Byte offset of every tensor in the arena; means nothing while the tensor is not resident."""
         ends = [*job.starts[1:], len(job.tables)]
         self.tables = [job.tables[start:end] for start, end in zip(job.starts, ends)]
         del job.tables[:]
-        # Bound, they are of no more use and as large as what is bound.
+        # Once bound, the JSON form is dropped from the header: it is as large as the bound operators.
         self.programs = [bind(program, device, store) for program in header.pop("programs")]
         self.layers = [self.programs[index] for index in header["layer_programs"]]
         self.gathered = dict(header["gathered"])
@@ -132,10 +139,12 @@ class Executor:
         self.loss_number, self.token_losses = header["loss"], header["token_losses"]
         self.arriving: dict[int, int] = {}
         self.leaving: dict[int, int] = {}
-        """Tickets of tensors on their way in (reads and fetches) and out (spills)."""
+        """By tensor number, the channel's tickets of unfinished transfers: `arriving` reads and fetches, `leaving`
+        spills.
+        """
         self.seconds = dict.fromkeys((*CODES, "stall"), 0.0)
         self.detail: dict[str, list[float]] | None = None
-        """Calls and seconds by operator, "unpack" and "update", of steps for which a dict stands here."""
+        """[calls, seconds] by operator name, "unpack", "update" and "perturb"; collected only while this is a dict."""
         self.forwards: list[float] = []
         self.losses: Tensor | None = None
         self.between_forwards: Callable[[], object] = lambda: None
@@ -143,14 +152,16 @@ class Executor:
 
     @property
     def loss(self) -> float:
-        """The mean over the forwards of the last step."""
+        """Mean loss over the forwards of the last step: one, or two with MeZO."""
         return sum(self.forwards) / len(self.forwards)
 
     def execute(self, words: array[int], begin: int = 0, end: int | None = None, cycles: int = 0) -> None:
-        """Run the step or evaluation batch in words [begin, end), after `cycles` whole cycles of steps.
+        """Run the step or evaluation batch in words [begin, end) of the job.
 
-        Afterwards `forwards` holds the loss of every forward and `losses` a copy of the token losses. Raises what a
-        transfer raised (RunError, InputError) and CapError where the resident set passes the cap.
+        `cycles` is the number of whole cycles of steps before this step; the number of an update follows from it.
+        Afterwards `forwards` holds the loss of every forward and, if the schedule has TOKEN_LOSSES, `losses` a copy of
+        the token losses. Raises what a transfer raised (RunError, InputError), and CapError if the resident set is
+        above the cap.
         """
         where, sizes, arriving, leaving = self.where, self.sizes, self.arriving, self.leaving
         spent = [0.0] * len(CODES)
@@ -179,7 +190,7 @@ class Executor:
                     place += 1
                     if write is None:
                         outputs.append(None)
-                    elif at < 0:  # unused here, but some kernels write it all the same
+                    elif at < 0:  # unused, so the plan gives it no place; some kernels write it all the same
                         outputs.append(
                             None if operator.partial else torch.empty_strided(write[3], write[4], dtype=write[5])
                         )
@@ -203,7 +214,7 @@ class Executor:
                 weight = self.weights[words[place + 1]]
                 number, at = words[place + 2], words[place + 3] * UNIT
                 where[number] = at
-                device.fence()  # what is freed there may still be read
+                device.fence()  # an operator may still read the freed tensor that this overwrites
                 host = device.host(at, (weight.packed_bytes,), "uint8")
                 arriving[number] = self.channel.submit(self._read, weight.name, at, host)
                 place += 4
@@ -231,7 +242,7 @@ class Executor:
                 place += 3
             elif code == SPILL:
                 number = words[place + 1]
-                device.fence()  # what makes the tensor may run still
+                device.fence()  # the operator that makes the tensor may still be running
                 host = device.host(where[number], (sizes[number],), "uint8")
                 leaving[number] = self.channel.submit(self._spill, where[number], host, self.extents[number])
                 place += 2
@@ -273,10 +284,12 @@ class Executor:
         self.device.get(at, host)
         self.spill.write(host.data_ptr(), host.numel(), extent)
 
-    # --- the others ------------------------------------------------------------------------------------------------
+    # --- updates, timing, waiting ----------------------------------------------------------------------------------
 
     def _update(self, trainable: int, count: int) -> None:
-        """Update number `count` of a trainable, once everything that it reads has landed."""
+        """Carry out update number `count`, from 1, of a trainable; waits for the transfers of the tensors that it
+        reads.
+        """
         one = self.trainables[trainable]
         if isinstance(self.update, Perturbation):
             parameter = self.device.tensor(self.where[one.value.number], one.shape, "float32")

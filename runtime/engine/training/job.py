@@ -1,15 +1,16 @@
-"""The job of a training process: a plan and the settings of a run, as `tightfit.runtime.session.job_compiler` writes them.
+"""The job file of a training process: a plan and the settings of a run, compiled into a JSON header and integer arrays.
 
-A short JSON header and flat integer arrays, so that a schedule of twenty thousand instructions costs half a megabyte. Tensors
-are numbers, the lowest those of what stays between steps or is ever on the disk; offsets are in units of 64 bytes; an
-instruction is a run of int32 words:
+`tightfit.runtime.session.job_compiler` makes it. In this form a schedule of twenty thousand instructions takes half a
+megabyte. Tensors are numbers, the lowest ones those of tensors that stay between steps or are ever spilled. Offsets in
+instructions are in units of 64 bytes. An instruction is a sequence of int32 words:
 
     READ weight packed at | UNPACK weight tensor packed at | RUN layer operator count at... | FREE tensor
     SPILL tensor | FETCH tensor at | UPDATE trainable updates-per-cycle which-of-them | PERTURB trainable times
     PASS tensor tensor | LOSS | TOKEN_LOSSES
 
-`LOSS` and `TOKEN_LOSSES` stand just before the instruction that frees these tensors. The training schedules of a cycle
-follow each other in `train`; the header's `cycle` says where each begins and ends.
+A RUN lists one offset per output (-1: the output is unused). PASS gives the second tensor the place of the first.
+`LOSS` and `TOKEN_LOSSES` make the executor read those tensors; they stand just before the instruction that frees them.
+The training schedules of a cycle follow each other in `train`; the header's `cycle` says where each begins and ends.
 """
 
 from __future__ import annotations
@@ -40,25 +41,32 @@ _ARRAYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """`header` is JSON; the arrays are indexed by tensor number, or are lists of words. The executor takes `where` and `tables` over."""
+    """A job in memory. `sizes`, `extents` and `where` are indexed by tensor number; all figures are bytes.
+
+    The executor takes `where` and `tables` over: it changes the one and empties the other.
+    """
 
     header: dict[str, Any]
     sizes: array[int]
-    """Bytes of the first tensors, which stay or are ever on the disk."""
+    """Bytes of each tensor that stays between steps or is ever spilled; these have the lowest numbers."""
     extents: array[int]
-    """Where each of those lies in the spill file, bytes; -1: nowhere."""
+    """Byte offset of each of those in the spill file; -1: never there."""
     where: array[int]
     """Byte offset in the arena of every tensor; 0 for those that do not stay there between steps."""
     tables: array[int]
     """Tensor number of every program value of every layer, layer after layer."""
     starts: array[int]
-    """Where each layer's table starts."""
+    """Index in `tables` at which each layer's part starts."""
     weights: array[int]
-    """What `tightfit.runtime.engine.training.job_tables.StoredWeights` reads: dtype and shape of each weight of the header as places in lists there, its packed bytes, and
-    its byte offsets where it stays unpacked and packed; -1: it does not."""
+    """For `tightfit.runtime.engine.training.job_tables.Weights`: of each weight in the header the indices of its dtype
+    and shape in the header's lists, its packed bytes, and its byte offsets in the arena where it stays unpacked and
+    packed (-1: it does not).
+    """
     trainables: array[int]
-    """What `tightfit.runtime.engine.training.job_tables.Trainables` reads: of each trainable of the header the place of its shape there, the number of its gradient, and
-    number and byte offset (-1: spilled) of its value and states."""
+    """For `tightfit.runtime.engine.training.job_tables.Trainables`: of each trainable in the header the index of its
+    shape in the header's list, the number of its gradient, and number and byte offset (-1: in the spill file) of its
+    value and of each state.
+    """
     train: array[int]
     evaluate: array[int]
 
@@ -83,7 +91,7 @@ class Job:
 
 
 def program_header(program: Mapping[str, Any]) -> dict[str, Any]:
-    """What the child needs of a program."""
+    """The part of a program that the training process needs, for the job's header."""
     return {
         "values": [[v["name"], v["dtype"], v["shape"], v["stride"]] for v in program["values"]],
         "operators": [
@@ -95,14 +103,14 @@ def program_header(program: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def program_values(program: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The values of a program as the job holds it: name -> dtype, shape, stride."""
+    """The values of a program in the header's form (`program_header`): name -> dtype, shape, stride."""
     return {
         name: {"dtype": dtype, "shape": shape, "stride": stride} for name, dtype, shape, stride in program["values"]
     }
 
 
 def operators_run(job: Job) -> set[tuple[int, int]]:
-    """What the schedules run: (program, operator)."""
+    """The operators that the schedules run, as (index of the program, index of the operator in it)."""
     programs = job.header["layer_programs"]
     return {
         (programs[words[place + 1]], words[place + 2])
@@ -113,7 +121,7 @@ def operators_run(job: Job) -> set[tuple[int, int]]:
 
 
 def starts_of(words: Sequence[int]) -> Iterator[int]:
-    """Where each instruction starts."""
+    """Index of the first word of each instruction."""
     place = 0
     while place < len(words):
         yield place
@@ -121,6 +129,6 @@ def starts_of(words: Sequence[int]) -> Iterator[int]:
 
 
 def width(words: Sequence[int], place: int) -> int:
-    """Words of the instruction that starts at `place`."""
+    """Number of words of the instruction that starts at `place`."""
     code = words[place]
     return 4 + words[place + 3] if code == RUN else (4, 5, 0, 2, 2, 3, 4, 3, 3, 1, 1)[code]

@@ -1,5 +1,7 @@
-"""What a job says of its weights and trainables, in the lean process: a deep model has thousands of them, which as the lists and
-strings that JSON makes take kilobytes each.
+"""Compact tables of a job's weights and trainables, whose entries are made when they are asked for.
+
+A deep model has thousands of them. As the Python lists and strings that a JSON parser makes, each would take kilobytes
+of the training process.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ class StoredWeight(NamedTuple):
     shape: tuple[int, ...]
     packed_bytes: int
     at: int
-    """Byte offset in the arena of what stays there unpacked; negative: nothing does."""
+    """Byte offset in the arena of the unpacked weight, if it stays there between steps; negative: it does not."""
     packed_at: int
+    """The same of the packed weight."""
 
 
 class Place(NamedTuple):
-    """Where a persistent tensor is between steps: at a byte offset of the arena or, if that is negative, in the spill file."""
+    """Where a persistent tensor is between steps: at a byte offset of the arena or, if that is negative, in the spill
+    file.
+    """
 
     number: int
     at: int
@@ -31,22 +36,26 @@ class Trainable(NamedTuple):
     shape: tuple[int, ...]
     value: Place
     gradient: int
-    """A tensor's number."""
+    """Tensor number of its gradient; -1: no schedule makes one."""
     states: tuple[Place, ...]
-    """Of the optimizer, in the order of `STATES`."""
+    """The optimizer's states, in the order of `job.STATES`."""
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Of all that an update reads."""
+        """Tensor numbers of what an update reads: value, gradient, states."""
         return (self.value.number, self.gradient, *(state.number for state in self.states))
 
 
 SEPARATOR = "\0"
-"""between names, which are one string in the job: JSON's own strings and lists leave holes where they were"""
+"""Stands between the names, which the job holds as one string: a JSON list of strings would leave holes in the heap
+once it is freed.
+"""
 
 
 class Names(Sequence[str]):
-    """The parts of `text`: thousands of strings take twice as much."""
+    """The parts of `text` between separators, cut out when asked for: thousands of Python strings take twice the
+    memory.
+    """
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -63,8 +72,10 @@ class Names(Sequence[str]):
 
 
 class Weights(Sequence[StoredWeight]):
-    """`said` has the names, and dtypes and shapes that occur; `numbers` of each weight the places of its dtype and shape there, its
-    packed bytes and its two offsets.
+    """The weights of a job.
+
+    `said` holds their names, and lists of the dtypes and shapes that occur. `numbers` holds five numbers for each
+    weight: the indices of its dtype and shape in those lists, its packed bytes, and the offsets `at` and `packed_at`.
     """
 
     def __init__(self, said: Mapping[str, Any], numbers: array[int]) -> None:
@@ -85,8 +96,10 @@ class Weights(Sequence[StoredWeight]):
 
 
 class Trainables(Sequence[Trainable]):
-    """`said` has the names, and the shapes that occur; `numbers` of each trainable the place of its shape there, its gradient, and
-    tensor and offset of its value and of each state.
+    """The trainables of a job.
+
+    `said` holds their names and a list of the shapes that occur. `numbers` holds for each trainable the index of its
+    shape in that list, the tensor number of its gradient, and tensor number and offset of its value and of each state.
     """
 
     def __init__(self, said: Mapping[str, Any], numbers: array[int]) -> None:

@@ -1,4 +1,7 @@
-"""The loop of a run: evaluate, train, save, evaluate. Sends what happens to the parent and keeps ``metrics.jsonl``."""
+"""The loop of a run in the training process: evaluates, takes the steps, writes checkpoints, evaluates again.
+
+It sends a message about each of these to the parent process, and appends a line per step to ``metrics.jsonl``.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,11 @@ INTERRUPTED = 4
 
 
 def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) -> int:
-    """Carry out a job; returns the exit code. `stopping` tells between steps whether to save and end."""
+    """Carry out a job; returns the exit code: 0, or `INTERRUPTED`.
+
+    `send(event, **content)` sends a message to the parent. `stopping()` is asked between steps and evaluation batches;
+    once it is true, the run saves a checkpoint and ends.
+    """
     one = _Run(job, channel, send, stopping)
     try:
         one.begin()
@@ -50,23 +57,27 @@ class _Run:
         self.training = Training(job, channel, self.out)
         batches = self.training.batches
         self.requests = batches if isinstance(batches, Requests) else None
-        """whether steps are asked for one by one"""
+        """the pipe of a Session, which asks for steps one by one; None in a run over prepared data"""
         self.conditions = {**header["conditions"], "data": batches.fingerprint}
         self.held_out = _fingerprint(header)
         self.found = checkpoint.load_latest(self.out, self.conditions) if header["resume"] else None
         self.done = self.found.step if self.found else 0
         self.path = self.found.path if self.found else ""
-        """of the latest checkpoint"""
+        """path of the latest checkpoint"""
         self.saved = self.done if self.found else -1
-        """the step that it was made after"""
+        """the step after which the latest checkpoint was made; -1: there is none"""
         self.before = _evaluated_before(self.found.state) if self.found else {}
-        """the first evaluation"""
+        """result of the evaluation before step 1, and the fingerprint of its data"""
         self.peaks: dict[str, int] = {}
+        """VmHWM in bytes at the end of each part of the run"""
 
     def begin(self) -> None:
-        """Load, go on where an earlier run was, and evaluate before the first step."""
+        """Load the checkpoint or the initial state, and evaluate the model as it is before step 1, if that is still
+        due.
+        """
         training, found, send = self.training, self.found, self.send
-        # Data that were not evaluated before step 1 are, by a resumed run, with the model as it was then.
+        # A resumed run may have held-out data that were not evaluated before step 1. Then it first takes the initial
+        # state again, evaluates that, and loads the checkpoint afterwards.
         begun = self.done > 0 and (self.held_out is None or self.before.get("data") == self.held_out)
         if found:
             send("resumed", step=self.done, checkpoint=found.path)
@@ -90,12 +101,13 @@ class _Run:
             self.evaluate("before")
             if found:
                 training.load_state(found.path, found.state)
-        # The first step that is like those after it, and of several that make an update the last.
+        # The second timeline is that of step 3 after the start, the first one without the start's extra work; where
+        # several steps make an update, it is that of the next step that ends one.
         later = -(-(self.done + 3) // self.header["accumulate"]) * self.header["accumulate"]
         self.watched = {self.done + 1: "first", min(self.header["steps"] or later, later): "later"}
 
     def steps(self) -> Iterator[int]:
-        """Numbers of the steps to take."""
+        """Numbers of the steps to take, from 1; in a Session as the caller asks for them."""
         if self.requests:
             self.requests.stopping = self.stopping
             yield from self._asked(self.requests)
@@ -105,7 +117,9 @@ class _Run:
             yield from range(self.done + 1, self.header["steps"] + 1)
 
     def _asked(self, requests: Requests) -> Iterator[int]:
-        """Steps as they are asked for, and what else is."""
+        """Yield a step for each STEP request, and answer the other requests. Raises Gone if the pipe closes without
+        FINISH.
+        """
         while request := requests.next():
             if request.kind == FINISH:
                 return
@@ -133,7 +147,9 @@ class _Run:
             raise _Stopped
 
     def evaluate(self, when: str) -> None:
-        """On the held-out data, where there are any."""
+        """Evaluate on the held-out data, if there are any; `when` is "before" or "after". Raises _Stopped on a
+        signal.
+        """
         if not self.header["evaluation"]:
             return
 
@@ -156,13 +172,13 @@ class _Run:
         self.path = checkpoint.save(self.out, self.done, self.conditions, fill, self.header["keep_checkpoints"])
         self.saved = self.done
         self.peaks["checkpoint"] = self.training.meter.check_peak()
-        settle()  # code that only saving needs
+        settle()  # gives back the pages of library code that only saving runs
         self.send("checkpoint", step=self.done, path=self.path, peak_bytes=self.peaks["checkpoint"])
 
     def interrupted(self) -> None:
         if self.saved != self.done and not (
             self.requests and self.done == 0
-        ):  # a loop that ends at once is begun again
+        ):  # a Session that has taken no step has nothing to save; the user begins it again
             self._save()
         self.send("interrupted", step=self.done, checkpoint=self.path)
         self.training.close()
@@ -175,14 +191,17 @@ class _Run:
 
 
 def _evaluated_before(state: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint has of the first evaluation, but for a loss of questions that older versions mixed with wrong answers."""
+    """The result of the evaluation before step 1 as a checkpoint has it; {} if there is none that can be compared.
+
+    Older versions counted wrong choices in the loss of questions; those results are left out.
+    """
     before: dict[str, Any] = state.get("evaluated before", {})
     comparable = not before or before["result"]["accuracy"] is None or before.get("answers") == "right"
     return before if comparable else {}
 
 
 def _fingerprint(header: dict[str, Any]) -> str | None:
-    """Of the data to evaluate on."""
+    """Fingerprint of the held-out data; None if there are none."""
     if not header["evaluation"]:
         return None
     batches = open_batches(header["evaluation"], header["seed"])
@@ -197,7 +216,11 @@ class _Stopped(Exception):  # noqa: N818  not an error
 def _step(
     training: Training, step: int, watched: str | None, metrics: Metrics, peaks: dict[str, int], send: Send
 ) -> None:
-    """One step, measured; with a timeline under the name `watched`."""
+    """Take one step, send its figures and add them to the metrics. With `watched`, also send a timeline under that
+    name.
+
+    Raises InputError if the loss is not finite.
+    """
     detailed = watched == "later" and training.header["profile_step"]
     if watched:
         training.meter.watch(training.header["expected_seconds"])
@@ -232,7 +255,10 @@ def _step(
 
 
 def _save_trained(training: Training, path: str) -> str:
-    """The result, under its own name, whole or not at all."""
+    """Write the adapter or model under another name, then rename it to `path`, so that it is never there in part.
+
+    Returns `path`. Raises RunError if the disk refuses.
+    """
     partial = f"{path}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -253,7 +279,9 @@ def _save_trained(training: Training, path: str) -> str:
 
 
 class Metrics:
-    """``metrics.jsonl``: one line per step. Lines after the resumed step are dropped, those before are kept."""
+    """``metrics.jsonl``: one line per step. A resumed run keeps the lines up to the step it resumes at and drops later
+    ones.
+    """
 
     def __init__(self, path: str, done: int) -> None:
         self._path = path

@@ -1,7 +1,8 @@
-"""Every operator runs once before anything is loaded: its kernels are made, and what only making them needs is let go again.
+"""Runs every operator of a job once before the weights are loaded, so that its kernels are built while memory is free.
 
-oneDNN builds a kernel for every shape of a product, and code is mapped when it first runs. Made in the middle of a step, while the
-arena is full, kernels would leave holes in the heap, and code that no later step needs.
+oneDNN builds a kernel for every shape of a matrix product, and the pages of library code are mapped when they first
+run. In the middle of a step, with the arena full, building would leave holes in the heap, and mapped code that no later
+step needs.
 """
 
 from __future__ import annotations
@@ -14,24 +15,29 @@ from tightfit.runtime.engine.start.process import apart, trim_heap
 from tightfit.runtime.engine.training.executor import BoundOperator
 
 LARGEST_LASTING = 320 << 10
-"""bytes: what oneDNN keeps of a product is in smaller parts (the largest has 252 KiB), and most buffers of operators are larger"""
+"""bytes: heap blocks that oneDNN keeps with a kernel are smaller (the largest has 252 KiB), most buffers of operators
+are larger; those get mappings of their own during the warm-up
+"""
 
 
 def warm_up_operators(operators: Iterable[BoundOperator], device: Device) -> None:
-    """Run the operators on zeros, and give the arena's pages back.
+    """Run the operators on zeros in the arena, and give its pages back after each.
 
-    What gathers rows of weights is left out. Raises InputError for an operator that cannot be run.
+    Operators that gather rows from the weight store are left out. Raises InputError for an operator that cannot be run.
     """
     with apart(LARGEST_LASTING):
         for operator in operators:
             if not operator.gathers:
                 _run(operator, device)
-                device.release()  # the next finds zeros as well: numbers that an operator takes for places have to be small
+                device.release()  # the next one reads zeros too: leftover values, read as indices, could be too large
                 trim_heap()
 
 
 def _run(operator: BoundOperator, device: Device) -> None:
-    """With its tensors one behind the other, of which a schedule has all in the arena at once."""
+    """Run one operator, its tensors side by side from the start of the arena.
+
+    A schedule has them all in the arena at once; should they not fit side by side, the operator is skipped.
+    """
     needed = {
         local: (offset + _elements(size, stride)) << shift
         for _, _, local, _, shift, size, stride, offset in operator.reads
@@ -64,5 +70,5 @@ def _run(operator: BoundOperator, device: Device) -> None:
 
 
 def _elements(size: Sequence[int], stride: Sequence[int]) -> int:
-    """From the first to behind the last of a strided tensor."""
+    """Elements that a strided tensor spans, from its first to its last."""
     return 0 if 0 in size else 1 + sum((length - 1) * step for length, step in zip(size, stride))

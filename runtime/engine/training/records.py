@@ -1,4 +1,4 @@
-"""Record files: tokenised samples of one fixed shape that the lean runtime process reads one by one.
+"""Record files: tokenised samples of one fixed shape, which the training process reads one by one.
 
 Layout, little-endian::
 
@@ -14,8 +14,8 @@ Layout, little-endian::
     words 5 + seq ..   labels [seq]: the token that position t must predict, -100 where nothing is asked
 
 Header keys: `format` ("tightfit-records"), `version`, `seq`, `count` (records), `examples`, `pad_token`, `vocab_size`
-(every token is below it), `tokens` (input positions before padding, summed), `labelled` (positions with a label, summed),
-`fingerprint` (sha256 of all records) and `source` (what the data was made from, in words).
+(every token is below it), `tokens` (input positions before padding, summed), `labelled` (positions with a label,
+summed), `fingerprint` (sha256 of all records) and `source` (what the data was made from, in words).
 
 Training order needs no state: sample number ``step * batch + i`` falls in epoch ``n // count`` at place ``n % count``,
 and a keyed permutation (`shuffled`) maps the place to a record in constant memory. A run that resumes at step N
@@ -47,7 +47,7 @@ HEADER_BYTES = 4096
 PREFIX_WORDS = 5
 IGNORED = -100
 SOURCE_CHARACTERS = 256
-"""of what the data was made from, which JSON may write with twelve bytes each: the header has room for them"""
+"""kept of `source`; JSON may escape a character with twelve bytes, and the header has room for so many"""
 
 
 @dataclass(frozen=True, kw_only=True)

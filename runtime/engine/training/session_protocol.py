@@ -1,7 +1,8 @@
-"""What a training loop of one's own asks of the lean process: a step, a loss, a checkpoint, one after the other.
+"""The requests that a Session sends to the training process through a pipe: take a step, compute a loss, save, finish.
 
-A request is its kind, the learning rate (nan: that of the run) and, for a step or a loss, the bytes of the batch's tensors in
-the order of the plan. Whoever asks closes the pipe without `FINISH` where the run is to be gone on with later.
+A request is one byte for its kind, the learning rate as a float64 (nan: that of the run) and, for a step or a loss, the
+bytes of the batch's tensors in the plan's order. A pipe that is closed without `FINISH` means: save a checkpoint and
+end, the run may be resumed later.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 
 STEP, EVALUATE, SAVE, FINISH = b"s", b"e", b"c", b"f"
 ANSWERS = {STEP: "step", EVALUATE: "loss", SAVE: "checkpoint"}
-"""the message that answers each"""
+"""event of the message with which the training process answers each kind"""
 _HEAD = struct.Struct("<cd")
 PATIENCE = 0.2
-"""seconds between two looks at whether to end, while nothing is asked"""
+"""seconds of waiting for a request after which `stopping` is asked again"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +37,11 @@ class Request:
 
 
 class Gone(Exception):  # noqa: N818  not an error
-    """Nobody asks any more."""
+    """The pipe was closed without FINISH, or the run is to stop."""
 
 
 class Requests:
-    """The end of the pipe in the lean process; as its batches it hands out the one that the latest request brought."""
+    """The training process's end of the pipe. Also the source of training batches: each comes with its request."""
 
     fingerprint = STEP_BY_STEP
 
@@ -49,10 +50,12 @@ class Requests:
         self._readable = select.poll()
         self._readable.register(descriptor, select.POLLIN)
         self.stopping: Callable[[], bool] = lambda: False
-        """whether to wait for nothing more: a signal alone ends no read, and a copy of the asking process may hold the pipe open"""
+        """whether to stop waiting for requests; it must be polled, because a signal does not end a read by itself and a
+        fork of the asking process may hold the pipe open
+        """
 
     def next(self) -> Request | None:
-        """What is asked next; None: nothing any more, or the run is to stop."""
+        """Wait for the next request, up to its tensors; None: the pipe was closed, or the run is to stop."""
         head = bytearray(_HEAD.size)
         if not self._read(memoryview(head)):
             return None
@@ -60,7 +63,7 @@ class Requests:
         return Request(kind=kind, lr=None if math.isnan(lr) else lr)
 
     def training(self, step: int, inputs: Sequence[Tensor]) -> None:
-        """Fill `inputs`. Raises Gone where the batch ends in the middle."""
+        """Fill `inputs` with the batch of the latest request. Raises Gone if the pipe or the run ends within it."""
         for tensor in inputs:
             size = tensor.numel() * tensor.element_size()
             if size and not self._read(memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")):
@@ -70,7 +73,7 @@ class Requests:
         os.close(self._descriptor)
 
     def _read(self, view: memoryview) -> bool:
-        """Fill `view`; False where the pipe or the run ends before that."""
+        """Fill `view`; False if the pipe is closed or the run is to stop before that."""
         while view and not self.stopping():
             if self._readable.poll(PATIENCE * 1e3):
                 count = os.readv(self._descriptor, [view])
@@ -81,7 +84,9 @@ class Requests:
 
 
 def ask(descriptor: int, kind: bytes, lr: float | None = None, tensors: Sequence[Tensor] = ()) -> None:
-    """Write a request; `tensors` are contiguous. Raises BrokenPipeError where nobody reads it any more."""
+    """Write a request with its contiguous `tensors`. Raises BrokenPipeError if the training process has closed the
+    pipe.
+    """
     write_all(descriptor, _HEAD.pack(kind, float("nan") if lr is None else lr))
     for tensor in tensors:
         size = tensor.numel() * tensor.element_size()

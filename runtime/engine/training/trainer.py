@@ -1,4 +1,6 @@
-"""Training inside the lean process: resident tensors, steps, evaluation, and what is saved between them."""
+"""One job in the training process: loads the resident tensors, runs steps and evaluations, saves and loads
+their state.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,10 @@ CHUNK = 1 << 20
 
 
 class Training:
-    """One job, loaded: `step` and `evaluate` run its phases."""
+    """A loaded job: `step` takes a training step, `evaluate` and `loss` run the evaluation schedule."""
 
     def __init__(self, job: Job, channel: Channel, directory: str, device: Device | None = None) -> None:
-        """`device`: by default the one that the job is for."""
+        """Load what stays resident. `directory` takes the spill file; `device` defaults to the one named in the job."""
         header = job.header
         self.job, self.header = job, header
         self.device = device or open_device(header)
@@ -52,7 +54,7 @@ class Training:
             if isinstance(optimizer, MeZO)
             else Update(optimizer, header["accumulate"])
         )
-        # As JSON has them they are of no more use, and many times as large.
+        # The JSON forms are dropped from the header: they are many times as large as these tables.
         self.weights = Weights(header.pop("weights"), job.weights)
         self.trainables = Trainables(header.pop("trainables"), job.trainables)
         self._hole: tuple[int, int] = tuple(header["hole"])
@@ -73,21 +75,21 @@ class Training:
         self._load_frozen()
         self._input_places = [at for _, _, _, at in header["inputs"]]
         self.inputs = [self.device.host(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]
-        """the batch, in host memory"""
+        """the tensors of the batch in host memory, in the plan's order"""
         requests = header["requests"]
         self.batches: TrainingBatches = (
             open_batches(header["data"], header["seed"]) if requests is None else Requests(requests)
         )
         self.tokens: int | None = None
-        """of the latest step, padding left out; None where nobody knows"""
+        """tokens in the latest step's batch without padding; None if unknown (a module's batches, a Session)"""
 
     def set_rate(self, lr: float | None) -> None:
-        """The learning rate from the next step on; None: that of the run."""
+        """Set the base learning rate from the next step on; None sets that of the run again."""
         lr = self.header["optimizer"]["lr"] if lr is None else lr
         self.update.optimizer = replace(self.update.optimizer, lr=lr)
 
     def step(self, number: int) -> float:
-        """Training step `number`, counted from 1; returns its loss."""
+        """Take training step `number`, counted from 1; returns its loss, with MeZO the mean of its two."""
         self.tokens = self.batches.training(number - 1, self.inputs)
         self._deliver()
 
@@ -95,7 +97,7 @@ class Training:
             torch.default_generator.manual_seed(self.header["seed"] * 1_000_003 + number)
 
         seed()
-        self.executor.between_forwards = seed  # two forwards of one step draw the same
+        self.executor.between_forwards = seed  # MeZO's two forwards of one step draw the same random numbers
         if isinstance(self.update, Update):
             self.update.begin(number, self._averaged())
         else:
@@ -106,26 +108,32 @@ class Training:
         return self.executor.loss
 
     def _deliver(self) -> None:
-        """Give the device the batch that `inputs` hold."""
+        """Copy the batch from `inputs` to the device."""
         for at, host in zip(self._input_places, self.inputs):
             self.device.put(at, host)
 
     def _averaged(self) -> int:
-        """What the loss of the batch is a mean over: a decoder's labelled tokens; what a module's is nobody knows, so its batches count alike."""
+        """How many terms the loss of the batch is a mean over: the weight of its gradient in an update of several
+        steps.
+
+        For a decoder the labelled tokens. For a module it is unknown, so each batch has weight 1.
+        """
         return int((self.inputs[1] >= 0).sum()) if self.header["kind"] == "decoder" else 1
 
     def loss(self) -> float:
-        """The loss of the next batch to train with, without a step: a decoder's mean over labelled tokens."""
+        """The loss of the next training batch, without a step; for a decoder the mean over labelled tokens."""
         self.batches.training(0, self.inputs)
         self._deliver()
         self.executor.execute(self.job.evaluate)
         return self.executor.loss
 
     def evaluate(self, path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
-        """Mean loss over labelled tokens and, where the records are answers to choose from, accuracy.
+        """Evaluate on the data file `path`: the mean loss and, if the records are choices of questions, the accuracy.
 
-        Wrong choices have no part in the loss, which falls as that of training does. A question counts as right when the
-        right choice has the highest summed log-likelihood.
+        The loss is a decoder's mean over labelled tokens, a module's mean over batches. Wrong choices do not count in
+        it, so that it is comparable with the training loss. A question counts as right if its right choice has the
+        highest summed log-likelihood. `progress(done, batches)` is called after every batch. Returns `loss`, `accuracy`
+        (None without questions), `questions`, `records` and `seconds`.
         """
         with_records = open_batches(path, self.header["seed"])
         best: dict[int, tuple[float, bool]] = {}
@@ -161,7 +169,7 @@ class Training:
         }
 
     def initialise(self) -> None:
-        """The state before step 1: initial values, optimizer states zero."""
+        """Make the state before step 1: initial values of the trainables, zeros in the optimizer's states."""
         for trainable in self.trainables:
             value = self._temporary(trainable)
             if self.header["kind"] == "decoder":
@@ -193,7 +201,7 @@ class Training:
         for key, name in state_dict.items():
             if name not in places:
                 yield self._stored_item(key, name)
-            elif key != name:  # shared by several modules
+            elif key != name:  # another state_dict key of a parameter that several modules share
                 trainable = self.trainables[places[name]]
                 yield self._item(key, trainable, trainable.value)
 
@@ -203,7 +211,7 @@ class Training:
                 yield self._item(f"{role}:{trainable.name}", trainable, place)
 
     def save_state(self, directory: str) -> dict[str, Any]:
-        """Fill a checkpoint directory; returns the entries of its state."""
+        """Write the files of a checkpoint into `directory`; returns the entries for its ``state.json``."""
         self.channel.drain()
         checksums = self.save_trained(directory)
         checksums["optimizer.safetensors"] = safetensors_file.write(
@@ -213,7 +221,9 @@ class Training:
         return entries | ({"summed": self.update.summed} if isinstance(self.update, Update) else {})
 
     def load_state(self, directory: str, state: dict[str, Any]) -> None:
-        """Take a checkpoint directory, whose entries `save_state` made. Raises InputError where a file is damaged."""
+        """Load a checkpoint directory; `state` is its ``state.json``. Raises InputError if a file is missing or
+        damaged.
+        """
         checksums = state["checksums"]
         if isinstance(self.update, Update):
             self.update.summed = state.get("summed", 0.0)
@@ -226,7 +236,7 @@ class Training:
             for key, trainable, place in wanted:
                 value = self._temporary(trainable)
                 done = 0
-                plain = adapter.adapter_key(trainable.name)  # as plans without `adapter_body` name it
+                plain = adapter.adapter_key(trainable.name)  # the key in checkpoints of plans without `adapter_body`
                 for chunk in reader.chunks(plain if plain in reader else key):
                     ctypes.memmove(value.data_ptr() + done, chunk, len(chunk))
                     done += len(chunk)
@@ -239,7 +249,7 @@ class Training:
         return body
 
     def _key(self, name: str) -> str:
-        """What a trainable is called in the file of the result."""
+        """The key of a trainable in the saved adapter or model."""
         return adapter.adapter_key(name, self._body) if self.header["lora"] else name
 
     def close(self) -> None:
@@ -249,7 +259,7 @@ class Training:
             self.store.close()
 
     def _load_frozen(self) -> None:
-        """Constants, and the weights that stay in memory, packed or unpacked."""
+        """Load the constants, and the weights that stay in the arena, packed or unpacked."""
         for name, dtype, shape, at in self.header.pop("constants"):
             self._load(name, at, shape, dtype)
         for weight in self.weights:
@@ -265,13 +275,13 @@ class Training:
         return self.store
 
     def _place(self, name: str, at: int, size: int) -> None:
-        """A weight's packed bytes, into the arena."""
+        """Read a weight's packed bytes into the arena at offset `at`."""
         host = self.device.host(at, (size,), "uint8")
         self._store.read_into(name, host)
         self.device.put(at, host)
 
     def _load(self, name: str, at: int, shape: Iterable[int], dtype: str) -> None:
-        """A weight or constant, unpacked into the arena."""
+        """Read a weight or constant and unpack it into the arena at offset `at`."""
         host = self.device.host(at, shape, dtype)
         self._unpack(name, host)
         self.device.put(at, host)
@@ -282,14 +292,20 @@ class Training:
         self._store.unpack(name, staging, out)
 
     def _room(self, size: int) -> Tensor:
-        """Host memory for what is read: that of the arena that holds nothing between steps, or the heap where too little does."""
+        """A uint8 buffer [size] to read into, at the start of the arena's hole; from the heap if the hole is
+        too small.
+        """
         start, end = self._hole
         return (
             self.device.host(start, (size,), "uint8") if end - start >= size else torch.empty(size, dtype=torch.uint8)
         )
 
     def _temporary(self, trainable: Trainable) -> Tensor:
-        """A float32 tensor of its shape to prepare a value in, at the other end of the hole that `_room` reads packed bytes into."""
+        """A float32 tensor in the trainable's shape, to prepare a value in.
+
+        It lies at the end of the arena's hole, where it does not overlap the packed bytes that `_room` has at the
+        start, or on the heap if the hole is too small.
+        """
         size = self.job.sizes[trainable.value.number]
         start, end = self._hole
         if end - start >= 2 * size + 3 * BLOCK:
@@ -307,7 +323,7 @@ class Training:
         return Item(name=name, dtype="float32", shape=list(trainable.shape), chunks=lambda: self._chunks(place))
 
     def _stored_item(self, key: str, name: str) -> Item:
-        """A frozen parameter or a buffer, as the store holds it."""
+        """A frozen parameter or a buffer, with the dtype and bytes that the store holds."""
         entry = self._store.entries[name]
         return Item(name=key, dtype=entry.format, shape=list(entry.shape), chunks=lambda: self._stored_chunks(entry))
 

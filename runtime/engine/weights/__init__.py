@@ -1,4 +1,4 @@
-"""The packed weight store as it is read: its layout, its rows, unpacking in C; safetensors files.
+"""Reading the packed weight store: its layout, its rows, unpacking in C; also reading and writing safetensors files.
 
-Writing it is the work of `profiles.weights`. May import: `runtime.common`.
+`profiles.weights` writes the store. May import: `runtime.common`.
 """

@@ -1,18 +1,19 @@
-"""How a packed weight store lies on disk: its header, its tensors, and the bytes of every row range.
+"""The file format of the packed weight store: reads its header, and finds the bytes of a tensor or of some of its rows.
 
 Layout, little-endian::
 
-    [0, 32)        magic "TIGHTFIT", uint32 version, header bytes, segments, crc32 of header and table, zeros
-    [32, ..)       header: JSON without spaces, with `name`, `config`, `source`, `tensors` {name: [shape, format, group, offset, segment]}
-    [.., ..)       checksum table: uint32 crc32 of every segment of every tensor
-    offset         the tensors, each 4096-aligned, padded with zeros to a multiple of 4096
+    [0, 32)        magic "TIGHTFIT", uint32 version, header bytes, segments, crc32 of header and table, zeros [32, ..)
+    header: JSON without spaces, with `name`, `config`, `source`, `tensors` {name: [shape, format, group, offset,
+    segment]} [.., ..)       checksum table: uint32 crc32 of every segment of every tensor offset         the tensors,
+    each 4096-aligned, padded with zeros to a multiple of 4096
 
-A tensor is a matrix of `rows` records of `row_bytes` each (its first dimension by all others; a vector is one row), so a
-row range is one extent and a single row can be gathered. ``w[a:b]`` names rows a to b of w. Formats of a record:
+A tensor is stored as a matrix of `rows` records of `row_bytes` each: its first dimension by all others; a vector is one
+row. So a range of rows is contiguous, and a single row can be gathered. ``w[a:b]`` names the rows [a, b) of w. Formats
+of a record:
 
-    q4        per group: ceil(group / 2) bytes (element 2j low nibble, 2j + 1 high), float16 scale, float16 min; q * scale + min
-    q8        per group: float16 scale, `group` int8; q * scale
-    float32, bfloat16, float16, int64, int32, uint8, bool    the elements
+    q4        per group: ceil(group / 2) bytes (element 2j low nibble, 2j + 1 high), float16 scale, float16 min; q *
+    scale + min q8        per group: float16 scale, `group` int8; q * scale float32, bfloat16, float16, int64, int32,
+    uint8, bool    the elements
 
 This module is imported by the budgeted process, and by the one that prepares a run: the standard library only.
 """
@@ -39,7 +40,7 @@ VERSION = 1
 PREAMBLE = struct.Struct("<8sIIII8x")
 ALIGNMENT = 4096
 SEGMENT_BYTES = 128 * 1024
-"""A checksum covers at most this much, or one row."""
+"""A checksum covers at most this many bytes, or one row if that is longer."""
 
 ELEMENT_BYTES = {
     "float32": 4,
@@ -50,7 +51,7 @@ ELEMENT_BYTES = {
     "uint8": 1,
     "bool": 1,
 }
-"""Formats that are the elements themselves, as torch names their types."""
+"""Bytes per element of the unquantised formats, which have the names of torch's dtypes."""
 _JSON = json.JSONDecoder()
 _SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]")
 
@@ -64,7 +65,7 @@ def align(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)  # a budgeted process has thousands
+@dataclass(frozen=True, kw_only=True, slots=True)  # slots: a budgeted process holds thousands of entries
 class Entry:
     """One tensor of a store. `describe` makes entries without a file: their `offset` and `segment` are 0."""
 
@@ -72,7 +73,7 @@ class Entry:
     shape: tuple[int, ...]
     format: str
     group: int = 0
-    """Elements per group; 0 for raw formats. Divides the row length."""
+    """Elements per quantised group, which divides the row length; 0 for unquantised formats."""
     offset: int = 0
     """Bytes from the start of the file, a multiple of 4096."""
     segment: int = 0
@@ -112,13 +113,15 @@ class Entry:
         return -(-self.rows // self.segment_rows)
 
     def said(self) -> list[Any]:
-        """What the header says of it."""
+        """The entry in the header's form."""
         return [self.shape, self.format, self.group, self.offset, self.segment]
 
 
 def parse_header(text: str) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """What a header says of the store, and its tensors: one after the other, since all the lists that JSON makes of thousands would leave
-    holes where they were, several times as large as the entries. Raises LookupError, TypeError or ValueError for another text.
+    """Parse a header into its fields and its tensors by name.
+
+    Tensors are parsed one at a time: parsed at once, the lists of thousands of them would leave holes in the heap
+    several times as large as the entries. Raises LookupError, TypeError or ValueError if `text` is not such a header.
     """
     head: dict[str, Any] = {}
     entries: dict[str, Entry] | None = None
@@ -143,7 +146,7 @@ def parse_header(text: str) -> tuple[dict[str, Any], dict[str, Entry]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a store says of itself, ahead of its tensors."""
+    """The header of a store: what it holds, ahead of the tensors' bytes."""
 
     path: Path
     name: str
@@ -155,13 +158,16 @@ class Header:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of names, shapes, formats, configuration and checksums of all tensors."""
+        """sha256 of the configuration, and of name, shape, format, place and checksums of every tensor."""
         said = [{name: entry.said() for name, entry in self.entries.items()}, self.config]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + self.checksums.tobytes()).hexdigest()
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """The header of a store, whose length is checked against it. Raises InputError on a missing, truncated or damaged file."""
+    """Read the header of the store at `path` and check the file's length against it.
+
+    Raises InputError if the file is missing, truncated, damaged or of another version.
+    """
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -204,12 +210,12 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def store_path(directory: str | os.PathLike[str], name: str, fingerprint: str) -> Path:
-    """Where the store of a source lies in `directory`."""
+    """Path in `directory` of the store of the source with this name and fingerprint."""
     return Path(directory) / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{fingerprint[:16]}.store"
 
 
 def holds(path: Path, fingerprint: str) -> bool:
-    """Whether `path` is an intact store of the source with this fingerprint; one that is damaged is removed."""
+    """Whether `path` is a store of the source with this fingerprint. A store with a damaged header is removed."""
     if not path.exists():
         return False
     try:
@@ -244,7 +250,10 @@ class Extent:
 
 
 def find_extent(entries: Mapping[str, Entry], name: str) -> Extent:
-    """The extent that `name` or the slice ``name[a:b]`` means. Raises InputError for an unknown name or rows outside."""
+    """The extent of the tensor `name` or of the slice ``name[a:b]``.
+
+    Raises InputError for an unknown name or rows outside the tensor.
+    """
     entry = entries.get(name)
     start, stop = 0, entry.rows if entry else 0
     if entry is None:
@@ -264,5 +273,8 @@ def find_extent(entries: Mapping[str, Entry], name: str) -> Extent:
 
 
 def packed_bytes(entries: Mapping[str, Entry], name: str) -> int:
-    """Staging bytes of a tensor or slice: a multiple of 4096, the same for `describe`'s entries and a real store's."""
+    """Bytes of the buffer that reading a tensor or slice needs: a multiple of 4096.
+
+    The same for entries of `tightfit.profiles.weights.describe`, made without a file, as for those of a real store.
+    """
     return find_extent(entries, name).bytes

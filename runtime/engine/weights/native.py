@@ -1,8 +1,8 @@
-"""Unpacking in compiled code where a C compiler is at hand (``unpack.c``): a format counts only if its results equal PyTorch's
-bit for bit and come faster.
+"""Unpacks weights in compiled C (``unpack.c``) where there is a C compiler, for the formats in which that pays.
 
-Lean processes find the library through the environment variable `VARIABLE`
-(`tightfit.runtime.engine.start.process.child_environment` sets it) and fall back to PyTorch for everything else.
+A format is used only if its results equal PyTorch's bit for bit and come faster. Lean processes find the library
+through the environment variable `VARIABLE` (`tightfit.runtime.engine.start.process.child_environment` sets it) and
+unpack all other formats with PyTorch.
 
 Also imported by the budgeted process: the standard library only.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from tightfit.runtime.common import machine_code
 
 VARIABLE = "TIGHTFIT_NATIVE"
-"""Path of the library; empty: do without."""
+"""Environment variable with the library's path; empty: unpack with PyTorch alone."""
 SOURCE = Path(__file__).with_name("unpack.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off")
 FORMATS = ("q4_bfloat16", "q8_bfloat16", "q8_float32")
@@ -29,14 +29,17 @@ Unpack = Callable[[int, int, int, int, int], None]
 
 
 def functions(path: str | None = None) -> dict[str, Unpack]:
-    """The unpacking functions by ``format_dtype`` that were found equal and faster; none where there is no library."""
+    """The unpacking functions that were found equal and faster, by ``format_dtype``; none if there is no library.
+
+    `path` is the library; by default the one in the environment.
+    """
     path = os.environ.get(VARIABLE, "") if path is None else path
     if not path:
         return {}
     try:
         return _load(path, machine_code.chosen(path))
     except (OSError, ValueError, AttributeError):
-        return {}  # a cache that was cleaned meanwhile
+        return {}  # the cache was cleaned meanwhile
 
 
 def _load(path: str, names: list[str]) -> dict[str, Unpack]:
@@ -51,14 +54,16 @@ def _load(path: str, names: list[str]) -> dict[str, Unpack]:
 
 
 def library(cache: Path) -> str:
-    """Path of the judged library in `cache`, built now if need be; empty where it cannot be built or nothing is gained."""
+    """Path of the tested library in `cache`, built now if need be; empty if it cannot be built or no format is
+    faster.
+    """
     if os.environ.get(VARIABLE) is not None:
         return os.environ[VARIABLE]
     return machine_code.library(SOURCE, FLAGS, cache, "tightfit.runtime.engine.weights.native", {VARIABLE: ""})
 
 
 def judge(path: str) -> list[str]:
-    """The formats for which the library equals PyTorch's results bit for bit and is faster."""
+    """The names in `FORMATS` for which the library equals PyTorch's results bit for bit and is faster."""
     import time
 
     import torch
@@ -83,7 +88,8 @@ def judge(path: str) -> list[str]:
             entry = Entry(name="w", shape=shape, format=kind, group=group)
             groups = entry.rows * entry.columns // group
             packed = torch.randint(0, 256, (groups, entry.bytes // groups), dtype=torch.uint8, generator=generator)
-            # float16 numbers of every size, negative and subnormal ones too, but neither infinite nor NaN
+            # Makes scales and minima finite float16 numbers: of every magnitude, negative and subnormal ones too, no
+            # NaN.
             high = slice(1, 2) if kind == "q8" else slice(packed.shape[1] - 3, None, 2)
             packed[:, high] &= 0xBB
             out, expected = (torch.empty(shape, dtype=getattr(torch, dtype)) for _ in range(2))

@@ -1,6 +1,7 @@
-"""Safetensors files, written and read in chunks: 8 bytes header length, JSON header, data.
+"""Writes and reads safetensors files in chunks, without holding them in memory.
 
-The format is https://github.com/huggingface/safetensors#format; the package itself is left out of the lean process.
+The format is https://github.com/huggingface/safetensors#format: 8 bytes header length, JSON header, data. The training
+process does not import the package itself.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DTYPES = {
 }
 WRITE_BEHIND_BYTES = 4 << 20
 LARGEST_HEADER = 1 << 26
-"""a longer one is damage, which the checksum tells"""
+"""bytes; a longer header is not read: it is damaged, and `Reader.verify` reports that"""
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
 
@@ -48,10 +49,11 @@ class Item:
 
 
 def write(path: str, items: Callable[[], Iterable[Item]], metadata: Mapping[str, str]) -> int:
-    """Write and fsync `path`; returns the crc32 of the file. Raises OSError where the disk refuses.
+    """Write and fsync `path`; returns the crc32 of the file. Raises OSError if the disk refuses.
 
-    `items()` is gone through twice: kept, those of a deep model would take megabytes. What is written goes to the disk and leaves the
-    page cache every `WRITE_BEHIND_BYTES`: a cgroup counts the cache of its processes too.
+    `items()` is called twice, once for the header: a list of a deep model's items would take megabytes. After every
+    `WRITE_BEHIND_BYTES` the data are flushed and dropped from the page cache, which a cgroup counts as its processes'
+    memory.
     """
     text = _header(items(), metadata)
     length = len(text).to_bytes(8, "little")
@@ -94,9 +96,10 @@ def _json(value: Any) -> bytes:
 
 
 class Reader:
-    """Reads one file that `write` made; `crc` is checked by `verify`. Raises InputError where it is damaged.
+    """Reads a file that `write` made. Raises InputError if it is missing or its header is damaged; `verify` checks the
+    rest.
 
-    The header stays text, in which names are looked up: read as JSON, that of a deep model would take megabytes.
+    The header is kept as text and searched for names: parsed, that of a deep model would take megabytes.
     """
 
     def __init__(self, path: str) -> None:
@@ -119,11 +122,14 @@ class Reader:
         return self._find(name) >= 0
 
     def _find(self, name: str) -> int:
-        """Where the entry of a tensor begins, or -1. They are mostly asked for in their order."""
+        """Index in the header at which a tensor's entry begins, or -1.
+
+        The search starts at the entry found last, since tensors are mostly asked for in file order.
+        """
         key = _json(name) + b":{"
         for first in (self._last, 0):
             at = self._header.find(key, first)
-            while at > 0 and self._header[at - 1] not in b"{,":  # the end of a longer name with a quotation mark
+            while at > 0 and self._header[at - 1] not in b"{,":  # part of a longer name that has a quotation mark
                 at = self._header.find(key, at + 1)
             if at > 0:
                 self._last = at
@@ -131,7 +137,7 @@ class Reader:
         return -1
 
     def chunks(self, name: str, size: int = 1 << 20) -> Iterator[bytes]:
-        """The bytes of a tensor."""
+        """The bytes of a tensor, at most `size` at a time. Raises InputError if it is not there or truncated."""
         at = self._find(name)
         if at < 0:
             raise InputError(f"{self.path}: no tensor {name!r}; the checkpoint belongs to another model")

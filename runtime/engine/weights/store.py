@@ -1,9 +1,10 @@
-"""The packed weight store: one file of frozen weights, read with `pread` into buffers that the caller owns.
+"""The packed weight store, opened: reads frozen weights from its file into the caller's buffers and unpacks them.
 
-The file is `tightfit.runtime.engine.weights.layout`'s. A q4 group is the fused row of PyTorch's ``quantized::embedding_bag_4bit_unpack``, which
-unpacks it where `tightfit.runtime.engine.weights.native` has no compiled function. The value is computed in float32 and rounded once to the
-output type. Measured on two Zen 4 cores (PyTorch's path, the compiled one, a plain copy): 4864 x 896 of q4 to bfloat16 in
-0.85, 0.23 and 0.12 ms, 8192 x 576 of q8 in 2.3, 0.7 and 0.3 ms.
+`tightfit.runtime.engine.weights.layout` describes the file. A q4 group is laid out as a row of PyTorch's
+``quantized::embedding_bag_4bit_unpack``, which unpacks it where `tightfit.runtime.engine.weights.native` has no
+compiled function. Values are computed in float32 and rounded once to the output type. Measured on two Zen 4 cores (with
+PyTorch, with compiled C, a plain copy): 4864 x 896 of q4 to bfloat16 in 0.85, 0.23 and 0.12 ms, 8192 x 576 of q8 in
+2.3, 0.7 and 0.3 ms.
 
 This module is imported by the budgeted process: torch and the standard library only.
 """
@@ -53,18 +54,20 @@ __all__ = [
 CHUNK_ELEMENTS = 1 << 17
 """Elements unpacked at a time: 512 KiB of float32, which stays in a core's L2."""
 GATHERED_ELEMENTS = 1 << 14
-"""Elements of gathered rows in memory at a time."""
+"""Elements of gathered rows that are unpacked at a time."""
 WORKSPACE_BYTES = CHUNK_ELEMENTS * 4 + (CHUNK_ELEMENTS // 8) * 4
-"""Upper bound of the transient heap bytes of `unpack` and `gather_rows`."""
+"""Upper bound of the heap bytes that `unpack` and `gather_rows` use while they run."""
 SCRATCH_BYTES = 64 * 1024
 _unpack_q4 = torch.ops.quantized.embedding_bag_4bit_unpack.default
 _native = native.functions()
 RAW: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_BYTES}
-"""Formats that are the elements themselves."""
+"""torch's dtypes of the unquantised formats, by name."""
 
 
 class Store:
-    """An open weight store. Reads are thread-safe and leave no page cache behind; every segment is checked when first read."""
+    """An open weight store. Reads are thread-safe and leave no page cache behind; every segment is checked when first
+    read.
+    """
 
     def __init__(self, header: Header) -> None:
         self.path = header.path
@@ -118,8 +121,9 @@ class Store:
     def read_into(self, name: str, staging: Tensor) -> None:
         """Read the aligned extent of a tensor or slice into `staging`, contiguous uint8 [>= packed_bytes(name)].
 
-        One `preadv` without the GIL; past the page cache (O_DIRECT) where the file system and a 4096-aligned buffer allow.
-        Raises InputError where the file has shrunk or a segment read for the first time differs from its checksum.
+        One `preadv` without the GIL; past the page cache (O_DIRECT) where the file system and a 4096-aligned buffer
+        allow. Raises InputError where the file has shrunk or a segment read for the first time differs from its
+        checksum.
         """
         extent = self.extent(name)
         if staging.dtype != torch.uint8 or staging.numel() < extent.bytes or not staging.is_contiguous():
@@ -130,7 +134,9 @@ class Store:
         self._check(extent, view)
 
     def unpack(self, name: str, staging: Tensor, out: Tensor) -> None:
-        """Unpack a tensor or slice that `read_into` left in `staging` into `out`, contiguous [rows, ...] of any float type."""
+        """Unpack a tensor or slice from `staging`, as `read_into` left it, into `out`: contiguous [rows, ...], any
+        float type.
+        """
         extent = self.extent(name)
         packed = staging.view(-1).narrow(0, extent.skip, extent.row_bytes)
         if out.numel() != (extent.stop - extent.start) * extent.entry.columns or not out.is_contiguous():
@@ -140,9 +146,11 @@ class Store:
         unpack(extent.entry, packed, out)
 
     def gather_rows(self, name: str, rows: Tensor, out: Tensor) -> None:
-        """Unpack rows `rows` (int64 [n], repeats allowed) of a matrix into `out` [n, columns], a few rows in memory at a time.
+        """Read and unpack rows `rows` (int64 [n], repeats allowed) of a matrix into `out` [n, columns], a few at a
+        time.
 
-        The kernel is told of all rows first and reads them side by side: 256 rows in 4 ms, where one by one takes 20.
+        The kernel is first told of all rows (POSIX_FADV_WILLNEED) and reads them in parallel: 256 rows in 4 ms, one by
+        one in 20. Raises InputError for a row outside the matrix and for a damaged file.
         """
         entry = self.extent(name).entry
         wanted = sorted((row, place) for place, row in enumerate(rows.view(-1).tolist()))
@@ -179,13 +187,16 @@ class Store:
         _advise(self._buffered, entry.offset, align(entry.bytes), "DONTNEED")
 
     def load(self, name: str, out: Tensor) -> None:
-        """Read and unpack a small tensor (constants, initial trainables) into `out` in one go."""
+        """Read and unpack a small tensor (a constant, an initial trainable) into `out`, staged on the heap."""
         staging = torch.empty(self.packed_bytes(name), dtype=torch.uint8)
         self.read_into(name, staging)
         self.unpack(name, staging, out)
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read everything once and check every segment; `progress(done_bytes, total_bytes)`. Raises InputError."""
+        """Read every segment that was not checked yet and check it; calls `progress(done_bytes, total_bytes)`.
+
+        Raises InputError if one is damaged.
+        """
         total, done = sum(entry.bytes for entry in self.entries.values()), 0
         with self._scratch_lock:
             for entry in self.entries.values():
@@ -200,13 +211,13 @@ class Store:
             try:
                 return _read_all(self._direct, address, size, offset, self.path, entry.name)
             except OSError:
-                pass  # a file system that opens O_DIRECT files and then refuses to read them
+                pass  # some file systems open files with O_DIRECT and then refuse to read them
         view = _read_all(self._buffered, address, size, offset, self.path, entry.name)
         _advise(self._buffered, offset, size, "DONTNEED")
         return view
 
     def _check(self, extent: Extent, view: memoryview) -> None:
-        """Check the whole segments of a freshly read extent that were never checked."""
+        """Check those segments that lie wholly in an extent just read (`view`) and were never checked."""
         entry, rows = extent.entry, extent.entry.segment_rows
         for segment in range(-(-extent.start // rows), entry.segments):
             first, last = segment * rows, min((segment + 1) * rows, entry.rows)
@@ -217,7 +228,7 @@ class Store:
                 self._compare(entry, segment, zlib.crc32(view[begin : begin + (last - first) * entry.row_bytes]))
 
     def _check_row(self, entry: Entry, row: int) -> None:
-        """Check the segment of `row` through the scratch buffer, if it never was."""
+        """Read the segment of `row` through the scratch buffer and check it, unless it was checked before."""
         segment = row // entry.segment_rows
         if self._checked[entry.segment + segment]:
             return
