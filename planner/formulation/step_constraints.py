@@ -25,8 +25,7 @@ Terms = LayerFigures[Linear]
 def live_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
     """Most bytes of live tensors over all windows of the step and of evaluation, exactly: (11) and (12) without what waits."""
     outside = sum(column.outside for column in columns)
-    held = outside
-    worst = 0
+    held, worst = outside, 0.0
     for layer, column in enumerate(columns):
         held -= column.outside
         worst = max(
@@ -36,13 +35,13 @@ def live_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
             outside - column.outside + column.evaluate_peak + problem.across_evaluate[layer],
         )
         held += column.between
-    return worst + problem.constant_bytes
+    return int(worst) + problem.constant_bytes
 
 
 def instruction_count(problem: Layered, columns: tuple[Column, ...]) -> int:
     """Instructions of both schedules; each frees the outcome (loss, token losses) at its end."""
     outcome = 1 + (problem.profile.token_losses is not None)
-    return sum(column.instructions for column in columns) + 2 * outcome
+    return int(sum(column.instructions for column in columns)) + 2 * outcome
 
 
 def charged_bytes(problem: Layered, columns: tuple[Column, ...]) -> int:
@@ -130,9 +129,9 @@ def add_step_constraints(
     clock, worked = [Linear()], Linear()
     for window in order:
         terms, now, work = layers[window.layer], program.variable(), program.variable()
-        backward = window.phase == "backward"
-        computation = terms.backward_seconds if backward else terms.forward_seconds
-        arriving = terms.arriving_backward if backward else terms.arriving_forward
+        second = window.phase == "backward"
+        computation = terms.backward_seconds if second else terms.forward_seconds
+        arriving = terms.arriving_backward if second else terms.arriving_forward
         program.at_least(Linear().add(now).plus(clock[-1], -1.0), computation)
         program.exactly(Linear().add(work), worked, computation, arriving)
         worked = Linear().add(work)

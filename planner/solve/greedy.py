@@ -35,7 +35,7 @@ def greedy(problem: Layered, pool: Pool, limit_bytes: int) -> tuple[Column, ...]
     return tuple(chosen)
 
 
-def _size(column: Column) -> int:
+def _size(column: Column) -> float:
     return column.between + column.outside + max(column.forward_peak, column.backward_peak)
 
 
