@@ -5,36 +5,31 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from numbers import Real
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import SupportsIndex
 
 from tightfit.runtime.common.errors import InputError
 
-if TYPE_CHECKING:
-    pass
-
-
 ANY_SHARE = 0.1
 """share of the time limit for the bound that holds for any schedule"""
-
-
 LEAST_SHARE = 0.7
 """share of the time limit for the smallest budget, where the requested budget may be below it: finding a plan that fits
 comes before finding a fast one
 """
-
-
 LONGEST_LIMIT = 1e9
 """largest time limit in seconds: thirty years, which every solver can represent"""
-
-
 FINISH_SECONDS = 6e-5
 """seconds per operator of the step for writing a plan down and replaying it; the search leaves them free"""
-
-
 HELD_SHARE = 0.05
 """share of the time limit up to which the search leaves `HELD_UP` times as many seconds free, as other programs may use
 the processor
 """
+HELD_UP = 4.0
+"""factor on the seconds that writing down and replaying take on an idle machine, applied within `HELD_SHARE` of the
+time limit
+"""
+NEIGHBOUR_BYTES = 50 << 20
+"""distance in bytes between the budgets whose bounds are compared to value memory"""
+Progress = Callable[[dict[str, float | str]], None]
 
 
 def checked_budget(budget_bytes: object) -> int:
@@ -77,16 +72,3 @@ def finish_seconds(operators: int, time_limit: float) -> float:
     """
     alone = FINISH_SECONDS * operators
     return max(alone, min(HELD_UP * alone, HELD_SHARE * time_limit))
-
-
-Progress = Callable[[dict[str, float | str]], None]
-
-
-HELD_UP = 4.0
-"""factor on the seconds that writing down and replaying take on an idle machine, applied within `HELD_SHARE` of the
-time limit
-"""
-
-
-NEIGHBOUR_BYTES = 50 << 20
-"""distance in bytes between the budgets whose bounds are compared to value memory"""

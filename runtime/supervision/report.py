@@ -10,12 +10,9 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tightfit.runtime.common.run_folder import writing_to
-
-if TYPE_CHECKING:
-    pass
 
 LATEST_STEPS = 500
 """so many latest steps are remembered with their seconds, so that a run of any length needs the same memory"""

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from tightfit.runtime.engine.cpu.pages import make_pages
 
-ALIGNMENT = 64
-
 
 class Arena:
     """`size` bytes of anonymous memory. Pages become resident when the schedule first uses them, and stay so.

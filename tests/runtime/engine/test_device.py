@@ -8,6 +8,7 @@ from in_process import make_training
 from tiny_plans import decoder_profile, naive_plan
 
 from tightfit.planner.instructions import Fetch, Read, Spill
+from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.runtime.common.errors import CapError, InputError
 from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.cpu.cpu import Cpu
@@ -57,7 +58,7 @@ def trained(plan, records, folder, device):
 
 
 def test_an_arena_apart_from_host_memory_gives_the_same_bits(plan, records, tmp_path):
-    apart = Apart(plan.arena_bytes, NO_CAP)
+    apart = Apart(plan.arena_bytes, NO_CAP, most=plan.arena_bytes)
     expected = trained(plan, records, tmp_path / "cpu", None)
     assert trained(plan, records, tmp_path / "apart", apart) == expected
     assert apart.put_bytes
@@ -71,20 +72,13 @@ def test_what_a_step_copies_is_what_the_plan_says(plan, records, tmp_path):
     before = apart.put_bytes, apart.got_bytes, apart.fences
     training.step(1)
     training.channel.drain()
-    packed = {t.name: t.packed_bytes for t in plan.tensors}
-    numbers = training.job.sizes
+    tensors = TensorIndex(plan).tensors
     batch = sum(host.numel() * host.itemsize for host in training.inputs)
     moves = [one for one in plan.train.instructions if isinstance(one, Read | Fetch | Spill)]
-    read = sum(packed[one.weight] for one in moves if isinstance(one, Read))
-    sizes = {t.name: t.bytes for t in plan.tensors} | {v.name: v.bytes for p in plan.programs for v in p.values}
-
-    def size(name):
-        plain = name.partition(":")[2] if name.startswith("adam") else name.rpartition("/")[2]
-        return sizes.get(name) or sizes[plain]
-
-    fetched = sum(size(one.tensor) for one in moves if isinstance(one, Fetch))
-    spilled = sum(size(one.tensor) for one in moves if isinstance(one, Spill))
-    assert numbers
+    read = sum(tensors[one.weight].packed_bytes for one in moves if isinstance(one, Read))
+    fetched = sum(tensors[one.tensor].bytes for one in moves if isinstance(one, Fetch))
+    spilled = sum(tensors[one.tensor].bytes for one in moves if isinstance(one, Spill))
+    assert all((read, fetched, spilled))
     assert apart.put_bytes - before[0] == batch + read + fetched
     assert apart.got_bytes - before[1] == spilled
     assert apart.fences - before[2] == len(moves), "a transfer may overtake the operator that made what it moves"
