@@ -17,10 +17,12 @@ from tightfit.planner.schedule.lowering import Entry, instructions, kinds
 from tightfit.planner.schedule.realize import Part, Schedule, realize_cycle, smallest_cycle
 from tightfit.planner.schema import Phase, Plan
 from tightfit.planner.search_options import (
+    ALL,
     ANY_SHARE,
     LEAST_SHARE,
     NEIGHBOUR_BYTES,
     Progress,
+    SearchOptions,
     checked_budget,
     checked_gap,
     checked_limit,
@@ -37,10 +39,10 @@ from tightfit.runtime.common.gc_pause import paused_collector
 class ModelPlanner:
     """Plans one model's step at any number of budgets; later searches reuse what earlier ones found and proved."""
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, options: SearchOptions = ALL) -> None:
         self.profile = profile
         self.problem: Layered = layered(profile)
-        self.solver = Solver(self.problem)
+        self.solver = Solver(self.problem, options)
         self._minimum: dict[str, tuple[Schedule, bool]] = {}
         """policy -> (schedule of the lowest peak found, whether the search for a lower one has ended)"""
         self._parts: dict[str, tuple[Part, ...]] = {}

@@ -10,9 +10,7 @@ from __future__ import annotations
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.protocol import Planner
 from tightfit.planner.schema import Plan
-from tightfit.planner.search_options import (
-    Progress,
-)
+from tightfit.planner.search_options import ALL, Progress, SearchOptions
 from tightfit.planner.solve.policies import POLICIES
 from tightfit.profiles.schema import Profile
 
@@ -42,13 +40,15 @@ def minimum_budget(profile: Profile, *, policy: str | None = None, time_limit: f
     return planner_of(profile).minimum_bytes(policy=policy, time_limit=time_limit)
 
 
-def planner_of(profile: Profile) -> Planner:
-    """The planner for this kind of profile; its `plan` may be called for any number of budgets."""
+def planner_of(profile: Profile, options: SearchOptions = ALL) -> Planner:
+    """The planner for this kind of profile; its `plan` may be called for any number of budgets. `options` are for the
+    ablation benchmark.
+    """
     if profile.model.kind == "graph":
         from tightfit.planner.graphs.planner import GraphPlanner
 
-        return GraphPlanner(profile)
-    return ModelPlanner(profile)
+        return GraphPlanner(profile, options)
+    return ModelPlanner(profile, options)
 
 
 def policies_of(profile: Profile) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from numbers import Real
 from typing import SupportsIndex
 
@@ -30,6 +31,88 @@ time limit
 NEIGHBOUR_BYTES = 50 << 20
 """distance in bytes between the budgets whose bounds are compared to value memory"""
 Progress = Callable[[dict[str, float | str]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """The parts that a search consists of, each of which can be switched off.
+
+    Planning uses all of them. `tests/benchmarks/ablation.py` plans with one switched off at a time and reports what the
+    part is worth, so that parts worth nothing are deleted.
+    """
+
+    # --- models ---
+    one_program: bool = True
+    """all decisions of a small model in one integer program; off: column generation"""
+    segments: bool = True
+    """the search for segments of layers that run forward twice"""
+    greedy: bool = True
+    """a greedy choice of columns where the time limit ended the search without a plan"""
+    early_choice: bool = True
+    """whole columns chosen near the first mixtures, before columns are priced under careful constraints"""
+    careful: bool = True
+    """columns priced under constraints that plans can really keep"""
+    reserves: bool = True
+    """further choices of columns that leave other shares of the arena free, once one has given a schedule"""
+    reserve_pricing: bool = True
+    """columns priced anew for a larger reserve, where schedules wait for the disk"""
+    stand_ins: bool = True
+    """layer types that differ only in what is not needed later priced by one program"""
+    rounding: bool = True
+    """the local search that fits whole columns into what the mixtures hold"""
+    few_free: bool = True
+    """the integer program over a few mixed layers"""
+    all_near: bool = True
+    """the integer program over all layers and the columns near their mixtures"""
+    rules: bool = True
+    """fixed rules realised beside the search, so that no plan is slower than one of them"""
+    mending: bool = True
+    """transfers moved elsewhere where a schedule finds no places in the arena"""
+    spreading: bool = True
+    """transfers moved within a smaller share of the arena where that is so"""
+    moving_in_place: bool = True
+    """transfers moved only as far as the layout of the drafted schedule allows"""
+    packing_groups: bool = True
+    """the search for a packing that places short-lived tensors group by group"""
+    packing_ranks: bool = True
+    """the search for a packing that places all tensors in one order"""
+    # --- bare graphs ---
+    exact: bool = True
+    """small graphs solved exactly by CP-SAT"""
+    exact_moves: bool = True
+    """small graphs with a disk solved exactly by CP-SAT"""
+    chains: bool = True
+    """the optimal checkpoints of a chain as a starting point"""
+    sweep: bool = True
+    """a sweep that evicts what is read farthest ahead as a starting point"""
+    ruin_and_recreate: bool = True
+    """random re-runs taken back and others put in their place"""
+    cuts: bool = True
+    """linear programs with further moments and paths, after the first"""
+    paths: bool = True
+    """rows of paths (33) in these"""
+    few_moments: bool = True
+    """integer programs of few moments"""
+    refined: bool = True
+    """integer programs with the moments of the best linear program, and more round by round"""
+    crowded: bool = True
+    """rows of crowded runs (35) in these"""
+    whole_class: bool = True
+    """one integer program over all places for re-runs"""
+    deepening: bool = True
+    """re-optimisation of the whole schedule with chains of re-runs as places"""
+    polishing: bool = True
+    """re-optimisation of stretches of the schedule"""
+    closing: bool = True
+    """further attempts where little of the gap is left"""
+    prices: bool = True
+    """searches with transfers at several prices of the disk; off: at one"""
+    shares: bool = True
+    """searches with transfers within smaller shares of the budget"""
+
+
+ALL = SearchOptions()
+"""every part is on"""
 
 
 def checked_budget(budget_bytes: object) -> int:

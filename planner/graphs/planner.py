@@ -26,9 +26,11 @@ from tightfit.planner.graphs.search.subproblem import BETTER, Lowest, Subproblem
 from tightfit.planner.plan_result import EXACT, gap_to
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import (
+    ALL,
     ANY_SHARE,
     NEIGHBOUR_BYTES,
     Progress,
+    SearchOptions,
     checked_budget,
     checked_gap,
     checked_limit,
@@ -42,6 +44,8 @@ EXACT_MOVES = 8
 """the same for a graph that names a disk"""
 PRICES = (None, 0.05, 0.5, 1.0)
 """prices of a second of the disk, in seconds of computation, with which searches are made; None: nothing is moved"""
+ONE_PRICE = (None, 0.5)
+"""these where `SearchOptions.prices` is off"""
 PRICED_OPERATORS = 32
 """number of operators up to which `GraphPlanner.bound`, from which the value of memory is computed, is exact: nearly
 all such graphs are solved within a second or two
@@ -94,8 +98,9 @@ NEIGHBOUR_SHARE = 10
 class GraphPlanner:
     """Plans one bare graph at any number of budgets; later searches start from the schedules of earlier ones."""
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, options: SearchOptions = ALL) -> None:
         self.profile = profile
+        self.options = options
         self.dag = dag_of(profile)
         self.chain = as_chain(self.dag)
         self.floor_bytes = self.dag.floor_bytes
@@ -114,7 +119,8 @@ class GraphPlanner:
         self._exact_left = EXACT_SECONDS
         for rule in rules_for(self.dag):
             self._note(RULES[rule](self.dag))
-        self._note(belady_schedule(self.dag, self.floor_bytes))
+        if options.sweep:
+            self._note(belady_schedule(self.dag, self.floor_bytes))
 
     def policies(self) -> tuple[str, ...]:
         """The fixed rules that mean something for this graph."""
@@ -284,6 +290,16 @@ class GraphPlanner:
         yield max(0.0, self._exact_left, 0.5 * (deadline - started))
         self._exact_left -= time.monotonic() - started
 
+    @property
+    def _exactly(self) -> bool:
+        """Whether the exact solver is asked for this graph."""
+        return self.options.exact and self.dag.operators <= EXACT_OPERATORS
+
+    @property
+    def _rounds(self) -> int:
+        """Rounds of ruin and recreate."""
+        return ROUNDS if self.options.ruin_and_recreate else 0
+
     # --- the search ------------------------------------------------------------------------------------------------
 
     def _note(self, reruns: Iterable[Rerun]) -> frozenset[Rerun]:
@@ -299,7 +315,7 @@ class GraphPlanner:
             return GraphOutcome(carried=None, bound_seconds=dag.once_seconds)
         if dag.read is not None:
             return self._solve_with_moves(budget, started, deadline, progress)
-        if dag.operators <= EXACT_OPERATORS:
+        if self._exactly:
             with self._exact_seconds(deadline) as allowed:
                 solved = exact.fastest(dag, budget, work=EXACT_WORK, seconds=allowed)
             if solved.proven:
@@ -319,7 +335,7 @@ class GraphPlanner:
         dag = self.dag
         found: list[Carried] = []
         proven = dag.once_seconds
-        if dag.operators <= EXACT_MOVES:
+        if dag.operators <= EXACT_MOVES and self.options.exact_moves:
             with self._exact_seconds(deadline) as allowed:
                 solved = fastest_with_moves(dag, budget, work=EXACT_WORK, seconds=allowed)
             if solved.actions is not None:
@@ -331,8 +347,9 @@ class GraphPlanner:
         span = deadline - started
         found.extend(carried for carried in self.found.moved if carried.peak_bytes <= budget)
         plain: frozenset[Rerun] = frozenset()
-        for number, price in enumerate(PRICES):
-            ends = started + 0.7 * span * (number + 1) / len(PRICES)
+        prices = PRICES if self.options.prices else ONE_PRICE
+        for number, price in enumerate(prices):
+            ends = started + 0.7 * span * (number + 1) / len(prices)
             reruns = self._search_moves(budget, budget, price, ends, GRANTED * span / 4, started + 0.8 * span, found)
             if reruns is not None:
                 self._report(progress, started, "carried out", found[-1].seconds, dag.once_seconds)
@@ -341,12 +358,14 @@ class GraphPlanner:
         # With everything on the disk that can be, the peak is `floor_bytes`, so this schedule always fits.
         found.append(self._smallest(budget))
         best = min(found, key=lambda carried: carried.seconds)
-        bound = class_bound(dag, budget, plain, deadline=started + 0.85 * span, enough=best.seconds)
+        bound = class_bound(
+            dag, budget, plain, deadline=started + 0.85 * span, enough=best.seconds, options=self.options
+        )
         proven = max(proven, bound.seconds)
         stalled = False
-        for share in SHARES:
+        for share in SHARES if self.options.shares else ():
             before = best.seconds
-            for price in PRICES:
+            for price in prices:
                 if gap_to(best.seconds, proven) <= self._gap or time.monotonic() > started + 0.95 * span:
                     break
                 lower = self.floor_bytes + int(share * (budget - self.floor_bytes))
@@ -381,7 +400,7 @@ class GraphPlanner:
         variant = dag if price is None else dag.moving(worth_moving(dag, price), price)
         search = EvictionSearch(variant, within, deadline=deadline, granted=granted, latest=latest)
         memory = search.first(self._plain_seeds(within, deadline) if price is None else [(), touch_and_go(variant)])
-        reruns = None if memory is None else search.improve(memory, rounds=ROUNDS // len(PRICES))
+        reruns = None if memory is None else search.improve(memory, rounds=self._rounds // len(PRICES))
         self._ended(search.timely)
         if reruns is not None:
             carried = carry(variant, reruns, budget)
@@ -393,7 +412,7 @@ class GraphPlanner:
         """Starting points of a search that moves nothing, with the exact optimum without a disk where the graph is
         small enough.
         """
-        if self.dag.operators > EXACT_OPERATORS:
+        if not self._exactly:
             return self._seeds(budget, deadline)
         with self._exact_seconds(deadline) as allowed:
             solved = exact.fastest(self.dag, budget, work=EXACT_WORK, seconds=allowed)
@@ -425,14 +444,14 @@ class GraphPlanner:
         span = deadline - started
         ends = started + 0.95 * span
         search = EvictionSearch(dag, budget, deadline=started + 0.3 * span, granted=GRANTED * span, latest=ends)
-        near = LargeNeighbourhood(dag, budget)
+        near = LargeNeighbourhood(dag, budget, self.options)
         memory = search.first(self._seeds(budget, deadline))
         best = self.found.lowest()
         enough = float("inf")
         if memory is not None:
             # A schedule that fits has been found: from here on only the clock counts, not processor time.
             search.deadline, search.granted = started + 0.1 * span, 0.0
-            best = self._note(search.improve(memory, rounds=ROUNDS // 4))
+            best = self._note(search.improve(memory, rounds=self._rounds // 4))
             report("improved", seconds(dag, best), dag.once_seconds)
             enough = seconds(dag, best) * (1 - near_enough)
         if memory is None and time.monotonic() > ends:
@@ -440,7 +459,7 @@ class GraphPlanner:
             return GraphOutcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
         # The bound gets less time where nothing fits yet: the rest is for the smallest budget.
         share = 0.55 if memory is not None else 0.3
-        bound = ClassBound(dag, budget, best)
+        bound = ClassBound(dag, budget, best, self.options)
         bound.linear(started + share * span, enough)
         bound.whole(started + 0.2 * span, enough)
         if bound.seconds == float("inf") and memory is None:
@@ -453,7 +472,7 @@ class GraphPlanner:
         search.deadline = min(time.monotonic() + (0.15 if bound.small else 0.2) * span, ends)
         left = enough - dag.once_seconds
         # Later programs give better answers, so these come first.
-        improved = search.improve_best([best, *reversed(bound.starts)], starts=STARTS, rounds=ROUNDS, enough=left)
+        improved = search.improve_best([best, *reversed(bound.starts)], starts=STARTS, rounds=self._rounds, enough=left)
         if improved is None:
             # Eviction finds nothing that fits: go on from the schedule of lowest peak.
             least = self._lowest_peak(min(LOWEST_SHARE * span, max(0.0, ends - time.monotonic())))
@@ -468,10 +487,11 @@ class GraphPlanner:
                 self._ended(bound.timely, search.timely, near.timely)
                 return GraphOutcome(carried=None, bound_seconds=dag.once_seconds, timely=self.found.timely)
             search.deadline = started + 0.8 * span
-            improved = search.improve_best([best], starts=1, rounds=ROUNDS, enough=left)
+            improved = search.improve_best([best], starts=1, rounds=self._rounds, enough=left)
         best = best if improved is None else self._note(improved)
         report("bounded and improved", seconds(dag, best), bound.seconds)
-        if dag.operators <= CLOSED_OPERATORS and gap_to(seconds(dag, best), bound.seconds) > self._gap:
+        whole = self.options.whole_class and dag.operators <= CLOSED_OPERATORS
+        if whole and gap_to(seconds(dag, best), bound.seconds) > self._gap:
             best = self._note(self._proven(near, bound, best, started, ends))
             report("proven as far as it goes", seconds(dag, best), bound.seconds)
         if gap_to(seconds(dag, best), bound.seconds) > near_enough:
@@ -480,7 +500,7 @@ class GraphPlanner:
         if gap_to(seconds(dag, best), bound.seconds) > EXACT:
             self._ended(bound.timely, search.timely, near.timely)
         stalled = False
-        if self._gap < gap_to(seconds(dag, best), bound.seconds) <= near_enough:
+        if self.options.closing and self._gap < gap_to(seconds(dag, best), bound.seconds) <= near_enough:
             best, stalled = self._closed(search, near, bound, best, started, ends)
             report("closed", seconds(dag, best), bound.seconds)
         return GraphOutcome(
@@ -564,7 +584,7 @@ class GraphPlanner:
             if answers:
                 search.deadline = began + 0.85 * left
                 enough = bound.seconds / (1 - gap) - self.dag.once_seconds
-                improved = search.improve_best([best, *reversed(answers)], starts=2, rounds=ROUNDS, enough=enough)
+                improved = search.improve_best([best, *reversed(answers)], starts=2, rounds=self._rounds, enough=enough)
                 best = best if improved is None else improved
         return near.polished(best, deadline=deadline, enough=bound.seconds / (1 - gap))
 
@@ -577,10 +597,10 @@ class GraphPlanner:
         optimal checkpoints.
         """
         seeds = [RULES[rule](self.dag) for rule in rules_for(self.dag)]
-        sweep = belady_schedule(self.dag, budget)
+        sweep = belady_schedule(self.dag, budget) if self.options.sweep else frozenset()
         if peak_bytes(self.dag, sweep) - budget <= SWEPT * (self.found.peaks[frozenset()] - budget):
             seeds.append(sweep)
-        if self.chain is not None:
+        if self.chain is not None and self.options.chains:
             with self._exact_seconds(deadline) as allowed:
                 # Late only if both clock and processor time are used up, so that a process that was held up gets them
                 # all the same.
@@ -635,7 +655,7 @@ class GraphPlanner:
 
     def _find_least(self, deadline: float) -> Least:
         dag = self.dag
-        if dag.operators <= EXACT_OPERATORS:
+        if self._exactly:
             with self._exact_seconds(deadline) as allowed:
                 solved = exact.smallest(dag, work=EXACT_WORK, seconds=allowed)
             if solved.proven and solved.reruns is not None:
@@ -650,7 +670,7 @@ class GraphPlanner:
         low = self._lowest_peak(0.4 * max(0.0, found_by - time.monotonic())).bytes
         best = self.found.lowest()
         if self.found.peaks[best] > low:
-            near = LargeNeighbourhood(dag, low)
+            near = LargeNeighbourhood(dag, low, self.options)
             best = self._note(near.deepened(best, deadline=found_by - 0.3 * (found_by - time.monotonic())))
             best = self._note(near.polished(best, deadline=found_by))
             self._ended(near.timely)

@@ -16,6 +16,7 @@ import numpy as np
 from tightfit.planner.problem.step_graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
 from tightfit.planner.schedule.arena_packing import Item, Stretch, live_bytes, pack
 from tightfit.planner.schedule.lowering import Entry, made_by
+from tightfit.planner.search_options import ALL, SearchOptions
 
 MOVES = {"spill", "fetch"}
 DIRECT_BYTES = 64 << 10
@@ -48,6 +49,7 @@ def placed_items(
     target: int = 0,
     deadline: float = math.inf,
     short: list[Stretch] | None = None,
+    options: SearchOptions = ALL,
 ) -> Placed:
     """Place every tensor in an arena of at most `target` bytes if such a layout is found; `target` 0: in the smallest
     found.
@@ -68,7 +70,7 @@ def placed_items(
     inside = {id(item) for item in whole}
     items = [item for item in every if id(item) not in inside]
     height, offsets = pack(
-        items, base, length, int(np.max(live_bytes(every, length), initial=0)), target, deadline, short
+        items, base, length, int(np.max(live_bytes(every, length), initial=0)), target, deadline, short, options
     )
     for item, offset in zip(items, offsets):
         item.offset = offset

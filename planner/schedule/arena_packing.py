@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from tightfit.planner.problem.step_graph import ALIGNMENT
 from tightfit.planner.schedule.free_ranges import ENDLESS, Places, Range, gap, top_gap, united
+from tightfit.planner.search_options import ALL, SearchOptions
 
 LONG = (1 / 64, 1 / 8, math.inf)
 """a lifetime is long from this share of the step on; the shares are tried in turn until every tensor finds a place"""
@@ -100,6 +101,7 @@ def pack(
     most: int,
     deadline: float = math.inf,
     short: list[Stretch] | None = None,
+    options: SearchOptions = ALL,
 ) -> Packed:
     """Offsets from `base` up such that the items end at byte `most` or lower, if such a packing is found; `most` 0: as
     low as possible.
@@ -125,7 +127,8 @@ def pack(
     ended: list[Stretch] = []
     for share, search in SEARCHES if most else LOWEST_SEARCHES:
         goal = live + int(share * spread) // ALIGNMENT * ALIGNMENT
-        if (search, goal) in tried:
+        on = options.packing_groups if search is by_groups else options.packing_ranks
+        if (search, goal) in tried or not on:
             continue
         tried.add((search, goal))
         # Only `by_groups` says where places are short; `by_ranks` may fail anywhere.

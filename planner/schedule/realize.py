@@ -18,6 +18,7 @@ from tightfit.planner.schedule.lowering import Draft, Entry, draft, live_profile
 from tightfit.planner.schedule.multi_layer_recompute import Segments
 from tightfit.planner.schedule.prefetch import Bytes, Counts, best_order, clock, facts_of
 from tightfit.planner.schedule.prefetch_in_place import prefetch_in_place
+from tightfit.planner.search_options import ALL, SearchOptions
 from tightfit.runtime.common.gc_pause import paused_collector
 
 LOCAL = 2
@@ -88,6 +89,7 @@ def realize(
     *,
     deadline: float = float("inf"),
     segments: Segments = (),
+    options: SearchOptions = ALL,
 ) -> tuple[Schedule | None, int]:
     """A schedule of the columns within `limit` bytes of arena and instructions, or None and the bytes by which that
     fails.
@@ -96,11 +98,17 @@ def realize(
     """
     part = Part(problem=problem, columns=columns, segments=segments)
     joined = part.draft()
-    return _carry_out(part, joined, limit, _charged(problem, [joined]), deadline)
+    return _carry_out(part, joined, limit, _charged(problem, [joined]), deadline, options=options)
 
 
 def _carry_out(
-    part: Part, joined: Draft, limit: int, charged: int, deadline: float, placed: Placed | None = None
+    part: Part,
+    joined: Draft,
+    limit: int,
+    charged: int,
+    deadline: float,
+    placed: Placed | None = None,
+    options: SearchOptions = ALL,
 ) -> tuple[Schedule | None, int]:
     """The fastest schedule found of a draft within `limit`, of which `charged` bytes are for instructions: transfers
     are first moved with all the room; where that finds no arena, with less room (`LOCAL`, `FREE`), and last within the
@@ -130,7 +138,9 @@ def _carry_out(
     def placed_in(order: list[int]) -> Schedule | None:
         train = tuple(joined.train[index] for index in order)
         short: list[Stretch] = []
-        items, height = placed_items(train, joined.evaluate, joined.resident, joined.sizes, room, deadline, short)
+        items, height = placed_items(
+            train, joined.evaluate, joined.resident, joined.sizes, room, deadline, short, options
+        )
         tried.append((order, short))
         if height > room:
             return None
@@ -145,7 +155,7 @@ def _carry_out(
         return found, found.arena.bytes - room
     # Keep transfers as drafted where places were short, and move them elsewhere with all the room.
     allowed = np.full(len(joined.train), room)
-    while tried and len(tried) <= LOCAL and not late():
+    while options.mending and tried and len(tried) <= LOCAL and not late():
         before, short = tried[-1]
         # Of several searches take the one that came farthest in the step: it lacks least. Transfers of an evaluation
         # are not moved.
@@ -162,7 +172,7 @@ def _carry_out(
             break
     if found is not None and found.seconds <= NEARLY * seconds_of(tried[0][0]):
         return found, found.arena.bytes - room
-    for most in dict.fromkeys(max(live, int((1 - share) * room)) for share in FREE):
+    for most in dict.fromkeys(max(live, int((1 - share) * room)) for share in FREE if options.spreading):
         if tried and late():
             break
         order = moved(most)
@@ -171,8 +181,16 @@ def _carry_out(
         spread = placed_in(order)
         if spread is not None:
             return spread, spread.arena.bytes - room
+    if not options.moving_in_place and found is None:
+        # Only whether the draft fits as it is.
+        items, height = placed or placed_items(
+            joined.train, joined.evaluate, joined.resident, joined.sizes, room, deadline, options=options
+        )
+        if height > room:
+            return None, height - room
+        found = _schedule(part, joined, joined.train, arena_of(items, height, len(joined.train)), charged)
     # Moving transfers first has fragmented the arena: place the draft, and move transfers as far as its layout allows.
-    if found is None or not late():
+    if found is None or (options.moving_in_place and not late()):
         train, arena = prefetch_in_place(joined, inputs, room, deadline, placed)
         if arena.bytes > room:
             return found, arena.bytes - room

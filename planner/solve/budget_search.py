@@ -12,7 +12,7 @@ from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.multi_layer_recompute import Segments
 from tightfit.planner.schedule.realize import Schedule, realize
-from tightfit.planner.search_options import Progress
+from tightfit.planner.search_options import ALL, Progress, SearchOptions
 from tightfit.planner.solve.column_generation import ColumnGeneration
 
 GOOD = 4e-3
@@ -44,6 +44,7 @@ class BudgetSearch:
     """on the monotonic clock"""
     deadline: float
     progress: Progress | None = None
+    options: SearchOptions = ALL
     gap: float = 0.0
     """share of its time by which a schedule may be slower than the best and still end the search"""
     bound: float = 0.0
@@ -106,7 +107,9 @@ class BudgetSearch:
         known = self.carried.get(asked)
         if known is None:
             began = time.monotonic()
-            known = realize(self.problem, columns, self.limit, deadline=self.deadline, segments=segments)
+            known = realize(
+                self.problem, columns, self.limit, deadline=self.deadline, segments=segments, options=self.options
+            )
             self.taken.append(time.monotonic() - began)
             if time.monotonic() <= self.deadline:
                 self.carried[asked] = known
@@ -145,7 +148,7 @@ class BudgetSearch:
             if not self.carries_in_time():
                 self.timely = False
                 break
-            if between.waiting:
+            if between.waiting and self.options.reserve_pricing:
                 self._price(search, reserve)
             chosen = search.choose(self.limit - reserve)
             if chosen == before and not between.idle:
@@ -172,7 +175,7 @@ class BudgetSearch:
                         break
                     continue
                 search.report("carried out", schedule.seconds, self.bound)
-                if self.settled():
+                if self.settled() or not self.options.reserves:
                     break
                 lost = schedule.seconds - self.bound
                 most = reserve

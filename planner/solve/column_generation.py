@@ -262,7 +262,10 @@ class ColumnGeneration:
             (self._whole_gap, self._few_free),
             (self.tolerance / 2, self._all_near),
             (float("inf"), self._any),
-        )[: None if self.thorough else 1]
+        )
+        asked = self.pool.options
+        on = {self._fitted: asked.rounding, self._few_free: asked.few_free, self._all_near: asked.all_near}
+        stages = tuple(stage for stage in stages if on.get(stage[1], True))[: None if self.thorough else 1]
         try:
             for enough, combined in stages:
                 # What costs at most this share more than the mixture is good enough.

@@ -22,6 +22,7 @@ from tightfit.planner.milp.solver_interrupts import uninterrupted
 from tightfit.planner.problem.layer_figures import FIELDS, MS
 from tightfit.planner.problem.layer_types import Layered, LayerType
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
+from tightfit.planner.search_options import ALL, SearchOptions
 
 HELD = ("between", "outside")
 """those of FIELDS that a layer holds between its windows"""
@@ -98,6 +99,7 @@ class Pool:
     """Columns found so far, per layer type, and what was proven of others; shared by every budget of one profile."""
 
     problem: Layered
+    options: SearchOptions = ALL
     columns: list[list[Column]] = field(default_factory=list)
     figures: list[NDArray[np.float64]] = field(default_factory=list)
     """per layer type: a row of FIELDS per column"""
@@ -118,7 +120,9 @@ class Pool:
         types = self.problem.types
         for kind in types:
             self.figures.append(np.empty((0, len(FIELDS))))
-            sharing = [other for other in range(len(types)) if _undercuts(types[other], kind)]
+            own = len(self.stand_in)
+            others = range(len(types)) if self.options.stand_ins else (own,)
+            sharing = [other for other in others if _undercuts(types[other], kind)]
             self.stand_in.append(min(sharing, key=lambda other: len(types[other].leaves_evaluate)))
         for number in sorted(set(self.stand_in)):
             self.hulls[number] = Hull(types[number])

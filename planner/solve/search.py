@@ -12,7 +12,7 @@ from tightfit.planner.problem.layer_figures import KIB
 from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.realize import Part, Schedule, smallest_arena
-from tightfit.planner.search_options import HELD_UP, Progress
+from tightfit.planner.search_options import ALL, HELD_UP, Progress, SearchOptions
 from tightfit.planner.solve.budget_search import CARRY_SECONDS, BudgetSearch
 from tightfit.planner.solve.column_generation import JOINT_BINARIES, ColumnGeneration
 from tightfit.planner.solve.greedy import greedy
@@ -77,8 +77,9 @@ class SearchResult:
 class Solver:
     """One problem, any number of budgets: columns and proofs are shared."""
 
-    def __init__(self, problem: Layered) -> None:
+    def __init__(self, problem: Layered, options: SearchOptions = ALL) -> None:
         self.problem = problem
+        self.options = options
         self.found: list[SearchResult] = []
         """the best at earlier budgets, so that a larger budget never gets a slower plan"""
         self.proven: dict[int, float] = {}
@@ -95,12 +96,12 @@ class Solver:
     @cached_property
     def pool(self) -> Pool:
         """Columns found so far; the first are those of the fixed rules."""
-        return self._opened(Pool(problem=self.problem))
+        return self._opened(Pool(problem=self.problem, options=self.options))
 
     @cached_property
     def plain(self) -> Pool:
         """Columns of the fixed rules alone, and those found while planning segments over them."""
-        return self._opened(Pool(problem=self.problem, blocks=self.pool.blocks))
+        return self._opened(Pool(problem=self.problem, options=self.options, blocks=self.pool.blocks))
 
     def _opened(self, pool: Pool) -> Pool:
         for rule in (*POLICIES.values(), smallest, all_streamed):
@@ -115,7 +116,12 @@ class Solver:
 
     @cached_property
     def _reruns(self) -> bool:
-        return worthwhile(self.problem)
+        return self.options.segments and worthwhile(self.problem)
+
+    @property
+    def _one_program(self) -> bool:
+        """Whether the model is so small that one program decides for all its layers."""
+        return self.pool.binaries <= JOINT_BINARIES and self.options.one_program
 
     @cached_property
     def relaxed(self) -> MasterLp:
@@ -186,6 +192,7 @@ class Solver:
             progress=progress,
             gap=max(ROUNDING, gap),
             bound=any_bound,
+            options=self.options,
         )
         rules, most = self._seconds_of_rules(attempt.limit), RULES_SHARE * (deadline - started)
         first = rules > most
@@ -198,7 +205,7 @@ class Solver:
             if not attempt.near(any_bound, attempt.gap):
                 with attempt.within(1 - SEGMENTS_SHARE if self._reruns else 1.0):
                     self._in_the_class(attempt)
-                if attempt.best is ruled and not attempt.timely:
+                if attempt.best is ruled and not attempt.timely and self.options.greedy:
                     self._greedily(attempt)
                     fallback = True
                 searched = attempt.best
@@ -226,7 +233,7 @@ class Solver:
         Raises TimeoutError where the deadline strikes first.
         """
         search = ColumnGeneration(relaxation=self.relaxed, limit_bytes=self.room(budget_bytes), deadline=deadline)
-        if self.pool.binaries <= JOINT_BINARIES:
+        if self._one_program:
             answer = search.joint()
             return None if answer is None else answer.bound_seconds
         lower, _, kept = search.columns()
@@ -237,7 +244,7 @@ class Solver:
 
     def _in_the_class(self, attempt: BudgetSearch) -> None:
         """Search plans of the class (recomputation inside a layer's own backward window), with a bound for all of them."""
-        if self.pool.binaries <= JOINT_BINARIES:
+        if self._one_program:
             self._jointly(attempt)
         else:
             self._by_columns(attempt)
@@ -296,7 +303,7 @@ class Solver:
         """whether columns chosen near the relaxed mixture have given a schedule"""
         try:
             early.bound = attempt.bound = max(attempt.bound, relaxed.bound(self.relaxed.proven(attempt.limit)))
-            if self.found and not self._by_clock:
+            if self.found and not self._by_clock and self.options.early_choice:
                 self._early(early, careful)
             if not early.settled():
                 lower, _, kept = relaxed.columns()
@@ -305,7 +312,7 @@ class Solver:
                     return
                 early.bound = attempt.bound = max(attempt.bound, relaxed.bound(lower))
                 for search in (careful, relaxed):
-                    if not early.settled():
+                    if not early.settled() and self.options.early_choice:
                         chosen = self._early(early, search)
             if not early.settled():
                 careful.worth_seconds = min(
@@ -333,7 +340,7 @@ class Solver:
         """Choose columns priced under constraints that plans can really keep, or where memory is too short for these, under the relaxed
         ones unless columns are `chosen` already.
         """
-        short = chosen or not careful.holds()
+        short = chosen or not self.options.careful or not careful.holds()
         if short and not chosen:
             # No columns known leave memory for prefetching, and such columns are slow to find: first of all a plan.
             relaxed.deadline = attempt.deadline
@@ -342,6 +349,8 @@ class Solver:
                 return
             if attempt.best is not None:
                 careful.worth_seconds = min(careful.worth_seconds, attempt.best.seconds)
+        if not self.options.careful:
+            return
         # Where memory is too tight for prefetching, the relaxed choice is all there is; where it is nearly so, one more.
         lower, _, kept = careful.columns()
         attempt.timely = attempt.timely and careful.timely
@@ -356,7 +365,7 @@ class Solver:
 
         `most`: seconds that a rule's computation may take at most.
         """
-        for part in self._rules:
+        for part in self._rules if self.options.rules else ():
             best, columns = attempt.best, part.columns
             computing = part.computing_seconds
             # Plans with segments are not in the class, and its bound does not hold for them.
@@ -423,7 +432,7 @@ class Solver:
             known.append(self._lowest)
         if any(schedule.peak_bytes <= budget_bytes for schedule in known):
             return True
-        if not self._lowest_proven and self.pool.binaries > JOINT_BINARIES:
+        if not self._lowest_proven and not self._one_program:
             clearly = CLEARLY * self.room(budget_bytes) / KIB
             search = ColumnGeneration(
                 relaxation=self.relaxed, limit_bytes=None, deadline=share_of(LOWEST_SHARE, deadline)
@@ -456,7 +465,7 @@ class Solver:
         assert self._lowest is not None
         best = self._lowest
         now = time.monotonic()
-        joint = self.pool.binaries <= JOINT_BINARIES
+        joint = self._one_program
         until = deadline if joint else share_of(LOWEST_SHARE, deadline)
         search = ColumnGeneration(relaxation=self.relaxed, limit_bytes=None, deadline=until)
         chosen: tuple[Column, ...] | None
@@ -467,7 +476,13 @@ class Solver:
             search.columns()
             search.deadline = deadline
             chosen = search.choose(None)
-        attempt = BudgetSearch(problem=self.problem, limit=self.room(best.peak_bytes), deadline=deadline, started=now)
+        attempt = BudgetSearch(
+            problem=self.problem,
+            limit=self.room(best.peak_bytes),
+            deadline=deadline,
+            started=now,
+            options=self.options,
+        )
         if chosen is not None and attempt.carries_in_time():
             lower = smallest_arena(self.problem, chosen, deadline)
             best = self._lowest = lower if lower.peak_bytes < best.peak_bytes else best

@@ -3,7 +3,8 @@
     python tests/benchmarks/golden.py write before.json [--only NAME,...]
     python tests/benchmarks/golden.py compare before.json after.json [--step 0.0005] [--gap 0.0005]
 
-The corpus: five published models, estimated for ``zen5-2core``, at four budgets each; the demo's model at four; three modules at three; ten bare graphs at three.
+The corpus: five published models, estimated for ``zen5-2core``, at four budgets each; the demo's model at four; two models on a board with a slow card, at two; three modules at three; ten bare graphs at three; small graphs,
+chains and graphs with a disk at two; searches that a short time limit ends.
 A plan whose search the clock ended may differ from one run to the next: it is compared within the tolerances only. All others are
 compared to the digit, unless tolerances are given. Planning seconds are summed, and compared as a ratio.
 """
@@ -23,13 +24,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(ROOT / "tests" / "benchmarks")]
 
 from graphs import GRAPHS
+from layered_graph import layered
 
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import peak_bytes
 from tightfit.planner.plan import planner_of
+from tightfit.planner.search_options import ALL, SearchOptions
 from tightfit.profiles.api import profile
-from tightfit.profiles.graph_input import graph_profile
-from tightfit.profiles.schema import Profile
+from tightfit.profiles.graph_input import BareChannel, BareGraph, BareOperator, graph_profile
+from tightfit.profiles.schema import Channel, Profile
 
 MIB = 1 << 20
 DEVICE = "zen5-2core"
@@ -60,8 +63,18 @@ MODULE_SHARES = (0.05, 0.3, 0.7)
 """of the way from the smallest budget to the one in which everything is kept"""
 GRAPH_SHARES = (0.8, 0.6, 0.4)
 """of keep-all's peak"""
-MODEL_LIMIT, GRAPH_LIMIT = 300.0, 60.0
-"""seconds: generous, so that the clock ends as few searches as possible"""
+SLOW_DISK = Channel(bytes_per_second=20e6, latency_seconds=1e-3)
+"""an SD card that writes 20 MB/s"""
+GRAPH_DISK = BareChannel(bytes_per_second=3e9, latency_seconds=1e-4)
+"""an NVMe disk"""
+SMALL = {"small": 18, "small with a disk": 8}
+"""graphs for the exact solvers, and how many operators each has"""
+CHAIN = 64
+"""layers of a chain of equal costs"""
+SHORT = {"qwen2.5-3b": 3.0, "layered training 400": 5.0}
+"""seconds that a search is given which then ends by the clock"""
+MODEL_LIMIT, GRAPH_LIMIT, DISK_LIMIT = 300.0, 60.0, 15.0
+"""seconds: generous, so that the clock ends as few searches as possible; less where it always does"""
 FIGURES = (
     "status",
     "step_seconds",
@@ -99,27 +112,74 @@ def cases(only: set[str]) -> Iterator[tuple[str, Profile, list[int], float]]:
             yield factory, made, [int(low + share * (high - low)) for share in MODULE_SHARES], MODEL_LIMIT
     for name in GRAPHS:
         if wanted(name):
-            made = graph_profile(GRAPHS[name]())
-            top = peak_bytes(dag_of(made), ())
-            yield name, made, [int(share * top) for share in GRAPH_SHARES], GRAPH_LIMIT
+            yield bare(name, GRAPHS[name](), GRAPH_SHARES)
+    for name, operators in SMALL.items():
+        for seed in range(6):
+            if wanted(f"{name} {seed}"):
+                made = layered(operators, seed=seed, training=True)
+                yield bare(f"{name} {seed}", with_disk(made) if "disk" in name else made, (0.9, 0.8))
+    for name in ("VGG-16", "ResNet-50", "layered training 100"):
+        if wanted(f"{name} with a disk"):
+            yield bare(f"{name} with a disk", with_disk(GRAPHS[name]()), (0.6, 0.4), DISK_LIMIT)
+    if wanted("chain"):
+        yield bare("chain", equal_chain(CHAIN), (0.2, 0.1), DISK_LIMIT)
+    for name, cap in (("qwen2.5-0.5b", 320), ("smollm2-135m", 200)):
+        if wanted(f"{name} on a slow card"):
+            made = next(iter(cases({name})))[1]
+            slow = made.device.model_copy(update={"read": SLOW_DISK, "write": SLOW_DISK})
+            yield (
+                f"{name} on a slow card",
+                made.model_copy(update={"device": slow}),
+                [2 * cap * MIB, 3 * cap * MIB],
+                MODEL_LIMIT,
+            )
+    for name, limit in SHORT.items():
+        if wanted(f"{name}, {limit:g} s"):
+            made, budgets = next(iter(cases({name})))[1:3]
+            yield f"{name}, {limit:g} s", made, budgets[:2], limit
+
+
+def bare(
+    name: str, graph: BareGraph, shares: tuple[float, ...], limit: float = GRAPH_LIMIT
+) -> tuple[str, Profile, list[int], float]:
+    """The case of a bare graph at shares of keep-all's peak."""
+    made = graph_profile(graph)
+    top = peak_bytes(dag_of(made), ())
+    return name, made, [int(share * top) for share in shares], limit
+
+
+def with_disk(graph: BareGraph) -> BareGraph:
+    """The graph with a disk to move outputs to."""
+    return graph.model_copy(update={"read": GRAPH_DISK, "write": GRAPH_DISK})
+
+
+def equal_chain(count: int) -> BareGraph:
+    """A forward of `count` operators in a row, each of a second and a MiB, and its backward."""
+    made = [
+        BareOperator(name=f"f{i}", seconds=1.0, output_bytes=MIB, inputs=[f"f{i - 1}"] if i else [], phase="forward")
+        for i in range(count)
+    ]
+    for i in reversed(range(count)):
+        sources = [f"f{i}", *([f"b{i + 1}"] if i + 1 < count else [])]
+        made.append(BareOperator(name=f"b{i}", seconds=2.0, output_bytes=MIB, inputs=sources, phase="backward"))
+    return BareGraph(format="tightfit-graph", name="chain", estimated=True, operators=made)
 
 
 def planned(only: set[str]) -> Iterator[dict[str, Any]]:
     """One row for every model or graph and budget."""
     for name, made, budgets, limit in cases(only):
         for budget in budgets:
-            # A planner that has seen nothing: the answer then depends on this budget alone.
-            planner, started = planner_of(made), time.monotonic()
-            plan = planner.plan(budget, time_limit=limit)
-            row = {
-                "name": name,
-                "profile": made.fingerprint,
-                "budget_bytes": budget,
-                "deterministic": plan.deterministic,
-            }
-            row |= {figure: getattr(plan, figure) for figure in FIGURES}
-            row |= {"gap": plan.gap, "ended_by": plan.ended_by, "seconds": time.monotonic() - started}
-            yield row
+            yield row_of(name, made, budget, limit)
+
+
+def row_of(name: str, made: Profile, budget: int, limit: float, options: SearchOptions = ALL) -> dict[str, Any]:
+    """What a planner that has seen nothing answers: it then depends on this budget alone."""
+    planner, started, worked = planner_of(made, options), time.monotonic(), time.process_time()
+    plan = planner.plan(budget, time_limit=limit)
+    row = {"name": name, "profile": made.fingerprint, "budget_bytes": budget, "deterministic": plan.deterministic}
+    row |= {figure: getattr(plan, figure) for figure in FIGURES}
+    row |= {"gap": plan.gap, "ended_by": plan.ended_by}
+    return row | {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - worked}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], step: float, gap: float) -> Iterator[str]:

@@ -19,6 +19,7 @@ from tightfit.planner.graphs.bounds.lp_bound import LpAnswer, Path, solve_lp
 from tightfit.planner.graphs.bounds.milp_bound import solve_milp
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, memory, runs
+from tightfit.planner.search_options import ALL, SearchOptions
 
 ANY_MOMENTS = (1, 2, 4, 8)
 """moments of the programs for any schedule, solved one after the other"""
@@ -90,12 +91,18 @@ def any_schedule_bound(dag: Dag, budget_bytes: int, *, seconds: float) -> Bound:
 
 
 def class_bound(
-    dag: Dag, budget_bytes: int, reruns: frozenset[Rerun], *, deadline: float, enough: float = float("inf")
+    dag: Dag,
+    budget_bytes: int,
+    reruns: frozenset[Rerun],
+    *,
+    deadline: float,
+    enough: float = float("inf"),
+    options: SearchOptions = ALL,
 ) -> Bound:
     """A lower bound on the seconds of every schedule of the class within `budget_bytes`, by linear programs alone;
     infinity where none fits. `reruns`, `enough`: see `ClassBound`. `deadline` is on the monotonic clock.
     """
-    bound = ClassBound(dag, budget_bytes, reruns)
+    bound = ClassBound(dag, budget_bytes, reruns, options)
     bound.linear(deadline, enough)
     return Bound(seconds=bound.seconds, timely=bound.timely)
 
@@ -108,8 +115,9 @@ class ClassBound:
     the bound reaches `enough` seconds, and the integer programs leave out schedules that take longer than that.
     """
 
-    def __init__(self, dag: Dag, budget_bytes: int, reruns: frozenset[Rerun]) -> None:
+    def __init__(self, dag: Dag, budget_bytes: int, reruns: frozenset[Rerun], options: SearchOptions = ALL) -> None:
         self.dag = dag
+        self.options = options
         self.budget = budget_bytes
         self.seconds = dag.once_seconds
         self.timely = True
@@ -118,8 +126,8 @@ class ClassBound:
         """the programs' answers as schedules, which may exceed the budget between moments: starting points for a
         search; the last are the best
         """
-        self._climb = CutGeneration(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST))
-        self._few = [_shortest(dag, budget_bytes, reruns, count) for count in FEW]
+        self._climb = CutGeneration(dag, budget_bytes, _shortest(dag, budget_bytes, reruns, FIRST), options)
+        self._few = [_shortest(dag, budget_bytes, reruns, count) for count in FEW if options.few_moments]
         self._pivots = self._climb.pivots
         self._crowded: frozenset[Rerun] = frozenset()
         self._ended = False
@@ -136,7 +144,7 @@ class ClassBound:
         """Solve linear programs as long as they raise the bound, until `deadline` at most."""
         self.timely = self._climb.climb(deadline, enough)
         # While linear programs still raise the bound, they do so faster than integer programs: these are skipped then.
-        self._ended = not self.timely
+        self._ended = not self.timely or not (self.options.refined or self._few)
         self.seconds = self._climb.best
         self.starts.extend(self._climb.starts)
         self._pivots = self._climb.pivots
@@ -148,7 +156,7 @@ class ClassBound:
         while self._few and self.seconds < enough and not self._ended:
             self._solve(self._few.pop(0), enough, FEW_SHARE * (deadline - time.monotonic()))
         spent = 0.0
-        while self.seconds < enough and not self._ended:
+        while self.options.refined and self.seconds < enough and not self._ended:
             began = time.monotonic()
             if deadline - began <= HARDER * spent:
                 self.timely = False
@@ -159,6 +167,8 @@ class ClassBound:
             if not answer.solved or not answer.reruns:
                 break
             finer = _refined(self.dag, self.budget, self._pivots, crowded, answer.reruns[0])
+            if not self.options.crowded:
+                finer = finer[0], crowded
             self._ended = finer == (self._pivots, crowded)
             self._pivots, self._crowded = finer
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from tightfit.planner.graphs.bounds.lp_bound import Fractions, Parts, Path, solve_lp
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun
+from tightfit.planner.search_options import ALL, SearchOptions
 
 VIOLATED = 0.2
 """by how much an answer must fall short of a path's row, whose right-hand side is one run, for the path to be added"""
@@ -127,8 +128,9 @@ RISE = 0.01
 class CutGeneration:
     """The lower bound of one graph at one budget by linear programs, the first of which has its moments at `pivots`."""
 
-    def __init__(self, dag: Dag, budget: int, pivots: tuple[int, ...]) -> None:
+    def __init__(self, dag: Dag, budget: int, pivots: tuple[int, ...], options: SearchOptions = ALL) -> None:
         self.dag = dag
+        self.options = options
         self.budget = budget
         self.best = dag.once_seconds
         self.pivots = pivots
@@ -164,6 +166,8 @@ class CutGeneration:
             priced = [path for path, price in zip(paths, fractions.paths) if price > 0.0]
             if answer.bound_seconds > self.best:
                 self.best, self.pivots, self.paths = answer.bound_seconds, pivots, tuple(priced)
+            if not self.options.cuts:
+                break
             bests.append(self.best)
             if len(bests) > STALLED and bests[-1] - bests[-1 - STALLED] <= RISE * (self.best - self.dag.once_seconds):
                 break
@@ -172,7 +176,9 @@ class CutGeneration:
             over = bytes_over(self.dag, self.budget, pivots, fractions)
             worst = np.argsort(-over, kind="stable")
             added = apart(worst[over[worst] > OVER * self.budget].tolist(), ADDED)
-            followed = [] if self.dag.read is not None else violated(self.dag, pivots, fractions)
+            followed = (
+                [] if self.dag.read is not None or not self.options.paths else violated(self.dag, pivots, fractions)
+            )
             if not added and not followed:
                 break
             idle |= dict.fromkeys(added, 0)

@@ -19,6 +19,7 @@ from itertools import accumulate
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, memory, peak_bytes, runs, seconds
 from tightfit.planner.graphs.search.subproblem import Lowest, Solved, Subproblem
+from tightfit.planner.search_options import ALL, SearchOptions
 
 DEPTHS = (1, 2, 3)
 DEEPER = 2
@@ -52,8 +53,9 @@ STALLED = 60
 class LargeNeighbourhood:
     """The search for one graph and budget. `timely`: no time limit ended it or any program that it solved."""
 
-    def __init__(self, dag: Dag, budget: int) -> None:
+    def __init__(self, dag: Dag, budget: int, options: SearchOptions = ALL) -> None:
         self.dag = dag
+        self.options = options
         self.budget = budget
         self.random = random.Random(0)
         self.timely = True
@@ -72,6 +74,8 @@ class LargeNeighbourhood:
         """
         best = reruns
         count = len(self.dag)
+        if not self.options.deepening:
+            return best
         if time.monotonic() > deadline:
             self.timely = False
             return best
@@ -97,6 +101,8 @@ class LargeNeighbourhood:
         until `deadline`.
         """
         best = reruns
+        if not self.options.polishing:
+            return best
         longest = max(1.5, STRETCH * (deadline - time.monotonic()))
         stalled = 0
         while stalled < STALLED:
