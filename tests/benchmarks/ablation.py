@@ -25,6 +25,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 import golden
 import tables
+from rich.table import Table
 
 from tightfit.planner.search_options import SearchOptions
 
@@ -126,27 +127,24 @@ def main() -> None:
         base = {(row["name"], row["index"]): row for row in rows if row["part"] is None}
         plan_all((*place, part) for part in given.parts for place in places if part in base[place]["asked"])
     found = [worth(part, [row for row in rows if row["part"] == part], base) for part in given.parts]
-    table = tables.markdown(
-        ["off", "plans that ask", "changed", "longest step", "widest gap", "planning", "plans lost"],
-        [
-            [
-                f"{one['part']}{' *' if worthless(one) else ''}",
-                str(one["asked"]),
-                str(one["changed"]),
-                f"{one['step']:+.3%} {one['worst']}",
-                f"{100 * one['gap']:+.3f} points",
-                f"{one['seconds']:.2f} x",
-                "; ".join(one["lost"]),
-            ]
-            for one in found
-        ],
-    )
+    table = Table("off", "plans that ask", "changed", "longest step", "widest gap", "planning", "plans lost")
+    for one in found:
+        table.add_row(
+            f"{one['part']}{' *' if worthless(one) else ''}",
+            str(one["asked"]),
+            str(one["changed"]),
+            f"{one['step']:+.3%} {one['worst']}",
+            f"{100 * one['gap']:+.3f} points",
+            f"{one['seconds']:.2f} x",
+            "; ".join(one["lost"]),
+        )
+    report = tables.Report()
+    report.table(table)
     notes = f"""{" ".join((__doc__ or "").split("    python")[0].split())}
 
 A star: worth less than {STEP:.2%} of any step and of any gap and {SECONDS:.0%} of planning. {len(base)} plans with all parts on."""
-    print(table)
     if given.write:
-        tables.write("ablation", "What each part of the search is worth", notes, table)
+        report.write("ablation", "What each part of the search is worth", notes)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(Path(__file__).parent)]
 
+import tables
 from gemma_package import PACKAGE, gemma_file
 from reference import peft_model, peft_name
 
@@ -76,8 +77,10 @@ def main(
     samples: Annotated[int, typer.Option(help="Held-out samples that are judged.")] = 48,
     threads: Annotated[int | None, typer.Option(help="Compute threads; by default every core.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for runs and figures.")] = ROOT / "examples" / "out" / "convergence",
+    write_page: Annotated[bool, typer.Option("--write", help="Write docs/benchmarks/convergence.md.")] = False,
 ) -> None:
     """Train by every method at one cap, judge all checkpoints, compare gradients."""
+    report = tables.Report(width=110)
     tried = [float(rate) for rate in rates.split(",")]
     for name, source in sources(model).items():
         folder = out / name
@@ -98,8 +101,10 @@ def main(
             ran = trained(plan, splits["train"], folder / method, steps=count, lr=rate, every=max(1, count // 5))
             told["methods"][method] = judged(plan, ran, judge, splits["held_out"], rate)
             write(told, folder)
-        show(told)
+        show(told, report)
         draw(told, folder / "convergence.png")
+    if write_page:
+        report.write("convergence", "What a step is worth", " ".join((__doc__ or "").split()))
 
 
 def sources(wanted: list[str] | None) -> dict[str, Path]:
@@ -316,9 +321,8 @@ def write(told: dict[str, Any], out: Path) -> None:
     (out / "convergence.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
-def show(told: dict[str, Any]) -> None:
+def show(told: dict[str, Any], report: tables.Report) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -340,13 +344,12 @@ def show(told: dict[str, Any]) -> None:
                 f"{point['loss']:.4f}",
                 f"{point['accuracy']:.4f}",
             )
-    console = Console(width=110)
-    console.print(table)
+    report.table(table)
     gradients = told["gradients"]
-    console.print(
-        f"cosine of an estimate to the exact gradient: {', '.join(f'{c:+.5f}' for c in gradients['cosines'])};"
+    report.text(
+        f"Cosine of an estimate to the exact gradient: {', '.join(f'{c:+.5f}' for c in gradients['cosines'])};"
         f" for {gradients['parameters']:,} parameters and one random direction about"
-        f" ±{gradients['expected_magnitude']:.5f} is to be expected"
+        f" ±{gradients['expected_magnitude']:.5f} is to be expected."
     )
 
 

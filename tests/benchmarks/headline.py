@@ -79,10 +79,15 @@ def main(
         except TightfitError as error:
             rows.append({"model": name, "what": "failed", "note": f": {error}"})
         (out / "headline.json").write_text(json.dumps(rows, indent=1) + "\n")
-    show(rows)
+    report = show(rows)
     draw(rows, out / "headline.png")
     if write:
-        write_tables(rows, seq)
+        notes = (
+            f"Published shapes with random 4-bit weights, LoRA rank 8 on all seven projections, 1 × {seq} tokens. Peaks"
+            " are of all that a run keeps alive (training process and supervisor); the kernel enforces the caps. The"
+            " caps are what MeBP reports for a phone."
+        )
+        report.write("headline", "Published models in the memory of a phone, the whole run counted", notes)
 
 
 def planned(
@@ -183,9 +188,8 @@ def _baseline(name: str, what: str, command: list[str]) -> Row:
     }
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: list[Row]) -> tables.Report:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     def reference(what: str) -> dict[str, float]:
@@ -226,43 +230,9 @@ def show(rows: list[Row]) -> None:
             *(_number(step["measured"] / one if step and one else None, ".2f") for one in known),
             _number(row.get("gap") if step else None, ".2%"),
         )
-    Console(width=150).print(table)
-
-
-def write_tables(rows: list[Row], seq: int) -> None:
-    """The table as a page of docs/benchmarks/."""
-    references = {r["model"]: r["step_seconds"]["measured"] for r in rows if r["what"] == USUAL and "step_seconds" in r}
-    lines = []
-    for row in rows:
-        peak, step = row.get("peak_bytes", {}), row.get("step_seconds", {})
-        usual = references.get(row["model"]) if "note" not in row else None
-        lines.append(
-            [
-                row["model"],
-                row["what"] + row.get("note", ""),
-                _mib(row.get("budget_bytes")) if row.get("budget_bytes", 0) < UNLIMITED else "",
-                _mib(peak.get("predicted")),
-                _mib(peak.get("measured")),
-                _number(step.get("predicted"), ".2f"),
-                _number(step.get("measured"), ".2f"),
-                _number(step["measured"] / usual if step and usual else None, ".2f"),
-            ]
-        )
-    headings = [
-        "model",
-        "",
-        "cap, MiB",
-        "peak: predicted",
-        "measured",
-        "step, s: predicted",
-        "measured",
-        "to transformers + peft",
-    ]
-    notes = (
-        f"Published shapes with random 4-bit weights, LoRA rank 8 on all seven projections, 1 × {seq} tokens. Peaks are of all that a run"
-        " keeps alive (training process and supervisor); the kernel enforces the caps. The caps are what MeBP reports for a phone."
-    )
-    tables.write("headline", "Published models in the memory of a phone", notes, tables.markdown(headings, lines))
+    report = tables.Report()
+    report.table(table)
+    return report
 
 
 def _mib(size: int | None) -> str:

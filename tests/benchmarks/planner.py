@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "helpers"), str(Path(__file__).parent)]
 
+import tables
 from shapes import decoder_profile
 
 from tightfit.planner.formulation.step_constraints import charged_bytes
@@ -44,6 +44,14 @@ NEAR, ROOMIER = (1.02, 1.05, 1.1, 1.2, 1.3), (8.0, 4.0, 2.0)
 """budgets in times the smallest, and those that a planner meets before it comes down to them"""
 
 
+NOTES = (
+    "How long planning takes, and how near the best the plans are. LoRA of rank 8 on layers of Qwen2.5-3B's shape, 4-bit base, 1 × 256"
+    " tokens; weights, activations and optimizer states are decided tensor by tensor; seconds per step are estimated for `zen4-2core`."
+    " Every budget is planned by a process that knows nothing yet. The fixed rules' steps are in multiples of the plan's; \"torch\" is the"
+    " best of what the activation-memory-budget solvers of PyTorch save, with weights unpacked or streamed."
+)
+
+
 def main(
     layers: Annotated[list[int] | None, typer.Option(help="depths to plan at five budgets each")] = None,
     depth: Annotated[list[int] | None, typer.Option(help="depths for the growth of the cost")] = None,
@@ -54,21 +62,24 @@ def main(
         bool, typer.Option(help="a curve of 12 budgets beside single ones, and budgets near the smallest")
     ] = True,
     limits: Annotated[bool, typer.Option(help="searches cut short by a time limit")] = True,
+    write: Annotated[bool, typer.Option(help="write docs/benchmarks/planner.md")] = False,
 ) -> None:
     """Plan, measure, compare."""
-    console = Console(width=150)
+    report = tables.Report()
     figures: dict[str, Any] = {"budgets": [], "depth": [], "curve": [], "near": [], "limits": []}
     for count in layers if layers is not None else [36, 80]:
-        figures["budgets"] += at_budgets(count, time_limit, console)
+        figures["budgets"] += at_budgets(count, time_limit, report)
     if curve:
         count = (layers or [36])[0]
-        figures["curve"] = on_a_curve(count, time_limit, console)
-        figures["near"] = near_the_smallest(count, time_limit, console)
+        figures["curve"] = on_a_curve(count, time_limit, report)
+        figures["near"] = near_the_smallest(count, time_limit, report)
     if limits:
-        figures["limits"] = within_limits((layers or [36])[0], console)
-    figures["depth"] = by_depth(depth if depth is not None else [24, 48, 96, 192], time_limit, console)
+        figures["limits"] = within_limits((layers or [36])[0], report)
+    figures["depth"] = by_depth(depth if depth is not None else [24, 48, 96, 192], time_limit, report)
     figures["peak_bytes"] = peak_bytes()
-    console.print(f"peak of this process and of one beside it, tracing included: {format_size(figures['peak_bytes'])}")
+    report.text(f"peak of this process and of one beside it, tracing included: {format_size(figures['peak_bytes'])}")
+    if write:
+        report.write("planner", "Planning decoders", NOTES)
     if output is not None:
         output.write_text(json.dumps(figures, indent=1) + "\n")
 
@@ -135,7 +146,7 @@ def fastest_saved(
     return best
 
 
-def at_budgets(layers: int, time_limit: float, console: Console) -> list[dict[str, Any]]:
+def at_budgets(layers: int, time_limit: float, report: tables.Report) -> list[dict[str, Any]]:
     """Five budgets, each by a planner that knows nothing yet, beside the fixed rules at the same budget."""
     profile = decoder_profile(layers)
     smallest, largest = ends(ModelPlanner(profile))
@@ -156,7 +167,7 @@ def at_budgets(layers: int, time_limit: float, console: Console) -> list[dict[st
         saved = fastest_saved(planner, points, budget)
         slower["torch"] = None if saved is None else saved / made.step_seconds
         if any(ratio is not None and ratio < 1 - 1e-9 for ratio in slower.values()):
-            console.print(f"[red]{layers} layers at {format_size(budget)}: slower than a fixed rule: {slower}")
+            report.text(f"{layers} layers at {format_size(budget)}: slower than a fixed rule: {slower}")
         rows.append(
             {
                 "layers": layers,
@@ -180,11 +191,11 @@ def at_budgets(layers: int, time_limit: float, console: Console) -> list[dict[st
             made.status,
             *told,
         )
-    console.print(table)
+    report.table(table)
     return rows
 
 
-def on_a_curve(layers: int, time_limit: float, console: Console) -> list[dict[str, Any]]:
+def on_a_curve(layers: int, time_limit: float, report: tables.Report) -> list[dict[str, Any]]:
     """Twelve budgets by one comparison, whose processes reuse what they have found, beside each by a planner that knows nothing yet;
     by the clock on the wall.
     """
@@ -218,8 +229,8 @@ def on_a_curve(layers: int, time_limit: float, console: Console) -> list[dict[st
         )
     alone, median = sum(r["alone_seconds"] for r in rows), statistics.median(r["alone_seconds"] for r in rows)
     table.add_row("together", f"{together:.1f}", f"{alone:.1f}")
-    console.print(table)
-    console.print(
+    report.table(table)
+    report.text(
         f"the curve takes {together / median:.1f} × the median of its budgets alone, {median:.1f} s, and {cpu:.1f} CPU seconds"
     )
     return rows
@@ -231,7 +242,7 @@ def _cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def near_the_smallest(layers: int, time_limit: float, console: Console) -> list[dict[str, Any]]:
+def near_the_smallest(layers: int, time_limit: float, report: tables.Report) -> list[dict[str, Any]]:
     """Budgets little above the smallest, each by a planner that knows nothing yet, and all by one that comes down to them from
     roomier ones.
     """
@@ -272,7 +283,7 @@ def near_the_smallest(layers: int, time_limit: float, console: Console) -> list[
             f"{seconds:.1f}",
             f"{made.gap:.2%}",
         )
-    console.print(table)
+    report.table(table)
     return rows
 
 
@@ -283,7 +294,7 @@ def _timed(planner: ModelPlanner, budget: int, time_limit: float) -> tuple[Plan,
     return made, time.process_time() - begun
 
 
-def within_limits(layers: int, console: Console) -> list[dict[str, Any]]:
+def within_limits(layers: int, report: tables.Report) -> list[dict[str, Any]]:
     """Wall clock of searches that a limit ends, at a tenth of the way from the smallest budget to keep-all."""
     profile = decoder_profile(layers)
     rules = ModelPlanner(profile)
@@ -299,11 +310,11 @@ def within_limits(layers: int, console: Console) -> list[dict[str, Any]]:
         took = time.monotonic() - begun
         rows.append({"limit_seconds": limit, "wall_seconds": took, "gap": made.gap, "status": made.status})
         table.add_row(f"{limit:g}", f"{took:.2f}", f"{made.step_seconds:.3f}", f"{made.gap:.2%}", made.status)
-    console.print(table)
+    report.table(table)
     return rows
 
 
-def by_depth(depths: list[int], time_limit: float, console: Console) -> list[dict[str, Any]]:
+def by_depth(depths: list[int], time_limit: float, report: tables.Report) -> list[dict[str, Any]]:
     """Equal layers, more and more of them, at 1.5 times the smallest rule's peak."""
     table = Table("layers", "CPU s", "programs priced", "columns", "gap", title="equal layers")
     rows = []
@@ -319,7 +330,7 @@ def by_depth(depths: list[int], time_limit: float, console: Console) -> list[dic
             {"layers": count, "cpu_seconds": seconds, "programs": pool.programs, "columns": columns, "gap": made.gap}
         )
         table.add_row(str(count), f"{seconds:.1f}", str(pool.programs), str(columns), f"{made.gap:.2%}")
-    console.print(table)
+    report.table(table)
     return rows
 
 

@@ -21,9 +21,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "helpers")]
+sys.path[:0] = [str(ROOT / "helpers"), str(Path(__file__).parent)]
 
+import tables
 from killing import kill_again_and_again
+from rich.table import Table
 from served import Served
 from synthetic import decoder_like, small_chain
 
@@ -159,6 +161,21 @@ def killing(folder, *, rounds):
         service.stop()
 
 
+def page(found):
+    """The figures as tables, one for each half of the benchmark, and which aims were met."""
+    report = tables.Report()
+    for half in ("load", "killing"):
+        if half in found:
+            table = Table("", half)
+            for name, value in found[half].items():
+                if not isinstance(value, (dict, list)) or len(str(value)) < 60:
+                    table.add_row(name.replace("_", " "), f"{value:,.1f}" if isinstance(value, float) else str(value))
+            report.table(table)
+    for aim, reached in found["met"].items():
+        report.text(f"- {aim}: {'met' if reached else 'NOT met'}")
+    return report
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=64)
@@ -167,6 +184,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--only", choices=("load", "killing"), help="one half of the benchmark")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks/service.md")
     options = parser.parse_args()
     found, met = {}, {}
     with tempfile.TemporaryDirectory() as name:
@@ -190,6 +208,8 @@ def main():
     found["met"] = met
     found["benchmark_cpu_seconds"] = round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 1)
     sys.stdout.write(json.dumps(found, indent=None if options.json else 1) + "\n")
+    if options.write:
+        page(found).write("service", "The service", (__doc__ or "").strip())
     return 0 if all(met.values()) else 1
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from tightfit.runtime.common.processor import cpu_name
 
@@ -28,12 +30,33 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def write(name: str, title: str, notes: str, table: str, command: str | None = None) -> Path:
-    """Write ``docs/benchmarks/NAME.md``; `command` is by default the one that was typed."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    words = command or " ".join(["python", f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    path = FOLDER / f"{name}.md"
-    path.write_text(
-        f"# {title}\n\n{notes}\n\n`{words}`, {dt.datetime.now(dt.UTC).date().isoformat()}, {machine()}.\n\n{table}"
-    )
-    return path
+class Report:
+    """Tables and sentences that a benchmark prints as it goes, and writes as a page when it is asked to."""
+
+    def __init__(self, width: int = 150) -> None:
+        self.console = Console(width=width)
+        self.parts: list[str] = []
+
+    def table(self, table: Table) -> None:
+        """Print a table; the page has it in Markdown, its title above it."""
+        self.console.print(table)
+        headings = [str(column.header) for column in table.columns]
+        rows = list(zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True))
+        title = f"**{table.title}**\n\n" if table.title else ""
+        self.parts.append(title + markdown(headings, rows))
+
+    def text(self, text: str) -> None:
+        """Print a sentence; it is a paragraph of the page."""
+        self.console.print(text)
+        self.parts.append(f"{text}\n")
+
+    def write(self, name: str, title: str, notes: str) -> Path:
+        """Write ``docs/benchmarks/NAME.md``: the notes, the command that was typed, date and machine, and what was
+        printed.
+        """
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        command = " ".join(["python", f"tests/benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        when = dt.datetime.now(dt.UTC).date().isoformat()
+        path = FOLDER / f"{name}.md"
+        path.write_text("\n".join([f"# {title}", "", notes, "", f"`{command}`, {when}, {machine()}.", "", *self.parts]))
+        return path
