@@ -23,7 +23,7 @@ EXACT = 1e-6
 """gap up to which a bare graph's plan counts as proven optimal; integer programs prove no smaller one"""
 ROUNDING = 2e-5
 """the same for a model's plan, whose floating-point programs have bounds that may be off by
-`tightfit.planner.milp.highs.MARGIN`
+`tightfit.planner.solvers.highs.MARGIN`
 """
 EndedBy = Literal["proof", "gap", "stalled", "time limit", "interrupt"]
 

@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tightfit.planner.milp.highs import MARGIN
-from tightfit.planner.milp.lp import INFINITY, Growing, Linear
 from tightfit.planner.problem.layer_figures import KIB, MS
 from tightfit.planner.problem.layer_types import ALWAYS, Layered, compute_seconds, transfer_seconds
 from tightfit.planner.problem.step_graph import StepGraph, state_count
+from tightfit.planner.solvers.highs import MARGIN
+from tightfit.planner.solvers.lp import INFINITY, Growing, Linear
 from tightfit.profiles.schema import Profile
 
 

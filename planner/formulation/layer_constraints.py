@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tightfit.planner.formulation.layer_variables import LAST, MINOR, LayerVariables, Slot
-from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.problem.layer_figures import KIB, MS, LayerFigures
 from tightfit.planner.problem.layer_types import LayerType, Weight, compute_seconds, transfer_seconds, weight_uses
 from tightfit.planner.schedule.layer_schedule import Decision, measure, state_names_of
+from tightfit.planner.solvers.lp import Linear, Program
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ import bisect
 import itertools
 from collections.abc import Iterable, Sequence
 
-from tightfit.planner.milp.lp import Key, Linear, Program
 from tightfit.planner.problem.layer_types import LayerType, Operation
 from tightfit.planner.schedule.layer_schedule import Decision
+from tightfit.planner.solvers.lp import Key, Linear, Program
 
 MINOR = "minor"
 """the group of trainables too small for a decision each"""

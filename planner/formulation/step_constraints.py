@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.problem.layer_figures import DISK, KIB, MS, LayerFigures
 from tightfit.planner.problem.layer_types import Layered, transfer_seconds
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.multi_layer_recompute import Segments, Window, held_by_segments, windows
+from tightfit.planner.solvers.lp import Linear, Program
 
 INSTANT = 1e5
 """KiB per ms above which a disk's transfers are taken to need no time of their own in a window"""

@@ -19,14 +19,14 @@ import numpy as np
 
 from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.step_constraints import StepConstraints, Terms, add_step_constraints
-from tightfit.planner.milp.highs import MARGIN
-from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.problem.layer_figures import FIELDS, KIB, MS, LayerFigures
 from tightfit.planner.schedule.layer_schedule import Column, measure
 from tightfit.planner.search_options import Progress
 from tightfit.planner.solve.integer_rounding import Rounding, WindowBytes, rounded
 from tightfit.planner.solve.master_lp import MOVE_PRICE, MasterLp, MasterLpAnswer, goal
 from tightfit.planner.solve.pricing import Pool, Prices
+from tightfit.planner.solvers.highs import MARGIN
+from tightfit.planner.solvers.lp import Linear, Program
 
 JOINT_BINARIES = 150
 """models with at most so many integer variables are solved as one program, to optimality"""

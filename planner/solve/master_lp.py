@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tightfit.planner.formulation.step_constraints import StepConstraints, Terms, add_step_constraints
-from tightfit.planner.milp.lp import INFINITY, Growing, Linear
 from tightfit.planner.problem.layer_figures import FIELDS, KIB, LayerFigures
 from tightfit.planner.schedule.multi_layer_recompute import Segments
 from tightfit.planner.solve.pricing import Pool, Prices
+from tightfit.planner.solvers.lp import INFINITY, Growing, Linear
 
 MOVE_PRICE = 1e-4
 """(17) cost of a second of disk time, where a second of the step costs 1: breaks ties in favour of moving less"""

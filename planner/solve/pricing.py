@@ -17,12 +17,12 @@ from ortools.math_opt.python import mathopt
 
 from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.layer_variables import choice_count
-from tightfit.planner.milp.lp import INFINITY, OBJECTIVE_ONLY, Linear, Program
-from tightfit.planner.milp.solver_interrupts import uninterrupted
 from tightfit.planner.problem.layer_figures import FIELDS, MS
 from tightfit.planner.problem.layer_types import Layered, LayerType
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
 from tightfit.planner.search_options import ALL, SearchOptions
+from tightfit.planner.solvers.lp import INFINITY, OBJECTIVE_ONLY, Linear, Program
+from tightfit.planner.solvers.solver_interrupts import uninterrupted
 
 HELD = ("between", "outside")
 """those of FIELDS that a layer holds between its windows"""
@@ -84,7 +84,7 @@ class Hull:
             RuntimeError,
             ValueError,
             AttributeError,
-        ):  # as in `tightfit.planner.milp.highs`: MathOpt's conversion fails by itself
+        ):  # as in `tightfit.planner.solvers.highs`: MathOpt's conversion fails by itself
             # Glop now and then fails in a warm start; without its answer there is no bound.
             self.solver = mathopt.IncrementalSolver(self.model, mathopt.SolverType.GLOP)
             return 0.0

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from tightfit.planner.milp.solver_interrupts import left_alone
+from tightfit.planner.solvers.solver_interrupts import left_alone
 from tightfit.runtime.cli.compare import compare
 from tightfit.runtime.cli.devices import devices
 from tightfit.runtime.cli.options import failure, usage

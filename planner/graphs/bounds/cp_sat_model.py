@@ -14,8 +14,8 @@ from math import floor
 from ortools.sat.python import cp_model
 
 from tightfit.planner.graphs.problem.limit import Limit
-from tightfit.planner.milp.cp_sat import RESOLUTION, single_worker, solved
-from tightfit.planner.milp.lp import Program
+from tightfit.planner.solvers.cp_sat import RESOLUTION, single_worker, solved
+from tightfit.planner.solvers.lp import Program
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,8 +31,8 @@ import numpy.typing as npt
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.graphs.problem.schedule import Rerun, pruned
-from tightfit.planner.milp.lp import Linear, Program, Solution
 from tightfit.planner.problem.layer_types import transfer_seconds
+from tightfit.planner.solvers.lp import Linear, Program, Solution
 
 ROUNDED = (0.3, 0.5, 0.7)
 """thresholds above which a fraction of a run, or of a live output, is rounded up to 1; none of them

@@ -16,7 +16,7 @@ from ortools.sat.python import cp_model
 
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, pruned
-from tightfit.planner.milp.cp_sat import RESOLUTION, single_worker, solved
+from tightfit.planner.solvers.cp_sat import RESOLUTION, single_worker, solved
 
 
 @dataclass(frozen=True, kw_only=True)

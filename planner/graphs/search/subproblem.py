@@ -25,8 +25,8 @@ from tightfit.planner.graphs.bounds.cp_sat_model import CpSatModel
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.limit import Limit
 from tightfit.planner.graphs.problem.schedule import Rerun, memory, pruned, runs
-from tightfit.planner.milp.highs import MARGIN
-from tightfit.planner.milp.lp import Linear, Program
+from tightfit.planner.solvers.highs import MARGIN
+from tightfit.planner.solvers.lp import Linear, Program
 
 SCALE = 1000.0
 """value in the objective of the seconds of one run of every operator"""

@@ -16,7 +16,6 @@ from synthetic import PAGE, ProgramBuilder, decoder_like, device, profile_of, sm
 
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.formulation.step_constraints import add_step_constraints, charged_bytes, instruction_count
-from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_figures import FIELDS, KIB, MS, LayerFigures
@@ -25,6 +24,7 @@ from tightfit.planner.schedule.lowering import live_profile
 from tightfit.planner.schedule.realize import Part, realize
 from tightfit.planner.solve.policies import mebp, rule_columns, smallest
 from tightfit.planner.solve.search import SearchResult
+from tightfit.planner.solvers.lp import Linear, Program
 from tightfit.profiles.schema import Channel, Device, Floor, Layer, Tensor, adamw
 
 # --- any schedule, by hand -----------------------------------------------------------------------------------------

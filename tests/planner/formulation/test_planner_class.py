@@ -12,13 +12,13 @@ from tiny_plans import CONFIG, decoder_profile
 
 from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.step_constraints import live_bytes
-from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import ROUNDING
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_figures import FIELDS, KIB
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schedule.lowering import draft, kinds, live_profile
+from tightfit.planner.solvers.lp import Linear, Program
 
 SEEDS = [4, 12, 13, 20, 23, 25, 30, 40, 41, 60, 62, 65, 72, 76, 77, 79, 91, 95]
 """chains with at most some thousand combinations"""

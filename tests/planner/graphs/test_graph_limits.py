@@ -25,7 +25,7 @@ from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.graphs.search.exact_moves import fastest_with_moves
 from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood, lowest_peak
 from tightfit.planner.graphs.search.subproblem import Solved
-from tightfit.planner.milp import lp
+from tightfit.planner.solvers import lp
 from tightfit.profiles.graph_input import BareChannel, graph_profile, parse_graph
 
 QUICK = dict.fromkeys(("read", "write"), BareChannel(bytes_per_second=1e10, latency_seconds=1e-6))

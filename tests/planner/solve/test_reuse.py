@@ -16,7 +16,6 @@ from synthetic import MIB, decoder_like, device
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.layer_variables import choice_count
-from tightfit.planner.milp.lp import Growing, Linear, Program
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_types import Layered
@@ -31,6 +30,7 @@ from tightfit.planner.solve.budget_search import GOOD
 from tightfit.planner.solve.column_generation import ColumnGeneration
 from tightfit.planner.solve.policies import POLICIES, rule_columns, smallest
 from tightfit.planner.solve.search import Solver
+from tightfit.planner.solvers.lp import Growing, Linear, Program
 
 REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
 

@@ -14,8 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import MIB, decoder_like, deep, device, small_chain
 
-from tightfit.planner.milp import lp
-from tightfit.planner.milp.lp import Growing, Linear, Program, Solution
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.problem.build_layers import layered
@@ -30,6 +28,8 @@ from tightfit.planner.solve.column_generation import ColumnGeneration
 from tightfit.planner.solve.policies import POLICIES, all_streamed, keep_all, mebp, rule_columns
 from tightfit.planner.solve.pricing import Pool
 from tightfit.planner.solve.search import SearchResult, Solver
+from tightfit.planner.solvers import lp
+from tightfit.planner.solvers.lp import Growing, Linear, Program, Solution
 from tightfit.runtime.common.gc_pause import paused_collector
 
 REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}

@@ -9,7 +9,6 @@ from synthetic import deep, device, small_chain
 
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.formulation.step_constraints import add_step_constraints
-from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.problem.build_layers import layered
@@ -28,6 +27,7 @@ from tightfit.planner.schedule.realize import Part, realize
 from tightfit.planner.solve.policies import checkpoint_layers, keep_all, mebp, mesp, rule_columns
 from tightfit.planner.solve.search import SearchResult
 from tightfit.planner.solve.segment_search import segmentations, worthwhile
+from tightfit.planner.solvers.lp import Linear, Program
 
 
 def with_random_operator(profile, program):

@@ -12,7 +12,6 @@ from tiny_plans import CONFIG, decoder_profile
 from traced import interpret, random_batch, random_weights, trace_decoder
 
 from tightfit.planner.formulation.layer_constraints import LayerProgram
-from tightfit.planner.milp.lp import Linear, Program
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.gradients import two_forwards
@@ -20,6 +19,7 @@ from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.problem.layer_types import Mode
 from tightfit.planner.schedule.layer_schedule import Decision, measure
 from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
+from tightfit.planner.solvers.lp import Linear, Program
 from tightfit.profiles.devices.data_sheets import find_device
 from tightfit.profiles.devices.estimate import estimate_profile
 from tightfit.runtime.common.errors import InputError

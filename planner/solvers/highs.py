@@ -17,7 +17,7 @@ from typing import TextIO
 from ortools.math_opt.python import mathopt
 from ortools.math_opt.solvers import highs_pb2
 
-from tightfit.planner.milp.solver_interrupts import interruptible
+from tightfit.planner.solvers.solver_interrupts import interruptible
 
 
 def solve_silently(

@@ -18,14 +18,14 @@ from swallowing import Swallowing
 from synthetic import small_chain
 
 from tightfit.planner.graphs.planner import GraphPlanner
-from tightfit.planner.milp.cp_sat import single_worker, solved
-from tightfit.planner.milp.highs import solve_silently
-from tightfit.planner.milp.lp import Growing, Linear
-from tightfit.planner.milp.solver_interrupts import interruptible
 from tightfit.planner.plan import minimum_budget
 from tightfit.planner.report.compare import compare
 from tightfit.planner.report.marginal_value import what_if
 from tightfit.planner.solve.search import Solver
+from tightfit.planner.solvers.cp_sat import single_worker, solved
+from tightfit.planner.solvers.highs import solve_silently
+from tightfit.planner.solvers.lp import Growing, Linear
+from tightfit.planner.solvers.solver_interrupts import interruptible
 from tightfit.profiles.graph_input import graph_profile
 
 
@@ -165,7 +165,7 @@ def test_an_interruption_while_a_solver_is_made_leaves_none_behind(monkeypatch):
     program = Growing()
     goal = Linear().add(program.variable())
     with monkeypatch.context() as patch:
-        patch.setattr("tightfit.planner.milp.lp.mathopt.IncrementalSolver", making)
+        patch.setattr("tightfit.planner.solvers.lp.mathopt.IncrementalSolver", making)
         with pytest.raises(KeyboardInterrupt):
             program.solve(goal)
         time.sleep(0.6)
@@ -189,7 +189,7 @@ def test_an_interruption_that_the_conversion_of_an_answer_swallows_is_one():
 def test_the_command_line_does_not_wait_for_what_is_left_alone(output):
     script = """
 import os, signal, sys, threading, time
-from tightfit.planner.milp.solver_interrupts import interruptible
+from tightfit.planner.solvers.solver_interrupts import interruptible
 from tightfit.runtime.cli import main
 
 def app(**_):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ortools.sat.python import cp_model
 
-from tightfit.planner.milp.solver_interrupts import interruptible
+from tightfit.planner.solvers.solver_interrupts import interruptible
 
 
 def single_worker() -> cp_model.CpSolver:

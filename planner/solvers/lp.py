@@ -19,8 +19,8 @@ from ortools.glop import parameters_pb2
 from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
 
-from tightfit.planner.milp.highs import patience, solve_silently
-from tightfit.planner.milp.solver_interrupts import interruptible
+from tightfit.planner.solvers.highs import patience, solve_silently
+from tightfit.planner.solvers.solver_interrupts import interruptible
 
 INFINITY = float("inf")
 WARM_ITERATIONS = 0.25
@@ -135,7 +135,7 @@ class Program:
     # --- solving ---------------------------------------------------------------------------------------------------
 
     def solve(self, goal: Linear, seconds: float = 60.0, gap: float = 1e-6, nodes: int | None = None) -> Solution:
-        """Minimise `goal`; limits and errors as of `tightfit.planner.milp.highs.solve_silently`."""
+        """Minimise `goal`; limits and errors as of `tightfit.planner.solvers.highs.solve_silently`."""
         self._aim(goal)
         return self._told(solve_silently(self._model, seconds, gap, nodes))
 
@@ -263,7 +263,7 @@ class Growing(Program):
             # Scaled, the chained sums over a hundred layers leave residuals above Glop's default tolerance of 1e-6.
             glop=parameters_pb2.GlopParameters(use_scaling=False, solution_feasibility_tolerance=1e-5),
         )
-        # As in `tightfit.planner.milp.highs`: MathOpt's conversion of a result may raise these errors.
+        # As in `tightfit.planner.solvers.highs`: MathOpt's conversion of a result may raise these errors.
         with contextlib.suppress(RuntimeError, ValueError, AttributeError):
             try:
                 # If the thread is abandoned, it keeps this solver and model, and `_load_anew` makes others.

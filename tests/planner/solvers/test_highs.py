@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from ortools.math_opt.python import mathopt
 
-from tightfit.planner.milp import highs
+from tightfit.planner.solvers import highs
 
 DESCRIPTORS = Path("/proc/self/fd")
 
@@ -109,7 +109,7 @@ def test_a_second_opinion_gets_what_time_is_left(monkeypatch):
 def test_what_an_abandoned_solver_prints_is_dropped_and_what_python_prints_is_not():
     script = """
 import os, signal, sys, threading, time
-from tightfit.planner.milp import highs
+from tightfit.planner.solvers import highs
 
 def solve(*_, **__):
     os.kill(os.getpid(), signal.SIGINT)
