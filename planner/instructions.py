@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+Verb = Literal["read", "unpack", "run", "free", "spill", "fetch", "update", "perturb", "pass"]
+"""what an instruction does; the planner's drafts, whose tensors have no offsets yet, name it by this"""
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
     """Start reading the packed bytes of a weight from the store into ``packed:`` and its name."""
 
-    verb: ClassVar[str] = "read"
+    verb: ClassVar[Verb] = "read"
     weight: str
     at: int
 
@@ -27,7 +30,7 @@ class Read:
 class Unpack:
     """Wait for the read; make the weight from its packed bytes."""
 
-    verb: ClassVar[str] = "unpack"
+    verb: ClassVar[Verb] = "unpack"
     weight: str
     at: int
 
@@ -36,7 +39,7 @@ class Unpack:
 class Run:
     """Run one operator of the layer's program; `at` has an offset for each output, None for one that is not used."""
 
-    verb: ClassVar[str] = "run"
+    verb: ClassVar[Verb] = "run"
     layer: str
     operator: int
     at: tuple[int | None, ...]
@@ -46,7 +49,7 @@ class Run:
 class Free:
     """Give the bytes of a tensor back; waits for a spill of it that is still being written."""
 
-    verb: ClassVar[str] = "free"
+    verb: ClassVar[Verb] = "free"
     tensor: str
 
 
@@ -54,7 +57,7 @@ class Free:
 class Spill:
     """Start writing a tensor to the spill file; it stays resident until it is freed."""
 
-    verb: ClassVar[str] = "spill"
+    verb: ClassVar[Verb] = "spill"
     tensor: str
 
 
@@ -62,7 +65,7 @@ class Spill:
 class Fetch:
     """Start reading a tensor back from the spill file; its users wait for it."""
 
-    verb: ClassVar[str] = "fetch"
+    verb: ClassVar[Verb] = "fetch"
     tensor: str
     at: int
 
@@ -71,7 +74,7 @@ class Fetch:
 class Update:
     """One optimizer update of a trainable in place, from its gradient and states, all of them resident."""
 
-    verb: ClassVar[str] = "update"
+    verb: ClassVar[Verb] = "update"
     trainable: str
 
 
@@ -81,7 +84,7 @@ class Perturb:
     trainable's name.
     """
 
-    verb: ClassVar[str] = "perturb"
+    verb: ClassVar[Verb] = "perturb"
     trainable: str
     times: int
 
@@ -90,14 +93,14 @@ class Perturb:
 class Pass:
     """The gradient `above` becomes the gradient `below`, of the same shape, where it lies; `above` is gone."""
 
-    verb: ClassVar[str] = "pass"
+    verb: ClassVar[Verb] = "pass"
     above: str
     below: str
 
 
 Instruction = Read | Unpack | Run | Free | Spill | Fetch | Update | Perturb | Pass
 TYPES: tuple[type[Instruction], ...] = (Read, Unpack, Run, Free, Spill, Fetch, Update, Perturb, Pass)
-BY_VERB: dict[str, type[Instruction]] = {kind.verb: kind for kind in TYPES}
+BY_VERB: dict[str, type[Instruction]] = {str(kind.verb): kind for kind in TYPES}
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "str": lambda operand: isinstance(operand, str),
     "int": lambda operand: type(operand) is int,

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tightfit.planner.instructions import Verb
 from tightfit.planner.problem.layer_figures import SCALE, LayerFigures
 from tightfit.planner.problem.layer_types import LayerType, Mode, Update, compute_seconds, transfer_seconds, weight_uses
 from tightfit.planner.problem.step_graph import STATE_PREFIXES, state_names
 
-Action = tuple[str, str]
+Action = tuple[Verb, str]
 """(verb, local name); for "run" the name is the operator's position in the program"""
 
 

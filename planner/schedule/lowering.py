@@ -11,14 +11,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from tightfit.planner.instructions import Fetch, Free, Instruction, Pass, Perturb, Read, Run, Spill, Unpack, Update
+from tightfit.planner.instructions import (
+    Fetch,
+    Free,
+    Instruction,
+    Pass,
+    Perturb,
+    Read,
+    Run,
+    Spill,
+    Unpack,
+    Update,
+    Verb,
+)
 from tightfit.planner.problem.gradients import Passages
 from tightfit.planner.problem.layer_types import ALWAYS, Layered, compute_seconds, transfer_seconds
 from tightfit.planner.problem.step_graph import PACKED_ALIGNMENT, STATE_PREFIXES, STATES, aligned, state_names
 from tightfit.planner.schedule.layer_schedule import Action, Column, Script, expand, resident_between_steps
 from tightfit.planner.schedule.multi_layer_recompute import Passes, Segments
 
-NAMED: dict[str, type[Free | Spill | Update]] = {kind.verb: kind for kind in (Free, Spill, Update)}
+NAMED: dict[Verb, type[Free | Spill | Update]] = {kind.verb: kind for kind in (Free, Spill, Update)}
 """verb -> instruction, for those that name a tensor and nothing else"""
 
 
@@ -26,7 +38,7 @@ NAMED: dict[str, type[Free | Spill | Update]] = {kind.verb: kind for kind in (Fr
 class Entry:
     """One instruction of a schedule whose tensors have no arena offsets yet."""
 
-    verb: str
+    verb: Verb
     name: str
     """the tensor (read, unpack: the weight; update, perturb: the trainable); empty for run"""
     layer: int
@@ -201,7 +213,7 @@ class _Joiner:
             else:
                 yield self._entry(verb, self._global(layer, name), layer)
 
-    def _entry(self, verb: str, name: str, layer: int) -> Entry:
+    def _entry(self, verb: Verb, name: str, layer: int) -> Entry:
         seconds = transfer = 0.0
         device = self.problem.profile.device
         if verb == "read":

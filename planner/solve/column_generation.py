@@ -257,17 +257,17 @@ class ColumnGeneration:
         if limit_bytes is not None and relaxed.over > 1e-4:
             return None
         found: Whole | None = None
-        stages = (
-            (0.0, self._fitted),
-            (self._whole_gap, self._few_free),
-            (self.tolerance / 2, self._all_near),
-            (float("inf"), self._any),
-        )
         asked = self.pool.options
-        on = {self._fitted: asked.rounding, self._few_free: asked.few_free, self._all_near: asked.all_near}
-        stages = tuple(stage for stage in stages if on.get(stage[1], True))[: None if self.thorough else 1]
+        stages = (
+            (0.0, self._fitted, asked.rounding),
+            (self._whole_gap, self._few_free, asked.few_free),
+            (self.tolerance / 2, self._all_near, asked.all_near),
+            (float("inf"), self._any, True),
+        )[: None if self.thorough else 1]
         try:
-            for enough, combined in stages:
+            for enough, combined, on in stages:
+                if not on:
+                    continue
                 # What costs at most this share more than the mixture is good enough.
                 if found is not None and found[0] <= (1 + enough) * relaxed.value:
                     break

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from tightfit.planner.graphs.problem.dag import Dag
 from tightfit.planner.graphs.problem.schedule import Rerun, lifetimes, pruned, runs
-from tightfit.planner.instructions import Fetch, Instruction, Run
+from tightfit.planner.instructions import Fetch, Instruction, Run, Verb
 from tightfit.planner.problem.layer_types import transfer_seconds
 from tightfit.planner.schedule.lowering import NAMED, Entry, live_profile
 from tightfit.planner.schedule.prefetch import clock, prefetch
 from tightfit.profiles.graph_input import LAYER
 
-Action = tuple[str, int]
+Action = tuple[Verb, int]
 """(run, free, spill or fetch; operator)"""
 WORK = "workspace of "
 
