@@ -18,6 +18,7 @@ from tightfit.planner.report.explanation import (
     has_phases,
 )
 from tightfit.planner.schema import MEZO, Plan
+from tightfit.profiles.devices.words import words_of
 from tightfit.profiles.measuring.marks import caution
 from tightfit.profiles.schema import NOT_COMPARED
 from tightfit.runtime.common.units import format_seconds, format_size, printable
@@ -54,7 +55,7 @@ def _sentences(plan: Plan, told: Explanation) -> list[str]:
 def _infeasible(plan: Plan, why: Shortfall | None) -> list[str]:
     rule = None if plan.policy == "solver" else plan.policy
     who, its = ("no plan fits", "the") if rule is None else (f"the rule {rule} does not fit", "its")
-    lines = [f"{who} {format_size(plan.budget_bytes)} for {_whole(plan)}"]
+    lines = [f"{who} {format_size(plan.budget_bytes)} for {words_of(plan.device, plan.model).whole}"]
     smallest = plan.minimum_budget_bytes if why is None else why.minimum_budget_bytes
     if smallest is not None:
         found = " found so far" if plan.deterministic is False else ""
@@ -67,7 +68,7 @@ def _infeasible(plan: Plan, why: Shortfall | None) -> list[str]:
     lines[-1] += f" ({smallest} bytes), {format_size(why.missing_bytes, round_up=True)} more"
     start = plan.device.floor.start_peak_bytes
     if plan.budget_bytes < start:
-        lines.append(f"starting {_floor(plan)} alone reaches {format_size(start)}")
+        lines.append(f"starting {words_of(plan.device).floor} alone reaches {format_size(start)}")
     lines += _peak(plan, why.peak)
     if why.remedies:
         changes = ", ".join(f"{remedy.change} up to {format_size(remedy.saves_bytes)}" for remedy in why.remedies)
@@ -75,22 +76,11 @@ def _infeasible(plan: Plan, why: Shortfall | None) -> list[str]:
     return lines
 
 
-def _floor(plan: Plan) -> str:
-    return "Python and PyTorch" if plan.device.kind == "cpu" else "CUDA context and libraries"
-
-
-def _whole(plan: Plan) -> str:
-    """What the budget covers."""
-    if plan.model.kind == "graph":
-        return "the bytes that are live"
-    return "the whole process, Python and PyTorch included" if plan.device.kind == "cpu" else "the card's memory"
-
-
 def _headline(plan: Plan) -> str:
     spare = plan.budget_bytes - plan.peak_bytes
     return (
         f"one step takes {format_seconds(plan.step_seconds)} and peaks at {format_size(plan.peak_bytes)} of"
-        f" {format_size(plan.budget_bytes)} for {_whole(plan)} ({format_size(spare)} spare)"
+        f" {format_size(plan.budget_bytes)} for {words_of(plan.device, plan.model).whole} ({format_size(spare)} spare)"
     )
 
 
@@ -173,7 +163,7 @@ def _phrase(totals: dict[str, tuple[int, int]], words: dict[str, str]) -> str:
 def _decisions(plan: Plan) -> list[str]:
     """What became of activations, weights and optimizer states: a sentence for each sort that the plan has."""
     costs = Ledger(plan).costs()
-    away = _elsewhere(plan)
+    away = words_of(plan.device).elsewhere
     phases = has_phases(plan)
     sorts: list[tuple[str, set[str], dict[str, str]]] = [
         (
@@ -200,11 +190,6 @@ def _decisions(plan: Plan) -> list[str]:
     return [f"{name}: {phrase}" for name, phrase in phrases if phrase]
 
 
-def _elsewhere(plan: Plan) -> str:
-    """Where tensors lie that are not resident."""
-    return "disk" if plan.device.kind == "cpu" else "host memory"
-
-
 def _peak(plan: Plan, peak: PeakAccount | None) -> list[str]:
     if peak is None:
         return []
@@ -220,7 +205,7 @@ def _peak(plan: Plan, peak: PeakAccount | None) -> list[str]:
     parts = ", ".join(f"{format_size(size)} {name}" for name, size in sizes.items() if size)
     if peak.start_bytes:
         start = (
-            f"the peak is set by the start of {_floor(plan)}: it reaches {format_size(peak.bytes)},"
+            f"the peak is set by the start of {words_of(plan.device).floor}: it reaches {format_size(peak.bytes)},"
             f" {format_size(peak.start_bytes)} more than all that follows"
         )
         what = f"the peak after that, {format_size(peak.bytes - peak.start_bytes)},"
@@ -271,7 +256,7 @@ def _busy(plan: Plan, told: Explanation) -> list[str]:
     moves = plan.train is not None and plan.train.write_bytes > 0
     if plan.model.kind == "graph" and not moves:
         return []
-    where = _elsewhere(plan)
+    where = words_of(plan.device).elsewhere
     parts = [
         f"{words} {use.share:.1%}" + (f" ({format_size(use.bytes)})" if use.name != "compute" else "")
         for use in told.channels
@@ -299,7 +284,7 @@ def _worth(plan: Plan, neighbours: list[MarginalValue]) -> list[str]:
             priced = _difference(worth.price_seconds, plan)
         floor = plan.device.floor.held_bytes
         if worth.budget_bytes <= floor:
-            alone = f", {_floor(plan)} alone take {format_size(floor)}" if floor else ""
+            alone = f", {words_of(plan.device).floor} alone take {format_size(floor)}" if floor else ""
             said.append(f"{change}: no plan fits{alone}")
         elif worth.status is None:
             said.append(f"{change}: {priced}, by the model's prices (--what-if plans it)")

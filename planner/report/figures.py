@@ -25,6 +25,7 @@ from tightfit.planner.report.memory_categories import (
     policies_of,
 )
 from tightfit.planner.schema import Plan
+from tightfit.profiles.devices.words import words_of
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.common.units import MIB, format_size, unit_of
@@ -77,9 +78,7 @@ def _draw_device(axes: Axes, plans: Sequence[Plan], *, titled: bool) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xticks([budget / unit.size for budget in budgets_of(plans)])
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    whole = "the whole process" if plans[0].device.kind == "cpu" else "the card's memory"
-    whole = "the bytes that are live" if plans[0].model.kind == "graph" else whole
-    axes.set_xlabel(f"budget for {whole}, {unit.name}")
+    axes.set_xlabel(f"budget for {words_of(plans[0].device, plans[0].model).budget}, {unit.name}")
     axes.set_ylabel("seconds per step" + ("" if plans[0].device.measured else ", estimated"))
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if titled:

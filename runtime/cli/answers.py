@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tightfit.planner.report.summary import plan_summary, profile_summary
+from tightfit.profiles.devices.words import words_of
 from tightfit.profiles.measuring.marks import caution, marks
 from tightfit.runtime.common.strict_json import to_json
 from tightfit.runtime.common.units import MIB, format_seconds, format_size
@@ -30,12 +31,11 @@ __all__ = [
     "profile_text",
     "to_json",
 ]
-FLOORS = {"cpu": "Python and PyTorch", "cuda": "the CUDA context"}
 
 
 def profile_text(profile: Profile) -> RenderableType:
     """The summary of a profile as a table."""
-    facts = profile_summary(profile)
+    facts, words = profile_summary(profile), words_of(profile.device)
     shape = f"batch {profile.batch}" + (f" × sequence {profile.seq}" if profile.seq else "")
     how = "measured" if facts["measured"] else "estimated from FLOPs and bytes"
     rows = [
@@ -59,10 +59,10 @@ def profile_text(profile: Profile) -> RenderableType:
             f"forward {format_seconds(facts['forward_seconds'])}, backward {format_seconds(facts['backward_seconds'])}",
         ),
         (
-            "disk" if profile.device.kind == "cpu" else "host memory",
+            words.elsewhere,
             f"reads {facts['read_bytes_per_second'] / 1e6:,.0f} MB/s, writes {facts['write_bytes_per_second'] / 1e6:,.0f} MB/s",
         ),
-        ("floor", f"{format_size(facts['floor_bytes'])}: {FLOORS[profile.device.kind]} before any model is loaded"),
+        ("floor", f"{format_size(facts['floor_bytes'])}: {words.floor} before any model is loaded"),
     ]
     if profile.model.compared:
         rows.append(("gradients", profile.model.compared))

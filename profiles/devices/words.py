@@ -1,0 +1,52 @@
+"""What messages and reports call the parts of a device, by its kind: a new kind of device is a row here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tightfit.profiles.schema import Device, Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """Names, as they stand within a sentence."""
+
+    budget: str
+    """what a budget limits"""
+    whole: str
+    """the same with what is inside"""
+    floor: str
+    """what is there before any model is"""
+    elsewhere: str
+    """where tensors lie that are not resident"""
+    threaded: bool
+    """whether the number of compute threads is worth saying"""
+
+
+PROCESS = Words(
+    budget="the whole process",
+    whole="the whole process, Python and PyTorch included",
+    floor="Python and PyTorch",
+    elsewhere="disk",
+    threaded=True,
+)
+CARD = Words(
+    budget="the card's memory",
+    whole="the card's memory",
+    floor="the CUDA context",
+    elsewhere="host memory",
+    threaded=False,
+)
+LIVE_BYTES = Words(
+    budget="the bytes that are live",
+    whole="the bytes that are live",
+    floor="the graph's fixed bytes",
+    elsewhere="disk",
+    threaded=False,
+)
+BY_DEVICE = {"cpu": PROCESS, "cuda": CARD}
+
+
+def words_of(device: Device, model: Model | None = None) -> Words:
+    """The words for a plan or profile of `model` on `device`; a bare graph has no process and no card."""
+    return LIVE_BYTES if model is not None and model.kind == "graph" else BY_DEVICE[device.kind]
