@@ -22,10 +22,12 @@ bench-service: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/service.py $(ARGS)
 
 # How long planning takes, how near the bound it comes, and what fixed rules would give: decoders, then bare graphs of
-# published networks and random ones, beside PyTorch's own solvers.
+# published networks and random ones, beside PyTorch's own solvers. ARGS=--ablate instead switches off one part of the
+# search after the other, and says what each is worth.
+ABLATE := $(filter --ablate,$(ARGS))
 bench-planner: $(VENV)/.installed-test
-	$(BIN)/python tests/benchmarks/planner.py $(ARGS)
-	$(BIN)/python tests/benchmarks/graphs.py
+	$(BIN)/python tests/benchmarks/$(if $(ABLATE),ablation.py $(filter-out --ablate,$(ARGS)),planner.py $(ARGS))
+	$(if $(ABLATE),,$(BIN)/python tests/benchmarks/graphs.py)
 
 # Brute force over tens of thousands of small graphs, looking for one that contradicts the planner; ten minutes.
 bench-proof: $(VENV)/.installed-test
