@@ -13,36 +13,21 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from chromium import find_chromium
+from chromium import PATIENCE
 from damage import SEQ
 from places import ROOT
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 from served import Served
 from synthetic import decoder_like
 
 from tightfit.planner.service.wire.schema import PLAN_JOB
 
-PATIENCE = 90_000
-"""milliseconds: the machine may be busy"""
 NOTE_CURVING = """() => {
   const curving = document.getElementById("curving");
   const note = () => { if (curving.textContent) document.body.dataset.curving = curving.textContent; };
   new MutationObserver(note).observe(curving, { childList: true, subtree: true, characterData: true });
 }"""
 """keeps what is said of the curve, however short a time it is said"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    try:
-        path = find_chromium()
-    except LookupError as error:
-        pytest.skip(str(error))
-    expect.set_options(timeout=PATIENCE)
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
