@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from chromium import PATIENCE, find_chromium
 from damage import CONFIG, MEASURED, ROWS, SEQ, lines
 from hypothesis import HealthCheck, settings
 from served import Served
@@ -59,6 +60,22 @@ def pytest_collection_modifyitems(items):
     place = {name: number for number, name in enumerate(LONGEST)}
     here = Path(__file__).parent
     items.sort(key=lambda item: place.get(item.path.relative_to(here).with_suffix("").as_posix(), len(LONGEST)))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium; what needs it is skipped where there is none."""
+    from playwright.sync_api import expect, sync_playwright
+
+    try:
+        path = find_chromium()
+    except LookupError as error:
+        pytest.skip(str(error))
+    expect.set_options(timeout=PATIENCE)
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture

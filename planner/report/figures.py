@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tightfit.planner.report.charts import axis_start
 from tightfit.planner.report.memory_categories import (
     Bucket,
     Kind,
@@ -146,7 +145,7 @@ def draw_timeline(
             linewidth=1.2,
             label=f"measured peak of the run (VmHWM), {format_size(measured_peak)}",
         )
-    start = axis_start(kinds, shown, top, unit_of(MIB))
+    start = _axis_start(kinds, shown, top)
     axes.set_ylim(start, top)
     axes.set_xlim(0, shown[-1].end)
     axes.set_xlabel("seconds into the step, as predicted")
@@ -157,6 +156,14 @@ def draw_timeline(
         f"{plan.model.name}: {plan.policy} at {format_size(plan.budget_bytes)}", loc="left", fontsize=11, color=INK
     )
     return _save(figure, path)
+
+
+def _axis_start(kinds: Sequence[Kind], shown: Sequence[Bucket], top: float) -> float:
+    """Where the axis begins, in MiB: zero, or just inside the floor where the floor would fill half of the picture."""
+    floor = min(bucket.point.by_kind.get("floor", 0) for bucket in shown) / MIB
+    if floor < 0.4 * top or not kinds or kinds[0].name != "floor":
+        return 0.0
+    return max(0.0, floor - 0.12 * (top - floor)) // 10 * 10
 
 
 def _predicted_seconds(plan: Plan, instruction: int) -> float:

@@ -1,6 +1,7 @@
 """A comparison as one self-contained HTML page: nothing is fetched, every chart has its table beside it.
 
-`comparison_page` turns plans into text; the page's markup, style and script are ``page.html.jinja`` beside this file.
+`comparison_page` turns plans into text; the page's markup, style and script are ``page.html.jinja`` beside this file. Its
+charts are drawn by ``charts.js``, of data in the page.
 """
 
 from __future__ import annotations
@@ -11,19 +12,16 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tightfit.planner.report.charts import LEFT, POLICY_SLOTS, RIGHT, WIDTH, curve_svg, timeline_svg
+from tightfit.planner.report.chart_data import SLICES, chart_files, curve_of, series_of
 from tightfit.planner.report.explain import explain, nearness
 from tightfit.planner.report.explanation import peak_text
 from tightfit.planner.report.html_diff import diff_section
 from tightfit.planner.report.memory_categories import (
-    KINDS,
-    UNKNOWN,
     Bucket,
     buckets,
     budgets_of,
     devices_of,
     feasible,
-    in_use,
     kinds_of,
     peak_parts,
     policies_of,
@@ -32,10 +30,8 @@ from tightfit.planner.schema import Plan
 from tightfit.planner.solve.policies import APPROXIMATE
 from tightfit.profiles.measuring.marks import caution
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.units import Unit, format_seconds, format_size, unit_of
+from tightfit.runtime.common.units import format_seconds, format_size, unit_of
 
-SLICES = 260
-"""slices of a step in a drawn timeline: finer than the picture's columns would not show"""
 MOMENTS = 24
 """slices of the table under a timeline"""
 LARGEST = 12
@@ -53,14 +49,14 @@ def comparison_page(plans: Sequence[Plan]) -> str:
     ordered = sorted(
         plans, key=lambda plan: (devices.index(plan.device.name), names.index(plan.policy), plan.budget_bytes)
     )
-    series: dict[str, Any] = {}
-    articles = []
-    for index, plan in enumerate(ordered):
+    articles, timelines = [], []
+    for plan in ordered:
         shown = buckets(plan.timeline, SLICES)
         if feasible(plan) and plan.train is not None and shown:
-            name = f"timeline-{index}"
-            series[name] = series_of(plan, shown)
-            articles.append(_article(plan, shown, name))
+            articles.append(_article(plan, shown))
+            peak = {"instruction": plan.train.peak.instruction, "text": peak_text(plan, plan.train)}
+            timelines.append({"series": series_of(plan, shown), "cap": plan.budget_bytes, "peak": peak})
+    by_device = [[plan for plan in plans if plan.device.name == device] for device in devices]
     environment = Environment(
         loader=PackageLoader("tightfit.planner.report", "."),
         autoescape=True,
@@ -68,25 +64,23 @@ def comparison_page(plans: Sequence[Plan]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    here = plans[0].device.name if len(devices) == 1 else f"{len(devices)} devices"
+    where = plans[0].device.name if len(devices) == 1 else f"{len(devices)} devices"
     return environment.get_template("page.html.jinja").render(
-        title=f"{plans[0].model.name} on {here}",
+        title=f"{plans[0].model.name} on {where}",
         subtitle=describe(plans[0]),
-        kinds=KINDS,
-        unknown=UNKNOWN,
+        files=chart_files(),
         policies=names,
-        policy_slots=POLICY_SLOTS,
         devices=devices,
         budgets=[{"bytes": budget, "text": format_size(budget)} for budget in budgets_of(plans)],
-        curves=[_curve([plan for plan in plans if plan.device.name == device], names) for device in devices],
+        curves=[_curve(here, names) for here in by_device],
         plans=articles,
-        series=series,
+        drawn={"curves": [curve_of(here, names) for here in by_device], "timelines": timelines},
         diff=diff_section(ordered),
     )
 
 
 def _curve(plans: Sequence[Plan], names: Sequence[str]) -> dict[str, Any]:
-    """Time against memory on one device: verdicts, chart and table."""
+    """Time against memory on one device: verdicts and table."""
     device = plans[0].device
     return {
         "device": device.name,
@@ -94,9 +88,6 @@ def _curve(plans: Sequence[Plan], names: Sequence[str]) -> dict[str, Any]:
         "counted": _counted(plans),
         "caution": caution(plans[0].device),
         "verdicts": verdicts(plans),
-        "bounded": sum(plan.policy == "solver" and feasible(plan) for plan in plans) > 1,
-        "misfits": not all(map(feasible, plans)),
-        "chart": curve_svg(plans),
         "rows": _rows(plans, names),
     }
 
@@ -185,7 +176,7 @@ def _cell(plan: Plan | None, best: float) -> dict[str, str]:
     return {"text": format_seconds(plan.step_seconds), "role": "best" if plan.step_seconds <= 1.005 * best else ""}
 
 
-def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
+def _article(plan: Plan, shown: Sequence[Bucket]) -> dict[str, Any]:
     assert plan.train is not None
     kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
     unit = unit_of(plan.peak_bytes)
@@ -194,7 +185,6 @@ def _article(plan: Plan, shown: Sequence[Bucket], name: str) -> dict[str, Any]:
         "device": plan.device.name,
         "budget_bytes": plan.budget_bytes,
         "budget": format_size(plan.budget_bytes),
-        "chart": timeline_svg(plan, shown, name),
         "kinds": kinds,
         "peak_text": peak_text(plan, plan.train),
         "unit": unit.name,
@@ -248,30 +238,3 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         ("written per step", format_size(train.write_bytes)),
     ]
     return rows if plan.policy == "solver" else [row for row in rows if not row[0].startswith(("no faster", "solved"))]
-
-
-def series_of(plan: Plan, shown: Sequence[Bucket], unit: Unit | None = None) -> dict[str, Any]:
-    """The data that the page's script shows at the cursor, rounded as printed, in `unit`; without it in the unit that
-    suits the largest total.
-    """
-    assert plan.train is not None
-    kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
-    totals = [bucket.point.bytes for bucket in shown]
-    used = [in_use(bucket.point) for bucket in shown]
-    unit = unit or unit_of(max(totals))
-    decimals = _decimals(plan.train.seconds)
-    return {
-        "width": WIDTH,
-        "left": LEFT,
-        "right": WIDTH - RIGHT,
-        "seconds": plan.train.seconds or shown[-1].end,
-        "decimals": decimals,
-        "starts": [round(bucket.start, decimals + 2) for bucket in shown],
-        "ends": [round(bucket.end, decimals + 2) for bucket in shown],
-        "unit": unit.name,
-        "places": unit.places(1),
-        "total": [round(total / unit.size, 1) for total in totals],
-        "peak": used.index(max(used)),
-        "kinds": [kind.label for kind in kinds],
-        "sizes": [[round(bucket.point.by_kind.get(kind.name, 0) / unit.size, 1) for bucket in shown] for kind in kinds],
-    }

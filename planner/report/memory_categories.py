@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -37,7 +36,6 @@ KINDS = (
     Kind(name="beyond", label="at other moments", light="#a89f92", dark="#8a8175"),
 )
 UNKNOWN = ("#77706a", "#9a938c")
-TICKS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,15 +147,3 @@ def budgets_of(plans: Iterable[Plan]) -> list[int]:
 def feasible(plan: Plan) -> bool:
     """Whether the plan can be run at all."""
     return plan.status != "infeasible"
-
-
-def ticks(span: float, *, start: float = 0.0) -> list[float]:
-    """Round axis marks in [start, start + span], about `TICKS` of them: steps of 1, 2, 2.5 or 5
-    times a power of ten.
-    """
-    if span <= 0:
-        return [start]
-    power = 10.0 ** math.floor(math.log10(span / TICKS))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10, 20) if m * power >= span / TICKS)
-    first, last = math.ceil(start / step - 1e-9), math.floor((start + span) / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]

@@ -1,4 +1,4 @@
-"""The page: files of this package, nothing from elsewhere."""
+"""The page: files of this package and the charts of ``planner.report``, nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from fastapi.responses import RedirectResponse
 
-from tightfit.planner.report.memory_categories import KINDS, UNKNOWN
+from tightfit.planner.report.chart_data import chart_files
 from tightfit.planner.service.wire.errors import not_found
 
 router = APIRouter(include_in_schema=False)
@@ -43,16 +43,4 @@ def _file(name: str) -> Response:
 def _files() -> dict[str, str]:
     folder: Any = files("tightfit.planner.service") / "page"
     found = {path.name: path.read_text("utf-8") for path in folder.iterdir() if path.name.rsplit(".", 1)[-1] in TYPES}
-    return found | {"kinds.css": _kinds()}
-
-
-def _kinds() -> str:
-    """The colours of what memory is spent on, the same as in every other picture."""
-    light, dark = (
-        "".join(f"--kind-{kind.name}: {getattr(kind, ground)}; " for kind in KINDS) + f"--kind-other: {UNKNOWN[index]};"
-        for index, ground in enumerate(("light", "dark"))
-    )
-    return (
-        f":root {{ {light} }}\n@media (prefers-color-scheme: dark) {{ :root:not([data-theme=light]) {{ {dark} }} }}\n"
-        f":root[data-theme=dark] {{ {dark} }}\n"
-    )
+    return found | chart_files()

@@ -68,6 +68,7 @@ def comparison(order: JobOrder, tell: Tell) -> Row:
             "status",
             "budget_bytes",
             "policy",
+            "peak_bytes",
             "step_seconds",
             "bound_seconds",
             "ended_by",

@@ -8,12 +8,13 @@ from typing import Any
 
 from tightfit.planner.problem.step_graph import layer_graph
 from tightfit.planner.problem.tensor_index import TensorIndex
+from tightfit.planner.report.chart_data import SLICES, series_of
 from tightfit.planner.report.costs import Ledger
 from tightfit.planner.report.diff import diff, grouped
 from tightfit.planner.report.explain import explain
-from tightfit.planner.report.explanation import Explanation, account
-from tightfit.planner.report.html import LARGEST, SLICES, describe, series_of
-from tightfit.planner.report.memory_categories import Bucket, buckets, feasible, kinds_of, peak_parts
+from tightfit.planner.report.explanation import Explanation, account, peak_text
+from tightfit.planner.report.html import LARGEST, describe
+from tightfit.planner.report.memory_categories import buckets, feasible, peak_parts
 from tightfit.planner.report.summary import plan_summary
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.wire.shown import (
@@ -21,7 +22,6 @@ from tightfit.planner.service.wire.shown import (
     ChannelShown,
     Difference,
     Edge,
-    KindName,
     LayerShown,
     Part,
     PeakShown,
@@ -29,7 +29,6 @@ from tightfit.planner.service.wire.shown import (
     Series,
     TensorChange,
 )
-from tightfit.runtime.common.units import MIB, unit_of
 
 NODES = 400
 """layers drawn; further ones are in the table alone"""
@@ -53,7 +52,7 @@ def plan_view(plan: Plan, known: dict[str, Any] | None = None, *, not_runnable: 
         return view
     return view.model_copy(
         update={
-            "timeline": _timeline(plan, shown),
+            "timeline": Series(**series_of(plan, shown)),
             "peak": _peak(plan),
             "layers": _layers(plan),
             "edges": _edges(plan),
@@ -62,22 +61,11 @@ def plan_view(plan: Plan, known: dict[str, Any] | None = None, *, not_runnable: 
     )
 
 
-def _timeline(plan: Plan, shown: list[Bucket]) -> Series:
-    # The service's page is in MiB throughout, to the byte, since graphs may be small.
-    series = series_of(plan, shown, unit_of(1))
-    total, *sizes = [[round(size / MIB, 6) for size in row] for row in (series["total"], *series["sizes"])]
-    kinds = kinds_of((bucket.point for bucket in shown), plan.device.kind)
-    figures = {name: series[name] for name in ("seconds", "starts", "ends", "peak")}
-    return Series(
-        **figures, total=total, mib=sizes, kinds=[KindName(name=kind.name, label=kind.label) for kind in kinds]
-    )
-
-
 def _peak(plan: Plan) -> PeakShown:
     assert plan.train is not None
     parts = peak_parts(plan)
     return PeakShown(
-        text=plan.train.peak.text,
+        text=peak_text(plan, plan.train),
         instruction=plan.train.peak.instruction,
         bytes=sum(size for _, size in parts),
         parts=[Part(name=kind.name, label=kind.label, bytes=size) for kind, size in parts],

@@ -1,7 +1,8 @@
 // Two plans side by side: memory over the step on one scale, figures, what changes in all and tensor by tensor.
 
-import { html, mib, percent, seconds, table } from "./charts.js";
-import { showBeside } from "./timeline.js";
+import { html, place, seconds, sharedAxis, timeline } from "./charts.js";
+import { drawn } from "./plan.js";
+import { mib, percent, table } from "./tables.js";
 
 const $ = (id) => document.getElementById(id);
 
@@ -23,7 +24,8 @@ export function showDifference(told, views, names) {
   ];
   $("difference").hidden = false;
   names.forEach((name, i) => ($(["left-name", "right-name"][i]).textContent = name));
-  showBeside(views, [$("left-memory"), $("right-memory")], names);
+  const shown = views.map(drawn), axis = sharedAxis(shown);
+  shown.forEach((one, i) => place($(["left-memory", "right-memory"][i]), (width) => timeline(one, { width, axis, height: 260, label: `Memory over one step of ${names[i]}; the figures below compare them` }).picture));
   $("figures").replaceChildren(table("Side by side", ["figure", ...names, "change"], rows));
   const step = (change) => `${change.before ?? "–"} → ${change.after ?? "–"}`;
   const totals = told.groups.map((group) => [`${group.kind}: ${step(group)}`, String(group.tensors), mib(group.bytes), spent(group.compute_seconds), spent(group.transfer_seconds)]);

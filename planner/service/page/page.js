@@ -1,10 +1,12 @@
 // The page: choose a profile, drag the budget along the curve, look at the plan, compare two, run one.
 
 import { get, post, Refused, setToken, work } from "./api.js";
-import { atLeast, curve, html, legend, MIB, mib, percent, place, places, seconds, table } from "./charts.js";
+import { atLeast, curveLegend, html, MIB, place, places, seconds } from "./charts.js";
 import { showDifference } from "./compare.js";
+import { budgetCurve } from "./curve.js";
 import { showPlan } from "./plan.js";
 import { listRuns, offerRun, setUpRun } from "./run.js";
+import { mib, percent, table } from "./tables.js";
 
 const $ = (id) => document.getElementById(id);
 const POINTS = 7, TIME_LIMIT = 15, SLIDER_STEPS = 200, MOST = Number.MAX_SAFE_INTEGER;
@@ -192,11 +194,11 @@ function setSlider(low, high) {
 }
 
 function draw() {
-  // What was planned far beyond the curve, perhaps by a slip of the keyboard, is in the table alone: it would squeeze the rest.
-  const far = state.most + (state.most - state.least);
-  const slots = POLICIES.map((name, slot) => ({ name, slot, points: points(name).filter((point) => point.budget <= far) })).filter((one) => one.points.length);
+  // What was planned far off the curve, perhaps by a slip of the keyboard, is in the table alone: it would squeeze the rest.
+  const { least, most } = state, near = ({ budget }) => budget >= 2 * least - most && budget <= 2 * most - least;
+  const series = POLICIES.map((name, slot) => ({ name, slot, points: points(name).filter(near), misfits: misfits(name).filter(near) })).filter((one) => one.points.length + one.misfits.length);
   place($("curve"), (width) => {
-    state.chart = curve(slots, state.least, state.most, width);
+    state.chart = budgetCurve(series, { least, most, width });
     const { picture } = state.chart;
     const drag = (event) => {
       state.budget = Math.max(1024, Math.round(state.chart.budgetAt(event) / 1024) * 1024);
@@ -208,7 +210,7 @@ function draw() {
     mark();
     return picture;
   });
-  $("curve-legend").replaceChildren(...legend(slots.map((one) => [one.name, `var(--policy-${one.slot})`])), html("li", {}, "dotted: proven, no plan of this class is faster"));
+  $("curve-legend").replaceChildren(...curveLegend(series));
   const budgets = [...new Set(state.cells.map((cell) => cell.budget_bytes))].sort((a, b) => a - b);
   const cell = (budget, policy) => {
     const found = state.cells.find((one) => one.budget_bytes === budget && one.policy === policy);
@@ -228,7 +230,8 @@ function draw() {
   $("compare").hidden = made.length < 2;
 }
 
-const points = (policy) => state.cells.filter((one) => one.policy === policy && one.summary.status !== "infeasible").map((one) => ({ budget: one.budget_bytes, step: one.summary.step_seconds, bound: one.summary.bound_seconds, plan: one.plan, summary: one.summary })).sort((a, b) => a.budget - b.budget);
+const points = (policy) => state.cells.filter((one) => one.policy === policy && one.summary.status !== "infeasible").map((one) => ({ budget: one.budget_bytes, step: one.summary.step_seconds, bound: one.summary.bound_seconds, peak: one.summary.peak_bytes, plan: one.plan, summary: one.summary })).sort((a, b) => a.budget - b.budget);
+const misfits = (policy) => state.cells.filter((one) => one.policy === policy && one.summary.status === "infeasible").map((one) => ({ budget: one.budget_bytes, needs: one.summary.minimum_budget_bytes }));
 
 // The best plan made already: one for less memory fits in more.
 const bestFor = (budget, made = () => true) => points($("policy").value).filter((point) => point.budget <= budget && made(point)).at(-1);
@@ -250,7 +253,7 @@ function mark() {
 
 // The smallest budget that is enough for a policy's plans, as far as it is known.
 function needs(policy) {
-  const known = state.cells.filter((one) => one.policy === policy && one.summary.status === "infeasible").map((one) => one.summary.minimum_budget_bytes).filter(Boolean);
+  const known = misfits(policy).map((one) => one.needs).filter(Boolean);
   return Math.min(...known, policy === "solver" ? state.least : Infinity);
 }
 

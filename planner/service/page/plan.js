@@ -1,9 +1,14 @@
 // One plan on the page: figures, sentences, memory over the step, the peak, layers, channels.
 
-import { atLeast, bar, DECISIONS, didColour, html, layerGraph, legend, mib, percent, place, seconds, table } from "./charts.js";
-import { showTimeline } from "./timeline.js";
+import { atLeast, html, inUnit, kindColour, legend, place, seconds, showTimeline, size, unitOf } from "./charts.js";
+import { DECISIONS, didColour, layerGraph } from "./layers.js";
+import { bar, mib, percent, table } from "./tables.js";
 
 const $ = (id) => document.getElementById(id);
+const ROWS = 40; // of the timeline's table
+
+// What a timeline is drawn of.
+export const drawn = ({ timeline, peak, summary }) => ({ series: timeline, peak, cap: summary.budget_bytes });
 
 export function showPlan(view) {
   $("plan").hidden = false;
@@ -12,7 +17,8 @@ export function showPlan(view) {
   const feasible = Boolean(view.timeline);
   $("feasible").hidden = !feasible;
   if (!feasible) return;
-  showTimeline(view, { box: $("timeline"), reading: $("reading"), key: $("timeline-legend"), numbers: $("timeline-table") });
+  showTimeline({ box: $("timeline"), key: $("timeline-legend"), reading: $("reading") }, drawn(view), `${view.summary.policy} at ${size(view.summary.budget_bytes)}`);
+  $("timeline-table").replaceChildren(moments(view.timeline));
   showPeak(view.peak);
   showLayers(view);
   $("channels-table").replaceChildren(
@@ -37,8 +43,16 @@ function cards({ summary, timeline }) {
   ];
 }
 
+// A row for every slice would be long: about forty, and the peak's.
+function moments({ ends, kinds, sizes, total, peak }) {
+  const unit = unitOf(Math.max(...total)), every = Math.max(1, Math.ceil(ends.length / ROWS));
+  const rows = ends.map((_, i) => i).filter((i) => i % every === 0 || i === peak);
+  const row = (i) => [`${seconds(ends[i])}${i === peak ? " (fullest)" : ""}`, ...[...sizes, total].map((bytes) => inUnit(bytes[i], unit))];
+  return table(`${unit.name} by kind`, ["until, s", ...kinds.map((kind) => kind.label), "together"], rows.map(row));
+}
+
 function showPeak(peak) {
-  const rows = peak.parts.filter((part) => part.bytes >= Math.min(52429, peak.bytes / 1000)).map((part, index) => [part.label, bar(part.bytes / peak.bytes, `var(--kind-${part.name}, var(--kind-other))`), mib(part.bytes), percent(part.bytes / peak.bytes, 0)]);
+  const rows = peak.parts.filter((part) => part.bytes >= Math.min(52429, peak.bytes / 1000)).map((part, index) => [part.label, bar(part.bytes / peak.bytes, kindColour(part.name)), mib(part.bytes), percent(part.bytes / peak.bytes, 0)]);
   rows.push(["together", "", mib(peak.bytes), ""]);
   $("peak").replaceChildren(table(`The fullest moment of training is instruction ${peak.instruction}, ${peak.text}`, ["what", "", "MiB", "share"], rows));
   $("largest").replaceChildren(table("Largest tensors there", ["tensor", "MiB"], peak.tensors.map(([name, size]) => [name, mib(size, 2)])));

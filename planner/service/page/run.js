@@ -1,7 +1,8 @@
 // Runs, live: loss and memory step by step against the cap, then the report. A reloaded page finds them again.
 
 import { blob, finish, get, post } from "./api.js";
-import { html, MIB, mib, percent, place, seconds, steps, table } from "./charts.js";
+import { amount, capLine, frame, html, MIB, path, place, seconds, svg } from "./charts.js";
+import { mib, percent, table } from "./tables.js";
 
 const $ = (id) => document.getElementById(id);
 const REDRAW = 250; // ms
@@ -139,6 +140,21 @@ async function shown(job, left) {
 
 // Tokens per second of a step, padding left out.
 const rate = (step) => Math.round(step.tokens / step.seconds).toLocaleString("en");
+
+// One line over steps, with an optional cap.
+function steps(label, points, { yLabel, width, cap = null, colour = "var(--policy-0)", zero = false }) {
+  const values = points.map(([, value]) => value).concat(cap === null ? [] : [cap]);
+  let low = zero ? 0 : Math.min(...values), high = Math.max(...values);
+  const margin = (high - low) * 0.1 || Math.abs(high) * 0.05 || 1;
+  low = zero ? 0 : low - margin; high += margin;
+  const last = Math.max(2, points.length ? points[points.length - 1][0] : 2);
+  const made = frame(label, { x: [1, last], y: [low, high], xLabel: "step", yLabel, width, height: 260, whole: true });
+  const { picture, x, y } = made;
+  if (points.length) picture.append(svg("path", { class: "line", style: `--c: ${colour}`, d: path(points, x, y) }));
+  if (points.length === 1) picture.append(svg("circle", { class: "dot-mark", style: `--c: ${colour}`, cx: x(points[0][0]), cy: y(points[0][1]), r: 4 }));
+  if (cap !== null) capLine(made, cap, `${amount(cap)} MiB`);
+  return picture;
+}
 
 function draw(list, cap) {
   const ordered = list.sort((a, b) => a.step - b.step);

@@ -1,6 +1,4 @@
-"""The data that the page gets about a plan, and about the difference between two. Bytes and seconds unless a name says
-MiB.
-"""
+"""The data that the page gets about a plan, and about the difference between two. Bytes and seconds."""
 
 from __future__ import annotations
 
@@ -36,9 +34,9 @@ class Series(Answer):
     seconds: float = Field(description="of the step")
     starts: list[float]
     ends: list[float]
-    total: list[float] = Field(description="MiB in every slice")
+    total: list[int] = Field(description="bytes in every slice")
     peak: int = Field(description="the slice with the most in use")
-    mib: list[list[float]] = Field(description="MiB, a list over the slices for each of `kinds`")
+    sizes: list[list[int]] = Field(description="bytes, a list over the slices for each of `kinds`")
     kinds: list[KindName] = Field(description="in stacking order")
 
 

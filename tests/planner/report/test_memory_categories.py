@@ -16,7 +16,6 @@ from tightfit.planner.report.memory_categories import (
     kinds_of,
     peak_parts,
     policies_of,
-    ticks,
 )
 from tightfit.planner.schema import TimelinePoint
 from tightfit.runtime.common.units import MIB
@@ -109,18 +108,3 @@ def test_the_solver_comes_first_and_budgets_ascend():
     assert policies_of(plans)[0] == "solver"
     assert set(policies_of(plans)) == {"solver", "mebp", "keep-all"}
     assert budgets_of(plans) == [size * MIB for size in (250, 300, 350, 400, 500, 800)]
-
-
-@given(st.floats(1e-6, 1e9), st.floats(0, 1e6))
-def test_ticks_are_round_even_and_inside(span, start):
-    marks = ticks(span, start=start)
-    assert 3 <= len(marks) <= 8
-    apart = math.ulp(start + span)  # what numbers that large tell apart may be more than a millionth of a small span
-    slack = span * 1e-6 + 2 * apart
-    assert all(start - slack <= mark <= start + span + slack for mark in marks)
-    steps = [b - a for a, b in itertools.pairwise(marks)]
-    assert all(math.isclose(step, steps[0], rel_tol=1e-3, abs_tol=4 * apart) for step in steps)
-
-
-def test_ticks_of_an_empty_axis():
-    assert ticks(0) == [0.0]

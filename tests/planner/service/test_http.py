@@ -25,10 +25,8 @@ from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import NEIGHBOUR_BYTES
 from tightfit.planner.service.client import Client, connect
 from tightfit.planner.service.jobs.migrations import LATEST
-from tightfit.planner.service.jobs.view import plan_view
 from tightfit.planner.service.wire.settings import Settings
 from tightfit.planner.simulation.simulate import simulate
-from tightfit.profiles.graph_input import BareGraph, BareOperator, graph_profile
 from tightfit.profiles.io import canonical_json, load_profile
 from tightfit.profiles.schema import adamw
 from tightfit.runtime.cli import main
@@ -184,9 +182,9 @@ def test_a_comparison_keeps_every_cell_s_plan(served, uploaded, minimum, release
     first, last = cells[0]["plan"], cells[2]["plan"]
     view = served.http.get(f"/v1/plans/{first}/view").json()
     series = view["timeline"]
-    assert len(series["mib"]) == len(series["kinds"])
-    assert {len(kind) for kind in series["mib"]} == {len(series["ends"])}
-    assert max(series["total"]) * (1 << 20) == pytest.approx(view["summary"]["train"]["peak_bytes"], abs=1 << 17)
+    assert len(series["sizes"]) == len(series["kinds"])
+    assert {len(kind) for kind in series["sizes"]} == {len(series["ends"])}
+    assert max(series["total"]) == pytest.approx(view["summary"]["train"]["peak_bytes"], abs=1 << 17)
     assert sum(part["bytes"] for part in view["peak"]["parts"]) == view["peak"]["bytes"]
     assert len(view["layers"]) == 3
     decided = sum(size for layer in view["layers"] for group in layer["decisions"].values() for size in group.values())
@@ -672,13 +670,3 @@ def test_a_bare_graph_from_elsewhere(served):
     operators = [one["name"] for one in json.loads(graph)["operators"]]
     assert [layer["name"] for layer in view["layers"]] == operators
     assert {edge["source"] for edge in view["edges"]} <= set(operators)
-
-
-def test_a_small_graph_is_drawn_in_mib_like_all_else_there():
-    operators = [
-        BareOperator(name="a", seconds=1.0, output_bytes=256 << 10),
-        BareOperator(name="b", seconds=1.0, output_bytes=256 << 10, inputs=["a"]),
-    ]
-    made = solve_here(graph_profile(BareGraph(format="tightfit-graph", operators=operators)), 1 << 20)
-    timeline = plan_view(made).timeline
-    assert (max(timeline.total), max(map(max, timeline.mib))) == (0.5, 0.5)

@@ -1,0 +1,243 @@
+// The charts of both pages as SVG: seconds per step against the budget, and memory over one training step.
+// Each is drawn at the width of its box, so that its text has one size on a phone as on a desk; its colours are those of charts.css.
+// Sizes are given in bytes and told in MiB, small ones in KiB or bytes.
+
+const NS = "http://www.w3.org/2000/svg";
+export const MIB = 1048576;
+export const LEFT = 58, RIGHT = 20, TOP = 26, BOTTOM = 44;
+const BYTES = { size: 1, name: "B", digits: 0 }, IN_KIB = { size: 1024, name: "KiB", digits: 1 }, IN_MIB = { size: MIB, name: "MiB", digits: 1 };
+const POLICY_COLOURS = 8; // --policy-0 to --policy-7 in charts.css
+
+// --- figures ----------------------------------------------------------------------------------------------------------
+
+export function unitOf(bytes) {
+  if (bytes < IN_KIB.size) return BYTES;
+  return bytes < MIB ? IN_KIB : IN_MIB;
+}
+
+// Decimals of a figure: `digits`, but below one as many as show three digits.
+export const places = (value, digits = 1) => (value && Math.abs(value) < 1 ? 2 - Math.floor(Math.log10(Math.abs(value))) : digits);
+const fixed = (value, decimals) => value.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals });
+export const amount = (value, digits) => fixed(value, places(value, digits));
+export const inUnit = (bytes, unit) => amount(bytes / unit.size, unit.digits);
+export const size = (bytes, unit = unitOf(bytes)) => `${inUnit(bytes, unit)} ${unit.name}`;
+// Rounded up, so that a smallest budget can be typed back as it is printed.
+export function atLeast(bytes, unit = IN_MIB) {
+  const decimals = places(bytes / unit.size, unit.digits);
+  return fixed(Math.ceil((bytes / unit.size) * 10 ** decimals) / 10 ** decimals, decimals);
+}
+export const seconds = (value) => value.toLocaleString("en", { minimumSignificantDigits: 3, maximumSignificantDigits: 4 });
+const duration = (value) => (value > 0 && value < 1e-3 ? `${seconds(1e6 * value)} µs` : `${seconds(value)} s`);
+
+// --- elements ---------------------------------------------------------------------------------------------------------
+
+function element(made, attributes, children) {
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+export const svg = (name, attributes = {}, ...children) => element(document.createElementNS(NS, name), attributes, children);
+export const html = (name, attributes = {}, ...children) => element(document.createElement(name), attributes, children);
+
+export const legend = (entries) => entries.map(([label, colour]) => html("li", {}, html("span", { class: "dot", style: `--c: ${colour}` }), label));
+export const kindColour = (name) => `var(--kind-${name}, var(--kind-other))`;
+const policyColour = (slot) => `var(--policy-${slot % POLICY_COLOURS})`;
+
+const makers = new WeakMap(), widths = new WeakMap();
+const watch = new ResizeObserver((entries) => entries.forEach(({ target }) => fill(target)));
+
+function fill(box) {
+  const width = box.clientWidth;
+  if (!width || width === widths.get(box)) return; // one that is hidden is drawn once it is shown
+  widths.set(box, width);
+  box.replaceChildren(makers.get(box)(Math.max(280, width)));
+}
+
+// Draw `make(width)` into a box, now and whenever its width changes.
+export function place(box, make) {
+  makers.set(box, make);
+  widths.delete(box);
+  fill(box);
+  watch.observe(box);
+}
+
+// --- axes -------------------------------------------------------------------------------------------------------------
+
+function ticks(low, high, wanted = 6) {
+  const span = high - low;
+  if (!(span > 0)) return [low];
+  const power = 10 ** Math.floor(Math.log10(span / wanted));
+  const step = [1, 2, 2.5, 5, 10, 20].map((m) => m * power).find((s) => s >= span / wanted);
+  const first = Math.ceil(low / step - 1e-9);
+  return Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => (first + i) * step);
+}
+
+const scale = (low, high, start, end) => {
+  const map = (value) => start + ((value - low) / (high - low || 1)) * (end - start);
+  map.back = (place) => low + ((place - start) / (end - start)) * (high - low);
+  return map;
+};
+
+function round(value) {
+  const kept = Number(value.toPrecision(6));
+  return kept && Math.abs(kept) < 1e-4 ? kept.toExponential() : kept.toLocaleString("en", { maximumSignificantDigits: 6 });
+}
+
+// A frame with axes. Returns the picture and its scales.
+export function frame(label, { x: [x0, x1], y: [y0, y1], xLabel, yLabel, width, height = 320, whole = false }) {
+  const x = scale(x0, x1, LEFT, width - RIGHT), y = scale(y0, y1, height - BOTTOM, TOP);
+  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
+  for (const tick of ticks(y0, y1)) {
+    picture.append(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }));
+    picture.append(svg("text", { x: LEFT - 8, y: y(tick) + 4, "text-anchor": "end" }, round(tick)));
+  }
+  for (const tick of ticks(x0, x1, width / 110).filter((tick) => !whole || Number.isInteger(tick))) picture.append(svg("text", { x: x(tick), y: height - BOTTOM + 18, "text-anchor": "middle" }, round(tick)));
+  picture.append(svg("text", { x: 0, y: TOP - 12 }, yLabel));
+  picture.append(svg("text", { x: (LEFT + width - RIGHT) / 2, y: height - 6, "text-anchor": "middle" }, xLabel));
+  // Where a pointer is, on the x axis.
+  const at = (event) => {
+    const box = picture.getBoundingClientRect();
+    return x.back(((event.clientX - box.left) / box.width) * width);
+  };
+  return { picture, x, y, at, width, height };
+}
+
+export const path = (points, x, y) => points.map(([a, b], i) => `${i ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("");
+
+export function capLine({ picture, y, width }, cap, told) {
+  picture.append(svg("line", { class: "cap", x1: LEFT, x2: width - RIGHT, y1: y(cap), y2: y(cap) }));
+  picture.append(svg("text", { class: "cap-label", x: LEFT + 6, y: y(cap) - 6 }, `cap ${told}`));
+}
+
+// --- seconds per step against the budget ------------------------------------------------------------------------------
+
+// `series`: [{name, slot, points: [{budget, step, bound, peak}], misfits: [{budget, needs}]}], a line for each policy, crosses
+// where it does not fit, and the solver's bound. The axis reaches the budgets of `reach` as well.
+export function curve(series, { width, reach = [] }) {
+  const budgets = [...reach, ...series.flatMap((one) => [...one.points, ...one.misfits].map((p) => p.budget))];
+  const unit = unitOf(Math.max(...budgets)), low = Math.min(...budgets) / unit.size, high = Math.max(...budgets) / unit.size;
+  const margin = (high - low) * 0.06 || high * 0.1;
+  const slowest = Math.max(0, ...series.flatMap((one) => one.points.map((p) => p.step)));
+  const made = frame("Seconds per step against the memory budget; the table has the numbers", {
+    x: [Math.max(0, low - margin), high + margin], y: [0, slowest * 1.15], xLabel: `budget, ${unit.name}`, yLabel: "seconds per step", width,
+  });
+  const { picture, x, y, height } = made;
+  const along = (points, value) => path(points.map((p) => [p.budget / unit.size, value(p)]), x, y);
+  const bound = series.find((one) => one.name === "solver")?.points ?? [];
+  if (bound.length > 1) picture.append(svg("path", { class: "bound", d: along(bound, (p) => p.bound) }));
+  const crossed = new Map();
+  for (const { name, slot, points, misfits } of series) {
+    const group = svg("g", { style: `--c: ${policyColour(slot)}` });
+    if (points.length > 1) group.append(svg("path", { class: "line", d: along(points, (p) => p.step) }));
+    for (const p of points) {
+      const told = `${name} at ${size(p.budget)}: ${duration(p.step)} per step, peak ${size(p.peak)}`;
+      group.append(svg("circle", { class: "dot-mark", cx: x(p.budget / unit.size), cy: y(p.step), r: 4.5 }, svg("title", {}, told)));
+    }
+    for (const { budget, needs } of misfits) {
+      // Crosses of several policies at one budget stand one above the other.
+      const below = crossed.get(budget) ?? 0;
+      crossed.set(budget, below + 1);
+      const told = needs ? `needs ${atLeast(needs, unitOf(needs))} ${unitOf(needs).name}` : "does not fit";
+      group.append(svg("path", { class: "misfit", d: `M${x(budget / unit.size) - 4} ${height - BOTTOM - 13 - 12 * below}l8 8m0 -8l-8 8` }, svg("title", {}, `${name} at ${size(budget)}: ${told}`)));
+    }
+    picture.append(group);
+  }
+  return { ...made, unit };
+}
+
+export function curveLegend(series) {
+  const marks = [];
+  if (series.some((one) => one.name === "solver" && one.points.length > 1)) marks.push(html("li", {}, html("span", { class: "dash" }), "proven bound: no plan of this class is faster"));
+  if (series.some((one) => one.misfits.length)) marks.push(html("li", {}, "× does not fit"));
+  return [...legend(series.map((one) => [one.name, policyColour(one.slot)])), ...marks];
+}
+
+// --- memory over one training step ------------------------------------------------------------------------------------
+
+// What Python and PyTorch take alone may fill half of the picture: then the axis starts just inside.
+function lowest({ kinds, sizes }, high, unit) {
+  const floor = kinds[0]?.name === "floor" ? Math.min(...sizes[0]) / unit.size : 0;
+  return floor < 0.4 * high ? 0 : Math.max(0, Math.floor((floor - 0.12 * (high - floor)) / 10) * 10);
+}
+
+// A cap far above all that is used would flatten the picture.
+function highest({ total }, cap) {
+  const most = Math.max(...total);
+  return Math.max(most, cap <= 1.7 * most ? cap : 0) * 1.06;
+}
+
+// The axis that several timelines share: its ends in its unit.
+export function sharedAxis(shown) {
+  const unit = unitOf(Math.max(...shown.flatMap(({ series }) => series.total)));
+  const high = Math.max(...shown.map(({ series, cap }) => highest(series, cap))) / unit.size;
+  return { unit, high, low: Math.min(...shown.map(({ series }) => lowest(series, high, unit))) };
+}
+
+// `series`: {seconds, starts, ends, total, sizes, kinds, peak}, the step in slices with the bytes of each kind, stacked under the
+// cap; `peak`: {instruction, text}, what runs in the fullest slice.
+export function timeline({ series, cap, peak }, { width, label, axis = sharedAxis([{ series, cap }]), height = 360 }) {
+  const { low, high, unit } = axis, { starts, ends, kinds } = series;
+  const made = frame(label, {
+    x: [0, series.seconds], y: [low, high], xLabel: "seconds into the step", yLabel: low ? `${unit.name}, from ${round(low)} up` : unit.name, width, height,
+  });
+  const { picture, x, y } = made;
+  let base = starts.map(() => low), sum = starts.map(() => 0);
+  kinds.forEach((kind, k) => {
+    sum = sum.map((value, i) => value + series.sizes[k][i] / unit.size);
+    const top = sum.map((value) => Math.max(low, value));
+    const up = top.map((value, i) => `${i ? "L" : "M"}${x(starts[i]).toFixed(1)} ${y(value).toFixed(1)}H${x(ends[i]).toFixed(1)}`).join("");
+    const down = base.map((value, i) => `L${x(ends[i]).toFixed(1)} ${y(value).toFixed(1)}H${x(starts[i]).toFixed(1)}`).reverse().join("");
+    picture.append(svg("path", { d: `${up}${down}Z`, fill: kindColour(kind.name), "data-kind": kind.name }));
+    base = top;
+  });
+  if (cap / unit.size <= high) capLine(made, cap / unit.size, size(cap));
+  const middle = (i) => x((starts[i] + ends[i]) / 2), at = middle(series.peak), late = at > width * 0.55;
+  const free = kinds.findIndex((kind) => kind.name === "fragmentation");
+  const used = series.total[series.peak] - (free < 0 ? 0 : series.sizes[free][series.peak]);
+  picture.append(svg("circle", { class: "peak", cx: at, cy: y(used / unit.size), r: 5 }, svg("title", {}, `${peak.text}: ${size(used)} in use`)));
+  const text = width < 520 ? `instruction ${peak.instruction}` : `instruction ${peak.instruction}: ${peak.text}`.slice(0, Math.floor(width / 12));
+  picture.append(svg("text", { class: "peak-label", x: at + (late ? -10 : 10), y: y(used / unit.size) + 17, "text-anchor": late ? "end" : "start" }, text));
+  const cursor = svg("line", { class: "cursor", y1: TOP, y2: height - BOTTOM, visibility: "hidden" });
+  picture.append(cursor);
+  const show = (i) => {
+    for (const end of ["x1", "x2"]) cursor.setAttribute(end, middle(i));
+    cursor.setAttribute("visibility", "visible");
+  };
+  const hide = () => cursor.setAttribute("visibility", "hidden");
+  return { ...made, show, hide };
+}
+
+// A timeline with its legend and a cursor that pointer and arrow keys move; `reading` tells what is at the cursor.
+export function showTimeline({ box, key, reading }, told, name) {
+  const { series } = told, last = series.ends.length - 1, unit = unitOf(Math.max(...series.total));
+  let at = series.peak;
+  place(box, (width) => {
+    const made = timeline(told, { width, label: `Memory over one step of ${name}; arrow keys move along the step, the table has the numbers` });
+    const chart = made.picture;
+    const show = (index) => {
+      at = Math.max(0, Math.min(last, index));
+      made.show(at);
+      const parts = series.kinds.map((kind, k) => [kind.label, series.sizes[k][at]]).filter(([, bytes]) => bytes >= Math.min(0.05 * unit.size, series.total[at] / 1000));
+      reading.textContent = `${duration(series.ends[at])}: ${size(series.total[at], unit)} = ${parts.map(([kind, bytes]) => `${kind} ${inUnit(bytes, unit)}`).join(" + ")}`;
+    };
+    chart.setAttribute("role", "group");
+    chart.setAttribute("tabindex", "0");
+    chart.addEventListener("pointermove", (event) => {
+      const moment = made.at(event), index = series.ends.findIndex((end) => moment < end);
+      show(index < 0 ? last : index);
+    });
+    chart.addEventListener("pointerleave", () => { if (document.activeElement !== chart) made.hide(); });
+    chart.addEventListener("focus", () => show(at));
+    chart.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1, PageUp: 20, PageDown: -20 }[event.key];
+      if (step) show(at + step);
+      else if (event.key === "Home") show(0);
+      else if (event.key === "End") show(last);
+      else return;
+      event.preventDefault();
+    });
+    return chart;
+  });
+  reading.textContent = "Point at the chart, or focus it and use the arrow keys.";
+  key.replaceChildren(...legend(series.kinds.map((kind) => [kind.label, kindColour(kind.name)])));
+}
