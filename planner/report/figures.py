@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#1f5fbf", "#c2571a", "#12806a", "#7a4bb8", "#b03a6f", "#6b7280")
+COLOURS = ("#1f5fbf", "#b04a12", "#12806a", "#7a4bb8", "#b03a6f", "#6b7280")
 INK, SOFT, LINE, WARN = "#1d2126", "#59616b", "#dfe2e6", "#b3261e"
 SLICES = 600
 

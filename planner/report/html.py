@@ -28,6 +28,7 @@ from tightfit.planner.report.memory_categories import (
 )
 from tightfit.planner.schema import Plan
 from tightfit.planner.solve.policies import APPROXIMATE
+from tightfit.profiles.devices.words import words_of
 from tightfit.profiles.measuring.marks import caution
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import format_seconds, format_size, unit_of
@@ -96,15 +97,14 @@ def _counted(plans: Sequence[Plan]) -> str:
     """What the budgets limit, in words."""
     if plans[0].model.kind == "graph":
         return "Budgets are on the bytes that are live; the graph's fixed bytes are inside."
-    floor = "Python and PyTorch" if plans[0].device.kind == "cpu" else "the CUDA context"
-    return f"Everything counts: {floor} ({format_size(max(plan.floor_bytes for plan in plans))}) is inside."
+    return f"Everything counts: {words_of(plans[0].device).floor} ({format_size(max(plan.floor_bytes for plan in plans))}) is inside."
 
 
 def _device(plan: Plan) -> str:
     device = plan.device
     if plan.model.kind == "graph":
         return f"{device.name}, times {'as given' if device.measured else 'estimated, not measured'}"
-    where = f"{device.threads} threads of {device.name}" if device.kind == "cpu" else device.name
+    where = f"{device.threads} threads of {device.name}" if words_of(device).threaded else device.name
     return f"{where}, times {'measured' if device.measured else 'estimated, not measured'}"
 
 
