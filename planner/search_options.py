@@ -44,8 +44,6 @@ class SearchOptions:
     # --- models ---
     one_program: bool = True
     """all decisions of a small model in one integer program; off: column generation"""
-    segments: bool = True
-    """the search for segments of layers that run forward twice"""
     greedy: bool = True
     """a greedy choice of columns where the time limit ended the search without a plan"""
     early_choice: bool = True

@@ -40,7 +40,6 @@ LONGEST = (
     "whole/test_bad_input",
     "planner/graphs/test_offload",
     "whole/test_accumulate",
-    "planner/solve/test_segments",
     "whole/test_own_module",
     "profiles/measuring/test_cpu_load",
     "planner/solve/test_reuse",

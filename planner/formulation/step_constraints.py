@@ -7,13 +7,13 @@ class; the simulator says what a plan really takes. Numbers in brackets are thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from tightfit.planner.problem.layer_figures import DISK, KIB, MS, LayerFigures
 from tightfit.planner.problem.layer_types import Layered, transfer_seconds
 from tightfit.planner.schedule.layer_schedule import Column
-from tightfit.planner.schedule.multi_layer_recompute import Segments, Window, held_by_segments, windows
 from tightfit.planner.solvers.lp import Linear, Program
 
 INSTANT = 1e5
@@ -58,65 +58,65 @@ class StepConstraints:
     """variable: KiB at the fullest window, instructions included"""
     spare: dict[str, list[Linear]]
     """"forward", "backward" and "evaluate", per layer: KiB of `bytes` that are free in that window, at least, beside what waits for
-    the disk; for a layer that goes forward twice, in its second forward
+    the disk
     """
     total_ms: Linear
     disk_ms: Linear
 
 
-def add_step_constraints(
-    program: Program, problem: Layered, layers: list[Terms], *, careful: bool = False, segments: Segments = ()
-) -> StepConstraints:
-    """Post (11) to (16) over the layers' figures.
+@dataclass(frozen=True)
+class Window:
+    """A stretch of the training step that belongs to one layer."""
 
-    With `segments` a second pass counts as a whole training forward, and what a segment reads from before it as kept: a plan of
-    these segments holds and takes at most as much.
-    """
+    layer: int
+    phase: Literal["forward", "backward"]
+
+
+def windows(count: int) -> list[Window]:
+    """The windows of a training step of `count` layers, in order."""
+    forward = [Window(layer, "forward") for layer in range(count)]
+    return [*forward, *(Window(layer, "backward") for layer in reversed(range(count)))]
+
+
+def add_step_constraints(
+    program: Program, problem: Layered, layers: list[Terms], *, careful: bool = False
+) -> StepConstraints:
+    """Post (11) to (16) over the layers' figures."""
     count = len(layers)
     used = program.variable()
     instructions = program.variable()
     outcome = 1 + (problem.profile.token_losses is not None)
-    extra = held_by_segments(problem, segments)
     # (11) the instructions of both schedules
-    program.at_least(
-        Linear(-2.0 * outcome - extra.instructions).add(instructions), *(terms.instructions for terms in layers)
-    )
+    program.at_least(Linear(-2.0 * outcome).add(instructions), *(terms.instructions for terms in layers))
     per_instruction = problem.profile.device.floor.instruction_bytes / KIB
 
-    def chain(order: Iterable[int], fields: Callable[[int], tuple[str, ...]]) -> list[Linear]:
+    def chain(order: Iterable[int], *fields: str) -> list[Linear]:
         """Running sums over the layers in `order`: entry i is the sum before the i-th."""
         sums: list[Linear] = [Linear()]
         for index in order:
             step = program.variable()
             program.at_least(
-                Linear().add(step).plus(sums[-1], -1.0), *(getattr(layers[index], name) for name in fields(index))
+                Linear().add(step).plus(sums[-1], -1.0), *(getattr(layers[index], name) for name in fields)
             )
             sums.append(Linear().add(step))
         return sums
 
     ahead, back = list(range(count)), list(reversed(range(count)))
-    first_of = {layer: first for first, last in segments for layer in range(first, last + 1)}
-    before = chain(ahead, lambda layer: ("outside",) if layer in first_of else ("between",))
-    after = chain(back, lambda layer: ("outside",))
-    inner = {first: chain(range(first, last + 1), lambda layer: ("between",)) for first, last in segments}
+    before = chain(ahead, "between")
+    after = chain(back, "outside")
     outside = after[count]
     constant = problem.constant_bytes / KIB
-    order = windows(count, segments)
+    order = windows(count)
     peaks: list[Linear] = []
     """per window: KiB that are left for what waits for the disk"""
     # (11) bytes of each training window; the rows are posted with (15)
     for window in order:
         index, terms = window.layer, layers[window.layer]
-        others = Linear(constant)
-        if index in first_of and window.phase in {"again", "backward"}:
-            first = first_of[index]
-            others.plus(before[first]).plus(inner[first][index - first])
-        else:
-            others.plus(before[index])
-        others.plus(after[count - 1 - index]).add(instructions, per_instruction)
-        peak = {"first": "evaluate_peak", "backward": "backward_peak"}.get(window.phase, "forward_peak")
-        left = Linear(-extra.bytes[window] / KIB).add(used)
-        peaks.append(left.plus(others, -1.0).plus(getattr(terms, peak), -1.0))
+        others = Linear(constant).plus(before[index]).plus(after[count - 1 - index]).add(instructions, per_instruction)
+        second = window.phase == "backward"
+        across = problem.across_backward[index] if second else problem.across_forward[index]
+        left = Linear(-across / KIB).add(used).plus(others, -1.0)
+        peaks.append(left.plus(terms.backward_peak if second else terms.forward_peak, -1.0))
     spare: dict[str, list[Linear]] = {"forward": [], "backward": [], "evaluate": []}
     # (12) bytes of each evaluation window
     for index, terms in enumerate(layers):
@@ -141,14 +141,13 @@ def add_step_constraints(
     _add_disk(program, problem, layers, order, clock, peaks, careful=careful)
     turns = {(window.layer, window.phase): moment for moment, window in enumerate(order)}
     for index in ahead:
-        forward = turns[index, "again" if index in first_of else "forward"]
-        spare["forward"].append(peaks[forward])
+        spare["forward"].append(peaks[turns[index, "forward"]])
         spare["backward"].append(peaks[turns[index, "backward"]])
     # (16) the disk over several windows
-    nested = chain(back, lambda layer: ("spills_forward", "fetches_backward"))
-    spilled = chain(ahead, lambda layer: ("states_spilled",))
+    nested = chain(back, "spills_forward", "fetches_backward")
+    spilled = chain(ahead, "states_spilled")
     for index in ahead:
-        # Window i of the step, counted from 0, is layer i's first, whether it goes forward once or twice.
+        # Window i of the step, counted from 0, is layer i's forward.
         backward = turns[index, "backward"]
         inside = Linear().plus(clock[backward + 1]).plus(clock[index], -1.0)
         program.at_least(inside, nested[count - index])
@@ -185,7 +184,7 @@ def _add_disk(
         asks = {
             "reads": terms.reads_forward if forward else terms.reads_backward,
             "fetches": Linear() if forward else terms.fetches_backward,
-            "spills": terms.spills_forward if forward and window.phase != "first" else Linear(),
+            "spills": terms.spills_forward if forward else Linear(),
         }
         # (14) needed and flown: ms of each sort of transfer that windows so far ask for, and that the disk has done
         busy = Linear().plus(clock[moment + 1]).plus(clock[moment], -1.0)

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from tightfit.planner.instructions import Run
 from tightfit.planner.problem.layer_types import ALWAYS, Layered
-from tightfit.planner.problem.step_graph import Step, aligned
+from tightfit.planner.problem.step_graph import Step
 from tightfit.planner.schedule.layer_schedule import Action, Script
 
 if TYPE_CHECKING:
@@ -132,83 +132,6 @@ def rerun_layers(plan: Plan) -> list[str]:
                 lowest = min(lowest, order[layer])
             ran.add((layer, position))
     return [layer.name for layer in plan.layers if order[layer.name] in found]
-
-
-@dataclass(frozen=True)
-class Window:
-    """A stretch of the training step that belongs to one layer."""
-
-    layer: int
-    phase: Literal["forward", "first", "again", "backward"]
-    """first, again: the two forward passes of a layer in a segment, in place of forward"""
-
-
-def windows(count: int, segments: Segments) -> list[Window]:
-    """The windows of a training step of `count` layers, in order."""
-    inside = {layer for first, last in segments for layer in range(first, last + 1)}
-    ends = {last: first for first, last in segments}
-    result = [Window(layer, "first" if layer in inside else "forward") for layer in range(count)]
-    for layer in reversed(range(count)):
-        result += [Window(inner, "again") for inner in range(ends.get(layer, layer + 1), layer + 1)]
-        result.append(Window(layer, "backward"))
-    return result
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """What has to be added to the layers' own figures where there are segments."""
-
-    bytes: dict[Window, int]
-    """per window: bytes of tensors whose lifetimes no layer decides, and of tensors that segments
-    read from before them
-    """
-    instructions: int
-    """upper bound on the instructions of all first passes"""
-
-
-def held_by_segments(problem: Layered, segments: Segments) -> Held:
-    """See `Held`; without segments these are the bytes of fixed lifetimes alone."""
-    count = len(problem.layer_type)
-    owners = {segment: entering(problem, segment) for segment in segments}
-    around = {layer: segment for segment in segments for layer in range(segment[0], segment[1] + 1)}
-
-    def size(names: Iterable[str]) -> int:
-        return sum(aligned(problem.graph.storages[name].bytes) for name in names)
-
-    held: dict[Window, int] = {}
-    for window in windows(count, segments):
-        layer = window.layer
-        kind = problem.types[problem.layer_type[layer]]
-        if window.phase == "backward":
-            extra = problem.across_backward[layer]
-        elif window.phase == "again":
-            # Live now is what is live when the backward of the segment's last layer begins, less what this window
-            # itself enters with.
-            last = around[layer][1]
-            above = problem.types[problem.layer_type[last]]
-            there = {problem.name(last, value) for value in above.enters_backward}
-            own = {problem.name(layer, value) for value in kind.enters_forward}
-            extra = problem.across_backward[last] + size(there - own)
-        else:
-            extra = problem.across_forward[layer]
-        for segment, owner in owners.items():
-            if window.phase in {"forward", "first"}:
-                waits = [name for name in owner if segment[0] <= layer]
-            elif segment[1] < layer and segment != around.get(layer):
-                waits = list(owner)
-            elif window.phase == "again" and segment == around[layer]:
-                # Inputs of earlier layers of the segment, whose second pass is over, are counted in those layers' own
-                # figures by now.
-                waits = [name for name, decides in owner.items() if decides < 0 or decides > layer]
-            else:
-                waits = []
-            extra += size(name for name in waits if name not in problem.forced)
-        held[window] = extra
-    extra_instructions = 0
-    for layer in around:
-        kind = problem.types[problem.layer_type[layer]]
-        extra_instructions += len(kind.forward) + len(kind.bytes) + 4 * len(kind.weights)
-    return Held(bytes=held, instructions=extra_instructions)
 
 
 class Passes:

@@ -121,9 +121,9 @@ class BudgetSearch:
             self.found.append(schedule)
         return schedule, excess
 
-    def choose_anew(self, search: ColumnGeneration, choices: int = CHOICES, bound: float | None = None) -> None:
-        """As `choose`, as if nothing had been found yet; `bound`: that of the schedules searched for, where it is not this search's."""
-        one = replace(self, bound=self.bound if bound is None else bound, found=[])
+    def choose_anew(self, search: ColumnGeneration, choices: int = CHOICES) -> None:
+        """As `choose`, as if nothing had been found yet."""
+        one = replace(self, found=[])
         try:
             one.choose(search, choices)
         finally:
@@ -168,7 +168,7 @@ class BudgetSearch:
             else:
                 before = chosen
                 choices -= 1
-                schedule, excess = self.carry(chosen, search.relaxation.segments)
+                schedule, excess = self.carry(chosen)
                 if schedule is None:
                     reserve += max(3 * excess // 2, share // 2)
                     if fastest is not None and reserve >= most:

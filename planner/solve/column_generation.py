@@ -76,8 +76,7 @@ class ColumnGeneration:
     """One budget. `limit_bytes` None asks for the fewest bytes instead of the shortest step."""
 
     relaxation: MasterLp
-    """the restricted master problem; it says whether constraints are careful and which layers go forward twice (a bound then holds
-    for these segments only)"""
+    """the restricted master problem; it says whether constraints are careful"""
     limit_bytes: int | None
     deadline: float
     tolerance: float = 2e-3
@@ -98,8 +97,7 @@ class ColumnGeneration:
         return self.deadline - time.monotonic()
 
     def _rows(self, program: Program, layers: list[Terms]) -> StepConstraints:
-        asked = self.relaxation
-        return add_step_constraints(program, self.pool.problem, layers, careful=asked.careful, segments=asked.segments)
+        return add_step_constraints(program, self.pool.problem, layers, careful=self.relaxation.careful)
 
     def report(self, stage: str, incumbent: float, bound: float) -> None:
         if self.progress is not None:
@@ -284,13 +282,13 @@ class ColumnGeneration:
     def _fitted(self, limit_bytes: int | None, relaxed: MasterLpAnswer) -> Whole | None:
         """Columns that hold no more in any window than the mixtures do, or a little less where their transfers need more memory.
 
-        Where memory has no price, the mixtures are whole but for ties; there is no local search over segments' windows.
+        Where memory has no price, the mixtures are whole but for ties.
         """
         if limit_bytes is None:
             return None
         problem, kinds = self.pool.problem, self.pool.problem.layer_type
         picks = rounded(kinds, relaxed.shares)
-        if not relaxed.limit_price or self.relaxation.segments:
+        if not relaxed.limit_price:
             return self._whole(limit_bytes, [[pick] for pick in picks])
         figures = [self.pool.figures[kind] for kind in kinds]
         mixtures = np.stack([self._mixture(relaxed, layer) for layer in range(len(kinds))])

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from tightfit.planner.formulation.step_constraints import StepConstraints, Terms, add_step_constraints
 from tightfit.planner.problem.layer_figures import FIELDS, KIB, LayerFigures
-from tightfit.planner.schedule.multi_layer_recompute import Segments
 from tightfit.planner.solve.pricing import Pool, Prices
 from tightfit.planner.solvers.lp import INFINITY, Growing, Linear
 
@@ -54,14 +53,12 @@ class MasterLpAnswer:
 class MasterLp:
     """(18) The restricted master problem at any number of budgets, over one pool that may gain columns in between.
 
-    With `careful` under constraints that plans can really keep (see `tightfit.planner.formulation.step_constraints`); with `segments`
-    layers go forward twice.
+    With `careful` under constraints that plans can really keep (see `tightfit.planner.formulation.step_constraints`).
     """
 
-    def __init__(self, pool: Pool, *, careful: bool, segments: Segments = ()) -> None:
+    def __init__(self, pool: Pool, *, careful: bool) -> None:
         self.pool = pool
         self.careful = careful
-        self.segments = segments
         self._program = program = Growing()
         self._definitions: list[list[int]] = []
         self._convexity: list[int] = []
@@ -73,7 +70,7 @@ class MasterLp:
             self._definitions.append([program.at_least(Linear().add(figure)) for figure in figures])
             self._convexity.append(program.exactly(Linear(-1.0)))
             layers.append(LayerFigures(**{name: Linear().add(figure) for name, figure in zip(FIELDS, figures)}))
-        rows = add_step_constraints(program, pool.problem, layers, careful=careful, segments=segments)
+        rows = add_step_constraints(program, pool.problem, layers, careful=careful)
         # (18) bytes within the limit, or over it at a price
         self._over = program.variable()
         self._spare = list(rows.spare.values())

@@ -20,7 +20,6 @@ from tightfit.planner.solve.master_lp import MOVE_PRICE, MasterLp
 from tightfit.planner.solve.minimum_budget import lowered
 from tightfit.planner.solve.policies import POLICIES, all_streamed, rule_columns, rule_part, smallest
 from tightfit.planner.solve.pricing import Pool
-from tightfit.planner.solve.segment_search import SLACK, promising, worthwhile
 from tightfit.runtime.common.gc_pause import paused_collector
 
 MINIMUM_STEP = 1e-3
@@ -35,8 +34,6 @@ GREEDY_ROUNDS = 6
 """the same of greedy choices"""
 RELAXED_SHARE, CAREFUL_SHARE = 0.5, 0.7
 """of the time for plans of the class: then column generation ends, under relaxed and under careful constraints"""
-SEGMENTS_SHARE, SEGMENTS_CHOICES = 0.4, 3
-"""what plans under which layers run twice get, where these are searched for: share of the time limit, and reserves tried"""
 RULES_SHARE = 0.25
 """of the time limit, at most: left to realise fixed rules that may be faster; where they take more, they come first"""
 NEAR = 1e-3
@@ -98,11 +95,6 @@ class Solver:
         """Columns found so far; the first are those of the fixed rules."""
         return self._opened(Pool(problem=self.problem, options=self.options))
 
-    @cached_property
-    def plain(self) -> Pool:
-        """Columns of the fixed rules alone, and those found while planning segments over them."""
-        return self._opened(Pool(problem=self.problem, options=self.options, blocks=self.pool.blocks))
-
     def _opened(self, pool: Pool) -> Pool:
         for rule in (*POLICIES.values(), smallest, all_streamed):
             for kind, column in zip(self.problem.layer_type, rule_columns(self.problem, rule)):
@@ -113,10 +105,6 @@ class Solver:
     def _rules(self) -> tuple[Part, ...]:
         parts = [rule_part(self.problem, policy) for policy in POLICIES]
         return tuple(sorted(parts, key=lambda part: part.computing_seconds))
-
-    @cached_property
-    def _reruns(self) -> bool:
-        return self.options.segments and worthwhile(self.problem)
 
     @property
     def _one_program(self) -> bool:
@@ -203,14 +191,11 @@ class Solver:
             self._by_rules(attempt, any_bound, most=float("inf") if first else any_bound * (1 + NEAR))
             ruled = attempt.best
             if not attempt.near(any_bound, attempt.gap):
-                with attempt.within(1 - SEGMENTS_SHARE if self._reruns else 1.0):
+                with attempt.within():
                     self._in_the_class(attempt)
                 if attempt.best is ruled and not attempt.timely and self.options.greedy:
                     self._greedily(attempt)
                     fallback = True
-                searched = attempt.best
-                self._by_segments(attempt, any_bound)
-                fallback = fallback and attempt.best is searched
         except KeyboardInterrupt:
             if not attempt.found:
                 raise
@@ -387,22 +372,6 @@ class Solver:
         """That realising all fixed rules that may fit takes on an idle machine."""
         fitting = sum(self._may_fit(part, limit) for part in self._rules)
         return CARRY_SECONDS * len(self.problem.graph.steps) * fitting
-
-    def _by_segments(self, attempt: BudgetSearch, any_bound: float) -> None:
-        """Where moving layer inputs takes longer than running layers again: plans under which segments of layers run twice.
-
-        The bound of the class does not hold for these, so it ends no search for them.
-        """
-        if not self._reruns or attempt.near(any_bound, attempt.gap):
-            return
-        with attempt.within():
-            # Where the disk is slow, columns priced for the class promise shorter steps than plans with segments then have.
-            for pool in (self.plain, self.pool):
-                for seconds, search in promising(pool, attempt.limit, attempt.deadline, attempt.progress):
-                    best = attempt.best
-                    if best is not None and best.seconds <= (1 - SLACK) * seconds:
-                        break
-                    attempt.choose_anew(search, SEGMENTS_CHOICES, any_bound)
 
     def _greedily(self, attempt: BudgetSearch) -> None:
         some = attempt.reserve

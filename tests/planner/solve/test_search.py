@@ -19,10 +19,8 @@ from tightfit.planner.plan_result import rebudgeted
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.report.compare import compare
 from tightfit.planner.schedule import prefetch
-from tightfit.planner.schedule.multi_layer_recompute import rerun_layers
 from tightfit.planner.schedule.prefetch import Bytes, best_order, facts_of
 from tightfit.planner.schedule.realize import Part, realize
-from tightfit.planner.solve import search
 from tightfit.planner.solve.budget_search import BudgetSearch
 from tightfit.planner.solve.column_generation import ColumnGeneration
 from tightfit.planner.solve.policies import POLICIES, all_streamed, keep_all, mebp, rule_columns
@@ -241,7 +239,7 @@ def test_choices_come_to_an_end_whatever_is_chosen(answers, waits, places, found
         assert len(asked) <= 250
         return answers[len(asked) % len(answers)] if room >= 0 else None
 
-    def carry(columns, segments):
+    def carry(columns):
         if not next(carried):
             return None, 7
         schedule = SimpleNamespace(seconds=2.0 + len(asked) % 3, stalls=2.0 if waits else 0.0)
@@ -253,9 +251,7 @@ def test_choices_come_to_an_end_whatever_is_chosen(answers, waits, places, found
     attempt.carry, attempt._price = carry, lambda search, reserve: None
     if found:
         attempt.found.append(SimpleNamespace(seconds=3.0, stalls=0.0))
-    search = SimpleNamespace(
-        choose=choose, timely=True, relaxation=SimpleNamespace(segments=()), report=lambda *_: None
-    )
+    search = SimpleNamespace(choose=choose, timely=True, report=lambda *_: None)
     attempt.choose(search)
 
 
@@ -273,16 +269,14 @@ def test_what_is_near_the_bound_gets_another_choice_only_while_that_helps(second
     left = iter(seconds)
     attempt = BudgetSearch(problem=None, limit=1 << 30, deadline=math.inf, started=0.0, bound=1.0)
 
-    def carry(columns, segments):
+    def carry(columns):
         schedule = SimpleNamespace(seconds=next(left), stalls=1.0)
         attempt.found.append(schedule)
         return schedule, 0
 
     attempt.carries_in_time = lambda: True
     attempt.carry, attempt._price = carry, lambda search, reserve: None
-    search = SimpleNamespace(
-        choose=lambda room: room, timely=True, relaxation=SimpleNamespace(segments=()), report=lambda *_: None
-    )
+    search = SimpleNamespace(choose=lambda room: room, timely=True, report=lambda *_: None)
     attempt.choose(search)
     assert len(attempt.found) == carried
     assert attempt.settled()
@@ -330,38 +324,7 @@ def test_the_collector_comes_back_after_an_interruption(monkeypatch):
 # --- layers that go forward twice ----------------------------------------------------------------------------------
 
 
-def test_what_segments_find_does_not_stand_for_the_class(monkeypatch):
-    """The class search came to nothing in time: a greedy choice is made whether or not there are segments."""
-    asked = []
-    greedy = search.greedy
-    monkeypatch.setattr(search, "greedy", lambda *given: asked.append(1) or greedy(*given))
-
-    def late(*_):
-        raise TimeoutError
-
-    monkeypatch.setattr(Solver, "_in_the_class", late)
-    made = ModelPlanner(deep(4)).plan(TIGHT, time_limit=20)
-    assert asked
-    # What is best is no greedy choice, so nothing stands in for it.
-    assert rerun_layers(made)
-    assert (made.status, made.deterministic) == ("feasible", False)
-
-
-def test_an_interruption_among_segments_keeps_what_they_found(monkeypatch):
-    def late(*_):
-        raise TimeoutError
-
-    def interrupt(state):
-        if state["stage"] == "carried out":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Solver, "_in_the_class", late)
-    made = ModelPlanner(deep(4)).plan(TIGHT, time_limit=20, progress=interrupt)
-    assert rerun_layers(made)
-    assert not made.deterministic
-
-
-def test_the_bound_of_the_class_ends_no_search_for_segments():
+def test_the_bound_of_the_class_keeps_no_rule_from_being_tried_that_runs_layers_twice():
     """A plan at the bound of its class may still be slower than a rule under which layers go forward twice."""
     planner = ModelPlanner(deep(9))
     best = replace(of_rule(planner, "keep-all"), seconds=10.0)

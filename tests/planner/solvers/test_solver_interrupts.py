@@ -21,7 +21,6 @@ from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.plan import minimum_budget
 from tightfit.planner.report.compare import compare
 from tightfit.planner.report.marginal_value import what_if
-from tightfit.planner.solve.search import Solver
 from tightfit.planner.solvers.cp_sat import single_worker, solved
 from tightfit.planner.solvers.highs import solve_silently
 from tightfit.planner.solvers.lp import Growing, Linear
@@ -296,14 +295,10 @@ def test_an_interrupted_comparison_of_graphs_makes_no_further_plan():
     assert [plan.budget_bytes for plan in made] == budgets[1:]
 
 
-def test_an_interrupted_comparison_of_layers_makes_no_further_plan(monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
+def test_an_interrupted_comparison_of_layers_makes_no_further_plan():
     profile = small_chain(7, layers=3)
     least = minimum_budget(profile, policy="mebp")
-    monkeypatch.setattr(Solver, "_by_segments", interrupt)
-    made = compare(profile, [least, least + 1], ["solver"], time_limit=5).plans
+    made = compare(profile, [least, least + 1], ["solver"], time_limit=5, solving=interrupt_once()).plans
     assert [plan.budget_bytes for plan in made] == [least + 1]
 
 
