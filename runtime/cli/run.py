@@ -10,7 +10,7 @@ import typer
 
 from tightfit.runtime.cli.options import Debug, Json, at_least, at_most
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.session.options import LARGEST_SEED
+from tightfit.runtime.session.options import LARGEST_SEED, RunOptions
 from tightfit.runtime.supervision.printing import answer
 from tightfit.runtime.supervision.report_text import report_text
 
@@ -77,6 +77,15 @@ def run(
     from tightfit.runtime.supervision.supervisor import Show, hand_over
     from tightfit.runtime.supervision.training_process import RunOrder
 
+    options = RunOptions(
+        steps=steps,
+        lr=lr,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )
     loaded = load_plan(plan)
     tokens = loaded.batch * loaded.seq if loaded.seq else None
     with (
@@ -84,16 +93,10 @@ def run(
         prepared(
             loaded,
             data,
-            steps=steps,
+            options,
             out=output,
             resume=resume,
             overwrite=overwrite,
-            lr=lr,
-            schedule=schedule,
-            warmup_steps=warmup_steps,
-            weight_decay=weight_decay,
-            seed=seed,
-            checkpoint_every=checkpoint_every,
             eval_data=evaluate,
             truncate=truncate,
             cgroup=cgroup,

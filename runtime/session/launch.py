@@ -18,7 +18,7 @@ from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.preparation import Preparation
 from tightfit.runtime.session.admission import check_kind, check_machine, check_schedule, check_steps, find_store
 from tightfit.runtime.session.job_compiler import compile_job
-from tightfit.runtime.session.options import checked
+from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.session.output import finished_report, locked, remove, staged, to_be_replaced
 from tightfit.runtime.session.settings import order_of, settings_of
 from tightfit.runtime.supervision.supervisor import Progress, Stages, supervise
@@ -72,13 +72,8 @@ def run(
     sees the signal. A signal handler of the program's own stays in place; if it, `progress` or `stages` raises, the run
     saves and ends.
     """
-    with prepared(
-        plan,
-        data,
+    options = RunOptions(
         steps=steps,
-        out=out,
-        resume=resume,
-        overwrite=overwrite,
         lr=lr,
         weight_decay=weight_decay,
         schedule=schedule,
@@ -86,6 +81,14 @@ def run(
         seed=seed,
         checkpoint_every=checkpoint_every,
         keep_checkpoints=keep_checkpoints,
+    )
+    with prepared(
+        plan,
+        data,
+        options,
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
         eval_data=eval_data,
         truncate=truncate,
         cgroup=cgroup,
@@ -99,18 +102,11 @@ def run(
 def prepared(
     plan: Plan,
     data: Data,
+    options: RunOptions,
     *,
-    steps: int,
     out: str | os.PathLike[str],
     resume: bool = False,
     overwrite: bool = False,
-    lr: float = 2e-4,
-    weight_decay: float = 0.0,
-    schedule: str = "constant",
-    warmup_steps: int = 0,
-    seed: int = 0,
-    checkpoint_every: int = 50,
-    keep_checkpoints: int = 2,
     eval_data: Data | None = None,
     truncate: bool = False,
     cgroup: bool = True,
@@ -128,17 +124,9 @@ def prepared(
     check_kind(plan)
     preparation = Preparation(plan.budget_bytes) if counted else None
     directory = Path(out).absolute()
-    options = checked(
-        steps=steps,
-        lr=lr,
-        weight_decay=weight_decay,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        seed=seed,
-        checkpoint_every=checkpoint_every,
-        keep_checkpoints=keep_checkpoints,
-    )
-    steps, seed = options["steps"], options["seed"]
+    steps = options.steps
+    if steps is None:
+        raise InputError("a run needs its number of steps; only a Session goes on until its program ends it")
     check_steps(plan, steps)
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else "the batches given"
     if not isinstance(data, str | os.PathLike) and _length(data) is None:
@@ -151,18 +139,18 @@ def prepared(
         preparation.check("reading the plan")
     with locked(directory) as lock, staged(directory) as staging:
         replaced = to_be_replaced(directory, steps, resume=resume, overwrite=overwrite)
-        written = partial(_prepare, plan, truncate=truncate, seed=seed, stages=stages, preparation=preparation)
+        written = partial(_prepare, plan, truncate=truncate, seed=options.seed, stages=stages, preparation=preparation)
         train = written(data, staging, "train")
         evaluation = None if eval_data is None else written(eval_data, staging, "evaluate")
         settings = settings_of(
             plan,
             directory,
             store,
+            options,
             data=train.name,
             evaluation=evaluation.name if evaluation else None,
             resume=resume,
             profile_step=profile_step,
-            **options,
         )
         finished, evaluated = finished_report(directory, settings, train, evaluation, name) if resume else (None, False)
         if finished and evaluated:

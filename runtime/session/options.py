@@ -1,8 +1,9 @@
-"""Checks the values of a run's options, for the command line and Python callers alike."""
+"""The options of a run in one record, checked, for the command line and Python callers alike."""
 
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass, fields
 from typing import Any
 
 from tightfit.runtime.common.errors import InputError
@@ -14,12 +15,31 @@ LEAST = {"steps": 1, "warmup_steps": 0, "seed": 0, "checkpoint_every": 0, "keep_
 """smallest value of each option that is a whole number"""
 
 
-def checked(**options: Any) -> dict[str, Any]:
-    """The options with numbers of numpy and torch converted to Python's own, since they are written as JSON.
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What decides how a run trains and saves; numbers of numpy and torch become Python's own, since they are written as JSON.
 
     Raises InputError, which names the option, its value and what it may be, for a value that is not allowed.
     """
-    return {name: _checked(name, value) for name, value in options.items()}
+
+    steps: int | None = None
+    """steps in all; None: a Session, which ends when its program says so"""
+    lr: float = 2e-4
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    """steps over which the learning rate rises from zero"""
+    seed: int = 0
+    """of the adapter's start and the order of the data"""
+    checkpoint_every: int = 50
+    """steps between checkpoints; 0: only at the end"""
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None or field.name != "steps":
+                object.__setattr__(self, field.name, _checked(field.name, value))
 
 
 def finite(name: str, value: Any) -> float:

@@ -23,7 +23,7 @@ from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.training.session_protocol import ANSWERS, EVALUATE, FINISH, SAVE, STEP, ask
 from tightfit.runtime.session.admission import check_kind, check_machine, check_schedule, find_store
 from tightfit.runtime.session.job_compiler import compile_job
-from tightfit.runtime.session.options import checked, finite
+from tightfit.runtime.session.options import RunOptions, finite
 from tightfit.runtime.session.output import locked, remove, remove_prepared, to_be_replaced
 from tightfit.runtime.session.python_batches import as_planned
 from tightfit.runtime.session.settings import order_of, settings_of
@@ -84,7 +84,7 @@ class Session:
         """number of steps taken so far, including those of the run that is resumed"""
         self.report: dict[str, Any] | None = None
         """predicted and measured figures, once the session has ended without an error"""
-        self._options = checked(
+        self._options = RunOptions(
             seed=seed,
             lr=lr,
             weight_decay=weight_decay,
@@ -109,7 +109,7 @@ class Session:
             with os.fdopen(read, "rb"):
                 compiled = compile_job(
                     plan,
-                    settings_of(plan, directory, store, requests=read, resume=self._resume, **self._options),
+                    settings_of(plan, directory, store, self._options, requests=read, resume=self._resume),
                 )
                 with writing_to(directory):
                     remove(replaced)

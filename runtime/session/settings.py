@@ -15,6 +15,7 @@ from tightfit.runtime.engine.start.process import child_environment
 from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.training.job import Job
 from tightfit.runtime.session.admission import conditions
+from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.training_process import RunOrder
 
 
@@ -22,16 +23,9 @@ def settings_of(
     plan: Plan,
     directory: Path,
     store: Path | None,
+    options: RunOptions,
     *,
-    seed: int,
     resume: bool,
-    lr: float,
-    weight_decay: float,
-    checkpoint_every: int,
-    keep_checkpoints: int,
-    schedule: str = "constant",
-    warmup_steps: int = 0,
-    steps: int | None = None,
     data: str | None = None,
     evaluation: str | None = None,
     requests: int | None = None,
@@ -39,16 +33,16 @@ def settings_of(
 ) -> dict[str, Any]:
     """The settings of a run in `directory`, for the job's header.
 
-    A run takes `steps` steps over the file `data` in the folder's ``data``, and evaluates on `evaluation` there; a
+    A run takes `options.steps` steps over the file `data` in the folder's ``data``, and evaluates on `evaluation` there; a
     Session has neither, but a descriptor `requests` from which the training process reads.
     """
     optimizer = asdict(
         OPTIMIZERS[plan.optimizer.get("name", "adamw")](
-            lr=lr,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            warmup_steps=warmup_steps,
-            total_steps=0 if schedule == "constant" or steps is None else steps,
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            schedule=options.schedule,
+            warmup_steps=options.warmup_steps,
+            total_steps=0 if options.schedule == "constant" or options.steps is None else options.steps,
         )
     )
     return {
@@ -57,18 +51,18 @@ def settings_of(
         "evaluation": str(directory / "data" / evaluation) if evaluation else None,
         "requests": requests,
         "out": str(directory),
-        "steps": steps,
-        "seed": seed,
+        "steps": options.steps,
+        "seed": options.seed,
         "resume": resume,
-        "checkpoint_every": checkpoint_every,
-        "keep_checkpoints": keep_checkpoints,
+        "checkpoint_every": options.checkpoint_every,
+        "keep_checkpoints": options.keep_checkpoints,
         "optimizer": optimizer,
         "base_model": plan.model.source,
         "state_dict": plan.model.config.get("state_dict"),
         "adapter_body": plan.model.config.get("adapter_body", adapter.BODY),
         "expected_seconds": plan.step_seconds,
         "profile_step": profile_step,
-        "conditions": conditions(plan, optimizer, seed),
+        "conditions": conditions(plan, optimizer, options.seed),
     }
 
 

@@ -32,6 +32,7 @@ from tightfit.planner.io import load_plan
 from tightfit.profiles.sources import lookup
 from tightfit.runtime.common.errors import TightfitError
 from tightfit.runtime.session.launch import prepared
+from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.engine.device.resident import memory
 
 plan, data, out, holding = sys.argv[1:]
@@ -52,7 +53,7 @@ lookup.vocabulary = vocabulary
 if holding != "plan":
     loaded = loaded.model_copy(update={"budget_bytes": budget})
 try:
-    with prepared(loaded, data, steps=2, out=out, overwrite=True, stages=stages, counted=True):
+    with prepared(loaded, data, RunOptions(steps=2), out=out, overwrite=True, stages=stages, counted=True):
         pass
 except TightfitError as failure:
     error = [type(failure).__name__, str(failure)]
