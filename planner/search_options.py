@@ -70,10 +70,8 @@ class SearchOptions:
     """transfers moved within a smaller share of the arena where that is so"""
     moving_in_place: bool = True
     """transfers moved only as far as the layout of the drafted schedule allows"""
-    packing_groups: bool = True
-    """the search for a packing that places short-lived tensors group by group"""
-    packing_ranks: bool = True
-    """the search for a packing that places all tensors in one order"""
+    packing: bool = True
+    """the search for a packing of the arena, where no rule packs it well enough"""
     # --- bare graphs ---
     exact: bool = True
     """small graphs solved exactly by CP-SAT"""

@@ -8,9 +8,6 @@ at any time are one gap between them. Short-lived tensors, of a layer or so, go 
 group) in the order of the step. If one finds no place, it moves ahead in the order in which its group is placed, with
 all that are alike, and chance moves a few others ("squeaky wheel" optimization, Joslin and Clements 1999). If that does
 not help, groups placed just before are placed again together with it (`by_groups`).
-
-Where hardly any byte is to spare, large tensors have to come first whatever their lifetimes, and small ones fill what
-is left, at the same places in every layer: then all tensors are placed in one such order (`by_ranks`).
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +32,11 @@ LONG = (1 / 64, 1 / 8, math.inf)
 GROUP = (24, 96)
 """least and most short-lived tensors in a group, which is cut off where few bytes live on"""
 TRIES = 400
-"""orders tried at most, of a group or of all tensors"""
-AROUND = 64
-"""entries on either side of a shortage of places within which `by_ranks` tries an order first"""
-SPANS = 4
-"""intervals of residency of a tensor without a place around which `by_ranks` looks, at most"""
+"""orders of a group that are tried at most"""
+AIMS, LOWEST_AIMS = (0.25, 1.0), (0.0, 0.125, 0.25, 0.5)
+"""heights that the search aims for, in turn: shares of the range from the live bytes up to the allowed height or, where
+the lowest is asked for, up to the height that the rules reach
+"""
 BACK = 60
 """tries after which one more group before the failing one is placed again together with it"""
 WORK = (20_000, 5)
@@ -125,16 +121,13 @@ def pack(
     spread = (most or best[0]) - live
     asked = live + spread // ALIGNMENT * ALIGNMENT
     ended: list[Stretch] = []
-    for share, search in SEARCHES if most else LOWEST_SEARCHES:
+    for share in (AIMS if most else LOWEST_AIMS) if options.packing else ():
         goal = live + int(share * spread) // ALIGNMENT * ALIGNMENT
-        on = options.packing_groups if search is by_groups else options.packing_ranks
-        if (search, goal) in tried or not on:
+        if goal in tried:
             continue
-        tried.add((search, goal))
-        # Only `by_groups` says where places are short; `by_ranks` may fail anywhere.
-        seek = partial(by_groups, short=ended) if search is by_groups and goal == asked else search
+        tried.add(goal)
         try:
-            found = seek(items, base, length, goal, deadline)
+            found = by_groups(items, base, length, goal, deadline, ended if goal == asked else None)
         except TimeoutError:
             break
         if found is not None:
@@ -231,44 +224,6 @@ class _Ranks:
 def _work(items: list[Item]) -> int:
     least, each = WORK
     return max(least, each * len(items))
-
-
-def by_ranks(items: list[Item], base: int, length: int, goal: int, deadline: float = math.inf) -> list[int] | None:
-    """Offsets with a height of at most `goal`, by placing all tensors in the order of their ranks; None where none are
-    found.
-
-    An order is tried first on the tensors that live around the entry with most live bytes, then on all. Where the
-    second fails, the tensors that live around the failing one join the first test. Raises TimeoutError past `deadline`,
-    on the monotonic clock.
-    """
-    watched = np.zeros(length + 1, dtype=np.int64)
-
-    def watch(*entries: int) -> list[int]:
-        for entry in entries:
-            watched[max(0, entry - AROUND) : min(length, entry + AROUND + 1)] = 1
-        before = np.concatenate([[0], np.cumsum(watched)])
-        return [
-            n for n, item in enumerate(items) if any(before[last + 1] > before[first] for first, last in item.spans)
-        ]
-
-    ranks = _Ranks(items, few=len(items) <= FEW)
-    looked = watch(int(np.argmax(live_bytes(items, length))))
-    work = _work(items)
-    for _ in range(TRIES):
-        if work <= 0:
-            break
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        work -= len(looked)
-        offsets, failed = _assign(items, ranks.order(looked), base, length, below=goal + 1, tight=False)
-        if failed is None:
-            work -= len(items)
-            offsets, failed = _assign(items, ranks.order(range(len(items))), base, length, below=goal + 1, tight=False)
-            if failed is None:
-                return offsets
-            looked = watch(*(first for first, _ in items[failed].spans[:SPANS]))
-        ranks.blame(failed, looked)
-    return None
 
 
 def by_groups(
@@ -419,10 +374,3 @@ class _Groups:
             placed[index] = offset
             lie.append((offset, offset + item.size, begins, ends))
         return placed, None
-
-
-SEARCHES = ((0.25, by_groups), (1.0, by_groups), (1.0, by_ranks))
-LOWEST_SEARCHES = ((0.0, by_ranks), (0.0, by_groups), (0.125, by_groups), (0.25, by_groups), (0.5, by_groups))
-"""searches in the order in which they are tried, each with the height it aims for: a share of the range from the live
-bytes up to the allowed height or, where the lowest is asked for, up to the height that the rules reach
-"""

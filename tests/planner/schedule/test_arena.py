@@ -10,7 +10,7 @@ import pytest
 from tightfit.planner.problem.step_graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
 from tightfit.planner.schedule import arena_packing
 from tightfit.planner.schedule.arena import DIRECT_BYTES, arena_of, placed_items
-from tightfit.planner.schedule.arena_packing import Item, _assign, _orders, by_groups, by_ranks, live_bytes, pack
+from tightfit.planner.schedule.arena_packing import Item, _assign, _orders, by_groups, live_bytes, pack
 from tightfit.planner.schedule.free_ranges import ENDLESS, top_gap
 from tightfit.planner.schedule.lowering import Entry
 
@@ -68,9 +68,8 @@ def by_rule(items, length):
     return min(heights)
 
 
-@pytest.mark.parametrize("search", [by_groups, by_ranks])
 @pytest.mark.parametrize("count", [1, 8])
-def test_a_search_finds_lower_arenas_than_the_rules(search, count):
+def test_a_search_finds_lower_arenas_than_the_rules(count):
     """Within 4 % of what is live, where rules leave up to 22 %, for at least four of these seeds."""
     beaten = 0
     for seed in range(14):
@@ -78,7 +77,7 @@ def test_a_search_finds_lower_arenas_than_the_rules(search, count):
         length = count * LENGTH
         assert set(live_bytes(items, length)[:length].tolist()) == {HEIGHT}
         ruled, goal = by_rule(items, length), HEIGHT + HEIGHT // 25
-        offsets = search(items, 0, length, goal)
+        offsets = by_groups(items, 0, length, goal)
         if offsets is None:
             continue
         height = max(offset + item.size for offset, item in zip(offsets, items))
@@ -187,22 +186,20 @@ def test_the_highest_gap():
     assert top_gap([], 10, 100, 90, 1) == 10
 
 
-@pytest.mark.parametrize("search", [by_groups, by_ranks])
-def test_a_search_is_the_same_every_time_and_ends_at_its_deadline(search):
+def test_a_search_is_the_same_every_time_and_ends_at_its_deadline():
     items = layers(3, 4)
     goal = HEIGHT + HEIGHT // 25
-    first, second = (search(layers(3, 4), 0, 4 * LENGTH, goal) for _ in range(2))
+    first, second = (by_groups(layers(3, 4), 0, 4 * LENGTH, goal) for _ in range(2))
     assert first == second is not None
     with pytest.raises(TimeoutError):
-        search(items, 0, 4 * LENGTH, goal, time.monotonic() - 1.0)
+        by_groups(items, 0, 4 * LENGTH, goal, time.monotonic() - 1.0)
     live = int(live_bytes(items, 4 * LENGTH).max())
     height, offsets = pack(items, 0, 4 * LENGTH, live, goal, time.monotonic() - 1.0)
     assert height > goal
     assert apart(items, offsets)
 
 
-@pytest.mark.parametrize("search", [by_groups, by_ranks])
-def test_what_is_there_at_one_entry_alone_does_not_overlap_either(search):
+def test_what_is_there_at_one_entry_alone_does_not_overlap_either():
     """Lives that end where others begin, between groups too."""
     for seed in range(3):
         chance = random.Random(seed)
@@ -213,7 +210,7 @@ def test_what_is_there_at_one_entry_alone_does_not_overlap_either(search):
             size = 64 * chance.randrange(1, 20)
             items.append(Item(name=f"{number}", size=size, alignment=64, spans=[(first, last)], makers=[first]))
         goal = 3 * int(live_bytes(items, 640).max()) // 2
-        offsets = search(items, 0, 640, goal)
+        offsets = by_groups(items, 0, 640, goal)
         assert offsets is not None
         assert apart(items, offsets)
 
@@ -232,7 +229,7 @@ def test_what_time_ends_leaves_what_the_rules_found(monkeypatch):
     def late(*_):
         raise TimeoutError
 
-    monkeypatch.setattr(arena_packing, "SEARCHES", ((1.0, late),))
+    monkeypatch.setattr(arena_packing, "by_groups", late)
     items, length = layers(8, 8), 8 * LENGTH
     height, offsets = pack(items, 0, length, HEIGHT, HEIGHT)
     assert height == by_rule(items, length) > HEIGHT
