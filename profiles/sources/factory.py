@@ -41,7 +41,8 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
         entries[name] = Entry(name=name, shape=tuple(tensor.shape), format=kind)
         data = _stored(tensor)
         digest.update(f"{name} {kind} {list(tensor.shape)}".encode())
-        digest.update(bytes(data.view(-1).view(torch.uint8).untyped_storage()) if data.numel() else b"")
+        if data.numel():
+            digest.update(data.view(-1).view(torch.uint8).numpy())
 
     names = {id(tensor): name for name, tensor in held.items()}
     state = module.state_dict(keep_vars=True)

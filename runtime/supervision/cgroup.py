@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MOUNT = Path("/sys/fs/cgroup")
+_left: set[Path] = set()
+"""cgroups of this process whose last process lived on when they were to be removed"""
 
 
 class MemoryCgroup:
@@ -28,6 +30,7 @@ class MemoryCgroup:
     @classmethod
     def create(cls, limit_bytes: int, mount: Path = MOUNT) -> MemoryCgroup | None:
         """Make a cgroup with this limit in bytes; None if this process may not make one."""
+        _left.difference_update([path for path in _left if _removed(path)])
         for parent, version in _parents(mount):
             _sweep(parent)
             path = parent / f"tightfit-{os.getpid()}-{time.monotonic_ns()}"
@@ -77,15 +80,16 @@ class MemoryCgroup:
         return int(counts.get("oom_kill", 0))
 
     def remove(self) -> None:
-        """Remove the cgroup, whose processes must have ended; gives up after a second."""
-        for _ in range(50):
-            try:
-                self.path.rmdir()
+        """Remove the cgroup. Gives up after a second while a process in it lives on, and otherwise after ten, which the
+        kernel may take on a busy machine until the last process has left; the next `create` tries again.
+        """
+        begun = time.monotonic()
+        while not _removed(self.path):
+            waited = time.monotonic() - begun
+            if waited > (1.0 if _inhabited(self.path) else 10.0):
+                _left.add(self.path)
                 return
-            except FileNotFoundError:
-                return
-            except OSError:
-                time.sleep(0.02)  # the kernel needs a moment until the last process has left
+            time.sleep(0.02)
 
     def _limit(self, limit: int) -> None:
         page = os.sysconf("SC_PAGE_SIZE")
@@ -128,6 +132,25 @@ def _sweep(parent: Path) -> None:
         if not Path(f"/proc/{pid}").exists():
             with contextlib.suppress(OSError):  # it is still in use, or another user's
                 path.rmdir()
+
+
+def _removed(path: Path) -> bool:
+    """Remove a cgroup that may be gone already; whether it is gone now."""
+    try:
+        path.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _inhabited(path: Path) -> bool:
+    """Whether a process that has not ended is in a cgroup."""
+    try:
+        return bool((path / "cgroup.procs").read_text())
+    except OSError:
+        return False
 
 
 def _number(path: Path) -> int | None:

@@ -95,7 +95,7 @@ def test_a_stretch_that_the_clock_ended_is_told(monkeypatch, end):
 
 def test_a_plan_that_depends_on_a_search_that_was_cut_says_so():
     """Each of them alone: without the cut the same plan is one that another run finds again."""
-    profile = graph_profile(layered(22))
+    profile = graph_profile(layered(21, seed=1))
     dag = dag_of(profile)
     budget = max(dag.own_bytes(i) for i in range(len(dag)))
     whole = GraphPlanner(profile).plan(budget, time_limit=120)
@@ -394,7 +394,7 @@ def test_the_lowest_peak_is_looked_for_before_a_budget_is_given_up(monkeypatch):
 
     monkeypatch.setattr(graph_planner, "lowest_peak", spied)
     monkeypatch.setattr(EvictionSearch, "first", lambda self, seeds: None)
-    profile = graph_profile(layered(24, seed=3))
+    profile = graph_profile(layered(22, seed=3))
     least = GraphPlanner(profile).minimum_bytes(time_limit=60)
     assert least < GraphPlanner(profile).found.peaks[frozenset()]
     granted.clear()

@@ -57,9 +57,10 @@ def check_small_graph(seed):
         before = made.step_seconds
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", range(4))
 def test_small_graphs_against_brute_force(block):
-    for seed in range(250 * block, 250 * block + 250):
+    """Tens of thousands more: `make bench-proof`."""
+    for seed in range(150 * block, 150 * block + 150):
         check_small_graph(seed)
 
 
@@ -203,7 +204,7 @@ def test_what_a_program_says_when_its_time_is_up_holds():
     """
     cut = set()
     for seed in range(2):
-        dag = dag_of(graph_profile(layered(60, seed=seed)))
+        dag = dag_of(graph_profile(layered(40, seed=seed)))
         budget, count = int(0.6 * peak_bytes(dag, ())), len(dag)
         pivots = sorted({(2 * turn + 1) * count // 24 for turn in range(12)})
         crowded = [(stage, i) for stage in range(1, count, 2) for i in range(stage)][::3]
@@ -370,13 +371,13 @@ def free_chain(steps, *, reads_own):
 
 
 @pytest.mark.parametrize("reads_own", [True, False])
-@pytest.mark.parametrize("steps", [20, 60, 100])
+@pytest.mark.parametrize("steps", [20, 100])
 def test_a_chain_need_not_hold_its_first_output(steps, reads_own):
     planner = GraphPlanner(profile_of(free_chain(steps, reads_own=reads_own)))
     # The closed form's start takes no memory here, and its first step makes f0.
     reversed_steps = steps if reads_own else steps - 1
     for budget in (3, 4, 5, 7) if steps < 100 else (3, 7):
-        made = planner.plan(budget, time_limit=0.5 if steps < 60 else 3)
+        made = planner.plan(budget, time_limit=0.5 if steps < 100 else 3)
         # The state at hand and the backward's two outputs take three bytes; the rest are slots, and the start is one more.
         again = griewank(reversed_steps, budget - 2) - (reversed_steps - 1)
         assert made.step_seconds == 2 * steps + again, budget
@@ -422,7 +423,7 @@ def test_equal_inputs_give_equal_plans_unless_the_plan_says_otherwise():
 
 
 def test_the_smallest_budget_of_a_graph_too_large_to_be_exact():
-    profile = graph_profile(layered(60))
+    profile = graph_profile(layered(48, seed=1))
     planner = GraphPlanner(profile)
     # Five seconds of a processor prove more than that the largest operator fits; one that is shared may take longer.
     for limit in (5, 20, 80, 320):

@@ -1,5 +1,8 @@
+import errno
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -91,3 +94,36 @@ def test_what_a_killed_parent_left_is_swept(group):
     other.remove()
     assert not left.exists()
     assert group.path.exists()
+
+
+def test_what_a_process_that_lived_on_left_is_removed_when_the_next_is_made(group):
+    """A run that is given up on: its process is ended later."""
+    made = MemoryCgroup.create(64 * MIB)
+    with subprocess.Popen(made.enter(["sleep", "60"])) as process:
+        while not (made.path / "cgroup.procs").read_text():
+            time.sleep(0.01)
+        made.remove()
+        assert made.path.exists()
+        process.kill()
+        process.wait()
+    MemoryCgroup.create(64 * MIB).remove()
+    assert not made.path.exists()
+
+
+def test_a_group_that_the_kernel_still_clears_away_is_waited_for(tmp_path, monkeypatch):
+    """No process is in it any more, and yet it cannot be removed for longer than a second."""
+    path = tmp_path / "group"
+    path.mkdir()
+    (path / "cgroup.procs").touch()
+    later = time.monotonic() + 1.3
+    rmdir = Path.rmdir
+
+    def busy(self):
+        if time.monotonic() < later:
+            raise OSError(errno.EBUSY, "busy")
+        (path / "cgroup.procs").unlink()
+        rmdir(self)
+
+    monkeypatch.setattr(Path, "rmdir", busy)
+    MemoryCgroup(path, 2).remove()
+    assert not path.exists()
