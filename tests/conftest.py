@@ -14,7 +14,7 @@ from served import Served
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
 from tightfit.planner.io import load_plan
-from tightfit.planner.plan import plan as solve
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.profiles.api import load_profile
 from tightfit.runtime.cli import main
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
@@ -174,5 +174,5 @@ def lean(work):
 @pytest.fixture(scope="session")
 def smallest(lean):
     """The schedule of the smallest budget, which spills. The search for it comes to its own end, so that another finds the same."""
-    floor = lean.device.floor.held_bytes
-    return solve(lean, solve(lean, floor + 4096, time_limit=600).minimum_budget_bytes, time_limit=600)
+    planner = ModelPlanner(lean)
+    return planner.plan(planner.minimum_bytes(time_limit=600), time_limit=600)
