@@ -15,7 +15,7 @@ from served import Served
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
 from tightfit.planner.io import load_plan
-from tightfit.planner.plan import plan as solve
+from tightfit.planner.model_planner import ModelPlanner
 from tightfit.profiles.api import load_profile
 from tightfit.runtime.cli import main
 from tightfit.runtime.supervision.cgroup import MemoryCgroup
@@ -30,23 +30,27 @@ settings.load_profile("tightfit")
 
 LONGEST = (
     "whole/test_end_to_end",
-    "whole/test_demo_model",
-    "planner/graphs/test_graphs",
     "planner/service/test_page",
-    "runtime/session/test_session",
-    "whole/test_policies_runs",
-    "runtime/session/test_launch",
+    "whole/test_demo_model",
     "whole/test_bad_runs",
-    "whole/test_bad_input",
-    "planner/graphs/test_offload",
-    "whole/test_accumulate",
-    "whole/test_own_module",
-    "profiles/measuring/test_cpu_load",
+    "runtime/session/test_session",
+    "runtime/session/test_launch",
     "planner/solve/test_reuse",
-    "whole/test_installed",
-    "planner/service/test_runs",
-    "planner/graphs/test_subproblem",
+    "whole/test_bad_input",
+    "whole/test_own_module",
+    "whole/test_accumulate",
+    "planner/graphs/test_graphs",
+    "planner/solve/test_search",
+    "whole/test_policies_runs",
     "planner/test_planner",
+    "planner/test_monotone",
+    "whole/test_installed",
+    "planner/graphs/test_offload",
+    "planner/service/test_runs",
+    "planner/graphs/test_graph_limits",
+    "planner/solve/test_integer_rounding",
+    "profiles/measuring/test_cpu_load",
+    "planner/graphs/test_subproblem",
     "planner/formulation/test_planner_class",
     "planner/service/test_http",
 )
@@ -186,5 +190,5 @@ def lean(work):
 @pytest.fixture(scope="session")
 def smallest(lean):
     """The schedule of the smallest budget, which spills. The search for it comes to its own end, so that another finds the same."""
-    floor = lean.device.floor.held_bytes
-    return solve(lean, solve(lean, floor + 4096, time_limit=600).minimum_budget_bytes, time_limit=600)
+    planner = ModelPlanner(lean)
+    return planner.plan(planner.minimum_bytes(time_limit=600), time_limit=600)

@@ -42,7 +42,7 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
         data = _stored(tensor)
         digest.update(f"{name} {kind} {list(tensor.shape)}".encode())
         if data.numel():
-            digest.update(data.view(-1).view(torch.uint8).numpy())
+            digest.update(data.view(-1).view(torch.uint8).numpy().data)
 
     names = {id(tensor): name for name, tensor in held.items()}
     state = module.state_dict(keep_vars=True)

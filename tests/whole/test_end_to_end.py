@@ -32,6 +32,7 @@ from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.engine.weights.store import Store
 from tightfit.runtime.session.launch import run
 
+pytestmark = pytest.mark.usefixtures("cache")
 BATCH, SEQ, RANK, STEPS = 3, 29, 4, 4
 LR = 5e-3
 TEXTS = [
@@ -41,13 +42,6 @@ TEXTS = [
     {"prompt": "user said: ", "completion": "they've 12"},
     {"text": "The quick brown fox jumps over the lazy dog."},
 ]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("cache")
-    os.environ["TIGHTFIT_CACHE"] = str(path)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +66,7 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
-def profiled(model_directory: Any) -> Any:
+def profiled(model_directory: Any, cache: Path) -> Any:
     made: dict[tuple[str, str], Profile] = {}
 
     def make(family: str, dtype: str) -> Profile:
@@ -294,17 +288,6 @@ class Small(torch.nn.Module):
         return torch.nn.functional.mse_loss(self.second(torch.relu(self.first(x))), y)
 
 
-def half() -> Any:
-    return Small().to(torch.bfloat16), (torch.randn(4, 16).bfloat16(), torch.randn(4, 16).bfloat16())
-
-
-def turned() -> Any:
-    """A weight and a batch that are no contiguous tensors."""
-    module = Small()
-    module.first.weight = torch.nn.Parameter(torch.randn(16, 16).t())
-    return module, (torch.randn(16, 4).t(), torch.randn(1, 16).expand(4, 16))
-
-
 class Backwards(Small):
     """Reads its batch from the end, and not all of it."""
 
@@ -312,8 +295,36 @@ class Backwards(Small):
         return (2 * y - self.second(torch.relu(self.first(x)))).square().mean()
 
 
-def backwards() -> Any:
-    return Backwards(), (torch.randn(4, 16), torch.ones(3), torch.randn(4, 16))
+class Unusual(torch.nn.Module):
+    """One whose weights and batch are in half precision, one of whose weights and batch are no contiguous tensors, and
+    `Backwards`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halved, self.turned, self.backwards = Small().to(torch.bfloat16), Small(), Backwards()
+        self.turned.first.weight = torch.nn.Parameter(torch.randn(16, 16).t())
+
+    def forward(
+        self,
+        half_x: torch.Tensor,
+        half_y: torch.Tensor,
+        turned_x: torch.Tensor,
+        turned_y: torch.Tensor,
+        x: torch.Tensor,
+        unused: torch.Tensor,
+        y: torch.Tensor,
+    ) -> torch.Tensor:
+        loss: torch.Tensor = (
+            self.halved(half_x, half_y) + self.turned(turned_x, turned_y) + self.backwards(x, unused, y)
+        )
+        return loss
+
+
+def unusual() -> Any:
+    half = torch.randn(4, 16).bfloat16(), torch.randn(4, 16).bfloat16()
+    turned = torch.randn(16, 4).t(), torch.randn(1, 16).expand(4, 16)
+    return Unusual(), (*half, *turned, torch.randn(4, 16), torch.ones(3), torch.randn(4, 16))
 
 
 class Kept(Small):
@@ -357,15 +368,24 @@ class Shared(torch.nn.Module):
         return torch.nn.functional.mse_loss(x, y)
 
 
-def tied() -> Any:
-    return Tied(), (torch.randint(0, 50, (4, 16)), torch.randint(0, 50, (4, 16)))
+class Linked(torch.nn.Module):
+    """A weight in two places, and a layer in four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied, self.shared = Tied(), Shared()
+
+    def forward(self, words: torch.Tensor, labels: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.tied(words, labels) + self.shared(x, y)
+        return loss
 
 
-def shared() -> Any:
-    return Shared(), (torch.randn(4, 16), torch.randn(4, 16))
+def linked() -> Any:
+    words = torch.randint(0, 50, (4, 16)), torch.randint(0, 50, (4, 16))
+    return Linked(), (*words, torch.randn(4, 16), torch.randn(4, 16))
 
 
-@pytest.mark.parametrize("factory", [half, turned, backwards, kept, tied, shared])
+@pytest.mark.parametrize("factory", [unusual, kept, linked])
 def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> None:
     """Losses and the saved model, against torch.optim.AdamW in float32."""
     torch.manual_seed(0)
@@ -374,7 +394,7 @@ def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> N
     losses, _ = trained_by_adamw(module, sample, lr=LR)
     made = profile(f"{__name__}:{factory.__name__}")
     report = run(plan(made, ModelPlanner(made).minimum().peak_bytes), "random", steps=STEPS, out=tmp_path, lr=LR)
-    assert report["loss"] == pytest.approx(losses, rel=1e-4)
+    assert report["loss"] == pytest.approx(losses, rel=3e-5)  # of a sum of up to three losses
     saved = load_file(tmp_path / "model" / "model.safetensors")
     for name, expected in module.state_dict().items():
         torch.testing.assert_close(saved[name], expected, rtol=1e-3, atol=1e-4)

@@ -127,12 +127,12 @@ def test_a_killed_run_leaves_no_spill_file(planner, moment, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_measured_peak_of_mezo_is_the_predicted_one(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("cache")
+def test_the_measured_peak_of_mezo_is_the_predicted_one(tmp_path):
     """Of a model whose activations outweigh the start of the process, evaluated as well; measured as any model is."""
-    monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "cache"))
     wide = CONFIG | {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(wide))
-    made = profile(str(tmp_path / "config.json"), batch=24, seq=128, threads=1)
+    made = profile(str(tmp_path / "config.json"), batch=16, seq=128, threads=1)
     plan = ModelPlanner(made).plan(UNLIMITED, policy="mezo")
     assert plan.peak_bytes > made.device.floor.import_peak_bytes
     report = run(plan, "random", steps=3, out=tmp_path / "run", eval_data="random", **SETTINGS)
