@@ -25,6 +25,7 @@ from tightfit.planner.schedule.lowering import live_profile
 from tightfit.planner.schedule.prefetch import Bytes, best_order, clock, facts_of
 from tightfit.planner.schedule.prefetch_in_place import _tightest_gap, prefetch_in_place
 from tightfit.planner.schedule.realize import Part, realize
+from tightfit.planner.search_options import ALL
 from tightfit.planner.solve import budget_search
 from tightfit.planner.solve.budget_search import GOOD
 from tightfit.planner.solve.column_generation import ColumnGeneration
@@ -305,7 +306,7 @@ def crowded(decoder, monkeypatch):
     orders, limits = [], []
 
     def carried(*stretches):
-        def placed(train, evaluate, resident, sizes, room, deadline, short):
+        def placed(train, evaluate, resident, sizes, room, deadline, short, options=ALL):
             orders.append([drafted[id(entry)] for entry in train])
             held = live_profile(train, resident, sizes)
             for stretch in stretches:
