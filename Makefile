@@ -10,11 +10,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
 
 # Two files at a time, the longest first; ARGS='-n 0' for one after the other, as a debugger wants them.
-# Lint runs beside the tests, which keep only one core busy at the end; either fails the whole.
-test: $(VENV)/.installed-test
-	@$(MAKE) --no-print-directory lint & lint=$$!; \
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS); tests=$$?; \
-	wait $$lint || { echo "make lint failed: its messages are above"; exit 1; }; exit $$tests
+test: lint
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Five published models under the published caps; ARGS='--model qwen2.5-0.5b --no-curve' for one in minutes.
 bench-headline: $(VENV)/.installed

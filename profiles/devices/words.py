@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tightfit.profiles.schema import Device, Model
+if TYPE_CHECKING:
+    from tightfit.profiles.schema import Device, Model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,7 @@ def test_a_profile_of_a_busy_moment_is_measured_again_in_an_idle_one(tmp_path, m
     assert (calm.device.busy_cores, len(calls)) == (0.0, 2)
     assert load_profile(cached) == calm
     assert "other programs" not in told(calm)
-    assert "caution" not in explain(ModelPlanner(calm).plan(1 << 40))[0]
+    assert "other programs" not in explain(ModelPlanner(calm).plan(1 << 40))[0]
     # One of an idle moment is returned as it is, and one that came out worse is not kept.
     assert profile(str(there), seq=16, threads=1) == calm
     assert len(calls) == 2
