@@ -290,13 +290,13 @@ def test_transfers_keep_to_the_bytes_that_each_entry_is_allowed(decoder):
 
 
 @pytest.fixture
-def crowded(decoder, monkeypatch):
+def crowded(tall, monkeypatch):
     """Carrying out a rule where some stretches of the step have places only as drafted, and none move among tensors in their places.
 
     Called with the stretches, as ranges of drafted entries, it returns what is carried out, the orders that were placed, and the
     bytes that were allowed for each pass.
     """
-    problem: Layered = decoder.problem
+    problem: Layered = tall.problem
     columns = rule_columns(problem, POLICIES["mebp"])
     draft = Part(problem=problem, columns=columns).draft()
     live = facts_of(draft.train, frozenset(draft.resident), draft.sizes).live
