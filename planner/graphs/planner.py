@@ -236,7 +236,7 @@ class GraphPlanner:
             if solved.proven:
                 return None if solved.reruns is None else min(seconds(self.dag, solved.reruns), solved.bound)
         known = fastest(self.dag, budget_bytes, self.found.peaks)
-        found = class_bound(self.dag, budget_bytes, known, deadline=deadline)
+        found = class_bound(self.dag, budget_bytes, known, deadline=deadline, options=self.options)
         return None if found.seconds == float("inf") else found.seconds
 
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:

@@ -20,6 +20,7 @@ from tightfit.planner.schedule.arena_packing import Item
 from tightfit.planner.schedule.free_ranges import ENDLESS
 from tightfit.planner.schedule.lowering import Draft, Entry
 from tightfit.planner.schedule.prefetch import Bytes, Facts, Inputs, best_order, facts_of, target_of
+from tightfit.planner.search_options import ALL, SearchOptions
 
 STRIDE = 8
 """entries to skip, at least, before a read that found no gap is tried again"""
@@ -28,7 +29,12 @@ STRETCH = 64
 
 
 def prefetch_in_place(
-    draft: Draft, inputs: Inputs, room: int, deadline: float = float("inf"), placed: Placed | None = None
+    draft: Draft,
+    inputs: Inputs,
+    room: int,
+    deadline: float = float("inf"),
+    placed: Placed | None = None,
+    options: SearchOptions = ALL,
 ) -> tuple[tuple[Entry, ...], ArenaLayout]:
     """The draft's training schedule with transfers moved, and its layout, in an arena of `room` bytes. If the draft
     finds no layout within `room`, no transfer is moved and the layout is larger.
@@ -36,8 +42,10 @@ def prefetch_in_place(
     `placed`: the draft's layout, where it is known. Past `deadline`, on the monotonic clock, the first layout and the
     first pass are taken.
     """
-    items, height = placed or placed_items(draft.train, draft.evaluate, draft.resident, draft.sizes, room, deadline)
-    if height > room:
+    items, height = placed or placed_items(
+        draft.train, draft.evaluate, draft.resident, draft.sizes, room, deadline, options=options
+    )
+    if height > room or not options.moving_in_place:
         return draft.train, arena_of(items, height, len(draft.train))
     facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
     found = best_order(facts, inputs, lambda: _Places(facts, items, room), deadline)

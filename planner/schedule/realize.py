@@ -181,17 +181,9 @@ def _carry_out(
         spread = placed_in(order)
         if spread is not None:
             return spread, spread.arena.bytes - room
-    if not options.moving_in_place and found is None:
-        # Only whether the draft fits as it is.
-        items, height = placed or placed_items(
-            joined.train, joined.evaluate, joined.resident, joined.sizes, room, deadline, options=options
-        )
-        if height > room:
-            return None, height - room
-        found = _schedule(part, joined, joined.train, arena_of(items, height, len(joined.train)), charged)
     # Moving transfers first has fragmented the arena: place the draft, and move transfers as far as its layout allows.
-    if found is None or (options.moving_in_place and not late()):
-        train, arena = prefetch_in_place(joined, inputs, room, deadline, placed)
+    if found is None or not late():
+        train, arena = prefetch_in_place(joined, inputs, room, deadline, placed, options)
         if arena.bytes > room:
             return found, arena.bytes - room
         in_place = _schedule(part, joined, train, arena, charged)

@@ -93,9 +93,7 @@ class Solver:
     @cached_property
     def pool(self) -> Pool:
         """Columns found so far; the first are those of the fixed rules."""
-        return self._opened(Pool(problem=self.problem, options=self.options))
-
-    def _opened(self, pool: Pool) -> Pool:
+        pool = Pool(problem=self.problem, options=self.options)
         for rule in (*POLICIES.values(), smallest, all_streamed):
             for kind, column in zip(self.problem.layer_type, rule_columns(self.problem, rule)):
                 pool.add(kind, column.decision)

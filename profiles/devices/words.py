@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,16 +39,13 @@ CARD = Words(
     elsewhere="host memory",
     threaded=False,
 )
-LIVE_BYTES = Words(
-    budget="the bytes that are live",
-    whole="the bytes that are live",
-    floor="the graph's fixed bytes",
-    elsewhere="disk",
-    threaded=False,
-)
 BY_DEVICE = {"cpu": PROCESS, "cuda": CARD}
+LIVE_BYTES = "the bytes that are live"
+"""what the budget of a bare graph limits: it has no process and no card"""
 
 
 def words_of(device: Device, model: Model | None = None) -> Words:
-    """The words for a plan or profile of `model` on `device`; a bare graph has no process and no card."""
-    return LIVE_BYTES if model is not None and model.kind == "graph" else BY_DEVICE[device.kind]
+    """The words for a plan or profile of `model` on `device`; without `model`, those for the device alone."""
+    words = BY_DEVICE[device.kind]
+    graph = model is not None and model.kind == "graph"
+    return replace(words, budget=LIVE_BYTES, whole=LIVE_BYTES) if graph else words

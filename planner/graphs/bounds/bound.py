@@ -144,7 +144,7 @@ class ClassBound:
         """Solve linear programs as long as they raise the bound, until `deadline` at most."""
         self.timely = self._climb.climb(deadline, enough)
         # While linear programs still raise the bound, they do so faster than integer programs: these are skipped then.
-        self._ended = not self.timely or not (self.options.refined or self._few)
+        self._ended = not self.timely
         self.seconds = self._climb.best
         self.starts.extend(self._climb.starts)
         self._pivots = self._climb.pivots

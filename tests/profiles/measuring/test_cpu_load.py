@@ -87,9 +87,13 @@ def test_a_profile_of_a_busy_moment_is_measured_again_in_an_idle_one(tmp_path, m
     calls = []
 
     def measured(*args, **options):
-        """The figures of the first call, which is made in earnest."""
+        """The figures of the first call, which is made in earnest; no doubt about the disk is among them."""
         calls.append((args, options))
-        return measure() | {"busy_cores": next(told_busy)}
+        return (
+            measure()
+            | {"busy_cores": next(told_busy)}
+            | {way: measure()[way] | {"doubt": None} for way in ("read", "write")}
+        )
 
     monkeypatch.setattr(api, "measure", measured)
     first = profile(str(here), seq=16, threads=1)
@@ -111,7 +115,7 @@ def test_a_profile_of_a_busy_moment_is_measured_again_in_an_idle_one(tmp_path, m
     assert (calm.device.busy_cores, len(calls)) == (0.0, 2)
     assert load_profile(cached) == calm
     assert "other programs" not in told(calm)
-    assert "other programs" not in explain(ModelPlanner(calm).plan(1 << 40))[0]
+    assert "caution" not in explain(ModelPlanner(calm).plan(1 << 40))[0]
     # One of an idle moment is returned as it is, and one that came out worse is not kept.
     assert profile(str(there), seq=16, threads=1) == calm
     assert len(calls) == 2
