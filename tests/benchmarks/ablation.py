@@ -2,7 +2,7 @@
 
     python tests/benchmarks/ablation.py [--parts greedy,rounding] [--only CASE,...] [--every 2] [--processes 2] [--write]
 
-A part is switched off only in the searches that ask for it (`SearchOptions` records that). A row of the table says in how many
+A part is switched off only in the searches that ask for it (`Recorded` notes that). A row of the table says in how many
 plans that was so, how many of these changed, and the worst of them: how much longer the step is, how much wider the gap, and
 how much more or less processor time planning takes, in all of these plans together. A plan that the part alone makes possible
 is named. A plan whose search the clock ended, with the part or without it, differs from run to run: it stands in a column of its
@@ -90,7 +90,7 @@ def worth(part: str, rows: Iterable[dict[str, Any]], base: dict[tuple[str, int],
             found["clock_step"] = max(found["clock_step"], slower)
         elif slower > found["step"]:
             found["step"], found["worst"] = slower, row["name"]
-    return found | {"seconds": without / with_it if with_it else 1.0, "spent": without}
+    return found | {"seconds": without / with_it if with_it else 1.0}
 
 
 def worthless(found: dict[str, Any]) -> bool:
