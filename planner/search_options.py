@@ -64,8 +64,6 @@ class SearchOptions:
     """the integer program over all layers and the columns near their mixtures"""
     rules: bool = True
     """fixed rules realised beside the search, so that no plan is slower than one of them"""
-    mending: bool = True
-    """transfers moved elsewhere where a schedule finds no places in the arena"""
     spreading: bool = True
     """transfers moved within a smaller share of the arena where that is so"""
     moving_in_place: bool = True

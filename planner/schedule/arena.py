@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tightfit.planner.problem.step_graph import ALIGNMENT, PACKED_ALIGNMENT, aligned
-from tightfit.planner.schedule.arena_packing import Item, Stretch, live_bytes, pack
+from tightfit.planner.schedule.arena_packing import Item, live_bytes, pack
 from tightfit.planner.schedule.lowering import Entry, made_by
 from tightfit.planner.search_options import ALL, SearchOptions
 
@@ -48,15 +48,13 @@ def placed_items(
     sizes: dict[str, int],
     target: int = 0,
     deadline: float = math.inf,
-    short: list[Stretch] | None = None,
     options: SearchOptions = ALL,
 ) -> Placed:
     """Place every tensor in an arena of at most `target` bytes if such a layout is found; `target` 0: in the smallest
     found.
 
     The result may be larger than `target`: the caller has to check. Past `deadline`, on the monotonic clock, placement
-    is by rule and nothing is searched for. `short`: see `pack`; entries are numbered through `train` and then
-    `evaluate`.
+    is by rule and nothing is searched for.
     """
     length = len(train) + len(evaluate)
     every = _items(train, evaluate, tuple(resident), sizes)
@@ -70,7 +68,7 @@ def placed_items(
     inside = {id(item) for item in whole}
     items = [item for item in every if id(item) not in inside]
     height, offsets = pack(
-        items, base, length, int(np.max(live_bytes(every, length), initial=0)), target, deadline, short, options
+        items, base, length, int(np.max(live_bytes(every, length), initial=0)), target, deadline, options
     )
     for item, offset in zip(items, offsets):
         item.offset = offset

@@ -85,8 +85,6 @@ def live_bytes(items: Iterable[Item], length: int) -> npt.NDArray[np.int64]:
 
 Packed = tuple[int, list[int]]
 """(height, offset of each item)"""
-Stretch = tuple[int, int]
-"""(first, last) entry at which the tensors of a group begin for which no places were found together"""
 
 
 def pack(
@@ -96,14 +94,12 @@ def pack(
     live: int,
     most: int,
     deadline: float = math.inf,
-    short: list[Stretch] | None = None,
     options: SearchOptions = ALL,
 ) -> Packed:
     """Offsets from `base` up such that the items end at byte `most` or lower, if such a packing is found; `most` 0: as
     low as possible.
 
-    If none is found the result is the lowest packing of the rules, and the stretches at which the searches failed are
-    appended to `short`. `length`: number of entries; `live`: most bytes live at once, a lower bound on any height. Past
+    If none is found the result is the lowest packing of the rules. `length`: number of entries; `live`: most bytes live at once, a lower bound on any height. Past
     `deadline`, on the monotonic clock, only the first rule is applied.
     """
     best: Packed | None = None
@@ -119,21 +115,17 @@ def pack(
     assert best is not None
     tried = set()
     spread = (most or best[0]) - live
-    asked = live + spread // ALIGNMENT * ALIGNMENT
-    ended: list[Stretch] = []
     for share in (AIMS if most else LOWEST_AIMS) if options.packing else ():
         goal = live + int(share * spread) // ALIGNMENT * ALIGNMENT
         if goal in tried:
             continue
         tried.add(goal)
         try:
-            found = by_groups(items, base, length, goal, deadline, ended if goal == asked else None)
+            found = by_groups(items, base, length, goal, deadline)
         except TimeoutError:
             break
         if found is not None:
             return _height(items, found, base), found
-    if short is not None:
-        short += ended
     return best
 
 
@@ -232,10 +224,9 @@ def by_groups(
     length: int,
     goal: int,
     deadline: float = math.inf,
-    short: list[Stretch] | None = None,
 ) -> list[int] | None:
     """Offsets with a height of at most `goal`: long-lived tensors first, then the others group by group. None where
-    none are found; the stretches of the groups that found no places are then appended to `short`.
+    none are found.
 
     Raises TimeoutError past `deadline`, on the monotonic clock.
     """
@@ -246,8 +237,6 @@ def by_groups(
         groups = _Groups(items, base, length, goal, share * length, work, deadline)
         if len(groups.long) != before and groups.succeed():
             return groups.offsets
-        if short is not None:
-            short += groups.failed
         work, before = groups.work, len(groups.long)
     return None
 
@@ -275,8 +264,6 @@ class _Groups:
         self.places = Places(length)
         """bytes taken by long-lived tensors"""
         self.ranks = _Ranks(items, few=len(self.brief) <= FEW)
-        self.failed: list[Stretch] = []
-        """the stretch of the group that found no places"""
 
     def succeed(self) -> bool:
         """Whether every tensor finds a place; `offsets` then say where."""
@@ -340,8 +327,6 @@ class _Groups:
                 begin = self.cuts[max(0, number - turn // BACK)]
                 taken = self._taken(begin, end)
             self.ranks.blame(failed, taken)
-        if turn > 1:
-            self.failed.append((self.starts[self.cuts[number]], self.starts[end - 1]))
         return False
 
     def _taken(self, begin: int, end: int) -> dict[int, list[Range]]:

@@ -208,11 +208,9 @@ def facts_of(entries: tuple[Entry, ...], start: frozenset[str], sizes: Mapping[s
 
 
 class Bytes:
-    """`Room` by counting bytes: a tensor fits if the resident bytes stay within `limit`, which is one number for all
-    drafted entries or one for each.
-    """
+    """`Room` by counting bytes: a tensor fits if the resident bytes stay within `limit`."""
 
-    def __init__(self, facts: Facts, limit: int | Counts) -> None:
+    def __init__(self, facts: Facts, limit: int) -> None:
         self.facts = facts
         self.free = limit - facts.live
         self.held = 0

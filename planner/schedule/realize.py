@@ -7,28 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import numpy as np
-
 from tightfit.planner.problem.gradients import Passages
 from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.schedule.arena import ArenaLayout, Placed, arena_of, placed_items
-from tightfit.planner.schedule.arena_packing import Stretch
 from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.schedule.lowering import Draft, Entry, draft, live_profile
 from tightfit.planner.schedule.multi_layer_recompute import Segments
-from tightfit.planner.schedule.prefetch import Bytes, Counts, best_order, clock, facts_of
+from tightfit.planner.schedule.prefetch import Bytes, best_order, clock, facts_of
 from tightfit.planner.schedule.prefetch_in_place import prefetch_in_place
 from tightfit.planner.search_options import ALL, SearchOptions
 from tightfit.runtime.common.gc_pause import paused_collector
 
-LOCAL = 2
-"""attempts to mend a schedule that finds no arena by leaving transfers as drafted where places were short, and moved
-elsewhere
-"""
-NEARLY = 1.005
-"""such a mended schedule is taken at once if it takes at most this many times the seconds of the one that found no
-arena
-"""
 FREE = (0.03, 0.07)
 """shares of the arena that moved transfers must leave free for gaps; tried one after the other until all tensors find a
 place
@@ -111,7 +100,7 @@ def _carry_out(
     options: SearchOptions = ALL,
 ) -> tuple[Schedule | None, int]:
     """The fastest schedule found of a draft within `limit`, of which `charged` bytes are for instructions: transfers
-    are first moved with all the room; where that finds no arena, with less room (`LOCAL`, `FREE`), and last within the
+    are first moved with all the room; where that finds no arena, with less room (`FREE`), and last within the
     draft's own layout. The second result is the arena's bytes above (below: negative) the room for it. `placed`: the
     draft's layout, where it is known.
     """
@@ -122,73 +111,36 @@ def _carry_out(
     if live > room:
         return None, live - room
     inputs = part.problem.inputs
-    tried: list[tuple[list[int], list[Stretch]]] = []
-    """(order of the drafted entries, where places were short for it) of each attempt"""
+    tried: list[list[int]] = []
+    """the order of the drafted entries in each attempt"""
 
-    def moved(most: int | Counts) -> list[int] | None:
+    def moved(most: int) -> list[int] | None:
         """The order of entries with transfers moved within `most` bytes; None where that is no faster than the draft,
         or was tried.
         """
         found = best_order(facts, inputs, partial(Bytes, facts, most), deadline)
-        return None if found is None or any(found[0] == order for order, _ in tried) else found[0]
-
-    def seconds_of(order: list[int]) -> float:
-        return clock([joined.train[index] for index in order], inputs).seconds
+        return None if found is None or found[0] in tried else found[0]
 
     def placed_in(order: list[int]) -> Schedule | None:
         train = tuple(joined.train[index] for index in order)
-        short: list[Stretch] = []
-        items, height = placed_items(
-            train, joined.evaluate, joined.resident, joined.sizes, room, deadline, short, options
-        )
-        tried.append((order, short))
+        items, height = placed_items(train, joined.evaluate, joined.resident, joined.sizes, room, deadline, options)
+        tried.append(order)
         if height > room:
             return None
         return _schedule(part, joined, train, arena_of(items, height, len(train)), charged)
 
-    def late() -> bool:
-        return time.monotonic() > deadline
-
-    order = moved(room)
-    found = None if order is None else placed_in(order)
-    if found is not None:
-        return found, found.arena.bytes - room
-    # Keep transfers as drafted where places were short, and move them elsewhere with all the room.
-    allowed = np.full(len(joined.train), room)
-    while options.mending and tried and len(tried) <= LOCAL and not late():
-        before, short = tried[-1]
-        # Of several searches take the one that came farthest in the step: it lacks least. Transfers of an evaluation
-        # are not moved.
-        first, last = max(short, default=(0, -1))
-        clipped = before[first : last + 1]
-        if not (allowed[clipped] > facts.live[clipped]).any():
-            break
-        allowed[clipped] = facts.live[clipped]
-        order = moved(allowed)
-        if order is None:
-            break
-        found = placed_in(order)
-        if found is not None:
-            break
-    if found is not None and found.seconds <= NEARLY * seconds_of(tried[0][0]):
-        return found, found.arena.bytes - room
-    for most in dict.fromkeys(max(live, int((1 - share) * room)) for share in FREE if options.spreading):
-        if tried and late():
+    for most in dict.fromkeys([room, *(max(live, int((1 - share) * room)) for share in FREE if options.spreading)]):
+        if tried and time.monotonic() > deadline:
             break
         order = moved(most)
-        if order is None or (found is not None and seconds_of(order) >= found.seconds):
-            continue
-        spread = placed_in(order)
-        if spread is not None:
-            return spread, spread.arena.bytes - room
+        found = None if order is None else placed_in(order)
+        if found is not None:
+            return found, found.arena.bytes - room
     # Moving transfers first has fragmented the arena: place the draft, and move transfers as far as its layout allows.
-    if found is None or not late():
-        train, arena = prefetch_in_place(joined, inputs, room, deadline, placed, options)
-        if arena.bytes > room:
-            return found, arena.bytes - room
-        in_place = _schedule(part, joined, train, arena, charged)
-        found = in_place if found is None or in_place.seconds < found.seconds else found
-    return found, found.arena.bytes - room
+    train, arena = prefetch_in_place(joined, inputs, room, deadline, placed, options)
+    if arena.bytes > room:
+        return None, arena.bytes - room
+    return _schedule(part, joined, train, arena, charged), arena.bytes - room
 
 
 def smallest_arena(problem: Layered, columns: tuple[Column, ...], deadline: float = float("inf")) -> Schedule:

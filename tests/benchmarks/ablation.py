@@ -2,7 +2,7 @@
 
     python tests/benchmarks/ablation.py [--parts greedy,rounding] [--only CASE,...] [--every 2] [--processes 2] [--write]
 
-A part is switched off only in the searches that ask for it (`Recorded` notes that). A row of the table says in how many
+Parts joined by a plus are switched off together. A part is switched off only in the searches that ask for it (`Recorded` notes that). A row of the table says in how many
 plans that was so, how many of these changed, and the worst of them: how much longer the step is, how much wider the gap, and
 how much more or less processor time planning takes, in all of these plans together. A plan that the part alone makes possible
 is named. A plan whose search the clock ended, with the part or without it, differs from run to run: it stands in a column of its
@@ -56,7 +56,7 @@ def planned(name: str, index: int, part: str | None) -> dict[str, Any]:
     """A row of `golden.py`, with what the search asked for; `part` is off."""
     _, profile, budgets, limit = case(name)
     Recorded.asked.clear()
-    options = Recorded() if part is None else replace(SearchOptions(), **{part: False})
+    options = Recorded() if part is None else replace(SearchOptions(), **dict.fromkeys(part.split("+"), False))
     row = golden.row_of(name, profile, budgets[index], limit, options)
     return row | {"index": index, "part": part, "asked": sorted(Recorded.asked)}
 
@@ -101,7 +101,9 @@ def worthless(found: dict[str, Any]) -> bool:
 def main() -> None:
     """Plan, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
+    parser.add_argument(
+        "--parts", type=lambda text: text.split(","), default=list(PARTS), help="parts; a+b: both off at once"
+    )
     parser.add_argument("--only", type=lambda text: set(text.split(",")), default=set(), help="cases by name")
     parser.add_argument("--every", type=int, default=1, help="plan every so many of a case's budgets")
     parser.add_argument("--processes", type=int, default=2)
@@ -132,7 +134,12 @@ def main() -> None:
 
         plan_all((*place, None) for place in places)
         base = {(row["name"], row["index"]): row for row in rows if row["part"] is None}
-        plan_all((*place, part) for part in given.parts for place in places if part in base[place]["asked"])
+        plan_all(
+            (*place, part)
+            for part in given.parts
+            for place in places
+            if not set(part.split("+")).isdisjoint(base[place]["asked"])
+        )
     found = [worth(part, [row for row in rows if row["part"] == part], base) for part in given.parts]
     table = Table("off", "plans that ask", "changed", "longest step", "widest gap", "planning", "by the clock", "lost")
     for one in found:
