@@ -22,6 +22,9 @@ PROFILE_VERSION = 7
 started under another version is not resumed."""
 
 MOST_ACCUMULATED = 1 << 16
+EXCHANGE = "exchange"
+"""the optimizer's name in a member's plan of a fleet: an update hands the gradient over, and the fleet makes the update
+after its last micro-batch, so that no state is part of the plan"""
 NOT_COMPARED = "not compared with autograd"
 """How `Model.compared` begins if the gradients were not compared."""
 
@@ -43,7 +46,7 @@ def _checked_optimizer(optimizer: dict[str, Any]) -> dict[str, Any]:
         isinstance(states, bool)
         or not isinstance(states, int)
         or not 0 <= states <= most
-        or (steps > 1 and states < most)
+        or (steps > 1 and states < most and optimizer.get("name") != EXCHANGE)
     ):
         raise ValueError(f"state_tensors is {states!r}; with accumulate {steps} it is {most}")
     return optimizer
@@ -196,6 +199,9 @@ class Floor(Record):
     instruction_bytes: int = Field(description="resident bytes per schedule instruction in the runtime")
     inference_resident_bytes: int | None = Field(
         None, description="`resident_bytes` of a process that runs no backward; None: not measured"
+    )
+    exchange_bytes: int | None = Field(
+        None, description="resident bytes that gloo adds, through which a fleet's members talk; None: not measured"
     )
     tables_on_disk: bool = Field(
         False, description="whether what PyTorch's start leaves lies in a file of the cache while the process runs"

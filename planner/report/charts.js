@@ -1,4 +1,5 @@
-// The charts of both pages as SVG: seconds per step against the budget, and memory over one training step.
+// The charts of all pages as SVG: seconds per step against the budget, memory over one training step, and what the devices of a
+// fleet do in one.
 // Each is drawn at the width of its box, so that its text has one size on a phone as on a desk; its colours are those of charts.css.
 // Sizes are given in bytes and told in MiB, small ones in KiB or bytes.
 
@@ -91,16 +92,21 @@ export function frame(label, { x: [x0, x1], y: [y0, y1], xLabel, yLabel, width, 
     picture.append(svg("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick) }));
     picture.append(svg("text", { x: LEFT - 8, y: y(tick) + 4, "text-anchor": "end" }, round(tick)));
   }
-  for (const tick of ticks(x0, x1, width / 110).filter((tick) => !whole || Number.isInteger(tick))) picture.append(svg("text", { x: x(tick), y: height - BOTTOM + 18, "text-anchor": "middle" }, round(tick)));
-  picture.append(svg("text", { x: 0, y: TOP - 12 }, yLabel));
-  picture.append(svg("text", { x: (LEFT + width - RIGHT) / 2, y: height - 6, "text-anchor": "middle" }, xLabel));
-  // Where a pointer is, on the x axis.
-  const at = (event) => {
-    const box = picture.getBoundingClientRect();
-    return x.back(((event.clientX - box.left) / box.width) * width);
-  };
-  return { picture, x, y, at, width, height };
+  picture.append(svg("text", { x: 0, y: TOP - 12 }, yLabel), ...along([x0, x1], x, { label: xLabel, left: LEFT, width, height, whole }));
+  return { picture, x, y, at: pointed(picture, x, width), width, height };
 }
+
+// The x axis under a picture: ticks and what they count.
+const along = ([low, high], x, { label, left, width, height, whole = false }) => [
+  ...ticks(low, high, width / 110).filter((tick) => !whole || Number.isInteger(tick)).map((tick) => svg("text", { x: x(tick), y: height - BOTTOM + 18, "text-anchor": "middle" }, round(tick))),
+  svg("text", { x: (left + width - RIGHT) / 2, y: height - 6, "text-anchor": "middle" }, label),
+];
+
+// Where a pointer is, on the x axis.
+const pointed = (picture, x, width) => (event) => {
+  const box = picture.getBoundingClientRect();
+  return x.back(((event.clientX - box.left) / box.width) * width);
+};
 
 export const path = (points, x, y) => points.map(([a, b], i) => `${i ? "L" : "M"}${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("");
 
@@ -197,47 +203,122 @@ export function timeline({ series, cap, peak }, { width, label, axis = sharedAxi
   picture.append(svg("circle", { class: "peak", cx: at, cy: y(used / unit.size), r: 5 }, svg("title", {}, `${peak.text}: ${size(used)} in use`)));
   const text = width < 520 ? `instruction ${peak.instruction}` : `instruction ${peak.instruction}: ${peak.text}`.slice(0, Math.floor(width / 12));
   picture.append(svg("text", { class: "peak-label", x: at + (late ? -10 : 10), y: y(used / unit.size) + 17, "text-anchor": late ? "end" : "start" }, text));
-  const cursor = svg("line", { class: "cursor", y1: TOP, y2: height - BOTTOM, visibility: "hidden" });
-  picture.append(cursor);
-  const show = (i) => {
-    for (const end of ["x1", "x2"]) cursor.setAttribute(end, middle(i));
-    cursor.setAttribute("visibility", "visible");
-  };
-  const hide = () => cursor.setAttribute("visibility", "hidden");
-  return { ...made, show, hide };
+  return { ...made, ...cursor(picture, middle, height) };
 }
+
+// A line across a picture that stands at one of its moments, `place` tells where.
+function cursor(picture, place, height) {
+  const line = svg("line", { class: "cursor", y1: TOP, y2: height - BOTTOM, visibility: "hidden" });
+  picture.append(line);
+  const show = (i) => {
+    for (const end of ["x1", "x2"]) line.setAttribute(end, place(i));
+    line.setAttribute("visibility", "visible");
+  };
+  return { show, hide: () => line.setAttribute("visibility", "hidden") };
+}
+
+// Pointer and arrow keys move the cursor of a chart over its moments, 0 to `last`; `find` the one at a place of the x axis, `read`
+// tells of it. Where the cursor stands outlasts a chart that is drawn anew: `state`.
+function follow({ picture, at, show, hide }, { last, state, find, read }) {
+  const go = (index) => {
+    state.at = Math.max(0, Math.min(last, index));
+    show(state.at);
+    read(state.at);
+  };
+  picture.setAttribute("role", "group");
+  picture.setAttribute("tabindex", "0");
+  picture.addEventListener("pointermove", (event) => go(find(at(event))));
+  picture.addEventListener("pointerleave", () => { if (document.activeElement !== picture) hide(); });
+  picture.addEventListener("focus", () => go(state.at));
+  picture.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1, PageUp: 20, PageDown: -20 }[event.key];
+    if (step) go(state.at + step);
+    else if (event.key === "Home") go(0);
+    else if (event.key === "End") go(last);
+    else return;
+    event.preventDefault();
+  });
+  return picture;
+}
+const HOW = "Point at the chart, or focus it and use the arrow keys.";
 
 // A timeline with its legend and a cursor that pointer and arrow keys move; `reading` tells what is at the cursor.
 export function showTimeline({ box, key, reading }, told, name) {
   const { series } = told, last = series.ends.length - 1, unit = unitOf(Math.max(...series.total));
-  let at = series.peak;
-  place(box, (width) => {
-    const made = timeline(told, { width, label: `Memory over one step of ${name}; arrow keys move along the step, the table has the numbers` });
-    const chart = made.picture;
-    const show = (index) => {
-      at = Math.max(0, Math.min(last, index));
-      made.show(at);
-      const parts = series.kinds.map((kind, k) => [kind.label, series.sizes[k][at]]).filter(([, bytes]) => bytes >= Math.min(0.05 * unit.size, series.total[at] / 1000));
-      reading.textContent = `${duration(series.ends[at])}: ${size(series.total[at], unit)} = ${parts.map(([kind, bytes]) => `${kind} ${inUnit(bytes, unit)}`).join(" + ")}`;
-    };
-    chart.setAttribute("role", "group");
-    chart.setAttribute("tabindex", "0");
-    chart.addEventListener("pointermove", (event) => {
-      const moment = made.at(event), index = series.ends.findIndex((end) => moment < end);
-      show(index < 0 ? last : index);
-    });
-    chart.addEventListener("pointerleave", () => { if (document.activeElement !== chart) made.hide(); });
-    chart.addEventListener("focus", () => show(at));
-    chart.addEventListener("keydown", (event) => {
-      const step = { ArrowRight: 1, ArrowLeft: -1, PageUp: 20, PageDown: -20 }[event.key];
-      if (step) show(at + step);
-      else if (event.key === "Home") show(0);
-      else if (event.key === "End") show(last);
-      else return;
-      event.preventDefault();
-    });
-    return chart;
-  });
-  reading.textContent = "Point at the chart, or focus it and use the arrow keys.";
+  const state = { at: series.peak };
+  const find = (moment) => {
+    const index = series.ends.findIndex((end) => moment < end);
+    return index < 0 ? last : index;
+  };
+  const read = (at) => {
+    const parts = series.kinds.map((kind, k) => [kind.label, series.sizes[k][at]]).filter(([, bytes]) => bytes >= Math.min(0.05 * unit.size, series.total[at] / 1000));
+    reading.textContent = `${duration(series.ends[at])}: ${size(series.total[at], unit)} = ${parts.map(([kind, bytes]) => `${kind} ${inUnit(bytes, unit)}`).join(" + ")}`;
+  };
+  const label = `Memory over one step of ${name}; arrow keys move along the step, the table has the numbers`;
+  place(box, (width) => follow(timeline(told, { width, label }), { last, state, find, read }));
+  reading.textContent = HOW;
   key.replaceChildren(...legend(series.kinds.map((kind) => [kind.label, kindColour(kind.name)])));
+}
+
+// --- a step of a fleet ------------------------------------------------------------------------------------------------
+
+const LANE = { device: 22, link: 12 }, NAME = 17, EDGE = 8; // heights of bars and of the names over them; the margin on the left
+const doingColour = (name) => `var(--doing-${name})`;
+
+// What a bar stands for: `computes micro-batch 3`, `sends`.
+function deed({ what, first, last }, kinds) {
+  const { label } = kinds.find((kind) => kind.name === what);
+  return first === null ? label : `${label} micro-batch${first === last ? ` ${first}` : `es ${first} to ${last}`}`;
+}
+
+// `told`: {seconds, kinds, lanes: [{name, kind, bars: [{what, begin, end, first, last}]}]}, a lane for each device and each link of a
+// fleet, over one step, or over what is left of it at `from`. The cursor stands at one of `moments`.
+export function lanes({ seconds: whole, kinds, lanes: shown }, { width, label, moments, from = 0 }) {
+  const tops = [];
+  let bottom = EDGE;
+  for (const { kind } of shown) {
+    tops.push(bottom + NAME);
+    bottom += NAME + LANE[kind] + 7;
+  }
+  const height = bottom + BOTTOM, x = scale(from, whole, EDGE, width - RIGHT);
+  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
+  for (const tick of ticks(from, whole, width / 110)) picture.append(svg("line", { class: "grid", x1: x(tick), x2: x(tick), y1: EDGE, y2: bottom }));
+  shown.forEach(({ name, kind, bars }, i) => {
+    const group = svg("g", { "data-lane": name }, svg("text", { class: "lane-name", x: EDGE, y: tops[i] - 4 }, name));
+    for (const bar of bars.filter(({ end }) => end > from)) {
+      const left = x(Math.max(from, bar.begin)), wide = Math.max(1, x(bar.end) - left), number = bar.first === null || bar.first !== bar.last ? "" : `${bar.first}`;
+      const told = `${name} ${deed(bar, kinds)}: ${duration(bar.begin)} to ${duration(bar.end)}`;
+      group.append(svg("rect", { class: "bar-mark", "data-what": bar.what, x: left.toFixed(1), y: tops[i], width: wide.toFixed(1), height: LANE[kind], fill: doingColour(bar.what) }, svg("title", {}, told)));
+      if (number && wide > 8 + 7 * number.length) group.append(svg("text", { class: "bar-name", x: (left + wide / 2).toFixed(1), y: tops[i] + LANE[kind] / 2 + 4, "text-anchor": "middle" }, number));
+    }
+    picture.append(group);
+  });
+  picture.append(...along([from, whole], x, { label: "seconds into the step", left: EDGE, width, height }));
+  return { picture, x, at: pointed(picture, x, width), width, height, ...cursor(picture, (i) => x(moments[i]), height) };
+}
+
+// The lanes of a fleet's step with their legend and a cursor, which goes from one change to the next; `reading` tells what is done there.
+// A short exchange is drawn once more, enlarged, in a second box.
+export function showLanes({ boxes: [box, enlarged], key, reading }, told, name) {
+  const what = "What each device and each link does in";
+  draw(box, 0, `${what} one step of ${name}`);
+  enlarged.parentElement.hidden = told.exchange === null;
+  if (told.exchange !== null) draw(enlarged, told.exchange, `${what} the exchange of ${name}`);
+  reading.textContent = HOW;
+  key.replaceChildren(...legend(told.kinds.map((kind) => [kind.label, doingColour(kind.name)])));
+
+  function draw(where, from, title) {
+    const changes = told.lanes.flatMap(({ bars }) => bars.flatMap((bar) => [bar.begin, bar.end])).filter((moment) => moment > from);
+    const moments = [...new Set([from, ...changes])].sort((a, b) => a - b), last = moments.length - 1, state = { at: 0 };
+    const find = (moment) => {
+      const index = moments.findIndex((next) => moment < next);
+      return index < 0 ? last : Math.max(0, index - 1);
+    };
+    const read = (at) => {
+      const doing = told.lanes.flatMap((lane) => lane.bars.filter((bar) => bar.begin <= moments[at] && moments[at] < bar.end).map((bar) => `${lane.name} ${deed(bar, told.kinds)}`));
+      reading.textContent = `${duration(moments[at])}: ${doing.join("; ") || (at === last ? "the step is done" : "all wait")}`;
+    };
+    const label = `${title}; arrow keys move along the step, the table has the numbers`;
+    place(where, (width) => follow(lanes(told, { width, label, moments, from }), { last, state, find, read }));
+  }
 }

@@ -1,7 +1,7 @@
 """A comparison as one self-contained HTML page: nothing is fetched, every chart has its table beside it.
 
-`comparison_page` turns plans into text; the page's markup, style and script are ``page.html.jinja`` beside this file. Its
-charts are drawn by ``charts.js``, of data in the page.
+`comparison_page` turns plans into text; the page's markup and script are ``page.html.jinja`` beside this file, its style
+is that of ``base.html.jinja``. Its charts are drawn by ``charts.js``, of data in the page.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from tightfit.planner.report.chart_data import SLICES, chart_files, curve_of, series_of
+from tightfit.planner.report.chart_data import SLICES, curve_of, series_of
 from tightfit.planner.report.explain import explain, nearness
 from tightfit.planner.report.explanation import peak_text
 from tightfit.planner.report.html_diff import diff_section
@@ -26,6 +24,7 @@ from tightfit.planner.report.memory_categories import (
     peak_parts,
     policies_of,
 )
+from tightfit.planner.report.templates import filled
 from tightfit.planner.schema import Plan
 from tightfit.planner.solve.policies import APPROXIMATE
 from tightfit.profiles.devices.words import words_of
@@ -58,18 +57,11 @@ def comparison_page(plans: Sequence[Plan]) -> str:
             peak = {"instruction": plan.train.peak.instruction, "text": peak_text(plan, plan.train)}
             timelines.append({"series": series_of(plan, shown), "cap": plan.budget_bytes, "peak": peak})
     by_device = [[plan for plan in plans if plan.device.name == device] for device in devices]
-    environment = Environment(
-        loader=PackageLoader("tightfit.planner.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     where = plans[0].device.name if len(devices) == 1 else f"{len(devices)} devices"
-    return environment.get_template("page.html.jinja").render(
+    return filled(
+        "page.html.jinja",
         title=f"{plans[0].model.name} on {where}",
         subtitle=describe(plans[0]),
-        files=chart_files(),
         policies=names,
         devices=devices,
         budgets=[{"bytes": budget, "text": format_size(budget)} for budget in budgets_of(plans)],

@@ -1,4 +1,4 @@
-"""Summaries of profiles and plans as strict JSON, for `--json` and the service's answers; imports nothing heavy."""
+"""Summaries of profiles, plans and fleets as strict JSON, for `--json` and the service's answers; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tightfit.profiles.measuring.marks import marks
 
 if TYPE_CHECKING:
+    from tightfit.planner.fleet.schema import FleetPlan
     from tightfit.planner.schema import Phase, Plan
     from tightfit.profiles.schema import Profile, Tensor
 
@@ -95,6 +96,11 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     summary["train"], summary["evaluate"] = _phase(plan.train), _phase(plan.evaluate)
     summary["cycle"] = [_phase(step) for step in plan.cycle]
     return summary
+
+
+def fleet_summary(fleet: FleetPlan) -> dict[str, Any]:
+    """A fleet's plan without its timeline, which has an entry for each piece that is sent."""
+    return fleet.model_dump(mode="json", exclude={"timeline"})
 
 
 def unfinished_update(steps: int, accumulate: int) -> str | None:

@@ -17,10 +17,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
+from tightfit.planner.fleet.io import parse_fleet
+from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.planner.io import parse_plan
 from tightfit.planner.report.compare import Comparison
 from tightfit.planner.report.explanation import Explanation, account
@@ -30,6 +32,9 @@ from tightfit.planner.service.wire.settings import check_token
 from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from tightfit.planner.fleet.plan import MemberSpec
 
 Progress = Callable[[dict[str, Any]], None]
 """progress(what) with what the job tells: stage, incumbent, bound, gap, seconds; or step, loss,
@@ -168,6 +173,44 @@ class Client:
             plans=[self.stored_plan(cell["plan"]) for cell in cells],
         )
 
+    def fleet(
+        self,
+        members: Sequence[MemberSpec],
+        micro_batches: int,
+        *,
+        time_limit: float = 120.0,
+        gap: float = 1e-3,
+        prices: bool = True,
+        progress: Progress | None = None,
+    ) -> tuple[FleetPlan, dict[str, Plan]]:
+        """`tightfit.planner.fleet.plan.plan_fleet`, solved by the service: the fleet's plan, and each member's by
+        name.
+        """
+        stored: dict[int, str] = {}
+        for member in members:
+            if id(member.profile) not in stored:  # members may share one
+                stored[id(member.profile)] = self.upload(member.profile)
+        request = {
+            "micro_batches": micro_batches,
+            "members": [
+                {
+                    "name": member.name,
+                    "profile": stored[id(member.profile)],
+                    "memory": member.budget_bytes,
+                    "up": member.link.up_bytes_per_second,
+                    "down": member.link.down_bytes_per_second,
+                    "latency": member.link.latency_seconds,
+                }
+                for member in members
+            ],
+            "time_limit": time_limit,
+            "gap": gap,
+            "prices": prices,
+        }
+        result = self.finish(self.post("/v1/fleets", request), progress)["result"]
+        plans = {name: self.stored_plan(identity) for name, identity in result["plans"].items()}
+        return self.stored_fleet(result["fleet"]), plans
+
     def run(
         self, plan: str, data: str, *, steps: int, progress: Progress | None = None, **options: Any
     ) -> dict[str, Any]:
@@ -185,6 +228,9 @@ class Client:
 
     def stored_plan(self, identity: str) -> Plan:
         return parse_plan(self._send("GET", f"/v1/plans/{identity}/file").content, f"{self.url}: {identity}")
+
+    def stored_fleet(self, identity: str) -> FleetPlan:
+        return parse_fleet(self._send("GET", f"/v1/fleets/{identity}/file").content, f"{self.url}: {identity}")
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 

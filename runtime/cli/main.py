@@ -18,6 +18,7 @@ import typer
 from tightfit.planner.solvers.solver_interrupts import left_alone
 from tightfit.runtime.cli.compare import compare
 from tightfit.runtime.cli.devices import devices
+from tightfit.runtime.cli.fleet import fleet
 from tightfit.runtime.cli.options import failure, usage
 from tightfit.runtime.cli.plan import plan
 from tightfit.runtime.cli.profile import profile
@@ -67,6 +68,7 @@ def _tightfit(
 
 for command in (profile, devices, plan, compare, run, serve):
     app.command()(command)
+app.add_typer(fleet, name="fleet")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

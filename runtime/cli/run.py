@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,10 +14,19 @@ from tightfit.runtime.session.options import LARGEST_SEED, RunOptions
 from tightfit.runtime.supervision.printing import answer
 from tightfit.runtime.supervision.report_text import report_text
 
+if TYPE_CHECKING:
+    from tightfit.planner.schema import Plan
+    from tightfit.runtime.session.fleet import Membership
+
+FLEET = b'"kind": "data parallel"'
+"""stands near the start of a fleet's plan"""
+
 
 def run(
     context: typer.Context,
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="A plan.json; under torchrun, the folder of a fleet's plan.")
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -25,7 +34,9 @@ def run(
             help="Training data, as JSON lines; random: made-up tokens, for sizing, or a module's sample batch.",
         ),
     ],
-    steps: Annotated[int, typer.Option(help="Steps in all, each of one batch.")],
+    steps: Annotated[
+        int, typer.Option(help="Steps in all, each of one batch; of a fleet, micro-batches of all members together.")
+    ],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for adapter, report, metrics and checkpoints.")
     ],
@@ -47,6 +58,12 @@ def run(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
     ] = False,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Start from the adapter in this folder, as a run leaves it, instead of a new one."
+        ),
+    ] = None,
     cgroup: Annotated[
         bool,
         typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce the cap where a memory cgroup can be made."),
@@ -70,12 +87,6 @@ def run(
     if resume and overwrite:
         raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
     from tightfit.planner.io import load_plan
-    from tightfit.runtime.engine.device.resident import memory
-    from tightfit.runtime.session.launch import prepared
-    from tightfit.runtime.supervision.cgroup import MemoryCgroup
-    from tightfit.runtime.supervision.progress import TrainingProgress
-    from tightfit.runtime.supervision.supervisor import Show, hand_over
-    from tightfit.runtime.supervision.training_process import RunOrder
 
     options = RunOptions(
         steps=steps,
@@ -86,7 +97,77 @@ def run(
         seed=seed,
         checkpoint_every=checkpoint_every,
     )
-    loaded = load_plan(plan)
+    member = None
+    if of_fleet(plan):
+        from tightfit.planner.fleet.io import load_fleet, load_member_plan
+        from tightfit.runtime.session.fleet import from_torchrun
+
+        fleet = load_fleet(plan)
+        member = from_torchrun(fleet)
+        loaded, output = load_member_plan(plan, fleet, member.name), output / member.name
+        evaluate = evaluate if member.name == fleet.chain[0].name else None
+    else:
+        loaded = load_plan(plan)
+    carry_out(
+        loaded,
+        data,
+        options,
+        member=member,
+        output=output,
+        resume=resume,
+        overwrite=overwrite,
+        evaluate=evaluate,
+        truncate=truncate,
+        cgroup=cgroup,
+        profile_step=profile_step,
+        as_json=as_json,
+        debug=debug,
+        replace=bool(context.obj),
+        adapter=adapter,
+    )
+
+
+def of_fleet(plan: Path) -> bool:
+    """Whether a path leads to the plan of a fleet: its folder, or the file in it."""
+    if plan.is_dir():
+        return True
+    try:
+        with plan.open("rb") as file:
+            return FLEET in file.read(1 << 10)
+    except OSError:
+        return False
+
+
+def carry_out(
+    loaded: Plan,
+    data: str,
+    options: RunOptions,
+    *,
+    member: Membership | None,
+    output: Path,
+    resume: bool,
+    overwrite: bool,
+    evaluate: str | None,
+    truncate: bool,
+    cgroup: bool,
+    profile_step: bool,
+    as_json: bool,
+    debug: bool,
+    replace: bool,
+    adapter: Path | None = None,
+) -> None:
+    """Run a plan, or the plan of one `member` of a fleet, and print its report; raises typer.Exit with the run's code.
+
+    With `replace` this process may become the run's supervisor.
+    """
+    from tightfit.runtime.engine.device.resident import memory
+    from tightfit.runtime.session.launch import prepared
+    from tightfit.runtime.supervision.cgroup import MemoryCgroup
+    from tightfit.runtime.supervision.progress import TrainingProgress
+    from tightfit.runtime.supervision.supervisor import Show, hand_over
+    from tightfit.runtime.supervision.training_process import RunOrder
+
+    steps = options.steps or 0
     tokens = loaded.batch * loaded.seq if loaded.seq else None
     with (
         TrainingProgress(steps=steps, tokens_per_step=tokens, budget=loaded.budget_bytes) as training,
@@ -102,7 +183,9 @@ def run(
             cgroup=cgroup,
             profile_step=profile_step,
             stages=training.stage,
-            counted=bool(context.obj),
+            counted=replace,
+            member=member,
+            adapter=adapter,
         ) as ready,
     ):
         if isinstance(ready, RunOrder):
@@ -116,6 +199,6 @@ def run(
                 group=(str(group.path), group.version) if group else None,
                 home=MemoryCgroup.home() if group else None,
             )
-            raise typer.Exit(hand_over(ready, show, group, replace=context.obj))
+            raise typer.Exit(hand_over(ready, show, group, replace=replace))
     sys.stderr.write(f"already done: {output} has all {steps} steps; give more --steps to go on\n")
     answer(ready, report_text(ready), as_json=as_json)

@@ -4,6 +4,7 @@ TightfitError            exit code 2: bad input, unless a subclass says otherwis
 ├── InputError           2  a file, option or value that cannot be used
 ├── InfeasibleError      3  no plan fits the budget; carries the smallest that does
 ├── RunError             4  the run failed (disk full, interrupted, child died)
+│   └── MemberGoneError     another member of the fleet has ended
 └── CapError             5  the measured memory reached the cap
 """
 
@@ -32,6 +33,14 @@ class RunError(TightfitError):
     exit_code = 4
     interrupted = False
     """whether a signal asked the run to end; a program that runs several should then end too"""
+
+
+class MemberGoneError(RunError):
+    """Another member of a fleet has ended, or does not answer any more. `member` is its name."""
+
+    def __init__(self, message: str, member: str) -> None:
+        super().__init__(message)
+        self.member = member
 
 
 class CapError(TightfitError):

@@ -46,16 +46,16 @@ class GivenUp(KeyboardInterrupt):
 
 
 class PassedOn:
-    """Passes signals that ask to end on to a child process; `asked` says whether there were any."""
+    """Passes signals that ask to end on to child processes; `asked` says whether there were any."""
 
     def __init__(self) -> None:
         self.asked = False
         self._pressed: list[float] = []  # times of each separate Ctrl-C
-        self._child: subprocess.Popen[bytes] | None = None
+        self._children: list[subprocess.Popen[bytes]] = []
 
     def to(self, child: subprocess.Popen[bytes]) -> None:
-        """Pass signals on to `child` from now on; one that came before is passed on now."""
-        self._child = child
+        """Pass signals on to `child` too from now on; one that came before is passed on now."""
+        self._children.append(child)
         if self.asked:
             child.terminate()
 
@@ -64,8 +64,8 @@ class PassedOn:
         now = time.monotonic()
         if number == signal.SIGINT and (not self._pressed or now - self._pressed[-1] > IMPATIENT_SECONDS):
             self._pressed.append(now)
-        if self._child:
-            end = self._child.kill if len(self._pressed) > 1 else self._child.terminate
+        for child in self._children:
+            end = child.kill if len(self._pressed) > 1 else child.terminate
             end()
         if len(self._pressed) > 2:
             raise GivenUp
@@ -73,9 +73,9 @@ class PassedOn:
 
 @contextmanager
 def passed_on() -> Iterator[PassedOn]:
-    """While entered, a signal that asks to end is passed on to the child as SIGTERM, on which it saves and ends.
+    """While entered, a signal that asks to end is passed on to the children as SIGTERM, on which they save and end.
 
-    SIGTERM is used because background jobs of a shell ignore SIGINT. A second Ctrl-C kills the child, a third raises
+    SIGTERM is used because background jobs of a shell ignore SIGINT. A second Ctrl-C kills them, a third raises
     GivenUp.
     """
     passing = PassedOn()

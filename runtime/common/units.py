@@ -1,5 +1,5 @@
-"""Parses sizes as people write them (``600MB``, ``600MiB``, plain bytes), and formats sizes, times and names for
-printing.
+"""Parses sizes, rates and times as people write them (``600MB``, ``100Mbit/s``, ``2ms``), and formats sizes, times and
+names for printing.
 
 MB are 10^6 bytes, MiB 2^20. Sizes are printed in MiB, small ones in KiB or bytes.
 """
@@ -16,6 +16,8 @@ KIB = 1 << 10
 MIB = 1 << 20
 LARGEST = (1 << 63) - 1
 FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
+RATES = "write 100Mbit/s, 1Gbit/s, 12.5MB/s (powers of 1000) or 12MiB/s (powers of 1024)"
+TIMES = "write 2ms, 150us or 0.5s"
 
 _UNITS = {
     "": 1,
@@ -29,7 +31,13 @@ _UNITS = {
     "gib": 1 << 30,
     "tib": 1 << 40,
 }
-_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([A-Za-z]*)\s*", re.ASCII)
+_BITS = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9, "tbit": 10**12}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}
+"""micro is written with either of its two characters, or with a u"""
+_NUMBER = r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*"
+_SIZE = re.compile(rf"{_NUMBER}([A-Za-z]*)\s*", re.ASCII)
+_RATE = re.compile(rf"{_NUMBER}([A-Za-z]+)\s*/\s*s\s*", re.ASCII)
+_TIME = re.compile(rf"{_NUMBER}([a-zµμ]+)\s*", re.ASCII)
 
 
 def parse_size(text: str) -> int:
@@ -47,6 +55,36 @@ def parse_size(text: str) -> int:
     if size > LARGEST:
         raise InputError(f"{text!r} is more than any machine can address; {FORMS}")
     return size
+
+
+def parse_rate(text: str) -> float:
+    """Bytes per second of a rate such as ``100Mbit/s``, ``12.5 MB/s`` or ``12MiB/s``: eight bits are a byte.
+
+    Bytes have a capital B, since ``100Mb/s`` may mean either. Raises InputError, naming the value and the accepted forms, where `text` is anything else, zero or above 2^63 - 1.
+    """
+    match = _RATE.fullmatch(text)
+    word = match[2] if match else ""
+    bits = 8 * _UNITS.get(word.lower(), 0) if word.endswith("B") else _BITS.get(word.lower(), 0)
+    if match is None or not bits:
+        raise InputError(f"{text!r} is not a rate; {RATES}")
+    rate = float(Decimal(match[1]) * bits / 8)
+    if rate <= 0:
+        raise InputError(f"{text!r}: nothing passes over such a link; {RATES}")
+    if rate > LARGEST:
+        raise InputError(f"{text!r} is more than any link carries; {RATES}")
+    return rate
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds of a time such as ``2ms``, ``150 us`` or ``0.5s``; none at all is ``0s``.
+
+    Raises InputError, naming the value and the accepted forms, where `text` is anything else.
+    """
+    match = _TIME.fullmatch(text)
+    unit = _SECONDS.get(match[2]) if match else None
+    if match is None or unit is None:
+        raise InputError(f"{text!r} is not a time; {TIMES}")
+    return float(match[1]) * unit
 
 
 def format_seconds(seconds: float) -> str:

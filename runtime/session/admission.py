@@ -12,11 +12,12 @@ from typing import Any
 from tightfit.planner.report.summary import unfinished_update
 from tightfit.planner.schema import Plan
 from tightfit.profiles.measuring.cpu_load import our_cores
-from tightfit.profiles.schema import PROFILE_VERSION
+from tightfit.profiles.schema import EXCHANGE, PROFILE_VERSION
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.processor import BFLOAT16_PRODUCTS
 from tightfit.runtime.common.units import format_size
+from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.training.checkpoint import OPERATORS
@@ -29,6 +30,19 @@ def check_kind(plan: object) -> None:
     if not isinstance(plan, Plan):
         raise InputError(
             f"{reprlib.repr(plan)} is no plan; give what `tightfit.plan` returns, or `tightfit.load_plan` for a file's name"
+        )
+
+
+def check_seat(plan: Plan, seat: Seat | None) -> None:
+    """Raise InputError for a member's plan of a fleet that is run alone, and for another plan in a fleet."""
+    exchanges = plan.optimizer.get("name") == EXCHANGE
+    if exchanges and seat is None:
+        raise InputError(
+            "this is the plan of one member of a fleet, which makes no update by itself; run the fleet: `tightfit fleet run`"
+        )
+    if seat is not None and not exchanges:
+        raise InputError(
+            f"member {seat.members[seat.rank]!r} has a plan that was not made for a fleet; plan the fleet again"
         )
 
 

@@ -16,7 +16,16 @@ from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.data.preparation import Preparation
-from tightfit.runtime.session.admission import check_kind, check_machine, check_schedule, check_steps, find_store
+from tightfit.runtime.session.admission import (
+    check_kind,
+    check_machine,
+    check_schedule,
+    check_seat,
+    check_steps,
+    find_store,
+)
+from tightfit.runtime.session.fleet import Membership
+from tightfit.runtime.session.given_adapter import given_adapter
 from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.session.output import finished_report, locked, remove, staged, to_be_replaced
@@ -51,6 +60,8 @@ def run(
     profile_step: bool = False,
     progress: Progress | None = None,
     stages: Stages | None = None,
+    member: Membership | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Train `steps` steps as planned, under the plan's budget; returns the report, also written to ``out/report.json``.
 
@@ -61,7 +72,9 @@ def run(
     leaves enforcing the cap to the training process's own meter. With `resume`, a run that has taken all `steps`
     already returns its report and changes nothing, except that it evaluates on other `eval_data`. `profile_step` adds
     to the report, operator by operator, where the seconds of the third step went (or of the next one that ends an
-    update).
+    update). `member` (`tightfit.runtime.session.fleet.membership`) says which member of a fleet runs its plan here;
+    `steps` then counts the micro-batches of all members. `adapter` is a folder with the adapter that training starts
+    from, as PEFT has it, with the optimizer's states at zero; without it, training starts from PEFT's initial values.
 
     Raises InputError for a plan that does not fit model, data or machine, InfeasibleError for a plan without a
     schedule, CapError if the measured memory is above the budget, RunError if the disk fills up, the training process
@@ -94,6 +107,8 @@ def run(
         cgroup=cgroup,
         profile_step=profile_step,
         stages=stages,
+        member=member,
+        adapter=adapter,
     ) as ready:
         return supervise(ready, progress, stages) if isinstance(ready, RunOrder) else ready
 
@@ -113,15 +128,20 @@ def prepared(
     profile_step: bool = False,
     stages: Stages | None = None,
     counted: bool = False,
+    member: Membership | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Iterator[RunOrder | dict[str, Any]]:
     """Prepare a run (see `run`) up to starting its training process: check plan and machine, write data and job to
     `out`.
 
     Yields the order to carry out, or the report of a run that has taken all its steps already. `out` is locked while
     the block runs. With `counted`, the memory of this process must fit the plan's budget too; otherwise CapError is
-    raised before anything of an earlier run is replaced.
+    raised before anything of an earlier run is replaced. `member`: which one of a fleet runs `plan`. `adapter`: the
+    folder of the adapter that training starts from.
     """
     check_kind(plan)
+    seat = member.seat if member else None
+    check_seat(plan, seat)
     preparation = Preparation(plan.budget_bytes) if counted else None
     directory = Path(out).absolute()
     steps = options.steps
@@ -134,11 +154,12 @@ def prepared(
         data = itertools.islice(data, steps)
     check_machine(plan)
     check_schedule(plan)
+    given = None if adapter is None else given_adapter(plan, Path(adapter).absolute())
     store = find_store(plan, stages)
     if preparation:
         preparation.check("reading the plan")
     with locked(directory) as lock, staged(directory) as staging:
-        replaced = to_be_replaced(directory, steps, resume=resume, overwrite=overwrite)
+        replaced = to_be_replaced(directory, steps, resume=resume, overwrite=overwrite, elsewhere=seat is not None)
         written = partial(_prepare, plan, truncate=truncate, seed=options.seed, stages=stages, preparation=preparation)
         train = written(data, staging, "train")
         evaluation = None if eval_data is None else written(eval_data, staging, "evaluate")
@@ -151,8 +172,12 @@ def prepared(
             evaluation=evaluation.name if evaluation else None,
             resume=resume,
             profile_step=profile_step,
+            seat=seat,
+            adapter_given=given,
         )
-        finished, evaluated = finished_report(directory, settings, train, evaluation, name) if resume else (None, False)
+        finished, evaluated = None, False
+        if resume and seat is None:  # the members of a fleet first find out together what is done
+            finished, evaluated = finished_report(directory, settings, train, evaluation, name)
         if finished and evaluated:
             yield finished
             return
@@ -165,7 +190,8 @@ def prepared(
             for file in staging.iterdir():
                 file.replace(directory / "data" / file.name)
             staging.rmdir()  # already here, so that a run that is killed later does not leave the empty folder behind
-        yield order_of(plan, compiled, directory, lock, cgroup=cgroup, finished=finished)
+        figures = member.figures if member else None
+        yield order_of(plan, compiled, directory, lock, cgroup=cgroup, finished=finished, fleet=figures)
 
 
 def _prepare(

@@ -18,7 +18,7 @@ from tightfit.runtime.common.run_folder import find_checkpoints, writing_to
 from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.engine.training.checkpoint import load_latest, partial_directories
 
-RESULTS = ("metrics.jsonl", "report.json", "adapter", "model")
+RESULTS = ("metrics.jsonl", "fleet.jsonl", "report.json", "adapter", "model")
 """what a run leaves that must not be overwritten unasked; its prepared ``data`` can be made again and are not among
 it"""
 MODEL = "model.safetensors"
@@ -95,10 +95,13 @@ def remove_prepared(directory: Path) -> None:
         folder.rmdir()
 
 
-def to_be_replaced(directory: Path, steps: int | None, *, resume: bool, overwrite: bool) -> list[Path]:
+def to_be_replaced(
+    directory: Path, steps: int | None, *, resume: bool, overwrite: bool, elsewhere: bool = False
+) -> list[Path]:
     """Paths that an earlier run left in the output directory and that this run is to replace; none if it resumes.
 
-    Half-written checkpoints are removed here. `steps` is the number of steps of this run; None in a Session. Raises
+    Half-written checkpoints are removed here. With `elsewhere` the checkpoint to resume from may come from another
+    member of a fleet. `steps` is the number of steps of this run; None in a Session. Raises
     InputError if there is an earlier run and neither `resume` nor `overwrite` is set, if it cannot be resumed, and if a
     folder ``model`` holds files that no run made.
     """
@@ -120,12 +123,12 @@ def to_be_replaced(directory: Path, steps: int | None, *, resume: bool, overwrit
             raise InputError(
                 f"{directory} holds an earlier run ({found[0].name}); {way}replace it with --overwrite, or choose another directory"
             )
-        if resume and not checkpoints:
+        if resume and not checkpoints and not elsewhere:
             way = "give --overwrite in place of" if found else "leave out"
             raise InputError(
                 f"{directory} holds no checkpoint to resume from; {way} --resume to start from the beginning"
             )
-        if resume and steps is not None and (reached := checkpoints[-1][0]) > steps:
+        if resume and checkpoints and steps is not None and (reached := checkpoints[-1][0]) > steps:
             raise InputError(
                 f"steps {steps}: the run in {directory} has reached step {reached}; give at least {reached}, or choose another directory"
             )

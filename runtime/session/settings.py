@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.planner.schema import Phase, Plan
+from tightfit.profiles.schema import EXCHANGE
 from tightfit.runtime.common.run_folder import writing_to
+from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.process import child_environment
 from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.training.job import Job
 from tightfit.runtime.session.admission import conditions
+from tightfit.runtime.session.given_adapter import GivenAdapter
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.training_process import RunOrder
 
@@ -30,14 +33,17 @@ def settings_of(
     evaluation: str | None = None,
     requests: int | None = None,
     profile_step: bool = False,
+    seat: Seat | None = None,
+    adapter_given: GivenAdapter | None = None,
 ) -> dict[str, Any]:
-    """The settings of a run in `directory`, for the job's header.
+    """The settings of a run in `directory`, for the job's header. `seat`: the member of a fleet that runs;
+    `adapter_given`: the adapter that training starts from.
 
     A run takes `options.steps` steps over the file `data` in the folder's ``data``, and evaluates on `evaluation` there; a
     Session has neither, but a descriptor `requests` from which the training process reads.
     """
     optimizer = asdict(
-        OPTIMIZERS[plan.optimizer.get("name", "adamw")](
+        OPTIMIZERS["adamw" if seat else plan.optimizer.get("name", "adamw")](
             lr=options.lr,
             weight_decay=options.weight_decay,
             schedule=options.schedule,
@@ -62,16 +68,27 @@ def settings_of(
         "adapter_body": plan.model.config.get("adapter_body", adapter.BODY),
         "expected_seconds": plan.step_seconds,
         "profile_step": profile_step,
-        "conditions": conditions(plan, optimizer, options.seed),
+        "fleet": asdict(seat) if seat else None,
+        "adapter": [str(adapter_given.directory), adapter_given.checksum] if adapter_given else None,
+        "conditions": conditions(plan, optimizer, options.seed)
+        | {"adapter": adapter_given.fingerprint if adapter_given else None},
     }
 
 
 def order_of(
-    plan: Plan, job: Job, directory: Path, lock: int, *, cgroup: bool, finished: dict[str, Any] | None = None
+    plan: Plan,
+    job: Job,
+    directory: Path,
+    lock: int,
+    *,
+    cgroup: bool,
+    finished: dict[str, Any] | None = None,
+    fleet: dict[str, Any] | None = None,
 ) -> RunOrder:
     """Write the job into `directory` and return the order to start its training process.
 
-    `lock` is the descriptor that locks `directory`. Raises RunError if the disk refuses.
+    `lock` is the descriptor that locks `directory`; `fleet` what the report says of the fleet that the run is part of
+    (`tightfit.runtime.session.fleet.figures_of`). Raises RunError if the disk refuses.
     """
     floor = plan.device.floor
     uncounted = {} if floor.tables_on_disk else {page_out.VARIABLE: ""}
@@ -80,7 +97,7 @@ def order_of(
         directory=str(directory),
         lock=lock,
         environment=child_environment(plan.device.threads) | uncounted,
-        planned=planned_figures(plan),
+        planned={**planned_figures(plan), "fleet": fleet},
         cgroup=cgroup,
         finished=finished,
     )
@@ -111,8 +128,10 @@ def _sorts(plan: Plan) -> list[int]:
     compared.
 
     In a cycle of several schedules each is a sort. If several steps make an update, the last one, which alone changes
-    the trainables, is a sort of its own.
+    the trainables, is a sort of its own. The micro-batches of a fleet's member only hand gradients over, each alike.
     """
+    if plan.optimizer.get("name") == EXCHANGE:
+        return [0]
     return list(range(len(plan.steps))) if plan.accumulate == 1 else [0] * (plan.accumulate - 1) + [1]
 
 

@@ -18,6 +18,10 @@ LATEST_STEPS = 500
 """so many latest steps are remembered with their seconds, so that a run of any length needs the same memory"""
 
 
+FLEET_SECONDS = ("seconds", "exchange_seconds", "update_seconds")
+"""of an update of a fleet: from the update before, and its last parts"""
+
+
 @dataclass
 class Observed:
     """What the training process's messages said so far; seconds are kept for the latest `LATEST_STEPS` steps only."""
@@ -30,6 +34,8 @@ class Observed:
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     timelines: dict[str, list[list[float]]] = field(default_factory=dict)
     profiled: dict[str, Any] | None = None
+    exchanges: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=LATEST_STEPS))
+    """what the member of a fleet said about the latest updates"""
     peak_bytes: int = 0
     spill_bytes: int = 0
     checkpoint: str | None = None
@@ -46,6 +52,8 @@ class Observed:
             self.steps += 1
             self.seconds.append(message["seconds"])
             self.spent.append(message["spent"])
+        elif event == "exchanged":
+            self.exchanges.append({name: message[name] for name in FLEET_SECONDS})
         elif event == "loaded":
             self.spill_bytes = message["spill_bytes"]
         elif event == "resumed":
@@ -141,9 +149,31 @@ def build_report(
         "plan_fingerprint": planned["plan_fingerprint"],
         "timeline": observed.timelines,
     }
+    if planned.get("fleet"):
+        report["fleet"] = fleet_told(planned["fleet"], list(observed.exchanges), directory)
     if observed.profiled:
         report["profiled_step"] = profiled_step(observed.profiled)
     return report
+
+
+def fleet_told(planned: dict[str, Any], taken: Sequence[dict[str, float]], directory: str) -> dict[str, Any]:
+    """The part of a member's report about its fleet: who it is, and seconds of an update as `planned` and as measured.
+
+    Measured are medians without the first update, which includes the start. `loss` has the losses of all micro-batches.
+    """
+    import statistics
+
+    steady = taken[1:] or taken
+    seconds = {
+        name: {
+            "predicted": planned[name],
+            "measured": statistics.median(one[name] for one in steady) if steady else None,
+        }
+        for name in FLEET_SECONDS
+    }
+    lines = read_metrics(os.path.join(directory, "fleet.jsonl"))
+    told = {name: planned[name] for name in ("member", "members", "micro_batches", "share")}
+    return {**told, **seconds, "updates": len(lines), "loss": [loss for line in lines for loss in line["losses"]]}
 
 
 def write_report(directory: str, report: dict[str, Any]) -> None:

@@ -18,7 +18,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from tightfit.planner.service.http import routes_jobs, routes_page, routes_planning, routes_profiles, routes_runs
+from tightfit.planner.service.http import (
+    routes_fleets,
+    routes_jobs,
+    routes_page,
+    routes_planning,
+    routes_profiles,
+    routes_runs,
+)
 from tightfit.planner.service.http.doors import EVERYWHERE
 from tightfit.planner.service.http.guard import OPEN, Guard
 from tightfit.planner.service.http.redaction import Redaction
@@ -53,7 +60,9 @@ WAITING_CONNECTIONS = 1024
 """that the kernel holds for us"""
 ACCEPTED_AT_ONCE = 32
 """connections that are accepted before what the latest have sent is read: few, or they would look as if they had sent nothing"""
-ROUTERS = tuple(routes.router for routes in (routes_profiles, routes_planning, routes_runs, routes_jobs, routes_page))
+ROUTERS = tuple(
+    routes.router for routes in (routes_profiles, routes_planning, routes_fleets, routes_runs, routes_jobs, routes_page)
+)
 log = logging.getLogger("tightfit.service")
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fastapi import Header, Request, Response
 from starlette.responses import StreamingResponse
@@ -13,13 +13,24 @@ from tightfit.planner.service.jobs.store import Row, content_key
 from tightfit.planner.service.jobs.supervisor import lane_of
 from tightfit.planner.service.wire.clients import Requester
 from tightfit.planner.service.wire.errors import Code, ServiceError, invalid, not_found
-from tightfit.planner.service.wire.schema import FINISHED, JOB, ErrorAnswer, Job, JobKind, StoredPlan, StoredProfile
+from tightfit.planner.service.wire.schema import (
+    FINISHED,
+    JOB,
+    ErrorAnswer,
+    Job,
+    JobKind,
+    StoredFleet,
+    StoredPlan,
+    StoredProfile,
+)
+from tightfit.planner.service.wire.settings import Settings
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.units import LARGEST, parse_size
+from tightfit.runtime.common.units import LARGEST, parse_rate, parse_seconds, parse_size
 
 if TYPE_CHECKING:
     from tightfit.planner.service.http.app import Service
 
+Number = TypeVar("Number", int, float)
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -159,10 +170,39 @@ def budget(memory: int | str, field: str) -> int:
         if not 0 < memory <= LARGEST:
             raise invalid(field, f"{memory} bytes are no budget; write plain bytes above 0, or a size such as 600MiB")
         return memory
+    return _parsed(parse_size, memory, field)
+
+
+def rate(given: float | str, field: str) -> float:
+    """Bytes per second of a request's link. Raises ServiceError 422 naming the field."""
+    if isinstance(given, str):
+        return _parsed(parse_rate, given, field)
+    if not 0 < given <= LARGEST:
+        raise invalid(field, f"{given:g} bytes per second is no rate; write one above 0, or one such as 100Mbit/s")
+    return given
+
+
+def delay(given: float | str, field: str) -> float:
+    """Seconds of a request's latency. Raises ServiceError 422 naming the field."""
+    if isinstance(given, str):
+        return _parsed(parse_seconds, given, field)
+    if not 0 <= given <= LARGEST:
+        raise invalid(field, f"{given:g} s is no latency; write seconds from 0 on, or a time such as 2ms")
+    return given
+
+
+def _parsed(parse: Callable[[str], Number], text: str, field: str) -> Number:
     try:
-        return parse_size(memory)
+        return parse(text)
     except InputError as error:
         raise invalid(field, str(error)) from error
+
+
+def check_time(seconds: float, settings: Settings) -> None:
+    """Raises ServiceError 422 for a time limit above the service's."""
+    if seconds > settings.time_limit_seconds:
+        limit = settings.time_limit_seconds
+        raise invalid("time_limit", f"{seconds} s for one plan; this service allows at most {limit:g} s")
 
 
 def stored(request: Request, kind: str, identity: str, field: str | None = None) -> Row:
@@ -196,6 +236,8 @@ def not_runnable(request: Request, plan: Row) -> str | None:
     summary = json.loads(plan["summary"])
     if summary["status"] == "infeasible":
         return f"the plan {plan['id']} has no schedule: its budget is too small; plan again with more memory"
+    if summary.get("of_a_fleet"):
+        return f"the plan {plan['id']} is a member's of a fleet: its gradients are for the fleet's sum; run the whole fleet"
     profile = service_of(request).store.file("profile", plan["origin"])
     if profile is None or profile["origin"] != "made":
         # An uploaded profile's operators and paths are a stranger's: they are planned with, never executed.
@@ -224,3 +266,7 @@ def stored_plan(row: Row) -> StoredPlan:
         summary=json.loads(row["summary"]),
         profile=row["origin"],
     )
+
+
+def stored_fleet(row: Row) -> StoredFleet:
+    return StoredFleet(id=row["id"], created=row["created"], bytes=row["bytes"], summary=json.loads(row["summary"]))

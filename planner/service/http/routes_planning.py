@@ -15,6 +15,7 @@ from tightfit.planner.service.http.doors import (
     IdempotencyKey,
     ask,
     budget,
+    check_time,
     errors,
     file_answer,
     file_responses,
@@ -38,7 +39,6 @@ from tightfit.planner.service.wire.schema import (
     PlanRequest,
     StoredPlan,
 )
-from tightfit.planner.service.wire.settings import Settings
 from tightfit.planner.service.wire.shown import Difference, PlanView
 from tightfit.profiles.devices.data_sheets import known_devices
 from tightfit.runtime.common.strict_json import to_json
@@ -52,7 +52,7 @@ FILE = file_responses("plan.json as `tightfit plan` writes it", {"status": "opti
 async def make_plan(request: Request, asked: PlanRequest, client: Asker, key: IdempotencyKey = None) -> Response:
     """A budget that is too small is a result with status infeasible and the smallest budget that is enough."""
     settings = service_of(request).settings
-    _check_time(asked.time_limit, settings)
+    check_time(asked.time_limit, settings)
     _check_policy(asked.policy, stored(request, "profile", asked.profile, "profile"), "policy")
     words = asked.model_dump() | {"memory": budget(asked.memory, "memory")}
     return ask(request, "plan", words, client, key=key, uses=[("profile", asked.profile)])
@@ -110,7 +110,7 @@ async def make_comparison(
 ) -> Response:
     """Budgets × policies × devices. Every cell's plan is kept under its fingerprint."""
     settings = service_of(request).settings
-    _check_time(asked.time_limit, settings)
+    check_time(asked.time_limit, settings)
     known = [OWN, *(device.name for device in known_devices())]
     for index, device in enumerate(asked.devices):
         if device not in known:
@@ -148,12 +148,6 @@ def _check_policy(policy: str, profile: Row, field: str) -> None:
     known = [*summary["policies"], *summary.get("approximate", ())]
     if policy not in known:
         raise invalid(field, f"no policy is called {policy!r}; choose from {', '.join(known)}")
-
-
-def _check_time(seconds: float, settings: Settings) -> None:
-    if seconds > settings.time_limit_seconds:
-        limit = settings.time_limit_seconds
-        raise invalid("time_limit", f"{seconds} s for one plan; this service allows at most {limit:g} s")
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""The jobs that make profiles, plans and comparisons; each returns its result and the files it made."""
+"""The jobs that make profiles, plans, comparisons and fleets; each returns its result and the files it made."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tightfit.planner.plan import policies_of
-from tightfit.planner.report.summary import plan_summary, profile_summary
+from tightfit.planner.report.summary import fleet_summary, plan_summary, profile_summary
 from tightfit.planner.schema import Plan
 from tightfit.planner.service.jobs.cache import STORES, Cache
 from tightfit.planner.service.jobs.store import Row, file_row
 from tightfit.planner.service.wire.objects import Objects
 from tightfit.planner.solve.policies import approximate_of, refused_of
 from tightfit.profiles.io import canonical_json, parse_profile
-from tightfit.profiles.schema import Profile
+from tightfit.profiles.schema import EXCHANGE, Profile
 from tightfit.runtime.common.files import cache_directory
 
 if TYPE_CHECKING:
@@ -101,6 +101,44 @@ def comparison(order: JobOrder, tell: Tell) -> Row:
     return {"result": {"cells": cells}, "files": list(files.values())}
 
 
+def fleet(order: JobOrder, tell: Tell) -> Row:
+    """The plan of a fleet and those of its members, which are stored like any other plans."""
+    from tightfit.planner.fleet.plan import MemberSpec, plan_fleet
+    from tightfit.planner.fleet.schema import Link
+
+    request = order.request
+    objects = Objects(Path(order.objects))
+    origins = {member["name"]: member["profile"] for member in request["members"]}
+    profiles = {identity: _profile(objects, order, identity) for identity in set(origins.values())}
+    members = [
+        MemberSpec(
+            name=member["name"],
+            profile=profiles[member["profile"]],
+            budget_bytes=member["memory"],
+            link=Link(
+                up_bytes_per_second=member["up"],
+                down_bytes_per_second=member["down"],
+                latency_seconds=member["latency"],
+            ),
+        )
+        for member in request["members"]
+    ]
+    found, plans = plan_fleet(
+        members,
+        request["micro_batches"],
+        time_limit=request["time_limit"],
+        gap=request["gap"],
+        prices=request["prices"],
+        progress=lambda told: tell.progress(**_finite(told)),
+    )
+    written = objects.put(found.model_dump_json().encode())
+    summary = fleet_summary(found)
+    files = [keep_plan(objects, made, origins[name]) for name, made in plans.items()]
+    files.append(file_row("fleet", found.fingerprint, written, name=found.model, summary=summary))
+    ids = {name: made.fingerprint for name, made in plans.items()}
+    return {"result": {"fleet": found.fingerprint, "plans": ids, "summary": summary}, "files": files}
+
+
 def profile(order: JobOrder, tell: Tell) -> Row:
     """Measure a model on this machine, alone on its device."""
     import fcntl
@@ -160,5 +198,6 @@ def keep_plan(objects: Objects, found: Plan, origin: str, explanation: Row | Non
     """Store a plan under its fingerprint."""
     written = objects.put(found.model_dump_json().encode())
     name = f"{found.model.name}, {found.policy}"
-    summary: Row = plan_summary(found) | {"explanation": explanation, "elsewhere": _elsewhere(found)}
+    marks = {"elsewhere": _elsewhere(found), "of_a_fleet": found.optimizer.get("name") == EXCHANGE}
+    summary: Row = plan_summary(found) | {"explanation": explanation} | marks
     return file_row("plan", found.fingerprint, written, name=name, origin=origin, summary=summary)

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tightfit.planner.fleet.schema import FLEET_VERSION
 from tightfit.planner.schema import PLAN_VERSION
 from tightfit.planner.service.jobs.migrations import migrate
 from tightfit.planner.service.wire.clients import Requester
@@ -522,7 +523,8 @@ def content_key(kind: str, request: Row) -> str:
     """Fingerprint of a request: equal requests share one job, unless its answer is a file of a version that is no
     longer read.
     """
-    return _hash(kind, request | {"versions": [PROFILE_VERSION, PLAN_VERSION]})
+    versions = [PROFILE_VERSION, PLAN_VERSION, *([FLEET_VERSION] if kind == "fleet" else [])]
+    return _hash(kind, request | {"versions": versions})
 
 
 def _hash(kind: str, request: Row) -> str:

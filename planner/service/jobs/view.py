@@ -1,4 +1,4 @@
-"""Condenses a plan, or the difference of two, to what the page shows (`service.wire.shown`)."""
+"""Condenses a plan, the difference of two, or a fleet to what the page shows (`service.wire.shown`)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
+from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.planner.problem.step_graph import layer_graph
 from tightfit.planner.problem.tensor_index import TensorIndex
-from tightfit.planner.report.chart_data import SLICES, series_of
+from tightfit.planner.report.chart_data import SLICES, lanes_of, series_of
 from tightfit.planner.report.costs import Ledger
 from tightfit.planner.report.diff import diff, grouped
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.explanation import Explanation, account, peak_text
+from tightfit.planner.report.fleet_text import (
+    Sheet,
+    activity_sheet,
+    chain_sheet,
+    fleet_sentences,
+    fleet_title,
+    price_sheet,
+)
 from tightfit.planner.report.html import LARGEST, describe
 from tightfit.planner.report.memory_categories import buckets, feasible, peak_parts
 from tightfit.planner.report.summary import plan_summary
@@ -22,11 +31,14 @@ from tightfit.planner.service.wire.shown import (
     ChannelShown,
     Difference,
     Edge,
+    FleetView,
+    Lanes,
     LayerShown,
     Part,
     PeakShown,
     PlanView,
     Series,
+    SheetShown,
     TensorChange,
 )
 
@@ -163,3 +175,24 @@ def difference(one: Plan, other: Plan) -> Difference:
         changes=[TensorChange(**asdict(change), layer=owner.get(change.name, "")) for change in changes[:CHANGES]],
         left_out=max(0, len(changes) - CHANGES),
     )
+
+
+def fleet_view(fleet: FleetPlan) -> FleetView:
+    """A fleet's plan in sentences, tables and the lanes of its picture."""
+    prices = price_sheet(fleet)
+    return FleetView(
+        fleet=fleet.fingerprint,
+        title=fleet_title(fleet),
+        sentences=fleet_sentences(fleet),
+        chain=_shown(chain_sheet(fleet)),
+        prices=None if prices is None else _shown(prices),
+        activity=_shown(activity_sheet(fleet)),
+        lanes=Lanes.model_validate(lanes_of(fleet)),
+        plans={
+            member.plan: member.plan_fingerprint for member in fleet.chain if member.plan and member.plan_fingerprint
+        },
+    )
+
+
+def _shown(sheet: Sheet) -> SheetShown:
+    return SheetShown(**asdict(sheet))

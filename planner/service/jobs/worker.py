@@ -82,6 +82,7 @@ def main(lane: str) -> int:
         _to_the_background()
     # Loaded before the order comes, and before its limit: that is for the work itself.
     if lane == "solve":
+        import tightfit.planner.fleet.plan
         import tightfit.planner.report.compare
         import tightfit.planner.report.marginal_value
     elif lane == "upload":

@@ -37,7 +37,15 @@ async function send(path, options = {}) {
 }
 
 export const get = async (path) => (await send(path)).json();
-export const blob = async (path) => (await send(path)).blob();
+
+// Let the browser save what is at `path` under a name.
+export async function download(path, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(await (await send(path)).blob());
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}
 
 export async function post(path, body, headers = {}) {
   const content = typeof body === "string" ? body : JSON.stringify(body);

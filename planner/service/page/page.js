@@ -1,9 +1,10 @@
-// The page: choose a profile, drag the budget along the curve, look at the plan, compare two, run one.
+// The page: choose a profile, drag the budget along the curve, look at the plan, compare two, run one; and look at fleets.
 
-import { get, post, Refused, setToken, work } from "./api.js";
+import { download, get, post, Refused, setToken, work } from "./api.js";
 import { atLeast, curveLegend, html, MIB, place, places, seconds } from "./charts.js";
 import { showDifference } from "./compare.js";
 import { budgetCurve } from "./curve.js";
+import { listFleets, setUpFleets } from "./fleet.js";
 import { showPlan } from "./plan.js";
 import { listRuns, offerRun, setUpRun } from "./run.js";
 import { mib, percent, table } from "./tables.js";
@@ -76,7 +77,7 @@ async function measured(request) {
 
 async function recall() {
   const { profile, ...kept } = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
-  await listRuns();
+  await Promise.all([listRuns(), listFleets()]);
   await listProfiles(profile, kept);
   if (!profile && state.profile) await choose("");
 }
@@ -341,13 +342,6 @@ async function show(identity) {
   offerRun(view);
 }
 
-async function download() {
-  const plan = await get(`/v1/plans/${state.plan}/file`);
-  const link = html("a", { href: URL.createObjectURL(new Blob([JSON.stringify(plan)], { type: "application/json" })), download: "plan.json" });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-}
-
 // --- set up -----------------------------------------------------------------------------------------------------------
 
 $("token-form").addEventListener("submit", action(async () => {
@@ -393,7 +387,7 @@ $("compare-form").addEventListener("submit", action(async () => {
   showDifference(changes, views, chosen.map((one) => one.selectedOptions[0].text));
 }));
 for (const id of ["left", "right"]) $(id).addEventListener("change", () => { $(id).dataset.chosen = $(id).value; });
-$("download").addEventListener("click", action(download));
+$("download").addEventListener("click", action(() => download(`/v1/plans/${state.plan}/file`, "plan.json")));
 
 const root = document.documentElement, darker = matchMedia("(prefers-color-scheme: dark)");
 const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : darker.matches);
@@ -408,5 +402,6 @@ $("theme").addEventListener("click", () => {
 });
 nameTheme();
 setUpRun(() => state.plan, action);
+setUpFleets(action);
 addEventListener("hashchange", action(recall));
 action(recall)();

@@ -1,6 +1,6 @@
 // Runs, live: loss and memory step by step against the cap, then the report. A reloaded page finds them again.
 
-import { blob, finish, get, post } from "./api.js";
+import { download, finish, get, post } from "./api.js";
 import { amount, capLine, frame, html, MIB, path, place, seconds, svg } from "./charts.js";
 import { mib, percent, table } from "./tables.js";
 
@@ -61,11 +61,7 @@ export function setUpRun(plan, action) {
     const job = await post(`/v1/runs/${mine}/resume`, "").catch((error) => { $("resume").hidden = mine !== current; throw error; });
     await follow(job);
   }));
-  $("adapter-button").addEventListener("click", guarded(async () => {
-    const link = html("a", { href: URL.createObjectURL(await blob(`/v1/runs/${current}/adapter`)), download: `adapter-${current}.tar` });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-  }));
+  $("adapter-button").addEventListener("click", guarded(() => download(`/v1/runs/${current}/adapter`, `adapter-${current}.tar`)));
 }
 
 export async function listRuns(chosen = "") {

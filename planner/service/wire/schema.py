@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from tightfit.planner.fleet.plan import NAME
 from tightfit.planner.service.wire.errors import Code
 from tightfit.profiles.schema import MOST_ACCUMULATED
 
-JobKind = Literal["profile", "plan", "comparison", "run"]
+JobKind = Literal["profile", "plan", "comparison", "fleet", "run"]
 JobState = Literal["queued", "running", "succeeded", "failed", "cancelled", "interrupted"]
 FINISHED: frozenset[str] = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
 
@@ -42,6 +44,14 @@ STORED_PROFILE = KEPT | {
     "name": "SmolLM2-135M",
     "origin": "made",
 }
+STORED_FLEET = KEPT | {
+    "summary": {
+        "model": "SmolLM2-135M",
+        "micro_batches": 16,
+        "makespan_seconds": 12.3,
+        "members": [{"name": "laptop", "micro_batches": 10, "plan_fingerprint": DIGEST}],
+    }
+}
 STORED_PLAN = KEPT | {"summary": {"status": "optimal", "step_seconds": 2.65}, "profile": DIGEST}
 CPU = {
     "name": "cpu",
@@ -56,19 +66,34 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", examples=[DIGEST])]
 JobId = Annotated[str, Field(pattern="^job-[0-9a-f]{16}$", examples=[JOB])]
 
 
-def _no_flag(value: object) -> object:
-    if isinstance(value, bool):  # Python counts them as whole numbers
-        raise ValueError(f"{str(value).lower()} is no budget; write bytes, or a size such as 600MiB")  # noqa: TRY004  pydantic's
-    return value
+def _no_flag(wanted: str) -> Callable[[object], object]:
+    """A check that refuses true and false, which Python counts as whole numbers; `wanted` says what is expected."""
+
+    def check(value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError(f"{str(value).lower()} is no {wanted}")  # noqa: TRY004  pydantic's
+        return value
+
+    return check
 
 
 Memory = Annotated[
     int | str,
-    BeforeValidator(_no_flag),
+    BeforeValidator(_no_flag("budget; write bytes, or a size such as 600MiB")),
     Field(
         description="budget of the whole run, its supervisor included: bytes, or a size such as 600MiB or 600MB",
         examples=["600MiB", 629145600],
     ),
+]
+Rate = Annotated[
+    float | str,
+    BeforeValidator(_no_flag("rate; write bytes per second, or a rate such as 100Mbit/s")),
+    Field(description="bytes per second, or a rate such as 100Mbit/s or 12.5MB/s", examples=["100Mbit/s", 12500000]),
+]
+Latency = Annotated[
+    float | str,
+    BeforeValidator(_no_flag("time; write seconds, or a time such as 2ms")),
+    Field(description="seconds, or a time such as 2ms, one way", examples=["2ms", 0.002]),
 ]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Gap = Annotated[
@@ -158,6 +183,48 @@ class ComparisonRequest(Request):
     gap: Gap = 0.0
 
 
+class FleetMember(Request):
+    """A device of a fleet: `link` is its connection to the network both ways, or `up` and `down` are."""
+
+    name: str = Field(pattern=f"^{NAME.pattern}$", description="files are named after it", examples=["laptop"])
+    profile: Digest
+    memory: Memory
+    link: Rate | None = None
+    up: Rate | None = None
+    down: Rate | None = None
+    latency: Latency = 0.0
+
+    @model_validator(mode="after")
+    def one_connection(self) -> FleetMember:
+        if (self.link is None) == (self.up is None and self.down is None) or (self.up is None) != (self.down is None):
+            raise ValueError("give either link, or up and down")
+        return self
+
+
+class FleetRequest(Request):
+    """Plan one training step of several devices together: who computes how many micro-batches, each by what plan."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "micro_batches": 16,
+                    "members": [
+                        {"name": "laptop", "profile": DIGEST, "memory": "320MiB", "link": "100Mbit/s"},
+                        {"name": "phone", "profile": DIGEST, "memory": "250MiB", "up": "20Mbit/s", "down": "80Mbit/s"},
+                    ],
+                }
+            ]
+        }
+    )
+
+    micro_batches: int = Field(ge=1, le=MOST_ACCUMULATED, description="of a step, all devices together")
+    members: list[FleetMember] = Field(min_length=1, max_length=32)
+    time_limit: Annotated[Seconds, Field(description="for all of the planning")] = 120.0
+    gap: Gap = 1e-3
+    prices: bool = Field(True, description="also say what more memory or a faster link of each device would be worth")
+
+
 class RunRequest(Request):
     """Train on this machine as planned."""
 
@@ -211,7 +278,9 @@ class Job(Answer):
         description="solving: stage, incumbent, bound, gap, seconds; running: step, loss, resident_bytes, peak_bytes",
     )
     result: dict[str, Any] | None = Field(
-        None, description="profile: {profile}; plan: {plan, summary}; comparison: {cells}; run: {report}"
+        None,
+        description="profile: {profile}; plan: {plan, summary}; comparison: {cells}; fleet: {fleet, plans, summary}, where `plans`"
+        " are the stored plans by member; run: {report}",
     )
     error: Error | None = None
 
@@ -223,7 +292,7 @@ class JobList(Answer):
 
 
 class Stored(Answer):
-    """A profile or plan that the service keeps. The id is the content's."""
+    """A profile, plan or fleet that the service keeps. The id is the content's."""
 
     id: Digest
     created: float
@@ -244,6 +313,18 @@ class StoredPlan(Stored):
     model_config = example_of(**STORED_PLAN)
 
     profile: Digest | None = Field(None, description="what it was made from")
+
+
+class StoredFleet(Stored):
+    """The plan of a fleet; `summary` is all of it but its timeline. Its members' plans are stored ones."""
+
+    model_config = example_of(**STORED_FLEET)
+
+
+class FleetList(Answer):
+    model_config = example_of(fleets=[STORED_FLEET])
+
+    fleets: list[StoredFleet]
 
 
 class ProfileList(Answer):

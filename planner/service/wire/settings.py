@@ -24,13 +24,13 @@ class Settings:
     hub: bool = False
     """whether requests may name models on the hub, which are downloaded then"""
     workers: int = 2
-    """plans and comparisons solved at once, a comparison by two processes"""
+    """plans, comparisons and fleets solved at once, a comparison by two processes"""
     solve_bytes: int = 4 << 30
     """private memory of one solving process (RLIMIT_DATA); a comparison has two"""
     time_limit_seconds: float = 300.0
-    """the longest time limit that a request may set for one plan"""
+    """the longest time limit that a request may set for one plan, or for a fleet"""
     job_seconds: float = 3600.0
-    """a plan, comparison or profile that takes longer is ended"""
+    """a plan, comparison, fleet or profile that takes longer is ended"""
     upload_bytes: int = 64 << 20
     """of an uploaded profile, as sent and as unpacked"""
     request_bytes: int = 256 << 10

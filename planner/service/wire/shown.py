@@ -1,8 +1,8 @@
-"""The data that the page gets about a plan, and about the difference between two. Bytes and seconds."""
+"""The data that the page gets about a plan, about the difference between two, and about a fleet. Bytes and seconds."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,7 @@ SORT = {
     "transfer_seconds": 0.0,
     "moved_bytes": 0,
 }
+SHEET = {"caption": "The chain", "headings": ["member", "micro-batches"], "rows": [["laptop", "10"]]}
 
 
 class KindName(Answer):
@@ -137,3 +138,61 @@ class Difference(Answer):
     groups: list[ChangeSort]
     changes: list[TensorChange] = Field(description="largest first")
     left_out: int = Field(description="smaller changes that are not listed")
+
+
+class Bar(Answer):
+    """What a device or a link does from `begin` to `end`."""
+
+    what: str = Field(examples=["compute"])
+    begin: float
+    end: float
+    first: int | None = Field(description="number of the first micro-batch, where some are computed")
+    last: int | None
+
+
+class Lane(Answer):
+    name: str = Field(examples=["laptop", "laptop → phone"])
+    kind: Literal["device", "link"]
+    bars: list[Bar]
+
+
+class Lanes(Answer):
+    """A step of a fleet: what each device and each link does when."""
+
+    seconds: float = Field(description="of the step")
+    exchange: float | None = Field(
+        description="where the exchange of gradients begins, if it is to be drawn enlarged; null: it is large enough"
+    )
+    kinds: list[KindName]
+    lanes: list[Lane]
+
+
+class SheetShown(Answer):
+    """A table in words."""
+
+    caption: str
+    headings: list[str]
+    rows: list[list[str]]
+
+
+class FleetView(Answer):
+    """The plan of a fleet, as a person looks at it."""
+
+    model_config = example_of(
+        fleet=DIGEST,
+        title="SmolLM2-135M on laptop and phone",
+        sentences=["results equal those of one process to the bit, whatever the allotment"],
+        chain=SHEET,
+        activity=SHEET,
+        lanes={"seconds": 12.3, "exchange": 11.9, "kinds": [], "lanes": []},
+        plans={"laptop.plan.json": DIGEST},
+    )
+
+    fleet: Digest
+    title: str
+    sentences: list[str]
+    chain: SheetShown
+    prices: SheetShown | None = None
+    activity: SheetShown = Field(description="the picture in numbers")
+    lanes: Lanes
+    plans: dict[str, Digest] = Field(description="name of a member's file beside the fleet's -> its stored plan")

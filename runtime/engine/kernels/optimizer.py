@@ -114,20 +114,26 @@ class Update:
         are Adam's moments. `total`, given where several steps make an update, is the weighted sum of the gradients so
         far: the parameter changes only in the last of those steps.
         """
-        optimizer = self.optimizer
         if total is not None:
             total.add_(gradient, alpha=self._weight)
             if not self._due:
                 return
             gradient = total.div_(max(1.0, self.summed))
-        self._step.fill_(count // self.accumulate)
+        self.adam(count // self.accumulate, parameter, gradient, first, second)
+        if total is not None:
+            total.zero_()
+
+    def adam(self, number: int, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor) -> None:
+        """Make update `number` of a parameter, counted from 1, with the gradient given, at the rate of the step that
+        began last.
+        """
+        optimizer = self.optimizer
+        self._step.fill_(number)
         self._kernel(
             [parameter], [gradient], [first], [second], [], [self._step],
             lr=self._rate, beta1=optimizer.betas[0], beta2=optimizer.betas[1], weight_decay=optimizer.weight_decay,
             eps=optimizer.eps, amsgrad=False, maximize=False,
         )  # fmt: skip
-        if total is not None:
-            total.zero_()
 
 
 class Perturbation:

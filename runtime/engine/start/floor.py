@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.process import trim_heap
+
+if TYPE_CHECKING:
+    from tightfit.runtime.engine.device.channels import Channel
 
 INSTRUCTION_BYTES = 50
 """Bytes that a job's tables take for each instruction on average: its int32 words, and numbers and names of its
@@ -24,8 +27,36 @@ HOLES_PER_WORKSPACE = 0.3
 """Further holes in the heap, as a fraction of the largest workspace of an operator of PyTorch's own: the space that its
 freed buffers leave is not always where the next operator's buffers need it. tightfit's own operators allocate nearly
 all of their workspace at once."""
+EXCHANGE_SLACK_BYTES = 2 << 20
+"""Allowance for the code that exchanging gradients maps, and for messages that are not pieces of gradients."""
+EXCHANGE_SECONDS = 30.0
+"""how long a process may take to meet itself"""
 IMPORT_SLACK_BYTES = 2 << 20
 """By how much the peak of the start varies, depending on which files are in the page cache."""
+
+
+def exchange_bytes(channel: Channel) -> int:
+    """Resident bytes that talking to the other members of a fleet adds to this process, whose kernels are warm;
+    measured with a fleet of one, the allowance for messages included.
+    """
+    before = memory().resident
+    import socket
+
+    from tightfit.runtime.engine.fleet.transport import Transport
+    from tightfit.runtime.engine.start.kernel_warmup import SIZE, settle, warm_up
+
+    for name in ("agreement", "seat"):  # everything that the member of a fleet imports on top
+        importlib.import_module(f"tightfit.runtime.engine.fleet.{name}")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    transport = Transport(["this"], 0, "127.0.0.1", port, timeout=EXCHANGE_SECONDS)
+    settle()  # as a run does once it is loaded: most of the code that meeting the others takes is not needed again
+    warm_up(channel, SIZE)
+    trim_heap()
+    added = memory().resident - before
+    del transport
+    return max(0, added) + EXCHANGE_SLACK_BYTES
 
 
 def measure_floor() -> dict[str, Any]:
@@ -50,6 +81,7 @@ def measure_floor() -> dict[str, Any]:
     trim_heap()  # gives back the operators' buffers, which plans count as workspace
     resident = memory()
     return {
+        "exchange_bytes": exchange_bytes(channel),
         "import_peak_bytes": start.peak + IMPORT_SLACK_BYTES,
         "resident_bytes": resident.resident + HEAP_SLACK_BYTES,
         "inference_resident_bytes": inference.resident + HEAP_SLACK_BYTES + INFERENCE_SLACK_BYTES,

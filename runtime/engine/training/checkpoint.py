@@ -80,6 +80,8 @@ def _difference(key: str, was: Any, now: Any) -> str:
         return "by another version of tightfit or for another model: the operators of its steps differ"
     if key == "weights":  # hashes
         return "with other weights"
+    if key == "adapter":  # hashes; None where training starts from new values
+        return "from another adapter" if was and now else f"from {'a given' if was else 'no'} adapter"
     if key == "steps of an update":  # None where every step makes an update
         return f"with {was or 1} step{'s' * bool(was)} to an update, this run has {now or 1}"
     if isinstance(was, dict) and isinstance(now, dict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from tightfit.runtime.engine.training.job import (
 )
 from tightfit.runtime.engine.training.job_tables import StoredWeight, Trainable
 from tightfit.runtime.engine.weights.store import Store
+
+if TYPE_CHECKING:
+    from tightfit.runtime.engine.fleet.exchange import Exchange
 
 __all__ = ["CompiledOperator", "Executor", "compile_operator"]
 
@@ -119,12 +122,15 @@ class Executor:
         store: Store | None,
         spill: SpillFile,
         channel: Channel,
-        update: Update | Perturbation,
+        update: Update | Perturbation | None,
         weights: Sequence[StoredWeight],
         trainables: Sequence[Trainable],
+        exchange: Exchange | None = None,
     ) -> None:
+        """In a fleet gradients go to its `exchange`, and there is no `update`."""
         header = job.header
         self.device, self.store, self.spill, self.channel, self.update = device, store, spill, channel, update
+        self.exchange = exchange
         self.sizes, self.extents = job.sizes, job.extents
         self.where = job.where
         """Byte offset of every tensor in the arena; means nothing while the tensor is not resident."""
@@ -298,6 +304,11 @@ class Executor:
         for number in one.numbers:
             if number in self.arriving:
                 self._arrive(number)
+        if self.exchange is not None:
+            gradient = self.device.tensor(self.where[one.gradient], one.shape, "float32")
+            self._call("update", self.exchange.apply, trainable, gradient)
+            return
+        assert self.update is not None
         tensors = (self.device.tensor(self.where[number], one.shape, "float32") for number in one.numbers)
         self._call("update", self.update.apply, count, *tensors)
 

@@ -12,9 +12,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.errors import InputError, MemberGoneError, RunError
 from tightfit.runtime.common.files import sync_directory, write_all
 from tightfit.runtime.common.run_folder import way_on
 from tightfit.runtime.engine.device.channels import Channel
@@ -25,6 +25,9 @@ from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.engine.training.job import Job
 from tightfit.runtime.engine.training.session_protocol import EVALUATE, FINISH, STEP, Gone, Requests
 from tightfit.runtime.engine.training.trainer import Training
+
+if TYPE_CHECKING:
+    from tightfit.runtime.engine.fleet.exchange import Exchange
 
 Send = Callable[..., None]
 INTERRUPTED = 4
@@ -45,6 +48,11 @@ def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) ->
     except (_Stopped, Gone):
         one.interrupted()
         return INTERRUPTED
+    except MemberGoneError as error:
+        one.left_alone(error)
+    except BaseException as error:
+        one.leave(f"has ended: {error}")
+        raise
     one.finish()
     return 0
 
@@ -59,6 +67,19 @@ class _Run:
         self.requests = batches if isinstance(batches, Requests) else None
         """the pipe of a Session, which asks for steps one by one; None in a run over prepared data"""
         self.conditions = {**header["conditions"], "data": batches.fingerprint}
+        self.exchange = self.training.exchange
+        """with the other members of a fleet, if the run is one of a fleet's"""
+        if self.exchange:
+            from tightfit.runtime.engine.fleet.agreement import agree
+
+            agree(
+                self.exchange.transport,
+                self.conditions
+                | {"number of steps": header["steps"], "checkpoint interval": header["checkpoint_every"]},
+                self.out,
+                resume=header["resume"],
+                exact=header["fleet"]["exact"],
+            )
         self.held_out = _fingerprint(header)
         self.found = checkpoint.load_latest(self.out, self.conditions) if header["resume"] else None
         self.done = self.found.step if self.found else 0
@@ -88,6 +109,8 @@ class _Run:
         else:
             training.initialise()
         self.metrics = Metrics(os.path.join(self.out, "metrics.jsonl"), self.done)
+        if self.exchange:
+            self.updates = Metrics(os.path.join(self.out, "fleet.jsonl"), self.done)
         settle()
         self.peaks["load"] = training.meter.check_peak()
         send(
@@ -105,6 +128,11 @@ class _Run:
         # several steps make an update, it is that of the next step that ends one.
         later = -(-(self.done + 3) // self.header["accumulate"]) * self.header["accumulate"]
         self.watched = {self.done + 1: "first", min(self.header["steps"] or later, later): "later"}
+        if self.exchange:
+            own = self.exchange.share.steps(self.done)
+            self.watched = {own[0]: "first", own[-1]: "later"} if len(own) > 1 else {own[0]: "later"}
+        self.updated = time.perf_counter()
+        """when the latest update of a fleet ended"""
 
     def steps(self) -> Iterator[int]:
         """Numbers of the steps to take, from 1; in a Session as the caller asks for them."""
@@ -113,6 +141,9 @@ class _Run:
             yield from self._asked(self.requests)
             if self.saved != self.done:
                 self._save()
+        elif self.exchange:
+            while self.done < self.header["steps"]:
+                yield from self.exchange.share.steps(self.done)
         else:
             yield from range(self.done + 1, self.header["steps"] + 1)
 
@@ -138,13 +169,40 @@ class _Run:
         raise Gone
 
     def take(self, step: int) -> None:
-        _step(self.training, step, self.watched.get(step), self.metrics, self.peaks, self.send)
+        """Take a step; in a fleet a micro-batch, after the last of which the members exchange their gradients."""
+        loss = _step(self.training, step, self.watched.get(step), self.metrics, self.peaks, self.send)
+        stop = self.stopping()
+        if self.exchange:
+            self.exchange.told(loss)
+            if step != self.exchange.share.steps(self.done)[-1]:
+                return
+            step, stop = self._exchange(self.exchange, stop=stop)
         every, last = self.header["checkpoint_every"], step == self.header["steps"]
-        self.done = step
-        if last or (every and step % every == 0):
+        before, self.done = self.done, step
+        if last or (every and step // every > before // every):
             self._save()
-        if self.stopping() and not last:
+        if stop and not last:
             raise _Stopped
+
+    def _exchange(self, exchange: Exchange, *, stop: bool) -> tuple[int, bool]:
+        """Make the fleet's update; returns the number of micro-batches taken since the run began, and whether some
+        member is to end.
+        """
+        step = self.done + exchange.share.micro_batches
+        made = exchange.finish(step, stop=stop)
+        tidy()
+        now = time.perf_counter()
+        told = {
+            "losses": made.losses,
+            "seconds": now - self.updated,
+            "exchange_seconds": made.exchange_seconds,
+            "update_seconds": made.update_seconds,
+        }
+        self.updated = now
+        self.updates.add(step=step, **told)
+        self.peaks["exchange"] = self.training.meter.check_peak()
+        self.send("exchanged", step=step, peak_bytes=self.peaks["exchange"], **told)
+        return step, made.stop
 
     def evaluate(self, when: str) -> None:
         """Evaluate on the held-out data, if there are any; `when` is "before" or "after". Raises _Stopped on a
@@ -156,6 +214,7 @@ class _Run:
         def evaluating(batch: int, batches: int) -> None:
             self.send("evaluating", when=when, done=batch, total=batches)
             if self.stopping():
+                self.leave("was asked to end")
                 raise _Stopped
 
         result = self.training.evaluate(self.header["evaluation"], evaluating)
@@ -182,6 +241,26 @@ class _Run:
             self._save()
         self.send("interrupted", step=self.done, checkpoint=self.path)
         self.training.close()
+
+    def left_alone(self, error: MemberGoneError) -> NoReturn:
+        """Save, since another member of the fleet has ended; raises RunError, which says which one."""
+        if self.exchange:
+            self.exchange.transport.hang_up()
+        if self.done and self.saved != self.done:
+            self._save()
+        if self.exchange:
+            self.exchange.transport.linger()
+        saved = f"everything up to step {self.done} is saved in {self.path}" if self.path else "nothing is trained yet"
+        again = "start the fleet again with --resume" if self.path else "start the fleet again"
+        raise RunError(f"{error}; {saved}, {again}") from error
+
+    def leave(self, why: str) -> None:
+        """Tell the other members of a fleet, if there is one, why this one ends."""
+        if self.exchange:
+            with suppress(RuntimeError):  # the store has gone with the member that holds it
+                self.exchange.transport.leave(why)
+                self.exchange.transport.hang_up()
+                self.exchange.transport.linger()
 
     def finish(self) -> None:
         trained = os.path.join(self.out, "adapter" if self.header["lora"] else "model")
@@ -215,9 +294,9 @@ class _Stopped(Exception):  # noqa: N818  not an error
 
 def _step(
     training: Training, step: int, watched: str | None, metrics: Metrics, peaks: dict[str, int], send: Send
-) -> None:
-    """Take one step, send its figures and add them to the metrics. With `watched`, also send a timeline under that
-    name.
+) -> float:
+    """Take one step, send its figures and add them to the metrics; returns its loss. With `watched`, also send a
+    timeline under that name.
 
     Raises InputError if the loss is not finite.
     """
@@ -248,10 +327,11 @@ def _step(
     metrics.add(step=step, **told)
     send("step", step=step, **told, spent=training.executor.seconds)
     if not math.isfinite(loss):
-        rate = training.update.optimizer.lr
+        rate = training.rate
         raise InputError(
             f"the loss of step {step} is not a number; lower the learning rate (lr {rate}) or check the data"
         )
+    return loss
 
 
 def _save_trained(training: Training, path: str) -> str:

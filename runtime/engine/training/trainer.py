@@ -9,7 +9,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.device.spill import SpillFile
-from tightfit.runtime.engine.kernels.optimizer import MeZO, Perturbation, Update, optimizer_of
+from tightfit.runtime.engine.kernels.optimizer import AdamW, MeZO, Perturbation, Update, optimizer_of
 from tightfit.runtime.engine.training import adapter
 from tightfit.runtime.engine.training.batches import TrainingBatches, open_batches
 from tightfit.runtime.engine.training.checkpoint import write_json
@@ -32,6 +33,9 @@ from tightfit.runtime.engine.weights import safetensors_file
 from tightfit.runtime.engine.weights.layout import Entry
 from tightfit.runtime.engine.weights.safetensors_file import Item
 from tightfit.runtime.engine.weights.store import Store
+
+if TYPE_CHECKING:
+    from tightfit.runtime.engine.fleet.exchange import Exchange
 
 CHUNK = 1 << 20
 
@@ -48,16 +52,18 @@ class Training:
         self.spill = SpillFile(directory, header["spill_bytes"])
         self.channel = channel
         self.meter = self.device.meter
-        optimizer = optimizer_of(header["optimizer"])
-        self.update = (
-            Perturbation(optimizer, header["seed"])
-            if isinstance(optimizer, MeZO)
-            else Update(optimizer, header["accumulate"])
-        )
         # The JSON forms are dropped from the header: they are many times as large as these tables.
         self.weights = Weights(header.pop("weights"), job.weights)
         self.trainables = Trainables(header.pop("trainables"), job.trainables)
         self._hole: tuple[int, int] = tuple(header["hole"])
+        optimizer = optimizer_of(header["optimizer"])
+        self.exchange = self._joined(optimizer, directory) if header.get("fleet") else None
+        """with the other members of a fleet, which makes the updates"""
+        self.update: Update | Perturbation | None = None
+        if isinstance(optimizer, MeZO):
+            self.update = Perturbation(optimizer, header["seed"])
+        elif not self.exchange:
+            self.update = Update(optimizer, header["accumulate"])
         self.executor = Executor(
             job,
             self.device,
@@ -67,6 +73,7 @@ class Training:
             self.update,
             self.weights,
             self.trainables,
+            self.exchange,
         )
         programs = self.executor.programs
         warm_up_operators(
@@ -83,10 +90,44 @@ class Training:
         self.tokens: int | None = None
         """tokens in the latest step's batch without padding; None if unknown (a module's batches, a Session)"""
 
+    def _joined(self, optimizer: AdamW | MeZO, directory: str) -> Exchange:
+        """Meet the other members of the fleet."""
+        from tightfit.runtime.engine.fleet.seat import Seat, join
+
+        assert isinstance(optimizer, AdamW)
+        return join(
+            Seat(**self.header["fleet"]),
+            optimizer,
+            [one.shape for one in self.trainables],
+            directory,
+            self.channel,
+            parameter=self._value,
+            keep=lambda tensor, values: self._keep(self.trainables[tensor].value, values),
+        )
+
+    def _value(self, tensor: int) -> Tensor:
+        """The values of a trainable, by its number: where they lie in the arena, or a copy of what is in the spill
+        file.
+        """
+        one = self.trainables[tensor]
+        if one.value.at >= 0:
+            return self.device.host(one.value.at, one.shape, "float32")
+        value = torch.empty(one.shape)
+        self.spill.read(value.data_ptr(), self.job.sizes[one.value.number], self.job.extents[one.value.number])
+        return value
+
     def set_rate(self, lr: float | None) -> None:
         """Set the base learning rate from the next step on; None sets that of the run again."""
+        assert self.update is not None  # the members of a fleet take the rate that they agreed on
         lr = self.header["optimizer"]["lr"] if lr is None else lr
         self.update.optimizer = replace(self.update.optimizer, lr=lr)
+
+    @property
+    def rate(self) -> float:
+        """The base learning rate."""
+        taker = self.exchange or self.update
+        assert taker is not None
+        return taker.optimizer.lr
 
     def step(self, number: int) -> float:
         """Take training step `number`, counted from 1; returns its loss, with MeZO the mean of its two."""
@@ -98,10 +139,12 @@ class Training:
 
         seed()
         self.executor.between_forwards = seed  # MeZO's two forwards of one step draw the same random numbers
-        if isinstance(self.update, Update):
-            self.update.begin(number, self._averaged())
-        else:
+        if isinstance(self.update, Perturbation):
             self.update.begin(number)
+        else:
+            taker = self.exchange or self.update
+            assert taker is not None
+            taker.begin(number, self._averaged())
         cycles, position = divmod(number - 1, len(self.header["cycle"]))
         begin, end = self.header["cycle"][position]
         self.executor.execute(self.job.train, begin, end, cycles)
@@ -169,10 +212,15 @@ class Training:
         }
 
     def initialise(self) -> None:
-        """Make the state before step 1: initial values of the trainables, zeros in the optimizer's states."""
+        """Make the state before step 1: initial values of the trainables, those of an adapter if one is given, and zeros
+        in the optimizer's states.
+        """
+        given = self._given_adapter()
         for trainable in self.trainables:
             value = self._temporary(trainable)
-            if self.header["kind"] == "decoder":
+            if given:
+                _fill(value, given, self._key(trainable.name))
+            elif self.header["kind"] == "decoder":
                 adapter.initialise(trainable.name, self.header["seed"], value)
             else:
                 self._unpack(trainable.name, value)
@@ -182,6 +230,19 @@ class Training:
                     self.device.raw(place.at, self.job.sizes[place.number]).zero_()
                 else:
                     self.spill.zero(self.job.sizes[place.number], self.job.extents[place.number])
+        if given:
+            given.close()
+        if self.exchange:
+            self.exchange.states.zero()
+
+    def _given_adapter(self) -> safetensors_file.Reader | None:
+        """The adapter that training starts from, as it was when the run was prepared; None: it starts from new values."""
+        if not self.header.get("adapter"):
+            return None
+        directory, checksum = self.header["adapter"]
+        reader = safetensors_file.Reader(os.path.join(directory, adapter.WEIGHTS), "start the run again")
+        reader.verify(checksum)
+        return reader
 
     def save_trained(self, directory: str) -> dict[str, int]:
         """Write a PEFT adapter, or a module's state_dict as ``model.safetensors``. Returns checksums by file."""
@@ -206,9 +267,25 @@ class Training:
                 yield self._item(key, trainable, trainable.value)
 
     def _state_items(self) -> Iterator[Item]:
+        if self.exchange:
+            yield from self._fleet_state_items(self.exchange)
+            return
         for trainable in self.trainables:
             for role, place in zip(STATES, trainable.states):
                 yield self._item(f"{role}:{trainable.name}", trainable, place)
+
+    def _fleet_state_items(self, exchange: Exchange) -> Iterator[Item]:
+        """The same items as those of a process that accumulates gradients, whose sum is zero after an update."""
+        for number, trainable in enumerate(self.trainables):
+            for row, role in enumerate(STATES):
+
+                def chunks(number: int = number, row: int = row) -> Iterator[memoryview]:
+                    at_rest = torch.zeros(self.trainables[number].shape)
+                    values = exchange.state(row, number) if row < 2 else at_rest
+                    yield memoryview((ctypes.c_char * (values.numel() * 4)).from_address(values.data_ptr())).cast("B")
+
+                shape = list(trainable.shape)
+                yield Item(name=f"{role}:{trainable.name}", dtype="float32", shape=shape, chunks=chunks)
 
     def save_state(self, directory: str) -> dict[str, Any]:
         """Write the files of a checkpoint into `directory`; returns the entries for its ``state.json``."""
@@ -218,7 +295,9 @@ class Training:
             os.path.join(directory, "optimizer.safetensors"), self._state_items, {}
         )
         entries: dict[str, Any] = {"checksums": checksums}
-        return entries | ({"summed": self.update.summed} if isinstance(self.update, Update) else {})
+        # Between the updates of a fleet nothing is summed up.
+        summed = self.update.summed if isinstance(self.update, Update) else 0.0
+        return entries | ({} if isinstance(self.update, Perturbation) else {"summed": summed})
 
     def load_state(self, directory: str, state: dict[str, Any]) -> None:
         """Load a checkpoint directory; `state` is its ``state.json``. Raises InputError if a file is missing or
@@ -228,20 +307,26 @@ class Training:
         if isinstance(self.update, Update):
             self.update.summed = state.get("summed", 0.0)
         file = adapter.WEIGHTS if self.header["lora"] else "model.safetensors"
-        with_adapter = ((self._key(t.name), t, t.value) for t in self.trainables)
-        states = ((f"{role}:{t.name}", t, place) for t in self.trainables for role, place in zip(STATES, t.states))
-        for name, wanted in ((file, with_adapter), ("optimizer.safetensors", states)):
+        with_adapter = ((self._key(t.name), t, partial(self._keep, t.value)) for t in self.trainables)
+        for name, wanted in ((file, with_adapter), ("optimizer.safetensors", self._states_wanted())):
             reader = safetensors_file.Reader(os.path.join(directory, name))
             reader.verify(checksums[name])
-            for key, trainable, place in wanted:
+            for key, trainable, keep in wanted:
                 value = self._temporary(trainable)
-                done = 0
                 plain = adapter.adapter_key(trainable.name)  # the key in checkpoints of plans without `adapter_body`
-                for chunk in reader.chunks(plain if plain in reader else key):
-                    ctypes.memmove(value.data_ptr() + done, chunk, len(chunk))
-                    done += len(chunk)
-                self._keep(place, value)
+                _fill(value, reader, plain if plain in reader else key)
+                keep(value)
             reader.close()
+
+    def _states_wanted(self) -> Iterator[tuple[str, Trainable, Callable[[Tensor], None]]]:
+        """(key in a checkpoint, trainable, what puts it in its place) of every state of the optimizer."""
+        for number, t in enumerate(self.trainables):
+            if self.exchange:
+                for row, role in enumerate(STATES[:2]):
+                    yield f"{role}:{t.name}", t, partial(self.exchange.set_state, row, number)
+            else:
+                for role, place in zip(STATES, t.states):
+                    yield f"{role}:{t.name}", t, partial(self._keep, place)
 
     @property
     def _body(self) -> str:
@@ -254,6 +339,8 @@ class Training:
 
     def close(self) -> None:
         self.channel.close()
+        if self.exchange:
+            self.exchange.close()
         self.spill.close()
         if self.store:
             self.store.close()
@@ -351,3 +438,11 @@ class Training:
             else:
                 self.spill.read(ctypes.addressof(buffer), part, self.job.extents[place.number] + done)
                 yield memoryview(buffer).cast("B")[:part]
+
+
+def _fill(value: Tensor, reader: safetensors_file.Reader, key: str) -> None:
+    """Copy the bytes that a file has under `key` into a tensor."""
+    done = 0
+    for chunk in reader.chunks(key):
+        ctypes.memmove(value.data_ptr() + done, chunk, len(chunk))
+        done += len(chunk)

@@ -97,24 +97,22 @@ def _json(value: Any) -> bytes:
 
 class Reader:
     """Reads a file that `write` made. Raises InputError if it is missing or its header is damaged; `verify` checks the
-    rest.
+    rest. `advice` ends the messages: what to do about a file that is missing or damaged.
 
     The header is kept as text and searched for names: parsed, that of a deep model would take megabytes.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, advice: str = "remove this checkpoint and resume from the one before") -> None:
+        self.path, self.advice = path, advice
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise InputError(
-                f"{path}: {error.strerror}; the checkpoint is incomplete, remove its directory and resume from the one before"
-            ) from error
+            raise InputError(f"{path}: {error.strerror}; {advice}") from error
         length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
         self._header = text = os.pread(self._descriptor, length, 8) if length < LARGEST_HEADER else b""
         if length < LARGEST_HEADER and not (len(text) == length and text[:1] == b"{" and text.rstrip()[-1:] == b"}"):
             os.close(self._descriptor)
-            raise InputError(f"{path}: damaged header; remove this checkpoint and resume from the one before")
+            raise InputError(f"{path}: damaged header; {advice}")
         self._start = 8 + length
         self._last = 0
 
@@ -145,9 +143,7 @@ class Reader:
         while place < end:
             data = os.pread(self._descriptor, min(size, end - place), self._start + place)
             if not data:
-                raise InputError(
-                    f"{self.path}: truncated in tensor {name!r}; remove this checkpoint and resume from the one before"
-                )
+                raise InputError(f"{self.path}: truncated in tensor {name!r}; {self.advice}")
             yield data
             place += len(data)
 
@@ -157,9 +153,7 @@ class Reader:
             found = zlib.crc32(data, found)
             place += len(data)
         if found != crc:
-            raise InputError(
-                f"{self.path}: damaged (checksum {found:08x}, expected {crc:08x}); remove this checkpoint and resume from the one before"
-            )
+            raise InputError(f"{self.path}: damaged (checksum {found:08x}, expected {crc:08x}); {self.advice}")
         _forget(self._descriptor)
 
     def close(self) -> None:

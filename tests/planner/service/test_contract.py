@@ -68,7 +68,13 @@ def test_the_contract_holds(described, served, mode):
 def test_the_examples_of_the_description_are_what_is_asked_for(described, served):
     """Every example is understood: refused only for what it names, never for its form."""
     schemas = json.loads(json.dumps(described.raw_schema))["components"]["schemas"]
-    for name, path in (("PlanRequest", "plans"), ("ComparisonRequest", "comparisons"), ("RunRequest", "runs")):
+    requests = {
+        "PlanRequest": "plans",
+        "ComparisonRequest": "comparisons",
+        "FleetRequest": "fleets",
+        "RunRequest": "runs",
+    }
+    for name, path in requests.items():
         for example in schemas[name]["examples"]:
             answer = served.http.post(f"/v1/{path}", json=example)
             assert answer.status_code == 404, answer.text

@@ -5,9 +5,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.common.units import KIB, LARGEST, MIB, format_seconds, format_size, parse_size, printable
+from tightfit.runtime.common.units import (
+    KIB,
+    LARGEST,
+    MIB,
+    format_seconds,
+    format_size,
+    parse_rate,
+    parse_seconds,
+    parse_size,
+    printable,
+)
 
 FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB, 1.5GiB (powers of 1024)"
+RATES = "write 100Mbit/s, 1Gbit/s, 12.5MB/s (powers of 1000) or 12MiB/s (powers of 1024)"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +108,79 @@ def test_rounded_up_size_covers_and_parses_back(size):
     printed = parse_size(format_size(size, round_up=True))
     assert size <= printed
     assert printed - size < MIB / 10 + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("100Mbit/s", 12_500_000.0),
+        (" 100 mbit / s ", 12_500_000.0),
+        ("1Gbit/s", 125_000_000.0),
+        ("2.5kbit/s", 312.5),
+        ("9bit/s", 1.125),
+        ("12.5MB/s", 12_500_000.0),
+        ("12MiB/s", 12.0 * MIB),
+        ("1GiB/s", float(1 << 30)),
+        ("7B/s", 7.0),
+    ],
+)
+def test_parses_rates(text, rate):
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "100",
+        "100Mbit",
+        "100Mbps",
+        "100Mb/s",
+        "100mb/s",
+        "100MB",
+        "MB/s",
+        "100 /s",
+        "-1MB/s",
+        "1e3MB/s",
+        "1MB/h",
+        "１MB/s",
+    ],
+)
+def test_rejects_what_is_no_rate(text):
+    with pytest.raises(InputError) as caught:
+        parse_rate(text)
+    assert str(caught.value) == f"{text!r} is not a rate; {RATES}"
+
+
+def test_rejects_rates_that_no_link_has():
+    with pytest.raises(InputError) as caught:
+        parse_rate("0Mbit/s")
+    assert str(caught.value) == f"'0Mbit/s': nothing passes over such a link; {RATES}"
+    with pytest.raises(InputError, match="'10000000000GB/s' is more than any link carries"):
+        parse_rate("10000000000GB/s")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2ms", 0.002),
+        (" 0.5 s ", 0.5),
+        ("150us", 150e-6),
+        ("150µs", 150e-6),
+        ("150μs", 150e-6),
+        ("40ns", 40e-9),
+        ("0s", 0.0),
+    ],
+)
+def test_parses_times(text, seconds):
+    assert parse_seconds(text) == pytest.approx(seconds, rel=1e-15)
+
+
+@pytest.mark.parametrize("text", ["", "2", "ms", "2MS", "2 min", "-2ms", "1e-3s", "2m", "nan", "２ms"])
+def test_rejects_what_is_no_time(text):
+    with pytest.raises(InputError) as caught:
+        parse_seconds(text)
+    assert str(caught.value) == f"{text!r} is not a time; write 2ms, 150us or 0.5s"
 
 
 @given(st.text(max_size=12))

@@ -22,7 +22,7 @@ def running(*, stopping: bool, every: int, steps: int | None) -> tuple[Any, list
     one: Any = object.__new__(_Run)
     saved: list[int] = []
     one.header = {"checkpoint_every": every, "steps": steps}
-    one.training = one.metrics = one.send = None
+    one.training = one.metrics = one.send = one.exchange = None
     one.watched, one.peaks, one.done = {}, {}, 0
     one.stopping = lambda: stopping
     one._save = lambda: saved.append(one.done)
@@ -61,7 +61,7 @@ def test_a_loss_that_is_no_number_is_told_first(tmp_path: Path, loss: float) -> 
         tokens=None,
         executor=SimpleNamespace(seconds={}),
         meter=SimpleNamespace(check_peak=lambda: 1),
-        update=SimpleNamespace(optimizer=SimpleNamespace(lr=0.5)),
+        rate=0.5,
     )
     told: list[str] = []
     with pytest.raises(InputError, match=r"^the loss of step 7 is not a number; lower the learning rate \(lr 0\.5\)"):

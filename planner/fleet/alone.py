@@ -1,0 +1,96 @@
+"""Members that take part alone: each with an ordinary plan that accumulates a whole step and makes the update itself."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tightfit.planner.fleet.member_plans import LEAST_SECONDS
+from tightfit.planner.fleet.member_profiles import alone_profile
+from tightfit.planner.fleet.pieces import trained_tensors
+from tightfit.planner.plan import planner_of
+from tightfit.planner.protocol import Planner
+from tightfit.planner.schema import Plan
+from tightfit.profiles.schema import Profile
+
+SHARE = 0.5
+"""of the time that is left: for the plan of one member of several"""
+
+
+class AlonePlans:
+    """A device's plans for all micro-batches of a step."""
+
+    def __init__(self, profile: Profile, micro_batches: int, gap: float) -> None:
+        self.micro_batches = micro_batches
+        self.gap = gap
+        self.planner: Planner = planner_of(alone_profile(profile, micro_batches))
+        self._made: dict[int, Plan] = {}
+
+    def plan(self, budget_bytes: int, time_limit: float) -> Plan:
+        """The plan at a budget; its status is infeasible where nothing fits. Raises KeyboardInterrupt on Ctrl-C."""
+        if budget_bytes not in self._made:
+            limit = max(LEAST_SECONDS, time_limit)
+            self._made[budget_bytes] = self.planner.plan(budget_bytes, time_limit=limit, gap=self.gap)
+            if self.planner.interrupted:
+                raise KeyboardInterrupt
+        return self._made[budget_bytes]
+
+    def makespan(self, budget_bytes: int) -> float:
+        """Seconds of a step, as planned so far; infinite where nothing fits, or nothing was planned."""
+        plan = self._made.get(budget_bytes)
+        return math.inf if plan is None or plan.train is None else self.micro_batches * plan.step_seconds
+
+    def bound(self, budget_bytes: int) -> float:
+        """Seconds that no step undercuts: those of a plan's bound at this budget or a larger one, or of one run of every
+        operator.
+        """
+        plans = [plan for asked, plan in self._made.items() if asked >= budget_bytes]
+        if any(plan.train is None for plan in plans):
+            return math.inf
+        return self.micro_batches * max([plan.bound_seconds for plan in plans], default=self._least_seconds())
+
+    def _least_seconds(self) -> float:
+        profile = self.planner.profile
+        programs = {program.name: program for program in profile.programs}
+        operators = [one for layer in profile.layers for one in programs[layer.program].operators]
+        return sum(one.seconds for one in operators if one.phase != "inference") + sum(
+            tensor.update_seconds for tensor in trained_tensors(profile)
+        )
+
+
+@dataclass(kw_only=True)
+class AloneSearch:
+    """The search for the member whose step is the shortest if it takes part alone."""
+
+    plans: Sequence[AlonePlans]
+    """by member; those with equal profiles share theirs"""
+    budgets: Sequence[int]
+    best: int | None = None
+    _tried: set[int] = field(default_factory=set)
+
+    @property
+    def makespan(self) -> float:
+        """Seconds of the best member's step."""
+        return math.inf if self.best is None else self.plans[self.best].makespan(self.budgets[self.best])
+
+    @property
+    def bound(self) -> float:
+        """No member alone takes less."""
+        return min(plans.bound(budget) for plans, budget in zip(self.plans, self.budgets))
+
+    def run(self, deadline: float) -> None:
+        """Plan members, until none that is left can be faster than those that have been planned."""
+        order = sorted(
+            range(len(self.plans)), key=lambda at: (self.plans[at].bound(self.budgets[at]), -self.budgets[at])
+        )
+        for at in order:
+            plans, budget = self.plans[at], self.budgets[at]
+            larger = any(self.plans[other] is plans and self.budgets[other] >= budget for other in self._tried)
+            if plans.bound(budget) < self.makespan and not larger:
+                left = deadline - time.monotonic()
+                plans.plan(budget, left if len(order) == 1 else SHARE * left)
+                self._tried.add(at)
+                if plans.makespan(budget) < self.makespan:
+                    self.best = at

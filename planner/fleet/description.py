@@ -1,0 +1,157 @@
+"""Reads a fleet's description, a TOML file: its devices with their profiles, budgets and links, and the micro-batches of
+a step.
+
+```toml
+micro_batches = 16
+
+[[member]]
+name = "laptop"
+profile = "laptop.json"  # relative to this file
+memory = "320MiB"
+link = "100Mbit/s"       # both ways; or up = "40Mbit/s" and down = "250Mbit/s"
+latency = "2ms"          # one way; without it 0
+```
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tightfit.planner.fleet.schema import Link
+from tightfit.profiles.io import load_profile
+from tightfit.profiles.schema import MOST_ACCUMULATED, Profile
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.units import parse_rate, parse_seconds, parse_size
+
+if TYPE_CHECKING:
+    from tightfit.planner.fleet.plan import MemberSpec
+
+T = TypeVar("T")
+KEYS = ("micro_batches", "member")
+MEMBER_KEYS = ("name", "profile", "memory", "link", "up", "down", "latency")
+WHOLE = "the bandwidth of its connection: link = RATE, or up = RATE and down = RATE where they differ"
+
+
+def read_description(path: str | os.PathLike[str], micro_batches: int | None = None) -> tuple[list[MemberSpec], int]:
+    """The members that the file `path` describes, and how many micro-batches a step has.
+
+    `micro_batches` takes the place of the file's own figure. Raises InputError, naming the file, the member and the
+    key, for what is missing, unknown or no such value, and for a profile that cannot be read.
+    """
+    if micro_batches is not None:
+        _checked_count(micro_batches)
+    path = Path(path)
+    with _named(path):
+        content = _content(path)
+        _known_keys(content, KEYS)
+        tables = content.get("member")
+        if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+            raise InputError("it names no member; describe each device of the fleet under a line [[member]]")
+        if micro_batches is None:
+            if "micro_batches" not in content:
+                raise InputError("'micro_batches' is missing; say how many make a step, as in micro_batches = 16")
+            micro_batches = _checked_count(content["micro_batches"])
+        return _members(tables, path.parent), micro_batches
+
+
+def _checked_count(micro_batches: object) -> int:
+    if (
+        isinstance(micro_batches, int)
+        and not isinstance(micro_batches, bool)
+        and 1 <= micro_batches <= MOST_ACCUMULATED
+    ):
+        return micro_batches
+    raise InputError(f"'micro_batches' is {micro_batches!r}; give a whole number from 1 to {MOST_ACCUMULATED}")
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise InputError(
+            f"{error.strerror}; `tightfit fleet plan --help` says what a description of a fleet holds"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"byte {error.start} is not text; write the description of the fleet as TOML") from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(f'not TOML ({error}); texts stand in quotes, as in name = "laptop"') from error
+
+
+def _members(tables: list[dict[str, Any]], folder: Path) -> list[MemberSpec]:
+    profiles: dict[Path, Profile] = {}
+    members: list[MemberSpec] = []
+    for number, table in enumerate(tables, 1):
+        name = table.get("name")
+        with _named(f"member {name!r}" if isinstance(name, str) else f"member {number}"):
+            _known_keys(table, MEMBER_KEYS)
+            members.append(_member(table, folder, profiles))
+            if name in [member.name for member in members[:-1]]:
+                raise InputError("another member has the same 'name'; each needs a name of its own")
+    return members
+
+
+def _member(table: Mapping[str, Any], folder: Path, profiles: dict[Path, Profile]) -> MemberSpec:
+    """One member; a profile that several share is read once, and kept in `profiles`."""
+    from tightfit.planner.fleet.plan import MemberSpec
+
+    name = _value(table, "name", _checked_name, 'a name, as in name = "laptop"')
+    file = folder / _value(table, "profile", str, 'the file of its profile: profile = "laptop.json"')
+    memory = table.get("memory")
+    if isinstance(memory, int) and not isinstance(memory, bool):
+        table = {**table, "memory": str(memory)}  # plain bytes need no quotes
+    budget = _value(table, "memory", parse_size, 'the budget of its processes: memory = "320MiB"')
+    link = _link(table)
+    if file not in profiles:
+        with _named("'profile'"):
+            profiles[file] = load_profile(file)
+    return MemberSpec(name=name, profile=profiles[file], budget_bytes=budget, link=link)
+
+
+def _link(table: Mapping[str, Any]) -> Link:
+    if "link" in table and ("up" in table or "down" in table):
+        raise InputError(f"'link' is for both ways, so 'up' and 'down' cannot stand beside it; give {WHOLE}")
+    up, down = ("link", "link") if "link" in table else ("up", "down")
+    latency = _value(table, "latency", parse_seconds, 'a time: latency = "2ms"') if "latency" in table else 0.0
+    return Link(
+        up_bytes_per_second=_value(table, up, parse_rate, WHOLE),
+        down_bytes_per_second=_value(table, down, parse_rate, WHOLE),
+        latency_seconds=latency,
+    )
+
+
+def _checked_name(name: str) -> str:
+    from tightfit.planner.fleet.plan import NAME
+
+    if not NAME.fullmatch(name):
+        raise InputError(f"{name!r} is no name for files; use letters, digits, '-' and '_', and '.' inside")
+    return name
+
+
+def _value(table: Mapping[str, Any], key: str, parse: Callable[[str], T], what: str) -> T:
+    """What `parse` makes of the text under `key`; `what` says what is wanted there."""
+    if key not in table:
+        raise InputError(f"'{key}' is missing; give {what}")
+    if not isinstance(table[key], str):
+        raise InputError(f"'{key}' is {table[key]!r}, not a text in quotes; give {what}")
+    with _named(f"'{key}'"):
+        return parse(table[key])
+
+
+def _known_keys(table: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in table:
+        if key not in known:
+            raise InputError(f"no key is called {key!r}; there are {', '.join(known)}")
+
+
+@contextmanager
+def _named(place: object) -> Iterator[None]:
+    """Put `place` before the message of an InputError raised inside."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error

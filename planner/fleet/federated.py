@@ -1,0 +1,321 @@
+"""Plans federated rounds: each device's own plan within its budget, and local steps by its speed, so that nobody waits.
+
+Devices' plans do not depend on how many steps they take, so each device is planned once, for the fastest step that its
+budget holds beside Flower's processes; `round_times` then shares the steps out. With the plans' proven bounds in the
+place of their seconds, the same sharing-out gives the bound on the makespan.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tightfit.planner.fleet.federated_schema import FederatedBaseline, FederatedMember, FederatedPlan
+from tightfit.planner.fleet.federated_simulate import simulate_federated
+from tightfit.planner.fleet.io import plan_file, sealed_fleet
+from tightfit.planner.fleet.pieces import trained_tensors
+from tightfit.planner.fleet.plan import MemberSpec, checked_members
+from tightfit.planner.fleet.round_times import Pace, makespan_of, shared_out, transfer_seconds
+from tightfit.planner.fleet.schema import Link, Price
+from tightfit.planner.fleet.worth import FASTER, TENTH
+from tightfit.planner.plan import planner_of
+from tightfit.planner.plan_result import gap_to
+from tightfit.planner.protocol import Planner
+from tightfit.planner.schema import Plan
+from tightfit.planner.search_options import Progress, checked_gap, checked_limit
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.common.errors import InfeasibleError, InputError
+from tightfit.runtime.common.units import format_size
+
+NODE_BYTES = 40 << 20
+"""Flower on a device, as `tightfit fleet federate join` runs it"""
+SUPERNODE_BYTES = 400 << 20
+"""Flower on a device, as its own `flower-supernode` runs it"""
+START_SECONDS = 8.0
+"""of a round on a device, beside transfers and steps"""
+LARGEST_STEPS = 1_000_000
+"""local steps of a round, at most"""
+PRICE_SHARE = 0.3
+"""of the time limit: for what more memory would be worth, if that is asked for"""
+
+
+def plan_federated(
+    members: Sequence[MemberSpec],
+    steps: int,
+    *,
+    flower_bytes: int = NODE_BYTES,
+    start_seconds: float = START_SECONDS,
+    time_limit: float = 120.0,
+    gap: float = 1e-3,
+    prices: bool = True,
+    progress: Progress | None = None,
+) -> tuple[FederatedPlan, dict[str, Plan]]:
+    """The shortest round found of `steps` local steps in all, with its proof, and the plans of its members by name.
+
+    Each member's budget is for all that runs there: `flower_bytes` of it are set aside for Flower's processes. Members
+    that cannot hold a step, or would only be waited for, take no part; the plan says why. Ranks may differ between
+    members, where alpha / rank does not. With `prices` it also says what more memory and a faster link would bring for
+    each member. Raises InputError for members that cannot train together or a number that cannot be used, and
+    InfeasibleError where no device can hold a step.
+    """
+    members = checked_members(members)
+    profiles = {spec.name: spec.profile for spec in members}
+    check_alike(profiles)
+    unit = next(iter(profiles.values())).accumulate
+    if not 1 <= steps <= LARGEST_STEPS:
+        raise InputError(f"{steps} steps cannot make a round; give a whole number from 1 to {LARGEST_STEPS}")
+    if steps % unit:
+        raise InputError(
+            f"{steps} steps of a round: an update takes {unit} steps, as profiled; give a multiple of that"
+        )
+    rounds = _Rounds(
+        specs=members,
+        steps=steps,
+        unit=unit,
+        flower_bytes=flower_bytes,
+        start_seconds=start_seconds,
+        deadline=time.monotonic() + checked_limit(time_limit),
+        gap=checked_gap(gap),
+        progress=progress,
+    )
+    return rounds.plan(priced=prices)
+
+
+@dataclass(kw_only=True)
+class _Rounds:
+    specs: Sequence[MemberSpec]
+    steps: int
+    unit: int
+    flower_bytes: int
+    start_seconds: float
+    deadline: float
+    gap: float
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+        self.planners: list[tuple[Profile, Planner]] = []
+        self.made: dict[tuple[int, int], Plan] = {}
+        """by a number for the profile, and the budget for the run"""
+        self.own_bytes = [sum(tensor.bytes for tensor in trained_tensors(spec.profile)) for spec in self.specs]
+
+    # --- plans of devices -------------------------------------------------------------------------------------------
+
+    def device_plan(self, at: int, budget_bytes: int, seconds: float) -> Plan:
+        """The plan of a device's run within `budget_bytes`, Flower's processes included; equal devices share theirs."""
+        profile = self.specs[at].profile
+        number = next(
+            (n for n, (known, _) in enumerate(self.planners) if known is profile or known == profile),
+            len(self.planners),
+        )
+        if number == len(self.planners):
+            self.planners.append((profile, planner_of(profile)))
+        room = max(1, budget_bytes - self.flower_bytes)
+        if (number, room) not in self.made:
+            planner = self.planners[number][1]
+            self.made[number, room] = planner.plan(room, time_limit=max(0.5, seconds), gap=self.gap)
+            if planner.interrupted:
+                raise KeyboardInterrupt
+        return self.made[number, room]
+
+    def pace(self, at: int, plan: Plan, *, bound: bool = False, link: Link | None = None) -> Pace:
+        """How fast a device answers by a plan; with `bound` how fast at best by any."""
+        if plan.train is None:
+            return Pace(fixed_seconds=math.inf, step_seconds=math.inf)
+        seconds = transfer_seconds(link or self.specs[at].link, self.down_bytes, self.own_bytes[at])
+        return Pace(
+            fixed_seconds=seconds + self.start_seconds,
+            step_seconds=plan.bound_seconds if bound else plan.step_seconds,
+        )
+
+    @property
+    def down_bytes(self) -> int:
+        """Of the fleet's adapter. It has the largest rank of the members that hold a step."""
+        return max(size for at, size in enumerate(self.own_bytes) if at in self.able)
+
+    # --- the round --------------------------------------------------------------------------------------------------
+
+    def plan(self, *, priced: bool) -> tuple[FederatedPlan, dict[str, Plan]]:
+        until = self.started + (self.deadline - self.started) * (1 - PRICE_SHARE if priced else 1.0)
+        plans: list[Plan] = []
+        for at, spec in enumerate(self.specs):
+            left = (until - time.monotonic()) / (len(self.specs) - at)
+            plans.append(self.device_plan(at, spec.budget_bytes, left))
+            self._report(at + 1)
+        self.able = {at for at, plan in enumerate(plans) if plan.train is not None}
+        if not self.able:
+            raise self._nothing_fits(plans)
+        paces = [self.pace(at, plan) for at, plan in enumerate(plans)]
+        hoped = [self.pace(at, plan, bound=True) for at, plan in enumerate(plans)]
+        taken = shared_out(paces, self.steps, self.unit)
+        makespan = makespan_of(paces, taken)
+        bound = min(makespan, makespan_of(hoped, shared_out(hoped, self.steps, self.unit)))
+        members = [self._member(at, plans[at], paces[at], taken[at]) for at in range(len(self.specs))]
+        profile = self.specs[0].profile
+        fleet = FederatedPlan(
+            fingerprint="",
+            model=profile.model.name,
+            steps=self.steps,
+            accumulate=self.unit,
+            batch=profile.batch,
+            rank=max(rank_of(self.specs[at].profile) for at in self.able),
+            adapter_bytes=self.down_bytes,
+            members=members,
+            makespan_seconds=makespan,
+            bound_seconds=bound,
+            gap=gap_to(makespan, bound),
+            solve_seconds=0.0,
+            baselines=self._baselines(paces),
+        )
+        worth = self._prices(fleet, plans, paces) if priced else []
+        fleet = sealed_fleet(
+            fleet.model_copy(update={"prices": worth, "solve_seconds": time.monotonic() - self.started})
+        )
+        chosen = {spec.name: plan for spec, plan, count in zip(self.specs, plans, taken) if count}
+        simulate_federated(fleet, chosen)
+        return fleet, chosen
+
+    def _report(self, planned: int) -> None:
+        if self.progress is not None:
+            seconds = time.monotonic() - self.started
+            told = f"planning devices ({planned} of {len(self.specs)})"
+            self.progress({"stage": told, "incumbent": math.inf, "bound": 0.0, "gap": 1.0, "seconds": seconds})
+
+    def _member(self, at: int, plan: Plan, pace: Pace, count: int) -> FederatedMember:
+        spec = self.specs[at]
+        member = FederatedMember(
+            name=spec.name,
+            device=spec.profile.device.name,
+            measured=spec.profile.device.measured,
+            budget_bytes=spec.budget_bytes,
+            flower_bytes=self.flower_bytes,
+            link=spec.link,
+            rank=rank_of(spec.profile),
+            adapter_bytes=self.own_bytes[at],
+            start_seconds=self.start_seconds,
+            plan=plan_file(spec.name) if count else None,
+        )
+        if not count:
+            return member.model_copy(update={"reason": self._reason(at, plan)})
+        return member.model_copy(
+            update={
+                "plan_fingerprint": plan.fingerprint,
+                "steps": count,
+                "step_seconds": plan.step_seconds,
+                "bound_seconds": plan.bound_seconds,
+                "peak_bytes": plan.peak_bytes + self.flower_bytes,
+                "round_seconds": pace.answered(count),
+            }
+        )
+
+    def _reason(self, at: int, plan: Plan) -> str:
+        if plan.train is not None:
+            return "a round would only wait for it"
+        return f"it cannot hold a step: it {self._lacking(at, plan)}"
+
+    def _lacking(self, at: int, plan: Plan) -> str:
+        needed = (plan.minimum_budget_bytes or plan.peak_bytes) + self.flower_bytes
+        return (
+            f"needs {format_size(needed)}, of which {format_size(self.flower_bytes)} for Flower, and may take"
+            f" {format_size(self.specs[at].budget_bytes)}"
+        )
+
+    def _nothing_fits(self, plans: Sequence[Plan]) -> InfeasibleError:
+        told = "; ".join(f"{spec.name} {self._lacking(at, plans[at])}" for at, spec in enumerate(self.specs))
+        least = min((plan.minimum_budget_bytes or plan.peak_bytes) + self.flower_bytes for plan in plans)
+        return InfeasibleError(
+            f"no device can hold a step: {told}; give one of them more memory, or profile with a smaller batch or a"
+            " shorter sequence",
+            least,
+        )
+
+    # --- what it is compared with -----------------------------------------------------------------------------------
+
+    def _baselines(self, paces: Sequence[Pace]) -> list[FederatedBaseline]:
+        names = [spec.name for spec in self.specs]
+        units, count = self.steps // self.unit, len(names)
+        shares = [self.unit * (units // count + (at < units % count)) for at in range(count)]
+        equal = FederatedBaseline(name="equal steps", makespan_seconds=None, steps=dict(zip(names, shares)))
+        unfit = [name for name, share, pace in zip(names, shares, paces) if share and pace.step_seconds == math.inf]
+        if unfit:
+            equal = equal.model_copy(update={"reason": f"{', '.join(unfit)} cannot hold a step"})
+        else:
+            equal = equal.model_copy(update={"makespan_seconds": makespan_of(paces, shares)})
+        fastest = min(range(count), key=lambda at: paces[at].answered(self.steps))
+        steps = {name: self.steps * (at == fastest) for at, name in enumerate(names)}
+        alone = paces[fastest].answered(self.steps)
+        return [equal, FederatedBaseline(name="fastest alone", makespan_seconds=alone, steps=steps)]
+
+    def _prices(self, fleet: FederatedPlan, plans: Sequence[Plan], paces: Sequence[Pace]) -> list[Price]:
+        """By how much a round gets shorter if one of the members has more memory, or a faster link."""
+        result: list[Price] = []
+        taking = [at for at, member in enumerate(fleet.members) if member.steps]
+        for number, at in enumerate(taking):
+            spec = self.specs[at]
+            planner = next(one for known, one in self.planners if known == spec.profile)
+            more = min(planner.neighbour_bytes(spec.budget_bytes), spec.budget_bytes // TENTH)
+            left = (self.deadline - time.monotonic()) / (len(taking) - number)
+            faster = spec.link.model_copy(
+                update={
+                    "up_bytes_per_second": FASTER * spec.link.up_bytes_per_second,
+                    "down_bytes_per_second": FASTER * spec.link.down_bytes_per_second,
+                }
+            )
+            roomier = self.pace(at, self.device_plan(at, spec.budget_bytes + more, left))
+            gains: dict[str, Any] = {}
+            for name, pace in (
+                ("memory_gain_seconds", min(roomier, paces[at], key=lambda one: one.step_seconds)),
+                ("link_gain_seconds", self.pace(at, plans[at], link=faster)),
+            ):
+                changed = [*paces[:at], pace, *paces[at + 1 :]]
+                makespan = makespan_of(changed, shared_out(changed, self.steps, self.unit))
+                gains[name] = max(0.0, fleet.makespan_seconds - makespan)
+            result.append(Price(member=spec.name, memory_bytes=more, **gains))
+        return result
+
+
+# --- one model --------------------------------------------------------------------------------------------------------
+
+
+def rank_of(source: Profile | Plan) -> int:
+    """The rank of the adapter that is trained."""
+    assert source.model.lora is not None
+    return int(source.model.lora["rank"])
+
+
+def check_alike(profiles: dict[str, Profile]) -> None:
+    """Raise InputError unless the members' profiles, by name, train an adapter of one model; ranks may differ."""
+    for name, profile in profiles.items():
+        if not profile.model.lora or not trained_tensors(profile):
+            raise InputError(
+                f"member {name}: its profile of {profile.model.name} trains no adapter, and adapters are what federated"
+                " rounds add up; profile with --lora-rank"
+            )
+    (one, first), *others = profiles.items()
+    facts = _facts(first)
+    for name, profile in others:
+        for what, value in _facts(profile).items():
+            if value != facts[what]:
+                told = f" ({facts[what]} and {value})" if isinstance(value, str | int | float) else ""
+                raise InputError(
+                    f"members {one} and {name} differ in {what}{told}: the devices of a fleet train one model together;"
+                    " profile the same model on both, with the same options (--lora-rank alone may differ, with"
+                    " --lora-alpha in proportion)"
+                )
+
+
+def _facts(profile: Profile) -> dict[str, Any]:
+    lora = profile.model.lora
+    assert lora is not None
+    return {
+        "model": profile.model.name,
+        "weights": profile.model.store_fingerprint,
+        "batch": profile.batch,
+        "seq": profile.seq,
+        "steps of an update": profile.accumulate,
+        "the adapter's alpha / rank": lora["alpha"] / lora["rank"],
+        "the trained tensors": [tensor.name for tensor in trained_tensors(profile)],
+    }

@@ -1,0 +1,434 @@
+"""The search for the chain with the lowest makespan: an integer program proposes, members plan, the clock judges.
+
+It begins with a plan for every member at its leanest: nothing of the exchange in memory. With less room a plan is not
+faster, so that for all other shelves, roles and numbers of micro-batches its seconds are what can be hoped for. Whatever
+could be better than the best chain if hopes came true is planned, so that only few rooms ever are. Chains are judged by
+`exchange.play`. The integer program proposes some, for what is hoped for and for what is known; each is changed a little
+at a time as long as that makes it better. Last the program with the plans' bounds gives the bound.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from tightfit.planner.fleet.allotment import Allotment, Taken, Way, allot
+from tightfit.planner.fleet.exchange import Station, play
+from tightfit.planner.fleet.exchange_bounds import Role, Surroundings, Terms, least_seconds, role_of, terms
+from tightfit.planner.fleet.member_plans import Speed
+from tightfit.planner.fleet.pieces import exchange_bytes, slots_of
+from tightfit.planner.fleet.schema import Link, Shelf
+from tightfit.profiles.schema import Device
+
+ROUNDS = 8
+"""times that the integer program is solved with hoped seconds, at most"""
+SHELVES: tuple[Shelf, ...] = ("disk", "memory")
+ROLES: tuple[Role, ...] = ("first", "between", "beside", "last")
+Sight = Literal["known", "hoped", "proven"]
+"""which seconds of a micro-batch count: a known plan's, what can be hoped for, or what none undercuts"""
+LEAN_SHARE = 0.5
+"""of the time: for every member's first plan"""
+PLAN_SHARE = 0.25
+"""of what is left: for one further plan"""
+PROGRAM_SHARE, PROGRAM_SECONDS = 0.2, 10.0
+"""of what is left, and seconds at most: for one integer program"""
+PROGRAM_GAP = 1e-4
+"""relative, at which an integer program may stop"""
+GAIN = 1e-9
+"""relative, below which one chain counts as no better than another"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A device that may take part."""
+
+    name: str
+    link: Link
+    budget_bytes: int
+    device: Device
+    update_seconds: float
+    speed: Speed
+
+
+class Place(NamedTuple):
+    """A candidate's part in a chain."""
+
+    candidate: int
+    micro_batches: int
+    gradients: Shelf
+    states: Shelf
+
+
+Chain = tuple[Place, ...]
+
+
+def _silent(makespan: float, bound: float) -> None:
+    pass
+
+
+@dataclass(kw_only=True)
+class ChainSearch:
+    """The search over chains of at least two of `candidates`; holds the best chain and the best bound so far."""
+
+    candidates: Sequence[Candidate]
+    pieces: tuple[int, ...]
+    micro_batches: int
+    gap: float
+    deadline: float
+    """on the monotonic clock"""
+    plans: bool = True
+    """whether members may be planned; else only what is known of them counts"""
+    report: Callable[[float, float], None] = _silent
+    """told the best makespan and bound so far"""
+    best: Chain | None = None
+    bound: float = math.inf
+    """no chain takes less; infinite where there is none"""
+    splits: dict[int, set[int]] = field(default_factory=dict)
+    """candidate -> numbers of micro-batches at which the range of its ways with gradients in memory is cut"""
+    _makespans: dict[tuple[Chain, Sight], float] = field(default_factory=dict)
+
+    def like(self, candidates: Sequence[Candidate], deadline: float, *, plans: bool) -> ChainSearch:
+        """A search over other candidates of the same model, which starts from the best chain found here."""
+        splits = {candidate: set(cuts) for candidate, cuts in self.splits.items()}
+        return replace(
+            self,
+            candidates=candidates,
+            deadline=deadline,
+            plans=plans,
+            report=_silent,
+            bound=math.inf,
+            splits=splits,
+            _makespans={},
+        )
+
+    # --- members ---------------------------------------------------------------------------------------------------
+
+    def extra_bytes(self, place: Place, *, first: bool) -> int:
+        """Bytes that the exchange takes there."""
+        return exchange_bytes(
+            self.candidates[place.candidate].device.floor,
+            self.pieces,
+            slots=slots_of(place.micro_batches, first=first),
+            gradients=place.gradients,
+            states=place.states,
+        )
+
+    def room(self, place: Place, *, first: bool) -> int:
+        """Bytes of the budget that are left for the plan."""
+        return self.candidates[place.candidate].budget_bytes - self.extra_bytes(place, first=first)
+
+    def lean(self, candidate: int) -> int:
+        """The largest room that a candidate can have."""
+        return self.room(Place(candidate, 1, "disk", "disk"), first=True)
+
+    def fitting(self) -> list[int]:
+        """The candidates that can take part, as far as they are planned; where that is allowed, each is."""
+        able = [
+            number
+            for number, candidate in enumerate(self.candidates)
+            if candidate.budget_bytes >= candidate.device.floor.start_peak_bytes
+        ]
+        until = time.monotonic() + LEAN_SHARE * self._left()
+        open_ = [number for number in able if not self.candidates[number].speed.planned(self.lean(number))]
+        for done, number in enumerate(open_ if self.plans else ()):
+            share = (until - time.monotonic()) / (len(open_) - done)
+            self.candidates[number].speed.plan(self.lean(number), share)
+        return [number for number in able if self._holds(number)]
+
+    def _holds(self, candidate: int) -> bool:
+        """Whether a candidate was found to hold a micro-batch, or was not planned."""
+        return self.candidates[candidate].speed.bound(self.lean(candidate), "disk", first=False) < math.inf
+
+    def station(self, place: Place, sight: Sight, *, first: bool) -> Station:
+        """The member as it stands in a chain; it never has computed where it cannot hold its part."""
+        candidate = self.candidates[place.candidate]
+        return Station(
+            computed_seconds=place.micro_batches * self._seconds(place, sight, first=first),
+            link=candidate.link,
+            slots=slots_of(place.micro_batches, first=first),
+            gradients=place.gradients,
+            states=place.states,
+            update_seconds=candidate.update_seconds,
+            read=candidate.device.read,
+            write=candidate.device.write,
+        )
+
+    def _seconds(self, place: Place, sight: Sight, *, first: bool) -> float:
+        speed = self.candidates[place.candidate].speed
+        look = {"known": speed.seconds, "hoped": speed.hoped, "proven": speed.bound}[sight]
+        return look(self.room(place, first=first), place.gradients, first=first)
+
+    # --- judging ---------------------------------------------------------------------------------------------------
+
+    def makespan(self, chain: Chain | None, below: float = math.inf, sight: Sight = "known") -> float:
+        """Seconds of a step; infinite where members cannot hold their parts, or where it is surely not `below`."""
+        if chain is None:
+            return math.inf
+        # Members that are alike have one makespan in each other's place.
+        key = tuple(place._replace(candidate=self._alike[place.candidate]) for place in chain), sight
+        if key not in self._makespans:
+            stations = [self.station(place, sight, first=not at) for at, place in enumerate(chain)]
+            computed = [station.computed_seconds for station in stations]
+            if max(computed) >= below or self._least(chain, stations) >= below:
+                return math.inf
+            self._makespans[key] = play(stations, self.pieces).makespan
+        return self._makespans[key]
+
+    @cached_property
+    def _alike(self) -> list[int]:
+        """For each candidate the first one that differs in nothing but its name."""
+        unnamed = [replace(one, name="") for one in self.candidates]
+        return [unnamed.index(one) for one in unnamed]
+
+    def _least(self, chain: Chain, stations: Sequence[Station]) -> float:
+        told = [
+            self._terms(place.candidate, station, role_of(at, len(chain)), len(chain))
+            for at, (place, station) in enumerate(zip(chain, stations))
+        ]
+        computed = [station.computed_seconds for station in stations]
+        return least_seconds(computed, [place.micro_batches for place in chain], told)
+
+    def _terms(self, candidate: int, station: Station, role: Role, most: int) -> Terms:
+        latency = min(one.link.latency_seconds for at, one in enumerate(self.candidates) if at != candidate)
+        return terms(station, role, Surroundings(pieces=self.pieces, most=most, latency_seconds=latency))
+
+    def _judge(self, chain: Chain, below: float) -> float:
+        """As `makespan`. A chain that could be better than the best one if hopes came true is planned first; the best of
+        all is remembered.
+        """
+        best = self.makespan(self.best)
+        worth = best * (1 - self.gap)
+        if self.plans and self._unplanned(chain) and self.makespan(chain, worth, "hoped") < worth:
+            self._plan(chain)
+        found = self.makespan(chain, below)
+        if found < best * (1 - GAIN):
+            self.best = chain
+        return found
+
+    def _unplanned(self, chain: Chain) -> list[tuple[Place, bool]]:
+        """The places, and whether they are first, whose plans are only hoped for."""
+        return [
+            (place, not at)
+            for at, place in enumerate(chain)
+            if not self.candidates[place.candidate].speed.planned(self.room(place, first=not at))
+            and self._seconds(place, "known", first=not at) > self._seconds(place, "hoped", first=not at)
+        ]
+
+    def _plan(self, chain: Chain) -> bool:
+        """Plan what a chain hopes for, as long as there is time; whether there was anything."""
+        fresh = False
+        for place, first in self._unplanned(chain):
+            if self._left() <= 0:
+                break
+            fresh = True
+            self.candidates[place.candidate].speed.plan(self.room(place, first=first), PLAN_SHARE * self._left())
+        if fresh:
+            self._makespans.clear()
+        return fresh
+
+    # --- the search ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Search until nothing is left to try that could gain more than `gap`, or time is over."""
+        members = self.fitting()
+        if len(members) < 2 or self.micro_batches < 2:
+            return
+        self.bound = 0.0
+        self._begin(members)
+        for _ in range(ROUNDS if self.plans else 1):
+            fresh, promised = False, math.inf
+            if self.plans:
+                hoped = self._program(members, "hoped")
+                promised = hoped.bound_seconds
+                chain = _chain(hoped.taken)
+                cut = self._cut(chain)
+                fresh = self._plan(chain) or cut
+                self._climb(chain, members)
+            known = self._program(members, "known")
+            self._climb(_chain(known.taken), members)
+            self.report(self.makespan(self.best), self.bound)
+            if not fresh or known.bound_seconds <= promised * (1 + self.gap) or self._left() <= 0:
+                break
+
+    def _cut(self, chain: Chain) -> bool:
+        """Have the ranges of ways begin anew where a chain has gradients in memory; whether that changes any."""
+        fresh = False
+        for place in chain[1:]:
+            if place.gradients == "memory":
+                cuts = self.splits.setdefault(place.candidate, set())
+                fresh = fresh or place.micro_batches not in cuts
+                cuts.add(place.micro_batches)
+        return fresh
+
+    def prove(self) -> None:
+        """Find the bound: what no chain takes less than, whatever its plans. To be called after `run`."""
+        self.bound = math.inf
+        if self.best is not None:
+            self.bound = self._program(self.fitting(), "proven").bound_seconds
+        self.report(self.makespan(self.best), self.bound)
+
+    def _begin(self, members: Sequence[int]) -> None:
+        """Climb from the best of some chains in which each micro-batch goes to the member that would be the first to have
+        computed it: of two members, and of the fastest three, four and so on.
+        """
+        seconds = {at: self._seconds(Place(at, 1, "disk", "disk"), "known", first=False) for at in members}
+        fastest = sorted(members, key=seconds.__getitem__)
+        starts = [self._shared_out(pair, seconds) for pair in itertools.combinations(fastest, 2)]
+        starts += [self._shared_out(fastest[:count], seconds) for count in range(3, len(fastest) + 1)]
+        self._climb(min(starts, key=self.makespan), members)
+
+    def _shared_out(self, members: Sequence[int], seconds: Mapping[int, float]) -> Chain:
+        shares = dict.fromkeys(members[: self.micro_batches], 1)
+        done = [(2 * seconds[at], at) for at in shares]
+        heapq.heapify(done)
+        for _ in range(self.micro_batches - len(shares)):
+            at = done[0][1]
+            shares[at] += 1
+            heapq.heapreplace(done, ((shares[at] + 1) * seconds[at], at))
+        order = sorted(shares, key=lambda at: shares[at] * seconds[at])
+        return tuple(Place(at, shares[at], "disk", "disk") for at in order)
+
+    def _left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def _program(self, members: Sequence[int], sight: Sight) -> Allotment:
+        """The answer of the integer program. Ways that are slower than the best chain are left out, so that where there
+        is no better one the bound is its makespan.
+        """
+        limit = min(PROGRAM_SECONDS, max(1.0, PROGRAM_SHARE * self._left()))
+        none = Allotment(taken=[], bound_seconds=self.makespan(self.best))
+        try:
+            found = allot(self._ways(members, sight), self.micro_batches, time_limit=limit, gap=PROGRAM_GAP)
+        except TimeoutError:
+            return Allotment(taken=[], bound_seconds=0.0)
+        return none if found is None or found.bound_seconds > none.bound_seconds else found
+
+    def _ways(self, members: Sequence[int], sight: Sight) -> list[Way]:
+        """All ways to take part, with the seconds that are in `sight`."""
+        result = []
+        for member in members:
+            for role in ROLES[:1] + ROLES[-min(3, len(members) - 1) :]:
+                for gradients in SHELVES:
+                    for states in SHELVES:
+                        place = Place(member, 1, gradients, states)
+                        for least, most in self._ranges(place, sight, first=role == "first"):
+                            one = place._replace(micro_batches=most if sight == "known" else least)
+                            way = self._way(one, role, least, most, len(members), sight)
+                            if way is not None:
+                                result.append(way)
+        return result
+
+    def _ranges(self, place: Place, sight: Sight, *, first: bool) -> list[tuple[int, int]]:
+        """Ranges of micro-batches with one number of seconds: a known plan with room for some slots also has it for fewer,
+        and what can be hoped for with some slots holds for more. Where it differs, ranges begin at powers of two, and
+        wherever a chain was proposed.
+        """
+        most = self.micro_batches - 1
+        cuts = self.splits.get(place.candidate, set())
+        if first or place.gradients == "disk":
+            return [(1, most)]
+        if sight == "known":
+            return [(1, cut) for cut in sorted(cuts)]
+        begins: list[int] = []
+        before = math.nan
+        for begin in sorted({1 << power for power in range(most.bit_length())} | cuts):
+            seconds = self._seconds(place._replace(micro_batches=begin), sight, first=False)
+            if seconds != before:
+                begins.append(begin)
+            before = seconds
+        return list(zip(begins, [*(begin - 1 for begin in begins[1:]), most]))
+
+    def _way(self, place: Place, role: Role, least: int, most: int, members: int, sight: Sight) -> Way | None:
+        first = role == "first"
+        seconds = self._seconds(place, sight, first=first)
+        if seconds == math.inf:
+            return None
+        found = self._terms(place.candidate, self.station(place, sight, first=first), role, members)
+        worth = self.makespan(self.best) * (1 + GAIN)
+        rows = (*found.own, *found.common)
+        most = min(most, *(int((worth - row.fixed) // (seconds + row.each)) for row in rows))
+        if most < least:
+            return None
+        return Way(
+            member=place.candidate,
+            role=role,
+            gradients=place.gradients,
+            states=place.states,
+            least=least,
+            most=most,
+            seconds=seconds,
+            terms=found,
+        )
+
+    def _climb(self, chain: Chain, members: Sequence[int]) -> None:
+        """Change a chain a little at a time, as long as it gets better."""
+        if not chain:
+            return
+        here = self._judge(chain, math.inf)
+        better: Chain | None = chain
+        while better is not None and self._left() > 0:
+            chain, better = better, None
+            for other in self._neighbours(chain, members):
+                found = self._judge(other, here * (1 - GAIN))
+                if found < here * (1 - GAIN):
+                    here, better = found, other
+                    break
+
+    def _neighbours(self, chain: Chain, members: Sequence[int]) -> Iterator[Chain]:
+        places = list(chain)
+        for at, place in enumerate(places):
+            fewer = place._replace(micro_batches=place.micro_batches - 1)
+            for other, one in enumerate(places):
+                if other != at:
+                    changed = list(places)
+                    changed[other] = one._replace(micro_batches=one.micro_batches + 1)
+                    changed[at] = fewer
+                    yield from _at_least_two(changed)
+            for member in self._outside(places, members):
+                for position in range(len(places) + 1):
+                    changed = list(places)
+                    changed[at] = fewer
+                    changed.insert(position, Place(member, 1, "disk", "disk"))
+                    yield from _at_least_two(changed)
+        for at in range(len(places)):
+            for other in range(at):
+                changed = list(places)
+                changed[at], changed[other] = changed[other], changed[at]
+                yield tuple(changed)
+                moved = list(places)
+                moved.insert(other, moved.pop(at))
+                yield tuple(moved)
+            for member in self._outside(places, members):
+                yield (*chain[:at], places[at]._replace(candidate=member), *chain[at + 1 :])
+        yield from self.shelves(chain)
+
+    def _outside(self, places: Sequence[Place], members: Sequence[int]) -> list[int]:
+        """Members that are in no place, one of each that are alike."""
+        taking = {place.candidate for place in places}
+        return sorted({self._alike[at]: at for at in reversed(members) if at not in taking}.values())
+
+    def shelves(self, chain: Chain) -> Iterator[Chain]:
+        """The chains that differ from this in one member's shelves."""
+        for at, place in enumerate(chain):
+            for gradients, states in itertools.product(SHELVES, SHELVES):
+                if (gradients, states) != (place.gradients, place.states):
+                    other = place._replace(gradients=gradients, states=states)
+                    yield (*chain[:at], other, *chain[at + 1 :])
+
+
+def _at_least_two(places: Sequence[Place]) -> Iterator[Chain]:
+    left = tuple(place for place in places if place.micro_batches)
+    if len(left) > 1:
+        yield left
+
+
+def _chain(taken: Sequence[Taken]) -> Chain:
+    """The chain of an allotment; those between are in the order in which they have computed."""
+    order = sorted(taken, key=lambda one: (ROLES.index(one.way.role), one.micro_batches * one.way.seconds))
+    return tuple(Place(one.way.member, one.micro_batches, one.way.gradients, one.way.states) for one in order)

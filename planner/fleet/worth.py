@@ -1,0 +1,91 @@
+"""What a fleet's plan is compared with: fixed ways to share the work, and what more memory or a faster link would bring."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+from tightfit.planner.fleet.alone import AloneSearch
+from tightfit.planner.fleet.schema import Baseline, FleetPlan, Price
+from tightfit.planner.fleet.search import Candidate, Chain, ChainSearch, Place
+
+TENTH = 10
+"""more memory is at most this part of a member's budget, so that it also says something about a small one"""
+FASTER = 2.0
+"""how many times as fast the faster link is"""
+
+
+def baselines(search: ChainSearch, alone: AloneSearch, names: list[str]) -> list[Baseline]:
+    """The two fixed ways to share a step, judged like any other. `search` and `alone` have run."""
+    count = search.micro_batches
+    shares = [count // len(names) + (at < count % len(names)) for at in range(len(names))]
+    equal = Baseline(name="equal shares", makespan_seconds=None, micro_batches=dict(zip(names, shares)))
+    parts = [at for at, share in enumerate(shares) if share]
+    if len(parts) == 1:
+        makespan = alone.plans[parts[0]].makespan(alone.budgets[parts[0]])
+        unfit = parts
+    else:
+        makespan = _best_shelves(search, tuple(Place(at, shares[at], "disk", "disk") for at in parts))
+        fitting = search.fitting()
+        unfit = [at for at in parts if at not in fitting]
+    if makespan < math.inf:
+        equal = equal.model_copy(update={"makespan_seconds": makespan})
+    else:
+        told = ", ".join(names[at] for at in unfit)
+        equal = equal.model_copy(update={"reason": f"{told} cannot hold a micro-batch"})
+    fastest = Baseline(name="fastest alone", makespan_seconds=None, micro_batches=dict.fromkeys(names, 0))
+    if alone.best is None:
+        return [equal, fastest.model_copy(update={"reason": "no device can hold a micro-batch alone"})]
+    working = {**fastest.micro_batches, names[alone.best]: count}
+    return [equal, fastest.model_copy(update={"makespan_seconds": alone.makespan, "micro_batches": working})]
+
+
+def _best_shelves(search: ChainSearch, chain: Chain) -> float:
+    """The makespan of a chain with the best shelves among those that are known to fit."""
+    while True:
+        better = min(search.shelves(chain), key=search.makespan)
+        if search.makespan(better) >= search.makespan(chain):
+            return search.makespan(chain)
+        chain = better
+
+
+def prices(fleet: FleetPlan, search: ChainSearch, alone: AloneSearch, names: list[str], deadline: float) -> list[Price]:
+    """By how much a step gets shorter if one of the members that compute has more memory, or a faster link."""
+    result = []
+    for number, member in enumerate(fleet.chain):
+        at = names.index(member.name)
+        until = time.monotonic() + (deadline - time.monotonic()) / (len(fleet.chain) - number)
+        more = min(alone.plans[at].planner.neighbour_bytes(member.budget_bytes), member.budget_bytes // TENTH)
+        with_memory = with_link = math.inf
+        if search.candidates:
+            one, link = search.candidates[at], member.link
+            faster = link.model_copy(
+                update={
+                    "up_bytes_per_second": FASTER * link.up_bytes_per_second,
+                    "down_bytes_per_second": FASTER * link.down_bytes_per_second,
+                }
+            )
+            with_link = _with(search, at, replace(one, link=faster), until, plans=False)
+            roomier = replace(one, budget_bytes=one.budget_bytes + more)
+            with_memory = _with(search, at, roomier, until, plans=True)
+        if len(fleet.chain) == 1:
+            alone.plans[at].plan(member.budget_bytes + more, until - time.monotonic())
+            with_memory = min(with_memory, alone.plans[at].makespan(member.budget_bytes + more))
+        result.append(
+            Price(
+                member=member.name,
+                memory_bytes=more,
+                memory_gain_seconds=max(0.0, fleet.makespan_seconds - with_memory),
+                link_gain_seconds=max(0.0, fleet.makespan_seconds - with_link),
+            )
+        )
+    return result
+
+
+def _with(search: ChainSearch, at: int, changed: Candidate, deadline: float, *, plans: bool) -> float:
+    """The makespan of the best chain with one candidate changed, starting from the best so far."""
+    candidates = [*search.candidates[:at], changed, *search.candidates[at + 1 :]]
+    other = search.like(candidates, deadline, plans=plans)
+    other.run()
+    return other.makespan(other.best)

@@ -1,0 +1,215 @@
+"""A fleet's plan in sentences and tables, the same in the terminal, on the page and in a file of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tightfit.planner.fleet.schema import Baseline, FleetPlan
+from tightfit.planner.report.explain import LEAST_SHARE, percent_within
+from tightfit.runtime.common.units import format_seconds, format_size, printable, unit_of
+
+DOING = {"compute": "computes", "add": "adds gradients", "send": "sends", "update": "updates"}
+"""what a device or a link does for a while (`Span.what`), in words"""
+
+NAMES = ("member", "device")
+"""columns that hold names, which take several lines where the terminal is narrow"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """A table in words: its first column says what a row is about."""
+
+    caption: str
+    headings: list[str]
+    rows: list[list[str]]
+
+
+def fleet_title(fleet: FleetPlan) -> str:
+    """A fleet in a few words: what it trains, on which devices."""
+    return printable(f"{fleet.model} on {_listed([member.name for member in fleet.chain])}")
+
+
+def fleet_text(fleet: FleetPlan) -> RenderableType:
+    """A fleet's plan for the terminal: its chain, sentences about the step, and what memory and links are worth."""
+    sentences = Table.grid(padding=(0, 1))
+    for sentence in fleet_sentences(fleet):
+        sentences.add_row("•", Text(sentence))
+    priced = price_sheet(fleet)
+    return Group(_table(chain_sheet(fleet)), sentences, *([] if priced is None else [_table(priced)]))
+
+
+def _table(sheet: Sheet) -> Table:
+    """In a narrow terminal headings and names take several lines; figures are never cut."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=Text(sheet.caption))
+    table.title_justify = "left"
+    for number, heading in enumerate(sheet.headings):
+        longest = max((len(row[number]) for row in sheet.rows), default=0)
+        table.add_column(
+            heading.replace("-", "-\n"),
+            justify="left" if heading in NAMES else "right",
+            overflow="fold",
+            min_width=min(longest, 4) if heading in NAMES else longest,
+        )
+    for row in sheet.rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def chain_sheet(fleet: FleetPlan) -> Sheet:
+    """The members that compute, in the order of the chain: what each does and holds."""
+    unit = unit_of(min((member.budget_bytes for member in fleet.chain), default=0))
+    rows = [
+        [
+            member.name,
+            f"{member.micro_batches}",
+            _time(member.micro_batch_seconds),
+            _time(None if (each := member.micro_batch_seconds) is None else each * member.micro_batches),
+            f"{'–' if member.peak_bytes is None else unit.amount(member.peak_bytes)} of {unit.amount(member.budget_bytes)}",
+            member.gradients,
+            member.states,
+            printable(member.device),
+        ]
+        for member in fleet.chain
+    ]
+    peak = f"peak of budget, {unit.name}"
+    headings = ["member", "micro-batches", "each", "together", peak, "gradients", "states", "device"]
+    return Sheet(caption="The chain, in the order in which gradients are added up", headings=headings, rows=rows)
+
+
+def price_sheet(fleet: FleetPlan) -> Sheet | None:
+    """By how much a step gets shorter with more memory or a faster link, member by member; None where no prices are
+    known.
+    """
+    if not fleet.prices:
+        return None
+    given = {price.memory_bytes for price in fleet.prices}
+    more = f"{format_size(min(given))} more memory" if len(given) == 1 else "more memory"
+    rows = [
+        [
+            price.member,
+            _gain(price.memory_gain_seconds, fleet)
+            + ("" if len(given) == 1 else f" with {format_size(price.memory_bytes)}"),
+            _gain(price.link_gain_seconds, fleet),
+        ]
+        for price in fleet.prices
+    ]
+    return Sheet(
+        caption="By how much a step gets shorter", headings=["member", more, "a link twice as fast"], rows=rows
+    )
+
+
+def activity_sheet(fleet: FleetPlan) -> Sheet:
+    """The timeline of a step in numbers: what each device and each link does, from when until when."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for span in fleet.timeline:
+        found.setdefault((span.lane, span.what), []).append((span.begin_seconds, span.end_seconds))
+    shares = {member.name: member.micro_batches for member in fleet.chain}
+    rows = []
+    for (lane, what), spans in found.items():
+        busy = sum(end - begin for begin, end in spans)
+        rows.append(
+            [
+                lane,
+                f"{DOING[what]} {shares[lane]}" if what == "compute" else DOING[what],
+                _time(min(begin for begin, _ in spans)),
+                _time(max(end for _, end in spans)),
+                _time(busy),
+                f"{busy / fleet.makespan_seconds:.1%}" if fleet.makespan_seconds else "–",
+            ]
+        )
+    headings = ["device or link", "what", "from", "until", "at work", "of the step"]
+    return Sheet(caption="What each device and each link does in a step", headings=headings, rows=rows)
+
+
+def _time(seconds: float | None) -> str:
+    return "–" if seconds is None else format_seconds(seconds)
+
+
+def _gain(seconds: float, fleet: FleetPlan) -> str:
+    if seconds < LEAST_SHARE * fleet.makespan_seconds:
+        return "nothing"
+    return f"{format_seconds(seconds)} ({seconds / fleet.makespan_seconds:.1%})"
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
+
+
+def fleet_sentences(fleet: FleetPlan) -> list[str]:
+    """How long a step takes and why, who takes no part, what fixed rules would take, and whether results depend on it."""
+    said = [
+        *_estimated(fleet),
+        _headline(fleet),
+        _phases(fleet),
+        *(
+            f"{member.name} takes no part" + (f": {member.reason}" if member.reason else "")
+            for member in fleet.members
+            if not member.micro_batches
+        ),
+        *(_beside(fleet, baseline) for baseline in fleet.baselines),
+        _bits(fleet),
+    ]
+    return [printable(sentence) for sentence in said]
+
+
+def _estimated(fleet: FleetPlan) -> list[str]:
+    names = [member.name for member in fleet.chain if not member.measured]
+    if not names:
+        return []
+    return [
+        f"times of {_listed(names)} are estimated, not measured: this fleet can be planned for, but not be run like this"
+    ]
+
+
+def _headline(fleet: FleetPlan) -> str:
+    micro_batches = "one micro-batch" if fleet.micro_batches == 1 else f"{fleet.micro_batches} micro-batches"
+    return (
+        f"one step of {micro_batches} takes {format_seconds(fleet.makespan_seconds)}, within"
+        f" {percent_within(fleet.gap)} of the best allotment and plans of this kind (none takes less than"
+        f" {format_seconds(fleet.bound_seconds)}), found in {fleet.solve_seconds:.1f} s"
+    )
+
+
+def _phases(fleet: FleetPlan) -> str:
+    if len(fleet.chain) == 1:
+        return f"{fleet.chain[0].name} does all of it alone: nothing is exchanged"
+    computed = format_seconds(fleet.compute_seconds)
+    update = f"{format_seconds(fleet.update_seconds)} for the update"
+    return (
+        f"all have computed after {computed}; then {format_seconds(fleet.exchange_seconds)} until every device has the"
+        f" sum of the gradients ({format_size(fleet.trained_bytes)} over each link, both ways), and {update}"
+    )
+
+
+def _beside(fleet: FleetPlan, baseline: Baseline) -> str:
+    shares = {name: number for name, number in baseline.micro_batches.items() if number}
+    if baseline.name == "fastest alone":
+        rule = f"the fastest alone ({_listed(list(shares))})" if shares else "the fastest alone"
+    else:
+        rule = "equal shares" + (
+            f" ({', '.join(f'{name} {number}' for name, number in shares.items())})" if shares else ""
+        )
+    if baseline.makespan_seconds is None:
+        return f"{rule}: not possible" + (f", {baseline.reason}" if baseline.reason else "")
+    if baseline.makespan_seconds <= fleet.makespan_seconds * (1 + LEAST_SHARE):
+        return f"{rule} would take as long"
+    ratio = f", {baseline.makespan_seconds / fleet.makespan_seconds:.2f} × as long" if fleet.makespan_seconds else ""
+    return f"{rule} would take {format_seconds(baseline.makespan_seconds)}{ratio}"
+
+
+def _bits(fleet: FleetPlan) -> str:
+    if fleet.bit_identical:
+        return "results equal those of one process to the bit, whatever the allotment"
+    why = f": {'; '.join(fleet.differences)}" if fleet.differences else ""
+    return f"results may differ from those of one process in their last bits{why}"
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

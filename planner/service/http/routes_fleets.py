@@ -1,0 +1,95 @@
+"""``/v1/fleets``: one training step of several devices, each within its own budget."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Request, Response
+
+from tightfit.planner.fleet.schema import FleetPlan
+from tightfit.planner.service.http.doors import (
+    JOB_ANSWERS,
+    IdempotencyKey,
+    ask,
+    budget,
+    check_time,
+    delay,
+    errors,
+    file_answer,
+    file_responses,
+    rate,
+    service_of,
+    stored,
+    stored_fleet,
+)
+from tightfit.planner.service.jobs.store import Row
+from tightfit.planner.service.jobs.view import fleet_view
+from tightfit.planner.service.wire.clients import Asker
+from tightfit.planner.service.wire.errors import invalid
+from tightfit.planner.service.wire.schema import Digest, FleetList, FleetMember, FleetRequest, StoredFleet
+from tightfit.planner.service.wire.shown import FleetView
+from tightfit.runtime.common.strict_json import to_json
+
+router = APIRouter(prefix="/v1/fleets", tags=["planning"])
+Identity = Annotated[Digest, Path(description="the fleet plan's fingerprint")]
+FILE = file_responses(
+    "The fleet's plan as `tightfit fleet plan` writes it", {"model": "SmolLM2-135M", "micro_batches": 16, "members": []}
+)
+
+
+@router.post("", status_code=202, responses=JOB_ANSWERS, summary="Plan a step of several devices")
+async def make_fleet(request: Request, asked: FleetRequest, client: Asker, key: IdempotencyKey = None) -> Response:
+    """Every member's plan is kept under its fingerprint, as those of `/v1/plans` are."""
+    check_time(asked.time_limit, service_of(request).settings)
+    names = [member.name for member in asked.members]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise invalid(f"members.{index}.name", f"another member is called {name!r}; give each a name of its own")
+    members = [_member(request, member, f"members.{index}") for index, member in enumerate(asked.members)]
+    uses = [("profile", member.profile) for member in asked.members]
+    return ask(request, "fleet", asked.model_dump() | {"members": members}, client, key=key, uses=uses)
+
+
+def _member(request: Request, member: FleetMember, field: str) -> Row:
+    """A member as a worker is told of it: bytes, seconds, and both ways of its link. Raises ServiceError."""
+    stored(request, "profile", member.profile, f"{field}.profile")
+    both = {"up": member.up, "down": member.down} if member.link is None else {"link": member.link}
+    rates = [rate(given, f"{field}.{way}") for way, given in both.items() if given is not None]
+    return {
+        "name": member.name,
+        "profile": member.profile,
+        "memory": budget(member.memory, f"{field}.memory"),
+        "up": rates[0],
+        "down": rates[-1],
+        "latency": delay(member.latency, f"{field}.latency"),
+    }
+
+
+@router.get("", response_model=FleetList, summary="Fleets, newest first")
+async def list_fleets(request: Request, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> FleetList:
+    return FleetList(fleets=[stored_fleet(row) for row in service_of(request).store.files("fleet", limit=limit)])
+
+
+@router.get("/{identity}", response_model=StoredFleet, responses=errors(404), summary="A fleet's plan in figures")
+async def get_fleet(request: Request, identity: Identity) -> StoredFleet:
+    return stored_fleet(stored(request, "fleet", identity))
+
+
+@router.get("/{identity}/file", responses=FILE, summary="The whole plan of a fleet", response_class=Response)
+async def get_fleet_file(request: Request, identity: Identity) -> Response:
+    """Its members' plans are at `/v1/plans/{plan_fingerprint}/file`."""
+    return file_answer(request, stored(request, "fleet", identity))
+
+
+@router.get(
+    "/{identity}/view", response_model=FleetView, responses=errors(404), summary="The plan of a fleet to look at"
+)
+async def get_fleet_view(request: Request, identity: Identity) -> Response:
+    """Sentences, tables, and what each device and each link does when: what the page shows."""
+    row, objects = stored(request, "fleet", identity), service_of(request).objects
+
+    def view() -> str:
+        return to_json(fleet_view(FleetPlan.model_validate_json(objects.read(row["digest"]))).model_dump())
+
+    return Response(await asyncio.to_thread(view), media_type="application/json")

@@ -1,0 +1,102 @@
+"""The commands ``tightfit fleet ...``: several devices, each within its own budget, make one training step together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tightfit.runtime.cli.fleet_run import run, status
+from tightfit.runtime.cli.options import Debug, Json, Server, answering, at_least, service
+from tightfit.runtime.common.interrupts import Interrupts
+from tightfit.runtime.common.limits import enough_for_a_solver
+
+DESCRIPTION = """FLEET.toml describes the fleet, paths relative to it:
+
+\b
+micro_batches = 16
+[[member]]
+name = "laptop"
+profile = "laptop.json"
+memory = "320MiB"
+link = "100Mbit/s"  # both ways, or: up = "40Mbit/s", down = "250Mbit/s"
+latency = "2ms"     # one way, 0 if left out
+"""
+
+fleet = typer.Typer(
+    help="Plan training steps that several devices make together, each within its own memory.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@fleet.command(epilog=DESCRIPTION)
+def plan(
+    description: Annotated[Path, typer.Argument(metavar="FLEET.toml", help="The devices, their budgets and links.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="FOLDER", help="Folder for the fleet's plan and its members' plans."),
+    ],
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Micro-batches of a step, instead of those that the description names."),
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", metavar="SECONDS", help="Seconds that all of the planning may take.")
+    ] = 120.0,
+    prices: Annotated[
+        bool,
+        typer.Option(
+            "--prices/--no-prices", help="Also say what more memory or a faster link of each device would be worth."
+        ),
+    ] = True,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write one self-contained HTML page.")] = None,
+    server: Server = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Share the micro-batches of a step among devices, and plan each one's part, so that a step is as short as can be."""
+    at_least(0, time_limit=time_limit)
+    if micro_batches is not None:
+        at_least(1, micro_batches=micro_batches)
+    enough_for_a_solver()
+    from tightfit.planner.fleet.description import read_description
+    from tightfit.planner.fleet.io import FILE, save_fleet
+    from tightfit.planner.fleet.plan import plan_fleet
+    from tightfit.planner.report.fleet_text import fleet_text
+    from tightfit.planner.report.summary import fleet_summary
+    from tightfit.runtime.cli.terminal import Solving, messages
+    from tightfit.runtime.common.files import check_place, write_whole
+
+    check_place(output / FILE)
+    if html is not None:
+        check_place(html)
+    console = messages()
+    members, wanted = read_description(description, micro_batches)
+    with Interrupts() as interrupts, Solving(console, time_limit) as solving:
+        if server is not None:
+            with service(server) as elsewhere:
+                planned, plans = elsewhere.fleet(
+                    members, wanted, time_limit=time_limit, prices=prices, progress=solving
+                )
+        else:
+            planned, plans = plan_fleet(members, wanted, time_limit=time_limit, prices=prices, progress=solving)
+    if interrupts.seen:
+        console.print(
+            f"interrupted: this is the best plan found so far, at most {planned.gap:.2%} from the best of its kind"
+        )
+    summary = fleet_summary(planned) | {"interrupted": interrupts.seen}
+    with answering(summary, fleet_text(planned), as_json):
+        summary["fleet"] = str(save_fleet(planned, plans, output))
+        if html is not None:
+            from tightfit.planner.report.fleet_html import fleet_page
+
+            summary["html"] = str(write_whole(html, fleet_page(planned)))
+    console.print(f"plan written to {summary['fleet']}")
+    if html is not None:
+        console.print(f"html written to {summary['html']}")
+
+
+for command in (run, status):
+    fleet.command()(command)

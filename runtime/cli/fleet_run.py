@@ -1,0 +1,319 @@
+"""The commands ``tightfit fleet run`` and ``status``: train as one member of a fleet, or as all of them on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tightfit.runtime.cli.options import Debug, Json, at_least, at_most
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.interrupts import passed_on
+from tightfit.runtime.session.options import LARGEST_SEED, RunOptions
+from tightfit.runtime.supervision.printing import answer
+
+if TYPE_CHECKING:
+    from tightfit.planner.fleet.schema import FleetPlan
+
+MODULE = "tightfit.runtime.cli.main"
+POLL_SECONDS = 0.5
+UPDATES, REPORT, LOG = "fleet.jsonl", "report.json", "log"
+"""in a member's folder: a line for each update, its report; beside it, with this ending: what it printed"""
+
+
+def run(
+    context: typer.Context,
+    plan: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet plan` put the fleet's plan.")],
+    data: Annotated[
+        str, typer.Option(metavar="DIR|FILE.jsonl|random", help="Training data, the same for every member.")
+    ],
+    steps: Annotated[int, typer.Option(help="Micro-batches in all, of all members together; a multiple of a step's.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder in which every member gets one of its own name.")
+    ],
+    member: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Be this member. Without it, all members run on this machine, to try it out."
+        ),
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Where the members meet: an address of the first of them. With --member."
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="How long to wait for other members; at least ten minutes if left out."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint that any member has.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left.")] = False,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-4,
+    seed: Annotated[int, typer.Option(help="Seed of the adapter's start and the order of the data.")] = 0,
+    schedule: Annotated[
+        str, typer.Option(help="Course of the learning rate: constant, linear or cosine.")
+    ] = "constant",
+    warmup_steps: Annotated[int, typer.Option(help="Micro-batches over which the learning rate rises.")] = 0,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
+    checkpoint_every: Annotated[int, typer.Option(help="Micro-batches between checkpoints; 0: only at the end.")] = 50,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            "--eval", metavar="FILE.jsonl", help="Held-out data; the first member evaluates before and after."
+        ),
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
+    ] = False,
+    cgroup: Annotated[
+        bool, typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce each member's cap where it can.")
+    ] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train as a fleet's plan says: the result is that of one process, to the bit, whoever computes what."""
+    at_least(1, steps=steps)
+    at_least(
+        0, checkpoint_every=checkpoint_every, lr=lr, seed=seed, warmup_steps=warmup_steps, weight_decay=weight_decay
+    )
+    at_most(LARGEST_SEED, seed=seed)
+    if resume and overwrite:
+        raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
+    if timeout is not None and not timeout > 0:
+        raise InputError(f"--timeout {timeout}: give a number of seconds above 0")
+    if (member is None) != (at is None):
+        raise InputError(
+            "--member and --at belong together: which member this is, and where all of them meet; without both, all"
+            " members run on this machine"
+        )
+    from tightfit.planner.fleet.io import load_fleet, load_member_plan
+
+    fleet = load_fleet(plan)
+    options = RunOptions(
+        steps=steps,
+        lr=lr,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )
+    _check_steps(fleet, steps)
+    if member is None:
+        _all_members(fleet, output, _words(context), as_json=as_json)
+        return
+    from tightfit.runtime.cli.run import carry_out
+    from tightfit.runtime.session.fleet import membership
+
+    assert at is not None
+    seat = membership(fleet, member, *_address(at), timeout)
+    carry_out(
+        load_member_plan(plan, fleet, member),
+        data,
+        options,
+        member=seat,
+        output=output / member,
+        resume=resume,
+        overwrite=overwrite,
+        evaluate=evaluate if member == fleet.chain[0].name else None,
+        truncate=truncate,
+        cgroup=cgroup,
+        profile_step=False,
+        as_json=as_json,
+        debug=debug,
+        replace=bool(context.obj),
+    )
+
+
+def _check_steps(fleet: FleetPlan, steps: int) -> None:
+    if steps % fleet.micro_batches:
+        raise InputError(
+            f"--steps {steps}: a step of this fleet has {fleet.micro_batches} micro-batches, give a multiple of that"
+        )
+
+
+def _address(text: str) -> tuple[str, int]:
+    from tightfit.runtime.session.fleet import PORT
+
+    host, colon, port = text.rpartition(":")
+    if not colon:
+        return text, PORT
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise InputError(f"--at {text}: give HOST:PORT, such as 192.168.0.10:{PORT}")
+    return host, int(port)
+
+
+def _words(context: typer.Context) -> list[str]:
+    """This command's arguments as each member gets them, without those that are for this process alone."""
+    words: list[str] = list(sys.argv[1:] if context.obj else context.meta["words"])
+    return [word for word in words if word != "--json"]
+
+
+# --- all members on this machine --------------------------------------------------------------------------------------
+
+
+def _all_members(fleet: FleetPlan, output: Path, words: list[str], *, as_json: bool) -> None:
+    """Start every member as a process of its own, show how they come along, and print what they report."""
+    from tightfit.runtime.cli.terminal import messages
+
+    chain = fleet.chain
+    output.mkdir(parents=True, exist_ok=True)
+    at = f"127.0.0.1:{_free_port()}"
+    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+    console = messages()
+    with ExitStack() as stack:
+        running: dict[str, subprocess.Popen[bytes]] = {}
+        passing = stack.enter_context(passed_on())
+        for member in chain:
+            log = stack.enter_context((output / f"{member.name}.{LOG}").open("wb"))
+            command = interpreter.command(MODULE, *words, "--member", member.name, "--at", at, "--json")
+            running[member.name] = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            passing.to(running[member.name])
+        told = 0
+        while any(child.poll() is None for child in running.values()):
+            time.sleep(POLL_SECONDS)
+            told = _tell_updates(console, output / chain[0].name / UPDATES, told, fleet)
+        codes = {name: child.wait() for name, child in running.items()}
+    failed = {name: code for name, code in codes.items() if code}
+    if failed:
+        raise RunError(
+            "; ".join(
+                f"member {name!r} ended with code {code}: {_last_words(output, name)}" for name, code in failed.items()
+            )
+        )
+    reports = {name: json.loads((output / name / REPORT).read_text()) for name in codes}
+    summary = {"members": reports, "adapter": reports[chain[0].name]["adapter"]}
+    answer(summary, _report_table(fleet, reports), as_json=as_json)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _tell_updates(console: Any, path: Path, told: int, fleet: FleetPlan) -> int:
+    """Say a line about each update that has been made since `told`; returns how many there are now."""
+    lines = _updates(path)
+    for line in lines[told:]:
+        losses = line["losses"]
+        console.print(
+            f"step {line['step'] // fleet.micro_batches}: loss {sum(losses) / len(losses):.4f}, {line['seconds']:.2f} s"
+            f" (planned {fleet.makespan_seconds:.2f})"
+        )
+    return len(lines)
+
+
+def _updates(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    except FileNotFoundError:
+        return []
+
+
+def _last_words(output: Path, name: str) -> str:
+    """The last thing that a member said before it ended: the message of its error, where it is JSON."""
+    lines = (output / f"{name}.{LOG}").read_text(errors="replace").strip().splitlines()
+    for line in reversed(lines):
+        try:
+            return str(json.loads(line)["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return lines[-1] if lines else "it said nothing"
+
+
+def _report_table(fleet: FleetPlan, reports: Mapping[str, dict[str, Any]]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    from tightfit.runtime.common.units import format_size
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("member", "micro-batches", "peak: predicted", "measured", "step: predicted", "measured"):
+        table.add_column(heading, justify="left" if heading == "member" else "right")
+    for member in fleet.chain:
+        report = reports[member.name]
+        peak, step = report["peak_bytes"], report.get("fleet", {}).get("seconds", report["step_seconds"])
+        table.add_row(
+            member.name,
+            str(member.micro_batches),
+            format_size(peak["predicted"]),
+            format_size(peak["measured"]),
+            f"{step['predicted']:.2f} s",
+            f"{step['measured']:.2f} s" if step["measured"] else "–",
+        )
+    return table
+
+
+# --- status -----------------------------------------------------------------------------------------------------------
+
+
+def status(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of `tightfit fleet run`.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say how far the members of a fleet are whose folders lie here, and whether each still runs."""
+    if not output.is_dir():
+        raise InputError(f"{output} is no folder; name the output folder of `tightfit fleet run`")
+    members = {}
+    for folder in sorted(path for path in output.iterdir() if path.is_dir()):
+        if not (folder / UPDATES).exists() and not (folder / REPORT).exists():
+            continue
+        lines = _updates(folder / UPDATES)
+        last = lines[-1] if lines else None
+        members[folder.name] = {
+            "updates": len(lines),
+            "step": last["step"] if last else 0,
+            "loss": sum(last["losses"]) / len(last["losses"]) if last else None,
+            "seconds": last["seconds"] if last else None,
+            "running": _locked(folder),
+            "done": (folder / REPORT).exists(),
+        }
+    if not members:
+        raise InputError(f"{output} holds no member of a fleet; name the output folder of `tightfit fleet run`")
+    answer({"members": members}, _status_table(members), as_json=as_json)
+
+
+def _locked(folder: Path) -> bool:
+    """Whether a run holds the folder."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _status_table(members: Mapping[str, dict[str, Any]]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("member", "updates", "micro-batches", "loss", "seconds", ""):
+        table.add_column(heading, justify="right" if heading not in ("member", "") else "left")
+    for name, one in members.items():
+        loss = "–" if one["loss"] is None else f"{one['loss']:.4f}"
+        seconds = "–" if one["seconds"] is None else f"{one['seconds']:.2f}"
+        state = "runs" if one["running"] else "done" if one["done"] else "has ended"
+        table.add_row(name, str(one["updates"]), str(one["step"]), loss, seconds, state)
+    return table

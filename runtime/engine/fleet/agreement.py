@@ -1,0 +1,126 @@
+"""What the members of a fleet agree on before the first step: equal settings, and the checkpoint to go on from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.common.files import sync_directory, write_all
+from tightfit.runtime.common.run_folder import find_checkpoints, way_on
+from tightfit.runtime.engine.fleet.transport import Transport
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK = 1 << 18
+"""bytes of a file that pass in one message"""
+MACHINE = ("threads", "torch", "products of bfloat16")
+"""conditions of a run in which members may differ where they need not round alike"""
+
+
+def agree(transport: Transport, settings: Mapping[str, Any], out: str, *, resume: bool, exact: bool) -> None:
+    """Compare this run's `settings` with those of the first member, and with `resume` see to it that `out` holds the
+    newest checkpoint that any member has.
+
+    Raises InputError where settings differ or nobody has a checkpoint.
+    """
+    found = find_checkpoints(out) if resume else []
+    mine = {"settings": dict(settings), "step": found[-1][0] if found else -1}
+    if transport.rank:
+        transport.send_json(mine, 0)
+        told = transport.receive_json(0)
+        if told["error"]:
+            raise InputError(told["error"])
+    else:
+        told = _compared(transport, mine, exact=exact)
+        if resume and told["step"] < 0:
+            told["error"] = "no member holds a checkpoint to resume from; start the fleet again without --resume"
+        for rank in range(1, len(transport.members)):
+            transport.send_json(told, rank)
+        if told["error"]:
+            raise InputError(told["error"])
+    if resume:
+        _spread(transport, told, out, has=bool(found) and found[-1][0] == told["step"])
+
+
+def _compared(transport: Transport, mine: dict[str, Any], *, exact: bool) -> dict[str, Any]:
+    """What the first member tells the others: an error or None, the newest step, who has it, and who lacks it."""
+    heard = [mine, *(transport.receive_json(rank) for rank in range(1, len(transport.members)))]
+    step = max(one["step"] for one in heard)
+    told = {"error": None, "step": step, "owner": [one["step"] for one in heard].index(step)}
+    told["lacking"] = [rank for rank, one in enumerate(heard) if one["step"] != step]
+    for rank, one in enumerate(heard):
+        for name, value in mine["settings"].items():
+            if one["settings"].get(name) != value and (exact or name not in MACHINE):
+                first, other = transport.members[0], transport.members[rank]
+                whose = f"member {other!r} has {_short(one['settings'].get(name))}, {first!r} has {_short(value)}"
+                told["error"] = f"the members were started with different {name}: {whose}; start all with the same"
+                return told
+    return told
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _spread(transport: Transport, told: dict[str, Any], out: str, *, has: bool) -> None:
+    """Send the newest checkpoint from the member that has it to those that lack it."""
+    import torch
+
+    buffer = torch.empty(CHUNK, dtype=torch.uint8)
+    path = os.path.join(out, f"checkpoint-{told['step']}")
+    if transport.rank == told["owner"]:
+        for rank in told["lacking"]:
+            _send(transport, rank, path, buffer)
+    elif not has:
+        _receive(transport, told["owner"], path, buffer)
+
+
+def _send(transport: Transport, rank: int, path: str, buffer: Tensor) -> None:
+    names = sorted(os.listdir(path))
+    transport.send_json({name: os.path.getsize(os.path.join(path, name)) for name in names}, rank)
+    room = _bytes(buffer)
+    for name in names:
+        with open(os.path.join(path, name), "rb", buffering=0) as file:
+            while size := file.readinto(room):
+                transport.send(buffer[:size], rank).wait()
+
+
+def _receive(transport: Transport, owner: int, path: str, buffer: Tensor) -> None:
+    """Receive a checkpoint's files under another name, and give them their own once all are there."""
+    partial = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.partial")
+    room = _bytes(buffer)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+        for name, size in transport.receive_json(owner).items():
+            descriptor = os.open(os.path.join(partial, os.path.basename(name)), os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                left = size
+                while left:
+                    part = min(CHUNK, left)
+                    transport.receive(buffer[:part], owner).wait()
+                    write_all(descriptor, room[:part])
+                    left -= part
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+        sync_directory(os.path.dirname(path))
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"saving {path} failed: {error.strerror}; free disk space and {way_on(os.path.dirname(path))}"
+        ) from error
+
+
+def _bytes(buffer: Tensor) -> memoryview:
+    import ctypes
+
+    return memoryview((ctypes.c_char * CHUNK).from_address(buffer.data_ptr())).cast("B")

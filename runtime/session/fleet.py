@@ -1,0 +1,97 @@
+"""A run as one member of a fleet: its seat, made of the fleet's plan, and what its report says of the fleet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tightfit.planner.fleet.schema import BUFFERS, PIECE_BYTES, FleetPlan
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.fleet.seat import Seat
+
+PORT = 29400
+"""where the members meet unless told otherwise: the port that ``torchrun`` uses too"""
+LEAST_TIMEOUT, STEPS_WAITED = 600.0, 10
+"""seconds, and makespans of a step, that a member waits for another at least"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Membership:
+    """A member that runs: its seat, and the fleet's figures for its report."""
+
+    name: str
+    seat: Seat | None
+    """None for the only member, which runs its plan by itself"""
+    figures: dict[str, Any] | None
+
+
+def membership(fleet: FleetPlan, name: str, address: str, port: int, timeout: float | None = None) -> Membership:
+    """The membership of the member called `name`, which meets the others at `address` and `port`.
+
+    `timeout`: seconds to wait for the others, by default ten steps and at least ten minutes. Raises InputError for a
+    name that the fleet lacks, and for a member that takes no part.
+    """
+    chain = fleet.chain
+    names = [member.name for member in chain]
+    if name not in names:
+        idle = any(member.name == name for member in fleet.members)
+        why = "takes no part in this plan" if idle else "is not in this plan"
+        raise InputError(f"member {name!r} {why}; those that compute are {', '.join(names)}")
+    rank = names.index(name)
+    member = chain[rank]
+    figures = {
+        "member": name,
+        "members": names,
+        "micro_batches": fleet.micro_batches,
+        "share": [member.first, member.micro_batches],
+        "seconds": fleet.makespan_seconds,
+        "exchange_seconds": fleet.exchange_seconds,
+        "update_seconds": fleet.update_seconds,
+    }
+    if len(chain) == 1:
+        return Membership(name=name, seat=None, figures=None)
+    waited = max(LEAST_TIMEOUT, STEPS_WAITED * fleet.makespan_seconds) if timeout is None else timeout
+    seat = Seat(
+        members=names,
+        rank=rank,
+        address=address,
+        port=port,
+        timeout=waited,
+        first=member.first,
+        count=member.micro_batches,
+        micro_batches=fleet.micro_batches,
+        gradients=member.gradients,
+        states=member.states,
+        piece_bytes=PIECE_BYTES,
+        buffers=BUFFERS,
+        exact=fleet.bit_identical,
+        interface=os.environ.get("GLOO_SOCKET_IFNAME", ""),  # as for `torch.distributed`
+    )
+    return Membership(name=name, seat=seat, figures=figures)
+
+
+def from_torchrun(fleet: FleetPlan, environment: Mapping[str, str] = os.environ) -> Membership:
+    """The membership of the process that ``torchrun`` has started: its rank is the place in the chain.
+
+    Raises InputError where ``torchrun`` did not start it, or starts another number of processes.
+    """
+    names = [member.name for member in fleet.chain]
+    count = len(names)
+    if "RANK" not in environment:
+        raise InputError(
+            "this is the plan of a fleet: start all members here with `tightfit fleet run`, one of them with its --member,"
+            f" or all with `torchrun --nproc-per-node {count} --no-python tightfit run ...`"
+        )
+    rank, size = int(environment["RANK"]), int(environment.get("WORLD_SIZE", "1"))
+    if size != count:
+        raise InputError(
+            f"torchrun starts {size} processes and {count} members of the fleet compute: {', '.join(names)}"
+        )
+    made = membership(fleet, names[rank], environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+    if made.seat is None:
+        return made
+    agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return replace(made, seat=replace(made.seat, agent=agent, attempt=attempt))

@@ -1,0 +1,120 @@
+"""Small fleets on this machine: a traced model without measured times, a plan for each member, processes that run them.
+
+`python fleets.py FLEET.json NAME PORT OUT OPTIONS` runs one member, and `python fleets.py PLAN.json OUT OPTIONS` a plan alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+
+from tiny_plans import decoder_profile  # noqa: E402  a member's process finds it beside this file
+
+from tightfit.planner.fleet.schema import FleetPlan, Link, Member  # noqa: E402
+from tightfit.planner.io import load_plan, save_plan  # noqa: E402
+from tightfit.planner.plan import planner_of  # noqa: E402
+from tightfit.profiles.schema import EXCHANGE, adamw  # noqa: E402
+from tightfit.runtime.common.errors import TightfitError  # noqa: E402
+from tightfit.runtime.session.fleet import membership  # noqa: E402
+from tightfit.runtime.session.launch import run  # noqa: E402
+
+BUDGET = 400 << 20
+LINK = Link(up_bytes_per_second=1e8, down_bytes_per_second=1e8)
+TIMEOUT = 60.0
+
+
+class Workshop:
+    """A folder with the plans of one model, for one process and for a fleet's members."""
+
+    def __init__(self, folder: Path, micro_batches: int) -> None:
+        self.folder, self.micro_batches = folder, micro_batches
+        traced = decoder_profile(folder)
+        # One thread for each of several processes on two cores.
+        profile = traced.model_copy(update={"device": traced.device.model_copy(update={"threads": 1})})
+        self.trained_bytes = sum(tensor.bytes for tensor in profile.tensors if tensor.kind == "trainable")
+        alone = profile.model_copy(update={"optimizer": adamw(micro_batches)})
+        save_plan(planner_of(alone).plan(BUDGET), folder / "alone.json")
+        exchanges = {"name": EXCHANGE, "state_tensors": 0, "accumulate": micro_batches}
+        save_plan(planner_of(profile.model_copy(update={"optimizer": exchanges})).plan(BUDGET), folder / "member.json")
+
+    def fleet(self, shares, shelves) -> FleetPlan:
+        """A fleet whose members compute so many micro-batches each; `shelves`: (gradients, states) of each, in turn."""
+        members, first = [], 0
+        for number, share in enumerate(shares):
+            gradients, states = shelves[number % len(shelves)]
+            members.append(
+                Member(
+                    name=f"m{number}", device="test", measured=True, budget_bytes=BUDGET, link=LINK, plan="member.json",
+                    first=first, micro_batches=share, gradients=gradients, states=states,
+                )
+            )  # fmt: skip
+            first += share
+        assert first == self.micro_batches
+        return FleetPlan(
+            fingerprint="x", model="tiny", micro_batches=self.micro_batches, batch=2, trained_bytes=self.trained_bytes,
+            members=members, makespan_seconds=1.0, bound_seconds=1.0, gap=0.0, compute_seconds=0.8,
+            exchange_seconds=0.1, update_seconds=0.1, solve_seconds=0.0, bit_identical=True,
+        )  # fmt: skip
+
+    def alone(self, out: Path, **options) -> str:
+        """Run one process that accumulates all micro-batches; returns the hash of its adapter."""
+        subprocess.run(command(self.folder / "alone.json", out, json.dumps(options)), check=True)
+        return adapter_hash(out)
+
+    def start(self, fleet: FleetPlan, out: Path, **options) -> dict[str, subprocess.Popen]:
+        """Start every member; its folder is `out` / name. `options` of one member alone under its name."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        path = self.folder / f"fleet-{port}.json"
+        path.write_text(fleet.model_dump_json())
+        own = {member.name: options.pop(member.name, {}) for member in fleet.members}
+        return {
+            name: subprocess.Popen(
+                command(path, name, str(port), out / name, json.dumps(options | own[name])),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for name in own
+        }
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, __file__, *map(str, arguments)]
+
+
+def ended(members: dict[str, subprocess.Popen], timeout: float = 120.0) -> dict[str, tuple[int, str]]:
+    """Exit code and output of every member, once all have ended."""
+    said = {name: member.communicate(timeout=timeout)[0] for name, member in members.items()}
+    return {name: (member.returncode, said[name]) for name, member in members.items()}
+
+
+def adapter_hash(out: Path) -> str:
+    return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def main(arguments: list[str]) -> int:
+    options = json.loads(arguments[-1])
+    try:
+        if len(arguments) == 3:
+            run(load_plan(Path(arguments[0])), "random", out=arguments[1], **options)
+        else:
+            path, name, port, out = arguments[:4]
+            fleet = FleetPlan.model_validate_json(Path(path).read_text())
+            seat = membership(fleet, name, "127.0.0.1", int(port), TIMEOUT)
+            run(load_plan(Path(path).parent / "member.json"), "random", out=out, member=seat, **options)
+    except TightfitError as error:
+        sys.stdout.write(f"{error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,87 @@
+"""Makes the plan of a fleet without a solver, for tests of texts, pictures, pages and commands."""
+
+from __future__ import annotations
+
+from sample_plans import sample_plan
+
+from tightfit.planner.fleet.schema import Baseline, FleetPlan, Link, Member, Price, Span
+from tightfit.runtime.common.units import MIB
+
+LINK = Link(up_bytes_per_second=12.5e6, down_bytes_per_second=12.5e6, latency_seconds=0.002)
+
+
+def sample_member(name, first, count, seconds, **changes):
+    """A member that computes `count` micro-batches from number `first` on, or takes no part."""
+    values = {
+        "name": name,
+        "device": f"{name}'s chip",
+        "measured": True,
+        "budget_bytes": 320 * MIB,
+        "link": LINK,
+        "plan": f"{name}.plan.json" if count else None,
+        "plan_fingerprint": name[0] * 64 if count else None,
+        "first": first,
+        "micro_batches": count,
+        "micro_batch_seconds": seconds,
+        "bound_seconds": seconds,
+        "peak_bytes": 310 * MIB if count else None,
+        "exchange_bytes": 2 * MIB if count else 0,
+        "update_seconds": 0.25 if count else 0.0,
+        "gradients": "memory",
+        "states": "disk",
+    }
+    return Member(**values | changes)
+
+
+def sample_fleet(**changes):
+    """Eight micro-batches: five on a laptop in 5 s, three on a phone in 4.5 s, none on a watch. The laptop's sum goes up to
+    the phone in four pieces of 0.25 s, the mean comes back in four more, and both update in 0.25 s: 7.25 s.
+    """
+    compute = [
+        Span(lane=lane, what="compute", begin_seconds=0.0, end_seconds=end)
+        for lane, end in (("laptop", 5.0), ("phone", 4.5))
+    ]
+    up = [Span(lane="laptop → phone", what="send", begin_seconds=5.0, end_seconds=6.0)]
+    add = [Span(lane="phone", what="add", begin_seconds=5.25 + k / 4, end_seconds=5.3125 + k / 4) for k in range(4)]
+    down = [Span(lane="phone → laptop", what="send", begin_seconds=6.0, end_seconds=7.0)]
+    update = [Span(lane=lane, what="update", begin_seconds=7.0, end_seconds=7.25) for lane in ("laptop", "phone")]
+    values = {
+        "fingerprint": "f" * 64,
+        "model": "Tiny <model>",
+        "micro_batches": 8,
+        "batch": 2,
+        "trained_bytes": MIB,
+        "members": [
+            sample_member("laptop", 0, 5, 1.0),
+            sample_member("phone", 5, 3, 1.5, budget_bytes=250 * MIB, peak_bytes=249 * MIB, gradients="disk"),
+            sample_member("watch", 0, 0, None, budget_bytes=64 * MIB, reason="nothing fits within 64.0 MiB"),
+        ],
+        "makespan_seconds": 7.25,
+        "bound_seconds": 7.0,
+        "gap": 0.25 / 7.25,
+        "compute_seconds": 5.0,
+        "exchange_seconds": 2.0,
+        "update_seconds": 0.25,
+        "solve_seconds": 3.5,
+        "bit_identical": True,
+        "baselines": [
+            Baseline(
+                name="equal shares",
+                makespan_seconds=None,
+                micro_batches={"laptop": 3, "phone": 3, "watch": 2},
+                reason="watch cannot hold its share in 64.0 MiB",
+            ),
+            Baseline(name="fastest alone", makespan_seconds=8.265, micro_batches={"laptop": 8, "phone": 0, "watch": 0}),
+        ],
+        "prices": [
+            Price(member="laptop", memory_bytes=50 * MIB, memory_gain_seconds=0.5, link_gain_seconds=0.0),
+            Price(member="phone", memory_bytes=50 * MIB, memory_gain_seconds=0.001, link_gain_seconds=0.75),
+        ],
+        "timeline": [*compute, *up, *add, *down, *update],
+    }
+    return FleetPlan(**values | changes)
+
+
+def member_plans(fleet=None):
+    """A plan for each member of the sample's chain, by name."""
+    return {member.name: sample_plan(budget=member.budget_bytes) for member in (fleet or sample_fleet()).chain}

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+from sample_fleets import sample_fleet, sample_member
+
+from tightfit.planner.fleet.schema import Baseline, Price
+from tightfit.planner.report.fleet_text import (
+    activity_sheet,
+    chain_sheet,
+    fleet_sentences,
+    fleet_text,
+    fleet_title,
+    price_sheet,
+)
+from tightfit.planner.report.summary import fleet_summary
+from tightfit.runtime.common.strict_json import to_json
+from tightfit.runtime.common.units import MIB
+
+
+def printed(fleet, width):
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(fleet_text(fleet))
+    return captured.get()
+
+
+def test_the_chain_says_what_each_member_does_and_holds():
+    sheet = chain_sheet(sample_fleet())
+    assert sheet.headings == [
+        "member", "micro-batches", "each", "together", "peak of budget, MiB", "gradients", "states", "device",
+    ]  # fmt: skip
+    assert sheet.rows == [
+        ["laptop", "5", "1.000 s", "5.000 s", "310.0 of 320.0", "memory", "disk", "laptop's chip"],
+        ["phone", "3", "1.500 s", "4.500 s", "249.0 of 250.0", "disk", "disk", "phone's chip"],
+    ]
+
+
+def test_a_step_is_told_in_sentences():
+    assert fleet_sentences(sample_fleet()) == [
+        "one step of 8 micro-batches takes 7.250 s, within 3.45% of the best allotment and plans of this kind (none takes less than 7.000 s), found in 3.5 s",
+        "all have computed after 5.000 s; then 2.000 s until every device has the sum of the gradients (1.0 MiB over each link, both ways), and 0.250 s for the update",
+        "watch takes no part: nothing fits within 64.0 MiB",
+        "equal shares (laptop 3, phone 3, watch 2): not possible, watch cannot hold its share in 64.0 MiB",
+        "the fastest alone (laptop) would take 8.265 s, 1.14 × as long",
+        "results equal those of one process to the bit, whatever the allotment",
+    ]
+
+
+def test_one_device_alone_exchanges_nothing():
+    alone = sample_fleet(
+        members=[sample_member("laptop", 0, 8, 1.0), sample_member("phone", 0, 0, 6.0, reason="it is slow")],
+        exchange_seconds=0.0,
+        baselines=[Baseline(name="fastest alone", makespan_seconds=7.25, micro_batches={"laptop": 8, "phone": 0})],
+    )
+    said = fleet_sentences(alone)
+    assert "laptop does all of it alone: nothing is exchanged" in said
+    assert "the fastest alone (laptop) would take as long" in said
+    assert "phone takes no part: it is slow" in said
+    assert fleet_sentences(sample_fleet(micro_batches=1))[0].startswith("one step of one micro-batch takes 7.250 s")
+    assert fleet_title(alone) == "Tiny <model> on laptop"
+    assert fleet_title(sample_fleet()) == "Tiny <model> on laptop and phone"
+
+
+def test_what_is_estimated_or_differs_is_said():
+    guessed = [sample_member(name, first, 4, 1.0, measured=False) for name, first in (("laptop", 0), ("phone", 4))]
+    fleet = sample_fleet(members=guessed, bit_identical=False, differences=["PyTorch 2.9 and 2.10", "2 and 4 threads"])
+    said = fleet_sentences(fleet)
+    assert said[0].startswith("times of laptop and phone are estimated, not measured")
+    assert said[-1] == (
+        "results may differ from those of one process in their last bits: PyTorch 2.9 and 2.10; 2 and 4 threads"
+    )
+    # Only of those that take part.
+    idle = sample_fleet(members=[sample_member("laptop", 0, 8, 1.0), sample_member("phone", 0, 0, 6.0, measured=False)])
+    assert not any("estimated" in sentence for sentence in fleet_sentences(idle))
+
+
+def test_equal_shares_that_are_possible_are_compared():
+    shares = {"laptop": 4, "phone": 4, "watch": 0}
+    fleet = sample_fleet(baselines=[Baseline(name="equal shares", makespan_seconds=14.5, micro_batches=shares)])
+    assert "equal shares (laptop 4, phone 4) would take 14.500 s, 2.00 × as long" in fleet_sentences(fleet)
+
+
+def test_what_more_would_be_worth():
+    sheet = price_sheet(sample_fleet())
+    assert sheet.headings == ["member", "50.0 MiB more memory", "a link twice as fast"]
+    # Less than a twentieth of a per cent of the step is nothing.
+    assert sheet.rows == [["laptop", "0.500 s (6.9%)", "nothing"], ["phone", "nothing", "0.750 s (10.3%)"]]
+    unequal = [
+        Price(member=name, memory_bytes=size * MIB, memory_gain_seconds=0.29, link_gain_seconds=0.0)
+        for name, size in (("laptop", 50), ("phone", 10))
+    ]
+    sheet = price_sheet(sample_fleet(prices=unequal))
+    assert sheet.headings[1] == "more memory"
+    assert [row[1] for row in sheet.rows] == ["0.290 s (4.0%) with 50.0 MiB", "0.290 s (4.0%) with 10.0 MiB"]
+    assert price_sheet(sample_fleet(prices=[])) is None
+
+
+def test_the_timeline_in_numbers():
+    rows = {(row[0], row[1]): row[2:] for row in activity_sheet(sample_fleet()).rows}
+    assert rows == {
+        ("laptop", "computes 5"): ["0.000 s", "5.000 s", "5.000 s", "69.0%"],
+        ("phone", "computes 3"): ["0.000 s", "4.500 s", "4.500 s", "62.1%"],
+        ("laptop → phone", "sends"): ["5.000 s", "6.000 s", "1.000 s", "13.8%"],
+        ("phone", "adds gradients"): ["5.250 s", "6.062 s", "0.250 s", "3.4%"],
+        ("phone → laptop", "sends"): ["6.000 s", "7.000 s", "1.000 s", "13.8%"],
+        ("laptop", "updates"): ["7.000 s", "7.250 s", "0.250 s", "3.4%"],
+        ("phone", "updates"): ["7.000 s", "7.250 s", "0.250 s", "3.4%"],
+    }
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_no_figure_is_cut_in_a_terminal(width):
+    text = printed(sample_fleet(), width)
+    for sheet in (chain_sheet(sample_fleet()), price_sheet(sample_fleet())):
+        for cell in (cell for row in sheet.rows for cell in row[:-1]):
+            assert cell in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_names_cannot_command_the_terminal():
+    member = sample_member("laptop", 0, 8, 1.0, device="\x1b[31mred")
+    reason = Baseline(name="equal shares", makespan_seconds=None, micro_batches={}, reason="\x1b[2J")
+    text = printed(sample_fleet(members=[member], model="\x1b[1m", baselines=[reason]), 200)
+    assert "\x1b" not in text
+    assert r"\x1b[31mred" in text
+    assert r"equal shares: not possible, \x1b[2J" in text
+
+
+def test_the_summary_is_all_but_the_timeline():
+    fleet = sample_fleet()
+    summary = fleet_summary(fleet)
+    assert "timeline" not in summary
+    assert {**summary, "timeline": fleet.model_dump(mode="json")["timeline"]} == fleet.model_dump(mode="json")
+    assert to_json(summary).count("\n") == 0

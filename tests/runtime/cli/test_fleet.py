@@ -1,0 +1,171 @@
+"""The commands `tightfit fleet ...`: what they ask the planner for, what they print and write, how they fail."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from sample_fleets import member_plans, sample_fleet
+from synthetic import small_chain
+
+from tightfit.planner.fleet import io as fleet_io
+from tightfit.planner.fleet import plan as fleet_plan
+from tightfit.profiles.io import save_profile
+from tightfit.runtime.cli import main
+from tightfit.runtime.common.errors import InfeasibleError
+from tightfit.runtime.common.units import MIB
+
+DESCRIPTION = """
+micro_batches = 8
+[[member]]
+name = "laptop"
+profile = "profile.json"
+memory = "320MiB"
+link = "100Mbit/s"
+[[member]]
+name = "phone"
+profile = "profile.json"
+memory = "250MiB"
+link = "100Mbit/s"
+latency = "2ms"
+"""
+
+
+@pytest.fixture
+def described(tmp_path):
+    save_profile(small_chain(3, layers=2), tmp_path / "profile.json")
+    (tmp_path / "fleet.toml").write_text(DESCRIPTION)
+    return tmp_path / "fleet.toml"
+
+
+@pytest.fixture
+def tightfit(capfd):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def call(*words):
+        with pytest.raises(SystemExit) as caught:
+            main.main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        return caught.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Let the planner answer with the sample; returns what it was asked for and what was saved."""
+    asked = {}
+
+    def plan_fleet(members, micro_batches, **options):
+        asked.update(options, members=[(m.name, m.budget_bytes, m.link) for m in members], micro_batches=micro_batches)
+        return sample_fleet(), member_plans()
+
+    def save_fleet(fleet, plans, folder):
+        asked.update(saved=(fleet, sorted(plans)))
+        folder.mkdir(parents=True)
+        (folder / "fleet.json").write_text(fleet.model_dump_json())
+        return folder / "fleet.json"
+
+    monkeypatch.setattr(fleet_plan, "plan_fleet", plan_fleet)
+    monkeypatch.setattr(fleet_io, "save_fleet", save_fleet)
+    return asked
+
+
+def test_a_fleet_is_planned_written_and_told(tightfit, planned, described, tmp_path):
+    code, out, err = tightfit("fleet", "plan", described, "-o", tmp_path / "out")
+    assert code == 0
+    assert any(line.split()[:3] == ["laptop", "5", "1.000"] for line in out.splitlines())
+    assert "one step of 8 micro-batches takes 7.250 s" in out
+    assert "a link twice as fast" in out
+    assert err.splitlines()[-1] == f"plan written to {tmp_path / 'out' / 'fleet.json'}"
+    names = [(name, budget // MIB, link.latency_seconds) for name, budget, link in planned["members"]]
+    assert names == [("laptop", 320, 0.0), ("phone", 250, 0.002)]
+    assert {link.up_bytes_per_second for _, _, link in planned["members"]} == {12.5e6}
+    assert (planned["micro_batches"], planned["time_limit"], planned["prices"]) == (8, 120.0, True)
+    assert planned["saved"] == (sample_fleet(), ["laptop", "phone"])
+
+
+def test_options_reach_the_planner(tightfit, planned, described, tmp_path):
+    words = ("--micro-batches", 12, "--time-limit", 5, "--no-prices")
+    assert tightfit("fleet", "plan", described, "-o", tmp_path / "out", *words)[0] == 0
+    assert (planned["micro_batches"], planned["time_limit"], planned["prices"]) == (12, 5.0, False)
+
+
+def test_a_fleet_as_json_and_as_a_page(tightfit, planned, described, tmp_path):
+    page = tmp_path / "page.html"
+    code, out, err = tightfit("fleet", "plan", described, "-o", tmp_path / "out", "--html", page, "--json")
+    assert code == 0
+    assert out.count("\n") == 1
+    told = json.loads(out)
+    assert (told["makespan_seconds"], told["bit_identical"], told["interrupted"]) == (7.25, True, False)
+    assert [(member["name"], member["micro_batches"]) for member in told["members"]] == [
+        ("laptop", 5),
+        ("phone", 3),
+        ("watch", 0),
+    ]
+    assert "timeline" not in told
+    assert (told["fleet"], told["html"]) == (str(tmp_path / "out" / "fleet.json"), str(page))
+    assert page.read_text().startswith("<!doctype html>")
+    assert err.endswith(f"html written to {page}\n")
+
+
+def test_what_was_planned_is_told_even_where_it_cannot_be_written(tightfit, planned, described, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fleet_io, "save_fleet", full)
+    code, out, _ = tightfit("fleet", "plan", described, "-o", tmp_path / "out", "--json")
+    assert code == 4
+    told = json.loads(out)
+    assert told["makespan_seconds"] == 7.25
+    assert "No space left" in told["error"]["message"]
+
+
+def test_a_fleet_that_nobody_can_hold_says_so(tightfit, described, tmp_path, monkeypatch):
+    def plan_fleet(*_, **__):
+        raise InfeasibleError("no member can hold a micro-batch; give one of them more memory")
+
+    monkeypatch.setattr(fleet_plan, "plan_fleet", plan_fleet)
+    code, out, err = tightfit("fleet", "plan", described, "-o", tmp_path / "out")
+    assert (code, out) == (3, "")
+    assert err == "tightfit: no member can hold a micro-batch; give one of them more memory\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fleet", "plan"], "Missing argument 'FLEET.toml'; try 'tightfit fleet plan --help'"),
+        (["fleet", "plan", "f.toml", "-o", "o", "--time-limit", "-1"], "--time-limit -1.0: give a number of at least 0"),
+        (["fleet", "plan", "f.toml", "-o", "o", "--micro-batches", "0"], "--micro-batches 0: give a number of at least 1"),
+        (
+            ["fleet", "plan", "f.toml", "-o", "o"],
+            "f.toml: No such file or directory; `tightfit fleet plan --help` says what a description of a fleet holds",
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line(tightfit, words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tightfit(*words) == (2, "", f"tightfit: {message}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_takes_no_files_is_refused_before_the_work(tightfit, planned, described, tmp_path):
+    code, _, err = tightfit("fleet", "plan", described, "-o", tmp_path / "profile.json")
+    assert code == 2
+    assert "is no folder that takes files" in err
+    assert planned == {}
+
+
+def test_the_help_shows_a_description_that_is_read(tightfit, tmp_path):
+    """The example in the help is read as it stands there."""
+    from tightfit.planner.fleet.description import read_description
+
+    code, out, _ = tightfit("fleet", "plan", "--help")
+    assert code == 0
+    lines = [line.strip() for line in out.splitlines()]
+    example = lines[lines.index("micro_batches = 16") :]
+    save_profile(small_chain(3, layers=2), tmp_path / "laptop.json")
+    (tmp_path / "fleet.toml").write_text("\n".join(example))
+    (member,), micro_batches = read_description(tmp_path / "fleet.toml")
+    assert (member.name, member.budget_bytes, micro_batches) == ("laptop", 320 * MIB, 16)
