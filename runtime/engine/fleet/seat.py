@@ -62,11 +62,12 @@ def join(
     *,
     parameter: Callable[[int], Tensor],
     keep: Callable[[int, Tensor], None],
+    stopping: Callable[[], bool],
 ) -> Exchange:
     """Reserve what an exchange needs, files in `directory`, and meet the other members. `shapes`: of the trained
     tensors, in order.
 
-    Raises RunError where the disk lacks the space or the members do not meet.
+    Raises RunError where the disk lacks the space or the members do not meet, or `stopping` says so meanwhile.
     """
     pieces = pieces_of(shapes, seat.piece_bytes)
 
@@ -85,6 +86,7 @@ def join(
             agent=seat.agent,
             attempt=seat.attempt,
             interface=seat.interface,
+            stopping=stopping,
         ),
         pieces,
         Buffers(pieces.largest, seat.buffers),

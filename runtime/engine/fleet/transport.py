@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,10 @@ from tightfit.runtime.common.errors import MemberGoneError, RunError
 if TYPE_CHECKING:
     from torch import Tensor
 
-GONE, HEARD = "gone", "heard"
-"""keys of the store: the first member that stops says which one is gone, and why; how many know"""
+HERE, GONE, HEARD = "here", "gone", "heard"
+"""keys of the store: how many members have come; the first that stops says which one is gone, and why; how many know"""
+LOOK_SECONDS = 0.1
+"""between two looks whether the others have come"""
 STORE_SECONDS = 10.0
 """seconds within which the store answers; where it does not, the member that holds it is taken for gone"""
 DATA, HEADER = 0, 1
@@ -58,12 +60,13 @@ class Transport:
         agent: bool = False,
         attempt: int = 0,
         interface: str = "",
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         """Meet the other members at the store at `address`; the first member opens it, unless an `agent` has.
 
         `timeout` is in seconds: how long to wait for the others to appear, and later for one message. `attempt` counts
         the starts by that agent, whose store outlives them. `interface` names the network device; "": the one that
-        leads to `address`. Raises RunError where they do not meet.
+        leads to `address`. Raises RunError where they do not meet, and where `stopping` says so while it waits.
         """
         import torch
 
@@ -75,9 +78,14 @@ class Transport:
             torch._C._c10d_init()
         c10d: Any = torch._C._distributed_c10d
         wait = timedelta(seconds=timeout)
+        meeting = _Meeting(members, rank, f"{address}:{port}", timeout, stopping)
         try:
-            store = c10d.TCPStore(address, port, len(members), self._holds_store, wait, True)
+            if not self._holds_store:
+                meeting.until(lambda: _listens(address, port))
+            store = c10d.TCPStore(address, port, len(members), self._holds_store, wait, wait_for_workers=False)
             self._store = c10d.PrefixStore(f"tightfit/{attempt}", store)
+            self._store.add(HERE, 1)
+            meeting.until(lambda: self._store.add(HERE, 0) >= len(members))
             options = c10d.ProcessGroupGloo._Options()
             options._devices = [c10d.ProcessGroupGloo.create_device(**_device(interface, address, port))]
             options._timeout = wait
@@ -86,11 +94,7 @@ class Transport:
             self._group = c10d.ProcessGroupGloo(self._store, rank, len(members), options)
             self._connections = _sockets() - before
         except RuntimeError as error:
-            here = f"member {members[rank]!r} did not meet the others at {address}:{port}"
-            raise RunError(
-                f"{here} within {timeout:.0f} s: {_first_line(error)}; start all {len(members)} members"
-                f" ({', '.join(members)}), with an address that each of them reaches"
-            ) from None
+            raise meeting.failed(_first_line(error)) from None
         self._store.set_timeout(timedelta(seconds=STORE_SECONDS))
 
     def send(self, tensor: Tensor, peer: int, tag: int = DATA) -> Pending:
@@ -166,6 +170,39 @@ class Transport:
             return Pending(self, call([tensor], peer, tag), peer)
         except RuntimeError as error:
             raise self.lost(peer, str(error)) from None
+
+
+class _Meeting:
+    """Waits for the other members in short sleeps, so that signals are seen."""
+
+    def __init__(
+        self, members: Sequence[str], rank: int, place: str, timeout: float, stopping: Callable[[], bool]
+    ) -> None:
+        self._members, self._rank, self._place = members, rank, place
+        self._timeout, self._stopping = timeout, stopping
+        self._end = time.monotonic() + timeout
+
+    def until(self, come: Callable[[], bool]) -> None:
+        """Wait until `come` is true. Raises RunError where that takes too long, or the process is asked to end."""
+        while not come():
+            if self._stopping():
+                raise RunError("interrupted while waiting for the other members; start again")
+            if time.monotonic() > self._end:
+                raise self.failed("some member has not come")
+            time.sleep(LOOK_SECONDS)
+
+    def failed(self, why: str) -> RunError:
+        names = ", ".join(self._members)
+        return RunError(
+            f"member {self._members[self._rank]!r} did not meet the others at {self._place} within {self._timeout:.0f} s:"
+            f" {why}; start all {len(self._members)} members ({names}), with an address that each of them reaches"
+        )
+
+
+def _listens(address: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((address, port), timeout=STORE_SECONDS):
+        return True
+    return False
 
 
 def _device(interface: str, address: str, port: int) -> dict[str, str]:

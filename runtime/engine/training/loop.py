@@ -62,7 +62,7 @@ class _Run:
         header = job.header
         self.header, self.send, self.stopping = header, send, stopping
         self.out: str = header["out"]
-        self.training = Training(job, channel, self.out)
+        self.training = Training(job, channel, self.out, stopping=stopping)
         batches = self.training.batches
         self.requests = batches if isinstance(batches, Requests) else None
         """the pipe of a Session, which asks for steps one by one; None in a run over prepared data"""

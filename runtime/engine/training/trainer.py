@@ -43,8 +43,17 @@ CHUNK = 1 << 20
 class Training:
     """A loaded job: `step` takes a training step, `evaluate` and `loss` run the evaluation schedule."""
 
-    def __init__(self, job: Job, channel: Channel, directory: str, device: Device | None = None) -> None:
-        """Load what stays resident. `directory` takes the spill file; `device` defaults to the one named in the job."""
+    def __init__(
+        self,
+        job: Job,
+        channel: Channel,
+        directory: str,
+        device: Device | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Load what stays resident. `directory` takes the spill file; `device` defaults to the one named in the job;
+        `stopping` is asked while a fleet's member waits for the others.
+        """
         header = job.header
         self.job, self.header = job, header
         self.device = device or open_device(header)
@@ -57,7 +66,7 @@ class Training:
         self.trainables = Trainables(header.pop("trainables"), job.trainables)
         self._hole: tuple[int, int] = tuple(header["hole"])
         optimizer = optimizer_of(header["optimizer"])
-        self.exchange = self._joined(optimizer, directory) if header.get("fleet") else None
+        self.exchange = self._joined(optimizer, directory, stopping) if header.get("fleet") else None
         """with the other members of a fleet, which makes the updates"""
         self.update: Update | Perturbation | None = None
         if isinstance(optimizer, MeZO):
@@ -90,7 +99,7 @@ class Training:
         self.tokens: int | None = None
         """tokens in the latest step's batch without padding; None if unknown (a module's batches, a Session)"""
 
-    def _joined(self, optimizer: AdamW | MeZO, directory: str) -> Exchange:
+    def _joined(self, optimizer: AdamW | MeZO, directory: str, stopping: Callable[[], bool]) -> Exchange:
         """Meet the other members of the fleet."""
         from tightfit.runtime.engine.fleet.seat import Seat, join
 
@@ -103,6 +112,7 @@ class Training:
             self.channel,
             parameter=self._value,
             keep=lambda tensor, values: self._keep(self.trainables[tensor].value, values),
+            stopping=stopping,
         )
 
     def _value(self, tensor: int) -> Tensor:

@@ -1,0 +1,116 @@
+"""`tightfit fleet run` and `status`, and a fleet under torchrun: real processes on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from fleets import adapter_hash
+from tiny_plans import decoder_profile
+
+from tightfit.planner.io import save_plan
+from tightfit.planner.plan import planner_of
+from tightfit.profiles.io import save_profile
+from tightfit.profiles.schema import adamw
+from tightfit.runtime.common.interpreter import command, python_path
+
+MICRO_BATCHES = 4
+TRAINING = ("--data", "random", "--steps", "8", "--lr", "1e-2", "--seed", "5", "--checkpoint-every", "0")
+DESCRIPTION = """
+micro_batches = 4
+[[member]]
+name = "a"
+profile = "profile.json"
+memory = "400MiB"
+link = "1Gbit/s"
+[[member]]
+name = "b"
+profile = "profile.json"
+memory = "400MiB"
+link = "1Gbit/s"
+"""
+
+
+def tightfit(*words, code=0):
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    found = subprocess.run(
+        command("tightfit.runtime.cli.main", *map(str, words)), env=environment, capture_output=True, text=True
+    )
+    assert found.returncode == code, found.stderr
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A fleet's plan for two members, and beside it the adapter of one process."""
+    made = tmp_path_factory.mktemp("fleet")
+    traced = decoder_profile(made)
+    programs = [
+        program.model_copy(
+            update={"operators": [one.model_copy(update={"seconds": 1e-3}) for one in program.operators]}
+        )
+        for program in traced.programs
+    ]
+    floor = traced.device.floor.model_copy(update={"supervisor_bytes": 20 << 20})
+    device = traced.device.model_copy(update={"threads": 1, "floor": floor})
+    profile = traced.model_copy(update={"programs": programs, "device": device})
+    save_profile(profile, made / "profile.json")
+    (made / "fleet.toml").write_text(DESCRIPTION)
+    tightfit("fleet", "plan", made / "fleet.toml", "-o", made / "plan", "--no-prices")
+    alone = profile.model_copy(update={"optimizer": adamw(MICRO_BATCHES)})
+    save_plan(planner_of(alone).plan(400 << 20), made / "alone.json")
+    tightfit("run", made / "alone.json", *TRAINING, "-o", made / "alone")
+    return made
+
+
+def test_all_members_run_here_and_their_status_is_told(folder, tmp_path):
+    found = tightfit("fleet", "run", folder / "plan", *TRAINING, "-o", tmp_path / "out", "--json")
+    told = json.loads(found.stdout)
+    assert set(told["members"]) == {"a", "b"}
+    assert "step 2: loss" in found.stderr
+    assert {adapter_hash(tmp_path / "out" / name) for name in "ab"} == {adapter_hash(folder / "alone")}
+    status = json.loads(tightfit("fleet", "status", tmp_path / "out", "--json").stdout)["members"]
+    for name in "ab":
+        assert {key: status[name][key] for key in ("updates", "step", "running", "done")} == {
+            "updates": 2,
+            "step": 8,
+            "running": False,
+            "done": True,
+        }
+    assert "exists" not in found.stderr
+    again = tightfit("fleet", "run", folder / "plan", *TRAINING, "-o", tmp_path / "out", code=4)
+    assert "holds an earlier run" in again.stderr
+
+
+def test_torchrun_starts_a_fleet(folder, tmp_path):
+    """The rank is the place in the chain; the members meet at the agent's store."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    words += command("tightfit.runtime.cli.main", "run", str(folder / "plan"), *TRAINING, "-o", str(tmp_path / "out"))
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    found = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert {adapter_hash(tmp_path / "out" / name) for name in "ab"} == {adapter_hash(folder / "alone")}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("fleet", "run", "plan", *TRAINING, "-o", "out", "--member", "c", "--at", "127.0.0.1"),
+            "those that compute are",
+        ),
+        (("fleet", "run", "plan", *TRAINING, "-o", "out", "--member", "a"), "--member and --at belong together"),
+        (("fleet", "run", "plan", *TRAINING, "-o", "out", "--member", "a", "--at", "x:y"), "give HOST:PORT"),
+        (("fleet", "run", "plan", "--data", "random", "--steps", "6", "-o", "out"), "give a multiple of that"),
+        (("run", "plan", *TRAINING, "-o", "out"), "tightfit fleet run"),
+        (("run", "plan/a.plan.json", *TRAINING, "-o", "out"), "makes no update by itself"),
+        (("fleet", "status", "nowhere"), "is no folder"),
+    ],
+)
+def test_what_cannot_be_run_is_told(folder, tmp_path, words, said):
+    placed = [str(folder / word) if word.startswith("plan") else word for word in words]
+    placed = [str(tmp_path / word) if word in ("out", "nowhere") else word for word in placed]
+    assert said in tightfit(*placed, code=2).stderr
