@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format docs clean bench-headline bench-service bench-planner bench-proof bench-convergence
+.PHONY: demo test lint format docs clean bench-headline bench-service bench-planner bench-proof bench-convergence bench-fleet
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -36,6 +36,10 @@ bench-proof: $(VENV)/.installed-test
 # SmolLM2-135M, and Gemma-3-270M where it is installed, on news texts at one cap: backpropagation, lcsb and mezo; ARGS='--steps 40 --factor 4' for a taste.
 bench-convergence: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/convergence.py $(ARGS)
+
+# Four devices on this machine, with shares of a core, limited links and memory caps; needs root. ARGS='--rate 10'.
+bench-fleet: $(VENV)/.installed-test
+	$(BIN)/python tests/benchmarks/fleet.py $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -4,16 +4,16 @@ It knows a member by its ways to take part: a role in the chain, shelves, and fo
 of one. Those seconds are lower bounds, or those of plans; its rows are the lower bounds of `exchange_bounds`. So with
 lower bounds its optimum is one on the makespan of every allotment, order, choice of shelves and plans.
 
-Variables: T, the makespan; C, when the last has computed; for each way w of member i whether it is taken, y_w, and its
-micro-batches, k_w.
+The numbers are those of docs/formulation.md. Variables: T, the makespan; C, when the last has computed; for each way w
+of member i whether it is taken, y_w, and its micro-batches, k_w.
 
-    minimise T
-    at most one way per member; exactly one first, exactly one last; between only if there is one beside, at most one
+    (41) minimise T
+    (36) at most one way per member; exactly one first, exactly one last; between only if there is one beside, at most one
     the k_w add up to all micro-batches, and least_w y_w <= k_w <= most_w y_w
-    C >= sum over i's ways of seconds_w k_w                             for every i
-    T >= C + sum over i's ways of (fixed y_w + each k_w)                for every common row
-    T >= sum over i's ways of ((seconds_w + each) k_w + fixed y_w)      for every own row
-    T >= C + sum of turning_w y_w over the ways to be last + sum of back_w y_w over all others
+    (37) C >= sum over i's ways of seconds_w k_w                             for every i
+    (38) T >= C + sum over i's ways of (fixed y_w + each k_w)                for every common row
+    (39) T >= sum over i's ways of ((seconds_w + each) k_w + fixed y_w)      for every own row
+    (40) T >= C + sum of turning_w y_w over the ways to be last + sum of back_w y_w over all others
     T >= sum over the ways to be first of seconds_w k_w + sum of turned_w y_w over those to be last
          + sum of (there_w y_w + each k_w + back_w y_w) over all others
     the last two also for the ways to be beside the last, where `others` are those to be first or between

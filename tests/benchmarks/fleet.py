@@ -3,10 +3,11 @@
     python tests/benchmarks/fleet.py [--rate 100] [--quotas 1,.5,.25,.1] [--budgets 160,240,320,569] [--micro-batches 32]
         [--updates 3] [--json FILE] [--write]
 
-SmolLM2-135M on film reviews. The model is measured once, on one core; the profile of a device with a fraction of a core
-has its processor seconds divided by that fraction. A device is a network namespace, whose link to a switch is limited in
-both directions (`tc`, token bucket), a CPU quota (cgroup) and the memory cgroup that tightfit makes for each run. It needs
-root, and a Linux with network namespaces and token buckets.
+SmolLM2-135M on film reviews. The model is measured once, on one core while the other computes too; the profile of a
+device with a fraction of a core has its processor seconds divided by the share that a small program measures there while
+all devices compute. A device is a network namespace, whose link to a switch is limited in both directions (`tc`, token
+bucket), a CPU quota (cgroup) and the memory cgroup that tightfit makes for each run. The device with a whole core has it
+for itself, the others share the second one. It needs root, and a Linux with network namespaces and token buckets.
 
 Printed: each device's predicted and measured peak; the step, predicted and measured, beside its proven bound and equal
 shares; bytes on the links; whether every member's adapter is that of one process that accumulates the same micro-batches.
@@ -45,8 +46,9 @@ from tightfit.profiles.schema import Profile, adamw
 from tightfit.runtime.common.interpreter import command, python_path
 
 MIB = 1 << 20
-PERIOD = 10_000
+PERIOD = 100_000
 """microseconds in which a device gets its share of a core"""
+CALIBRATION_SECONDS = 4.0
 CPU = Path("/sys/fs/cgroup/cpu")
 NETWORK, PORT = "10.77.0", 29400
 LEARNING_RATE = 5e-4
@@ -59,6 +61,7 @@ class Place:
     name: str
     quota: float
     address: str
+    core: int
 
     @property
     def namespace(self) -> str:
@@ -71,7 +74,7 @@ class Place:
     def inside(self, words: Sequence[str]) -> list[str]:
         """The command line that runs `words` there."""
         # Not `ip netns exec`, which mounts /sys anew, without the cgroups.
-        enter = f'echo $$ > {self.group}/cgroup.procs && exec nsenter --net=/var/run/netns/{self.namespace} "$@"'
+        enter = f'echo $$ > {self.group}/cgroup.procs && exec nsenter --net=/var/run/netns/{self.namespace} taskset -c {self.core} "$@"'
         return ["sh", "-c", enter, "sh", *words]
 
     def bytes_sent(self) -> int:
@@ -88,7 +91,7 @@ def _said(*words: str) -> str:
 def places(quotas: Sequence[float], megabits: float) -> Iterator[list[Place]]:
     """Make devices with these shares of a core, whose links carry so many megabits per second each way."""
     made = [
-        Place(name=f"device{number}", quota=quota, address=f"{NETWORK}.{number + 1}")
+        Place(name=f"device{number}", quota=quota, address=f"{NETWORK}.{number + 1}", core=0 if number == 0 else 1)
         for number, quota in enumerate(quotas)
     ]
     limit = ["root", "tbf", "rate", f"{megabits}mbit", "burst", "32kb", "latency", "100ms"]
@@ -119,6 +122,47 @@ def places(quotas: Sequence[float], megabits: float) -> Iterator[list[Place]]:
             (place.group / "cpu.cfs_period_us").write_text(str(PERIOD))
             (place.group / "cpu.cfs_quota_us").write_text(str(int(place.quota * PERIOD)))
         yield made
+
+
+WORK = """
+import sys, time, torch
+torch.set_num_threads(1)
+left, right = torch.randn(256, 576, dtype=torch.bfloat16), torch.randn(576, 1536, dtype=torch.bfloat16)
+room = torch.randn(1 << 20)
+begun, done, end = time.monotonic(), 0, float(sys.argv[1])
+while time.monotonic() < begun + end:
+    for _ in range(10):
+        left @ right
+    room.mul_(1.0)
+    done += 1
+print(done / (time.monotonic() - begun))
+"""
+"""a program that computes as a training process does, for so many seconds; it says how fast"""
+
+
+def rates(commands: Sequence[Sequence[str]]) -> list[float]:
+    """How fast `WORK` is under each of these command lines, which run at the same time."""
+    words = [sys.executable, "-c", WORK, str(CALIBRATION_SECONDS)]
+    running = [subprocess.Popen([*one, *words], stdout=subprocess.PIPE, text=True) for one in commands]
+    return [float(program.communicate()[0]) for program in running]
+
+
+def shares(devices: Sequence[Place]) -> list[float]:
+    """What share of a core each device really has while all of them compute: an interrupted core works more slowly."""
+    whole = rates([["taskset", "-c", "0"], ["taskset", "-c", "1"]])[0]
+    empty: list[str] = []
+    return [rate / whole for rate in rates([place.inside(empty) for place in devices])]
+
+
+@contextmanager
+def neighbour() -> Iterator[None]:
+    """While entered, the other core computes too, as it does when all devices run: two virtual cores may be one."""
+    program = subprocess.Popen(["taskset", "-c", "1", sys.executable, "-c", WORK, "inf"], stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        program.kill()
+        program.wait()
 
 
 def slowed(measured: Profile, quota: float) -> Profile:
@@ -196,15 +240,17 @@ def main() -> None:
     given = parser.parse_args()
     report = tables.Report()
     reviews = fetch()
-    measured = profile(str(reviews.model), batch=given.batch, seq=SEQ, lora_rank=8, threads=1)
+    with neighbour():
+        measured = profile(str(reviews.model), batch=given.batch, seq=SEQ, lora_rank=8, threads=1, force=True)
     rate = given.rate * 1e6 / 8
     link = Link(up_bytes_per_second=rate, down_bytes_per_second=rate)
     steps = given.updates * given.micro_batches
     with tempfile.TemporaryDirectory(dir=ROOT) as name, places(given.quotas, given.rate) as devices:
         folder = Path(name)
+        real = shares(devices)
         specs = [
-            MemberSpec(name=place.name, profile=slowed(measured, place.quota), budget_bytes=int(size * MIB), link=link)
-            for place, size in zip(devices, given.budgets, strict=True)
+            MemberSpec(name=place.name, profile=slowed(measured, share), budget_bytes=int(size * MIB), link=link)
+            for place, share, size in zip(devices, real, given.budgets, strict=True)
         ]
         fleet, plans = plan_fleet(specs, given.micro_batches)
         save_fleet(fleet, plans, folder / "fleet")
@@ -220,15 +266,15 @@ def main() -> None:
         seconds = [
             json.loads(line) for line in (folder / "out" / fleet.chain[0].name / "fleet.jsonl").read_text().splitlines()
         ]
-    _print(report, given, fleet, told, sent)
     same = set(hashes.values()) == {alone}
+    if given.json:
+        figures = {"fleet": fleet.model_dump(mode="json", exclude={"timeline"}), "reports": told, "sent": sent}
+        given.json.write_text(json.dumps(figures | {"equal": same, "updates": seconds}, indent=1))
+    _print(report, given, fleet, told, sent, real)
     report.text(
         f"SHA-256 of the adapter after {given.updates} updates: {'equal' if same else 'NOT equal'} for all"
         f" {len(hashes)} members and one process that accumulates {given.micro_batches} micro-batches ({alone[:16]})."
     )
-    if given.json:
-        figures = {"fleet": fleet.model_dump(mode="json", exclude={"timeline"}), "reports": told, "sent": sent}
-        given.json.write_text(json.dumps(figures | {"equal": same, "updates": seconds}, indent=1))
     if given.write:
         print(report.write("fleet", "Several devices", (__doc__ or "").split("\n\n", 2)[2]))
     if not same:
@@ -240,17 +286,31 @@ def _numbers(text: str) -> list[float]:
 
 
 def _print(
-    report: tables.Report, given: Any, fleet: FleetPlan, told: dict[str, dict[str, Any]], sent: dict[str, int]
+    report: tables.Report,
+    given: Any,
+    fleet: FleetPlan,
+    told: dict[str, dict[str, Any]],
+    sent: dict[str, int],
+    real: Sequence[float],
 ) -> None:
     table = Table(
-        "device", "of a core", "micro-batches", "budget, MiB", "peak: predicted", "measured", "sent per update, MB"
+        "device",
+        "of a core",
+        "measured share",
+        "micro-batches",
+        "budget, MiB",
+        "peak: predicted",
+        "measured",
+        "sent per update, MB",
     )
-    quotas = dict(zip([f"device{number}" for number in range(len(given.quotas))], given.quotas, strict=True))
+    names = [f"device{number}" for number in range(len(given.quotas))]
+    quotas, measured_share = dict(zip(names, given.quotas, strict=True)), dict(zip(names, real, strict=True))
     for member in fleet.chain:
         peak = told[member.name]["peak_bytes"]
         table.add_row(
             member.name,
             f"{quotas[member.name]:g}",
+            f"{measured_share[member.name]:.3f}",
             str(member.micro_batches),
             f"{member.budget_bytes / MIB:,.0f}",
             f"{peak['predicted'] / MIB:,.1f}",

@@ -37,7 +37,11 @@ link = "1Gbit/s"
 def tightfit(*words, code=0):
     environment = os.environ | {"PYTHONPATH": python_path()}
     found = subprocess.run(
-        command("tightfit.runtime.cli.main", *map(str, words)), env=environment, capture_output=True, text=True
+        command("tightfit.runtime.cli.main", *map(str, words)),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert found.returncode == code, found.stderr
     return found
@@ -90,7 +94,9 @@ def test_torchrun_starts_a_fleet(folder, tmp_path):
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     words += command("tightfit.runtime.cli.main", "run", str(folder / "plan"), *TRAINING, "-o", str(tmp_path / "out"))
     environment = os.environ | {"PYTHONPATH": python_path()}
-    found = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300)
+    found = subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert found.returncode == 0, found.stderr
     assert {adapter_hash(tmp_path / "out" / name) for name in "ab"} == {adapter_hash(folder / "alone")}
 
