@@ -1,8 +1,9 @@
 """Reads a fleet's description, a TOML file: its devices with their profiles, budgets and links, and the micro-batches of
-a step.
+a step or the steps of a federated round.
 
 ```toml
-micro_batches = 16
+micro_batches = 16         # of a step that all make together
+steps = 64                 # of a federated round, of all together
 
 [[member]]
 name = "laptop"
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tightfit.planner.fleet.federated_schema import LARGEST_STEPS
 from tightfit.planner.fleet.schema import Link
 from tightfit.profiles.io import load_profile
 from tightfit.profiles.schema import MOST_ACCUMULATED, Profile
@@ -32,19 +34,23 @@ if TYPE_CHECKING:
     from tightfit.planner.fleet.plan import MemberSpec
 
 T = TypeVar("T")
-KEYS = ("micro_batches", "member")
+COUNTS = {"micro_batches": ("step", 16), "steps": ("round", 64)}
+"""what is counted under a key: parts of what, and an example"""
+KEYS = (*COUNTS, "member")
 MEMBER_KEYS = ("name", "profile", "memory", "link", "up", "down", "latency")
 WHOLE = "the bandwidth of its connection: link = RATE, or up = RATE and down = RATE where they differ"
 
 
-def read_description(path: str | os.PathLike[str], micro_batches: int | None = None) -> tuple[list[MemberSpec], int]:
-    """The members that the file `path` describes, and how many micro-batches a step has.
+def read_description(
+    path: str | os.PathLike[str], count: int | None = None, key: str = "micro_batches"
+) -> tuple[list[MemberSpec], int]:
+    """The members that the file `path` describes, and how many micro-batches a step has, or by `key` steps a round.
 
-    `micro_batches` takes the place of the file's own figure. Raises InputError, naming the file, the member and the
-    key, for what is missing, unknown or no such value, and for a profile that cannot be read.
+    `count` takes the place of the file's own figure. Raises InputError, naming the file, the member and the key, for
+    what is missing, unknown or no such value, and for a profile that cannot be read.
     """
-    if micro_batches is not None:
-        _checked_count(micro_batches)
+    if count is not None:
+        _checked_count(count, key)
     path = Path(path)
     with _named(path):
         content = _content(path)
@@ -52,21 +58,19 @@ def read_description(path: str | os.PathLike[str], micro_batches: int | None = N
         tables = content.get("member")
         if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
             raise InputError("it names no member; describe each device of the fleet under a line [[member]]")
-        if micro_batches is None:
-            if "micro_batches" not in content:
-                raise InputError("'micro_batches' is missing; say how many make a step, as in micro_batches = 16")
-            micro_batches = _checked_count(content["micro_batches"])
-        return _members(tables, path.parent), micro_batches
+        if count is None:
+            if key not in content:
+                what, example = COUNTS[key]
+                raise InputError(f"'{key}' is missing; say how many make a {what}, as in {key} = {example}")
+            count = _checked_count(content[key], key)
+        return _members(tables, path.parent), count
 
 
-def _checked_count(micro_batches: object) -> int:
-    if (
-        isinstance(micro_batches, int)
-        and not isinstance(micro_batches, bool)
-        and 1 <= micro_batches <= MOST_ACCUMULATED
-    ):
-        return micro_batches
-    raise InputError(f"'micro_batches' is {micro_batches!r}; give a whole number from 1 to {MOST_ACCUMULATED}")
+def _checked_count(count: object, key: str) -> int:
+    most = MOST_ACCUMULATED if key == "micro_batches" else LARGEST_STEPS
+    if isinstance(count, int) and not isinstance(count, bool) and 1 <= count <= most:
+        return count
+    raise InputError(f"'{key}' is {count!r}; give a whole number from 1 to {most}")
 
 
 def _content(path: Path) -> dict[str, Any]:

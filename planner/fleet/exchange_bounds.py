@@ -6,8 +6,8 @@ begins when i has all means and has passed all pieces on.
 
 **Own rows** (after C_i). Before C_i no thread of i runs and no piece is under way to it. So after C_i its uplink and its
 downlink carry everything that passes over them (P at the ends, 2 P between), its disk reads the gradients of all slots
-and writes all means, and the thread of the sums adds to one piece after the other, and sends the last. That thread begins once a
-header has come, but to the first, and has been passed on. Then comes U_i.
+and writes all means, and the thread of the sums adds to one piece after the other, and sends the last. That thread
+begins once a header has come, but to the first, and has been passed on. Then comes U_i.
 
 **Common rows** (after C). No header passes j before C, so all means come after C, and the threads of j and of the member
 before it begin after C. Sums may have been sent before, but not many. The member two places before j has taken two
@@ -125,11 +125,13 @@ def terms(station: Station, role: Role, around: Surroundings) -> Terms:
     if role == "first":
         sent, added = early(around.most - 1)
         back = 2 * hop + end * down
+        # Of the header's ways after C, this member's link is sure to be part of the last one only.
+        opens = 2 * header if around.most == 2 else header
         own = [Row(header + total * up + back + update), *sums(header)]
         common = [
             Row(sum(pieces[sent:]) * up + (back if sent < count else 0.0) + update),
-            Row(2 * header + total * down + hop + update),
-            Row(2 * header + paced + update),
+            Row(opens + total * down + hop + update),
+            Row(opens + paced + update),
             *sums(header if around.most == 2 else 0.0, added),
         ]
         there = Row(header + adding + begin * up + latency)

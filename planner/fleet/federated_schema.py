@@ -14,6 +14,9 @@ from pydantic import Field
 
 from tightfit.planner.fleet.schema import FLEET_VERSION, Link, Price, Record
 
+LARGEST_STEPS = 1_000_000
+"""local steps of a round, at most"""
+
 
 class FederatedMember(Record):
     """One device that may take part in rounds."""

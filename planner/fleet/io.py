@@ -23,7 +23,7 @@ from tightfit.runtime.common.files import of_another_version, write_whole
 
 F = TypeVar("F", FleetPlan, FederatedPlan)
 FILE = "fleet.json"
-AGAIN = "make it again with `tightfit fleet`"
+AGAIN = "make it again with `tightfit fleet plan`"
 
 
 def fleet_fingerprint(fleet: FleetPlan | FederatedPlan) -> str:
@@ -75,7 +75,7 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such plan of a fleet; make one with `tightfit fleet`") from error
+        raise InputError(f"{path}: no such plan of a fleet; make one with `tightfit fleet plan`") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); name a fleet's plan or its folder") from error
 

@@ -168,7 +168,7 @@ class _FleetPlanner:
             raise self._nothing_fits()
         search.prove()
         fleet, plans = self._assembled()
-        more: dict[str, Any] = {"baselines": baselines(search, alone, self.names)}
+        more: dict[str, Any] = {"baselines": baselines(search, alone, self.names, self._until(1.0))}
         try:
             if priced and not interrupted:
                 more["prices"] = prices(fleet, search, alone, self.names, self._until(1.0))

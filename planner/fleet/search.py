@@ -38,6 +38,10 @@ PLAN_SHARE = 0.25
 """of what is left: for one further plan"""
 PROGRAM_SHARE, PROGRAM_SECONDS = 0.2, 10.0
 """of what is left, and seconds at most: for one integer program"""
+STARTS = 4
+"""chains that are changed a little at a time before the integer program proposes others, at most"""
+NEAR = 1.1
+"""the makespan of such a chain is at most this many times that of the best of them"""
 PROGRAM_GAP = 1e-4
 """relative, at which an integer program may stop"""
 GAIN = 1e-9
@@ -274,14 +278,19 @@ class ChainSearch:
         self.report(self.makespan(self.best), self.bound)
 
     def _begin(self, members: Sequence[int]) -> None:
-        """Climb from the best of some chains in which each micro-batch goes to the member that would be the first to have
-        computed it: of two members, and of the fastest three, four and so on.
+        """Climb from the best of chains in which each micro-batch goes to the member that would be the first to have
+        computed it: of two members, in either order, and of the fastest three, four and so on.
         """
         seconds = {at: self._seconds(Place(at, 1, "disk", "disk"), "known", first=False) for at in members}
         fastest = sorted(members, key=seconds.__getitem__)
         starts = [self._shared_out(pair, seconds) for pair in itertools.combinations(fastest, 2)]
+        starts += [(last, first) for first, last in starts]
         starts += [self._shared_out(fastest[:count], seconds) for count in range(3, len(fastest) + 1)]
-        self._climb(min(starts, key=self.makespan), members)
+        starts.sort(key=self.makespan)
+        near = NEAR * self.makespan(starts[0])
+        for chain in starts[:STARTS]:
+            if self.makespan(chain) <= near:
+                self._climb(chain, members)
 
     def _shared_out(self, members: Sequence[int], seconds: Mapping[int, float]) -> Chain:
         shares = dict.fromkeys(members[: self.micro_batches], 1)
@@ -381,6 +390,7 @@ class ChainSearch:
                     break
 
     def _neighbours(self, chain: Chain, members: Sequence[int]) -> Iterator[Chain]:
+        yield from self.shelves(chain)
         places = list(chain)
         for at, place in enumerate(places):
             fewer = place._replace(micro_batches=place.micro_batches - 1)
@@ -406,7 +416,6 @@ class ChainSearch:
                 yield tuple(moved)
             for member in self._outside(places, members):
                 yield (*chain[:at], places[at]._replace(candidate=member), *chain[at + 1 :])
-        yield from self.shelves(chain)
 
     def _outside(self, places: Sequence[Place], members: Sequence[int]) -> list[int]:
         """Members that are in no place, one of each that are alike."""

@@ -38,7 +38,7 @@ from tightfit.runtime.common.errors import InputError
 ROUNDING = 1e-9
 """relative difference up to which two numbers of seconds are the same"""
 DRAWN = 1e-3
-"""share of a step; what a lane does again after a shorter pause is drawn as one span"""
+"""share of a step: what takes less, or is done again after a shorter pause, is drawn as one span"""
 
 
 class InvalidFleet(InputError):  # noqa: N818  named by what it is about, like the rest of the tree
@@ -98,20 +98,9 @@ def replayed(fleet: FleetPlan, plans: Mapping[str, Plan]) -> FleetSimulation:
         member.micro_batches * micro_batch_seconds(plans[member.name], member.gradients, first=not at)
         for at, member in enumerate(chain)
     ]
-    spans = [
-        Span(
-            lane=member.name,
-            what="compute",
-            begin_seconds=n * each,
-            end_seconds=(n + 1) * each,
-            micro_batch=member.first + n,
-        )
-        for member, done in zip(chain, computed)
-        for each in [done / member.micro_batches]
-        for n in range(member.micro_batches)
-    ]
     peaks = {member.name: plans[member.name].peak_bytes for member in chain}
     latest = max(computed)
+    spans = _computing(chain, computed)
     if len(chain) == 1:
         return FleetSimulation(
             makespan_seconds=latest,
@@ -148,6 +137,21 @@ def _station(member: Member, plan: Plan, computed: float, *, first: bool) -> Sta
         read=plan.device.read,
         write=plan.device.write,
     )
+
+
+def _computing(chain: list[Member], computed: list[float]) -> list[Span]:
+    """The micro-batches of each member; one span for all of them where single ones would be too short to be drawn."""
+    spans = []
+    for member, done in zip(chain, computed):
+        each = done / member.micro_batches
+        if each < DRAWN * max(computed):
+            spans.append(Span(lane=member.name, what="compute", begin_seconds=0.0, end_seconds=done))
+            continue
+        for number in range(member.micro_batches):
+            begin, end = number * each, (number + 1) * each
+            at = member.first + number
+            spans.append(Span(lane=member.name, what="compute", begin_seconds=begin, end_seconds=end, micro_batch=at))
+    return spans
 
 
 def _spans(told: Played, names: list[str]) -> list[Span]:

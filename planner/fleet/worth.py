@@ -16,13 +16,14 @@ FASTER = 2.0
 """how many times as fast the faster link is"""
 
 
-def baselines(search: ChainSearch, alone: AloneSearch, names: list[str]) -> list[Baseline]:
+def baselines(search: ChainSearch, alone: AloneSearch, names: list[str], deadline: float) -> list[Baseline]:
     """The two fixed ways to share a step, judged like any other. `search` and `alone` have run."""
     count = search.micro_batches
     shares = [count // len(names) + (at < count % len(names)) for at in range(len(names))]
     equal = Baseline(name="equal shares", makespan_seconds=None, micro_batches=dict(zip(names, shares)))
     parts = [at for at, share in enumerate(shares) if share]
     if len(parts) == 1:
+        alone.plans[parts[0]].plan(alone.budgets[parts[0]], deadline - time.monotonic())
         makespan = alone.plans[parts[0]].makespan(alone.budgets[parts[0]])
         unfit = parts
     else:
@@ -36,7 +37,9 @@ def baselines(search: ChainSearch, alone: AloneSearch, names: list[str]) -> list
         equal = equal.model_copy(update={"reason": f"{told} cannot hold a micro-batch"})
     fastest = Baseline(name="fastest alone", makespan_seconds=None, micro_batches=dict.fromkeys(names, 0))
     if alone.best is None:
-        return [equal, fastest.model_copy(update={"reason": "no device can hold a micro-batch alone"})]
+        none = alone.bound == math.inf
+        reason = "no device can hold a micro-batch alone" if none else "it was not planned before the search was ended"
+        return [equal, fastest.model_copy(update={"reason": reason})]
     working = {**fastest.micro_batches, names[alone.best]: count}
     return [equal, fastest.model_copy(update={"makespan_seconds": alone.makespan, "micro_batches": working})]
 

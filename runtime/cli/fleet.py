@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tightfit.runtime.cli.fleet_federate import federate
 from tightfit.runtime.cli.fleet_run import run, status
 from tightfit.runtime.cli.options import Debug, Json, Server, answering, at_least, service
 from tightfit.runtime.common.interrupts import Interrupts
@@ -100,3 +101,4 @@ def plan(
 
 for command in (run, status):
     fleet.command()(command)
+fleet.add_typer(federate, name="federate")

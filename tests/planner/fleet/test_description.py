@@ -97,7 +97,7 @@ def test_another_number_of_micro_batches_can_be_asked_for(read):
         ("micro_batches = 4", "it names no member; describe each device of the fleet under a line [[member]]"),
         ("micro_batches = 4\nmember = []", "it names no member; describe each device of the fleet under a line [[member]]"),
         ("micro_batches = 4\n[member]\nname = 'a'", "it names no member; describe each device of the fleet under a line [[member]]"),
-        ("micro_batch = 4" + MEMBER, "no key is called 'micro_batch'; there are micro_batches, member"),
+        ("micro_batch = 4" + MEMBER, "no key is called 'micro_batch'; there are micro_batches, steps, member"),
         *(
             (f"micro_batches = {value}{MEMBER}", f"'micro_batches' is {shown}; give a whole number from 1 to {MOST_ACCUMULATED}")
             for value, shown in (("0", "0"), ("true", "True"), ("2.0", "2.0"), ("'4'", "'4'"), ("65537", "65537"))

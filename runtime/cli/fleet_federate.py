@@ -1,0 +1,379 @@
+"""The commands ``tightfit fleet federate ...``: rounds of devices that come and go, over Flower."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tightfit.runtime.cli.options import Debug, Json, answering, at_least, at_most
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.interrupts import Interrupts
+from tightfit.runtime.common.limits import enough_for_a_solver
+from tightfit.runtime.session.options import LARGEST_SEED, SCHEDULES
+from tightfit.runtime.supervision.printing import answer
+
+if TYPE_CHECKING:
+    from tightfit.planner.fleet.federated_schema import FederatedPlan
+    from tightfit.runtime.federated.device import Device
+
+DESCRIPTION = """FLEET.toml describes the devices, paths relative to it:
+
+\b
+steps = 64          # local steps of a round, of all devices together
+[[member]]
+name = "laptop"
+profile = "laptop.json"
+memory = "320MiB"   # for all that runs there, Flower's part included
+link = "100Mbit/s"  # both ways, or: up = "40Mbit/s", down = "250Mbit/s"
+latency = "2ms"     # one way, 0 if left out
+"""
+MEMBER = "{member}"
+"""stands for the device's name in the path of its data"""
+
+federate = typer.Typer(
+    help="Train in rounds on devices that come and go, each on data of its own.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+Root = Annotated[
+    str | None,
+    typer.Option("--root-certificates", metavar="FILE", help="Certificates of the authority that signed the server's."),
+]
+Truncate = Annotated[
+    bool, typer.Option("--truncate", help="Cut samples longer than the planned sequence instead of refusing them.")
+]
+Cgroup = Annotated[
+    bool, typer.Option("--cgroup/--no-cgroup", help="Let the kernel enforce each run's cap where it can.")
+]
+Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet federate plan` put the fleet's plan.")
+]
+
+
+@federate.command(epilog=DESCRIPTION)
+def plan(
+    description: Annotated[Path, typer.Argument(metavar="FLEET.toml", help="The devices, their budgets and links.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="FOLDER", help="Folder for the fleet's plan and its members' plans."),
+    ],
+    steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Local steps of a round, instead of those that the description names."),
+    ] = None,
+    start: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Of a round on a device, beside transfers and steps, as you measured it."),
+    ] = None,
+    supernode: Annotated[
+        bool, typer.Option("--supernode", help="Devices run Flower's own SuperNode, which takes more of their memory.")
+    ] = False,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", metavar="SECONDS", help="Seconds that all of the planning may take.")
+    ] = 120.0,
+    prices: Annotated[
+        bool,
+        typer.Option(
+            "--prices/--no-prices", help="Also say what more memory or a faster link of each device would be worth."
+        ),
+    ] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Plan each device's run, and how many local steps it takes in a round, so that nobody waits for anybody."""
+    at_least(0, time_limit=time_limit, start=start or 0.0)
+    if steps is not None:
+        at_least(1, steps=steps)
+    enough_for_a_solver()
+    from tightfit.planner.fleet.description import read_description
+    from tightfit.planner.fleet.federated import NODE_BYTES, START_SECONDS, SUPERNODE_BYTES, plan_federated
+    from tightfit.planner.fleet.io import FILE, save_fleet
+    from tightfit.planner.report.federated_text import federated_text
+    from tightfit.runtime.cli.terminal import Solving, messages
+    from tightfit.runtime.common.files import check_place
+
+    check_place(output / FILE)
+    console = messages()
+    members, wanted = read_description(description, steps, "steps")
+    with Interrupts(), Solving(console, time_limit) as solving:
+        planned, plans = plan_federated(
+            members,
+            wanted,
+            flower_bytes=SUPERNODE_BYTES if supernode else NODE_BYTES,
+            start_seconds=START_SECONDS if start is None else start,
+            time_limit=time_limit,
+            prices=prices,
+            progress=solving,
+        )
+    summary: dict[str, Any] = planned.model_dump(mode="json")
+    with answering(summary, federated_text(planned), as_json):
+        summary["fleet"] = str(save_fleet(planned, plans, output))
+    console.print(f"plan written to {summary['fleet']}")
+
+
+@federate.command()
+def run(
+    folder: Folder,
+    rounds: Annotated[int, typer.Option(metavar="N", help="Rounds in all.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the rounds, the adapter and the report.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|FILE.jsonl|random",
+            help="Run all devices on this machine too, to try it out, on these data; {member} in the path stands for"
+            " each one's name. Without it, devices join from elsewhere.",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address at which devices reach the server.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port of the server; 9092, or any that is free with --data.")] = None,
+    certificate: Annotated[
+        str | None, typer.Option("--ssl-certfile", metavar="FILE", help="The server's certificate, for TLS.")
+    ] = None,
+    certificate_key: Annotated[
+        str | None, typer.Option("--ssl-keyfile", metavar="FILE", help="The private key of that certificate.")
+    ] = None,
+    authority: Annotated[
+        str | None,
+        typer.Option("--ssl-ca-certfile", metavar="FILE", help="Certificates of the authority that signed it."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve other machines in the clear, without a certificate.")
+    ] = False,
+    keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--device-key", metavar="FILE.pub", help="Public key of a device that may join; once for each. Needs TLS."
+        ),
+    ] = None,
+    least: Annotated[int, typer.Option("--min", metavar="N", help="Devices that have to answer in a round.")] = 1,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="Of a round at most; three times what is planned and a minute if left out."
+        ),
+    ] = None,
+    grace: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Of a round in which devices that are not there may still come.")
+    ] = 30.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last round in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left.")] = False,
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Start from the adapter in this folder instead of a new one.")
+    ] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of the devices' AdamW.")] = 2e-4,
+    schedule: Annotated[
+        str, typer.Option(help="Course of the learning rate over the rounds: constant, linear or cosine.")
+    ] = "constant",
+    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the adapter's start and the order of the data.")] = 0,
+    truncate: Truncate = False,
+    cgroup: Cgroup = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve rounds to the devices of a plan: send the adapter out, add the answers up by tokens, and so on."""
+    at_least(1, rounds=rounds, min=least)
+    at_least(0, lr=lr, weight_decay=weight_decay, seed=seed, grace=grace)
+    at_most(LARGEST_SEED - rounds, seed=seed)
+    if timeout is not None and not timeout > 0:
+        raise InputError(f"--timeout {timeout}: give a number of seconds above 0")
+    if schedule not in SCHEDULES:
+        raise InputError(f"--schedule {schedule!r} is not known; choose one of {', '.join(SCHEDULES)}")
+    if resume and overwrite:
+        raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
+    given = [certificate, certificate_key, authority]
+    if any(given) and not all(given):
+        raise InputError("--ssl-certfile, --ssl-keyfile and --ssl-ca-certfile belong together: give all of them")
+    if data is None and not any(given) and not insecure:
+        raise InputError(
+            "devices join over TLS: give --ssl-certfile, --ssl-keyfile and --ssl-ca-certfile, or --insecure"
+        )
+    from tightfit.planner.fleet.io import load_federated
+    from tightfit.runtime.cli.terminal import messages
+    from tightfit.runtime.federated import flower
+    from tightfit.runtime.federated.rounds import RoundOptions
+    from tightfit.runtime.federated.server import Serving, Tls, serve
+
+    flower.check_installed()
+    fleet = load_federated(folder)
+    names = [member.name for member in fleet.taking]
+    at_most(len(names), min=least)
+    console = messages()
+    tls = None
+    if certificate and certificate_key and authority:
+        tls = Tls(certificate=_there(certificate), key=_there(certificate_key), authority=_there(authority))
+    devices: list[Device] = []
+    if data is not None:
+        devices = [
+            _device(folder, fleet, name, data, output / "devices" / name, truncate=truncate, cgroup=cgroup)
+            for name in names
+        ]
+    serving = Serving(
+        host=host,
+        port=port or (0 if devices else flower.PORT),
+        tls=tls,
+        keys=[_there(key) for key in keys or []],
+        devices=devices,
+    )
+    if not devices:
+        console.print(
+            f"on each device, with the folder of the plan there:\n{_joining(names, serving.port, tls is not None)}"
+        )
+    options = RoundOptions(
+        rounds=rounds,
+        fleet=str(folder.absolute()),
+        out=str(output.absolute()),
+        least=least,
+        timeout=timeout or 0.0,
+        grace=grace,
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        seed=seed,
+        adapter=str(adapter.absolute()) if adapter else "",
+    )
+
+    def told(record: dict[str, Any]) -> None:
+        late = f"; without {', '.join(record['left_out'])}" if record["left_out"] else ""
+        console.print(
+            f"round {record['round']}/{rounds}: loss {record['loss']:.4f}, {record['tokens']} tokens,"
+            f" {record['seconds']:.1f} s (planned {fleet.makespan_seconds:.1f}){late}"
+        )
+
+    report = serve(options, serving, resume=resume, overwrite=overwrite, told=told)
+    answer(report, _rounds_table(report["rounds"]), as_json=as_json)
+
+
+def _there(path: str) -> str:
+    """An absolute path of a file. Raises InputError where there is none."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    return str(Path(path).absolute())
+
+
+def _device(
+    folder: Path, fleet: FederatedPlan, name: str, data: str, work: Path, *, truncate: bool, cgroup: bool
+) -> Device:
+    """The settings of a device. Raises InputError for one that takes no part, or was not measured."""
+    from tightfit.planner.fleet.io import fleet_path, load_member_plan
+    from tightfit.runtime.federated.device import Device
+
+    load_member_plan(folder, fleet, name)  # the plan is there, and the right one
+    member = next(one for one in fleet.members if one.name == name)
+    if not member.measured:
+        raise InputError(
+            f"member {name!r}: its times are estimated for {member.device}, not measured; profile on the device itself and"
+            " plan again"
+        )
+    plain = data.replace(MEMBER, name)
+    return Device(
+        member=name,
+        plan=str((fleet_path(folder).parent / str(member.plan)).absolute()),
+        rank=member.rank,
+        data=plain if plain == "random" else str(Path(plain).absolute()),
+        work=str(work.absolute()),
+        truncate=truncate,
+        cgroup=cgroup,
+    )
+
+
+def _joining(names: list[str], port: int, tls: bool) -> str:
+    """The commands with which devices join."""
+    trust = "--root-certificates ca.crt" if tls else "--insecure"
+    return "\n".join(
+        f"  tightfit fleet federate join FOLDER --member {shlex.quote(name)} --superlink HOST:{port} {trust} --data DATA -o WORK"
+        for name in names
+    )
+
+
+@federate.command()
+def join(
+    context: typer.Context,
+    folder: Folder,
+    member: Annotated[str, typer.Option(metavar="NAME", help="Which device of the plan this is.")],
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the server is.")],
+    data: Annotated[str, typer.Option(metavar="DIR|FILE.jsonl|random", help="This device's own training data.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="WORK", help="Folder for this device's runs.")],
+    insecure: Annotated[bool, typer.Option("--insecure", help="The server has no certificate.")] = False,
+    root_certificates: Root = None,
+    private_key: Annotated[
+        str | None,
+        typer.Option(
+            "--private-key",
+            metavar="FILE",
+            help="Key that the server knows this device by (ssh-keygen -t ecdsa -b 384).",
+        ),
+    ] = None,
+    supernode: Annotated[
+        bool, typer.Option("--supernode", help="Run Flower's own SuperNode, as planned with --supernode.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="With --supernode: a port of this device for Flower's processes.")] = 9094,
+    truncate: Truncate = False,
+    cgroup: Cgroup = True,
+    debug: Debug = False,
+) -> None:
+    """Take part as a device: wait for rounds, train in each under the cap, and answer, until Ctrl-C."""
+    if insecure and (root_certificates or private_key):
+        raise InputError("--insecure is without certificates and keys; leave it out, or them")
+    from tightfit.planner.fleet.io import load_federated
+    from tightfit.runtime.federated import flower
+    from tightfit.runtime.federated.fleet_api import Endpoint
+    from tightfit.runtime.federated.server import node_command
+
+    flower.check_installed()
+    Endpoint.of(superlink, tls=not insecure, root_certificates=root_certificates)
+    fleet = load_federated(folder)
+    device = _device(folder, fleet, member, data, output, truncate=truncate, cgroup=cgroup)
+    authority = _there(root_certificates) if root_certificates else None
+    key = _there(private_key) if private_key else None
+    settings = device.write()
+    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+    command = node_command(settings, superlink, authority, key, insecure=insecure)
+    if supernode:
+        command = flower.supernode_command(settings, superlink, authority, key, port, insecure=insecure)
+        environment = flower.environment(output.absolute() / "flower")
+    os.execvpe(command[0], command, environment)  # noqa: S606  our own command line, or Flower's
+
+
+@federate.command()
+def status(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder of `tightfit fleet federate run`.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say which rounds have been made, by whom, and with what loss."""
+    from tightfit.runtime.federated.rounds_folder import LINES, RoundsFolder
+
+    if not (output / LINES).exists():
+        raise InputError(f"{output} holds no rounds; name the output folder of `tightfit fleet federate run`")
+    lines = RoundsFolder(output).lines()
+    answer({"rounds": lines}, _rounds_table(lines), as_json=as_json)
+
+
+def _rounds_table(lines: list[dict[str, Any]]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from tightfit.runtime.common.units import format_size
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("round", "loss", "tokens", "seconds", "answers", "largest peak", "left out"):
+        table.add_column(heading, justify="left" if heading in ("answers", "left out") else "right")
+    for line in lines:
+        peaks = [one["peak_bytes"] + one["flower_bytes"] for one in line["members"].values()]
+        table.add_row(
+            str(line["round"]),
+            f"{line['loss']:.4f}",
+            str(line["tokens"]),
+            f"{line['seconds']:.1f}",
+            Text(", ".join(line["members"])),
+            format_size(max(peaks)),
+            Text("; ".join(f"{name}: {why}" for name, why in line["left_out"].items())),
+        )
+    return table

@@ -1,0 +1,183 @@
+"""A device's part of a round: starts `tightfit run` from the fleet's adapter, under the device's cap, and reads the result.
+
+The process that calls this waits beside the training process and counts against the device's budget, so that it lives of
+the standard library; whatever talks to Flower (`node`, or the app in `client_app`) calls `take_part`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.common.errors import InputError, RunError, TightfitError
+from tightfit.runtime.common.parent import end_with_parent
+from tightfit.runtime.engine.device.resident import memory
+from tightfit.runtime.federated.adapter_file import AdapterFile
+from tightfit.runtime.federated.messages import Answer, Order
+
+SETTINGS = "device.json"
+WEIGHTS = "adapter_model.safetensors"
+ENDING_SECONDS = 20.0
+"""that a run which is asked to end has for it; then it is killed"""
+SENDING_SHARE = 0.1
+"""of a round's seconds: left for sending the answer"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What a device needs to know to take part, as its settings file has it."""
+
+    member: str
+    plan: str
+    """path of its own plan"""
+    rank: int
+    """of the adapter that this plan trains"""
+    data: str
+    work: str
+    """folder for its runs; what a round leaves there is replaced by the next"""
+    truncate: bool = False
+    cgroup: bool = True
+
+    def write(self) -> str:
+        """Write the settings into the device's folder; returns their path."""
+        os.makedirs(self.work, exist_ok=True)
+        path = os.path.join(self.work, SETTINGS)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1)
+        return path
+
+    @classmethod
+    def read(cls, path: str) -> Device:
+        try:
+            with open(path, encoding="utf-8") as file:
+                return cls(**json.load(file))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"{path}: not the settings of a device ({error}); `tightfit fleet federate join` writes them"
+            ) from error
+
+
+def take_part(device: Device, order: Order, adapter: Callable[[], bytes]) -> tuple[Answer, bytes]:
+    """Carry out a device's part of a round; the answer, and the trained adapter's file (empty where there is none).
+
+    `adapter` fetches the file of the fleet's adapter. Nothing of it is held in memory while the run trains.
+    """
+    began = time.monotonic()
+    steps = order.steps_of(device.member)
+    try:
+        if not steps:
+            raise InputError(f"member {device.member!r} takes no part in the fleet's rounds")
+        out = os.path.join(device.work, "run")
+        given = os.path.join(device.work, "given")
+        _write_given(given, adapter, device.rank)
+        _run(_command(device, order, steps, given, out), device, order.seconds * (1 - SENDING_SHARE))
+        waiting_bytes = memory().resident  # what lived beside the training process
+        report = _report(out)
+        with open(os.path.join(out, "adapter", WEIGHTS), "rb") as file:
+            trained = file.read()
+        tokens = _tokens(os.path.join(out, "metrics.jsonl"))
+    except (TightfitError, OSError) as error:
+        refused = Answer(round=order.round, member=device.member, error=str(error), seconds=time.monotonic() - began)
+        return refused, b""
+    answer = Answer(
+        round=order.round,
+        member=device.member,
+        steps=steps,
+        tokens=tokens,
+        loss=sum(report["loss"]) / len(report["loss"]),
+        seconds=time.monotonic() - began,
+        peak_bytes=report["peak_bytes"]["measured"],
+        flower_bytes=waiting_bytes,
+    )
+    return answer, trained
+
+
+def _write_given(folder: str, adapter: Callable[[], bytes], rank: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    with open(os.path.join(folder, WEIGHTS), "wb") as file:
+        file.write(AdapterFile.read(adapter(), "the fleet's adapter").cut(rank))
+    give_back()  # the memory through which it came
+
+
+def give_back() -> None:
+    """Give free memory back to the system, where the C library can."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def _command(device: Device, order: Order, steps: int, given: str, out: str) -> list[str]:
+    arguments = ["run", device.plan, "--data", device.data, "--steps", str(steps), "-o", out, "--overwrite"]
+    arguments += ["--adapter", given, "--lr", repr(order.lr), "--weight-decay", repr(order.weight_decay)]
+    arguments += ["--seed", str(order.seed), "--checkpoint-every", "0", "--json"]
+    arguments += ["--truncate"] * device.truncate + ["--no-cgroup"] * (not device.cgroup)
+    return interpreter.command("tightfit.runtime.cli.main", *arguments)
+
+
+def _run(command: list[str], device: Device, seconds: float) -> None:
+    """Run a command to its end, which comes after `seconds` at the latest. It also ends if this process is killed."""
+    log = os.path.join(device.work, "run.log")
+    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+    with open(log, "wb") as file:
+        child = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509  a call of the kernel, no lock is taken
+        )
+        try:
+            code = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            _end(child)
+            raise RunError(f"the round's {seconds:.0f} seconds were over before the run had ended") from None
+        except BaseException:
+            _end(child)
+            raise
+    if code:
+        raise RunError(f"the run ended with code {code}: {_last_words(log)}")
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(ENDING_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def _report(out: str) -> dict[str, Any]:
+    with open(os.path.join(out, "report.json"), encoding="utf-8") as file:
+        report: dict[str, Any] = json.load(file)
+    return report
+
+
+def _tokens(metrics: str) -> int:
+    with open(metrics, encoding="utf-8") as file:
+        return sum(json.loads(line)["tokens"] for line in file)
+
+
+def _last_words(log: str) -> str:
+    """The message of the error that a run ended with, or the last line that it printed."""
+    with open(log, encoding="utf-8", errors="replace") as file:
+        lines = file.read().strip().splitlines()
+    for line in reversed(lines):
+        try:
+            return str(json.loads(line)["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return lines[-1] if lines else "it said nothing"

@@ -1,0 +1,152 @@
+"""The process of a device that takes part in federated rounds: one node of a SuperLink, which carries out its orders.
+
+    python -m tightfit.runtime.federated.node DEVICE.json --superlink HOST:PORT [--insecure | --root-certificates FILE]
+
+It stands in for Flower's SuperNode, SuperExec and ClientApp. Between rounds and while a run trains it gives signs of life;
+a SuperLink that is gone, or has forgotten the node, is looked for until it is there again. It runs the code of the
+installed tightfit and nothing that the server sends. SIGTERM and SIGINT end it, and a run that is under way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from types import FrameType
+
+from tightfit.runtime.common.errors import RunError, TightfitError
+from tightfit.runtime.federated.device import Device, take_part
+from tightfit.runtime.federated.fleet_api import (
+    HEARTBEAT_SECONDS,
+    Endpoint,
+    FleetApi,
+    Incoming,
+    RefusedError,
+    UnreachableError,
+    private_key,
+)
+from tightfit.runtime.federated.messages import ANSWER, ORDER, Answer, Order
+
+POLL_SECONDS = 2.0
+AGAIN_SECONDS, LONGEST_SECONDS = 1.0, 30.0
+"""between two looks for a SuperLink that is gone: at first, and later"""
+FORGOTTEN = (401, 403, 404)
+"""what a SuperLink says that does not know the node"""
+
+
+class Node:
+    def __init__(self, device: Device, api: FleetApi) -> None:
+        self.device, self.api = device, api
+        self.joined = threading.Event()
+        self.waits = AGAIN_SECONDS
+        threading.Thread(target=self._live, daemon=True).start()
+
+    def serve(self) -> None:
+        """Carry out orders, until a signal raises SystemExit."""
+        try:
+            while True:
+                self._once()
+        finally:
+            if self.joined.is_set():
+                with suppress(RunError):
+                    self.api.leave()
+
+    def _once(self) -> None:
+        try:
+            if not self.joined.is_set():
+                self.api.join()
+                self.joined.set()
+                self.waits = AGAIN_SECONDS
+                _say(f"{self.device.member}: ready at {self.api.endpoint.host}:{self.api.endpoint.port}")
+            incoming = self.api.message()
+            if incoming is None:
+                time.sleep(POLL_SECONDS)
+                return
+            self._carry_out(incoming)
+        except UnreachableError as error:
+            _say(f"{error}; looking again in {self.waits:.0f} s")
+            self._later()
+        except RefusedError as error:
+            unknown = self.api.registered and not self.joined.is_set()
+            _say(f"{error}{'; it may not know the key of this device' if unknown else ''}")
+            if error.status in FORGOTTEN:
+                self.joined.clear()
+            self._later()
+        except RunError as error:
+            _say(str(error))
+            self._later()
+
+    def _later(self) -> None:
+        time.sleep(self.waits)
+        self.waits = min(2 * self.waits, LONGEST_SECONDS)
+
+    def _carry_out(self, incoming: Incoming) -> None:
+        try:
+            order = Order.of(incoming.words(ORDER))
+        except (KeyError, ValueError, TypeError) as error:
+            incoming.confirm()
+            refused = Answer(round=0, member=self.device.member, error=f"no order that is known here ({error!r})")
+            self.api.push(incoming, ANSWER, refused.words(), b"")
+            return
+        _say(f"{self.device.member}: round {order.round}, {order.steps_of(self.device.member)} steps")
+        until = time.monotonic() + order.seconds
+        answer, trained = take_part(self.device, order, incoming.adapter)
+        _say(f"{self.device.member}: {answer.error or f'loss {answer.loss:.4f}, {answer.seconds:.1f} s'}")
+        while True:
+            try:
+                self.api.push(incoming, ANSWER, answer.words(), trained)
+                return
+            except UnreachableError:
+                if time.monotonic() > until:
+                    raise
+                self._later()
+
+    def _live(self) -> None:
+        """Give signs of life while the node is known."""
+        while True:
+            time.sleep(HEARTBEAT_SECONDS / 2)
+            if self.joined.is_set():
+                try:
+                    known = self.api.alive()
+                except RefusedError as error:
+                    known = error.status not in FORGOTTEN
+                except RunError:
+                    continue
+                if not known:
+                    self.joined.clear()
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="tightfit.runtime.federated.node")
+    parser.add_argument("device")
+    parser.add_argument("--superlink", required=True)
+    parser.add_argument("--insecure", action="store_true")
+    parser.add_argument("--root-certificates")
+    parser.add_argument("--private-key")
+    options = parser.parse_args(arguments)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _asked_to_end)
+    try:
+        endpoint = Endpoint.of(options.superlink, tls=not options.insecure, root_certificates=options.root_certificates)
+        key = private_key(options.private_key) if options.private_key else None
+        Node(Device.read(options.device), FleetApi(endpoint, key)).serve()
+    except TightfitError as error:
+        sys.stderr.write(f"tightfit: {error}\n")
+        return error.exit_code
+    return 0
+
+
+def _asked_to_end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"tightfit: {text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

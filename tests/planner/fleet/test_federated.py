@@ -1,0 +1,236 @@
+"""Federated rounds: steps shared out against brute force and an integer program, budgets, bounds, files, mutated plans."""
+
+import itertools
+import math
+import random
+
+import pytest
+from synthetic import MIB
+
+from tightfit.planner.fleet.federated import plan_federated
+from tightfit.planner.fleet.federated_simulate import simulate_federated
+from tightfit.planner.fleet.io import load_federated, load_fleet, load_member_plan, save_fleet, sealed_fleet
+from tightfit.planner.fleet.plan import MemberSpec
+from tightfit.planner.fleet.round_times import Pace, makespan_of, shared_out, transfer_seconds
+from tightfit.planner.fleet.schema import Link
+from tightfit.planner.fleet.simulate import InvalidFleet
+from tightfit.planner.report.federated_text import federated_sentences
+from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.runtime.common.errors import InfeasibleError, InputError
+
+FLOWER = 12 * MIB
+
+
+def adapted(spec, rank=4, **changes):
+    """The member with an adapter of some rank."""
+    model = spec.profile.model.model_copy(update={"lora": {"rank": rank, "alpha": 2.0 * rank}})
+    return MemberSpec(
+        name=changes.get("name", spec.name),
+        profile=spec.profile.model_copy(update={"model": model}),
+        budget_bytes=changes.get("budget_bytes", spec.budget_bytes + FLOWER),
+        link=changes.get("link", spec.link),
+    )
+
+
+@pytest.fixture(scope="module")
+def devices(members):
+    return [adapted(spec) for spec in members((1.0, 0.5, 0.25, 0.1))]
+
+
+@pytest.fixture(scope="module")
+def planned(devices):
+    return plan_federated(devices, 40, flower_bytes=FLOWER, start_seconds=1.0, time_limit=20.0)
+
+
+def drawn(seed):
+    draw = random.Random(seed)
+    paces = [
+        Pace(
+            fixed_seconds=draw.choice([0.0, 1.0, draw.uniform(0, 9)]),
+            step_seconds=draw.choice([1.0, draw.uniform(0.1, 3)]),
+        )
+        for _ in range(draw.randint(1, 4))
+    ]
+    return draw, paces
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_other_way_to_share_steps_out_ends_sooner(seed):
+    draw, paces = drawn(seed)
+    steps = draw.randint(1, 9)
+    taken = shared_out(paces, steps)
+    assert sum(taken) == steps
+    assert min(taken) >= 0
+    ways = (way for way in itertools.product(range(steps + 1), repeat=len(paces)) if sum(way) == steps)
+    assert makespan_of(paces, taken) == pytest.approx(min(makespan_of(paces, way) for way in ways), rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_an_integer_program_finds_nothing_shorter(seed):
+    draw, paces = drawn(seed)
+    unit = draw.choice([1, 2, 5])
+    steps = unit * draw.randint(1, 60)
+    program = Program()
+    makespan = program.variable()
+    counts = [program.variable(0.0, float(steps // unit), whole=True) for _ in paces]
+    chosen = [program.choice() for _ in paces]
+    for pace, count, taken in zip(paces, counts, chosen):
+        program.at_least(Linear().add(taken, float(steps // unit)), Linear().add(count))
+        spent = Linear().add(taken, pace.fixed_seconds).add(count, unit * pace.step_seconds)
+        program.at_least(Linear().add(makespan), spent)
+    program.exactly(Linear.sum(counts), steps / unit)
+    solution = program.solve(Linear().add(makespan), 20.0, 0.0)
+    found = shared_out(paces, steps, unit)
+    assert all(count % unit == 0 for count in found)
+    assert makespan_of(paces, found) == pytest.approx(solution.objective, rel=1e-6)
+
+
+def test_devices_that_cannot_hold_a_step_get_none():
+    paces = [Pace(fixed_seconds=1.0, step_seconds=math.inf), Pace(fixed_seconds=0.0, step_seconds=1.0)]
+    assert shared_out(paces, 3) == [0, 3]
+
+
+def test_a_transfer_goes_both_ways():
+    link = Link(up_bytes_per_second=10.0, down_bytes_per_second=100.0, latency_seconds=0.5)
+    assert transfer_seconds(link, 200, 30) == pytest.approx(2.0 + 3.0 + 1.0)
+
+
+def test_a_round_ends_for_all_at_about_the_same_time(planned):
+    fleet, plans = planned
+    assert sum(member.steps for member in fleet.members) == 40
+    assert simulate_federated(fleet, plans) == fleet.makespan_seconds
+    slowest = max(member.step_seconds for member in fleet.taking)
+    assert all(member.round_seconds > fleet.makespan_seconds - slowest for member in fleet.taking)
+    assert fleet.bound_seconds <= fleet.makespan_seconds
+    assert fleet.gap <= 0.02
+    equal, alone = fleet.baselines
+    assert (equal.name, alone.name) == ("equal steps", "fastest alone")
+    assert equal.makespan_seconds > 2 * fleet.makespan_seconds
+    assert equal.steps == dict.fromkeys("abcd", 10)
+    assert alone.steps == {"a": 40, "b": 0, "c": 0, "d": 0}
+    assert alone.makespan_seconds > fleet.makespan_seconds
+
+
+def test_budgets_count_flower(planned, devices):
+    fleet, plans = planned
+    for spec, member in zip(devices, fleet.members):
+        assert plans[member.name].budget_bytes == spec.budget_bytes - FLOWER
+        assert member.peak_bytes == plans[member.name].peak_bytes + FLOWER <= spec.budget_bytes
+
+
+def test_prices_are_of_members_that_take_part(planned):
+    fleet, _ = planned
+    assert [price.member for price in fleet.prices] == [member.name for member in fleet.taking]
+    assert all(price.memory_gain_seconds >= 0 and price.link_gain_seconds >= 0 for price in fleet.prices)
+
+
+def test_devices_without_room_or_use_take_no_part(devices):
+    small = adapted(devices[1], name="small", budget_bytes=FLOWER + MIB)
+    far = adapted(devices[0], name="far", link=Link(up_bytes_per_second=1e3, down_bytes_per_second=1e3))
+    fleet, plans = plan_federated(
+        [devices[0], small, far], 5, flower_bytes=FLOWER, start_seconds=0.0, time_limit=10.0, prices=False
+    )
+    assert set(plans) == {"a"}
+    reasons = {member.name: member.reason for member in fleet.members}
+    assert reasons["a"] is None
+    assert reasons["small"].startswith("it cannot hold a step: it needs ")
+    assert "12.0 MiB for Flower" in reasons["small"]
+    assert reasons["far"] == "a round would only wait for it"
+    assert fleet.baselines[0].reason == "small cannot hold a step"
+    sentences = federated_sentences(fleet)
+    assert any(sentence.startswith("far takes no part: ") for sentence in sentences)
+    assert any("there would be no round" in sentence for sentence in sentences)
+
+
+def test_where_nothing_fits_it_says_what_is_lacking(devices):
+    small = adapted(devices[0], budget_bytes=FLOWER + MIB)
+    with pytest.raises(InfeasibleError, match="no device can hold a step: a needs") as told:
+        plan_federated([small], 5, flower_bytes=FLOWER, time_limit=5.0)
+    assert told.value.minimum_budget_bytes > FLOWER + MIB
+
+
+def test_steps_are_whole_updates(devices):
+    with pytest.raises(InputError, match="0 steps cannot make a round"):
+        plan_federated(devices, 0)
+    optimizer = {**devices[0].profile.optimizer, "accumulate": 4}
+    several = [
+        MemberSpec(
+            name=spec.name,
+            profile=spec.profile.model_copy(update={"optimizer": optimizer}),
+            budget_bytes=spec.budget_bytes,
+            link=spec.link,
+        )
+        for spec in devices[:2]
+    ]
+    with pytest.raises(InputError, match="10 steps of a round: an update takes 4 steps"):
+        plan_federated(several, 10)
+
+
+def test_devices_have_to_train_one_model(devices, members):
+    with pytest.raises(InputError, match=r"member a: its profile of .* trains no adapter"):
+        plan_federated(members((1.0,)), 5)
+    other = adapted(devices[1])
+    model = other.profile.model.model_copy(update={"lora": {"rank": 2, "alpha": 8.0}})
+    other = MemberSpec(
+        name="b",
+        profile=other.profile.model_copy(update={"model": model}),
+        budget_bytes=other.budget_bytes,
+        link=other.link,
+    )
+    with pytest.raises(InputError, match=r"members a and b differ in the adapter's alpha / rank \(2.0 and 4.0\)"):
+        plan_federated([devices[0], other], 5)
+    longer = devices[1].profile.model_copy(update={"batch": 3})
+    other = MemberSpec(name="b", profile=longer, budget_bytes=other.budget_bytes, link=other.link)
+    with pytest.raises(InputError, match=r"members a and b differ in batch \(\d+ and 3\)"):
+        plan_federated([devices[0], other], 5)
+
+
+def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
+    fleet, plans = planned
+    save_fleet(fleet, plans, tmp_path)
+    assert load_federated(tmp_path) == fleet
+    for member in fleet.taking:
+        assert load_member_plan(tmp_path, fleet, member.name) == plans[member.name]
+    with pytest.raises(
+        InputError, match=r"of another kind \(federated, not data parallel\); use `tightfit fleet federate`"
+    ):
+        load_fleet(tmp_path)
+
+
+def _member(at, **changes):
+    def changed(fleet):
+        members = list(fleet.members)
+        members[at] = members[at].model_copy(update=changes)
+        return {"members": members}
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "invariant"),
+    [
+        (lambda fleet: {"makespan_seconds": 0.9 * fleet.makespan_seconds}, "makespan"),
+        (lambda fleet: {"bound_seconds": 1.1 * fleet.makespan_seconds}, "bound"),
+        (lambda fleet: {"steps": 41}, "steps"),
+        (lambda fleet: {"accumulate": 7}, "steps"),
+        (lambda fleet: {"model": "another"}, "model"),
+        (lambda fleet: {"rank": 2}, "model"),
+        (lambda fleet: {"adapter_bytes": fleet.adapter_bytes + 4}, "seconds"),
+        (_member(1, name="a"), "names"),
+        (_member(0, round_seconds=0.5), "seconds"),
+        (_member(0, step_seconds=0.001), "seconds"),
+        (_member(0, bound_seconds=1e6), "bound"),
+        (_member(0, peak_bytes=1), "peak"),
+        (_member(0, flower_bytes=0), "peak"),
+        (_member(0, budget_bytes=MIB), "budget"),
+        (_member(0, plan_fingerprint="0" * 64), "plan"),
+        (_member(0, adapter_bytes=4), "model"),
+        (_member(0, link=Link(up_bytes_per_second=math.inf, down_bytes_per_second=1.0)), "link"),
+        (_member(0, start_seconds=0.0), "seconds"),
+    ],
+)
+def test_the_judge_rejects_a_plan_that_was_changed(planned, change, invariant):
+    fleet, plans = planned
+    with pytest.raises(InvalidFleet) as told:
+        simulate_federated(sealed_fleet(fleet.model_copy(update=change(fleet))), plans)
+    assert told.value.invariant == invariant

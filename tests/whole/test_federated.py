@@ -1,0 +1,322 @@
+"""Federated rounds end to end: a real SuperLink and nodes on loopback, devices and servers that are killed. Needs Flower."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from federated_fleets import needs_flower, tiny_fleet
+from safetensors.numpy import load
+
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.federated import aggregate
+from tightfit.runtime.federated.device import Device, take_part
+from tightfit.runtime.federated.messages import Order
+from tightfit.runtime.federated.server import free_port
+
+pytestmark = [needs_flower, pytest.mark.slow]
+LIMIT = 240.0
+RATE = 1e-2
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fleet")
+    planned, plans = tiny_fleet(folder, steps=5, ranks=(4, 4), speeds=(1e-3, 1.4e-3), start_seconds=1.0)
+    assert [member.steps for member in planned.members] == [3, 2]
+    return folder / "fleet", planned, plans
+
+
+@pytest.fixture(scope="module")
+def expected(fleet, tmp_path_factory):
+    """The adapter after two rounds, by running each device's part here and averaging."""
+    folder, _, plans = fleet
+    work = tmp_path_factory.mktemp("expected")
+    shapes = aggregate.shapes_of(plans["a"])
+    current = aggregate.started(shapes, 0)
+    for number in (1, 2):
+        order = Order(
+            round=number, steps=json.dumps({"a": 3, "b": 2}), lr=RATE, weight_decay=0.0, seed=number, seconds=LIMIT
+        )
+        parts = []
+        for name in ("a", "b"):
+            device = Device(
+                member=name,
+                plan=str(folder / f"{name}.plan.json"),
+                rank=4,
+                data="random",
+                work=str(work / name),
+                cgroup=False,
+            )
+            answer, trained = take_part(device, order, lambda current=current: aggregate.closed(current))
+            assert not answer.error
+            parts.append(aggregate.Part(tensors=load(trained), tokens=answer.tokens))
+        current = aggregate.averaged(parts, current)
+    return aggregate.closed(current)
+
+
+@dataclass
+class Running:
+    """A process, and where it writes what it says."""
+
+    process: subprocess.Popen
+    log: Path
+
+    def said(self):
+        return self.log.read_text(errors="replace")
+
+    def kill(self):
+        """Kill it as the machine would lose it: no word to anybody."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def start(tmp_path):
+    running = []
+
+    def started(name, *words):
+        log = tmp_path / f"{name}-{len(running)}.log"
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                interpreter.command("tightfit.runtime.cli.main", "fleet", "federate", *map(str, words)),
+                env=os.environ | {"PYTHONPATH": interpreter.python_path()},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        running.append(Running(process, log))
+        return running[-1]
+
+    yield started
+    for one in running:
+        if one.process.poll() is None:
+            one.process.terminate()
+    for one in running:
+        one.process.wait(60)
+
+
+@pytest.fixture
+def serve(fleet, start, tmp_path):
+    port = free_port()
+
+    def serving(*words, rounds=2):
+        options = ["--rounds", rounds, "-o", tmp_path / "out", "--lr", RATE, "--port", port, "--insecure"]
+        return start("server", "run", fleet[0], *options, *words)
+
+    serving.port = port
+    return serving
+
+
+@pytest.fixture
+def join(fleet, start, serve, tmp_path):
+    def joining(name, *words):
+        options = ["--member", name, "--superlink", f"127.0.0.1:{serve.port}", "--data", "random", "--insecure"]
+        return start(name, "join", fleet[0], *options, "-o", tmp_path / f"work-{name}", "--no-cgroup", *words)
+
+    return joining
+
+
+def until(done, *running, seconds=LIMIT):
+    limit = time.monotonic() + seconds
+    while not done():
+        told = "\n".join(one.said()[-2000:] for one in running)
+        assert time.monotonic() < limit, told
+        time.sleep(0.2)
+
+
+def ended(server, *devices):
+    until(lambda: server.process.poll() is not None, server, *devices)
+    assert server.process.returncode == 0, server.said()[-3000:]
+
+
+def adapter(tmp_path):
+    return (tmp_path / "out" / "adapter" / WEIGHTS).read_bytes()
+
+
+def lines(tmp_path):
+    path = tmp_path / "out" / "rounds.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_two_devices_train_two_rounds(fleet, start, expected, tmp_path):
+    """All on this machine, as for a trial."""
+    options = [
+        "--rounds",
+        2,
+        "-o",
+        tmp_path / "out",
+        "--lr",
+        RATE,
+        "--data",
+        "random",
+        "--min",
+        2,
+        "--no-cgroup",
+        "--json",
+    ]
+    server = start("server", "run", fleet[0], *options)
+    ended(server)
+    assert adapter(tmp_path) == expected
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert json.loads(server.said().splitlines()[-1]) == report
+    for number, line in enumerate(report["rounds"], 1):
+        assert line["round"] == number
+        assert line["left_out"] == {}
+        assert line["tokens"] == 5 * 2 * 24
+        for name, steps in (("a", 3), ("b", 2)):
+            one = line["members"][name]
+            assert one["steps"] == steps
+            assert 60 << 20 < one["peak_bytes"] < 400 << 20
+            # What is set aside for Flower is what it takes.
+            assert one["flower_bytes"] <= fleet[1].members[0].flower_bytes
+    again = start("server", "run", fleet[0], *options)
+    assert again.process.wait(60) == 2
+    assert "holds an earlier run; continue it with --resume" in again.said()
+
+
+def test_a_device_that_is_killed_comes_back(fleet, serve, join, expected, tmp_path):
+    server = serve("--min", 2)
+    one, other = join("a"), join("b")
+    training = tmp_path / "work-b" / "run" / "metrics.jsonl"
+    until(training.exists, server, one, other)
+    other.kill()
+    again = join("b")
+    ended(server, one, again)
+    assert adapter(tmp_path) == expected
+    assert all(line["left_out"] == {} for line in lines(tmp_path))
+
+
+def test_without_a_device_rounds_go_on(serve, join, tmp_path):
+    server = serve("--min", 1, "--timeout", 40, "--grace", 5, rounds=2)
+    one, other = join("a"), join("b")
+    until((tmp_path / "work-b" / "given").exists, server, one, other)
+    other.kill()
+    ended(server, one)
+    assert [list(line["members"]) for line in lines(tmp_path)] == [["a"], ["a"]]
+    assert set(lines(tmp_path)[0]["left_out"]) == {"b"}
+
+
+def test_a_server_that_is_killed_goes_on(serve, join, expected, tmp_path):
+    """It is killed with everything that it started, once the first round is acknowledged; devices stay."""
+    server = serve("--min", 2)
+    one, other = join("a"), join("b")
+    until(lambda: len(lines(tmp_path)) == 1, server, one, other)
+    server.kill()
+    first = (tmp_path / "out" / "rounds" / "round-1" / WEIGHTS).read_bytes()
+    until(lambda: not runs_of(tmp_path / "out"), server)
+    again = serve("--min", 2, "--resume")
+    ended(again, one, other)
+    assert first == (tmp_path / "out" / "rounds" / "round-1" / WEIGHTS).read_bytes()
+    assert adapter(tmp_path) == expected
+    assert [line["round"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_rounds_whose_process_is_killed_go_on(serve, join, expected, tmp_path):
+    """The process that Flower starts for the rounds; what started it notices, ends, and can be started again."""
+    server = serve("--min", 2)
+    one, other = join("a"), join("b")
+    until(lambda: len(lines(tmp_path)) == 1, server, one, other)
+    os.kill(int((tmp_path / "out" / "server.pid").read_text()), signal.SIGKILL)
+    until(lambda: server.process.poll() is not None, server)
+    assert server.process.returncode == 4
+    assert "the process of the rounds has ended" in server.said()
+    again = serve("--min", 2, "--resume")
+    ended(again, one, other)
+    assert adapter(tmp_path) == expected
+
+
+def test_flowers_own_supernode_gives_the_same(serve, join, expected, tmp_path):
+    server = serve("--min", 2)
+    one, other = join("a"), join("b", "--supernode", "--port", free_port())
+    ended(server, one, other)
+    assert adapter(tmp_path) == expected
+
+
+def runs_of(folder):
+    """Processes that were started with this folder in their command line or environment, but for this one's."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
+        except OSError:
+            continue
+        if str(folder / "flower").encode() in words and int(path.name) != os.getpid():
+            found.append(path.name)
+    return found
+
+
+def test_tls_and_keys_are_passed_through(fleet, start, join, expected, tmp_path):
+    """Only devices whose keys the server was given may join."""
+    certificates(tmp_path)
+    port = free_port()
+    trust = ["--ssl-certfile", "s.crt", "--ssl-keyfile", "s.key", "--ssl-ca-certfile", "ca.crt"]
+    files = [word if word[0] == "-" else tmp_path / word for word in trust]
+    keys = [word for name in "ab" for word in ("--device-key", tmp_path / f"k{name}.pub")]
+    options = ["--rounds", 2, "-o", tmp_path / "out", "--lr", RATE, "--min", 2, "--port", port]
+    server = start("server", "run", fleet[0], *options, *files, *keys)
+
+    def joined(name, key):
+        own = ["--superlink", f"127.0.0.1:{port}", "--root-certificates", tmp_path / "ca.crt"]
+        own += ["--private-key", tmp_path / key, "--member", name, "--data", "random", "--no-cgroup"]
+        return start(name, "join", fleet[0], *own, "-o", tmp_path / f"work-{key}")
+
+    stranger, one, other = joined("a", "kc"), joined("a", "ka"), joined("b", "kb")
+    ended(server, one, other)
+    assert adapter(tmp_path) == expected
+    assert "may not know the key of this device" in stranger.said()
+    assert not (tmp_path / "work-kc" / "run").exists()
+
+
+def certificates(folder):
+    """An authority, a certificate of localhost that it signed, and three keys of devices."""
+    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+    for command in (
+        "openssl req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.crt -days 2 -subj /CN=authority",
+        "openssl req -newkey rsa:2048 -nodes -keyout s.key -out s.csr -subj /CN=localhost",
+        "openssl x509 -req -in s.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out s.crt -days 2 -extfile names",
+        *(f"ssh-keygen -q -t ecdsa -b 384 -N  -f k{name}" for name in "abc"),
+    ):
+        words = ["" if word == "''" else word for word in command.split(" ")]
+        try:
+            subprocess.run(words, cwd=folder, check=True, capture_output=True)
+        except FileNotFoundError:
+            pytest.skip(f"{words[0]} is not installed")
+
+
+def test_it_says_what_to_install(fleet, tmp_path):
+    """Without Flower: played by a module of its name that is not there."""
+    script = (
+        "import importlib.util, sys\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'flwr' else found(name, *rest)\n"
+        "from tightfit.runtime.cli.main import main\n"
+        "sys.exit(main())\n"
+    )
+    words = [
+        "fleet",
+        "federate",
+        "run",
+        str(fleet[0]),
+        "--rounds",
+        "1",
+        "--data",
+        "random",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    told = subprocess.run(
+        [sys.executable, "-c", script, *words],
+        env=os.environ | {"PYTHONPATH": interpreter.python_path()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 2
+    assert "pip install 'tightfit[fleet]'" in told.stderr
