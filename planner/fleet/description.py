@@ -129,7 +129,7 @@ def _link(table: Mapping[str, Any]) -> Link:
 
 
 def _checked_name(name: str) -> str:
-    from tightfit.planner.fleet.plan import NAME
+    from tightfit.planner.fleet.schema import NAME
 
     if not NAME.fullmatch(name):
         raise InputError(f"{name!r} is no name for files; use letters, digits, '-' and '_', and '.' inside")

@@ -30,7 +30,7 @@ from tightfit.profiles.schema import MOST_ACCUMULATED, Profile
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.units import format_size
 
-__all__ = ["NAME", "MemberSpec", "plan_fleet"]
+__all__ = ["MemberSpec", "plan_fleet"]
 
 T = TypeVar("T")
 CHAIN_SHARE, PRICE_SHARE = 0.6, 0.25

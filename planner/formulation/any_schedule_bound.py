@@ -164,8 +164,9 @@ class AnyScheduleBound:
     def _states(self) -> None:
         """(27) Optimizer states whose update comes after the loss, at both moments."""
         device = self.profile.device
-        # Of the steps that make one update only the last needs the moments.
-        count = state_count(self.profile.optimizer) if self.profile.accumulate == 1 else 1
+        # Of the steps that make one update only the last needs the moments; a fleet's member has no states in its plan.
+        count = state_count(self.profile.optimizer)
+        count = count if self.profile.accumulate == 1 else min(1, count)
         alike: Counter[int] = Counter()
         for tensor in self.profile.tensors:
             if tensor.kind != "trainable":

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from tightfit.planner.fleet.plan import NAME
+from tightfit.planner.fleet.schema import NAME
 from tightfit.planner.service.wire.errors import Code
 from tightfit.profiles.schema import MOST_ACCUMULATED
 

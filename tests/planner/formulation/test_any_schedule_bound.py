@@ -25,7 +25,7 @@ from tightfit.planner.schedule.realize import Part, realize
 from tightfit.planner.solve.policies import mebp, rule_columns, smallest
 from tightfit.planner.solve.search import SearchResult
 from tightfit.planner.solvers.lp import Linear, Program
-from tightfit.profiles.schema import Channel, Device, Floor, Layer, Tensor, adamw
+from tightfit.profiles.schema import EXCHANGE, Channel, Device, Floor, Layer, Tensor, adamw
 
 # --- any schedule, by hand -----------------------------------------------------------------------------------------
 
@@ -385,3 +385,15 @@ def test_no_schedule_is_faster_than_its_columns_rows():
     assert sum(ratios) > 0.85 * len(ratios)
     assert sum(ratios) > 1.05 * sum(computing)
     assert more > 10
+
+
+def test_the_states_of_a_fleets_member_are_not_counted():
+    """Its plan has none, however many steps make an update."""
+    made = decoder_like(2, tokens=256, slices=3)
+    tight = ModelPlanner(made).minimum_bytes()
+
+    def bound(accumulate):
+        optimizer = {"name": EXCHANGE, "state_tensors": 0, "accumulate": accumulate}
+        return AnyScheduleBound(layered(made.model_copy(update={"optimizer": optimizer}))).step_seconds(tight, 10.0)
+
+    assert bound(4) == bound(1) > 0
