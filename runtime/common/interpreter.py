@@ -12,6 +12,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2]
 """the folder of the installed package; in a checkout it links to the folders at the top"""
+PROGRAMS = Path(sys.executable).parent
+"""the folder of the programs that packages of this Python have installed"""
 
 
 def command(module: str, *arguments: str) -> list[str]:

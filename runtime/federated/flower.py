@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 from tightfit.runtime.common import interpreter
@@ -51,19 +50,18 @@ def check_installed() -> None:
 
 def environment(home: Path) -> dict[str, str]:
     """The environment of Flower's processes: its own folder, no telemetry, and the programs beside this Python."""
-    programs = str(Path(sys.executable).parent)
     return os.environ | {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PYTHONPATH": interpreter.python_path(),
-        "PATH": os.pathsep.join([programs, os.environ.get("PATH", "")]),
+        "PATH": os.pathsep.join([str(interpreter.PROGRAMS), os.environ.get("PATH", "")]),
     }
 
 
 def program(name: str) -> str:
     """The path of one of Flower's programs, beside this Python or in PATH."""
-    beside = Path(sys.executable).parent / name
+    beside = interpreter.PROGRAMS / name
     return str(beside) if beside.exists() else name
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -19,13 +18,11 @@ from tightfit.planner.formulation.layer_variables import choice_count
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.layer_types import Layered
-from tightfit.planner.schedule.arena import arena_of, placed_items
 from tightfit.planner.schedule.free_ranges import Places, gap
 from tightfit.planner.schedule.lowering import live_profile
-from tightfit.planner.schedule.prefetch import Bytes, best_order, clock, facts_of
+from tightfit.planner.schedule.prefetch import clock
 from tightfit.planner.schedule.prefetch_in_place import _tightest_gap, prefetch_in_place
 from tightfit.planner.schedule.realize import Part, realize
-from tightfit.planner.search_options import ALL
 from tightfit.planner.solve import budget_search
 from tightfit.planner.solve.budget_search import GOOD
 from tightfit.planner.solve.column_generation import ColumnGeneration
@@ -271,94 +268,6 @@ def test_transfers_move_among_tensors_in_their_places(decoder):
             lies[name] = low, high
         if entry.verb == "free":
             lies.pop(entry.name, None)
-
-
-def test_transfers_keep_to_the_bytes_that_each_entry_is_allowed(decoder):
-    """Half of the step may hold no more than as drafted, the other half anything: there alone reads come earlier."""
-    problem: Layered = decoder.problem
-    draft = Part(problem=problem, columns=rule_columns(problem, POLICIES["mebp"])).draft()
-    facts = facts_of(draft.train, frozenset(draft.resident), draft.sizes)
-    allowed = np.full(len(draft.train), 1 << 40)
-    still = slice(len(draft.train) // 4, 3 * len(draft.train) // 4)
-    allowed[still] = facts.live[still]
-    order, _ = best_order(facts, problem.inputs, partial(Bytes, facts, allowed))
-    moved = live_profile(tuple(draft.train[index] for index in order), draft.resident, draft.sizes)
-    held = np.zeros(len(order), dtype=np.int64)
-    held[order] = moved
-    assert (held[still] == facts.live[still]).all()
-    assert (held > facts.live).any()
-
-
-@pytest.fixture
-def crowded(tall, monkeypatch):
-    """Carrying out a rule where some stretches of the step have places only as drafted, and none move among tensors in their places.
-
-    Called with the stretches, as ranges of drafted entries, it returns what is carried out, the orders that were placed, and the
-    bytes that were allowed for each pass.
-    """
-    problem: Layered = tall.problem
-    columns = rule_columns(problem, POLICIES["mebp"])
-    draft = Part(problem=problem, columns=columns).draft()
-    live = facts_of(draft.train, frozenset(draft.resident), draft.sizes).live
-    drafted = {id(entry): index for index, entry in enumerate(draft.train)}
-    room = 1 << 40
-    still, height = placed_items(draft.train, draft.evaluate, draft.resident, draft.sizes, room)
-    orders, limits = [], []
-
-    def carried(*stretches):
-        def placed(train, evaluate, resident, sizes, room, deadline, short, options=ALL):
-            orders.append([drafted[id(entry)] for entry in train])
-            held = live_profile(train, resident, sizes)
-            for stretch in stretches:
-                if stretch.start >= len(train):
-                    short.append((stretch.start, stretch.stop - 1))
-                positions = [at for at, index in enumerate(orders[-1]) if index in stretch]
-                if any(held[at] > live[orders[-1][at]] for at in positions):
-                    short.append((min(positions), max(positions)))
-            items, height = placed_items(train, evaluate, resident, sizes, room, deadline)
-            return items, room + 1 if short else height
-
-        def order(facts, inputs, there, deadline):
-            limits.append(np.broadcast_to(there.args[1], live.shape).copy())
-            return best_order(facts, inputs, there, deadline)
-
-        monkeypatch.setattr(Part, "draft", lambda _: draft)
-        monkeypatch.setattr("tightfit.planner.schedule.realize.placed_items", placed)
-        monkeypatch.setattr("tightfit.planner.schedule.realize.best_order", order)
-        monkeypatch.setattr(
-            "tightfit.planner.schedule.realize.prefetch_in_place",
-            lambda *_: (draft.train, arena_of(still, height, len(draft.train))),
-        )
-        return realize(problem, columns, room)[0], orders, limits
-
-    return carried, live, clock(draft.train, problem.inputs).seconds
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_where_places_are_short_nothing_moves_and_elsewhere_all_does(crowded, count):
-    """The farthest stretch first; every pass holds what is drafted there, entry by entry, and all the room elsewhere."""
-    carried, live, waits = crowded
-    stretches = [range(len(live) * at // 8, len(live) * at // 8 + 60) for at in (2, 6)[:count]]
-    free, _, _ = carried()
-    found, orders, limits = carried(*stretches)
-    assert free.seconds < found.seconds < free.seconds + (waits - free.seconds) / 2
-    # Once for `free`, then with all the room, then with one stretch more each time.
-    assert len(orders) == 2 + count
-    for turn in range(1, count + 1):
-        clipped = {index for stretch in stretches[-turn:] for index in stretch}
-        limit = limits[1 + turn]
-        held = set(np.flatnonzero(limit == live).tolist())
-        # What has moved in between lies in the way as well.
-        assert clipped <= held
-        assert len(held) < len(clipped) + 20 * turn
-        assert {index for stretch in stretches[:-turn] for index in stretch}.isdisjoint(held)
-
-
-def test_what_stands_in_the_way_of_an_evaluation_moves_nothing(crowded):
-    carried, live, waits = crowded
-    found, orders, _ = carried(range(len(live) + 5, len(live) + 9))
-    assert len(orders) == 1
-    assert found.seconds == waits
 
 
 @pytest.mark.parametrize("share", [1.005, 1.01, 1.02, 1.04])
