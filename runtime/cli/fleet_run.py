@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,16 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, Json, at_least, at_most
+from tightfit.runtime.cli.options import Debug, Json, training_options
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interrupts import passed_on
-from tightfit.runtime.session.options import LARGEST_SEED, RunOptions
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
     from tightfit.planner.fleet.schema import FleetPlan
 
+FOR_THIS_PROCESS = ("member", "at", "as_json", "help")
+"""parameters that a member does not get from the command that starts all of them"""
 MODULE = "tightfit.runtime.cli.main"
 POLL_SECONDS = 0.5
 UPDATES, REPORT, LOG = "fleet.jsonl", "report.json", "log"
@@ -85,13 +85,17 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Train as a fleet's plan says: the result is that of one process, to the bit, whoever computes what."""
-    at_least(1, steps=steps)
-    at_least(
-        0, checkpoint_every=checkpoint_every, lr=lr, seed=seed, warmup_steps=warmup_steps, weight_decay=weight_decay
+    options = training_options(
+        steps=steps,
+        lr=lr,
+        seed=seed,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        overwrite=overwrite,
     )
-    at_most(LARGEST_SEED, seed=seed)
-    if resume and overwrite:
-        raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
     if timeout is not None and not timeout > 0:
         raise InputError(f"--timeout {timeout}: give a number of seconds above 0")
     if (member is None) != (at is None):
@@ -102,15 +106,6 @@ def run(
     from tightfit.planner.fleet.io import load_fleet, load_member_plan
 
     fleet = load_fleet(plan)
-    options = RunOptions(
-        steps=steps,
-        lr=lr,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        weight_decay=weight_decay,
-        seed=seed,
-        checkpoint_every=checkpoint_every,
-    )
     _check_steps(fleet, steps)
     if member is None:
         _all_members(fleet, output, _words(context), as_json=as_json)
@@ -158,8 +153,18 @@ def _address(text: str) -> tuple[str, int]:
 
 def _words(context: typer.Context) -> list[str]:
     """This command's arguments as each member gets them, without those that are for this process alone."""
-    words: list[str] = list(sys.argv[1:] if context.obj else context.meta["words"])
-    return [word for word in words if word != "--json"]
+    words = ["fleet", "run"]
+    for parameter in context.command.params:
+        name, value = str(parameter.name), context.params.get(str(parameter.name))
+        if name in FOR_THIS_PROCESS or value is None:
+            continue
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words += [*(parameter.opts if value else parameter.secondary_opts)[:1]]
+        else:
+            words += [parameter.opts[-1], str(value)]
+    return words
 
 
 # --- all members on this machine --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tightfit.runtime.common.errors import InputError, RunError
+from tightfit.runtime.session.options import LARGEST_SEED, RunOptions
 from tightfit.runtime.supervision.failure import failure_of
 from tightfit.runtime.supervision.printing import answer
 
@@ -124,3 +125,34 @@ def usage(error: BaseException) -> bool:
     Depending on its version, Typer brings a Click of its own or uses the installed one.
     """
     return hasattr(error, "format_message")
+
+
+def training_options(
+    *,
+    steps: int,
+    lr: float,
+    seed: int,
+    schedule: str,
+    warmup_steps: int,
+    weight_decay: float,
+    checkpoint_every: int,
+    resume: bool,
+    overwrite: bool,
+) -> RunOptions:
+    """The options with which a command trains. Raises InputError, which names the option, where one cannot be used."""
+    at_least(1, steps=steps)
+    at_least(
+        0, checkpoint_every=checkpoint_every, lr=lr, seed=seed, warmup_steps=warmup_steps, weight_decay=weight_decay
+    )
+    at_most(LARGEST_SEED, seed=seed)
+    if resume and overwrite:
+        raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
+    return RunOptions(
+        steps=steps,
+        lr=lr,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tightfit.runtime.cli.options import Debug, Json, at_least, at_most
-from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.session.options import LARGEST_SEED, RunOptions
+from tightfit.runtime.cli.options import Debug, Json, training_options
+from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.supervision.printing import answer
 from tightfit.runtime.supervision.report_text import report_text
 
@@ -79,24 +78,19 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Train under the cap as planned; leaves an adapter that PEFT loads and a report of predicted beside measured."""
-    at_least(1, steps=steps)
-    at_least(
-        0, checkpoint_every=checkpoint_every, lr=lr, seed=seed, warmup_steps=warmup_steps, weight_decay=weight_decay
-    )
-    at_most(LARGEST_SEED, seed=seed)
-    if resume and overwrite:
-        raise InputError("--resume goes on from what lies in the folder, --overwrite replaces it: give one of them")
-    from tightfit.planner.io import load_plan
-
-    options = RunOptions(
+    options = training_options(
         steps=steps,
         lr=lr,
+        seed=seed,
         schedule=schedule,
         warmup_steps=warmup_steps,
         weight_decay=weight_decay,
-        seed=seed,
         checkpoint_every=checkpoint_every,
+        resume=resume,
+        overwrite=overwrite,
     )
+    from tightfit.planner.io import load_plan
+
     member = None
     if of_fleet(plan):
         from tightfit.planner.fleet.io import load_fleet, load_member_plan

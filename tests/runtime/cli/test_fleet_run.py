@@ -15,6 +15,7 @@ from tightfit.planner.io import save_plan
 from tightfit.planner.plan import planner_of
 from tightfit.profiles.io import save_profile
 from tightfit.profiles.schema import adamw
+from tightfit.runtime.cli import main
 from tightfit.runtime.common.interpreter import command, python_path
 
 MICRO_BATCHES = 4
@@ -120,3 +121,11 @@ def test_what_cannot_be_run_is_told(folder, tmp_path, words, said):
     placed = [str(folder / word) if word.startswith("plan") else word for word in words]
     placed = [str(tmp_path / word) if word in ("out", "nowhere") else word for word in placed]
     assert said in tightfit(*placed, code=2).stderr
+
+
+def test_a_program_may_start_a_fleet_by_the_command_in_its_own_process(folder, tmp_path):
+    """Its own command line is another one then."""
+    with pytest.raises(SystemExit) as ended:
+        main.main(["fleet", "run", str(folder / "plan"), *TRAINING, "-o", str(tmp_path / "out")])
+    assert ended.value.code == 0
+    assert {adapter_hash(tmp_path / "out" / name) for name in "ab"} == {adapter_hash(folder / "alone")}
