@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tightfit.planner.plan_result import fingerprint
 from tightfit.planner.schema import PLAN_VERSION, Plan
@@ -14,6 +15,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import of_another_version, write_whole
 
 AGAIN = "make it again with `tightfit plan`"
+M = TypeVar("M", bound=BaseModel)
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
@@ -41,24 +43,39 @@ def parse_plan(data: bytes, place: str) -> Plan:
 
     Raises InputError for data that are cut off, changed, of another version or no plan at all.
     """
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not whole JSON ({error}), perhaps cut off or damaged; {AGAIN}") from error
+    content = whole_json(data, place, AGAIN)
     if not isinstance(content, dict) or "version" not in content or "budget_bytes" not in content:
         kind = "a profile" if isinstance(content, dict) and "programs" in content else "something else"
         raise InputError(f"{place}: {kind}, not a plan; {AGAIN}")
     if content["version"] != PLAN_VERSION:
         raise InputError(f"{place}: {of_another_version('plan', content['version'], PLAN_VERSION)}; {AGAIN}")
     del content  # so that it does not take memory beside the plan itself
+    plan = validated(Plan, data, place, AGAIN)
+    check_unchanged(fingerprint(plan), plan.fingerprint, place, AGAIN)
+    return plan
+
+
+def whole_json(data: bytes, place: str, again: str) -> Any:
+    """What the JSON in `data` says. Raises InputError, which ends with the advice `again`, where it is not whole."""
     try:
-        plan = Plan.model_validate_json(data)
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not whole JSON ({error}), perhaps cut off or damaged; {again}") from error
+
+
+def validated(schema: type[M], data: bytes, place: str, again: str) -> M:
+    """The record that the JSON in `data` holds. Raises InputError, which names the first wrong field, otherwise."""
+    try:
+        return schema.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{place}: field {where}: {first['msg']}; {AGAIN}") from error
-    if fingerprint(plan) != plan.fingerprint:
+        raise InputError(f"{place}: field {where}: {first['msg']}; {again}") from error
+
+
+def check_unchanged(found: str, stated: str, place: str, again: str) -> None:
+    """Raise InputError where the fingerprint `found` of a file's content is not the one that it states."""
+    if found != stated:
         raise InputError(
-            f"{place}: its content does not match its fingerprint {plan.fingerprint[:12]}…: changed or damaged; {AGAIN}"
+            f"{place}: its content does not match its fingerprint {stated[:12]}…: changed or damaged; {again}"
         )
-    return plan

@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
-
 from tightfit.planner.fleet.federated_schema import FederatedPlan
 from tightfit.planner.fleet.schema import FLEET_VERSION, FleetPlan
-from tightfit.planner.io import load_plan, save_plan
+from tightfit.planner.io import check_unchanged, load_plan, save_plan, validated, whole_json
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import of_another_version, write_whole
@@ -89,10 +87,7 @@ def parse_fleet(data: bytes, place: str) -> FleetPlan:
 
 
 def _parsed(data: bytes, place: str, schema: type[F], kind: str) -> F:
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: not whole JSON ({error}), perhaps cut off or damaged; {AGAIN}") from error
+    content = whole_json(data, place, AGAIN)
     if not isinstance(content, dict) or "version" not in content or "members" not in content:
         plan = isinstance(content, dict) and "budget_bytes" in content
         what = "a plan for one device" if plan else "something else"
@@ -102,16 +97,8 @@ def _parsed(data: bytes, place: str, schema: type[F], kind: str) -> F:
     if (found := content.get("kind", kind)) != kind:
         way = "`tightfit fleet federate`" if found == "federated" else "`tightfit fleet run`"
         raise InputError(f"{place}: the plan of a fleet of another kind ({found}, not {kind}); use {way} with it")
-    try:
-        fleet = schema.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{place}: field {where}: {first['msg']}; {AGAIN}") from error
-    if fleet_fingerprint(fleet) != fleet.fingerprint:
-        raise InputError(
-            f"{place}: its content does not match its fingerprint {fleet.fingerprint[:12]}…: changed or damaged; {AGAIN}"
-        )
+    fleet = validated(schema, data, place, AGAIN)
+    check_unchanged(fleet_fingerprint(fleet), fleet.fingerprint, place, AGAIN)
     return fleet
 
 
