@@ -16,6 +16,7 @@ from typing import Any
 from tightfit.planner.fleet.federated_schema import LARGEST_STEPS, FederatedBaseline, FederatedMember, FederatedPlan
 from tightfit.planner.fleet.federated_simulate import simulate_federated
 from tightfit.planner.fleet.io import plan_file, sealed_fleet
+from tightfit.planner.fleet.member_profiles import check_equal
 from tightfit.planner.fleet.pieces import trained_tensors
 from tightfit.planner.fleet.plan import MemberSpec, checked_members
 from tightfit.planner.fleet.round_times import Pace, makespan_of, shared_out, transfer_seconds
@@ -296,17 +297,11 @@ def check_alike(profiles: dict[str, Profile]) -> None:
                 f"member {name}: its profile of {profile.model.name} trains no adapter, and adapters are what federated"
                 " rounds add up; profile with --lora-rank"
             )
-    (one, first), *others = profiles.items()
-    facts = _facts(first)
-    for name, profile in others:
-        for what, value in _facts(profile).items():
-            if value != facts[what]:
-                told = f" ({facts[what]} and {value})" if isinstance(value, str | int | float) else ""
-                raise InputError(
-                    f"members {one} and {name} differ in {what}{told}: the devices of a fleet train one model together;"
-                    " profile the same model on both, with the same options (--lora-rank alone may differ, with"
-                    " --lora-alpha in proportion)"
-                )
+    check_equal(
+        {name: _facts(profile) for name, profile in profiles.items()},
+        lambda one, other: f" ({one} and {other})" if isinstance(other, str | int | float) else "",
+        " (--lora-rank alone may differ, with --lora-alpha in proportion)",
+    )
 
 
 def _facts(profile: Profile) -> dict[str, Any]:

@@ -6,7 +6,7 @@ over to the shelf. Memory that the exchange takes is part of the plan's floor, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tightfit.planner.fleet.pieces import trained_tensors
@@ -103,15 +103,24 @@ def check_one_model(profiles: Mapping[str, Profile]) -> None:
                 f"member {name}: nothing of {profile.model.name} is trained, so that there are no gradients to add;"
                 " profile it with --lora-rank"
             )
-    (one, first), *others = profiles.items()
-    facts = _facts(first)
-    for name, profile in others:
-        for what, value in _facts(profile).items():
-            if value != facts[what]:
-                told = "" if isinstance(value, list) else f" ({_shown(facts[what])} and {_shown(value)})"
+    check_equal(
+        {name: _facts(profile) for name, profile in profiles.items()},
+        lambda one, other: "" if isinstance(other, list) else f" ({_shown(one)} and {_shown(other)})",
+    )
+
+
+def check_equal(facts: Mapping[str, Mapping[str, Any]], told: Callable[[Any, Any], str], exception: str = "") -> None:
+    """Raise InputError unless all members' `facts`, by member and by what they are about, are those of the first.
+
+    `told` says two values that differ, with a space before them, or nothing; `exception` what may differ.
+    """
+    (one, first), *others = facts.items()
+    for name, own in others:
+        for what, value in own.items():
+            if value != first[what]:
                 raise InputError(
-                    f"members {one} and {name} differ in {what}{told}: the devices of a fleet train one model together;"
-                    " profile the same model on both, with the same options"
+                    f"members {one} and {name} differ in {what}{told(first[what], value)}: the devices of a fleet train one"
+                    f" model together; profile the same model on both, with the same options{exception}"
                 )
 
 
