@@ -91,7 +91,9 @@ def stage_profile(
     bound |= {f"grad:{name}" for name in bound}
     tensors = [tensor for tensor in profile.tensors if tensor.kind == "batch" or tensor.name in bound]
     declared = {tensor.name for tensor in tensors}
-    tensors += [maker.tensor(name) for name in sorted(bound - declared) if name in graph.storages and name not in declared]
+    tensors += [
+        maker.tensor(name) for name in sorted(bound - declared) if name in graph.storages and name not in declared
+    ]
     if above:
         tensors.append(Tensor(name=LOSS, kind="activation", shape=[], dtype="float32", bytes=4))
     own = alone_profile(profile, micro_batches)

@@ -21,6 +21,7 @@ from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.training.checkpoint import OPERATORS
+from tightfit.runtime.engine.training.job import PASSING
 from tightfit.runtime.engine.weights.layout import holds, packed_bytes, read_header, store_path
 from tightfit.runtime.supervision.supervisor import Stages
 
@@ -36,11 +37,21 @@ def check_kind(plan: object) -> None:
 def check_seat(plan: Plan, seat: Seat | None) -> None:
     """Raise InputError for a member's plan of a fleet that is run alone, and for another plan in a fleet."""
     exchanges = plan.optimizer.get("name") == EXCHANGE
+    passes = any(op.target in PASSING for program in plan.programs for op in program.operators)
+    if passes and seat is None:
+        raise InputError(
+            "this is the plan of one member of a pipeline, which computes some of the layers; run the fleet: `tightfit fleet run`"
+        )
     if exchanges and seat is None:
         raise InputError(
             "this is the plan of one member of a fleet, which makes no update by itself; run the fleet: `tightfit fleet run`"
         )
-    if seat is not None and not exchanges:
+    if seat is not None and passes != seat.in_turn:
+        made, wanted = ("a pipeline", "a fleet that exchanges gradients") if passes else ("another fleet", "a pipeline")
+        raise InputError(
+            f"member {seat.members[seat.rank]!r} has a plan that was made for {made}, not for {wanted}; plan the fleet again"
+        )
+    if seat is not None and not exchanges and not seat.in_turn:
         raise InputError(
             f"member {seat.members[seat.rank]!r} has a plan that was not made for a fleet; plan the fleet again"
         )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tightfit.planner.fleet.pipeline_schema import Passed, PipelinePlan
 from tightfit.planner.fleet.schema import BUFFERS, PIECE_BYTES, FleetPlan
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.fleet.seat import Seat
+from tightfit.runtime.engine.fleet.message import Passing
+from tightfit.runtime.engine.fleet.seat import ExchangePart, Seat, StagePart
+from tightfit.runtime.engine.fleet.stage import Boundary
 
 PORT = 29400
 """where the members meet unless told otherwise: the port that ``torchrun`` uses too"""
@@ -27,7 +30,9 @@ class Membership:
     figures: dict[str, Any] | None
 
 
-def membership(fleet: FleetPlan, name: str, address: str, port: int, timeout: float | None = None) -> Membership:
+def membership(
+    fleet: FleetPlan | PipelinePlan, name: str, address: str, port: int, timeout: float | None = None
+) -> Membership:
     """The membership of the member called `name`, which meets the others at `address` and `port`.
 
     `timeout`: seconds to wait for the others, by default ten steps and at least ten minutes. Raises InputError for a
@@ -40,16 +45,31 @@ def membership(fleet: FleetPlan, name: str, address: str, port: int, timeout: fl
         why = "takes no part in this plan" if idle else "is not in this plan"
         raise InputError(f"member {name!r} {why}; those that compute are {', '.join(names)}")
     rank = names.index(name)
-    member = chain[rank]
-    figures = {
+    figures: dict[str, Any] = {
         "member": name,
         "members": names,
         "micro_batches": fleet.micro_batches,
-        "share": [member.first, member.micro_batches],
         "seconds": fleet.makespan_seconds,
-        "exchange_seconds": fleet.exchange_seconds,
-        "update_seconds": fleet.update_seconds,
     }
+    part: ExchangePart | StagePart
+    if isinstance(fleet, PipelinePlan):
+        stage = fleet.chain[rank]
+        part = _stage_part(fleet, rank)
+        waiting = max(0.0, fleet.makespan_seconds - fleet.micro_batches * _busy(fleet, rank))
+        figures |= {"layers": stage.layer_names, "exchange_seconds": waiting, "update_seconds": 0.0}
+        figures["share"] = [0, fleet.micro_batches]
+    else:
+        member = fleet.chain[rank]
+        part = ExchangePart(
+            first=member.first,
+            count=member.micro_batches,
+            gradients=member.gradients,
+            states=member.states,
+            piece_bytes=PIECE_BYTES,
+            buffers=BUFFERS,
+        )
+        figures |= {"exchange_seconds": fleet.exchange_seconds, "update_seconds": fleet.update_seconds}
+        figures["share"] = [member.first, member.micro_batches]
     if len(chain) == 1:
         return Membership(name=name, seat=None, figures=None)
     waited = max(LEAST_TIMEOUT, STEPS_WAITED * fleet.makespan_seconds) if timeout is None else timeout
@@ -59,20 +79,46 @@ def membership(fleet: FleetPlan, name: str, address: str, port: int, timeout: fl
         address=address,
         port=port,
         timeout=waited,
-        first=member.first,
-        count=member.micro_batches,
         micro_batches=fleet.micro_batches,
-        gradients=member.gradients,
-        states=member.states,
-        piece_bytes=PIECE_BYTES,
-        buffers=BUFFERS,
+        part=part,
         exact=fleet.bit_identical,
+        plan=fleet.fingerprint,
         interface=os.environ.get("GLOO_SOCKET_IFNAME", ""),  # as for `torch.distributed`
     )
     return Membership(name=name, seat=seat, figures=figures)
 
 
-def from_torchrun(fleet: FleetPlan, environment: Mapping[str, str] = os.environ) -> Membership:
+def _stage_part(fleet: PipelinePlan, rank: int) -> StagePart:
+    """What the member at `rank` of a pipeline does."""
+    chain = fleet.chain
+
+    def boundary(lower: int) -> Boundary | None:
+        """What passes between the member at `lower` and the next."""
+        if not 0 <= lower < len(chain) - 1:
+            return None
+        return Boundary(up=_passing(chain[lower].up), down=_passing(chain[lower + 1].down))
+
+    return StagePart(
+        below=boundary(rank - 1),
+        above=boundary(rank),
+        ahead=chain[rank].ahead,
+        ahead_below=chain[rank - 1].ahead if rank else 0,
+        bits=fleet.bits,
+    )
+
+
+def _passing(listed: Sequence[Passed]) -> tuple[Passing, ...]:
+    return tuple(Passing(shape=tuple(one.shape), dtype=one.dtype) for one in listed)
+
+
+def _busy(fleet: PipelinePlan, rank: int) -> float:
+    """Seconds that a member computes for each micro-batch."""
+    stage = fleet.chain[rank]
+    again = (stage.forward_seconds or 0.0) if stage.ahead else 0.0
+    return (stage.micro_batch_seconds or 0.0) + again
+
+
+def from_torchrun(fleet: FleetPlan | PipelinePlan, environment: Mapping[str, str] = os.environ) -> Membership:
     """The membership of the process that ``torchrun`` has started: its rank is the place in the chain.
 
     Raises InputError where ``torchrun`` did not start it, or starts another number of processes.

@@ -286,6 +286,25 @@ def _mean_loss(state: Tensor, labels: Tensor, loss: Tensor, token_losses: Tensor
     return labelled, count
 
 
+def send(x: Tensor, direction: str, number: int, bits: int, *, out: Sequence[Tensor | None], stage: Any = None) -> None:
+    """Send x to a neighbour in a pipeline: tensor `number` of a micro-batch's message "up" or "down". out: a scalar that
+    stands for the loss where this member does not compute it, or nothing.
+
+    `stage` is a `tightfit.runtime.engine.fleet.stage.Stage`; without one, while kernels are warmed, nothing is sent.
+    """
+    for scalar in out:
+        if scalar is not None:
+            scalar.zero_()
+    if stage is not None:
+        stage.send(x, direction, number)
+
+
+def receive(direction: str, number: int, bits: int, *, out: Sequence[Tensor], stage: Any = None) -> None:
+    """Receive tensor `number` of a micro-batch's message from a neighbour in a pipeline; as `send`."""
+    if stage is not None:
+        stage.receive(out[0], direction, number)
+
+
 OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.copy": copy,
     "tightfit.rms_norm": rms_norm,
@@ -304,4 +323,6 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.head_chunk": head_chunk,
     "tightfit.head_finish": head_finish,
     "tightfit.head_mean": head_mean,
+    "tightfit.send": send,
+    "tightfit.receive": receive,
 }

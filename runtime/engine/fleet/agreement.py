@@ -21,36 +21,47 @@ MACHINE = ("threads", "torch", "products of bfloat16")
 """conditions of a run in which members may differ where they need not round alike"""
 
 
-def agree(transport: Transport, settings: Mapping[str, Any], out: str, *, resume: bool, exact: bool) -> None:
-    """Compare this run's `settings` with those of the first member, and with `resume` see to it that `out` holds the
-    newest checkpoint that any member has.
+def agree(
+    transport: Transport, settings: Mapping[str, Any], out: str, *, resume: bool, exact: bool, apart: bool = False
+) -> None:
+    """Compare this run's `settings` with those of the first member, and with `resume` see to it that the newest
+    checkpoint in `out` is the newest that any member has; or where members train tensors of their own (`apart`), the
+    newest that all have.
 
-    Raises InputError where settings differ or nobody has a checkpoint.
+    Raises InputError where settings differ or there is no such checkpoint.
     """
     found = find_checkpoints(out) if resume else []
-    mine = {"settings": dict(settings), "step": found[-1][0] if found else -1}
+    steps = [step for step, _ in found]
+    mine = {"settings": dict(settings), "step": steps[-1] if steps else -1, "steps": steps}
     if transport.rank:
         transport.send_json(mine, 0)
         told = transport.receive_json(0)
         if told["error"]:
             raise InputError(told["error"])
     else:
-        told = _compared(transport, mine, exact=exact)
+        told = _compared(transport, mine, exact=exact, apart=apart)
         if resume and told["step"] < 0:
-            told["error"] = "no member holds a checkpoint to resume from; start the fleet again without --resume"
+            who = "no checkpoint is there that all members hold" if apart else "no member holds a checkpoint"
+            told["error"] = f"{who} to resume from; start the fleet again without --resume"
         for rank in range(1, len(transport.members)):
             transport.send_json(told, rank)
         if told["error"]:
             raise InputError(told["error"])
-    if resume:
+    if resume and apart:
+        for step, path in found:
+            if step > told["step"]:
+                shutil.rmtree(path)
+    elif resume:
         _spread(transport, told, out, has=bool(found) and found[-1][0] == told["step"])
 
 
-def _compared(transport: Transport, mine: dict[str, Any], *, exact: bool) -> dict[str, Any]:
+def _compared(transport: Transport, mine: dict[str, Any], *, exact: bool, apart: bool) -> dict[str, Any]:
     """What the first member tells the others: an error or None, the newest step, who has it, and who lacks it."""
     heard = [mine, *(transport.receive_json(rank) for rank in range(1, len(transport.members)))]
     step = max(one["step"] for one in heard)
     told = {"error": None, "step": step, "owner": [one["step"] for one in heard].index(step)}
+    if apart:
+        told["step"] = max(set.intersection(*(set(one["steps"]) for one in heard)), default=-1)
     told["lacking"] = [rank for rank, one in enumerate(heard) if one["step"] != step]
     for rank, one in enumerate(heard):
         for name, value in mine["settings"].items():

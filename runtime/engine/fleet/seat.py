@@ -1,19 +1,47 @@
-"""A member's seat in a fleet: which member it is, what it computes, where its gradients and states lie; taking it."""
+"""A member's seat in a fleet: where the members meet, and what this one does there; taking it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.fleet.exchange import Exchange, Share, pieces_of
+from tightfit.runtime.engine.fleet.message import Passing
 from tightfit.runtime.engine.fleet.shelf import Buffers, DiskShelf, MemoryShelf, Shelf
+from tightfit.runtime.engine.fleet.stage import Boundary, Stage
 from tightfit.runtime.engine.fleet.transport import Transport
 from tightfit.runtime.engine.kernels.optimizer import AdamW
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangePart:
+    """What a member does that computes some of the micro-batches and exchanges gradients."""
+
+    first: int
+    count: int
+    """as in `Share`"""
+    gradients: str
+    states: str
+    """"memory" or "disk": where they lie"""
+    piece_bytes: int
+    buffers: int
+    """pieces that are held at once"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePart:
+    """What a member does that computes some of the layers; as in `Stage`."""
+
+    below: Boundary | None
+    above: Boundary | None
+    ahead: int
+    ahead_below: int
+    bits: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +57,13 @@ class Seat:
     """where the members meet: the first one listens there"""
     timeout: float
     """seconds to wait for the others to appear, and later for one message"""
-    first: int
-    count: int
     micro_batches: int
-    """as in `Share`"""
-    gradients: str
-    states: str
-    """"memory" or "disk": where they lie"""
-    piece_bytes: int
-    buffers: int
-    """pieces that are held at once"""
+    """of a step of the fleet"""
+    part: ExchangePart | StagePart
     exact: bool
     """whether all members must round alike, so that results are those of one process to the bit"""
+    plan: str = ""
+    """fingerprint of the fleet's plan"""
     agent: bool = False
     """whether ``torchrun`` has opened the store at which the members meet"""
     attempt: int = 0
@@ -49,8 +72,59 @@ class Seat:
     """network device to use; "": the one that leads to `address`"""
 
     @property
-    def share(self) -> Share:
-        return Share(first=self.first, count=self.count, micro_batches=self.micro_batches)
+    def in_turn(self) -> bool:
+        """Whether the members compute layers of one model, one after the other."""
+        return isinstance(self.part, StagePart)
+
+    def transport(self, stopping: Callable[[], bool]) -> Transport:
+        """Meet the other members. Raises RunError where they do not meet, or `stopping` says so meanwhile."""
+        return Transport(
+            self.members,
+            self.rank,
+            self.address,
+            self.port,
+            timeout=self.timeout,
+            agent=self.agent,
+            attempt=self.attempt,
+            interface=self.interface,
+            stopping=stopping,
+        )
+
+
+def seat_of(header: Mapping[str, Any]) -> Seat:
+    """The seat that a job's header holds as a dict."""
+    part = header["part"]
+    made: ExchangePart | StagePart
+    if "gradients" in part:
+        made = ExchangePart(**part)
+    else:
+        made = StagePart(**{**part, "below": _boundary(part["below"]), "above": _boundary(part["above"])})
+    return Seat(**{**header, "part": made})
+
+
+def _boundary(said: Mapping[str, Any] | None) -> Boundary | None:
+    if said is None:
+        return None
+
+    def passing(listed: Sequence[Mapping[str, Any]]) -> tuple[Passing, ...]:
+        return tuple(Passing(shape=tuple(one["shape"]), dtype=one["dtype"]) for one in listed)
+
+    return Boundary(up=passing(said["up"]), down=passing(said["down"]))
+
+
+def join_pipeline(seat: Seat, stopping: Callable[[], bool]) -> Stage:
+    """Meet the other members of a pipeline, and make room for messages. Raises RunError as `Seat.transport`."""
+    part = seat.part
+    assert isinstance(part, StagePart)
+    return Stage(
+        seat.transport(stopping),
+        seat.micro_batches,
+        part.below,
+        part.above,
+        ahead=part.ahead,
+        ahead_below=part.ahead_below,
+        bits=part.bits,
+    )
 
 
 def join(
@@ -69,30 +143,22 @@ def join(
 
     Raises RunError where the disk lacks the space or the members do not meet, or `stopping` says so meanwhile.
     """
-    pieces = pieces_of(shapes, seat.piece_bytes)
+    part = seat.part
+    assert isinstance(part, ExchangePart)
+    pieces = pieces_of(shapes, part.piece_bytes)
 
     def shelf(where: str, rows: int) -> Shelf:
         return MemoryShelf(pieces, rows) if where == "memory" else DiskShelf(pieces, rows, directory)
 
     return Exchange(
         optimizer,
-        seat.share,
-        Transport(
-            seat.members,
-            seat.rank,
-            seat.address,
-            seat.port,
-            timeout=seat.timeout,
-            agent=seat.agent,
-            attempt=seat.attempt,
-            interface=seat.interface,
-            stopping=stopping,
-        ),
+        Share(first=part.first, count=part.count, micro_batches=seat.micro_batches),
+        seat.transport(stopping),
         pieces,
-        Buffers(pieces.largest, seat.buffers),
-        gradients=shelf(seat.gradients, Exchange.rows(seat.rank, seat.count)),
-        states=shelf(seat.states, 2),
-        gradients_on_disk=seat.gradients == "disk",
+        Buffers(pieces.largest, part.buffers),
+        gradients=shelf(part.gradients, Exchange.rows(seat.rank, part.count)),
+        states=shelf(part.states, 2),
+        gradients_on_disk=part.gradients == "disk",
         channel=channel,
         parameter=parameter,
         keep=keep,

@@ -25,6 +25,7 @@ from tightfit.runtime.engine.training.job import (
     FREE,
     LOSS,
     PASS,
+    PASSING,
     PERTURB,
     READ,
     RUN,
@@ -40,6 +41,7 @@ from tightfit.runtime.engine.weights.store import Store
 
 if TYPE_CHECKING:
     from tightfit.runtime.engine.fleet.exchange import Exchange
+    from tightfit.runtime.engine.fleet.stage import Stage
 
 __all__ = ["CompiledOperator", "Executor", "compile_operator"]
 
@@ -51,7 +53,7 @@ class BoundOperator:
     gives the tensor's number.
     """
 
-    __slots__ = ("call", "gathers", "inputs", "name", "partial", "reads", "writes")
+    __slots__ = ("call", "gathers", "inputs", "keywords", "name", "partial", "reads", "writes")
 
     def __init__(
         self,
@@ -77,6 +79,7 @@ class BoundOperator:
             )
             self.reads.append((container, key, *where))
         self.partial = compiled.partial
+        self.keywords = compiled.kwargs
         self.inputs = tuple(dict.fromkeys(read[2] for read in self.reads))
         self.writes: list[
             tuple[int, Callable[..., Tensor], int, tuple[int, ...], tuple[int, ...], torch.dtype] | None
@@ -160,6 +163,13 @@ class Executor:
     def loss(self) -> float:
         """Mean loss over the forwards of the last step: one, or two with MeZO."""
         return sum(self.forwards) / len(self.forwards)
+
+    def join(self, stage: Stage) -> None:
+        """Let the operators that send and receive do so as a member of a pipeline."""
+        for program in self.programs:
+            for operator in program:
+                if operator.name in PASSING:
+                    operator.keywords["stage"] = stage
 
     def execute(self, words: array[int], begin: int = 0, end: int | None = None, cycles: int = 0) -> None:
         """Run the step or evaluation batch in words [begin, end) of the job.

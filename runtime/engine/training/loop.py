@@ -28,6 +28,7 @@ from tightfit.runtime.engine.training.trainer import Training
 
 if TYPE_CHECKING:
     from tightfit.runtime.engine.fleet.exchange import Exchange
+    from tightfit.runtime.engine.fleet.stage import Stage
 
 Send = Callable[..., None]
 INTERRUPTED = 4
@@ -67,20 +68,30 @@ class _Run:
         self.requests = batches if isinstance(batches, Requests) else None
         """the pipe of a Session, which asks for steps one by one; None in a run over prepared data"""
         self.conditions = {**header["conditions"], "data": batches.fingerprint}
-        self.exchange = self.training.exchange
-        """with the other members of a fleet, if the run is one of a fleet's"""
-        if self.exchange:
+        self.fleet = self.training.fleet
+        """what the run has to do with the other members, if it is one of a fleet's"""
+        self.held_out = _fingerprint(header)
+        if self.fleet:
             from tightfit.runtime.engine.fleet.agreement import agree
 
+            settings = self.conditions | {
+                "number of steps": header["steps"],
+                "checkpoint interval": header["checkpoint_every"],
+                "plan of the fleet": header["fleet"]["plan"],
+            }
+            if self.training.stage:  # the members have layers of their own, and evaluate together
+                settings = {name: value for name, value in settings.items() if name != "graph"}
+                settings["held-out data"] = self.held_out
             agree(
-                self.exchange.transport,
-                self.conditions
-                | {"number of steps": header["steps"], "checkpoint interval": header["checkpoint_every"]},
+                self.fleet.transport,
+                settings,
                 self.out,
                 resume=header["resume"],
                 exact=header["fleet"]["exact"],
+                apart=self.training.stage is not None,
             )
-        self.held_out = _fingerprint(header)
+        self.untold: list[tuple[int, dict[str, Any]]] = []
+        """steps whose loss another member of a pipeline knows, with their figures"""
         self.found = checkpoint.load_latest(self.out, self.conditions) if header["resume"] else None
         self.done = self.found.step if self.found else 0
         self.path = self.found.path if self.found else ""
@@ -109,7 +120,7 @@ class _Run:
         else:
             training.initialise()
         self.metrics = Metrics(os.path.join(self.out, "metrics.jsonl"), self.done)
-        if self.exchange:
+        if self.fleet:
             self.updates = Metrics(os.path.join(self.out, "fleet.jsonl"), self.done)
         settle()
         self.peaks["load"] = training.meter.check_peak()
@@ -128,8 +139,8 @@ class _Run:
         # several steps make an update, it is that of the next step that ends one.
         later = -(-(self.done + 3) // self.header["accumulate"]) * self.header["accumulate"]
         self.watched = {self.done + 1: "first", min(self.header["steps"] or later, later): "later"}
-        if self.exchange:
-            own = self.exchange.share.steps(self.done)
+        if self.fleet:
+            own = self.fleet.share.steps(self.done)
             self.watched = {own[0]: "first", own[-1]: "later"} if len(own) > 1 else {own[0]: "later"}
         self.updated = time.perf_counter()
         """when the latest update of a fleet ended"""
@@ -141,9 +152,9 @@ class _Run:
             yield from self._asked(self.requests)
             if self.saved != self.done:
                 self._save()
-        elif self.exchange:
+        elif self.fleet:
             while self.done < self.header["steps"]:
-                yield from self.exchange.share.steps(self.done)
+                yield from self.fleet.share.steps(self.done)
         else:
             yield from range(self.done + 1, self.header["steps"] + 1)
 
@@ -170,13 +181,18 @@ class _Run:
 
     def take(self, step: int) -> None:
         """Take a step; in a fleet a micro-batch, after the last of which the members exchange their gradients."""
-        loss = _step(self.training, step, self.watched.get(step), self.metrics, self.peaks, self.send)
-        stop = self.stopping()
-        if self.exchange:
-            self.exchange.told(loss)
-            if step != self.exchange.share.steps(self.done)[-1]:
+        told = self._step(step, self.watched.get(step))
+        loss, stop = told["loss"], self.stopping()
+        stage = self.training.stage
+        if stage is None or stage.last:
+            self._tell(step, told)
+        else:
+            self.untold.append((step, told))
+        if self.fleet:
+            self.fleet.told(loss)
+            if step != self.fleet.share.steps(self.done)[-1]:
                 return
-            step, stop = self._exchange(self.exchange, stop=stop)
+            step, stop = self._exchange(self.fleet, stop=stop)
         every, last = self.header["checkpoint_every"], step == self.header["steps"]
         before, self.done = self.done, step
         if last or (every and step // every > before // every):
@@ -184,13 +200,55 @@ class _Run:
         if stop and not last:
             raise _Stopped
 
-    def _exchange(self, exchange: Exchange, *, stop: bool) -> tuple[int, bool]:
+    def _step(self, step: int, watched: str | None) -> dict[str, Any]:
+        """Take one step; returns its figures. With `watched`, also send a timeline under that name."""
+        training = self.training
+        detailed = watched == "later" and self.header["profile_step"]
+        if watched:
+            training.meter.watch(self.header["expected_seconds"])
+        if detailed:
+            training.executor.detail = {}
+        before = time.perf_counter()
+        loss = training.step(step)
+        seconds = time.perf_counter() - before
+        tidy()
+        if watched:
+            self.send("timeline", which=watched, samples=training.meter.stop())
+        if detailed:
+            self.send(
+                "profiled",
+                step=step,
+                seconds=seconds,
+                calls=training.executor.detail,
+                stall=training.executor.seconds["stall"],
+            )
+            training.executor.detail = None
+        peak = self.peaks["train"] = training.meter.check_peak()
+        told = {"loss": loss, "seconds": seconds, "resident_bytes": memory().resident, "peak_bytes": peak}
+        if training.tokens is not None:
+            told["tokens"] = training.tokens
+        return {**told, "spent": dict(training.executor.seconds)}
+
+    def _tell(self, step: int, told: dict[str, Any]) -> None:
+        """Send the figures of a step and add them to the metrics. Raises InputError if its loss is not finite."""
+        self.metrics.add(step=step, **{name: value for name, value in told.items() if name != "spent"})
+        self.send("step", step=step, **told)
+        if not math.isfinite(told["loss"]):
+            raise InputError(
+                f"the loss of step {step} is not a number; lower the learning rate (lr {self.training.rate}) or check the"
+                " data"
+            )
+
+    def _exchange(self, fleet: Exchange | Stage, *, stop: bool) -> tuple[int, bool]:
         """Make the fleet's update; returns the number of micro-batches taken since the run began, and whether some
         member is to end.
         """
-        step = self.done + exchange.share.micro_batches
-        made = exchange.finish(step, stop=stop)
+        step = self.done + fleet.share.micro_batches
+        made = fleet.finish(step, stop=stop)
         tidy()
+        for (number, figures), loss in zip(self.untold, made.losses):
+            self._tell(number, {**figures, "loss": loss})
+        self.untold.clear()
         now = time.perf_counter()
         told = {
             "losses": made.losses,
@@ -244,23 +302,23 @@ class _Run:
 
     def left_alone(self, error: MemberGoneError) -> NoReturn:
         """Save, since another member of the fleet has ended; raises RunError, which says which one."""
-        if self.exchange:
-            self.exchange.transport.hang_up()
+        if self.fleet:
+            self.fleet.transport.hang_up()
         if self.done and self.saved != self.done:
             self._save()
-        if self.exchange:
-            self.exchange.transport.linger()
+        if self.fleet:
+            self.fleet.transport.linger()
         saved = f"everything up to step {self.done} is saved in {self.path}" if self.path else "nothing is trained yet"
         again = "start the fleet again with --resume" if self.path else "start the fleet again"
         raise RunError(f"{error}; {saved}, {again}") from error
 
     def leave(self, why: str) -> None:
         """Tell the other members of a fleet, if there is one, why this one ends."""
-        if self.exchange:
+        if self.fleet:
             with suppress(RuntimeError):  # the store has gone with the member that holds it
-                self.exchange.transport.leave(why)
-                self.exchange.transport.hang_up()
-                self.exchange.transport.linger()
+                self.fleet.transport.leave(why)
+                self.fleet.transport.hang_up()
+                self.fleet.transport.linger()
 
     def finish(self) -> None:
         trained = os.path.join(self.out, "adapter" if self.header["lora"] else "model")
@@ -292,48 +350,6 @@ class _Stopped(Exception):  # noqa: N818  not an error
     """A signal asked to save and end."""
 
 
-def _step(
-    training: Training, step: int, watched: str | None, metrics: Metrics, peaks: dict[str, int], send: Send
-) -> float:
-    """Take one step, send its figures and add them to the metrics; returns its loss. With `watched`, also send a
-    timeline under that name.
-
-    Raises InputError if the loss is not finite.
-    """
-    detailed = watched == "later" and training.header["profile_step"]
-    if watched:
-        training.meter.watch(training.header["expected_seconds"])
-    if detailed:
-        training.executor.detail = {}
-    before = time.perf_counter()
-    loss = training.step(step)
-    seconds = time.perf_counter() - before
-    tidy()
-    if watched:
-        send("timeline", which=watched, samples=training.meter.stop())
-    if detailed:
-        send(
-            "profiled",
-            step=step,
-            seconds=seconds,
-            calls=training.executor.detail,
-            stall=training.executor.seconds["stall"],
-        )
-        training.executor.detail = None
-    peaks["train"] = training.meter.check_peak()
-    told = {"loss": loss, "seconds": seconds, "resident_bytes": memory().resident, "peak_bytes": peaks["train"]}
-    if training.tokens is not None:
-        told["tokens"] = training.tokens
-    metrics.add(step=step, **told)
-    send("step", step=step, **told, spent=training.executor.seconds)
-    if not math.isfinite(loss):
-        rate = training.rate
-        raise InputError(
-            f"the loss of step {step} is not a number; lower the learning rate (lr {rate}) or check the data"
-        )
-    return loss
-
-
 def _save_trained(training: Training, path: str) -> str:
     """Write the adapter or model under another name, then rename it to `path`, so that it is never there in part.
 
@@ -344,7 +360,7 @@ def _save_trained(training: Training, path: str) -> str:
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
         training.channel.drain()
-        training.save_trained(partial)
+        training.save_trained(partial, whole=True)
         sync_directory(partial)
         if os.path.islink(path):
             os.unlink(path)

@@ -36,6 +36,8 @@ from tightfit.runtime.engine.weights.store import Store
 
 if TYPE_CHECKING:
     from tightfit.runtime.engine.fleet.exchange import Exchange
+    from tightfit.runtime.engine.fleet.seat import Seat
+    from tightfit.runtime.engine.fleet.stage import Stage
 
 CHUNK = 1 << 20
 
@@ -66,7 +68,8 @@ class Training:
         self.trainables = Trainables(header.pop("trainables"), job.trainables)
         self._hole: tuple[int, int] = tuple(header["hole"])
         optimizer = optimizer_of(header["optimizer"])
-        self.exchange = self._joined(optimizer, directory, stopping) if header.get("fleet") else None
+        seat = self._seat()
+        self.exchange = None if seat is None or seat.in_turn else self._joined(seat, optimizer, directory, stopping)
         """with the other members of a fleet, which makes the updates"""
         self.update: Update | Perturbation | None = None
         if isinstance(optimizer, MeZO):
@@ -88,6 +91,8 @@ class Training:
         warm_up_operators(
             (programs[program][operator] for program, operator in sorted(operators_run(job))), self.device
         )
+        self.stage = self._in_pipeline(seat, stopping) if seat is not None and seat.in_turn else None
+        """this member's place in a pipeline, whose members each compute some of the layers"""
         self._load_frozen()
         self._input_places = [at for _, _, _, at in header["inputs"]]
         self.inputs = [self.device.host(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]
@@ -99,13 +104,33 @@ class Training:
         self.tokens: int | None = None
         """tokens in the latest step's batch without padding; None if unknown (a module's batches, a Session)"""
 
-    def _joined(self, optimizer: AdamW | MeZO, directory: str, stopping: Callable[[], bool]) -> Exchange:
-        """Meet the other members of the fleet."""
-        from tightfit.runtime.engine.fleet.seat import Seat, join
+    def _seat(self) -> Seat | None:
+        if not self.header.get("fleet"):
+            return None
+        from tightfit.runtime.engine.fleet.seat import seat_of
+
+        return seat_of(self.header["fleet"])
+
+    def _in_pipeline(self, seat: Seat, stopping: Callable[[], bool]) -> Stage:
+        """Meet the other members of a pipeline."""
+        from tightfit.runtime.engine.fleet.seat import join_pipeline
+
+        stage = join_pipeline(seat, stopping)
+        self.executor.join(stage)
+        return stage
+
+    @property
+    def fleet(self) -> Exchange | Stage | None:
+        """What a run has to do with the other members of its fleet; None: it is one of its own."""
+        return self.exchange or self.stage
+
+    def _joined(self, seat: Seat, optimizer: AdamW | MeZO, directory: str, stopping: Callable[[], bool]) -> Exchange:
+        """Meet the other members of a fleet that exchanges gradients."""
+        from tightfit.runtime.engine.fleet.seat import join
 
         assert isinstance(optimizer, AdamW)
         return join(
-            Seat(**self.header["fleet"]),
+            seat,
             optimizer,
             [one.shape for one in self.trainables],
             directory,
@@ -140,7 +165,28 @@ class Training:
         return taker.optimizer.lr
 
     def step(self, number: int) -> float:
-        """Take training step `number`, counted from 1; returns its loss, with MeZO the mean of its two."""
+        """Take training step `number`, counted from 1; returns its loss, with MeZO the mean of its two.
+
+        In a pipeline also the forwards of other micro-batches that are due before and after it.
+        """
+        if self.stage is None:
+            return self._train(number)
+        for other in self.stage.ahead_before(number):
+            self._ahead(self.stage, other)
+        self.stage.begin(number, "train")
+        loss = self._train(number)
+        for other in self.stage.ahead_after(number):
+            self._ahead(self.stage, other)
+        return loss
+
+    def _ahead(self, stage: Stage, number: int) -> None:
+        """Take the forward of a micro-batch ahead."""
+        self.batches.training(number - 1, self.inputs)
+        self._deliver()
+        stage.begin(number, "ahead")
+        self.executor.execute(self.job.evaluate)
+
+    def _train(self, number: int) -> float:
         self.tokens = self.batches.training(number - 1, self.inputs)
         self._deliver()
 
@@ -196,6 +242,8 @@ class Training:
         for number in range(batches):
             found = with_records.evaluation(number, self.inputs)
             self._deliver()
+            if self.stage:
+                self.stage.begin_evaluation()
             self.executor.execute(self.job.evaluate)
             progress(number + 1, batches)
             losses = self.executor.losses
@@ -213,13 +261,14 @@ class Training:
                     best[record.example] = (sums[row], record.answer)
         with_records.close()
         accuracy = sum(answer for _, answer in best.values()) / len(best) if best else None
-        return {
+        result = {
             "loss": total / max(1, labelled),
             "accuracy": accuracy,
             "questions": len(best),
             "records": records,
             "seconds": time.perf_counter() - before,
         }
+        return self.stage.agreed(result) if self.stage else result
 
     def initialise(self) -> None:
         """Make the state before step 1: initial values of the trainables, those of an adapter if one is given, and zeros
@@ -254,15 +303,35 @@ class Training:
         reader.verify(checksum)
         return reader
 
-    def save_trained(self, directory: str) -> dict[str, int]:
-        """Write a PEFT adapter, or a module's state_dict as ``model.safetensors``. Returns checksums by file."""
+    def save_trained(self, directory: str, *, whole: bool = False) -> dict[str, int]:
+        """Write a PEFT adapter, or a module's state_dict as ``model.safetensors``. Returns checksums by file.
+
+        A member of a pipeline has the part of its own layers; with `whole` all members are in this call, and the first
+        one writes what all have.
+        """
         lora = self.header["lora"]
         file = adapter.WEIGHTS if lora else "model.safetensors"
-        checksum = safetensors_file.write(os.path.join(directory, file), self._trained_items, {"format": "pt"})
+        others: list[Item] = []
+        if whole and self.stage:
+            if self.stage.first:
+                others = self.stage.collected(CHUNK)
+            else:
+                self.stage.hand_in(self._trained_items)
+
+        def items() -> Iterator[Item]:
+            yield from self._trained_items()
+            yield from others
+
+        checksum = safetensors_file.write(os.path.join(directory, file), items, {"format": "pt"})
         if lora:
-            config = adapter.adapter_config(lora, self.trainables.names, self.header["base_model"], self._body)
+            names = [*self.trainables.names, *(self._name(item.name) for item in others)]
+            config = adapter.adapter_config(lora, names, self.header["base_model"], self._body)
             write_json(os.path.join(directory, adapter.CONFIG), config)
         return {file: checksum}
+
+    def _name(self, key: str) -> str:
+        """The trainable whose key in an adapter is `key`."""
+        return adapter.BODY + key.removeprefix(adapter.PREFIX + self._body)
 
     def _trained_items(self) -> Iterator[Item]:
         for trainable in self.trainables:
@@ -349,8 +418,8 @@ class Training:
 
     def close(self) -> None:
         self.channel.close()
-        if self.exchange:
-            self.exchange.close()
+        if self.fleet:
+            self.fleet.close()
         self.spill.close()
         if self.store:
             self.store.close()
