@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import socket
 import subprocess
@@ -14,9 +15,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 
-from tiny_plans import decoder_profile  # noqa: E402  a member's process finds it beside this file
+from tiny_plans import CONFIG, decoder_profile  # noqa: E402  a member's process finds it beside this file
 
+from tightfit.planner.fleet.pipeline_schema import Passed, PipelinePlan, Stage  # noqa: E402
 from tightfit.planner.fleet.schema import FleetPlan, Link, Member  # noqa: E402
+from tightfit.planner.fleet.stages import cuts, stage_profile  # noqa: E402
 from tightfit.planner.io import load_plan, save_plan  # noqa: E402
 from tightfit.planner.plan import planner_of  # noqa: E402
 from tightfit.profiles.schema import EXCHANGE, adamw  # noqa: E402
@@ -32,11 +35,12 @@ TIMEOUT = 60.0
 class Workshop:
     """A folder with the plans of one model, for one process and for a fleet's members."""
 
-    def __init__(self, folder: Path, micro_batches: int) -> None:
+    def __init__(self, folder: Path, micro_batches: int, *, layers: int = 2) -> None:
         self.folder, self.micro_batches = folder, micro_batches
-        traced = decoder_profile(folder)
+        traced = decoder_profile(folder, config={**CONFIG, "num_hidden_layers": layers})
         # One thread for each of several processes on two cores.
         profile = traced.model_copy(update={"device": traced.device.model_copy(update={"threads": 1})})
+        self.profile = profile
         self.trained_bytes = sum(tensor.bytes for tensor in profile.tensors if tensor.kind == "trainable")
         alone = profile.model_copy(update={"optimizer": adamw(micro_batches)})
         save_plan(planner_of(alone).plan(BUDGET), folder / "alone.json")
@@ -62,12 +66,40 @@ class Workshop:
             exchange_seconds=0.1, update_seconds=0.1, solve_seconds=0.0, bit_identical=True,
         )  # fmt: skip
 
+    def pipeline(self, at, ahead, bits=0) -> PipelinePlan:
+        """A pipeline cut before each of the layers `at`; `ahead` is that of each member. Writes the members' plans."""
+        where = {cut.at: cut for cut in cuts(self.profile)}
+        edges = [None, *(where[one] for one in at), None]
+        tensors = {tensor.name: tensor for tensor in self.profile.tensors}
+
+        def passed(names):
+            return [Passed(shape=tensors[name].shape, dtype=tensors[name].dtype) for name in names]
+
+        members = []
+        for number, (below, above) in enumerate(itertools.pairwise(edges)):
+            profile = stage_profile(self.profile, below, above, micro_batches=self.micro_batches, bits=bits)
+            plan, file = planner_of(profile).plan(BUDGET), f"stage-{number}-of-{'-'.join(map(str, at))}-{bits}.json"
+            save_plan(plan, self.folder / file)
+            first, last = (below.at if below else 0), (above.at if above else len(self.profile.layers))
+            members.append(
+                Stage(
+                    name=f"m{number}", device="test", measured=True, budget_bytes=BUDGET, link=LINK, plan=file,
+                    first_layer=first, last_layer=last, ahead=ahead[number], layer_names=[profile.layers[0].name],
+                    up=passed(above.up) if above else [], down=passed(below.down) if below else [],
+                    micro_batch_seconds=0.1, forward_seconds=0.1,
+                )
+            )  # fmt: skip
+        return PipelinePlan(
+            fingerprint="x", model="tiny", micro_batches=self.micro_batches, batch=2, bits=bits, members=members,
+            makespan_seconds=1.0, bound_seconds=1.0, gap=0.0, solve_seconds=0.0, bit_identical=not bits,
+        )  # fmt: skip
+
     def alone(self, out: Path, **options) -> str:
         """Run one process that accumulates all micro-batches; returns the hash of its adapter."""
         subprocess.run(command(self.folder / "alone.json", out, json.dumps(options)), check=True)
         return adapter_hash(out)
 
-    def start(self, fleet: FleetPlan, out: Path, **options) -> dict[str, subprocess.Popen]:
+    def start(self, fleet: FleetPlan | PipelinePlan, out: Path, **options) -> dict[str, subprocess.Popen]:
         """Start every member; its folder is `out` / name. `options` of one member alone under its name."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -96,6 +128,15 @@ def ended(members: dict[str, subprocess.Popen], timeout: float = 120.0) -> dict[
     return {name: (member.returncode, said[name]) for name, member in members.items()}
 
 
+def kill_training(member):
+    """Kill the training process of a member that runs here, with the process that supervises it."""
+    import psutil
+
+    for child in psutil.Process(member.pid).children(recursive=True):
+        child.kill()
+    member.kill()
+
+
 def adapter_hash(out: Path) -> str:
     return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
@@ -107,9 +148,12 @@ def main(arguments: list[str]) -> int:
             run(load_plan(Path(arguments[0])), "random", out=arguments[1], **options)
         else:
             path, name, port, out = arguments[:4]
-            fleet = FleetPlan.model_validate_json(Path(path).read_text())
+            text = Path(path).read_text()
+            kind = PipelinePlan if json.loads(text)["kind"] == "pipeline" else FleetPlan
+            fleet = kind.model_validate_json(text)
             seat = membership(fleet, name, "127.0.0.1", int(port), TIMEOUT)
-            run(load_plan(Path(path).parent / "member.json"), "random", out=out, member=seat, **options)
+            file = next(member.plan for member in fleet.members if member.name == name)
+            run(load_plan(Path(path).parent / file), "random", out=out, member=seat, **options)
     except TightfitError as error:
         sys.stdout.write(f"{error}\n")
         return error.exit_code

@@ -32,7 +32,7 @@ RECEIVING_DOWN = 2
 UP, DOWN, CLOSE = 2, 3, 4
 """tags of messages"""
 Direction = Literal["up", "down"]
-Pass = Literal["train", "ahead", "evaluate"]
+Kind = Literal["train", "ahead", "evaluate"]
 
 
 def ring(ahead_below: int) -> int:
@@ -51,7 +51,9 @@ class Boundary:
 class Incoming:
     """Receives one message after the other from a peer, into a ring of buffers."""
 
-    def __init__(self, transport: Transport, peer: int, tag: int, passing: Sequence[Passing], bits: int, buffers: int):
+    def __init__(
+        self, transport: Transport, peer: int, tag: int, passing: Sequence[Passing], bits: int, buffers: int
+    ) -> None:
         self._transport, self._peer, self._tag, self._bits = transport, peer, tag, bits
         self.passing = passing
         self._offsets, self.bytes = offsets(passing, bits)
@@ -96,7 +98,7 @@ class Incoming:
 class Outgoing:
     """Sends one message after the other to a peer."""
 
-    def __init__(self, transport: Transport, peer: int, tag: int, passing: Sequence[Passing], bits: int):
+    def __init__(self, transport: Transport, peer: int, tag: int, passing: Sequence[Passing], bits: int) -> None:
         self._transport, self._peer, self._tag, self._bits = transport, peer, tag, bits
         self.passing = passing
         self._offsets, self.bytes = offsets(passing, bits)
@@ -178,7 +180,7 @@ class Stage:
         self.to_below = below and Outgoing(transport, rank - 1, DOWN, below.down, bits)
         self.to_above = above and Outgoing(transport, rank + 1, UP, above.up, bits)
         self.from_above = above and Incoming(transport, rank + 1, DOWN, above.down, bits, RECEIVING_DOWN)
-        self._pass: Pass = "train"
+        self._kind: Kind = "train"
         self._up = self._down = 0
         """numbers, since the run began, of the messages of the current micro-batch: of activations, of gradients"""
         self._base_up = self._base_down = 0
@@ -217,15 +219,15 @@ class Stage:
         if self.from_above and down:
             self.from_above.expect(down)
 
-    def begin(self, step: int, kind: Pass) -> None:
+    def begin(self, step: int, kind: Kind) -> None:
         """Begin micro-batch `step` of the run, counted from 1: train it, or take its forward ahead."""
-        self._pass = kind
+        self._kind = kind
         place = (step - 1) % self.micro_batches
         self._up, self._down = self._base_up + place, self._base_down + place
 
     def begin_evaluation(self) -> None:
         """Begin a batch of an evaluation."""
-        self._pass = "evaluate"
+        self._kind = "evaluate"
         self._expect(up=1, down=0)
         self._up = self._base_up
         self._base_up += 1
@@ -236,7 +238,7 @@ class Stage:
         """Send a tensor of the current micro-batch, by its place in the message."""
         outgoing = self.to_above if direction == "up" else self.to_below
         assert outgoing
-        if direction == "up" and self._pass == "train" and self.ahead:
+        if direction == "up" and self._kind == "train" and self.ahead:
             return  # sent when the forward was taken ahead
         outgoing.put(number, tensor)
 
@@ -246,7 +248,7 @@ class Stage:
         assert incoming
         message = self._up if direction == "up" else self._down
         incoming.take(message, number, out)
-        if number == len(incoming.passing) - 1 and self._pass != "ahead":
+        if number == len(incoming.passing) - 1 and self._kind != "ahead":
             incoming.done(message)
 
     # --- between micro-batches -------------------------------------------------------------------------------------

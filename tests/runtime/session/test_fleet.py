@@ -7,7 +7,7 @@ import signal
 import time
 
 import pytest
-from fleets import Workshop, adapter_hash, ended
+from fleets import Workshop, adapter_hash, ended, kill_training
 
 MICRO_BATCHES = 6
 OPTIONS = {"steps": 24, "lr": 1e-2, "seed": 3, "checkpoint_every": 12}
@@ -86,15 +86,6 @@ def test_when_a_member_is_killed_the_others_save_and_name_it_and_another_fleet_g
     found = ended(workshop.start(fleet, tmp_path / "again", **options | {"steps": steps, "resume": True}))
     assert [code for code, _ in found.values()] == [0, 0], found
     assert {adapter_hash(tmp_path / "again" / name) for name in found} == {whole}
-
-
-def kill_training(member):
-    """Kill the training process of a member that runs here, with the process that supervises it."""
-    import psutil
-
-    for child in psutil.Process(member.pid).children(recursive=True):
-        child.kill()
-    member.kill()
 
 
 def test_a_signal_to_one_member_ends_all_after_the_same_step_and_they_can_go_on(workshop, tmp_path):
