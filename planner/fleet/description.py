@@ -11,15 +11,23 @@ profile = "laptop.json"  # relative to this file
 memory = "320MiB"
 link = "100Mbit/s"       # both ways; or up = "40Mbit/s" and down = "250Mbit/s"
 latency = "2ms"          # one way; without it 0
+weight = 2               # split rounds: of its share of the steps; without it 1
+
+[server]                 # split rounds: computes the layers that devices do not hold
+profile = "server.json"
+memory = "4GiB"
+link = "1Gbit/s"         # without it, a fast one
 ```
 """
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,8 +44,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 COUNTS = {"micro_batches": ("step", 16), "steps": ("round", 64)}
 """what is counted under a key: parts of what, and an example"""
-KEYS = (*COUNTS, "member")
-MEMBER_KEYS = ("name", "profile", "memory", "link", "up", "down", "latency")
+KEYS = (*COUNTS, "member", "server")
+MEMBER_KEYS = ("name", "profile", "memory", "link", "up", "down", "latency", "weight")
+SERVER_KEYS = ("profile", "memory", "link", "up", "down", "latency")
+FAST = Link(up_bytes_per_second=1.25e9, down_bytes_per_second=1.25e9)
+"""a server's connection where the description names none"""
 WHOLE = "the bandwidth of its connection: link = RATE, or up = RATE and down = RATE where they differ"
 
 
@@ -54,16 +65,80 @@ def read_description(
     path = Path(path)
     with _named(path):
         content = _content(path)
-        _known_keys(content, KEYS)
-        tables = content.get("member")
-        if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
-            raise InputError("it names no member; describe each device of the fleet under a line [[member]]")
-        if count is None:
-            if key not in content:
-                what, example = COUNTS[key]
-                raise InputError(f"'{key}' is missing; say how many make a {what}, as in {key} = {example}")
-            count = _checked_count(content[key], key)
-        return _members(tables, path.parent), count
+        members, tables, count = _read(path, content, count, key)
+        if "server" in content or any("weight" in table for table in tables):
+            raise InputError(
+                "a [server] and weights are for split federated rounds: plan them by `tightfit fleet federate plan`"
+            )
+        return members, count
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundsDescription:
+    """The devices of federated rounds."""
+
+    members: list[MemberSpec]
+    steps: int
+    server: MemberSpec | None
+    """computes the layers that devices do not hold; None: each holds all"""
+    weights: dict[str, float]
+    """of the devices' shares of the steps, where they are given"""
+
+
+def read_rounds(path: str | os.PathLike[str], steps: int | None = None) -> RoundsDescription:
+    """The devices, and the server if there is one, of the federated rounds that the file `path` describes; otherwise as
+    `read_description`.
+    """
+    if steps is not None:
+        _checked_count(steps, "steps")
+    path = Path(path)
+    with _named(path):
+        content = _content(path)
+        members, tables, count = _read(path, content, steps, "steps")
+        server = None
+        if "server" in content:
+            with _named("[server]"):
+                server = _server(content["server"], path.parent)
+        weights: dict[str, float] = {}
+        for member, table in zip(members, tables):
+            if "weight" in table:
+                with _named(f"member {member.name!r}"):
+                    weights[member.name] = _weight(table["weight"], split=server is not None)
+        return RoundsDescription(members=members, steps=count, server=server, weights=weights)
+
+
+def _weight(weight: object, *, split: bool) -> float:
+    if not split:
+        raise InputError("'weight' is for rounds with a [server]; without one, steps are shared out by speed")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise InputError(f"'weight' is {weight!r}; give a number above 0, as in weight = 2")
+    return float(weight)
+
+
+def _server(table: object, folder: Path) -> MemberSpec:
+    if not isinstance(table, dict):
+        raise InputError("describe the server under a line [server]: profile, memory, link")
+    _known_keys(table, SERVER_KEYS)
+    named = {**table, "name": "server"}
+    if not {"link", "up", "down"} & set(table):
+        return replace(_member({**named, "link": "1Gbit/s"}, folder, {}), link=FAST)
+    return _member(named, folder, {})
+
+
+def _read(
+    path: Path, content: dict[str, Any], count: int | None, key: str
+) -> tuple[list[MemberSpec], list[dict[str, Any]], int]:
+    """The members, their tables, and how many parts a step or a round has."""
+    _known_keys(content, KEYS)
+    tables = content.get("member")
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise InputError("it names no member; describe each device of the fleet under a line [[member]]")
+    if count is None:
+        if key not in content:
+            what, example = COUNTS[key]
+            raise InputError(f"'{key}' is missing; say how many make a {what}, as in {key} = {example}")
+        count = _checked_count(content[key], key)
+    return _members(tables, path.parent), tables, count
 
 
 def _checked_count(count: object, key: str) -> int:

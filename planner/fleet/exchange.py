@@ -9,9 +9,7 @@ What it assumes is what the runtime does (`tightfit.runtime.engine.fleet.exchang
   second thread of the others takes the means, stores them and passes them on.
 - A thread may send a piece before the one before has left, and then waits for that. Two pieces may be under way to a
   thread before it must have taken the first, and none before it has begun.
-- A piece from i to j takes latency_i + latency_j + bytes / min(up_i, down_j). It occupies i's uplink for bytes / up_i,
-  and j's downlink for bytes / down_j. Either serves one piece at a time: of those that could start, the one that was
-  sent first.
+- Pieces pass over links as messages of the clock (`clock`).
 - A disk serves requests in their order, each with its latency.
 - A member that has all means, and has passed all pieces on, makes the update: it reads means and states, computes, and
   writes the states back, one after the other.
@@ -19,13 +17,11 @@ What it assumes is what the runtime does (`tightfit.runtime.engine.fleet.exchang
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
+from tightfit.planner.fleet.clock import Clock, Links, Signal, Stream, Thread
 from tightfit.planner.fleet.member_profiles import COPY_BYTES_PER_SECOND
 from tightfit.planner.fleet.schema import Link, Shelf
 from tightfit.profiles.schema import Channel
@@ -106,56 +102,18 @@ def whole_update_seconds(station: Station, pieces: Sequence[int]) -> float:
     return seconds
 
 
-class _Signal:
-    """Something that happens once, and the threads that wait for it."""
-
-    __slots__ = ("given", "waiting")
-
-    def __init__(self) -> None:
-        self.given = False
-        self.waiting: list[_Thread] = []
-
-
-_Thread = Iterator["float | _Signal"]
-"""a thread hands over the moment until which it sleeps, or the signal for which it waits"""
-
-
-@dataclass(kw_only=True)
-class _Stream:
-    """The pieces that pass over one edge of the chain in one direction."""
-
-    source: int
-    target: int
-    room: list[bool]
-    """by piece: whether its target can receive it"""
-    sent: list[_Signal]
-    """by piece: it has left its source"""
-    arrived: list[_Signal]
-
-
-@dataclass(kw_only=True)
-class _Request:
-    stream: _Stream
-    piece: int
-
-
 class _Step:
     def __init__(self, stations: Sequence[Station], pieces: Sequence[int]) -> None:
         self.stations, self.pieces = stations, pieces
-        self.now = 0.0
-        self._events: list[tuple[float, int, Callable[[], object]]] = []
-        self._numbers = itertools.count()
+        self.clock = Clock()
+        self._links = Links(self.clock, [station.link for station in stations], self._sends)
         count = len(stations)
-        self._up, self._down = [0.0] * count, [0.0] * count
-        """when each uplink and downlink is free"""
-        self._requests: list[_Request] = []
-        """pieces that wait for a link, in the order in which they were sent"""
         self._disk = [0.0] * count
         """when each disk has served all that it was asked for"""
-        self._computed = [_Signal() for _ in stations]
-        self._told = [_Signal() for _ in stations]
+        self._computed = [Signal() for _ in stations]
+        self._told = [Signal() for _ in stations]
         """a header has arrived from the member before"""
-        self._told_back = [_Signal() for _ in stations]
+        self._told_back = [Signal() for _ in stations]
         """a header has arrived from the member after"""
         self._sums = [self._stream(at, at + 1) for at in range(count - 1)]
         """by source"""
@@ -167,62 +125,60 @@ class _Step:
 
     def run(self) -> Played:
         for at, station in enumerate(self.stations):
-            self._start(self._pass_sums(at), station.computed_seconds)
+            self.clock.start(self._pass_sums(at), station.computed_seconds)
             if at < len(self.stations) - 1:
-                self._start(self._pass_means(at), station.computed_seconds)
-        while self._events:
-            self.now, _, event = heapq.heappop(self._events)
-            event()
+                self.clock.start(self._pass_means(at), station.computed_seconds)
+        self.clock.run()
         assert not any(self._threads_left)
         return Played(exchanged=self._exchanged, updated=self._updated, doings=self._doings)
 
     # --- threads ---------------------------------------------------------------------------------------------------
 
-    def _pass_sums(self, at: int) -> _Thread:
+    def _pass_sums(self, at: int) -> Thread:
         station = self.stations[at]
         source = self._sums[at - 1] if at else None
         last = at == len(self.stations) - 1
         onward = self._means[at - 1] if last else self._sums[at]
-        self._give(self._computed[at])
+        self.clock.give(self._computed[at])
         if at:
             yield self._told[at]
         if last:
-            yield self.now + HEADER * self._latency(at, at - 1)
-            self._give(self._told_back[at - 1])
+            yield self.clock.now + HEADER * self._links.latency(at, at - 1)
+            self.clock.give(self._told_back[at - 1])
         else:
             yield self._computed[at + 1]
-            yield self.now + HEADER * self._latency(at, at + 1)
-            self._give(self._told[at + 1])
+            yield self.clock.now + HEADER * self._links.latency(at, at + 1)
+            self.clock.give(self._told[at + 1])
         self._open(source)
         for piece, size in enumerate(self.pieces):
             if source is not None:
                 yield from self._take(source, piece)
-            begun = self.now
+            begun = self.clock.now
             if station.gradients == "disk":
                 yield self._on_disk(at, transfer_seconds(station.read, station.slots * size, station.slots))
-            yield self.now + copy_seconds(station.slots * size)
-            self._doings.append(Doing(what="add", station=at, to=None, begin=begun, end=self.now))
+            yield self.clock.now + copy_seconds(station.slots * size)
+            self._doings.append(Doing(what="add", station=at, to=None, begin=begun, end=self.clock.now))
             if last:
                 yield self._stored(at, size)
-            self._send(onward, piece)
+            self._links.send(onward, piece)
             if piece:
                 yield onward.sent[piece - 1]
         yield onward.sent[-1]
         self._thread_ends(at)
 
-    def _pass_means(self, at: int) -> _Thread:
+    def _pass_means(self, at: int) -> Thread:
         source = self._means[at]
         onward = self._means[at - 1] if at else None
         yield self._told_back[at]
         if at:
-            yield self.now + HEADER * self._latency(at, at - 1)
-            self._give(self._told_back[at - 1])
+            yield self.clock.now + HEADER * self._links.latency(at, at - 1)
+            self.clock.give(self._told_back[at - 1])
         self._open(source)
         for piece, size in enumerate(self.pieces):
             yield from self._take(source, piece)
             yield self._stored(at, size)
             if onward is not None:
-                self._send(onward, piece)
+                self._links.send(onward, piece)
                 yield onward.sent[piece]
         self._thread_ends(at)
 
@@ -230,87 +186,35 @@ class _Step:
         """When a mean that is stored now lies on the shelf."""
         station = self.stations[at]
         if station.gradients == "memory":
-            return self.now + copy_seconds(size)
+            return self.clock.now + copy_seconds(size)
         return self._on_disk(at, transfer_seconds(station.write, size))
 
-    def _take(self, source: _Stream, piece: int) -> _Thread:
+    def _take(self, source: Stream, piece: int) -> Thread:
         yield source.arrived[piece]
         if piece + UNDER_WAY < len(self.pieces):
-            source.room[piece + UNDER_WAY] = True
-            self._serve()
+            self._links.open(source, slice(piece + UNDER_WAY, piece + UNDER_WAY + 1))
 
-    def _open(self, source: _Stream | None) -> None:
+    def _open(self, source: Stream | None) -> None:
         if source is not None:
-            source.room[:UNDER_WAY] = [True] * len(source.room[:UNDER_WAY])
-            self._serve()
+            self._links.open(source, slice(UNDER_WAY))
 
     def _thread_ends(self, at: int) -> None:
         self._threads_left[at] -= 1
         if self._threads_left[at]:
             return
-        self._exchanged[at] = self.now
-        self._updated[at] = self.now + whole_update_seconds(self.stations[at], self.pieces)
-        self._doings.append(Doing(what="update", station=at, to=None, begin=self.now, end=self._updated[at]))
+        self._exchanged[at] = self.clock.now
+        self._updated[at] = self.clock.now + whole_update_seconds(self.stations[at], self.pieces)
+        self._doings.append(Doing(what="update", station=at, to=None, begin=self.clock.now, end=self._updated[at]))
 
     # --- links and disks -------------------------------------------------------------------------------------------
 
-    def _stream(self, source: int, target: int) -> _Stream:
-        sent, arrived = ([_Signal() for _ in self.pieces] for _ in range(2))
-        return _Stream(source=source, target=target, room=[False] * len(self.pieces), sent=sent, arrived=arrived)
+    def _stream(self, source: int, target: int) -> Stream:
+        return Stream(source=source, target=target, sizes=self.pieces)
 
-    def _send(self, stream: _Stream, piece: int) -> None:
-        self._requests.append(_Request(stream=stream, piece=piece))
-        self._serve()
-
-    def _serve(self) -> None:
-        """Start every transfer whose links are free and whose target can receive it."""
-        waiting = []
-        for request in self._requests:
-            stream, piece = request.stream, request.piece
-            source, target = stream.source, stream.target
-            if not stream.room[piece] or max(self._up[source], self._down[target]) > self.now:
-                waiting.append(request)
-                continue
-            size = self.pieces[piece]
-            up = size / self.stations[source].link.up_bytes_per_second
-            down = size / self.stations[target].link.down_bytes_per_second
-            self._up[source], self._down[target] = self.now + up, self.now + down
-            left = self.now + max(up, down)
-            self._at(self.now + min(up, down), self._serve)
-            self._at(left, partial(self._give, stream.sent[piece]))
-            self._at(left, self._serve)
-            self._at(left + self._latency(source, target), partial(self._give, stream.arrived[piece]))
-            self._doings.append(Doing(what="send", station=source, to=target, begin=self.now, end=left))
-        self._requests = waiting
-
-    def _latency(self, source: int, target: int) -> float:
-        return self.stations[source].link.latency_seconds + self.stations[target].link.latency_seconds
+    def _sends(self, stream: Stream, piece: int, begin: float, end: float) -> None:
+        self._doings.append(Doing(what="send", station=stream.source, to=stream.target, begin=begin, end=end))
 
     def _on_disk(self, at: int, seconds: float) -> float:
         """When a request that is made now is done."""
-        self._disk[at] = max(self._disk[at], self.now) + seconds
+        self._disk[at] = max(self._disk[at], self.clock.now) + seconds
         return self._disk[at]
-
-    # --- the clock -------------------------------------------------------------------------------------------------
-
-    def _at(self, moment: float, event: Callable[[], object]) -> None:
-        heapq.heappush(self._events, (moment, next(self._numbers), event))
-
-    def _start(self, thread: _Thread, moment: float) -> None:
-        self._at(moment, partial(self._go_on, thread))
-
-    def _go_on(self, thread: _Thread) -> None:
-        for wanted in thread:
-            if isinstance(wanted, _Signal):
-                if not wanted.given:
-                    wanted.waiting.append(thread)
-                    return
-            elif wanted > self.now:
-                self._start(thread, wanted)
-                return
-
-    def _give(self, signal: _Signal) -> None:
-        signal.given = True
-        for thread in signal.waiting:
-            self._start(thread, self.now)
-        signal.waiting.clear()

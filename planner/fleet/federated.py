@@ -21,7 +21,7 @@ from tightfit.planner.fleet.pieces import trained_tensors
 from tightfit.planner.fleet.plan import MemberSpec, checked_members
 from tightfit.planner.fleet.round_times import Pace, makespan_of, shared_out, transfer_seconds
 from tightfit.planner.fleet.schema import Link, Price
-from tightfit.planner.fleet.worth import FASTER, TENTH
+from tightfit.planner.fleet.worth import TENTH, faster
 from tightfit.planner.plan import planner_of
 from tightfit.planner.plan_result import gap_to
 from tightfit.planner.protocol import Planner
@@ -261,17 +261,11 @@ class _Rounds:
             planner = next(one for known, one in self.planners if known == spec.profile)
             more = min(planner.neighbour_bytes(spec.budget_bytes), spec.budget_bytes // TENTH)
             left = (self.deadline - time.monotonic()) / (len(taking) - number)
-            faster = spec.link.model_copy(
-                update={
-                    "up_bytes_per_second": FASTER * spec.link.up_bytes_per_second,
-                    "down_bytes_per_second": FASTER * spec.link.down_bytes_per_second,
-                }
-            )
             roomier = self.pace(at, self.device_plan(at, spec.budget_bytes + more, left))
             gains: dict[str, Any] = {}
             for name, pace in (
                 ("memory_gain_seconds", min(roomier, paces[at], key=lambda one: one.step_seconds)),
-                ("link_gain_seconds", self.pace(at, plans[at], link=faster)),
+                ("link_gain_seconds", self.pace(at, plans[at], link=faster(spec.link))),
             ):
                 changed = [*paces[:at], pace, *paces[at + 1 :]]
                 makespan = makespan_of(changed, shared_out(changed, self.steps, self.unit))

@@ -7,12 +7,12 @@ Flower's processes), seconds, makespan, bound.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from tightfit.planner.fleet.federated_schema import FederatedMember, FederatedPlan
 from tightfit.planner.fleet.pieces import trained_tensors
-from tightfit.planner.fleet.simulate import ROUNDING, InvalidFleet
+from tightfit.planner.fleet.round_times import transfer_seconds
+from tightfit.planner.fleet.simulate import ROUNDING, InvalidFleet, check_link
 from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.simulate import simulate
 
@@ -41,9 +41,7 @@ def _check(fleet: FederatedPlan, member: FederatedMember, plan: Plan | None) -> 
         return InvalidFleet(invariant, member.name, text)
 
     link = member.link
-    rates = (link.up_bytes_per_second, link.down_bytes_per_second)
-    if not all(0 < rate < math.inf for rate in rates) or not 0 <= link.latency_seconds < math.inf:
-        raise fail("link", f"{link} carries nothing")
+    check_link(member.name, link)
     if member.steps % fleet.accumulate:
         raise fail("steps", f"it takes {member.steps} steps, and an update takes {fleet.accumulate}")
     if not member.steps:
@@ -70,7 +68,7 @@ def _check(fleet: FederatedPlan, member: FederatedMember, plan: Plan | None) -> 
         raise fail("seconds", f"{step} s are stated for a step, the replay takes {found.step_seconds} s")
     if member.bound_seconds is None or not 0 <= member.bound_seconds <= step * (1 + ROUNDING):
         raise fail("bound", f"{member.bound_seconds} s are said to be a lower bound, a step takes {step} s")
-    moved = fleet.adapter_bytes / rates[1] + own / rates[0] + 2 * link.latency_seconds
+    moved = transfer_seconds(link, fleet.adapter_bytes, own)
     seconds = moved + member.start_seconds + member.steps * step
     if not _same(member.round_seconds, seconds):
         raise fail("seconds", f"{member.round_seconds} s are stated for a round, the count is {seconds} s")

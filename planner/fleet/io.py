@@ -1,6 +1,7 @@
 """Reads and writes a fleet's files: its plan, `fleet.json`, and beside it the plan of each member that takes part.
 
-The plan is of one of two kinds: data parallel (`FleetPlan`) or federated (`FederatedPlan`). A member needs the fleet's plan and its own.
+The plan is of one of four kinds: data parallel (`FleetPlan`), a pipeline (`PipelinePlan`), federated (`FederatedPlan`) or
+split federated (`SplitPlan`). A member needs the fleet's plan and its own.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from pathlib import Path
 from typing import TypeVar
 
 from tightfit.planner.fleet.federated_schema import FederatedPlan
+from tightfit.planner.fleet.pipeline_schema import PipelinePlan
 from tightfit.planner.fleet.schema import FLEET_VERSION, FleetPlan
+from tightfit.planner.fleet.side_schema import SidePlan
+from tightfit.planner.fleet.split_schema import SplitPlan
 from tightfit.planner.io import check_unchanged, load_plan, save_plan, validated, whole_json
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import of_another_version, write_whole
 
-F = TypeVar("F", FleetPlan, FederatedPlan)
-FILE = "fleet.json"
+AnyFleet = FleetPlan | FederatedPlan | PipelinePlan | SplitPlan | SidePlan
+F = TypeVar("F", FleetPlan, FederatedPlan, PipelinePlan, SplitPlan, SidePlan)
+FILE, SERVER_FOLDER = "fleet.json", "server"
 AGAIN = "make it again with `tightfit fleet plan`"
 
 
-def fleet_fingerprint(fleet: FleetPlan | FederatedPlan) -> str:
+def fleet_fingerprint(fleet: AnyFleet) -> str:
     """sha256 of a fleet's plan, without its own fingerprint."""
     content = fleet.model_dump(mode="json", exclude={"fingerprint"})
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -40,7 +45,21 @@ def plan_file(name: str) -> str:
     return f"{name}.plan.json"
 
 
-def save_fleet(fleet: FleetPlan | FederatedPlan, plans: Mapping[str, Plan], folder: str | os.PathLike[str]) -> Path:
+def server_plan_file(name: str) -> str:
+    """Name of the file of the server's plan for a device, in split federated rounds."""
+    return f"{SERVER_FOLDER}/{plan_file(name)}"
+
+
+def save_split(
+    fleet: SplitPlan, plans: Mapping[str, Plan], server_plans: Mapping[str, Plan], folder: str | os.PathLike[str]
+) -> Path:
+    """As `save_fleet`, with the server's plan for each device, by its name."""
+    for name, plan in server_plans.items():
+        save_plan(plan, Path(folder) / server_plan_file(name))
+    return save_fleet(fleet, plans, folder)
+
+
+def save_fleet(fleet: AnyFleet, plans: Mapping[str, Plan], folder: str | os.PathLike[str]) -> Path:
     """Write a fleet's plan and those of its members, by name, to `folder`, each whole or not at all; the path of the
     fleet's.
 
@@ -59,14 +78,51 @@ def load_fleet(path: str | os.PathLike[str]) -> FleetPlan:
 
     Raises InputError for a file that is missing, cut off, changed, of another version or no fleet's plan at all.
     """
-    path = fleet_path(path)
-    return parse_fleet(_content(path), str(path))
+    found = _loaded(path, FleetPlan)
+    assert isinstance(found, FleetPlan)
+    return found
 
 
 def load_federated(path: str | os.PathLike[str]) -> FederatedPlan:
     """The federated plan in `path`, its file or the folder that holds it; as `load_fleet`."""
+    found = _loaded(path, FederatedPlan)
+    assert isinstance(found, FederatedPlan)
+    return found
+
+
+def load_pipeline(path: str | os.PathLike[str]) -> PipelinePlan:
+    """The plan of a pipeline in `path`, its file or the folder that holds it; as `load_fleet`."""
+    found = _loaded(path, PipelinePlan)
+    assert isinstance(found, PipelinePlan)
+    return found
+
+
+def load_side(path: str | os.PathLike[str]) -> SidePlan:
+    """The plan in `path` of a device and a server that train a side network; as `load_fleet`."""
+    found = _loaded(path, SidePlan)
+    assert isinstance(found, SidePlan)
+    return found
+
+
+def load_any(path: str | os.PathLike[str]) -> FleetPlan | PipelinePlan | SidePlan:
+    """The plan in `path` of a fleet that meets at every step: data parallel, a pipeline, or a device with a server that
+    trains a side network; as `load_fleet`.
+    """
+    found = _loaded(path, FleetPlan, PipelinePlan, SidePlan)
+    assert isinstance(found, FleetPlan | PipelinePlan | SidePlan)
+    return found
+
+
+def load_rounds(path: str | os.PathLike[str]) -> FederatedPlan | SplitPlan:
+    """The plan of federated rounds in `path`, split or not; as `load_fleet`."""
+    found = _loaded(path, FederatedPlan, SplitPlan)
+    assert isinstance(found, FederatedPlan | SplitPlan)
+    return found
+
+
+def _loaded(path: str | os.PathLike[str], *schemas: type[AnyFleet]) -> AnyFleet:
     path = fleet_path(path)
-    return _parsed(_content(path), str(path), FederatedPlan, "federated")
+    return _parsed(_content(path), str(path), *schemas)
 
 
 def _content(path: Path) -> bytes:
@@ -78,15 +134,19 @@ def _content(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read ({error.strerror}); name a fleet's plan or its folder") from error
 
 
-def parse_fleet(data: bytes, place: str) -> FleetPlan:
-    """The fleet's plan that `data` holds, checked against its fingerprint; `place` is where it comes from.
+def parse_any(data: bytes, place: str) -> FleetPlan | PipelinePlan:
+    """The plan that `data` hold of a fleet that meets at every step, checked against its fingerprint; `place` is where it
+    comes from.
 
     Raises InputError for data that are cut off, changed, of another version or no fleet's plan at all.
     """
-    return _parsed(data, place, FleetPlan, "data parallel")
+    found = _parsed(data, place, FleetPlan, PipelinePlan)
+    assert isinstance(found, FleetPlan | PipelinePlan)
+    return found
 
 
-def _parsed(data: bytes, place: str, schema: type[F], kind: str) -> F:
+def _parsed(data: bytes, place: str, *schemas: type[AnyFleet]) -> AnyFleet:
+    """The plan that `data` hold, which is of one of these kinds; of the first where it does not say."""
     content = whole_json(data, place, AGAIN)
     if not isinstance(content, dict) or "version" not in content or "members" not in content:
         plan = isinstance(content, dict) and "budget_bytes" in content
@@ -94,15 +154,19 @@ def _parsed(data: bytes, place: str, schema: type[F], kind: str) -> F:
         raise InputError(f"{place}: {what}, not the plan of a fleet; {AGAIN}")
     if content["version"] != FLEET_VERSION:
         raise InputError(f"{place}: {of_another_version('fleet', content['version'], FLEET_VERSION)}; {AGAIN}")
-    if (found := content.get("kind", kind)) != kind:
-        way = "`tightfit fleet federate`" if found == "federated" else "`tightfit fleet run`"
-        raise InputError(f"{place}: the plan of a fleet of another kind ({found}, not {kind}); use {way} with it")
-    fleet = validated(schema, data, place, AGAIN)
+    kinds = {str(schema.model_fields["kind"].default): schema for schema in schemas}
+    found = str(content.get("kind", next(iter(kinds))))
+    if found not in kinds:
+        way = "`tightfit fleet federate`" if found.endswith("federated") else "`tightfit fleet run`"
+        raise InputError(
+            f"{place}: the plan of a fleet of another kind ({found}, not {' or '.join(kinds)}); use {way} with it"
+        )
+    fleet = validated(kinds[found], data, place, AGAIN)
     check_unchanged(fleet_fingerprint(fleet), fleet.fingerprint, place, AGAIN)
     return fleet
 
 
-def load_member_plan(path: str | os.PathLike[str], fleet: FleetPlan | FederatedPlan, name: str) -> Plan:
+def load_member_plan(path: str | os.PathLike[str], fleet: AnyFleet, name: str) -> Plan:
     """The plan of the member `name`, beside the fleet's in `path`; checked to be the one that the fleet was planned with.
 
     Raises InputError for a member that is not there or takes no part, and as `tightfit.planner.io.load_plan`.
@@ -115,14 +179,27 @@ def load_member_plan(path: str | os.PathLike[str], fleet: FleetPlan | FederatedP
         why = f" ({found.reason})" if found.reason else ""
         part = ", ".join(member.name for member in fleet.members if member.plan is not None)
         raise InputError(f"member {name!r} takes no part in a step{why}; these do: {part}")
-    file = fleet_path(path).parent / Path(found.plan).name
+    return _beside(
+        fleet_path(path).parent / Path(found.plan).name, f"the plan of member {name!r}", found.plan_fingerprint
+    )
+
+
+def load_server_plan(path: str | os.PathLike[str], fleet: SplitPlan, name: str) -> Plan:
+    """The server's plan for the device `name`, which takes part; otherwise as `load_member_plan`."""
+    found = next(member for member in fleet.taking if member.name == name)
+    file = fleet_path(path).parent / SERVER_FOLDER / Path(str(found.server_plan)).name
+    return _beside(file, f"the server's plan for member {name!r}", found.server_plan_fingerprint)
+
+
+def _beside(file: Path, what: str, fingerprint: str | None) -> Plan:
+    """A plan in a fleet's folder, checked to be the one that the fleet was planned with."""
     if not file.exists():
-        raise InputError(f"{file}: the plan of member {name!r} is not beside the fleet's; copy it there, or {AGAIN}")
+        raise InputError(f"{file}: {what} is not beside the fleet's; copy it there, or {AGAIN}")
     plan = load_plan(file)
-    if plan.fingerprint != found.plan_fingerprint:
+    if plan.fingerprint != fingerprint:
         raise InputError(
             f"{file}: not the plan that the fleet was made with (fingerprint {plan.fingerprint[:12]}…, planned"
-            f" {str(found.plan_fingerprint)[:12]}…); copy the fleet's folder again, or {AGAIN}"
+            f" {str(fingerprint)[:12]}…); copy the fleet's folder again, or {AGAIN}"
         )
     return plan
 

@@ -70,7 +70,7 @@ class MemberPlans:
     def __init__(self, profile: Profile, gap: float) -> None:
         self.profile = profile
         self.gap = gap
-        self.planner: Planner = planner_of(_without_start(member_profile(profile, 1, 0, "memory")))
+        self.planner: Planner = planner_of(without_start(member_profile(profile, 1, 0, "memory")))
         self._known: dict[int, _Known] = {}
         """by the room that was asked for"""
         self._too_small = 0
@@ -149,7 +149,7 @@ class MemberPlans:
         return restated(proven, profile, budget_bytes, asked=self.gap)
 
 
-def _without_start(profile: Profile) -> Profile:
+def without_start(profile: Profile) -> Profile:
     """The profile for a process whose start has no peak."""
     floor = profile.device.floor.model_copy(update={"import_peak_bytes": 0})
     return profile.model_copy(update={"device": profile.device.model_copy(update={"floor": floor})})

@@ -7,11 +7,8 @@ from collections.abc import Sequence
 from tightfit.planner.fleet.schema import BUFFERS, PIECE_BYTES, Shelf
 from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import Floor, Profile, Tensor
+from tightfit.runtime.engine.fleet.message import paged
 
-PAGE = 4096
-"""buffers and shelves are whole pages"""
-GLOO_BYTES = 4 << 20
-"""what gloo adds to a process where the profile does not say: 3.3 MiB with torch 2.13 on x86-64, rounded up"""
 FILE_BYTES = 64 << 10
 """a shelf on disk copies what is not whole pages through a buffer of this size; set aside for either kind, so that a
 shelf on disk is never the larger one"""
@@ -41,12 +38,7 @@ def slots_of(micro_batches: int, *, first: bool) -> int:
 
 def exchange_bytes(floor: Floor, pieces: Sequence[int], *, slots: int, gradients: Shelf, states: Shelf) -> int:
     """Bytes that a member holds for the exchange alone, on top of what its plan's schedule needs."""
-    total = _paged(sum(pieces))
-    gloo = GLOO_BYTES if floor.exchange_bytes is None else floor.exchange_bytes
-    held = gloo + BUFFERS * _paged(max(pieces, default=0)) + 2 * FILE_BYTES
+    total = paged(sum(pieces))
+    held = floor.gloo_bytes + BUFFERS * paged(max(pieces, default=0)) + 2 * FILE_BYTES
     held += slots * total if gradients == "memory" else 0
     return held + (2 * total if states == "memory" else 0)
-
-
-def _paged(size: int) -> int:
-    return -(-size // PAGE) * PAGE

@@ -45,7 +45,9 @@ class Stage(Record):
     ahead: int = Field(0, ge=0, description="micro-batches whose forward runs before their gradients are waited for")
     up: list[Passed] = Field([], description="activations that it sends to the next stage, in this order")
     down: list[Passed] = Field([], description="gradients that it sends to the stage before")
-    micro_batch_seconds: float | None = Field(None, description="predicted seconds of the training schedule, no waiting")
+    micro_batch_seconds: float | None = Field(
+        None, description="predicted seconds of the training schedule, no waiting"
+    )
     forward_seconds: float | None = Field(None, description="the same of the forward alone")
     bound_seconds: float | None = Field(None, description="no plan of the class takes less for one within its budget")
     peak_bytes: int | None = Field(None, description="predicted peak of its processes, messages included")

@@ -69,7 +69,7 @@ def plan_fleet(
     specs = _checked(members)
     planner = _FleetPlanner(
         specs,
-        _checked_count(micro_batches),
+        checked_count(micro_batches),
         time_limit=checked_limit(time_limit),
         gap=checked_gap(gap),
         progress=progress,
@@ -99,7 +99,8 @@ def checked_members(members: Sequence[MemberSpec]) -> list[MemberSpec]:
     return [replace(spec, budget_bytes=checked_budget(spec.budget_bytes)) for spec in members]
 
 
-def _checked_count(micro_batches: object) -> int:
+def checked_count(micro_batches: object) -> int:
+    """The number of micro-batches of a step. Raises InputError for what is no such number."""
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, SupportsIndex):
         raise InputError(f"{micro_batches!r} micro-batches are no number of them; give a whole number from 1")
     count = operator.index(micro_batches)
@@ -128,7 +129,7 @@ class _FleetPlanner:
         profiles = [spec.profile for spec in specs]
         several = len(specs) > 1 and micro_batches > 1
         # Half of the gap is for the members' plans, the rest for their allotment.
-        self.speeds = _shared(profiles, lambda one: MemberPlans(one, gap / 2)) if several else []
+        self.speeds = shared(profiles, lambda one: MemberPlans(one, gap / 2)) if several else []
         candidates = [
             Candidate(
                 name=spec.name,
@@ -149,7 +150,7 @@ class _FleetPlanner:
             report=self._report,
         )
         self.alone = AloneSearch(
-            plans=_shared(profiles, lambda one: AlonePlans(one, micro_batches, gap / 2)),
+            plans=shared(profiles, lambda one: AlonePlans(one, micro_batches, gap / 2)),
             budgets=[spec.budget_bytes for spec in specs],
         )
 
@@ -283,7 +284,7 @@ class _FleetPlanner:
         needed, allowed = self._needed(at), self.specs[at].budget_bytes
         if needed <= allowed:
             return "a step is not shorter with it"
-        return f"it cannot hold a micro-batch: it {_lacking(needed, allowed)}"
+        return f"it cannot hold a micro-batch: it {lacking(needed, allowed)}"
 
     def _needed(self, at: int) -> int:
         """The smallest budget found with which a member can take part in a chain; where there can be none, alone."""
@@ -300,7 +301,7 @@ class _FleetPlanner:
 
     def _nothing_fits(self) -> InfeasibleError:
         needed = [self._needed(at) for at in range(len(self.specs))]
-        told = "; ".join(f"{spec.name} {_lacking(least, spec.budget_bytes)}" for spec, least in zip(self.specs, needed))
+        told = "; ".join(f"{spec.name} {lacking(least, spec.budget_bytes)}" for spec, least in zip(self.specs, needed))
         return InfeasibleError(
             f"no device of the fleet can hold a micro-batch: {told}; give one of them more memory, or profile with a"
             " smaller batch or a shorter sequence",
@@ -308,7 +309,7 @@ class _FleetPlanner:
         )
 
 
-def _lacking(needed: int, allowed: int) -> str:
+def lacking(needed: int, allowed: int) -> str:
     """What a device needs and has; in bytes where rounding would hide the difference."""
     one, other = format_size(needed), format_size(allowed)
     if one == other:
@@ -330,7 +331,7 @@ def _member(spec: MemberSpec, plan: Plan | None = None) -> Member:
     )
 
 
-def _shared(profiles: Sequence[Profile], make: Callable[[Profile], T]) -> list[T]:
+def shared(profiles: Sequence[Profile], make: Callable[[Profile], T]) -> list[T]:
     """What `make` makes of each profile; equal ones share it."""
     made: list[tuple[Profile, T]] = []
     result: list[T] = []

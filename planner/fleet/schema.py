@@ -71,10 +71,14 @@ class Span(Record):
     """What a device or a link does for a while, for the picture of a step."""
 
     lane: str = Field(description="a member's name, or `FROM → TO` for a link")
-    what: Literal["compute", "add", "send", "update"]
+    what: Literal["compute", "add", "send", "update", "forward", "again", "backward"] = Field(
+        description="in a pipeline: forward, again (the forward that is repeated for the backward), backward, send"
+    )
     begin_seconds: float
     end_seconds: float
-    micro_batch: int | None = Field(None, description="compute: number of the micro-batch in the step, from 0")
+    micro_batch: int | None = Field(
+        None, description="compute, and all of a pipeline: number of the micro-batch in the step, from 0"
+    )
 
 
 class Baseline(Record):

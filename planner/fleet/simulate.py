@@ -22,14 +22,15 @@ Every violated invariant raises `InvalidFleet` with the invariant's name and the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from tightfit.planner.fleet.exchange import Doing, Played, Station, play
+from tightfit.planner.fleet.exchange import Station, play
 from tightfit.planner.fleet.member_profiles import exchange_optimizer
 from tightfit.planner.fleet.member_times import micro_batch_seconds
 from tightfit.planner.fleet.pieces import exchange_bytes, pieces_of, slots_of
-from tightfit.planner.fleet.schema import FleetPlan, Member, Span
+from tightfit.planner.fleet.schema import FleetPlan, Link, Member, Span
 from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.simulate import Simulation, simulate
 from tightfit.profiles.schema import adamw
@@ -66,6 +67,32 @@ class FleetSimulation:
     timeline: list[Span]
 
 
+class Done(Protocol):
+    """What a device, or the link from one to another, did from `begin` to `end` (`exchange.Doing`,
+    `pipeline_clock.Doing`).
+    """
+
+    @property
+    def what(self) -> Any: ...
+    @property
+    def station(self) -> int: ...
+    @property
+    def to(self) -> int | None: ...
+    @property
+    def begin(self) -> float: ...
+    @property
+    def end(self) -> float: ...
+
+
+class Replayed(Protocol):
+    """A step as a clock played it."""
+
+    @property
+    def makespan(self) -> float: ...
+    @property
+    def doings(self) -> Sequence[Done]: ...
+
+
 def simulate_fleet(fleet: FleetPlan, plans: Mapping[str, Plan]) -> FleetSimulation:
     """Replay `fleet` with the plans of its members, by name. Raises InvalidFleet where an invariant breaks, and
     `tightfit.planner.simulation.simulate.InvalidSchedule` where one does in a member's own plan.
@@ -80,7 +107,7 @@ def simulate_fleet(fleet: FleetPlan, plans: Mapping[str, Plan]) -> FleetSimulati
         ("exchange_seconds", fleet.exchange_seconds, found.exchange_seconds),
         ("update_seconds", fleet.update_seconds, found.update_seconds),
     ):
-        if not _same(stated, seconds, found.makespan_seconds):
+        if not same(stated, seconds, found.makespan_seconds):
             raise InvalidFleet("makespan", claim, f"{stated} s are stated, the replay finds {seconds} s")
     if not 0 <= fleet.bound_seconds <= found.makespan_seconds * (1 + ROUNDING):
         raise InvalidFleet(
@@ -122,7 +149,7 @@ def replayed(fleet: FleetPlan, plans: Mapping[str, Plan]) -> FleetSimulation:
         exchange_seconds=exchanged - latest,
         update_seconds=told.makespan - exchanged,
         peaks=peaks,
-        timeline=spans + _spans(told, [member.name for member in chain]),
+        timeline=spans + merged_spans(told, [member.name for member in chain]),
     )
 
 
@@ -154,13 +181,13 @@ def _computing(chain: list[Member], computed: list[float]) -> list[Span]:
     return spans
 
 
-def _spans(told: Played, names: list[str]) -> list[Span]:
+def merged_spans(told: Replayed, names: Sequence[str]) -> list[Span]:
     """What stations and links did, with short pauses left out."""
     pause = DRAWN * told.makespan
     open_: dict[tuple[str, str], Span] = {}
     done: list[Span] = []
     for one in sorted(told.doings, key=lambda one: (one.begin, one.end)):
-        lane = _lane(one, names)
+        lane = lane_of(one, names)
         before = open_.get((lane, one.what))
         if before is not None and one.begin - before.end_seconds <= pause:
             open_[lane, one.what] = before.model_copy(update={"end_seconds": max(before.end_seconds, one.end)})
@@ -171,7 +198,8 @@ def _spans(told: Played, names: list[str]) -> list[Span]:
     return sorted([*done, *open_.values()], key=lambda span: (span.begin_seconds, span.lane))
 
 
-def _lane(one: Doing, names: list[str]) -> str:
+def lane_of(one: Done, names: Sequence[str]) -> str:
+    """The lane of what a device does, or of the link over which it sends."""
     return names[one.station] if one.to is None else f"{names[one.station]} → {names[one.to]}"
 
 
@@ -179,15 +207,7 @@ def _lane(one: Doing, names: list[str]) -> str:
 
 
 def _check_chain(fleet: FleetPlan) -> None:
-    seen: set[str] = set()
-    for member in fleet.members:
-        if member.name in seen:
-            raise InvalidFleet("names", member.name, "two members have this name")
-        seen.add(member.name)
-    computing = [bool(member.micro_batches) for member in fleet.members]
-    if computing != sorted(computing, reverse=True):
-        late = fleet.members[computing.index(False)].name
-        raise InvalidFleet("names", late, "it takes no part and stands before members that do")
+    check_names([member.name for member in fleet.members], [bool(member.micro_batches) for member in fleet.members])
     following = 0
     for member in fleet.chain:
         if member.first != following:
@@ -202,10 +222,23 @@ def _check_chain(fleet: FleetPlan) -> None:
             f"it computes {following} micro-batches of the {fleet.micro_batches} of a step",
         )
     for member in fleet.members:
-        link = member.link
-        carried = (link.up_bytes_per_second, link.down_bytes_per_second)
-        if not all(0 < rate < math.inf for rate in carried) or not 0 <= link.latency_seconds < math.inf:
-            raise InvalidFleet("link", member.name, f"{link} carries nothing")
+        check_link(member.name, member.link)
+
+
+def check_names(names: Sequence[str], computing: Sequence[bool]) -> None:
+    """Members have names of their own, and those that compute come first."""
+    for at, name in enumerate(names):
+        if name in names[:at]:
+            raise InvalidFleet("names", name, "two members have this name")
+    if list(computing) != sorted(computing, reverse=True):
+        late = names[computing.index(False)]
+        raise InvalidFleet("names", late, "it takes no part and stands before members that do")
+
+
+def check_link(member: str, link: Link) -> None:
+    carried = (link.up_bytes_per_second, link.down_bytes_per_second)
+    if not all(0 < rate < math.inf for rate in carried) or not 0 <= link.latency_seconds < math.inf:
+        raise InvalidFleet("link", member, f"{link} carries nothing")
 
 
 def _check_member(fleet: FleetPlan, member: Member, plan: Plan | None) -> None:
@@ -266,8 +299,8 @@ def _check_memory(
         )
     seconds = micro_batch_seconds(plan, member.gradients, first=first)
     told = member.micro_batch_seconds
-    if not _same(plan.step_seconds, simulation.step_seconds, plan.step_seconds) or not (
-        told is not None and _same(told, seconds, seconds)
+    if not same(plan.step_seconds, simulation.step_seconds, plan.step_seconds) or not (
+        told is not None and same(told, seconds, seconds)
     ):
         raise fail(
             "seconds",
@@ -278,5 +311,6 @@ def _check_memory(
         raise fail("bound", f"{member.bound_seconds} s are said to be a lower bound, a micro-batch takes {seconds} s")
 
 
-def _same(one: float, other: float, scale: float) -> bool:
+def same(one: float, other: float, scale: float) -> bool:
+    """Whether two numbers of seconds are the same, beside a time of `scale`."""
     return abs(one - other) <= ROUNDING * scale

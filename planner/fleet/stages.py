@@ -19,10 +19,14 @@ from typing import Any, Literal
 
 from tightfit.planner.fleet.member_profiles import COPY_BYTES_PER_SECOND, HAND_OVER_SECONDS, alone_profile, raised
 from tightfit.planner.problem.step_graph import StepGraph, step_graph
+from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import Layer, Operator, Profile, Program, Tensor, Value
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.fleet.message import ITEM_BYTES, Passing
+from tightfit.runtime.engine.training.job import RECEIVE, SEND
 
 RECEIVE_LAYER, SEND_LAYER = "received", "sent"
+"""the operators' targets"""
 LOSS = "sent/loss"
 """scalar that stands for the loss where the stage does not compute it; its value means nothing"""
 Direction = Literal["up", "down"]
@@ -39,10 +43,15 @@ class Cut:
     """gradients"""
     up_bytes: int
     down_bytes: int
+    up_passing: tuple[Passing, ...]
+    """their form, in the same order"""
+    down_passing: tuple[Passing, ...]
 
 
 def cuts(profile: Profile) -> list[Cut]:
-    """All places where a model can be cut: both sides have something that is trained, and gradients pass down."""
+    """All places where a model can be cut: both sides have something that is trained, gradients pass down,
+    and messages can hold what passes.
+    """
     graph = step_graph(profile)
     made = _Makers(profile, graph)
     trained = [_trained(profile, graph, layer) for layer in range(len(profile.layers))]
@@ -51,9 +60,14 @@ def cuts(profile: Profile) -> list[Cut]:
         if not any(trained[:at]) or not any(trained[at:]):
             continue
         cut = made.cut(at)
-        if cut.up and cut.down:
+        if cut.up and cut.down and all(one.dtype in ITEM_BYTES for one in (*cut.up_passing, *cut.down_passing)):
             result.append(cut)
     return result
+
+
+def is_stage(source: Profile | Plan) -> bool:
+    """Whether this is of a part of a model, which cannot be trained alone."""
+    return any(one.target in (RECEIVE, SEND) for program in source.programs for one in program.operators)
 
 
 def stage_profile(
@@ -177,7 +191,13 @@ class _Makers:
             down=down,
             up_bytes=sum(size[name].bytes for name in up),
             down_bytes=sum(size[name].bytes for name in down),
+            up_passing=tuple(map(self.passing, up)),
+            down_passing=tuple(map(self.passing, down)),
         )
+
+    def passing(self, name: str) -> Passing:
+        value = self.values[name]
+        return Passing(shape=tuple(value.shape), dtype=value.dtype)
 
     def again(self, first: int, last: int) -> list[tuple[Layer, list[int]]]:
         """The layers before `first` with those of their operators that make, of constants, what layers from there to
@@ -270,7 +290,7 @@ def _message(
     operand = {"operand": {"value": value.name, "size": value.shape, "stride": value.stride, "offset": 0}}
     sends = what == "send"
     return Operator(
-        target=f"tightfit.{what}",
+        target=SEND if sends else RECEIVE,
         phase=phase,
         args=[operand] if sends else [],
         kwargs={"direction": direction, "number": number, "bits": bits},

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 
 from tightfit.planner.fleet.alone import AloneSearch
-from tightfit.planner.fleet.schema import Baseline, FleetPlan, Price
+from tightfit.planner.fleet.schema import Baseline, FleetPlan, Link, Price
 from tightfit.planner.fleet.search import Candidate, Chain, ChainSearch, Place
 
 TENTH = 10
@@ -62,14 +62,8 @@ def prices(fleet: FleetPlan, search: ChainSearch, alone: AloneSearch, names: lis
         more = min(alone.plans[at].planner.neighbour_bytes(member.budget_bytes), member.budget_bytes // TENTH)
         with_memory = with_link = math.inf
         if search.candidates:
-            one, link = search.candidates[at], member.link
-            faster = link.model_copy(
-                update={
-                    "up_bytes_per_second": FASTER * link.up_bytes_per_second,
-                    "down_bytes_per_second": FASTER * link.down_bytes_per_second,
-                }
-            )
-            with_link = _with(search, at, replace(one, link=faster), until, plans=False)
+            one = search.candidates[at]
+            with_link = _with(search, at, replace(one, link=faster(member.link)), until, plans=False)
             roomier = replace(one, budget_bytes=one.budget_bytes + more)
             with_memory = _with(search, at, roomier, until, plans=True)
         if len(fleet.chain) == 1:
@@ -84,6 +78,12 @@ def prices(fleet: FleetPlan, search: ChainSearch, alone: AloneSearch, names: lis
             )
         )
     return result
+
+
+def faster(link: Link) -> Link:
+    """The link with both ways as much faster as links are priced at."""
+    up, down = link.up_bytes_per_second, link.down_bytes_per_second
+    return link.model_copy(update={"up_bytes_per_second": FASTER * up, "down_bytes_per_second": FASTER * down})
 
 
 def _with(search: ChainSearch, at: int, changed: Candidate, deadline: float, *, plans: bool) -> float:

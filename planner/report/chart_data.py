@@ -7,8 +7,9 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from tightfit.planner.fleet.schema import FleetPlan, Member, Span
-from tightfit.planner.report.fleet_text import DOING
+from tightfit.planner.fleet.pipeline_schema import PipelinePlan
+from tightfit.planner.fleet.schema import Member, Span
+from tightfit.planner.report.fleet_text import DOING, AnyPlan
 from tightfit.planner.report.memory_categories import KINDS, UNKNOWN, Bucket, feasible, in_use, kinds_of
 from tightfit.planner.schema import Plan
 
@@ -82,7 +83,7 @@ def series_of(plan: Plan, shown: Sequence[Bucket]) -> dict[str, Any]:
     }
 
 
-def lanes_of(fleet: FleetPlan) -> dict[str, Any]:
+def lanes_of(fleet: AnyPlan) -> dict[str, Any]:
     """What the picture of a fleet's step draws: a lane for each device and each link, with bars of what it does.
 
     The lanes of the links between two devices lie between theirs. `first` and `last` are numbers of micro-batches,
@@ -91,20 +92,27 @@ def lanes_of(fleet: FleetPlan) -> dict[str, Any]:
     by_lane: dict[str, list[Span]] = {}
     for span in sorted(fleet.timeline, key=lambda span: (span.begin_seconds, span.end_seconds)):
         by_lane.setdefault(span.lane, []).append(span)
-    members = {member.name: member for member in fleet.members}
-    names = list(members)
+    names = [member.name for member in fleet.members]
+    shares = {} if isinstance(fleet, PipelinePlan) else {member.name: member for member in fleet.members}
     lanes = []
     for lane in sorted(by_lane, key=lambda lane: _place(lane, names)):
-        spans, kind = by_lane[lane], "device" if lane in members else "link"
+        spans, kind = by_lane[lane], "device" if lane in names else "link"
         computing = [span for span in spans if span.what == "compute"]
-        bars = [_bar(span.what, span.begin_seconds, span.end_seconds) for span in spans if span.what != "compute"]
+        bars = [
+            _bar(span.what, span.begin_seconds, span.end_seconds, span.micro_batch, span.micro_batch)
+            for span in spans
+            if span.what != "compute"
+        ]
         if computing:
-            bars = _micro_batches(members[lane], computing, fleet.makespan_seconds) + bars
+            bars = _micro_batches(shares[lane], computing, fleet.makespan_seconds) + bars
         lanes.append({"name": lane, "kind": kind, "bars": bars})
     done = {span.what for span in fleet.timeline}
     kinds = [{"name": what, "label": label} for what, label in DOING.items() if what in done]
-    whole, begin = fleet.makespan_seconds, fleet.compute_seconds
-    exchange = begin if len(fleet.chain) > 1 and (whole - begin) * NARROW < whole else None
+    whole = fleet.makespan_seconds
+    exchange = None
+    if not isinstance(fleet, PipelinePlan) and len(fleet.chain) > 1:
+        begin = fleet.compute_seconds
+        exchange = begin if (whole - begin) * NARROW < whole else None
     return {"seconds": whole, "exchange": exchange, "kinds": kinds, "lanes": lanes}
 
 

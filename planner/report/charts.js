@@ -7,7 +7,7 @@ const NS = "http://www.w3.org/2000/svg";
 export const MIB = 1048576;
 export const LEFT = 58, RIGHT = 20, TOP = 26, BOTTOM = 44;
 const BYTES = { size: 1, name: "B", digits: 0 }, IN_KIB = { size: 1024, name: "KiB", digits: 1 }, IN_MIB = { size: MIB, name: "MiB", digits: 1 };
-const POLICY_COLOURS = 8; // --policy-0 to --policy-7 in charts.css
+const POLICY_COLOURS = 9; // --policy-0 to --policy-8 in charts.css
 
 // --- figures ----------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from tightfit.planner.problem.device_forward import message_bytes, sent_tensors
 from tightfit.planner.report.costs import Cost, Ledger
 from tightfit.planner.report.explanation import (
     Explanation,
@@ -20,7 +21,7 @@ from tightfit.planner.report.explanation import (
 from tightfit.planner.schema import MEZO, Plan
 from tightfit.profiles.devices.words import words_of
 from tightfit.profiles.measuring.marks import caution
-from tightfit.profiles.schema import NOT_COMPARED
+from tightfit.profiles.schema import MOBILLM, NOT_COMPARED
 from tightfit.runtime.common.units import format_seconds, format_size, printable
 
 LEAST_SHARE = 5e-4
@@ -86,6 +87,8 @@ def _headline(plan: Plan) -> str:
 
 def _gradient(plan: Plan) -> list[str]:
     """Which estimate of the gradient the steps follow, where it is not the exact one."""
+    if plan.optimizer.get("name") == MOBILLM:
+        return [_served(plan)]
     if plan.optimizer.get("name") == MEZO:
         return ["two forwards and no backward: the gradient is estimated along one random direction per step"]
     if plan.cycle:
@@ -98,6 +101,18 @@ def _gradient(plan: Plan) -> list[str]:
     if plan.accumulate > 1:
         return [f"the gradients of {plan.accumulate} steps make one update"]
     return []
+
+
+def _served(plan: Plan) -> str:
+    """What a device of `mobillm` computes, what it sends, and what is trained where."""
+    passing, bits = sent_tensors(plan)
+    rounded = f", {bits} bits for a number," if bits else ""
+    return (
+        f"a forward of the frozen model and no backward: the outputs of {len(passing) - 1} of its blocks go to a server"
+        f"{rounded} in a message of {format_size(message_bytes(plan))} per step, labels included, for which its time has no room; the result is"
+        " a side network that the server trains, and no adapter: plan and run both with"
+        f" `tightfit fleet plan --kind {MOBILLM}`"
+    )
 
 
 def _comparison(plan: Plan) -> list[str]:
@@ -134,7 +149,7 @@ def nearness(plan: Plan, kind: str = "kind") -> str:
 
 def _proof(plan: Plan) -> str:
     caveat = "" if plan.device.measured else "; times are estimated, not measured"
-    if plan.policy == "solver":
+    if plan.policy in {"solver", MOBILLM}:
         kind = nearness(plan)
     else:
         kind = f"a fixed rule ({plan.policy}), no search: at most {percent_within(plan.gap)} slower than the best plan of its kind"

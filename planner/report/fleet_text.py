@@ -9,14 +9,24 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tightfit.planner.fleet.pipeline_schema import PipelineBaseline, PipelinePlan
 from tightfit.planner.fleet.schema import Baseline, FleetPlan
 from tightfit.planner.report.explain import LEAST_SHARE, percent_within
 from tightfit.runtime.common.units import format_seconds, format_size, printable, unit_of
 
-DOING = {"compute": "computes", "add": "adds gradients", "send": "sends", "update": "updates"}
+AnyPlan = FleetPlan | PipelinePlan
+DOING = {
+    "compute": "computes",
+    "add": "adds gradients",
+    "forward": "goes forward",
+    "again": "goes forward again",
+    "backward": "goes backward",
+    "send": "sends",
+    "update": "updates",
+}
 """what a device or a link does for a while (`Span.what`), in words"""
 
-NAMES = ("member", "device")
+NAMES = ("member", "from … to", "device")
 """columns that hold names, which take several lines where the terminal is narrow"""
 
 
@@ -29,12 +39,12 @@ class Sheet:
     rows: list[list[str]]
 
 
-def fleet_title(fleet: FleetPlan) -> str:
+def fleet_title(fleet: AnyPlan) -> str:
     """A fleet in a few words: what it trains, on which devices."""
     return printable(f"{fleet.model} on {_listed([member.name for member in fleet.chain])}")
 
 
-def fleet_text(fleet: FleetPlan) -> RenderableType:
+def fleet_text(fleet: AnyPlan) -> RenderableType:
     """A fleet's plan for the terminal: its chain, sentences about the step, and what memory and links are worth."""
     sentences = Table.grid(padding=(0, 1))
     for sentence in fleet_sentences(fleet):
@@ -63,8 +73,32 @@ def _table(sheet: Sheet) -> Table:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def chain_sheet(fleet: FleetPlan) -> Sheet:
+def chain_sheet(fleet: AnyPlan) -> Sheet:
     """The members that compute, in the order of the chain: what each does and holds."""
+    return _stage_sheet(fleet) if isinstance(fleet, PipelinePlan) else _share_sheet(fleet)
+
+
+def _stage_sheet(fleet: PipelinePlan) -> Sheet:
+    unit = unit_of(min((member.budget_bytes for member in fleet.chain), default=0))
+    rows = [
+        [
+            member.name,
+            f"{member.last_layer - member.first_layer}",
+            printable(" … ".join(dict.fromkeys(member.layer_names))),
+            f"{member.ahead}",
+            _time(member.micro_batch_seconds),
+            _time(member.forward_seconds),
+            f"{'–' if member.peak_bytes is None else unit.amount(member.peak_bytes)} of {unit.amount(member.budget_bytes)}",
+            printable(member.device),
+        ]
+        for member in fleet.chain
+    ]
+    peak = f"peak of budget, {unit.name}"
+    headings = ["member", "layers", "from … to", "ahead", "micro-batch", "forward alone", peak, "device"]
+    return Sheet(caption="The pipeline, in the order of its layers", headings=headings, rows=rows)
+
+
+def _share_sheet(fleet: FleetPlan) -> Sheet:
     unit = unit_of(min((member.budget_bytes for member in fleet.chain), default=0))
     rows = [
         [
@@ -84,7 +118,7 @@ def chain_sheet(fleet: FleetPlan) -> Sheet:
     return Sheet(caption="The chain, in the order in which gradients are added up", headings=headings, rows=rows)
 
 
-def price_sheet(fleet: FleetPlan) -> Sheet | None:
+def price_sheet(fleet: AnyPlan) -> Sheet | None:
     """By how much a step gets shorter with more memory or a faster link, member by member; None where no prices are
     known.
     """
@@ -106,12 +140,12 @@ def price_sheet(fleet: FleetPlan) -> Sheet | None:
     )
 
 
-def activity_sheet(fleet: FleetPlan) -> Sheet:
+def activity_sheet(fleet: AnyPlan) -> Sheet:
     """The timeline of a step in numbers: what each device and each link does, from when until when."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for span in fleet.timeline:
         found.setdefault((span.lane, span.what), []).append((span.begin_seconds, span.end_seconds))
-    shares = {member.name: member.micro_batches for member in fleet.chain}
+    shares = {} if isinstance(fleet, PipelinePlan) else {one.name: one.micro_batches for one in fleet.chain}
     rows = []
     for (lane, what), spans in found.items():
         busy = sum(end - begin for begin, end in spans)
@@ -133,7 +167,7 @@ def _time(seconds: float | None) -> str:
     return "–" if seconds is None else format_seconds(seconds)
 
 
-def _gain(seconds: float, fleet: FleetPlan) -> str:
+def _gain(seconds: float, fleet: AnyPlan) -> str:
     if seconds < LEAST_SHARE * fleet.makespan_seconds:
         return "nothing"
     return f"{format_seconds(seconds)} ({seconds / fleet.makespan_seconds:.1%})"
@@ -142,7 +176,7 @@ def _gain(seconds: float, fleet: FleetPlan) -> str:
 # --- sentences --------------------------------------------------------------------------------------------------------
 
 
-def fleet_sentences(fleet: FleetPlan) -> list[str]:
+def fleet_sentences(fleet: AnyPlan) -> list[str]:
     """How long a step takes and why, who takes no part, what fixed rules would take, and whether results depend on it."""
     said = [
         *_estimated(fleet),
@@ -151,7 +185,7 @@ def fleet_sentences(fleet: FleetPlan) -> list[str]:
         *(
             f"{member.name} takes no part" + (f": {member.reason}" if member.reason else "")
             for member in fleet.members
-            if not member.micro_batches
+            if member not in fleet.chain
         ),
         *(_beside(fleet, baseline) for baseline in fleet.baselines),
         _bits(fleet),
@@ -159,7 +193,7 @@ def fleet_sentences(fleet: FleetPlan) -> list[str]:
     return [printable(sentence) for sentence in said]
 
 
-def _estimated(fleet: FleetPlan) -> list[str]:
+def _estimated(fleet: AnyPlan) -> list[str]:
     names = [member.name for member in fleet.chain if not member.measured]
     if not names:
         return []
@@ -168,18 +202,21 @@ def _estimated(fleet: FleetPlan) -> list[str]:
     ]
 
 
-def _headline(fleet: FleetPlan) -> str:
+def _headline(fleet: AnyPlan) -> str:
+    ways = "cuts" if isinstance(fleet, PipelinePlan) else "allotment"
     micro_batches = "one micro-batch" if fleet.micro_batches == 1 else f"{fleet.micro_batches} micro-batches"
     return (
         f"one step of {micro_batches} takes {format_seconds(fleet.makespan_seconds)}, within"
-        f" {percent_within(fleet.gap)} of the best allotment and plans of this kind (none takes less than"
+        f" {percent_within(fleet.gap)} of the best {ways} and plans of this kind (none takes less than"
         f" {format_seconds(fleet.bound_seconds)}), found in {fleet.solve_seconds:.1f} s"
     )
 
 
-def _phases(fleet: FleetPlan) -> str:
+def _phases(fleet: AnyPlan) -> str:
     if len(fleet.chain) == 1:
         return f"{fleet.chain[0].name} does all of it alone: nothing is exchanged"
+    if isinstance(fleet, PipelinePlan):
+        return _flow(fleet)
     computed = format_seconds(fleet.compute_seconds)
     update = f"{format_seconds(fleet.update_seconds)} for the update"
     return (
@@ -188,12 +225,28 @@ def _phases(fleet: FleetPlan) -> str:
     )
 
 
-def _beside(fleet: FleetPlan, baseline: Baseline) -> str:
-    shares = {name: number for name, number in baseline.micro_batches.items() if number}
+def _flow(fleet: PipelinePlan) -> str:
+    """What passes over the cuts, and whether devices work at once."""
+    sizes = sorted(set(fleet.link_bytes))
+    told = format_size(sizes[0]) if len(sizes) == 1 else f"{format_size(sizes[0])} to {format_size(sizes[-1])}"
+    cut = "the cut" if len(fleet.chain) == 2 else "each cut"
+    form = "as they are" if not fleet.bits else f"rounded to {fleet.bits} bits"
+    ahead = [member.name for member in fleet.chain if member.ahead]
+    order = (
+        f"{_listed(ahead)} {'goes' if len(ahead) == 1 else 'go'} forward ahead, and forward again when gradients are there"
+        if ahead
+        else "one device computes at a time"
+    )
+    return f"{told} of activations and gradients pass over {cut} in a step, {form}; {order}"
+
+
+def _beside(fleet: AnyPlan, baseline: Baseline | PipelineBaseline) -> str:
+    parts = baseline.layers if isinstance(baseline, PipelineBaseline) else baseline.micro_batches
+    shares = {name: number for name, number in parts.items() if number}
     if baseline.name == "fastest alone":
         rule = f"the fastest alone ({_listed(list(shares))})" if shares else "the fastest alone"
     else:
-        rule = "equal shares" + (
+        rule = baseline.name + (
             f" ({', '.join(f'{name} {number}' for name, number in shares.items())})" if shares else ""
         )
     if baseline.makespan_seconds is None:
@@ -204,11 +257,13 @@ def _beside(fleet: FleetPlan, baseline: Baseline) -> str:
     return f"{rule} would take {format_seconds(baseline.makespan_seconds)}{ratio}"
 
 
-def _bits(fleet: FleetPlan) -> str:
+def _bits(fleet: AnyPlan) -> str:
     if fleet.bit_identical:
-        return "results equal those of one process to the bit, whatever the allotment"
+        ways = "the cuts" if isinstance(fleet, PipelinePlan) else "the allotment"
+        return f"results equal those of one process to the bit, whatever {ways}"
     why = f": {'; '.join(fleet.differences)}" if fleet.differences else ""
-    return f"results may differ from those of one process in their last bits{why}"
+    much = "" if isinstance(fleet, PipelinePlan) and fleet.bits else " in their last bits"
+    return f"results may differ from those of one process{much}{why}"
 
 
 def _listed(names: list[str]) -> str:

@@ -29,6 +29,7 @@ from tightfit.planner.schema import Plan
 from tightfit.planner.solve.policies import APPROXIMATE
 from tightfit.profiles.devices.words import words_of
 from tightfit.profiles.measuring.marks import caution
+from tightfit.profiles.schema import MOBILLM
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import format_seconds, format_size, unit_of
 
@@ -108,13 +109,15 @@ def describe(plan: Plan) -> str:
     adapted = (
         f"LoRA rank {plan.model.lora['rank']}" if plan.model.lora and "rank" in plan.model.lora else "all parameters"
     )
+    if plan.policy == MOBILLM:
+        adapted = "nothing trained here"
     return f"{adapted}, {shape}, {plan.compute_dtype}"
 
 
 def verdicts(plans: Sequence[Plan]) -> list[str]:
     """A sentence per budget of one device: the solver's step beside the best fixed rule that fits the same budget."""
     said = []
-    rules = [name for name in policies_of(plans) if name != "solver" and name not in APPROXIMATE]
+    rules = [name for name in policies_of(plans) if name not in {"solver", MOBILLM, *APPROXIMATE}]
     for budget in budgets_of(plans):
         here = {plan.policy: plan for plan in plans if plan.budget_bytes == budget}
         solved = here.pop("solver", None)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tightfit.profiles.measuring.marks import marks
 
 if TYPE_CHECKING:
+    from tightfit.planner.fleet.pipeline_schema import PipelinePlan
     from tightfit.planner.fleet.schema import FleetPlan
     from tightfit.planner.schema import Phase, Plan
     from tightfit.profiles.schema import Profile, Tensor
@@ -75,7 +76,10 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "device": profile.device.name,
         "measured": profile.device.measured,
         "busy_cores": profile.device.busy_cores,
+        "quota_cores": profile.device.quota_cores,
         "compared": profile.model.compared,
+        "base": profile.model.rounding,
+        "adapter_base": profile.model.config.get("adapter_base", profile.model.source),
         "marks": marks(profile.device),
     }
 
@@ -98,7 +102,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     return summary
 
 
-def fleet_summary(fleet: FleetPlan) -> dict[str, Any]:
+def fleet_summary(fleet: FleetPlan | PipelinePlan) -> dict[str, Any]:
     """A fleet's plan without its timeline, which has an entry for each piece that is sent."""
     return fleet.model_dump(mode="json", exclude={"timeline"})
 

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 
-from tightfit.planner.fleet.io import parse_fleet
+from tightfit.planner.fleet.io import parse_any
+from tightfit.planner.fleet.pipeline_schema import PipelinePlan
 from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.planner.io import parse_plan
 from tightfit.planner.report.compare import Comparison
@@ -34,6 +35,7 @@ from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError, RunError
 
 if TYPE_CHECKING:
+    from tightfit.planner.fleet.kinds import Kind
     from tightfit.planner.fleet.plan import MemberSpec
 
 Progress = Callable[[dict[str, Any]], None]
@@ -178,13 +180,15 @@ class Client:
         members: Sequence[MemberSpec],
         micro_batches: int,
         *,
+        kind: Kind = "auto",
+        bits: int = 0,
         time_limit: float = 120.0,
-        gap: float = 1e-3,
+        gap: float | None = None,
         prices: bool = True,
         progress: Progress | None = None,
-    ) -> tuple[FleetPlan, dict[str, Plan]]:
-        """`tightfit.planner.fleet.plan.plan_fleet`, solved by the service: the fleet's plan, and each member's by
-        name.
+    ) -> tuple[FleetPlan | PipelinePlan, dict[str, Plan], str | None]:
+        """`tightfit.planner.fleet.kinds.plan_kind`, solved by the service: the fleet's plan, each member's by name, and
+        why it is of its kind.
         """
         stored: dict[int, str] = {}
         for member in members:
@@ -192,6 +196,8 @@ class Client:
                 stored[id(member.profile)] = self.upload(member.profile)
         request = {
             "micro_batches": micro_batches,
+            "kind": kind,
+            "bits": bits,
             "members": [
                 {
                     "name": member.name,
@@ -209,7 +215,7 @@ class Client:
         }
         result = self.finish(self.post("/v1/fleets", request), progress)["result"]
         plans = {name: self.stored_plan(identity) for name, identity in result["plans"].items()}
-        return self.stored_fleet(result["fleet"]), plans
+        return self.stored_fleet(result["fleet"]), plans, result["why"]
 
     def run(
         self, plan: str, data: str, *, steps: int, progress: Progress | None = None, **options: Any
@@ -229,8 +235,8 @@ class Client:
     def stored_plan(self, identity: str) -> Plan:
         return parse_plan(self._send("GET", f"/v1/plans/{identity}/file").content, f"{self.url}: {identity}")
 
-    def stored_fleet(self, identity: str) -> FleetPlan:
-        return parse_fleet(self._send("GET", f"/v1/fleets/{identity}/file").content, f"{self.url}: {identity}")
+    def stored_fleet(self, identity: str) -> FleetPlan | PipelinePlan:
+        return parse_any(self._send("GET", f"/v1/fleets/{identity}/file").content, f"{self.url}: {identity}")
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import typer
 
 from tightfit.runtime.cli.fleet_federate import federate
 from tightfit.runtime.cli.fleet_run import run, status
+from tightfit.runtime.cli.fleet_side import plan_with_server
 from tightfit.runtime.cli.options import Debug, Json, Server, answering, at_least, service
 from tightfit.runtime.common.interrupts import Interrupts
 from tightfit.runtime.common.limits import enough_for_a_solver
@@ -24,6 +25,9 @@ memory = "320MiB"
 link = "100Mbit/s"  # both ways, or: up = "40Mbit/s", down = "250Mbit/s"
 latency = "2ms"     # one way, 0 if left out
 """
+
+MOBILLM = "mobillm"
+"""the kind of fleet whose result is a side network"""
 
 fleet = typer.Typer(
     help="Plan training steps that several devices make together, each within its own memory.",
@@ -46,6 +50,22 @@ def plan(
     time_limit: Annotated[
         float, typer.Option("--time-limit", metavar="SECONDS", help="Seconds that all of the planning may take.")
     ] = 120.0,
+    kind: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="data: every device has the whole model and some of the micro-batches. pipeline: some of the layers and all"
+            " micro-batches. auto: data, unless no device can hold a micro-batch or a pipeline is shorter. mobillm: a device and"
+            " a server after it, which trains a side network from what the device's forward sends.",
+        ),
+    ] = "auto",
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BITS",
+            help="Of a number in messages: in a pipeline 8, or 0 for numbers as they are (default); for mobillm 8 (default), 4 or 0.",
+        ),
+    ] = None,
     prices: Annotated[
         bool,
         typer.Option(
@@ -57,14 +77,29 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Share the micro-batches of a step among devices, and plan each one's part, so that a step is as short as can be."""
+    """Share the micro-batches of a step, or the layers of the model, among devices, and plan each one's part, so that a step
+    is as short as can be.
+    """
     at_least(0, time_limit=time_limit)
     if micro_batches is not None:
         at_least(1, micro_batches=micro_batches)
     enough_for_a_solver()
+    if kind == MOBILLM:
+        plan_with_server(
+            description,
+            output,
+            micro_batches=micro_batches,
+            bits=bits,
+            time_limit=time_limit,
+            elsewhere=server is not None,
+            html=html is not None,
+            as_json=as_json,
+        )
+        return
+    bits = bits or 0
     from tightfit.planner.fleet.description import read_description
     from tightfit.planner.fleet.io import FILE, save_fleet
-    from tightfit.planner.fleet.plan import plan_fleet
+    from tightfit.planner.fleet.kinds import checked_kind, plan_kind
     from tightfit.planner.report.fleet_text import fleet_text
     from tightfit.planner.report.summary import fleet_summary
     from tightfit.runtime.cli.terminal import Solving, messages
@@ -75,14 +110,19 @@ def plan(
         check_place(html)
     console = messages()
     members, wanted = read_description(description, micro_batches)
+    asked = checked_kind(kind, bits)
     with Interrupts() as interrupts, Solving(console, time_limit) as solving:
         if server is not None:
             with service(server) as elsewhere:
-                planned, plans = elsewhere.fleet(
-                    members, wanted, time_limit=time_limit, prices=prices, progress=solving
+                planned, plans, why = elsewhere.fleet(
+                    members, wanted, kind=asked, bits=bits, time_limit=time_limit, prices=prices, progress=solving
                 )
         else:
-            planned, plans = plan_fleet(members, wanted, time_limit=time_limit, prices=prices, progress=solving)
+            planned, plans, why = plan_kind(
+                members, wanted, kind=asked, bits=bits, time_limit=time_limit, prices=prices, progress=solving
+            )
+    if why is not None:
+        console.print(why)
     if interrupts.seen:
         console.print(
             f"interrupted: this is the best plan found so far, at most {planned.gap:.2%} from the best of its kind"

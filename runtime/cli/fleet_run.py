@@ -21,11 +21,13 @@ from tightfit.runtime.common.interrupts import passed_on
 from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
-    from tightfit.planner.fleet.schema import FleetPlan
+    from tightfit.planner.fleet.pipeline_schema import PipelinePlan, Stage
+    from tightfit.planner.fleet.schema import FleetPlan, Member
+    from tightfit.planner.fleet.side_schema import SideMember, SidePlan
 
 FOR_THIS_PROCESS = ("member", "at", "as_json", "help")
 """parameters that a member does not get from the command that starts all of them"""
-MODULE = "tightfit.runtime.cli.main"
+MODULE, MOBILLM = "tightfit.runtime.cli.main", "mobillm"
 POLL_SECONDS = 0.5
 UPDATES, REPORT, LOG = "fleet.jsonl", "report.json", "log"
 """in a member's folder: a line for each update, its report; beside it, with this ending: what it printed"""
@@ -34,13 +36,17 @@ UPDATES, REPORT, LOG = "fleet.jsonl", "report.json", "log"
 def run(
     context: typer.Context,
     plan: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where `tightfit fleet plan` put the fleet's plan.")],
-    data: Annotated[
-        str, typer.Option(metavar="DIR|FILE.jsonl|random", help="Training data, the same for every member.")
-    ],
     steps: Annotated[int, typer.Option(help="Micro-batches in all, of all members together; a multiple of a step's.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder in which every member gets one of its own name.")
     ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|FILE.jsonl|random",
+            help="Training data, the same for every member; the server of a mobillm fleet needs none.",
+        ),
+    ] = None,
     member: Annotated[
         str | None,
         typer.Option(
@@ -50,7 +56,8 @@ def run(
     at: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST:PORT", help="Where the members meet: an address of the first of them. With --member."
+            metavar="HOST:PORT",
+            help="Where the members meet: an address of the first of them, of mobillm's server. With --member.",
         ),
     ] = None,
     timeout: Annotated[
@@ -58,7 +65,10 @@ def run(
         typer.Option(metavar="SECONDS", help="How long to wait for other members; at least ten minutes if left out."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint that any member has.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the newest checkpoint that any member has, or in a pipeline all have."
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left.")] = False,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-4,
@@ -72,7 +82,9 @@ def run(
     evaluate: Annotated[
         str | None,
         typer.Option(
-            "--eval", metavar="FILE.jsonl", help="Held-out data; the first member evaluates before and after."
+            "--eval",
+            metavar="FILE.jsonl",
+            help="Held-out data, evaluated before and after: by the first member, or in a pipeline by all together.",
         ),
     ] = None,
     truncate: Annotated[
@@ -84,7 +96,9 @@ def run(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train as a fleet's plan says: the result is that of one process, to the bit, whoever computes what."""
+    """Train as a fleet's plan says: the result is that of one process, to the bit, whoever computes what (unless a pipeline's
+    messages are rounded).
+    """
     options = training_options(
         steps=steps,
         lr=lr,
@@ -103,10 +117,12 @@ def run(
             "--member and --at belong together: which member this is, and where all of them meet; without both, all"
             " members run on this machine"
         )
-    from tightfit.planner.fleet.io import load_fleet, load_member_plan
+    from tightfit.planner.fleet.io import load_any, load_member_plan
 
-    fleet = load_fleet(plan)
+    fleet = load_any(plan)
     _check_steps(fleet, steps)
+    if data is None and (fleet.kind != MOBILLM or member != fleet.chain[-1].name):
+        raise InputError("--data is missing; give the training data, the same for every member")
     if member is None:
         _all_members(fleet, output, _words(context), as_json=as_json)
         return
@@ -117,13 +133,13 @@ def run(
     seat = membership(fleet, member, *_address(at), timeout)
     carry_out(
         load_member_plan(plan, fleet, member),
-        data,
+        data or "",
         options,
         member=seat,
         output=output / member,
         resume=resume,
         overwrite=overwrite,
-        evaluate=evaluate if member == fleet.chain[0].name else None,
+        evaluate=evaluate if evaluates(fleet, member) else None,
         truncate=truncate,
         cgroup=cgroup,
         profile_step=False,
@@ -133,7 +149,12 @@ def run(
     )
 
 
-def _check_steps(fleet: FleetPlan, steps: int) -> None:
+def evaluates(fleet: FleetPlan | PipelinePlan | SidePlan, member: str) -> bool:
+    """Whether a member takes part in evaluations: the first one alone has the whole model, or all have parts of it."""
+    return fleet.kind == "pipeline" or member == fleet.chain[0].name
+
+
+def _check_steps(fleet: FleetPlan | PipelinePlan | SidePlan, steps: int) -> None:
     if steps % fleet.micro_batches:
         raise InputError(
             f"--steps {steps}: a step of this fleet has {fleet.micro_batches} micro-batches, give a multiple of that"
@@ -170,7 +191,7 @@ def _words(context: typer.Context) -> list[str]:
 # --- all members on this machine --------------------------------------------------------------------------------------
 
 
-def _all_members(fleet: FleetPlan, output: Path, words: list[str], *, as_json: bool) -> None:
+def _all_members(fleet: FleetPlan | PipelinePlan | SidePlan, output: Path, words: list[str], *, as_json: bool) -> None:
     """Start every member as a process of its own, show how they come along, and print what they report."""
     from tightfit.runtime.cli.terminal import messages
 
@@ -202,7 +223,8 @@ def _all_members(fleet: FleetPlan, output: Path, words: list[str], *, as_json: b
             )
         )
     reports = {name: json.loads((output / name / REPORT).read_text()) for name in codes}
-    summary = {"members": reports, "adapter": reports[chain[0].name]["adapter"]}
+    saves = chain[-1 if fleet.kind == MOBILLM else 0]
+    summary = {"members": reports, "adapter": reports[saves.name]["adapter"]}
     answer(summary, _report_table(fleet, reports), as_json=as_json)
 
 
@@ -212,7 +234,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _tell_updates(console: Any, path: Path, told: int, fleet: FleetPlan) -> int:
+def _tell_updates(console: Any, path: Path, told: int, fleet: FleetPlan | PipelinePlan | SidePlan) -> int:
     """Say a line about each update that has been made since `told`; returns how many there are now."""
     lines = _updates(path)
     for line in lines[told:]:
@@ -242,27 +264,37 @@ def _last_words(output: Path, name: str) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
-def _report_table(fleet: FleetPlan, reports: Mapping[str, dict[str, Any]]) -> Any:
+def _report_table(fleet: FleetPlan | PipelinePlan | SidePlan, reports: Mapping[str, dict[str, Any]]) -> Any:
     from rich import box
     from rich.table import Table
 
     from tightfit.runtime.common.units import format_size
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("member", "micro-batches", "peak: predicted", "measured", "step: predicted", "measured"):
+    share = {"pipeline": "layers", MOBILLM: "computes"}.get(fleet.kind, "micro-batches")
+    for heading in ("member", share, "peak: predicted", "measured", "step: predicted", "measured"):
         table.add_column(heading, justify="left" if heading == "member" else "right")
     for member in fleet.chain:
         report = reports[member.name]
         peak, step = report["peak_bytes"], report.get("fleet", {}).get("seconds", report["step_seconds"])
         table.add_row(
             member.name,
-            str(member.micro_batches),
+            _share(member),
             format_size(peak["predicted"]),
             format_size(peak["measured"]),
             f"{step['predicted']:.2f} s",
             f"{step['measured']:.2f} s" if step["measured"] else "–",
         )
     return table
+
+
+def _share(member: Member | Stage | SideMember) -> str:
+    """What a member computes: micro-batches, layers from the first to the last, or a part of its own."""
+    if hasattr(member, "does"):
+        return member.does
+    if hasattr(member, "layer_names"):
+        return " … ".join(member.layer_names)
+    return str(member.micro_batches)
 
 
 # --- status -----------------------------------------------------------------------------------------------------------

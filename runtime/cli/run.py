@@ -93,13 +93,14 @@ def run(
 
     member = None
     if of_fleet(plan):
-        from tightfit.planner.fleet.io import load_fleet, load_member_plan
+        from tightfit.planner.fleet.io import load_any, load_member_plan
+        from tightfit.runtime.cli.fleet_run import evaluates
         from tightfit.runtime.session.fleet import from_torchrun
 
-        fleet = load_fleet(plan)
+        fleet = load_any(plan)
         member = from_torchrun(fleet)
         loaded, output = load_member_plan(plan, fleet, member.name), output / member.name
-        evaluate = evaluate if member.name == fleet.chain[0].name else None
+        evaluate = evaluate if evaluates(fleet, member.name) else None
     else:
         loaded = load_plan(plan)
     carry_out(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request, Response
 
-from tightfit.planner.fleet.schema import FleetPlan
+from tightfit.planner.fleet.io import parse_any
 from tightfit.planner.service.http.doors import (
     JOB_ANSWERS,
     IdempotencyKey,
@@ -90,6 +90,6 @@ async def get_fleet_view(request: Request, identity: Identity) -> Response:
     row, objects = stored(request, "fleet", identity), service_of(request).objects
 
     def view() -> str:
-        return to_json(fleet_view(FleetPlan.model_validate_json(objects.read(row["digest"]))).model_dump())
+        return to_json(fleet_view(parse_any(objects.read(row["digest"]), identity)).model_dump())
 
     return Response(await asyncio.to_thread(view), media_type="application/json")

@@ -54,6 +54,7 @@ async def make_profile(request: Request, asked: ProfileRequest, client: Asker, k
     """
     settings = service_of(request).settings
     options = asked.model_dump(include={"seq", "batch", "lora_rank", "lora_alpha", "accumulate", "dtype"})
+    options |= asked.model_dump(include={"base", "embeddings"}, exclude_none=True)
     words = options | await asyncio.to_thread(_source, settings, asked)
     if not asked.force:
         return ask(request, "profile", words, client, key=key)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tightfit.planner.fleet.stages import is_stage
 from tightfit.planner.plan import policies_of
 from tightfit.planner.report.summary import fleet_summary, plan_summary, profile_summary
 from tightfit.planner.schema import Plan
@@ -103,7 +104,8 @@ def comparison(order: JobOrder, tell: Tell) -> Row:
 
 def fleet(order: JobOrder, tell: Tell) -> Row:
     """The plan of a fleet and those of its members, which are stored like any other plans."""
-    from tightfit.planner.fleet.plan import MemberSpec, plan_fleet
+    from tightfit.planner.fleet.kinds import plan_kind
+    from tightfit.planner.fleet.plan import MemberSpec
     from tightfit.planner.fleet.schema import Link
 
     request = order.request
@@ -123,9 +125,11 @@ def fleet(order: JobOrder, tell: Tell) -> Row:
         )
         for member in request["members"]
     ]
-    found, plans = plan_fleet(
+    found, plans, why = plan_kind(
         members,
         request["micro_batches"],
+        kind=request["kind"],
+        bits=request["bits"],
         time_limit=request["time_limit"],
         gap=request["gap"],
         prices=request["prices"],
@@ -136,7 +140,7 @@ def fleet(order: JobOrder, tell: Tell) -> Row:
     files = [keep_plan(objects, made, origins[name]) for name, made in plans.items()]
     files.append(file_row("fleet", found.fingerprint, written, name=found.model, summary=summary))
     ids = {name: made.fingerprint for name, made in plans.items()}
-    return {"result": {"fleet": found.fingerprint, "plans": ids, "summary": summary}, "files": files}
+    return {"result": {"fleet": found.fingerprint, "plans": ids, "why": why, "summary": summary}, "files": files}
 
 
 def profile(order: JobOrder, tell: Tell) -> Row:
@@ -158,7 +162,7 @@ def profile(order: JobOrder, tell: Tell) -> Row:
             **request, progress=lambda stage, done, total: tell.progress(stage=stage, done=done, total=total)
         )
     # A model without weights has a store as soon as one of its plans runs.
-    source = resolve(request["source"])
+    source = resolve(request["source"], base=found.model.base, embeddings=found.model.embeddings)
     store = found.model.store or str(store_path(cache.folder / STORES, source.name, source.fingerprint))
     cached = [name for name in map(cache.name, (store, found.model.source)) if name is not None]
     file = keep_profile(objects, found, origin="made", cached=cached)
@@ -198,6 +202,6 @@ def keep_plan(objects: Objects, found: Plan, origin: str, explanation: Row | Non
     """Store a plan under its fingerprint."""
     written = objects.put(found.model_dump_json().encode())
     name = f"{found.model.name}, {found.policy}"
-    marks = {"elsewhere": _elsewhere(found), "of_a_fleet": found.optimizer.get("name") == EXCHANGE}
+    marks = {"elsewhere": _elsewhere(found), "of_a_fleet": found.optimizer.get("name") == EXCHANGE or is_stage(found)}
     summary: Row = plan_summary(found) | {"explanation": explanation} | marks
     return file_row("plan", found.fingerprint, written, name=name, origin=origin, summary=summary)

@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from dataclasses import asdict
 from typing import Any
 
-from tightfit.planner.fleet.schema import FleetPlan
 from tightfit.planner.problem.step_graph import layer_graph
 from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.planner.report.chart_data import SLICES, lanes_of, series_of
@@ -15,6 +14,7 @@ from tightfit.planner.report.diff import diff, grouped
 from tightfit.planner.report.explain import explain
 from tightfit.planner.report.explanation import Explanation, account, peak_text
 from tightfit.planner.report.fleet_text import (
+    AnyPlan,
     Sheet,
     activity_sheet,
     chain_sheet,
@@ -177,7 +177,7 @@ def difference(one: Plan, other: Plan) -> Difference:
     )
 
 
-def fleet_view(fleet: FleetPlan) -> FleetView:
+def fleet_view(fleet: AnyPlan) -> FleetView:
     """A fleet's plan in sentences, tables and the lanes of its picture."""
     prices = price_sheet(fleet)
     return FleetView(

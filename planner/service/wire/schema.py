@@ -139,6 +139,13 @@ class ProfileRequest(Request):
     lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)
     accumulate: int = Field(1, ge=1, le=MOST_ACCUMULATED, description="steps whose gradients make one update")
     dtype: Literal["bfloat16", "float32"] | None = None
+    base: Literal["4bit", "8bit", "16bit"] | None = Field(
+        None,
+        description="precision of matrices that are not quantised; by default 4bit, or what a quantised file holds",
+    )
+    embeddings: Literal["4bit", "8bit", "16bit"] | None = Field(
+        None, description="the same for the embedding and the head; by default as `base`"
+    )
     force: bool = Field(
         False,
         description="measure anew where a profile is there already, for example one measured while the machine was busy",
@@ -202,7 +209,7 @@ class FleetMember(Request):
 
 
 class FleetRequest(Request):
-    """Plan one training step of several devices together: who computes how many micro-batches, each by what plan."""
+    """Plan one training step of several devices together: who computes how many micro-batches, or which layers, each by what plan."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -220,8 +227,16 @@ class FleetRequest(Request):
 
     micro_batches: int = Field(ge=1, le=MOST_ACCUMULATED, description="of a step, all devices together")
     members: list[FleetMember] = Field(min_length=1, max_length=32)
+    kind: Literal["auto", "data", "pipeline"] = Field(
+        "auto",
+        description="data: every device has the whole model and some of the micro-batches; pipeline: some of the layers and all"
+        " micro-batches; auto: data, unless no device can hold a micro-batch or a pipeline is shorter",
+    )
+    bits: Literal[0, 8] = Field(0, description="of a number in a pipeline's messages; 0: as it is")
     time_limit: Annotated[Seconds, Field(description="for all of the planning")] = 120.0
-    gap: Gap = 1e-3
+    gap: Gap | None = Field(
+        None, description="relative gap at which the search may stop; null: 0.001 for data, 0.01 for a pipeline"
+    )
     prices: bool = Field(True, description="also say what more memory or a faster link of each device would be worth")
 
 
@@ -279,7 +294,7 @@ class Job(Answer):
     )
     result: dict[str, Any] | None = Field(
         None,
-        description="profile: {profile}; plan: {plan, summary}; comparison: {cells}; fleet: {fleet, plans, summary}, where `plans`"
+        description="profile: {profile}; plan: {plan, summary}; comparison: {cells}; fleet: {fleet, plans, why, summary}, where `plans`"
         " are the stored plans by member; run: {report}",
     )
     error: Error | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from synthetic import MIB, ProgramBuilder, device, profile_of
 
+from tightfit.planner.fleet.pipeline import plan_pipeline
 from tightfit.planner.fleet.plan import MemberSpec, plan_fleet
 from tightfit.planner.fleet.schema import Link
 from tightfit.profiles.schema import Layer, Tensor
@@ -56,6 +57,24 @@ def _layers(layers=4, *, trained=256 * KIB, speed=1.0, hidden=MIB, on=None):
     return profile_of(programs, placed, tensors, "loss", on=on or device(**HELD))
 
 
+def _in_floats(profile):
+    """The profile with activations and gradients in float32, four to a row, as they can be sent."""
+    programs = [
+        program.model_copy(
+            update={
+                "values": [
+                    value.model_copy(
+                        update={"dtype": "float32", "shape": [value.bytes // 16, 4] if value.bytes > 4 else []}
+                    )
+                    for value in program.values
+                ]
+            }
+        )
+        for program in profile.programs
+    ]
+    return profile.model_copy(update={"programs": programs})
+
+
 def _link(rate=12.5e6, latency=5e-4):
     return Link(up_bytes_per_second=rate, down_bytes_per_second=rate, latency_seconds=latency)
 
@@ -83,7 +102,32 @@ def members():
     return _members
 
 
+def _stages(speeds, *, budget=16 * MIB, rate=12.5e6, latency=5e-4, layers=4, disk=None):
+    """Members of a pipeline: 2 MiB of every layer are trained, 128 KiB pass over a cut, and messages take little memory."""
+    floor = device(**HELD).floor.model_copy(update={"exchange_bytes": 64 * KIB})
+    on = device(**HELD).model_copy(update={"floor": floor} | ({"read": disk, "write": disk} if disk else {}))
+    made = {}
+    for speed in speeds:
+        if speed not in made:
+            made[speed] = _in_floats(_layers(layers, speed=speed, trained=2 * MIB, hidden=128 * KIB, on=on))
+    return [
+        MemberSpec(name=name, profile=made[speed], budget_bytes=budget, link=_link(rate, latency))
+        for name, speed in zip("abcdefgh", speeds)
+    ]
+
+
+@pytest.fixture(scope="session")
+def stages():
+    return _stages
+
+
 @pytest.fixture(scope="session")
 def planned():
     """A fleet of three of which all take part, and their plans."""
     return plan_fleet(_members((1.0, 0.5, 0.4)), 8, prices=False)
+
+
+@pytest.fixture(scope="session")
+def pipelined(stages):
+    """A pipeline of two of which neither could hold the whole model, and their plans."""
+    return plan_pipeline(stages((1.0, 1.0), budget=20 * MIB), 4)

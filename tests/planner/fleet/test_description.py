@@ -97,7 +97,7 @@ def test_another_number_of_micro_batches_can_be_asked_for(read):
         ("micro_batches = 4", "it names no member; describe each device of the fleet under a line [[member]]"),
         ("micro_batches = 4\nmember = []", "it names no member; describe each device of the fleet under a line [[member]]"),
         ("micro_batches = 4\n[member]\nname = 'a'", "it names no member; describe each device of the fleet under a line [[member]]"),
-        ("micro_batch = 4" + MEMBER, "no key is called 'micro_batch'; there are micro_batches, steps, member"),
+        ("micro_batch = 4" + MEMBER, "no key is called 'micro_batch'; there are micro_batches, steps, member, server"),
         *(
             (f"micro_batches = {value}{MEMBER}", f"'micro_batches' is {shown}; give a whole number from 1 to {MOST_ACCUMULATED}")
             for value, shown in (("0", "0"), ("true", "True"), ("2.0", "2.0"), ("'4'", "'4'"), ("65537", "65537"))
@@ -128,7 +128,7 @@ def test_what_is_wrong_with_the_whole_is_named(refused, text, told):
         ('link = "1MB/s"', 'link = "1MB/s"\nup = "1MB/s"', "member 'laptop': 'link' is for both ways, so 'up' and 'down' cannot stand beside it; give the bandwidth of its connection: link = RATE, or up = RATE and down = RATE where they differ"),
         ('link = "1MB/s"', 'link = "1MB/s"\nlatency = 0.002', "member 'laptop': 'latency' is 0.002, not a text in quotes; give a time: latency = \"2ms\""),
         ('link = "1MB/s"', 'link = "1MB/s"\nlatency = "2"', "member 'laptop': 'latency': '2' is not a time; write 2ms, 150us or 0.5s"),
-        ("memory =", "memry =", "member 'laptop': no key is called 'memry'; there are name, profile, memory, link, up, down, latency"),
+        ("memory =", "memry =", "member 'laptop': no key is called 'memry'; there are name, profile, memory, link, up, down, latency, weight"),
         (MEMBER, MEMBER + MEMBER, "member 'laptop': another member has the same 'name'; each needs a name of its own"),
     ],
 )  # fmt: skip

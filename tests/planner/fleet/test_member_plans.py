@@ -10,7 +10,7 @@ from synthetic import MIB, small_chain
 from tightfit.planner.fleet.member_plans import MemberPlans
 from tightfit.planner.fleet.member_profiles import alone_profile, member_profile, update_seconds
 from tightfit.planner.fleet.member_times import micro_batch_seconds
-from tightfit.planner.fleet.pieces import GLOO_BYTES, exchange_bytes, pieces_of
+from tightfit.planner.fleet.pieces import exchange_bytes, pieces_of
 from tightfit.planner.fleet.schema import BUFFERS, PIECE_BYTES
 from tightfit.planner.plan import planner_of
 from tightfit.planner.simulation.simulate import simulate
@@ -50,11 +50,11 @@ def test_memory_for_the_exchange():
         return exchange_bytes(floor, pieces, **{"slots": 3, "gradients": "disk", "states": "disk"} | changes)
 
     lean = extra()
-    assert lean >= GLOO_BYTES + BUFFERS * MIB
+    assert lean >= FLOOR.gloo_bytes + BUFFERS * MIB
     assert extra(gradients="memory") == lean + 3 * 2 * MIB
     assert extra(gradients="memory", slots=1) == lean + 2 * MIB
     assert extra(states="memory") == lean + 2 * 2 * MIB
-    measured = FLOOR.model_copy(update={"exchange_bytes": GLOO_BYTES - 5})
+    measured = FLOOR.model_copy(update={"exchange_bytes": FLOOR.gloo_bytes - 5})
     assert extra(measured) == lean - 5
     assert extra(pieces=(2 * MIB, 4)) == lean + BUFFERS * MIB  # the largest piece counts
 

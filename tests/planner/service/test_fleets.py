@@ -11,7 +11,9 @@ from chromium import PATIENCE
 from playwright.sync_api import expect
 from served import Served
 from synthetic import small_chain
+from tiny_plans import decoder_profile
 
+from tightfit.planner.fleet.pipeline_schema import PipelinePlan
 from tightfit.planner.fleet.plan import MemberSpec, plan_fleet
 from tightfit.planner.fleet.schema import FleetPlan, Link
 from tightfit.planner.report.fleet_text import activity_sheet, chain_sheet, fleet_sentences
@@ -94,7 +96,7 @@ def test_the_same_question_has_its_answer_already(served, job, body):
     first, second = body["members"]
     link = {"up": "1MB/s", "down": "16Mbit/s", "latency": 0.0005}
     again = served.http.post(
-        "/v1/fleets", json=body | {"members": [first, second | link | {"memory": str(second["memory"])}], "gap": 0.001}
+        "/v1/fleets", json=body | {"members": [first, second | link | {"memory": str(second["memory"])}], "bits": 0}
     )
     assert (again.status_code, again.json()["id"]) == (200, job["id"])
     assert job["request"]["members"][0] == {
@@ -117,6 +119,25 @@ def test_a_fleet_to_look_at(served, job):
     lanes = {lane["name"] for lane in view["lanes"]["lanes"]}
     assert lanes == {span.lane for span in fleet.timeline}
     assert view["plans"] == {member.plan: member.plan_fingerprint for member in fleet.chain}
+
+
+def test_a_pipeline_is_planned_over_http(served, body, tmp_path):
+    traced = decoder_profile(tmp_path)
+    programs = [
+        program.model_copy(
+            update={"operators": [one.model_copy(update={"seconds": 1e-3}) for one in program.operators]}
+        )
+        for program in traced.programs
+    ]
+    model = served.upload(traced.model_copy(update={"programs": programs}))
+    members = [{**member, "profile": model, "memory": "400MiB"} for member in body["members"]]
+    found = served.wait(served.ask("/v1/fleets", **body | {"members": members}, kind="pipeline"))
+    assert found["state"] == "succeeded", found["error"]
+    identity = found["result"]["fleet"]
+    fleet = PipelinePlan.model_validate_json(served.http.get(f"/v1/fleets/{identity}/file").content)
+    assert sorted(found["result"]["plans"]) == sorted(member.name for member in fleet.chain)
+    view = served.http.get(f"/v1/fleets/{identity}/view").json()
+    assert {lane["name"] for lane in view["lanes"]["lanes"]} == {span.lane for span in fleet.timeline}
 
 
 def test_the_page_draws_a_fleet(browser, served, job, tmp_path):
@@ -171,7 +192,8 @@ def test_the_client_does_the_same_work(served, here):
     members, fleet, plans = here
     told = []
     with connect(served.url) as service:
-        found, made = service.fleet(members, MICRO_BATCHES, prices=False, progress=told.append)
+        found, made, why = service.fleet(members, MICRO_BATCHES, prices=False, progress=told.append)
+    assert why == "data parallel: the model cannot be cut"
     assert found.prices == []
     assert without_clock(found) == without_clock(fleet) | {"prices": []}
     assert {name: plan.fingerprint for name, plan in made.items()} == {

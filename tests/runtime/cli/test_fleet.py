@@ -9,7 +9,7 @@ from sample_fleets import member_plans, sample_fleet
 from synthetic import small_chain
 
 from tightfit.planner.fleet import io as fleet_io
-from tightfit.planner.fleet import plan as fleet_plan
+from tightfit.planner.fleet import kinds
 from tightfit.profiles.io import save_profile
 from tightfit.runtime.cli import main
 from tightfit.runtime.common.errors import InfeasibleError
@@ -56,9 +56,9 @@ def planned(monkeypatch):
     """Let the planner answer with the sample; returns what it was asked for and what was saved."""
     asked = {}
 
-    def plan_fleet(members, micro_batches, **options):
+    def plan_kind(members, micro_batches, **options):
         asked.update(options, members=[(m.name, m.budget_bytes, m.link) for m in members], micro_batches=micro_batches)
-        return sample_fleet(), member_plans()
+        return sample_fleet(), member_plans(), "data parallel: for a reason"
 
     def save_fleet(fleet, plans, folder):
         asked.update(saved=(fleet, sorted(plans)))
@@ -66,7 +66,7 @@ def planned(monkeypatch):
         (folder / "fleet.json").write_text(fleet.model_dump_json())
         return folder / "fleet.json"
 
-    monkeypatch.setattr(fleet_plan, "plan_fleet", plan_fleet)
+    monkeypatch.setattr(kinds, "plan_kind", plan_kind)
     monkeypatch.setattr(fleet_io, "save_fleet", save_fleet)
     return asked
 
@@ -82,6 +82,8 @@ def test_a_fleet_is_planned_written_and_told(tightfit, planned, described, tmp_p
     assert names == [("laptop", 320, 0.0), ("phone", 250, 0.002)]
     assert {link.up_bytes_per_second for _, _, link in planned["members"]} == {12.5e6}
     assert (planned["micro_batches"], planned["time_limit"], planned["prices"]) == (8, 120.0, True)
+    assert (planned["kind"], planned["bits"]) == ("auto", 0)
+    assert "data parallel: for a reason" in err.splitlines()
     assert planned["saved"] == (sample_fleet(), ["laptop", "phone"])
 
 
@@ -89,6 +91,24 @@ def test_options_reach_the_planner(tightfit, planned, described, tmp_path):
     words = ("--micro-batches", 12, "--time-limit", 5, "--no-prices")
     assert tightfit("fleet", "plan", described, "-o", tmp_path / "out", *words)[0] == 0
     assert (planned["micro_batches"], planned["time_limit"], planned["prices"]) == (12, 5.0, False)
+    words = ("--kind", "pipeline", "--bits", 8)
+    assert tightfit("fleet", "plan", described, "-o", tmp_path / "other", *words)[0] == 0
+    assert (planned["kind"], planned["bits"]) == ("pipeline", 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--kind", "tensor"), "a fleet of kind 'tensor': give one of auto, data, pipeline"),
+        (("--bits", 5), "messages of 5 bits: give 8, or 0 to send numbers as they are"),
+        (
+            ("--kind", "data", "--bits", 8),
+            "messages of 8 bits: only a pipeline has any; leave bits out, or ask for kind pipeline",
+        ),
+    ],
+)
+def test_kinds_and_bits_that_are_none(tightfit, planned, described, tmp_path, words, message):
+    assert tightfit("fleet", "plan", described, "-o", tmp_path / "out", *words) == (2, "", f"tightfit: {message}\n")
 
 
 def test_a_fleet_as_json_and_as_a_page(tightfit, planned, described, tmp_path):
@@ -122,10 +142,10 @@ def test_what_was_planned_is_told_even_where_it_cannot_be_written(tightfit, plan
 
 
 def test_a_fleet_that_nobody_can_hold_says_so(tightfit, described, tmp_path, monkeypatch):
-    def plan_fleet(*_, **__):
+    def plan_kind(*_, **__):
         raise InfeasibleError("no member can hold a micro-batch; give one of them more memory")
 
-    monkeypatch.setattr(fleet_plan, "plan_fleet", plan_fleet)
+    monkeypatch.setattr(kinds, "plan_kind", plan_kind)
     code, out, err = tightfit("fleet", "plan", described, "-o", tmp_path / "out")
     assert (code, out) == (3, "")
     assert err == "tightfit: no member can hold a micro-batch; give one of them more memory\n"

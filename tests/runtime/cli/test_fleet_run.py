@@ -90,6 +90,21 @@ def test_all_members_run_here_and_their_status_is_told(folder, tmp_path):
     assert "holds an earlier run" in again.stderr
 
 
+def test_a_pipeline_is_planned_and_run_with_its_evaluation(folder, tmp_path):
+    tightfit("fleet", "plan", folder / "fleet.toml", "--kind", "pipeline", "-o", tmp_path / "plan", "--no-prices")
+    planned = json.loads((tmp_path / "plan" / "fleet.json").read_text())
+    assert planned["kind"] == "pipeline"
+    chain = [member["name"] for member in planned["members"] if member["plan"]]
+    assert len(chain) == 2
+    words = ("fleet", "run", tmp_path / "plan", *TRAINING, "--eval", "random", "-o", tmp_path / "out", "--json")
+    told = json.loads(tightfit(*words).stdout)
+    assert adapter_hash(tmp_path / "out" / chain[0]) == adapter_hash(folder / "alone")
+    reports = [told["members"][name] for name in chain]
+    assert reports[0]["evaluation"]["after"]["loss"] == reports[1]["evaluation"]["after"]["loss"]
+    for report in reports:
+        assert report["peak_bytes"]["measured"] <= report["peak_bytes"]["predicted"] + (1 << 20)
+
+
 def test_torchrun_starts_a_fleet(folder, tmp_path):
     """The rank is the place in the chain; the members meet at the agent's store."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]

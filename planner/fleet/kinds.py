@@ -1,0 +1,83 @@
+"""Plans a fleet whose devices meet at every step: data parallel, as a pipeline, or as whichever is shorter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from tightfit.planner.fleet.pipeline import checked_bits, least_seconds, plan_pipeline
+from tightfit.planner.fleet.pipeline_schema import PipelinePlan
+from tightfit.planner.fleet.plan import MemberSpec, plan_fleet
+from tightfit.planner.fleet.schema import FleetPlan
+from tightfit.planner.schema import Plan
+from tightfit.planner.search_options import Progress, checked_limit
+from tightfit.runtime.common.errors import InfeasibleError, InputError
+from tightfit.runtime.common.units import format_seconds
+
+Kind = Literal["auto", "data", "pipeline"]
+KINDS: tuple[Kind, ...] = ("auto", "data", "pipeline")
+FIRST_SHARE = 0.5
+"""of the time limit: for the data-parallel plan, where a pipeline may have to be planned too"""
+
+
+def checked_kind(kind: str, bits: int) -> Kind:
+    """A kind of fleet. Raises InputError for a kind that is none, and for `bits` that it cannot have."""
+    if kind not in KINDS:
+        raise InputError(f"a fleet of kind {kind!r}: give one of {', '.join(KINDS)}")
+    checked_bits(bits)
+    if kind == "data" and bits:
+        raise InputError(f"messages of {bits} bits: only a pipeline has any; leave bits out, or ask for kind pipeline")
+    return kind
+
+
+def plan_kind(
+    members: Sequence[MemberSpec],
+    micro_batches: int,
+    *,
+    kind: Kind = "auto",
+    bits: int = 0,
+    time_limit: float = 120.0,
+    gap: float | None = None,
+    prices: bool = True,
+    progress: Progress | None = None,
+) -> tuple[FleetPlan | PipelinePlan, dict[str, Plan], str | None]:
+    """The plan of a fleet and those of its members, as `plan_fleet` or `plan_pipeline` make them, and why it is of this
+    kind where that was left open.
+
+    With `auto` it is data parallel, unless no device can hold a micro-batch or a pipeline is shorter. `bits` is for
+    pipelines. `gap`: None for what each kind of plan stops at by itself. Raises as these do, and InputError for a kind
+    that is none, and for `bits` where nothing passes over a cut.
+    """
+    kind = checked_kind(kind, bits)
+    options: dict[str, Any] = {"prices": prices, "progress": progress} | ({} if gap is None else {"gap": gap})
+    limit = checked_limit(time_limit)
+    if kind == "data":
+        return *plan_fleet(members, micro_batches, time_limit=limit, **options), None
+    if kind == "pipeline":
+        return *plan_pipeline(members, micro_batches, bits=bits, time_limit=limit, **options), None
+    started = time.monotonic()
+    least = least_seconds(members, micro_batches, bits=bits)
+    try:
+        share = FIRST_SHARE if least is not None else 1.0
+        data, plans = plan_fleet(members, micro_batches, time_limit=share * limit, **options)
+    except InfeasibleError:
+        if least is None:
+            raise
+        left = max(1.0, limit - (time.monotonic() - started))
+        pipeline, stages = plan_pipeline(members, micro_batches, bits=bits, time_limit=left, **options)
+        return pipeline, stages, "a pipeline: no device can hold a micro-batch of the whole model"
+    alone = format_seconds(data.makespan_seconds)
+    if least is None:
+        return data, plans, "data parallel: the model cannot be cut"
+    if least >= data.makespan_seconds:
+        return data, plans, f"data parallel ({alone}): no pipeline takes less than {format_seconds(least)}"
+    try:
+        left = max(1.0, limit - (time.monotonic() - started))
+        pipeline, stages = plan_pipeline(members, micro_batches, bits=bits, time_limit=left, **options)
+    except InfeasibleError:
+        return data, plans, f"data parallel ({alone}): the devices cannot hold a pipeline"
+    found = format_seconds(pipeline.makespan_seconds)
+    if pipeline.makespan_seconds < data.makespan_seconds and len(pipeline.chain) > 1:
+        return pipeline, stages, f"a pipeline ({found}): shorter than data parallel ({alone})"
+    return data, plans, f"data parallel ({alone}): the best pipeline found takes {found}"

@@ -1,0 +1,249 @@
+"""Lower bounds on a step of a pipeline, over all divisions of a model among members, and divisions in their order.
+
+A **division** says which members hold which layers, in the order of the layers. For stages s … S-1 of it, two times are
+bounded from below, from the last stage down; M are the micro-batches of a step, and message(s → s+1) is the time of a
+message on the links, latencies included.
+
+- `pass`: from when the activations of a micro-batch have arrived at s until s has handed their gradients over. What is
+  between is all of the stage's own forward, and of its backward, and both messages and the pass of the stages above.
+- `step`: from when the first activations have arrived at s (for the first stage: from the beginning) until s has handed
+  the last gradients over (for the first stage: until the end), with the time in which members tell one another that they
+  are done.
+
+A step takes at least the step of the stages above with both messages, after a forward and before a backward of s. And s
+itself is at work: in turns each micro-batch takes `seconds`, which no plan undercuts, and at least all of its operators
+and the pass above it; ahead each takes `seconds` and those of a forward alone. Of the first and the last micro-batch
+only the operators count that run after activations have arrived, and before gradients are handed over.
+
+docs/formulation.md has the same in symbols, (42) to (45).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from typing import NamedTuple
+
+from tightfit.planner.fleet.schema import Link
+from tightfit.planner.fleet.stage_plans import Layers, StagePlans
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A device that may hold a stage."""
+
+    name: str
+    plans: StagePlans
+    """shared by devices of the same profile"""
+    budget_bytes: int
+    link: Link
+
+    def alike(self, other: Candidate) -> bool:
+        """Whether the two can change places without changing anything."""
+        return self.plans is other.plans and (self.budget_bytes, self.link) == (other.budget_bytes, other.link)
+
+
+class Held(NamedTuple):
+    """A stage: a candidate, by its number, and the layers that it holds."""
+
+    candidate: int
+    first: int
+    last: int
+
+    @property
+    def layers(self) -> Layers:
+        return self.first, self.last
+
+
+Division = tuple[Held, ...]
+
+
+class Least(NamedTuple):
+    """Seconds that the stages from one on take at least."""
+
+    one_pass: float
+    step: float
+
+
+_Table = dict[tuple[frozenset[int], int], Least]
+"""by members, and by the one of them that holds the lowest layers"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Figures:
+    """Seconds of a stage."""
+
+    alone: float
+    """operators of the forward alone"""
+    forward: float
+    """operators of the forward of training"""
+    backward: float
+    micro_batch: float
+    """no plan's training schedule undercuts it"""
+    ahead: float
+    """no plan's forward alone undercuts it"""
+
+
+class DivisionBounds:
+    """Bounds by what is known of the members' stages when it is made."""
+
+    def __init__(self, candidates: Sequence[Candidate], micro_batches: int) -> None:
+        self.candidates, self.micro_batches = candidates, micro_batches
+        plans = candidates[0].plans
+        self.layers = plans.layers
+        self.places = [0, *sorted(plans.cuts)]
+        self._figures: dict[Held, _Figures] = {}
+
+    # --- one division ----------------------------------------------------------------------------------------------
+
+    def bound(self, division: Division) -> float:
+        """Seconds that a step of this division takes at least."""
+        above: Least | None = None
+        for at in reversed(range(len(division))):
+            following = division[at + 1].candidate if above else None
+            taken = {held.candidate for held in division[at:]}
+            above = self._least(division[at], following, above, taken)
+        assert above is not None
+        return above.step
+
+    def _least(self, held: Held, following: int | None, above: Least | None, taken: set[int]) -> Least:
+        """Of a stage and those above it, the next of which is on candidate `following`; they are on `taken`."""
+        figures, many = self._of(held), self.micro_batches
+        if figures.micro_batch == math.inf:
+            return Least(math.inf, math.inf)
+        operators = figures.forward + figures.backward
+        whole = not held.first
+        if above is None or following is None:
+            return Least(operators, _repeated(figures.micro_batch, operators, many, whole=whole))
+        there = self._message(held.candidate, following, self._up(held))
+        back = self._message(following, held.candidate, self._down(held))
+        least_forward = min(figures.alone, figures.forward)
+        beyond = there + above.one_pass + back
+        in_turns = _repeated(max(figures.micro_batch, operators + beyond), operators + beyond, many, whole=whole)
+        ahead = many * (figures.micro_batch + figures.ahead)
+        if not whole:
+            ahead += figures.alone + operators - figures.micro_batch - figures.ahead
+        latency = [one.link.latency_seconds for one in self.candidates]
+        told = 2 * (latency[held.candidate] + latency[following])
+        path = least_forward + there + above.step + back + figures.backward + told
+        # Each member tells one other at least.
+        at_work = min(in_turns, ahead) + 2 * sum(latency[one] for one in taken)
+        return Least(least_forward + beyond + figures.backward, max(path, at_work))
+
+    def _of(self, held: Held) -> _Figures:
+        if held not in self._figures:
+            one = self.candidates[held.candidate]
+            room = one.plans.room(held.layers, one.budget_bytes, 0)
+            alone, forward, backward = one.plans.operators(held.layers)
+            self._figures[held] = _Figures(
+                alone=alone,
+                forward=forward,
+                backward=backward,
+                micro_batch=one.plans.bound(held.layers, room),
+                ahead=one.plans.forward_bound(held.layers, room),
+            )
+        return self._figures[held]
+
+    def _up(self, held: Held) -> int:
+        return self.candidates[held.candidate].plans.up_bytes[held.last]
+
+    def _down(self, held: Held) -> int:
+        return self.candidates[held.candidate].plans.down_bytes[held.last]
+
+    def _message(self, source: int, target: int, size: int) -> float:
+        one, other = self.candidates[source].link, self.candidates[target].link
+        rate = min(one.up_bytes_per_second, other.down_bytes_per_second)
+        return size / rate + one.latency_seconds + other.latency_seconds
+
+    # --- all divisions ---------------------------------------------------------------------------------------------
+
+    @property
+    def least(self) -> float:
+        """Seconds that a step of any division takes at least."""
+        return min((one.step for one in self._above[0].values()), default=math.inf)
+
+    def divisions(self) -> Iterator[tuple[float, Division]]:
+        """All divisions that may fit, with their bounds, which do not fall."""
+        numbers = count()
+        heap: list[tuple[float, int, Division]] = [(0.0, next(numbers), ())]
+        while heap:
+            bound, _, begun = heapq.heappop(heap)
+            if begun and begun[-1].last == self.layers:
+                yield bound, begun
+                continue
+            for longer in self._longer(begun):
+                least = self._completed(longer)
+                if least < math.inf:
+                    heapq.heappush(heap, (least, next(numbers), longer))
+
+    def _longer(self, begun: Division) -> Iterator[Division]:
+        first = begun[-1].last if begun else 0
+        taken = {held.candidate for held in begun}
+        for candidate in self._next(taken, range(len(self.candidates))):
+            for last in (*self.places, self.layers):
+                if last > first:
+                    yield (*begun, Held(candidate, first, last))
+
+    def _next(self, taken: set[int], order: Sequence[int]) -> Iterator[int]:
+        """The candidates that are left; of those that are alike, the first in `order`."""
+        left = [one for one in order if one not in taken]
+        for place, one in enumerate(left):
+            if not any(self.candidates[one].alike(self.candidates[other]) for other in left[:place]):
+                yield one
+
+    def _completed(self, begun: Division) -> float:
+        """The bound of the best division that begins like this."""
+        if begun[-1].last == self.layers:
+            return self.bound(begun)
+        taken = {held.candidate for held in begun}
+        best = math.inf
+        for (members, following), least in self._above[begun[-1].last].items():
+            if taken & members:
+                continue
+            above, beyond = least, following
+            for at in reversed(range(len(begun))):
+                held = begun[at]
+                above = self._least(held, beyond, above, {*members, *(one.candidate for one in begun[at:])})
+                beyond = held.candidate
+            best = min(best, above.step)
+        return best
+
+    @cached_property
+    def _above(self) -> dict[int, _Table]:
+        """By a stage's first layer, then by the members that hold it and all above, and by the one that holds it, what
+        they take at least: each time on its own, as it may be of other cuts.
+        """
+        result: dict[int, _Table] = {}
+        order = range(len(self.candidates))[::-1]
+        for first in reversed(self.places):
+            table: _Table = {}
+            for candidate in self._next(set(), order):
+                found = self._least(Held(candidate, first, self.layers), None, None, {candidate})
+                _note(table, frozenset({candidate}), candidate, found)
+            for last in (place for place in self.places if place > first):
+                for (members, following), above in result[last].items():
+                    for candidate in self._next(set(members), order):
+                        taken = members | {candidate}
+                        found = self._least(Held(candidate, first, last), following, above, set(taken))
+                        _note(table, taken, candidate, found)
+            result[first] = table
+        return result
+
+
+def _note(table: _Table, members: frozenset[int], candidate: int, found: Least) -> None:
+    """Keep the least of each time."""
+    known = table.get((members, candidate), Least(math.inf, math.inf))
+    least = Least(min(found.one_pass, known.one_pass), min(found.step, known.step))
+    if least.step < math.inf:
+        table[members, candidate] = least
+
+
+def _repeated(seconds: float, least: float, times: int, *, whole: bool) -> float:
+    """Of so many schedules one after the other; unless `whole`, only `least` of the first and of the last one counts."""
+    if whole:
+        return times * seconds
+    return least if times == 1 else (times - 2) * seconds + 2 * least

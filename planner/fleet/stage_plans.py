@@ -1,0 +1,287 @@
+"""Plans of a device's stages: one planner for every run of layers, and what is proven of those that were not planned.
+
+A floor that is higher by the bytes of messages leaves a schedule the same room as a budget that is lower by as much, so
+that plans are made by **room**, as in `member_plans`.
+
+What holds for some layers holds for more: a schedule of a stage, with all that belongs to other layers left out, is one
+of the layers inside it, but for the operators that send and receive. So the seconds that no plan of a stage undercuts,
+less those of its messages, bound every stage that contains it; where nothing fits of it, nothing fits of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+from tightfit.planner.fleet.member_plans import LEAST_SECONDS, restated, without_start
+from tightfit.planner.fleet.member_profiles import alone_profile
+from tightfit.planner.fleet.pipeline_marks import Marks, marks_of
+from tightfit.planner.fleet.stages import Cut, cuts, stage_profile
+from tightfit.planner.plan import planner_of
+from tightfit.planner.protocol import Planner
+from tightfit.planner.schema import Plan
+from tightfit.profiles.schema import Floor, Profile, Program
+from tightfit.runtime.engine.fleet.message import RECEIVING_DOWN, SENDING, Passing, offsets, paged, ring
+from tightfit.runtime.engine.training.job import RECEIVE, SEND
+
+Layers = tuple[int, int]
+"""a run of layers: the first one, and the one after the last"""
+
+
+def message_bytes(passing: Sequence[Passing], bits: int) -> int:
+    """Bytes of a message; of none where nothing passes."""
+    return offsets(passing, bits)[1] if passing else 0
+
+
+def messages_bytes(
+    floor: Floor,
+    *,
+    from_below: int = 0,
+    to_below: int = 0,
+    to_above: int = 0,
+    from_above: int = 0,
+    ahead_below: int = 0,
+) -> int:
+    """Bytes that a stage holds for its messages alone, by the bytes of one over each way; 0: it has no such messages."""
+    if not from_below + to_above:
+        return 0
+    return (
+        floor.gloo_bytes
+        + ring(ahead_below) * paged(from_below)
+        + SENDING * (paged(to_below) + paged(to_above))
+        + RECEIVING_DOWN * paged(from_above)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A plan that was found, and when it reaches its messages."""
+
+    plan: Plan
+    train: Marks
+    forward: Marks
+
+
+@dataclass(kw_only=True)
+class _Planned:
+    """What is known of one stage."""
+
+    planner: Planner
+    messages_seconds: float
+    """of the operators that send and receive"""
+    known: dict[int, Known] = field(default_factory=dict)
+    """by the room that was asked for"""
+    bounds: dict[int, float] = field(default_factory=dict)
+    """seconds that no plan undercuts, by room"""
+    too_small: int = 0
+    """the largest room with which nothing was found"""
+
+
+class StagePlans:
+    """The stages of a device, as parts of a step of so many micro-batches."""
+
+    def __init__(self, profile: Profile, micro_batches: int, bits: int, gap: float) -> None:
+        self.profile, self.micro_batches, self.bits, self.gap = profile, micro_batches, bits, gap
+        self.cuts: dict[int, Cut] = {cut.at: cut for cut in cuts(profile)}
+        """by the number of the first layer above"""
+        self.layers = len(profile.layers)
+        self.up_bytes = {at: message_bytes(cut.up_passing, bits) for at, cut in self.cuts.items()}
+        """of a message, by cut"""
+        self.down_bytes = {at: message_bytes(cut.down_passing, bits) for at, cut in self.cuts.items()}
+        self._stages: dict[Layers, _Planned] = {}
+        self._sums = _Sums(alone_profile(profile, micro_batches))
+
+    # --- memory ----------------------------------------------------------------------------------------------------
+
+    def extra_bytes(self, layers: Layers, ahead_below: int) -> int:
+        """Bytes that the stage holds for its messages."""
+        first, last = layers
+        return messages_bytes(
+            self.profile.device.floor,
+            from_below=self.up_bytes.get(first, 0),
+            to_below=self.down_bytes.get(first, 0),
+            to_above=self.up_bytes.get(last, 0),
+            from_above=self.down_bytes.get(last, 0),
+            ahead_below=ahead_below,
+        )
+
+    def room(self, layers: Layers, budget_bytes: int, ahead_below: int) -> int:
+        """Bytes of the budget that are left for the stage's plan; none where the start of the process takes more."""
+        if budget_bytes < self.profile.device.floor.start_peak_bytes:
+            return 0
+        return budget_bytes - self.extra_bytes(layers, ahead_below)
+
+    def smallest(self) -> list[Layers]:
+        """The runs of layers that no cut divides."""
+        ends = [0, *sorted(self.cuts), self.layers]
+        return list(pairwise(ends))
+
+    # --- what is known ---------------------------------------------------------------------------------------------
+
+    def best(self, layers: Layers, room: int) -> Known | None:
+        """The fastest known plan that fits."""
+        stage = self._stages.get(layers)
+        if stage is None:
+            return None
+        fitting = [one for one in stage.known.values() if one.plan.peak_bytes <= room]
+        return min(fitting, key=lambda one: (one.train.seconds, one.forward.seconds), default=None)
+
+    def planned(self, layers: Layers, room: int) -> bool:
+        """Whether a plan was made with this room, or none was found."""
+        stage = self._stages.get(layers)
+        return self.bound(layers, room) == math.inf or (stage is not None and room in stage.known)
+
+    def bound(self, layers: Layers, room: int) -> float:
+        """Seconds of a micro-batch that no plan undercuts; infinite where none was found to fit."""
+        first, last = layers
+        least = self._sums.training(layers)
+        if room <= 0:
+            return math.inf
+        for (begin, end), stage in self._stages.items():
+            if not first <= begin < end <= last:
+                continue
+            if room <= stage.too_small:
+                return math.inf
+            own = 0.0 if (begin, end) == layers else stage.messages_seconds
+            least = max([least, *(bound - own for asked, bound in stage.bounds.items() if asked >= room)])
+        return least
+
+    def forward_bound(self, layers: Layers, room: int) -> float:
+        """The same for the forward alone."""
+        return self._sums.forward_alone(layers, room - self.profile.device.floor.held_bytes)
+
+    def operators(self, layers: Layers) -> tuple[float, float, float]:
+        """Seconds of the operators that run in any schedule between the message from below and the ones above: those of
+        the forward alone, those of the training schedule's forward, and from there back those of its backward.
+        """
+        return self._sums.operators(layers)
+
+    # --- planning --------------------------------------------------------------------------------------------------
+
+    def plan(self, layers: Layers, room: int, time_limit: float) -> Known | None:
+        """The plan of a stage with this room. Raises KeyboardInterrupt on Ctrl-C."""
+        if self.planned(layers, room):
+            return self.best(layers, room)
+        limit = max(LEAST_SECONDS, time_limit)
+        stage = self._stage(layers)
+        try:
+            fits = stage.planner.bound(room, time_limit=limit) is not None
+        except TimeoutError:
+            fits = True  # not known
+        made = stage.planner.plan(room, time_limit=limit, gap=self.gap) if fits else None
+        if stage.planner.interrupted:
+            raise KeyboardInterrupt
+        if made is None or made.train is None:
+            stage.too_small = max(stage.too_small, room)
+            return None
+        train, forward = marks_of(made)
+        stage.known[room] = Known(plan=made, train=train, forward=forward)
+        stage.bounds[room] = made.bound_seconds
+        return self.best(layers, room)
+
+    def least_room(self, layers: Layers, time_limit: float) -> int:
+        """The smallest room with which a plan of the stage was found."""
+        return self._stage(layers).planner.minimum_bytes(time_limit=max(LEAST_SECONDS, time_limit))
+
+    def neighbour_bytes(self, budget_bytes: int) -> int:
+        """Distance to the budgets with which memory is valued."""
+        return next(iter(self._stages.values())).planner.neighbour_bytes(budget_bytes)
+
+    def member_plan(self, layers: Layers, budget_bytes: int, ahead_below: int) -> Plan:
+        """The fastest known plan as that of a member whose messages take their part of the budget."""
+        room, stage = self.room(layers, budget_bytes, ahead_below), self._stages[layers]
+        known = self.best(layers, room)
+        assert known is not None
+        bound = max((one for asked, one in stage.bounds.items() if asked >= room), default=0.0)
+        proven = [one.plan.any_schedule_bound_seconds for asked, one in stage.known.items() if asked >= room]
+        made = known.plan.model_copy(
+            update={"bound_seconds": bound, "any_schedule_bound_seconds": max(proven, default=0.0)}
+        )
+        profile = self._profile(layers, self.extra_bytes(layers, ahead_below))
+        return restated(made, profile, budget_bytes, asked=self.gap)
+
+    def _profile(self, layers: Layers, extra_bytes: int) -> Profile:
+        first, last = layers
+        return stage_profile(
+            self.profile,
+            self.cuts.get(first),
+            self.cuts.get(last),
+            micro_batches=self.micro_batches,
+            extra_bytes=extra_bytes,
+            bits=self.bits,
+        )
+
+    def _stage(self, layers: Layers) -> _Planned:
+        if layers not in self._stages:
+            profile = self._profile(layers, 0)
+            programs = {program.name: program for program in profile.programs}
+            messages = [
+                one.seconds
+                for layer in profile.layers
+                for one in programs[layer.program].operators
+                if one.target in (RECEIVE, SEND)
+            ]
+            self._stages[layers] = _Planned(planner=planner_of(without_start(profile)), messages_seconds=sum(messages))
+        return self._stages[layers]
+
+
+class _Sums:
+    """Sums over neighbouring layers of what all schedules do."""
+
+    def __init__(self, profile: Profile) -> None:
+        programs = {program.name: program for program in profile.programs}
+        tensors = {tensor.name: tensor for tensor in profile.tensors}
+        forward, backward, inference, updates, unpacking, packed = ([0.0] for _ in range(6))
+        seen: set[str] = set()
+        self._unpacked_rate = 0.0
+        """the most seconds of unpacking that a byte of memory saves"""
+        for layer in profile.layers:
+            program = programs[layer.program]
+            by_phase = {"forward": 0.0, "backward": 0.0, "inference": 0.0}
+            for one in program.operators:
+                by_phase[one.phase] += one.seconds
+            forward.append(by_phase["forward"])
+            backward.append(by_phase["backward"])
+            inference.append(sum(program.operators[position].seconds for position in program.inference))
+            own = [tensors[name] for name in {*layer.bindings.values()} - seen if name in tensors]
+            seen |= {tensor.name for tensor in own}  # what several layers use counts for the first of them
+            updates.append(sum(tensor.update_seconds for tensor in own if tensor.kind == "trainable"))
+            read = _read_whole(program, layer.bindings)
+            whole = [tensor for tensor in own if tensor.kind == "weight" and tensor.name in read]
+            unpacking.append(sum(tensor.unpack_seconds for tensor in whole))
+            packed.append(float(sum(min(tensor.bytes, tensor.packed_bytes) for tensor in whole)))
+            rates = [tensor.unpack_seconds / tensor.bytes for tensor in whole if tensor.bytes]
+            self._unpacked_rate = max([self._unpacked_rate, *rates])
+        self._forward, self._backward, self._inference, self._updates, self._unpacking, self._packed = (
+            list(accumulate(one)) for one in (forward, backward, inference, updates, unpacking, packed)
+        )
+        self._read = profile.device.read.bytes_per_second
+
+    def operators(self, layers: Layers) -> tuple[float, float, float]:
+        """Of the forward alone, of the forward and of the backward of training."""
+        return _between(self._inference, layers), _between(self._forward, layers), _between(self._backward, layers)
+
+    def training(self, layers: Layers) -> float:
+        return sum(_between(one, layers) for one in (self._forward, self._backward, self._updates))
+
+    def forward_alone(self, layers: Layers, arena_bytes: int) -> float:
+        """Operators, and the unpacking of what cannot stay unpacked; or the reading of what cannot stay in memory."""
+        arena = max(0, arena_bytes)
+        unpacking = max(0.0, _between(self._unpacking, layers) - arena * self._unpacked_rate)
+        reading = max(0.0, _between(self._packed, layers) - arena) / self._read
+        return max(_between(self._inference, layers) + unpacking, reading)
+
+
+def _between(sums: Sequence[float], layers: Layers) -> float:
+    first, last = layers
+    return sums[last] - sums[first]
+
+
+def _read_whole(program: Program, bindings: Mapping[str, str]) -> set[str]:
+    """What the forward alone reads as a whole; of what is gathered, only some rows are read, from the store."""
+    operators = [program.operators[position] for position in program.inference]
+    return {
+        bindings[value] for one in operators for value in one.inputs if value in bindings and value not in one.gathers
+    }

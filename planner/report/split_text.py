@@ -1,0 +1,79 @@
+"""A split federated plan in sentences and a table, for the terminal."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from tightfit.planner.fleet.split_schema import SplitPlan
+from tightfit.planner.report.explain import percent_within
+from tightfit.runtime.common.units import format_seconds, format_size, printable, unit_of
+
+SLACK = 1e-5
+"""of a round: the order is found in whole numbers"""
+
+
+def split_text(fleet: SplitPlan) -> RenderableType:
+    """A round for the terminal: what each device holds, when it is served, and how the round compares."""
+    sentences = Table.grid(padding=(0, 1))
+    for sentence in split_sentences(fleet):
+        sentences.add_row("•", Text(sentence))
+    return Group(_table(fleet), sentences)
+
+
+def _table(fleet: SplitPlan) -> Table:
+    caption = f"A round of {fleet.steps} steps of {printable(fleet.model)}, in the order in which devices are served"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=Text(caption))
+    table.title_justify = "left"
+    unit = unit_of(min(member.budget_bytes for member in fleet.members))
+    headings = ("member", "layers", "steps", "each", "served from", "to", "answers after")
+    for heading in (*headings, f"peak of budget, {unit.name}", "of the server's", "device"):
+        table.add_column(heading, justify="left" if heading in ("member", "device") else "right", overflow="fold")
+    for member in fleet.taking:
+        assert member.step_seconds is not None
+        assert member.peak_bytes is not None
+        assert member.server_peak_bytes is not None
+        server = fleet.server.budget_bytes
+        table.add_row(
+            Text(member.name),
+            str(member.layers),
+            str(member.steps),
+            format_seconds(member.step_seconds),
+            format_seconds(member.begin_seconds),
+            format_seconds(member.begin_seconds + member.service_seconds),
+            format_seconds(member.round_seconds),
+            f"{unit.amount(member.peak_bytes)} of {unit.amount(member.budget_bytes)}",
+            f"{unit.amount(member.server_peak_bytes)} of {unit.amount(server)}",
+            Text(printable(member.device)),
+        )
+    return table
+
+
+def split_sentences(fleet: SplitPlan) -> list[str]:
+    """What is to be said of a round."""
+    order = "no order of services is shorter"
+    if fleet.order_gap > SLACK:
+        order = f"within {percent_within(fleet.order_gap)} of the best cuts and order for these plans"
+    first = (
+        f"A round takes {format_seconds(fleet.makespan_seconds)}, within {percent_within(fleet.gap)} of the best there can be;"
+        f" {order}. The adapter has {format_size(fleet.adapter_bytes)}."
+    )
+    result = [
+        first,
+        "The result is that of devices that hold all layers, to the bit."
+        if fleet.bit_identical
+        else f"The result is not to the bit that of devices that hold all layers; profiles differ in {'; '.join(fleet.differences)}.",
+        "Devices send the labels of their data to the server, which computes the loss.",
+    ]
+    for baseline in fleet.baselines:
+        if baseline.makespan_seconds is None:
+            result.append(f"With {baseline.name} there would be no round: {baseline.reason}.")
+        else:
+            times = baseline.makespan_seconds / fleet.makespan_seconds
+            result.append(
+                f"With {baseline.name} it would take {format_seconds(baseline.makespan_seconds)}, {times:.2f} times as long."
+            )
+    result.extend(f"{member.name} takes no part: {member.reason}." for member in fleet.members if not member.steps)
+    return [printable(sentence) for sentence in result]

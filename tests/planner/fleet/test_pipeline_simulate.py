@@ -1,0 +1,204 @@
+"""The judge of pipelines: what a valid one takes, and that every broken one is rejected by the invariant that it breaks."""
+
+from __future__ import annotations
+
+import pytest
+
+from tightfit.planner.fleet import pipeline_simulate
+from tightfit.planner.fleet.pipeline_clock import play
+from tightfit.planner.fleet.pipeline_schema import Passed
+from tightfit.planner.fleet.pipeline_simulate import simulate_pipeline
+from tightfit.planner.fleet.simulate import InvalidFleet
+from tightfit.planner.plan_result import sealed
+from tightfit.planner.simulation.simulate import InvalidSchedule
+from tightfit.profiles.schema import adamw
+
+
+def rejected(fleet, plans, invariant, member=None):
+    with pytest.raises(InvalidFleet) as caught:
+        simulate_pipeline(fleet, plans)
+    assert caught.value.invariant == invariant, str(caught.value)
+    if member is not None:
+        assert caught.value.member == member
+
+
+def changed(fleet, at, **changes):
+    """The fleet with fields of one stage replaced."""
+    members = list(fleet.members)
+    members[at] = members[at].model_copy(update=changes)
+    return fleet.model_copy(update={"members": members})
+
+
+def with_plan(fleet, plans, at, **changes):
+    """The same with another plan of a stage, whose fingerprint the fleet knows."""
+    name = fleet.members[at].name
+    plan = sealed(plans[name].model_copy(update=changes))
+    return changed(fleet, at, plan_fingerprint=plan.fingerprint), {**plans, name: plan}
+
+
+def test_its_figures_are_the_plan_s(pipelined):
+    fleet, plans = pipelined
+    found = simulate_pipeline(fleet, plans)
+    assert len(fleet.chain) == 2
+    assert found.makespan_seconds == fleet.makespan_seconds
+    assert found.timeline == fleet.timeline
+    assert found.peaks == {member.name: member.peak_bytes for member in fleet.chain}
+
+
+def test_the_timeline_shows_everything(pipelined):
+    fleet, _ = pipelined
+    one, other = (member.name for member in fleet.chain)
+    by_lane = {}
+    for span in fleet.timeline:
+        by_lane.setdefault((span.lane, span.what), []).append(span.micro_batch)
+    every = list(range(fleet.micro_batches))
+    assert by_lane.pop((one, "again"), every) == every
+    assert all(sorted(numbers) == every for numbers in by_lane.values())
+    assert set(by_lane) == {
+        (one, "forward"),
+        (one, "backward"),
+        (other, "forward"),
+        (other, "backward"),
+        (f"{one} → {other}", "send"),
+        (f"{other} → {one}", "send"),
+    }
+    assert max(span.end_seconds for span in fleet.timeline) <= fleet.makespan_seconds
+
+
+def test_names(pipelined):
+    fleet, plans = pipelined
+    rejected(changed(fleet, 1, name=fleet.members[0].name), plans, "names")
+    idle = fleet.members[0].model_copy(
+        update={"name": "idle", "plan": None, "plan_fingerprint": None, "first_layer": 0, "last_layer": 0}
+    )
+    simulate_pipeline(fleet.model_copy(update={"members": [*fleet.members, idle]}), plans)
+    rejected(fleet.model_copy(update={"members": [idle, *fleet.members]}), plans, "names", "idle")
+
+
+def test_layers(pipelined):
+    fleet, plans = pipelined
+    cut = fleet.members[0].last_layer
+    for at, broken in (
+        (0, {"first_layer": 1}),
+        (0, {"last_layer": cut - 1}),
+        (1, {"first_layer": cut + 1}),
+        (1, {"last_layer": cut}),
+        (1, {"last_layer": fleet.members[1].last_layer + 1}),
+        (0, {"layer_names": ["l0", "l3"]}),
+    ):
+        rejected(changed(fleet, at, **broken), plans, "layers")
+    rejected(fleet.model_copy(update={"members": []}), {}, "layers")
+    one, other = fleet.members
+    rejected(fleet.model_copy(update={"members": [other, one]}), plans, "layers")
+
+
+def test_a_stage_that_another_one_computes(pipelined):
+    """The first stage's plan twice: its layers follow by their numbers, and are the same."""
+    fleet, plans = pipelined
+    first, last = fleet.members
+    twice = first.model_copy(update={"first_layer": last.first_layer, "last_layer": last.last_layer, "name": last.name})
+    found = fleet.model_copy(update={"members": [first, twice.model_copy(update={"ahead": 0})]})
+    rejected(found, {first.name: plans[first.name], last.name: plans[first.name]}, "layers", last.name)
+
+
+def test_how_far_stages_are_ahead(pipelined):
+    fleet, plans = pipelined
+    rejected(changed(fleet, 1, ahead=1), plans, "ahead", fleet.members[1].name)
+    rejected(changed(fleet, 0, ahead=-1), plans, "ahead")
+    rejected(changed(fleet, 0, ahead=fleet.micro_batches + 1), plans, "ahead", fleet.members[0].name)
+    # One farther ahead takes another message of memory above, and another time.
+    rejected(changed(fleet, 0, ahead=fleet.members[0].ahead - 1), plans, "exchange", fleet.members[1].name)
+
+
+@pytest.mark.parametrize("broken", [{"up_bytes_per_second": 0.0}, {"latency_seconds": -1e-3}])
+def test_links(pipelined, broken):
+    fleet, plans = pipelined
+    link = fleet.members[1].link.model_copy(update=broken)
+    rejected(changed(fleet, 1, link=link), plans, "link", fleet.members[1].name)
+
+
+def test_plans(pipelined):
+    fleet, plans = pipelined
+    one, other = (member.name for member in fleet.members)
+    rejected(fleet, {one: plans[one]}, "plan", other)
+    rejected(fleet, {**plans, other: plans[one]}, "plan", other)
+    rejected(changed(fleet, 1, plan_fingerprint="0" * 64), plans, "plan", other)
+    rejected(*with_plan(fleet, plans, 1, optimizer=adamw(3)), "optimizer", other)
+    rejected(*with_plan(fleet, plans, 1, batch=2), "model", other)
+    model = plans[other].model.model_copy(update={"name": "another"})
+    rejected(*with_plan(fleet, plans, 1, model=model), "model", other)
+
+
+def test_messages(pipelined):
+    fleet, plans = pipelined
+    first, last = fleet.members
+    rejected(changed(fleet, 0, up=[]), plans, "messages", first.name)
+    rejected(changed(fleet, 1, down=[Passed(shape=[1], dtype="float32")]), plans, "messages", last.name)
+    rejected(fleet.model_copy(update={"bits": 8}), plans, "messages", first.name)
+    rejected(fleet.model_copy(update={"link_bytes": [1]}), plans, "messages", "link_bytes")
+    programs = []
+    for program in plans[last.name].programs:
+        operators = [
+            one.model_copy(update={"kwargs": one.kwargs | {"bits": 8}}) if one.target == "tightfit.receive" else one
+            for one in program.operators
+        ]
+        programs.append(program.model_copy(update={"operators": operators}))
+    rejected(*with_plan(fleet, plans, 1, programs=programs), "messages", last.name)
+
+
+@pytest.mark.parametrize("by", [-4096, 4096])
+def test_messages_have_the_memory_that_they_take(pipelined, by):
+    fleet, plans = pipelined
+    rejected(changed(fleet, 1, exchange_bytes=fleet.members[1].exchange_bytes + by), plans, "exchange")
+    rejected(*with_plan(fleet, plans, 1, floor_bytes=plans[fleet.members[1].name].floor_bytes + by), "exchange")
+
+
+def test_peaks(pipelined):
+    fleet, plans = pipelined
+    last = fleet.members[1]
+    rejected(changed(fleet, 1, budget_bytes=plans[last.name].budget_bytes - 1), plans, "budget", last.name)
+    rejected(changed(fleet, 1, peak_bytes=last.peak_bytes - 1), plans, "peak", last.name)
+
+
+def test_seconds(pipelined):
+    fleet, plans = pipelined
+    last = fleet.members[1]
+    rejected(changed(fleet, 1, micro_batch_seconds=0.9 * last.micro_batch_seconds), plans, "seconds", last.name)
+    rejected(changed(fleet, 1, forward_seconds=0.9 * last.forward_seconds), plans, "seconds", last.name)
+    rejected(changed(fleet, 1, forward_seconds=None), plans, "seconds", last.name)
+    rejected(changed(fleet, 1, bound_seconds=1.1 * last.micro_batch_seconds), plans, "bound", last.name)
+    rejected(fleet.model_copy(update={"makespan_seconds": 0.9 * fleet.makespan_seconds}), plans, "makespan")
+    rejected(fleet.model_copy(update={"bound_seconds": 1.1 * fleet.makespan_seconds}), plans, "bound")
+
+
+def test_a_broken_schedule_of_a_stage_is_found(pipelined):
+    fleet, plans = pipelined
+    train = plans[fleet.members[1].name].train
+    cut = train.model_copy(update={"instructions": train.instructions[:-1]})
+    with pytest.raises(InvalidSchedule):
+        simulate_pipeline(*with_plan(fleet, plans, 1, train=cut))
+
+
+@pytest.mark.parametrize("what", ["early", "late"])
+def test_no_message_is_sent_before_it_is_made_or_taken_before_it_is_there(pipelined, what, monkeypatch):
+    """A clock that is wrong by one message is found out."""
+    fleet, plans = pipelined
+
+    def wrong(stations, micro_batches):
+        told = play(stations, micro_batches)
+        at, message = next(
+            (at, one) for at, one in enumerate(told.doings) if one.to is not None and one.micro_batch == 1
+        )
+        shift = -0.1 if what == "early" else 10.0
+        moved = type(message)(
+            what=message.what,
+            station=message.station,
+            to=message.to,
+            micro_batch=message.micro_batch,
+            begin=message.begin + shift,
+            end=message.end + shift,
+        )
+        return type(told)(makespan=told.makespan, doings=[*told.doings[:at], moved, *told.doings[at + 1 :]])
+
+    monkeypatch.setattr(pipeline_simulate, "play", wrong)
+    rejected(fleet, plans, "order")

@@ -1,0 +1,275 @@
+"""Split federated plans: cuts by budget and speed, the order, what they are compared with, files, mutated plans."""
+
+import itertools
+import math
+
+import pytest
+from synthetic import MIB
+
+from tightfit.planner.fleet.description import read_description, read_rounds
+from tightfit.planner.fleet.io import (
+    load_federated,
+    load_member_plan,
+    load_rounds,
+    load_server_plan,
+    save_split,
+    sealed_fleet,
+)
+from tightfit.planner.fleet.plan import MemberSpec
+from tightfit.planner.fleet.schema import Link
+from tightfit.planner.fleet.simulate import InvalidFleet
+from tightfit.planner.fleet.split_federated import plan_split
+from tightfit.planner.fleet.split_simulate import simulate_split
+from tightfit.planner.report.split_text import split_sentences
+from tightfit.profiles.io import save_profile
+from tightfit.profiles.schema import adamw
+from tightfit.runtime.common.errors import InfeasibleError, InputError
+
+FLOWER = 2 * MIB
+OPTIONS = {"flower_bytes": FLOWER, "start_seconds": 1.0, "server_start_seconds": 0.5, "time_limit": 20.0}
+
+
+@pytest.fixture(scope="module")
+def spec(stages, link):
+    def made(name, speed, budget, rate=12.5e6, *, rank=4, accumulate=1):
+        profile = stages((speed,))[0].profile
+        model = profile.model.model_copy(update={"lora": {"rank": rank, "alpha": 2.0 * rank} if rank else None})
+        profile = profile.model_copy(update={"model": model, "optimizer": adamw(accumulate)})
+        return MemberSpec(name=name, profile=profile, budget_bytes=budget, link=link(rate))
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(spec):
+    return spec("server", 0.8, 60 * MIB, 1e9)
+
+
+@pytest.fixture(scope="module")
+def planned(spec, server):
+    devices = [spec("slow", 0.1, 30 * MIB), spec("far", 0.5, 30 * MIB, 1e6), spec("fast", 4.0, 30 * MIB)]
+    return plan_split(server, devices, 6, **OPTIONS)
+
+
+def test_a_round_is_what_the_judge_finds(planned):
+    fleet, plans, server_plans = planned
+    assert simulate_split(fleet, plans, server_plans) == pytest.approx(fleet.makespan_seconds, rel=1e-12)
+    assert fleet.bound_seconds <= fleet.makespan_seconds
+    assert fleet.gap < 0.05
+    assert fleet.order_gap < 1e-5
+    assert [member.steps for member in fleet.members] == [2, 2, 2]
+    assert fleet.bit_identical
+
+
+def test_each_device_has_layers_of_its_own(planned):
+    fleet, plans, server_plans = planned
+    layers = {member.name: member.layers for member in fleet.members}
+    # One that is faster than the server holds all it can, a slower one as few as it can.
+    assert layers["slow"] == 1
+    assert layers["fast"] == 3
+    for member in fleet.members:
+        assert [layer.name for layer in plans[member.name].layers] == [*(f"l{n}" for n in range(member.layers)), "sent"]
+        assert [layer.name for layer in server_plans[member.name].layers] == [
+            "received",
+            *(f"l{n}" for n in range(member.layers, 4)),
+        ]
+        assert member.layer_names == [f"l{member.layers - 1}", f"l{member.layers}"]
+        assert member.adapter_bytes == member.layers * 2 * MIB
+        assert member.peak_bytes == plans[member.name].peak_bytes + FLOWER <= member.budget_bytes
+
+
+def test_one_device_at_a_time_is_served(planned):
+    members = planned[0].members
+    for before, after in itertools.pairwise(members):
+        assert after.begin_seconds >= before.begin_seconds + before.service_seconds
+        assert after.begin_seconds >= after.head_seconds
+
+
+def test_less_memory_means_fewer_layers(spec, server):
+    fleet, _, _ = plan_split(server, [spec("small", 4.0, 16 * MIB), spec("large", 4.0, 20 * MIB)], 80, **OPTIONS)
+    layers = {member.name: member.layers for member in fleet.members}
+    assert 0 < layers["small"] < layers["large"] == 3
+
+
+def test_it_is_compared_with_other_ways(planned):
+    fleet, _, _ = planned
+    described, one_cut, whole = fleet.baselines
+    assert described.name == "order as described"
+    assert list(described.layers) == ["slow", "far", "fast"]
+    assert described.makespan_seconds >= fleet.makespan_seconds
+    assert one_cut.name == "one cut for all"
+    assert len(set(one_cut.layers.values())) == 1
+    assert one_cut.makespan_seconds >= fleet.makespan_seconds
+    assert whole.layers == dict.fromkeys(("slow", "far", "fast"), 4)
+    sentences = split_sentences(fleet)
+    assert any(sentence.startswith("With order as described it would take ") for sentence in sentences)
+    assert any(sentence.startswith("Devices send the labels of their data") for sentence in sentences)
+
+
+def test_shares_and_devices_without_room(spec, server):
+    devices = [spec("a", 1.0, 30 * MIB), spec("b", 1.0, 30 * MIB), spec("small", 1.0, FLOWER + MIB)]
+    fleet, plans, _ = plan_split(server, devices, 6, weights={"a": 2.0}, **OPTIONS)
+    assert {member.name: member.steps for member in fleet.members} == {"a": 4, "b": 2, "small": 0}
+    assert set(plans) == {"a", "b"}
+    small = fleet.members[-1]
+    assert small.reason.startswith("none of the model's cuts leaves it and the server parts that they can hold")
+    assert any(sentence.startswith("small takes no part: ") for sentence in split_sentences(fleet))
+    fleet, _, _ = plan_split(server, devices[:2], 1, **OPTIONS)
+    assert fleet.members[-1].reason == "its share of a round is less than an update"
+    with pytest.raises(InfeasibleError, match=r"no device can take part \(small\)") as told:
+        plan_split(server, devices[2:], 2, **OPTIONS)
+    assert told.value.minimum_budget_bytes > FLOWER + MIB
+
+
+def test_updates_of_several_steps_are_pipelined(spec, link):
+    server, device = (spec(name, 1.0, 60 * MIB, 1e9, accumulate=4) for name in ("server", "a"))
+    fleet, _, _ = plan_split(server, [device], 8, **OPTIONS)
+    (member,) = fleet.members
+    # Forward, backward and messages one after the other would take as long as the whole model does.
+    assert member.ahead > 0
+    assert member.step_seconds < fleet.baselines[2].makespan_seconds / 8
+
+
+def test_what_cannot_be_planned_is_refused(spec, server):
+    device = spec("a", 1.0, 30 * MIB)
+    for steps in (0, 10**7):
+        with pytest.raises(InputError, match=f"{steps} steps cannot make a round"):
+            plan_split(server, [device], steps)
+    with pytest.raises(InputError, match="a member is called 'server'"):
+        plan_split(server, [spec("server", 1.0, 30 * MIB)], 2)
+    with pytest.raises(InputError, match="differ in lora"):
+        plan_split(server, [spec("a", 1.0, 30 * MIB, rank=8)], 2)
+    with pytest.raises(InputError, match="train no adapter"):
+        plan_split(spec("server", 1.0, 60 * MIB, rank=0), [spec("a", 1.0, 30 * MIB, rank=0)], 2)
+    with pytest.raises(InputError, match="differ in the steps of an update"):
+        plan_split(server, [spec("a", 1.0, 30 * MIB, accumulate=2)], 2)
+    with pytest.raises(InputError, match="weight 0 of member 'a'"):
+        plan_split(server, [device], 2, weights={"a": 0})
+
+
+def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
+    fleet, plans, server_plans = planned
+    save_split(fleet, plans, server_plans, tmp_path)
+    assert load_rounds(tmp_path) == fleet
+    for member in fleet.taking:
+        assert load_member_plan(tmp_path, fleet, member.name) == plans[member.name]
+        assert load_server_plan(tmp_path, fleet, member.name) == server_plans[member.name]
+    with pytest.raises(
+        InputError, match=r"another kind \(split federated, not federated\); use `tightfit fleet federate`"
+    ):
+        load_federated(tmp_path)
+    (tmp_path / "server" / "fast.plan.json").unlink()
+    with pytest.raises(InputError, match="the server's plan for member 'fast' is not beside the fleet's"):
+        load_server_plan(tmp_path, fleet, "fast")
+
+
+DESCRIBED = """steps = 8
+[[member]]
+name = "laptop"
+profile = "profile.json"
+memory = "320MiB"
+link = "1MB/s"
+weight = 2
+"""
+SERVER = '[server]\nprofile = "profile.json"\nmemory = "4GiB"\n'
+
+
+def test_a_description_may_have_a_server(server, tmp_path):
+    save_profile(server.profile, tmp_path / "profile.json")
+    file = tmp_path / "fleet.toml"
+    file.write_text(DESCRIBED + SERVER)
+    found = read_rounds(file)
+    assert (found.steps, found.weights) == (8, {"laptop": 2.0})
+    assert found.server.budget_bytes == 4 << 30
+    assert found.server.link.up_bytes_per_second > 1e9
+    assert read_rounds(file, 4).steps == 4
+    file.write_text(DESCRIBED + SERVER + 'link = "8Mbit/s"\n')
+    assert read_rounds(file).server.link == Link(up_bytes_per_second=1e6, down_bytes_per_second=1e6)
+    for text, message in (
+        (DESCRIBED, "'weight' is for rounds with a \\[server\\]"),
+        ((DESCRIBED + SERVER).replace("weight = 2", "weight = 0"), "'weight' is 0; give a number above 0"),
+        (DESCRIBED + SERVER + "name = 'me'\n", "\\[server\\]: no key is called 'name'"),
+        (DESCRIBED.replace("steps = 8", "steps = 8\nserver = 3"), "\\[server\\]: describe the server under a line"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_rounds(file)
+    file.write_text((DESCRIBED + SERVER).replace("steps", "micro_batches"))
+    with pytest.raises(InputError, match="are for split federated rounds"):
+        read_description(file)
+
+
+def _member(at, **changes):
+    def changed(fleet):
+        members = list(fleet.members)
+        members[at] = members[at].model_copy(update=changes)
+        return {"members": members}
+
+    return changed
+
+
+def _swapped(fleet):
+    return {"members": [fleet.members[1], fleet.members[0], *fleet.members[2:]]}
+
+
+def _server(**changes):
+    return lambda fleet: {"server": fleet.server.model_copy(update=changes)}
+
+
+@pytest.mark.parametrize(
+    ("change", "invariant"),
+    [
+        (lambda fleet: {"makespan_seconds": 0.9 * fleet.makespan_seconds}, "makespan"),
+        (lambda fleet: {"bound_seconds": 1.1 * fleet.makespan_seconds}, "bound"),
+        (lambda fleet: {"steps": 7}, "steps"),
+        (lambda fleet: {"accumulate": 2}, "optimizer"),
+        (lambda fleet: {"accumulate": 4}, "steps"),
+        (lambda fleet: {"model": "another"}, "model"),
+        (lambda fleet: {"rank": 2}, "model"),
+        (lambda fleet: {"adapter_bytes": fleet.adapter_bytes + 4}, "model"),
+        (_swapped, "order"),
+        (_server(budget_bytes=MIB), "budget"),
+        (_server(start_seconds=0.0), "seconds"),
+        (_server(link=Link(up_bytes_per_second=1e5, down_bytes_per_second=1e9)), "seconds"),
+        (_server(link=Link(up_bytes_per_second=math.inf, down_bytes_per_second=1e9)), "link"),
+        (_member(1, name="fast"), "names"),
+        (_member(0, begin_seconds=0.1), "order"),
+        (_member(0, round_seconds=0.5), "seconds"),
+        (_member(0, head_seconds=0.5), "seconds"),
+        (_member(0, service_seconds=0.5), "seconds"),
+        (_member(0, tail_seconds=0.5), "seconds"),
+        (_member(0, start_seconds=0.5), "seconds"),
+        (_member(0, step_seconds=0.001), "seconds"),
+        (_member(0, bound_seconds=1e6), "bound"),
+        (_member(0, ahead=1), "exchange"),
+        (_member(0, exchange_bytes=0), "exchange"),
+        (_member(0, server_exchange_bytes=0), "exchange"),
+        (_member(0, peak_bytes=1), "peak"),
+        (_member(0, server_peak_bytes=1), "peak"),
+        (_member(0, flower_bytes=0), "peak"),
+        (_member(0, budget_bytes=MIB), "budget"),
+        (_member(0, plan_fingerprint="0" * 64), "plan"),
+        (_member(0, server_plan_fingerprint="0" * 64), "plan"),
+        (_member(0, server_plan=None), "plan"),
+        (_member(0, adapter_bytes=4), "model"),
+        (_member(0, up=[]), "messages"),
+        (_member(0, down=[]), "messages"),
+        (_member(0, link=Link(up_bytes_per_second=1e4, down_bytes_per_second=1e9)), "seconds"),
+    ],
+)
+def test_the_judge_rejects_a_plan_that_was_changed(planned, change, invariant):
+    fleet, plans, server_plans = planned
+    with pytest.raises(InvalidFleet) as told:
+        simulate_split(sealed_fleet(fleet.model_copy(update=change(fleet))), plans, server_plans)
+    assert told.value.invariant == invariant
+
+
+def test_the_judge_rejects_plans_of_other_devices(planned):
+    fleet, plans, server_plans = planned
+    first, second = (member.name for member in fleet.members[:2])
+    with pytest.raises(InvalidFleet) as told:
+        simulate_split(fleet, plans, {**server_plans, first: server_plans[second]})
+    assert told.value.invariant == "plan"
+    with pytest.raises(InvalidFleet) as told:
+        simulate_split(fleet, {name: plan for name, plan in plans.items() if name != first}, server_plans)
+    assert told.value.invariant == "plan"
