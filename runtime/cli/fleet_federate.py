@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,11 @@ from tightfit.runtime.supervision.printing import answer
 
 if TYPE_CHECKING:
     from tightfit.planner.fleet.federated_schema import FederatedPlan
+    from tightfit.planner.fleet.split_schema import SplitPlan
+    from tightfit.planner.schema import Plan
     from tightfit.runtime.federated.device import Device
+    from tightfit.runtime.federated.rounds import RoundOptions
+    from tightfit.runtime.federated.split_rounds import SplitOptions
 
 DESCRIPTION = """FLEET.toml describes the devices, paths relative to it:
 
@@ -31,6 +36,10 @@ profile = "laptop.json"
 memory = "320MiB"   # for all that runs there, Flower's part included
 link = "100Mbit/s"  # both ways, or: up = "40Mbit/s", down = "250Mbit/s"
 latency = "2ms"     # one way, 0 if left out
+
+[server]            # only if it computes the upper layers, so that devices hold the lower ones alone
+profile = "server.json"
+memory = "4GiB"
 """
 MEMBER = "{member}"
 """stands for the device's name in the path of its data"""
@@ -70,6 +79,12 @@ def plan(
         float | None,
         typer.Option(metavar="SECONDS", help="Of a round on a device, beside transfers and steps, as you measured it."),
     ] = None,
+    server_start: Annotated[
+        float | None,
+        typer.Option(
+            "--server-start", metavar="SECONDS", help="Of the service of a device, beside its steps; with a [server]."
+        ),
+    ] = None,
     supernode: Annotated[
         bool, typer.Option("--supernode", help="Devices run Flower's own SuperNode, which takes more of their memory.")
     ] = False,
@@ -85,34 +100,53 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Plan each device's run, and how many local steps it takes in a round, so that nobody waits for anybody."""
-    at_least(0, time_limit=time_limit, start=start or 0.0)
+    """Plan each device's run, and how many local steps it takes in a round, so that nobody waits for anybody; with a
+    [server], which lower layers each device holds, and in which order the server serves them.
+    """
+    at_least(0, time_limit=time_limit, start=start or 0.0, server_start=server_start or 0.0)
     if steps is not None:
         at_least(1, steps=steps)
     enough_for_a_solver()
-    from tightfit.planner.fleet.description import read_description
+    from tightfit.planner.fleet.description import read_rounds
     from tightfit.planner.fleet.federated import NODE_BYTES, START_SECONDS, SUPERNODE_BYTES, plan_federated
-    from tightfit.planner.fleet.io import FILE, save_fleet
+    from tightfit.planner.fleet.io import FILE, save_fleet, save_split
+    from tightfit.planner.fleet.split_federated import SERVER_START_SECONDS, plan_split
     from tightfit.planner.report.federated_text import federated_text
+    from tightfit.planner.report.split_text import split_text
     from tightfit.runtime.cli.terminal import Solving, messages
     from tightfit.runtime.common.files import check_place
 
     check_place(output / FILE)
     console = messages()
-    members, wanted = read_description(description, steps, "steps")
+    described = read_rounds(description, steps)
+    common: dict[str, Any] = {
+        "flower_bytes": SUPERNODE_BYTES if supernode else NODE_BYTES,
+        "start_seconds": START_SECONDS if start is None else start,
+        "time_limit": time_limit,
+    }
+    server_plans: dict[str, Plan] = {}
+    planned: FederatedPlan | SplitPlan
     with Interrupts(), Solving(console, time_limit) as solving:
-        planned, plans = plan_federated(
-            members,
-            wanted,
-            flower_bytes=SUPERNODE_BYTES if supernode else NODE_BYTES,
-            start_seconds=START_SECONDS if start is None else start,
-            time_limit=time_limit,
-            prices=prices,
-            progress=solving,
-        )
+        common["progress"] = solving
+        if described.server is None:
+            planned, plans = plan_federated(described.members, described.steps, prices=prices, **common)
+            text = federated_text(planned)
+        else:
+            planned, plans, server_plans = plan_split(
+                described.server,
+                described.members,
+                described.steps,
+                weights=described.weights,
+                server_start_seconds=SERVER_START_SECONDS if server_start is None else server_start,
+                **common,
+            )
+            text = split_text(planned)
     summary: dict[str, Any] = planned.model_dump(mode="json")
-    with answering(summary, federated_text(planned), as_json):
-        summary["fleet"] = str(save_fleet(planned, plans, output))
+    with answering(summary, text, as_json):
+        if server_plans:
+            summary["fleet"] = str(save_split(planned, plans, server_plans, output))  # type: ignore[arg-type]
+        else:
+            summary["fleet"] = str(save_fleet(planned, plans, output))
     console.print(f"plan written to {summary['fleet']}")
 
 
@@ -144,6 +178,14 @@ def run(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Serve other machines in the clear, without a certificate.")
     ] = False,
+    meet: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST[:PORT]",
+            help="Split rounds: where the server's runs listen for devices, which reach them there; one port for each"
+            " device from this one on, 29400 if left out.",
+        ),
+    ] = None,
     keys: Annotated[
         list[str] | None,
         typer.Option(
@@ -193,37 +235,21 @@ def run(
         raise InputError(
             "devices join over TLS: give --ssl-certfile, --ssl-keyfile and --ssl-ca-certfile, or --insecure"
         )
-    from tightfit.planner.fleet.io import load_federated
+    from tightfit.planner.fleet.federated_schema import FederatedPlan
+    from tightfit.planner.fleet.io import load_rounds
     from tightfit.runtime.cli.terminal import messages
     from tightfit.runtime.federated import flower
     from tightfit.runtime.federated.rounds import RoundOptions
     from tightfit.runtime.federated.server import Serving, Tls, serve
 
     flower.check_installed()
-    fleet = load_federated(folder)
+    fleet = load_rounds(folder)
     names = [member.name for member in fleet.taking]
     at_most(len(names), min=least)
     console = messages()
     tls = None
     if certificate and certificate_key and authority:
         tls = Tls(certificate=_there(certificate), key=_there(certificate_key), authority=_there(authority))
-    devices: list[Device] = []
-    if data is not None:
-        devices = [
-            _device(folder, fleet, name, data, output / "devices" / name, truncate=truncate, cgroup=cgroup)
-            for name in names
-        ]
-    serving = Serving(
-        host=host,
-        port=port or (0 if devices else flower.PORT),
-        tls=tls,
-        keys=[_there(key) for key in keys or []],
-        devices=devices,
-    )
-    if not devices:
-        console.print(
-            f"on each device, with the folder of the plan there:\n{_joining(names, serving.port, tls is not None)}"
-        )
     options = RoundOptions(
         rounds=rounds,
         fleet=str(folder.absolute()),
@@ -237,6 +263,30 @@ def run(
         seed=seed,
         adapter=str(adapter.absolute()) if adapter else "",
     )
+    place = host
+    if isinstance(fleet, FederatedPlan):
+        if meet is not None:
+            raise InputError(f"--meet {meet}: the devices of this plan hold all layers and meet nobody; leave it out")
+    else:
+        split = _split_options(options, fleet, meet, host, local=data is not None, cgroup=cgroup)
+        options, place = split, split.meet
+    devices: list[Device] = []
+    if data is not None:
+        devices = [
+            _device(folder, fleet, name, data, output / "devices" / name, place, truncate=truncate, cgroup=cgroup)
+            for name in names
+        ]
+    serving = Serving(
+        host=host,
+        port=port or (0 if devices else flower.PORT),
+        tls=tls,
+        keys=[_there(key) for key in keys or []],
+        devices=devices,
+    )
+    if not devices:
+        console.print(
+            f"on each device, with the folder of the plan there:\n{_joining(names, serving.port, tls is not None)}"
+        )
 
     def told(record: dict[str, Any]) -> None:
         late = f"; without {', '.join(record['left_out'])}" if record["left_out"] else ""
@@ -256,14 +306,52 @@ def _there(path: str) -> str:
     return str(Path(path).absolute())
 
 
+def _split_options(
+    options: RoundOptions, fleet: SplitPlan, meet: str | None, host: str, *, local: bool, cgroup: bool
+) -> SplitOptions:
+    """The options of split rounds. Raises InputError where devices could not reach the server's runs."""
+    from tightfit.runtime.federated.split_rounds import SplitOptions
+    from tightfit.runtime.session.fleet import PORT
+
+    if not fleet.server.measured:
+        raise InputError(
+            f"the server's times are estimated for {fleet.server.device}, not measured; profile on the server itself and plan"
+            " again"
+        )
+    if meet is None and host in ("0.0.0.0", "::"):  # noqa: S104  compared, not bound
+        raise InputError(f"--host {host} is no address that devices reach; give the server's own with --meet HOST")
+    address, port = _address(meet or host, 0 if local else PORT)
+    return SplitOptions(**asdict(options), meet=address, port=port, cgroup=cgroup)
+
+
+def _address(text: str, port: int) -> tuple[str, int]:
+    """The host and port of HOST[:PORT]; `port` where it names none."""
+    host, colon, number = text.rpartition(":")
+    if not colon:
+        return text, port
+    if not host or not number.isdecimal() or not 0 < int(number) < 1 << 16:
+        raise InputError(f"{text}: give HOST or HOST:PORT, such as 192.168.0.10:29400")
+    return host, int(number)
+
+
 def _device(
-    folder: Path, fleet: FederatedPlan, name: str, data: str, work: Path, *, truncate: bool, cgroup: bool
+    folder: Path,
+    fleet: FederatedPlan | SplitPlan,
+    name: str,
+    data: str,
+    work: Path,
+    server: str,
+    *,
+    truncate: bool,
+    cgroup: bool,
 ) -> Device:
-    """The settings of a device. Raises InputError for one that takes no part, or was not measured."""
+    """The settings of a device, which reaches the server at the host `server`. Raises InputError for one that takes no
+    part, or was not measured.
+    """
     from tightfit.planner.fleet.io import fleet_path, load_member_plan
     from tightfit.runtime.federated.device import Device
 
-    load_member_plan(folder, fleet, name)  # the plan is there, and the right one
+    plan = load_member_plan(folder, fleet, name)  # it is there, and the right one
     member = next(one for one in fleet.members if one.name == name)
     if not member.measured:
         raise InputError(
@@ -271,7 +359,7 @@ def _device(
             " plan again"
         )
     plain = data.replace(MEMBER, name)
-    return Device(
+    device = Device(
         member=name,
         plan=str((fleet_path(folder).parent / str(member.plan)).absolute()),
         rank=member.rank,
@@ -280,6 +368,11 @@ def _device(
         truncate=truncate,
         cgroup=cgroup,
     )
+    if fleet.kind == "federated":
+        return device
+    from tightfit.runtime.federated.split_stage import prepared_device
+
+    return prepared_device(device, plan, str(folder.absolute()), server)
 
 
 def _joining(names: list[str], port: int, tls: bool) -> str:
@@ -320,15 +413,15 @@ def join(
     """Take part as a device: wait for rounds, train in each under the cap, and answer, until Ctrl-C."""
     if insecure and (root_certificates or private_key):
         raise InputError("--insecure is without certificates and keys; leave it out, or them")
-    from tightfit.planner.fleet.io import load_federated
+    from tightfit.planner.fleet.io import load_rounds
     from tightfit.runtime.federated import flower
     from tightfit.runtime.federated.fleet_api import Endpoint
     from tightfit.runtime.federated.server import node_command
 
     flower.check_installed()
-    Endpoint.of(superlink, tls=not insecure, root_certificates=root_certificates)
-    fleet = load_federated(folder)
-    device = _device(folder, fleet, member, data, output, truncate=truncate, cgroup=cgroup)
+    server = Endpoint.of(superlink, tls=not insecure, root_certificates=root_certificates).host
+    fleet = load_rounds(folder)
+    device = _device(folder, fleet, member, data, output, server, truncate=truncate, cgroup=cgroup)
     authority = _there(root_certificates) if root_certificates else None
     key = _there(private_key) if private_key else None
     settings = device.write()
@@ -338,6 +431,61 @@ def join(
         command = flower.supernode_command(settings, superlink, authority, key, port, insecure=insecure)
         environment = flower.environment(output.absolute() / "flower")
     os.execvpe(command[0], command, environment)  # noqa: S606  our own command line, or Flower's
+
+
+@federate.command(hidden=True)
+def stage(
+    context: typer.Context,
+    folder: Folder,
+    member: Annotated[str, typer.Option(metavar="NAME", help="The device whose service this is.")],
+    at: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the server's run listens.")],
+    data: Annotated[str, typer.Option(metavar="FILE.records", help="The device's data, or their labels.")],
+    steps: Annotated[int, typer.Option(help="Micro-batches of the round.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the run; what it holds is replaced.")],
+    adapter: Annotated[Path, typer.Option(metavar="DIR", help="The part of the adapter that training starts from.")],
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for the other stage.")],
+    server: Annotated[bool, typer.Option("--server", help="Run the server's side.")] = False,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 2e-4,
+    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the data.")] = 0,
+    truncate: Truncate = False,
+    cgroup: Cgroup = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run one side of a device's service in a split round, as its node and the server do."""
+    from tightfit.planner.fleet.federated_schema import FederatedPlan
+    from tightfit.planner.fleet.io import load_member_plan, load_rounds, load_server_plan
+    from tightfit.runtime.cli.run import carry_out
+    from tightfit.runtime.federated.split_stage import stage_membership
+    from tightfit.runtime.session.fleet import PORT
+    from tightfit.runtime.session.options import RunOptions
+
+    fleet = load_rounds(folder)
+    if isinstance(fleet, FederatedPlan):
+        raise InputError(f"{folder}: its devices hold all layers; plan rounds with a [server] to split them")
+    plan = load_member_plan(folder, fleet, member)
+    plan = load_server_plan(folder, fleet, member) if server else plan
+    found = next(one for one in fleet.taking if one.name == member)
+    options = RunOptions(steps=steps, lr=lr, weight_decay=weight_decay, seed=seed, checkpoint_every=0)
+    host, port = _address(at, PORT)
+    carry_out(
+        plan,
+        data,
+        options,
+        member=stage_membership(fleet, found, plan, host, port, timeout, server=server),
+        output=output,
+        resume=False,
+        overwrite=True,
+        evaluate=None,
+        truncate=truncate,
+        cgroup=cgroup,
+        profile_step=False,
+        as_json=as_json,
+        debug=debug,
+        replace=bool(context.obj),
+        adapter=adapter,
+    )
 
 
 @federate.command()

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
@@ -31,6 +31,10 @@ ENDING_SECONDS = 20.0
 """that a run which is asked to end has for it; then it is killed"""
 SENDING_SHARE = 0.1
 """of a round's seconds: left for sending the answer"""
+
+
+D = TypeVar("D", bound="Device")
+O = TypeVar("O", bound=Order)  # noqa: E741  an order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,15 @@ def take_part(device: Device, order: Order, adapter: Callable[[], bytes]) -> tup
 
     `adapter` fetches the file of the fleet's adapter. Nothing of it is held in memory while the run trains.
     """
+    return carried_out(device, order, adapter, _command)
+
+
+def carried_out(
+    device: D, order: O, adapter: Callable[[], bytes], command: Callable[[D, O, int, str, str], list[str]]
+) -> tuple[Answer, bytes]:
+    """As `take_part`, with the command line that `command` makes of device, order, steps, the folder of the adapter to
+    start from and the folder for the run.
+    """
     began = time.monotonic()
     steps = order.steps_of(device.member)
     try:
@@ -80,9 +93,9 @@ def take_part(device: Device, order: Order, adapter: Callable[[], bytes]) -> tup
         out = os.path.join(device.work, "run")
         given = os.path.join(device.work, "given")
         _write_given(given, adapter, device.rank)
-        _run(_command(device, order, steps, given, out), device, order.seconds * (1 - SENDING_SHARE))
+        _run(command(device, order, steps, given, out), device, order.seconds * (1 - SENDING_SHARE))
         waiting_bytes = memory().resident  # what lived beside the training process
-        report = _report(out)
+        report = report_of(out)
         with open(os.path.join(out, "adapter", WEIGHTS), "rb") as file:
             trained = file.read()
         tokens = _tokens(os.path.join(out, "metrics.jsonl"))
@@ -128,30 +141,35 @@ def _command(device: Device, order: Order, steps: int, given: str, out: str) -> 
 def _run(command: list[str], device: Device, seconds: float) -> None:
     """Run a command to its end, which comes after `seconds` at the latest. It also ends if this process is killed."""
     log = os.path.join(device.work, "run.log")
-    environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
+    child = start(command, log)
+    try:
+        code = child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        end(child)
+        raise RunError(f"the round's {seconds:.0f} seconds were over before the run had ended") from None
+    except BaseException:
+        end(child)
+        raise
+    if code:
+        raise RunError(f"the run ended with code {code}: {last_words(log)}")
+
+
+def start(command: list[str], log: str) -> subprocess.Popen[bytes]:
+    """Start a command that writes what it says to the file `log`. It also ends if this process is killed."""
     with open(log, "wb") as file:
-        child = subprocess.Popen(
+        return subprocess.Popen(
             command,
-            env=environment,
+            env=os.environ | {"PYTHONPATH": interpreter.python_path()},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
             preexec_fn=partial(end_with_parent, signal.SIGTERM),  # noqa: PLW1509  a call of the kernel, no lock is taken
         )
-        try:
-            code = child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            _end(child)
-            raise RunError(f"the round's {seconds:.0f} seconds were over before the run had ended") from None
-        except BaseException:
-            _end(child)
-            raise
-    if code:
-        raise RunError(f"the run ended with code {code}: {_last_words(log)}")
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def end(child: subprocess.Popen[bytes]) -> None:
+    """Ask a run to end, and kill it where it does not."""
     child.terminate()
     try:
         child.wait(ENDING_SECONDS)
@@ -160,7 +178,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _report(out: str) -> dict[str, Any]:
+def report_of(out: str) -> dict[str, Any]:
     with open(os.path.join(out, "report.json"), encoding="utf-8") as file:
         report: dict[str, Any] = json.load(file)
     return report
@@ -171,7 +189,7 @@ def _tokens(metrics: str) -> int:
         return sum(json.loads(line)["tokens"] for line in file)
 
 
-def _last_words(log: str) -> str:
+def last_words(log: str) -> str:
     """The message of the error that a run ended with, or the last line that it printed."""
     with open(log, encoding="utf-8", errors="replace") as file:
         lines = file.read().strip().splitlines()

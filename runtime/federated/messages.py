@@ -53,6 +53,21 @@ class Order(_Words):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SplitOrder(Order):
+    """What a device is asked to do in a round of which a server computes the upper layers; in round 0, to say who it is
+    and which labels its data have.
+    """
+
+    port: int
+    """of the server, where the run of the upper layers listens for this device"""
+    labels: str
+    """in round 0: sha256 of the labels that the server has, by member, as JSON"""
+
+    def knows(self, member: str, digest: str) -> bool:
+        return bool(json.loads(self.labels).get(member) == digest)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Answer(_Words):
     """What a device says of its part of a round. With `error` there is no adapter beside it."""
 

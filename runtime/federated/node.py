@@ -18,7 +18,7 @@ from contextlib import suppress
 from types import FrameType
 
 from tightfit.runtime.common.errors import RunError, TightfitError
-from tightfit.runtime.federated.device import Device, take_part
+from tightfit.runtime.federated.device import Device
 from tightfit.runtime.federated.fleet_api import (
     HEARTBEAT_SECONDS,
     Endpoint,
@@ -28,7 +28,8 @@ from tightfit.runtime.federated.fleet_api import (
     UnreachableError,
     private_key,
 )
-from tightfit.runtime.federated.messages import ANSWER, ORDER, Answer, Order
+from tightfit.runtime.federated.messages import ANSWER, ORDER, Answer
+from tightfit.runtime.federated.split_device import device_of, order_of, part_of
 
 POLL_SECONDS = 2.0
 AGAIN_SECONDS, LONGEST_SECONDS = 1.0, 30.0
@@ -85,7 +86,7 @@ class Node:
 
     def _carry_out(self, incoming: Incoming) -> None:
         try:
-            order = Order.of(incoming.words(ORDER))
+            order = order_of(self.device, incoming.words(ORDER))
         except (KeyError, ValueError, TypeError) as error:
             incoming.confirm()
             refused = Answer(round=0, member=self.device.member, error=f"no order that is known here ({error!r})")
@@ -93,7 +94,7 @@ class Node:
             return
         _say(f"{self.device.member}: round {order.round}, {order.steps_of(self.device.member)} steps")
         until = time.monotonic() + order.seconds
-        answer, trained = take_part(self.device, order, incoming.adapter)
+        answer, trained = part_of(self.device, order, incoming.adapter)
         _say(f"{self.device.member}: {answer.error or f'loss {answer.loss:.4f}, {answer.seconds:.1f} s'}")
         while True:
             try:
@@ -132,7 +133,7 @@ def main(arguments: list[str]) -> int:
     try:
         endpoint = Endpoint.of(options.superlink, tls=not options.insecure, root_certificates=options.root_certificates)
         key = private_key(options.private_key) if options.private_key else None
-        Node(Device.read(options.device), FleetApi(endpoint, key)).serve()
+        Node(device_of(options.device), FleetApi(endpoint, key)).serve()
     except TightfitError as error:
         sys.stderr.write(f"tightfit: {error}\n")
         return error.exit_code

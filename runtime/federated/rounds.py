@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
-from tightfit.planner.fleet.federated_schema import FederatedPlan
+from tightfit.planner.fleet.federated_schema import FederatedMember, FederatedPlan
+from tightfit.planner.fleet.split_schema import SplitMember, SplitPlan
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY, adapter_config
@@ -89,7 +90,7 @@ class Network(Protocol):
 
 
 @dataclass
-class _Gathering:
+class Gathering:
     """A round while its answers come."""
 
     waiting: dict[str, int] = field(default_factory=dict)
@@ -109,7 +110,7 @@ class Rounds:
 
     def __init__(
         self,
-        fleet: FederatedPlan,
+        fleet: FederatedPlan | SplitPlan,
         plans: Mapping[str, Plan],
         options: RoundOptions,
         network: Network,
@@ -122,7 +123,7 @@ class Rounds:
         self.fleet, self.options, self.network = fleet, options, network
         self.say, self.clock, self.sleep = say, clock, sleep
         self.folder = RoundsFolder(options.out)
-        self.members = {member.name: member for member in fleet.taking}
+        self.members: dict[str, FederatedMember | SplitMember] = {member.name: member for member in fleet.taking}
         self.largest = max(self.members.values(), key=lambda member: member.rank)
         plan = plans[self.largest.name]
         self.shapes = aggregate.shapes_of(plan)
@@ -130,7 +131,8 @@ class Rounds:
         body = plan.model.config.get("adapter_body", BODY)
         names = [tensor.name for tensor in plan.tensors if tensor.kind == "trainable"]
         assert plan.model.lora is not None
-        self.config = adapter_config(plan.model.lora, names, plan.model.source, body)
+        base = plan.model.config.get("adapter_base", plan.model.source)
+        self.config = adapter_config(plan.model.lora, names, base, body)
         self.conditions = {
             "model": fleet.model,
             "weights": plan.model.store_fingerprint,
@@ -211,9 +213,9 @@ class Rounds:
         )
         return saved
 
-    def _gathered(self, number: int, adapter: bytes) -> _Gathering:
+    def _gathered(self, number: int, adapter: bytes) -> Gathering:
         """The answers of a round, at least `least` of them."""
-        one = _Gathering()
+        one = Gathering()
         began = self.clock()
         until = began + self.timeout
         while True:
@@ -235,7 +237,7 @@ class Rounds:
                 until = now + self.timeout
             self.sleep(POLL_SECONDS)
 
-    def _ask(self, one: _Gathering, number: int, adapter: bytes, seconds: float) -> None:
+    def _ask(self, one: Gathering, number: int, adapter: bytes, seconds: float) -> None:
         """Send the round's order to each node that has none."""
         busy = set(one.waiting.values())
         for node in sorted(self.network.nodes()):
@@ -253,7 +255,7 @@ class Rounds:
             )
             one.waiting[self.network.send(node, order, adapter)] = node
 
-    def _take(self, one: _Gathering, reply: Reply, number: int) -> None:
+    def _take(self, one: Gathering, reply: Reply, number: int) -> None:
         node = one.waiting.pop(reply.message)
         answer = reply.answer
         if answer is None:

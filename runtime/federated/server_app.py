@@ -17,13 +17,16 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from tightfit.planner.fleet.io import load_federated, load_member_plan
+from tightfit.planner.fleet.federated_schema import FederatedPlan
+from tightfit.planner.fleet.io import load_member_plan, load_rounds, load_server_plan
+from tightfit.planner.fleet.split_schema import SplitPlan
 from tightfit.runtime.common.errors import RunError, TightfitError
 from tightfit.runtime.common.files import write_whole
 from tightfit.runtime.federated.flower_records import packed, unpacked
 from tightfit.runtime.federated.messages import ANSWER, ORDER, Answer, Order
 from tightfit.runtime.federated.rounds import Reply, RoundOptions, Rounds
 from tightfit.runtime.federated.rounds_folder import FAILED, PID, REPORT, RoundsFolder
+from tightfit.runtime.federated.split_rounds import SplitOptions, SplitRounds
 
 LATE_SECONDS = 60.0
 """after a round's time is up: until a message is forgotten; and for what an earlier server has left, until it has ended"""
@@ -60,14 +63,14 @@ class GridNetwork:
 
 
 def main(grid: Grid, context: Context) -> None:
-    options = RoundOptions.of(json.loads(Path(str(context.run_config["settings"])).read_text()))
+    settings = json.loads(Path(str(context.run_config["settings"])).read_text())
+    options = (SplitOptions if "meet" in settings else RoundOptions).of(settings)
     folder = RoundsFolder(options.out)
     write_whole(folder.out / PID, f"{os.getpid()}\n")
     try:
         _alone(folder.out / "flower")
-        fleet = load_federated(options.fleet)
-        plans = {member.name: load_member_plan(options.fleet, fleet, member.name) for member in fleet.taking}
-        saved = Rounds(fleet, plans, options, GridNetwork(grid), say=_say).run()
+        fleet = load_rounds(options.fleet)
+        saved = _rounds(fleet, options, GridNetwork(grid)).run()
     except Exception as error:
         if not isinstance(error, TightfitError):
             traceback.print_exc()
@@ -82,6 +85,16 @@ def main(grid: Grid, context: Context) -> None:
         "round": saved.number,
     }
     write_whole(folder.out / REPORT, json.dumps(report, indent=1) + "\n")
+
+
+def _rounds(fleet: FederatedPlan | SplitPlan, options: RoundOptions, network: GridNetwork) -> Rounds:
+    folder = options.fleet
+    plans = {member.name: load_member_plan(folder, fleet, member.name) for member in fleet.taking}
+    if isinstance(fleet, FederatedPlan):
+        return Rounds(fleet, plans, options, network, say=_say)
+    assert isinstance(options, SplitOptions)
+    above = {member.name: load_server_plan(folder, fleet, member.name) for member in fleet.taking}
+    return SplitRounds(fleet, plans, above, options, network, say=_say)
 
 
 def _alone(directory: Path) -> None:

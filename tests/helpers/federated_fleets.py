@@ -6,12 +6,13 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from tiny_plans import decoder_profile
+from tiny_plans import CONFIG, decoder_profile
 
 from tightfit.planner.fleet.federated import plan_federated
-from tightfit.planner.fleet.io import save_fleet
+from tightfit.planner.fleet.io import save_fleet, save_split
 from tightfit.planner.fleet.plan import MemberSpec
 from tightfit.planner.fleet.schema import Link
+from tightfit.planner.fleet.split_federated import plan_split
 
 BUDGET = 400 << 20
 LINK = Link(up_bytes_per_second=1e7, down_bytes_per_second=1e7, latency_seconds=1e-3)
@@ -53,3 +54,19 @@ def tiny_fleet(folder: Path, *, steps=6, ranks=(4, 4), speeds=(1e-3, 1e-3), name
     fleet, plans = plan_federated(members, steps, time_limit=10.0, prices=False, **options)
     save_fleet(fleet, plans, folder / "fleet")
     return fleet, plans
+
+
+def tiny_split_fleet(folder: Path, *, steps=4, speeds=(1e-5, 1e-3), server=1e-4, layers=3, names="abcdefgh", **options):
+    """A split federated plan saved in `folder`/fleet, the plans of its devices and the server's, and the whole model's
+    profile. `speeds`: seconds of an operator on each device; `server`: on the server.
+    """
+    traced = decoder_profile(folder / "store", config={**CONFIG, "num_hidden_layers": layers})
+    profile = traced.model_copy(update={"device": traced.device.model_copy(update={"threads": 1})})
+
+    def spec(name, seconds):
+        return MemberSpec(name=name, profile=timed(profile, seconds), budget_bytes=BUDGET, link=LINK)
+
+    members = [spec(name, seconds) for name, seconds in zip(names, speeds)]
+    fleet, plans, server_plans = plan_split(spec("server", server), members, steps, time_limit=20.0, **options)
+    save_split(fleet, plans, server_plans, folder / "fleet")
+    return fleet, plans, server_plans, profile

@@ -1,0 +1,269 @@
+"""Split federated rounds end to end: a server and devices on loopback, against devices that hold all layers.
+
+One test plays the network, so that it needs no Flower; runs of both sides are real in all of them.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from federated_fleets import needs_flower, tiny_split_fleet
+from safetensors.numpy import load as load_tensors
+
+from tightfit.planner.fleet.io import load_member_plan, load_server_plan
+from tightfit.planner.io import save_plan
+from tightfit.planner.plan import planner_of
+from tightfit.profiles.schema import adamw
+from tightfit.runtime.common import interpreter
+from tightfit.runtime.data.tokenization import prepare
+from tightfit.runtime.federated import aggregate
+from tightfit.runtime.federated.device import Device, take_part
+from tightfit.runtime.federated.messages import Order
+from tightfit.runtime.federated.rounds import Reply
+from tightfit.runtime.federated.server import free_port
+from tightfit.runtime.federated.split_device import part_of
+from tightfit.runtime.federated.split_rounds import SplitOptions, SplitRounds
+from tightfit.runtime.federated.split_stage import prepared_device
+
+pytestmark = pytest.mark.slow
+LIMIT = 240.0
+RATE = 1e-2
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    """Two devices that hold different numbers of layers."""
+    folder = tmp_path_factory.mktemp("split")
+    planned, _, _, profile = tiny_split_fleet(folder, start_seconds=1.0)
+    assert {member.name: (member.layers, member.steps) for member in planned.members} == {"a": (3, 2), "b": (2, 2)}
+    return folder / "fleet", planned, profile
+
+
+@pytest.fixture(scope="module")
+def data(fleet, tmp_path_factory):
+    """A record file for each device, in a folder."""
+    profile = fleet[2]
+    folder = tmp_path_factory.mktemp("data")
+    for seed, name in enumerate("ab"):
+        shape = {"seq": profile.seq, "vocab_size": profile.model.config["vocab_size"]}
+        prepare("random", None, folder / name, seed=seed, **shape).path.rename(folder / f"{name}.records")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(fleet, data, tmp_path_factory):
+    """The adapter after two rounds in which every device holds all layers, by running each and averaging."""
+    _, planned, profile = fleet
+    work = tmp_path_factory.mktemp("expected")
+    plan = planner_of(profile.model_copy(update={"optimizer": adamw(1)})).plan(400 << 20)
+    save_plan(plan, work / "whole.json")
+    current = aggregate.started(aggregate.shapes_of(plan), 0)
+    steps = json.dumps({member.name: member.steps for member in planned.members})
+    for number in (1, 2):
+        order = Order(round=number, steps=steps, lr=RATE, weight_decay=0.0, seed=number, seconds=LIMIT)
+        parts = []
+        for member in planned.taking:
+            device = Device(
+                member=member.name,
+                plan=str(work / "whole.json"),
+                rank=4,
+                data=str(data / f"{member.name}.records"),
+                work=str(work / member.name),
+                cgroup=False,
+            )
+            answer, trained = take_part(device, order, lambda current=current: aggregate.closed(current))
+            assert not answer.error
+            parts.append(aggregate.Part(tensors=load_tensors(trained), tokens=answer.tokens))
+        current = aggregate.averaged(parts, current)
+    return aggregate.closed(current)
+
+
+class Threads:
+    """The devices as the server reaches them: each carries its orders out in a thread."""
+
+    def __init__(self, devices):
+        self.devices = devices
+        self.pool = ThreadPoolExecutor(len(devices))
+        self.under_way = {}
+
+    def nodes(self):
+        return set(range(len(self.devices)))
+
+    def send(self, node, order, adapter):
+        key = f"m{len(self.under_way)}"
+        self.under_way[key] = self.pool.submit(part_of, self.devices[node], order, lambda: adapter)
+        return key
+
+    def replies(self, messages):
+        done = [(key, self.under_way[key].result()) for key in messages if self.under_way[key].done()]
+        return [Reply(message=key, answer=answer, adapter=trained) for key, (answer, trained) in done]
+
+
+def test_rounds_are_those_of_devices_that_hold_all_layers(fleet, data, expected, tmp_path):
+    folder, planned, _ = fleet
+    plans, above = (
+        {member.name: load(folder, planned, member.name) for member in planned.taking}
+        for load in (load_member_plan, load_server_plan)
+    )
+    devices = []
+    for name, plan in plans.items():
+        work = str(tmp_path / f"work-{name}")
+        path = str(folder / f"{name}.plan.json")
+        device = Device(member=name, plan=path, rank=4, data=str(data / f"{name}.records"), work=work, cgroup=False)
+        devices.append(prepared_device(device, plan, str(folder), "127.0.0.1"))
+    options = SplitOptions(
+        rounds=2, fleet=str(folder), out=str(tmp_path / "out"), least=2, lr=RATE, port=0, cgroup=False, timeout=LIMIT
+    )
+    saved = SplitRounds(planned, plans, above, options, Threads(devices)).run()
+    assert saved.adapter == expected
+    assert saved.record["left_out"] == {}
+    for member in planned.taking:
+        one = saved.record["members"][member.name]
+        assert one["peak_bytes"] <= member.peak_bytes - member.flower_bytes
+        assert one["server_peak_bytes"] <= member.server_peak_bytes
+
+
+class Running:
+    """A process of `tightfit fleet federate`, and where it writes what it says."""
+
+    def __init__(self, log: Path, words):
+        self.log = log
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                interpreter.command("tightfit.runtime.cli.main", "fleet", "federate", *map(str, words)),
+                env=os.environ | {"PYTHONPATH": interpreter.python_path()},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def said(self):
+        return self.log.read_text(errors="replace")
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def start(tmp_path):
+    running = []
+
+    def started(name, *words):
+        running.append(Running(tmp_path / f"{name}-{len(running)}.log", words))
+        return running[-1]
+
+    yield started
+    for one in running:
+        if one.process.poll() is None:
+            one.process.terminate()
+    for one in running:
+        one.process.wait(60)
+
+
+def until(done, *running):
+    limit = time.monotonic() + LIMIT
+    while not done():
+        assert time.monotonic() < limit, "\n".join(one.said()[-2000:] for one in running)
+        time.sleep(0.2)
+
+
+def ended(server, *devices):
+    until(lambda: server.process.poll() is not None, server, *devices)
+    assert server.process.returncode == 0, server.said()[-3000:]
+
+
+def lines(out):
+    path = out / "rounds.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@needs_flower
+def test_the_adapter_is_that_of_devices_that_hold_all_layers(fleet, data, expected, start, tmp_path):
+    out = tmp_path / "out"
+    server = start(
+        *("server", "run", fleet[0], "--rounds", 2, "-o", out, "--lr", RATE, "--min", 2, "--no-cgroup", "--json"),
+        *("--data", f"{data}/{{member}}.records"),
+    )
+    ended(server)
+    assert (out / "adapter" / WEIGHTS).read_bytes() == expected
+    report = json.loads((out / "report.json").read_text())
+    assert json.loads(server.said().splitlines()[-1]) == report
+    for number, line in enumerate(report["rounds"], 1):
+        assert line["round"] == number
+        assert line["left_out"] == {}
+        assert line["tokens"] == 4 * 2 * 24
+        for member in fleet[1].taking:
+            one = line["members"][member.name]
+            assert one["steps"] == 2
+            assert 60 << 20 < one["peak_bytes"] < 400 << 20
+            assert 60 << 20 < one["server_peak_bytes"] < 400 << 20
+            assert 0 < one["server_seconds"] < LIMIT
+    # The server has labels, and no prompts.
+    labels = (out / "labels" / "a.records").read_bytes()
+    assert labels != (data / "a.records").read_bytes()
+    assert len(labels) == (data / "a.records").stat().st_size
+
+
+@pytest.fixture
+def apart(fleet, data, start, tmp_path):
+    """A server, and devices that join."""
+    port, meet = free_port(), free_port()
+
+    def serve(*words):
+        trust = ["--port", port, "--insecure", "--meet", f"127.0.0.1:{meet}"]
+        options = ["--rounds", 2, "-o", tmp_path / "out", "--lr", RATE, "--no-cgroup"]
+        return start("server", "run", fleet[0], *options, *trust, *words)
+
+    def join(name):
+        options = [
+            "--member",
+            name,
+            "--superlink",
+            f"127.0.0.1:{port}",
+            "--data",
+            data / f"{name}.records",
+            "--insecure",
+        ]
+        return start(name, "join", fleet[0], *options, "-o", tmp_path / f"work-{name}", "--no-cgroup")
+
+    return serve, join
+
+
+@needs_flower
+def test_a_device_that_is_killed_while_it_is_served_is_left_out_and_comes_back(apart, expected, tmp_path):
+    serve, join = apart
+    server, one, other = serve("--min", 2), join("a"), join("b")
+    training = tmp_path / "work-b" / "run" / "metrics.jsonl"
+    until(training.exists, server, one, other)
+    other.kill()
+    again = join("b")
+    ended(server, one, again)
+    assert (tmp_path / "out" / "adapter" / WEIGHTS).read_bytes() == expected
+
+
+@needs_flower
+def test_without_a_device_rounds_go_on(apart, tmp_path):
+    serve, join = apart
+    server, one = serve("--min", 1, "--grace", 6), join("a")
+    ended(server, one)
+    assert [list(line["members"]) for line in lines(tmp_path / "out")] == [["a"], ["a"]]
+    assert lines(tmp_path / "out")[0]["left_out"] == {"b": "it did not answer"}
+
+
+@needs_flower
+def test_a_server_that_is_killed_goes_on(apart, expected, tmp_path):
+    serve, join = apart
+    server, one, other = serve("--min", 2), join("a"), join("b")
+    until(lambda: len(lines(tmp_path / "out")) == 1, server, one, other)
+    server.kill()
+    again = serve("--min", 2, "--resume")
+    ended(again, one, other)
+    assert (tmp_path / "out" / "adapter" / WEIGHTS).read_bytes() == expected
+    assert [line["round"] for line in lines(tmp_path / "out")] == [1, 2]
