@@ -9,8 +9,9 @@ from dataclasses import replace
 from functools import cached_property
 
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
-from tightfit.planner.plan_result import answered, drafted, drafted_phase, too_small
+from tightfit.planner.plan_result import answered, drafted, drafted_phase, sealed, too_small
 from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.problem.device_forward import device_forward
 from tightfit.planner.problem.gradients import without_resting_states
 from tightfit.planner.problem.layer_types import Layered
 from tightfit.planner.schedule.lowering import Entry, instructions, kinds
@@ -32,7 +33,7 @@ from tightfit.planner.simulation.simulate import simulate
 from tightfit.planner.solve.minimum_budget import lowered
 from tightfit.planner.solve.policies import POLICIES, policy_parts
 from tightfit.planner.solve.search import SearchResult, Solver, share_of
-from tightfit.profiles.schema import Profile
+from tightfit.profiles.schema import MOBILLM, Profile
 from tightfit.runtime.common.gc_pause import paused_collector
 
 
@@ -40,7 +41,7 @@ class ModelPlanner:
     """Plans one model's step at any number of budgets; later searches reuse what earlier ones found and proved."""
 
     def __init__(self, profile: Profile, options: SearchOptions = ALL) -> None:
-        self.profile = profile
+        self.profile, self.options = profile, options
         self.problem: Layered = layered(profile)
         self.solver = Solver(self.problem, options)
         self._minimum: dict[str, tuple[Schedule, bool]] = {}
@@ -61,6 +62,10 @@ class ModelPlanner:
         progress: Progress | None = None,
     ) -> Plan:
         """As `tightfit.planner.plan.plan`, reusing what was found at earlier budgets."""
+        if policy == MOBILLM:
+            made = self._device.plan(budget_bytes, time_limit=time_limit, gap=gap, progress=progress)
+            self.interrupted = self._device.interrupted
+            return self._served(made)
         budget_bytes, time_limit, gap = checked_budget(budget_bytes), checked_limit(time_limit), checked_gap(gap)
         started = time.monotonic()
         deadline = started + time_limit - finish_seconds(len(self.problem.graph.steps), time_limit)
@@ -89,6 +94,15 @@ class ModelPlanner:
         The plan's own bound may be weaker: with segments, which are outside the class, it is the one for any schedule.
         """
         return max(solved.bound_seconds, self.solver.proven.get(solved.budget_bytes, 0.0))
+
+    @cached_property
+    def _device(self) -> ModelPlanner:
+        """The planner of the step of the policy `MOBILLM`, for which the solver decides as for any step."""
+        return ModelPlanner(device_forward(self.profile), self.options)
+
+    def _served(self, made: Plan) -> Plan:
+        """A plan of `_device` as one of this profile."""
+        return sealed(made.model_copy(update={"policy": MOBILLM, "profile_fingerprint": self.profile.fingerprint}))
 
     def _follow(self, budget_bytes: int, policy: str, bound: float, deadline: float) -> SearchResult:
         schedule = self._carried_out(policy, budget_bytes, deadline)
@@ -141,6 +155,8 @@ class ModelPlanner:
 
     def smallest_plan(self, *, policy: str | None = None, time_limit: float = 30.0) -> Plan:
         """The plan at the smallest budget found, with its bounds."""
+        if policy == MOBILLM:
+            return self._served(self._device.smallest_plan(time_limit=time_limit))
         time_limit = checked_limit(time_limit)
         started = time.monotonic()
         least, timely = self._least(policy or "solver", started + time_limit)
@@ -172,6 +188,8 @@ class ModelPlanner:
         """The schedule with the lowest peak that `plan` can find. Unless time ran out, it finds
         none for one byte less.
         """
+        if policy == MOBILLM:
+            return self._device.minimum(time_limit=time_limit)
         return self._least(policy or "solver", time.monotonic() + checked_limit(time_limit))[0]
 
     def _least(self, policy: str, deadline: float) -> tuple[Schedule, bool]:

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator, WithJsonSchema
 
 from tightfit.planner.instructions import Instruction, read_all, write_all
-from tightfit.profiles.schema import Device, Layer, Model, Optimizer, Program, Tensor
+from tightfit.profiles.schema import MOBILLM, Device, Layer, Model, Optimizer, Program, Tensor
 
 PLAN_VERSION = 6
 MEZO = "mezo"
@@ -166,4 +166,5 @@ class Plan(Record):
         """Whether steps follow the exact gradient, so that every such plan of a profile gives the same results to the
         bit.
         """
-        return self.optimizer.get("name") != MEZO and not any(phase.skipped for phase in self.steps)
+        other = self.optimizer.get("name") in {MEZO, MOBILLM}
+        return not other and not any(phase.skipped for phase in self.steps)

@@ -249,7 +249,7 @@ def _leave_out(profile: Profile, skipped: set[str]) -> PartialStep:
 def _without_backward(profile: Profile, layers: Collection[str], forward: Callable[[Program], Program]) -> Profile:
     """The profile with the backward operators of `layers` removed, and with the trainables that only they use at rest.
 
-    `forward` makes the layers' new programs of their old ones. Raises InputError as `_resting`.
+    `forward` makes the layers' new programs of their old ones. Raises InputError as `resting`.
     """
     programs = {program.name: program for program in profile.programs}
     stripped: dict[str, Program] = {}
@@ -263,11 +263,11 @@ def _without_backward(profile: Profile, layers: Collection[str], forward: Callab
         values = {value.name for value in program.values}
         bindings = {value: name for value, name in layer.bindings.items() if value in values}
         bound.append(layer.model_copy(update={"program": program.name, "bindings": bindings}))
-    resting = _resting(profile, layers)
+    at_rest = resting(profile, layers)
     states = state_count(profile.optimizer)
     tensors: list[Tensor] = []
     for tensor in profile.tensors:
-        if tensor.name not in resting:
+        if tensor.name not in at_rest:
             tensors.append(tensor)
             continue
         still = tensor.model_copy(update={"kind": "constant"})
@@ -287,7 +287,7 @@ def _forward(program: Program) -> Program:
     return Program(name=f"{program.name} forward", values=values, operators=operators)
 
 
-def _resting(profile: Profile, layers: Collection[str]) -> set[str]:
+def resting(profile: Profile, layers: Collection[str]) -> set[str]:
     """Trainables that layers of `layers` alone use. Raises InputError for one that others use as well."""
     users: dict[str, list[str]] = {tensor.name: [] for tensor in profile.tensors if tensor.kind == "trainable"}
     for layer in profile.layers:

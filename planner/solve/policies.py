@@ -2,7 +2,8 @@
 
 They differ from the solver's plans in the decisions only; lowering, prefetching, arena and simulation are the same. Those
 in `POLICIES` follow the exact gradient, as the solver's plans do, and give the same results to the bit. Those in
-`APPROXIMATE` follow another one, take another time for it, and learn differently.
+`APPROXIMATE` follow another one, take another time for it, and learn differently. `MOBILLM` trains a side network on a
+server instead: its step is the forward that a device computes for it, and the solver decides about that forward.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.problem.device_forward import check_side
 from tightfit.planner.problem.gradients import PartialStep, cycle, refuse_accumulation, two_forwards
 from tightfit.planner.problem.layer_types import Layered, LayerType, Mode
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
 from tightfit.planner.schedule.multi_layer_recompute import Segments, sqrt_segments
 from tightfit.planner.schedule.realize import Part
-from tightfit.profiles.schema import Profile
+from tightfit.profiles.schema import MOBILLM, Profile
 from tightfit.runtime.common.errors import InputError
 
 
@@ -85,17 +87,23 @@ APPROXIMATE: dict[str, Callable[[Profile], tuple[PartialStep, ...]]] = {
 
 
 def approximate_of(profile: Profile) -> tuple[str, ...]:
-    """Names of the rules in `APPROXIMATE` that can be planned for a profile; they move trained tensors after every step."""
+    """Names of the rules whose results are not those of the exact gradient and that can be planned for a profile: those in
+    `APPROXIMATE`, which move trained tensors after every step, and `MOBILLM`.
+    """
     refused = refused_of(profile)
-    return () if profile.model.kind == "graph" else tuple(policy for policy in APPROXIMATE if policy not in refused)
+    names = (*APPROXIMATE, MOBILLM)
+    return () if profile.model.kind == "graph" else tuple(policy for policy in names if policy not in refused)
 
 
 def refused_of(profile: Profile) -> dict[str, str]:
-    """Rules in `APPROXIMATE` that cannot, and why."""
+    """Rules of `approximate_of` that cannot, and why."""
     found = {}
-    for policy in APPROXIMATE:
+    for policy in (*APPROXIMATE, MOBILLM):
         try:
-            refuse_accumulation(profile, policy)
+            if policy == MOBILLM:
+                check_side(profile)
+            else:
+                refuse_accumulation(profile, policy)
         except InputError as error:
             found[policy] = str(error)
     return found
@@ -110,7 +118,7 @@ def policy_parts(problem: Layered, policy: str) -> tuple[Part, ...]:
         return tuple(_part(step) for step in APPROXIMATE[policy](problem.profile))
     if policy not in POLICIES:
         raise InputError(
-            f"no policy is called {policy!r}; choose one of solver, {', '.join([*POLICIES, *APPROXIMATE])}"
+            f"no policy is called {policy!r}; choose one of solver, {', '.join([*POLICIES, *APPROXIMATE, MOBILLM])}"
         )
     return (rule_part(problem, policy),)
 

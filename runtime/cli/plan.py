@@ -36,7 +36,7 @@ def plan(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="A fixed rule instead of the solver: keep-all, checkpoint-layers, checkpoint-sqrt, mebp or mesp; mezo or lcsb, whose gradient is not the exact one; for a bare graph one of the first three."
+            help="A fixed rule instead of the solver: keep-all, checkpoint-layers, checkpoint-sqrt, mebp or mesp; mezo or lcsb, whose gradient is not the exact one; mobillm, the part of a device whose side network a server trains; for a bare graph one of the first three."
         ),
     ] = None,
     time_limit: TimeLimit = 30.0,

@@ -2,8 +2,8 @@
 
 SmolLM2-135M, and Gemma-3-270M where its package is installed, on the running English of 300 news texts, at one cap for all
 methods: backpropagation as the solver plans it, the cyclic `lcsb`, and `mezo` with its learning rate tuned on a validation
-split. Loss and next-token accuracy on held-out texts come from transformers + peft with the adapters that the runs leave, so
-that nothing judges itself. Then the cosine of MeZO's estimates to the exact gradient of the same batch. Prints a table for each
+split, and `mobillm`, whose device has the cap and whose server trains a side network. Loss and next-token accuracy on held-out texts come from transformers + peft with the adapters that the runs leave, so
+that nothing judges itself; for `mobillm` the side network is written down again beside transformers' model. Then the cosine of MeZO's estimates to the exact gradient of the same batch. Prints a table for each
 model, writes ``convergence.json`` and ``convergence.png`` into a folder for each.
 
 What is already in the output folder with the same settings is not made again, and a run that was cut goes on.
@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(Path(__file__).p
 import tables
 from gemma_package import PACKAGE, gemma_file
 from reference import peft_model, peft_name
+from side_runs import SideJudge, judged_pair, planned_pair, trained_pair
 
 from examples.reviews import MODEL_FILE, MODEL_PACKAGE, extract, write_lines
 from tightfit.planner.io import load_plan, save_plan
@@ -72,6 +73,7 @@ def main(
     batch: Annotated[int, typer.Option(help="Samples per step.")] = 4,
     seq: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
     lr: Annotated[float, typer.Option(help="Learning rate of AdamW, for both that have a backward.")] = 5e-4,
+    side_lr: Annotated[float, typer.Option(help="Learning rate of AdamW for mobillm's side network.")] = 1e-3,
     rates: Annotated[str, typer.Option(help="Learning rates tried for mezo.")] = "3e-5,1e-4,3e-4,1e-3",
     tuning: Annotated[int, typer.Option(help="Steps of mezo for each of them.")] = 100,
     samples: Annotated[int, typer.Option(help="Held-out samples that are judged.")] = 48,
@@ -101,6 +103,15 @@ def main(
             ran = trained(plan, splits["train"], folder / method, steps=count, lr=rate, every=max(1, count // 5))
             told["methods"][method] = judged(plan, ran, judge, splits["held_out"], rate)
             write(told, folder)
+        pair = planned_pair(made, str(source), cap, folder / "plans" / "mobillm")
+        count = max(1, min(steps, int(minutes * 60 / pair.makespan_seconds)))
+        every = max(1, count // 5)
+        options: dict[str, Any] = {"steps": count, "lr": side_lr, "every": every}
+        ran = trained_pair(pair, folder / "plans" / "mobillm", splits["train"], folder / "mobillm", **options)
+        start = judge.once(None, splits["held_out"])
+        beside = SideJudge(judge.base, pair, judge.held(splits["held_out"]), samples)
+        told["methods"]["mobillm"] = judged_pair(pair, ran, beside, start, side_lr)
+        write(told, folder)
         show(told, report)
         draw(told, folder / "convergence.png")
     if write_page:
@@ -231,11 +242,7 @@ class Judge:
         """Of an adapter by trainable name, over the first samples of a split."""
         for name, parameter in self.trained.items():
             parameter.data.copy_(adapter[name])
-        if data not in self.records:
-            vocabulary = vocabulary_of(self.made.model.source)
-            options: dict[str, Any] = {"seq": self.made.seq, "vocab_size": self.made.model.config["vocab_size"]}
-            self.records[data] = prepare(str(data), vocabulary, self.folder, too_long="truncate", **options)
-        records = self.records[data]
+        records = self.held(data)
         total, right, count = 0.0, 0, 0
         with torch.no_grad():
             for begin in range(0, min(self.samples, records.count), self.made.batch):
@@ -249,6 +256,22 @@ class Judge:
                 right += int((logits.argmax(1) == wanted).sum())
                 count += len(wanted)
         return {"loss": total / count, "accuracy": right / count}
+
+    def held(self, data: Path) -> RecordFile:
+        """The samples of a split."""
+        if data not in self.records:
+            vocabulary = vocabulary_of(self.made.model.source)
+            options: dict[str, Any] = {"seq": self.made.seq, "vocab_size": self.made.model.config["vocab_size"]}
+            self.records[data] = prepare(str(data), vocabulary, self.folder, too_long="truncate", **options)
+        return self.records[data]
+
+    @property
+    def base(self) -> torch.nn.Module:
+        """The model with an adapter that adds nothing."""
+        for name, parameter in self.trained.items():
+            parameter.data.copy_(self.start[name])
+        model: torch.nn.Module = self.model.base_model.model
+        return model
 
 
 def load_adapter(folder: Path) -> dict[str, Tensor]:
