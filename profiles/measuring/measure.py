@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from tightfit.profiles.measuring.cpu_quota import quota_cores, slowdown
 from tightfit.profiles.schema import Program, Tensor
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.interpreter import command
@@ -48,6 +49,7 @@ def measure(
     - `unpack`, `update`, `perturb`: {tensor: seconds}
     - `read`, `write`: fields of a `Channel`; `floor`: fields of a `Floor`
     - `busy_cores`: cores that other programs took meanwhile
+    - `quota_cores`: cores that a CPU quota allows, by which all seconds of the cores are lengthened; None without one
     - `compared`: what the `comparison` concluded, or why it was not made; None without one
 
     Tensors of equal shape and format are measured once. Needs memory for one layer's tensors, unpacked, or for the
@@ -76,6 +78,7 @@ def measure(
         "programs": [p.model_dump() for p in programs],
         "inference": [p.inference for p in programs],
         "weights": [list(key) for key in weights],
+        "tables": [[list(e.shape), e.format, e.group] for e in entries.values() if len(e.shape) == 2],
         "updates": list(updates),
         "compute_dtype": compute_dtype,
         "accumulate": accumulate,
@@ -94,6 +97,8 @@ def measure(
 
         found = _run(request, environment, progress, computed)
     found["compared"] = compared[0]
+    found["quota_cores"] = quota_cores()
+    _lengthen(found, slowdown(threads, found["quota_cores"]))
     found["unpack"] = {
         name: seconds for seconds, names in zip(found["unpack"], weights.values(), strict=True) for name in names
     }
@@ -102,6 +107,18 @@ def measure(
             name: seconds for seconds, names in zip(found[kind], updates.values(), strict=True) for name in names
         }
     return found
+
+
+def _lengthen(found: dict[str, Any], factor: float) -> None:
+    """Multiply all seconds of the cores that the worker has found; the disk's own are not the cores'."""
+    for figures in found["operators"].values():
+        for one in figures:
+            one[0] *= factor
+    for kind in ("unpack", "update", "perturb"):
+        found[kind] = [seconds * factor for seconds in found[kind]]
+    for way in ("read", "write"):
+        for name in ("compute_seconds_per_byte", "compute_seconds_per_transfer"):
+            found[way][name] = found[way].get(name, 0.0) * factor
 
 
 def _run(

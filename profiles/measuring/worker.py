@@ -18,12 +18,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.measuring.cpu_load import Others
+from tightfit.profiles.measuring.cpu_quota import Clock
 from tightfit.profiles.measuring.kernels import kernel_bytes
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import InputError, RunError, TightfitError
@@ -48,6 +49,36 @@ GATHERED_ROWS = 8192
 CONTENTS = ("normal", "probabilities")
 """Contents of floating-point tensors while operators are measured, tried in this order. Some operators, such as binary
 cross entropy, need values between 0 and 1: "probabilities"."""
+
+
+class Scratch:
+    """A folder for stores with tables of `GATHERED_ROWS` rows, so that gathering rows is timed including its reads."""
+
+    def __init__(self, folder: Path, tables: Iterable[Sequence[Any]] = ()) -> None:
+        """`tables` are (shape, format, group) of the model's matrices; a table of no such shape is in q4."""
+        self.folder = folder
+        self._formats = {tuple(shape): (kind, group) for shape, kind, group in tables}
+
+    def store(self, shapes: Mapping[str, Sequence[int]]) -> Path:
+        """Path of a new store with a table for each name, in the format of the model's matrix of that shape."""
+        import torch
+
+        from tightfit.profiles.weights.describe import packed_entry
+        from tightfit.profiles.weights.pack import StoreWriter
+        from tightfit.runtime.engine.weights.store import Entry
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"measure-{os.getpid()}.store"
+        entries = []
+        for name, shape in shapes.items():
+            kind, group = self._formats.get(tuple(shape), ("q4", 0))
+            rows = (GATHERED_ROWS, shape[1])
+            entry = Entry(name=name, shape=rows, format=kind, group=group) if group else packed_entry(name, rows, kind)
+            entries.append(entry)
+        with StoreWriter(path, entries, name="measure", config={}, source={}) as writer:
+            for entry in entries:
+                writer.write(entry.name, [torch.zeros(entry.rows, entry.row_bytes, dtype=torch.uint8)])
+        return path
 
 
 def say(**message: Any) -> None:
@@ -103,7 +134,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         say(stage="measure", done=done, total=total)
 
     guard, contents = OutputGuard(), {}
-    scratch = Path(request["scratch"])
+    scratch = Scratch(Path(request["scratch"]), request["tables"])
     for program in programs:
         contents[program["name"]] = watch(program, guard, scratch)
         gc.collect()
@@ -160,7 +191,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         step()
         result["perturb"].append(measure_perturb(elements))
         step()
-    result |= measure_channels(scratch, request["compute_dtype"])
+    result |= measure_channels(scratch.folder, request["compute_dtype"])
     step()
     return result | {"busy_cores": others.taken(request["threads"])}
 
@@ -212,7 +243,7 @@ def _likeness(program: dict[str, Any], operator: dict[str, Any]) -> str:
     return json.dumps([operator["target"], shapes])
 
 
-def watch(program: dict[str, Any], guard: OutputGuard, scratch: Path) -> str:
+def watch(program: dict[str, Any], guard: OutputGuard, scratch: Scratch) -> str:
     """Set `copied` on the operators of a program, for those that have to be run by their functional form.
 
     Returns the first of `CONTENTS` with which all operators run. Raises InputError if they run with none of them.
@@ -235,7 +266,7 @@ def watch(program: dict[str, Any], guard: OutputGuard, scratch: Path) -> str:
 
 
 @contextlib.contextmanager
-def _filled(program: dict[str, Any], scratch: Path, contents: str) -> Iterator[tuple[dict[str, Any], Any]]:
+def _filled(program: dict[str, Any], scratch: Scratch, contents: str) -> Iterator[tuple[dict[str, Any], Any]]:
     """Yields (tensors of a program by name, a temporary store with the tables that operators gather rows from, or
     None).
     """
@@ -247,7 +278,7 @@ def _filled(program: dict[str, Any], scratch: Path, contents: str) -> Iterator[t
     if not gathered:
         yield tensors, None
         return
-    path = _scratch_store(scratch, {name: values[name] for name in gathered})
+    path = scratch.store({name: values[name]["shape"] for name in gathered})
     store = Store.open(path)
     path.unlink()
     try:
@@ -256,7 +287,7 @@ def _filled(program: dict[str, Any], scratch: Path, contents: str) -> Iterator[t
         store.close()
 
 
-def measure_program(program: dict[str, Any], scratch: Path, contents: str = "normal") -> list[list[float]]:
+def measure_program(program: dict[str, Any], scratch: Scratch, contents: str = "normal") -> list[list[float]]:
     """[seconds, workspace bytes] per operator. All operators run in order, round after round, as in a step."""
     if not program["operators"]:
         return []
@@ -274,12 +305,13 @@ def _measure_program(program: dict[str, Any], tensors: dict[str, Any], store: An
         outputs = [None if name is None else tensors[name] for name in operator["outputs"]]
         calls.append(partial(compile_operator(operator, values, KERNELS).run, tensors, outputs, store))
     times: list[list[float]] = [[] for _ in calls]
+    clock = Clock(torch_threads())
     started = time.perf_counter()
     for turn in range(ROUNDS[1]):
         for call, taken in zip(calls, times, strict=True):
-            begin = time.perf_counter()
+            begin = clock()
             call()
-            taken.append(time.perf_counter() - begin)
+            taken.append(clock() - begin)
         if turn >= ROUNDS[0] and time.perf_counter() - started > PROGRAM_SECONDS:
             break
     workspaces = [_workspace(call) for call in calls]
@@ -332,24 +364,6 @@ def _make_tensors(
             shared.setdefault(key, []).append(tensor)
         tensors[name] = tensor
     return tensors
-
-
-def _scratch_store(folder: Path, tables: dict[str, dict[str, Any]]) -> Path:
-    """Write a store with tables of `GATHERED_ROWS` rows, so that gathering rows is timed including its reads; returns
-    its path.
-    """
-    import torch
-
-    from tightfit.profiles.weights.describe import packed_entry
-    from tightfit.profiles.weights.pack import StoreWriter
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"measure-{os.getpid()}.store"
-    entries = [packed_entry(name, (GATHERED_ROWS, table["shape"][1]), "q4") for name, table in tables.items()]
-    with StoreWriter(path, entries, name="measure", config={}, source={}) as writer:
-        for entry in entries:
-            writer.write(entry.name, [torch.zeros(entry.rows, entry.row_bytes, dtype=torch.uint8)])
-    return path
 
 
 def _workspace(call: Callable[[], None]) -> int:
@@ -415,14 +429,21 @@ def measure_perturb(elements: int) -> float:
     return _median(lambda turn: perturbation.shift("p", parameter, 1))
 
 
+def torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
 def _median(call: Callable[[int], None], seconds: float = 0.2) -> float:
+    clock = Clock(torch_threads())
     times: list[float] = []
     started = time.perf_counter()
     turn = 0
     while turn < 5 or (turn < MOST_CALLS and time.perf_counter() - started < seconds):
-        begin = time.perf_counter()
+        begin = clock()
         call(turn)
-        times.append(time.perf_counter() - begin)
+        times.append(clock() - begin)
         turn += 1
     return statistics.median(times[1:])
 

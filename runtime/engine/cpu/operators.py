@@ -86,13 +86,21 @@ def lora_down(x: Tensor, a: Tensor, *, out: Sequence[Tensor]) -> None:
 
 
 def projection(
-    x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, b: Tensor, scale: float, *, out: Sequence[Tensor]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    *,
+    out: Sequence[Tensor],
 ) -> None:
     """y = x @ W.T (+ bias) + scale * low @ B.T. x [T, I], W [O, I], bias [O], low [T, R], B float32 [O, R]; out
-    [T, O].
+    [T, O]. Without a pair (`low` and `b` None) y is what a pair with B = 0 gives.
     """
     (y,) = out
-    multiply((x, weight.t(), 1.0), (low, b.t(), scale), out=y, addend=bias)
+    pair = () if low is None or b is None else ((low, b.t(), scale),)
+    multiply((x, weight.t(), 1.0), *pair, out=y, addend=bias)
 
 
 def lora_backward(dy: Tensor, x: Tensor, low: Tensor, b: Tensor, scale: float, *, out: Sequence[Tensor]) -> None:

@@ -15,6 +15,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+SENDING = 2
+"""buffers from which messages over one cut in one direction are sent: one on its way, one being filled"""
+RECEIVING_DOWN = 2
+"""buffers for gradients that arrive"""
+PAGE = 4096
+"""buffers are whole pages"""
 HEADER_BYTES = ALIGNMENT = 64
 BITS = (0, 4, 8)
 """0: the tensors as they are"""
@@ -51,6 +57,16 @@ def offsets(passing: Sequence[Passing], bits: int) -> tuple[list[int], int]:
         places.append(end)
         end += -(-one.wire_bytes(bits) // ALIGNMENT) * ALIGNMENT
     return places, end
+
+
+def ring(ahead_below: int) -> int:
+    """Buffers for activations that arrive from a member which runs `ahead_below` micro-batches ahead."""
+    return ahead_below + 1
+
+
+def paged(size: int) -> int:
+    """The bytes of the whole pages that hold `size` bytes."""
+    return -(-size // PAGE) * PAGE
 
 
 def put(tensor: Tensor, room: Tensor, bits: int) -> None:

@@ -42,6 +42,8 @@ class StagePart:
     ahead: int
     ahead_below: int
     bits: int
+    gathers: bool = True
+    """whether the first member saves what all have trained; else each its own part alone"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class Seat:
     """this member's place in it, from 0"""
     address: str
     port: int
-    """where the members meet: the first one listens there"""
+    """where the members meet: one of them listens there"""
     timeout: float
     """seconds to wait for the others to appear, and later for one message"""
     micro_batches: int
@@ -70,6 +72,8 @@ class Seat:
     """how often it has started the members again"""
     interface: str = ""
     """network device to use; "": the one that leads to `address`"""
+    listens: int = 0
+    """place in the chain of the member that listens where they meet"""
 
     @property
     def in_turn(self) -> bool:
@@ -87,6 +91,7 @@ class Seat:
             agent=self.agent,
             attempt=self.attempt,
             interface=self.interface,
+            listens=self.listens,
             stopping=stopping,
         )
 
@@ -124,6 +129,7 @@ def join_pipeline(seat: Seat, stopping: Callable[[], bool]) -> Stage:
         ahead=part.ahead,
         ahead_below=part.ahead_below,
         bits=part.bits,
+        gathers=part.gathers,
     )
 
 

@@ -18,26 +18,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from tightfit.runtime.engine.fleet.exchange import Exchanged, Share
-from tightfit.runtime.engine.fleet.message import Passing, offsets, put, take
+from tightfit.runtime.engine.fleet.message import RECEIVING_DOWN, SENDING, Passing, offsets, paged, put, ring, take
 from tightfit.runtime.engine.fleet.transport import Pending, Transport
 from tightfit.runtime.engine.weights.safetensors_file import Item
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SENDING = 2
-"""buffers that a member sends from, for each cut and direction: one on its way, one being filled"""
-RECEIVING_DOWN = 2
-"""buffers for gradients that arrive"""
 UP, DOWN, CLOSE = 2, 3, 4
 """tags of messages"""
 Direction = Literal["up", "down"]
 Kind = Literal["train", "ahead", "evaluate"]
-
-
-def ring(ahead_below: int) -> int:
-    """Buffers for activations that arrive from a member which runs `ahead_below` micro-batches ahead."""
-    return ahead_below + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +37,7 @@ class Boundary:
 
     up: tuple[Passing, ...]
     down: tuple[Passing, ...]
+    """nothing where no gradient comes back"""
 
 
 class Incoming:
@@ -135,26 +127,24 @@ def _buffers(size: int, count: int) -> list[Tensor]:
 
     from tightfit.runtime.engine.cpu.pages import make_pages
 
-    whole = torch.frombuffer(make_pages(count * _paged(size)), dtype=torch.uint8)
-    return [whole[one * _paged(size) :][:size] for one in range(count)]
-
-
-def _paged(size: int) -> int:
-    return -(-size // 4096) * 4096
+    whole = torch.frombuffer(make_pages(count * paged(size)), dtype=torch.uint8)
+    return [whole[one * paged(size) :][:size] for one in range(count)]
 
 
 def message_room(passing: Sequence[Passing], bits: int, buffers: int) -> int:
     """Bytes of so many buffers for messages over a cut."""
-    return buffers * _paged(offsets(passing, bits)[1])
+    return buffers * paged(offsets(passing, bits)[1])
 
 
 def stage_room(below: Boundary | None, above: Boundary | None, *, ahead_below: int, bits: int) -> int:
     """Bytes of all the buffers that a member holds for its messages."""
     total = 0
     if below:
-        total += message_room(below.up, bits, ring(ahead_below)) + message_room(below.down, bits, SENDING)
+        total += message_room(below.up, bits, ring(ahead_below))
+        total += message_room(below.down, bits, SENDING) if below.down else 0
     if above:
-        total += message_room(above.up, bits, SENDING) + message_room(above.down, bits, RECEIVING_DOWN)
+        total += message_room(above.up, bits, SENDING)
+        total += message_room(above.down, bits, RECEIVING_DOWN) if above.down else 0
     return total
 
 
@@ -171,15 +161,21 @@ class Stage:
         ahead: int,
         ahead_below: int,
         bits: int,
+        gathers: bool = True,
     ) -> None:
+        """`gathers`: whether the first member saves what all have trained; else each its own part alone."""
         rank = transport.rank
+        self.gathers = gathers
         self.transport, self.micro_batches = transport, micro_batches
         self.ahead = min(ahead, micro_batches) if above else 0
         self.first, self.last = below is None, above is None
         self.from_below = below and Incoming(transport, rank - 1, UP, below.up, bits, ring(ahead_below))
-        self.to_below = below and Outgoing(transport, rank - 1, DOWN, below.down, bits)
+        self.to_below = Outgoing(transport, rank - 1, DOWN, below.down, bits) if below and below.down else None
         self.to_above = above and Outgoing(transport, rank + 1, UP, above.up, bits)
-        self.from_above = above and Incoming(transport, rank + 1, DOWN, above.down, bits, RECEIVING_DOWN)
+        self.from_above = (
+            Incoming(transport, rank + 1, DOWN, above.down, bits, RECEIVING_DOWN) if above and above.down else None
+        )
+        """None also where messages pass one way only, from a device to the server that trains a side network"""
         self._kind: Kind = "train"
         self._up = self._down = 0
         """numbers, since the run began, of the messages of the current micro-batch: of activations, of gradients"""
@@ -194,6 +190,30 @@ class Stage:
     def share(self) -> Share:
         """Every member computes all micro-batches."""
         return Share(first=0, count=self.micro_batches, micro_batches=self.micro_batches)
+
+    @property
+    def one_way(self) -> bool:
+        """Whether no gradient comes back: the first member is a device with the data, the last one a server that trains a
+        side network from what it sends, the labels first.
+        """
+        return self.to_below is None and self.from_above is None
+
+    def data(self, fingerprint: str, held_out: str | None) -> tuple[str, str | None]:
+        """Fingerprints of the data that are trained and evaluated on. Where messages pass one way, those that the device
+        tells.
+        """
+        if not self.one_way:
+            return fingerprint, held_out
+        if self.first:
+            self.transport.send_json([fingerprint, held_out], 1)
+            return fingerprint, held_out
+        told, evaluated = self.transport.receive_json(0)
+        return told, evaluated
+
+    def labels(self, out: Tensor) -> None:
+        """Put the labels of the current micro-batch, which a device has sent, into `out`; waits until they are there."""
+        assert self.from_below
+        self.from_below.take(self._up, 0, out)
 
     def ahead_before(self, step: int) -> Iterator[int]:
         """The micro-batches of the run, counted from 1, whose forward is due before `step` is trained; `step` begins a
@@ -293,14 +313,35 @@ class Stage:
         return sum(side.waited for side in sides if side)
 
     def agreed(self, result: dict[str, Any]) -> dict[str, Any]:
-        """The last member's result of an evaluation, which it tells all others."""
-        last = len(self.transport.members) - 1
-        if self.last:
-            for rank in range(last):
-                self.transport.send_json(result, rank)
+        """The result of an evaluation, which the last member tells all others; where messages pass one way, the first one."""
+        knows = 0 if self.one_way else len(self.transport.members) - 1
+        if self.transport.rank == knows:
+            for rank in range(len(self.transport.members)):
+                if rank != knows:
+                    self.transport.send_json(result, rank)
             return result
-        told: dict[str, Any] = self.transport.receive_json(last)
+        told: dict[str, Any] = self.transport.receive_json(knows)
         return told
+
+    # --- evaluation where messages pass one way --------------------------------------------------------------------
+
+    def count(self, batches: int) -> int:
+        """The number of batches of an evaluation, which a device tells the server."""
+        if self.first:
+            self.transport.send_json(batches, 1)
+            return batches
+        return int(self.transport.receive_json(0))
+
+    def losses(self, made: Tensor | None, tokens: int) -> Tensor:
+        """The losses of a batch's tokens, float32 [tokens], which a server has `made` and sends the device."""
+        import torch
+
+        if made is None:
+            room = torch.empty(tokens, dtype=torch.float32)
+            self.transport.receive(room, 1, CLOSE).wait()
+            return room
+        self.transport.send(made, 0, CLOSE).wait()
+        return made
 
     # --- the whole of what was trained -----------------------------------------------------------------------------
 

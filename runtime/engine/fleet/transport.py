@@ -60,9 +60,10 @@ class Transport:
         agent: bool = False,
         attempt: int = 0,
         interface: str = "",
+        listens: int = 0,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Meet the other members at the store at `address`; the first member opens it, unless an `agent` has.
+        """Meet the other members at the store at `address`; the member `listens` opens it, unless an `agent` has.
 
         `timeout` is in seconds: how long to wait for the others to appear, and later for one message. `attempt` counts
         the starts by that agent, whose store outlives them. `interface` names the network device; "": the one that
@@ -71,7 +72,8 @@ class Transport:
         import torch
 
         self.members, self.rank, self.timeout = members, rank, timeout
-        self._holds_store = rank == 0 and not agent
+        self._holds_store = rank == listens and not agent
+        self._listens = listens
         self._knows = False
         """whether this member has heard of one that is gone, and has said so"""
         if not hasattr(torch._C, "_distributed_c10d"):
@@ -152,7 +154,7 @@ class Transport:
         try:
             told = self._tell(peer, why)
         except RuntimeError:  # the store has gone with the member that holds it
-            told = {"rank": 0, "why": "has ended without a word"}
+            told = {"rank": self._listens, "why": "has ended without a word"}
         name = self.members[told["rank"]]
         return MemberGoneError(f"member {name!r} of the fleet {told['why']}", name)
 

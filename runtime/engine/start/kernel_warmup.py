@@ -19,7 +19,12 @@ from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.kernels.compiled import compile_operator
 from tightfit.runtime.engine.kernels.optimizer import AdamW, MeZO, Perturbation, Update
 from tightfit.runtime.engine.start import lean_torch, page_out
-from tightfit.runtime.engine.start.process import narrow_file_mappings, release_file_pages, trim_heap
+from tightfit.runtime.engine.start.process import (
+    narrow_file_mappings,
+    release_file_pages,
+    split_file_mappings,
+    trim_heap,
+)
 from tightfit.runtime.engine.weights.store import Entry, unpack
 
 aten = torch.ops.aten
@@ -37,6 +42,7 @@ def prepare() -> Channel:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     channel = Channel()
     try:
+        split_file_mappings()
         for dtype in DTYPES:
             warm_up(channel, SIZE, (dtype,))
             narrow_file_mappings()

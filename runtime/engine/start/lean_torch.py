@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from tightfit.runtime.common.errors import RunError
 from tightfit.runtime.engine.start import cuda_stubs, page_out
-from tightfit.runtime.engine.start.process import release_file_pages
+from tightfit.runtime.engine.start.process import release_file_pages, split_file_mappings
 
 KNOWN = ("2.9", "2.10", "2.11", "2.12", "2.13", "2.14")  # tested versions; others are first tried in a forked process
 PLAIN = "TIGHTFIT_TORCH"  # set to "plain": import torch as usual
@@ -212,6 +212,7 @@ def _load() -> None:
     libraries = os.path.join(root, "lib")
     ctypes.CDLL(os.path.join(libraries, "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(os.path.join(libraries, "libtorch_cpu.so"))
+    split_file_mappings()
     release_file_pages()  # 50 MiB of relocations and start-up code: the peak of the import is here
     native: Any = importlib.import_module("torch._C")
     torch._C = native

@@ -10,7 +10,7 @@ import ctypes
 import os
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import NoReturn
@@ -21,8 +21,7 @@ from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.weights import native
 
-_MADV_DONTNEED, _MADV_DONTDUMP = 4, 16
-_LARGE_MAPPING = 1 << 20
+_MADV_DONTNEED, _MADV_NOHUGEPAGE, _MADV_DONTDUMP = 4, 15, 16
 _LOOKED_AT = 32 << 20
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 SPARE_MAPPINGS = 16384
@@ -31,6 +30,8 @@ SPARE_MAPPINGS = 16384
 _GROUPS = (1, 2, 4, 8)
 """sizes in pages of the groups that `narrow_file_mappings` may make; the kernel's fault-around maps 16 pages at a
 time"""
+_AROUND = (16, 32, 64, 128, 256)
+"""sizes in pages of the parts that `split_file_mappings` may make; one of 512 would hold a folio of the largest size"""
 _FILE, _WRITTEN = 1 << 61, 1 << 62
 """bits of a page's entry in /proc/self/pagemap: it belongs to a file; it is swapped out (bit 63: it is in memory)"""
 
@@ -142,6 +143,48 @@ def _read_only_files() -> Iterator[tuple[int, int]]:
         yield start, end
 
 
+def split_file_mappings() -> int:
+    """Have a fault in a file mapping map 64 KiB at most; returns the mappings made. Call it before code runs that is to
+    stay.
+
+    Linux 6.18 maps the whole folio in which a page of a file lies, if the mapping holds all of it, and earlier ones do so
+    with folios of 2 MiB. How large the folios of a library are depends on how it came into the page cache: pages that
+    faults read are small, ext4 and XFS make up to 2 MiB of what was read ahead or written in one go. So one instruction
+    that is run for the first time in a step mapped 64 KiB or 2 MiB, and warming up the kernels took 66 or 188 MiB. Here
+    every second part of 64 KiB (what "fault-around" maps anyway) gets a flag of its own, which has no other effect on
+    files, and becomes a mapping; parts are larger where a process may not have so many.
+    """
+    libc = ctypes.CDLL(None)
+    room = most_mappings() - SPARE_MAPPINGS
+    edges = array("Q")
+    with open("/proc/self/maps", "rb") as file:
+        for line in file:
+            room -= 1
+            parts = line.split(None, 5)
+            start, end = (int(edge, 16) for edge in parts[0].split(b"-"))
+            if len(parts) == 6 and parts[5].startswith(b"/") and b"w" not in parts[1]:
+                edges.extend((start, end))
+    most = max(room, 0) // 4  # of which each makes two mappings: half of the room is left for narrowing them
+    size = next((size for size in _AROUND if sum(1 for _ in _second_parts(edges, size)) <= most), _AROUND[-1])
+    made = 0
+    for start, end in islice(_second_parts(edges, size), most):
+        # Refused where the kernel has no huge pages, and so no large folios.
+        refused = libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_NOHUGEPAGE)
+        made += 0 if refused else 2
+    return made
+
+
+def _second_parts(edges: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """The odd-numbered parts of `size` pages of address ranges whose first and last addresses alternate in `edges`;
+    ranges of that size or less are left whole.
+    """
+    step = size * _PAGE
+    for start, end in zip(edges[::2], edges[1::2]):
+        if end - start > step:
+            for at in range((start // step | 1) * step, end, 2 * step):
+                yield at, min(end, at + step)
+
+
 def narrow_file_mappings() -> int:
     """Let the kernel map only the pages of library code that are used, not their neighbours; returns the mappings made.
 
@@ -160,16 +203,16 @@ def narrow_file_mappings() -> int:
     except OSError:
         return 0
     room = most_mappings() - SPARE_MAPPINGS
-    large = []
+    files = []
     with open("/proc/self/maps", "rb") as file:
         for line in file:
             room -= 1
             parts = line.split(None, 5)
             start, end = (int(edge, 16) for edge in parts[0].split(b"-"))
-            if end - start >= _LARGE_MAPPING and len(parts) == 6 and parts[5].startswith(b"/") and b"w" not in parts[1]:
-                large.append((start, end))
+            if end - start > _PAGE and len(parts) == 6 and parts[5].startswith(b"/") and b"w" not in parts[1]:
+                files.append((start, end))
     mapped = array("Q")  # numbers of pages
-    for start, end in large:
+    for start, end in files:
         entries = array("Q", os.pread(pagemap, (end - start) // _PAGE * 8, start // _PAGE * 8))
         mapped.extend(page for page, entry in enumerate(entries, start // _PAGE) if entry >> 63)
     os.close(pagemap)

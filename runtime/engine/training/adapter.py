@@ -1,4 +1,6 @@
-"""LoRA adapters in PEFT's format: names of their tensors, ``adapter_config.json``, and initial values."""
+"""LoRA adapters in PEFT's format: names of their tensors, ``adapter_config.json``, and initial values; also the names and
+initial values of a side network's tensors.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,10 @@ CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 BODY = "model."
 """prefix of the names of a decoder's layers; a decoder inside a multimodal wrapper has another"""
+SIDE = "side."
+"""prefix of the names of a side network's tensors"""
+SIDE_CONFIG = "side_config.json"
+"""what a side network is, beside its tensors"""
 
 
 def adapter_key(name: str, body: str = BODY) -> str:
@@ -51,11 +57,11 @@ def adapter_config(lora: Mapping[str, Any], names: Iterable[str], base: str, bod
 
 def initialise(name: str, seed: int, out: Tensor) -> None:
     """PEFT's initial values, seeded per tensor: lora_A uniform in +-1/sqrt(columns) (Kaiming with a = sqrt(5)), lora_B
-    zero.
+    zero. Of a side network the down projections as lora_A, up projections and gates zero.
     """
     import torch
 
-    if ".lora_B." in name:
+    if ".lora_B." in name or (name.startswith(SIDE) and ".down." not in name):
         out.zero_()
         return
     generator = torch.Generator()

@@ -23,7 +23,7 @@ from typing import Any
 
 READ, UNPACK, RUN, FREE, SPILL, FETCH, UPDATE, PERTURB, PASS, LOSS, TOKEN_LOSSES = range(11)
 CODES = ("read", "unpack", "run", "free", "spill", "fetch", "update", "perturb", "pass", "loss", "token_losses")
-PASSING = ("tightfit.send", "tightfit.receive")
+SEND, RECEIVE = PASSING = ("tightfit.send", "tightfit.receive")
 """operators that hand tensors to, or get them from, another member of a fleet"""
 UNIT = 64
 BLOCK = 4096

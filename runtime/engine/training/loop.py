@@ -20,6 +20,7 @@ from tightfit.runtime.common.run_folder import way_on
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.device.resident import memory
 from tightfit.runtime.engine.start.kernel_warmup import settle, tidy
+from tightfit.runtime.engine.start.process import narrow_file_mappings, release_file_pages
 from tightfit.runtime.engine.training import checkpoint
 from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.engine.training.job import Job
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 Send = Callable[..., None]
 INTERRUPTED = 4
+OWN = ("graph", "adapter")
+"""conditions of a run in which the members of a pipeline differ, since each has layers of its own"""
 
 
 def run(job: Job, channel: Channel, send: Send, stopping: Callable[[], bool]) -> int:
@@ -71,6 +74,9 @@ class _Run:
         self.fleet = self.training.fleet
         """what the run has to do with the other members, if it is one of a fleet's"""
         self.held_out = _fingerprint(header)
+        if self.training.stage:
+            data, self.held_out = self.training.stage.data(batches.fingerprint, self.held_out)
+            self.conditions["data"] = data
         if self.fleet:
             from tightfit.runtime.engine.fleet.agreement import agree
 
@@ -80,7 +86,7 @@ class _Run:
                 "plan of the fleet": header["fleet"]["plan"],
             }
             if self.training.stage:  # the members have layers of their own, and evaluate together
-                settings = {name: value for name, value in settings.items() if name != "graph"}
+                settings = {name: value for name, value in settings.items() if name not in OWN}
                 settings["held-out data"] = self.held_out
             agree(
                 self.fleet.transport,
@@ -102,6 +108,8 @@ class _Run:
         """result of the evaluation before step 1, and the fingerprint of its data"""
         self.peaks: dict[str, int] = {}
         """VmHWM in bytes at the end of each part of the run"""
+        self.narrowed = False
+        """whether only those pages of code are mapped that an exchange runs"""
 
     def begin(self) -> None:
         """Load the checkpoint or the initial state, and evaluate the model as it is before step 1, if that is still
@@ -246,6 +254,12 @@ class _Run:
         step = self.done + fleet.share.micro_batches
         made = fleet.finish(step, stop=stop)
         tidy()
+        if not self.narrowed:
+            # What a micro-batch takes as workspace comes on top of the code that exchanging leaves: 2 MiB if its
+            # neighbours in the files stay as well.
+            narrow_file_mappings()
+            release_file_pages()
+            self.narrowed = True
         for (number, figures), loss in zip(self.untold, made.losses):
             self._tell(number, {**figures, "loss": loss})
         self.untold.clear()
@@ -266,7 +280,7 @@ class _Run:
         """Evaluate on the held-out data, if there are any; `when` is "before" or "after". Raises _Stopped on a
         signal.
         """
-        if not self.header["evaluation"]:
+        if self.held_out is None:
             return
 
         def evaluating(batch: int, batches: int) -> None:
@@ -321,8 +335,9 @@ class _Run:
                 self.fleet.transport.linger()
 
     def finish(self) -> None:
-        trained = os.path.join(self.out, "adapter" if self.header["lora"] else "model")
-        self.send("saved", path=_save_trained(self.training, trained))
+        name = "side" if self.header.get("side") else "adapter" if self.header["lora"] else "model"
+        if len(self.training.trainables):  # a device whose side network a server trains has none
+            self.send("saved", path=_save_trained(self.training, os.path.join(self.out, name)))
         self.training.close()
         self.send("done", peak_bytes=self.training.meter.check_peak(), peaks=self.peaks)
 

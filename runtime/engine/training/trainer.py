@@ -21,13 +21,14 @@ from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.kernels.optimizer import AdamW, MeZO, Perturbation, Update, optimizer_of
 from tightfit.runtime.engine.training import adapter
-from tightfit.runtime.engine.training.batches import TrainingBatches, open_batches
+from tightfit.runtime.engine.training.batches import ReceivedBatches, TrainingBatches, open_batches
 from tightfit.runtime.engine.training.checkpoint import write_json
 from tightfit.runtime.engine.training.devices import open_device
 from tightfit.runtime.engine.training.executor import Executor
 from tightfit.runtime.engine.training.job import BLOCK, STATES, Job, operators_run
 from tightfit.runtime.engine.training.job_tables import Place, Trainable, Trainables, Weights
 from tightfit.runtime.engine.training.operator_warmup import warm_up_operators
+from tightfit.runtime.engine.training.records import TokenRecord
 from tightfit.runtime.engine.training.session_protocol import Requests
 from tightfit.runtime.engine.weights import safetensors_file
 from tightfit.runtime.engine.weights.layout import Entry
@@ -97,10 +98,7 @@ class Training:
         self._input_places = [at for _, _, _, at in header["inputs"]]
         self.inputs = [self.device.host(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]
         """the tensors of the batch in host memory, in the plan's order"""
-        requests = header["requests"]
-        self.batches: TrainingBatches = (
-            open_batches(header["data"], header["seed"]) if requests is None else Requests(requests)
-        )
+        self.batches: TrainingBatches = self._batches(header["requests"])
         self.tokens: int | None = None
         """tokens in the latest step's batch without padding; None if unknown (a module's batches, a Session)"""
 
@@ -110,6 +108,14 @@ class Training:
         from tightfit.runtime.engine.fleet.seat import seat_of
 
         return seat_of(self.header["fleet"])
+
+    def _batches(self, requests: int | None) -> TrainingBatches:
+        if requests is not None:
+            return Requests(requests)
+        if self.header["data"] is None:
+            assert self.stage
+            return ReceivedBatches(self.stage)
+        return open_batches(self.header["data"], self.header["seed"])
 
     def _in_pipeline(self, seat: Seat, stopping: Callable[[], bool]) -> Stage:
         """Meet the other members of a pipeline."""
@@ -226,48 +232,37 @@ class Training:
         self.executor.execute(self.job.evaluate)
         return self.executor.loss
 
-    def evaluate(self, path: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    def evaluate(self, path: str | None, progress: Callable[[int, int], None]) -> dict[str, Any]:
         """Evaluate on the data file `path`: the mean loss and, if the records are choices of questions, the accuracy.
 
         The loss is a decoder's mean over labelled tokens, a module's mean over batches. Wrong choices do not count in
         it, so that it is comparable with the training loss. A question counts as right if its right choice has the
         highest summed log-likelihood. `progress(done, batches)` is called after every batch. Returns `loss`, `accuracy`
-        (None without questions), `questions`, `records` and `seconds`.
+        (None without questions), `questions`, `records` and `seconds`. A server that trains a side network has no file: a
+        device sends it the batches, and counts the losses that it sends back.
         """
-        with_records = open_batches(path, self.header["seed"])
-        best: dict[int, tuple[float, bool]] = {}
-        total, labelled, records = 0.0, 0, 0
-        before = time.perf_counter()
-        batches = with_records.evaluation_count(self.inputs)
+        scores, before = Scores(), time.perf_counter()
+        with_records = None if path is None else open_batches(path, self.header["seed"])
+        batches = 0 if with_records is None else with_records.evaluation_count(self.inputs)
+        served = self.stage if self.stage and self.stage.one_way else None
+        if served:
+            batches = served.count(batches)
         for number in range(batches):
-            found = with_records.evaluation(number, self.inputs)
-            self._deliver()
+            found = [] if with_records is None else with_records.evaluation(number, self.inputs)
             if self.stage:
                 self.stage.begin_evaluation()
+            if with_records is None:
+                self.batches.training(number, self.inputs)
+            self._deliver()
             self.executor.execute(self.job.evaluate)
             progress(number + 1, batches)
             losses = self.executor.losses
-            if losses is None:
-                total, labelled = total + self.executor.loss, labelled + 1
-                continue
-            labels = self.inputs[1]
-            sums = losses.view(labels.shape).sum(1).tolist()
-            counts = (labels >= 0).sum(1).tolist()
-            for row, record in enumerate(found):
-                records += 1
-                if record.choice < 0 or record.answer:
-                    total, labelled = total + sums[row], labelled + counts[row]
-                if record.choice >= 0 and (record.example not in best or sums[row] < best[record.example][0]):
-                    best[record.example] = (sums[row], record.answer)
-        with_records.close()
-        accuracy = sum(answer for _, answer in best.values()) / len(best) if best else None
-        result = {
-            "loss": total / max(1, labelled),
-            "accuracy": accuracy,
-            "questions": len(best),
-            "records": records,
-            "seconds": time.perf_counter() - before,
-        }
+            if served:
+                losses = served.losses(losses, self.inputs[1].numel())
+            scores.add(self.executor.loss, losses, self.inputs, found)
+        if with_records is not None:
+            with_records.close()
+        result = scores.result(time.perf_counter() - before)
         return self.stage.agreed(result) if self.stage else result
 
     def initialise(self) -> None:
@@ -304,7 +299,8 @@ class Training:
         return reader
 
     def save_trained(self, directory: str, *, whole: bool = False) -> dict[str, int]:
-        """Write a PEFT adapter, or a module's state_dict as ``model.safetensors``. Returns checksums by file.
+        """Write a PEFT adapter, or a module's state_dict or a side network as ``model.safetensors``. Returns checksums by
+        file.
 
         A member of a pipeline has the part of its own layers; with `whole` all members are in this call, and the first
         one writes what all have.
@@ -312,7 +308,7 @@ class Training:
         lora = self.header["lora"]
         file = adapter.WEIGHTS if lora else "model.safetensors"
         others: list[Item] = []
-        if whole and self.stage:
+        if whole and self.stage and self.stage.gathers:
             if self.stage.first:
                 others = self.stage.collected(CHUNK)
             else:
@@ -327,6 +323,8 @@ class Training:
             names = [*self.trainables.names, *(self._name(item.name) for item in others)]
             config = adapter.adapter_config(lora, names, self.header["base_model"], self._body)
             write_json(os.path.join(directory, adapter.CONFIG), config)
+        if self.header.get("side"):
+            write_json(os.path.join(directory, adapter.SIDE_CONFIG), self.header["side"])
         return {file: checksum}
 
     def _name(self, key: str) -> str:
@@ -517,6 +515,40 @@ class Training:
             else:
                 self.spill.read(ctypes.addressof(buffer), part, self.job.extents[place.number] + done)
                 yield memoryview(buffer).cast("B")[:part]
+
+
+class Scores:
+    """The losses of an evaluation, counted up batch by batch."""
+
+    def __init__(self) -> None:
+        self._best: dict[int, tuple[float, bool]] = {}
+        self._total, self._labelled, self._records = 0.0, 0, 0
+
+    def add(self, loss: float, losses: Tensor | None, inputs: list[Tensor], found: Iterable[TokenRecord]) -> None:
+        """Add a batch: its mean loss, or where there are `losses` of each token, those of the records `found`."""
+        if losses is None:
+            self._total, self._labelled = self._total + loss, self._labelled + 1
+            return
+        labels = inputs[1]
+        sums = losses.view(labels.shape).sum(1).tolist()
+        counts = (labels >= 0).sum(1).tolist()
+        for row, record in enumerate(found):
+            self._records += 1
+            if record.choice < 0 or record.answer:
+                self._total, self._labelled = self._total + sums[row], self._labelled + counts[row]
+            if record.choice >= 0 and (record.example not in self._best or sums[row] < self._best[record.example][0]):
+                self._best[record.example] = (sums[row], record.answer)
+
+    def result(self, seconds: float) -> dict[str, Any]:
+        """As `Training.evaluate` returns it."""
+        best = self._best
+        return {
+            "loss": self._total / max(1, self._labelled),
+            "accuracy": sum(answer for _, answer in best.values()) / len(best) if best else None,
+            "questions": len(best),
+            "records": self._records,
+            "seconds": seconds,
+        }
 
 
 def _fill(value: Tensor, reader: safetensors_file.Reader, key: str) -> None:

@@ -2,18 +2,23 @@
 
 Layout, little-endian::
 
-    [0, 32)        magic "TIGHTFIT", uint32 version, header bytes, segments, crc32 of header and table, zeros [32, ..)
-    header: JSON without spaces, with `name`, `config`, `source`, `tensors` {name: [shape, format, group, offset,
-    segment]} [.., ..)       checksum table: uint32 crc32 of every segment of every tensor offset         the tensors,
-    each 4096-aligned, padded with zeros to a multiple of 4096
+    [0, 32)        magic "TIGHTFIT", uint32 version, header bytes, segments, crc32 of header and table, zeros
+    [32, ..)       header: JSON without spaces, with `name`, `config`, `source`,
+                   `tensors` {name: [shape, format, group, offset, segment]}
+    [.., ..)       checksum table: uint32 crc32 of every segment of every tensor
+    offset         the tensors, each 4096-aligned, padded with zeros to a multiple of 4096
 
 A tensor is stored as a matrix of `rows` records of `row_bytes` each: its first dimension by all others; a vector is one
 row. So a range of rows is contiguous, and a single row can be gathered. ``w[a:b]`` names the rows [a, b) of w. Formats
-of a record:
+of a record, where q is a code of the group, and nibbles are ceil(group / 2) bytes, element 2j low, 2j + 1 high::
 
-    q4        per group: ceil(group / 2) bytes (element 2j low nibble, 2j + 1 high), float16 scale, float16 min; q *
-    scale + min q8        per group: float16 scale, `group` int8; q * scale float32, bfloat16, float16, int64, int32,
-    uint8, bool    the elements
+    q4             per group: nibbles, float16 scale, float16 min; q * scale + min
+    q4_zero        per group: nibbles, float16 scale, uint8 zero; (q - zero) * scale (GPTQ, AWQ)
+    nf4            per group: nibbles, float32 scale; NF4[q] * scale, of the 16 values in `NF4` (bitsandbytes)
+    q8             per group: float16 scale, `group` int8; q * scale
+    int8           per group: float32 scale, `group` int8; q * scale * INT8_STEP (LLM.int8 of bitsandbytes)
+    q5_0 to q6_k   the blocks of llama.cpp's types of these names, byte for byte (ggml-common.h), in `BLOCKS`
+    float32, bfloat16, float16, int64, int32, uint8, bool    the elements
 
 This module is imported by the budgeted process, and by the one that prepares a run: the standard library only.
 """
@@ -36,7 +41,7 @@ from typing import Any
 from tightfit.runtime.common.errors import InputError
 
 MAGIC = b"TIGHTFIT"
-VERSION = 1
+VERSION = 2
 PREAMBLE = struct.Struct("<8sIIII8x")
 ALIGNMENT = 4096
 SEGMENT_BYTES = 128 * 1024
@@ -56,9 +61,41 @@ _JSON = json.JSONDecoder()
 _SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]")
 
 
+BLOCKS = {
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
+    "q2_k": (256, 84),
+    "q3_k": (256, 110),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
+    "q6_k": (256, 210),
+}
+"""Formats whose groups are llama.cpp's blocks: (elements, bytes) of one."""
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""The values of NF4's codes, all float32 numbers (Dettmers et al. 2023, "QLoRA", appendix E)."""
+INT8_STEP = 7.874015718698502e-3
+"""1 / 127 in float32: the second factor of bitsandbytes' `int8_vectorwise_dequant`."""
+_GROUP_BYTES = {"q4": 4, "q4_zero": 3, "nf4": 4, "q8": 2, "int8": 4}
+"""Bytes of a group in addition to its codes, by format."""
+QUANTISED = (*_GROUP_BYTES, *BLOCKS)
+"""The formats that have groups."""
+
+
 def group_bytes(kind: str, group: int) -> int:
-    """Bytes of one quantised group of `group` elements."""
-    return (group + 1) // 2 + 4 if kind == "q4" else group + 2
+    """Bytes of one quantised group of `group` elements.
+
+    Raises ValueError for a format that is not quantised, and for a group that the format does not have.
+    """
+    if kind in BLOCKS and BLOCKS[kind][0] == group:
+        return BLOCKS[kind][1]
+    if kind not in _GROUP_BYTES or group < 1:
+        raise ValueError(f"groups of {group} in format {kind!r}")
+    return _GROUP_BYTES[kind] + (group if kind in ("q8", "int8") else (group + 1) // 2)
 
 
 def align(size: int) -> int:
@@ -95,6 +132,8 @@ class Entry:
             row_bytes = columns * ELEMENT_BYTES[self.format]
         else:
             row_bytes = columns // self.group * group_bytes(self.format, self.group)
+            if columns % self.group:
+                raise ValueError(f"rows of {columns} elements in groups of {self.group}")
         segment_rows = 1
         while segment_rows * 2 * row_bytes <= SEGMENT_BYTES and segment_rows < 128:
             segment_rows *= 2

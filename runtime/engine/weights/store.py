@@ -255,14 +255,24 @@ class Store:
 def unpack(entry: Entry, packed: Tensor, out: Tensor) -> None:
     """Unpack whole rows: `packed` uint8 [n * row_bytes], `out` contiguous with n * columns elements."""
     if entry.format in RAW:
-        out.view(-1).copy_(packed.view(RAW[entry.format]))
+        values, flat = packed.view(RAW[entry.format]), out.view(-1)
+        if values.dtype == torch.float16 and out.dtype == torch.bfloat16:  # which PyTorch converts element by element
+            for source, target in zip(values.split(CHUNK_ELEMENTS), flat.split(CHUNK_ELEMENTS), strict=True):
+                target.copy_(source.float())
+        else:
+            flat.copy_(values)
         return
     compiled = _native.get(f"{entry.format}_{str(out.dtype).removeprefix('torch.')}")
     if compiled is not None:
         size = group_bytes(entry.format, entry.group)
         compiled(packed.data_ptr(), out.data_ptr(), out.numel() // entry.group, entry.group, size)
         return
-    at_once = CHUNK_ELEMENTS // entry.group
+    at_once = max(1, CHUNK_ELEMENTS // entry.group)
+    if entry.format not in ("q4", "q8"):
+        from tightfit.runtime.engine.weights.unpack_torch import unpack_groups
+
+        unpack_groups(entry, packed, out)
+        return
     sources = packed.view(-1, group_bytes(entry.format, entry.group)).split(at_once)
     targets = out.view(-1, entry.group).split(at_once)
     if entry.format == "q4":

@@ -1,8 +1,9 @@
-/* Unpacking of quantised groups (profiles/layout.py), compiled once per machine by profiles/native.py.
+/* Unpacking of quantised groups (layout.py), compiled once per machine by native.py.
 
-   A q4 group has sixteen possible values: they are computed and rounded once, and every nibble picks one. Products of a
-   4- or 8-bit code and a float16 scale are exact in float32, so each value is rounded exactly where PyTorch's path rounds
-   it, and the results are equal bit for bit. Groups are even, as PyTorch's path needs them. */
+   A group with 4-bit codes has sixteen possible values: they are computed and rounded once, and every nibble picks one.
+   Products of a code and a float16 scale are exact in float32, so each value is rounded exactly where PyTorch's path
+   rounds it, and the results are equal bit for bit. Groups are even, as PyTorch's path needs them. The blocks q5_0 to
+   q6_k are those of llama.cpp (ggml-common.h), whose codes are gathered into bytes first. */
 
 #include <stdint.h>
 #include <string.h>
@@ -56,22 +57,37 @@ typedef float floats __attribute__((vector_size(64)));
 typedef uint32_t words __attribute__((vector_size(64)));
 typedef uint16_t shorts __attribute__((vector_size(32)));
 
-/* The sixteen values of a q4 group; NaN, which no packed weight holds, may differ from `bfloat16`. */
-static void values_q4(const uint8_t *scale_and_least, shorts *values) {
-    const float scale = half(scale_and_least), least = half(scale_and_least + 2);
-    const floats code = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const floats value = code * scale + least;
-    words bits;
-    memcpy(&bits, &value, sizeof bits);
-    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    *values = __builtin_convertvector(bits, shorts);
+/* The sixteen values of a group with 4-bit codes, from what comes after its nibbles. */
+
+static const floats CODES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static const floats NF4 = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+                           -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+                           0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+                           0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+static inline void values_q4(const uint8_t *at, floats *value) { *value = CODES * half(at) + half(at + 2); }
+
+static inline void values_q4_zero(const uint8_t *at, floats *value) { *value = (CODES - (float)at[2]) * half(at); }
+
+static inline void values_nf4(const uint8_t *at, floats *value) {
+    float scale;
+    memcpy(&scale, at, 4);
+    *value = NF4 * scale;
 }
 
+/* Rounds to bfloat16; NaN, which no packed weight holds, may differ from `bfloat16`. */
+static inline void round_all(const floats *value, shorts *to) {
+    words bits;
+    memcpy(&bits, value, sizeof bits);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *to = __builtin_convertvector(bits, shorts);
+}
+
+/* out[e] is the value of nibble e, for `group` of them. */
 #ifdef __AVX512BW__
 
-static void group_q4_bfloat16(const uint8_t *packed, uint16_t *out, int group) {
-    shorts value;
-    values_q4(packed + group / 2, &value);
+static inline void pick(const uint8_t *packed, const shorts *values, uint16_t *out, int group) {
+    const shorts value = *values;
     const __m512i table = _mm512_broadcast_i64x4((__m256i)value);
     int j = 0;
     for (; 2 * j + 32 <= group; j += 16) {
@@ -90,9 +106,8 @@ static void group_q4_bfloat16(const uint8_t *packed, uint16_t *out, int group) {
 
 typedef uint8_t bytes __attribute__((vector_size(16)));
 
-static void group_q4_bfloat16(const uint8_t *packed, uint16_t *out, int group) {
-    shorts value;
-    values_q4(packed + group / 2, &value);
+static inline void pick(const uint8_t *packed, const shorts *values, uint16_t *out, int group) {
+    const shorts value = *values;
     int j = 0;
 #ifdef __SSSE3__
     const bytes low = __builtin_convertvector(value & 255, bytes), high = __builtin_convertvector(value >> 8, bytes);
@@ -117,17 +132,184 @@ static void group_q4_bfloat16(const uint8_t *packed, uint16_t *out, int group) {
 
 #endif
 
-static void group_q8_bfloat16(const uint8_t *packed, uint16_t *out, int group) {
+#define NIBBLES(name)                                                                                                  \
+    static inline void group_##name##_bfloat16(const uint8_t *packed, uint16_t *out, int group) {                      \
+        floats value;                                                                                                  \
+        shorts rounded;                                                                                                \
+        values_##name(packed + group / 2, &value);                                                                     \
+        round_all(&value, &rounded);                                                                                   \
+        pick(packed, &rounded, out, group);                                                                            \
+    }                                                                                                                  \
+    static inline void group_##name##_float32(const uint8_t *packed, float *out, int group) {                          \
+        floats value;                                                                                                  \
+        values_##name(packed + group / 2, &value);                                                                     \
+        float table[16];                                                                                               \
+        memcpy(table, &value, sizeof table);                                                                           \
+        for (int j = 0; 2 * j < group; j++) {                                                                          \
+            out[2 * j] = table[packed[j] & 15];                                                                        \
+            out[2 * j + 1] = table[packed[j] >> 4];                                                                    \
+        }                                                                                                              \
+    }
+
+NIBBLES(q4)
+NIBBLES(q4_zero)
+NIBBLES(nf4)
+
+/* Groups with a byte for each code. */
+
+static inline void group_q8_bfloat16(const uint8_t *packed, uint16_t *out, int group) {
     const float scale = half(packed);
     for (int e = 0; e < group; e++)
         out[e] = bfloat16((float)(int8_t)packed[2 + e] * scale);
 }
 
-static void group_q8_float32(const uint8_t *packed, float *out, int group) {
+static inline void group_q8_float32(const uint8_t *packed, float *out, int group) {
     const float scale = half(packed);
     for (int e = 0; e < group; e++)
         out[e] = (float)(int8_t)packed[2 + e] * scale;
 }
+
+static const float INT8_STEP = 7.874015718698502e-3f;
+
+static inline void group_int8_bfloat16(const uint8_t *packed, uint16_t *out, int group) {
+    float scale;
+    memcpy(&scale, packed, 4);
+    for (int e = 0; e < group; e++)
+        out[e] = bfloat16((float)(int8_t)packed[4 + e] * scale * INT8_STEP);
+}
+
+static inline void group_int8_float32(const uint8_t *packed, float *out, int group) {
+    float scale;
+    memcpy(&scale, packed, 4);
+    for (int e = 0; e < group; e++)
+        out[e] = (float)(int8_t)packed[4 + e] * scale * INT8_STEP;
+}
+
+/* llama.cpp's blocks. Each is opened into codes, and a scale and what is subtracted for each run of them. */
+
+typedef struct {
+    int8_t code[256];
+    float scale[16], least[16];
+} block;
+
+static inline void open_q5_0(const uint8_t *packed, block *to) {
+    uint32_t high;
+    memcpy(&high, packed + 2, 4);
+    for (int j = 0; j < 16; j++) {
+        to->code[j] = (int8_t)(((packed[6 + j] & 15) | (high >> j & 1) << 4) - 16);
+        to->code[j + 16] = (int8_t)(((packed[6 + j] >> 4) | (high >> (j + 16) & 1) << 4) - 16);
+    }
+    to->scale[0] = half(packed);
+    to->least[0] = 0;
+}
+
+static inline void open_q5_1(const uint8_t *packed, block *to) {
+    uint32_t high;
+    memcpy(&high, packed + 4, 4);
+    for (int j = 0; j < 16; j++) {
+        to->code[j] = (int8_t)((packed[8 + j] & 15) | (high >> j & 1) << 4);
+        to->code[j + 16] = (int8_t)((packed[8 + j] >> 4) | (high >> (j + 16) & 1) << 4);
+    }
+    to->scale[0] = half(packed);
+    to->least[0] = -half(packed + 2);
+}
+
+static inline void open_q2_k(const uint8_t *packed, block *to) {
+    const float scale = half(packed + 80), least = half(packed + 82);
+    for (int r = 0; r < 16; r++) {
+        to->scale[r] = scale * (float)(packed[r] & 15);
+        to->least[r] = least * (float)(packed[r] >> 4);
+    }
+    for (int part = 0; part < 8; part++)
+        for (int j = 0; j < 32; j++)
+            to->code[32 * part + j] = (int8_t)(packed[16 + 32 * (part / 4) + j] >> 2 * (part % 4) & 3);
+}
+
+static inline void open_q3_k(const uint8_t *packed, block *to) {
+    const float scale = half(packed + 108);
+    for (int r = 0; r < 16; r++) {
+        const int low = packed[96 + r % 8] >> 4 * (r / 8) & 15, high = packed[104 + r % 4] >> 2 * (r / 4) & 3;
+        to->scale[r] = scale * (float)((low | high << 4) - 32);
+        to->least[r] = 0;
+    }
+    for (int part = 0; part < 8; part++)
+        for (int j = 0; j < 32; j++) {
+            const int low = packed[32 + 32 * (part / 4) + j] >> 2 * (part % 4) & 3;
+            to->code[32 * part + j] = (int8_t)((low | (packed[j] >> part & 1) << 2) - 4);
+        }
+}
+
+/* Scales and minima of the runs of a q4_k or q5_k block. */
+static inline void open_runs(const uint8_t *packed, block *to) {
+    const float scale = half(packed), least = half(packed + 2);
+    const uint8_t *at = packed + 4;
+    for (int r = 0; r < 4; r++) {
+        to->scale[r] = scale * (float)(at[r] & 63);
+        to->least[r] = least * (float)(at[r + 4] & 63);
+        to->scale[r + 4] = scale * (float)((at[r + 8] & 15) | (at[r] >> 2 & 48));
+        to->least[r + 4] = least * (float)(at[r + 8] >> 4 | (at[r + 4] >> 2 & 48));
+    }
+}
+
+static inline void open_q4_k(const uint8_t *packed, block *to) {
+    open_runs(packed, to);
+    for (int part = 0; part < 4; part++)
+        for (int j = 0; j < 32; j++) {
+            to->code[64 * part + j] = (int8_t)(packed[16 + 32 * part + j] & 15);
+            to->code[64 * part + 32 + j] = (int8_t)(packed[16 + 32 * part + j] >> 4);
+        }
+}
+
+static inline void open_q5_k(const uint8_t *packed, block *to) {
+    open_runs(packed, to);
+    for (int part = 0; part < 4; part++)
+        for (int j = 0; j < 32; j++) {
+            const uint8_t low = packed[48 + 32 * part + j], high = packed[16 + j];
+            to->code[64 * part + j] = (int8_t)((low & 15) | (high >> 2 * part & 1) << 4);
+            to->code[64 * part + 32 + j] = (int8_t)(low >> 4 | (high >> (2 * part + 1) & 1) << 4);
+        }
+}
+
+static inline void open_q6_k(const uint8_t *packed, block *to) {
+    const float scale = half(packed + 208);
+    for (int r = 0; r < 16; r++) {
+        to->scale[r] = scale * (float)(int8_t)packed[192 + r];
+        to->least[r] = 0;
+    }
+    for (int part = 0; part < 2; part++)
+        for (int j = 0; j < 32; j++) {
+            const uint8_t *low = packed + 64 * part + j, high = packed[128 + 32 * part + j];
+            int8_t *code = to->code + 128 * part + j;
+            code[0] = (int8_t)(((low[0] & 15) | (high & 3) << 4) - 32);
+            code[32] = (int8_t)(((low[32] & 15) | (high >> 2 & 3) << 4) - 32);
+            code[64] = (int8_t)((low[0] >> 4 | (high >> 4 & 3) << 4) - 32);
+            code[96] = (int8_t)((low[32] >> 4 | high >> 6 << 4) - 32);
+        }
+}
+
+#define BLOCK(name, elements, run)                                                                                     \
+    static __attribute__((noinline)) void group_##name##_float32(const uint8_t *packed, float *out, int group) {       \
+        block opened;                                                                                                  \
+        (void)group;                                                                                                   \
+        open_##name(packed, &opened);                                                                                  \
+        for (int r = 0; r < (elements) / (run); r++)                                                                   \
+            for (int e = r * (run); e < (r + 1) * (run); e++)                                                          \
+                out[e] = (float)opened.code[e] * opened.scale[r] - opened.least[r];                                    \
+    }                                                                                                                  \
+    static inline void group_##name##_bfloat16(const uint8_t *packed, uint16_t *out, int group) {                      \
+        float wide[elements];                                                                                          \
+        group_##name##_float32(packed, wide, group);                                                                   \
+        for (int e = 0; e < (elements); e++)                                                                           \
+            out[e] = bfloat16(wide[e]);                                                                                \
+    }
+
+BLOCK(q5_0, 32, 32)
+BLOCK(q5_1, 32, 32)
+BLOCK(q2_k, 256, 16)
+BLOCK(q3_k, 256, 16)
+BLOCK(q4_k, 256, 32)
+BLOCK(q5_k, 256, 32)
+BLOCK(q6_k, 256, 16)
 
 /* `groups` groups of `group` elements, `stride` bytes apart in `packed`, into `out`. */
 #define UNPACK(name, type)                                                                                             \
@@ -136,7 +318,19 @@ static void group_q8_float32(const uint8_t *packed, float *out, int group) {
                                                                                          g++)                          \
             group_##name(packed + g * stride, out + g * group, group);                                                 \
     }
+#define BOTH(name)                                                                                                     \
+    UNPACK(name##_bfloat16, uint16_t)                                                                                  \
+    UNPACK(name##_float32, float)
 
-UNPACK(q4_bfloat16, uint16_t)
-UNPACK(q8_bfloat16, uint16_t)
-UNPACK(q8_float32, float)
+BOTH(q4)
+BOTH(q4_zero)
+BOTH(nf4)
+BOTH(q8)
+BOTH(int8)
+BOTH(q5_0)
+BOTH(q5_1)
+BOTH(q2_k)
+BOTH(q3_k)
+BOTH(q4_k)
+BOTH(q5_k)
+BOTH(q6_k)

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.engine.training import loop
-from tightfit.runtime.engine.training.loop import Metrics, _Run, _save_trained, _step, _Stopped
+from tightfit.runtime.engine.training.loop import Metrics, _Run, _save_trained, _Stopped
 from tightfit.runtime.engine.weights import safetensors_file
 from tightfit.runtime.engine.weights.safetensors_file import Item
 
@@ -22,16 +21,18 @@ def running(*, stopping: bool, every: int, steps: int | None) -> tuple[Any, list
     one: Any = object.__new__(_Run)
     saved: list[int] = []
     one.header = {"checkpoint_every": every, "steps": steps}
-    one.training = one.metrics = one.send = one.exchange = None
+    one.training = SimpleNamespace(stage=None)
+    one.metrics = one.send = one.fleet = None
     one.watched, one.peaks, one.done = {}, {}, 0
+    one._step = lambda *_: {"loss": 1.0}
+    one._tell = lambda *_: None
     one.stopping = lambda: stopping
     one._save = lambda: saved.append(one.done)
     return one, saved
 
 
-def test_a_run_stops_between_steps_and_not_after_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stops_between_steps_and_not_after_its_last() -> None:
     """A signal in the last step does not make of a run that is done one that was interrupted."""
-    monkeypatch.setattr(loop, "_step", lambda *_: None)
     one, saved = running(stopping=True, every=0, steps=3)
     with pytest.raises(_Stopped):
         one.take(2)
@@ -43,20 +44,24 @@ def test_a_run_stops_between_steps_and_not_after_its_last(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("every", "steps", "kept"), [(2, 5, [2, 4, 5]), (0, 5, [5]), (3, 6, [3, 6]), (2, None, [2, 4])]
 )
-def test_checkpoints_are_made_in_time_and_after_the_last_step(
-    monkeypatch: pytest.MonkeyPatch, every: int, steps: int | None, kept: list[int]
-) -> None:
-    monkeypatch.setattr(loop, "_step", lambda *_: None)
+def test_checkpoints_are_made_in_time_and_after_the_last_step(every: int, steps: int | None, kept: list[int]) -> None:
     one, saved = running(stopping=False, every=every, steps=steps)
     for step in range(1, (steps or 5) + 1):
         one.take(step)
     assert saved == kept
 
 
+def step(training: Any, folder: Path, send: Any) -> None:
+    """Take step 7 of a run with this training, and tell its figures."""
+    one: Any = object.__new__(_Run)
+    one.header, one.training, one.send, one.peaks = {"profile_step": False}, training, send, {}
+    one.metrics = Metrics(str(folder / "m"), 0)
+    one._tell(7, one._step(7, None))
+
+
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
 def test_a_loss_that_is_no_number_is_told_first(tmp_path: Path, loss: float) -> None:
     training: Any = SimpleNamespace(
-        header={"profile_step": False},
         step=lambda number: loss,
         tokens=None,
         executor=SimpleNamespace(seconds={}),
@@ -65,7 +70,7 @@ def test_a_loss_that_is_no_number_is_told_first(tmp_path: Path, loss: float) -> 
     )
     told: list[str] = []
     with pytest.raises(InputError, match=r"^the loss of step 7 is not a number; lower the learning rate \(lr 0\.5\)"):
-        _step(training, 7, None, Metrics(str(tmp_path / "m"), 0), {}, lambda event, **_: told.append(event))
+        step(training, tmp_path, lambda event, **_: told.append(event))
     assert told == ["step"]
     assert (tmp_path / "m").read_text().startswith('{"step": 7, ')
 
@@ -73,14 +78,13 @@ def test_a_loss_that_is_no_number_is_told_first(tmp_path: Path, loss: float) -> 
 def test_a_step_is_told_with_its_tokens_where_they_are_known(tmp_path: Path) -> None:
     def told_of(tokens: int | None) -> dict[str, Any]:
         training: Any = SimpleNamespace(
-            header={"profile_step": False},
             step=lambda number: 1.5,
             tokens=tokens,
             executor=SimpleNamespace(seconds={}),
             meter=SimpleNamespace(check_peak=lambda: 1),
         )
         told: list[dict[str, Any]] = []
-        _step(training, 7, None, Metrics(str(tmp_path / "m"), 0), {}, lambda _, **figures: told.append(figures))
+        step(training, tmp_path, lambda _, **figures: told.append(figures))
         (line,) = map(json.loads, (tmp_path / "m").read_text().splitlines())
         assert line == {name: value for name, value in told[0].items() if name != "spent"}
         return told[0]
@@ -90,7 +94,7 @@ def test_a_step_is_told_with_its_tokens_where_they_are_known(tmp_path: Path) -> 
 
 
 def written(events: list[str], *, full: bool = False) -> Any:
-    def save(path: str) -> None:
+    def save(path: str, *, whole: bool) -> None:
         if full:
             Path(path, "half").touch()
             raise OSError(28, "No space left on device")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tightfit.runtime.engine.weights import native
-from tightfit.runtime.engine.weights.layout import Entry, group_bytes
+from tightfit.runtime.engine.weights.layout import BLOCKS, Entry, group_bytes
 from tightfit.runtime.engine.weights.store import unpack
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
@@ -36,14 +36,16 @@ def built(tmp_path_factory):
     half=st.integers(1, 35),
 )
 def test_the_same_bits_as_pytorch(built, name, numbers, rows, groups, half):
-    group = 2 * half
-    kind, dtype = name.split("_")
+    kind, dtype = name.rsplit("_", 1)
+    group = BLOCKS[kind][0] if kind in BLOCKS else 2 * half
     size = group_bytes(kind, group)
-    generator = torch.Generator().manual_seed(rows)
-    packed = torch.randint(0, 256, (rows * groups, size), dtype=torch.uint8, generator=generator)
-    for number, column in enumerate((0,) if kind == "q8" else (size - 4, size - 2)):
-        values = [numbers[(row + number) % len(numbers)] for row in range(len(packed))]
-        packed[:, column : column + 2] = torch.tensor(values, dtype=torch.float16).view(-1, 1).view(torch.uint8)
+    packed = native.random_groups(kind, group, rows * groups, seed=rows)
+    wide = kind in ("nf4", "int8")
+    for number, place in enumerate(native.SCALES[kind]):
+        values = torch.tensor([numbers[(row + number) % len(numbers)] for row in range(len(packed))])
+        first = place % size - (3 if wide else 1)
+        scale = values.to(torch.float32 if wide else torch.float16).view(-1, 1).view(torch.uint8)
+        packed[:, first : first + scale.shape[1]] = scale
     entry = Entry(name="w", shape=(rows, groups * group), format=kind, group=group)
     expected, out = (torch.full(entry.shape, 7.0, dtype=getattr(torch, dtype)) for _ in range(2))
     unpack(entry, packed.view(-1), expected)
@@ -72,10 +74,6 @@ def test_without_a_compiler_pytorch_does_the_work(tmp_path, monkeypatch):
 def test_a_library_that_differs_is_not_used(tmp_path, monkeypatch):
     monkeypatch.delenv(native.VARIABLE, raising=False)
     wrong = tmp_path / "unpack.c"
-    wrong.write_text(
-        native.SOURCE.read_text()
-        .replace("* scale + least", "* scale - least")
-        .replace("packed[2 + e] * scale", "packed[1 + e] * scale")
-    )
+    wrong.write_text(native.SOURCE.read_text().replace("packed + g * stride", "packed + (groups - 1 - g) * stride"))
     monkeypatch.setattr(native, "SOURCE", wrong)
     assert native.library(tmp_path) == ""

@@ -27,10 +27,20 @@ from reference import CONFIGS, VARIANTS
 
 from tightfit.profiles.sources.random_weights import random_source
 from tightfit.profiles.weights.describe import decoder_tensors, describe, packed_entry
-from tightfit.profiles.weights.pack import StoreWriter, build_store, pack_q4, pack_q8, pack_rows, q4_blocks
+from tightfit.profiles.weights.pack import (
+    StoreWriter,
+    build_store,
+    finite_groups,
+    pack_q4,
+    pack_q8,
+    pack_rows,
+    q4_blocks,
+)
+from tightfit.profiles.weights.precision import Precision
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError, RunError
-from tightfit.runtime.engine.weights.layout import MAGIC, PREAMBLE, VERSION
+from tightfit.runtime.engine.weights import native
+from tightfit.runtime.engine.weights.layout import BLOCKS, MAGIC, PREAMBLE, VERSION
 from tightfit.runtime.engine.weights.store import CHUNK_ELEMENTS, WORKSPACE_BYTES, Entry, Store, packed_bytes, unpack
 
 TINY = {
@@ -145,6 +155,13 @@ def test_raw_tensors_come_back_as_they_were(store: Store, name: str) -> None:
     values = original(name)
     assert store.entries[name].shape == tuple(values.shape)
     assert torch.equal(loaded(store, name, values.dtype), values)
+
+
+def test_float16_becomes_bfloat16_by_one_rounding_of_any_number_of_elements() -> None:
+    values = torch.randn(CHUNK_ELEMENTS + 77, generator=torch.Generator().manual_seed(0)).half()
+    out = torch.empty(values.shape, dtype=torch.bfloat16)
+    unpack(Entry(name="w", shape=tuple(values.shape), format="float16"), values.view(torch.uint8), out)
+    assert torch.equal(out, values.bfloat16())
 
 
 def test_a_matrix_larger_than_a_chunk_unpacks_as_its_rows_do() -> None:
@@ -329,7 +346,7 @@ def test_a_damaged_header_is_refused(path: Path, tmp_path: Path, byte: int) -> N
     file, data = copy_of(path, tmp_path)
     data[byte] ^= 4
     file.write_bytes(data)
-    with pytest.raises(InputError, match=r"weight store of version 5|the header is truncated or damaged") as caught:
+    with pytest.raises(InputError, match=r"weight store of version 6|the header is truncated or damaged") as caught:
         Store.open(file)
     assert str(file) in str(caught.value)
 
@@ -357,6 +374,7 @@ def test_the_fingerprint_is_of_the_header_and_the_checksums(path: Path) -> None:
         lambda text: text.replace(b'"tensors"', b'"others"'),
         lambda text: text.replace(b'"config"', b'"others"'),
         lambda text: text.replace(b'"q4"', b"4", 1),
+        lambda text: text.replace(b'"q4"', b'"q7"', 1),
         lambda text: b"[]",
         lambda text: b"",
         lambda text: b"\xff" + text,
@@ -431,7 +449,7 @@ def test_q4_is_never_worse_than_rounding_to_the_range(seed: int, scale: float, s
     )
 
 
-@pytest.mark.parametrize(("power", "share"), [(1, 0.92), (3, 0.7)])
+@pytest.mark.parametrize(("power", "share"), [(1, 0.84), (3, 0.56)])
 def test_q4_takes_from_the_error_of_rounding_to_the_range(power: int, share: float) -> None:
     """Of normal weights, and of such with a few far from the others, which are cut to the last code."""
     x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) ** power
@@ -441,7 +459,11 @@ def test_q4_takes_from_the_error_of_rounding_to_the_range(power: int, share: flo
     low = groups.amin(1, keepdim=True)
     step = (groups.amax(1, keepdim=True) - low) / 15
     simple = ((groups - low) / step).round() * step + low
-    assert (out.view(-1, 32) - groups).square().sum() < share * (simple - groups).square().sum()
+    error = (out.view(-1, 32) - groups).square().sum()
+    assert error < share * (simple - groups).square().sum()
+    once = torch.empty_like(x)
+    unpack(Entry(name="x", shape=(64, 96), format="q4", group=32), pack_q4(x, 32, (1.0,)).view(-1), once)
+    assert error < 0.98 * (once - x).square().sum()  # searching beats what one start is refitted to
 
 
 @settings(max_examples=80)
@@ -485,11 +507,43 @@ def test_values_below_what_a_scale_can_say_keep_their_sign() -> None:
     assert (out * values > 0).all()
 
 
-def test_nan_and_infinity_are_refused() -> None:
-    entry = packed_entry("model.w", (2, 32), "q4")
-    for bad in (torch.nan, torch.inf):
-        with pytest.raises(InputError, match=r"tensor 'model\.w' holds NaN or infinity"):
-            pack_rows(entry, torch.full((2, 32), bad))
+def one_tensor(entry: Entry, rows: torch.Tensor) -> Source:
+    tensor = SourceTensor(entry=entry, rows=lambda start, stop: rows[start:stop], place="a.safetensors: tensor 'k'")
+    return Source(
+        name="one", kind="huggingface", path="", config={}, fingerprint="one", has_weights=True,
+        entries={entry.name: entry}, tensors=lambda: [tensor],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("kind", ["q4", "q8", "bfloat16", "float32"])
+def test_nan_and_infinity_are_refused_by_file_and_tensor(kind: str, bad: float, tmp_path: Path) -> None:
+    rows = torch.ones(40, 32)
+    rows[37, 5] = bad
+    said = r"a\.safetensors: tensor 'k' holds NaN or infinity, in rows 0 to 39; the file is damaged or its training diverged"
+    with pytest.raises(InputError, match=said):
+        build_store(one_tensor(packed_entry("w", (40, 32), kind), rows), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_beyond_float16_are_refused_where_scales_are_float16(tmp_path: Path) -> None:
+    rows = torch.full((2, 32), -1e6)
+    with pytest.raises(InputError, match=r"'k' holds values above 65504, too large for 4 or 8 bit; use --base 16bit"):
+        build_store(one_tensor(packed_entry("w", (2, 32), "q4"), rows), tmp_path)
+    assert build_store(one_tensor(packed_entry("w", (2, 32), "bfloat16"), rows), tmp_path).exists()
+
+
+@pytest.mark.parametrize("kind", native.SCALES)
+def test_a_scale_that_is_not_finite_is_found_in_every_format(kind: str) -> None:
+    group = BLOCKS[kind][0] if kind in BLOCKS else 32
+    entry = Entry(name="w", shape=(3, group), format=kind, group=group)
+    packed = native.random_groups(kind, group, 3)
+    assert finite_groups(entry, packed)
+    for place in native.SCALES[kind]:
+        for bad in (0x7C, 0x7F, 0xFF):
+            damaged = packed.clone()
+            damaged[1, place], damaged[1, place - 1] = bad, 0x81
+            assert finite_groups(entry, damaged) == (kind in ("nf4", "int8") and bad == 0x7C)
 
 
 # Building
@@ -622,11 +676,11 @@ def test_a_disk_that_fills_up_is_a_run_error_and_the_partial_file_is_gone(tmp_pa
 
 
 @pytest.mark.parametrize("family", list(CONFIGS))
-@pytest.mark.parametrize("embedding", ["q4", "q8"])
-def test_described_sizes_are_the_store_s(family: str, embedding: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("embedding", "form"), [("4bit", "q4"), ("8bit", "q8"), ("16bit", "bfloat16")])
+def test_described_sizes_are_the_store_s(family: str, embedding: Any, form: str, tmp_path: Path) -> None:
     config = CONFIGS[family]
-    described = describe(config, embedding=embedding)
-    source = random_source(config, tmp_path / "config.json", embedding=embedding)
+    described = describe(config, precision=Precision(embeddings=embedding))
+    source = random_source(config, tmp_path / "config.json", precision=Precision(embeddings=embedding))
     with Store.open(build_store(source, tmp_path)) as store:
         assert list(store.entries) == list(described)
         for name, entry in store.entries.items():
@@ -642,7 +696,7 @@ def test_described_sizes_are_the_store_s(family: str, embedding: str, tmp_path: 
             "model.embed_tokens.weight[17:18]",
         ):
             assert packed_bytes(described, part) == store.packed_bytes(part)
-        assert store.entries["model.embed_tokens.weight"].format == embedding
+        assert store.entries["model.embed_tokens.weight"].format == form
 
 
 @pytest.mark.parametrize("config", (CONFIGS | VARIANTS).values(), ids=CONFIGS | VARIANTS)
@@ -665,7 +719,7 @@ def test_a_mistral_has_transformers_sliding_window_where_its_config_names_none()
 
 def test_random_weights_have_the_config_s_spread_and_do_not_depend_on_order(tmp_path: Path) -> None:
     config = TINY | {"initializer_range": 0.05}
-    source = random_source(config, tmp_path / "config.json", embedding="q8", seed=3)
+    source = random_source(config, tmp_path / "config.json", precision=Precision(embeddings="8bit"), seed=3)
     with Store.open(build_store(source, tmp_path)) as store:
         for name in ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"):
             weight = loaded(store, name)
@@ -727,11 +781,19 @@ print((peak() - before) * 1024)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_unpacking_in_the_lean_process_takes_no_more_than_its_stated_workspace(tmp_path: Path) -> None:
     file = tmp_path / "big.store"
-    for kind in ("q4", "q8"):
-        entries = [packed_entry("big.weight", (4096, 1024), kind), packed_entry("small.weight", (8, 1024), kind)]
+    for kind in ("q4", "q8", "q3_k", "nf4", "float16"):
+        group = BLOCKS[kind][0] if kind in BLOCKS else 0 if kind == "float16" else 32
+        entries = [
+            Entry(name=f"{name}.weight", shape=(rows, 1024), format=kind, group=group)
+            for name, rows in (("big", 4096), ("small", 8))
+        ]
         with StoreWriter(file, entries, name="big", config={}, source={}) as writer:
             for entry in entries:
-                writer.write(entry.name, [pack_rows(entry, torch.randn(entry.shape))])
+                if group:
+                    packed = native.random_groups(kind, group, entry.rows * entry.columns // group)
+                else:
+                    packed = pack_rows(entry, torch.randn(entry.shape))
+                writer.write(entry.name, [packed])
         done = subprocess.run(
             [sys.executable, "-c", LEAN, str(file)], capture_output=True, text=True, cwd=ROOT, check=False
         )
