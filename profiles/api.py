@@ -19,10 +19,13 @@ from tightfit.profiles.devices.data_sheets import find_device
 from tightfit.profiles.devices.estimate import estimate_profile
 from tightfit.profiles.io import load_profile, save_profile
 from tightfit.profiles.measuring.cpu_load import crowded, our_cores, taken_now
+from tightfit.profiles.measuring.cpu_quota import quota_cores, useful_threads
 from tightfit.profiles.measuring.marks import marks
 from tightfit.profiles.measuring.measure import measure
 from tightfit.profiles.models.decoder import Decoder
-from tightfit.profiles.models.decoder_config import decoder_shape
+from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
+from tightfit.profiles.models.side_network import SideNetwork
+from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape, chosen_blocks
 from tightfit.profiles.schema import (
     MOST_ACCUMULATED,
     PROFILE_VERSION,
@@ -84,6 +87,10 @@ def profile(
     dtype: str | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    side_rank: int | None = None,
+    side_blocks: int | None = None,
+    base: str | None = None,
+    embeddings: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Profile:
@@ -95,7 +102,15 @@ def profile(
     tokens; a module:factory brings its own sample batch instead. `lora_alpha` defaults to twice `lora_rank`. The
     gradients of `accumulate` steps make one optimizer update. `dtype` is the type of activations and unpacked weights
     (default: bfloat16 for language models, float32 for a module of your own). `threads` defaults to all cores that
-    this process may use.
+    this process may use, or to what a CPU quota (a container's `--cpus`) leaves of them.
+
+    With `side_rank` the step is that of a side network beside `source` instead (`tightfit.profiles.models.side_network`), whose
+    adapters of that rank read the outputs of `side_blocks` of its blocks (default: 8, or all): what a server trains where a
+    device runs the model (the policy `mobillm`). It has no LoRA pairs.
+
+    `base` and `embeddings` are the precision, 4bit, 8bit or 16bit, of matrices and of the embedding and the head that
+    the source does not hold quantised; what it holds quantised is kept, code for code. By default matrices are rounded to
+    4 bits, and embeddings are treated as matrices are (`tightfit.profiles.weights.precision`).
 
     Weights, where the source has them, are first packed into a store in the cache, tensor by tensor. A cached profile
     with the same fingerprint is returned at once, except with `force`, or if it was measured while other programs kept
@@ -116,16 +131,17 @@ def profile(
     if accumulate > MOST_ACCUMULATED:
         raise InputError(f"accumulate {accumulate}: an update takes at most {MOST_ACCUMULATED} steps")
     cores = our_cores()
-    threads = cores if threads is None else threads
+    threads = useful_threads(cores, quota_cores()) if threads is None else threads
     if not 1 <= threads <= cores:
         raise InputError(f"threads {threads}: this process may use 1 to {cores} of the machine's cores")
     alpha = float(2 * lora_rank if lora_alpha is None else lora_alpha)
     if not 0 < alpha < float("inf"):
         raise InputError(f"lora-alpha {alpha}: give a finite number above 0")
-    found = resolve(source)
+    found = resolve(source, base=base, embeddings=embeddings)
+    side = _side_shape(found, side_rank, side_blocks)
     dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
     report = progress or (lambda stage, done, total: None)
-    key = _fingerprint(found, batch, seq, lora_rank, alpha, accumulate, dtype, threads)
+    key = _fingerprint(found, batch, seq, lora_rank, alpha, accumulate, dtype, threads, quota_cores(), side)
     cached = cache_directory() / "profiles" / f"{key[:32]}.json"
     earlier = None
     if elsewhere is None and cached.exists() and not force:
@@ -134,7 +150,8 @@ def profile(
             store = _present(loaded.model.store)
             if (store is None) == (loaded.model.store is None):
                 # The model, or the cache, may have been moved since; record their present paths.
-                here = loaded.model.model_copy(update={"name": found.name, "source": found.path, "store": store})
+                moved = {"name": found.name, "source": found.path, "store": store}
+                here = loaded.model.model_copy(update=moved | {"base": found.base, "embeddings": found.embeddings})
                 earlier = loaded.model_copy(update={"model": here})
                 if not marks(earlier.device) or crowded(taken_now(threads), threads):
                     return earlier
@@ -149,12 +166,14 @@ def profile(
     if found.kind == "module":
         traced, module, sample = _trace_module(found, dtype, report)
         comparison = GradientComparison(found.name, module, sample, traced)
+    elif side is not None:
+        traced = _trace_side(found, side, batch, seq, dtype, report)
     else:
         traced = _trace_decoder(found, batch, seq, lora_rank, alpha, dtype, report)
     if found.kind == "module":
         batch, seq_or_none, kind, lora = _first_dimension(traced), None, "module", None
     else:
-        seq_or_none, kind, lora = seq, "decoder", {"rank": lora_rank, "alpha": alpha}
+        seq_or_none, kind, lora = seq, "decoder", None if side else {"rank": lora_rank, "alpha": alpha}
         _check_lengths(found, seq)
     tensors = [_packed(t, found.entries) for t in traced.tensors]
     measured: Mapping[str, Any] = (
@@ -179,11 +198,14 @@ def profile(
             name=found.name,
             source=found.path,
             kind=kind,
-            config=found.config,
+            config=found.config | ({CONFIG_KEY: side.as_json()} if side else {}),
             lora=lora,
             store=store,
             store_fingerprint=store_fingerprint,
             compared=measured["compared"],
+            base=found.base,
+            embeddings=found.embeddings,
+            rounding=found.note or None,
         ),
         batch=batch,
         seq=seq_or_none,
@@ -194,6 +216,7 @@ def profile(
             kind="cpu",
             threads=threads,
             busy_cores=measured["busy_cores"],
+            quota_cores=measured["quota_cores"],
             torch_version=torch.__version__,
             floor=Floor.model_validate({k: measured["floor"][k] for k in Floor.model_fields}),
             read=Channel.model_validate(measured["read"]),
@@ -262,6 +285,8 @@ def _code() -> Iterator[Path]:
 def _trace_decoder(
     source: Source, batch: int, seq: int, rank: int, alpha: float, dtype: str, report: Progress
 ) -> Trace:
+    if not handwritten(source.config):
+        return _trace_any_decoder(source, batch, seq, rank, alpha, dtype, report)
     shape = decoder_shape(source.config)
     if rank > shape.hidden:
         raise InputError(f"--lora-rank {rank}: the model is {shape.hidden} wide, and a rank above that gains nothing")
@@ -273,6 +298,67 @@ def _trace_decoder(
     with FakeTensorMode():
         module = Decoder(shape, dtype=DTYPES[dtype], rank=rank, alpha=alpha)
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
+    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
+
+
+def _trace_any_decoder(
+    source: Source, batch: int, seq: int, rank: int, alpha: float, dtype: str, report: Progress
+) -> Trace:
+    from tightfit.profiles.models.transformers_decoder import AnyDecoder, without_values
+
+    hidden = source.config["hidden_size"]
+    if rank > hidden:
+        raise InputError(f"--lora-rank {rank}: the model is {hidden} wide, and a rank above that gains nothing")
+    widest = max(max(entry.shape, default=1) for entry in source.entries.values())
+    if batch * seq * widest > MOST_ELEMENTS:
+        raise InputError(
+            f"batch {batch} x seq {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller batch or seq"
+        )
+    module = AnyDecoder(source.config, dtype=DTYPES[dtype], seq=seq, rank=rank, alpha=alpha)
+    with FakeTensorMode():
+        without_values(module)
+        sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
+    traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
+    for tensor in traced.tensors:
+        if tensor.kind in ("weight", "constant") and tensor.name.split("[")[0] not in source.entries:
+            raise InputError(
+                f"{source.name}: its {source.config['model_type']} decoder reads a constant of shape {tensor.shape}"
+                f" ({tensor.name}) that no checkpoint holds; it is not supported"
+            )
+    return traced
+
+
+def _side_shape(source: Source, rank: int | None, blocks: int | None) -> SideShape | None:
+    """The side network that is profiled; None: the model itself."""
+    if rank is None:
+        if blocks is not None:
+            raise InputError(
+                f"side-blocks {blocks} is of a side network; name its rank too, for example --side-rank 64"
+            )
+        return None
+    if source.kind == "module":
+        raise InputError(
+            f"side-rank {rank}: a side network is trained beside a language model, {source.name} is a module"
+        )
+    shape = decoder_shape(source.config)
+    if not 1 <= rank <= shape.hidden:
+        raise InputError(f"side-rank {rank}: give a width from 1 to {shape.hidden}, the model's own")
+    chosen = chosen_blocks(shape.layers) if blocks is None else chosen_blocks(shape.layers, blocks)
+    return SideShape(blocks=chosen, rank=rank)
+
+
+def _trace_side(source: Source, side: SideShape, batch: int, seq: int, dtype: str, report: Progress) -> Trace:
+    shape = decoder_shape(source.config)
+    if batch * seq * shape.hidden * len(side.blocks) > MOST_ELEMENTS:
+        raise InputError(
+            f"batch {batch} x seq {seq} x {shape.hidden}, the activations of {len(side.blocks)} blocks, are more elements than a"
+            " tensor can have; use a smaller batch or seq"
+        )
+    with FakeTensorMode():
+        module = SideNetwork(shape, side, dtype=DTYPES[dtype])
+        sample = {"labels": torch.zeros(batch, seq, dtype=torch.int64)}
+        for number in range(len(side.blocks)):
+            sample[f"{INPUT}.{number}"] = torch.zeros(batch * seq, shape.hidden, dtype=DTYPES[dtype])
     return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
 
 
@@ -313,7 +399,8 @@ def _check_lengths(source: Source, seq: int) -> None:
 def _packed(tensor: Tensor, entries: Mapping[str, Entry]) -> Tensor:
     if tensor.kind != "weight":
         return tensor
-    return tensor.model_copy(update={"packed_bytes": find_extent(entries, tensor.name).bytes})
+    extent = find_extent(entries, tensor.name)
+    return tensor.model_copy(update={"packed_bytes": extent.bytes, "packed_format": extent.entry.format})
 
 
 def _unmeasured(traced: Trace, device: Device) -> dict[str, Any]:
@@ -327,6 +414,7 @@ def _unmeasured(traced: Trace, device: Device) -> dict[str, Any]:
         "unpack": {},
         "update": {},
         "busy_cores": 0.0,
+        "quota_cores": None,
         "compared": None,
     } | channels
 

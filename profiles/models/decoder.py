@@ -162,7 +162,12 @@ def head_slice_rows(shape: DecoderShape, element_bytes: int) -> int:
     """Vocabulary rows per slice of the loss head: the largest power of two (checksums need one) within
     `HEAD_SLICE_BYTES`, unpacked.
     """
-    return min(shape.vocab, 1 << max(7, (HEAD_SLICE_BYTES // (shape.hidden * element_bytes)).bit_length() - 1))
+    return slice_rows(shape.vocab, shape.hidden, element_bytes)
+
+
+def slice_rows(vocabulary: int, width: int, element_bytes: int) -> int:
+    """As `head_slice_rows`, for a head [vocabulary, width]."""
+    return min(vocabulary, 1 << max(7, (HEAD_SLICE_BYTES // (width * element_bytes)).bit_length() - 1))
 
 
 def rotary_table(shape: DecoderShape, seq: int, theta: float, scaled: bool) -> tuple[Tensor, Tensor]:

@@ -85,13 +85,31 @@ def text_config(read: Any) -> dict[str, Any] | None:
     text = config.get("text_config")
     if isinstance(text, dict):
         outer: dict[str, Any] = {
-            key: config[key] for key in ("tie_word_embeddings", "torch_dtype", "dtype") if key in config
+            key: config[key]
+            for key in ("tie_word_embeddings", "torch_dtype", "dtype", "quantization_config")
+            if key in config
         }
         config = outer | text | {"adapter_body": WRAPPED_BODY}
+        if text.get("model_type") not in families():
+            config["wrapper_type"] = read.get("model_type")
     for family in families().values():
         if config.get("model_type") in family.wrapped_as:
             config["model_type"] = family.model_type
     return config
+
+
+def handwritten(config: dict[str, Any]) -> bool:
+    """Whether `tightfit.profiles.models.decoder` has the config's family and its switches.
+
+    Else transformers builds the model (`tightfit.profiles.models.transformers_decoder`). A config that is damaged counts
+    as handwritten where its family is: `decoder_shape` names what is wrong.
+    """
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in families():
+        return not isinstance(name, str)
+    rope, _ = _rope(config, families()[name])
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return not isinstance(kind, str) or kind not in ("dynamic", "yarn", "longrope")
 
 
 def decoder_shape(config: dict[str, Any]) -> DecoderShape:

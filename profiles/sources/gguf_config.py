@@ -6,12 +6,15 @@ Key names are those of the GGUF specification (``llama.block_count``, ...). Fiel
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 
 from tightfit.profiles.models.family import family_of_gguf
 from tightfit.runtime.common.errors import InputError
+
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
 def config_from_metadata(
@@ -54,6 +57,8 @@ def config_from_metadata(
     for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         if f"tokenizer.ggml.{name}_token_id" in metadata:
             config[key] = metadata[f"tokenizer.ggml.{name}_token_id"]
+    if (made_of := _repository(metadata)) is not None:
+        config["adapter_base"] = made_of
     config |= family.gguf.settings(have, layers, hidden // heads, head_dim)
     scaling = have("rope.scaling.type")
     if rope_factors is not None:
@@ -63,6 +68,22 @@ def config_from_metadata(
     elif scaling not in (None, "none"):
         raise InputError(f"GGUF rope scaling {scaling!r} is not supported; supported: none, linear, llama3")
     return config
+
+
+def _repository(metadata: dict[str, Any]) -> str | None:
+    """The Hugging Face id of the model that the file was converted from, if its metadata name it.
+
+    Not `general.base_model`, the model that this one was trained from, nor `general.repo_url`, which is often that of
+    the GGUF files.
+    """
+    repository = metadata.get("general.source.huggingface.repository")
+    if isinstance(repository, str) and re.fullmatch(HUB_ID, repository):
+        return repository
+    for key in ("general.source.repo_url", "general.source.url"):
+        found = re.fullmatch(rf"https?://(?:www\.)?huggingface\.co/({HUB_ID})/?", str(metadata.get(key)))
+        if found:
+            return found[1]
+    return None
 
 
 def llama3_scaling(factors: torch.Tensor, theta: float, head_dim: int) -> dict[str, Any]:

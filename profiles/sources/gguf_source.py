@@ -1,8 +1,9 @@
 """Opens models in GGUF files.
 
-Values that the file already holds in the store's precision are kept: Q4_0, Q4_1 and Q8_0 are repacked without changing
-a value; Q4_K keeps its codes, and each group's scale and min are rounded to float16 (a relative error of 2^-11, below
-bfloat16's own 2^-9). Q5 and Q6 types are rounded to 8 bits, everything else to 4 bits. llama.cpp permutes the rows of
+Quantised values are kept, code for code: Q4_0, Q4_1 and Q8_0 in the store's own groups, Q5_0, Q5_1 and K-quants in
+blocks as they are in the file. Types that the store has no form of (IQ4_XS, MXFP4 and others) are unpacked to bfloat16,
+which rounds as unpacking them in a step would. Matrices in F16, BF16 and F32 get the precision that is asked for.
+llama.cpp permutes the rows of
 Llama's q and k for its interleaved rotary embedding; they are put back into Hugging Face's half-split order. GGUF files
 hold Gemma's norm weights with 1 added; it is subtracted again.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,26 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf.quants import Q4_K, dequantize
+from gguf.quants import dequantize
 from torch import Tensor
 
 from tightfit.profiles.models.decoder_config import decoder_shape
 from tightfit.profiles.models.family import GgufFacts, family_of
 from tightfit.profiles.sources.gguf_config import config_from_metadata
 from tightfit.profiles.sources.gguf_metadata import read_metadata
-from tightfit.profiles.weights.describe import decoder_tensors, packed_entry
+from tightfit.profiles.weights.describe import EMBEDDINGS, decoder_tensors, packed_entry
 from tightfit.profiles.weights.pack import q4_blocks
+from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, check_choice, said
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.weights.layout import VERSION, Entry
+from tightfit.runtime.engine.weights.layout import BLOCKS, VERSION, Entry
 
-EXACT = ("Q4_0", "Q4_1", "Q8_0")
-EIGHT_BIT = ("Q8_0", "Q8_1", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_K")
+KEPT = {"Q4_0": ("q4", 32), "Q4_1": ("q4", 32), "Q8_0": ("q8", 32)} | {
+    kind.upper(): (kind, elements) for kind, (elements, _) in BLOCKS.items()
+}
+"""Format and group in the store of the types whose codes are kept."""
+UNPACKED = "bfloat16"
+"""Format of matrices in any other quantised type."""
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
@@ -50,8 +55,12 @@ class _Reader(gguf.GGUFReader):
         self._data = np.asarray(mapped)
 
 
-def gguf_source(path: Path) -> Source:
-    """The model in a GGUF file. Raises InputError if the file is damaged, split, or of an unsupported architecture."""
+def gguf_source(path: Path, *, precision: Precision = DEFAULT) -> Source:
+    """The model in a GGUF file; `precision` is that of matrices which the file does not hold quantised.
+
+    Raises InputError if the file is damaged, split, or of an unsupported architecture, and if no matrix of it can have
+    the precision.
+    """
     metadata = read_metadata(path)
     try:
         reader = _Reader(path)
@@ -74,17 +83,25 @@ def gguf_source(path: Path) -> Source:
             tied="output.weight" not in found,
             rope_factors=None if factors is None else torch.tensor(factors.data, dtype=torch.float32),
         )
-        parts = _match(config, found)
+        parts = _match(config, found, precision)
+        matrices = [
+            Matrix(entry, tensor.tensor_type.name, entry.name in EMBEDDINGS)
+            for entry, tensor in parts
+            if len(entry.shape) > 1
+        ]
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    check_choice(path, precision, matrices)
     stat = path.stat()
     with path.open("rb") as file:
         head = hashlib.sha256(file.read(int(reader.data_offset)))
-    text = json.dumps([VERSION, "gguf", head.hexdigest(), stat.st_size, stat.st_mtime_ns])
+    formats = [entry.format for entry, _ in parts]
+    text = json.dumps([VERSION, "gguf", head.hexdigest(), stat.st_size, stat.st_mtime_ns, formats])
 
     def tensors() -> Iterable[SourceTensor]:
         for entry, tensor in parts:
-            yield SourceTensor(entry=entry, rows=_row_reader(path, config, entry, tensor))
+            rows = _row_reader(path, config, entry, tensor)
+            yield SourceTensor(entry=entry, rows=rows, place=f"{path}: tensor {tensor.name!r}")
 
     return Source(
         name=path.stem,
@@ -95,7 +112,9 @@ def gguf_source(path: Path) -> Source:
         has_weights=True,
         entries={entry.name: entry for entry, _ in parts},
         tensors=tensors,
-        note=_note(tensor for _, tensor in parts),
+        note=said(matrices),
+        base=precision.base,
+        embeddings=precision.embeddings,
     )
 
 
@@ -107,10 +126,11 @@ def unpermuted_rows(rows: int, heads: int) -> Tensor:
     return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
 
 
-def _match(config: dict[str, Any], found: dict[str, Any]) -> list[tuple[Entry, Any]]:
+def _match(config: dict[str, Any], found: dict[str, Any], precision: Precision) -> list[tuple[Entry, Any]]:
     """(entry, tensor in the file) for every tensor of the decoder. Raises InputError for missing or unexpected ones."""
     named = {_hugging_face_name(config, name): tensor for name, tensor in found.items()}
     shape = decoder_shape(_with_biases(config, named))
+    kept = any(tensor.tensor_type.name not in PUBLISHED for tensor in named.values())
     parts = []
     for name, size in decoder_tensors(shape):
         tensor = named.pop(name, None)
@@ -121,8 +141,18 @@ def _match(config: dict[str, Any], found: dict[str, Any]) -> list[tuple[Entry, A
             raise InputError(
                 f"tensor {tensor.name!r} has shape {list(held)} where {list(size)} is due; the file's metadata does not fit its weights"
             )
-        kind = "float32" if len(size) == 1 else "q8" if tensor.tensor_type.name in EIGHT_BIT else "q4"
-        parts.append((packed_entry(name, size, kind), tensor))
+        kind = tensor.tensor_type.name
+        if len(size) == 1:
+            entry = packed_entry(name, size, "float32")
+        elif kind in KEPT:
+            form, group = KEPT[kind]
+            entry = Entry(name=name, shape=size, format=form, group=group)
+        elif kind in PUBLISHED:
+            form = precision.format(PUBLISHED[kind], embedding=name in EMBEDDINGS, kept=kept)
+            entry = packed_entry(name, size, form)
+        else:
+            entry = Entry(name=name, shape=size, format=UNPACKED)
+        parts.append((entry, tensor))
     if named:
         raise InputError(
             f"tensor {next(iter(named.values())).name!r} belongs to no {config['model_type']} decoder; this variant is not supported"
@@ -173,8 +203,6 @@ def _row_reader(path: Path, config: dict[str, Any], entry: Entry, tensor: Any) -
             raise InputError(
                 f"{path}: tensor {tensor.name!r} is {kind.name}, which the gguf package cannot unpack; use a Q4_1, Q4_K_M or Q8_0 file"
             ) from error
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
 
     return rows
 
@@ -182,48 +210,17 @@ def _row_reader(path: Path, config: dict[str, Any], entry: Entry, tensor: Any) -
 def _repack(entry: Entry, block: np.ndarray[Any, Any], kind: Any) -> Tensor:
     """Rows of a quantised matrix: packed uint8 for the types whose codes are kept, floats for the others."""
     count = block.shape[0]
-    if kind.name == "Q8_0" and entry.format == "q8":
-        data = torch.from_numpy(block).view(-1, 34)
-        _check_scales(entry, data[:, :2])
-        return data.view(count, -1)
-    if kind.name in EXACT and entry.format == "q4":
+    if kind.name == "Q8_0" or entry.format in BLOCKS:
+        return torch.from_numpy(block).view(count, -1)
+    if kind.name in ("Q4_0", "Q4_1"):
         data = torch.from_numpy(block).view(-1, 18 if kind.name == "Q4_0" else 20)
         scale = data[:, :2].contiguous().view(torch.float16)
         codes = torch.cat([data[:, -16:] & 15, data[:, -16:] >> 4], dim=1)
         # Q4_0 means (code - 8) * scale; -8 * scale only changes sign and exponent, so it is exact
         minimum = -8 * scale if kind.name == "Q4_0" else data[:, 2:4].contiguous().view(torch.float16)
-        _check_scales(entry, scale, minimum)
         return q4_blocks(codes, scale, minimum).view(count, -1)
-    if kind.name == "Q4_K" and entry.format == "q4":
-        raw = block.reshape(-1, 144)
-        head = torch.from_numpy(raw[:, :4].copy()).view(torch.float16).float()
-        sub_scale, sub_minimum = (
-            torch.from_numpy(part.astype(np.float32)) for part in Q4_K.get_scale_min(raw[:, 4:16].copy())
-        )
-        pairs = torch.from_numpy(raw[:, 16:].copy()).view(-1, 4, 1, 32)
-        codes = torch.cat([pairs & 15, pairs >> 4], dim=2).view(-1, 32)
-        scale = (head[:, :1] * sub_scale).half().view(-1, 1)
-        minimum = (head[:, 1:] * -sub_minimum).half().view(-1, 1)
-        _check_scales(entry, scale, minimum)
-        return q4_blocks(codes, scale, minimum).view(count, -1)
+    return _floats(block, kind)
+
+
+def _floats(block: np.ndarray[Any, Any], kind: Any) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(dequantize(block, kind), dtype=np.float32))
-
-
-def _check_scales(entry: Entry, *scales: Tensor) -> None:
-    for scale in scales:
-        values = scale if scale.dtype == torch.float16 else scale.contiguous().view(torch.float16)
-        if not torch.isfinite(values).all():
-            raise InputError(f"tensor {entry.name!r} holds NaN or infinity; the file is damaged, download it again")
-
-
-def _note(tensors: Iterable[Any]) -> str:
-    kinds = Counter(tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1)
-    parts = []
-    for kind in kinds:
-        if kind in EXACT:
-            parts.append(f"{kind} values kept exactly")
-        elif kind == "Q4_K":
-            parts.append("Q4_K codes kept, scales rounded to float16")
-        else:
-            parts.append(f"{kind} rounded to {8 if kind in EIGHT_BIT else 4} bit")
-    return "; ".join(parts)

@@ -1,6 +1,7 @@
 """Opens models in Hugging Face directories (safetensors, one file or shards).
 
-Matrices are rounded to the store's 4-bit (or 8-bit) groups when they are packed; vectors stay float32. Of a multimodal
+Matrices are rounded to the store's 4-bit or 8-bit groups when they are packed, or stay in 16 bits, as is asked for;
+quantised ones keep their codes (`tightfit.profiles.sources.quantised`); vectors stay float32. Of a multimodal
 Gemma 3 only the text model is used. Only the rows that are being packed are in memory.
 """
 
@@ -19,12 +20,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tightfit.profiles.models.family import family_of
-from tightfit.profiles.weights.describe import EmbeddingFormat, describe
+from tightfit.profiles.sources.quantised import QuantisedMatrix, find, method_of
+from tightfit.profiles.weights.describe import EMBEDDINGS, describe
+from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, check_choice, said
 from tightfit.profiles.weights.source import Source, SourceTensor, read_config, without_names
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+QUANTIZATION = "quantization_config"
+CONVERSION = (
+    "python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('OLD').save_pretrained('NEW')\""
+)
 PREFIXES = (  # names of the text model inside a multimodal wrapper in transformers' versions -> its own names
     ("language_model.model.", "model."),
     ("model.language_model.", "model."),
@@ -34,45 +40,71 @@ BASE = re.compile(r"(?:language_model\.)?(?=(?:embed_tokens|layers|norm)\.)")
 """Beginning of names in a model that was saved without its head (AutoModel)."""
 
 
-def directory_source(path: Path, *, embedding: EmbeddingFormat, name: str | None = None) -> Source:
+def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | None = None) -> Source:
     """The model in a directory with config.json and safetensors.
 
-    `embedding` is the format of the embedding and of an untied head; `name` replaces the directory's name. Raises
-    InputError, naming the file or tensor at fault.
+    `precision` is that of matrices which are not quantised yet; `name` replaces the directory's name. Raises InputError,
+    naming the file or tensor at fault.
     """
     config = read_config(path / "config.json")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise InputError(
-            f"{path}: weights already quantised ({method}) cannot be read; use the unquantised model or a GGUF file"
-        )
-    files = _files(path)
+    method = method_of(path, config)
+    files = checkpoint_files(path)
     held: dict[str, tuple[Path, str]] = {}
-    stored = without_names(config)
-    digest = hashlib.sha256(json.dumps([VERSION, "huggingface", stored, embedding], sort_keys=True).encode())
+    digest = hashlib.sha256()
+    kinds: dict[str, str] = {}
     for file in files:
-        for key in _keys(file, digest):
-            held[_text_name(key)] = (file, key)
+        for key, kind in checkpoint_keys(file, digest).items():
+            held[text_name(key)] = (file, key)
+            kinds[text_name(key)] = kind
     # A model saved without its head is complete only if its family ties the head to the embedding by default.
     bare = any(BASE.match(key) for _, key in held.values()) and not family_of(config).tied
     if "lm_head.weight" not in held and "tie_word_embeddings" not in config and not bare:
         config["tie_word_embeddings"] = True
-    entries = describe(config, embedding=embedding)
+    opened = _Opened(held)
+    quantised: dict[str, QuantisedMatrix] = {}
+    stated = config.pop(QUANTIZATION, None)  # the store holds the codes in its own form
+    described = [entry for entry in describe(config).values() if len(entry.shape) > 1]
+    if method is not None:
+        try:
+            found = [find(stated, held, opened.slice, entry.name, entry.shape) for entry in described]
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        quantised = {matrix.entry.name: matrix for matrix in found if matrix is not None}
+    formats = {
+        entry.name: precision.format(
+            PUBLISHED.get(kinds[entry.name], ""), embedding=entry.name in EMBEDDINGS, kept=bool(quantised)
+        )
+        for entry in described
+        if entry.name in kinds
+    }
+    entries = describe(config, precision=precision, formats=formats)
+    entries |= {matrix.entry.name: matrix.entry for matrix in quantised.values()}
     for entry in entries.values():
-        if entry.name not in held:
+        if entry.name not in held and entry.name not in quantised:
             way = "download the model again"
             if entry.name == "lm_head.weight":
                 way = f"it was saved without its head: save it from AutoModelForCausalLM, or {way}"
             raise InputError(f"{path}: no tensor {entry.name!r} in its safetensors files; {way}")
-    _check_known(path, config, held, entries)
+    parts = frozenset[str]().union(*(matrix.parts for matrix in quantised.values()))
+    _check_known(path, config, held.keys() - parts, entries)
+    kinds |= {matrix.entry.name: matrix.held for matrix in quantised.values()}
+    matrices = [
+        Matrix(entry, kinds[entry.name], entry.name in EMBEDDINGS) for entry in entries.values() if len(entry.shape) > 1
+    ]
+    check_choice(path, precision, matrices)
+    stored = [without_names(config), [[entry.name, entry.format, entry.group] for entry in entries.values()]]
+    digest.update(json.dumps([VERSION, "huggingface", *stored], sort_keys=True).encode())
 
     def tensors() -> Iterable[SourceTensor]:
-        opened: dict[Path, Any] = {}
         for entry in entries.values():
+            if entry.name in quantised:
+                matrix = quantised[entry.name]
+                place = f"{held[min(matrix.parts)][0]}: tensor {entry.name!r} ({matrix.held})"
+                yield SourceTensor(entry=entry, rows=matrix.rows, place=place)
+                continue
             file, key = held[entry.name]
-            if file not in opened:
-                opened[file] = safe_open(file, framework="pt")
-            yield SourceTensor(entry=entry, rows=_row_reader(file, opened[file], key, entry))
+            rows = _row_reader(file, opened.slice(entry.name), key, entry)
+            yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}")
 
     return Source(
         name=name or path.name,
@@ -83,11 +115,29 @@ def directory_source(path: Path, *, embedding: EmbeddingFormat, name: str | None
         has_weights=True,
         entries=entries,
         tensors=tensors,
-        note=f"matrices rounded to 4 bit in groups of 32, embeddings to {embedding[1:]} bit",
+        note=said(matrices),
+        base=precision.base,
+        embeddings=precision.embeddings,
     )
 
 
-def _files(path: Path) -> list[Path]:
+class _Opened:
+    """The safetensors files of a checkpoint, each opened when one of its tensors is first asked for."""
+
+    def __init__(self, held: Mapping[str, tuple[Path, str]]) -> None:
+        self._held = held
+        self._files: dict[Path, Any] = {}
+
+    def slice(self, name: str) -> Any:
+        """The tensor `name`, of which rows are read when they are asked for."""
+        file, key = self._held[name]
+        if file not in self._files:
+            self._files[file] = safe_open(file, framework="pt")
+        return self._files[file].get_slice(key)
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory. Raises InputError if one is missing."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -108,14 +158,19 @@ def _files(path: Path) -> list[Path]:
     others = sorted(path.glob("*.safetensors"))
     if len(others) == 1:
         return others
-    found = "only pytorch .bin files" if any(path.glob("*.bin")) else "no model.safetensors"
+    pickled = sorted(path.glob("pytorch_model*.bin")) or sorted(path.glob("*.bin"))
+    if pickled:
+        raise InputError(
+            f"{path}: {pickled[0].name} is a pickle, which runs code when it is read, and is not opened; convert it where you"
+            f" trust it: {CONVERSION}"
+        )
     raise InputError(
-        f"{path}: {found}; save the model with save_pretrained(safe_serialization=True), or give config.json itself for random weights"
+        f"{path}: no model.safetensors; save the model with save_pretrained(safe_serialization=True), or give config.json itself for random weights"
     )
 
 
-def _keys(file: Path, digest: Any) -> list[str]:
-    """Names of the tensors in a safetensors file.
+def checkpoint_keys(file: Path, digest: Any) -> dict[str, str]:
+    """Names of the tensors in a safetensors file, with their types.
 
     Adds its header, size and modification time to the fingerprint `digest`.
     """
@@ -125,15 +180,17 @@ def _keys(file: Path, digest: Any) -> list[str]:
             stat = file.stat()
             header = raw.read(min(length, stat.st_size))
         digest.update(header + struct.pack("<qq", stat.st_size, stat.st_mtime_ns))
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except (OSError, struct.error, SafetensorError) as error:
+        with safe_open(file, framework="pt"):  # checks what the header says against the file
+            described: dict[str, Any] = json.loads(header)
+        return {key: found["dtype"] for key, found in described.items() if key != "__metadata__"}
+    except (OSError, struct.error, ValueError, SafetensorError) as error:
         raise InputError(
             f"{file}: not a readable safetensors file ({error}); it is truncated or damaged, download it again"
         ) from error
 
 
-def _text_name(key: str) -> str:
+def text_name(key: str) -> str:
+    """The name of a checkpoint's tensor in the text model alone."""
     for prefix, replacement in PREFIXES:
         if key.startswith(prefix):
             return replacement + key.removeprefix(prefix)
@@ -154,16 +211,15 @@ def _check_known(path: Path, config: dict[str, Any], held: Iterable[str], entrie
             )
 
 
-def _row_reader(file: Path, opened: Any, key: str, entry: Entry) -> Callable[[int, int], Tensor]:
-    data = opened.get_slice(key)
+def _row_reader(file: Path, data: Any, key: str, entry: Entry) -> Callable[[int, int], Tensor]:
     if tuple(data.get_shape()) != entry.shape:
         raise InputError(
             f"{file}: tensor {key!r} has shape {data.get_shape()} where {list(entry.shape)} is due; config.json does not fit the weights"
         )
 
-    if data.get_dtype() not in FLOATS:
+    if data.get_dtype() not in PUBLISHED:
         raise InputError(
-            f"{file}: tensor {key!r} is {data.get_dtype()}: weights already quantised cannot be read; use the unquantised model or a GGUF file"
+            f"{file}: tensor {key!r} is {data.get_dtype()}, and config.json states no quantisation that can be read; use the model's 16-bit weights or a GGUF file"
         )
 
     def rows(start: int, stop: int) -> Tensor:

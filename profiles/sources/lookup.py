@@ -11,12 +11,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.sources.vocabulary import Vocabulary
 from tightfit.profiles.weights.source import FORMS, Source, read_config
 from tightfit.runtime.common.errors import InputError
 
 if TYPE_CHECKING:
-    from tightfit.profiles.weights.describe import EmbeddingFormat
+    from tightfit.profiles.weights.precision import Precision
 
 Kind = Literal["directory", "gguf", "config", "factory", "hub"]
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -24,32 +25,56 @@ _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def resolve(source: str, *, embedding: EmbeddingFormat = "q4", seed: int = 0) -> Source:
+def resolve(source: str, *, base: str | None = None, embeddings: str | None = None, seed: int = 0) -> Source:
     """Find out what `source` names and read its headers. Raises InputError if it names nothing usable.
 
-    `embedding` is the format of embeddings that are not quantised yet; `seed` is that of a bare config's random weights
-    and of a factory's initial ones.
+    `base` and `embeddings` are 4bit, 8bit or 16bit, for matrices that are not quantised yet and for the embedding and
+    the head among them (`tightfit.profiles.weights.precision.Precision`); `seed` is that of a bare config's random
+    weights and of a factory's initial ones.
     """
+    from tightfit.profiles.weights.precision import precision
+
+    chosen = precision(base, embeddings)
     kind, path = _named(source)
     if kind == "directory":
-        from tightfit.profiles.sources.huggingface import directory_source
-
-        return directory_source(path, embedding=embedding)
+        return _directory(path, chosen, None)
     if kind == "hub":
-        from tightfit.profiles.sources.huggingface import directory_source
-
-        return directory_source(hub_directory(source), embedding=embedding, name=source)
+        return _directory(hub_directory(source), chosen, source)
     if kind == "gguf":
         from tightfit.profiles.sources.gguf_source import gguf_source
 
-        return gguf_source(path)
+        return gguf_source(path, precision=chosen)
     if kind == "config":
+        config = read_config(path)
+        if not handwritten(config):
+            from tightfit.profiles.sources.transformers_source import any_random_source
+
+            return any_random_source(config, path, precision=chosen, seed=seed)
         from tightfit.profiles.sources.random_weights import random_source
 
-        return random_source(read_config(path), path, embedding=embedding, seed=seed)
+        return random_source(config, path, precision=chosen, seed=seed)
     from tightfit.profiles.sources.factory import factory_source
 
+    _refuse_choice(source, chosen)
     return factory_source(source)
+
+
+def _directory(path: Path, precision: Precision, name: str | None) -> Source:
+    """The model in a Hugging Face directory: one of the decoders written by hand, or else any that transformers has."""
+    if handwritten(read_config(path / "config.json")):
+        from tightfit.profiles.sources.huggingface import directory_source
+
+        return directory_source(path, precision=precision, name=name)
+    from tightfit.profiles.sources.transformers_source import any_directory_source
+
+    return any_directory_source(path, precision=precision, name=name)
+
+
+def _refuse_choice(source: str, chosen: Precision) -> None:
+    """Raise InputError if a precision is named for a module of the user's own."""
+    for option, value in vars(chosen).items():
+        if value is not None:
+            raise InputError(f"{option} {value}: {source} is a module, whose parameters stay float32; leave it out")
 
 
 def vocabulary(source: str) -> Vocabulary | None:

@@ -12,27 +12,31 @@ from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.models.decoder_config import initial_deviation
 from tightfit.profiles.models.family import family_of
-from tightfit.profiles.weights.describe import EmbeddingFormat, describe
+from tightfit.profiles.weights.describe import describe
+from tightfit.profiles.weights.precision import DEFAULT, Precision, bits
 from tightfit.profiles.weights.source import Source, SourceTensor, without_names
-from tightfit.runtime.engine.weights.layout import VERSION, Entry, group_bytes
+from tightfit.runtime.engine.weights.layout import ELEMENT_BYTES, VERSION, Entry, group_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Q4_DEVIATION = (255 / 12) ** 0.5  # standard deviation of a code drawn evenly from 0..15: sqrt((16^2 - 1) / 12)
 Q8_DEVIATION = (65535 / 12) ** 0.5  # the same for a code drawn evenly from -128..127
+PLAIN_GROUP = 32  # elements of a group of a matrix that is not quantised
 POOL_GROUPS = 65537  # a prime, which no row length divides, so that rows repeat as late as possible
 
 
-def random_source(config: dict[str, Any], path: Path, *, embedding: EmbeddingFormat = "q4", seed: int = 0) -> Source:
+def random_source(config: dict[str, Any], path: Path, *, precision: Precision = DEFAULT, seed: int = 0) -> Source:
     """A model of the config's sizes with random weights, drawn from `seed`.
 
     Their standard deviation is the config's `initializer_range` (default 0.02). Raises InputError for an unusable
     config.
     """
-    entries = describe(config, embedding=embedding)
+    entries = describe(config, precision=precision)
     deviation = initial_deviation(config)
-    text = json.dumps([VERSION, "random", without_names(config), embedding, seed], sort_keys=True)
+    sizes = dict.fromkeys(bits(entry) for entry in entries.values() if len(entry.shape) > 1)
+    formats = {name: entry.format for name, entry in entries.items()}
+    text = json.dumps([VERSION, "random", without_names(config), formats, seed], sort_keys=True)
 
     def tensors() -> Iterable[SourceTensor]:
         pools = _Pools(deviation, seed)
@@ -48,7 +52,9 @@ def random_source(config: dict[str, Any], path: Path, *, embedding: EmbeddingFor
         has_weights=False,
         entries=entries,
         tensors=tensors,
-        note="random weights, for sizing only",
+        note=f"random weights, for sizing only: {', '.join(sizes)}",
+        base=precision.base,
+        embeddings=precision.embeddings,
     )
 
 
@@ -69,12 +75,13 @@ class _RandomRows:
         import torch
 
         entry, rows = self.entry, stop - start
-        if entry.format not in ("q4", "q8"):
+        group = entry.group or PLAIN_GROUP
+        if len(entry.shape) == 1 or entry.columns % group:
             generator = torch.Generator().manual_seed(self.start + start)
             return torch.randn(rows, entry.columns, generator=generator) * self.pools.deviation + self.mean
-        per_row = entry.columns // entry.group
+        per_row = entry.columns // group
         place, count = (self.start + start * per_row) % POOL_GROUPS, rows * per_row
-        pool = self.pools.groups(entry.format, entry.group, place + count)
+        pool = self.pools.groups(entry.format, group, place + count)
         return pool[place : place + count].view(rows, entry.row_bytes)
 
 
@@ -101,6 +108,9 @@ class _Pools:
         import torch
 
         generator = torch.Generator().manual_seed(self.seed)
+        if kind in ELEMENT_BYTES:
+            drawn = torch.randn(POOL_GROUPS, group, generator=generator) * self.deviation
+            return drawn.to(getattr(torch, kind)).view(torch.uint8)
         packed = torch.randint(0, 256, (POOL_GROUPS, group_bytes(kind, group)), generator=generator, dtype=torch.uint8)
         if kind == "q4":
             scale = torch.tensor([self.deviation / Q4_DEVIATION], dtype=torch.float16)

@@ -77,9 +77,15 @@ class _Folder:
         forward: int,
     ) -> None:
         self.graph, self.inputs, self.results, self.forward = graph, inputs, results, forward
+        self.passed = {result for result, _ in results[:forward]} | {
+            f"grad_{name}" for name, k in inputs if k == "activation"
+        }
+        """Results that only other layers read, in whatever shape they see them."""
         self.values: dict[str, Value] = {}
         self.windows: dict[fx.Node, Window | list[Window | None]] = {}
         self.by_storage: dict[int, str] = {}
+        self.gathered: set[str] = set()
+        """Weights that rows are gathered from: of a head's, the slices are weights of their own."""
         self.operators: list[Operator] = []
 
     def program(self, name: str) -> Program:
@@ -178,7 +184,8 @@ class _Folder:
         self.windows[node] = windows[0] if isinstance(value, torch.Tensor) else windows  # type: ignore[assignment]
         inputs: dict[str, None] = {}
         name = str(target).removesuffix(".default") if fused else str(target)
-        args = [self._argument(a, inputs) for a in node.args]
+        gathers = self._gathered(node, inputs) if name in GATHERS else []
+        args = [*gathers, *(self._argument(a, inputs) for a in node.args[len(gathers) :])]
         if name == HEAD_CHUNK:
             args[2] = self._slice(node.args[2], inputs)  # type: ignore[arg-type]
         return Operator(
@@ -214,10 +221,11 @@ class _Folder:
         window = self.windows[node]
         assert isinstance(window, Window)
         whole = self.values[window.storage]
-        start = window.offset // window.stride[0]
-        name = f"{window.storage}[{start}:{start + window.size[0]}]"
+        width = whole.shape[1]
+        start, rows = window.offset // width, math.prod(window.size) // width
+        name = f"{window.storage}[{start}:{start + rows}]"
         size = node.meta["val"].numel() * node.meta["val"].element_size()
-        self.values[name] = whole.model_copy(update={"name": name, "shape": list(window.size), "bytes": size})
+        self.values[name] = whole.model_copy(update={"name": name, "shape": [rows, width], "bytes": size})
         order = [name if n == window.storage else n for n in inputs]
         inputs.clear()
         inputs.update(dict.fromkeys(order))
@@ -228,6 +236,8 @@ class _Folder:
             window = self.windows[argument]
             assert isinstance(window, Window)
             inputs[window.storage] = None
+            if window.storage in self.gathered:
+                return self._slice(argument, inputs)
             return window.operand()
         if isinstance(argument, (list, tuple)):
             return [self._argument(a, inputs) for a in argument]
@@ -243,6 +253,14 @@ class _Folder:
         raise InputError(
             f"an argument of type {type(argument).__name__} ({argument!r}) cannot be written into a profile"
         )
+
+    def _gathered(self, node: fx.Node, inputs: dict[str, None]) -> list[Any]:
+        """The first argument of an operator that gathers rows: the whole weight, which stays in the store."""
+        window = self.windows[node.args[0]]  # type: ignore[index]
+        assert isinstance(window, Window)
+        inputs[window.storage] = None
+        self.gathered.add(window.storage)
+        return [window.operand()]
 
     def _rename(self, outputs: list[Any], backward: list[Operator]) -> None:
         """Give results their agreed names.
@@ -261,7 +279,7 @@ class _Folder:
                 window.offset == 0
                 and list(window.size) == value.shape
                 and list(window.stride) == value.stride == list(stride)
-            )
+            ) or (result in self.passed and _same_bytes(window, value, stride))
             if whole and window.storage not in given and window.storage not in taken:
                 taken[window.storage] = result
                 continue
@@ -291,6 +309,22 @@ class _Folder:
         self.values = {rename(v.name): v.model_copy(update={"name": rename(v.name)}) for v in self.values.values()}
         for group in (self.operators, backward):
             group[:] = [renamed(op, taken) for op in group]
+
+
+def _same_bytes(window: Window, value: Value, stride: Sequence[int]) -> bool:
+    """Whether a window is the whole of a matrix or a larger tensor, seen with another shape."""
+    return (
+        window.offset == 0
+        and min(len(window.size), len(value.shape)) > 1
+        and window.stride == tuple(stride) == _contiguous(window.size)
+        and tuple(value.stride) == _contiguous(value.shape)
+        and math.prod(window.size) == math.prod(value.shape)
+    )
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(math.prod(shape[place + 1 :]) for place in range(len(shape)))
 
 
 def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -285,7 +285,79 @@ _library.impl("head_loss", open_head, "CPU")
 torch.library.register_fake("tightfit::head_loss", _head_fake, lib=_library)
 torch.library.register_autograd("tightfit::head_loss", _head_grad, setup_context=_head_setup, lib=_library)
 head_loss = torch.ops.tightfit.head_loss.default
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {head_loss: open_head, lora_linear: open_lora}
+
+# The same head with capped logits, cap * tanh(logit / cap). It is decomposed into PyTorch's operators. The largest logit
+# is known to be below the cap, so that softmax needs no running maximum.
+MOST_CAP = 40.0
+"""Largest cap at which exp(-2 * cap), the smallest term of softmax's sum, is a float32."""
+_library.define(
+    "capped_head_loss(Tensor hidden, Tensor weight, Tensor labels, int slice_rows, float cap) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def open_capped_head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int, cap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _capped_head(hidden, weight, labels, slice_rows, cap, gradient=True)  # type: ignore[return-value]
+
+
+def open_capped_head_without_gradient(
+    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int, cap: float
+) -> tuple[Tensor, Tensor, None]:
+    """The same losses as `open_capped_head`, with half the arithmetic."""
+    return *_capped_head(hidden, weight, labels, slice_rows, cap, gradient=False)[:2], None
+
+
+def _capped_head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int, cap: float, *, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """loss float32 [], token losses float32 [T], d loss / d hidden [T, H] of cap * tanh(hidden @ weight.T / cap)."""
+    rows = head_rows(weight, labels)
+    total = slopes = None
+    for start in range(0, weight.shape[0], slice_rows):
+        part = weight[start : start + slice_rows]
+        share = torch.tanh(torch.mm(hidden, part.t()).float() / cap)
+        terms = torch.exp((share - 1.0) * cap)
+        summed = terms.sum(1)
+        total = summed if total is None else total + summed
+        if gradient:
+            slope = torch.mm((terms * (1.0 - share * share)).to(weight.dtype), part).float()
+            slopes = slope if slopes is None else slopes + slope
+    own = torch.tanh((hidden.float() * rows.float()).sum(1) / cap)
+    labelled = labels.reshape(-1) >= 0
+    count = labelled.sum().clamp(min=1)
+    assert total is not None
+    token_losses = torch.where(labelled, total.log() + (1.0 - own) * cap, 0.0)
+    loss = token_losses.sum() / count
+    if slopes is None:
+        return loss, token_losses, None
+    toward = (1.0 - own * own)[:, None] * rows.float()
+    made = (slopes / total[:, None] - toward) * (labelled.float() / count)[:, None]
+    return loss, token_losses, made.to(hidden.dtype)
+
+
+def _capped_fake(
+    hidden: Tensor, weight: Tensor, labels: Tensor, slice_rows: int, cap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _head_fake(hidden, weight, labels, slice_rows)
+
+
+def _capped_grad(ctx: Any, dloss: Tensor, _: Any, __: Any) -> Any:
+    return ctx.saved_tensors[0], None, None, None, None
+
+
+_library.impl("capped_head_loss", open_capped_head, "CPU")
+torch.library.register_fake("tightfit::capped_head_loss", _capped_fake, lib=_library)
+torch.library.register_autograd("tightfit::capped_head_loss", _capped_grad, setup_context=_head_setup, lib=_library)
+capped_head_loss = torch.ops.tightfit.capped_head_loss.default
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    head_loss: open_head,
+    capped_head_loss: open_capped_head,
+    lora_linear: open_lora,
+}
 """Decompositions that a trace applies, by operator."""
-INFERENCE: dict[Any, Callable[..., Any]] = {head_loss: open_head_without_gradient}
+INFERENCE: dict[Any, Callable[..., Any]] = {
+    head_loss: open_head_without_gradient,
+    capped_head_loss: open_capped_head_without_gradient,
+}
 """Decompositions that replace them where no backward follows."""

@@ -170,6 +170,8 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
                 f"{type(module).__name__} cannot be traced by torch.export{_at(line_of_error(error))}: {_reason(error)}"
             ) from error
     functions.restore(program.graph)
+    _open_copies(program.graph)
+    _open_constants(program)
     signature = program.graph_signature
     if signature.buffers_to_mutate:
         names = ", ".join(signature.buffers_to_mutate.values())
@@ -209,6 +211,42 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
                 continue
         roles[node] = Role(name=name, kind=kind)
     return program.graph, roles
+
+
+def _open_copies(graph: fx.Graph) -> None:
+    """Replace ``aten.copy``, which assignments to parts of tensors become and which has no derivative, by what it
+    copies.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.copy.default):
+        like, source = (argument.meta["val"] for argument in node.args[:2])
+        made = node.args[1]
+        with graph.inserting_before(node):
+            for target, arguments, named, differs in (
+                (aten._to_copy.default, (), {"dtype": like.dtype}, source.dtype != like.dtype),
+                (aten.expand.default, (list(like.shape),), {}, source.shape != like.shape),
+            ):
+                if differs:
+                    made = graph.call_function(target, (made, *arguments), named)
+                    made.meta.update(node.meta)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+
+
+def _open_constants(program: torch.export.ExportedProgram) -> None:
+    """Replace constants of one integer, which lists as indices become, by an operator that makes them where they are
+    used.
+    """
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = program.constants.get(program.graph_signature.inputs_to_lifted_tensor_constants.get(node.name, ""))
+        if value is None or isinstance(value, FakeTensor) or value.numel() != 1 or value.is_floating_point():
+            continue
+        for user in list(node.users):
+            with program.graph.inserting_before(user):
+                made = program.graph.call_function(
+                    aten.full.default, (list(value.shape), value.item()), {"dtype": value.dtype}
+                )
+            made.meta.update(user.meta, val=node.meta["val"])
+            user.replace_input_with(node, made)
 
 
 def _raise_their_own(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from tightfit.profiles.models.decoder_config import DecoderShape, decoder_shape
+from tightfit.profiles.weights.precision import DEFAULT, Precision
 from tightfit.runtime.engine.weights.layout import Entry
 
-EmbeddingFormat = Literal["q4", "q8"]
 GROUPS = (32, 16, 8)
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -59,17 +59,17 @@ def packed_entry(name: str, shape: tuple[int, ...], kind: str) -> Entry:
 def describe(
     config: dict[str, Any],
     *,
-    embedding: EmbeddingFormat = "q4",
+    precision: Precision = DEFAULT,
     formats: Mapping[str, str] | None = None,
 ) -> dict[str, Entry]:
     """Entries (name, shape, format, packed sizes) of every tensor of a decoder, in forward order.
 
-    Matrices are 4-bit in groups of 32, the embedding and an untied head in the format `embedding`, vectors float32;
-    `formats` overrides single tensors, by name. `tightfit.runtime.engine.weights.layout.packed_bytes(entries,
+    Matrices, among them the embedding and an untied head, are of the chosen `precision` (quantised ones in groups of
+    32), vectors float32; `formats` overrides single tensors, by name. `tightfit.runtime.engine.weights.layout.packed_bytes(entries,
     "w[a:b]")` gives the bytes of a slice.
     """
     entries: dict[str, Entry] = {}
     for name, shape in decoder_tensors(decoder_shape(config)):
-        default = "float32" if len(shape) == 1 else embedding if name in EMBEDDINGS else "q4"
+        default = "float32" if len(shape) == 1 else precision.format(embedding=name in EMBEDDINGS)
         entries[name] = packed_entry(name, shape, (formats or {}).get(name, default))
     return entries

@@ -10,7 +10,8 @@ import ctypes
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,42 +19,91 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from tightfit.profiles.weights.source import Source, without_names
+from tightfit.profiles.weights.source import Source, SourceTensor, without_names
 from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.common.files import sync_directory
-from tightfit.runtime.engine.weights.layout import ALIGNMENT, MAGIC, PREAMBLE, VERSION, Entry, align, holds, store_path
+from tightfit.runtime.engine.weights.layout import (
+    ALIGNMENT,
+    MAGIC,
+    PREAMBLE,
+    VERSION,
+    Entry,
+    align,
+    group_bytes,
+    holds,
+    store_path,
+)
+from tightfit.runtime.engine.weights.native import SCALES
 from tightfit.runtime.engine.weights.store import RAW
 
 BLOCK_BYTES = 8 << 20  # size in float32 of the rows that are converted at a time
+AT_ONCE = (1 << 15) - 1
+"""Elements that are rounded to 4 bit at a time: few enough that they stay in a core's cache, and that PyTorch does not
+split an operation on them between cores, which takes a hundred times as long where the cores are busy."""
+SPANS = (0.7, 0.775, 0.85, 0.925, 1.0)
+"""Parts of a group's range that its 16 values are first spread over: below 1, the outermost weights are cut off."""
+REFITS = 3
+SINGLE = ("nf4", "int8")
+"""Formats whose scales are float32; those of the others are float16."""
+FLOAT16_MOST = 65504
 Progress = Callable[[int, int, str], None]
 """Called as progress(bytes done, bytes in all, tensor name); bytes are those of the packed form."""
 
 
-def pack_q4(values: Tensor, group: int) -> Tensor:
-    """Round float rows [n, columns] to affine 4 bit: uint8 [n, row bytes]. Scale and min are chosen per group by least
-    squares.
+def pack_q4(values: Tensor, group: int, spans: Sequence[float] = SPANS) -> Tensor:
+    """Round float rows [n, columns] to affine 4 bit: uint8 [n, row bytes], with little squared error in every group.
 
-    Starts from the range of the group and refits scale and min to the codes twice (the alternation of k-means in one
-    dimension). Per group, the pair with the least squared error after rounding both to float16 is kept.
+    The scale is searched as llama.cpp's make_qkx2_quants does it: from several first scales, each the group's range
+    times one of `spans` divided by 15, codes and the least-squares scale and min for them take turns `REFITS` times (the
+    alternation of k-means in one dimension). Of all pairs, rounded to float16, the one with the least squared error is
+    kept, and improved in the same way.
     """
-    x = values.float().view(-1, group)
-    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-    scale, minimum = _half((high - low) / 15), _half(low)
-    codes = _codes(x, scale, minimum)
-    error = _error(x, codes, scale, minimum)
-    for _ in range(2):
-        mean_code, mean = codes.mean(1, keepdim=True), x.mean(1, keepdim=True)
-        centred = codes - mean_code
-        spread = centred.square().sum(1, keepdim=True)
-        slope = torch.where(spread > 0, (centred * (x - mean)).sum(1, keepdim=True) / spread.clamp_min(1e-30), scale)
-        new_scale = _half(slope)
-        new_minimum = _half(mean - new_scale * mean_code)
-        new_codes = _codes(x, new_scale, new_minimum)
-        new_error = _error(x, new_codes, new_scale, new_minimum)
+    rows = values.reshape(-1, group)
+    parts = rows.split(max(1, AT_ONCE // group))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        blocks = list(pool.map(lambda part: _pack_q4(part.float().T.contiguous(), spans), parts))
+    return torch.cat(blocks).view(values.shape[0], -1)
+
+
+def _pack_q4(x: Tensor, spans: Sequence[float]) -> Tensor:
+    """Blocks of groups that are the columns of `x`, float32 [group, n]."""
+    low, high = x.amin(0), x.amax(0)
+    mean = x.mean(0)
+    codes, scratch = torch.empty_like(x), torch.empty_like(x)
+    error = torch.full_like(low, torch.inf)
+    scale, minimum = error.clone(), error.clone()  # where no pair is finite in float16, which callers look for
+
+    def choose_codes(scale: Tensor, minimum: Tensor) -> None:
+        inverse = torch.where(scale != 0, 1 / scale, torch.zeros_like(scale))
+        torch.sub(x, minimum, out=codes).mul_(inverse).round_().clamp_(0, 15)
+
+    def refit(scale: Tensor, minimum: Tensor) -> tuple[Tensor, Tensor]:
+        choose_codes(scale, minimum)
+        mean_code = codes.mean(0)
+        spread = torch.mul(codes, codes, out=scratch).sum(0) - len(x) * mean_code * mean_code
+        together = torch.mul(codes, x, out=scratch).sum(0) - len(x) * mean_code * mean
+        slope = torch.where(spread > 0, together / spread.clamp_min(1e-30), scale)
+        return slope, mean - slope * mean_code
+
+    def keep_better(new_scale: Tensor, new_minimum: Tensor) -> None:
+        nonlocal error, scale, minimum
+        new_scale, new_minimum = _half(new_scale), _half(new_minimum)
+        choose_codes(new_scale, new_minimum)
+        new_error = torch.mul(codes, new_scale, out=scratch).add_(new_minimum).sub_(x).square_().sum(0)
         better = new_error < error
+        error = torch.where(better, new_error, error)
         scale, minimum = torch.where(better, new_scale, scale), torch.where(better, new_minimum, minimum)
-        codes, error = torch.where(better, new_codes, codes), torch.where(better, new_error, error)
-    return q4_blocks(codes.to(torch.uint8), scale.half(), minimum.half()).view(values.shape[0], -1)
+
+    keep_better((high - low) / 15, low)
+    for span in spans:
+        found = (high - low) * (span / 15), (high + low) / 2 - (high - low) * (span / 2)
+        for _ in range(REFITS):
+            found = refit(*found)
+        keep_better(*found)
+    for _ in range(2):
+        keep_better(*refit(scale, minimum))
+    choose_codes(scale, minimum)
+    return q4_blocks(codes.T.to(torch.uint8), scale.half().view(-1, 1), minimum.half().view(-1, 1))
 
 
 def q4_blocks(codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
@@ -72,9 +122,7 @@ def pack_q8(values: Tensor, group: int) -> Tensor:
 
 
 def pack_rows(entry: Entry, values: Tensor) -> Tensor:
-    """Pack rows of a tensor: floats [n, columns] to uint8 [n, row bytes]. Raises InputError for NaN and infinity."""
-    if values.is_floating_point() and not torch.isfinite(values).all():
-        raise InputError(f"tensor {entry.name!r} holds NaN or infinity; the model's weights are damaged")
+    """Pack rows of a tensor: finite floats [n, columns] to uint8 [n, row bytes], in a format that holds floats."""
     if entry.format in RAW:
         return values.to(RAW[entry.format]).contiguous().view(torch.uint8).view(values.shape[0], -1)
     return pack_q4(values, entry.group) if entry.format == "q4" else pack_q8(values, entry.group)
@@ -82,15 +130,6 @@ def pack_rows(entry: Entry, values: Tensor) -> Tensor:
 
 def _half(x: Tensor) -> Tensor:
     return x.half().float()
-
-
-def _codes(x: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-    inverse = torch.where(scale != 0, 1 / scale, torch.zeros_like(scale))
-    return ((x - minimum) * inverse).round_().clamp_(0, 15)
-
-
-def _error(x: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
-    return (codes * scale + minimum - x).square_().sum(1, keepdim=True)
 
 
 class StoreWriter:
@@ -244,21 +283,47 @@ def build_store(source: Source, directory: str | os.PathLike[str], progress: Pro
     ) as writer:
         for tensor in source.tensors():
             entry = tensor.entry
-            writer.write(entry.name, _blocks(entry, tensor.rows))
+            writer.write(entry.name, _blocks(tensor))
             done += entry.bytes
             if progress:
                 progress(done, total, entry.name)
     return path
 
 
-def _blocks(entry: Entry, rows: Callable[[int, int], Tensor]) -> Iterable[Tensor]:
-    """Packed blocks of whole rows. `rows(start, stop)` returns floats, or uint8 that is already packed."""
+def _blocks(tensor: SourceTensor) -> Iterable[Tensor]:
+    """Packed blocks of whole rows. Raises InputError for NaN and infinity, which names the tensor's place."""
+    entry = tensor.entry
     step = max(1, BLOCK_BYTES // (4 * entry.columns))
     for start in range(0, entry.rows, step):
         stop = min(start + step, entry.rows)
-        block = rows(start, stop)
+        block = tensor.rows(start, stop)
         packed = block.dtype == torch.uint8 and entry.format != "uint8"
-        yield block if packed else pack_rows(entry, block.reshape(stop - start, entry.columns))
+        where = tensor.place or f"tensor {entry.name!r}"
+        finite = finite_groups(entry, block) if packed else bool(torch.isfinite(block).all())
+        if not finite:
+            raise InputError(
+                f"{where} holds NaN or infinity, in rows {start} to {stop - 1}; the file is damaged or its training"
+                " diverged: download it again, or use another checkpoint"
+            )
+        made = block if packed else pack_rows(entry, block.reshape(stop - start, entry.columns))
+        if not packed and not finite_groups(entry, made):
+            raise InputError(f"{where} holds values above {FLOAT16_MOST}, too large for 4 or 8 bit; use --base 16bit")
+        yield made
+
+
+def finite_groups(entry: Entry, packed: Tensor) -> bool:
+    """Whether the floating-point numbers of packed groups, uint8 [rows, row bytes], are finite."""
+    if entry.format not in SCALES:
+        return True
+    groups = packed.view(-1, group_bytes(entry.format, entry.group))
+    for place in SCALES[entry.format]:
+        high = groups[:, place]
+        endless = (high & 0x7F) == 0x7F if entry.format in SINGLE else (high & 0x7C) == 0x7C
+        if entry.format in SINGLE:
+            endless = endless & (groups[:, place - 1] >= 0x80)
+        if endless.any():
+            return False
+    return True
 
 
 def _remove_orphans(path: Path) -> None:

@@ -25,6 +25,8 @@ class SourceTensor:
     entry: Entry
     rows: Callable[[int, int], Tensor]
     """rows(start, stop) returns floats [stop - start, ...], or uint8 [stop - start, row bytes] if already packed."""
+    place: str = ""
+    """In words, for errors: the file that holds it, and what it is called there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +50,14 @@ class Source:
     """The same tensors in the same order, with their data."""
     note: str = ""
     """In words: what packing does to the weights' values."""
+    base: str | None = None
+    embeddings: str | None = None
+    """The precision that was asked for (`tightfit.profiles.weights.precision`)."""
 
 
 def without_names(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without fields that do not affect the store, such as those that name an adapter's tensors."""
-    return {key: value for key, value in config.items() if key != "adapter_body"}
+    """The config without fields that do not affect the store: those that name an adapter's tensors and base model."""
+    return {key: value for key, value in config.items() if key not in ("adapter_body", "adapter_base", "wrapper_type")}
 
 
 FORMS = "a Hugging Face directory or hub id, a GGUF file, a config.json, or package.module:factory"

@@ -13,10 +13,17 @@ from tightfit.planner.plan import plan
 from tightfit.planner.report.explain import explain
 from tightfit.profiles.api import profile
 from tightfit.profiles.devices.data_sheets import FOLDER, DeviceDescription, find_device, known_devices
-from tightfit.profiles.devices.estimate import estimate_tensor, operator_seconds, operator_workspace, retarget
+from tightfit.profiles.devices.estimate import (
+    UNPACK_PASSES,
+    estimate_tensor,
+    operator_seconds,
+    operator_workspace,
+    retarget,
+)
 from tightfit.profiles.schema import Channel, Floor, Operator, Tensor, Value
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import MIB
+from tightfit.runtime.engine.weights.layout import QUANTISED
 from tightfit.runtime.session.admission import check_machine
 
 SOURCES = dict.fromkeys(
@@ -130,6 +137,11 @@ def test_unpacking_and_updates_by_hand():
     weight = Tensor(name="w", kind="weight", shape=[100, 100], dtype="bfloat16", bytes=20_000, packed_bytes=6_000)
     assert estimate_tensor(weight, made_up()).unpack_seconds == pytest.approx(3.5 * 2.6e-6 + 1e-6)
     assert estimate_tensor(weight, made_up("cuda")).unpack_seconds == pytest.approx(2.6e-6 + 1e-6)
+    for kind, passes in (("q6_k", 13.0), ("bfloat16", 1.0), ("float32", 1.0)):
+        other = weight.model_copy(update={"packed_format": kind})
+        assert estimate_tensor(other, made_up()).unpack_seconds == pytest.approx(passes * 2.6e-6 + 1e-6)
+        assert estimate_tensor(other, made_up("cuda")).unpack_seconds == pytest.approx(2.6e-6 + 1e-6)
+    assert set(QUANTISED) <= set(UNPACK_PASSES)
     trained = Tensor(name="p", kind="trainable", shape=[1000], dtype="float32", bytes=4_000)
     assert estimate_tensor(trained, made_up()).update_seconds == pytest.approx(7 * 4e-7 + 1e-6)
     batch = Tensor(name="b", kind="batch", shape=[8], dtype="int64", bytes=64)

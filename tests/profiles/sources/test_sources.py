@@ -27,7 +27,6 @@ from tiny_models import (
     SPECIAL,
     TEXT,
     byte_level_tokenizer,
-    gguf_name,
     random_weights,
     sentence_piece_tokenizer,
     write_directory,
@@ -64,7 +63,7 @@ def stored(source: Source, directory: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", list(CONFIGS))
-@pytest.mark.parametrize("kind", ["Q4_1", "Q4_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_1", "Q4_0", "Q8_0", "Q5_0", "Q5_1"])
 def test_gguf_values_are_kept_exactly(family: str, kind: str, tmp_path: Path) -> None:
     config, weights = CONFIGS[family], random_weights(CONFIGS[family])
     source = resolve(str(write_gguf(tmp_path / "m.gguf", config, weights, default=kind)))
@@ -92,42 +91,6 @@ def test_gguf_weights_are_those_that_transformers_reads(tmp_path: Path) -> None:
     assert {name for name in reference if name != "lm_head.weight"} == set(found)
     for name, tensor in found.items():
         assert torch.equal(tensor, reference[name].float()), name
-
-
-@pytest.mark.parametrize(
-    ("kind", "form", "bound"),
-    [("F16", "q4", 0.09), ("BF16", "q4", 0.09), ("F32", "q4", 0.09), ("Q5_1", "q8", 0.006), ("Q5_0", "q8", 0.006)],
-)
-def test_other_gguf_types_are_rounded_and_it_is_said(kind: str, form: str, bound: float, tmp_path: Path) -> None:
-    weights = random_weights(LLAMA)
-    source = resolve(str(write_gguf(tmp_path / "m.gguf", LLAMA, weights, default=kind)))
-    assert source.note == f"{kind} rounded to {form[1:]} bit"
-    found, code = stored(source, tmp_path), gguf.GGMLQuantizationType[kind]
-    for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"):
-        assert source.entries[name].format == form
-        given = torch.tensor(dequantize(gguf.quants.quantize(weights[name].numpy(), code), code)).view_as(weights[name])
-        assert bound / 4 < (found[name] - given).norm() / given.norm() < bound
-
-
-def test_q4_k_keeps_its_codes(tmp_path: Path) -> None:
-    config = LLAMA | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
-    weights = random_weights(config)
-    path = write_gguf(tmp_path / "m.gguf", config, weights, default="Q4_K")
-    source = resolve(str(path))
-    assert source.note == "Q4_K codes kept, scales rounded to float16"
-    found = stored(source, tmp_path)
-    held = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for name in (
-        "model.embed_tokens.weight",
-        "model.layers.0.mlp.down_proj.weight",
-        "model.layers.0.self_attn.v_proj.weight",
-    ):
-        tensor = held[gguf_name(name, gemma=False)]
-        given = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).view_as(found[name])
-        groups = given.view(-1, 32)
-        size = groups.abs().amax(1, keepdim=True) + groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)
-        assert torch.all((found[name].view(-1, 32) - groups).abs() <= 2 * size * 2.0**-11 + 1e-6)
-        assert (found[name] - given).norm() / given.norm() < 2.0**-11
 
 
 def test_gguf_metadata_become_the_config(tmp_path: Path) -> None:
@@ -202,7 +165,7 @@ def test_a_scale_that_became_infinite_is_refused(tmp_path: Path) -> None:
     data[tensor.data_offset : tensor.data_offset + 2] = np.float16(np.inf).tobytes()
     path.write_bytes(data)
     with pytest.raises(
-        InputError, match=r"m\.gguf: tensor 'model\.layers\.1\.mlp\.up_proj\.weight' holds NaN or infinity"
+        InputError, match=r"m\.gguf: tensor 'blk\.1\.ffn_up\.weight' holds NaN or infinity, in rows 0 to 95"
     ):
         build_store(resolve(str(path)), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -434,13 +397,13 @@ def test_shards_give_the_same_store_as_one_file(tmp_path: Path) -> None:
 
 def test_embeddings_take_8_bit_when_asked(tmp_path: Path) -> None:
     weights = random_weights(CONFIGS["qwen2"])
-    source = resolve(str(write_directory(tmp_path / "model", CONFIGS["qwen2"], weights)), embedding="q8")
+    source = resolve(str(write_directory(tmp_path / "model", CONFIGS["qwen2"], weights)), embeddings="8bit")
     found = stored(source, tmp_path)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert source.entries[name].format == "q8"
         assert (found[name] - weights[name]).norm() / weights[name].norm() < 0.006
     assert source.entries["model.layers.0.mlp.up_proj.weight"].format == "q4"
-    assert "embeddings to 8 bit" in source.note
+    assert "; embeddings 8-bit, rounded from float32 (which changes weights by about 0.6 %)" in source.note
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
@@ -574,7 +537,7 @@ def break_directory(path: Path, how: str) -> None:
     elif how == "other family":
         (path / "config.json").write_text(json.dumps(LLAMA | {"model_type": "t5"}))
     elif how == "quantised":
-        (path / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": {"quant_method": "gptq"}}))
+        (path / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": {"quant_method": "quanto"}}))
     elif how == "no weights":
         file.unlink()
     elif how == "bin":
@@ -605,16 +568,22 @@ def break_directory(path: Path, how: str) -> None:
         ("no config", "config.json: No such file or directory; a model directory needs a config.json"),
         ("bad config", "config.json: not JSON"),
         ("no model type", "config.json: not a model config (no 'model_type')"),
-        ("other family", "model_type 't5' is not supported"),
-        ("quantised", "weights already quantised (gptq) cannot be read; use the unquantised model or a GGUF file"),
+        ("other family", "model_type 't5' is an encoder-decoder model"),
+        (
+            "quantised",
+            "weights quantised with quanto, which cannot be read; readable: GPTQ, AWQ, bitsandbytes; use the",
+        ),
         ("no weights", "no model.safetensors; save the model with save_pretrained(safe_serialization=True)"),
-        ("bin", "only pytorch .bin files"),
+        ("bin", "pytorch_model.bin is a pickle, which runs code when it is read, and is not opened; convert it"),
         ("truncated", "model.safetensors: not a readable safetensors file"),
         ("empty", "model.safetensors: not a readable safetensors file"),
         ("flipped", "model.safetensors: not a readable safetensors file"),
         ("more layers", "no tensor 'model.layers.3.input_layernorm.weight' in its safetensors files"),
         ("wider", "tensor 'model.layers.0.mlp.gate_proj.weight' has shape [96, 64] where [128, 64] is due"),
-        ("integers", "tensor 'model.embed_tokens.weight' is I8: weights already quantised cannot be read; use the"),
+        (
+            "integers",
+            "tensor 'model.embed_tokens.weight' is I8, and config.json states no quantisation that can be read; use",
+        ),
         ("biases", "tensor 'model.layers.1.self_attn.q_proj.bias' belongs to no llama decoder of this config.json"),
     ],
 )
@@ -648,7 +617,7 @@ def test_changed_weights_change_the_fingerprint(tmp_path: Path) -> None:
     path = write_directory(tmp_path / "model", LLAMA, random_weights(LLAMA))
     before = resolve(str(path)).fingerprint
     assert resolve(str(path)).fingerprint == before
-    assert resolve(str(path), embedding="q8").fingerprint != before
+    assert resolve(str(path), embeddings="8bit").fingerprint != before
     write_directory(path, LLAMA, random_weights(LLAMA, seed=1))
     assert resolve(str(path)).fingerprint != before
 

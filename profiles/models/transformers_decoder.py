@@ -1,0 +1,518 @@
+"""Any dense decoder that transformers has, as one plain `nn.Module` of the kind of `profiles.models.decoder.Decoder`.
+
+transformers builds the model from its config, without memory for its weights. Its linear layers become projections with
+LoRA pairs, its embeddings gathered rows, and what `profiles.models.transformers_kernels` recognises our operators; the
+rest runs as transformers has it. The loss head is ours, in slices of the vocabulary.
+
+Names are transformers', but the prefix of the body is always ``model.``: GPT-2's ``transformer.h.0`` is
+``model.h.0``, and the config field ``adapter_body`` says what adapters and checkpoints call it.
+
+transformers is imported by the process that profiles, and by no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tightfit.profiles.models.decoder import slice_rows
+from tightfit.profiles.models.family import families
+from tightfit.profiles.models.transformers_kernels import (
+    NAME,
+    SAME,
+    Context,
+    FlatProjection,
+    Recognition,
+    computes_linear,
+    factor_between,
+    fuse_gate,
+    register,
+    remember_tables,
+    replace_embedding,
+    replace_norm,
+)
+from tightfit.profiles.tracing.torch_ops import MOST_CAP, capped_head_loss, head_loss
+from tightfit.runtime.common.errors import InputError
+
+INSTALL = "pip install 'tightfit[hf]'"
+BODY = "model"
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+"""Config fields that are set in mixtures of experts."""
+NOT_OURS = ("adapter_body", "adapter_base", "model_type", "wrapper_type")
+"""Fields of a source's config that are not the model's own settings."""
+MOST_BUFFER_BYTES = 1 << 20
+"""Larger buffers are masks and tables that transformers keeps from earlier versions, and are not stored."""
+CAPPED_SLICES = 4
+"""How many times larger the slices of a head are whose logits are capped."""
+LONG = "long_inv_freq"
+"""Name of the buffer with the frequencies that longrope uses for sequences longer than the model was first trained
+for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenTensor:
+    """A frozen tensor of the decoder, as it is packed."""
+
+    name: str
+    """Our name."""
+    key: str
+    """Name in transformers' state_dict."""
+    shape: tuple[int, ...]
+    role: str
+    """matrix (of a linear layer), embedding (rows by token), or other."""
+    transposed: bool = False
+    """Whether the checkpoint has rows and columns the other way round."""
+    mean: float = 0.0
+    """What random values vary around."""
+    value: Tensor | None = None
+    """A buffer's value; checkpoints hold another if it is `persistent`."""
+    persistent: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What there is to know of a decoder without building its module for a step."""
+
+    tensors: tuple[FrozenTensor, ...]
+    config: Mapping[str, Any]
+    """Fields for a source's config, under the names that tightfit reads: vocab_size, max_position_embeddings,
+    hidden_size, num_hidden_layers, adapter_body."""
+    prefix: str
+    """transformers' name of the body."""
+    rename: Callable[[str], str]
+    """From a name in a checkpoint, of whatever version, to that in transformers' state_dict."""
+    unexpected: tuple[str, ...]
+    """Regular expressions for tensors that checkpoints hold and the model does not use."""
+
+
+class AnyDecoder(nn.Module):
+    """forward(input_ids [batch, seq], labels [batch, seq]) -> (loss float32 [], token losses float32 [batch * seq]).
+
+    labels[b, t] is the token that position t has to predict, or -100 for none, as in
+    `tightfit.profiles.models.decoder.Decoder`. Dropout of the base model is off. The parameters have no values: use it
+    under `torch._subclasses.FakeTensorMode`, after `without_values`.
+
+    Raises InputError for a config that transformers does not take, and for models that are refused.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, seq: int, rank: int, alpha: float) -> None:
+        super().__init__()
+        made = _built(config, dtype)
+        self.cap, self.scale = _head(made)
+        _choose_frequencies(made, seq)
+        body = getattr(made, made.base_model_prefix)
+        self.model = body
+        head = made.get_output_embeddings()
+        tied = head.weight is made.get_input_embeddings().weight
+        self.head_name = "" if tied else next(name for name, child in made.named_modules() if child is head)
+        sizes = [getattr(child, key, None) for child in body.modules() for key in ("head_dim", "head_size")]
+        self.context = Context(seq=seq, widest=max((size for size in sizes if isinstance(size, int)), default=2))
+        self.recognition = Recognition(body, self.context)
+        _replace(body, dtype, rank, alpha, self.context)
+        self.whole_head = head.bias is not None or (self.cap or 0.0) > MOST_CAP
+        """Whether all logits are in memory at once: our operators for a head in slices have no bias."""
+        if not tied or head.bias is not None:
+            rows, width = head.weight.shape
+            with torch.device("meta"):
+                ours = FlatProjection(width, rows, head.bias is not None, dtype, 0, 0.0)
+            if tied:
+                ours.weight = body.get_input_embeddings().weight
+            self.head_name = next(name for name, child in made.named_modules() if child is head)
+            setattr(self, self.head_name, ours)
+        self.slice_rows = slice_rows(head.weight.shape[0], head.weight.shape[1], dtype.itemsize)
+        if self.cap is not None:  # each slice takes a dozen operators, not one
+            self.slice_rows = min(head.weight.shape[0], CAPPED_SLICES * self.slice_rows)
+        self.eval()
+        for parameter_name, parameter in self.named_parameters():
+            parameter.requires_grad_(".lora_" in parameter_name)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with self.recognition.active():
+            made = self.model(input_ids=input_ids, use_cache=False)
+        hidden = made[0].reshape(-1, made[0].shape[-1])
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
+        head = getattr(self, self.head_name) if self.head_name else self.model.get_input_embeddings()
+        if not self.whole_head and self.cap is not None:
+            loss, token_losses, _ = capped_head_loss(hidden, head.weight, labels, self.slice_rows, self.cap)
+            return loss, token_losses
+        if not self.whole_head:
+            loss, token_losses, _ = head_loss(hidden, head.weight, labels, self.slice_rows)
+            return loss, token_losses
+        logits = (head(hidden) if self.head_name else F.linear(hidden, head.weight)).float()
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        flat = labels.reshape(-1)
+        token_losses = F.cross_entropy(logits, flat, ignore_index=-100, reduction="none")
+        return token_losses.sum() / (flat >= 0).sum().clamp(min=1), token_losses
+
+
+def without_values(module: nn.Module) -> nn.Module:
+    """Replace parameters and buffers by empty ones, shared where they were: under a FakeTensorMode, fake ones."""
+    made: dict[int, Tensor] = {}
+
+    def empty(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            bare = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(bare, requires_grad=tensor.requires_grad) if is_parameter else bare
+        return made[id(tensor)]
+
+    for child in module.modules():
+        for held in (child._parameters, child._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    held[name] = empty(tensor)  # type: ignore[assignment]
+    return module
+
+
+@functools.lru_cache(maxsize=8)
+def _facts(text: str) -> Facts:
+    config = json.loads(text)
+    made = _built(config, torch.float32)
+    _head(made)
+    _choose_frequencies(made, 1)
+    prefix = made.base_model_prefix
+    embedding, head = made.get_input_embeddings().weight, made.get_output_embeddings().weight
+    linear, offsets, rows = {}, {}, {}
+    for child in made.modules():
+        if _is_linear(child):
+            linear[id(child.weight)] = not isinstance(child, nn.Linear)
+        elif isinstance(child, nn.Embedding):
+            rows[id(child.weight)] = child.weight.shape[0] == embedding.shape[0]
+        elif (norm := replace_norm(child)) is not None:
+            offsets[id(child.weight)] = 0.0 if norm.unit_offset else 1.0
+    tensors, met = [], set()
+    keys = set(made.state_dict())
+    for key, tensor in (*made.named_parameters(), *made.named_buffers()):
+        if id(tensor) in met or (not tensor.is_meta and tensor.nbytes > MOST_BUFFER_BYTES):
+            continue
+        met.add(id(tensor))
+        transposed = linear.get(id(tensor), False)
+        role = "matrix" if id(tensor) in linear else "other"
+        if tensor is embedding or tensor is head or rows.get(id(tensor)):
+            role = "embedding"
+        tensors.append(
+            FrozenTensor(
+                name=_our_name(key, prefix),
+                key=key,
+                shape=tuple(reversed(tensor.shape)) if transposed else tuple(tensor.shape),
+                role=role,
+                transposed=transposed,
+                mean=offsets.get(id(tensor), 1.0 if "norm" in key.lower() and key.endswith("weight") else 0.0),
+                value=None if tensor.is_meta else tensor,
+                persistent=key in keys,
+            )
+        )
+    theirs = made.config
+    known: dict[str, Any] = {
+        "vocab_size": embedding.shape[0],
+        "hidden_size": head.shape[1],
+        "num_hidden_layers": theirs.num_hidden_layers,
+        "max_position_embeddings": getattr(theirs, "max_position_embeddings", None),
+    }
+    wrapper = _causal_class(config.get("wrapper_type"))
+    if prefix != BODY or (wrapper and not wrapper.endswith("ForConditionalGeneration")):
+        known["adapter_body"] = f"{prefix}."
+    unexpected = getattr(made, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return Facts(
+        tensors=tuple(tensors),
+        config={key: value for key, value in known.items() if value},
+        prefix=prefix,
+        rename=_renaming(made),
+        unexpected=tuple(sorted(unexpected)),
+    )
+
+
+def _renaming(made: Any) -> Callable[[str], str]:
+    """As transformers renames the tensors of a checkpoint when it loads one."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    found = get_model_conversion_mapping(made)
+    renamings = [one for one in found if isinstance(one, WeightRenaming)]
+    keys = made.state_dict()
+
+    def rename(key: str) -> str:
+        return str(rename_source_key(key, renamings, [], made.base_model_prefix, keys)[0])
+
+    return rename
+
+
+def _causal_class(model_type: Any) -> str:
+    """The class that AutoModelForCausalLM takes for a config of this type, "" if there is none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    return str(KNOWN.get(model_type) or "") if isinstance(model_type, str) else ""
+
+
+def facts(config: Mapping[str, Any]) -> Facts:
+    """What a config's decoder consists of. Raises InputError as `AnyDecoder` does."""
+    return _facts(json.dumps(dict(config), sort_keys=True))
+
+
+def _built(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """transformers' model of a config; parameters are on the meta device, buffers have their values."""
+    name = config.get("model_type")
+    _refuse_by_config(config)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        import transformers
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as TWO_SEQUENCES
+    except ImportError as error:
+        raise InputError(
+            f"model_type {name!r} is not one of {', '.join(families())}; for any other decoder run {INSTALL}"
+        ) from error
+    if name not in KNOWN and name in TWO_SEQUENCES:
+        _refuse_by_config({"model_type": name, "is_encoder_decoder": True})
+    if name not in KNOWN:
+        raise InputError(
+            f"model_type {name!r} is no decoder of transformers {transformers.__version__} (AutoModelForCausalLM);"
+            " check the config.json, or install a newer transformers"
+        )
+    register()
+    settings = {key: value for key, value in config.items() if key not in NOT_OURS}
+    with _quietly():
+        try:
+            theirs = transformers.AutoConfig.for_model(str(name), **settings)
+            if getattr(theirs, "is_encoder_decoder", False):
+                _refuse_by_config({"model_type": name, "is_encoder_decoder": True})
+            with _weightless():
+                made = _from_config(transformers, theirs, dtype)
+        except InputError:
+            raise
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"transformers cannot build the {name!r} model of this config: {first}") from error
+    made.eval()
+    made.tie_weights()
+    _refuse_by_modules(made, name)
+    return made
+
+
+def _from_config(transformers: Any, theirs: Any, dtype: torch.dtype) -> Any:
+    """The model with our attention, or with PyTorch's if its code does not ask for another's."""
+    failure: Exception | None = None
+    for implementation in (NAME, "sdpa", "eager"):
+        try:
+            made = transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(theirs), attn_implementation=implementation, dtype=dtype
+            )
+        except Exception as error:
+            failure = failure or error
+            continue
+        if implementation != NAME or hasattr(sys.modules[type(made).__module__], "ALL_ATTENTION_FUNCTIONS"):
+            return made
+    assert failure is not None
+    raise failure
+
+
+def _refuse_by_config(config: Mapping[str, Any]) -> None:
+    name = config.get("model_type")
+    if config.get("is_encoder_decoder"):
+        raise InputError(
+            f"model_type {name!r} is an encoder-decoder model: its loss is that of a second sequence, and a step of tightfit"
+            " has one; use a decoder (a model for AutoModelForCausalLM)"
+        )
+    for key in EXPERTS:
+        value = config.get(key)
+        if isinstance(value, int) and value > 1 and config.get("enable_moe_block", True):
+            raise _experts(name, f"{key} = {value}")
+
+
+def _refuse_by_modules(made: Any, name: Any) -> None:
+    for child in made.modules():
+        if "Experts" in type(child).__name__ or (hasattr(child, "experts") and hasattr(child, "gate")):
+            raise _experts(name, type(child).__name__)
+    if not any("attention" in type(child).__name__.lower() for child in made.modules()):
+        raise InputError(
+            f"model_type {name!r} is not supported; supported: {', '.join(families())}, and decoders of transformers that have"
+            " attention layers"
+        )
+
+
+def _experts(name: Any, found: str) -> InputError:
+    return InputError(
+        f"model_type {name!r} is a mixture of experts ({found}): which weights a token needs is known only while the step"
+        " runs, and a plan says it in advance; use a dense model"
+    )
+
+
+@contextlib.contextmanager
+def _weightless() -> Iterator[None]:
+    """Within this context parameters of modules are on the meta device; buffers are made as usual."""
+    original = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        original(module, name, parameter)
+
+    with mock.patch.object(nn.Module, "register_parameter", without_memory):
+        yield
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Within this context transformers neither warns nor logs."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is x @ W.T (+ bias) and nothing else: nn.Linear, or GPT-2's Conv1D with W transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    return isinstance(module, nn.Linear) and computes_linear(module)
+
+
+def _replace(body: nn.Module, dtype: torch.dtype, rank: int, alpha: float, context: Context) -> None:
+    """Put our projections, embeddings, norms and gates in place of transformers' in a decoder's body."""
+    names = dict(body.named_modules())
+    inside = {name for name in names if re.search(r"\.\d+\.", f".{name}.")}
+    outside = {name.rpartition(".")[2] for name, child in names.items() if name not in inside and _is_linear(child)}
+    for child in names.values():
+        fuse_gate(child)
+        if hasattr(child, "inv_freq") or type(child).__name__.endswith("RotaryEmbedding"):
+            remember_tables(child, context)
+    for name, child in names.items():
+        parent_name, _, last = name.rpartition(".")
+        if not name:
+            continue
+        ours: nn.Module | None = None
+        if _is_linear(child):
+            weight: Any = child.weight
+            outputs, inputs = weight.shape if isinstance(child, nn.Linear) else weight.t().shape
+            own = rank if name in inside and last not in outside else 0
+            with torch.device("meta"):
+                ours = FlatProjection(inputs, outputs, child.bias is not None, dtype, own, alpha)
+        elif isinstance(child, nn.Embedding):
+            ours = replace_embedding(child)
+        else:
+            ours = replace_norm(child)
+        if ours is not None:
+            setattr(names[parent_name], last, ours.to("meta"))
+
+
+def _our_name(key: str, prefix: str) -> str:
+    return f"{BODY}.{key.removeprefix(f'{prefix}.')}" if key.startswith(f"{prefix}.") else key
+
+
+def _head(made: Any) -> tuple[float | None, float]:
+    """(soft cap of the logits or None, factor of the logits), found by running the head on random numbers.
+
+    Raises InputError for a head that computes something else.
+    """
+    head = made.get_output_embeddings()
+    if head is None or not hasattr(made, made.base_model_prefix):
+        raise InputError(f"{type(made).__name__} has no head over a vocabulary; it is not supported")
+    name = next(name for name, child in made.named_modules() if child is head)
+    width = head.weight.shape[1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hidden, small = torch.randn(1, 3, width), nn.Linear(width, 5, bias=head.bias is not None)
+    probe = copy.copy(made)
+    probe.__dict__ = dict(made.__dict__)
+    probe._modules = dict(made._modules) | {made.base_model_prefix: _Given(hidden), name: small}
+    try:
+        with torch.no_grad(), _quietly():
+            logits = probe(input_ids=torch.zeros(1, 3, dtype=torch.int64), use_cache=False).logits
+            plain = small(hidden)
+    except Exception as error:
+        raise InputError(
+            f"the head of {type(made).__name__} cannot be run by itself ({error}); it is not supported"
+        ) from error
+    scale = factor_between(logits, plain)
+    if _near(plain * scale, logits) and (scale == 1.0 or head.bias is None):
+        return None, scale
+    cap = getattr(made.config, "final_logit_softcapping", None)
+    if cap and _near(torch.tanh(plain / cap) * cap, logits):
+        return float(cap), 1.0
+    raise InputError(
+        f"the logits of {type(made).__name__} are not the product of hidden states and head, scaled or soft-capped; it is"
+        " not supported"
+    )
+
+
+class _Given(nn.Module):
+    """Stands for a decoder's body and returns given hidden states."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.__dict__["decoder"] = self  # OPT calls its body by this name
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return _Hidden((self.hidden,))
+
+
+class _Hidden(tuple[Tensor]):
+    """The output of a decoder's body, with nothing but the hidden states in it."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        return self[0] if name == "last_hidden_state" else None
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and float((one - other).abs().max()) <= SAME * float(other.abs().max())
+
+
+def _choose_frequencies(made: nn.Module, seq: int) -> None:
+    """Fix the rotary frequencies for sequences of `seq` tokens where transformers chooses them while it runs."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rotary: Any
+    for rotary in made.modules():
+        kinds = getattr(rotary, "rope_type", None)
+        if isinstance(kinds, str):
+            places: dict[str | None, str] = {None: kinds}
+        elif isinstance(kinds, dict):
+            places = dict(kinds)
+        else:
+            continue
+        for layer_type, kind in places.items():
+            prefix = f"{layer_type}_" if layer_type else ""
+            if kind == "longrope":
+                parameters = rotary.config.rope_parameters
+                original = (parameters[layer_type] if layer_type else parameters)["original_max_position_embeddings"]
+                told = {"layer_type": layer_type} if layer_type else {}
+                long, _ = ROPE_INIT_FUNCTIONS[kind](rotary.config, torch.device("cpu"), seq_len=original + 1, **told)
+                rotary.register_buffer(f"{prefix}{LONG}", long, persistent=False)
+                if seq > original:
+                    del rotary._buffers[f"{prefix}inv_freq"]
+                    chosen = property(functools.partial(_read, f"{prefix}{LONG}"))
+                    rotary.__class__ = type(type(rotary).__name__, (type(rotary),), {f"{prefix}inv_freq": chosen})
+            # Of "dynamic" only the part up to max_position_embeddings is needed, where it changes nothing.
+            places[layer_type] = "default" if kind == "longrope" or "dynamic" in kind else kind
+        rotary.rope_type = places[None] if isinstance(kinds, str) else places
+
+
+def _read(name: str, module: nn.Module) -> Any:
+    return getattr(module, name)

@@ -1,0 +1,197 @@
+"""Opens decoders that are not written by hand: directories and bare configs whose tensors transformers names.
+
+Matrices of linear layers and embeddings are rounded as the hand-written decoders' are; what else there is (norms, biases,
+convolutions, rotary frequencies) is small and stays float32. Frequencies and other buffers that checkpoints do not hold
+are computed from the config and packed beside the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tightfit.profiles.models.decoder_config import initial_deviation
+from tightfit.profiles.models.transformers_decoder import Facts, FrozenTensor, facts
+from tightfit.profiles.sources.huggingface import checkpoint_files, checkpoint_keys, text_name
+from tightfit.profiles.weights.describe import packed_entry
+from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, said
+from tightfit.profiles.weights.source import Source, SourceTensor, read_config, without_names
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.weights.layout import VERSION, Entry
+
+Rows = Callable[[int, int], Tensor]
+
+
+def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | None = None) -> Source:
+    """The model in a directory with config.json and safetensors; arguments and errors as for
+    `tightfit.profiles.sources.huggingface.directory_source`.
+    """
+    config = read_config(path / "config.json")
+    if config.pop("quantization_config", None):
+        raise InputError(
+            f"{path}: quantised weights can be read for the decoders written by hand only, not for {config['model_type']!r};"
+            " use the model's 16-bit weights"
+        )
+    found = facts(config)
+    digest = hashlib.sha256()
+    held: dict[str, tuple[Path, str, str]] = {}
+    for file in checkpoint_files(path):
+        for key, kind in checkpoint_keys(file, digest).items():
+            place = file, key, kind
+            held |= {found.rename(text_name(key)): place, found.rename(key): place}
+    places: dict[str, tuple[Path, str, str]] = {}
+    for tensor in found.tensors:
+        if tensor.key in held and (tensor.value is None or tensor.persistent):
+            file, key, kind = places[tensor.name] = held[tensor.key]
+            if kind not in PUBLISHED:
+                raise InputError(f"{file}: tensor {key!r} is {kind}; use the model's 16-bit weights")
+        elif tensor.value is None:
+            raise InputError(f"{path}: no tensor {tensor.key!r} in its safetensors files; download the model again")
+    _check_known(path, config, found, {key for _, key, _ in held.values()} - {key for _, key, _ in places.values()})
+    kinds = {name: place[2] for name, place in places.items()}
+    entries = {t.name: _entry(t, precision, PUBLISHED.get(kinds.get(t.name, ""), "")) for t in found.tensors}
+    stored = [without_names(config), [[entry.name, entry.format, entry.group] for entry in entries.values()]]
+    digest.update(json.dumps([VERSION, "transformers", *stored], sort_keys=True).encode())
+
+    def tensors() -> Iterable[SourceTensor]:
+        opened: dict[Path, Any] = {}
+        for tensor in found.tensors:
+            entry = entries[tensor.name]
+            if tensor.name not in places:
+                yield SourceTensor(entry=entry, rows=_value_rows(tensor))
+                continue
+            file, key, _ = places[tensor.name]
+            if file not in opened:
+                opened[file] = safe_open(file, framework="pt")
+            rows = _file_rows(file, opened[file].get_slice(key), key, tensor)
+            yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}")
+
+    matrices = [
+        Matrix(entries[t.name], kinds[t.name], t.role == "embedding")
+        for t in found.tensors
+        if t.name in kinds and t.role != "other"
+    ]
+    return Source(
+        name=name or path.name,
+        kind="huggingface",
+        path=str(path),
+        config=config | dict(found.config),
+        fingerprint=digest.hexdigest(),
+        has_weights=True,
+        entries=entries,
+        tensors=tensors,
+        note=said(matrices),
+        base=precision.base,
+        embeddings=precision.embeddings,
+    )
+
+
+def any_random_source(config: dict[str, Any], path: Path, *, precision: Precision = DEFAULT, seed: int = 0) -> Source:
+    """A model of the config's sizes with random weights, drawn from `seed`; as
+    `tightfit.profiles.sources.random_weights.random_source`.
+    """
+    found = facts(config)
+    deviation = initial_deviation(config)
+    entries = {tensor.name: _entry(tensor, precision, "") for tensor in found.tensors}
+    formats = {name: entry.format for name, entry in entries.items()}
+    text = json.dumps([VERSION, "transformers random", without_names(config), formats, seed], sort_keys=True)
+
+    def tensors() -> Iterable[SourceTensor]:
+        for tensor in found.tensors:
+            rows = _value_rows(tensor) if tensor.value is not None else _drawn_rows(tensor, deviation, seed)
+            yield SourceTensor(entry=entries[tensor.name], rows=rows)
+
+    return Source(
+        name=path.parent.name if path.name == "config.json" and path.parent.name else path.stem,
+        kind="random",
+        path=str(path),
+        config=config | dict(found.config),
+        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+        has_weights=False,
+        entries=entries,
+        tensors=tensors,
+        note="random weights, for sizing only",
+        base=precision.base,
+        embeddings=precision.embeddings,
+    )
+
+
+def _entry(tensor: FrozenTensor, precision: Precision, held: str) -> Entry:
+    """The store entry of a tensor that a file holds in the dtype `held`."""
+    if tensor.role != "other":
+        return packed_entry(tensor.name, tensor.shape, precision.format(held, embedding=tensor.role == "embedding"))
+    value = tensor.value
+    plain = value is None or value.is_floating_point()
+    return packed_entry(
+        tensor.name,
+        tensor.shape,
+        "float32" if plain else str(value.dtype).removeprefix("torch."),  # type: ignore[union-attr]
+    )
+
+
+def _value_rows(tensor: FrozenTensor) -> Rows:
+    value = tensor.value
+    assert value is not None
+    matrix = value.detach().reshape(tensor.shape[0] if len(tensor.shape) > 1 else 1, -1)
+    return lambda start, stop: matrix[start:stop].contiguous()
+
+
+def _drawn_rows(tensor: FrozenTensor, deviation: float, seed: int) -> Rows:
+    """Normally distributed rows around `tensor.mean`, the same whichever rows are asked for together."""
+    columns = 1
+    for size in tensor.shape[1:] if len(tensor.shape) > 1 else tensor.shape:
+        columns *= size
+    begin = int.from_bytes(hashlib.sha256(f"{seed}/{tensor.name}".encode()).digest()[:8], "little") >> 1
+
+    def rows(start: int, stop: int) -> Tensor:
+        generator = torch.Generator().manual_seed(begin + start)
+        return torch.randn(stop - start, columns, generator=generator) * deviation + tensor.mean
+
+    return rows
+
+
+def _file_rows(file: Path, data: Any, key: str, tensor: FrozenTensor) -> Rows:
+    """Rows of a tensor in a safetensors file; those of a transposed one are its columns there."""
+    shape = tuple(data.get_shape())
+    due = tensor.shape[::-1] if tensor.transposed else tensor.shape
+    if shape != due:
+        raise InputError(
+            f"{file}: tensor {key!r} has shape {list(shape)} where {list(due)} is due; config.json does not fit the weights"
+        )
+
+    def rows(start: int, stop: int) -> Tensor:
+        if len(shape) < 2:
+            part: Tensor = data[:] if shape else data[...]
+        else:
+            part = data[:, start:stop].t() if tensor.transposed else data[start:stop]
+        return part.to(torch.float32).contiguous()
+
+    return rows
+
+
+def _check_known(path: Path, config: Mapping[str, Any], found: Facts, left: Iterable[str]) -> None:
+    """Raise InputError for tensors of a checkpoint in layers of the model that it does not use: leaving out a bias or a
+    scale changes every result.
+    """
+    stems = {match[1] for tensor in found.tensors if (match := re.match(r"(.*?\.)\d+\.", tensor.key))}
+    layers = int(found.config["num_hidden_layers"])
+    for key in left:
+        written = found.rename(text_name(key))
+        if key == written and not written.startswith(f"{found.prefix}."):
+            written = f"{found.prefix}.{written}"  # of the body alone
+        match = re.match(r"(.*?\.)(\d+)\.", written)
+        if match is None or match[1] not in stems or int(match[2]) >= layers or key.endswith("inv_freq"):
+            continue
+        if not any(re.search(pattern, name) for pattern in found.unexpected for name in (key, written)):
+            raise InputError(
+                f"{path}: tensor {key!r} belongs to no {config['model_type']} decoder of this config.json; this variant"
+                " is not supported"
+            )
