@@ -33,7 +33,7 @@ bench-planner: $(VENV)/.installed-test
 bench-proof: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/proof.py $(ARGS)
 
-# SmolLM2-135M, and Gemma-3-270M where it is installed, on news texts at one cap: backpropagation, lcsb and mezo; ARGS='--steps 40 --factor 4' for a taste.
+# SmolLM2-135M, and Gemma-3-270M where it is installed, on news texts at one cap: backpropagation, lcsb, mezo and mobillm; ARGS='--steps 40 --factor 4' for a taste.
 bench-convergence: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/convergence.py $(ARGS)
 

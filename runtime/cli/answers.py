@@ -32,12 +32,19 @@ __all__ = [
     "to_json",
 ]
 
+UNNAMED_BASE = (
+    "name this GGUF file as their base, since it does not say which model it was made of; PEFT's AutoPeftModel cannot open"
+    " one: load that model yourself and give PeftModel.from_pretrained the adapter's folder"
+)
+
 
 def profile_text(profile: Profile) -> RenderableType:
     """The summary of a profile as a table."""
     facts, words = profile_summary(profile), words_of(profile.device)
     shape = f"batch {profile.batch}" + (f" × sequence {profile.seq}" if profile.seq else "")
     how = "measured" if facts["measured"] else "estimated from FLOPs and bytes"
+    if facts["quota_cores"] is not None:
+        how += f" under a CPU quota of {facts['quota_cores']:g} cores"
     rows = [
         ("device", f"{facts['device']}, {profile.device.threads} threads, {how}"),
         ("model", f"{facts['model']}, {facts['layers']} layers of {facts['programs']} kinds"),
@@ -50,6 +57,7 @@ def profile_text(profile: Profile) -> RenderableType:
             "frozen weights",
             f"{format_size(facts['packed_bytes'])} packed, {format_size(facts['weight_bytes'])} unpacked",
         ),
+        *([("base", facts["base"])] if facts["base"] else []),
         (
             "trainables",
             f"{format_size(facts['trainable_bytes'])}, with optimizer state {format_size(facts['trainable_bytes'] + facts['state_bytes'])}",
@@ -64,6 +72,8 @@ def profile_text(profile: Profile) -> RenderableType:
         ),
         ("floor", f"{format_size(facts['floor_bytes'])}: {words.floor} before any model is loaded"),
     ]
+    if profile.model.kind == "decoder" and facts["adapter_base"].endswith(".gguf"):
+        rows.append(("adapters", UNNAMED_BASE))
     if profile.model.compared:
         rows.append(("gradients", profile.model.compared))
     return facts_table([*(("caution", "; ".join(said)) for said in [marks(profile.device)] if said), *rows])

@@ -50,6 +50,27 @@ def profile(
     threads: Annotated[
         int | None, typer.Option(help="Compute threads; default: every core that this process may use.")
     ] = None,
+    side_rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="RANK",
+            help="Measure the step of a side network beside MODEL instead, with adapters of this rank: the server's part of `mobillm`.",
+        ),
+    ] = None,
+    side_blocks: Annotated[
+        int | None, typer.Option(help="Blocks of MODEL whose outputs a side network reads; default: 8, or all.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS",
+            help="4bit, 8bit or 16bit: precision of the frozen weights, where MODEL leaves a choice; default: what the file holds, 4bit for files in 16 or 32 bits.",
+        ),
+    ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(metavar="BITS", help="The same for the embedding and the head; default: as the other weights."),
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the profile is written.")] = Path(
         "profile.json"
     ),
@@ -82,6 +103,10 @@ def profile(
             dtype=dtype,
             device=device,
             threads=threads,
+            side_rank=side_rank,
+            side_blocks=side_blocks,
+            base=base,
+            embeddings=embeddings,
             force=force,
             progress=stages,
         )

@@ -9,12 +9,13 @@ such an end, so that choices differ in nothing but their words.
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tightfit.profiles.sources.vocabulary import Vocabulary
-from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.common.errors import InputError, RunError
 from tightfit.runtime.data.preparation import LOOKED_AT, Preparation
 from tightfit.runtime.data.samples import (
     Completion,
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 Purpose = Literal["train", "evaluate"]
 TooLong = Literal["refuse", "truncate"]
-RANDOM = "random"
+RANDOM, PREPARED = "random", ".records"
+"""data that need no tokenizer: made-up tokens, and how the name of a file ends that was prepared before"""
 RANDOM_RECORDS = 256
 REPORTED_LINES = 20
 
@@ -58,7 +60,8 @@ def prepare(
 ) -> RecordFile:
     """Tokenise `data` into ``directory/<purpose>.records`` and open it.
 
-    `data` is a .jsonl or .jsonl.gz file, a directory of them, or ``random`` (tokens drawn with `seed`, for sizing).
+    `data` is a .jsonl or .jsonl.gz file, a directory of them, ``random`` (tokens drawn with `seed`, for sizing), or a
+    record file that was prepared before, which is copied.
     With the purpose "train" a question becomes one record with its right answer, with "evaluate" a record for each
     choice. A sample of more than `seq` positions is refused or, if `too_long` is "truncate", cut: first at the front,
     as far as nothing there is predicted, then at the end. `progress(samples)` is called after each sample with their
@@ -69,6 +72,8 @@ def prepare(
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{purpose}.records"
+    if data.endswith(PREPARED):
+        return _copied(Path(data), path, seq=seq, vocab_size=vocab_size)
     pad = _pad_token(vocabulary, vocab_size)
     with RecordWriter(path, seq=seq, pad_token=pad, vocab_size=vocab_size, source=data) as writer:
         if data == RANDOM:
@@ -80,6 +85,21 @@ def prepare(
         else:
             samples = _Samples(writer, Encoder(vocabulary, vocab_size), purpose, too_long)
             samples.run(data_files(data), progress, preparation)
+    return RecordFile.open(path)
+
+
+def _copied(source: Path, path: Path, *, seq: int, vocab_size: int) -> RecordFile:
+    """A copy of a record file, which has to be of the same shape."""
+    with RecordFile.open(source) as records:
+        if (records.seq, records.vocab_size) != (seq, vocab_size):
+            raise InputError(
+                f"{source}: prepared for sequences of {records.seq} and a vocabulary of {records.vocab_size}, and the plan is for"
+                f" {seq} and {vocab_size}; prepare the data again"
+            )
+    try:
+        shutil.copyfile(source, path)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; free some space and start again") from error
     return RecordFile.open(path)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from tightfit.planner.report.summary import unfinished_update
 from tightfit.planner.schema import Plan
 from tightfit.profiles.measuring.cpu_load import our_cores
-from tightfit.profiles.schema import EXCHANGE, PROFILE_VERSION
+from tightfit.profiles.models.side_shape import CONFIG_KEY
+from tightfit.profiles.schema import EXCHANGE, MOBILLM, PROFILE_VERSION
 from tightfit.runtime.common.errors import InfeasibleError, InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.processor import BFLOAT16_PRODUCTS
@@ -38,6 +39,11 @@ def check_seat(plan: Plan, seat: Seat | None) -> None:
     """Raise InputError for a member's plan of a fleet that is run alone, and for another plan in a fleet."""
     exchanges = plan.optimizer.get("name") == EXCHANGE
     passes = any(op.target in PASSING for program in plan.programs for op in program.operators)
+    if passes and seat is None and (plan.optimizer.get("name") == MOBILLM or CONFIG_KEY in plan.model.config):
+        raise InputError(
+            f"this plan is one part of {MOBILLM}, a device's or a server's, and the other one has to run beside it; plan both with"
+            f" `tightfit fleet plan --kind {MOBILLM}` and run the fleet: `tightfit fleet run`"
+        )
     if passes and seat is None:
         raise InputError(
             "this is the plan of one member of a pipeline, which computes some of the layers; run the fleet: `tightfit fleet run`"
@@ -129,7 +135,9 @@ def find_store(plan: Plan, stages: Stages | None) -> Path | None:
     if plan.model.store is None:
         from tightfit.profiles.sources.lookup import resolve
 
-        source, folder = resolve(plan.model.source), cache_directory() / "stores"
+        model = plan.model
+        source = resolve(model.source, base=model.base, embeddings=model.embeddings)
+        folder = cache_directory() / "stores"
         path = store_path(folder, source.name, source.fingerprint)
         if not holds(path, source.fingerprint):
             from tightfit.profiles.weights.pack import build_store

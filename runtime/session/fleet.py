@@ -9,6 +9,8 @@ from typing import Any
 
 from tightfit.planner.fleet.pipeline_schema import Passed, PipelinePlan
 from tightfit.planner.fleet.schema import BUFFERS, PIECE_BYTES, FleetPlan
+from tightfit.planner.fleet.side import RINGS
+from tightfit.planner.fleet.side_schema import SidePlan
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.fleet.message import Passing
 from tightfit.runtime.engine.fleet.seat import ExchangePart, Seat, StagePart
@@ -16,6 +18,7 @@ from tightfit.runtime.engine.fleet.stage import Boundary
 
 PORT = 29400
 """where the members meet unless told otherwise: the port that ``torchrun`` uses too"""
+SIDE_RESULT = "a side network, which the server trains and saves in its folder's side/; no adapter of the model"
 LEAST_TIMEOUT, STEPS_WAITED = 600.0, 10
 """seconds, and makespans of a step, that a member waits for another at least"""
 
@@ -31,7 +34,7 @@ class Membership:
 
 
 def membership(
-    fleet: FleetPlan | PipelinePlan, name: str, address: str, port: int, timeout: float | None = None
+    fleet: FleetPlan | PipelinePlan | SidePlan, name: str, address: str, port: int, timeout: float | None = None
 ) -> Membership:
     """The membership of the member called `name`, which meets the others at `address` and `port`.
 
@@ -58,6 +61,11 @@ def membership(
         waiting = max(0.0, fleet.makespan_seconds - fleet.micro_batches * _busy(fleet, rank))
         figures |= {"layers": stage.layer_names, "exchange_seconds": waiting, "update_seconds": 0.0}
         figures["share"] = [0, fleet.micro_batches]
+    elif isinstance(fleet, SidePlan):
+        part = _side_part(fleet, rank)
+        waiting = max(0.0, fleet.makespan_seconds - fleet.micro_batches * fleet.chain[rank].micro_batch_seconds)
+        figures |= {"exchange_seconds": waiting, "update_seconds": 0.0, "share": [0, fleet.micro_batches]}
+        figures["result"] = SIDE_RESULT
     else:
         member = fleet.chain[rank]
         part = ExchangePart(
@@ -84,6 +92,7 @@ def membership(
         exact=fleet.bit_identical,
         plan=fleet.fingerprint,
         interface=os.environ.get("GLOO_SOCKET_IFNAME", ""),  # as for `torch.distributed`
+        listens=1 if isinstance(fleet, SidePlan) else 0,  # devices reach a server, and seldom the other way round
     )
     return Membership(name=name, seat=seat, figures=figures)
 
@@ -107,6 +116,19 @@ def _stage_part(fleet: PipelinePlan, rank: int) -> StagePart:
     )
 
 
+def _side_part(fleet: SidePlan, rank: int) -> StagePart:
+    """What the device (0) or the server (1) does: messages pass one way, and each saves what it has trained itself."""
+    passing = Boundary(up=_passing(fleet.message), down=())
+    return StagePart(
+        below=passing if rank else None,
+        above=None if rank else passing,
+        ahead=0,
+        ahead_below=RINGS - 1,
+        bits=fleet.bits,
+        gathers=False,
+    )
+
+
 def _passing(listed: Sequence[Passed]) -> tuple[Passing, ...]:
     return tuple(Passing(shape=tuple(one.shape), dtype=one.dtype) for one in listed)
 
@@ -118,7 +140,9 @@ def _busy(fleet: PipelinePlan, rank: int) -> float:
     return (stage.micro_batch_seconds or 0.0) + again
 
 
-def from_torchrun(fleet: FleetPlan | PipelinePlan, environment: Mapping[str, str] = os.environ) -> Membership:
+def from_torchrun(
+    fleet: FleetPlan | PipelinePlan | SidePlan, environment: Mapping[str, str] = os.environ
+) -> Membership:
     """The membership of the process that ``torchrun`` has started: its rank is the place in the chain.
 
     Raises InputError where ``torchrun`` did not start it, or starts another number of processes.

@@ -29,7 +29,7 @@ from tightfit.runtime.session.given_adapter import given_adapter
 from tightfit.runtime.session.job_compiler import compile_job
 from tightfit.runtime.session.options import RunOptions
 from tightfit.runtime.session.output import finished_report, locked, remove, staged, to_be_replaced
-from tightfit.runtime.session.settings import order_of, settings_of
+from tightfit.runtime.session.settings import order_of, receives_batches, settings_of
 from tightfit.runtime.supervision.supervisor import Progress, Stages, supervise
 from tightfit.runtime.supervision.training_process import RunOrder
 
@@ -66,7 +66,7 @@ def run(
     """Train `steps` steps as planned, under the plan's budget; returns the report, also written to ``out/report.json``.
 
     `steps` must be a multiple of the steps of an update. `data` is a JSON-lines file, a directory of them, ``random``,
-    or, for a module, an iterable of batches (tuples of tensors). Batches are written to disk before training: all of an
+    or, for a module, an iterable of batches (tuples of tensors); a server that trains a side network has no use for it. Batches are written to disk before training: all of an
     iterable that has a length, the first `steps` of one that has none. Each step takes the next batch, starting again
     after the last. With `eval_data`, which must end, the model is evaluated before and after training. `cgroup=False`
     leaves enforcing the cap to the training process's own meter. With `resume`, a run that has taken all `steps`
@@ -161,14 +161,14 @@ def prepared(
     with locked(directory) as lock, staged(directory) as staging:
         replaced = to_be_replaced(directory, steps, resume=resume, overwrite=overwrite, elsewhere=seat is not None)
         written = partial(_prepare, plan, truncate=truncate, seed=options.seed, stages=stages, preparation=preparation)
-        train = written(data, staging, "train")
-        evaluation = None if eval_data is None else written(eval_data, staging, "evaluate")
+        train = None if receives_batches(plan) else written(data, staging, "train")
+        evaluation = None if eval_data is None or train is None else written(eval_data, staging, "evaluate")
         settings = settings_of(
             plan,
             directory,
             store,
             options,
-            data=train.name,
+            data=train.name if train else None,
             evaluation=evaluation.name if evaluation else None,
             resume=resume,
             profile_step=profile_step,
@@ -176,7 +176,7 @@ def prepared(
             adapter_given=given,
         )
         finished, evaluated = None, False
-        if resume and seat is None:  # the members of a fleet first find out together what is done
+        if resume and seat is None and train:  # the members of a fleet first find out together what is done
             finished, evaluated = finished_report(directory, settings, train, evaluation, name)
         if finished and evaluated:
             yield finished
@@ -206,7 +206,7 @@ def _prepare(
     preparation: Preparation | None,
 ) -> Path:
     """Write the data as a record or batch file in `folder`; returns its path. `purpose` is "train" or "evaluate"."""
-    from tightfit.runtime.data.tokenization import RANDOM, prepare
+    from tightfit.runtime.data.tokenization import PREPARED, RANDOM, prepare
 
     if plan.model.kind == "module":
         return _prepare_module(plan, data, folder, purpose, stages)
@@ -216,7 +216,7 @@ def _prepare(
 
     assert plan.seq is not None
     text = os.fspath(data)
-    vocabulary = None if text == RANDOM else lookup.vocabulary(plan.model.source)
+    vocabulary = None if text == RANDOM or text.endswith(PREPARED) else lookup.vocabulary(plan.model.source)
     if preparation:
         preparation.check("loading the tokenizer")
     records = prepare(

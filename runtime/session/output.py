@@ -18,7 +18,7 @@ from tightfit.runtime.common.run_folder import find_checkpoints, writing_to
 from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.engine.training.checkpoint import load_latest, partial_directories
 
-RESULTS = ("metrics.jsonl", "fleet.jsonl", "report.json", "adapter", "model")
+RESULTS = ("metrics.jsonl", "fleet.jsonl", "report.json", "adapter", "model", "side")
 """what a run leaves that must not be overwritten unasked; its prepared ``data`` can be made again and are not among
 it"""
 MODEL = "model.safetensors"
@@ -174,7 +174,7 @@ def finished_report(
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, False
     told = Path(str(report.get("adapter"))).name
-    names = sorted(("adapter", "model"), key=lambda name: name != told)
+    names = sorted(("adapter", "model", "side"), key=lambda name: name != told)
     trained = next((path for name in names if (path := directory / name).is_dir()), None)
     if not done or trained is None:
         return None, False

@@ -7,15 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tightfit.planner.problem.device_forward import sent_tensors
 from tightfit.planner.schema import Phase, Plan
-from tightfit.profiles.schema import EXCHANGE
+from tightfit.profiles.models.side_shape import CONFIG_KEY
+from tightfit.profiles.schema import EXCHANGE, MOBILLM
 from tightfit.runtime.common.run_folder import writing_to
 from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.process import child_environment
 from tightfit.runtime.engine.training import adapter
-from tightfit.runtime.engine.training.job import Job
+from tightfit.runtime.engine.training.job import RECEIVE, Job
 from tightfit.runtime.session.admission import conditions
 from tightfit.runtime.session.given_adapter import GivenAdapter
 from tightfit.runtime.session.options import RunOptions
@@ -63,8 +65,9 @@ def settings_of(
         "checkpoint_every": options.checkpoint_every,
         "keep_checkpoints": options.keep_checkpoints,
         "optimizer": optimizer,
-        "base_model": plan.model.source,
+        "base_model": plan.model.config.get("adapter_base", plan.model.source),
         "state_dict": plan.model.config.get("state_dict"),
+        "side": side_config(plan),
         "adapter_body": plan.model.config.get("adapter_body", adapter.BODY),
         "expected_seconds": plan.step_seconds,
         "profile_step": profile_step,
@@ -72,6 +75,26 @@ def settings_of(
         "adapter": [str(adapter_given.directory), adapter_given.checksum] if adapter_given else None,
         "conditions": conditions(plan, optimizer, options.seed)
         | {"adapter": adapter_given.fingerprint if adapter_given else None},
+    }
+
+
+def receives_batches(plan: Plan) -> bool:
+    """Whether a plan trains a side network, whose batches a device sends."""
+    return CONFIG_KEY in plan.model.config
+
+
+def side_config(plan: Plan) -> dict[str, Any] | None:
+    """What is written beside the tensors of a side network, so that they can be used again; None: the plan trains none."""
+    shape = plan.model.config.get(CONFIG_KEY)
+    if shape is None:
+        return None
+    return {
+        "what": f"a side network beside {plan.model.name}, trained by {MOBILLM}: no adapter of that model",
+        "base_model_name_or_path": plan.model.source,
+        "base_model_weights": plan.model.store_fingerprint,
+        **shape,
+        "dtype": plan.compute_dtype,
+        "message_bits": sent_tensors(plan, RECEIVE)[1],
     }
 
 

@@ -159,7 +159,8 @@ def build_report(
 def fleet_told(planned: dict[str, Any], taken: Sequence[dict[str, float]], directory: str) -> dict[str, Any]:
     """The part of a member's report about its fleet: who it is, and seconds of an update as `planned` and as measured.
 
-    Measured are medians without the first update, which includes the start. `loss` has the losses of all micro-batches.
+    Measured are medians without the first update, which includes the start. `loss` has the losses of all micro-batches; `result` says
+    in words what comes of the run, where that is no adapter.
     """
     import statistics
 
@@ -173,6 +174,8 @@ def fleet_told(planned: dict[str, Any], taken: Sequence[dict[str, float]], direc
     }
     lines = read_metrics(os.path.join(directory, "fleet.jsonl"))
     told = {name: planned[name] for name in ("member", "members", "micro_batches", "share")}
+    if "result" in planned:
+        told["result"] = planned["result"]
     return {**told, **seconds, "updates": len(lines), "loss": [loss for line in lines for loss in line["losses"]]}
 
 

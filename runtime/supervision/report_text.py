@@ -54,8 +54,11 @@ def report_text(report: dict[str, Any]) -> RenderableType:
             if report["loss"]
             else "–",
         ),
-        (Path(report["adapter"]).name, str(report["adapter"])),
     ]
+    if report["adapter"]:
+        rows.append((Path(report["adapter"]).name, str(report["adapter"])))
+    if result := report.get("fleet", {}).get("result"):
+        rows.append(("result", result))
     for when, found in report.get("evaluation", {}).items():
         accuracy = (
             f", accuracy {found['accuracy']:.3f} on {found['questions']} questions"

@@ -1,31 +1,33 @@
 """Four devices on one machine, as different as they come: each has its share of a core, its memory cap and its own link.
 
-    python tests/benchmarks/fleet.py [--rate 100] [--quotas 1,.5,.25,.1] [--budgets 160,240,320,569] [--micro-batches 32]
-        [--updates 3] [--json FILE] [--write]
+    python tests/benchmarks/fleet.py [--kinds data,pipeline] [--rates 100,10] [--quotas 1,.5,.25,.1]
+        [--budgets 160,240,320,569] [--micro-batches 32] [--updates 3] [--equal] [--json FILE] [--write]
 
-SmolLM2-135M on film reviews. The model is measured once, on one core while the other computes too; the profile of a
-device with a fraction of a core has its processor seconds divided by the share that a small program measures there while
-all devices compute. A device is a network namespace, whose link to a switch is limited in both directions (`tc`, token
-bucket), a CPU quota (cgroup) and the memory cgroup that tightfit makes for each run. The device with a whole core has it
-for itself, the others share the second one. It needs root, and a Linux with network namespaces and token buckets.
+SmolLM2-135M on film reviews. A device is a network namespace, whose link to a switch is limited in both directions (`tc`,
+token bucket), a CPU quota (cgroup) and the memory cgroup that tightfit makes for each run. The device with a whole core has
+it for itself, the others share the second one. Every device measures its own profile in its place, while all the others
+compute too. It needs root, and a Linux with network namespaces and token buckets.
 
-Printed: each device's predicted and measured peak; the step, predicted and measured, beside its proven bound and equal
-shares; bytes on the links; whether every member's adapter is that of one process that accumulates the same micro-batches.
+Printed for each kind of fleet and each rate of the links: each device's predicted and measured peak; the step, predicted and
+measured, beside its proven bound and baselines; bytes on the links; whether the adapter is that of one process that
+accumulates the same micro-batches. With `--equal` also a step in which every device computes as many micro-batches.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +38,21 @@ import tables
 from rich.table import Table
 
 from examples.reviews import SEQ, fetch
-from tightfit.planner.fleet.io import save_fleet
+from tightfit.planner.fleet.io import save_fleet, sealed_fleet
+from tightfit.planner.fleet.pipeline import plan_pipeline
+from tightfit.planner.fleet.pipeline_schema import PipelinePlan, Stage
 from tightfit.planner.fleet.plan import MemberSpec, plan_fleet
 from tightfit.planner.fleet.schema import FleetPlan, Link
 from tightfit.planner.io import save_plan
 from tightfit.planner.plan import planner_of
 from tightfit.profiles.api import profile
+from tightfit.profiles.io import load_profile
 from tightfit.profiles.schema import Profile, adamw
 from tightfit.runtime.common.interpreter import command, python_path
 
 MIB = 1 << 20
 PERIOD = 100_000
 """microseconds in which a device gets its share of a core"""
-CALIBRATION_SECONDS = 4.0
 CPU = Path("/sys/fs/cgroup/cpu")
 NETWORK, PORT = "10.77.0", 29400
 LEARNING_RATE = 5e-4
@@ -125,80 +129,70 @@ def places(quotas: Sequence[float], megabits: float) -> Iterator[list[Place]]:
 
 
 WORK = """
-import sys, time, torch
+import torch
 torch.set_num_threads(1)
 left, right = torch.randn(256, 576, dtype=torch.bfloat16), torch.randn(576, 1536, dtype=torch.bfloat16)
 room = torch.randn(1 << 20)
-begun, done, end = time.monotonic(), 0, float(sys.argv[1])
-while time.monotonic() < begun + end:
+while True:
     for _ in range(10):
         left @ right
     room.mul_(1.0)
-    done += 1
-print(done / (time.monotonic() - begun))
 """
-"""a program that computes as a training process does, for so many seconds; it says how fast"""
+"""a program that computes as a training process does, without end"""
 
 
-def rates(commands: Sequence[Sequence[str]]) -> list[float]:
-    """How fast `WORK` is under each of these command lines, which run at the same time."""
-    words = [sys.executable, "-c", WORK, str(CALIBRATION_SECONDS)]
-    running = [subprocess.Popen([*one, *words], stdout=subprocess.PIPE, text=True) for one in commands]
-    return [float(program.communicate()[0]) for program in running]
-
-
-def shares(devices: Sequence[Place]) -> list[float]:
-    """What share of a core each device really has while all of them compute: an interrupted core works more slowly."""
-    whole = rates([["taskset", "-c", "0"], ["taskset", "-c", "1"]])[0]
-    empty: list[str] = []
-    return [rate / whole for rate in rates([place.inside(empty) for place in devices])]
-
-
-@contextmanager
-def neighbour() -> Iterator[None]:
-    """While entered, the other core computes too, as it does when all devices run: two virtual cores may be one."""
-    program = subprocess.Popen(["taskset", "-c", "1", sys.executable, "-c", WORK, "inf"], stdout=subprocess.DEVNULL)
+def measured_together(devices: Sequence[Place], model: Path, batch: int, folder: Path) -> dict[str, Profile]:
+    """Each device's profile of the model, measured in its place while all others compute too, as they do in a step."""
+    profile(str(model), batch=batch, seq=SEQ, lora_rank=8, threads=1)  # packs the weights once
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    measuring: dict[str, subprocess.Popen[bytes]] = {}
+    computing: list[subprocess.Popen[bytes]] = []
+    for place in devices:
+        words = command("tightfit.runtime.cli.main", "profile", str(model), "--batch", str(batch), "--seq", str(SEQ))
+        words += ["--lora-rank", "8", "--threads", "1", "--force", "-o", str(folder / f"{place.name}.json")]
+        measuring[place.name] = subprocess.Popen(place.inside(words), env=environment, stdout=subprocess.DEVNULL)
+    by_name = {place.name: place for place in devices}
     try:
-        yield
+        while measuring:
+            for name, child in list(measuring.items()):
+                if child.poll() is None:
+                    continue
+                if child.returncode:
+                    raise RuntimeError(f"measuring {name} ended with code {child.returncode}")
+                del measuring[name]
+                words = by_name[name].inside([sys.executable, "-c", WORK])
+                computing.append(subprocess.Popen(words))
+            time.sleep(0.2)
     finally:
-        program.kill()
-        program.wait()
+        for child in [*computing, *measuring.values()]:
+            child.kill()
+            child.wait()
+    return {place.name: load_profile(folder / f"{place.name}.json") for place in devices}
 
 
-def slowed(measured: Profile, quota: float) -> Profile:
-    """The profile of a device whose processor does `quota` of the work of the measured one in the same time."""
-    factor = 1 / quota
-
-    def disk(channel: Any) -> Any:
-        costs = ("compute_seconds_per_byte", "compute_seconds_per_transfer")
-        return channel.model_copy(update={name: factor * getattr(channel, name) for name in costs})
-
-    times = ("unpack_seconds", "update_seconds", "perturb_seconds")
-    tensors = [
-        tensor.model_copy(update={name: factor * getattr(tensor, name) for name in times})
-        for tensor in measured.tensors
-    ]
-    programs = [
-        program.model_copy(
-            update={
-                "operators": [one.model_copy(update={"seconds": factor * one.seconds}) for one in program.operators]
-            }
-        )
-        for program in measured.programs
-    ]
-    device = measured.device.model_copy(
-        update={"read": disk(measured.device.read), "write": disk(measured.device.write)}
-    )
-    return measured.model_copy(update={"tensors": tensors, "programs": programs, "device": device})
+AnyPlan = FleetPlan | PipelinePlan
 
 
-def run_fleet(folder: Path, fleet: FleetPlan, devices: Sequence[Place], data: Path, out: Path, steps: int) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """What a fleet's run left."""
+
+    reports: dict[str, dict[str, Any]]
+    sent: dict[str, int]
+    """bytes that each device has sent, with headers"""
+    hashes: dict[str, str]
+    seconds: list[float]
+    """of each update"""
+
+
+def run_fleet(folder: Path, fleet: AnyPlan, devices: Sequence[Place], data: Path, out: Path, steps: int) -> Ran:
     """Run every member in its place; raises RuntimeError with what it said where one fails."""
     by_name = {place.name: place for place in devices}
     first = by_name[fleet.chain[0].name]
     environment = os.environ | {"PYTHONPATH": python_path()}
     running = {}
     out.mkdir(parents=True, exist_ok=True)
+    before = {member.name: by_name[member.name].bytes_sent() for member in fleet.chain}
     for member in fleet.chain:
         words = command("tightfit.runtime.cli.main", "fleet", "run", str(folder), "--data", str(data))
         words += ["--steps", str(steps), "--lr", str(LEARNING_RATE), "--checkpoint-every", "0", "-o", str(out)]
@@ -210,6 +204,28 @@ def run_fleet(folder: Path, fleet: FleetPlan, devices: Sequence[Place], data: Pa
     failed = [name for name, child in running.items() if child.wait()]
     if failed:
         raise RuntimeError("\n".join(f"{name}: {(out / f'{name}.log').read_text()[-2000:]}" for name in failed))
+    lines = (out / fleet.chain[0].name / "fleet.jsonl").read_text().splitlines()
+    return Ran(
+        reports={name: json.loads((out / name / "report.json").read_text()) for name in running},
+        sent={name: by_name[name].bytes_sent() - before[name] for name in running},
+        hashes={name: adapter_hash(out / name) for name in running},
+        seconds=[json.loads(line)["seconds"] for line in lines],
+    )
+
+
+def equal_shares(fleet: FleetPlan) -> FleetPlan:
+    """The same members, each with as many micro-batches."""
+    chain, first = {member.name: member for member in fleet.chain}, 0
+    members = []
+    for member in fleet.members:
+        if member.name in chain:
+            rank = list(chain).index(member.name)
+            count = fleet.micro_batches // len(chain) + (rank < fleet.micro_batches % len(chain))
+            members.append(member.model_copy(update={"first": first, "micro_batches": count}))
+            first += count
+        else:
+            members.append(member)
+    return sealed_fleet(fleet.model_copy(update={"members": members}))
 
 
 def run_alone(measured: Profile, micro_batches: int, data: Path, folder: Path, steps: int) -> str:
@@ -229,52 +245,62 @@ def adapter_hash(out: Path) -> str:
 def main() -> None:
     """Measure, plan, run, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", type=float, default=100.0, help="megabits per second of every link, each way")
+    parser.add_argument("--kinds", default="data,pipeline", help="data, pipeline or both")
+    parser.add_argument("--rates", type=_numbers, default=[100.0], help="megabits per second of every link, each way")
     parser.add_argument("--quotas", type=_numbers, default=[1.0, 0.5, 0.25, 0.1], help="of a core, of each device")
     parser.add_argument("--budgets", type=_numbers, default=[160, 240, 320, 569], help="MiB, of each device")
     parser.add_argument("--micro-batches", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch")
     parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--equal", action="store_true", help="measure equal shares, too")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks/fleet.md")
     given = parser.parse_args()
     report = tables.Report()
     reviews = fetch()
-    with neighbour():
-        measured = profile(str(reviews.model), batch=given.batch, seq=SEQ, lora_rank=8, threads=1, force=True)
-    rate = given.rate * 1e6 / 8
-    link = Link(up_bytes_per_second=rate, down_bytes_per_second=rate)
     steps = given.updates * given.micro_batches
-    with tempfile.TemporaryDirectory(dir=ROOT) as name, places(given.quotas, given.rate) as devices:
+    figures: list[dict[str, Any]] = []
+    same = True
+    with tempfile.TemporaryDirectory(dir=ROOT) as name:
         folder = Path(name)
-        real = shares(devices)
-        specs = [
-            MemberSpec(name=place.name, profile=slowed(measured, share), budget_bytes=int(size * MIB), link=link)
-            for place, share, size in zip(devices, real, given.budgets, strict=True)
-        ]
-        fleet, plans = plan_fleet(specs, given.micro_batches)
-        save_fleet(fleet, plans, folder / "fleet")
-        before = {place.name: place.bytes_sent() for place in devices}
-        run_fleet(folder / "fleet", fleet, devices, reviews.train, folder / "out", steps)
-        sent = {place.name: place.bytes_sent() - before[place.name] for place in devices}
-        told = {
-            member.name: json.loads((folder / "out" / member.name / "report.json").read_text())
-            for member in fleet.chain
-        }
-        hashes = {member.name: adapter_hash(folder / "out" / member.name) for member in fleet.chain}
-        alone = run_alone(measured, given.micro_batches, reviews.train, folder, steps)
-        seconds = [
-            json.loads(line) for line in (folder / "out" / fleet.chain[0].name / "fleet.jsonl").read_text().splitlines()
-        ]
-    same = set(hashes.values()) == {alone}
-    if given.json:
-        figures = {"fleet": fleet.model_dump(mode="json", exclude={"timeline"}), "reports": told, "sent": sent}
-        given.json.write_text(json.dumps(figures | {"equal": same, "updates": seconds}, indent=1))
-    _print(report, given, fleet, told, sent, real)
-    report.text(
-        f"SHA-256 of the adapter after {given.updates} updates: {'equal' if same else 'NOT equal'} for all"
-        f" {len(hashes)} members and one process that accumulates {given.micro_batches} micro-batches ({alone[:16]})."
-    )
+        with places(given.quotas, given.rates[0]) as devices:
+            profiles = measured_together(devices, reviews.model, given.batch, folder)
+        alone = run_alone(next(iter(profiles.values())), given.micro_batches, reviews.train, folder, steps)
+        for kind, rate in itertools.product(given.kinds.split(","), given.rates):
+            link = Link(up_bytes_per_second=rate * 1e6 / 8, down_bytes_per_second=rate * 1e6 / 8)
+            specs = [
+                MemberSpec(name=name, profile=measured, budget_bytes=int(size * MIB), link=link)
+                for (name, measured), size in zip(profiles.items(), given.budgets, strict=True)
+            ]
+            planned = plan_fleet if kind == "data" else plan_pipeline
+            fleet, plans = planned(specs, given.micro_batches)
+            place = folder / f"{kind}-{rate:g}"
+            save_fleet(fleet, plans, place)
+            with places(given.quotas, rate) as devices:
+                ran = run_fleet(place, fleet, devices, reviews.train, place / "out", steps)
+                wanted = {alone} if kind == "data" else {alone, *ran.hashes.values()}
+                equal = set(ran.hashes.values()) == wanted and ran.hashes[fleet.chain[0].name] == alone
+                same &= equal
+                _print(report, given, rate, fleet, ran)
+                whose = (
+                    f"all {len(ran.hashes)} members" if kind == "data" else "the first member, which saves the whole,"
+                )
+                report.text(
+                    f"SHA-256 of the adapter after {given.updates} updates: {'equal' if equal else 'NOT equal'} for {whose}"
+                    f" and one process that accumulates {given.micro_batches} micro-batches ({alone[:16]})."
+                )
+                told = {"fleet": fleet.model_dump(mode="json", exclude={"timeline"}), **asdict(ran), "equal": equal}
+                figures.append({"kind": kind, "rate": rate, **told})
+                if given.equal and isinstance(fleet, FleetPlan):
+                    shares = equal_shares(fleet)
+                    save_fleet(shares, plans, place / "equal")
+                    other = run_fleet(
+                        place / "equal", shares, devices, reviews.train, place / "equal-out", given.micro_batches
+                    )
+                    ratio = other.seconds[0] / statistics.median(ran.seconds)
+                    report.text(f"equal shares: {other.seconds[0]:.2f} s measured, {ratio:.2f} x.")
+            if given.json:
+                given.json.write_text(json.dumps(figures, indent=1))
     if given.write:
         print(report.write("fleet", "Several devices", (__doc__ or "").split("\n\n", 2)[2]))
     if not same:
@@ -285,48 +311,40 @@ def _numbers(text: str) -> list[float]:
     return [float(one) for one in text.split(",")]
 
 
-def _print(
-    report: tables.Report,
-    given: Any,
-    fleet: FleetPlan,
-    told: dict[str, dict[str, Any]],
-    sent: dict[str, int],
-    real: Sequence[float],
-) -> None:
-    table = Table(
-        "device",
-        "of a core",
-        "measured share",
-        "micro-batches",
-        "budget, MiB",
-        "peak: predicted",
-        "measured",
-        "sent per update, MB",
-    )
-    names = [f"device{number}" for number in range(len(given.quotas))]
-    quotas, measured_share = dict(zip(names, given.quotas, strict=True)), dict(zip(names, real, strict=True))
+def _print(report: tables.Report, given: Any, rate: float, fleet: AnyPlan, ran: Ran) -> None:
+    share = "layers" if isinstance(fleet, PipelinePlan) else "micro-batches"
+    columns = ("device", "of a core", share, "budget, MiB", "peak: predicted", "measured", "sent per update, MB")
+    table = Table(*columns)
+    quotas = {f"device{number}": quota for number, quota in enumerate(given.quotas)}
     for member in fleet.chain:
-        peak = told[member.name]["peak_bytes"]
+        peak = ran.reports[member.name]["peak_bytes"]
         table.add_row(
             member.name,
             f"{quotas[member.name]:g}",
-            f"{measured_share[member.name]:.3f}",
-            str(member.micro_batches),
+            f"{member.first_layer} to {member.last_layer - 1}, {member.ahead} ahead"
+            if isinstance(member, Stage)
+            else str(member.micro_batches),
             f"{member.budget_bytes / MIB:,.0f}",
             f"{peak['predicted'] / MIB:,.1f}",
             f"{peak['measured'] / MIB:,.1f}",
-            f"{sent[member.name] / given.updates / 1e6:.2f}",
+            f"{ran.sent[member.name] / given.updates / 1e6:.2f}",
         )
     report.table(table)
-    first = told[fleet.chain[0].name]["fleet"]
-    measured = first["seconds"]["measured"]
+    measured = statistics.median(ran.seconds[1:] or ran.seconds)
+    waiting = [one["fleet"]["exchange_seconds"]["measured"] for one in ran.reports.values()]
     report.text(
-        f"A step of {fleet.micro_batches} micro-batches over links of {given.rate:g} Mbit/s: {fleet.makespan_seconds:.2f} s"
+        f"{fleet.kind}: a step of {fleet.micro_batches} micro-batches over links of {rate:g} Mbit/s: {fleet.makespan_seconds:.2f} s"
         f" predicted, {measured:.2f} s measured ({measured / fleet.makespan_seconds:.3f} x); proven bound"
-        f" {fleet.bound_seconds:.2f} s (gap {fleet.gap:.2%}). Exchange: {fleet.exchange_seconds:.2f} s predicted,"
-        f" {statistics.median([one['fleet']['exchange_seconds']['measured'] for one in told.values()]):.2f} s measured"
-        f" (median of the members, waiting for the slowest included); {fleet.trained_bytes / 1e6:.2f} MB pass each way."
+        f" {fleet.bound_seconds:.2f} s (gap {fleet.gap:.2%}). Exchanging and waiting for others: {statistics.median(waiting):.2f} s"
+        " measured (median of the members)."
     )
+    if isinstance(fleet, FleetPlan):
+        report.text(
+            f"Exchange: {fleet.exchange_seconds:.2f} s predicted; {fleet.trained_bytes / 1e6:.2f} MB pass each way."
+        )
+    else:
+        passed = ", ".join(f"{size / 1e6:.2f}" for size in fleet.link_bytes)
+        report.text(f"Over the cuts pass {passed} MB in a step, both ways together.")
     for baseline in fleet.baselines:
         if baseline.makespan_seconds is None:
             report.text(f"{baseline.name}: {baseline.reason}.")

@@ -26,7 +26,8 @@ CHAT = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-Q4_K_BLOCK = 144
+SCALES_OF_K_QUANTS = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+"""Places of float16 numbers in a block, as ggml-common.h has them."""
 
 
 def byte_level_tokenizer(size: int = 320) -> Tokenizer:
@@ -106,12 +107,14 @@ def gguf_name(name: str, gemma: bool) -> str:
     return f"{GGUF_NAMES[stem]}.{suffix}"
 
 
-def q4_k(shape: tuple[int, ...], seed: int) -> np.ndarray[Any, Any]:
-    """Random Q4_K blocks with moderate scales, needed because gguf's Python package cannot quantise to this type."""
+def k_quant(kind: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, Any]:
+    """Random blocks of a K-quant with moderate scales, needed because gguf's Python package cannot quantise to them."""
+    _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     generator = np.random.default_rng(seed)
-    blocks = generator.integers(0, 256, (shape[0], shape[1] // 256, Q4_K_BLOCK), dtype=np.uint8)
-    scales = generator.uniform(0.0001, 0.001, (shape[0], shape[1] // 256, 2)).astype(np.float16)
-    blocks[..., :4] = scales.view(np.uint8).reshape(shape[0], shape[1] // 256, 4)
+    blocks = generator.integers(0, 256, (shape[0], shape[1] // 256, size), dtype=np.uint8)
+    for place in SCALES_OF_K_QUANTS[kind]:
+        scales = generator.uniform(0.0001, 0.001, (shape[0], shape[1] // 256, 1)).astype(np.float16)
+        blocks[..., place : place + 2] = scales.view(np.uint8)
     return blocks.reshape(shape[0], -1)
 
 
@@ -161,7 +164,7 @@ def write_gguf(
             data = data + 1
         kind = (kinds or {}).get(name, "F32" if data.ndim == 1 else default)
         quantised = gguf.GGMLQuantizationType[kind]
-        encoded = q4_k(data.shape, seed=len(name)) if kind == "Q4_K" else quantize(data, quantised)
+        encoded = k_quant(kind, data.shape, len(name)) if kind in SCALES_OF_K_QUANTS else quantize(data, quantised)
         writer.add_tensor(gguf_name(name, gemma), np.ascontiguousarray(encoded), raw_dtype=quantised)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

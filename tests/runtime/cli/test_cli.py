@@ -338,7 +338,18 @@ def test_compare_writes_a_page_and_a_picture(tightfit, monkeypatch, tmp_path):
 
 def test_a_pipe_has_no_width(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
-    names = ("keep-all", "checkpoint-layers", "checkpoint-sqrt", "mebp", "mesp", "mezo", "lcsb", "and", "others")
+    names = (
+        "keep-all",
+        "checkpoint-layers",
+        "checkpoint-sqrt",
+        "mebp",
+        "mesp",
+        "mezo",
+        "lcsb",
+        "mobillm",
+        "and",
+        "others",
+    )
     plans = [infeasible_plan(name) for name in names]
     printing.answer({}, answers.comparison_text(plans), as_json=False)
     out = capsys.readouterr().out

@@ -1,0 +1,422 @@
+"""Decoders that transformers runs while they are traced: each family's loss and LoRA gradients against transformers +
+peft under autograd, its adapter loaded by peft, and the list of families in docs/models.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from places import SOURCES
+from safetensors.torch import load_file, save_file
+from tiny_models import byte_level_tokenizer
+from torch._subclasses import FakeTensorMode
+from traced import interpret, random_batch, trace_decoder
+
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import plan
+from tightfit.profiles.api import _trace_any_decoder, profile
+from tightfit.profiles.measuring.whole_step import run_step
+from tightfit.profiles.models.decoder_config import handwritten
+from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
+from tightfit.profiles.sources.lookup import resolve
+from tightfit.profiles.sources.transformers_source import any_directory_source
+from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
+from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.profiles.weights.pack import build_store
+from tightfit.profiles.weights.source import Source
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.training.adapter import BODY, CONFIG, WEIGHTS, adapter_config, adapter_key, initialise
+from tightfit.runtime.engine.training.batches import open_batches
+from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.session.launch import run
+
+transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+# peft says that it transposes the weights of GPT-2's own linear layers, as it should
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+
+RANK, ALPHA, BATCH, SEQ = 4, 8.0, 2, 16
+VOCABULARY = 96
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SHORT, LONG = [1.0 + 0.1 * i for i in range(8)], [2.0 + 0.3 * i for i in range(8)]
+SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+GPT = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+FALCON = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+    "parallel_attn": True, "bias": False, "alibi": False,
+}  # fmt: skip
+
+
+def rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4} | more}
+
+
+def sized(model_type: str, **more: Any) -> dict[str, Any]:
+    return SIZES | {"model_type": model_type} | more
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama, no scaling": sized("llama"),
+    "Llama 3.x, llama3 scaling": sized(
+        "llama", **rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+    ),
+    "Llama, linear scaling": sized("llama", **rope("linear", factor=2.0)),
+    "Llama, dynamic scaling": sized("llama", **rope("dynamic", factor=2.0)),
+    "Llama, yarn scaling": sized("llama", **rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "Llama, longrope scaling, short": sized(
+        "llama", **rope("longrope", factor=2.0, original_max_position_embeddings=32, short_factor=SHORT, long_factor=LONG)
+    ),
+    "Llama, longrope scaling, long": sized(
+        "llama", **rope("longrope", factor=8.0, original_max_position_embeddings=8, short_factor=SHORT, long_factor=LONG)
+    ),
+    "Mistral": sized("mistral", sliding_window=5),
+    "Ministral": sized("ministral", head_dim=16, **SLIDING),
+    "Ministral 3": sized("ministral3", head_dim=16),
+    "Qwen2, Qwen2.5": sized("qwen2"),
+    "Qwen3": sized("qwen3", head_dim=16),
+    "Qwen3.5 (text)": sized(
+        "qwen3_5_text", head_dim=16, layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4,
+        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        **rope("default", partial_rotary_factor=0.5, mrope_section=[2, 1, 1]),
+    ),
+    "Gemma 2": sized("gemma2", head_dim=16, sliding_window=5, query_pre_attn_scalar=16, tie_word_embeddings=True),
+    "Gemma 3 (text)": sized("gemma3_text", head_dim=16, query_pre_attn_scalar=16, tie_word_embeddings=True, **SLIDING),
+    "Gemma 4 (text)": sized(
+        "gemma4_text", num_hidden_layers=4, head_dim=16, global_head_dim=32, sliding_window=5, tie_word_embeddings=True,
+        layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY, num_kv_shared_layers=2,
+    ),
+    "Phi-3": sized("phi3"),
+    "Phi-4-mini": sized(
+        "phi3", original_max_position_embeddings=32,
+        **rope("longrope", partial_rotary_factor=0.75, original_max_position_embeddings=32, short_factor=SHORT[:6], long_factor=LONG[:6]),
+    ),
+    "SmolLM3": sized("smollm3", no_rope_layer_interval=2),
+    "OLMo": sized("olmo"),
+    "OLMo 2": sized("olmo2"),
+    "OLMo 3": sized("olmo3", **SLIDING),
+    "Granite": sized("granite", embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.1),
+    "GPT-2": GPT | {"model_type": "gpt2"},
+    "GPT-NeoX, Pythia": sized("gpt_neox", hidden_act="gelu"),
+    "StableLM": sized("stablelm", layer_norm_eps=1e-5),
+    "StableLM 2 12B": sized("stablelm", layer_norm_eps=1e-5, qk_layernorm=True, use_parallel_residual=True),
+    "Falcon, multi-query": FALCON | {"model_type": "falcon", "multi_query": True, "new_decoder_architecture": False},
+    "Falcon, grouped": FALCON | {"model_type": "falcon", "num_kv_heads": 2, "new_decoder_architecture": True},
+    "EXAONE 4": sized("exaone4", **SLIDING),
+    "GLM-4 (glm)": sized("glm", head_dim=16, **rope("default", partial_rotary_factor=0.5)),
+    "GLM-4-0414 (glm4)": sized("glm4", head_dim=16, **rope("default", partial_rotary_factor=0.5)),
+    "LFM2": sized("lfm2", layer_types=["conv", "full_attention"]),
+    "StarCoder2": sized("starcoder2"),
+    "Command R": sized("cohere", logit_scale=0.0625),
+    "Command R7B": sized("cohere2", logit_scale=0.25, **SLIDING),
+    "Phi-1, Phi-2": sized("phi"),
+    "Helium": sized("helium", head_dim=16),
+    "Arcee": sized("arcee"),
+    "Nemotron": sized("nemotron"),
+    "Seed-OSS": sized("seed_oss", head_dim=16),
+    "ERNIE 4.5": sized("ernie4_5", head_dim=16),
+    "Hunyuan, dense": sized("hunyuan_v1_dense", head_dim=16),
+    "Apertus": sized("apertus"),
+    "GPT-J": GPT | {"model_type": "gptj", "rotary_dim": 8},
+    "OPT": sized("opt", ffn_dim=96, word_embed_proj_dim=64),
+    "BLOOM": {"model_type": "bloom", "vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+}  # fmt: skip
+HALVES = ("Llama, yarn scaling", "Qwen3", "Qwen3.5 (text)", "Gemma 2", "Gemma 4 (text)", "Phi-4-mini", "GPT-2", "LFM2")
+"""Families that are also compared in bfloat16: each has something of its own that computes in it."""
+
+
+def checkpoint(config: dict[str, Any], folder: Path) -> Any:
+    """A transformers model with random weights in float32, saved in `folder`."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config), attn_implementation="eager"
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.dim() == 1 else 0.12))
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(0.7)
+    model.eval().save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def opened(folder: Path, source: Source) -> dict[str, torch.Tensor]:
+    """The weights of a source, packed and unpacked, by our names."""
+    weights = {}
+    with Store.open(build_store(source, folder / "stores")) as store:
+        for name, entry in store.entries.items():
+            weights[name] = torch.empty(entry.shape)
+            store.load(name, weights[name])
+    return weights
+
+
+def their_key(name: str, body: str) -> str:
+    """transformers' name of a tensor with our name."""
+    return body + name.removeprefix(BODY) if name.startswith(BODY) else name
+
+
+def take(model: Any, weights: dict[str, torch.Tensor], config: dict[str, Any], body: str) -> None:
+    """Copy weights with our names into a transformers model."""
+    theirs = dict(model.named_parameters()) | dict(model.named_buffers())
+    transposed = {tensor.name for tensor in facts(config).tensors if tensor.transposed}
+    with torch.no_grad():
+        for name, value in weights.items():
+            key = their_key(name, body)
+            if key in theirs:
+                theirs[key].copy_(value.t() if name in transposed else value)
+
+
+class Case:
+    """A family's tiny model on both sides, with the same weights: those of the store."""
+
+    def __init__(self, config: dict[str, Any], folder: Path, dtype: str) -> None:
+        self.model = checkpoint(config, folder)
+        self.source = any_directory_source(folder)
+        self.body = self.source.config.get("adapter_body", BODY)
+        self.traced: Trace = _trace_any_decoder(self.source, BATCH, SEQ, RANK, ALPHA, dtype, lambda *_: None)
+        self.weights = opened(folder, self.source)
+        generator = torch.Generator().manual_seed(1)
+        self.trained = {
+            tensor.name: torch.randn(tensor.shape, generator=generator) * 0.1
+            for tensor in self.traced.tensors
+            if tensor.kind == "trainable"
+        }
+        self.batch = random_batch({"vocab_size": VOCABULARY}, BATCH, SEQ)
+        wide = {tensor.name.split("[")[0]: getattr(torch, tensor.dtype) for tensor in self.traced.tensors}
+        matrices = {tensor.name for tensor in facts(config).tensors if tensor.role != "other"}
+        for name in self.weights:
+            kind = wide.get(name, getattr(torch, dtype) if name in matrices else torch.float32)
+            self.weights[name] = self.weights[name].to(kind)
+        take(self.model, self.weights, config, self.body)
+        self.folder = folder
+
+    def adapted(self, dtype: torch.dtype = torch.float32) -> Any:
+        """transformers' model with the adapter, which peft reads from the files that a run writes."""
+        told = adapter_config({"rank": RANK, "alpha": ALPHA}, self.trained, "base", self.body)
+        place = self.folder / "adapter"
+        place.mkdir(exist_ok=True)
+        (place / CONFIG).write_text(json.dumps(told))
+        save_file({adapter_key(name, self.body): value for name, value in self.trained.items()}, place / WEIGHTS)
+        loaded = peft.PeftModel.from_pretrained(
+            self.model.to(dtype), place, is_trainable=True, autocast_adapter_dtype=False
+        )
+        held = {name.replace(".default.", "."): p for name, p in loaded.named_parameters() if ".lora_" in name}
+        assert held.keys() == {adapter_key(name, self.body) for name in self.trained}
+        for name, value in self.trained.items():
+            assert torch.equal(held[adapter_key(name, self.body)].detach().float(), value.to(dtype).float())
+        return loaded.eval()
+
+    def theirs(self, dtype: torch.dtype = torch.float32) -> tuple[float, dict[str, torch.Tensor]]:
+        """(loss, LoRA gradients) by transformers + peft + autograd."""
+        model = self.adapted(dtype)
+        logits = model(input_ids=self.batch["input_ids"]).logits.float()
+        flat = self.batch["labels"].flatten()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-100)
+        loss.backward()
+        held = {name.replace(".default.", "."): p.grad for name, p in model.named_parameters() if ".lora_" in name}
+        gradients = {name: held[adapter_key(name, self.body)].float() for name in self.trained}
+        model.unload()
+        return float(loss.detach()), gradients
+
+    def ours(self) -> tuple[float, dict[str, torch.Tensor]]:
+        """(loss, LoRA gradients) by the traced programs, through the operators that a run calls."""
+        wanted = [self.traced.loss, *(f"grad:{name}" for name in self.trained)]
+
+        def run(layers: Any, programs: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            described = {name: program.model_dump() for name, program in programs.items()}
+            return run_step([layer.model_dump() for layer in layers], described, tensors, wanted)
+
+        with torch.no_grad():
+            made = interpret(self.traced, self.weights | self.trained, self.batch, run)
+        return float(made[self.traced.loss]), {name: made[f"grad:{name}"] for name in self.trained}
+
+
+def error(own: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((own - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_gradients_and_adapter_are_those_of_transformers_and_peft(family: str, tmp_path: Path) -> None:
+    case = Case(FAMILIES[family], tmp_path, "float32")
+    (loss, gradients), (own_loss, own) = case.theirs(), case.ours()
+    assert own_loss == pytest.approx(loss, rel=1e-5)
+    assert {name: error(own[name], exact) for name, exact in gradients.items() if error(own[name], exact) > 1e-4} == {}
+    assert all(float(gradient.norm()) for gradient in gradients.values())
+    targets = {operator.target for program in case.traced.programs for operator in program.operators}
+    assert all(target.startswith(("aten.", "tightfit.")) for target in targets)
+    blocks = [layer.name for layer in case.traced.layers if layer.name.split("#")[0][-1].isdigit()]
+    assert len(blocks) == case.source.config["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("family", HALVES)
+def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(family: str, tmp_path: Path) -> None:
+    case = Case(FAMILIES[family], tmp_path, "bfloat16")
+    exact_loss, exact = case.theirs()
+    loss, own = case.ours()
+    their_loss, theirs = case.theirs(torch.bfloat16)
+    assert abs(loss - exact_loss) < max(1e-2 * exact_loss, 2 * abs(their_loss - exact_loss))
+    own_errors = sorted(error(own[name], gradient) for name, gradient in exact.items())
+    their_errors = sorted(error(theirs[name], gradient) for name, gradient in exact.items())
+    middle = len(exact) // 2
+    assert own_errors[middle] < 1.5 * their_errors[middle]  # few tensors, of tiny widths
+    assert own_errors[-1] < 2 * their_errors[-1]
+
+
+TEXTS = [
+    "Is the fox quick? It is.",
+    "lazy dog? No.",
+    "over the moon",
+    "user said: they've 12",
+    "The quick brown fox jumps.",
+]
+STEPS, LR = 3, 5e-3
+
+
+@pytest.mark.parametrize("family", ["Llama, yarn scaling", "GPT-2"])
+def test_a_run_trains_and_saves_what_peft_loads(family: str, tmp_path: Path, cache: Path) -> None:
+    """From a directory to an adapter: profile, plan at the smallest budget, steps in the capped process, evaluation."""
+    config = FAMILIES[family] | {"vocab_size": 320}
+    assert not handwritten(config)
+    folder = tmp_path / "model"
+    model = checkpoint(config, folder)
+    byte_level_tokenizer().save(str(folder / "tokenizer.json"))
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    made = profile(str(folder), batch=BATCH, seq=SEQ, lora_rank=RANK, lora_alpha=ALPHA, dtype="float32")
+    assert (made.model.kind, made.model.config["vocab_size"]) == ("decoder", 320)
+    smallest = plan(made, ModelPlanner(made).minimum().peak_bytes)
+    report = run(smallest, data, steps=STEPS, out=tmp_path / "out", lr=LR, eval_data=data)
+    assert report["peak_bytes"]["measured"] <= smallest.peak_bytes
+
+    body = made.model.config.get("adapter_body", BODY)
+    assert made.model.store is not None
+    with Store.open(made.model.store) as store:
+        weights = {name: torch.empty(entry.shape) for name, entry in store.entries.items()}
+        for name, out in weights.items():
+            store.load(name, out)
+    take(model, weights, config, body)
+    adapted = peft.PeftModel.from_pretrained(model, report["adapter"], is_trainable=True).eval()
+    saved = load_file(Path(report["adapter"]) / WEIGHTS)
+    assert all(value.abs().max() > 0 for value in saved.values())
+
+    def loss_of(inputs: list[torch.Tensor]) -> torch.Tensor:
+        logits = adapted(input_ids=inputs[0]).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100)
+
+    inputs = [torch.empty(BATCH, SEQ, dtype=torch.int64) for _ in range(2)]
+    batches = open_batches(str(next((tmp_path / "out" / "data").glob("eval*"))), 0)
+    total, count = 0.0, 0
+    for number in range(batches.evaluation_count(inputs)):
+        batches.evaluation(number, inputs)
+        labelled = int((inputs[1] >= 0).sum())
+        total, count = total + float(loss_of(inputs).detach()) * labelled, count + labelled
+    batches.close()
+    assert report["evaluation"]["after"]["loss"] == pytest.approx(total / count, rel=1e-4)
+
+    with torch.no_grad():  # the same steps by torch.optim.AdamW
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name:
+                parameter.zero_()
+            elif ".lora_A." in name:
+                own = "model." + name.removeprefix(f"base_model.model.{body}").replace(".default.", ".")
+                initialise(own, 0, parameter)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    batches = open_batches(str(next((tmp_path / "out" / "data").glob("train*"))), 0)
+    losses = []
+    for step in range(STEPS):
+        batches.training(step, inputs)
+        loss = loss_of(inputs)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    batches.close()
+    assert report["loss"] == pytest.approx(losses, rel=3e-5)
+
+
+REFUSED = [
+    (sized("mixtral", num_local_experts=4), r"model_type 'mixtral' is a mixture of experts \(num_local_experts = 4\)"),
+    (sized("qwen3_moe", num_experts=4), r"model_type 'qwen3_moe' is a mixture of experts \(num_experts = 4\)"),
+    ({"model_type": "gpt_oss", "vocab_size": 96, "hidden_size": 64}, "model_type 'gpt_oss' is a mixture of experts"),
+    ({"model_type": "t5", "is_encoder_decoder": True}, "model_type 't5' is an encoder-decoder model"),
+    ({"model_type": "bart", "d_model": 64}, "model_type 'bart' is an encoder-decoder model"),
+    (sized("mamba"), "model_type 'mamba' is not supported; supported: .*, and decoders .* that have attention layers"),
+    ({"model_type": "vit"}, r"model_type 'vit' is no decoder of transformers .* \(AutoModelForCausalLM\)"),
+    (sized("olmo2", num_attention_heads="x"), "transformers cannot build the 'olmo2' model of this config"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED)
+def test_what_is_no_dense_decoder_is_refused_by_name(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        resolve(str(path))
+
+
+def test_without_transformers_the_error_says_what_to_install(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(FAMILIES["OLMo 2"]))
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from tightfit.profiles.sources.lookup import resolve\n"
+        f"try: resolve({str(path)!r})\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(SOURCES)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("InputError model_type 'olmo2' is not one of ")
+    assert "run pip install 'tightfit[hf]'" in done.stdout
+
+
+def test_a_tensor_that_the_model_does_not_use_is_refused(tmp_path: Path) -> None:
+    config = FAMILIES["OLMo 2"]
+    checkpoint(config, tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"tensor 'model.layers.0.self_attn.q_proj.bias' belongs to no olmo2 decoder"):
+        any_directory_source(tmp_path)
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    checkpoint(FAMILIES["OLMo 2"], tmp_path)
+    file = tmp_path / "model.safetensors"
+    held = load_file(file)
+    del held["model.layers.1.mlp.up_proj.weight"]
+    save_file(held, file, {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"no tensor 'model\.layers\.1\.mlp\.up_proj\.weight' in its safetensors files"
+    ):
+        any_directory_source(tmp_path)
+
+
+def test_llama_is_traced_into_the_programs_of_the_decoder_written_by_hand() -> None:
+    config = FAMILIES["Llama, no scaling"]
+    module = AnyDecoder(config, dtype=torch.bfloat16, seq=SEQ, rank=RANK, alpha=ALPHA)
+    with FakeTensorMode():
+        without_values(module)
+        sample = {name: torch.zeros(BATCH, SEQ, dtype=torch.int64) for name in ("input_ids", "labels")}
+    ours = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
+    theirs = trace_decoder(config, torch.bfloat16, BATCH, SEQ)
+    assert [layer.name for layer in ours.layers] == [layer.name for layer in theirs.layers]
+    for own, other in zip(ours.programs[:-1], theirs.programs[:-1], strict=True):  # the last makes the tables
+        assert [(op.phase, op.target) for op in own.operators] == [(op.phase, op.target) for op in other.operators]
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def test_the_documented_list_is_the_tested_one() -> None:
+    rows = [f"| {family} | `{config['model_type']}` |" for family, config in FAMILIES.items()]
+    table = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| ") and line.count("`") == 2][1:]
+    assert table == rows, "\n".join(rows)
