@@ -109,7 +109,7 @@ def _profile(traced, source, model, batch, seq, dtype):
 
 
 def naive_plan(
-    profile: Profile, *, budget=1 << 30, spill=(), offload=(), recompute=False, packed=(), unpacked=(), shift=0
+    profile: Profile, *, budget=1 << 33, spill=(), offload=(), recompute=False, packed=(), unpacked=(), shift=0
 ):
     """A valid schedule by simple rules.
 

@@ -149,7 +149,7 @@ def regression() -> tuple[torch.nn.Module, tuple[torch.Tensor, ...]]:
     class Regression(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = torch.nn.Sequential(torch.nn.Linear(256, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 256))
+            self.layers = torch.nn.Sequential(torch.nn.Linear(256, 8192), torch.nn.GELU(), torch.nn.Linear(8192, 256))
 
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             return (self.layers(x) - y).square().mean()

@@ -31,9 +31,10 @@ EXCHANGE_SLACK_BYTES = 2 << 20
 """Allowance for the code that exchanging gradients maps, and for messages that are not pieces of gradients."""
 EXCHANGE_SECONDS = 30.0
 """how long a process may take to meet itself"""
-IMPORT_SLACK_BYTES = 6 << 20
+IMPORT_SLACK_BYTES = 10 << 20
 """By how much the peak of the start varies, depending on how files lie in the page cache: libraries are loaded before
-their mappings can be split. With all of PyTorch's in folios of 2 MiB it was 5.6 MiB higher."""
+their mappings can be split. With all of PyTorch's in folios of 2 MiB it was 5.6 MiB higher than with small ones, once beside
+a run of all tests 8.0."""
 
 
 def exchange_bytes(channel: Channel) -> int:
