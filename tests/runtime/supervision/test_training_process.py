@@ -97,7 +97,7 @@ def test_what_the_kernel_ends_at_the_cap_is_told_with_the_most_that_was_seen(
     told = [line("loaded", spill_bytes=0, peak_bytes=own * MIB)]
     capped = error(ended(plan, tmp_path, told, -9, group=cgroup(1, kernels * MIB)))
     assert isinstance(capped, CapError)
-    assert "at its cap of 1024.0 MiB: the process had reached 90.0 MiB, predicted were " in str(capped)
+    assert "at its cap of 8192.0 MiB: the process had reached 90.0 MiB, predicted were " in str(capped)
     assert ("lies in memory (tmpfs)" in str(capped)) == memory
 
 
