@@ -218,7 +218,7 @@ def profile(
             busy_cores=measured["busy_cores"],
             quota_cores=measured["quota_cores"],
             torch_version=torch.__version__,
-            floor=Floor.model_validate({k: measured["floor"][k] for k in Floor.model_fields}),
+            floor=Floor.model_validate({k: measured["floor"][k] for k in Floor.model_fields if k in measured["floor"]}),
             read=Channel.model_validate(measured["read"]),
             write=Channel.model_validate(measured["write"]),
         ),

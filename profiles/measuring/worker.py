@@ -210,7 +210,7 @@ def compute(step: dict[str, Any], programs: list[dict[str, Any]]) -> None:
     trim_heap()
 
 
-def floor(threads: int) -> dict[str, int]:
+def floor(threads: int) -> dict[str, Any]:
     """`Floor` fields in bytes, reported by an idle training process and an idle supervisor started for this.
 
     Raises RunError.
@@ -223,9 +223,12 @@ def floor(threads: int) -> dict[str, int]:
     )
     if done.returncode == RunError.exit_code:
         raise RunError(done.stderr.strip())
-    if done.returncode:
+    lines = done.stdout.splitlines()
+    if not lines:
         raise SystemExit(f"the runtime process does not start: {done.stderr.strip() or done.returncode}")
-    measured: dict[str, int] = json.loads(done.stdout)
+    measured: dict[str, Any] = {}
+    for line in lines:  # the second one, `exchange_bytes`, is not there where the process ended while it loaded gloo
+        measured |= json.loads(line)
     environment = os.environ | {"PYTHONPATH": interpreter.python_path()}
     supervisor = subprocess.run(
         supervisor_command("--measure"), capture_output=True, text=True, env=environment, check=False

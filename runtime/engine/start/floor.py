@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tightfit.runtime.engine.device.resident import memory
@@ -61,8 +62,10 @@ def exchange_bytes(channel: Channel) -> int:
     return max(0, added) + EXCHANGE_SLACK_BYTES
 
 
-def measure_floor() -> dict[str, Any]:
-    """Measure the floor in this process, which must be a fresh lean process; all sizes are in bytes.
+def measure_floor(tell: Callable[[dict[str, Any]], None]) -> None:
+    """Measure the floor in this process, which must be a fresh lean process, and `tell` its figures; all sizes are in
+    bytes. Then `tell` `exchange_bytes` too: that comes last, since with a PyTorch built for CUDA whose libraries are
+    replaced by stubs (2.14) loading gloo ends the process.
 
     `import_peak_bytes` is VmHWM after the start. `resident_bytes` is the resident set once kernels are warm, clean file
     pages are released, and the pages that a step needs are mapped again; `inference_resident_bytes` the same with the
@@ -82,8 +85,7 @@ def measure_floor() -> dict[str, Any]:
     warm_up(channel, SIZE)
     trim_heap()  # gives back the operators' buffers, which plans count as workspace
     resident = memory()
-    return {
-        "exchange_bytes": exchange_bytes(channel),
+    figures = {
         "import_peak_bytes": start.peak + IMPORT_SLACK_BYTES,
         "resident_bytes": resident.resident + HEAP_SLACK_BYTES,
         "inference_resident_bytes": inference.resident + HEAP_SLACK_BYTES + INFERENCE_SLACK_BYTES,
@@ -95,3 +97,5 @@ def measure_floor() -> dict[str, Any]:
         "torch": mode(),
         "torch_version": torch.__version__,
     }
+    tell(figures)
+    tell({"exchange_bytes": exchange_bytes(channel)})

@@ -61,7 +61,11 @@ def _tell_floor() -> int:
     lean_torch.load()
     from tightfit.runtime.engine.start.floor import measure_floor
 
-    sys.stdout.write(json.dumps(measure_floor()) + "\n")
+    def tell(figures: dict[str, Any]) -> None:
+        sys.stdout.write(json.dumps(figures) + "\n")
+        sys.stdout.flush()
+
+    measure_floor(tell)
     return 0
 
 

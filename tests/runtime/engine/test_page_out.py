@@ -59,7 +59,7 @@ def lean(code: str, **extra: str) -> subprocess.CompletedProcess[str]:
 def floor(**extra: str) -> tuple[dict[str, int], int]:
     """The floor, and the most that its process ever held."""
     small = (
-        "import json, resource, subprocess, sys; told = json.loads(subprocess.check_output(sys.argv[1:]))\n"
+        "import json, resource, subprocess, sys; told = json.loads(subprocess.check_output(sys.argv[1:]).splitlines()[0])\n"
         "print(json.dumps([told, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024]))"
     )
     words = [sys.executable, "-c", small, *training_process.command("--floor")]
