@@ -18,7 +18,7 @@ from tightfit.planner.fleet.federated_simulate import simulate_federated
 from tightfit.planner.fleet.io import plan_file, sealed_fleet
 from tightfit.planner.fleet.member_profiles import check_equal
 from tightfit.planner.fleet.pieces import trained_tensors
-from tightfit.planner.fleet.plan import MemberSpec, checked_members
+from tightfit.planner.fleet.plan import MemberSpec, checked_members, report
 from tightfit.planner.fleet.round_times import Pace, makespan_of, shared_out, transfer_seconds
 from tightfit.planner.fleet.schema import Link, Price
 from tightfit.planner.fleet.worth import TENTH, faster
@@ -182,10 +182,8 @@ class _Rounds:
         return fleet, chosen
 
     def _report(self, planned: int) -> None:
-        if self.progress is not None:
-            seconds = time.monotonic() - self.started
-            told = f"planning devices ({planned} of {len(self.specs)})"
-            self.progress({"stage": told, "incumbent": math.inf, "bound": 0.0, "gap": 1.0, "seconds": seconds})
+        told = f"planning devices ({planned} of {len(self.specs)})"
+        report(self.progress, told, self.started, math.inf, 0.0)
 
     def _member(self, at: int, plan: Plan, pace: Pace, count: int) -> FederatedMember:
         spec = self.specs[at]

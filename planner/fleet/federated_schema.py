@@ -12,32 +12,24 @@ from typing import Literal
 
 from pydantic import Field
 
-from tightfit.planner.fleet.schema import FLEET_VERSION, Link, Price, Record
+from tightfit.planner.fleet.schema import FLEET_VERSION, Participant, Price, Record
 
 LARGEST_STEPS = 1_000_000
 """local steps of a round, at most"""
 
 
-class FederatedMember(Record):
+class FederatedMember(Participant):
     """One device that may take part in rounds."""
 
-    name: str
-    device: str = Field(description="the device's name, as its profile has it")
-    measured: bool = Field(description="False: its profile is estimated, so that it cannot run this plan")
     budget_bytes: int = Field(description="for all that runs there, Flower's processes included")
     flower_bytes: int = Field(description="of the budget: set aside for Flower's processes on the device")
-    link: Link
     rank: int = Field(ge=1, description="of the adapter that it trains")
     adapter_bytes: int = Field(ge=0, description="of the tensors that it sends back in a round")
     start_seconds: float = Field(
         ge=0, description="of a round beside transfers and steps: until a run trains, and ends"
     )
-    plan: str | None = Field(description="file of its plan, beside the fleet's; None: it takes no part")
-    plan_fingerprint: str | None = None
-    reason: str | None = Field(None, description="why it takes no part")
     steps: int = Field(0, ge=0, description="local steps in a round")
     step_seconds: float | None = Field(None, description="predicted seconds of one of them")
-    bound_seconds: float | None = Field(None, description="no plan of the class takes less for one within its budget")
     peak_bytes: int | None = Field(
         None, description="predicted peak of all that runs there, Flower's processes included"
     )

@@ -19,7 +19,7 @@ from tightfit.planner.fleet.pipeline_bounds import Candidate, Division, Division
 from tightfit.planner.fleet.pipeline_schema import Passed, PipelineBaseline, PipelinePlan, Stage
 from tightfit.planner.fleet.pipeline_search import PipelineSearch
 from tightfit.planner.fleet.pipeline_simulate import own_layers, passing_of, replayed, simulate_pipeline
-from tightfit.planner.fleet.plan import MemberSpec, checked_count, checked_members, lacking, shared
+from tightfit.planner.fleet.plan import MemberSpec, checked_count, checked_members, lacking, report, shared
 from tightfit.planner.fleet.schema import Price
 from tightfit.planner.fleet.stage_plans import StagePlans, message_bytes
 from tightfit.planner.fleet.worth import TENTH, faster
@@ -159,10 +159,7 @@ class _PipelinePlanner:
         return self.started + share * self.time_limit
 
     def _report(self, makespan: float, bound: float) -> None:
-        if self.progress is not None:
-            told = {"incumbent": makespan, "bound": bound, "seconds": time.monotonic() - self.started}
-            gap = 1.0 if makespan == math.inf else gap_to(makespan, bound)
-            self.progress({"stage": "cutting the model", "gap": gap, **told})
+        report(self.progress, "cutting the model", self.started, makespan, bound)
 
     # --- the answer ------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from tightfit.planner.fleet.schema import FLEET_VERSION, Link, Price, Record, Span
+from tightfit.planner.fleet.schema import FLEET_VERSION, Participant, Price, Record, Span
 
 
 class Passed(Record):
@@ -28,17 +28,9 @@ class Passed(Record):
     dtype: str = Field(description="torch dtype without the prefix")
 
 
-class Stage(Record):
+class Stage(Participant):
     """One device. Those that compute come first, in the order of the chain: the first has the model's first layers."""
 
-    name: str
-    device: str = Field(description="the device's name, as its profile has it")
-    measured: bool = Field(description="False: its profile is estimated, so that it cannot run this plan")
-    budget_bytes: int
-    link: Link
-    plan: str | None = Field(description="file of its plan, beside the fleet's; None: it takes no part")
-    plan_fingerprint: str | None = None
-    reason: str | None = Field(None, description="why it takes no part")
     first_layer: int = Field(0, ge=0, description="index of its first layer in the profile")
     last_layer: int = Field(0, ge=0, description="index of the layer after its last one")
     layer_names: list[str] = Field([], description="its first and its last layer")
@@ -49,7 +41,6 @@ class Stage(Record):
         None, description="predicted seconds of the training schedule, no waiting"
     )
     forward_seconds: float | None = Field(None, description="the same of the forward alone")
-    bound_seconds: float | None = Field(None, description="no plan of the class takes less for one within its budget")
     peak_bytes: int | None = Field(None, description="predicted peak of its processes, messages included")
     exchange_bytes: int = Field(0, ge=0, description="bytes of the peak that are there for messages alone")
 

@@ -36,6 +36,7 @@ from tightfit.planner.fleet.schema import Span
 from tightfit.planner.fleet.simulate import (
     ROUNDING,
     InvalidFleet,
+    check_bound,
     check_link,
     check_names,
     lane_of,
@@ -82,12 +83,7 @@ def simulate_pipeline(fleet: PipelinePlan, plans: Mapping[str, Plan]) -> Pipelin
             "makespan_seconds",
             f"{fleet.makespan_seconds} s are stated, the replay finds {found.makespan_seconds} s",
         )
-    if not 0 <= fleet.bound_seconds <= found.makespan_seconds * (1 + ROUNDING):
-        raise InvalidFleet(
-            "bound",
-            "bound_seconds",
-            f"{fleet.bound_seconds} s are said to be a lower bound, the replay takes {found.makespan_seconds} s",
-        )
+    check_bound(fleet.bound_seconds, found.makespan_seconds)
     return found
 
 

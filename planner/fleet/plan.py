@@ -109,6 +109,14 @@ def checked_count(micro_batches: object) -> int:
     return count
 
 
+def report(progress: Progress | None, stage: str, started: float, makespan: float, bound: float) -> None:
+    """Tell `progress` how far a search is that began at `started` (time.monotonic); the makespan is infinite where there is none yet."""
+    if progress is not None:
+        told = {"incumbent": makespan, "bound": bound, "seconds": time.monotonic() - started}
+        gap = 1.0 if makespan == math.inf else gap_to(makespan, bound)
+        progress({"stage": stage, "gap": gap, **told})
+
+
 class _FleetPlanner:
     def __init__(
         self,
@@ -183,10 +191,7 @@ class _FleetPlanner:
         return self.started + share * self.time_limit
 
     def _report(self, makespan: float, bound: float) -> None:
-        if self.progress is not None:
-            told = {"incumbent": makespan, "bound": bound, "seconds": time.monotonic() - self.started}
-            gap = 1.0 if makespan == math.inf else gap_to(makespan, bound)
-            self.progress({"stage": "sharing out micro-batches", "gap": gap, **told})
+        report(self.progress, "sharing out micro-batches", self.started, makespan, bound)
 
     # --- the answer ------------------------------------------------------------------------------------------------
 

@@ -43,8 +43,8 @@ class Link(Record):
     latency_seconds: float = Field(0.0, ge=0, description="from this member's process to the network, one way")
 
 
-class Member(Record):
-    """One device of the fleet. Those that compute come first, in the order of the chain."""
+class Participant(Record):
+    """A device that may take part, in a fleet of any kind."""
 
     name: str
     device: str = Field(description="the device's name, as its profile has it")
@@ -54,10 +54,17 @@ class Member(Record):
     plan: str | None = Field(description="file of its plan, beside the fleet's; None: it takes no part")
     plan_fingerprint: str | None = None
     reason: str | None = Field(None, description="why it takes no part")
+    bound_seconds: float | None = Field(
+        None, description="no plan of the class takes less for a micro-batch, or a step of a round, within its budget"
+    )
+
+
+class Member(Participant):
+    """One device of the fleet. Those that compute come first, in the order of the chain."""
+
     first: int = Field(0, ge=0, description="number of its first micro-batch in a step, from 0")
     micro_batches: int = Field(0, ge=0)
     micro_batch_seconds: float | None = Field(None, description="predicted seconds of one micro-batch")
-    bound_seconds: float | None = Field(None, description="no plan of the class takes less for one within its budget")
     peak_bytes: int | None = Field(None, description="predicted peak of its processes, the exchange included")
     exchange_bytes: int = Field(0, description="bytes of the peak that are there for the exchange alone")
     update_seconds: float = Field(0.0, ge=0, description="of the optimizer's arithmetic for all trained tensors")

@@ -109,13 +109,18 @@ def simulate_fleet(fleet: FleetPlan, plans: Mapping[str, Plan]) -> FleetSimulati
     ):
         if not same(stated, seconds, found.makespan_seconds):
             raise InvalidFleet("makespan", claim, f"{stated} s are stated, the replay finds {seconds} s")
-    if not 0 <= fleet.bound_seconds <= found.makespan_seconds * (1 + ROUNDING):
+    check_bound(fleet.bound_seconds, found.makespan_seconds)
+    return found
+
+
+def check_bound(bound_seconds: float, makespan_seconds: float) -> None:
+    """Raise InvalidFleet where a bound on a step is none: negative, or above what the replay takes."""
+    if not 0 <= bound_seconds <= makespan_seconds * (1 + ROUNDING):
         raise InvalidFleet(
             "bound",
             "bound_seconds",
-            f"{fleet.bound_seconds} s are said to be a lower bound, the replay takes {found.makespan_seconds} s",
+            f"{bound_seconds} s are said to be a lower bound, the replay takes {makespan_seconds} s",
         )
-    return found
 
 
 def replayed(fleet: FleetPlan, plans: Mapping[str, Plan]) -> FleetSimulation:

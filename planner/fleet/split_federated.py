@@ -24,7 +24,7 @@ from tightfit.planner.fleet.pieces import trained_tensors
 from tightfit.planner.fleet.pipeline_bounds import Candidate, Division, DivisionBounds, Held
 from tightfit.planner.fleet.pipeline_schema import Passed
 from tightfit.planner.fleet.pipeline_search import Pipeline, PipelineSearch
-from tightfit.planner.fleet.plan import MemberSpec, checked_members
+from tightfit.planner.fleet.plan import MemberSpec, checked_members, report
 from tightfit.planner.fleet.schema import Link
 from tightfit.planner.fleet.service_order import Served, Serving, Way, best_order, served
 from tightfit.planner.fleet.split_schema import SERVER, SplitBaseline, SplitMember, SplitPlan, SplitServer
@@ -267,9 +267,7 @@ class _SplitPlanner:
         return next(at for at, spec in enumerate(self.specs) if spec.name == name)
 
     def _report(self, stage: str) -> None:
-        if self.progress is not None:
-            seconds = time.monotonic() - self.started
-            self.progress({"stage": stage, "incumbent": math.inf, "bound": 0.0, "gap": 1.0, "seconds": seconds})
+        report(self.progress, stage, self.started, math.inf, 0.0)
 
     # --- cuts -------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field
 
 from tightfit.planner.fleet.pipeline_schema import Passed
-from tightfit.planner.fleet.schema import FLEET_VERSION, Link, Record
+from tightfit.planner.fleet.schema import FLEET_VERSION, Link, Participant, Record
 
 SERVER = "server"
 """what the server is called among the members"""
@@ -30,21 +30,15 @@ class SplitServer(Record):
     start_seconds: float = Field(ge=0, description="of a service beside its steps: until a run trains, and ends")
 
 
-class SplitMember(Record):
+class SplitMember(Participant):
     """One device. Those that take part come first, in the order in which they are served."""
 
-    name: str
-    device: str = Field(description="the device's name, as its profile has it")
-    measured: bool = Field(description="False: its profile is estimated, so that it cannot run this plan")
     budget_bytes: int = Field(description="for all that runs there, Flower's processes included")
     flower_bytes: int = Field(description="of the budget: set aside for Flower's processes on the device")
-    link: Link
     rank: int = Field(ge=1, description="of the adapter")
     start_seconds: float = Field(ge=0, description="of its head beside the transfer: until its run is ready")
     weight: float = Field(1.0, gt=0, description="of its share of the steps")
-    reason: str | None = Field(None, description="why it takes no part")
     plan: str | None = Field(None, description="file of its plan, beside the fleet's; None: it takes no part")
-    plan_fingerprint: str | None = None
     server_plan: str | None = Field(None, description="file of the server's plan for the layers above")
     server_plan_fingerprint: str | None = None
     layers: int = Field(0, ge=0, description="number of the model's lower layers that it holds")

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 from tightfit.planner.fleet.member_profiles import COPY_BYTES_PER_SECOND, HAND_OVER_SECONDS, alone_profile, raised
 from tightfit.planner.problem.step_graph import StepGraph, step_graph
-from tightfit.planner.schema import Plan
 from tightfit.profiles.schema import Layer, Operator, Profile, Program, Tensor, Value
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.fleet.message import ITEM_BYTES, Passing
@@ -63,11 +62,6 @@ def cuts(profile: Profile) -> list[Cut]:
         if cut.up and cut.down and all(one.dtype in ITEM_BYTES for one in (*cut.up_passing, *cut.down_passing)):
             result.append(cut)
     return result
-
-
-def is_stage(source: Profile | Plan) -> bool:
-    """Whether this is of a part of a model, which cannot be trained alone."""
-    return any(one.target in (RECEIVE, SEND) for program in source.programs for one in program.operators)
 
 
 def stage_profile(

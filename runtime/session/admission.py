@@ -22,7 +22,7 @@ from tightfit.runtime.engine.fleet.seat import Seat
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.start.lean_torch import installed_version
 from tightfit.runtime.engine.training.checkpoint import OPERATORS
-from tightfit.runtime.engine.training.job import PASSING
+from tightfit.runtime.engine.training.job import passes_messages
 from tightfit.runtime.engine.weights.layout import holds, packed_bytes, read_header, store_path
 from tightfit.runtime.supervision.supervisor import Stages
 
@@ -38,7 +38,7 @@ def check_kind(plan: object) -> None:
 def check_seat(plan: Plan, seat: Seat | None) -> None:
     """Raise InputError for a member's plan of a fleet that is run alone, and for another plan in a fleet."""
     exchanges = plan.optimizer.get("name") == EXCHANGE
-    passes = any(op.target in PASSING for program in plan.programs for op in program.operators)
+    passes = passes_messages(plan.programs)
     if passes and seat is None and (plan.optimizer.get("name") == MOBILLM or CONFIG_KEY in plan.model.config):
         raise InputError(
             f"this plan is one part of {MOBILLM}, a device's or a server's, and the other one has to run beside it; plan both with"

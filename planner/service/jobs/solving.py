@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tightfit.planner.fleet.stages import is_stage
 from tightfit.planner.plan import policies_of
 from tightfit.planner.report.summary import fleet_summary, plan_summary, profile_summary
 from tightfit.planner.schema import Plan
@@ -19,6 +18,7 @@ from tightfit.planner.solve.policies import approximate_of, refused_of
 from tightfit.profiles.io import canonical_json, parse_profile
 from tightfit.profiles.schema import EXCHANGE, Profile
 from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.engine.training.job import passes_messages
 
 if TYPE_CHECKING:
     from tightfit.planner.service.jobs.worker import JobOrder, Tell
@@ -202,6 +202,9 @@ def keep_plan(objects: Objects, found: Plan, origin: str, explanation: Row | Non
     """Store a plan under its fingerprint."""
     written = objects.put(found.model_dump_json().encode())
     name = f"{found.model.name}, {found.policy}"
-    marks = {"elsewhere": _elsewhere(found), "of_a_fleet": found.optimizer.get("name") == EXCHANGE or is_stage(found)}
+    marks = {
+        "elsewhere": _elsewhere(found),
+        "of_a_fleet": found.optimizer.get("name") == EXCHANGE or passes_messages(found.programs),
+    }
     summary: Row = plan_summary(found) | {"explanation": explanation} | marks
     return file_row("plan", found.fingerprint, written, name=name, origin=origin, summary=summary)

@@ -131,23 +131,6 @@ def _buffers(size: int, count: int) -> list[Tensor]:
     return [whole[one * paged(size) :][:size] for one in range(count)]
 
 
-def message_room(passing: Sequence[Passing], bits: int, buffers: int) -> int:
-    """Bytes of so many buffers for messages over a cut."""
-    return buffers * paged(offsets(passing, bits)[1])
-
-
-def stage_room(below: Boundary | None, above: Boundary | None, *, ahead_below: int, bits: int) -> int:
-    """Bytes of all the buffers that a member holds for its messages."""
-    total = 0
-    if below:
-        total += message_room(below.up, bits, ring(ahead_below))
-        total += message_room(below.down, bits, SENDING) if below.down else 0
-    if above:
-        total += message_room(above.up, bits, SENDING)
-        total += message_room(above.down, bits, RECEIVING_DOWN) if above.down else 0
-    return total
-
-
 class Stage:
     """A member's place in the pipeline. The operators `tightfit.send` and `tightfit.receive` call `send` and `receive`."""
 

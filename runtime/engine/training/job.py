@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,11 @@ class Job:
                 arrays[name] = array(kind)
                 arrays[name].fromfile(file, length)
         return cls(header=header, **arrays)
+
+
+def passes_messages(programs: Iterable[Any]) -> bool:
+    """Whether operators of a plan's or profile's programs send or receive: it is that of a member that has some of the layers."""
+    return any(operator.target in PASSING for program in programs for operator in program.operators)
 
 
 def program_header(program: Mapping[str, Any]) -> dict[str, Any]:

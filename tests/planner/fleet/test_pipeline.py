@@ -12,10 +12,10 @@ from tightfit.planner.fleet.pipeline import least_seconds, plan_pipeline
 from tightfit.planner.fleet.pipeline_search import PipelineSearch
 from tightfit.planner.fleet.pipeline_simulate import simulate_pipeline
 from tightfit.planner.fleet.plan import MemberSpec
-from tightfit.planner.fleet.stages import is_stage
 from tightfit.planner.report.fleet_html import fleet_page
 from tightfit.planner.report.fleet_text import chain_sheet, fleet_sentences
 from tightfit.runtime.common.errors import InfeasibleError, InputError
+from tightfit.runtime.engine.training.job import passes_messages
 
 
 def baseline(fleet, name):
@@ -27,7 +27,7 @@ def test_two_devices_train_what_neither_could_hold(pipelined):
     assert [(one.name, one.first_layer, one.last_layer) for one in fleet.chain] == [("a", 0, 2), ("b", 2, 4)]
     assert [one.layer_names for one in fleet.chain] == [["l0", "l1"], ["l2", "l3"]]
     assert all(plans[one.name].peak_bytes == one.peak_bytes <= one.budget_bytes for one in fleet.chain)
-    assert all(is_stage(plan) for plan in plans.values())
+    assert all(passes_messages(plan.programs) for plan in plans.values())
     alone = baseline(fleet, "fastest alone")
     assert (alone.makespan_seconds, alone.reason) == (None, "no device can hold a micro-batch alone")
     assert baseline(fleet, "equal layers").layers == {"a": 2, "b": 2}
