@@ -37,7 +37,7 @@ bench-proof: $(VENV)/.installed-test
 bench-convergence: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/convergence.py $(ARGS)
 
-# Four devices on this machine, with shares of a core, limited links and memory caps; needs root. ARGS='--rate 10'.
+# Four devices on this machine, with shares of a core, limited links and memory caps; needs root. ARGS='--rates 100,10'.
 bench-fleet: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/fleet.py $(ARGS)
 
