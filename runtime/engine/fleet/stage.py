@@ -266,27 +266,28 @@ class Stage:
         """
         import torch
 
-        begun = time.perf_counter()
         self._base_up += self.micro_batches
         self._base_down += self.micro_batches
-        told = torch.zeros(2 + self.micro_batches, dtype=torch.float64)
-        told[0], told[1] = float(stop), float(step)
         for outgoing in (self.to_above, self.to_below):
             if outgoing:
                 outgoing.drain()
+        begun = time.perf_counter()
+        # Whether somebody was asked to end, then the losses.
+        told = torch.zeros(1 + self.micro_batches, dtype=torch.float64)
+        told[0] = float(stop)
         rank = self.transport.rank
         if not self.first:
             self.transport.receive(told, rank - 1, CLOSE).wait()
             told[0] = max(float(told[0]), float(stop))
         if self.last:
-            told[2:] = torch.tensor(self._losses, dtype=torch.float64)
+            told[1:] = torch.tensor(self._losses, dtype=torch.float64)
         else:
             self.transport.send(told, rank + 1, CLOSE).wait()
             self.transport.receive(told, rank + 1, CLOSE).wait()
         if not self.first:
             self.transport.send(told, rank - 1, CLOSE).wait()
         waited = self.waited - self._waited + time.perf_counter() - begun
-        losses = [float(one) for one in told[2:]]
+        losses = [float(one) for one in told[1:]]
         return Exchanged(losses=losses, labels=0.0, stop=bool(told[0]), exchange_seconds=waited, update_seconds=0.0)
 
     @property
