@@ -615,7 +615,8 @@ class GraphPlanner:
                 except TimeoutError:
                     placed = None
                     self._ended(False)
-            seeds.extend([placed] if placed is not None else [])
+            if placed is not None:
+                self._note(placed)  # so it is the first seed, which is tried however late it is
         return [fastest(self.dag, budget, self.found.peaks), *seeds]
 
     # --- the smallest budget ---------------------------------------------------------------------------------------

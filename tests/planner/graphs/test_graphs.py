@@ -356,6 +356,12 @@ def test_unit_chains_meet_the_closed_form(steps):
         assert made.step_seconds == griewank(steps, slots), slots
 
 
+@pytest.mark.parametrize("slots", [2, 5])
+def test_a_chain_gets_its_checkpoints_however_little_time_there_is(slots):
+    made = GraphPlanner(profile_of(unit_chain(64))).plan(slots + 2, time_limit=0.001)
+    assert made.step_seconds == griewank(64, slots)
+
+
 def free_chain(steps, *, reads_own):
     """A chain of operators all alike, none of which has to be held: the first one, too, is made from nothing."""
     forward = [
