@@ -214,14 +214,17 @@ def run_fleet(folder: Path, fleet: AnyPlan, devices: Sequence[Place], data: Path
 
 
 def equal_shares(fleet: FleetPlan) -> FleetPlan:
-    """The same members, each with as many micro-batches."""
+    """The same members, each with as many micro-batches. Gradients wait on disk: in memory, those of more micro-batches than
+    planned have no room.
+    """
     chain, first = {member.name: member for member in fleet.chain}, 0
     members = []
     for member in fleet.members:
         if member.name in chain:
             rank = list(chain).index(member.name)
             count = fleet.micro_batches // len(chain) + (rank < fleet.micro_batches % len(chain))
-            members.append(member.model_copy(update={"first": first, "micro_batches": count}))
+            changes = {"first": first, "micro_batches": count, "gradients": "disk"}
+            members.append(member.model_copy(update=changes))
             first += count
         else:
             members.append(member)
