@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tightfit.profiles.measuring.marks import marks
 from tightfit.profiles.measuring.measure import measure
 from tightfit.profiles.models.decoder import Decoder
 from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
+from tightfit.profiles.models.lora import LoraConfig, given, layer_numbers
 from tightfit.profiles.models.side_network import SideNetwork
 from tightfit.profiles.models.side_shape import CONFIG_KEY, INPUT, SideShape, chosen_blocks
 from tightfit.profiles.schema import (
@@ -49,6 +51,7 @@ from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.interpreter import PACKAGE, python_path
 from tightfit.runtime.common.processor import cpu_name, features
 from tightfit.runtime.engine.start import cuda_stubs, page_out
+from tightfit.runtime.engine.training.adapter import BODY
 from tightfit.runtime.engine.weights import native
 from tightfit.runtime.engine.weights.store import Entry, Store, find_extent
 
@@ -81,8 +84,17 @@ def profile(
     *,
     batch: int = 1,
     seq: int = 256,
-    lora_rank: int = 8,
+    lora_rank: int | None = None,
     lora_alpha: float | None = None,
+    lora_targets: str | None = None,
+    lora_layers: str | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    lora_dropout: float | None = None,
+    rslora: bool = False,
+    dora: bool = False,
+    modules_to_save: Sequence[str] = (),
+    adapter: str | Path | None = None,
     accumulate: int = 1,
     dtype: str | None = None,
     device: str = "cpu",
@@ -99,14 +111,18 @@ def profile(
 
     `source` is anything that `tightfit.profiles.sources.lookup.resolve` takes; `device` is "cpu" (this machine) or
     anything that `tightfit.profiles.devices.data_sheets.find_device` takes. The step has `batch` samples of `seq`
-    tokens; a module:factory brings its own sample batch instead. `lora_alpha` defaults to twice `lora_rank`. The
-    gradients of `accumulate` steps make one optimizer update. `dtype` is the type of activations and unpacked weights
+    tokens; a module:factory brings its own sample batch instead. The gradients of `accumulate` steps make one optimizer update. `dtype` is the type of activations and unpacked weights
     (default: bfloat16 for language models, float32 for a module of your own). `threads` defaults to all cores that
     this process may use, or to what a CPU quota (a container's `--cpus`) leaves of them.
 
     With `side_rank` the step is that of a side network beside `source` instead (`tightfit.profiles.models.side_network`), whose
     adapters of that rank read the outputs of `side_blocks` of its blocks (default: 8, or all): what a server trains where a
     device runs the model (the policy `mobillm`). It has no LoRA pairs.
+
+    What is trained of a language model is an adapter (`tightfit.profiles.models.lora.LoraConfig`): LoRA pairs of
+    `lora_rank` (default 8) and `lora_alpha` (default: twice the rank) on the linear layers that `lora_targets` and
+    `lora_layers` ("0-3,8") choose, by default all of them; or what the settings of the adapter in the folder `adapter` say,
+    so that a run can start from it.
 
     `base` and `embeddings` are the precision, 4bit, 8bit or 16bit, of matrices and of the embedding and the head that
     the source does not hold quantised; what it holds quantised is kept, code for code. By default matrices are rounded to
@@ -125,7 +141,7 @@ def profile(
         )
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
-    for name, value in (("batch", batch), ("seq", seq), ("lora-rank", lora_rank), ("accumulate", accumulate)):
+    for name, value in (("batch", batch), ("seq", seq), ("accumulate", accumulate)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
     if accumulate > MOST_ACCUMULATED:
@@ -134,14 +150,26 @@ def profile(
     threads = useful_threads(cores, quota_cores()) if threads is None else threads
     if not 1 <= threads <= cores:
         raise InputError(f"threads {threads}: this process may use 1 to {cores} of the machine's cores")
-    alpha = float(2 * lora_rank if lora_alpha is None else lora_alpha)
-    if not 0 < alpha < float("inf"):
-        raise InputError(f"lora-alpha {alpha}: give a finite number above 0")
+    lora = given(
+        adapter,
+        {
+            "rank": lora_rank,
+            "alpha": lora_alpha,
+            "targets": lora_targets,
+            "layers": None if lora_layers is None else layer_numbers(lora_layers),
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
+            "dropout": lora_dropout,
+            "rslora": rslora,
+            "dora": dora,
+            "modules_to_save": tuple(modules_to_save),
+        },
+    )
     found = resolve(source, base=base, embeddings=embeddings)
     side = _side_shape(found, side_rank, side_blocks)
     dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
     report = progress or (lambda stage, done, total: None)
-    key = _fingerprint(found, batch, seq, lora_rank, alpha, accumulate, dtype, threads, quota_cores(), side)
+    key = _fingerprint(found, batch, seq, asdict(lora), accumulate, dtype, threads, quota_cores(), side)
     cached = cache_directory() / "profiles" / f"{key[:32]}.json"
     earlier = None
     if elsewhere is None and cached.exists() and not force:
@@ -162,18 +190,18 @@ def profile(
         path = build_store(found, cache_directory() / "stores", lambda done, total, name: report("pack", done, total))
         with Store.open(path) as opened:
             store, store_fingerprint = str(path), opened.fingerprint
-    comparison = None
+    comparison, trained = None, None
     if found.kind == "module":
         traced, module, sample = _trace_module(found, dtype, report)
         comparison = GradientComparison(found.name, module, sample, traced)
     elif side is not None:
         traced = _trace_side(found, side, batch, seq, dtype, report)
     else:
-        traced = _trace_decoder(found, batch, seq, lora_rank, alpha, dtype, report)
+        traced, trained = _trace_decoder(found, batch, seq, lora, dtype, report)
     if found.kind == "module":
-        batch, seq_or_none, kind, lora = _first_dimension(traced), None, "module", None
+        batch, seq_or_none, kind = _first_dimension(traced), None, "module"
     else:
-        seq_or_none, kind, lora = seq, "decoder", None if side else {"rank": lora_rank, "alpha": alpha}
+        seq_or_none, kind = seq, "decoder"
         _check_lengths(found, seq)
     tensors = [_packed(t, found.entries) for t in traced.tensors]
     measured: Mapping[str, Any] = (
@@ -199,7 +227,7 @@ def profile(
             source=found.path,
             kind=kind,
             config=found.config | ({CONFIG_KEY: side.as_json()} if side else {}),
-            lora=lora,
+            lora=trained,
             store=store,
             store_fingerprint=store_fingerprint,
             compared=measured["compared"],
@@ -283,38 +311,43 @@ def _code() -> Iterator[Path]:
 
 
 def _trace_decoder(
-    source: Source, batch: int, seq: int, rank: int, alpha: float, dtype: str, report: Progress
-) -> Trace:
+    source: Source, batch: int, seq: int, lora: LoraConfig, dtype: str, report: Progress
+) -> tuple[Trace, dict[str, Any]]:
+    """The step of a decoder, and what a profile says of its adapter."""
     if not handwritten(source.config):
-        return _trace_any_decoder(source, batch, seq, rank, alpha, dtype, report)
+        return _trace_any_decoder(source, batch, seq, lora, dtype, report)
     shape = decoder_shape(source.config)
-    if rank > shape.hidden:
-        raise InputError(f"--lora-rank {rank}: the model is {shape.hidden} wide, and a rank above that gains nothing")
+    _check_rank(lora, shape.hidden)
     widest = max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
     if batch * seq * widest > MOST_ELEMENTS:
         raise InputError(
             f"batch {batch} x seq {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller batch or seq"
         )
     with FakeTensorMode():
-        module = Decoder(shape, dtype=DTYPES[dtype], rank=rank, alpha=alpha)
+        body = source.config.get("adapter_body", BODY)
+        module = Decoder(shape, dtype=DTYPES[dtype], lora=lora, body=body)
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
-    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
+    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report), module.lora
+
+
+def _check_rank(lora: LoraConfig, hidden: int) -> None:
+    for rank in (lora.rank, *lora.rank_pattern.values()):
+        if rank > hidden:
+            raise InputError(f"--lora-rank {rank}: the model is {hidden} wide, and a rank above that gains nothing")
 
 
 def _trace_any_decoder(
-    source: Source, batch: int, seq: int, rank: int, alpha: float, dtype: str, report: Progress
-) -> Trace:
+    source: Source, batch: int, seq: int, lora: LoraConfig, dtype: str, report: Progress
+) -> tuple[Trace, dict[str, Any]]:
     from tightfit.profiles.models.transformers_decoder import AnyDecoder, without_values
 
-    hidden = source.config["hidden_size"]
-    if rank > hidden:
-        raise InputError(f"--lora-rank {rank}: the model is {hidden} wide, and a rank above that gains nothing")
+    _check_rank(lora, source.config["hidden_size"])
     widest = max(max(entry.shape, default=1) for entry in source.entries.values())
     if batch * seq * widest > MOST_ELEMENTS:
         raise InputError(
             f"batch {batch} x seq {seq} x {widest}, the model's widest layer, are more elements than a tensor can have; use a smaller batch or seq"
         )
-    module = AnyDecoder(source.config, dtype=DTYPES[dtype], seq=seq, rank=rank, alpha=alpha)
+    module = AnyDecoder(source.config, dtype=DTYPES[dtype], seq=seq, lora=lora)
     with FakeTensorMode():
         without_values(module)
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
@@ -325,7 +358,7 @@ def _trace_any_decoder(
                 f"{source.name}: its {source.config['model_type']} decoder reads a constant of shape {tensor.shape}"
                 f" ({tensor.name}) that no checkpoint holds; it is not supported"
             )
-    return traced
+    return traced, module.lora
 
 
 def _side_shape(source: Source, rank: int | None, blocks: int | None) -> SideShape | None:

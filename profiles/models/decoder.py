@@ -1,20 +1,30 @@
 """Decoder language models as one plain module, built from a Hugging Face config.
 
 Families differ in a few switches (`tightfit.profiles.models.family`). Parameter names are Hugging
-Face's, so that weights and adapters need no renaming. The base is frozen; every projection carries a LoRA pair in
-float32. Hidden states are flat, [batch * seq, hidden]: each projection is then one matrix product.
+Face's, so that weights and adapters need no renaming. The base is frozen; projections carry LoRA pairs in float32
+(`tightfit.profiles.models.lora`). Hidden states are flat, [batch * seq, hidden]: each projection is then one matrix product.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tightfit.profiles.models.decoder_config import DecoderShape
-from tightfit.profiles.tracing.torch_ops import attention, embed_rows, gated, head_loss, lora_linear, rms_norm
+from tightfit.profiles.models.lora import LoraConfig, Pair
+from tightfit.profiles.tracing.torch_ops import (
+    attention,
+    embed_rows,
+    frozen_linear,
+    gated,
+    head_loss,
+    lora_linear,
+    rms_norm,
+)
+from tightfit.runtime.engine.training.adapter import BODY
 
 HEAD_SLICE_BYTES = 6 << 20  # largest unpacked size of one vocabulary slice of the loss head
 
@@ -38,32 +48,54 @@ class Factor(nn.Module):
 
 
 class Projection(nn.Module):
-    """Frozen x @ W.T (+ bias) plus the trained scale * x @ A.T @ B.T."""
+    """Frozen x @ W.T (+ bias) plus, where it has a pair, the trained scale * x @ A.T @ B.T."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, rank: int, alpha: float) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(outputs, dtype=torch.float32), requires_grad=False) if bias else None
-        self.scale = alpha / rank if rank else 0.0
-        if rank:
-            self.lora_A, self.lora_B = Factor(rank, inputs), Factor(outputs, rank)
+        self.adaptable = True
+        """Whether it may get a pair."""
+        self.pair: Pair | None = None
+
+    def adapt(self, pair: Pair) -> None:
+        """Give it a LoRA pair."""
+        outputs, inputs = self.weight.shape
+        self.pair = pair
+        self.lora_A, self.lora_B = Factor(pair.rank, inputs), Factor(outputs, pair.rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.scale:
-            return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
-        pair = self.lora_A.weight, self.lora_B.weight
-        return lora_linear(x, self.weight, self.bias, *pair, self.scale)[0]  # type: ignore[no-any-return]
+        if self.pair is None:
+            return frozen_linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
+        factors = self.lora_A.weight, self.lora_B.weight
+        return lora_linear(x, self.weight, self.bias, *factors, self.pair.scale)[0]  # type: ignore[no-any-return]
+
+
+def adapt(module: nn.Module, lora: LoraConfig, model: str, body: str = BODY) -> dict[str, Any]:
+    """Give pairs to the projections of a decoder that are chosen; what a profile says of the adapter.
+
+    `model` is its name in messages, `body` what adapters call its layers. Raises InputError as `LoraConfig.chosen` does.
+    """
+    found = {
+        body + name.removeprefix(BODY): child
+        for name, child in module.named_modules()
+        if isinstance(child, Projection) and child.adaptable
+    }
+    chosen = lora.chosen(list(found), model)
+    for name, pair in chosen.items():
+        found[name].adapt(pair)
+    return lora.as_json(list(found), list(chosen), body)
 
 
 class Attention(nn.Module):
-    def __init__(self, shape: DecoderShape, index: int, dtype: torch.dtype, rank: int, alpha: float) -> None:
+    def __init__(self, shape: DecoderShape, index: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape, self.window = shape, shape.windows[index]
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.q_proj = Projection(shape.hidden, q, shape.attention_bias, dtype, rank, alpha)
-        self.k_proj = Projection(shape.hidden, kv, shape.attention_bias, dtype, rank, alpha)
-        self.v_proj = Projection(shape.hidden, kv, shape.attention_bias, dtype, rank, alpha)
-        self.o_proj = Projection(q, shape.hidden, shape.output_bias, dtype, rank, alpha)
+        self.q_proj = Projection(shape.hidden, q, shape.attention_bias, dtype)
+        self.k_proj = Projection(shape.hidden, kv, shape.attention_bias, dtype)
+        self.v_proj = Projection(shape.hidden, kv, shape.attention_bias, dtype)
+        self.o_proj = Projection(q, shape.hidden, shape.output_bias, dtype)
         if shape.head_norm:
             self.q_norm, self.k_norm = Norm(shape.head_dim, shape), Norm(shape.head_dim, shape)
 
@@ -78,23 +110,23 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    def __init__(self, shape: DecoderShape, dtype: torch.dtype, rank: int, alpha: float) -> None:
+    def __init__(self, shape: DecoderShape, dtype: torch.dtype) -> None:
         super().__init__()
         self.activation = shape.activation
-        self.gate_proj = Projection(shape.hidden, shape.intermediate, shape.mlp_bias, dtype, rank, alpha)
-        self.up_proj = Projection(shape.hidden, shape.intermediate, shape.mlp_bias, dtype, rank, alpha)
-        self.down_proj = Projection(shape.intermediate, shape.hidden, shape.mlp_bias, dtype, rank, alpha)
+        self.gate_proj = Projection(shape.hidden, shape.intermediate, shape.mlp_bias, dtype)
+        self.up_proj = Projection(shape.hidden, shape.intermediate, shape.mlp_bias, dtype)
+        self.down_proj = Projection(shape.intermediate, shape.hidden, shape.mlp_bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, shape: DecoderShape, index: int, dtype: torch.dtype, rank: int, alpha: float) -> None:
+    def __init__(self, shape: DecoderShape, index: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.post_norms = shape.post_norms
-        self.self_attn = Attention(shape, index, dtype, rank, alpha)
-        self.mlp = Mlp(shape, dtype, rank, alpha)
+        self.self_attn = Attention(shape, index, dtype)
+        self.mlp = Mlp(shape, dtype)
         self.input_layernorm = Norm(shape.hidden, shape)
         self.post_attention_layernorm = Norm(shape.hidden, shape)
         if shape.post_norms:
@@ -117,10 +149,10 @@ class Table(nn.Module):
 
 
 class Body(nn.Module):
-    def __init__(self, shape: DecoderShape, dtype: torch.dtype, rank: int, alpha: float) -> None:
+    def __init__(self, shape: DecoderShape, dtype: torch.dtype) -> None:
         super().__init__()
         self.embed_tokens = Table(shape.vocab, shape.hidden, dtype)
-        self.layers = nn.ModuleList(DecoderLayer(shape, i, dtype, rank, alpha) for i in range(shape.layers))
+        self.layers = nn.ModuleList(DecoderLayer(shape, i, dtype) for i in range(shape.layers))
         self.norm = Norm(shape.hidden, shape)
 
 
@@ -131,13 +163,15 @@ class Decoder(nn.Module):
     attention is causal and padded positions carry no label.
     """
 
-    def __init__(self, shape: DecoderShape, *, dtype: torch.dtype, rank: int, alpha: float) -> None:
+    def __init__(self, shape: DecoderShape, *, dtype: torch.dtype, lora: LoraConfig, body: str = BODY) -> None:
         super().__init__()
         self.shape = shape
         self.dtype = dtype
-        self.model = Body(shape, dtype, rank, alpha)
+        self.model = Body(shape, dtype)
         if not shape.tied:
             self.lm_head = Table(shape.vocab, shape.hidden, dtype)
+        self.lora = adapt(self, lora, "the model", body)
+        """What a profile says of the adapter."""
         element = torch.empty((), dtype=dtype).element_size()
         self.slice_rows = head_slice_rows(shape, element)
 

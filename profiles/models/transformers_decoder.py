@@ -30,8 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tightfit.profiles.models.decoder import slice_rows
+from tightfit.profiles.models.decoder import adapt, slice_rows
 from tightfit.profiles.models.family import families
+from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.transformers_kernels import (
     NAME,
     SAME,
@@ -48,9 +49,9 @@ from tightfit.profiles.models.transformers_kernels import (
 )
 from tightfit.profiles.tracing.torch_ops import MOST_CAP, capped_head_loss, head_loss
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.training.adapter import BODY
 
 INSTALL = "pip install 'tightfit[hf]'"
-BODY = "model"
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
 """Config fields that are set in mixtures of experts."""
 NOT_OURS = ("adapter_body", "adapter_base", "model_type", "wrapper_type")
@@ -110,7 +111,7 @@ class AnyDecoder(nn.Module):
     Raises InputError for a config that transformers does not take, and for models that are refused.
     """
 
-    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, seq: int, rank: int, alpha: float) -> None:
+    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype, seq: int, lora: LoraConfig) -> None:
         super().__init__()
         made = _built(config, dtype)
         self.cap, self.scale = _head(made)
@@ -123,17 +124,22 @@ class AnyDecoder(nn.Module):
         sizes = [getattr(child, key, None) for child in body.modules() for key in ("head_dim", "head_size")]
         self.context = Context(seq=seq, widest=max((size for size in sizes if isinstance(size, int)), default=2))
         self.recognition = Recognition(body, self.context)
-        _replace(body, dtype, rank, alpha, self.context)
+        _replace(body, dtype, self.context)
         self.whole_head = head.bias is not None or (self.cap or 0.0) > MOST_CAP
         """Whether all logits are in memory at once: our operators for a head in slices have no bias."""
         if not tied or head.bias is not None:
             rows, width = head.weight.shape
             with torch.device("meta"):
-                ours = FlatProjection(width, rows, head.bias is not None, dtype, 0, 0.0)
+                ours = FlatProjection(width, rows, head.bias is not None, dtype)
+            ours.adaptable = False
             if tied:
                 ours.weight = body.get_input_embeddings().weight
             self.head_name = next(name for name, child in made.named_modules() if child is head)
             setattr(self, self.head_name, ours)
+        name = str(config.get("model_type"))
+        with torch.device("meta"):
+            self.lora = adapt(self, lora, f"the {name} model", config.get("adapter_body", BODY))
+        """What a profile says of the adapter."""
         self.slice_rows = slice_rows(head.weight.shape[0], head.weight.shape[1], dtype.itemsize)
         if self.cap is not None:  # each slice takes a dozen operators, not one
             self.slice_rows = min(head.weight.shape[0], CAPPED_SLICES * self.slice_rows)
@@ -227,7 +233,7 @@ def _facts(text: str) -> Facts:
         "max_position_embeddings": getattr(theirs, "max_position_embeddings", None),
     }
     wrapper = _causal_class(config.get("wrapper_type"))
-    if prefix != BODY or (wrapper and not wrapper.endswith("ForConditionalGeneration")):
+    if f"{prefix}." != BODY or (wrapper and not wrapper.endswith("ForConditionalGeneration")):
         known["adapter_body"] = f"{prefix}."
     unexpected = getattr(made, "_keys_to_ignore_on_load_unexpected", None) or ()
     return Facts(
@@ -391,7 +397,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and computes_linear(module)
 
 
-def _replace(body: nn.Module, dtype: torch.dtype, rank: int, alpha: float, context: Context) -> None:
+def _replace(body: nn.Module, dtype: torch.dtype, context: Context) -> None:
     """Put our projections, embeddings, norms and gates in place of transformers' in a decoder's body."""
     names = dict(body.named_modules())
     inside = {name for name in names if re.search(r"\.\d+\.", f".{name}.")}
@@ -404,13 +410,14 @@ def _replace(body: nn.Module, dtype: torch.dtype, rank: int, alpha: float, conte
         parent_name, _, last = name.rpartition(".")
         if not name:
             continue
-        ours: nn.Module | None = None
+        ours: nn.Module | None
         if _is_linear(child):
             weight: Any = child.weight
             outputs, inputs = weight.shape if isinstance(child, nn.Linear) else weight.t().shape
-            own = rank if name in inside and last not in outside else 0
             with torch.device("meta"):
-                ours = FlatProjection(inputs, outputs, child.bias is not None, dtype, own, alpha)
+                projection = FlatProjection(inputs, outputs, child.bias is not None, dtype)
+            projection.adaptable = name in inside and last not in outside
+            ours = projection
         elif isinstance(child, nn.Embedding):
             ours = replace_embedding(child)
         else:
@@ -420,7 +427,7 @@ def _replace(body: nn.Module, dtype: torch.dtype, rank: int, alpha: float, conte
 
 
 def _our_name(key: str, prefix: str) -> str:
-    return f"{BODY}.{key.removeprefix(f'{prefix}.')}" if key.startswith(f"{prefix}.") else key
+    return f"{BODY}{key.removeprefix(f'{prefix}.')}" if key.startswith(f"{prefix}.") else key
 
 
 def _head(made: Any) -> tuple[float | None, float]:

@@ -52,8 +52,8 @@ PROBE = (8, 16)
 class FlatProjection(Projection):
     """`Projection` on hidden states of any number of dimensions [..., inputs]."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, rank: int, alpha: float) -> None:
-        super().__init__(inputs, outputs, bias, dtype, rank, alpha)
+    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__(inputs, outputs, bias, dtype)
         self.in_features, self.out_features = inputs, outputs
 
     def forward(self, x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ lora_down = _define(
 )
 projection = _define(
     "projection",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor low, Tensor b, float scale) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? low, Tensor? b, float scale) -> Tensor",
     lambda x, w, bias, low, b, s: (x.new_empty((x.shape[0], w.shape[0])),),
 )
 lora_backward = _define(
@@ -72,7 +72,7 @@ lora_backward = _define(
 )
 projection_backward = _define(
     "projection_backward",
-    "(Tensor dy, Tensor weight, Tensor dlow, Tensor a, Tensor? addend) -> Tensor",
+    "(Tensor dy, Tensor weight, Tensor? dlow, Tensor? a, Tensor? addend) -> Tensor",
     lambda dy, w, dlow, a, addend: (dy.new_empty((dy.shape[0], w.shape[1])),),
 )
 attention = _define(
@@ -146,8 +146,10 @@ def _down_flops(x: Shape, a: Shape, **_: Any) -> int:
 
 
 @register_flop_formula([torch.ops.tightfit.projection])
-def _projection_flops(x: Shape, weight: Shape, bias: Shape | None, low: Shape, b: Shape, scale: float, **_: Any) -> int:
-    return 2 * x[0] * weight[0] * (x[1] + low[1])
+def _projection_flops(
+    x: Shape, weight: Shape, bias: Shape | None, low: Shape | None, b: Shape | None, scale: float, **_: Any
+) -> int:
+    return 2 * x[0] * weight[0] * (x[1] + (low[1] if low else 0))
 
 
 @register_flop_formula([torch.ops.tightfit.lora_backward])
@@ -156,8 +158,8 @@ def _lora_flops(dy: Shape, x: Shape, low: Shape, b: Shape, scale: float, **_: An
 
 
 @register_flop_formula([torch.ops.tightfit.projection_backward])
-def _back_flops(dy: Shape, weight: Shape, dlow: Shape, a: Shape, addend: Shape | None, **_: Any) -> int:
-    return 2 * dy[0] * weight[1] * (dy[1] + dlow[1])
+def _back_flops(dy: Shape, weight: Shape, dlow: Shape | None, a: Shape | None, addend: Shape | None, **_: Any) -> int:
+    return 2 * dy[0] * weight[1] * (dy[1] + (dlow[1] if dlow else 0))
 
 
 def _rms_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -235,6 +237,32 @@ _library.impl("lora_linear", open_lora, "CPU")
 torch.library.register_fake("tightfit::lora_linear", _lora_fake, lib=_library)
 torch.library.register_autograd("tightfit::lora_linear", _lora_grad, setup_context=_lora_setup, lib=_library)
 lora_linear = torch.ops.tightfit.lora_linear.default
+
+# The same without a pair.
+_library.define("frozen_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def open_frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return projection(x, weight, bias, None, None, 0.0)  # type: ignore[no-any-return]
+
+
+def _frozen_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _frozen_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _frozen_grad(ctx: Any, dy: Tensor) -> Any:
+    (weight,) = ctx.saved_tensors
+    return projection_backward(dy, weight, None, None, None), None, None
+
+
+_library.impl("frozen_linear", open_frozen, "CPU")
+torch.library.register_fake("tightfit::frozen_linear", _frozen_fake, lib=_library)
+torch.library.register_autograd("tightfit::frozen_linear", _frozen_grad, setup_context=_frozen_setup, lib=_library)
+frozen_linear = torch.ops.tightfit.frozen_linear.default
 
 # The whole loss head is one differentiable operator for torch. A trace decomposes it into begin, one chunk per
 # vocabulary slice, and finish (`open_head`), so that the planner sees each slice as a weight of its own. The weight
@@ -354,6 +382,7 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     head_loss: open_head,
     capped_head_loss: open_capped_head,
     lora_linear: open_lora,
+    frozen_linear: open_frozen,
 }
 """Decompositions that a trace applies, by operator."""
 INFERENCE: dict[Any, Callable[..., Any]] = {

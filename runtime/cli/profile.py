@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from tightfit.runtime.cli import answers
 from tightfit.runtime.cli.options import Debug, Force, Json, at_least
+from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.limits import enough_for_a_solver
 from tightfit.runtime.supervision.printing import answer
+
+Number = TypeVar("Number", int, float)
 
 
 def profile(
@@ -24,9 +28,42 @@ def profile(
     ],
     seq: Annotated[int, typer.Option(help="Tokens per sample.")] = 256,
     batch: Annotated[int, typer.Option(help="Samples per step.")] = 1,
-    lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA pairs on all seven projections.")] = 8,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the LoRA pairs; default: 8.")] = None,
     lora_alpha: Annotated[
         float | None, typer.Option(help="LoRA scale is alpha / rank; default: twice the rank.")
+    ] = None,
+    lora_targets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHICH",
+            help="Linear layers that get pairs: all-linear (the default), attention, names such as q_proj,v_proj, or a regular expression for whole names.",
+        ),
+    ] = None,
+    lora_layers: Annotated[
+        str | None, typer.Option(metavar="NUMBERS", help="Only in these layers of the model, such as 8-15,20.")
+    ] = None,
+    rank_pattern: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=RANK", help="Another rank where a layer's name ends so, such as q_proj=16."),
+    ] = None,
+    alpha_pattern: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN=ALPHA", help="Another alpha there, such as q_proj=32.")
+    ] = None,
+    lora_dropout: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="Share of a pair's input that is left out in training, anew in each step."),
+    ] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="LoRA scale is alpha / sqrt(rank).")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="Train a magnitude beside each pair (DoRA).")] = False,
+    modules_to_save: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Modules that are trained in full: embed_tokens, lm_head, or both."),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Take all LoRA settings from this adapter of PEFT, so that a run can start from it."
+        ),
     ] = None,
     accumulate: Annotated[
         int,
@@ -82,7 +119,12 @@ def profile(
     and process floor. The weights need not fit in memory.
     """
     at_least(
-        1, seq=seq, batch=batch, lora_rank=lora_rank, accumulate=accumulate, threads=1 if threads is None else threads
+        1,
+        seq=seq,
+        batch=batch,
+        lora_rank=1 if lora_rank is None else lora_rank,
+        accumulate=accumulate,
+        threads=1 if threads is None else threads,
     )
     enough_for_a_solver()
     from tightfit.profiles.api import profile as measure
@@ -99,6 +141,15 @@ def profile(
             seq=seq,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
+            lora_targets=lora_targets,
+            lora_layers=lora_layers,
+            rank_pattern=_numbers("--rank-pattern", rank_pattern, int),
+            alpha_pattern=_numbers("--alpha-pattern", alpha_pattern, float),
+            lora_dropout=lora_dropout,
+            rslora=rslora,
+            dora=dora,
+            modules_to_save=tuple(name.strip() for name in (modules_to_save or "").split(",") if name.strip()),
+            adapter=adapter,
             accumulate=accumulate,
             dtype=dtype,
             device=device,
@@ -114,3 +165,17 @@ def profile(
     summary = answers.profile_summary(measured) | {"profile": str(output)}
     answer(summary, answers.profile_text(measured), as_json=as_json)
     console.print(f"profile written to {output}; next: tightfit plan {shlex.quote(str(output))} --memory SIZE")
+
+
+def _numbers(option: str, words: Sequence[str] | None, number: Callable[[str], Number]) -> dict[str, Number]:
+    """What ``PATTERN=NUMBER`` says, once or often. Raises InputError for anything else."""
+    found: dict[str, Number] = {}
+    for word in words or ():
+        pattern, equals, value = word.rpartition("=")
+        try:
+            found[pattern] = number(value)
+        except ValueError:
+            equals = ""
+        if not equals or not pattern:
+            raise InputError(f"{option} {word!r}: give a pattern of names and a number, such as q_proj=16")
+    return found

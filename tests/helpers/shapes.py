@@ -13,6 +13,7 @@ from tightfit.profiles.devices.data_sheets import find_device
 from tightfit.profiles.devices.estimate import estimate_profile
 from tightfit.profiles.models.decoder import Decoder
 from tightfit.profiles.models.decoder_config import decoder_shape
+from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.schema import Model, Profile
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
 from tightfit.profiles.tracing.trace import trace
@@ -48,7 +49,7 @@ def decoder_profile(layers: int, *, batch: int = 1, seq: int = 256, **config: An
     """
     settings = QWEN_3B | config | {"num_hidden_layers": min(layers, TRACED)}
     with FakeTensorMode():
-        module = Decoder(decoder_shape(settings), dtype=torch.bfloat16, rank=8, alpha=16.0)
+        module = Decoder(decoder_shape(settings), dtype=torch.bfloat16, lora=LoraConfig())
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
     traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
     entries = describe(settings)

@@ -48,6 +48,7 @@ def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dt
     """A profile, without measured times, of a small decoder with random weights packed in `directory`."""
     from tightfit.profiles.models.decoder import Decoder
     from tightfit.profiles.models.decoder_config import decoder_shape
+    from tightfit.profiles.models.lora import LoraConfig
     from tightfit.profiles.sources.lookup import resolve
     from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
     from tightfit.profiles.tracing.trace import trace
@@ -62,7 +63,7 @@ def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dt
     with Store.open(store) as opened:
         fingerprint = opened.fingerprint
     with FakeTensorMode():
-        module = Decoder(decoder_shape(source.config), dtype=getattr(torch, dtype), rank=rank, alpha=2.0 * rank)
+        module = Decoder(decoder_shape(source.config), dtype=getattr(torch, dtype), lora=LoraConfig(rank=rank))
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
     traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
     model = Model(

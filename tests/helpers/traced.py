@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from tightfit.profiles.models.decoder import Decoder
 from tightfit.profiles.models.decoder_config import decoder_shape
+from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
 from tightfit.profiles.tracing.trace import Trace, trace
 
@@ -19,14 +20,14 @@ RANK, ALPHA = 4, 8.0
 
 def trace_decoder(config: dict[str, Any], dtype: torch.dtype, batch: int, seq: int) -> Trace:
     with FakeTensorMode():
-        module = Decoder(decoder_shape(config), dtype=dtype, rank=RANK, alpha=ALPHA)
+        module = Decoder(decoder_shape(config), dtype=dtype, lora=LoraConfig(rank=RANK, alpha=ALPHA))
         sample = {n: torch.zeros(batch, seq, dtype=torch.int64) for n in ("input_ids", "labels")}
     return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
 
 
 def random_weights(config: dict[str, Any], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    module = Decoder(decoder_shape(config), dtype=dtype, rank=RANK, alpha=ALPHA)
+    module = Decoder(decoder_shape(config), dtype=dtype, lora=LoraConfig(rank=RANK, alpha=ALPHA))
     return {
         n: (torch.randn(p.shape) * (0.5 if p.dim() == 1 else 0.08)).to(dtype).to(p.dtype)
         for n, p in module.named_parameters()

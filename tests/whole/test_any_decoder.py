@@ -23,6 +23,7 @@ from tightfit.planner.plan import plan
 from tightfit.profiles.api import _trace_any_decoder, profile
 from tightfit.profiles.measuring.whole_step import run_step
 from tightfit.profiles.models.decoder_config import handwritten
+from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.sources.transformers_source import any_directory_source
@@ -183,7 +184,8 @@ class Case:
         self.model = checkpoint(config, folder)
         self.source = any_directory_source(folder)
         self.body = self.source.config.get("adapter_body", BODY)
-        self.traced: Trace = _trace_any_decoder(self.source, BATCH, SEQ, RANK, ALPHA, dtype, lambda *_: None)
+        lora = LoraConfig(rank=RANK, alpha=ALPHA)
+        self.traced: Trace = _trace_any_decoder(self.source, BATCH, SEQ, lora, dtype, lambda *_: None)[0]
         self.weights = opened(folder, self.source)
         generator = torch.Generator().manual_seed(1)
         self.trained = {
@@ -402,7 +404,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 
 def test_llama_is_traced_into_the_programs_of_the_decoder_written_by_hand() -> None:
     config = FAMILIES["Llama, no scaling"]
-    module = AnyDecoder(config, dtype=torch.bfloat16, seq=SEQ, rank=RANK, alpha=ALPHA)
+    module = AnyDecoder(config, dtype=torch.bfloat16, seq=SEQ, lora=LoraConfig(rank=RANK, alpha=ALPHA))
     with FakeTensorMode():
         without_values(module)
         sample = {name: torch.zeros(BATCH, SEQ, dtype=torch.int64) for name in ("input_ids", "labels")}

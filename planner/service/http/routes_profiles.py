@@ -31,6 +31,11 @@ from tightfit.runtime.common.errors import InputError
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 Identity = Annotated[Digest, Path(description="sha256 of the profile's content")]
 FILE = file_responses("profile.json as `tightfit profile` writes it", {"format": "tightfit-profile", "layers": []})
+CHOICES = {
+    *("base", "embeddings", "lora_targets", "lora_layers", "rank_pattern", "alpha_pattern", "lora_dropout", "rslora"),
+    *("dora", "modules_to_save"),
+}
+"""Fields of a request that a worker is told of only if they are not at their defaults."""
 UPLOAD: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -54,7 +59,7 @@ async def make_profile(request: Request, asked: ProfileRequest, client: Asker, k
     """
     settings = service_of(request).settings
     options = asked.model_dump(include={"seq", "batch", "lora_rank", "lora_alpha", "accumulate", "dtype"})
-    options |= asked.model_dump(include={"base", "embeddings"}, exclude_none=True)
+    options |= asked.model_dump(include=CHOICES, exclude_defaults=True)
     words = options | await asyncio.to_thread(_source, settings, asked)
     if not asked.force:
         return ask(request, "profile", words, client, key=key)

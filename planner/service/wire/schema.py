@@ -137,6 +137,28 @@ class ProfileRequest(Request):
     batch: int = Field(1, ge=1, le=1 << 16)
     lora_rank: int = Field(8, ge=1, le=1 << 14)
     lora_alpha: float | None = Field(None, gt=0, le=1e9, allow_inf_nan=False)
+    lora_targets: str | None = Field(
+        None,
+        min_length=1,
+        max_length=4096,
+        description="linear layers that get pairs: all-linear (the default), attention, names separated by commas, or a"
+        " regular expression for whole names",
+    )
+    lora_layers: str | None = Field(
+        None, pattern=r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?){0,255}$", description="only in these layers: 0-3,8"
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1 << 14)]] | None = Field(
+        None, max_length=256, description="other ranks where a layer's name matches a pattern"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]] | None = Field(
+        None, max_length=256, description="other alphas there"
+    )
+    lora_dropout: float | None = Field(None, ge=0, lt=1, description="share of a pair's input left out in training")
+    rslora: bool = Field(False, description="scale is alpha / sqrt(rank)")
+    dora: bool = Field(False, description="a trained magnitude beside each pair")
+    modules_to_save: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
+        None, max_length=2, description="trained in full: embed_tokens, lm_head"
+    )
     accumulate: int = Field(1, ge=1, le=MOST_ACCUMULATED, description="steps whose gradients make one update")
     dtype: Literal["bfloat16", "float32"] | None = None
     base: Literal["4bit", "8bit", "16bit"] | None = Field(

@@ -113,11 +113,14 @@ def lora_backward(dy: Tensor, x: Tensor, low: Tensor, b: Tensor, scale: float, *
 
 
 def projection_backward(
-    dy: Tensor, weight: Tensor, dlow: Tensor, a: Tensor, addend: Tensor | None, *, out: Sequence[Tensor]
+    dy: Tensor, weight: Tensor, dlow: Tensor | None, a: Tensor | None, addend: Tensor | None, *, out: Sequence[Tensor]
 ) -> None:
-    """dx = dy @ W + d low @ A (+ addend: what other uses of x add to its gradient). out [T, I]."""
+    """dx = dy @ W + d low @ A (+ addend: what other uses of x add to its gradient). out [T, I]. `dlow` and `a` are None
+    without a pair.
+    """
     (dx,) = out
-    multiply((dy, weight, 1.0), (dlow, a, 1.0), out=dx, addend=addend)
+    pair = () if dlow is None or a is None else ((dlow, a, 1.0),)
+    multiply((dy, weight, 1.0), *pair, out=dx, addend=addend)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str, *, out: Sequence[Tensor]) -> None:

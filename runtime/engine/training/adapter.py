@@ -31,12 +31,13 @@ def adapter_key(name: str, body: str = BODY) -> str:
 
 
 def adapter_config(lora: Mapping[str, Any], names: Iterable[str], base: str, body: str = BODY) -> dict[str, Any]:
-    """``adapter_config.json``; `lora` has `rank` and `alpha`, `names` are the trainables, `base` the base
-    model's name.
+    """``adapter_config.json``; `lora` has `rank`, `alpha` and fields of this file that are not at their defaults, `names`
+    are the trainables, `base` the base model's name.
     """
     targets: list[str] | str = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names})
     if body != BODY:  # a regular expression: given bare names, PEFT would adapt the wrapper's vision tower as well
         targets = f"{re.escape(body)}.*\\.({'|'.join(targets)})"
+    others = {name: value for name, value in lora.items() if name not in ("rank", "alpha")}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -52,7 +53,7 @@ def adapter_config(lora: Mapping[str, Any], names: Iterable[str], base: str, bod
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
-    }
+    } | others
 
 
 def initialise(name: str, seed: int, out: Tensor) -> None:

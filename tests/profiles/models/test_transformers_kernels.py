@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from tightfit.profiles.models import decoder, transformers_decoder
+from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.transformers_decoder import AnyDecoder, without_values
 from tightfit.profiles.models.transformers_kernels import computes_linear, fuse_gate, replace_embedding, replace_norm
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE, capped_head_loss
@@ -149,7 +150,7 @@ def test_a_capped_head_reads_its_weight_in_slices(monkeypatch: pytest.MonkeyPatc
         "model_type": "gemma2", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True,
     }  # fmt: skip
-    module = AnyDecoder(config, dtype=torch.float32, seq=8, rank=2, alpha=4.0)
+    module = AnyDecoder(config, dtype=torch.float32, seq=8, lora=LoraConfig(rank=2))
     with FakeTensorMode():
         without_values(module)
         sample = {name: torch.zeros(1, 8, dtype=torch.int64) for name in ("input_ids", "labels")}

@@ -1,0 +1,290 @@
+"""Which linear layers get a LoRA pair, and of what rank and scale: PEFT's settings, and what they choose in a model.
+
+Names of layers are those that PEFT knows, such as ``model.layers.0.self_attn.q_proj``. Sources: Hu et al. 2021, "LoRA";
+Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA"; Liu et al. 2024, "DoRA".
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.training.adapter import BODY, CONFIG
+
+ALL_LINEAR, ATTENTION = "all-linear", "attention"
+MOST_RANK = 1 << 14
+NEUTRAL: Mapping[str, Any] = {
+    "bias": "none",
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+    "use_qalora": False,
+    "layer_replication": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "exclude_modules": None,
+    "megatron_config": None,
+    "alora_invocation_tokens": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "velora_config": None,
+}
+"""Fields of PEFT's adapter_config.json that change what is computed, and the values at which they do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A layer's LoRA pair: y += scale * x @ A.T @ B.T, with A [rank, inputs] and B [outputs, rank]."""
+
+    rank: int
+    scale: float
+    dropout: float = 0.0
+    """Probability that an element of the pair's input is left out."""
+    dora: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """How an adapter is made. Raises InputError for values that cannot be used."""
+
+    rank: int = 8
+    alpha: float | None = None
+    """Scale of a pair is alpha / its rank; None: twice `rank`."""
+    targets: str = ALL_LINEAR
+    """`ALL_LINEAR`, `ATTENTION` (linear layers inside attention), names separated by commas, or a regular expression that
+    is to match a layer's whole name."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the layers of the model whose linear layers may get pairs; None: all."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Ranks of layers whose name ends with, or matches, a regular expression; the first that does counts."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
+    rslora: bool = False
+    """Scale is alpha / sqrt(rank)."""
+    dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    """Last names of modules that are trained in full: the embedding, the head."""
+
+    def __post_init__(self) -> None:
+        for name, rank in (("lora-rank", self.rank), *((f"rank-pattern {p}", r) for p, r in self.rank_pattern.items())):
+            if not 1 <= rank <= MOST_RANK:
+                raise InputError(f"{name} must be at least 1 and at most {MOST_RANK}, not {rank}")
+        alphas = [("lora-alpha", self.scaled_alpha)]
+        for name, alpha in (*alphas, *((f"alpha-pattern {p}", a) for p, a in self.alpha_pattern.items())):
+            if not 0 < alpha < math.inf:
+                raise InputError(f"{name} {alpha}: give a finite number above 0")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora-dropout {self.dropout}: give a number from 0 to below 1")
+        if not self.targets.strip():
+            raise InputError(
+                f"lora-targets is empty: give {ALL_LINEAR}, {ATTENTION}, names of linear layers, or a pattern"
+            )
+        for pattern in (*([self.targets] if self.is_pattern else []), *self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"{pattern!r} is no regular expression: {error}; check its brackets") from error
+
+    @property
+    def scaled_alpha(self) -> float:
+        """`alpha`, or its default."""
+        return float(2 * self.rank if self.alpha is None else self.alpha)
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether `targets` is a regular expression."""
+        return re.search(r"[\\^$*+?()\[\]{}|]", self.targets) is not None
+
+    @property
+    def names(self) -> list[str]:
+        """The names in `targets`, where it is a list of them."""
+        if self.targets in (ALL_LINEAR, ATTENTION) or self.is_pattern:
+            return []
+        return [name.strip() for name in self.targets.split(",") if name.strip()]
+
+    def pair(self, layer: str) -> Pair:
+        """The pair of a chosen layer."""
+        rank = int(_of_pattern(self.rank_pattern, layer, self.rank))
+        alpha = float(_of_pattern(self.alpha_pattern, layer, self.scaled_alpha))
+        scale = alpha / (math.sqrt(rank) if self.rslora else rank)
+        return Pair(rank=rank, scale=scale, dropout=self.dropout, dora=self.dora)
+
+    def chosen(self, layers: Sequence[str], model: str) -> dict[str, Pair]:
+        """The pairs of those of a model's linear `layers` that are chosen.
+
+        Raises InputError for a name, pattern or layer number that chooses nothing.
+        """
+        short = sorted({_last(name) for name in layers})
+        for wanted in self.names:
+            if not any(_called(name, wanted) for name in layers):
+                raise InputError(
+                    f"lora-targets {wanted!r}: no linear layer in the layers of {model} is called so{_nearest(wanted, short)};"
+                    f" there are {', '.join(short)}"
+                )
+        numbers = sorted({number for name in layers if (number := layer_number(name)) is not None})
+        for number in self.layers or ():
+            if number not in numbers:
+                raise InputError(
+                    f"lora-layers {number}: {model} has layers {numbers[0]} to {numbers[-1]}; give numbers among these"
+                )
+        found = [name for name in layers if self._selects(name)]
+        if not found:
+            raise InputError(
+                f"lora-targets {self.targets!r} match no linear layer of {model}; a pattern has to match a whole name such as"
+                f" {layers[0]}"
+            )
+        for option, patterns in (("rank-pattern", self.rank_pattern), ("alpha-pattern", self.alpha_pattern)):
+            for pattern in patterns:
+                if not any(_matches(pattern, name) for name in found):
+                    raise InputError(
+                        f"{option} {pattern!r} matches none of the chosen layers of {model}; they are called"
+                        f" {', '.join(sorted({_last(name) for name in found}))}"
+                    )
+        return {name: self.pair(name) for name in found}
+
+    def _selects(self, name: str) -> bool:
+        if self.layers is not None and layer_number(name) not in self.layers:
+            return False
+        if self.targets == ALL_LINEAR:
+            return True
+        if self.targets == ATTENTION:
+            return any("attn" in part or "attention" in part for part in name.lower().split(".")[:-1])
+        if self.is_pattern:
+            return re.fullmatch(self.targets, name) is not None
+        return any(_called(name, wanted) for wanted in self.names)
+
+    def as_json(self, layers: Sequence[str], chosen: Sequence[str], body: str = BODY) -> dict[str, Any]:
+        """What a profile says of the adapter: rank, alpha, and the fields of PEFT's adapter_config.json that are not at
+        their defaults. `layers` are all names that could be chosen.
+        """
+        said: dict[str, Any] = {"rank": self.rank, "alpha": self.scaled_alpha}
+        said |= _peft_targets(self, layers, chosen, body)
+        optional = {
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "use_dora": self.dora,
+            "modules_to_save": list(self.modules_to_save),
+        }
+        return said | {name: value for name, value in optional.items() if value}
+
+
+def _peft_targets(config: LoraConfig, layers: Sequence[str], chosen: Sequence[str], body: str) -> dict[str, Any]:
+    """``target_modules`` (and ``layers_to_transform``), by which PEFT chooses the same layers."""
+    if config.is_pattern and config.layers is None:
+        return {"target_modules": config.targets}
+    short = sorted({_last(name) for name in chosen})
+    numbers = None if config.layers is None else sorted(config.layers)
+    by_short = [name for name in layers if _last(name) in short and (numbers is None or layer_number(name) in numbers)]
+    if sorted(by_short) != sorted(chosen):
+        return {"target_modules": sorted(chosen)}
+    if body == BODY:
+        return {"target_modules": short} | ({} if numbers is None else {"layers_to_transform": numbers})
+    if numbers is None:
+        # Given bare names, PEFT would adapt the wrapper's vision tower as well.
+        return {"target_modules": f"{re.escape(body)}.*\\.({'|'.join(short)})"}
+    return {"target_modules": sorted(chosen)}
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a name is in, as PEFT reads it; None: in none."""
+    found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _called(name: str, wanted: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _of_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if _matches(pattern, name)), otherwise)
+
+
+def _nearest(wanted: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(wanted, known, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+# --- what people write ------------------------------------------------------------------------------------------------
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """The numbers that "0-3,8" stands for. Raises InputError for anything else."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])) or len(part) > 16:
+            raise InputError(f"lora-layers {text!r}: give numbers and ranges from low to high, such as 0-3,8")
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(found))
+
+
+def from_peft(place: Path) -> LoraConfig:
+    """The settings of the adapter in a folder, or of its adapter_config.json.
+
+    Raises InputError for a file that is missing or no such file, and for settings that tightfit does not have.
+    """
+    path = place / CONFIG if place.is_dir() else place
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give the folder of an adapter") from error
+    except ValueError as error:
+        raise InputError(f"{path}: no JSON ({error}); copy the adapter again") from error
+    if not isinstance(said, dict) or said.get("peft_type") != "LORA":
+        kind = said.get("peft_type") if isinstance(said, dict) else None
+        raise InputError(f"{path}: peft_type is {kind!r} and not 'LORA'; tightfit trains LoRA adapters")
+    for name, neutral in NEUTRAL.items():
+        if said.get(name, neutral) not in (neutral, None, False, [], {}):
+            raise InputError(f"{path}: {name} is {said[name]!r}, which tightfit does not have; train without it")
+    targets, layers = said.get("target_modules"), said.get("layers_to_transform")
+    try:
+        return LoraConfig(
+            rank=said.get("r", 8),
+            alpha=float(said.get("lora_alpha", 8)),
+            targets=targets if isinstance(targets, str) else ",".join(targets or ()),
+            layers=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+            rank_pattern=said.get("rank_pattern") or {},
+            alpha_pattern=said.get("alpha_pattern") or {},
+            dropout=said.get("lora_dropout", 0.0),
+            rslora=bool(said.get("use_rslora")),
+            dora=bool(said.get("use_dora")),
+            modules_to_save=tuple(said.get("modules_to_save") or ()),
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path}: damaged, or no adapter_config.json of PEFT ({error}); copy the adapter again"
+        ) from error
+
+
+def given(place: str | Path | None, options: Mapping[str, Any]) -> LoraConfig:
+    """The settings that a caller gives: those of the adapter at `place`, or `options` by the names of `LoraConfig`'s
+    fields, of which None stands for the default.
+
+    Raises InputError where both are given.
+    """
+    said = {name: value for name, value in options.items() if value not in (None, (), {}, False)}
+    if place is None:
+        return LoraConfig(**said)
+    if said:
+        raise InputError(
+            f"adapter {place}: its settings count, and {', '.join(said)} cannot be given as well; leave one of them out"
+        )
+    return from_peft(Path(place))
