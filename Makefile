@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format docs clean bench-headline bench-service bench-planner bench-proof bench-convergence bench-fleet
+.PHONY: demo test lint format docs clean bench-headline bench-service bench-planner bench-decoders bench-proof bench-convergence bench-fleet
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -28,6 +28,11 @@ ABLATE := $(filter --ablate,$(ARGS))
 bench-planner: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/$(if $(ABLATE),ablation.py $(filter-out --ablate,$(ARGS)),planner.py $(ARGS))
 	$(if $(ABLATE),,$(BIN)/python tests/benchmarks/graphs.py)
+
+# Published decoders at full size: smallest budgets, steps, gaps, planning times on an estimated device. An hour for all;
+# ARGS='--models qwen3.5-0.8b,llama-3.2-1b --seconds 30' for two in minutes.
+bench-decoders: $(VENV)/.installed-test
+	$(BIN)/python tests/benchmarks/decoders.py $(ARGS)
 
 # Brute force over tens of thousands of small graphs, looking for one that contradicts the planner; ten minutes.
 bench-proof: $(VENV)/.installed-test

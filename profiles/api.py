@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.files import cache_directory
 from tightfit.runtime.common.interpreter import PACKAGE, python_path
 from tightfit.runtime.common.processor import cpu_name, features
+from tightfit.runtime.engine.cpu import native_dropout
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.training.adapter import BODY
 from tightfit.runtime.engine.weights import native
@@ -167,6 +168,11 @@ def profile(
     )
     found = resolve(source, base=base, embeddings=embeddings)
     side = _side_shape(found, side_rank, side_blocks)
+    if lora.modules_to_save and (side is not None or found.kind == "module"):
+        what = (
+            "a side network has no adapter" if side is not None else f"{found.name} is a module, trained in full itself"
+        )
+        raise InputError(f"modules-to-save {', '.join(lora.modules_to_save)}: {what}; leave the option out")
     dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
     report = progress or (lambda stage, done, total: None)
     key = _fingerprint(found, batch, seq, asdict(lora), accumulate, dtype, threads, quota_cores(), side)
@@ -228,6 +234,7 @@ def profile(
             kind=kind,
             config=found.config | ({CONFIG_KEY: side.as_json()} if side else {}),
             lora=trained,
+            tables=dict(traced.tables),
             store=store,
             store_fingerprint=store_fingerprint,
             compared=measured["compared"],
@@ -294,6 +301,7 @@ def _fingerprint(source: Source, *settings: Any) -> str:
             cpu_name(),
             sorted(features()),
             Path(native.library(cache_directory())).name,
+            Path(native_dropout.library(cache_directory())).name,
             Path(page_out.library(cache_directory())).name,
             Path(cuda_stubs.folder(cache_directory())).name,
             os.environ.get("TIGHTFIT_TORCH"),  # "plain" starts PyTorch in full, which has another floor
@@ -327,7 +335,8 @@ def _trace_decoder(
         body = source.config.get("adapter_body", BODY)
         module = Decoder(shape, dtype=DTYPES[dtype], lora=lora, body=body)
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
-    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report), module.lora
+    traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
+    return replace(traced, tables=module.tables), module.lora
 
 
 def _check_rank(lora: LoraConfig, hidden: int) -> None:
@@ -358,7 +367,7 @@ def _trace_any_decoder(
                 f"{source.name}: its {source.config['model_type']} decoder reads a constant of shape {tensor.shape}"
                 f" ({tensor.name}) that no checkpoint holds; it is not supported"
             )
-    return traced, module.lora
+    return replace(traced, tables=module.tables), module.lora
 
 
 def _side_shape(source: Source, rank: int | None, blocks: int | None) -> SideShape | None:

@@ -102,6 +102,9 @@ class Tensor(Record):
     perturb_seconds: float = Field(
         0.0, ge=0, description="trainables: seconds to draw noise of its shape and add it; 0: not measured"
     )
+    movable: bool = Field(
+        False, description="trainables: whether the plan may keep its values on disk while no operator reads them"
+    )
 
 
 class Operand(Record):
@@ -266,6 +269,10 @@ class Model(Record):
     )
     config: dict[str, Any] = Field({}, description="what is needed to build the model again")
     lora: dict[str, Any] | None = None
+    tables: dict[str, str] = Field(
+        {},
+        description="modules trained in full beside the LoRA pairs, and the tensors in the store that they start from",
+    )
     store: str | None = Field(
         None, description="path of the packed weight store; None: random weights, made at run time"
     )

@@ -43,6 +43,8 @@ START_SECONDS = 6.0
 answer is looked for. Measured with a model of two layers on two busy cores: 5 to 7 s"""
 PRICE_SHARE = 0.3
 """of the time limit: for what more memory would be worth, if that is asked for"""
+NOT_ADDED = {"rank_pattern": "--rank-pattern", "use_dora": "--dora", "modules_to_save": "--modules-to-save"}
+"""settings of an adapter that rounds cannot add up, and the option that makes each"""
 
 
 def plan_federated(
@@ -289,6 +291,7 @@ def check_alike(profiles: dict[str, Profile]) -> None:
                 f"member {name}: its profile of {profile.model.name} trains no adapter, and adapters are what federated"
                 " rounds add up; profile with --lora-rank"
             )
+        check_plain(name, profile)
     check_equal(
         {name: _facts(profile) for name, profile in profiles.items()},
         lambda one, other: f" ({one} and {other})" if isinstance(other, str | int | float) else "",
@@ -296,15 +299,31 @@ def check_alike(profiles: dict[str, Profile]) -> None:
     )
 
 
+def check_plain(name: str, profile: Profile) -> None:
+    """Raise InputError for an adapter of member `name` that rounds cannot add up: what is trained has to be LoRA pairs,
+    all of one rank.
+    """
+    for setting, option in NOT_ADDED.items():
+        if (profile.model.lora or {}).get(setting):
+            raise InputError(
+                f"member {name}: its adapter was profiled with {option}, and rounds add up LoRA pairs of one rank and nothing"
+                f" else; profile without {option}"
+            )
+
+
 def _facts(profile: Profile) -> dict[str, Any]:
     lora = profile.model.lora
     assert lora is not None
+    named = ("rank", "alpha", "alpha_pattern")
+    scale = lora["alpha"] / (math.sqrt(lora["rank"]) if lora.get("use_rslora") else lora["rank"])
     return {
         "model": profile.model.name,
         "weights": profile.model.store_fingerprint,
         "batch": profile.batch,
         "seq": profile.seq,
         "steps of an update": profile.accumulate,
-        "the adapter's alpha / rank": lora["alpha"] / lora["rank"],
+        "the adapter's scale": scale,
+        "alphas by pattern": [lora["rank"], lora["alpha_pattern"]] if lora.get("alpha_pattern") else None,
+        "the adapter's other settings": {key: value for key, value in lora.items() if key not in named},
         "the trained tensors": [tensor.name for tensor in trained_tensors(profile)],
     }

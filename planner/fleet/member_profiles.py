@@ -37,7 +37,10 @@ def hand_over_seconds(size: int, device: Device, gradients: Shelf) -> float:
 def member_profile(profile: Profile, micro_batches: int, extra_bytes: int, gradients: Shelf) -> Profile:
     """The profile of a micro-batch on a member whose exchange takes `extra_bytes` of memory."""
     tensors = [
-        tensor.model_copy(update={"update_seconds": hand_over_seconds(tensor.bytes, profile.device, gradients)})
+        tensor.model_copy(
+            # The update comes after the last micro-batch, from values that are in memory.
+            update={"update_seconds": hand_over_seconds(tensor.bytes, profile.device, gradients), "movable": False}
+        )
         if tensor.kind == "trainable"
         else tensor
         for tensor in profile.tensors

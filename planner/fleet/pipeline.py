@@ -24,6 +24,7 @@ from tightfit.planner.fleet.schema import Price
 from tightfit.planner.fleet.stage_plans import StagePlans, message_bytes
 from tightfit.planner.fleet.worth import TENTH, faster
 from tightfit.planner.plan_result import gap_to
+from tightfit.planner.problem.gradients import refuse_tables
 from tightfit.planner.schema import Plan
 from tightfit.planner.search_options import Progress, checked_gap, checked_limit
 from tightfit.runtime.common.errors import InfeasibleError, InputError
@@ -81,6 +82,7 @@ def least_seconds(members: Sequence[MemberSpec], micro_batches: int, *, bits: in
 def _checked(members: Sequence[MemberSpec], bits: int) -> list[MemberSpec]:
     specs = checked_members(members)
     check_one_model({spec.name: spec.profile for spec in specs})
+    refuse_tables(specs[0].profile, "a pipeline")
     checked_bits(bits)
     return specs
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from tightfit.planner.fleet.federated import NODE_BYTES, START_SECONDS, rank_of
+from tightfit.planner.fleet.federated import NODE_BYTES, START_SECONDS, check_plain, rank_of
 from tightfit.planner.fleet.federated_schema import LARGEST_STEPS
 from tightfit.planner.fleet.io import plan_file, sealed_fleet, server_plan_file
 from tightfit.planner.fleet.member_profiles import check_one_model, differences
@@ -80,6 +80,8 @@ def plan_split(
             f"the profiles of {server.profile.model.name} train no adapter, and adapters are what federated rounds add up;"
             " profile with --lora-rank"
         )
+    for name, profile in profiles.items():
+        check_plain(name, profile)
     if any(profile.accumulate != unit for profile in profiles.values()):
         raise InputError("the profiles differ in the steps of an update; profile all with the same --accumulate")
     if not 1 <= steps <= LARGEST_STEPS:

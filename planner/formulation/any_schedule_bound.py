@@ -38,7 +38,12 @@ class AnyScheduleBound:
         apart = {step.layer for step in self.graph.inference}
         evaluation = len(self.graph.inference) + sum(s.phase == "forward" and s.layer not in apart for s in steps)
         instructions = floor.instruction_bytes * (len(steps) + evaluation)
-        always = sum(storage.bytes for storage in self.graph.storages.values() if storage.kind in ALWAYS)
+        self.moving = problem.moving
+        always = sum(
+            storage.bytes
+            for name, storage in self.graph.storages.items()
+            if storage.kind in ALWAYS and name not in self.moving
+        )
         workspace = problem.workspace_bytes if workspace_bytes is None else workspace_bytes
         self.taken = floor.held_bytes + workspace + instructions + always
         """(24) bytes of any budget that no decision touches"""
@@ -59,6 +64,7 @@ class AnyScheduleBound:
         self._activations()
         self._weights()
         self._states()
+        self._values()
         # (28) the step lasts as long as its computation, and as long as what the disk does
         self.total = self.program.variable()
         self.program.at_least(Linear().add(self.total), self.fixed * MS, _weighted(self.compute))
@@ -181,6 +187,27 @@ class AnyScheduleBound:
                 self.disk[moved] = states * transfer_seconds(channel, size) * MS
                 self.compute[moved] = states * compute_seconds(channel, size) * MS
                 self._one_of([kept, moved])
+
+    def _values(self) -> None:
+        """(27) Values of trainables that may lie on disk: read after the loss at that moment, read before it between two steps. What
+        is not there between two steps was written after its update.
+        """
+        device = self.profile.device
+        alike: Counter[tuple[bool, bool, int]] = Counter()
+        for name in self.moving:
+            storage, gradient = self.graph.storages[name], self.graph.storages[f"grad:{name}"]
+            if any(index in self.later for index in storage.consumers):
+                alike[True, False, storage.bytes] += 1
+            written = all(index in self.later for index in gradient.producers)
+            if any(index in self.earlier for index in storage.consumers):
+                alike[False, written, storage.bytes] += 1
+        for (pivot, written, size), count in alike.items():
+            kept, moved = self._share(), self._share()
+            (self.at_pivot if pivot else self.at_boundary)[kept] = count * size / KIB
+            channels = [device.read, device.write] if written else [device.read]
+            self.disk[moved] = count * sum(transfer_seconds(channel, size) for channel in channels) * MS
+            self.compute[moved] = count * sum(compute_seconds(channel, size) for channel in channels) * MS
+            self._one_of([kept, moved])
 
 
 def _weighted(terms: dict[int, float]) -> Linear:

@@ -353,6 +353,11 @@ class LayerProgram(LayerVariables):
             if update.states:
                 away = self.away[MINOR if update.minor else update.trainable]
                 row.add(away, update.states * update.state_bytes / KIB)
+            for other in due:
+                # Values that are to go to disk are there until their own update.
+                if other.trainable in kind.weights and other.gradient not in gone:
+                    weight = kind.weights[other.trainable]
+                    row.plus(self._in_mode(other.trainable, ahead="disk"), weight.bytes / KIB)
             self._row(self.backward_peak, row)
             gone.add(update.gradient)
 
@@ -382,11 +387,22 @@ class LayerProgram(LayerVariables):
                 self.forward_seconds.plus(unpacks, MS * weight.unpack_seconds)
                 self.arriving_forward.plus(reads, MS * weight.read_compute_seconds)
                 self.reads_forward.plus(reads, MS * weight.read_seconds)
-                count.plus(unpacks, 4.0).plus(reads, 4.0)
+                if not weight.trained:
+                    count.plus(unpacks, 4.0).plus(reads, 4.0)
             self.backward_seconds.plus(self.unpacks[name], MS * weight.unpack_seconds)
             self.arriving_backward.plus(self.reads[name], MS * weight.read_compute_seconds)
             self.reads_backward.plus(self.reads[name], MS * weight.read_seconds)
-            count.plus(self.unpacks[name], 2.0).plus(self.reads[name], 2.0)
+            if not weight.trained:
+                count.plus(self.unpacks[name], 2.0).plus(self.reads[name], 2.0)
+                continue
+            # Values on disk between steps are written and freed after their update, and fetched in each forward window;
+            # they are freed in an evaluation, and in training where they are on disk between its windows too.
+            away = self._in_mode(name, ahead="disk")
+            size = kind.raw_bytes[name]
+            self.leaving.plus(away, MS * compute_seconds(kind.write, size))
+            self.states_spilled.plus(away, MS * transfer_seconds(kind.write, size))
+            count.plus(away, 2.0 + (3.0 if name in read else 0.0))
+            count.plus(self.reads[name], 1.0 + (1.0 if name in read else 0.0))
         for value, variable in self.offload.items():
             size = kind.raw_bytes[value]
             self.leaving.add(variable, MS * compute_seconds(kind.write, size))
@@ -396,13 +412,13 @@ class LayerProgram(LayerVariables):
             count.add(variable, 3.0)
         for update in kind.updates:
             if update.states:
-                away = self.away[MINOR if update.minor else update.trainable]
+                states_away = self.away[MINOR if update.minor else update.trainable]
                 size = kind.raw_bytes[state_names_of(update)[0]]
-                self.arriving_backward.add(away, MS * update.states * compute_seconds(kind.read, size))
-                self.leaving.add(away, MS * update.states * compute_seconds(kind.write, size))
-                self.states_fetched.add(away, MS * update.states * transfer_seconds(kind.read, size))
-                self.states_spilled.add(away, MS * update.states * transfer_seconds(kind.write, size))
-                count.add(away, 3.0 * update.states)
+                self.arriving_backward.add(states_away, MS * update.states * compute_seconds(kind.read, size))
+                self.leaving.add(states_away, MS * update.states * compute_seconds(kind.write, size))
+                self.states_fetched.add(states_away, MS * update.states * transfer_seconds(kind.read, size))
+                self.states_spilled.add(states_away, MS * update.states * transfer_seconds(kind.write, size))
+                count.add(states_away, 3.0 * update.states)
         self.instructions = count
 
     def _instructions(self) -> None:

@@ -229,7 +229,7 @@ def _kib_per_ms(problem: Layered) -> dict[str, float]:
     spills: list[float] = []
     fetches: list[float] = []
     for kind in problem.types:
-        reads.extend(w.packed_bytes / w.read_seconds for w in kind.weights.values() if w.read_seconds)
+        reads.extend(w.read_bytes / w.read_seconds for w in kind.weights.values() if w.read_seconds)
         for value in kind.offloadable:
             size = kind.raw_bytes[value]
             spills.append(size / transfer_seconds(kind.write, size))

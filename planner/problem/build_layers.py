@@ -66,6 +66,9 @@ class _Splitter:
             for name, storage in graph.storages.items()
             if len(storage.producers) > 1 and graph.steps[storage.producers[0]].phase == "forward"
         }
+        self.moving = frozenset(
+            tensor.name for tensor in profile.tensors if tensor.movable and self._moves(tensor.name)
+        )
         self.carried = self._carried()
         self.again = [self._recomputable(layer) for layer in range(self.count)]
         self._lifetimes()
@@ -76,6 +79,22 @@ class _Splitter:
     def lives(self, name: str) -> bool:
         """Whether the storage is an activation or gradient, with a lifetime inside the step."""
         return self.kind(name) not in ALWAYS and self.kind(name) != "weight"
+
+    def _moves(self, name: str) -> bool:
+        """Whether a trainable's values may lie on disk between their uses: one layer alone uses it, the forward's uses are
+        never repeated, and the operator that completes its gradient reads it, so that its update follows its last use.
+        """
+        storage, gradient = self.graph.storages[name], self.graph.storages.get(f"grad:{name}")
+        if storage.kind != "trainable" or gradient is None or not gradient.producers:
+            return False
+        readers = [self.graph.steps[index] for index in storage.consumers]
+        layers = {step.layer for step in readers} | {self.graph.steps[index].layer for index in gradient.producers}
+        ahead = [step for step in readers if step.phase == "forward"]
+        return (
+            len(layers) == 1
+            and max(storage.consumers, default=-1) == max(gradient.producers)
+            and not any(step.recomputable for step in ahead)
+        )
 
     def _carried(self) -> set[str]:
         """Activations that the last layer's last forward operator makes and its first backward operator reads.
@@ -184,7 +203,7 @@ class _Splitter:
                 types.append(described)
             layer_type.append(types.index(described))
         storages = self.graph.storages
-        always = [name for name, storage in storages.items() if storage.kind in ALWAYS]
+        always = [name for name, storage in storages.items() if storage.kind in ALWAYS and name not in self.moving]
         return Layered(
             profile=self.profile,
             graph=self.graph,
@@ -197,6 +216,7 @@ class _Splitter:
             ),
             across_evaluate=tuple(self._across(layer, layer, self.last_forward) for layer in range(self.count)),
             always=tuple(always),
+            moving=self.moving,
             workspace_bytes=max(
                 (step.workspace_bytes for step in (*self.graph.steps, *self.graph.inference)), default=0
             ),
@@ -330,16 +350,16 @@ class _Splitter:
         result = {value: self.graph.storages[self.graph.names[layer][value]].bytes for value in candidates}
         for name, at in self.updated.items():
             if at == window:
-                result.update(
-                    dict.fromkeys(state_names(local.get(name, name), self.states), self.graph.storages[name].bytes)
-                )
+                own = local.get(name, name)
+                moved = (own, *state_names(own, self.states)) if name in self.moving else state_names(own, self.states)
+                result.update(dict.fromkeys(moved, self.graph.storages[name].bytes))
         return dict(sorted(result.items()))
 
     def _operation(self, layer: int, step: Step, local: dict[str, str]) -> Operation:
         return Operation(
             index=step.operator,
             inputs=tuple(local[name] for name in step.inputs if self.lives(name)),
-            weights=tuple(local[name] for name in step.inputs if self.kind(name) == "weight"),
+            weights=tuple(local[name] for name in step.inputs if self.kind(name) == "weight" or name in self.moving),
             outputs=tuple(local[name] for name in step.outputs if name is not None),
             seconds=step.seconds,
             recomputable=step.operator in self.again[layer],
@@ -363,6 +383,9 @@ class _Splitter:
             behind = [t for t, op in enumerate(backward) if value in op.weights]
             recomputing = tuple(t for t, op in enumerate(forward) if value in op.weights and events.get(op.index))
             late = any(t > min(behind, default=-1) for k in recomputing for t in events[forward[k].index])
+            if name in self.moving:
+                result[value] = self._moving_weight(tensor.bytes, ahead=bool(ahead), behind=behind)
+                continue
             users = {self.graph.steps[i].layer for i in self.graph.storages[name].consumers}
             modes = SHARED if len(users) > 1 else weight_modes(bool(ahead), bool(behind), len(recomputing), late=late)
             alone = modes in {SHARED, UNIFORM}
@@ -381,6 +404,24 @@ class _Splitter:
                 alone=alone,
             )
         return result
+
+    def _moving_weight(self, size: int, *, ahead: bool, behind: list[int]) -> Weight:
+        """A trainable of `size` bytes whose values may lie on disk, read by backward operations at positions `behind`."""
+        read = self.profile.device.read
+        return Weight(
+            bytes=aligned(size),
+            packed_bytes=0,
+            unpack_seconds=0.0,
+            read_seconds=transfer_seconds(read, size),
+            read_compute_seconds=compute_seconds(read, size),
+            backward_first=min(behind),
+            backward_last=max(behind),
+            backward_uses=len(behind),
+            recomputing=(),
+            modes=MOVING if ahead else (MOVING[0], MOVING[-1]),
+            alone=False,
+            trained=True,
+        )
 
     def _updates(self, layer: int, local: dict[str, str], events: dict[int, tuple[int, ...]]) -> tuple[Update, ...]:
         window = 2 * self.count - 1 - layer
@@ -443,6 +484,12 @@ def _events(
     return dict(sorted(events.items()))
 
 
+MOVING = (
+    Mode("disk", "disk", "disk"),
+    Mode("unpacked", "disk", "unpacked"),
+    Mode("unpacked", "unpacked", "unpacked"),
+)
+"""those of a trainable: kept between steps and dropped before the backward it would have to be written in every step"""
 SHARED = (Mode("disk", "disk", "disk"),)
 UNIFORM = tuple(Mode(where, where, where) for where in ("disk", "packed", "unpacked"))
 FREE = (

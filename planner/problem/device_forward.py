@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from tightfit.planner.problem.gradients import resting
+from tightfit.planner.problem.gradients import refuse_tables, resting
 from tightfit.planner.schema import Plan
 from tightfit.profiles.models.side_shape import check_blocks, chosen_blocks
 from tightfit.profiles.schema import MOBILLM, Layer, Operator, Profile, Program, Tensor, Value
@@ -31,6 +31,8 @@ LOSS = "sent/loss"
 DEFAULT_BITS = 8
 """of a number in a message"""
 BLOCK = re.compile(r"model\.layers\.(\d+)")
+PAIRS_ALONE = ("tightfit.lora_down", "tightfit.dora_norm", "tightfit.dora_scale")
+"""operators that a projection without a pair does not need"""
 CALL_SECONDS, BYTES_PER_SECOND = 20e-6, 1e9
 """of an operator that sends: a call, and the bytes of the tensor that it rounds; at 8 bits two cores round 2 to 5 GB/s and at
 4 bits 1 GB/s
@@ -108,11 +110,18 @@ def device_forward(
 
 
 def check_side(profile: Profile) -> None:
-    """Raise InputError for a profile whose model no side network can be trained beside."""
+    """Raise InputError for a profile whose model no side network can be trained beside, or with dropout."""
     if profile.model.kind != "decoder":
         raise InputError(
             f"{MOBILLM} trains a side network beside a language model, from the outputs of its blocks, and"
             f" {profile.model.name} is a {profile.model.kind}; choose another policy"
+        )
+    refuse_tables(profile, MOBILLM)
+    dropout = (profile.model.lora or {}).get("lora_dropout")
+    if dropout:
+        raise InputError(
+            f"{MOBILLM} trains a side network and no LoRA pairs, so that --lora-dropout {dropout:g} would do nothing; profile"
+            " without it, or choose another policy"
         )
 
 
@@ -196,7 +205,8 @@ def _sender(
 
 
 def _without_adapters(program: Program, layer: Layer, profile: Profile) -> Program:
-    """The program with its projections alone, without the LoRA pairs beside them.
+    """The program with its projections alone, without the LoRA pairs beside them. What DoRA makes of a projection's product
+    is the product, with the projection's bias.
 
     Seconds and FLOPs of a projection are reduced in proportion. Raises InputError where another operator reads what is
     trained.
@@ -212,10 +222,15 @@ def _without_adapters(program: Program, layer: Layer, profile: Profile) -> Progr
     }
     if not pairs:
         return program
+    scaled = {
+        operator.args[0]["operand"]["value"]: operator
+        for operator in program.operators
+        if operator.target == "tightfit.dora_scale"
+    }
     operators: list[Operator] = []
     for operator in program.operators:
         reads = set(operator.inputs) & (pairs | low)
-        if operator.target == "tightfit.lora_down":
+        if operator.target in PAIRS_ALONE:
             continue
         if operator.target != "tightfit.projection":
             if reads:
@@ -226,13 +241,21 @@ def _without_adapters(program: Program, layer: Layer, profile: Profile) -> Progr
             operators.append(operator)
             continue
         x, weight, bias, narrow, *_ = operator.args
+        if narrow is None:  # a layer without a pair
+            operators.append(operator)
+            continue
+        inputs, outputs = [name for name in operator.inputs if name not in reads], operator.outputs
+        if outputs[0] in scaled:
+            bias, outputs = scaled[outputs[0]].args[3], scaled[outputs[0]].outputs[:1]
+            inputs += [] if bias is None else [bias["operand"]["value"]]
         rank = narrow["operand"]["size"][1]
         share = weight["operand"]["size"][1] / (weight["operand"]["size"][1] + rank)
         operators.append(
             operator.model_copy(
                 update={
                     "args": [x, weight, bias, None, None, 0.0],
-                    "inputs": [name for name in operator.inputs if name not in reads],
+                    "inputs": inputs,
+                    "outputs": outputs,
                     "seconds": operator.seconds * share,
                     "flops": operator.flops * share,
                 }

@@ -20,7 +20,7 @@ from tightfit.runtime.common.errors import InputError
 
 POSITIONS = 4
 """number of runs of neighbouring layers that LCSB's cycle trains in turn"""
-ADDENDS = {"aten.addmm": 0, "tightfit.projection_backward": 4}
+ADDENDS = {"aten.addmm": 0, "tightfit.projection_backward": 4, "tightfit.dropout_projection_backward": 6}
 """operators that add a product to one of their arguments -> position of that argument"""
 Passages = dict[str, tuple[str, str]]
 """layer -> (gradient of its output, gradient of its input), of equal shape"""
@@ -91,6 +91,7 @@ def cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialStep, ..
     than two trained layers that take a gradient from above, and where gradients are accumulated over several steps.
     """
     refuse_accumulation(profile, "lcsb")
+    refuse_tables(profile, "lcsb")
     passages, blocks = equal_passages(profile), trained_blocks(profile)
     bound = {layer.name: (program, layer.bindings) for layer, program in _bound_programs(profile)}
     if len(blocks) < 2:
@@ -120,6 +121,15 @@ def refuse_accumulation(profile: Profile, policy: str) -> None:
         raise InputError(
             f"{policy} moves trained tensors after every step, and this profile sums the gradients of {profile.accumulate};"
             " profile without --accumulate, or choose another policy"
+        )
+
+
+def refuse_tables(profile: Profile, who: str) -> None:
+    """Raises InputError where `profile` trains modules in full, which `who` cannot."""
+    if profile.model.tables:
+        raise InputError(
+            f"{who} trains LoRA pairs alone, and this profile trains {' and '.join(profile.model.tables)} in full as well; profile"
+            " without --modules-to-save, or choose another way to train"
         )
 
 

@@ -24,6 +24,7 @@ class Operation:
     inputs: tuple[str, ...]
     """storages with a lifetime; weights, constants and the like left out"""
     weights: tuple[str, ...]
+    """frozen weights, and trainables whose values may lie on disk"""
     outputs: tuple[str, ...]
     seconds: float
     recomputable: bool
@@ -31,7 +32,11 @@ class Operation:
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """A frozen weight of the layer: sizes in bytes, and its uses."""
+    """A frozen weight of the layer, or a trainable whose values may lie on disk: sizes in bytes, and its uses.
+
+    A trainable has no packed form: it is fetched where a weight is read and unpacked. Its update follows its last use in the
+    backward window, and where it is on disk then, it is written before it is freed.
+    """
 
     bytes: int
     packed_bytes: int
@@ -52,6 +57,12 @@ class Weight:
     """whether each use in the backward window unpacks (and reads) the weight for itself, so that between uses it is
     where it is in its gaps
     """
+    trained: bool = False
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that wait for their use once they are read."""
+        return self.bytes if self.trained else self.packed_bytes
 
 
 @dataclass(frozen=True, order=True)
@@ -140,13 +151,15 @@ class Layered:
     layer_type: tuple[int, ...]
     """per layer: index into types"""
     constant_bytes: int
-    """bytes resident all the time: trainables, constants and batch"""
+    """bytes resident all the time: constants, the batch, and trainables but for those in `moving`"""
     across_forward: tuple[int, ...]
     across_backward: tuple[int, ...]
     across_evaluate: tuple[int, ...]
     """per layer: bytes of storages of fixed lifetime that live throughout the window without being touched in it"""
     always: tuple[str, ...]
     """names of the storages that are resident all the time"""
+    moving: frozenset[str]
+    """trainables whose values may lie on disk between their uses"""
     workspace_bytes: int
     forced: frozenset[str] = field(default_factory=frozenset)
     """storages that several layers' backward windows need, or that leave no choice: kept from when they are made to

@@ -201,6 +201,9 @@ def _decisions(plan: Plan) -> list[str]:
         ),
         ("optimizer states", {"optimizer"}, {"kept": "kept in memory", "offloaded": f"on {away} between steps"}),
     ]
+    if any(cost.kind == "trainable" and cost.decision == "offloaded" for cost in costs.values()):
+        words = {"kept": "kept in memory", "offloaded": f"on {away} while no operator reads them"}
+        sorts.append(("values of what is trained", {"trainable"}, words))
     phrases = [(name, _phrase(_totals(costs, kinds), words)) for name, kinds, words in sorts]
     return [f"{name}: {phrase}" for name, phrase in phrases if phrase]
 

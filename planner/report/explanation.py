@@ -274,7 +274,7 @@ def _remedies(plan: Plan, ledger: Ledger, peak: PeakAccount) -> list[Remedy]:
     for name, size in ledger.resident_at(phase, peak.instruction).items():
         kind = ledger.index.tensors[name].kind
         if kind in ("trainable", "optimizer") or name.removeprefix("grad:") in trained:
-            by_rank += size if ".lora_" in name else 0
+            by_rank += size if ".lora_A." in name or ".lora_B." in name else 0
         elif kind in ("activation", "gradient", "batch"):
             by_tokens += size
     rank = int((plan.model.lora or {}).get("rank", 1))

@@ -24,6 +24,7 @@ from tightfit.planner.report.memory_categories import (
     peak_parts,
     policies_of,
 )
+from tightfit.planner.report.summary import adapter_words
 from tightfit.planner.report.templates import filled
 from tightfit.planner.schema import Plan
 from tightfit.planner.solve.policies import APPROXIMATE
@@ -106,9 +107,7 @@ def describe(plan: Plan) -> str:
     if plan.model.kind == "graph":
         return f"a bare graph of {len(plan.programs[0].operators)} operators; budgets are on the bytes that are live"
     shape = f"batch {plan.batch}" + (f", sequence {plan.seq}" if plan.seq else "")
-    adapted = (
-        f"LoRA rank {plan.model.lora['rank']}" if plan.model.lora and "rank" in plan.model.lora else "all parameters"
-    )
+    adapted = adapter_words(plan.model.lora) if plan.model.lora and "rank" in plan.model.lora else "all parameters"
     if plan.policy == MOBILLM:
         adapted = "nothing trained here"
     return f"{adapted}, {shape}, {plan.compute_dtype}"

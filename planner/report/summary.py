@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tightfit.profiles.measuring.marks import marks
@@ -66,6 +67,7 @@ def profile_summary(profile: Profile) -> dict[str, Any]:
         "programs": len(profile.programs),
         "weight_bytes": sum(weight.bytes for weight in weights),
         "packed_bytes": sum(weight.packed_bytes for weight in weights),
+        "lora": profile.model.lora,
         "trainable_bytes": trainable,
         "state_bytes": trainable * int(profile.optimizer.get("state_tensors", 2)),
         "forward_seconds": seconds["forward"],
@@ -100,6 +102,13 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     summary["train"], summary["evaluate"] = _phase(plan.train), _phase(plan.evaluate)
     summary["cycle"] = [_phase(step) for step in plan.cycle]
     return summary
+
+
+def adapter_words(lora: Mapping[str, Any]) -> str:
+    """What a profile or plan says of its adapter, in a few words."""
+    dropout = lora.get("lora_dropout")
+    method = "DoRA" if lora.get("use_dora") else "LoRA"
+    return f"{method} rank {lora['rank']}" + (f" with dropout {dropout:g}" if dropout else "")
 
 
 def fleet_summary(fleet: FleetPlan | PipelinePlan) -> dict[str, Any]:

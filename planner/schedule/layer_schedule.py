@@ -221,6 +221,9 @@ class _Expansion:
         mode = self._mode(weight)
         if mode.step_gap == "unpacked":
             return
+        if self.kind.weights[weight].trained:
+            yield ("fetch", weight)
+            return
         if mode.step_gap == "disk":
             yield ("read", weight)
         yield ("unpack", weight)
@@ -247,6 +250,10 @@ class _Expansion:
             for weight in op.weights:
                 if weight in unpacked:
                     continue
+                if self.kind.weights[weight].trained:
+                    unpacked.add(weight)
+                    yield ("fetch", weight)
+                    continue
                 if weight not in packed:
                     yield ("read", weight)
                     packed.add(weight)
@@ -262,7 +269,7 @@ class _Expansion:
                     resident.discard(value)
                     yield ("free", value)
             for weight in op.weights:
-                if not self._keeps_unpacked(weight, position):
+                if not self._keeps_unpacked(weight, position) and not self.kind.weights[weight].trained:
                     unpacked.discard(weight)
                     yield ("free", weight)
             if index in backward:
@@ -276,9 +283,11 @@ class _Expansion:
         if away:
             yield from (("fetch", name) for name in state_names_of(update))
         yield ("update", update.trainable)
-        if away:
-            yield from (("spill", name) for name in state_names_of(update))
-            yield from (("free", name) for name in state_names_of(update))
+        moved = state_names_of(update) if away else ()
+        if update.trainable in self.modes and self._mode(update.trainable).step_gap == "disk":
+            moved = (update.trainable, *moved)
+        yield from (("spill", name) for name in moved)
+        yield from (("free", name) for name in moved)
         yield ("free", update.gradient)
 
     def _after(self, weight: str, position: int) -> str:
@@ -368,7 +377,10 @@ def _seconds(kind: LayerType, script: Iterable[Action]) -> _Seconds:
             cost = compute_seconds(channel, kind.raw_bytes[name])
             total.arriving += cost if verb == "fetch" else 0.0
             total.leaving += cost if verb == "spill" else 0.0
-            if name.startswith(STATE_PREFIXES):
+            if name in kind.weights:  # a trainable's values: read like a weight, written like a state
+                total.reads += seconds if verb == "fetch" else 0.0
+                total.states_spilled += seconds if verb == "spill" else 0.0
+            elif name.startswith(STATE_PREFIXES):
                 total.states_fetched += seconds if verb == "fetch" else 0.0
                 total.states_spilled += seconds if verb == "spill" else 0.0
             else:

@@ -303,6 +303,9 @@ def kinds(problem: Layered, draft_: Draft, columns: tuple[Column, ...]) -> dict[
         for value, mode in column.decision.weights:
             name = problem.name(layer, value)
             places = {mode.backward_gap, mode.step_gap}
+            if described.weights[value].trained:
+                result[name] = "offloaded" if "disk" in places else "kept"
+                continue
             result[name] = "unpacked" if places == {"unpacked"} else "packed" if "disk" not in places else "streamed"
         for update in described.updates:
             if update.states:
@@ -313,6 +316,6 @@ def kinds(problem: Layered, draft_: Draft, columns: tuple[Column, ...]) -> dict[
         result[name] = "kept"
     result.update(dict.fromkeys(draft_.remade, "recomputed"))
     for name, storage in graph.storages.items():
-        if storage.kind in ALWAYS:
+        if storage.kind in ALWAYS and name not in problem.moving:
             result[name] = "kept"
     return dict(sorted(result.items()))

@@ -106,8 +106,8 @@ class Replay:
     def run(self) -> None:
         for name, offset in self.world.plan.resident.items():
             self._allocate(name, offset)
-        for states in self.world.trainables.values():
-            self.on_disk.update(state for state in states if state not in self.places)
+        for name, states in self.world.trainables.items():
+            self.on_disk.update(one for one in (name, *states) if one not in self.places)
         self._record(0)
         for index, instruction in enumerate(self.instructions):
             self.index = index
@@ -342,11 +342,11 @@ class Replay:
             if not self._complete(gradient):
                 raise self.fail("update-once", name, "is updated before its gradient is complete")
         self.updated.add(name)
-        self.dirty.update(states)
-        for state in states:
-            if state in self.writing:
-                raise self.fail("lost-state", state, "is updated while it is being written")
-            self.on_disk.discard(state)
+        self.dirty.update((name, *states))
+        for one in (name, *states):
+            if one in self.writing:
+                raise self.fail("lost-state", one, "is updated while it is being written")
+            self.on_disk.discard(one)
         return self._touch(name)
 
     def _perturb(self, name: str, times: int) -> int:

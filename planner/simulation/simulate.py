@@ -17,7 +17,7 @@ raises `InvalidSchedule` with the invariant's name, the instruction and the tens
 | update-once | every trainable is updated once, with its gradient complete, and not read afterwards; in a cycle, at least once in all, and never where its layer's backward is left out |
 | passed-once | a layer whose backward is left out passes a complete gradient of its output on as that of its input, at most once |
 | perturbed | of two forwards the first reads every trainable at +1 epsilon, the second at -1, and the update follows both |
-| lost-state | updated optimizer state is not dropped without a copy on disk |
+| lost-state | an updated trainable and its optimizer state are not dropped without a copy on disk |
 | transfer | only weights are read, only what was spilled is fetched |
 | budget | the peak is within the budget |
 | claims | the plan's own figures are those found here |

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.device_forward import check_side
-from tightfit.planner.problem.gradients import PartialStep, cycle, refuse_accumulation, two_forwards
+from tightfit.planner.problem.gradients import PartialStep, cycle, refuse_accumulation, refuse_tables, two_forwards
 from tightfit.planner.problem.layer_types import Layered, LayerType, Mode
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
 from tightfit.planner.schedule.multi_layer_recompute import Segments, sqrt_segments
@@ -55,7 +55,7 @@ def mesp(kind: LayerType, *, last: bool) -> Decision:
 
 def smallest(kind: LayerType, *, last: bool) -> Decision:
     """Everything on disk or made again; what the search starts from, no policy of its own."""
-    decision = _decision(kind, frozenset(), _streamed)
+    decision = _decision(kind, frozenset(), _streamed, trained=_streamed)
     away = {value for value in decision.keep if value in kind.offloadable and value in kind.owned}
     states = frozenset(update.trainable for update in kind.updates if update.states)
     return Decision(keep=decision.keep - away, offload=frozenset(away), weights=decision.weights, states=states)
@@ -104,6 +104,8 @@ def refused_of(profile: Profile) -> dict[str, str]:
                 check_side(profile)
             else:
                 refuse_accumulation(profile, policy)
+                if policy == "lcsb":
+                    refuse_tables(profile, policy)
         except InputError as error:
             found[policy] = str(error)
     return found
@@ -153,13 +155,25 @@ def rule_columns(problem: Layered, rule: Rule) -> tuple[Column, ...]:
     return tuple(measured[kind, layer == count - 1] for layer, kind in enumerate(problem.layer_type))
 
 
-def _decision(kind: LayerType, keep: frozenset[str], mode: Callable[[tuple[Mode, ...]], Mode]) -> Decision:
+def _decision(
+    kind: LayerType,
+    keep: frozenset[str],
+    mode: Callable[[tuple[Mode, ...]], Mode],
+    *,
+    trained: Callable[[tuple[Mode, ...]], Mode] | None = None,
+) -> Decision:
+    """The decision that keeps `keep`, with weights in the `mode` that is chosen from theirs. What is trained stays in memory,
+    as optimizer states do, unless `trained` chooses otherwise.
+    """
     producer = kind.producer
+    of_trained = trained or _unpacked
     must = {value for value in kind.candidates if value in kind.owned or not producer[value].recomputable}
     return Decision(
         keep=keep | must,
         offload=frozenset(),
-        weights=tuple((name, mode(weight.modes)) for name, weight in kind.weights.items()),
+        weights=tuple(
+            (name, (of_trained if weight.trained else mode)(weight.modes)) for name, weight in kind.weights.items()
+        ),
         states=frozenset(),
     )
 

@@ -26,13 +26,27 @@ PASSES = {
     "tightfit.attention": 15.0,
     "tightfit.attention_backward": 15.0,
     "tightfit.head_chunk": 2.6,
+    "tightfit.table_head": 2.6,
+    "tightfit.table_head_backward": 3.2,
     "tightfit.lora_backward": 7.0,
     "tightfit.lora_down": 5.0,
+    "tightfit.dora_norm": 9.0,
+    "tightfit.dora_scale": 2.5,
+    "tightfit.dora_scale_backward": 3.5,
+    "tightfit.dropout": 1.5,
+    "tightfit.dropout_lora_down": 7.5,
+    "tightfit.dropout_lora_backward": 8.0,
 }
 """Passes over memory per fused operator: its time, without its matrix products unless they are narrow, divided by the
 time of an addition that touches as many bytes. Measured on Zen 4 with the shapes of Qwen2.5-0.5B and SmolLM2-135M;
-norms, gates, attention and head were later scaled by how their times changed on Zen 5."""
-EFFICIENCY = {"tightfit.attention": 1.5, "tightfit.attention_backward": 1.45, "tightfit.head_chunk": 1.0}
+norms, gates, attention and head were later scaled by how their times changed on Zen 5. Dropout, with a C compiler, on one
+Zen 5 core with 256 x 896; DoRA's with the shapes of the same two models, 256 tokens and rank 8, on one core like it."""
+EFFICIENCY = {
+    "tightfit.attention": 1.5,
+    "tightfit.attention_backward": 1.45,
+    "tightfit.head_chunk": 1.0,
+    "tightfit.dropout_projection_backward": 1.0,
+}
 """For operators whose matrix products and passes over memory do not overlap: the FLOP rate of their products divided by
 that of one large product of the same dtype (measured like `PASSES`)."""
 UNPACK_PASSES = {
@@ -63,6 +77,14 @@ PRODUCTS = ("tightfit.projection", "tightfit.lora_")
 FLOAT32_INSIDE = {"tightfit.attention": 2, "tightfit.attention_backward": 3}
 """Operators that compute in float32 on a CPU whatever their inputs' dtype, with the index of the output that is their
 float32 scratch. Traffic to the scratch is left out of the bytes they touch, because `PASSES` already includes it."""
+TABLES = {"tightfit.table_head": (9, 3), "tightfit.table_head_backward": (11, 6)}
+"""Operators of a trained head -> the place of the argument that says whether logits are rounded, and that of the output that
+is their scratch."""
+SLICES = {"tightfit.table_rows": 1, "tightfit.table_rows_backward": 1}
+"""Operators of a trained embedding -> the place of the input that is a slice, of which few rows are read, or none."""
+BLOCKS = {"tightfit.dora_norm": 1, "tightfit.dora_scale": 1, "tightfit.dora_scale_backward": 2}
+"""Operators that go through their rows in blocks, with the index of the output that is the scratch for a block, which stays in
+cache: traffic to it is left out of the bytes they touch."""
 MIB = 1 << 20
 NARROW = ("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64")
 
@@ -125,6 +147,7 @@ def _with_scratch(program: Program, on: DeviceDescription) -> Program:
     scratch, so that output shrinks to a single element.
     """
     from tightfit.runtime.engine.cpu.attention import attention_scratch
+    from tightfit.runtime.engine.cpu.tables import HEAD_ROWS
 
     values = {value.name: value for value in program.values}
     operators = []
@@ -137,6 +160,17 @@ def _with_scratch(program: Program, on: DeviceDescription) -> Program:
             item = narrow.bytes // math.prod(narrow.shape)
             values[narrow.name] = narrow.model_copy(update={"shape": shape, "bytes": item * math.prod(shape)})
             operators.append(operator.model_copy(update={"args": [*operator.args[:5], rounded]}))
+            continue
+        if operator.target in TABLES:
+            place, number = TABLES[operator.target]
+            short = values[str(operator.outputs[number])]
+            rounded = on.narrow and short.dtype != "float32"
+            shape = [values[operator.inputs[0]].shape[0] if rounded else 1, short.shape[1]]
+            shape[0] = min(shape[0], HEAD_ROWS)
+            item = short.bytes // math.prod(short.shape)
+            values[short.name] = short.model_copy(update={"shape": shape, "bytes": item * math.prod(shape)})
+            args = [*operator.args[:place], rounded, *operator.args[place + 1 :]]
+            operators.append(operator.model_copy(update={"args": args}))
             continue
         number = FLOAT32_INSIDE.get(operator.target, len(operator.outputs))
         if number < len(operator.outputs):
@@ -198,6 +232,7 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     and 2 to 50 % for those of a residual CNN. Attention's backward took 0.35 to 2.0 MiB there.
     """
     from tightfit.runtime.engine.cpu.attention import TURNED_ELEMENTS, attention_scratch
+    from tightfit.runtime.engine.cpu.dropout import ROOM_BYTES
     from tightfit.runtime.engine.cpu.operators import BLOCK_ELEMENTS, HEAD_ROWS, STATE_COLUMNS
 
     target, touched = operator.target, _touched(operator, values)
@@ -213,6 +248,15 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
             return min(touched, 2 * MIB // 5)
         item = 4 if values[operator.inputs[2]].dtype == "float32" else 2
         return item * HEAD_ROWS * values[operator.inputs[1]].shape[1] + 3 * MIB // 2
+    if target in TABLES:
+        hidden = values[operator.inputs[4 if target.endswith("backward") else 2]]
+        return 4 * HEAD_ROWS * hidden.shape[1] + 3 * MIB // 2
+    if target in SLICES:
+        return min(6 * BLOCK_ELEMENTS, 2 * touched)
+    if target.startswith("tightfit.dropout_"):
+        return min(ROOM_BYTES + 3 * MIB // 4, 2 * touched)
+    if target in BLOCKS:
+        return min(touched, MIB // 16)
     if target.startswith("tightfit.") and not target.startswith(PRODUCTS):
         return min(5 * 4 * BLOCK_ELEMENTS, 4 * touched)
     if "convolution" in target:
@@ -239,7 +283,10 @@ def _attended(operator: Operator, values: Mapping[str, Value]) -> tuple[int, int
 
 def _touched(operator: Operator, values: Mapping[str, Value]) -> int:
     """Bytes that the operator reads and writes, each storage once, without tables that it only gathers rows from."""
-    names = [*operator.inputs, *filter(None, operator.outputs[: FLOAT32_INSIDE.get(operator.target)])]
+    whole = SLICES.get(operator.target, len(operator.inputs))
+    inputs = [*operator.inputs[:whole], *operator.inputs[whole + 1 :]]
+    scratch = FLOAT32_INSIDE.get(operator.target, BLOCKS.get(operator.target))
+    names = [*inputs, *filter(None, operator.outputs[:scratch])]
     return sum(values[name].bytes for name in names if name not in operator.gathers)
 
 

@@ -8,6 +8,9 @@ Face's, so that weights and adapters need no renaming. The base is frozen; proje
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +18,18 @@ from torch import Tensor, nn
 
 from tightfit.profiles.models.decoder_config import DecoderShape
 from tightfit.profiles.models.lora import LoraConfig, Pair
+from tightfit.profiles.models.saved_modules import (
+    Saved,
+    TrainedEmbedding,
+    TrainedHead,
+    attach,
+    called,
+    chosen,
+    stored,
+    trained_copy,
+)
+from tightfit.profiles.tracing.dora_ops import dora_norm, dora_scale
+from tightfit.profiles.tracing.dropout_ops import dropout, dropout_lora_linear
 from tightfit.profiles.tracing.torch_ops import (
     attention,
     embed_rows,
@@ -26,6 +41,7 @@ from tightfit.profiles.tracing.torch_ops import (
 )
 from tightfit.runtime.engine.training.adapter import BODY
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 HEAD_SLICE_BYTES = 6 << 20  # largest unpacked size of one vocabulary slice of the loss head
 
 
@@ -47,8 +63,18 @@ class Factor(nn.Module):
         self.weight = nn.Parameter(torch.zeros(rows, columns, dtype=torch.float32))
 
 
+class Magnitude(nn.Module):
+    """The lengths of a projection's rows, which DoRA trains, float32."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, dtype=torch.float32))
+
+
 class Projection(nn.Module):
-    """Frozen x @ W.T (+ bias) plus, where it has a pair, the trained scale * x @ A.T @ B.T."""
+    """Frozen x @ W.T (+ bias) plus, where it has a pair, the trained scale * x @ A.T @ B.T; with DoRA the rows of W + scale *
+    B @ A are given trained lengths.
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -57,18 +83,46 @@ class Projection(nn.Module):
         self.adaptable = True
         """Whether it may get a pair."""
         self.pair: Pair | None = None
+        self.site = 0
+        """Number among the projections of its layer, by which their dropout masks differ."""
 
     def adapt(self, pair: Pair) -> None:
         """Give it a LoRA pair."""
         outputs, inputs = self.weight.shape
         self.pair = pair
         self.lora_A, self.lora_B = Factor(pair.rank, inputs), Factor(outputs, pair.rank)
+        if pair.dora:
+            self.lora_magnitude_vector = Magnitude(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pair is None:
             return frozen_linear(x, self.weight, self.bias)  # type: ignore[no-any-return]
         factors = self.lora_A.weight, self.lora_B.weight
+        if self.pair.dora:
+            return self._of_magnitude(x, self.pair)
+        if self.pair.dropout:
+            settings = self.pair.scale, self.pair.dropout, self.site
+            return dropout_lora_linear(x, self.weight, self.bias, *factors, *settings)[0]  # type: ignore[no-any-return]
         return lora_linear(x, self.weight, self.bias, *factors, self.pair.scale)[0]  # type: ignore[no-any-return]
+
+    def _of_magnitude(self, x: Tensor, pair: Pair) -> Tensor:
+        """With dropout, as in PEFT, all that is scaled reads what is left of the input, the frozen weight as well, and only
+        what W x lacks then is not scaled.
+        """
+        left = dropped(x, pair, self.site)
+        z, _ = lora_linear(left, self.weight, None, self.lora_A.weight, self.lora_B.weight, pair.scale)
+        # Right after the product, while the unpacked weight is there.
+        norm, _ = dora_norm(self.weight, self.lora_A.weight, self.lora_B.weight, pair.scale)
+        magnitude = self.lora_magnitude_vector.weight
+        if not pair.dropout:
+            return dora_scale(z, magnitude, norm, self.bias)[0]  # type: ignore[no-any-return]
+        scaled, _ = dora_scale(z, magnitude, norm, None)
+        return scaled + frozen_linear(x - left, self.weight, self.bias)  # type: ignore[no-any-return]
+
+
+def dropped(x: Tensor, pair: Pair, site: int) -> Tensor:
+    """The pair's input x [T, I] after dropout, as a tensor of its own. Without dropout x itself."""
+    return dropout(x, pair.dropout, site) if pair.dropout else x
 
 
 def adapt(module: nn.Module, lora: LoraConfig, model: str, body: str = BODY) -> dict[str, Any]:
@@ -81,10 +135,22 @@ def adapt(module: nn.Module, lora: LoraConfig, model: str, body: str = BODY) -> 
         for name, child in module.named_modules()
         if isinstance(child, Projection) and child.adaptable
     }
+    for child, site in zip(found.values(), _sites(found)):
+        child.site = site
     chosen = lora.chosen(list(found), model)
     for name, pair in chosen.items():
         found[name].adapt(pair)
     return lora.as_json(list(found), list(chosen), body)
+
+
+def _sites(names: Iterable[str]) -> Iterator[int]:
+    """Of each projection its number among those of its layer, from 0: the same in all layers that are alike."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        layer = re.match(r".*?\.\d+(?=\.)", name)
+        key = layer[0] if layer else ""
+        yield counts[key]
+        counts[key] += 1
 
 
 class Attention(nn.Module):
@@ -172,20 +238,54 @@ class Decoder(nn.Module):
             self.lm_head = Table(shape.vocab, shape.hidden, dtype)
         self.lora = adapt(self, lora, "the model", body)
         """What a profile says of the adapter."""
+        self.tables = self._save(lora.modules_to_save, body)
+        """Modules that are trained in full, and the tensors in the store that they start from."""
         element = torch.empty((), dtype=dtype).element_size()
         self.slice_rows = head_slice_rows(shape, element)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         shape, seq = self.shape, input_ids.shape[1]
-        scale = float(torch.tensor(shape.embed_scale, dtype=self.dtype)) if shape.embed_scale != 1.0 else 1.0
-        x = embed_rows(self.model.embed_tokens.weight, input_ids, scale)
+        x = self._embedded(input_ids)
         tables = {key: rotary_table(shape, seq, *key) for key in sorted(set(self._rope_keys()))}
         masks = {w: window_mask(seq, w) for w in sorted({w for w in shape.windows if w is not None and w < seq})}
         for layer, window, key in zip(self.model.layers, shape.windows, self._rope_keys(), strict=True):
             x = layer(x, *tables[key], masks.get(window) if window is not None else None)
+        trained = trained_copy(self.lm_head) if HEAD in self._modules else None
+        if trained is not None:
+            return trained(self.model.norm(x), labels)  # type: ignore[no-any-return]
         head = self.model.embed_tokens if shape.tied else self.lm_head
         loss, token_losses, _ = head_loss(self.model.norm(x), head.weight, labels, self.slice_rows)
         return loss, token_losses
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        trained = trained_copy(self.model.embed_tokens)
+        if trained is not None:
+            return trained(ids)  # type: ignore[no-any-return]
+        return embed_rows(self.model.embed_tokens.weight, ids, self._scale)  # type: ignore[no-any-return]
+
+    @property
+    def _scale(self) -> float:
+        """What embeddings are multiplied by, rounded to the type of hidden states."""
+        scale = self.shape.embed_scale
+        return float(torch.tensor(scale, dtype=self.dtype)) if scale != 1.0 else 1.0
+
+    def _save(self, wanted: Sequence[str], body: str) -> dict[str, str]:
+        """Put trained copies into the modules that are to be trained in full; what a profile says of them."""
+        shape = self.shape
+        starts = {EMBEDDING: EMBEDDING, HEAD: EMBEDDING if shape.tied else HEAD}
+        tables = [
+            Saved(name=name, called=called(name, body), weight=f"{start}.weight") for name, start in starts.items()
+        ]
+        found = chosen(wanted, tables, "the model")
+        for table in found:
+            if table.name == EMBEDDING:
+                made = TrainedEmbedding(shape.vocab, shape.hidden, self.dtype, self._scale, shape.padding)
+                attach(self.model.embed_tokens, made)
+                continue
+            if shape.tied:
+                self.add_module(HEAD, nn.Module())
+            attach(self.get_submodule(HEAD), TrainedHead(shape.vocab, shape.hidden))
+        return stored(found)
 
     def _rope_keys(self) -> list[tuple[float, bool]]:
         """Per layer: (base of the rotary frequencies, whether rope scaling applies)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from tightfit.profiles.models.family import FULL, SLIDING, Family, families, family_of
@@ -34,6 +35,14 @@ LARGEST = {
 }
 """Largest accepted value of a config field, about ten times that of the largest published models. With larger values a
 tensor's size would exceed 64 bits, or merely describing the model would take hours."""
+OTHER_NAMES = {
+    "n_embd": "hidden_size",
+    "n_inner": "intermediate_size",
+    "ffn_dim": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+}
+"""What the config.json of some families that transformers builds call these fields."""
 DEVIATION, MOST_DEVIATION = 0.02, 1000.0
 """Standard deviation of random weights: the default, and the largest accepted, because scales are stored in float16,
 whose largest value is 65504."""
@@ -73,6 +82,8 @@ class DecoderShape:
     """(key, value) pairs of the config's rope scaling."""
     scaled: tuple[bool, ...]
     """Per layer: whether the rope scaling applies to it."""
+    padding: int | None = None
+    """Token whose row of the embedding gets no gradient if the embedding is trained."""
 
 
 def text_config(read: Any) -> dict[str, Any] | None:
@@ -167,7 +178,16 @@ def decoder_shape(config: dict[str, Any]) -> DecoderShape:
         thetas=tuple(local if family.local_theta and w is not None else _number(full, "rope_theta") for w in windows),
         rope_scaling=tuple(sorted((k, v) for k, v in scaling.items() if isinstance(v, (int, float, str)))),
         scaled=tuple(not (family.local_theta and w is not None) for w in windows),
+        padding=_padding(config, family, _whole(config, "vocab_size")),
     )
+
+
+def _padding(config: Mapping[str, Any], family: Family, vocabulary: int) -> int | None:
+    """The config's token for padding, counted from the end if it is below 0; None if it is no row of the embedding."""
+    token = config.get("pad_token_id", family.padding)
+    if isinstance(token, bool) or not isinstance(token, int) or not -vocabulary <= token < vocabulary:
+        return None
+    return token % vocabulary
 
 
 def initial_deviation(config: dict[str, Any]) -> float:
@@ -176,6 +196,20 @@ def initial_deviation(config: dict[str, Any]) -> float:
     if deviation > MOST_DEVIATION:
         raise InputError(f"config field 'initializer_range' is {deviation}; at most {MOST_DEVIATION} is supported")
     return deviation
+
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Raises InputError for a config field that is larger than `LARGEST`, under any of its names."""
+    for key in (*LARGEST, *OTHER_NAMES):
+        value = config.get(key)
+        if isinstance(value, int):
+            _refuse_larger(key, value)
+
+
+def _refuse_larger(key: str, value: int) -> None:
+    most = LARGEST.get(OTHER_NAMES.get(key, key), value)
+    if value > most:
+        raise InputError(f"config field {key!r} is {value}; at most {most} is supported, check the config.json")
 
 
 def _number(config: dict[str, Any], key: str, default: float | None = None) -> float:
@@ -190,8 +224,7 @@ def _whole(config: dict[str, Any], key: str, default: int | None = None) -> int:
     value = config.get(key) or default
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise InputError(f"config field {key!r} must be a positive whole number, not {value!r}")
-    if value > LARGEST.get(key, value):
-        raise InputError(f"config field {key!r} is {value}; at most {LARGEST[key]} is supported, check the config.json")
+    _refuse_larger(key, value)
     return value
 
 

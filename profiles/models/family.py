@@ -88,6 +88,8 @@ class Family:
     """Whether embeddings are multiplied by the square root of the hidden size."""
     attention_scalar: float | None = None
     """Default of ``query_pre_attn_scalar``; None means that attention is scaled by head_dim."""
+    padding: int | None = None
+    """Default of ``pad_token_id``, which embeddings that are trained give no gradient to."""
     window: int | None = None
     """Default sliding window in tokens if the config has no such field."""
     layer_types: Callable[[Config, int, int | None], LayerTypes] = all_full

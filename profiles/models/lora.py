@@ -28,6 +28,7 @@ NEUTRAL: Mapping[str, Any] = {
     "layer_replication": None,
     "target_parameters": None,
     "trainable_token_indices": None,
+    "ensure_weight_tying": False,
     "exclude_modules": None,
     "megatron_config": None,
     "alora_invocation_tokens": None,

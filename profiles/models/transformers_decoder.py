@@ -33,6 +33,24 @@ from torch.nn import functional as F
 from tightfit.profiles.models.decoder import adapt, slice_rows
 from tightfit.profiles.models.family import families
 from tightfit.profiles.models.lora import LoraConfig
+from tightfit.profiles.models.saved_modules import (
+    PART,
+    Saved,
+    TrainedEmbedding,
+    TrainedHead,
+    attach,
+    called,
+    chosen,
+    stored,
+    trained_copy,
+)
+from tightfit.profiles.models.transformers_config import (
+    encoder_decoder,
+    experts,
+    not_installed,
+    refuse_by_config,
+    refuse_by_name,
+)
 from tightfit.profiles.models.transformers_kernels import (
     NAME,
     SAME,
@@ -51,9 +69,6 @@ from tightfit.profiles.tracing.torch_ops import MOST_CAP, capped_head_loss, head
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY
 
-INSTALL = "pip install 'tightfit[hf]'"
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
-"""Config fields that are set in mixtures of experts."""
 NOT_OURS = ("adapter_body", "adapter_base", "model_type", "wrapper_type")
 """Fields of a source's config that are not the model's own settings."""
 MOST_BUFFER_BYTES = 1 << 20
@@ -124,6 +139,9 @@ class AnyDecoder(nn.Module):
         sizes = [getattr(child, key, None) for child in body.modules() for key in ("head_dim", "head_size")]
         self.context = Context(seq=seq, widest=max((size for size in sizes if isinstance(size, int)), default=2))
         self.recognition = Recognition(body, self.context)
+        told_body = config.get("adapter_body", BODY)
+        savable, padding = _savable(made, told_body), made.get_input_embeddings().padding_idx
+        names = [called(_our_name(one, made.base_model_prefix), told_body) for one, _ in made.named_modules()]
         _replace(body, dtype, self.context)
         self.whole_head = head.bias is not None or (self.cap or 0.0) > MOST_CAP
         """Whether all logits are in memory at once: our operators for a head in slices have no bias."""
@@ -138,14 +156,33 @@ class AnyDecoder(nn.Module):
             setattr(self, self.head_name, ours)
         name = str(config.get("model_type"))
         with torch.device("meta"):
-            self.lora = adapt(self, lora, f"the {name} model", config.get("adapter_body", BODY))
-        """What a profile says of the adapter."""
+            self.lora = adapt(self, lora, f"the {name} model", told_body)
+            """What a profile says of the adapter."""
+            self.trained_head = ""
+            """Name of the head if it is trained in full."""
+            found = chosen(lora.modules_to_save, savable, f"the {name} model", names)
+            self.tables = stored(found)
+            """Modules that are trained in full, and the tensors in the store that they start from."""
+            for table in found:
+                self._save(table.name, is_head=table is savable[1], vocabulary=head.weight.shape[0], padding=padding)
         self.slice_rows = slice_rows(head.weight.shape[0], head.weight.shape[1], dtype.itemsize)
         if self.cap is not None:  # each slice takes a dozen operators, not one
             self.slice_rows = min(head.weight.shape[0], CAPPED_SLICES * self.slice_rows)
         self.eval()
         for parameter_name, parameter in self.named_parameters():
-            parameter.requires_grad_(".lora_" in parameter_name)
+            parameter.requires_grad_(".lora_" in parameter_name or f".{PART}." in parameter_name)
+
+    def _save(self, name: str, *, is_head: bool, vocabulary: int, padding: int | None) -> None:
+        """Put a trained copy into the embedding or the head."""
+        embedding = self.model.get_input_embeddings()
+        rows, width = embedding.weight.shape
+        if not is_head:
+            attach(embedding, TrainedEmbedding(rows, width, embedding.weight.dtype, embedding.scale, padding))
+            return
+        self.trained_head = name
+        if name not in self._modules:
+            self.add_module(name, nn.Module())
+        attach(getattr(self, name), TrainedHead(vocabulary, width, self.cap))
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with self.recognition.active():
@@ -153,6 +190,8 @@ class AnyDecoder(nn.Module):
         hidden = made[0].reshape(-1, made[0].shape[-1])
         if self.scale != 1.0:
             hidden = hidden * self.scale
+        if self.trained_head:
+            return trained_copy(getattr(self, self.trained_head))(hidden, labels)  # type: ignore[misc, no-any-return]
         head = getattr(self, self.head_name) if self.head_name else self.model.get_input_embeddings()
         if not self.whole_head and self.cap is not None:
             loss, token_losses, _ = capped_head_loss(hidden, head.weight, labels, self.slice_rows, self.cap)
@@ -275,30 +314,22 @@ def facts(config: Mapping[str, Any]) -> Facts:
 def _built(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """transformers' model of a config; parameters are on the meta device, buffers have their values."""
     name = config.get("model_type")
-    _refuse_by_config(config)
+    refuse_by_config(config)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         import transformers
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
         from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as TWO_SEQUENCES
     except ImportError as error:
-        raise InputError(
-            f"model_type {name!r} is not one of {', '.join(families())}; for any other decoder run {INSTALL}"
-        ) from error
-    if name not in KNOWN and name in TWO_SEQUENCES:
-        _refuse_by_config({"model_type": name, "is_encoder_decoder": True})
-    if name not in KNOWN:
-        raise InputError(
-            f"model_type {name!r} is no decoder of transformers {transformers.__version__} (AutoModelForCausalLM);"
-            " check the config.json, or install a newer transformers"
-        )
+        raise not_installed(name) from error
+    refuse_by_name(name, KNOWN, TWO_SEQUENCES, transformers.__version__)
     register()
     settings = {key: value for key, value in config.items() if key not in NOT_OURS}
     with _quietly():
         try:
             theirs = transformers.AutoConfig.for_model(str(name), **settings)
             if getattr(theirs, "is_encoder_decoder", False):
-                _refuse_by_config({"model_type": name, "is_encoder_decoder": True})
+                raise encoder_decoder(name)
             with _weightless():
                 made = _from_config(transformers, theirs, dtype)
         except InputError:
@@ -329,35 +360,15 @@ def _from_config(transformers: Any, theirs: Any, dtype: torch.dtype) -> Any:
     raise failure
 
 
-def _refuse_by_config(config: Mapping[str, Any]) -> None:
-    name = config.get("model_type")
-    if config.get("is_encoder_decoder"):
-        raise InputError(
-            f"model_type {name!r} is an encoder-decoder model: its loss is that of a second sequence, and a step of tightfit"
-            " has one; use a decoder (a model for AutoModelForCausalLM)"
-        )
-    for key in EXPERTS:
-        value = config.get(key)
-        if isinstance(value, int) and value > 1 and config.get("enable_moe_block", True):
-            raise _experts(name, f"{key} = {value}")
-
-
 def _refuse_by_modules(made: Any, name: Any) -> None:
     for child in made.modules():
         if "Experts" in type(child).__name__ or (hasattr(child, "experts") and hasattr(child, "gate")):
-            raise _experts(name, type(child).__name__)
+            raise experts(name, type(child).__name__)
     if not any("attention" in type(child).__name__.lower() for child in made.modules()):
         raise InputError(
             f"model_type {name!r} is not supported; supported: {', '.join(families())}, and decoders of transformers that have"
             " attention layers"
         )
-
-
-def _experts(name: Any, found: str) -> InputError:
-    return InputError(
-        f"model_type {name!r} is a mixture of experts ({found}): which weights a token needs is known only while the step"
-        " runs, and a plan says it in advance; use a dense model"
-    )
 
 
 @contextlib.contextmanager
@@ -424,6 +435,23 @@ def _replace(body: nn.Module, dtype: torch.dtype, context: Context) -> None:
             ours = replace_norm(child)
         if ours is not None:
             setattr(names[parent_name], last, ours.to("meta"))
+
+
+def _savable(made: Any, body: str) -> tuple[Saved, Saved]:
+    """Embedding and head of transformers' model, as modules that may be trained in full."""
+    embedding, head = made.get_input_embeddings(), made.get_output_embeddings()
+    names = {id(child): _our_name(name, made.base_model_prefix) for name, child in made.named_modules()}
+    plain = isinstance(embedding, nn.Embedding) and replace_embedding(embedding) is not None
+    starts = embedding if head.weight is embedding.weight else head
+
+    def saved(module: nn.Module, start: nn.Module, refusal: str) -> Saved:
+        name = names[id(module)]
+        return Saved(name=name, called=called(name, body), weight=f"{names[id(start)]}.weight", refusal=refusal)
+
+    return (
+        saved(embedding, embedding, "" if plain else "it does more than to gather rows"),
+        saved(head, starts, "" if head.bias is None else "it has a bias, which is not trained here"),
+    )
 
 
 def _our_name(key: str, prefix: str) -> str:

@@ -30,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.nn import functional as F
 
 from tightfit.profiles.models.decoder import Projection, window_mask
+from tightfit.profiles.models.saved_modules import trained_copy
 from tightfit.profiles.tracing.torch_ops import attention, embed_rows, gated, rms_norm
 from tightfit.runtime.common.errors import InputError
 
@@ -77,7 +78,7 @@ class FlatNorm(nn.Module):
 
 
 class Rows(nn.Module):
-    """An embedding whose rows are gathered from the store: ids [...] -> [..., width], times `scale`."""
+    """An embedding whose rows are gathered from the store, or that is trained: ids [...] -> [..., width], times `scale`."""
 
     def __init__(self, rows: int, width: int, dtype: torch.dtype, scale: float) -> None:
         super().__init__()
@@ -85,7 +86,9 @@ class Rows(nn.Module):
         self.scale = scale
 
     def forward(self, ids: Tensor) -> Tensor:
-        return embed_rows(self.weight, ids, self.scale).view(*ids.shape, self.weight.shape[1])  # type: ignore[no-any-return]
+        trained = trained_copy(self)
+        made: Tensor = embed_rows(self.weight, ids, self.scale) if trained is None else trained(ids)
+        return made.view(*ids.shape, self.weight.shape[1])
 
 
 @dataclass

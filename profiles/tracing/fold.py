@@ -24,6 +24,10 @@ aten = torch.ops.aten
 HEAD_CHUNK = "tightfit.head_chunk"
 ATTENTION = {"tightfit.attention": 2, "tightfit.attention_backward": 5}  # products of seq x seq x head_dim each
 GATHERS = ("tightfit.embed_rows", "tightfit.head_rows")
+ONCE = ("tightfit.table_rows", "tightfit.table_head")
+"""operators that run once in a step: what they read is trained and may lie on disk between their forward and its update, so
+that running them again would read it once more
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,7 +199,7 @@ class _Folder:
             kwargs={k: self._argument(v, inputs) for k, v in node.kwargs.items()},
             inputs=list(inputs),
             outputs=outputs,
-            recomputable=torch.Tag.nondeterministic_seeded not in target.tags,
+            recomputable=torch.Tag.nondeterministic_seeded not in target.tags and name not in ONCE,
             gathers=[args[0]["operand"]["value"]] if name in GATHERS else [],
             flops=_flops(node),
         )

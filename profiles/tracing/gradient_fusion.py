@@ -12,12 +12,16 @@ from typing import Any
 import torch
 from torch import fx
 
-import tightfit.profiles.tracing.torch_ops  # noqa: F401  the operators named here
+import tightfit.profiles.tracing.dropout_ops  # noqa: F401  the operators named here, with those of torch_ops
 
 aten = torch.ops.aten
 
 
-PRODUCTS: dict[Any, int | None] = {aten.mm.default: None, torch.ops.tightfit.projection_backward.default: 4}
+PRODUCTS: dict[Any, int | None] = {
+    aten.mm.default: None,
+    torch.ops.tightfit.projection_backward.default: 4,
+    torch.ops.tightfit.dropout_projection_backward.default: 6,
+}
 """Products that can be fused with an addition -> position of their argument for the addend, None if there is none."""
 
 
@@ -28,9 +32,10 @@ def fuse_products(graph: fx.Graph) -> None:
     """Replace ``x + product`` by the product with x as its addend, if the product has no other use and x is made before
     it.
 
-    ``a @ b`` (in modules that are not decoders) becomes ``addmm(x, a, b)``; `tightfit.projection_backward` takes the
-    addend as an argument. Each fusion saves a tensor of the product's size and two passes over memory. Reshapes between
-    product and sum, as in modules whose hidden states have three dimensions, are moved behind it.
+    ``a @ b`` (in modules that are not decoders) becomes ``addmm(x, a, b)``; `tightfit.projection_backward`, with dropout
+    or without, takes the addend as an argument. Each fusion saves a tensor of the product's size and two passes over
+    memory. Reshapes between product and sum, as in modules whose hidden states have three dimensions, are moved behind
+    it.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):

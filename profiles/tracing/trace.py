@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tightfit.profiles.schema import Layer, Operand, Operator, Program, Tensor, TensorKind, Value
-from tightfit.profiles.tracing.fold import Role, fold
+from tightfit.profiles.tracing.fold import ONCE, Role, fold
 from tightfit.profiles.tracing.gradient_fusion import fuse_products
 from tightfit.profiles.tracing.inference import with_inference
 from tightfit.profiles.tracing.own_code import line_of_error, line_of_node, own_traceback, quiet_torch
@@ -60,6 +60,8 @@ class Trace:
     layers: list[Layer]
     loss: str
     token_losses: str | None
+    tables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Of a decoder: `tightfit.profiles.schema.Model.tables`."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -537,10 +539,10 @@ class _Tracer:
     def _accumulate(
         self, layers: list[Layer], segments: list[Segment], by_name: dict[str, Program]
     ) -> tuple[list[Layer], list[Program]]:
-        """For each gradient that several layers contribute to: rename the contributions and add a layer that sums them.
+        """For each gradient that several layers contribute to: rename the contributions and add layers that sum them, one
+        contribution after the other.
 
-        The new layer precedes, in forward order, the first layer that reads the tensor, so it runs right after that
-        layer's backward.
+        A new layer precedes, in forward order, a layer that reads the tensor, so it runs right after that layer's backward.
         """
         place = {segment.name: index for index, segment in enumerate(segments)}
         before: dict[int, list[Layer]] = {}
@@ -549,24 +551,26 @@ class _Tracer:
             if len(partials) < 2:
                 continue
             total = partials[0][1]
-            bindings = {"total": total}
-            like: Value | None = None
+            so_far = ""
             for index, (segment, _) in enumerate(partials):
                 layer = layers[place[segment.name]]
                 (local,) = [k for k, v in layer.bindings.items() if v == total and k.startswith("grad_in")]
                 like = next(v for v in by_name[layer.program].values if v.name == local)
-                bindings[f"part{index}"] = f"{total}@{segment.name}"
-                layers[place[segment.name]] = layer.model_copy(
-                    update={"bindings": {**layer.bindings, local: f"{total}@{segment.name}"}}
-                )
-            assert like is not None
-            shape = (len(partials), tuple(like.shape), tuple(like.stride), like.dtype)
-            if shape not in sums:
-                sums[shape] = _sum_program(f"sum{len(sums)}", len(partials), like)
-            first = min(place[segment.name] for segment, _ in partials)
-            before.setdefault(first, []).append(
-                Layer(name=f"sum({total})", program=sums[shape].name, bindings=bindings)
-            )
+                part = f"{total}@{segment.name}"
+                layers[place[segment.name]] = layer.model_copy(update={"bindings": {**layer.bindings, local: part}})
+                if not index:
+                    so_far = part
+                    continue
+                last = index == len(partials) - 1
+                made = total if last else f"{total}#{index}"
+                shape = (tuple(like.shape), tuple(like.stride), like.dtype)
+                if shape not in sums:
+                    sums[shape] = _sum_program(f"sum{len(sums)}", like)
+                name = f"sum({total})" if last else f"sum({total})#{index}"
+                bindings = {"part0": so_far, "part1": part, "total": made}
+                own = Layer(name=name, program=sums[shape].name, bindings=bindings)
+                before.setdefault(place[segment.name], []).append(own)
+                so_far = made
         ordered = [layer for index, own in enumerate(layers) for layer in [*before.get(index, []), own]]
         return ordered, list(sums.values())
 
@@ -576,31 +580,22 @@ def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def _sum_program(name: str, count: int, like: Value) -> Program:
+def _sum_program(name: str, like: Value) -> Program:
+    """The program of a layer that adds two contributions to the gradient of `like`."""
+
     def operand(value: str) -> dict[str, Any]:
         return {"operand": Operand(value=value, size=like.shape, stride=like.stride).model_dump()}
 
-    def value(own: str) -> Value:
-        return like.model_copy(update={"name": own, "kind": "gradient"})
-
-    values = (
-        [value(f"part{i}") for i in range(count)] + [value(f"partial{i}") for i in range(2, count)] + [value("total")]
+    parts = ["part0", "part1"]
+    operator = Operator(
+        target="aten.add.Tensor",
+        phase="backward",
+        args=[operand(part) for part in parts],
+        inputs=parts,
+        outputs=["total"],
     )
-    operators = []
-    left = "part0"
-    for index in range(1, count):
-        made = "total" if index == count - 1 else f"partial{index + 1}"
-        operators.append(
-            Operator(
-                target="aten.add.Tensor",
-                phase="backward",
-                args=[operand(left), operand(f"part{index}")],
-                inputs=[left, f"part{index}"],
-                outputs=[made],
-            )
-        )
-        left = made
-    return Program(name=name, values=values, operators=operators)
+    values = [like.model_copy(update={"name": own, "kind": "gradient"}) for own in (*parts, "total")]
+    return Program(name=name, values=values, operators=[operator])
 
 
 def _tensors(layers: list[Layer], by_name: dict[str, Program]) -> list[Tensor]:
@@ -612,10 +607,16 @@ def _tensors(layers: list[Layer], by_name: dict[str, Program]) -> list[Tensor]:
     for layer in layers:
         program = by_name[layer.program]
         used = {name for op in program.operators for name in (*op.inputs, *op.outputs) if name}
+        movable = {name for op in program.operators if op.target in ONCE for name in op.inputs}
         for value in program.values:
             name = layer.bindings.get(value.name)
             if name is not None and name not in found and value.name in used:
                 found[name] = Tensor(
-                    name=name, kind=value.kind, shape=value.shape, dtype=value.dtype, bytes=value.bytes
+                    name=name,
+                    kind=value.kind,
+                    shape=value.shape,
+                    dtype=value.dtype,
+                    bytes=value.bytes,
+                    movable=value.kind == "trainable" and value.name in movable,
                 )
     return list(found.values())

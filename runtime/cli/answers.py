@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tightfit.planner.report.summary import plan_summary, profile_summary
+from tightfit.planner.report.summary import adapter_words, plan_summary, profile_summary
 from tightfit.profiles.devices.words import words_of
 from tightfit.profiles.measuring.marks import caution, marks
 from tightfit.runtime.common.strict_json import to_json
@@ -58,6 +58,7 @@ def profile_text(profile: Profile) -> RenderableType:
             f"{format_size(facts['packed_bytes'])} packed, {format_size(facts['weight_bytes'])} unpacked",
         ),
         *([("base", facts["base"])] if facts["base"] else []),
+        *([("adapter", adapter_words(facts["lora"]))] if "rank" in (facts["lora"] or {}) else []),
         (
             "trainables",
             f"{format_size(facts['trainable_bytes'])}, with optimizer state {format_size(facts['trainable_bytes'] + facts['state_bytes'])}",

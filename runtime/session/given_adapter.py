@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from tightfit.planner.schema import Plan
 from tightfit.runtime.common.errors import InputError
@@ -15,6 +17,8 @@ from tightfit.runtime.engine.training import adapter
 
 FLOAT32 = "F32"
 """as safetensors calls it: what trained tensors are computed and saved in"""
+CHUNK = 1 << 20
+"""bytes of a file in memory at a time: an embedding that is trained in full can be as large as a budget"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,34 +44,48 @@ def given_adapter(plan: Plan, directory: Path) -> GivenAdapter:
             " or profile with --lora-rank"
         )
     path = directory / adapter.WEIGHTS
+    checksum, digest = 0, hashlib.sha256()
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            for chunk in _chunks(file):
+                checksum = zlib.crc32(chunk, checksum)
+                digest.update(chunk)
+            _check_tensors(path, file, saved_shapes(plan))
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror}; give the folder of an adapter, such as a run's OUT/adapter"
         ) from error
+    return GivenAdapter(directory=directory, checksum=checksum, fingerprint=digest.hexdigest())
+
+
+def saved_shapes(plan: Plan) -> dict[str, list[int]]:
+    """The shape of every tensor in an adapter of `plan`, by its key. The slices of a module that is trained in full are saved
+    as one tensor.
+    """
     body = plan.model.config.get("adapter_body", adapter.BODY)
-    wanted = {
-        adapter.adapter_key(tensor.name, body): list(tensor.shape)
-        for tensor in plan.tensors
-        if tensor.kind == "trainable"
-    }
-    _check_tensors(path, content, wanted)
-    return GivenAdapter(
-        directory=directory, checksum=zlib.crc32(content), fingerprint=hashlib.sha256(content).hexdigest()
-    )
+    shapes: dict[str, list[int]] = {}
+    for tensor in plan.tensors:
+        if tensor.kind != "trainable":
+            continue
+        key, shape = adapter.adapter_key(tensor.name, body), list(tensor.shape)
+        if adapter.table_slice(tensor.name) and key in shapes:
+            shape[0] += shapes[key][0]
+        shapes[key] = shape
+    return shapes
 
 
-def _check_tensors(path: Path, content: bytes, wanted: dict[str, list[int]]) -> None:
-    """Raise InputError unless the safetensors file `content` has exactly the `wanted` tensors, in finite float32."""
+def _check_tensors(path: Path, file: BinaryIO, wanted: dict[str, list[int]]) -> None:
+    """Raise InputError unless the safetensors file has exactly the `wanted` tensors, in finite float32."""
     import numpy as np  # 10 MiB of the process that prepares a run, where no adapter is given
 
-    start = 8 + int.from_bytes(content[:8], "little")
+    end = file.seek(0, 2)
+    file.seek(0)
+    start = 8 + int.from_bytes(file.read(8), "little")
     try:
-        header = json.loads(content[8:start])
+        header = json.loads(file.read(start - 8)) if start <= end else None
         found = {
             name: (entry["dtype"], entry["shape"], entry["data_offsets"])
-            for name, entry in header.items()
+            for name, entry in header.items()  # type: ignore[union-attr]
             if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -82,14 +100,24 @@ def _check_tensors(path: Path, content: bytes, wanted: dict[str, list[int]]) -> 
             raise InputError(
                 f"{path}: holds {name}, which the plan does not train; give an adapter of the plan's own model"
             )
-    for name, (dtype, shape, (begin, end)) in found.items():
+    for name, (dtype, shape, (begin, stop)) in found.items():
         if shape != wanted[name] or dtype != FLOAT32:
             raise InputError(
                 f"{path}: {name} is {dtype} {shape} and the plan trains {FLOAT32} {wanted[name]}; give an adapter of the same"
                 " rank, saved in float32"
             )
-        data = content[start + begin : start + end]
-        if begin < 0 or len(data) != 4 * math.prod(shape):
+        if begin < 0 or stop - begin != 4 * math.prod(shape) or start + stop > end:
             raise InputError(f"{path}: cut off or damaged in {name}; copy the adapter again")
-        if not np.isfinite(np.frombuffer(data, "<f4")).all():
-            raise InputError(f"{path}: {name} holds values that are no finite numbers; give the adapter of another run")
+        for chunk in _chunks(file, start + begin, stop - begin):
+            if not np.isfinite(np.frombuffer(chunk, "<f4")).all():
+                raise InputError(
+                    f"{path}: {name} holds values that are no finite numbers; give the adapter of another run"
+                )
+
+
+def _chunks(file: BinaryIO, begin: int = 0, count: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file, or `count` of them from `begin` on, at most `CHUNK` at a time."""
+    file.seek(begin)
+    while data := file.read(CHUNK if count is None else min(CHUNK, count)):
+        count = None if count is None else count - len(data)
+        yield data

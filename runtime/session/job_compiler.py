@@ -43,6 +43,7 @@ from tightfit.runtime.engine.training.job import (
     UNPACK,
     UPDATE,
     Job,
+    draws_numbers,
     program_header,
     starts_of,
 )
@@ -290,8 +291,11 @@ def _header(
         "accumulate": plan.accumulate,
         "kind": plan.model.kind,
         "lora": plan.model.lora,
+        "tables": plan.model.tables,
         "programs": [program_header(program.model_dump()) for program in plan.programs],
         "layer_programs": [programs[layer.program] for layer in plan.layers],
+        # By its name a layer draws the same random numbers in every plan.
+        "layer_names": SEPARATOR.join(layer.name for layer in plan.layers) if draws_numbers(plan.programs) else "",
         "weights": _said(_of_kind(plan, "weight")),
         "cycle": cycle,
         "trainables": _said(_of_kind(plan, "trainable")),

@@ -22,6 +22,7 @@ from tightfit.planner.fleet.schema import FleetPlan, Link, Member  # noqa: E402
 from tightfit.planner.fleet.stages import cuts, stage_profile  # noqa: E402
 from tightfit.planner.io import load_plan, save_plan  # noqa: E402
 from tightfit.planner.plan import planner_of  # noqa: E402
+from tightfit.profiles.models.lora import LoraConfig  # noqa: E402
 from tightfit.profiles.schema import EXCHANGE, adamw  # noqa: E402
 from tightfit.runtime.common.errors import TightfitError  # noqa: E402
 from tightfit.runtime.session.fleet import membership  # noqa: E402
@@ -35,9 +36,9 @@ TIMEOUT = 60.0
 class Workshop:
     """A folder with the plans of one model, for one process and for a fleet's members."""
 
-    def __init__(self, folder: Path, micro_batches: int, *, layers: int = 2) -> None:
+    def __init__(self, folder: Path, micro_batches: int, *, layers: int = 2, lora: LoraConfig | None = None) -> None:
         self.folder, self.micro_batches = folder, micro_batches
-        traced = decoder_profile(folder, config={**CONFIG, "num_hidden_layers": layers})
+        traced = decoder_profile(folder, config={**CONFIG, "num_hidden_layers": layers}, lora=lora)
         # One thread for each of several processes on two cores.
         profile = traced.model_copy(update={"device": traced.device.model_copy(update={"threads": 1})})
         self.profile = profile

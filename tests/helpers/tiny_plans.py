@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 
 import torch
-from torch._subclasses import FakeTensorMode
 
 from tightfit.planner.schema import Peak, Phase, Plan
 from tightfit.profiles.schema import Channel, Device, Floor, Model, Profile
@@ -44,14 +43,14 @@ def device(threads=2):
     )
 
 
-def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dtype="bfloat16"):
-    """A profile, without measured times, of a small decoder with random weights packed in `directory`."""
-    from tightfit.profiles.models.decoder import Decoder
-    from tightfit.profiles.models.decoder_config import decoder_shape
+def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dtype="bfloat16", lora=None):
+    """A profile, without measured times, of a small decoder of any family with random weights packed in `directory`.
+
+    `lora`: a LoraConfig; by default pairs of `rank` everywhere.
+    """
+    from tightfit.profiles.api import _trace_decoder
     from tightfit.profiles.models.lora import LoraConfig
     from tightfit.profiles.sources.lookup import resolve
-    from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
-    from tightfit.profiles.tracing.trace import trace
     from tightfit.profiles.weights.pack import build_store
     from tightfit.runtime.engine.weights.store import Store
 
@@ -62,13 +61,11 @@ def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dt
     store = build_store(source, directory)
     with Store.open(store) as opened:
         fingerprint = opened.fingerprint
-    with FakeTensorMode():
-        module = Decoder(decoder_shape(source.config), dtype=getattr(torch, dtype), lora=LoraConfig(rank=rank))
-        sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
-    traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
+    traced, told = _trace_decoder(source, batch, seq, lora or LoraConfig(rank=rank), dtype, lambda *_: None)
     model = Model(
-        name="tiny", source=str(path), kind="decoder", config=source.config, lora={"rank": rank, "alpha": 2.0 * rank},
-        store=str(store), store_fingerprint=fingerprint,
+        name="tiny", source=str(path), kind="decoder", config=source.config,
+        lora=told if lora else {"rank": rank, "alpha": 2.0 * rank}, store=str(store), store_fingerprint=fingerprint,
+        tables=dict(traced.tables),
     )  # fmt: skip
     return _profile(traced, source, model, batch, seq, dtype)
 

@@ -54,7 +54,7 @@ def interpret(
 ) -> dict[str, torch.Tensor]:
     tensors = dict(weights) | batch
     for tensor in traced.tensors:
-        if "[" in tensor.name:
+        if tensor.kind == "weight" and "[" in tensor.name:
             base, rows = tensor.name.rstrip("]").split("[")
             start, stop = map(int, rows.split(":"))
             tensors[tensor.name] = weights[base][start:stop]

@@ -1,5 +1,5 @@
-"""Decoders that transformers runs while they are traced: each family's loss and LoRA gradients against transformers +
-peft under autograd, its adapter loaded by peft, and the list of families in docs/models.md."""
+"""Decoders that transformers runs while they are traced: each family's logits, loss and LoRA gradients against
+transformers + peft under autograd, its adapter loaded by peft, and what docs/models.md says of its attention."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from decoder_families import FAMILIES, FORMS, VOCABULARY, Forms, sized
 from places import SOURCES
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_level_tokenizer
@@ -42,95 +44,6 @@ transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("p
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 
 RANK, ALPHA, BATCH, SEQ = 4, 8.0, 2, 16
-VOCABULARY = 96
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-SHORT, LONG = [1.0 + 0.1 * i for i in range(8)], [2.0 + 0.3 * i for i in range(8)]
-SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
-GPT = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
-FALCON = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
-    "parallel_attn": True, "bias": False, "alibi": False,
-}  # fmt: skip
-
-
-def rope(kind: str, **more: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4} | more}
-
-
-def sized(model_type: str, **more: Any) -> dict[str, Any]:
-    return SIZES | {"model_type": model_type} | more
-
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Llama, no scaling": sized("llama"),
-    "Llama 3.x, llama3 scaling": sized(
-        "llama", **rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
-    ),
-    "Llama, linear scaling": sized("llama", **rope("linear", factor=2.0)),
-    "Llama, dynamic scaling": sized("llama", **rope("dynamic", factor=2.0)),
-    "Llama, yarn scaling": sized("llama", **rope("yarn", factor=4.0, original_max_position_embeddings=16)),
-    "Llama, longrope scaling, short": sized(
-        "llama", **rope("longrope", factor=2.0, original_max_position_embeddings=32, short_factor=SHORT, long_factor=LONG)
-    ),
-    "Llama, longrope scaling, long": sized(
-        "llama", **rope("longrope", factor=8.0, original_max_position_embeddings=8, short_factor=SHORT, long_factor=LONG)
-    ),
-    "Mistral": sized("mistral", sliding_window=5),
-    "Ministral": sized("ministral", head_dim=16, **SLIDING),
-    "Ministral 3": sized("ministral3", head_dim=16),
-    "Qwen2, Qwen2.5": sized("qwen2"),
-    "Qwen3": sized("qwen3", head_dim=16),
-    "Qwen3.5 (text)": sized(
-        "qwen3_5_text", head_dim=16, layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4,
-        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
-        **rope("default", partial_rotary_factor=0.5, mrope_section=[2, 1, 1]),
-    ),
-    "Gemma 2": sized("gemma2", head_dim=16, sliding_window=5, query_pre_attn_scalar=16, tie_word_embeddings=True),
-    "Gemma 3 (text)": sized("gemma3_text", head_dim=16, query_pre_attn_scalar=16, tie_word_embeddings=True, **SLIDING),
-    "Gemma 4 (text)": sized(
-        "gemma4_text", num_hidden_layers=4, head_dim=16, global_head_dim=32, sliding_window=5, tie_word_embeddings=True,
-        layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=VOCABULARY, num_kv_shared_layers=2,
-    ),
-    "Phi-3": sized("phi3"),
-    "Phi-4-mini": sized(
-        "phi3", original_max_position_embeddings=32,
-        **rope("longrope", partial_rotary_factor=0.75, original_max_position_embeddings=32, short_factor=SHORT[:6], long_factor=LONG[:6]),
-    ),
-    "SmolLM3": sized("smollm3", no_rope_layer_interval=2),
-    "OLMo": sized("olmo"),
-    "OLMo 2": sized("olmo2"),
-    "OLMo 3": sized("olmo3", **SLIDING),
-    "Granite": sized("granite", embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.1),
-    "GPT-2": GPT | {"model_type": "gpt2"},
-    "GPT-NeoX, Pythia": sized("gpt_neox", hidden_act="gelu"),
-    "StableLM": sized("stablelm", layer_norm_eps=1e-5),
-    "StableLM 2 12B": sized("stablelm", layer_norm_eps=1e-5, qk_layernorm=True, use_parallel_residual=True),
-    "Falcon, multi-query": FALCON | {"model_type": "falcon", "multi_query": True, "new_decoder_architecture": False},
-    "Falcon, grouped": FALCON | {"model_type": "falcon", "num_kv_heads": 2, "new_decoder_architecture": True},
-    "EXAONE 4": sized("exaone4", **SLIDING),
-    "GLM-4 (glm)": sized("glm", head_dim=16, **rope("default", partial_rotary_factor=0.5)),
-    "GLM-4-0414 (glm4)": sized("glm4", head_dim=16, **rope("default", partial_rotary_factor=0.5)),
-    "LFM2": sized("lfm2", layer_types=["conv", "full_attention"]),
-    "StarCoder2": sized("starcoder2"),
-    "Command R": sized("cohere", logit_scale=0.0625),
-    "Command R7B": sized("cohere2", logit_scale=0.25, **SLIDING),
-    "Phi-1, Phi-2": sized("phi"),
-    "Helium": sized("helium", head_dim=16),
-    "Arcee": sized("arcee"),
-    "Nemotron": sized("nemotron"),
-    "Seed-OSS": sized("seed_oss", head_dim=16),
-    "ERNIE 4.5": sized("ernie4_5", head_dim=16),
-    "Hunyuan, dense": sized("hunyuan_v1_dense", head_dim=16),
-    "Apertus": sized("apertus"),
-    "GPT-J": GPT | {"model_type": "gptj", "rotary_dim": 8},
-    "OPT": sized("opt", ffn_dim=96, word_embed_proj_dim=64),
-    "BLOOM": {"model_type": "bloom", "vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4},
-}  # fmt: skip
 HALVES = ("Llama, yarn scaling", "Qwen3", "Qwen3.5 (text)", "Gemma 2", "Gemma 4 (text)", "Phi-4-mini", "GPT-2", "LFM2")
 """Families that are also compared in bfloat16: each has something of its own that computes in it."""
 
@@ -219,9 +132,10 @@ class Case:
         return loaded.eval()
 
     def theirs(self, dtype: torch.dtype = torch.float32) -> tuple[float, dict[str, torch.Tensor]]:
-        """(loss, LoRA gradients) by transformers + peft + autograd."""
+        """(loss, LoRA gradients) by transformers + peft + autograd; `logits` are kept."""
         model = self.adapted(dtype)
         logits = model(input_ids=self.batch["input_ids"]).logits.float()
+        self.logits = logits.detach()
         flat = self.batch["labels"].flatten()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-100)
         loss.backward()
@@ -242,22 +156,92 @@ class Case:
             made = interpret(self.traced, self.weights | self.trained, self.batch, run)
         return float(made[self.traced.loss]), {name: made[f"grad:{name}"] for name in self.trained}
 
+    def forward(self, layers: Sequence[Any]) -> Callable[..., dict[str, torch.Tensor]]:
+        """The forward of some of the traced layers: call(tensors, names) returns those of the names that it makes."""
+        described = [layer.model_dump() for layer in layers]
+        programs = {}
+        for program in self.traced.programs:
+            if program.name in {layer.program for layer in layers}:
+                programs[program.name] = program.model_dump()
+                programs[program.name]["operators"] = [
+                    op.model_dump() for op in program.operators if op.phase == "forward"
+                ]
+        given = interpret(self.traced, self.weights | self.trained, self.batch, lambda _, __, tensors: tensors)
+
+        def call(tensors: dict[str, torch.Tensor], wanted: Sequence[str]) -> dict[str, torch.Tensor]:
+            with torch.no_grad():
+                return run_step(described, programs, given | tensors, wanted)
+
+        return call
+
+    def operators(self, layer: Any) -> list[Any]:
+        """The operators of a layer's forward."""
+        program = next(program for program in self.traced.programs if program.name == layer.program)
+        return [operator for operator in program.operators if operator.phase == "forward"]
+
+    def log_probabilities(self) -> torch.Tensor:
+        """Of every token at every position, by the traced programs: float32 [batch, seq, vocabulary].
+
+        The blocks run once. The head runs once for each token, which all labels then are: its token losses are the
+        negative log probabilities of that token. So each logit is compared, but for what all of a position have in common.
+        """
+        wanted = str(self.traced.token_losses)
+        head = next(layer for layer in self.traced.layers if wanted in layer.bindings.values())
+        read = [head.bindings[name] for op in self.operators(head) for name in op.inputs if name in head.bindings]
+        hidden = self.forward([layer for layer in self.traced.layers if layer is not head])({}, read)
+        losses = self.forward([head])
+        made = [
+            losses(hidden | {"labels": torch.full((BATCH, SEQ), token)}, [wanted])[wanted]
+            for token in range(VOCABULARY)
+        ]
+        return -torch.stack(made, -1).view(BATCH, SEQ, VOCABULARY)
+
+    def forms(self) -> Forms:
+        """What the trace has of attention."""
+        places = []
+        for layer in self.traced.layers:
+            for operator in self.operators(layer):
+                if operator.target == "tightfit.attention":
+                    cosines = operator.args[3]["operand"]
+                    name = layer.bindings.get(cosines["value"]) or f"{layer.name}/{cosines['value']}"
+                    places.append((name, cosines, operator.args[5] is not None))
+        made = self.forward(self.traced.layers)({}, [name for name, _, _ in places])
+        turned = [
+            bool((made[name].as_strided(of["size"], of["stride"], of.get("offset", 0)) != 1).any())
+            for name, of, _ in places
+        ]
+        told = self.model.config
+        kinds = list(getattr(told, "layer_types", None) or ["full_attention"] * told.num_hidden_layers)
+        others = {"linear_attention": "gated DeltaNet", "conv": "convolutions"}
+        parts = ["operator" if places else "as traced"]
+        if any(masked for _, _, masked in places):
+            parts.append("sliding windows")
+        parts += [f"{name} as traced" for kind, name in others.items() if kind in kinds]
+        assert len(places) in (0, sum(kind not in others for kind in kinds))
+        rotates = getattr(told, "rope_parameters", None) or getattr(told, "rotary_dim", None)
+        rotation = "before attention" if rotates else "none"
+        if any(turned):
+            rotation = "in attention" if all(turned) else "in attention, not in all layers"
+        return Forms(rotation=rotation, attention=", ".join(parts))
+
 
 def error(own: torch.Tensor, exact: torch.Tensor) -> float:
     return float((own - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_gradients_and_adapter_are_those_of_transformers_and_peft(family: str, tmp_path: Path) -> None:
+def test_logits_loss_gradients_and_adapter_are_those_of_transformers_and_peft(family: str, tmp_path: Path) -> None:
     case = Case(FAMILIES[family], tmp_path, "float32")
     (loss, gradients), (own_loss, own) = case.theirs(), case.ours()
     assert own_loss == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(case.log_probabilities(), case.logits.log_softmax(-1), rtol=0, atol=2e-5)
     assert {name: error(own[name], exact) for name, exact in gradients.items() if error(own[name], exact) > 1e-4} == {}
     assert all(float(gradient.norm()) for gradient in gradients.values())
     targets = {operator.target for program in case.traced.programs for operator in program.operators}
     assert all(target.startswith(("aten.", "tightfit.")) for target in targets)
     blocks = [layer.name for layer in case.traced.layers if layer.name.split("#")[0][-1].isdigit()]
     assert len(blocks) == case.source.config["num_hidden_layers"]
+    assert case.forms() == FORMS.get(family, Forms())
 
 
 @pytest.mark.parametrize("family", HALVES)
@@ -413,12 +397,3 @@ def test_llama_is_traced_into_the_programs_of_the_decoder_written_by_hand() -> N
     assert [layer.name for layer in ours.layers] == [layer.name for layer in theirs.layers]
     for own, other in zip(ours.programs[:-1], theirs.programs[:-1], strict=True):  # the last makes the tables
         assert [(op.phase, op.target) for op in own.operators] == [(op.phase, op.target) for op in other.operators]
-
-
-DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
-
-
-def test_the_documented_list_is_the_tested_one() -> None:
-    rows = [f"| {family} | `{config['model_type']}` |" for family, config in FAMILIES.items()]
-    table = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| ") and line.count("`") == 2][1:]
-    assert table == rows, "\n".join(rows)

@@ -1,6 +1,7 @@
-"""docs/files.md has a line for every file, which is the first of its docstring; links in the documentation lead somewhere.
+"""docs/files.md has a line for every file, which is the first of its docstring; tables of what is tested are those of the
+tests; links in the documentation lead somewhere.
 
-``python tests/whole/test_docs.py`` (``make docs``) writes the page anew.
+``python tests/whole/test_docs.py`` (``make docs``) writes the page and the tables anew.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ def test_the_page_of_files_is_what_the_files_say():
     assert PAGE.read_text() == page(), "run `make docs`"
 
 
+def test_tables_of_what_is_tested_are_those_of_the_tests():
+    from documented_tables import TABLES, with_table
+
+    for (name, table), lines in TABLES.items():
+        text = (ROOT / "docs" / name).read_text()
+        assert text == with_table(text, table, lines()), "run `make docs`"
+
+
 def test_every_file_says_what_it_is():
     silent = [path for top in FOLDERS for path in (ROOT / top).rglob("*.py") if not first_sentence(path)]
     assert not silent
@@ -56,5 +65,11 @@ def test_links_lead_somewhere():
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+    from documented_tables import TABLES, with_table
+
     PAGE.write_text(page())
-    sys.stdout.write(f"{PAGE}\n")
+    for (name, table), lines in TABLES.items():
+        path = ROOT / "docs" / name
+        path.write_text(with_table(path.read_text(), table, lines()))
+    sys.stdout.write("".join(f"{path}\n" for path in [PAGE, *(ROOT / "docs" / name for name, _ in TABLES)]))

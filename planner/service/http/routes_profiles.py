@@ -24,7 +24,8 @@ from tightfit.planner.service.wire.clients import Asker
 from tightfit.planner.service.wire.errors import invalid
 from tightfit.planner.service.wire.schema import Digest, ProfileList, ProfileRequest, StoredProfile
 from tightfit.planner.service.wire.settings import Settings
-from tightfit.profiles.models.decoder_config import decoder_shape, initial_deviation, text_config
+from tightfit.profiles.models.decoder_config import decoder_shape, handwritten, initial_deviation, text_config
+from tightfit.profiles.models.transformers_config import check
 from tightfit.profiles.schema import PROFILE_VERSION
 from tightfit.runtime.common.errors import InputError
 
@@ -67,7 +68,11 @@ async def make_profile(request: Request, asked: ProfileRequest, client: Asker, k
 
 
 def _source(settings: Settings, asked: ProfileRequest) -> Row:
-    """The model, as a worker is told of it: a path or hub id as `source`, or a `config`. Raises ServiceError 422."""
+    """The model, as a worker is told of it: a path or hub id as `source`, or a `config`. Raises ServiceError 422.
+
+    Of a config whose model transformers has to build, only what needs neither transformers nor PyTorch is checked here:
+    what the built model shows is the job's error.
+    """
     if asked.path is not None:
         return {"source": confined(asked.path, settings.roots, "path")}
     if asked.hub is not None:
@@ -78,7 +83,10 @@ def _source(settings: Settings, asked: ProfileRequest) -> Row:
     if config is None:
         raise invalid("config", "no model config (no 'model_type'); send the content of a config.json")
     try:
-        decoder_shape(config)
+        if handwritten(config):
+            decoder_shape(config)
+        else:
+            check(config)
         initial_deviation(config)
     except InputError as error:
         raise invalid("config", str(error)) from error

@@ -364,6 +364,7 @@ $("measure").addEventListener("submit", action(async (event) => {
   if (form.get("source") === "path") request.path = form.get("path");
   else request.config = await configOf(form.get("config"));
   for (const name of ["seq", "batch", "lora_rank", "accumulate"]) request[name] = Number(form.get(name));
+  for (const name of ["lora_targets", "base"]) if (form.get(name)) request[name] = form.get(name);
   const { chosen } = state, done = await measured(request);
   await arrived(done.result.profile, chosen);
 }));

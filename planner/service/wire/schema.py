@@ -132,7 +132,9 @@ class ProfileRequest(Request):
         pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$",
         description="a hub id; refused unless the service was started with --hub",
     )
-    config: dict[str, Any] | None = Field(None, description="a config.json as it is; the weights are random then")
+    config: dict[str, Any] | None = Field(
+        None, description="a config.json as it is, of any dense decoder of transformers; the weights are random then"
+    )
     seq: int = Field(256, ge=1, le=1 << 20)
     batch: int = Field(1, ge=1, le=1 << 16)
     lora_rank: int = Field(8, ge=1, le=1 << 14)
@@ -145,7 +147,10 @@ class ProfileRequest(Request):
         " regular expression for whole names",
     )
     lora_layers: str | None = Field(
-        None, pattern=r"^\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?){0,255}$", description="only in these layers: 0-3,8"
+        None,
+        max_length=2560,
+        pattern=r"^[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*$",
+        description="only in these layers: 0-3,8",
     )
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1 << 14)]] | None = Field(
         None, max_length=256, description="other ranks where a layer's name matches a pattern"

@@ -45,6 +45,7 @@ FAMILY = Family(
     unit_offset=True,
     post_norms=True,
     scaled_embedding=True,
+    padding=0,
     attention_scalar=256.0,
     layer_types=_layer_types,
     gguf=GgufFacts(architecture="gemma3", names=NAMES, norm_offset=1.0, settings=_gguf_settings),

@@ -22,7 +22,15 @@ from torch import Tensor
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.cpu import products
 from tightfit.runtime.engine.cpu.attention import LOG2_E, attention, attention_backward
+from tightfit.runtime.engine.cpu.dora import dora_norm, dora_scale, dora_scale_backward
+from tightfit.runtime.engine.cpu.dropout import (
+    dropout,
+    dropout_lora_backward,
+    dropout_lora_down,
+    dropout_projection_backward,
+)
 from tightfit.runtime.engine.cpu.products import blocks, multiply
+from tightfit.runtime.engine.cpu.tables import table_head, table_head_backward, table_rows, table_rows_backward
 
 aten = torch.ops.aten
 
@@ -324,6 +332,13 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.projection": projection,
     "tightfit.lora_backward": lora_backward,
     "tightfit.projection_backward": projection_backward,
+    "tightfit.dropout": dropout,
+    "tightfit.dropout_lora_down": dropout_lora_down,
+    "tightfit.dropout_lora_backward": dropout_lora_backward,
+    "tightfit.dropout_projection_backward": dropout_projection_backward,
+    "tightfit.dora_norm": dora_norm,
+    "tightfit.dora_scale": dora_scale,
+    "tightfit.dora_scale_backward": dora_scale_backward,
     "tightfit.attention": attention,
     "tightfit.attention_backward": attention_backward,
     "tightfit.gated": gated,
@@ -334,6 +349,10 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.head_chunk": head_chunk,
     "tightfit.head_finish": head_finish,
     "tightfit.head_mean": head_mean,
+    "tightfit.table_rows": table_rows,
+    "tightfit.table_rows_backward": table_rows_backward,
+    "tightfit.table_head": table_head,
+    "tightfit.table_head_backward": table_head_backward,
     "tightfit.send": send,
     "tightfit.receive": receive,
 }

@@ -32,6 +32,9 @@ CUDA = ("libtorch_cuda", "libtorch_nvshmem", "libc10_cuda", "libcu", "libnv", "l
 REFERENCES = ("_ZN4c10d15get_gil_checkerEv",)
 """Functions that are called while PyTorch's libraries load and return a reference to a variable (the only one, 2.9 to
 2.14)."""
+CONSTRUCTORS = ("_ZN4c10d16ProcessGroupNCCL7OptionsC1Eb",)
+"""Constructors that are called while PyTorch's C bindings for exchanges between processes are made: the options of NCCL,
+which nobody looks at."""
 LIBRARY = "libtorch_python.so"
 """The PyTorch library that depends on all the others."""
 JUDGED_SECONDS = 120
@@ -133,7 +136,8 @@ def stubs(libraries: Path) -> dict[str, bytes]:
     missing = set().union(*(library.undefined for library in ours.values()))
     missing -= set().union(*(library.defined for library in ours.values()))
     symbols = sorted(name for name in missing if not any(_defines(library, name) for library in system))
-    symbol_stub = stub_library(SYMBOLS, needed=("libstdc++.so.6",), symbols=symbols, references=REFERENCES)
+    special = {"references": REFERENCES, "constructors": CONSTRUCTORS}
+    symbol_stub = stub_library(SYMBOLS, needed=("libstdc++.so.6",), symbols=symbols, **special)
     return {SYMBOLS: symbol_stub, **{name: stub_library(name, needed=(SYMBOLS,)) for name in sorted(replaced)}}
 
 

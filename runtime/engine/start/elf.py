@@ -27,9 +27,14 @@ _TYPEINFO_BYTES = 16
 _PAGE = 4096
 _MAGIC = b"\x7fELF\x02\x01\x01"
 _X86_64 = 62
+_LEA, _STORE, _RETURN = b"\x48\x8d\x05", b"\x48\x89\x07", b"\xc3"  # lea ...(%rip), %rax; mov %rax, (%rdi); ret
 _TO_SYMBOL, _TO_PLACE = 1, 8  # relocations of x86-64: the address of a symbol, an address in this file
 _CLASS = "_ZTVN10__cxxabiv117__class_type_infoE"
 _ZEROS = 1 << 12
+_OBJECT = "_ZTI8tightfit"
+"""typeinfo of the objects that `stub_library`'s constructors make"""
+_VIRTUAL = 32
+"""virtual functions of such an object"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +97,18 @@ def _read(data: mmap.mmap) -> SharedObject:
 
 
 def stub_library(
-    soname: str, *, needed: Sequence[str] = (), symbols: Sequence[str] = (), references: Collection[str] = ()
+    soname: str,
+    *,
+    needed: Sequence[str] = (),
+    symbols: Sequence[str] = (),
+    references: Collection[str] = (),
+    constructors: Collection[str] = (),
 ) -> bytes:
     """The bytes of an x86-64 shared object named `soname` that loads the libraries `needed` and defines `symbols`.
 
     A C++ typeinfo (``_ZTI...``) becomes the typeinfo of a class without bases. A symbol of `references` becomes a
-    function that returns the address of `_ZEROS` zero bytes. Every other symbol has that address itself: read as data
+    function that returns the address of `_ZEROS` zero bytes, one of `constructors` the constructor of a class whose virtual
+    functions return at once. Every other symbol has that address itself: read as data
     it is zero; called as a function it ends the process (SIGSEGV).
     """
     strings = bytearray(b"\0")
@@ -107,6 +118,8 @@ def stub_library(
         strings.extend(text.encode() + b"\0")
         return at
 
+    made = set(constructors) & set(symbols)
+    symbols = [*symbols, *([_OBJECT] if made else [])]
     types = [name for name in symbols if name.startswith("_ZTI")]
     names = [*([_CLASS] if types else []), *symbols]
     places = [put(name) for name in names]
@@ -117,14 +130,17 @@ def stub_library(
     # Layout: code and tables, mapped read-only; then what the dynamic linker writes, in a page of its own.
     headers = _HEADER.size + _SEGMENTS * _SEGMENT.size
     at_code = _aligned(headers)
-    at_symbols = at_code + 8
+    at_return, at_constructor = at_code + 7, at_code + 16
+    at_symbols = at_code + 32
     at_hash = at_symbols + (len(names) + 1) * _SYMBOL.size
     at_relocations = _aligned(at_hash + len(hashes))
-    at_strings = at_relocations + 2 * len(types) * _RELOCATION.size
+    count = 2 * len(types) + (1 + _VIRTUAL if made else 0)
+    at_strings = at_relocations + count * _RELOCATION.size
     read_only = _aligned(at_strings + len(strings))
     at_dynamic = read_only + _PAGE
     at_types = at_dynamic + (len(dynamic) + 9) * _PAIR.size
-    at_zeros = at_types + len(types) * _TYPEINFO_BYTES
+    at_virtual = at_types + len(types) * _TYPEINFO_BYTES
+    at_zeros = at_virtual + (8 * (2 + _VIRTUAL) if made else 0)
     size = at_zeros - _PAGE
 
     dynamic += [
@@ -134,19 +150,25 @@ def stub_library(
         (_DT_STRSZ, len(strings)),
         (_DT_SYMENT, _SYMBOL.size),
         (_DT_RELA, at_relocations),
-        (_DT_RELASZ, 2 * len(types) * _RELOCATION.size),
+        (_DT_RELASZ, count * _RELOCATION.size),
         (_DT_RELAENT, _RELOCATION.size),
         (_DT_NULL, 0),
     ]
     address = {name: at_types + number * _TYPEINFO_BYTES for number, name in enumerate(types)}
+    functions = dict.fromkeys(references, at_code) | dict.fromkeys(made, at_constructor)
     table, relocations = bytearray(_SYMBOL.size), bytearray()
     for name, place in zip(names, places, strict=True):
         here = name != _CLASS  # which libstdc++ defines
-        value = address.get(name, at_code if name in references else at_zeros) if here else 0
+        value = functions.get(name, address.get(name, at_zeros)) if here else 0
         table += _SYMBOL.pack(place, _STB_GLOBAL << 4, 0, here, value, 0)
         if name in address:
             relocations += _RELOCATION.pack(value, 1 << 32 | _TO_SYMBOL, 16)
             relocations += _RELOCATION.pack(value + 8, _TO_PLACE, at_strings + place + len("_ZTI"))
+    if made:
+        # The virtual table: no offset to the whole object, its typeinfo, the functions.
+        relocations += _RELOCATION.pack(at_virtual + 8, _TO_PLACE, address[_OBJECT])
+        for number in range(_VIRTUAL):
+            relocations += _RELOCATION.pack(at_virtual + 16 + 8 * number, _TO_PLACE, at_return)
 
     def segment(kind: int, flags: int, at: int, address: int, inside: int, more: int = 0) -> bytes:
         return _SEGMENT.pack(kind, flags, at, address, address, inside, inside + more, _PAGE)
@@ -160,11 +182,13 @@ def stub_library(
     header = _HEADER.pack(
         _MAGIC + bytes(9), _ET_DYN, _X86_64, 1, 0, _HEADER.size, 0, 0, _HEADER.size, _SEGMENT.size, _SEGMENTS, 0, 0, 0
     )
-    code = b"\x48\x8d\x05" + (at_zeros - at_code - 7).to_bytes(4, "little") + b"\xc3"  # lea zeros(%rip), %rax; ret
+    code = _LEA + (at_zeros - at_return).to_bytes(4, "little") + _RETURN
+    constructor = _LEA + (at_virtual + 16 - at_constructor - 7).to_bytes(4, "little") + _STORE + _RETURN
     content = bytearray(size)
     for at, part in (
         (0, header + segments),
         (at_code, code),
+        (at_constructor, constructor),
         (at_symbols, table),
         (at_hash, hashes),
         (at_relocations, relocations),

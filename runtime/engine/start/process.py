@@ -18,6 +18,7 @@ from typing import NoReturn
 from tightfit.runtime.common import interpreter
 from tightfit.runtime.common.errors import TightfitError
 from tightfit.runtime.common.files import cache_directory
+from tightfit.runtime.engine.cpu import native_dropout
 from tightfit.runtime.engine.start import cuda_stubs, page_out
 from tightfit.runtime.engine.weights import native
 
@@ -70,6 +71,7 @@ def child_environment(threads: int) -> dict[str, str]:
     environment.update(
         {
             native.VARIABLE: native.library(cache_directory()),
+            native_dropout.VARIABLE: native_dropout.library(cache_directory()),
             page_out.VARIABLE: page_out.library(cache_directory()),
             cuda_stubs.VARIABLE: cuda_stubs.folder(cache_directory()),
         },

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,17 +17,52 @@ CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 BODY = "model."
 """prefix of the names of a decoder's layers; a decoder inside a multimodal wrapper has another"""
+MAGNITUDE = ".lora_magnitude_vector.weight"
+"""suffix of the names of DoRA's trained lengths of a weight's rows"""
+_SLICE = re.compile(r"([^:]+)\.modules_to_save\.\d+\.(\w+)\[(\d+):(\d+)\]")
 SIDE = "side."
 """prefix of the names of a side network's tensors"""
 SIDE_CONFIG = "side_config.json"
 """what a side network is, beside its tensors"""
 
 
+class TableSlice(NamedTuple):
+    """What a slice of a module that is trained in full belongs to, as its name says."""
+
+    module: str
+    """such as model.embed_tokens"""
+    parameter: str
+    start: int
+    stop: int
+    """rows"""
+
+
+def table_slice(name: str) -> TableSlice | None:
+    """What the trainable `name` is a slice of; None: it is none."""
+    found = _SLICE.fullmatch(name)
+    return TableSlice(found[1], found[2], int(found[3]), int(found[4])) if found else None
+
+
 def adapter_key(name: str, body: str = BODY) -> str:
     """The key in a PEFT adapter of the trainable `name`; `body` is the prefix of the decoder's names in the
-    base model.
+    base model. All slices of a module have that of the whole. PEFT leaves out the last part of a magnitude's name.
     """
-    return PREFIX + body + name.removeprefix(BODY)
+    if own := table_slice(name):
+        whole = f"{own.module}.{own.parameter}"
+        return PREFIX + (body + whole.removeprefix(BODY) if whole.startswith(BODY) else whole)
+    known = name.removesuffix(".weight") if name.endswith(MAGNITUDE) else name
+    return PREFIX + body + known.removeprefix(BODY)
+
+
+def trained_name(key: str, body: str = BODY) -> str:
+    """The trainable whose key in a PEFT adapter is `key`."""
+    name = BODY + key.removeprefix(PREFIX + body)
+    return f"{name}.weight" if f"{name}.weight".endswith(MAGNITUDE) else name
+
+
+def scaled_weight(name: str) -> str | None:
+    """The weight whose rows have the lengths that the trainable `name` holds; None: it is no magnitude."""
+    return name.removesuffix(MAGNITUDE) + ".weight" if name.endswith(MAGNITUDE) else None
 
 
 def adapter_config(lora: Mapping[str, Any], names: Iterable[str], base: str, body: str = BODY) -> dict[str, Any]:
@@ -58,7 +93,8 @@ def adapter_config(lora: Mapping[str, Any], names: Iterable[str], base: str, bod
 
 def initialise(name: str, seed: int, out: Tensor) -> None:
     """PEFT's initial values, seeded per tensor: lora_A uniform in +-1/sqrt(columns) (Kaiming with a = sqrt(5)), lora_B
-    zero. Of a side network the down projections as lora_A, up projections and gates zero.
+    zero. Of a side network the down projections as lora_A, up projections and gates zero. Magnitudes follow from the
+    weights: `tightfit.runtime.engine.training.trainer.Training.initialise`.
     """
     import torch
 

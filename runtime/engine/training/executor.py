@@ -16,11 +16,13 @@ from torch import Tensor
 
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.device.device import Device
+from tightfit.runtime.engine.device.draws import Draws
 from tightfit.runtime.engine.device.spill import SpillFile
 from tightfit.runtime.engine.kernels.compiled import CompiledOperator, compile_operator
 from tightfit.runtime.engine.kernels.optimizer import Perturbation, Update
 from tightfit.runtime.engine.training.job import (
     CODES,
+    DROPOUT,
     FETCH,
     FREE,
     LOSS,
@@ -36,7 +38,7 @@ from tightfit.runtime.engine.training.job import (
     Job,
     program_values,
 )
-from tightfit.runtime.engine.training.job_tables import StoredWeight, Trainable
+from tightfit.runtime.engine.training.job_tables import Names, StoredWeight, Trainable
 from tightfit.runtime.engine.weights.store import Store
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ class BoundOperator:
     gives the tensor's number.
     """
 
-    __slots__ = ("call", "gathers", "inputs", "keywords", "name", "partial", "reads", "writes")
+    __slots__ = ("call", "draws", "gathers", "inputs", "keywords", "name", "partial", "reads", "writes")
 
     def __init__(
         self,
@@ -80,6 +82,8 @@ class BoundOperator:
             self.reads.append((container, key, *where))
         self.partial = compiled.partial
         self.keywords = compiled.kwargs
+        self.draws = compiled.name.startswith(DROPOUT)
+        """whether it draws random numbers, which depend on the layer"""
         self.inputs = tuple(dict.fromkeys(read[2] for read in self.reads))
         self.writes: list[
             tuple[int, Callable[..., Tensor], int, tuple[int, ...], tuple[int, ...], torch.dtype] | None
@@ -143,6 +147,14 @@ class Executor:
         # Once bound, the JSON form is dropped from the header: it is as large as the bound operators.
         self.programs = [bind(program, device, store) for program in header.pop("programs")]
         self.layers = [self.programs[index] for index in header["layer_programs"]]
+        self.draws = Draws(header["seed"])
+        """what operators draw random numbers of; the trainer sets the step"""
+        for program in self.programs:
+            for operator in program:
+                if operator.draws:
+                    operator.keywords["draws"] = self.draws
+        self.layer_names = Names(header["layer_names"])
+        """empty where no operator draws random numbers"""
         self.gathered = dict(header["gathered"])
         self.weights, self.trainables = weights, trainables
         self.loss_number, self.token_losses = header["loss"], header["token_losses"]
@@ -199,6 +211,8 @@ class Executor:
                     container[key] = window(size, stride, (where[table[local]] >> shift) + offset)
                 for container, key, local in operator.gathers:
                     container[key] = self.gathered[table[local]]
+                if operator.draws:
+                    self.draws.layer = self.layer_names[layer]
                 place += 4
                 outputs: list[Tensor | None] = []
                 for write in operator.writes:

@@ -25,6 +25,8 @@ READ, UNPACK, RUN, FREE, SPILL, FETCH, UPDATE, PERTURB, PASS, LOSS, TOKEN_LOSSES
 CODES = ("read", "unpack", "run", "free", "spill", "fetch", "update", "perturb", "pass", "loss", "token_losses")
 SEND, RECEIVE = PASSING = ("tightfit.send", "tightfit.receive")
 """operators that hand tensors to, or get them from, another member of a fleet"""
+DROPOUT = "tightfit.dropout"
+"""prefix of the operators that draw random numbers of a step and a layer (`tightfit.runtime.engine.device.draws`)"""
 UNIT = 64
 BLOCK = 4096
 STATES = ("adam_m", "adam_v", "grad_sum")
@@ -95,6 +97,11 @@ class Job:
 def passes_messages(programs: Iterable[Any]) -> bool:
     """Whether operators of a plan's or profile's programs send or receive: it is that of a member that has some of the layers."""
     return any(operator.target in PASSING for program in programs for operator in program.operators)
+
+
+def draws_numbers(programs: Iterable[Any]) -> bool:
+    """Whether operators of a plan's or profile's programs draw random numbers of a step and a layer."""
+    return any(operator.target.startswith(DROPOUT) for program in programs for operator in program.operators)
 
 
 def program_header(program: Mapping[str, Any]) -> dict[str, Any]:

@@ -119,6 +119,7 @@ class _Run:
         # A resumed run may have held-out data that were not evaluated before step 1. Then it first takes the initial
         # state again, evaluates that, and loads the checkpoint afterwards.
         begun = self.done > 0 and (self.held_out is None or self.before.get("data") == self.held_out)
+        settle()  # values and states may fill the arena: without the pages of code that only building kernels has used
         if found:
             send("resumed", step=self.done, checkpoint=found.path)
         if found and begun:
@@ -300,6 +301,7 @@ class _Run:
         def fill(path: str) -> dict[str, Any]:
             return {"evaluated before": self.before, **self.training.save_state(path)}
 
+        settle()  # saving takes buffers and code of its own, and needs nothing of what a step leaves
         self.path = checkpoint.save(self.out, self.done, self.conditions, fill, self.header["keep_checkpoints"])
         self.saved = self.done
         self.peaks["checkpoint"] = self.training.meter.check_peak()

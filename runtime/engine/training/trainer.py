@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from tightfit.runtime.engine.fleet.stage import Stage
 
 CHUNK = 1 << 20
+NORM = "tightfit.dora_norm"
+NORM_ELEMENTS = 1 << 17
+"""of a weight that are unpacked at a time to find the lengths of its rows"""
 
 
 class Training:
@@ -190,6 +193,7 @@ class Training:
         self.batches.training(number - 1, self.inputs)
         self._deliver()
         stage.begin(number, "ahead")
+        self.executor.draws.step = number  # as in the training of the micro-batch
         self.executor.execute(self.job.evaluate)
 
     def _train(self, number: int) -> float:
@@ -200,6 +204,7 @@ class Training:
             torch.default_generator.manual_seed(self.header["seed"] * 1_000_003 + number)
 
         seed()
+        self.executor.draws.step = number
         self.executor.between_forwards = seed  # MeZO's two forwards of one step draw the same random numbers
         if isinstance(self.update, Perturbation):
             self.update.begin(number)
@@ -226,9 +231,10 @@ class Training:
         return int((self.inputs[1] >= 0).sum()) if self.header["kind"] == "decoder" else 1
 
     def loss(self) -> float:
-        """The loss of the next training batch, without a step; for a decoder the mean over labelled tokens."""
+        """The loss of the next training batch, without a step or dropout; for a decoder the mean over labelled tokens."""
         self.batches.training(0, self.inputs)
         self._deliver()
+        self.executor.draws.step = None
         self.executor.execute(self.job.evaluate)
         return self.executor.loss
 
@@ -242,6 +248,7 @@ class Training:
         device sends it the batches, and counts the losses that it sends back.
         """
         scores, before = Scores(), time.perf_counter()
+        self.executor.draws.step = None
         with_records = None if path is None else open_batches(path, self.header["seed"])
         batches = 0 if with_records is None else with_records.evaluation_count(self.inputs)
         served = self.stage if self.stage and self.stage.one_way else None
@@ -273,7 +280,11 @@ class Training:
         for trainable in self.trainables:
             value = self._temporary(trainable)
             if given:
-                _fill(value, given, self._key(trainable.name))
+                _fill(value, given, self._key(trainable.name), _skipped(trainable))
+            elif own := adapter.table_slice(trainable.name):
+                self._unpack(f"{self.header['tables'][own.module]}[{own.start}:{own.stop}]", value)
+            elif weight := adapter.scaled_weight(trainable.name):
+                self._row_norms(weight, value)
             elif self.header["kind"] == "decoder":
                 adapter.initialise(trainable.name, self.header["seed"], value)
             else:
@@ -329,11 +340,19 @@ class Training:
 
     def _name(self, key: str) -> str:
         """The trainable whose key in an adapter is `key`."""
-        return adapter.BODY + key.removeprefix(adapter.PREFIX + self._body)
+        return adapter.trained_name(key, self._body)
 
     def _trained_items(self) -> Iterator[Item]:
-        for trainable in self.trainables:
-            yield self._item(self._key(trainable.name), trainable, trainable.value)
+        tables: dict[str, list[tuple[int, int]]] = {}
+        """key of a module that is trained in full -> (first row, number) of its slices"""
+        for number, trainable in enumerate(self.trainables):
+            key = self._key(trainable.name)
+            if own := adapter.table_slice(trainable.name):
+                tables.setdefault(key, []).append((own.start, number))
+            else:
+                yield self._item(key, trainable, trainable.value)
+        for key, slices in tables.items():
+            yield self._table_item(key, [self.trainables[number] for _, number in sorted(slices)])
         state_dict = self.header.get("state_dict") or {}
         places = {name: place for place, name in enumerate(self.trainables.names)} if state_dict else {}
         for key, name in state_dict.items():
@@ -391,7 +410,8 @@ class Training:
             for key, trainable, keep in wanted:
                 value = self._temporary(trainable)
                 plain = adapter.adapter_key(trainable.name)  # the key in checkpoints of plans without `adapter_body`
-                _fill(value, reader, plain if plain in reader else key)
+                skipped = _skipped(trainable) if name == file else 0
+                _fill(value, reader, plain if plain in reader else key, skipped)
                 keep(value)
             reader.close()
 
@@ -455,6 +475,29 @@ class Training:
         self._store.read_into(name, staging)
         self._store.unpack(name, staging, out)
 
+    def _row_norms(self, name: str, out: Tensor) -> None:
+        """Fill `out` with the lengths of a weight's rows as its operators read them: the magnitudes that DoRA starts from.
+
+        A few rows are in memory at a time. Raises InputError where all elements of a row are zero.
+        """
+        entry = self._store.entries[name]
+        dtype = next(weight.dtype for weight in self.weights if weight.name == name)
+        step = max(1, NORM_ELEMENTS // (entry.columns * entry.segment_rows)) * entry.segment_rows
+        rows = torch.empty(min(step, entry.rows), entry.columns, dtype=getattr(torch, dtype))
+        # The operator that divides by the lengths, with a pair that adds nothing: the first quotients are exactly 1.
+        length, a, b = self.device.kernels.fused[NORM], torch.zeros(1, entry.columns), torch.zeros(len(rows), 1)
+        scratch = torch.empty(rows.shape)
+        for start in range(0, entry.rows, step):
+            stop = min(start + step, entry.rows)
+            part = rows[: stop - start]
+            self._store.load(f"{name}[{start}:{stop}]", part)
+            length(part, a, b[: len(part)], 1.0, out=(out[start:stop], scratch))
+        if not out.all():
+            raise InputError(
+                f"row {int(out.argmin())} of {name} is zero, and DoRA divides by its length; profile without --dora, or leave the"
+                " layer out with --lora-targets"
+            )
+
     def _room(self, size: int) -> Tensor:
         """A uint8 buffer [size] to read into, at the start of the arena's hole; from the heap if the hole is
         too small.
@@ -486,6 +529,16 @@ class Training:
     def _item(self, name: str, trainable: Trainable, place: Place) -> Item:
         return Item(name=name, dtype="float32", shape=list(trainable.shape), chunks=lambda: self._chunks(place))
 
+    def _table_item(self, key: str, slices: list[Trainable]) -> Item:
+        """A module that is trained in full as one tensor, from its slices in their order, none of which is copied."""
+        shape = [sum(one.shape[0] for one in slices), *slices[0].shape[1:]]
+
+        def chunks() -> Iterator[memoryview | bytes]:
+            for one in slices:
+                yield from self._chunks(one.value)
+
+        return Item(name=key, dtype="float32", shape=shape, chunks=chunks)
+
     def _stored_item(self, key: str, name: str) -> Item:
         """A frozen parameter or a buffer, with the dtype and bytes that the store holds."""
         entry = self._store.entries[name]
@@ -505,7 +558,7 @@ class Training:
 
     def _chunks(self, place: Place) -> Iterator[memoryview | bytes]:
         size = self.job.sizes[place.number]
-        buffer = (ctypes.c_char * min(CHUNK, size)).from_buffer(bytearray(min(CHUNK, size))) if place.at < 0 else None
+        buffer = self._room(min(CHUNK, size)) if place.at < 0 else None
         for done in range(0, size, CHUNK):
             part = min(CHUNK, size - done)
             if buffer is None:
@@ -513,8 +566,9 @@ class Training:
                 self.device.get(place.at + done, host)
                 yield memoryview((ctypes.c_char * part).from_address(host.data_ptr())).cast("B")
             else:
-                self.spill.read(ctypes.addressof(buffer), part, self.job.extents[place.number] + done)
-                yield memoryview(buffer).cast("B")[:part]
+                address = buffer.data_ptr()
+                self.spill.read(address, part, self.job.extents[place.number] + done)
+                yield memoryview((ctypes.c_char * part).from_address(address)).cast("B")
 
 
 class Scores:
@@ -551,9 +605,15 @@ class Scores:
         }
 
 
-def _fill(value: Tensor, reader: safetensors_file.Reader, key: str) -> None:
-    """Copy the bytes that a file has under `key` into a tensor."""
+def _skipped(trainable: Trainable) -> int:
+    """Bytes before a trainable in the tensor of an adapter that it is a slice of; 0: it is a tensor of its own."""
+    own = adapter.table_slice(trainable.name)
+    return 4 * own.start * trainable.shape[1] if own else 0
+
+
+def _fill(value: Tensor, reader: safetensors_file.Reader, key: str, skipped: int = 0) -> None:
+    """Copy the bytes that a file has under `key`, after the first `skipped` ones, into a tensor."""
     done = 0
-    for chunk in reader.chunks(key):
+    for chunk in reader.chunks(key, begin=skipped, count=value.numel() * value.itemsize):
         ctypes.memmove(value.data_ptr() + done, chunk, len(chunk))
         done += len(chunk)

@@ -134,12 +134,16 @@ class Reader:
                 return at + len(key) - 1
         return -1
 
-    def chunks(self, name: str, size: int = 1 << 20) -> Iterator[bytes]:
-        """The bytes of a tensor, at most `size` at a time. Raises InputError if it is not there or truncated."""
+    def chunks(self, name: str, size: int = 1 << 20, *, begin: int = 0, count: int | None = None) -> Iterator[bytes]:
+        """The bytes of a tensor, or `count` of them from `begin` on, at most `size` at a time. Raises InputError if it is not
+        there or truncated.
+        """
         at = self._find(name)
         if at < 0:
             raise InputError(f"{self.path}: no tensor {name!r}; the checkpoint belongs to another model")
-        place, end = json.loads(self._header[at : self._header.index(b"}", at) + 1])["data_offsets"]
+        first, end = json.loads(self._header[at : self._header.index(b"}", at) + 1])["data_offsets"]
+        place = first + begin
+        end = end if count is None else min(end, place + count)
         while place < end:
             data = os.pread(self._descriptor, min(size, end - place), self._start + place)
             if not data:

@@ -177,12 +177,50 @@ def test_devices_have_to_train_one_model(devices, members):
         budget_bytes=other.budget_bytes,
         link=other.link,
     )
-    with pytest.raises(InputError, match=r"members a and b differ in the adapter's alpha / rank \(2.0 and 4.0\)"):
+    with pytest.raises(InputError, match=r"members a and b differ in the adapter's scale \(2.0 and 4.0\)"):
         plan_federated([devices[0], other], 5)
     longer = devices[1].profile.model_copy(update={"batch": 3})
     other = MemberSpec(name="b", profile=longer, budget_bytes=other.budget_bytes, link=other.link)
     with pytest.raises(InputError, match=r"members a and b differ in batch \(\d+ and 3\)"):
         plan_federated([devices[0], other], 5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "option"),
+    [({"rank_pattern": {"q_proj": 4}}, "--rank-pattern"), ({"use_dora": True}, "--dora")],
+)
+def test_what_rounds_cannot_add_up_is_refused(devices, setting, option):
+    lora = {"rank": 2, "alpha": 4.0} | setting
+    made = [
+        MemberSpec(
+            name=spec.name,
+            profile=spec.profile.model_copy(update={"model": spec.profile.model.model_copy(update={"lora": lora})}),
+            budget_bytes=spec.budget_bytes,
+            link=spec.link,
+        )
+        for spec in devices[:2]
+    ]
+    with pytest.raises(InputError, match=f"member a: its adapter was profiled with {option}"):
+        plan_federated(made, 5)
+
+
+def test_settings_of_the_adapters_have_to_be_alike(devices):
+    def made(spec, lora):
+        model = spec.profile.model.model_copy(update={"lora": lora})
+        return MemberSpec(
+            name=spec.name,
+            profile=spec.profile.model_copy(update={"model": model}),
+            budget_bytes=spec.budget_bytes,
+            link=spec.link,
+        )
+
+    plain = {"rank": 4, "alpha": 8.0}
+    with pytest.raises(InputError, match="differ in the adapter's other settings"):
+        plan_federated([made(devices[0], plain), made(devices[1], plain | {"lora_dropout": 0.1})], 5)
+    # alpha / sqrt(rank), not alpha / rank
+    stable = {"rank": 16, "alpha": 8.0, "use_rslora": True}
+    with pytest.raises(InputError, match=r"differ in the adapter's scale \(2.0 and 4.0\)"):
+        plan_federated([made(devices[0], stable), made(devices[1], stable | {"rank": 4})], 5)
 
 
 def test_a_plan_is_read_as_it_was_written(planned, tmp_path):

@@ -11,6 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from chromium import PATIENCE
@@ -532,8 +533,14 @@ def test_run(browser, served, pictures, work):
     assert page.locator("#start").is_visible()
     for name, value in (("path", "model"), ("seq", str(SEQ)), ("batch", "2"), ("lora_rank", "4")):
         page.fill(f"#measure [name={name}]", value)
+    page.fill("#measure [name=lora_targets]", "q_proj,down_proj")
+    page.select_option("#measure [name=base]", "8bit")
     page.locator("#measure button").click()
     expect(page.locator("#run")).to_be_visible()
+    identity = httpx.get(f"{served.url}/v1/profiles").json()["profiles"][0]["id"]
+    model = httpx.get(f"{served.url}/v1/profiles/{identity}/file").json()["model"]
+    assert model["lora"]["target_modules"] == ["down_proj", "q_proj"]
+    assert model["base"] == "8bit"
     page.locator("#slider").focus()
     page.keyboard.press("End")
     page.fill("#run-form [name=data]", "data.jsonl")

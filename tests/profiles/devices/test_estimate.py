@@ -160,6 +160,10 @@ def test_unpacking_and_updates_by_hand():
         ("tightfit.head_chunk", {"s": (1024, 3), "h": (1024, 576), "w": (4096, 576), "y": (1024, 3)}, 0.26),
         ("tightfit.projection", {"x": (256, 4864), "w": (896, 4864), "l": (256, 8), "y": (256, 896)}, 0.41),
         ("tightfit.lora_backward", {"d": (256, 4864), "x": (256, 896), "l": (256, 8), "y": (256, 8)}, 0.43),
+        ("tightfit.dropout_lora_down", {"x": (256, 896), "a": (8, 896), "y": (256, 8)}, 0.60),
+        ("tightfit.dropout_lora_down", {"x": (1024, 4096), "a": (8, 4096), "y": (1024, 8)}, 1.33),
+        ("tightfit.dropout_lora_backward", {"d": (256, 896), "x": (256, 4864), "l": (256, 8), "y": (256, 8)}, 1.06),
+        ("tightfit.dropout_projection_backward", {"d": (256, 896), "w": (896, 4864), "l": (256, 8), "y": (256, 4864)}, 0.93),
         ("tightfit.rms_norm", {"x": (256, 896), "w": (896,), "y": (256, 896)}, 1.74),
     ],
 )  # fmt: skip

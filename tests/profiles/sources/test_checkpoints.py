@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from checkpoint_formats import AWQ, FLOATS, GGUF_BLOCKS, GGUF_UNPACKED, GPTQ, QUANTISED
 from gguf.quants import dequantize
 from quantised_checkpoints import FP4, four_bit, int8, write_quantised, zero_points
 from reference import CONFIGS
@@ -85,6 +87,22 @@ def test_embeddings_have_a_precision_of_their_own(kind: str, tmp_path: Path) -> 
     assert (source.base, source.embeddings) == ("8bit", "16bit")
 
 
+@pytest.mark.parametrize("kind", FLOATS)
+@pytest.mark.parametrize("file", ["safetensors", "GGUF"])
+def test_16_bits_are_kept_and_32_rounded_to_bfloat16(file: str, kind: str, tmp_path: Path) -> None:
+    held = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
+    weights = {name: weight.to(held) for name, weight in random_weights(LLAMA).items()}
+    if file == "GGUF":
+        as_floats = {name: weight.float() for name, weight in weights.items()}
+        path = write_gguf(tmp_path / "m.gguf", LLAMA, as_floats, default=kind)
+    else:
+        path = write_directory(tmp_path / "model", LLAMA, weights)
+    found = stored(resolve(str(path), base="16bit"), tmp_path / "cache")
+    kept = torch.bfloat16 if kind == "F32" else held
+    for name, weight in weights.items():
+        assert weight.dim() == 1 or torch.equal(found[name], weight.to(kept).float()), name
+
+
 def test_float16_stays_float16_and_is_rounded_once(tmp_path: Path) -> None:
     weights = {name: weight.half() for name, weight in random_weights(LLAMA).items()}
     source = resolve(str(write_directory(tmp_path / "model", LLAMA, weights)), base="16bit")
@@ -128,7 +146,7 @@ def test_quantised_weights_are_not_rounded_again(tmp_path: Path) -> None:
 # GGUF
 
 
-@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("kind", GGUF_BLOCKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gguf_types_are_kept_bit_for_bit(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Against the gguf package's own dequantisation in float32, rounded once."""
@@ -145,10 +163,11 @@ def test_gguf_types_are_kept_bit_for_bit(kind: str, dtype: torch.dtype, tmp_path
         assert source.entries[name].bytes == given.numel() // size[0] * size[1]
 
 
-def test_gguf_types_that_the_store_has_no_form_of_are_unpacked_to_bfloat16(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", WIDE, random_weights(WIDE), kinds={UP: "TQ1_0"})
+@pytest.mark.parametrize("kind", GGUF_UNPACKED)
+def test_gguf_types_that_the_store_has_no_form_of_are_unpacked_to_bfloat16(kind: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", WIDE, random_weights(WIDE), kinds={UP: kind})
     source = resolve(str(path))
-    assert "TQ1_0 unpacked to bfloat16" in source.note
+    assert f"{kind} unpacked to bfloat16" in source.note
     tensor = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.0.ffn_up.weight")
     given = torch.tensor(np.array(dequantize(tensor.data, tensor.tensor_type))).bfloat16()
     assert torch.equal(stored(source, tmp_path, torch.bfloat16)[UP], given)
@@ -179,35 +198,18 @@ def test_the_helper_s_blocks_have_every_code() -> None:
 
 # bitsandbytes, GPTQ, AWQ
 
-BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
-CASES: dict[str, tuple[dict[str, Any], Any, str, str]] = {
-    "nf4": (BNB, four_bit, "NF4 values kept exactly", "nf4"),
-    "nf4 double": (BNB, functools.partial(four_bit, double=True), "NF4 values kept exactly", "nf4"),
-    "fp4": (BNB, functools.partial(four_bit, table=FP4), "FP4 unpacked to bfloat16", "bfloat16"),
-    "int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, int8, "LLM.int8 values kept exactly", "int8"),
-    "gptq": (GPTQ, zero_points, "GPTQ values kept exactly", "q4_zero"),
-    "gptq v2": (
-        GPTQ | {"checkpoint_format": "gptq_v2"},
-        functools.partial(zero_points, version=2),
-        "GPTQ values kept exactly",
-        "q4_zero",
-    ),
-    "gptq row": (
-        GPTQ | {"group_size": -1},
-        functools.partial(zero_points, group=-1),
-        "GPTQ values kept exactly",
-        "q4_zero",
-    ),
-    "gptq act-order": (
-        GPTQ | {"desc_act": True},
-        functools.partial(zero_points, act_order=True),
-        "GPTQ with act-order unpacked to bfloat16",
-        "bfloat16",
-    ),
-    "awq": (AWQ, functools.partial(zero_points, method="awq"), "AWQ values kept exactly", "q4_zero"),
+MAKERS: dict[str, Callable[..., Any]] = {
+    "nf4": four_bit,
+    "nf4 double": functools.partial(four_bit, double=True),
+    "fp4": functools.partial(four_bit, table=FP4),
+    "int8": int8,
+    "gptq": zero_points,
+    "gptq v2": functools.partial(zero_points, version=2),
+    "gptq row": functools.partial(zero_points, group=-1),
+    "gptq act-order": functools.partial(zero_points, act_order=True),
+    "awq": functools.partial(zero_points, method="awq"),
 }
+CASES = {name: (one.stated, MAKERS[name], one.note, one.form) for name, one in QUANTISED.items()}
 
 
 @pytest.mark.parametrize("case", list(CASES))

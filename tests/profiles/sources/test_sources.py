@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from checkpoint_formats import GGUF_GROUPS
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,7 +64,7 @@ def stored(source: Source, directory: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", list(CONFIGS))
-@pytest.mark.parametrize("kind", ["Q4_1", "Q4_0", "Q8_0", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("kind", [*GGUF_GROUPS, "Q5_0", "Q5_1"])
 def test_gguf_values_are_kept_exactly(family: str, kind: str, tmp_path: Path) -> None:
     config, weights = CONFIGS[family], random_weights(CONFIGS[family])
     source = resolve(str(write_gguf(tmp_path / "m.gguf", config, weights, default=kind)))

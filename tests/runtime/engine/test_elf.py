@@ -80,6 +80,26 @@ def test_symbols_are_zero_bytes_references_to_them_and_typeinfos(tmp_path: Path)
     assert not hasattr(library, "tightfit_other")
 
 
+def test_an_object_of_a_stub_has_a_typeinfo_and_virtual_functions_that_return(tmp_path: Path) -> None:
+    names = ["tightfit_made", "tightfit_beside"]
+    stub = stub_library(
+        "libtightfit_made.so", needed=("libstdc++.so.6",), symbols=names, constructors=["tightfit_made"]
+    )
+    library = ctypes.CDLL(str(write(tmp_path, "made.so", stub)))
+    made = (ctypes.c_void_p * 2)(1, 2)
+    library.tightfit_made.argtypes = [ctypes.c_void_p]
+    library.tightfit_made(ctypes.addressof(made))
+    table, beside = made
+    assert (table is not None, beside) == (True, 2)
+    offset, kind, *functions = (ctypes.c_void_p * 34).from_address(table - 16)
+    assert offset is None
+    _, text = (ctypes.c_void_p * 2).from_address(kind)
+    assert ctypes.string_at(text) == b"8tightfit"
+    for function in functions:
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(ctypes.addressof(made))
+    assert list(made) == [table, 2]
+
+
 def test_a_function_that_is_called_all_the_same_ends_the_process(tmp_path: Path) -> None:
     path = write(tmp_path, "f.so", stub_library("libtightfit_f.so", symbols=["tightfit_f"]))
     code = f"import ctypes; library = ctypes.CDLL({str(path)!r}); print('loaded', flush=True); library.tightfit_f()"

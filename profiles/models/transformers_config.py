@@ -1,0 +1,121 @@
+"""What a config says about the decoder that transformers would build, read without importing transformers or PyTorch:
+whether transformers is here and knows the model, and what is refused by the config alone.
+
+The service checks configs that clients send with it. What only the built model shows is refused by the process that
+builds it (`tightfit.profiles.models.transformers_decoder`), in the same words.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tightfit.profiles.models.decoder_config import check_sizes
+from tightfit.profiles.models.family import families
+from tightfit.runtime.common.errors import InputError
+
+INSTALL = "pip install 'tightfit[hf]'"
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+"""Config fields that are set in mixtures of experts."""
+NAMES = Path("models") / "auto" / "modeling_auto.py"
+"""The file of transformers that lists its models by ``model_type``."""
+DECODERS, TWO_SEQUENCES = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"
+"""Its lists of decoders and of encoder-decoder models."""
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raises InputError for a config from which transformers is sure to build no dense decoder, or if transformers is
+    not installed. Nothing is imported.
+    """
+    name = config.get("model_type")
+    refuse_by_config(config)
+    place = _installed()
+    if place is None:
+        raise not_installed(name)
+    known = listed(place / NAMES)
+    if known:
+        refuse_by_name(name, known[DECODERS], known[TWO_SEQUENCES], _version())
+
+
+def refuse_by_config(config: Mapping[str, Any]) -> None:
+    """Raises InputError for mixtures of experts, encoder-decoder models, and sizes that are out of bounds."""
+    name = config.get("model_type")
+    if config.get("is_encoder_decoder"):
+        raise encoder_decoder(name)
+    for key in EXPERTS:
+        value = config.get(key)
+        if isinstance(value, int) and value > 1 and config.get("enable_moe_block", True):
+            raise experts(name, f"{key} = {value}")
+    check_sizes(config)
+
+
+def refuse_by_name(name: Any, decoders: Mapping[str, Any], two_sequences: Mapping[str, Any], release: str) -> None:
+    """Raises InputError for a ``model_type`` that is none of transformers' `decoders`. The arguments map the names that
+    the version `release` of transformers knows to classes.
+    """
+    if name in decoders:
+        return
+    if name in two_sequences:
+        raise encoder_decoder(name)
+    raise InputError(
+        f"model_type {name!r} is no decoder of transformers {release} (AutoModelForCausalLM);"
+        " check the config.json, or install a newer transformers"
+    )
+
+
+def encoder_decoder(name: Any) -> InputError:
+    return InputError(
+        f"model_type {name!r} is an encoder-decoder model: its loss is that of a second sequence, and a step of tightfit"
+        " has one; use a decoder (a model for AutoModelForCausalLM)"
+    )
+
+
+def experts(name: Any, found: str) -> InputError:
+    return InputError(
+        f"model_type {name!r} is a mixture of experts ({found}): which weights a token needs is known only while the step"
+        " runs, and a plan says it in advance; use a dense model"
+    )
+
+
+def not_installed(name: Any) -> InputError:
+    return InputError(f"model_type {name!r} is not one of {', '.join(families())}; for any other decoder run {INSTALL}")
+
+
+@functools.cache
+def listed(file: Path) -> dict[str, dict[str, Any]]:
+    """transformers' lists `DECODERS` and `TWO_SEQUENCES`, from ``model_type`` to the name of a class, as its source has
+    them; empty if they are not written there as expected, and only the process that imports them can tell.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        for node in ast.parse(file.read_bytes()).body:
+            target = node.targets[0] if isinstance(node, ast.Assign) else None
+            if isinstance(target, ast.Name) and target.id in (DECODERS, TWO_SEQUENCES):
+                assert isinstance(node, ast.Assign)
+                assert isinstance(node.value, ast.Call)
+                found[target.id] = dict(ast.literal_eval(node.value.args[0]))
+    except (OSError, SyntaxError, ValueError, TypeError, IndexError, AssertionError):
+        return {}
+    return found if len(found) == 2 else {}
+
+
+def _installed() -> Path | None:
+    """The folder of the installed transformers, None if there is none."""
+    try:
+        spec = importlib.util.find_spec("transformers")
+    except ValueError:  # it is being imported, or stands for something else
+        spec = None
+    places = spec.submodule_search_locations if spec is not None else None
+    return Path(next(iter(places))) if places else None
+
+
+def _version() -> str:
+    try:
+        return version("transformers")
+    except PackageNotFoundError:
+        return "(of unknown version)"

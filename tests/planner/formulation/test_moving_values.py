@@ -1,0 +1,179 @@
+"""Trainables whose values may lie on disk: the layer model beside the layer's schedule, both bounds beside schedules that were
+carried out, what plans do at small and large budgets, and schedules that lose values.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from decisions import random_decision
+from synthetic import MIB, ProgramBuilder, device, profile_of
+
+from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
+from tightfit.planner.formulation.layer_constraints import LayerProgram
+from tightfit.planner.formulation.step_constraints import live_bytes
+from tightfit.planner.instructions import Fetch, Spill
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.problem.build_layers import layered
+from tightfit.planner.problem.layer_figures import FIELDS
+from tightfit.planner.report.explain import explain
+from tightfit.planner.schedule.layer_schedule import measure
+from tightfit.planner.schedule.lowering import draft, live_profile
+from tightfit.planner.schedule.realize import realize
+from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
+from tightfit.planner.solve.policies import keep_all, rule_columns, smallest
+from tightfit.planner.solvers.lp import Linear, Program
+from tightfit.profiles.schema import Layer, Profile, Tensor
+
+SLICE = 2 * MIB
+WIDE = MIB // 4
+
+
+def tables(count: int = 5, *, movable: bool = True, in_layer: int = 1) -> Profile:
+    """A step of `count` layers that each read and train `in_layer` slices of a table, below a layer with the loss."""
+    made = ProgramBuilder("slices")
+    made.value("before", WIDE)
+    state = made.value("state0", WIDE)
+    made.run("begin", ["before"], [state], 1e-4)
+    for number in range(in_layer):
+        made.value(f"t{number}", SLICE, "trainable")
+        after = made.value("after" if number == in_layer - 1 else f"state{number + 1}", WIDE)
+        made.run("rows", [state, f"t{number}"], [after], 2e-3, recomputable=False)
+        state = after
+    made.value("gafter", WIDE, "gradient")
+    made.value("gbefore", WIDE, "gradient")
+    for number in reversed(range(in_layer)):
+        made.value(f"grad:t{number}", SLICE, "gradient")
+        made.run("rows_backward", ["gafter", f"t{number}", "state0"], [f"grad:t{number}"], 3e-3, phase="backward")
+    made.run("pass", ["gafter"], ["gbefore"], 1e-4, phase="backward")
+    first = ProgramBuilder("first")
+    first.value("ids", 4096, "batch")
+    first.value("x", WIDE)
+    first.run("zeros", ["ids"], ["x"], 1e-4)
+    last = ProgramBuilder("last")
+    last.value("y", WIDE)
+    last.value("gy", WIDE, "gradient")
+    last.value("loss", 4)
+    last.run("loss", ["y"], ["loss"], 5e-3)
+    last.run("loss_backward", ["y", "loss"], ["gy"], 5e-3, phase="backward")
+    layers = [Layer(name="first", program="first", bindings={"ids": "ids", "x": "h0"})]
+    tensors = [Tensor(name="ids", kind="batch", shape=[4096], dtype="uint8", bytes=4096)]
+    for index in range(count):
+        own = {"before": f"h{index}", "after": f"h{index + 1}", "gbefore": f"g{index}", "gafter": f"g{index + 1}"}
+        for number in range(in_layer):
+            name = f"table[{index}.{number}]"
+            own |= {f"t{number}": name, f"grad:t{number}": f"grad:{name}"}
+            tensors.append(
+                Tensor(
+                    name=name, kind="trainable", shape=[SLICE // 4], dtype="float32", bytes=SLICE, update_seconds=1e-3,
+                    movable=movable,
+                )
+            )  # fmt: skip
+        layers.append(Layer(name=f"slices.{index}", program="slices", bindings=own))
+    layers.append(Layer(name="last", program="last", bindings={"y": f"h{count}", "gy": f"g{count}", "loss": "loss"}))
+    programs = [first.program(), made.program(), last.program()]
+    return profile_of(programs, layers, tensors, "loss", on=device(per_instruction=64))
+
+
+@pytest.mark.parametrize("in_layer", [1, 2, 5])
+def test_the_layer_model_says_what_the_layers_schedule_does(in_layer: int) -> None:
+    rng = random.Random(in_layer)
+    modes = set()
+    for kind in layered(tables(2, in_layer=in_layer)).types:
+        block = LayerProgram(Program(), kind)
+        goal = Linear()
+        for figure in block.figures().values():
+            goal.plus(figure)
+        for _ in range(12):
+            decision = random_decision(rng, kind)
+            modes |= {mode for _, mode in decision.weights}
+            block.fix(decision)
+            result = block.program.solve(goal)
+            assert result.optimal
+            counted = dict(zip(FIELDS, measure(kind, decision).row))
+            told = {name: getattr(block.figures(), name).value(result.values) for name in FIELDS}
+            assert told == pytest.approx(counted, rel=1e-6, abs=1e-5)
+    assert len(modes) == 3
+
+
+def test_windows_add_up_and_no_schedule_is_faster_than_its_bounds() -> None:
+    problem = layered(tables(4, in_layer=2))
+    planner, any_schedule = ModelPlanner(tables(4, in_layer=2)), AnyScheduleBound(problem)
+    rng = random.Random(0)
+    carried = 0
+    for _ in range(5):
+        by_type = [[measure(kind, random_decision(rng, kind)) for _ in range(2)] for kind in problem.types]
+        columns = tuple(rng.choice(by_type[kind]) for kind in problem.layer_type)
+        joined = draft(problem, columns)
+        schedules = joined.train, joined.evaluate
+        live = max(max(live_profile(entries, joined.resident, joined.sizes)) for entries in schedules)
+        assert live == live_bytes(problem, columns)
+        schedule, _ = realize(problem, columns, 2 * live)
+        if schedule is None:
+            continue
+        carried += 1
+        assert any_schedule.step_seconds(schedule.peak_bytes) <= schedule.seconds * (1 + 1e-9)
+        bound = planner.bound(schedule.peak_bytes)
+        assert bound is not None
+        assert bound <= schedule.seconds * (1 + 1e-9)
+    assert carried >= 4
+
+
+def held(plan) -> int:
+    """How many values stay in memory between steps."""
+    return sum(name.startswith("table[") for name in plan.resident)
+
+
+def test_the_smallest_budget_needs_one_slice_and_more_memory_keeps_more() -> None:
+    count = 4
+    planner = ModelPlanner(tables(count))
+    least = planner.minimum().peak_bytes
+    # An update has value, gradient and two states of one slice; nothing else of the table is there.
+    assert 4 * SLICE < least < 4 * SLICE + 6 * WIDE
+    most = planner.plan(1 << 40)
+    assert held(most) == count
+    assert most.train is not None
+    assert not any(isinstance(one, Fetch | Spill) for one in most.train.instructions)
+    plans = [planner.plan(least + part * (most.peak_bytes - least) // 4) for part in range(5)]
+    for plan in plans:
+        simulate(plan)
+        assert plan.bound_seconds <= plan.step_seconds
+    assert held(plans[0]) == 0
+    assert any(0 < held(plan) < count for plan in plans)
+    seconds = [plan.step_seconds for plan in plans]
+    assert seconds == sorted(seconds, reverse=True)
+    assert plans[-1].status == "optimal"
+    # Where values cannot move, all of them are there at any budget.
+    assert ModelPlanner(tables(count, movable=False)).minimum().peak_bytes > least + (count - 2) * SLICE
+
+
+def test_rules_keep_values_and_the_smallest_decision_moves_them() -> None:
+    problem = layered(tables(3))
+    values = {f"table[{index}.0]" for index in range(3)}
+    assert values <= set(draft(problem, rule_columns(problem, keep_all)).resident)
+    assert not values & set(draft(problem, rule_columns(problem, smallest)).resident)
+
+
+def test_a_plan_says_where_values_are() -> None:
+    planner = ModelPlanner(tables())
+    plan = planner.plan(planner.minimum().peak_bytes)
+    assert plan.decisions["table[0.0]"] == "offloaded"
+    assert any(
+        "values of what is trained: 5 on disk while no operator reads them (10.0 MiB)" in s for s in explain(plan)
+    )
+    kept = planner.plan(1 << 40)
+    assert kept.decisions["table[0.0]"] == "kept"
+    assert not any("values of what is trained" in sentence for sentence in explain(kept))
+
+
+def test_values_that_were_updated_are_not_thrown_away() -> None:
+    planner = ModelPlanner(tables())
+    plan = planner.plan(planner.minimum().peak_bytes)
+    assert plan.train is not None
+    without = [one for one in plan.train.instructions if one != Spill("table[2.0]")]
+    assert len(without) == len(plan.train.instructions) - 1
+    changed = plan.model_copy(update={"train": plan.train.model_copy(update={"instructions": without})})
+    with pytest.raises(InvalidSchedule) as caught:
+        simulate(changed)
+    assert (caught.value.invariant, caught.value.tensor) == ("lost-state", "table[2.0]")

@@ -1,0 +1,160 @@
+"""Configs of decoders that transformers builds, sent to the service: refused in its own process without importing
+transformers or PyTorch, or by the worker; profiled and planned."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from decoder_families import FAMILIES, sized
+from places import SOURCES
+from served import Served
+
+from tightfit.planner.plan import plan
+from tightfit.planner.service.http.routes_profiles import _source
+from tightfit.planner.service.jobs import solving
+from tightfit.planner.service.jobs.worker import JobOrder
+from tightfit.planner.service.wire.errors import ServiceError
+from tightfit.planner.service.wire.objects import Objects
+from tightfit.planner.service.wire.schema import ProfileRequest
+from tightfit.planner.service.wire.settings import Settings
+from tightfit.profiles import api
+from tightfit.profiles.io import parse_profile
+from tightfit.profiles.models.transformers_config import DECODERS, NAMES, TWO_SEQUENCES, check, listed
+from tightfit.runtime.common.errors import InputError
+
+OLMO = FAMILIES["OLMo 2"]
+
+
+def source(tmp_path, config):
+    settings = Settings(data_dir=tmp_path, command=("tightfit",))
+    return _source(settings, ProfileRequest(config=config))
+
+
+REFUSED = [
+    (sized("mixtral", num_local_experts=4), r"model_type 'mixtral' is a mixture of experts \(num_local_experts = 4\)"),
+    ({"model_type": "t5"}, "model_type 't5' is an encoder-decoder model"),
+    ({"model_type": "bart", "is_encoder_decoder": True}, "model_type 'bart' is an encoder-decoder model"),
+    ({"model_type": "vit"}, r"model_type 'vit' is no decoder of transformers \d.* \(AutoModelForCausalLM\)"),
+    ({"model_type": "x" * 100}, "is no decoder of transformers"),
+    (OLMO | {"num_hidden_layers": 10**9}, "config field 'num_hidden_layers' is 1000000000; at most 4096 is supported"),
+    ({"model_type": "gpt2", "n_embd": 1 << 40}, "config field 'n_embd' is 1099511627776; at most 131072 is supported"),
+    (OLMO | {"initializer_range": "x"}, "config field 'initializer_range' must be a positive number"),
+    ({"model_type": "mllama", "text_config": {"model_type": "t5"}}, "model_type 't5' is an encoder-decoder model"),
+    # Of what is written by hand, nothing has changed.
+    (sized("llama", hidden_act="relu"), "activation 'relu' is not supported"),
+    ({"model_type": 5}, "model_type 5 is not supported"),
+]
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED)
+def test_a_config_of_no_dense_decoder_is_refused_at_once(config, message, tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(ServiceError, match=message) as caught:
+        source(tmp_path, config)
+    assert (caught.value.status, caught.value.code, caught.value.field) == (422, "invalid_request", "body.config")
+
+
+@pytest.mark.parametrize("family", ["OLMo 2", "Llama, yarn scaling", "Qwen3.5 (text)", "GPT-2", "Llama, no scaling"])
+def test_a_config_of_a_dense_decoder_is_taken_as_it_is(family, tmp_path):
+    pytest.importorskip("transformers")
+    config = FAMILIES[family]
+    assert source(tmp_path, config) == {"config": config}
+    wrapped = {"model_type": "wrapper", "text_config": config}
+    assert source(tmp_path, wrapped) == {"config": wrapped}
+
+
+def test_without_transformers_the_answer_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    said = r"model_type 'olmo2' is not one of .*; for any other decoder run pip install 'tightfit\[hf\]'"
+    with pytest.raises(ServiceError, match=said) as caught:
+        source(tmp_path, OLMO)
+    assert (caught.value.status, caught.value.field) == (422, "body.config")
+    config = FAMILIES["Llama, no scaling"]
+    assert source(tmp_path, config) == {"config": config}
+
+
+def test_the_names_that_transformers_knows_are_read_without_importing_it():
+    modeling_auto = pytest.importorskip("transformers.models.auto.modeling_auto")
+    file = Path(modeling_auto.__file__)
+    assert file.parts[-3:] == NAMES.parts
+    found = listed(file)
+    assert found[DECODERS] == dict(getattr(modeling_auto, DECODERS))
+    assert found[TWO_SEQUENCES] == dict(getattr(modeling_auto, TWO_SEQUENCES))
+
+
+def test_configs_are_checked_without_pytorch():
+    pytest.importorskip("transformers")
+    code = (
+        "import sys\n"
+        "from tightfit.planner.service.http import routes_profiles\n"
+        f"routes_profiles.check({OLMO!r})\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(SOURCES)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_where_the_list_cannot_be_read_the_worker_decides(tmp_path):
+    """Another transformers may write its list in another way: then nothing is refused for its name."""
+    file = tmp_path / "modeling_auto.py"
+    for text in (
+        "",
+        f"{DECODERS} = make()\n{TWO_SEQUENCES} = make()\n",
+        f"{DECODERS} = OrderedDict([('a', 'A')])\n",
+        "(",
+    ):
+        file.write_text(text)
+        listed.cache_clear()
+        assert listed(file) == {}
+    listed.cache_clear()
+    assert listed(tmp_path / "none.py") == {}
+
+
+def test_what_only_the_built_model_shows_is_the_job_s_error(tmp_path):
+    pytest.importorskip("transformers")
+    service = Served(tmp_path / "data").start()
+    try:
+        job = service.wait(service.ask("/v1/profiles", config=sized("mamba"), seq=16))
+    finally:
+        service.stop()
+    assert (job["state"], job["error"]["code"]) == ("failed", "input")
+    assert "model_type 'mamba' is not supported; supported: " in job["error"]["message"]
+
+
+def test_a_worker_makes_a_profile_of_it_that_can_be_planned(tmp_path, cache, monkeypatch):
+    """As a worker does it, but with times that are estimated: to measure takes long."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(api, "profile", functools.partial(api.profile, device="zen5-2core"))
+    request = {"seq": 16, "batch": 1, "lora_rank": 4, "lora_alpha": None, "accumulate": 1, "dtype": None}
+    order = JobOrder(
+        kind="profile",
+        request=request | source(tmp_path, OLMO),
+        objects=str(tmp_path / "objects"),
+        digests={},
+        folder=str(tmp_path / "job"),
+        lock=str(tmp_path / "lock"),
+        command=[],
+        memory_bytes=None,
+    )
+    objects = Objects(tmp_path / "objects")
+    told = []
+    made = solving.profile(order, SimpleNamespace(progress=lambda **what: told.append(what)))
+    kept = {row["kind"]: row for row in made["files"]}
+    assert kept["cache"]["id"].endswith("/config.json")
+    found = parse_profile(objects.read(kept["profile"]["digest"]), "the stored profile")
+    assert (found.model.config["model_type"], found.model.kind, found.seq) == ("olmo2", "decoder", 16)
+    assert 0 < plan(found, 1 << 30, policy="keep-all").peak_bytes < 1 << 30
+    assert {"stage", "done", "total"} <= set(told[-1])
+
+
+def test_a_name_in_the_list_of_encoder_decoders_is_refused_as_one():
+    pytest.importorskip("transformers")
+    with pytest.raises(InputError, match="is an encoder-decoder model"):
+        check({"model_type": "pegasus_x"})

@@ -1,0 +1,198 @@
+"""Which linear layers get LoRA pairs, and of what rank and scale, against what PEFT makes of the adapter_config.json."""
+
+import json
+import math
+
+import pytest
+import torch
+from reference import CONFIGS
+from torch._subclasses import FakeTensorMode
+
+from tightfit.profiles.models.decoder import Decoder, Projection
+from tightfit.profiles.models.decoder_config import WRAPPED_BODY, decoder_shape
+from tightfit.profiles.models.lora import LoraConfig, from_peft, given, layer_number, layer_numbers
+from tightfit.profiles.models.transformers_decoder import AnyDecoder
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.training.adapter import BODY, CONFIG, adapter_config
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 320, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}
+FALCON = {
+    "model_type": "falcon",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "new_decoder_architecture": False,
+    "parallel_attn": True,
+    "bias": False,
+    "alibi": False,
+}
+SETTINGS = {
+    "all": LoraConfig(rank=4),
+    "attention": LoraConfig(rank=4, targets="attention"),
+    "names": LoraConfig(rank=4, targets="q_proj, up_proj"),
+    "names in two layers": LoraConfig(rank=4, targets="q_proj,up_proj", layers=(0, 2)),
+    "all in one layer": LoraConfig(rank=4, layers=(1,)),
+    "a pattern": LoraConfig(rank=4, targets=r".*\.(0|2)\..*(v|down)_proj"),
+    "a pattern in one layer": LoraConfig(rank=4, targets=r".*(v|down)_proj", layers=(2,)),
+    "one module by its whole name": LoraConfig(rank=4, targets="model.layers.1.mlp.gate_proj"),
+    "ranks by pattern": LoraConfig(
+        rank=4, rank_pattern={"q_proj": 8, r"layers\.1\..*": 2}, alpha_pattern={"down_proj": 5.0}
+    ),
+    "rank-stabilised": LoraConfig(rank=4, alpha=3.0, rslora=True, rank_pattern={"o_proj": 9}),
+}
+
+
+def theirs(model_config, told):
+    """By name: rank and scale of the pairs that PEFT makes."""
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**model_config))
+        made = peft.get_peft_model(model, peft.LoraConfig(**told | {"base_model_name_or_path": None}))
+    return {
+        name.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
+        for name, module in made.named_modules()
+        if hasattr(module, "lora_A")
+    }
+
+
+def ours(module, body=BODY):
+    return {
+        body + name.removeprefix(BODY): (child.pair.rank, child.pair.scale)
+        for name, child in module.named_modules()
+        if isinstance(child, Projection) and child.pair is not None
+    }
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_peft_chooses_the_same_layers_ranks_and_scales(setting):
+    with FakeTensorMode():
+        made = Decoder(decoder_shape(CONFIGS["llama"]), dtype=torch.float32, lora=SETTINGS[setting])
+    found = ours(made)
+    assert found
+    assert found == theirs(CONFIGS["llama"], adapter_config(made.lora, [], "base"))
+    assert made.lora == json.loads(json.dumps(made.lora))
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT sets it itself for GPT-2
+@pytest.mark.parametrize("config", [GPT2, FALCON], ids=["gpt2", "falcon"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(rank=4, targets="attention"),
+        LoraConfig(rank=4, layers=(1,)),
+        LoraConfig(rank=4),
+        LoraConfig(rank=4, targets="attention", layers=(0,)),
+    ],
+    ids=["attention", "one layer", "all", "attention in one layer"],
+)
+def test_other_families_are_chosen_by_the_same_words(config, lora):
+    pytest.importorskip("transformers")
+    body = "transformer."
+    made = AnyDecoder(config | {"adapter_body": body}, dtype=torch.float32, seq=8, lora=lora)
+    assert ours(made, body) == theirs(config, adapter_config(made.lora, [], "base", body))
+    part = {name.split(".")[-2] for name in ours(made, body)}
+    assert lora.targets != "attention" or part <= {"attn", "self_attention"}
+
+
+def test_a_wrapped_body_is_told_by_whole_names():
+    with FakeTensorMode():
+        made = Decoder(
+            decoder_shape(CONFIGS["gemma3_text"]),
+            dtype=torch.float32,
+            lora=LoraConfig(targets="q_proj", layers=(1, 3)),
+            body=WRAPPED_BODY,
+        )
+    assert made.lora["target_modules"] == [f"{WRAPPED_BODY}layers.{layer}.self_attn.q_proj" for layer in (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"targets": "q_prjo"}, "did you mean q_proj?"),
+        ({"targets": ".*nothing"}, "match no linear layer"),
+        ({"targets": "(q_proj"}, "no regular expression"),
+        ({"targets": " "}, "is empty"),
+        ({"layers": (3,)}, "has layers 0 to 2"),
+        ({"rank_pattern": {"c_attn": 4}}, "rank-pattern 'c_attn' matches none"),
+        ({"targets": "q_proj", "alpha_pattern": {"v_proj": 4}}, "alpha-pattern 'v_proj' matches none"),
+        ({"rank": 0}, "lora-rank must be at least 1"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank-pattern q_proj must be at least 1"),
+        ({"alpha": 0.0}, "lora-alpha 0.0"),
+        ({"alpha_pattern": {"q_proj": math.inf}}, "alpha-pattern q_proj inf"),
+        ({"dropout": 1.0}, "lora-dropout 1.0"),
+    ],
+)
+def test_what_chooses_nothing_is_refused(options, said):
+    with pytest.raises(InputError) as refused, FakeTensorMode():
+        Decoder(decoder_shape(CONFIGS["llama"]), dtype=torch.float32, lora=LoraConfig(**options))
+    assert said in str(refused.value)
+
+
+def test_numbers_of_layers():
+    assert layer_numbers("0-3, 8") == (0, 1, 2, 3, 8)
+    assert layer_number("model.layers.11.self_attn.q_proj") == 11
+    assert layer_number("transformer.h.2.attn.c_attn") == 2
+    assert layer_number("lm_head") is None
+    for text in ("3-1", "", "a", "1,,2", "-1", "1-"):
+        with pytest.raises(InputError, match="lora-layers"):
+            layer_numbers(text)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_are_read_back_from_the_adapter(setting, tmp_path):
+    def made(lora):
+        with FakeTensorMode():
+            return Decoder(decoder_shape(CONFIGS["llama"]), dtype=torch.float32, lora=lora)
+
+    first = made(SETTINGS[setting])
+    (tmp_path / CONFIG).write_text(json.dumps(adapter_config(first.lora, [], "base")))
+    again = made(given(tmp_path, {"rank": None, "targets": None, "rslora": False}))
+    assert ours(again) == ours(first)
+
+
+def test_settings_of_pefts_own_file_are_read(tmp_path):
+    peft = pytest.importorskip("peft")
+    written = peft.LoraConfig(
+        r=6,
+        lora_alpha=11,
+        target_modules=["q_proj", "v_proj"],
+        layers_to_transform=[1],
+        use_rslora=True,
+        rank_pattern={"q_proj": 3},
+        lora_dropout=0.25,
+        use_dora=True,
+        modules_to_save=["lm_head"],
+    )
+    written.save_pretrained(tmp_path)
+    read = from_peft(tmp_path)
+    assert sorted(read.names) == ["q_proj", "v_proj"]
+    assert (read.rank, read.alpha, read.layers, read.rank_pattern) == (6, 11.0, (1,), {"q_proj": 3})
+    assert (read.dropout, read.rslora, read.dora, read.modules_to_save) == (0.25, True, True, ("lm_head",))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "no JSON"),
+        ('{"peft_type": "IA3"}', "peft_type is 'IA3'"),
+        ("[]", "peft_type is None"),
+        ('{"peft_type": "LORA", "bias": "all", "target_modules": ["q_proj"]}', "bias is 'all'"),
+        ('{"peft_type": "LORA", "r": "x", "target_modules": ["q_proj"]}', "damaged"),
+        ('{"peft_type": "LORA", "target_modules": null}', "is empty"),
+    ],
+)
+def test_adapters_that_are_no_such_adapters_are_refused(content, said, tmp_path):
+    (tmp_path / CONFIG).write_text(content)
+    with pytest.raises(InputError) as refused:
+        from_peft(tmp_path)
+    assert said in str(refused.value)
+
+
+def test_settings_come_from_one_place(tmp_path):
+    with pytest.raises(InputError, match="rank, dora cannot be given as well"):
+        given(tmp_path, {"rank": 4, "dora": True, "alpha": None})
+    with pytest.raises(InputError, match="No such file"):
+        from_peft(tmp_path / "missing")

@@ -1,0 +1,328 @@
+"""LoRA dropout: losses and gradients of real steps against peft with the same masks; the same bits at every budget, after a
+resume and in fleets; none in an evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fleets import Workshop, adapter_hash, ended
+from in_process import make_training
+from reference import CONFIGS, peft_name, starting_weights
+from rich.console import Console
+from safetensors.torch import load_file
+from tiny_plans import decoder_profile, naive_plan
+
+from tightfit.planner.instructions import Run
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.report.html import describe
+from tightfit.planner.schema import Phase
+from tightfit.planner.solve.policies import refused_of
+from tightfit.profiles.api import profile
+from tightfit.profiles.models.lora import LoraConfig
+from tightfit.profiles.schema import Profile
+from tightfit.runtime.cli.answers import profile_text
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.data.tokenization import prepare
+from tightfit.runtime.engine.cpu.operators import OPERATORS
+from tightfit.runtime.engine.device.draws import Draws
+from tightfit.runtime.engine.kernels.optimizer import MeZO
+from tightfit.runtime.engine.training.adapter import CONFIG, adapter_config
+from tightfit.runtime.engine.training.trainer import Training
+from tightfit.runtime.session.launch import run
+
+peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+
+P, SEED, LORA = 0.2, 7, LoraConfig(rank=4, alpha=6.0, dropout=0.2)
+PHI3 = {
+    "model_type": "phi3", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {"llama": CONFIGS["llama"], "phi3": PHI3}
+"""One that is written by hand, and one that transformers runs while it is traced."""
+BATCH, SEQ = 3, 20
+
+
+def records(folder: Path, made: Profile) -> str:
+    opened = prepare("random", None, folder, seq=SEQ, vocab_size=made.model.config["vocab_size"], seed=3)
+    opened.close()
+    return str(opened.path)
+
+
+def dropouts(made: Profile) -> dict[str, tuple[str, int, float]]:
+    """Name of each trained A -> (its layer, the number of its mask there, p), as the profile's operators have them."""
+    programs = {program.name: program for program in made.programs}
+    found = {}
+    for layer in made.layers:
+        for operator in programs[layer.program].operators:
+            if operator.target == "tightfit.dropout_lora_down":
+                _, a, p, site = operator.args
+                found[layer.bindings[a["operand"]["value"]]] = layer.name, site, p
+    return found
+
+
+class Masked(torch.nn.Module):
+    """In the place of a pair's nn.Dropout: the mask that a run draws."""
+
+    def __init__(self, layer: str, site: int, p: float, draws: Draws) -> None:
+        super().__init__()
+        self.layer, self.site, self.p, self.draws = layer, site, p, draws
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.empty(x.numel() // x.shape[-1], x.shape[-1])
+        self.draws.layer = self.layer
+        OPERATORS["tightfit.dropout"](torch.ones_like(mask), self.p, self.site, out=(mask,), draws=self.draws)
+        return x * mask.view(x.shape)
+
+
+def peft_with_masks(made: Profile, weights: dict[str, torch.Tensor], draws: Draws) -> torch.nn.Module:
+    """The model in transformers + peft, with each nn.Dropout of a pair replaced by the masks of the profile's operators."""
+    assert made.model.lora is not None
+    config = {name: value for name, value in made.model.config.items() if name != "adapter_base"}
+    base = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+    told = adapter_config(made.model.lora, [], "") | {"base_model_name_or_path": None, "inference_mode": False}
+    model = peft.get_peft_model(base, peft.LoraConfig(**told)).train()
+    theirs = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            if not name.endswith("inv_freq"):  # a buffer, which has its values
+                theirs[peft_name(name, theirs)].copy_(value)
+    placed = dropouts(made)
+    replaced = 0
+    for name, module in model.named_modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            assert isinstance(module.lora_dropout["default"], torch.nn.Dropout)
+            own = f"{name.removeprefix('base_model.model.')}.lora_A.weight"
+            module.lora_dropout["default"] = Masked(*placed[own], draws)
+            replaced += 1
+    assert replaced == len(placed)
+    return model
+
+
+def given_weights(training: Training, weights: dict[str, torch.Tensor]) -> None:
+    """Train from these values, of which no B is zero."""
+    for one in training.trainables:
+        training.device.tensor(one.value.at, one.shape, "float32").copy_(weights[one.name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_gradients_are_those_of_peft_with_the_same_masks(family: str, tmp_path: Path) -> None:
+    made = decoder_profile(tmp_path, config=FAMILIES[family], batch=BATCH, seq=SEQ, dtype="float32", lora=LORA)
+    weights = starting_weights(made)
+    generator = torch.Generator().manual_seed(0)
+    for name in weights:
+        if ".lora_" in name:
+            weights[name] = torch.randn(weights[name].shape, generator=generator) * 0.1
+    training = make_training(naive_plan(made), records(tmp_path / "data", made), tmp_path, lr=0.0, seed=SEED)
+    training.initialise()
+    given_weights(training, weights)
+    draws = Draws(SEED)
+    model = peft_with_masks(made, weights, draws)
+    theirs = dict(model.named_parameters())
+    trained = [one.name for one in training.trainables]
+    before = {name: torch.zeros(weights[name].shape) for name in trained}
+    losses = []
+    for step in (1, 2):
+        own_loss = training.step(step)
+        inputs = [tensor.clone() for tensor in training.inputs]
+        draws.step = step
+        model.zero_grad()
+        logits = model(input_ids=inputs[0]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100)
+        loss.backward()
+        assert own_loss == pytest.approx(float(loss.detach()), rel=2e-6)
+        losses.append(own_loss)
+        training.save_state(str(tmp_path))
+        states = {name: held.clone() for name, held in load_file(tmp_path / "optimizer.safetensors").items()}
+        for name in trained:
+            # The weights stay as they are, and Adam's first moment tells the gradient.
+            own = (states[f"adam_m:{name}"] - 0.9 * before[name]) / 0.1
+            before[name] = states[f"adam_m:{name}"]
+            exact = theirs[peft_name(name, theirs)].grad
+            assert exact is not None
+            assert float((own - exact).norm()) < 2e-5 * float(exact.norm()), name
+    # With the masks of another step the loss is another.
+    draws.step = 3
+    with torch.no_grad():
+        logits = model(input_ids=inputs[0]).logits
+    other = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100)
+    assert losses[1] != pytest.approx(float(other), rel=1e-4)
+    training.close()
+
+
+def test_every_pair_has_masks_of_its_own_and_equal_layers_share_a_program(tmp_path: Path) -> None:
+    made = decoder_profile(tmp_path, config=CONFIGS["llama"], batch=BATCH, seq=SEQ, lora=LORA)
+    placed = dropouts(made)
+    assert len(placed) == 3 * 7
+    assert len({(layer, site) for layer, site, _ in placed.values()}) == len(placed)
+    assert {p for _, _, p in placed.values()} == {P}
+    assert (
+        len({layer.program for layer in made.layers if layer.name.startswith("model.layers.")}) == 2
+    )  # the first differs
+
+
+def test_without_dropout_a_profile_is_what_it_was_and_with_it_no_operator_is_added(tmp_path: Path) -> None:
+    def traced(folder: str, lora: LoraConfig) -> Profile:
+        return decoder_profile(tmp_path / folder, config=CONFIGS["gemma3_text"], batch=BATCH, seq=SEQ, lora=lora)  # type: ignore[no-any-return]
+
+    plain_profile, none = traced("plain", LoraConfig(rank=4)), traced("none", LoraConfig(rank=4, dropout=0.0))
+    with_dropout = traced("dropout", LoraConfig(rank=4, dropout=P))
+    assert none.programs == plain_profile.programs
+    targets = [[operator.target for operator in program.operators] for program in none.programs]
+    assert not any("dropout" in target for own in targets for target in own)
+    # The sums of gradients are fused as without dropout, and no mask and no second input of a pair is a tensor.
+    assert targets == [
+        [operator.target.replace("dropout_", "") if "dropout" in operator.target else operator.target for operator in own]
+        for own in (program.operators for program in with_dropout.programs)
+    ]  # fmt: skip
+    assert [len(p.values) for p in none.programs] == [len(p.values) for p in with_dropout.programs]
+    assert all(operator.recomputable for program in with_dropout.programs for operator in program.operators)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    return decoder_profile(tmp_path_factory.mktemp("small"), batch=BATCH, seq=SEQ, dtype="float32", lora=LORA)  # type: ignore[no-any-return]
+
+
+def test_schedules_that_run_operators_again_give_the_same_bits(small: Profile, tmp_path: Path) -> None:
+    data = records(tmp_path / "data", small)
+    seen = []
+    for name, options in {"kept": {}, "again": {"recompute": True}}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        training = make_training(naive_plan(small, **options), data, folder, lr=1e-2, seed=SEED)
+        training.initialise()
+        losses = [training.step(number) for number in range(1, 4)]
+        training.save_state(str(folder))
+        training.close()
+        seen.append((losses, (folder / "optimizer.safetensors").read_bytes()))
+    assert seen[0] == seen[1]
+
+
+def test_an_evaluation_has_no_dropout(small: Profile, tmp_path: Path) -> None:
+    """Between training steps, to the bit what the same profile without dropout gives."""
+    data = records(tmp_path / "data", small)
+    without = decoder_profile(tmp_path / "store", batch=BATCH, seq=SEQ, dtype="float32", lora=dataclasses.replace(LORA, dropout=0.0))  # fmt: skip
+    weights = {
+        t.name: 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(len(t.name)))
+        for t in small.tensors
+        if t.kind == "trainable"
+    }
+    found = []
+    for made in (small, without):
+        training = make_training(naive_plan(made), data, tmp_path, lr=0.0, seed=SEED)
+        training.initialise()
+        given_weights(training, weights)
+        trained = training.step(1)
+        told = training.evaluate(data, lambda done, total: None)
+        found.append((trained, told["loss"], training.loss()))
+        assert training.step(1) == trained
+        training.close()
+    assert found[0][1:] == found[1][1:]
+    assert found[0][0] != pytest.approx(found[1][0], rel=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["mezo", "lcsb", "checkpoint-sqrt"])
+def test_rules_draw_the_masks_of_plain_training(policy: str, tmp_path: Path) -> None:
+    """Both forwards of mezo, the layers that lcsb does not train, and layers that go forward twice: with weights that do not
+    move, the losses are those of a plain schedule."""
+    config = CONFIGS["llama"] | {"num_hidden_layers": 5}
+    made = decoder_profile(tmp_path / "store", config=config, batch=BATCH, seq=SEQ, dtype="float32", lora=LORA)
+    data = records(tmp_path / "data", made)
+    planned = ModelPlanner(made).plan(1 << 40, policy=policy)
+    losses = []
+    for plan in (naive_plan(made), planned):
+        training = make_training(plan, data, tmp_path, lr=0.0, seed=SEED)
+        if plan.policy == "mezo":
+            # So small a difference between the two forwards that only the masks could tell them apart.
+            training.update.optimizer = MeZO(lr=0.0, epsilon=1e-12)  # type: ignore[union-attr]
+        training.initialise()
+        losses.append([training.step(number) for number in range(1, 5)])
+        if plan.policy == "mezo":
+            assert len(training.executor.forwards) == 2
+            assert training.executor.forwards[0] == pytest.approx(training.executor.forwards[1], rel=1e-7)
+        training.close()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    if policy == "checkpoint-sqrt":
+        assert planned.train is not None
+        assert "tightfit.dropout_lora_down" in {name for name, again in runs(made, planned.train) if again}
+
+
+def runs(made: Profile, phase: Phase) -> list[tuple[str, bool]]:
+    """(operator's target, whether it has run before in the step) of every run in a schedule."""
+    layers = {layer.name: layer.program for layer in made.layers}
+    programs = {program.name: program for program in made.programs}
+    seen: set[tuple[str, int]] = set()
+    found = []
+    for one in phase.instructions:
+        if isinstance(one, Run):
+            found.append(
+                (programs[layers[one.layer]].operators[one.operator].target, (one.layer, one.operator) in seen)
+            )
+            seen.add((one.layer, one.operator))
+    return found
+
+
+def test_a_side_network_is_refused_with_dropout(small: Profile) -> None:
+    with pytest.raises(
+        InputError, match=r"no LoRA pairs, so that --lora-dropout 0\.2 would do nothing; profile without it"
+    ):
+        ModelPlanner(small).plan(1 << 40, policy="mobillm")
+    assert set(refused_of(small)) == {"mobillm"}
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+STEPS, LR = 4, 5e-3
+
+
+def test_runs_at_two_budgets_and_after_a_resume_give_one_adapter(tmp_path: Path, cache: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIGS["llama"]))
+    made = profile(str(config), batch=BATCH, seq=SEQ, lora_rank=4, lora_dropout=P)
+    planner = ModelPlanner(made)
+    small, large = (planner.plan(budget) for budget in (planner.minimum().peak_bytes, 1 << 40))
+    mesp = planner.plan(small.peak_bytes + (8 << 20), policy="mesp")
+    assert mesp.train is not None
+    assert large.train is not None
+    assert "tightfit.dropout_lora_down" in {name for name, again in runs(made, mesp.train) if again}
+    assert not any(again for _, again in runs(made, large.train))
+    options: dict[str, Any] = {"lr": LR, "eval_data": "random", "seed": 5}
+    first = run(small, "random", steps=STEPS, out=tmp_path / "small", **options)
+    assert first["peak_bytes"]["measured"] <= small.peak_bytes
+    run(mesp, "random", steps=2, out=tmp_path / "part", **options)
+    again = run(large, "random", steps=STEPS, out=tmp_path / "part", resume=True, **options)
+    assert again["resumed_step"] == 2
+    assert first["loss"] == again["loss"]
+    assert first["evaluation"]["after"]["loss"] == again["evaluation"]["after"]["loss"]
+    assert adapter_hash(tmp_path / "small") == adapter_hash(tmp_path / "part")
+    assert json.loads((tmp_path / "small" / "adapter" / CONFIG).read_text())["lora_dropout"] == P
+    console = Console(file=io.StringIO(), width=200)
+    console.print(profile_text(made))
+    assert "LoRA rank 4 with dropout 0.2" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "LoRA rank 4 with dropout 0.2" in describe(small)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("fleet"), 3, layers=2, lora=LORA)
+
+
+FLEET: dict[str, Any] = {"steps": 6, "lr": 1e-2, "seed": 3, "checkpoint_every": 0}
+
+
+def test_fleets_of_two_train_what_one_process_does(workshop: Workshop, tmp_path: Path) -> None:
+    """Data parallel, and as a pipeline whose first member takes forwards ahead."""
+    expected = workshop.alone(tmp_path / "alone", **FLEET)
+    shared = workshop.fleet((2, 1), (("memory", "memory"), ("disk", "disk")))
+    for name, fleet in (("data", shared), ("pipeline", workshop.pipeline((2,), (1, 0)))):
+        found = ended(workshop.start(fleet, tmp_path / name, **FLEET))
+        assert [code for code, _ in found.values()] == [0, 0], found
+        assert adapter_hash(tmp_path / name / "m0") == expected

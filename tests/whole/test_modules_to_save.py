@@ -1,0 +1,429 @@
+"""Embeddings and heads trained in full, against transformers + peft + autograd: losses and all gradients, whole runs at two
+budgets that peft and other runs start from, fleets, and what is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fleets import Workshop, adapter_hash, ended
+from reference import CONFIGS
+from safetensors.torch import load_file, save_file
+from tiny_models import byte_level_tokenizer
+from torch._subclasses import FakeTensorMode
+from traced import interpret, random_batch
+
+from tightfit.planner.fleet.pipeline import plan_pipeline
+from tightfit.planner.fleet.plan import MemberSpec
+from tightfit.planner.fleet.schema import Link
+from tightfit.planner.instructions import Fetch, Spill
+from tightfit.planner.model_planner import ModelPlanner
+from tightfit.planner.plan import plan
+from tightfit.planner.schema import Plan
+from tightfit.planner.simulation.simulate import simulate
+from tightfit.planner.solve.policies import approximate_of
+from tightfit.profiles.api import profile
+from tightfit.profiles.measuring.whole_step import run_step
+from tightfit.profiles.models import saved_modules
+from tightfit.profiles.models.decoder import Decoder
+from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
+from tightfit.profiles.models.lora import LoraConfig
+from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
+from tightfit.profiles.schema import Profile
+from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
+from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.training.adapter import (
+    BODY,
+    CONFIG,
+    WEIGHTS,
+    adapter_config,
+    adapter_key,
+    initialise,
+    table_slice,
+)
+from tightfit.runtime.engine.training.batches import open_batches
+from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.session.launch import run
+
+peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+# peft warns of tied models that come apart, and says that it transposes the weights of GPT-2's own linear layers
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+]
+
+BATCH, SEQ = 3, 24
+SIZES = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 5, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "Llama, tied": (CONFIGS["llama"] | {"pad_token_id": 5}, "embed_tokens", "lm_head"),
+    "Qwen2, apart": (CONFIGS["qwen2"], "embed_tokens", "lm_head"),
+    "Gemma 3, tied and scaled": (CONFIGS["gemma3_text"], "embed_tokens", "lm_head"),
+    "GPT-2, tied": (
+        {"model_type": "gpt2", "vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        "wte",
+        "lm_head",
+    ),
+    "Gemma 2, capped": (
+        SIZES | {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8,
+                 "final_logit_softcapping": 3.0, "tie_word_embeddings": True},
+        "embed_tokens",
+        "lm_head",
+    ),
+}  # fmt: skip
+"""(config, name of the embedding, of the head)"""
+CHOICES = {
+    "embedding": (True, False),
+    "head": (False, True),
+    "both": (True, True),
+}
+COMPARED = [
+    *((family, choice) for family in ("Llama, tied", "Qwen2, apart", "GPT-2, tied") for choice in CHOICES),
+    ("Gemma 3, tied and scaled", "both"),
+    ("Gemma 2, capped", "both"),
+]
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of 128 rows, at most two of them in a layer, so that tiny tables have several of both."""
+    monkeypatch.setattr(saved_modules, "SLICE_BYTES", 0)
+    monkeypatch.setattr(saved_modules, "MOST_LAYERS", 2)
+
+
+def traced(config: dict[str, Any], lora: LoraConfig) -> tuple[Any, Trace]:
+    """A decoder and its step, in float32."""
+    if handwritten(config):
+        with FakeTensorMode():
+            module: Any = Decoder(decoder_shape(config), dtype=torch.float32, lora=lora)
+    else:
+        told = config | dict(facts(config).config)
+        module = AnyDecoder(told, dtype=torch.float32, seq=SEQ, lora=lora)
+    with FakeTensorMode():
+        without_values(module)
+        sample = {name: torch.zeros(BATCH, SEQ, dtype=torch.int64) for name in ("input_ids", "labels")}
+    return module, trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
+
+
+def their_model(config: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    made = transformers.AutoConfig.for_model(**config)
+    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.dim() == 1 else 0.1))
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(0.7)
+    return model
+
+
+def our_weights(config: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
+    """The model's weights by our names."""
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    if handwritten(config):
+        return {name: value.detach() for name, value in held.items()}
+    return {
+        one.name: (held[one.key].t() if one.transposed else held[one.key]).detach().contiguous()
+        for one in facts(config).tensors
+    }
+
+
+def adapter_files(
+    place: Path, told: dict[str, Any], trained: dict[str, torch.Tensor], body: str
+) -> dict[str, torch.Tensor]:
+    """Write an adapter as a run does, and return its tensors."""
+    place.mkdir()
+    (place / CONFIG).write_text(json.dumps(adapter_config(told, [], "base", body)))
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in trained.items():
+        key = adapter_key(name, body)
+        tensors[key] = torch.cat([tensors[key], value]) if key in tensors else value
+    save_file(tensors, place / WEIGHTS)
+    return tensors
+
+
+def held_by_peft(model: Any) -> dict[str, torch.Tensor]:
+    """What peft trains, by the keys of adapters."""
+    return {
+        name.replace("modules_to_save.default.", "").replace(".default.", "."): value
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
+
+
+def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize(("family", "choice"), COMPARED)
+def test_loss_and_all_gradients_are_those_of_peft(family: str, choice: str, tmp_path: Path) -> None:
+    config, *names = FAMILIES[family]
+    wanted = tuple(name for name, taken in zip(names, CHOICES[choice]) if taken)
+    module, made = traced(config, LoraConfig(rank=4, modules_to_save=wanted))
+    model = their_model(config)
+    weights = our_weights(config, model)
+    body = str(dict(facts(config).config).get("adapter_body", BODY)) if not handwritten(config) else BODY
+    generator = torch.Generator().manual_seed(1)
+    trained = {
+        tensor.name: torch.randn(tensor.shape, generator=generator) * 0.1
+        for tensor in made.tensors
+        if tensor.kind == "trainable"
+    }
+    # Other values than the base's: in a tied model one of the two moves away from the other.
+    tensors = adapter_files(tmp_path / "adapter", module.lora, trained, body)
+    assert len(module.tables) == len(wanted)
+    adapted = peft.PeftModel.from_pretrained(
+        model, tmp_path / "adapter", is_trainable=True, autocast_adapter_dtype=False
+    ).eval()
+    theirs = held_by_peft(adapted)
+    assert theirs.keys() == tensors.keys()
+    assert all(torch.equal(theirs[key].detach(), value) for key, value in tensors.items())
+    batch = random_batch(config, BATCH, SEQ)
+    batch["input_ids"][:, 3] = 5  # also the token for padding
+    loss = loss_of(adapted(input_ids=batch["input_ids"]).logits, batch["labels"])
+    loss.backward()
+    gradients = [f"grad:{name}" for name in trained]
+
+    def operators(layers: Any, programs: Any, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        described = {name: program.model_dump() for name, program in programs.items()}
+        return run_step([layer.model_dump() for layer in layers], described, given, [made.loss, *gradients])
+
+    with torch.no_grad():
+        own = interpret(made, weights | trained, batch, operators)
+    assert float(own[made.loss]) == pytest.approx(float(loss.detach()), rel=1e-5)
+    found: dict[str, list[torch.Tensor]] = {}
+    for name in trained:
+        found.setdefault(adapter_key(name, body), []).append(own[f"grad:{name}"])
+    for key, parts in found.items():
+        exact = theirs[key].grad
+        assert exact is not None
+        assert float((torch.cat(parts) - exact).norm()) < 1e-4 * float(exact.norm()), key
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------------
+
+STEPS, LR = 4, 5e-3
+TEXTS = ["the quick brown fox jumps over the lazy dog", "user said: they've 12", "over the moon", "lazy dog? No."]
+LARGE = CONFIGS["llama"] | {"vocab_size": 24_576, "hidden_size": 192, "intermediate_size": 256}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model's folder, with an embedding of 18 MiB that is its head, and data."""
+    place = tmp_path_factory.mktemp("saved")
+    their_model(LARGE).save_pretrained(place / "model")
+    byte_level_tokenizer().save(str(place / "model" / "tokenizer.json"))
+    (place / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return place / "model", place / "data.jsonl"
+
+
+@pytest.fixture(scope="module")
+def measured(base: tuple[Path, Path], cache: Path) -> Profile:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saved_modules, "SLICE_BYTES", 1 << 20)
+        patch.setattr(saved_modules, "MOST_LAYERS", 6)
+        return profile(
+            str(base[0]), batch=2, seq=32, dtype="float32", base="16bit", lora_rank=4,
+            modules_to_save=("embed_tokens", "lm_head"),
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plans(measured: Profile) -> tuple[Plan, Plan]:
+    """Plans for a budget in which everything fits, and for the smallest."""
+    planner = ModelPlanner(measured)
+    return planner.plan(1 << 40), planner.plan(planner.minimum().peak_bytes)
+
+
+def moved(made: Plan) -> dict[str, list[str]]:
+    """Slices whose values, and those whose states, the plan has on disk between steps."""
+    assert made.train is not None
+    names = {one.tensor for one in made.train.instructions if isinstance(one, Spill)}
+    fetched = {one.tensor for one in made.train.instructions if isinstance(one, Fetch)}
+    values = [name for name in names & fetched if table_slice(name)]
+    states = [name for name in names & fetched if table_slice(name.removeprefix("adam_m:")) and ":" in name]
+    return {"values": values, "states": states}
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter" / WEIGHTS).read_bytes()).hexdigest()
+
+
+def test_runs_at_two_budgets_give_the_adapter_of_peft_and_torch(
+    measured: Profile, plans: tuple[Plan, Plan], base: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The smaller budget has values and states of slices on disk, and its run stops and goes on; the second run's adapter and
+    losses are those of transformers + peft + torch.optim.AdamW, and peft loads it.
+    """
+    large, small = plans
+    assert moved(large) == {"values": [], "states": []}
+    assert moved(small)["values"]
+    assert len(moved(small)["states"]) > 6
+    assert large.peak_bytes - small.peak_bytes > 40 << 20
+    settings: dict[str, Any] = {"lr": LR, "weight_decay": 0.0}
+    whole = run(large, base[1], steps=STEPS, out=tmp_path / "large", eval_data=base[1], **settings)
+    run(small, base[1], steps=2, out=tmp_path / "small", **settings)
+    parts = run(small, base[1], steps=STEPS, out=tmp_path / "small", resume=True, **settings)
+    assert digest(tmp_path / "small") == digest(tmp_path / "large")
+    assert whole["loss"] == parts["loss"]
+    for report, made in ((whole, large), (parts, small)):
+        assert report["peak_bytes"]["measured"] <= made.peak_bytes
+
+    model = their_model(LARGE)
+    assert measured.model.store is not None
+    with Store.open(measured.model.store) as store, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            store.load(name, value := torch.empty(parameter.shape))
+            parameter.copy_(value)
+    place = tmp_path / "large" / "adapter"
+    tensors = load_file(place / WEIGHTS)
+    shape = [LARGE["vocab_size"], LARGE["hidden_size"]]
+    for key in ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"):
+        assert list(tensors[key].shape) == shape
+        assert tensors[key].dtype is torch.float32
+    loaded = peft.PeftModel.from_pretrained(model, place, is_trainable=True, autocast_adapter_dtype=False).eval()
+    theirs = held_by_peft(loaded)
+    assert theirs.keys() == tensors.keys()
+    assert all(torch.equal(theirs[key].detach(), value) for key, value in tensors.items())
+    inputs = [torch.empty(2, 32, dtype=torch.int64) for _ in range(2)]
+    batches = open_batches(str(next((tmp_path / "large" / "data").glob("eval*"))), 0)
+    total, count = 0.0, 0
+    for number in range(batches.evaluation_count(inputs)):
+        batches.evaluation(number, inputs)
+        labelled = int((inputs[1] >= 0).sum())
+        with torch.no_grad():
+            total += float(loss_of(loaded(input_ids=inputs[0]).logits, inputs[1])) * labelled
+        count += labelled
+    batches.close()
+    assert whole["evaluation"]["after"]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+    start = {}
+    with torch.no_grad():  # the same steps by torch.optim.AdamW, from the base's rows
+        base_rows = loaded.base_model.model.model.embed_tokens.original_module.weight
+        for key, value in theirs.items():
+            if ".lora_" in key:
+                initialise(key.removeprefix("base_model.model."), 0, value)
+            else:
+                value.copy_(base_rows)
+            start[key] = value.detach().clone()
+    optimizer = torch.optim.AdamW(theirs.values(), lr=LR, weight_decay=0.0)
+    batches = open_batches(str(next((tmp_path / "large" / "data").glob("train*"))), 0)
+    losses = []
+    for step in range(STEPS):
+        batches.training(step, inputs)
+        loss = loss_of(loaded(input_ids=inputs[0]).logits, inputs[1])
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    batches.close()
+    assert whole["loss"] == pytest.approx(losses, rel=1e-4)
+    for key, value in theirs.items():
+        # Where a gradient is all but zero, as those of most rows, Adam's steps are of any size.
+        change = value.detach() - start[key]
+        assert float((tensors[key] - value.detach()).norm()) < 0.1 * float(change.norm()), key
+        assert float(change.norm()) > 0
+
+
+def test_a_run_starts_from_an_adapter_with_tables(
+    plans: tuple[Plan, Plan], base: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, small = plans
+    run(small, base[1], steps=1, out=tmp_path / "first", lr=LR)
+    given = tmp_path / "first" / "adapter"
+    run(small, base[1], steps=1, out=tmp_path / "second", lr=0.0, weight_decay=0.0, adapter=given)
+    assert digest(tmp_path / "second") == digest(tmp_path / "first")
+    tensors = load_file(given / WEIGHTS)
+    key = "base_model.model.lm_head.weight"
+    for name, change in (
+        ("short", lambda value: value[:-1].clone()),
+        ("infinite", lambda value: torch.full_like(value, torch.inf)),
+    ):
+        (tmp_path / name).mkdir()
+        save_file(tensors | {key: change(tensors[key])}, tmp_path / name / WEIGHTS)
+        with pytest.raises(InputError, match=rf"{key} (is F32 \[24575, 192\]|holds values that are no finite numbers)"):
+            run(small, base[1], steps=1, out=tmp_path / f"from-{name}", adapter=tmp_path / name)
+
+
+def test_the_members_of_a_fleet_train_tables_as_one_process_does(tmp_path: Path) -> None:
+    """A fleet that shares out the batch: two members with slices that no message piece holds as a whole."""
+    lora = LoraConfig(rank=4, modules_to_save=("embed_tokens", "lm_head"))
+    workshop = Workshop(tmp_path / "plans", 4, lora=lora)
+    options = {"steps": 8, "lr": 1e-2, "seed": 3, "checkpoint_every": 0}
+    expected = workshop.alone(tmp_path / "alone", **options)
+    fleet = workshop.fleet((3, 1), (("memory", "disk"), ("disk", "memory")))
+    found = ended(workshop.start(fleet, tmp_path, **options))
+    assert {code for code, _ in found.values()} == {0}, found
+    assert {adapter_hash(tmp_path / member.name) for member in fleet.members} == {expected}
+
+
+# --- estimates, rules, and what is refused -----------------------------------------------------------------------------
+
+
+def estimated(tmp_path: Path, config: dict[str, Any], *names: str, **settings: Any) -> Profile:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    return profile(
+        str(path), seq=16, lora_rank=4, device="raspberry-pi-5", modules_to_save=names, **settings
+    )  # fmt: skip
+
+
+def test_rules_for_models_with_trained_tables(tmp_path: Path) -> None:
+    """mezo perturbs slices as it does pairs; rules with the exact gradient keep them in memory; lcsb and mobillm are refused."""
+    made = estimated(tmp_path, CONFIGS["llama"], "embed_tokens", "lm_head")
+    for policy in ("mezo", "mebp", "keep-all"):
+        planned = plan(made, 1 << 40, policy=policy)
+        assert planned.status == "feasible"
+        simulate(planned)
+        assert not moved(planned)["values"]
+    assert approximate_of(made) == ("mezo",)
+    for policy in ("lcsb", "mobillm"):
+        with pytest.raises(
+            InputError, match=rf"{policy} trains LoRA pairs alone, .* model\.embed_tokens and lm_head in full"
+        ):
+            plan(made, 1 << 40, policy=policy)
+
+
+def test_pipelines_and_side_networks_are_refused(tmp_path: Path) -> None:
+    made = estimated(tmp_path, CONFIGS["llama"], "embed_tokens")
+    link = Link(up_bytes_per_second=1e7, down_bytes_per_second=1e7)
+    members = [MemberSpec(name=name, profile=made, budget_bytes=1 << 34, link=link) for name in "ab"]
+    with pytest.raises(InputError, match=r"a pipeline trains LoRA pairs alone, .*profile without --modules-to-save"):
+        plan_pipeline(members, 4)
+    with pytest.raises(
+        InputError, match="modules-to-save lm_head: a side network has no adapter; leave the option out"
+    ):
+        estimated(tmp_path, CONFIGS["llama"], "lm_head", side_rank=8)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "message"),
+    [
+        (CONFIGS["llama"], "norm", r"of the model these modules can be trained in full: embed_tokens, lm_head; others"),
+        (FAMILIES["GPT-2, tied"][0], "wpe", r"of the gpt2 model these modules can be trained in full: wte, lm_head"),
+        (
+            SIZES | {"model_type": "phi"},
+            "lm_head",
+            r"it has a bias, which is not trained here; of the phi model these modules .*: embed_tokens$",
+        ),
+    ],
+)  # fmt: skip
+def test_other_modules_are_refused(config: dict[str, Any], name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"modules-to-save '{name}': .*{message}"):
+        estimated(tmp_path, config, name)
+
+
+def test_ties_that_peft_keeps_are_refused(tmp_path: Path) -> None:
+    told = adapter_config({"rank": 4, "alpha": 8.0, "modules_to_save": ["lm_head"]}, ["a.q_proj.lora_A.weight"], "base")
+    (tmp_path / CONFIG).write_text(json.dumps(told | {"ensure_weight_tying": True}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+    with pytest.raises(InputError, match="ensure_weight_tying is True, which tightfit does not have; train without it"):
+        profile(str(tmp_path / "config.json"), seq=16, device="phone", adapter=tmp_path)
