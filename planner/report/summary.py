@@ -106,9 +106,10 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
 
 def adapter_words(lora: Mapping[str, Any]) -> str:
     """What a profile or plan says of its adapter, in a few words."""
-    dropout = lora.get("lora_dropout")
+    dropout, saved = lora.get("lora_dropout"), lora.get("modules_to_save")
     method = "DoRA" if lora.get("use_dora") else "LoRA"
-    return f"{method} rank {lora['rank']}" + (f" with dropout {dropout:g}" if dropout else "")
+    words = f"{method} rank {lora['rank']}" + (f" with dropout {dropout:g}" if dropout else "")
+    return words + (f", {' and '.join(saved)} in full" if saved else "")
 
 
 def fleet_summary(fleet: FleetPlan | PipelinePlan) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_plans import decoder_profile, naive_plan
 from traced import interpret, random_batch
 
+from tightfit.planner.instructions import Run
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.device_forward import SENT, device_forward
 from tightfit.planner.report.html import describe
@@ -251,6 +252,8 @@ def test_norms_follow_their_products_so_that_one_unpacked_weight_serves_both(tmp
 QWEN2 = CONFIGS["qwen2"] | {"vocab_size": 320}
 """with biases in attention"""
 SEED, STEPS, LR = 7, 4, 5e-3
+NEW = {"inference_mode": False, "base_model_name_or_path": None}
+"""fields of an adapter that is to be trained again"""
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +309,7 @@ def test_steps_are_those_of_peft_which_loads_the_adapter(small: Profile, records
     # The same steps by peft, which takes its first magnitudes of the weights itself, and torch.optim.AdamW.
     told = json.loads((end / CONFIG).read_text())
     assert told["use_dora"] is True
-    theirs = peft.get_peft_model(frozen_model(small), peft.LoraConfig(**(told | {"inference_mode": False})))
+    theirs = peft.get_peft_model(frozen_model(small), peft.LoraConfig(**(told | NEW)))
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if ".lora_A." in name:
@@ -335,11 +338,12 @@ def test_steps_are_those_of_peft_which_loads_the_adapter(small: Profile, records
 
 def test_schedules_and_starts_give_the_same_bits(small: Profile, records: str, tmp_path: Path) -> None:
     """Whatever runs again, also the norm, and however much memory there is when training starts."""
-    made = {
-        "kept": naive_plan(small),
-        "again": naive_plan(small, recompute=True),
-        "mesp": ModelPlanner(small).plan(1 << 40, policy="mesp"),
-    }
+    made = {"kept": naive_plan(small), "mesp": ModelPlanner(small).plan(1 << 40, policy="mesp")}
+    places = {layer.name: layer.program for layer in small.layers}
+    programs = {program.name: program.operators for program in small.programs}
+    for planned, times in zip(made.values(), (1, 2)):
+        ran = [programs[places[one.layer]][one.operator].target for one in planned.train.instructions if isinstance(one, Run)]  # fmt: skip
+        assert ran.count("tightfit.dora_norm") == times * 7 * 3
     seen = []
     for name, planned in made.items():
         folder = tmp_path / name
@@ -352,7 +356,7 @@ def test_schedules_and_starts_give_the_same_bits(small: Profile, records: str, t
         training.save_trained(str(folder))
         training.close()
         seen.append((start, losses, (folder / WEIGHTS).read_bytes()))
-    assert seen[0] == seen[1] == seen[2]
+    assert seen[0] == seen[1]
     assert seen[0][0] != seen[0][2]
 
 
@@ -431,7 +435,9 @@ def test_a_device_that_is_not_here_is_given_what_is_measured_here(made: Profile)
     assert found
     phone = estimate_profile(made, find_device("phone"))
     spent = {one.target: one.seconds for program in phone.programs for one in program.operators}
-    assert 0 < spent["tightfit.dora_scale"] < spent["tightfit.dora_norm"] < spent["tightfit.projection"]
+    added = [spent[f"tightfit.dora_{name}"] for name in ("norm", "scale", "scale_backward")]
+    assert min(added) > 0
+    assert sum(added) < spent["tightfit.projection"] + spent["tightfit.projection_backward"]
 
 
 def test_fleets_of_two_train_what_one_process_does(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Leaves elements out in compiled C (``dropout.c``) where there is a C compiler: a tenth of the time of PyTorch's operators.
+"""Leaves elements out in compiled C (``dropout.c``) where there is a C compiler: in a fifth of the time of PyTorch.
 
 The library is used for a width of elements if it gives what plain integers give. Lean processes find it through the
 environment variable `VARIABLE`, as that of `tightfit.runtime.engine.weights.native`.

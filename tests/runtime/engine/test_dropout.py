@@ -19,6 +19,9 @@ from tightfit.runtime.engine.cpu import dropout as kernels
 from tightfit.runtime.engine.cpu import native_dropout
 from tightfit.runtime.engine.cpu.operators import lora_down
 from tightfit.runtime.engine.device.draws import Draws
+from tightfit.runtime.engine.start import cuda_stubs, page_out
+from tightfit.runtime.engine.start.process import child_environment
+from tightfit.runtime.engine.weights import native
 
 P, SITE, SCALE = 0.3, 5, 2.0
 SHAPES = [(5, 7), (96, 64), (90, 1030)]
@@ -304,6 +307,16 @@ def test_it_is_built_once_and_judged(tmp_path, monkeypatch):
     assert native_dropout.judge(path) == ["16", "32"]
     monkeypatch.setattr(subprocess, "run", None)  # nothing is compiled again
     assert native_dropout.library(tmp_path) == path
+
+
+@needs_compiler
+def test_runs_are_told_of_it(tmp_path, monkeypatch):
+    for other in (native.VARIABLE, page_out.VARIABLE, cuda_stubs.VARIABLE):
+        monkeypatch.setenv(other, "")
+    monkeypatch.delenv(native_dropout.VARIABLE, raising=False)
+    monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path))
+    path = child_environment(1)[native_dropout.VARIABLE]
+    assert native_dropout.judge(path) == ["16", "32"]
 
 
 def test_without_a_compiler_pytorch_does_the_work(tmp_path, monkeypatch):
