@@ -13,17 +13,11 @@ from typing import Literal
 
 from tightfit.planner.problem.layer_figures import DISK, KIB, MS, LayerFigures
 from tightfit.planner.problem.layer_types import Layered, transfer_seconds
-from tightfit.planner.schedule.layer_schedule import Column, state_names_of
+from tightfit.planner.schedule.layer_schedule import Column
 from tightfit.planner.solvers.lp import Linear, Program
 
 INSTANT = 1e5
 """KiB per ms above which a disk's transfers are taken to need no time of their own in a window"""
-STATES_SHARE = 0.1
-"""share of the step's computation; where all states and values take less of the disk's time, they have no rows of their own in (14)
-and (15), which then prove less in smaller programs
-"""
-WRITTEN = ("spills", "states out")
-"""sorts of transfer from memory to disk"""
 Terms = LayerFigures[Linear]
 """a layer's figures as expressions, in KiB and ms"""
 
@@ -179,9 +173,9 @@ def _add_disk(
 
     A window lasts at least as long as the disk is busy in it. What is read or fetched before the window that needs it, and what is
     spilled and not yet written, takes memory meanwhile. The constraints hold for any plan of the class; with `careful` they ask for
-    fetches one window ahead, count a spill to the end of its window and move states within theirs, which plans can really keep.
+    fetches one window ahead and count a spill to the end of its window, which plans can really keep.
     """
-    rates = _kib_per_ms(problem, states=not careful)
+    rates = _kib_per_ms(problem)
     needed = {name: Linear() for name in rates}
     flown = {name: Linear() for name in rates}
     for moment, window in enumerate(order):
@@ -191,8 +185,6 @@ def _add_disk(
             "reads": terms.reads_forward if forward else terms.reads_backward,
             "fetches": Linear() if forward else terms.fetches_backward,
             "spills": terms.spills_forward if forward else Linear(),
-            "states in": Linear() if forward else terms.states_fetched,
-            "states out": Linear() if forward else terms.states_spilled,
         }
         # (14) needed and flown: ms of each sort of transfer that windows so far ask for, and that the disk has done
         busy = Linear().plus(clock[moment + 1]).plus(clock[moment], -1.0)
@@ -211,7 +203,7 @@ def _add_disk(
             flown[name] = Linear().add(now)
             flows.append(Linear().add(now).plus(before, -1.0))
             program.at_least(flows[-1])
-            if name in WRITTEN:
+            if name == "spills":
                 # Only what is there can be written; what is not written stays in memory.
                 program.at_least(Linear().plus(needed[name]).add(now, -1.0))
                 left = Linear().plus(needed[name] if careful else due).add(now, -1.0)
@@ -227,40 +219,24 @@ def _add_disk(
         program.at_least(busy, *flows, *states)
         # (11) with what waits for the disk
         program.at_least(peaks[moment].plus(waiting, -1.0))
-    for name in WRITTEN:
-        if rates[name]:
-            program.at_least(flown[name], needed[name])
+    if rates["spills"]:
+        program.at_least(flown["spills"], needed["spills"])
 
 
-def _kib_per_ms(problem: Layered, *, states: bool) -> dict[str, float]:
-    """(15) KiB that a millisecond of disk time moves at least, for each sort of transfer; 0 where there is none of it. `states`: those
-    of optimizer states, and the writes of values, count as sorts of their own, if they take long enough.
-    """
-    found: dict[str, list[float]] = {name: [] for name in ("reads", "fetches", "spills", "states in", "states out")}
-    seconds = 0.0
+def _kib_per_ms(problem: Layered) -> dict[str, float]:
+    """(15) KiB that a millisecond of disk time moves at least, for each sort of transfer; 0 where there is none of it."""
+    reads: list[float] = []
+    spills: list[float] = []
+    fetches: list[float] = []
     for kind in problem.types:
-        found["reads"].extend(w.read_bytes / w.read_seconds for w in kind.weights.values() if w.read_seconds)
+        reads.extend(w.read_bytes / w.read_seconds for w in kind.weights.values() if w.read_seconds)
         for value in kind.offloadable:
             size = kind.raw_bytes[value]
-            found["spills"].append(size / transfer_seconds(kind.write, size))
-            found["fetches"].append(size / transfer_seconds(kind.read, size))
-    for number in problem.layer_type:
-        kind = problem.types[number]
-        for update in kind.updates:
-            value = (update.trainable,) if update.trainable in kind.weights else ()
-            for name, moved, channel in (
-                ("states in", state_names_of(update), kind.read),
-                ("states out", (*value, *state_names_of(update)), kind.write),
-            ):
-                each = [transfer_seconds(channel, kind.raw_bytes[one]) for one in moved]
-                seconds += sum(each)
-                found[name] += [kind.raw_bytes[one] / taken for one, taken in zip(moved, each)]
-    worth = states and seconds >= STATES_SHARE * sum(step.seconds for step in problem.graph.steps)
+            spills.append(size / transfer_seconds(kind.write, size))
+            fetches.append(size / transfer_seconds(kind.read, size))
     result = {}
-    for name, rates in found.items():
+    for name, rates in (("reads", reads), ("fetches", fetches), ("spills", spills)):
         rate = min(rates, default=0.0) / KIB / MS
-        if name.startswith("states") and not worth:
-            rate = 0.0
         # Nothing ever waits for a disk faster than that, and its rates would make the program ill-conditioned.
         result[name] = rate if rate <= INSTANT else 0.0
     return result

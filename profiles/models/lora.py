@@ -19,7 +19,6 @@ from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import BODY, CONFIG
 
 ALL_LINEAR, ATTENTION = "all-linear", "attention"
-MOST_RANK = 1 << 14
 NEUTRAL: Mapping[str, Any] = {
     "bias": "none",
     "lora_bias": False,
@@ -76,8 +75,8 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         for name, rank in (("lora-rank", self.rank), *((f"rank-pattern {p}", r) for p, r in self.rank_pattern.items())):
-            if not 1 <= rank <= MOST_RANK:
-                raise InputError(f"{name} must be at least 1 and at most {MOST_RANK}, not {rank}")
+            if rank < 1:
+                raise InputError(f"{name} must be at least 1, not {rank}")
         alphas = [("lora-alpha", self.scaled_alpha)]
         for name, alpha in (*alphas, *((f"alpha-pattern {p}", a) for p, a in self.alpha_pattern.items())):
             if not 0 < alpha < math.inf:
