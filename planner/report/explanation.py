@@ -270,11 +270,13 @@ def _remedies(plan: Plan, ledger: Ledger, peak: PeakAccount) -> list[Remedy]:
     """Estimates of what half the batch, half the sequence or half the adapter's rank would save at the peak."""
     _, phase = _fullest(plan)
     trained = set(ledger.index.of_kind("trainable"))
+    tables = [tensor.name for tensor in plan.tensors if tensor.movable]
+    whatever = (".lora_magnitude_vector.weight", *tables)  # as large whatever the rank
     by_tokens = by_rank = 0
     for name, size in ledger.resident_at(phase, peak.instruction).items():
         kind = ledger.index.tensors[name].kind
         if kind in ("trainable", "optimizer") or name.removeprefix("grad:") in trained:
-            by_rank += size if ".lora_A." in name or ".lora_B." in name else 0
+            by_rank += 0 if name.endswith(whatever) else size
         elif kind in ("activation", "gradient", "batch"):
             by_tokens += size
     rank = int((plan.model.lora or {}).get("rank", 1))
