@@ -254,10 +254,13 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
         item = 4 if values[operator.inputs[2]].dtype == "float32" else 2
         return item * HEAD_ROWS * values[operator.inputs[1]].shape[1] + 3 * MIB // 2
     if target in TABLES:
-        hidden = values[operator.inputs[4 if target.endswith("backward") else 2]]
-        return 4 * HEAD_ROWS * hidden.shape[1] + 3 * MIB // 2
+        backward = target.endswith("backward")
+        tokens, width = values[operator.inputs[4 if backward else 2]].shape
+        blocks = 0 if _type(operator, values, "cpu") == "float32" else 1 + backward
+        added = MIB if backward and blocks and tokens > HEAD_ROWS else 0
+        return 2 * blocks * min(tokens, HEAD_ROWS) * width + (5 if backward else 3) * MIB // 8 + added
     if target in SLICES:
-        return min(6 * BLOCK_ELEMENTS, 2 * touched)
+        return 8 * min(BLOCK_ELEMENTS, math.prod(values[operator.inputs[0]].shape))
     if target.startswith("tightfit.dropout_"):
         return min(ROOM_BYTES + 3 * MIB // 4, 2 * touched)
     if target in BLOCKS:

@@ -42,7 +42,10 @@ def main(
     rank: Annotated[int, typer.Option(help="LoRA rank, on all linear layers")] = 8,
     device: Annotated[str, typer.Option(help="as `tightfit devices` lists them")] = "zen5-2core",
     seconds: Annotated[float, typer.Option(help="time limit of a plan")] = 120.0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the figures")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="JSON file for the figures; those of other models that it has stay in it"),
+    ] = None,
     *,
     write: Annotated[bool, typer.Option(help="write docs/benchmarks/decoders.md")] = False,
 ) -> None:
@@ -50,22 +53,24 @@ def main(
     chosen = [name.strip() for name in models.split(",") if name.strip()] or list(MODELS)
     if unknown := [name for name in chosen if name not in MODELS]:
         raise typer.BadParameter(f"no model is called {', '.join(unknown)}; there are {', '.join(MODELS)}")
-    rows: list[dict[str, Any]] = []
+    kept = json.loads(output.read_text()) if output is not None and output.exists() else []
+    found: dict[str, dict[str, Any]] = {row["model"]: row for row in kept}
     for name in chosen:
         try:
-            rows.append(planned(name, MODELS[name], seq=seq, rank=rank, device=device, seconds=seconds))
+            found[name] = planned(name, MODELS[name], seq=seq, rank=rank, device=device, seconds=seconds)
         except TightfitError as error:
-            rows.append({"model": name, "failed": str(error)})
+            found[name] = {"model": name, "failed": str(error)}
             print(f"{name}: {error}", flush=True)
         if output is not None:
-            output.write_text(json.dumps(rows, indent=1) + "\n")
+            output.write_text(json.dumps(list(found.values()), indent=1) + "\n")
+    rows = [found[name] for name in MODELS if name in found]
     report = tables.Report(width=190)
     report.table(table_of(rows))
     for row in rows:
         if "failed" in row:
             report.text(f"{row['model']}: {row['failed']}")
     if write:
-        sources = "\n".join(f"- {name}: {MODELS[name].source}" for name in chosen)
+        sources = "\n".join(f"- {row['model']}: {MODELS[row['model']].source}" for row in rows)
         report.parts.append(f"Where the shapes are from:\n\n{sources}\n")
         report.write("decoders", "Published decoders at full size", notes(seq, rank, device, seconds))
 

@@ -60,8 +60,11 @@ def table_rows(
     y.copy_(before)
     places, found = _inside(flat, int(base) + offset, rows.shape[0])
     for part in _row_blocks(places.numel(), rows.shape[1]):
-        gathered = rows.index_select(0, found[part]).to(y.dtype)
-        y.index_copy_(0, places[part], gathered.mul_(scale) if scale != 1.0 else gathered)
+        y.index_copy_(0, places[part], _scaled(rows.index_select(0, found[part]).to(y.dtype), scale))
+
+
+def _scaled(rows: Tensor, scale: float) -> Tensor:
+    return rows.mul_(scale) if scale != 1.0 else rows
 
 
 def table_rows_backward(

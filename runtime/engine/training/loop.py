@@ -119,7 +119,7 @@ class _Run:
         # A resumed run may have held-out data that were not evaluated before step 1. Then it first takes the initial
         # state again, evaluates that, and loads the checkpoint afterwards.
         begun = self.done > 0 and (self.held_out is None or self.before.get("data") == self.held_out)
-        settle()  # values and states may fill the arena: without the pages of code that only building kernels has used
+        self._make_room()
         if found:
             send("resumed", step=self.done, checkpoint=found.path)
         if found and begun:
@@ -297,11 +297,18 @@ class _Run:
             self.before.update(data=self.held_out, result=result, answers="right")
         self.send("evaluated", when=when, data=self.held_out, **result, peak_bytes=self.peaks[f"evaluate {when}"])
 
+    def _make_room(self) -> None:
+        """Before initial values are loaded or a checkpoint is saved, where modules are trained in full: their values and states
+        may fill the arena, and what building kernels or a step left beside it would come on top.
+        """
+        if self.header.get("tables"):
+            settle()
+
     def _save(self) -> None:
         def fill(path: str) -> dict[str, Any]:
             return {"evaluated before": self.before, **self.training.save_state(path)}
 
-        settle()  # saving takes buffers and code of its own, and needs nothing of what a step leaves
+        self._make_room()
         self.path = checkpoint.save(self.out, self.done, self.conditions, fill, self.header["keep_checkpoints"])
         self.saved = self.done
         self.peaks["checkpoint"] = self.training.meter.check_peak()

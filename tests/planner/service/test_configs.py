@@ -158,3 +158,14 @@ def test_a_name_in_the_list_of_encoder_decoders_is_refused_as_one():
     pytest.importorskip("transformers")
     with pytest.raises(InputError, match="is an encoder-decoder model"):
         check({"model_type": "pegasus_x"})
+
+
+def test_code_that_a_config_names_is_not_run():
+    """A config may name modelling files of its own, which transformers would download and run where it is told to."""
+    pytest.importorskip("transformers")
+    from tightfit.profiles.models.transformers_decoder import facts
+
+    named = {"AutoConfig": "nobody/nothing--code.Config", "AutoModelForCausalLM": "nobody/nothing--code.Model"}
+    config = FAMILIES["Phi-3"] | {"auto_map": named, "_name_or_path": "nobody/nothing"}
+    check(config)
+    assert [tensor.shape for tensor in facts(config).tensors] == [t.shape for t in facts(FAMILIES["Phi-3"]).tensors]

@@ -164,6 +164,11 @@ def test_unpacking_and_updates_by_hand():
         ("tightfit.dropout_lora_down", {"x": (1024, 4096), "a": (8, 4096), "y": (1024, 8)}, 1.33),
         ("tightfit.dropout_lora_backward", {"d": (256, 896), "x": (256, 4864), "l": (256, 8), "y": (256, 8)}, 1.06),
         ("tightfit.dropout_projection_backward", {"d": (256, 896), "w": (896, 4864), "l": (256, 8), "y": (256, 4864)}, 0.93),
+        ("tightfit.table_head", {"l": (256,), "o": (256,), "h": (256, 896), "w": (1024, 896), "y": (256,)}, 0.70),
+        ("tightfit.table_head_backward", {"d": (256,), "n": (256,), "l": (256,), "m": (256,), "h": (256, 896), "w": (1024, 896), "y": (256,)}, 1.14),
+        ("tightfit.table_head_backward", {"d": (1024,), "n": (1024,), "l": (1024,), "m": (1024,), "h": (1024, 576), "w": (2048, 576), "y": (1024,)}, 2.12),
+        ("tightfit.table_rows", {"b": (256, 896), "w": (1024, 896), "i": (256,), "y": (256, 896)}, 1.31),
+        ("tightfit.table_rows_backward", {"d": (1024, 576), "w": (2048, 576), "i": (1024,), "y": (2048, 576)}, 1.91),
         ("tightfit.rms_norm", {"x": (256, 896), "w": (896,), "y": (256, 896)}, 1.74),
     ],
 )  # fmt: skip
