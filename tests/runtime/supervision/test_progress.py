@@ -65,16 +65,18 @@ def test_time_left_counts_the_steps_to_come():
 
 def test_a_terminal_gets_one_line_that_is_wiped_in_the_end():
     parent, child = pty.openpty()
-    with (
-        os.fdopen(child, "w") as file,
-        TrainingProgress(steps=2, tokens_per_step=64, budget=350 * MIB, file=file) as training,
-    ):
-        training.stage("evaluating before", 1, 2)
-        training(1, 0.7, 1.0, 300 * MIB, 301 * MIB, 16)
-        training(2, 0.6, 1.0, 349 * MIB, 349 * MIB, 16)
-        training._show("x" * 500)
-    shown = os.read(parent, 1 << 16).decode()
+    with os.fdopen(child, "w") as file:
+        with TrainingProgress(steps=2, tokens_per_step=64, budget=350 * MIB, file=file) as training:
+            training.stage("evaluating before", 1, 2)
+            training(1, 0.7, 1.0, 300 * MIB, 301 * MIB, 16)
+            training(2, 0.6, 1.0, 349 * MIB, 349 * MIB, 16)
+            training._show("x" * 500)
+        file.write("\0")
+    written = b""
+    while not written.endswith(b"\0"):  # a terminal hands over what was written in parts
+        written += os.read(parent, 1 << 16)
     os.close(parent)
+    shown = written[:-1].decode()
     assert "\n" not in shown
     assert "evaluating before ━━━━━┄┄┄┄┄ 1/2" in shown
     assert "━━━━━┄┄┄┄┄ 1/2 loss 0.7000, 16 tokens/s, 0:01 left, 301.0 of 350.0 MiB" in shown
