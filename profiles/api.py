@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -57,6 +57,9 @@ from tightfit.runtime.engine.weights import native
 from tightfit.runtime.engine.weights.store import Entry, Store, find_extent
 
 __all__ = ["Progress", "load_profile", "profile", "save_profile"]
+
+if TYPE_CHECKING:
+    from tightfit.profiles.models.transformers_decoder import AnyDecoder
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total), where stage is one of pack, export, programs and measure."""
@@ -118,9 +121,10 @@ def profile(
 
     `source` is anything that `tightfit.profiles.sources.lookup.resolve` takes; `device` is "cpu" (this machine) or
     anything that `tightfit.profiles.devices.data_sheets.find_device` takes. The step has `batch` samples of `seq`
-    tokens; a module:factory brings its own sample batch instead. The gradients of `accumulate` steps make one optimizer update. `dtype` is the type of activations and unpacked weights
-    (default: bfloat16 for language models, float32 for a module of your own). `threads` defaults to all cores that
-    this process may use, or to what a CPU quota (a container's `--cpus`) leaves of them.
+    tokens; a module:factory brings its own sample batch instead. The gradients of `accumulate` steps make one optimizer
+    update. `dtype` is the type of activations and unpacked weights (default: bfloat16 for language models, float32 for a
+    module of your own). `threads` defaults to all cores that this process may use, or to what a CPU quota (a container's
+    `--cpus`) leaves of them.
 
     With `side_rank` the step is that of a side network beside `source` instead (`tightfit.profiles.models.side_network`), whose
     adapters of that rank read the outputs of `side_blocks` of its blocks (default: 8, or all): what a server trains where a
@@ -202,14 +206,14 @@ def profile(
         path = build_store(found, cache_directory() / "stores", lambda done, total, name: report("pack", done, total))
         with Store.open(path) as opened:
             store, store_fingerprint = str(path), opened.fingerprint
-    comparison, trained = None, None
+    comparison, decoder = None, None
     if found.kind == "module":
         traced, module, sample = _trace_module(found, dtype, report)
         comparison = GradientComparison(found.name, module, sample, traced)
     elif side is not None:
         traced = _trace_side(found, side, batch, seq, dtype, report)
     else:
-        traced, trained = _trace_decoder(found, batch, seq, lora, dtype, report)
+        traced, decoder = _trace_decoder(found, batch, seq, lora, dtype, report)
     if found.kind == "module":
         batch, seq_or_none, kind = _first_dimension(traced), None, "module"
     else:
@@ -239,8 +243,8 @@ def profile(
             source=found.path,
             kind=kind,
             config=found.config | ({CONFIG_KEY: side.as_json()} if side else {}),
-            lora=trained,
-            tables=dict(traced.tables),
+            lora=decoder and decoder.lora,
+            tables=decoder.tables if decoder else {},
             store=store,
             store_fingerprint=store_fingerprint,
             compared=measured["compared"],
@@ -338,8 +342,8 @@ def _code() -> Iterator[Path]:
 
 def _trace_decoder(
     source: Source, batch: int, seq: int, lora: LoraConfig, dtype: str, report: Progress
-) -> tuple[Trace, dict[str, Any]]:
-    """The step of a decoder, and what a profile says of its adapter."""
+) -> tuple[Trace, Decoder | AnyDecoder]:
+    """The step of a decoder, and the decoder, which says what is trained."""
     if not handwritten(source.config):
         return _trace_any_decoder(source, batch, seq, lora, dtype, report)
     shape = decoder_shape(source.config)
@@ -354,7 +358,7 @@ def _trace_decoder(
         module = Decoder(shape, dtype=DTYPES[dtype], lora=lora, body=body)
         sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
     traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE, progress=report)
-    return replace(traced, tables=module.tables), module.lora
+    return traced, module
 
 
 def _check_rank(lora: LoraConfig, hidden: int) -> None:
@@ -365,7 +369,7 @@ def _check_rank(lora: LoraConfig, hidden: int) -> None:
 
 def _trace_any_decoder(
     source: Source, batch: int, seq: int, lora: LoraConfig, dtype: str, report: Progress
-) -> tuple[Trace, dict[str, Any]]:
+) -> tuple[Trace, AnyDecoder]:
     from tightfit.profiles.models.transformers_decoder import AnyDecoder, without_values
 
     _check_rank(lora, source.config["hidden_size"])
@@ -385,7 +389,7 @@ def _trace_any_decoder(
                 f"{source.name}: its {source.config['model_type']} decoder reads a constant of shape {tensor.shape}"
                 f" ({tensor.name}) that no checkpoint holds; it is not supported"
             )
-    return replace(traced, tables=module.tables), module.lora
+    return traced, module
 
 
 def _side_shape(source: Source, rank: int | None, blocks: int | None) -> SideShape | None:

@@ -238,7 +238,8 @@ def operator_workspace(operator: Operator, values: Mapping[str, Value]) -> int:
     """
     from tightfit.runtime.engine.cpu.attention import TURNED_ELEMENTS, attention_scratch
     from tightfit.runtime.engine.cpu.dropout import ROOM_BYTES
-    from tightfit.runtime.engine.cpu.operators import BLOCK_ELEMENTS, HEAD_ROWS, STATE_COLUMNS
+    from tightfit.runtime.engine.cpu.operators import BLOCK_ELEMENTS, STATE_COLUMNS
+    from tightfit.runtime.engine.cpu.tables import HEAD_ROWS
 
     target, touched = operator.target, _touched(operator, values)
     if target in FLOAT32_INSIDE:

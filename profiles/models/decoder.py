@@ -23,8 +23,8 @@ from tightfit.profiles.models.saved_modules import (
     TrainedEmbedding,
     TrainedHead,
     attach,
-    called,
     chosen,
+    slice_rows,
     stored,
     trained_copy,
 )
@@ -39,10 +39,9 @@ from tightfit.profiles.tracing.torch_ops import (
     lora_linear,
     rms_norm,
 )
-from tightfit.runtime.engine.training.adapter import BODY
+from tightfit.runtime.engine.training.adapter import BODY, peft_name
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-HEAD_SLICE_BYTES = 6 << 20  # largest unpacked size of one vocabulary slice of the loss head
 
 
 class Norm(nn.Module):
@@ -131,7 +130,7 @@ def adapt(module: nn.Module, lora: LoraConfig, model: str, body: str = BODY) -> 
     `model` is its name in messages, `body` what adapters call its layers. Raises InputError as `LoraConfig.chosen` does.
     """
     found = {
-        body + name.removeprefix(BODY): child
+        peft_name(name, body): child
         for name, child in module.named_modules()
         if isinstance(child, Projection) and child.adaptable
     }
@@ -240,8 +239,7 @@ class Decoder(nn.Module):
         """What a profile says of the adapter."""
         self.tables = self._save(lora.modules_to_save, body)
         """Modules that are trained in full, and the tensors in the store that they start from."""
-        element = torch.empty((), dtype=dtype).element_size()
-        self.slice_rows = head_slice_rows(shape, element)
+        self.slice_rows = slice_rows(shape.vocab, shape.hidden, dtype.itemsize)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         shape, seq = self.shape, input_ids.shape[1]
@@ -274,7 +272,7 @@ class Decoder(nn.Module):
         shape = self.shape
         starts = {EMBEDDING: EMBEDDING, HEAD: EMBEDDING if shape.tied else HEAD}
         tables = [
-            Saved(name=name, called=called(name, body), weight=f"{start}.weight") for name, start in starts.items()
+            Saved(name=name, called=peft_name(name, body), weight=f"{start}.weight") for name, start in starts.items()
         ]
         found = chosen(wanted, tables, "the model")
         for table in found:
@@ -290,18 +288,6 @@ class Decoder(nn.Module):
     def _rope_keys(self) -> list[tuple[float, bool]]:
         """Per layer: (base of the rotary frequencies, whether rope scaling applies)."""
         return list(zip(self.shape.thetas, self.shape.scaled, strict=True))
-
-
-def head_slice_rows(shape: DecoderShape, element_bytes: int) -> int:
-    """Vocabulary rows per slice of the loss head: the largest power of two (checksums need one) within
-    `HEAD_SLICE_BYTES`, unpacked.
-    """
-    return slice_rows(shape.vocab, shape.hidden, element_bytes)
-
-
-def slice_rows(vocabulary: int, width: int, element_bytes: int) -> int:
-    """As `head_slice_rows`, for a head [vocabulary, width]."""
-    return min(vocabulary, 1 << max(7, (HEAD_SLICE_BYTES // (width * element_bytes)).bit_length() - 1))
 
 
 def rotary_table(shape: DecoderShape, seq: int, theta: float, scaled: bool) -> tuple[Tensor, Tensor]:

@@ -280,7 +280,9 @@ def given(place: str | Path | None, options: Mapping[str, Any]) -> LoraConfig:
 
     Raises InputError where both are given.
     """
-    said = {name: value for name, value in options.items() if value not in (None, (), {}, False)}
+    said = {
+        name: value for name, value in options.items() if not (value is None or value is False or value in ((), {}))
+    }
     if place is None:
         return LoraConfig(**said)
     if said:

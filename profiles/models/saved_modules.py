@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from tightfit.profiles.tracing.table_ops import rounds, table_head, table_rows
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.training.adapter import BODY
 
 PART = "modules_to_save"
 """what PEFT calls the trained copy inside a module"""
 SLICE_BYTES = 6 << 20
-"""largest size of a slice, float32: an update has four of them in memory, value, gradient and two states"""
+"""largest size of a slice of a table, trained or only read by the loss head: an update has four slices in memory,
+value, gradient and two states"""
 MOST_LAYERS = 24
 """layers of a table, at most; planning time grows with their number"""
 
@@ -39,11 +39,6 @@ class Saved:
     """the tensor that it starts from, by its name in the store"""
     refusal: str = ""
     """why it cannot be trained after all, in words"""
-
-
-def called(name: str, body: str) -> str:
-    """What PEFT calls the module `name`, in a base model whose body has the prefix `body`."""
-    return body + name.removeprefix(BODY) if name.startswith(BODY) else name
 
 
 def chosen(wanted: Sequence[str], there: Sequence[Saved], model: str, modules: Sequence[str] = ()) -> list[Saved]:
@@ -101,15 +96,17 @@ class Slices(nn.Module):
 
 def _groups(rows: int, width: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, rows of a slice) of each group of slices of a table [rows, width]."""
-    size = slice_rows(rows, width)
+    size = slice_rows(rows, width, 4)
     in_group = size * math.ceil(math.ceil(rows / size) / MOST_LAYERS)
     for start in range(0, rows, in_group):
         yield start, min(start + in_group, rows), size
 
 
-def slice_rows(rows: int, width: int) -> int:
-    """Rows of a slice of a table [rows, width]: the largest power of two, 128 or more, within `SLICE_BYTES`."""
-    return min(rows, 1 << max(7, (SLICE_BYTES // (4 * width)).bit_length() - 1))
+def slice_rows(rows: int, width: int, element_bytes: int) -> int:
+    """Rows of a slice of a table [rows, width]: the largest power of two (checksums need one), 128 or more, within
+    `SLICE_BYTES`.
+    """
+    return min(rows, 1 << max(7, (SLICE_BYTES // (width * element_bytes)).bit_length() - 1))
 
 
 class _Rows(Slices):

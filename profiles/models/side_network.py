@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tightfit.profiles.models.decoder import Factor, Norm, Table, head_slice_rows
+from tightfit.profiles.models.decoder import Factor, Norm, Table
 from tightfit.profiles.models.decoder_config import DecoderShape
+from tightfit.profiles.models.saved_modules import slice_rows
 from tightfit.profiles.models.side_shape import SideShape
 from tightfit.profiles.tracing.torch_ops import head_loss
 
@@ -80,7 +81,7 @@ class SideNetwork(nn.Module):
             for place in range(len(side.blocks))
         )
         self.shape = shape
-        self.slice_rows = head_slice_rows(shape, torch.empty((), dtype=dtype).element_size())
+        self.slice_rows = slice_rows(shape.vocab, shape.hidden, dtype.itemsize)
 
     def forward(self, labels: Tensor, *activations: Tensor) -> tuple[Tensor, Tensor]:
         state = self.side[0](activations[0])

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tightfit.profiles.models.decoder import adapt, slice_rows
+from tightfit.profiles.models.decoder import adapt
 from tightfit.profiles.models.family import families
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.saved_modules import (
@@ -39,8 +39,8 @@ from tightfit.profiles.models.saved_modules import (
     TrainedEmbedding,
     TrainedHead,
     attach,
-    called,
     chosen,
+    slice_rows,
     stored,
     trained_copy,
 )
@@ -67,7 +67,7 @@ from tightfit.profiles.models.transformers_kernels import (
 )
 from tightfit.profiles.tracing.torch_ops import MOST_CAP, capped_head_loss, head_loss
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.training.adapter import BODY
+from tightfit.runtime.engine.training.adapter import BODY, peft_name
 
 NOT_OURS = ("adapter_body", "adapter_base", "model_type", "wrapper_type")
 """Fields of a source's config that are not the model's own settings."""
@@ -141,7 +141,7 @@ class AnyDecoder(nn.Module):
         self.recognition = Recognition(body, self.context)
         told_body = config.get("adapter_body", BODY)
         savable, padding = _savable(made, told_body), made.get_input_embeddings().padding_idx
-        names = [called(_our_name(one, made.base_model_prefix), told_body) for one, _ in made.named_modules()]
+        names = [peft_name(_our_name(one, made.base_model_prefix), told_body) for one, _ in made.named_modules()]
         _replace(body, dtype, self.context)
         self.whole_head = head.bias is not None or (self.cap or 0.0) > MOST_CAP
         """Whether all logits are in memory at once: our operators for a head in slices have no bias."""
@@ -446,7 +446,7 @@ def _savable(made: Any, body: str) -> tuple[Saved, Saved]:
 
     def saved(module: nn.Module, start: nn.Module, refusal: str) -> Saved:
         name = names[id(module)]
-        return Saved(name=name, called=called(name, body), weight=f"{names[id(start)]}.weight", refusal=refusal)
+        return Saved(name=name, called=peft_name(name, body), weight=f"{names[id(start)]}.weight", refusal=refusal)
 
     return (
         saved(embedding, embedding, "" if plain else "it does more than to gather rows"),

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tightfit.profiles.tracing.torch_ops import Shape, _define, _library, _same
 from tightfit.runtime.common.processor import NARROW
-from tightfit.runtime.engine.cpu.tables import HEAD_ROWS
+from tightfit.runtime.engine.cpu.tables import head_scratch
 
 
 def _scratch(hidden: Tensor, rows: Tensor, dtype: torch.dtype, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Empty scratch of `table_head`: the slice and logits in `dtype`, and logits in float32."""
-    tokens, whole = min(hidden.shape[0], HEAD_ROWS), dtype is not torch.float32
+    tokens, whole = head_scratch(hidden.shape[0]), dtype is not torch.float32
     return (
         rows.new_empty(rows.shape if whole else (1, 1), dtype=dtype),
         rows.new_empty((tokens if rounded else 1, rows.shape[0]), dtype=dtype),
@@ -57,7 +57,7 @@ table_head_backward = _define(
     lambda dlse, down, lse, new_lse, hidden, rows, labels, base, offset, cap, dtype, rounded: (
         *map(_same, (lse, lse, hidden, rows)),
         *_scratch(hidden, rows, dtype, rounded),
-        rows.new_empty((min(hidden.shape[0], HEAD_ROWS), rows.shape[0]) if cap else (1, 1)),
+        rows.new_empty((head_scratch(hidden.shape[0]), rows.shape[0]) if cap else (1, 1)),
     ),
 )
 

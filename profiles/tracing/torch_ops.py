@@ -14,7 +14,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from tightfit.runtime.common.processor import NARROW
 from tightfit.runtime.engine.cpu.attention import attention_scratch
-from tightfit.runtime.engine.cpu.operators import OPERATORS, STATE_COLUMNS, head_scratch
+from tightfit.runtime.engine.cpu.operators import OPERATORS, STATE_COLUMNS
+from tightfit.runtime.engine.cpu.tables import head_scratch
 
 _library = torch.library.Library("tightfit", "DEF")
 

@@ -60,8 +60,6 @@ class Trace:
     layers: list[Layer]
     loss: str
     token_losses: str | None
-    tables: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Of a decoder: `tightfit.profiles.schema.Model.tables`."""
 
 
 @dataclasses.dataclass(kw_only=True)

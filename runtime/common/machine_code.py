@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tightfit.runtime.common.interpreter import command, python_path
 
@@ -54,6 +55,29 @@ def chosen(path: str) -> list[str]:
     """What the test found that the library at `path` is good for. Raises OSError if that file is gone."""
     with open(verdict(path), "rb") as file:
         found: list[str] = json.load(file)
+    return found
+
+
+def functions(path: str, prefix: str, arguments: Sequence[Any]) -> dict[str, Any]:
+    """Those functions of the library at `path` that its test found good, by their names without `prefix`; none if `path`
+    is empty or the file is gone. Each takes `arguments`, types of ctypes, and returns nothing.
+    """
+    if not path:
+        return {}
+    try:
+        return loaded(path, prefix, chosen(path), arguments)
+    except (OSError, ValueError, AttributeError):
+        return {}  # the cache was cleaned meanwhile
+
+
+def loaded(path: str, prefix: str, names: Sequence[str], arguments: Sequence[Any]) -> dict[str, Any]:
+    """The functions of the library at `path` whose names without `prefix` are `names`, good or not."""
+    import ctypes
+
+    library = ctypes.CDLL(path)
+    found = {name: getattr(library, prefix + name) for name in names}
+    for function in found.values():
+        function.argtypes, function.restype = tuple(arguments), None
     return found
 
 

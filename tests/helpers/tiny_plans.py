@@ -61,11 +61,11 @@ def decoder_profile(directory: Path, *, config=None, batch=2, seq=24, rank=4, dt
     store = build_store(source, directory)
     with Store.open(store) as opened:
         fingerprint = opened.fingerprint
-    traced, told = _trace_decoder(source, batch, seq, lora or LoraConfig(rank=rank), dtype, lambda *_: None)
+    traced, decoder = _trace_decoder(source, batch, seq, lora or LoraConfig(rank=rank), dtype, lambda *_: None)
     model = Model(
         name="tiny", source=str(path), kind="decoder", config=source.config,
-        lora=told if lora else {"rank": rank, "alpha": 2.0 * rank}, store=str(store), store_fingerprint=fingerprint,
-        tables=dict(traced.tables),
+        lora=decoder.lora if lora else {"rank": rank, "alpha": 2.0 * rank}, store=str(store), store_fingerprint=fingerprint,
+        tables=decoder.tables,
     )  # fmt: skip
     return _profile(traced, source, model, batch, seq, dtype)
 

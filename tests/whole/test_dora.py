@@ -119,7 +119,8 @@ class Case:
         source = resolve(str(folder))
         self.body = source.config.get("adapter_body", BODY)
         kind = str(dtype).removeprefix("torch.")
-        self.traced, self.lora = _trace_decoder(source, BATCH, SEQ, lora, kind, lambda *_: None)
+        self.traced, decoder = _trace_decoder(source, BATCH, SEQ, lora, kind, lambda *_: None)
+        self.lora = decoder.lora
         self.weights = opened(build_store(source, folder / "stores"))
         for name, weight in self.weights.items():
             self.weights[name] = weight.to(dtype) if weight.dim() == 2 else weight

@@ -32,6 +32,9 @@ CASES = ((5, 7, 0, 0x8000), (3, 1000, 2, 0x1234), (40, 900, 7, 0xFFFF))
 """rows, columns, first row and threshold of the matrices that are tested"""
 LeaveOut = Callable[[int, int, int, int, int, int, int, int, int], None]
 """(address of x, elements from row to row, the same of the output, rows, columns, first row, key, threshold - 32768)"""
+PREFIX = "tightfit_leave_out_"
+_ADDRESS, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+ARGUMENTS = (_ADDRESS, _NUMBER, _ADDRESS, _NUMBER, _NUMBER, _NUMBER, _NUMBER, _NUMBER, ctypes.c_int)
 
 
 def leave_out(bits: int) -> LeaveOut | None:
@@ -41,24 +44,7 @@ def leave_out(bits: int) -> LeaveOut | None:
 
 @functools.cache
 def _functions(path: str) -> dict[str, LeaveOut]:
-    if not path:
-        return {}
-    try:
-        return _load(path, machine_code.chosen(path))
-    except (OSError, ValueError, AttributeError):
-        return {}  # the cache was cleaned meanwhile
-
-
-def _load(path: str, widths: list[str]) -> dict[str, LeaveOut]:
-    found = ctypes.CDLL(path)
-    made: dict[str, LeaveOut] = {}
-    for bits in widths:
-        function = getattr(found, f"tightfit_leave_out_{bits}")
-        address, number = ctypes.c_void_p, ctypes.c_int64
-        function.argtypes = (address, number, address, number, number, number, number, number, ctypes.c_int)
-        function.restype = None
-        made[bits] = function
-    return made
+    return machine_code.functions(path, PREFIX, ARGUMENTS)
 
 
 def library(cache: Path) -> str:
@@ -82,7 +68,9 @@ def words(key: int, first: int, count: int) -> list[int]:
 def judge(path: str) -> list[str]:
     """The widths for which the library leaves out what it should, out of place and in place."""
     return [
-        bits for bits, function in _load(path, list(WIDTHS)).items() if all(_right(bits, function, *c) for c in CASES)
+        bits
+        for bits, function in machine_code.loaded(path, PREFIX, list(WIDTHS), ARGUMENTS).items()
+        if all(_right(bits, function, *c) for c in CASES)
     ]
 
 

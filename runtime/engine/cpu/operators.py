@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.cpu import products
 from tightfit.runtime.engine.cpu.attention import LOG2_E, attention, attention_backward
 from tightfit.runtime.engine.cpu.dora import dora_norm, dora_scale, dora_scale_backward
@@ -30,12 +29,18 @@ from tightfit.runtime.engine.cpu.dropout import (
     dropout_projection_backward,
 )
 from tightfit.runtime.engine.cpu.products import blocks, multiply
-from tightfit.runtime.engine.cpu.tables import table_head, table_head_backward, table_rows, table_rows_backward
+from tightfit.runtime.engine.cpu.tables import (
+    HEAD_ROWS,
+    check_ids,
+    table_head,
+    table_head_backward,
+    table_rows,
+    table_rows_backward,
+)
 
 aten = torch.ops.aten
 
 BLOCK_ELEMENTS = 1 << 18  # float32 elements per block: 1 MiB. With half of it gates and norms take a sixth longer.
-HEAD_ROWS = 256  # tokens per block of the loss head: bounds its workspace whatever the batch
 GELU = 2 * math.sqrt(2 / math.pi)
 GELU_CUBE = 0.044715 * GELU
 GELU_BUFFERS = 3
@@ -179,12 +184,7 @@ def embed_rows(weight: Any, ids: Tensor, scale: float, *, out: Sequence[Tensor],
     """
     (y,) = out
     wanted = ids.reshape(-1)
-    least = int(wanted.min()) if wanted.numel() else 0
-    if least < 0:
-        raise InputError(
-            f"the input ids hold {least}, and no token is below 0: what is to be ignored is marked in the labels, input is padded"
-            " with a token"
-        )
+    check_ids(wanted)
     _gather(weight, wanted, y, store)
     if scale != 1.0:
         y.mul_(scale)
@@ -270,11 +270,6 @@ def head_chunk(
             del added  # so that it and the next block's are not in memory together
         else:
             product((logits, weight, 1.0), out=accumulated, addend=accumulated)
-
-
-def head_scratch(tokens: int) -> int:
-    """Rows of the scratch of `head_chunk` for a batch of `tokens`."""
-    return min(tokens, HEAD_ROWS)
 
 
 def head_finish(state: Tensor, rows: Tensor, labels: Tensor, *, out: Sequence[Tensor]) -> None:

@@ -23,7 +23,28 @@ from tightfit.runtime.engine.cpu.products import blocks, multiply, multiply_wide
 BLOCK_ELEMENTS = 1 << 18
 """float32 elements of the rows that are gathered, or added, at a time: 1 MiB"""
 HEAD_ROWS = 256
-"""tokens per block of the loss head, as of one that is not trained"""
+"""tokens per block of a loss head: bounds its workspace whatever the batch"""
+
+
+def head_scratch(tokens: int) -> int:
+    """Rows of a loss head's scratch for a batch of `tokens`."""
+    return min(tokens, HEAD_ROWS)
+
+
+def check_ids(ids: Tensor, vocabulary: int | None = None) -> None:
+    """Raises InputError for an input id below 0, or not below the rows of the embedding, `vocabulary`."""
+    if not ids.numel():
+        return
+    least = int(ids.min())
+    if least < 0:
+        raise InputError(
+            f"the input ids hold {least}, and no token is below 0: what is to be ignored is marked in the labels, input is"
+            " padded with a token"
+        )
+    if vocabulary is not None and (most := int(ids.max())) >= vocabulary:
+        raise InputError(
+            f"the input ids hold {most}, and the embedding has {vocabulary} rows; the data was tokenised for another model"
+        )
 
 
 def table_rows(
@@ -46,17 +67,7 @@ def table_rows(
     """
     (y,) = out
     flat = ids.reshape(-1)
-    if flat.numel():
-        least, most = int(flat.min()), int(flat.max())
-        if least < 0:
-            raise InputError(
-                f"the input ids hold {least}, and no token is below 0: what is to be ignored is marked in the labels, input is"
-                " padded with a token"
-            )
-        if most >= vocabulary:
-            raise InputError(
-                f"the input ids hold {most}, and the embedding has {vocabulary} rows; the data was tokenised for another model"
-            )
+    check_ids(flat, vocabulary)
     y.copy_(before)
     places, found = _inside(flat, int(base) + offset, rows.shape[0])
     for part in _row_blocks(places.numel(), rows.shape[1]):

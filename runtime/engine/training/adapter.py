@@ -43,15 +43,18 @@ def table_slice(name: str) -> TableSlice | None:
     return TableSlice(found[1], found[2], int(found[3]), int(found[4])) if found else None
 
 
+def peft_name(name: str, body: str) -> str:
+    """What PEFT calls the module or parameter `name`, in a base model whose decoder's names begin with `body`."""
+    return body + name.removeprefix(BODY) if name.startswith(BODY) else name
+
+
 def adapter_key(name: str, body: str = BODY) -> str:
     """The key in a PEFT adapter of the trainable `name`; `body` is the prefix of the decoder's names in the
     base model. All slices of a module have that of the whole. PEFT leaves out the last part of a magnitude's name.
     """
     if own := table_slice(name):
-        whole = f"{own.module}.{own.parameter}"
-        return PREFIX + (body + whole.removeprefix(BODY) if whole.startswith(BODY) else whole)
-    known = name.removesuffix(".weight") if name.endswith(MAGNITUDE) else name
-    return PREFIX + body + known.removeprefix(BODY)
+        return PREFIX + peft_name(f"{own.module}.{own.parameter}", body)
+    return PREFIX + peft_name(name.removesuffix(".weight") if name.endswith(MAGNITUDE) else name, body)
 
 
 def trained_name(key: str, body: str = BODY) -> str:

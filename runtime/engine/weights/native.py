@@ -47,6 +47,8 @@ SCALES = {
 """Places in a group, by format, of the highest bytes of its floating-point numbers."""
 Unpack = Callable[[int, int, int, int, int], None]
 """(address of packed groups, address of the output, groups, elements per group, bytes per group)"""
+PREFIX = "tightfit_"
+ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
 
 
 def functions(path: str | None = None) -> dict[str, Unpack]:
@@ -54,24 +56,7 @@ def functions(path: str | None = None) -> dict[str, Unpack]:
 
     `path` is the library; by default the one in the environment.
     """
-    path = os.environ.get(VARIABLE, "") if path is None else path
-    if not path:
-        return {}
-    try:
-        return _load(path, machine_code.chosen(path))
-    except (OSError, ValueError, AttributeError):
-        return {}  # the cache was cleaned meanwhile
-
-
-def _load(path: str, names: list[str]) -> dict[str, Unpack]:
-    found = ctypes.CDLL(path)
-    made: dict[str, Unpack] = {}
-    for name in names:
-        function = getattr(found, f"tightfit_{name}")
-        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
-        function.restype = None
-        made[name] = function
-    return made
+    return machine_code.functions(os.environ.get(VARIABLE, "") if path is None else path, PREFIX, ARGUMENTS)
 
 
 def library(cache: Path) -> str:
@@ -118,7 +103,7 @@ def judge(path: str) -> list[str]:
         return min(times)
 
     chosen = []
-    for name, native in _load(path, list(FORMATS)).items():
+    for name, native in machine_code.loaded(path, PREFIX, list(FORMATS), ARGUMENTS).items():
         kind, dtype = name.rsplit("_", 1)
         equal, gained = True, kind not in ("q4", "q8")
         for rows, columns, size in ((3, 36, 18), (5, 64, 32), (64, 96, 16), (1536, 576, 32)):

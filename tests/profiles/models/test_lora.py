@@ -196,3 +196,11 @@ def test_settings_come_from_one_place(tmp_path):
         given(tmp_path, {"rank": 4, "dora": True, "alpha": None})
     with pytest.raises(InputError, match="No such file"):
         from_peft(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"), [("rank", "lora-rank must be at least 1, not 0"), ("alpha", "lora-alpha 0.0")]
+)
+def test_a_value_of_zero_is_no_default(option: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        given(None, {option: 0})

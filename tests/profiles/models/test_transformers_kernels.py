@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from tightfit.profiles.models import decoder, transformers_decoder
+from tightfit.profiles.models import saved_modules, transformers_decoder
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.transformers_decoder import AnyDecoder, without_values
 from tightfit.profiles.models.transformers_kernels import computes_linear, fuse_gate, replace_embedding, replace_norm
@@ -144,7 +144,7 @@ def test_capped_logits_in_slices_give_the_loss_and_gradient_of_the_whole(slice_r
 
 
 def test_a_capped_head_reads_its_weight_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "HEAD_SLICE_BYTES", 1024)
+    monkeypatch.setattr(saved_modules, "SLICE_BYTES", 1024)
     monkeypatch.setattr(transformers_decoder, "CAPPED_SLICES", 1)
     config = {
         "model_type": "gemma2", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tightfit.runtime.common import machine_code
 from tightfit.runtime.engine.weights import native
 from tightfit.runtime.engine.weights.layout import BLOCKS, Entry, group_bytes
 from tightfit.runtime.engine.weights.store import unpack
@@ -23,7 +24,7 @@ def built(tmp_path_factory):
     subprocess.run(
         ["cc", *native.FLAGS, "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", path, native.SOURCE], check=True
     )
-    return native._load(str(path), list(native.FORMATS))
+    return machine_code.loaded(str(path), native.PREFIX, native.FORMATS, native.ARGUMENTS)
 
 
 @needs_compiler
