@@ -60,16 +60,12 @@ def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | 
     bare = any(BASE.match(key) for _, key in held.values()) and not family_of(config).tied
     if "lm_head.weight" not in held and "tie_word_embeddings" not in config and not bare:
         config["tie_word_embeddings"] = True
-    opened = _Opened(held)
+    opened = OpenedFiles(held)
     quantised: dict[str, QuantisedMatrix] = {}
     stated = config.pop(QUANTIZATION, None)  # the store holds the codes in its own form
     described = [entry for entry in describe(config).values() if len(entry.shape) > 1]
     if method is not None:
-        try:
-            found = [find(stated, held, opened.slice, entry.name, entry.shape) for entry in described]
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
-        quantised = {matrix.entry.name: matrix for matrix in found if matrix is not None}
+        quantised = find_quantised(path, stated, held, opened, {entry.name: entry.shape for entry in described})
     formats = {
         entry.name: precision.format(
             PUBLISHED.get(kinds[entry.name], ""), embedding=entry.name in EMBEDDINGS, kept=bool(quantised)
@@ -121,10 +117,11 @@ def directory_source(path: Path, *, precision: Precision = DEFAULT, name: str | 
     )
 
 
-class _Opened:
+class OpenedFiles:
     """The safetensors files of a checkpoint, each opened when one of its tensors is first asked for."""
 
     def __init__(self, held: Mapping[str, tuple[Path, str]]) -> None:
+        """`held` says of each tensor by its name in the model: (file, name in it)."""
         self._held = held
         self._files: dict[Path, Any] = {}
 
@@ -134,6 +131,24 @@ class _Opened:
         if file not in self._files:
             self._files[file] = safe_open(file, framework="pt")
         return self._files[file].get_slice(key)
+
+
+def find_quantised(
+    path: Path,
+    stated: Mapping[str, Any],
+    held: Mapping[str, Any],
+    opened: OpenedFiles,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, QuantisedMatrix]:
+    """Those of the matrices `shapes` that the checkpoint in `path` holds quantised, by their names in `held`.
+
+    `stated` is the config's quantization_config. Raises InputError for parts that do not fit together.
+    """
+    try:
+        found = {name: find(stated, held, opened.slice, name, shape) for name, shape in shapes.items()}
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return {name: matrix for name, matrix in found.items() if matrix is not None}
 
 
 def checkpoint_files(path: Path) -> list[Path]:

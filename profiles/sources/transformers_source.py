@@ -11,18 +11,26 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from tightfit.profiles.models.decoder_config import initial_deviation
 from tightfit.profiles.models.transformers_decoder import Facts, FrozenTensor, facts
-from tightfit.profiles.sources.huggingface import checkpoint_files, checkpoint_keys, text_name
+from tightfit.profiles.sources.huggingface import (
+    QUANTIZATION,
+    OpenedFiles,
+    checkpoint_files,
+    checkpoint_keys,
+    find_quantised,
+    text_name,
+)
+from tightfit.profiles.sources.quantised import QuantisedMatrix, method_of
 from tightfit.profiles.weights.describe import packed_entry
-from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, said
+from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, check_choice, said
 from tightfit.profiles.weights.source import Source, SourceTensor, read_config, without_names
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
@@ -35,50 +43,66 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
     `tightfit.profiles.sources.huggingface.directory_source`.
     """
     config = read_config(path / "config.json")
-    if config.pop("quantization_config", None):
-        raise InputError(
-            f"{path}: quantised weights can be read for the decoders written by hand only, not for {config['model_type']!r};"
-            " use the model's 16-bit weights"
-        )
+    method = method_of(path, config)
+    stated = config.pop(QUANTIZATION, None)
     found = facts(config)
     digest = hashlib.sha256()
-    held: dict[str, tuple[Path, str, str]] = {}
+    held: dict[str, tuple[Path, str]] = {}
+    kinds: dict[str, str] = {}
     for file in checkpoint_files(path):
         for key, kind in checkpoint_keys(file, digest).items():
-            place = file, key, kind
-            held |= {found.rename(text_name(key)): place, found.rename(key): place}
-    places: dict[str, tuple[Path, str, str]] = {}
+            for ours in (found.rename(text_name(key)), found.rename(key)):
+                held[ours], kinds[ours] = (file, key), kind
+    opened = OpenedFiles(held)
+    matrices = {tensor.key: tensor for tensor in found.tensors if tensor.role != "other"}
+    quantised: dict[str, QuantisedMatrix] = {}
+    if method is not None:
+        shapes = {key: tensor.shape for key, tensor in matrices.items() if not tensor.transposed}
+        quantised = find_quantised(path, stated, held, opened, shapes)
+    places: dict[str, tuple[Path, str]] = {}
     for tensor in found.tensors:
-        if tensor.key in held and (tensor.value is None or tensor.persistent):
-            file, key, kind = places[tensor.name] = held[tensor.key]
-            if kind not in PUBLISHED:
-                raise InputError(f"{file}: tensor {key!r} is {kind}; use the model's 16-bit weights")
-        elif tensor.value is None:
+        if tensor.key in held and tensor.key not in quantised and (tensor.value is None or tensor.persistent):
+            file, key = places[tensor.name] = held[tensor.key]
+            if kinds[tensor.key] not in PUBLISHED:
+                raise InputError(f"{file}: tensor {key!r} is {kinds[tensor.key]}; use the model's 16-bit weights")
+        elif tensor.value is None and tensor.key not in quantised:
             raise InputError(f"{path}: no tensor {tensor.key!r} in its safetensors files; download the model again")
-    _check_known(path, config, found, {key for _, key, _ in held.values()} - {key for _, key, _ in places.values()})
-    kinds = {name: place[2] for name, place in places.items()}
-    entries = {t.name: _entry(t, precision, PUBLISHED.get(kinds.get(t.name, ""), "")) for t in found.tensors}
+    parts = frozenset[str]().union(*(matrix.parts for matrix in quantised.values()))
+    used = {key for _, key in places.values()} | {held[part][1] for part in parts}
+    _check_known(path, config, found, {key for _, key in held.values()} - used)
+    entries = {
+        tensor.name: replace(quantised[tensor.key].entry, name=tensor.name)
+        if tensor.key in quantised
+        else _entry(tensor, precision, PUBLISHED.get(kinds.get(tensor.key, ""), ""), kept=bool(quantised))
+        for tensor in found.tensors
+    }
+    packed = [
+        Matrix(
+            entries[tensor.name],
+            quantised[key].held if key in quantised else kinds[key],
+            tensor.role == "embedding",
+        )
+        for key, tensor in matrices.items()
+        if key in quantised or tensor.name in places
+    ]
+    check_choice(path, precision, packed)
     stored = [without_names(config), [[entry.name, entry.format, entry.group] for entry in entries.values()]]
     digest.update(json.dumps([VERSION, "transformers", *stored], sort_keys=True).encode())
 
     def tensors() -> Iterable[SourceTensor]:
-        opened: dict[Path, Any] = {}
         for tensor in found.tensors:
             entry = entries[tensor.name]
-            if tensor.name not in places:
+            if tensor.key in quantised:
+                matrix = quantised[tensor.key]
+                place = f"{held[min(matrix.parts)][0]}: tensor {tensor.key!r} ({matrix.held})"
+                yield SourceTensor(entry=entry, rows=matrix.rows, place=place)
+            elif tensor.name in places:
+                file, key = places[tensor.name]
+                rows = _file_rows(file, opened.slice(tensor.key), key, tensor)
+                yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}")
+            else:
                 yield SourceTensor(entry=entry, rows=_value_rows(tensor))
-                continue
-            file, key, _ = places[tensor.name]
-            if file not in opened:
-                opened[file] = safe_open(file, framework="pt")
-            rows = _file_rows(file, opened[file].get_slice(key), key, tensor)
-            yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}")
 
-    matrices = [
-        Matrix(entries[t.name], kinds[t.name], t.role == "embedding")
-        for t in found.tensors
-        if t.name in kinds and t.role != "other"
-    ]
     return Source(
         name=name or path.name,
         kind="huggingface",
@@ -88,7 +112,7 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
         has_weights=True,
         entries=entries,
         tensors=tensors,
-        note=said(matrices),
+        note=said(packed),
         base=precision.base,
         embeddings=precision.embeddings,
     )
@@ -124,10 +148,11 @@ def any_random_source(config: dict[str, Any], path: Path, *, precision: Precisio
     )
 
 
-def _entry(tensor: FrozenTensor, precision: Precision, held: str) -> Entry:
-    """The store entry of a tensor that a file holds in the dtype `held`."""
+def _entry(tensor: FrozenTensor, precision: Precision, held: str, *, kept: bool = False) -> Entry:
+    """The store entry of a tensor that a file holds in the dtype `held`; `kept`: beside quantised ones."""
     if tensor.role != "other":
-        return packed_entry(tensor.name, tensor.shape, precision.format(held, embedding=tensor.role == "embedding"))
+        form = precision.format(held, embedding=tensor.role == "embedding", kept=kept)
+        return packed_entry(tensor.name, tensor.shape, form)
     value = tensor.value
     plain = value is None or value.is_floating_point()
     return packed_entry(

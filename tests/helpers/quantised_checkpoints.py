@@ -109,16 +109,19 @@ def write_quantised(
     weights: dict[str, Tensor],
     stated: dict[str, Any],
     make: Callable[[tuple[int, int], np.random.Generator], Made],
+    *,
+    quantised: str = "_proj.weight",
     **written: Any,
 ) -> dict[str, Tensor]:
-    """A directory whose projections are replaced by those that `make` makes; the rest are float16.
+    """A directory whose matrices with `quantised` in their names are replaced by those that `make` makes; the rest are
+    float16.
 
     Returns the values of all its tensors, by name.
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     for number, (name, weight) in enumerate(weights.items()):
-        if "_proj.weight" not in name:
+        if quantised not in name or weight.dim() != 2:
             tensors[name] = weight.half()
             values[name] = tensors[name].float()
             continue

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_formats import AWQ, FLOATS, GGUF_BLOCKS, GGUF_UNPACKED, GPTQ, QUANTISED
+from decoder_families import FAMILIES
 from gguf.quants import dequantize
 from quantised_checkpoints import FP4, four_bit, int8, write_quantised, zero_points
 from reference import CONFIGS
 from tiny_models import gguf_name, k_quant, random_weights, write_directory, write_gguf
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from tightfit.profiles.models.transformers_decoder import facts
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.pack import build_store
 from tightfit.profiles.weights.source import Source, without_names
@@ -209,6 +212,8 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "gptq act-order": functools.partial(zero_points, act_order=True),
     "awq": functools.partial(zero_points, method="awq"),
 }
+LINEAR = {"GPT-NeoX, Pythia": ".dense_"}
+"""Of families whose linear layers are not called ..._proj: a part of the names of some."""
 CASES = {name: (one.stated, MAKERS[name], one.note, one.form) for name, one in QUANTISED.items()}
 
 
@@ -227,6 +232,42 @@ def test_quantised_checkpoints_are_kept_code_for_code(case: str, tmp_path: Path)
     if form != "bfloat16":
         exact = stored(source, tmp_path / "cache")
         assert all(torch.equal(exact[name], value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("case", ["nf4 double", "int8", "gptq", "awq"])
+@pytest.mark.parametrize("family", ["Phi-3", "Gemma 2", "Qwen3.5 (text)", "GPT-NeoX, Pythia"])
+def test_quantised_checkpoints_of_decoders_of_transformers_are_kept_code_for_code(
+    family: str, case: str, tmp_path: Path
+) -> None:
+    stated, make, note, form = CASES[case]
+    config = FAMILIES[family]
+    torch.manual_seed(0)
+    weights = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).state_dict()
+    if config.get("tie_word_embeddings"):
+        del weights["lm_head.weight"]
+    linear = LINEAR.get(family, "_proj.weight")
+    values = write_quantised(tmp_path / "model", config, weights, stated, make, quantised=linear)
+    source = resolve(str(tmp_path / "model"))
+    assert note in source.note
+    assert "float16 as published" in source.note
+    exact = stored(source, tmp_path / "cache")
+    ours = {tensor.key: tensor.name for tensor in facts(source.config).tensors}
+    assert sum(source.entries[ours[name]].format == form for name in values if linear in name) >= 4
+    assert all(torch.equal(exact[ours[name]], value) for name, value in values.items() if value.dim() == 2)
+
+
+def test_a_quantised_part_of_another_shape_is_named(tmp_path: Path) -> None:
+    config = FAMILIES["Phi-3"]
+    weights = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).state_dict()
+
+    def smaller(shape: tuple[int, int], draw: np.random.Generator) -> Any:
+        return zero_points((shape[0], shape[1] // 2), draw)
+
+    write_quantised(tmp_path / "model", config, weights, GPTQ, smaller)
+    with pytest.raises(
+        InputError, match=r"model: tensor 'model\.layers\.0\.\S+_proj\.weight': its shape of qweight is"
+    ):
+        resolve(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("case", ["nf4 double", "gptq", "awq", "int8"])
