@@ -108,6 +108,7 @@ class Shifted(nn.Embedding):
 
 def test_embeddings_may_have_a_factor_and_nothing_else() -> None:
     plain, scaled = replace_embedding(nn.Embedding(20, 8)), replace_embedding(Scaled(20, 8))
+    assert replace_embedding(nn.Embedding(20, 8, padding_idx=19)) is not None
     assert plain is not None
     assert scaled is not None
     assert (plain.scale, scaled.scale) == (1.0, 3.0)
