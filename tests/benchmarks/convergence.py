@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers"), str(Path(__file__).p
 
 import tables
 from gemma_package import PACKAGE, gemma_file
-from reference import peft_model, peft_name
+from reference import all_layers, peft_model, starting_weights, trained_by_peft
 from side_runs import SideJudge, judged_pair, planned_pair, trained_pair
 
 from examples.reviews import MODEL_FILE, MODEL_PACKAGE, extract, write_lines
@@ -46,7 +46,6 @@ from tightfit.runtime.common.units import parse_size
 from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.training.adapter import initialise
 from tightfit.runtime.engine.training.records import RecordFile
-from tightfit.runtime.engine.weights.store import Store
 from tightfit.runtime.session.launch import run
 
 MIB = 1 << 20
@@ -209,25 +208,16 @@ class Judge:
     """Loss and next-token accuracy by transformers + peft on the dequantised weights, in bfloat16."""
 
     def __init__(self, made: Profile, folder: Path, samples: int) -> None:
-        assert made.model.store is not None
         assert made.seq is not None
         self.made, self.folder, self.samples = made, folder, samples
         self.records: dict[Path, RecordFile] = {}
-        weights: dict[str, Tensor] = {}
-        with Store.open(made.model.store) as store:
-            for name, entry in store.entries.items():
-                weights[name] = torch.empty(entry.shape)
-                store.load(name, weights[name])
+        weights = starting_weights(made)
         self.names = [tensor.name for tensor in made.tensors if tensor.kind == "trainable"]
-        self.start = {}
-        for tensor in made.tensors:
-            if tensor.kind == "trainable":
-                weights[tensor.name] = self.start[tensor.name] = torch.empty(tensor.shape)
-                initialise(tensor.name, 0, weights[tensor.name])
+        self.start = {name: weights[name] for name in self.names}
         torch.set_num_threads(1)  # two wait for each other as soon as anything else runs: ten times slower
-        self.model = peft_model(made.model.config, weights, RANK, ALPHA, torch.bfloat16).eval()
-        found = dict(self.model.named_parameters())
-        self.trained = {name: found[peft_name(name, found)] for name in self.names}
+        self.model = peft_model(made.model.config, weights, all_layers(RANK, ALPHA), torch.bfloat16).eval()
+        held = trained_by_peft(self.model)
+        self.trained = {name: held[name] for name in self.names}
 
     def once(self, checkpoint: Path | None, data: Path) -> dict[str, float]:
         """Of the adapter of a checkpoint, or of none yet; the answer is kept beside it."""

@@ -1,8 +1,16 @@
-"""Random decisions for a layer, and settings of an almost instant disk."""
+"""Random decisions for a layer, what the layer model says of them beside their schedules, and settings of an almost instant
+disk.
+"""
 
 from __future__ import annotations
 
-from tightfit.planner.schedule.layer_schedule import Decision, expand
+from collections.abc import Iterator
+from random import Random
+
+from tightfit.planner.formulation.layer_constraints import LayerProgram
+from tightfit.planner.problem.layer_figures import FIELDS
+from tightfit.planner.schedule.layer_schedule import Decision, expand, measure
+from tightfit.planner.solvers.lp import Linear, Program
 
 INSTANT = {"read": 1e12, "write": 1e12, "latency": 0.0, "per_byte": 2e-8}
 
@@ -33,3 +41,20 @@ def random_decision(rng, kind) -> Decision:
         # An output whose operator is recomputed for another output is not fetched as well, so it may not be offloaded.
         offload -= again
         keep |= again
+
+
+def figures_of_decisions(
+    rng: Random, kind, count: int
+) -> Iterator[tuple[Decision, dict[str, float], dict[str, float]]]:
+    """(decision, figures by the layer model, figures that its schedule counts) of random decisions for a layer type."""
+    block = LayerProgram(Program(), kind)
+    goal = Linear()
+    for figure in block.figures().values():
+        goal.plus(figure)
+    for _ in range(count):
+        decision = random_decision(rng, kind)
+        block.fix(decision)
+        result = block.program.solve(goal)
+        assert result.optimal
+        told = {name: getattr(block.figures(), name).value(result.values) for name in FIELDS}
+        yield decision, told, dict(zip(FIELDS, measure(kind, decision).row))

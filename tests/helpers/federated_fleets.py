@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from changed_operators import with_operators
 from tiny_plans import CONFIG, decoder_profile
 
 from tightfit.planner.fleet.federated import plan_federated
@@ -24,13 +25,7 @@ needs_flower = pytest.mark.skipif(
 
 def timed(profile, seconds: float):
     """The profile with `seconds` for each operator."""
-    programs = [
-        program.model_copy(
-            update={"operators": [one.model_copy(update={"seconds": seconds}) for one in program.operators]}
-        )
-        for program in profile.programs
-    ]
-    return profile.model_copy(update={"programs": programs})
+    return with_operators(profile, lambda _: {"seconds": seconds})
 
 
 def tiny_fleet(folder: Path, *, steps=6, ranks=(4, 4), speeds=(1e-3, 1e-3), names="abcdefgh", **options):

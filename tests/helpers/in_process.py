@@ -11,11 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.planner.schema import Plan
+from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.device.device import Device
 from tightfit.runtime.engine.kernels.optimizer import OPTIMIZERS
 from tightfit.runtime.engine.training.trainer import Training
 from tightfit.runtime.session.job_compiler import compile_job
+
+
+def random_records(folder: Path, *, seq: int, vocab_size: int = 512) -> str:
+    """A file of prepared data in `folder`: random tokens."""
+    made = prepare("random", None, folder, seq=seq, vocab_size=vocab_size, seed=3)
+    made.close()
+    return str(made.path)
 
 
 class LazyChannel(Channel):
@@ -63,3 +71,16 @@ def make_training(
         "optimizer": dataclasses.asdict(optimizer),
     }
     return Training(compile_job(plan, settings), channel or Channel(), str(directory), device)
+
+
+def train(
+    plan: Plan, records: str, folder: Path, steps: int, *, lr: float, seed: int = 7, channel: Channel | None = None
+) -> tuple[list[float], bytes, bytes]:
+    """The losses of some steps, and the files of the adapter and of the optimizer's state, which are left in `folder`."""
+    folder.mkdir(exist_ok=True)
+    training = make_training(plan, records, folder, lr=lr, seed=seed, channel=channel)
+    training.initialise()
+    losses = [training.step(number) for number in range(1, steps + 1)]
+    training.save_state(str(folder))
+    training.close()
+    return losses, *((folder / name).read_bytes() for name in ("adapter_model.safetensors", "optimizer.safetensors"))

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tightfit.profiles.schema import Profile
-from tightfit.runtime.engine.training.adapter import initialise
+from tightfit.runtime.engine.cpu.operators import OPERATORS
+from tightfit.runtime.engine.device.draws import Draws
+from tightfit.runtime.engine.training.adapter import (
+    BODY,
+    CONFIG,
+    WEIGHTS,
+    adapter_config,
+    adapter_key,
+    initialise,
+    trained_name,
+)
+from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.engine.weights.store import Store
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,28 +56,117 @@ VARIANTS: dict[str, dict[str, Any]] = {
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+TRAINED_AGAIN: dict[str, Any] = {"inference_mode": False, "base_model_name_or_path": None}
+"""Fields of an adapter's config with which peft makes a new one to train."""
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def random_model(config: dict[str, Any]) -> Any:
+    """A transformers model with random weights in float32; norms and biases are not all 1 or 0 either."""
+    import transformers
+
+    torch.manual_seed(0)
+    made = transformers.AutoConfig.for_model(**config)
+    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.dim() == 1 else 0.12))
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(0.7)
+    return model
+
+
+def checkpoint(config: dict[str, Any], folder: Path) -> Any:
+    """A random model, saved in `folder` with the config as it was given."""
+    model = random_model(config)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+def take(model: Any, weights: Mapping[str, Tensor], config: dict[str, Any], body: str = BODY) -> None:
+    """Copy weights with tightfit's names into a transformers model; `body` is its prefix of the decoder's names."""
+    from tightfit.profiles.models.transformers_decoder import facts
+
+    theirs = dict(model.named_parameters()) | dict(model.named_buffers())
+    transposed = {tensor.name for tensor in facts(config).tensors if tensor.transposed}
+    with torch.no_grad():
+        for name, value in weights.items():
+            key = body + name.removeprefix(BODY) if name.startswith(BODY) else name
+            if key in theirs:
+                theirs[key].copy_(value.t() if name in transposed else value)
+
+
 def peft_model(
-    config: dict[str, Any], weights: dict[str, Tensor], rank: int, alpha: float, dtype: torch.dtype
+    config: dict[str, Any], weights: Mapping[str, Tensor], settings: Mapping[str, Any], dtype: torch.dtype
 ) -> torch.nn.Module:
-    """A transformers + peft model with the given weights (base and LoRA, by Hugging Face name) loaded."""
+    """A transformers + peft model with the given weights (base and LoRA, by Hugging Face name) loaded; `settings` as
+    adapter_config.json has them.
+    """
     import peft
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**config), attn_implementation="sdpa"
     )
-    model = model.to(dtype)
-    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM", target_modules=TARGETS, lora_dropout=0.0)
-    wrapped = peft.get_peft_model(model, lora)
+    wrapped = peft.get_peft_model(model.to(dtype), peft.LoraConfig(**(dict(settings) | TRAINED_AGAIN)))
     wrapped.train()
-    theirs = dict(wrapped.named_parameters())
+    theirs = dict(wrapped.named_parameters()) | dict(wrapped.named_buffers())
     with torch.no_grad():
         for name, value in weights.items():
             theirs[peft_name(name, theirs)].copy_(value)
     return wrapped
 
 
-def starting_weights(made: Profile, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def all_layers(rank: int, alpha: float) -> dict[str, Any]:
+    """Settings of LoRA pairs on all linear layers of the decoders above."""
+    return {"r": rank, "lora_alpha": alpha, "task_type": "CAUSAL_LM", "target_modules": TARGETS, "lora_dropout": 0.0}
+
+
+def peft_name(name: str, theirs: Mapping[str, Any]) -> str:
+    """Among peft's names, that of a tensor with the name that it has in transformers or in an adapter."""
+    stem, _, last = name.rpartition(".")
+    for candidate in (
+        f"base_model.model.{name}",
+        f"base_model.model.{stem}.base_layer.{last}",
+        f"base_model.model.{stem}.default.{last}",
+    ):
+        if candidate in theirs:
+            return candidate
+    raise KeyError(name)
+
+
+class MaskedDropout(torch.nn.Module):
+    """In the place of a pair's nn.Dropout: the mask that tightfit's operators draw, in a run those of `layer`."""
+
+    def __init__(self, p: float, site: int, draws: Draws | None = None, layer: str = "") -> None:
+        super().__init__()
+        self.p, self.site, self.layer = p, site, layer
+        self.drawn = {} if draws is None else {"draws": draws}
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.empty(x.numel() // x.shape[-1], x.shape[-1])
+        for draws in self.drawn.values():
+            draws.layer = self.layer
+        OPERATORS["tightfit.dropout"](torch.ones_like(mask), self.p, self.site, out=(mask,), **self.drawn)
+        return x * mask.view(x.shape)
+
+
+# --- weights and adapters ---------------------------------------------------------------------------------------------
+
+
+def stored_weights(store: str | Path | None, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Every tensor of a store, unpacked to `dtype`, by tightfit's names."""
+    assert store is not None
+    with Store.open(Path(store)) as opened:
+        weights = {name: torch.empty(entry.shape, dtype=dtype) for name, entry in opened.entries.items()}
+        for name, out in weights.items():
+            opened.load(name, out)
+    return weights
+
+
+def starting_weights(made: Profile, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
     """The weights that a run of a profile starts from, by tightfit's names: the dequantised base, with matrices in
     `dtype`, and the adapter's initial values.
     """
@@ -75,17 +179,122 @@ def starting_weights(made: Profile, dtype: torch.dtype = torch.float32) -> dict[
     for tensor in made.tensors:
         if tensor.kind == "trainable":
             weights[tensor.name] = torch.empty(tensor.shape)
-            initialise(tensor.name, 0, weights[tensor.name])
+            initialise(tensor.name, seed, weights[tensor.name])
     return weights
 
 
-def peft_name(name: str, theirs: dict[str, Any]) -> str:
-    stem, _, last = name.rpartition(".")
-    for candidate in (
-        f"base_model.model.{name}",
-        f"base_model.model.{stem}.base_layer.{last}",
-        f"base_model.model.{stem}.default.{last}",
-    ):
-        if candidate in theirs:
-            return candidate
-    raise KeyError(name)
+def write_adapter(
+    place: Path, lora: Mapping[str, Any], trained: Mapping[str, Tensor], body: str = BODY
+) -> dict[str, Tensor]:
+    """Write an adapter as a run does, and return its tensors."""
+    place.mkdir()
+    pairs = [name for name in trained if ".lora_" in name]
+    (place / CONFIG).write_text(json.dumps(adapter_config(lora, pairs, "base", body)))
+    tensors: dict[str, Tensor] = {}
+    for name, value in trained.items():
+        key = adapter_key(name, body)
+        tensors[key] = torch.cat([tensors[key], value]) if key in tensors else value
+    save_file(tensors, place / WEIGHTS)
+    return tensors
+
+
+def held_by_peft(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The adapter in a model of peft, and whatever else it would train, by the keys of adapters."""
+    return {
+        name.replace("modules_to_save.default.", "")
+        .replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector")
+        .replace(".default.", "."): value
+        for name, value in model.named_parameters()
+        if ".lora_" in name or value.requires_grad
+    }
+
+
+def trained_by_peft(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The same of a decoder whose names in transformers are tightfit's, by tightfit's names."""
+    return {trained_name(key): value for key, value in held_by_peft(model).items()}
+
+
+def adapted_by_peft(model: Any, place: Path) -> Any:
+    """peft's model with the adapter in `place`, of which it holds every tensor as the file has it, to be trained further."""
+    import peft
+
+    loaded = peft.PeftModel.from_pretrained(model, place, is_trainable=True, autocast_adapter_dtype=False).eval()
+    held, tensors = held_by_peft(loaded), load_file(place / WEIGHTS)
+    assert held.keys() == tensors.keys()
+    for key, value in tensors.items():
+        assert torch.equal(held[key].detach(), value.to(model.dtype)), key
+    return loaded
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The gradients of the adapter in a model of peft, in float32, by the keys of adapters."""
+    gradients = {}
+    for key, value in held_by_peft(model).items():
+        assert value.grad is not None, key
+        gradients[key] = value.grad.float()
+    return gradients
+
+
+# --- losses and steps -------------------------------------------------------------------------------------------------
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of all labelled tokens."""
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def loss_of(model: torch.nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    """That of a language model of transformers or peft on a batch."""
+    return mean_loss(model(input_ids=ids).logits, labels)
+
+
+def training_batches(records: str | Path, count: int, batch: int, seq: int, seed: int = 0) -> list[list[Tensor]]:
+    """[ids, labels] of the first `count` training steps on prepared data; `records` is its file or the folder of a run."""
+    if Path(records).is_dir():
+        records = next((Path(records) / "data").glob("train*"))
+    opened, found = open_batches(str(records), seed), []
+    for number in range(count):
+        found.append([torch.empty(batch, seq, dtype=torch.int64) for _ in range(2)])
+        opened.training(number, found[-1])
+    opened.close()
+    return found
+
+
+def evaluated(model: torch.nn.Module, out: Path, batch: int, seq: int) -> float:
+    """The mean loss of all labelled tokens of the held-out data of a run in `out`."""
+    inputs = [torch.empty(batch, seq, dtype=torch.int64) for _ in range(2)]
+    opened = open_batches(str(next((out / "data").glob("eval*"))), 0)
+    total, count = 0.0, 0
+    for number in range(opened.evaluation_count(inputs)):
+        opened.evaluation(number, inputs)
+        labelled = int((inputs[1] >= 0).sum())
+        with torch.no_grad():
+            total += float(loss_of(model, *inputs)) * labelled
+        count += labelled
+    opened.close()
+    return total / count
+
+
+def trained_by_adamw(
+    parameters: Iterable[Tensor], loss: Callable[..., Tensor], batches: Iterable[Sequence[Tensor]], *, lr: float
+) -> tuple[list[float], torch.optim.AdamW]:
+    """A step of torch.optim.AdamW on each batch: the losses, and its state. `loss` is called with the tensors of a batch."""
+    optimizer = torch.optim.AdamW(list(parameters), lr=lr, weight_decay=0.0)
+    losses = []
+    for batch in batches:
+        found = loss(*batch)
+        found.backward()
+        losses.append(float(found.detach()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, optimizer
+
+
+def relative_error(own: Tensor, exact: Tensor) -> float:
+    return float((own - exact).norm() / exact.norm())
+
+
+def errors_above(tolerance: float, own: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """The relative errors that are larger, by name."""
+    errors = {name: relative_error(own[name], value) for name, value in exact.items()}
+    return {name: error for name, error in errors.items() if not error <= tolerance}

@@ -7,16 +7,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensorMode
+from traced import trace_decoder
 
 from tightfit.profiles.devices.data_sheets import find_device
 from tightfit.profiles.devices.estimate import estimate_profile
-from tightfit.profiles.models.decoder import Decoder
-from tightfit.profiles.models.decoder_config import decoder_shape
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.schema import Model, Profile
-from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
-from tightfit.profiles.tracing.trace import trace
 from tightfit.profiles.weights.describe import describe
 from tightfit.runtime.engine.weights.store import find_extent
 
@@ -48,10 +44,7 @@ def decoder_profile(layers: int, *, batch: int = 1, seq: int = 256, **config: An
     config.
     """
     settings = QWEN_3B | config | {"num_hidden_layers": min(layers, TRACED)}
-    with FakeTensorMode():
-        module = Decoder(decoder_shape(settings), dtype=torch.bfloat16, lora=LoraConfig())
-        sample = {name: torch.zeros(batch, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
-    traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
+    traced = trace_decoder(settings, torch.bfloat16, batch, seq, LoraConfig())
     entries = describe(settings)
     tensors = [
         tensor.model_copy(update={"packed_bytes": find_extent(entries, tensor.name).bytes})

@@ -8,6 +8,8 @@ from tightfit.profiles.schema import Channel, Device, Floor, Layer, Model, Opera
 
 PAGE = 4096
 MIB = 1 << 20
+REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
+"""What the start of a real process takes, for `device`."""
 
 
 def device(

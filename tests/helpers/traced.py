@@ -9,6 +9,7 @@ import torch
 from interpreter import run_step
 from torch._subclasses import FakeTensorMode
 
+from tightfit.profiles.measuring import whole_step
 from tightfit.profiles.models.decoder import Decoder
 from tightfit.profiles.models.decoder_config import decoder_shape
 from tightfit.profiles.models.lora import LoraConfig
@@ -18,9 +19,22 @@ from tightfit.profiles.tracing.trace import Trace, trace
 RANK, ALPHA = 4, 8.0
 
 
-def trace_decoder(config: dict[str, Any], dtype: torch.dtype, batch: int, seq: int) -> Trace:
+def trace_decoder(
+    config: dict[str, Any], dtype: torch.dtype, batch: int, seq: int, lora: LoraConfig | None = None
+) -> Trace:
+    """The step of a decoder written by hand; by default with pairs of RANK everywhere."""
+    return trace_step(fake_decoder(config, dtype, lora), batch, seq)
+
+
+def fake_decoder(config: dict[str, Any], dtype: torch.dtype, lora: LoraConfig | None = None) -> Decoder:
+    """A decoder written by hand whose parameters have no values."""
     with FakeTensorMode():
-        module = Decoder(decoder_shape(config), dtype=dtype, lora=LoraConfig(rank=RANK, alpha=ALPHA))
+        return Decoder(decoder_shape(config), dtype=dtype, lora=lora or LoraConfig(rank=RANK, alpha=ALPHA))
+
+
+def trace_step(module: torch.nn.Module, batch: int, seq: int) -> Trace:
+    """The step of a decoder without values on a batch of tokens."""
+    with FakeTensorMode():
         sample = {n: torch.zeros(batch, seq, dtype=torch.int64) for n in ("input_ids", "labels")}
     return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
 
@@ -59,3 +73,19 @@ def interpret(
             start, stop = map(int, rows.split(":"))
             tensors[tensor.name] = weights[base][start:stop]
     return run(traced.layers, {p.name: p for p in traced.programs}, tensors)
+
+
+def loss_and_gradients(
+    traced: Trace, weights: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], *, compiled: bool = False
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """(loss, gradients by the names of what is trained) by the plain interpreter, or with operators `compiled` as for a run."""
+    trained = [tensor.name for tensor in traced.tensors if tensor.kind == "trainable"]
+    wanted = [traced.loss, *(f"grad:{name}" for name in trained)]
+
+    def run_compiled(layers: Any, programs: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        described = {name: program.model_dump() for name, program in programs.items()}
+        return whole_step.run_step([layer.model_dump() for layer in layers], described, tensors, wanted)
+
+    with torch.no_grad():
+        made = interpret(traced, weights, batch, run_compiled if compiled else run_step)
+    return float(made[traced.loss]), {name: made[f"grad:{name}"] for name in trained}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from bare_graphs import graph_of
 from brute_graph import random_graph
+from changed_operators import with_operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layered_graph import layered
@@ -13,7 +15,7 @@ from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
 from tightfit.planner.simulation.simulate import simulate
-from tightfit.profiles.graph_input import graph_profile, parse_graph
+from tightfit.profiles.graph_input import graph_profile
 
 SMALL = settings(max_examples=40, derandomize=True)
 FEW = settings(max_examples=3, derandomize=True)
@@ -40,7 +42,7 @@ def check_larger_budgets(planner, profile, shares):
 @given(seed=st.integers(0, 1 << 30), shares=st.lists(st.floats(0, 1), min_size=2, max_size=4))
 @SMALL
 def test_graphs_at_larger_budgets(seed, shares):
-    profile = parse_graph({"format": "tightfit-graph", "operators": random_graph(seed)})
+    profile = graph_of(random_graph(seed))
     check_larger_budgets(GraphPlanner(profile), profile, shares)
 
 
@@ -85,16 +87,9 @@ def test_a_plan_on_a_better_device_is_never_slower(moving, reads, writes, waits,
                 "latency_seconds": channel.latency_seconds * waits,
             }
         )
-    programs = [
-        program.model_copy(
-            update={"operators": [op.model_copy(update={"seconds": op.seconds / speed}) for op in program.operators]}
-        )
-        for program in moving.programs
-    ]
-    told = moving.model_copy(
+    told = with_operators(moving, lambda one: {"seconds": one.seconds / speed}).model_copy(
         update={
             "device": device.model_copy(update=better),
-            "programs": programs,
             "budget_bytes": moving.budget_bytes + room,
         }
     )

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layered_graph import layered
-from synthetic import MIB, PAGE, decoder_like, device, small_chain
+from synthetic import MIB, PAGE, REAL, decoder_like, device, small_chain
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import minimum_budget, plan, planner_of
@@ -23,8 +23,6 @@ from tightfit.planner.simulation.simulate import simulate
 from tightfit.planner.solve.policies import POLICIES
 from tightfit.profiles.graph_input import graph_profile
 from tightfit.runtime.common.errors import InputError
-
-REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
 
 
 @pytest.fixture(scope="module")

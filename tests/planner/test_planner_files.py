@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from changed_operators import with_operators
 from sample_plans import infeasible_plan, sample_plan
 from synthetic import MIB, device, small_chain
 
@@ -127,11 +128,7 @@ def test_compare_over_devices(planner):
     from tightfit.profiles.devices.data_sheets import find_device
     from tightfit.profiles.devices.estimate import retarget
 
-    counted = [
-        program.model_copy(update={"operators": [o.model_copy(update={"flops": 1e6}) for o in program.operators]})
-        for program in planner.profile.programs
-    ]
-    profile = planner.profile.model_copy(update={"programs": counted})
+    profile = with_operators(planner.profile, lambda _: {"flops": 1e6})
     card = find_device("rtx-4060")
     told = []
     result = compare(profile, [1 << 30], ["keep-all"], devices=[None, card], progress=lambda *state: told.append(state))

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,26 @@ import pytest
 import torch
 from decoder_families import FAMILIES, FORMS, VOCABULARY, Forms, sized
 from places import SOURCES
+from reference import (
+    adapted_by_peft,
+    checkpoint,
+    errors_above,
+    evaluated,
+    gradients_of,
+    held_by_peft,
+    loss_of,
+    mean_loss,
+    relative_error,
+    stored_weights,
+    take,
+    trained_by_adamw,
+    training_batches,
+    write_adapter,
+)
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_level_tokenizer
 from torch._subclasses import FakeTensorMode
-from traced import interpret, random_batch, trace_decoder
+from traced import interpret, loss_and_gradients, random_batch, trace_decoder, trace_step
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
@@ -29,65 +46,20 @@ from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.sources.transformers_source import any_directory_source
-from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
-from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.profiles.tracing.trace import Trace
 from tightfit.profiles.weights.pack import build_store
-from tightfit.profiles.weights.source import Source
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.training.adapter import BODY, CONFIG, WEIGHTS, adapter_config, adapter_key, initialise
-from tightfit.runtime.engine.training.batches import open_batches
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.training.adapter import BODY, adapter_key, initialise, trained_name
 from tightfit.runtime.session.launch import run
 
-transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
 # peft says that it transposes the weights of GPT-2's own linear layers, as it should
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 
 RANK, ALPHA, BATCH, SEQ = 4, 8.0, 2, 16
 HALVES = ("Llama, yarn scaling", "Qwen3", "Qwen3.5 (text)", "Gemma 2", "Gemma 4 (text)", "Phi-4-mini", "GPT-2", "LFM2")
 """Families that are also compared in bfloat16: each has something of its own that computes in it."""
-
-
-def checkpoint(config: dict[str, Any], folder: Path) -> Any:
-    """A transformers model with random weights in float32, saved in `folder`."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**config), attn_implementation="eager"
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.dim() == 1 else 0.12))
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(0.7)
-    model.eval().save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    return model
-
-
-def opened(folder: Path, source: Source) -> dict[str, torch.Tensor]:
-    """The weights of a source, packed and unpacked, by our names."""
-    weights = {}
-    with Store.open(build_store(source, folder / "stores")) as store:
-        for name, entry in store.entries.items():
-            weights[name] = torch.empty(entry.shape)
-            store.load(name, weights[name])
-    return weights
-
-
-def their_key(name: str, body: str) -> str:
-    """transformers' name of a tensor with our name."""
-    return body + name.removeprefix(BODY) if name.startswith(BODY) else name
-
-
-def take(model: Any, weights: dict[str, torch.Tensor], config: dict[str, Any], body: str) -> None:
-    """Copy weights with our names into a transformers model."""
-    theirs = dict(model.named_parameters()) | dict(model.named_buffers())
-    transposed = {tensor.name for tensor in facts(config).tensors if tensor.transposed}
-    with torch.no_grad():
-        for name, value in weights.items():
-            key = their_key(name, body)
-            if key in theirs:
-                theirs[key].copy_(value.t() if name in transposed else value)
 
 
 class Case:
@@ -99,7 +71,7 @@ class Case:
         self.body = self.source.config.get("adapter_body", BODY)
         lora = LoraConfig(rank=RANK, alpha=ALPHA)
         self.traced: Trace = _trace_any_decoder(self.source, BATCH, SEQ, lora, dtype, lambda *_: None)[0]
-        self.weights = opened(folder, self.source)
+        self.weights = stored_weights(build_store(self.source, folder / "stores"))
         generator = torch.Generator().manual_seed(1)
         self.trained = {
             tensor.name: torch.randn(tensor.shape, generator=generator) * 0.1
@@ -113,48 +85,25 @@ class Case:
             kind = wide.get(name, getattr(torch, dtype) if name in matrices else torch.float32)
             self.weights[name] = self.weights[name].to(kind)
         take(self.model, self.weights, config, self.body)
-        self.folder = folder
-
-    def adapted(self, dtype: torch.dtype = torch.float32) -> Any:
-        """transformers' model with the adapter, which peft reads from the files that a run writes."""
-        told = adapter_config({"rank": RANK, "alpha": ALPHA}, self.trained, "base", self.body)
-        place = self.folder / "adapter"
-        place.mkdir(exist_ok=True)
-        (place / CONFIG).write_text(json.dumps(told))
-        save_file({adapter_key(name, self.body): value for name, value in self.trained.items()}, place / WEIGHTS)
-        loaded = peft.PeftModel.from_pretrained(
-            self.model.to(dtype), place, is_trainable=True, autocast_adapter_dtype=False
-        )
-        held = {name.replace(".default.", "."): p for name, p in loaded.named_parameters() if ".lora_" in name}
-        assert held.keys() == {adapter_key(name, self.body) for name in self.trained}
-        for name, value in self.trained.items():
-            assert torch.equal(held[adapter_key(name, self.body)].detach().float(), value.to(dtype).float())
-        return loaded.eval()
+        self.place = folder / "adapter"
+        write_adapter(self.place, {"rank": RANK, "alpha": ALPHA}, self.trained, self.body)
 
     def theirs(self, dtype: torch.dtype = torch.float32) -> tuple[float, dict[str, torch.Tensor]]:
-        """(loss, LoRA gradients) by transformers + peft + autograd; `logits` are kept."""
-        model = self.adapted(dtype)
+        """(loss, LoRA gradients) by transformers + autograd and peft, which reads the adapter as a run writes it; `logits` are
+        kept.
+        """
+        model = adapted_by_peft(self.model.to(dtype), self.place)
         logits = model(input_ids=self.batch["input_ids"]).logits.float()
         self.logits = logits.detach()
-        flat = self.batch["labels"].flatten()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), flat, ignore_index=-100)
+        loss = mean_loss(logits, self.batch["labels"])
         loss.backward()
-        held = {name.replace(".default.", "."): p.grad for name, p in model.named_parameters() if ".lora_" in name}
-        gradients = {name: held[adapter_key(name, self.body)].float() for name in self.trained}
+        gradients = gradients_of(model)
+        assert gradients.keys() == {adapter_key(name, self.body) for name in self.trained}
         model.unload()
-        return float(loss.detach()), gradients
+        return float(loss.detach()), {name: gradients[adapter_key(name, self.body)] for name in self.trained}
 
     def ours(self) -> tuple[float, dict[str, torch.Tensor]]:
-        """(loss, LoRA gradients) by the traced programs, through the operators that a run calls."""
-        wanted = [self.traced.loss, *(f"grad:{name}" for name in self.trained)]
-
-        def run(layers: Any, programs: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            described = {name: program.model_dump() for name, program in programs.items()}
-            return run_step([layer.model_dump() for layer in layers], described, tensors, wanted)
-
-        with torch.no_grad():
-            made = interpret(self.traced, self.weights | self.trained, self.batch, run)
-        return float(made[self.traced.loss]), {name: made[f"grad:{name}"] for name in self.trained}
+        return loss_and_gradients(self.traced, self.weights | self.trained, self.batch, compiled=True)
 
     def forward(self, layers: Sequence[Any]) -> Callable[..., dict[str, torch.Tensor]]:
         """The forward of some of the traced layers: call(tensors, names) returns those of the names that it makes."""
@@ -225,17 +174,13 @@ class Case:
         return Forms(rotation=rotation, attention=", ".join(parts))
 
 
-def error(own: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((own - exact).norm() / exact.norm())
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_loss_gradients_and_adapter_are_those_of_transformers_and_peft(family: str, tmp_path: Path) -> None:
     case = Case(FAMILIES[family], tmp_path, "float32")
     (loss, gradients), (own_loss, own) = case.theirs(), case.ours()
     assert own_loss == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(case.log_probabilities(), case.logits.log_softmax(-1), rtol=0, atol=2e-5)
-    assert {name: error(own[name], exact) for name, exact in gradients.items() if error(own[name], exact) > 1e-4} == {}
+    assert errors_above(1e-4, own, gradients) == {}
     assert all(float(gradient.norm()) for gradient in gradients.values())
     targets = {operator.target for program in case.traced.programs for operator in program.operators}
     assert all(target.startswith(("aten.", "tightfit.")) for target in targets)
@@ -251,8 +196,8 @@ def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(family: s
     loss, own = case.ours()
     their_loss, theirs = case.theirs(torch.bfloat16)
     assert abs(loss - exact_loss) < max(1e-2 * exact_loss, 2 * abs(their_loss - exact_loss))
-    own_errors = sorted(error(own[name], gradient) for name, gradient in exact.items())
-    their_errors = sorted(error(theirs[name], gradient) for name, gradient in exact.items())
+    own_errors = sorted(relative_error(own[name], gradient) for name, gradient in exact.items())
+    their_errors = sorted(relative_error(theirs[name], gradient) for name, gradient in exact.items())
     middle = len(exact) // 2
     assert own_errors[middle] < 1.5 * their_errors[middle]  # few tensors, of tiny widths
     assert own_errors[-1] < 2 * their_errors[-1]
@@ -285,48 +230,19 @@ def test_a_run_trains_and_saves_what_peft_loads(family: str, tmp_path: Path, cac
     assert report["peak_bytes"]["measured"] <= smallest.peak_bytes
 
     body = made.model.config.get("adapter_body", BODY)
-    assert made.model.store is not None
-    with Store.open(made.model.store) as store:
-        weights = {name: torch.empty(entry.shape) for name, entry in store.entries.items()}
-        for name, out in weights.items():
-            store.load(name, out)
-    take(model, weights, config, body)
-    adapted = peft.PeftModel.from_pretrained(model, report["adapter"], is_trainable=True).eval()
-    saved = load_file(Path(report["adapter"]) / WEIGHTS)
-    assert all(value.abs().max() > 0 for value in saved.values())
-
-    def loss_of(inputs: list[torch.Tensor]) -> torch.Tensor:
-        logits = adapted(input_ids=inputs[0]).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100)
-
-    inputs = [torch.empty(BATCH, SEQ, dtype=torch.int64) for _ in range(2)]
-    batches = open_batches(str(next((tmp_path / "out" / "data").glob("eval*"))), 0)
-    total, count = 0.0, 0
-    for number in range(batches.evaluation_count(inputs)):
-        batches.evaluation(number, inputs)
-        labelled = int((inputs[1] >= 0).sum())
-        total, count = total + float(loss_of(inputs).detach()) * labelled, count + labelled
-    batches.close()
-    assert report["evaluation"]["after"]["loss"] == pytest.approx(total / count, rel=1e-4)
+    take(model, stored_weights(made.model.store), config, body)
+    adapted = adapted_by_peft(model, Path(report["adapter"]))
+    held = held_by_peft(adapted)
+    assert all(value.detach().abs().max() > 0 for value in held.values())
+    assert report["evaluation"]["after"]["loss"] == pytest.approx(
+        evaluated(adapted, tmp_path / "out", BATCH, SEQ), rel=1e-4
+    )
 
     with torch.no_grad():  # the same steps by torch.optim.AdamW
-        for name, parameter in adapted.named_parameters():
-            if ".lora_B." in name:
-                parameter.zero_()
-            elif ".lora_A." in name:
-                own = "model." + name.removeprefix(f"base_model.model.{body}").replace(".default.", ".")
-                initialise(own, 0, parameter)
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
-    batches = open_batches(str(next((tmp_path / "out" / "data").glob("train*"))), 0)
-    losses = []
-    for step in range(STEPS):
-        batches.training(step, inputs)
-        loss = loss_of(inputs)
-        loss.backward()
-        losses.append(float(loss.detach()))
-        optimizer.step()
-        optimizer.zero_grad()
-    batches.close()
+        for key, parameter in held.items():
+            initialise(trained_name(key, body), 0, parameter)
+    batches = training_batches(tmp_path / "out", STEPS, BATCH, SEQ)
+    losses, _ = trained_by_adamw(held.values(), partial(loss_of, adapted), batches, lr=LR)
     assert report["loss"] == pytest.approx(losses, rel=3e-5)
 
 
@@ -391,8 +307,7 @@ def test_llama_is_traced_into_the_programs_of_the_decoder_written_by_hand() -> N
     module = AnyDecoder(config, dtype=torch.bfloat16, seq=SEQ, lora=LoraConfig(rank=RANK, alpha=ALPHA))
     with FakeTensorMode():
         without_values(module)
-        sample = {name: torch.zeros(BATCH, SEQ, dtype=torch.int64) for name in ("input_ids", "labels")}
-    ours = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
+    ours = trace_step(module, BATCH, SEQ)
     theirs = trace_decoder(config, torch.bfloat16, BATCH, SEQ)
     assert [layer.name for layer in ours.layers] == [layer.name for layer in theirs.layers]
     for own, other in zip(ours.programs[:-1], theirs.programs[:-1], strict=True):  # the last makes the tables

@@ -4,21 +4,39 @@ budgets, their initial magnitudes, and what starts from their adapter.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fleets import Workshop, adapter_hash, ended
-from in_process import make_training
+from in_process import make_training, random_records
 from interpreter import run_step as plain_step
-from reference import CONFIGS, VARIANTS
-from safetensors.torch import load_file, save_file
+from reference import (
+    CONFIGS,
+    TRAINED_AGAIN,
+    VARIANTS,
+    MaskedDropout,
+    adapted_by_peft,
+    checkpoint,
+    errors_above,
+    gradients_of,
+    held_by_peft,
+    loss_of,
+    random_model,
+    relative_error,
+    stored_weights,
+    take,
+    trained_by_adamw,
+    training_batches,
+    write_adapter,
+)
+from safetensors.torch import load_file
 from tiny_plans import decoder_profile, naive_plan
-from traced import interpret, random_batch
+from traced import loss_and_gradients, random_batch
 
 from tightfit.planner.instructions import Run
 from tightfit.planner.model_planner import ModelPlanner
@@ -28,24 +46,11 @@ from tightfit.profiles.api import _trace_decoder, profile
 from tightfit.profiles.devices.data_sheets import find_device
 from tightfit.profiles.devices.estimate import estimate_profile, operator_workspace
 from tightfit.profiles.models.lora import LoraConfig, from_peft
-from tightfit.profiles.models.transformers_decoder import facts
 from tightfit.profiles.schema import Profile
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.pack import build_store
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.data.tokenization import prepare
-from tightfit.runtime.engine.cpu.operators import OPERATORS
-from tightfit.runtime.engine.training.adapter import (
-    BODY,
-    CONFIG,
-    WEIGHTS,
-    adapter_config,
-    adapter_key,
-    initialise,
-    scaled_weight,
-)
-from tightfit.runtime.engine.training.batches import open_batches
-from tightfit.runtime.engine.weights.store import Store
+from tightfit.runtime.engine.training.adapter import BODY, CONFIG, WEIGHTS, adapter_key, initialise, scaled_weight
 from tightfit.runtime.session.launch import run
 
 peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
@@ -66,51 +71,6 @@ BY_PATTERN = LoraConfig(
 )
 
 
-def checkpoint(config: dict[str, Any], folder: Path) -> Any:
-    """A transformers model with random weights in float32, saved in `folder`."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(**config), attn_implementation="eager"
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.dim() == 1 else 0.12))
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(0.7)
-    model.eval().save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    return model
-
-
-def opened(store: Path) -> dict[str, torch.Tensor]:
-    """The weights of a store, unpacked, by our names."""
-    weights = {}
-    with Store.open(store) as held:
-        for name, entry in held.entries.items():
-            weights[name] = torch.empty(entry.shape)
-            held.load(name, weights[name])
-    return weights
-
-
-def take(model: Any, weights: dict[str, torch.Tensor], config: dict[str, Any], body: str) -> None:
-    """Copy weights with our names into a transformers model."""
-    theirs = dict(model.named_parameters())
-    transposed = {tensor.name for tensor in facts(config).tensors if tensor.transposed}
-    with torch.no_grad():
-        for name, value in weights.items():
-            key = body + name.removeprefix(BODY) if name.startswith(BODY) else name
-            theirs[key].copy_(value.t() if name in transposed else value)
-
-
-def loss_of(model: Any, inputs: list[torch.Tensor]) -> torch.Tensor:
-    logits = model(input_ids=inputs[0]).logits.float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100)
-
-
-def error(own: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((own - exact).norm() / exact.norm())
-
-
 class Case:
     """A tiny model on both sides, with the weights of the store, non-zero pairs, and magnitudes that are no norms."""
 
@@ -121,7 +81,7 @@ class Case:
         kind = str(dtype).removeprefix("torch.")
         self.traced, decoder = _trace_decoder(source, BATCH, SEQ, lora, kind, lambda *_: None)
         self.lora = decoder.lora
-        self.weights = opened(build_store(source, folder / "stores"))
+        self.weights = stored_weights(build_store(source, folder / "stores"))
         for name, weight in self.weights.items():
             self.weights[name] = weight.to(dtype) if weight.dim() == 2 else weight
         generator = torch.Generator().manual_seed(1)
@@ -135,39 +95,28 @@ class Case:
         self.batch = random_batch({"vocab_size": config["vocab_size"]}, BATCH, SEQ)
         take(self.model, self.weights, config, self.body)
         self.place = folder / "adapter"
-        self.place.mkdir()
-        told = adapter_config(self.lora, self.trained, "base", self.body)
-        (self.place / CONFIG).write_text(json.dumps(told))
-        save_file({adapter_key(name, self.body): value for name, value in self.trained.items()}, self.place / WEIGHTS)
+        write_adapter(self.place, self.lora, self.trained, self.body)
 
     def theirs(
-        self, dtype: torch.dtype = torch.float32, masked: Mapping[str, Masked] | None = None
+        self, dtype: torch.dtype = torch.float32, masked: Mapping[str, MaskedDropout] | None = None
     ) -> tuple[float, dict[str, torch.Tensor]]:
         """(loss, gradients by our names) by peft, which reads the adapter as a run writes it, and autograd; with dropout where
         `masked` has modules in the place of nn.Dropout.
         """
-        model = peft.PeftModel.from_pretrained(
-            self.model.to(dtype), self.place, is_trainable=True, autocast_adapter_dtype=False
-        ).eval()
+        model = adapted_by_peft(self.model.to(dtype), self.place)
         saved = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         assert saved.keys() == {adapter_key(name, self.body) for name in self.trained}
-        for name, value in self.trained.items():
-            assert torch.equal(saved[adapter_key(name, self.body)].float(), value.to(dtype).float()), name
         for name, module in model.named_modules():
             if masked and name in masked:
                 module.train().lora_dropout["default"] = masked[name]
-        loss = loss_of(model, [self.batch["input_ids"], self.batch["labels"]])
+        loss = loss_of(model, self.batch["input_ids"], self.batch["labels"])
         loss.backward()
-        held = {name.replace(".default.", "."): p.grad for name, p in model.named_parameters() if p.requires_grad}
-        assert len(held) == len(self.trained)
-        found = {name: held[f"base_model.model.{self.body}{name.removeprefix(BODY)}"].float() for name in self.trained}
+        gradients = gradients_of(model)
         model.unload()
-        return float(loss.detach()), found
+        return float(loss.detach()), {name: gradients[adapter_key(name, self.body)] for name in self.trained}
 
     def ours(self) -> tuple[float, dict[str, torch.Tensor]]:
-        with torch.no_grad():
-            made = interpret(self.traced, self.weights | self.trained, self.batch)
-        return float(made[self.traced.loss]), {name: made[f"grad:{name}"] for name in self.trained}
+        return loss_and_gradients(self.traced, self.weights | self.trained, self.batch)
 
 
 CASES = [(family, setting) for family in FAMILIES for setting in SETTINGS]
@@ -183,7 +132,7 @@ def test_loss_and_gradients_are_those_of_peft(family: str, setting: str, tmp_pat
     magnitudes = [name for name in exact if scaled_weight(name)]
     assert 3 * len(magnitudes) == len(exact)
     assert all(float(gradient.norm()) for gradient in exact.values())
-    assert {name: error(own[name], exact[name]) for name in exact if error(own[name], exact[name]) > 2e-5} == {}
+    assert errors_above(2e-5, own, exact) == {}
 
 
 def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(tmp_path: Path) -> None:
@@ -193,29 +142,19 @@ def test_bfloat16_gradients_are_as_near_to_the_exact_ones_as_autograds(tmp_path:
     _, theirs = case.theirs(torch.bfloat16)
     assert own_loss == pytest.approx(loss, rel=1e-2)
     for chosen in (".lora_A.", ".lora_B.", ".lora_magnitude_vector."):
-        errors = [sorted(error(made[name], exact[name]) for name in exact if chosen in name) for made in (own, theirs)]
+        errors = [
+            sorted(relative_error(made[name], exact[name]) for name in exact if chosen in name)
+            for made in (own, theirs)
+        ]
         middle = len(errors[0]) // 2
         assert errors[0][middle] < 1.2 * errors[1][middle]
         assert errors[0][-1] < 1.5 * errors[1][-1]
 
 
-class Masked(torch.nn.Module):
-    """In the place of a pair's nn.Dropout: the mask that the operators draw."""
-
-    def __init__(self, p: float, site: int) -> None:
-        super().__init__()
-        self.p, self.site = p, site
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mask = torch.empty(x.numel() // x.shape[-1], x.shape[-1])
-        OPERATORS["tightfit.dropout"](torch.ones_like(mask), self.p, self.site, out=(mask,))
-        return x * mask.view(x.shape)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_dropout_loss_and_gradients_are_those_of_peft_with_the_same_masks(family: str, tmp_path: Path) -> None:
     case = Case(FAMILIES[family], LoraConfig(rank=4, dropout=0.2, dora=True), tmp_path, torch.float32)
-    masked: dict[str, Masked] = {}
+    masked: dict[str, MaskedDropout] = {}
     for layer in case.traced.layers:
         program = next(program for program in case.traced.programs if program.name == layer.program)
         drawn = {one.outputs[0]: one.args[1:] for one in program.operators if one.target == "tightfit.dropout"}
@@ -223,12 +162,12 @@ def test_with_dropout_loss_and_gradients_are_those_of_peft_with_the_same_masks(f
             if operator.target == "tightfit.lora_down" and operator.phase == "forward":
                 left, a = (one["operand"]["value"] for one in operator.args)
                 name = layer.bindings[a].removesuffix(".lora_A.weight").removeprefix(BODY)
-                masked[f"base_model.model.{case.body}{name}"] = Masked(*drawn[left])
+                masked[f"base_model.model.{case.body}{name}"] = MaskedDropout(*drawn[left])
     assert 3 * len(masked) == len(case.trained)
     loss, exact = case.theirs(masked=masked)
     own_loss, own = case.ours()
     assert own_loss == pytest.approx(loss, rel=2e-6)
-    assert {name: error(own[name], exact[name]) for name in exact if error(own[name], exact[name]) > 2e-5} == {}
+    assert errors_above(2e-5, own, exact) == {}
     plain, _ = case.theirs()
     assert abs(plain - loss) > 2e-5 * loss  # the masks leave something out
 
@@ -253,8 +192,6 @@ def test_norms_follow_their_products_so_that_one_unpacked_weight_serves_both(tmp
 QWEN2 = CONFIGS["qwen2"] | {"vocab_size": 320}
 """with biases in attention"""
 SEED, STEPS, LR = 7, 4, 5e-3
-NEW = {"inference_mode": False, "base_model_name_or_path": None}
-"""fields of an adapter that is to be trained again"""
 
 
 @pytest.fixture(scope="module")
@@ -265,26 +202,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> str:
-    made = prepare("random", None, tmp_path_factory.mktemp("records"), seq=SEQ, vocab_size=320, seed=3)
-    made.close()
-    return str(made.path)
-
-
-def batches_of(records: str, count: int) -> list[list[torch.Tensor]]:
-    """The first batches of training."""
-    batches, found = open_batches(records, SEED), []
-    for number in range(count):
-        found.append([torch.empty(BATCH, SEQ, dtype=torch.int64) for _ in range(2)])
-        batches.training(number, found[-1])
-    batches.close()
-    return found
+    return random_records(tmp_path_factory.mktemp("records"), seq=SEQ, vocab_size=QWEN2["vocab_size"])
 
 
 def frozen_model(small: Profile) -> Any:
     """The model in transformers with the dequantised weights."""
-    base = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**QWEN2)).eval()
-    assert small.model.store is not None
-    take(base, opened(Path(small.model.store)), QWEN2, BODY)
+    base = random_model(QWEN2)
+    take(base, stored_weights(small.model.store), QWEN2)
     return base
 
 
@@ -299,18 +223,18 @@ def test_steps_are_those_of_peft_which_loads_the_adapter(small: Profile, records
     training.save_trained(str(end))
     after = training.loss()  # of the first batch
     training.close()
-    batches = batches_of(records, STEPS)
+    batches = training_batches(records, STEPS, BATCH, SEQ, SEED)
     with torch.no_grad():
         # At first the model is as it would be without an adapter.
-        assert losses[0] == pytest.approx(float(loss_of(frozen_model(small), batches[0])), rel=1e-6)
-        adapted = peft.PeftModel.from_pretrained(frozen_model(small), end).eval()
-        assert after == pytest.approx(float(loss_of(adapted, batches[0])), rel=1e-6)
+        assert losses[0] == pytest.approx(float(loss_of(frozen_model(small), *batches[0])), rel=1e-6)
+        adapted = adapted_by_peft(frozen_model(small), end)
+        assert after == pytest.approx(float(loss_of(adapted, *batches[0])), rel=1e-6)
     assert after != pytest.approx(losses[0], rel=1e-3)
 
     # The same steps by peft, which takes its first magnitudes of the weights itself, and torch.optim.AdamW.
     told = json.loads((end / CONFIG).read_text())
     assert told["use_dora"] is True
-    theirs = peft.get_peft_model(frozen_model(small), peft.LoraConfig(**(told | NEW)))
+    theirs = peft.get_peft_model(frozen_model(small), peft.LoraConfig(**(told | TRAINED_AGAIN)))
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if ".lora_A." in name:
@@ -322,13 +246,9 @@ def test_steps_are_those_of_peft_which_loads_the_adapter(small: Profile, records
 
     first, ours_first = state(), load_file(start / WEIGHTS)
     torch.testing.assert_close(ours_first, first, rtol=1e-6, atol=0)
-    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
-    for inputs, own in zip(batches, losses, strict=True):
-        loss = loss_of(theirs, inputs)
-        loss.backward()
-        assert own == pytest.approx(float(loss.detach()), rel=1e-5)
-        optimizer.step()
-        optimizer.zero_grad()
+    trained = held_by_peft(theirs).values()
+    their_losses, _ = trained_by_adamw(trained, partial(loss_of, theirs), batches, lr=LR)
+    assert losses == pytest.approx(their_losses, rel=1e-5)
     last, ours_last = state(), load_file(end / WEIGHTS)
     assert len(last) == 3 * 3 * 7
     for name, value in last.items():
@@ -382,10 +302,9 @@ def test_a_device_beside_whose_model_a_side_network_is_trained_runs_the_model_wi
     targets = {operator.target for program in forward.programs for operator in program.operators}
     assert "tightfit.projection" in targets
     assert not {target for target in targets if "dora" in target or "lora" in target}
-    assert small.model.store is not None
     batch = random_batch(QWEN2, BATCH, SEQ)
     computing = [layer for layer in forward.layers if not layer.name.startswith(SENT)]
-    weights = opened(Path(small.model.store))
+    weights = stored_weights(small.model.store)
     values = plain_step(computing, {program.name: program for program in forward.programs}, weights | batch)
     with torch.no_grad():
         base = frozen_model(small).model
@@ -410,7 +329,7 @@ def test_runs_at_two_budgets_give_one_adapter_from_which_another_run_starts(made
     assert small.train != large.train
     reports = [run(planned, "random", steps=STEPS, out=tmp_path / planned.fingerprint, lr=LR) for planned in (small, large)]  # fmt: skip
     places = [Path(report["adapter"]) for report in reports]
-    assert len({hashlib.sha256((place / WEIGHTS).read_bytes()).hexdigest() for place in places}) == 1
+    assert len({adapter_hash(place.parent) for place in places}) == 1
     assert reports[0]["loss"] == reports[1]["loss"]
     for report in reports:
         own = report["processes"]["training"]

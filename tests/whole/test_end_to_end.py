@@ -9,14 +9,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from places import SOURCES
-from reference import CONFIGS, peft_model, peft_name, starting_weights
+from reference import (
+    CONFIGS,
+    adapted_by_peft,
+    all_layers,
+    evaluated,
+    loss_of,
+    peft_model,
+    random_model,
+    relative_error,
+    starting_weights,
+    stored_weights,
+    take,
+    trained_by_adamw,
+    trained_by_peft,
+    training_batches,
+)
 from safetensors.torch import load_file
 from tiny_models import byte_level_tokenizer, random_weights, write_directory
 
@@ -28,8 +43,6 @@ from tightfit.profiles.api import profile
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.run_folder import find_checkpoints
-from tightfit.runtime.engine.training.batches import open_batches
-from tightfit.runtime.engine.weights.store import Store
 from tightfit.runtime.session.launch import run
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -83,23 +96,10 @@ def losses_and_moments(
     made: Profile, out: Path, config: dict[str, Any], dtype: torch.dtype
 ) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The same steps by transformers + peft + torch.optim.AdamW on the dequantised weights, on the very batches of the run."""
-    weights = starting_weights(made, dtype)
-    model = peft_model(config, weights, RANK, 8.0, dtype)
-    parameters = dict(model.named_parameters())
-    trained = {n: parameters[peft_name(n, parameters)] for n in weights if "lora_" in n}
-    optimizer = torch.optim.AdamW(trained.values(), lr=LR, weight_decay=0.0)
-    batches = open_batches(str(next((out / "data").glob("train*"))), 0)
-    inputs = [torch.empty(BATCH, SEQ, dtype=torch.int64) for _ in range(2)]
-    losses = []
-    for step in range(STEPS):
-        batches.training(step, inputs)
-        logits = model(input_ids=inputs[0]).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100)
-        loss.backward()
-        losses.append(float(loss.detach()))
-        optimizer.step()
-        optimizer.zero_grad()
-    batches.close()
+    model = peft_model(config, starting_weights(made, dtype), all_layers(RANK, 8.0), dtype)
+    trained = trained_by_peft(model)
+    batches = training_batches(out, STEPS, BATCH, SEQ)
+    losses, optimizer = trained_by_adamw(trained.values(), partial(loss_of, model), batches, lr=LR)
     moments = {n: optimizer.state[p]["exp_avg"] for n, p in trained.items()}
     return losses, moments, {n: p.detach() for n, p in trained.items()}
 
@@ -123,8 +123,8 @@ def test_steps_match_peft_and_autograd(family: str, profiled: Any, data: Path, t
     assert len(moments) == 14 * config["num_hidden_layers"]
     for name, moment in moments.items():
         own = optimizer[f"adam_m:{name}"]
-        assert float((own - moment).norm() / moment.norm()) < 2e-3, name
-        assert float((adapter[f"base_model.model.{name}"] - trained[name]).norm() / trained[name].norm()) < 1e-2, name
+        assert relative_error(own, moment) < 2e-3, name
+        assert relative_error(adapter[f"base_model.model.{name}"], trained[name]) < 1e-2, name
         if "lora_B" in name:
             assert adapter[f"base_model.model.{name}"].abs().max() > 0, name
 
@@ -167,35 +167,13 @@ def test_results_do_not_depend_on_the_budget(tmp_path: Path) -> None:
 
 
 def test_peft_loads_the_adapter_and_gives_the_same_loss(profiled: Any, data: Path, tmp_path: Path) -> None:
-    import peft
-    import transformers
-
     made = profiled("llama", "float32")
     report = run(plan(made, 1 << 40), data, steps=STEPS, out=tmp_path, lr=LR, eval_data=data)
-    config = {k: v for k, v in CONFIGS["llama"].items() if k != "model_type"}
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
-    assert made.model.store is not None
-    with Store.open(made.model.store) as store, torch.no_grad():
-        for name, parameter in base.named_parameters():
-            value = torch.empty(parameter.shape)
-            store.load(name, value)
-            parameter.copy_(value)
-    model = peft.PeftModel.from_pretrained(base, report["adapter"]).eval()
-    batches = open_batches(str(next((tmp_path / "data").glob("eval*"))), 0)
-    inputs = [torch.empty(BATCH, SEQ, dtype=torch.int64) for _ in range(2)]
-    total, count = 0.0, 0
-    for number in range(batches.evaluation_count(inputs)):
-        batches.evaluation(number, inputs)
-        with torch.no_grad():
-            logits = model(input_ids=inputs[0]).logits
-        total += float(
-            torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100, reduction="sum"
-            )
-        )
-        count += int((inputs[1] >= 0).sum())
-    assert report["evaluation"]["after"]["loss"] == pytest.approx(total / count, rel=1e-4)
-    assert report["evaluation"]["before"]["loss"] != pytest.approx(total / count, rel=1e-3)
+    base = random_model(CONFIGS["llama"])
+    take(base, stored_weights(made.model.store), CONFIGS["llama"])
+    loss = evaluated(adapted_by_peft(base, Path(report["adapter"])), tmp_path, BATCH, SEQ)
+    assert report["evaluation"]["after"]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert report["evaluation"]["before"]["loss"] != pytest.approx(loss, rel=1e-3)
 
 
 def test_wrong_choices_have_no_part_in_the_loss_of_an_evaluation(profiled: Any, data: Path, tmp_path: Path) -> None:
@@ -245,21 +223,6 @@ def test_a_killed_run_continues_bit_identically(profiled: Any, data: Path, tmp_p
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-def trained_by_adamw(
-    module: torch.nn.Module, sample: Sequence[torch.Tensor], *, lr: float
-) -> tuple[list[float], torch.optim.AdamW]:
-    """STEPS steps on one batch by torch.optim.AdamW: their losses, and its state."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, weight_decay=0.0)
-    losses = []
-    for _ in range(STEPS):
-        loss = module(*sample)
-        loss.backward()
-        losses.append(float(loss.detach()))
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, optimizer
-
-
 @pytest.mark.parametrize("factory", ["residual_cnn", "vision_transformer"])
 def test_any_module_trains_in_full_inside_its_cap(factory: str, tmp_path: Path) -> None:
     """All parameters and Adam states, against the same steps by torch.optim.AdamW."""
@@ -267,7 +230,7 @@ def test_any_module_trains_in_full_inside_its_cap(factory: str, tmp_path: Path) 
     smallest = ModelPlanner(made).minimum().peak_bytes
     torch.manual_seed(0)
     module, sample = {"residual_cnn": residual_cnn, "vision_transformer": vision_transformer}[factory]()
-    losses, optimizer = trained_by_adamw(module, sample, lr=1e-3)
+    losses, optimizer = trained_by_adamw(module.parameters(), module, [sample] * STEPS, lr=1e-3)
     planned = plan(made, smallest)
     report = run(planned, "random", steps=STEPS, out=tmp_path, lr=1e-3)
     assert report["loss"] == pytest.approx(losses, rel=1e-4)
@@ -276,7 +239,7 @@ def test_any_module_trains_in_full_inside_its_cap(factory: str, tmp_path: Path) 
     moments = load_file(last / "optimizer.safetensors")
     for name, parameter in module.named_parameters():
         expected = optimizer.state[parameter]["exp_avg"]
-        assert float((moments[f"adam_m:{name}"] - expected).norm() / expected.norm()) < 1e-3, name
+        assert relative_error(moments[f"adam_m:{name}"], expected) < 1e-3, name
 
 
 class Small(torch.nn.Module):
@@ -391,7 +354,7 @@ def test_a_small_module_trains_as_by_autograd(factory: Any, tmp_path: Path) -> N
     torch.manual_seed(0)
     module, sample = factory()
     module, sample = module.float(), [t.float() if t.is_floating_point() else t for t in sample]
-    losses, _ = trained_by_adamw(module, sample, lr=LR)
+    losses, _ = trained_by_adamw(module.parameters(), module, [sample] * STEPS, lr=LR)
     made = profile(f"{__name__}:{factory.__name__}")
     report = run(plan(made, ModelPlanner(made).minimum().peak_bytes), "random", steps=STEPS, out=tmp_path, lr=LR)
     assert report["loss"] == pytest.approx(losses, rel=3e-5)  # of a sum of up to three losses

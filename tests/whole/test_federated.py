@@ -5,24 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from federated_fleets import needs_flower, tiny_fleet
-from safetensors.numpy import load
+from federating import RATE, WEIGHTS, adapter, adapter_of_rounds, ended, lines, processes, until
 
 from tightfit.runtime.common import interpreter
-from tightfit.runtime.federated import aggregate
-from tightfit.runtime.federated.device import Device, take_part
-from tightfit.runtime.federated.messages import Order
 from tightfit.runtime.federated.server import free_port
 
 pytestmark = [needs_flower, pytest.mark.slow]
-LIMIT = 240.0
-RATE = 1e-2
-WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -35,71 +27,15 @@ def fleet(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(fleet, tmp_path_factory):
-    """The adapter after two rounds, by running each device's part here and averaging."""
     folder, _, plans = fleet
-    work = tmp_path_factory.mktemp("expected")
-    shapes = aggregate.shapes_of(plans["a"])
-    current = aggregate.started(shapes, 0)
-    for number in (1, 2):
-        order = Order(
-            round=number, steps=json.dumps({"a": 3, "b": 2}), lr=RATE, weight_decay=0.0, seed=number, seconds=LIMIT
-        )
-        parts = []
-        for name in ("a", "b"):
-            device = Device(
-                member=name,
-                plan=str(folder / f"{name}.plan.json"),
-                rank=4,
-                data="random",
-                work=str(work / name),
-                cgroup=False,
-            )
-            answer, trained = take_part(device, order, lambda current=current: aggregate.closed(current))
-            assert not answer.error
-            parts.append(aggregate.Part(tensors=load(trained), tokens=answer.tokens))
-        current = aggregate.averaged(parts, current)
-    return aggregate.closed(current)
-
-
-@dataclass
-class Running:
-    """A process, and where it writes what it says."""
-
-    process: subprocess.Popen
-    log: Path
-
-    def said(self):
-        return self.log.read_text(errors="replace")
-
-    def kill(self):
-        """Kill it as the machine would lose it: no word to anybody."""
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+    devices = {name: (folder / f"{name}.plan.json", "random") for name in "ab"}
+    return adapter_of_rounds(plans["a"], devices, {"a": 3, "b": 2}, tmp_path_factory.mktemp("expected"))
 
 
 @pytest.fixture
 def start(tmp_path):
-    running = []
-
-    def started(name, *words):
-        log = tmp_path / f"{name}-{len(running)}.log"
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                interpreter.command("tightfit.runtime.cli.main", "fleet", "federate", *map(str, words)),
-                env=os.environ | {"PYTHONPATH": interpreter.python_path()},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        running.append(Running(process, log))
-        return running[-1]
-
-    yield started
-    for one in running:
-        if one.process.poll() is None:
-            one.process.terminate()
-    for one in running:
-        one.process.wait(60)
+    with processes(tmp_path) as started:
+        yield started
 
 
 @pytest.fixture
@@ -123,28 +59,6 @@ def join(fleet, start, serve, tmp_path):
     return joining
 
 
-def until(done, *running, seconds=LIMIT):
-    limit = time.monotonic() + seconds
-    while not done():
-        told = "\n".join(one.said()[-2000:] for one in running)
-        assert time.monotonic() < limit, told
-        time.sleep(0.2)
-
-
-def ended(server, *devices):
-    until(lambda: server.process.poll() is not None, server, *devices)
-    assert server.process.returncode == 0, server.said()[-3000:]
-
-
-def adapter(tmp_path):
-    return (tmp_path / "out" / "adapter" / WEIGHTS).read_bytes()
-
-
-def lines(tmp_path):
-    path = tmp_path / "out" / "rounds.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def test_two_devices_train_two_rounds(fleet, start, expected, tmp_path):
     """All on this machine, as for a trial."""
     options = [
@@ -163,7 +77,7 @@ def test_two_devices_train_two_rounds(fleet, start, expected, tmp_path):
     ]
     server = start("server", "run", fleet[0], *options)
     ended(server)
-    assert adapter(tmp_path) == expected
+    assert adapter(tmp_path / "out") == expected
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert json.loads(server.said().splitlines()[-1]) == report
     for number, line in enumerate(report["rounds"], 1):
@@ -189,8 +103,8 @@ def test_a_device_that_is_killed_comes_back(fleet, serve, join, expected, tmp_pa
     other.kill()
     again = join("b")
     ended(server, one, again)
-    assert adapter(tmp_path) == expected
-    assert all(line["left_out"] == {} for line in lines(tmp_path))
+    assert adapter(tmp_path / "out") == expected
+    assert all(line["left_out"] == {} for line in lines(tmp_path / "out"))
 
 
 def test_without_a_device_rounds_go_on(serve, join, tmp_path):
@@ -199,44 +113,44 @@ def test_without_a_device_rounds_go_on(serve, join, tmp_path):
     until((tmp_path / "work-b" / "given").exists, server, one, other)
     other.kill()
     ended(server, one)
-    assert [list(line["members"]) for line in lines(tmp_path)] == [["a"], ["a"]]
-    assert set(lines(tmp_path)[0]["left_out"]) == {"b"}
+    assert [list(line["members"]) for line in lines(tmp_path / "out")] == [["a"], ["a"]]
+    assert set(lines(tmp_path / "out")[0]["left_out"]) == {"b"}
 
 
 def test_a_server_that_is_killed_goes_on(serve, join, expected, tmp_path):
     """It is killed with everything that it started, once the first round is acknowledged; devices stay."""
     server = serve("--min", 2)
     one, other = join("a"), join("b")
-    until(lambda: len(lines(tmp_path)) == 1, server, one, other)
+    until(lambda: len(lines(tmp_path / "out")) == 1, server, one, other)
     server.kill()
     first = (tmp_path / "out" / "rounds" / "round-1" / WEIGHTS).read_bytes()
     until(lambda: not runs_of(tmp_path / "out"), server)
     again = serve("--min", 2, "--resume")
     ended(again, one, other)
     assert first == (tmp_path / "out" / "rounds" / "round-1" / WEIGHTS).read_bytes()
-    assert adapter(tmp_path) == expected
-    assert [line["round"] for line in lines(tmp_path)] == [1, 2]
+    assert adapter(tmp_path / "out") == expected
+    assert [line["round"] for line in lines(tmp_path / "out")] == [1, 2]
 
 
 def test_rounds_whose_process_is_killed_go_on(serve, join, expected, tmp_path):
     """The process that Flower starts for the rounds; what started it notices, ends, and can be started again."""
     server = serve("--min", 2)
     one, other = join("a"), join("b")
-    until(lambda: len(lines(tmp_path)) == 1, server, one, other)
+    until(lambda: len(lines(tmp_path / "out")) == 1, server, one, other)
     os.kill(int((tmp_path / "out" / "server.pid").read_text()), signal.SIGKILL)
     until(lambda: server.process.poll() is not None, server)
     assert server.process.returncode == 4
     assert "the process of the rounds has ended" in server.said()
     again = serve("--min", 2, "--resume")
     ended(again, one, other)
-    assert adapter(tmp_path) == expected
+    assert adapter(tmp_path / "out") == expected
 
 
 def test_flowers_own_supernode_gives_the_same(serve, join, expected, tmp_path):
     server = serve("--min", 2)
     one, other = join("a"), join("b", "--supernode", "--port", free_port())
     ended(server, one, other)
-    assert adapter(tmp_path) == expected
+    assert adapter(tmp_path / "out") == expected
 
 
 def runs_of(folder):
@@ -269,7 +183,7 @@ def test_tls_and_keys_are_passed_through(fleet, start, join, expected, tmp_path)
 
     stranger, one, other = joined("a", "kc"), joined("a", "ka"), joined("b", "kb")
     ended(server, one, other)
-    assert adapter(tmp_path) == expected
+    assert adapter(tmp_path / "out") == expected
     assert "may not know the key of this device" in stranger.said()
     assert not (tmp_path / "work-kc" / "run").exists()
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from gemma_package import PACKAGE, gemma_file
-from reference import peft_model, starting_weights
+from reference import all_layers, loss_of, peft_model, starting_weights, training_batches
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.profiles.api import profile
-from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.session.launch import run
 
 pytestmark = pytest.mark.slow
@@ -34,14 +33,10 @@ def test_losses_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.Mo
     planned = ModelPlanner(made).smallest_plan()
     report = run(planned, data, steps=2, out=tmp_path / "out", lr=5e-4)
     assert planned.peak_bytes * 0.97 <= report["peak_bytes"]["measured"] <= planned.peak_bytes
-    model = peft_model(made.model.config, starting_weights(made), RANK, 16.0, torch.bfloat16)
-    batches = open_batches(str(next((tmp_path / "out" / "data").glob("train*"))), 0)
-    inputs, labels = (torch.empty(len(TEXTS), SEQ, dtype=torch.int64) for _ in range(2))
-    batches.training(0, [inputs, labels])
-    batches.close()
+    model = peft_model(made.model.config, starting_weights(made), all_layers(RANK, 16.0), torch.bfloat16)
+    (inputs,) = training_batches(tmp_path / "out", 1, len(TEXTS), SEQ)
     with torch.no_grad():
-        logits = model(input_ids=inputs).logits.float()
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss = loss_of(model, *inputs)
     # A tokenizer, an order of rows or a norm that is wrong costs far more than a language model's three or four.
     assert float(loss) < 4.5
     assert report["loss"][0] == pytest.approx(float(loss), rel=1e-2)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from fleets import Workshop, adapter_hash, ended
-from in_process import make_training
-from reference import CONFIGS, peft_name, starting_weights
+from in_process import make_training, random_records, train
+from reference import CONFIGS, MaskedDropout, loss_of, peft_model, peft_name, relative_error, starting_weights
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_plans import decoder_profile, naive_plan
@@ -29,8 +29,6 @@ from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.schema import Profile
 from tightfit.runtime.cli.answers import profile_text
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.data.tokenization import prepare
-from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.device.draws import Draws
 from tightfit.runtime.engine.kernels.optimizer import MeZO
 from tightfit.runtime.engine.training.adapter import CONFIG, adapter_config
@@ -50,9 +48,7 @@ BATCH, SEQ = 3, 20
 
 
 def records(folder: Path, made: Profile) -> str:
-    opened = prepare("random", None, folder, seq=SEQ, vocab_size=made.model.config["vocab_size"], seed=3)
-    opened.close()
-    return str(opened.path)
+    return random_records(folder, seq=SEQ, vocab_size=made.model.config["vocab_size"])
 
 
 def dropouts(made: Profile) -> dict[str, tuple[str, int, float]]:
@@ -67,39 +63,19 @@ def dropouts(made: Profile) -> dict[str, tuple[str, int, float]]:
     return found
 
 
-class Masked(torch.nn.Module):
-    """In the place of a pair's nn.Dropout: the mask that a run draws."""
-
-    def __init__(self, layer: str, site: int, p: float, draws: Draws) -> None:
-        super().__init__()
-        self.layer, self.site, self.p, self.draws = layer, site, p, draws
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mask = torch.empty(x.numel() // x.shape[-1], x.shape[-1])
-        self.draws.layer = self.layer
-        OPERATORS["tightfit.dropout"](torch.ones_like(mask), self.p, self.site, out=(mask,), draws=self.draws)
-        return x * mask.view(x.shape)
-
-
 def peft_with_masks(made: Profile, weights: dict[str, torch.Tensor], draws: Draws) -> torch.nn.Module:
     """The model in transformers + peft, with each nn.Dropout of a pair replaced by the masks of the profile's operators."""
     assert made.model.lora is not None
     config = {name: value for name, value in made.model.config.items() if name != "adapter_base"}
-    base = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
-    told = adapter_config(made.model.lora, [], "") | {"base_model_name_or_path": None, "inference_mode": False}
-    model = peft.get_peft_model(base, peft.LoraConfig(**told)).train()
-    theirs = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in weights.items():
-            if not name.endswith("inv_freq"):  # a buffer, which has its values
-                theirs[peft_name(name, theirs)].copy_(value)
+    model = peft_model(config, weights, adapter_config(made.model.lora, [], ""), torch.float32)
     placed = dropouts(made)
     replaced = 0
     for name, module in model.named_modules():
         if isinstance(module, peft.tuners.lora.Linear):
             assert isinstance(module.lora_dropout["default"], torch.nn.Dropout)
             own = f"{name.removeprefix('base_model.model.')}.lora_A.weight"
-            module.lora_dropout["default"] = Masked(*placed[own], draws)
+            layer, site, p = placed[own]
+            module.lora_dropout["default"] = MaskedDropout(p, site, draws, layer)
             replaced += 1
     assert replaced == len(placed)
     return model
@@ -133,8 +109,7 @@ def test_losses_and_gradients_are_those_of_peft_with_the_same_masks(family: str,
         inputs = [tensor.clone() for tensor in training.inputs]
         draws.step = step
         model.zero_grad()
-        logits = model(input_ids=inputs[0]).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100)
+        loss = loss_of(model, *inputs)
         loss.backward()
         assert own_loss == pytest.approx(float(loss.detach()), rel=2e-6)
         losses.append(own_loss)
@@ -146,12 +121,11 @@ def test_losses_and_gradients_are_those_of_peft_with_the_same_masks(family: str,
             before[name] = states[f"adam_m:{name}"]
             exact = theirs[peft_name(name, theirs)].grad
             assert exact is not None
-            assert float((own - exact).norm()) < 2e-5 * float(exact.norm()), name
+            assert relative_error(own, exact) < 2e-5, name
     # With the masks of another step the loss is another.
     draws.step = 3
     with torch.no_grad():
-        logits = model(input_ids=inputs[0]).logits
-    other = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100)
+        other = loss_of(model, *inputs)
     assert losses[1] != pytest.approx(float(other), rel=1e-4)
     training.close()
 
@@ -192,16 +166,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Profile:
 
 def test_schedules_that_run_operators_again_give_the_same_bits(small: Profile, tmp_path: Path) -> None:
     data = records(tmp_path / "data", small)
-    seen = []
-    for name, options in {"kept": {}, "again": {"recompute": True}}.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        training = make_training(naive_plan(small, **options), data, folder, lr=1e-2, seed=SEED)
-        training.initialise()
-        losses = [training.step(number) for number in range(1, 4)]
-        training.save_state(str(folder))
-        training.close()
-        seen.append((losses, (folder / "optimizer.safetensors").read_bytes()))
+    seen = [
+        train(naive_plan(small, recompute=recompute), data, tmp_path / name, 3, lr=1e-2, seed=SEED)
+        for name, recompute in (("kept", False), ("again", True))
+    ]
     assert seen[0] == seen[1]
 
 

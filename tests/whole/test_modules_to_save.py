@@ -4,19 +4,35 @@ budgets that peft and other runs start from, fleets, and what is refused.
 
 from __future__ import annotations
 
-import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fleets import Workshop, adapter_hash, ended
-from reference import CONFIGS
+from reference import (
+    CONFIGS,
+    adapted_by_peft,
+    checkpoint,
+    errors_above,
+    evaluated,
+    gradients_of,
+    held_by_peft,
+    loss_of,
+    random_model,
+    relative_error,
+    stored_weights,
+    take,
+    trained_by_adamw,
+    training_batches,
+    write_adapter,
+)
 from safetensors.torch import load_file, save_file
 from tiny_models import byte_level_tokenizer
 from torch._subclasses import FakeTensorMode
-from traced import interpret, random_batch
+from traced import fake_decoder, loss_and_gradients, random_batch, trace_step
 
 from tightfit.planner.fleet.member_profiles import member_profile
 from tightfit.planner.fleet.pipeline import plan_pipeline
@@ -31,15 +47,12 @@ from tightfit.planner.schema import Plan
 from tightfit.planner.simulation.simulate import simulate
 from tightfit.planner.solve.policies import approximate_of
 from tightfit.profiles.api import profile
-from tightfit.profiles.measuring.whole_step import run_step
 from tightfit.profiles.models import saved_modules
-from tightfit.profiles.models.decoder import Decoder
-from tightfit.profiles.models.decoder_config import decoder_shape, handwritten
+from tightfit.profiles.models.decoder_config import handwritten
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.transformers_decoder import AnyDecoder, facts, without_values
 from tightfit.profiles.schema import Profile
-from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
-from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.profiles.tracing.trace import Trace
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import (
     BODY,
@@ -49,12 +62,12 @@ from tightfit.runtime.engine.training.adapter import (
     adapter_key,
     initialise,
     table_slice,
+    trained_name,
 )
-from tightfit.runtime.engine.training.batches import open_batches
-from tightfit.runtime.engine.weights.store import Store
 from tightfit.runtime.session.launch import run
 
-peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
 # peft warns of tied models that come apart, and says that it transposes the weights of GPT-2's own linear layers
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
@@ -105,27 +118,12 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 def traced(config: dict[str, Any], lora: LoraConfig, dtype: torch.dtype = torch.float32) -> tuple[Any, Trace]:
     """A decoder and its step."""
     if handwritten(config):
-        with FakeTensorMode():
-            module: Any = Decoder(decoder_shape(config), dtype=dtype, lora=lora)
+        module: Any = fake_decoder(config, dtype, lora)
     else:
-        told = config | dict(facts(config).config)
-        module = AnyDecoder(told, dtype=dtype, seq=SEQ, lora=lora)
-    with FakeTensorMode():
-        without_values(module)
-        sample = {name: torch.zeros(BATCH, SEQ, dtype=torch.int64) for name in ("input_ids", "labels")}
-    return module, trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
-
-
-def their_model(config: dict[str, Any]) -> Any:
-    torch.manual_seed(0)
-    made = transformers.AutoConfig.for_model(**config)
-    model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape) * (0.2 if parameter.dim() == 1 else 0.1))
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(0.7)
-    return model
+        module = AnyDecoder(config | dict(facts(config).config), dtype=dtype, seq=SEQ, lora=lora)
+        with FakeTensorMode():
+            without_values(module)
+    return module, trace_step(module, BATCH, SEQ)
 
 
 def our_weights(config: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
@@ -139,33 +137,6 @@ def our_weights(config: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def adapter_files(
-    place: Path, told: dict[str, Any], trained: dict[str, torch.Tensor], body: str
-) -> dict[str, torch.Tensor]:
-    """Write an adapter as a run does, and return its tensors."""
-    place.mkdir()
-    (place / CONFIG).write_text(json.dumps(adapter_config(told, [], "base", body)))
-    tensors: dict[str, torch.Tensor] = {}
-    for name, value in trained.items():
-        key = adapter_key(name, body)
-        tensors[key] = torch.cat([tensors[key], value]) if key in tensors else value
-    save_file(tensors, place / WEIGHTS)
-    return tensors
-
-
-def held_by_peft(model: Any) -> dict[str, torch.Tensor]:
-    """What peft trains, by the keys of adapters."""
-    return {
-        name.replace("modules_to_save.default.", "").replace(".default.", "."): value
-        for name, value in model.named_parameters()
-        if value.requires_grad
-    }
-
-
-def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-
 class Case:
     """A tiny model with trained modules on both sides, with the same values."""
 
@@ -174,7 +145,7 @@ class Case:
         wanted = tuple(name for name, taken in zip(names, CHOICES[choice]) if taken)
         module, self.made = traced(config, LoraConfig(rank=4, modules_to_save=wanted), dtype)
         assert len(module.tables) == len(wanted)
-        self.model = their_model(config)
+        self.model = random_model(config)
         kinds = {one.name.split("[")[0]: getattr(torch, one.dtype) for one in self.made.tensors}
         self.weights = {
             name: value.to(kinds.get(name, value.dtype)) for name, value in our_weights(config, self.model).items()
@@ -188,43 +159,26 @@ class Case:
             if tensor.kind == "trainable"
         }
         self.place = folder / "adapter"
-        self.tensors = adapter_files(self.place, module.lora, self.trained, self.body)
+        write_adapter(self.place, module.lora, self.trained, self.body)
         self.batch = random_batch(config, BATCH, SEQ)
         self.batch["input_ids"][:, 3] = 5  # also the token for padding
 
     def theirs(self, dtype: torch.dtype = torch.float32) -> tuple[float, dict[str, torch.Tensor]]:
         """(loss, gradients by key) by transformers + peft + autograd."""
-        adapted = peft.PeftModel.from_pretrained(
-            self.model.to(dtype), self.place, is_trainable=True, autocast_adapter_dtype=False
-        ).eval()
-        held = held_by_peft(adapted)
-        assert held.keys() == self.tensors.keys()
-        assert all(torch.equal(held[key].detach(), value.to(dtype)) for key, value in self.tensors.items())
-        loss = loss_of(adapted(input_ids=self.batch["input_ids"]).logits, self.batch["labels"])
+        adapted = adapted_by_peft(self.model.to(dtype), self.place)
+        loss = loss_of(adapted, self.batch["input_ids"], self.batch["labels"])
         loss.backward()
-        gradients = {key: value.grad.float() for key, value in held.items() if value.grad is not None}
-        assert gradients.keys() == held.keys()
+        gradients = gradients_of(adapted)
         adapted.unload()
         return float(loss.detach()), gradients
 
     def ours(self) -> tuple[float, dict[str, torch.Tensor]]:
         """The same by the traced programs, through the operators that a run calls."""
-        wanted = [self.made.loss, *(f"grad:{name}" for name in self.trained)]
-
-        def run_operators(layers: Any, programs: Any, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            described = {name: program.model_dump() for name, program in programs.items()}
-            return run_step([layer.model_dump() for layer in layers], described, given, wanted)
-
-        with torch.no_grad():
-            own = interpret(self.made, self.weights | self.trained, self.batch, run_operators)
+        loss, own = loss_and_gradients(self.made, self.weights | self.trained, self.batch, compiled=True)
         found: dict[str, list[torch.Tensor]] = {}
-        for name in self.trained:
-            found.setdefault(adapter_key(name, self.body), []).append(own[f"grad:{name}"])
-        return float(own[self.made.loss]), {key: torch.cat(parts) for key, parts in found.items()}
-
-
-def error(own: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((own - exact).norm() / exact.norm())
+        for name, gradient in own.items():
+            found.setdefault(adapter_key(name, self.body), []).append(gradient)
+        return loss, {key: torch.cat(parts) for key, parts in found.items()}
 
 
 @pytest.mark.parametrize(("family", "choice"), COMPARED)
@@ -233,7 +187,7 @@ def test_loss_and_all_gradients_are_those_of_peft(family: str, choice: str, tmp_
     (loss, exact), (own_loss, own) = case.theirs(), case.ours()
     assert own_loss == pytest.approx(loss, rel=1e-5)
     assert own.keys() == exact.keys()
-    assert {key: error(own[key], value) for key, value in exact.items() if error(own[key], value) > 1e-4} == {}
+    assert errors_above(1e-4, own, exact) == {}
 
 
 def test_bfloat16_gradients_of_tables_are_as_near_to_the_exact_ones_as_autograds(tmp_path: Path) -> None:
@@ -243,12 +197,13 @@ def test_bfloat16_gradients_of_tables_are_as_near_to_the_exact_ones_as_autograds
     their_loss, theirs = case.theirs(torch.bfloat16)
     assert abs(loss - exact_loss) < max(1e-2 * exact_loss, 2 * abs(their_loss - exact_loss))
     for key in ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"):
-        assert error(own[key], exact[key]) < 1.5 * error(theirs[key], exact[key])
+        assert relative_error(own[key], exact[key]) < 1.5 * relative_error(theirs[key], exact[key])
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------------
 
 STEPS, LR = 4, 5e-3
+RUN_BATCH, RUN_SEQ = 2, 32
 TEXTS = ["the quick brown fox jumps over the lazy dog", "user said: they've 12", "over the moon", "lazy dog? No."]
 LARGE = CONFIGS["llama"] | {"vocab_size": 24_576, "hidden_size": 192, "intermediate_size": 256}
 
@@ -257,7 +212,7 @@ LARGE = CONFIGS["llama"] | {"vocab_size": 24_576, "hidden_size": 192, "intermedi
 def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model's folder, with an embedding of 18 MiB that is its head, and data."""
     place = tmp_path_factory.mktemp("saved")
-    their_model(LARGE).save_pretrained(place / "model")
+    checkpoint(LARGE, place / "model")
     byte_level_tokenizer().save(str(place / "model" / "tokenizer.json"))
     (place / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return place / "model", place / "data.jsonl"
@@ -269,7 +224,7 @@ def measured(base: tuple[Path, Path], cache: Path) -> Profile:
         patch.setattr(saved_modules, "SLICE_BYTES", 1 << 20)
         patch.setattr(saved_modules, "MOST_LAYERS", 6)
         return profile(
-            str(base[0]), batch=2, seq=32, dtype="float32", base="16bit", lora_rank=4,
+            str(base[0]), batch=RUN_BATCH, seq=RUN_SEQ, dtype="float32", base="16bit", lora_rank=4,
             modules_to_save=("embed_tokens", "lm_head"),
         )  # fmt: skip
 
@@ -291,10 +246,6 @@ def moved(made: Plan) -> dict[str, list[str]]:
     return {"values": values, "states": states}
 
 
-def digest(folder: Path) -> str:
-    return hashlib.sha256((folder / "adapter" / WEIGHTS).read_bytes()).hexdigest()
-
-
 def test_runs_at_two_budgets_give_the_adapter_of_peft_and_torch(
     measured: Profile, plans: tuple[Plan, Plan], base: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -310,59 +261,34 @@ def test_runs_at_two_budgets_give_the_adapter_of_peft_and_torch(
     whole = run(large, base[1], steps=STEPS, out=tmp_path / "large", eval_data=base[1], **settings)
     run(small, base[1], steps=2, out=tmp_path / "small", **settings)
     parts = run(small, base[1], steps=STEPS, out=tmp_path / "small", resume=True, **settings)
-    assert digest(tmp_path / "small") == digest(tmp_path / "large")
+    assert adapter_hash(tmp_path / "small") == adapter_hash(tmp_path / "large")
     assert whole["loss"] == parts["loss"]
     for report, made in ((whole, large), (parts, small)):
         assert report["peak_bytes"]["measured"] <= made.peak_bytes
 
-    model = their_model(LARGE)
-    assert measured.model.store is not None
-    with Store.open(measured.model.store) as store, torch.no_grad():
-        for name, parameter in model.named_parameters():
-            store.load(name, value := torch.empty(parameter.shape))
-            parameter.copy_(value)
-    place = tmp_path / "large" / "adapter"
-    tensors = load_file(place / WEIGHTS)
+    model = random_model(LARGE)
+    take(model, stored_weights(measured.model.store), LARGE)
+    tensors = load_file(tmp_path / "large" / "adapter" / WEIGHTS)
     shape = [LARGE["vocab_size"], LARGE["hidden_size"]]
     for key in ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"):
         assert list(tensors[key].shape) == shape
         assert tensors[key].dtype is torch.float32
-    loaded = peft.PeftModel.from_pretrained(model, place, is_trainable=True, autocast_adapter_dtype=False).eval()
+    loaded = adapted_by_peft(model, tmp_path / "large" / "adapter")
     theirs = held_by_peft(loaded)
-    assert theirs.keys() == tensors.keys()
-    assert all(torch.equal(theirs[key].detach(), value) for key, value in tensors.items())
-    inputs = [torch.empty(2, 32, dtype=torch.int64) for _ in range(2)]
-    batches = open_batches(str(next((tmp_path / "large" / "data").glob("eval*"))), 0)
-    total, count = 0.0, 0
-    for number in range(batches.evaluation_count(inputs)):
-        batches.evaluation(number, inputs)
-        labelled = int((inputs[1] >= 0).sum())
-        with torch.no_grad():
-            total += float(loss_of(loaded(input_ids=inputs[0]).logits, inputs[1])) * labelled
-        count += labelled
-    batches.close()
-    assert whole["evaluation"]["after"]["loss"] == pytest.approx(total / count, rel=1e-5)
+    after = evaluated(loaded, tmp_path / "large", RUN_BATCH, RUN_SEQ)
+    assert whole["evaluation"]["after"]["loss"] == pytest.approx(after, rel=1e-5)
 
     start = {}
     with torch.no_grad():  # the same steps by torch.optim.AdamW, from the base's rows
         base_rows = loaded.base_model.model.model.embed_tokens.original_module.weight
         for key, value in theirs.items():
             if ".lora_" in key:
-                initialise(key.removeprefix("base_model.model."), 0, value)
+                initialise(trained_name(key), 0, value)
             else:
                 value.copy_(base_rows)
             start[key] = value.detach().clone()
-    optimizer = torch.optim.AdamW(theirs.values(), lr=LR, weight_decay=0.0)
-    batches = open_batches(str(next((tmp_path / "large" / "data").glob("train*"))), 0)
-    losses = []
-    for step in range(STEPS):
-        batches.training(step, inputs)
-        loss = loss_of(loaded(input_ids=inputs[0]).logits, inputs[1])
-        loss.backward()
-        losses.append(float(loss.detach()))
-        optimizer.step()
-        optimizer.zero_grad()
-    batches.close()
+    batches = training_batches(tmp_path / "large", STEPS, RUN_BATCH, RUN_SEQ)
+    losses, _ = trained_by_adamw(theirs.values(), partial(loss_of, loaded), batches, lr=LR)
     assert whole["loss"] == pytest.approx(losses, rel=1e-4)
     for key, value in theirs.items():
         # Where a gradient is all but zero, as those of most rows, Adam's steps are of any size.
@@ -378,7 +304,7 @@ def test_a_run_starts_from_an_adapter_with_tables(
     run(small, base[1], steps=1, out=tmp_path / "first", lr=LR)
     given = tmp_path / "first" / "adapter"
     run(small, base[1], steps=1, out=tmp_path / "second", lr=0.0, weight_decay=0.0, adapter=given)
-    assert digest(tmp_path / "second") == digest(tmp_path / "first")
+    assert adapter_hash(tmp_path / "second") == adapter_hash(tmp_path / "first")
     tensors = load_file(given / WEIGHTS)
     key = "base_model.model.lm_head.weight"
     for name, change in (

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from quantised_checkpoints import four_bit, write_quantised, zero_points
-from reference import CONFIGS, peft_model, starting_weights
+from reference import CONFIGS, all_layers, loss_of, peft_model, starting_weights, training_batches
 from tiny_models import byte_level_tokenizer, random_weights, write_directory, write_gguf
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan import plan
 from tightfit.profiles.api import profile
-from tightfit.runtime.engine.training.batches import open_batches
 from tightfit.runtime.session.launch import run
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -56,13 +55,9 @@ def test_a_run_computes_with_the_values_that_the_file_means(case: str, tmp_path:
         "".join(json.dumps({"text": "The quick brown fox jumps over the lazy dog."}) + "\n" for _ in range(3))
     )
     report = run(plan(made, ModelPlanner(made).minimum().peak_bytes), data, steps=2, out=tmp_path / "out")
-    reference = peft_model(config, starting_weights(made, torch.float32), RANK, 8.0, torch.float32)
-    batches = open_batches(str(next((tmp_path / "out" / "data").glob("train*"))), 0)
-    inputs = [torch.empty(BATCH, SEQ, dtype=torch.int64) for _ in range(2)]
-    batches.training(0, inputs)
-    batches.close()
-    logits = reference(input_ids=inputs[0]).logits.float()
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100)
+    reference = peft_model(config, starting_weights(made), all_layers(RANK, 8.0), torch.float32)
+    (inputs,) = training_batches(tmp_path / "out", 1, BATCH, SEQ)
+    loss = loss_of(reference, *inputs)
     assert report["loss"][0] == pytest.approx(float(loss.detach()), rel=2e-5)
     assert report["peak_bytes"]["measured"] <= report["budget_bytes"]
 

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 import torch
+from reference import evaluated, stored_weights, take, training_batches
 from rich.console import Console
 from safetensors.torch import load_file
 from side_networks import as_process, write_fleet
@@ -16,8 +17,6 @@ from torch.nn import functional as F
 
 from tightfit.profiles.models.side_shape import SideShape
 from tightfit.runtime.engine.training.adapter import initialise
-from tightfit.runtime.engine.training.batches import open_batches
-from tightfit.runtime.engine.weights.store import Store
 from tightfit.runtime.supervision.report_text import report_text
 
 CONFIG = CONFIG | {"num_hidden_layers": 4, "hidden_act": "silu"}
@@ -73,12 +72,7 @@ class Eager:
 
         self.model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**CONFIG))
         self.model.requires_grad_(False)
-        theirs = dict(self.model.named_parameters())
-        with Store.open(profile.model.store) as store, torch.no_grad():
-            for name, entry in store.entries.items():
-                values = torch.empty(entry.shape)
-                store.load(name, values)
-                theirs[name].copy_(values)
+        take(self.model, stored_weights(profile.model.store), CONFIG)
         self.outputs = {}
         for block in SIDE.blocks:
             self.model.model.layers[block].register_forward_hook(
@@ -113,24 +107,17 @@ class Eager:
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
 
 
-def batches_of(folder, profile, purpose):
-    return open_batches(str(folder / "device" / "data" / f"{purpose}.records"), SEED), [
-        torch.zeros(profile.batch, profile.seq, dtype=torch.int64) for _ in range(2)
-    ]
-
-
 @pytest.mark.slow
 def test_the_side_network_is_what_autograd_trains(profile, exact):
     folder, reports = exact
     eager = Eager(profile)
-    batches, inputs = batches_of(folder, profile, "train")
+    batches = training_batches(folder / "device", OPTIONS["steps"], profile.batch, profile.seq, SEED)
     optimizer = torch.optim.AdamW(eager.side.values(), lr=LR, weight_decay=0.0)
     losses = []
     for step in range(0, OPTIONS["steps"], MICRO_BATCHES):
         total, count = 0.0, 0
-        for number in range(step, step + MICRO_BATCHES):
-            batches.training(number, inputs)
-            own = eager.losses(*(one.clone() for one in inputs))
+        for inputs in batches[step : step + MICRO_BATCHES]:
+            own = eager.losses(*inputs)
             total, count = total + own.sum(), count + int((inputs[1] >= 0).sum())
             losses.append(float(own.detach().sum()) / int((inputs[1] >= 0).sum()))
         optimizer.zero_grad()
@@ -178,16 +165,9 @@ def test_before_training_the_side_network_is_the_decoder_and_a_run_that_goes_on_
 ):
     folder, whole = exact
     eager = Eager(profile)
-    batches, inputs = batches_of(folder, profile, "evaluate")
-    total, count = 0.0, 0
-    for number in range(batches.evaluation_count(inputs)):
-        batches.evaluation(number, inputs)
-        with torch.no_grad():
-            logits = eager.model(input_ids=inputs[0]).logits
-        total += float(F.cross_entropy(logits.flatten(0, 1), inputs[1].flatten(), ignore_index=-100, reduction="sum"))
-        count += int((inputs[1] >= 0).sum())
+    loss = evaluated(eager.model, folder / "device", profile.batch, profile.seq)
     for report in whole.values():
-        assert report["evaluation"]["before"]["loss"] == pytest.approx(total / count, rel=1e-5)
+        assert report["evaluation"]["before"]["loss"] == pytest.approx(loss, rel=1e-5)
         assert report["evaluation"]["after"]["loss"] != report["evaluation"]["before"]["loss"]
     run_fleet(tmp_path, profile, bits=0, steps=2)
     resumed = run_fleet(tmp_path, profile, bits=0, overwrite=False, resume=True)

@@ -4,26 +4,18 @@ One test plays the network, so that it needs no Flower; runs of both sides are r
 """
 
 import json
-import os
-import signal
-import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from federated_fleets import needs_flower, tiny_split_fleet
-from safetensors.numpy import load as load_tensors
+from federating import LIMIT, RATE, adapter, adapter_of_rounds, ended, lines, processes, until
 
 from tightfit.planner.fleet.io import load_member_plan, load_server_plan
 from tightfit.planner.io import save_plan
 from tightfit.planner.plan import planner_of
 from tightfit.profiles.schema import adamw
-from tightfit.runtime.common import interpreter
 from tightfit.runtime.data.tokenization import prepare
-from tightfit.runtime.federated import aggregate
-from tightfit.runtime.federated.device import Device, take_part
-from tightfit.runtime.federated.messages import Order
+from tightfit.runtime.federated.device import Device
 from tightfit.runtime.federated.rounds import Reply
 from tightfit.runtime.federated.server import free_port
 from tightfit.runtime.federated.split_device import part_of
@@ -31,9 +23,6 @@ from tightfit.runtime.federated.split_rounds import SplitOptions, SplitRounds
 from tightfit.runtime.federated.split_stage import prepared_device
 
 pytestmark = pytest.mark.slow
-LIMIT = 240.0
-RATE = 1e-2
-WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -63,25 +52,8 @@ def expected(fleet, data, tmp_path_factory):
     work = tmp_path_factory.mktemp("expected")
     plan = planner_of(profile.model_copy(update={"optimizer": adamw(1)})).plan(400 << 20)
     save_plan(plan, work / "whole.json")
-    current = aggregate.started(aggregate.shapes_of(plan), 0)
-    steps = json.dumps({member.name: member.steps for member in planned.members})
-    for number in (1, 2):
-        order = Order(round=number, steps=steps, lr=RATE, weight_decay=0.0, seed=number, seconds=LIMIT)
-        parts = []
-        for member in planned.taking:
-            device = Device(
-                member=member.name,
-                plan=str(work / "whole.json"),
-                rank=4,
-                data=str(data / f"{member.name}.records"),
-                work=str(work / member.name),
-                cgroup=False,
-            )
-            answer, trained = take_part(device, order, lambda current=current: aggregate.closed(current))
-            assert not answer.error
-            parts.append(aggregate.Part(tensors=load_tensors(trained), tokens=answer.tokens))
-        current = aggregate.averaged(parts, current)
-    return aggregate.closed(current)
+    devices = {member.name: (work / "whole.json", data / f"{member.name}.records") for member in planned.taking}
+    return adapter_of_rounds(plan, devices, {member.name: member.steps for member in planned.members}, work)
 
 
 class Threads:
@@ -129,59 +101,10 @@ def test_rounds_are_those_of_devices_that_hold_all_layers(fleet, data, expected,
         assert one["server_peak_bytes"] <= member.server_peak_bytes
 
 
-class Running:
-    """A process of `tightfit fleet federate`, and where it writes what it says."""
-
-    def __init__(self, log: Path, words):
-        self.log = log
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                interpreter.command("tightfit.runtime.cli.main", "fleet", "federate", *map(str, words)),
-                env=os.environ | {"PYTHONPATH": interpreter.python_path()},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def said(self):
-        return self.log.read_text(errors="replace")
-
-    def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.fixture
 def start(tmp_path):
-    running = []
-
-    def started(name, *words):
-        running.append(Running(tmp_path / f"{name}-{len(running)}.log", words))
-        return running[-1]
-
-    yield started
-    for one in running:
-        if one.process.poll() is None:
-            one.process.terminate()
-    for one in running:
-        one.process.wait(60)
-
-
-def until(done, *running):
-    limit = time.monotonic() + LIMIT
-    while not done():
-        assert time.monotonic() < limit, "\n".join(one.said()[-2000:] for one in running)
-        time.sleep(0.2)
-
-
-def ended(server, *devices):
-    until(lambda: server.process.poll() is not None, server, *devices)
-    assert server.process.returncode == 0, server.said()[-3000:]
-
-
-def lines(out):
-    path = out / "rounds.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    with processes(tmp_path) as started:
+        yield started
 
 
 @needs_flower
@@ -192,7 +115,7 @@ def test_the_adapter_is_that_of_devices_that_hold_all_layers(fleet, data, expect
         *("--data", f"{data}/{{member}}.records"),
     )
     ended(server)
-    assert (out / "adapter" / WEIGHTS).read_bytes() == expected
+    assert adapter(out) == expected
     report = json.loads((out / "report.json").read_text())
     assert json.loads(server.said().splitlines()[-1]) == report
     for number, line in enumerate(report["rounds"], 1):
@@ -245,7 +168,7 @@ def test_a_device_that_is_killed_while_it_is_served_is_left_out_and_comes_back(a
     other.kill()
     again = join("b")
     ended(server, one, again)
-    assert (tmp_path / "out" / "adapter" / WEIGHTS).read_bytes() == expected
+    assert adapter(tmp_path / "out") == expected
 
 
 @needs_flower
@@ -265,5 +188,5 @@ def test_a_server_that_is_killed_goes_on(apart, expected, tmp_path):
     server.kill()
     again = serve("--min", 2, "--resume")
     ended(again, one, other)
-    assert (tmp_path / "out" / "adapter" / WEIGHTS).read_bytes() == expected
+    assert adapter(tmp_path / "out") == expected
     assert [line["round"] for line in lines(tmp_path / "out")] == [1, 2]

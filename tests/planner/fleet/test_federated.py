@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+from broken_plans import member_changed
 from synthetic import MIB
 
 from tightfit.planner.fleet.federated import plan_federated
@@ -235,15 +236,6 @@ def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
         load_fleet(tmp_path)
 
 
-def _member(at, **changes):
-    def changed(fleet):
-        members = list(fleet.members)
-        members[at] = members[at].model_copy(update=changes)
-        return {"members": members}
-
-    return changed
-
-
 @pytest.mark.parametrize(
     ("change", "invariant"),
     [
@@ -254,17 +246,17 @@ def _member(at, **changes):
         (lambda fleet: {"model": "another"}, "model"),
         (lambda fleet: {"rank": 2}, "model"),
         (lambda fleet: {"adapter_bytes": fleet.adapter_bytes + 4}, "seconds"),
-        (_member(1, name="a"), "names"),
-        (_member(0, round_seconds=0.5), "seconds"),
-        (_member(0, step_seconds=0.001), "seconds"),
-        (_member(0, bound_seconds=1e6), "bound"),
-        (_member(0, peak_bytes=1), "peak"),
-        (_member(0, flower_bytes=0), "peak"),
-        (_member(0, budget_bytes=MIB), "budget"),
-        (_member(0, plan_fingerprint="0" * 64), "plan"),
-        (_member(0, adapter_bytes=4), "model"),
-        (_member(0, link=Link(up_bytes_per_second=math.inf, down_bytes_per_second=1.0)), "link"),
-        (_member(0, start_seconds=0.0), "seconds"),
+        (member_changed(1, name="a"), "names"),
+        (member_changed(0, round_seconds=0.5), "seconds"),
+        (member_changed(0, step_seconds=0.001), "seconds"),
+        (member_changed(0, bound_seconds=1e6), "bound"),
+        (member_changed(0, peak_bytes=1), "peak"),
+        (member_changed(0, flower_bytes=0), "peak"),
+        (member_changed(0, budget_bytes=MIB), "budget"),
+        (member_changed(0, plan_fingerprint="0" * 64), "plan"),
+        (member_changed(0, adapter_bytes=4), "model"),
+        (member_changed(0, link=Link(up_bytes_per_second=math.inf, down_bytes_per_second=1.0)), "link"),
+        (member_changed(0, start_seconds=0.0), "seconds"),
     ],
 )
 def test_the_judge_rejects_a_plan_that_was_changed(planned, change, invariant):

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from changed_operators import with_operators
 from side_networks import BUDGET, side_profile, specs_of
 from tiny_plans import CONFIG, decoder_profile
 
@@ -38,18 +39,7 @@ TOKENS = BATCH * SEQ
 def profile(tmp_path_factory):
     """Operators take times as if this were a larger model, so that plans differ in them."""
     made = decoder_profile(tmp_path_factory.mktemp("store"), config=CONFIG | {"num_hidden_layers": LAYERS})
-    timed = [
-        program.model_copy(
-            update={
-                "operators": [
-                    one.model_copy(update={"seconds": 1e-3 + one.flops / 1e9, "workspace_bytes": 1 << 14})
-                    for one in program.operators
-                ]
-            }
-        )
-        for program in made.programs
-    ]
-    return made.model_copy(update={"programs": timed})
+    return with_operators(made, lambda one: {"seconds": 1e-3 + one.flops / 1e9, "workspace_bytes": 1 << 14})
 
 
 # --- the device ---------------------------------------------------------------------------------------------------------

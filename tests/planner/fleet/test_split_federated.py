@@ -4,6 +4,7 @@ import itertools
 import math
 
 import pytest
+from broken_plans import member_changed
 from synthetic import MIB
 
 from tightfit.planner.fleet.description import read_description, read_rounds
@@ -199,15 +200,6 @@ def test_a_description_may_have_a_server(server, tmp_path):
         read_description(file)
 
 
-def _member(at, **changes):
-    def changed(fleet):
-        members = list(fleet.members)
-        members[at] = members[at].model_copy(update=changes)
-        return {"members": members}
-
-    return changed
-
-
 def _swapped(fleet):
     return {"members": [fleet.members[1], fleet.members[0], *fleet.members[2:]]}
 
@@ -232,29 +224,29 @@ def _server(**changes):
         (_server(start_seconds=0.0), "seconds"),
         (_server(link=Link(up_bytes_per_second=1e5, down_bytes_per_second=1e9)), "seconds"),
         (_server(link=Link(up_bytes_per_second=math.inf, down_bytes_per_second=1e9)), "link"),
-        (_member(1, name="fast"), "names"),
-        (_member(0, begin_seconds=0.1), "order"),
-        (_member(0, round_seconds=0.5), "seconds"),
-        (_member(0, head_seconds=0.5), "seconds"),
-        (_member(0, service_seconds=0.5), "seconds"),
-        (_member(0, tail_seconds=0.5), "seconds"),
-        (_member(0, start_seconds=0.5), "seconds"),
-        (_member(0, step_seconds=0.001), "seconds"),
-        (_member(0, bound_seconds=1e6), "bound"),
-        (_member(0, ahead=1), "exchange"),
-        (_member(0, exchange_bytes=0), "exchange"),
-        (_member(0, server_exchange_bytes=0), "exchange"),
-        (_member(0, peak_bytes=1), "peak"),
-        (_member(0, server_peak_bytes=1), "peak"),
-        (_member(0, flower_bytes=0), "peak"),
-        (_member(0, budget_bytes=MIB), "budget"),
-        (_member(0, plan_fingerprint="0" * 64), "plan"),
-        (_member(0, server_plan_fingerprint="0" * 64), "plan"),
-        (_member(0, server_plan=None), "plan"),
-        (_member(0, adapter_bytes=4), "model"),
-        (_member(0, up=[]), "messages"),
-        (_member(0, down=[]), "messages"),
-        (_member(0, link=Link(up_bytes_per_second=1e4, down_bytes_per_second=1e9)), "seconds"),
+        (member_changed(1, name="fast"), "names"),
+        (member_changed(0, begin_seconds=0.1), "order"),
+        (member_changed(0, round_seconds=0.5), "seconds"),
+        (member_changed(0, head_seconds=0.5), "seconds"),
+        (member_changed(0, service_seconds=0.5), "seconds"),
+        (member_changed(0, tail_seconds=0.5), "seconds"),
+        (member_changed(0, start_seconds=0.5), "seconds"),
+        (member_changed(0, step_seconds=0.001), "seconds"),
+        (member_changed(0, bound_seconds=1e6), "bound"),
+        (member_changed(0, ahead=1), "exchange"),
+        (member_changed(0, exchange_bytes=0), "exchange"),
+        (member_changed(0, server_exchange_bytes=0), "exchange"),
+        (member_changed(0, peak_bytes=1), "peak"),
+        (member_changed(0, server_peak_bytes=1), "peak"),
+        (member_changed(0, flower_bytes=0), "peak"),
+        (member_changed(0, budget_bytes=MIB), "budget"),
+        (member_changed(0, plan_fingerprint="0" * 64), "plan"),
+        (member_changed(0, server_plan_fingerprint="0" * 64), "plan"),
+        (member_changed(0, server_plan=None), "plan"),
+        (member_changed(0, adapter_bytes=4), "model"),
+        (member_changed(0, up=[]), "messages"),
+        (member_changed(0, down=[]), "messages"),
+        (member_changed(0, link=Link(up_bytes_per_second=1e4, down_bytes_per_second=1e9)), "seconds"),
     ],
 )
 def test_the_judge_rejects_a_plan_that_was_changed(planned, change, invariant):

@@ -7,23 +7,20 @@ from __future__ import annotations
 import random
 
 import pytest
-from decisions import random_decision
+from decisions import figures_of_decisions, random_decision
 from synthetic import MIB, ProgramBuilder, device, profile_of
 
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
-from tightfit.planner.formulation.layer_constraints import LayerProgram
 from tightfit.planner.formulation.step_constraints import live_bytes
 from tightfit.planner.instructions import Fetch, Spill
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.problem.build_layers import layered
-from tightfit.planner.problem.layer_figures import FIELDS
 from tightfit.planner.report.explain import explain
 from tightfit.planner.schedule.layer_schedule import measure
 from tightfit.planner.schedule.lowering import draft, live_profile
 from tightfit.planner.schedule.realize import realize
 from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
 from tightfit.planner.solve.policies import keep_all, rule_columns, smallest
-from tightfit.planner.solvers.lp import Linear, Program
 from tightfit.profiles.schema import Layer, Profile, Tensor
 
 SLICE = 2 * MIB
@@ -81,18 +78,8 @@ def test_the_layer_model_says_what_the_layers_schedule_does(in_layer: int) -> No
     rng = random.Random(in_layer)
     modes = set()
     for kind in layered(tables(2, in_layer=in_layer)).types:
-        block = LayerProgram(Program(), kind)
-        goal = Linear()
-        for figure in block.figures().values():
-            goal.plus(figure)
-        for _ in range(12):
-            decision = random_decision(rng, kind)
+        for decision, told, counted in figures_of_decisions(rng, kind, 12):
             modes |= {mode for _, mode in decision.weights}
-            block.fix(decision)
-            result = block.program.solve(goal)
-            assert result.optimal
-            counted = dict(zip(FIELDS, measure(kind, decision).row))
-            told = {name: getattr(block.figures(), name).value(result.values) for name in FIELDS}
             assert told == pytest.approx(counted, rel=1e-6, abs=1e-5)
     assert len(modes) == 3
 

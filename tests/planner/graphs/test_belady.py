@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from bare_graphs import graph_of
 from brute_graph import random_graph
 
 from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.graphs.problem.dag import dag_of
 from tightfit.planner.graphs.problem.schedule import peak_bytes, pruned
 from tightfit.planner.graphs.search.belady import FEW, belady_schedule
-from tightfit.profiles.graph_input import parse_graph
 
 MEGABYTE = 1_000_000
-
-
-def graph(operators):
-    return parse_graph({"format": "tightfit-graph", "operators": operators})
 
 
 def pairs(count, *, source=False):
@@ -45,7 +41,7 @@ def chain(count):
 
 @pytest.mark.parametrize("source", [False, True])
 def test_a_sweep_fills_the_budget_and_makes_again_what_has_no_room(source):
-    dag = dag_of(graph(pairs(300, source=source)))
+    dag = dag_of(graph_of(pairs(300, source=source)))
     for held in (1, 2, 30, 299):
         reruns = belady_schedule(dag, held * MEGABYTE + 11)
         assert peak_bytes(dag, reruns) <= held * MEGABYTE + 11
@@ -55,7 +51,7 @@ def test_a_sweep_fills_the_budget_and_makes_again_what_has_no_room(source):
 
 
 def test_a_sweep_runs_no_chain_from_its_start():
-    dag = dag_of(graph(chain(1000)))
+    dag = dag_of(graph_of(chain(1000)))
     reruns = belady_schedule(dag, dag.floor_bytes)
     assert reruns
     assert {i for _, i in reruns} <= set(range(FEW))
@@ -63,7 +59,7 @@ def test_a_sweep_runs_no_chain_from_its_start():
 
 def test_sweeps_of_any_graph_are_schedules_without_needless_runs():
     for seed in range(200):
-        dag = dag_of(graph(random_graph(5000 + seed, most=12)))
+        dag = dag_of(graph_of(random_graph(5000 + seed, most=12)))
         most = peak_bytes(dag, ())
         for budget in range(dag.floor_bytes, most, max(1, (most - dag.floor_bytes) // 5)):
             reruns = belady_schedule(dag, budget)
@@ -73,7 +69,7 @@ def test_sweeps_of_any_graph_are_schedules_without_needless_runs():
 
 
 def test_large_graphs_of_simple_schedules_have_plans():
-    planner = GraphPlanner(graph(pairs(2000)))
+    planner = GraphPlanner(graph_of(pairs(2000)))
     made = planner.plan(40 * MEGABYTE, time_limit=5)
     assert made.status in {"feasible", "optimal"}
     assert made.peak_bytes <= 40 * MEGABYTE

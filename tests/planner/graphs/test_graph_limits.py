@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from bare_graphs import graph_of
 from brute_graph import least, random_graph
 from layered_graph import layered
 from ortools.sat.python.cp_model import CpSolver
@@ -26,13 +27,9 @@ from tightfit.planner.graphs.search.exact_moves import fastest_with_moves
 from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood, lowest_peak
 from tightfit.planner.graphs.search.subproblem import Solved
 from tightfit.planner.solvers import lp
-from tightfit.profiles.graph_input import BareChannel, graph_profile, parse_graph
+from tightfit.profiles.graph_input import BareChannel, graph_profile
 
 QUICK = dict.fromkeys(("read", "write"), BareChannel(bytes_per_second=1e10, latency_seconds=1e-6))
-
-
-def profile_of(operators, fixed=0):
-    return parse_graph({"format": "tightfit-graph", "operators": operators, "fixed_bytes": fixed})
 
 
 def chain(count, *, training=False):
@@ -59,7 +56,7 @@ def test_bounds_and_peaks_say_where_the_clock_ended_them():
     assert any_schedule_bound(dag, budget, seconds=60.0).timely
     assert not class_bound(dag, budget, frozenset(), deadline=0.0).timely
     assert not lowest_peak(dag, 0.0).ended
-    small = dag_of(profile_of(random_graph(1, most=8)))
+    small = dag_of(graph_of(random_graph(1, most=8)))
     assert lowest_peak(small, 60.0).ended
 
 
@@ -146,7 +143,7 @@ def test_past_its_limit_nothing_is_begun(monkeypatch):
 
 
 def test_checkpoints_of_a_chain_can_be_cut():
-    dag = dag_of(profile_of(chain(12, training=True)))
+    dag = dag_of(graph_of(chain(12, training=True)))
     found = as_chain(dag)
     assert found is not None
     assert checkpoints(dag, found, 6) is not None
@@ -312,7 +309,7 @@ def test_what_is_said_of_the_smallest_budget_is_said_of_what_it_holds_for():
     met = set()
     for seed in range(60):
         operators, fixed = random_graph(seed), seed % 3
-        planner = GraphPlanner(profile_of(operators, fixed))
+        planner = GraphPlanner(graph_of(operators, fixed))
         low = least(operators, "stages", fixed)
         if low <= 1:
             continue
@@ -332,13 +329,13 @@ def test_re_runs_out_of_order_may_come_lower_and_nothing_is_said_of_them():
         for i, (size, read) in enumerate(zip(sizes, inputs, strict=True))
     ]
     assert least(operators, "first") == 10 < least(operators, "stages") == 11
-    made = GraphPlanner(profile_of(operators)).plan(10)
+    made = GraphPlanner(graph_of(operators)).plan(10)
     assert (made.status, made.minimum_budget_bytes) == ("infeasible", 11)
     assert "(no schedule with first runs and re-runs in this order has a lower peak)" in made.minimum_budget_reason
 
 
 def test_a_rule_says_nothing_of_other_schedules():
-    planner = GraphPlanner(profile_of(chain(12, training=True)))
+    planner = GraphPlanner(graph_of(chain(12, training=True)))
     made = planner.plan(planner.floor_bytes, policy="keep-all")
     assert made.status == "infeasible"
     assert "(no lower peak under this rule)" in made.minimum_budget_reason
@@ -351,7 +348,7 @@ def test_a_proven_peak_is_one_that_sizes_add_up_to():
         op | {"output_bytes": unit * op["output_bytes"], "workspace_bytes": unit * op.get("workspace_bytes", 0)}
         for op in random_graph(6007, most=8)
     ]
-    dag = dag_of(profile_of(operators))
+    dag = dag_of(graph_of(operators))
     assert lowest_peak(dag, 60).bytes == least(random_graph(6007, most=8), "stages") * unit
 
 
@@ -370,7 +367,7 @@ def test_of_two_peaks_of_one_height_each_may_be_lowered_alone():
             for n, size, read in zip(names, sizes, inputs, strict=True)
         ]
 
-    dag = dag_of(profile_of([*part("a", None), *part("b", "a5")]))
+    dag = dag_of(graph_of([*part("a", None), *part("b", "a5")]))
     top = peak_bytes(dag, ())
     held = memory(dag, runs(dag, ()))
     assert held.count(top) == 4

@@ -8,6 +8,7 @@ from math import comb
 
 import numpy as np
 import pytest
+from bare_graphs import graph_of
 from broken_plans import listed
 from brute_graph import INFINITY, best, least, random_graph
 from layered_graph import layered
@@ -24,18 +25,14 @@ from tightfit.planner.graphs.search.baselines import RULES
 from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.plan import plan
 from tightfit.planner.report.compare import compare
-from tightfit.profiles.graph_input import graph_profile, parse_graph
+from tightfit.profiles.graph_input import graph_profile
 from tightfit.runtime.common.errors import InputError
-
-
-def profile_of(operators, fixed=0):
-    return parse_graph({"format": "tightfit-graph", "operators": operators, "fixed_bytes": fixed})
 
 
 def check_small_graph(seed):
     """The class's optimum and minimum are met exactly, no schedule beats the bounds, more memory is never slower."""
     operators, fixed = random_graph(seed), seed % 3
-    profile = profile_of(operators, fixed)
+    profile = graph_of(operators, fixed)
     dag = dag_of(profile)
     planner = GraphPlanner(profile)
     low, top = least(operators, "stages", fixed), peak_bytes(dag, ())
@@ -80,7 +77,7 @@ def test_the_smallest_budget_where_sizes_are_near_their_limit():
         {"name": "n2", "seconds": 1e-9, "output_bytes": 2 * half - 1, "inputs": ["n1"], "keep_until_end": True},
         {"name": "n3", "seconds": 1e-9, "output_bytes": 2 * half - 1, "inputs": ["n0", "n2"]},
     ]
-    assert GraphPlanner(profile_of(operators)).minimum_bytes() == least(operators, "stages") == 2814749767106558
+    assert GraphPlanner(graph_of(operators)).minimum_bytes() == least(operators, "stages") == 2814749767106558
 
 
 def test_memory_by_hand():
@@ -92,7 +89,7 @@ def test_memory_by_hand():
         {"name": "d", "seconds": 8, "output_bytes": 13, "workspace_bytes": 17, "inputs": ["c"]},
         {"name": "e", "seconds": 16, "output_bytes": 19, "inputs": ["b"]},
     ]
-    dag = dag_of(profile_of(operators, fixed=100))
+    dag = dag_of(graph_of(operators, fixed=100))
     plain = [3, 3 + 5 + 7, 3 + 5 + 11, 3 + 5 + 11 + 13 + 17, 3 + 5 + 19, 3]
     assert memory(dag, runs(dag, ())) == [100 + held for held in plain]
     again = frozenset({(4, 1)})
@@ -107,7 +104,7 @@ def test_bounds_from_any_moments_hold_for_every_schedule_with_first_runs_in_orde
     reached = []
     for seed in range(120):
         operators = random_graph(1000 + seed)
-        dag = dag_of(profile_of(operators))
+        dag = dag_of(graph_of(operators))
         low = least(operators, "first")
         rng = random.Random(seed)
         for budget in {low, (low + peak_bytes(dag, ())) // 2}:
@@ -141,7 +138,7 @@ def paths_of(dag, pivots):
 def test_paths_hold_for_every_schedule():
     for seed in range(120):
         operators = random_graph(3000 + seed)
-        dag = dag_of(profile_of(operators))
+        dag = dag_of(graph_of(operators))
         low = least(operators, "first")
         pivots = range(1, len(dag))
         paths = paths_of(dag, pivots)
@@ -160,7 +157,7 @@ def test_programs_in_whole_numbers_hold_for_every_schedule_and_crowded_runs_say_
     better = 0
     for seed in range(150):
         operators = random_graph(5000 + seed)
-        dag = dag_of(profile_of(operators))
+        dag = dag_of(graph_of(operators))
         low = least(operators, "first")
         rng = random.Random(seed)
         crowded = [(stage, i) for stage in range(len(dag)) for i in range(stage + 1)]
@@ -187,7 +184,7 @@ def test_bytes_are_counted_one_by_one_however_many_there_are():
             op | {"output_bytes": large * op["output_bytes"], "workspace_bytes": large * op.get("workspace_bytes", 0)}
             for op in random_graph(7000 + seed)
         ]
-        dag = dag_of(profile_of(operators))
+        dag = dag_of(graph_of(operators))
         low = least(operators, "first")
         every = range(len(dag))
         crowded = [(stage, i) for stage in every for i in range(stage + 1)]
@@ -246,7 +243,7 @@ def test_linear_programs_climb_with_the_moments_that_their_answers_leave_out():
     reached = []
     for seed in range(40):
         operators = random_graph(1000 + seed)
-        small = dag_of(profile_of(operators))
+        small = dag_of(graph_of(operators))
         tight = (least(operators, "first") + peak_bytes(small, ())) // 2
         fastest = best(operators, tight, "first")
         found = class_bound(small, tight, frozenset(), deadline=time.monotonic() + 60)
@@ -297,7 +294,7 @@ def test_the_search_alone_comes_near_the_optimum():
     excess = []
     for seed in range(150):
         operators = random_graph(2000 + seed)
-        dag = dag_of(profile_of(operators))
+        dag = dag_of(graph_of(operators))
         low, top = least(operators, "stages"), peak_bytes(dag, ())
         budget = (low + top) // 2
         search = EvictionSearch(dag, budget)
@@ -346,7 +343,7 @@ def griewank(steps, slots):
 
 @pytest.mark.parametrize("steps", [*range(2, 13), 16, 24, 32, 48, 64])
 def test_unit_chains_meet_the_closed_form(steps):
-    profile = profile_of(unit_chain(steps))
+    profile = graph_of(unit_chain(steps))
     planner = GraphPlanner(profile)
     # What is solved exactly comes to its end however busy the machine is; a chain's checkpoints have half a second of the processor.
     limit = 600 if planner.dag.operators <= EXACT_OPERATORS else 0.5
@@ -358,7 +355,7 @@ def test_unit_chains_meet_the_closed_form(steps):
 
 @pytest.mark.parametrize("slots", [2, 5])
 def test_a_chain_gets_its_checkpoints_however_little_time_there_is(slots):
-    made = GraphPlanner(profile_of(unit_chain(64))).plan(slots + 2, time_limit=0.001)
+    made = GraphPlanner(graph_of(unit_chain(64))).plan(slots + 2, time_limit=0.001)
     assert made.step_seconds == griewank(64, slots)
 
 
@@ -379,7 +376,7 @@ def free_chain(steps, *, reads_own):
 @pytest.mark.parametrize("reads_own", [True, False])
 @pytest.mark.parametrize("steps", [20, 100])
 def test_a_chain_need_not_hold_its_first_output(steps, reads_own):
-    planner = GraphPlanner(profile_of(free_chain(steps, reads_own=reads_own)))
+    planner = GraphPlanner(graph_of(free_chain(steps, reads_own=reads_own)))
     # The closed form's start takes no memory here, and its first step makes f0.
     reversed_steps = steps if reads_own else steps - 1
     for budget in (3, 4, 5, 7) if steps < 100 else (3, 7):
@@ -391,7 +388,7 @@ def test_a_chain_need_not_hold_its_first_output(steps, reads_own):
 
 def test_memory_kept_up_to_date_is_memory_counted_anew():
     for seed in range(100):
-        dag = dag_of(profile_of(random_graph(3000 + seed, most=12)))
+        dag = dag_of(graph_of(random_graph(3000 + seed, most=12)))
         rng = random.Random(seed)
         kept = LiveBytes(dag, 10)
         for _ in range(30):
@@ -466,7 +463,7 @@ def test_the_smallest_budget_is_proven_to_the_byte_where_no_exact_schedule_is_as
         {"name": "n4", "seconds": 1.0, "output_bytes": 0, "inputs": ["n0", "n3"]},
     ]
     others = [{"name": f"z{i}", "seconds": 0.0, "output_bytes": 0, "inputs": ["n2"]} for i in range(EXACT_OPERATORS)]
-    planner = GraphPlanner(profile_of([*operators, *others], fixed=large))
+    planner = GraphPlanner(graph_of([*operators, *others], fixed=large))
     assert planner.minimum_bytes() == planner.lowest_bytes == least(operators, "stages", large) == 3_000_000_007
 
 
@@ -484,7 +481,7 @@ def test_what_is_kept_until_the_end_may_be_made_again_at_the_end():
         {"name": "wide", "seconds": 1.0, "output_bytes": 100, "inputs": ["scale"]},
         {"name": "last", "seconds": 1.0, "output_bytes": 100, "workspace_bytes": 46, "keep_until_end": True},
     ]
-    planner = GraphPlanner(parse_graph({"format": "tightfit-graph", "operators": operators}))
+    planner = GraphPlanner(graph_of(operators))
     assert planner.minimum_bytes() == least(operators, "any") == 146
     made = planner.plan(146)
     assert made.step_seconds == 4.0
@@ -502,6 +499,6 @@ def test_an_exact_bound_is_one_whatever_seconds_round_to(first):
         {"name": "wide", "seconds": 2.0, "output_bytes": 200, "workspace_bytes": 15},
         {"name": "end", "seconds": 0.0, "output_bytes": 1, "inputs": ["a", "b", "wide"]},
     ]
-    made = GraphPlanner(parse_graph({"format": "tightfit-graph", "operators": operators})).plan(225)
+    made = GraphPlanner(graph_of(operators)).plan(225)
     fastest = best(operators, 225, "stages")
     assert 2.0 < made.bound_seconds <= fastest <= made.step_seconds <= fastest + 1e-7

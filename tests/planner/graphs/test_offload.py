@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from bare_graphs import graph_of
 from broken_plans import changed, listed, rejected
 from brute_graph import random_graph
 from brute_offload import INFINITY, best, least
@@ -15,7 +16,7 @@ from tightfit.planner.graphs.planner import GraphPlanner
 from tightfit.planner.instructions import read_all
 from tightfit.planner.plan import plan
 from tightfit.planner.simulation.simulate import InvalidSchedule, simulate
-from tightfit.profiles.graph_input import BareChannel, graph_profile, parse_graph
+from tightfit.profiles.graph_input import BareChannel, graph_profile
 
 DISK = {"read": {"bytes_per_second": 10, "latency_seconds": 0.5}, "write": {"bytes_per_second": 5}}
 
@@ -36,14 +37,10 @@ def slow_graph(seed, most):
     ]
 
 
-def profile_of(operators, channels, fixed=0):
-    return parse_graph({"format": "tightfit-graph", "operators": operators, "fixed_bytes": fixed} | channels)
-
-
 def check_small_graph(seed, most):
     """Optimum and minimum are met exactly, no schedule at all beats the bounds; returns whether anything was moved."""
     operators, channels, fixed = slow_graph(seed, most), channels_of(seed), seed % 3
-    profile = profile_of(operators, channels, fixed)
+    profile = graph_of(operators, fixed, channels)
     planner = GraphPlanner(profile)
     low, top = least(operators, channels, "stages", fixed), planner.plan(1 << 40, policy="keep-all").peak_bytes
     assert low == least(operators, channels, "any", fixed)
@@ -82,7 +79,7 @@ def test_sizes_far_apart():
         {"name": "n4", "seconds": 3.1341752810037455, "output_bytes": large, "inputs": ["n0"]},
     ]
     channels = {way: {"bytes_per_second": 1e9, "latency_seconds": 0} for way in ("read", "write")}
-    planner = GraphPlanner(profile_of(operators, channels))
+    planner = GraphPlanner(graph_of(operators, channels=channels))
     for budget in (large + 7, large + 8):
         made = planner.plan(budget)
         assert made.step_seconds == pytest.approx(best(operators, channels, budget, "stages", 0), rel=1e-9)
@@ -94,7 +91,7 @@ def test_the_search_alone_comes_near_the_optimum(monkeypatch):
     excess = []
     for seed in range(1000, 1020):
         operators, channels = slow_graph(seed, 5), channels_of(seed)
-        planner = GraphPlanner(profile_of(operators, channels))
+        planner = GraphPlanner(graph_of(operators, channels=channels))
         low = planner.minimum_bytes()
         budget = (low + planner.plan(1 << 40, policy="keep-all").peak_bytes) // 2
         made = planner.plan(budget)
@@ -130,7 +127,7 @@ def training_graph(seed):
             {"name": f"b{i}", "seconds": seconds, "output_bytes": operators[i]["output_bytes"], "inputs": inputs}
         )
     channel = {"bytes_per_second": rng.choice((1e9, 3e9)), "latency_seconds": 1e-4}
-    return profile_of(operators, {"read": channel, "write": channel}, 12_345_678)
+    return graph_of(operators, 12_345_678, {"read": channel, "write": channel})
 
 
 @pytest.mark.parametrize(("seed", "budget"), [(31951, 809_869_362), (31920, 2_240_625_816)])
@@ -171,7 +168,7 @@ CHAIN = [
 
 
 def chain():
-    return plan(profile_of(CHAIN, DISK), 13)
+    return plan(graph_of(CHAIN, channels=DISK), 13)
 
 
 def test_what_is_moved_is_written_freed_and_fetched_while_the_computation_goes_on():
@@ -186,8 +183,8 @@ def test_what_is_moved_is_written_freed_and_fetched_while_the_computation_goes_o
 def test_no_schedule_is_through_before_the_disk():
     """While c runs there is no byte for a: it is written in 2 s and read in 1.5, whatever else is done."""
     quick = [op | {"seconds": 0.1} for op in CHAIN]
-    assert GraphPlanner(profile_of(quick, DISK)).any_bound(13, seconds=60) == pytest.approx(3.5)
-    assert GraphPlanner(profile_of(CHAIN, DISK)).any_bound(13, seconds=60) == pytest.approx(7)
+    assert GraphPlanner(graph_of(quick, channels=DISK)).any_bound(13, seconds=60) == pytest.approx(3.5)
+    assert GraphPlanner(graph_of(CHAIN, channels=DISK)).any_bound(13, seconds=60) == pytest.approx(7)
 
 
 def replayed(*instructions, **fields):
@@ -265,7 +262,7 @@ def test_the_simulator_refuses_broken_moves(change, invariant):
 
 
 def test_the_simulator_refuses_moves_of_a_graph_without_a_disk():
-    made = plan(parse_graph({"format": "tightfit-graph", "operators": random_graph(0)}), 1 << 40)
+    made = plan(graph_of(random_graph(0)), 1 << 40)
     instructions = [listed(made.train)[0], ["spill", "op0"], *listed(made.train)[1:]]
     with pytest.raises(InvalidSchedule, match="no such instruction"):
         simulate(

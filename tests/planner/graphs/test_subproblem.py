@@ -6,6 +6,7 @@ import random
 import time
 
 import pytest
+from bare_graphs import graph_of
 from brute_graph import best, least, random_graph
 from layered_graph import layered
 
@@ -14,11 +15,11 @@ from tightfit.planner.graphs.problem.schedule import peak_bytes, pruned, seconds
 from tightfit.planner.graphs.search.eviction_search import EvictionSearch
 from tightfit.planner.graphs.search.large_neighbourhood import LargeNeighbourhood, chains, lowest_peak
 from tightfit.planner.graphs.search.subproblem import Subproblem
-from tightfit.profiles.graph_input import graph_profile, parse_graph
+from tightfit.profiles.graph_input import graph_profile
 
 
 def dag_from(operators, fixed):
-    return dag_of(parse_graph({"format": "tightfit-graph", "operators": operators, "fixed_bytes": fixed}))
+    return dag_of(graph_of(operators, fixed))
 
 
 def everywhere(dag, first, last):

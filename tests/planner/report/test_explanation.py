@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from bare_graphs import graph_of
 from broken_plans import listed
 from layered_graph import layered
 from places import ROOT
@@ -317,7 +318,7 @@ def test_a_card_is_told_as_one(deep, ruled):
 
 def test_a_graph_has_no_process_to_blame_and_no_budget_below_nothing():
     operators = [{"name": name, "seconds": 1, "output_bytes": 10, "inputs": []} for name in "ab"]
-    planner = planner_of(parse_graph({"format": "tightfit-graph", "operators": operators}, "g"))
+    planner = planner_of(graph_of(operators, name="g"))
     made = planner.plan(MIB)
     beside = neighbours(planner, made, step_bytes=50 * MIB)
     text = "\n".join(explain(made, account(made).model_copy(update={"neighbours": beside})))
@@ -350,7 +351,7 @@ def chain_of(*names, **fields):
         for i, (name, size) in enumerate(zip(names, (100, 100, 300, 10)))
     ]
     operators[-1]["inputs"] = [names[-2], names[0]]
-    return GraphPlanner(parse_graph({"format": "tightfit-graph", "operators": operators}, "g"))
+    return GraphPlanner(graph_of(operators, name="g"))
 
 
 def test_a_graph_without_phases_is_told_without_them():
@@ -405,4 +406,4 @@ def test_names_do_not_reach_a_terminal_as_codes():
         assert r"\x1b[31mRED" in "".join(said)
     cycle = [{"name": name, "seconds": 1, "output_bytes": 1, "inputs": [name]} for name in ("\x1b[2J", "b")]
     with pytest.raises(InputError, match=r"form a cycle: \\x1b\[2J → "):
-        parse_graph({"format": "tightfit-graph", "operators": cycle})
+        graph_of(cycle)

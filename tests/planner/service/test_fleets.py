@@ -7,6 +7,7 @@ import re
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from changed_operators import with_operators
 from chromium import PATIENCE
 from playwright.sync_api import expect
 from served import Served
@@ -122,14 +123,7 @@ def test_a_fleet_to_look_at(served, job):
 
 
 def test_a_pipeline_is_planned_over_http(served, body, tmp_path):
-    traced = decoder_profile(tmp_path)
-    programs = [
-        program.model_copy(
-            update={"operators": [one.model_copy(update={"seconds": 1e-3}) for one in program.operators]}
-        )
-        for program in traced.programs
-    ]
-    model = served.upload(traced.model_copy(update={"programs": programs}))
+    model = served.upload(with_operators(decoder_profile(tmp_path), lambda _: {"seconds": 1e-3}))
     members = [{**member, "profile": model, "memory": "400MiB"} for member in body["members"]]
     found = served.wait(served.ask("/v1/fleets", **body | {"members": members}, kind="pipeline"))
     assert found["state"] == "succeeded", found["error"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from broken_plans import changed, listed, rejected
+from changed_operators import with_operators
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import PAGE, ProgramBuilder, decoder_like, device, profile_of, small_chain
@@ -295,18 +296,7 @@ def test_a_faster_device_is_never_slower(seed, field, factor):
 
 def summed(profile):
     """The same with sums for a backward: each layer has a residual."""
-    programs = [
-        program.model_copy(
-            update={
-                "operators": [
-                    o.model_copy(update={"target": "aten.add.Tensor"}) if o.phase == "backward" else o
-                    for o in program.operators
-                ]
-            }
-        )
-        for program in profile.programs
-    ]
-    return profile.model_copy(update={"programs": programs})
+    return with_operators(profile, lambda one: {"target": "aten.add.Tensor"} if one.phase == "backward" else {})
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import MIB, decoder_like, device
+from synthetic import REAL, decoder_like, device
 
 from tightfit.planner.formulation.step_constraints import charged_bytes, instruction_count
 from tightfit.planner.model_planner import ModelPlanner
@@ -19,8 +19,6 @@ from tightfit.planner.solve import column_generation
 from tightfit.planner.solve.column_generation import MARGINS, ColumnGeneration
 from tightfit.planner.solve.integer_rounding import BYTES, PEAKS, Rounding, WindowBytes, rounded
 from tightfit.planner.solve.search import Solver
-
-REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import itertools
 import pytest
 import torch
 from broken_plans import listed
-from in_process import make_training
-from reference import CONFIGS, peft_model, peft_name
-from safetensors.torch import load_file
+from in_process import random_records, train
+from reference import CONFIGS, all_layers, loss_of, peft_model, relative_error, starting_weights, trained_by_peft
+from safetensors.torch import load
 from tiny_plans import CONFIG, decoder_profile
 
 from tightfit.planner.io import load_plan, save_plan
@@ -26,10 +26,8 @@ from tightfit.planner.schedule.realize import realize
 from tightfit.planner.solve.policies import APPROXIMATE, POLICIES, mebp, rule_columns, smallest
 from tightfit.planner.solve.search import SearchResult
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.data.tokenization import prepare
-from tightfit.runtime.engine.training.adapter import initialise
+from tightfit.runtime.engine.training.adapter import initialise, trained_name
 from tightfit.runtime.engine.training.batches import open_batches
-from tightfit.runtime.engine.weights.store import Store
 
 LAYERS, RANK, SEED = 5, 4, 7
 LR = {"mezo": 1e-3}
@@ -46,52 +44,32 @@ def planner(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory, planner):
-    made = prepare("random", None, tmp_path_factory.mktemp("data"), seq=planner.profile.seq, vocab_size=512, seed=3)
-    made.close()
-    return str(made.path)
+    return random_records(tmp_path_factory.mktemp("data"), seq=planner.profile.seq)
 
 
 def trained(plan, records, directory, steps):
     """Losses, adapter and optimizer state after some steps."""
-    training = make_training(plan, records, directory, lr=LR.get(plan.policy, 5e-3), seed=SEED)
-    training.initialise()
-    losses = [training.step(number) for number in range(1, steps + 1)]
-    training.save_state(str(directory))
-    training.close()
-    adapter = load_file(directory / "adapter_model.safetensors")
-    return (
-        losses,
-        {name.removeprefix("base_model.model."): value for name, value in adapter.items()},
-        load_file(directory / "optimizer.safetensors"),
-    )
+    losses, adapter, states = train(plan, records, directory, steps, lr=LR.get(plan.policy, 5e-3), seed=SEED)
+    return losses, {trained_name(key): value for key, value in load(adapter).items()}, load(states)
 
 
 class Reference:
     """transformers + peft on the dequantised weights and the very batches of a run."""
 
     def __init__(self, profile, records):
-        weights = {}
-        with Store.open(profile.model.store) as store:
-            for name, entry in store.entries.items():
-                weights[name] = torch.empty(entry.shape)
-                store.load(name, weights[name])
+        weights = starting_weights(profile, seed=SEED)
         self.names = [t.name for t in profile.tensors if t.kind == "trainable"]
-        for tensor in profile.tensors:
-            if tensor.name in self.names:
-                weights[tensor.name] = torch.empty(tensor.shape)
-                initialise(tensor.name, SEED, weights[tensor.name])
         self.start = {name: weights[name].clone() for name in self.names}
-        self.model = peft_model(DEEP, weights, RANK, 2.0 * RANK, torch.float32)
-        found = dict(self.model.named_parameters())
-        self.trained = {name: found[peft_name(name, found)] for name in self.names}
+        self.model = peft_model(DEEP, weights, all_layers(RANK, 2.0 * RANK), torch.float32)
+        held = trained_by_peft(self.model)
+        self.trained = {name: held[name] for name in self.names}
         self.inputs = [torch.empty(profile.batch, profile.seq, dtype=torch.int64) for _ in range(2)]
         self.batches = open_batches(records, SEED)
 
     def loss(self, step):
         """Of the batch of a step, counted from 1."""
         self.batches.training(step - 1, self.inputs)
-        logits = self.model(input_ids=self.inputs[0]).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), self.inputs[1].flatten(), ignore_index=-100)
+        return loss_of(self.model, *self.inputs)
 
 
 @pytest.fixture
@@ -99,10 +77,6 @@ def reference(planner, records):
     made = Reference(planner.profile, records)
     yield made
     made.batches.close()
-
-
-def distance(mine, theirs):
-    return float((mine - theirs).norm() / theirs.norm())
 
 
 def test_mesp_follows_the_exact_gradient(planner, records, reference, tmp_path):
@@ -113,7 +87,7 @@ def test_mesp_follows_the_exact_gradient(planner, records, reference, tmp_path):
     assert losses == pytest.approx([float(loss.detach())], rel=1e-5)
     for name, parameter in reference.trained.items():
         if "lora_B" in name:  # lora_A has none as long as lora_B is zero
-            assert distance(moments[f"adam_m:{name}"] / 0.1, parameter.grad) < 1e-3, name
+            assert relative_error(moments[f"adam_m:{name}"] / 0.1, parameter.grad) < 1e-3, name
 
 
 def test_exact_rules_give_the_same_bits(planner, records, tmp_path):
@@ -187,7 +161,7 @@ def test_mezo_is_algorithm_1_of_its_paper(planner, records, reference, tmp_path)
     for name, parameter in reference.trained.items():
         moved = parameter.detach() - reference.start[name]
         assert float(moved.norm()) > 1e-4
-        assert distance(adapter[name] - reference.start[name], moved) < 1e-2, name
+        assert relative_error(adapter[name] - reference.start[name], moved) < 1e-2, name
 
 
 def test_a_mezo_step_of_rate_zero_restores_every_trainable(planner, records, tmp_path, monkeypatch):
@@ -240,8 +214,8 @@ def test_lcsb_is_autograd_with_skipped_layers_as_identities(planner, records, re
     assert losses == pytest.approx(expected, rel=2e-5)
     for name, parameter in reference.trained.items():
         state = optimizer.state[parameter]
-        assert distance(moments[f"adam_m:{name}"], state["exp_avg"]) < 2e-3, name
-        assert distance(adapter[name], parameter.detach()) < 1e-2, name
+        assert relative_error(moments[f"adam_m:{name}"], state["exp_avg"]) < 2e-3, name
+        assert relative_error(adapter[name], parameter.detach()) < 1e-2, name
 
 
 def test_lcsb_reads_no_weight_in_the_backward_of_a_skipped_layer(planner):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import decoder_profile
-from synthetic import MIB, decoder_like, device
+from synthetic import REAL, decoder_like, device
 
 from tightfit.planner.formulation.any_schedule_bound import AnyScheduleBound
 from tightfit.planner.formulation.layer_constraints import LayerProgram
@@ -29,8 +29,6 @@ from tightfit.planner.solve.column_generation import ColumnGeneration
 from tightfit.planner.solve.policies import POLICIES, rule_columns, smallest
 from tightfit.planner.solve.search import Solver
 from tightfit.planner.solvers.lp import Growing, Linear, Program
-
-REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
 
 
 @pytest.fixture(scope="module")

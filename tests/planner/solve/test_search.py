@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic import MIB, decoder_like, deep, device, small_chain
+from synthetic import REAL, decoder_like, deep, device, small_chain
 
 from tightfit.planner.model_planner import ModelPlanner
 from tightfit.planner.plan_result import rebudgeted
@@ -30,7 +30,6 @@ from tightfit.planner.solvers import lp
 from tightfit.planner.solvers.lp import Growing, Linear, Program, Solution
 from tightfit.runtime.common.gc_pause import paused_collector
 
-REAL = {"import_peak": 108 * MIB, "resident": 106 * MIB, "per_instruction": 200}
 TIGHT = 5734400
 """bytes in which four deep layers do with a few of them run twice, or with a disk that is far too slow"""
 

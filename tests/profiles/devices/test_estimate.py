@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+from changed_operators import with_operators
 from damage import CONFIG
 from synthetic import decoder_like
 
@@ -182,17 +183,7 @@ def test_workspace_is_above_what_was_measured(given, shapes, measured):
 
 def with_flops(profile, flops=1e9):
     """Every forward operator states so many FLOPs."""
-    programs = [
-        program.model_copy(
-            update={
-                "operators": [
-                    o.model_copy(update={"flops": flops if o.phase == "forward" else 0.0}) for o in program.operators
-                ]
-            }
-        )
-        for program in profile.programs
-    ]
-    return profile.model_copy(update={"programs": programs})
+    return with_operators(profile, lambda one: {"flops": flops if one.phase == "forward" else 0.0})
 
 
 def test_a_profile_moves_to_another_device():

@@ -5,15 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from reference import CONFIGS
-from torch._subclasses import FakeTensorMode
+from traced import trace_decoder
 
 from tightfit.profiles.models import saved_modules
-from tightfit.profiles.models.decoder import Decoder
-from tightfit.profiles.models.decoder_config import decoder_shape
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.saved_modules import MOST_LAYERS, SLICE_BYTES, Saved, TrainedEmbedding, chosen
-from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
-from tightfit.profiles.tracing.trace import Trace, trace
+from tightfit.profiles.tracing.trace import Trace
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.adapter import adapter_key, table_slice
 
@@ -80,11 +77,8 @@ def test_names_in_an_adapter() -> None:
 
 
 def traced(names: tuple[str, ...], seq: int = 24) -> Trace:
-    config = CONFIGS["llama"] | {"vocab_size": 1000}
-    with FakeTensorMode():
-        module = Decoder(decoder_shape(config), dtype=torch.bfloat16, lora=LoraConfig(rank=4, modules_to_save=names))
-        sample = {name: torch.zeros(2, seq, dtype=torch.int64) for name in ("input_ids", "labels")}
-    return trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
+    lora = LoraConfig(rank=4, modules_to_save=names)
+    return trace_decoder(CONFIGS["llama"] | {"vocab_size": 1000}, torch.bfloat16, 2, seq, lora)
 
 
 def test_slices_are_equal_layers_whose_gradients_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:

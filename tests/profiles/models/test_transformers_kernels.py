@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+from traced import trace_step
 
 from tightfit.profiles.models import saved_modules, transformers_decoder
 from tightfit.profiles.models.lora import LoraConfig
 from tightfit.profiles.models.transformers_decoder import AnyDecoder, without_values
 from tightfit.profiles.models.transformers_kernels import computes_linear, fuse_gate, replace_embedding, replace_norm
-from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE, capped_head_loss
-from tightfit.profiles.tracing.trace import trace
+from tightfit.profiles.tracing.torch_ops import capped_head_loss
 
 pytest.importorskip("transformers")
 
@@ -154,8 +154,7 @@ def test_a_capped_head_reads_its_weight_in_slices(monkeypatch: pytest.MonkeyPatc
     module = AnyDecoder(config, dtype=torch.float32, seq=8, lora=LoraConfig(rank=2))
     with FakeTensorMode():
         without_values(module)
-        sample = {name: torch.zeros(1, 8, dtype=torch.int64) for name in ("input_ids", "labels")}
-    traced = trace(module, sample, decompositions=DECOMPOSITIONS, inference=INFERENCE)
+    traced = trace_step(module, 1, 8)
     sizes = {tensor.name: tensor.shape for tensor in traced.tensors if tensor.name.startswith("model.embed_tokens")}
     name = "model.embed_tokens.weight"
     assert sizes == {

@@ -16,7 +16,7 @@ from checkpoint_formats import AWQ, FLOATS, GGUF_BLOCKS, GGUF_UNPACKED, GPTQ, QU
 from decoder_families import FAMILIES
 from gguf.quants import dequantize
 from quantised_checkpoints import FP4, four_bit, int8, write_quantised, zero_points
-from reference import CONFIGS
+from reference import CONFIGS, stored_weights
 from tiny_models import gguf_name, k_quant, random_weights, write_directory, write_gguf
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -26,7 +26,6 @@ from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.pack import build_store
 from tightfit.profiles.weights.source import Source, without_names
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.engine.weights.store import Store
 
 LLAMA = CONFIGS["llama"] | {"num_hidden_layers": 2}
 WIDE = CONFIGS["llama"] | {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
@@ -36,11 +35,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 def stored(source: Source, directory: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Every tensor of the source's store, unpacked to `dtype`."""
-    with Store.open(build_store(source, directory)) as store:
-        tensors = {name: torch.empty(entry.shape, dtype=dtype) for name, entry in store.entries.items()}
-        for name, out in tensors.items():
-            store.load(name, out)
-        return tensors
+    return stored_weights(build_store(source, directory), dtype)
 
 
 # --base

@@ -22,7 +22,7 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import ROOT
-from reference import CONFIGS
+from reference import CONFIGS, stored_weights
 from tiny_models import (
     CHAT,
     SPECIAL,
@@ -53,11 +53,7 @@ LLAMA = CONFIGS["llama"]
 
 def stored(source: Source, directory: Path) -> dict[str, Tensor]:
     """Every tensor of the source's store in float32."""
-    with Store.open(build_store(source, directory)) as store:
-        tensors = {name: torch.empty(entry.shape) for name, entry in store.entries.items()}
-        for name, out in tensors.items():
-            store.load(name, out)
-        return tensors
+    return stored_weights(build_store(source, directory))
 
 
 # GGUF

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from broken_plans import listed
-from in_process import make_training
+from changed_operators import with_operators
+from in_process import make_training, random_records
 from interpreter import run_inference, run_step
 from safetensors.torch import load_file
 from tiny_plans import CONFIG, decoder_profile
@@ -23,7 +24,6 @@ from tightfit.planner.solvers.lp import Linear, Program
 from tightfit.profiles.devices.data_sheets import find_device
 from tightfit.profiles.devices.estimate import estimate_profile
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.data.tokenization import prepare
 
 UNLIMITED = 1 << 40
 MIB = 1 << 20
@@ -39,9 +39,7 @@ def profile(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory, profile):
-    made = prepare("random", None, tmp_path_factory.mktemp("data"), seq=profile.seq, vocab_size=512, seed=3)
-    made.close()
-    return str(made.path)
+    return random_records(tmp_path_factory.mktemp("data"), seq=profile.seq)
 
 
 def head(profile):
@@ -152,21 +150,14 @@ def test_an_evaluation_runs_no_forward_that_a_backward_would_follow(profile):
 
 def test_mezo_counts_neither_kernels_nor_workspace_of_a_backward(profile):
     floor = profile.device.floor.model_copy(update={"inference_resident_bytes": 110 * MIB, "import_peak_bytes": 0})
-    programs = [
-        program.model_copy(
-            update={
-                "operators": [
-                    o.model_copy(update={"workspace_bytes": (3 if o.phase == "inference" else 7) * MIB})
-                    if "head_" in o.target or o.phase == "backward"
-                    else o
-                    for o in program.operators
-                ]
-            }
-        )
-        for program in profile.programs
-    ]
+
+    def workspace(operator):
+        if "head_" in operator.target or operator.phase == "backward":
+            return {"workspace_bytes": (3 if operator.phase == "inference" else 7) * MIB}
+        return {}
+
     device = profile.device.model_copy(update={"floor": floor})
-    planner = ModelPlanner(profile.model_copy(update={"device": device, "programs": programs}))
+    planner = ModelPlanner(with_operators(profile.model_copy(update={"device": device}), workspace))
     mezo, mebp = (planner.plan(UNLIMITED, policy=policy) for policy in ("mezo", "mebp"))
     assert (mezo.floor_bytes, mebp.floor_bytes) == (110 * MIB, 130 * MIB)
     assert (mezo.workspace_bytes, mebp.workspace_bytes) == (3 * MIB, 7 * MIB)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from interpreter import run_step
-from reference import CONFIGS, VARIANTS, peft_model, peft_name
+from reference import CONFIGS, VARIANTS, all_layers, gradients_of, loss_of, peft_model, relative_error
 from traced import ALPHA, RANK, interpret, random_batch, random_weights, trace_decoder
 
 from examples.vision import residual_cnn, vision_transformer
 from tightfit.profiles.tracing.trace import trace
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.training.adapter import trained_name
 
 SIZES = [(3, 29), (11, 29), (1, 300)]
 """(batch, tokens): attention in one call, in two of which the last has fewer samples, and of one sample longer than usual"""
@@ -24,16 +25,10 @@ def reference(
     config: dict[str, Any], weights: dict[str, torch.Tensor], data: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and LoRA gradients by transformers + peft + autograd, computed in `dtype`."""
-    model = peft_model(config, weights, RANK, ALPHA, dtype)
-    logits = model(input_ids=data["input_ids"]).logits.float()
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data["labels"].flatten(), ignore_index=-100)
+    model = peft_model(config, weights, all_layers(RANK, ALPHA), dtype)
+    loss = loss_of(model, data["input_ids"], data["labels"])
     loss.backward()
-    theirs = dict(model.named_parameters())
-    return float(loss.detach()), {n: theirs[peft_name(n, theirs)].grad for n in weights if "lora_" in n}
-
-
-def relative_error(own: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((own - exact).norm() / exact.norm())
+    return float(loss.detach()), {trained_name(key): gradient for key, gradient in gradients_of(model).items()}
 
 
 @pytest.mark.parametrize(

@@ -24,19 +24,6 @@ FORMS = "write plain bytes (367001600), 350MB, 1.5GB (powers of 1000) or 350MiB,
 
 
 @pytest.fixture
-def tightfit(capfd):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*words):
-        with pytest.raises(SystemExit) as caught:
-            main.main([str(word) for word in words])
-        out, err = capfd.readouterr()
-        return caught.value.code, out, err
-
-    return call
-
-
-@pytest.fixture
 def planned(monkeypatch):
     """Let `plan` load any profile and answer with a given plan; the solver itself has its own tests."""
     from tightfit.planner import plan as planner_plan

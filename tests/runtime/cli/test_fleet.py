@@ -11,7 +11,6 @@ from synthetic import small_chain
 from tightfit.planner.fleet import io as fleet_io
 from tightfit.planner.fleet import kinds
 from tightfit.profiles.io import save_profile
-from tightfit.runtime.cli import main
 from tightfit.runtime.common.errors import InfeasibleError
 from tightfit.runtime.common.units import MIB
 
@@ -36,19 +35,6 @@ def described(tmp_path):
     save_profile(small_chain(3, layers=2), tmp_path / "profile.json")
     (tmp_path / "fleet.toml").write_text(DESCRIPTION)
     return tmp_path / "fleet.toml"
-
-
-@pytest.fixture
-def tightfit(capfd):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*words):
-        with pytest.raises(SystemExit) as caught:
-            main.main([str(word) for word in words])
-        out, err = capfd.readouterr()
-        return caught.value.code, out, err
-
-    return call
 
 
 @pytest.fixture

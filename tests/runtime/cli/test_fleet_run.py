@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from changed_operators import with_operators
 from fleets import adapter_hash
 from tiny_plans import decoder_profile
 
@@ -52,16 +53,10 @@ def tightfit(*words, code=0):
 def folder(tmp_path_factory):
     """A fleet's plan for two members, and beside it the adapter of one process."""
     made = tmp_path_factory.mktemp("fleet")
-    traced = decoder_profile(made)
-    programs = [
-        program.model_copy(
-            update={"operators": [one.model_copy(update={"seconds": 1e-3}) for one in program.operators]}
-        )
-        for program in traced.programs
-    ]
+    traced = with_operators(decoder_profile(made), lambda _: {"seconds": 1e-3})
     floor = traced.device.floor.model_copy(update={"supervisor_bytes": 20 << 20})
     device = traced.device.model_copy(update={"threads": 1, "floor": floor})
-    profile = traced.model_copy(update={"programs": programs, "device": device})
+    profile = traced.model_copy(update={"device": device})
     save_profile(profile, made / "profile.json")
     (made / "fleet.toml").write_text(DESCRIPTION)
     tightfit("fleet", "plan", made / "fleet.toml", "-o", made / "plan", "--no-prices")

@@ -10,7 +10,6 @@ from tiny_plans import CONFIG, decoder_profile, device
 
 from tightfit.profiles.io import save_profile
 from tightfit.profiles.models.side_shape import SideShape
-from tightfit.runtime.cli import main
 
 DESCRIPTION = """
 micro_batches = 2
@@ -25,19 +24,6 @@ profile = "server.json"
 memory = "400MiB"
 link = "1Gbit/s"
 """
-
-
-@pytest.fixture
-def tightfit(capfd):
-    """Run a command in this process: (exit code, stdout, stderr)."""
-
-    def call(*words):
-        with pytest.raises(SystemExit) as caught:
-            main.main([str(word) for word in words])
-        out, err = capfd.readouterr()
-        return caught.value.code, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

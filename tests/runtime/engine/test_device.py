@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 from apart import Apart
-from in_process import make_training
+from in_process import make_training, random_records
 from tiny_plans import decoder_profile, naive_plan
 
 from tightfit.planner.instructions import Fetch, Read, Spill
 from tightfit.planner.problem.tensor_index import TensorIndex
 from tightfit.runtime.common.errors import CapError, InputError
-from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.cpu.cpu import Cpu
 from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.training.devices import open_device
@@ -27,9 +26,7 @@ def profile(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory, profile):
-    opened = prepare("random", None, tmp_path_factory.mktemp("data"), seq=profile.seq, vocab_size=512, seed=3)
-    opened.close()
-    return str(opened.path)
+    return random_records(tmp_path_factory.mktemp("data"), seq=profile.seq)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest_storage import LargestStorage
 
 from tightfit.profiles.tracing.dora_ops import dora_norm as traced_norm
 from tightfit.profiles.tracing.dora_ops import dora_scale as traced_scale
@@ -107,22 +106,6 @@ def test_gradients_go_to_product_and_magnitude_and_not_through_the_norm():
     assert b.grad is None
 
 
-class Largest(TorchDispatchMode):
-    """Counts the elements of the largest storage that operators make."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known = {x.untyped_storage().data_ptr() for x in known}
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for x in tree_leaves(made):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.known:
-                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
-        return made
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_temporary_is_larger_than_a_row_and_no_scratch_than_its_blocks(dtype):
     weight, a, b = tensors(4000, 300, dtype)
@@ -132,7 +115,7 @@ def test_no_temporary_is_larger_than_a_row_and_no_scratch_than_its_blocks(dtype)
     scratch = [torch.empty(norm_scratch(4000, 300))]
     scratch += [torch.empty(scale_scratch(300, 4000, dtype, backward=backward)) for backward in (False, True)]
     assert max(one.numel() for one in scratch) <= 2 * BLOCK_ELEMENTS
-    with Largest((weight, a, b, norm, z, dz, dm, *scratch)) as largest:
+    with LargestStorage((weight, a, b, norm, z, dz, dm, *scratch)) as largest:
         dora_norm(weight, a, b, 1.0, out=(norm, scratch[0]))
         dora_scale(z, norm, norm, None, out=(dz, scratch[1]))
         dora_scale_backward(dz, z, norm, norm, out=(dz, dm, scratch[2]))

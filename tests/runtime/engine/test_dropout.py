@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from largest_storage import LargestStorage
+from reference import relative_error
 
 from tightfit.profiles.models.decoder import dropped
 from tightfit.profiles.models.lora import Pair
@@ -195,10 +195,6 @@ def matrices(shape, dtype, outputs=24, rank=4):
     return x, dy, weight, normal(rank, columns), normal(outputs, rank), normal(*shape).to(dtype)
 
 
-def error(own, exact):
-    return float((own.double() - exact).norm() / exact.norm())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fused_operators_are_products_of_what_is_kept(shape, dtype, small_blocks, way):
@@ -208,16 +204,16 @@ def test_fused_operators_are_products_of_what_is_kept(shape, dtype, small_blocks
     da, db = torch.empty_like(a), torch.empty_like(b)
     draws = drawing()
     kernels.dropout_lora_down(x, a, P, SITE, out=(low,), draws=draws)
-    assert error(low, (x.double() * scaled) @ a.double().t()) < ULP[dtype] + 2e-5
+    assert relative_error(low, (x.double() * scaled) @ a.double().t()) < ULP[dtype] + 2e-5
     kernels.dropout_lora_backward(dy, x, low, b, SCALE, P, SITE, out=(dlow, da, db), draws=draws)
     exact = SCALE * dy.double() @ b.double()
-    assert error(dlow, exact) < ULP[dtype]
-    assert error(da, dlow.double().t() @ (x.double() * scaled)) < ULP[dtype] + 2e-5
-    assert error(db, SCALE * dy.double().t() @ low.double()) < ULP[dtype]
+    assert relative_error(dlow, exact) < ULP[dtype]
+    assert relative_error(da, dlow.double().t() @ (x.double() * scaled)) < ULP[dtype] + 2e-5
+    assert relative_error(db, SCALE * dy.double().t() @ low.double()) < ULP[dtype]
     for added in (None, addend):
         kernels.dropout_projection_backward(dy, weight, dlow, a, P, SITE, added, out=(dx,), draws=draws)
         exact = dy.double() @ weight.double() + (dlow.double() @ a.double()) * scaled
-        assert error(dx, exact if added is None else exact + added.double()) < ULP[dtype] + 2e-5
+        assert relative_error(dx, exact if added is None else exact + added.double()) < ULP[dtype] + 2e-5
 
 
 def test_an_evaluation_leaves_nothing_out():
@@ -259,22 +255,6 @@ def test_without_dropout_the_input_is_taken_as_it_is():
     assert dropped(x, Pair(rank=4, scale=SCALE), SITE) is x
 
 
-class Made(TorchDispatchMode):
-    """Counts the bytes of the largest storage that operators make."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known = {x.untyped_storage().data_ptr() for x in known}
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        for x in tree_leaves(made):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.known:
-                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
-        return made
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_temporary_is_larger_than_the_stated_buffers(dtype, way, monkeypatch):
     """The rows of a block, of which there are 16, and the words that are drawn at a time."""
@@ -291,7 +271,7 @@ def test_no_temporary_is_larger_than_the_stated_buffers(dtype, way, monkeypatch)
         lambda: kernels.dropout_lora_backward(dy, x, low, b, SCALE, P, SITE, out=(dlow, da, db)),
         lambda: kernels.dropout_projection_backward(dy, weight, dlow, a, P, SITE, None, out=(dx,)),
     ):
-        with Made((x, dy, weight, a, b, low, dlow, dx, da, db)) as made:
+        with LargestStorage((x, dy, weight, a, b, low, dlow, dx, da, db)) as made:
             call()
         assert made.bytes <= most
         assert made.bytes or way == "compiled"

@@ -8,11 +8,10 @@ import torch
 from broken_plans import listed
 from hypothesis import given
 from hypothesis import strategies as st
-from in_process import LazyChannel, make_training
+from in_process import LazyChannel, make_training, random_records, train
 from tiny_plans import decoder_profile, naive_plan
 
 from tightfit.planner.instructions import read_all
-from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.cpu.cpu import KERNELS
 from tightfit.runtime.engine.kernels.compiled import compile_operator
 from tightfit.runtime.engine.training.job import BLOCK, RUN, width
@@ -31,23 +30,12 @@ def profile(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory, profile):
-    opened = prepare("random", None, tmp_path_factory.mktemp("data"), seq=profile.seq, vocab_size=512, seed=3)
-    opened.close()
-    return str(opened.path)
+    return random_records(tmp_path_factory.mktemp("data"), seq=profile.seq)
 
 
 def trained(plan, records, directory, channel=None):
     """Losses of a few steps and the bytes of adapter and optimizer state."""
-    training = make_training(plan, records, directory, lr=1e-2, channel=channel)
-    training.initialise()
-    losses = [training.step(number) for number in range(1, STEPS + 1)]
-    training.save_state(str(directory))
-    training.close()
-    return (
-        losses,
-        (directory / "adapter_model.safetensors").read_bytes(),
-        (directory / "optimizer.safetensors").read_bytes(),
-    )
+    return train(plan, records, directory, STEPS, lr=1e-2, channel=channel)
 
 
 def names(profile, kind):
@@ -163,8 +151,7 @@ def test_what_is_spilled_has_whole_blocks_of_its_own(profile):
 
 def test_tensors_larger_than_a_chunk_are_saved_and_loaded_whole(tmp_path, monkeypatch):
     profile = decoder_profile(tmp_path / "store", rank=64)
-    opened = prepare("random", None, tmp_path / "data", seq=profile.seq, vocab_size=512)
-    opened.close()
+    data = random_records(tmp_path / "data", seq=profile.seq)
     plan = naive_plan(profile, offload=names(profile, "trainable")[1::2])  # of lora_B, which moves first
     saved = []
     for chunk in (CHUNK, 3 * BLOCK):
@@ -173,7 +160,7 @@ def test_tensors_larger_than_a_chunk_are_saved_and_loaded_whole(tmp_path, monkey
         folders = [tmp_path / f"{chunk} {when}" for when in ("first", "again")]
         for folder in folders:
             folder.mkdir()
-        training = make_training(plan, str(opened.path), tmp_path, lr=1e-2)
+        training = make_training(plan, data, tmp_path, lr=1e-2)
         training.initialise()
         training.step(1)
         state = training.save_state(str(folders[0]))

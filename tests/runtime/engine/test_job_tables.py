@@ -7,10 +7,9 @@ import tracemalloc
 from array import array
 
 import pytest
-from in_process import make_training
+from in_process import make_training, random_records
 from tiny_plans import CONFIG, decoder_profile, naive_plan
 
-from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.training.job import Job
 from tightfit.runtime.engine.training.job_tables import SEPARATOR, Place, StoredWeight, Trainable, Trainables, Weights
 from tightfit.runtime.session.job_compiler import compile_job
@@ -58,8 +57,7 @@ def held(tmp_path_factory):
 
 def _held(layers, folder):
     profile = decoder_profile(folder, config={**CONFIG, "num_hidden_layers": layers})
-    records = prepare("random", None, folder, seq=profile.seq, vocab_size=512, seed=3)
-    records.close()
+    records = random_records(folder, seq=profile.seq)
     plan = naive_plan(profile)
 
     def job(*arguments):
@@ -73,7 +71,7 @@ def _held(layers, folder):
         patch.setattr("in_process.compile_job", job)
         gc.collect()
         tracemalloc.start()
-        training = make_training(plan, str(records.path), folder, lr=1e-2)
+        training = make_training(plan, records, folder, lr=1e-2)
     gc.collect()
     words = sum(len(part) * part.itemsize for part in (training.job.train, training.job.evaluate))
     loaded = tracemalloc.get_traced_memory()[0] - words

@@ -9,11 +9,10 @@ from collections import Counter
 
 import pytest
 from broken_plans import listed
-from in_process import make_training
+from in_process import make_training, random_records
 from tiny_plans import decoder_profile, naive_plan
 
 from tightfit.runtime.common.errors import InputError
-from tightfit.runtime.data.tokenization import prepare
 from tightfit.runtime.engine.cpu.cpu import Cpu
 from tightfit.runtime.engine.device.meter import Meter
 from tightfit.runtime.engine.start import process
@@ -30,14 +29,12 @@ def profile(tmp_path_factory):
 @pytest.fixture
 def prepared(profile, tmp_path, monkeypatch):
     """A training, and the operators and the arena that it rehearses with."""
-    records = prepare("random", None, tmp_path, seq=profile.seq, vocab_size=512, seed=3)
-    records.close()
     given = []
     monkeypatch.setattr(
         "tightfit.runtime.engine.training.trainer.warm_up_operators",
         lambda operators, arena: given.extend((list(operators), arena)),
     )
-    training = make_training(naive_plan(profile), str(records.path), tmp_path, lr=1e-2)
+    training = make_training(naive_plan(profile), random_records(tmp_path, seq=profile.seq), tmp_path, lr=1e-2)
     yield training, *given
     training.close()
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from broken_plans import listed
+from changed_operators import with_operators
 from damage import own_groups
 from places import ROOT
 from safetensors.torch import load_file
@@ -540,11 +541,7 @@ def test_all_that_changes_a_result_is_a_condition_of_going_on_and_nothing_else_i
         return changed(plan, model=plan.model.model_copy(update=update))
 
     def operators(**update):
-        programs = [
-            p.model_copy(update={"operators": [o.model_copy(update=update) for o in p.operators]})
-            for p in plan.programs
-        ]
-        return changed(plan, programs=programs)
+        return with_operators(plan, lambda _: update)
 
     def told(plan, optimizer=None, seed=5):
         return conditions(plan, optimizer or {"lr": 1e-2}, seed)

@@ -22,7 +22,7 @@ import pytest
 import torch
 from damage import opened_below, own_groups
 from places import ROOT
-from reference import CONFIGS, peft_model, peft_name, starting_weights
+from reference import CONFIGS, all_layers, peft_model, relative_error, starting_weights, trained_by_peft
 from safetensors.torch import load_file
 from tiny_models import random_weights, write_directory
 from tiny_plans import decoder_profile, naive_plan
@@ -89,9 +89,8 @@ def rate(step: int) -> float:
 def by_autograd(made: Profile, batches: list[Batch]) -> tuple[list[float], dict[str, Tensor], float]:
     """transformers + peft with labels as they are: losses, the adapter, and the loss of the first batch afterwards."""
     weights = starting_weights(made)
-    model = peft_model(CONFIG, weights, RANK, 8.0, torch.float32)
-    parameters = dict(model.named_parameters())
-    trained = {n: parameters[peft_name(n, parameters)] for n in weights if "lora_" in n}
+    model = peft_model(CONFIG, weights, all_layers(RANK, 8.0), torch.float32)
+    trained = trained_by_peft(model)
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.02)
     losses = []
     for step, (ids, labels) in enumerate(batches):
@@ -130,7 +129,7 @@ def test_a_loop_of_one_s_own_follows_the_exact_gradient(decoder: Profile, smalle
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     for name, expected in trained.items():
         own = adapter[f"base_model.model.{name}"]
-        assert float((own - expected).norm() / expected.norm()) < 1e-3, name
+        assert relative_error(own, expected) < 1e-3, name
     report = session.report
     assert report is not None
     assert report == json.loads((tmp_path / "report.json").read_text())
