@@ -307,7 +307,8 @@ def replace_embedding(table: nn.Embedding) -> Rows | None:
     """Our embedding in place of one that gathers rows and multiplies them with one number; None if it does more."""
     probe = _bare_copy(table)
     probe.weight = nn.Parameter(torch.randn(PROBE, generator=torch.Generator().manual_seed(0)))
-    probe.padding_idx = None  # the probe has no such row, and in the forward it is a row like any other
+    # The probe may have no such row, and in the forward it is a row like any other.
+    probe.padding_idx = None  # type: ignore[assignment]
     ids = torch.arange(PROBE[0])[None]
     made = _try(probe, ids)
     if made is None:
