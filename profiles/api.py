@@ -42,6 +42,7 @@ from tightfit.profiles.schema import (
 )
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.tracing.comparison import GradientComparison
+from tightfit.profiles.tracing.loss_function import called
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
 from tightfit.profiles.tracing.trace import Trace, trace
 from tightfit.profiles.weights.pack import build_store
@@ -185,7 +186,10 @@ def profile(
         raise InputError(f"modules-to-save {', '.join(lora.modules_to_save)}: {what}; leave the option out")
     dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
     report = progress or (lambda stage, done, total: None)
-    key = _fingerprint(found, batch, seq, asdict(lora), accumulate, dtype, threads, quota_cores(), side)
+    # A module is traced first: its code, and that of a loss_fn, is part of what the profile depends on.
+    own = _trace_module(found, dtype, report) if found.kind == "module" else None
+    code = None if own is None else _operators(own[0])
+    key = _fingerprint(found, batch, seq, asdict(lora), accumulate, dtype, threads, quota_cores(), side, code)
     cached = cache_directory() / "profiles" / f"{key[:32]}.json"
     earlier = None
     if elsewhere is None and cached.exists() and not force:
@@ -207,8 +211,8 @@ def profile(
         with Store.open(path) as opened:
             store, store_fingerprint = str(path), opened.fingerprint
     comparison, decoder = None, None
-    if found.kind == "module":
-        traced, module, sample = _trace_module(found, dtype, report)
+    if own is not None:
+        traced, module, sample = own
         comparison = GradientComparison(found.name, module, sample, traced)
     elif side is not None:
         traced = _trace_side(found, side, batch, seq, dtype, report)
@@ -293,6 +297,12 @@ def _floor(measured: Mapping[str, Any], traced: Trace) -> Floor:
     if floor.inference_resident_bytes is not None:
         held["inference_resident_bytes"] = floor.inference_resident_bytes + CHOSEN_CODE_BYTES
     return floor.model_copy(update=held)
+
+
+def _operators(traced: Trace) -> str:
+    """sha256 of a traced step."""
+    parts = [part.model_dump() for part in (*traced.tensors, *traced.programs, *traced.layers)]
+    return hashlib.sha256(json.dumps([parts, traced.loss]).encode()).hexdigest()
 
 
 def _present(store: str | None) -> str | None:
@@ -435,11 +445,11 @@ def _trace_module(
         raise InputError(
             f"{source.name}: a module of your own is trained in float32; pass --dtype float32, not {dtype}"
         )
-    module, sample = build_module(source.path)
+    module, sample, _ = build_module(source.path)
     names: Mapping[str, torch.Tensor] = {f"batch{index}": tensor for index, tensor in enumerate(sample)}
     traced = trace(module, names, progress=report)
     if traced.token_losses is not None:
-        raise InputError(f"{source.name}: forward must return one scalar loss, not 2 results")
+        raise InputError(f"{source.name}: {called(module)} must return one scalar loss, not 2 results")
     for tensor in traced.tensors:
         if tensor.kind in ("trainable", "weight", "constant") and tensor.name not in source.entries:
             raise InputError(

@@ -33,6 +33,7 @@ from tightfit.profiles.schema import Layer, Operand, Operator, Program, Tensor, 
 from tightfit.profiles.tracing.fold import ONCE, Role, fold
 from tightfit.profiles.tracing.gradient_fusion import fuse_products
 from tightfit.profiles.tracing.inference import with_inference
+from tightfit.profiles.tracing.loss_function import called
 from tightfit.profiles.tracing.own_code import line_of_error, line_of_node, own_traceback, quiet_torch
 from tightfit.profiles.tracing.own_gradients import CustomFunctions, Detaching, hooks_refused, refuse_hooks
 from tightfit.profiles.tracing.unchecked import unchecked
@@ -92,7 +93,7 @@ def trace(
     report("export", 0, 1)
     graph, roles = _export(module, batch)
     report("export", 1, 1)
-    _check_results(graph)
+    _check_results(graph, called(module))
     segments = _segments(graph)
 
     def traced(parts: list[Segment], reached: Callable[[Segment], None]) -> _Tracer:
@@ -258,22 +259,24 @@ def _raise_their_own(module: torch.nn.Module, batch: Mapping[str, torch.Tensor])
             module(*(tensor.clone() for tensor in batch.values()))
     except Exception as error:
         raise InputError(
-            f"{type(module).__name__} fails on the sample batch; correct its forward\n{own_traceback(error)}"
+            f"{type(module).__name__} fails on the sample batch; correct its {called(module)}\n{own_traceback(error)}"
         ) from error
 
 
-def _check_results(graph: fx.Graph) -> None:
-    """Raise InputError unless the first result is a scalar loss and the second, if any, holds the token losses."""
+def _check_results(graph: fx.Graph, maker: str) -> None:
+    """Raise InputError, which names its `maker`, unless the first result is a scalar loss and the second, if any, holds
+    the token losses.
+    """
     results = [node.meta["val"] for node in graph.output_node().all_input_nodes]
     if not results:
-        raise InputError("forward must return one scalar loss, and returns no tensor")
+        raise InputError(f"{maker} must return one scalar loss, and returns no tensor")
     if results[0].numel() != 1:
         raise InputError(
-            f"forward must return one scalar loss, not a tensor of shape {list(results[0].shape)}; take its mean or sum"
+            f"{maker} must return one scalar loss, not a tensor of shape {list(results[0].shape)}; take its mean or sum"
         )
     if len(results) > 2 or (len(results) == 2 and not results[1].dim()):
         raise InputError(
-            f"forward must return one scalar loss, not {len(results)} results; add up losses that belong together"
+            f"{maker} must return one scalar loss, not {len(results)} results; add up losses that belong together"
         )
 
 
