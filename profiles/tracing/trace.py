@@ -30,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tightfit.profiles.schema import Layer, Operand, Operator, Program, Tensor, TensorKind, Value
+from tightfit.profiles.tracing.batch_norm_ops import EVALUATED, keep_statistics, refuse_averages
 from tightfit.profiles.tracing.fold import ONCE, Role, fold
 from tightfit.profiles.tracing.gradient_fusion import fuse_products
 from tightfit.profiles.tracing.inference import with_inference
@@ -87,7 +88,7 @@ def trace(
 
     Operators in `decompositions` are decomposed; where no backward follows, `inference` takes precedence. Parameters
     that require no gradient are frozen: matrices become weights, vectors constants. Raises InputError if the module
-    cannot be traced or mutates a buffer.
+    cannot be traced, or changes a buffer that is no running statistic.
     """
     report = progress or (lambda stage, done, total: None)
     report("export", 0, 1)
@@ -105,7 +106,7 @@ def trace(
             roles=roles,
             fake_mode=FakeTensorMode(),
             decompositions=decompositions or {},
-            inference=inference or {},
+            inference=(inference or {}) | EVALUATED,
             requires={node: role.kind == "trainable" for node, role in roles.items()},
         )
         for part in parts:
@@ -156,6 +157,7 @@ def _reason(error: Exception) -> str:
 
 def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Graph, dict[fx.Node, Role]]:
     refuse_hooks(module)
+    refuse_averages(module)
     functions = CustomFunctions()
     with warnings.catch_warnings(), quiet_torch():
         warnings.simplefilter("ignore")  # deprecation warnings of torch about its own export
@@ -173,12 +175,8 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
     functions.restore(program.graph)
     _open_copies(program.graph)
     _open_constants(program)
+    keep_statistics(module, program)
     signature = program.graph_signature
-    if signature.buffers_to_mutate:
-        names = ", ".join(signature.buffers_to_mutate.values())
-        raise InputError(
-            f"{type(module).__name__} changes the buffers {names} while training; use layers without running statistics (GroupNorm, LayerNorm)"
-        )
     parameters = dict(module.named_parameters(remove_duplicate=False))
     held = parameters | dict(module.named_buffers(remove_duplicate=False))
     shared: dict[int, fx.Node] = {}
