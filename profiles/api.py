@@ -439,13 +439,11 @@ def _trace_side(source: Source, side: SideShape, batch: int, seq: int, dtype: st
 def _trace_module(
     source: Source, dtype: str, report: Progress
 ) -> tuple[Trace, torch.nn.Module, tuple[torch.Tensor, ...]]:
-    from tightfit.profiles.sources.factory import build_module
+    from tightfit.profiles.sources.factory import build_module, narrowed
 
+    module, sample, inputs = build_module(source.path)
     if dtype != "float32":
-        raise InputError(
-            f"{source.name}: a module of your own is trained in float32; pass --dtype float32, not {dtype}"
-        )
-    module, sample, _ = build_module(source.path)
+        module, sample = narrowed(module, sample, inputs, DTYPES[dtype])
     names: Mapping[str, torch.Tensor] = {f"batch{index}": tensor for index, tensor in enumerate(sample)}
     traced = trace(module, names, progress=report)
     if traced.token_losses is not None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from tightfit.profiles.tracing.loss_function import with_loss
+from tightfit.profiles.tracing.loss_function import outside, with_loss
 from tightfit.profiles.tracing.own_code import own_traceback
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
@@ -119,7 +120,8 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
     module.float()
     for held in (*module.parameters(), *module.buffers()):
         held.data = held.data.contiguous()  # the layout in which it is stored
-    return module, as_trained(batch), inputs
+    # Copies, since torch.export does not take views of one tensor, such as those of `x, y = pair`.
+    return module, tuple(tensor.clone() for tensor in as_trained(batch)), inputs
 
 
 def flat_batch(batch: Sequence[Any], name: str) -> tuple[list[Any], int]:
@@ -135,6 +137,23 @@ def flat_batch(batch: Sequence[Any], name: str) -> tuple[list[Any], int]:
         )
     inputs, targets = ([part] if isinstance(part, Tensor) else list(part) for part in batch)
     return [*inputs, *targets], len(inputs)
+
+
+def narrowed(
+    module: nn.Module, batch: Sequence[Tensor], inputs: int | None, dtype: torch.dtype
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """What `build_module` makes, with parameters and inputs in `dtype`, as after `module.to(dtype)`.
+
+    Norms with running statistics stay in float32, since statistics in bfloat16 would stand still, and so do the buffers and
+    targets of a loss_fn.
+    """
+    module.to(dtype)
+    apart = [part for part in module.modules() if isinstance(part, _NormBase)]
+    for part in (*apart, *outside(module)):
+        part.float()
+    count = len(batch) if inputs is None else inputs
+    narrow = (t.to(dtype) if t.is_floating_point() and at < count else t for at, t in enumerate(batch))
+    return module, tuple(narrow)
 
 
 def as_trained(batch: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ registers the operators of `tightfit.runtime.engine.cpu.batch_norm` with torch.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def _without_batch(
     return batch_norm_inference(x, weight, bias, mean, var, eps), None, None, None, None
 
 
-EVALUATED = {batch_norm: _without_batch, keep_state: lambda state, value: None}
+EVALUATED: dict[Any, Callable[..., Any]] = {batch_norm: _without_batch, keep_state: lambda state, value: None}
 """What the operators are where no backward follows."""
 
 
@@ -91,7 +92,8 @@ def keep_statistics(module: nn.Module, program: ExportedProgram) -> None:
         return
     output = graph.output_node()
     results = list(output.args[0])  # type: ignore[arg-type]
-    placed = {name: node for node in graph.find_nodes(op="placeholder") for name in [_buffer(program, node)] if name}
+    buffers = program.graph_signature.inputs_to_buffers
+    placed = {buffers[node.name]: node for node in graph.find_nodes(op="placeholder") if node.name in buffers}
     last = {node.name: node for node in results if isinstance(node, fx.Node)}
     for made, buffer in changed.items():
         chain = _chain(placed[buffer], last[made], output)
@@ -110,10 +112,6 @@ def keep_statistics(module: nn.Module, program: ExportedProgram) -> None:
         x, weight, bias, mean, var, training, momentum, eps = node.args
         assert training
         node.target, node.args = batch_norm, (x, weight, bias, mean, var, momentum, eps)
-
-
-def _buffer(program: ExportedProgram, node: fx.Node) -> str | None:
-    return program.graph_signature.inputs_to_buffers.get(node.name)
 
 
 def _chain(buffer: fx.Node, last: fx.Node, output: fx.Node) -> list[fx.Node] | None:

@@ -26,6 +26,13 @@ def called(module: nn.Module) -> str:
     return "loss_fn" if isinstance(module, WithLoss) else "forward"
 
 
+def outside(module: nn.Module) -> list[nn.Module]:
+    """The loss_fn, where it is a module whose buffers `with_loss` took over."""
+    loss_fn = module._loss_fn[0] if isinstance(module, WithLoss) else None
+    adopted = isinstance(loss_fn, nn.Module) and any(part._non_persistent_buffers_set for part in loss_fn.modules())
+    return [loss_fn] if adopted else []  # type: ignore[list-item]
+
+
 def with_loss(module: nn.Module, loss_fn: Loss, inputs: int) -> None:
     """Have `module(*batch)` return `loss_fn(module(*batch[:inputs]), *batch[inputs:])`.
 

@@ -86,6 +86,7 @@ def trace(
 ) -> Trace:
     """Trace `module(*batch)`, whose first result is the scalar loss and whose second, if any, the token losses.
 
+    Trained parameters and the loss are float32; operators get parameters in the type that the module has them in.
     Operators in `decompositions` are decomposed; where no backward follows, `inference` takes precedence. Parameters
     that require no gradient are frozen: matrices become weights, vectors constants. Raises InputError if the module
     cannot be traced, or changes a buffer that is no running statistic.
@@ -95,6 +96,7 @@ def trace(
     graph, roles = _export(module, batch)
     report("export", 1, 1)
     _check_results(graph, called(module))
+    _widen_loss(graph)
     segments = _segments(graph)
 
     def traced(parts: list[Segment], reached: Callable[[Segment], None]) -> _Tracer:
@@ -209,7 +211,40 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
                 node.replace_all_uses_with(first)
                 continue
         roles[node] = Role(name=name, kind=kind)
+    for node, role in roles.items():
+        if role.kind == "trainable":
+            _keep_wide(program.graph, node)
     return program.graph, roles
+
+
+def _keep_wide(graph: fx.Graph, parameter: fx.Node) -> None:
+    """Make a trained parameter float32, which is rounded to the type that the module has it in wherever it is used: what an
+    update adds is often too small for a bfloat16.
+    """
+    narrow = parameter.meta["val"]
+    if narrow.dtype is torch.float32:
+        return
+    for user in list(parameter.users):
+        with graph.inserting_before(user):
+            rounded = graph.call_function(aten._to_copy.default, (parameter,), {"dtype": narrow.dtype})
+        rounded.meta.update(user.meta, val=narrow)
+        user.replace_input_with(parameter, rounded)
+    with narrow.fake_mode:
+        parameter.meta["val"] = narrow.float()
+
+
+def _widen_loss(graph: fx.Graph) -> None:
+    """Make the loss float32."""
+    output = graph.output_node()
+    loss, *others = output.all_input_nodes
+    value = loss.meta["val"]
+    if value.dtype is torch.float32 or not value.is_floating_point():
+        return
+    with graph.inserting_before(output):
+        wide = graph.call_function(aten._to_copy.default, (loss,), {"dtype": torch.float32})
+    with value.fake_mode:
+        wide.meta.update(loss.meta, val=value.float())
+    output.args = ((wide, *others),)
 
 
 def _open_copies(graph: fx.Graph) -> None:

@@ -45,7 +45,11 @@ def as_planned(plan: Plan, batch: Sequence[Any] | Tensor, name: str) -> list[Ten
         return _tokens(plan, batch, name)
     # The plan lists the tensors that the module uses, in the order of their first use.
     planned = {int(t.name.removeprefix("batch")): (t.dtype, t.shape) for t in plan.tensors if t.kind == "batch"}
-    tensors = as_trained(batch)
+    tensors = list(as_trained(batch))
+    for at, (kind, _) in planned.items():
+        dtype = getattr(torch, kind)
+        if at < len(tensors) and tensors[at].is_floating_point() and dtype.is_floating_point:
+            tensors[at] = tensors[at].to(dtype)
     found = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in tensors]
     if max(planned, default=-1) >= len(tensors) or any(found[at] != wanted for at, wanted in planned.items()):
         wanted = [planned[at] for at in sorted(planned)]
