@@ -42,6 +42,7 @@ from tightfit.profiles.schema import (
 )
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.tracing.comparison import GradientComparison
+from tightfit.profiles.tracing.loss_function import called
 from tightfit.profiles.tracing.torch_ops import DECOMPOSITIONS, INFERENCE
 from tightfit.profiles.tracing.trace import Trace, trace
 from tightfit.profiles.weights.pack import build_store
@@ -69,10 +70,10 @@ MOST_ELEMENTS = 1 << 60
 bytes."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CHOSEN_CODE_BYTES = 1 << 20
-"""Allowance for the code of operators that only some settings of LoRA have (dropout, DoRA, tables), which is mapped when
+"""Allowance for the code of operators that only some runs have (dropout, DoRA, tables, batch norm), which is mapped when
 they first run: the process that measures the floor does not run them. A run of a tiny model with DoRA held 0.1 MiB more than
 its plan said without it."""
-CHOSEN = ("tightfit.dropout", "tightfit.dora_", "tightfit.table_")
+CHOSEN = ("tightfit.dropout", "tightfit.dora_", "tightfit.table_", "tightfit.batch_norm")
 """Prefixes of the names of these operators."""
 CODE = (
     "runtime/common",
@@ -185,7 +186,10 @@ def profile(
         raise InputError(f"modules-to-save {', '.join(lora.modules_to_save)}: {what}; leave the option out")
     dtype = dtype or ("float32" if found.kind == "module" else "bfloat16")
     report = progress or (lambda stage, done, total: None)
-    key = _fingerprint(found, batch, seq, asdict(lora), accumulate, dtype, threads, quota_cores(), side)
+    # A module is traced first: its code, and that of a loss_fn, is part of what the profile depends on.
+    own = _trace_module(found, dtype, report) if found.kind == "module" else None
+    code = None if own is None else _operators(own[0])
+    key = _fingerprint(found, batch, seq, asdict(lora), accumulate, dtype, threads, quota_cores(), side, code)
     cached = cache_directory() / "profiles" / f"{key[:32]}.json"
     earlier = None
     if elsewhere is None and cached.exists() and not force:
@@ -207,8 +211,8 @@ def profile(
         with Store.open(path) as opened:
             store, store_fingerprint = str(path), opened.fingerprint
     comparison, decoder = None, None
-    if found.kind == "module":
-        traced, module, sample = _trace_module(found, dtype, report)
+    if own is not None:
+        traced, module, sample = own
         comparison = GradientComparison(found.name, module, sample, traced)
     elif side is not None:
         traced = _trace_side(found, side, batch, seq, dtype, report)
@@ -293,6 +297,12 @@ def _floor(measured: Mapping[str, Any], traced: Trace) -> Floor:
     if floor.inference_resident_bytes is not None:
         held["inference_resident_bytes"] = floor.inference_resident_bytes + CHOSEN_CODE_BYTES
     return floor.model_copy(update=held)
+
+
+def _operators(traced: Trace) -> str:
+    """sha256 of a traced step."""
+    parts = [part.model_dump() for part in (*traced.tensors, *traced.programs, *traced.layers)]
+    return hashlib.sha256(json.dumps([parts, traced.loss]).encode()).hexdigest()
 
 
 def _present(store: str | None) -> str | None:
@@ -429,17 +439,15 @@ def _trace_side(source: Source, side: SideShape, batch: int, seq: int, dtype: st
 def _trace_module(
     source: Source, dtype: str, report: Progress
 ) -> tuple[Trace, torch.nn.Module, tuple[torch.Tensor, ...]]:
-    from tightfit.profiles.sources.factory import build_module
+    from tightfit.profiles.sources.factory import build_module, narrowed
 
+    module, sample, inputs = build_module(source.path)
     if dtype != "float32":
-        raise InputError(
-            f"{source.name}: a module of your own is trained in float32; pass --dtype float32, not {dtype}"
-        )
-    module, sample = build_module(source.path)
+        module, sample = narrowed(module, sample, inputs, DTYPES[dtype])
     names: Mapping[str, torch.Tensor] = {f"batch{index}": tensor for index, tensor in enumerate(sample)}
     traced = trace(module, names, progress=report)
     if traced.token_losses is not None:
-        raise InputError(f"{source.name}: forward must return one scalar loss, not 2 results")
+        raise InputError(f"{source.name}: {called(module)} must return one scalar loss, not 2 results")
     for tensor in traced.tensors:
         if tensor.kind in ("trainable", "weight", "constant") and tensor.name not in source.entries:
             raise InputError(

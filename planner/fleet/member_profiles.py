@@ -11,6 +11,7 @@ from typing import Any
 
 from tightfit.planner.fleet.pieces import trained_tensors
 from tightfit.planner.fleet.schema import Shelf
+from tightfit.planner.problem.gradients import refuse_statistics
 from tightfit.profiles.devices.estimate import SUM_PASSES, UPDATE_PASSES
 from tightfit.profiles.schema import EXCHANGE, Device, Profile, Program, adamw
 from tightfit.runtime.common.errors import InputError
@@ -106,6 +107,7 @@ def check_one_model(profiles: Mapping[str, Profile]) -> None:
                 f"member {name}: nothing of {profile.model.name} is trained, so that there are no gradients to add;"
                 " profile it with --lora-rank"
             )
+        refuse_statistics(profile, "a fleet")
     check_equal(
         {name: _facts(profile) for name, profile in profiles.items()},
         lambda one, other: "" if isinstance(other, list) else f" ({_shown(one)} and {_shown(other)})",

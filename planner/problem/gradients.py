@@ -17,6 +17,7 @@ from tightfit.planner.schema import MEZO, Plan
 from tightfit.profiles.schema import Layer, Operator, Profile, Program, Tensor
 from tightfit.profiles.tracing.inference import inference_only
 from tightfit.runtime.common.errors import InputError
+from tightfit.runtime.engine.training.job import kept_buffers
 
 POSITIONS = 4
 """number of runs of neighbouring layers that LCSB's cycle trains in turn"""
@@ -50,6 +51,7 @@ def two_forwards(profile: Profile) -> PartialStep:
     nothing is trained, or where gradients are accumulated over several steps.
     """
     refuse_accumulation(profile, MEZO)
+    refuse_statistics(profile, MEZO)
     optimizer = {"name": MEZO, "state_tensors": 0}
     perturbed = tuple(tensor.name for tensor in profile.tensors if tensor.kind == "trainable")
     if not perturbed:
@@ -92,6 +94,7 @@ def cycle(profile: Profile, positions: int = POSITIONS) -> tuple[PartialStep, ..
     """
     refuse_accumulation(profile, "lcsb")
     refuse_tables(profile, "lcsb")
+    refuse_statistics(profile, "lcsb")
     passages, blocks = equal_passages(profile), trained_blocks(profile)
     bound = {layer.name: (program, layer.bindings) for layer, program in _bound_programs(profile)}
     if len(blocks) < 2:
@@ -130,6 +133,15 @@ def refuse_tables(profile: Profile, who: str) -> None:
         raise InputError(
             f"{who} trains LoRA pairs alone, and this profile trains {' and '.join(profile.model.tables)} in full as well; profile"
             " without --modules-to-save, or choose another way to train"
+        )
+
+
+def refuse_statistics(profile: Profile, who: str) -> None:
+    """Raises InputError where a step of `profile` changes running statistics, which `who` cannot."""
+    if kept := kept_buffers(profile.layers, profile.programs):
+        raise InputError(
+            f"{who} does not keep running statistics, and {profile.model.name} has some ({kept[0]}{', ...' if len(kept) > 1 else ''});"
+            " use GroupNorm or LayerNorm in the model, or choose another way to train"
         )
 
 

@@ -13,7 +13,14 @@ from dataclasses import replace
 
 from tightfit.planner.problem.build_layers import layered
 from tightfit.planner.problem.device_forward import check_side
-from tightfit.planner.problem.gradients import PartialStep, cycle, refuse_accumulation, refuse_tables, two_forwards
+from tightfit.planner.problem.gradients import (
+    PartialStep,
+    cycle,
+    refuse_accumulation,
+    refuse_statistics,
+    refuse_tables,
+    two_forwards,
+)
 from tightfit.planner.problem.layer_types import Layered, LayerType, Mode
 from tightfit.planner.schedule.layer_schedule import Column, Decision, measure
 from tightfit.planner.schedule.multi_layer_recompute import Segments, sqrt_segments
@@ -104,6 +111,7 @@ def refused_of(profile: Profile) -> dict[str, str]:
                 check_side(profile)
             else:
                 refuse_accumulation(profile, policy)
+                refuse_statistics(profile, policy)
                 if policy == "lcsb":
                     refuse_tables(profile, policy)
         except InputError as error:

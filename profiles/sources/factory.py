@@ -6,14 +6,16 @@ import hashlib
 import importlib
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from tightfit.profiles.tracing.loss_function import outside, with_loss
 from tightfit.profiles.tracing.own_code import own_traceback
 from tightfit.profiles.weights.source import Source, SourceTensor
 from tightfit.runtime.common.errors import InputError
@@ -21,15 +23,17 @@ from tightfit.runtime.engine.weights.layout import VERSION, Entry
 from tightfit.runtime.engine.weights.store import RAW
 
 KINDS = {dtype: name for name, dtype in RAW.items()}
+INPUTS = "inputs"
+"""Key in a model's `config`: how many tensors of a batch are the module's inputs, where the others are a loss_fn's targets."""
 
 
 def factory_source(source: str, *, seed: int = 0) -> Source:
     """A source for the module that a factory makes; it is called with torch's generator seeded with `seed`.
 
-    The factory returns (module, sample batch). Floating-point parameters and buffers are stored in float32, other
-    buffers unchanged. Raises InputError as `build_module` does.
+    The factory returns (module, sample batch) or (module, sample batch, loss_fn). Floating-point parameters and buffers
+    are stored in float32, other buffers unchanged. Raises InputError as `build_module` does.
     """
-    module = build_module(source, seed)[0]
+    module, _, inputs = build_module(source, seed)
     held = dict(module.named_parameters()) | dict(module.named_buffers())
     entries, digest = {}, hashlib.sha256(json.dumps([VERSION, "module", source]).encode())
     for name, tensor in held.items():
@@ -57,7 +61,7 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
         name=source.replace(":", "."),
         kind="module",
         path=source,
-        config={"factory": source, "state_dict": keys},
+        config={"factory": source, "state_dict": keys} | ({} if inputs is None else {INPUTS: inputs}),
         fingerprint=digest.hexdigest(),
         has_weights=True,
         entries=entries,
@@ -66,8 +70,11 @@ def factory_source(source: str, *, seed: int = 0) -> Source:
     )
 
 
-def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """(module, sample batch) of a factory, in float32, with the same initial parameters for the same seed.
+def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...], int | None]:
+    """(module, sample batch, inputs) of a factory, in float32, with the same initial parameters for the same seed.
+
+    The module returns the loss of the batch's tensors, one after the other. Where the factory gives a loss_fn, the first
+    `inputs` of them are the module's own and the others the loss_fn's targets; otherwise `inputs` is None.
 
     Raises InputError if the factory cannot be imported, fails, or returns something else.
     """
@@ -82,15 +89,20 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
             ) from error
     if not (
         isinstance(made, tuple)
-        and len(made) == 2
+        and len(made) in (2, 3)
         and isinstance(made[0], nn.Module)
         and isinstance(made[1], tuple | list)
     ):
         told = type(made).__name__
         if isinstance(made, tuple):
             told = f"({', '.join(type(part).__name__ for part in made)})"
-        raise InputError(f"{source}: returned {told}; a factory returns (nn.Module, tuple of sample batch tensors)")
-    module, batch = made
+        raise InputError(
+            f"{source}: returned {told}; a factory returns (nn.Module, tuple of sample batch tensors), or these and a loss_fn"
+        )
+    module, batch, *loss_fn = made
+    inputs: int | None = None
+    if loss_fn:
+        batch, inputs = flat_batch(batch, f"{source}: the sample batch")
     for index, tensor in enumerate(batch):
         if not isinstance(tensor, Tensor):
             raise InputError(
@@ -100,10 +112,48 @@ def build_module(source: str, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, .
         raise InputError(f"{source}: the module has no parameters; there is nothing to train")
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise InputError(f"{source}: no parameter of the module requires a gradient; there is nothing to train")
+    if inputs is not None:
+        try:
+            with_loss(module, loss_fn[0], inputs)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
     module.float()
     for held in (*module.parameters(), *module.buffers()):
         held.data = held.data.contiguous()  # the layout in which it is stored
-    return module, as_trained(batch)
+    # Copies, since torch.export does not take views of one tensor, such as those of `x, y = pair`.
+    return module, tuple(tensor.clone() for tensor in as_trained(batch)), inputs
+
+
+def flat_batch(batch: Sequence[Any], name: str) -> tuple[list[Any], int]:
+    """(the tensors of a batch (inputs, targets), how many of them are inputs), where a module has a loss_fn.
+
+    Either part is a tensor or a tuple of tensors. Raises InputError, which calls the batch `name`, for another number of
+    parts.
+    """
+    if len(batch) != 2:
+        raise InputError(
+            f"{name} has {len(batch)} item{'s' * (len(batch) != 1)}; where there is a loss_fn it has two, inputs and targets:"
+            " tensors or tuples of tensors, such as ((a, b), labels) for a module of two inputs"
+        )
+    inputs, targets = ([part] if isinstance(part, Tensor) else list(part) for part in batch)
+    return [*inputs, *targets], len(inputs)
+
+
+def narrowed(
+    module: nn.Module, batch: Sequence[Tensor], inputs: int | None, dtype: torch.dtype
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """What `build_module` makes, with parameters and inputs in `dtype`, as after `module.to(dtype)`.
+
+    Norms with running statistics stay in float32, since statistics in bfloat16 would stand still, and so do the buffers and
+    targets of a loss_fn.
+    """
+    module.to(dtype)
+    apart = [part for part in module.modules() if isinstance(part, _NormBase)]
+    for part in (*apart, *outside(module)):
+        part.float()
+    count = len(batch) if inputs is None else inputs
+    narrow = (t.to(dtype) if t.is_floating_point() and at < count else t for at, t in enumerate(batch))
+    return module, tuple(narrow)
 
 
 def as_trained(batch: Iterable[Tensor]) -> tuple[Tensor, ...]:

@@ -21,6 +21,7 @@ from tightfit.profiles.schema import NOT_COMPARED, Layer, Program
 from tightfit.profiles.tracing.own_code import own_traceback
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.common.units import format_size
+from tightfit.runtime.engine.training.job import KEEP_STATE
 
 if TYPE_CHECKING:
     from tightfit.profiles.tracing.trace import Trace
@@ -51,7 +52,8 @@ class GradientComparison:
 
     def __init__(self, name: str, module: nn.Module, batch: tuple[Tensor, ...], traced: Trace) -> None:
         self.name, self.module, self.batch, self.traced = name, module, batch, traced
-        self.random = sorted({op.target for p in traced.programs for op in p.operators if not op.recomputable})
+        targets = {op.target for p in traced.programs for op in p.operators if not op.recomputable}
+        self.random = sorted(targets - {KEEP_STATE})
 
     def why_not(self) -> str | None:
         """Why there is no comparison, in words, if memory is too short for it; else None."""
@@ -67,7 +69,8 @@ class GradientComparison:
         """
         self.theirs = autograd_step(self.module, self.batch)
         held = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        tensors = {name: tensor.detach() for name, tensor in held.items()}
+        types = {tensor.name: getattr(torch, tensor.dtype) for tensor in self.traced.tensors}
+        tensors = {name: tensor.detach().to(types.get(name, tensor.dtype)) for name, tensor in held.items()}
         torch.save(tensors | {f"batch{index}": tensor for index, tensor in enumerate(self.batch)}, folder / GIVEN)
         names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
         return {

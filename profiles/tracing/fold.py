@@ -18,6 +18,7 @@ from tightfit.profiles.schema import Operand, Operator, Program, TensorKind, Val
 from tightfit.profiles.tracing.inference import renamed
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.cpu.operators import STATE_COLUMNS
+from tightfit.runtime.engine.training.job import KEEP_STATE
 
 aten = torch.ops.aten
 
@@ -94,7 +95,8 @@ class _Folder:
 
     def program(self, name: str) -> Program:
         outputs = list(self.graph.output_node().args[0])  # type: ignore[arg-type]
-        in_forward = _ancestors([n for n in outputs[: self.forward] if isinstance(n, fx.Node)])
+        kept = [n for n in self.graph.nodes if str(n.target).removesuffix(".default") == KEEP_STATE]
+        in_forward = _ancestors([n for n in outputs[: self.forward] if isinstance(n, fx.Node)] + kept)
         backward: list[Operator] = []
         placeholders = iter(self.inputs)
         for node in self.graph.nodes:
@@ -140,7 +142,7 @@ class _Folder:
 
     def _call(self, node: fx.Node, phase: Any) -> Operator | None:
         """The operator of a node, or None if the node is only a view of an existing storage."""
-        value, target = node.meta["val"], node.target
+        value, target = node.meta.get("val", ()), node.target  # keep_state has no output
         assert isinstance(target, torch._ops.OpOverload)
         if target._schema.is_mutable:
             raise InputError(
@@ -199,7 +201,7 @@ class _Folder:
             kwargs={k: self._argument(v, inputs) for k, v in node.kwargs.items()},
             inputs=list(inputs),
             outputs=outputs,
-            recomputable=torch.Tag.nondeterministic_seeded not in target.tags and name not in ONCE,
+            recomputable=torch.Tag.nondeterministic_seeded not in target.tags and name not in (*ONCE, KEEP_STATE),
             gathers=[args[0]["operand"]["value"]] if name in GATHERS else [],
             flops=_flops(node),
         )

@@ -30,9 +30,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from tightfit.profiles.schema import Layer, Operand, Operator, Program, Tensor, TensorKind, Value
+from tightfit.profiles.tracing.batch_norm_ops import EVALUATED, keep_statistics, refuse_averages
 from tightfit.profiles.tracing.fold import ONCE, Role, fold
 from tightfit.profiles.tracing.gradient_fusion import fuse_products
 from tightfit.profiles.tracing.inference import with_inference
+from tightfit.profiles.tracing.loss_function import called
 from tightfit.profiles.tracing.own_code import line_of_error, line_of_node, own_traceback, quiet_torch
 from tightfit.profiles.tracing.own_gradients import CustomFunctions, Detaching, hooks_refused, refuse_hooks
 from tightfit.profiles.tracing.unchecked import unchecked
@@ -84,15 +86,17 @@ def trace(
 ) -> Trace:
     """Trace `module(*batch)`, whose first result is the scalar loss and whose second, if any, the token losses.
 
+    Trained parameters and the loss are float32; operators get parameters in the type that the module has them in.
     Operators in `decompositions` are decomposed; where no backward follows, `inference` takes precedence. Parameters
     that require no gradient are frozen: matrices become weights, vectors constants. Raises InputError if the module
-    cannot be traced or mutates a buffer.
+    cannot be traced, or changes a buffer that is no running statistic.
     """
     report = progress or (lambda stage, done, total: None)
     report("export", 0, 1)
     graph, roles = _export(module, batch)
     report("export", 1, 1)
-    _check_results(graph)
+    _check_results(graph, called(module))
+    _widen_loss(graph)
     segments = _segments(graph)
 
     def traced(parts: list[Segment], reached: Callable[[Segment], None]) -> _Tracer:
@@ -104,7 +108,7 @@ def trace(
             roles=roles,
             fake_mode=FakeTensorMode(),
             decompositions=decompositions or {},
-            inference=inference or {},
+            inference=(inference or {}) | EVALUATED,
             requires={node: role.kind == "trainable" for node, role in roles.items()},
         )
         for part in parts:
@@ -155,6 +159,7 @@ def _reason(error: Exception) -> str:
 
 def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple[fx.Graph, dict[fx.Node, Role]]:
     refuse_hooks(module)
+    refuse_averages(module)
     functions = CustomFunctions()
     with warnings.catch_warnings(), quiet_torch():
         warnings.simplefilter("ignore")  # deprecation warnings of torch about its own export
@@ -172,12 +177,8 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
     functions.restore(program.graph)
     _open_copies(program.graph)
     _open_constants(program)
+    keep_statistics(module, program)
     signature = program.graph_signature
-    if signature.buffers_to_mutate:
-        names = ", ".join(signature.buffers_to_mutate.values())
-        raise InputError(
-            f"{type(module).__name__} changes the buffers {names} while training; use layers without running statistics (GroupNorm, LayerNorm)"
-        )
     parameters = dict(module.named_parameters(remove_duplicate=False))
     held = parameters | dict(module.named_buffers(remove_duplicate=False))
     shared: dict[int, fx.Node] = {}
@@ -210,7 +211,40 @@ def _export(module: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tuple
                 node.replace_all_uses_with(first)
                 continue
         roles[node] = Role(name=name, kind=kind)
+    for node, role in roles.items():
+        if role.kind == "trainable":
+            _keep_wide(program.graph, node)
     return program.graph, roles
+
+
+def _keep_wide(graph: fx.Graph, parameter: fx.Node) -> None:
+    """Make a trained parameter float32, which is rounded to the type that the module has it in wherever it is used: what an
+    update adds is often too small for a bfloat16.
+    """
+    narrow = parameter.meta["val"]
+    if narrow.dtype is torch.float32:
+        return
+    for user in list(parameter.users):
+        with graph.inserting_before(user):
+            rounded = graph.call_function(aten._to_copy.default, (parameter,), {"dtype": narrow.dtype})
+        rounded.meta.update(user.meta, val=narrow)
+        user.replace_input_with(parameter, rounded)
+    with narrow.fake_mode:
+        parameter.meta["val"] = narrow.float()
+
+
+def _widen_loss(graph: fx.Graph) -> None:
+    """Make the loss float32."""
+    output = graph.output_node()
+    loss, *others = output.all_input_nodes
+    value = loss.meta["val"]
+    if value.dtype is torch.float32 or not value.is_floating_point():
+        return
+    with graph.inserting_before(output):
+        wide = graph.call_function(aten._to_copy.default, (loss,), {"dtype": torch.float32})
+    with value.fake_mode:
+        wide.meta.update(loss.meta, val=value.float())
+    output.args = ((wide, *others),)
 
 
 def _open_copies(graph: fx.Graph) -> None:
@@ -258,22 +292,24 @@ def _raise_their_own(module: torch.nn.Module, batch: Mapping[str, torch.Tensor])
             module(*(tensor.clone() for tensor in batch.values()))
     except Exception as error:
         raise InputError(
-            f"{type(module).__name__} fails on the sample batch; correct its forward\n{own_traceback(error)}"
+            f"{type(module).__name__} fails on the sample batch; correct its {called(module)}\n{own_traceback(error)}"
         ) from error
 
 
-def _check_results(graph: fx.Graph) -> None:
-    """Raise InputError unless the first result is a scalar loss and the second, if any, holds the token losses."""
+def _check_results(graph: fx.Graph, maker: str) -> None:
+    """Raise InputError, which names its `maker`, unless the first result is a scalar loss and the second, if any, holds
+    the token losses.
+    """
     results = [node.meta["val"] for node in graph.output_node().all_input_nodes]
     if not results:
-        raise InputError("forward must return one scalar loss, and returns no tensor")
+        raise InputError(f"{maker} must return one scalar loss, and returns no tensor")
     if results[0].numel() != 1:
         raise InputError(
-            f"forward must return one scalar loss, not a tensor of shape {list(results[0].shape)}; take its mean or sum"
+            f"{maker} must return one scalar loss, not a tensor of shape {list(results[0].shape)}; take its mean or sum"
         )
     if len(results) > 2 or (len(results) == 2 and not results[1].dim()):
         raise InputError(
-            f"forward must return one scalar loss, not {len(results)} results; add up losses that belong together"
+            f"{maker} must return one scalar loss, not {len(results)} results; add up losses that belong together"
         )
 
 

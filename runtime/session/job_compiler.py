@@ -44,6 +44,7 @@ from tightfit.runtime.engine.training.job import (
     UPDATE,
     Job,
     draws_numbers,
+    kept_buffers,
     program_header,
     starts_of,
 )
@@ -277,7 +278,8 @@ def _header(
         for operator in operators
         for name in (index.names[layer][value] for value in operator.gathers)
     }
-    shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    kept = kept_buffers(plan.layers, plan.programs)
     return {
         "budget_bytes": plan.budget_bytes,
         # The training process's share of the budget.
@@ -300,8 +302,9 @@ def _header(
         "cycle": cycle,
         "trainables": _said(_of_kind(plan, "trainable")),
         "constants": placed("constant"),
+        "buffers": [[name, tensors[name].dtype, tensors[name].shape, plan.resident[name]] for name in kept],
         "inputs": placed("batch"),
         "gathered": list(gathered.items()),
         "loss": numbers[plan.loss],
-        "token_losses": [numbers[plan.token_losses], shapes[plan.token_losses]] if plan.token_losses else None,
+        "token_losses": [numbers[plan.token_losses], tensors[plan.token_losses].shape] if plan.token_losses else None,
     }

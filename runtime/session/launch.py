@@ -36,7 +36,7 @@ from tightfit.runtime.supervision.training_process import RunOrder
 if TYPE_CHECKING:
     import torch
 
-Data: TypeAlias = "str | os.PathLike[str] | Iterable[Sequence[torch.Tensor]]"
+Data: TypeAlias = "str | os.PathLike[str] | Iterable[Sequence[torch.Tensor | Sequence[torch.Tensor]]]"
 
 
 def run(
@@ -256,7 +256,8 @@ def _prepare_module(plan: Plan, data: Data, folder: Path, purpose: str, stages: 
             raise InputError(
                 f"a module trains on batches of tensors (from Python) or on 'random', its sample batch; got {os.fspath(data)!r}"
             )
-        data = [build_module(plan.model.source)[1]]
+        _, sample, inputs = build_module(plan.model.source)
+        data = [sample if inputs is None else (sample[:inputs], sample[inputs:])]
     length = _length(data)
 
     def checked() -> Iterator[list[torch.Tensor]]:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tightfit.planner.schema import Plan
-from tightfit.profiles.sources.factory import as_trained
+from tightfit.profiles.sources.factory import INPUTS, as_trained, flat_batch
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.training.records import IGNORED
 
 
-def as_planned(plan: Plan, batch: Sequence[Tensor] | Tensor, name: str) -> list[Tensor]:
+def as_planned(plan: Plan, batch: Sequence[Any] | Tensor, name: str) -> list[Tensor]:
     """The tensors of a batch that are the plan's inputs, contiguous and in the plan's order; messages call the batch
     `name`.
 
     For a module, `batch` has the shapes and dtypes that it was profiled with; tensors that it does not use are left
-    out. For a language model, `batch` is (input_ids, labels) or input_ids alone, as transformers takes them: integers
+    out. Where its factory gave a loss_fn, `batch` is (inputs, targets), either of them a tensor or a tuple of tensors. For
+    a language model, `batch` is (input_ids, labels) or input_ids alone, as transformers takes them: integers
     [rows, tokens] of at most the planned shape, padded on the right; labels[t] is the token at position t, or -100 to
     predict nothing there. The result is int64 [batch, seq], and its labels are shifted to the position that predicts
     them.
@@ -28,6 +30,13 @@ def as_planned(plan: Plan, batch: Sequence[Tensor] | Tensor, name: str) -> list[
     """
     if isinstance(batch, Tensor):  # iterating over it would take its rows for the batch's tensors
         raise InputError(f"{name} is a tensor; a batch is a tuple of tensors: give (tensor,)")
+    inputs = plan.model.config.get(INPUTS) if plan.model.kind == "module" else None
+    if inputs is not None:
+        batch, found_inputs = flat_batch(batch, name)
+        if found_inputs != inputs:
+            raise InputError(
+                f"{name} has {found_inputs} inputs, the module takes {inputs}; give (inputs, targets) as the factory does"
+            )
     for index, tensor in enumerate(batch):
         if not isinstance(tensor, Tensor):
             raise InputError(f"{name}: item {index} is of type {type(tensor).__name__}; a batch is a tuple of tensors")
@@ -36,7 +45,11 @@ def as_planned(plan: Plan, batch: Sequence[Tensor] | Tensor, name: str) -> list[
         return _tokens(plan, batch, name)
     # The plan lists the tensors that the module uses, in the order of their first use.
     planned = {int(t.name.removeprefix("batch")): (t.dtype, t.shape) for t in plan.tensors if t.kind == "batch"}
-    tensors = as_trained(batch)
+    tensors = list(as_trained(batch))
+    for at, (kind, _) in planned.items():
+        dtype = getattr(torch, kind)
+        if at < len(tensors) and tensors[at].is_floating_point() and dtype.is_floating_point:
+            tensors[at] = tensors[at].to(dtype)
     found = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in tensors]
     if max(planned, default=-1) >= len(tensors) or any(found[at] != wanted for at, wanted in planned.items()):
         wanted = [planned[at] for at in sorted(planned)]

@@ -42,7 +42,7 @@ class Session:
                 loss = session.step(inputs, labels)
         module.load_state_dict(load_file("out/model/model.safetensors"))
 
-    A batch is a module's tensors as it was profiled, or a language model's input_ids and labels as transformers takes
+    A batch is a module's tensors as it was profiled (inputs and targets where its factory gave a loss_fn), or a language model's input_ids and labels as transformers takes
     them (integers [rows, tokens], -100 where nothing is asked, padding on the right; fewer rows or tokens than planned
     will do). Learning rates, the order of the data and when to stop are the loop's. Forward, backward and update are
     one step of the plan: there is no gradient to look at between them.
@@ -125,7 +125,7 @@ class Session:
             self._stack, self._closed = stack.pop_all(), None
         return self
 
-    def step(self, *batch: Tensor, lr: float | None = None) -> float:
+    def step(self, *batch: Tensor | Sequence[Tensor], lr: float | None = None) -> float:
         """Take the next step on a batch; returns its loss before the update, for a `mezo` plan the mean of its two
         losses.
 
@@ -137,7 +137,7 @@ class Session:
         self.taken += 1
         return loss
 
-    def loss(self, *batch: Tensor) -> float:
+    def loss(self, *batch: Tensor | Sequence[Tensor]) -> float:
         """The loss of a batch without a step and without dropout; for a language model the mean over its labels."""
         loss: float = self._answer(EVALUATE, batch)["loss"]
         return loss
@@ -182,7 +182,9 @@ class Session:
                 if str(told) != str(error):
                     error.add_note(str(told))
 
-    def _answer(self, kind: bytes, batch: tuple[Tensor, ...] = (), lr: float | None = None) -> dict[str, Any]:
+    def _answer(
+        self, kind: bytes, batch: Sequence[Tensor | Sequence[Tensor]] = (), lr: float | None = None
+    ) -> dict[str, Any]:
         if self._closed is not None:
             raise RunError(f"the session {self._closed}")
         name = f"the batch of step {self.taken + 1}" if kind == STEP else "the batch"

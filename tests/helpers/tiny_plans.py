@@ -82,7 +82,7 @@ def module_profile(directory: Path, factory: str):
     store = build_store(source, directory)
     with Store.open(store) as opened:
         fingerprint = opened.fingerprint
-    module, sample = build_module(factory)
+    module, sample, _ = build_module(factory)
     traced = trace(module, {f"batch{i}": t for i, t in enumerate(sample)})
     model = Model(
         name="tiny",

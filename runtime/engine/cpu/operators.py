@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tightfit.runtime.engine.cpu import products
 from tightfit.runtime.engine.cpu.attention import LOG2_E, attention, attention_backward
+from tightfit.runtime.engine.cpu.batch_norm import batch_norm, batch_norm_inference, keep_state
 from tightfit.runtime.engine.cpu.dora import dora_norm, dora_scale, dora_scale_backward
 from tightfit.runtime.engine.cpu.dropout import (
     dropout,
@@ -331,6 +332,9 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "tightfit.dropout_lora_down": dropout_lora_down,
     "tightfit.dropout_lora_backward": dropout_lora_backward,
     "tightfit.dropout_projection_backward": dropout_projection_backward,
+    "tightfit.batch_norm": batch_norm,
+    "tightfit.batch_norm_inference": batch_norm_inference,
+    "tightfit.keep_state": keep_state,
     "tightfit.dora_norm": dora_norm,
     "tightfit.dora_scale": dora_scale,
     "tightfit.dora_scale_backward": dora_scale_backward,

@@ -27,6 +27,8 @@ SEND, RECEIVE = PASSING = ("tightfit.send", "tightfit.receive")
 """operators that hand tensors to, or get them from, another member of a fleet"""
 DROPOUT = "tightfit.dropout"
 """prefix of the operators that draw random numbers of a step and a layer (`tightfit.runtime.engine.device.draws`)"""
+KEEP_STATE = "tightfit.keep_state"
+"""operator that changes a buffer, its first input: the module's running statistics"""
 UNIT = 64
 BLOCK = 4096
 STATES = ("adam_m", "adam_v", "grad_sum")
@@ -102,6 +104,15 @@ def passes_messages(programs: Iterable[Any]) -> bool:
 def draws_numbers(programs: Iterable[Any]) -> bool:
     """Whether operators of a plan's or profile's programs draw random numbers of a step and a layer."""
     return any(operator.target.startswith(DROPOUT) for program in programs for operator in program.operators)
+
+
+def kept_buffers(layers: Iterable[Any], programs: Iterable[Any]) -> list[str]:
+    """Names of the buffers that the operators of a plan's or profile's programs change, each once."""
+    changed = {
+        program.name: [operator.inputs[0] for operator in program.operators if operator.target == KEEP_STATE]
+        for program in programs
+    }
+    return list(dict.fromkeys(layer.bindings[value] for layer in layers for value in changed[layer.program]))
 
 
 def program_header(program: Mapping[str, Any]) -> dict[str, Any]:

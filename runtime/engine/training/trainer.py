@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from tightfit.runtime.engine.fleet.stage import Stage
 
 CHUNK = 1 << 20
+BUFFER = "buffer"
+"""prefix of the keys of buffers in a checkpoint"""
 NORM = "tightfit.dora_norm"
 NORM_ELEMENTS = 1 << 17
 """of a weight that are unpacked at a time to find the lengths of its rows"""
@@ -97,6 +99,8 @@ class Training:
         )
         self.stage = self._in_pipeline(seat, stopping) if seat is not None and seat.in_turn else None
         """this member's place in a pipeline, whose members each compute some of the layers"""
+        self.buffers: dict[str, list[Any]] = {name: place for name, *place in header["buffers"]}
+        """name -> [dtype, shape, byte offset in the arena] of the buffers that a step changes: running statistics"""
         self._load_frozen()
         self._input_places = [at for _, _, _, at in header["inputs"]]
         self.inputs = [self.device.host(at, shape, dtype) for _, dtype, shape, at in header["inputs"]]
@@ -273,9 +277,11 @@ class Training:
         return self.stage.agreed(result) if self.stage else result
 
     def initialise(self) -> None:
-        """Make the state before step 1: initial values of the trainables, those of an adapter if one is given, and zeros
-        in the optimizer's states.
+        """Make the state before step 1: initial values of the trainables, those of an adapter if one is given, of the
+        buffers that a step changes, and zeros in the optimizer's states.
         """
+        for name, (dtype, shape, at) in self.buffers.items():
+            self._load(name, at, shape, dtype)
         given = self._given_adapter()
         for trainable in self.trainables:
             value = self._temporary(trainable)
@@ -356,7 +362,9 @@ class Training:
         state_dict = self.header.get("state_dict") or {}
         places = {name: place for place, name in enumerate(self.trainables.names)} if state_dict else {}
         for key, name in state_dict.items():
-            if name not in places:
+            if name in self.buffers:
+                yield self._buffer_item(key, name)
+            elif name not in places:
                 yield self._stored_item(key, name)
             elif key != name:  # another state_dict key of a parameter that several modules share
                 trainable = self.trainables[places[name]]
@@ -366,6 +374,8 @@ class Training:
         if self.exchange:
             yield from self._fleet_state_items(self.exchange)
             return
+        for name in self.buffers:
+            yield self._buffer_item(f"{BUFFER}:{name}", name)
         for trainable in self.trainables:
             for role, place in zip(STATES, trainable.states):
                 yield self._item(f"{role}:{trainable.name}", trainable, place)
@@ -413,6 +423,11 @@ class Training:
                 skipped = _skipped(trainable) if name == file else 0
                 _fill(value, reader, plain if plain in reader else key, skipped)
                 keep(value)
+            if name != file:
+                for buffer, (dtype, shape, at) in self.buffers.items():
+                    host = self.device.host(at, shape, dtype)
+                    _fill(host, reader, f"{BUFFER}:{buffer}")
+                    self.device.put(at, host)
             reader.close()
 
     def _states_wanted(self) -> Iterator[tuple[str, Trainable, Callable[[Tensor], None]]]:
@@ -528,6 +543,18 @@ class Training:
 
     def _item(self, name: str, trainable: Trainable, place: Place) -> Item:
         return Item(name=name, dtype="float32", shape=list(trainable.shape), chunks=lambda: self._chunks(place))
+
+    def _buffer_item(self, key: str, name: str) -> Item:
+        """The present values of a buffer that a step changes."""
+        dtype, shape, at = self.buffers[name]
+
+        def chunks() -> Iterator[memoryview]:
+            host = self.device.host(at, shape, dtype)
+            self.device.get(at, host)
+            size = host.numel() * host.itemsize
+            yield memoryview((ctypes.c_char * size).from_address(host.data_ptr())).cast("B")
+
+        return Item(name=key, dtype=dtype, shape=list(shape), chunks=chunks)
 
     def _table_item(self, key: str, slices: list[Trainable]) -> Item:
         """A module that is trained in full as one tensor, from its slices in their order, none of which is copied."""

@@ -194,17 +194,29 @@ def test_dropout_inside_attention_has_the_gradient_of_what_was_drawn() -> None:
 
 
 class Counting(torch.nn.Module):
-    def __init__(self) -> None:
+    """Batch norm in training, beside a buffer that is changed otherwise."""
+
+    def __init__(self, *, seen: bool) -> None:
         super().__init__()
-        self.norm = torch.nn.BatchNorm1d(4)
+        self.norm, self.seen = torch.nn.BatchNorm1d(4), seen
+        self.register_buffer("largest", torch.zeros(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.seen:
+            self.largest.copy_(torch.maximum(self.largest, x.detach().amax(0)))
         return self.norm(x).square().mean()
 
 
-def test_a_module_with_running_statistics_is_refused() -> None:
-    with pytest.raises(InputError, match=r"changes the buffers norm\.running_mean"):
-        trace(Counting(), {"x": torch.randn(6, 4)})
+def test_running_statistics_are_kept_once_and_other_changes_of_buffers_refused() -> None:
+    traced = trace(Counting(seen=False), {"x": torch.randn(6, 4)})
+    kept = [op for p in traced.programs for op in p.operators if op.target == "tightfit.keep_state"]
+    assert len(kept) == 3  # mean, variance and number of batches
+    assert {(op.phase, op.recomputable, len(op.outputs)) for op in kept} == {("forward", False, 0)}
+    evaluated = [op.target for p in traced.programs for op in p.operators if op.phase == "inference"]
+    assert "tightfit.batch_norm_inference" in evaluated
+    assert not {"tightfit.batch_norm", "tightfit.keep_state"} & set(evaluated)
+    with pytest.raises(InputError, match=r"Counting changes the buffer largest in its forward at .*\.largest\.copy_"):
+        trace(Counting(seen=True), {"x": torch.randn(6, 4)})
 
 
 class Answering(torch.nn.Module):

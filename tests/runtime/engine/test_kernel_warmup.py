@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tightfit.profiles.devices.estimate import PRODUCTS
-from tightfit.runtime.engine.cpu import dora, dropout, products, tables
+from tightfit.runtime.engine.cpu import batch_norm, dora, dropout, products, tables
 from tightfit.runtime.engine.cpu.operators import OPERATORS
 from tightfit.runtime.engine.device.channels import Channel
 from tightfit.runtime.engine.start.kernel_warmup import warm_up
@@ -15,9 +15,11 @@ from tightfit.runtime.engine.training.job import PASSING
 GATHERING = {"tightfit.embed_rows", "tightfit.head_rows"}
 """they read rows and copy them"""
 CHOSEN = {
-    name for name, call in OPERATORS.items() if call.__module__ in (dora.__name__, dropout.__name__, tables.__name__)
+    name
+    for name, call in OPERATORS.items()
+    if call.__module__ in (batch_norm.__name__, dora.__name__, dropout.__name__, tables.__name__)
 }
-"""of settings of LoRA that few choose: a run that has them warms them itself, with its own shapes"""
+"""of settings of LoRA that few choose, and of modules: a run that has them warms them itself, with its own shapes"""
 
 
 @pytest.mark.parametrize("narrow", [True, False])
