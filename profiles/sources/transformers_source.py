@@ -23,7 +23,7 @@ from tightfit.profiles.models.transformers_decoder import Facts, FrozenTensor, f
 from tightfit.profiles.sources.huggingface import checkpoint_files, checkpoint_keys, text_name
 from tightfit.profiles.weights.describe import packed_entry
 from tightfit.profiles.weights.precision import DEFAULT, PUBLISHED, Matrix, Precision, said
-from tightfit.profiles.weights.source import Source, SourceTensor, read_config, without_names
+from tightfit.profiles.weights.source import Held, Source, SourceTensor, read_config, without_names
 from tightfit.runtime.common.errors import InputError
 from tightfit.runtime.engine.weights.layout import VERSION, Entry
 
@@ -68,11 +68,12 @@ def any_directory_source(path: Path, *, precision: Precision = DEFAULT, name: st
             if tensor.name not in places:
                 yield SourceTensor(entry=entry, rows=_value_rows(tensor))
                 continue
-            file, key, _ = places[tensor.name]
+            file, key, kind = places[tensor.name]
             if file not in opened:
                 opened[file] = safe_open(file, framework="pt")
             rows = _file_rows(file, opened[file].get_slice(key), key, tensor)
-            yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}")
+            held_as = Held(key=key, dtype=kind, transposed=tensor.transposed)
+            yield SourceTensor(entry=entry, rows=rows, place=f"{file}: tensor {key!r}", held=held_as)
 
     matrices = [
         Matrix(entries[t.name], kinds[t.name], t.role == "embedding")
