@@ -39,16 +39,17 @@ class Change:
     def rows(self, weight: Tensor, start: int) -> Tensor:
         """The changed rows of W from row `start` on, for the rows `weight`, float32 [n, inputs]."""
         stop = start + len(weight)
-        changed = weight + (self.b[start:stop] @ self.a) * self.scale
+        changed = torch.addmm(weight, self.b[start:stop], self.a, alpha=self.scale)
         if self.magnitude is None:
             return changed
-        return changed * (self.magnitude[start:stop] / torch.linalg.norm(changed, dim=1)).view(-1, 1)
+        lengths: Tensor = torch.linalg.norm(changed, dim=1)
+        return changed * (self.magnitude[start:stop] / lengths).view(-1, 1)
 
     def columns(self, weight: Tensor, start: int) -> Tensor:
         """The changed columns of W from column `start` on, for the columns `weight`, float32 [n, outputs]: what a file holds that
         has rows and columns the other way round. Without the magnitudes, for which whole rows are needed.
         """
-        return weight + (self.b @ self.a[:, start : start + len(weight)]).t() * self.scale
+        return torch.addmm(weight, self.a[:, start : start + len(weight)].t(), self.b.t(), alpha=self.scale)
 
 
 class Adapter:
@@ -74,7 +75,9 @@ class Adapter:
             whole = stem == name
             known = key.startswith(PREFIX) and kind in PUBLISHED and len(shape) in (1, 2)
             if not known or (whole and (not name.endswith(".weight") or ".lora_" in name)):
-                raise InputError(f"{path}: holds {key} ({kind}), which no LoRA adapter that tightfit trains has; {ADVICE}")
+                raise InputError(
+                    f"{path}: holds {key} ({kind}), which no LoRA adapter that tightfit trains has; {ADVICE}"
+                )
             ours = BODY + stem.removeprefix(body) if stem.startswith(body) else stem
             if whole:
                 self.tables[ours] = key
@@ -83,7 +86,9 @@ class Adapter:
         for weight, layer in self._layers.items():
             wanted = [A, B, *([LENGTHS] if self.settings.dora else [])]
             if missing := next((part for part in wanted if f"{PREFIX}{layer}{part}" not in held), None):
-                raise InputError(f"{path}: no tensor {PREFIX}{layer}{missing} beside the others of {weight}; copy the adapter again")
+                raise InputError(
+                    f"{path}: no tensor {PREFIX}{layer}{missing} beside the others of {weight}; copy the adapter again"
+                )
 
     @property
     def weights(self) -> list[str]:
@@ -135,7 +140,9 @@ class Adapter:
     def _rows(self, key: str, start: int, stop: int) -> Tensor:
         values = self._file.rows(key, start, stop).float()
         if not torch.isfinite(values).all():
-            raise InputError(f"{self._file.path}: {key} holds values that are no finite numbers; give the adapter of another run")
+            raise InputError(
+                f"{self._file.path}: {key} holds values that are no finite numbers; give the adapter of another run"
+            )
         return values
 
 

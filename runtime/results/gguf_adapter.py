@@ -37,7 +37,9 @@ def write_gguf(
     """
     if adapter.settings.dora or adapter.tables:
         what = "DoRA's magnitudes" if adapter.settings.dora else "modules that were trained in full"
-        raise InputError(f"{adapter.folder} has {what}, and an adapter of llama.cpp has LoRA pairs alone; merge it without --adapter-only")
+        raise InputError(
+            f"{adapter.folder} has {what}, and an adapter of llama.cpp has LoRA pairs alone; merge it without --adapter-only"
+        )
     form = LlamaCpp(source, WAY)
     shapes = {tensor.entry.name: tensor.entry.shape for tensor in source.tensors()}
     check_weights(adapter, shapes)

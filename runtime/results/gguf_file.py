@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
-import torch
 from gguf.quants import quantize
 from torch import Tensor
 
@@ -94,12 +94,13 @@ def fitting(kind: str, shape: Sequence[int]) -> str:
 def encoded(name: str, rows: Tensor, kind: str) -> memoryview:
     """Rows, float32 [n, columns], in one of `TYPES`."""
     if kind == "Q8_0":
-        return memoryview(quantize(rows.numpy(), gguf.GGMLQuantizationType.Q8_0)).cast("B")
+        made: np.ndarray[Any, Any] = quantize(rows.numpy(), gguf.GGMLQuantizationType.Q8_0)
+        return made.data.cast("B")
     dtype = next(dtype for dtype, known in TYPES.items() if known == kind)
     return contents(rounded(name, rows, dtype))
 
 
 def file_type(kinds: Sequence[str]) -> Value:
     """The metadata's word for what most of the tensors are."""
-    most = max(FILE_TYPES, key=lambda kind: kinds.count(kind))
+    most = max(FILE_TYPES, key=kinds.count)
     return Value(value=int(gguf.LlamaFileType[FILE_TYPES[most]]), kind=int(gguf.GGUFValueType.UINT32))

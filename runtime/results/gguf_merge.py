@@ -78,7 +78,9 @@ class _Model:
             name = tensor.entry.name if tensor else ""
             shape = [int(length) for length in reversed(one.shape)]
 
-            def chunks(name: str = one.name, start: int = int(one.data_offset), size: int = int(one.n_bytes)) -> Iterator[bytes]:
+            def chunks(
+                name: str = one.name, start: int = int(one.data_offset), size: int = int(one.n_bytes)
+            ) -> Iterator[bytes]:
                 return _piece(path, name, start, size)
 
             copied = [one.name, *([self.form.name(HEAD)] if self._untied and name == EMBEDDING else [])]

@@ -107,7 +107,9 @@ def _check(source: Source, shape: DecoderShape, metadata: Mapping[str, Value], w
         if value != getattr(replace(again, padding=None, rope_scaling=()), name)
     ]
     if unlike:
-        raise InputError(f"{source.path}: llama.cpp's metadata for {shape.family} models cannot say its {', '.join(unlike)}; {way}")
+        raise InputError(
+            f"{source.path}: llama.cpp's metadata for {shape.family} models cannot say its {', '.join(unlike)}; {way}"
+        )
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -118,12 +120,16 @@ def _tokenizer(source: Source, vocabulary: Vocabulary, size: int, way: str) -> d
     model = text["model"]
     known = {index: token for token, index in vocabulary.tokenizer.get_vocab().items()}
     if known and max(known) >= size:
-        raise InputError(f"{source.path}: its tokenizer has token {max(known)}, and the model has {size}; download it again")
+        raise InputError(
+            f"{source.path}: its tokenizer has token {max(known)}, and the model has {size}; download it again"
+        )
     tokens = [known.get(index, f"[PAD{index}]") for index in range(size)]
     types = [NORMAL if index in known else UNUSED for index in range(size)]
     for added in text.get("added_tokens") or ():
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1)) for merge in model.get("merges") or ()]
+    merges = [
+        tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ", 1)) for merge in model.get("merges") or ()
+    ]
     if model["type"] == "BPE" and model.get("byte_fallback"):
         own = _sentence_piece(text, tokens, types, merges)
     else:
@@ -204,7 +210,6 @@ def _sentence_piece(
 
 def _prefixed(text: Mapping[str, Any]) -> bool:
     """Whether a space is put before a text, by the normalizer or, in newer files, by the pre-tokenizer."""
-
     normalizer = text.get("normalizer") or {}
     pre = text.get("pre_tokenizer") or {}
     metaspace = pre.get("type") == "Metaspace" and pre.get("prepend_scheme", "always") != "never"

@@ -11,10 +11,13 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tightfit.profiles.sources.lookup import resolve
 from tightfit.profiles.weights.source import Source
@@ -30,11 +33,13 @@ from tightfit.runtime.results.safetensors_merge import Merged, merged_config, sh
 
 FORMATS = ("safetensors", "gguf")
 DTYPES = {"safetensors": ("float32", "bfloat16", "float16"), "gguf": ("float32", "bfloat16", "float16", "q8_0")}
+BEHIND = 256 << 20
+"""bytes that may wait to be written: they lie in the page cache, which is no part of this process's memory"""
 ROUNDED = "rounded from"
 """what a source says of values that packing changes (`tightfit.profiles.weights.precision.said`)"""
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-LEFT = ("config.json", "quantize_config.json", "quant_config.json")
-"""of files with these suffixes: what a merge writes itself, and what describes codes that are no longer there"""
+LEFT = ("config.json", "quantize_config.json", "quant_config.json", "adapter_config.json")
+"""of files with these suffixes: what a merge writes itself, and what describes codes or an adapter that are not there"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +87,14 @@ def merge(
     if place.resolve() in (folder.resolve(), Path(source.path).resolve()):
         raise InputError(f"{place}: cannot replace what is read; name another place with -o")
     read = Adapter(folder, source.config.get("adapter_body", BODY))
-    if format == "safetensors":
-        told = _write_safetensors(source, read, place, dtype, progress)
-    else:
-        from tightfit.runtime.results import gguf_adapter, gguf_merge
+    with _one_thread():
+        if format == "safetensors":
+            told = _write_safetensors(source, read, place, dtype, progress)
+        else:
+            from tightfit.runtime.results import gguf_adapter, gguf_merge
 
-        module = gguf_adapter if adapter_only else gguf_merge
-        told = module.write_gguf(source, read, place, dtype, progress)
+            module = gguf_adapter if adapter_only else gguf_merge
+            told = module.write_gguf(source, read, place, dtype, progress)
     return {
         "out": str(place),
         "format": format,
@@ -102,11 +108,24 @@ def merge(
     }
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Blocks are small and the disk is the limit: where the cores are busy, sharing each operation out takes ten times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _check_options(form: str, dtype: str | None, *, adapter_only: bool) -> None:
     if form not in FORMATS:
         raise InputError(f"format {form!r} is not known; choose one of {', '.join(FORMATS)}")
     if adapter_only and form != "gguf":
-        raise InputError("adapter-only: the folder of the adapter is in safetensors already; give --format gguf as well")
+        raise InputError(
+            "adapter-only: the folder of the adapter is in safetensors already; give --format gguf as well"
+        )
     allowed = ("float32", "float16") if adapter_only else DTYPES[form]
     if dtype is not None and dtype not in allowed:
         raise InputError(f"dtype {dtype!r} cannot be written in this form; choose one of {', '.join(allowed)}")
@@ -126,9 +145,13 @@ def opened_base(folder: Path, given: str | None) -> Base:
     except InputError as error:
         if given:
             raise
-        raise InputError(f"the base of the adapter, {named}, cannot be opened: {error}; or name it with --base MODEL") from error
+        raise InputError(
+            f"the base of the adapter, {named}, cannot be opened: {error}; or name it with --base MODEL"
+        ) from error
     if not source.has_weights:
-        raise InputError(f"{named} is a bare config, whose weights are random: there is nothing to merge; give --base MODEL")
+        raise InputError(
+            f"{named} is a bare config, whose weights are random: there is nothing to merge; give --base MODEL"
+        )
     if source.kind not in ("huggingface", "gguf"):
         raise InputError(f"{named} is a module of your own, which is trained in full: a run's OUT/model holds it whole")
     rounding = reported.get("rounding") or (None if ROUNDED in source.note else source.note)
@@ -149,7 +172,9 @@ def difference(rounding: str | None) -> str | None:
     """How the base that the adapter was added to differs from the one that training saw, in a sentence; None: not at all."""
     if rounding is not None and ROUNDED not in rounding:
         return None
-    seen = f"training saw the base {rounding}" if rounding else "where training saw the base rounded (4 bits by default)"
+    seen = (
+        f"training saw the base {rounding}" if rounding else "where training saw the base rounded (4 bits by default)"
+    )
     return (
         f"{seen}; the adapter was added to the values of the base's own files, from which those differ by the rounding: losses of"
         " the run are near those of this model, not equal"
@@ -172,10 +197,10 @@ def _write_safetensors(
         names = ["model.safetensors"]
         if len(groups) > 1:
             names = [f"model-{n + 1:05}-of-{len(groups):05}.safetensors" for n in range(len(groups))]
-        where = {}
+        where: dict[str, str] = {}
         for name, group in zip(names, groups):
             where |= {item.name: name for item in group}
-            write(str(folder / name), partial(_counted, group, counted), {"format": "pt"})
+            write(str(folder / name), partial(_counted, group, counted), {"format": "pt"}, BEHIND)
         if len(groups) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": where}
             write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
@@ -203,16 +228,16 @@ def _others(source: Source) -> Callable[[Path], None]:
         return vocabulary_files(source)
     base = Path(source.path)
 
+    def copied(path: Path) -> bool:
+        wanted = path.suffix in COPIED or path.name.startswith("LICENSE")
+        return wanted and path.is_file() and path.name not in LEFT and not path.name.endswith(".index.json")
+
     def copy(folder: Path) -> None:
         for path in sorted(base.iterdir()):
-            index = path.name.endswith((".safetensors.index.json", ".bin.index.json"))
-            if path.is_file() and not index and path.name not in LEFT and not path.name.startswith("adapter_"):
-                if path.suffix in COPIED or path.name.startswith("LICENSE"):
-                    shutil.copyfile(path, folder / path.name)
+            if copied(path):
+                shutil.copyfile(path, folder / path.name)
         templates = base / "additional_chat_templates"
         if templates.is_dir():
             shutil.copytree(templates, folder / templates.name)
 
     return copy
-
-

@@ -39,7 +39,9 @@ def check(place: Path, *, folder: bool, overwrite: bool) -> None:
     if not folder and not place.is_file():
         raise InputError(f"{place} is no file, and a GGUF model is one; name another place with -o")
     if folder and (strange := _strange(place)):
-        raise InputError(f"{place} holds {strange}, which no merge leaves there and --overwrite would remove; name another place with -o")
+        raise InputError(
+            f"{place} holds {strange}, which no merge leaves there and --overwrite would remove; name another place with -o"
+        )
 
 
 def _strange(folder: Path) -> str | None:
@@ -76,7 +78,9 @@ def written(place: Path, size: int, *, folder: bool) -> Iterator[Path]:
         sync_directory(place.parent)
     except OSError as error:
         if error.errno in FULL:
-            raise RunError(f"{place}: the disk is full ({format_size(size)} are to be written); free space and try again") from error
+            raise RunError(
+                f"{place}: the disk is full ({format_size(size)} are to be written); free space and try again"
+            ) from error
         raise RunError(f"{place}: cannot be written ({error.strerror}); name another place with -o") from error
     finally:
         _remove(temporary)

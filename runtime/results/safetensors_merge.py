@@ -52,28 +52,28 @@ class Merged:
     # --- from safetensors ---------------------------------------------------------------------------------------------
 
     def _of_files(self) -> Iterator[Item]:
-        by_key = {}
+        by_key: dict[str, SourceTensor] = {}
         for tensor in self._tensors.values():
             if tensor.held is not None:
                 by_key |= dict.fromkeys(tensor.held.parts or (tensor.held.key,), tensor)
         quantised = any(tensor.held and tensor.held.parts for tensor in self._tensors.values())
-        met = set()
+        met: set[str] = set()
         for path in checkpoint_files(Path(self.source.path)):
             file = TensorFile(path)
             for key, (kind, _) in file.tensors.items():
-                tensor = by_key.get(key)
-                if tensor is None and self.untied and text_name(key) == self.head:
+                known = by_key.get(key)
+                if known is None and self.untied and text_name(key) == self.head:
                     continue  # a copy of the embedding, in whose place comes a head of its own
-                if tensor is None and quantised and kind not in PUBLISHED:
+                if known is None and quantised and kind not in PUBLISHED:
                     raise InputError(
                         f"{path}: tensor {key!r} ({kind}) is quantised and belongs to no part of the model that tightfit reads; use"
                         " the model's 16-bit weights"
                     )
-                if tensor is None or tensor.held is None or not tensor.held.parts:
-                    yield self._of_file(file, key, tensor)
-                elif tensor.held.key not in met:
-                    met.add(tensor.held.key)
-                    yield self._of_source(tensor, tensor.held.key, self._unpacked)
+                if known is None or known.held is None or not known.held.parts:
+                    yield self._of_file(file, key, known)
+                elif known.held.key not in met:
+                    met.add(known.held.key)
+                    yield self._of_source(known, known.held.key, self._unpacked)
 
     def _of_file(self, file: TensorFile, key: str, tensor: SourceTensor | None) -> Item:
         """A tensor that its file holds in floating-point numbers, or of which tightfit knows nothing."""
@@ -81,7 +81,9 @@ class Merged:
         own = _OWN_NAMES.get(kind)
         dtype = self._dtype if self._dtype and kind in PUBLISHED else own
         if dtype is None:
-            raise InputError(f"{file.path}: tensor {key!r} is {kind}, which cannot be copied; use the model's 16-bit weights")
+            raise InputError(
+                f"{file.path}: tensor {key!r} is {kind}, which cannot be copied; use the model's 16-bit weights"
+            )
         name = tensor.entry.name if tensor else ""
         if tensor and name in self.adapter.tables:
             return self._of_table(name, key, tensor.entry.shape, dtype)
@@ -166,14 +168,14 @@ def embedding_name(source: Source) -> str:
     """Our name of the embedding's weight."""
     if handwritten(source.config):
         return EMBEDDING
-    return _facts(source).embedding
+    return str(_facts(source).embedding)
 
 
 def head_name(source: Source) -> str:
     """Our name of the head's weight, if it had one of its own."""
     if handwritten(source.config):
         return HEAD
-    return _facts(source).head
+    return str(_facts(source).head)
 
 
 def _facts(source: Source) -> Any:

@@ -71,4 +71,4 @@ def forget_mapped(paths: Iterable[str]) -> None:
 
 def contents(values: Tensor) -> memoryview:
     """The bytes of a tensor."""
-    return memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+    return values.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -171,7 +171,12 @@ def evaluation_report(report: dict[str, Any], *, by_token: bool) -> dict[str, An
     (found,) = report["evaluation"].values()
     told = {name: found[name] for name in ("loss", "accuracy", "questions", "records", "seconds")}
     likely = by_token and told["loss"] < LARGEST_EXPONENT
-    return {"loss": told["loss"], "perplexity": math.exp(told["loss"]) if likely else None, **told, **{name: report[name] for name in kept}}
+    return {
+        "loss": told["loss"],
+        "perplexity": math.exp(told["loss"]) if likely else None,
+        **told,
+        **{name: report[name] for name in kept},
+    }
 
 
 def fleet_told(planned: dict[str, Any], taken: Sequence[dict[str, float]], directory: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_the_command_line(planned: Plan, data: Path, ran: tuple[Path, dict[str, 
     assert json.loads((tmp_path / "found.json").read_text()) == told
     assert "evaluating …" in answer.stderr
     text = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
-    assert f"perplexity  {told['perplexity']:.3f}" in text
+    assert re.search(rf"^perplexity +{told['perplexity']:.3f}$", text, re.MULTILINE)
     assert f"{told['accuracy']:.3f} on 2 questions" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "plan.json"]
     assert left() == []
@@ -112,15 +113,16 @@ def test_an_interrupted_evaluation_leaves_nothing(planned: Plan, data: Path, tmp
     many = tmp_path / "many.jsonl"
     many.write_text(data.read_text() * 4000)
     words = command(str(tmp_path / "plan.json"), "--data", str(many))
-    child = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(SOURCES)}, stderr=subprocess.PIPE, text=True)
-    assert child.stderr is not None
-    for line in child.stderr:
-        if line.startswith("evaluating"):
-            break
-    time.sleep(0.3)
-    child.send_signal(signal.SIGINT)
-    rest = child.stderr.read()
-    assert child.wait(60) == 4
+    environment = os.environ | {"PYTHONPATH": str(SOURCES)}
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        for line in child.stderr:
+            if line.startswith("evaluating"):
+                break
+        time.sleep(0.3)
+        child.send_signal(signal.SIGINT)
+        rest = child.stderr.read()
+    assert child.returncode == 4
     assert rest.endswith("tightfit: interrupted; start again\n")
     assert left() == []
 

@@ -14,7 +14,6 @@ from decoder_families import FAMILIES
 from peft_adapters import merged_by_peft, save_adapter, save_model, tiny_model, with_values
 from reference import CONFIGS
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from tiny_models import (
     CHAT,
     byte_level_tokenizer,
@@ -25,6 +24,7 @@ from tiny_models import (
     write_directory,
     write_gguf,
 )
+from tokenizers import Tokenizer
 
 from tightfit.profiles.models.decoder_config import decoder_shape
 from tightfit.profiles.sources.gguf_metadata import read_typed
@@ -145,7 +145,9 @@ def test_modules_that_were_trained_in_full(family: str, names: tuple[str, ...], 
     config = SIZED[family]
     base = write_gguf(tmp_path / "base.gguf", config, random_weights(config), tokenizer=byte_level_tokenizer(320))
     weights = own_values(base)
-    adapter = save_adapter(with_values(config, weights), tmp_path / "adapter", str(base), **PLAIN, modules_to_save=list(names))
+    adapter = save_adapter(
+        with_values(config, weights), tmp_path / "adapter", str(base), **PLAIN, modules_to_save=list(names)
+    )
     merge(adapter, tmp_path / "merged.gguf", format="gguf", dtype="float32")
     exact = merged_by_peft(with_values(config, weights), adapter).state_dict()
     own = own_values(tmp_path / "merged.gguf")
@@ -182,7 +184,12 @@ def test_a_file_is_made_of_a_directory(family: str, tmp_path: Path) -> None:
     own, known = vocabulary(str(tmp_path / "merged.gguf")), vocabulary(str(base))
     assert own is not None
     assert known is not None
-    for text in ("The quick brown fox", "It's what they've said: we're 12 of 345", "naïve café — 日本語", "<|im_start|>user"):
+    for text in (
+        "The quick brown fox",
+        "It's what they've said: we're 12 of 345",
+        "naïve café — 日本語",
+        "<|im_start|>user",
+    ):
         assert own.tokenizer.encode(text).ids == known.tokenizer.encode(text).ids
     if family != "gemma3_text":
         assert own.chat_template == known.chat_template == CHAT
@@ -199,9 +206,13 @@ def test_what_llama_cpp_has_no_form_of_is_refused_with_the_way(tmp_path: Path) -
     base = save_model(tmp_path / "gpt2", FAMILIES["GPT-2"])
     settings = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
     adapter = save_adapter(tiny_model(FAMILIES["GPT-2"]), tmp_path / "a", str(base), **settings)
-    with pytest.raises(InputError, match=f"gpt2 is a 'gpt2' model, whose form in llama.cpp tightfit does not know; {way}"):
+    with pytest.raises(
+        InputError, match=rf"gpt2 is a 'gpt2' model, whose form in llama.cpp tightfit does not know; {way}"
+    ):
         merge(adapter, tmp_path / "merged.gguf", format="gguf")
-    with pytest.raises(InputError, match="does not know; convert the adapter with llama.cpp's convert_lora_to_gguf.py"):
+    with pytest.raises(
+        InputError, match=r"does not know; convert the adapter with llama\.cpp's convert_lora_to_gguf\.py"
+    ):
         merge(adapter, tmp_path / "merged.gguf", format="gguf", adapter_only=True)
     for name, config, message in (
         ("windows", CONFIGS["gemma3_text"], "llama.cpp's metadata for gemma3_text models cannot say its windows"),
@@ -214,7 +225,9 @@ def test_what_llama_cpp_has_no_form_of_is_refused_with_the_way(tmp_path: Path) -
     assert not (tmp_path / "merged.gguf").exists()
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"q_proj": 11}}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"q_proj": 11}}]
+)
 def test_adapters_alone(case: tuple[dict[str, Any], Path, Path], settings: dict[str, Any], tmp_path: Path) -> None:
     """As convert_lora_to_gguf.py writes them: llama.cpp adds alpha / rank * B A to each weight in its own order of rows."""
     config, base, _ = case
@@ -227,7 +240,11 @@ def test_adapters_alone(case: tuple[dict[str, Any], Path, Path], settings: dict[
         return reader.fields[key].contents()
 
     architecture = {"gemma3_text": "gemma3"}.get(config["model_type"], config["model_type"])
-    assert (said("general.architecture"), said("general.type"), said("adapter.type")) == (architecture, "adapter", "lora")
+    assert (said("general.architecture"), said("general.type"), said("adapter.type")) == (
+        architecture,
+        "adapter",
+        "lora",
+    )
     assert said("adapter.lora.alpha") == 6.0
     found = {one.name: values(one) for one in reader.tensors}
     merged = merged_by_peft(with_values(config, weights), adapter).state_dict()
@@ -240,19 +257,32 @@ def test_adapters_alone(case: tuple[dict[str, Any], Path, Path], settings: dict[
         assert a.shape[0] == b.shape[1] == (2 if "k_proj" in name and settings else 4)
         change = (merged[name] - weight).numpy()
         if config["model_type"] == "llama" and "down" not in name:
-            change = llama_cpp_permute(change, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
-        assert error(said("adapter.lora.alpha") / len(a) * b @ a, torch.tensor(np.ascontiguousarray(change))) < 1e-5, name
+            change = llama_cpp_permute(
+                change, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+            )
+        assert error(said("adapter.lora.alpha") / len(a) * b @ a, torch.tensor(np.ascontiguousarray(change))) < 1e-5, (
+            name
+        )
     if not settings:
         tensors_of = load_file(adapter / "adapter_model.safetensors")
-        assert torch.equal(found["blk.0.ffn_down.weight.lora_b"], tensors_of["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"])
+        assert torch.equal(
+            found["blk.0.ffn_down.weight.lora_b"],
+            tensors_of["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"],
+        )
 
 
 def test_adapters_that_are_more_than_pairs_are_refused(case: tuple[dict[str, Any], Path, Path], tmp_path: Path) -> None:
     config, base, _ = case
     model = with_values(config, own_values(base))
-    for settings, what in (({"use_dora": True}, "DoRA's magnitudes"), ({"modules_to_save": ["lm_head"]}, "modules that were trained in full")):
+    for settings, what in (
+        ({"use_dora": True}, "DoRA's magnitudes"),
+        ({"modules_to_save": ["lm_head"]}, "modules that were trained in full"),
+    ):
         adapter = save_adapter(model, tmp_path / what, str(base), **PLAIN, **settings)
-        with pytest.raises(InputError, match=f"has {what}, and an adapter of llama.cpp has LoRA pairs alone; merge it without --adapter-only"):
+        with pytest.raises(
+            InputError,
+            match=f"has {what}, and an adapter of llama.cpp has LoRA pairs alone; merge it without --adapter-only",
+        ):
             merge(adapter, tmp_path / "lora.gguf", format="gguf", adapter_only=True)
 
 
@@ -260,7 +290,9 @@ def test_llama_cpp_reads_them(tmp_path: Path) -> None:
     """Logits of llama.cpp for the merged file, and for the base with the adapter beside it, are those of PEFT's model."""
     llama_cpp = pytest.importorskip("llama_cpp")
     config = SIZED["llama"]
-    base = write_gguf(tmp_path / "base.gguf", config, random_weights(config), default="F32", tokenizer=byte_level_tokenizer(320))
+    base = write_gguf(
+        tmp_path / "base.gguf", config, random_weights(config), default="F32", tokenizer=byte_level_tokenizer(320)
+    )
     weights = own_values(base)
     adapter = save_adapter(with_values(config, weights), tmp_path / "adapter", str(base), **PLAIN)
     merge(adapter, tmp_path / "merged.gguf", format="gguf")

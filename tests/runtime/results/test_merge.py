@@ -16,13 +16,20 @@ import pytest
 import torch
 from checkpoint_formats import AWQ, BNB, GPTQ
 from decoder_families import FAMILIES
-from places import SOURCES
 from peft_adapters import logits, merged_by_peft, save_adapter, save_model, tiny_model, with_values
+from places import SOURCES
 from quantised_checkpoints import four_bit, int8, write_quantised, zero_points
 from reference import CONFIGS, VARIANTS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import CHAT, byte_level_tokenizer, random_weights, sentence_piece_tokenizer, write_directory, write_gguf
+from tiny_models import (
+    CHAT,
+    byte_level_tokenizer,
+    random_weights,
+    sentence_piece_tokenizer,
+    write_directory,
+    write_gguf,
+)
 
 from tightfit.profiles.sources.gguf_source import Reader
 from tightfit.runtime.common.errors import InputError, RunError
@@ -52,7 +59,8 @@ MODELS: dict[str, dict[str, Any]] = {
 PLAIN: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
-    "patterns": PLAIN | {"use_rslora": True, "rank_pattern": {r"layers\.1\..*|h\.1\..*": 2}, "alpha_pattern": {"o_proj|c_proj|dense": 9}},
+    "patterns": PLAIN
+    | {"use_rslora": True, "rank_pattern": {r"layers\.1\..*|h\.1\..*": 2}, "alpha_pattern": {"o_proj|c_proj|dense": 9}},
     "dora": PLAIN | {"use_dora": True},
 }
 TABLES = {
@@ -71,8 +79,14 @@ def near(own: torch.Tensor, exact: torch.Tensor, tolerance: float = 2e-6) -> boo
     return float((own - exact).norm() / exact.norm()) < tolerance
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [
+        *((model, "plain") for model in MODELS),
+        *((model, setting) for model in ("llama, tied", "gpt2") for setting in ("patterns", "dora")),
+        ("phi3", "dora"),
+    ],
+)
 def test_logits_are_those_of_peft(model: str, setting: str, tmp_path: Path) -> None:
     config = MODELS[model]
     base = save_model(tmp_path / "base", config)
@@ -87,8 +101,13 @@ def test_logits_are_those_of_peft(model: str, setting: str, tmp_path: Path) -> N
     assert sum(not torch.equal(before[name], after[name]) for name in before) == told["adapted"]
 
 
-@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
-@pytest.mark.parametrize("model", TABLES)
+@pytest.mark.parametrize(
+    ("model", "which"),
+    [
+        *((model, which) for model in ("llama, tied", "gpt2") for which in ((0,), (1,))),
+        *((model, (0, 1)) for model in TABLES),
+    ],
+)
 def test_modules_that_were_trained_in_full_come_apart_where_they_were_tied(
     model: str, which: tuple[int, ...], tmp_path: Path
 ) -> None:
@@ -135,7 +154,9 @@ def test_quantised_bases_are_unpacked(kind: str, tmp_path: Path) -> None:
     values = write_quantised(tmp_path / "base", config, random_weights(CONFIGS["llama"]), stated, make, shards=2)
     reference = with_values(CONFIGS["llama"], values)
     settings = PLAIN | {"target_modules": ["q_proj", "down_proj"]}
-    adapter = save_adapter(with_values(CONFIGS["llama"], values), tmp_path / "adapter", str(tmp_path / "base"), **settings)
+    adapter = save_adapter(
+        with_values(CONFIGS["llama"], values), tmp_path / "adapter", str(tmp_path / "base"), **settings
+    )
     exact = logits(merged_by_peft(reference, adapter))
     merge(adapter, tmp_path / "wide", dtype="float32")
     assert near(logits(merged(tmp_path / "wide")), exact)
@@ -150,9 +171,20 @@ def test_quantised_bases_are_unpacked(kind: str, tmp_path: Path) -> None:
 
 def test_shards_and_what_lies_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = write_directory(
-        tmp_path / "base", CONFIGS["llama"], random_weights(CONFIGS["llama"]), tokenizer=byte_level_tokenizer(), shards=3
+        tmp_path / "base",
+        CONFIGS["llama"],
+        random_weights(CONFIGS["llama"]),
+        tokenizer=byte_level_tokenizer(),
+        shards=3,
     )
-    for name in ("generation_config.json", "chat_template.jinja", "tokenizer.model", "LICENSE", "README.md", "pytorch_model.bin"):
+    for name in (
+        "generation_config.json",
+        "chat_template.jinja",
+        "tokenizer.model",
+        "LICENSE",
+        "README.md",
+        "pytorch_model.bin",
+    ):
         (base / name).write_text("{}")
     model = merged(base)
     adapter = save_adapter(model, tmp_path / "adapter", str(base), **PLAIN)
@@ -173,7 +205,11 @@ def test_shards_and_what_lies_beside_them(tmp_path: Path, monkeypatch: pytest.Mo
             assert names == {name for name, place in index["weight_map"].items() if place == shard}
         sizes = sum(value.nbytes for value in load_file(tmp_path / "merged" / shard).values())
         assert sizes <= 100_000 or len(names) == 1
-    assert seen[-1] == ("merging", told["bytes"], told["bytes"]) == ("merging", index["metadata"]["total_size"], told["bytes"])
+    assert (
+        seen[-1]
+        == ("merging", told["bytes"], told["bytes"])
+        == ("merging", index["metadata"]["total_size"], told["bytes"])
+    )
     assert near(logits(merged(tmp_path / "merged")), logits(merged_by_peft(merged(base), adapter)))
 
 
@@ -190,7 +226,10 @@ def test_the_rest_of_a_multimodal_model_is_kept(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     shutil.copytree(plain, adapter)
     save_file(
-        {key.replace("model.model.layers", "model.model.language_model.layers"): value for key, value in tensors.items()},
+        {
+            key.replace("model.model.layers", "model.model.language_model.layers"): value
+            for key, value in tensors.items()
+        },
         adapter / "adapter_model.safetensors",
     )
     told = merge(adapter, tmp_path / "merged")
@@ -225,7 +264,9 @@ def test_a_directory_is_made_of_a_gguf_file(family: str, tmp_path: Path) -> None
     assert told["base"] == str(base)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     for text in ("The quick brown fox", "It's what they've said: we're 12 of 345", "naïve café — 日本語"):
-        assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text, add_special_tokens=False).ids
+        assert (
+            theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text, add_special_tokens=False).ids
+        )
     if family != "gemma3_text":
         assert theirs.chat_template == CHAT
     merge(adapter, tmp_path / "narrow")
@@ -262,7 +303,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_what_is_there_is_replaced_only_if_asked_for_and_a_model(small: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "merged"
     merge(small[1], out)
-    with pytest.raises(InputError, match=f"{out} is there already; give --overwrite to replace it, or name another place with -o"):
+    with pytest.raises(
+        InputError, match=f"{out} is there already; give --overwrite to replace it, or name another place with -o"
+    ):
         merge(small[1], out)
     (out / "model-00002-of-00002.safetensors").write_bytes(b"of an earlier merge")
     merge(small[1], out, overwrite=True)
@@ -292,7 +335,9 @@ def test_an_interrupted_merge_leaves_nothing(small: tuple[Path, Path], tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_said_and_leaves_nothing(
+    small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -302,7 +347,9 @@ def test_a_full_disk_is_said_and_leaves_nothing(small: tuple[Path, Path], tmp_pa
     assert list(tmp_path.iterdir()) == []
     usual = os.statvfs(tmp_path)
     monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((*usual[:4], 1, *usual[5:])))
-    with pytest.raises(RunError, match=r"are to be written and .* are free; free some space, or name another place with -o"):
+    with pytest.raises(
+        RunError, match=r"are to be written and .* are free; free some space, or name another place with -o"
+    ):
         merge(small[1], tmp_path / "merged")
 
 
@@ -318,7 +365,11 @@ def test_what_does_not_fit_together_is_refused(small: tuple[Path, Path], tmp_pat
         merge(adapter, tmp_path / "merged", base=str(base / "config.json"))
     told = json.loads((adapter / "adapter_config.json").read_text())
     for name, change, message in (
-        ("moved", {"base_model_name_or_path": str(tmp_path / "gone")}, "the base of the adapter, .*gone, cannot be opened: .*; or name it with --base MODEL"),
+        (
+            "moved",
+            {"base_model_name_or_path": str(tmp_path / "gone")},
+            "the base of the adapter, .*gone, cannot be opened: .*; or name it with --base MODEL",
+        ),
         ("nameless", {"base_model_name_or_path": None}, "names no base model; give --base MODEL"),
         ("biased", {"bias": "all"}, "bias is 'all', which tightfit does not have"),
     ):
@@ -330,8 +381,16 @@ def test_what_does_not_fit_together_is_refused(small: tuple[Path, Path], tmp_pat
     key = next(key for key in tensors if "lora_B" in key)
     for name, values, message in (
         ("halved", {k: v for k, v in tensors.items() if k != key}, r"no tensor \S*lora_B\.weight beside the others of"),
-        ("infinite", tensors | {key: torch.full_like(tensors[key], torch.inf)}, "holds values that are no finite numbers"),
-        ("strange", tensors | {"base_model.model.x.lora_embedding_A": tensors[key]}, "holds base_model.model.x.lora_embedding_A"),
+        (
+            "infinite",
+            tensors | {key: torch.full_like(tensors[key], torch.inf)},
+            "holds values that are no finite numbers",
+        ),
+        (
+            "strange",
+            tensors | {"base_model.model.x.lora_embedding_A": tensors[key].clone()},
+            "holds base_model.model.x.lora_embedding_A",
+        ),
     ):
         shutil.copytree(adapter, tmp_path / name)
         save_file(values, tmp_path / name / "adapter_model.safetensors")
@@ -353,7 +412,10 @@ def test_values_too_large_for_float16(tmp_path: Path) -> None:
     weights["model.embed_tokens.weight"][3, 5] = 1e5
     base = write_directory(tmp_path / "base", CONFIGS["llama"], weights)
     adapter = save_adapter(merged(base), tmp_path / "adapter", str(base), **PLAIN)
-    with pytest.raises(InputError, match=r"model\.embed_tokens\.weight holds values above 65504, too large for float16; give --dtype bfloat16"):
+    with pytest.raises(
+        InputError,
+        match=r"model\.embed_tokens\.weight holds values above 65504, too large for float16; give --dtype bfloat16",
+    ):
         merge(adapter, tmp_path / "merged", dtype="float16")
 
 
@@ -366,7 +428,9 @@ def test_the_report_of_a_run_names_the_base_and_how_it_was_rounded(small: tuple[
     report = {"adapter": str(run / "adapter"), "base": {"source": str(base), "rounding": "4-bit, rounded from float32"}}
     (run / "report.json").write_text(json.dumps(report))
     found = merge(run, tmp_path / "merged")
-    assert found["note"].startswith("training saw the base 4-bit, rounded from float32; the adapter was added to the values of")
+    assert found["note"].startswith(
+        "training saw the base 4-bit, rounded from float32; the adapter was added to the values of"
+    )
     report["base"]["rounding"] = "bfloat16 as published"
     (run / "report.json").write_text(json.dumps(report))
     assert merge(run, tmp_path / "other")["note"] is None
@@ -393,7 +457,13 @@ def test_memory_does_not_grow_with_the_model(kind: str, tmp_path: Path) -> None:
         base = save_model(tmp_path / name, made)
         adapter = save_adapter(merged(base), tmp_path / f"{name}-adapter", str(base), **PLAIN, use_dora=True)
         if kind == "gguf":
-            file = write_gguf(tmp_path / f"{name}.gguf", made, merged(base).state_dict(), default="Q8_0", tokenizer=byte_level_tokenizer())
+            file = write_gguf(
+                tmp_path / f"{name}.gguf",
+                made,
+                merged(base).state_dict(),
+                default="F16",
+                tokenizer=byte_level_tokenizer(),
+            )
             told = json.loads((adapter / "adapter_config.json").read_text())
             (adapter / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": str(file)}))
     answer = subprocess.run(
