@@ -446,6 +446,7 @@ print(json.dumps([small["peak_bytes"], large["peak_bytes"], large["bytes"]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "gguf", "transposed"])
 def test_memory_does_not_grow_with_the_model(kind: str, tmp_path: Path) -> None:
     """VmHWM of a process that merges a tiny model and then one of 200 MB and more, with tensors of up to 100 MB."""
