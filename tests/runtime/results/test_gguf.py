@@ -13,7 +13,7 @@ import torch
 from decoder_families import FAMILIES
 from peft_adapters import merged_by_peft, save_adapter, save_model, tiny_model, with_values
 from reference import CONFIGS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     CHAT,
     byte_level_tokenizer,
@@ -286,21 +286,47 @@ def test_adapters_that_are_more_than_pairs_are_refused(case: tuple[dict[str, Any
             merge(adapter, tmp_path / "lora.gguf", format="gguf", adapter_only=True)
 
 
-def test_llama_cpp_reads_them(tmp_path: Path) -> None:
-    """Logits of llama.cpp for the merged file, and for the base with the adapter beside it, are those of PEFT's model."""
-    llama_cpp = pytest.importorskip("llama_cpp")
-    config = SIZED["llama"]
-    base = write_gguf(
-        tmp_path / "base.gguf", config, random_weights(config), default="F32", tokenizer=byte_level_tokenizer(320)
-    )
-    weights = own_values(base)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_llama_cpp_computes_what_peft_does(family: str, tmp_path: Path) -> None:
+    """Log-probabilities by llama.cpp of a merged file, and of the base with the adapter beside it."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    tokenizer = byte_level_tokenizer(SIZED[family]["vocab_size"])
+    config = SIZED[family] | {"vocab_size": tokenizer.get_vocab_size()}
+    weights = random_weights(config)
+    base = write_directory(tmp_path / "base", config, weights, tokenizer=tokenizer)
     adapter = save_adapter(with_values(config, weights), tmp_path / "adapter", str(base), **PLAIN)
+    none = tmp_path / "none"
+    none.mkdir()
+    zeros = {key: torch.zeros_like(value) for key, value in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(zeros, none / "adapter_model.safetensors")
+    (none / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     merge(adapter, tmp_path / "merged.gguf", format="gguf")
+    merge(none, tmp_path / "base.gguf", format="gguf")
     merge(adapter, tmp_path / "lora.gguf", format="gguf", adapter_only=True)
     ids = list(range(10, 26))
     with torch.no_grad():
-        exact = merged_by_peft(with_values(config, weights), adapter)(torch.tensor([ids])).logits[0]
-    for file, lora in ((tmp_path / "merged.gguf", None), (base, str(tmp_path / "lora.gguf"))):
-        model = llama_cpp.Llama(str(file), lora_path=lora, logits_all=True, n_ctx=64, verbose=False)
-        model.eval(ids)
-        assert error(torch.tensor(model.scores[: len(ids)]), exact) < 2e-2
+        exact, plain = (
+            model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            for model in (merged_by_peft(with_values(config, weights), adapter), with_values(config, weights))
+        )
+    for file, lora in (("merged.gguf", None), ("base.gguf", "lora.gguf")):
+        settings = xllamacpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.warmup = str(tmp_path / file), 64, False
+        if lora:
+            added = xllamacpp.CommonAdapterLoraInfo()
+            added.path, added.scale = str(tmp_path / lora), 1.0
+            settings.lora_adapters = [added]
+        server, seen = xllamacpp.Server(settings), 0
+        for length in range(3, len(ids) + 1):
+            asked = {"prompt": ids[:length], "n_predict": 1, "n_probs": config["vocab_size"], "temperature": 0}
+            told = server.handle_completions(asked)["choices"][0]["logprobs"]
+            if told is None:  # the likeliest token ends the text
+                continue
+            own = torch.empty(config["vocab_size"])
+            for one in told["content"][0]["top_logprobs"]:
+                own[one["id"]] = one["logprob"]
+            near, far = (float((own - due[length - 1]).abs().max()) for due in (exact, plain))
+            assert near < 0.1 * far  # its cache is float16
+            seen += 1
+        assert seen
+        del server
